@@ -1,0 +1,1 @@
+"""Where workers come from: this machine, SLURM, Kubernetes; and how commands get there."""

@@ -1,0 +1,1 @@
+"""What is applied to a Kubernetes cluster."""

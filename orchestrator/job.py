@@ -1,0 +1,162 @@
+"""The job spec: plain frozen data that every room may read. Unknown keys are errors."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from methods.options import Full, Method
+
+NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _seconds(value: object) -> object:
+    """Read `90s`, `30m`, `8h`, `2d` or a number of seconds."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", value)):
+        return int(float(match[1]) * _UNITS[match[2]])
+    return value
+
+
+def _as_mapping(key: str) -> BeforeValidator:
+    """Let a bare string stand for a mapping with one key."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Base(_Part):
+    """The model that is tuned: a hub id or a folder with config, tokenizer and weights."""
+
+    model: str = Field(min_length=1)
+    init: Literal["pretrained", "scratch"] = "pretrained"
+    revision: str | None = None
+
+
+class Data(_Part):
+    """Where the examples come from and how they become sequences of at most `seq_len` tokens."""
+
+    train: str = Field(min_length=1)
+    eval: str | None = None
+    seq_len: int = Field(1024, ge=8)
+    packing: bool = True
+
+
+class Train(_Part):
+    """The optimisation. `batch_tokens` is the size of the global batch in tokens."""
+
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    batch_tokens: int = Field(16384, ge=1)
+    micro_batch: int = Field(1, ge=1, description="sequences of seq_len per forward pass and worker")
+    lr: float | None = Field(None, gt=0, description="null: the method's default")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.03, ge=0, le=1, description="share of the steps")
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    clip: float | None = Field(1.0, gt=0, description="largest global gradient norm")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    gradient_checkpointing: bool = False
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Train":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        return self
+
+
+class Sharding(_Part):
+    """ZeRO stage. World size = data parallel x sequence parallel."""
+
+    zero: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none"] = "none"
+    sequence: Literal[1] = 1
+
+
+class Resources(_Part):
+    """What the workers need. A worker is one GPU, or one process where there is none."""
+
+    nodes: int = Field(1, ge=1)
+    gpus_per_node: int | None = Field(None, ge=1)
+    workers_per_node: int | None = Field(None, ge=1)
+    walltime: Annotated[int | None, BeforeValidator(_seconds)] = Field(
+        None, ge=1, description="seconds, or like 90s, 30m, 8h, 2d"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Resources":
+        if self.gpus_per_node and self.workers_per_node:
+            raise ValueError("give gpus_per_node, or workers_per_node where there is no GPU, not both")
+        return self
+
+    @property
+    def world(self) -> int:
+        """Number of workers."""
+        return self.nodes * (self.gpus_per_node or self.workers_per_node or 1)
+
+
+class Checkpoint(_Part):
+    """How often the run saves (in steps; auto: from the measured cost) and how many it keeps."""
+
+    every: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    keep: int = Field(2, ge=1)
+
+
+class Evaluation(_Part):
+    """When and how held-out rows are judged: every so many steps, and always at the end."""
+
+    every: int | None = Field(None, ge=1, description="steps; null: at the end only")
+    rows: int | None = Field(None, ge=1, description="null: all")
+    max_new_tokens: int = Field(256, ge=0, description="0: loss only, no generation")
+
+
+class Output(_Part):
+    """What is left at the end: the adapter (or model), and with `merge` a merged model beside it."""
+
+    merge: bool = False
+
+
+class Tracking(_Part):
+    """Which MLflow server (null: SQLite beside the runs) and which experiment."""
+
+    uri: str | None = None
+    experiment: str = Field("fleetune", min_length=1)
+
+
+class Job(_Part):
+    """One training run, as a user writes it in job.yaml."""
+
+    name: str = "job"
+    base: Annotated[Base, _as_mapping("model")]
+    objective: Literal["sft"] = "sft"
+    method: Annotated[Method, _as_mapping("kind")] = Full()
+    data: Annotated[Data, _as_mapping("train")]
+    train: Train
+    sharding: Sharding = Sharding()
+    resources: Resources = Resources()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluation: Evaluation = Evaluation()
+    output: Output = Output()
+    tracking: Tracking = Tracking()
+
+    @field_validator("name")
+    @classmethod
+    def _dns_label(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError(
+                "must be at most 32 characters: a-z, 0-9 and -, starting with a letter, not ending with -"
+            )
+        return name
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate: the job's, or the method's default."""
+        return self.train.lr if self.train.lr is not None else self.method.default_lr
+
+    def dump(self) -> dict[str, Any]:
+        """The job as plain data that `Job.model_validate` reads back."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,1 @@
+"""Many adapters on one base: engine, adapter pool, gateway, evaluation."""

@@ -1,0 +1,1 @@
+"""What runs on every worker: data, objective, ZeRO, loop, checkpoint."""

@@ -1,0 +1,275 @@
+"""The run folder as its writers see it: attempts that are claimed once, fenced, and closed once.
+
+All truth about a run lies in RUN_DIR, a POSIX folder that the nodes share. Exclusive creation, append, fsync and
+rename are all that is asked of it.
+
+The attempts form a chain. Slot n + 1 is taken exactly once, by renaming a prepared folder (never empty) onto its
+name: either by a successor that goes on from a checkpoint, or by attempt n itself (or whoever found it dead), which
+closes the chain with the result inside the claim. So an attempt that was paused and wakes cannot finish a run that
+went on without it, and a run that is closed cannot go on.
+
+A successor writes `seals.json` first: the sizes of its predecessors' appended files. What a paused attempt appends
+later lies behind the seal, and readers stop there.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from orchestrator.job import Job
+
+Record = dict[str, Any]
+
+
+class Fenced(RuntimeError):
+    """This attempt is not the live one any more; it must stop and touch nothing."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that an attempt goes on from."""
+
+    attempt: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a run: a folder under RUN_DIR/attempts with one writer."""
+
+    run_dir: Path
+    number: int
+
+    @property
+    def folder(self) -> Path:
+        """RUN_DIR/attempts/<number>."""
+        return self.run_dir / "attempts" / str(self.number)
+
+    @property
+    def claim(self) -> Record:
+        """What was written when the slot was taken."""
+        return read_json(self.folder / "claim.json")
+
+    @property
+    def start(self) -> Start | None:
+        """The checkpoint that this attempt goes on from; None from the beginning."""
+        start = self.claim["start"]
+        return Start(**start) if start else None
+
+    @property
+    def verdict(self) -> Record | None:
+        """How this attempt ended, once that is known."""
+        path = self.folder / "verdict.json"
+        return read_json(path) if path.exists() else None
+
+    def is_live(self) -> bool:
+        """Whether no later slot is taken."""
+        return not (self.folder.parent / str(self.number + 1)).exists()
+
+    def check(self) -> None:
+        """Raise Fenced when a later slot is taken."""
+        if not self.is_live():
+            raise Fenced(f"attempt {self.number} of {self.run_dir.name} has a successor")
+
+    def append(self, file: str, record: Record) -> None:
+        """Append one JSON line to `events.jsonl` or `metrics.jsonl` of this attempt."""
+        with (self.folder / file).open("ab") as stream:
+            stream.write(json.dumps(record, allow_nan=True).encode() + b"\n")
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append an event with the time of now."""
+        self.append("events.jsonl", {"time": time.time(), "event": kind, **fields})
+
+    def sync(self, file: str) -> None:
+        """Make what was appended to a file survive a crash of the machine."""
+        path = self.folder / file
+        if path.exists():
+            with path.open("ab") as stream:
+                os.fsync(stream.fileno())
+
+    def write_verdict(self, verdict: Record) -> None:
+        """Say how this attempt ended."""
+        write_json(self.folder / "verdict.json", verdict)
+
+    def succeed_with(self, start: Start | None) -> "Attempt | None":
+        """Claim the next slot to go on from a checkpoint; None when somebody else has it."""
+        return _claim(self.run_dir, self.number + 1, {"kind": "attempt", "start": _plain(start)})
+
+    def close(self, result: Record) -> bool:
+        """End the run with a result, as its last word.
+
+        Returns False, and changes nothing, when the next slot is taken: this attempt has a successor.
+        """
+        record = {"kind": "close", "closes": self.number, "result": result}
+        if _claim(self.run_dir, self.number + 1, record) is None:
+            return False
+        settle(self.run_dir)
+        return True
+
+
+def attempts(run_dir: Path) -> list[Attempt]:
+    """The attempts that were claimed, oldest first, without the closing slot."""
+    return [attempt for attempt in _slots(run_dir) if attempt.claim["kind"] == "attempt"]
+
+
+def claim_next(run_dir: Path, start: Start | None) -> Attempt | None:
+    """Claim the slot after the last one taken; None when the run is closed or somebody was faster."""
+    slots = _slots(run_dir)
+    if slots and slots[-1].claim["kind"] == "close":
+        return None
+    return (slots[-1] if slots else Attempt(run_dir, 0)).succeed_with(start)
+
+
+def last(run_dir: Path) -> Attempt:
+    """The newest attempt; number 0, which has no folder, when there is none yet."""
+    return (attempts(run_dir) or [Attempt(run_dir, 0)])[-1]
+
+
+def bounds(run_dir: Path) -> Iterator[tuple[Attempt, float]]:
+    """Each attempt, newest first, with the last step up to which its work counts."""
+    bound = float("inf")
+    for attempt in reversed(attempts(run_dir)):
+        yield attempt, bound
+        start = attempt.start
+        bound = min(bound, start.step if start else 0)
+
+
+def sealed_size(run_dir: Path, attempt: Attempt, file: str) -> int | None:
+    """How many bytes of an appended file count; None while the attempt has no successor that sealed it."""
+    for later in attempts(run_dir):
+        path = later.folder / "seals.json"
+        if later.number > attempt.number and path.exists():
+            sizes = read_json(path).get(str(attempt.number))
+            if sizes is not None:
+                return int(sizes.get(file, 0))
+    return None
+
+
+def read_lines(run_dir: Path, attempt: Attempt, file: str) -> list[Record]:
+    """The records of an appended file, up to its seal; a torn last line is dropped."""
+    path = attempt.folder / file
+    if not path.exists():
+        return []
+    with path.open("rb") as stream:
+        data = stream.read(-1 if (size := sealed_size(run_dir, attempt, file)) is None else size)
+    whole, _, _torn = data.rpartition(b"\n")
+    return [json.loads(line) for line in whole.split(b"\n") if line]
+
+
+def settle(run_dir: Path) -> Record | None:
+    """Finish what a closing slot promised: move the output into place, write result.json. Idempotent."""
+    slots = _slots(run_dir)
+    if not slots or slots[-1].claim["kind"] != "close":
+        return None
+    claim = slots[-1].claim
+    made = Attempt(run_dir, claim["closes"]).folder / "output"
+    if made.exists() and not (run_dir / "output").exists():
+        made.rename(run_dir / "output")
+    write_json_once(run_dir / "result.json", claim["result"])
+    return read_json(run_dir / "result.json")
+
+
+def load_job(run_dir: Path) -> Job:
+    """The frozen spec of a run."""
+    record = yaml.safe_load((run_dir / "job.yaml").read_text())
+    return Job.model_validate(record["job"])
+
+
+def read_json(path: Path) -> Record:
+    """Read a JSON file that holds an object."""
+    record: Record = json.loads(path.read_text())
+    return record
+
+
+def write_json(path: Path, record: Record) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = _write_beside(path, record)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def write_json_once(path: Path, record: Record) -> bool:
+    """Write a JSON file unless it exists; False when it does."""
+    if path.exists():
+        return False
+    temporary = _write_beside(path, record)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    sync_folder(path.parent)
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and creations in a folder survive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_beside(path: Path, record: Record) -> Path:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with temporary.open("w") as stream:
+        json.dump(record, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return temporary
+
+
+def _slots(run_dir: Path) -> list[Attempt]:
+    folder = run_dir / "attempts"
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return [Attempt(run_dir, number) for number in sorted(int(n) for n in names if re.fullmatch(r"\d+", n))]
+
+
+def _plain(start: Start | None) -> Record | None:
+    return {"attempt": start.attempt, "step": start.step} if start else None
+
+
+def _claim(run_dir: Path, number: int, record: Record) -> Attempt | None:
+    """Take slot `number` by renaming a folder that already holds its claim; None when it is taken."""
+    folder = run_dir / "attempts"
+    folder.mkdir(parents=True, exist_ok=True)
+    prepared = folder / f".claim-{uuid.uuid4().hex}"
+    prepared.mkdir()
+    write_json(
+        prepared / "claim.json", {**record, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    )
+    try:
+        prepared.rename(folder / str(number))
+    except OSError:
+        shutil.rmtree(prepared)
+        if not (folder / str(number)).exists():
+            raise
+        return None
+    sync_folder(folder)
+    attempt = Attempt(run_dir, number)
+    _seal_predecessors(attempt)
+    return attempt
+
+
+_Appended = Literal["events.jsonl", "metrics.jsonl"]
+
+
+def _seal_predecessors(attempt: Attempt) -> None:
+    sizes: dict[str, dict[str, int]] = {}
+    for earlier in _slots(attempt.run_dir):
+        if earlier.number < attempt.number:
+            files = [p for p in earlier.folder.rglob("*") if p.suffix in (".jsonl", ".log")]
+            sizes[str(earlier.number)] = {str(p.relative_to(earlier.folder)): p.stat().st_size for p in files}
+    write_json(attempt.folder / "seals.json", sizes)
