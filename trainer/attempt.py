@@ -8,6 +8,9 @@ name: either by a successor that goes on from a checkpoint, or by attempt n itse
 closes the chain with the result inside the claim. So an attempt that was paused and wakes cannot finish a run that
 went on without it, and a run that is closed cannot go on.
 
+A run that failed or was cancelled can be reopened: its closing slot is followed by a `reopen` slot. The chain is the
+truth; `result.json` is a copy of the last closing slot's result for those who only want to look.
+
 A successor writes `seals.json` first: the sizes of its predecessors' appended files. What a paused attempt appends
 later lies behind the seal, and readers stop there.
 """
@@ -22,7 +25,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -101,10 +104,6 @@ class Attempt:
         """Say how this attempt ended."""
         write_json(self.folder / "verdict.json", verdict)
 
-    def succeed_with(self, start: Start | None) -> "Attempt | None":
-        """Claim the next slot to go on from a checkpoint; None when somebody else has it."""
-        return _claim(self.run_dir, self.number + 1, {"kind": "attempt", "start": _plain(start)})
-
     def close(self, result: Record) -> bool:
         """End the run with a result, as its last word.
 
@@ -124,10 +123,16 @@ def attempts(run_dir: Path) -> list[Attempt]:
 
 def claim_next(run_dir: Path, start: Start | None) -> Attempt | None:
     """Claim the slot after the last one taken; None when the run is closed or somebody was faster."""
-    slots = _slots(run_dir)
-    if slots and slots[-1].claim["kind"] == "close":
+    if result(run_dir) is not None:
         return None
-    return (slots[-1] if slots else Attempt(run_dir, 0)).succeed_with(start)
+    return _claim(run_dir, _last_slot(run_dir) + 1, {"kind": "attempt", "start": _plain(start)})
+
+
+def close(run_dir: Path, ended: Record) -> bool:
+    """End a run from outside its attempts; False when it is closed or somebody was faster."""
+    if result(run_dir) is not None:
+        return False
+    return Attempt(run_dir, _last_slot(run_dir)).close(ended)
 
 
 def last(run_dir: Path) -> Attempt:
@@ -166,6 +171,39 @@ def read_lines(run_dir: Path, attempt: Attempt, file: str) -> list[Record]:
     return [json.loads(line) for line in whole.split(b"\n") if line]
 
 
+def result(run_dir: Path) -> Record | None:
+    """The final word on a run; None while it goes on."""
+    slots = _slots(run_dir)
+    claim = slots[-1].claim if slots else {"kind": "none"}
+    return claim["result"] if claim["kind"] == "close" else None
+
+
+def reopen(run_dir: Path) -> bool:
+    """Let a run that failed or was cancelled go on; False when it is not closed, or succeeded."""
+    ended = result(run_dir)
+    if ended is None or ended["state"] == "succeeded":
+        return False
+    number = _slots(run_dir)[-1].number
+    if _claim(run_dir, number + 1, {"kind": "reopen"}) is None:
+        return False
+    (run_dir / "result.json").replace(run_dir / "attempts" / str(number) / "result.json")
+    return True
+
+
+def request_cancel(run_dir: Path) -> None:
+    """Ask for the end of a run; whoever leads it closes it as cancelled."""
+    folder = run_dir / "requests"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"cancel-{_last_slot(run_dir)}.json", {"time": time.time()})
+
+
+def cancel_requested(run_dir: Path) -> bool:
+    """Whether somebody asked for the end of the run since it was last (re)opened."""
+    reopened = [slot.number for slot in _slots(run_dir) if slot.claim["kind"] == "reopen"]
+    asked = [int(path.stem.rpartition("-")[2]) for path in (run_dir / "requests").glob("cancel-*.json")]
+    return any(number >= max(reopened, default=0) for number in asked)
+
+
 def settle(run_dir: Path) -> Record | None:
     """Finish what a closing slot promised: move the output into place, write result.json. Idempotent."""
     slots = _slots(run_dir)
@@ -175,8 +213,9 @@ def settle(run_dir: Path) -> Record | None:
     made = Attempt(run_dir, claim["closes"]).folder / "output"
     if made.exists() and not (run_dir / "output").exists():
         made.rename(run_dir / "output")
-    write_json_once(run_dir / "result.json", claim["result"])
-    return read_json(run_dir / "result.json")
+    if not (run_dir / "result.json").exists():
+        write_json(run_dir / "result.json", claim["result"])
+    return result(run_dir)
 
 
 def load_job(run_dir: Path) -> Job:
@@ -196,21 +235,6 @@ def write_json(path: Path, record: Record) -> None:
     temporary = _write_beside(path, record)
     temporary.replace(path)
     sync_folder(path.parent)
-
-
-def write_json_once(path: Path, record: Record) -> bool:
-    """Write a JSON file unless it exists; False when it does."""
-    if path.exists():
-        return False
-    temporary = _write_beside(path, record)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink()
-    sync_folder(path.parent)
-    return True
 
 
 def sync_folder(folder: Path) -> None:
@@ -237,6 +261,10 @@ def _slots(run_dir: Path) -> list[Attempt]:
     return [Attempt(run_dir, number) for number in sorted(int(n) for n in names if re.fullmatch(r"\d+", n))]
 
 
+def _last_slot(run_dir: Path) -> int:
+    return max((slot.number for slot in _slots(run_dir)), default=0)
+
+
 def _plain(start: Start | None) -> Record | None:
     return {"attempt": start.attempt, "step": start.step} if start else None
 
@@ -248,7 +276,8 @@ def _claim(run_dir: Path, number: int, record: Record) -> Attempt | None:
     prepared = folder / f".claim-{uuid.uuid4().hex}"
     prepared.mkdir()
     write_json(
-        prepared / "claim.json", {**record, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        prepared / "claim.json",
+        {**record, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()},
     )
     try:
         prepared.rename(folder / str(number))
@@ -261,9 +290,6 @@ def _claim(run_dir: Path, number: int, record: Record) -> Attempt | None:
     attempt = Attempt(run_dir, number)
     _seal_predecessors(attempt)
     return attempt
-
-
-_Appended = Literal["events.jsonl", "metrics.jsonl"]
 
 
 def _seal_predecessors(attempt: Attempt) -> None:
