@@ -24,7 +24,7 @@ def _as_mapping(key: str) -> BeforeValidator:
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Base(_Part):
@@ -111,6 +111,7 @@ class Evaluation(_Part):
 
     every: int | None = Field(None, ge=1, description="steps; null: at the end only")
     rows: int | None = Field(None, ge=1, description="null: all")
+    before: bool = Field(True, description="also judge the untuned base, before the first step")
     max_new_tokens: int = Field(256, ge=0, description="0: loss only, no generation")
 
 

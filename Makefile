@@ -1,0 +1,35 @@
+# make demo: train and compare three small jobs.   make test: lint, types, import contracts, tests.
+# Both make .venv first, on a fresh machine too. PYTHON=... chooses another interpreter (3.11 or newer).
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo test lint chaos matrix soak clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed; found '$(PYTHON)'. Say PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python -P examples/demo.py
+
+test: lint
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The whole of what `make test` runs a seeded sample of.
+chaos matrix soak: install
+	$(BIN)/pytest -m $@ -o timeout=0
+
+clean:
+	rm -rf .venv build dist *.egg-info

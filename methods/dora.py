@@ -1,0 +1,18 @@
+"""DoRA: m * (W + s B A) / ||W + s B A||_c, the norm by output row and detached.
+
+Liu et al. 2024, arXiv 2402.09353, equation 5 (and section 4.3 for the detached norm).
+The magnitude m in R^{out} starts as ||W||_c, so the first step leaves from the base.
+"""
+
+from typing import Any
+
+from methods.lora import LowRank
+from methods.options import Dora
+
+
+class DoraTuning(LowRank[Dora]):
+    """Weight-decomposed LoRA."""
+
+    def config(self) -> dict[str, Any]:
+        """Ask PEFT for the decomposition."""
+        return {"use_dora": True}

@@ -1,0 +1,14 @@
+"""rsLoRA: LoRA with the scale alpha / sqrt(r), stable in r (Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2)."""
+
+from typing import Any
+
+from methods.lora import LowRank
+from methods.options import RsLora
+
+
+class RsLoraTuning(LowRank[RsLora]):
+    """Rank-stabilised LoRA."""
+
+    def config(self) -> dict[str, Any]:
+        """Ask PEFT for the other scale."""
+        return {"use_rslora": True}

@@ -1,0 +1,9 @@
+"""What can go wrong on the laptop, as the exit code that says so."""
+
+
+class InputError(ValueError):
+    """What the user gave is wrong (exit code 2). One line per problem: where, what was found, what is allowed."""
+
+
+class JobFailed(RuntimeError):
+    """A job that was waited for did not succeed (exit code 1)."""

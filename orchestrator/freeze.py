@@ -1,0 +1,114 @@
+"""The frozen record of a job: absolute paths, versions, digests of data and base, and the state of git."""
+
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from orchestrator.environment import PACKAGES
+from orchestrator.job import Job
+from orchestrator.model import Model
+
+_HUB_DATASET = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.*)?")
+_FILE = re.compile(r"\.(jsonl|json|csv|parquet|txt)(\.gz)?$")
+_WHOLE = 64 << 20  # bytes up to which a file of the base is hashed whole
+_GIT_TIMEOUT = 5.0  # seconds
+
+
+def absolute(job: Job, folder: Path) -> Job:
+    """The job with its paths made absolute: relative to `folder` if they exist there, else to the current one."""
+    data = job.data.model_copy(
+        update={
+            "train": _source(job.data.train, folder),
+            "eval": _source(job.data.eval, folder) if job.data.eval else None,
+        }
+    )
+    found = _existing(job.base.model, folder)
+    base = job.base.model_copy(update={"model": str(found)}) if found and found.is_dir() else job.base
+    return job.model_copy(update={"data": data, "base": base})
+
+
+def record(job: Job, model: Model, cluster: str, folder: Path) -> dict[str, Any]:
+    """What RUN_DIR/job.yaml says beside the run id."""
+    return {
+        "cluster": cluster,
+        "submitted": time.time(),
+        "versions": versions(),
+        "digests": digests(job, model),
+        "git": git_state(folder),
+        "job": job.dump(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that matter, as far as they are installed here."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def digests(job: Job, model: Model) -> dict[str, str | None]:
+    """sha256 of the data files and of the base; None for what is on the hub."""
+    return {
+        "data.train": _file_digest(job.data.train),
+        "data.eval": _file_digest(job.data.eval) if job.data.eval else None,
+        "base": _base_digest(model.folder) if model.folder else None,
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """The commit of a folder and whether anything is uncommitted there; None outside of git."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _source(source: str, folder: Path) -> str:
+    """A data source as an absolute path, or as the hub id that it looks like."""
+    found = _existing(source, folder)
+    if found is None and _HUB_DATASET.fullmatch(source) and not _FILE.search(source):
+        return source
+    return str(found or Path(os.path.abspath(folder / Path(source).expanduser())))
+
+
+def _existing(path: str, folder: Path) -> Path | None:
+    for parent in (folder, Path.cwd()):
+        found = Path(os.path.abspath(parent / Path(path).expanduser()))
+        if found.exists():
+            return found
+    return None
+
+
+def _file_digest(source: str) -> str | None:
+    if not Path(source).is_absolute():
+        return None
+    with Path(source).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _base_digest(folder: Path) -> str:
+    """Over the names and sizes of the base's files, and the contents of all but the largest."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        total.update(f"{path.name} {path.stat().st_size} ".encode())
+        if path.stat().st_size <= _WHOLE:
+            total.update((_file_digest(str(path)) or "").encode())
+    return total.hexdigest()
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=_GIT_TIMEOUT, check=True
+    )
+    return done.stdout.strip()

@@ -1,0 +1,104 @@
+"""What a run reported: the rows of all attempts as one series, each value once.
+
+For each metric and step the first row that was written within the seals counts, and it counts for ever. Rows past the
+checkpoint that a successor starts from count too: they may have been reported, so leaving them out (and then letting
+the successor's row stand for them) would report a loss a second time, with another time and maybe another value.
+Sealed rows never change and the live attempt only appends, so the series only grows, and everybody who reads it (a
+paused attempt that wakes, too: what it read before its fence check lies within its seal) sees the same rows.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.attempt import Attempt, Record, attempts, read_json, sealed_size
+
+
+@dataclass(frozen=True)
+class Row:
+    """One appended row: the values that count, and those that repeat what counts already as (first, now)."""
+
+    index: int  # position in the file joined over all attempts
+    attempt: int
+    step: int
+    time: float
+    fresh: dict[str, float]
+    again: dict[str, tuple[float, float]]
+
+
+class Spool:
+    """One appended file of a run, joined over the attempts up to `number`; read it as often as it grows."""
+
+    def __init__(self, run_dir: Path, file: str, number: float = float("inf")) -> None:
+        self._run_dir, self._file, self._number = run_dir, file, number
+        self._first: dict[int, dict[str, float]] = {}
+        self._offsets: dict[int, int] = {}
+        self._count = 0
+
+    def read(self) -> list[Row]:
+        """The rows that were appended since the last call, oldest first."""
+        known = [attempt for attempt in attempts(self._run_dir) if attempt.number <= self._number]
+        # The files of attempts that have a successor are sealed: once is enough.
+        return [
+            self._join(attempt, record)
+            for attempt in known
+            if attempt is known[-1] or attempt.number not in self._offsets
+            for record in self._tail(attempt)
+        ]
+
+    def _tail(self, attempt: Attempt) -> Iterator[Record]:
+        path = attempt.folder / self._file
+        offset = self._offsets.setdefault(attempt.number, 0)
+        if not path.exists():
+            return
+        seal = sealed_size(self._run_dir, attempt, self._file)
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            data = stream.read(-1 if seal is None else max(seal - offset, 0))
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offsets[attempt.number] = offset + len(whole)
+        yield from (json.loads(line) for line in whole.splitlines() if line)
+
+    def _join(self, attempt: Attempt, record: Record) -> Row:
+        first = self._first.setdefault(record["step"], {})
+        values = _numbers(record)
+        row = Row(
+            self._count,
+            attempt.number,
+            record["step"],
+            record["time"],
+            {key: value for key, value in values.items() if key not in first},
+            {key: (first[key], value) for key, value in values.items() if key in first},
+        )
+        first.update(row.fresh)
+        self._count += 1
+        return row
+
+
+def history(run_dir: Path) -> list[Record]:
+    """One record per (step, kind), sorted: step, kind (`train` or `eval`), attempt, time and the metrics.
+
+    `attempt` and `time` are those of the first row of that step.
+    """
+    records: dict[tuple[int, str], Record] = {}
+    for row in Spool(run_dir, "metrics.jsonl").read():
+        kind = "eval" if any(key.startswith("eval_") for key in row.fresh) else "train"
+        if row.fresh:
+            head = {"step": row.step, "kind": kind, "attempt": row.attempt, "time": row.time}
+            records.setdefault((row.step, kind), head).update(row.fresh)
+    return sorted(records.values(), key=lambda record: (record["step"], record["kind"] == "eval"))
+
+
+def mlflow_run(run_dir: Path) -> Record | None:
+    """The run's MLflow run as {mlflow_run_id, uri}; None while it was not opened."""
+    path = run_dir / "mlflow.json"
+    return read_json(path) if path.exists() else None
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    return {
+        key: float(value)
+        for key, value in record.items()
+        if key not in ("step", "time") and isinstance(value, int | float) and not isinstance(value, bool)
+    }

@@ -1,0 +1,42 @@
+"""The one question that a laptop asks the hub: the config of a base that is not in the local cache."""
+
+import json
+import os
+from typing import Any
+
+from orchestrator.errors import InputError
+from orchestrator.job import Base
+
+_TIMEOUT = 3.0  # seconds; submitting must not hang on a dead network
+
+
+def fetch_config(base: Base) -> dict[str, Any]:
+    """config.json of a base on the hub; raises InputError when it cannot be had."""
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
+    where = f"base.model: found {base.model!r}, which is no folder and not in the local cache of the hub"
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("", "0", "FALSE", "NO"):
+        raise InputError(f"{where}; allowed: a folder, or a cached id while HF_HUB_OFFLINE is set")
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    token = os.environ.get("HF_TOKEN")
+    request = Request(
+        f"{endpoint}/{base.model}/resolve/{base.revision or 'main'}/config.json",
+        headers={"Authorization": f"Bearer {token}"} if token else {},
+    )
+    try:
+        with urlopen(request, timeout=_TIMEOUT) as answer:
+            config = json.loads(answer.read())
+    except HTTPError as error:
+        raise InputError(f"{where}; {endpoint} says: {_refusal(error.code)}") from None
+    except (URLError, OSError, ValueError) as error:
+        raise InputError(f"{where}; {endpoint} gives no config.json: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{where}; {endpoint} gives a config.json that is no object")
+    return config
+
+
+def _refusal(code: int) -> str:
+    if code in (401, 403):
+        return f"{code}, not allowed or no such model (set HF_TOKEN for a gated one)"
+    return f"{code}, no such model or revision" if code == 404 else str(code)

@@ -1,0 +1,179 @@
+"""A base as it lies on disk or in the cache, read without torch: its config, and the shapes of its weights.
+
+Names of dimensions: V vocabulary, H hidden size, F feed-forward size, Q and K sizes of the query and key projections.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import InputError
+from orchestrator.job import Base
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Bases whose shapes follow from their config: the Llama family.
+LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3"}
+_EMBEDDINGS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head)\.weight$")
+_LARGEST_HEADER = 100_000_000  # as safetensors itself limits it
+
+
+@dataclass(frozen=True)
+class Model:
+    """A base: its config.json, and the folder that it lies in (None for one that is still on the hub)."""
+
+    config: dict[str, Any]
+    folder: Path | None = None
+    scratch: bool = False
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape: from the weights where there are some, else from the config; {} when unknown."""
+        files = weight_files(self.folder) if self.folder and not self.scratch else []
+        if files:
+            return {name: shape for file in files for name, shape in read_header(file)}
+        if self.config.get("model_type") not in LLAMA_LIKE:
+            return {}
+        try:
+            return dict(_llama(self.config))
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise InputError(f"base: its config.json gives no shapes ({type(error).__name__}: {error})") from None
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Module name -> (out, in) of every linear layer except the output head."""
+        matrices = {name: shape for name, shape in self.shapes.items() if _is_linear(name, shape)}
+        return {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in matrices.items()}
+
+    @property
+    def others(self) -> dict[str, tuple[int, ...]]:
+        """Every other weight by parameter name."""
+        return {name: shape for name, shape in self.shapes.items() if not _is_linear(name, shape)}
+
+    @property
+    def largest_sequence(self) -> int | None:
+        """The positions that the base knows; None when it does not say."""
+        found = self.config.get("max_position_embeddings")
+        return found if isinstance(found, int) else None
+
+
+def locate(base: Base) -> Model | None:
+    """The base in its folder, or in the local cache of the hub; None when it is a hub id that is not there."""
+    folder = Path(base.model)
+    found = folder if folder.is_dir() else _cached(base)
+    return Model(_config(found / "config.json"), found, base.init == "scratch") if found else None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads; raises InputError when one that the index names is not there."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() or not index.exists():
+        return [single] if single.exists() else []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise InputError(f"{index}: not an index of safetensors files") from None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{folder / missing[0]}: missing; {index.name} names {len(names)} files, {len(missing)} lack"
+        )
+    return [folder / name for name in names]
+
+
+def read_header(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor in a safetensors file; raises InputError when it is damaged or cut short."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            raise InputError(f"{path}: not a whole safetensors file ({size} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+            shapes = [(name, tuple(map(int, entry["shape"]))) for name, entry in tensors.items()]
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise InputError(f"{path}: its safetensors header cannot be read") from None
+    if size != 8 + length + end:
+        raise InputError(f"{path}: found {size} bytes, its header says {8 + length + end}: damaged or cut short")
+    yield from shapes
+
+
+def count(shapes: dict[str, tuple[int, ...]]) -> int:
+    """The number of parameters."""
+    return sum(map(prod, shapes.values()))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; a base has a config.json") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: found {type(config).__name__}; allowed: an object")
+    return config
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and name.endswith(".weight") and not _EMBEDDINGS.search(name)
+
+
+def _cached(base: Base) -> Path | None:
+    """The snapshot of a hub id in the local cache, by revision."""
+    if not HUB_ID.fullmatch(base.model):
+        return None
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    repository = cache / f"models--{base.model.replace('/', '--')}"
+    reference = repository / "refs" / (base.revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else base.revision or ""
+    snapshot = repository / "snapshots" / commit
+    return snapshot if commit and (snapshot / "config.json").exists() else None
+
+
+def _llama(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Parameter names and shapes of a Llama-like model, from its config."""
+    V, H = config["vocab_size"], config["hidden_size"]
+    yield "model.embed_tokens.weight", (V, H)
+    for layer in range(config["num_hidden_layers"]):
+        for name, shape in _llama_layer(config):
+            yield f"model.layers.{layer}.{name}", shape
+    yield "model.norm.weight", (H,)
+    if not config.get("tie_word_embeddings"):
+        yield "lm_head.weight", (V, H)
+
+
+def _llama_layer(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    H, F = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"]
+    head = config.get("head_dim") or H // heads
+    Q, K = heads * head, (config.get("num_key_value_heads") or heads) * head
+    kind = config["model_type"]
+    bias_o = kind in ("llama", "qwen3") and bool(config.get("attention_bias"))
+    bias_qkv = bias_o or kind == "qwen2"
+    bias_mlp = kind == "llama" and bool(config.get("mlp_bias"))
+    linears = [
+        ("self_attn.q_proj", (Q, H), bias_qkv),
+        ("self_attn.k_proj", (K, H), bias_qkv),
+        ("self_attn.v_proj", (K, H), bias_qkv),
+        ("self_attn.o_proj", (H, Q), bias_o),
+        ("mlp.gate_proj", (F, H), bias_mlp),
+        ("mlp.up_proj", (F, H), bias_mlp),
+        ("mlp.down_proj", (H, F), bias_mlp),
+    ]
+    for name, shape, bias in linears:
+        yield f"{name}.weight", shape
+        if bias:
+            yield f"{name}.bias", shape[:1]
+    for norm in ("q_norm", "k_norm") if kind == "qwen3" else ():
+        yield f"self_attn.{norm}.weight", (head,)
+    yield "input_layernorm.weight", (H,)
+    yield "post_attention_layernorm.weight", (H,)

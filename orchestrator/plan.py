@@ -1,0 +1,122 @@
+"""What a job would run: layout, batches, parameters, and bytes per worker, before anything is started."""
+
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+from orchestrator.job import Job
+from orchestrator.model import Model, count
+from orchestrator.preflight import Findings, Rows, check, has_gpus
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each worker, without activations."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters, with the adapter's, and the bytes of them."""
+
+    parameters: int
+    trained: int
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would run. Sizes are None for a base whose shapes cannot be known from here."""
+
+    name: str
+    base: str
+    method: str
+    workers: int
+    zero: int
+    precision: str
+    rows: int | None
+    eval_rows: int | None
+    batch_tokens: int
+    micro_batches: int  # forward passes per worker and step, when every batch is full
+    steps: int | None
+    steps_estimated: bool
+    sizes: Sizes | None
+    warnings: tuple[str, ...]
+
+    def dump(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def plan(job: Job) -> Plan:
+    """The plan of a job; raises InputError when it could not run."""
+    return describe(job, check(job))
+
+
+def describe(job: Job, found: Findings) -> Plan:
+    """The plan of a job whose checks are done."""
+    per_pass = job.resources.world * job.train.micro_batch * job.data.seq_len
+    return Plan(
+        name=job.name,
+        base=job.base.model,
+        method=job.method.kind,
+        workers=job.resources.world,
+        zero=job.sharding.zero,
+        precision=precision(job),
+        rows=found.train.count if found.train else None,
+        eval_rows=found.eval.count if found.eval else None,
+        batch_tokens=job.train.batch_tokens,
+        micro_batches=ceil(job.train.batch_tokens / per_pass),
+        steps=job.train.steps or _steps(job, found.train),
+        steps_estimated=job.train.steps is None,
+        sizes=sizes(job, found.model),
+        warnings=found.warnings,
+    )
+
+
+def precision(job: Job) -> str:
+    """bf16 or fp32, as the job says or as its workers have GPUs."""
+    return job.train.precision if job.train.precision != "auto" else "bf16" if has_gpus(job) else "fp32"
+
+
+def sizes(job: Job, model: Model) -> Sizes | None:
+    """Parameters and bytes per worker of a job on a base; None when its shapes are not known."""
+    if not model.shapes:
+        return None
+    base, linears, others = count(model.shapes), model.linears, model.others
+    added = job.method.adds(linears, others)
+    trained = job.method.trained(linears, others)
+    frozen = (base + added - trained) * (2 if precision(job) == "bf16" else 4)
+    return Sizes(base + added, trained, memory(frozen, trained, job.sharding.zero, job.resources.world))
+
+
+def memory(frozen: int, trained: int, zero: int, world: int) -> Memory:
+    """Bytes per worker for frozen weights of so many bytes and so many trained parameters.
+
+    Trained weights, gradients and AdamW's two moments are fp32. ZeRO 1 and 2 keep an fp32 copy of each worker's part;
+    ZeRO 3 shares the frozen weights too.
+    """
+    part = ceil(trained / world)
+    whole = 4 * trained
+    match zero:
+        case 0:
+            return Memory(frozen + whole, whole, 8 * trained)
+        case 1:
+            return Memory(frozen + whole, whole, 12 * part)
+        case 2:
+            return Memory(frozen + whole, 4 * part, 12 * part)
+    return Memory(ceil(frozen / world) + 4 * part, 4 * part, 12 * part)
+
+
+def _steps(job: Job, train: Rows | None) -> int | None:
+    if train is None or job.train.epochs is None:
+        return None
+    return max(1, ceil(job.train.epochs * train.tokens / job.train.batch_tokens))

@@ -1,0 +1,145 @@
+"""What can be known to be wrong before anything is started. Reads files and headers; needs no torch."""
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from methods.options import Full
+from orchestrator.errors import InputError
+from orchestrator.hub import fetch_config
+from orchestrator.job import Job
+from orchestrator.model import Model, locate, weight_files
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+_CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English, for estimates alone
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a data source holds: the number of rows, and an estimate of their tokens after cutting at seq_len."""
+
+    count: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the checks learned on their way. Rows are None for a source that cannot be read from here."""
+
+    model: Model
+    train: Rows | None
+    eval: Rows | None
+    warnings: tuple[str, ...]
+
+
+def check(job: Job) -> Findings:
+    """Look at data, base, batch and tracking; raises InputError with one line per problem."""
+    problems: list[str] = []
+    surveys: dict[str, Rows | None] = {"train": None, "eval": None}
+    for key, source in (("train", job.data.train), ("eval", job.data.eval)):
+        try:
+            surveys[key] = survey(source, job.data.seq_len) if source else None
+        except ValueError as error:
+            problems.append(f"data.{key}: {error}")
+    model: Model | None = None
+    try:
+        model = find_model(job)
+        problems += _misfits(job, model)
+    except InputError as error:
+        problems.append(str(error))
+    problems += _batch(job) + _tracking(job)
+    if problems or model is None:
+        raise InputError("\n".join(problems))
+    return Findings(model, surveys["train"], surveys["eval"], tuple(_warnings(job, surveys["train"])))
+
+
+def survey(source: str, seq_len: int) -> Rows | None:
+    """Read every row; raises RowError at the first bad one. None: a hub dataset, and no library to read it."""
+    from trainer.rows import rows
+
+    if not Path(source).is_absolute() and importlib.util.find_spec("datasets") is None:
+        return None
+    count = tokens = 0
+    for row in rows(source):
+        text = len(row.prompt) + len(row.completion) + sum(len(m["content"]) for m in row.messages)
+        count += 1
+        tokens += min(seq_len, -(-text // _CHARACTERS_PER_TOKEN))
+    return Rows(count, tokens)
+
+
+def find_model(job: Job) -> Model:
+    """The base, in its folder, the cache, or on the hub; raises InputError when it could not be loaded."""
+    model = locate(job.base) or Model(fetch_config(job.base), None, job.base.init == "scratch")
+    where = model.folder or job.base.model
+    config = model.config
+    if not isinstance(config.get("model_type"), str):
+        raise InputError(f"base.model: {where}: config.json has no model_type")
+    names = config.get("architectures") or []
+    if names and not any(_CAUSAL.search(str(name)) for name in names):
+        raise InputError(f"base.model: {where}: found {', '.join(map(str, names))}; allowed: a ...ForCausalLM model")
+    if model.folder is not None and model.folder == Path(job.base.model):
+        _complete(model, model.folder)
+    return model
+
+
+def _complete(model: Model, folder: Path) -> None:
+    """A user's own folder must hold all that is loaded; a cached snapshot is completed by the trainer."""
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise InputError(f"base.model: {folder}: no tokenizer; allowed: one of {', '.join(_TOKENIZERS)}")
+    if not model.scratch and not weight_files(folder):
+        hint = "say base.init: scratch to start from random weights"
+        raise InputError(f"base.model: {folder}: no model.safetensors (nor its index); {hint}")
+
+
+def _misfits(job: Job, model: Model) -> list[str]:
+    """What the job asks for and the base does not have."""
+    problems = []
+    largest = model.largest_sequence
+    if largest is not None and job.data.seq_len > largest:
+        problems.append(f"data.seq_len: found {job.data.seq_len}; allowed: at most {largest} (positions of the base)")
+    if model.shapes:
+        try:
+            job.method.trained(model.linears, model.others)
+        except ValueError as error:
+            problems.append(f"method.target: {error}")
+    return problems
+
+
+def _batch(job: Job) -> list[str]:
+    if job.train.batch_tokens >= job.data.seq_len:
+        return []
+    least = f"at least data.seq_len ({job.data.seq_len}), so that a batch holds any example"
+    return [f"train.batch_tokens: found {job.train.batch_tokens}; allowed: {least}"]
+
+
+def _tracking(job: Job) -> list[str]:
+    from orchestrator.tracking import check_uri
+
+    try:
+        if job.tracking.uri is not None:
+            check_uri(job.tracking.uri)
+    except ValueError as error:
+        return [f"tracking.uri: {error}"]
+    return []
+
+
+def has_gpus(job: Job) -> bool:
+    """Whether the workers of this job get GPUs: as it says, else as this machine has them."""
+    if job.resources.gpus_per_node or job.resources.workers_per_node:
+        return job.resources.gpus_per_node is not None
+    return Path("/dev/nvidia0").exists()
+
+
+def _warnings(job: Job, train: Rows | None) -> list[str]:
+    warnings = []
+    if train is None:
+        warnings.append("data.train: a hub dataset; its rows are first looked at by the workers")
+    if job.train.precision == "bf16" and not has_gpus(job):
+        warnings.append("train.precision: bf16 on a CPU can be twenty times slower than fp32")
+    if isinstance(job.method, Full) and job.sharding.zero == 0 and job.resources.world > 1:
+        warnings.append("sharding.zero: 0 keeps the whole optimizer state on every worker; 1 shares it at no cost")
+    if getattr(job.method, "dropout", 0) > 0:
+        warnings.append("method.dropout: the masks depend on the layout, so runs on other layouts differ")
+    return warnings

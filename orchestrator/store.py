@@ -1,0 +1,227 @@
+"""The MLflow side: which store, the one MLflow run of a run id, and what it says beside metrics.
+
+MLflow cannot create a run exclusively, so the run folder decides: an MLflow run counts once its id is in
+RUN_DIR/mlflow/, a folder that is taken by a rename that only one can win. Whoever loses adopts the winner's, and
+everybody removes runs of that run id that do not count. Nothing is ever delivered to those, so they are empty.
+"""
+
+import logging
+import os
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from orchestrator.environment import environment
+from orchestrator.errors import InputError
+from trainer.attempt import Attempt, Record, attempts, load_job, read_json, write_json
+
+RUN_ID = "fleetune.run_id"
+SERVERS = ("http", "https", "databricks", "postgresql", "mysql", "mssql")
+ALLOWED = "null, sqlite:////ABSOLUTE/FILE.db, http(s)://HOST:PORT, postgresql://..., mysql://..., mssql://..."
+_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # what fails is delivered again later
+}
+_PARAMS_PER_BATCH = 100
+_UPLOAD_BYTES = 512 << 20
+
+
+def resolve(uri: str | None) -> str:
+    """The tracking URI; null stands for SQLite in FLEETUNE_HOME (default ~/.fleetune)."""
+    home = Path(os.environ.get("FLEETUNE_HOME") or "~/.fleetune").expanduser().absolute()
+    return uri or f"sqlite:///{home / 'mlflow.db'}"
+
+
+def check_uri(uri: str | None) -> None:
+    """Raise InputError where MLflow could not be reached by this URI from every folder."""
+    if uri is None or uri == "databricks":
+        return
+    file = sqlite_file(uri)
+    if not (file and file.is_absolute()) and not (
+        (parts := urlsplit(uri)).netloc and parts.scheme.split("+")[0] in SERVERS
+    ):
+        raise InputError(f"tracking.uri: found {uri!r}; allowed: {ALLOWED} (MLflow's file store is gone)")
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file of a SQLite URI; None for another URI."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def client(uri: str) -> Any:
+    """An MlflowClient that gives up early; it makes a missing SQLite store, which takes seconds."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for noisy in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    return MlflowClient(tracking_uri=uri)
+
+
+def outages() -> tuple[type[Exception], ...]:
+    """What a store that is down, locked or full raises."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, OSError)
+
+
+def ui_command(uri: str | None) -> list[str]:
+    """The command that serves MLflow's pages for a store on loopback; start it in its own process group."""
+    uri = resolve(uri)
+    if urlsplit(uri).scheme in ("http", "https", "databricks"):
+        raise InputError(f"tracking.uri: {uri} is a server already; open it in a browser")
+    artifacts = ["--default-artifact-root", root] if (root := _artifact_root(uri)) else []
+    settings = ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"]
+    serve = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(_free_port(5000))]
+    return ["env", *settings, *serve, "--workers", "1", "--backend-store-uri", uri, *artifacts]
+
+
+def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) -> Any:
+    """Open or adopt the one MLflow run of a run folder; `fence` is called before anything is made."""
+    experiment = _experiment(client, load_job(run_dir).tracking.experiment, uri)
+    tagged = client.search_runs([experiment], f"tags.`{RUN_ID}` = '{run_dir.name}'")
+    found = [run.info.run_id for run in sorted(tagged, key=lambda run: (run.info.start_time, run.info.run_id))]
+    if not (run_dir / "mlflow").exists():
+        fence()
+        found = found or [_create(client, experiment, run_dir)]
+        _take(run_dir, {"mlflow_run_id": found[0], "uri": uri, "experiment_id": experiment})
+    counts = read_json(run_dir / "mlflow" / "run.json")
+    write_json(run_dir / "mlflow.json", counts)
+    for other in set(found) - {counts["mlflow_run_id"]}:
+        client.delete_run(other)
+    return client.get_run(counts["mlflow_run_id"])
+
+
+def recorded(run_dir: Path) -> Record | None:
+    """The MLflow run that counts; None while there is none."""
+    path = run_dir / "mlflow" / "run.json"
+    return read_json(path) if path.exists() else None
+
+
+def describe(client: Any, run_dir: Path, mlflow_run_id: str) -> None:
+    """Log the job as params, the data as inputs, and where it runs as tags; saying it again changes nothing."""
+    from mlflow.entities import Param, RunTag
+
+    record = yaml.safe_load((run_dir / "job.yaml").read_text())
+    params = [Param(key, value) for key, value in job_params(run_dir, record).items()]
+    for start in range(0, len(params), _PARAMS_PER_BATCH):
+        client.log_batch(mlflow_run_id, params=params[start : start + _PARAMS_PER_BATCH])
+    said = {f"fleetune.env.{key}": value for key, value in environment().items()}
+    client.log_batch(mlflow_run_id, tags=[RunTag(*tag) for tag in {**_job_tags(run_dir, record), **said}.items()])
+    client.log_inputs(mlflow_run_id, datasets=_datasets(record))
+
+
+def job_params(run_dir: Path, record: Record) -> dict[str, str]:
+    """The frozen job with its defaults as flat params; digests of the data are params too, nulls are left out."""
+    job = load_job(run_dir)
+    flat = dict(_flat(job.dump()))
+    flat["train.lr"] = repr(job.lr)
+    digests = {f"data.{name}_digest": str(digest) for name, digest in (record.get("digests") or {}).items()}
+    return {**flat, **digests}
+
+
+def upload(client: Any, run_dir: Path, mlflow_run_id: str, succeeded: bool) -> None:
+    """Upload job, result and, of a run that succeeded, the output files, small ones first, up to 512 MiB."""
+    for name in ("job.yaml", "result.json"):
+        if (run_dir / name).exists():
+            client.log_artifact(mlflow_run_id, str(run_dir / name))
+    output = run_dir / "output"
+    if not succeeded or not output.exists():
+        return
+    left = _UPLOAD_BYTES
+    for path in sorted((p for p in output.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size):
+        left -= path.stat().st_size
+        if left >= 0:
+            folder = Path("output") / path.parent.relative_to(output)
+            client.log_artifact(mlflow_run_id, str(path), str(folder))
+
+
+def _artifact_root(uri: str) -> str | None:
+    file = sqlite_file(uri)
+    return (file.parent / "artifacts").as_uri() if file else None
+
+
+def _experiment(client: Any, name: str, uri: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=_artifact_root(uri)))
+        except MlflowException:
+            if (found := client.get_experiment_by_name(name)) is None:  # else somebody else made it just now
+                raise
+    return str(found.experiment_id)
+
+
+def _create(client: Any, experiment: str, run_dir: Path) -> str:
+    began = attempts(run_dir) or [Attempt(run_dir, 1)]
+    start = int(began[0].claim["time"] * 1000)
+    run = client.create_run(experiment, start_time=start, tags={RUN_ID: run_dir.name}, run_name=run_dir.name)
+    return str(run.info.run_id)
+
+
+def _take(run_dir: Path, record: Record) -> None:
+    """Make the record count, unless another one does."""
+    prepared = run_dir / f".mlflow-{uuid.uuid4().hex}"
+    prepared.mkdir()
+    write_json(prepared / "run.json", record)
+    try:
+        prepared.rename(run_dir / "mlflow")
+    except OSError:
+        shutil.rmtree(prepared)
+        if not (run_dir / "mlflow").exists():
+            raise
+
+
+def _job_tags(run_dir: Path, record: Record) -> dict[str, str]:
+    job = load_job(run_dir)
+    facts = dict(_flat({key: value for key, value in record.items() if key not in ("job", "digests")}))
+    tags = {f"fleetune.{key}": value for key, value in facts.items()}
+    tags |= {RUN_ID: run_dir.name, "fleetune.name": job.name, "fleetune.method": job.method.kind}
+    tags["fleetune.run_dir"] = str(run_dir)
+    known = {"user": "mlflow.user", "git.commit": "mlflow.source.git.commit"}
+    return tags | {known[key]: value for key, value in facts.items() if key in known}
+
+
+def _datasets(record: Record) -> list[Any]:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    contexts = {"train": "training", "eval": "evaluation"}
+    return [
+        DatasetInput(
+            Dataset(name, str(digest)[:36], "local", str(record["job"]["data"].get(name))),
+            [InputTag("mlflow.data.context", contexts.get(name, name))],
+        )
+        for name, digest in (record.get("digests") or {}).items()
+    ]
+
+
+def _flat(found: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in found.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield f"{prefix}{key}", ", ".join(map(str, value))
+        elif value is not None:
+            yield f"{prefix}{key}", str(value)
+
+
+def _free_port(wanted: int) -> int:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

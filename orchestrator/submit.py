@@ -1,0 +1,162 @@
+"""Submission: a frozen job becomes a run folder, made once, and a request to a cluster.
+
+A client may be killed at any point and the submission repeated: with the same run id, or as the same command. For the
+latter, a submission that has begun lies in FLEETUNE_HOME/submitting, locked by the client that makes it. The lock
+falls with the client, and who then submits the same job goes on with that run id instead of a new one.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator import spec
+from orchestrator.backends import open_cluster
+from orchestrator.errors import InputError
+from orchestrator.freeze import absolute, record
+from orchestrator.job import Job
+from orchestrator.preflight import check
+from orchestrator.runs import RUN_ID, home, name_of, new_id, read_record, runs_folder
+
+Source = str | Path | Mapping[str, Any] | Job
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What was submitted. `adopted`: an earlier submission of the same run was found and gone on with."""
+
+    run_id: str
+    run_dir: Path
+    cluster: str
+    adopted: bool
+    warnings: tuple[str, ...]
+
+
+def read(source: Source, overrides: Iterable[str] = ()) -> tuple[Job, Path]:
+    """A job with absolute paths, and the folder that it was written in; raises InputError."""
+    folder = Path.cwd()
+    if isinstance(source, Job):
+        job = spec.validate(source.dump(), overrides)
+    elif isinstance(source, Mapping):
+        job = spec.validate(dict(source), overrides)
+    else:
+        folder = Path(source).absolute().parent
+        job = spec.read(Path(source), overrides)
+    return absolute(job, folder), folder
+
+
+def submit(
+    source: Source,
+    *,
+    cluster: str = "local",
+    overrides: Iterable[str] = (),
+    run_id: str | None = None,
+    announce: Callable[[Submission], None] = lambda _: None,
+) -> Submission:
+    """Check a job and hand it to a cluster; raises InputError (nothing was started) or Unreachable (repeat it).
+
+    `announce` is called while a repetition still finds this submission: print the run id there.
+    """
+    backend = open_cluster(cluster)
+    job, folder = read(source, overrides)
+    found = check(job)
+    frozen = record(job, found.model, cluster, folder)
+    with _chosen_id(job, frozen, run_id) as chosen:
+        run_dir, adopted = _create(chosen, frozen)
+        backend.submit(backend.request(job, chosen))
+        submission = Submission(chosen, run_dir, cluster, adopted, found.warnings)
+        announce(submission)
+    return submission
+
+
+@contextmanager
+def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> Iterator[str]:
+    """The run id of a submission, kept for repetitions until the block ends well."""
+    if run_id is not None:
+        if not RUN_ID.fullmatch(run_id) or name_of(run_id) != job.name:
+            raise InputError(f"--run-id: found {run_id!r}; allowed: {job.name}-<10 characters>, like {new_id(job.name)}")
+        yield run_id
+        return
+    path, descriptor = _begun(_identity(frozen)) or _begin(_identity(frozen), new_id(job.name))
+    try:
+        yield path.name.partition(".")[2]
+        path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _identity(frozen: Mapping[str, Any]) -> str:
+    """What makes two submissions the same: cluster, job and data."""
+    same = {key: frozen[key] for key in ("cluster", "job", "digests")}
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _begun(identity: str) -> tuple[Path, int] | None:
+    """A submission of the same that nobody is at any more, locked for us."""
+    for path in sorted((home() / "submitting").glob(f"{identity}.*")):
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            continue  # its client was done just now
+        if _lock(descriptor) and _is_at(descriptor, path):
+            return path, descriptor
+        os.close(descriptor)
+    return None
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the locked file still has its name: its client may have been done before our lock."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _begin(identity: str, run_id: str) -> tuple[Path, int]:
+    """Note that a submission begins; the name appears with the lock on it."""
+    folder = home() / "submitting"
+    folder.mkdir(parents=True, exist_ok=True)
+    hidden, path = folder / f".{uuid.uuid4().hex}", folder / f"{identity}.{run_id}"
+    descriptor = os.open(hidden, os.O_CREAT | os.O_RDWR)
+    _lock(descriptor)
+    hidden.rename(path)
+    return path, descriptor
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _create(run_id: str, frozen: Mapping[str, Any]) -> tuple[Path, bool]:
+    """Make the run folder whole or not at all; gives whether the same one was there already."""
+    run_dir = runs_folder() / run_id
+    prepared = runs_folder() / f".new-{uuid.uuid4().hex}"
+    prepared.mkdir(parents=True)
+    text = yaml.safe_dump({"run_id": run_id, **frozen}, sort_keys=False, allow_unicode=True)
+    with (prepared / "job.yaml").open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    try:
+        prepared.rename(run_dir)
+    except OSError:
+        shutil.rmtree(prepared)
+        if not run_dir.exists():
+            raise
+        if _identity(read_record(run_dir)) != _identity(frozen):
+            raise InputError(f"--run-id: {run_id} is taken by another job ({run_dir})") from None
+        return run_dir, True
+    return run_dir, False

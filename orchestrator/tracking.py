@@ -1,0 +1,216 @@
+"""Delivery of a run's rows to its one MLflow run: nothing twice, nothing lost, nothing different.
+
+What is sent is a function of the run folder alone (see `orchestrator.history`): a row goes out once, with the time at
+which it was written, so whoever sends it again (after a lost answer, or woken in the middle of a request) sends the
+same row, which MLflow ignores. Rows are read, then made durable, then the fence is checked, then they are sent: what
+an attempt sends was in its file before it had a successor: it lies within its seal, and nobody reports it otherwise.
+Each batch ends with a cursor as a tag of the MLflow run; the next attempt goes on from there, and an old cursor that
+comes late only costs a repetition.
+"""
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orchestrator.environment import Sampler
+from orchestrator.history import Row, Spool
+from orchestrator.store import check_uri, client, describe, open_run, outages, recorded, resolve, ui_command, upload
+from trainer.attempt import Attempt, Fenced, attempts, last, load_job, read_json, result, write_json
+
+__all__ = ["Delivery", "check_uri", "is_tracked", "replay", "ui_command"]
+
+STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
+FILES = ("metrics.jsonl", "system.jsonl")
+CURSOR = "fleetune.delivered"
+COMPARED = ("loss", "lr", "grad_norm", "eval_loss", "eval_exact_match")
+SAMPLE_S = 10.0
+_BATCH = 900  # MLflow takes at most 1000 metrics, params and tags at once
+_LONGEST_WAIT_S = 30.0
+
+
+class Delivery:
+    """Brings what an attempt, and those before it, wrote to MLflow. For one thread at a time."""
+
+    def __init__(self, run_dir: Path, attempt: int) -> None:
+        self._run_dir = run_dir
+        self._attempt = Attempt(run_dir, attempt)
+        self._fence: Callable[[], None] = self._attempt.check
+        self._spools = {file: Spool(run_dir, file, attempt) for file in FILES}
+        self._pending: deque[tuple[str, Row]] = deque()
+        self._cursor: dict[str, int] = {}
+        self._client: Any = None
+        self._mlflow_run_id: str | None = None
+        self._sampler: Sampler | None = None
+        self._sampled = -math.inf
+        self._wait_s, self._next_try, self._down = 0.0, -math.inf, False
+
+    def pump(self) -> None:
+        """Deliver what is new; during an outage return and try again at a later call, and when fenced do nothing."""
+        if not self._attempt.is_live():
+            return
+        self._sample()
+        self._read()
+        if time.monotonic() >= self._next_try:
+            self._tried(self._deliver)
+
+    def finish(self, state: str, timeout_s: float) -> bool:
+        """Deliver the rest, upload the artifacts and set the terminal status, after the run was closed.
+
+        A closed run gets the status of its result, whatever `state` says. Returns False when MLflow could not be
+        reached in time (then `replay` does it later), or when the run goes on without this attempt.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._fence, self._wait_s = self._check_ended, 0.0
+        self._read()
+        while not self._tried(lambda: self._complete(state)):
+            if time.monotonic() + self._wait_s >= deadline or not self._may_end():
+                return False
+            time.sleep(self._wait_s)
+        return True
+
+    def _complete(self, state: str) -> None:
+        self._deliver()
+        ended = result(self._run_dir)
+        state = ended["state"] if ended else state
+        upload(self._client, self._run_dir, str(self._mlflow_run_id), state == "succeeded")
+        self._fence()
+        slot = _last_slot(self._run_dir)
+        end = Attempt(self._run_dir, slot).claim["time"] if ended else time.time()
+        self._client.set_terminated(self._mlflow_run_id, STATUS[state], int(end * 1000))
+        if ended:
+            write_json(self._run_dir / "tracked.json", {"slot": slot, "mlflow_run_id": self._mlflow_run_id})
+
+    def _deliver(self) -> None:
+        self._open()
+        for file, number in {(file, row.attempt) for file, row in self._pending}:
+            # A row that a crash of the machine takes back must not have been reported.
+            Attempt(self._run_dir, number).sync(file)
+        while self._pending:
+            self._send(self._batch())
+
+    def _open(self) -> None:
+        if self._mlflow_run_id:
+            return
+        found = recorded(self._run_dir)
+        uri = found["uri"] if found else resolve(load_job(self._run_dir).tracking.uri)
+        self._client = client(uri)
+        run = open_run(self._client, self._run_dir, uri, self._fence)
+        self._fence()
+        describe(self._client, self._run_dir, run.info.run_id)
+        if self._attempt.is_live() and run.info.status != "RUNNING":
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        self._cursor = json.loads(run.data.tags.get(CURSOR, "{}"))
+        self._pending = deque(item for item in self._pending if item[1].index >= self._cursor.get(item[0], 0))
+        self._mlflow_run_id = run.info.run_id
+
+    def _batch(self) -> list[tuple[str, Row]]:
+        """The oldest rows that wait, with at most 900 metrics."""
+        size = 0
+        batch: list[tuple[str, Row]] = []
+        for item in self._pending:
+            size += len(item[1].fresh)
+            if size > _BATCH and batch:
+                break
+            batch.append(item)
+        return batch
+
+    def _send(self, batch: list[tuple[str, Row]]) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        metrics = [
+            Metric(key, value, int(row.time * 1000), row.step) for _, row in batch for key, value in row.fresh.items()
+        ]
+        cursor = {**self._cursor, **{file: row.index + 1 for file, row in batch}}
+        self._fence()
+        self._client.log_batch(self._mlflow_run_id, metrics, tags=[RunTag(CURSOR, json.dumps(cursor))])
+        self._cursor = cursor
+        for _ in batch:
+            self._pending.popleft()
+
+    def _read(self) -> None:
+        for file, spool in self._spools.items():
+            for row in spool.read():
+                self._pending.append((file, row))
+                if row.again and row.attempt == self._attempt.number:
+                    self._compare(row)
+
+    def _compare(self, row: Row) -> None:
+        """Say in the log where a step that was done again came out otherwise; the first value stays."""
+        tolerance = self._tolerance()
+        for key in COMPARED:
+            first, now = row.again.get(key, (0.0, 0.0))
+            if differ(first, now, tolerance):
+                self._event("redone_step_differs", step=row.step, key=key, reported=first, found=now)
+
+    def _tolerance(self) -> float:
+        job = load_job(self._run_dir)
+        half = job.train.precision == "bf16" or (job.train.precision == "auto" and job.resources.gpus_per_node)
+        return 5e-3 if half else 1e-6
+
+    def _sample(self) -> None:
+        if time.monotonic() - self._sampled < SAMPLE_S:
+            return
+        self._sampled = time.monotonic()
+        self._sampler = self._sampler or Sampler()
+        now = time.time()
+        step = int(now - attempts(self._run_dir)[0].claim["time"])
+        self._attempt.append("system.jsonl", {"step": step, "time": now, **self._sampler.sample()})
+
+    def _tried(self, action: Callable[[], None]) -> bool:
+        try:
+            action()
+        except Fenced:
+            return False
+        except outages() as error:
+            self._wait_s = min(_LONGEST_WAIT_S, self._wait_s * 2 or 0.5)
+            self._next_try = time.monotonic() + self._wait_s
+            if not self._down:
+                self._event("tracking_outage", error=str(error)[:500])
+            self._down = True
+            return False
+        if self._down:
+            self._event("tracking_restored")
+        self._wait_s, self._down = 0.0, False
+        return True
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        if self._attempt.is_live():
+            self._attempt.event(kind, **fields)
+
+    def _may_end(self) -> bool:
+        """Whether this attempt leads the run, or is the last one of a run that is closed."""
+        ended = result(self._run_dir) is not None and last(self._run_dir).number == self._attempt.number
+        return ended or self._attempt.is_live()
+
+    def _check_ended(self) -> None:
+        if not self._may_end():
+            raise Fenced(f"{self._run_dir.name} goes on without attempt {self._attempt.number}")
+
+
+def replay(run_dir: Path, timeout_s: float = 60.0) -> bool:
+    """Deliver what is missing of a closed run, from anywhere, any number of times; True when nothing is missing."""
+    ended = result(run_dir)
+    if ended is None:
+        return False
+    return is_tracked(run_dir) or Delivery(run_dir, last(run_dir).number).finish(ended["state"], timeout_s)
+
+
+def is_tracked(run_dir: Path) -> bool:
+    """Whether MLflow has all of a closed run."""
+    path = run_dir / "tracked.json"
+    return path.exists() and bool(read_json(path)["slot"] == _last_slot(run_dir))
+
+
+def differ(first: float, now: float, tolerance: float) -> bool:
+    """Whether two values of one step differ by more than a relative tolerance; not-a-number equals itself."""
+    if math.isnan(first) or math.isnan(now):
+        return math.isnan(first) != math.isnan(now)
+    return not math.isclose(first, now, rel_tol=tolerance)
+
+
+def _last_slot(run_dir: Path) -> int:
+    return max(int(path.name) for path in (run_dir / "attempts").iterdir() if path.name.isdigit())

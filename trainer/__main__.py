@@ -1,0 +1,38 @@
+"""`python -m trainer RUN_DIR...`: train as plain processes, under any launcher that sets RANK and WORLD_SIZE."""
+
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from trainer.attempt import Attempt, attempts, claim_next
+from trainer.checkpoint import newest
+from trainer.loop import train
+from trainer.world import World, join
+
+
+def main(run_dirs: list[Path]) -> None:
+    """For each run: claim the next attempt from the newest checkpoint, train, and close the run."""
+    world = join()
+    for run_dir in run_dirs:
+        number = _claimed(run_dir, world)
+        train(run_dir, number)
+        if world.leads:
+            Attempt(run_dir, number).close({"state": "succeeded", "attempt": number, "reason": None})
+    dist.destroy_process_group()
+
+
+def _claimed(run_dir: Path, world: World) -> int:
+    """The number of the attempt, which rank 0 claims for all; 0 is sent when it could not."""
+    numbers = [0]
+    if world.leads:
+        attempt = claim_next(run_dir, newest(run_dir))
+        numbers = [attempt.number if attempt else 0]
+    dist.broadcast_object_list(numbers, device=world.device)
+    if numbers[0] == 0:
+        sys.exit(f"{run_dir} is closed, or another process has just claimed it; attempts: {len(attempts(run_dir))}")
+    return numbers[0]
+
+
+if __name__ == "__main__":
+    main([Path(argument).resolve() for argument in sys.argv[1:]])

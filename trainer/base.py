@@ -1,0 +1,48 @@
+"""Loading the base: tokenizer, and model with the dtype that the method and the precision want."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from methods.base import Method
+from methods.options import Full
+from orchestrator.job import Base, Job
+
+
+def precision(job: Job, device: torch.device) -> torch.dtype:
+    """The dtype of the forward pass: bf16 where a GPU has it, unless the job says otherwise."""
+    if job.train.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[job.train.precision]
+
+
+def load_tokenizer(base: Base) -> Any:
+    """The base's tokenizer; its padding token is its end token where it has none of its own."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base.model, revision=base.revision or "main")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(job: Job, method: Method[Any], dtype: torch.dtype) -> nn.Module:
+    """The base with the method attached, on the host; trained weights are fp32, frozen ones `dtype`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    weights = torch.float32 if isinstance(job.method, Full) else dtype
+    revision = job.base.revision or "main"
+    torch.manual_seed(job.train.seed)
+    if job.base.init == "scratch":
+        config = AutoConfig.from_pretrained(job.base.model, revision=revision)
+        model = AutoModelForCausalLM.from_config(config, dtype=weights)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            job.base.model, revision=revision, dtype=weights, **method.load_options()
+        )
+    model.config.use_cache = False
+    if job.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(job.train.seed)
+    return method.attach(model)

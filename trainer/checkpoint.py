@@ -1,0 +1,238 @@
+"""Checkpoints without parallelism: fragments by parameter name and range, written in the background.
+
+RUN_DIR/attempts/N/checkpoints/step-S/ holds one `shard-K.safetensors` per rank, whose tensors are 1-D and named
+`kind/parameter/start`, and beside it `shard-K.json` with its hash. Rank 0 writes `manifest.json` when all shards are
+there; a checkpoint without one does not exist. Loading reads whatever ranges the new layout needs.
+
+The only stall is the copy to the host's memory; hashing, writing and clean-up happen in a thread.
+"""
+
+import hashlib
+import math
+import os
+import shutil
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from methods.base import Method
+from trainer.attempt import Attempt, Record, Start, bounds, read_json, sync_folder, write_json
+from trainer.world import World
+from trainer.zero import Shards, assign
+
+MEAN_TIME_BETWEEN_FAILURES = 4 * 3600.0  # seconds; of one job, as spot machines and large clusters have it
+WEIGHT, METHOD = "weight", "method"
+
+
+class Checkpoints:
+    """The saving side, one per worker."""
+
+    def __init__(self, attempt: Attempt, world: World, every: int | str, keep: int) -> None:
+        self.attempt = attempt
+        self.world = world
+        self.keep = keep
+        self.every = every
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._stall_s = self._write_s = 0.0
+        self._saved_at = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether a fixed interval says to save after this step."""
+        return self.every != "auto" and step % int(self.every) == 0
+
+    def overdue(self) -> bool:
+        """Whether `auto` says to save now: Young's interval sqrt(2 x stall x time between failures), 1974.
+
+        Never sooner than the last write took. Asked on rank 0 alone, which tells the others.
+        """
+        if self.every != "auto":
+            return False
+        interval = math.sqrt(2 * self._stall_s * MEAN_TIME_BETWEEN_FAILURES)
+        return time.monotonic() - self._saved_at > max(interval, self._write_s)
+
+    def save(self, shards: Shards, method: Method[Any], step: int) -> None:
+        """Copy this rank's part to the host and write it in the background; waits for the save before it."""
+        self.wait()
+        began = time.monotonic()
+        tensors = snapshot(shards, method, self.world)
+        self._stall_s = time.monotonic() - began
+        record = {"step": step, "world": self.world.size, "stage": shards.stage}
+        self._thread = threading.Thread(target=self._write, args=(record, tensors), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save under way; raises what went wrong in it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._error
+
+    def _write(self, record: Record, tensors: dict[str, torch.Tensor]) -> None:
+        began = time.monotonic()
+        try:
+            folder = _folder(self.attempt, record["step"])
+            folder.mkdir(parents=True, exist_ok=True)
+            write_shard(folder, self.world.rank, tensors)
+            if self.world.leads:
+                self._commit(folder, record)
+                self._clean()
+        except BaseException as error:  # kept for the training thread, which raises it at the next save
+            self._error = error
+        self._write_s = time.monotonic() - began
+        self._saved_at = time.monotonic()
+
+    def _commit(self, folder: Path, record: Record) -> None:
+        names = [f"shard-{rank}" for rank in range(self.world.size)]
+        while not all((folder / f"{name}.json").exists() for name in names):
+            self.attempt.check()
+            time.sleep(0.02)
+        files = {f"{name}.safetensors": read_json(folder / f"{name}.json") for name in names}
+        # A step that a checkpoint covers must have been reported before the checkpoint exists.
+        self.attempt.sync("metrics.jsonl")
+        write_json(folder / "manifest.json", {**record, "files": files})
+        self.attempt.event("checkpoint", step=record["step"], stall_s=round(self._stall_s, 4))
+
+    def _clean(self) -> None:
+        """Remove all but the newest `keep`, of earlier attempts too. The newest is never removed, even by a ghost."""
+        for _, folder in list(_lineage(self.attempt.run_dir))[self.keep :]:
+            self.attempt.check()
+            trash = folder.with_name(f".trash-{folder.name}")
+            folder.rename(trash)
+            shutil.rmtree(trash)
+
+
+class Reader:
+    """Random access to a checkpoint's fragments by kind, parameter and range."""
+
+    def __init__(self, folder: Path) -> None:
+        self.step = int(read_json(folder / "manifest.json")["step"])
+        self._parts: dict[tuple[str, str], list[tuple[int, str, Any]]] = defaultdict(list)
+        for path in sorted(folder.glob("shard-*.safetensors")):
+            file = safe_open(path, framework="pt")
+            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                kind, name, start = key.split("/")
+                self._parts[kind, name].append((int(start), key, file))
+
+    def names(self, kind: str) -> list[str]:
+        """The parameters that have a state of this kind."""
+        return [name for found, name in self._parts if found == kind]
+
+    def kinds(self) -> set[str]:
+        """The kinds of optimizer state."""
+        return {kind for kind, _ in self._parts} - {WEIGHT, METHOD}
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of a flattened parameter's state, from whichever ranks wrote them."""
+        out = torch.empty(stop - start)
+        missing = stop - start
+        for begin, key, file in self._parts[kind, name]:
+            part = file.get_slice(key)
+            (size,) = part.get_shape()
+            a, b = max(start, begin), min(stop, begin + size)
+            if a < b:
+                out[a - start : b - start] = part[a - begin : b - begin]
+                missing -= b - a
+        if missing:
+            raise ValueError(f"{missing} elements of {kind} of {name}[{start}:{stop}] are not in the checkpoint")
+        return out
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Set every trained parameter of a model that is not sharded yet."""
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assign(model, name, self.read(WEIGHT, name, 0, parameter.numel()).view(parameter.shape))
+
+    def load_optimizer(self, shards: Shards) -> None:
+        """Set the optimizer's state of what this rank holds."""
+        for fragment in shards.fragments():
+            state = shards.optimizer.state[fragment.owner]
+            state["step"] = torch.tensor(float(self.step))
+            for kind in self.kinds():
+                state.setdefault(kind, torch.zeros_like(fragment.owner, requires_grad=False))
+        for fragment in shards.fragments():
+            for kind, part in fragment.state.items():
+                part.copy_(self.read(kind, fragment.name, fragment.start, fragment.stop))
+
+    def method_state(self) -> dict[str, torch.Tensor]:
+        """What the method asked to keep."""
+        return {name: self._parts[METHOD, name][0][2].get_tensor(f"{METHOD}/{name}/0") for name in self.names(METHOD)}
+
+
+def snapshot(shards: Shards, method: Method[Any], world: World) -> dict[str, torch.Tensor]:
+    """This rank's part of weights and optimizer state, on the host."""
+    tensors: dict[str, torch.Tensor] = {}
+    for fragment in shards.fragments():
+        own = (
+            fragment.owned(world.rank, world.size) if shards.replicated else slice(0, fragment.stop - fragment.start)
+        )
+        for kind, whole in {WEIGHT: fragment.master, **fragment.state}.items():
+            if own.start < own.stop:
+                key = f"{kind}/{fragment.name}/{fragment.start + own.start}"
+                tensors[key] = whole[own].detach().to("cpu", copy=True)
+    if world.leads:
+        tensors |= {f"{METHOD}/{name}/0": value.to("cpu", copy=True) for name, value in method.state().items()}
+    return tensors
+
+
+def write_shard(folder: Path, rank: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Write one rank's tensors, then their hash."""
+    path = folder / f"shard-{rank}.safetensors"
+    save_file(tensors, path)
+    with path.open("rb+") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        os.fsync(stream.fileno())
+    sync_folder(folder)
+    write_json(folder / f"shard-{rank}.json", {"sha256": digest, "bytes": path.stat().st_size})
+
+
+def open_checkpoint(run_dir: Path, start: Start) -> Reader:
+    """The checkpoint that an attempt starts from."""
+    return Reader(_folder(Attempt(run_dir, start.attempt), start.step))
+
+
+def newest(run_dir: Path) -> Start | None:
+    """The newest checkpoint that counts and whose hashes hold; None when there is none."""
+    for start, folder in _lineage(run_dir):
+        if is_valid(folder):
+            return start
+    return None
+
+
+def is_valid(folder: Path) -> bool:
+    """Whether a checkpoint has a manifest and every shard that it names, unharmed."""
+    try:
+        files: dict[str, Record] = read_json(folder / "manifest.json")["files"]
+    except (ValueError, KeyError):
+        return False
+    with ThreadPoolExecutor() as pool:
+        return all(pool.map(lambda name: _matches(folder / name, files[name]), files))
+
+
+def _lineage(run_dir: Path) -> Iterator[tuple[Start, Path]]:
+    """Checkpoints with a manifest that count, newest first."""
+    for attempt, bound in bounds(run_dir):
+        folders = (attempt.folder / "checkpoints").glob("step-*/manifest.json")
+        steps = sorted((int(path.parent.name.removeprefix("step-")) for path in folders), reverse=True)
+        yield from ((Start(attempt.number, step), _folder(attempt, step)) for step in steps if step <= bound)
+
+
+def _folder(attempt: Attempt, step: int) -> Path:
+    return attempt.folder / "checkpoints" / f"step-{step}"
+
+
+def _matches(path: Path, expected: Record) -> bool:
+    if not path.exists() or path.stat().st_size != expected["bytes"]:
+        return False
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == expected["sha256"]

@@ -1,0 +1,211 @@
+"""The training loop of one worker."""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from methods.base import Method
+from methods.registry import create
+from orchestrator.job import Job
+from trainer import batches, checkpoint, speed
+from trainer.attempt import Attempt, load_job
+from trainer.base import load_model, load_tokenizer, precision
+from trainer.batches import Batches
+from trainer.evaluate import Evaluator
+from trainer.export import export
+from trainer.meter import Meter
+from trainer.objectives import sft
+from trainer.schedule import learning_rate
+from trainer.tokens import Tokens, tokenise
+from trainer.world import World, join
+from trainer.zero import Shards
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a worker holds while it trains."""
+
+    job: Job
+    attempt: Attempt
+    world: World
+    method: Method[Any]
+    tokenizer: Any
+    tokens: Tokens
+    batches: Batches
+    shards: Shards
+    dtype: torch.dtype
+
+    @property
+    def model(self) -> nn.Module:
+        """The model under DeepSpeed's engine."""
+        module: nn.Module = self.shards.engine.module
+        return module
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision of a forward pass."""
+        return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def train(run_dir: Path, attempt: int) -> None:
+    """Do this worker's part of an attempt that is claimed: from its start checkpoint to attempts/N/output.
+
+    Every worker of the group calls it. Any exception is the caller's to judge.
+    """
+    run, first = prepare(Attempt(run_dir, attempt))
+    saves = checkpoint.Checkpoints(run.attempt, run.world, run.job.checkpoint.every, run.job.checkpoint.keep)
+    evaluator = Evaluator.create(run.job, run.tokenizer, cache(), run.world)
+    fit(run, first, saves, evaluator)
+    saves.wait()
+    export(run)
+    dist.barrier()
+
+
+def cache() -> Path:
+    """Where tokenised data is kept: FLEETUNE_CACHE, or ~/.cache/fleetune."""
+    return Path(os.environ.get("FLEETUNE_CACHE", "~/.cache/fleetune")).expanduser()
+
+
+def prepare(attempt: Attempt) -> tuple[Run, int]:
+    """Load data and model, shard them, and take back the start checkpoint; gives the number of steps done."""
+    job = load_job(attempt.run_dir)
+    world = join()
+    tokenizer = load_tokenizer(job.base)
+    tokens = tokenise(job.data.train, tokenizer, job.data.seq_len, cache())
+    method = create(job.method)
+    dtype = precision(job, world.device)
+    model = load_model(job, method, dtype)
+    saved = checkpoint.open_checkpoint(attempt.run_dir, attempt.start) if attempt.start else None
+    if saved:
+        saved.load_weights(model)
+        method.load_state(saved.method_state())
+    adam = {"betas": job.train.betas, "eps": job.train.eps, "weight_decay": job.train.weight_decay}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = method.optimizer(named, job.lr, **adam)
+    shards = Shards(model.to(world.device), method, optimizer, job.sharding.zero)
+    if saved:
+        saved.load_optimizer(shards)
+    run = Run(job, attempt, world, method, tokenizer, tokens, plan_batches(job, tokens), shards, dtype)
+    announce(run)
+    return run, saved.step if saved else 0
+
+
+def plan_batches(job: Job, tokens: Tokens) -> Batches:
+    """The global batches that a job and its data fix."""
+    return Batches(
+        tokens.lengths,
+        tokens.targets,
+        seed=job.train.seed,
+        seq_len=job.data.seq_len,
+        batch_tokens=job.train.batch_tokens,
+        packing=job.data.packing,
+        micro_batch=job.train.micro_batch,
+        steps=job.train.steps,
+        epochs=job.train.epochs,
+    )
+
+
+def announce(run: Run) -> None:
+    """Tell readers what will happen: number of steps, sizes, and what of the data was cut."""
+    if run.world.leads:
+        counts = {p: speed.numel(p) for p in run.model.parameters()}
+        run.attempt.event(
+            "plan",
+            steps=run.batches.steps,
+            parameters=sum(counts.values()),
+            trained=sum(n for p, n in counts.items() if p.requires_grad),
+            examples=len(run.tokens.lengths),
+            truncated=run.tokens.truncated,
+            dropped=run.tokens.dropped,
+            device=str(run.world.device),
+        )
+
+
+def fit(run: Run, first: int, saves: checkpoint.Checkpoints, evaluator: Evaluator) -> None:
+    """Take the steps after `first`, evaluate and save between them."""
+    steps = run.batches.steps
+    peak = speed.peak_flops(run.world.device, run.dtype)
+    meter = Meter(run.attempt, run.world, steps, speed.flops_per_token(run.model), peak)
+    if first == 0 and run.job.evaluation.before:
+        evaluator.evaluate(run, 0)
+    meter.pause()
+    stream = prefetch(micro_batches(run, first))
+    for step in range(first + 1, steps + 1):
+        wish = take_step(run, step, stream, meter, saves.overdue())
+        every = run.job.evaluation.every
+        evaluation_due = step == steps or (every is not None and step % every == 0)
+        save_due = step == steps or wish or saves.due(step)
+        if evaluation_due or save_due:
+            meter.flush()
+            if evaluation_due:
+                evaluator.evaluate(run, step)
+            if save_due:
+                saves.save(run.shards, run.method, step)
+            meter.pause()
+
+
+def take_step(run: Run, step: int, stream: Iterator[Batch | None], meter: Meter, overdue: bool) -> bool:
+    """Accumulate the micro-batches of one global batch and apply them; gives whether rank 0 wants to save."""
+    torch.manual_seed(hash((run.job.train.seed, step, run.world.rank)))
+    total = run.batches.target_tokens(step - 1)
+    loss = torch.zeros((), device=run.world.device, dtype=torch.float64)
+    waited = -time.monotonic()
+    while (batch := next(stream)) is not None:
+        waited += time.monotonic()
+        with run.autocast():
+            part, _ = sft.loss(run.shards.engine, batch)
+        run.shards.backward(part / total)
+        loss += part.detach() / total
+        waited -= time.monotonic()
+    waited += time.monotonic()
+    penalty = run.method.penalty(run.model)
+    if penalty is not None:
+        run.shards.backward(penalty / run.world.size)
+    lr = learning_rate(run.job, step - 1, run.batches.steps)
+    norm = run.shards.step(lr, run.job.train.clip)
+    return meter.record(step, loss, norm, lr, run.batches.tokens(step - 1), waited, overdue)
+
+
+def micro_batches(run: Run, first: int) -> Iterator[Batch | None]:
+    """This rank's micro-batches of all steps after `first`; None ends a step."""
+    for k in range(first, run.batches.steps):
+        for micro in run.batches.deal(k, run.world.rank, run.world.size):
+            arrays = batches.collate(micro, run.tokens, run.tokenizer.pad_token_id)
+            yield {name: to_device(array, run.world.device) for name, array in arrays.items()}
+        yield None
+
+
+def to_device(array: Any, device: torch.device) -> torch.Tensor:
+    """An array as a tensor on the device, copied without a wait where that is possible."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def prefetch(stream: Iterator[Batch | None], ahead: int = 4) -> Iterator[Batch | None]:
+    """The same stream, made ahead in a thread; raises what the thread raised."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(ahead)
+
+    def work() -> None:
+        try:
+            for item in stream:
+                ready.put(item)
+        except BaseException as error:
+            ready.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        item = ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        yield item

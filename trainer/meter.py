@@ -1,0 +1,93 @@
+"""What a step reports. A step's figures are read one step later, so that the device never waits for the host."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from trainer.attempt import Attempt
+from trainer.speed import peak_memory
+from trainer.world import World
+
+
+@dataclass(frozen=True)
+class _Pending:
+    step: int
+    lr: float
+    tokens: int
+    data_wait_s: float
+    sums: torch.Tensor
+    grad_norm: torch.Tensor
+
+
+class Meter:
+    """Collects the figures of each step and appends them to metrics.jsonl."""
+
+    def __init__(self, attempt: Attempt, world: World, steps: int, flops_per_token: float, peak: float) -> None:
+        self.attempt = attempt
+        self.world = world
+        self.steps = steps
+        self.flops_per_token = flops_per_token
+        self.peak = peak
+        self._pending: _Pending | None = None
+        self._last = time.monotonic()
+
+    def record(
+        self,
+        step: int,
+        loss: torch.Tensor,
+        grad_norm: torch.Tensor,
+        lr: float,
+        tokens: int,
+        wait_s: float,
+        save: bool,
+    ) -> bool:
+        """Report a step whose loss is this rank's share of the mean; gives rank 0's wish to save, one step late."""
+        sums = torch.stack([loss.double(), loss.new_tensor(float(save), dtype=torch.float64)])
+        dist.all_reduce(sums)
+        wish = self.flush()
+        self._pending = _Pending(step, lr, tokens, wait_s, sums, grad_norm)
+        return wish
+
+    def flush(self) -> bool:
+        """Write the step that is still open; gives rank 0's wish to save. Raises when a figure is not finite."""
+        if self._pending is None:
+            return False
+        open_, self._pending = self._pending, None
+        loss, wish = open_.sums.tolist()
+        norm = open_.grad_norm.item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            found = f"step {open_.step}: the loss is {loss}, the gradient norm {norm}"
+            raise FloatingPointError(f"{found}; try a lower train.lr or more train.warmup")
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        if self.world.leads:
+            self._write(open_, loss, norm, seconds)
+        return wish > 0
+
+    def pause(self) -> None:
+        """Leave the time since the last figure out of the speed (evaluations, saves)."""
+        self._last = time.monotonic()
+
+    def _write(self, step: _Pending, loss: float, norm: float, seconds: float) -> None:
+        speed = step.tokens / seconds
+        figures = {
+            "step": step.step,
+            "time": time.time(),
+            "loss": loss,
+            "lr": step.lr,
+            "grad_norm": norm,
+            "tokens_per_second": speed,
+            "mfu": speed * self.flops_per_token / (self.peak * self.world.size),
+            "data_wait_s": step.data_wait_s,
+            "peak_memory_bytes": peak_memory(self.world.device),
+        }
+        self.attempt.append("metrics.jsonl", figures)
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.steps - step.step)))
+        print(
+            f"step {step.step}/{self.steps}  loss {loss:.4f}  norm {norm:.3f}  lr {step.lr:.2e}  "
+            f"{speed:,.0f} tokens/s  {left} left",
+            flush=True,
+        )

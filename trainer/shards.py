@@ -1,0 +1,169 @@
+"""Tokenised examples in files that all ranks make together, and map.
+
+Whoever comes claims shards that nobody has, writes each whole or not at all, and waits for the rest by looking for
+files, never in a collective. A shard that does not come (its maker died) is made by those who wait for it: the same
+content twice does no harm. A shard ends with the sha256 of its content and the manifest comes last, so what is
+half-written or damaged is made again, never used.
+"""
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from trainer.attempt import read_json, sync_folder, write_json
+
+Chunk = TypeVar("Chunk")
+
+_POLL_S = 0.05
+_PATIENCE_S = 2.0  # at least; and five times what the slowest shard took here
+_HASH_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows that were read, examples among them that lost their end, and rows that gave no example."""
+
+    rows: int
+    truncated: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Examples end to end, example i in [offsets[i], offsets[i + 1]): token ids, and which of them are labels."""
+
+    ids: npt.NDArray[np.int32]
+    target: npt.NDArray[np.bool_]
+    offsets: npt.NDArray[np.int64]
+    counts: Counts
+
+
+def join(examples: Sequence[tuple[list[int], list[bool]]], counts: Counts) -> Shard:
+    """Lay examples end to end."""
+    return Shard(
+        np.fromiter(chain.from_iterable(ids for ids, _ in examples), np.int32),
+        np.fromiter(chain.from_iterable(target for _, target in examples), np.bool_),
+        np.cumsum([0, *(len(ids) for ids, _ in examples)], dtype=np.int64),
+        counts,
+    )
+
+
+def collect(folder: Path, chunks: Callable[[], Iterable[Chunk]], make: Callable[[Chunk], Shard]) -> list[Shard]:
+    """The shards of `folder`, one for each chunk: mapped if they are there, else made together with other ranks.
+
+    `chunks` and `make` must give the same on every rank.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    work = _Work(folder, chunks, make)
+    return work.cached() or work.share()
+
+
+class _Work(Generic[Chunk]):
+    """What one rank has found and made so far."""
+
+    def __init__(self, folder: Path, chunks: Callable[[], Iterable[Chunk]], make: Callable[[Chunk], Shard]) -> None:
+        self.folder, self.chunks, self.make = folder, chunks, make
+        self.manifest = folder / "manifest.json"
+        self.found: dict[int, Shard] = {}
+        self.patience_s = _PATIENCE_S
+
+    def cached(self) -> list[Shard]:
+        """All shards when the folder is whole, else nothing."""
+        try:
+            record = read_json(self.manifest)
+            count, rows = int(record["shards"]), int(record["rows"])
+        except (FileNotFoundError, ValueError, KeyError):
+            return []
+        if not all(self.has(number) for number in range(count)):
+            return []
+        shards = [self.found[number] for number in range(count)]
+        return shards if sum(shard.counts.rows for shard in shards) == rows else []
+
+    def share(self) -> list[Shard]:
+        """Make what nobody has claimed, wait for the others, make what does not come."""
+        count = self.go_through(steal=False)
+        while missing := [number for number in range(count) if not self.has(number)]:
+            if not self.comes(missing):
+                self.go_through(steal=True)
+        shards = [self.found[number] for number in range(count)]
+        write_json(self.manifest, {"shards": count, "rows": sum(shard.counts.rows for shard in shards)})
+        return shards
+
+    def go_through(self, *, steal: bool) -> int:
+        """Make the missing shards that are unclaimed, or (steal) all that are missing; the number of chunks."""
+        number = -1
+        for number, chunk in enumerate(self.chunks()):
+            if not self.has(number) and (draft := self.draft(number, steal=steal)):
+                began = time.monotonic()
+                _write(draft, self.make(chunk), self.path(number))
+                self.patience_s = max(self.patience_s, 5 * (time.monotonic() - began))
+        return number + 1
+
+    def draft(self, number: int, *, steal: bool) -> BinaryIO | None:
+        """The file to write a shard to, which is also the claim on it; None when another has claimed it."""
+        try:
+            return self.path(number).with_suffix(f".{uuid.uuid4().hex}" if steal else ".claim").open("xb")
+        except FileExistsError:
+            return None
+
+    def comes(self, missing: list[int]) -> bool:
+        """Wait for any of the missing shards; False when patience ends first."""
+        deadline = time.monotonic() + self.patience_s
+        while time.monotonic() < deadline:
+            if any(self.has(number) for number in missing):
+                return True
+            time.sleep(_POLL_S)
+        return False
+
+    def has(self, number: int) -> bool:
+        """Whether a shard is there and whole."""
+        if number not in self.found and (shard := _read(self.path(number))):
+            self.found[number] = shard
+        return number in self.found
+
+    def path(self, number: int) -> Path:
+        """Where a shard lies."""
+        return self.folder / f"{number:05}.arrow"
+
+
+def _write(draft: BinaryIO, shard: Shard, path: Path) -> None:
+    """An Arrow stream (its readers stop at its end), then its sha256."""
+    arrays = {"ids": shard.ids, "target": shard.target.view(np.uint8)}
+    columns = {name: pa.LargeListArray.from_arrays(shard.offsets, pa.array(array)) for name, array in arrays.items()}
+    batch = pa.record_batch(columns).replace_schema_metadata({"counts": json.dumps(asdict(shard.counts))})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    content = sink.getvalue()
+    with draft:
+        draft.write(content)
+        draft.write(hashlib.sha256(content).digest())
+        draft.flush()
+        os.fsync(draft.fileno())
+    Path(draft.name).replace(path)
+    sync_folder(path.parent)
+
+
+def _read(path: Path) -> Shard | None:
+    """Map a shard; None when it is missing or damaged."""
+    if not path.exists() or path.stat().st_size <= _HASH_BYTES:
+        return None
+    with pa.memory_map(str(path)) as file:
+        content = file.read_buffer()
+    if hashlib.sha256(content[:-_HASH_BYTES]).digest() != content[-_HASH_BYTES:].to_pybytes():
+        return None
+    batch = pa.ipc.open_stream(content).read_next_batch()
+    ids, target = batch.column("ids"), batch.column("target")
+    counts = Counts(**json.loads(batch.schema.metadata[b"counts"]))
+    return Shard(ids.values.to_numpy(), target.values.to_numpy().view(np.bool_), ids.offsets.to_numpy(), counts)

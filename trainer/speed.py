@@ -1,0 +1,60 @@
+"""How much arithmetic a step is, and how much the device could do."""
+
+import resource
+import time
+
+import torch
+from torch import nn
+
+PEAK_BF16 = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "B200": 2250e12,
+}  # FLOP/s, dense
+
+
+def flops_per_token(model: nn.Module) -> float:
+    """Model FLOPs of one trained token, attention scores left out: 2 per weight forward, 2 for the gradient of the
+    activations, 2 for that of each trained weight (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    lookup = 0 if tied else numel(embedding)
+    weights = sum(numel(p) for p in model.parameters()) - lookup
+    trained = sum(numel(p) for p in model.parameters() if p.requires_grad)
+    return 4.0 * weights + 2.0 * max(0, trained - (lookup if embedding.requires_grad else 0))
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a device: the vendor's dense bf16 figure where known, else that of a matrix product measured now."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for known, peak in PEAK_BF16.items():
+            if known in name:
+                return peak
+    return _measured(device, dtype)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU, or the process's largest resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _measured(device: torch.device, dtype: torch.dtype) -> float:
+    size = 4096 if device.type == "cuda" else 512
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def numel(parameter: torch.Tensor) -> int:
+    """The number of elements of a parameter, sharded or not."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
