@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.attempt import Attempt, Record, attempts, read_json, sealed_size
+from trainer.attempt import Attempt, Record, attempts, read_json, read_lines, sealed_size
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,15 @@ def history(run_dir: Path) -> list[Record]:
             head = {"step": row.step, "kind": kind, "attempt": row.attempt, "time": row.time}
             records.setdefault((row.step, kind), head).update(row.fresh)
     return sorted(records.values(), key=lambda record: (record["step"], record["kind"] == "eval"))
+
+
+def planned(run_dir: Path) -> Record:
+    """What the trainer announced first: steps, parameters, trained, ...; empty while it announced nothing."""
+    for attempt in attempts(run_dir):
+        for event in read_lines(run_dir, attempt, "events.jsonl"):
+            if event["event"] == "plan":
+                return {key: value for key, value in event.items() if key not in ("event", "time")}
+    return {}
 
 
 def mlflow_run(run_dir: Path) -> Record | None:

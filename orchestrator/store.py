@@ -20,6 +20,7 @@ import yaml
 
 from orchestrator.environment import environment
 from orchestrator.errors import InputError
+from orchestrator.history import planned
 from trainer.attempt import Attempt, Record, attempts, load_job, read_json, write_json
 
 RUN_ID = "fleetune.run_id"
@@ -76,14 +77,14 @@ def outages() -> tuple[type[Exception], ...]:
     return (MlflowException, SQLAlchemyError, OSError)
 
 
-def ui_command(uri: str | None) -> list[str]:
+def ui_command(uri: str | None, port: int = 5000) -> list[str]:
     """The command that serves MLflow's pages for a store on loopback; start it in its own process group."""
     uri = resolve(uri)
     if urlsplit(uri).scheme in ("http", "https", "databricks"):
         raise InputError(f"tracking.uri: {uri} is a server already; open it in a browser")
     artifacts = ["--default-artifact-root", root] if (root := _artifact_root(uri)) else []
     settings = ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"]
-    serve = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(_free_port(5000))]
+    serve = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(_free_port(port))]
     return ["env", *settings, *serve, "--workers", "1", "--backend-store-uri", uri, *artifacts]
 
 
@@ -109,16 +110,16 @@ def recorded(run_dir: Path) -> Record | None:
     return read_json(path) if path.exists() else None
 
 
-def describe(client: Any, run_dir: Path, mlflow_run_id: str) -> None:
-    """Log the job as params, the data as inputs, and where it runs as tags; saying it again changes nothing."""
+def describe(client: Any, run_dir: Path, mlflow_run_id: str, here: bool) -> None:
+    """Log the job as params, the data as inputs, the rest as tags; with `here` this machine too, as where it runs."""
     from mlflow.entities import Param, RunTag
 
     record = yaml.safe_load((run_dir / "job.yaml").read_text())
     params = [Param(key, value) for key, value in job_params(run_dir, record).items()]
     for start in range(0, len(params), _PARAMS_PER_BATCH):
         client.log_batch(mlflow_run_id, params=params[start : start + _PARAMS_PER_BATCH])
-    said = {f"fleetune.env.{key}": value for key, value in environment().items()}
-    client.log_batch(mlflow_run_id, tags=[RunTag(*tag) for tag in {**_job_tags(run_dir, record), **said}.items()])
+    machine = {f"fleetune.env.{key}": value for key, value in environment().items()} if here else {}
+    client.log_batch(mlflow_run_id, tags=[RunTag(*tag) for tag in {**_job_tags(run_dir, record), **machine}.items()])
     client.log_inputs(mlflow_run_id, datasets=_datasets(record))
 
 
@@ -191,6 +192,7 @@ def _job_tags(run_dir: Path, record: Record) -> dict[str, str]:
     tags = {f"fleetune.{key}": value for key, value in facts.items()}
     tags |= {RUN_ID: run_dir.name, "fleetune.name": job.name, "fleetune.method": job.method.kind}
     tags["fleetune.run_dir"] = str(run_dir)
+    tags |= {f"fleetune.plan.{key}": value for key, value in _flat(planned(run_dir))}
     known = {"user": "mlflow.user", "git.commit": "mlflow.source.git.commit"}
     return tags | {known[key]: value for key, value in facts.items() if key in known}
 

@@ -76,6 +76,7 @@ class Delivery:
         self._deliver()
         ended = result(self._run_dir)
         state = ended["state"] if ended else state
+        describe(self._client, self._run_dir, str(self._mlflow_run_id), here=False)  # the plan is known by now
         upload(self._client, self._run_dir, str(self._mlflow_run_id), state == "succeeded")
         self._fence()
         slot = _last_slot(self._run_dir)
@@ -100,7 +101,7 @@ class Delivery:
         self._client = client(uri)
         run = open_run(self._client, self._run_dir, uri, self._fence)
         self._fence()
-        describe(self._client, self._run_dir, run.info.run_id)
+        describe(self._client, self._run_dir, run.info.run_id, here=self._attempt.is_live())
         if self._attempt.is_live() and run.info.status != "RUNNING":
             self._client.update_run(run.info.run_id, status="RUNNING")
         self._cursor = json.loads(run.data.tags.get(CURSOR, "{}"))

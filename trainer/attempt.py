@@ -150,8 +150,8 @@ def bounds(run_dir: Path) -> Iterator[tuple[Attempt, float]]:
 
 
 def sealed_size(run_dir: Path, attempt: Attempt, file: str) -> int | None:
-    """How many bytes of an appended file count; None while the attempt has no successor that sealed it."""
-    for later in attempts(run_dir):
+    """How many bytes of an appended file count; None while no later slot (a closing one, too) has sealed it."""
+    for later in _slots(run_dir):
         path = later.folder / "seals.json"
         if later.number > attempt.number and path.exists():
             sizes = read_json(path).get(str(attempt.number))

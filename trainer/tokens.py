@@ -91,7 +91,7 @@ def tokenise(source: str | Path, tokenizer: "PreTrainedTokenizerBase", seq_len: 
 def prompts(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt]:
     """What to generate from, for each row that has a prompt; of a chat, all before its last assistant turn."""
     encoder = _Encoder(source, tokenizer)
-    asked = [row for row in rows(source) if row.prompt or row.messages]
+    asked = [row for row in rows(source) if row.prompt.strip() or row.messages]
     return [
         Prompt(encoder.opened([i for ids, _ in parts[:-1] for i in ids]), _answer(row).strip())
         for row, parts in zip(asked, encoder.parts(asked), strict=True)

@@ -1,0 +1,183 @@
+"""Throughput and peak memory of every ZeRO stage, on the GPUs of this machine, as plain processes without Ray.
+
+    python benchmarks/layouts.py --workers 2 --out benchmarks/results/layouts.json
+
+Trains a random model of Llama-3.2-1B's shape with LoRA and in full, in bf16, at each stage, then resumes the last run
+of several workers on one of them. Figures are the median over the second half of the steps.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "rope_theta": 500000.0,
+}
+
+
+def main() -> None:
+    """Run all layouts and write their figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        make_inputs(place, arguments.layers)
+        runs = [
+            make_run(place, f"{method}-z{zero}", method, zero, arguments.steps)
+            for method in ("lora", "full")
+            for zero in range(4)
+        ]
+        launch(place, arguments.workers, runs)
+        rows = [figures(run, arguments.workers) for run in runs]
+        if arguments.workers > 1:
+            rows.append(resume_alone(place, runs[3]))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({"commit": commit(), "device": device(), "rows": rows}, indent=1))
+    print(table(rows))
+
+
+def make_inputs(place: Path, layers: int) -> None:
+    """A base folder (config and tokenizer) and rows of random words."""
+    base = place / "base"
+    base.mkdir()
+    for path in (ROOT / "examples" / "tiny").glob("token*"):
+        shutil.copy(path, base)
+    (base / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": layers}))
+    rng = random.Random(0)
+    words = ["red", "blue", "cat", "dog", "one", "two", "three", "is", "in", "the", "box"]
+    rows = [{"text": " ".join(rng.choices(words, k=900))} for _ in range(800)]
+    (place / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_run(place: Path, name: str, method: str, zero: int, steps: int) -> Path:
+    """A run folder of one layout."""
+    job = {
+        "name": name,
+        "base": {"model": str(place / "base"), "init": "scratch"},
+        "method": {"kind": method},
+        "data": {"train": str(place / "text.jsonl"), "seq_len": 2048},
+        "train": {"steps": steps, "batch_tokens": 65536, "micro_batch": 4, "precision": "bf16", "lr": 1e-4},
+        "sharding": {"zero": zero},
+        "checkpoint": {"every": steps // 2 if method == "lora" else 10**6, "keep": 9},
+    }
+    run_dir = place / name
+    run_dir.mkdir()
+    (run_dir / "job.yaml").write_text(yaml.safe_dump({"run_id": name, "job": job}))
+    return run_dir
+
+
+def launch(place: Path, workers: int, runs: list[Path]) -> None:
+    """Train the runs one after another, each in fresh processes."""
+    for run in runs:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = {"WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common |= {"FLEETUNE_CACHE": str(place / "cache"), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        log = (place / f"{run.name}.log").open("w")
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "trainer", str(run)],
+                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=log,
+                stderr=log,
+            )
+            for rank in range(workers)
+        ]
+        codes = [process.wait() for process in processes]
+        if any(codes):
+            print((place / f"{run.name}.log").read_text()[-3000:])
+            raise SystemExit(f"{run.name} ended with {codes}")
+        print(run.name, "done", flush=True)
+
+
+def metrics(run: Path, attempt: int) -> list[dict[str, Any]]:
+    """The steps that an attempt reported."""
+    return [json.loads(line) for line in (run / "attempts" / str(attempt) / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(run: Path, workers: int) -> dict[str, Any]:
+    """One row: medians over the second half of the steps."""
+    rows = metrics(run, 1)
+    tail = rows[len(rows) // 2 :]
+    return {
+        "run": run.name,
+        "workers": workers,
+        "tokens_per_second_per_worker": statistics.median(row["tokens_per_second"] for row in tail) / workers,
+        "mfu": statistics.median(row["mfu"] for row in tail),
+        "peak_memory_gib": max(row["peak_memory_bytes"] for row in rows) / 2**30,
+        "losses": [round(row["loss"], 5) for row in rows],
+    }
+
+
+def resume_alone(place: Path, run: Path) -> dict[str, Any]:
+    """Take a run back to the middle and finish it with one worker; the largest relative difference of the losses."""
+    copy = place / f"{run.name}-resumed"
+    shutil.copytree(run, copy)
+    steps = len(metrics(run, 1))
+    for gone in ("attempts/2", f"attempts/1/checkpoints/step-{steps}", "output"):
+        shutil.rmtree(copy / gone)
+    (copy / "result.json").unlink()
+    launch(place, 1, [copy])
+    expected = {row["step"]: row["loss"] for row in metrics(run, 1)}
+    resumed = {row["step"]: row["loss"] for row in metrics(copy, 2)}
+    worst = max(abs(loss - expected[step]) / expected[step] for step, loss in resumed.items())
+    return figures(run, 1) | {
+        "run": copy.name,
+        "resumed_steps": sorted(resumed),
+        "worst_relative_loss_difference": worst,
+        "losses": [round(loss, 5) for loss in resumed.values()],
+    }
+
+
+def commit() -> str:
+    """The commit of this checkout, with a mark when it has changes; `unknown` outside a checkout."""
+    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def device() -> str:
+    """What the figures were measured on."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The figures as Markdown."""
+    lines = ["| run | workers | tokens/s per worker | MFU | peak GiB |", "|---|---|---|---|---|"]
+    for row in rows:
+        speed, mfu, memory = row["tokens_per_second_per_worker"], row["mfu"], row["peak_memory_gib"]
+        lines.append(f"| {row['run']} | {row['workers']} | {speed:,.0f} | {mfu:.1%} | {memory:.1f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""What of this machine is usable, and how to mend what is not. Every check is bounded in time and changes nothing."""
+
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from orchestrator.runs import home
+
+Level = Literal["ok", "warn", "fail"]
+_TRAIN = ("torch", "deepspeed", "transformers", "peft", "ray", "mlflow", "datasets", "safetensors")
+_GIB = 1 << 30
+_PROBE_TIMEOUT = 90.0  # seconds; importing torch from a cold disk takes long
+_STALE = 600.0  # seconds after which a build lock belongs to nobody
+_TORCH = """
+import torch
+devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+print("; ".join(f"{d.name}, {d.total_memory / 2**30:.0f} GiB" for d in devices) or "CPU only")
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at; `mend` says what to do where it is not ok."""
+
+    name: str
+    level: Level
+    found: str
+    mend: str = ""
+
+
+def doctor() -> list[Check]:
+    """Look at everything that submitting and training need."""
+    looks: tuple[Callable[[], Iterator[Check]], ...] = (
+        _python,
+        _packages,
+        _devices,
+        _home,
+        _disk,
+        _memory,
+        _files,
+        _build_lock,
+        _cluster,
+        _mlflow,
+    )
+    return [check for look in looks for check in look()]
+
+
+def _python() -> Iterator[Check]:
+    found = f"{platform.python_version()} at {sys.executable}"
+    yield Check("python", "ok" if sys.version_info >= (3, 11) else "fail", found, "make .venv with Python 3.11 or newer")
+
+
+def _packages() -> Iterator[Check]:
+    missing = []
+    found = []
+    for name in _TRAIN:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        mend = "pip install 'fleetune[train]' to train here; submitting elsewhere needs none of them"
+        yield Check("packages", "warn", f"missing: {', '.join(missing)}", mend)
+    else:
+        yield Check("packages", "ok", ", ".join(found))
+
+
+def _devices() -> Iterator[Check]:
+    """Ask torch in a process of its own: a broken driver may hang or kill it."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _TORCH], capture_output=True, text=True, timeout=_PROBE_TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        yield Check("devices", "fail", f"torch did not answer in {_PROBE_TIMEOUT:.0f} s", "look at nvidia-smi")
+        return
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        yield Check("devices", "warn", f"torch cannot be used: {last}", "pip install 'fleetune[train]'")
+        return
+    found = done.stdout.strip()
+    driver = shutil.which("nvidia-smi") is not None
+    if found == "CPU only" and driver:
+        yield Check("devices", "warn", "nvidia-smi is there, but torch sees no GPU", "install a CUDA build of torch")
+    else:
+        yield Check("devices", "ok", f"{found}, {os.cpu_count()} CPU cores")
+
+
+def _home() -> Iterator[Check]:
+    folder = _nearest(home())
+    level: Level = "ok" if os.access(folder, os.W_OK | os.X_OK) else "fail"
+    yield Check("home", level, str(home()), "set FLEETUNE_HOME to a folder that you can write")
+
+
+def _disk() -> Iterator[Check]:
+    free = shutil.disk_usage(_nearest(home())).free
+    level: Level = "ok" if free > 20 * _GIB else "warn" if free > 2 * _GIB else "fail"
+    yield Check("disk", level, f"{free / _GIB:.1f} GiB free", "free some space, or set FLEETUNE_HOME to another disk")
+
+
+def _memory() -> Iterator[Check]:
+    shared = Path("/dev/shm")
+    if not shared.is_dir():
+        return  # macOS
+    free = shutil.disk_usage(shared).free
+    mend = "Ray and NCCL keep their buffers there: mount it larger (docker: --shm-size=8g)"
+    yield Check("/dev/shm", "ok" if free > _GIB else "warn", f"{free / _GIB:.1f} GiB free", mend)
+
+
+def _files() -> Iterator[Check]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    mend = f"ulimit -n 65536 (at most {hard} here)"
+    yield Check("open files", "ok" if soft >= 4096 else "warn", f"at most {soft}", mend)
+
+
+def _build_lock() -> Iterator[Check]:
+    """A build of an extension that was killed leaves a lock on which every later one waits for ever."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    now = time.time()
+    stale = [path for path in root.glob("**/lock") if now - path.stat().st_mtime > _STALE]
+    if stale:
+        yield Check("build lock", "warn", ", ".join(map(str, stale)), f"rm {' '.join(map(str, stale))}")
+    else:
+        yield Check("build lock", "ok", "none")
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the first of its parents that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())

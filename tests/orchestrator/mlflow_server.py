@@ -1,0 +1,121 @@
+"""A real MLflow server on loopback that can be killed and started again, and a proxy that can hold requests."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+
+from orchestrator.store import ui_command
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """`mlflow server` over a store, in a process group of its own, always on the same port."""
+
+    def __init__(self, store: str) -> None:
+        self.store, self.port = store, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = ui_command(self.store, self.port)
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)
+        for _ in range(600):
+            if self._healthy():
+                return
+            time.sleep(0.1)
+        raise TimeoutError(f"no MLflow server at {self.uri}")
+
+    def kill(self) -> None:
+        if self._process:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+
+class Proxy:
+    """Forwards TCP to a port; requests whose first bytes contain `held` wait until `release`."""
+
+    def __init__(self, port: int, held: bytes) -> None:
+        self._port, self._held = port, held
+        self.caught, self._go = threading.Event(), threading.Event()
+        self.holding = True
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._threads: list[threading.Thread] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def release(self) -> None:
+        """Let what is held go, and wait until the server has answered it."""
+        self.holding = False
+        self._go.set()
+        for thread in self._threads:
+            thread.join(10)
+        self._socket.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            thread = threading.Thread(target=self._forward, args=(connection,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _forward(self, near: socket.socket) -> None:
+        """Carry requests one after another; a held one reaches the server although its sender has gone."""
+        with near, socket.create_connection(("127.0.0.1", self._port)) as far:
+            back = threading.Thread(target=_pipe, args=(far, near), daemon=True)
+            back.start()
+            while data := _receive(near):
+                if self.holding and self._held in data:
+                    data += _body(near)
+                    self.caught.set()
+                    self._go.wait(60)
+                far.sendall(data)
+            far.shutdown(socket.SHUT_WR)
+            back.join(10)
+
+
+def _pipe(source: socket.socket, sink: socket.socket) -> None:
+    while data := _receive(source):
+        with contextlib.suppress(OSError):  # the sender gave up; the answer still has to be drained
+            sink.sendall(data)
+
+
+def _receive(source: socket.socket) -> bytes:
+    try:
+        return source.recv(1 << 16)
+    except OSError:
+        return b""
+
+
+def _body(near: socket.socket) -> bytes:
+    """What else of a request arrives within a moment."""
+    near.settimeout(0.3)
+    data = b""
+    try:
+        while part := near.recv(1 << 16):
+            data += part
+    except TimeoutError:
+        near.settimeout(None)
+    return data

@@ -1,0 +1,88 @@
+"""Run folders as the trainer would leave them, written through the protocol's own functions."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.job import Job
+from trainer import attempt as protocol
+from trainer.attempt import Attempt, Start
+
+T0 = 1_700_000_000.0
+
+
+def make_run(root: Path, run_id: str, uri: str | None, **job: Any) -> Path:
+    """A run folder with its frozen job."""
+    spec = {
+        "name": "fake",
+        "base": "tiny",
+        "method": {"kind": "lora", "rank": 4},
+        "data": {"train": "train.jsonl", "eval": "eval.jsonl"},
+        "train": {"steps": 100, "precision": "fp32"},
+        "tracking": {"uri": uri, "experiment": "fakes"},
+        **job,
+    }
+    run_dir = root / run_id
+    run_dir.mkdir(parents=True)
+    record = {
+        "job": Job.model_validate(spec).dump(),
+        "version": "0.1.0",
+        "user": "ada",
+        "git": {"commit": "c0ffee", "dirty": True},
+        "digests": {"train": "1" * 64, "eval": "2" * 64},
+    }
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(record))
+    return run_dir
+
+
+def claim(run_dir: Path, start: int | None = None) -> Attempt:
+    """The next attempt, from a checkpoint of its predecessor at step `start`."""
+    begin = Start(protocol.last(run_dir).number, start) if start is not None else None
+    attempt = protocol.claim_next(run_dir, begin)
+    assert attempt
+    return attempt
+
+
+def loss_at(step: int) -> float:
+    return 4.0 / (1.0 + 0.1 * step)
+
+
+def step_row(attempt: Attempt, step: int, **changed: float) -> None:
+    """The row of one optimizer step, with a time that no other attempt would write."""
+    row = {"step": step, "time": T0 + 1000 * attempt.number + step, "loss": loss_at(step), "lr": 1e-4}
+    attempt.append("metrics.jsonl", {**row, "mfu": None, "peak_memory_bytes": 1 << 30, **changed})
+
+
+def steps(attempt: Attempt, first: int, final: int) -> None:
+    """The rows of several steps."""
+    for step in range(first, final + 1):
+        step_row(attempt, step)
+
+
+def eval_row(attempt: Attempt, step: int, **figures: float) -> None:
+    """The row of one evaluation."""
+    attempt.append("metrics.jsonl", {"step": step, "time": T0 + 1000 * attempt.number + step + 0.5, **figures})
+
+
+def plan(attempt: Attempt, trained: int = 1234) -> None:
+    """What the trainer announces."""
+    attempt.event("plan", steps=100, parameters=99999, trained=trained)
+
+
+def expected(*parts: tuple[int, int, int]) -> list[tuple[int, float, int]]:
+    """The loss series (step, value, milliseconds) where each part (attempt, first, final) reported its steps."""
+    return [
+        (step, loss_at(step), int((T0 + 1000 * number + step) * 1000))
+        for number, first, final in parts
+        for step in range(first, final + 1)
+    ]
+
+
+def wait_until(true: Any, timeout_s: float = 20) -> None:
+    """Wait for a condition, and fail when it does not come."""
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)

@@ -1,0 +1,224 @@
+"""Sizes and layouts, against models that transformers and PEFT make of the same configs."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from methods.options import Dora, Lora
+from orchestrator.errors import InputError
+from orchestrator.job import Job
+from orchestrator.model import Model, count, read_header, weight_files
+from orchestrator.plan import Memory, memory, plan, sizes
+
+LLAMA_3B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def job(**changes: Any) -> Job:
+    found = {"base": "some/base", "data": "/x.jsonl", "train": {"steps": 3}, **changes}
+    return Job.model_validate(found)
+
+
+def test_llama_3b_with_lora_on_two_projections() -> None:
+    model = Model(LLAMA_3B)
+    found = sizes(job(method={"kind": "lora", "rank": 32, "target": ["q_proj", "v_proj"]}), model)
+    assert found is not None
+    assert count(model.shapes) == 3_212_749_824
+    assert found.trained == 9_175_040
+    assert found.parameters == 3_212_749_824 + 9_175_040
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "llama"},
+        {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+        {"model_type": "mistral", "head_dim": 16},
+        {"model_type": "qwen2"},
+        {"model_type": "qwen3", "head_dim": 16, "attention_bias": True},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_shapes_from_the_config_are_those_of_transformers(changes: dict[str, Any]) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = {**SMALL, **changes}
+    with torch.device("meta"):
+        real = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    assert Model(config).shapes == {name: tuple(p.shape) for name, p in real.named_parameters()}
+
+
+@pytest.mark.parametrize("target", ["all-linear", ("q_proj", "down_proj")])
+@pytest.mark.parametrize("options", [Lora, Dora])
+def test_trained_parameters_are_those_of_peft(options: Any, target: Any) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from methods.registry import create
+
+    config = {**SMALL, "model_type": "llama"}
+    chosen = options(rank=4, target=target)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    adapted = create(chosen).attach(base.to_empty(device="cpu"))
+    model = Model(config)
+    assert chosen.trained(model.linears, model.others) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_bytes_per_worker_fall_with_the_stage() -> None:
+    assert memory(frozen=1000, trained=8, zero=0, world=4) == Memory(1032, 32, 64)
+    assert memory(frozen=1000, trained=8, zero=1, world=4) == Memory(1032, 32, 24)
+    assert memory(frozen=1000, trained=8, zero=2, world=4) == Memory(1032, 8, 24)
+    assert memory(frozen=1000, trained=8, zero=3, world=4) == Memory(258, 8, 24)
+    assert memory(frozen=0, trained=9, zero=1, world=2).optimizer == 12 * 5
+
+
+def test_frozen_weights_are_bf16_on_gpus_and_fp32_elsewhere() -> None:
+    model = Model({**SMALL, "model_type": "llama"})
+    frozen = 4 * count(model.shapes)
+    lora = {"kind": "lora", "rank": 1}
+    on_cpu = sizes(job(method=lora, resources={"workers_per_node": 2}), model)
+    on_gpu = sizes(job(method=lora, resources={"gpus_per_node": 2}), model)
+    assert on_cpu is not None and on_gpu is not None
+    assert on_cpu.memory.weights == frozen + 4 * on_cpu.trained
+    assert on_gpu.memory.weights == frozen // 2 + 4 * on_cpu.trained
+
+
+def base_folder(folder: Path, **changes: Any) -> Path:
+    """A base with weights of zeros."""
+    folder.mkdir()
+    config = {**SMALL, "model_type": "llama", "architectures": ["LlamaForCausalLM"], **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    write_weights(folder / "model.safetensors", Model(config).shapes)
+    return folder
+
+
+def write_weights(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * count({name: shape})
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+
+
+def a_job(tmp_path: Path, **changes: Any) -> Job:
+    """A job that would run: a base and three rows, on this disk."""
+    base = tmp_path / "base"
+    if not base.exists():
+        base_folder(base)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1+1=", "completion": "2, as everybody knows"}\n' * 3)
+    data = {"train": str(tmp_path / "train.jsonl"), "seq_len": 16}
+    return job(**{"base": str(base), "data": data, "resources": {"workers_per_node": 2}, **changes})
+
+
+def problems(job: Job) -> list[str]:
+    with pytest.raises(InputError) as error:
+        plan(job)
+    return str(error.value).splitlines()
+
+
+def test_a_plan_counts_what_would_run(tmp_path: Path) -> None:
+    found = plan(a_job(tmp_path, train={"epochs": 4, "batch_tokens": 20}, method="full", sharding={"zero": 2}))
+    assert (found.workers, found.rows, found.eval_rows, found.zero) == (2, 3, None, 2)
+    assert (found.steps, found.steps_estimated) == (4, True)  # 3 rows of 26 characters, about 7 tokens each
+    assert found.micro_batches == 1
+    assert found.sizes is not None
+    assert found.sizes.trained == found.sizes.parameters
+    assert found.sizes.memory.total == 4 * found.sizes.trained + (4 + 12) * found.sizes.trained // 2
+
+
+def test_a_sequence_longer_than_the_base_knows(tmp_path: Path) -> None:
+    data = {"train": str(tmp_path / "train.jsonl"), "seq_len": 128}
+    assert problems(a_job(tmp_path, data=data)) == [
+        "data.seq_len: found 128; allowed: at most 64 (positions of the base)"
+    ]
+
+
+def test_a_target_that_the_base_does_not_have(tmp_path: Path) -> None:
+    (line,) = problems(a_job(tmp_path, method={"kind": "lora", "target": ["q_proj", "query"]}))
+    assert line.startswith("method.target: found 'query', which the base does not have; allowed: down_proj, ")
+    assert "q_proj" in line
+
+
+def test_a_batch_that_may_hold_no_example(tmp_path: Path) -> None:
+    (line,) = problems(a_job(tmp_path, train={"steps": 1, "batch_tokens": 8}))
+    assert line.startswith("train.batch_tokens: found 8; allowed: at least data.seq_len (16)")
+
+
+def test_a_bad_row_and_a_bad_base_are_told_together(tmp_path: Path) -> None:
+    good = a_job(tmp_path)
+    Path(good.data.train).write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    row, base = problems(good)
+    assert row.startswith("data.train: ") and "row 2" in row
+    assert base.startswith("base.model: ") and "no tokenizer" in base
+
+
+def test_weights_that_are_cut_short(tmp_path: Path) -> None:
+    good = a_job(tmp_path)
+    path = tmp_path / "base" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    (line,) = problems(good)
+    assert line.endswith("damaged or cut short")
+    path.write_bytes(b"\xff" * 32)
+    (line,) = problems(good)
+    assert "not a whole safetensors file" in line
+    path.unlink()
+    (line,) = problems(good)
+    assert line.endswith("say base.init: scratch to start from random weights")
+    assert plan(good.model_copy(update={"base": good.base.model_copy(update={"init": "scratch"})})).sizes is not None
+
+
+def test_a_shard_that_is_missing(tmp_path: Path) -> None:
+    folder = base_folder(tmp_path / "base")
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"model-2\.safetensors: missing; .* names 2 files, 1 lack"):
+        weight_files(folder)
+    write_weights(folder / "model-2.safetensors", {"x": (2, 3)})
+    assert [path.name for path in weight_files(folder)] == ["model-1.safetensors", "model-2.safetensors"]
+    assert dict(read_header(folder / "model-2.safetensors")) == {"x": (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ("{", "config.json: not JSON"),
+        ("[]", "config.json: found list; allowed: an object"),
+        ("{}", "config.json has no model_type"),
+        ('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}', "allowed: a ...ForCausalLM model"),
+        ('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}', "gives no shapes (KeyError"),
+    ],
+)
+def test_configs_that_are_no_base(tmp_path: Path, config: str, problem: str) -> None:
+    good = a_job(tmp_path)
+    (tmp_path / "base" / "config.json").write_text(config)
+    (tmp_path / "base" / "model.safetensors").unlink()
+    (line,) = problems(good.model_copy(update={"base": good.base.model_copy(update={"init": "scratch"})}))
+    assert problem in line

@@ -1,0 +1,99 @@
+"""The chain of attempts: one claim per slot, fencing, closing, sealing, reopening."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from trainer import attempt as chain
+from trainer.attempt import Attempt, Fenced, Start
+
+
+def claim(run_dir: Path, start: Start | None = None) -> Attempt:
+    made = chain.claim_next(run_dir, start)
+    assert made is not None
+    return made
+
+
+def test_a_slot_is_taken_once_however_many_try(tmp_path: Path) -> None:
+    won: list[Attempt] = []
+    barrier = threading.Barrier(8)
+
+    def attempt() -> None:
+        barrier.wait()
+        if made := chain._claim(tmp_path, 1, {"kind": "attempt", "start": None}):
+            won.append(made)
+
+    threads = [threading.Thread(target=attempt) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [attempt.number for attempt in won] == [1]
+    assert sorted(p.name for p in (tmp_path / "attempts").iterdir()) == ["1"]
+
+
+def test_a_paused_attempt_cannot_close_a_run_that_went_on(tmp_path: Path) -> None:
+    ghost, live = claim(tmp_path), claim(tmp_path, Start(1, 5))
+    with pytest.raises(Fenced):
+        ghost.check()
+    assert not ghost.close({"state": "succeeded", "by": "ghost"})
+    assert chain.result(tmp_path) is None
+    assert live.close({"state": "succeeded", "by": "live"})
+    assert json.loads((tmp_path / "result.json").read_text())["by"] == "live"
+    assert not ghost.close({"state": "failed"})
+    assert chain.claim_next(tmp_path, None) is None
+
+
+def test_what_a_ghost_appends_is_not_read(tmp_path: Path) -> None:
+    ghost = claim(tmp_path)
+    ghost.append("metrics.jsonl", {"step": 1})
+    claim(tmp_path)
+    ghost.append("metrics.jsonl", {"step": 2})
+    assert chain.read_lines(tmp_path, ghost, "metrics.jsonl") == [{"step": 1}]
+
+
+def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
+    attempt = claim(tmp_path)
+    attempt.append("metrics.jsonl", {"step": 1})
+    with (attempt.folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 2, "lo')
+    assert chain.read_lines(tmp_path, attempt, "metrics.jsonl") == [{"step": 1}]
+
+
+def test_work_counts_up_to_the_start_of_the_successor(tmp_path: Path) -> None:
+    claim(tmp_path)
+    claim(tmp_path, Start(1, 40))
+    claim(tmp_path, Start(1, 30))
+    assert [(a.number, bound) for a, bound in chain.bounds(tmp_path)] == [(3, float("inf")), (2, 30), (1, 30)]
+
+
+def test_closing_moves_the_output_once(tmp_path: Path) -> None:
+    attempt = claim(tmp_path)
+    (attempt.folder / "output").mkdir()
+    (attempt.folder / "output" / "weights").write_text("w")
+    assert attempt.close({"state": "succeeded"})
+    assert (tmp_path / "output" / "weights").read_text() == "w"
+    assert chain.settle(tmp_path) == {"state": "succeeded"}
+
+
+def test_a_close_that_was_cut_off_is_settled_by_the_next_reader(tmp_path: Path) -> None:
+    attempt = claim(tmp_path)
+    (attempt.folder / "output").mkdir()
+    chain._claim(tmp_path, 2, {"kind": "close", "closes": 1, "result": {"state": "succeeded"}})
+    assert not (tmp_path / "result.json").exists()
+    assert chain.settle(tmp_path) == {"state": "succeeded"}
+    assert (tmp_path / "output").is_dir() and (tmp_path / "result.json").exists()
+
+
+def test_a_cancelled_run_can_be_reopened_and_a_succeeded_one_cannot(tmp_path: Path) -> None:
+    claim(tmp_path)
+    chain.request_cancel(tmp_path)
+    assert chain.cancel_requested(tmp_path)
+    assert chain.close(tmp_path, {"state": "cancelled"})
+    assert chain.reopen(tmp_path)
+    assert not chain.cancel_requested(tmp_path)
+    assert not (tmp_path / "result.json").exists()
+    assert claim(tmp_path).close({"state": "succeeded"})
+    assert not chain.reopen(tmp_path)

@@ -1,0 +1,92 @@
+"""Checkpoints: resume at the same and at another layout, and what a broken one does."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer import attempt as attempts
+from trainer.checkpoint import Reader, newest
+
+HALF = {"checkpoint": {"every": 10, "keep": 9}}
+
+
+def losses(run_dir: Path, number: int) -> dict[int, float]:
+    lines = (run_dir / "attempts" / str(number) / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row["loss"] for row in map(json.loads, lines) if "loss" in row}
+
+
+def interrupted(whole: Path, copy: Path, **parts: Any) -> Path:
+    """A run folder that looks as if the whole run had died after step 10, with other sharding."""
+    import yaml
+
+    shutil.copytree(whole, copy)
+    for gone in ("attempts/2", "attempts/1/checkpoints/step-20", "output"):
+        shutil.rmtree(copy / gone)
+    (copy / "result.json").unlink()
+    record = yaml.safe_load((copy / "job.yaml").read_text())
+    record["job"] |= parts
+    (copy / "job.yaml").write_text(yaml.safe_dump(record))
+    return copy
+
+
+@pytest.mark.parametrize("method", [{"kind": "full"}, {"kind": "dora", "rank": 4}], ids=["full", "dora"])
+def test_resume_at_another_layout(method: Any, new_run: Any, launch: Any, tmp_path: Path) -> None:
+    whole = new_run("whole", method=method, sharding={"zero": 3}, **HALF)
+    assert launch(4, whole) == [0] * 4
+    smaller = interrupted(whole, tmp_path / "smaller", sharding={"zero": 1})
+    alone = interrupted(whole, tmp_path / "alone", sharding={"zero": 0})
+    assert launch(2, smaller) == [0] * 2
+    assert launch(1, alone) == [0]
+    expected = losses(whole, 1)
+    for run in (smaller, alone):
+        resumed = losses(run, 2)
+        assert list(resumed) == list(range(11, 21))
+        assert all(abs(loss - expected[step]) / expected[step] < 1e-5 for step, loss in resumed.items())
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_resume_is_bitwise_at_the_same_layout(zero: int, new_run: Any, launch: Any, tmp_path: Path) -> None:
+    whole = new_run("whole", sharding={"zero": zero}, method={"kind": "lora", "rank": 4, "dropout": 0.1}, **HALF)
+    assert launch(2, whole) == [0] * 2
+    again = interrupted(whole, tmp_path / "again")
+    assert launch(2, again) == [0] * 2
+    resumed = losses(again, 2)
+    assert resumed == {step: loss for step, loss in losses(whole, 1).items() if step > 10}
+    one, other = (load_file(run / "output" / "adapter_model.safetensors") for run in (whole, again))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def two_checkpoints(new_run: Any, launch: Any) -> Path:
+    run = new_run("run", sharding={"zero": 3}, **HALF)
+    assert launch(2, run) == [0] * 2
+    return Path(run)
+
+
+def test_a_damaged_checkpoint_is_passed_over(two_checkpoints: Path) -> None:
+    folder = two_checkpoints / "attempts" / "1" / "checkpoints"
+    assert newest(two_checkpoints) == attempts.Start(1, 20)
+    shard = folder / "step-20" / "shard-1.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert newest(two_checkpoints) == attempts.Start(1, 10)
+    (folder / "step-10" / "shard-0.safetensors").unlink()
+    assert newest(two_checkpoints) is None
+
+
+def test_any_range_can_be_read(two_checkpoints: Path) -> None:
+    reader = Reader(two_checkpoints / "attempts" / "1" / "checkpoints" / "step-20")
+    name = reader.names("weight")[0]
+    exported = load_file(two_checkpoints / "output" / "adapter_model.safetensors")
+    whole = exported[name.replace(".default", "")].flatten()
+    assert torch.equal(reader.read("weight", name, 0, whole.numel()), whole)
+    assert torch.equal(reader.read("weight", name, 5, 77), whole[5:77])
+    with pytest.raises(ValueError, match="are not in the checkpoint"):
+        reader.read("weight", name, 0, whole.numel() + 1)
