@@ -4,6 +4,7 @@ import os
 import platform
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -12,8 +13,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
+from clusters.local import Local
 from orchestrator.runs import home
+from orchestrator.store import resolve
 
 Level = Literal["ok", "warn", "fail"]
 _TRAIN = ("torch", "deepspeed", "transformers", "peft", "ray", "mlflow", "datasets", "safetensors")
@@ -56,7 +60,9 @@ def doctor() -> list[Check]:
 
 def _python() -> Iterator[Check]:
     found = f"{platform.python_version()} at {sys.executable}"
-    yield Check("python", "ok" if sys.version_info >= (3, 11) else "fail", found, "make .venv with Python 3.11 or newer")
+    yield Check(
+        "python", "ok" if sys.version_info >= (3, 11) else "fail", found, "make .venv with Python 3.11 or newer"
+    )
 
 
 def _packages() -> Iterator[Check]:
@@ -131,6 +137,32 @@ def _build_lock() -> Iterator[Check]:
         yield Check("build lock", "warn", ", ".join(map(str, stale)), f"rm {' '.join(map(str, stale))}")
     else:
         yield Check("build lock", "ok", "none")
+
+
+def _cluster() -> Iterator[Check]:
+    state = Local.here().state()
+    capacity = state["capacity"]
+    room = f"{capacity.free} of {capacity.total} {capacity.kind} free"
+    if state["supervisor"]:
+        yield Check("local cluster", "ok", f"runs, {room}")
+    elif state["queued"] or state["controllers"]:
+        yield Check("local cluster", "warn", f"stopped, {len(state['queued'])} runs wait", "fleetune cluster start")
+    else:
+        yield Check("local cluster", "ok", f"starts with the first job, {room}")
+
+
+def _mlflow() -> Iterator[Check]:
+    uri = resolve(os.environ.get("MLFLOW_TRACKING_URI"))
+    address = urlsplit(uri)
+    if address.scheme not in ("http", "https"):
+        yield Check("mlflow", "ok", uri)
+        return
+    try:
+        port = address.port or {"http": 80, "https": 443}[address.scheme]
+        socket.create_connection((address.hostname or "", port), timeout=3).close()
+        yield Check("mlflow", "ok", f"{uri} answers")
+    except OSError as error:
+        yield Check("mlflow", "warn", f"{uri}: {error}", "training goes on without it, and delivers later")
 
 
 def _nearest(folder: Path) -> Path:

@@ -79,15 +79,20 @@ def _source(source: str, folder: Path) -> str:
     found = _existing(source, folder)
     if found is None and _HUB_DATASET.fullmatch(source) and not _FILE.search(source):
         return source
-    return str(found or Path(os.path.abspath(folder / Path(source).expanduser())))
+    return str(found or _absolute(source, folder))
 
 
 def _existing(path: str, folder: Path) -> Path | None:
     for parent in (folder, Path.cwd()):
-        found = Path(os.path.abspath(parent / Path(path).expanduser()))
+        found = _absolute(path, parent)
         if found.exists():
             return found
     return None
+
+
+def _absolute(path: str, folder: Path) -> Path:
+    # Not resolved: a link may have no suffix at its other end, and the suffix says how a file is read.
+    return Path(os.path.abspath(folder / Path(path).expanduser()))  # noqa: PTH100
 
 
 def _file_digest(source: str) -> str | None:

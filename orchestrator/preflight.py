@@ -5,11 +5,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from clusters.machine import room
 from methods.options import Full
 from orchestrator.errors import InputError
 from orchestrator.hub import fetch_config
 from orchestrator.job import Job
 from orchestrator.model import Model, locate, weight_files
+from orchestrator.store import check_uri
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
@@ -49,7 +51,7 @@ def check(job: Job) -> Findings:
         problems += _misfits(job, model)
     except InputError as error:
         problems.append(str(error))
-    problems += _batch(job) + _tracking(job)
+    problems += _tracking(job)
     if problems or model is None:
         raise InputError("\n".join(problems))
     return Findings(model, surveys["train"], surveys["eval"], tuple(_warnings(job, surveys["train"])))
@@ -107,35 +109,25 @@ def _misfits(job: Job, model: Model) -> list[str]:
     return problems
 
 
-def _batch(job: Job) -> list[str]:
-    if job.train.batch_tokens >= job.data.seq_len:
-        return []
-    least = f"at least data.seq_len ({job.data.seq_len}), so that a batch holds any example"
-    return [f"train.batch_tokens: found {job.train.batch_tokens}; allowed: {least}"]
-
-
 def _tracking(job: Job) -> list[str]:
-    from orchestrator.tracking import check_uri
-
     try:
-        if job.tracking.uri is not None:
-            check_uri(job.tracking.uri)
-    except ValueError as error:
-        return [f"tracking.uri: {error}"]
+        check_uri(job.tracking.uri)
+    except InputError as error:
+        return [str(error)]
     return []
 
 
 def has_gpus(job: Job) -> bool:
     """Whether the workers of this job get GPUs: as it says, else as this machine has them."""
-    if job.resources.gpus_per_node or job.resources.workers_per_node:
-        return job.resources.gpus_per_node is not None
-    return Path("/dev/nvidia0").exists()
+    return job.resources.gpus_per_node is not None or room()[0] == "gpu"
 
 
 def _warnings(job: Job, train: Rows | None) -> list[str]:
     warnings = []
     if train is None:
         warnings.append("data.train: a hub dataset; its rows are first looked at by the workers")
+    if job.train.batch_tokens < job.data.seq_len:
+        warnings.append("train.batch_tokens: less than data.seq_len; a longer example is a batch of its own")
     if job.train.precision == "bf16" and not has_gpus(job):
         warnings.append("train.precision: bf16 on a CPU can be twenty times slower than fp32")
     if isinstance(job.method, Full) and job.sharding.zero == 0 and job.resources.world > 1:

@@ -43,7 +43,8 @@ def run_ids() -> list[str]:
     """All runs, oldest first."""
     folder = runs_folder()
     names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208 (ten times faster than iterdir)
-    return sorted((name for name in names if RUN_ID.fullmatch(name)), key=lambda run_id: run_id[-10:])
+    runs = [name for name in names if RUN_ID.fullmatch(name) and (folder / name / "job.yaml").exists()]
+    return sorted(runs, key=lambda run_id: run_id[-10:])
 
 
 def find(reference: str) -> Path:

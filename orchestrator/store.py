@@ -5,22 +5,22 @@ RUN_DIR/mlflow/, a folder that is taken by a rename that only one can win. Whoev
 everybody removes runs of that run id that do not count. Nothing is ever delivered to those, so they are empty.
 """
 
+import getpass
 import logging
 import os
 import shutil
 import socket
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
 from orchestrator.environment import environment
 from orchestrator.errors import InputError
 from orchestrator.history import planned
+from orchestrator.runs import home, read_record
 from trainer.attempt import Attempt, Record, attempts, load_job, read_json, write_json
 
 RUN_ID = "fleetune.run_id"
@@ -38,8 +38,7 @@ _UPLOAD_BYTES = 512 << 20
 
 def resolve(uri: str | None) -> str:
     """The tracking URI; null stands for SQLite in FLEETUNE_HOME (default ~/.fleetune)."""
-    home = Path(os.environ.get("FLEETUNE_HOME") or "~/.fleetune").expanduser().absolute()
-    return uri or f"sqlite:///{home / 'mlflow.db'}"
+    return uri or f"sqlite:///{home() / 'mlflow.db'}"
 
 
 def check_uri(uri: str | None) -> None:
@@ -114,22 +113,20 @@ def describe(client: Any, run_dir: Path, mlflow_run_id: str, here: bool) -> None
     """Log the job as params, the data as inputs, the rest as tags; with `here` this machine too, as where it runs."""
     from mlflow.entities import Param, RunTag
 
-    record = yaml.safe_load((run_dir / "job.yaml").read_text())
+    record = read_record(run_dir)
     params = [Param(key, value) for key, value in job_params(run_dir, record).items()]
     for start in range(0, len(params), _PARAMS_PER_BATCH):
         client.log_batch(mlflow_run_id, params=params[start : start + _PARAMS_PER_BATCH])
-    machine = {f"fleetune.env.{key}": value for key, value in environment().items()} if here else {}
-    client.log_batch(mlflow_run_id, tags=[RunTag(*tag) for tag in {**_job_tags(run_dir, record), **machine}.items()])
+    tags = _job_tags(run_dir, record) | (_machine_tags() if here else {})
+    client.log_batch(mlflow_run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     client.log_inputs(mlflow_run_id, datasets=_datasets(record))
 
 
-def job_params(run_dir: Path, record: Record) -> dict[str, str]:
-    """The frozen job with its defaults as flat params; digests of the data are params too, nulls are left out."""
+def job_params(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """The frozen job with its defaults as flat params, and the digests of data and base; nulls are left out."""
     job = load_job(run_dir)
-    flat = dict(_flat(job.dump()))
-    flat["train.lr"] = repr(job.lr)
-    digests = {f"data.{name}_digest": str(digest) for name, digest in (record.get("digests") or {}).items()}
-    return {**flat, **digests}
+    digests = {f"{name}_digest": digest for name, digest in record["digests"].items()}
+    return {**dict(_flat(job.dump())), "train.lr": repr(job.lr), **dict(_flat(digests))}
 
 
 def upload(client: Any, run_dir: Path, mlflow_run_id: str, succeeded: bool) -> None:
@@ -186,31 +183,36 @@ def _take(run_dir: Path, record: Record) -> None:
             raise
 
 
-def _job_tags(run_dir: Path, record: Record) -> dict[str, str]:
+def _job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     job = load_job(run_dir)
-    facts = dict(_flat({key: value for key, value in record.items() if key not in ("job", "digests")}))
-    tags = {f"fleetune.{key}": value for key, value in facts.items()}
+    facts = {key: value for key, value in record.items() if key not in ("job", "digests", "run_id")}
+    tags = {f"fleetune.{key}": value for key, value in _flat({**facts, "plan": planned(run_dir)})}
     tags |= {RUN_ID: run_dir.name, "fleetune.name": job.name, "fleetune.method": job.method.kind}
-    tags["fleetune.run_dir"] = str(run_dir)
-    tags |= {f"fleetune.plan.{key}": value for key, value in _flat(planned(run_dir))}
-    known = {"user": "mlflow.user", "git.commit": "mlflow.source.git.commit"}
-    return tags | {known[key]: value for key, value in facts.items() if key in known}
+    tags |= {"fleetune.run_dir": str(run_dir), "fleetune.version": record["versions"]["fleetune"]}
+    if record["git"]:
+        tags["mlflow.source.git.commit"] = record["git"]["commit"]
+    return tags
 
 
-def _datasets(record: Record) -> list[Any]:
+def _machine_tags() -> dict[str, str]:
+    return {"mlflow.user": getpass.getuser(), **{f"fleetune.env.{key}": text for key, text in environment().items()}}
+
+
+def _datasets(record: Mapping[str, Any]) -> list[Any]:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     contexts = {"train": "training", "eval": "evaluation"}
     return [
         DatasetInput(
-            Dataset(name, str(digest)[:36], "local", str(record["job"]["data"].get(name))),
-            [InputTag("mlflow.data.context", contexts.get(name, name))],
+            Dataset(Path(record["job"]["data"][key]).name, digest[:36], "local", record["job"]["data"][key]),
+            [InputTag("mlflow.data.context", context)],
         )
-        for name, digest in (record.get("digests") or {}).items()
+        for key, context in contexts.items()
+        if (digest := record["digests"].get(f"data.{key}"))
     ]
 
 
-def _flat(found: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flat(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in found.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
@@ -222,6 +224,7 @@ def _flat(found: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _free_port(wanted: int) -> int:
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just given up is free
         try:
             probe.bind(("127.0.0.1", wanted))
         except OSError:

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from orchestrator import spec
-from orchestrator.backends import open_cluster
+from orchestrator.backends import make_request, open_cluster, wake
 from orchestrator.errors import InputError
 from orchestrator.freeze import absolute, record
 from orchestrator.job import Job
@@ -71,11 +71,21 @@ def submit(
     found = check(job)
     frozen = record(job, found.model, cluster, folder)
     with _chosen_id(job, frozen, run_id) as chosen:
+        request = make_request(backend, job, chosen)
+        wake(backend)
         run_dir, adopted = _create(chosen, frozen)
-        backend.submit(backend.request(job, chosen))
+        backend.submit(request)
         submission = Submission(chosen, run_dir, cluster, adopted, found.warnings)
         announce(submission)
     return submission
+
+
+def dry_run(source: Source, *, cluster: str = "local", overrides: Iterable[str] = ()) -> str:
+    """Check a job and give what would be submitted; nothing is made. Raises InputError."""
+    backend = open_cluster(cluster)
+    job, _ = read(source, overrides)
+    check(job)
+    return make_request(backend, job, new_id(job.name)).text
 
 
 @contextmanager
@@ -83,13 +93,18 @@ def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> Itera
     """The run id of a submission, kept for repetitions until the block ends well."""
     if run_id is not None:
         if not RUN_ID.fullmatch(run_id) or name_of(run_id) != job.name:
-            raise InputError(f"--run-id: found {run_id!r}; allowed: {job.name}-<10 characters>, like {new_id(job.name)}")
+            raise InputError(
+                f"--run-id: found {run_id!r}; allowed: {job.name}-<10 characters>, like {new_id(job.name)}"
+            )
         yield run_id
         return
     path, descriptor = _begun(_identity(frozen)) or _begin(_identity(frozen), new_id(job.name))
     try:
         yield path.name.partition(".")[2]
         path.unlink()
+    except InputError:
+        path.unlink()  # refused: there is nothing to go on with
+        raise
     finally:
         os.close(descriptor)
 

@@ -1,4 +1,4 @@
-"""What a step reports. A step's figures are read one step later, so that the device never waits for the host."""
+"""What a step reports. A GPU's figures are read one step later, so that it never waits for the host."""
 
 import math
 import time
@@ -44,12 +44,12 @@ class Meter:
         wait_s: float,
         save: bool,
     ) -> bool:
-        """Report a step whose loss is this rank's share of the mean; gives rank 0's wish to save, one step late."""
+        """Report a step whose loss is this rank's share of the mean; gives rank 0's wish to save, perhaps late."""
         sums = torch.stack([loss.double(), loss.new_tensor(float(save), dtype=torch.float64)])
         dist.all_reduce(sums)
         wish = self.flush()
         self._pending = _Pending(step, lr, tokens, wait_s, sums, grad_norm)
-        return wish
+        return wish if self.world.device.type == "cuda" else self.flush()
 
     def flush(self) -> bool:
         """Write the step that is still open; gives rank 0's wish to save. Raises when a figure is not finite."""

@@ -211,9 +211,10 @@ def _jsonl(path: Path) -> Records:
     for number, line in _lines(path):
         if line.strip():
             try:
-                record = json.loads(line)
-            except ValueError as error:
-                _reject(f"{path}, row {number}", f"invalid JSON ({error})", "one JSON object per line")
+                record = json.loads(line.rstrip())
+            except json.JSONDecodeError as error:
+                found = f"invalid JSON ({error.msg} at column {error.colno})"
+                _reject(f"{path}, row {number}", found, "one JSON object per line")
             yield number, record
 
 

@@ -56,20 +56,19 @@ class Proxy:
 
     def __init__(self, port: int, held: bytes) -> None:
         self._port, self._held = port, held
-        self.caught, self._go = threading.Event(), threading.Event()
-        self.holding = True
+        self.caught, self._go, self._answered = threading.Event(), threading.Event(), threading.Event()
+        self.holding, self._status = True, b""
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.uri = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        self._threads: list[threading.Thread] = []
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def release(self) -> None:
-        """Let what is held go, and wait until the server has answered it."""
+    def release(self) -> bytes:
+        """Let what is held go, and wait for the server's answer: its status line."""
         self.holding = False
         self._go.set()
-        for thread in self._threads:
-            thread.join(10)
+        assert self._answered.wait(20)
         self._socket.close()
+        return self._status
 
     def _serve(self) -> None:
         while True:
@@ -77,23 +76,25 @@ class Proxy:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
-            thread = threading.Thread(target=self._forward, args=(connection,), daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            threading.Thread(target=self._forward, args=(connection,), daemon=True).start()
 
     def _forward(self, near: socket.socket) -> None:
-        """Carry requests one after another; a held one reaches the server although its sender has gone."""
         with near, socket.create_connection(("127.0.0.1", self._port)) as far:
-            back = threading.Thread(target=_pipe, args=(far, near), daemon=True)
-            back.start()
+            threading.Thread(target=_pipe, args=(far, near), daemon=True).start()
             while data := _receive(near):
                 if self.holding and self._held in data:
-                    data += _body(near)
-                    self.caught.set()
-                    self._go.wait(60)
+                    self._deliver_late(data + _body(near))
+                    return
                 far.sendall(data)
-            far.shutdown(socket.SHUT_WR)
-            back.join(10)
+
+    def _deliver_late(self, request: bytes) -> None:
+        """A held request reaches the server although its sender has gone."""
+        self.caught.set()
+        self._go.wait(60)
+        with socket.create_connection(("127.0.0.1", self._port)) as far:
+            far.sendall(request)
+            self._status = _receive(far).split(b"\r\n")[0]
+        self._answered.set()
 
 
 def _pipe(source: socket.socket, sink: socket.socket) -> None:

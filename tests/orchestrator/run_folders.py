@@ -28,10 +28,11 @@ def make_run(root: Path, run_id: str, uri: str | None, **job: Any) -> Path:
     run_dir.mkdir(parents=True)
     record = {
         "job": Job.model_validate(spec).dump(),
-        "version": "0.1.0",
-        "user": "ada",
+        "run_id": run_id,
+        "cluster": "local",
+        "versions": {"fleetune": "0.1.0", "python": "3.11.7"},
         "git": {"commit": "c0ffee", "dirty": True},
-        "digests": {"train": "1" * 64, "eval": "2" * 64},
+        "digests": {"data.train": "1" * 64, "data.eval": None, "base": "2" * 64},
     }
     (run_dir / "job.yaml").write_text(yaml.safe_dump(record))
     return run_dir

@@ -84,7 +84,9 @@ def test_trained_parameters_are_those_of_peft(options: Any, target: Any) -> None
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     adapted = create(chosen).attach(base.to_empty(device="cpu"))
     model = Model(config)
-    assert chosen.trained(model.linears, model.others) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert chosen.trained(model.linears, model.others) == sum(
+        p.numel() for p in adapted.parameters() if p.requires_grad
+    )
 
 
 def test_bytes_per_worker_fall_with_the_stage() -> None:
@@ -95,7 +97,8 @@ def test_bytes_per_worker_fall_with_the_stage() -> None:
     assert memory(frozen=0, trained=9, zero=1, world=2).optimizer == 12 * 5
 
 
-def test_frozen_weights_are_bf16_on_gpus_and_fp32_elsewhere() -> None:
+def test_frozen_weights_are_bf16_on_gpus_and_fp32_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     model = Model({**SMALL, "model_type": "llama"})
     frozen = 4 * count(model.shapes)
     lora = {"kind": "lora", "rank": 1}
@@ -145,7 +148,10 @@ def problems(job: Job) -> list[str]:
 def test_a_plan_counts_what_would_run(tmp_path: Path) -> None:
     found = plan(a_job(tmp_path, train={"epochs": 4, "batch_tokens": 20}, method="full", sharding={"zero": 2}))
     assert (found.workers, found.rows, found.eval_rows, found.zero) == (2, 3, None, 2)
-    assert (found.steps, found.steps_estimated) == (4, True)  # 3 rows of 26 characters, about 7 tokens each
+    assert (found.steps, found.steps_estimated) == (
+        5,
+        True,
+    )  # 3 rows of 26 characters, about 7 tokens each: 84 tokens in batches of 20
     assert found.micro_batches == 1
     assert found.sizes is not None
     assert found.sizes.trained == found.sizes.parameters
@@ -165,9 +171,15 @@ def test_a_target_that_the_base_does_not_have(tmp_path: Path) -> None:
     assert "q_proj" in line
 
 
-def test_a_batch_that_may_hold_no_example(tmp_path: Path) -> None:
-    (line,) = problems(a_job(tmp_path, train={"steps": 1, "batch_tokens": 8}))
-    assert line.startswith("train.batch_tokens: found 8; allowed: at least data.seq_len (16)")
+def test_warnings_are_no_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = plan(a_job(tmp_path, train={"steps": 1, "batch_tokens": 8, "precision": "bf16"}))
+    assert [warning.split(": ")[0] for warning in found.warnings] == [
+        "train.batch_tokens",
+        "train.precision",
+        "sharding.zero",
+    ]
+    assert found.precision == "bf16"
 
 
 def test_a_bad_row_and_a_bad_base_are_told_together(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def test_a_whole_number_may_be_written_with_an_exponent() -> None:
 
 def test_overrides_reach_any_key_and_spell_out_short_forms() -> None:
     job = spec.validate(
-        MINIMAL, ["method=lora", "method.target=[q_proj, v_proj]", "base.init=scratch", "train.epochs=2", "train.steps="]
+        MINIMAL,
+        ["method=lora", "method.target=[q_proj, v_proj]", "base.init=scratch", "train.epochs=2", "train.steps="],
     )
     assert job.method.model_dump()["target"] == ("q_proj", "v_proj")
     assert (job.base.model, job.base.init) == ("some/base", "scratch")

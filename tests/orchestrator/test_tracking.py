@@ -1,7 +1,6 @@
 """Delivery to a real MLflow: one run, every step once, whatever is killed, paused or unreachable."""
 
 import json
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,7 +118,7 @@ def test_a_whole_run_on_sqlite(home: Path, tmp_path: Path) -> None:
     )
     assert (tags["fleetune.git.dirty"], tags["fleetune.plan.trained"]) == ("True", "1234")
     assert tags["fleetune.env.python"].startswith("3.")
-    assert {i.dataset.name: i.dataset.digest for i in run.inputs.dataset_inputs}["train"] == "1" * 36
+    assert [(i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs] == [("train.jsonl", "1" * 36)]
     client = store.client(store.resolve(None))
     assert {a.path for a in client.list_artifacts(run.info.run_id)} == {"job.yaml", "result.json", "output"}
     assert run.info.artifact_uri.startswith((home / "artifacts").as_uri())
@@ -224,7 +223,7 @@ def test_a_paused_attempt_with_a_request_in_flight(server: Server, tmp_path: Pat
     old._next_try = 0.0
     old.pump()
     assert not old.finish("succeeded", 1.0)
-    proxy.release()  # now the request arrives
+    assert b"200" in proxy.release()  # now the request arrives, and is answered
     assert series(server.uri, run_dir) == expected((1, 1, 14), (2, 15, 18))
     assert runs_of(server.uri, run_dir)[0].info.status == "RUNNING"
 
@@ -342,4 +341,3 @@ def test_the_ui_command_of_a_server_says_that_it_is_one() -> None:
     assert command[command.index("--port") + 1] == str(port)
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false" in command
-    assert subprocess.run([*command, "--help"], capture_output=True).returncode == 0

@@ -1,0 +1,80 @@
+"""The queue of the local cluster: one file per submitted run, there until the run has its result."""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A submitted run: where it is, how many workers it wants, when it came, what it takes along."""
+
+    run_id: str
+    run_dir: str
+    workers: int
+    time: float
+    environment: dict[str, str]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its final word, or its folder was removed."""
+        folder = Path(self.run_dir)
+        return (folder / "result.json").exists() or not folder.exists()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the end of the run was requested since it was submitted."""
+        requests = Path(self.run_dir, "requests").glob("cancel-*.json")
+        return any(request.stat().st_mtime >= self.time for request in requests)
+
+
+@dataclass(frozen=True)
+class Queue:
+    """A folder of entries, named by run id."""
+
+    folder: Path
+
+    def add(self, entry: Entry) -> None:
+        """Add an entry; nothing changes when the run has one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, temporary = self._path(entry.run_id), self.folder / f".{uuid.uuid4().hex}"
+        # Only for its owner: the environment may hold tokens.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            json.dump(asdict(entry), stream, indent=1)
+            stream.flush()
+            os.fsync(descriptor)
+        try:
+            os.link(temporary, path)  # unlike a rename, it leaves an earlier entry and its turn alone
+        except FileExistsError:
+            return
+        finally:
+            temporary.unlink()
+
+    def remove(self, entry: Entry) -> None:
+        """Take out the entry of a finished run; it stays when the run was reopened meanwhile."""
+        self._path(entry.run_id).unlink(missing_ok=True)
+        if not entry.finished:
+            self.add(entry)
+
+    def get(self, run_id: str) -> Entry | None:
+        """The entry of a run."""
+        try:
+            return Entry(**json.loads(self._path(run_id).read_text()))
+        except FileNotFoundError:
+            return None
+
+    def list(self) -> list[Entry]:
+        """All entries, in the order of submission."""
+        return sorted(self._read(), key=lambda entry: (entry.time, entry.run_id))
+
+    def _read(self) -> Iterator[Entry]:
+        for path in self.folder.glob("[!.]*.json"):
+            if entry := self.get(path.stem):
+                yield entry
+
+    def _path(self, run_id: str) -> Path:
+        return self.folder / f"{run_id}.json"

@@ -1,0 +1,176 @@
+"""This machine as a cluster: a queue of files, and one detached supervisor that serves it.
+
+FLEETUNE_HOME/runs/ holds the run folders. FLEETUNE_HOME/local/ is the cluster's own: queue/ (one file per run),
+controllers/ and supervisor.lock (held by processes as long as they live), the head's lock, token and log, logs/.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clusters import process
+from clusters.base import CARRIED, Capacity, Unreachable, Logs, Refused, Request, Status
+from clusters.entry import Entry, Queue
+from clusters.machine import room
+from clusters.ray_head import Head
+from orchestrator.job import Job
+
+
+@dataclass(frozen=True)
+class Local:
+    """The local cluster of one FLEETUNE_HOME."""
+
+    home: Path
+
+    @staticmethod
+    def here() -> "Local":
+        """The one of FLEETUNE_HOME, by default ~/.fleetune."""
+        return Local(Path(os.environ.get("FLEETUNE_HOME") or "~/.fleetune").expanduser().absolute())
+
+    @property
+    def folder(self) -> Path:
+        """Where the cluster keeps its own state."""
+        return self.home / "local"
+
+    @property
+    def queue(self) -> Queue:
+        """The submitted runs that have no result."""
+        return Queue(self.folder / "queue")
+
+    @property
+    def supervisor_lock(self) -> Path:
+        """Held by the supervisor while it lives."""
+        return self.folder / "supervisor.lock"
+
+    def controller_lock(self, run_id: str) -> Path:
+        """Held by the controller of a run while it lives; there since the run had its turn."""
+        return self.folder / "controllers" / run_id
+
+    def log(self, run_id: str) -> Path:
+        """What the controllers of a run print before they have an attempt to write to."""
+        return self.folder / "logs" / f"{run_id}.log"
+
+    def request(self, job: Job, run_id: str, attempt: int = 1) -> Request:
+        """What would be queued: the controller's command, and how many workers it needs room for."""
+        kind, total = room()
+        wanted = job.resources.world
+        if kind == "cpu" and job.resources.gpus_per_node:
+            raise Refused(
+                f"resources.gpus_per_node: found {job.resources.gpus_per_node}; "
+                "this machine has no GPU: allowed is workers_per_node"
+            )
+        if kind == "gpu" and wanted > total:
+            raise Refused(f"resources: found {wanted} workers of one GPU each; this machine has {total}")
+        run_dir = self.home / "runs" / run_id
+        plan = {"run_id": run_id, "command": controller_command(str(run_dir)), "workers": wanted, "on": kind}
+        return Request(run_id, attempt, run_dir, wanted, json.dumps(plan, indent=1))
+
+    def submit(self, request: Request) -> None:
+        """Queue a run, and see to it that the supervisor runs."""
+        self._check_installed()
+        carried = {key: value for key, value in os.environ.items() if key.startswith(CARRIED)}
+        self.queue.add(Entry(request.run_id, str(request.run_dir), request.workers, time.time(), carried))
+        self.start()
+
+    def status(self, run_ids: Iterable[str]) -> dict[str, Status]:
+        """The state of each run, as files and locks tell it."""
+        entries = {entry.run_id: entry for entry in self.queue.list()}
+        capacity = self.capacity() if process.owner(self.supervisor_lock) else None
+        return {run_id: self._status(run_id, entries.get(run_id), capacity) for run_id in run_ids}
+
+    def logs(self, run_id: str, offset: int = 0) -> Logs:
+        """What the run's controllers printed before they had an attempt to write to."""
+        path = self.log(run_id)
+        if not path.exists():
+            return Logs("", offset)
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            data = stream.read()
+        return Logs(data.decode(errors="replace"), offset + len(data))
+
+    def cancel(self, run_id: str) -> None:
+        """Queue the run if it is not, and see to it that the supervisor runs: it starts who closes the run."""
+        run_dir = self.home / "runs" / run_id
+        if not (run_dir / "result.json").exists():
+            # Time zero: the request came after it.
+            self.queue.add(Entry(run_id, str(run_dir), 1, 0.0, {}))
+            self.start()
+
+    def capacity(self) -> Capacity:
+        """GPUs, or cores where there is none."""
+        kind, total = room()
+        return Capacity(kind, total, total - min(total, self.taken()))
+
+    def taken(self) -> int:
+        """Workers of the runs that had their turn and have no result."""
+        admitted = [e for e in self.queue.list() if self.controller_lock(e.run_id).exists() and not e.finished]
+        return sum(needs(entry.workers) for entry in admitted)
+
+    def start(self) -> None:
+        """See to it that the supervisor runs; it adopts what is there. Repeating it changes nothing."""
+        self._check_installed()
+        for folder in (self.folder, self.folder / "controllers", self.folder / "logs"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        command = [sys.executable, "-P", "-m", "clusters.supervisor", str(self.home)]
+        log = self.folder / "supervisor.log"
+        process.spawn(self.supervisor_lock, command, os.environ | {"FLEETUNE_HOME": str(self.home)}, log)
+
+    def stop(self) -> None:
+        """End the supervisor, all controllers and the Ray head. Runs without a result go on at the next start."""
+        if not self.folder.exists():
+            return
+        process.end(self.supervisor_lock)
+        with process.held(self.supervisor_lock):  # nobody starts another one meanwhile
+            for entry in self.queue.list():
+                process.end(self.controller_lock(entry.run_id))
+            Head(self.folder).end()
+
+    def state(self) -> dict[str, Any]:
+        """What runs: process ids of supervisor, head and controllers, the head's address, capacity."""
+        head = Head(self.folder)
+        entries = self.queue.list()
+        controllers = {entry.run_id: process.owner(self.controller_lock(entry.run_id)) for entry in entries}
+        alive = process.owner(head.lock)
+        return {
+            "supervisor": process.owner(self.supervisor_lock),
+            "head": alive,
+            "address": head.address() if alive else None,
+            "controllers": {run_id: pid for run_id, pid in controllers.items() if pid},
+            "queued": [entry.run_id for entry in entries if not self.controller_lock(entry.run_id).exists()],
+            "capacity": self.capacity(),
+        }
+
+    def _status(self, run_id: str, entry: Entry | None, capacity: Capacity | None) -> Status:
+        if (self.home / "runs" / run_id / "result.json").exists():
+            return Status("ended")
+        if entry is None:
+            return Status("unknown", "this cluster has not got the run")
+        lock = self.controller_lock(run_id)
+        if process.owner(lock):
+            return Status("running")
+        if capacity is None:
+            return Status("queued", "the local cluster is stopped: fleetune cluster start")
+        if lock.exists():
+            return Status("starting")
+        free = f"{capacity.free} of {capacity.total} {capacity.kind}s are free"
+        return Status("queued", f"needs {needs(entry.workers)}, {free}")
+
+    def _check_installed(self) -> None:
+        if importlib.util.find_spec("ray") is None:
+            raise Unreachable("cluster local: Ray is not installed here; pip install 'fleetune[train]'")
+
+
+def controller_command(run_dir: str) -> list[str]:
+    """How the controller of a run is started; -P keeps files of the user off the front of sys.path."""
+    return [sys.executable, "-P", "-m", "orchestrator.controller", run_dir]
+
+
+def needs(workers: int) -> int:
+    """The room that a run takes: on cores more workers than there are take them all, and share."""
+    return min(workers, room()[1])

@@ -1,0 +1,113 @@
+"""The supervisor of the local cluster: `python -m clusters.supervisor HOME`, one per home, detached.
+
+It keeps the Ray head up while there is work, starts waiting runs in the order of submission as they fit, and starts
+the controller of a run again until the run has its result. Whether a run is tried again is the controller's to say.
+It keeps nothing in memory that matters: after its death the next one finds all by files and locks.
+"""
+
+import os
+import sys
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from clusters import process
+from clusters.entry import Entry
+from clusters.local import Local, controller_command, needs
+from clusters.machine import room
+from clusters.ray_head import Head, Patience
+
+TICK_S = 0.5
+IDLE_S = 600.0
+
+
+class Supervisor:
+    """Serves the queue of one home."""
+
+    def __init__(self, local: Local) -> None:
+        self._local = local
+        self._head = Head(local.folder)
+        self._patience: dict[str, Patience] = defaultdict(Patience)
+        self._busy = time.monotonic()
+
+    def run(self) -> None:
+        """Serve until nothing was queued for some minutes."""
+        while time.monotonic() - self._busy < IDLE_S:
+            process.reap()
+            try:
+                self.tick()
+            except OSError:  # a full disk, say: the queue must be served when it is mended
+                traceback.print_exc()
+            time.sleep(TICK_S)
+        self._head.end()
+
+    def tick(self) -> None:
+        """Bring what runs in line with what is queued."""
+        for entry in self._local.queue.list():
+            if entry.finished and not self._runs(entry):
+                self._forget(entry)
+        entries = self._local.queue.list()
+        if entries:
+            self._busy = time.monotonic()
+        dead = [entry for entry in entries if not entry.finished and not self._runs(entry)]
+        cancelled = [entry for entry in dead if entry.cancelled]
+        for entry in cancelled:
+            self._start(entry)  # only to close it: neither room nor Ray is needed for that
+        waiting = [entry for entry in dead if entry not in cancelled]
+        if entries and (address := self._head.keep()):
+            for entry in self._due(waiting):
+                self._start(entry, address)
+
+    def _due(self, dead: list[Entry]) -> list[Entry]:
+        """Runs whose controller died, then those whose turn has come."""
+        had_turn = [entry for entry in dead if self._admitted(entry)]
+        waiting = [entry for entry in dead if not self._admitted(entry)]
+        return had_turn + fitting(waiting, room()[1] - self._local.taken())
+
+    def _start(self, entry: Entry, address: str = "") -> None:
+        patience = self._patience[entry.run_id]
+        if not patience.ready():
+            return
+        lock = self._local.controller_lock(entry.run_id)
+        process.end(lock)  # what a dead controller left of its session
+        patience.began()
+        environment = os.environ | entry.environment | self._head.environment() | {"RAY_ADDRESS": address}
+        process.spawn(lock, controller_command(entry.run_dir), environment, self._local.log(entry.run_id))
+
+    def _forget(self, entry: Entry) -> None:
+        process.end(self._local.controller_lock(entry.run_id))
+        self._local.controller_lock(entry.run_id).unlink(missing_ok=True)
+        self._patience.pop(entry.run_id, None)
+        self._local.queue.remove(entry)
+
+    def _runs(self, entry: Entry) -> bool:
+        return process.owner(self._local.controller_lock(entry.run_id)) is not None
+
+    def _admitted(self, entry: Entry) -> bool:
+        return self._local.controller_lock(entry.run_id).exists()
+
+
+def fitting(waiting: Iterable[Entry], free: int) -> list[Entry]:
+    """The first of the waiting runs that fit; nobody overtakes one that has to wait."""
+    chosen = []
+    for entry in waiting:
+        free -= needs(entry.workers)
+        if free < 0:
+            break
+        chosen.append(entry)
+    return chosen
+
+
+def main() -> None:
+    """Serve, and let go; who submitted meanwhile found the lock held, so look once more without it."""
+    local = Local(Path(sys.argv[1]))
+    Supervisor(local).run()
+    process.release()
+    if local.queue.list():
+        local.start()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""The command line. Exit codes: 0 done, 1 the job failed, 2 the input is wrong, 3 the cluster cannot be reached."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from orchestrator.submit import Submission
+
+app = typer.Typer(
+    name="fleetune",
+    help="Fine-tune language models with any method on any cluster, from one job.yaml.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+cluster_app = typer.Typer(help="Start, stop and look at the cluster on this machine.", no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster")
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.YAML", help="The job.")]
+Run = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run id, the start of one, or a job's name (its latest run).")
+]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the job: train.lr=3e-4.")]
+Cluster = Annotated[str, typer.Option("--cluster", help="Where to run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line and turn what goes wrong into its exit code."""
+    from orchestrator.errors import InputError, JobFailed
+
+    try:
+        app()
+    except (InputError, JobFailed) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away: nobody is left to tell
+        sys.exit(0)
+    except Exception as error:
+        from clusters.base import Unreachable
+
+        if not isinstance(error, Unreachable):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(3)
+
+
+@app.command()
+def submit(
+    file: JobFile,
+    cluster: Cluster = "local",
+    sets: Sets = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Stay until the run has ended, and show its progress.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the job and print what would be submitted.")
+    ] = False,
+    run_id: Annotated[str | None, typer.Option("--run-id", help="Use this run id; repeat it safely.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a job and submit it; prints the run id."""
+    from orchestrator import submit as submission
+
+    if dry_run:
+        print(submission.dry_run(file, cluster=cluster, overrides=sets or ()))
+        return
+    done = submission.submit(
+        file,
+        cluster=cluster,
+        overrides=sets or (),
+        run_id=run_id,
+        announce=_announce_json if as_json else _announce,
+    )
+    if wait:
+        _follow(done.run_dir, None)
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """List the runs, newest first."""
+    from orchestrator.status import list_runs
+
+    found = list_runs()
+    if as_json:
+        return _print_json([status.dump() for status in found])
+    from orchestrator.render import show_runs
+
+    return show_runs(found)
+
+
+@app.command()
+def status(run: Run, as_json: Json = False) -> None:
+    """Show where a run stands."""
+    from orchestrator.status import status as read_status
+
+    found = read_status(run)
+    if as_json:
+        return _print_json(found.dump())
+    from orchestrator.render import show_fields
+
+    return show_fields(found.dump())
+
+
+@app.command()
+def logs(
+    run: Run,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="Which worker.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Print the log of a worker, all attempts after each other."""
+    from orchestrator.logs import read_logs
+    from orchestrator.runs import find
+
+    run_dir = find(run)
+    if follow:
+        _follow(run_dir, rank)
+    elif as_json:
+        _print_json({"run_id": run_dir.name, "rank": rank, "text": read_logs(run_dir, rank)})
+    else:
+        sys.stdout.write(read_logs(run_dir, rank))
+
+
+@app.command()
+def cancel(run: Run) -> None:
+    """End a run."""
+    from orchestrator.control import cancel as cancel_run
+
+    print(cancel_run(run))
+
+
+@app.command()
+def resume(run: Run) -> None:
+    """Let a run that failed or was cancelled go on from its newest checkpoint."""
+    from orchestrator.control import resume as resume_run
+
+    print(resume_run(run))
+
+
+@app.command()
+def plan(file: JobFile, sets: Sets = None, as_json: Json = False) -> None:
+    """Show what would run: layout, batches, parameters, and bytes on each worker."""
+    from orchestrator import plan as planning
+    from orchestrator.submit import read
+
+    found = planning.plan(read(file, sets or ())[0])
+    if as_json:
+        return _print_json(found.dump())
+    from orchestrator.render import show_plan
+
+    return show_plan(found)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """Show the methods with their options and defaults."""
+    from orchestrator.describe import methods as describe_methods
+
+    found = describe_methods()
+    if as_json:
+        return _print_json(found)
+    from orchestrator.render import show_methods
+
+    return show_methods(found)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what of this machine is usable, and how to mend what is not."""
+    from dataclasses import asdict
+
+    from orchestrator.doctor import doctor as examine
+
+    found = examine()
+    if as_json:
+        return _print_json([asdict(check) for check in found])
+    from orchestrator.render import show_checks
+
+    return show_checks(found)
+
+
+@app.command()
+def mlflow(
+    uri: Annotated[str | None, typer.Option("--uri", help="Another store than the default one.")] = None,
+) -> None:
+    """Open the pages of MLflow; end them with Ctrl-C."""
+    import os
+
+    from orchestrator.store import ui_command
+
+    command = ui_command(uri)
+    os.execvp(command[0], command)
+
+
+@cluster_app.command("start")
+def cluster_start() -> None:
+    """Start the supervisor of this machine; a job that is submitted does so too."""
+    from clusters.local import Local
+
+    Local.here().start()
+
+
+@cluster_app.command("stop")
+def cluster_stop() -> None:
+    """End supervisor, controllers and Ray; runs that are not done go on at the next start."""
+    from clusters.local import Local
+
+    Local.here().stop()
+
+
+@cluster_app.command("status")
+def cluster_status(as_json: Json = False) -> None:
+    """Show what of the cluster on this machine is alive."""
+    from dataclasses import asdict
+
+    from clusters.local import Local
+
+    state = Local.here().state()
+    found = {**state, "capacity": asdict(state["capacity"])}
+    if as_json:
+        return _print_json(found)
+    from orchestrator.render import show_fields
+
+    return show_fields(found)
+
+
+def _announce(done: "Submission") -> None:
+    for warning in done.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if done.adopted:
+        print("this run was submitted before; going on with it", file=sys.stderr)
+    print(done.run_id, flush=True)
+
+
+def _announce_json(done: "Submission") -> None:
+    _print_json({"run_id": done.run_id, "run_dir": str(done.run_dir), "adopted": done.adopted})
+
+
+def _print_json(found: Any) -> None:
+    print(json.dumps(found, indent=1), flush=True)
+
+
+def _follow(run_dir: Path, rank: int | None) -> None:
+    """Show a run until it has ended; raises JobFailed unless it succeeded."""
+    from orchestrator.errors import JobFailed
+    from orchestrator.progress import follow
+
+    ended = follow(run_dir, rank)
+    if ended.state != "succeeded":
+        reason = ended.reason or "no reason was given"
+        raise JobFailed(f"{ended.run_id} {ended.state}: {reason}\nsee: fleetune logs {ended.run_id}")
+    print(f"{ended.run_id} succeeded: {ended.output_dir}", file=sys.stderr)

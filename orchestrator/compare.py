@@ -1,0 +1,296 @@
+"""Runs side by side, as MLflow has them: what differs in their configuration, and what came of it."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from orchestrator.errors import InputError
+from orchestrator.store import RUN_ID, client, outages, resolve, sqlite_file
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Curve = tuple[tuple[int, float], ...]
+CURVES = ("loss", "eval_loss", "eval_exact_match", "tokens_per_second", "peak_memory_bytes")
+SEED = "train.seed"
+_NOT_COMPARED = {SEED, "name"}
+_COLUMNS = 3  # more differences than this share one column of the terminal table
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A result: its name, its heading, how it is shown, and whether more is better (None: neither)."""
+
+    key: str
+    title: str
+    show: Callable[[float], str]
+    more_is_better: bool | None = False
+
+
+def count(value: float) -> str:
+    """A number of things with three digits: 950, 1.23 M, 8.03 B."""
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def size(value: float) -> str:
+    """Bytes, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def duration(value: float) -> str:
+    """Seconds, as 4.2 s, 3 m 05 s or 2 h 10 m."""
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    return f"{minutes} m {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
+
+
+def _decimals(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else str(value)
+
+
+MEASURES = (
+    Measure("eval_exact_match", "exact match", lambda value: f"{value:.1%}", True),
+    Measure("eval_loss", "eval loss", _decimals),
+    Measure("loss", "loss", _decimals),
+    Measure("best_loss", "best loss", _decimals),
+    Measure("trained", "trained", count, None),
+    Measure("peak_memory_bytes", "peak memory", size),
+    Measure("train_s", "train time", duration),
+    Measure("tokens_per_second", "tokens/s", count, True),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One MLflow run. `figures` has a value for each measure that the run reported."""
+
+    run_id: str
+    mlflow_run_id: str
+    status: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    curves: dict[str, Curve]
+    figures: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return self.params.get("name", self.run_id)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measure over the runs of a row; std is the sample's, 0 for one run."""
+
+    mean: float
+    std: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in nothing but the seed."""
+
+    label: str
+    status: str
+    differences: dict[str, str]
+    runs: tuple[Run, ...]
+
+    @property
+    def seeds(self) -> list[str]:
+        """The seeds, in numeric order."""
+        return sorted((run.params.get(SEED, "?") for run in self.runs), key=lambda seed: (len(seed), seed))
+
+    def figure(self, key: str) -> Figure | None:
+        """Mean and spread of a measure; None where no run has it."""
+        values = [run.figures[key] for run in self.runs if key in run.figures]
+        if not values:
+            return None
+        spread = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
+        return Figure(math.fsum(values) / len(values), spread, len(values))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows, best first; `constant` holds what all runs share, `columns` the params in which they differ."""
+
+    title: str
+    uri: str
+    constant: dict[str, str]
+    columns: list[str]
+    rows: list[Row]
+
+    @property
+    def measures(self) -> list[Measure]:
+        """The measures that some run has."""
+        return [measure for measure in MEASURES if any(row.figure(measure.key) for row in self.rows)]
+
+    @property
+    def quality(self) -> Measure:
+        """What the rows are judged by: exact match, else evaluation loss, else training loss."""
+        return _quality(run for row in self.rows for run in row.runs)
+
+    def heading(self, param: str) -> str:
+        """The short name of a param: its last part, where that is clear."""
+        short = param.removesuffix(".kind").rpartition(".")[2]
+        return short if sum(short == p.removesuffix(".kind").rpartition(".")[2] for p in self.columns) == 1 else param
+
+    def table(self) -> "Table":
+        """The comparison for a terminal."""
+        from orchestrator.compare_table import table
+
+        return table(self, apart=len(self.columns) <= _COLUMNS)
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as plain data; a value that is not finite is null."""
+        return {
+            "experiment": self.title,
+            "uri": self.uri,
+            "constant": self.constant,
+            "columns": self.columns,
+            "rows": [_row_json(row) for row in self.rows],
+        }
+
+
+def compare(experiment: str | None, uri: str | None) -> Comparison:
+    """Read the runs of an experiment (None: of all) from MLflow.
+
+    Raises InputError for an experiment that is not there, ConnectionError where MLflow cannot be reached.
+    """
+    uri = resolve(uri)
+    file = sqlite_file(uri)
+    if file and not file.exists():
+        raise InputError(f"nothing was tracked yet: there is no {file}")
+    try:
+        runs = _load(client(uri), experiment, _without_password(uri))
+    except outages() as error:
+        raise ConnectionError(f"MLflow at {_without_password(uri)}: {str(error).splitlines()[0]}") from error
+    return arrange(runs, experiment or "all experiments", _without_password(uri))
+
+
+def arrange(runs: list[Run], title: str, uri: str) -> Comparison:
+    """Group runs that differ in the seed alone, and sort the groups, best first."""
+    keys = sorted({key for run in runs for key in run.params} - _NOT_COMPARED)
+    columns = [key for key in keys if len({run.params.get(key) for run in runs}) > 1]
+    constant = {key: runs[0].params[key] for key in keys if key not in columns}
+    groups: dict[tuple[str | None, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.status, *(run.params.get(key) for key in columns)), []).append(run)
+    labels = _labels(list(groups.values()), columns)
+    rows = [
+        Row(label, group[0].status, {key: group[0].params.get(key, "") for key in columns}, tuple(group))
+        for label, group in zip(labels, groups.values(), strict=True)
+    ]
+    return Comparison(title, uri, constant, columns, sorted(rows, key=_order(_quality(runs))))
+
+
+def _load(mlflow: Any, experiment: str | None, uri: str) -> list[Run]:
+    experiments = {found.name: found.experiment_id for found in mlflow.search_experiments()}
+    if experiment is not None and experiment not in experiments:
+        near = get_close_matches(experiment, experiments, n=3, cutoff=0.4) or sorted(experiments)[:10]
+        raise InputError(f"experiment {experiment!r} is not at {uri}; there are: {', '.join(near)}")
+    ids = [experiments[experiment]] if experiment is not None else list(experiments.values())
+    found: list[Any] = []
+    token: str | None = ""
+    while token is not None:
+        page = mlflow.search_runs(ids, f"tags.`{RUN_ID}` LIKE '%'", order_by=["start_time"], page_token=token or None)
+        found += page
+        token = page.token or None
+    if not found:
+        raise InputError(f"experiment {experiment or 'any'!r} at {uri} has no runs of Fleetune")
+    return [_run(mlflow, run) for run in found]
+
+
+def _run(mlflow: Any, run: Any) -> Run:
+    points = {
+        key: sorted(mlflow.get_metric_history(run.info.run_id, key), key=lambda metric: metric.step)
+        for key in CURVES
+        if key in run.data.metrics
+    }
+    tags: dict[str, str] = dict(run.data.tags)
+    curves = {key: tuple((point.step, point.value) for point in found) for key, found in points.items()}
+    figures = _figures(curves, [point.timestamp / 1000 for point in points.get("loss", [])])
+    if trained := tags.get("fleetune.plan.trained"):
+        figures["trained"] = float(trained)
+    return Run(tags[RUN_ID], run.info.run_id, run.info.status, dict(run.data.params), tags, curves, figures)
+
+
+def _figures(curves: dict[str, Curve], times: list[float]) -> dict[str, float]:
+    """The measures of one run; its time is that of an undisturbed run: steps x median time of a step."""
+    figures = {key: curve[-1][1] for key, curve in curves.items() if key in ("loss", "eval_loss", "eval_exact_match")}
+    if losses := [value for _, value in curves.get("loss", ()) if math.isfinite(value)]:
+        figures["best_loss"] = min(losses)
+    if memory := curves.get("peak_memory_bytes"):
+        figures["peak_memory_bytes"] = max(value for _, value in memory)
+    if speed := curves.get("tokens_per_second"):
+        figures["tokens_per_second"] = statistics.median(value for _, value in speed)
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    if gaps:
+        figures["train_s"] = max(0.0, statistics.median(gaps)) * len(times)
+    return figures
+
+
+def _labels(groups: list[list[Run]], columns: list[str]) -> list[str]:
+    """A name for each group: the job's; where several share it, with what differs, else with the run id."""
+    names = [" / ".join(sorted({run.name for run in group})) for group in groups]
+    full = [
+        f"{name} ({', '.join(value for key in columns if (value := group[0].params.get(key)))})" if columns else name
+        for name, group in zip(names, groups, strict=True)
+    ]
+    taken, spelled = Counter(names), Counter(full)
+    return [
+        name if taken[name] == 1 else long if spelled[long] == 1 and len(long) <= 60 else group[0].run_id
+        for name, long, group in zip(names, full, groups, strict=True)
+    ]
+
+
+def _quality(runs: Iterable[Run]) -> Measure:
+    reported = {key for run in runs for key in run.figures}
+    return next((measure for measure in MEASURES[:2] if measure.key in reported), MEASURES[2])
+
+
+def _order(quality: Measure) -> Callable[[Row], tuple[bool, bool, float]]:
+    def order(row: Row) -> tuple[bool, bool, float]:
+        figure = row.figure(quality.key)
+        if figure is None or not math.isfinite(figure.mean):
+            return row.status != "FINISHED", True, 0.0
+        return row.status != "FINISHED", False, -figure.mean if quality.more_is_better else figure.mean
+
+    return order
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    figures = {measure.key: figure for measure in MEASURES if (figure := row.figure(measure.key))}
+    return {
+        "label": row.label,
+        "status": row.status,
+        "n": len(row.runs),
+        "seeds": row.seeds,
+        "run_ids": [run.run_id for run in row.runs],
+        "mlflow_run_ids": [run.mlflow_run_id for run in row.runs],
+        "differences": row.differences,
+        "figures": {key: {"mean": _finite(f.mean), "std": _finite(f.std), "n": f.n} for key, f in figures.items()},
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri

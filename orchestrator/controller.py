@@ -1,0 +1,158 @@
+"""The controller of a run: `python -m orchestrator.controller RUN_DIR`. It takes the run one attempt further.
+
+It claims the attempt, has a driver process start the workers with Ray, watches, delivers to MLflow, says how the
+attempt ended, and closes the run or leaves it to the next attempt. Exit code 0: the run has its result, 1: start the
+controller again.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from orchestrator.verdict import Final, Kind, Verdict, decide
+from orchestrator.watch import Driver, Watch
+from orchestrator.worker import redirect
+from trainer.attempt import Attempt, Fenced, Record, attempts, cancel_requested, claim_next, close, read_json, settle
+
+TRACKING_PATIENCE_S = 600.0  # how long it stays to deliver what an outage of MLflow held up
+_PUMP_S = 1.0
+_CANCELLED = Final("cancelled", "cancelled by request")
+
+
+def main(run_dir: Path) -> int:
+    """Bring a run one attempt further; gives the exit code."""
+    if settle(run_dir) is None:
+        decision = decide(history(run_dir))
+        if not isinstance(decision, Final) and cancelled_within(run_dir, decision.delay_s):
+            decision = _CANCELLED
+        if not isinstance(decision, Final):
+            return attend(run_dir)
+        close(run_dir, result_of(run_dir, decision))
+    return deliver_rest(run_dir)
+
+
+def attend(run_dir: Path) -> int:
+    """Claim an attempt, see it through, and close the run if that was its last one."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    with Driver(run_dir) as driver:
+        attempt = claim(run_dir)
+        if attempt is None:
+            return 1
+        redirect(attempt.folder / "logs" / "controller.log")
+        with Pump(attempt):
+            driver.begin(attempt)
+            verdict = Watch(attempt, driver, stop).until_end()
+            driver.kill()
+        attempt.check()
+    attempt.write_verdict(verdict.dump())
+    decision = decide(history(run_dir))
+    if not isinstance(decision, Final) or not attempt.close(result_of(run_dir, decision)):
+        return 1
+    return deliver_rest(run_dir)
+
+
+def claim(run_dir: Path) -> Attempt | None:
+    """The next attempt, from the newest valid checkpoint; None when somebody was faster."""
+    from trainer.checkpoint import newest  # torch: seconds
+
+    return claim_next(run_dir, newest(run_dir))
+
+
+def cancelled_within(run_dir: Path, delay_s: float) -> bool:
+    """Wait, and say whether somebody asked for the end of the run by then."""
+    deadline = time.monotonic() + delay_s
+    while not cancel_requested(run_dir):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.25)
+    return True
+
+
+def history(run_dir: Path) -> list[tuple[Kind, int]]:
+    """How each attempt since the run was last (re)opened ended, and how many steps its checkpoints took it further."""
+    tried = [attempt for attempt in attempts(run_dir) if attempt.number > _reopened(run_dir)]
+    starts = [attempt.start.step if attempt.start else 0 for attempt in tried]
+    reached = [*starts[1:], *(_saved(attempt) for attempt in tried[-1:])]
+    return [(_kind(attempt), b - a) for attempt, a, b in zip(tried, starts, reached, strict=True)]
+
+
+def result_of(run_dir: Path, decision: Final) -> Record:
+    """The final word on a run."""
+    tried = attempts(run_dir)
+    verdict = (tried[-1].verdict if tried else None) or {"kind": decision.state, "reason": "", "evidence": ""}
+    return {
+        "state": decision.state,
+        "reason": " - ".join(filter(None, [decision.reason, verdict["reason"]])) or None,
+        "verdict": verdict["kind"],
+        "evidence": verdict["evidence"],
+        "attempt": tried[-1].number if tried else 0,
+        "output_dir": "output" if decision.state == "succeeded" else None,
+        "time": time.time(),
+    }
+
+
+def deliver_rest(run_dir: Path) -> int:
+    """Stay until MLflow has all of a closed run, but not for ever: any later command can do it too."""
+    from orchestrator.tracking import replay
+
+    if attempts(run_dir):
+        replay(run_dir, TRACKING_PATIENCE_S)
+    return 0
+
+
+class Pump(threading.Thread):
+    """Delivers to MLflow while an attempt runs, in a thread: an outage holds nobody up."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        super().__init__(daemon=True)
+        self._attempt = attempt
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "Pump":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join(timeout=5)
+
+    def run(self) -> None:
+        """Deliver what is new, about once a second."""
+        from orchestrator.tracking import Delivery
+
+        delivery = Delivery(self._attempt.run_dir, self._attempt.number)
+        while not self._ended.wait(_PUMP_S):
+            delivery.pump()
+
+
+def _kind(attempt: Attempt) -> Kind:
+    """How an attempt ended; one without a verdict had its controller killed."""
+    return attempt.verdict["kind"] if attempt.verdict else "node_lost"
+
+
+def _saved(attempt: Attempt) -> int:
+    """The last step of which this attempt left a checkpoint; its start when there is none."""
+    manifests = (attempt.folder / "checkpoints").glob("step-*/manifest.json")
+    start = attempt.start.step if attempt.start else 0
+    return max((int(path.parent.name.removeprefix("step-")) for path in manifests), default=start)
+
+
+def _reopened(run_dir: Path) -> int:
+    """The slot in which the run was last reopened, 0 when it never was."""
+    claims = [path for path in (run_dir / "attempts").glob("*/claim.json") if path.parent.name.isdigit()]
+    return max((int(p.parent.name) for p in claims if read_json(p)["kind"] == "reopen"), default=0)
+
+
+if __name__ == "__main__":
+    try:
+        code = main(Path(sys.argv[1]))
+    except Fenced as fenced:
+        code = 1
+        print(fenced, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # without waiting for a thread that waits for MLflow

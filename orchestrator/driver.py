@@ -1,0 +1,104 @@
+"""The Ray side of the controller, a process of its own: `python -m orchestrator.driver RUN_DIR`.
+
+Its standard input carries the number of the attempt, once that is claimed, and says by its end that the controller is
+gone. When this process dies, however it dies, Ray ends the workers. What came of them is left in outcome.json.
+"""
+
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator.worker import redirect, work
+from trainer.attempt import Attempt, load_job, write_json
+
+PASSED_ON = ("FLEETUNE_", "HF_", "HUGGING_FACE_", "NCCL_")
+_TEXT = 4000  # characters kept of a failure
+
+
+def main() -> None:
+    """Connect to Ray, wait for the attempt, run it."""
+    run_dir = Path(sys.argv[1])
+    resources = connect()
+    line = sys.stdin.readline()
+    if not line:
+        sys.exit("the controller is gone")
+    threading.Thread(target=_die_with_controller, daemon=True).start()
+    attempt = Attempt(run_dir, int(line))
+    redirect(attempt.folder / "logs" / "controller.log")
+    failures = outcome(lambda: fit(attempt, load_job(run_dir).resources.world, resources))
+    write_json(attempt.folder / "outcome.json", {"failures": {str(rank): text for rank, text in failures.items()}})
+
+
+def connect() -> dict[str, float]:
+    """Join the cluster at RAY_ADDRESS; gives its resources."""
+    import ray.train.torch  # noqa: F401 (slow: done while the controller looks for the checkpoint)
+
+    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+    resources: dict[str, float] = ray.cluster_resources()
+    return resources
+
+
+def outcome(fit_once: Callable[[], None]) -> dict[int, str]:
+    """What the workers raised, by rank; empty when all went well, rank -1 for what is nobody's."""
+    from ray.train import WorkerGroupError
+
+    try:
+        fit_once()
+    except WorkerGroupError as error:
+        return {rank: describe(failure)[-_TEXT:] for rank, failure in error.worker_failures.items()}
+    except Exception as error:
+        return {-1: describe(error)[-_TEXT:]}
+    return {}
+
+
+def describe(failure: BaseException) -> str:
+    """A failure as text with the names of its types: what a verdict is found by."""
+    cause = getattr(failure, "health_check_failure", None) or getattr(failure, "controller_failure", None)
+    name = "" if type(failure).__name__.startswith("WorkerFailed") else f"{type(failure).__name__}: "
+    own = f"{name}{failure}"
+    return f"{own}\n{describe(cause)}" if cause else own
+
+
+def fit(attempt: Attempt, world: int, resources: dict[str, float]) -> None:
+    """Start one worker per GPU, or per process where there is none, and wait for their end."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    gpu = resources.get("GPU", 0) > 0
+    share = {"GPU": 1.0} if gpu else {"CPU": min(1.0, resources["CPU"] / world)}
+    environment = worker_environment(gpu, int(max(1, resources["CPU"] // world)))
+    storage = attempt.folder / "ray"
+    trainer = TorchTrainer(
+        lambda: work(str(attempt.run_dir), attempt.number, environment),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=world, use_gpu=gpu, resources_per_worker=share),
+        run_config=RunConfig(
+            name=f"{attempt.run_dir.name}-a{attempt.number}",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+        ),
+    )
+    trainer.fit()
+    shutil.rmtree(storage, ignore_errors=True)
+
+
+def worker_environment(gpu: bool, threads: int) -> dict[str, str]:
+    """What the workers get beside Ray's environment."""
+    passed = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
+    accelerator = {} if gpu else {"DS_ACCELERATOR": "cpu"}
+    return {**passed, **accelerator, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+
+
+def _die_with_controller() -> Any:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Results as tables for a terminal."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from orchestrator.doctor import Check
+from orchestrator.plan import Plan
+from orchestrator.status import Status
+
+_COLOURS = {
+    "succeeded": "green",
+    "failed": "red",
+    "running": "cyan",
+    "unknown": "yellow",
+    "ok": "green",
+    "warn": "yellow",
+    "fail": "red",
+}
+_WIDE = 10_000  # columns of an output that is no terminal: nothing is cut or wrapped there
+
+
+def show_runs(runs: Iterable[Status]) -> None:
+    """One line per run."""
+    table = _table("run", "cluster", "state", "step", "attempt", "submitted", "reason")
+    for run in runs:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.submitted))
+        step = f"{run.step}/{run.steps or '?'}"
+        cells = (run.run_id, run.cluster, _coloured(run.state), step, str(run.attempt), when, run.reason or "")
+        table.add_row(*cells[:2], cells[2], *map(escape, cells[3:]))
+    _print(table)
+
+
+def show_fields(fields: Mapping[str, Any]) -> None:
+    """One line per field."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in fields.items():
+        text = _coloured(value) if name == "state" else escape("-" if value is None else str(value))
+        table.add_row(name, text)
+    _print(table)
+
+
+def show_checks(checks: Iterable[Check]) -> None:
+    """One line per check, with what to do where it is not ok."""
+    table = _table("", "what", "found", "how to mend it")
+    for check in checks:
+        mend = "" if check.level == "ok" else check.mend
+        table.add_row(_coloured(check.level), check.name, escape(check.found), escape(mend))
+    _print(table)
+
+
+def show_methods(methods: Iterable[Mapping[str, Any]]) -> None:
+    """One line per option."""
+    table = _table("method", "option", "default", "what it is")
+    for method in methods:
+        table.add_row(f"[bold]{method['kind']}[/]", "", f"lr {method['lr']:g}", escape(method["summary"]))
+        for name, option in method["options"].items():
+            default = "null" if option["default"] is None else str(option["default"])
+            table.add_row("", name, default, escape(option["description"] or ""))
+    _print(table)
+
+
+def show_plan(plan: Plan) -> None:
+    """What would run, in groups."""
+    show_fields(_plan_fields(plan))
+    for warning in plan.warnings:
+        _print(f"[yellow]warning[/]: {escape(warning)}")
+
+
+def _plan_fields(plan: Plan) -> dict[str, str]:
+    known = f"{plan.steps:,}" if plan.steps else "unknown until the data is read"
+    fields = {
+        "job": f"{plan.name}: {plan.method} on {plan.base}",
+        "layout": f"{plan.workers} workers, ZeRO {plan.zero}, {plan.precision}",
+        "data": f"{_number(plan.rows)} rows to train on, {_number(plan.eval_rows)} to evaluate",
+        "batch": f"{plan.batch_tokens:,} tokens, about {plan.micro_batches} passes per worker",
+        "steps": f"about {known} (estimated)" if plan.steps and plan.steps_estimated else known,
+    }
+    if plan.sizes is None:
+        return fields | {
+            "parameters": "unknown: this kind of base tells its shapes by its weights, which are not here"
+        }
+    sizes, memory = plan.sizes, plan.sizes.memory
+    share = 100 * sizes.trained / sizes.parameters
+    parts = ", ".join(f"{name} {size(getattr(memory, name))}" for name in ("weights", "gradients", "optimizer"))
+    return fields | {
+        "parameters": f"{sizes.parameters:,}, trained {sizes.trained:,} ({share:.3g} %)",
+        "each worker": f"{size(memory.total)} without activations: {parts}",
+    }
+
+
+def size(count: float) -> str:
+    """A number of bytes, to three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def _number(rows: int | None) -> str:
+    return "no" if rows is None else f"{rows:,}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=column in ("run", "state", "step"))
+    return table
+
+
+def _coloured(word: str) -> str:
+    colour = _COLOURS.get(word)
+    return f"[{colour}]{word}[/]" if colour else word
+
+
+def _print(what: Any) -> None:
+    console = Console(highlight=False)
+    (console if console.is_terminal else Console(highlight=False, width=_WIDE)).print(what)

@@ -1,0 +1,131 @@
+"""Where runs stand: what their folders say, joined with what their cluster says."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from clusters.base import Status as View
+from clusters.base import Unreachable
+from orchestrator.backends import open_cluster
+from orchestrator.errors import InputError
+from orchestrator.runs import find, name_of, read_record, run_ids, runs_folder
+from trainer.attempt import Attempt, Record, last, read_json, result, sealed_size
+
+State = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
+ENDED = ("succeeded", "failed", "cancelled")
+_TAIL = 1 << 14  # bytes at the end of metrics.jsonl that hold its last whole line
+_HEAD = 1 << 16  # bytes at the start of events.jsonl that hold the plan
+
+
+@dataclass(frozen=True)
+class Status:
+    """One run. `step` is the last one of the newest attempt; `steps` is None until it is known."""
+
+    run_id: str
+    name: str
+    cluster: str
+    state: State
+    reason: str | None
+    step: int
+    steps: int | None
+    attempt: int
+    verdict: str | None
+    mlflow_run_id: str | None
+    run_dir: str
+    output_dir: str | None
+    submitted: float
+
+    def dump(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def status(reference: str) -> Status:
+    """The status of one run; raises InputError where there is none."""
+    return statuses([find(reference)])[0]
+
+
+def list_runs() -> list[Status]:
+    """The status of every run, newest first."""
+    return statuses(runs_folder() / run_id for run_id in reversed(run_ids()))
+
+
+def statuses(run_dirs: Iterable[Path]) -> list[Status]:
+    """The status of runs by their folders, with one look at each cluster."""
+    records = {run_dir: read_record(run_dir) for run_dir in run_dirs}
+    views = _views(records)
+    return [_join(run_dir, record, views[run_dir.name]) for run_dir, record in records.items()]
+
+
+def _views(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, View]:
+    """How the clusters see the runs."""
+    views: dict[str, View] = {}
+    for cluster in {record["cluster"] for record in records.values()}:
+        run_ids = [run_dir.name for run_dir, record in records.items() if record["cluster"] == cluster]
+        try:
+            views |= open_cluster(cluster).status(run_ids)
+        except (Unreachable, InputError) as error:
+            views |= {run_id: View("unknown", str(error)) for run_id in run_ids}
+    return views
+
+
+def _join(run_dir: Path, record: Mapping[str, Any], view: View) -> Status:
+    ended, newest = result(run_dir), last(run_dir)
+    claimed = newest.number > 0
+    verdict = newest.verdict if claimed else None
+    mlflow = run_dir / "mlflow.json"
+    state, reason = (ended["state"], ended.get("reason")) if ended else _going(newest, verdict, view)
+    return Status(
+        run_id=run_dir.name,
+        name=name_of(run_dir.name),
+        cluster=record["cluster"],
+        state=state,
+        reason=reason or None,
+        step=_step(run_dir, newest) if claimed else 0,
+        steps=(_planned(newest) if claimed else None) or record["job"]["train"]["steps"],
+        attempt=newest.number,
+        verdict=verdict["kind"] if verdict else None,
+        mlflow_run_id=read_json(mlflow)["mlflow_run_id"] if mlflow.exists() else None,
+        run_dir=str(run_dir),
+        output_dir=str(run_dir / "output") if (run_dir / "output").exists() else None,
+        submitted=record["submitted"],
+    )
+
+
+def _going(newest: Attempt, verdict: Record | None, view: View) -> tuple[State, str | None]:
+    """The state of a run without a result: a run that had an attempt and waits for the next one is preempted."""
+    if view.state in ("unknown", "ended"):
+        return "unknown", view.reason or "the run has ended, and its result is not there yet"
+    if newest.number == 0:
+        return ("queued" if view.state == "queued" else "starting"), view.reason
+    if verdict or view.state != "running":
+        return "preempted", view.reason or (verdict or {}).get("reason")
+    return ("running" if (newest.folder / "metrics.jsonl").exists() else "starting"), view.reason
+
+
+def _step(run_dir: Path, attempt: Attempt) -> int:
+    """The last step that an attempt reported, else the one that it starts from."""
+    path = attempt.folder / "metrics.jsonl"
+    start = attempt.start
+    if path.exists():
+        seal = sealed_size(run_dir, attempt, "metrics.jsonl")
+        with path.open("rb") as stream:
+            size = path.stat().st_size if seal is None else seal
+            stream.seek(max(0, size - _TAIL))
+            lines = stream.read(min(size, _TAIL)).rpartition(b"\n")[0].split(b"\n")
+        if lines[-1]:
+            return int(json.loads(lines[-1])["step"])
+    return start.step if start else 0
+
+
+def _planned(attempt: Attempt) -> int | None:
+    """The number of steps that the trainer planned."""
+    path = attempt.folder / "events.jsonl"
+    if not path.exists():
+        return None
+    with path.open("rb") as stream:
+        lines = stream.read(_HEAD).rpartition(b"\n")[0].split(b"\n")
+    events = (json.loads(line) for line in lines if line)
+    return next((event["steps"] for event in events if event["event"] == "plan"), None)

@@ -1,0 +1,126 @@
+"""Watching an attempt: the driver process that holds its workers, and all that can end it."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from clusters.ray_head import answers
+from orchestrator.verdict import Verdict, classify
+from trainer.attempt import Attempt, cancel_requested, load_job, read_json
+
+_CHECK_S = 0.25
+_TAIL = 16_384  # bytes at the end of a log in which evidence is looked for
+_DRIVER_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+
+
+class Driver:
+    """The process that runs `orchestrator.driver`. It connects to Ray while the attempt is being claimed."""
+
+    def __init__(self, run_dir: Path) -> None:
+        command = [sys.executable, "-P", "-m", "orchestrator.driver", str(run_dir)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | _DRIVER_ENVIRONMENT)
+
+    def __enter__(self) -> "Driver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def begin(self, attempt: Attempt) -> None:
+        """Have it start the workers of an attempt."""
+        assert self._process.stdin
+        try:
+            self._process.stdin.write(f"{attempt.number}\n".encode())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return  # it is dead, as the watch will see
+
+    def kill(self) -> None:
+        """End it, and with it the workers."""
+        self._process.kill()
+        self._process.wait()
+
+
+class Watch:
+    """Looks at an attempt until something ends it."""
+
+    def __init__(self, attempt: Attempt, driver: Driver, stop: threading.Event) -> None:
+        self._attempt = attempt
+        self._driver = driver
+        self._stop = stop
+        self._walltime_s = load_job(attempt.run_dir).resources.walltime
+        self._hang_after_s = float(os.environ.get("FLEETUNE_HANG_AFTER", "1800"))
+        self._began = time.monotonic()
+        self._unanswered = 0
+
+    def until_end(self) -> Verdict:
+        """How the attempt ended; raises Fenced when another one took over."""
+        verdict = None
+        while verdict is None:
+            self._attempt.check()
+            if self._driver.exit_code is not None:
+                return self._judge()
+            verdict = self._stopped() or self._stuck()
+            time.sleep(_CHECK_S)
+        return verdict
+
+    def _judge(self) -> Verdict:
+        """The verdict once the driver has ended."""
+        path = self._attempt.folder / "outcome.json"
+        if path.exists():
+            failures = {int(rank): text for rank, text in read_json(path)["failures"].items()}
+            if not failures:
+                return Verdict("success", "")
+        else:
+            failures = {-1: f"the driver ended with exit code {self._driver.exit_code}\n{self._tail('controller')}"}
+        if not answers(os.environ["RAY_ADDRESS"]):
+            return Verdict("node_lost", "the Ray head is gone", next(iter(failures.values()))[-1000:])
+        return classify(failures, {rank: self._tail(f"rank-{rank}") for rank in failures})
+
+    def _stopped(self) -> Verdict | None:
+        """Whether somebody or something outside ends the attempt."""
+        if self._stop.is_set():
+            return Verdict("preemption", "the controller was told to end", "SIGTERM")
+        if cancel_requested(self._attempt.run_dir):
+            return Verdict("cancelled", "")
+        if self._walltime_s and time.monotonic() - self._began > self._walltime_s:
+            return Verdict("walltime", f"resources.walltime of {self._walltime_s} s is over")
+        return None
+
+    def _stuck(self) -> Verdict | None:
+        """Whether the head is gone, or nothing moves."""
+        self._unanswered = 0 if answers(os.environ["RAY_ADDRESS"]) else self._unanswered + 1
+        if self._unanswered >= 3:
+            return Verdict("node_lost", "the Ray head is gone", f"nobody listens at {os.environ['RAY_ADDRESS']}")
+        silent_s = min(time.monotonic() - self._began, time.time() - self._last_sign())
+        if silent_s > self._hang_after_s:
+            lines = self._tail("rank-0").strip().splitlines()
+            return Verdict("hang", f"nothing was written for {silent_s:.0f} s", lines[-1] if lines else "")
+        return None
+
+    def _last_sign(self) -> float:
+        """When the workers last wrote something."""
+        folder = self._attempt.folder
+        files = [folder / "metrics.jsonl", folder / "events.jsonl", *(folder / "logs").glob("rank-*.log")]
+        return max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
+
+    def _tail(self, name: str) -> str:
+        path = self._attempt.folder / "logs" / f"{name}.log"
+        if not path.exists():
+            return ""
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - _TAIL))
+            return stream.read().decode(errors="replace")

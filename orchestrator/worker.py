@@ -1,0 +1,46 @@
+"""What the controller has Ray run on every worker: the trainer, with its output in the run folder."""
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class WorkerFailed(RuntimeError):
+    """What a worker raised, as text: any exception travels, also one that cannot be pickled."""
+
+
+def work(run_dir: str, attempt: int, environment: Mapping[str, str]) -> None:
+    """Do this worker's part of an attempt; raises WorkerFailed."""
+    os.environ.update(environment)
+    redirect(Path(run_dir) / "attempts" / str(attempt) / "logs" / f"rank-{os.environ['RANK']}.log")
+    print(f"[rank {os.environ['RANK']}] pid {os.getpid()} on {socket.gethostname()}")
+    try:
+        _train(Path(run_dir), attempt)
+    except BaseException as error:
+        traceback.print_exc()
+        raise WorkerFailed("".join(traceback.format_exception_only(error)).strip()) from None
+
+
+def redirect(log: Path) -> None:
+    """Send the output of this process, and of libraries in it, to the end of a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+
+
+def _train(run_dir: Path, attempt: int) -> None:
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    from trainer.loop import train
+
+    train(run_dir, attempt)

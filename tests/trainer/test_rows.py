@@ -1,0 +1,234 @@
+"""Reading rows: every file type and shape, and one clear line for everything that is wrong."""
+
+import csv
+import gzip
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.rows import Row, RowError, check, digest, rows
+
+DATA = Path(__file__).parent.parent / "data"
+GOOD = {"question": "1 + 1?", "answer": "2"}
+CHAT = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+
+
+def jsonl(folder: Path, *records: Any) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt", "completion"),
+    [
+        ({"prompt": "{a}", "completion": " b"}, "{a}", " b"),
+        ({"prompt": "", "completion": "b"}, "", "b"),
+        (GOOD, "Question: 1 + 1?\nAnswer:", " 2"),
+        ({"instruction": "Add", "input": "1, 1", "output": "2"}, "Instruction: Add\nInput: 1, 1\nResponse:", " 2"),
+        ({"instruction": "Add", "input": "", "output": "2"}, "Instruction: Add\nResponse:", " 2"),
+        ({"instruction": "Add", "output": "2"}, "Instruction: Add\nResponse:", " 2"),
+        ({"text": "Once", "id": 7}, "", "Once"),
+    ],
+)
+def test_shapes(tmp_path: Path, record: dict[str, Any], prompt: str, completion: str) -> None:
+    assert list(rows(jsonl(tmp_path, record))) == [Row(1, prompt, completion)]
+
+
+def test_messages(tmp_path: Path) -> None:
+    spare = [{**turn, "name": None} for turn in CHAT]  # as a union of schemas leaves them
+    assert list(rows(jsonl(tmp_path, {"messages": spare}))) == [Row(1, "", "", tuple(CHAT))]
+
+
+def test_every_file_type_gives_the_same_rows(tmp_path: Path) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    source = DATA / "questions.jsonl"
+    records = [json.loads(line) for line in source.read_text().splitlines()]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    with (tmp_path / "a.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["question", "answer"])
+        writer.writeheader()
+        writer.writerows(records)
+    parquet.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    for name in ("a.json", "a.csv"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(source.read_bytes()))
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
+    expected = list(rows(source))
+    assert [row.number for row in expected] == [1, 2, 3]
+    for path in tmp_path.iterdir():
+        assert list(rows(path)) == expected, path.name
+
+
+def test_row_numbers_are_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(GOOD)}\n")
+    assert [row.number for row in rows(path)] == [1, 3]
+    assert check(path) == 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"question": "?"}, "row 2, field answer: found nothing, allowed: text"),
+        ({"question": 5, "answer": "2"}, "row 2, field question: found 5 (int), allowed: text"),
+        ({"question": "?", "answer": None}, "row 2, field answer: found nothing, allowed: text"),
+        (
+            {"question": "?", "answer": " \n"},
+            "row 2, field answer: found empty text, allowed: text that is not empty",
+        ),
+        (
+            {"question": "?", "answer": "\ud800"},
+            "row 2, field answer: found half of a surrogate pair, allowed: text that can be written as UTF-8",
+        ),
+        ([1, 2], "row 2: found [1, 2] (list), allowed: an object with named fields"),
+    ],
+)
+def test_bad_second_row(tmp_path: Path, bad: Any, message: str) -> None:
+    path = jsonl(tmp_path, GOOD, bad)
+    with pytest.raises(RowError) as error:
+        check(path)
+    assert str(error.value) == f"{path}, {message}"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (None, "messages: found nothing, allowed: a list of {role, content}"),
+        ([], "messages: found [] (list), allowed: a list of {role, content}"),
+        (["hi"], "messages[0]: found 'hi' (str), allowed: an object {role, content}"),
+        ([CHAT[0], {"role": "bot", "content": "2"}], "[1].role: found 'bot' (str), allowed: system, user, assistant"),
+        (
+            [CHAT[0], {"role": ["a"], "content": "2"}],
+            "[1].role: found ['a'] (list), allowed: system, user, assistant",
+        ),
+        ([{"role": "user"}, CHAT[1]], "messages[0].content: found nothing, allowed: text"),
+        ([CHAT[0], {**CHAT[1], "content": ""}], "[1].content: found empty text, allowed: text that is not empty"),
+        (
+            [CHAT[0], {**CHAT[1], "tool_calls": []}],
+            "messages[1]: found the fields tool_calls, allowed: role, content",
+        ),
+        ([CHAT[0]], "messages: found no assistant turn, allowed: at least one, as it is what is learned"),
+        ([CHAT[1]], "messages[0].role: found 'assistant' (str), allowed: system, user: somebody asks first"),
+    ],
+)
+def test_bad_messages(tmp_path: Path, messages: Any, message: str) -> None:
+    path = jsonl(tmp_path, {"messages": messages})
+    with pytest.raises(RowError) as error:
+        check(path)
+    assert str(error.value).startswith(f"{path}, row 1, field messages")
+    assert str(error.value).endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", ": found no rows, allowed: at least one"),
+        ("a.csv", b"text\n", ": found no rows, allowed: at least one"),
+        ("a.json", b"[]", ": found no rows, allowed: at least one"),
+        ("a.json", b"{}", ": found {} (dict), allowed: a list of objects"),
+        (
+            "a.json",
+            b"[",
+            ": found invalid JSON (Expecting value: line 1 column 2 (char 1)), allowed: a list of objects",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": \n',
+            ", row 2: found invalid JSON (Expecting value at column 9), allowed: one JSON object per line",
+        ),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', ", line 2: found the byte 0xe9, allowed: text in UTF-8"),
+        (
+            "a.csv",
+            b"text\na\nb,c\n",
+            ", row 2: found more cells than the header has, allowed: one cell for each column",
+        ),
+        ("a.csv", b"question,answer\na\n", ", row 1, field answer: found nothing, allowed: text"),
+        (
+            "a.csv",
+            b'text\n"a" b\n',
+            ", row 1: found broken CSV (',' expected after '\"'), allowed: comma-separated cells under a header",
+        ),
+        (
+            "a.jsonl",
+            b'{"chosen": "a", "rejected": "b"}',
+            ", row 1: found the fields chosen, rejected, allowed: messages | prompt/completion | question/answer | "
+            "instruction/output | text",
+        ),
+        (
+            "a.txt",
+            b"hello",
+            ": found the file type .txt, allowed: .jsonl, .json, .csv, .parquet, .jsonl.gz, .json.gz, .csv.gz",
+        ),
+        ("a.jsonl.gz", b"hello", ": cannot be read: Not a gzipped file (b'he')"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], ": cannot be read: Compressed file ended"),
+        ("a.parquet", b"hello, I am no parquet", ": cannot be read: Parquet magic bytes not found"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(RowError) as error:
+        check(path)
+    assert str(error.value).startswith(f"{path}{message}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("read", [check, digest])
+def test_no_such_file(tmp_path: Path, read: Any) -> None:
+    for path in (tmp_path / "none.jsonl", f"{DATA.parent.name}/none.jsonl", "none"):
+        with pytest.raises(RowError, match="no such file|No such file"):
+            read(path)
+
+
+def test_folder_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(RowError, match="Is a directory"):
+        check(tmp_path / "a.jsonl")
+
+
+def test_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[Any] = []
+
+    def load(name: str, config: str | None, split: str) -> Any:
+        asked.append((name, config, split))
+        if name == "owner/none":
+            raise FileNotFoundError("Dataset 'owner/none' doesn't exist on the Hub")
+        return datasets.Dataset.from_list([GOOD, GOOD])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert [check(name) for name in ("owner/a", "owner/a:main", "owner/a:main:test[:5]", "owner/a::test")] == [2] * 4
+    assert asked == [
+        ("owner/a", None, "train"),
+        ("owner/a", "main", "train"),
+        ("owner/a", "main", "test[:5]"),
+        ("owner/a", None, "test"),
+    ]
+    assert digest("owner/a") == digest("owner/a") != digest(DATA / "questions.jsonl")
+    with pytest.raises(RowError, match="owner/none: no such file, and as a hub dataset: .*doesn't exist on the Hub"):
+        check("owner/none")
+
+
+def test_digest_follows_the_content(tmp_path: Path) -> None:
+    before = digest(jsonl(tmp_path, GOOD))
+    assert digest(jsonl(tmp_path, GOOD)) == before
+    assert digest(jsonl(tmp_path, GOOD, GOOD)) != before
+
+
+def test_needs_the_standard_library_only() -> None:
+    heavy = "{'torch', 'numpy', 'pyarrow', 'datasets', 'transformers', 'pydantic'}"
+    code = f"import sys, trainer.rows as r; print(r.check({str(DATA / 'chat.jsonl')!r}), {heavy} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown == "2 set()\n"
+
+
+def test_gsm8k_is_checked_quickly(gsm8k: Path) -> None:
+    began = time.process_time()
+    assert check(gsm8k) == 7473
+    assert time.process_time() - began < 0.3
