@@ -3,50 +3,53 @@
     import fleetune
 
     run = fleetune.submit("job.yaml", overrides=["train.lr=3e-4"])
-    print(fleetune.status(run.run_id).state)
+    print(fleetune.wait(run.run_id).state)
 
-What the user got wrong raises InputError, a cluster that cannot be reached raises Unreachable. Nothing is imported
-before it is needed.
+What the user got wrong raises InputError, a cluster that cannot be reached Unreachable. Nothing is imported before it
+is needed.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clusters.base import Unreachable
-    from orchestrator.control import cancel, resume
-    from orchestrator.describe import methods
-    from orchestrator.doctor import Check, doctor
-    from orchestrator.errors import InputError
-    from orchestrator.job import Job
-    from orchestrator.logs import logs
-    from orchestrator.plan import Plan, plan
-    from orchestrator.progress import wait
-    from orchestrator.status import Status, list_runs, status
-    from orchestrator.submit import Submission, dry_run, submit
+    from clusters.base import Unreachable as Unreachable
+    from orchestrator.compare import Comparison as Comparison
+    from orchestrator.compare import compare as compare
+    from orchestrator.control import cancel as cancel
+    from orchestrator.control import resume as resume
+    from orchestrator.describe import methods as methods
+    from orchestrator.doctor import Check as Check
+    from orchestrator.doctor import doctor as doctor
+    from orchestrator.errors import InputError as InputError
+    from orchestrator.job import Job as Job
+    from orchestrator.logs import logs as logs
+    from orchestrator.plan import Plan as Plan
+    from orchestrator.plan import plan as plan
+    from orchestrator.progress import wait as wait
+    from orchestrator.status import Status as Status
+    from orchestrator.status import list_runs as list_runs
+    from orchestrator.status import status as status
+    from orchestrator.submit import Submission as Submission
+    from orchestrator.submit import dry_run as dry_run
+    from orchestrator.submit import submit as submit
 
-_WHERE = {
-    "Check": "orchestrator.doctor",
-    "InputError": "orchestrator.errors",
-    "Job": "orchestrator.job",
-    "Plan": "orchestrator.plan",
-    "Status": "orchestrator.status",
-    "Submission": "orchestrator.submit",
-    "Unreachable": "clusters.base",
-    "cancel": "orchestrator.control",
-    "doctor": "orchestrator.doctor",
-    "dry_run": "orchestrator.submit",
-    "list_runs": "orchestrator.status",
-    "logs": "orchestrator.logs",
-    "methods": "orchestrator.describe",
-    "plan": "orchestrator.plan",
-    "resume": "orchestrator.control",
-    "status": "orchestrator.status",
-    "submit": "orchestrator.submit",
-    "wait": "orchestrator.progress",
+_MODULES = {
+    "clusters.base": ("Unreachable",),
+    "orchestrator.compare": ("Comparison", "compare"),
+    "orchestrator.control": ("cancel", "resume"),
+    "orchestrator.describe": ("methods",),
+    "orchestrator.doctor": ("Check", "doctor"),
+    "orchestrator.errors": ("InputError",),
+    "orchestrator.job": ("Job",),
+    "orchestrator.logs": ("logs",),
+    "orchestrator.plan": ("Plan", "plan"),
+    "orchestrator.progress": ("wait",),
+    "orchestrator.status": ("Status", "list_runs", "status"),
+    "orchestrator.submit": ("Submission", "dry_run", "submit"),
 }
-__all__ = [  # noqa: PLE0604
-]
+_WHERE = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:
@@ -56,4 +59,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(_WHERE)
+    return __all__

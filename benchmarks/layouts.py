@@ -7,6 +7,7 @@ of several workers on one of them. Figures are the median over the second half o
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -46,21 +47,25 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make_inputs(place, arguments.layers)
-        runs = [
-            make_run(place, f"{method}-z{zero}", method, zero, arguments.steps)
-            for method in ("lora", "full")
-            for zero in range(4)
-        ]
-        launch(place, arguments.workers, runs)
-        rows = [figures(run, arguments.workers) for run in runs]
-        if arguments.workers > 1:
-            rows.append(resume_alone(place, runs[3]))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"commit": commit(), "device": device(), "rows": rows}, indent=1))
+        for method, zero in itertools.product(("lora", "full"), range(4)):
+            run = make_run(place, f"{method}-z{zero}", method, zero, arguments.steps)
+            launch(place, arguments.workers, run)
+            rows.append(figures(run, 1, arguments.workers))
+            if (method, zero) == ("lora", 3) and arguments.workers > 1:
+                rows.append(resume_alone(place, run))
+            shutil.rmtree(run / "attempts" / "1" / "checkpoints")
+            write(arguments.out, rows)
     print(table(rows))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write what was measured so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"commit": commit(), "device": device(), "rows": rows}, indent=1))
 
 
 def make_inputs(place: Path, layers: int) -> None:
@@ -93,15 +98,15 @@ def make_run(place: Path, name: str, method: str, zero: int, steps: int) -> Path
     return run_dir
 
 
-def launch(place: Path, workers: int, runs: list[Path]) -> None:
-    """Train the runs one after another, each in fresh processes."""
-    for run in runs:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        common = {"WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        common |= {"FLEETUNE_CACHE": str(place / "cache"), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-        log = (place / f"{run.name}.log").open("w")
+def launch(place: Path, workers: int, run: Path) -> None:
+    """Train a run in fresh processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"FLEETUNE_CACHE": str(place / "cache"), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    path = place / f"{run.name}.log"
+    with path.open("w") as log:
         processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "trainer", str(run)],
@@ -112,10 +117,9 @@ def launch(place: Path, workers: int, runs: list[Path]) -> None:
             for rank in range(workers)
         ]
         codes = [process.wait() for process in processes]
-        if any(codes):
-            print((place / f"{run.name}.log").read_text()[-3000:])
-            raise SystemExit(f"{run.name} ended with {codes}")
-        print(run.name, "done", flush=True)
+    if any(codes):
+        raise SystemExit(f"{path.read_text()[-5000:]}\n{run.name} ended with {codes}")
+    print(run.name, "done", flush=True)
 
 
 def metrics(run: Path, attempt: int) -> list[dict[str, Any]]:
@@ -123,9 +127,9 @@ def metrics(run: Path, attempt: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "attempts" / str(attempt) / "metrics.jsonl").read_text().splitlines()]
 
 
-def figures(run: Path, workers: int) -> dict[str, Any]:
+def figures(run: Path, attempt: int, workers: int) -> dict[str, Any]:
     """One row: medians over the second half of the steps."""
-    rows = metrics(run, 1)
+    rows = metrics(run, attempt)
     tail = rows[len(rows) // 2 :]
     return {
         "run": run.name,
@@ -145,15 +149,14 @@ def resume_alone(place: Path, run: Path) -> dict[str, Any]:
     for gone in ("attempts/2", f"attempts/1/checkpoints/step-{steps}", "output"):
         shutil.rmtree(copy / gone)
     (copy / "result.json").unlink()
-    launch(place, 1, [copy])
+    launch(place, 1, copy)
     expected = {row["step"]: row["loss"] for row in metrics(run, 1)}
     resumed = {row["step"]: row["loss"] for row in metrics(copy, 2)}
     worst = max(abs(loss - expected[step]) / expected[step] for step, loss in resumed.items())
-    return figures(run, 1) | {
+    return figures(copy, 2, 1) | {
         "run": copy.name,
         "resumed_steps": sorted(resumed),
         "worst_relative_loss_difference": worst,
-        "losses": [round(loss, 5) for loss in resumed.values()],
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters import process
-from clusters.base import CARRIED, Capacity, Unreachable, Logs, Refused, Request, Status
+from clusters.base import CARRIED, Capacity, Logs, Refused, Request, Status, Unreachable
 from clusters.entry import Entry, Queue
 from clusters.machine import room
 from clusters.ray_head import Head

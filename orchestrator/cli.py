@@ -40,11 +40,14 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away: nobody is left to tell
         sys.exit(0)
-    except Exception as error:
+    except RuntimeError as error:
         from clusters.base import Unreachable
 
         if not isinstance(error, Unreachable):
             raise
+        print(error, file=sys.stderr)
+        sys.exit(3)
+    except ConnectionError as error:
         print(error, file=sys.stderr)
         sys.exit(3)
 
@@ -114,16 +117,15 @@ def logs(
     as_json: Json = False,
 ) -> None:
     """Print the log of a worker, all attempts after each other."""
-    from orchestrator.logs import read_logs
+    from orchestrator.logs import logs as read_logs
     from orchestrator.runs import find
 
-    run_dir = find(run)
     if follow:
-        _follow(run_dir, rank)
+        _follow(find(run), rank)
     elif as_json:
-        _print_json({"run_id": run_dir.name, "rank": rank, "text": read_logs(run_dir, rank)})
+        _print_json({"run_id": find(run).name, "rank": rank, "text": read_logs(run, rank)})
     else:
-        sys.stdout.write(read_logs(run_dir, rank))
+        sys.stdout.write(read_logs(run, rank))
 
 
 @app.command()
@@ -145,15 +147,36 @@ def resume(run: Run) -> None:
 @app.command()
 def plan(file: JobFile, sets: Sets = None, as_json: Json = False) -> None:
     """Show what would run: layout, batches, parameters, and bytes on each worker."""
-    from orchestrator import plan as planning
-    from orchestrator.submit import read
+    from orchestrator.plan import plan as make_plan
 
-    found = planning.plan(read(file, sets or ())[0])
+    found = make_plan(file, sets or ())
     if as_json:
         return _print_json(found.dump())
     from orchestrator.render import show_plan
 
     return show_plan(found)
+
+
+@app.command()
+def compare(
+    experiment: Annotated[str | None, typer.Option("--experiment", help="Only runs of this experiment.")] = None,
+    uri: Annotated[str | None, typer.Option("--uri", help="Another MLflow than the default one.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a report to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what runs differ in, and what came of it."""
+    from orchestrator.compare import compare as compare_runs
+
+    found = compare_runs(experiment, uri)
+    if html:
+        from orchestrator.report import write
+
+        write(found, html)
+    if as_json:
+        return _print_json(found.to_json())
+    from orchestrator.render import show
+
+    return show(found.table())
 
 
 @app.command()

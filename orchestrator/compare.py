@@ -58,8 +58,13 @@ def duration(value: float) -> str:
     return f"{minutes} m {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
 
 
+def shown(param: str, value: str) -> str:
+    """A param's value as it is shown; of a digest the first characters are enough."""
+    return value[:12] if param.endswith("_digest") else value
+
+
 def _decimals(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else str(value)
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
 MEASURES = (
@@ -135,6 +140,11 @@ class Comparison:
     rows: list[Row]
 
     @property
+    def runs(self) -> list[Run]:
+        """All runs."""
+        return [run for row in self.rows for run in row.runs]
+
+    @property
     def measures(self) -> list[Measure]:
         """The measures that some run has."""
         return [measure for measure in MEASURES if any(row.figure(measure.key) for row in self.rows)]
@@ -142,7 +152,7 @@ class Comparison:
     @property
     def quality(self) -> Measure:
         """What the rows are judged by: exact match, else evaluation loss, else training loss."""
-        return _quality(run for row in self.rows for run in row.runs)
+        return _quality(self.runs)
 
     def heading(self, param: str) -> str:
         """The short name of a param: its last part, where that is clear."""

@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from orchestrator.verdict import Final, Kind, Verdict, decide
+from orchestrator.verdict import Final, Kind, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
 from trainer.attempt import Attempt, Fenced, Record, attempts, cancel_requested, claim_next, close, read_json, settle
@@ -73,7 +73,7 @@ def cancelled_within(run_dir: Path, delay_s: float) -> bool:
 
 
 def history(run_dir: Path) -> list[tuple[Kind, int]]:
-    """How each attempt since the run was last (re)opened ended, and how many steps its checkpoints took it further."""
+    """How each attempt since the run was last (re)opened ended, and the steps its checkpoints took it further."""
     tried = [attempt for attempt in attempts(run_dir) if attempt.number > _reopened(run_dir)]
     starts = [attempt.start.step if attempt.start else 0 for attempt in tried]
     reached = [*starts[1:], *(_saved(attempt) for attempt in tried[-1:])]

@@ -10,9 +10,6 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import ray
 
 from orchestrator.worker import redirect, work
 from trainer.attempt import Attempt, load_job, write_json
@@ -25,11 +22,11 @@ def main() -> None:
     """Connect to Ray, wait for the attempt, run it."""
     run_dir = Path(sys.argv[1])
     resources = connect()
-    line = sys.stdin.readline()
-    if not line:
+    number = os.read(0, 20)
+    if not number:
         sys.exit("the controller is gone")
     threading.Thread(target=_die_with_controller, daemon=True).start()
-    attempt = Attempt(run_dir, int(line))
+    attempt = Attempt(run_dir, int(number))
     redirect(attempt.folder / "logs" / "controller.log")
     failures = outcome(lambda: fit(attempt, load_job(run_dir).resources.world, resources))
     write_json(attempt.folder / "outcome.json", {"failures": {str(rank): text for rank, text in failures.items()}})
@@ -37,7 +34,8 @@ def main() -> None:
 
 def connect() -> dict[str, float]:
     """Join the cluster at RAY_ADDRESS; gives its resources."""
-    import ray.train.torch  # noqa: F401 (slow: done while the controller looks for the checkpoint)
+    import ray
+    import ray.train.torch  # slow: done while the controller looks for the checkpoint
 
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
     resources: dict[str, float] = ray.cluster_resources()
@@ -95,8 +93,8 @@ def worker_environment(gpu: bool, threads: int) -> dict[str, str]:
     return {**passed, **accelerator, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
 
-def _die_with_controller() -> Any:
-    sys.stdin.read()
+def _die_with_controller() -> None:
+    os.read(0, 1)  # returns when the other end is closed
     os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""The frozen record of a job: absolute paths, versions, digests of data and base, and the state of git."""
+"""A job as it is read, and its frozen record: absolute paths, versions, digests of data and base, git."""
 
 import hashlib
 import os
@@ -6,18 +6,35 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from orchestrator import spec
 from orchestrator.environment import PACKAGES
 from orchestrator.job import Job
 from orchestrator.model import Model
+
+Source = str | Path | Mapping[str, Any] | Job
 
 _HUB_DATASET = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.*)?")
 _FILE = re.compile(r"\.(jsonl|json|csv|parquet|txt)(\.gz)?$")
 _WHOLE = 64 << 20  # bytes up to which a file of the base is hashed whole
 _GIT_TIMEOUT = 5.0  # seconds
+
+
+def read(source: Source, overrides: Iterable[str] = ()) -> tuple[Job, Path]:
+    """A job with absolute paths, and the folder that it was written in; raises InputError."""
+    folder = Path.cwd()
+    if isinstance(source, Job):
+        job = spec.validate(source.dump(), overrides)
+    elif isinstance(source, Mapping):
+        job = spec.validate(dict(source), overrides)
+    else:
+        folder = Path(source).absolute().parent
+        job = spec.read(Path(source), overrides)
+    return absolute(job, folder), folder
 
 
 def absolute(job: Job, folder: Path) -> Job:

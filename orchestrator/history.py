@@ -34,18 +34,20 @@ class Spool:
         self._run_dir, self._file, self._number = run_dir, file, number
         self._first: dict[int, dict[str, float]] = {}
         self._offsets: dict[int, int] = {}
+        self._done: set[int] = set()
         self._count = 0
 
     def read(self) -> list[Row]:
         """The rows that were appended since the last call, oldest first."""
         known = [attempt for attempt in attempts(self._run_dir) if attempt.number <= self._number]
-        # The files of attempts that have a successor are sealed: once is enough.
-        return [
+        rows = [
             self._join(attempt, record)
             for attempt in known
-            if attempt is known[-1] or attempt.number not in self._offsets
+            if attempt.number not in self._done
             for record in self._tail(attempt)
         ]
+        self._done.update(attempt.number for attempt in known[:-1])  # these have a successor, so they are sealed
+        return rows
 
     def _tail(self, attempt: Attempt) -> Iterator[Record]:
         path = attempt.folder / self._file

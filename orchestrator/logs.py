@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
+from orchestrator.runs import find, read_record
 from trainer.attempt import Attempt, attempts, sealed_size
 
 
@@ -37,10 +39,15 @@ class LogReader:
         return header + taken.decode(errors="replace") + end
 
 
-def read_logs(run_dir: Path, rank: int = 0) -> str:
-    """The whole log of a rank; raises InputError for a rank that no attempt has."""
-    text = LogReader(run_dir, rank).read(final=True)
-    known = sorted({path.stem for a in attempts(run_dir) for path in (a.folder / "logs").glob("rank-*.log")})
-    if not text and known:
-        raise InputError(f"--rank {rank}: no such log; allowed: {', '.join(k.removeprefix('rank-') for k in known)}")
-    return text
+def logs(reference: str, rank: int = 0) -> str:
+    """The whole log of a rank of a run, or what its controllers said before an attempt began.
+
+    Raises InputError for a run or a rank that is not there.
+    """
+    run_dir = find(reference)
+    if text := LogReader(run_dir, rank).read(final=True):
+        return text
+    found = {path.stem.removeprefix("rank-") for a in attempts(run_dir) for path in a.folder.glob("logs/rank-*.log")}
+    if found and str(rank) not in found:
+        raise InputError(f"--rank: found {rank}; allowed: {', '.join(sorted(found, key=int))}")
+    return open_cluster(read_record(run_dir)["cluster"]).logs(run_dir.name).text

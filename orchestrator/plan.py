@@ -1,12 +1,14 @@
 """What a job would run: layout, batches, parameters, and bytes per worker, before anything is started."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
+from orchestrator.freeze import Source, read
 from orchestrator.job import Job
 from orchestrator.model import Model, count
-from orchestrator.preflight import Findings, Rows, check, has_gpus
+from orchestrator.preflight import Rows, check, has_gpus
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,10 @@ class Plan:
         return asdict(self)
 
 
-def plan(job: Job) -> Plan:
+def plan(source: Source, overrides: Iterable[str] = ()) -> Plan:
     """The plan of a job; raises InputError when it could not run."""
-    return describe(job, check(job))
-
-
-def describe(job: Job, found: Findings) -> Plan:
-    """The plan of a job whose checks are done."""
+    job, _ = read(source, overrides)
+    found = check(job)
     per_pass = job.resources.world * job.train.micro_batch * job.data.seq_len
     return Plan(
         name=job.name,

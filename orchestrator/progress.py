@@ -10,6 +10,7 @@ from pathlib import Path
 from clusters.base import Unreachable
 from orchestrator.history import Spool
 from orchestrator.logs import LogReader
+from orchestrator.runs import find
 from orchestrator.status import ENDED, Status, statuses
 
 _PAUSE_S = 0.5  # between two looks at a run
@@ -29,6 +30,13 @@ def follow(run_dir: Path, rank: int | None) -> Status:
         for status, figures in _watch(run_dir):
             show(status, figures, reader.read(final=status.state in ENDED) if reader else "")
     return status
+
+
+def wait(reference: str) -> Status:
+    """Wait for the end of a run, and give its last status; raises as `follow` does."""
+    for status, _ in _watch(find(reference)):
+        ended = status
+    return ended
 
 
 def _watch(run_dir: Path) -> Iterator[tuple[Status, dict[str, float]]]:

@@ -32,7 +32,7 @@ def show_runs(runs: Iterable[Status]) -> None:
         step = f"{run.step}/{run.steps or '?'}"
         cells = (run.run_id, run.cluster, _coloured(run.state), step, str(run.attempt), when, run.reason or "")
         table.add_row(*cells[:2], cells[2], *map(escape, cells[3:]))
-    _print(table)
+    show(table)
 
 
 def show_fields(fields: Mapping[str, Any]) -> None:
@@ -41,7 +41,7 @@ def show_fields(fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         text = _coloured(value) if name == "state" else escape("-" if value is None else str(value))
         table.add_row(name, text)
-    _print(table)
+    show(table)
 
 
 def show_checks(checks: Iterable[Check]) -> None:
@@ -50,7 +50,7 @@ def show_checks(checks: Iterable[Check]) -> None:
     for check in checks:
         mend = "" if check.level == "ok" else check.mend
         table.add_row(_coloured(check.level), check.name, escape(check.found), escape(mend))
-    _print(table)
+    show(table)
 
 
 def show_methods(methods: Iterable[Mapping[str, Any]]) -> None:
@@ -61,14 +61,14 @@ def show_methods(methods: Iterable[Mapping[str, Any]]) -> None:
         for name, option in method["options"].items():
             default = "null" if option["default"] is None else str(option["default"])
             table.add_row("", name, default, escape(option["description"] or ""))
-    _print(table)
+    show(table)
 
 
 def show_plan(plan: Plan) -> None:
     """What would run, in groups."""
     show_fields(_plan_fields(plan))
     for warning in plan.warnings:
-        _print(f"[yellow]warning[/]: {escape(warning)}")
+        show(f"[yellow]warning[/]: {escape(warning)}")
 
 
 def _plan_fields(plan: Plan) -> dict[str, str]:
@@ -118,6 +118,7 @@ def _coloured(word: str) -> str:
     return f"[{colour}]{word}[/]" if colour else word
 
 
-def _print(what: Any) -> None:
+def show(what: Any) -> None:
+    """Print a table, or a text with markup."""
     console = Console(highlight=False)
     (console if console.is_terminal else Console(highlight=False, width=_WIDE)).print(what)

@@ -19,15 +19,12 @@ from typing import Any
 
 import yaml
 
-from orchestrator import spec
 from orchestrator.backends import make_request, open_cluster, wake
 from orchestrator.errors import InputError
-from orchestrator.freeze import absolute, record
+from orchestrator.freeze import Source, read, record
 from orchestrator.job import Job
 from orchestrator.preflight import check
 from orchestrator.runs import RUN_ID, home, name_of, new_id, read_record, runs_folder
-
-Source = str | Path | Mapping[str, Any] | Job
 
 
 @dataclass(frozen=True)
@@ -39,19 +36,6 @@ class Submission:
     cluster: str
     adopted: bool
     warnings: tuple[str, ...]
-
-
-def read(source: Source, overrides: Iterable[str] = ()) -> tuple[Job, Path]:
-    """A job with absolute paths, and the folder that it was written in; raises InputError."""
-    folder = Path.cwd()
-    if isinstance(source, Job):
-        job = spec.validate(source.dump(), overrides)
-    elif isinstance(source, Mapping):
-        job = spec.validate(dict(source), overrides)
-    else:
-        folder = Path(source).absolute().parent
-        job = spec.read(Path(source), overrides)
-    return absolute(job, folder), folder
 
 
 def submit(

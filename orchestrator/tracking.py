@@ -10,6 +10,7 @@ comes late only costs a repetition.
 
 import json
 import math
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -101,12 +102,16 @@ class Delivery:
         self._client = client(uri)
         run = open_run(self._client, self._run_dir, uri, self._fence)
         self._fence()
-        describe(self._client, self._run_dir, run.info.run_id, here=self._attempt.is_live())
+        describe(self._client, self._run_dir, run.info.run_id, here=self._ran_here())
         if self._attempt.is_live() and run.info.status != "RUNNING":
             self._client.update_run(run.info.run_id, status="RUNNING")
         self._cursor = json.loads(run.data.tags.get(CURSOR, "{}"))
         self._pending = deque(item for item in self._pending if item[1].index >= self._cursor.get(item[0], 0))
         self._mlflow_run_id = run.info.run_id
+
+    def _ran_here(self) -> bool:
+        claim = self._attempt.folder / "claim.json"
+        return claim.exists() and self._attempt.claim["host"] == socket.gethostname()
 
     def _batch(self) -> list[tuple[str, Row]]:
         """The oldest rows that wait, with at most 900 metrics."""

@@ -87,7 +87,7 @@ def classify(failures: Mapping[int, str], tails: Mapping[int, str] | None = None
 
 
 def decide(history: Sequence[tuple[Kind, int]]) -> Again | Final:
-    """What follows attempts that ended so, oldest first, each with the steps it took the run further by checkpoints."""
+    """What follows attempts that ended so, oldest first, each with the steps its checkpoints took the run further."""
     if not history:
         return Again(0.0)
     kind = history[-1][0]

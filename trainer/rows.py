@@ -9,7 +9,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,21 +39,32 @@ class Row:
 
 @dataclass(frozen=True)
 class Shape:
-    """Fields of a row, the learned one last, and the templates that make prompt and completion of them."""
+    """Fields of a row, the learned one last, and the templates that make prompt and completion of them.
+
+    An optional field enters by a template of its own, and leaves nothing where a row has none.
+    """
 
     fields: tuple[str, ...]
     prompt: str
     completion: str
+    optional: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "/".join(self.fields) + "".join(f" (and {name})" for name in self.optional)
 
 
 SHAPES = (
     Shape(("messages",), "", ""),
     Shape(("prompt", "completion"), "{prompt}", "{completion}"),
     Shape(("question", "answer"), "Question: {question}\nAnswer:", " {answer}"),
-    Shape(("instruction", "output"), "Instruction: {instruction}\n{input}Response:", " {output}"),
+    Shape(
+        ("instruction", "output"),
+        "Instruction: {instruction}\n{input}Response:",
+        " {output}",
+        {"input": "Input: {input}\n"},
+    ),
     Shape(("text",), "", "{text}"),
 )
-_INPUT = "Input: {input}\n"  # of an instruction that has one
 
 
 def rows(source: str | Path) -> Iterator[Row]:
@@ -114,25 +125,23 @@ def _show(value: object) -> str:
 
 def _recognise(record: Mapping[str, Any], where: str) -> Shape:
     for shape in SHAPES:
-        if all(field in record for field in shape.fields):
+        if all(name in record for name in shape.fields):
             return shape
     found = ", ".join(map(str, record)) or "none"
-    _reject(where, f"the fields {found}", " | ".join("/".join(shape.fields) for shape in SHAPES))
+    _reject(where, f"the fields {found}", " | ".join(map(str, SHAPES)))
 
 
 def _row(shape: Shape, number: int, record: Mapping[str, Any], where: str) -> Row:
     if shape.fields == ("messages",):
         return Row(number, "", "", _messages(record.get("messages"), where))
-    values = {field: _text(record.get(field), f"{where}, field {field}") for field in shape.fields}
+    values = {name: _text(record.get(name), f"{where}, field {name}") for name in shape.fields}
     learned = shape.fields[-1]
     if not values[learned].strip():
         _reject(f"{where}, field {learned}", "empty text", "text that is not empty")
-    values["input"] = _input(record.get("input"), f"{where}, field input") if learned == "output" else ""
+    for name, template in shape.optional.items():
+        given = _text("" if record.get(name) is None else record[name], f"{where}, field {name}")
+        values[name] = template.format_map({name: given}) if given else ""
     return Row(number, shape.prompt.format_map(values), shape.completion.format_map(values))
-
-
-def _input(value: object, where: str) -> str:
-    return _INPUT.format(input=_text(value, where)) if value not in (None, "") else ""
 
 
 def _text(value: object, where: str) -> str:

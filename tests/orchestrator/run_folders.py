@@ -30,6 +30,7 @@ def make_run(root: Path, run_id: str, uri: str | None, **job: Any) -> Path:
         "job": Job.model_validate(spec).dump(),
         "run_id": run_id,
         "cluster": "local",
+        "submitted": T0,
         "versions": {"fleetune": "0.1.0", "python": "3.11.7"},
         "git": {"commit": "c0ffee", "dirty": True},
         "digests": {"data.train": "1" * 64, "data.eval": None, "base": "2" * 64},

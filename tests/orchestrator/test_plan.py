@@ -1,14 +1,15 @@
 """Sizes and layouts, against models that transformers and PEFT make of the same configs."""
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import CONFIG, make_base, make_job, write_weights
 
 from methods.options import Dora, Lora
 from orchestrator.errors import InputError
+from orchestrator.freeze import read
 from orchestrator.job import Job
 from orchestrator.model import Model, count, read_header, weight_files
 from orchestrator.plan import Memory, memory, plan, sizes
@@ -24,15 +25,7 @@ LLAMA_3B = {
     "head_dim": 128,
     "tie_word_embeddings": True,
 }
-SMALL: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+SMALL = {key: value for key, value in CONFIG.items() if key not in ("architectures", "model_type")}
 
 
 def job(**changes: Any) -> Job:
@@ -109,34 +102,9 @@ def test_frozen_weights_are_bf16_on_gpus_and_fp32_elsewhere(monkeypatch: pytest.
     assert on_gpu.memory.weights == frozen // 2 + 4 * on_cpu.trained
 
 
-def base_folder(folder: Path, **changes: Any) -> Path:
-    """A base with weights of zeros."""
-    folder.mkdir()
-    config = {**SMALL, "model_type": "llama", "architectures": ["LlamaForCausalLM"], **changes}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}")
-    write_weights(folder / "model.safetensors", Model(config).shapes)
-    return folder
-
-
-def write_weights(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = 4 * count({name: shape})
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
-
-
 def a_job(tmp_path: Path, **changes: Any) -> Job:
-    """A job that would run: a base and three rows, on this disk."""
-    base = tmp_path / "base"
-    if not base.exists():
-        base_folder(base)
-    (tmp_path / "train.jsonl").write_text('{"prompt": "1+1=", "completion": "2, as everybody knows"}\n' * 3)
-    data = {"train": str(tmp_path / "train.jsonl"), "seq_len": 16}
-    return job(**{"base": str(base), "data": data, "resources": {"workers_per_node": 2}, **changes})
+    """A job that would run, with absolute paths."""
+    return read(make_job(tmp_path, **changes))[0]
 
 
 def problems(job: Job) -> list[str]:
@@ -159,7 +127,7 @@ def test_a_plan_counts_what_would_run(tmp_path: Path) -> None:
 
 
 def test_a_sequence_longer_than_the_base_knows(tmp_path: Path) -> None:
-    data = {"train": str(tmp_path / "train.jsonl"), "seq_len": 128}
+    data = {"train": "train.jsonl", "seq_len": 128}
     assert problems(a_job(tmp_path, data=data)) == [
         "data.seq_len: found 128; allowed: at most 64 (positions of the base)"
     ]
@@ -177,7 +145,6 @@ def test_warnings_are_no_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [warning.split(": ")[0] for warning in found.warnings] == [
         "train.batch_tokens",
         "train.precision",
-        "sharding.zero",
     ]
     assert found.precision == "bf16"
 
@@ -207,7 +174,7 @@ def test_weights_that_are_cut_short(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_is_missing(tmp_path: Path) -> None:
-    folder = base_folder(tmp_path / "base")
+    folder = make_base(tmp_path / "base")
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

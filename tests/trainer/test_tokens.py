@@ -147,7 +147,7 @@ def test_long_examples_are_cut_and_counted(tmp_path: Path) -> None:
         ("a" * 7 + "b", "b"),
     ]
     assert (len(tokens), tokens.truncated, tokens.dropped) == (3, 2, 1)
-    with pytest.raises(RowError, match="no row has a label among its first 1 tokens: raise data.seq_len"):
+    with pytest.raises(RowError, match="no row has a label among its first 1 tokens: raise data"):
         tokenise(source, tok, 1, tmp_path)
 
 

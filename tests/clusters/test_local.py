@@ -1,0 +1,220 @@
+"""The queue and the supervisor's choices, without Ray: a sleeping process stands for a controller."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from clusters import local as local_module
+from clusters import process, supervisor
+from clusters.base import Refused
+from clusters.entry import Entry, Queue
+from clusters.local import Local
+from clusters.ray_head import Patience
+from clusters.supervisor import Supervisor, fitting
+from orchestrator.job import Job
+
+SUBMIT = (
+    "import sys; from clusters.local import Local; from clusters.base import Request; from pathlib import Path;"
+    "home, run_id = Path(sys.argv[1]), sys.argv[2];"
+    "Local(home).submit(Request(run_id, 1, home / 'runs' / run_id, 2, ''))"
+)
+
+
+def job(**resources: int) -> Job:
+    parts = {"base": "b", "data": "d.jsonl", "train": {"steps": 1}, "resources": resources}
+    return Job.model_validate(parts)
+
+
+def entry(run_id: str, workers: int = 1, run_dir: str = "/", at: float = 0.0) -> Entry:
+    return Entry(run_id, run_dir, workers, at, {})
+
+
+def until(true: Callable[[], object], timeout_s: float = 15) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
+    """A cluster with room for two workers, whose supervisor is ours to tick and whose controllers sleep."""
+    monkeypatch.setattr(local_module, "room", lambda: ("cpu", 2))
+    monkeypatch.setattr(supervisor, "room", lambda: ("cpu", 2))
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(supervisor, "controller_command", lambda _: sleeper)
+    monkeypatch.setattr(Local, "start", lambda self: (self.folder / "controllers").mkdir(parents=True, exist_ok=True))
+    found = Local(tmp_path)
+    (found.folder / "logs").mkdir(parents=True)
+    yield found
+    found.stop()
+
+
+def submit(cluster: Local, run_id: str, workers: int = 1) -> Path:
+    run_dir = cluster.home / "runs" / run_id
+    run_dir.mkdir(parents=True)
+    cluster.submit(cluster.request(job(workers_per_node=workers), run_id))
+    return run_dir
+
+
+def serve(cluster: Local) -> Supervisor:
+    """A supervisor whose head answers."""
+    found = Supervisor(cluster)
+    found._head.keep = lambda: "127.0.0.1:1"  # type: ignore[method-assign]
+    return found
+
+
+def running(cluster: Local) -> dict[str, int]:
+    controllers: dict[str, int] = cluster.state()["controllers"]
+    return controllers
+
+
+def test_request_is_pure_and_says_what_is_started(tmp_path: Path) -> None:
+    request = Local(tmp_path).request(job(workers_per_node=2), "a-1")
+    assert list(tmp_path.iterdir()) == []
+    assert request.name == "a-1-a1"
+    assert json.loads(request.text)["command"][-1] == str(tmp_path / "runs" / "a-1")
+    assert request == Local(tmp_path).request(job(workers_per_node=2), "a-1")
+
+
+def test_what_never_fits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_module, "room", lambda: ("gpu", 2))
+    with pytest.raises(Refused, match="found 4 workers of one GPU each; this machine has 2"):
+        Local(tmp_path).request(job(gpus_per_node=4), "a-1")
+    assert Local(tmp_path).request(job(gpus_per_node=2), "a-1").workers == 2
+    monkeypatch.setattr(local_module, "room", lambda: ("cpu", 2))
+    with pytest.raises(Refused, match=r"resources\.gpus_per_node: found 4; this machine has no GPU"):
+        Local(tmp_path).request(job(gpus_per_node=4), "a-1")
+    assert Local(tmp_path).request(job(workers_per_node=4), "a-1").workers == 4
+
+
+def test_a_repeated_submission_keeps_its_turn(tmp_path: Path) -> None:
+    queue = Queue(tmp_path)
+    queue.add(entry("b", at=1.0))
+    queue.add(entry("a", at=2.0))
+    queue.add(entry("b", at=3.0))
+    assert [(e.run_id, e.time) for e in queue.list()] == [("b", 1.0), ("a", 2.0)]
+
+
+def test_an_entry_can_be_read_by_its_owner_alone(tmp_path: Path) -> None:
+    Queue(tmp_path).add(entry("a"))
+    assert (tmp_path / "a.json").stat().st_mode & 0o077 == 0
+
+
+def test_a_reopened_run_stays_queued(tmp_path: Path) -> None:
+    queue = Queue(tmp_path / "queue")
+    queue.add(entry("a", run_dir=str(tmp_path)))
+    (tmp_path / "result.json").touch()
+    seen = queue.list()[0]
+    assert seen.finished
+    (tmp_path / "result.json").unlink()
+    queue.remove(seen)
+    assert [e.run_id for e in queue.list()] == ["a"]
+
+
+def test_nobody_overtakes_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_module, "room", lambda: ("cpu", 4))
+    line = [entry("a", 2), entry("b", 3), entry("c", 1)]
+    assert [e.run_id for e in fitting(line, 4)] == ["a"]
+    assert [e.run_id for e in fitting(line, 6)] == ["a", "b", "c"]
+    assert [e.run_id for e in fitting([entry("huge", 64)], 4)] == ["huge"]
+    assert fitting([entry("huge", 64)], 3) == []
+
+
+def test_runs_start_in_order_as_they_fit(cluster: Local) -> None:
+    served = serve(cluster)
+    first = submit(cluster, "first", 2)
+    submit(cluster, "second", 2)
+    submit(cluster, "third", 1)
+    served.tick()
+    assert list(running(cluster)) == ["first"]
+    told = cluster.status(["first", "second", "nobody"])
+    assert told["first"].state == "running"
+    assert told["nobody"].state == "unknown"
+    assert (told["second"].state, cluster.capacity().free) == ("queued", 0)
+    (first / "result.json").touch()
+    served.tick()
+    # The controller may stay to deliver; its workers are gone.
+    assert list(running(cluster)) == ["first", "second"]
+    process.end(cluster.controller_lock("first"))
+    served.tick()
+    assert [e.run_id for e in cluster.queue.list()] == ["second", "third"]
+    assert cluster.status(["first"])["first"].state == "ended"
+
+
+def test_a_dead_controller_is_started_again_and_a_living_one_adopted(cluster: Local) -> None:
+    submit(cluster, "one", 1)
+    submit(cluster, "two", 1)
+    serve(cluster).tick()
+    before = running(cluster)
+    process.end(cluster.controller_lock("one"))
+    process.reap()
+    serve(cluster).tick()  # another supervisor, as after a kill
+    after = running(cluster)
+    assert after["two"] == before["two"]
+    assert after["one"] != before["one"]
+
+
+def test_a_cancelled_run_gets_its_controller_without_waiting(cluster: Local) -> None:
+    served = serve(cluster)
+    submit(cluster, "first", 2)
+    second = submit(cluster, "second", 2)
+    served.tick()
+    assert list(running(cluster)) == ["first"]
+    (second / "requests").mkdir()
+    (second / "requests" / "cancel-0.json").touch()
+    served._head.keep = lambda: None  # type: ignore[method-assign]
+    cluster.cancel("second")
+    served.tick()
+    assert list(running(cluster)) == ["first", "second"]
+
+
+def test_what_keeps_dying_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    patience = Patience()
+    delays = []
+    for _ in range(7):
+        assert patience.ready()
+        patience.began()
+        now[0] += 1
+        died = now[0]
+        while not patience.ready():
+            now[0] += 0.5
+        delays.append(now[0] - died)
+    assert delays == [1, 2, 4, 8, 16, 30, 30]
+    patience.began()
+    now[0] += 100
+    assert patience.ready()
+
+
+def test_a_client_that_is_killed_anywhere_and_repeats_submits_once(tmp_path: Path) -> None:
+    """With the real supervisor: one of it, one entry, whenever the client died."""
+    cluster = Local(tmp_path)
+    (tmp_path / "runs" / "a-1").mkdir(parents=True)
+    rng = random.Random(0)
+    supervisors = set()
+    try:
+        for turn in range(8):
+            client = subprocess.Popen([sys.executable, "-c", SUBMIT, str(tmp_path), "a-1"], env=os.environ)
+            if turn < 7:
+                time.sleep(rng.uniform(0.1, 0.5))
+                client.kill()
+            assert client.wait() in (0, -9)
+            supervisors.add(cluster.state()["supervisor"])
+        assert [e.run_id for e in cluster.queue.list()] == ["a-1"]
+        assert len(supervisors - {None}) == 1
+        began = time.monotonic()
+        cluster.submit(cluster.request(job(workers_per_node=2), "a-1"))
+        assert time.monotonic() - began < 0.5
+    finally:
+        cluster.stop()
+    assert cluster.state()["supervisor"] is cluster.state()["head"] is None
+    assert cluster.status(["a-1"])["a-1"].state == "queued"

@@ -1,0 +1,165 @@
+"""The command line: exit codes, what goes to which stream, JSON, and what is imported."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import make_job, only_queued
+from run_folders import claim, make_run, plan, steps
+
+from orchestrator import cli, progress, runs
+from trainer.attempt import close
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty FLEETUNE_HOME whose local cluster starts nothing."""
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
+    with only_queued(tmp_path / "home"):
+        yield tmp_path / "home"
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path) -> Call:  # noqa: ARG001
+    """Run a command; gives exit code, output and errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fleetune", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+def finished(home: Path, state: str, reason: str | None) -> str:
+    run_dir = make_run(home / "runs", runs.new_id("fake"), None)
+    attempt = claim(run_dir)
+    plan(attempt)
+    steps(attempt, 1, 100)
+    (attempt.folder / "output").mkdir()
+    close(run_dir, {"state": state, "reason": reason})
+    return run_dir.name
+
+
+def test_submit_prints_the_run_id_alone(call: Call, tmp_path: Path) -> None:
+    code, out, err = call("submit", str(make_job(tmp_path)), "--set", "name=other", "--set", "train.precision=bf16")
+    assert (code, out) == (0, f"{runs.run_ids()[0]}\n")
+    assert out.startswith("other-")
+    assert err.startswith("warning: train.precision")
+
+
+def test_every_reading_command_speaks_json(call: Call, tmp_path: Path, home: Path) -> None:
+    path = str(make_job(tmp_path))
+    run_id = finished(home, "succeeded", None)
+
+    def read(*arguments: str) -> Any:
+        code, out, _ = call(*arguments, "--json")
+        assert code == 0
+        return json.loads(out)
+
+    status = read("status", run_id)
+    keys = "run_id name cluster state reason step steps attempt verdict mlflow_run_id run_dir output_dir".split()
+    assert set(keys) <= set(status)
+    assert (status["state"], status["step"], status["output_dir"]) == (
+        "succeeded",
+        100,
+        f"{status['run_dir']}/output",
+    )
+    assert read("list") == [status]
+    assert read("logs", run_id) == {"run_id": run_id, "rank": 0, "text": ""}
+    assert read("plan", path)["sizes"]["trained"] > 0
+    assert {method["kind"] for method in read("methods")} >= {"full", "lora", "rslora", "dora"}
+    assert {check["level"] for check in read("doctor")} <= {"ok", "warn", "fail"}
+    assert read("cluster", "status")["capacity"]["total"] >= 1
+    assert read("submit", path)["run_id"] in runs.run_ids()
+
+
+def test_people_get_tables(call: Call, tmp_path: Path, home: Path) -> None:
+    run_id = finished(home, "failed", "rank 0: [bold]boom[/]")
+    assert "rank 0: [bold]boom[/]" in call("list")[1]
+    assert "rank 0: [bold]boom[/]" in call("status", run_id)[1]
+    assert "about" in call("plan", str(make_job(tmp_path)))[1]
+    assert "rsLoRA" not in call("methods")[1]
+    assert "rank-stabilised" in call("methods")[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["submit", "none.yaml"],
+        ["submit"],
+        ["submit", "{job}", "--set", "train.lr=fast"],
+        ["submit", "{job}", "--set", "data.train=none.jsonl"],
+        ["submit", "{job}", "--cluster", "moon"],
+        ["submit", "{job}", "--dry-run", "--set", "base=./none"],
+        ["plan", "{job}", "--set", "method=lorra"],
+        ["status", "none"],
+        ["logs", "none"],
+        ["cancel", "none"],
+        ["resume", "none"],
+        ["logs", "none", "-f"],
+        ["stauts", "none"],
+        ["compare", "--experiment", "none"],
+    ],
+)
+def test_wrong_input_is_exit_code_2_and_no_traceback(call: Call, tmp_path: Path, arguments: list[str]) -> None:
+    job = str(make_job(tmp_path))
+    code, out, err = call(*(job if argument == "{job}" else argument for argument in arguments))
+    assert (code, out) == (2, "")
+    assert err and "Traceback" not in err
+    assert runs.run_ids() == []
+
+
+def test_waiting_tells_success_and_failure(call: Call, home: Path) -> None:
+    good, bad = finished(home, "succeeded", None), finished(home, "failed", "rank 0: boom")
+    assert call("logs", "-f", good)[0] == 0
+    code, _, err = call("logs", "-f", bad)
+    assert code == 1
+    assert err.startswith(f"{bad} failed: rank 0: boom\n")
+
+
+def test_a_run_that_nobody_knows_is_exit_code_3(call: Call, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_PATIENCE_S", 0.0)
+    run_dir = make_run(home / "runs", runs.new_id("fake"), None)
+    code, _, err = call("logs", "-f", run_dir.name)
+    assert code == 3
+    assert run_dir.name in err
+
+
+HEAVY = ["torch", "ray", "mlflow", "transformers", "datasets", "numpy", "pandas", "psutil", "deepspeed", "peft"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        (["--help"], [*HEAVY, "pydantic", "yaml"]),
+        (["submit", "--help"], [*HEAVY, "pydantic", "yaml"]),
+        (["list"], HEAVY),
+        (["methods"], HEAVY),
+        (["submit", "{job}", "--dry-run"], HEAVY),
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(
+    tmp_path: Path, arguments: list[str], heavy: list[str]
+) -> None:
+    job = str(make_job(tmp_path))
+    code = f"""
+import sys
+from orchestrator.cli import main
+sys.argv = ["fleetune", *{[job if argument == "{job}" else argument for argument in arguments]}]
+try:
+    main()
+except SystemExit as ended:
+    print("found", ended.code, [name for name in {heavy} if name in sys.modules])
+"""
+    environment = {"FLEETUNE_HOME": str(tmp_path / "home"), "PATH": ""}
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "found 0 []", done.stderr

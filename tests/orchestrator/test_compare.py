@@ -1,0 +1,140 @@
+"""What `compare` makes of runs, made up and tracked for real."""
+
+import dataclasses
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from mlflow_server import free_port
+from rich.console import Console
+from run_folders import claim, eval_row, make_run, plan, steps
+from tracked_runs import tracked
+
+from orchestrator.compare import Comparison, arrange, compare, count, duration, size
+from orchestrator.tracking import replay
+
+
+def text(comparison: Comparison, width: int = 100) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))
+    console.print(comparison.table())
+    return console.export_text()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEETUNE_HOME", str(home))
+
+
+def test_only_differences_are_columns_and_seeds_are_grouped() -> None:
+    seeds = [tracked("lora", 0.6, train__seed=seed) for seed in ("0", "1", "2")]
+    other = tracked("dora", 0.8, method__kind="dora")
+    found = arrange([*seeds, other], "e", "uri")
+    assert found.columns == ["method.kind"]
+    assert "method.kind" not in found.constant
+    assert found.constant["method.rank"] == "16"
+    assert "train.seed" not in found.constant
+    assert [(row.label, row.seeds) for row in found.rows] == [("dora", ["0"]), ("lora", ["0", "1", "2"])]
+    figure = found.rows[1].figure("eval_exact_match")
+    assert figure
+    assert (figure.mean, figure.std, figure.n) == (pytest.approx(0.59), pytest.approx(0.01), 3)
+
+
+def test_a_failed_run_is_not_averaged_with_one_that_finished() -> None:
+    found = arrange([tracked("a", 0.9, "FAILED"), tracked("a", 0.5, train__seed="1")], "e", "uri")
+    assert [(row.status, len(row.runs)) for row in found.rows] == [("FINISHED", 1), ("FAILED", 1)]
+
+
+def test_rows_with_the_same_name_are_told_apart() -> None:
+    found = arrange([tracked("a", 0.9), tracked("a", 0.5, train__lr="0.01")], "e", "uri")
+    assert {row.label for row in found.rows} == {"a (0.0001)", "a (0.01)"}
+
+
+def test_quality_falls_back_to_losses() -> None:
+    assert arrange([tracked("a", 0.5)], "e", "uri").quality.key == "eval_exact_match"
+    assert arrange([tracked("a", 0.5, evals=False)], "e", "uri").quality.key == "loss"
+    runs = [tracked(name, quality, evals=False, train__lr=name) for name, quality in (("1", 0.5), ("2", 0.9))]
+    assert [row.label for row in arrange(runs, "e", "uri").rows] == ["2", "1"]
+
+
+@pytest.mark.parametrize("differences", [0, 2, 5])
+def test_the_table_fits_100_columns(differences: int) -> None:
+    keys = ["method__kind", "method__rank", "train__lr", "train__steps", "data__train"][:differences]
+    runs = [tracked(f"run-{i}", 0.5 + 0.1 * i, **dict.fromkeys(keys, f"value-{i}")) for i in range(3)]
+    runs.append(dataclasses.replace(runs[2], status="FAILED", params={**runs[2].params, "train.seed": "7"}))
+    shown = text(arrange(runs, "experiment", "uri"))
+    assert all(len(line) <= 100 for line in shown.splitlines())
+    for expected in ("finished", "failed", "70.0%", "1 m 52 s", "1.5 M", "1.75 GiB"):
+        assert expected in shown
+
+
+def test_names_are_not_markup() -> None:
+    assert "[bold red]x[/bold red]" in text(arrange([tracked("[bold red]x[/bold red]", 0.5)], "[blink]", "uri"))
+
+
+def test_json_has_no_value_that_json_does_not_know() -> None:
+    run = tracked("a", 0.5)
+    run = dataclasses.replace(run, figures={**run.figures, "loss": float("nan")})
+    found = json.loads(json.dumps(arrange([run], "e", "uri").to_json(), allow_nan=False))
+    assert found["rows"][0]["figures"]["loss"] == {"mean": None, "std": 0.0, "n": 1}
+    assert found["rows"][0]["run_ids"] == ["a-0000000000"]
+
+
+def test_units() -> None:
+    assert [count(v) for v in (950, 1234, 8.03e9)] == ["950", "1.23 k", "8.03 B"]
+    assert [size(v) for v in (512, 3 << 20, 5 << 29)] == ["512 B", "3 MiB", "2.50 GiB"]
+    assert [duration(v) for v in (4.24, 185, 7800)] == ["4.2 s", "3 m 05 s", "2 h 10 m"]
+
+
+def test_nothing_tracked_yet_and_an_unknown_experiment(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing was tracked yet: there is no .*mlflow\.db"):
+        compare(None, None)
+    for seed, state in ((0, "succeeded"), (1, "succeeded"), (2, "failed")):
+        run_dir = make_run(
+            tmp_path, f"real-{seed}", None, name="real", train={"steps": 100, "seed": seed, "precision": "fp32"}
+        )
+        attempt = claim(run_dir)
+        plan(attempt, trained=4321)
+        steps(attempt, 1, 20)
+        eval_row(attempt, 20, eval_loss=1.0 + seed, eval_exact_match=0.5)
+        attempt.close({"state": state})
+        assert replay(run_dir)
+    found = compare("fakes", None)
+    assert compare(None, None).rows == found.rows
+    assert [(row.status, row.seeds) for row in found.rows] == [("FINISHED", ["0", "1"]), ("FAILED", ["2"])]
+    best = found.rows[0]
+    figures = {key: best.figure(key) for key in ("eval_loss", "trained", "train_s", "peak_memory_bytes", "best_loss")}
+    assert {key: figure.mean for key, figure in figures.items() if figure} == {
+        "eval_loss": 1.5,
+        "trained": 4321,
+        "train_s": 20.0,
+        "peak_memory_bytes": 1 << 30,
+        "best_loss": pytest.approx(4 / 3),
+    }
+    assert len(best.runs[0].curves["loss"]) == 20
+    with pytest.raises(ValueError, match="experiment 'fake' is not at .*; there are: fakes") as error:
+        compare("fake", None)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="experiment 'Default' at .* has no runs of Fleetune"):
+        compare("Default", None)
+
+
+def test_a_server_that_is_down_is_a_connection_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ConnectionError, match=r"^MLflow at http://ada:\*\*\*@127\.0\.0\.1:\d+: ") as error:
+        compare(None, f"http://ada:secret@127.0.0.1:{free_port()}")
+    assert "secret" not in str(error.value).split(": ", 1)[0]
+    assert "\n" not in str(error.value)
+
+
+def test_a_database_of_something_else_is_a_connection_error(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "other.db") as database:
+        database.execute("create table alembic_version (version_num text)")
+        database.execute("insert into alembic_version values ('from the future')")
+    with pytest.raises(ConnectionError, match="^MLflow at sqlite"):
+        compare(None, f"sqlite:///{tmp_path}/other.db")

@@ -1,0 +1,178 @@
+"""The whole way from a submission to a result, on a local cluster with real Ray, and what may happen on it."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from clusters import process
+from clusters.local import Local
+from orchestrator.control import cancel
+from orchestrator.submit import submit
+from trainer.attempt import Attempt, Record, attempts, last, read_json, read_lines, result
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the room is made by processor affinity")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    """A local cluster with room for two workers; its processes are started in a folder full of traps."""
+    folder, before = Path.cwd(), os.sched_getaffinity(0)
+    traps = tmp_path_factory.mktemp("traps")
+    for name in ("trainer", "orchestrator", "methods", "clusters", "torch"):
+        (traps / f"{name}.py").write_text("raise SystemExit('a file of the user shadows ours')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEETUNE_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("FLEETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        os.sched_setaffinity(0, set(sorted(before)[:2]))
+        os.chdir(traps)
+        found = Local.here()
+        try:
+            yield found
+        finally:
+            found.stop()
+            os.chdir(folder)
+            os.sched_setaffinity(0, before)
+
+
+@pytest.fixture
+def start(cluster: Local, tiny_base: Path, sums: Path) -> Callable[..., Path]:
+    """Submit a small job; gives its run folder."""
+
+    def make(**parts: Any) -> Path:
+        assert cluster.home == Path(os.environ["FLEETUNE_HOME"])
+        job = {
+            "name": "small",
+            "base": str(tiny_base),
+            "method": {"kind": "lora", "rank": 4},
+            "data": {"train": str(sums), "seq_len": 64},
+            "train": {"steps": 20, "batch_tokens": 512, "lr": 1e-2},
+            "checkpoint": {"every": 10},
+            "resources": {"workers_per_node": 1},
+            **parts,
+        }
+        return submit(job).run_dir
+
+    return make
+
+
+def until(true: Callable[[], Any], timeout_s: float = 120) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := true()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def ended(run_dir: Path) -> Record:
+    found: Record = until(lambda: result(run_dir))
+    return found
+
+
+def saved(run_dir: Path, number: int) -> bool:
+    """Whether this attempt has a checkpoint of its own."""
+    return any((Attempt(run_dir, number).folder / "checkpoints").glob("step-*/manifest.json"))
+
+
+def workers(run_dir: Path, number: int) -> list[int]:
+    """Process ids of an attempt's workers by rank, as the heads of their logs tell them."""
+    logs = sorted((Attempt(run_dir, number).folder / "logs").glob("rank-*.log"))
+    return [int(found[1]) for log in logs if (found := re.match(r"\[rank \d+\] pid (\d+) on", log.read_text()))]
+
+
+def lives(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def kill(pid: int | None) -> None:
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_run_goes_on_whatever_is_killed(cluster: Local, start: Callable[..., Path]) -> None:
+    """Worker, supervisor, controller, head: one after another, and each step counts once in the end."""
+    began = time.monotonic()
+    run_dir = start(train={"steps": 1500, "batch_tokens": 512, "lr": 1e-3}, resources={"workers_per_node": 2})
+    assert time.monotonic() - began < 5
+    name = run_dir.name
+
+    until(lambda: saved(run_dir, 1))
+    kill(workers(run_dir, 1)[1])
+    verdict = until(lambda: Attempt(run_dir, 1).verdict)
+    assert (verdict["kind"], verdict["rank"]) == ("node_lost", 1)
+
+    until(lambda: saved(run_dir, 2))
+    controller = cluster.state()["controllers"][name]
+    kill(cluster.state()["supervisor"])
+    until(lambda: process.owner(cluster.supervisor_lock) is None)
+    cluster.start()
+    until(lambda: cluster.state()["supervisor"])
+    time.sleep(1.5)
+    assert cluster.state()["controllers"] == {name: controller}
+
+    before = workers(run_dir, 2)
+    kill(controller)
+    until(lambda: not any(map(lives, before)), 10)
+    until(lambda: saved(run_dir, 3))
+    assert Attempt(run_dir, 2).verdict is None
+
+    before = workers(run_dir, 3)
+    kill(cluster.state()["head"])
+    until(lambda: not any(map(lives, before)), 10)
+    assert until(lambda: Attempt(run_dir, 3).verdict, 10)["kind"] == "node_lost"
+
+    assert ended(run_dir)["state"] == "succeeded"
+    assert [attempt.number for attempt in attempts(run_dir)] == [1, 2, 3, 4]
+    assert all(attempt.start for attempt in attempts(run_dir)[1:])
+    assert {row["step"] for a in attempts(run_dir) for row in read_lines(run_dir, a, "metrics.jsonl")} == set(
+        range(1, 1501)
+    )
+    assert (run_dir / "output" / "adapter_model.safetensors").exists()
+
+
+def test_a_bug_is_final_and_a_cancelled_run_is_closed(cluster: Local, start: Callable[..., Path], sums: Path) -> None:
+    """Three runs on room for two: one with a bug, one that is cancelled while it runs, one while it waits."""
+    long = {"steps": 100_000, "batch_tokens": 512, "lr": 1e-3}
+    bad = sums.with_name("soon-gone.jsonl")
+    bad.write_text(sums.read_text())
+    buggy = start(data={"train": str(bad), "seq_len": 64})
+    bad.write_text("no row\n")
+    running = start(train=long)
+    waiting = start(train=long, resources={"workers_per_node": 2})
+
+    assert cluster.status([waiting.name])[waiting.name].state == "queued"
+    cancel(waiting.name)
+    assert ended(waiting) == {**ended(waiting), "state": "cancelled", "attempt": 0}
+
+    found = ended(buggy)
+    assert (found["state"], found["verdict"], found["attempt"]) == ("failed", "user_error", 1)
+    assert "row" in found["evidence"] or "JSON" in found["evidence"]
+
+    until(lambda: attempts(running) and read_lines(running, last(running), "metrics.jsonl"))
+    before = workers(running, 1)
+    cancel(running.name)
+    found = ended(running)
+    assert (found["state"], found["verdict"]) == ("cancelled", "cancelled")
+    until(lambda: not any(map(lives, before)), 10)
+    assert read_json(running / "result.json") == found
+
+
+def test_stop_leaves_no_process_behind_and_start_goes_on(cluster: Local, start: Callable[..., Path]) -> None:
+    run_dir = start()
+    until(lambda: cluster.status([run_dir.name])[run_dir.name].state == "running")
+    state = cluster.state()
+    leaders = {state["supervisor"], state["head"], *state["controllers"].values()}
+    mine = [p.pid for p in psutil.process_iter() if lives(p.pid) and os.getsid(p.pid) in leaders]
+    assert len(mine) > len(leaders)
+    cluster.stop()
+    assert [pid for pid in mine if lives(pid)] == []
+    assert cluster.status([run_dir.name])[run_dir.name].state == "queued"
+    cluster.start()
+    assert ended(run_dir)["state"] == "succeeded"

@@ -1,0 +1,201 @@
+"""Where runs stand, and their logs, on folders as trainer and controller leave them."""
+
+import json
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jobs import make_job, only_queued
+from run_folders import claim, make_run, plan, step_row, steps
+
+import fleetune
+from clusters.local import Local
+from fleetune import InputError
+from orchestrator import progress, runs
+from orchestrator.logs import LogReader
+from trainer.attempt import Attempt, claim_next, close, request_cancel
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty FLEETUNE_HOME whose local cluster starts nothing."""
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
+    with only_queued(tmp_path / "home"):
+        yield tmp_path / "home"
+
+
+@pytest.fixture
+def run(home: Path) -> Path:
+    """The folder of a run that the cluster has not got."""
+    return make_run(home / "runs", runs.new_id("fake"), None)
+
+
+def log(attempt: Attempt, rank: int, text: str) -> None:
+    path = attempt.folder / "logs" / f"rank-{rank}.log"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as stream:
+        stream.write(text)
+
+
+def test_a_submitted_run_waits_with_a_reason(home: Path, tmp_path: Path) -> None:
+    run_id = fleetune.submit(make_job(tmp_path)).run_id
+    found = fleetune.status(run_id)
+    assert (found.run_id, found.name, found.cluster, found.state) == (run_id, "sums", "local", "queued")
+    assert found.reason and "free" in found.reason
+    assert (found.step, found.steps, found.attempt, found.verdict, found.output_dir) == (0, 7, 0, None, None)
+    assert found.run_dir == str(home / "runs" / run_id)
+
+
+def test_a_run_that_its_cluster_does_not_know_is_unknown(run: Path) -> None:
+    found = fleetune.status(run.name)
+    assert (found.state, found.steps) == ("unknown", 100)
+
+
+def test_steps_and_verdicts_are_joined_over_attempts(run: Path) -> None:
+    first = claim(run)
+    plan(first)
+    steps(first, 1, 9)
+    assert fleetune.status(run.name).step == 9
+    first.write_verdict({"kind": "node_lost", "reason": "rank 1: killed"})
+    second = claim(run, start=6)
+    assert (fleetune.status(run.name).step, fleetune.status(run.name).attempt) == (6, 2)
+    step_row(second, 7)
+    with (second.folder / "metrics.jsonl").open("a") as torn:
+        torn.write('{"step": 8, "lo')
+    assert fleetune.status(run.name).step == 7
+
+
+def test_the_plan_of_the_trainer_counts_more_than_the_job(run: Path) -> None:
+    attempt = claim(run)
+    attempt.event("plan", steps=41, parameters=1, trained=1)
+    assert fleetune.status(run.name).steps == 41
+
+
+def test_the_result_is_the_last_word(run: Path) -> None:
+    attempt = claim(run)
+    attempt.write_verdict({"kind": "user_error", "reason": "rank 0: ValueError"})
+    (run / "mlflow.json").write_text(json.dumps({"mlflow_run_id": "abc", "uri": "sqlite:///x"}))
+    close(run, {"state": "failed", "reason": "rank 0: ValueError"})
+    found = fleetune.status(run.name)
+    assert (found.state, found.reason, found.verdict) == ("failed", "rank 0: ValueError", "user_error")
+    assert found.mlflow_run_id == "abc"
+
+
+def test_runs_are_found_by_id_name_and_prefix(home: Path) -> None:
+    names = ("gsm-0000000001", "gsm-0000000002", "gsm-dora-0000000003")
+    old, new, other = (make_run(home / "runs", run_id, None) for run_id in names)
+    assert runs.find("gsm-0000000001") == old
+    assert runs.find("gsm") == new
+    assert runs.find("gsm-d") == other
+    with pytest.raises(InputError, match="found 2 runs, like gsm-0000000001, gsm-0000000002"):
+        runs.find("gsm-0")
+    with pytest.raises(InputError, match="no such run; the latest are gsm-0000000001"):
+        runs.find("nothing")
+    assert [status.run_id for status in fleetune.list_runs()] == [other.name, new.name, old.name]
+
+
+def test_two_hundred_runs_are_listed_within_a_second(home: Path, tmp_path: Path) -> None:
+    fleetune.submit(make_job(tmp_path))
+    for number in range(200):
+        run_dir = make_run(home / "runs", f"many-{number:010}", None)
+        attempt = claim(run_dir)
+        plan(attempt)
+        steps(attempt, 1, 100)
+        if number % 2:
+            close(run_dir, {"state": "succeeded", "reason": None})
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-P", "-m", "orchestrator", "list", "--json"]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert len(found) == 201
+    # CPU time, as the machine may be busy with something else.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_logs_are_joined_and_what_a_paused_attempt_adds_is_not_shown(run: Path) -> None:
+    first = claim(run)
+    log(first, 0, "one\ntwo\n")
+    log(first, 1, "other\n")
+    second = claim(run, start=0)
+    log(first, 0, "woken\n")
+    log(second, 0, "three\nfour")
+    assert fleetune.logs(run.name) == (
+        "=== attempt 1, rank 0 ===\none\ntwo\n=== attempt 2, rank 0 ===\nthree\nfour\n"
+    )
+    assert fleetune.logs(run.name, rank=1) == "=== attempt 1, rank 1 ===\nother\n"
+    with pytest.raises(InputError, match="--rank: found 7; allowed: 0, 1"):
+        fleetune.logs(run.name, rank=7)
+
+
+def test_without_an_attempt_the_controllers_words_are_shown(run: Path) -> None:
+    path = Local.here().log(run.name)
+    path.parent.mkdir(parents=True)
+    path.write_text("cannot begin\n")
+    assert fleetune.logs(run.name) == "cannot begin\n"
+
+
+def test_a_growing_log_is_read_by_whole_lines(run: Path) -> None:
+    attempt = claim(run)
+    reader = LogReader(run)
+    assert reader.read() == ""
+    log(attempt, 0, "one\ntw")
+    assert reader.read() == "=== attempt 1, rank 0 ===\none\n"
+    log(attempt, 0, "o\n")
+    assert reader.read() == "two\n"
+    assert reader.read(final=True) == ""
+
+
+def test_following_goes_across_attempts_to_the_end(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_PAUSE_S", 0.01)
+
+    def work() -> None:
+        first = claim(run)
+        log(first, 0, "one\n")
+        time.sleep(0.1)
+        second = claim(run, start=0)
+        log(second, 0, "two\n")
+        step_row(second, 1)
+        time.sleep(0.1)
+        close(run, {"state": "failed", "reason": "rank 0: boom"})
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    ended = progress.follow(run, rank=0)
+    worker.join()
+    assert (ended.state, ended.reason) == ("failed", "rank 0: boom")
+    assert capsys.readouterr().out == "=== attempt 1, rank 0 ===\none\n=== attempt 2, rank 0 ===\ntwo\n"
+
+
+def test_cancelling_asks_whoever_leads_the_run(home: Path, tmp_path: Path) -> None:
+    run_id = fleetune.submit(make_job(tmp_path)).run_id
+    assert fleetune.cancel("sums") == run_id
+    assert list((home / "runs" / run_id / "requests").glob("cancel-*.json"))
+    close(home / "runs" / run_id, {"state": "cancelled", "reason": "by request"})
+    assert fleetune.cancel(run_id) == run_id
+
+
+def test_what_succeeded_is_neither_cancelled_nor_resumed(run: Path) -> None:
+    close(run, {"state": "succeeded", "reason": None})
+    with pytest.raises(InputError, match="it has succeeded already"):
+        fleetune.cancel(run.name)
+    with pytest.raises(InputError, match="it has succeeded, there is nothing"):
+        fleetune.resume(run.name)
+
+
+def test_what_failed_is_queued_again(run: Path) -> None:
+    claim(run)
+    request_cancel(run)
+    close(run, {"state": "failed", "reason": "boom"})
+    for _ in range(2):
+        assert fleetune.resume(run.name) == run.name
+        assert [entry.run_id for entry in Local.here().queue.list()] == [run.name]
+    found = fleetune.status(run.name)
+    assert (found.state, found.attempt) == ("preempted", 1)
+    assert claim_next(run, None)

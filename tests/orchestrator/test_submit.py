@@ -1,0 +1,185 @@
+"""Submission: what is frozen, and that a repeated one is one job."""
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jobs import make_job, only_queued
+
+import fleetune
+from clusters.local import Local
+from fleetune import InputError
+from orchestrator import runs, submit
+from trainer.attempt import load_job
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty FLEETUNE_HOME whose local cluster starts nothing."""
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
+    with only_queued(tmp_path / "home"):
+        yield tmp_path / "home"
+
+
+def queued() -> list[str]:
+    return [entry.run_id for entry in Local.here().queue.list()]
+
+
+def test_a_submission_is_frozen_and_queued(home: Path, tmp_path: Path) -> None:
+    path = make_job(tmp_path)
+    done = fleetune.submit(path, overrides=["train.lr=3e-4"])
+    record = runs.read_record(done.run_dir)
+    job = load_job(done.run_dir)
+    assert done.run_dir == home / "runs" / done.run_id
+    assert queued() == [done.run_id]
+    assert (job.base.model, job.data.train) == (str(tmp_path / "base"), str(tmp_path / "train.jsonl"))
+    assert job.train.lr == 3e-4
+    assert (record["run_id"], record["cluster"]) == (done.run_id, "local")
+    assert set(record["versions"]) >= {"python", "fleetune"}
+    assert re.fullmatch("[0-9a-f]{64}", record["digests"]["data.train"])
+    assert re.fullmatch("[0-9a-f]{64}", record["digests"]["base"])
+    assert record["git"] is None
+    assert not list((home / "submitting").iterdir())
+
+
+def test_paths_are_those_beside_the_file_else_those_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    path = make_job(there)
+    make_job(here)
+    (there / "train.jsonl").unlink()
+    monkeypatch.chdir(here)
+    job = load_job(fleetune.submit(path).run_dir)
+    assert (job.base.model, job.data.train) == (str(there / "base"), str(here / "train.jsonl"))
+
+
+def test_git_state_is_that_of_the_job(tmp_path: Path) -> None:
+    path = make_job(tmp_path)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "job.yaml"], ["commit", "-qm", "a"]):
+        subprocess.run(git + command, check=True)
+    state = runs.read_record(fleetune.submit(path).run_dir)["git"]
+    assert re.fullmatch("[0-9a-f]{40}", state["commit"])
+    assert state["dirty"] is True
+
+
+def test_ids_are_labels_that_sort_by_time() -> None:
+    found = [runs.new_id("a" * 32) for _ in range(50)]
+    assert all(re.fullmatch(r"a{32}-[0-9a-z]{10}", run_id) and runs.RUN_ID.fullmatch(run_id) for run_id in found)
+    assert [run_id[:-2] for run_id in found] == sorted(run_id[:-2] for run_id in found)
+    assert runs.name_of(found[0]) == "a" * 32
+
+
+def test_the_same_run_id_is_one_job(tmp_path: Path) -> None:
+    path, run_id = make_job(tmp_path), runs.new_id("sums")
+    first, again = (fleetune.submit(path, run_id=run_id) for _ in range(2))
+    assert (first.run_id, first.adopted, again.run_id, again.adopted) == (run_id, False, run_id, True)
+    assert queued() == runs.run_ids() == [run_id]
+
+
+def test_a_run_id_is_not_given_to_another_job(tmp_path: Path) -> None:
+    path, run_id = make_job(tmp_path), runs.new_id("sums")
+    fleetune.submit(path, run_id=run_id)
+    with pytest.raises(InputError, match="is taken by another job"):
+        fleetune.submit(path, run_id=run_id, overrides=["train.steps=8"])
+    for wrong in ("sums", "Sums-0123456789", "other-0123456789"):
+        with pytest.raises(InputError, match="--run-id: found"):
+            fleetune.submit(path, run_id=wrong)
+
+
+def test_two_submissions_are_two_jobs(tmp_path: Path) -> None:
+    path = make_job(tmp_path)
+    assert len({fleetune.submit(path).run_id for _ in range(2)}) == 2
+    assert len(queued()) == 2
+
+
+CALLS = ("rename", "fsync", "link", "open", "mkdir", "unlink", "close")
+
+
+def die_at(call: int, path: Path, answer: int) -> None:
+    """Submit, and die by SIGKILL after so many calls that change files; tell the run id if one was announced."""
+    count = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return wrapper
+
+    for name in CALLS:
+        setattr(os, name, counted(getattr(os, name)))
+    submit.submit(path, announce=lambda done: os.write(answer, done.run_id.encode()) and None)
+
+
+def test_a_client_that_is_killed_anywhere_and_repeated_makes_one_job(home: Path, tmp_path: Path) -> None:
+    path = make_job(tmp_path)
+    known = 0
+    for call in range(1, 200):
+        answer, told = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                die_at(call, path, told)
+            finally:
+                os._exit(0)
+        os.close(told)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        announced = os.read(answer, 100).decode()
+        os.close(answer)
+        if not killed or (announced and not list((home / "submitting").glob("[!.]*"))):
+            break  # the submission was over
+        repeated = fleetune.submit(path)
+        known += 1
+        assert not announced or repeated.run_id == announced
+        assert len(queued()) == len(runs.run_ids()) == known
+        assert queued()[-1] == repeated.run_id
+    assert known > 10
+    assert len(queued()) == known + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"data": {"train": "none.jsonl", "seq_len": 8}}, r"data\.train: .*/none\.jsonl: found no such file"),
+        ({"base": "./none"}, r"base\.model: .*"),
+        ({"data": {"train": "train.jsonl", "seq_len": 65}}, r"data\.seq_len: found 65; allowed: at most 64 .*"),
+        ({"tracking": {"uri": "file:///x"}}, r"tracking\.uri: found .*"),
+        ({"resources": {"gpus_per_node": 64}}, r"resources.*: found 64.*"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_begun(
+    home: Path, tmp_path: Path, change: dict[str, Any], line: str
+) -> None:
+    path = make_job(tmp_path, **change)
+    with pytest.raises(InputError) as error:
+        fleetune.submit(path)
+    assert re.match(line, str(error.value))
+    assert "\n" not in str(error.value)
+    assert runs.run_ids() == queued() == []
+    assert not list((home / "submitting").glob("*"))
+
+
+def test_a_dry_run_makes_nothing(home: Path, tmp_path: Path) -> None:
+    text = fleetune.dry_run(make_job(tmp_path))
+    assert yaml.safe_load(text)["workers"] == 2
+    assert not (home / "runs").exists() and queued() == []
+
+
+def test_unknown_clusters_are_told_with_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--cluster: found 'locale'; did you mean 'local'\\? allowed: local"):
+        fleetune.submit(make_job(tmp_path), cluster="locale")

@@ -1,0 +1,84 @@
+import pytest
+
+from orchestrator.verdict import Again, Final, Kind, classify, decide
+
+# As Ray 2.60 words it, shortened.
+DIED = (
+    "WorkerHealthCheckFailedError: A worker health check failed.\nActorDiedError: The actor died unexpectedly before "
+    "finishing this task.\nThe actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR "
+    "Some common causes include: (1) the process was killed by the OOM killer due to high memory usage"
+)
+RAY_OOM = (
+    "WorkerHealthCheckFailedError: A worker health check failed.\nOutOfMemoryError: Task was killed due to the node "
+    "running low on memory."
+)
+GLOO = "RuntimeError: [/pytorch/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("ValueError: boom", "user_error"),
+        ("KeyError: 'preparation'", "user_error"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "out_of_memory"),
+        ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried", "out_of_memory"),
+        ("MemoryError", "out_of_memory"),
+        (RAY_OOM, "out_of_memory"),
+        (DIED, "node_lost"),
+        ("ActorDiedError: The actor died because its node was preempted.", "preemption"),
+        (GLOO, "network"),
+        ("torch.distributed.DistBackendError: NCCL error: ncclRemoteError: remote process exited", "network"),
+        ("ConnectionResetError: [Errno 104] Connection reset by peer", "network"),
+        ("RuntimeError: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)", "hang"),
+        ("RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv", "hang"),
+    ],
+)
+def test_a_failure_is_known_by_its_text(text: str, kind: Kind) -> None:
+    assert classify({1: text}).kind == kind
+
+
+def test_what_made_the_others_fail_comes_first() -> None:
+    assert classify({0: GLOO, 1: DIED}).rank == 1
+    assert classify({0: GLOO, 1: "ValueError: boom"}).kind == "user_error"
+    assert classify({0: DIED, 1: RAY_OOM}).kind == "out_of_memory"
+    # A dead worker makes others fail in any way; a real bug shows again.
+    assert classify({0: "ValueError: odd", 1: DIED}).kind == "node_lost"
+
+
+def test_the_evidence_is_the_line_that_proves_it() -> None:
+    log = "step 3 loss 2.0\nTraceback (most recent call last):\n  File x\nValueError: row 7 is bad\nbye\n"
+    verdict = classify({0: "ValueError: row 7 is bad"}, {0: log})
+    assert (verdict.evidence, verdict.reason) == ("ValueError: row 7 is bad", "rank 0: ValueError: row 7 is bad")
+    oom = classify({1: "x\nMemoryError"}, {1: "step 1\nRuntimeError: can't allocate memory: 1 GB\nend"})
+    assert oom.evidence == "RuntimeError: can't allocate memory: 1 GB"
+    assert classify({2: DIED}).reason == "rank 2: the worker process was killed, or its node is gone"
+
+
+def test_what_concerns_no_worker_is_nobodys_bug() -> None:
+    assert classify({-1: "the driver ended with exit code 1\nRuntimeError: odd"}).kind == "node_lost"
+    assert classify({-1: "ConnectionError: refused"}).kind == "network"
+
+
+def test_bugs_and_lack_of_memory_are_final() -> None:
+    assert isinstance(decide([("user_error", 10)]), Final)
+    assert isinstance(decide([("node_lost", 5), ("out_of_memory", 10)]), Final)
+    assert decide([("success", 1)]) == Final("succeeded", None)
+    assert decide([("node_lost", 1), ("cancelled", 0)]) == Final("cancelled", "cancelled by request")
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"), [("node_lost", 5), ("preemption", 5), ("walltime", 5), ("hang", 3), ("network", 3)]
+)
+def test_only_attempts_without_progress_are_counted(kind: Kind, limit: int) -> None:
+    assert decide([(kind, 1)] * 100) == Again(0.0)
+    assert isinstance(decide([(kind, 0)] * (limit - 1)), Again)
+    assert isinstance(decide([(kind, 0)] * limit), Final)
+    assert decide([(kind, 0)] * limit + [(kind, 3)]) == Again(0.0)
+    # A checkpoint that turned out to be damaged is no progress either.
+    assert isinstance(decide([(kind, -5)] * limit), Final)
+
+
+def test_waiting_grows_without_progress() -> None:
+    assert decide([]) == Again(0.0)
+    delays = [decide([("node_lost", 0)] * count) for count in range(1, 5)]
+    assert delays == [Again(1.0), Again(2.0), Again(4.0), Again(8.0)]

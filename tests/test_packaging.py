@@ -1,0 +1,104 @@
+"""The plain package, as a laptop installs it, and what an installation promises."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("orchestrator", "clusters", "k8s", "trainer", "methods", "serving")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A venv with the plain package, built from a copy of the sources."""
+    folder = tmp_path_factory.mktemp("plain")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "fleetune.py"):
+        shutil.copy(ROOT / name, source)
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+    python = folder / "venv" / "bin" / "python"
+    command = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", source]
+    subprocess.run(command, check=True, cwd=folder)
+    return folder / "venv" / "bin"
+
+
+@pytest.fixture
+def laptop(tmp_path: Path) -> Path:
+    """A folder of a user who likes our names: files that would break everything if they were imported."""
+    for name in (*ROOMS, "fleetune", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the user was imported')\n")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "tokenizer.json").write_text("{}")
+    config = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 4096}
+    (base / "config.json").write_text(json.dumps(config))
+    job = {
+        "name": "sums",
+        "base": {"model": "base", "init": "scratch"},
+        "data": "train.jsonl",
+        "train": {"steps": 3},
+    }
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    return tmp_path
+
+
+def run(command: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"FLEETUNE_HOME": str(folder / "home"), "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_plain_package_submits_without_torch(plain: Path, laptop: Path) -> None:
+    has_torch = "import importlib.util as u; print(u.find_spec('torch'), u.find_spec('ray'))"
+    assert run([plain / "python", "-P", "-c", has_torch], laptop).stdout == "None None\n"
+    done = run([plain / "fleetune", "submit", "--dry-run", "job.yaml"], laptop)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["run_id"].startswith("sums-")
+
+
+def test_the_plain_package_says_what_it_lacks(plain: Path, laptop: Path) -> None:
+    done = run([plain / "fleetune", "submit", "job.yaml"], laptop)
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+    assert "fleetune[train]" in done.stderr
+    assert not (laptop / "home" / "runs").exists()
+    assert run([plain / "fleetune", "doctor"], laptop).returncode == 0
+
+
+def test_files_of_the_user_do_not_shadow_ours(laptop: Path) -> None:
+    done = run([Path(sys.executable).parent / "fleetune", "plan", "job.yaml"], laptop)
+    assert (done.returncode, done.stderr) == (0, "")
+    # Detached processes are started with -P, by which the current folder stays off sys.path.
+    done = run([sys.executable, "-P", "-c", "import trainer, orchestrator.job, clusters.local"], laptop)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_lock_covers_what_is_installed() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    locked = dict(line.split("==") for line in lines)
+    assert all("+" not in version for version in locked.values())
+    assert locked["torch"] == "2.13.0"
+    installed = {re.sub(r"[-_.]+", "-", d.name).lower() for d in distributions()}
+    covered = {re.sub(r"[-_.]+", "-", name).lower() for name in locked}
+    free = {"fleetune", "pip", "setuptools", "wheel"}
+    assert {
+        name for name in installed - covered - free if not name.startswith(("nvidia-", "cuda-", "triton"))
+    } == set()
+
+
+def test_every_requirement_is_locked() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    locked = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+    assert {re.split(r"[\[=<>]", requirement)[0].lower() for requirement in wanted} <= locked
