@@ -81,8 +81,8 @@ class Local:
     def status(self, run_ids: Iterable[str]) -> dict[str, Status]:
         """The state of each run, as files and locks tell it."""
         entries = {entry.run_id: entry for entry in self.queue.list()}
-        capacity = self.capacity() if process.owner(self.supervisor_lock) else None
-        return {run_id: self._status(run_id, entries.get(run_id), capacity) for run_id in run_ids}
+        wait = self._wait()
+        return {run_id: self._status(run_id, entries.get(run_id), wait) for run_id in run_ids}
 
     def logs(self, run_id: str, offset: int = 0) -> Logs:
         """What the run's controllers printed before they had an attempt to write to."""
@@ -146,7 +146,7 @@ class Local:
             "capacity": self.capacity(),
         }
 
-    def _status(self, run_id: str, entry: Entry | None, capacity: Capacity | None) -> Status:
+    def _status(self, run_id: str, entry: Entry | None, wait: str) -> Status:
         if (self.home / "runs" / run_id / "result.json").exists():
             return Status("ended")
         if entry is None:
@@ -154,12 +154,18 @@ class Local:
         lock = self.controller_lock(run_id)
         if process.owner(lock):
             return Status("running")
-        if capacity is None:
-            return Status("queued", "the local cluster is stopped: fleetune cluster start")
-        if lock.exists():
-            return Status("starting")
-        free = f"{capacity.free} of {capacity.total} {capacity.kind}s are free"
-        return Status("queued", f"needs {needs(entry.workers)}, {free}")
+        restarts = lock.exists() and process.owner(self.supervisor_lock)
+        return Status("starting") if restarts else Status("queued", f"needs {needs(entry.workers)}, {wait}")
+
+    def _wait(self) -> str:
+        """What keeps a queued run waiting."""
+        if process.owner(self.supervisor_lock) is None:
+            return "the local cluster is stopped: fleetune cluster start"
+        head = Head(self.folder)
+        if process.owner(head.lock) is None or head.address() is None:
+            return "Ray is starting"
+        capacity = self.capacity()
+        return f"{capacity.free} of {capacity.total} {capacity.kind}s are free"
 
     def _check_installed(self) -> None:
         if importlib.util.find_spec("ray") is None:

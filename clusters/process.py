@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _LOCK = "FLEETUNE_LOCK_DESCRIPTOR"
+_KILL_S = 10.0  # a process that is stuck in a driver does not die; nobody waits for it for ever
 _PATIENCE_S = 0.3  # others probe the lock, or start the process, for milliseconds
 
 
@@ -84,13 +85,15 @@ def end(lock: Path) -> None:
     """Kill the process that holds the lock, and what is left of its session; returns when all of it is gone."""
     if not lock.exists():
         return
+    holder = owner(lock)
     with lock.open() as stream:
-        pid = _recorded(stream.fileno())
+        pid = holder or _recorded(stream.fileno())
     # The system gives no number to a new process while a session of that number has members,
     # so a living leader without the lock is a stranger, and members without a leader are ours.
-    if pid is None or (owner(lock) is None and _lives(pid)):
+    if pid is None or (holder is None and _lives(pid)):
         return
-    while members := _session(pid):
+    deadline = time.monotonic() + _KILL_S
+    while (members := _session(pid)) and time.monotonic() < deadline:
         for member in members:
             _kill(member)
         time.sleep(0.05)

@@ -93,6 +93,7 @@ class Head:
             "RAY_USAGE_STATS_ENABLED": "0",
             # Without this Ray turns 127.0.0.1 into the machine's own address, and listens there.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_worker_niceness": "0",
         }
 
     def _start(self) -> None:

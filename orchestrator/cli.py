@@ -15,6 +15,7 @@ app = typer.Typer(
     help="Fine-tune language models with any method on any cluster, from one job.yaml.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # half of the time of --help
 )
 cluster_app = typer.Typer(help="Start, stop and look at the cluster on this machine.", no_args_is_help=True)
 app.add_typer(cluster_app, name="cluster")
@@ -30,26 +31,33 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main() -> None:
     """Run the command line and turn what goes wrong into its exit code."""
-    from orchestrator.errors import InputError, JobFailed
-
     try:
         app()
-    except (InputError, JobFailed) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away: nobody is left to tell
-        sys.exit(0)
-    except RuntimeError as error:
-        from clusters.base import Unreachable
-
-        if not isinstance(error, Unreachable):
+    except Exception as error:
+        ending = _ending(error)
+        if ending is None:
             raise
-        print(error, file=sys.stderr)
-        sys.exit(3)
-    except ConnectionError as error:
-        print(error, file=sys.stderr)
-        sys.exit(3)
+        print(ending[1], file=sys.stderr)
+        sys.exit(ending[0])
+
+
+def _ending(error: Exception) -> tuple[int, str] | None:
+    """Exit code and message for what a user can mend; None for a bug."""
+    from clusters.base import Unreachable
+    from orchestrator.errors import InputError, JobFailed
+
+    match error:
+        case JobFailed():
+            return 1, str(error)
+        case InputError():
+            return 2, str(error)
+        case Unreachable() | ConnectionError():
+            return 3, str(error)
+        case OSError():
+            return 2, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return None
 
 
 @app.command()
@@ -104,9 +112,9 @@ def status(run: Run, as_json: Json = False) -> None:
     found = read_status(run)
     if as_json:
         return _print_json(found.dump())
-    from orchestrator.render import show_fields
+    from orchestrator.render import show_run
 
-    return show_fields(found.dump())
+    return show_run(found)
 
 
 @app.command()
@@ -138,7 +146,7 @@ def cancel(run: Run) -> None:
 
 @app.command()
 def resume(run: Run) -> None:
-    """Let a run that failed or was cancelled go on from its newest checkpoint."""
+    """Let a failed or cancelled run go on from its checkpoint."""
     from orchestrator.control import resume as resume_run
 
     print(resume_run(run))
@@ -146,7 +154,7 @@ def resume(run: Run) -> None:
 
 @app.command()
 def plan(file: JobFile, sets: Sets = None, as_json: Json = False) -> None:
-    """Show what would run: layout, batches, parameters, and bytes on each worker."""
+    """Show what would run: layout, batches, sizes."""
     from orchestrator.plan import plan as make_plan
 
     found = make_plan(file, sets or ())

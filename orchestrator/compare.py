@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from orchestrator.errors import InputError
-from orchestrator.store import RUN_ID, client, outages, resolve, sqlite_file
+from orchestrator.measure import MEASURES, Measure
+from orchestrator.store import RUN_ID, client, outages, resolve, sqlite_file, without_password
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,60 +23,9 @@ _NOT_COMPARED = {SEED, "name"}
 _COLUMNS = 3  # more differences than this share one column of the terminal table
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A result: its name, its heading, how it is shown, and whether more is better (None: neither)."""
-
-    key: str
-    title: str
-    show: Callable[[float], str]
-    more_is_better: bool | None = False
-
-
-def count(value: float) -> str:
-    """A number of things with three digits: 950, 1.23 M, 8.03 B."""
-    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def size(value: float) -> str:
-    """Bytes, in binary units."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(value) < 1024:
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
-
-
-def duration(value: float) -> str:
-    """Seconds, as 4.2 s, 3 m 05 s or 2 h 10 m."""
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes, seconds = divmod(round(value), 60)
-    return f"{minutes} m {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
-
-
 def shown(param: str, value: str) -> str:
     """A param's value as it is shown; of a digest the first characters are enough."""
     return value[:12] if param.endswith("_digest") else value
-
-
-def _decimals(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
-
-
-MEASURES = (
-    Measure("eval_exact_match", "exact match", lambda value: f"{value:.1%}", True),
-    Measure("eval_loss", "eval loss", _decimals),
-    Measure("loss", "loss", _decimals),
-    Measure("best_loss", "best loss", _decimals),
-    Measure("trained", "trained", count, None),
-    Measure("peak_memory_bytes", "peak memory", size),
-    Measure("train_s", "train time", duration),
-    Measure("tokens_per_second", "tokens/s", count, True),
-)
 
 
 @dataclass(frozen=True)
@@ -182,14 +131,17 @@ def compare(experiment: str | None, uri: str | None) -> Comparison:
     Raises InputError for an experiment that is not there, ConnectionError where MLflow cannot be reached.
     """
     uri = resolve(uri)
-    file = sqlite_file(uri)
+    shown_uri, file = without_password(uri, uri), sqlite_file(uri)
     if file and not file.exists():
         raise InputError(f"nothing was tracked yet: there is no {file}")
     try:
-        runs = _load(client(uri), experiment, _without_password(uri))
+        runs = _load(client(uri), experiment, shown_uri)
+    except InputError:  # also says that there is no MLflow, whose exceptions are unknown then
+        raise
     except outages() as error:
-        raise ConnectionError(f"MLflow at {_without_password(uri)}: {str(error).splitlines()[0]}") from error
-    return arrange(runs, experiment or "all experiments", _without_password(uri))
+        reason = without_password(str(error).splitlines()[0], uri)
+        raise ConnectionError(f"MLflow at {shown_uri}: {reason}") from error
+    return arrange(runs, experiment or "all experiments", shown_uri)
 
 
 def arrange(runs: list[Run], title: str, uri: str) -> Comparison:
@@ -299,8 +251,3 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri

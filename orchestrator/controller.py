@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from orchestrator.verdict import Final, Kind, decide
+from orchestrator.verdict import Final, Kind, Verdict, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
 from trainer.attempt import Attempt, Fenced, Record, attempts, cancel_requested, claim_next, close, read_json, settle
@@ -77,16 +77,20 @@ def history(run_dir: Path) -> list[tuple[Kind, int]]:
     tried = [attempt for attempt in attempts(run_dir) if attempt.number > _reopened(run_dir)]
     starts = [attempt.start.step if attempt.start else 0 for attempt in tried]
     reached = [*starts[1:], *(_saved(attempt) for attempt in tried[-1:])]
-    return [(_kind(attempt), b - a) for attempt, a, b in zip(tried, starts, reached, strict=True)]
+    return [(_verdict(attempt)["kind"], b - a) for attempt, a, b in zip(tried, starts, reached, strict=True)]
 
 
 def result_of(run_dir: Path, decision: Final) -> Record:
     """The final word on a run."""
     tried = attempts(run_dir)
-    verdict = (tried[-1].verdict if tried else None) or {"kind": decision.state, "reason": "", "evidence": ""}
+    verdict = (
+        {"kind": "cancelled", "reason": None, "evidence": ""}
+        if decision.state == "cancelled"
+        else _verdict(tried[-1])
+    )
     return {
         "state": decision.state,
-        "reason": " - ".join(filter(None, [decision.reason, verdict["reason"]])) or None,
+        "reason": "; ".join(filter(None, [decision.reason, verdict["reason"]])) or None,
         "verdict": verdict["kind"],
         "evidence": verdict["evidence"],
         "attempt": tried[-1].number if tried else 0,
@@ -129,9 +133,10 @@ class Pump(threading.Thread):
             delivery.pump()
 
 
-def _kind(attempt: Attempt) -> Kind:
+def _verdict(attempt: Attempt) -> Record:
     """How an attempt ended; one without a verdict had its controller killed."""
-    return attempt.verdict["kind"] if attempt.verdict else "node_lost"
+    lost = Verdict("node_lost", "", f"attempts/{attempt.number} has no verdict")
+    return attempt.verdict or lost.dump()
 
 
 def _saved(attempt: Attempt) -> int:

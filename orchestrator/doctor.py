@@ -140,7 +140,11 @@ def _build_lock() -> Iterator[Check]:
 
 
 def _cluster() -> Iterator[Check]:
-    state = Local.here().state()
+    try:
+        state = Local.here().state()
+    except OSError as error:
+        yield Check("local cluster", "fail", f"{error.filename}: {error.strerror}", "set FLEETUNE_HOME")
+        return
     capacity = state["capacity"]
     room = f"{capacity.free} of {capacity.total} {capacity.kind} free"
     if state["supervisor"]:

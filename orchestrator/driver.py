@@ -11,10 +11,10 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from clusters.base import CARRIED
 from orchestrator.worker import redirect, work
 from trainer.attempt import Attempt, load_job, write_json
 
-PASSED_ON = ("FLEETUNE_", "HF_", "HUGGING_FACE_", "NCCL_")
 _TEXT = 4000  # characters kept of a failure
 
 
@@ -88,7 +88,7 @@ def fit(attempt: Attempt, world: int, resources: dict[str, float]) -> None:
 
 def worker_environment(gpu: bool, threads: int) -> dict[str, str]:
     """What the workers get beside Ray's environment."""
-    passed = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
+    passed = {key: value for key, value in os.environ.items() if key.startswith(CARRIED)}
     accelerator = {} if gpu else {"DS_ACCELERATOR": "cpu"}
     return {**passed, **accelerator, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 

@@ -25,7 +25,7 @@ class Sampler:
         self._monitors = _monitors()
 
     def sample(self) -> dict[str, float]:
-        """One reading of CPU, memory, disk, network and (where there are some) GPUs."""
+        """One reading of CPU, memory, disk and (where there are some) GPUs."""
         found: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.collect_metrics()
@@ -38,9 +38,8 @@ def _monitors() -> list[Any]:
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    monitors = [CPUMonitor(), DiskMonitor()]
     try:
         monitors.append(GPUMonitor())
     except (ImportError, RuntimeError):

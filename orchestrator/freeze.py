@@ -20,6 +20,7 @@ Source = str | Path | Mapping[str, Any] | Job
 
 _HUB_DATASET = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.*)?")
 _FILE = re.compile(r"\.(jsonl|json|csv|parquet|txt)(\.gz)?$")
+_LOADED = re.compile(r"\.(json|safetensors|model|jinja)$|^(vocab|merges)\.txt$")
 _WHOLE = 64 << 20  # bytes up to which a file of the base is hashed whole
 _GIT_TIMEOUT = 5.0  # seconds
 
@@ -78,7 +79,7 @@ def digests(job: Job, model: Model) -> dict[str, str | None]:
     return {
         "data.train": _file_digest(job.data.train),
         "data.eval": _file_digest(job.data.eval) if job.data.eval else None,
-        "base": _base_digest(model.folder) if model.folder else None,
+        "base": _base_digest(model),
     }
 
 
@@ -119,10 +120,14 @@ def _file_digest(source: str) -> str | None:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _base_digest(folder: Path) -> str:
-    """Over the names and sizes of the base's files, and the contents of all but the largest."""
+def _base_digest(model: Model) -> str | None:
+    """Over the names, sizes and (but for the largest) contents of what is loaded; None for a base on the hub."""
+    if model.folder is None:
+        return None
     total = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in model.folder.iterdir() if _LOADED.search(path.name)):
+        if model.scratch and path.suffix == ".safetensors":
+            continue
         total.update(f"{path.name} {path.stat().st_size} ".encode())
         if path.stat().st_size <= _WHOLE:
             total.update((_file_digest(str(path)) or "").encode())

@@ -6,6 +6,7 @@ from typing import Any
 
 from orchestrator.errors import InputError
 from orchestrator.job import Base
+from orchestrator.model import HUB_ID
 
 _TIMEOUT = 3.0  # seconds; submitting must not hang on a dead network
 
@@ -15,6 +16,9 @@ def fetch_config(base: Base) -> dict[str, Any]:
     from urllib.error import HTTPError, URLError
     from urllib.request import Request, urlopen
 
+    if not HUB_ID.fullmatch(base.model):
+        where = f"base.model: found {base.model!r}, which is no folder"
+        raise InputError(f"{where}; allowed: a folder, or a hub id owner/name")
     where = f"base.model: found {base.model!r}, which is no folder and not in the local cache of the hub"
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("", "0", "FALSE", "NO"):
         raise InputError(f"{where}; allowed: a folder, or a cached id while HF_HUB_OFFLINE is set")

@@ -28,11 +28,16 @@ def show_runs(runs: Iterable[Status]) -> None:
     """One line per run."""
     table = _table("run", "cluster", "state", "step", "attempt", "submitted", "reason")
     for run in runs:
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.submitted))
+        when = _moment(run.submitted)
         step = f"{run.step}/{run.steps or '?'}"
         cells = (run.run_id, run.cluster, _coloured(run.state), step, str(run.attempt), when, run.reason or "")
         table.add_row(*cells[:2], cells[2], *map(escape, cells[3:]))
     show(table)
+
+
+def show_run(run: Status) -> None:
+    """One line per fact about a run."""
+    show_fields({**run.dump(), "submitted": _moment(run.submitted)})
 
 
 def show_fields(fields: Mapping[str, Any]) -> None:
@@ -100,6 +105,10 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _number(rows: int | None) -> str:

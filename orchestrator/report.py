@@ -4,14 +4,14 @@ import math
 import time
 from collections.abc import Mapping
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 
 from orchestrator import chart
 from orchestrator.chart import Dot, Line
-from orchestrator.compare import Comparison, Measure, Row, Run, shown
+from orchestrator.compare import Comparison, Row, Run, shown
 from orchestrator.compare_table import cell
+from orchestrator.measure import Measure
 
 _COSTS = ("peak_memory_bytes", "train_s")
 _SHOWN_TAGS = ("mlflow.source.git.commit", "mlflow.user", "fleetune.version", "fleetune.run_dir")
@@ -35,7 +35,7 @@ def page(comparison: Comparison) -> str:
         ]
     )
     plot = f'x="{chart.LEFT}" y="{chart.TOP}" width="{chart.WIDE}" height="{chart.HEIGHT - chart.TOP - chart.BOTTOM}"'
-    template = Template(files("orchestrator").joinpath("report.html").read_text(encoding="utf-8"))
+    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     return template.substitute(title=escape(f"Fleetune: {comparison.title}"), plot=plot, body=body)
 
 

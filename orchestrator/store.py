@@ -57,23 +57,32 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
+def without_password(text: str, uri: str) -> str:
+    """A text that may quote a URI, with the URI's password hidden."""
+    password = urlsplit(uri).password
+    return text.replace(f":{password}@", ":***@") if password else text
+
+
 def client(uri: str) -> Any:
     """An MlflowClient that gives up early; it makes a missing SQLite store, which takes seconds."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
+    try:
+        from mlflow import MlflowClient
+    except ModuleNotFoundError:
+        raise InputError("MLflow is not installed here: pip install mlflow") from None
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     return MlflowClient(tracking_uri=uri)
 
 
 def outages() -> tuple[type[Exception], ...]:
-    """What a store that is down, locked or full raises."""
+    """What a store that is down, locked, full or of another MLflow's schema raises."""
+    from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, SQLAlchemyError, OSError)
+    return (MlflowException, SQLAlchemyError, CommandError, OSError)
 
 
 def ui_command(uri: str | None, port: int = 5000) -> list[str]:
@@ -125,24 +134,30 @@ def describe(client: Any, run_dir: Path, mlflow_run_id: str, here: bool) -> None
 def job_params(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     """The frozen job with its defaults as flat params, and the digests of data and base; nulls are left out."""
     job = load_job(run_dir)
-    digests = {f"{name}_digest": digest for name, digest in record["digests"].items()}
+    digests = {f"{name}_digest": digest for name, digest in record.get("digests", {}).items()}
     return {**dict(_flat(job.dump())), "train.lr": repr(job.lr), **dict(_flat(digests))}
 
 
 def upload(client: Any, run_dir: Path, mlflow_run_id: str, succeeded: bool) -> None:
-    """Upload job, result and, of a run that succeeded, the output files, small ones first, up to 512 MiB."""
-    for name in ("job.yaml", "result.json"):
-        if (run_dir / name).exists():
-            client.log_artifact(mlflow_run_id, str(run_dir / name))
-    output = run_dir / "output"
-    if not succeeded or not output.exists():
-        return
-    left = _UPLOAD_BYTES
-    for path in sorted((p for p in output.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size):
+    """Upload job, result and, of a run that succeeded, the output files, small ones first, up to 512 MiB.
+
+    Raises ConnectionError, as stores of artifacts raise what they like.
+    """
+    try:
+        for path, folder in _artifacts(run_dir, succeeded):
+            client.log_artifact(mlflow_run_id, str(path), folder)
+    except Exception as error:
+        raise ConnectionError(f"artifacts: {error}") from error
+
+
+def _artifacts(run_dir: Path, succeeded: bool) -> Iterator[tuple[Path, str | None]]:
+    yield from ((run_dir / name, None) for name in ("job.yaml", "result.json") if (run_dir / name).exists())
+    output, left = run_dir / "output", _UPLOAD_BYTES
+    files = [path for path in output.rglob("*") if path.is_file()] if succeeded else []
+    for path in sorted(files, key=lambda path: path.stat().st_size):
         left -= path.stat().st_size
         if left >= 0:
-            folder = Path("output") / path.parent.relative_to(output)
-            client.log_artifact(mlflow_run_id, str(path), str(folder))
+            yield path, str("output" / path.parent.relative_to(output))
 
 
 def _artifact_root(uri: str) -> str | None:
@@ -188,10 +203,10 @@ def _job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     facts = {key: value for key, value in record.items() if key not in ("job", "digests", "run_id")}
     tags = {f"fleetune.{key}": value for key, value in _flat({**facts, "plan": planned(run_dir)})}
     tags |= {RUN_ID: run_dir.name, "fleetune.name": job.name, "fleetune.method": job.method.kind}
-    tags |= {"fleetune.run_dir": str(run_dir), "fleetune.version": record["versions"]["fleetune"]}
-    if record["git"]:
-        tags["mlflow.source.git.commit"] = record["git"]["commit"]
-    return tags
+    tags["fleetune.run_dir"] = str(run_dir)
+    # The names under which MLflow's pages look for them.
+    known = {"git.commit": "mlflow.source.git.commit", "versions.fleetune": "fleetune.version"}
+    return tags | {name: tags[f"fleetune.{key}"] for key, name in known.items() if f"fleetune.{key}" in tags}
 
 
 def _machine_tags() -> dict[str, str]:
@@ -208,7 +223,7 @@ def _datasets(record: Mapping[str, Any]) -> list[Any]:
             [InputTag("mlflow.data.context", context)],
         )
         for key, context in contexts.items()
-        if (digest := record["digests"].get(f"data.{key}"))
+        if (digest := record.get("digests", {}).get(f"data.{key}"))
     ]
 
 

@@ -19,7 +19,18 @@ from typing import Any
 
 from orchestrator.environment import Sampler
 from orchestrator.history import Row, Spool
-from orchestrator.store import check_uri, client, describe, open_run, outages, recorded, resolve, ui_command, upload
+from orchestrator.store import (
+    check_uri,
+    client,
+    describe,
+    open_run,
+    outages,
+    recorded,
+    resolve,
+    ui_command,
+    upload,
+    without_password,
+)
 from trainer.attempt import Attempt, Fenced, attempts, last, load_job, read_json, result, write_json
 
 __all__ = ["Delivery", "check_uri", "is_tracked", "replay", "ui_command"]
@@ -78,11 +89,11 @@ class Delivery:
         ended = result(self._run_dir)
         state = ended["state"] if ended else state
         describe(self._client, self._run_dir, str(self._mlflow_run_id), here=False)  # the plan is known by now
-        upload(self._client, self._run_dir, str(self._mlflow_run_id), state == "succeeded")
         self._fence()
         slot = _last_slot(self._run_dir)
         end = Attempt(self._run_dir, slot).claim["time"] if ended else time.time()
         self._client.set_terminated(self._mlflow_run_id, STATUS[state], int(end * 1000))
+        upload(self._client, self._run_dir, str(self._mlflow_run_id), state == "succeeded")
         if ended:
             write_json(self._run_dir / "tracked.json", {"slot": slot, "mlflow_run_id": self._mlflow_run_id})
 
@@ -97,10 +108,8 @@ class Delivery:
     def _open(self) -> None:
         if self._mlflow_run_id:
             return
-        found = recorded(self._run_dir)
-        uri = found["uri"] if found else resolve(load_job(self._run_dir).tracking.uri)
-        self._client = client(uri)
-        run = open_run(self._client, self._run_dir, uri, self._fence)
+        self._client = client(self._uri)
+        run = open_run(self._client, self._run_dir, self._uri, self._fence)
         self._fence()
         describe(self._client, self._run_dir, run.info.run_id, here=self._ran_here())
         if self._attempt.is_live() and run.info.status != "RUNNING":
@@ -108,6 +117,11 @@ class Delivery:
         self._cursor = json.loads(run.data.tags.get(CURSOR, "{}"))
         self._pending = deque(item for item in self._pending if item[1].index >= self._cursor.get(item[0], 0))
         self._mlflow_run_id = run.info.run_id
+
+    @property
+    def _uri(self) -> str:
+        found = recorded(self._run_dir)
+        return str(found["uri"]) if found else resolve(load_job(self._run_dir).tracking.uri)
 
     def _ran_here(self) -> bool:
         claim = self._attempt.folder / "claim.json"
@@ -132,7 +146,7 @@ class Delivery:
         ]
         cursor = {**self._cursor, **{file: row.index + 1 for file, row in batch}}
         self._fence()
-        self._client.log_batch(self._mlflow_run_id, metrics, tags=[RunTag(CURSOR, json.dumps(cursor))])
+        self._client.log_batch(self._mlflow_run_id, metrics=metrics, tags=[RunTag(CURSOR, json.dumps(cursor))])
         self._cursor = cursor
         for _ in batch:
             self._pending.popleft()
@@ -175,7 +189,7 @@ class Delivery:
             self._wait_s = min(_LONGEST_WAIT_S, self._wait_s * 2 or 0.5)
             self._next_try = time.monotonic() + self._wait_s
             if not self._down:
-                self._event("tracking_outage", error=str(error)[:500])
+                self._event("tracking_outage", error=without_password(str(error), self._uri)[:500])
             self._down = True
             return False
         if self._down:

@@ -96,10 +96,10 @@ def decide(history: Sequence[tuple[Kind, int]]) -> Again | Final:
     if kind == "cancelled":
         return Final("cancelled", "cancelled by request")
     if kind in _NEVER_AGAIN:
-        return Final("failed", kind)
+        return Final("failed", None)
     barren = _barren(history)
     if barren >= _BARREN_LIMIT.get(kind, _DEFAULT_BARREN_LIMIT):
-        return Final("failed", f"{kind}, and {barren} attempts in a row without progress")
+        return Final("failed", f"{barren} attempts in a row without progress, the last one ended by {kind}")
     return Again(min(_LONGEST_DELAY_S, 2.0 ** (barren - 1)) if barren else 0.0)
 
 

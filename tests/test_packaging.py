@@ -74,6 +74,14 @@ def test_the_plain_package_says_what_it_lacks(plain: Path, laptop: Path) -> None
     assert "fleetune[train]" in done.stderr
     assert not (laptop / "home" / "runs").exists()
     assert run([plain / "fleetune", "doctor"], laptop).returncode == 0
+    done = run([plain / "fleetune", "compare", "--uri", "http://127.0.0.1:1"], laptop)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "MLflow is not installed" in done.stderr
+
+
+def test_data_files_are_packed(plain: Path) -> None:
+    (report,) = plain.parent.glob("lib/python*/site-packages/orchestrator/report.html")
+    assert report.read_text() == (ROOT / "orchestrator" / "report.html").read_text()
 
 
 def test_files_of_the_user_do_not_shadow_ours(laptop: Path) -> None:

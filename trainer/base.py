@@ -8,6 +8,7 @@ from torch import nn
 from methods.base import Method
 from methods.options import Full
 from orchestrator.job import Base, Job
+from trainer.zero import partitioned_loading
 
 
 def precision(job: Job, device: torch.device) -> torch.dtype:
@@ -27,22 +28,27 @@ def load_tokenizer(base: Base) -> Any:
     return tokenizer
 
 
-def load_model(job: Job, method: Method[Any], dtype: torch.dtype) -> nn.Module:
-    """The base with the method attached, on the host; trained weights are fp32, frozen ones `dtype`."""
+def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The base with the method attached; trained weights are fp32, frozen ones `dtype`.
+
+    At ZeRO 3 a pretrained base is never whole on a device. One from scratch is: it has no weights to read in parts.
+    """
+    weights = torch.float32 if isinstance(job.method, Full) else dtype
+    with partitioned_loading(job.sharding.zero if job.base.init == "pretrained" else 0, weights):
+        torch.manual_seed(job.train.seed)
+        model = _load(job, method, weights, device)
+        model.config.use_cache = False
+        if job.train.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(job.train.seed)
+        return method.attach(model).to(device)
+
+
+def _load(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.device) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    weights = torch.float32 if isinstance(job.method, Full) else dtype
-    revision = job.base.revision or "main"
-    torch.manual_seed(job.train.seed)
-    if job.base.init == "scratch":
-        config = AutoConfig.from_pretrained(job.base.model, revision=revision)
-        model = AutoModelForCausalLM.from_config(config, dtype=weights)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            job.base.model, revision=revision, dtype=weights, **method.load_options()
-        )
-    model.config.use_cache = False
-    if job.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    torch.manual_seed(job.train.seed)
-    return method.attach(model)
+    source = {"pretrained_model_name_or_path": job.base.model, "revision": job.base.revision or "main"}
+    if job.base.init == "pretrained":
+        return AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, **method.load_options())
+    with device:
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=dtype)

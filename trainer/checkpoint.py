@@ -27,7 +27,7 @@ from torch import nn
 from methods.base import Method
 from trainer.attempt import Attempt, Record, Start, bounds, read_json, sync_folder, write_json
 from trainer.world import World
-from trainer.zero import Shards, assign
+from trainer.zero import Shards, assign, shape
 
 MEAN_TIME_BETWEEN_FAILURES = 4 * 3600.0  # seconds; of one job, as spot machines and large clusters have it
 WEIGHT, METHOD = "weight", "method"
@@ -148,10 +148,10 @@ class Reader:
         return out
 
     def load_weights(self, model: nn.Module) -> None:
-        """Set every trained parameter of a model that is not sharded yet."""
+        """Set every trained parameter of a model that has no engine yet; every rank calls it."""
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                assign(model, name, self.read(WEIGHT, name, 0, parameter.numel()).view(parameter.shape))
+                assign(model, name, self.read(WEIGHT, name, 0, shape(parameter).numel()))
 
     def load_optimizer(self, shards: Shards) -> None:
         """Set the optimizer's state of what this rank holds."""

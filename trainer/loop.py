@@ -85,7 +85,7 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     tokens = tokenise(job.data.train, tokenizer, job.data.seq_len, cache())
     method = create(job.method)
     dtype = precision(job, world.device)
-    model = load_model(job, method, dtype)
+    model = load_model(job, method, dtype, world.device)
     saved = checkpoint.open_checkpoint(attempt.run_dir, attempt.start) if attempt.start else None
     if saved:
         saved.load_weights(model)
@@ -93,7 +93,7 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     adam = {"betas": job.train.betas, "eps": job.train.eps, "weight_decay": job.train.weight_decay}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = method.optimizer(named, job.lr, **adam)
-    shards = Shards(model.to(world.device), method, optimizer, job.sharding.zero)
+    shards = Shards(model, method, optimizer, job.sharding.zero)
     if saved:
         saved.load_optimizer(shards)
     run = Run(job, attempt, world, method, tokenizer, tokens, plan_batches(job, tokens), shards, dtype)

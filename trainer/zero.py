@@ -14,6 +14,7 @@ is taken, clipping happens, and a method sees the gradients.
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -75,7 +76,7 @@ class Shards:
         self.grad_norm: torch.Tensor | None = None
         self.clip: float | None = None
         self._names = {id(p): name for name, p in model.named_parameters()}
-        self._shapes = {name: _shape(p) for name, p in model.named_parameters() if p.requires_grad}
+        self._shapes = {name: shape(p) for name, p in model.named_parameters() if p.requires_grad}
         self.engine = _engine(model, optimizer, stage)
         self._fragments = list(self._layout())
         optimizer.register_step_pre_hook(self._before_step)
@@ -198,13 +199,35 @@ def prepare() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+@contextmanager
+def partitioned_loading(stage: int, dtype: torch.dtype) -> Iterator[None]:
+    """Within it, `from_pretrained` at stage 3 keeps only this rank's slices, in `dtype`, and PEFT gathers them."""
+    if stage != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers holds it weakly: it must live as long as the block.
+    alive = HfDeepSpeedConfig(config(stage, 0) | {"bf16": {"enabled": dtype == torch.bfloat16}})
+    yield
+    del alive
+
+
 def assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Set a trained parameter, whatever way it is sharded, before the engine exists."""
+    """Set a trained parameter, sharded or not, before the engine exists; at stage 3 every rank calls it."""
+    import deepspeed
+
     parameter = model.get_parameter(name)
-    if parameter.shape != value.shape:
-        raise ValueError(f"{name} has shape {tuple(parameter.shape)}; the checkpoint has {tuple(value.shape)}")
-    with torch.no_grad():
-        parameter.copy_(value.to(parameter.device))
+    sharded = hasattr(parameter, "ds_id")
+    with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
+        if not sharded or dist.get_rank() == 0:
+            parameter.copy_(value.view(parameter.shape).to(parameter.device))
+
+
+def shape(parameter: nn.Parameter) -> torch.Size:
+    """The whole shape of a parameter, sharded or not."""
+    whole: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return whole
 
 
 def _engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> Any:
@@ -217,7 +240,3 @@ def _engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> A
 
 def _is_elementwise(value: object, owner: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.numel() == owner.numel() and value.dim() > 0
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)

@@ -28,6 +28,9 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        """Start the server, unless it runs, and wait until it answers."""
+        if self._process:
+            return
         command = ui_command(self.store, self.port)
         quiet = subprocess.DEVNULL
         self._process = subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)

@@ -1,6 +1,7 @@
 """What `compare` makes of runs, made up and tracked for real."""
 
 import dataclasses
+import io
 import json
 import sqlite3
 from pathlib import Path
@@ -11,12 +12,13 @@ from rich.console import Console
 from run_folders import claim, eval_row, make_run, plan, steps
 from tracked_runs import tracked
 
-from orchestrator.compare import Comparison, arrange, compare, count, duration, size
+from orchestrator.compare import Comparison, arrange, compare
+from orchestrator.measure import count, duration, size
 from orchestrator.tracking import replay
 
 
 def text(comparison: Comparison, width: int = 100) -> str:
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(comparison.table())
     return console.export_text()
 
@@ -62,14 +64,14 @@ def test_quality_falls_back_to_losses() -> None:
     assert [row.label for row in arrange(runs, "e", "uri").rows] == ["2", "1"]
 
 
-@pytest.mark.parametrize("differences", [0, 2, 5])
+@pytest.mark.parametrize("differences", [1, 2, 5])
 def test_the_table_fits_100_columns(differences: int) -> None:
     keys = ["method__kind", "method__rank", "train__lr", "train__steps", "data__train"][:differences]
     runs = [tracked(f"run-{i}", 0.5 + 0.1 * i, **dict.fromkeys(keys, f"value-{i}")) for i in range(3)]
     runs.append(dataclasses.replace(runs[2], status="FAILED", params={**runs[2].params, "train.seed": "7"}))
     shown = text(arrange(runs, "experiment", "uri"))
     assert all(len(line) <= 100 for line in shown.splitlines())
-    for expected in ("finished", "failed", "70.0%", "1 m 52 s", "1.5 M", "1.75 GiB"):
+    for expected in ("finished", "failed", "70.0%", "2 m 30 s", "1.5 M", "1.75 GiB"):
         assert expected in shown
 
 
@@ -91,7 +93,7 @@ def test_units() -> None:
     assert [duration(v) for v in (4.24, 185, 7800)] == ["4.2 s", "3 m 05 s", "2 h 10 m"]
 
 
-def test_nothing_tracked_yet_and_an_unknown_experiment(home: Path, tmp_path: Path) -> None:
+def test_nothing_tracked_yet_and_an_unknown_experiment(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing was tracked yet: there is no .*mlflow\.db"):
         compare(None, None)
     for seed, state in ((0, "succeeded"), (1, "succeeded"), (2, "failed")):
@@ -117,10 +119,10 @@ def test_nothing_tracked_yet_and_an_unknown_experiment(home: Path, tmp_path: Pat
         "best_loss": pytest.approx(4 / 3),
     }
     assert len(best.runs[0].curves["loss"]) == 20
-    with pytest.raises(ValueError, match="experiment 'fake' is not at .*; there are: fakes") as error:
+    with pytest.raises(ValueError, match=r"experiment 'fake' is not at .*; there are: fakes") as error:
         compare("fake", None)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="experiment 'Default' at .* has no runs of Fleetune"):
+    with pytest.raises(ValueError, match=r"experiment 'Default' at .* has no runs of Fleetune"):
         compare("Default", None)
 
 
@@ -128,7 +130,7 @@ def test_a_server_that_is_down_is_a_connection_error(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ConnectionError, match=r"^MLflow at http://ada:\*\*\*@127\.0\.0\.1:\d+: ") as error:
         compare(None, f"http://ada:secret@127.0.0.1:{free_port()}")
-    assert "secret" not in str(error.value).split(": ", 1)[0]
+    assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -136,5 +138,5 @@ def test_a_database_of_something_else_is_a_connection_error(tmp_path: Path) -> N
     with sqlite3.connect(tmp_path / "other.db") as database:
         database.execute("create table alembic_version (version_num text)")
         database.execute("insert into alembic_version values ('from the future')")
-    with pytest.raises(ConnectionError, match="^MLflow at sqlite"):
+    with pytest.raises(ConnectionError, match=r"^MLflow at sqlite"):
         compare(None, f"sqlite:///{tmp_path}/other.db")

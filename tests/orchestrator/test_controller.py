@@ -13,7 +13,7 @@ import pytest
 
 from clusters import process
 from clusters.local import Local
-from orchestrator.control import cancel
+from orchestrator.control import cancel, resume
 from orchestrator.submit import submit
 from trainer.attempt import Attempt, Record, attempts, last, read_json, read_lines, result
 
@@ -63,7 +63,7 @@ def start(cluster: Local, tiny_base: Path, sums: Path) -> Callable[..., Path]:
     return make
 
 
-def until(true: Callable[[], Any], timeout_s: float = 120) -> Any:
+def until(true: Callable[[], Any], timeout_s: float = 240) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := true()):
         assert time.monotonic() < deadline, "waited in vain"
@@ -99,7 +99,7 @@ def kill(pid: int | None) -> None:
 def test_a_run_goes_on_whatever_is_killed(cluster: Local, start: Callable[..., Path]) -> None:
     """Worker, supervisor, controller, head: one after another, and each step counts once in the end."""
     began = time.monotonic()
-    run_dir = start(train={"steps": 1500, "batch_tokens": 512, "lr": 1e-3}, resources={"workers_per_node": 2})
+    run_dir = start(train={"steps": 300, "batch_tokens": 512, "lr": 1e-3}, resources={"workers_per_node": 2})
     assert time.monotonic() - began < 5
     name = run_dir.name
 
@@ -132,7 +132,7 @@ def test_a_run_goes_on_whatever_is_killed(cluster: Local, start: Callable[..., P
     assert [attempt.number for attempt in attempts(run_dir)] == [1, 2, 3, 4]
     assert all(attempt.start for attempt in attempts(run_dir)[1:])
     assert {row["step"] for a in attempts(run_dir) for row in read_lines(run_dir, a, "metrics.jsonl")} == set(
-        range(1, 1501)
+        range(1, 301)
     )
     assert (run_dir / "output" / "adapter_model.safetensors").exists()
 
@@ -162,6 +162,10 @@ def test_a_bug_is_final_and_a_cancelled_run_is_closed(cluster: Local, start: Cal
     assert (found["state"], found["verdict"]) == ("cancelled", "cancelled")
     until(lambda: not any(map(lives, before)), 10)
     assert read_json(running / "result.json") == found
+
+    bad.write_text(sums.read_text())
+    resume(buggy.name)
+    assert (ended(buggy)["state"], last(buggy).number) == ("succeeded", 3)  # slot 2 closed it, slot 3 reopened it
 
 
 def test_stop_leaves_no_process_behind_and_start_goes_on(cluster: Local, start: Callable[..., Path]) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.doctor import Check, doctor
+from orchestrator import doctor
+from orchestrator.doctor import Check
 
 
 @pytest.fixture(autouse=True)
@@ -17,13 +18,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def found(name: str) -> Check:
-    (check,) = (check for check in doctor() if check.name == name)
-    return check
-
-
 def test_a_machine_that_is_well(tmp_path: Path) -> None:
-    checks = {check.name: check for check in doctor()}
+    checks = {check.name: check for check in doctor.doctor()}
     for name in ("python", "home", "build lock", "local cluster", "mlflow"):
         assert checks[name].level == "ok", checks[name]
     assert "CPU cores" in checks["devices"].found
@@ -35,22 +31,26 @@ def test_a_lock_that_a_killed_build_left(tmp_path: Path) -> None:
     lock = tmp_path / "extensions" / "shm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    assert found("build lock").level == "ok"  # a build may be going on
+    (check,) = doctor._build_lock()
+    assert check.level == "ok"  # a build may be going on
     os.utime(lock, (time.time() - 3600,) * 2)
-    assert found("build lock") == Check("build lock", "warn", str(lock), f"rm {lock}")
+    (check,) = doctor._build_lock()
+    assert check == Check("build lock", "warn", str(lock), f"rm {lock}")
 
 
 def test_a_home_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLEETUNE_HOME", "/dev/null/home")
-    assert found("home").level == "fail"
+    checks = [*doctor._home(), *doctor._cluster()]
+    assert [check.level for check in checks] == ["fail", "fail"]
 
 
 def test_a_tracking_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    assert found("mlflow").level == "warn"
+    (check,) = doctor._mlflow()
+    assert (check.level, check.found.split(":")[0]) == ("warn", "http")
 
 
 def test_a_python_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
-    check = found("devices")
+    (check,) = doctor._devices()
     assert (check.level, check.mend) == ("warn", "pip install 'fleetune[train]'")

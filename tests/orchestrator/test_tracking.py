@@ -30,11 +30,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def server(home: Path) -> Iterator[Server]:
-    running = Server(f"sqlite:///{home}/server.db")
-    running.start()
-    yield running
-    running.kill()
+def stopped(home: Path) -> Iterator[Server]:
+    """A server, which the first test starts that needs it."""
+    made = Server(f"sqlite:///{home}/server.db")
+    yield made
+    made.kill()
+
+
+@pytest.fixture
+def server(stopped: Server) -> Server:
+    stopped.start()
+    return stopped
 
 
 def runs_of(uri: str | None, run_dir: Path) -> list[Any]:
@@ -111,11 +117,8 @@ def test_a_whole_run_on_sqlite(home: Path, tmp_path: Path) -> None:
     assert run.data.params["train.lr"] == "0.0001"
     assert run.data.params["data.train_digest"] == "1" * 64
     tags = run.data.tags
-    assert (tags["fleetune.method"], tags["mlflow.user"], tags["mlflow.source.git.commit"]) == (
-        "lora",
-        "ada",
-        "c0ffee",
-    )
+    assert (tags["fleetune.method"], tags["fleetune.version"]) == ("lora", "0.1.0")
+    assert tags["mlflow.source.git.commit"] == "c0ffee"
     assert (tags["fleetune.git.dirty"], tags["fleetune.plan.trained"]) == ("True", "1234")
     assert tags["fleetune.env.python"].startswith("3.")
     assert [(i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs] == [("train.jsonl", "1" * 36)]
@@ -169,33 +172,30 @@ def test_system_metrics_go_through_the_spool(tmp_path: Path, monkeypatch: pytest
     assert series(None, run_dir, "system/system_memory_usage_percentage")[0][1] > 0
 
 
-def test_server_down_from_the_start_then_up_then_killed_in_the_middle(home: Path, tmp_path: Path) -> None:
-    server = Server(f"sqlite:///{home}/server.db")
-    run_dir = make_run(tmp_path, "run-outage", server.uri)
+def test_server_down_from_the_start_then_up_then_killed_in_the_middle(stopped: Server, tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, "run-outage", stopped.uri)
     attempt = claim(run_dir)
     delivery = Delivery(run_dir, 1)
     steps(attempt, 1, 5)
     delivery.pump()
-    assert not (run_dir / "mlflow.json").exists()
-    try:
-        server.start()
-        delivery._next_try = 0.0
-        delivery.pump()
-        assert series(server.uri, run_dir) == expected((1, 1, 5))
-        server.kill()
-        steps(attempt, 6, 2000)
-        delivery.pump()
-        assert attempt.close({"state": "failed"})
-        assert not delivery.finish("failed", 1.0)
-        assert not is_tracked(run_dir)
-        server.start()
-        assert replay(run_dir)
-        assert replay(run_dir)
-        assert series(server.uri, run_dir) == expected((1, 1, 2000))
-        assert runs_of(server.uri, run_dir)[0].info.status == "FAILED"
-    finally:
-        server.kill()
+    assert mlflow_run(run_dir) is None
+    stopped.start()
+    delivery._next_try = 0.0
+    delivery.pump()
+    assert series(stopped.uri, run_dir) == expected((1, 1, 5))
+    stopped.kill()
+    steps(attempt, 6, 2000)
+    delivery.pump()
     assert events(run_dir, 1) == ["tracking_outage", "tracking_restored", "tracking_outage"]
+    assert attempt.close({"state": "failed"})
+    assert not delivery.finish("failed", 1.0)
+    assert not is_tracked(run_dir)
+    stopped.start()
+    assert replay(run_dir)
+    (run_dir / "tracked.json").unlink()
+    assert replay(run_dir)
+    assert series(stopped.uri, run_dir) == expected((1, 1, 2000))
+    assert runs_of(stopped.uri, run_dir)[0].info.status == "FAILED"
 
 
 def test_a_paused_attempt_with_a_request_in_flight(server: Server, tmp_path: Path) -> None:
@@ -226,6 +226,27 @@ def test_a_paused_attempt_with_a_request_in_flight(server: Server, tmp_path: Pat
     assert b"200" in proxy.release()  # now the request arrives, and is answered
     assert series(server.uri, run_dir) == expected((1, 1, 14), (2, 15, 18))
     assert runs_of(server.uri, run_dir)[0].info.status == "RUNNING"
+
+
+def test_delivery_stops_between_batches_when_a_successor_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = make_run(tmp_path, "run-fenced", None)
+    steps(claim(run_dir), 1, 900)
+    client = store.client(store.resolve(None))
+    send = client.log_batch
+
+    def log_batch(*arguments: Any, metrics: Any = (), **others: Any) -> None:
+        send(*arguments, metrics=metrics, **others)
+        if metrics and protocol.last(run_dir).number == 1:
+            claim(run_dir, start=0)  # while the first attempt was paused in its first delivery
+
+    monkeypatch.setattr(client, "log_batch", log_batch)
+    monkeypatch.setattr(tracking, "client", lambda _: client)
+    Delivery(run_dir, 1).pump()
+    assert series(None, run_dir) == expected((1, 1, 300))  # 900 metrics, three of a step
+    Delivery(run_dir, 2).pump()
+    assert series(None, run_dir) == expected((1, 1, 900))
 
 
 def test_a_successor_repairs_what_a_late_cursor_says(server: Server, tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""What came of a run, as it is named, shown and judged."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A result: its name, its heading, how it is shown, and whether more is better (None: neither)."""
+
+    key: str
+    title: str
+    show: Callable[[float], str]
+    more_is_better: bool | None = False
+
+
+def count(value: float) -> str:
+    """A number of things with three digits: 950, 1.23 M, 8.03 B."""
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def size(value: float) -> str:
+    """Bytes, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def duration(value: float) -> str:
+    """Seconds, as 4.2 s, 3 m 05 s or 2 h 10 m."""
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    return f"{minutes} m {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
+
+
+def _decimals(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
+
+
+MEASURES = (
+    Measure("eval_exact_match", "exact match", lambda value: f"{value:.1%}", True),
+    Measure("eval_loss", "eval loss", _decimals),
+    Measure("loss", "loss", _decimals),
+    Measure("best_loss", "best loss", _decimals),
+    Measure("trained", "trained", count, None),
+    Measure("peak_memory_bytes", "peak memory", size),
+    Measure("train_s", "train time", duration),
+    Measure("tokens_per_second", "tokens/s", count, True),
+)

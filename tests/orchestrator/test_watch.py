@@ -1,0 +1,160 @@
+"""What ends an attempt beside its workers, and what the history of a run is. A sleeping process stands for Ray's."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.controller import cancelled_within, history, main, result_of
+from orchestrator.driver import outcome
+from orchestrator.verdict import Final
+from orchestrator.watch import Watch
+from trainer.attempt import Attempt, Fenced, Start, claim_next, close, reopen, request_cancel, result, write_json
+
+
+class Sleeper:
+    """A driver that goes on for ever, or has ended."""
+
+    def __init__(self, exit_code: int | None = None) -> None:
+        self.exit_code = exit_code
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """Something that listens where the Ray head would."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        yield server
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return make(tmp_path / "run")
+
+
+def make(folder: Path, **resources: Any) -> Path:
+    folder.mkdir()
+    job = {"base": "b", "data": "d.jsonl", "train": {"steps": 1}, "resources": resources}
+    (folder / "job.yaml").write_text(yaml.safe_dump({"job": job}))
+    return folder
+
+
+def claim(run_dir: Path, start: Start | None = None) -> Attempt:
+    attempt = claim_next(run_dir, start)
+    assert attempt
+    return attempt
+
+
+def save(attempt: Attempt, step: int) -> None:
+    folder = attempt.folder / "checkpoints" / f"step-{step}"
+    folder.mkdir(parents=True)
+    write_json(folder / "manifest.json", {})
+
+
+def watch(attempt: Attempt, exit_code: int | None = None, stop: bool = False) -> Watch:
+    event = threading.Event()
+    if stop:
+        event.set()
+    return Watch(attempt, Sleeper(exit_code), event)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("head")
+def test_silence_is_a_hang(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEETUNE_HANG_AFTER", "1")
+    attempt = claim(run_dir)
+    (attempt.folder / "logs").mkdir()
+    (attempt.folder / "logs" / "rank-0.log").write_text("step 1\nstep 2\n")
+    began = time.monotonic()
+    verdict = watch(attempt).until_end()
+    assert (verdict.kind, verdict.evidence) == ("hang", "step 2")
+    assert time.monotonic() - began >= 1
+
+
+@pytest.mark.usefixtures("head")
+def test_walltime_cancellation_and_sigterm_end_an_attempt(tmp_path: Path, run_dir: Path) -> None:
+    limited = claim(make(tmp_path / "limited", walltime=1))
+    assert watch(limited).until_end().kind == "walltime"
+    assert watch(claim(run_dir), stop=True).until_end().kind == "preemption"
+    request_cancel(run_dir)
+    assert watch(Attempt(run_dir, 1)).until_end().kind == "cancelled"
+
+
+def test_a_head_that_nobody_answers_for_is_lost(run_dir: Path, head: socket.socket) -> None:
+    attempt = claim(run_dir)
+    head.close()
+    began = time.monotonic()
+    verdict = watch(attempt).until_end()
+    assert (verdict.kind, verdict.reason) == ("node_lost", "the Ray head is gone")
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.usefixtures("head")
+def test_an_attempt_with_a_successor_gets_no_verdict(run_dir: Path) -> None:
+    first = claim(run_dir)
+    claim(run_dir)
+    with pytest.raises(Fenced):
+        watch(first, exit_code=0).until_end()
+
+
+@pytest.mark.usefixtures("head")
+def test_the_driver_is_believed(run_dir: Path) -> None:
+    attempt = claim(run_dir)
+    assert watch(attempt, exit_code=1).until_end().kind == "node_lost"  # it left no word
+    write_json(attempt.folder / "outcome.json", {"failures": {"1": "ValueError: boom"}})
+    assert watch(attempt, exit_code=0).until_end().reason == "rank 1: ValueError: boom"
+    write_json(attempt.folder / "outcome.json", {"failures": {}})
+    assert watch(attempt, exit_code=0).until_end().kind == "success"
+
+
+def test_what_is_nobodys_has_no_rank() -> None:
+    def fails() -> None:
+        raise ConnectionError("refused")
+
+    assert outcome(fails) == {-1: "ConnectionError: refused"}
+    assert outcome(lambda: None) == {}
+
+
+def test_history_counts_steps_by_checkpoints(run_dir: Path) -> None:
+    first = claim(run_dir)
+    assert history(run_dir) == [("node_lost", 0)]
+    save(first, 10)
+    first.write_verdict({"kind": "network"})
+    assert history(run_dir) == [("network", 10)]
+    claim(run_dir, Start(1, 10))
+    assert history(run_dir) == [("network", 10), ("node_lost", 0)]
+    claim(run_dir, Start(1, 5))  # the checkpoint of step 10 turned out to be damaged
+    assert history(run_dir) == [("network", 10), ("node_lost", -5), ("node_lost", 0)]
+
+
+def test_history_begins_anew_when_a_run_is_reopened(run_dir: Path) -> None:
+    claim(run_dir).write_verdict({"kind": "user_error", "reason": "boom", "evidence": "boom"})
+    assert close(run_dir, result_of(run_dir, Final("failed", None)))
+    assert result(run_dir) == {**(result(run_dir) or {}), "state": "failed", "reason": "boom", "attempt": 1}
+    assert reopen(run_dir)
+    assert history(run_dir) == []
+    claim(run_dir)
+    assert history(run_dir) == [("node_lost", 0)]
+
+
+def test_a_run_that_is_cancelled_before_its_first_attempt_is_closed_without_one(run_dir: Path) -> None:
+    assert not cancelled_within(run_dir, 0.0)
+    request_cancel(run_dir)
+    assert main(run_dir) == 0
+    assert (result(run_dir) or {})["state"] == "cancelled"
+    assert main(run_dir) == 0
+
+
+def test_a_run_that_never_gets_further_is_given_up(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.controller.deliver_rest", lambda _: 0)
+    for _ in range(5):
+        claim(run_dir)
+    assert main(run_dir) == 0
+    found = result(run_dir) or {}
+    assert (found["state"], found["attempt"]) == ("failed", 5)
+    assert found["reason"] == "5 attempts in a row without progress, the last one ended by node_lost"
+    assert (found["verdict"], found["evidence"]) == ("node_lost", "attempts/5 has no verdict")
