@@ -1,7 +1,6 @@
 """What a fine-tuning method is: hooks that follow the life of a step. A method overrides the few it needs."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -13,41 +12,28 @@ from methods.options import Options
 O = TypeVar("O", bound=Options)  # noqa: E741
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """What `Method.memory` needs to know of a base, before anything is loaded."""
-
-    linears: dict[str, tuple[int, int]]  # module name -> (out_features, in_features)
-    others: dict[str, tuple[int, ...]]  # every other weight: parameter name -> shape
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Number of parameters, and bytes of each kind before any sharding."""
-
-    parameters: int
-    trained: int
-    weights: int
-    gradients: int
-    optimizer: int
-
-
 class Fragment(Protocol):
-    """The part [start, stop) of one flattened trained parameter that this rank owns; all tensors 1-D."""
+    """The part [start, stop) of one flattened trained parameter that this rank holds; all tensors 1-D."""
 
-    name: str
-    start: int
-    stop: int
-    master: torch.Tensor
-    grad: torch.Tensor | None
-    state: dict[str, torch.Tensor]
+    @property
+    def name(self) -> str: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+    @property
+    def master(self) -> torch.Tensor: ...
+    @property
+    def grad(self) -> torch.Tensor | None: ...
+    @property
+    def state(self) -> dict[str, torch.Tensor]: ...
 
 
 class View(Protocol):
     """Gradients, masters and optimizer state by parameter name, whatever the ZeRO stage."""
 
-    def fragments(self) -> Iterable[Fragment]:
-        """What this rank owns."""
+    def fragments(self) -> Sequence[Fragment]:
+        """What this rank holds."""
         ...
 
     def shape(self, name: str) -> torch.Size:
@@ -101,8 +87,4 @@ class Method(Generic[O]):
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The base with the update merged into its weights."""
-        raise NotImplementedError
-
-    def memory(self, shapes: Shapes, base_bytes: int) -> Memory:
-        """Counts and bytes for a base of these shapes whose frozen weights take `base_bytes` bytes each."""
         raise NotImplementedError

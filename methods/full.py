@@ -18,7 +18,7 @@ class FullTuning(Method[Full]):
 
     def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the model as `from_pretrained` loads it."""
-        model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+        model.save_pretrained(folder, state_dict=weights)
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The model itself: there is nothing to merge."""

@@ -44,11 +44,11 @@ class LowRank(Method[L]):
 
     def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors."""
-        model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+        model.save_pretrained(folder, state_dict=weights)
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The base with W + scale B A in place of W; refuses weights that are not finite."""
-        merged: nn.Module = model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+        merged: nn.Module = model.merge_and_unload(safe_merge=True)
         return merged
 
 

@@ -174,8 +174,9 @@ def read_lines(run_dir: Path, attempt: Attempt, file: str) -> list[Record]:
 def result(run_dir: Path) -> Record | None:
     """The final word on a run; None while it goes on."""
     slots = _slots(run_dir)
-    claim = slots[-1].claim if slots else {"kind": "none"}
-    return claim["result"] if claim["kind"] == "close" else None
+    claim: Record = slots[-1].claim if slots else {"kind": "none"}
+    ended: Record | None = claim["result"] if claim["kind"] == "close" else None
+    return ended
 
 
 def reopen(run_dir: Path) -> bool:

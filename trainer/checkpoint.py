@@ -119,7 +119,7 @@ class Reader:
         self.step = int(read_json(folder / "manifest.json")["step"])
         self._parts: dict[tuple[str, str], list[tuple[int, str, Any]]] = defaultdict(list)
         for path in sorted(folder.glob("shard-*.safetensors")):
-            file = safe_open(path, framework="pt")
+            file: Any = safe_open(path, framework="pt")
             for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 kind, name, start = key.split("/")
                 self._parts[kind, name].append((int(start), key, file))
@@ -235,4 +235,4 @@ def _matches(path: Path, expected: Record) -> bool:
     if not path.exists() or path.stat().st_size != expected["bytes"]:
         return False
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == expected["sha256"]
+        return bool(hashlib.file_digest(stream, "sha256").hexdigest() == expected["sha256"])

@@ -54,15 +54,15 @@ class Evaluator:
         asked = prompts(job.data.eval, tokenizer)[:rows] if generate else []
         return cls(world, tokens, batches, asked, generate)
 
-    @torch.no_grad()
     def evaluate(self, run: Run, step: int) -> None:
         """Judge the model after a step and append the figures to metrics.jsonl; every rank calls it."""
         if self.tokens is None:
             return
         run.model.eval()
-        figures = {"eval_loss": self._loss(run)}
-        if self.prompts:
-            figures["eval_exact_match"] = self._exact_match(run, step)
+        with torch.no_grad():
+            figures = {"eval_loss": self._loss(run)}
+            if self.prompts:
+                figures["eval_exact_match"] = self._exact_match(run, step)
         run.model.train()
         if self.world.leads:
             run.attempt.append("metrics.jsonl", {"step": step, "time": time.time(), **figures})
@@ -79,7 +79,7 @@ class Evaluator:
                     part, weight = sft.loss(run.model, batch)
                 sums += torch.stack([part.double(), torch.as_tensor(weight, dtype=torch.float64, device=sums.device)])
         dist.all_reduce(sums)
-        return (sums[0] / sums[1]).item()
+        return float(sums[0] / sums[1])
 
     def _exact_match(self, run: Run, step: int) -> float:
         """The share of prompts whose greedy continuation is the answer; prompts are dealt in order of length."""
@@ -95,7 +95,7 @@ class Evaluator:
             if start == 0 and self.world.leads:
                 self._show(run, step, pairs[:SAMPLES])
         dist.all_reduce(right)
-        return right.item() / len(order)
+        return float(right) / len(order)
 
     def _generate(self, run: Run, asked: list[Prompt]) -> list[str]:
         longest = max(len(prompt.ids) for prompt in asked)
@@ -105,7 +105,7 @@ class Evaluator:
             ids[row, longest - len(prompt.ids) :] = torch.as_tensor(prompt.ids)
             mask[row, longest - len(prompt.ids) :] = 1
         with run.autocast():
-            out = run.model.generate(  # type: ignore[operator]
+            out = run.model.generate(
                 input_ids=ids.to(self.world.device),
                 attention_mask=mask.to(self.world.device),
                 max_new_tokens=self.max_new_tokens,

@@ -27,8 +27,8 @@ def export(run: Run) -> None:
     whole_model = isinstance(run.job.method, Full)
     if whole_model:
         weights = {name: value.to(run.dtype) for name, value in weights.items()}
-        run.model.config.dtype = run.dtype  # type: ignore[union-attr]
-    run.model.config.use_cache = True  # type: ignore[union-attr]
+        run.model.config.dtype = run.dtype
+    run.model.config.use_cache = True
     run.method.export(run.model, weights, unfinished)
     run.tokenizer.save_pretrained(unfinished)
     if run.job.output.merge and not whole_model:

@@ -55,7 +55,9 @@ class Run:
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of a forward pass."""
-        return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        enabled = self.dtype != torch.float32
+        context: AbstractContextManager[None] = torch.autocast(self.world.device.type, self.dtype, enabled=enabled)
+        return context
 
 
 def train(run_dir: Path, attempt: int) -> None:

@@ -65,7 +65,7 @@ class Meter:
         seconds, self._last = now - self._last, now
         if self.world.leads:
             self._write(open_, loss, norm, seconds)
-        return wish > 0
+        return bool(wish > 0)
 
     def pause(self) -> None:
         """Leave the time since the last figure out of the speed (evaluations, saves)."""

@@ -6,6 +6,8 @@ import time
 import torch
 from torch import nn
 
+from trainer.zero import shape
+
 PEAK_BF16 = {
     "H200": 989e12,
     "H100": 989e12,
@@ -19,7 +21,7 @@ PEAK_BF16 = {
 def flops_per_token(model: nn.Module) -> float:
     """Model FLOPs of one trained token, attention scores left out: 2 per weight forward, 2 for the gradient of the
     activations, 2 for that of each trained weight (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    embedding = model.get_input_embeddings().weight
     tied = getattr(model.config, "tie_word_embeddings", False)
     lookup = 0 if tied else numel(embedding)
     weights = sum(numel(p) for p in model.parameters()) - lookup
@@ -40,7 +42,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors took on a GPU, or the process's largest resident size on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -55,6 +57,6 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def numel(parameter: torch.Tensor) -> int:
+def numel(parameter: nn.Parameter) -> int:
     """The number of elements of a parameter, sharded or not."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    return int(shape(parameter).numel())

@@ -226,8 +226,7 @@ def assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
 
 def shape(parameter: nn.Parameter) -> torch.Size:
     """The whole shape of a parameter, sharded or not."""
-    whole: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return whole
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> Any:
