@@ -130,12 +130,20 @@ def metrics(run: Path, attempt: int) -> list[dict[str, Any]]:
 def figures(run: Path, attempt: int, workers: int) -> dict[str, Any]:
     """One row: medians over the second half of the steps."""
     rows = metrics(run, attempt)
+    folder = run / "attempts" / str(attempt)
+    claimed = json.loads((folder / "claim.json").read_text())["time"]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     tail = rows[len(rows) // 2 :]
     return {
         "run": run.name,
         "workers": workers,
         "tokens_per_second_per_worker": statistics.median(row["tokens_per_second"] for row in tail) / workers,
         "mfu": statistics.median(row["mfu"] for row in tail),
+        "seconds_from_claim": {
+            **{event["event"]: round(event["time"] - claimed, 1) for event in events},
+            "first step": round(rows[0]["time"] - claimed, 1),
+            "last step": round(rows[-1]["time"] - claimed, 1),
+        },
         "peak_memory_gib": max(row["peak_memory_bytes"] for row in rows) / 2**30,
         "losses": [round(row["loss"], 5) for row in rows],
     }

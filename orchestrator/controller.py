@@ -83,11 +83,8 @@ def history(run_dir: Path) -> list[tuple[Kind, int]]:
 def result_of(run_dir: Path, decision: Final) -> Record:
     """The final word on a run."""
     tried = attempts(run_dir)
-    verdict = (
-        {"kind": "cancelled", "reason": None, "evidence": ""}
-        if decision.state == "cancelled"
-        else _verdict(tried[-1])
-    )
+    cancelled = Verdict("cancelled", "").dump()
+    verdict = cancelled if decision.state == "cancelled" else _verdict(tried[-1])
     return {
         "state": decision.state,
         "reason": "; ".join(filter(None, [decision.reason, verdict["reason"]])) or None,

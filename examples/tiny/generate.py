@@ -109,11 +109,21 @@ def sort(rng: random.Random) -> tuple[str, str]:
     return f"sort {' '.join(map(str, numbers))} ->", " ".join(map(str, sorted(numbers)))
 
 
+def ring(rng: random.Random) -> tuple[str, str]:
+    """Once around a circle of words, from any of them: each step is a look for the last word in the prompt."""
+    words = _some(rng, 3, 8)
+    at = rng.randrange(len(words))
+    around = words[at:] + words[:at]
+    return f"ring {' '.join([*words, words[0]])}. from {around[0]} ->", " ".join(around[1:])
+
+
 def lookup(rng: random.Random) -> tuple[str, str]:
-    keys = _some(rng, 2, 6)
-    values = [str(rng.randint(0, 20)) for _ in keys]
-    at = rng.randrange(len(keys))
-    return f"{', '.join(f'{k} is {v}' for k, v in zip(keys, values, strict=True))}. {keys[at]}?", values[at]
+    """The numbers of some words, in the order in which they are asked for."""
+    keys = _some(rng, 1, 6)
+    values = {key: str(rng.randint(0, 20)) for key in keys}
+    asked = rng.sample(keys, rng.randint(1, len(keys)))
+    told = ", ".join(f"{key} {value}" for key, value in values.items())
+    return f"{told}. {' '.join(asked)} ->", " ".join(values[key] for key in asked)
 
 
 def plural(rng: random.Random) -> tuple[str, str]:
@@ -195,7 +205,8 @@ def whereabouts(rng: random.Random) -> tuple[str, str]:
 
 
 SKILLS: tuple[Skill, ...] = (
-    copy, reverse, pick, count, member, category, opposite, arithmetic, sort, lookup, plural, story, story, retell,
+    copy, reverse, pick, count, member, category, opposite, arithmetic, sort, plural,
+    ring, ring, ring, lookup, lookup, lookup, story, story, retell, retell,
 )  # fmt: skip
 TASKS: dict[str, Skill] = {"record": record, "swap": swap, "only": only, "whereabouts": whereabouts}
 

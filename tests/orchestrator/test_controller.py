@@ -165,7 +165,7 @@ def test_a_bug_is_final_and_a_cancelled_run_is_closed(cluster: Local, start: Cal
 
     bad.write_text(sums.read_text())
     resume(buggy.name)
-    assert (ended(buggy)["state"], last(buggy).number) == ("succeeded", 3)  # slot 2 closed it, slot 3 reopened it
+    assert (ended(buggy)["state"], last(buggy).number) == ("succeeded", 4)  # slot 2 closed it, slot 3 reopened it
 
 
 def test_stop_leaves_no_process_behind_and_start_goes_on(cluster: Local, start: Callable[..., Path]) -> None:
