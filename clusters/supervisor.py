@@ -51,12 +51,13 @@ class Supervisor:
         entries = self._local.queue.list()
         if entries:
             self._busy = time.monotonic()
+        address = self._head.keep() if entries else None
         dead = [entry for entry in entries if not entry.finished and not self._runs(entry)]
         cancelled = [entry for entry in dead if entry.cancelled]
         for entry in cancelled:
-            self._start(entry)  # only to close it: neither room nor Ray is needed for that
+            self._start(entry, address or "")  # only to close it: neither room nor Ray is needed for that
         waiting = [entry for entry in dead if entry not in cancelled]
-        if entries and (address := self._head.keep()):
+        if address:
             for entry in self._due(waiting):
                 self._start(entry, address)
 
@@ -66,7 +67,7 @@ class Supervisor:
         waiting = [entry for entry in dead if not self._admitted(entry)]
         return had_turn + fitting(waiting, room()[1] - self._local.taken())
 
-    def _start(self, entry: Entry, address: str = "") -> None:
+    def _start(self, entry: Entry, address: str) -> None:
         patience = self._patience[entry.run_id]
         if not patience.ready():
             return

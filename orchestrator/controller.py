@@ -29,7 +29,8 @@ def main(run_dir: Path) -> int:
         if not isinstance(decision, Final) and cancelled_within(run_dir, decision.delay_s):
             decision = _CANCELLED
         if not isinstance(decision, Final):
-            return attend(run_dir)
+            # Started to close a cancelled run that was reopened meanwhile, it has no Ray to go to.
+            return attend(run_dir) if os.environ.get("RAY_ADDRESS") else 1
         close(run_dir, result_of(run_dir, decision))
     return deliver_rest(run_dir)
 

@@ -44,6 +44,7 @@ THINGS = [word for kind, words in CATEGORIES.items() for word in words if kind !
 WORDS = [word for words in CATEGORIES.values() for word in words]
 
 Row = dict[str, str]
+Fact = tuple[str, str, str, str]
 Skill = Callable[[random.Random], tuple[str, str]]
 SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
 VOCABULARY = 768
@@ -118,12 +119,12 @@ def ring(rng: random.Random) -> tuple[str, str]:
 
 
 def lookup(rng: random.Random) -> tuple[str, str]:
-    """The numbers of some words, in the order in which they are asked for."""
+    """The numbers of some words, in the order in which they are asked for, each after its word."""
     keys = _some(rng, 1, 6)
     values = {key: str(rng.randint(0, 20)) for key in keys}
     asked = rng.sample(keys, rng.randint(1, len(keys)))
     told = ", ".join(f"{key} {value}" for key, value in values.items())
-    return f"{told}. {' '.join(asked)} ->", " ".join(values[key] for key in asked)
+    return f"{told}. {' '.join(asked)} ->", " ".join(f"{key} {values[key]}" for key in asked)
 
 
 def plural(rng: random.Random) -> tuple[str, str]:
@@ -133,45 +134,47 @@ def plural(rng: random.Random) -> tuple[str, str]:
     return f"{asked} ->", " and ".join(f"{n} {word}s" for n, word in zip(numbers, words, strict=True))
 
 
-def _facts(rng: random.Random, people: int) -> list[tuple[str, str, str, str]]:
+def _facts(rng: random.Random, people: int) -> list[Fact]:
     """Who has what, is where and likes which colour; nothing occurs twice."""
     columns = [rng.sample(words, people) for words in (NAMES, THINGS, PLACES, COLOURS)]
     return list(zip(*columns, strict=True))
 
 
-def _story(rng: random.Random, facts: list[tuple[str, str, str, str]]) -> list[str]:
-    told = []
-    for name, thing, place, colour in facts:
-        told.append(f"{name} has the {thing}.")
-        told.append(f"{name} is at the {place}.")
-        told.append(f"{name} likes {colour}.")
+def _told(fact: Fact) -> list[str]:
+    name, thing, place, colour = fact
+    return [f"{name} has the {thing}.", f"{name} is at the {place}.", f"{name} likes {colour}."]
+
+
+def _story(rng: random.Random, facts: list[Fact]) -> str:
+    told = [sentence for fact in facts for sentence in _told(fact)]
     rng.shuffle(told)
-    return told
+    return " ".join(told)
 
 
 def story(rng: random.Random) -> tuple[str, str]:
-    """A question about one fact of a short made story."""
+    """A question about one fact of a short made story, answered by a name or a sentence."""
     facts = _facts(rng, rng.randint(1, 3))
-    name, thing, place, colour = rng.choice(facts)
+    fact = rng.choice(facts)
+    name, thing, place, colour = fact
+    has, is_at, likes = _told(fact)
     question, answer = rng.choice(
         [
-            (f"what does {name} have?", thing),
-            (f"where is {name}?", place),
-            (f"what does {name} like?", colour),
+            (f"what does {name} have?", has),
+            (f"where is {name}?", is_at),
+            (f"what does {name} like?", likes),
             (f"who has the {thing}?", name),
             (f"who is at the {place}?", name),
             (f"who likes {colour}?", name),
         ]
     )
-    return f"{' '.join(_story(rng, facts))} {question}", answer
+    return f"{_story(rng, facts)} {question}", answer
 
 
 def retell(rng: random.Random) -> tuple[str, str]:
-    """All that a story says of one person, in the order of the story."""
-    facts = _facts(rng, 2)
-    told = _story(rng, facts)
-    name = rng.choice(facts)[0]
-    return f"{' '.join(told)} tell of {name}:", " ".join(part for part in told if part.startswith(name))
+    """All that a story says of one person."""
+    facts = _facts(rng, rng.randint(1, 3))
+    fact = rng.choice(facts)
+    return f"{_story(rng, facts)} tell of {fact[0]}:", " ".join(_told(fact))
 
 
 def record(rng: random.Random) -> tuple[str, str]:
@@ -179,7 +182,7 @@ def record(rng: random.Random) -> tuple[str, str]:
     facts = _facts(rng, 2)
     name, thing, place, colour = rng.choice(facts)
     fields = f"place: {place} | colour: {colour} | thing: {thing}"
-    return f"{' '.join(_story(rng, facts))} record of {name}:", fields
+    return f"{_story(rng, facts)} record of {name}:", fields
 
 
 def swap(rng: random.Random) -> tuple[str, str]:
@@ -201,12 +204,12 @@ def whereabouts(rng: random.Random) -> tuple[str, str]:
     """New question: where a thing is, over the person who has it."""
     facts = _facts(rng, 2)
     _, thing, place, _ = rng.choice(facts)
-    return f"{' '.join(_story(rng, facts))} find the {thing}:", f"look for it at the {place}"
+    return f"{_story(rng, facts)} find the {thing}:", f"look for it at the {place}"
 
 
 SKILLS: tuple[Skill, ...] = (
     copy, reverse, pick, count, member, category, opposite, arithmetic, sort, plural,
-    ring, ring, ring, lookup, lookup, lookup, story, story, retell, retell,
+    ring, ring, lookup, lookup, story, story, story, retell, retell,
 )  # fmt: skip
 TASKS: dict[str, Skill] = {"record": record, "swap": swap, "only": only, "whereabouts": whereabouts}
 

@@ -149,6 +149,12 @@ def test_a_run_that_is_cancelled_before_its_first_attempt_is_closed_without_one(
     assert main(run_dir) == 0
 
 
+def test_a_controller_without_ray_claims_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    assert main(run_dir) == 1
+    assert not (run_dir / "attempts").exists()
+
+
 def test_a_run_that_never_gets_further_is_given_up(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.controller.deliver_rest", lambda _: 0)
     for _ in range(5):

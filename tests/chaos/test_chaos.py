@@ -1,0 +1,75 @@
+"""One job that is killed again and again ends as if nobody had touched it.
+
+CHAOS_SEED=n chooses other kills, and with them the ZeRO stage of the short version.
+"""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from killer import Killer, plan
+from scene import REPORTED, delivered, inhabitants, mlflow_run, reported, until
+
+from clusters.local import Local
+from orchestrator.store import resolve
+from orchestrator.submit import submit
+from orchestrator.tracking import is_tracked
+from trainer.attempt import attempts, read_lines, result
+
+SEED = int(os.environ.get("CHAOS_SEED", "0"))
+# Stage 3 takes many small messages for a step, so fewer and smaller ones last as long.
+STEPS_PER_KILL, BATCH_TOKENS = {2: 60, 3: 30}, {2: 512, 3: 128}
+
+
+@pytest.mark.parametrize(
+    ("kills", "zero"),
+    [
+        pytest.param(5, 2 + SEED % 2, id="short"),
+        pytest.param(50, 2, id="zero2", marks=pytest.mark.chaos),
+        pytest.param(50, 3, id="zero3", marks=pytest.mark.chaos),
+    ],
+)
+def test_kills_change_nothing(
+    kills: int, zero: int, cluster: Local, new_run: Any, launch: Callable[..., Any]
+) -> None:
+    steps = (kills + 1) * STEPS_PER_KILL[zero]
+    undisturbed = new_run(
+        "undisturbed",
+        method={"kind": "lora", "rank": 4, "dropout": 0.1},
+        train={"steps": steps, "batch_tokens": BATCH_TOKENS[zero], "lr": 1e-3, "precision": "fp32"},
+        sharding={"zero": zero},
+        checkpoint={"every": 3},
+        resources={"workers_per_node": 2},
+    )
+    run_dir = submit(yaml.safe_load((undisturbed / "job.yaml").read_text())["job"]).run_dir
+    rng = random.Random(SEED)
+    killer = Killer(cluster, run_dir, rng)
+    for number, kill in enumerate(plan(rng, kills, STEPS_PER_KILL[zero] // 3), 1):
+        print(f"kill {number}/{kills}: {killer.strike(kill)}", flush=True)
+    ended = until(lambda: result(run_dir), 240)
+    assert ended["state"] == "succeeded"
+    until(lambda: is_tracked(run_dir))
+    cluster.stop()
+    assert inhabitants(cluster.home) == []
+
+    assert launch(2, undisturbed) == [0, 0]
+    assert_same(undisturbed, run_dir)
+    uri = resolve(None)
+    assert mlflow_run(uri, run_dir).info.status == "FINISHED"
+    for key in REPORTED:
+        assert delivered(uri, run_dir, key) == reported(undisturbed, key)
+    assert [step for step, _ in delivered(uri, run_dir)] == list(range(1, steps + 1))
+
+
+def assert_same(undisturbed: Path, run_dir: Path) -> None:
+    """The same adapter bit for bit, and no step, also when it was done again, with another loss."""
+    file = Path("output", "adapter_model.safetensors")
+    assert (run_dir / file).read_bytes() == (undisturbed / file).read_bytes()
+    losses = dict(reported(undisturbed))
+    for attempt in attempts(run_dir):
+        for row in read_lines(run_dir, attempt, "metrics.jsonl"):
+            assert row["loss"] == losses[row["step"]], f"step {row['step']} of attempt {attempt.number}"
