@@ -45,13 +45,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--methods", nargs="+", default=["lora", "full"])
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make_inputs(place, arguments.layers)
-        for method, zero in itertools.product(("lora", "full"), range(4)):
+        for method, zero in itertools.product(arguments.methods, range(4)):
             run = make_run(place, f"{method}-z{zero}", method, zero, arguments.steps)
             launch(place, arguments.workers, run)
             rows.append(figures(run, 1, arguments.workers))
@@ -81,14 +82,14 @@ def make_inputs(place: Path, layers: int) -> None:
     (place / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_run(place: Path, name: str, method: str, zero: int, steps: int) -> Path:
+def make_run(place: Path, name: str, method: str, zero: int, steps: int, batch_tokens: int = 65536) -> Path:
     """A run folder of one layout."""
     job = {
         "name": name,
         "base": {"model": str(place / "base"), "init": "scratch"},
         "method": {"kind": method},
         "data": {"train": str(place / "text.jsonl"), "seq_len": 2048},
-        "train": {"steps": steps, "batch_tokens": 65536, "micro_batch": 4, "precision": "bf16", "lr": 1e-4},
+        "train": {"steps": steps, "batch_tokens": batch_tokens, "micro_batch": 4, "precision": "bf16", "lr": 1e-4},
         "sharding": {"zero": zero},
         "checkpoint": {"every": steps // 2 if method == "lora" else 10**6, "keep": 9},
     }

@@ -29,7 +29,7 @@ from trainer.meter import Meter
 from trainer.objectives import sft
 from trainer.speed import flops_per_token, peak_flops
 
-STEPS, ROUNDS = 5, 9
+STEPS, ROUNDS, BATCH_TOKENS = 4, 9, 16384
 
 
 def main() -> None:
@@ -43,7 +43,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         layouts.make_inputs(place, arguments.layers)
-        run_dir = layouts.make_run(place, "ours", arguments.method, arguments.zero, STEPS * (ROUNDS + 1))
+        steps = STEPS * (ROUNDS + 1)
+        run_dir = layouts.make_run(place, "ours", arguments.method, arguments.zero, steps, BATCH_TOKENS)
         attempt = claim_next(run_dir, None)
         assert attempt is not None
         run, _ = prepare(attempt)
