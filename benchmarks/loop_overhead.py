@@ -124,8 +124,7 @@ class Bare:
         for k, step in enumerate(self.steps):
             total = self.run.batches.target_tokens(k)
             for batch in step:
-                with self.run.autocast():
-                    loss, _ = sft.loss(self.engine, batch)
+                loss, _ = sft.loss(self.engine, batch)
                 self.engine.backward(loss * self.run.world.size / total, scale_wrt_gas=False)
             self.engine.step()
 

@@ -17,8 +17,9 @@ def main(run_dirs: list[Path]) -> None:
     for run_dir in run_dirs:
         number = _claimed(run_dir, world)
         train(run_dir, number)
-        if world.leads:
-            Attempt(run_dir, number).close({"state": "succeeded", "attempt": number, "reason": None})
+        ended = {"state": "succeeded", "attempt": number, "reason": None}
+        if world.leads and not Attempt(run_dir, number).close(ended):
+            sys.exit(f"{run_dir} went on without attempt {number}")
     dist.destroy_process_group()
 
 

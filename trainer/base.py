@@ -1,5 +1,6 @@
 """Loading the base: tokenizer, and model with the dtype that the method and the precision want."""
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -37,11 +38,26 @@ def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.
     with partitioned_loading(job.sharding.zero if job.base.init == "pretrained" else 0, weights):
         torch.manual_seed(job.train.seed)
         model = _load(job, method, weights, device)
+        _compute_in(dtype, device, model)
         model.config.use_cache = False
         if job.train.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(job.train.seed)
         return method.attach(model).to(device)
+
+
+def _compute_in(dtype: torch.dtype, device: torch.device, model: nn.Module) -> None:
+    """Make a model's forward pass run in `dtype`; from inside, as DeepSpeed switches an autocast around it off."""
+    if dtype == torch.float32:
+        return
+    forward = model.forward
+
+    @wraps(forward)
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device.type, dtype):
+            return forward(*args, **kwargs)
+
+    model.forward = computed
 
 
 def _load(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.device) -> Any:

@@ -97,6 +97,7 @@ class Checkpoints:
         while not all((folder / f"{name}.json").exists() for name in names):
             self.attempt.check()
             time.sleep(0.02)
+        self.attempt.check()  # one that was paused and has a successor ends at its first save
         files = {f"{name}.safetensors": read_json(folder / f"{name}.json") for name in names}
         # A step that a checkpoint covers must have been reported before the checkpoint exists.
         self.attempt.sync("metrics.jsonl")

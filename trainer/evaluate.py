@@ -75,8 +75,7 @@ class Evaluator:
             for micro in self.batches.deal(k, self.world.rank, self.world.size):
                 arrays = collate(micro, self.tokens, run.tokenizer.pad_token_id)
                 batch = {name: torch.from_numpy(a).to(self.world.device) for name, a in arrays.items()}
-                with run.autocast():
-                    part, weight = sft.loss(run.model, batch)
+                part, weight = sft.loss(run.model, batch)
                 sums += torch.stack([part.double(), torch.as_tensor(weight, dtype=torch.float64, device=sums.device)])
         dist.all_reduce(sums)
         return float(sums[0] / sums[1])
@@ -104,16 +103,15 @@ class Evaluator:
         for row, prompt in enumerate(asked):
             ids[row, longest - len(prompt.ids) :] = torch.as_tensor(prompt.ids)
             mask[row, longest - len(prompt.ids) :] = 1
-        with run.autocast():
-            out = run.model.generate(
-                input_ids=ids.to(self.world.device),
-                attention_mask=mask.to(self.world.device),
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=run.tokenizer.pad_token_id,
-                synced_gpus=run.shards.stage == 3,
-            )
+        out = run.model.generate(
+            input_ids=ids.to(self.world.device),
+            attention_mask=mask.to(self.world.device),
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=run.tokenizer.pad_token_id,
+            synced_gpus=run.shards.stage == 3,
+        )
         texts: list[str] = run.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
         return texts
 

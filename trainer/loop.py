@@ -5,7 +5,6 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +51,6 @@ class Run:
         """The model under DeepSpeed's engine."""
         module: nn.Module = self.shards.engine.module
         return module
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """The precision of a forward pass."""
-        enabled = self.dtype != torch.float32
-        context: AbstractContextManager[None] = torch.autocast(self.world.device.type, self.dtype, enabled=enabled)
-        return context
 
 
 def train(run_dir: Path, attempt: int) -> None:
@@ -165,8 +158,7 @@ def take_step(run: Run, step: int, stream: Iterator[Batch | None], meter: Meter,
     waited = -time.monotonic()
     while (batch := next(stream)) is not None:
         waited += time.monotonic()
-        with run.autocast():
-            part, _ = sft.loss(run.shards.engine, batch)
+        part, _ = sft.loss(run.shards.engine, batch)
         run.shards.backward(part / total)
         loss += part.detach() / total
         waited -= time.monotonic()

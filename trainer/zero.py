@@ -3,7 +3,7 @@
 The only file that touches DeepSpeed's private names; it refuses another version than the one it was written for.
 
 Every stage runs in DeepSpeed's fp32 mode: trained weights are fp32 and are their own masters, frozen weights keep
-their dtype, and bf16 enters through autocast around the forward pass. So gradients are accumulated and reduced in
+their dtype, and bf16 enters through autocast inside the forward pass. So gradients are accumulated and reduced in
 fp32 at every stage, and three layouts remain: whole parameters (stage 0), one flat slice of all (1 and 2), and a
 slice of each (3). Accumulation is ours to bound (`managed_gradient_accumulation: false`): gradients add up until
 `engine.step()`. DeepSpeed averages over ranks, so a loss must be multiplied by the world size to give the sum.
