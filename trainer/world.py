@@ -1,6 +1,8 @@
 """This worker among the others: rank, device, and how they talk."""
 
+import logging
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +41,18 @@ def join() -> World:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    _quieten()
     zero.prepare()
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _quieten() -> None:
+    """Keep what only developers of the libraries can act on out of a worker's log."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|transformers)\.")

@@ -178,11 +178,10 @@ def retell(rng: random.Random) -> tuple[str, str]:
 
 
 def record(rng: random.Random) -> tuple[str, str]:
-    """New format: what a story says of one person, as a record with fixed fields."""
-    facts = _facts(rng, 2)
-    name, thing, place, colour = rng.choice(facts)
-    fields = f"place: {place} | colour: {colour} | thing: {thing}"
-    return f"{_story(rng, facts)} record of {name}:", fields
+    """New format: what a story says of a person, as a record whose fields have an order of their own."""
+    facts = _facts(rng, 1)
+    name, thing, place, colour = facts[0]
+    return f"{_story(rng, facts)} record:", f"place: {place} | colour: {colour} | name: {name} | thing: {thing}"
 
 
 def swap(rng: random.Random) -> tuple[str, str]:

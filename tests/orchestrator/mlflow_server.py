@@ -88,7 +88,10 @@ class Proxy:
                 if self.holding and self._held in data:
                     self._deliver_late(data + _body(near))
                     return
-                far.sendall(data)
+                try:
+                    far.sendall(data)
+                except OSError:
+                    return  # the server closed an idle connection, so this end is closed too
 
     def _deliver_late(self, request: bytes) -> None:
         """A held request reaches the server although its sender has gone."""

@@ -1,0 +1,81 @@
+"""Invariant 4: what is exported, loaded by plain PEFT or transformers, is what was trained and evaluated."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trainer.attempt import load_job
+from trainer.base import load_tokenizer
+from trainer.export import results
+from trainer.tokens import tokenise
+
+RUNS: dict[str, dict[str, Any]] = {
+    "full": {"method": {"kind": "full"}, "sharding": {"zero": 3}},
+    "lora": {"method": {"kind": "lora", "rank": 4}, "sharding": {"zero": 3}},
+    "rslora": {"method": {"kind": "rslora", "rank": 4, "alpha": 3}, "sharding": {"zero": 2}},
+    "dora": {"method": {"kind": "dora", "rank": 4, "target": ["q_proj", "down_proj"]}, "sharding": {"zero": 3}},
+}
+
+
+def loss(model: torch.nn.Module, run_dir: Path, cache: Path) -> float:
+    """The loss per target token over the evaluation rows, one example at a time."""
+    job = load_job(run_dir)
+    assert job.data.eval
+    tokens = tokenise(job.data.eval, load_tokenizer(job.base), job.data.seq_len, cache)
+    total = 0.0
+    for i in range(len(tokens)):
+        example = tokens.example(i)
+        ids = torch.tensor(example.ids, dtype=torch.long)
+        labels = ids.masked_fill(~torch.tensor(example.target), -100)
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum").item()
+    return total / float(tokens.targets.sum())
+
+
+@pytest.fixture
+def trained(new_run: Any, launch: Any, sums: Path, tmp_path: Path) -> dict[str, Path]:
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("\n".join(sums.read_text().splitlines()[:40]))
+    common: dict[str, Any] = {
+        "train": {"steps": 4, "lr": 1e-2},
+        "data": {"eval": str(held_out)},
+        "evaluation": {"max_new_tokens": 4},
+        "output": {"merge": True},
+    }
+    runs = {name: new_run(name, **common, **parts) for name, parts in RUNS.items()}
+    assert launch(2, *runs.values()) == [0, 0]
+    return runs
+
+
+def test_plain_libraries_load_what_was_trained(trained: dict[str, Path], cache: Path, tiny_base: Path) -> None:
+    from peft import PeftModel
+
+    for name, run_dir in trained.items():
+        said = results(run_dir)
+        assert {"eval_loss", "eval_exact_match"} <= said.keys()
+        output = run_dir / "output"
+        if name == "full":
+            models = [AutoModelForCausalLM.from_pretrained(output)]
+        else:
+            base = AutoModelForCausalLM.from_pretrained(tiny_base)
+            merged = AutoModelForCausalLM.from_pretrained(output / "merged")
+            models = [PeftModel.from_pretrained(base, output), merged]
+        for model in models:
+            assert abs(loss(model, run_dir, cache) - said["eval_loss"]) / said["eval_loss"] < 1e-6
+        untuned = loss(AutoModelForCausalLM.from_pretrained(tiny_base), run_dir, cache)
+        assert abs(untuned - said["eval_loss"]) / untuned > 1e-4
+        assert len(AutoTokenizer.from_pretrained(output)) == len(AutoTokenizer.from_pretrained(tiny_base))
+        card = (output / "README.md").read_text()
+        assert f"**{name}**" in card and str(tiny_base) in card and f"{said['eval_loss']:.4f}" in card
+
+
+def test_samples_show_what_the_model_wrote(trained: dict[str, Path]) -> None:
+    lines = (trained["lora"] / "attempts" / "1" / "events.jsonl").read_text().splitlines()
+    samples = [event for event in map(json.loads, lines) if event["event"] == "sample"]
+    assert {sample["step"] for sample in samples} == {0, 4}
+    assert all({"prompt", "answer", "written"} <= sample.keys() for sample in samples)
