@@ -1,11 +1,14 @@
-"""The queue of the local cluster: one file per submitted run, there until the run has its result."""
+"""The queue of the local cluster: one file per submitted run, there until the run is settled."""
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+_DELIVERY_S = 600.0  # for so long after its end a run gets a controller again, to deliver the rest
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,15 @@ class Entry:
         """Whether the run has its final word, or its folder was removed."""
         folder = Path(self.run_dir)
         return (folder / "result.json").exists() or not folder.exists()
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to do: MLflow has all of the finished run, or had its time to take it."""
+        result, tracked = (Path(self.run_dir, name) for name in ("result.json", "tracked.json"))
+        if not self.finished or not result.exists():
+            return self.finished
+        ended = result.stat().st_mtime
+        return (tracked.exists() and tracked.stat().st_mtime >= ended) or time.time() - ended > _DELIVERY_S
 
     @property
     def cancelled(self) -> bool:

@@ -1,8 +1,8 @@
 """The supervisor of the local cluster: `python -m clusters.supervisor HOME`, one per home, detached.
 
 It keeps the Ray head up while there is work, starts waiting runs in the order of submission as they fit, and starts
-the controller of a run again until the run has its result. Whether a run is tried again is the controller's to say.
-It keeps nothing in memory that matters: after its death the next one finds all by files and locks.
+the controller of a run again until the run has its result, and MLflow all of it. Whether a run is tried again is the
+controller's to say. It keeps nothing in memory that matters: after its death the next one finds all by files and locks.
 """
 
 import os
@@ -46,17 +46,17 @@ class Supervisor:
     def tick(self) -> None:
         """Bring what runs in line with what is queued."""
         for entry in self._local.queue.list():
-            if entry.finished and not self._runs(entry):
+            if entry.settled and not self._runs(entry):
                 self._forget(entry)
         entries = self._local.queue.list()
         if entries:
             self._busy = time.monotonic()
         address = self._head.keep() if entries else None
-        dead = [entry for entry in entries if not entry.finished and not self._runs(entry)]
-        cancelled = [entry for entry in dead if entry.cancelled]
-        for entry in cancelled:
-            self._start(entry, address or "")  # only to close it: neither room nor Ray is needed for that
-        waiting = [entry for entry in dead if entry not in cancelled]
+        dead = [entry for entry in entries if not self._runs(entry)]
+        leaving = [entry for entry in dead if entry.finished or entry.cancelled]
+        for entry in leaving:
+            self._start(entry, address or "")  # only to close it or to deliver the rest: that needs no room
+        waiting = [entry for entry in dead if entry not in leaving]
         if address:
             for entry in self._due(waiting):
                 self._start(entry, address)

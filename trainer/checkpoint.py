@@ -13,9 +13,11 @@ import os
 import shutil
 import threading
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from methods.base import Method
-from trainer.attempt import Attempt, Record, Start, bounds, read_json, sync_folder, write_json
+from trainer.attempt import Attempt, Record, Start, attempts, bounds, read_json, sync_folder, write_json
 from trainer.world import World
 from trainer.zero import Shards, assign, shape
 
@@ -106,11 +108,13 @@ class Checkpoints:
 
     def _clean(self) -> None:
         """Remove all but the newest `keep`, of earlier attempts too. The newest is never removed, even by a ghost."""
-        for _, folder in list(_lineage(self.attempt.run_dir))[self.keep :]:
-            self.attempt.check()
-            trash = folder.with_name(f".trash-{folder.name}")
-            folder.rename(trash)
-            shutil.rmtree(trash)
+        kept = [folder for _, folder in islice(_lineage(self.attempt.run_dir), self.keep)]
+        for folder in _unused(self.attempt):
+            if folder not in kept:
+                self.attempt.check()
+                # A ghost that still writes into the folder does not find it after this.
+                trash = folder.rename(folder.with_name(f".trash-{uuid.uuid4().hex}"))
+                shutil.rmtree(trash)
 
 
 class Reader:
@@ -226,6 +230,16 @@ def _lineage(run_dir: Path) -> Iterator[tuple[Start, Path]]:
         folders = (attempt.folder / "checkpoints").glob("step-*/manifest.json")
         steps = sorted((int(path.parent.name.removeprefix("step-")) for path in folders), reverse=True)
         yield from ((Start(attempt.number, step), _folder(attempt, step)) for step in steps if step <= bound)
+
+
+def _unused(attempt: Attempt) -> list[Path]:
+    """Checkpoints that this attempt does not write at the moment: those with a manifest, and all of earlier ones."""
+    earlier = [other for other in attempts(attempt.run_dir) if other.number < attempt.number]
+    finished = (attempt.folder / "checkpoints").glob("step-*/manifest.json")
+    return [
+        *(folder for other in earlier for folder in (other.folder / "checkpoints").glob("*")),
+        *(path.parent for path in finished),
+    ]
 
 
 def _folder(attempt: Attempt, step: int) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from scene import lives, rows, unfinished_saves, until, workers
+from scene import lives, rows, signal_all, unfinished_saves, until, workers
 
 from clusters.local import Local
 from trainer.attempt import last, result
@@ -21,7 +21,7 @@ PATIENCE_S = 150.0
 
 @dataclass(frozen=True)
 class Kill:
-    """Kill a victim once the run went on for so many steps: then, in the middle of a save, or while it starts."""
+    """Kill a victim at a moment: `steps` after so many of them, then in a `save`; in a `start`, or a `delivery`."""
 
     victim: str
     moment: str
@@ -51,7 +51,7 @@ class Killer:
         began = time.monotonic()
         if kill.moment == "start" and not self._spared:
             time.sleep(self._rng.uniform(0, 8))
-        else:
+        elif kill.moment != "delivery":
             until(lambda: self._went_on(kill.steps), PATIENCE_S)
         waited_s = time.monotonic() - began
         if kill.moment == "save" and kill.victim == "worker":
@@ -59,7 +59,9 @@ class Killer:
         else:
             if kill.moment == "save":
                 until(lambda: list(unfinished_saves(self._run_dir)), PATIENCE_S, 0.0005)
-            _kill(until(lambda: self._find(kill.victim), PATIENCE_S))
+            pids = until(lambda: self._find(kill.victim), PATIENCE_S)
+            signal_all(pids, signal.SIGKILL)
+            until(lambda: not any(map(lives, pids)))
         self._note(kill)
         return f"{kill.victim} ({kill.moment}) after {waited_s:.1f} s, in attempt {self._attempt} at row {self._rows}"
 
@@ -113,10 +115,3 @@ def _children(parent: int | None, command: str) -> list[int]:
         return [child.pid for child in children if any(command in part for part in child.cmdline())][:1]
     except psutil.NoSuchProcess:
         return []
-
-
-def _kill(pids: list[int]) -> None:
-    for pid in pids:
-        if psutil.pid_exists(pid):
-            os.kill(pid, signal.SIGKILL)
-    until(lambda: not any(map(lives, pids)))

@@ -1,5 +1,6 @@
 """What the tests of survival look at: processes, run folders, MLflow."""
 
+import contextlib
 import os
 import re
 import time
@@ -38,7 +39,7 @@ def lives(pid: int) -> bool:
 def signal_all(pids: list[int], number: int) -> None:
     """Send a signal to all that are left of some processes."""
     for pid in pids:
-        if psutil.pid_exists(pid):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow_server import Proxy, Server, free_port
+from mlflow_server import Proxy, Server
 from run_folders import make_run
 from scene import delivered, lives, mlflow_run, reported, rows, session, signal_all, unfinished_saves, until, workers
 
@@ -21,6 +21,8 @@ from orchestrator.logs import LogReader
 from orchestrator.tracking import is_tracked
 from trainer.attempt import Attempt, attempts, last, result
 from trainer.checkpoint import newest
+
+pytestmark = pytest.mark.timeout(600)
 
 
 def readable(run_dir: Path) -> dict[str, Any]:
@@ -42,53 +44,25 @@ def contents(*folders: Path) -> list[Path]:
     return sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
-class Trainers:
-    """An attempt as two plain processes, which are paused and woken together."""
+def pause_when(process: subprocess.Popen[bytes], true: Callable[[], bool]) -> None:
+    """Pause a process in a state that still holds when it stands."""
 
-    def __init__(self, run_dir: Path) -> None:
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        command = [sys.executable, "-m", "trainer", str(run_dir)]
-        with (run_dir.parent / "trainers.log").open("ab") as log:
-            self._processes = [
-                subprocess.Popen(command, env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank}, stderr=log)
-                for rank in ("0", "1")
-            ]
-
-    def signal(self, number: int) -> None:
-        """Send all of them a signal."""
-        signal_all([process.pid for process in self._processes if process.poll() is None], number)
-
-    def pause_when(self, true: Callable[[], bool]) -> None:
-        """Pause them in a state that still holds when they stand."""
-
-        def paused() -> bool:
+    def paused() -> bool:
+        if true():
+            process.send_signal(signal.SIGSTOP)
             if true():
-                self.signal(signal.SIGSTOP)
-                if true():
-                    return True
-                self.signal(signal.SIGCONT)
-            return False
+                return True
+            process.send_signal(signal.SIGCONT)
+        return False
 
-        until(paused, every_s=0.0005)
-
-    def ended(self, timeout_s: float = 120) -> list[int]:
-        """Wait for their own end; gives the exit codes."""
-        return [process.wait(timeout_s) for process in self._processes]
+    until(paused, every_s=0.0005)
 
 
 @pytest.mark.usefixtures("home")
 def test_trainers_that_wake_change_nothing(new_run: Any) -> None:
     """One attempt is paused at a random step, the next in a save, the next in its export; the fourth succeeds."""
-    run_dir = new_run(
-        "run",
-        train={"steps": 40},
-        sharding={"zero": 2},
-        checkpoint={"every": 3},
-        output={"merge": True},
-        resources={"workers_per_node": 2},
-    )
-    rng = random.Random(0)
-    enough = rng.randint(4, 20)
+    run_dir = new_run("run", train={"steps": 40}, checkpoint={"every": 3}, output={"merge": True})
+    enough = random.Random(0).randint(4, 20)
 
     def at_random() -> bool:
         return last(run_dir).number == 1 and len(rows(run_dir)) >= enough
@@ -97,29 +71,29 @@ def test_trainers_that_wake_change_nothing(new_run: Any) -> None:
         return last(run_dir).number == 2 and any(unfinished_saves(run_dir))
 
     def exporting() -> bool:
-        made = (last(run_dir).folder.glob("output*")) if last(run_dir).number == 3 else ()
-        return any(made) and result(run_dir) is None
+        third = Attempt(run_dir, 3)
+        return last(run_dir) == third and any(third.folder.glob("output*")) and result(run_dir) is None
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", "trainer", str(run_dir)])
 
     ghosts = []
     try:
         for moment in (at_random, saving, exporting):
-            ghosts.append(Trainers(run_dir))
-            ghosts[-1].pause_when(moment)
-        successor = Trainers(run_dir)
-        ghosts.append(successor)
-        assert successor.ended() == [0, 0]
+            ghosts.append(start())
+            pause_when(ghosts[-1], moment)
+        assert start().wait(120) == 0
         before = readable(run_dir)
         assert (before["result"][1]["attempt"], before["newest"].step) == (4, 40)
         assert [row["step"] for row in before["history"]] == list(range(1, 41))
         for ghost in ghosts:
-            ghost.signal(signal.SIGCONT)
-        for ghost in ghosts[:3]:
-            assert ghost.ended()[0] > 0
+            ghost.send_signal(signal.SIGCONT)
+        assert all(ghost.wait(120) > 0 for ghost in ghosts)
+        assert not list(run_dir.glob("attempts/[12]/output"))  # they did not go on to their end
         assert readable(run_dir) == before
     finally:
         for ghost in ghosts:
-            ghost.signal(signal.SIGKILL)
-        print((run_dir.parent / "trainers.log").read_text()[-5000:])
+            ghost.kill()
 
 
 class Machine:

@@ -142,7 +142,11 @@ def test_runs_start_in_order_as_they_fit(cluster: Local) -> None:
     (first / "result.json").touch()
     served.tick()
     # The controller may stay to deliver; its workers are gone.
-    assert list(running(cluster)) == ["first", "second"]
+    delivering = running(cluster)
+    assert list(delivering) == ["first", "second"]
+    process.end(cluster.controller_lock("first"))
+    until(lambda: served.tick() or running(cluster).get("first", delivering["first"]) != delivering["first"])
+    (first / "tracked.json").touch()
     process.end(cluster.controller_lock("first"))
     served.tick()
     assert [e.run_id for e in cluster.queue.list()] == ["second", "third"]

@@ -104,3 +104,14 @@ def test_curves_agree_over_layouts(worlds: list[int], layouts: Any, new_run: Any
         worst |= {run.name: difference(curve(run), expected[key[0]]) for key, run in runs.items()}
     print(json.dumps(worst, indent=1))
     assert max(worst.values()) < TOLERANCE, {name: d for name, d in worst.items() if d >= TOLERANCE}
+
+
+def test_gradient_checkpointing_changes_nothing(new_run: Any, launch: Any) -> None:
+    def run(name: str, zero: int, checkpointing: bool) -> Path:
+        train = {"gradient_checkpointing": checkpointing, "lr": RATES[name]}
+        made: Path = new_run(f"{name}-{checkpointing}", method=METHODS[name], sharding={"zero": zero}, train=train)
+        return made
+
+    pairs = [(run(name, zero, True), run(name, zero, False)) for name, zero in (("full", 3), ("lora", 2))]
+    assert launch(2, *(run for pair in pairs for run in pair)) == [0, 0]
+    assert all(difference(curve(one), curve(other)) < TOLERANCE for one, other in pairs)
