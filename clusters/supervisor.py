@@ -2,7 +2,8 @@
 
 It keeps the Ray head up while there is work, starts waiting runs in the order of submission as they fit, and starts
 the controller of a run again until the run has its result, and MLflow all of it. Whether a run is tried again is the
-controller's to say. It keeps nothing in memory that matters: after its death the next one finds all by files and locks.
+controller's to say. It keeps nothing in memory that matters: after its death the next one finds all by files and
+locks.
 """
 
 import os
