@@ -26,7 +26,11 @@ _SIGNS: tuple[tuple[Kind, str], ...] = (
         r"|NODE_OUT_OF_MEMORY|running low on memory|CUBLAS_STATUS_ALLOC_FAILED",
     ),
     ("preemption", r"(?i)preempt"),
-    ("node_lost", r"ActorDiedError|ActorUnavailableError|NodeDiedError|WorkerCrashedError|worker process has died"),
+    (
+        "node_lost",
+        r"ActorDiedError|ActorUnavailableError|NodeDiedError|WorkerCrashedError|worker process has died"
+        r"|CheckpointGone",
+    ),
     ("hang", r"Watchdog caught collective operation timeout|Timed out waiting \d+ms|WorkerHealthCheckTimeoutError"),
     (
         "network",
@@ -118,7 +122,7 @@ def _kind(text: str, otherwise: Kind) -> Kind:
 
 
 def _reason(kind: Kind, text: str) -> str:
-    if re.search(dict(_SIGNS)["node_lost"], text):
+    if kind == "node_lost" and "CheckpointGone" not in text:
         return "the worker process was killed, or its node is gone"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else kind

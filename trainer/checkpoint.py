@@ -35,6 +35,10 @@ MEAN_TIME_BETWEEN_FAILURES = 4 * 3600.0  # seconds; of one job, as spot machines
 WEIGHT, METHOD = "weight", "method"
 
 
+class CheckpointGone(RuntimeError):
+    """A live predecessor removed the checkpoint while this attempt was being claimed; the next one finds a newer."""
+
+
 class Checkpoints:
     """The saving side, one per worker."""
 
@@ -202,8 +206,11 @@ def write_shard(folder: Path, rank: int, tensors: dict[str, torch.Tensor]) -> No
 
 
 def open_checkpoint(run_dir: Path, start: Start) -> Reader:
-    """The checkpoint that an attempt starts from."""
-    return Reader(_folder(Attempt(run_dir, start.attempt), start.step))
+    """The checkpoint that an attempt starts from; raises CheckpointGone."""
+    try:
+        return Reader(_folder(Attempt(run_dir, start.attempt), start.step))
+    except FileNotFoundError as error:
+        raise CheckpointGone(f"step {start.step} of attempt {start.attempt}: {error}") from error
 
 
 def newest(run_dir: Path) -> Start | None:

@@ -82,3 +82,9 @@ def test_waiting_grows_without_progress() -> None:
     assert decide([]) == Again(0.0)
     delays = [decide([("node_lost", 0)] * count) for count in range(1, 5)]
     assert delays == [Again(1.0), Again(2.0), Again(4.0), Again(8.0)]
+
+
+def test_a_start_checkpoint_that_a_live_predecessor_removed_is_no_bug() -> None:
+    gone = "WorkerFailed: trainer.checkpoint.CheckpointGone: step 6 of attempt 2: No such file or directory"
+    found = classify({0: gone})
+    assert found.kind == "node_lost" and "step 6 of attempt 2" in found.reason

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from trainer import attempt as attempts
-from trainer.checkpoint import Reader, newest
+from trainer.checkpoint import CheckpointGone, Reader, newest, open_checkpoint
 
 HALF = {"checkpoint": {"every": 10, "keep": 9}}
 
@@ -90,3 +90,8 @@ def test_any_range_can_be_read(two_checkpoints: Path) -> None:
     assert torch.equal(reader.read("weight", name, 5, 77), whole[5:77])
     with pytest.raises(ValueError, match="are not in the checkpoint"):
         reader.read("weight", name, 0, whole.numel() + 1)
+
+
+def test_a_start_that_is_gone_says_so(two_checkpoints: Path) -> None:
+    with pytest.raises(CheckpointGone, match="step 15 of attempt 1"):
+        open_checkpoint(two_checkpoints, attempts.Start(1, 15))
