@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.errors import InputError
 from orchestrator.measure import MEASURES, Measure
 from orchestrator.store import RUN_ID, client, outages, resolve, sqlite_file, without_password
+from orchestrator.tracking import deliver_late
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -126,10 +127,11 @@ class Comparison:
 
 
 def compare(experiment: str | None, uri: str | None) -> Comparison:
-    """Read the runs of an experiment (None: of all) from MLflow.
+    """Read the runs of an experiment (None: of all) from MLflow, which first gets what an outage held up.
 
     Raises InputError for an experiment that is not there, ConnectionError where MLflow cannot be reached.
     """
+    deliver_late()
     uri = resolve(uri)
     shown_uri, file = without_password(uri, uri), sqlite_file(uri)
     if file and not file.exists():

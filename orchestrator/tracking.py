@@ -19,6 +19,7 @@ from typing import Any
 
 from orchestrator.environment import Sampler
 from orchestrator.history import Row, Spool
+from orchestrator.runs import run_ids, runs_folder
 from orchestrator.store import (
     check_uri,
     client,
@@ -217,6 +218,14 @@ def replay(run_dir: Path, timeout_s: float = 60.0) -> bool:
     if ended is None:
         return False
     return is_tracked(run_dir) or Delivery(run_dir, last(run_dir).number).finish(ended["state"], timeout_s)
+
+
+def deliver_late(timeout_s: float = 10.0) -> None:
+    """Deliver what a long outage held up of the closed runs of this home, newest first, until one cannot be."""
+    for run_id in reversed(run_ids()):
+        run_dir = runs_folder() / run_id
+        if result(run_dir) and attempts(run_dir) and not is_tracked(run_dir) and not replay(run_dir, timeout_s):
+            return
 
 
 def is_tracked(run_dir: Path) -> bool:

@@ -11,6 +11,7 @@ from mlflow_server import Proxy, Server, free_port
 from run_folders import claim, eval_row, expected, make_run, plan, step_row, steps
 
 from orchestrator import store, tracking
+from orchestrator.compare import compare
 from orchestrator.history import history, mlflow_run
 from orchestrator.tracking import Delivery, check_uri, is_tracked, replay, ui_command
 from trainer import attempt as protocol
@@ -362,3 +363,13 @@ def test_the_ui_command_of_a_server_says_that_it_is_one() -> None:
     assert command[command.index("--port") + 1] == str(port)
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false" in command
+
+
+def test_comparing_delivers_what_a_long_outage_held_up(home: Path) -> None:
+    run_dir = make_run(home / "runs", "late-0123456789", None)
+    attempt = claim(run_dir)
+    steps(attempt, 1, 3)
+    attempt.close({"state": "succeeded"})
+    assert compare(None, None).runs
+    assert is_tracked(run_dir)
+    assert series(None, run_dir) == expected((1, 1, 3))
