@@ -59,12 +59,14 @@ class Checkpoints:
     def overdue(self) -> bool:
         """Whether `auto` says to save now: Young's interval sqrt(2 x stall x time between failures), 1974.
 
-        Never sooner than the last write took. Asked on rank 0 alone, which tells the others.
+        Never sooner than the last write took. Asked on rank 0 alone, which tells the others: the clock starts again
+        with the wish, as the save comes a step later.
         """
-        if self.every != "auto":
+        interval = max(math.sqrt(2 * self._stall_s * MEAN_TIME_BETWEEN_FAILURES), self._write_s)
+        if self.every != "auto" or time.monotonic() - self._saved_at <= interval:
             return False
-        interval = math.sqrt(2 * self._stall_s * MEAN_TIME_BETWEEN_FAILURES)
-        return time.monotonic() - self._saved_at > max(interval, self._write_s)
+        self._saved_at = time.monotonic()
+        return True
 
     def save(self, shards: Shards, method: Method[Any], step: int) -> None:
         """Copy this rank's part to the host and write it in the background; waits for the save before it."""

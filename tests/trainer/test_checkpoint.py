@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from trainer import attempt as attempts
-from trainer.checkpoint import CheckpointGone, Reader, newest, open_checkpoint
+from trainer.checkpoint import CheckpointGone, Checkpoints, Reader, newest, open_checkpoint
+from trainer.world import World
 
 HALF = {"checkpoint": {"every": 10, "keep": 9}}
 
@@ -95,3 +96,15 @@ def test_any_range_can_be_read(two_checkpoints: Path) -> None:
 def test_a_start_that_is_gone_says_so(two_checkpoints: Path) -> None:
     with pytest.raises(CheckpointGone, match="step 15 of attempt 1"):
         open_checkpoint(two_checkpoints, attempts.Start(1, 15))
+
+
+def test_auto_asks_once_for_each_save_that_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("trainer.checkpoint.time.monotonic", lambda: now[0])
+    saves = Checkpoints(attempts.Attempt(tmp_path, 1), World(0, 1, torch.device("cpu")), "auto", 2)
+    saves._stall_s = 0.5  # Young: sqrt(2 x 0.5 x 4 h) = 120 s
+    asked = []
+    for _ in range(300):
+        now[0] += 1
+        asked.append(saves.overdue())
+    assert [second for second, yes in enumerate(asked, 1) if yes] == [121, 242]
