@@ -10,8 +10,9 @@ from clusters.base import Status as View
 from clusters.base import Unreachable
 from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
+from orchestrator.history import mlflow_run
 from orchestrator.runs import find, name_of, read_record, run_ids, runs_folder
-from trainer.attempt import Attempt, Record, last, read_json, result, sealed_size
+from trainer.attempt import Attempt, Record, last, result, sealed_size
 
 State = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
 ENDED = ("succeeded", "failed", "cancelled")
@@ -75,7 +76,7 @@ def _join(run_dir: Path, record: Mapping[str, Any], view: View) -> Status:
     ended, newest = result(run_dir), last(run_dir)
     claimed = newest.number > 0
     verdict = newest.verdict if claimed else None
-    mlflow = run_dir / "mlflow.json"
+    tracked = mlflow_run(run_dir)
     state, reason = (ended["state"], ended.get("reason")) if ended else _going(newest, verdict, view)
     return Status(
         run_id=run_dir.name,
@@ -87,7 +88,7 @@ def _join(run_dir: Path, record: Mapping[str, Any], view: View) -> Status:
         steps=(_planned(newest) if claimed else None) or record["job"]["train"]["steps"],
         attempt=newest.number,
         verdict=verdict["kind"] if verdict else None,
-        mlflow_run_id=read_json(mlflow)["mlflow_run_id"] if mlflow.exists() else None,
+        mlflow_run_id=tracked["mlflow_run_id"] if tracked else None,
         run_dir=str(run_dir),
         output_dir=str(run_dir / "output") if (run_dir / "output").exists() else None,
         submitted=record["submitted"],
