@@ -4,7 +4,8 @@
 
 The bare loop has its micro-batches on the device and calls engine.backward and engine.step, with DeepSpeed's own
 clipping; ours also collates, measures, reduces the loss, takes the norm, reports each step and asks whether to save.
-Rounds alternate; the figure is the median over rounds of ours / bare. Starts under any launcher that sets RANK.
+In each round both take the same steps, in turns who is first (who comes second finds its sizes in the allocator's
+cache); the figure is the median over rounds of ours / bare. Starts under any launcher that sets RANK.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from trainer.meter import Meter
 from trainer.objectives import sft
 from trainer.speed import flops_per_token, peak_flops
 
-STEPS, ROUNDS, BATCH_TOKENS = 4, 9, 16384
+STEPS, ROUNDS, BATCH_TOKENS = 4, 12, 32768
 
 
 def main() -> None:
@@ -43,14 +44,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         layouts.make_inputs(place, arguments.layers)
-        steps = STEPS * (ROUNDS + 1)
+        steps = STEPS * (ROUNDS + 2)
         run_dir = layouts.make_run(place, "ours", arguments.method, arguments.zero, steps, BATCH_TOKENS)
         attempt = claim_next(run_dir, None)
         assert attempt is not None
         run, _ = prepare(attempt)
         ours, bare = Ours(run), Bare(run)
-        ours(), bare()
-        pairs = [(timed(run, ours), timed(run, bare)) for _ in range(ROUNDS)]
+        pairs = [round_(run, ours, bare, number % 2 == 0) for number in range(ROUNDS + 2)][2:]
     ratios = [a / b for a, b in pairs]
     result: dict[str, Any] = {
         "commit": layouts.commit(),
@@ -69,11 +69,19 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def timed(run: Run, rounds: Any) -> float:
-    """Seconds of one round, device included."""
+def round_(run: Run, ours: "Ours", bare: "Bare", ours_first: bool) -> tuple[float, float]:
+    """Seconds of ours and of the bare loop over the next steps."""
+    bare.load()
+    first, second = (ours, bare) if ours_first else (bare, ours)
+    seconds = timed(run, first), timed(run, second)
+    return seconds if ours_first else seconds[::-1]
+
+
+def timed(run: Run, loop: "Ours | Bare") -> float:
+    """Seconds of a loop's next steps, device included."""
     wait(run)
     began = time.perf_counter()
-    rounds()
+    loop()
     wait(run)
     return time.perf_counter() - began
 
@@ -117,13 +125,19 @@ class Bare:
         config["gradient_clipping"] = 1.0
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        stream = micro_batches(run, 0)
-        self.steps = [list(iter(lambda: next(stream), None)) for _ in range(STEPS)]
+        self.stream = micro_batches(run, 0)
+        self.steps: list[tuple[int, list[Any]]] = []
+        self.done = 0
+
+    def load(self) -> None:
+        """Put the next steps' micro-batches on the device."""
+        steps = range(self.done, self.done + STEPS)
+        self.steps = [(self.run.batches.target_tokens(k), list(iter(lambda: next(self.stream), None))) for k in steps]
+        self.done += STEPS
 
     def __call__(self) -> None:
-        for k, step in enumerate(self.steps):
-            total = self.run.batches.target_tokens(k)
-            for batch in step:
+        for total, micro_batches_ in self.steps:
+            for batch in micro_batches_:
                 loss, _ = sft.loss(self.engine, batch)
                 self.engine.backward(loss * self.run.world.size / total, scale_wrt_gas=False)
             self.engine.step()

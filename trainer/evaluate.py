@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.job import Job
-from trainer.batches import Batches, collate
+from trainer.batches import Batches
 from trainer.objectives import sft
 from trainer.tokens import Prompt, Tokens, prompts, tokenise
 from trainer.world import World
@@ -73,10 +73,10 @@ class Evaluator:
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for k in range(self.batches.steps):
             for micro in self.batches.deal(k, self.world.rank, self.world.size):
-                arrays = collate(micro, self.tokens, run.tokenizer.pad_token_id)
+                arrays = sft.arrays(micro, self.tokens, run.tokenizer.pad_token_id)
                 batch = {name: torch.from_numpy(a).to(self.world.device) for name, a in arrays.items()}
                 part, weight = sft.loss(run.model, batch)
-                sums += torch.stack([part.double(), torch.as_tensor(weight, dtype=torch.float64, device=sums.device)])
+                sums += torch.stack([part.double(), weight.double()])
         dist.all_reduce(sums)
         return float(sums[0] / sums[1])
 

@@ -16,7 +16,7 @@ from torch import nn
 from methods.base import Method
 from methods.registry import create
 from orchestrator.job import Job
-from trainer import batches, checkpoint, speed
+from trainer import checkpoint, speed
 from trainer.attempt import Attempt, load_job
 from trainer.base import load_model, load_tokenizer, precision
 from trainer.batches import Batches
@@ -175,7 +175,7 @@ def micro_batches(run: Run, first: int) -> Iterator[Batch | None]:
     """This rank's micro-batches of all steps after `first`; None ends a step."""
     for k in range(first, run.batches.steps):
         for micro in run.batches.deal(k, run.world.rank, run.world.size):
-            arrays = batches.collate(micro, run.tokens, run.tokenizer.pad_token_id)
+            arrays = sft.arrays(micro, run.tokens, run.tokenizer.pad_token_id)
             yield {name: to_device(array, run.world.device) for name, array in arrays.items()}
         yield None
 

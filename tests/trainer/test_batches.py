@@ -59,10 +59,10 @@ def gradients(texts: Texts, micro_batches: list[MicroBatch]) -> tuple[float, int
     """Loss, weight and gradient of all micro-batches together."""
     model, total, weight = llama(), 0.0, 0
     for micro in micro_batches:
-        batch = {name: torch.from_numpy(array) for name, array in collate(micro, texts, 2).items()}
+        batch = {name: torch.from_numpy(array) for name, array in sft.arrays(micro, texts, 2).items()}
         part, count = sft.loss(model, batch)
         part.backward()
-        total, weight = total + part.item(), weight + count
+        total, weight = total + part.item(), weight + int(count)
     return total, weight, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -236,7 +236,7 @@ def test_chunks_of_the_cross_entropy_change_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_a_model_without_logits_to_keep_gives_the_same() -> None:
     texts, model = Texts.create(10), llama()
-    batch = {name: torch.from_numpy(array) for name, array in collate([[0, 1], [2]], texts, 2).items()}
+    batch = {name: torch.from_numpy(array) for name, array in sft.arrays([[0, 1], [2]], texts, 2).items()}
 
     def whole(logits_to_keep: Any, **inputs: Any) -> Any:  # noqa: ARG001
         return model(**inputs)
