@@ -30,7 +30,7 @@ from trainer.meter import Meter
 from trainer.objectives import sft
 from trainer.speed import flops_per_token, peak_flops
 
-STEPS, ROUNDS, BATCH_TOKENS = 4, 12, 32768
+STEPS, ROUNDS, BATCH_TOKENS = 4, 9, 32768
 
 
 def main() -> None:
