@@ -1,7 +1,10 @@
 """What a fine-tuning method is: hooks that follow the life of a step. A method overrides the few it needs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -12,8 +15,31 @@ from methods.options import Options
 O = TypeVar("O", bound=Options)  # noqa: E741
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a method knows of its run."""
+
+    steps: int = 1
+    seed: int = 0
+    seq_len: int = 1024
+    tokenizer: Any = None  # the base's
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part [start, ...) of flattened tensors that this rank holds: 1-D, of one length, or 0-d figures for the whole.
+
+    `whole` says that every rank holds all of it; else every element is on one rank.
+    """
+
+    name: str
+    start: int
+    tensors: dict[str, torch.Tensor]
+    whole: bool
+
+
 class Fragment(Protocol):
-    """The part [start, stop) of one flattened trained parameter that this rank holds; all tensors 1-D."""
+    """The part [start, stop) of one flattened trained parameter that this rank holds."""
 
     @property
     def name(self) -> str: ...
@@ -22,69 +48,121 @@ class Fragment(Protocol):
     @property
     def stop(self) -> int: ...
     @property
-    def master(self) -> torch.Tensor: ...
-    @property
-    def grad(self) -> torch.Tensor | None: ...
-    @property
-    def state(self) -> dict[str, torch.Tensor]: ...
+    def parameter(self) -> nn.Parameter:
+        """The fp32 master, 1-D; in a step its `grad` is the gradient summed over ranks and micro-batches."""
+        ...
 
 
 class View(Protocol):
-    """Gradients, masters and optimizer state by parameter name, whatever the ZeRO stage."""
+    """Masters and gradients by parameter name, whatever the ZeRO stage."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as `attach` gave it."""
+        ...
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank holds all of every parameter (ZeRO 0); else every element is on one rank."""
+        ...
 
     def fragments(self) -> Sequence[Fragment]:
-        """What this rank holds."""
+        """What this rank holds, in the same order of names everywhere; of some parameters perhaps nothing."""
         ...
 
     def shape(self, name: str) -> torch.Size:
-        """The whole shape of a parameter."""
+        """The whole shape of a trained parameter."""
         ...
+
+    def whole(self, name: str, part: Callable[[Fragment], torch.Tensor]) -> torch.Tensor:
+        """What all ranks' parts of a trained parameter make, in its shape, on every rank; a collective."""
+        ...
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Within it, these weights of the model are whole on every rank; rank 0's changes to them stay."""
+        ...
+
+
+class MergeRefused(RuntimeError):
+    """A merged model would not be the one that was trained."""
 
 
 class Method(Generic[O]):
     """A fine-tuning method with its options."""
 
-    def __init__(self, options: O) -> None:
-        self.options = options
+    # What the last merge found, by module: how much it changed beside the update, over the update.
+    merge_report: Mapping[str, float] = MappingProxyType({})
 
-    def load_options(self) -> dict[str, Any]:
-        """Keyword arguments for `from_pretrained`, before the model exists."""
+    reduces = False  # at ZeRO 0 `gradients` finds each rank's own share, and sums over ranks what it wants
+
+    def __init__(self, options: O, setup: Setup) -> None:
+        self.options = options
+        self.setup = setup
+
+    def virtual_tokens(self) -> int:
+        """Number of virtual tokens in front of every document; they have the ids -1, -2, ..."""
+        return 0
+
+    def load_options(self, config: Any) -> dict[str, Any]:  # noqa: ARG002
+        """Keyword arguments for `from_pretrained`; may change the base's config, which is one of them."""
         return {}
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Prepare the base for training: freeze, add adapters. The trained parameters end as fp32."""
         raise NotImplementedError
 
-    def optimizer(
-        self, named_parameters: list[tuple[str, nn.Parameter]], lr: float, **adam: Any
-    ) -> torch.optim.Optimizer:
-        """The client optimizer; AdamW unless the method says otherwise."""
-        return torch.optim.AdamW([{"params": [p for _, p in named_parameters]}], lr=lr, **adam)
+    def initialise(self, model: nn.Module, examples: Iterable[torch.Tensor]) -> None:
+        """Set a start that depends on data, once per run; every rank gets the same examples, token ids [1, T]."""
 
-    def penalty(self, model: nn.Module) -> torch.Tensor | None:  # noqa: ARG002
-        """A term for the objective, once per optimizer step."""
-        return None
+    def changed(self, model: nn.Module) -> list[str]:  # noqa: ARG002
+        """Names of frozen parameters that training changes all the same; checkpoints hold them too."""
+        return []
+
+    def optimizer(self, fragments: Sequence[Fragment], lr: float, **adam: Any) -> torch.optim.Optimizer:
+        """The optimizer of what this rank holds; AdamW unless the method says otherwise.
+
+        A group's learning rate is the step's, times the group's `lr_ratio` if it has one.
+        """
+        return torch.optim.AdamW([fragment.parameter for fragment in fragments], lr=lr, **adam)
+
+    def pieces(self) -> Sequence[Piece]:
+        """State of the method's own that checkpoints hold and loading writes into, in whatever layout it is."""
+        return []
+
+    def schedule(self, base: Callable[[int], float]) -> Callable[[int], float]:
+        """The learning rate of each step, from the job's."""
+        return base
+
+    def penalty(self, view: View) -> None:
+        """Add the gradient of a term of the method's own to the gradients, once per step."""
+
+    def gradients(self, view: View) -> list[torch.Tensor]:
+        """The gradients whose norm is reported and which clipping scales: the trained weights' own."""
+        return [fragment.parameter.grad for fragment in view.fragments() if fragment.parameter.grad is not None]
 
     def before_step(self, view: View) -> None:
-        """Between the last backward pass and the optimizer's step."""
+        """Between clipping and the optimizer's step."""
 
     def after_step(self, view: View) -> None:
-        """After the optimizer's step."""
+        """After the optimizer's step; what it writes into masters is what training goes on with."""
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside weights and optimizer state."""
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold beside all that, equal on every rank."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take back what `state` gave; called before `attach`."""
 
     def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the trained weights as PEFT or transformers load them.
 
-        `weights` holds every trained parameter, whole, by its name in `model`.
+        `weights` holds what is trained or changed (where the output is a model: everything), whole, by name.
         """
         raise NotImplementedError
 
     def merge(self, model: nn.Module) -> nn.Module:
-        """The base with the update merged into its weights."""
+        """The base with the update merged into its weights, from the exported adapter as PEFT loads it.
+
+        May raise MergeRefused, and may leave a `merge_report`.
+        """
         raise NotImplementedError

@@ -1,20 +1,74 @@
-"""Full fine-tuning: every weight of the base is trained."""
+"""Full fine-tuning: W <- W - lr AdamW(dL/dW) for every weight that `freeze` does not name.
 
+With `lisa_layers` n it is LISA (Pan et al. 2024, arXiv 2403.17919, algorithm 1): every `lisa_every` steps, n layers
+are drawn at random; they, the embeddings, the norm behind all layers and the head are trained, the others wait. The
+draw is a function of the seed and its number alone. A layer that waits has no update at all (neither momentum nor
+weight decay), its gradient is no part of the norm, and its optimizer state is freed, so it starts anew when it is
+drawn again; a layer that is drawn twice running goes on. The gradients of waiting layers are computed all the same,
+as the engine's set of trained weights is fixed: what LISA saves here is optimizer state.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from methods.base import Method
-from methods.options import Full
+from methods.base import Fragment, Method, Setup, View
+from methods.options import Full, layer_of
+
+_STREAM = 0x115A  # keeps the draws apart from other generators of the same seed
 
 
 class FullTuning(Method[Full]):
-    """W <- W - lr * AdamW(dL/dW) for every weight."""
+    """AdamW on the weights themselves."""
+
+    def __init__(self, options: Full, setup: Setup) -> None:
+        super().__init__(options, setup)
+        self._done = 0
+        self._layers: list[int] = []
+        self._optimizer: torch.optim.Optimizer | None = None
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Make every weight fp32 and trained."""
-        return model.float().requires_grad_(True)
+        """Make every weight fp32, and trained if it is not to be frozen."""
+        model.float()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not self.options.freezes(name))
+        self._layers = sorted(
+            {layer for name, _ in model.named_parameters() if (layer := layer_of(name)) is not None}
+        )
+        return model
+
+    def optimizer(self, fragments: Sequence[Fragment], lr: float, **adam: Any) -> torch.optim.Optimizer:
+        """AdamW; LISA frees the state of layers that wait."""
+        self._optimizer = super().optimizer(fragments, lr, **adam)
+        return self._optimizer
+
+    def gradients(self, view: View) -> list[torch.Tensor]:
+        """The gradients of what is trained in this step; AdamW passes over weights without one."""
+        if self.options.lisa_layers is not None:
+            self._rest(view, self.drawn(self._done))
+        return super().gradients(view)
+
+    def drawn(self, done: int) -> set[int]:
+        """The layers that LISA trains in the step after so many."""
+        draw = done // self.options.lisa_every
+        generator = np.random.default_rng([self.setup.seed, draw, _STREAM])
+        return set(generator.choice(self._layers, self.options.lisa_layers, replace=False).tolist())
+
+    def after_step(self, view: View) -> None:  # noqa: ARG002
+        """Count the step."""
+        self._done += 1
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Steps done, where LISA needs them."""
+        return {} if self.options.lisa_layers is None else {"step": torch.tensor(self._done)}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take them back."""
+        self._done = int(state.get("step", 0))
 
     def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the model as `from_pretrained` loads it."""
@@ -23,3 +77,11 @@ class FullTuning(Method[Full]):
     def merge(self, model: nn.Module) -> nn.Module:
         """The model itself: there is nothing to merge."""
         return model
+
+    def _rest(self, view: View, active: set[int]) -> None:
+        assert self._optimizer is not None
+        for fragment in view.fragments():
+            layer = layer_of(fragment.name)
+            if layer is not None and layer not in active:
+                fragment.parameter.grad = None
+                self._optimizer.state.pop(fragment.parameter, None)

@@ -59,7 +59,7 @@ def record(job: Job, model: Model, cluster: str, folder: Path) -> dict[str, Any]
         "versions": versions(),
         "digests": digests(job, model),
         "git": git_state(folder),
-        "job": job.dump(),
+        "job": job.at_width(model.config.get("hidden_size")).dump(),
     }
 
 

@@ -3,9 +3,9 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from methods.options import Full, Method
+from methods.options import Full, Method, Prompt, PTuning
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -51,7 +51,7 @@ class Train(_Part):
     epochs: float | None = Field(None, gt=0)
     batch_tokens: int = Field(16384, ge=1)
     micro_batch: int = Field(1, ge=1, description="sequences of seq_len per forward pass and worker")
-    lr: float | None = Field(None, gt=0, description="null: the method's default")
+    lr: float | None = Field(None, gt=0, description="null: the method's default, at the base's width")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.03, ge=0, le=1, description="share of the steps")
     weight_decay: float = Field(0.0, ge=0)
@@ -153,10 +153,33 @@ class Job(_Part):
             )
         return name
 
+    @field_validator("output")
+    @classmethod
+    def _merges(cls, output: Output, info: ValidationInfo) -> Output:
+        method = info.data.get("method")
+        if output.merge and method and "merge" in method.refusals:
+            raise ValueError(f"{method.kind} has no merged model: {method.refusals['merge']}")
+        return output
+
+    @model_validator(mode="after")
+    def _can_start(self) -> "Job":
+        if self.base.init == "scratch" and "scratch" in self.method.refusals:
+            raise ValueError(f"{self.method.kind} with base.init: scratch: {self.method.refusals['scratch']}")
+        if isinstance(self.method, Prompt | PTuning) and self.data.seq_len <= self.method.tokens:
+            taken = f"method.tokens {self.method.tokens}"
+            raise ValueError(f"data.seq_len {self.data.seq_len} has no room beside {taken}")
+        return self
+
     @property
     def lr(self) -> float:
         """The peak learning rate: the job's, or the method's default."""
-        return self.train.lr if self.train.lr is not None else self.method.default_lr
+        return self.train.lr if self.train.lr is not None else self.method.rate(None)
+
+    def at_width(self, hidden: int | None) -> "Job":
+        """The job with its learning rate settled, on a base of this hidden size."""
+        if self.train.lr is not None:
+            return self
+        return self.model_copy(update={"train": self.train.model_copy(update={"lr": self.method.rate(hidden)})})
 
     def dump(self) -> dict[str, Any]:
         """The job as plain data that `Job.model_validate` reads back."""

@@ -13,13 +13,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from methods.parts.targets import is_linear
 from orchestrator.errors import InputError
 from orchestrator.job import Base
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Bases whose shapes follow from their config: the Llama family.
 LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3"}
-_EMBEDDINGS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head)\.weight$")
 _LARGEST_HEADER = 100_000_000  # as safetensors itself limits it
 
 
@@ -47,13 +47,13 @@ class Model:
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Module name -> (out, in) of every linear layer except the output head."""
-        matrices = {name: shape for name, shape in self.shapes.items() if _is_linear(name, shape)}
+        matrices = {name: shape for name, shape in self.shapes.items() if is_linear(name, shape)}
         return {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in matrices.items()}
 
     @property
     def others(self) -> dict[str, tuple[int, ...]]:
         """Every other weight by parameter name."""
-        return {name: shape for name, shape in self.shapes.items() if not _is_linear(name, shape)}
+        return {name: shape for name, shape in self.shapes.items() if not is_linear(name, shape)}
 
     @property
     def largest_sequence(self) -> int | None:
@@ -120,10 +120,6 @@ def _config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path}: found {type(config).__name__}; allowed: an object")
     return config
-
-
-def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and name.endswith(".weight") and not _EMBEDDINGS.search(name)
 
 
 def _cached(base: Base) -> Path | None:

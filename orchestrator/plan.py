@@ -90,29 +90,30 @@ def sizes(job: Job, model: Model) -> Sizes | None:
     """Parameters and bytes per worker of a job on a base; None when its shapes are not known."""
     if not model.shapes:
         return None
-    base, linears, others = count(model.shapes), model.linears, model.others
-    added = job.method.adds(linears, others)
-    trained = job.method.trained(linears, others)
-    frozen = (base + added - trained) * (2 if precision(job) == "bf16" else 4)
-    return Sizes(base + added, trained, memory(frozen, trained, job.sharding.zero, job.resources.world))
+    method, shapes = job.method, (model.linears, model.others)
+    added, trained = method.adds(*shapes), method.trained(*shapes)
+    # Frozen weights keep the dtype of the forward pass; those of a method that leaves a model are fp32 throughout.
+    shared, held = method.frozen_bytes(*shapes, 2 if precision(job) == "bf16" and not method.makes_model else 4)
+    state = 4 * method.optimizer_elements(*shapes)
+    found = memory(shared, held, trained, state, job.sharding.zero, job.resources.world)
+    return Sizes(count(model.shapes) + added, trained, found)
 
 
-def memory(frozen: int, trained: int, zero: int, world: int) -> Memory:
-    """Bytes per worker for frozen weights of so many bytes and so many trained parameters.
+def memory(shared: int, held: int, trained: int, state: int, zero: int, world: int) -> Memory:
+    """Bytes per worker, from the number of trained parameters and the bytes of frozen weights and optimizer `state`.
 
-    Trained weights, gradients and AdamW's two moments are fp32. ZeRO 1 and 2 keep an fp32 copy of each worker's part;
-    ZeRO 3 shares the frozen weights too.
+    Trained weights and gradients are fp32. ZeRO 1 and 2 keep an fp32 copy of each worker's part; ZeRO 3 shares the
+    frozen weights too, but not those `held` by every worker.
     """
-    part = ceil(trained / world)
-    whole = 4 * trained
+    part, whole, own = ceil(trained / world), 4 * trained, ceil(state / world)
     match zero:
         case 0:
-            return Memory(frozen + whole, whole, 8 * trained)
+            return Memory(held + shared + whole, whole, state)
         case 1:
-            return Memory(frozen + whole, whole, 12 * part)
+            return Memory(held + shared + whole, whole, 4 * part + own)
         case 2:
-            return Memory(frozen + whole, 4 * part, 12 * part)
-    return Memory(ceil(frozen / world) + 4 * part, 4 * part, 12 * part)
+            return Memory(held + shared + whole, 4 * part, 4 * part + own)
+    return Memory(held + ceil(shared / world) + 4 * part, 4 * part, 4 * part + own)
 
 
 def _steps(job: Job, train: Rows | None) -> int | None:

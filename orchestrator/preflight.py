@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clusters.machine import room
-from methods.options import Full
 from orchestrator.errors import InputError
 from orchestrator.hub import fetch_config
 from orchestrator.job import Job
@@ -99,13 +98,13 @@ def _misfits(job: Job, model: Model) -> list[str]:
     """What the job asks for and the base does not have."""
     problems = []
     largest = model.largest_sequence
-    if largest is not None and job.data.seq_len > largest:
+    if largest is not None and job.data.seq_len > largest and not job.method.extends(model.config):
         problems.append(f"data.seq_len: found {job.data.seq_len}; allowed: at most {largest} (positions of the base)")
     if model.shapes:
         try:
             job.method.trained(model.linears, model.others)
         except ValueError as error:
-            problems.append(f"method.target: {error}")
+            problems.append(f"method: {error}")
     return problems
 
 
@@ -130,7 +129,7 @@ def _warnings(job: Job, train: Rows | None) -> list[str]:
         warnings.append("train.batch_tokens: less than data.seq_len; a longer example is a batch of its own")
     if job.train.precision == "bf16" and not has_gpus(job):
         warnings.append("train.precision: bf16 on a CPU can be twenty times slower than fp32")
-    if isinstance(job.method, Full) and job.sharding.zero == 0 and job.resources.world > 1:
+    if job.method.makes_model and job.sharding.zero == 0 and job.resources.world > 1:
         warnings.append("sharding.zero: 0 keeps the whole optimizer state on every worker; 1 shares it at no cost")
     if getattr(job.method, "dropout", 0) > 0:
         warnings.append("method.dropout: the masks depend on the layout, so runs on other layouts differ")

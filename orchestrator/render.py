@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from orchestrator.describe import CAPABILITIES, support
 from orchestrator.doctor import Check
 from orchestrator.plan import Plan
 from orchestrator.status import Status
@@ -58,8 +59,8 @@ def show_checks(checks: Iterable[Check]) -> None:
     show(table)
 
 
-def show_methods(methods: Iterable[Mapping[str, Any]]) -> None:
-    """One line per option."""
+def show_methods(methods: list[dict[str, Any]]) -> None:
+    """One line per option; then what was seen to work, and why what is refused."""
     table = _table("method", "option", "default", "what it is")
     for method in methods:
         table.add_row(f"[bold]{method['kind']}[/]", "", f"lr {method['lr']:g}", escape(method["summary"]))
@@ -67,6 +68,14 @@ def show_methods(methods: Iterable[Mapping[str, Any]]) -> None:
             default = "null" if option["default"] is None else str(option["default"])
             table.add_row("", name, default, escape(option["description"] or ""))
     show(table)
+    seen = _table("method", *CAPABILITIES)
+    for method in methods:
+        seen.add_row(method["kind"], *support(method))
+    show(seen)
+    for method in methods:
+        for name, cell in method["support"].items():
+            if "refused" in cell:
+                show(escape(f"{method['kind']}, {name}: {cell['refused']}"))
 
 
 def show_plan(plan: Plan) -> None:

@@ -1,8 +1,9 @@
 """Checkpoints without parallelism: fragments by parameter name and range, written in the background.
 
 RUN_DIR/attempts/N/checkpoints/step-S/ holds one `shard-K.safetensors` per rank, whose tensors are 1-D and named
-`kind/parameter/start`, and beside it `shard-K.json` with its hash. Rank 0 writes `manifest.json` when all shards are
-there; a checkpoint without one does not exist. Loading reads whatever ranges the new layout needs.
+`kind/parameter/start` (one figure for a whole parameter, like its number of steps, is 0-d), and beside it
+`shard-K.json` with its hash. Rank 0 writes `manifest.json` when all shards are there; a checkpoint without one does
+not exist. Loading reads whatever ranges the new layout needs.
 
 The only stall is the copy to the host's memory; hashing, writing and clean-up happen in a thread.
 """
@@ -135,20 +136,16 @@ class Reader:
                 kind, name, start = key.split("/")
                 self._parts[kind, name].append((int(start), key, file))
 
-    def names(self, kind: str) -> list[str]:
-        """The parameters that have a state of this kind."""
-        return [name for found, name in self._parts if found == kind]
-
-    def kinds(self) -> set[str]:
-        """The kinds of optimizer state."""
-        return {kind for kind, _ in self._parts} - {WEIGHT, METHOD}
+    def kinds(self, name: str) -> set[str]:
+        """What the checkpoint holds of a parameter beside its weights."""
+        return {kind for kind, found in self._parts if found == name} - {WEIGHT}
 
     def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of a flattened parameter's state, from whichever ranks wrote them."""
-        out = torch.empty(stop - start)
+        parts = [(begin, file.get_slice(key)) for begin, key, file in self._parts[kind, name]]
+        out = torch.empty(stop - start, dtype=parts[0][1][:0].dtype if parts else None)
         missing = stop - start
-        for begin, key, file in self._parts[kind, name]:
-            part = file.get_slice(key)
+        for begin, part in parts:
             (size,) = part.get_shape()
             a, b = max(start, begin), min(stop, begin + size)
             if a < b:
@@ -158,42 +155,62 @@ class Reader:
             raise ValueError(f"{missing} elements of {kind} of {name}[{start}:{stop}] are not in the checkpoint")
         return out
 
-    def load_weights(self, model: nn.Module) -> None:
-        """Set every trained parameter of a model that has no engine yet; every rank calls it."""
+    def figure(self, kind: str, name: str) -> torch.Tensor:
+        """A 0-d state of a parameter, from any rank: all have the same."""
+        _, key, file = self._parts[kind, name][0]
+        value: torch.Tensor = file.get_tensor(key)
+        return value
+
+    def is_figure(self, kind: str, name: str) -> bool:
+        """Whether a state is one figure for the whole parameter."""
+        _, key, file = self._parts[kind, name][0]
+        return not file.get_slice(key).get_shape()
+
+    def load_weights(self, model: nn.Module, method: Method[Any]) -> None:
+        """Set every trained or changed parameter of a model that has no engine yet; every rank calls it."""
+        changed = set(method.changed(model))
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad or name in changed:
                 assign(model, name, self.read(WEIGHT, name, 0, shape(parameter).numel()))
 
     def load_optimizer(self, shards: Shards) -> None:
-        """Set the optimizer's state of what this rank holds."""
+        """Set the optimizer's state of what this rank holds, and the method's pieces."""
         for fragment in shards.fragments():
-            state = shards.optimizer.state[fragment.owner]
-            state["step"] = torch.tensor(float(self.step))
-            for kind in self.kinds():
-                state.setdefault(kind, torch.zeros_like(fragment.owner, requires_grad=False))
-        for fragment in shards.fragments():
-            for kind, part in fragment.state.items():
-                part.copy_(self.read(kind, fragment.name, fragment.start, fragment.stop))
+            state = shards.optimizer.state[fragment.parameter]
+            for kind in self.kinds(fragment.name):
+                if self.is_figure(kind, fragment.name):
+                    state[kind] = self.figure(kind, fragment.name)
+                else:
+                    part = self.read(kind, fragment.name, fragment.start, fragment.stop)
+                    state[kind] = part.to(fragment.parameter.device)
+        for piece in shards.method.pieces():
+            for kind, tensor in piece.tensors.items():
+                tensor.copy_(self.read(kind, piece.name, piece.start, piece.start + len(tensor)))
 
     def method_state(self) -> dict[str, torch.Tensor]:
         """What the method asked to keep."""
-        return {name: self._parts[METHOD, name][0][2].get_tensor(f"{METHOD}/{name}/0") for name in self.names(METHOD)}
+        found = [name for kind, name in self._parts if kind == METHOD]
+        return {name: self._parts[METHOD, name][0][2].get_tensor(f"{METHOD}/{name}/0") for name in found}
 
 
 def snapshot(shards: Shards, method: Method[Any], world: World) -> dict[str, torch.Tensor]:
-    """This rank's part of weights and optimizer state, on the host."""
+    """This rank's part of weights, optimizer and method state, on the host."""
     tensors: dict[str, torch.Tensor] = {}
-    for fragment in shards.fragments():
-        own = (
-            fragment.owned(world.rank, world.size) if shards.replicated else slice(0, fragment.stop - fragment.start)
-        )
-        for kind, whole in {WEIGHT: fragment.master, **fragment.state}.items():
-            if own.start < own.stop:
-                key = f"{kind}/{fragment.name}/{fragment.start + own.start}"
-                tensors[key] = whole[own].detach().to("cpu", copy=True)
+    for piece in shards.pieces():
+        for kind, whole in piece.tensors.items():
+            own = _owned(whole, world) if piece.whole and whole.dim() else slice(0, whole.numel())
+            part = whole[own] if whole.dim() else whole
+            if part.numel():
+                tensors[f"{kind}/{piece.name}/{piece.start + own.start}"] = part.detach().to("cpu", copy=True)
     if world.leads:
         tensors |= {f"{METHOD}/{name}/0": value.to("cpu", copy=True) for name, value in method.state().items()}
     return tensors
+
+
+def _owned(whole: torch.Tensor, world: World) -> slice:
+    """Which elements this rank answers for when every rank holds them all."""
+    size = math.ceil(whole.numel() / world.size)
+    return slice(min(world.rank * size, whole.numel()), min((world.rank + 1) * size, whole.numel()))
 
 
 def write_shard(folder: Path, rank: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from orchestrator.job import Job
 from trainer.batches import Batches
 from trainer.objectives import sft
-from trainer.tokens import Prompt, Tokens, prompts, tokenise
+from trainer.tokens import Prompt, Tokens, prompts, tokenise, virtual_ids
 from trainer.world import World
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ class Evaluator:
     max_new_tokens: int
 
     @classmethod
-    def create(cls, job: Job, tokenizer: Any, cache: Path, world: World) -> Evaluator:
-        """Read a job's evaluation rows; every rank calls it."""
+    def create(cls, job: Job, tokenizer: Any, cache: Path, world: World, virtual: int) -> Evaluator:
+        """Read a job's evaluation rows, which get virtual tokens in front; every rank calls it."""
         if job.data.eval is None:
             return cls(world, None, None, [], 0)
-        tokens = tokenise(job.data.eval, tokenizer, job.data.seq_len, cache)
+        tokens = tokenise(job.data.eval, tokenizer, job.data.seq_len, cache, virtual)
         rows = job.evaluation.rows
         batches = Batches(
             tokens.lengths[:rows],
@@ -97,17 +97,19 @@ class Evaluator:
         return float(right) / len(order)
 
     def _generate(self, run: Run, asked: list[Prompt]) -> list[str]:
-        longest = max(len(prompt.ids) for prompt in asked)
-        ids = torch.full((len(asked), longest), run.tokenizer.pad_token_id)
+        rows = [virtual_ids(run.method.virtual_tokens()) + prompt.ids for prompt in asked]
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), run.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(asked):
-            ids[row, longest - len(prompt.ids) :] = torch.as_tensor(prompt.ids)
-            mask[row, longest - len(prompt.ids) :] = 1
+        for i, row in enumerate(rows):
+            ids[i, longest - len(row) :] = torch.as_tensor(row)
+            mask[i, longest - len(row) :] = 1
         out = run.model.generate(
             input_ids=ids.to(self.world.device),
             attention_mask=mask.to(self.world.device),
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
+            repetition_penalty=1.0,  # what some bases ask for is no greedy choice, and fails on virtual tokens
             use_cache=True,
             pad_token_id=run.tokenizer.pad_token_id,
             synced_gpus=run.shards.stage == 3,

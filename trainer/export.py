@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch import nn
 
-from methods.options import Full
+from methods.base import MergeRefused
 from trainer.attempt import attempts, read_lines
 
 if TYPE_CHECKING:
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 
 def export(run: Run) -> None:
     """Write the adapter or model, its tokenizer and its card; every rank calls it, rank 0 writes."""
-    weights = dict(run.shards.whole())
+    weights = dict(run.shards.whole_weights())
     if not run.world.leads:
         return
     folder = run.attempt.folder / "output"
     unfinished = folder.with_name("output.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    whole_model = isinstance(run.job.method, Full)
+    whole_model = run.job.method.makes_model
     if whole_model:
         weights = {name: value.to(run.dtype) for name, value in weights.items()}
         run.model.config.dtype = run.dtype
@@ -32,22 +33,34 @@ def export(run: Run) -> None:
     run.method.export(run.model, weights, unfinished)
     run.tokenizer.save_pretrained(unfinished)
     if run.job.output.merge and not whole_model:
-        merged = merge(run, unfinished)
-        merged.save_pretrained(unfinished / "merged")
-        run.tokenizer.save_pretrained(unfinished / "merged")
+        save_merged(run, unfinished)
     (unfinished / "README.md").write_text(card(run))
     unfinished.rename(folder)
     run.attempt.event("exported", output=str(folder))
 
 
+def save_merged(run: Run, folder: Path) -> None:
+    """Write the merged model beside its adapter; where the method refuses, only say so: the adapter is whole."""
+    try:
+        merge(run, folder).save_pretrained(folder / "merged")
+        run.tokenizer.save_pretrained(folder / "merged")
+    except MergeRefused as refusal:
+        run.attempt.event("merge_refused", reason=str(refusal))
+        print(f"no merged model: {refusal}", flush=True)
+    if run.method.merge_report:
+        (folder / "merge_report.json").write_text(json.dumps(dict(run.method.merge_report), indent=1))
+
+
 def merge(run: Run, adapter: Path) -> nn.Module:
     """The base, loaded anew, with the exported adapter merged into it."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(
-        run.job.base.model, revision=run.job.base.revision or "main", dtype=run.dtype
-    )
+    source = {"pretrained_model_name_or_path": run.job.base.model, "revision": run.job.base.revision or "main"}
+    # A method that changes the base's config leaves it beside the adapter.
+    changed = (adapter / "config.json").exists()
+    config = {"config": AutoConfig.from_pretrained(adapter)} if changed else {}
+    base = AutoModelForCausalLM.from_pretrained(**source, **config, dtype=run.dtype)
     return run.method.merge(PeftModel.from_pretrained(base, adapter))
 
 
@@ -55,7 +68,7 @@ def card(run: Run) -> str:
     """The model card: base, data, method, result."""
     record: dict[str, Any] = yaml.safe_load((run.attempt.run_dir / "job.yaml").read_text())
     front = {"base_model": run.job.base.model, "library_name": "transformers"}
-    if not isinstance(run.job.method, Full):
+    if not run.job.method.makes_model:
         front["library_name"] = "peft"
     options = ", ".join(f"{key} {value}" for key, value in run.job.method.model_dump().items() if key != "kind")
     lines = [

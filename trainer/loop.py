@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from methods.base import Method
+from methods.base import Method, Setup
 from methods.registry import create
 from orchestrator.job import Job
 from trainer import checkpoint, speed
 from trainer.attempt import Attempt, load_job
-from trainer.base import load_model, load_tokenizer, precision
+from trainer.base import load_config, load_model, load_tokenizer, precision
 from trainer.batches import Batches
 from trainer.evaluate import Evaluator
 from trainer.export import export
@@ -46,6 +46,10 @@ class Run:
     shards: Shards
     dtype: torch.dtype
 
+    def schedule(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        return self.method.schedule(lambda k: learning_rate(self.job, k, self.batches.steps))(step)
+
     @property
     def model(self) -> nn.Module:
         """The model under DeepSpeed's engine."""
@@ -60,7 +64,7 @@ def train(run_dir: Path, attempt: int) -> None:
     """
     run, first = prepare(Attempt(run_dir, attempt))
     saves = checkpoint.Checkpoints(run.attempt, run.world, run.job.checkpoint.every, run.job.checkpoint.keep)
-    evaluator = Evaluator.create(run.job, run.tokenizer, cache(), run.world)
+    evaluator = Evaluator.create(run.job, run.tokenizer, cache(), run.world, run.method.virtual_tokens())
     fit(run, first, saves, evaluator)
     saves.wait()
     export(run)
@@ -75,23 +79,27 @@ def cache() -> Path:
 def prepare(attempt: Attempt) -> tuple[Run, int]:
     """Load data and model, shard them, and take back the start checkpoint; gives the number of steps done."""
     job = load_job(attempt.run_dir)
+    job = job.at_width(getattr(load_config(job.base), "hidden_size", None))
     world = join()
     tokenizer = load_tokenizer(job.base)
-    tokens = tokenise(job.data.train, tokenizer, job.data.seq_len, cache())
-    method = create(job.method)
+    virtual = create(job.method).virtual_tokens()
+    tokens = tokenise(job.data.train, tokenizer, job.data.seq_len, cache(), virtual)
+    planned = plan_batches(job, tokens)
+    method = create(job.method, Setup(planned.steps, job.train.seed, job.data.seq_len, tokenizer))
     dtype = precision(job, world.device)
-    model = load_model(job, method, dtype, world.device)
     saved = checkpoint.open_checkpoint(attempt.run_dir, attempt.start) if attempt.start else None
     if saved:
-        saved.load_weights(model)
         method.load_state(saved.method_state())
+    model = load_model(job, method, dtype, world.device)
+    if saved:
+        saved.load_weights(model, method)
+    else:
+        method.initialise(model, examples(planned, tokens, world.device))
     adam = {"betas": job.train.betas, "eps": job.train.eps, "weight_decay": job.train.weight_decay}
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = method.optimizer(named, job.lr, **adam)
-    shards = Shards(model, method, optimizer, job.sharding.zero)
+    shards = Shards(model, method, job.sharding.zero, job.lr, adam)
     if saved:
         saved.load_optimizer(shards)
-    run = Run(job, attempt, world, method, tokenizer, tokens, plan_batches(job, tokens), shards, dtype)
+    run = Run(job, attempt, world, method, tokenizer, tokens, planned, shards, dtype)
     announce(run)
     return run, saved.step if saved else 0
 
@@ -111,15 +119,21 @@ def plan_batches(job: Job, tokens: Tokens) -> Batches:
     )
 
 
+def examples(batches: Batches, tokens: Tokens, device: torch.device) -> Iterator[torch.Tensor]:
+    """The token ids [1, T] of the training examples, in the order of their batches."""
+    for k in range(batches.steps):
+        for i in batches.examples(k):
+            yield torch.as_tensor(tokens.example(int(i)).ids, dtype=torch.long, device=device)[None]
+
+
 def announce(run: Run) -> None:
     """Tell readers what will happen: number of steps, sizes, and what of the data was cut."""
     if run.world.leads:
-        counts = {p: speed.numel(p) for p in run.model.parameters()}
         run.attempt.event(
             "plan",
             steps=run.batches.steps,
-            parameters=sum(counts.values()),
-            trained=sum(n for p, n in counts.items() if p.requires_grad),
+            parameters=speed.count(run.model),
+            trained=sum(speed.numel(p) for p in run.model.parameters() if p.requires_grad),
             examples=len(run.tokens.lengths),
             truncated=run.tokens.truncated,
             dropped=run.tokens.dropped,
@@ -163,10 +177,7 @@ def take_step(run: Run, step: int, stream: Iterator[Batch | None], meter: Meter,
         loss += part.detach() / total
         waited -= time.monotonic()
     waited += time.monotonic()
-    penalty = run.method.penalty(run.model)
-    if penalty is not None:
-        run.shards.backward(penalty / run.world.size)
-    lr = learning_rate(run.job, step - 1, run.batches.steps)
+    lr = run.schedule(step - 1)
     norm = run.shards.step(lr, run.job.train.clip)
     return meter.record(step, loss, norm, lr, run.batches.tokens(step - 1), waited, overdue)
 

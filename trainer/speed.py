@@ -24,9 +24,15 @@ def flops_per_token(model: nn.Module) -> float:
     embedding = model.get_input_embeddings().weight
     tied = getattr(model.config, "tie_word_embeddings", False)
     lookup = 0 if tied else numel(embedding)
-    weights = sum(numel(p) for p in model.parameters()) - lookup
+    weights = count(model) - lookup
     trained = sum(numel(p) for p in model.parameters() if p.requires_grad)
     return 4.0 * weights + 2.0 * max(0, trained - (lookup if embedding.requires_grad else 0))
+
+
+def count(model: nn.Module) -> int:
+    """Weights of a model; a 4-bit layer keeps its own in a buffer, two to a byte."""
+    packed = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    return sum(map(numel, model.parameters())) + sum(int(m.in_features * m.out_features) for m in packed)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

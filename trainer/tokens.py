@@ -32,6 +32,11 @@ class Example:
     target: npt.NDArray[np.bool_]
 
 
+def virtual_ids(count: int) -> list[int]:
+    """The ids of virtual tokens."""
+    return [-1 - i for i in range(count)]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What a model is asked, as ids that end where it goes on, and the answer that the data has."""
@@ -41,16 +46,17 @@ class Prompt:
 
 
 class Tokens:
-    """All examples of a source, in its order.
+    """All examples of a source, in its order, each with `virtual` virtual tokens in front.
 
     `lengths` and `targets` [examples] count the tokens and the labels of each; `truncated` examples were longer than
     seq_len and lost their end, `dropped` rows had no label left.
     """
 
-    def __init__(self, shards: list[Shard]) -> None:
+    def __init__(self, shards: list[Shard], virtual: int = 0) -> None:
         self._shards = shards
+        self._front = np.array(virtual_ids(virtual), np.int32)
         self._starts = np.cumsum([0, *(len(shard.offsets) - 1 for shard in shards)])
-        self.lengths = np.concatenate([np.diff(shard.offsets) for shard in shards])
+        self.lengths = np.concatenate([np.diff(shard.offsets) for shard in shards]) + virtual
         self.targets = np.concatenate(
             [np.add.reduceat(shard.target, shard.offsets[:-1], dtype=np.int64) for shard in shards]
         )
@@ -61,18 +67,28 @@ class Tokens:
         return len(self.lengths)
 
     def example(self, index: int) -> Example:
-        """Example `index`, as views of the mapped file."""
+        """Example `index`; views of the mapped file where nothing is in front."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         shard, local = self._shards[number], index - self._starts[number]
         part = slice(shard.offsets[local], shard.offsets[local + 1])
-        return Example(shard.ids[part], shard.target[part])
+        ids, target = shard.ids[part], shard.target[part]
+        if not len(self._front):
+            return Example(ids, target)
+        return Example(np.concatenate([self._front, ids]), np.pad(target, (len(self._front), 0)))
 
 
-def tokenise(source: str | Path, tokenizer: "PreTrainedTokenizerBase", seq_len: int, cache: Path) -> Tokens:
+def tokenise(
+    source: str | Path, tokenizer: "PreTrainedTokenizerBase", seq_len: int, cache: Path, virtual: int = 0
+) -> Tokens:
     """The examples of a file or hub dataset, each at most `seq_len` tokens long; every rank calls this.
+
+    Of these tokens, `virtual` are virtual ones.
 
     Made once, by all ranks together, in a folder of `cache` for these data and options. Raises RowError.
     """
+    room = seq_len - virtual
+    if room < 1:
+        raise RowError(f"data.seq_len: found {seq_len}, all of it taken by {virtual} virtual tokens: raise it")
     encoder = _Encoder(source, tokenizer)
 
     def chunks() -> Iterator[list[Row]]:
@@ -80,11 +96,11 @@ def tokenise(source: str | Path, tokenizer: "PreTrainedTokenizerBase", seq_len: 
         return iter(lambda: list(islice(stream, _SHARD_ROWS)), [])
 
     shards = collect(
-        cache / _key(source, tokenizer, seq_len), chunks, lambda chunk: _shard(encoder.examples(chunk), seq_len)
+        cache / _key(source, tokenizer, room), chunks, lambda chunk: _shard(encoder.examples(chunk), room)
     )
-    tokens = Tokens(shards)
+    tokens = Tokens(shards, virtual)
     if not len(tokens):
-        raise RowError(f"{source}: no row has a label among its first {seq_len} tokens: raise data.seq_len")
+        raise RowError(f"{source}: no row has a label among its first {room} tokens: raise data.seq_len")
     return tokens
 
 

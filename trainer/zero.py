@@ -8,13 +8,13 @@ fp32 at every stage, and three layouts remain: whole parameters (stage 0), one f
 slice of each (3). Accumulation is ours to bound (`managed_gradient_accumulation: false`): gradients add up until
 `engine.step()`. DeepSpeed averages over ranks, so a loss must be multiplied by the world size to give the sum.
 
-The client optimizer's step is called once per step with every gradient in place. Its public hooks are where the norm
-is taken, clipping happens, and a method sees the gradients.
+What DeepSpeed takes for the optimizer is a door: its step is called once per step with every gradient in place, and
+hands over to an optimizer that knows fragments of named parameters instead of flat slices.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -23,13 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from methods.base import Method
+from methods.base import Fragment as AnyFragment
+from methods.base import Method, Piece
 
 VERSION = "0.19.8"
 ONE_GROUP = 10**15  # elements; more than any model has, so that stage 3 keeps all trained weights in one flat slice
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fragment:
     """The part [start, stop) of one flattened trained parameter that this rank holds."""
 
@@ -38,51 +39,60 @@ class Fragment:
     stop: int
     owner: torch.Tensor
     offset: int
-    optimizer: torch.optim.Optimizer
+    parameter: nn.Parameter
 
-    def _part(self, whole: torch.Tensor) -> torch.Tensor:
-        return whole.view(-1)[self.offset : self.offset + self.stop - self.start]
+    @classmethod
+    def of(cls, name: str, start: int, stop: int, owner: torch.Tensor, offset: int) -> "Fragment":
+        """The elements of `owner` from `offset` on, as a parameter of their own that shares their memory."""
+        view = owner.data.view(-1)[offset : offset + stop - start]
+        return cls(name, start, stop, owner, offset, nn.Parameter(view))
 
-    @property
-    def master(self) -> torch.Tensor:
-        """The fp32 weights, 1-D."""
-        return self._part(self.owner.data)
+    def take_gradient(self) -> None:
+        """Let the parameter's gradient be the owner's."""
+        grad = self.owner.grad
+        part = slice(self.offset, self.offset + self.stop - self.start)
+        self.parameter.grad = grad.view(-1)[part] if grad is not None else None
 
-    @property
-    def grad(self) -> torch.Tensor | None:
-        """The gradient summed over ranks and micro-batches, 1-D; only between the backward pass and the step."""
-        return self._part(self.owner.grad) if self.owner.grad is not None else None
 
-    @property
-    def state(self) -> dict[str, torch.Tensor]:
-        """The optimizer's tensors for these elements, 1-D, by name."""
-        states = self.optimizer.state[self.owner].items()
-        return {key: self._part(value) for key, value in states if _is_elementwise(value, self.owner)}
+class _Door(torch.optim.Optimizer):  # type: ignore[misc]
+    """DeepSpeed's optimizer: a step that does what it was told to."""
 
-    def owned(self, rank: int, world: int) -> slice:
-        """Which of these elements this rank answers for when every rank holds them all."""
-        size = math.ceil((self.stop - self.start) / world)
-        return slice(min(rank * size, self.stop - self.start), min((rank + 1) * size, self.stop - self.start))
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__([{"params": parameters}], {"lr": 0.0})
+        self.enter: Callable[[], None] = lambda: None
+
+    def step(self, closure: Any = None) -> None:  # noqa: ARG002
+        """Hand over."""
+        with torch.no_grad():
+            self.enter()
 
 
 class Shards:
     """A model under DeepSpeed: backward, step, and the trained state by name (a `methods.base.View`)."""
 
-    def __init__(self, model: nn.Module, method: Method[Any], optimizer: torch.optim.Optimizer, stage: int) -> None:
+    def __init__(
+        self, model: nn.Module, method: Method[Any], stage: int, lr: float = 0.0, adam: dict[str, Any] | None = None
+    ) -> None:
+        self.model = model
         self.stage = stage
         self.replicated = stage == 0
         self.method = method
-        self.optimizer = optimizer
-        self.grad_norm: torch.Tensor | None = None
-        self.clip: float | None = None
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        self._shapes = {name: shape(p) for name, p in model.named_parameters() if p.requires_grad}
-        self.engine = _engine(model, optimizer, stage)
+        self._clip: float | None = None
+        self._grad_norm: torch.Tensor | None = None
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._names = {id(p): name for name, p in named}
+        self._shapes = {name: shape(p) for name, p in named}
+        door = _Door([p for _, p in named])
+        self.engine = _engine(model, door, stage)
+        # A method that sums gradients itself gets each rank's own share, where DeepSpeed would sum whole ones.
+        self._averaged = stage != 0 or not method.reduces
+        self.engine.enable_backward_allreduce = self._averaged
         self._fragments = list(self._layout())
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        self._by_name = {fragment.name: fragment for fragment in self._fragments}
+        self.optimizer = method.optimizer(self._fragments, lr, **(adam or {}))
+        door.enter = self._enter
 
-    def fragments(self) -> list[Fragment]:
+    def fragments(self) -> Sequence[Fragment]:
         """What this rank holds."""
         return self._fragments
 
@@ -90,51 +100,104 @@ class Shards:
         """The whole shape of a trained parameter."""
         return self._shapes[name]
 
+    def whole(self, name: str, part: Callable[[AnyFragment], torch.Tensor]) -> torch.Tensor:
+        """What all ranks' parts of a trained parameter make, in its shape, on every rank; a collective."""
+        fragment = self._by_name.get(name)
+        if self.replicated and fragment is not None:
+            return part(fragment).view(self.shape(name))
+        device = self._fragments[0].parameter.device if self._fragments else next(self.model.parameters()).device
+        out = torch.zeros(self.shape(name), device=device)
+        if fragment is not None:
+            out.view(-1)[fragment.start : fragment.stop] = part(fragment)
+        dist.all_reduce(out)
+        return out
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Within it, these weights of the model are whole on every rank; rank 0's changes to them stay."""
+        import deepspeed
+
+        gather: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
+            list(parameters), modifier_rank=0, enabled=self.stage == 3
+        )
+        return gather
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of a loss that is summed over ranks."""
-        self.engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+        self.engine.backward(loss * dist.get_world_size() if self._averaged else loss, scale_wrt_gas=False)
 
     def step(self, lr: float, clip: float | None) -> torch.Tensor:
         """Apply the gradients and give their global norm before clipping, a 0-d fp64 tensor."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.clip, self.grad_norm = clip, None
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
+        self._clip, self._grad_norm = clip, None
         self.engine.step()
         # Stage 3 skips the step by itself when the norm is not finite.
-        return self.grad_norm if self.grad_norm is not None else torch.tensor(math.nan)
+        return self._grad_norm if self._grad_norm is not None else torch.tensor(math.nan)
 
-    def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every trained parameter, whole, on the host of rank 0 (empty elsewhere); a collective."""
+    def pieces(self) -> list[Piece]:
+        """All of the trained state that this rank holds: weights, the optimizer's tensors, the method's own."""
+        trained = [
+            Piece(f.name, f.start, {"weight": f.parameter.data, **self._state(f)}, self.replicated)
+            for f in self._fragments
+        ]
+        return [*trained, *self._changed(), *self.method.pieces()]
+
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the output holds, whole, on the host of rank 0 (empty elsewhere); a collective.
+
+        Every parameter where the output is a model, else those that are trained or changed.
+        """
         import deepspeed
 
-        for name, parameter in self.engine.module.named_parameters():
-            if parameter.requires_grad:
+        changed, all_ = set(self.method.changed(self.model)), self.method.options.makes_model
+        for name, parameter in self.model.named_parameters():
+            if all_ or parameter.requires_grad or name in changed:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
                     yield name, parameter.detach().to("cpu", copy=True) if dist.get_rank() == 0 else torch.empty(0)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = self._norm(grads)
-        if self.clip is not None:
-            scale = torch.clamp(self.clip / (self.grad_norm + 1e-6), max=1.0)
+    def _enter(self) -> None:
+        for fragment in self._fragments:
+            fragment.take_gradient()
+        self.method.penalty(self)
+        grads = self.method.gradients(self)
+        self._grad_norm = self._norm(grads)
+        if self._clip is not None:
+            scale = torch.clamp(self._clip / (self._grad_norm + 1e-6), max=1.0)
             for grad in grads:
                 grad.mul_(scale.to(grad.dtype))
         self.method.before_step(self)
-
-    def _after_step(self, *_: object) -> None:
+        self.optimizer.step()
         self.method.after_step(self)
 
     def _norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
-        square = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in grads]).sum()
+        device = next(self.model.parameters()).device
+        squares = [torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in grads]
+        square = torch.stack([torch.zeros((), dtype=torch.float64, device=device), *squares]).sum()
         if not self.replicated:
             dist.all_reduce(square)
         return square.sqrt()
 
+    def _state(self, fragment: Fragment) -> dict[str, torch.Tensor]:
+        state = self.optimizer.state.get(fragment.parameter, {})
+        return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+    def _changed(self) -> Iterator[Piece]:
+        for name in self.method.changed(self.model):
+            parameter = self.model.get_parameter(name)
+            if self.stage != 3:
+                yield Piece(name, 0, {"weight": parameter.data.view(-1)}, True)
+                continue
+            size = parameter.partition_numel()
+            start = dist.get_rank() * size
+            held = min(size, parameter.ds_numel - start)
+            if held > 0:
+                yield Piece(name, start, {"weight": parameter.ds_tensor.data[:held]}, False)
+
     def _layout(self) -> Iterator[Fragment]:
         if self.stage == 0:
-            for name, parameter in self.engine.module.named_parameters():
+            for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    yield Fragment(name, 0, parameter.numel(), parameter, 0, self.optimizer)
+                    yield Fragment.of(name, 0, parameter.numel(), parameter, 0)
         elif self.stage == 3:
             yield from self._slices_of_each()
         else:
@@ -150,9 +213,7 @@ class Shards:
         ):
             start, stop = max(left, offset), min(left + size, offset + parameter.numel())
             if start < stop:
-                yield Fragment(
-                    self._names[id(parameter)], start - offset, stop - offset, owner, start - left, self.optimizer
-                )
+                yield Fragment.of(self._names[id(parameter)], start - offset, stop - offset, owner, start - left)
 
     def _slices_of_each(self) -> Iterator[Fragment]:
         zero = self.engine.optimizer
@@ -163,7 +224,7 @@ class Shards:
             start = dist.get_rank() * size
             stop = min(start + size, parameter.ds_numel)
             if start < stop:
-                yield Fragment(self._names[id(parameter)], start, stop, owner, offset, self.optimizer)
+                yield Fragment.of(self._names[id(parameter)], start, stop, owner, offset)
             offset += size
 
 
@@ -235,7 +296,3 @@ def _engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> A
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, trained))
     return engine
-
-
-def _is_elementwise(value: object, owner: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and value.numel() == owner.numel() and value.dim() > 0

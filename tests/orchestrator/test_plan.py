@@ -83,11 +83,15 @@ def test_trained_parameters_are_those_of_peft(options: Any, target: Any) -> None
 
 
 def test_bytes_per_worker_fall_with_the_stage() -> None:
-    assert memory(frozen=1000, trained=8, zero=0, world=4) == Memory(1032, 32, 64)
-    assert memory(frozen=1000, trained=8, zero=1, world=4) == Memory(1032, 32, 24)
-    assert memory(frozen=1000, trained=8, zero=2, world=4) == Memory(1032, 8, 24)
-    assert memory(frozen=1000, trained=8, zero=3, world=4) == Memory(258, 8, 24)
-    assert memory(frozen=0, trained=9, zero=1, world=2).optimizer == 12 * 5
+    def found(zero: int, held: int = 0) -> Memory:
+        return memory(shared=1000, held=held, trained=8, state=64, zero=zero, world=4)
+
+    assert found(0) == Memory(1032, 32, 64)
+    assert found(1) == Memory(1032, 32, 24)
+    assert found(2) == Memory(1032, 8, 24)
+    assert found(3) == Memory(258, 8, 24)
+    assert found(3, held=500) == Memory(758, 8, 24)
+    assert memory(shared=0, held=0, trained=9, state=72, zero=1, world=2).optimizer == 4 * 5 + 36
 
 
 def test_frozen_weights_are_bf16_on_gpus_and_fp32_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +139,7 @@ def test_a_sequence_longer_than_the_base_knows(tmp_path: Path) -> None:
 
 def test_a_target_that_the_base_does_not_have(tmp_path: Path) -> None:
     (line,) = problems(a_job(tmp_path, method={"kind": "lora", "target": ["q_proj", "query"]}))
-    assert line.startswith("method.target: found 'query', which the base does not have; allowed: down_proj, ")
+    assert line.startswith("method: found 'query', which the base does not have; allowed: down_proj, ")
     assert "q_proj" in line
 
 

@@ -1,0 +1,83 @@
+"""LongLoRA (Chen et al. 2023, arXiv 2309.12307): long sequences with LoRA, embeddings and norms trained too.
+
+W + (alpha / r) B A on the targets (by default the attention's four projections, section 3.3), and trained copies of
+all weights whose names contain "embed" or "norm", without which LoRA does not adapt to longer sequences. In training,
+heads attend within groups of ceil(seq_len / groups) positions (methods/shifted_attention.py); evaluation and
+inference are dense.
+
+Positions beyond the base's are reached by dividing all rotary frequencies by f = ceil(seq_len / positions of the
+base) (`linear`: Chen et al. 2023, arXiv 2306.15595), or by YaRN with that factor (arXiv 2309.00071). A base whose
+frequencies are scaled already is refused.
+
+Where input and output embedding are one, so are their trained copies: counted once, written under both names as PEFT
+reads them.
+
+The adapter needs the changed frequencies, which are in the config.json beside it, and plain PEFT does not read that:
+
+    config = AutoConfig.from_pretrained(adapter)
+    base = AutoModelForCausalLM.from_pretrained(base, config=config)
+    model = PeftModel.from_pretrained(base, adapter)
+"""
+
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from methods.lora import LowRank
+from methods.options import LongLora
+from methods.parts.peft_adapter import shapes
+from methods.parts.shifted_attention import NAME, sparse_in_training
+
+
+class LongLoraTuning(LowRank[LongLora]):
+    """LoRA for sequences longer than the base's, with sparse attention while it trains."""
+
+    _extras: dict[str, Any]
+
+    @property
+    def group(self) -> int:
+        """Positions that see each other."""
+        return ceil(self.setup.seq_len / self.options.groups)
+
+    def load_options(self, config: Any) -> dict[str, Any]:
+        """Our attention, and a config that reaches seq_len."""
+        self._extend(config)
+        return {"attn_implementation": NAME} if self.options.groups > 1 else {}
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Freeze the base; add adapters and trained copies, and make attention sparse in training."""
+        if self.options.groups > 1:
+            sparse_in_training(model.get_decoder(), self.group)
+        copied = {name.split(".")[-2] for name in shapes(model)[1] if self.options.copies(name)}
+        # What the config says of it is not asked: files that hold both are loaded as two.
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        self._extras = {"modules_to_save": sorted(copied), "ensure_weight_tying": tied}
+        return super().attach(model)
+
+    def config(self) -> dict[str, Any]:
+        """The modules of which copies are trained."""
+        return self._extras
+
+    def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        """Write what PEFT loads, and the config of the base that it belongs to."""
+        # A weight that two modules share is in `weights` once; PEFT writes and reads it under both names.
+        names = {id(p): name for name, p in model.named_parameters()}
+        every = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        super().export(model, {name: weights[known] for name, known in every.items() if known in weights}, folder)
+        model.config.save_pretrained(folder)
+
+    def _extend(self, config: Any) -> None:
+        seq_len, known = self.setup.seq_len, config.max_position_embeddings
+        if seq_len <= known:
+            return
+        if not getattr(config, "rope_parameters", None) or not self.options.extends(config.to_dict()):
+            reason = "the base's positions are scaled already, or not rotary"
+            raise ValueError(f"data.seq_len: found {seq_len}; allowed: at most {known} ({reason})")
+        factor = ceil(seq_len / known)
+        config.rope_parameters |= {"rope_type": self.options.rope, "factor": float(factor)}
+        if self.options.rope == "yarn":
+            config.rope_parameters["original_max_position_embeddings"] = known
+        config.max_position_embeddings = factor * known

@@ -1,0 +1,99 @@
+"""A base in 4 bits, by bitsandbytes: how it is loaded, kept from DeepSpeed, and read back.
+
+Every rank holds the whole 4-bit base at every ZeRO stage: its packed bytes cannot be partitioned as a parameter of
+DeepSpeed, nor is there much to gain. bitsandbytes is imported when a quantised base is really used.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def load_options(quant: str, double: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """Let `from_pretrained` quantise every linear layer but the head, tensor by tensor as it reads them."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config}
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers in 4 bits, by name."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            yield name, module
+
+
+def hide(model: nn.Module) -> None:
+    """Make buffers of the 4-bit weights: they move with the model, and no ZeRO stage partitions or trains them."""
+    for _, layer in layers(model):
+        layer.register_buffer("weight", layer._parameters.pop("weight"), persistent=False)
+        # On some CPUs an evaluation would repack the weight in bf16, and training go on with that.
+        layer.support_avx512bf16_for_cpu = False
+
+
+def restored(weight: Any) -> torch.Tensor:
+    """What a 4-bit weight stands for, fp32 [out, in]."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state).float()
+
+
+def lost(weight: torch.Tensor, quant: str, double: bool) -> torch.Tensor:
+    """What quantisation takes from a weight [out, in], fp32."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(weight.contiguous(), quant_type=quant, compress_statistics=double)
+    return weight.float() - dequantize_4bit(packed, state).float()
+
+
+def originals(config: Any) -> Callable[[str], torch.Tensor]:
+    """A reader of the weights, as the base of this config has them on disk, one at a time."""
+    from safetensors import safe_open
+
+    files = _files(config)
+
+    def read(name: str) -> torch.Tensor:
+        if name not in files:
+            raise ValueError(f"{config._name_or_path}: its safetensors files have no {name}, which this start needs")
+        with safe_open(files[name], framework="pt") as tensors:
+            value: torch.Tensor = tensors.get_tensor(name)
+        return value
+
+    return read
+
+
+def _files(config: Any) -> dict[str, str]:
+    """The safetensors file of every weight by name, for a folder or a hub id that from_pretrained has loaded."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    def find(name: str) -> str | None:
+        found: str | None = cached_file(
+            config._name_or_path,
+            name,
+            revision=getattr(config, "_commit_hash", None),
+            _raise_exceptions_for_missing_entries=False,
+        )
+        return found
+
+    index, single = find("model.safetensors.index.json"), find("model.safetensors")
+    if index is not None:
+        names = json.loads(Path(index).read_text())["weight_map"]
+        paths = {file: find(file) or "" for file in set(names.values())}
+        return {name: paths[file] for name, file in names.items()}
+    if single is None:
+        return {}
+    with safe_open(single, framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys(), single)

@@ -1,0 +1,148 @@
+"""Shifted sparse attention, S2-Attn (Chen et al. 2023, arXiv 2309.12307, section 3.2), without its leak.
+
+A token at position p of its document attends causally to the tokens s of the same document with
+
+    floor((s + c) / g) = floor((p + c) / g),    c = 0 in the first half of the query heads, floor(g / 2) in the other.
+
+So the ends of the second pattern are groups of half the size. The paper's pseudocode rolls the tokens instead, which
+puts the last half group in front of the first one, where its causal mask lets the first tokens see the last.
+What a token sees depends on nothing behind it, not even on how long its document goes on. Positions are those of
+`position_ids`, which restart in each document and in the padding, so a packed document is as if alone.
+
+Tokens that see each other are a run of neighbours; runs are laid one below the other, padded to the longest, and
+attended to as a batch of causal sequences: no mask is made, and the work falls with g.
+
+Shapes: B rows, T positions, N = B T tokens, R runs, L tokens of the longest run, H heads, D head size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "shifted"  # what `attn_implementation` calls it
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Tokens that see each other: `slot_N` is where each of N tokens lies in a table of R x L."""
+
+    slot_N: torch.Tensor
+    count: int
+    longest: int
+
+    @classmethod
+    def cut(cls, position_BT: torch.Tensor, group: int, shift: int) -> "Runs":
+        """Cut rows where a document or a group begins."""
+        first_BT = (position_BT + shift) % group == 0
+        first_BT[:, 0] = True
+        first_BT[:, 1:] |= position_BT.diff() != 1
+        first_N = first_BT.flatten()
+        index_N = torch.arange(len(first_N), device=first_N.device)
+        run_N = first_N.cumsum(0) - 1
+        place_N = index_N - torch.where(first_N, index_N, 0).cummax(0).values
+        last_run, last_place = torch.stack([run_N[-1], place_N.max()]).tolist()
+        return cls(run_N * (last_place + 1) + place_N, last_run + 1, last_place + 1)
+
+    def lay(self, x_BHTD: torch.Tensor) -> torch.Tensor:
+        """The table of runs [R, H, L, D]; places that no token has are zero and behind those that have one."""
+        x_NHD = x_BHTD.transpose(1, 2).flatten(0, 1)
+        table_SHD = x_NHD.new_zeros(self.count * self.longest, *x_NHD.shape[1:]).index_copy(0, self.slot_N, x_NHD)
+        return table_SHD.unflatten(0, (self.count, self.longest)).transpose(1, 2)
+
+    def pick(self, x_RHLD: torch.Tensor, rows: int) -> torch.Tensor:
+        """The tokens of a table of runs, in rows again: [B, T, H, D]."""
+        return x_RHLD.transpose(1, 2).flatten(0, 1).index_select(0, self.slot_N).unflatten(0, (rows, -1))
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The runs of the first and of the second half of the heads."""
+
+    halves: tuple[Runs, Runs]
+
+    @classmethod
+    def of(cls, position_BT: torch.Tensor, group: int) -> "Pattern":
+        """The pattern of rows whose documents are told by their positions."""
+        return cls((Runs.cut(position_BT, group, 0), Runs.cut(position_BT, group, group // 2)))
+
+
+def attend(
+    query_BHTD: torch.Tensor,
+    key_BHTD: torch.Tensor,
+    value_BHTD: torch.Tensor,
+    pattern: Pattern,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention [B, T, H, D] of heads that all have a key and a value of their own."""
+    rows, heads = query_BHTD.shape[:2]
+    done = []
+    for runs, part in zip(pattern.halves, (slice(heads // 2), slice(heads // 2, heads)), strict=True):
+        query_RHLD, key_RHLD, value_RHLD = (
+            runs.lay(x_BHTD[:, part]) for x_BHTD in (query_BHTD, key_BHTD, value_BHTD)
+        )
+        seen_RHLD = scaled_dot_product_attention(
+            query_RHLD, key_RHLD, value_RHLD, dropout_p=dropout, is_causal=True, scale=scale
+        )
+        done.append(runs.pick(seen_RHLD, rows))
+    return torch.cat(done, dim=2)
+
+
+def forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    pattern: Pattern | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in every layer: sparse where `sparse_in_training` gave a pattern, else dense."""
+    if pattern is None:
+        if module.training:
+            raise ValueError("this base does not hand its decoder's arguments on to its attention")
+        dense: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return dense
+    _refuse(pattern, kwargs)
+    repeats = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)  # before the split: a half may share a head
+    return attend(query, key, value, pattern, dropout, scaling), None
+
+
+def sparse_in_training(decoder: nn.Module, group: int) -> None:
+    """Let every forward pass in training mode be sparse; the pattern is found once and handed to all layers."""
+
+    def prepare(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if not module.training:
+            return None
+        if kwargs.get("position_ids") is None or kwargs.get("attention_mask") is not None:
+            raise ValueError("sparse attention needs position_ids, which restart in padding, and no attention_mask")
+        position_BT = kwargs["position_ids"]
+        # transformers hands a mask of four dimensions on as it is, and so makes none of T x T.
+        unread = position_BT.new_zeros(1, 1, 1, 1)
+        return args, kwargs | {"attention_mask": unread, "pattern": Pattern.of(position_BT, group)}
+
+    decoder.register_forward_pre_hook(prepare, with_kwargs=True)
+
+
+def _refuse(pattern: Pattern, kwargs: dict[str, Any]) -> None:
+    window = kwargs.get("sliding_window")
+    if window is not None and max(runs.longest for runs in pattern.halves) > window:
+        raise ValueError(f"method.groups: the base's sliding window of {window} is less than a group; allowed: more")
+    for unknown in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(unknown) is not None:
+            raise ValueError(f"the base's attention has {unknown}, which sparse attention does not")
+
+
+AttentionInterface.register(NAME, forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,149 @@
+"""Virtual tokens: trained vectors in front of every document, as PEFT writes and loads them.
+
+In training they are ids -1, ..., -V in front of the document's own, which the input embedding knows. So packing,
+restarting positions, padding, generation and sharding treat them as tokens, and packed documents equal solo ones.
+Shapes: B rows, T positions, V virtual tokens, D hidden size.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.functional import embedding
+
+from methods.base import Method
+from methods.options import Prompt, PTuning
+
+E = TypeVar("E", Prompt, PTuning)
+
+
+class VirtualEmbedding(nn.Module):  # type: ignore[misc]
+    """The base's input embedding, which gives an encoder's V vectors for the ids -1, ..., -V."""
+
+    def __init__(self, base: nn.Module, encoder: nn.Module, tokens: int) -> None:
+        super().__init__()
+        self.base = base
+        self.encoder = encoder
+        self.tokens = tokens
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The vocabulary's vectors; the output layer may share them."""
+        weight: nn.Parameter = self.base.weight
+        return weight
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """The vectors [B, T, D] of ids."""
+        virtual_BT = ids_BT < 0
+        own_BTD = self.base(ids_BT.masked_fill(virtual_BT, 0))
+        trained_VD = self.encoder(torch.arange(self.tokens, device=ids_BT.device)).float()
+        # One more row for the tokens that are not virtual: it gets no gradient, so that none is summed in vain.
+        table = torch.cat([trained_VD, trained_VD.new_zeros(1, trained_VD.shape[1])])
+        rows_BT = torch.where(virtual_BT, -1 - ids_BT, self.tokens)
+        chosen_BTD = embedding(rows_BT, table, padding_idx=self.tokens).to(own_BTD.dtype)
+        return torch.where(virtual_BT[..., None], chosen_BTD, own_BTD)
+
+
+class Embedded(Method[E]):
+    """What prompt tuning and p-tuning share: an encoder from PEFT whose output stands in front of documents."""
+
+    def config(self, hidden: int) -> Any:
+        """PEFT's config for a base of this hidden size."""
+        raise NotImplementedError
+
+    def encoder(self, config: Any) -> nn.Module:
+        """PEFT's encoder, as PEFT draws it."""
+        raise NotImplementedError
+
+    def start(self, encoder: Any, model: nn.Module) -> None:
+        """Give the encoder the values that training starts from."""
+        raise NotImplementedError
+
+    def virtual_tokens(self) -> int:
+        """As many as the options say."""
+        return self.options.tokens
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Freeze the base and put the encoder into its input embedding."""
+        model.requires_grad_(False)
+        encoder = self.encoder(self.config(_hidden(model)))
+        self.start(encoder, model)
+        model.set_input_embeddings(VirtualEmbedding(model.get_input_embeddings(), encoder, self.options.tokens))
+        return model
+
+    def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        """Write adapter_config.json and adapter_model.safetensors with the encoder's output."""
+        config = self.config(_hidden(model))
+        encoder = self.encoder(config)
+        encoder.load_state_dict({name.rpartition("encoder.")[2]: value for name, value in weights.items()})
+        with torch.no_grad():
+            write(model, config, encoder(torch.arange(self.options.tokens)), folder)
+
+
+def write(model: nn.Module, config: Any, prompt: torch.Tensor, folder: Path) -> None:
+    """Write what PEFT calls the prompt embeddings of an adapter, and its config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config.base_model_name_or_path = model.name_or_path
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    tensors = {"prompt_embeddings": prompt.detach().contiguous()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def text_ids(tokenizer: Any, text: str, tokens: int) -> torch.Tensor:
+    """The ids of a text, repeated or cut to a number of tokens."""
+    ids = list(tokenizer(text)["input_ids"])
+    if not ids:
+        raise ValueError(f"method.init_text: found {text!r}, which has no token; allowed: a text, or null")
+    return torch.tensor((ids * -(-tokens // len(ids)))[:tokens])
+
+
+def embedded(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The base's vectors of ids, fp32, whether it is sharded or not."""
+    layer = model.get_input_embeddings()
+    with torch.no_grad(), gathered(layer.parameters()):
+        vectors: torch.Tensor = layer(ids.to(layer.weight.device)).float()
+    return vectors.clone()
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    """Within it, those of the parameters that ZeRO 3 has partitioned are whole."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    gather: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(sharded)
+    return gather
+
+
+@contextmanager
+def gathered_in_turn(model: nn.Module) -> Iterator[None]:
+    """Within it, a partitioned model runs before it has an engine: a module's own weights are whole in its turn."""
+    opened: dict[nn.Module, AbstractContextManager[None]] = {}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        opened[module] = gathered(module.parameters(recurse=False))
+        opened[module].__enter__()
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        opened.pop(module).__exit__(None, None, None)
+
+    hooks = [
+        hook
+        for module in model.modules()
+        for hook in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _hidden(model: nn.Module) -> int:
+    return int(model.config.get_text_config().hidden_size)

@@ -1,0 +1,1 @@
+"""What GaLore works with: the low-rank subspaces of gradients, under ZeRO."""

@@ -1,0 +1,37 @@
+"""VeRA: W + diag(b) B diag(d) A, with random A in R^{r x in} and B in R^{out x r} that all modules share, frozen.
+
+Kopiczko et al. 2024, arXiv 2310.11454, equation 2 and section 3.2: d starts at 0.1 and b at zero. A and B have the
+largest in and out of all targets and are sliced. They come from a generator of their own on the CPU, seeded by
+`projection_seed`, so they are the same on every rank, in every layout and for every adapter of that seed and shape.
+The exported adapter holds them, as another version of torch may draw others.
+"""
+
+from pathlib import Path
+
+import peft
+import torch
+from torch import nn
+
+from methods.options import Vera
+from methods.parts.peft_adapter import ADAPTER, PeftAdapter
+
+
+class VeraTuning(PeftAdapter[Vera]):
+    """Scales of shared random projections."""
+
+    def peft_config(self, targets: list[str]) -> peft.PeftConfig:
+        """Rank, start and seed."""
+        return peft.VeraConfig(
+            r=self.options.rank,
+            d_initial=self.options.d_initial,
+            vera_dropout=self.options.dropout,
+            projection_prng_key=self.options.projection_seed,
+            save_projection=True,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+
+    def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        """Write the adapter with its projections."""
+        names = [f"base_model.vera_{side}.{ADAPTER}" for side in "AB"]
+        super().export(model, weights | {name: model.get_buffer(name).cpu() for name in names}, folder)

@@ -1,0 +1,98 @@
+"""A method without the trainer: a tiny random Llama, and a plain training loop to compare with PEFT used alone."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from methods.base import Setup
+from methods.options import Options
+from methods.registry import create
+
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A trained parameter that this process holds all of."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int = 0
+
+    @property
+    def stop(self) -> int:
+        """Its size."""
+        return self.parameter.numel()
+
+
+def llama(tied: bool = True) -> LlamaForCausalLM:
+    """A random Llama of two layers, the same at every call, fp32."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+    )
+    model = LlamaForCausalLM(config)
+    torch.manual_seed(1)  # what a method draws then does not depend on the base
+    return model
+
+
+def attached(options: Options, model: nn.Module) -> tuple[Any, nn.Module]:
+    """The method of these options, and the model with it attached."""
+    method = create(options, Setup(STEPS))
+    return method, method.attach(model)
+
+
+def optimizer_of(method: Any, model: nn.Module, lr: float, **adam: Any) -> torch.optim.Optimizer:
+    """The method's optimizer at its learning rates, as the trainer sets them."""
+    fragments = [Whole(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer = method.optimizer(fragments, lr, **{"weight_decay": 0.0, **adam})
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
+    return optimizer
+
+
+def batches() -> Iterator[torch.Tensor]:
+    """The token ids of every step: two batches in turn, so that there is something to learn."""
+    both = torch.randint(320, (2, 2, 24), generator=torch.Generator().manual_seed(2))
+    for step in range(STEPS):
+        yield both[step % 2]
+
+
+def losses(
+    model: nn.Module, optimizer: torch.optim.Optimizer, after: Callable[[], None] = lambda: None
+) -> list[float]:
+    """Train on `batches` and give the loss of each step."""
+    curve = []
+    for ids in batches():
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
+        curve.append(loss.item())
+    return curve
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    """What a model says of one fixed batch."""
+    model.eval()
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=torch.arange(48).view(2, 24) * 5 % 320).logits
+    model.train()
+    return out
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the trained weights by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

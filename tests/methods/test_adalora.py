@@ -1,0 +1,95 @@
+"""AdaLoRA: PEFT's numbers through all its phases, at every layout, across a kill, and in plain PEFT afterwards."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from methods.parts.ranks import largest, rounded
+from tests.methods.by_hand import base, curve_of, difference, interrupted, saved_loss, train
+from trainer.export import results
+
+METHOD = {"kind": "adalora", "rank": 2, "initial_rank": 4, "every": 4, "warmup": 0.1, "final": 0.3}
+TRAIN = {"steps": 32, "lr": 1e-2}  # cuts at 4, 8, ..., 20 and 22; the choice is fixed from then on
+
+
+def by_peft(run_dir: Path, cache: Path) -> tuple[Any, Any]:
+    """The same job with PEFT's own term and allocator."""
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=2, lora_alpha=32, target_modules="all-linear", tinit=3, tfinal=10, deltaT=4, total_step=32
+    )
+    model = peft.get_peft_model(base(run_dir), config)
+    factors = [p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]
+
+    def term() -> torch.Tensor:
+        grams = [p @ p.T if p.shape[0] == 4 else p.T @ p for p in factors]
+        return 0.5 / len(grams) * torch.stack([torch.norm(gram - torch.eye(4), p="fro") for gram in grams]).sum()
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
+    allocate = model.base_model.update_and_allocate
+    return train(run_dir, cache, model, optimizer, term=term, after=lambda k: allocate(k + 1)), model
+
+
+def test_term_is_peft_s() -> None:
+    from methods.adalora import _slope
+
+    for shape, kind in (((4, 9), "A"), ((9, 4), "B")):
+        factor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        gram = factor @ factor.T if kind == "A" else factor.T @ factor
+        torch.norm(gram - torch.eye(4), p="fro").backward()
+        torch.testing.assert_close(_slope(factor.detach(), kind), factor.grad)
+    assert not _slope(torch.eye(4, 9), "A").any()
+
+
+def test_ties_go_by_position_and_rounding_hides_noise() -> None:
+    scores = torch.tensor([[3.0, 1.0, 2.0], [2.0, 2.0 + 2e-7, 0.0]])
+    assert largest(scores, 2).tolist() == [[True, False, True], [False, False, False]]
+    assert largest(scores, 4).tolist() == [[True, False, True], [True, True, False]]
+    assert not largest(scores, 0).any() and largest(scores, 6).all()
+    small = torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e-40
+    assert ((rounded(small) - small).abs() <= small * 2**-13).all()
+
+
+@pytest.mark.timeout(600)
+def test_layouts_resume_and_export(new_run: Any, launch: Any, cache: Path, sums: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("\n".join(sums.read_text().splitlines()[:40]))
+    parts: dict[str, Any] = {
+        "method": METHOD,
+        "train": TRAIN,
+        "data": {"eval": str(held_out)},
+        "evaluation": {"max_new_tokens": 0},
+        "output": {"merge": True},
+        "checkpoint": {"every": 6, "keep": 9},
+    }
+    runs = [new_run(f"zero{zero}", sharding={"zero": zero}, **parts) for zero in (0, 2, 3)]
+    assert launch(2, *runs) == [0, 0]
+    expected, by_hand = by_peft(runs[0], cache)
+    worst = {run.name: difference(curve_of(run), expected) for run in runs}
+    print(worst)
+    assert max(worst.values()) < 1e-6
+    again = [interrupted(run, f"{run.name}-{step}", step) for run, step in zip(runs, (18, 6, 24), strict=True)]
+    other = interrupted(runs[2], "other", 12, sharding={"zero": 1})
+    assert launch(2, *again, other) == [0, 0]
+    for run in again:
+        whole = run.with_name(run.name.rpartition("-")[0])
+        done = 32 - len(curve_of(run, 2))
+        assert curve_of(run, 2) == curve_of(whole)[done:]
+        one, two = (load_file(r / "output" / "adapter_model.safetensors") for r in (run, whole))
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert difference(curve_of(other, 2), curve_of(runs[2])[12:]) < 1e-5
+    for run in runs:
+        loaded = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base(run).name_or_path), run / "output"
+        )
+        pattern = loaded.peft_config["default"].rank_pattern
+        theirs = by_hand.peft_config["default"].rank_pattern
+        assert {k.replace(".default", ""): v for k, v in theirs.items()} == pattern
+        assert sum(map(sum, pattern.values())) == 2 * len(pattern) and len({sum(v) for v in pattern.values()}) > 1
+        said = results(run)["eval_loss"]
+        for model in (loaded, AutoModelForCausalLM.from_pretrained(run / "output" / "merged")):
+            assert saved_loss(model, run, cache) == pytest.approx(said, rel=1e-5)

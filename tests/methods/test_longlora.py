@@ -1,0 +1,221 @@
+"""LongLoRA beyond the base's positions: against PEFT alone with the paper's pattern as masks, at every ZeRO stage."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from methods.base import Setup
+from methods.longlora import LongLoraTuning
+from methods.options import LongLora
+from methods.parts.peft_adapter import shapes
+from orchestrator.errors import InputError
+from orchestrator.job import Job
+from orchestrator.model import Model
+from orchestrator.preflight import check
+from tests.trainer.test_checkpoint import interrupted, losses
+from tests.trainer.test_export import loss
+from tests.trainer.test_invariance import Curve, curve, difference
+from trainer.attempt import load_job
+from trainer.base import load_tokenizer
+from trainer.export import results
+from trainer.loop import plan_batches
+from trainer.schedule import learning_rate
+from trainer.tokens import tokenise
+
+SEQ_LEN, GROUPS, FACTOR = 320, 8, 2  # the base has 256 positions
+METHOD = {"kind": "longlora", "rank": 4, "groups": GROUPS}
+RATE = 2e-3
+
+
+@pytest.fixture(scope="module")
+def long_sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sums of up to 80 numbers: documents from a fraction of a group to more than the base's positions."""
+    rng = random.Random(1)
+    rows = [[rng.randrange(100) for _ in range(rng.choice((3, 10, 30, 80)))] for _ in range(120)]
+    text = [{"prompt": " + ".join(map(str, row[:2])), "completion": " + ".join(map(str, row))} for row in rows]
+    path = tmp_path_factory.mktemp("long") / "sums.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in text))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Bases with two matrices for the embeddings, and with one; large weights make attention matter."""
+    folders = {}
+    for name in ("untied", "tied"):
+        config = AutoConfig.from_pretrained(tiny_base, tie_word_embeddings=name == "tied", initializer_range=0.2)
+        torch.manual_seed(0)
+        folders[name] = tmp_path_factory.mktemp(name)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folders[name])
+        AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture
+def long_run(new_run: Any, long_sums: Path, tmp_path: Path) -> Any:
+    """Make a run beyond the base's positions."""
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("\n".join(long_sums.read_text().splitlines()[:12]))
+
+    def make(name: str, **parts: Any) -> Path:
+        parts["data"] = {"train": str(long_sums), "eval": str(held_out), "seq_len": SEQ_LEN} | parts.get("data", {})
+        parts["train"] = {"batch_tokens": 1000, "lr": RATE} | parts.get("train", {})
+        run_dir: Path = new_run(name, method=METHOD, evaluation={"max_new_tokens": 0, "before": False}, **parts)
+        return run_dir
+
+    return make
+
+
+def pattern(length: int) -> torch.Tensor:
+    """Which keys each head's queries see in a document, [1, H, T, T]."""
+    group = -(-SEQ_LEN // GROUPS)
+    at_T = torch.arange(length)
+    causal = at_T[:, None] >= at_T
+    halves = [causal & ((at_T[:, None] + c) // group == (at_T + c) // group) for c in (0, group // 2)]
+    return torch.stack([halves[0], halves[0], halves[1], halves[1]])[None]
+
+
+def reference(base: Path, run_dir: Path, cache: Path) -> tuple[Curve, int]:
+    """The same job on a base in plain PEFT, one example at a time: its curve, and the number of trained weights."""
+    job = load_job(run_dir)
+    tokens = tokenise(job.data.train, load_tokenizer(job.base), job.data.seq_len, cache)
+    batches = plan_batches(job, tokens)
+    config = AutoConfig.from_pretrained(base)
+    config.rope_parameters = {"rope_theta": 10000.0, "rope_type": "linear", "factor": float(FACTOR)}
+    model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32)
+    torch.manual_seed(job.train.seed)
+    lora = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        modules_to_save=["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"],
+        ensure_weight_tying=bool(config.tie_word_embeddings),
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(model, lora)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=job.lr, weight_decay=0.0)
+    points: Curve = []
+    for k in range(batches.steps):
+        total = 0.0
+        for i in batches.examples(k):
+            example = tokens.example(int(i))
+            ids = torch.tensor(example.ids, dtype=torch.long)
+            labels = ids.masked_fill(~torch.tensor(example.target), -100)
+            logits = model(input_ids=ids[None], attention_mask=pattern(len(ids))).logits[0, :-1]
+            part = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum") / batches.target_tokens(k)
+            part.backward()
+            total += part.item()
+        norm = torch.cat([p.grad.flatten() for p in trained]).double().norm()  # type: ignore[union-attr]
+        torch.nn.utils.clip_grads_with_norm_(trained, job.train.clip, norm)  # type: ignore[arg-type]
+        optimizer.param_groups[0]["lr"] = learning_rate(job, k, batches.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        points.append((total, norm.item()))
+    return points, sum(p.numel() for p in trained)
+
+
+def reloaded(output: Path, base: Path) -> list[torch.nn.Module]:
+    """The adapter on the base with the exported config, as its docs say, and the merged model."""
+    plain = AutoModelForCausalLM.from_pretrained(base, config=AutoConfig.from_pretrained(output))
+    return [peft.PeftModel.from_pretrained(plain, output), AutoModelForCausalLM.from_pretrained(output / "merged")]
+
+
+def check_output(run_dir: Path, base: Path, cache: Path) -> None:
+    """The exported adapter and the merged model have the loss that the trainer had, and a dense attention."""
+    said = results(run_dir)["eval_loss"]
+    tied = AutoConfig.from_pretrained(base).tie_word_embeddings
+    for model in reloaded(run_dir / "output", base):
+        assert abs(loss(model, run_dir, cache) - said) / said < 1e-6
+        assert model.config._attn_implementation == "sdpa"
+        assert model.config.max_position_embeddings == 512
+        assert model.config.rope_parameters["rope_type"] == "linear"
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        assert torch.equal(head, embedding) == tied
+    without = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run_dir / "output")
+    assert abs(loss(without, run_dir, cache) - said) / said > 1e-4  # the config matters
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "untied-0": {"sharding": {"zero": 0}, "data": {"packing": False}, "train": {"micro_batch": 3}},
+    "untied-2": {"sharding": {"zero": 2}, "train": {"gradient_checkpointing": True}},
+    "untied-3": {"sharding": {"zero": 3}, "train": {"gradient_checkpointing": True}},
+    "tied-3": {"sharding": {"zero": 3}, "train": {"micro_batch": 2}},
+}
+
+
+@pytest.mark.timeout(300)
+def test_every_layout_equals_peft_alone_and_its_output_loads(
+    long_run: Any, launch: Any, bases: dict[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    base = {name: bases[name.split("-")[0]] for name in LAYOUTS}
+    common = {"output": {"merge": True}, "checkpoint": {"every": 10}}
+    runs = {name: long_run(name, base=str(base[name]), **common, **parts) for name, parts in LAYOUTS.items()}
+    assert launch(2, *runs.values()) == [0, 0]
+    expected = {folder: reference(folder, runs["untied-2"], cache) for folder in bases.values()}
+    for name, run in runs.items():
+        points, trained = expected[base[name]]
+        assert difference(curve(run), points) < 1e-6, name
+        options = load_job(run).method
+        assert options.trained(*shapes(AutoModelForCausalLM.from_pretrained(base[name]))) == trained
+        header = Model(json.loads((base[name] / "config.json").read_text()), base[name])
+        assert options.trained(header.linears, header.others) == trained
+        check_output(run, base[name], cache)
+    again = {name: interrupted(runs[name], tmp_path / f"again-{name}") for name in ("untied-3", "tied-3")}
+    assert launch(2, *again.values()) == [0, 0]
+    for name, run in again.items():
+        assert losses(run, 2) == {step: value for step, value in losses(runs[name], 1).items() if step > 10}
+
+
+def tuning(seq_len: int, **options: Any) -> LongLoraTuning:
+    """A method for sequences of this length."""
+    return LongLoraTuning(LongLora(**options), Setup(seq_len=seq_len))
+
+
+def test_positions_are_reached_as_asked() -> None:
+    config = LlamaConfig(max_position_embeddings=256)
+    assert tuning(256).load_options(config) == {"attn_implementation": "shifted"}
+    assert config.rope_parameters["rope_type"] == "default" and config.max_position_embeddings == 256
+    assert tuning(600, groups=1).load_options(config) == {}
+    assert config.rope_parameters == {"rope_theta": 10000.0, "rope_type": "linear", "factor": 3.0}
+    assert config.max_position_embeddings == 768
+    config = LlamaConfig(max_position_embeddings=256)
+    tuning(512, rope="yarn").load_options(config)
+    assert config.rope_parameters["original_max_position_embeddings"] == 256
+    assert config.rope_parameters["rope_type"] == "yarn" and config.rope_parameters["factor"] == 2.0
+
+
+def test_scaled_positions_are_not_scaled_again() -> None:
+    config = LlamaConfig(max_position_embeddings=256, rope_parameters={"rope_type": "linear", "factor": 2.0})
+    with pytest.raises(ValueError, match="data.seq_len: found 300; allowed: at most 256"):
+        tuning(300).load_options(config)
+    options = LongLora()
+    assert not options.extends({"rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert not options.extends({"rope_parameters": {"full_attention": {"rope_type": "default"}}})
+    assert options.extends({}) and options.extends({"rope_scaling": None, "rope_theta": 1e4})
+
+
+def test_one_group_is_dense(tiny_base: Path) -> None:
+    method = tuning(64, groups=1)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    attached = method.attach(model).train()
+    assert model.config._attn_implementation == "sdpa"
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base)
+    ids = torch.randint(3, 100, (2, 64))
+    assert torch.equal(attached(ids).logits, plain(ids).logits)
+
+
+def test_preflight_lets_it_go_beyond_the_base(tiny_base: Path, long_sums: Path) -> None:
+    def job(**method: Any) -> Job:
+        data = {"train": str(long_sums), "seq_len": SEQ_LEN}
+        return Job.model_validate({"base": str(tiny_base), "method": method, "data": data, "train": {"steps": 1}})
+
+    check(job(kind="longlora"))
+    with pytest.raises(InputError, match="data.seq_len: found 320; allowed: at most 256"):
+        check(job(kind="lora"))

@@ -1,0 +1,145 @@
+"""QLoRA: equal to bitsandbytes with PEFT, the 4-bit base out of ZeRO's hands, and merges that are refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from alone import attached, llama, logits, losses, optimizer_of, trained
+from runs import curve, difference
+from test_lora import killed_after
+from transformers import AutoModelForCausalLM
+
+from methods.base import MergeRefused
+from methods.options import QLora
+from methods.parts import quantised
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base on disk; two files, as large ones have."""
+    path = tmp_path_factory.mktemp("llama")
+    llama().save_pretrained(path, max_shard_size="60KB")
+    assert (path / "model.safetensors.index.json").exists()
+    return path
+
+
+def in_4_bits(folder: Path, options: QLora) -> Any:
+    loading = quantised.load_options(options.quant, options.double_quant, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **loading)
+    for _, layer in quantised.layers(model):
+        layer.support_avx512bf16_for_cpu = False  # else plain PEFT computes in bf16 on such a CPU
+    torch.manual_seed(1)
+    return model.train()
+
+
+@pytest.mark.parametrize("options", [QLora(rank=4), QLora(rank=4, quant="fp4", double_quant=False, init="gaussian")])
+def test_equals_bitsandbytes_with_peft(options: QLora, folder: Path) -> None:
+    method, model = attached(options, in_4_bits(folder, options))
+    found = losses(model, optimizer_of(method, model, 1e-2))
+    start = "gaussian" if options.init == "gaussian" else True
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=start)
+    alone = peft.get_peft_model(in_4_bits(folder, options), config)
+    optimizer = torch.optim.AdamW([p for p in alone.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    assert found == pytest.approx(losses(alone, optimizer), rel=1e-5)
+    assert found[-2] < found[0] - 0.05
+
+
+def test_plain_peft_loads_what_was_trained_on_the_4_bit_base(folder: Path, tmp_path: Path) -> None:
+    options = QLora(rank=4, init="loftq")
+    method, model = attached(options, in_4_bits(folder, options))
+    losses(model, optimizer_of(method, model, 1e-2))
+    expected = logits(model)
+    method.export(model, trained(model), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(in_4_bits(folder, options), tmp_path)
+    assert (logits(loaded) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_evaluation_leaves_training_as_it_was(folder: Path) -> None:
+    options = QLora(rank=4)
+    method, model = attached(options, in_4_bits(folder, options))
+    expected = losses(model, optimizer_of(method, model, 1e-2))
+    method, model = attached(options, in_4_bits(folder, options))
+    found = losses(model, optimizer_of(method, model, 1e-2), after=lambda: logits(model))
+    assert found == expected
+
+
+def test_loftq_restores_what_rank_r_can(folder: Path) -> None:
+    options = QLora(rank=4, init="loftq")
+    _, model = attached(options, in_4_bits(folder, options))
+    originals = {name: p.detach() for name, p in llama().named_parameters()}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, peft.tuners.lora.LoraLayer):
+            continue
+        lost = originals[name.removeprefix("base_model.model.") + ".weight"] - quantised.restored(layer.weight)
+        update = layer.get_delta_weight("default").detach()
+        S = torch.linalg.svdvals(lost)
+        assert torch.linalg.matrix_norm(lost - update).item() == pytest.approx(
+            float((S[4:] ** 2).sum().sqrt()), rel=1e-3
+        )
+
+
+def test_4_bit_weights_are_no_parameters(folder: Path) -> None:
+    _, model = attached(QLora(rank=4), in_4_bits(folder, QLora()))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    packed = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.uint8]
+    assert len(packed) == 14
+
+
+def test_a_merge_reports_and_refuses(folder: Path, tmp_path: Path) -> None:
+    options = QLora(rank=4)
+    method, model = attached(options, in_4_bits(folder, options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(3))
+    method.export(model, trained(model), tmp_path / "large")
+    merged = method.merge(peft.PeftModel.from_pretrained(llama(), tmp_path / "large"))
+    assert len(method.merge_report) == 14
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    ratio = method.merge_report["base_model.model." + q_proj.removesuffix(".weight")]
+    update = merged.get_parameter(q_proj) - llama().get_parameter(q_proj)
+    lost = quantised.lost(llama().get_parameter(q_proj).detach(), "nf4", True)
+    assert ratio == pytest.approx(float(lost.norm() / update.norm()), rel=1e-4)
+    small = {name: value * (1e-4 if "lora_B" in name else 1) for name, value in trained(model).items()}
+    method.export(model, small, tmp_path / "small")
+    with pytest.raises(MergeRefused, match="times as much as training"):
+        method.merge(peft.PeftModel.from_pretrained(llama(), tmp_path / "small"))
+
+
+def test_loftq_merges_into_what_it_was_made_for(folder: Path, tmp_path: Path) -> None:
+    options = QLora(rank=4, init="loftq")
+    method, model = attached(options, in_4_bits(folder, options))
+    losses(model, optimizer_of(method, model, 1e-2))
+    expected = logits(model)
+    method.export(model, trained(model), tmp_path)
+    merged = method.merge(peft.PeftModel.from_pretrained(llama(), tmp_path))
+    assert (logits(merged) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_layouts_agree_resume_is_exact_and_a_refusal_keeps_the_adapter(new_run: Any, launch: Any) -> None:
+    runs = {
+        (start, zero): new_run(
+            f"{start}-{zero}",
+            method={"kind": "qlora", "rank": 4, "init": start},
+            sharding={"zero": zero},
+            train={"lr": 2e-3 if start == "loftq" else 1e-6, "micro_batch": 1 + zero},
+            data={"packing": zero == 3},
+            checkpoint={"every": 10},
+            output={"merge": start == "default"},
+        )
+        for start, zero in (("default", 1), ("loftq", 0), ("loftq", 2), ("loftq", 3))
+    }
+    assert launch(2, *runs.values()) == [0, 0]
+    worst = {key: difference(curve(run), curve(runs["loftq", 0])) for key, run in runs.items() if key[0] == "loftq"}
+    assert max(worst.values()) < 1e-6, worst
+    again = killed_after(runs["loftq", 3], 10)
+    assert launch(2, again) == [0, 0]
+    assert curve(again) == curve(runs["loftq", 3])
+    refused = runs["default", 1] / "output"
+    assert (refused / "adapter_model.safetensors").exists()
+    assert not (refused / "merged").exists()
+    assert max(json.loads((refused / "merge_report.json").read_text()).values()) > 10
+    assert "merge_refused" in (runs["default", 1] / "attempts/1/events.jsonl").read_text()
