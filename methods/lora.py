@@ -1,7 +1,7 @@
 """LoRA: W + (alpha / r) B A, with A in R^{r x in}, B in R^{out x r} (Hu et al. 2021, arXiv 2106.09685, section 4.1).
 
-A is Kaiming-uniform and B zero at the start, so the first step leaves from the base; parts/initial.py and parts/eva.py are
-about other starts. LoRA+ gives B a learning rate of its own (Hayou et al. 2024, arXiv 2402.12354, section 4).
+A is Kaiming-uniform and B zero at the start, so the first step leaves from the base; other starts: parts/initial.py,
+parts/eva.py. LoRA+ gives B a learning rate of its own (Hayou et al. 2024, arXiv 2402.12354, section 4).
 Modules and file format are PEFT's; rsLoRA, DoRA and QLoRA differ in its config and their base.
 """
 

@@ -12,7 +12,8 @@ CAPABILITIES = ("train", "accumulate", "packed", "resume", "reshard", "merge", "
 def methods() -> list[dict[str, Any]]:
     """One record per method: kind, what it does, default learning rate, options, support."""
     seen = json.loads((files("methods") / "support.json").read_text())
-    return [_method(options, seen[options.model_fields["kind"].default]) for options in ALL]
+    unseen = {"stages": {}, "commit": "none"}
+    return [_method(options, seen.get(options.model_fields["kind"].default, unseen)) for options in ALL]
 
 
 def support(method: dict[str, Any]) -> list[str]:
@@ -37,6 +38,8 @@ def support_table() -> str:
 def _cell(seen: dict[str, Any]) -> str:
     if "refused" in seen:
         return "refused"
+    if not seen["zero"]:
+        return "not run"
     return "ZeRO 0-3" if seen["zero"] == [0, 1, 2, 3] else f"ZeRO {', '.join(map(str, seen['zero']))}"
 
 
@@ -51,7 +54,9 @@ def _method(options: type[Options], seen: dict[str, Any]) -> dict[str, Any]:
             if name != "kind"
         },
         "support": {
-            name: {"refused": options.refusals[name]} if name in options.refusals else {"zero": seen["stages"][name]}
+            name: {"refused": options.refusals[name]}
+            if name in options.refusals
+            else {"zero": seen["stages"].get(name, [])}
             for name in CAPABILITIES
         },
         "support_commit": seen["commit"],

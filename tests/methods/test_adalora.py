@@ -6,11 +6,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from by_hand import base, train
+from finished_runs import curve, difference, interrupted, saved_loss
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from methods.parts.ranks import largest, rounded
-from tests.methods.by_hand import base, curve_of, difference, interrupted, saved_loss, train
 from trainer.export import results
 
 METHOD = {"kind": "adalora", "rank": 2, "initial_rank": 4, "every": 4, "warmup": 0.1, "final": 0.3}
@@ -69,7 +70,7 @@ def test_layouts_resume_and_export(new_run: Any, launch: Any, cache: Path, sums:
     runs = [new_run(f"zero{zero}", sharding={"zero": zero}, **parts) for zero in (0, 2, 3)]
     assert launch(2, *runs) == [0, 0]
     expected, by_hand = by_peft(runs[0], cache)
-    worst = {run.name: difference(curve_of(run), expected) for run in runs}
+    worst = {run.name: difference(curve(run), expected) for run in runs}
     print(worst)
     assert max(worst.values()) < 1e-6
     again = [interrupted(run, f"{run.name}-{step}", step) for run, step in zip(runs, (18, 6, 24), strict=True)]
@@ -77,11 +78,11 @@ def test_layouts_resume_and_export(new_run: Any, launch: Any, cache: Path, sums:
     assert launch(2, *again, other) == [0, 0]
     for run in again:
         whole = run.with_name(run.name.rpartition("-")[0])
-        done = 32 - len(curve_of(run, 2))
-        assert curve_of(run, 2) == curve_of(whole)[done:]
+        done = 32 - len(curve(run, 2))
+        assert curve(run, 2) == curve(whole)[done:]
         one, two = (load_file(r / "output" / "adapter_model.safetensors") for r in (run, whole))
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert difference(curve_of(other, 2), curve_of(runs[2])[12:]) < 1e-5
+    assert difference(curve(other, 2), curve(runs[2])[12:]) < 1e-5
     for run in runs:
         loaded = peft.PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(base(run).name_or_path), run / "output"

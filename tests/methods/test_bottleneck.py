@@ -1,12 +1,11 @@
 """Bottleneck adapters: equal to the papers' equations, the identity at the start, over layouts and exported."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from finished_runs import curve, difference, interrupted, saved_loss
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -16,9 +15,7 @@ from methods.bottleneck import Adapter, load
 from methods.options import Bottleneck
 from methods.registry import create
 from trainer.attempt import load_job
-from trainer.base import load_tokenizer
 from trainer.export import results
-from trainer.tokens import tokenise
 
 SIZE = 5
 IDS = torch.randint(5, 300, (40,), generator=torch.Generator().manual_seed(1))
@@ -110,25 +107,6 @@ def test_a_base_without_the_places_is_refused() -> None:
         create(Bottleneck(placement="houlsby")).attach(nn.Sequential(nn.Linear(2, 2)))
 
 
-def curve(run_dir: Path, attempt: int = 1) -> dict[int, tuple[float, float]]:
-    lines = (run_dir / "attempts" / str(attempt) / "metrics.jsonl").read_text().splitlines()
-    return {r["step"]: (r["loss"], r["grad_norm"]) for r in map(json.loads, lines) if "loss" in r}
-
-
-def plain_loss(run_dir: Path, cache: Path) -> float:
-    """The exported adapter's loss per target token on a plain model, one document at a time."""
-    job = load_job(run_dir)
-    model = load(AutoModelForCausalLM.from_pretrained(job.base.model), run_dir / "output")
-    tokens = tokenise(str(job.data.eval), load_tokenizer(job.base), job.data.seq_len, cache)
-    total = 0.0
-    for example in map(tokens.example, range(len(tokens))):
-        ids = torch.tensor(example.ids, dtype=torch.long)
-        labels = ids.masked_fill(~torch.tensor(example.target), -100)
-        with torch.no_grad():
-            total += cross_entropy(model(ids[None]).logits[0, :-1], labels[1:], reduction="sum").item()
-    return total / float(tokens.targets.sum())
-
-
 def test_layouts_resume_and_export(new_run: Any, launch: Any, sums: Path, tmp_path: Path, cache: Path) -> None:
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_text("\n".join(sums.read_text().splitlines()[:30]))
@@ -145,19 +123,11 @@ def test_layouts_resume_and_export(new_run: Any, launch: Any, sums: Path, tmp_pa
         for zero, micro, packing in ((0, 1, True), (2, 3, False), (3, 2, False))
     ]
     assert launch(2, *runs) == [0, 0]
-    again = tmp_path / "again"
-    shutil.copytree(runs[-1], again)
-    shutil.rmtree(again / "attempts" / "1" / "checkpoints" / "step-20")
-    shutil.rmtree(again / "attempts" / "2", ignore_errors=True)
-    (again / "result.json").unlink()
+    again = interrupted(runs[-1], "again", 10)
     assert launch(2, again) == [0, 0]
     curves = [curve(run_dir) for run_dir in runs]
-    assert all(len(found) == 20 for found in curves)
-    worst = [
-        max(abs(x / y - 1) for k in found for x, y in zip(found[k], curves[0][k], strict=True)) for found in curves
-    ]
-    print(worst)
-    assert max(worst) < 1e-6
-    assert curve(again, 2) == {step: point for step, point in curves[-1].items() if step > 10}
-    assert abs(plain_loss(runs[-1], cache) / results(runs[-1])["eval_loss"] - 1) < 1e-5
-    assert curves[0][20][0] < curves[0][1][0]
+    assert max(difference(found, curves[0]) for found in curves) < 1e-6
+    assert curve(again, 2) == curves[-1][10:]
+    loaded = load(AutoModelForCausalLM.from_pretrained(load_job(runs[-1]).base.model), runs[-1] / "output")
+    assert abs(saved_loss(loaded, runs[-1], cache) / results(runs[-1])["eval_loss"] - 1) < 1e-5
+    assert curves[0][-1][0] < curves[0][0][0]

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import base, train
+from finished_runs import curve, difference, interrupted, saved_loss
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from methods.base import Setup
 from methods.full import FullTuning
 from methods.options import Full, layer_of
-from tests.methods.by_hand import base, curve_of, difference, interrupted, saved_loss, train
 from trainer.checkpoint import Reader
 from trainer.export import results
 
@@ -58,7 +59,7 @@ def test_lisa_at_every_layout(new_run: Any, launch: Any, cache: Path, sums: Path
     expected, method = by_hand(runs[0], cache)
     draws = [method.drawn(k) for k in range(20)]
     assert {1, 0} == set().union(*draws) and any(a != b for a, b in pairwise(draws))
-    worst = {run.name: difference(curve_of(run), expected) for run in runs}
+    worst = {run.name: difference(curve(run), expected) for run in runs}
     print(worst)
     assert max(worst.values()) < 1e-6
     reader = Reader(runs[2] / "attempts" / "1" / "checkpoints" / "step-20")
@@ -68,8 +69,8 @@ def test_lisa_at_every_layout(new_run: Any, launch: Any, cache: Path, sums: Path
     other = interrupted(runs[2], "other", 10, sharding={"zero": 1})
     assert launch(2, *again, other) == [0, 0]
     for run, whole in zip(again, runs[1:], strict=True):
-        assert curve_of(run, 2) == curve_of(whole)[10:]
-    assert difference(curve_of(other, 2), curve_of(runs[2])[10:]) < 1e-5
+        assert curve(run, 2) == curve(whole)[10:]
+    assert difference(curve(other, 2), curve(runs[2])[10:]) < 1e-5
     untuned = base(runs[0]).state_dict()
     for run in runs:
         output = load_file(run / "output" / "model.safetensors")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+from finished_runs import curve, difference, interrupted
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,7 +20,6 @@ from methods.options import Galore
 from methods.subspace.matrix import canonical, exact_basis, fast_basis, generator, lay_out
 from methods.subspace.projector import Calendar, Int4Projector
 from tests.methods.alone import Whole
-from tests.methods.by_hand import curve_of, difference, interrupted
 
 ADAM: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 RANK, EVERY, SCALE, LR, STEPS = 6, 50, 0.25, 3e-3, 200
@@ -315,7 +315,7 @@ def test_curves_and_restarts_over_layouts(new_run: Any, launch: Any) -> None:
     found = {key: run(*key, "pair") for key in layouts}
     assert launch(1, *expected.values()) == [0]
     assert launch(2, *found.values()) == [0, 0]
-    worst = {whole.name: difference(curve_of(whole), curve_of(expected[key[0]])) for key, whole in found.items()}
+    worst = {whole.name: difference(curve(whole), curve(expected[key[0]])) for key, whole in found.items()}
     print(worst)
     assert max(worst.values()) < 1e-6
     wholes = list(found.values())[2:]
@@ -324,7 +324,7 @@ def test_curves_and_restarts_over_layouts(new_run: Any, launch: Any) -> None:
     assert launch(2, *same) == [0, 0]
     assert launch(1, *other) == [0]
     for whole, again, moved in zip(wholes, same, other, strict=True):
-        assert curve_of(again, 2) == curve_of(whole)[10:]
+        assert curve(again, 2) == curve(whole)[10:]
         one, two = (load_file(folder / "output" / "model.safetensors") for folder in (whole, again))
         assert all(torch.equal(one[name], two[name]) for name in one)
-        assert difference(curve_of(moved, 2), curve_of(whole)[10:]) < 1e-5
+        assert difference(curve(moved, 2), curve(whole)[10:]) < 1e-5

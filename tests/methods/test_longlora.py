@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from finished_runs import Curve, curve, difference, interrupted
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from methods.base import Setup
@@ -18,9 +19,7 @@ from orchestrator.errors import InputError
 from orchestrator.job import Job
 from orchestrator.model import Model
 from orchestrator.preflight import check
-from tests.trainer.test_checkpoint import interrupted, losses
 from tests.trainer.test_export import loss
-from tests.trainer.test_invariance import Curve, curve, difference
 from trainer.attempt import load_job
 from trainer.base import load_tokenizer
 from trainer.export import results
@@ -152,7 +151,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.timeout(300)
 def test_every_layout_equals_peft_alone_and_its_output_loads(
-    long_run: Any, launch: Any, bases: dict[str, Path], cache: Path, tmp_path: Path
+    long_run: Any, launch: Any, bases: dict[str, Path], cache: Path
 ) -> None:
     base = {name: bases[name.split("-")[0]] for name in LAYOUTS}
     common = {"output": {"merge": True}, "checkpoint": {"every": 10}}
@@ -167,10 +166,10 @@ def test_every_layout_equals_peft_alone_and_its_output_loads(
         header = Model(json.loads((base[name] / "config.json").read_text()), base[name])
         assert options.trained(header.linears, header.others) == trained
         check_output(run, base[name], cache)
-    again = {name: interrupted(runs[name], tmp_path / f"again-{name}") for name in ("untied-3", "tied-3")}
+    again = {name: interrupted(runs[name], f"again-{name}", 10) for name in ("untied-3", "tied-3")}
     assert launch(2, *again.values()) == [0, 0]
     for name, run in again.items():
-        assert losses(run, 2) == {step: value for step, value in losses(runs[name], 1).items() if step > 10}
+        assert curve(run, 2) == curve(runs[name])[10:]
 
 
 def tuning(seq_len: int, **options: Any) -> LongLoraTuning:

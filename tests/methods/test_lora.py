@@ -8,8 +8,8 @@ import peft
 import pytest
 import torch
 from alone import attached, llama, logits, losses, optimizer_of, trained
+from finished_runs import curve, difference
 from peft.optimizers import create_loraplus_optimizer
-from runs import curve, difference
 
 from methods.options import Dora, Lora, Options, RsLora
 from methods.parts import eva

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from alone import attached, llama, logits, losses, optimizer_of, trained
-from runs import curve, difference
+from finished_runs import curve, difference
 
 from methods.options import FourierFt, Ia3, Options, Vera
 

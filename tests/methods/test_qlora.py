@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from alone import attached, llama, logits, losses, optimizer_of, trained
-from runs import curve, difference
+from finished_runs import curve, difference
 from test_lora import killed_after
 from transformers import AutoModelForCausalLM
 

@@ -7,6 +7,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from by_hand import base, train
+from finished_runs import curve, difference, interrupted, saved_loss
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -14,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from methods.base import Setup
 from methods.options import ReLora
 from methods.relora import ReLoraTuning
-from tests.methods.by_hand import base, curve_of, difference, interrupted, saved_loss, train
 from trainer.attempt import load_job
 from trainer.export import results
 from trainer.schedule import learning_rate
@@ -103,7 +104,7 @@ def test_layouts_resume_and_output(new_run: Any, launch: Any, cache: Path, sums:
     }
     assert launch(2, *runs.values()) == [0, 0]
     expected = {keep: transcription(runs[3, keep], cache, keep) for keep in (0.0, 0.1)}
-    worst = {run.name: difference(curve_of(run), expected[keep]) for (_, keep), run in runs.items()}
+    worst = {run.name: difference(curve(run), expected[keep]) for (_, keep), run in runs.items()}
     print(worst)
     assert max(worst.values()) < 1e-6
     assert 1e-4 < difference(expected[0.0], expected[0.1]) < 10
@@ -112,11 +113,11 @@ def test_layouts_resume_and_output(new_run: Any, launch: Any, cache: Path, sums:
     assert launch(2, *again, other) == [0, 0]
     for run, key in zip(again, ((2, 0.0), (3, 0.1)), strict=True):
         whole = runs[key]
-        resumed = curve_of(run, 2)
-        assert resumed == curve_of(whole)[STEPS - len(resumed) :]
+        resumed = curve(run, 2)
+        assert resumed == curve(whole)[STEPS - len(resumed) :]
         one, two = (load_file(r / "output" / "model.safetensors") for r in (run, whole))
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert difference(curve_of(other, 2), curve_of(runs[3, 0.0])[12:]) < 1e-5
+    assert difference(curve(other, 2), curve(runs[3, 0.0])[12:]) < 1e-5
     for run in runs.values():
         loaded = AutoModelForCausalLM.from_pretrained(run / "output")
         assert saved_loss(loaded, run, cache) == pytest.approx(results(run)["eval_loss"], rel=1e-5)

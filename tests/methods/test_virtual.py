@@ -1,14 +1,13 @@
 """Prefix tuning, prompt tuning and p-tuning: equal to PEFT, at their start, packed, padded and over layouts."""
 
 import copy
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from finished_runs import curve, difference, interrupted, saved_loss
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,9 +16,8 @@ from methods.options import Prefix, Prompt, PTuning
 from methods.parts.peft_adapter import shapes
 from methods.registry import create
 from trainer.attempt import load_job
-from trainer.base import load_tokenizer
 from trainer.export import results
-from trainer.tokens import tokenise, virtual_ids
+from trainer.tokens import virtual_ids
 
 TOKENS = 7
 KINDS = {"prefix": Prefix, "prompt": Prompt, "ptuning": PTuning}
@@ -191,35 +189,6 @@ def test_a_window_that_hides_the_prefix_is_refused(tiny_base: Path) -> None:
         create(Prefix(tokens=TOKENS), Setup(seq_len=64)).attach(model)
 
 
-def curve(run_dir: Path, attempt: int = 1) -> dict[int, tuple[float, float]]:
-    lines = (run_dir / "attempts" / str(attempt) / "metrics.jsonl").read_text().splitlines()
-    return {r["step"]: (r["loss"], r["grad_norm"]) for r in map(json.loads, lines) if "loss" in r}
-
-
-def plain_loss(run_dir: Path, cache: Path) -> float:
-    """The exported adapter's loss per target token in plain PEFT, one document at a time."""
-    job = load_job(run_dir)
-    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(job.base.model), run_dir / "output")
-    tokens = tokenise(str(job.data.eval), load_tokenizer(job.base), job.data.seq_len, cache)
-    total = 0.0
-    for example in map(tokens.example, range(len(tokens))):
-        ids = torch.tensor(example.ids, dtype=torch.long)
-        labels = ids.masked_fill(~torch.tensor(example.target), -100)
-        with torch.no_grad():
-            said = model(input_ids=ids[None]).logits[0, -len(ids) : -1]
-        total += cross_entropy(said, labels[1:], reduction="sum").item()
-    return total / float(tokens.targets.sum())
-
-
-def interrupted(whole: Path, copied: Path) -> Path:
-    shutil.copytree(whole, copied)
-    for gone in ("attempts/1/checkpoints/step-20", "output"):
-        shutil.rmtree(copied / gone)
-    shutil.rmtree(copied / "attempts" / "2", ignore_errors=True)
-    (copied / "result.json").unlink()
-    return copied
-
-
 def test_layouts_resume_and_export(new_run: Any, launch: Any, sums: Path, tmp_path: Path, cache: Path) -> None:
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_text("\n".join(sums.read_text().splitlines()[:30]))
@@ -239,18 +208,16 @@ def test_layouts_resume_and_export(new_run: Any, launch: Any, sums: Path, tmp_pa
         if name != "b" or kind == "prefix"
     }
     assert launch(2, *runs.values()) == [0, 0]
-    again = {kind: interrupted(runs[kind, "d"], tmp_path / f"{kind}-again") for kind in KINDS}
+    again = {kind: interrupted(runs[kind, "d"], f"{kind}-again", 10) for kind in KINDS}
     assert launch(2, *again.values()) == [0, 0]
-    worst = {}
-    for (kind, _), run_dir in runs.items():
-        expected, found = curve(runs[kind, "a"]), curve(run_dir)
-        assert len(found) == 20
-        worst[run_dir.name] = max(abs(x / y - 1) for k in found for x, y in zip(found[k], expected[k], strict=True))
+    worst = {run.name: difference(curve(run), curve(runs[kind, "a"])) for (kind, _), run in runs.items()}
     print(worst)
     for kind in KINDS:
-        whole = curve(runs[kind, "d"])
-        assert curve(again[kind], 2) == {step: point for step, point in whole.items() if step > 10}
-        said = results(runs[kind, "d"])["eval_loss"]
-        assert abs(plain_loss(runs[kind, "d"], cache) / said - 1) < 1e-5
-        assert whole[20][0] < whole[1][0]
+        run = runs[kind, "d"]
+        whole = curve(run)
+        assert curve(again[kind], 2) == whole[10:]
+        base = AutoModelForCausalLM.from_pretrained(load_job(run).base.model)
+        found = saved_loss(peft.PeftModel.from_pretrained(base, run / "output"), run, cache)
+        assert abs(found / results(run)["eval_loss"] - 1) < 1e-5
+        assert whole[-1][0] < whole[0][0]
     assert max(worst.values()) < 1e-6, worst

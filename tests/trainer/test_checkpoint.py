@@ -1,12 +1,11 @@
 """Checkpoints: resume at the same and at another layout, and what a broken one does."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from finished_runs import curve, difference, interrupted, rows
 from safetensors.torch import load_file
 
 from trainer import attempt as attempts
@@ -16,48 +15,26 @@ from trainer.world import World
 HALF = {"checkpoint": {"every": 10, "keep": 9}}
 
 
-def losses(run_dir: Path, number: int) -> dict[int, float]:
-    lines = (run_dir / "attempts" / str(number) / "metrics.jsonl").read_text().splitlines()
-    return {row["step"]: row["loss"] for row in map(json.loads, lines) if "loss" in row}
-
-
-def interrupted(whole: Path, copy: Path, **parts: Any) -> Path:
-    """A run folder that looks as if the whole run had died after step 10, with other sharding."""
-    import yaml
-
-    shutil.copytree(whole, copy)
-    for gone in ("attempts/2", "attempts/1/checkpoints/step-20", "output"):
-        shutil.rmtree(copy / gone)
-    (copy / "result.json").unlink()
-    record = yaml.safe_load((copy / "job.yaml").read_text())
-    record["job"] |= parts
-    (copy / "job.yaml").write_text(yaml.safe_dump(record))
-    return copy
-
-
 @pytest.mark.parametrize("method", [{"kind": "full"}, {"kind": "dora", "rank": 4}], ids=["full", "dora"])
-def test_resume_at_another_layout(method: Any, new_run: Any, launch: Any, tmp_path: Path) -> None:
+def test_resume_at_another_layout(method: Any, new_run: Any, launch: Any) -> None:
     whole = new_run("whole", method=method, sharding={"zero": 3}, **HALF)
     assert launch(4, whole) == [0] * 4
-    smaller = interrupted(whole, tmp_path / "smaller", sharding={"zero": 1})
-    alone = interrupted(whole, tmp_path / "alone", sharding={"zero": 0})
+    smaller = interrupted(whole, "smaller", 10, sharding={"zero": 1})
+    alone = interrupted(whole, "alone", 10, sharding={"zero": 0})
     assert launch(2, smaller) == [0] * 2
     assert launch(1, alone) == [0]
-    expected = losses(whole, 1)
     for run in (smaller, alone):
-        resumed = losses(run, 2)
-        assert list(resumed) == list(range(11, 21))
-        assert all(abs(loss - expected[step]) / expected[step] < 1e-5 for step, loss in resumed.items())
+        assert list(rows(run, 2)) == list(range(11, 21))
+        assert difference(curve(run, 2), curve(whole)[10:]) < 1e-5
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_resume_is_bitwise_at_the_same_layout(zero: int, new_run: Any, launch: Any, tmp_path: Path) -> None:
+def test_resume_is_bitwise_at_the_same_layout(zero: int, new_run: Any, launch: Any) -> None:
     whole = new_run("whole", sharding={"zero": zero}, method={"kind": "lora", "rank": 4, "dropout": 0.1}, **HALF)
     assert launch(2, whole) == [0] * 2
-    again = interrupted(whole, tmp_path / "again")
+    again = interrupted(whole, "again", 10)
     assert launch(2, again) == [0] * 2
-    resumed = losses(again, 2)
-    assert resumed == {step: loss for step, loss in losses(whole, 1).items() if step > 10}
+    assert curve(again, 2) == curve(whole)[10:]
     one, other = (load_file(run / "output" / "adapter_model.safetensors") for run in (whole, again))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

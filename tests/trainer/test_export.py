@@ -5,13 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from finished_runs import saved_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainer.attempt import load_job
-from trainer.base import load_tokenizer
 from trainer.export import results
-from trainer.tokens import tokenise
 
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"method": {"kind": "full"}, "sharding": {"zero": 3}},
@@ -19,22 +16,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "rslora": {"method": {"kind": "rslora", "rank": 4, "alpha": 3}, "sharding": {"zero": 2}},
     "dora": {"method": {"kind": "dora", "rank": 4, "target": ["q_proj", "down_proj"]}, "sharding": {"zero": 3}},
 }
-
-
-def loss(model: torch.nn.Module, run_dir: Path, cache: Path) -> float:
-    """The loss per target token over the evaluation rows, one example at a time."""
-    job = load_job(run_dir)
-    assert job.data.eval
-    tokens = tokenise(job.data.eval, load_tokenizer(job.base), job.data.seq_len, cache)
-    total = 0.0
-    for i in range(len(tokens)):
-        example = tokens.example(i)
-        ids = torch.tensor(example.ids, dtype=torch.long)
-        labels = ids.masked_fill(~torch.tensor(example.target), -100)
-        with torch.no_grad():
-            logits = model(input_ids=ids[None]).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum").item()
-    return total / float(tokens.targets.sum())
 
 
 @pytest.fixture
@@ -66,8 +47,8 @@ def test_plain_libraries_load_what_was_trained(trained: dict[str, Path], cache: 
             merged = AutoModelForCausalLM.from_pretrained(output / "merged")
             models = [PeftModel.from_pretrained(base, output), merged]
         for model in models:
-            assert abs(loss(model, run_dir, cache) - said["eval_loss"]) / said["eval_loss"] < 1e-6
-        untuned = loss(AutoModelForCausalLM.from_pretrained(tiny_base), run_dir, cache)
+            assert abs(saved_loss(model, run_dir, cache) - said["eval_loss"]) / said["eval_loss"] < 1e-6
+        untuned = saved_loss(AutoModelForCausalLM.from_pretrained(tiny_base), run_dir, cache)
         assert abs(untuned - said["eval_loss"]) / untuned > 1e-4
         assert len(AutoTokenizer.from_pretrained(output)) == len(AutoTokenizer.from_pretrained(tiny_base))
         card = (output / "README.md").read_text()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from finished_runs import Curve, curve, difference
 
 from methods.options import Full
 from trainer.attempt import load_job
@@ -20,13 +21,6 @@ TOLERANCE = 1e-6
 METHODS = {"full": {"kind": "full"}, "lora": {"kind": "lora", "rank": 4}}
 RATES = {"full": 1e-3, "lora": 1e-2}
 LAYOUTS = list(itertools.product(METHODS, (0, 1, 2, 3), (1, 3), (False, True)))  # method, ZeRO, micro-batch, packed
-Curve = list[tuple[float, float]]
-
-
-def curve(run_dir: Path) -> Curve:
-    """Loss and gradient norm of each step."""
-    lines = (run_dir / "attempts" / "1" / "metrics.jsonl").read_text().splitlines()
-    return [(row["loss"], row["grad_norm"]) for row in map(json.loads, lines) if "loss" in row]
 
 
 def reference(run_dir: Path, cache: Path) -> Curve:
@@ -63,12 +57,6 @@ def reference(run_dir: Path, cache: Path) -> Curve:
         optimizer.zero_grad()
         points.append((total, norm.item()))
     return points
-
-
-def difference(a: Curve, b: Curve) -> float:
-    """The largest relative difference between two curves."""
-    assert len(a) == len(b) == 20
-    return max(abs(x - y) / abs(y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
 
 
 def sample() -> list[Any]:
