@@ -188,11 +188,13 @@ def compare(
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
-    """Show the methods with their options and defaults."""
+def methods(
+    kind: Annotated[str | None, typer.Argument(help="one method; all without it")] = None, as_json: Json = False
+) -> None:
+    """Show the methods with their options and defaults, and at which ZeRO stages they were seen to work."""
     from orchestrator.describe import methods as describe_methods
 
-    found = describe_methods()
+    found = describe_methods(kind)
     if as_json:
         return _print_json(found)
     from orchestrator.render import show_methods

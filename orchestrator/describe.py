@@ -5,15 +5,20 @@ from importlib.resources import files
 from typing import Any
 
 from methods.options import ALL, Options
+from orchestrator.errors import InputError
 
 CAPABILITIES = ("train", "accumulate", "packed", "resume", "reshard", "merge", "export")
 
 
-def methods() -> list[dict[str, Any]]:
-    """One record per method: kind, what it does, default learning rate, options, support."""
+def methods(kind: str | None = None) -> list[dict[str, Any]]:
+    """One record per method: kind, what it does, default learning rate, options, support; raises InputError."""
+    kinds = [options.model_fields["kind"].default for options in ALL]
+    if kind not in (None, *kinds):
+        raise InputError(f"found the method {kind!r}; allowed: {', '.join(kinds)}")
     seen = json.loads((files("methods") / "support.json").read_text())
     unseen = {"stages": {}, "commit": "none"}
-    return [_method(options, seen.get(options.model_fields["kind"].default, unseen)) for options in ALL]
+    shown = [(name, options) for name, options in zip(kinds, ALL, strict=True) if kind in (None, name)]
+    return [_method(options, seen.get(name, unseen)) for name, options in shown]
 
 
 def support(method: dict[str, Any]) -> list[str]:

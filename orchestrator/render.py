@@ -1,5 +1,6 @@
 """Results as tables for a terminal."""
 
+import json
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -65,8 +66,7 @@ def show_methods(methods: list[dict[str, Any]]) -> None:
     for method in methods:
         table.add_row(f"[bold]{method['kind']}[/]", "", f"lr {method['lr']:g}", escape(method["summary"]))
         for name, option in method["options"].items():
-            default = "null" if option["default"] is None else str(option["default"])
-            table.add_row("", name, default, escape(option["description"] or ""))
+            table.add_row("", name, escape(_yaml(option["default"])), escape(option["description"] or ""))
     show(table)
     seen = _table("method", *CAPABILITIES)
     for method in methods:
@@ -76,6 +76,13 @@ def show_methods(methods: list[dict[str, Any]]) -> None:
         for name, cell in method["support"].items():
             if "refused" in cell:
                 show(escape(f"{method['kind']}, {name}: {cell['refused']}"))
+
+
+def _yaml(value: Any) -> str:
+    """An option's value as a job writes it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(value)}]"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def show_plan(plan: Plan) -> None:
