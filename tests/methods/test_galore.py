@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+from alone import Whole
 from finished_runs import curve, difference, interrupted
 from safetensors.torch import load_file
 from torch import nn
@@ -19,7 +20,6 @@ from methods.galore import GaloreTuning
 from methods.options import Galore
 from methods.subspace.matrix import canonical, exact_basis, fast_basis, generator, lay_out
 from methods.subspace.projector import Calendar, Int4Projector
-from tests.methods.alone import Whole
 
 ADAM: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 RANK, EVERY, SCALE, LR, STEPS = 6, 50, 0.25, 3e-3, 200

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from finished_runs import Curve, curve, difference, interrupted
+from finished_runs import Curve, curve, difference, interrupted, saved_loss
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from methods.base import Setup
@@ -19,7 +19,6 @@ from orchestrator.errors import InputError
 from orchestrator.job import Job
 from orchestrator.model import Model
 from orchestrator.preflight import check
-from tests.trainer.test_export import loss
 from trainer.attempt import load_job
 from trainer.base import load_tokenizer
 from trainer.export import results
@@ -131,14 +130,14 @@ def check_output(run_dir: Path, base: Path, cache: Path) -> None:
     said = results(run_dir)["eval_loss"]
     tied = AutoConfig.from_pretrained(base).tie_word_embeddings
     for model in reloaded(run_dir / "output", base):
-        assert abs(loss(model, run_dir, cache) - said) / said < 1e-6
+        assert abs(saved_loss(model, run_dir, cache) - said) / said < 1e-6
         assert model.config._attn_implementation == "sdpa"
         assert model.config.max_position_embeddings == 512
         assert model.config.rope_parameters["rope_type"] == "linear"
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         assert torch.equal(head, embedding) == tied
     without = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run_dir / "output")
-    assert abs(loss(without, run_dir, cache) - said) / said > 1e-4  # the config matters
+    assert abs(saved_loss(without, run_dir, cache) - said) / said > 1e-4  # the config matters
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
