@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from methods.parts.ranks import largest, rounded
 from trainer.export import results
 
+pytestmark = pytest.mark.slow  # part of make matrix until its launches are shared
+
 METHOD = {"kind": "adalora", "rank": 2, "initial_rank": 4, "every": 4, "warmup": 0.1, "final": 0.3}
 TRAIN = {"steps": 32, "lr": 1e-2}  # cuts at 4, 8, ..., 20 and 22; the choice is fixed from then on
 

@@ -17,6 +17,8 @@ from methods.registry import create
 from trainer.attempt import load_job
 from trainer.export import results
 
+pytestmark = pytest.mark.slow  # part of make matrix until its launches are shared
+
 SIZE = 5
 IDS = torch.randint(5, 300, (40,), generator=torch.Generator().manual_seed(1))
 

@@ -26,6 +26,8 @@ from trainer.loop import plan_batches
 from trainer.schedule import learning_rate
 from trainer.tokens import tokenise
 
+pytestmark = pytest.mark.slow  # part of make matrix until its launches are shared
+
 SEQ_LEN, GROUPS, FACTOR = 320, 8, 2  # the base has 256 positions
 METHOD = {"kind": "longlora", "rank": 4, "groups": GROUPS}
 RATE = 2e-3

@@ -20,6 +20,8 @@ from trainer.attempt import load_job
 from trainer.export import results
 from trainer.schedule import learning_rate
 
+pytestmark = pytest.mark.slow  # part of make matrix until its launches are shared
+
 METHOD = {"kind": "relora", "rank": 2, "every": 0.25, "rewarmup": 0.1}
 STEPS = 24
 RESTARTS = (6, 12, 18)

@@ -19,6 +19,8 @@ from trainer.attempt import load_job
 from trainer.export import results
 from trainer.tokens import virtual_ids
 
+pytestmark = pytest.mark.slow  # part of make matrix until its launches are shared
+
 TOKENS = 7
 KINDS = {"prefix": Prefix, "prompt": Prompt, "ptuning": PTuning}
 PREFIX = {"task_type": "CAUSAL_LM", "num_virtual_tokens": TOKENS}
