@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import select
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,40 +83,73 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def launch(cache: Path, tmp_path: Path) -> Any:
-    """Train runs, one after another, in `world` plain processes on loopback; gives the processes' exit codes."""
+class Workers:
+    """Plain processes on loopback that train one run after another: to start them takes longer than a small run."""
 
-    def start(world: int, *run_dirs: Path, timeout: float = 240) -> list[int]:
+    def __init__(self, world: int, cache: Path, log: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        log = (tmp_path / "workers.log").open("ab")
-        processes = [
+        where = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "trainer", *map(str, run_dirs)],
+                [sys.executable, "-u", ROOT / "tests" / "worker.py"],
                 env=os.environ
-                | {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(world),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                    "OMP_NUM_THREADS": "1",
-                    "FLEETUNE_CACHE": str(cache),
-                },
-                stdout=log,
-                stderr=log,
+                | where
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                | {"OMP_NUM_THREADS": "1", "FLEETUNE_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log.open("ab"),
             )
             for rank in range(world)
         ]
-        try:
-            return [process.wait(timeout) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-            log.close()
-            print((tmp_path / "workers.log").read_text()[-5000:])
+
+    def train(self, run_dir: Path, timeout: float) -> bool:
+        """Train a run; False when a worker ended instead, or said nothing for `timeout` seconds."""
+        waiting = {}
+        for process in self.processes:
+            assert process.stdin and process.stdout
+            process.stdin.write(f"{run_dir}\n".encode())
+            process.stdin.flush()
+            waiting[process.stdout] = process
+        while waiting:
+            ready = select.select(list(waiting), [], [], timeout)[0]
+            if not ready or any(not pipe.readline() for pipe in ready):
+                return False
+            for pipe in ready:
+                del waiting[pipe]
+        return True
+
+    def stop(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[dict[int, Workers]]:
+    """The workers that are up, by world size."""
+    up: dict[int, Workers] = {}
+    yield up
+    for group in up.values():
+        group.stop()
+
+
+@pytest.fixture
+def launch(workers: dict[int, Workers], cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Train runs, one after another, in a world of so many plain processes."""
+    log = tmp_path_factory.getbasetemp() / "workers.log"
+
+    def start(world: int, *run_dirs: Path, timeout: float = 240) -> None:
+        for run_dir in run_dirs:
+            if world not in workers:
+                workers[world] = Workers(world, cache, log)
+            before = log.stat().st_size if log.exists() else 0
+            if not workers[world].train(run_dir, timeout):
+                workers.pop(world).stop()
+                pytest.fail(f"{run_dir.name} did not end; its workers wrote:\n{log.read_bytes()[before:].decode()}")
 
     return start
 

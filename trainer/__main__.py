@@ -1,6 +1,7 @@
 """`python -m trainer RUN_DIR...`: train as plain processes, under any launcher that sets RANK and WORLD_SIZE."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from trainer.loop import train
 from trainer.world import World, join
 
 
-def main(run_dirs: list[Path]) -> None:
+def main(run_dirs: Iterable[Path]) -> None:
     """For each run: claim the next attempt from the newest checkpoint, train, and close the run."""
     world = join()
     for run_dir in run_dirs:

