@@ -22,7 +22,7 @@ class Options(BaseModel):
     default_lr: ClassVar[float]  # for a base of hidden size WIDTH
     width_exponent: ClassVar[float] = 0.0  # how the best rate falls with the hidden size
     makes_model: ClassVar[bool] = False  # the output is a whole model, not an adapter
-    refusals: ClassVar[Mapping[str, str]] = {}  # what it cannot do (merge, export, scratch), and why
+    refusals: ClassVar[Mapping[str, str]] = {}  # what it cannot do (merge, export), and why
 
     def adds(self, linears: Linears, others: Others) -> int:
         """How many parameters the method adds to a base of these shapes; raises ValueError for a bad target."""
@@ -42,8 +42,13 @@ class Options(BaseModel):
 
     def frozen_bytes(self, linears: Linears, others: Others, element: int) -> tuple[int, int]:
         """Bytes of the frozen weights of `element` bytes each: those that ZeRO 3 shares, those that it does not."""
-        base = sum(map(prod, (*linears.values(), *others.values())))
+        base = _size(linears) + _size(others)
         return (base + self.adds(linears, others) - self.trained(linears, others)) * element, 0
+
+    @property
+    def quantises(self) -> bool:
+        """Whether it keeps the base's linear layers in 4 bits."""
+        return False
 
     def extends(self, config: Mapping[str, Any]) -> bool:  # noqa: ARG002
         """Whether it can train a base with this config.json on sequences longer than the base's."""
@@ -162,10 +167,6 @@ class QLora(_LowRank):
 
     kind: Literal["qlora"] = "qlora"
 
-    refusals: ClassVar[Mapping[str, str]] = {
-        "scratch": "random weights are not worth quantising; nearest: init: pretrained, or method full"
-    }
-
     quant: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type of the base")
     double_quant: bool = Field(True, description="quantise the quantisation constants too")
     init: Literal["default", "gaussian", "loftq"] = Field(
@@ -178,11 +179,14 @@ class QLora(_LowRank):
         _check_directions(self, chosen)
         return chosen
 
+    @property
+    def quantises(self) -> bool:
+        """It does."""
+        return True
+
     def frozen_bytes(self, linears: Linears, others: Others, element: int) -> tuple[int, int]:
-        """Every worker holds the linear layers in 4 bits, and a constant for 64 weights; ZeRO 3 shares the rest."""
-        constant = 1 + 4 / 256 if self.double_quant else 4
-        packed = sum(map(prod, linears.values())) * (1 / 2 + constant / 64)
-        return sum(map(prod, others.values())) * element, round(packed)
+        """Every worker holds the linear layers in 4 bits; ZeRO 3 shares the rest."""
+        return _size(others) * element, _packed(linears, self.double_quant)
 
 
 class AdaLora(_Targeted):
@@ -418,14 +422,14 @@ class Galore(_Targeted):
     def trained(self, linears: Linears, others: Others) -> int:
         """Every weight."""
         self.targets(linears, others)
-        return sum(map(prod, (*linears.values(), *others.values())))
+        return _size(linears) + _size(others)
 
     def optimizer_elements(self, linears: Linears, others: Others) -> int:
         """Moments and bases of the targets, and the other weights' moments, over all ranks (each has all bases)."""
         chosen = self.targets(linears, others)
         ranks = {name: min(self.rank, *shape) for name, shape in chosen.items()}
         low = sum(ranks[name] * (2 * max(shape) + min(shape)) for name, shape in chosen.items())
-        return low + 2 * (self.trained(linears, others) - sum(map(prod, chosen.values())))
+        return low + 2 * (self.trained(linears, others) - _size(chosen))
 
 
 class ReLora(_LowRank):
@@ -438,20 +442,48 @@ class ReLora(_LowRank):
     rewarmup: float = Field(0.02, ge=0, lt=1, description="share of the steps of warm-up after a merge")
     keep: float = Field(0.0, ge=0, lt=1, description="share of the optimizer's state that outlives a merge")
     others: bool = Field(True, description="train embeddings, norms, biases and head too, as the paper does")
+    full_rank: float = Field(
+        0.0, ge=0, lt=1, description="share of the steps that train the weights themselves first"
+    )
+    quantised: bool = Field(False, description="keep linear layers in 4 bits (NF4); a merge quantises them anew")
 
     @model_validator(mode="after")
-    def _warms_up_in_time(self) -> "ReLora":
+    def _fits(self) -> "ReLora":
         if self.rewarmup >= self.every:
             raise ValueError(f"found rewarmup {self.rewarmup}; allowed: less than every ({self.every})")
+        if self.full_rank and self.quantised:
+            raise ValueError(
+                "found full_rank with quantised, but weights in 4 bits cannot be trained themselves; "
+                "nearest: a job of kind full whose output is the base of this one"
+            )
         return self
+
+    @property
+    def quantises(self) -> bool:
+        """Where it is asked to."""
+        return self.quantised
 
     def targets(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:  # noqa: ARG002
         """As for LoRA, but linear layers alone."""
         return choose(self.target, self.exclude, linears, {})
 
     def trained(self, linears: Linears, others: Others) -> int:
-        """The factors, and every weight that is no linear layer's."""
-        return self.adds(linears, others) + (sum(map(prod, others.values())) if self.others else 0)
+        """The factors, every weight that is no linear layer's, and those too where they are trained first."""
+        return self.adds(linears, others) + self._directly(others) + (_size(linears) if self.full_rank else 0)
+
+    def optimizer_elements(self, linears: Linears, others: Others) -> int:
+        """Two moments of what is trained at a time: factors, or before them the linear layers' weights."""
+        most = max(self.adds(linears, others), _size(linears) if self.full_rank else 0)
+        return 2 * (most + self._directly(others))
+
+    def frozen_bytes(self, linears: Linears, others: Others, element: int) -> tuple[int, int]:
+        """As for LoRA; where it quantises, every worker holds the linear layers in 4 bits."""
+        if not self.quantised:
+            return super().frozen_bytes(linears, others, element)
+        return (_size(others) - self._directly(others)) * element, _packed(linears, double=True)
+
+    def _directly(self, others: Others) -> int:
+        return _size(others) if self.others else 0
 
 
 def layer_of(name: str) -> int | None:
@@ -464,6 +496,16 @@ def _check_directions(options: Lora | QLora, chosen: Linears) -> None:
     for name, shape in chosen.items() if options.init in ("pissa", "olora", "eva", "loftq") else ():
         if options.rank > min(shape):
             raise ValueError(f"found rank {options.rank} for init {options.init}; {name} has {min(shape)} directions")
+
+
+def _packed(linears: Linears, double: bool) -> int:
+    """Bytes of matrices in 4 bits, with a constant for 64 weights: fp32, or a byte and an fp32 for 256 of them."""
+    constant = 1 + 4 / 256 if double else 4
+    return round(_size(linears) * (1 / 2 + constant / 64))
+
+
+def _size(shapes: Linears | Others) -> int:
+    return sum(map(prod, shapes.values()))
 
 
 def _hidden(others: Others) -> int:

@@ -13,22 +13,34 @@ are whole then:
    "jagged" cosine. The authors' code restarts after a first step at rate zero; here no step is lost.
 
 As in the authors' code, embeddings, norms, biases and head are trained directly, unless `others` is off; their state
-is never reset. A full-rank warm start is a job of kind `full` before, whose output is this job's base.
+is never reset.
+
+With `full_rank`, W itself is trained for that share of the steps (the paper's warm start, section 3), and the first
+factors come with a warm-up of the learning rate, as after a restart. The set of trained weights is fixed in the
+engine, so memory for gradients of W stays in use; where that is too much, tune a job of kind `full` first, and take
+its output as the base.
+
+With `quantised`, W is in 4 bits (NF4, double quantisation), and a restart quantises W + s B A anew. That loses what
+is smaller than the distance of two codes, a tenth of W as a rule, so it says how much it lost. After the last step
+nothing is quantised: the output is dequantised W + s B A.
 """
 
 import hashlib
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from methods.base import Fragment, Setup, View
+from methods.base import Fragment, Piece, Setup, View
 from methods.lora import LowRank
 from methods.options import ReLora
+from methods.parts import quantised
+from methods.parts.initial import adapted
 from methods.parts.peft_adapter import ADAPTER, shapes
 from methods.parts.ranks import largest
 
@@ -40,17 +52,30 @@ class ReLoraTuning(LowRank[ReLora]):
         super().__init__(options, setup)
         self._every = max(1, round(options.every * setup.steps))
         self._rewarmup = round(options.rewarmup * setup.steps)
+        self._full = round(options.full_rank * setup.steps)
         self._base: Callable[[int], float] = lambda step: 1.0  # noqa: ARG005
         self._done = 0
         self._optimizer: torch.optim.Optimizer | None = None
+        self._layers: dict[str, LoraLayer] = {}
+        self._first: set[str] = set()  # what is trained in the first phase alone
+
+    def load_options(self, config: Any) -> dict[str, Any]:
+        """Have the base quantised while it is read, if asked to."""
+        return quantised.load_options("nf4", True, config.dtype) if self.options.quantised else {}
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Freeze the linear layers and add adapters; the rest is trained if `others` says so."""
-        others = [model.get_parameter(name) for name in shapes(model)[1]]
-        adapted = super().attach(model)
-        for parameter in others:
-            parameter.requires_grad_(self.options.others)
-        return adapted
+        linears, others = shapes(model)
+        directly = [model.get_parameter(name) for name in others] if self.options.others else []
+        first = [model.get_parameter(f"{name}.weight") for name in linears] if self._full else []
+        tuned = super().attach(model)
+        for parameter in (*directly, *first):
+            parameter.requires_grad_(True)
+        self._first = {name for name, parameter in tuned.named_parameters() if any(parameter is p for p in first)}
+        if self.options.quantised:
+            quantised.hide(tuned)
+        self._layers = dict(adapted(tuned))
+        return tuned
 
     def changed(self, model: nn.Module) -> list[str]:
         """Every weight that is not trained: most change by merges, and the output holds them all."""
@@ -61,14 +86,26 @@ class ReLoraTuning(LowRank[ReLora]):
         self._optimizer = super().optimizer(fragments, lr, **adam)
         return self._optimizer
 
+    def pieces(self) -> Sequence[Piece]:
+        """The weights in 4 bits, which every rank holds."""
+        if not self.options.quantised:
+            return []
+        return [
+            Piece(f"{name}.{kind}", 0, {kind: value}, True)
+            for name, layer in self._layers.items()
+            for kind, value in quantised.state(layer.get_base_layer()).items()
+        ]
+
     def schedule(self, base: Callable[[int], float]) -> Callable[[int], float]:
         """The job's schedule with a warm-up after every restart."""
         self._base = base
         return self._rate
 
     def restarts(self, done: int) -> bool:
-        """Whether there is a restart after so many steps, before the last."""
-        if done <= 0 or done % self._every or done + self._rewarmup >= self.setup.steps:
+        """Whether there is a restart after so many steps, before the last; the first factors come with one."""
+        if done <= 0 or done < self._full or (done - self._full) % self._every:
+            return False
+        if done + self._rewarmup >= self.setup.steps:
             return False
         return self._base(done) <= self._base(done - 1) * (1 + 1e-9)  # else the job warms up
 
@@ -81,16 +118,25 @@ class ReLoraTuning(LowRank[ReLora]):
             nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         return start
 
+    def gradients(self, view: View) -> list[torch.Tensor]:
+        """The gradients of what this phase trains: AdamW passes over weights without one."""
+        if self._full:
+            for fragment in view.fragments():
+                if self._waits(fragment.name):
+                    self._forget(fragment)
+                    fragment.parameter.grad = None
+        return super().gradients(view)
+
     def after_step(self, view: View) -> None:
         """Merge and start anew where it is time."""
         self._done += 1
-        if self.restarts(self._done) or self._done == self.setup.steps:
+        whole_at_end = self._done == self.setup.steps and not self.options.quantised
+        if self._done > self._full and (self.restarts(self._done) or whole_at_end):
             fragments = {fragment.name: fragment for fragment in view.fragments()}
-            for name, layer in _layers(view.model):
-                a_name, b_name = (f"{name}.lora_{factor}.{ADAPTER}.weight" for factor in "AB")
-                self._merge(view, layer, a_name, b_name)
-                for factor in (a_name, b_name):
-                    self._reset(view, factor, fragments.get(factor))
+            losses = [self._merge(view, name, fragments) for name in self._layers]
+            if self.options.quantised:
+                said = f"merged after step {self._done}: 4 bits lost {statistics.median(losses):.2g} times the update"
+                print(f"{said} (median of layers; at most {max(losses):.2g})", flush=True)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Steps done."""
@@ -101,45 +147,78 @@ class ReLoraTuning(LowRank[ReLora]):
         self._done = int(state["step"])
 
     def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
-        """Write the model as `from_pretrained` loads it; all of it is in the base's weights since the last step."""
-        plain = {name: value for name, value in weights.items() if ".lora_" not in name}
-        plain = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): v for name, v in plain.items()}
-        model.get_base_model().save_pretrained(folder, state_dict=plain)
+        """Write the model as `from_pretrained` loads it."""
+        base = model.get_base_model()
+        plain = {_plain(name): value for name, value in weights.items() if ".lora_" not in name}
+        if self.options.quantised:
+            base = quantised.twin(base)
+            plain |= {f"{_plain(name)}.weight": value for name, value in self._restored(model, weights)}
+        base.save_pretrained(folder, state_dict=plain)
 
     def merge(self, model: nn.Module) -> nn.Module:
-        """The model itself: the last step merged it."""
+        """The model itself: all is in its weights."""
         return model
 
     def _rate(self, step: int) -> float:
-        start = step - step % self._every
+        start = step - (step - self._full) % self._every
         if step - start >= self._rewarmup or not self.restarts(start):
             return self._base(step)
         return self._base(start + self._rewarmup) * (step - start + 1) / self._rewarmup
 
-    def _merge(self, view: View, layer: Linear, a_name: str, b_name: str) -> None:
-        a_RI, b_OR = (view.whole(name, lambda f: f.parameter.data) for name in (a_name, b_name))
+    def _waits(self, name: str) -> bool:
+        return ".lora_" in name if self._done < self._full else name in self._first
+
+    def _merge(self, view: View, name: str, fragments: dict[str, Fragment]) -> float:
+        """Put the factors of a layer into its weight, and start them anew; gives what 4 bits lost of the update."""
+        layer, factors = self._layers[name], [f"{name}.lora_{factor}.{ADAPTER}.weight" for factor in "AB"]
+        a_RI, b_OR = (view.whole(factor, lambda f: f.parameter.data) for factor in factors)
         delta_OI = layer.scaling[ADAPTER] * (b_OR @ a_RI)
-        weight = layer.get_base_layer().weight
-        with view.gathered([weight]):
-            weight.data.add_(delta_OI.T if layer.fan_in_fan_out else delta_OI)
+        if layer.fan_in_fan_out:
+            delta_OI = delta_OI.T
+        base, lost = layer.get_base_layer(), 0.0
+        if self.options.quantised:
+            lost = quantised.add(base, delta_OI)
+        elif base.weight.requires_grad:
+            if own := fragments.get(f"{name}.base_layer.weight"):
+                own.parameter.data.add_(delta_OI.reshape(-1)[own.start : own.stop])
+        else:
+            with view.gathered([base.weight]):
+                base.weight.data.add_(delta_OI)
+        for factor in factors:
+            self._reset(view, factor, fragments.get(factor))
+        return lost
 
     def _reset(self, view: View, name: str, own: Fragment | None) -> None:
         """Give this rank's part of a factor its new start, and what its state may keep."""
-        assert self._optimizer is not None
-        state = self._optimizer.state
         if own is not None:
             start = self.start(name, view.shape(name), self._done)
             own.parameter.data.copy_(start.view(-1)[own.start : own.stop])
         if self.options.keep == 0:
             if own is not None:
-                state.pop(own.parameter, None)
+                self._forget(own)
             return
+        assert self._optimizer is not None
+        state = self._optimizer.state
         whole = view.whole(name, lambda fragment: state[fragment.parameter]["exp_avg"])
         kept = largest(whole.abs(), int(self.options.keep * whole.numel())).view(-1)
         if own is not None:
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[own.parameter][moment].mul_(kept[own.start : own.stop])
 
+    def _forget(self, fragment: Fragment) -> None:
+        assert self._optimizer is not None
+        self._optimizer.state.pop(fragment.parameter, None)
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Linear))
+    def _restored(self, model: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the layers in 4 bits stand for, with the factors' updates, on the host."""
+        for name, base in quantised.layers(model):
+            weight_OI = quantised.restored(base.weight).cpu()
+            if layer := self._layers.get(name.removesuffix(".base_layer")):
+                a_RI, b_OR = (weights[f"{name.removesuffix('.base_layer')}.lora_{f}.{ADAPTER}.weight"] for f in "AB")
+                weight_OI += layer.scaling[ADAPTER] * (b_OR.float() @ a_RI.float())
+            yield name, weight_OI.to(model.config.dtype)
+
+
+def _plain(name: str) -> str:
+    """A name in the base that has no adapters."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")

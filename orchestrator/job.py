@@ -163,8 +163,11 @@ class Job(_Part):
 
     @model_validator(mode="after")
     def _can_start(self) -> "Job":
-        if self.base.init == "scratch" and "scratch" in self.method.refusals:
-            raise ValueError(f"{self.method.kind} with base.init: scratch: {self.method.refusals['scratch']}")
+        if self.base.init == "scratch" and self.method.quantises:
+            raise ValueError(
+                "base.init scratch with a base in 4 bits: random weights are not worth quantising; "
+                "nearest: init: pretrained, or method full"
+            )
         if isinstance(self.method, Prompt | PTuning) and self.data.seq_len <= self.method.tokens:
             taken = f"method.tokens {self.method.tokens}"
             raise ValueError(f"data.seq_len {self.data.seq_len} has no room beside {taken}")

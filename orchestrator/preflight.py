@@ -133,4 +133,6 @@ def _warnings(job: Job, train: Rows | None) -> list[str]:
         warnings.append("sharding.zero: 0 keeps the whole optimizer state on every worker; 1 shares it at no cost")
     if getattr(job.method, "dropout", 0) > 0:
         warnings.append("method.dropout: the masks depend on the layout, so runs on other layouts differ")
+    if job.method.kind == "relora" and job.method.quantises:
+        warnings.append("method.quantised: merges quantise anew; what is below a 4-bit step is mostly lost")
     return warnings

@@ -4,12 +4,14 @@ Every rank holds the whole 4-bit base at every ZeRO stage: its packed bytes cann
 DeepSpeed, nor is there much to gain. bitsandbytes is imported when a quantised base is really used.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -48,6 +50,44 @@ def restored(weight: Any) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.data, weight.quant_state).float()
+
+
+def state(layer: Any) -> dict[str, torch.Tensor]:
+    """All that a 4-bit weight with double quantisation is made of, as the layer holds it."""
+    own = layer.weight.quant_state
+    return {
+        "packed": layer.weight.data.view(-1),
+        "absmax": own.absmax,
+        "group_absmax": own.state2.absmax,
+        "offset": own.offset.view(1),
+    }
+
+
+def add(layer: Any, update: torch.Tensor) -> float:
+    """Put an update [out, in] into a layer's weight by quantising the sum; gives the error's norm over the update's.
+
+    Rank 0 says how the sum is rounded, so that all ranks hold the same bytes.
+    """
+    from bitsandbytes.functional import quantize_4bit
+
+    wanted = restored(layer.weight) + update
+    packed, found = quantize_4bit(wanted, quant_type=layer.weight.quant_state.quant_type, compress_statistics=True)
+    new = (packed.view(-1), found.absmax, found.state2.absmax, found.offset)
+    for old, value in zip(state(layer).values(), new, strict=True):
+        if dist.is_initialized():
+            dist.broadcast(value, 0)
+        old.copy_(value)
+    return float((restored(layer.weight) - wanted).norm() / update.norm())
+
+
+def twin(model: Any) -> Any:
+    """The same architecture without quantisation and without weights, to save others under its config."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def lost(weight: torch.Tensor, quant: str, double: bool) -> torch.Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from by_hand import base, train
-from finished_runs import curve, difference, interrupted, saved_loss
+from finished_runs import Curve, curve, difference, interrupted, saved_loss
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -16,13 +17,14 @@ from transformers import AutoModelForCausalLM
 from methods.base import Setup
 from methods.options import ReLora
 from methods.relora import ReLoraTuning
+from orchestrator.job import Job
 from trainer.attempt import load_job
 from trainer.export import results
 from trainer.schedule import learning_rate
 
 METHOD = {"kind": "relora", "rank": 2, "every": 0.25, "rewarmup": 0.1}
 STEPS = 24
-RESTARTS = (6, 12, 18)
+EVERY = 6
 
 
 class Factors(nn.Module):
@@ -41,7 +43,10 @@ class Factors(nn.Module):
 
 def with_factors(run_dir: Path) -> tuple[nn.Module, list[Factors]]:
     """The base with factors that start as PEFT's do."""
-    adapted = peft.get_peft_model(base(run_dir), peft.LoraConfig(r=2, target_modules="all-linear"))
+    adapted = peft.get_peft_model(
+        base(run_dir),
+        peft.LoraConfig(r=2, target_modules="all-linear", exclude_modules=list(load_job(run_dir).method.exclude)),
+    )
     starts = {name: p.detach() for name, p in adapted.named_parameters() if "lora_A" in name}
     model, factors = base(run_dir), []
     for name, start in starts.items():
@@ -52,27 +57,47 @@ def with_factors(run_dir: Path) -> tuple[nn.Module, list[Factors]]:
     return model, factors
 
 
-def jagged(run_dir: Path, step: int) -> float:
-    """The cosine, with two steps of warm-up after a restart."""
+def restarts(done: int, full: int) -> bool:
+    """After every 6 steps from `full` on, as long as two steps of warm-up remain."""
+    return done > 0 and done >= full and (done - full) % EVERY == 0 and done + 2 < STEPS
+
+
+def jagged(run_dir: Path, step: int, full: int) -> float:
+    """The cosine, with two steps of warm-up after a restart and after `full` steps of the weights themselves."""
     job = load_job(run_dir)
-    start = step // 6 * 6
-    if start and step - start < 2:
+    start = full + (step - full) // EVERY * EVERY
+    if restarts(start, full) and step - start < 2:
         return learning_rate(job, start + 2, STEPS) * (step - start + 1) / 2
     return learning_rate(job, step, STEPS)
 
 
-def transcription(run_dir: Path, cache: Path, keep: float) -> list[tuple[float, float]]:
-    """The paper's training loop."""
+def in_4_bits(weight: torch.Tensor) -> torch.Tensor:
+    """What bitsandbytes makes of a weight."""
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return dequantize_4bit(packed, state)
+
+
+def transcription(run_dir: Path, cache: Path, keep: float = 0, full: int = 0, rounded: Any = None) -> Curve:
+    """The paper's training loop: `full` steps of the weights themselves, then factors over weights as `rounded`."""
     model, factors = with_factors(run_dir)
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not model.lm_head]
+    for weight in weights:
+        weight.requires_grad_(full > 0)
+        weight.data = rounded(weight.data) if rounded else weight.data
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
     method = ReLoraTuning(ReLora(rank=2), Setup(STEPS))
 
+    def before(k: int) -> None:
+        for parameter in [f for factor in factors for f in (factor.a, factor.b)] if k < full else weights:
+            parameter.grad = None
+
     @torch.no_grad()
     def after(k: int) -> None:
-        if k + 1 not in RESTARTS:
+        if k + 1 == full or not restarts(k + 1, full):
             return
         for factor in factors:
-            factor.linear.weight += 2 * factor.b @ factor.a
+            merged = factor.linear.weight + 2 * factor.b @ factor.a
+            factor.linear.weight.copy_(rounded(merged) if rounded else merged)
             factor.a.copy_(method.start(factor.name, factor.a.shape, k + 1))
             factor.b.zero_()
             for parameter in (factor.a, factor.b):
@@ -85,7 +110,18 @@ def transcription(run_dir: Path, cache: Path, keep: float) -> list[tuple[float, 
                 first.mul_(mask)
                 second.mul_(mask)
 
-    return train(run_dir, cache, model, optimizer, rate=lambda k: jagged(run_dir, k), after=after)
+    return train(
+        run_dir, cache, model, optimizer, rate=lambda k: jagged(run_dir, k, full), before=before, after=after
+    )
+
+
+VARIANTS: dict[str, tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]] = {  # stages, options, by hand
+    "plain": ((0, 2), {}, {}),
+    "keep": ((3,), {"keep": 0.1}, {"keep": 0.1}),
+    "warm": ((2,), {"full_rank": 0.25}, {"full": 6}),
+    "warm, kept": ((3,), {"full_rank": 5 / 24, "keep": 0.1, "exclude": ["k_proj"]}, {"keep": 0.1, "full": 5}),
+    "4 bits": ((3,), {"quantised": True}, {"rounded": in_4_bits}),
+}
 
 
 @pytest.mark.timeout(600)
@@ -99,25 +135,25 @@ def test_layouts_resume_and_output(new_run: Any, launch: Any, cache: Path, sums:
         "checkpoint": {"every": 6, "keep": 9},
     }
     runs = {
-        (zero, keep): new_run(f"zero{zero}-{keep}", sharding={"zero": zero}, method={**METHOD, "keep": keep}, **parts)
-        for zero, keep in ((0, 0.0), (2, 0.0), (3, 0.0), (3, 0.1))
+        (name, zero): new_run(f"{name} {zero}", sharding={"zero": zero}, method=METHOD | options, **parts)
+        for name, (stages, options, _) in VARIANTS.items()
+        for zero in stages
     }
     launch(2, *runs.values())
-    expected = {keep: transcription(runs[3, keep], cache, keep) for keep in (0.0, 0.1)}
-    worst = {run.name: difference(curve(run), expected[keep]) for (_, keep), run in runs.items()}
+    last = {name: run for (name, _), run in runs.items()}
+    expected = {name: transcription(run, cache, **VARIANTS[name][2]) for name, run in last.items()}
+    worst = {run.name: difference(curve(run), expected[name]) for (name, _), run in runs.items()}
     print(worst)
     assert max(worst.values()) < 1e-6
-    assert 1e-4 < difference(expected[0.0], expected[0.1]) < 10
-    again = [interrupted(runs[key], f"again{key}", step) for key, step in (((2, 0.0), 6), ((3, 0.1), 12))]
-    other = interrupted(runs[3, 0.0], "other", 12, sharding={"zero": 1})
-    launch(2, *again, other)
-    for run, key in zip(again, ((2, 0.0), (3, 0.1)), strict=True):
-        whole = runs[key]
-        resumed = curve(run, 2)
-        assert resumed == curve(whole)[STEPS - len(resumed) :]
-        one, two = (load_file(r / "output" / "model.safetensors") for r in (run, whole))
-        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert difference(curve(other, 2), curve(runs[3, 0.0])[12:]) < 1e-5
+    assert all(1e-4 < difference(expected["plain"], expected[name]) < 10 for name in VARIANTS if name != "plain")
+    again = {name: interrupted(run, f"{name} again", 12) for name, run in last.items()}
+    other = {name: interrupted(run, f"{name} other", 6, sharding={"zero": 1}) for name, run in last.items()}
+    launch(2, *again.values(), *other.values())
+    for name, whole in last.items():
+        assert curve(again[name], 2) == curve(whole)[12:], name
+        one, two = (load_file(run / "output" / "model.safetensors") for run in (again[name], whole))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+        assert difference(curve(other[name], 2), curve(whole)[6:]) < 1e-5, name
     for run in runs.values():
         loaded = AutoModelForCausalLM.from_pretrained(run / "output")
         assert saved_loss(loaded, run, cache) == pytest.approx(results(run)["eval_loss"], rel=1e-5)
@@ -140,5 +176,19 @@ def test_what_is_trained() -> None:
     linears, others = {"layers.0.q_proj": (8, 8)}, {"embed_tokens.weight": (10, 8), "norm.weight": (8,)}
     assert ReLora(rank=2).trained(linears, others) == 2 * 16 + 88
     assert ReLora(rank=2, others=False).trained(linears, others) == 2 * 16
+    warm = ReLora(rank=2, full_rank=0.1)
+    assert (warm.trained(linears, others), warm.optimizer_elements(linears, others)) == (
+        2 * 16 + 88 + 64,
+        2 * (64 + 88),
+    )
+    assert ReLora(rank=2, quantised=True).frozen_bytes(linears, others, 4) == (0, 33)  # 64 half bytes, a constant
+
+
+def test_what_has_no_meaning_is_refused() -> None:
     with pytest.raises(ValueError, match="rewarmup"):
         ReLora(every=0.1, rewarmup=0.1)
+    with pytest.raises(ValueError, match="nearest: a job of kind full"):
+        ReLora(full_rank=0.1, quantised=True)
+    job = {"base": {"model": "-", "init": "scratch"}, "data": {"train": "-"}, "train": {"steps": 1}}
+    with pytest.raises(ValueError, match="random weights are not worth quantising"):
+        Job.model_validate(job | {"method": {"kind": "relora", "quantised": True}})
