@@ -1,0 +1,77 @@
+"""What the options of all methods share."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from methods.parts.targets import Linears, Others, Target, choose
+
+WIDTH = 2048
+# The best rate falls like this power of the hidden size on Llama (hardly on Qwen), and LoRA's is about ten times that
+# of full fine-tuning: Schulman et al. 2025, "LoRA Without Regret", and Tinker's guide to hyperparameters.
+WEIGHTS_EXPONENT = 0.78
+
+
+class Options(BaseModel):
+    """What all methods share: a kind, and a default learning rate for it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    default_lr: ClassVar[float]  # for a base of hidden size WIDTH
+    width_exponent: ClassVar[float] = 0.0  # how the best rate falls with the hidden size
+    makes_model: ClassVar[bool] = False  # the output is a whole model, not an adapter
+    refusals: ClassVar[Mapping[str, str]] = {}  # what it cannot do (merge, export), and why
+
+    def adds(self, linears: Linears, others: Others) -> int:
+        """How many parameters the method adds to a base of these shapes; raises ValueError for a bad target."""
+        raise NotImplementedError
+
+    def trained(self, linears: Linears, others: Others) -> int:
+        """How many parameters it trains on a base of these shapes; raises ValueError for a bad target."""
+        return self.adds(linears, others)
+
+    def rate(self, hidden: int | None) -> float:
+        """The default peak learning rate on a base of this hidden size."""
+        return float(self.default_lr * (WIDTH / (hidden or WIDTH)) ** self.width_exponent)
+
+    def optimizer_elements(self, linears: Linears, others: Others) -> int:
+        """Numbers that the optimizer keeps, over all workers: two moments per trained parameter."""
+        return 2 * self.trained(linears, others)
+
+    def frozen_bytes(self, linears: Linears, others: Others, element: int) -> tuple[int, int]:
+        """Bytes of the frozen weights of `element` bytes each: those that ZeRO 3 shares, those that it does not."""
+        base = size(linears) + size(others)
+        return (base + self.adds(linears, others) - self.trained(linears, others)) * element, 0
+
+    @property
+    def quantises(self) -> bool:
+        """Whether it keeps the base's linear layers in 4 bits."""
+        return False
+
+    def extends(self, config: Mapping[str, Any]) -> bool:  # noqa: ARG002
+        """Whether it can train a base with this config.json on sequences longer than the base's."""
+        return False
+
+
+class Targeted(Options):
+    """What works on some of the base's modules."""
+
+    target: Target = Field("all-linear", description="names of the modules that get an adapter, or all-linear")
+    exclude: tuple[str, ...] = Field((), description="names of modules that get none")
+
+    def targets(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:
+        """The modules that get an adapter, with their (out, in); a name stands for every module that ends with it."""
+        return choose(self.target, self.exclude, linears, others)
+
+
+def packed(linears: Linears, double: bool) -> int:
+    """Bytes of matrices in 4 bits, with a constant for 64 weights: fp32, or a byte and an fp32 for 256 of them."""
+    constant = 1 + 4 / 256 if double else 4
+    return round(size(linears) * (1 / 2 + constant / 64))
+
+
+def size(shapes: Linears | Others) -> int:
+    """Number of elements, all in all."""
+    return sum(map(prod, shapes.values()))

@@ -1,0 +1,103 @@
+"""Adapters that are no product of two matrices."""
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from methods.options.base import WEIGHTS_EXPONENT, Options, Targeted
+from methods.parts.targets import Linears, Others, choose, is_named
+
+
+class Ia3(Options):
+    """Learned scales of keys, values and feed-forward inputs."""
+
+    kind: Literal["ia3"] = "ia3"
+    default_lr: ClassVar[float] = 2e-2
+
+    target: tuple[str, ...] = Field(
+        ("k_proj", "v_proj", "down_proj"), min_length=1, description="modules whose output (or input) is scaled"
+    )
+    feedforward: tuple[str, ...] = Field(("down_proj",), description="those of them whose input is scaled")
+
+    def targets(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:  # noqa: ARG002
+        """The linear layers that are scaled, with their (out, in)."""
+        return choose(self.target, (), linears, {})
+
+    def fed(self, targets: Iterable[str]) -> list[str]:
+        """Those of the targets whose input is scaled."""
+        return [name for name in targets if any(is_named(name, pattern) for pattern in self.feedforward)]
+
+    def adds(self, linears: Linears, others: Others) -> int:
+        """One scale per output of a target, per input where it is a feed-forward module."""
+        chosen = self.targets(linears, others)
+        fed = self.fed(chosen)
+        return sum(in_ if name in fed else out for name, (out, in_) in chosen.items())
+
+
+class Vera(Targeted):
+    """Two random projections shared by all modules, with trained scales for each."""
+
+    kind: Literal["vera"] = "vera"
+    default_lr: ClassVar[float] = 2e-2
+
+    rank: int = Field(256, ge=1, description="rank r of the shared projections")
+    d_initial: float = Field(0.1, description="start of the trained scales d")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    projection_seed: int = Field(0, ge=0, description="seed of the shared projections")
+
+    def targets(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:  # noqa: ARG002
+        """The linear layers that get an adapter, with their (out, in)."""
+        return choose(self.target, self.exclude, linears, {})
+
+    def adds(self, linears: Linears, others: Others) -> int:
+        """d in R^r and b in R^{out} for every target."""
+        return sum(self.rank + out for out, _ in self.targets(linears, others).values())
+
+
+class FourierFt(Targeted):
+    """An update whose spectrum has a few trained entries."""
+
+    kind: Literal["fourierft"] = "fourierft"
+    default_lr: ClassVar[float] = 3e-2
+
+    frequencies: int = Field(1000, ge=1, description="trained entries of each module's spectrum")
+    scale: float = Field(150.0, gt=0, description="factor of the update")
+    location_seed: int = Field(777, ge=0, description="seed of the entries' places")
+
+    def targets(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:  # noqa: ARG002
+        """The linear layers that get an adapter; raises ValueError where one has fewer entries than are trained."""
+        chosen = choose(self.target, self.exclude, linears, {})
+        for name, shape in chosen.items():
+            if prod(shape) < self.frequencies:
+                raise ValueError(f"found frequencies {self.frequencies}; {name} has {prod(shape)} entries")
+        return chosen
+
+    def adds(self, linears: Linears, others: Others) -> int:
+        """The trained entries of every target."""
+        return self.frequencies * len(self.targets(linears, others))
+
+
+class Bottleneck(Options):
+    """Small networks behind the sublayers: x + up(f(down(x)))."""
+
+    kind: Literal["bottleneck"] = "bottleneck"
+    default_lr: ClassVar[float] = 1e-3
+    width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
+    refusals: ClassVar[Mapping[str, str]] = {
+        "merge": "there is a nonlinearity in it, which no weight of the base can stand for; nearest: lora",
+        "export": "neither PEFT nor transformers has it; methods.bottleneck.load puts it on a base",
+    }
+
+    placement: Literal["houlsby", "pfeiffer"] = Field(
+        "pfeiffer", description="behind attention and feed-forward, or behind feed-forward alone"
+    )
+    size: int = Field(64, ge=1, description="width of the bottleneck")
+    activation: Literal["relu", "gelu", "silu"] = Field("relu", description="what stands between down and up")
+
+    def adds(self, linears: Linears, others: Others) -> int:
+        """down and up with their biases, per adapter."""
+        names = ("o_proj", "down_proj") if self.placement == "houlsby" else ("down_proj",)
+        chosen = choose(names, (), linears, others)
+        return sum(2 * out * self.size + out + self.size for out, _ in chosen.values())

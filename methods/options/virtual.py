@@ -1,0 +1,64 @@
+"""Methods with virtual tokens in front of every document."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from methods.options.base import WEIGHTS_EXPONENT, Options
+from methods.parts.targets import Linears, Others, choose
+
+
+class _Virtual(Options):
+    refusals: ClassVar[Mapping[str, str]] = {
+        "merge": "virtual tokens are inputs, which no weight of the base can stand for; nearest: lora"
+    }
+
+    tokens: int = Field(20, ge=1, description="virtual tokens in front of every document")
+    init_text: str | None = Field(
+        "Answer the following question.",
+        min_length=1,
+        description="text that they start from, repeated; null: random",
+    )
+
+
+class Prefix(_Virtual):
+    """Trained keys and values in front of every layer's own."""
+
+    kind: Literal["prefix"] = "prefix"
+    default_lr: ClassVar[float] = 5e-3
+    width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
+
+    def adds(self, linears: Linears, others: Others) -> int:
+        """A key and a value per layer and virtual token."""
+        chosen = choose(("k_proj", "v_proj"), (), linears, others)
+        return self.tokens * sum(out for out, _ in chosen.values())
+
+
+class Prompt(_Virtual):
+    """Trained embeddings in front of every document."""
+
+    kind: Literal["prompt"] = "prompt"
+    default_lr: ClassVar[float] = 3e-2
+
+    def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
+        """An embedding per virtual token."""
+        return self.tokens * _hidden(others)
+
+
+class PTuning(_Virtual):
+    """Embeddings in front of every document, made by a trained network."""
+
+    kind: Literal["ptuning"] = "ptuning"
+    default_lr: ClassVar[float] = 1e-2
+
+    hidden: int = Field(128, ge=1, description="width of the network")
+
+    def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
+        """The network's inputs, and its three layers with their biases."""
+        size, width = _hidden(others), self.hidden
+        return self.tokens * size + (size + 1) * width + (width + 1) * width + (width + 1) * size
+
+
+def _hidden(others: Others) -> int:
+    return next(shape[1] for name, shape in others.items() if len(shape) == 2 and "embed" in name)

@@ -1,0 +1,82 @@
+"""Methods that train the weights of the base themselves."""
+
+from math import prod
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from methods.options.base import WEIGHTS_EXPONENT, Options, Targeted, size
+from methods.parts.targets import Linears, Others, is_named
+
+
+class Full(Options):
+    """Train every weight of the base, or those that are not frozen."""
+
+    kind: Literal["full"] = "full"
+    default_lr: ClassVar[float] = 2e-5
+    width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
+    makes_model: ClassVar[bool] = True
+
+    freeze: tuple[str, ...] = Field((), description="patterns of weights that stay as they are, like *embed_tokens*")
+    lisa_layers: int | None = Field(None, ge=1, description="layers trained at a time, drawn at random; null: all")
+    lisa_every: int = Field(20, ge=1, description="steps between two draws of lisa_layers")
+
+    def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
+        """Nothing."""
+        return 0
+
+    def trained(self, linears: Linears, others: Others) -> int:
+        """Every weight that is not frozen."""
+        shapes = {f"{name}.weight": shape for name, shape in linears.items()} | dict(others)
+        for pattern in self.freeze:
+            if not any(is_named(name, pattern) for name in shapes):
+                raise ValueError(f"found the pattern {pattern!r} in freeze, which no weight of the base matches")
+        layers = {layer_of(name) for name in shapes} - {None}
+        if self.lisa_layers is not None and self.lisa_layers > len(layers):
+            raise ValueError(f"found lisa_layers {self.lisa_layers}; allowed: up to the base's {len(layers)} layers")
+        trained = sum(prod(shape) for name, shape in shapes.items() if not self.freezes(name))
+        if trained == 0:
+            raise ValueError("found patterns in freeze that match every weight; allowed: to leave one to train")
+        return trained
+
+    def freezes(self, name: str) -> bool:
+        """Whether the weight of this name stays as it is."""
+        return any(is_named(name, pattern) for pattern in self.freeze)
+
+
+class Galore(Targeted):
+    """Full fine-tuning whose optimizer lives in a low-rank subspace of each matrix's gradient."""
+
+    kind: Literal["galore"] = "galore"
+    default_lr: ClassVar[float] = 1e-3
+    makes_model: ClassVar[bool] = True
+
+    variant: Literal["galore", "q-galore", "apollo"] = Field(
+        "galore", description="q-galore: 4-bit projector, lazy refresh; apollo: random projection, scaled gradient"
+    )
+    rank: int = Field(128, ge=1, description="rank r of the subspace")
+    refresh_every: int = Field(200, ge=1, description="steps between two refreshes of the subspace")
+    refresh: Literal["exact", "fast"] = Field("exact", description="singular vectors, exact or by random sketching")
+    scale: float = Field(0.25, gt=0, description="factor of the projected update")
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="what moves in the subspace")
+
+    def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
+        """Nothing."""
+        return 0
+
+    def trained(self, linears: Linears, others: Others) -> int:
+        """Every weight."""
+        self.targets(linears, others)
+        return size(linears) + size(others)
+
+    def optimizer_elements(self, linears: Linears, others: Others) -> int:
+        """Moments and bases of the targets, and the other weights' moments, over all ranks (each has all bases)."""
+        chosen = self.targets(linears, others)
+        ranks = {name: min(self.rank, *shape) for name, shape in chosen.items()}
+        low = sum(ranks[name] * (2 * max(shape) + min(shape)) for name, shape in chosen.items())
+        return low + 2 * (self.trained(linears, others) - size(chosen))
+
+
+def layer_of(name: str) -> int | None:
+    """The transformer layer that a weight is in, by the first number in its name; None outside of all layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
