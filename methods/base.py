@@ -99,10 +99,6 @@ class Method(Generic[O]):
         self.options = options
         self.setup = setup
 
-    def virtual_tokens(self) -> int:
-        """Number of virtual tokens in front of every document; they have the ids -1, -2, ..."""
-        return 0
-
     def load_options(self, config: Any) -> dict[str, Any]:  # noqa: ARG002
         """Keyword arguments for `from_pretrained`; may change the base's config, which is one of them."""
         return {}

@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from methods.base import Method
 from methods.options import Prefix
-from methods.parts.virtual import gathered_in_turn, text_ids, write
+from methods.parts.virtual import common, gathered_in_turn, text_ids, write
 
 ATTENTION = "sdpa_with_prefix"
 
@@ -43,14 +43,7 @@ class PrefixTuning(Method[Prefix]):
         names = [name for name, module in model.named_modules() if hasattr(module, "prefix")]
         prefix_L2HVD = torch.stack([weights[f"{name}.prefix"] for name in names])
         layers, _, heads, tokens, size = prefix_L2HVD.shape
-        config = peft.PrefixTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=tokens,
-            num_transformer_submodules=1,
-            num_layers=layers,
-            num_attention_heads=heads,
-            token_dim=heads * size,
-        )
+        config = peft.PrefixTuningConfig(**common(tokens, heads * size), num_layers=layers, num_attention_heads=heads)
         write(model, config, prefix_L2HVD.permute(3, 0, 1, 2, 4).reshape(tokens, -1), folder)
 
     def _check(self, model: nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from methods.options import Prompt
-from methods.parts.virtual import Embedded, embedded, text_ids
+from methods.parts.virtual import Embedded, common, embedded, text_ids
 
 
 class PromptTuning(Embedded[Prompt]):
@@ -17,17 +17,11 @@ class PromptTuning(Embedded[Prompt]):
 
     def config(self, hidden: int) -> Any:
         """Without how it started, so that loading it needs no tokenizer."""
-        return peft.PromptTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=self.options.tokens,
-            num_transformer_submodules=1,
-            token_dim=hidden,
-        )
+        return peft.PromptTuningConfig(**common(self.options.tokens, hidden))
 
     def encoder(self, config: Any) -> nn.Module:
         """P."""
-        encoder: nn.Module = peft.PromptEmbedding(config, None)
-        return encoder
+        return peft.PromptEmbedding(config, None)
 
     def start(self, encoder: Any, model: nn.Module) -> None:
         """P from a text, or from random tokens."""

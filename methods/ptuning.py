@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from methods.options import PTuning
-from methods.parts.virtual import Embedded, embedded, text_ids
+from methods.parts.virtual import Embedded, common, embedded, text_ids
 
 
 class PTuningTuning(Embedded[PTuning]):
@@ -22,17 +22,12 @@ class PTuningTuning(Embedded[PTuning]):
     def config(self, hidden: int) -> Any:
         """An MLP of the options' width."""
         return peft.PromptEncoderConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=self.options.tokens,
-            num_transformer_submodules=1,
-            token_dim=hidden,
-            encoder_hidden_size=self.options.hidden,
+            **common(self.options.tokens, hidden), encoder_hidden_size=self.options.hidden
         )
 
     def encoder(self, config: Any) -> nn.Module:
         """Z and f."""
-        encoder: nn.Module = peft.PromptEncoder(config)
-        return encoder
+        return peft.PromptEncoder(config)
 
     def start(self, encoder: Any, model: nn.Module) -> None:
         """Leave Z and f as they are drawn, or let f(Z) be a text."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from methods.options import Full, Method, Prompt, PTuning
+from methods.options import Full, Method
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -168,9 +168,9 @@ class Job(_Part):
                 "base.init scratch with a base in 4 bits: random weights are not worth quantising; "
                 "nearest: init: pretrained, or method full"
             )
-        if isinstance(self.method, Prompt | PTuning) and self.data.seq_len <= self.method.tokens:
-            taken = f"method.tokens {self.method.tokens}"
-            raise ValueError(f"data.seq_len {self.data.seq_len} has no room beside {taken}")
+        virtual = self.method.virtual_tokens
+        if self.data.seq_len <= virtual:
+            raise ValueError(f"data.seq_len {self.data.seq_len} has no room beside method.tokens {virtual}")
         return self
 
     @property

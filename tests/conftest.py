@@ -15,31 +15,20 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = dict(os.environ)  # as pytest found it: what one test sets is not for processes that outlive it
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama of two layers (fp32) and the tokenizer of examples/tiny."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from llamas import random_llama
+    from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("base")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny")
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    random_llama(vocab_size=len(tokenizer), initializer_range=0.02, **special).save_pretrained(folder)
     return folder
 
 
@@ -51,6 +40,14 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [[rng.randrange(100) for _ in range(rng.randrange(2, 9))] for _ in range(200)]
     text = [{"prompt": " + ".join(map(str, row)) + " =", "completion": f" {sum(row)}"} for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in text))
+    return path
+
+
+@pytest.fixture(scope="session")
+def held_out(sums: Path) -> Path:
+    """A .jsonl of the first 40 sums, to evaluate on."""
+    path = sums.with_name("held-out.jsonl")
+    path.write_text("".join(sums.read_text().splitlines(keepends=True)[:40]))
     return path
 
 
@@ -90,42 +87,41 @@ class Workers:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        where = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-u", ROOT / "tests" / "worker.py"],
-                env=os.environ
-                | where
-                | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                | {"OMP_NUM_THREADS": "1", "FLEETUNE_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log.open("ab"),
-            )
-            for rank in range(world)
-        ]
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared |= {"OMP_NUM_THREADS": "1", "FLEETUNE_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+        with log.open("ab") as errors:
+            self.processes = [
+                subprocess.Popen(
+                    [sys.executable, "-u", ROOT / "tests" / "worker.py"],
+                    env={**ENVIRONMENT, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    bufsize=0,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                )
+                for rank in range(world)
+            ]
 
     def train(self, run_dir: Path, timeout: float) -> bool:
-        """Train a run; False when a worker ended instead, or said nothing for `timeout` seconds."""
-        waiting = {}
-        for process in self.processes:
-            assert process.stdin and process.stdout
-            process.stdin.write(f"{run_dir}\n".encode())
-            process.stdin.flush()
-            waiting[process.stdout] = process
+        """Train a run; False when a worker has ended instead, or all said nothing for `timeout` seconds."""
+        try:
+            for process in self.processes:
+                process.stdin.write(f"{run_dir}\n".encode())
+        except BrokenPipeError:
+            return False
+        waiting = [process.stdout for process in self.processes]
         while waiting:
-            ready = select.select(list(waiting), [], [], timeout)[0]
-            if not ready or any(not pipe.readline() for pipe in ready):
+            ready = select.select(waiting, [], [], timeout)[0]
+            if not ready or not all(pipe.readline() for pipe in ready):
                 return False
-            for pipe in ready:
-                del waiting[pipe]
+            waiting = [pipe for pipe in waiting if pipe not in ready]
         return True
 
     def stop(self) -> None:
         """End the processes."""
         for process in self.processes:
-            process.kill()
-            process.wait()
+            with process:  # closes its pipes, and waits
+                process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -146,10 +142,13 @@ def launch(workers: dict[int, Workers], cache: Path, tmp_path_factory: pytest.Te
         for run_dir in run_dirs:
             if world not in workers:
                 workers[world] = Workers(world, cache, log)
-            before = log.stat().st_size if log.exists() else 0
-            if not workers[world].train(run_dir, timeout):
-                workers.pop(world).stop()
-                pytest.fail(f"{run_dir.name} did not end; its workers wrote:\n{log.read_bytes()[before:].decode()}")
+            before, done = log.stat().st_size, False
+            try:
+                done = workers[world].train(run_dir, timeout)
+            finally:
+                if not done:  # also when pytest's own time limit struck: else they would answer the next run for this
+                    workers.pop(world).stop()
+            assert done, f"{run_dir.name} did not end; its workers wrote:\n" + log.read_bytes()[before:].decode()
 
     return start
 

@@ -1,6 +1,7 @@
 """What tests read from finished runs, and how they interrupt one afterwards."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from trainer.attempt import load_job
 from trainer.base import load_tokenizer
+from trainer.export import results
 from trainer.tokens import tokenise
 
 Curve = list[tuple[float, float]]  # loss, and gradient norm before clipping
@@ -30,7 +32,9 @@ def curve(run_dir: Path, attempt: int = 1) -> Curve:
 def difference(a: Curve, b: Curve) -> float:
     """The largest relative difference between two curves."""
     assert len(a) == len(b) > 0
-    return max(abs(x - y) / abs(y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
+    found = [abs(x - y) / abs(y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]
+    assert all(map(math.isfinite, found))  # `max` may pass over what is not a number
+    return max(found)
 
 
 def interrupted(whole: Path, name: str, step: int, **parts: Any) -> Path:
@@ -63,3 +67,8 @@ def saved_loss(model: nn.Module, run_dir: Path, cache: Path) -> float:
             logits = model(input_ids=ids[None]).logits[0, -len(ids) : -1]  # virtual tokens may stand in front
         total += nn.functional.cross_entropy(logits, labels[1:], reduction="sum").item()
     return total / float(tokens.targets.sum())
+
+
+def loss_gap(model: nn.Module, run_dir: Path, cache: Path) -> float:
+    """The relative difference between a loaded output's loss and the one that the trainer reported at the end."""
+    return abs(saved_loss(model, run_dir, cache) / results(run_dir)["eval_loss"] - 1)

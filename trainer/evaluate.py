@@ -97,7 +97,7 @@ class Evaluator:
         return float(right) / len(order)
 
     def _generate(self, run: Run, asked: list[Prompt]) -> list[str]:
-        rows = [virtual_ids(run.method.virtual_tokens()) + prompt.ids for prompt in asked]
+        rows = [virtual_ids(run.job.method.virtual_tokens) + prompt.ids for prompt in asked]
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), run.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)

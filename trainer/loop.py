@@ -4,7 +4,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,7 @@ class Run:
     batches: Batches
     shards: Shards
     dtype: torch.dtype
-
-    def schedule(self, step: int) -> float:
-        """The learning rate of a step, from 0."""
-        return self.method.schedule(lambda k: learning_rate(self.job, k, self.batches.steps))(step)
+    schedule: Callable[[int], float]  # the learning rate of a step, from 0
 
     @property
     def model(self) -> nn.Module:
@@ -64,7 +61,7 @@ def train(run_dir: Path, attempt: int) -> None:
     """
     run, first = prepare(Attempt(run_dir, attempt))
     saves = checkpoint.Checkpoints(run.attempt, run.world, run.job.checkpoint.every, run.job.checkpoint.keep)
-    evaluator = Evaluator.create(run.job, run.tokenizer, cache(), run.world, run.method.virtual_tokens())
+    evaluator = Evaluator.create(run.job, run.tokenizer, cache(), run.world, run.job.method.virtual_tokens)
     fit(run, first, saves, evaluator)
     saves.wait()
     export(run)
@@ -82,8 +79,7 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     job = job.at_width(getattr(load_config(job.base), "hidden_size", None))
     world = join()
     tokenizer = load_tokenizer(job.base)
-    virtual = create(job.method).virtual_tokens()
-    tokens = tokenise(job.data.train, tokenizer, job.data.seq_len, cache(), virtual)
+    tokens = tokenise(job.data.train, tokenizer, job.data.seq_len, cache(), job.method.virtual_tokens)
     planned = plan_batches(job, tokens)
     method = create(job.method, Setup(planned.steps, job.train.seed, job.data.seq_len, tokenizer))
     dtype = precision(job, world.device)
@@ -99,7 +95,8 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     shards = Shards(model, method, job.sharding.zero, job.lr, adam)
     if saved:
         saved.load_optimizer(shards)
-    run = Run(job, attempt, world, method, tokenizer, tokens, planned, shards, dtype)
+    schedule = method.schedule(lambda step: learning_rate(job, step, planned.steps))
+    run = Run(job, attempt, world, method, tokenizer, tokens, planned, shards, dtype, schedule)
     announce(run)
     return run, saved.step if saved else 0
 

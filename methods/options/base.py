@@ -46,6 +46,11 @@ class Options(BaseModel):
         return (base + self.adds(linears, others) - self.trained(linears, others)) * element, 0
 
     @property
+    def virtual_tokens(self) -> int:
+        """Number of virtual tokens in front of every document; they take room, and have the ids -1, -2, ..."""
+        return 0
+
+    @property
     def quantises(self) -> bool:
         """Whether it keeps the base's linear layers in 4 bits."""
         return False

@@ -35,7 +35,14 @@ class Prefix(_Virtual):
         return self.tokens * sum(out for out, _ in chosen.values())
 
 
-class Prompt(_Virtual):
+class _Embedded(_Virtual):
+    @property
+    def virtual_tokens(self) -> int:
+        """They are inputs, with places of their own."""
+        return self.tokens
+
+
+class Prompt(_Embedded):
     """Trained embeddings in front of every document."""
 
     kind: Literal["prompt"] = "prompt"
@@ -46,7 +53,7 @@ class Prompt(_Virtual):
         return self.tokens * _hidden(others)
 
 
-class PTuning(_Virtual):
+class PTuning(_Embedded):
     """Embeddings in front of every document, made by a trained network."""
 
     kind: Literal["ptuning"] = "ptuning"

@@ -1,8 +1,9 @@
 """EVA: A starts as the first r principal directions of each target's inputs, B as zero.
 
 Paischer et al. 2024, arXiv 2410.07170, section 3: an incremental SVD of the activations over the first examples of
-the training data, as PEFT has it. Every module keeps its rank (the paper's rho = 1). All ranks see the same examples
-one by one, without padding, so the directions depend on neither layout nor packing.
+the training data, as PEFT has it, over all tokens of a fixed number (PEFT stops layer by layer). Every module keeps
+its rank (the paper's rho = 1). All ranks see the same examples one by one, without padding, so the directions depend
+on neither layout nor packing.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from methods.parts.peft_adapter import ADAPTER, whole
 
 TOKENS = 8192  # after which directions of a few dozen have settled
 AT_ONCE = 512  # tokens whose inputs are held for a step of the SVD
+PEFTS_SEED = 42  # of the sketch in it: where no direction stands out, it decides
 
 
 def start_from_inputs(model: nn.Module, examples: Iterable[torch.Tensor], rank: int) -> None:
@@ -31,7 +33,7 @@ def start_from_inputs(model: nn.Module, examples: Iterable[torch.Tensor], rank: 
 
 def directions(model: nn.Module, examples: Iterable[torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
     """The first principal directions [rank, in] of every target's inputs, by its name."""
-    fits = {name: IncrementalPCA(rank, lowrank=True, lowrank_seed=0) for name, _ in adapted(model)}
+    fits = {name: IncrementalPCA(rank, lowrank=True, lowrank_seed=PEFTS_SEED) for name, _ in adapted(model)}
     enough, seen, waiting = max(AT_ONCE, 2 * rank), 0, 0
     model.eval()
     with torch.no_grad(), listening(model) as heard, runnable(model):

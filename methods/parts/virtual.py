@@ -63,10 +63,6 @@ class Embedded(Method[E]):
         """Give the encoder the values that training starts from."""
         raise NotImplementedError
 
-    def virtual_tokens(self) -> int:
-        """As many as the options say."""
-        return self.options.tokens
-
     def attach(self, model: nn.Module) -> nn.Module:
         """Freeze the base and put the encoder into its input embedding."""
         model.requires_grad_(False)
@@ -82,6 +78,16 @@ class Embedded(Method[E]):
         encoder.load_state_dict({name.rpartition("encoder.")[2]: value for name, value in weights.items()})
         with torch.no_grad():
             write(model, config, encoder(torch.arange(self.options.tokens)), folder)
+
+
+def common(tokens: int, width: int) -> dict[str, Any]:
+    """What PEFT's config says of virtual tokens of any kind: how many, and how many numbers each has."""
+    return {
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": tokens,
+        "num_transformer_submodules": 1,
+        "token_dim": width,
+    }
 
 
 def write(model: nn.Module, config: Any, prompt: torch.Tensor, folder: Path) -> None:

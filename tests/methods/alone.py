@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from llamas import random_llama
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from methods.base import Setup
 from methods.options import Options
@@ -31,18 +32,7 @@ class Whole:
 
 def llama(tied: bool = True) -> LlamaForCausalLM:
     """A random Llama of two layers, the same at every call, fp32."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-    )
-    model = LlamaForCausalLM(config)
+    model = random_llama(tie_word_embeddings=tied)
     torch.manual_seed(1)  # what a method draws then does not depend on the base
     return model
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from finished_runs import curve, difference, interrupted, saved_loss
+from by_hand import base
+from finished_runs import curve, difference, interrupted, loss_gap
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -14,8 +15,6 @@ from methods.base import Setup
 from methods.bottleneck import Adapter, load
 from methods.options import Bottleneck
 from methods.registry import create
-from trainer.attempt import load_job
-from trainer.export import results
 
 SIZE = 5
 IDS = torch.randint(5, 300, (40,), generator=torch.Generator().manual_seed(1))
@@ -107,9 +106,7 @@ def test_a_base_without_the_places_is_refused() -> None:
         create(Bottleneck(placement="houlsby")).attach(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_layouts_resume_and_export(new_run: Any, launch: Any, sums: Path, tmp_path: Path, cache: Path) -> None:
-    held_out = tmp_path / "held-out.jsonl"
-    held_out.write_text("\n".join(sums.read_text().splitlines()[:30]))
+def test_layouts_resume_and_export(new_run: Any, launch: Any, cache: Path, held_out: Path) -> None:
     runs = [
         new_run(
             f"z{zero}-m{micro}",
@@ -128,6 +125,5 @@ def test_layouts_resume_and_export(new_run: Any, launch: Any, sums: Path, tmp_pa
     curves = [curve(run_dir) for run_dir in runs]
     assert max(difference(found, curves[0]) for found in curves) < 1e-6
     assert curve(again, 2) == curves[-1][10:]
-    loaded = load(AutoModelForCausalLM.from_pretrained(load_job(runs[-1]).base.model), runs[-1] / "output")
-    assert abs(saved_loss(loaded, runs[-1], cache) / results(runs[-1])["eval_loss"] - 1) < 1e-5
+    assert loss_gap(load(base(runs[-1]), runs[-1] / "output"), runs[-1], cache) < 1e-5
     assert curves[0][-1][0] < curves[0][0][0]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 from alone import attached, llama
+from llamas import LLAMA_3B
 
 from methods.options import (
     AdaLora,
@@ -21,19 +22,6 @@ from methods.options import (
 from methods.parts.peft_adapter import shapes
 from orchestrator.model import Model
 
-LLAMA_3B = Model(
-    {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "tie_word_embeddings": True,
-    }
-)
 QV = ("q_proj", "v_proj")
 # PEFT's method_comparison publishes LoRA r32 to the last digit, the others in millions with these digits.
 PUBLISHED: list[tuple[Options, float, int]] = [
@@ -55,7 +43,8 @@ PUBLISHED: list[tuple[Options, float, int]] = [
 
 @pytest.mark.parametrize(("options", "millions", "digits"), PUBLISHED, ids=lambda x: getattr(x, "kind", None))
 def test_published_counts(options: Options, millions: float, digits: int) -> None:
-    count = options.trained(LLAMA_3B.linears, LLAMA_3B.others)
+    model = Model(LLAMA_3B)
+    count = options.trained(model.linears, model.others)
     assert math.isclose(count / 1e6, millions, abs_tol=0.51 * 10**-digits)
 
 

@@ -1,18 +1,15 @@
-"""GaLore against the paper's equations and galore-torch; over ranks, ZeRO stages and restarts; its bytes."""
+"""GaLore against the paper's equations and galore-torch: 200 steps, the bases, and how a fast basis trains."""
 
-import json
-import os
-import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 from alone import Whole
-from finished_runs import curve, difference, interrupted
-from safetensors.torch import load_file
+from finished_runs import curve
 from torch import nn
 
 from methods.base import Setup
@@ -20,17 +17,12 @@ from methods.galore import GaloreTuning
 from methods.options import Galore
 from methods.subspace.matrix import canonical, exact_basis, fast_basis, generator, lay_out
 from methods.subspace.projector import Calendar, Int4Projector
+from trainer.export import results
 
+TINY = Path(__file__).parents[2] / "examples" / "tiny"
 ADAM: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 RANK, EVERY, SCALE, LR, STEPS = 6, 50, 0.25, 3e-3, 200
 Grads = dict[str, torch.Tensor]
-TUNED = {"kind": "galore", "rank": 4, "refresh_every": 7}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "galore": TUNED,
-    "fast": {**TUNED, "refresh": "fast", "optimizer": "adamw8bit"},
-    "q-galore": {**TUNED, "variant": "q-galore", "refresh_every": 3},
-    "apollo": {**TUNED, "variant": "apollo"},
-}
 
 
 class Matrices(nn.Module):
@@ -176,9 +168,58 @@ def test_apollo_is_its_equations() -> None:
 def test_a_fast_basis_spans_the_exact_one() -> None:
     for name, grad in next(gradients(dict(same_matrices().named_parameters()))).items():
         exact, fast = exact_basis(grad, RANK), fast_basis(grad, RANK, generator(0, 0, name))
-        sines = torch.linalg.matrix_norm(exact - fast @ (fast.T @ exact), 2)
-        assert sines < 0.02, f"{name}: the largest principal angle"
+        assert sine(exact, fast) < 0.02, name
         assert torch.allclose(exact.T @ exact, torch.eye(RANK), atol=1e-6)
+
+
+def sine(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Of the largest principal angle between what two orthonormal bases span."""
+    one, other = one.double(), other.double()
+    return torch.linalg.matrix_norm(one - other @ (other.T @ one), 2).item()
+
+
+def with_gap(shape: tuple[int, int], gap: float) -> torch.Tensor:
+    """Singular values from 1 to 0.03 at the rank; the next one is less by the share `gap`, and more follow slowly."""
+    random = torch.Generator().manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=random, dtype=torch.float64), full_matrices=False)
+    leading = torch.logspace(0, -1.5, RANK, dtype=torch.float64)
+    others = leading[-1] * (1 - gap) * 0.9 ** torch.arange(min(shape) - RANK)
+    return ((u * torch.cat([leading, others])) @ v).float()
+
+
+@pytest.mark.parametrize("shape", [(48, 20), (20, 48), (24, 24)])
+@pytest.mark.parametrize("gap", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
+def test_the_angle_to_other_exact_bases_is_that_of_their_rounding(shape: tuple[int, int], gap: float) -> None:
+    """sin(angle) <= |error| / gap (Wedin 1972), for an SVD in fp32 and for gradients summed in another order.
+
+    Ours is within fp32's rounding of the true subspace whatever the gap, as far as an SVD in fp64 can tell.
+    """
+    projector = pytest.importorskip("galore_torch.galore_projector").GaLoreProjector(RANK)
+    grad = with_gap(shape, gap)
+    tall = shape[0] >= shape[1]
+    u, values, v = torch.linalg.svd(grad.double(), full_matrices=False)
+    ours = exact_basis(grad, RANK)
+    assert sine(ours, v[:RANK].T if tall else u[:, :RANK]) < 1e-6
+    authors = projector.get_orthogonal_matrix(grad, RANK, type="right" if tall else "left")
+    rounding = torch.finfo(torch.float32).eps * values[0] / (values[RANK - 1] - values[RANK])
+    assert sine(ours, authors.T if tall else authors) < rounding < 1
+    moved = grad * (1 + 2**-23 * torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    error = torch.linalg.matrix_norm(moved.double() - grad.double(), 2) / (
+        values[RANK - 1] - torch.linalg.svdvals(moved.double())[RANK]
+    )
+    assert sine(ours, exact_basis(moved, RANK)) < error + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(48, 20), (20, 48), (24, 24)])
+def test_without_a_gap_a_basis_holds_as_much_of_the_gradient(shape: tuple[int, int]) -> None:
+    """Then the angle says nothing: any mixture of equal directions is as good, and a fast basis takes another."""
+    grad = with_gap(shape, 0.0)
+    wide = (grad.T if shape[0] >= shape[1] else grad).double()
+    best = torch.linalg.svdvals(wide)[:RANK].square().sum()
+    exact, fast = exact_basis(grad, RANK), fast_basis(grad, RANK, generator(0, 0, "w"))
+    assert (exact.double().T @ wide).square().sum() / best > 1 - 1e-6
+    assert (fast.double().T @ wide).square().sum() / best > 1 - 1e-5
+    assert sine(exact, fast) > 0.1
 
 
 def test_a_four_bit_basis_is_near_and_an_eighth_as_large() -> None:
@@ -202,129 +243,41 @@ def test_a_matrix_whose_direction_stays_is_refreshed_half_as_often() -> None:
     assert calendar.due(20) == [0, 1]
 
 
-def test_states_of_a_7b_are_a_third() -> None:
-    hidden, wide, vocabulary, giga = 4096, 11008, 32000, 2**30
-    linears: dict[str, tuple[int, int]] = {}
-    others: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    others["lm_head.weight"] = (vocabulary, hidden)
-    for layer in range(32):
-        linears |= {f"{layer}.{name}_proj": (hidden, hidden) for name in "qkvo"}
-        linears |= {f"{layer}.{name}": (wide, hidden) for name in ("gate_proj", "up_proj")}
-        linears[f"{layer}.down_proj"] = (hidden, wide)
-        others |= {f"{layer}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
-    options = Galore(rank=1024)
-    galore, adamw = options.optimizer_elements(linears, others), 2 * options.trained(linears, others)
-    assert round(2 * galore / giga, 2) == 8.76
-    assert round(2 * adamw / giga, 2) == 25.10
-    assert round(100 * (1 - galore / adamw), 1) == 65.1
-
-
-class Small(nn.Module):
-    """Matrices whose low-rank gradients fill whole blocks, and a vector beside them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 128, bias=False), nn.Linear(128, 64, bias=False)
-        self.norm = nn.Parameter(torch.ones(64))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        moved: torch.Tensor = self.down(self.up(x * self.norm).relu())
-        return (moved - x).square().mean()
-
-
-def measure(rank: int, folder: str, port: int) -> None:
-    """One of two workers: elements that go through collectives, and bytes of state, per stage."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    import torch.distributed as dist
-
-    from trainer.world import join
-    from trainer.zero import Shards
-
-    join()
-    torch.set_num_threads(1)
-    moved = 0
-    all_reduce = dist.all_reduce
-
-    def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal moved
-        moved += tensor.numel()
-        return all_reduce(tensor, *args, **kwargs)
-
-    found: dict[str, Any] = {}
-    for stage in (0, 2):
-        torch.manual_seed(0)
-        method = GaloreTuning(Galore(rank=16, refresh_every=3), Setup())
-        shards = Shards(method.attach(Small()), method, stage)
-        steps = []
-        for step in range(6):
-            before, moved = method.exchange.sent.copy(), 0
-            dist.all_reduce = counted
-            shards.backward(
-                shards.engine(torch.randn(8, 64, generator=torch.Generator().manual_seed(2 * step + rank)))
-            )
-            shards.step(1e-3, 1.0)
-            dist.all_reduce = all_reduce
-            steps.append({"moved": moved, **(method.exchange.sent - before)})
-        kinds: dict[str, int] = {"exp_avg": 0, "exp_avg_sq": 0, "basis": 0}
-        for piece in method.pieces():
-            for kind, tensor in piece.tensors.items():
-                kinds[kind] += tensor.numel() * tensor.element_size()
-        found[str(stage)] = {"steps": steps, "bytes": kinds}
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-def test_between_refreshes_only_the_subspace_is_reduced(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(measure, (str(tmp_path), port), 2)
-    found = json.loads((tmp_path / "0.json").read_text())
-    low, full, others = 2 * 128 * 16, 2 * 128 * 64, 64
-    for step, sent in enumerate(found["0"]["steps"]):
-        assert sent["projected"] == low == full * 16 // 64
-        assert sent.get("full", 0) == (full if step % 3 == 0 else 0)
-        assert sent["moved"] == low + others, "all that is reduced over ranks, DeepSpeed's own share included"
-    for sent in found["2"]["steps"]:
-        assert sent["projected"] == sent["updates"] == low
-    for stage, share in (("0", 1), ("2", 2)):
-        state = found[stage]["bytes"]
-        formula = 4 * (2 * low / share + 2 * 64 * 16)
-        assert abs(sum(state.values()) - formula) / formula < 0.02
-
-
 @pytest.mark.timeout(300)
-def test_curves_and_restarts_over_layouts(new_run: Any, launch: Any) -> None:
-    layouts = [("galore", 0, 3), ("galore", 3, 1), ("fast", 1, 1), ("q-galore", 2, 3), ("apollo", 3, 3)]
+def test_a_fast_basis_trains_as_an_exact_one(new_run: Any, launch: Any, tmp_path: Path) -> None:
+    """On the embedded base and a task that it does not know; a seed chooses the order of the rows.
 
-    def run(variant: str, zero: int, micro: int, name: str) -> Path:
+    At one seed, fast and exact are apart by less than a fifth of what another seed changes (root mean square over
+    five seeds, against the standard deviation of exact): in the later half of the losses, and on held-out rows.
+    """
+    rows = [sys.executable, str(TINY / "generate.py"), "rows", "record", str(tmp_path)]
+    subprocess.run([*rows, "--train", "2000", "--eval", "50"], check=True)
+
+    def run(refresh: str, seed: int) -> Path:
         made: Path = new_run(
-            f"{variant}-{zero}-{name}",
-            method=VARIANTS[variant],
-            sharding={"zero": zero},
-            train={"micro_batch": micro},
-            checkpoint={"every": 10, "keep": 9},
+            f"{refresh}-{seed}",
+            base=str(TINY),
+            method={"kind": "galore", "rank": 8, "refresh_every": 5, "refresh": refresh},
+            data={"train": str(tmp_path / "record-train.jsonl"), "eval": str(tmp_path / "record-eval.jsonl")},
+            train={"steps": 24, "batch_tokens": 320, "micro_batch": 8, "lr": 4e-3, "seed": seed},
+            evaluation={"max_new_tokens": 0, "before": False},
         )
         return made
 
-    expected = {variant: run(variant, 0, 3, "alone") for variant in VARIANTS}
-    found = {key: run(*key, "pair") for key in layouts}
-    launch(1, *expected.values())
-    launch(2, *found.values())
-    worst = {whole.name: difference(curve(whole), curve(expected[key[0]])) for key, whole in found.items()}
-    print(worst)
-    assert max(worst.values()) < 1e-6
-    wholes = list(found.values())[2:]
-    same = [interrupted(whole, f"{whole.name}-same", 10) for whole in wholes]
-    other = [interrupted(whole, f"{whole.name}-other", 10, sharding={"zero": 1}) for whole in wholes]
-    launch(2, *same)
-    launch(1, *other)
-    for whole, again, moved in zip(wholes, same, other, strict=True):
-        assert curve(again, 2) == curve(whole)[10:]
-        one, two = (load_file(folder / "output" / "model.safetensors") for folder in (whole, again))
-        assert all(torch.equal(one[name], two[name]) for name in one)
-        assert difference(curve(moved, 2), curve(whole)[10:]) < 1e-5
+    runs = {refresh: [run(refresh, seed) for seed in range(5)] for refresh in ("exact", "fast")}
+    launch(1, *runs["exact"], *runs["fast"])
+    losses = {kind: torch.tensor([[loss for loss, _ in curve(one)] for one in each]) for kind, each in runs.items()}
+    later = {kind: found[:, 12:] for kind, found in losses.items()}
+    figures = {
+        "each step": later,
+        "their mean": {kind: found.mean(1) for kind, found in later.items()},
+        "held-out rows": {
+            kind: torch.tensor([results(one)["eval_loss"] for one in each]) for kind, each in runs.items()
+        },
+    }
+    for name, found in figures.items():
+        gap = (found["fast"] - found["exact"]).square().mean().sqrt().item()
+        spread = found["exact"].var(0).mean().sqrt().item()
+        print(f"{name}: gap {gap:.1e}, spread over seeds {spread:.1e}")
+        assert 0 < gap < spread / 5, name
+    assert later["exact"][:, -5:].mean() < losses["exact"][:, :5].mean() / 5

@@ -24,13 +24,6 @@ SUPPORT, README = ROOT / "methods" / "support.json", ROOT / "README.md"
 BEGIN, END = "<!-- support: written by make matrix -->", "<!-- end of support -->"
 
 
-@pytest.fixture
-def held_out(sums: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "held-out.jsonl"
-    path.write_text("\n".join(sums.read_text().splitlines()[:20]))
-    return path
-
-
 @pytest.mark.timeout(600)
 def test_every_method_is_the_same_on_two_workers(new_run: Any, launch: Any) -> None:
     rng = random.Random(int(os.environ.get("MATRIX_SEED", "0")))

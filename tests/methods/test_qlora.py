@@ -8,12 +8,15 @@ import peft
 import pytest
 import torch
 from alone import attached, llama, logits, losses, optimizer_of, trained
+from by_hand import adamw
 from finished_runs import curve, difference, interrupted
 from transformers import AutoModelForCausalLM
 
 from methods.base import MergeRefused
 from methods.options import QLora
 from methods.parts import quantised
+
+LOFTQ = QLora(rank=4, init="loftq")
 
 
 @pytest.fixture(scope="module")
@@ -34,40 +37,53 @@ def in_4_bits(folder: Path, options: QLora) -> Any:
     return model.train()
 
 
+def adapted(folder: Path, options: QLora) -> tuple[Any, Any]:
+    """The method of these options, and the 4-bit base with it attached."""
+    return attached(options, in_4_bits(folder, options))
+
+
+@pytest.fixture
+def loftq(folder: Path, tmp_path: Path) -> tuple[Any, torch.Tensor]:
+    """A method whose adapter was trained from LoftQ's start and lies in `tmp_path`, and what its model says."""
+    method, model = adapted(folder, LOFTQ)
+    losses(model, optimizer_of(method, model, 1e-2))
+    method.export(model, trained(model), tmp_path)
+    return method, logits(model)
+
+
 @pytest.mark.parametrize("options", [QLora(rank=4), QLora(rank=4, quant="fp4", double_quant=False, init="gaussian")])
 def test_equals_bitsandbytes_with_peft(options: QLora, folder: Path) -> None:
-    method, model = attached(options, in_4_bits(folder, options))
+    method, model = adapted(folder, options)
     found = losses(model, optimizer_of(method, model, 1e-2))
     start = "gaussian" if options.init == "gaussian" else True
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=start)
     alone = peft.get_peft_model(in_4_bits(folder, options), config)
-    optimizer = torch.optim.AdamW([p for p in alone.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
-    assert found == pytest.approx(losses(alone, optimizer), rel=1e-5)
+    assert found == pytest.approx(losses(alone, adamw(alone, lr=1e-2)), rel=1e-5)
     assert found[-2] < found[0] - 0.05
 
 
-def test_plain_peft_loads_what_was_trained_on_the_4_bit_base(folder: Path, tmp_path: Path) -> None:
-    options = QLora(rank=4, init="loftq")
-    method, model = attached(options, in_4_bits(folder, options))
-    losses(model, optimizer_of(method, model, 1e-2))
-    expected = logits(model)
-    method.export(model, trained(model), tmp_path)
-    loaded = peft.PeftModel.from_pretrained(in_4_bits(folder, options), tmp_path)
+def test_plain_peft_loads_what_was_trained_on_the_4_bit_base(loftq: Any, folder: Path, tmp_path: Path) -> None:
+    _, expected = loftq
+    loaded = peft.PeftModel.from_pretrained(in_4_bits(folder, LOFTQ), tmp_path)
     assert (logits(loaded) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_loftq_merges_into_what_it_was_made_for(loftq: Any, tmp_path: Path) -> None:
+    method, expected = loftq
+    merged = method.merge(peft.PeftModel.from_pretrained(llama(), tmp_path))
+    assert (logits(merged) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 def test_evaluation_leaves_training_as_it_was(folder: Path) -> None:
-    options = QLora(rank=4)
-    method, model = attached(options, in_4_bits(folder, options))
+    method, model = adapted(folder, QLora(rank=4))
     expected = losses(model, optimizer_of(method, model, 1e-2))
-    method, model = attached(options, in_4_bits(folder, options))
+    method, model = adapted(folder, QLora(rank=4))
     found = losses(model, optimizer_of(method, model, 1e-2), after=lambda: logits(model))
     assert found == expected
 
 
 def test_loftq_restores_what_rank_r_can(folder: Path) -> None:
-    options = QLora(rank=4, init="loftq")
-    _, model = attached(options, in_4_bits(folder, options))
+    _, model = adapted(folder, LOFTQ)
     originals = {name: p.detach() for name, p in llama().named_parameters()}
     for name, layer in model.named_modules():
         if not isinstance(layer, peft.tuners.lora.LoraLayer):
@@ -81,15 +97,14 @@ def test_loftq_restores_what_rank_r_can(folder: Path) -> None:
 
 
 def test_4_bit_weights_are_no_parameters(folder: Path) -> None:
-    _, model = attached(QLora(rank=4), in_4_bits(folder, QLora()))
+    _, model = adapted(folder, QLora(rank=4))
     assert all(p.dtype == torch.float32 for p in model.parameters())
     packed = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.uint8]
     assert len(packed) == 14
 
 
 def test_a_merge_reports_and_refuses(folder: Path, tmp_path: Path) -> None:
-    options = QLora(rank=4)
-    method, model = attached(options, in_4_bits(folder, options))
+    method, model = adapted(folder, QLora(rank=4))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -101,21 +116,11 @@ def test_a_merge_reports_and_refuses(folder: Path, tmp_path: Path) -> None:
     ratio = method.merge_report["base_model.model." + q_proj.removesuffix(".weight")]
     update = merged.get_parameter(q_proj) - llama().get_parameter(q_proj)
     lost = quantised.lost(llama().get_parameter(q_proj).detach(), "nf4", True)
-    assert ratio == pytest.approx(float(lost.norm() / update.norm()), rel=1e-4)
+    assert ratio == pytest.approx((lost.norm() / update.norm()).item(), rel=1e-4)
     small = {name: value * (1e-4 if "lora_B" in name else 1) for name, value in trained(model).items()}
     method.export(model, small, tmp_path / "small")
     with pytest.raises(MergeRefused, match="times as much as training"):
         method.merge(peft.PeftModel.from_pretrained(llama(), tmp_path / "small"))
-
-
-def test_loftq_merges_into_what_it_was_made_for(folder: Path, tmp_path: Path) -> None:
-    options = QLora(rank=4, init="loftq")
-    method, model = attached(options, in_4_bits(folder, options))
-    losses(model, optimizer_of(method, model, 1e-2))
-    expected = logits(model)
-    method.export(model, trained(model), tmp_path)
-    merged = method.merge(peft.PeftModel.from_pretrained(llama(), tmp_path))
-    assert (logits(merged) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_layouts_agree_resume_is_exact_and_a_refusal_keeps_the_adapter(new_run: Any, launch: Any) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from llamas import random_llama
 from torch.nn.functional import scaled_dot_product_attention
 
 from methods.parts.shifted_attention import Pattern, attend, sparse_in_training
-from tests.trainer.small import llama
 
 GROUP = 8
 HEADS, SIZE = 4, 6
@@ -124,14 +124,14 @@ def test_documents_of_half_a_group_are_dense() -> None:
 
 def sparse_llama() -> Any:
     """A random Llama with grouped heads whose attention is sparse in training."""
-    model = llama()
+    model = random_llama()
     model.set_attn_implementation("shifted")
     sparse_in_training(model.get_decoder(), GROUP)
     return model
 
 
 def test_a_model_attends_sparsely_in_training_and_densely_else() -> None:
-    model, reference = sparse_llama(), llama()
+    model, reference = sparse_llama(), random_llama()
     ids = torch.randint(3, 300, (3, 32), generator=torch.Generator().manual_seed(1))
     for position_BT in (PACKED, PADDED):
         expected = reference(input_ids=ids, position_ids=position_BT, attention_mask=seen(position_BT)).logits

@@ -3,26 +3,18 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import make_job, only_queued
+from jobs import make_job
 from run_folders import claim, make_run, plan, steps
 
 from orchestrator import cli, progress, runs
 from trainer.attempt import close
 
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty FLEETUNE_HOME whose local cluster starts nothing."""
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
-    with only_queued(tmp_path / "home"):
-        yield tmp_path / "home"
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from jobs import CONFIG, make_base, make_job, write_weights
+from llamas import LLAMA_3B
 
 from methods.options import Dora, Lora
 from orchestrator.errors import InputError
@@ -14,17 +15,6 @@ from orchestrator.job import Job
 from orchestrator.model import Model, count, read_header, weight_files
 from orchestrator.plan import Memory, memory, plan, sizes
 
-LLAMA_3B = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-}
 SMALL = {key: value for key, value in CONFIG.items() if key not in ("architectures", "model_type")}
 
 

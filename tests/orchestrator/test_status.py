@@ -6,11 +6,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import make_job, only_queued
+from jobs import make_job
 from run_folders import claim, make_run, plan, step_row, steps
 
 import fleetune
@@ -19,14 +18,6 @@ from fleetune import InputError
 from orchestrator import progress, runs
 from orchestrator.logs import LogReader
 from trainer.attempt import Attempt, claim_next, close, request_cancel
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty FLEETUNE_HOME whose local cluster starts nothing."""
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
-    with only_queued(tmp_path / "home"):
-        yield tmp_path / "home"
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from jobs import make_job, only_queued
+from jobs import make_job
 
 import fleetune
 from clusters.local import Local
@@ -19,14 +19,6 @@ from orchestrator import runs, submit
 from trainer.attempt import load_job
 
 pytestmark = pytest.mark.usefixtures("home")
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty FLEETUNE_HOME whose local cluster starts nothing."""
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
-    with only_queued(tmp_path / "home"):
-        yield tmp_path / "home"
 
 
 def queued() -> list[str]:

@@ -1,12 +1,7 @@
-"""Small parts for tests: a byte-level tokenizer trained on the spot, and a random Llama."""
-
-from typing import TYPE_CHECKING
+"""A byte-level tokenizer trained on the spot."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
@@ -32,22 +27,3 @@ def tokenizer(*, bos: bool = True, chat: str | None = None) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=chat
     )
-
-
-def llama() -> "LlamaForCausalLM":
-    """A random Llama with the tokenizer's vocabulary, fp32."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import llama
+from llamas import random_llama
 
 from trainer.batches import Batches, MicroBatch, collate
 from trainer.objectives import sft
@@ -57,7 +57,7 @@ def flat(micro_batches: list[MicroBatch]) -> list[int]:
 
 def gradients(texts: Texts, micro_batches: list[MicroBatch]) -> tuple[float, int, torch.Tensor]:
     """Loss, weight and gradient of all micro-batches together."""
-    model, total, weight = llama(), 0.0, 0
+    model, total, weight = random_llama(), 0.0, 0
     for micro in micro_batches:
         batch = {name: torch.from_numpy(array) for name, array in sft.arrays(micro, texts, 2).items()}
         part, count = sft.loss(model, batch)
@@ -68,7 +68,7 @@ def gradients(texts: Texts, micro_batches: list[MicroBatch]) -> tuple[float, int
 
 def reference(texts: Texts, examples: Any) -> tuple[float, int, torch.Tensor]:
     """The same, one example at a time and all logits at once."""
-    model, total, weight = llama(), 0.0, 0
+    model, total, weight = random_llama(), 0.0, 0
     for example in (texts.example(int(i)) for i in examples):
         ids = torch.from_numpy(example.ids.astype(np.int64))
         logits = model(input_ids=ids[None]).logits[0, :-1]
@@ -207,7 +207,7 @@ def expected() -> tuple[float, int, torch.Tensor]:
 
 
 def test_documents_do_not_see_each_other() -> None:
-    model, texts = llama(), Texts.create(6)
+    model, texts = random_llama(), Texts.create(6)
     texts.all.sort(key=lambda text: len(text.ids))
 
     def logits(texts: Texts) -> torch.Tensor:
@@ -235,7 +235,7 @@ def test_chunks_of_the_cross_entropy_change_nothing(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_model_without_logits_to_keep_gives_the_same() -> None:
-    texts, model = Texts.create(10), llama()
+    texts, model = Texts.create(10), random_llama()
     batch = {name: torch.from_numpy(array) for name, array in sft.arrays([[0, 1], [2]], texts, 2).items()}
 
     def whole(logits_to_keep: Any, **inputs: Any) -> Any:  # noqa: ARG001

@@ -6,16 +6,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
-import torch
+from by_hand import adamw, base, train
 from finished_runs import Curve, curve, difference
 
-from methods.options import Full
 from trainer.attempt import load_job
-from trainer.base import load_tokenizer
-from trainer.loop import plan_batches
-from trainer.schedule import learning_rate
-from trainer.tokens import tokenise
 
 TOLERANCE = 1e-6
 METHODS = {"full": {"kind": "full"}, "lora": {"kind": "lora", "rank": 4}}
@@ -24,39 +20,12 @@ LAYOUTS = list(itertools.product(METHODS, (0, 1, 2, 3), (1, 3), (False, True))) 
 
 
 def reference(run_dir: Path, cache: Path) -> Curve:
-    """The same job without DeepSpeed: PEFT, AdamW, one example at a time, mean over target tokens."""
-    import peft
-    from transformers import AutoModelForCausalLM
-
-    job = load_job(run_dir)
-    tokens = tokenise(job.data.train, load_tokenizer(job.base), job.data.seq_len, cache)
-    batches = plan_batches(job, tokens)
-    model = AutoModelForCausalLM.from_pretrained(job.base.model, dtype=torch.float32)
-    torch.manual_seed(job.train.seed)
-    if not isinstance(job.method, Full):
+    """The same job without DeepSpeed, in plain PEFT."""
+    model = base(run_dir)
+    if load_job(run_dir).method.kind == "lora":
         config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, config)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=job.lr, weight_decay=0.0)
-    points: Curve = []
-    for k in range(batches.steps):
-        total = 0.0
-        for i in batches.examples(k):
-            example = tokens.example(int(i))
-            ids = torch.tensor(example.ids, dtype=torch.long)
-            labels = ids.masked_fill(~torch.tensor(example.target), -100)
-            logits = model(input_ids=ids[None]).logits[0, :-1]
-            loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum") / batches.target_tokens(k)
-            loss.backward()
-            total += loss.item()
-        # clip_grad_norm_ sums squares in fp32, which alone is off by 1e-6; so the norm is taken in fp64.
-        norm = torch.cat([p.grad.flatten() for p in trained]).double().norm()  # type: ignore[union-attr]
-        torch.nn.utils.clip_grads_with_norm_(trained, job.train.clip, norm)  # type: ignore[arg-type]
-        optimizer.param_groups[0]["lr"] = learning_rate(job, k, batches.steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        points.append((total, norm.item()))
-    return points
+    return train(run_dir, cache, model, adamw(model))
 
 
 def sample() -> list[Any]:

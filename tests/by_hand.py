@@ -18,12 +18,18 @@ from trainer.tokens import tokenise
 Example = tuple[torch.Tensor, torch.Tensor, int]  # ids, labels, target tokens of the whole batch
 
 
-def base(run_dir: Path) -> Any:
+def base(run_dir: Path, **loading: Any) -> Any:
     """The job's base, with the seed set as the trainer sets it before a method is attached."""
     job = load_job(run_dir)
-    model = AutoModelForCausalLM.from_pretrained(job.base.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job.base.model, dtype=torch.float32, **loading)
     torch.manual_seed(job.train.seed)
     return model
+
+
+def adamw(model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW over what is trained; `train` sets the learning rate."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
 
 
 def steps(run_dir: Path, cache: Path) -> Iterator[list[Example]]:
@@ -46,18 +52,23 @@ def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
+    mask: Callable[[int], torch.Tensor | None] = lambda length: None,  # noqa: ARG005
     rate: Callable[[int], float] | None = None,
     term: Callable[[], torch.Tensor] | None = None,
     before: Callable[[int], None] = lambda k: None,  # noqa: ARG005
     after: Callable[[int], None] = lambda k: None,  # noqa: ARG005
 ) -> Curve:
-    """Train; `before` comes between backward and clipping, `after` after the optimizer's step. Steps are from 0."""
+    """Train; steps are from 0.
+
+    `mask` is the attention of a document, by its length; `rate` replaces the job's learning rate, `term` adds to the
+    loss; `before` comes between backward and clipping, `after` after the optimizer's step.
+    """
     job = load_job(run_dir)
     curve: Curve = []
     for k, examples in enumerate(steps(run_dir, cache)):
         total = 0.0
         for ids, labels, targets in examples:
-            logits = model(input_ids=ids[None]).logits[0, :-1]
+            logits = model(input_ids=ids[None], attention_mask=mask(len(ids))).logits[0, :-1]
             loss = nn.functional.cross_entropy(logits, labels[1:], reduction="sum") / targets
             loss.backward()
             total += loss.item()
@@ -65,6 +76,7 @@ def train(
             term().backward()
         before(k)
         graded = [p for p in model.parameters() if p.grad is not None]
+        # clip_grad_norm_ sums squares in fp32, which alone is off by 1e-6; so the norm is taken in fp64.
         norm = torch.cat([p.grad.flatten() for p in graded]).double().norm()
         torch.nn.utils.clip_grads_with_norm_(graded, job.train.clip, norm)
         for group in optimizer.param_groups:
