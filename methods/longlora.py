@@ -44,6 +44,7 @@ class LongLoraTuning(LowRank[LongLora]):
 
     def load_options(self, config: Any) -> dict[str, Any]:
         """Our attention, and a config that reaches seq_len."""
+        self._check(config)
         self._extend(config)
         return {"attn_implementation": NAME} if self.options.groups > 1 else {}
 
@@ -68,6 +69,19 @@ class LongLoraTuning(LowRank[LongLora]):
         every = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
         super().export(model, {name: weights[known] for name, known in every.items() if known in weights}, folder)
         model.config.save_pretrained(folder)
+
+    def _check(self, config: Any) -> None:
+        """Refuse an attention that groups of dense attention are no part of."""
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            raise ValueError(
+                "method.kind: longlora has no caps on attention's logits, as this base has; nearest: lora"
+            )
+        window = getattr(config, "sliding_window", None)
+        if window is not None and self.group > window:
+            raise ValueError(
+                f"data.seq_len: found {self.setup.seq_len}; longlora in {self.options.groups} groups of a base whose "
+                f"attention sees {window} tokens, allows at most {window * self.options.groups}"
+            )
 
     def _extend(self, config: Any) -> None:
         seq_len, known = self.setup.seq_len, config.max_position_embeddings

@@ -47,6 +47,10 @@ class PrefixTuning(Method[Prefix]):
         write(model, config, prefix_L2HVD.permute(3, 0, 1, 2, 4).reshape(tokens, -1), folder)
 
     def _check(self, model: nn.Module) -> None:
+        if getattr(model.config, "attn_logit_softcapping", None) is not None:
+            raise ValueError(
+                "method.kind: prefix has no caps on attention's logits, as this base has; nearest: prompt"
+            )
         window = getattr(model.config, "sliding_window", None)
         if window is not None and self.setup.seq_len + self.options.tokens > window:
             raise ValueError(

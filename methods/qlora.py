@@ -67,7 +67,8 @@ class QLoraTuning(LowRank[QLora]):
 
     def _error(self, layer: LoraLayer) -> float:
         """||q|| over ||s B A||; for loftq, take q out of the weight."""
-        weight = layer.get_base_layer().weight.data
+        base = layer.get_base_layer()
+        weight = base.weight.data.T if quantised.transposed(base) else base.weight.data
         lost = quantised.lost(weight, self.options.quant, self.options.double_quant)
         if self.options.init == "loftq":
             weight.sub_(lost)
@@ -79,9 +80,11 @@ def start_from_loss(model: nn.Module) -> None:
     """Set A and B to the best rank-r likeness of what each target lost in quantisation."""
     original = quantised.originals(model.config)
     for name, layer in adapted(model):
-        A, B, base = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.get_base_layer().weight
+        A, B, base = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.get_base_layer()
         whole = original(f"{name.removeprefix('base_model.model.')}.weight")
-        lost = whole.to(base.device).float() - quantised.restored(base)
+        lost = (whole.T if quantised.transposed(base) else whole).to(A.device).float() - quantised.restored(
+            base.weight
+        )
         U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
         root = (S[: len(A)] / layer.scaling[ADAPTER]).sqrt()
         A.data.copy_(root[:, None] * Vh[: len(A)])

@@ -216,7 +216,8 @@ class ReLoraTuning(LowRank[ReLora]):
             if layer := self._layers.get(name.removesuffix(".base_layer")):
                 a_RI, b_OR = (weights[f"{name.removesuffix('.base_layer')}.lora_{f}.{ADAPTER}.weight"] for f in "AB")
                 weight_OI += layer.scaling[ADAPTER] * (b_OR.float() @ a_RI.float())
-            yield name, weight_OI.to(model.config.dtype)
+            weight = weight_OI.T.contiguous() if quantised.transposed(base) else weight_OI
+            yield name, weight.to(model.config.dtype)
 
 
 def _plain(name: str) -> str:

@@ -20,6 +20,7 @@ from orchestrator.job import Base
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Bases whose shapes follow from their config: the Llama family.
 LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3"}
+TRANSPOSED = {"gpt2", "openai-gpt"}  # bases whose linear layers hold their weight as [in, out]
 _LARGEST_HEADER = 100_000_000  # as safetensors itself limits it
 
 
@@ -48,7 +49,10 @@ class Model:
     def linears(self) -> dict[str, tuple[int, int]]:
         """Module name -> (out, in) of every linear layer except the output head."""
         matrices = {name: shape for name, shape in self.shapes.items() if is_linear(name, shape)}
-        return {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in matrices.items()}
+        order = -1 if self.config.get("model_type") in TRANSPOSED else 1
+        return {
+            name.removesuffix(".weight"): (shape[::order][0], shape[::order][1]) for name, shape in matrices.items()
+        }
 
     @property
     def others(self) -> dict[str, tuple[int, ...]]:

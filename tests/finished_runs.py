@@ -24,6 +24,13 @@ def rows(run_dir: Path, attempt: int) -> dict[int, dict[str, float]]:
     return {row["step"]: row for row in map(json.loads, lines) if "loss" in row}
 
 
+def events(run_dir: Path, attempt: int = 1) -> list[dict[str, Any]]:
+    """What happened in an attempt."""
+    return [
+        json.loads(line) for line in (run_dir / "attempts" / str(attempt) / "events.jsonl").read_text().splitlines()
+    ]
+
+
 def curve(run_dir: Path, attempt: int = 1) -> Curve:
     """Loss and gradient norm of each step of an attempt."""
     return [(row["loss"], row["grad_norm"]) for row in rows(run_dir, attempt).values()]

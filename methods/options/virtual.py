@@ -68,4 +68,5 @@ class PTuning(_Embedded):
 
 
 def _hidden(others: Others) -> int:
-    return next(shape[1] for name, shape in others.items() if len(shape) == 2 and "embed" in name)
+    """The base's width: that of its first embedding, as embeddings and the head are the matrices among the others."""
+    return next(shape[1] for shape in others.values() if len(shape) == 2)

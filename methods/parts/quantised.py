@@ -45,6 +45,13 @@ def hide(model: nn.Module) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
+def transposed(layer: Any) -> bool:
+    """Whether the 16-bit base has this layer's weight as [in, out], like GPT-2; in 4 bits all are [out, in]."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(layer, Conv1D) or getattr(layer, "source_cls", None) is Conv1D
+
+
 def restored(weight: Any) -> torch.Tensor:
     """What a 4-bit weight stands for, fp32 [out, in]."""
     from bitsandbytes.functional import dequantize_4bit

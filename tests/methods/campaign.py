@@ -14,6 +14,7 @@ from finished_runs import Curve, curve, difference, interrupted, loss_gap
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from methods.options import ALL
+from methods.parts import quantised
 from trainer.attempt import load_job
 
 KINDS = {options.model_fields["kind"].default: options for options in ALL}
@@ -93,19 +94,20 @@ class Campaign:
                 "packed": apart(curve(packed[kind, zero]), truth),
                 "resume": difference(curve(again[kind, zero], 2), whole[STEPS // 2 :]),
                 "reshard": difference(curve(other[kind, zero], 2), whole[STEPS // 2 :]),
-                **self._outputs(kind, pair[kind, zero]),
+                **output_gaps(kind, pair[kind, zero], self.cache),
             }
         return cells
 
-    def _outputs(self, kind: str, run: Path) -> Cells:
-        options, output = KINDS[kind], run / "output"
-        found: Cells = {}
-        if "export" not in options.refusals:
-            found["export"] = loss_gap(reload(kind, load_job(run).base.model, output), run, self.cache)
-        if "merge" not in options.refusals:
-            merged = output if options.makes_model else output / "merged"
-            found["merge"] = loss_gap(plain(merged), run, self.cache)
-        return found
+
+def output_gaps(kind: str, run: Path, cache: Path) -> Cells:
+    """How far the loss of a run's output is from the trainer's, as an adapter or a model, and merged."""
+    options, output = KINDS[kind], run / "output"
+    found: Cells = {}
+    if "export" not in options.refusals:
+        found["export"] = loss_gap(reload(kind, load_job(run).base.model, output), run, cache)
+    if "merge" not in options.refusals:
+        found["merge"] = loss_gap(plain(output if options.makes_model else output / "merged"), run, cache)
+    return found
 
 
 def apart(found: Curve, truth: Curve) -> float:
@@ -139,8 +141,9 @@ def reload(kind: str, base: str, output: Path) -> torch.nn.Module:
         )
     if kind == "longlora":
         options["config"] = AutoConfig.from_pretrained(output)
-    adapted: torch.nn.Module = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options), output
-    )
-    # In evaluation bitsandbytes computes in bf16 on some CPUs, and fails there for layers as narrow as these.
-    return adapted.train() if kind == "qlora" else adapted
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+    for _, layer in quantised.layers(model):
+        # In evaluation bitsandbytes computes in bf16 on some CPUs, and fails there for layers as narrow as these.
+        layer.support_avx512bf16_for_cpu = False
+    adapted: torch.nn.Module = PeftModel.from_pretrained(model, output)
+    return adapted

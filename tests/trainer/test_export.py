@@ -1,11 +1,10 @@
 """Invariant 4: what is exported, loaded by plain PEFT or transformers, is what was trained and evaluated."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finished_runs import loss_gap
+from finished_runs import events, loss_gap
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.export import results
@@ -53,7 +52,6 @@ def test_plain_libraries_load_what_was_trained(trained: dict[str, Path], cache: 
 
 
 def test_samples_show_what_the_model_wrote(trained: dict[str, Path]) -> None:
-    lines = (trained["lora"] / "attempts" / "1" / "events.jsonl").read_text().splitlines()
-    samples = [event for event in map(json.loads, lines) if event["event"] == "sample"]
+    samples = [event for event in events(trained["lora"]) if event["event"] == "sample"]
     assert {sample["step"] for sample in samples} == {0, 4}
     assert all({"prompt", "answer", "written"} <= sample.keys() for sample in samples)

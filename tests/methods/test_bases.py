@@ -1,0 +1,92 @@
+"""Methods on bases that are no Llama: other names, biases, tied and transposed weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from campaign import KINDS, METHODS, TRAIN, output_gaps
+from finished_runs import events
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Phi3Config, PreTrainedConfig, Qwen2Config
+
+from methods.base import Setup
+from methods.registry import create
+from orchestrator.job import Base, Job
+from orchestrator.model import locate
+from trainer.attempt import load_job
+from trainer.base import load_model, load_tokenizer
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "qwen2": (Qwen2Config, SHAPE | {"tie_word_embeddings": True}),
+    "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    "phi3": (Phi3Config, SHAPE),
+}
+LACKING = {  # what such a base has under other names
+    ("gpt2", "longlora"): "q_proj",
+    ("gpt2", "ia3"): "k_proj",
+    ("gpt2", "prefix"): "k_proj and v_proj",
+    ("gpt2", "bottleneck"): "down_proj",
+    ("phi3", "longlora"): "q_proj",
+    ("phi3", "ia3"): "k_proj",
+    ("phi3", "prefix"): "k_proj and v_proj",
+}
+
+
+@pytest.fixture(params=[name if name == "gpt2" else pytest.param(name, marks=pytest.mark.matrix) for name in CONFIGS])
+def base(request: pytest.FixtureRequest, tiny_base: Path, tmp_path: Path) -> Path:
+    """A random base of a family, in a folder of its name."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    family, shape = CONFIGS[request.param]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family(vocab_size=len(tokenizer), **shape, **special))
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / request.param)
+    return tmp_path / request.param
+
+
+@pytest.mark.timeout(600)
+def test_what_was_trained_is_counted_and_loads(
+    base: Path, new_run: Any, launch: Any, held_out: Path, cache: Path
+) -> None:
+    kinds = [kind for kind in METHODS if (base.name, kind) not in LACKING]
+    runs = {
+        kind: new_run(
+            f"{kind} {base.name}",
+            base=str(base),
+            method=METHODS[kind],
+            data={"eval": str(held_out)},
+            train={"steps": 4, **TRAIN[kind]},
+            sharding={"zero": 3},
+            evaluation={"max_new_tokens": 0, "before": False},
+            output={"merge": "merge" not in KINDS[kind].refusals},
+        )
+        for kind in kinds
+    }
+    launch(2, *runs.values())
+    model = locate(Base(model=str(base)))
+    assert model
+    for kind, run in runs.items():
+        (plan,) = (event for event in events(run) if event["event"] == "plan")
+        assert plan["trained"] == load_job(run).method.trained(model.linears, model.others), kind
+        gaps = output_gaps(kind, run, cache)
+        assert max(gaps.values(), default=0.0) < 1e-5, (kind, gaps)
+
+
+def test_what_a_base_lacks_is_said(base: Path) -> None:
+    for family, kind in LACKING:
+        if family == base.name:
+            job = Job.model_validate(
+                {"base": str(base), "method": METHODS[kind], "data": {"train": "-"}, "train": {"steps": 1}}
+            )
+            method = create(job.method, Setup(1, 0, 64, load_tokenizer(job.base)))
+            with pytest.raises(ValueError, match=LACKING[family, kind]):
+                load_model(job, method, torch.float32, torch.device("cpu"))
