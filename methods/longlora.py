@@ -44,7 +44,7 @@ class LongLoraTuning(LowRank[LongLora]):
 
     def load_options(self, config: Any) -> dict[str, Any]:
         """Our attention, and a config that reaches seq_len."""
-        self._check(config)
+        self.options.check(config.to_dict(), self.setup.seq_len)
         self._extend(config)
         return {"attn_implementation": NAME} if self.options.groups > 1 else {}
 
@@ -70,26 +70,12 @@ class LongLoraTuning(LowRank[LongLora]):
         super().export(model, {name: weights[known] for name, known in every.items() if known in weights}, folder)
         model.config.save_pretrained(folder)
 
-    def _check(self, config: Any) -> None:
-        """Refuse an attention that groups of dense attention are no part of."""
-        if getattr(config, "attn_logit_softcapping", None) is not None:
-            raise ValueError(
-                "method.kind: longlora has no caps on attention's logits, as this base has; nearest: lora"
-            )
-        window = getattr(config, "sliding_window", None)
-        if window is not None and self.group > window:
-            raise ValueError(
-                f"data.seq_len: found {self.setup.seq_len}; longlora in {self.options.groups} groups of a base whose "
-                f"attention sees {window} tokens, allows at most {window * self.options.groups}"
-            )
-
     def _extend(self, config: Any) -> None:
         seq_len, known = self.setup.seq_len, config.max_position_embeddings
         if seq_len <= known:
             return
-        if not getattr(config, "rope_parameters", None) or not self.options.extends(config.to_dict()):
-            reason = "the base's positions are scaled already, or not rotary"
-            raise ValueError(f"data.seq_len: found {seq_len}; allowed: at most {known} ({reason})")
+        if not getattr(config, "rope_parameters", None):
+            raise ValueError(f"data.seq_len: found {seq_len}; allowed: at most {known} (they are not rotary)")
         factor = ceil(seq_len / known)
         config.rope_parameters |= {"rope_type": self.options.rope, "factor": float(factor)}
         if self.options.rope == "yarn":

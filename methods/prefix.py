@@ -29,7 +29,7 @@ class PrefixTuning(Method[Prefix]):
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Freeze the base and give its attention modules a prefix."""
-        self._check(model)
+        self.options.check(model.config.to_dict(), self.setup.seq_len)
         model.requires_grad_(False)
         modules = _attentions(model)
         for module, start_2HVD in zip(modules, self._start(model, modules), strict=True):
@@ -45,18 +45,6 @@ class PrefixTuning(Method[Prefix]):
         layers, _, heads, tokens, size = prefix_L2HVD.shape
         config = peft.PrefixTuningConfig(**common(tokens, heads * size), num_layers=layers, num_attention_heads=heads)
         write(model, config, prefix_L2HVD.permute(3, 0, 1, 2, 4).reshape(tokens, -1), folder)
-
-    def _check(self, model: nn.Module) -> None:
-        if getattr(model.config, "attn_logit_softcapping", None) is not None:
-            raise ValueError(
-                "method.kind: prefix has no caps on attention's logits, as this base has; nearest: prompt"
-            )
-        window = getattr(model.config, "sliding_window", None)
-        if window is not None and self.setup.seq_len + self.options.tokens > window:
-            raise ValueError(
-                f"data.seq_len: found {self.setup.seq_len}; prefix tuning of a base whose attention sees {window} "
-                f"tokens allows at most {window - self.options.tokens}"
-            )
 
     def _start(self, model: nn.Module, modules: list[Any]) -> list[torch.Tensor]:
         """Each module's prefix at the start: what the base computes for a text, or noise, as PEFT has it."""

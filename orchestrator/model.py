@@ -59,12 +59,6 @@ class Model:
         """Every other weight by parameter name."""
         return {name: shape for name, shape in self.shapes.items() if not is_linear(name, shape)}
 
-    @property
-    def largest_sequence(self) -> int | None:
-        """The positions that the base knows; None when it does not say."""
-        found = self.config.get("max_position_embeddings")
-        return found if isinstance(found, int) else None
-
 
 def locate(base: Base) -> Model | None:
     """The base in its folder, or in the local cache of the hub; None when it is a hub id that is not there."""

@@ -97,9 +97,10 @@ def _complete(model: Model, folder: Path) -> None:
 def _misfits(job: Job, model: Model) -> list[str]:
     """What the job asks for and the base does not have."""
     problems = []
-    largest = model.largest_sequence
-    if largest is not None and job.data.seq_len > largest and not job.method.extends(model.config):
-        problems.append(f"data.seq_len: found {job.data.seq_len}; allowed: at most {largest} (positions of the base)")
+    try:
+        job.method.check(model.config, job.data.seq_len)
+    except ValueError as error:
+        problems.append(str(error))
     if model.shapes:
         try:
             job.method.trained(model.linears, model.others)

@@ -55,9 +55,11 @@ class Options(BaseModel):
         """Whether it keeps the base's linear layers in 4 bits."""
         return False
 
-    def extends(self, config: Mapping[str, Any]) -> bool:  # noqa: ARG002
-        """Whether it can train a base with this config.json on sequences longer than the base's."""
-        return False
+    def check(self, config: Mapping[str, Any], seq_len: int) -> None:
+        """Raise ValueError where a base with this config.json cannot be tuned on sequences of this length."""
+        known = positions(config)
+        if known is not None and seq_len > known:
+            raise ValueError(f"data.seq_len: found {seq_len}; allowed: at most {known} (positions of the base)")
 
 
 class Targeted(Options):
@@ -69,6 +71,23 @@ class Targeted(Options):
     def targets(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:
         """The modules that get an adapter, with their (out, in); a name stands for every module that ends with it."""
         return choose(self.target, self.exclude, linears, others)
+
+
+def positions(config: Mapping[str, Any]) -> int | None:
+    """The positions that a base knows, by its config.json; None when it does not say."""
+    found = config.get("max_position_embeddings", config.get("n_positions"))
+    return found if isinstance(found, int) else None
+
+
+def plain_attention(config: Mapping[str, Any], kind: str, nearest: str) -> None:
+    """Raise ValueError where a base caps its attention's logits, which not all attention functions can do."""
+    if config.get("attn_logit_softcapping") is not None:
+        raise ValueError(f"method.kind: {kind} cannot cap attention's logits, as this base does; nearest: {nearest}")
+
+
+def window(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a base's attention sees back; None: all."""
+    return config.get("sliding_window") if config.get("use_sliding_window", True) else None
 
 
 def packed(linears: Linears, double: bool) -> int:

@@ -1,12 +1,12 @@
 """The LoRA family: updates that are products of two narrow matrices."""
 
 from collections.abc import Mapping
-from math import prod
+from math import ceil, prod
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from methods.options.base import WEIGHTS_EXPONENT, Targeted, packed, size
+from methods.options.base import WEIGHTS_EXPONENT, Targeted, packed, plain_attention, positions, size, window
 from methods.parts.targets import Linears, Others, Target, choose
 
 
@@ -159,11 +159,19 @@ class LongLora(_LowRank):
         """Whether a copy of this weight, which is no linear layer's, is trained."""
         return "embed" in name or "norm" in name
 
-    def extends(self, config: Mapping[str, Any]) -> bool:
-        """Whether positions beyond those of this base can be reached: where nothing scales its rotary frequencies."""
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        nested = any(isinstance(value, Mapping) for value in rope.values())
-        return not nested and rope.get("rope_type", rope.get("type", "default")) == "default"
+    def check(self, config: Mapping[str, Any], seq_len: int) -> None:
+        """Beyond the base's positions it goes where nothing scales the rotary frequencies yet."""
+        if self.groups > 1:
+            plain_attention(config, self.kind, "lora")
+            seen = window(config)
+            if seen is not None and ceil(seq_len / self.groups) > seen:
+                allowed = f"at most {seen * self.groups}, in {self.groups} groups of the {seen} tokens"
+                raise ValueError(f"data.seq_len: found {seq_len}; allowed: {allowed} that the base's attention sees")
+        known = positions(config)
+        if known is not None and seq_len > known and _is_scaled(config):
+            raise ValueError(
+                f"data.seq_len: found {seq_len}; allowed: at most {known} (the base's positions are scaled already)"
+            )
 
 
 class ReLora(_LowRank):
@@ -225,3 +233,10 @@ def _check_directions(options: Lora | QLora, chosen: Linears) -> None:
     for name, shape in chosen.items() if options.init in ("pissa", "olora", "eva", "loftq") else ():
         if options.rank > min(shape):
             raise ValueError(f"found rank {options.rank} for init {options.init}; {name} has {min(shape)} directions")
+
+
+def _is_scaled(config: Mapping[str, Any]) -> bool:
+    """Whether a base's config.json scales rotary frequencies, or has several kinds of them."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    nested = any(isinstance(value, Mapping) for value in rope.values())
+    return nested or rope.get("rope_type", rope.get("type", "default")) != "default"

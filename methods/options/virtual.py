@@ -1,11 +1,11 @@
 """Methods with virtual tokens in front of every document."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from methods.options.base import WEIGHTS_EXPONENT, Options
+from methods.options.base import WEIGHTS_EXPONENT, Options, plain_attention, positions, window
 from methods.parts.targets import Linears, Others, choose
 
 
@@ -28,6 +28,14 @@ class Prefix(_Virtual):
     kind: Literal["prefix"] = "prefix"
     default_lr: ClassVar[float] = 5e-3
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
+
+    def check(self, config: Mapping[str, Any], seq_len: int) -> None:
+        """A document's positions begin behind the prefix, and its last token must see all of it."""
+        plain_attention(config, self.kind, "prompt")
+        for seen in (positions(config), window(config)):
+            room = seq_len if seen is None else seen - self.tokens
+            if seq_len > room:
+                raise ValueError(f"data.seq_len: found {seq_len}; allowed beside the prefix: at most {room}")
 
     def adds(self, linears: Linears, others: Others) -> int:
         """A key and a value per layer and virtual token."""

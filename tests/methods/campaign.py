@@ -38,8 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in KINDS} | 
 # What trains well without amplifying rounding. The weights of a 4-bit base repeat, so some gradients are zero but for
 # rounding, of which AdamW makes steps at its usual eps (LoRA on the same weights in fp32 shows the same).
 TRAIN: dict[str, dict[str, float]] = {kind: {"lr": 1e-2} for kind in KINDS} | {
-    "lora": {"lr": 2.5e-3},
-    "qlora": {"lr": 1e-2, "eps": 1e-6},
+    "qlora": {"lr": 2.5e-3, "eps": 1e-6},
+    **{kind: {"lr": 2.5e-3} for kind in ("lora", "rslora", "fourierft")},
     **{kind: {"lr": 1e-3} for kind in ("full", "galore", "longlora", "relora", "ptuning")},
 }
 STAGES, STEPS, FIRST = (0, 1, 2, 3), 50, 20

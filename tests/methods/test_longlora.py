@@ -165,10 +165,25 @@ def test_scaled_positions_are_not_scaled_again() -> None:
     config = LlamaConfig(max_position_embeddings=256, rope_parameters={"rope_type": "linear", "factor": 2.0})
     with pytest.raises(ValueError, match="data.seq_len: found 300; allowed: at most 256"):
         tuning(300).load_options(config)
-    options = LongLora()
-    assert not options.extends({"rope_scaling": {"type": "linear", "factor": 2.0}})
-    assert not options.extends({"rope_parameters": {"full_attention": {"rope_type": "default"}}})
-    assert options.extends({}) and options.extends({"rope_scaling": None, "rope_theta": 1e4})
+    for scaled in (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+    ):
+        LongLora().check(scaled | {"max_position_embeddings": 256}, 256)
+        with pytest.raises(ValueError, match="are scaled already"):
+            LongLora().check(scaled | {"max_position_embeddings": 256}, 257)
+    LongLora().check({"max_position_embeddings": 256, "rope_scaling": None, "rope_theta": 1e4}, 257)
+
+
+def test_an_attention_that_groups_cannot_stand_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot cap attention's logits, as this base does; nearest: lora"):
+        LongLora().check({"attn_logit_softcapping": 50.0}, 64)
+    LongLora(groups=1).check({"attn_logit_softcapping": 50.0}, 64)
+    narrow = {"sliding_window": 16}
+    LongLora().check(narrow, 64)
+    LongLora().check(narrow | {"use_sliding_window": False}, 65)
+    with pytest.raises(ValueError, match="found 65; allowed: at most 64, in 4 groups of the 16 tokens"):
+        LongLora().check(narrow, 65)
 
 
 def test_one_group_is_dense(tiny_base: Path) -> None:

@@ -61,7 +61,7 @@ def refusal(base: str) -> str:
 
 def test_shapes_come_from_the_config_on_the_hub() -> None:
     whole, half = find_model(job("good/base")), find_model(job("good/base", "v2"))
-    assert whole.folder is None and whole.largest_sequence == 64
+    assert whole.folder is None and whole.config["max_position_embeddings"] == 64
     assert count(whole.shapes) > count(half.shapes)
 
 
