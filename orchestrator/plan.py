@@ -32,6 +32,7 @@ class Sizes:
     parameters: int
     trained: int
     memory: Memory
+    held: int  # bytes of weights in 4 bits, which every worker holds at every stage
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def sizes(job: Job, model: Model) -> Sizes | None:
     shared, held = method.frozen_bytes(*shapes, 2 if precision(job) == "bf16" and not method.makes_model else 4)
     state = 4 * method.optimizer_elements(*shapes)
     found = memory(shared, held, trained, state, job.sharding.zero, job.resources.world)
-    return Sizes(count(model.shapes) + added, trained, found)
+    return Sizes(count(model.shapes) + added, trained, found, held)
 
 
 def memory(shared: int, held: int, trained: int, state: int, zero: int, world: int) -> Memory:

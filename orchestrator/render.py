@@ -108,10 +108,11 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
     sizes, memory = plan.sizes, plan.sizes.memory
     share = 100 * sizes.trained / sizes.parameters
     parts = ", ".join(f"{name} {size(getattr(memory, name))}" for name in ("weights", "gradients", "optimizer"))
-    return fields | {
-        "parameters": f"{sizes.parameters:,}, trained {sizes.trained:,} ({share:.3g} %)",
-        "each worker": f"{size(memory.total)} without activations: {parts}",
-    }
+    fields["parameters"] = f"{sizes.parameters:,}, trained {sizes.trained:,} ({share:.3g} %)"
+    fields["each worker"] = f"{size(memory.total)} without activations: {parts}"
+    if sizes.held:
+        fields["in 4 bits"] = f"{size(sizes.held)} of the weights, which each worker holds at every ZeRO stage"
+    return fields
 
 
 def size(count: float) -> str:
@@ -128,7 +129,7 @@ def _moment(seconds: float) -> str:
 
 
 def _number(rows: int | None) -> str:
-    return "no" if rows is None else f"{rows:,}"
+    return "none" if rows is None else f"{rows:,}"
 
 
 def _table(*columns: str) -> Table:

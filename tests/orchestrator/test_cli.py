@@ -79,6 +79,9 @@ def test_people_get_tables(call: Call, tmp_path: Path, home: Path) -> None:
     assert "rank 0: [bold]boom[/]" in call("list")[1]
     assert "rank 0: [bold]boom[/]" in call("status", run_id)[1]
     assert "about" in call("plan", str(make_job(tmp_path)))[1]
+    assert "in 4 bits" not in call("plan", str(make_job(tmp_path)))[1]
+    four_bits = call("plan", str(make_job(tmp_path)), "--set", "method=qlora")[1]
+    assert "of the weights, which each worker holds at every ZeRO stage" in four_bits
     assert "rsLoRA" not in call("methods")[1]
     assert "rank-stabilised" in call("methods")[1]
 
