@@ -4,8 +4,7 @@
 
 Each method gets the same three rates around its default, at seed 0, and is judged on rows of their own; the best (by
 loss) goes through seeds 0 to 4 and is judged on other rows. Runs are plain trainer processes of one thread each;
-those that are finished are not repeated. Writes the figures, and a table of them beside; rows of methods that were
-not asked for stay as they are in the file, with the commit that they are from.
+those that are finished are not repeated. Writes the figures, and a table of them beside.
 """
 
 import argparse
@@ -57,9 +56,7 @@ def main() -> None:
     }
     train(repeated.values(), arguments.at_once)
     found = [figures(kind, sweep, best[kind], [repeated[kind, seed] for seed in SEEDS]) for kind in arguments.methods]
-    known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"methods": []}
-    found += [row for row in known["methods"] if row["method"] not in arguments.methods]
-    arguments.out.write_text(json.dumps({"task": arguments.task, "methods": found}, indent=1))
+    arguments.out.write_text(json.dumps({"commit": commit(), "task": arguments.task, "methods": found}, indent=1))
     arguments.out.with_suffix(".md").write_text(table(found))
     print(table(found))
 
@@ -137,7 +134,6 @@ def figures(kind: str, sweep: dict[tuple[str, float], Path], factor: float, runs
     plan = next(row for row in rows_of(runs[0], "events.jsonl") if row["event"] == "plan")
     return {
         "method": kind,
-        "commit": commit(),
         "lr": max(values(runs[0], "lr")),
         "lr_factor": factor,
         "exact_match_untuned": values(runs[0], "eval_exact_match")[0],
@@ -161,8 +157,8 @@ def seconds(run: Path) -> float:
 def table(found: list[Row]) -> str:
     """The figures as Markdown, best first."""
     lines = [
-        "| method | exact match, 5 seeds | loss | at its default rate | rate | trained | peak MiB | seconds | commit |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | exact match, 5 seeds | loss | at its default rate | rate | trained | peak MiB | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(found, key=lambda row: -statistics.mean(row["exact_match"])):
         match, loss = row["exact_match"], row["loss"]
@@ -170,7 +166,7 @@ def table(found: list[Row]) -> str:
             f"| {row['method']} | {statistics.mean(match):.1%} ± {statistics.stdev(match):.1%} "
             f"| {statistics.mean(loss):.3f} ± {statistics.stdev(loss):.3f} "
             f"| {row['exact_match_at_default_lr']:.0%}, loss {row['loss_at_default_lr']:.3f} | {row['lr']:.1e} "
-            f"| {row['trained']:,} | {row['peak_memory_bytes'] / 2**20:.0f} | {row['seconds']:.0f} | {row['commit']} |"
+            f"| {row['trained']:,} | {row['peak_memory_bytes'] / 2**20:.0f} | {row['seconds']:.0f} |"
         )
     untuned = found[0]
     lines.append(f"\nThe untuned base: {untuned['exact_match_untuned']:.0%}, loss {untuned['loss_untuned']:.3f}.")
