@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clusters.base import Unreachable as Unreachable
-    from orchestrator.compare import Comparison as Comparison
-    from orchestrator.compare import compare as compare
+    from orchestrator.comparison.compare import Comparison as Comparison
+    from orchestrator.comparison.compare import compare as compare
     from orchestrator.control import cancel as cancel
     from orchestrator.control import resume as resume
     from orchestrator.describe import methods as methods
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "clusters.base": ("Unreachable",),
-    "orchestrator.compare": ("Comparison", "compare"),
+    "orchestrator.comparison.compare": ("Comparison", "compare"),
     "orchestrator.control": ("cancel", "resume"),
     "orchestrator.describe": ("methods",),
     "orchestrator.doctor": ("Check", "doctor"),

@@ -173,11 +173,11 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Show what runs differ in, and what came of it."""
-    from orchestrator.compare import compare as compare_runs
+    from orchestrator.comparison.compare import compare as compare_runs
 
     found = compare_runs(experiment, uri)
     if html:
-        from orchestrator.report import write
+        from orchestrator.comparison.report import write
 
         write(found, html)
     if as_json:

@@ -17,21 +17,20 @@ LLAMA_3B = {
     "tie_word_embeddings": True,
 }
 
+TWO_LAYERS = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
 
 def random_llama(**config: Any) -> "LlamaForCausalLM":
     """Two layers, fp32, the same weights at every call, large enough that attention matters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-    }
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**shape | config))
+    return LlamaForCausalLM(LlamaConfig(**TWO_LAYERS | {"vocab_size": 320, "initializer_range": 0.2} | config))

@@ -81,8 +81,9 @@ def test_the_plain_package_says_what_it_lacks(plain: Path, laptop: Path) -> None
 
 
 def test_data_files_are_packed(plain: Path) -> None:
-    (report,) = plain.parent.glob("lib/python*/site-packages/orchestrator/report.html")
-    assert report.read_text() == (ROOT / "orchestrator" / "report.html").read_text()
+    for data in ("orchestrator/comparison/report.html", "methods/support.json"):
+        (packed,) = plain.parent.glob(f"lib/python*/site-packages/{data}")
+        assert packed.read_text() == (ROOT / data).read_text()
 
 
 def test_files_of_the_user_do_not_shadow_ours(laptop: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from campaign import KINDS, METHODS, TRAIN, output_gaps
 from finished_runs import events
+from llamas import TWO_LAYERS
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Phi3Config, PreTrainedConfig, Qwen2Config
 
 from methods.base import Setup
@@ -16,18 +17,10 @@ from orchestrator.model import locate
 from trainer.attempt import load_job
 from trainer.base import load_model, load_tokenizer
 
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
 CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "qwen2": (Qwen2Config, SHAPE | {"tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, TWO_LAYERS | {"tie_word_embeddings": True}),
     "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
-    "phi3": (Phi3Config, SHAPE),
+    "phi3": (Phi3Config, TWO_LAYERS),
 }
 LACKING = {  # what such a base has under other names
     ("gpt2", "longlora"): "q_proj",

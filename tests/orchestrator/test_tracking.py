@@ -11,7 +11,7 @@ from mlflow_server import Proxy, Server, free_port
 from run_folders import claim, eval_row, expected, make_run, plan, step_row, steps
 
 from orchestrator import store, tracking
-from orchestrator.compare import compare
+from orchestrator.comparison.compare import compare
 from orchestrator.history import history, mlflow_run
 from orchestrator.tracking import Delivery, check_uri, is_tracked, replay, ui_command
 from trainer import attempt as protocol

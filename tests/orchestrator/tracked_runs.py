@@ -2,7 +2,7 @@
 
 import math
 
-from orchestrator.compare import Run
+from orchestrator.comparison.compare import Run
 
 PARAMS = {
     "base.model": "examples/tiny",

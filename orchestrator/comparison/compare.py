@@ -9,8 +9,8 @@ from difflib import get_close_matches
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.comparison.measure import MEASURES, Measure
 from orchestrator.errors import InputError
-from orchestrator.measure import MEASURES, Measure
 from orchestrator.store import RUN_ID, client, outages, resolve, sqlite_file, without_password
 from orchestrator.tracking import deliver_late
 
@@ -111,7 +111,7 @@ class Comparison:
 
     def table(self) -> "Table":
         """The comparison for a terminal."""
-        from orchestrator.compare_table import table
+        from orchestrator.comparison.table import table
 
         return table(self, apart=len(self.columns) <= _COLUMNS)
 

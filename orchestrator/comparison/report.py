@@ -7,11 +7,11 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from orchestrator import chart
-from orchestrator.chart import Dot, Line
-from orchestrator.compare import Comparison, Row, Run, shown
-from orchestrator.compare_table import cell
-from orchestrator.measure import Measure
+from orchestrator.comparison import chart
+from orchestrator.comparison.chart import Dot, Line
+from orchestrator.comparison.compare import Comparison, Row, Run, shown
+from orchestrator.comparison.measure import Measure
+from orchestrator.comparison.table import cell
 
 _COSTS = ("peak_memory_bytes", "train_s")
 _SHOWN_TAGS = ("mlflow.source.git.commit", "mlflow.user", "fleetune.version", "fleetune.run_dir")

@@ -4,8 +4,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from orchestrator.compare import Comparison, Row, shown
-from orchestrator.measure import Measure
+from orchestrator.comparison.compare import Comparison, Row, shown
+from orchestrator.comparison.measure import Measure
 
 _LEFT_OUT = {"best_loss", "tokens_per_second"}  # in the report and the JSON; a terminal is narrow
 _LONGEST = 28  # characters of a param's value

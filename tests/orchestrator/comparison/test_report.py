@@ -12,9 +12,9 @@ from xml.etree import ElementTree
 import pytest
 from tracked_runs import tracked
 
-from orchestrator import chart, report
-from orchestrator.chart import Line
-from orchestrator.compare import Run, arrange
+from orchestrator.comparison import chart, report
+from orchestrator.comparison.chart import Line
+from orchestrator.comparison.compare import Run, arrange
 
 HOSTILE = "<script>alert('x')</script>\"&' ${plot} $title"
 VOID = {"meta", "link", "br", "rect", "path", "circle"}

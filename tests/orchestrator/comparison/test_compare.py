@@ -12,8 +12,8 @@ from rich.console import Console
 from run_folders import claim, eval_row, make_run, plan, steps
 from tracked_runs import tracked
 
-from orchestrator.compare import Comparison, arrange, compare
-from orchestrator.measure import count, duration, size
+from orchestrator.comparison.compare import Comparison, arrange, compare
+from orchestrator.comparison.measure import count, duration, size
 from orchestrator.tracking import replay
 
 

@@ -1,0 +1,1 @@
+"""Runs side by side: what they differ in, and what came of it."""
