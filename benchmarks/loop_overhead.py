@@ -25,9 +25,10 @@ from trainer import zero
 from trainer.attempt import claim_next
 from trainer.base import load_model
 from trainer.checkpoint import Checkpoints
-from trainer.loop import Run, micro_batches, prefetch, prepare, take_step
+from trainer.loop import micro_batches, prefetch, prepare, take_step
 from trainer.meter import Meter
 from trainer.objectives import sft
+from trainer.run import Run
 from trainer.speed import flops_per_token, peak_flops
 
 STEPS, ROUNDS, BATCH_TOKENS = 4, 9, 32768

@@ -182,9 +182,10 @@ def compare(
         write(found, html)
     if as_json:
         return _print_json(found.to_json())
+    from orchestrator.comparison.table import table
     from orchestrator.render import show
 
-    return show(found.table())
+    return show(table(found))
 
 
 @app.command()

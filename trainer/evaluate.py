@@ -1,11 +1,9 @@
 """Judging held-out rows: the loss per target token, and exact match of what the model writes by itself."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,11 +11,9 @@ import torch.distributed as dist
 from orchestrator.job import Job
 from trainer.batches import Batches
 from trainer.objectives import sft
+from trainer.run import Run
 from trainer.tokens import Prompt, Tokens, prompts, tokenise, virtual_ids
 from trainer.world import World
-
-if TYPE_CHECKING:
-    from trainer.loop import Run
 
 PROMPTS_AT_ONCE = 32
 SAMPLES = 5
@@ -34,7 +30,7 @@ class Evaluator:
     max_new_tokens: int
 
     @classmethod
-    def create(cls, job: Job, tokenizer: Any, cache: Path, world: World, virtual: int) -> Evaluator:
+    def create(cls, job: Job, tokenizer: Any, cache: Path, world: World, virtual: int) -> "Evaluator":
         """Read a job's evaluation rows, which get virtual tokens in front; every rank calls it."""
         if job.data.eval is None:
             return cls(world, None, None, [], 0)

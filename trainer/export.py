@@ -1,20 +1,16 @@
 """What a run leaves: attempts/N/output, which the attempt that closes the run moves to RUN_DIR/output."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from torch import nn
 
 from methods.base import MergeRefused
 from trainer.attempt import attempts, read_lines
-
-if TYPE_CHECKING:
-    from trainer.loop import Run
+from trainer.run import Run
 
 
 def export(run: Run) -> None:

@@ -4,16 +4,14 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from methods.base import Method, Setup
+from methods.base import Setup
 from methods.registry import create
 from orchestrator.job import Job
 from trainer import checkpoint, speed
@@ -24,34 +22,13 @@ from trainer.evaluate import Evaluator
 from trainer.export import export
 from trainer.meter import Meter
 from trainer.objectives import sft
+from trainer.run import Run
 from trainer.schedule import learning_rate
 from trainer.tokens import Tokens, tokenise
-from trainer.world import World, join
+from trainer.world import join
 from trainer.zero import Shards
 
 Batch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a worker holds while it trains."""
-
-    job: Job
-    attempt: Attempt
-    world: World
-    method: Method[Any]
-    tokenizer: Any
-    tokens: Tokens
-    batches: Batches
-    shards: Shards
-    dtype: torch.dtype
-    schedule: Callable[[int], float]  # the learning rate of a step, from 0
-
-    @property
-    def model(self) -> nn.Module:
-        """The model under DeepSpeed's engine."""
-        module: nn.Module = self.shards.engine.module
-        return module
 
 
 def train(run_dir: Path, attempt: int) -> None:

@@ -7,21 +7,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.comparison.measure import MEASURES, Measure
 from orchestrator.errors import InputError
 from orchestrator.store import RUN_ID, client, outages, resolve, sqlite_file, without_password
 from orchestrator.tracking import deliver_late
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 Curve = tuple[tuple[int, float], ...]
 CURVES = ("loss", "eval_loss", "eval_exact_match", "tokens_per_second", "peak_memory_bytes")
 SEED = "train.seed"
 _NOT_COMPARED = {SEED, "name"}
-_COLUMNS = 3  # more differences than this share one column of the terminal table
 
 
 def shown(param: str, value: str) -> str:
@@ -108,12 +104,6 @@ class Comparison:
         """The short name of a param: its last part, where that is clear."""
         short = param.removesuffix(".kind").rpartition(".")[2]
         return short if sum(short == p.removesuffix(".kind").rpartition(".")[2] for p in self.columns) == 1 else param
-
-    def table(self) -> "Table":
-        """The comparison for a terminal."""
-        from orchestrator.comparison.table import table
-
-        return table(self, apart=len(self.columns) <= _COLUMNS)
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain data; a value that is not finite is null."""

@@ -8,12 +8,14 @@ from orchestrator.comparison.compare import Comparison, Row, shown
 from orchestrator.comparison.measure import Measure
 
 _LEFT_OUT = {"best_loss", "tokens_per_second"}  # in the report and the JSON; a terminal is narrow
+_COLUMNS = 3  # more differences than this share one column
 _LONGEST = 28  # characters of a param's value
 _STYLES = {"FINISHED": "", "FAILED": "red", "KILLED": "yellow", "RUNNING": "cyan"}
 
 
-def table(comparison: Comparison, apart: bool) -> Table:
-    """One line per row; the differences each in a column, or (not `apart`) together in one."""
+def table(comparison: Comparison) -> Table:
+    """One line per row; few differences each in a column, more of them together in one."""
+    apart = len(comparison.columns) <= _COLUMNS
     made = Table(title=escape(comparison.title), caption=_caption(comparison), caption_justify="left")
     made.box, made.pad_edge, made.padding = box.SIMPLE_HEAD, False, (0, 1, 0, 0)
     made.add_column("run", overflow="fold")

@@ -14,12 +14,13 @@ from tracked_runs import tracked
 
 from orchestrator.comparison.compare import Comparison, arrange, compare
 from orchestrator.comparison.measure import count, duration, size
+from orchestrator.comparison.table import table
 from orchestrator.tracking import replay
 
 
 def text(comparison: Comparison, width: int = 100) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(comparison.table())
+    console.print(table(comparison))
     return console.export_text()
 
 

@@ -1,0 +1,38 @@
+"""What a worker holds while it trains."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from methods.base import Method
+from orchestrator.job import Job
+from trainer.attempt import Attempt
+from trainer.batches import Batches
+from trainer.tokens import Tokens
+from trainer.world import World
+from trainer.zero import Shards
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job, its data, and the model under its engine."""
+
+    job: Job
+    attempt: Attempt
+    world: World
+    method: Method[Any]
+    tokenizer: Any
+    tokens: Tokens
+    batches: Batches
+    shards: Shards
+    dtype: torch.dtype
+    schedule: Callable[[int], float]  # the learning rate of a step, from 0
+
+    @property
+    def model(self) -> nn.Module:
+        """The model under DeepSpeed's engine."""
+        module: nn.Module = self.shards.engine.module
+        return module
