@@ -30,11 +30,11 @@ class Evaluator:
     max_new_tokens: int
 
     @classmethod
-    def create(cls, job: Job, tokenizer: Any, cache: Path, world: World, virtual: int) -> "Evaluator":
+    def create(cls, job: Job, tokenizer: Any, cache: Path, world: World) -> "Evaluator":
         """Read a job's evaluation rows, which get virtual tokens in front; every rank calls it."""
         if job.data.eval is None:
             return cls(world, None, None, [], 0)
-        tokens = tokenise(job.data.eval, tokenizer, job.data.seq_len, cache, virtual)
+        tokens = tokenise(job.data.eval, tokenizer, job.data.seq_len, cache, job.method.virtual_tokens)
         rows = job.evaluation.rows
         batches = Batches(
             tokens.lengths[:rows],

@@ -38,7 +38,7 @@ def train(run_dir: Path, attempt: int) -> None:
     """
     run, first = prepare(Attempt(run_dir, attempt))
     saves = checkpoint.Checkpoints(run.attempt, run.world, run.job.checkpoint.every, run.job.checkpoint.keep)
-    evaluator = Evaluator.create(run.job, run.tokenizer, cache(), run.world, run.job.method.virtual_tokens)
+    evaluator = Evaluator.create(run.job, run.tokenizer, cache(), run.world)
     fit(run, first, saves, evaluator)
     saves.wait()
     export(run)

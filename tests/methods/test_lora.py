@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from alone import attached, llama, logits, losses, optimizer_of, trained
+from by_hand import adamw
 from finished_runs import curve, difference, interrupted
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
@@ -21,10 +22,6 @@ STARTS = ("default", "gaussian", "orthogonal", "pissa", "olora")
 def peft_alone(**options: Any) -> Any:
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options)
     return peft.get_peft_model(llama(), config)
-
-
-def plain(model: Any, lr: float = 1e-2) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
 
 
 CASES: list[tuple[Options, dict[str, Any]]] = [
@@ -45,7 +42,7 @@ def test_equals_peft_alone(options: Options, config: dict[str, Any]) -> None:
     method, model = attached(options, llama())
     found = losses(model, optimizer_of(method, model, 1e-2))
     alone = peft_alone(**config)
-    assert found == pytest.approx(losses(alone, plain(alone)), rel=1e-5)
+    assert found == pytest.approx(losses(alone, adamw(alone, lr=1e-2)), rel=1e-5)
     assert found[-2] < found[0] - 0.05
 
 
@@ -163,7 +160,7 @@ def test_eva_is_pefts(case: str, limit: float, monkeypatch: pytest.MonkeyPatch) 
         "best": max(sine(A, best[name]) for name, A in ours.items()),
         "best of peft": max(sine(A, best[name]) for name, A in pefts.items()),
     }
-    found, expected = losses(model, optimizer_of(method, model, 1e-2)), losses(alone, plain(alone))
+    found, expected = losses(model, optimizer_of(method, model, 1e-2)), losses(alone, adamw(alone, lr=1e-2))
     print(case, apart, max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)))
     assert apart["peft"] < 1e-4
     assert apart["best"] < limit
