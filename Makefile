@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lint chaos matrix soak clean
+.PHONY: install demo test lint chaos gpu matrix soak clean
 
 install: $(STAMP)
 
@@ -27,8 +27,8 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The whole of what `make test` runs a seeded sample of.
-chaos matrix soak: install
+# The whole of what `make test` runs a seeded sample of; `gpu` needs two of them.
+chaos gpu matrix soak: install
 	$(BIN)/pytest -m $@ -o timeout=0 $(if $(filter chaos,$@),--capture=no)
 
 clean:

@@ -88,7 +88,8 @@ class Workers:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        shared |= {"OMP_NUM_THREADS": "1", "FLEETUNE_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+        paths = [str(ROOT), *filter(None, [ENVIRONMENT.get("PYTHONPATH")])]
+        shared |= {"OMP_NUM_THREADS": "1", "FLEETUNE_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
         with log.open("ab") as errors:
             self.processes = [
                 subprocess.Popen(
