@@ -24,8 +24,6 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 SHAPE = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
     "vocab_size": 128256,
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -46,13 +44,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--methods", nargs="+", default=["lora", "full"])
+    parser.add_argument("--zeros", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make_inputs(place, arguments.layers)
-        for method, zero in itertools.product(arguments.methods, range(4)):
+        for method, zero in itertools.product(arguments.methods, arguments.zeros):
             run = make_run(place, f"{method}-z{zero}", method, zero, arguments.steps)
             launch(place, arguments.workers, run)
             rows.append(figures(run, 1, arguments.workers))
@@ -70,12 +69,17 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def make_inputs(place: Path, layers: int) -> None:
-    """A base folder (config and tokenizer) and rows of random words."""
+    """A base folder (a tokenizer, and random weights in bf16) and rows of random words."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     base = place / "base"
-    base.mkdir()
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        config = LlamaConfig(**SHAPE | {"num_hidden_layers": layers}, dtype=torch.bfloat16)
+        LlamaForCausalLM(config).bfloat16().save_pretrained(base)
+    torch.cuda.empty_cache()
     for path in (ROOT / "examples" / "tiny").glob("token*"):
         shutil.copy(path, base)
-    (base / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": layers}))
     rng = random.Random(0)
     words = ["red", "blue", "cat", "dog", "one", "two", "three", "is", "in", "the", "box"]
     rows = [{"text": " ".join(rng.choices(words, k=900))} for _ in range(800)]
@@ -86,7 +90,7 @@ def make_run(place: Path, name: str, method: str, zero: int, steps: int, batch_t
     """A run folder of one layout."""
     job = {
         "name": name,
-        "base": {"model": str(place / "base"), "init": "scratch"},
+        "base": str(place / "base"),
         "method": {"kind": method},
         "data": {"train": str(place / "text.jsonl"), "seq_len": 2048},
         "train": {"steps": steps, "batch_tokens": batch_tokens, "micro_batch": 4, "precision": "bf16", "lr": 1e-4},
@@ -138,6 +142,7 @@ def figures(run: Path, attempt: int, workers: int) -> dict[str, Any]:
     return {
         "run": run.name,
         "workers": workers,
+        "planned_gib": planned(run, workers) / 2**30,
         "tokens_per_second_per_worker": statistics.median(row["tokens_per_second"] for row in tail) / workers,
         "mfu": statistics.median(row["mfu"] for row in tail),
         "seconds_from_claim": {
@@ -148,6 +153,21 @@ def figures(run: Path, attempt: int, workers: int) -> dict[str, Any]:
         "peak_memory_gib": max(row["peak_memory_bytes"] for row in rows) / 2**30,
         "losses": [round(row["loss"], 5) for row in rows],
     }
+
+
+def planned(run: Path, workers: int) -> int:
+    """What the plan says that a worker holds beside activations, in bytes."""
+    from orchestrator.model import locate
+    from orchestrator.plan import sizes
+    from trainer.attempt import load_job
+
+    job = load_job(run)
+    job = job.model_copy(update={"resources": job.resources.model_copy(update={"gpus_per_node": workers})})
+    model = locate(job.base)
+    assert model
+    found = sizes(job, model)
+    assert found, "a Llama's shapes are known"
+    return found.memory.total
 
 
 def resume_alone(place: Path, run: Path) -> dict[str, Any]:
@@ -184,10 +204,11 @@ def device() -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The figures as Markdown."""
-    lines = ["| run | workers | tokens/s per worker | MFU | peak GiB |", "|---|---|---|---|---|"]
+    lines = ["| run | workers | tokens/s per worker | MFU | peak GiB | planned |", "|---|---|---|---|---|---|"]
     for row in rows:
         speed, mfu, memory = row["tokens_per_second_per_worker"], row["mfu"], row["peak_memory_gib"]
-        lines.append(f"| {row['run']} | {row['workers']} | {speed:,.0f} | {mfu:.1%} | {memory:.1f} |")
+        start = f"| {row['run']} | {row['workers']} | {speed:,.0f} | {mfu:.1%} |"
+        lines.append(f"{start} {memory:.1f} | {row['planned_gib']:.1f} |")
     return "\n".join(lines)
 
 

@@ -95,21 +95,21 @@ def sizes(job: Job, model: Model) -> Sizes | None:
     added, trained = method.adds(*shapes), method.trained(*shapes)
     # Frozen weights keep the dtype of the forward pass; those of a method that leaves a model are fp32 throughout.
     shared, held = method.frozen_bytes(*shapes, 2 if precision(job) == "bf16" and not method.makes_model else 4)
-    state = 4 * method.optimizer_elements(*shapes)
+    state = method.optimizer_bytes(*shapes)
     found = memory(shared, held, trained, state, job.sharding.zero, job.resources.world)
     return Sizes(count(model.shapes) + added, trained, found, held)
 
 
-def memory(shared: int, held: int, trained: int, state: int, zero: int, world: int) -> Memory:
+def memory(shared: int, held: int, trained: int, state: tuple[int, int], zero: int, world: int) -> Memory:
     """Bytes per worker, from the number of trained parameters and the bytes of frozen weights and optimizer `state`.
 
     Trained weights and gradients are fp32. ZeRO 1 and 2 keep an fp32 copy of each worker's part; ZeRO 3 shares the
-    frozen weights too, but not those `held` by every worker.
+    frozen weights too, but not those `held` by every worker. The second part of `state` is never shared.
     """
-    part, whole, own = ceil(trained / world), 4 * trained, ceil(state / world)
+    part, whole, own = ceil(trained / world), 4 * trained, ceil(state[0] / world) + state[1]
     match zero:
         case 0:
-            return Memory(held + shared + whole, whole, state)
+            return Memory(held + shared + whole, whole, sum(state))
         case 1:
             return Memory(held + shared + whole, whole, 4 * part + own)
         case 2:

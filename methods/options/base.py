@@ -36,9 +36,9 @@ class Options(BaseModel):
         """The default peak learning rate on a base of this hidden size."""
         return float(self.default_lr * (WIDTH / (hidden or WIDTH)) ** self.width_exponent)
 
-    def optimizer_elements(self, linears: Linears, others: Others) -> int:
-        """Numbers that the optimizer keeps, over all workers: two moments per trained parameter."""
-        return 2 * self.trained(linears, others)
+    def optimizer_bytes(self, linears: Linears, others: Others) -> tuple[int, int]:
+        """Bytes of the optimizer's state (two fp32 moments per weight): what ZeRO shares, and what it does not."""
+        return 8 * self.trained(linears, others), 0
 
     def frozen_bytes(self, linears: Linears, others: Others, element: int) -> tuple[int, int]:
         """Bytes of the frozen weights of `element` bytes each: those that ZeRO 3 shares, those that it does not."""

@@ -213,10 +213,10 @@ class ReLora(_LowRank):
         """The factors, every weight that is no linear layer's, and those too where they are trained first."""
         return self.adds(linears, others) + self._directly(others) + (size(linears) if self.full_rank else 0)
 
-    def optimizer_elements(self, linears: Linears, others: Others) -> int:
+    def optimizer_bytes(self, linears: Linears, others: Others) -> tuple[int, int]:
         """Two moments of what is trained at a time: factors, or before them the linear layers' weights."""
         most = max(self.adds(linears, others), size(linears) if self.full_rank else 0)
-        return 2 * (most + self._directly(others))
+        return 8 * (most + self._directly(others)), 0
 
     def frozen_bytes(self, linears: Linears, others: Others, element: int) -> tuple[int, int]:
         """As for LoRA; where it quantises, every worker holds the linear layers in 4 bits."""

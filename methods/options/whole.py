@@ -69,12 +69,19 @@ class Galore(Targeted):
         self.targets(linears, others)
         return size(linears) + size(others)
 
-    def optimizer_elements(self, linears: Linears, others: Others) -> int:
-        """Moments and bases of the targets, and the other weights' moments, over all ranks (each has all bases)."""
+    def optimizer_bytes(self, linears: Linears, others: Others) -> tuple[int, int]:
+        """Moments of the targets in the subspace and of the other weights; and all bases, which every worker has."""
         chosen = self.targets(linears, others)
         ranks = {name: min(self.rank, *shape) for name, shape in chosen.items()}
-        low = sum(ranks[name] * (2 * max(shape) + min(shape)) for name, shape in chosen.items())
-        return low + 2 * (self.trained(linears, others) - size(chosen))
+        moments = 2 * sum(ranks[name] * max(shape) for name, shape in chosen.items())
+        bases = sum(ranks[name] * min(shape) for name, shape in chosen.items())
+        # In blocks of 256 numbers: 8-bit moments have an fp32 scale, 4-bit bases a scale and a zero point.
+        moment = 1 + 4 / 256 if self.optimizer == "adamw8bit" else 4
+        lazy = self.variant == "q-galore"  # keeps a direction of each matrix too
+        basis = 1 / 2 + 8 / 256 if lazy else 4
+        directions = sum(4 * min(shape) for shape in chosen.values()) if lazy else 0
+        rest = self.trained(linears, others) - size(chosen)
+        return round(moments * moment) + 8 * rest, round(bases * basis) + directions
 
 
 def layer_of(name: str) -> int | None:

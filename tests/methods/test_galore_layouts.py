@@ -24,6 +24,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "q-galore": {**TUNED, "variant": "q-galore", "refresh_every": 3},
     "apollo": {**TUNED, "variant": "apollo"},
 }
+STATES = {
+    "fp32": Galore(rank=16),
+    "8-bit moments": Galore(rank=16, optimizer="adamw8bit"),
+    "4-bit bases": Galore(rank=16, variant="q-galore"),
+    "apollo": Galore(rank=16, variant="apollo"),
+}
 
 
 def test_states_of_a_7b_are_a_third() -> None:
@@ -40,9 +46,9 @@ def test_states_of_a_7b_are_a_third() -> None:
         linears[f"{layer}.down_proj"] = (hidden, wide)
         others |= {f"{layer}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
     options = Galore(rank=1024)
-    galore, adamw = options.optimizer_elements(linears, others), 2 * options.trained(linears, others)
-    assert round(2 * galore / giga, 2) == 8.76
-    assert round(2 * adamw / giga, 2) == 25.10
+    galore, adamw = sum(options.optimizer_bytes(linears, others)), 8 * options.trained(linears, others)
+    assert round(galore / 2 / giga, 2) == 8.76  # the paper's moments are bf16
+    assert round(adamw / 2 / giga, 2) == 25.10
     assert round(100 * (1 - galore / adamw), 1) == 65.1
 
 
@@ -57,6 +63,12 @@ class Small(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         moved: torch.Tensor = self.down(self.up(x * self.norm).relu())
         return (moved - x).square().mean()
+
+
+def held(method: GaloreTuning) -> int:
+    """Bytes of state that this rank has of the matrices."""
+    tensors = [tensor for piece in method.pieces() for tensor in piece.tensors.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def measure(rank: int, folder: str, port: int) -> None:
@@ -93,16 +105,16 @@ def measure(rank: int, folder: str, port: int) -> None:
             shards.step(1e-3, 1.0)
             dist.all_reduce = all_reduce
             steps.append({"moved": moved, **(method.exchange.sent - before)})
-        kinds: dict[str, int] = {"exp_avg": 0, "exp_avg_sq": 0, "basis": 0}
-        for piece in method.pieces():
-            for kind, tensor in piece.tensors.items():
-                kinds[kind] += tensor.numel() * tensor.element_size()
-        found[str(stage)] = {"steps": steps, "bytes": kinds}
+        found[str(stage)] = {"steps": steps, "bytes": held(method)}
+    for name, variant in STATES.items():
+        method = GaloreTuning(variant, Setup())
+        Shards(method.attach(Small()), method, 2)
+        found[name] = held(method)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def test_between_refreshes_only_the_subspace_is_reduced(tmp_path: Path) -> None:
+def test_only_the_subspace_is_reduced_between_refreshes_and_kept(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -116,9 +128,10 @@ def test_between_refreshes_only_the_subspace_is_reduced(tmp_path: Path) -> None:
     for sent in found["2"]["steps"]:
         assert sent["projected"] == sent["updates"] == low
     for stage, share in (("0", 1), ("2", 2)):
-        state = found[stage]["bytes"]
-        formula = 4 * (2 * low / share + 2 * 64 * 16)
-        assert abs(sum(state.values()) - formula) / formula < 0.02
+        assert found[stage]["bytes"] == pytest.approx(4 * (2 * low / share + 2 * 64 * 16), rel=0.02)
+    for name, variant in STATES.items():
+        shared, whole = variant.optimizer_bytes({"up": (128, 64), "down": (64, 128)}, {})
+        assert found[name] == pytest.approx(shared / 2 + whole, rel=0.02), name
 
 
 @pytest.mark.timeout(300)
