@@ -1,4 +1,7 @@
-"""What a step reports. A GPU's figures are read one step later, so that it never waits for the host."""
+"""What a step reports. A GPU's figures are read one step later, so that it never waits for the host.
+
+They are copied to the host when the step is enqueued, and its duration is what the GPU itself says.
+"""
 
 import math
 import time
@@ -12,14 +15,35 @@ from trainer.speed import peak_memory
 from trainer.world import World
 
 
+class Moment:
+    """Where a device's work is now: a GPU comes there later than the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._time = time.monotonic()
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self._event:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Wait until the device is there."""
+        if self._event:
+            self._event.synchronize()
+
+    def since(self, earlier: "Moment") -> float:
+        """Seconds on the device since an earlier moment; it must have come to both."""
+        if self._event and earlier._event:
+            return float(earlier._event.elapsed_time(self._event)) / 1000
+        return self._time - earlier._time
+
+
 @dataclass(frozen=True)
 class _Pending:
     step: int
     lr: float
     tokens: int
     data_wait_s: float
-    sums: torch.Tensor
-    grad_norm: torch.Tensor
+    figures: torch.Tensor  # loss, rank 0's wish to save, gradient norm, on their way to the host
+    end: Moment
 
 
 class Meter:
@@ -32,7 +56,7 @@ class Meter:
         self.flops_per_token = flops_per_token
         self.peak = peak
         self._pending: _Pending | None = None
-        self._last = time.monotonic()
+        self._last = Moment(world.device)
 
     def record(
         self,
@@ -45,10 +69,12 @@ class Meter:
         save: bool,
     ) -> bool:
         """Report a step whose loss is this rank's share of the mean; gives rank 0's wish to save, perhaps late."""
-        sums = torch.stack([loss.double(), loss.new_tensor(float(save), dtype=torch.float64)])
+        sums = torch.stack([loss, torch.full_like(loss, float(save))])
         dist.all_reduce(sums)
+        figures = torch.cat([sums, grad_norm.to(sums).view(1)]).to("cpu", non_blocking=True)
+        ended = Moment(self.world.device)
         wish = self.flush()
-        self._pending = _Pending(step, lr, tokens, wait_s, sums, grad_norm)
+        self._pending = _Pending(step, lr, tokens, wait_s, figures, ended)
         return wish if self.world.device.type == "cuda" else self.flush()
 
     def flush(self) -> bool:
@@ -56,20 +82,19 @@ class Meter:
         if self._pending is None:
             return False
         open_, self._pending = self._pending, None
-        loss, wish = open_.sums.tolist()
-        norm = open_.grad_norm.item()
+        open_.end.wait()
+        loss, wish, norm = open_.figures.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             found = f"step {open_.step}: the loss is {loss}, the gradient norm {norm}"
             raise FloatingPointError(f"{found}; try a lower train.lr or more train.warmup")
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
+        seconds, self._last = open_.end.since(self._last), open_.end
         if self.world.leads:
             self._write(open_, loss, norm, seconds)
         return bool(wish > 0)
 
     def pause(self) -> None:
         """Leave the time since the last figure out of the speed (evaluations, saves)."""
-        self._last = time.monotonic()
+        self._last = Moment(self.world.device)
 
     def _write(self, step: _Pending, loss: float, norm: float, seconds: float) -> None:
         speed = step.tokens / seconds

@@ -1,12 +1,13 @@
 """Every method on GPUs, through NCCL: `make gpu`, where there are two of them."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from campaign import METHODS, TRAIN
-from finished_runs import Curve, curve, difference, interrupted
+from finished_runs import Curve, curve, difference, interrupted, rows
 
 STEPS = 20
 LIMITS = {"fp32": 1e-6, "bf16": 5e-3}  # of losses; of gradient norms too in fp32
@@ -58,6 +59,8 @@ def test_two_gpus_train_as_one(variant: str, precision: str, new_run: Any, launc
     found |= {"packed": apart(curve(packed), truth), "other": apart(curve(other, 2), whole)}
     resumed = difference(curve(again, 2), whole)
     print(f"{variant} in {precision}: {found}, resumed {resumed}")
+    rates = [row["tokens_per_second"] for row in rows(pairs[0], 1).values()][3:]
+    assert max(rates) < 10 * statistics.median(rates), "also of the step before a save, which is read at once"
     assert max(found.values()) < LIMITS[precision]
     assert resumed == 0
 
