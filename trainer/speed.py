@@ -6,6 +6,7 @@ import time
 import torch
 from torch import nn
 
+from methods.parts import quantised
 from trainer.zero import shape
 
 PEAK_BF16 = {
@@ -31,8 +32,8 @@ def flops_per_token(model: nn.Module) -> float:
 
 def count(model: nn.Module) -> int:
     """Weights of a model; a 4-bit layer keeps its own in a buffer, two to a byte."""
-    packed = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
-    return sum(map(numel, model.parameters())) + sum(int(m.in_features * m.out_features) for m in packed)
+    packed = sum(int(layer.in_features * layer.out_features) for _, layer in quantised.layers(model))
+    return sum(map(numel, model.parameters())) + packed
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

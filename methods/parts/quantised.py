@@ -6,6 +6,7 @@ DeepSpeed, nor is there much to gain. bitsandbytes is imported when a quantised 
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def load_options(quant: str, double: bool, dtype: torch.dtype) -> dict[str, Any]
 
 def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers in 4 bits, by name."""
+    if "bitsandbytes" not in sys.modules:
+        return
     from bitsandbytes.nn.modules import Linear4bit
 
     for name, module in model.named_modules():
