@@ -4,7 +4,7 @@
 
 Each method gets the same three rates around its default, at seed 0, and is judged on rows of their own; the best (by
 loss) goes through seeds 0 to 4 and is judged on other rows. Runs are plain trainer processes of one thread each;
-those that are finished are not repeated. Writes the figures, and a table of them beside.
+those that this commit has finished are not repeated. Writes the figures, and a table of them beside.
 """
 
 import argparse
@@ -27,7 +27,9 @@ from orchestrator.job import Job
 from trainer.attempt import attempts, read_lines, result
 
 HERE = Path(__file__).parent
-BUILD = HERE.parent / "build" / "all-methods"
+COMMAND = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+COMMIT = subprocess.run(COMMAND, capture_output=True, text=True).stdout.strip() or "unknown"
+BUILD = HERE.parent / "build" / "all-methods" / COMMIT
 KINDS = [options.model_fields["kind"].default for options in ALL]
 FACTORS, SEEDS = (0.25, 1.0, 4.0), range(5)
 Row = dict[str, Any]
@@ -56,7 +58,7 @@ def main() -> None:
     }
     train(repeated.values(), arguments.at_once)
     found = [figures(kind, sweep, best[kind], [repeated[kind, seed] for seed in SEEDS]) for kind in arguments.methods]
-    arguments.out.write_text(json.dumps({"commit": commit(), "task": arguments.task, "methods": found}, indent=1))
+    arguments.out.write_text(json.dumps({"commit": COMMIT, "task": arguments.task, "methods": found}, indent=1))
     arguments.out.with_suffix(".md").write_text(table(found))
     print(table(found))
 
@@ -171,12 +173,6 @@ def table(found: list[Row]) -> str:
     untuned = found[0]
     lines.append(f"\nThe untuned base: {untuned['exact_match_untuned']:.0%}, loss {untuned['loss_untuned']:.3f}.")
     return "\n".join(lines) + "\n"
-
-
-def commit() -> str:
-    """The commit of this checkout; `unknown` outside of one."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -117,9 +117,10 @@ class Method(Generic[O]):
     def optimizer(self, fragments: Sequence[Fragment], lr: float, **adam: Any) -> torch.optim.Optimizer:
         """The optimizer of what this rank holds; AdamW unless the method says otherwise.
 
-        A group's learning rate is the step's, times the group's `lr_ratio` if it has one.
+        A group's learning rate is the step's, times the group's `lr_ratio` if it has one. A rank may hold nothing.
         """
-        return torch.optim.AdamW([fragment.parameter for fragment in fragments], lr=lr, **adam)
+        held = {"params": [fragment.parameter for fragment in fragments]}
+        return torch.optim.AdamW([held], lr=lr, **adam)
 
     def pieces(self) -> Sequence[Piece]:
         """State of the method's own that checkpoints hold and loading writes into, in whatever layout it is."""

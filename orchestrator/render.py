@@ -118,7 +118,7 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
 def size(count: float) -> str:
     """A number of bytes, to three digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"

@@ -14,7 +14,8 @@ class Ia3(Options):
     """Learned scales of keys, values and feed-forward inputs."""
 
     kind: Literal["ia3"] = "ia3"
-    default_lr: ClassVar[float] = 2e-2
+    default_lr: ClassVar[float] = 5e-3  # PEFT's comparison: 46 % on GSM8K, 31 % at 1e-4
+    width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
 
     target: tuple[str, ...] = Field(
         ("k_proj", "v_proj", "down_proj"), min_length=1, description="modules whose output (or input) is scaled"
@@ -40,7 +41,8 @@ class Vera(Targeted):
     """Two random projections shared by all modules, with trained scales for each."""
 
     kind: Literal["vera"] = "vera"
-    default_lr: ClassVar[float] = 2e-2
+    default_lr: ClassVar[float] = 5e-3
+    width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
 
     rank: int = Field(256, ge=1, description="rank r of the shared projections")
     d_initial: float = Field(0.1, description="start of the trained scales d")

@@ -34,6 +34,10 @@ class Prefix(_Virtual):
         plain_attention(config, self.kind, "prompt")
         for seen in (positions(config), window(config)):
             room = seq_len if seen is None else seen - self.tokens
+            if room < 1:
+                raise ValueError(
+                    f"method.tokens: found {self.tokens}; allowed: fewer than the {seen} that the base sees"
+                )
             if seq_len > room:
                 raise ValueError(f"data.seq_len: found {seq_len}; allowed beside the prefix: at most {room}")
 

@@ -3,7 +3,7 @@
 from math import prod
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from methods.options.base import WEIGHTS_EXPONENT, Options, Targeted, size
 from methods.parts.targets import Linears, Others, is_named
@@ -59,6 +59,12 @@ class Galore(Targeted):
     refresh: Literal["exact", "fast"] = Field("exact", description="singular vectors, exact or by random sketching")
     scale: float = Field(0.25, gt=0, description="factor of the projected update")
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="what moves in the subspace")
+
+    @model_validator(mode="after")
+    def _singular(self) -> "Galore":
+        if self.variant == "apollo" and self.refresh == "fast":
+            raise ValueError("found refresh fast with variant apollo, whose bases are random; allowed: exact")
+        return self
 
     def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """Nothing."""

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from alone import attached, llama, logits, losses, optimizer_of, trained
-from finished_runs import curve, difference
+from finished_runs import curve, difference, interrupted
 
 from methods.options import FourierFt, Ia3, Options, Vera
 
@@ -92,3 +92,15 @@ def test_layouts_agree(new_run: Any, launch: Any) -> None:
     launch(2, *runs.values())
     worst = {key: difference(curve(run), curve(runs[key[0], 0])) for key, run in runs.items()}
     assert max(worst.values()) < 1e-6, worst
+
+
+def test_a_worker_may_hold_nothing(new_run: Any, launch: Any) -> None:
+    """At ZeRO 3 the first worker holds the only trained number of each module."""
+    job: dict[str, Any] = {"method": {"kind": "fourierft", "frequencies": 1}, "checkpoint": {"every": 10, "keep": 9}}
+    alone, pair = new_run("alone", **job), new_run("pair", sharding={"zero": 3}, **job)
+    launch(1, alone)
+    launch(2, pair)
+    again = interrupted(pair, "again", 10)
+    launch(2, again)
+    assert difference(curve(pair), curve(alone)) < 1e-6
+    assert curve(again, 2) == curve(pair)[10:]
