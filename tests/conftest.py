@@ -4,7 +4,6 @@ import json
 import os
 import random
 import select
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ports import free_port
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = dict(os.environ)  # as pytest found it: what one test sets is not for processes that outlive it
@@ -84,10 +84,7 @@ class Workers:
     """Plain processes on loopback that train one run after another: to start them takes longer than a small run."""
 
     def __init__(self, world: int, cache: Path, log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         paths = [str(ROOT), *filter(None, [ENVIRONMENT.get("PYTHONPATH")])]
         shared |= {"OMP_NUM_THREADS": "1", "FLEETUNE_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
         with log.open("ab") as errors:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from finished_runs import curve, difference, interrupted
+from ports import free_port
 from safetensors.torch import load_file
 from torch import nn
 
@@ -115,10 +115,7 @@ def measure(rank: int, folder: str, port: int) -> None:
 
 
 def test_only_the_subspace_is_reduced_between_refreshes_and_kept(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(measure, (str(tmp_path), port), 2)
+    torch.multiprocessing.spawn(measure, (str(tmp_path), free_port()), 2)
     found = json.loads((tmp_path / "0.json").read_text())
     low, full, others = 2 * 128 * 16, 2 * 128 * 64, 64
     for step, sent in enumerate(found["0"]["steps"]):

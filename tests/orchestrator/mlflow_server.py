@@ -10,13 +10,9 @@ import time
 import urllib.error
 import urllib.request
 
+from ports import free_port
+
 from orchestrator.store import ui_command
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Server:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow_server import Proxy, Server, free_port
+from mlflow_server import Proxy, Server
+from ports import free_port
 from run_folders import claim, eval_row, expected, make_run, plan, step_row, steps
 
 from orchestrator import store, tracking

@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from mlflow_server import free_port
+from ports import free_port
 from rich.console import Console
 from run_folders import claim, eval_row, make_run, plan, steps
 from tracked_runs import tracked
