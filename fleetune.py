@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from orchestrator.errors import InputError as InputError
     from orchestrator.job import Job as Job
     from orchestrator.logs import logs as logs
-    from orchestrator.plan import Plan as Plan
-    from orchestrator.plan import plan as plan
+    from orchestrator.planning.plan import Plan as Plan
+    from orchestrator.planning.plan import plan as plan
     from orchestrator.progress import wait as wait
     from orchestrator.status import Status as Status
     from orchestrator.status import list_runs as list_runs
@@ -43,7 +43,7 @@ _MODULES = {
     "orchestrator.errors": ("InputError",),
     "orchestrator.job": ("Job",),
     "orchestrator.logs": ("logs",),
-    "orchestrator.plan": ("Plan", "plan"),
+    "orchestrator.planning.plan": ("Plan", "plan"),
     "orchestrator.progress": ("wait",),
     "orchestrator.status": ("Status", "list_runs", "status"),
     "orchestrator.submit": ("Submission", "dry_run", "submit"),

@@ -157,8 +157,8 @@ def figures(run: Path, attempt: int, workers: int) -> dict[str, Any]:
 
 def planned(run: Path, workers: int) -> int:
     """What the plan says that a worker holds beside activations, in bytes."""
-    from orchestrator.model import locate
-    from orchestrator.plan import sizes
+    from orchestrator.planning.model import locate
+    from orchestrator.planning.plan import sizes
     from trainer.attempt import load_job
 
     job = load_job(run)

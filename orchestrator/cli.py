@@ -155,7 +155,7 @@ def resume(run: Run) -> None:
 @app.command()
 def plan(file: JobFile, sets: Sets = None, as_json: Json = False) -> None:
     """Show what would run: layout, batches, sizes."""
-    from orchestrator.plan import plan as make_plan
+    from orchestrator.planning.plan import plan as make_plan
 
     found = make_plan(file, sets or ())
     if as_json:
@@ -225,7 +225,7 @@ def mlflow(
     """Open the pages of MLflow; end them with Ctrl-C."""
     import os
 
-    from orchestrator.store import ui_command
+    from orchestrator.tracking.store import ui_command
 
     command = ui_command(uri)
     os.execvp(command[0], command)

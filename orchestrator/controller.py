@@ -99,7 +99,7 @@ def result_of(run_dir: Path, decision: Final) -> Record:
 
 def deliver_rest(run_dir: Path) -> int:
     """Stay until MLflow has all of a closed run, but not for ever: any later command can do it too."""
-    from orchestrator.tracking import replay
+    from orchestrator.tracking.delivery import replay
 
     if attempts(run_dir):
         replay(run_dir, TRACKING_PATIENCE_S)
@@ -124,7 +124,7 @@ class Pump(threading.Thread):
 
     def run(self) -> None:
         """Deliver what is new, about once a second."""
-        from orchestrator.tracking import Delivery
+        from orchestrator.tracking.delivery import Delivery
 
         delivery = Delivery(self._attempt.run_dir, self._attempt.number)
         while not self._ended.wait(_PUMP_S):

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from clusters.local import Local
 from orchestrator.runs import home
-from orchestrator.store import resolve
+from orchestrator.tracking.store import resolve
 
 Level = Literal["ok", "warn", "fail"]
 _TRAIN = ("torch", "deepspeed", "transformers", "peft", "ray", "mlflow", "datasets", "safetensors")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clusters.base import Unreachable
-from orchestrator.history import Spool
 from orchestrator.logs import LogReader
 from orchestrator.runs import find
 from orchestrator.status import ENDED, Status, statuses
+from orchestrator.tracking.history import Spool
 
 _PAUSE_S = 0.5  # between two looks at a run
 _PATIENCE_S = 60.0  # for a run whose cluster says nothing

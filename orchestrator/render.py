@@ -11,7 +11,7 @@ from rich.table import Table
 
 from orchestrator.describe import CAPABILITIES, support
 from orchestrator.doctor import Check
-from orchestrator.plan import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.status import Status
 
 _COLOURS = {

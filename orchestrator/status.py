@@ -10,8 +10,8 @@ from clusters.base import Status as View
 from clusters.base import Unreachable
 from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
-from orchestrator.history import mlflow_run
 from orchestrator.runs import find, name_of, read_record, run_ids, runs_folder
+from orchestrator.tracking.history import mlflow_run
 from trainer.attempt import Attempt, Record, last, result, sealed_size
 
 State = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]

@@ -21,9 +21,9 @@ import yaml
 
 from orchestrator.backends import make_request, open_cluster, wake
 from orchestrator.errors import InputError
-from orchestrator.freeze import Source, read, record
 from orchestrator.job import Job
-from orchestrator.preflight import check
+from orchestrator.planning.freeze import Source, read, record
+from orchestrator.planning.preflight import check
 from orchestrator.runs import RUN_ID, home, name_of, new_id, read_record, runs_folder
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from orchestrator.comparison.measure import MEASURES, Measure
 from orchestrator.errors import InputError
-from orchestrator.store import RUN_ID, client, outages, resolve, sqlite_file, without_password
-from orchestrator.tracking import deliver_late
+from orchestrator.tracking.delivery import deliver_late
+from orchestrator.tracking.store import RUN_ID, client, outages, resolve, sqlite_file, without_password
 
 Curve = tuple[tuple[int, float], ...]
 CURVES = ("loss", "eval_loss", "eval_exact_match", "tokens_per_second", "peak_memory_bytes")

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import psutil
 
 from clusters.ray_head import Head
-from orchestrator import store
-from orchestrator.history import history
+from orchestrator.tracking import store
+from orchestrator.tracking.history import history
 from trainer.attempt import Attempt, last, read_lines
 
 Found = TypeVar("Found")

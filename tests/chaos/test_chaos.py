@@ -15,9 +15,9 @@ from killer import Kill, Killer, plan
 from scene import REPORTED, delivered, inhabitants, mlflow_run, reported, until
 
 from clusters.local import Local
-from orchestrator.store import resolve
 from orchestrator.submit import submit
-from orchestrator.tracking import is_tracked
+from orchestrator.tracking.delivery import is_tracked
+from orchestrator.tracking.store import resolve
 from trainer.attempt import attempts, read_lines, result
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))

@@ -16,9 +16,9 @@ from scene import delivered, lives, mlflow_run, reported, rows, session, signal_
 
 from clusters.local import controller_command
 from clusters.ray_head import Head
-from orchestrator.history import history
 from orchestrator.logs import LogReader
-from orchestrator.tracking import is_tracked
+from orchestrator.tracking.delivery import is_tracked
+from orchestrator.tracking.history import history
 from trainer.attempt import Attempt, attempts, last, result
 from trainer.checkpoint import newest
 

@@ -9,7 +9,7 @@ from scene import REPORTED, delivered, mlflow_run, reported, rows, until
 
 from orchestrator.control import cancel
 from orchestrator.submit import submit
-from orchestrator.tracking import is_tracked
+from orchestrator.tracking.delivery import is_tracked
 from trainer.attempt import attempts, last, read_lines, result
 
 

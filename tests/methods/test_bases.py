@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Phi3Co
 from methods.base import Setup
 from methods.registry import create
 from orchestrator.job import Base, Job
-from orchestrator.model import locate
+from orchestrator.planning.model import locate
 from trainer.attempt import load_job
 from trainer.base import load_model, load_tokenizer
 

@@ -20,7 +20,7 @@ from methods.options import (
     Vera,
 )
 from methods.parts.peft_adapter import shapes
-from orchestrator.model import Model
+from orchestrator.planning.model import Model
 
 QV = ("q_proj", "v_proj")
 # PEFT's method_comparison publishes LoRA r32 to the last digit, the others in millions with these digits.

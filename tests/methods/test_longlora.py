@@ -18,8 +18,8 @@ from methods.options import LongLora
 from methods.parts.peft_adapter import shapes
 from orchestrator.errors import InputError
 from orchestrator.job import Job
-from orchestrator.model import Model
-from orchestrator.preflight import check
+from orchestrator.planning.model import Model
+from orchestrator.planning.preflight import check
 from trainer.attempt import load_job
 
 SEQ_LEN, GROUPS, FACTOR = 320, 8, 2  # the base has 256 positions

@@ -16,8 +16,8 @@ from methods.base import Setup
 from methods.registry import create
 from orchestrator.describe import CAPABILITIES, support_table
 from orchestrator.job import Base, Job
-from orchestrator.model import locate
-from orchestrator.plan import sizes
+from orchestrator.planning.model import locate
+from orchestrator.planning.plan import sizes
 from trainer import speed
 from trainer.base import load_model, load_tokenizer
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.model import Model, count
+from orchestrator.planning.model import Model, count
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -12,7 +12,7 @@ import urllib.request
 
 from ports import free_port
 
-from orchestrator.store import ui_command
+from orchestrator.tracking.store import ui_command
 
 
 class Server:

@@ -15,7 +15,7 @@ from tracked_runs import tracked
 from orchestrator.comparison.compare import Comparison, arrange, compare
 from orchestrator.comparison.measure import count, duration, size
 from orchestrator.comparison.table import table
-from orchestrator.tracking import replay
+from orchestrator.tracking.delivery import replay
 
 
 def text(comparison: Comparison, width: int = 100) -> str:

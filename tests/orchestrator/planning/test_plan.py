@@ -10,10 +10,10 @@ from llamas import LLAMA_3B
 
 from methods.options import Dora, Lora
 from orchestrator.errors import InputError
-from orchestrator.freeze import read
 from orchestrator.job import Job
-from orchestrator.model import Model, count, read_header, weight_files
-from orchestrator.plan import Memory, memory, plan, sizes
+from orchestrator.planning.freeze import read
+from orchestrator.planning.model import Model, count, read_header, weight_files
+from orchestrator.planning.plan import Memory, memory, plan, sizes
 
 SMALL = {key: value for key, value in CONFIG.items() if key not in ("architectures", "model_type")}
 

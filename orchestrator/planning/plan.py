@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
-from orchestrator.freeze import Source, read
 from orchestrator.job import Job
-from orchestrator.model import Model, count
-from orchestrator.preflight import Rows, check, has_gpus
+from orchestrator.planning.freeze import Source, read
+from orchestrator.planning.model import Model, count
+from orchestrator.planning.preflight import Rows, check, has_gpus
 
 
 @dataclass(frozen=True)

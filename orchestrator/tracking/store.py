@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator.environment import environment
 from orchestrator.errors import InputError
-from orchestrator.history import planned
 from orchestrator.runs import home, read_record
+from orchestrator.tracking.environment import environment
+from orchestrator.tracking.history import planned
 from trainer.attempt import Attempt, Record, attempts, load_job, read_json, write_json
 
 RUN_ID = "fleetune.run_id"

@@ -1,6 +1,6 @@
 """Delivery of a run's rows to its one MLflow run: nothing twice, nothing lost, nothing different.
 
-What is sent is a function of the run folder alone (see `orchestrator.history`): a row goes out once, with the time at
+What is sent is a function of the run folder alone (see history.py): a row goes out once, with the time at
 which it was written, so whoever sends it again (after a lost answer, or woken in the middle of a request) sends the
 same row, which MLflow ignores. Rows are read, then made durable, then the fence is checked, then they are sent: what
 an attempt sends was in its file before it had a successor: it lies within its seal, and nobody reports it otherwise.
@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.environment import Sampler
-from orchestrator.history import Row, Spool
 from orchestrator.runs import run_ids, runs_folder
-from orchestrator.store import (
+from orchestrator.tracking.environment import Sampler
+from orchestrator.tracking.history import Row, Spool
+from orchestrator.tracking.store import (
     check_uri,
     client,
     describe,

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from orchestrator.errors import InputError
 from orchestrator.job import Job
-from orchestrator.spec_errors import explain
+from orchestrator.planning.spec_errors import explain
 
 LARGEST = 1 << 20  # bytes of a job.yaml
 # What a bare string stands for in job.yaml.

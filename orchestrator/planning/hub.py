@@ -6,7 +6,7 @@ from typing import Any
 
 from orchestrator.errors import InputError
 from orchestrator.job import Base
-from orchestrator.model import HUB_ID
+from orchestrator.planning.model import HUB_ID
 
 _TIMEOUT = 3.0  # seconds; submitting must not hang on a dead network
 

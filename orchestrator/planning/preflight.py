@@ -7,10 +7,10 @@ from pathlib import Path
 
 from clusters.machine import room
 from orchestrator.errors import InputError
-from orchestrator.hub import fetch_config
 from orchestrator.job import Job
-from orchestrator.model import Model, locate, weight_files
-from orchestrator.store import check_uri
+from orchestrator.planning.hub import fetch_config
+from orchestrator.planning.model import Model, locate, weight_files
+from orchestrator.tracking.store import check_uri
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import spec
 from orchestrator.errors import InputError
+from orchestrator.planning import spec
 
 MINIMAL = {"base": "some/base", "data": "train.jsonl", "train": {"steps": 3}}
 

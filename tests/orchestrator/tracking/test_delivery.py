@@ -11,10 +11,11 @@ from mlflow_server import Proxy, Server
 from ports import free_port
 from run_folders import claim, eval_row, expected, make_run, plan, step_row, steps
 
-from orchestrator import store, tracking
 from orchestrator.comparison.compare import compare
-from orchestrator.history import history, mlflow_run
-from orchestrator.tracking import Delivery, check_uri, is_tracked, replay, ui_command
+from orchestrator.tracking import store
+from orchestrator.tracking.delivery import CURSOR, Delivery, is_tracked, replay
+from orchestrator.tracking.history import history, mlflow_run
+from orchestrator.tracking.store import check_uri, ui_command
 from trainer import attempt as protocol
 
 
@@ -26,7 +27,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("FLEETUNE_HOME", str(folder))
         patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
         patch.chdir(folder)
-        patch.setattr(tracking, "SAMPLE_S", 1e9)
+        patch.setattr("orchestrator.tracking.delivery.SAMPLE_S", 1e9)
         yield folder
     assert not (folder / "mlruns").exists(), "MLflow left a folder where the user happened to be"
 
@@ -164,7 +165,7 @@ def test_not_a_number_is_delivered_once(tmp_path: Path) -> None:
 
 
 def test_system_metrics_go_through_the_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "SAMPLE_S", 10.0)
+    monkeypatch.setattr("orchestrator.tracking.delivery.SAMPLE_S", 10.0)
     run_dir = make_run(tmp_path, "run-system", None)
     claim(run_dir)
     delivery = Delivery(run_dir, 1)
@@ -244,7 +245,7 @@ def test_delivery_stops_between_batches_when_a_successor_appears(
             claim(run_dir, start=0)  # while the first attempt was paused in its first delivery
 
     monkeypatch.setattr(client, "log_batch", log_batch)
-    monkeypatch.setattr(tracking, "client", lambda _: client)
+    monkeypatch.setattr("orchestrator.tracking.delivery.client", lambda _: client)
     Delivery(run_dir, 1).pump()
     assert series(None, run_dir) == expected((1, 1, 300))  # 900 metrics, three of a step
     Delivery(run_dir, 2).pump()
@@ -256,7 +257,7 @@ def test_a_successor_repairs_what_a_late_cursor_says(server: Server, tmp_path: P
     steps(claim(run_dir), 1, 9)
     Delivery(run_dir, 1).pump()
     (run,) = runs_of(server.uri, run_dir)
-    store.client(server.uri).set_tag(run.info.run_id, tracking.CURSOR, json.dumps({"metrics.jsonl": 3}))
+    store.client(server.uri).set_tag(run.info.run_id, CURSOR, json.dumps({"metrics.jsonl": 3}))
     steps(claim(run_dir, start=9), 10, 11)
     Delivery(run_dir, 2).pump()
     assert series(server.uri, run_dir) == expected((1, 1, 9), (2, 10, 11))

@@ -11,10 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from orchestrator import spec
-from orchestrator.environment import PACKAGES
 from orchestrator.job import Job
-from orchestrator.model import Model
+from orchestrator.planning import spec
+from orchestrator.planning.model import Model
+from orchestrator.tracking.environment import PACKAGES
 
 Source = str | Path | Mapping[str, Any] | Job
 

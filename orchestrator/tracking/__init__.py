@@ -1,0 +1,1 @@
+"""What a run reported, and how MLflow comes to know it."""
