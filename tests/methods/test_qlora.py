@@ -1,6 +1,9 @@
 """QLoRA: equal to bitsandbytes with PEFT, the 4-bit base out of ZeRO's hands, and merges that are refused."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,39 @@ import torch
 from alone import attached, llama, logits, losses, optimizer_of, trained
 from by_hand import adamw
 from finished_runs import curve, difference, interrupted
+from llamas import random_llama
 from transformers import AutoModelForCausalLM
 
 from methods.base import MergeRefused
 from methods.options import QLora
 from methods.parts import quantised
 
+ROOT = Path(__file__).parent.parent.parent
 LOFTQ = QLora(rank=4, init="loftq")
+# Loads two folders in 4 bits and prints how many bytes of memory the second took, at the most and at the end.
+LOADING = """
+import sys, threading
+import bitsandbytes, torch
+from transformers import AutoModelForCausalLM
+from methods.parts import quantised
+
+def memory():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+def watch():
+    while not done.wait(0.002):
+        seen.append(memory())
+
+options = quantised.load_options("nf4", True, torch.bfloat16)
+AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)  # imports what loading needs
+before, seen, done = memory(), [], threading.Event()
+(thread := threading.Thread(target=watch)).start()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.bfloat16, **options)
+done.set()
+thread.join()
+print(max(seen) - before, memory() - before)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +130,19 @@ def test_4_bit_weights_are_no_parameters(folder: Path) -> None:
     assert all(p.dtype == torch.float32 for p in model.parameters())
     packed = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.uint8]
     assert len(packed) == 14
+
+
+def test_a_base_is_never_whole_in_memory_before_it_is_in_4_bits(folder: Path, tmp_path: Path) -> None:
+    base = random_llama(hidden_size=1024, intermediate_size=4096, num_hidden_layers=6).bfloat16()
+    whole = 2 * sum(p.numel() for p in base.parameters())
+    base.save_pretrained(tmp_path, max_shard_size="60MB")
+    del base
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "131072"}  # what is freed is gone
+    command = [sys.executable, "-c", LOADING, folder, tmp_path]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    peak, held = map(int, found.stdout.split()[-2:])
+    assert 0.25 * whole < held < 0.35 * whole
+    assert peak < 0.75 * whole, "held, and what one matrix takes"
 
 
 def test_a_merge_reports_and_refuses(folder: Path, tmp_path: Path) -> None:
