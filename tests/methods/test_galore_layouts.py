@@ -52,6 +52,11 @@ def test_states_of_a_7b_are_a_third() -> None:
     assert round(100 * (1 - galore / adamw), 1) == 65.1
 
 
+def test_random_bases_have_no_sketch() -> None:
+    with pytest.raises(ValueError, match="found refresh fast with variant apollo"):
+        Galore(variant="apollo", refresh="fast")
+
+
 class Small(nn.Module):
     """Matrices whose low-rank gradients fill whole blocks, and a vector beside them."""
 

@@ -186,6 +186,8 @@ def test_a_window_that_hides_the_prefix_is_refused(tiny_base: Path) -> None:
     model.config.sliding_window = 70
     with pytest.raises(ValueError, match="at most 63"):
         create(Prefix(tokens=TOKENS), Setup(seq_len=64)).attach(model)
+    with pytest.raises(ValueError, match="method.tokens: found 70; allowed: fewer than the 70"):
+        Prefix(tokens=70).check({"sliding_window": 70}, 64)
 
 
 def test_layouts_resume_and_export(new_run: Any, launch: Any, cache: Path, held_out: Path) -> None:
