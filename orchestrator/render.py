@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from orchestrator.comparison.measure import size
 from orchestrator.describe import CAPABILITIES, support
 from orchestrator.doctor import Check
 from orchestrator.planning.plan import Plan
@@ -113,15 +114,6 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
     if sizes.held:
         fields["in 4 bits"] = f"{size(sizes.held)} of the weights, which each worker holds at every ZeRO stage"
     return fields
-
-
-def size(count: float) -> str:
-    """A number of bytes, to three digits."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
 
 
 def _moment(seconds: float) -> str:

@@ -12,6 +12,8 @@ _DASHES = ("", "7 4", "2 3", "10 3 2 3", "1 5")
 _MOST_POINTS = 400  # of a line
 
 Points = Sequence[tuple[float, float]]
+Bounds = tuple[float, float]  # the least and the most that a value can be
+EVERYTHING: Bounds = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear scale from values to pixels; its ticks are round numbers of `unit`."""
+    """A linear scale from values to pixels; its ticks are round numbers of `unit` within `bounds`."""
 
     low: float
     high: float
@@ -44,37 +46,44 @@ class Axis:
     end: float
     show: Callable[[float], str]
     unit: float = 1.0
+    bounds: Bounds = EVERYTHING
 
     def at(self, value: float) -> float:
         """The pixel of a value."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Four to eight round values within the scale."""
+        """Four to eight round values within the scale, but for those that no value can have."""
         step = nice((self.high - self.low) / 5 / self.unit) * self.unit
-        first = math.ceil(self.low / step - 1e-9)
-        return [(first + i) * step for i in range(12) if (first + i) * step <= self.high + 1e-9 * step]
+        low, high = max(self.low, self.bounds[0]), min(self.high, self.bounds[1])
+        first = math.ceil(low / step - 1e-9)
+        return [(first + i) * step for i in range(12) if (first + i) * step <= high + 1e-9 * step]
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], x_title: str, y_show: Callable[[float], str], width: int = WIDTH
+    title: str, lines: Sequence[Line], x_title: str, y_show: Callable[[float], str], bounds: Bounds, width: int
 ) -> str:
     """Lines over steps; a value that is not finite breaks its line, far outliers leave the frame."""
     values = [y for line in lines for _, y in line.points if math.isfinite(y)]
     if not values:
         return ""
     x = _axis([x for line in lines for x, _ in line.points], LEFT, width - RIGHT, "{:g}".format)
-    y = _axis(_without_outliers(values), HEIGHT - BOTTOM, TOP, y_show)
+    y = replace(_axis(_without_outliers(values), HEIGHT - BOTTOM, TOP, y_show), bounds=bounds)
     drawn = "".join(_polyline(line, x, y) for line in lines)
     return _frame(title, x, y, x_title, f'<g clip-path="url(#plot)">{drawn}</g>')
 
 
 def scatter(
-    title: str, dots: Sequence[Dot], x_title: str, unit: float, shows: tuple[Callable[[float], str], ...]
+    title: str,
+    dots: Sequence[Dot],
+    x_title: str,
+    unit: float,
+    shows: tuple[Callable[[float], str], ...],
+    bounds: Bounds,
 ) -> str:
     """Points, those on the front filled and joined; labels where there is room."""
     x = replace(_axis([dot.x for dot in dots], LEFT, WIDTH - RIGHT, shows[0], margin=0.12), unit=unit)
-    y = _axis([dot.y for dot in dots], HEIGHT - BOTTOM, TOP, shows[1], margin=0.12)
+    y = replace(_axis([dot.y for dot in dots], HEIGHT - BOTTOM, TOP, shows[1], margin=0.12), bounds=bounds)
     front = sorted((dot.x, dot.y) for dot in dots if dot.front)
     joined = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in front)
     drawn = f'<polyline class="front" points="{joined}"/>' if len(front) > 1 else ""

@@ -3,15 +3,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from orchestrator.comparison.chart import EVERYTHING, Bounds
+
 
 @dataclass(frozen=True)
 class Measure:
-    """A result: its name, its heading, how it is shown, and whether more is better (None: neither)."""
+    """A result: its name and heading, how it is shown, whether more is better (None: neither), and what it can be."""
 
     key: str
     title: str
     show: Callable[[float], str]
     more_is_better: bool | None = False
+    bounds: Bounds = EVERYTHING
 
 
 def count(value: float) -> str:
@@ -25,7 +28,7 @@ def count(value: float) -> str:
 def size(value: float) -> str:
     """Bytes, in binary units."""
     for unit in ("B", "KiB", "MiB"):
-        if abs(value) < 1024:
+        if abs(value) < 999.5:
             return f"{value:.3g} {unit}"
         value /= 1024
     return f"{value:.2f} GiB"
@@ -44,7 +47,7 @@ def _decimals(value: float) -> str:
 
 
 MEASURES = (
-    Measure("eval_exact_match", "exact match", lambda value: f"{value:.1%}", True),
+    Measure("eval_exact_match", "exact match", "{:.1%}".format, True, (0.0, 1.0)),
     Measure("eval_loss", "eval loss", _decimals),
     Measure("loss", "loss", _decimals),
     Measure("best_loss", "best loss", _decimals),

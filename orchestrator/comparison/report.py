@@ -10,7 +10,7 @@ from string import Template
 from orchestrator.comparison import chart
 from orchestrator.comparison.chart import Dot, Line
 from orchestrator.comparison.compare import Comparison, Row, Run, shown
-from orchestrator.comparison.measure import Measure
+from orchestrator.comparison.measure import MEASURES, Measure
 from orchestrator.comparison.table import cell
 
 _COSTS = ("peak_memory_bytes", "train_s")
@@ -74,8 +74,9 @@ def _lines(comparison: Comparison, key: str, title: str, width: int) -> str:
         for run in row.runs
         if (curve := run.curves.get(key))
     ]
-    show = (lambda value: f"{value:.0%}") if key == "eval_exact_match" else (lambda value: f"{value:.4g}")
-    return chart.line_chart(title, lines, "step", show, width)
+    show = "{:.0%}".format if key == "eval_exact_match" else "{:.4g}".format
+    measure = next(measure for measure in MEASURES if measure.key == key)
+    return chart.line_chart(title, lines, "step", show, measure.bounds, width)
 
 
 def _legend(comparison: Comparison) -> str:
@@ -109,7 +110,8 @@ def _front(comparison: Comparison, cost: Measure) -> str:
     front = chart.pareto([(x, y) for _, _, x, y in points], bool(quality.more_is_better))
     dots = [Dot(label, group, x, y, best) for (group, label, x, y), best in zip(points, front, strict=True)]
     title = f"{quality.title.capitalize()} against {cost.title}"
-    return chart.scatter(title, dots, cost.title, _unit(cost, max(dot.x for dot in dots)), (cost.show, quality.show))
+    unit = _unit(cost, max(dot.x for dot in dots))
+    return chart.scatter(title, dots, cost.title, unit, (cost.show, quality.show), quality.bounds)
 
 
 def _unit(cost: Measure, largest: float) -> float:

@@ -94,13 +94,21 @@ def test_any_set_of_runs(runs: list[Run], charts: int) -> None:
 
 def test_a_line_breaks_at_nan_and_outliers_leave_the_frame() -> None:
     curve = tuple((step, math.nan if step == 50 else 1e9 if step == 20 else 3 - step / 100) for step in range(1, 101))
-    drawn = chart.line_chart("loss", [Line("a", 0, curve)], "step", str)
+    drawn = chart.line_chart("loss", [Line("a", 0, curve)], "step", str, chart.EVERYTHING, chart.WIDTH)
     figure = ElementTree.fromstring(drawn)
     lines = [[tuple(map(float, p.split(","))) for p in e.attrib["points"].split()] for e in figure.iter("polyline")]
     assert [len(line) for line in lines] == [49, 50]
     inside = [y for line in lines for _, y in line if chart.TOP <= y <= chart.HEIGHT - chart.BOTTOM]
     assert len(inside) == 98
     assert max(inside) - min(inside) > 200
+
+
+@pytest.mark.parametrize("value", [0.0, 0.995, 1.0])
+def test_no_tick_stands_where_no_value_can_be(value: float) -> None:
+    curve = ((1, value), (2, value))
+    drawn = chart.line_chart("match", [Line("a", 0, curve)], "step", "{:.0%}".format, (0.0, 1.0), chart.WIDTH)
+    ticks = [int(e.text[:-1]) for e in ElementTree.fromstring(drawn).iter("text") if (e.text or "").endswith("%")]
+    assert ticks and min(ticks) >= 0 and max(ticks) <= 100
 
 
 def test_thinning_keeps_extremes_and_ends() -> None:
