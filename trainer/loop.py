@@ -14,7 +14,7 @@ import torch.distributed as dist
 from methods.base import Setup
 from methods.registry import create
 from orchestrator.job import Job
-from trainer import checkpoint, speed
+from trainer import apart, checkpoint, speed
 from trainer.attempt import Attempt, load_job
 from trainer.base import load_config, load_model, load_tokenizer, precision
 from trainer.batches import Batches
@@ -74,6 +74,7 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
         saved.load_optimizer(shards)
     schedule = method.schedule(lambda step: learning_rate(job, step, planned.steps))
     run = Run(job, attempt, world, method, tokenizer, tokens, planned, shards, dtype, schedule)
+    apart.check(run)
     announce(run)
     return run, saved.step if saved else 0
 

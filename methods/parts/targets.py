@@ -9,11 +9,13 @@ Linears = Mapping[str, tuple[int, int]]  # module name -> (out_features, in_feat
 Others = Mapping[str, tuple[int, ...]]  # every other weight: parameter name -> shape
 Target = Literal["all-linear"] | tuple[str, ...]
 _EMBEDDINGS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head)\.weight$")
+# Files have a matrix for each expert; a model in memory has one block of all, and a router that is no linear layer.
+_MIXTURE = re.compile(r"(^|\.)((experts|router)\.|gate\.weight$)")
 
 
 def is_linear(name: str, shape: Sequence[int]) -> bool:
-    """Whether a weight of this name and shape is a linear layer's: a matrix that is no embedding nor output head."""
-    return len(shape) == 2 and name.endswith(".weight") and not _EMBEDDINGS.search(name)
+    """Whether a weight is a linear layer's: a matrix of no embedding, output head, router or mixture's expert."""
+    return _is_module(name, shape) and name.endswith(".weight") and not _EMBEDDINGS.search(name)
 
 
 def is_named(module: str, pattern: str) -> bool:
@@ -25,7 +27,8 @@ def choose(target: Target, exclude: Sequence[str], linears: Linears, others: Oth
     """The matrices [out, in] that a target means, less those excluded; raises ValueError where a name finds none."""
     candidates = dict(linears)
     if target != "all-linear":
-        candidates |= {name.removesuffix(".weight"): (s[0], s[1]) for name, s in others.items() if len(s) == 2}
+        found = {name: shape for name, shape in others.items() if _is_module(name, shape)}
+        candidates |= {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in found.items()}
     chosen: dict[str, tuple[int, int]] = dict(linears) if target == "all-linear" else {}
     for pattern in () if target == "all-linear" else target:
         chosen |= _find(pattern, candidates)
@@ -35,6 +38,10 @@ def choose(target: Target, exclude: Sequence[str], linears: Linears, others: Oth
     if not chosen:
         raise ValueError("found a target of which everything is excluded; allowed: at least one module")
     return chosen
+
+
+def _is_module(name: str, shape: Sequence[int]) -> bool:
+    return len(shape) == 2 and not _MIXTURE.search(name)
 
 
 def _find(pattern: str, candidates: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

@@ -14,6 +14,8 @@ from orchestrator.tracking.store import check_uri
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+# Bases known to let the documents of a packed row see each other; the trainer finds others (see trainer/apart.py).
+_SEE_EACH_OTHER = {"bloom", "falcon", "mamba", "mpt", "opt"}
 _CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English, for estimates alone
 
 
@@ -97,6 +99,9 @@ def _complete(model: Model, folder: Path) -> None:
 def _misfits(job: Job, model: Model) -> list[str]:
     """What the job asks for and the base does not have."""
     problems = []
+    kind = model.config["model_type"]
+    if job.data.packing and kind in _SEE_EACH_OTHER:
+        problems.append(f"data.packing: documents in a row see each other in a base of type {kind}; allowed: false")
     try:
         job.method.check(model.config, job.data.seq_len)
     except ValueError as error:

@@ -195,3 +195,12 @@ def test_configs_that_are_no_base(tmp_path: Path, config: str, problem: str) -> 
     (tmp_path / "base" / "model.safetensors").unlink()
     (line,) = problems(good.model_copy(update={"base": good.base.model_copy(update={"init": "scratch"})}))
     assert problem in line
+
+
+def test_a_base_that_cannot_pack_is_refused(tmp_path: Path) -> None:
+    make_base(tmp_path / "base", architectures=["OPTForCausalLM"])
+    config = tmp_path / "base" / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"opt"'))
+    with pytest.raises(InputError, match=r"data\.packing: documents .* of type opt; allowed: false"):
+        plan(make_job(tmp_path))
+    plan(make_job(tmp_path), ["data.packing=false"])
