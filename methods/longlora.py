@@ -28,6 +28,7 @@ from torch import nn
 
 from methods.lora import LowRank
 from methods.options import LongLora
+from methods.parts import attention
 from methods.parts.peft_adapter import shapes
 from methods.parts.shifted_attention import NAME, sparse_in_training
 
@@ -43,14 +44,15 @@ class LongLoraTuning(LowRank[LongLora]):
         return ceil(self.setup.seq_len / self.options.groups)
 
     def load_options(self, config: Any) -> dict[str, Any]:
-        """Our attention, and a config that reaches seq_len."""
+        """Let the config reach seq_len."""
         self.options.check(config.to_dict(), self.setup.seq_len)
         self._extend(config)
-        return {"attn_implementation": NAME} if self.options.groups > 1 else {}
+        return {}
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Freeze the base; add adapters and trained copies, and make attention sparse in training."""
         if self.options.groups > 1:
+            attention.replace(model, NAME, self.options.kind, "lora")
             sparse_in_training(model.get_decoder(), self.group)
         copied = {name.split(".")[-2] for name in shapes(model)[1] if self.options.copies(name)}
         # What the config says of it is not asked: files that hold both are loaded as two.

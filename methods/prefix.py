@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from methods.base import Method
 from methods.options import Prefix
+from methods.parts import attention
 from methods.parts.virtual import common, gathered_in_turn, text_ids, write
 
 ATTENTION = "sdpa_with_prefix"
@@ -34,7 +35,7 @@ class PrefixTuning(Method[Prefix]):
         modules = _attentions(model)
         for module, start_2HVD in zip(modules, self._start(model, modules), strict=True):
             module.prefix = nn.Parameter(start_2HVD)
-        model.set_attn_implementation(ATTENTION)
+        attention.replace(model, ATTENTION, self.options.kind, "prompt")
         model.register_forward_pre_hook(self._shift, with_kwargs=True)
         return model
 

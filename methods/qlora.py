@@ -48,6 +48,7 @@ class QLoraTuning(LowRank[QLora]):
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Add adapters to the 4-bit base, and keep it from DeepSpeed."""
+        quantised.require(model)
         tuned = super().attach(model)
         if self.options.init == "loftq" and not self._resumed:
             start_from_loss(tuned)

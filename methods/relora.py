@@ -65,6 +65,8 @@ class ReLoraTuning(LowRank[ReLora]):
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Freeze the linear layers and add adapters; the rest is trained if `others` says so."""
+        if self.options.quantised:
+            quantised.require(model)
         linears, others = shapes(model)
         directly = [model.get_parameter(name) for name in others] if self.options.others else []
         first = [model.get_parameter(f"{name}.weight") for name in linears] if self._full else []

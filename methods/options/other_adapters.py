@@ -98,8 +98,8 @@ class Bottleneck(Options):
     size: int = Field(64, ge=1, description="width of the bottleneck")
     activation: Literal["relu", "gelu", "silu"] = Field("relu", description="what stands between down and up")
 
-    def adds(self, linears: Linears, others: Others) -> int:
+    def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """down and up with their biases, per adapter."""
         names = ("o_proj", "down_proj") if self.placement == "houlsby" else ("down_proj",)
-        chosen = choose(names, (), linears, others)
+        chosen = choose(names, (), linears, {})
         return sum(2 * out * self.size + out + self.size for out, _ in chosen.values())

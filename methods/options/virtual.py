@@ -41,9 +41,9 @@ class Prefix(_Virtual):
             if seq_len > room:
                 raise ValueError(f"data.seq_len: found {seq_len}; allowed beside the prefix: at most {room}")
 
-    def adds(self, linears: Linears, others: Others) -> int:
+    def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """A key and a value per layer and virtual token."""
-        chosen = choose(("k_proj", "v_proj"), (), linears, others)
+        chosen = choose(("k_proj", "v_proj"), (), linears, {})
         return self.tokens * sum(out for out, _ in chosen.values())
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from methods.parts.peft_adapter import shapes
+
 
 def load_options(quant: str, double: bool, dtype: torch.dtype) -> dict[str, Any]:
     """Let `from_pretrained` quantise every linear layer but the head, tensor by tensor as it reads them."""
@@ -38,6 +40,15 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
             yield name, module
+
+
+def require(model: nn.Module) -> None:
+    """Raise ValueError where bitsandbytes left a linear layer of a base as it was."""
+    done = {name for name, _ in layers(model)}
+    left = next((name for name in shapes(model)[0] if name not in done), None)
+    if left is not None:
+        kind = type(model.get_submodule(left)).__name__
+        raise ValueError(f"method: bitsandbytes cannot keep {left}, a {kind}, in 4 bits; nearest: lora")
 
 
 def hide(model: nn.Module) -> None:
