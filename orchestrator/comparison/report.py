@@ -43,15 +43,20 @@ def _head(comparison: Comparison) -> str:
     when = time.strftime("%Y-%m-%d %H:%M")
     counted = f"{_plural(len(comparison.runs), 'run')} in {_plural(len(comparison.rows), 'configuration')}"
     about = escape(f"{counted}, from {comparison.uri}")
+    return f'<h1>{escape(comparison.title)}</h1><p class="soft">{about}, {when}</p>{_praise(comparison)}'
+
+
+def _praise(comparison: Comparison) -> str:
+    """Which row is best; how many are as good."""
     best, quality = comparison.rows[0], comparison.quality
     found = best.figure(quality.key)
-    praise = (
-        f'<p class="best">Best {quality.title}: <strong>{escape(cell(best, quality))}</strong> by '
-        f"<strong>{escape(best.label)}</strong></p>"
-        if best.status == "FINISHED" and found and math.isfinite(found.mean)
-        else ""
-    )
-    return f'<h1>{escape(comparison.title)}</h1><p class="soft">{about}, {when}</p>{praise}'
+    if best.status != "FINISHED" or not found or not math.isfinite(found.mean):
+        return ""
+    figures = [row.figure(quality.key) for row in comparison.rows[1:] if row.status == "FINISHED"]
+    equal = sum(figure is not None and figure.mean == found.mean for figure in figures)
+    shared = f" and {_plural(equal, 'other')}" if equal else ""
+    value, label = (f"<strong>{escape(text)}</strong>" for text in (cell(best, quality), best.label))
+    return f'<p class="best">Best {quality.title}: {value} by {label}{shared}</p>'
 
 
 def _constants(comparison: Comparison) -> str:

@@ -65,6 +65,12 @@ def test_a_comparison_of_methods(tmp_path: Path) -> None:
     assert "± 1.0%" in page.text
 
 
+def test_those_that_are_as_good_are_counted() -> None:
+    runs = [tracked(f"r{rank}", 0.9, method__rank=rank) for rank in "248"] + [tracked("bad", 0.1, method__rank="1")]
+    text = Page(report.page(arrange(runs, "e", "uri"))).text
+    assert re.search(r"Best exact match: 90\.0% by r\d and 2 others", text)
+
+
 def test_it_needs_nothing_else() -> None:
     text = report.page(arrange([tracked("a", 0.5)], "e", "uri"))
     assert not re.search(r"(src|href|@import|url\((?!#)|fetch\(|https?:)", text)
