@@ -26,7 +26,7 @@ from torch import nn
 
 from methods.base import Fragment, Method, Piece, Setup, View
 from methods.options import Galore
-from methods.parts.peft_adapter import shapes
+from methods.parts.weights import shapes
 from methods.subspace.apollo import Scaler
 from methods.subspace.bases import Bases
 from methods.subspace.exchange import Exchange

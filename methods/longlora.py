@@ -29,8 +29,8 @@ from torch import nn
 from methods.lora import LowRank
 from methods.options import LongLora
 from methods.parts import attention
-from methods.parts.peft_adapter import shapes
 from methods.parts.shifted_attention import NAME, sparse_in_training
+from methods.parts.weights import shapes
 
 
 class LongLoraTuning(LowRank[LongLora]):

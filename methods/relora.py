@@ -41,8 +41,9 @@ from methods.lora import LowRank
 from methods.options import ReLora
 from methods.parts import quantised
 from methods.parts.initial import adapted
-from methods.parts.peft_adapter import ADAPTER, shapes
+from methods.parts.peft_adapter import ADAPTER
 from methods.parts.ranks import largest
+from methods.parts.weights import shapes
 
 
 class ReLoraTuning(LowRank[ReLora]):

@@ -15,7 +15,8 @@ from peft.utils.incremental_pca import IncrementalPCA
 from torch import nn
 
 from methods.parts.initial import adapted
-from methods.parts.peft_adapter import ADAPTER, whole
+from methods.parts.peft_adapter import ADAPTER
+from methods.parts.weights import whole
 
 TOKENS = 8192  # after which directions of a few dozen have settled
 AT_ONCE = 512  # tokens whose inputs are held for a step of the SVD

@@ -16,7 +16,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from methods.parts.peft_adapter import ADAPTER, whole
+from methods.parts.peft_adapter import ADAPTER
+from methods.parts.weights import whole
 
 Factors = dict[str, torch.Tensor]  # A0 and B0 by the names of A and B
 

@@ -1,6 +1,5 @@
 """What methods whose modules and file format are PEFT's have in common."""
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,7 +9,7 @@ from torch import nn
 
 from methods.base import Method
 from methods.options import AdaLora, Dora, FourierFt, Ia3, LongLora, Lora, QLora, ReLora, RsLora, Vera
-from methods.parts.targets import Linears, Others, is_linear
+from methods.parts.weights import shapes
 
 ADAPTER = "default"  # PEFT's name for the one adapter of a model
 T = TypeVar("T", Lora, RsLora, Dora, QLora, AdaLora, LongLora, ReLora, Ia3, Vera, FourierFt)
@@ -42,35 +41,3 @@ class PeftAdapter(Method[T]):
         """The base with the update in its weights; refuses weights that are not finite."""
         merged: nn.Module = model.merge_and_unload(safe_merge=True)
         return merged
-
-
-def shapes(model: nn.Module) -> tuple[Linears, Others]:
-    """The linear layers and the other weights of a base, sharded, quantised or neither."""
-    linears: dict[str, tuple[int, int]] = {}
-    others: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters():
-        shape = _shape(model, name, parameter)
-        if is_linear(name, shape):
-            linears[name.removesuffix(".weight")] = (shape[0], shape[1])
-        else:
-            others[name] = shape
-    return linears, others
-
-
-def whole(*parameters: nn.Parameter, changed: bool = True) -> AbstractContextManager[None]:
-    """Within it, weights of the base are whole on every rank; where they are changed, rank 0's changes stay."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return nullcontext()
-    import deepspeed
-
-    gather: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
-        list(parameters), modifier_rank=0 if changed else None
-    )
-    return gather
-
-
-def _shape(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
-    module = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, nn.Linear) and name.endswith(".weight"):  # in 4 bits, the weight itself is packed
-        return module.out_features, module.in_features
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from methods.parts.peft_adapter import shapes
+from methods.parts.weights import shapes
 
 
 def load_options(quant: str, double: bool, dtype: torch.dtype) -> dict[str, Any]:

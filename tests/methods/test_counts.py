@@ -19,7 +19,7 @@ from methods.options import (
     RsLora,
     Vera,
 )
-from methods.parts.peft_adapter import shapes
+from methods.parts.weights import shapes
 from orchestrator.planning.model import Model
 
 QV = ("q_proj", "v_proj")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from methods.base import Setup
 from methods.options import Prefix, Prompt, PTuning
-from methods.parts.peft_adapter import shapes
+from methods.parts.weights import shapes
 from methods.registry import create
 from trainer.attempt import load_job
 from trainer.tokens import virtual_ids
