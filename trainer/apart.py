@@ -16,7 +16,8 @@ def check(run: Run) -> None:
         return
     run.model.eval()
     first = min(FIRST, run.job.data.seq_len)  # the base may know no more positions
-    found = leak(run.shards.engine, first, len(run.tokenizer), run.world.device)
+    vocabulary = run.model.config.get_text_config().vocab_size  # a tokenizer may have more
+    found = leak(run.shards.engine, first, vocabulary, run.world.device)
     run.model.train()
     if found > ROUNDING[run.dtype]:
         kind = run.model.config.model_type

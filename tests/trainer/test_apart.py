@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from llamas import TWO_LAYERS
+from llamas import TWO_LAYERS, random_llama
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BloomConfig,
     FalconConfig,
     LlamaConfig,
@@ -52,9 +53,18 @@ def test_what_documents_see_of_each_other(config: PreTrainedConfig, dtype: torch
         assert found(config, dtype) > 5 * ROUNDING[dtype]
 
 
-def test_a_job_that_packs_them_is_refused(new_run: Any, launch: Any, tiny_base: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
+def test_a_tokenizer_may_have_more_tokens_than_the_base(
+    new_run: Any, launch: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    base = random_llama(vocab_size=len(tokenizer))
+    tokenizer.add_tokens([f"<unused {i}>" for i in range(len(tokenizer))])
+    for saved in (base, tokenizer):
+        saved.save_pretrained(tmp_path / "base")
+    launch(1, new_run("run", base=str(tmp_path / "base"), train={"steps": 2}))
 
+
+def test_a_job_that_packs_them_is_refused(new_run: Any, launch: Any, tiny_base: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     OPT.vocab_size, OPT.pad_token_id = len(tokenizer), tokenizer.pad_token_id
     for saved in (AutoModelForCausalLM.from_config(OPT), tokenizer):
