@@ -68,7 +68,7 @@ def line_chart(
     if not values:
         return ""
     x = _axis([x for line in lines for x, _ in line.points], LEFT, width - RIGHT, "{:g}".format)
-    y = replace(_axis(_without_outliers(values), HEIGHT - BOTTOM, TOP, y_show), bounds=bounds)
+    y = _axis(_without_outliers(values), HEIGHT - BOTTOM, TOP, y_show, bounds=bounds)
     drawn = "".join(_polyline(line, x, y) for line in lines)
     return _frame(title, x, y, x_title, f'<g clip-path="url(#plot)">{drawn}</g>')
 
@@ -83,7 +83,7 @@ def scatter(
 ) -> str:
     """Points, those on the front filled and joined; labels where there is room."""
     x = replace(_axis([dot.x for dot in dots], LEFT, WIDTH - RIGHT, shows[0], margin=0.12), unit=unit)
-    y = replace(_axis([dot.y for dot in dots], HEIGHT - BOTTOM, TOP, shows[1], margin=0.12), bounds=bounds)
+    y = _axis([dot.y for dot in dots], HEIGHT - BOTTOM, TOP, shows[1], 0.12, bounds)
     front = sorted((dot.x, dot.y) for dot in dots if dot.front)
     joined = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in front)
     drawn = f'<polyline class="front" points="{joined}"/>' if len(front) > 1 else ""
@@ -136,11 +136,16 @@ def _second(point: tuple[float, float]) -> float:
 
 
 def _axis(
-    values: Sequence[float], start: float, end: float, show: Callable[[float], str], margin: float = 0.04
+    values: Sequence[float],
+    start: float,
+    end: float,
+    show: Callable[[float], str],
+    margin: float = 0.04,
+    bounds: Bounds = EVERYTHING,
 ) -> Axis:
     low, high = min(values), max(values)
     room = (high - low) * margin or abs(high) * 0.1 or 1.0
-    return Axis(low - room, high + room, start, end, show)
+    return Axis(low - room, high + room, start, end, show, bounds=bounds)
 
 
 def _without_outliers(values: Sequence[float]) -> list[float]:
