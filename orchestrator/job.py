@@ -1,5 +1,6 @@
 """The job spec: plain frozen data that every room may read. Unknown keys are errors."""
 
+import datetime
 import re
 from typing import Annotated, Any, Literal
 
@@ -40,7 +41,17 @@ class Data(_Part):
 
     train: str = Field(min_length=1)
     eval: str | None = None
+    columns: dict[str, str] | None = Field(
+        None, min_length=1, description="which column, or template with {column}s, is the prompt, the completion, ..."
+    )
     seq_len: int = Field(1024, ge=8)
+    too_long: Literal["drop", "cut", "refuse"] | None = Field(
+        None, description="rows longer than seq_len; null: cut their end, but refuse when that hits more than a tenth"
+    )
+    parse_special: bool = Field(False, description="names of control tokens in the data are control tokens, not text")
+    date: datetime.date | None = Field(
+        None, description="what a chat template takes for today; null: the day of submission"
+    )
     packing: bool = True
 
 
@@ -167,6 +178,11 @@ class Job(_Part):
             raise ValueError(
                 "base.init scratch with a base in 4 bits: random weights are not worth quantising; "
                 "nearest: init: pretrained, or method full"
+            )
+        if self.train.batch_tokens < self.data.seq_len:
+            raise ValueError(
+                f"train.batch_tokens: found {self.train.batch_tokens}; allowed: at least one sequence "
+                f"(data.seq_len {self.data.seq_len})"
             )
         virtual = self.method.virtual_tokens
         if self.data.seq_len <= virtual:

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from trainer.attempt import load_job
 from trainer.base import load_tokenizer
+from trainer.data.encode import Reading
+from trainer.data.tokens import tokenise
 from trainer.loop import plan_batches
 from trainer.schedule import learning_rate
-from trainer.tokens import tokenise
 
 Example = tuple[torch.Tensor, torch.Tensor, int]  # ids, labels, target tokens of the whole batch
 
@@ -35,7 +36,7 @@ def adamw(model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0) -> torc
 def steps(run_dir: Path, cache: Path) -> Iterator[list[Example]]:
     """The examples of each step."""
     job = load_job(run_dir)
-    tokens = tokenise(job.data.train, load_tokenizer(job.base), job.data.seq_len, cache)
+    tokens = tokenise(job.data.train, load_tokenizer(job.base), Reading.of(job), cache)
     batches = plan_batches(job, tokens)
     for k in range(batches.steps):
         step = []

@@ -12,8 +12,9 @@ from torch import nn
 
 from trainer.attempt import load_job
 from trainer.base import load_tokenizer
+from trainer.data.encode import Reading
+from trainer.data.tokens import tokenise
 from trainer.export import results
-from trainer.tokens import tokenise
 
 Curve = list[tuple[float, float]]  # loss, and gradient norm before clipping
 
@@ -64,7 +65,7 @@ def saved_loss(model: nn.Module, run_dir: Path, cache: Path) -> float:
     """The loss per target token of a loaded output over the job's evaluation rows, one example at a time."""
     job = load_job(run_dir)
     assert job.data.eval
-    tokens = tokenise(job.data.eval, load_tokenizer(job.base), job.data.seq_len, cache)
+    tokens = tokenise(job.data.eval, load_tokenizer(job.base), Reading.of(job), cache)
     total = 0.0
     for i in range(len(tokens)):
         example = tokens.example(i)

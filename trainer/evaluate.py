@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.job import Job
-from trainer.batches import Batches
+from trainer.data.batches import Batches
+from trainer.data.encode import Reading
+from trainer.data.tokens import Prompt, Tokens, prompts, tokenise, virtual_ids
 from trainer.objectives import sft
 from trainer.run import Run
-from trainer.tokens import Prompt, Tokens, prompts, tokenise, virtual_ids
 from trainer.world import World
 
 PROMPTS_AT_ONCE = 32
@@ -34,7 +35,7 @@ class Evaluator:
         """Read a job's evaluation rows, which get virtual tokens in front; every rank calls it."""
         if job.data.eval is None:
             return cls(world, None, None, [], 0)
-        tokens = tokenise(job.data.eval, tokenizer, job.data.seq_len, cache, job.method.virtual_tokens)
+        tokens = tokenise(job.data.eval, tokenizer, Reading.of(job), cache)
         rows = job.evaluation.rows
         batches = Batches(
             tokens.lengths[:rows],
@@ -47,7 +48,7 @@ class Evaluator:
             epochs=1,
         )
         generate = job.evaluation.max_new_tokens
-        asked = prompts(job.data.eval, tokenizer)[:rows] if generate else []
+        asked = prompts(job.data.eval, tokenizer, Reading.of(job))[:rows] if generate else []
         return cls(world, tokens, batches, asked, generate)
 
     def evaluate(self, run: Run, step: int) -> None:

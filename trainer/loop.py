@@ -17,14 +17,15 @@ from orchestrator.job import Job
 from trainer import apart, checkpoint, speed
 from trainer.attempt import Attempt, load_job
 from trainer.base import load_config, load_model, load_tokenizer, precision
-from trainer.batches import Batches
+from trainer.data.batches import Batches
+from trainer.data.encode import Reading
+from trainer.data.tokens import Tokens, tokenise
 from trainer.evaluate import Evaluator
 from trainer.export import export
 from trainer.meter import Meter
 from trainer.objectives import sft
 from trainer.run import Run
 from trainer.schedule import learning_rate
-from trainer.tokens import Tokens, tokenise
 from trainer.world import join
 from trainer.zero import Shards
 
@@ -56,7 +57,7 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     job = job.at_width(getattr(load_config(job.base), "hidden_size", None))
     world = join()
     tokenizer = load_tokenizer(job.base)
-    tokens = tokenise(job.data.train, tokenizer, job.data.seq_len, cache(), job.method.virtual_tokens)
+    tokens = tokenise(job.data.train, tokenizer, Reading.of(job), cache())
     planned = plan_batches(job, tokens)
     method = create(job.method, Setup(planned.steps, job.train.seed, job.data.seq_len, tokenizer))
     dtype = precision(job, world.device)

@@ -10,8 +10,8 @@ from torch import nn
 from methods.base import Method
 from orchestrator.job import Job
 from trainer.attempt import Attempt
-from trainer.batches import Batches
-from trainer.tokens import Tokens
+from trainer.data.batches import Batches
+from trainer.data.tokens import Tokens
 from trainer.world import World
 from trainer.zero import Shards
 

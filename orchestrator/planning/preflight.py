@@ -60,7 +60,7 @@ def check(job: Job) -> Findings:
 
 def survey(source: str, seq_len: int) -> Rows | None:
     """Read every row; raises RowError at the first bad one. None: a hub dataset, and no library to read it."""
-    from trainer.rows import rows
+    from trainer.data.rows import rows
 
     if not Path(source).is_absolute() and importlib.util.find_spec("datasets") is None:
         return None

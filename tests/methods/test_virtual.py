@@ -16,7 +16,7 @@ from methods.options import Prefix, Prompt, PTuning
 from methods.parts.weights import shapes
 from methods.registry import create
 from trainer.attempt import load_job
-from trainer.tokens import virtual_ids
+from trainer.data.tokens import virtual_ids
 
 TOKENS = 7
 KINDS = {"prefix": Prefix, "prompt": Prompt, "ptuning": PTuning}

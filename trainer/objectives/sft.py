@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from trainer.batches import IGNORED, Indices, MicroBatch, collate
+from trainer.data.batches import IGNORED, Indices, MicroBatch, collate
 
 if TYPE_CHECKING:
-    from trainer.tokens import Tokens
+    from trainer.data.tokens import Tokens
 
 CHUNK = 1024  # labels whose logits are held in fp32 at a time
 

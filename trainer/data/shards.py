@@ -12,10 +12,9 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,56 +23,95 @@ import pyarrow as pa
 from trainer.attempt import read_json, sync_folder, write_json
 
 Chunk = TypeVar("Chunk")
+Array = npt.NDArray[Any]
 
 _POLL_S = 0.05
 _PATIENCE_S = 2.0  # at least; and five times what the slowest shard took here
 _HASH_BYTES = 32
 
 
-@dataclass(frozen=True)
+@dataclass
 class Counts:
-    """Rows that were read, examples among them that lost their end, and rows that gave no example."""
+    """Rows that were read, examples that they made, tokens of the longest, and what was noticed on the way.
 
-    rows: int
-    truncated: int
-    dropped: int
+    `noticed` has, by kind, how often something was seen and the number of the first row where it was.
+    """
+
+    rows: int = 0
+    examples: int = 0
+    longest: int = 0
+    noticed: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def notice(self, kind: str, row: int, times: int = 1) -> None:
+        """Count something that was seen in a row; rows come in order."""
+        count, first = self.noticed.get(kind, (0, row))
+        self.noticed[kind] = (count + times, first)
+
+    def number(self, kind: str) -> int:
+        """How often something was noticed."""
+        return self.noticed.get(kind, (0, 0))[0]
+
+    def add(self, later: "Counts") -> None:
+        """Add what was counted in later rows."""
+        self.rows += later.rows
+        self.examples += later.examples
+        self.longest = max(self.longest, later.longest)
+        for kind, (count, first) in later.noticed.items():
+            self.notice(kind, first, count)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Examples end to end, example i in [offsets[i], offsets[i + 1]): token ids, and which of them are labels."""
+    """Examples end to end, example i in [offsets[i], offsets[i + 1]): token ids, and which of them are labels.
+
+    `rows` [examples] are the numbers of the rows that they come from.
+    """
 
     ids: npt.NDArray[np.int32]
     target: npt.NDArray[np.bool_]
     offsets: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
     counts: Counts
 
 
-def join(examples: Sequence[tuple[list[int], list[bool]]], counts: Counts) -> Shard:
-    """Lay examples end to end."""
+def join(examples: Sequence[tuple[Array, Array]], rows: Sequence[int], counts: Counts) -> Shard:
+    """Lay the ids and labels of examples end to end."""
     return Shard(
-        np.fromiter(chain.from_iterable(ids for ids, _ in examples), np.int32),
-        np.fromiter(chain.from_iterable(target for _, target in examples), np.bool_),
+        np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in examples)]),
+        np.concatenate([np.zeros(0, np.bool_), *(target for _, target in examples)]),
         np.cumsum([0, *(len(ids) for ids, _ in examples)], dtype=np.int64),
+        np.array(rows, np.int64),
         counts,
     )
 
 
-def collect(folder: Path, chunks: Callable[[], Iterable[Chunk]], make: Callable[[Chunk], Shard]) -> list[Shard]:
+def collect(
+    folder: Path,
+    chunks: Callable[[], Iterable[Chunk]],
+    make: Callable[[Chunk], Shard],
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Shard]:
     """The shards of `folder`, one for each chunk: mapped if they are there, else made together with other ranks.
 
-    `chunks` and `make` must give the same on every rank.
+    `chunks` and `make` must give the same on every rank. `progress` is called with the number of a shard when it is
+    there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    work = _Work(folder, chunks, make)
+    work = _Work(folder, chunks, make, progress)
     return work.cached() or work.share()
 
 
 class _Work(Generic[Chunk]):
     """What one rank has found and made so far."""
 
-    def __init__(self, folder: Path, chunks: Callable[[], Iterable[Chunk]], make: Callable[[Chunk], Shard]) -> None:
-        self.folder, self.chunks, self.make = folder, chunks, make
+    def __init__(
+        self,
+        folder: Path,
+        chunks: Callable[[], Iterable[Chunk]],
+        make: Callable[[Chunk], Shard],
+        progress: Callable[[int], None],
+    ) -> None:
+        self.folder, self.chunks, self.make, self.progress = folder, chunks, make, progress
         self.manifest = folder / "manifest.json"
         self.found: dict[int, Shard] = {}
         self.patience_s = _PATIENCE_S
@@ -130,6 +168,7 @@ class _Work(Generic[Chunk]):
         """Whether a shard is there and whole."""
         if number not in self.found and (shard := _read(self.path(number))):
             self.found[number] = shard
+            self.progress(number)
         return number in self.found
 
     def path(self, number: int) -> Path:
@@ -141,6 +180,7 @@ def _write(draft: BinaryIO, shard: Shard, path: Path) -> None:
     """An Arrow stream (its readers stop at its end), then its sha256."""
     arrays = {"ids": shard.ids, "target": shard.target.view(np.uint8)}
     columns = {name: pa.LargeListArray.from_arrays(shard.offsets, pa.array(array)) for name, array in arrays.items()}
+    columns["row"] = pa.array(shard.rows)
     batch = pa.record_batch(columns).replace_schema_metadata({"counts": json.dumps(asdict(shard.counts))})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
@@ -166,4 +206,5 @@ def _read(path: Path) -> Shard | None:
     batch = pa.ipc.open_stream(content).read_next_batch()
     ids, target = batch.column("ids"), batch.column("target")
     counts = Counts(**json.loads(batch.schema.metadata[b"counts"]))
-    return Shard(ids.values.to_numpy(), target.values.to_numpy().view(np.bool_), ids.offsets.to_numpy(), counts)
+    rows = batch.column("row").to_numpy()
+    return Shard(ids.values.to_numpy(), target.values.to_numpy().view(np.bool_), ids.offsets.to_numpy(), rows, counts)

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from small import CHAT, tokenizer
 
-import trainer.tokens
-from trainer import shards
-from trainer.rows import RowError
-from trainer.tokens import Tokens, prompts, tokenise
+import trainer.data.tokens
+from trainer.data import shards
+from trainer.data.encode import Reading
+from trainer.data.files import RowError
+from trainer.data.tokens import Tokens, prompts, tokenise
 
-DATA = Path(__file__).parent.parent / "data"
-HERE = Path(__file__).parent
+DATA = Path(__file__).parents[2] / "data"
+HERE = Path(__file__).parents[2]
+CUT = Reading(64, too_long="cut")
 
 
 def jsonl(folder: Path, *records: Any) -> Path:
@@ -43,7 +45,7 @@ def same(a: Tokens, b: Tokens) -> bool:
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer.tokens, "_SHARD_ROWS", 100)
+    monkeypatch.setattr(trainer.data.tokens, "_SHARD_ROWS", 100)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_loss_is_on_the_answer(tmp_path: Path) -> None:
     tok = tokenizer()
-    tokens = tokenise(DATA / "questions.jsonl", tok, 256, tmp_path)
+    tokens = tokenise(DATA / "questions.jsonl", tok, Reading(256), tmp_path)
     prompt = "Question: How many legs has a dog?\nAnswer:"
     assert learned(tokens, 0, tok) == (f"<s>{prompt} A dog has 4 legs.</s>", " A dog has 4 legs.</s>")
     assert learned(tokens, 2, tok)[1] == " dog 🐕</s>"
@@ -72,13 +74,15 @@ def test_prompts_are_the_beginning_of_what_was_trained(tmp_path: Path) -> None:
         ("questions", tokenizer(bos=False)),
         ("chat", tokenizer(chat=CHAT)),
     ):
-        tokens = tokenise(DATA / f"{name}.jsonl", tok, 256, tmp_path)
-        asked = prompts(DATA / f"{name}.jsonl", tok)
+        tokens = tokenise(DATA / f"{name}.jsonl", tok, Reading(256), tmp_path)
+        asked = prompts(DATA / f"{name}.jsonl", tok, Reading(256))
         assert len(asked) == len(tokens)
         for i, prompt in enumerate(asked):
             example = tokens.example(i)
             assert example.ids[: len(prompt.ids)].tolist() == prompt.ids
-            assert example.target[len(prompt.ids) :].all()
+            end = example.ids.tolist().index(tok.eos_token_id, len(prompt.ids)) + 1
+            assert example.target[len(prompt.ids) : end].all()
+            assert not example.target[end:].any()  # a template's newline behind the end, which nobody generates
             rest = tok.decode(example.ids[len(prompt.ids) :], skip_special_tokens=True)
             assert rest.strip() == prompt.answer
 
@@ -87,27 +91,27 @@ def test_prompts_are_the_beginning_of_what_was_trained(tmp_path: Path) -> None:
 def test_text_is_learned_but_for_its_first_token(tmp_path: Path, bos: bool) -> None:
     tok = tokenizer(bos=bos)
     source = jsonl(tmp_path, {"text": "a dog has legs"})
-    example = tokenise(source, tok, 64, tmp_path).example(0)
+    example = tokenise(source, tok, Reading(64), tmp_path).example(0)
     assert tok.decode(example.ids) == ("<s>" if bos else "") + "a dog has legs</s>"
     assert example.target.tolist() == [False] + [True] * (len(example.ids) - 1)
-    assert prompts(source, tok) == []
+    assert prompts(source, tok, Reading(64)) == []
 
 
 def test_neither_bos_nor_eos_is_doubled(tmp_path: Path) -> None:
     tok = tokenizer()
     source = jsonl(tmp_path, {"prompt": "<s>dog:", "completion": " legs</s>"}, {"prompt": "", "completion": "dog"})
-    tokens = tokenise(source, tok, 64, tmp_path)
+    tokens = tokenise(source, tok, Reading(64, parse_special=True), tmp_path)
     assert learned(tokens, 0, tok) == ("<s>dog: legs</s>", " legs</s>")
     assert learned(tokens, 1, tok) == ("<s>dog</s>", "dog</s>")
 
 
 def test_chat_learns_the_assistant_turns_only(tmp_path: Path) -> None:
     tok = tokenizer(chat=CHAT)
-    tokens = tokenise(DATA / "chat.jsonl", tok, 256, tmp_path)
+    tokens = tokenise(DATA / "chat.jsonl", tok, Reading(256), tmp_path)
     first = "<s><|user|>How many legs has a dog?\n<|assistant|>4</s>\n"
-    assert learned(tokens, 0, tok) == (first, "4</s>\n")
+    assert learned(tokens, 0, tok) == (first, "4</s>")
     whole = "<s><|system|>Be brief.\n<|user|>2 + 2?\n<|assistant|>4</s>\n<|user|>And 3 + 3?\n<|assistant|>6</s>\n"
-    assert learned(tokens, 1, tok) == (whole, "4</s>\n6</s>\n")
+    assert learned(tokens, 1, tok) == (whole, "4</s>6</s>")
 
 
 @pytest.mark.parametrize(
@@ -126,21 +130,21 @@ def test_chat_learns_the_assistant_turns_only(tmp_path: Path) -> None:
 )
 def test_chat_templates_that_cannot_be_used(tmp_path: Path, template: str | None, message: str) -> None:
     with pytest.raises(RowError, match=message):
-        tokenise(DATA / "chat.jsonl", tokenizer(chat=template), 256, tmp_path)
+        tokenise(DATA / "chat.jsonl", tokenizer(chat=template), Reading(256), tmp_path)
 
 
 def test_no_end_token(tmp_path: Path) -> None:
     tok = tokenizer()
     tok.eos_token = None
     with pytest.raises(RowError, match="has no EOS token"):
-        tokenise(DATA / "questions.jsonl", tok, 256, tmp_path)
+        tokenise(DATA / "questions.jsonl", tok, Reading(256), tmp_path)
 
 
 def test_long_examples_are_cut_and_counted(tmp_path: Path) -> None:
     tok = tokenizer(bos=False)
     records = [("a", "b"), ("a", "b" * 50), ("a" * 50, "b"), ("a" * 7, "b")]
     source = jsonl(tmp_path, *({"prompt": prompt, "completion": completion} for prompt, completion in records))
-    tokens = tokenise(source, tok, 8, tmp_path)
+    tokens = tokenise(source, tok, Reading(8, too_long="cut"), tmp_path)
     assert [learned(tokens, i, tok) for i in range(3)] == [
         ("ab</s>", "b</s>"),
         ("a" + "b" * 7, "b" * 7),
@@ -148,28 +152,28 @@ def test_long_examples_are_cut_and_counted(tmp_path: Path) -> None:
     ]
     assert (len(tokens), tokens.truncated, tokens.dropped) == (3, 2, 1)
     with pytest.raises(RowError, match="no row has a label among its first 1 tokens: raise data"):
-        tokenise(source, tok, 1, tmp_path)
+        tokenise(source, tok, Reading(1), tmp_path)
 
 
 def test_the_key_follows_data_tokenizer_and_length(tmp_path: Path) -> None:
     source = jsonl(tmp_path, {"text": "a dog"})
     for tok, seq_len in ((tokenizer(), 64), (tokenizer(), 64), (tokenizer(), 32), (tokenizer(bos=False), 64)):
-        tokenise(source, tok, seq_len, tmp_path / "cache")
+        tokenise(source, tok, Reading(seq_len), tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 3
-    tokenise(jsonl(tmp_path, {"text": "a cat"}), tokenizer(), 64, tmp_path / "cache")
+    tokenise(jsonl(tmp_path, {"text": "a cat"}), tokenizer(), Reading(64), tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
 def test_a_whole_cache_is_not_made_again(tmp_path: Path, large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = tokenise(large, tokenizer(), 64, tmp_path)
+    first = tokenise(large, tokenizer(), CUT, tmp_path)
     assert len(first) + first.dropped == 900
     monkeypatch.setattr(shards, "_write", None)
-    assert same(tokenise(large, tokenizer(), 64, tmp_path), first)
+    assert same(tokenise(large, tokenizer(), CUT, tmp_path), first)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "gone", "other", "manifest", "half manifest"])
 def test_a_damaged_cache_is_mended(tmp_path: Path, large: Path, damage: str) -> None:
-    first = tokenise(large, tokenizer(), 64, tmp_path)
+    first = tokenise(large, tokenizer(), CUT, tmp_path)
     expected = [first.example(i).ids.tolist() for i in range(len(first))]
     del first
     (folder,) = tmp_path.iterdir()
@@ -185,7 +189,7 @@ def test_a_damaged_cache_is_mended(tmp_path: Path, large: Path, damage: str) -> 
         manifest.write_text(json.dumps({"shards": 3, "rows": 900}))
     if "manifest" in damage:
         manifest.write_text('{"shards": ' if "half" in damage else "{}")
-    again = tokenise(large, tokenizer(), 64, tmp_path)
+    again = tokenise(large, tokenizer(), CUT, tmp_path)
     assert [again.example(i).ids.tolist() for i in range(len(again))] == expected
     assert json.loads(manifest.read_text()) == {"shards": 9, "rows": 900}
 
@@ -194,13 +198,13 @@ def test_a_dead_makers_shards_are_made_by_others(
     tmp_path: Path, large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "_PATIENCE_S", 0.2)
-    tokenise(large, tokenizer(), 64, tmp_path)
+    tokenise(large, tokenizer(), CUT, tmp_path)
     (folder,) = tmp_path.iterdir()
     for path in [folder / "manifest.json", *folder.glob("0000[246].arrow")]:
         path.unlink()
     for number in (2, 4):
         (folder / f"0000{number}.claim").write_bytes(b"half a sh")
-    assert len(tokenise(large, tokenizer(), 64, tmp_path)) == 900
+    assert len(tokenise(large, tokenizer(), CUT, tmp_path)) == 900
     assert len(list(folder.glob("*.arrow"))) == 9
 
 
@@ -209,7 +213,8 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from small import tokenizer
-from trainer import shards, tokens
+from trainer.data import shards, tokens
+from trainer.data.encode import Reading
 write = shards._write
 def counted(draft, shard, path):
     if sys.argv[4] == "stop":
@@ -220,7 +225,7 @@ def counted(draft, shard, path):
     write(draft, shard, path)
 shards._write = counted
 tokens._SHARD_ROWS = 100
-print(len(tokens.tokenise(sys.argv[2], tokenizer(), 64, Path(sys.argv[3]))), flush=True)
+print(len(tokens.tokenise(sys.argv[2], tokenizer(), Reading(64, too_long="cut"), Path(sys.argv[3]))), flush=True)
 """
 
 
@@ -242,13 +247,14 @@ def test_processes_share_the_work_and_outlive_one_that_is_killed(tmp_path: Path,
     assert set(names) == {f"0000{i}.arrow" for i in range(9)}
     assert len(names) < 2 * 9  # shared, and not all made by both
     assert same(
-        tokenise(large, tokenizer(), 64, tmp_path / "shared"), tokenise(large, tokenizer(), 64, tmp_path / "one")
+        tokenise(large, tokenizer(), CUT, tmp_path / "shared"),
+        tokenise(large, tokenizer(), CUT, tmp_path / "one"),
     )
 
 
 def test_gsm8k(tmp_path: Path, gsm8k: Path) -> None:
     tok = tokenizer()
-    tokens = tokenise(gsm8k, tok, 512, tmp_path)
+    tokens = tokenise(gsm8k, tok, Reading(512, too_long="cut"), tmp_path)
     assert len(tokens) == 7473 - tokens.dropped
     assert 0 < tokens.truncated < 7473
     assert tokens.lengths.max() == 512

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from trainer.rows import Row, RowError, check, digest, rows
+from trainer.data.files import RowError, digest
+from trainer.data.rows import Row, rows
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parents[2] / "data"
 GOOD = {"question": "1 + 1?", "answer": "2"}
 CHAT = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
 
@@ -22,6 +23,11 @@ def jsonl(folder: Path, *records: Any) -> Path:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def check(source: Any) -> int:
+    """Read all rows and count them."""
+    return sum(1 for _ in rows(source))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +147,7 @@ def test_bad_messages(tmp_path: Path, messages: Any, message: str) -> None:
         (
             "a.json",
             b"[",
-            ": found invalid JSON (Expecting value: line 1 column 2 (char 1)), allowed: a list of objects",
+            ": found invalid JSON (Expecting value at column 2), allowed: a list of objects",
         ),
         (
             "a.jsonl",
@@ -163,8 +169,11 @@ def test_bad_messages(tmp_path: Path, messages: Any, message: str) -> None:
         (
             "a.jsonl",
             b'{"chosen": "a", "rejected": "b"}',
-            ", row 1: found the fields chosen, rejected, allowed: messages | prompt/completion | question/answer | "
-            "instruction/output (and input) | text",
+            ", row 1: found the fields chosen, rejected, allowed: messages (and system) | "
+            "conversations (and system) | prompt/completion (and system, context) | "
+            "question/answer (and context, system, history) | "
+            "instruction/output (and input, context, system, history) | "
+            "instruction/response (and input, context, system, history) | text; or say data.columns",
         ),
         (
             "a.txt",
@@ -229,7 +238,8 @@ def test_digest_follows_the_content(tmp_path: Path) -> None:
 
 def test_needs_the_standard_library_only() -> None:
     heavy = "{'torch', 'numpy', 'pyarrow', 'datasets', 'transformers', 'pydantic'}"
-    code = f"import sys, trainer.rows as r; print(r.check({str(DATA / 'chat.jsonl')!r}), {heavy} & set(sys.modules))"
+    read = f"len(list(r.rows({str(DATA / 'chat.jsonl')!r})))"
+    code = f"import sys, trainer.data.rows as r; print({read}, {heavy} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown == "2 set()\n"
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from trainer.tokens import Tokens
+    from trainer.data.tokens import Tokens
 
 Indices = npt.NDArray[np.int64]
 MicroBatch = list[list[int]]  # rows, each a list of examples that share one sequence

@@ -11,9 +11,9 @@ import pytest
 import torch
 from llamas import random_llama
 
-from trainer.batches import Batches, MicroBatch, collate
+from trainer.data.batches import Batches, MicroBatch, collate
+from trainer.data.tokens import Example
 from trainer.objectives import sft
-from trainer.tokens import Example
 
 SEQ_LEN = 48
 LAYOUTS = list(product((1, 2, 3, 4), (False, True), (1, 2, 5)))  # world, packing, micro-batch

@@ -1,0 +1,207 @@
+"""Ids are the tokenizer's own of the whole text, on every kind of tokenizer; the learned part is the answer."""
+
+import datetime
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizer_kinds import CHATML, KINDS, LLAMA2, THINKING, make
+
+from trainer.data.encode import Encoded, Encoder, Reading
+from trainer.data.files import RowError
+from trainer.data.rows import Row
+from trainer.data.tokens import prompts, tokenise
+
+WORDS = [
+    "the",
+    "red",
+    "cat",
+    "dog",
+    "is",
+    "four",
+    "token",
+    "hello",
+    "yes",
+    "Answer:",
+    "how",
+    "legs?",
+    "4",
+    "12",
+    "!",
+    "x",
+]
+
+
+def phrase(rng: random.Random, spaces: bool) -> str:
+    words = rng.choices(WORDS, k=rng.randrange(1, 6))
+    text = " ".join(words) if rng.random() < 0.8 else "  ".join(words)
+    return rng.choice(("", " ", "\n")) + text + rng.choice(("", " ")) if spaces else text
+
+
+def random_row(rng: random.Random, number: int) -> Row:
+    return Row(number, rng.choice(("", phrase(rng, True))), phrase(rng, True))
+
+
+def random_chat(rng: random.Random, number: int) -> Row:
+    turns = [{"role": "system", "content": phrase(rng, False)}] if rng.random() < 0.3 else []
+    for _ in range(rng.randrange(1, 4)):
+        turns.append({"role": "user", "content": phrase(rng, False)})
+        turns.append({"role": "assistant", "content": phrase(rng, False)})
+    return Row(number, "", "", tuple(turns))
+
+
+def examples(encoder: Encoder, rows: list[Row]) -> list[list[Encoded]]:
+    return [those for _, those in encoder.examples(rows)]
+
+
+def squeezed(text: str) -> str:
+    """Without what WordPiece does not keep (spaces), and shows of the middle of a word alone (##)."""
+    return "".join(text.split()).replace("##", "")
+
+
+def learned(tok: Any, example: Encoded) -> str:
+    return squeezed(tok.decode(example.ids[example.target]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, False), (True, True)])
+def test_rows_are_read_whole(kind: str, bos: bool, eos: bool) -> None:
+    tok = make(kind, bos=bos, eos=eos)
+    rng = random.Random(kind)
+    rows = [random_row(rng, number) for number in range(1, 1001)]
+    for row, (example,) in zip(rows, examples(Encoder("rows", tok, Reading(512)), rows), strict=True):
+        own = tok(row.prompt + row.completion)["input_ids"]
+        assert example.ids.tolist() == own + [tok.eos_token_id] * (not eos)
+        if not example.straddles:
+            first = [] if bos or row.prompt else example.ids[:1]  # which nothing predicts
+            assert squeezed(tok.decode(first)) + learned(tok, example) == squeezed(row.completion) + "</s>"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("template", "end"), [(CHATML, "<|im_end|>"), (LLAMA2, "</s>")])
+def test_chats_are_read_whole(kind: str, template: str, end: str) -> None:
+    tok = make(kind, chat=template, end=end)
+    rng = random.Random(kind)
+    rows = [random_chat(rng, number) for number in range(1, 1001)]
+    for row, (example,) in zip(rows, examples(Encoder("rows", tok, Reading(512)), rows), strict=True):
+        text = tok.apply_chat_template(list(row.messages), tokenize=False)
+        assert example.ids.tolist() == tok(text, add_special_tokens=False)["input_ids"]
+        answers = [turn["content"] for turn in row.messages if turn["role"] == "assistant"]
+        assert learned(tok, example) == "".join(squeezed(answer) + end for answer in answers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_are_what_a_server_is_sent(tmp_path: Path, kind: str) -> None:
+    rng = random.Random(kind)
+    for eos in (False, True):
+        tok = make(kind, eos=eos, chat=CHATML)
+        rows = [{"prompt": phrase(rng, False) + ":", "completion": " yes"} for _ in range(50)]
+        path = written(tmp_path, *rows)
+        sent = [tok(row["prompt"])["input_ids"] for row in rows]
+        assert [prompt.ids for prompt in prompts(path, tok, Reading(64))] == [
+            ids[:-1] if eos else ids for ids in sent
+        ]
+        chats = [random_chat(rng, number) for number in range(50)]
+        path = written(tmp_path, *({"messages": chat.messages} for chat in chats))
+        sent = [
+            tok.apply_chat_template(list(chat.messages[:-1]), add_generation_prompt=True)["input_ids"]
+            for chat in chats
+        ]
+        assert [prompt.ids for prompt in prompts(path, tok, Reading(64))] == sent
+
+
+def written(folder: Path, *rows: Any) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "unigram"])
+def test_control_tokens_in_the_data_are_text(kind: str) -> None:
+    tok = make(kind, chat=CHATML, end="<|im_end|>")
+    answer = "four <|im_end|> is a token"
+    plain = Row(1, "<s> which?", f" {answer}")
+    chat = Row(2, "", "", ({"role": "user", "content": "[INST] hello"}, {"role": "assistant", "content": answer}))
+    (row,), (turns,) = examples(Encoder("rows", tok, Reading(512)), [plain, chat])
+    for example in (row, turns):
+        assert example.hidden
+        shown = tok.convert_ids_to_tokens(example.ids)
+        assert shown.count("<|im_end|>") == (1 if example is row else 2)
+        assert "[INST]" not in shown
+        if kind not in ("wordpiece",):  # which has no tokens for these characters
+            assert learned(tok, example) == squeezed(answer) + "<|im_end|>"
+    assert tok.convert_ids_to_tokens(row.ids)[0] == "<s>"
+    assert tok.convert_ids_to_tokens(row.ids).count("<s>") == 1
+
+    asked = Encoder("rows", tok, Reading(512, parse_special=True))
+    (row,), (turns,) = examples(asked, [plain, chat])
+    assert row.ids.tolist() == [*tok(f"<s> which? {answer}", add_special_tokens=False)["input_ids"], tok.eos_token_id]
+    assert not row.hidden
+    assert tok.convert_ids_to_tokens(turns.ids).count("<|im_end|>") == 3
+
+
+def test_a_name_that_cannot_be_written_as_text_is_refused() -> None:
+    encoder = Encoder("a.jsonl", make("unigram"), Reading(64))
+    with pytest.raises(RowError, match=r"a.jsonl, row 7: this tokenizer has no way to write '</s>' as text"):
+        examples(encoder, [Row(7, "", "a </s> b")])
+
+
+def test_a_shared_token_is_learned_and_counted(tmp_path: Path) -> None:
+    tok = make("byte level, trimmed offsets")
+    path = written(tmp_path, {"prompt": "Answer: ", "completion": "dog"}, {"prompt": "Answer:", "completion": " dog"})
+    tokens = tokenise(path, tok, Reading(64), tmp_path)
+    assert tokens.example(0).ids.tolist() == tokens.example(1).ids.tolist()
+    assert tokens.example(0).target.tolist() == tokens.example(1).target.tolist()
+    assert tokens.counts.noticed["straddles"] == (1, 1)
+
+
+def test_an_answer_ends_where_generation_stops() -> None:
+    """By EOS, or by another token at which the base stops: then EOS does not follow."""
+    tok = make("byte level", chat=CHATML)
+    chat = Row(1, "", "", ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}))
+    stop = tok.convert_tokens_to_ids("<|im_end|>")
+    ((without,),) = examples(Encoder("rows", tok, Reading(64)), [chat])
+    assert tok.decode(without.ids[without.target]) == "yes<|im_end|>\n</s>"
+    ((closed,),) = examples(Encoder("rows", tok, Reading(64, ends=(stop,))), [chat])
+    assert tok.decode(closed.ids[closed.target]) == "yes<|im_end|>"
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each(tmp_path: Path) -> None:
+    tok = make("byte level", chat=THINKING, end="<|im_end|>")
+    turns = []
+    for asked, answer in (("hello", "yes"), ("how many?", "four")):
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    tokens = tokenise(written(tmp_path, {"messages": turns}), tok, Reading(256), tmp_path)
+    assert tokens.rows.tolist() == [1, 1]
+    assert tokens.counts.noticed["split"] == (1, 1)
+    for index, stop in ((0, 2), (1, 4)):
+        example = tokens.example(index)
+        assert tok.decode(example.ids) == tok.apply_chat_template(turns[:stop], tokenize=False)
+        assert tok.decode(example.ids[example.target]) == "<think>\n\n</think>\n\n" + turns[stop - 1]["content"] + (
+            "<|im_end|>"
+        )
+
+
+DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+
+
+def test_the_date_is_the_jobs(tmp_path: Path) -> None:
+    tok = make("byte level", chat=DATED, end="<|im_end|>")
+    path = written(tmp_path, {"messages": random_chat(random.Random(0), 1).messages})
+    days = [datetime.date(2024, 7, 26), datetime.date(2024, 7, 27)]
+    texts = []
+    for day in days:
+        tokens = tokenise(path, tok, Reading(256, date=day), tmp_path / "cache")
+        texts.append(tok.decode(tokens.example(0).ids))
+        (prompt,) = prompts(path, tok, Reading(256, date=day))
+        assert texts[-1].startswith(tok.decode(prompt.ids))
+    assert [text[:11] for text in texts] == ["26 Jul 2024", "27 Jul 2024"]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    with pytest.raises(RowError, match=r"the chat template writes today's date: say which in data.date"):
+        tokenise(path, tok, Reading(256), tmp_path / "cache")
+    undated = make("byte level", chat=CHATML, end="<|im_end|>")
+    for day in days:
+        tokenise(path, undated, Reading(256, date=day), tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 3

@@ -1,0 +1,170 @@
+"""Records of files and hub datasets, read without torch: by `submit` on a laptop, and again by every worker."""
+
+import csv
+import gzip
+import hashlib
+import importlib
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+Records = Iterator[tuple[int, Any]]  # a record's number, from 1 (in .jsonl: its line), and the record
+
+_HUB_ID = re.compile(r"([\w.-]+)/[\w.-]+(:.*)?")
+
+
+class RowError(ValueError):
+    """Data that cannot be used; the message is one line: file, row, field, what was found, what is allowed."""
+
+
+def records(source: str) -> Records:
+    """Stream the records of a file, or of a hub dataset (`owner/name`, `owner/name:config:split`).
+
+    Raises RowError.
+    """
+    if is_hub(source):
+        return _hub(source)
+    path = Path(source)
+    kind = Path(path.stem).suffix + ".gz" if path.suffix == ".gz" else path.suffix
+    if not path.exists():
+        reject(source, "no such file", "a file, or a hub dataset as owner/name or owner/name:config:split")
+    if kind not in _READERS:
+        reject(source, f"the file type {kind or '(none)'}", ", ".join(_READERS))
+    return _read(path, _READERS[kind])
+
+
+def digest(source: str | Path) -> str:
+    """The sha256 of a file's bytes, or of the records of a hub dataset."""
+    if is_hub(str(source)):
+        total = hashlib.sha256()
+        for _, record in records(str(source)):
+            total.update(repr(record).encode(errors="backslashreplace"))
+        return total.hexdigest()
+    try:
+        with Path(source).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        _unreadable(str(source), error)
+
+
+def is_hub(source: str) -> bool:
+    """Whether a source is on the hub: an id looks like a relative path, whose first folder must not be there."""
+    match = _HUB_ID.fullmatch(source)
+    return match is not None and not Path(source).exists() and not Path(match[1]).is_dir()
+
+
+def reject(where: str, found: str, allowed: str) -> NoReturn:
+    """Raise a RowError in the one form that all of them have."""
+    raise RowError(f"{where}: found {found}, allowed: {allowed}")
+
+
+def show(value: object) -> str:
+    """A value as an error names it: at most 40 characters, and its type."""
+    if value is None:
+        return "nothing"
+    if value == "":
+        return "empty text"
+    text = repr(value)
+    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
+
+
+def _unreadable(source: str, error: Exception) -> NoReturn:
+    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    raise RowError(f"{source}: cannot be read: {reason}") from error
+
+
+def _read(path: Path, reader: Callable[[Path], Records]) -> Records:
+    try:
+        yield from reader(path)
+    except (OSError, EOFError, zlib.error) as error:  # also a file that is gzipped badly or in part
+        _unreadable(str(path), error)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                reject(f"{path}, line {number}", f"the byte 0x{line[error.start]:02x}", "text in UTF-8")
+            yield number, text.removeprefix("\ufeff") if number == 1 else text
+
+
+def _jsonl(path: Path) -> Records:
+    for number, line in _lines(path):
+        if line.strip():
+            yield number, _parsed(line.rstrip(), f"{path}, row {number}", "one JSON object per line")
+
+
+def _json(path: Path) -> Records:
+    found = _parsed("".join(line for _, line in _lines(path)), str(path), "a list of objects")
+    if not isinstance(found, list):
+        reject(str(path), show(found), "a list of objects")
+    yield from enumerate(found, 1)
+
+
+def _parsed(text: str, where: str, allowed: str) -> Any:
+    """The value of a JSON text; rejects what is no JSON, and what Python's reader does not take."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        reject(where, f"invalid JSON ({error.msg} at {place})", allowed)
+    except RecursionError:
+        reject(where, "JSON that is nested too deeply", allowed)
+    except ValueError:  # Python converts no number of more than some thousand digits
+        reject(where, f"a number of more than {sys.get_int_max_str_digits()} digits", allowed)
+
+
+def _csv(path: Path) -> Records:
+    csv.field_size_limit(sys.maxsize)
+    number = 0
+    try:
+        reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
+        for number, record in enumerate(reader, 1):
+            if None in record:
+                reject(f"{path}, row {number}", "more cells than the header has", "one cell for each column")
+            yield number, record
+    except csv.Error as error:
+        reject(f"{path}, row {number + 1}", f"broken CSV ({error})", "comma-separated cells under a header")
+
+
+def _parquet(path: Path) -> Records:
+    arrow, parquet = _need("pyarrow", path), _need("pyarrow.parquet", path)
+    try:
+        batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
+        yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
+    except arrow.ArrowException as error:
+        _unreadable(str(path), error)
+
+
+def _hub(source: str) -> Records:
+    name, config, split = [*source.split(":", 2), "", ""][:3]
+    datasets = _need("datasets", source)
+    try:
+        dataset = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the hub, the network and the builders each raise their own
+        _unreadable(f"{source}: no such file, and as a hub dataset", error)
+    yield from enumerate(dataset, 1)
+
+
+def _need(module: str, source: str | Path) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise RowError(f"{source}: reading it needs {module.partition('.')[0]}: install fleetune[train]") from error
+
+
+_READERS: dict[str, Callable[[Path], Records]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".jsonl.gz": _jsonl,
+    ".json.gz": _json,
+    ".csv.gz": _csv,
+}

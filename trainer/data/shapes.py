@@ -1,0 +1,77 @@
+"""The shapes that rows of data have: which columns make the prompt, and which the completion."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+SYSTEM = {"system": "{system}\n\n"}
+CONTEXT = {"context": "Context: {context}\n"}
+HISTORY = {"history": "{history}"}
+# Columns that change what an answer means. Nothing here can honour them, and to leave one out would train on a lie.
+REFUSED = (
+    *("tools", "functions", "images", "image", "videos", "video", "audios", "audio"),
+    *("chosen", "rejected", "label", "labels"),
+)
+_PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Columns of a row, the learned one last, and the templates that make prompt and completion of them.
+
+    A companion is a column that a row may have beside them: it enters the prompt by a template of its own, and leaves
+    nothing where a row has none. Where `history` is a companion, it holds earlier pairs of question and answer.
+    """
+
+    columns: tuple[str, ...]
+    prompt: str = ""
+    completion: str = ""
+    companions: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        beside = f" (and {', '.join(self.companions)})" if self.companions else ""
+        return "/".join(self.columns) + beside
+
+
+_INSTRUCTION = Shape(
+    ("instruction", "output"),
+    "{system}{history}Instruction: {instruction}\n{context}{input}Response:",
+    " {output}",
+    {"input": "Input: {input}\n", **CONTEXT, **SYSTEM, **HISTORY},
+)
+SHAPES = (
+    Shape(("messages",), companions={"system": ""}),
+    Shape(("conversations",), companions={"system": ""}),  # as ShareGPT has them: from, value
+    Shape(
+        ("prompt", "completion"), "{system}{context}{prompt}", "{completion}", {**SYSTEM, "context": "{context}\n\n"}
+    ),
+    Shape(
+        ("question", "answer"),
+        "{system}{history}{context}Question: {question}\nAnswer:",
+        " {answer}",
+        {**CONTEXT, **SYSTEM, **HISTORY},
+    ),
+    _INSTRUCTION,
+    Shape(("instruction", "response"), _INSTRUCTION.prompt, " {response}", _INSTRUCTION.companions),
+    Shape(("text",), "", "{text}"),
+)
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """A template with its `{name}`s replaced; `{{` and `}}` are braces. Raises KeyError for a name without value."""
+
+    def value(place: re.Match[str]) -> str:
+        return values[place[1]] if place[1] else place[0][0]
+
+    return _PLACE.sub(value, template)
+
+
+def places(template: str) -> list[str]:
+    """The names in a template, in order."""
+    return [place[1] for place in _PLACE.finditer(template) if place[1]]
+
+
+def with_columns(columns: Iterable[str]) -> Shape | None:
+    """The shape of a row that has values in these columns, by the order of SHAPES."""
+    there = set(columns)
+    return next((shape for shape in SHAPES if there.issuperset(shape.columns)), None)
