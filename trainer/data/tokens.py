@@ -1,6 +1,7 @@
 """Examples of a source as tokens: made once, by all ranks together, and mapped from files."""
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -98,16 +99,22 @@ class Tokens:
         return len(self) - len(seen)
 
 
+def cache() -> Path:
+    """Where tokenised data is kept: FLEETUNE_CACHE, or FLEETUNE_HOME/cache."""
+    home = Path(os.environ.get("FLEETUNE_HOME") or "~/.fleetune")
+    return Path(os.environ.get("FLEETUNE_CACHE") or home / "cache").expanduser()
+
+
 def tokenise(
     source: str | Path,
     tokenizer: "PreTrainedTokenizerBase",
     reading: Reading,
-    cache: Path,
+    folder: Path,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Tokens:
     """The examples of a file or hub dataset; every rank calls this.
 
-    Made once, by all ranks together, in a folder of `cache` for these data and options. `progress` is called now and
+    Made once, by all ranks together, in a folder of `folder` for these data and options. `progress` is called now and
     then with the number of rows that are done. Raises RowError.
     """
     room = reading.seq_len - reading.virtual
@@ -122,7 +129,7 @@ def tokenise(
         return iter(lambda: list(islice(stream, _SHARD_ROWS)), [])
 
     shards = collect(
-        cache / _key(source, tokenizer, reading),
+        folder / _key(source, tokenizer, reading),
         chunks,
         lambda chunk: _shard(encoder, chunk, room, drop=reading.too_long == "drop"),
         lambda number: progress((number + 1) * _SHARD_ROWS),
@@ -170,10 +177,12 @@ def _shard(encoder: Encoder, chunk: list[Row], room: int, *, drop: bool) -> Shar
     for row, examples in encoder.examples(chunk):
         for column in row.unused:
             counts.notice(f"unused {column}", row.number)
+        if row.messages:
+            counts.notice("chat", row.number)
         if len(examples) > 1:
             counts.notice("split", row.number)
         for example in examples:
-            fate = _fate(example, room, drop)
+            fate = fate_of(example, room, drop)
             _count(counts, example, row.number, fate)
             if fate != "dropped":
                 kept.append((example.ids[:room], example.target[:room]))
@@ -181,7 +190,7 @@ def _shard(encoder: Encoder, chunk: list[Row], room: int, *, drop: bool) -> Shar
     return join(kept, numbers, counts)
 
 
-def _fate(example: Encoded, room: int, drop: bool) -> str | None:
+def fate_of(example: Encoded, room: int, drop: bool) -> str | None:
     """What becomes of an example that is too long: it is left out if that is asked for, or if no label remains."""
     if len(example.ids) > room:
         return "dropped" if drop or not example.target[:room].any() else "truncated"

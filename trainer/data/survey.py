@@ -1,0 +1,107 @@
+"""What of a source is trained on, in figures: for `rows`, `plan` and `submit` before a run, for its record after."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from trainer.data.encode import Reading
+from trainer.data.shards import Counts
+from trainer.data.tokens import Tokens
+
+_UNUSED = "unused "
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Rows of a source, and the examples that they make.
+
+    Lengths are in tokens, after cutting; `longest` is before. `noticed` has, by kind, how often something was seen,
+    and the first row where it was; `unused` has the same for each column that is no part of the examples.
+    `largest_id` is the largest token id, and a row that has it.
+    """
+
+    rows: int
+    examples: int
+    tokens: int
+    learned: int
+    shortest: int
+    median: int
+    longest: int
+    duplicates: int
+    largest_id: tuple[int, int]
+    noticed: dict[str, tuple[int, int]]
+    unused: dict[str, tuple[int, int]]
+
+    def dump(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    @classmethod
+    def load(cls, plain: dict[str, Any]) -> "Survey":
+        """What `dump` gave, perhaps as JSON has it."""
+        pairs = {name: {key: tuple(seen) for key, seen in plain[name].items()} for name in ("noticed", "unused")}
+        return cls(**{**plain, **pairs, "largest_id": tuple(plain["largest_id"])})
+
+    def number(self, kind: str) -> int:
+        """How often something was noticed."""
+        return self.noticed.get(kind, (0, 0))[0]
+
+    def row(self, kind: str) -> int:
+        """The first row in which something was noticed."""
+        return self.noticed[kind][1]
+
+
+def survey(tokens: Tokens) -> Survey:
+    """The figures of tokenised data."""
+    counts = tokens.counts
+    return Survey(
+        rows=counts.rows,
+        examples=counts.examples,
+        tokens=int(tokens.lengths.sum()),
+        learned=int(tokens.targets.sum()),
+        shortest=int(tokens.lengths.min()),
+        median=int(np.median(tokens.lengths)),
+        longest=counts.longest,
+        duplicates=tokens.duplicates(),
+        largest_id=tokens.largest(),
+        noticed={kind: seen for kind, seen in counts.noticed.items() if not kind.startswith(_UNUSED)},
+        unused=unused(counts),
+    )
+
+
+def unused(counts: Counts) -> dict[str, tuple[int, int]]:
+    """The columns that are no part of the examples: rows that fill them, and the first of these rows."""
+    return {
+        kind.removeprefix(_UNUSED): seen for kind, seen in counts.noticed.items() if kind.startswith(_UNUSED)
+    }
+
+
+def warnings(found: Survey, reading: Reading) -> Iterator[str]:
+    """What a user should know of the rows, a line each."""
+    if found.unused:
+        columns = ", ".join(f"{name} (in {count} of {found.rows} rows)" for name, (count, _) in found.unused.items())
+        yield f"nobody reads the columns {columns}; data.columns says what is read"
+    cut, lost = found.number("truncated"), found.number("dropped")
+    if cut or lost:
+        yield (
+            f"of {found.examples} examples, {cut} are cut and {lost} left out, as they are longer than data.seq_len "
+            f"{reading.seq_len} (the longest has {found.longest} tokens)"
+        )
+    if found.number("split"):
+        yield (
+            f"the chat template rewrites earlier turns: {found.number('split')} chats with several answers became an "
+            f"example for each answer (first: row {found.row('split')}), {found.examples} in all"
+        )
+    if found.number("straddles"):
+        yield (
+            f"in {found.number('straddles')} examples (first: row {found.row('straddles')}) the answer begins inside a "
+            "token of the prompt, so the model learns from other tokens than it is asked with later: end prompts "
+            "without a space, and begin answers with it"
+        )
+    if found.number("control"):
+        yield (
+            f"{found.number('control')} examples (first: row {found.row('control')}) have names of control tokens in "
+            "their text, which are read as text; data.parse_special: true takes them as control tokens"
+        )
