@@ -48,7 +48,8 @@ class QLoraTuning(LowRank[QLora]):
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Add adapters to the 4-bit base, and keep it from DeepSpeed."""
-        quantised.require(model)
+        if not model.hf_quantizer.pre_quantized:  # one that is in 4 bits already may leave some layers as they are
+            quantised.require(model)
         tuned = super().attach(model)
         if self.options.init == "loftq" and not self._resumed:
             start_from_loss(tuned)

@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from methods.base import Method
+from methods.parts import quantised
 from orchestrator.job import Base, Job
 from trainer.zero import partitioned_loading
+
+_NOWHERE = "no-adapter"
 
 
 def precision(job: Job, device: torch.device) -> torch.dtype:
@@ -22,17 +25,58 @@ def load_tokenizer(base: Base) -> Any:
     """The base's tokenizer; its padding token is its end token where it has none of its own."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base.model, revision=base.revision or "main")
+    tokenizer = AutoTokenizer.from_pretrained(**_source(base))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_config(base: Base) -> Any:
-    """The base's config."""
+    """The base's config; raises ValueError where it needs code of its own."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(base.model, revision=base.revision or "main")
+    try:
+        config = AutoConfig.from_pretrained(**_source(base))
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(f"base.model: {base.model}: it needs code of its own, which is never run") from None
+    if base.init == "scratch" and hasattr(config, "quantization_config"):
+        del config.quantization_config  # random weights are not quantised
+    return config
+
+
+def load_pretrained(base: Base, dtype: torch.dtype, config: Any = None, **options: Any) -> Any:
+    """The base with its weights: safetensors alone, and neither code of its own nor an adapter from beside them.
+
+    One that is in 4 bits already computes in `dtype`, as others do. `options` are those of `from_pretrained`. Raises
+    ValueError where it has not all the weights of its config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = config or load_config(base)
+    in_4_bits = hasattr(config, "quantization_config")
+    if in_4_bits:
+        config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    model, found = AutoModelForCausalLM.from_pretrained(
+        **_source(base),
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        # transformers puts an adapter on the base where it finds one; it is sent to look in a folder of no base.
+        adapter_kwargs={"subfolder": _NOWHERE},
+        output_loading_info=True,
+        **options,
+    )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise RuntimeError(f"base.model: {base.model}: this transformers has loaded an adapter with it")
+    lacking = sorted(found["missing_keys"])
+    if lacking:
+        found_out = f"its weights lack {', '.join(lacking[:3])} ({len(lacking)} in all)"
+        raise ValueError(f"base.model: {base.model}: {found_out}")
+    if in_4_bits:
+        quantised.cast_others(model, dtype)
+    return model
 
 
 def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -43,7 +87,8 @@ def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.
     """
     weights = torch.float32 if job.method.makes_model else dtype
     options = _options(job, method, weights)
-    in_parts = job.base.init == "pretrained" and "quantization_config" not in options
+    in_4_bits = hasattr(options["config"], "quantization_config")
+    in_parts = job.base.init == "pretrained" and not in_4_bits and "quantization_config" not in options
     with partitioned_loading(job.sharding.zero if in_parts else 0, weights):
         torch.manual_seed(job.train.seed)
         model = _load(job, options, device)
@@ -53,7 +98,10 @@ def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.
             model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(job.train.seed)
         # On the device at once, as at ZeRO 3: what `attach` computes from the base is fast and the same there.
-        return method.attach(model.to(device)).train().to(device)  # transformers loads for evaluation
+        tuned = method.attach(model.to(device))
+        if in_4_bits:
+            quantised.hide(tuned)
+        return tuned.train().to(device)  # transformers loads for evaluation
 
 
 def _compute_in(dtype: torch.dtype, device: torch.device, model: nn.Module) -> None:
@@ -76,14 +124,22 @@ def _options(job: Job, method: Method[Any], dtype: torch.dtype) -> dict[str, Any
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)  # its masks would depend on the layout; a method's own dropout is asked for
-    return {"config": config, "dtype": dtype, **method.load_options(config)}
+    options = method.load_options(config)
+    if hasattr(config, "quantization_config"):
+        options.pop("quantization_config", None)  # it is in 4 bits already
+    return {"config": config, "dtype": dtype, **options}
 
 
 def _load(job: Job, options: dict[str, Any], device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 
-    source = {"pretrained_model_name_or_path": job.base.model, "revision": job.base.revision or "main"}
     if job.base.init == "pretrained":
-        return AutoModelForCausalLM.from_pretrained(**source, **options)
+        return load_pretrained(job.base, **options)
     with device:
-        return AutoModelForCausalLM.from_config(**options)
+        return AutoModelForCausalLM.from_config(**options, trust_remote_code=False)
+
+
+def _source(base: Base) -> dict[str, Any]:
+    """Where transformers finds a base, whose own code is never run."""
+    revision = base.revision or "main"
+    return {"pretrained_model_name_or_path": base.model, "revision": revision, "trust_remote_code": False}

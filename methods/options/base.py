@@ -22,6 +22,7 @@ class Options(BaseModel):
     default_lr: ClassVar[float]  # for a base of hidden size WIDTH
     width_exponent: ClassVar[float] = 0.0  # how the best rate falls with the hidden size
     makes_model: ClassVar[bool] = False  # the output is a whole model, not an adapter
+    on_4_bits: ClassVar[bool] = False  # whether it works on a base whose linear layers are in 4 bits already
     refusals: ClassVar[Mapping[str, str]] = {}  # what it cannot do (merge, export), and why
 
     def adds(self, linears: Linears, others: Others) -> int:
@@ -60,6 +61,9 @@ class Options(BaseModel):
         known = positions(config)
         if known is not None and seq_len > known:
             raise ValueError(f"data.seq_len: found {seq_len}; allowed: at most {known} (positions of the base)")
+
+    def check_in_4_bits(self, quantization: Mapping[str, Any]) -> None:
+        """Raise ValueError where its options do not fit a base in 4 bits, of this quantization_config."""
 
 
 class Targeted(Options):

@@ -33,6 +33,7 @@ class Lora(_LowRank):
     """Low-rank update W + (alpha / r) B A."""
 
     kind: Literal["lora"] = "lora"
+    on_4_bits: ClassVar[bool] = True
 
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"] = Field(
         "default", description="how A and B start: Kaiming and zero, or from the base's (eva: the data's) directions"
@@ -52,11 +53,17 @@ class Lora(_LowRank):
         _check_directions(self, chosen)
         return chosen
 
+    def check_in_4_bits(self, quantization: Mapping[str, Any]) -> None:  # noqa: ARG002
+        """A start that takes its directions out of the base would have to write into its weights."""
+        if self.init in ("pissa", "olora", "eva"):
+            raise ValueError(f"method.init: found {self.init}; allowed: default, gaussian or orthogonal")
+
 
 class RsLora(_LowRank):
     """LoRA with the rank-stabilised scale alpha / sqrt(r)."""
 
     kind: Literal["rslora"] = "rslora"
+    on_4_bits: ClassVar[bool] = True
 
 
 class Dora(_LowRank):
@@ -77,6 +84,7 @@ class QLora(_LowRank):
     """LoRA over a base in 4 bits."""
 
     kind: Literal["qlora"] = "qlora"
+    on_4_bits: ClassVar[bool] = True
 
     quant: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type of the base")
     double_quant: bool = Field(True, description="quantise the quantisation constants too")
@@ -99,6 +107,14 @@ class QLora(_LowRank):
         """Every worker holds the linear layers in 4 bits; ZeRO 3 shares the rest."""
         return size(others) * element, packed(linears, self.double_quant)
 
+    def check_in_4_bits(self, quantization: Mapping[str, Any]) -> None:
+        """The base keeps its own 4 bits, and what it lost on the way to them is not known."""
+        if self.init == "loftq":
+            raise ValueError("method.init: found loftq, which needs the unquantised weights; allowed: default")
+        found = quantization.get("bnb_4bit_quant_type", "fp4")
+        if self.quant != found:
+            raise ValueError(f"method.quant: found {self.quant}; allowed: {found}, which the base has")
+
 
 class AdaLora(Targeted):
     """Low-rank update B diag(E) A whose ranks are chosen while it trains."""
@@ -106,6 +122,7 @@ class AdaLora(Targeted):
     kind: Literal["adalora"] = "adalora"
     default_lr: ClassVar[float] = 5e-4
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
+    on_4_bits: ClassVar[bool] = True
 
     rank: int = Field(8, ge=1, description="average rank at the end")
     initial_rank: int = Field(12, ge=1, description="rank of every module at the start")
@@ -139,6 +156,7 @@ class LongLora(_LowRank):
     """LoRA with shifted sparse attention for long sequences; embeddings and norms are trained too."""
 
     kind: Literal["longlora"] = "longlora"
+    on_4_bits: ClassVar[bool] = True
 
     target: Target = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj"), description="modules that get an adapter by name, or all-linear"

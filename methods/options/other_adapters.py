@@ -16,6 +16,7 @@ class Ia3(Options):
     kind: Literal["ia3"] = "ia3"
     default_lr: ClassVar[float] = 5e-3  # PEFT's comparison: 46 % on GSM8K, 31 % at 1e-4
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
+    on_4_bits: ClassVar[bool] = True
 
     target: tuple[str, ...] = Field(
         ("k_proj", "v_proj", "down_proj"), min_length=1, description="modules whose output (or input) is scaled"
@@ -43,6 +44,7 @@ class Vera(Targeted):
     kind: Literal["vera"] = "vera"
     default_lr: ClassVar[float] = 5e-3
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
+    on_4_bits: ClassVar[bool] = True
 
     rank: int = Field(256, ge=1, description="rank r of the shared projections")
     d_initial: float = Field(0.1, description="start of the trained scales d")
@@ -63,6 +65,7 @@ class FourierFt(Targeted):
 
     kind: Literal["fourierft"] = "fourierft"
     default_lr: ClassVar[float] = 3e-2
+    on_4_bits: ClassVar[bool] = True
 
     frequencies: int = Field(1000, ge=1, description="trained entries of each module's spectrum")
     scale: float = Field(150.0, gt=0, description="factor of the update")
@@ -87,6 +90,7 @@ class Bottleneck(Options):
     kind: Literal["bottleneck"] = "bottleneck"
     default_lr: ClassVar[float] = 1e-3
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
+    on_4_bits: ClassVar[bool] = True
     refusals: ClassVar[Mapping[str, str]] = {
         "merge": "there is a nonlinearity in it, which no weight of the base can stand for; nearest: lora",
         "export": "neither PEFT nor transformers has it; methods.bottleneck.load puts it on a base",

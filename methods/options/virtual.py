@@ -10,6 +10,7 @@ from methods.parts.targets import Linears, Others, choose
 
 
 class _Virtual(Options):
+    on_4_bits: ClassVar[bool] = True
     refusals: ClassVar[Mapping[str, str]] = {
         "merge": "virtual tokens are inputs, which no weight of the base can stand for; nearest: lora"
     }

@@ -52,11 +52,22 @@ def require(model: nn.Module) -> None:
 
 
 def hide(model: nn.Module) -> None:
-    """Make buffers of the 4-bit weights: they move with the model, and no ZeRO stage partitions or trains them."""
+    """Make buffers of the 4-bit weights: they move with the model, and no ZeRO stage partitions or trains them.
+
+    Those that are hidden already stay so.
+    """
     for _, layer in layers(model):
-        layer.register_buffer("weight", layer._parameters.pop("weight"), persistent=False)
+        if "weight" in layer._parameters:
+            layer.register_buffer("weight", layer._parameters.pop("weight"), persistent=False)
         # On some CPUs an evaluation would repack the weight in bf16, and training go on with that.
         layer.support_avx512bf16_for_cpu = False
+
+
+def cast_others(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give what is not in 4 bits this dtype; a base that comes in 4 bits has the rest as it was saved."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def transposed(layer: Any) -> bool:

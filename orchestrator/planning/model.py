@@ -13,9 +13,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from methods.options.base import packed, size
 from methods.parts.targets import is_linear
 from orchestrator.errors import InputError
 from orchestrator.job import Base
+from orchestrator.planning import quantised
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Bases whose shapes follow from their config: the Llama family.
@@ -37,7 +39,7 @@ class Model:
         """Parameter name -> shape: from the weights where there are some, else from the config; {} when unknown."""
         files = weight_files(self.folder) if self.folder and not self.scratch else []
         if files:
-            return {name: shape for file in files for name, shape in read_header(file)}
+            return self._stored(files)
         if self.config.get("model_type") not in LLAMA_LIKE:
             return {}
         try:
@@ -49,7 +51,9 @@ class Model:
     def linears(self) -> dict[str, tuple[int, int]]:
         """Module name -> (out, in) of every linear layer except the output head."""
         matrices = {name: shape for name, shape in self.shapes.items() if is_linear(name, shape)}
-        order = -1 if self.config.get("model_type") in TRANSPOSED else 1
+        # bitsandbytes keeps every weight as [out, in].
+        transposed = self.config.get("model_type") in TRANSPOSED and not self.in_4_bits
+        order = -1 if transposed else 1
         return {
             name.removesuffix(".weight"): (shape[::order][0], shape[::order][1]) for name, shape in matrices.items()
         }
@@ -58,6 +62,24 @@ class Model:
     def others(self) -> dict[str, tuple[int, ...]]:
         """Every other weight by parameter name."""
         return {name: shape for name, shape in self.shapes.items() if not is_linear(name, shape)}
+
+    @property
+    def in_4_bits(self) -> bool:
+        """Whether its linear layers are in 4 bits already, by bitsandbytes."""
+        return not self.scratch and quantised.method(self.config) == quantised.FOUR_BITS
+
+    def frozen_bytes(self, element: int) -> tuple[int, int]:
+        """Bytes of a base that is in 4 bits already: what ZeRO 3 shares, of `element` bytes each, and the packed."""
+        matrices = quantised.packed(self.config, self.linears)
+        double = bool(self.config["quantization_config"].get("bnb_4bit_use_double_quant"))
+        return (count(self.shapes) - size(matrices)) * element, packed(matrices, double)
+
+    def _stored(self, files: list[Path]) -> dict[str, tuple[int, ...]]:
+        """The shapes that the files hold, or where they are in 4 bits stand for."""
+        tensors = {tensor.name: tensor for file in files for tensor in read_header(file)}
+        if self.in_4_bits:
+            return quantised.shapes(tensors)
+        return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def locate(base: Base) -> Model | None:
@@ -84,8 +106,8 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_header(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor in a safetensors file; raises InputError when it is damaged or cut short."""
+def read_header(path: Path) -> Iterator[quantised.Tensor]:
+    """Every tensor in a safetensors file, without its values; raises InputError when it is damaged or cut short."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -94,13 +116,20 @@ def read_header(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         try:
             header = json.loads(stream.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-            shapes = [(name, tuple(map(int, entry["shape"]))) for name, entry in tensors.items()]
+            ends = [entry["data_offsets"][1] for entry in tensors.values()]
+            found = [_tensor(path, 8 + length, name, entry) for name, entry in tensors.items()]
         except (ValueError, KeyError, AttributeError, TypeError):
             raise InputError(f"{path}: its safetensors header cannot be read") from None
+    end = max(ends, default=0)
     if size != 8 + length + end:
         raise InputError(f"{path}: found {size} bytes, its header says {8 + length + end}: damaged or cut short")
-    yield from shapes
+    yield from found
+
+
+def _tensor(path: Path, data: int, name: str, entry: dict[str, Any]) -> quantised.Tensor:
+    """A tensor by its entry in the header of a file whose data begins at the byte `data`."""
+    begin, end = map(int, entry["data_offsets"])
+    return quantised.Tensor(name, tuple(map(int, entry["shape"])), path, data + begin, end - begin)
 
 
 def count(shapes: dict[str, tuple[int, ...]]) -> int:

@@ -94,7 +94,8 @@ def sizes(job: Job, model: Model) -> Sizes | None:
     method, shapes = job.method, (model.linears, model.others)
     added, trained = method.adds(*shapes), method.trained(*shapes)
     # Frozen weights keep the dtype of the forward pass; those of a method that leaves a model are fp32 throughout.
-    shared, held = method.frozen_bytes(*shapes, 2 if precision(job) == "bf16" and not method.makes_model else 4)
+    element = 2 if precision(job) == "bf16" and not method.makes_model else 4
+    shared, held = model.frozen_bytes(element) if model.in_4_bits else method.frozen_bytes(*shapes, element)
     state = method.optimizer_bytes(*shapes)
     found = memory(shared, held, trained, state, job.sharding.zero, job.resources.world)
     return Sizes(count(model.shapes) + added, trained, found, held)

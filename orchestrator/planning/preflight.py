@@ -1,21 +1,16 @@
 """What can be known to be wrong before anything is started. Reads files and headers; needs no torch."""
 
 import importlib.util
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from clusters.machine import room
 from orchestrator.errors import InputError
 from orchestrator.job import Job
-from orchestrator.planning.hub import fetch_config
-from orchestrator.planning.model import Model, locate, weight_files
+from orchestrator.planning import base
+from orchestrator.planning.model import Model
 from orchestrator.tracking.store import check_uri
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
-# Bases known to let the documents of a packed row see each other; the trainer finds others (see trainer/apart.py).
-_SEE_EACH_OTHER = {"bloom", "falcon", "mamba", "mpt", "opt"}
 _CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English, for estimates alone
 
 
@@ -48,14 +43,15 @@ def check(job: Job) -> Findings:
             problems.append(f"data.{key}: {error}")
     model: Model | None = None
     try:
-        model = find_model(job)
-        problems += _misfits(job, model)
+        model = base.find_model(job)
+        problems += base.misfits(job, model)
     except InputError as error:
         problems.append(str(error))
     problems += _tracking(job)
     if problems or model is None:
         raise InputError("\n".join(problems))
-    return Findings(model, surveys["train"], surveys["eval"], tuple(_warnings(job, surveys["train"])))
+    warnings = [*_warnings(job, surveys["train"]), *base.warnings(job, model)]
+    return Findings(model, surveys["train"], surveys["eval"], tuple(warnings))
 
 
 def survey(source: str, seq_len: int) -> Rows | None:
@@ -70,48 +66,6 @@ def survey(source: str, seq_len: int) -> Rows | None:
         count += 1
         tokens += min(seq_len, -(-text // _CHARACTERS_PER_TOKEN))
     return Rows(count, tokens)
-
-
-def find_model(job: Job) -> Model:
-    """The base, in its folder, the cache, or on the hub; raises InputError when it could not be loaded."""
-    model = locate(job.base) or Model(fetch_config(job.base), None, job.base.init == "scratch")
-    where = model.folder or job.base.model
-    config = model.config
-    if not isinstance(config.get("model_type"), str):
-        raise InputError(f"base.model: {where}: config.json has no model_type")
-    names = config.get("architectures") or []
-    if names and not any(_CAUSAL.search(str(name)) for name in names):
-        raise InputError(f"base.model: {where}: found {', '.join(map(str, names))}; allowed: a ...ForCausalLM model")
-    if model.folder is not None and model.folder == Path(job.base.model):
-        _complete(model, model.folder)
-    return model
-
-
-def _complete(model: Model, folder: Path) -> None:
-    """A user's own folder must hold all that is loaded; a cached snapshot is completed by the trainer."""
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise InputError(f"base.model: {folder}: no tokenizer; allowed: one of {', '.join(_TOKENIZERS)}")
-    if not model.scratch and not weight_files(folder):
-        hint = "say base.init: scratch to start from random weights"
-        raise InputError(f"base.model: {folder}: no model.safetensors (nor its index); {hint}")
-
-
-def _misfits(job: Job, model: Model) -> list[str]:
-    """What the job asks for and the base does not have."""
-    problems = []
-    kind = model.config["model_type"]
-    if job.data.packing and kind in _SEE_EACH_OTHER:
-        problems.append(f"data.packing: documents in a row see each other in a base of type {kind}; allowed: false")
-    try:
-        job.method.check(model.config, job.data.seq_len)
-    except ValueError as error:
-        problems.append(str(error))
-    if model.shapes:
-        try:
-            job.method.trained(model.linears, model.others)
-        except ValueError as error:
-            problems.append(f"method: {error}")
-    return problems
 
 
 def _tracking(job: Job) -> list[str]:

@@ -11,8 +11,8 @@ from jobs import CONFIG, make_base
 
 from orchestrator.errors import InputError
 from orchestrator.job import Job
+from orchestrator.planning.base import find_model
 from orchestrator.planning.model import count
-from orchestrator.planning.preflight import find_model
 
 PAGES = {
     "/good/base/resolve/main/config.json": (200, json.dumps(CONFIG).encode()),

@@ -176,7 +176,7 @@ def test_a_shard_that_is_missing(tmp_path: Path) -> None:
         weight_files(folder)
     write_weights(folder / "model-2.safetensors", {"x": (2, 3)})
     assert [path.name for path in weight_files(folder)] == ["model-1.safetensors", "model-2.safetensors"]
-    assert dict(read_header(folder / "model-2.safetensors")) == {"x": (2, 3)}
+    assert [(t.name, t.shape) for t in read_header(folder / "model-2.safetensors")] == [("x", (2, 3))]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+"""The base of a job before it is loaded: what was named, whether it can be trained, and what is to be known of it.
+
+Reads the files of a folder, the headers of its weights, or the config.json of a hub id; needs no torch.
+"""
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from methods.options import ALL
+from orchestrator.errors import InputError
+from orchestrator.job import Job
+from orchestrator.planning import base_folder, quantised
+from orchestrator.planning.hub import fetch_config
+from orchestrator.planning.model import Model, locate
+
+_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+_ALLOWED = "allowed: a ...ForCausalLM model"
+# Attention that sees the whole text at once, unless config.json says is_decoder.
+_ENCODERS = {
+    *("albert", "bert", "bert-generation", "big_bird", "camembert", "convbert", "data2vec-text", "deberta"),
+    *("deberta-v2", "distilbert", "electra", "ernie", "esm", "eurobert", "flaubert", "funnel", "ibert", "layoutlm"),
+    *("longformer", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra", "nomic_bert", "nystromformer"),
+    *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "xlm", "xlm-roberta"),
+    *("xlm-roberta-xl", "xlnet", "xmod", "yoso"),
+}
+_ENCODER_DECODERS = {
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "encoder-decoder", "fsmt", "led", "longt5"),
+    *("m2m_100", "marian", "mbart", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet"),
+    *("switch_transformers", "t5", "t5gemma", "udop", "umt5"),
+}
+# Parts of config.json that a model has which reads more than text.
+_SENSES = ("vision_config", "audio_config", "image_config", "video_config", "vision_tower_config", "mm_vision_tower")
+# Bases known to let the documents of a packed row see each other; the trainer finds others (see trainer/apart.py).
+_SEE_EACH_OTHER = {"bloom", "falcon", "mamba", "mpt", "opt"}
+_UNQUANTISED = "take the unquantised base, and method qlora"
+
+
+def find_model(job: Job) -> Model:
+    """The base, in its folder, the cache, or on the hub; raises InputError when it could not be loaded."""
+    folder = Path(job.base.model)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise InputError(f"base.model: {folder}: {base_folder.without_config(folder)}")
+    model = locate(job.base) or Model(fetch_config(job.base), None, job.base.init == "scratch")
+    where = model.folder or job.base.model
+    problem = unfit(model.config) or _foreign_code(model.config)
+    if problem is None and not model.scratch:
+        problem = _quantised(model)
+    if problem is None and model.folder == folder:
+        problem = base_folder.lacks(model, folder)
+    if problem is not None:
+        raise InputError(f"base.model: {where}: {problem}")
+    return model
+
+
+def misfits(job: Job, model: Model) -> list[str]:
+    """What the job asks for and the base does not have."""
+    problems = []
+    kind = model.config["model_type"]
+    if job.data.packing and kind in _SEE_EACH_OTHER:
+        problems.append(f"data.packing: documents in a row see each other in a base of type {kind}; allowed: false")
+    if model.in_4_bits:
+        problems += _in_4_bits(job, model)
+    try:
+        job.method.check(model.config, job.data.seq_len)
+    except ValueError as error:
+        problems.append(str(error))
+    if model.shapes:
+        try:
+            job.method.trained(model.linears, model.others)
+        except ValueError as error:
+            problems.append(f"method: {error}")
+    return problems
+
+
+def warnings(job: Job, model: Model) -> list[str]:
+    """What is no reason to stop, but should be known of a base."""
+    found = []
+    kind, where = model.config["model_type"], model.folder or job.base.model
+    if "auto_map" in model.config:
+        found.append(f"base.model: {where}: its own code (auto_map) is not run; transformers' own {kind} is")
+    if model.folder is not None and (model.folder / base_folder.ADAPTER).exists():
+        found.append(f"base.model: {where}: it holds an adapter too ({base_folder.ADAPTER}), which is left out")
+    return found
+
+
+def unfit(config: Mapping[str, Any]) -> str | None:
+    """Why a model of this config.json does not write text from left to right; None where it does."""
+    kind, names = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(kind, str):
+        return "config.json has no model_type"
+    if not isinstance(names, list):
+        return f"config.json has architectures {names!r}; allowed: a list of names"
+    found = ", ".join(map(str, names)) or f"a model of type {kind}"
+    causal = any(_CAUSAL.search(str(name)) for name in names)
+    senses = [key for key in _SENSES if config.get(key)]
+    if senses:
+        return f"found {found}, which reads more than text ({', '.join(senses)}); {_ALLOWED} that reads text alone"
+    if config.get("is_encoder_decoder") or (kind in _ENCODER_DECODERS and not causal):
+        return f"found {found}, an encoder with a decoder; {_ALLOWED}"
+    if kind in _ENCODERS and not config.get("is_decoder"):
+        return f"found {found}, an encoder: every token sees the whole text; {_ALLOWED}"
+    return None if causal or not names else f"found {found}; {_ALLOWED}"
+
+
+def _foreign_code(config: Mapping[str, Any]) -> str | None:
+    """Why a base with code of its own cannot be loaded; None where there is none, or transformers has its own."""
+    kind = str(config["model_type"])
+    installed = importlib.util.find_spec("transformers")
+    if "auto_map" not in config or installed is None or installed.origin is None:
+        return None
+    # Looked for by name, as transformers imports torch where there is one.
+    if (Path(installed.origin).parent / "models" / kind.replace("-", "_")).is_dir():
+        return None
+    return (
+        f"found code of its own (auto_map in config.json), which is never run, and transformers has no {kind}; "
+        "allowed: a base that transformers has the code of"
+    )
+
+
+def _quantised(model: Model) -> str | None:
+    """Why a base that is quantised already cannot be trained on; None for 4 bits by bitsandbytes."""
+    found = quantised.method(model.config)
+    if found in (None, quantised.FOUR_BITS):
+        storage = (model.config.get("quantization_config") or {}).get("bnb_4bit_quant_storage", "uint8")
+        if str(storage).removeprefix("torch.") == "uint8":
+            return None
+        found = f"{found}, stored as {storage}"
+    return f"it is quantised already ({found}); {_UNQUANTISED}"
+
+
+def _in_4_bits(job: Job, model: Model) -> list[str]:
+    """What the job asks for and a base in 4 bits cannot do."""
+    problems = []
+    if not job.method.on_4_bits:
+        kinds = ", ".join(options.model_fields["kind"].default for options in ALL if options.on_4_bits)
+        allowed = f"allowed: the unquantised base, or one of {kinds}"
+        problems.append(f"method.kind: found {job.method.kind}, and the base is in 4 bits already; {allowed}")
+    try:
+        job.method.check_in_4_bits(model.config["quantization_config"])
+    except ValueError as error:
+        problems.append(f"{error}, as the base is in 4 bits already")
+    if job.output.merge:
+        problems.append(f"output.merge: the base is in 4 bits already, which hold no merged weights; {_UNQUANTISED}")
+    return problems
