@@ -85,6 +85,7 @@ def submit(
         cluster=cluster,
         overrides=sets or (),
         run_id=run_id,
+        progress=_count_rows,
         announce=_announce_json if as_json else _announce,
     )
     if wait:
@@ -157,12 +158,31 @@ def plan(file: JobFile, sets: Sets = None, as_json: Json = False) -> None:
     """Show what would run: layout, batches, sizes."""
     from orchestrator.planning.plan import plan as make_plan
 
-    found = make_plan(file, sets or ())
+    found = make_plan(file, sets or (), _count_rows)
     if as_json:
         return _print_json(found.dump())
     from orchestrator.render import show_plan
 
     return show_plan(found)
+
+
+@app.command()
+def rows(
+    file: JobFile,
+    row: Annotated[int | None, typer.Option("--row", min=1, help="Show this row; the first ones without it.")] = None,
+    evaluation: Annotated[bool, typer.Option("--eval", help="Show the evaluation rows.")] = False,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Show rows of the data as the trainer sees them: text, tokens, and what is learned."""
+    from orchestrator.rows import rows as look
+
+    found = look(file, overrides=sets or (), row=row, evaluation=evaluation, progress=_count_rows)
+    if as_json:
+        return _print_json(found.dump())
+    from orchestrator.render import show_rows
+
+    return show_rows(found)
 
 
 @app.command()
@@ -273,6 +293,12 @@ def _announce(done: "Submission") -> None:
 
 def _announce_json(done: "Submission") -> None:
     _print_json({"run_id": done.run_id, "run_dir": str(done.run_dir), "adopted": done.adopted})
+
+
+def _count_rows(source: str, done: int) -> None:
+    """Show how far a look at the data has come, where somebody watches."""
+    if sys.stderr.isatty():
+        print(f"\r{Path(source).name}: {done:,} rows", end="\r", file=sys.stderr, flush=True)
 
 
 def _print_json(found: Any) -> None:

@@ -179,11 +179,6 @@ class Job(_Part):
                 "base.init scratch with a base in 4 bits: random weights are not worth quantising; "
                 "nearest: init: pretrained, or method full"
             )
-        if self.train.batch_tokens < self.data.seq_len:
-            raise ValueError(
-                f"train.batch_tokens: found {self.train.batch_tokens}; allowed: at least one sequence "
-                f"(data.seq_len {self.data.seq_len})"
-            )
         virtual = self.method.virtual_tokens
         if self.data.seq_len <= virtual:
             raise ValueError(f"data.seq_len {self.data.seq_len} has no room beside method.tokens {virtual}")

@@ -2,18 +2,24 @@
 
 import json
 import time
+import unicodedata
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.comparison.measure import size
 from orchestrator.describe import CAPABILITIES, support
 from orchestrator.doctor import Check
 from orchestrator.planning.plan import Plan
+from orchestrator.rows import Look, Shown
 from orchestrator.status import Status
+
+if TYPE_CHECKING:
+    from trainer.data.survey import Survey
 
 _COLOURS = {
     "succeeded": "green",
@@ -113,6 +119,68 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
     fields["each worker"] = f"{size(memory.total)} without activations: {parts}"
     if sizes.held:
         fields["in 4 bits"] = f"{size(sizes.held)} of the weights, which each worker holds at every ZeRO stage"
+    return fields
+
+
+def show_rows(found: Look) -> None:
+    """Examples with what is learned in green, how they are packed, and the figures of all."""
+    for example in found.examples:
+        fate = {"truncated": ", longer than data.seq_len: its end is cut", "dropped": ", left out: it is too long"}
+        learned = sum(token.learned for token in example.tokens[: example.kept])
+        length = f"{len(example.tokens)} tokens, {learned} learned{fate.get(example.fate or '', '')}"
+        show(f"[bold]row {example.row}[/]  {length}")
+        show(_text(example))
+        show(_tokens(example))
+        show("")
+    for number, sequence in enumerate(found.sequences, 1):
+        places = "  ".join(f"row {row} [{start}, {stop})" for row, start, stop in sequence.examples)
+        show(f"[bold]sequence {number} of step 1[/]  {escape(places)}  padding {sequence.padding}")
+    show("")
+    show_fields(_row_fields(found.survey) | {"source": found.source})
+    for warning in found.warnings:
+        show(f"[yellow]warning[/]: {escape(warning)}")
+
+
+def _text(example: Shown) -> Text:
+    text = Text()
+    for part, learned, kept in example.parts:
+        text.append(_visible(part), style=_row_style(learned, kept))
+    return text
+
+
+def _visible(text: str) -> str:
+    """A text whose control characters cannot move the cursor or change colours."""
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) != "Cc" else f"\\x{ord(char):02x}" for char in text
+    )
+
+
+def _tokens(example: Shown) -> Text:
+    """The ids, each with its text as a word without spaces."""
+    text = Text("tokens  ", style="dim")
+    for place, token in enumerate(example.tokens):
+        text.append(f"{token.id}:{token.text!r}", style=_row_style(token.learned, place < example.kept))
+        text.append(" ")
+    return text
+
+
+def _row_style(learned: bool, kept: bool) -> str:
+    if not kept:
+        return "red strike"
+    return "bold green" if learned else ""
+
+
+def _row_fields(survey: "Survey") -> dict[str, str]:
+    share = 100 * survey.learned / survey.tokens
+    fields = {
+        "rows": f"{survey.rows:,}, which make {survey.examples:,} examples",
+        "tokens": f"{survey.tokens:,}, learned {survey.learned:,} ({share:.3g} %)",
+        "lengths": f"{survey.shortest:,} to {survey.longest:,} tokens, median {survey.median:,}",
+        "duplicates": f"{survey.duplicates:,}",
+        "cut, left out": f"{survey.number('truncated'):,}, {survey.number('dropped'):,}",
+    }
+    if survey.unused:
+        fields["not used"] = ", ".join(f"{name} ({count:,} rows)" for name, (count, _) in survey.unused.items())
     return fields
 
 

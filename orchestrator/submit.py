@@ -24,6 +24,7 @@ from orchestrator.errors import InputError
 from orchestrator.job import Job
 from orchestrator.planning.freeze import Source, read, record
 from orchestrator.planning.preflight import check
+from orchestrator.planning.survey import Progress, with_date, writes_date
 from orchestrator.runs import RUN_ID, home, name_of, new_id, read_record, runs_folder
 
 
@@ -44,15 +45,18 @@ def submit(
     cluster: str = "local",
     overrides: Iterable[str] = (),
     run_id: str | None = None,
+    progress: Progress = lambda _source, _rows: None,
     announce: Callable[[Submission], None] = lambda _: None,
 ) -> Submission:
     """Check a job and hand it to a cluster; raises InputError (nothing was started) or Unreachable (repeat it).
 
-    `announce` is called while a repetition still finds this submission: print the run id there.
+    `progress` is called with a data source and the number of its rows that are looked at. `announce` is called while
+    a repetition still finds this submission: print the run id there.
     """
     backend = open_cluster(cluster)
     job, folder = read(source, overrides)
-    found = check(job)
+    found = check(job, progress)
+    job = with_date(job) if writes_date(found.model) else job
     frozen = record(job, found.model, cluster, folder)
     with _chosen_id(job, frozen, run_id) as chosen:
         request = make_request(backend, job, chosen)

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from trainer.attempt import load_job
 from trainer.base import load_tokenizer
+from trainer.data.batches import Batches
 from trainer.data.encode import Reading
 from trainer.data.tokens import tokenise
-from trainer.loop import plan_batches
 from trainer.schedule import learning_rate
 
 Example = tuple[torch.Tensor, torch.Tensor, int]  # ids, labels, target tokens of the whole batch
@@ -37,7 +37,7 @@ def steps(run_dir: Path, cache: Path) -> Iterator[list[Example]]:
     """The examples of each step."""
     job = load_job(run_dir)
     tokens = tokenise(job.data.train, load_tokenizer(job.base), Reading.of(job), cache)
-    batches = plan_batches(job, tokens)
+    batches = Batches.of(job, tokens)
     for k in range(batches.steps):
         step = []
         for i in batches.examples(k):

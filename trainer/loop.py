@@ -1,6 +1,5 @@
 """The training loop of one worker."""
 
-import os
 import queue
 import threading
 import time
@@ -13,11 +12,11 @@ import torch.distributed as dist
 
 from methods.base import Setup
 from methods.registry import create
-from orchestrator.job import Job
 from trainer import apart, checkpoint, speed
 from trainer.attempt import Attempt, load_job
 from trainer.base import load_config, load_model, load_tokenizer, precision
 from trainer.data.batches import Batches
+from trainer.data.cache import cache
 from trainer.data.encode import Reading
 from trainer.data.tokens import Tokens, tokenise
 from trainer.evaluate import Evaluator
@@ -46,11 +45,6 @@ def train(run_dir: Path, attempt: int) -> None:
     dist.barrier()
 
 
-def cache() -> Path:
-    """Where tokenised data is kept: FLEETUNE_CACHE, or ~/.cache/fleetune."""
-    return Path(os.environ.get("FLEETUNE_CACHE", "~/.cache/fleetune")).expanduser()
-
-
 def prepare(attempt: Attempt) -> tuple[Run, int]:
     """Load data and model, shard them, and take back the start checkpoint; gives the number of steps done."""
     job = load_job(attempt.run_dir)
@@ -58,7 +52,7 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     world = join()
     tokenizer = load_tokenizer(job.base)
     tokens = tokenise(job.data.train, tokenizer, Reading.of(job), cache())
-    planned = plan_batches(job, tokens)
+    planned = Batches.of(job, tokens)
     method = create(job.method, Setup(planned.steps, job.train.seed, job.data.seq_len, tokenizer))
     dtype = precision(job, world.device)
     saved = checkpoint.open_checkpoint(attempt.run_dir, attempt.start) if attempt.start else None
@@ -78,21 +72,6 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     apart.check(run)
     announce(run)
     return run, saved.step if saved else 0
-
-
-def plan_batches(job: Job, tokens: Tokens) -> Batches:
-    """The global batches that a job and its data fix."""
-    return Batches(
-        tokens.lengths,
-        tokens.targets,
-        seed=job.train.seed,
-        seq_len=job.data.seq_len,
-        batch_tokens=job.train.batch_tokens,
-        packing=job.data.packing,
-        micro_batch=job.train.micro_batch,
-        steps=job.train.steps,
-        epochs=job.train.epochs,
-    )
 
 
 def examples(batches: Batches, tokens: Tokens, device: torch.device) -> Iterator[torch.Tensor]:

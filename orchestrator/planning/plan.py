@@ -8,7 +8,8 @@ from typing import Any
 from orchestrator.job import Job
 from orchestrator.planning.freeze import Source, read
 from orchestrator.planning.model import Model, count
-from orchestrator.planning.preflight import Rows, check, has_gpus
+from orchestrator.planning.preflight import check, has_gpus
+from orchestrator.planning.survey import Progress, Rows
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,13 @@ class Plan:
         return asdict(self)
 
 
-def plan(source: Source, overrides: Iterable[str] = ()) -> Plan:
-    """The plan of a job; raises InputError when it could not run."""
+def plan(source: Source, overrides: Iterable[str] = (), progress: Progress = lambda _source, _rows: None) -> Plan:
+    """The plan of a job; raises InputError when it could not run.
+
+    `progress` is called with a data source and the number of its rows that are looked at.
+    """
     job, _ = read(source, overrides)
-    found = check(job)
+    found = check(job, progress)
     per_pass = job.resources.world * job.train.micro_batch * job.data.seq_len
     return Plan(
         name=job.name,

@@ -1,25 +1,20 @@
 """What can be known to be wrong before anything is started. Reads files and headers; needs no torch."""
 
-import importlib.util
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from math import ceil
 
 from clusters.machine import room
 from orchestrator.errors import InputError
 from orchestrator.job import Job
 from orchestrator.planning import base
 from orchestrator.planning.model import Model
+from orchestrator.planning.survey import Progress, Rows, look, missing, writes_date
 from orchestrator.tracking.store import check_uri
+from trainer.data.survey import warnings as row_warnings
 
-_CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English, for estimates alone
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What a data source holds: the number of rows, and an estimate of their tokens after cutting at seq_len."""
-
-    count: int
-    tokens: int
+_FEW_STEPS = 20  # below these, warm-up and schedule are a matter of chance
+_ENOUGH_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -32,40 +27,37 @@ class Findings:
     warnings: tuple[str, ...]
 
 
-def check(job: Job) -> Findings:
-    """Look at data, base, batch and tracking; raises InputError with one line per problem."""
-    problems: list[str] = []
-    surveys: dict[str, Rows | None] = {"train": None, "eval": None}
-    for key, source in (("train", job.data.train), ("eval", job.data.eval)):
-        try:
-            surveys[key] = survey(source, job.data.seq_len) if source else None
-        except ValueError as error:
-            problems.append(f"data.{key}: {error}")
-    model: Model | None = None
+def check(job: Job, progress: Progress = lambda _source, _rows: None) -> Findings:
+    """Look at data, base, batch and tracking; raises InputError with one line per problem.
+
+    `progress` is called with a source and the number of its rows that are done.
+    """
+    model, problems = _base(job)
+    found, unusable = look(job, model, progress)
+    problems = [*unusable, *problems, *_batch(job), *_tracking(job)]
+    if problems or model is None:
+        raise InputError("\n".join(dict.fromkeys(problems)))
+    warnings = [*_warnings(job), *base.warnings(job, model), *_about_rows(job, model, found)]
+    return Findings(model, found["train"], found["eval"], tuple(warnings))
+
+
+def _base(job: Job) -> tuple[Model | None, list[str]]:
+    """The base, and what is wrong with it for this job."""
     try:
         model = base.find_model(job)
-        problems += base.misfits(job, model)
     except InputError as error:
-        problems.append(str(error))
-    problems += _tracking(job)
-    if problems or model is None:
-        raise InputError("\n".join(problems))
-    warnings = [*_warnings(job, surveys["train"]), *base.warnings(job, model)]
-    return Findings(model, surveys["train"], surveys["eval"], tuple(warnings))
+        return None, [str(error)]
+    try:
+        return model, base.misfits(job, model)
+    except InputError as error:
+        return model, [str(error)]
 
 
-def survey(source: str, seq_len: int) -> Rows | None:
-    """Read every row; raises RowError at the first bad one. None: a hub dataset, and no library to read it."""
-    from trainer.data.rows import rows
-
-    if not Path(source).is_absolute() and importlib.util.find_spec("datasets") is None:
-        return None
-    count = tokens = 0
-    for row in rows(source):
-        text = len(row.prompt) + len(row.completion) + sum(len(m["content"]) for m in row.messages)
-        count += 1
-        tokens += min(seq_len, -(-text // _CHARACTERS_PER_TOKEN))
-    return Rows(count, tokens)
+def _batch(job: Job) -> list[str]:
+    if job.train.batch_tokens >= job.data.seq_len:
+        return []
+    allowed = f"at least one sequence (data.seq_len {job.data.seq_len})"
+    return [f"train.batch_tokens: found {job.train.batch_tokens}; allowed: {allowed}"]
 
 
 def _tracking(job: Job) -> list[str]:
@@ -81,12 +73,8 @@ def has_gpus(job: Job) -> bool:
     return job.resources.gpus_per_node is not None or room()[0] == "gpu"
 
 
-def _warnings(job: Job, train: Rows | None) -> list[str]:
+def _warnings(job: Job) -> list[str]:
     warnings = []
-    if train is None:
-        warnings.append("data.train: a hub dataset; its rows are first looked at by the workers")
-    if job.train.batch_tokens < job.data.seq_len:
-        warnings.append("train.batch_tokens: less than data.seq_len; a longer example is a batch of its own")
     if job.train.precision == "bf16" and not has_gpus(job):
         warnings.append("train.precision: bf16 on a CPU can be twenty times slower than fp32")
     if job.method.makes_model and job.sharding.zero == 0 and job.resources.world > 1:
@@ -96,3 +84,47 @@ def _warnings(job: Job, train: Rows | None) -> list[str]:
     if job.method.kind == "relora" and job.method.quantises:
         warnings.append("method.quantised: merges quantise anew; what is below a 4-bit step is mostly lost")
     return warnings
+
+
+def _about_rows(job: Job, model: Model, found: Mapping[str, Rows | None]) -> Iterator[str]:
+    """What a user should know of the rows before they are trained on."""
+    for key, those in found.items():
+        if those and those.survey:
+            yield from (f"data.{key}: {warning}" for warning in row_warnings(those.survey, job.data.seq_len))
+    train = found["train"]
+    if train is None:
+        yield "data.train: a hub dataset; its rows are first looked at by the workers"
+        return
+    if train.survey is None:
+        yield f"data: rows were not looked at as tokens ({_why_not(model)}); the workers do it first"
+    elif train.survey.number("chat") and writes_date(model) and job.data.date is None:
+        yield "data.date: the chat template writes the day of submission into every chat; say a date to fix it"
+    yield from few_steps(job, train.tokens)
+
+
+def _why_not(model: Model) -> str:
+    if missing():
+        return f"{', '.join(missing())} not installed: pip install 'fleetune[data]'"
+    if model.folder is None:
+        return "the base's tokenizer is on the hub: fleetune rows fetches it"
+    return "the file is large: fleetune rows takes its time"
+
+
+def few_steps(job: Job, tokens: int) -> Iterator[str]:
+    """Whether a run over rows of so many tokens has steps enough, and which batch would give them."""
+    batch, epochs = job.train.batch_tokens, job.train.epochs
+    if batch > tokens:
+        often = f"all rows have about {tokens} tokens, so a step holds each of them about {batch / tokens:.0f} times"
+        yield f"train.batch_tokens: found {batch}; {often}" + _enough(job, tokens)
+    elif epochs is not None and ceil(epochs * tokens / batch) < _FEW_STEPS:
+        steps = ceil(epochs * tokens / batch)
+        yield f"train.epochs: {epochs:g} epochs are {steps} steps, too few for a schedule" + _enough(job, tokens)
+
+
+def _enough(job: Job, tokens: int) -> str:
+    """The batch that gives enough steps, as far as it holds a sequence."""
+    epochs = job.train.epochs
+    if epochs is None:
+        return ""
+    batch = max(job.data.seq_len, int(epochs * tokens / _ENOUGH_STEPS))
+    return f"; train.batch_tokens: {batch} would give {ceil(epochs * tokens / batch)} steps"

@@ -1,27 +1,28 @@
-"""A job's rows as its trainer will see them: as tokens where the base's tokenizer is at hand, else as characters."""
+"""A job's rows as its trainer will see them: as tokens where the base's tokenizer is at hand, else as characters.
+
+Tokens are made by a child process, `python -m trainer.data`, so that a command imports nothing heavy; what came of it
+is remembered.
+"""
 
 import datetime
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from orchestrator.errors import InputError
 from orchestrator.job import Job
 from orchestrator.planning.model import Model
+from trainer.data.cache import cache
 from trainer.data.files import digest, is_hub
 from trainer.data.rows import Row, rows
+from trainer.data.survey import Survey
 
-if TYPE_CHECKING:
-    from trainer.data.encode import Reading
-    from trainer.data.survey import Survey
-    from trainer.data.tokens import Tokens
-
-_NEEDED = ("transformers", "pyarrow", "numpy")
+_NEEDED = ("transformers", "pyarrow", "numpy", "jinja2")
 _LARGEST = 256 << 20  # bytes of a file that is looked at as tokens before a run: a minute or two
 _CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English, for estimates alone
 _TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
@@ -36,84 +37,34 @@ class Rows:
 
     count: int
     tokens: int
-    survey: "Survey | None" = None
+    survey: Survey | None = None
 
 
-class Tokenizing:
-    """A base's tokenizer, loaded when it is needed, and how a job reads its rows with it."""
+def look(job: Job, model: Model | None, progress: Progress) -> tuple[dict[str, Rows | None], list[str]]:
+    """What `train` and `eval` of a job hold, and what is wrong with them, one line each.
 
-    def __init__(self, job: Job, folder: Path | None) -> None:
-        self._base, self._folder = job.base, folder
-        self._job = with_date(job)
-        self._tokenizer: Any = None
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer; raises InputError where it cannot be loaded."""
-        from trainer.data.tokenizer import load_tokenizer
-
-        if self._tokenizer is None:
-            try:
-                self._tokenizer = load_tokenizer(self._base, self._folder)
-            except Exception as error:  # transformers and its readers raise what they like
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                where = self._folder or self._base.model
-                raise InputError(f"base.model: {where}: its tokenizer cannot be loaded: {reason}") from None
-        return self._tokenizer
-
-    @property
-    def reading(self) -> "Reading":
-        """The options of the job that its tokens depend on."""
-        from trainer.data.encode import Reading
-        from trainer.data.tokenizer import end_ids
-
-        return Reading.of(self._job, end_ids(self.tokenizer, self._base, self._folder))
-
-    def tokens(self, source: str, progress: Progress) -> "Tokens":
-        """The examples of a source; raises RowError at the first row that cannot be used."""
-        from trainer.data.tokens import cache, tokenise
-
-        return tokenise(source, self.tokenizer, self.reading, cache(), lambda done: progress(source, done))
-
-    def survey(self, source: str, progress: Progress) -> "Survey":
-        """The figures of a source, as remembered from an earlier look at the same rows with the same tokenizer."""
-        from trainer.data.survey import Survey, survey
-        from trainer.data.tokens import cache
-
-        memory = cache() / "surveys" / f"{self._key(source)}.json"
-        if memory.exists():
-            return Survey.load(json.loads(memory.read_text()))
-        found = survey(self.tokens(source, progress))
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        memory.write_text(json.dumps(found.dump()))
-        return found
-
-    def _key(self, source: str) -> str:
-        """A digest of all that the figures depend on, made without loading the tokenizer."""
-        data = self._job.data.model_dump(mode="json", exclude={"train", "eval", "packing"})
-        total = hashlib.sha256(repr((_FORMAT, digest(source), data, self._job.method.virtual_tokens)).encode())
-        total.update(version("transformers").encode())
-        assert self._folder is not None
-        for path in sorted(path for path in self._folder.iterdir() if path.suffix in _TOKENIZER_FILES):
-            total.update(path.name.encode() + path.read_bytes())
-        return total.hexdigest()[:32]
+    None where there is no such source, or it is a hub dataset and no library to read it is here.
+    """
+    found: dict[str, Rows | None] = {"train": None, "eval": None}
+    problems = []
+    tokenised = _as_tokens(job, model, progress) if model else {}
+    for key, source in sources(job).items():
+        answer = tokenised.get(key)
+        try:
+            if isinstance(answer, str):
+                problems.append(answer)
+            elif answer:
+                found[key] = Rows(answer.rows, answer.tokens, answer)
+            elif not is_hub(source) or importlib.util.find_spec("datasets"):
+                found[key] = _estimate(job, source)
+        except ValueError as error:
+            problems.append(f"data.{key}: {error}")
+    return found, problems
 
 
-def look(job: Job, source: str, tokenizing: Tokenizing | None, progress: Progress) -> Rows | None:
-    """Read every row; raises RowError at the first bad one. None: a hub dataset, and no library to read it."""
-    if is_hub(source) and importlib.util.find_spec("datasets") is None:
-        return None
-    if tokenizing is None or (not is_hub(source) and Path(source).exists() and Path(source).stat().st_size > _LARGEST):
-        return _estimate(job, source)
-    found = tokenizing.survey(source, progress)
-    return Rows(found.rows, found.tokens, found)
-
-
-def at_hand(job: Job, model: Model) -> Tokenizing | None:
-    """The base's tokenizer; None where the base lies on the hub, or what reads it is not installed."""
-    if model.folder is None or missing():
-        return None
-    return Tokenizing(job, model.folder)
+def sources(job: Job) -> dict[str, str]:
+    """The data sources of a job by their keys."""
+    return {"train": job.data.train, **({"eval": job.data.eval} if job.data.eval else {})}
 
 
 def missing() -> list[str]:
@@ -135,6 +86,60 @@ def writes_date(model: Model) -> bool:
     names = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
     files = [model.folder / name for name in names if (model.folder / name).is_file()]
     return any("strftime_now(" in path.read_text(errors="replace") for path in files)
+
+
+def _as_tokens(job: Job, model: Model, progress: Progress) -> dict[str, Survey | str]:
+    """The figures of each source that can be looked at as tokens from here, or what is wrong with it."""
+    if model.folder is None or missing():
+        return {}
+    job = with_date(job)
+    found: dict[str, Survey | str] = {}
+    notes: dict[str, Path] = {}
+    for key, source in sources(job).items():
+        if Path(source).is_file() and Path(source).stat().st_size <= _LARGEST:
+            notes[key] = cache() / "surveys" / f"{_key(job, source, model.folder)}.json"
+            if notes[key].exists():
+                found[key] = Survey.load(json.loads(notes[key].read_text()))
+    wanted = {key: source for key, source in sources(job).items() if key in notes and key not in found}
+    for key, answer in _ask_child(job, model.folder, wanted, progress).items():
+        found[key] = answer
+        if isinstance(answer, Survey):
+            notes[key].parent.mkdir(parents=True, exist_ok=True)
+            notes[key].write_text(json.dumps(answer.dump()))
+    return found
+
+
+def _key(job: Job, source: str, folder: Path) -> str:
+    """A digest of all that the figures of a source depend on."""
+    data = job.data.model_dump(mode="json", exclude={"train", "eval", "packing"})
+    total = hashlib.sha256(repr((_FORMAT, digest(source), data, job.method.virtual_tokens)).encode())
+    total.update(version("transformers").encode())
+    for path in sorted(path for path in folder.iterdir() if path.suffix in _TOKENIZER_FILES):
+        total.update(path.name.encode() + path.read_bytes())
+    return total.hexdigest()[:32]
+
+
+def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: Progress) -> dict[str, Survey | str]:
+    """Have a child process look at sources; what ends it without an answer is the answer."""
+    if not wanted:
+        return {}
+    request = {"job": job.dump(), "folder": str(folder), "sources": wanted}
+    found: dict[str, Survey | str] = {}
+    command = [sys.executable, "-P", "-m", "trainer.data"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as child:
+        assert child.stdin and child.stdout
+        child.stdin.write(json.dumps(request))
+        child.stdin.close()
+        for line in child.stdout:
+            answer = json.loads(line)
+            if "done" in answer:
+                progress(wanted[answer["key"]], answer["done"])
+            else:
+                found[answer["key"]] = answer["problem"] if "problem" in answer else Survey.load(answer["survey"])
+    lost = f"looking at the rows ended with exit code {child.returncode}; see: fleetune rows"
+    return {key: found.get(key, f"data.{key}: {lost}") for key in wanted}
 
 
 def _estimate(job: Job, source: str) -> Rows:

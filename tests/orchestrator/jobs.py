@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from orchestrator.planning.model import Model, count
 
@@ -31,9 +32,18 @@ def make_base(folder: Path, **changes: Any) -> Path:
     folder.mkdir()
     config = {**CONFIG, **changes}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}")
+    write_tokenizer(folder)
     write_weights(folder / "model.safetensors", Model(config).shapes)
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer that knows no word: each one, and each sign between them, is `<unk>`."""
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def write_weights(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -57,7 +67,7 @@ def make_job(folder: Path, **changes: Any) -> Path:
         "base": "base",
         "method": {"kind": "lora", "rank": 2},
         "data": {"train": "train.jsonl", "seq_len": 16},
-        "train": {"steps": 7, "batch_tokens": 64},
+        "train": {"steps": 7, "batch_tokens": 16},
         "resources": {"workers_per_node": 2},
         **changes,
     }

@@ -149,7 +149,10 @@ def test_a_client_that_is_killed_anywhere_and_repeated_makes_one_job(home: Path,
     [
         ({"data": {"train": "none.jsonl", "seq_len": 8}}, r"data\.train: .*/none\.jsonl: found no such file"),
         ({"base": "./none"}, r"base\.model: .*"),
-        ({"data": {"train": "train.jsonl", "seq_len": 65}}, r"data\.seq_len: found 65; allowed: at most 64 .*"),
+        (
+            {"data": {"train": "train.jsonl", "seq_len": 65}, "train": {"steps": 7, "batch_tokens": 65}},
+            r"data\.seq_len: found 65; allowed: at most 64 .*",
+        ),
         ({"tracking": {"uri": "file:///x"}}, r"tracking\.uri: found .*"),
         ({"resources": {"gpus_per_node": 64}}, r"resources.*: found 64.*"),
     ],

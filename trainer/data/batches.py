@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from orchestrator.job import Job
     from trainer.data.tokens import Tokens
 
 Indices = npt.NDArray[np.int64]
@@ -51,6 +52,21 @@ class Batches:
         limit = sys.maxsize if epochs is None else max(1, round(epochs * len(lengths)))
         self._starts = self._cut(sys.maxsize if steps is None else steps, limit)
         self.steps = len(self._starts) - 1
+
+    @classmethod
+    def of(cls, job: "Job", tokens: "Tokens") -> "Batches":
+        """The global batches that a job and its data fix."""
+        return cls(
+            tokens.lengths,
+            tokens.targets,
+            seed=job.train.seed,
+            seq_len=job.data.seq_len,
+            batch_tokens=job.train.batch_tokens,
+            packing=job.data.packing,
+            micro_batch=job.train.micro_batch,
+            steps=job.train.steps,
+            epochs=job.train.epochs,
+        )
 
     def examples(self, k: int) -> Indices:
         """The examples of batch k, in the order of the stream."""

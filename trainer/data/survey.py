@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from trainer.data.encode import Reading
-from trainer.data.shards import Counts
-from trainer.data.tokens import Tokens
+if TYPE_CHECKING:
+    from trainer.data.shards import Counts
+    from trainer.data.tokens import Tokens
 
 _UNUSED = "unused "
 
@@ -19,7 +18,7 @@ class Survey:
 
     Lengths are in tokens, after cutting; `longest` is before. `noticed` has, by kind, how often something was seen,
     and the first row where it was; `unused` has the same for each column that is no part of the examples.
-    `largest_id` is the largest token id, and a row that has it.
+    `largest_id` is the largest token id, with its token and the first row that has it.
     """
 
     rows: int
@@ -30,7 +29,7 @@ class Survey:
     median: int
     longest: int
     duplicates: int
-    largest_id: tuple[int, int]
+    largest_id: tuple[int, str, int]
     noticed: dict[str, tuple[int, int]]
     unused: dict[str, tuple[int, int]]
 
@@ -53,41 +52,40 @@ class Survey:
         return self.noticed[kind][1]
 
 
-def survey(tokens: Tokens) -> Survey:
+def survey(tokens: "Tokens", tokenizer: Any) -> Survey:
     """The figures of tokenised data."""
     counts = tokens.counts
+    largest, row = tokens.largest()
     return Survey(
         rows=counts.rows,
         examples=counts.examples,
         tokens=int(tokens.lengths.sum()),
         learned=int(tokens.targets.sum()),
         shortest=int(tokens.lengths.min()),
-        median=int(np.median(tokens.lengths)),
+        median=int(median(tokens.lengths.tolist())),
         longest=counts.longest,
         duplicates=tokens.duplicates(),
-        largest_id=tokens.largest(),
+        largest_id=(largest, str(tokenizer.convert_ids_to_tokens(largest)), row),
         noticed={kind: seen for kind, seen in counts.noticed.items() if not kind.startswith(_UNUSED)},
         unused=unused(counts),
     )
 
 
-def unused(counts: Counts) -> dict[str, tuple[int, int]]:
+def unused(counts: "Counts") -> dict[str, tuple[int, int]]:
     """The columns that are no part of the examples: rows that fill them, and the first of these rows."""
-    return {
-        kind.removeprefix(_UNUSED): seen for kind, seen in counts.noticed.items() if kind.startswith(_UNUSED)
-    }
+    return {kind.removeprefix(_UNUSED): seen for kind, seen in counts.noticed.items() if kind.startswith(_UNUSED)}
 
 
-def warnings(found: Survey, reading: Reading) -> Iterator[str]:
+def warnings(found: Survey, seq_len: int) -> Iterator[str]:
     """What a user should know of the rows, a line each."""
     if found.unused:
         columns = ", ".join(f"{name} (in {count} of {found.rows} rows)" for name, (count, _) in found.unused.items())
-        yield f"nobody reads the columns {columns}; data.columns says what is read"
+        yield f"not used are the columns {columns}; data.columns says what is read"
     cut, lost = found.number("truncated"), found.number("dropped")
     if cut or lost:
         yield (
             f"of {found.examples} examples, {cut} are cut and {lost} left out, as they are longer than data.seq_len "
-            f"{reading.seq_len} (the longest has {found.longest} tokens)"
+            f"{seq_len} (the longest has {found.longest} tokens)"
         )
     if found.number("split"):
         yield (
@@ -96,8 +94,8 @@ def warnings(found: Survey, reading: Reading) -> Iterator[str]:
         )
     if found.number("straddles"):
         yield (
-            f"in {found.number('straddles')} examples (first: row {found.row('straddles')}) the answer begins inside a "
-            "token of the prompt, so the model learns from other tokens than it is asked with later: end prompts "
+            f"in {found.number('straddles')} examples (first: row {found.row('straddles')}) the answer begins inside "
+            "a token of the prompt, so the model learns from other tokens than it is asked with later: end prompts "
             "without a space, and begin answers with it"
         )
     if found.number("control"):

@@ -1,5 +1,6 @@
 """The base's tokenizer, and the ids at which its generation stops; needs transformers, not torch."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,23 @@ from orchestrator.job import Base
 from trainer.ends import end_tokens
 
 
+class TokenizerError(ValueError):
+    """A base whose tokenizer cannot be loaded; the message is one line."""
+
+
 def load_tokenizer(base: Base, folder: Path | None = None) -> Any:
-    """The base's tokenizer, from `folder` where the base is known to lie there.
+    """The base's tokenizer, from `folder` where the base is known to lie there; raises TokenizerError.
 
     Its padding token is its end token where it has none of its own.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder or base.model, revision=base.revision or "main")
+    place = folder or base.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=base.revision or "main")
+    except Exception as error:  # transformers and its readers raise what they like
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TokenizerError(f"base.model: {place}: its tokenizer cannot be loaded: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -26,8 +36,6 @@ def end_ids(tokenizer: Any, base: Base, folder: Path | None = None) -> tuple[int
 
     place, revision = folder or base.model, base.revision or "main"
     configs = [AutoConfig.from_pretrained(place, revision=revision).to_dict()]
-    try:
+    with suppress(OSError):  # it need not have one
         configs.append(GenerationConfig.from_pretrained(place, revision=revision).to_dict())
-    except OSError:  # it need not have one
-        pass
     return end_tokens(tokenizer, *configs)

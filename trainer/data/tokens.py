@@ -1,7 +1,6 @@
 """Examples of a source as tokens: made once, by all ranks together, and mapped from files."""
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -97,12 +96,6 @@ class Tokens:
         """How many examples are equal to an earlier one."""
         seen = {hashlib.blake2b(self.example(i).ids.tobytes(), digest_size=12).digest() for i in range(len(self))}
         return len(self) - len(seen)
-
-
-def cache() -> Path:
-    """Where tokenised data is kept: FLEETUNE_CACHE, or FLEETUNE_HOME/cache."""
-    home = Path(os.environ.get("FLEETUNE_HOME") or "~/.fleetune")
-    return Path(os.environ.get("FLEETUNE_CACHE") or home / "cache").expanduser()
 
 
 def tokenise(

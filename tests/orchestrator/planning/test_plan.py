@@ -110,10 +110,7 @@ def problems(job: Job) -> list[str]:
 def test_a_plan_counts_what_would_run(tmp_path: Path) -> None:
     found = plan(a_job(tmp_path, train={"epochs": 4, "batch_tokens": 20}, method="full", sharding={"zero": 2}))
     assert (found.workers, found.rows, found.eval_rows, found.zero) == (2, 3, None, 2)
-    assert (found.steps, found.steps_estimated) == (
-        5,
-        True,
-    )  # 3 rows of 26 characters, about 7 tokens each: 84 tokens in batches of 20
+    assert (found.steps, found.steps_estimated) == (6, True)  # 3 rows of 10 tokens each: 120 tokens in batches of 20
     assert found.micro_batches == 1
     assert found.sizes is not None
     assert found.sizes.trained == found.sizes.parameters
@@ -123,7 +120,8 @@ def test_a_plan_counts_what_would_run(tmp_path: Path) -> None:
 def test_a_sequence_longer_than_the_base_knows(tmp_path: Path) -> None:
     data = {"train": "train.jsonl", "seq_len": 128}
     assert problems(a_job(tmp_path, data=data)) == [
-        "data.seq_len: found 128; allowed: at most 64 (positions of the base)"
+        "data.seq_len: found 128; allowed: at most 64 (positions of the base)",
+        "train.batch_tokens: found 16; allowed: at least one sequence (data.seq_len 128)",
     ]
 
 
@@ -135,10 +133,10 @@ def test_a_target_that_the_base_does_not_have(tmp_path: Path) -> None:
 
 def test_warnings_are_no_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    found = plan(a_job(tmp_path, train={"steps": 1, "batch_tokens": 8, "precision": "bf16"}))
+    found = plan(a_job(tmp_path, train={"steps": 1, "batch_tokens": 31, "precision": "bf16"}))
     assert [warning.split(": ")[0] for warning in found.warnings] == [
-        "train.batch_tokens",
         "train.precision",
+        "train.batch_tokens",
     ]
     assert found.precision == "bf16"
 

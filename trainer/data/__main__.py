@@ -1,0 +1,50 @@
+"""`python -m trainer.data`: look at a job's rows as tokens; one JSON request on stdin, answers as lines of JSON.
+
+Request: {job, folder, sources: {key: source}}. Answers: {key, done: rows so far}, and for each key at the end
+{key, survey} or {key, problem: one line}.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+def main(request: Mapping[str, Any]) -> None:
+    """Answer a request."""
+    from orchestrator.job import Job
+    from trainer.data.cache import cache
+    from trainer.data.encode import Reading
+    from trainer.data.files import RowError
+    from trainer.data.survey import survey
+    from trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer
+    from trainer.data.tokens import tokenise
+
+    job, folder = Job.model_validate(request["job"]), Path(request["folder"])
+    for key, source in request["sources"].items():
+        try:
+            tokenizer = load_tokenizer(job.base, folder)
+            reading = Reading.of(job, end_ids(tokenizer, job.base, folder))
+            tokens = tokenise(source, tokenizer, reading, cache(), partial(count, key))
+            say(key, survey=survey(tokens, tokenizer).dump())
+        except TokenizerError as error:
+            say(key, problem=str(error))
+        except RowError as error:
+            say(key, problem=f"data.{key}: {error}")
+
+
+def count(key: str, done: int) -> None:
+    """Tell how many rows of a source are done."""
+    say(key, done=done)
+
+
+def say(key: str, **what: Any) -> None:
+    """Write an answer."""
+    print(json.dumps({"key": key, **what}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.modules["torch"] = None  # type: ignore[assignment]  # transformers imports it where it is: seconds for nothing
+    main(json.load(sys.stdin))
