@@ -113,9 +113,10 @@ class Watch:
         return None
 
     def _last_sign(self) -> float:
-        """When the workers last wrote something."""
+        """When the workers last wrote something, or showed that they are alive."""
         folder = self._attempt.folder
-        files = [folder / "metrics.jsonl", folder / "events.jsonl", *(folder / "logs").glob("rank-*.log")]
+        signs = [folder / name for name in ("metrics.jsonl", "events.jsonl", "alive")]
+        files = [*signs, *(folder / "logs").glob("rank-*.log")]
         return max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
 
     def _tail(self, name: str) -> str:

@@ -93,6 +93,10 @@ class Attempt:
         """Append an event with the time of now."""
         self.append("events.jsonl", {"time": time.time(), "event": kind, **fields})
 
+    def alive(self) -> None:
+        """Show that work goes on where nothing is written for long; to be called by that work, as it gets further."""
+        (self.folder / "alive").touch()
+
     def sync(self, file: str) -> None:
         """Make what was appended to a file survive a crash of the machine."""
         path = self.folder / file

@@ -11,6 +11,7 @@ from methods.base import Method
 from orchestrator.job import Job
 from trainer.attempt import Attempt
 from trainer.batches import Batches
+from trainer.ends import end_tokens
 from trainer.tokens import Tokens
 from trainer.world import World
 from trainer.zero import Shards
@@ -36,3 +37,9 @@ class Run:
         """The model under DeepSpeed's engine."""
         module: nn.Module = self.shards.engine.module
         return module
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids of the tokens that end an answer, by the tokenizer, the config and the generation config."""
+        model: Any = self.model
+        return end_tokens(self.tokenizer, model.config.to_dict(), model.generation_config.to_dict())
