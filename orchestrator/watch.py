@@ -9,6 +9,7 @@ from pathlib import Path
 
 from clusters.ray_head import answers
 from orchestrator.verdict import Verdict, classify
+from trainer import missing
 from trainer.attempt import Attempt, cancel_requested, load_job, read_json
 
 _CHECK_S = 0.25
@@ -84,7 +85,7 @@ class Watch:
         if path.exists():
             failures = {int(rank): text for rank, text in read_json(path)["failures"].items()}
             if not failures:
-                return Verdict("success", "")
+                return Verdict("success", missing.reason(self._attempt))
         else:
             failures = {-1: f"the driver ended with exit code {self._driver.exit_code}\n{self._tail('controller')}"}
         if not answers(os.environ["RAY_ADDRESS"]):

@@ -192,6 +192,9 @@ def reopen(run_dir: Path) -> bool:
     if _claim(run_dir, number + 1, {"kind": "reopen"}) is None:
         return False
     (run_dir / "result.json").replace(run_dir / "attempts" / str(number) / "result.json")
+    if (run_dir / "output").exists():  # an attempt had delivered it, and ended badly all the same
+        closed = Attempt(run_dir, Attempt(run_dir, number).claim["closes"])
+        (run_dir / "output").rename(closed.folder / "output")
     return True
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from methods.base import Setup
 from methods.registry import create
@@ -22,6 +21,7 @@ from trainer.evaluate import Evaluator
 from trainer.export import export
 from trainer.meter import Meter
 from trainer.objectives import sft
+from trainer.progress import shown
 from trainer.run import Run
 from trainer.schedule import learning_rate
 from trainer.tokens import Tokens, tokenise
@@ -42,7 +42,6 @@ def train(run_dir: Path, attempt: int) -> None:
     fit(run, first, saves, evaluator)
     saves.wait()
     export(run)
-    dist.barrier()
 
 
 def cache() -> Path:
@@ -55,7 +54,8 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     job = load_job(attempt.run_dir)
     job = job.at_width(getattr(load_config(job.base), "hidden_size", None))
     world = join()
-    tokenizer = load_tokenizer(job.base)
+    with shown(attempt):
+        tokenizer = load_tokenizer(job.base)
     tokens = tokenise(job.data.train, tokenizer, job.data.seq_len, cache(), job.method.virtual_tokens)
     planned = plan_batches(job, tokens)
     method = create(job.method, Setup(planned.steps, job.train.seed, job.data.seq_len, tokenizer))
@@ -63,7 +63,8 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     saved = checkpoint.open_checkpoint(attempt.run_dir, attempt.start) if attempt.start else None
     if saved:
         method.load_state(saved.method_state())
-    model = load_model(job, method, dtype, world.device)
+    with shown(attempt):
+        model = load_model(job, method, dtype, world.device)
     if saved:
         saved.load_weights(model, method)
     else:
