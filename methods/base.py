@@ -157,6 +157,13 @@ class Method(Generic[O]):
         """
         raise NotImplementedError
 
+    def load(self, base: nn.Module, folder: Path) -> nn.Module:
+        """The exported adapter on its base, as plain PEFT loads it."""
+        from peft import PeftModel
+
+        loaded: nn.Module = PeftModel.from_pretrained(base, folder)
+        return loaded
+
     def merge(self, model: nn.Module) -> nn.Module:
         """The base with the update merged into its weights, from the exported adapter as PEFT loads it.
 

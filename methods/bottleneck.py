@@ -57,6 +57,10 @@ class BottleneckTuning(Method[Bottleneck]):
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS)
 
+    def load(self, base: nn.Module, folder: Path) -> nn.Module:
+        """The adapters of a folder on a base: PEFT does not have them."""
+        return load(base, folder)
+
 
 def insert(model: nn.Module, options: Bottleneck) -> None:
     """Put adapters behind the sublayers of a model."""

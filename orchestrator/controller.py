@@ -12,12 +12,13 @@ import threading
 import time
 from pathlib import Path
 
-from orchestrator.verdict import Final, Kind, Verdict, decide
+from orchestrator.verdict import Again, Final, Kind, Verdict, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
 from trainer.attempt import Attempt, Fenced, Record, attempts, cancel_requested, claim_next, close, read_json, settle
 
 TRACKING_PATIENCE_S = 600.0  # how long it stays to deliver what an outage of MLflow held up
+DELIVERED = "the output is there, but the worker ended before it was checked (and merged, if that was asked for)"
 _PUMP_S = 1.0
 _CANCELLED = Final("cancelled", "cancelled by request")
 
@@ -25,7 +26,7 @@ _CANCELLED = Final("cancelled", "cancelled by request")
 def main(run_dir: Path) -> int:
     """Bring a run one attempt further; gives the exit code."""
     if settle(run_dir) is None:
-        decision = decide(history(run_dir))
+        decision = next_step(run_dir)
         if not isinstance(decision, Final) and cancelled_within(run_dir, decision.delay_s):
             decision = _CANCELLED
         if not isinstance(decision, Final):
@@ -50,7 +51,7 @@ def attend(run_dir: Path) -> int:
             driver.kill()
         attempt.check()
     attempt.write_verdict(verdict.dump())
-    decision = decide(history(run_dir))
+    decision = next_step(run_dir)
     if not isinstance(decision, Final) or not attempt.close(result_of(run_dir, decision)):
         return 1
     return deliver_rest(run_dir)
@@ -79,6 +80,15 @@ def history(run_dir: Path) -> list[tuple[Kind, int]]:
     starts = [attempt.start.step if attempt.start else 0 for attempt in tried]
     reached = [*starts[1:], *(_saved(attempt) for attempt in tried[-1:])]
     return [(_verdict(attempt)["kind"], b - a) for attempt, a, b in zip(tried, starts, reached, strict=True)]
+
+
+def next_step(run_dir: Path) -> Again | Final:
+    """What follows the attempts so far; a run whose last one delivered the output has not failed."""
+    decision = decide(history(run_dir))
+    failed = isinstance(decision, Final) and decision.state == "failed"
+    if failed and (attempts(run_dir)[-1].folder / "output").exists():
+        return Final("succeeded", DELIVERED)
+    return decision
 
 
 def result_of(run_dir: Path, decision: Final) -> Record:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from clusters.ray_head import answers
 from orchestrator.verdict import Verdict, classify
+from trainer import missing
 from trainer.attempt import Attempt, cancel_requested, load_job, read_json
 
 _CHECK_S = 0.25
@@ -84,7 +85,7 @@ class Watch:
         if path.exists():
             failures = {int(rank): text for rank, text in read_json(path)["failures"].items()}
             if not failures:
-                return Verdict("success", "")
+                return Verdict("success", missing.reason(self._attempt))
         else:
             failures = {-1: f"the driver ended with exit code {self._driver.exit_code}\n{self._tail('controller')}"}
         if not answers(os.environ["RAY_ADDRESS"]):
@@ -113,9 +114,10 @@ class Watch:
         return None
 
     def _last_sign(self) -> float:
-        """When the workers last wrote something."""
+        """When the workers last wrote something, or showed that they are alive."""
         folder = self._attempt.folder
-        files = [folder / "metrics.jsonl", folder / "events.jsonl", *(folder / "logs").glob("rank-*.log")]
+        signs = [folder / name for name in ("metrics.jsonl", "events.jsonl", "alive")]
+        files = [*signs, *(folder / "logs").glob("rank-*.log")]
         return max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
 
     def _tail(self, name: str) -> str:

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from trainer.attempt import load_job
-from trainer.base import load_tokenizer
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
+from trainer.data.tokenizer import load_tokenizer
 from trainer.data.tokens import tokenise
 from trainer.schedule import learning_rate
 

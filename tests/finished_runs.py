@@ -11,8 +11,8 @@ import yaml
 from torch import nn
 
 from trainer.attempt import load_job
-from trainer.base import load_tokenizer
 from trainer.data.encode import Reading
+from trainer.data.tokenizer import load_tokenizer
 from trainer.data.tokens import tokenise
 from trainer.export import results
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from trainer.attempt import Attempt, attempts, claim_next
 from trainer.checkpoint import newest
 from trainer.loop import train
+from trainer.missing import reason
 from trainer.world import World, join
 
 
@@ -18,7 +19,7 @@ def main(run_dirs: Iterable[Path]) -> None:
     for run_dir in run_dirs:
         number = _claimed(run_dir, world)
         train(run_dir, number)
-        ended = {"state": "succeeded", "attempt": number, "reason": None}
+        ended = {"state": "succeeded", "attempt": number, "reason": reason(Attempt(run_dir, number)) or None}
         if world.leads and not Attempt(run_dir, number).close(ended):
             sys.exit(f"{run_dir} went on without attempt {number}")
     dist.destroy_process_group()

@@ -93,6 +93,10 @@ class Attempt:
         """Append an event with the time of now."""
         self.append("events.jsonl", {"time": time.time(), "event": kind, **fields})
 
+    def alive(self) -> None:
+        """Show that work goes on where nothing is written for long; to be called by that work, as it gets further."""
+        (self.folder / "alive").touch()
+
     def sync(self, file: str) -> None:
         """Make what was appended to a file survive a crash of the machine."""
         path = self.folder / file
@@ -188,6 +192,9 @@ def reopen(run_dir: Path) -> bool:
     if _claim(run_dir, number + 1, {"kind": "reopen"}) is None:
         return False
     (run_dir / "result.json").replace(run_dir / "attempts" / str(number) / "result.json")
+    if (run_dir / "output").exists():  # an attempt had delivered it, and ended badly all the same
+        closed = Attempt(run_dir, Attempt(run_dir, number).claim["closes"])
+        (run_dir / "output").rename(closed.folder / "output")
     return True
 
 

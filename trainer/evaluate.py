@@ -1,6 +1,8 @@
 """Judging held-out rows: the loss per target token, and exact match of what the model writes by itself."""
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,15 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orchestrator.job import Job
+from methods.options.base import positions
 from trainer.data.batches import Batches
-from trainer.data.encode import Reading
 from trainer.data.tokens import Prompt, Tokens, prompts, tokenise, virtual_ids
+from trainer.ends import until_end
+from trainer.generation import Group, groups, rounds
 from trainer.objectives import sft
 from trainer.run import Run
 from trainer.world import World
 
-PROMPTS_AT_ONCE = 32
 SAMPLES = 5
 
 
@@ -31,11 +33,12 @@ class Evaluator:
     max_new_tokens: int
 
     @classmethod
-    def create(cls, job: Job, tokenizer: Any, cache: Path, world: World) -> "Evaluator":
+    def create(cls, run: Run, cache: Path) -> "Evaluator":
         """Read a job's evaluation rows, which get virtual tokens in front; every rank calls it."""
+        job = run.job
         if job.data.eval is None:
-            return cls(world, None, None, [], 0)
-        tokens = tokenise(job.data.eval, tokenizer, Reading.of(job), cache)
+            return cls(run.world, None, None, [], 0)
+        tokens = tokenise(job.data.eval, run.tokenizer, run.reading, cache, lambda _: run.attempt.alive())
         rows = job.evaluation.rows
         batches = Batches(
             tokens.lengths[:rows],
@@ -48,8 +51,8 @@ class Evaluator:
             epochs=1,
         )
         generate = job.evaluation.max_new_tokens
-        asked = prompts(job.data.eval, tokenizer, Reading.of(job))[:rows] if generate else []
-        return cls(world, tokens, batches, asked, generate)
+        asked = prompts(job.data.eval, run.tokenizer, run.reading)[:rows] if generate else []
+        return cls(run.world, tokens, batches, asked, generate)
 
     def evaluate(self, run: Run, step: int) -> None:
         """Judge the model after a step and append the figures to metrics.jsonl; every rank calls it."""
@@ -69,6 +72,7 @@ class Evaluator:
         assert self.tokens is not None and self.batches is not None
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for k in range(self.batches.steps):
+            run.attempt.alive()
             for micro in self.batches.deal(k, self.world.rank, self.world.size):
                 arrays = sft.arrays(micro, self.tokens, run.tokenizer.pad_token_id)
                 batch = {name: torch.from_numpy(a).to(self.world.device) for name, a in arrays.items()}
@@ -78,40 +82,56 @@ class Evaluator:
         return float(sums[0] / sums[1])
 
     def _exact_match(self, run: Run, step: int) -> float:
-        """The share of prompts whose greedy continuation is the answer; prompts are dealt in order of length."""
-        order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i].ids))
-        chunk = PROMPTS_AT_ONCE * self.world.size
+        """The share of all prompts whose greedy continuation is the answer; one without room for any has none."""
+        asked = [virtual_ids(run.job.method.virtual_tokens) + prompt.ids for prompt in self.prompts]
+        positions = positions_left(run)
+        made = groups([len(ids) for ids in asked], self.max_new_tokens, positions)
+        if self.world.leads:
+            self._tell_limits(run, step, made, positions)
         right = torch.zeros((), device=self.world.device)
-        for start in range(0, len(order), chunk):
-            mine = order[start : start + chunk][self.world.rank :: self.world.size]
+        for number, group_of_rank in enumerate(rounds(made, self.world.size)):
+            idle = self.world.rank >= len(group_of_rank)
             # Under ZeRO 3 every rank must take part in every forward pass, with or without a prompt of its own.
-            written = self._generate(run, [self.prompts[i] for i in mine or order[:1]])
-            pairs = list(zip(mine, written, strict=False))
+            mine = group_of_rank[0 if idle else self.world.rank]
+            written = self._generate(run, [asked[i] for i in mine.prompts], mine.new_tokens)
+            pairs = [] if idle else list(zip(mine.prompts, written, strict=True))
             right += sum(matches(text, self.prompts[i].answer) for i, text in pairs)
-            if start == 0 and self.world.leads:
+            if number == 0 and self.world.leads:
                 self._show(run, step, pairs[:SAMPLES])
         dist.all_reduce(right)
-        return float(right) / len(order)
+        return float(right) / len(self.prompts)
 
-    def _generate(self, run: Run, asked: list[Prompt]) -> list[str]:
-        rows = [virtual_ids(run.job.method.virtual_tokens) + prompt.ids for prompt in asked]
+    def _tell_limits(self, run: Run, step: int, made: list[Group], positions: int | None) -> None:
+        """Say of how many prompts the base's positions leave too little, or nothing."""
+        without = len(self.prompts) - sum(len(group.prompts) for group in made)
+        short = sum(len(group.prompts) for group in made if group.new_tokens < self.max_new_tokens)
+        if without or short:
+            run.attempt.event("prompts_limited", step=step, without_room=without, with_less_room=short)
+            print(
+                f"evaluation: of {len(self.prompts)} prompts {without} fill the base's {positions} positions and "
+                f"count as not matched; {short} get fewer than {self.max_new_tokens} new tokens",
+                flush=True,
+            )
+
+    def _generate(self, run: Run, rows: list[list[int]], new_tokens: int) -> list[str]:
+        """What the model writes after each row of ids, greedily, without the token that ends it."""
+        run.attempt.alive()
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), run.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, longest - len(row) :] = torch.as_tensor(row)
             mask[i, longest - len(row) :] = 1
-        out = run.model.generate(
-            input_ids=ids.to(self.world.device),
-            attention_mask=mask.to(self.world.device),
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            repetition_penalty=1.0,  # what some bases ask for is no greedy choice, and fails on virtual tokens
-            use_cache=True,
-            pad_token_id=run.tokenizer.pad_token_id,
-            synced_gpus=run.shards.stage == 3,
-        )
-        texts: list[str] = run.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+        ends = run.ends
+        with greedily(run.model, new_tokens, ends, run.tokenizer.pad_token_id):
+            out = run.model.generate(
+                input_ids=ids.to(self.world.device),
+                attention_mask=mask.to(self.world.device),
+                use_cache=True,
+                synced_gpus=run.shards.stage == 3,
+            )
+        answers = [until_end(row, ends) for row in out[:, longest:].tolist()]
+        texts: list[str] = run.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return texts
 
     def _show(self, run: Run, step: int, pairs: list[tuple[int, str]]) -> None:
@@ -119,6 +139,31 @@ class Evaluator:
             prompt = self.prompts[i]
             asked = run.tokenizer.decode(prompt.ids, skip_special_tokens=True)
             run.attempt.event("sample", step=step, prompt=asked, answer=prompt.answer, written=text)
+
+
+def positions_left(run: Run) -> int | None:
+    """The positions of the base that a document may fill under this method; None where there is no limit."""
+    known = positions(run.model.config.get_text_config().to_dict())
+    return None if known is None else known - run.job.method.positions_before
+
+
+@contextmanager
+def greedily(model: Any, new_tokens: int, ends: Sequence[int], pad: int) -> Iterator[None]:
+    """Within it, a model generates the likeliest token each time, until one of `ends`.
+
+    What the base's own generation config asks for beside is put aside: a penalty, say, is no greedy choice.
+    """
+    from transformers import GenerationConfig
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = base.generation_config
+    base.generation_config = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=list(ends), pad_token_id=pad
+    )
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def matches(written: str, answer: str) -> bool:

@@ -2,65 +2,163 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+import torch.distributed as dist
 import yaml
-from torch import nn
 
 from methods.base import MergeRefused
-from trainer.attempt import attempts, read_lines
+from trainer.attempt import Attempt, attempts, read_json, read_lines, write_json
+from trainer.missing import dispensable, missing, note
+from trainer.progress import shown
+from trainer.reload import load_base, load_model, load_output
 from trainer.run import Run
+from trainer.verify import OutputDiffers, Seen, compare, observe
+
+CHECK, MERGED = "the check of the output", "the merged model"
+DEATHS = 2  # attempts that may end between the export and the end before it is left at the export
+MERGED_ROUNDING = 10  # times the rounding of a pass: a merge rounds each weight once more
 
 
 def export(run: Run) -> None:
-    """Write the adapter or model, its tokenizer and its card; every rank calls it, rank 0 writes."""
+    """Deliver the adapter or model, see that it is what was trained, then merge; every rank calls it, rank 0 writes.
+
+    From the moment that the weights are written they are delivered, whatever happens then: what cannot be made is
+    left out and said (trainer/missing.py). Raises OutputDiffers where the output is another model than the trained.
+    """
     weights = dict(run.shards.whole_weights())
+    if run.world.leads:
+        write(run, weights)
+    weights.clear()
+    died = deaths(run.attempt)
+    seen = observed(run) if died < DEATHS else None
+    dist.barrier()
     if not run.world.leads:
         return
+    output = run.attempt.folder / "output"
+    if died < DEATHS:
+        with shown(run.attempt):
+            accept(run, output, seen)
+            if run.job.output.merge and not run.job.method.makes_model:
+                save_merged(run, output, seen)
+    else:
+        note(run.attempt, "what follows the export", f"{died} workers ended in it: its check, or the merge")
+    with dispensable(run.attempt, "the model card"):
+        (output / "README.md").write_text(card(run, output))
+
+
+def deaths(attempt: Attempt) -> int:
+    """How many earlier attempts delivered their output and ended all the same: in its check, or in the merge."""
+    return sum((earlier.folder / "output").exists() for earlier in attempts(attempt.run_dir) if earlier != attempt)
+
+
+def write(run: Run, weights: dict[str, torch.Tensor]) -> None:
+    """Write attempts/N/output: the weights whole or not at all, and beside them what belongs to them."""
     folder = run.attempt.folder / "output"
     unfinished = folder.with_name("output.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    whole_model = run.job.method.makes_model
-    if whole_model:
+    if run.job.method.makes_model:
         weights = {name: value.to(run.dtype) for name, value in weights.items()}
-        run.model.config.dtype = run.dtype
-    run.model.config.use_cache = True
-    run.method.export(run.model, weights, unfinished)
-    run.tokenizer.save_pretrained(unfinished)
-    if run.job.output.merge and not whole_model:
-        save_merged(run, unfinished)
-    (unfinished / "README.md").write_text(card(run))
+        cast(Any, run.model).config.dtype = run.dtype
+    cast(Any, run.model).config.use_cache = True
+    try:
+        run.method.export(run.model, weights, unfinished)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)  # the last checkpoint has the weights
+        raise
+    with dispensable(run.attempt, "the tokenizer"):
+        run.tokenizer.save_pretrained(unfinished)
+    with dispensable(run.attempt, "generation_config.json"):
+        write_ends(run, unfinished)
+    with dispensable(run.attempt, "the model card"):
+        (unfinished / "README.md").write_text(card(run, unfinished))
     unfinished.rename(folder)
     run.attempt.event("exported", output=str(folder))
 
 
-def save_merged(run: Run, folder: Path) -> None:
-    """Write the merged model beside its adapter; where the method refuses, only say so: the adapter is whole."""
-    try:
-        merge(run, folder).save_pretrained(folder / "merged")
-        run.tokenizer.save_pretrained(folder / "merged")
-    except MergeRefused as refusal:
-        run.attempt.event("merge_refused", reason=str(refusal))
-        print(f"no merged model: {refusal}", flush=True)
+def write_ends(run: Run, folder: Path) -> None:
+    """Let generation_config.json name every token that ends an answer, where the base's does not.
+
+    As plain JSON: transformers refuses to write a config that it would warn of, as those of some bases are.
+    """
+    ends = list(run.ends)
+    generation: dict[str, Any] = cast(Any, run.model).generation_config.to_diff_dict()
+    known = generation.get("eos_token_id")
+    if not ends or set(ends) == set([known] if isinstance(known, int) else known or []):
+        return
+    path = folder / "generation_config.json"
+    if path.exists():
+        generation = read_json(path)
+    write_json(path, generation | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
+
+
+def observed(run: Run) -> Seen | None:
+    """What the trained model says of a few rows; None where that fails, as the output is delivered all the same."""
+    guard = dispensable(run.attempt, CHECK) if run.world.leads else suppress(Exception)
+    with guard:
+        return observe(run)
+    return None
+
+
+def accept(run: Run, output: Path, seen: Seen | None) -> None:
+    """Raise OutputDiffers, and put the output aside, where plain libraries load another model than the trained."""
+    if seen is None:
+        return
+    finding = None
+    with dispensable(run.attempt, CHECK):
+        finding = compare(run, lambda place: load_output(run, output, place), seen)
+    if finding is None or finding.holds:
+        return
+    aside = output.with_name("output.rejected")
+    shutil.rmtree(aside, ignore_errors=True)
+    output.rename(aside)
+    raise OutputDiffers(
+        f"the output, loaded anew, is not the model that was trained: logits differ by {finding.gap:.3g}, "
+        f"allowed: {finding.allowed:.3g}. It is kept in {aside}"
+    )
+
+
+def save_merged(run: Run, output: Path, seen: Seen | None) -> None:
+    """Write the merged model beside its adapter, where it can be made and is the trained one."""
+    unfinished = run.attempt.folder / "merged.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with dispensable(run.attempt, MERGED):
+        try:
+            write_merged(run, output, seen, unfinished)
+            unfinished.rename(output / "merged")
+        except MergeRefused as refusal:
+            run.attempt.event("merge_refused", reason=str(refusal))
+            raise
+    shutil.rmtree(unfinished, ignore_errors=True)
     if run.method.merge_report:
-        (folder / "merge_report.json").write_text(json.dumps(dict(run.method.merge_report), indent=1))
+        with dispensable(run.attempt, "merge_report.json"):
+            (output / "merge_report.json").write_text(json.dumps(dict(run.method.merge_report), indent=1))
 
 
-def merge(run: Run, adapter: Path) -> nn.Module:
+def write_merged(run: Run, output: Path, seen: Seen | None, folder: Path) -> None:
+    """Write the merged model; raises OutputDiffers where it is another model than the trained."""
+    merge(run, output).save_pretrained(folder)
+    write_ends(run, folder)
+    run.tokenizer.save_pretrained(folder)
+    # A merge that changes more than the update says how much, and has a bound of its own.
+    if seen is None or any(run.method.merge_report.values()):
+        return
+    finding = compare(run, lambda place: load_model(run, folder, place), seen)
+    if not finding.gap <= MERGED_ROUNDING * finding.allowed:
+        raise OutputDiffers(f"its logits differ from the trained model's by {finding.gap:.3g}")
+
+
+def merge(run: Run, adapter: Path) -> Any:
     """The base, loaded anew, with the exported adapter merged into it."""
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    source = {"pretrained_model_name_or_path": run.job.base.model, "revision": run.job.base.revision or "main"}
-    # A method that changes the base's config leaves it beside the adapter.
-    changed = (adapter / "config.json").exists()
-    config = {"config": AutoConfig.from_pretrained(adapter)} if changed else {}
-    base = AutoModelForCausalLM.from_pretrained(**source, **config, dtype=run.dtype)
-    return run.method.merge(PeftModel.from_pretrained(base, adapter))
+    return run.method.merge(PeftModel.from_pretrained(load_base(run, adapter, {}), adapter))
 
 
-def card(run: Run) -> str:
+def card(run: Run, output: Path) -> str:
     """The model card: base, data, method, result."""
     record: dict[str, Any] = yaml.safe_load((run.attempt.run_dir / "job.yaml").read_text())
     front = {"base_model": run.job.base.model, "library_name": "transformers"}
@@ -83,9 +181,23 @@ def card(run: Run) -> str:
         f"| steps | {run.batches.steps} of {run.job.train.batch_tokens} tokens |",
         f"| learning rate | {run.job.lr:g}, {run.job.train.schedule} |",
         *(f"| {key} | {value:.4f} |" for key, value in results(run.attempt.run_dir).items()),
+        f"| answers end at the tokens | {', '.join(map(str, run.ends))} |",
         "",
+        *ends_note(run, output),
+        *(f"**Note:** {line}\n" for line in missing(run.attempt)),
     ]
     return "\n".join(lines)
+
+
+def ends_note(run: Run, output: Path) -> list[str]:
+    """How the users of an adapter make generation stop, where its base's generation config does not do."""
+    if run.job.method.makes_model or not (output / "generation_config.json").exists():
+        return []
+    return [
+        "The base's generation config does not name all tokens that end an answer. The one beside this adapter does:",
+        "`model.generate(..., generation_config=GenerationConfig.from_pretrained(<this folder>))`.",
+        "",
+    ]
 
 
 def results(run_dir: Path) -> dict[str, float]:

@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from methods.base import Setup
 from methods.registry import create
 from trainer import apart, checkpoint, speed
 from trainer.attempt import Attempt, load_job
-from trainer.base import load_config, load_model, load_tokenizer, precision
+from trainer.base import load_config, load_model, precision
 from trainer.data.batches import Batches
 from trainer.data.cache import cache
 from trainer.data.encode import Reading
+from trainer.data.tokenizer import end_ids, load_tokenizer
 from trainer.data.tokens import Tokens, tokenise
 from trainer.evaluate import Evaluator
 from trainer.export import export
 from trainer.meter import Meter
 from trainer.objectives import sft
+from trainer.progress import shown
 from trainer.run import Run
 from trainer.schedule import learning_rate
 from trainer.world import join
@@ -38,11 +39,10 @@ def train(run_dir: Path, attempt: int) -> None:
     """
     run, first = prepare(Attempt(run_dir, attempt))
     saves = checkpoint.Checkpoints(run.attempt, run.world, run.job.checkpoint.every, run.job.checkpoint.keep)
-    evaluator = Evaluator.create(run.job, run.tokenizer, cache(), run.world)
+    evaluator = Evaluator.create(run, cache())
     fit(run, first, saves, evaluator)
     saves.wait()
     export(run)
-    dist.barrier()
 
 
 def prepare(attempt: Attempt) -> tuple[Run, int]:
@@ -50,15 +50,18 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     job = load_job(attempt.run_dir)
     job = job.at_width(getattr(load_config(job.base), "hidden_size", None))
     world = join()
-    tokenizer = load_tokenizer(job.base)
-    tokens = tokenise(job.data.train, tokenizer, Reading.of(job), cache())
+    with shown(attempt):
+        tokenizer = load_tokenizer(job.base)
+    reading = Reading.of(job, end_ids(tokenizer, job.base))
+    tokens = tokenise(job.data.train, tokenizer, reading, cache(), lambda _: attempt.alive())
     planned = Batches.of(job, tokens)
     method = create(job.method, Setup(planned.steps, job.train.seed, job.data.seq_len, tokenizer))
     dtype = precision(job, world.device)
     saved = checkpoint.open_checkpoint(attempt.run_dir, attempt.start) if attempt.start else None
     if saved:
         method.load_state(saved.method_state())
-    model = load_model(job, method, dtype, world.device)
+    with shown(attempt):
+        model = load_model(job, method, dtype, world.device)
     if saved:
         saved.load_weights(model, method)
     else:
@@ -68,7 +71,7 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     if saved:
         saved.load_optimizer(shards)
     schedule = method.schedule(lambda step: learning_rate(job, step, planned.steps))
-    run = Run(job, attempt, world, method, tokenizer, tokens, planned, shards, dtype, schedule)
+    run = Run(job, attempt, world, method, tokenizer, reading, tokens, planned, shards, dtype, schedule)
     apart.check(run)
     announce(run)
     return run, saved.step if saved else 0

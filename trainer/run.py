@@ -11,6 +11,7 @@ from methods.base import Method
 from orchestrator.job import Job
 from trainer.attempt import Attempt
 from trainer.data.batches import Batches
+from trainer.data.encode import Reading
 from trainer.data.tokens import Tokens
 from trainer.world import World
 from trainer.zero import Shards
@@ -25,6 +26,7 @@ class Run:
     world: World
     method: Method[Any]
     tokenizer: Any
+    reading: Reading
     tokens: Tokens
     batches: Batches
     shards: Shards
@@ -36,3 +38,8 @@ class Run:
         """The model under DeepSpeed's engine."""
         module: nn.Module = self.shards.engine.module
         return module
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids of the tokens that end an answer."""
+        return self.reading.ends

@@ -52,6 +52,11 @@ class Options(BaseModel):
         return 0
 
     @property
+    def positions_before(self) -> int:
+        """Number of positions, beside those of virtual tokens, behind which a document's own begin."""
+        return 0
+
+    @property
     def quantises(self) -> bool:
         """Whether it keeps the base's linear layers in 4 bits."""
         return False

@@ -30,6 +30,11 @@ class Prefix(_Virtual):
     default_lr: ClassVar[float] = 5e-3
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
 
+    @property
+    def positions_before(self) -> int:
+        """Those of the prefix, which is no input."""
+        return self.tokens
+
     def check(self, config: Mapping[str, Any], seq_len: int) -> None:
         """A document's positions begin behind the prefix, and its last token must see all of it."""
         plain_attention(config, self.kind, "prompt")

@@ -9,6 +9,7 @@ from torch import nn
 
 from methods.base import Method
 from methods.options import AdaLora, Dora, FourierFt, Ia3, LongLora, Lora, QLora, ReLora, RsLora, Vera
+from methods.parts.tied import untie
 from methods.parts.weights import shapes
 
 ADAPTER = "default"  # PEFT's name for the one adapter of a model
@@ -39,5 +40,6 @@ class PeftAdapter(Method[T]):
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The base with the update in its weights; refuses weights that are not finite."""
+        untie(model)
         merged: nn.Module = model.merge_and_unload(safe_merge=True)
         return merged

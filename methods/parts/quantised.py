@@ -59,7 +59,12 @@ def hide(model: nn.Module) -> None:
     for _, layer in layers(model):
         if "weight" in layer._parameters:
             layer.register_buffer("weight", layer._parameters.pop("weight"), persistent=False)
-        # On some CPUs an evaluation would repack the weight in bf16, and training go on with that.
+    exact(model)
+
+
+def exact(model: nn.Module) -> None:
+    """Let 4-bit layers compute in the dtype they are told: on some CPUs an evaluation repacks the weight in bf16."""
+    for _, layer in layers(model):
         layer.support_avx512bf16_for_cpu = False
 
 

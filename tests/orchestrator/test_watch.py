@@ -164,3 +164,21 @@ def test_a_run_that_never_gets_further_is_given_up(run_dir: Path, monkeypatch: p
     assert (found["state"], found["attempt"]) == ("failed", 5)
     assert found["reason"] == "5 attempts in a row without progress, the last one ended by node_lost"
     assert (found["verdict"], found["evidence"]) == ("node_lost", "attempts/5 has no verdict")
+
+
+@pytest.mark.usefixtures("head")
+def test_work_that_shows_it_is_alive_is_no_hang_until_it_stops(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLEETUNE_HANG_AFTER", "1")
+    attempt = claim(run_dir)
+    began = time.monotonic()
+
+    def evaluate() -> None:
+        while time.monotonic() - began < 2.5:
+            attempt.alive()
+            time.sleep(0.1)
+
+    threading.Thread(target=evaluate).start()
+    assert watch(attempt).until_end().kind == "hang"
+    assert time.monotonic() - began >= 3.5

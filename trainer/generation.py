@@ -1,0 +1,59 @@
+"""Which prompts are continued together, and how far: a function of the prompts and the base alone.
+
+So a prompt meets the same neighbours, and gets the same padding, on any number of workers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+PROMPTS_AT_ONCE = 32
+TOKENS_AT_ONCE = 16_384  # that the caches of a group hold at the end, unless a single prompt needs more
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts that are continued together, by their numbers, and the most tokens that each of them gets."""
+
+    prompts: tuple[int, ...]
+    new_tokens: int
+
+
+def groups(lengths: Sequence[int], new_tokens: int, positions: int | None) -> list[Group]:
+    """Prompts of these lengths in groups, from the shortest on; one that fills all positions of the base is in none.
+
+    `positions` None means that the base has no limit. All prompts of a group may get the same number of tokens: a
+    prompt that has ended is fed padding until the last one of its group has, and needs positions for that.
+    """
+    by_limit: dict[int, list[int]] = {}
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        limit = new_tokens if positions is None else min(new_tokens, positions - lengths[number])
+        if limit > 0:
+            by_limit.setdefault(limit, []).append(number)
+    return [
+        Group(tuple(part), limit) for limit, numbers in by_limit.items() for part in _parts(numbers, lengths, limit)
+    ]
+
+
+def rounds(made: Sequence[Group], workers: int) -> Iterator[list[Group]]:
+    """Groups that workers generate from at the same time, one for each; in a last round perhaps not for all.
+
+    Those of a round have one limit: at ZeRO 3 whoever is done takes part until all are, and needs positions for it.
+    """
+    by_limit: dict[int, list[Group]] = {}
+    for group in made:
+        by_limit.setdefault(group.new_tokens, []).append(group)
+    for alike in by_limit.values():
+        for start in range(0, len(alike), workers):
+            yield alike[start : start + workers]
+
+
+def _parts(numbers: Sequence[int], lengths: Sequence[int], new_tokens: int) -> Iterator[list[int]]:
+    """The numbers, whose lengths rise, in parts that are small enough once each is padded to its longest."""
+    part: list[int] = []
+    for number in numbers:
+        padded = (len(part) + 1) * (lengths[number] + new_tokens)
+        if part and (len(part) == PROMPTS_AT_ONCE or padded > TOKENS_AT_ONCE):
+            yield part
+            part = []
+        part.append(number)
+    yield part

@@ -1,0 +1,35 @@
+"""What a run that trained well could not deliver beside its weights, and why."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from trainer.attempt import Attempt, read_lines
+
+
+def missing(attempt: Attempt) -> list[str]:
+    """A line for each thing that this attempt could not deliver."""
+    events = read_lines(attempt.run_dir, attempt, "events.jsonl")
+    return [f"{event['what']} is missing: {event['why']}" for event in events if event["event"] == "missing"]
+
+
+def reason(attempt: Attempt) -> str:
+    """What is missing in one line; empty where all is there."""
+    return "; ".join(missing(attempt))
+
+
+def note(attempt: Attempt, what: str, why: str) -> None:
+    """Keep in the attempt's events that something is missing, and say it in the log."""
+    attempt.event("missing", what=what, why=why)
+    print(f"{what} is missing: {why}", flush=True)
+
+
+@contextmanager
+def dispensable(attempt: Attempt, what: str) -> Iterator[None]:
+    """Within it any error is noted, with its traceback in the log, and the run goes on without `what`."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        note(attempt, what, text[:1000])

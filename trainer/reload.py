@@ -1,0 +1,89 @@
+"""An output as its users will load it: by transformers, and by PEFT on its base."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from methods.parts import quantised
+from trainer import speed
+from trainer.base import load_config
+from trainer.run import Run
+
+SPARE = 1.2  # memory that a model takes, over that of its weights
+Place = dict[str, Any]  # keyword arguments of `from_pretrained` that say where the weights go
+
+
+def load_base(run: Run, adapter: Path, place: Place) -> Any:
+    """The base as an adapter's users load it; a method that changes the base's config leaves it in the adapter."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if run.job.base.init == "scratch":
+        raise ValueError(
+            "base.init scratch: the base's random weights are kept nowhere, so nothing can load it again"
+        )
+    source = {"pretrained_model_name_or_path": run.job.base.model, "revision": run.job.base.revision or "main"}
+    changed = (adapter / "config.json").exists()
+    config = {"config": AutoConfig.from_pretrained(adapter)} if changed else {}
+    return AutoModelForCausalLM.from_pretrained(**source, **config, dtype=run.dtype, **place)
+
+
+def load_output(run: Run, folder: Path, place: Place) -> nn.Module:
+    """What a run left: a model, or an adapter on its base, in 4 bits where it was trained on that."""
+    if run.job.method.makes_model:
+        return load_model(run, folder, place)
+    config = load_config(run.job.base)
+    config.dtype = run.dtype
+    packed = run.method.load_options(config) if run.job.method.quantises else {}
+    base = load_base(run, folder, place | packed)
+    quantised.exact(base)
+    return run.method.load(base, folder).eval()
+
+
+def load_model(run: Run, folder: Path, place: Place) -> nn.Module:
+    """A whole model."""
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=run.dtype, **place)
+    return model.eval()
+
+
+@contextmanager
+def room(run: Run) -> Iterator[Place]:
+    """Where one more copy of the model fits: this rank's device, else the host, else in parts that come from disk."""
+    size = speed.count(run.model) * run.dtype.itemsize * SPARE
+    device = run.world.device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what training has used meanwhile
+        if size < torch.cuda.mem_get_info(device)[0]:
+            yield {"device_map": {"": device}}
+            return
+    free = free_bytes()
+    if free is None or size < free:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(dir=run.attempt.folder) as disk:
+        yield {"device_map": "auto", "max_memory": {"cpu": int(free / SPARE)}, "offload_folder": disk}
+
+
+def free_bytes() -> float | None:
+    """What this process may still take of the host's memory; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":") for line in lines)}
+    return min(sizes["MemAvailable"], _free_in_group())
+
+
+def _free_in_group() -> float:
+    """What the control group of a container leaves; cached files count as taken, which errs on the safe side."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return float("inf")

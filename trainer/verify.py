@@ -1,0 +1,108 @@
+"""Whether an output, loaded as its users will load it, says what the trained model says: seen on a few rows.
+
+Shapes: T positions of a row, V tokens of the vocabulary.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer import speed
+from trainer.reload import Place, room
+from trainer.run import Run
+
+ROWS, TOKENS = 4, 64  # at most; of the training data
+LARGE = 10**9  # parameters, above which the log says that the check takes a while
+# Of logits, relative to the largest: what another order of the same sums makes of them, at the least.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+SPREADS = 4  # times the difference between two passes of the loaded model, which may be larger in a deep one
+
+
+class OutputDiffers(RuntimeError):
+    """An output is not the model that was trained."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The token ids [T] of a few rows, without virtual tokens, and the trained model's logits [T, V] after each."""
+
+    ids: list[torch.Tensor]
+    logits: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The largest difference of a loaded output's logits from the trained model's, and what rounding explains."""
+
+    gap: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether both are the same model; what is not finite is none."""
+        return self.gap <= self.allowed
+
+
+def observe(run: Run) -> Seen:
+    """What the trained model says of the first rows of its data; every rank calls it, as all hold its parts."""
+    virtual = run.job.method.virtual_tokens
+    rows = [run.tokens.example(i).ids[: virtual + TOKENS] for i in range(min(ROWS, len(run.tokens)))]
+    run.model.eval()
+    logits = [_logits(run.model, torch.as_tensor(row, dtype=torch.long, device=run.world.device)) for row in rows]
+    run.model.train()
+    return Seen([torch.as_tensor(row[virtual:], dtype=torch.long) for row in rows], [x[virtual:] for x in logits])
+
+
+def compare(run: Run, load: Callable[[Place], nn.Module], seen: Seen) -> Finding:
+    """Load a model where there is room for it, and compare it with what was seen of the trained one; rank 0 alone."""
+    if speed.count(run.model) > LARGE:
+        print("loading the output once more, to compare it with the trained model", flush=True)
+    began = time.monotonic()
+    with room(run) as place:
+        model = load(place)
+        finding = _compared(model, seen, run.dtype)
+        del model
+    if run.world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    run.attempt.event(
+        "compared", gap=finding.gap, allowed=finding.allowed, seconds=round(time.monotonic() - began, 2)
+    )
+    return finding
+
+
+def _compared(model: nn.Module, seen: Seen, dtype: torch.dtype) -> Finding:
+    """The gap to the nearer one of two passes: in the model's own dtypes, and under autocast, as it was trained.
+
+    Their distance shows how far rounding reaches. In fp32 the second pass has the row twice, so it sums in another
+    order.
+    """
+    devices = (parameter.device for parameter in model.parameters())
+    device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))  # meta: on disk
+    largest = spread = plain_gap = autocast_gap = 0.0
+    for ids, expected in zip(seen.ids, seen.logits, strict=True):
+        plain = _logits(model, ids.to(device))[-len(ids) :]
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            other = _logits(model, ids.to(device), copies=2)[-len(ids) :]
+        largest = max(largest, float(expected.abs().max()))
+        spread = _larger(spread, plain - other)
+        plain_gap = _larger(plain_gap, plain - expected)
+        autocast_gap = _larger(autocast_gap, other - expected)
+    return Finding(min(plain_gap, autocast_gap), max(ROUNDING[dtype] * largest, SPREADS * spread))
+
+
+def _logits(model: Any, ids: torch.Tensor, copies: int = 1) -> torch.Tensor:
+    """The logits of one row, fp32 on the host, from a pass over so many copies of it."""
+    with torch.no_grad():
+        out = model(input_ids=ids.expand(copies, -1), use_cache=False).logits[0]
+    logits: torch.Tensor = out.float().cpu()
+    return logits
+
+
+def _larger(so_far: float, difference: torch.Tensor) -> float:
+    """The largest absolute difference yet; infinite once one is not a number."""
+    found = float(difference.abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max())
+    return max(so_far, found)
