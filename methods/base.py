@@ -93,6 +93,8 @@ class Method(Generic[O]):
     # What the last merge found, by module: how much it changed beside the update, over the update.
     merge_report: Mapping[str, float] = MappingProxyType({})
 
+    new_tokens = range(0)  # ids that the base had no embedding for; it has one before `attach`, to be trained
+
     reduces = False  # at ZeRO 0 `gradients` finds each rank's own share, and sums over ranks what it wants
 
     def __init__(self, options: O, setup: Setup) -> None:

@@ -5,9 +5,10 @@ parts/eva.py. LoRA+ gives B a learning rate of its own (Hayou et al. 2024, arXiv
 Modules and file format are PEFT's; rsLoRA, DoRA and QLoRA differ in its config and their base.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import peft
@@ -30,6 +31,14 @@ START = "start."  # a checkpoint has these names for the weights as they are now
 class LowRank(PeftAdapter[L]):
     """The LoRA family, as PEFT has it."""
 
+    _tokens: Mapping[str, list[int]] = MappingProxyType({})  # by module: the rows of it that are trained
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Freeze the base and add adapters; of embeddings and head, the rows of new tokens are trained."""
+        if self.new_tokens:
+            self._tokens = {name: list(self.new_tokens) for name in vocabulary_modules(model)}
+        return super().attach(model)
+
     def config(self) -> dict[str, Any]:
         """What this member of the family adds to PEFT's config."""
         return {}
@@ -42,6 +51,7 @@ class LowRank(PeftAdapter[L]):
             lora_dropout=self.options.dropout,
             target_modules=targets,
             task_type="CAUSAL_LM",
+            trainable_token_indices=dict(self._tokens) or None,
             **self.config(),
         )
 
@@ -51,6 +61,13 @@ class LowRank(PeftAdapter[L]):
         fast = [f.parameter for f in fragments if any(name in f.name for name in FAST)]
         groups = [{"params": slow}, {"params": fast, "lr_ratio": self.options.lr_ratio}]
         return torch.optim.AdamW(groups, lr=lr, **adam)
+
+
+def vocabulary_modules(model: Any) -> list[str]:
+    """The names of the embedding and, where it has weights of its own, of the head."""
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    own = [inputs] if head is None or head.weight is inputs.weight else [inputs, head]
+    return [name for name, module in model.named_modules() if any(module is one for one in own)]
 
 
 class LoraTuning(LowRank[Lora]):

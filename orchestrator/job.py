@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from methods.options import Full, Method
+from methods.options import ALL, Full, Method
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -34,6 +34,9 @@ class Base(_Part):
     model: str = Field(min_length=1)
     init: Literal["pretrained", "scratch"] = "pretrained"
     revision: str | None = None
+    resize_embeddings: bool = Field(
+        False, description="give the base an embedding for every id of its tokenizer, and train those that are new"
+    )
 
 
 class Data(_Part):
@@ -178,6 +181,12 @@ class Job(_Part):
             raise ValueError(
                 "base.init scratch with a base in 4 bits: random weights are not worth quantising; "
                 "nearest: init: pretrained, or method full"
+            )
+        if self.base.resize_embeddings and not self.method.trains_new_tokens:
+            kinds = ", ".join(options.model_fields["kind"].default for options in ALL if options.trains_new_tokens)
+            raise ValueError(
+                f"base.resize_embeddings with method {self.method.kind}, which does not train new embeddings; "
+                f"allowed: one of {kinds}"
             )
         virtual = self.method.virtual_tokens
         if self.data.seq_len <= virtual:

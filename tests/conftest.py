@@ -65,7 +65,8 @@ def new_run(tmp_path: Path, tiny_base: Path, sums: Path) -> Any:
             "checkpoint": {"every": 1000},
         }
         for key, value in parts.items():
-            job[key] = {**job[key], **value} if key in job and key != "method" and isinstance(value, dict) else value
+            merges = key != "method" and isinstance(job.get(key), dict) and isinstance(value, dict)
+            job[key] = {**job[key], **value} if merges else value
         run_dir = tmp_path / name
         run_dir.mkdir()
         (run_dir / "job.yaml").write_text(yaml.safe_dump({"run_id": name, "job": job}))

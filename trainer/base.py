@@ -9,6 +9,7 @@ from torch import nn
 from methods.base import Method
 from methods.parts import quantised
 from orchestrator.job import Base, Job
+from trainer.embeddings import add_missing
 from trainer.zero import partitioned_loading
 
 _NOWHERE = "no-adapter"
@@ -98,7 +99,10 @@ def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.
             model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(job.train.seed)
         # On the device at once, as at ZeRO 3: what `attach` computes from the base is fast and the same there.
-        tuned = method.attach(model.to(device))
+        model = model.to(device)
+        if job.base.resize_embeddings:
+            method.new_tokens = add_missing(model, load_tokenizer(job.base))
+        tuned = method.attach(model)
         if in_4_bits:
             quantised.hide(tuned)
         return tuned.train().to(device)  # transformers loads for evaluation

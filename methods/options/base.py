@@ -23,6 +23,7 @@ class Options(BaseModel):
     width_exponent: ClassVar[float] = 0.0  # how the best rate falls with the hidden size
     makes_model: ClassVar[bool] = False  # the output is a whole model, not an adapter
     on_4_bits: ClassVar[bool] = False  # whether it works on a base whose linear layers are in 4 bits already
+    trains_new_tokens: ClassVar[bool] = False  # whether it trains embeddings that a base was given for new tokens
     refusals: ClassVar[Mapping[str, str]] = {}  # what it cannot do (merge, export), and why
 
     def adds(self, linears: Linears, others: Others) -> int:

@@ -34,6 +34,7 @@ class Lora(_LowRank):
 
     kind: Literal["lora"] = "lora"
     on_4_bits: ClassVar[bool] = True
+    trains_new_tokens: ClassVar[bool] = True
 
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"] = Field(
         "default", description="how A and B start: Kaiming and zero, or from the base's (eva: the data's) directions"
@@ -64,12 +65,14 @@ class RsLora(_LowRank):
 
     kind: Literal["rslora"] = "rslora"
     on_4_bits: ClassVar[bool] = True
+    trains_new_tokens: ClassVar[bool] = True
 
 
 class Dora(_LowRank):
     """LoRA on the direction of each weight column, with a trained magnitude."""
 
     kind: Literal["dora"] = "dora"
+    trains_new_tokens: ClassVar[bool] = True
 
     def targets(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:  # noqa: ARG002
         """The linear layers that get an adapter, with their (out, in)."""
@@ -85,6 +88,7 @@ class QLora(_LowRank):
 
     kind: Literal["qlora"] = "qlora"
     on_4_bits: ClassVar[bool] = True
+    trains_new_tokens: ClassVar[bool] = True
 
     quant: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type of the base")
     double_quant: bool = Field(True, description="quantise the quantisation constants too")

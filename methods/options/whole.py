@@ -16,6 +16,7 @@ class Full(Options):
     default_lr: ClassVar[float] = 2e-5
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
     makes_model: ClassVar[bool] = True
+    trains_new_tokens: ClassVar[bool] = True
 
     freeze: tuple[str, ...] = Field((), description="patterns of weights that stay as they are, like *embed_tokens*")
     lisa_layers: int | None = Field(None, ge=1, description="layers trained at a time, drawn at random; null: all")
@@ -50,6 +51,7 @@ class Galore(Targeted):
     kind: Literal["galore"] = "galore"
     default_lr: ClassVar[float] = 1e-3
     makes_model: ClassVar[bool] = True
+    trains_new_tokens: ClassVar[bool] = True
 
     variant: Literal["galore", "q-galore", "apollo"] = Field(
         "galore", description="q-galore: 4-bit projector, lazy refresh; apollo: random projection, scaled gradient"

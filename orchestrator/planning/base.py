@@ -12,7 +12,7 @@ from typing import Any
 from methods.options import ALL
 from orchestrator.errors import InputError
 from orchestrator.job import Job
-from orchestrator.planning import base_folder, quantised
+from orchestrator.planning import base_folder, quantised, vocabulary
 from orchestrator.planning.hub import fetch_config
 from orchestrator.planning.model import Model, locate
 
@@ -52,7 +52,7 @@ def find_model(job: Job) -> Model:
         problem = base_folder.lacks(model, folder)
     if problem is not None:
         raise InputError(f"base.model: {where}: {problem}")
-    return model
+    return vocabulary.resized(model) if job.base.resize_embeddings else model
 
 
 def misfits(job: Job, model: Model) -> list[str]:
@@ -83,6 +83,11 @@ def warnings(job: Job, model: Model) -> list[str]:
         found.append(f"base.model: {where}: its own code (auto_map) is not run; transformers' own {kind} is")
     if model.folder is not None and (model.folder / base_folder.ADAPTER).exists():
         found.append(f"base.model: {where}: it holds an adapter too ({base_folder.ADAPTER}), which is left out")
+    new = vocabulary.outside(model)
+    if new:
+        token, id_ = next(iter(new.items()))
+        rows = f"the base has {model.embeddings} embeddings, its tokenizer {len(new)} tokens beyond them"
+        found.append(f"base.model: {where}: {rows}, like {token!r} (id {id_}); base.resize_embeddings adds them")
     return found
 
 

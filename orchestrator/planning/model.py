@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -23,6 +23,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Bases whose shapes follow from their config: the Llama family.
 LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3"}
 TRANSPOSED = {"gpt2", "openai-gpt"}  # bases whose linear layers hold their weight as [in, out]
+# Weights with a row for each token: embeddings, though not those of positions, and the head with its bias.
+_VOCABULARY = re.compile(r"(^|\.)(?!\w*position)(\w*embed(d?ings?|_tokens|_in|_out)|wte|lm_head)\.(weight|bias)$")
 _LARGEST_HEADER = 100_000_000  # as safetensors itself limits it
 
 
@@ -33,10 +35,34 @@ class Model:
     config: dict[str, Any]
     folder: Path | None = None
     scratch: bool = False
+    rows: int | None = None  # of the embeddings, where the job has them made longer
+
+    @property
+    def embeddings(self) -> int | None:
+        """How many token ids it has an embedding for; None when its config.json does not say."""
+        text = self.config.get("text_config")
+        found = self.rows or (text if isinstance(text, dict) else self.config).get("vocab_size")
+        return found if isinstance(found, int) else None
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape: from the weights where there are some, else from the config; {} when unknown."""
+        """Parameter name -> shape, the embeddings as long as the job wants them; {} when unknown."""
+        longer = dict(self.own_shapes)
+        if self.rows is not None:
+            V = replace(self, rows=None).embeddings
+            for name, shape in self.own_shapes.items():
+                if _VOCABULARY.search(name) and shape[0] == V:
+                    longer[name] = (self.rows, *shape[1:])
+        return longer
+
+    @property
+    def added(self) -> int:
+        """How many weights the job has added to embeddings and head."""
+        return count(self.shapes) - count(self.own_shapes)
+
+    @cached_property
+    def own_shapes(self) -> dict[str, tuple[int, ...]]:
+        """As the base comes: from the weights where there are some, else from the config."""
         files = weight_files(self.folder) if self.folder and not self.scratch else []
         if files:
             return self._stored(files)

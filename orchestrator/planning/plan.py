@@ -96,7 +96,8 @@ def sizes(job: Job, model: Model) -> Sizes | None:
     if not model.shapes:
         return None
     method, shapes = job.method, (model.linears, model.others)
-    added, trained = method.adds(*shapes), method.trained(*shapes)
+    new = 0 if method.makes_model else model.added
+    added, trained = method.adds(*shapes) + new, method.trained(*shapes) + new
     # Frozen weights keep the dtype of the forward pass; those of a method that leaves a model are fp32 throughout.
     element = 2 if precision(job) == "bf16" and not method.makes_model else 4
     shared, held = model.frozen_bytes(element) if model.in_4_bits else method.frozen_bytes(*shapes, element)

@@ -1,0 +1,110 @@
+"""A tokenizer with more ids than its base has embeddings: those that lack are added, trained, exported and merged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finished_runs import curve, difference, events, interrupted, loss_gap
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orchestrator.planning.plan import plan
+from trainer.attempt import load_job
+
+NEW = ["<|im_start|>", "<|im_end|>", "<think>"]
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"kind": "full"},
+    "galore": {"kind": "galore", "rank": 4, "refresh_every": 2},
+    "lora": {"kind": "lora", "rank": 4},
+    "dora": {"kind": "dora", "rank": 4},
+    "qlora": {"kind": "qlora", "rank": 4, "init": "loftq"},
+}
+KINDS = ["full", "lora", *(pytest.param(kind, marks=pytest.mark.matrix) for kind in METHODS)]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base whose tokenizer has three tokens more than it has embeddings."""
+    from llamas import random_llama
+
+    folder = tmp_path_factory.mktemp("longer")
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent.parent.parent / "examples" / "tiny")
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    tied = {"tie_word_embeddings": request.param}
+    random_llama(vocab_size=len(tokenizer), initializer_range=0.1, **tied, **special).save_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": NEW})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows that use the new tokens, in prompts and in answers."""
+    path = tmp_path_factory.mktemp("data") / "marked.jsonl"
+    rows = [
+        {"prompt": f"{NEW[0]}{a} + {b} ={NEW[1]}", "completion": f"{NEW[2]} {a + b}"}
+        for a in range(6)
+        for b in range(6)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_embeddings_are_trained_and_delivered(
+    kind: str, base: Path, marked: Path, new_run: Any, launch: Any, cache: Path
+) -> None:
+    common: dict[str, Any] = {
+        "base": {"model": str(base), "resize_embeddings": True},
+        "method": METHODS[kind],
+        "data": {"train": str(marked), "eval": str(marked)},
+        "train": {"steps": 6, "lr": 5e-3, "eps": 1e-6},
+        "evaluation": {"max_new_tokens": 0},
+        "checkpoint": {"every": 3, "keep": 9},
+    }
+    alone = new_run("alone", **common)
+    others = [
+        new_run(f"zero {zero}", **common, sharding={"zero": zero}, output={"merge": True}) for zero in (0, 2, 3)
+    ]
+    launch(1, alone)
+    launch(2, *others)
+    for run in others:
+        assert difference(curve(run), curve(alone)) < 1e-6
+    resumed = interrupted(others[-1], "resumed", 3)
+    launch(2, resumed)
+    assert curve(resumed, 2) == curve(others[-1])[3:]
+    check_counts(others[-1])
+    rows = len(AutoTokenizer.from_pretrained(base))
+    for model in outputs(others[-1], base, rows):
+        assert model.get_input_embeddings().weight.shape[0] == rows
+        assert loss_gap(model, others[-1], cache) < 1e-5
+        tuned = embeddings(model)
+        assert (tuned[-len(NEW) :] - tuned[: -len(NEW)].mean(0)).abs().min(0).values.max() > 1e-3, "not as they began"
+
+
+def check_counts(run: Path) -> None:
+    """The plan on the laptop says what the trainer found."""
+    sizes = plan(load_job(run)).sizes
+    (said,) = (event for event in events(run) if event["event"] == "plan")
+    assert sizes is not None
+    assert (sizes.parameters, sizes.trained) == (said["parameters"], said["trained"])
+
+
+def embeddings(model: Any) -> torch.Tensor:
+    """The input embeddings that a model computes with."""
+    found: torch.Tensor = model.get_input_embeddings()(torch.arange(model.config.vocab_size)).detach()
+    return found
+
+
+def outputs(run: Path, base: Path, rows: int) -> list[Any]:
+    """The output of a run as plain PEFT and transformers load it, and the merged model."""
+    if load_job(run).method.makes_model:
+        return [AutoModelForCausalLM.from_pretrained(run / "output")]
+    longer = AutoModelForCausalLM.from_pretrained(base)
+    longer.resize_token_embeddings(rows)
+    return [
+        PeftModel.from_pretrained(longer, run / "output"),
+        AutoModelForCausalLM.from_pretrained(run / "output" / "merged"),
+    ]

@@ -1,0 +1,35 @@
+"""Embeddings for token ids that a tokenizer has and its base does not."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from methods.parts.weights import whole
+
+
+def add_missing(model: Any, tokenizer: Any) -> range:
+    """Give every id of the tokenizer an embedding, and a row of the head; the ids that were added.
+
+    A new row is the mean of the old ones, the same on every rank and in every layout. Every rank calls it.
+    """
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    old, rows = inputs.num_embeddings, 1 + max(tokenizer.get_vocab().values())
+    if rows <= old:
+        return range(0)
+    tied = head is not None and head.weight is inputs.weight
+    inputs.weight, inputs.num_embeddings = _longer(inputs.weight, rows), rows
+    if head is not None:
+        head.weight, head.out_features = inputs.weight if tied else _longer(head.weight, rows), rows
+        if getattr(head, "bias", None) is not None:
+            head.bias = _longer(head.bias, rows)
+    model.config.get_text_config().vocab_size = model.vocab_size = rows
+    return range(old, rows)
+
+
+def _longer(weight: nn.Parameter, rows: int) -> nn.Parameter:
+    """A weight [V, ...] with so many rows, those behind V being the mean of the others; whole on every rank."""
+    with torch.no_grad(), whole(weight, changed=False):
+        mean = weight.double().mean(0, keepdim=True).to(weight.dtype)
+        added = mean.expand(rows - len(weight), *mean.shape[1:])
+        return nn.Parameter(torch.cat([weight, added]), weight.requires_grad)
