@@ -1,4 +1,4 @@
-"""Loading the base: tokenizer, and model with the dtype that the method and the precision want."""
+"""Loading the base: a model with the dtype that the method and the precision want."""
 
 from functools import wraps
 from typing import Any
@@ -9,6 +9,7 @@ from torch import nn
 from methods.base import Method
 from methods.parts import quantised
 from orchestrator.job import Base, Job
+from trainer.data.tokenizer import load_tokenizer
 from trainer.embeddings import add_missing
 from trainer.zero import partitioned_loading
 
@@ -20,16 +21,6 @@ def precision(job: Job, device: torch.device) -> torch.dtype:
     if job.train.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[job.train.precision]
-
-
-def load_tokenizer(base: Base) -> Any:
-    """The base's tokenizer; its padding token is its end token where it has none of its own."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(**_source(base))
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_config(base: Base) -> Any:

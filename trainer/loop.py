@@ -17,6 +17,7 @@ from trainer.base import load_config, load_model, precision
 from trainer.data.batches import Batches
 from trainer.data.cache import cache
 from trainer.data.encode import Reading
+from trainer.data.survey import check_ids
 from trainer.data.tokenizer import end_ids, load_tokenizer
 from trainer.data.tokens import Tokens, tokenise
 from trainer.evaluate import Evaluator
@@ -62,6 +63,7 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
         method.load_state(saved.method_state())
     with shown(attempt):
         model = load_model(job, method, dtype, world.device)
+    check_ids(tokens, tokenizer, vocabulary(model), job.data.train)
     if saved:
         saved.load_weights(model, method)
     else:
@@ -75,6 +77,11 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     apart.check(run)
     announce(run)
     return run, saved.step if saved else 0
+
+
+def vocabulary(model: Any) -> int:
+    """The number of the base's embeddings."""
+    return int(model.config.get_text_config().vocab_size)
 
 
 def examples(batches: Batches, tokens: Tokens, device: torch.device) -> Iterator[torch.Tensor]:

@@ -11,6 +11,7 @@ from orchestrator.planning import base
 from orchestrator.planning.model import Model
 from orchestrator.planning.survey import Progress, Rows, look, missing, writes_date
 from orchestrator.tracking.store import check_uri
+from trainer.data.survey import unknown_id
 from trainer.data.survey import warnings as row_warnings
 
 _FEW_STEPS = 20  # below these, warm-up and schedule are a matter of chance
@@ -34,7 +35,7 @@ def check(job: Job, progress: Progress = lambda _source, _rows: None) -> Finding
     """
     model, problems = _base(job)
     found, unusable = look(job, model, progress)
-    problems = [*unusable, *problems, *_batch(job), *_tracking(job)]
+    problems = [*unusable, *_unknown_ids(model, found), *problems, *_batch(job), *_tracking(job)]
     if problems or model is None:
         raise InputError("\n".join(dict.fromkeys(problems)))
     warnings = [*_warnings(job), *base.warnings(job, model), *_about_rows(job, model, found)]
@@ -51,6 +52,13 @@ def _base(job: Job) -> tuple[Model | None, list[str]]:
         return model, base.misfits(job, model)
     except InputError as error:
         return model, [str(error)]
+
+
+def _unknown_ids(model: Model | None, found: Mapping[str, Rows | None]) -> Iterator[str]:
+    """Tokens of the rows that the base has no embedding for."""
+    for key, those in found.items():
+        if model and those and those.survey and (problem := unknown_id(those.survey, model.embeddings)):
+            yield f"data.{key}, {problem}"
 
 
 def _batch(job: Job) -> list[str]:

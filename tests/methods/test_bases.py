@@ -25,7 +25,8 @@ from methods.registry import create
 from orchestrator.job import Base, Job
 from orchestrator.planning.model import locate
 from trainer.attempt import load_job
-from trainer.base import load_model, load_tokenizer
+from trainer.base import load_model
+from trainer.data.tokenizer import load_tokenizer
 
 CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen2": (Qwen2Config, TWO_LAYERS | {"tie_word_embeddings": True}),

@@ -19,7 +19,8 @@ from orchestrator.job import Base, Job
 from orchestrator.planning.model import locate
 from orchestrator.planning.plan import sizes
 from trainer import speed
-from trainer.base import load_model, load_tokenizer
+from trainer.base import load_model
+from trainer.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 SUPPORT, README = ROOT / "methods" / "support.json", ROOT / "README.md"

@@ -17,7 +17,8 @@ from methods.parts import quantised
 from orchestrator.job import Base
 from orchestrator.planning.model import count, locate
 from trainer.attempt import load_job
-from trainer.base import load_config, load_pretrained, load_tokenizer
+from trainer.base import load_config, load_pretrained
+from trainer.data.tokenizer import load_tokenizer
 
 SHORT: dict[str, Any] = {"steps": 4, "lr": 5e-3, "eps": 1e-6}
 

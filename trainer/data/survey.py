@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from trainer.data.files import RowError
+
 if TYPE_CHECKING:
     from trainer.data.shards import Counts
     from trainer.data.tokens import Tokens
@@ -74,6 +76,27 @@ def survey(tokens: "Tokens", tokenizer: Any) -> Survey:
 def unused(counts: "Counts") -> dict[str, tuple[int, int]]:
     """The columns that are no part of the examples: rows that fill them, and the first of these rows."""
     return {kind.removeprefix(_UNUSED): seen for kind, seen in counts.noticed.items() if kind.startswith(_UNUSED)}
+
+
+def unknown_id(found: Survey, embeddings: int | None) -> str | None:
+    """What is wrong with the largest id where the base has too few embeddings for it."""
+    id_, token, row = found.largest_id
+    return _beyond(id_, token, row, embeddings) if embeddings is not None and id_ >= embeddings else None
+
+
+def check_ids(tokens: "Tokens", tokenizer: Any, embeddings: int, source: str) -> None:
+    """Raise RowError where a base has too few embeddings for the tokens of a source."""
+    id_, row = tokens.largest()
+    if id_ >= embeddings:
+        token = str(tokenizer.convert_ids_to_tokens(id_))
+        raise RowError(f"{source}, {_beyond(id_, token, row, embeddings)}")
+
+
+def _beyond(id_: int, token: str, row: int, embeddings: int) -> str:
+    return (
+        f"row {row}: the token {token!r} has the id {id_}, and the base has {embeddings} embeddings; "
+        "base.resize_embeddings: true adds what is missing, and trains it"
+    )
 
 
 def warnings(found: Survey, seq_len: int) -> Iterator[str]:

@@ -21,7 +21,7 @@ def load_tokenizer(base: Base, folder: Path | None = None) -> Any:
 
     place = folder or base.model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=base.revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=base.revision or "main", trust_remote_code=False)
     except Exception as error:  # transformers and its readers raise what they like
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TokenizerError(f"base.model: {place}: its tokenizer cannot be loaded: {reason}") from error
@@ -35,7 +35,7 @@ def end_ids(tokenizer: Any, base: Base, folder: Path | None = None) -> tuple[int
     from transformers import AutoConfig, GenerationConfig
 
     place, revision = folder or base.model, base.revision or "main"
-    configs = [AutoConfig.from_pretrained(place, revision=revision).to_dict()]
+    configs = [AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False).to_dict()]
     with suppress(OSError):  # it need not have one
         configs.append(GenerationConfig.from_pretrained(place, revision=revision).to_dict())
     return end_tokens(tokenizer, *configs)
