@@ -12,7 +12,7 @@ from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
 from orchestrator.runs import find, name_of, read_record, run_ids, runs_folder
 from orchestrator.tracking.history import mlflow_run
-from trainer.attempt import Attempt, Record, last, result, sealed_size
+from trainer.attempt import Attempt, Record, last, result, sealed_size, settle
 
 State = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
 ENDED = ("succeeded", "failed", "cancelled")
@@ -73,7 +73,7 @@ def _views(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, View]:
 
 
 def _join(run_dir: Path, record: Mapping[str, Any], view: View) -> Status:
-    ended, newest = result(run_dir), last(run_dir)
+    ended, newest = _ended(run_dir), last(run_dir)
     claimed = newest.number > 0
     verdict = newest.verdict if claimed else None
     tracked = mlflow_run(run_dir)
@@ -90,9 +90,20 @@ def _join(run_dir: Path, record: Mapping[str, Any], view: View) -> Status:
         verdict=verdict["kind"] if verdict else None,
         mlflow_run_id=tracked["mlflow_run_id"] if tracked else None,
         run_dir=str(run_dir),
-        output_dir=str(run_dir / "output") if (run_dir / "output").exists() else None,
+        output_dir=str(run_dir / "output") if state == "succeeded" or (run_dir / "output").exists() else None,
         submitted=record["submitted"],
     )
+
+
+def _ended(run_dir: Path) -> Record | None:
+    """The final word on a run. Who closed a run that succeeded may have died before it moved the output: do it then."""
+    ended = result(run_dir)
+    if ended and ended["state"] == "succeeded" and not (run_dir / "result.json").exists():
+        try:
+            return settle(run_dir)
+        except PermissionError:
+            return None  # the run of somebody else, who will do it
+    return ended
 
 
 def _going(newest: Attempt, verdict: Record | None, view: View) -> tuple[State, str | None]:

@@ -23,6 +23,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,14 +207,18 @@ def cancel_requested(run_dir: Path) -> bool:
 
 
 def settle(run_dir: Path) -> Record | None:
-    """Finish what a closing slot promised: move the output into place, write result.json. Idempotent."""
+    """Finish what a closing slot promised: move the output into place, write result.json.
+
+    Idempotent, and any number of processes may do it at once.
+    """
     slots = _slots(run_dir)
     if not slots or slots[-1].claim["kind"] != "close":
         return None
     claim = slots[-1].claim
     made = Attempt(run_dir, claim["closes"]).folder / "output"
     if made.exists() and not (run_dir / "output").exists():
-        made.rename(run_dir / "output")
+        with suppress(FileNotFoundError):  # somebody else moved it just now
+            made.rename(run_dir / "output")
     if not (run_dir / "result.json").exists():
         write_json(run_dir / "result.json", claim["result"])
     return result(run_dir)

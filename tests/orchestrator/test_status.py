@@ -77,6 +77,37 @@ def test_the_result_is_the_last_word(run: Path) -> None:
     assert found.mlflow_run_id == "abc"
 
 
+CLOSER = """
+import os, signal, sys, time
+from pathlib import Path
+from trainer.attempt import close
+
+def rename(self, target, real=Path.rename):
+    if target.name == "output":
+        print("moving", flush=True)
+        time.sleep(1) if sys.argv[2] == "late" else os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, target)
+
+Path.rename = rename
+close(Path(sys.argv[1]), {"state": "succeeded", "reason": None})
+"""
+
+
+@pytest.mark.parametrize(("closer", "code"), [("late", 0), ("killed", -9)])
+def test_a_run_has_succeeded_with_its_output_in_place(run: Path, closer: str, code: int) -> None:
+    made = claim(run).folder / "output"
+    made.mkdir()
+    (made / "weights").write_text("w")
+    command = [sys.executable, "-P", "-c", CLOSER, str(run), closer]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"moving\n"
+        ended = fleetune.wait(run.name)
+        assert (ended.state, ended.output_dir) == ("succeeded", str(run / "output"))
+        assert (run / "output" / "weights").read_text() == "w"
+    assert process.returncode == code
+    assert json.loads((run / "result.json").read_text())["state"] == "succeeded"
+
+
 def test_runs_are_found_by_id_name_and_prefix(home: Path) -> None:
     names = ("gsm-0000000001", "gsm-0000000002", "gsm-dora-0000000003")
     old, new, other = (make_run(home / "runs", run_id, None) for run_id in names)
