@@ -96,7 +96,7 @@ def _join(run_dir: Path, record: Mapping[str, Any], view: View) -> Status:
 
 
 def _ended(run_dir: Path) -> Record | None:
-    """The final word on a run. Who closed a run that succeeded may have died before it moved the output: do it then."""
+    """The final word on a run. Whoever closed it may have died before the output was in its place: move it then."""
     ended = result(run_dir)
     if ended and ended["state"] == "succeeded" and not (run_dir / "result.json").exists():
         try:

@@ -15,9 +15,10 @@ from methods.base import Setup
 from methods.registry import create
 from orchestrator.job import Job
 from trainer import apart, checkpoint, speed
-from trainer.attempt import Attempt, load_job
+from trainer.attempt import Attempt, frozen_digests, load_job
 from trainer.base import load_config, load_model, load_tokenizer, precision
 from trainer.batches import Batches
+from trainer.digests import InputChanged, changes
 from trainer.evaluate import Evaluator
 from trainer.export import export
 from trainer.meter import Meter
@@ -25,7 +26,7 @@ from trainer.objectives import sft
 from trainer.run import Run
 from trainer.schedule import learning_rate
 from trainer.tokens import Tokens, tokenise
-from trainer.world import join
+from trainer.world import World, join
 from trainer.zero import Shards
 
 Batch = dict[str, torch.Tensor]
@@ -53,8 +54,9 @@ def cache() -> Path:
 def prepare(attempt: Attempt) -> tuple[Run, int]:
     """Load data and model, shard them, and take back the start checkpoint; gives the number of steps done."""
     job = load_job(attempt.run_dir)
-    job = job.at_width(getattr(load_config(job.base), "hidden_size", None))
     world = join()
+    check_inputs(attempt, job, world)
+    job = job.at_width(getattr(load_config(job.base), "hidden_size", None))
     tokenizer = load_tokenizer(job.base)
     tokens = tokenise(job.data.train, tokenizer, job.data.seq_len, cache(), job.method.virtual_tokens)
     planned = plan_batches(job, tokens)
@@ -77,6 +79,16 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     apart.check(run)
     announce(run)
     return run, saved.step if saved else 0
+
+
+def check_inputs(attempt: Attempt, job: Job, world: World) -> None:
+    """Raise InputChanged on every worker unless data and base are still those that were submitted."""
+    found = [""]
+    if world.leads:  # large files are read once, not by each worker
+        found = ["; ".join(changes(job, frozen_digests(attempt.run_dir)))]
+    dist.broadcast_object_list(found, device=world.device)
+    if found[0]:
+        raise InputChanged(found[0])
 
 
 def plan_batches(job: Job, tokens: Tokens) -> Batches:
