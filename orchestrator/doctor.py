@@ -147,7 +147,10 @@ def _cluster() -> Iterator[Check]:
         return
     capacity = state["capacity"]
     room = f"{capacity.free} of {capacity.total} {capacity.kind} free"
-    if state["supervisor"]:
+    if state["trouble"]:
+        mend = "mend it; runs that wait go on by themselves (at once with: fleetune cluster stop, then start)"
+        yield Check("local cluster", "fail", state["trouble"], mend)
+    elif state["supervisor"]:
         yield Check("local cluster", "ok", f"runs, {room}")
     elif state["queued"] or state["controllers"]:
         yield Check("local cluster", "warn", f"stopped, {len(state['queued'])} runs wait", "fleetune cluster start")

@@ -22,7 +22,10 @@ _HEAD = 1 << 16  # bytes at the start of events.jsonl that hold the plan
 
 @dataclass(frozen=True)
 class Status:
-    """One run. `step` is the last one of the newest attempt; `steps` is None until it is known."""
+    """One run. `step` is the last one of the newest attempt; `steps` is None until it is known.
+
+    `stuck`: its cluster tries again and again, but somebody has to mend what `reason` says.
+    """
 
     run_id: str
     name: str
@@ -37,6 +40,7 @@ class Status:
     run_dir: str
     output_dir: str | None
     submitted: float
+    stuck: bool = False
 
     def dump(self) -> dict[str, Any]:
         """As plain data."""
@@ -92,6 +96,7 @@ def _join(run_dir: Path, record: Mapping[str, Any], view: View) -> Status:
         run_dir=str(run_dir),
         output_dir=str(run_dir / "output") if state == "succeeded" or (run_dir / "output").exists() else None,
         submitted=record["submitted"],
+        stuck=ended is None and view.stuck,
     )
 
 
