@@ -82,7 +82,7 @@ def _bar() -> Iterator[Show]:
 
 @dataclass
 class _Lines:
-    """A line where the state or its reason changes, and now and then one about the step; with `quiet` the log alone."""
+    """A line where state or reason changes, and now and then one about the step; with `quiet` the log alone."""
 
     quiet: bool
     _last: tuple[str, str | None, int] = ("", None, 0)
