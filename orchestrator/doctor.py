@@ -16,8 +16,10 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from clusters.local import Local
-from orchestrator.runs import home
+from orchestrator.runs import home, run_ids, runs_folder
+from orchestrator.tracking.delivery import undelivered
 from orchestrator.tracking.store import resolve
+from orchestrator.tracking.trouble import held_up
 
 Level = Literal["ok", "warn", "fail"]
 _TRAIN = ("torch", "deepspeed", "transformers", "peft", "ray", "mlflow", "datasets", "safetensors")
@@ -54,6 +56,7 @@ def doctor() -> list[Check]:
         _build_lock,
         _cluster,
         _mlflow,
+        _deliveries,
     )
     return [check for look in looks for check in look()]
 
@@ -170,6 +173,29 @@ def _mlflow() -> Iterator[Check]:
         yield Check("mlflow", "ok", f"{uri} answers")
     except OSError as error:
         yield Check("mlflow", "warn", f"{uri}: {error}", "training goes on without it, and delivers later")
+
+
+def _deliveries() -> Iterator[Check]:
+    """What MLflow has not got of runs that go on or are closed."""
+    closed = list(undelivered())
+    held = {path: trouble for path in _run_folders() if (trouble := held_up(path))}
+    for trouble in dict.fromkeys(held.values()):
+        names = [path.name for path, its in held.items() if its == trouble]
+        mend = f"{trouble.mend}; then: fleetune compare" if trouble.lasting else "it is delivered when MLflow answers"
+        yield Check("deliveries", "fail" if trouble.lasting else "warn", f"{_few(names)}: {trouble.reason}", mend)
+    if others := [path.name for path in closed if path not in held]:
+        yield Check("deliveries", "warn", f"{_few(others)}: not all in MLflow yet", "fleetune compare")
+    if not held and not others:
+        yield Check("deliveries", "ok", "MLflow has all of the runs that have ended")
+
+
+def _run_folders() -> Iterator[Path]:
+    return (runs_folder() / run_id for run_id in run_ids())
+
+
+def _few(names: list[str]) -> str:
+    """Run ids as a short text."""
+    return f"{names[-1]} and {len(names) - 1} others" if len(names) > 1 else names[0]
 
 
 def _nearest(folder: Path) -> Path:

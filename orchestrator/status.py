@@ -12,6 +12,7 @@ from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
 from orchestrator.runs import find, name_of, read_record, run_ids, runs_folder
 from orchestrator.tracking.history import mlflow_run
+from orchestrator.tracking.trouble import held_up
 from trainer.attempt import Attempt, Record, last, result, sealed_size, settle
 
 State = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
@@ -25,6 +26,7 @@ class Status:
     """One run. `step` is the last one of the newest attempt; `steps` is None until it is known.
 
     `stuck`: its cluster tries again and again, but somebody has to mend what `reason` says.
+    `tracking`: why MLflow has not got all that it could have, and how to mend it.
     """
 
     run_id: str
@@ -41,6 +43,7 @@ class Status:
     output_dir: str | None
     submitted: float
     stuck: bool = False
+    tracking: str | None = None
 
     def dump(self) -> dict[str, Any]:
         """As plain data."""
@@ -97,6 +100,7 @@ def _join(run_dir: Path, record: Mapping[str, Any], view: View) -> Status:
         output_dir=str(run_dir / "output") if state == "succeeded" or (run_dir / "output").exists() else None,
         submitted=record["submitted"],
         stuck=ended is None and view.stuck,
+        tracking=str(trouble) if (trouble := held_up(run_dir)) else None,
     )
 
 
