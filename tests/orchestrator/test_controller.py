@@ -32,6 +32,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
         patch.setenv("FLEETUNE_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("FLEETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(traps))
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("x" * 120)))  # too long for the paths of sockets
         os.sched_setaffinity(0, set(sorted(before)[:2]))
         os.chdir(traps)
