@@ -1,7 +1,7 @@
 """Where Fleetune starts: it sees to it that Fleetune's folders, which are common words, are found before a user's.
 
 The current folder and PYTHONPATH come before installed packages on sys.path, so a user's `trainer.py` there would be
-imported instead of ours. This module has a name that is nobody else's, and imports nothing of ours before it mends that.
+imported instead of ours. This module's name is nobody else's, and it mends that before it imports anything of ours.
 """
 
 import os
