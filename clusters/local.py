@@ -77,6 +77,9 @@ class Local:
         """Queue a run, and see to it that the supervisor runs."""
         self._check_installed()
         carried = {key: value for key, value in os.environ.items() if key.startswith(CARRIED)}
+        carried["FLEETUNE_HOME"] = str(self.home)  # as an absolute path: the controller runs in another folder
+        if "FLEETUNE_CACHE" in carried:
+            carried["FLEETUNE_CACHE"] = str(Path(carried["FLEETUNE_CACHE"]).expanduser().absolute())
         self.queue.add(Entry(request.run_id, str(request.run_dir), request.workers, time.time(), carried))
         self.start()
 

@@ -16,10 +16,11 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from clusters.local import Local
-from orchestrator.runs import home, run_ids, runs_folder
+from orchestrator.runs import run_ids, runs_folder
 from orchestrator.tracking.delivery import undelivered
 from orchestrator.tracking.store import resolve
 from orchestrator.tracking.trouble import held_up
+from trainer.folders import cache_folder, home, library_folders, nearest, writable
 
 Level = Literal["ok", "warn", "fail"]
 _TRAIN = ("torch", "deepspeed", "transformers", "peft", "ray", "mlflow", "datasets", "safetensors")
@@ -50,6 +51,7 @@ def doctor() -> list[Check]:
         _packages,
         _devices,
         _home,
+        _caches,
         _disk,
         _memory,
         _files,
@@ -105,13 +107,38 @@ def _devices() -> Iterator[Check]:
 
 
 def _home() -> Iterator[Check]:
-    folder = _nearest(home())
-    level: Level = "ok" if os.access(folder, os.W_OK | os.X_OK) else "fail"
+    level: Level = "ok" if writable(home()) else "fail"
     yield Check("home", level, str(home()), "set FLEETUNE_HOME to a folder that you can write")
 
 
+def _caches() -> Iterator[Check]:
+    """Tokenised data, and what libraries build and download."""
+    folder = cache_folder()
+    level: Level = "ok" if writable(folder) else "fail"
+    name = "FLEETUNE_CACHE" if os.environ.get("FLEETUNE_CACHE") else "FLEETUNE_HOME"
+    yield Check("token cache", level, str(folder), f"set {name} to a folder that you can write")
+    for library in (_extensions(), _hub()):
+        if not writable(library):
+            mend = "set TORCH_EXTENSIONS_DIR, HF_HOME or XDG_CACHE_HOME to a folder that you can write"
+            yield Check("library cache", "warn", f"{library} cannot be written", mend)
+
+
+def _extensions() -> Path:
+    """Where torch builds extensions in workers."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _library_cache() / "torch_extensions")
+
+
+def _hub() -> Path:
+    """Where workers keep what they download from the hub."""
+    return Path((os.environ | library_folders()).get("HF_HOME") or _library_cache() / "huggingface")
+
+
+def _library_cache() -> Path:
+    return Path((os.environ | library_folders()).get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
 def _disk() -> Iterator[Check]:
-    free = shutil.disk_usage(_nearest(home())).free
+    free = shutil.disk_usage(nearest(home())).free
     level: Level = "ok" if free > 20 * _GIB else "warn" if free > 2 * _GIB else "fail"
     yield Check("disk", level, f"{free / _GIB:.1f} GiB free", "free some space, or set FLEETUNE_HOME to another disk")
 
@@ -133,7 +160,7 @@ def _files() -> Iterator[Check]:
 
 def _build_lock() -> Iterator[Check]:
     """A build of an extension that was killed leaves a lock on which every later one waits for ever."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    root = _extensions()
     now = time.time()
     stale = [path for path in root.glob("**/lock") if now - path.stat().st_mtime > _STALE]
     if stale:
@@ -196,8 +223,3 @@ def _run_folders() -> Iterator[Path]:
 def _few(names: list[str]) -> str:
     """Run ids as a short text."""
     return f"{names[-1]} and {len(names) - 1} others" if len(names) > 1 else names[0]
-
-
-def _nearest(folder: Path) -> Path:
-    """The folder, or the first of its parents that exists."""
-    return next(path for path in (folder, *folder.parents) if path.exists())

@@ -1,6 +1,5 @@
 """The training loop of one worker."""
 
-import os
 import queue
 import threading
 import time
@@ -21,6 +20,7 @@ from trainer.batches import Batches
 from trainer.digests import InputChanged, changes
 from trainer.evaluate import Evaluator
 from trainer.export import export
+from trainer.folders import cache
 from trainer.meter import Meter
 from trainer.objectives import sft
 from trainer.run import Run
@@ -44,11 +44,6 @@ def train(run_dir: Path, attempt: int) -> None:
     saves.wait()
     export(run)
     dist.barrier()
-
-
-def cache() -> Path:
-    """Where tokenised data is kept: FLEETUNE_CACHE, or ~/.cache/fleetune."""
-    return Path(os.environ.get("FLEETUNE_CACHE", "~/.cache/fleetune")).expanduser()
 
 
 def prepare(attempt: Attempt) -> tuple[Run, int]:

@@ -18,11 +18,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator.errors import InputError
-from orchestrator.runs import home, read_record
+from orchestrator.runs import read_record
 from orchestrator.tracking.environment import environment
 from orchestrator.tracking.history import planned
 from orchestrator.tracking.trouble import Refused
 from trainer.attempt import Attempt, Record, attempts, load_job, read_json, write_json
+from trainer.folders import home
 
 RUN_ID = "fleetune.run_id"
 SERVERS = ("http", "https", "databricks", "postgresql", "mysql", "mssql")

@@ -23,14 +23,15 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="th
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
-    """A local cluster with room for two workers; its processes are started in a folder full of traps."""
+    """A local cluster with room for two workers, in an environment full of traps."""
     folder, before = Path.cwd(), os.sched_getaffinity(0)
     traps = tmp_path_factory.mktemp("traps")
     for name in ("trainer", "orchestrator", "methods", "clusters", "torch"):
         (traps / f"{name}.py").write_text("raise SystemExit('a file of the user shadows ours')")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLEETUNE_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.setenv("FLEETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("FLEETUNE_CACHE", raising=False)
+        patch.setenv("HOME", str(traps / "trainer.py" / "home"))  # below a file: nobody can make it
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", str(traps))
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("x" * 120)))  # too long for the paths of sockets
@@ -172,6 +173,7 @@ def test_a_bug_is_final_and_a_cancelled_run_is_closed(cluster: Local, start: Cal
         resume(buggy.name)
     bad.write_text(sums.read_text())
     resume(buggy.name)
+    assert list((cluster.home / "cache").glob("*/manifest.json"))
     assert (ended(buggy)["state"], last(buggy).number) == ("succeeded", 4)  # slot 2 closed it, slot 3 reopened it
 
 
