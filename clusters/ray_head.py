@@ -6,6 +6,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -80,12 +81,19 @@ class Head:
         return self.folder / "ray.log"
 
     @property
-    def temporary(self) -> Path | None:
-        """The folder of the head that was started last: a name that nobody can guess and take; None before it."""
+    def place(self) -> Path | None:
+        """A folder of ours alone with a short path, under a name that nobody can guess and take; None before it."""
         try:
-            return Path((self.folder / "ray.folder").read_text())
+            folder = Path((self.folder / "ray.folder").read_text())
+            found = folder.lstat()
         except FileNotFoundError:
             return None
+        return folder if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() else None
+
+    @property
+    def temporary(self) -> Path | None:
+        """The folder that Ray keeps all of its own in."""
+        return self.place and self.place / "ray"
 
     def address(self) -> str | None:
         """Where the head says that it is; None while it has not said so."""
@@ -127,9 +135,8 @@ class Head:
     def end(self) -> None:
         """Kill the head and all of its processes."""
         process.end(self.lock)
-        folder = self.temporary
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        if self.place:
+            shutil.rmtree(self.place, ignore_errors=True)
 
     def environment(self) -> dict[str, str]:
         """What Ray's processes and those that connect to the head need."""
@@ -144,18 +151,28 @@ class Head:
         }
 
     def _start(self) -> None:
-        self.end()
+        process.end(self.lock)
         self._patience.began()
         self._answered = time.monotonic()
         self._log_offset = self.log.stat().st_size if self.log.exists() else 0
         try:
-            temporary = _short_folder()
-            _write(self.folder / "ray.folder", str(temporary))
+            temporary = self._empty()
             process.spawn(self.lock, self._command(temporary), os.environ | self.environment(), self.log)
         except OSError as error:
             self._failed(str(error))
         else:
             self._starts = True
+
+    def _empty(self) -> Path:
+        """An empty folder for Ray; raises OSError where there is no place for one."""
+        if self.place is None:
+            free = [place for place in _SHORT if os.access(place, os.W_OK | os.X_OK)]
+            _write(self.folder / "ray.folder", tempfile.mkdtemp(prefix="fleetune-", dir=free[0] if free else None))
+        temporary = self.temporary
+        assert temporary
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(mode=0o700)
+        return temporary
 
     def _failed(self, reason: str) -> None:
         """Note a start that came to nothing."""
@@ -181,11 +198,11 @@ class Head:
 
     def _short_tmpdir(self) -> dict[str, str]:
         """TMPDIR by a short name where its own is too long for the path of a socket in it."""
-        named, folder = os.environ.get("TMPDIR", ""), self.temporary
-        if len(os.fsencode(named)) <= _LONGEST_TMPDIR or folder is None:
+        named, place = os.environ.get("TMPDIR", ""), self.place
+        if len(os.fsencode(named)) <= _LONGEST_TMPDIR or place is None:
             return {}
-        link = folder / "tmp"
-        if folder.exists() and not link.is_symlink():
+        link = place / "tmp"
+        if not link.is_symlink():
             link.symlink_to(named)
         return {"TMPDIR": str(link)}
 
@@ -218,12 +235,6 @@ class Head:
             temporary.write_text(secrets.token_hex(32))
             temporary.replace(path)
         return path
-
-
-def _short_folder() -> Path:
-    """A new folder of ours alone with a short path; raises OSError where there is no place for one."""
-    places = [place for place in _SHORT if os.access(place, os.W_OK | os.X_OK)]
-    return Path(tempfile.mkdtemp(prefix="fleetune-", dir=places[0] if places else None))
 
 
 def _write(path: Path, text: str) -> None:

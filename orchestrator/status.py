@@ -121,7 +121,7 @@ def _going(newest: Attempt, verdict: Record | None, view: View) -> tuple[State, 
         return "unknown", view.reason or "the run has ended, and its result is not there yet"
     if newest.number == 0:
         return ("queued" if view.state == "queued" else "starting"), view.reason
-    if verdict or view.state != "running":
+    if (verdict and verdict["kind"] != "success") or view.state != "running":
         return "preempted", view.reason or (verdict or {}).get("reason")
     return ("running" if (newest.folder / "metrics.jsonl").exists() else "starting"), view.reason
 

@@ -238,17 +238,23 @@ def test_the_heads_folder_is_short_and_nobodys_else(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Head, "_command", lambda *_: ["true"])
     head = Head(tmp_path)
     head.keep()
-    folder = head.temporary
-    assert folder and folder.stat().st_mode & 0o077 == 0
-    assert len(str(folder)) < 40
+    place = head.place
+    assert place and place.stat().st_mode & 0o077 == 0
+    assert len(str(head.temporary)) < 40
     short = Path(head.environment()["TMPDIR"])
     assert len(str(short)) < 60
     (short / "file").touch()
     assert (named / "file").exists()
+    until(lambda: head.keep() or head.failure(), 5)
+    assert head.place == place  # controllers of this cluster use it, too
     head.end()
-    assert not folder.exists() and (named / "file").exists()
-    until(lambda: head.keep() or head.temporary != folder)  # where the old one was may be a stranger's now
+    assert not place.exists() and (named / "file").exists()
+    place.symlink_to(named)  # what a stranger does to a name that is free again
+    until(lambda: head.keep() or head.place)
+    assert head.place != place
     head.end()
+    assert place.is_symlink() and (named / "file").exists()
+    place.unlink()
 
 
 def test_a_client_that_is_killed_anywhere_and_repeats_submits_once(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from jobs import make_job
 from run_folders import claim, make_run, plan, step_row, steps
 
 import fleetune
+from clusters.base import Status as View
 from clusters.local import Local
 from fleetune import InputError
-from orchestrator import progress, runs
+from orchestrator import progress, runs, status
 from orchestrator.logs import LogReader
 from trainer.attempt import Attempt, claim_next, close, request_cancel
 
@@ -75,6 +76,13 @@ def test_the_result_is_the_last_word(run: Path) -> None:
     found = fleetune.status(run.name)
     assert (found.state, found.reason, found.verdict) == ("failed", "rank 0: ValueError", "user_error")
     assert found.mlflow_run_id == "abc"
+
+
+def test_a_run_that_is_about_to_succeed_is_not_preempted(run: Path) -> None:
+    attempt = claim(run)
+    steps(attempt, 1, 9)
+    assert status._going(attempt, {"kind": "success", "reason": ""}, View("running")) == ("running", "")
+    assert status._going(attempt, {"kind": "node_lost", "reason": "gone"}, View("running")) == ("preempted", "gone")
 
 
 CLOSER = """
