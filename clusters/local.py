@@ -33,7 +33,12 @@ class Local:
     @staticmethod
     def here() -> "Local":
         """The one of FLEETUNE_HOME, by default ~/.fleetune."""
-        return Local(Path(os.environ.get("FLEETUNE_HOME") or "~/.fleetune").expanduser().absolute())
+        try:
+            return Local(Path(os.environ.get("FLEETUNE_HOME") or "~/.fleetune").expanduser().absolute())
+        except RuntimeError:  # of pathlib, about a user whom the system does not know
+            raise Unreachable(
+                "cluster local: this user has no home; set FLEETUNE_HOME to a folder for runs"
+            ) from None
 
     @property
     def folder(self) -> Path:

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from clusters.local import Local
 from orchestrator.runs import run_ids, runs_folder
 from orchestrator.tracking.delivery import undelivered
-from orchestrator.tracking.store import resolve
-from orchestrator.tracking.trouble import held_up
+from orchestrator.tracking.store import resolve, sqlite_file
+from orchestrator.tracking.trouble import held_up, without_password
 from trainer.folders import cache_folder, home, library_folders, nearest, writable
 
 Level = Literal["ok", "warn", "fail"]
@@ -192,14 +192,17 @@ def _mlflow() -> Iterator[Check]:
     uri = resolve(os.environ.get("MLFLOW_TRACKING_URI"))
     address = urlsplit(uri)
     if address.scheme not in ("http", "https"):
-        yield Check("mlflow", "ok", uri)
+        file = sqlite_file(uri)
+        takes = file is None or (writable(file.parent) and (not file.exists() or os.access(file, os.W_OK)))
+        yield Check("mlflow", "ok" if takes else "fail", without_password(uri, uri), "make the database writable")
         return
     try:
         port = address.port or {"http": 80, "https": 443}[address.scheme]
         socket.create_connection((address.hostname or "", port), timeout=3).close()
-        yield Check("mlflow", "ok", f"{uri} answers")
+        yield Check("mlflow", "ok", f"{without_password(uri, uri)} answers")
     except OSError as error:
-        yield Check("mlflow", "warn", f"{uri}: {error}", "training goes on without it, and delivers later")
+        found = f"{without_password(uri, uri)}: {error}"
+        yield Check("mlflow", "warn", found, "training goes on without it, and delivers later")
 
 
 def _deliveries() -> Iterator[Check]:

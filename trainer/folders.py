@@ -5,8 +5,13 @@ from pathlib import Path
 
 
 def home() -> Path:
-    """FLEETUNE_HOME, or ~/.fleetune."""
-    return Path(os.environ.get("FLEETUNE_HOME") or Path.home() / ".fleetune").expanduser().absolute()
+    """FLEETUNE_HOME, or ~/.fleetune; raises OSError where there is neither."""
+    try:
+        return Path(os.environ.get("FLEETUNE_HOME") or Path.home() / ".fleetune").expanduser().absolute()
+    except RuntimeError:  # of pathlib, about a user whom the system does not know
+        raise OSError(
+            "FLEETUNE_HOME: not set, and this user has no home; set it to a folder to keep runs in"
+        ) from None
 
 
 def cache_folder() -> Path:

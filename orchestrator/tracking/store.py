@@ -223,7 +223,11 @@ def _job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _machine_tags() -> dict[str, str]:
-    return {"mlflow.user": getpass.getuser(), **{f"fleetune.env.{key}": text for key, text in environment().items()}}
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # in a container the number of a user may have no name
+        user = str(os.getuid())
+    return {"mlflow.user": user, **{f"fleetune.env.{key}": text for key, text in environment().items()}}
 
 
 def _datasets(record: Mapping[str, Any]) -> list[Any]:

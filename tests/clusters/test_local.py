@@ -14,7 +14,7 @@ import pytest
 
 from clusters import local as local_module
 from clusters import process, ray_head, supervisor
-from clusters.base import Refused
+from clusters.base import Refused, Unreachable
 from clusters.entry import Entry, Queue
 from clusters.local import Local
 from clusters.ray_head import Head, Patience
@@ -94,6 +94,14 @@ def test_what_never_fits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(Refused, match=r"resources\.gpus_per_node: found 4; this machine has no GPU"):
         Local(tmp_path).request(job(gpus_per_node=4), "a-1")
     assert Local(tmp_path).request(job(workers_per_node=4), "a-1").workers == 4
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLEETUNE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(Unreachable, match="this user has no home; set FLEETUNE_HOME"):
+        Local.here()
 
 
 def test_a_repeated_submission_keeps_its_turn(tmp_path: Path) -> None:

@@ -60,6 +60,18 @@ def test_a_tracking_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch)
     assert (check.level, check.found.split(":")[0]) == ("warn", "http")
 
 
+def test_a_database_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////dev/null/mlflow.db")
+    (check,) = doctor._mlflow()
+    assert (check.level, check.mend) == ("fail", "make the database writable")
+
+
+def test_a_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:secret@127.0.0.1:1")
+    (check,) = doctor._mlflow()
+    assert check.found.startswith("http://ada:***@127.0.0.1:1: ")
+
+
 def test_a_python_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
     (check,) = doctor._devices()

@@ -25,6 +25,14 @@ def test_the_cache_is_below_fleetunes_home(file: Path, monkeypatch: pytest.Monke
     assert folders.cache() == file.parent / "mine"
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLEETUNE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(OSError, match="FLEETUNE_HOME: not set, and this user has no home"):
+        folders.home()
+
+
 @pytest.mark.parametrize("name", ["FLEETUNE_CACHE", "FLEETUNE_HOME"])
 def test_a_cache_that_cannot_be_is_named(file: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, str(file / "cache"))

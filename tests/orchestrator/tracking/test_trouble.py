@@ -1,5 +1,6 @@
 """What an MLflow refuses is told, with how to mend it, and delivered once when it has been mended."""
 
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -179,6 +180,13 @@ def test_a_database_of_something_else(home: Path, tmp_path: Path, spoil: Callabl
     run_dir, _ = begun(home, "spoiled", f"sqlite:///{tmp_path}/other.db", delivered=0)
     Delivery(run_dir, 1).pump()
     told(run_dir, word)
+
+
+def test_a_user_whose_number_has_no_name_is_tracked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    assert store._machine_tags()["mlflow.user"] == str(os.getuid())
 
 
 def test_what_passes_by_itself(home: Path, server: Server) -> None:
