@@ -6,11 +6,13 @@
     print(fleetune.wait(run.run_id).state)
 
 What the user got wrong raises InputError, a cluster that cannot be reached Unreachable. Nothing is imported before it
-is needed.
+is needed. Modules of yours that are called like Fleetune's folders (`trainer`, say) are not taken for them.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from fleetune_start import first
 
 if TYPE_CHECKING:
     from clusters.base import Unreachable as Unreachable
@@ -53,6 +55,8 @@ _MODULES = {
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_WHERE)
+
+first()
 
 
 def __getattr__(name: str) -> Any:

@@ -39,10 +39,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Status:
-    """How the cluster sees a run: facts about processes alone; how a run ended is told by its folder."""
+    """How the cluster sees a run: facts about processes alone; how a run ended is told by its folder.
+
+    `stuck`: the cluster tries again and again, but somebody has to mend what `reason` says.
+    """
 
     state: State
     reason: str = ""
+    stuck: bool = False
 
 
 @dataclass(frozen=True)

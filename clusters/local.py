@@ -21,6 +21,8 @@ from clusters.machine import room
 from clusters.ray_head import Head
 from orchestrator.job import Job
 
+_HOPELESS = 3  # starts of Ray that failed in a row: more are tried, but somebody should look
+
 
 @dataclass(frozen=True)
 class Local:
@@ -31,7 +33,12 @@ class Local:
     @staticmethod
     def here() -> "Local":
         """The one of FLEETUNE_HOME, by default ~/.fleetune."""
-        return Local(Path(os.environ.get("FLEETUNE_HOME") or "~/.fleetune").expanduser().absolute())
+        try:
+            return Local(Path(os.environ.get("FLEETUNE_HOME") or "~/.fleetune").expanduser().absolute())
+        except RuntimeError:  # of pathlib, about a user whom the system does not know
+            raise Unreachable(
+                "cluster local: this user has no home; set FLEETUNE_HOME to a folder for runs"
+            ) from None
 
     @property
     def folder(self) -> Path:
@@ -75,14 +82,17 @@ class Local:
         """Queue a run, and see to it that the supervisor runs."""
         self._check_installed()
         carried = {key: value for key, value in os.environ.items() if key.startswith(CARRIED)}
+        carried["FLEETUNE_HOME"] = str(self.home)  # as an absolute path: the controller runs in another folder
+        if "FLEETUNE_CACHE" in carried:
+            carried["FLEETUNE_CACHE"] = str(Path(carried["FLEETUNE_CACHE"]).expanduser().absolute())
         self.queue.add(Entry(request.run_id, str(request.run_dir), request.workers, time.time(), carried))
         self.start()
 
     def status(self, run_ids: Iterable[str]) -> dict[str, Status]:
         """The state of each run, as files and locks tell it."""
         entries = {entry.run_id: entry for entry in self.queue.list()}
-        wait = self._wait()
-        return {run_id: self._status(run_id, entries.get(run_id), wait) for run_id in run_ids}
+        trouble, wait = self._trouble(), self._wait()
+        return {run_id: self._status(run_id, entries.get(run_id), trouble, wait) for run_id in run_ids}
 
     def logs(self, run_id: str, offset: int = 0) -> Logs:
         """What the run's controllers printed before they had an attempt to write to."""
@@ -129,10 +139,12 @@ class Local:
         with process.held(self.supervisor_lock):  # nobody starts another one meanwhile
             for entry in self.queue.list():
                 process.end(self.controller_lock(entry.run_id))
-            Head(self.folder).end()
+            head = Head(self.folder)
+            head.end()
+            head.forget()
 
     def state(self) -> dict[str, Any]:
-        """What runs: process ids of supervisor, head and controllers, the head's address, capacity."""
+        """What runs: process ids of supervisor, head and controllers, the head's address, trouble, capacity."""
         head = Head(self.folder)
         entries = self.queue.list()
         controllers = {entry.run_id: process.owner(self.controller_lock(entry.run_id)) for entry in entries}
@@ -141,12 +153,13 @@ class Local:
             "supervisor": process.owner(self.supervisor_lock),
             "head": alive,
             "address": head.address() if alive else None,
+            "trouble": self._trouble(),
             "controllers": {run_id: pid for run_id, pid in controllers.items() if pid},
             "queued": [entry.run_id for entry in entries if not self.controller_lock(entry.run_id).exists()],
             "capacity": self.capacity(),
         }
 
-    def _status(self, run_id: str, entry: Entry | None, wait: str) -> Status:
+    def _status(self, run_id: str, entry: Entry | None, trouble: str | None, wait: str) -> Status:
         if (self.home / "runs" / run_id / "result.json").exists():
             return Status("ended")
         if entry is None:
@@ -154,8 +167,18 @@ class Local:
         lock = self.controller_lock(run_id)
         if process.owner(lock):
             return Status("running")
+        if trouble:
+            return Status("queued", trouble, stuck=True)
         restarts = lock.exists() and process.owner(self.supervisor_lock)
         return Status("starting") if restarts else Status("queued", f"needs {needs(entry.workers)}, {wait}")
+
+    def _trouble(self) -> str | None:
+        """Why no run can start until somebody mends it; None while there is hope."""
+        head = Head(self.folder)
+        failure = head.failure()
+        if failure is None or failure.starts < _HOPELESS or process.owner(self.supervisor_lock) is None:
+            return None
+        return f"Ray did not start, {failure.starts} times in a row: {failure.reason} (see {head.log})"
 
     def _wait(self) -> str:
         """What keeps a queued run waiting."""

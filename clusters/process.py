@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from fleetune_start import unshadowed
+
 _LOCK = "FLEETUNE_LOCK_DESCRIPTOR"
 _KILL_S = 10.0  # a process that is stuck in a driver does not die; nobody waits for it for ever
 _PATIENCE_S = 0.3  # others probe the lock, or start the process, for milliseconds
@@ -29,7 +31,7 @@ def spawn(lock: Path, command: Sequence[str], environment: Mapping[str, str], lo
         with log.open("ab") as output:
             subprocess.Popen(
                 command,
-                env={**environment, _LOCK: str(descriptor)},
+                env={**unshadowed(environment), _LOCK: str(descriptor)},
                 cwd="/",  # never a folder of the user: Ray puts it on the workers' sys.path
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -1,13 +1,17 @@
 """The Ray head of the local cluster: its own temporary folder, ports and token, on loopback alone."""
 
-import hashlib
+import json
 import os
+import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
+import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from clusters import process
@@ -15,6 +19,10 @@ from clusters.machine import cores, gpus
 
 START_S = 180.0  # after this long without an answer a head is taken for dead
 _OBJECT_STORE = 128 << 20  # bytes; nothing large goes through it
+_SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where a path leaves room for the names of Ray's sockets
+# The path of a socket may have 107 bytes (103 on macOS), and multiprocessing adds some 35 to TMPDIR.
+_LONGEST_TMPDIR = 60
+_TELLING = re.compile(r"\w(Error|Exception)\b|Check failed|[Cc]annot|[Ff]ailed|No space")
 
 
 @dataclass
@@ -30,6 +38,10 @@ class Patience:
         """Note a start."""
         self._began = time.monotonic()
 
+    def succeeded(self) -> None:
+        """Note that it does its work: its death is to be a first one."""
+        self._began, self._deaths = None, 0
+
     def ready(self) -> bool:
         """Asked while it is dead: whether to start it now."""
         if self._began is not None:
@@ -40,13 +52,23 @@ class Patience:
         return time.monotonic() >= self._next
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Starts in a row that came to nothing, and the last words of the latest."""
+
+    starts: int
+    reason: str
+
+
 @dataclass
 class Head:
     """One Ray head per state folder. `keep` is called again and again."""
 
     folder: Path
-    _patience: Patience = field(default_factory=Patience)
+    _patience: Patience = field(default_factory=lambda: Patience(START_S))
     _answered: float = field(default_factory=time.monotonic)
+    _starts: bool = False  # one was started that has not answered yet
+    _log_offset: int = 0  # where the words of that one begin
 
     @property
     def lock(self) -> Path:
@@ -54,36 +76,67 @@ class Head:
         return self.folder / "ray.lock"
 
     @property
-    def temporary(self) -> Path:
-        """Ray's folder: short, as the paths of its sockets may have 107 bytes."""
-        name = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:10]
-        return Path("/tmp") / f"fleetune-{os.getuid()}-{name}"
+    def log(self) -> Path:
+        """What the heads say, one after the other."""
+        return self.folder / "ray.log"
+
+    @property
+    def place(self) -> Path | None:
+        """A folder of ours alone with a short path, under a name that nobody can guess and take; None before it."""
+        try:
+            folder = Path((self.folder / "ray.folder").read_text())
+            found = folder.lstat()
+        except FileNotFoundError:
+            return None
+        return folder if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() else None
+
+    @property
+    def temporary(self) -> Path | None:
+        """The folder that Ray keeps all of its own in."""
+        return self.place and self.place / "ray"
 
     def address(self) -> str | None:
         """Where the head says that it is; None while it has not said so."""
+        folder = self.temporary
         try:
-            return (self.temporary / "ray_current_cluster").read_text().strip() or None
+            return (folder / "ray_current_cluster").read_text().strip() or None if folder else None
+        except FileNotFoundError:
+            return None
+
+    def failure(self) -> Failure | None:
+        """The starts that failed since a head last answered; None when there is none."""
+        try:
+            return Failure(**json.loads((self.folder / "ray.failed").read_text()))
         except FileNotFoundError:
             return None
 
     def keep(self) -> str | None:
         """The address of a head that answers; None while one starts."""
         if process.owner(self.lock) is None:
+            if self._starts:
+                self._failed(self._last_words())
             if self._patience.ready():
                 self._start()
             return None
         address = self.address()
         if address and answers(address):
-            self._answered = time.monotonic()
+            self._answered, self._starts = time.monotonic(), False
+            self._patience.succeeded()
+            self.forget()
             return address
         if time.monotonic() - self._answered > START_S:
             process.end(self.lock)
         return None
 
+    def forget(self) -> None:
+        """Count failures anew."""
+        (self.folder / "ray.failed").unlink(missing_ok=True)
+
     def end(self) -> None:
         """Kill the head and all of its processes."""
         process.end(self.lock)
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        if self.place:
+            shutil.rmtree(self.place, ignore_errors=True)
 
     def environment(self) -> dict[str, str]:
         """What Ray's processes and those that connect to the head need."""
@@ -94,16 +147,66 @@ class Head:
             # Without this Ray turns 127.0.0.1 into the machine's own address, and listens there.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_worker_niceness": "0",
+            **self._short_tmpdir(),
         }
 
     def _start(self) -> None:
-        self.end()
-        self.temporary.mkdir(mode=0o700)
+        process.end(self.lock)
         self._patience.began()
         self._answered = time.monotonic()
-        process.spawn(self.lock, self._command(), os.environ | self.environment(), self.folder / "ray.log")
+        self._log_offset = self.log.stat().st_size if self.log.exists() else 0
+        try:
+            temporary = self._empty()
+            process.spawn(self.lock, self._command(temporary), os.environ | self.environment(), self.log)
+        except OSError as error:
+            self._failed(str(error))
+        else:
+            self._starts = True
 
-    def _command(self) -> list[str]:
+    def _empty(self) -> Path:
+        """An empty folder for Ray; raises OSError where there is no place for one."""
+        if self.place is None:
+            free = [place for place in _SHORT if os.access(place, os.W_OK | os.X_OK)]
+            _write(self.folder / "ray.folder", tempfile.mkdtemp(prefix="fleetune-", dir=free[0] if free else None))
+        temporary = self.temporary
+        assert temporary
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(mode=0o700)
+        return temporary
+
+    def _failed(self, reason: str) -> None:
+        """Note a start that came to nothing."""
+        self._starts = False
+        before = self.failure()
+        failure = Failure(before.starts + 1 if before else 1, reason)
+        _write(self.folder / "ray.failed", json.dumps(asdict(failure)))
+
+    def _last_words(self) -> str:
+        """Of all that a head which died has written, the last line that looks like a reason, else the last line."""
+        lines = [line.strip() for text in self._words() for line in text.splitlines() if line.strip()]
+        telling = [line for line in lines if _TELLING.search(line)]
+        return (telling or lines or ["it ended without a word"])[-1][:500]
+
+    def _words(self) -> Iterator[str]:
+        """What the head wrote, then what its parts wrote: theirs is the cause."""
+        if self.log.exists():
+            yield self.log.read_bytes()[self._log_offset :].decode(errors="replace")
+        folder = self.temporary
+        parts = (folder / "session_latest" / "logs").glob("*.err") if folder else []
+        for path in sorted(parts, key=lambda path: path.stat().st_mtime):
+            yield path.read_text(errors="replace")
+
+    def _short_tmpdir(self) -> dict[str, str]:
+        """TMPDIR by a short name where its own is too long for the path of a socket in it."""
+        named, place = os.environ.get("TMPDIR", ""), self.place
+        if len(os.fsencode(named)) <= _LONGEST_TMPDIR or place is None:
+            return {}
+        link = place / "tmp"
+        if not link.is_symlink():
+            link.symlink_to(named)
+        return {"TMPDIR": str(link)}
+
+    def _command(self, temporary: Path) -> list[str]:
         dashboard, client = free_ports(2)
         options = {
             "node-ip-address": "127.0.0.1",
@@ -115,7 +218,7 @@ class Head:
             # Ray Train frees the room of a killed driver by asking the dashboard.
             "include-dashboard": "true",
             "include-log-monitor": "false",
-            "temp-dir": self.temporary,
+            "temp-dir": temporary,
             "num-cpus": cores(),
             "num-gpus": gpus(),
             "object-store-memory": _OBJECT_STORE,
@@ -132,6 +235,12 @@ class Head:
             temporary.write_text(secrets.token_hex(32))
             temporary.replace(path)
         return path
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".new")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def answers(address: str) -> bool:

@@ -43,6 +43,7 @@ class Supervisor:
                 traceback.print_exc()
             time.sleep(TICK_S)
         self._head.end()
+        self._head.forget()
 
     def tick(self) -> None:
         """Bring what runs in line with what is queued."""

@@ -1,5 +1,5 @@
 """`python -m orchestrator`: the command line, where its script is not on the path."""
 
-from orchestrator.cli import main
+from fleetune_start import main
 
 main()

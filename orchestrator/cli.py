@@ -196,6 +196,8 @@ def compare(
     from orchestrator.comparison.compare import compare as compare_runs
 
     found = compare_runs(experiment, uri)
+    for run_id, why in found.undelivered.items():
+        print(f"warning: {run_id} is not, or not wholly, in MLflow: {why}", file=sys.stderr)
     if html:
         from orchestrator.comparison.report import write
 

@@ -4,6 +4,7 @@ from orchestrator.backends import make_request, open_cluster, wake
 from orchestrator.errors import InputError
 from orchestrator.runs import find, read_record
 from trainer.attempt import last, load_job, reopen, request_cancel, result
+from trainer.digests import changes
 
 
 def cancel(reference: str) -> str:
@@ -19,13 +20,19 @@ def cancel(reference: str) -> str:
 
 
 def resume(reference: str) -> str:
-    """Let a run that has no success go on from its newest checkpoint, and give its id; repeat it safely."""
+    """Let a run that has no success go on from its newest checkpoint, and give its id; repeat it safely.
+
+    Raises InputError for a run that has succeeded, or whose data or base are not those of its submission any more.
+    """
     run_dir = find(reference)
     ended = result(run_dir)
     if ended is not None and ended["state"] == "succeeded":
         raise InputError(f"run {run_dir.name}: it has succeeded, there is nothing to go on with")
-    cluster = open_cluster(read_record(run_dir)["cluster"])
-    request = make_request(cluster, load_job(run_dir), run_dir.name, last(run_dir).number + 1)
+    record, job = read_record(run_dir), load_job(run_dir)
+    if lines := changes(job, record.get("digests", {})):
+        raise InputError("\n".join(lines))
+    cluster = open_cluster(record["cluster"])
+    request = make_request(cluster, job, run_dir.name, last(run_dir).number + 1)
     wake(cluster)
     if ended is not None:
         reopen(run_dir)

@@ -16,8 +16,11 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from clusters.local import Local
-from orchestrator.runs import home
-from orchestrator.tracking.store import resolve
+from orchestrator.runs import run_ids, runs_folder
+from orchestrator.tracking.delivery import undelivered
+from orchestrator.tracking.store import resolve, sqlite_file
+from orchestrator.tracking.trouble import held_up, without_password
+from trainer.folders import cache_folder, home, library_folders, nearest, writable
 
 Level = Literal["ok", "warn", "fail"]
 _TRAIN = ("torch", "deepspeed", "transformers", "peft", "ray", "mlflow", "datasets", "safetensors")
@@ -48,12 +51,14 @@ def doctor() -> list[Check]:
         _packages,
         _devices,
         _home,
+        _caches,
         _disk,
         _memory,
         _files,
         _build_lock,
         _cluster,
         _mlflow,
+        _deliveries,
     )
     return [check for look in looks for check in look()]
 
@@ -102,13 +107,38 @@ def _devices() -> Iterator[Check]:
 
 
 def _home() -> Iterator[Check]:
-    folder = _nearest(home())
-    level: Level = "ok" if os.access(folder, os.W_OK | os.X_OK) else "fail"
+    level: Level = "ok" if writable(home()) else "fail"
     yield Check("home", level, str(home()), "set FLEETUNE_HOME to a folder that you can write")
 
 
+def _caches() -> Iterator[Check]:
+    """Tokenised data, and what libraries build and download."""
+    folder = cache_folder()
+    level: Level = "ok" if writable(folder) else "fail"
+    name = "FLEETUNE_CACHE" if os.environ.get("FLEETUNE_CACHE") else "FLEETUNE_HOME"
+    yield Check("token cache", level, str(folder), f"set {name} to a folder that you can write")
+    for library in (_extensions(), _hub()):
+        if not writable(library):
+            mend = "set TORCH_EXTENSIONS_DIR, HF_HOME or XDG_CACHE_HOME to a folder that you can write"
+            yield Check("library cache", "warn", f"{library} cannot be written", mend)
+
+
+def _extensions() -> Path:
+    """Where torch builds extensions in workers."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _library_cache() / "torch_extensions")
+
+
+def _hub() -> Path:
+    """Where workers keep what they download from the hub."""
+    return Path((os.environ | library_folders()).get("HF_HOME") or _library_cache() / "huggingface")
+
+
+def _library_cache() -> Path:
+    return Path((os.environ | library_folders()).get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
 def _disk() -> Iterator[Check]:
-    free = shutil.disk_usage(_nearest(home())).free
+    free = shutil.disk_usage(nearest(home())).free
     level: Level = "ok" if free > 20 * _GIB else "warn" if free > 2 * _GIB else "fail"
     yield Check("disk", level, f"{free / _GIB:.1f} GiB free", "free some space, or set FLEETUNE_HOME to another disk")
 
@@ -130,7 +160,7 @@ def _files() -> Iterator[Check]:
 
 def _build_lock() -> Iterator[Check]:
     """A build of an extension that was killed leaves a lock on which every later one waits for ever."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    root = _extensions()
     now = time.time()
     stale = [path for path in root.glob("**/lock") if now - path.stat().st_mtime > _STALE]
     if stale:
@@ -147,7 +177,10 @@ def _cluster() -> Iterator[Check]:
         return
     capacity = state["capacity"]
     room = f"{capacity.free} of {capacity.total} {capacity.kind} free"
-    if state["supervisor"]:
+    if state["trouble"]:
+        mend = "mend it; runs that wait go on by themselves (at once with: fleetune cluster stop, then start)"
+        yield Check("local cluster", "fail", state["trouble"], mend)
+    elif state["supervisor"]:
         yield Check("local cluster", "ok", f"runs, {room}")
     elif state["queued"] or state["controllers"]:
         yield Check("local cluster", "warn", f"stopped, {len(state['queued'])} runs wait", "fleetune cluster start")
@@ -159,16 +192,37 @@ def _mlflow() -> Iterator[Check]:
     uri = resolve(os.environ.get("MLFLOW_TRACKING_URI"))
     address = urlsplit(uri)
     if address.scheme not in ("http", "https"):
-        yield Check("mlflow", "ok", uri)
+        file = sqlite_file(uri)
+        takes = file is None or (writable(file.parent) and (not file.exists() or os.access(file, os.W_OK)))
+        yield Check("mlflow", "ok" if takes else "fail", without_password(uri, uri), "make the database writable")
         return
     try:
         port = address.port or {"http": 80, "https": 443}[address.scheme]
         socket.create_connection((address.hostname or "", port), timeout=3).close()
-        yield Check("mlflow", "ok", f"{uri} answers")
+        yield Check("mlflow", "ok", f"{without_password(uri, uri)} answers")
     except OSError as error:
-        yield Check("mlflow", "warn", f"{uri}: {error}", "training goes on without it, and delivers later")
+        found = f"{without_password(uri, uri)}: {error}"
+        yield Check("mlflow", "warn", found, "training goes on without it, and delivers later")
 
 
-def _nearest(folder: Path) -> Path:
-    """The folder, or the first of its parents that exists."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
+def _deliveries() -> Iterator[Check]:
+    """What MLflow has not got of runs that go on or are closed."""
+    closed = list(undelivered())
+    held = {path: trouble for path in _run_folders() if (trouble := held_up(path))}
+    for trouble in dict.fromkeys(held.values()):
+        names = [path.name for path, its in held.items() if its == trouble]
+        mend = f"{trouble.mend}; then: fleetune compare" if trouble.lasting else "it is delivered when MLflow answers"
+        yield Check("deliveries", "fail" if trouble.lasting else "warn", f"{_few(names)}: {trouble.reason}", mend)
+    if others := [path.name for path in closed if path not in held]:
+        yield Check("deliveries", "warn", f"{_few(others)}: not all in MLflow yet", "fleetune compare")
+    if not held and not others:
+        yield Check("deliveries", "ok", "MLflow has all of the runs that have ended")
+
+
+def _run_folders() -> Iterator[Path]:
+    return (runs_folder() / run_id for run_id in run_ids())
+
+
+def _few(names: list[str]) -> str:
+    """Run ids as a short text."""
+    return f"{names[-1]} and {len(names) - 1} others" if len(names) > 1 else names[0]

@@ -14,6 +14,7 @@ from pathlib import Path
 from clusters.base import CARRIED
 from orchestrator.worker import redirect, work
 from trainer.attempt import Attempt, load_job, write_json
+from trainer.folders import library_folders
 
 _TEXT = 4000  # characters kept of a failure
 
@@ -90,7 +91,12 @@ def worker_environment(gpu: bool, threads: int) -> dict[str, str]:
     """What the workers get beside Ray's environment."""
     passed = {key: value for key, value in os.environ.items() if key.startswith(CARRIED)}
     accelerator = {} if gpu else {"DS_ACCELERATOR": "cpu"}
-    return {**passed, **accelerator, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    return {
+        **library_folders(),
+        **passed,
+        **accelerator,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+    }
 
 
 def _die_with_controller() -> None:

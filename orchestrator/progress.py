@@ -14,7 +14,7 @@ from orchestrator.status import ENDED, Status, statuses
 from orchestrator.tracking.history import Spool
 
 _PAUSE_S = 0.5  # between two looks at a run
-_PATIENCE_S = 60.0  # for a run whose cluster says nothing
+_PATIENCE_S = 60.0  # for a run whose cluster says nothing, or does not get further
 _LINE_S = 10.0  # between two lines about the same state, where there is no terminal
 
 Show = Callable[[Status, dict[str, float], str], None]
@@ -23,7 +23,7 @@ Show = Callable[[Status, dict[str, float], str], None]
 def follow(run_dir: Path, rank: int | None) -> Status:
     """Show a run, with the log of a rank if one is given, until it has ended; gives its last status.
 
-    Raises Unreachable when nobody knows the run for a minute; it may go on all the same.
+    Raises Unreachable when nobody knows the run, or its cluster cannot start it, for a minute; it may go on later.
     """
     reader = LogReader(run_dir, rank) if rank is not None else None
     with _bar() if sys.stdout.isatty() else _lines(quiet=reader is not None) as show:
@@ -43,7 +43,7 @@ def _watch(run_dir: Path) -> Iterator[tuple[Status, dict[str, float]]]:
     """The run's status and its newest figures, twice a second, until it has ended."""
     spool = Spool(run_dir, "metrics.jsonl")
     figures: dict[str, float] = {}
-    known = time.monotonic()
+    hopeful = time.monotonic()
     while True:
         (status,) = statuses([run_dir])
         for row in spool.read():
@@ -51,9 +51,9 @@ def _watch(run_dir: Path) -> Iterator[tuple[Status, dict[str, float]]]:
         yield status, figures
         if status.state in ENDED:
             return
-        if status.state != "unknown":
-            known = time.monotonic()
-        elif time.monotonic() - known > _PATIENCE_S:
+        if status.state != "unknown" and not status.stuck:
+            hopeful = time.monotonic()
+        elif time.monotonic() - hopeful > _PATIENCE_S:
             raise Unreachable(f"run {run_dir.name}: {status.reason}; look again with: fleetune status")
         time.sleep(_PAUSE_S)
 
@@ -82,16 +82,16 @@ def _bar() -> Iterator[Show]:
 
 @dataclass
 class _Lines:
-    """A line where the state changes, and now and then one about the step; with `quiet` the log alone."""
+    """A line where state or reason changes, and now and then one about the step; with `quiet` the log alone."""
 
     quiet: bool
-    _last: tuple[str, int] = ("", 0)
+    _last: tuple[str, str | None, int] = ("", None, 0)
     _time: float = field(default=0.0)
 
     def __call__(self, status: Status, figures: dict[str, float], log: str) -> None:
         sys.stdout.write(log)
-        now = (status.state, status.step)
-        due = now[0] != self._last[0] or (now != self._last and time.monotonic() - self._time > _LINE_S)
+        now = (status.state, status.reason, status.step)
+        due = now[:2] != self._last[:2] or (now != self._last and time.monotonic() - self._time > _LINE_S)
         if due and not self.quiet:
             reason = f" ({status.reason})" if status.reason else ""
             print(f"{status.state}{reason}  step {status.step}/{status.steps or '?'}  {_figures(figures)}".rstrip())

@@ -12,12 +12,12 @@ from orchestrator.planning import base
 from orchestrator.planning.freeze import Source, read
 from orchestrator.planning.preflight import few_steps
 from orchestrator.planning.survey import Progress, missing, with_date
-from trainer.data.cache import cache
 from trainer.data.files import RowError
 from trainer.data.rows import Row
 from trainer.data.rows import rows as read_rows
 from trainer.data.survey import Survey, survey, warnings
 from trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer
+from trainer.folders import cache
 
 if TYPE_CHECKING:
     from trainer.data.encode import Encoded, Reading

@@ -11,16 +11,12 @@ from typing import Any
 import yaml
 
 from orchestrator.errors import InputError
+from trainer.folders import home
 
 RUN_ID = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?-[0-9a-hjkmnp-tv-z]{10}")
 _DIGITS = "0123456789abcdefghjkmnpqrstvwxyz"  # base 32 in the order of ASCII, so that ids sort by time
 _EPOCH_MS = 1_735_689_600_000  # 2025-01-01; 40 bits of milliseconds last for 34 years
 _FAST_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-def home() -> Path:
-    """FLEETUNE_HOME, or ~/.fleetune."""
-    return Path(os.environ.get("FLEETUNE_HOME") or Path.home() / ".fleetune").expanduser().absolute()
 
 
 def runs_folder() -> Path:

@@ -12,7 +12,8 @@ from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
 from orchestrator.runs import find, name_of, read_record, run_ids, runs_folder
 from orchestrator.tracking.history import mlflow_run
-from trainer.attempt import Attempt, Record, last, result, sealed_size
+from orchestrator.tracking.trouble import held_up
+from trainer.attempt import Attempt, Record, last, result, sealed_size, settle
 
 State = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
 ENDED = ("succeeded", "failed", "cancelled")
@@ -22,7 +23,11 @@ _HEAD = 1 << 16  # bytes at the start of events.jsonl that hold the plan
 
 @dataclass(frozen=True)
 class Status:
-    """One run. `step` is the last one of the newest attempt; `steps` is None until it is known."""
+    """One run. `step` is the last one of the newest attempt; `steps` is None until it is known.
+
+    `stuck`: its cluster tries again and again, but somebody has to mend what `reason` says.
+    `tracking`: why MLflow has not got all that it could have, and how to mend it.
+    """
 
     run_id: str
     name: str
@@ -37,6 +42,8 @@ class Status:
     run_dir: str
     output_dir: str | None
     submitted: float
+    stuck: bool = False
+    tracking: str | None = None
 
     def dump(self) -> dict[str, Any]:
         """As plain data."""
@@ -73,7 +80,7 @@ def _views(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, View]:
 
 
 def _join(run_dir: Path, record: Mapping[str, Any], view: View) -> Status:
-    ended, newest = result(run_dir), last(run_dir)
+    ended, newest = _ended(run_dir), last(run_dir)
     claimed = newest.number > 0
     verdict = newest.verdict if claimed else None
     tracked = mlflow_run(run_dir)
@@ -90,9 +97,22 @@ def _join(run_dir: Path, record: Mapping[str, Any], view: View) -> Status:
         verdict=verdict["kind"] if verdict else None,
         mlflow_run_id=tracked["mlflow_run_id"] if tracked else None,
         run_dir=str(run_dir),
-        output_dir=str(run_dir / "output") if (run_dir / "output").exists() else None,
+        output_dir=str(run_dir / "output") if state == "succeeded" or (run_dir / "output").exists() else None,
         submitted=record["submitted"],
+        stuck=ended is None and view.stuck,
+        tracking=str(trouble) if (trouble := held_up(run_dir)) else None,
     )
+
+
+def _ended(run_dir: Path) -> Record | None:
+    """The final word on a run. Whoever closed it may have died before the output was in its place: move it then."""
+    ended = result(run_dir)
+    if ended and ended["state"] == "succeeded" and not (run_dir / "result.json").exists():
+        try:
+            return settle(run_dir)
+        except PermissionError:
+            return None  # the run of somebody else, who will do it
+    return ended
 
 
 def _going(newest: Attempt, verdict: Record | None, view: View) -> tuple[State, str | None]:
@@ -101,7 +121,7 @@ def _going(newest: Attempt, verdict: Record | None, view: View) -> tuple[State, 
         return "unknown", view.reason or "the run has ended, and its result is not there yet"
     if newest.number == 0:
         return ("queued" if view.state == "queued" else "starting"), view.reason
-    if verdict or view.state != "running":
+    if (verdict and verdict["kind"] != "success") or view.state != "running":
         return "preempted", view.reason or (verdict or {}).get("reason")
     return ("running" if (newest.folder / "metrics.jsonl").exists() else "starting"), view.reason
 

@@ -25,7 +25,8 @@ from orchestrator.job import Job
 from orchestrator.planning.freeze import Source, read, record
 from orchestrator.planning.preflight import check
 from orchestrator.planning.survey import Progress, with_date, writes_date
-from orchestrator.runs import RUN_ID, home, name_of, new_id, read_record, runs_folder
+from orchestrator.runs import RUN_ID, name_of, new_id, read_record, runs_folder
+from trainer.folders import home
 
 
 @dataclass(frozen=True)

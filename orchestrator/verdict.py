@@ -38,6 +38,8 @@ _SIGNS: tuple[tuple[Kind, str], ...] = (
         r"|nccl(Remote|System)Error|NCCL WARN .*[Cc]onnection|DistNetworkError|Temporary failure in name resolution",
     ),
 )
+# Looked for first: what follows are names of files, which may say anything.
+_INPUT_CHANGED = r"^[\w.]*InputChanged: "
 # Where workers failed in several ways: what made the others fail comes first. A real bug shows again next time.
 _FIRST: tuple[Kind, ...] = ("out_of_memory", "preemption", "node_lost", "user_error", "hang", "network")
 
@@ -118,6 +120,8 @@ def _barren(history: Sequence[tuple[Kind, int]]) -> int:
 
 
 def _kind(text: str, otherwise: Kind) -> Kind:
+    if re.search(_INPUT_CHANGED, text):
+        return "user_error"
     return next((kind for kind, sign in _SIGNS if re.search(sign, text)), otherwise)
 
 

@@ -1,6 +1,7 @@
 """The plain package, as a laptop installs it, and what an installation promises."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from fleetune_start import unshadowed
+
 ROOT = Path(__file__).parent.parent
 ROOMS = ("orchestrator", "clusters", "k8s", "trainer", "methods", "serving")
 
@@ -22,7 +25,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "fleetune.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "fleetune.py", "fleetune_start.py"):
         shutil.copy(ROOT / name, source)
     for room in ROOMS:
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
@@ -57,6 +60,8 @@ def laptop(tmp_path: Path) -> Path:
 
 def run(command: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {"FLEETUNE_HOME": str(folder / "home"), "PATH": "/usr/bin:/bin"}
+    if (folder / "on_path").exists():
+        environment["PYTHONPATH"] = os.pathsep.join([".", str(folder), str(folder / "on_path")])
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -92,6 +97,51 @@ def test_files_of_the_user_do_not_shadow_ours(laptop: Path) -> None:
     # Detached processes are started with -P, by which the current folder stays off sys.path.
     done = run([sys.executable, "-P", "-c", "import trainer, orchestrator.job, clusters.local"], laptop)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture
+def hostile(laptop: Path) -> Path:
+    """The same, with PYTHONPATH full of our names: modules, and packages."""
+    (laptop / "torch.py").unlink()  # what is not ours may be replaced on PYTHONPATH, as ever
+    for name in ("serving", "trainer"):
+        (laptop / f"{name}.py").rename(laptop / f"{name}.old")
+        package = laptop / "on_path" / name
+        package.mkdir(parents=True)
+        (laptop / f"{name}.old").rename(package / "__init__.py")
+    return laptop
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "job.yaml"], ["submit", "--dry-run", "job.yaml"], ["list"]]
+)
+def test_neither_do_those_on_pythonpath(plain: Path, hostile: Path, arguments: list[str]) -> None:
+    for command in (plain / "fleetune", Path(sys.executable).parent / "fleetune"):  # installed, and editable
+        done = run([command, *arguments], hostile)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_nor_for_the_module_and_in_python(plain: Path, hostile: Path) -> None:
+    for name in ("orchestrator", "fleetune"):
+        (hostile / f"{name}.py").unlink()  # Python itself looks for these two
+    use = "import fleetune; print(fleetune.plan('job.yaml').steps)"
+    for python in (plain / "python", Path(sys.executable)):
+        assert run([python, "-m", "orchestrator", "plan", "job.yaml"], hostile).returncode == 0
+        done = run([python, "-c", use], hostile)
+        assert (done.stdout, done.stderr) == ("3\n", "")
+        (hostile / "methods.py").write_text("")
+        done = run([python, "-c", f"import methods; {use}"], hostile)
+        told = f"ImportError: {hostile}/methods.py was imported as 'methods', which is a name of Fleetune's"
+        assert told in done.stderr.splitlines()[-1]
+
+
+def test_what_is_started_finds_ours(hostile: Path) -> None:
+    other = hostile / "other"
+    other.mkdir()
+    (other / "trainer").mkdir()  # no package: it comes after ours
+    mixed = os.pathsep.join([str(hostile), str(other), "", str(ROOT)])
+    found = unshadowed({"PYTHONPATH": mixed, "HOME": "/"})
+    assert found == {"PYTHONPATH": os.pathsep.join([str(other), str(ROOT)]), "HOME": "/"}
+    assert unshadowed({"PYTHONPATH": str(hostile)}) == {}
 
 
 def test_the_lock_covers_what_is_installed() -> None:

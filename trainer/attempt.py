@@ -23,6 +23,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,14 +214,18 @@ def cancel_requested(run_dir: Path) -> bool:
 
 
 def settle(run_dir: Path) -> Record | None:
-    """Finish what a closing slot promised: move the output into place, write result.json. Idempotent."""
+    """Finish what a closing slot promised: move the output into place, write result.json.
+
+    Idempotent, and any number of processes may do it at once.
+    """
     slots = _slots(run_dir)
     if not slots or slots[-1].claim["kind"] != "close":
         return None
     claim = slots[-1].claim
     made = Attempt(run_dir, claim["closes"]).folder / "output"
     if made.exists() and not (run_dir / "output").exists():
-        made.rename(run_dir / "output")
+        with suppress(FileNotFoundError):  # somebody else moved it just now
+            made.rename(run_dir / "output")
     if not (run_dir / "result.json").exists():
         write_json(run_dir / "result.json", claim["result"])
     return result(run_dir)
@@ -230,6 +235,11 @@ def load_job(run_dir: Path) -> Job:
     """The frozen spec of a run."""
     record = yaml.safe_load((run_dir / "job.yaml").read_text())
     return Job.model_validate(record["job"])
+
+
+def frozen_digests(run_dir: Path) -> Record:
+    """The digests of data and base at the submission, by field; {} in a folder that was not submitted."""
+    return yaml.safe_load((run_dir / "job.yaml").read_text()).get("digests") or {}
 
 
 def read_json(path: Path) -> Record:

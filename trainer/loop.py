@@ -8,26 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from methods.base import Setup
 from methods.registry import create
+from orchestrator.job import Job
 from trainer import apart, checkpoint, speed
-from trainer.attempt import Attempt, load_job
+from trainer.attempt import Attempt, frozen_digests, load_job
 from trainer.base import load_config, load_model, precision
 from trainer.data.batches import Batches
-from trainer.data.cache import cache
 from trainer.data.encode import Reading
 from trainer.data.survey import check_ids
 from trainer.data.tokenizer import end_ids, load_tokenizer
 from trainer.data.tokens import Tokens, tokenise
+from trainer.digests import InputChanged, changes
 from trainer.evaluate import Evaluator
 from trainer.export import export
+from trainer.folders import cache
 from trainer.meter import Meter
 from trainer.objectives import sft
 from trainer.progress import shown
 from trainer.run import Run
 from trainer.schedule import learning_rate
-from trainer.world import join
+from trainer.world import World, join
 from trainer.zero import Shards
 
 Batch = dict[str, torch.Tensor]
@@ -49,8 +52,9 @@ def train(run_dir: Path, attempt: int) -> None:
 def prepare(attempt: Attempt) -> tuple[Run, int]:
     """Load data and model, shard them, and take back the start checkpoint; gives the number of steps done."""
     job = load_job(attempt.run_dir)
-    job = job.at_width(getattr(load_config(job.base), "hidden_size", None))
     world = join()
+    check_inputs(attempt, job, world)
+    job = job.at_width(getattr(load_config(job.base), "hidden_size", None))
     with shown(attempt):
         tokenizer = load_tokenizer(job.base)
     reading = Reading.of(job, end_ids(tokenizer, job.base))
@@ -82,6 +86,16 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
 def vocabulary(model: Any) -> int:
     """The number of the base's embeddings."""
     return int(model.config.get_text_config().vocab_size)
+
+
+def check_inputs(attempt: Attempt, job: Job, world: World) -> None:
+    """Raise InputChanged on every worker unless data and base are still those that were submitted."""
+    found = [""]
+    if world.leads:  # large files are read once, not by each worker
+        found = ["; ".join(changes(job, frozen_digests(attempt.run_dir)))]
+    dist.broadcast_object_list(found, device=world.device)
+    if found[0]:
+        raise InputChanged(found[0])
 
 
 def examples(batches: Batches, tokens: Tokens, device: torch.device) -> Iterator[torch.Tensor]:

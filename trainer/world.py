@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from trainer import zero
+from trainer.folders import library_folders
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def join() -> World:
 
     A group that a launcher has already made is taken as it is. Alone, no variable is needed.
     """
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **library_folders()}.items():
         os.environ.setdefault(key, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

@@ -4,15 +4,17 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
 
 from orchestrator.comparison.measure import MEASURES, Measure
 from orchestrator.errors import InputError
+from orchestrator.runs import run_ids, runs_folder
 from orchestrator.tracking.delivery import deliver_late
-from orchestrator.tracking.store import RUN_ID, client, outages, resolve, sqlite_file, without_password
+from orchestrator.tracking.store import RUN_ID, client, resolve, sqlite_file
+from orchestrator.tracking.trouble import diagnose, held_up, is_of_mlflow, without_password
 
 Curve = tuple[tuple[int, float], ...]
 CURVES = ("loss", "eval_loss", "eval_exact_match", "tokens_per_second", "peak_memory_bytes")
@@ -77,13 +79,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows, best first; `constant` holds what all runs share, `columns` the params in which they differ."""
+    """Rows, best first; `constant` holds what all runs share, `columns` the params in which they differ.
+
+    `undelivered`: run id -> why MLflow has not got all of it; such runs are not here, or not with all that they did.
+    """
 
     title: str
     uri: str
     constant: dict[str, str]
     columns: list[str]
     rows: list[Row]
+    undelivered: dict[str, str] = field(default_factory=dict)
 
     @property
     def runs(self) -> list[Run]:
@@ -113,27 +119,34 @@ class Comparison:
             "constant": self.constant,
             "columns": self.columns,
             "rows": [_row_json(row) for row in self.rows],
+            "undelivered": self.undelivered,
         }
 
 
 def compare(experiment: str | None, uri: str | None) -> Comparison:
     """Read the runs of an experiment (None: of all) from MLflow, which first gets what an outage held up.
 
-    Raises InputError for an experiment that is not there, ConnectionError where MLflow cannot be reached.
+    Raises InputError for an experiment that is not there and where MLflow refuses to answer, ConnectionError where it
+    cannot be reached.
     """
     deliver_late()
+    missing = {run_id: str(trouble) for run_id in run_ids() if (trouble := held_up(runs_folder() / run_id))}
     uri = resolve(uri)
     shown_uri, file = without_password(uri, uri), sqlite_file(uri)
     if file and not file.exists():
         raise InputError(f"nothing was tracked yet: there is no {file}")
     try:
         runs = _load(client(uri), experiment, shown_uri)
-    except InputError:  # also says that there is no MLflow, whose exceptions are unknown then
-        raise
-    except outages() as error:
-        reason = without_password(str(error).splitlines()[0], uri)
-        raise ConnectionError(f"MLflow at {shown_uri}: {reason}") from error
-    return arrange(runs, experiment or "all experiments", shown_uri)
+    except InputError as error:
+        raise InputError("\n".join([str(error), *(f"{run_id}: {why}" for run_id, why in missing.items())])) from None
+    except Exception as error:
+        if not isinstance(error, OSError | ImportError) and not is_of_mlflow(error):
+            raise
+        trouble = diagnose(error, uri)
+        if trouble.lasting:
+            raise InputError(f"MLflow at {shown_uri}: {trouble.reason}; {trouble.mend}") from error
+        raise ConnectionError(f"MLflow at {shown_uri}: {trouble.reason}") from error
+    return replace(arrange(runs, experiment or "all experiments", shown_uri), undelivered=missing)
 
 
 def arrange(runs: list[Run], title: str, uri: str) -> Comparison:

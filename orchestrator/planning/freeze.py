@@ -1,6 +1,5 @@
 """A job as it is read, and its frozen record: absolute paths, versions, digests of data and base, git."""
 
-import hashlib
 import os
 import platform
 import re
@@ -15,13 +14,12 @@ from orchestrator.job import Job
 from orchestrator.planning import spec
 from orchestrator.planning.model import Model
 from orchestrator.tracking.environment import PACKAGES
+from trainer.digests import digests
 
 Source = str | Path | Mapping[str, Any] | Job
 
 _HUB_DATASET = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.*)?")
 _FILE = re.compile(r"\.(jsonl|json|csv|parquet|txt)(\.gz)?$")
-_LOADED = re.compile(r"\.(json|safetensors|model|jinja)$|^(vocab|merges)\.txt$")
-_WHOLE = 64 << 20  # bytes up to which a file of the base is hashed whole
 _GIT_TIMEOUT = 5.0  # seconds
 
 
@@ -57,7 +55,7 @@ def record(job: Job, model: Model, cluster: str, folder: Path) -> dict[str, Any]
         "cluster": cluster,
         "submitted": time.time(),
         "versions": versions(),
-        "digests": digests(job, model),
+        "digests": digests(job, model.folder),
         "git": git_state(folder),
         "job": job.at_width(model.config.get("hidden_size")).dump(),
     }
@@ -72,15 +70,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def digests(job: Job, model: Model) -> dict[str, str | None]:
-    """sha256 of the data files and of the base; None for what is on the hub."""
-    return {
-        "data.train": _file_digest(job.data.train),
-        "data.eval": _file_digest(job.data.eval) if job.data.eval else None,
-        "base": _base_digest(model),
-    }
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
@@ -111,27 +100,6 @@ def _existing(path: str, folder: Path) -> Path | None:
 def _absolute(path: str, folder: Path) -> Path:
     # Not resolved: a link may have no suffix at its other end, and the suffix says how a file is read.
     return Path(os.path.abspath(folder / Path(path).expanduser()))  # noqa: PTH100
-
-
-def _file_digest(source: str) -> str | None:
-    if not Path(source).is_absolute():
-        return None
-    with Path(source).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _base_digest(model: Model) -> str | None:
-    """Over the names, sizes and (but for the largest) contents of what is loaded; None for a base on the hub."""
-    if model.folder is None:
-        return None
-    total = hashlib.sha256()
-    for path in sorted(path for path in model.folder.iterdir() if _LOADED.search(path.name)):
-        if model.scratch and path.suffix == ".safetensors":
-            continue
-        total.update(f"{path.name} {path.stat().st_size} ".encode())
-        if path.stat().st_size <= _WHOLE:
-            total.update((_file_digest(str(path)) or "").encode())
-    return total.hexdigest()
 
 
 def _git(folder: Path, *arguments: str) -> str:

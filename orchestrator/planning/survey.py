@@ -17,10 +17,10 @@ from pathlib import Path
 
 from orchestrator.job import Job
 from orchestrator.planning.model import Model
-from trainer.data.cache import cache
 from trainer.data.files import digest, is_hub
 from trainer.data.rows import Row, rows
 from trainer.data.survey import Survey
+from trainer.folders import cache
 
 _NEEDED = ("transformers", "pyarrow", "numpy", "jinja2")
 _LARGEST = 256 << 20  # bytes of a file that is looked at as tokens before a run: a minute or two

@@ -13,7 +13,7 @@ import math
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,12 @@ from orchestrator.tracking.store import (
     client,
     describe,
     open_run,
-    outages,
     recorded,
     resolve,
     ui_command,
     upload,
-    without_password,
 )
+from orchestrator.tracking.trouble import Trouble, diagnose, held_up, note
 from trainer.attempt import Attempt, Fenced, attempts, last, load_job, read_json, result, write_json
 
 __all__ = ["Delivery", "check_uri", "is_tracked", "replay", "ui_command"]
@@ -52,17 +51,23 @@ class Delivery:
         self._run_dir = run_dir
         self._attempt = Attempt(run_dir, attempt)
         self._fence: Callable[[], None] = self._attempt.check
-        self._spools = {file: Spool(run_dir, file, attempt) for file in FILES}
+        self._compared: dict[str, int] = {}
+        self._sampler: Sampler | None = None
+        self._sampled = -math.inf
+        self._wait_s, self._next_try = 0.0, -math.inf
+        self._trouble: Trouble | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Know nothing of MLflow yet, and have all rows before us."""
+        self._spools = {file: Spool(self._run_dir, file, self._attempt.number) for file in FILES}
         self._pending: deque[tuple[str, Row]] = deque()
         self._cursor: dict[str, int] = {}
         self._client: Any = None
         self._mlflow_run_id: str | None = None
-        self._sampler: Sampler | None = None
-        self._sampled = -math.inf
-        self._wait_s, self._next_try, self._down = 0.0, -math.inf, False
 
     def pump(self) -> None:
-        """Deliver what is new; during an outage return and try again at a later call, and when fenced do nothing."""
+        """Deliver what is new; in trouble return and try again at a later call, and when fenced do nothing."""
         if not self._attempt.is_live():
             return
         self._sample()
@@ -73,8 +78,8 @@ class Delivery:
     def finish(self, state: str, timeout_s: float) -> bool:
         """Deliver the rest, upload the artifacts and set the terminal status, after the run was closed.
 
-        A closed run gets the status of its result, whatever `state` says. Returns False when MLflow could not be
-        reached in time (then `replay` does it later), or when the run goes on without this attempt.
+        A closed run gets the status of its result, whatever `state` says. Returns False when MLflow did not take it
+        in time (then `replay` does it later), or when the run goes on without this attempt.
         """
         deadline = time.monotonic() + timeout_s
         self._fence, self._wait_s = self._check_ended, 0.0
@@ -109,8 +114,8 @@ class Delivery:
     def _open(self) -> None:
         if self._mlflow_run_id:
             return
-        self._client = client(self._uri)
-        run = open_run(self._client, self._run_dir, self._uri, self._fence)
+        self._client = client(self.uri)
+        run = open_run(self._client, self._run_dir, self.uri, self._fence)
         self._fence()
         describe(self._client, self._run_dir, run.info.run_id, here=self._ran_here())
         if self._attempt.is_live() and run.info.status != "RUNNING":
@@ -120,7 +125,8 @@ class Delivery:
         self._mlflow_run_id = run.info.run_id
 
     @property
-    def _uri(self) -> str:
+    def uri(self) -> str:
+        """The MLflow that gets the run."""
         found = recorded(self._run_dir)
         return str(found["uri"]) if found else resolve(load_job(self._run_dir).tracking.uri)
 
@@ -156,8 +162,9 @@ class Delivery:
         for file, spool in self._spools.items():
             for row in spool.read():
                 self._pending.append((file, row))
-                if row.again and row.attempt == self._attempt.number:
+                if row.again and row.attempt == self._attempt.number and row.index >= self._compared.get(file, 0):
                     self._compare(row)
+            self._compared[file] = max(self._compared.get(file, 0), spool.count)
 
     def _compare(self, row: Row) -> None:
         """Say in the log where a step that was done again came out otherwise; the first value stays."""
@@ -186,17 +193,31 @@ class Delivery:
             action()
         except Fenced:
             return False
-        except outages() as error:
-            self._wait_s = min(_LONGEST_WAIT_S, self._wait_s * 2 or 0.5)
-            self._next_try = time.monotonic() + self._wait_s
-            if not self._down:
-                self._event("tracking_outage", error=without_password(str(error), self._uri)[:500])
-            self._down = True
+        except Exception as error:
+            self._hold_up(diagnose(error, self.uri))
             return False
-        if self._down:
+        if self._trouble:
             self._event("tracking_restored")
-        self._wait_s, self._down = 0.0, False
+        note(self._run_dir, None)
+        self._wait_s, self._trouble = 0.0, None
         return True
+
+    def _hold_up(self, trouble: Trouble) -> None:
+        """Say what the trouble is, and choose when to try again."""
+        before, self._trouble = self._trouble, trouble
+        another = before is None or before.lasting != trouble.lasting
+        if another:
+            self._event("tracking_refused" if trouble.lasting else "tracking_outage", error=trouble.reason)
+        if self._may_end() and trouble != before:
+            note(self._run_dir, trouble)
+        if trouble.lasting and not (another and self._mlflow_run_id):
+            self._wait_s = _LONGEST_WAIT_S
+        else:
+            self._wait_s = min(_LONGEST_WAIT_S, self._wait_s * 2 or 0.5)
+        if trouble.lasting:
+            self._begin()  # what was open may be gone: opening it anew tells
+            self._read()
+        self._next_try = time.monotonic() + self._wait_s
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self._attempt.is_live():
@@ -221,11 +242,24 @@ def replay(run_dir: Path, timeout_s: float = 60.0) -> bool:
 
 
 def deliver_late(timeout_s: float = 10.0) -> None:
-    """Deliver what a long outage held up of the closed runs of this home, newest first, until one cannot be."""
+    """Deliver what was held up of the closed runs of this home, newest first; a store that is down is tried once."""
+    down: set[str] = set()
+    for run_dir in undelivered():
+        delivery = Delivery(run_dir, last(run_dir).number)
+        if delivery.uri in down:
+            continue
+        if not delivery.finish(str((result(run_dir) or {})["state"]), timeout_s):
+            trouble = held_up(run_dir)
+            if trouble is None or not trouble.lasting:
+                down.add(delivery.uri)
+
+
+def undelivered() -> Iterator[Path]:
+    """The closed runs of this home of which MLflow has not got all, newest first."""
     for run_id in reversed(run_ids()):
         run_dir = runs_folder() / run_id
-        if result(run_dir) and attempts(run_dir) and not is_tracked(run_dir) and not replay(run_dir, timeout_s):
-            return
+        if result(run_dir) and attempts(run_dir) and not is_tracked(run_dir):
+            yield run_dir
 
 
 def is_tracked(run_dir: Path) -> bool:

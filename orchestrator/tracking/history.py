@@ -35,7 +35,7 @@ class Spool:
         self._first: dict[int, dict[str, float]] = {}
         self._offsets: dict[int, int] = {}
         self._done: set[int] = set()
-        self._count = 0
+        self.count = 0
 
     def read(self) -> list[Row]:
         """The rows that were appended since the last call, oldest first."""
@@ -66,7 +66,7 @@ class Spool:
         first = self._first.setdefault(record["step"], {})
         values = _numbers(record)
         row = Row(
-            self._count,
+            self.count,
             attempt.number,
             record["step"],
             record["time"],
@@ -74,7 +74,7 @@ class Spool:
             {key: (first[key], value) for key, value in values.items() if key in first},
         )
         first.update(row.fresh)
-        self._count += 1
+        self.count += 1
         return row
 
 

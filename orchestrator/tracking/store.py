@@ -18,10 +18,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator.errors import InputError
-from orchestrator.runs import home, read_record
+from orchestrator.runs import read_record
 from orchestrator.tracking.environment import environment
 from orchestrator.tracking.history import planned
+from orchestrator.tracking.trouble import Refused
 from trainer.attempt import Attempt, Record, attempts, load_job, read_json, write_json
+from trainer.folders import home
 
 RUN_ID = "fleetune.run_id"
 SERVERS = ("http", "https", "databricks", "postgresql", "mysql", "mssql")
@@ -57,12 +59,6 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def without_password(text: str, uri: str) -> str:
-    """A text that may quote a URI, with the URI's password hidden."""
-    password = urlsplit(uri).password
-    return text.replace(f":{password}@", ":***@") if password else text
-
-
 def client(uri: str) -> Any:
     """An MlflowClient that gives up early; it makes a missing SQLite store, which takes seconds."""
     for name, value in _SETTINGS.items():
@@ -74,15 +70,6 @@ def client(uri: str) -> Any:
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     return MlflowClient(tracking_uri=uri)
-
-
-def outages() -> tuple[type[Exception], ...]:
-    """What a store that is down, locked, full or of another MLflow's schema raises."""
-    from alembic.util import CommandError
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return (MlflowException, SQLAlchemyError, CommandError, OSError)
 
 
 def ui_command(uri: str | None, port: int = 5000) -> list[str]:
@@ -97,7 +84,11 @@ def ui_command(uri: str | None, port: int = 5000) -> list[str]:
 
 
 def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) -> Any:
-    """Open or adopt the one MLflow run of a run folder; `fence` is called before anything is made."""
+    """Open or adopt the one MLflow run of a run folder; `fence` is called before anything is made.
+
+    Raises Refused where the run or its experiment was deleted in MLflow: what somebody deleted is not brought back,
+    and not made anew beside it, without being asked. The rows stay in the run folder.
+    """
     experiment = _experiment(client, load_job(run_dir).tracking.experiment, uri)
     tagged = client.search_runs([experiment], f"tags.`{RUN_ID}` = '{run_dir.name}'")
     found = [run.info.run_id for run in sorted(tagged, key=lambda run: (run.info.start_time, run.info.run_id))]
@@ -109,7 +100,26 @@ def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) ->
     write_json(run_dir / "mlflow.json", counts)
     for other in set(found) - {counts["mlflow_run_id"]}:
         client.delete_run(other)
-    return client.get_run(counts["mlflow_run_id"])
+    return _get_run(client, run_dir, counts["mlflow_run_id"])
+
+
+def _get_run(client: Any, run_dir: Path, mlflow_run_id: str) -> Any:
+    """The MLflow run that counts, which must still be there."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+    try:
+        run = client.get_run(mlflow_run_id)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+        mend = f"look whether this is its MLflow; for a new MLflow run with all rows: rm -r {run_dir / 'mlflow'}"
+        raise Refused(f"MLflow run {mlflow_run_id} is not there", mend) from None
+    if run.info.lifecycle_stage == "deleted":
+        raise Refused(
+            f"MLflow run {mlflow_run_id} was deleted", f"restore it: mlflow runs restore --run-id {mlflow_run_id}"
+        )
+    return run
 
 
 def recorded(run_dir: Path) -> Record | None:
@@ -175,6 +185,9 @@ def _experiment(client: Any, name: str, uri: str) -> str:
         except MlflowException:
             if (found := client.get_experiment_by_name(name)) is None:  # else somebody else made it just now
                 raise
+    if found.lifecycle_stage == "deleted":
+        restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+        raise Refused(f"experiment {name!r} was deleted", f"restore it: {restore}")
     return str(found.experiment_id)
 
 
@@ -210,7 +223,11 @@ def _job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _machine_tags() -> dict[str, str]:
-    return {"mlflow.user": getpass.getuser(), **{f"fleetune.env.{key}": text for key, text in environment().items()}}
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # in a container the number of a user may have no name
+        user = str(os.getuid())
+    return {"mlflow.user": user, **{f"fleetune.env.{key}": text for key, text in environment().items()}}
 
 
 def _datasets(record: Mapping[str, Any]) -> list[Any]:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import psutil
 
-from clusters.ray_head import Head
 from orchestrator.tracking import store
 from orchestrator.tracking.history import history
 from trainer.attempt import Attempt, last, read_lines
@@ -50,7 +49,7 @@ def session(leader: int) -> list[int]:
 
 def inhabitants(home: Path) -> list[str]:
     """All processes whose environment or output belongs to a home. (A title that Ray sets hides the environment.)"""
-    places = (str(home), str(Head(home / "local").temporary))
+    places = (str(home), (home / "local" / "ray.folder").read_text())
     found = []
     for process in psutil.process_iter(["environ", "status"]):
         ours = (process.info["environ"] or {}).get("FLEETUNE_HOME") == str(home)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -12,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from clusters import local as local_module
-from clusters import process, supervisor
-from clusters.base import Refused
+from clusters import process, ray_head, supervisor
+from clusters.base import Refused, Unreachable
 from clusters.entry import Entry, Queue
 from clusters.local import Local
-from clusters.ray_head import Patience
+from clusters.ray_head import Head, Patience
 from clusters.supervisor import Supervisor, fitting
 from orchestrator.job import Job
 
@@ -93,6 +94,14 @@ def test_what_never_fits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(Refused, match=r"resources\.gpus_per_node: found 4; this machine has no GPU"):
         Local(tmp_path).request(job(gpus_per_node=4), "a-1")
     assert Local(tmp_path).request(job(workers_per_node=4), "a-1").workers == 4
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLEETUNE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(Unreachable, match="this user has no home; set FLEETUNE_HOME"):
+        Local.here()
 
 
 def test_a_repeated_submission_keeps_its_turn(tmp_path: Path) -> None:
@@ -197,6 +206,63 @@ def test_what_keeps_dying_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None
     patience.began()
     now[0] += 100
     assert patience.ready()
+    patience.began()
+    patience.succeeded()
+    assert patience.ready()
+
+
+def test_a_head_that_dies_at_each_start_is_told_and_tried_again(
+    cluster: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the real Ray, whose command line is wrong for a while."""
+    submit(cluster, "one", 1)
+    monkeypatch.setattr(ray_head, "_OBJECT_STORE", "much")
+    monkeypatch.setattr(process, "owner", lambda lock, real=process.owner: real(lock) or _supervisor(cluster, lock))
+    served = Supervisor(cluster)
+    until(lambda: served.tick() or cluster.status(["one"])["one"].stuck, 60)
+    told = cluster.status(["one"])["one"]
+    assert told.state == "queued"
+    assert re.match(r"Ray did not start, \d times in a row: Error: Invalid value .*much", told.reason)
+    assert cluster.state()["trouble"] == told.reason
+    assert not running(cluster)
+
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(Head, "_command", lambda *_: sleeper)
+    monkeypatch.setattr(Head, "address", lambda _: "127.0.0.1:1")
+    monkeypatch.setattr(ray_head, "answers", lambda _: True)
+    until(lambda: served.tick() or running(cluster), 60)
+    assert cluster.state()["trouble"] is None
+
+
+def _supervisor(cluster: Local, lock: Path) -> int | None:
+    """The test is the supervisor."""
+    return os.getpid() if lock == cluster.supervisor_lock else None
+
+
+def test_the_heads_folder_is_short_and_nobodys_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = tmp_path / ("x" * 120)
+    named.mkdir()
+    monkeypatch.setenv("TMPDIR", str(named))
+    monkeypatch.setattr(Head, "_command", lambda *_: ["true"])
+    head = Head(tmp_path)
+    head.keep()
+    place = head.place
+    assert place and place.stat().st_mode & 0o077 == 0
+    assert len(str(head.temporary)) < 40
+    short = Path(head.environment()["TMPDIR"])
+    assert len(str(short)) < 60
+    (short / "file").touch()
+    assert (named / "file").exists()
+    until(lambda: head.keep() or head.failure(), 5)
+    assert head.place == place  # controllers of this cluster use it, too
+    head.end()
+    assert not place.exists() and (named / "file").exists()
+    place.symlink_to(named)  # what a stranger does to a name that is free again
+    until(lambda: head.keep() or head.place)
+    assert head.place != place
+    head.end()
+    assert place.is_symlink() and (named / "file").exists()
+    place.unlink()
 
 
 def test_a_client_that_is_killed_anywhere_and_repeats_submits_once(tmp_path: Path) -> None:

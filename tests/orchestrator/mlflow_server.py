@@ -1,6 +1,8 @@
-"""A real MLflow server on loopback that can be killed and started again, and a proxy that can hold requests."""
+"""A real MLflow server on loopback that can be killed and started again, and what may stand before it."""
 
+import base64
 import contextlib
+import http.server
 import os
 import signal
 import socket
@@ -97,6 +99,47 @@ class Proxy:
             far.sendall(request)
             self._status = _receive(far).split(b"\r\n")[0]
         self._answered.set()
+
+
+class Guard:
+    """Lets through who knows the password, and answers others with a status, as a server with accounts does."""
+
+    def __init__(self, port: int, password: str, status: int = 401) -> None:
+        expected = f"Basic {base64.b64encode(f'ada:{password}'.encode()).decode()}"
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if self.headers.get("Authorization") != expected:
+                    self._answer(status, b"You are not authenticated.")
+                    return
+                headers = {"Content-Type": self.headers.get("Content-Type", "")}
+                address = f"http://127.0.0.1:{port}{self.path}"
+                request = urllib.request.Request(address, body or None, headers, method=self.command)
+                try:
+                    with urllib.request.urlopen(request) as answer:
+                        self._answer(answer.status, answer.read())
+                except urllib.error.HTTPError as error:
+                    self._answer(error.code, error.read())
+
+            do_POST = do_PATCH = do_PUT = do_GET
+
+            def _answer(self, code: int, body: bytes) -> None:
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.uri = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 def _pipe(source: socket.socket, sink: socket.socket) -> None:

@@ -11,7 +11,7 @@ import pytest
 from jobs import make_job
 from run_folders import claim, make_run, plan, steps
 
-from orchestrator import cli, progress, runs
+from orchestrator import cli, doctor, progress, runs
 from trainer.attempt import close
 
 Call = Callable[..., tuple[int, str, str]]
@@ -127,6 +127,27 @@ def test_a_run_that_nobody_knows_is_exit_code_3(call: Call, home: Path, monkeypa
     code, _, err = call("logs", "-f", run_dir.name)
     assert code == 3
     assert run_dir.name in err
+
+
+def test_a_cluster_that_cannot_start_is_told_everywhere_and_not_waited_for(
+    call: Call, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_PATIENCE_S", 0.0)
+    failure = home / "local" / "ray.failed"
+    failure.write_text(json.dumps({"starts": 3, "reason": "OSError: no space"}))
+    told = f"Ray did not start, 3 times in a row: OSError: no space (see {home}/local/ray.log)"
+    code, out, err = call("submit", str(make_job(tmp_path)), "--wait")
+    (run_id,) = runs.run_ids()
+    assert (code, err) == (3, f"run {run_id}: {told}; look again with: fleetune status\n")
+    assert f"queued ({told})" in out
+    assert call("logs", "-f", run_id)[0] == 3
+    assert told in call("status", run_id)[1]
+    assert told in call("list")[1]
+    assert told in call("cluster", "status")[1]
+    (check,) = doctor._cluster()
+    assert (check.level, check.found) == ("fail", told)
+    failure.unlink()
+    assert json.loads(call("status", run_id, "--json")[1])["reason"] == "needs 2, Ray is starting"
 
 
 HEAVY = ["torch", "ray", "mlflow", "transformers", "datasets", "numpy", "pandas", "psutil", "deepspeed", "peft"]

@@ -14,6 +14,7 @@ import pytest
 from clusters import process
 from clusters.local import Local
 from orchestrator.control import cancel, resume
+from orchestrator.errors import InputError
 from orchestrator.submit import submit
 from trainer.attempt import Attempt, Record, attempts, last, read_json, read_lines, result
 
@@ -22,15 +23,18 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="th
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
-    """A local cluster with room for two workers; its processes are started in a folder full of traps."""
+    """A local cluster with room for two workers, in an environment full of traps."""
     folder, before = Path.cwd(), os.sched_getaffinity(0)
     traps = tmp_path_factory.mktemp("traps")
     for name in ("trainer", "orchestrator", "methods", "clusters", "torch"):
         (traps / f"{name}.py").write_text("raise SystemExit('a file of the user shadows ours')")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLEETUNE_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.setenv("FLEETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("FLEETUNE_CACHE", raising=False)
+        patch.setenv("HOME", str(traps / "trainer.py" / "home"))  # below a file: nobody can make it
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(traps))
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("x" * 120)))  # too long for the paths of sockets
         os.sched_setaffinity(0, set(sorted(before)[:2]))
         os.chdir(traps)
         found = Local.here()
@@ -139,12 +143,12 @@ def test_a_run_goes_on_whatever_is_killed(cluster: Local, start: Callable[..., P
 
 
 def test_a_bug_is_final_and_a_cancelled_run_is_closed(cluster: Local, start: Callable[..., Path], sums: Path) -> None:
-    """Three runs on room for two: one with a bug, one that is cancelled while it runs, one while it waits."""
+    """Three runs on room for two: one whose data changed, one that is cancelled while it runs, one while it waits."""
     long = {"steps": 100_000, "batch_tokens": 512, "lr": 1e-3}
-    bad = sums.with_name("soon-gone.jsonl")
+    bad = sums.with_name("soon-changed.jsonl")
     bad.write_text(sums.read_text())
     buggy = start(data={"train": str(bad), "seq_len": 64})
-    bad.write_text("no row\n")
+    bad.write_text(sums.read_text() * 2)
     running = start(train=long)
     waiting = start(train=long, resources={"workers_per_node": 2})
 
@@ -154,7 +158,8 @@ def test_a_bug_is_final_and_a_cancelled_run_is_closed(cluster: Local, start: Cal
 
     found = ended(buggy)
     assert (found["state"], found["verdict"], found["attempt"]) == ("failed", "user_error", 1)
-    assert "row" in found["evidence"] or "JSON" in found["evidence"]
+    assert f"data.train: {bad} has changed since the submission: sha256 " in found["evidence"]
+    assert found["reason"].endswith("put the old one back and resume the run, or submit the job anew")
 
     until(lambda: attempts(running) and read_lines(running, last(running), "metrics.jsonl"))
     before = workers(running, 1)
@@ -162,10 +167,14 @@ def test_a_bug_is_final_and_a_cancelled_run_is_closed(cluster: Local, start: Cal
     found = ended(running)
     assert (found["state"], found["verdict"]) == ("cancelled", "cancelled")
     until(lambda: not any(map(lives, before)), 10)
+    until((running / "result.json").exists)  # the copy comes after the slot that counts
     assert read_json(running / "result.json") == found
 
+    with pytest.raises(InputError, match="data.train: .* has changed"):
+        resume(buggy.name)
     bad.write_text(sums.read_text())
     resume(buggy.name)
+    assert list((cluster.home / "cache").glob("*/manifest.json"))
     assert (ended(buggy)["state"], last(buggy).number) == ("succeeded", 4)  # slot 2 closed it, slot 3 reopened it
 
 

@@ -40,14 +40,36 @@ def test_a_lock_that_a_killed_build_left(tmp_path: Path) -> None:
 
 def test_a_home_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLEETUNE_HOME", "/dev/null/home")
-    checks = [*doctor._home(), *doctor._cluster()]
-    assert [check.level for check in checks] == ["fail", "fail"]
+    monkeypatch.delenv("FLEETUNE_CACHE", raising=False)
+    checks = [*doctor._home(), *doctor._caches(), *doctor._cluster()]
+    assert [check.level for check in checks] == ["fail", "fail", "fail"]
+
+
+def test_a_cache_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEETUNE_CACHE", "/dev/null/cache")
+    monkeypatch.setenv("HF_HOME", "/dev/null/hub")
+    tokens, hub = doctor._caches()
+    assert (tokens.level, tokens.found) == ("fail", "/dev/null/cache")
+    assert tokens.mend == "set FLEETUNE_CACHE to a folder that you can write"
+    assert (hub.level, hub.found) == ("warn", "/dev/null/hub cannot be written")
 
 
 def test_a_tracking_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     (check,) = doctor._mlflow()
     assert (check.level, check.found.split(":")[0]) == ("warn", "http")
+
+
+def test_a_database_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////dev/null/mlflow.db")
+    (check,) = doctor._mlflow()
+    assert (check.level, check.mend) == ("fail", "make the database writable")
+
+
+def test_a_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:secret@127.0.0.1:1")
+    (check,) = doctor._mlflow()
+    assert check.found.startswith("http://ada:***@127.0.0.1:1: ")
 
 
 def test_a_python_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,10 @@ from jobs import make_job
 from run_folders import claim, make_run, plan, step_row, steps
 
 import fleetune
+from clusters.base import Status as View
 from clusters.local import Local
 from fleetune import InputError
-from orchestrator import progress, runs
+from orchestrator import progress, runs, status
 from orchestrator.logs import LogReader
 from trainer.attempt import Attempt, claim_next, close, request_cancel
 
@@ -75,6 +76,44 @@ def test_the_result_is_the_last_word(run: Path) -> None:
     found = fleetune.status(run.name)
     assert (found.state, found.reason, found.verdict) == ("failed", "rank 0: ValueError", "user_error")
     assert found.mlflow_run_id == "abc"
+
+
+def test_a_run_that_is_about_to_succeed_is_not_preempted(run: Path) -> None:
+    attempt = claim(run)
+    steps(attempt, 1, 9)
+    assert status._going(attempt, {"kind": "success", "reason": ""}, View("running")) == ("running", "")
+    assert status._going(attempt, {"kind": "node_lost", "reason": "gone"}, View("running")) == ("preempted", "gone")
+
+
+CLOSER = """
+import os, signal, sys, time
+from pathlib import Path
+from trainer.attempt import close
+
+def rename(self, target, real=Path.rename):
+    if target.name == "output":
+        print("moving", flush=True)
+        time.sleep(1) if sys.argv[2] == "late" else os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, target)
+
+Path.rename = rename
+close(Path(sys.argv[1]), {"state": "succeeded", "reason": None})
+"""
+
+
+@pytest.mark.parametrize(("closer", "code"), [("late", 0), ("killed", -9)])
+def test_a_run_has_succeeded_with_its_output_in_place(run: Path, closer: str, code: int) -> None:
+    made = claim(run).folder / "output"
+    made.mkdir()
+    (made / "weights").write_text("w")
+    command = [sys.executable, "-P", "-c", CLOSER, str(run), closer]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"moving\n"
+        ended = fleetune.wait(run.name)
+        assert (ended.state, ended.output_dir) == ("succeeded", str(run / "output"))
+        assert (run / "output" / "weights").read_text() == "w"
+    assert process.returncode == code
+    assert json.loads((run / "result.json").read_text())["state"] == "succeeded"
 
 
 def test_runs_are_found_by_id_name_and_prefix(home: Path) -> None:

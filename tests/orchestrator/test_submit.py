@@ -56,6 +56,16 @@ def test_paths_are_those_beside_the_file_else_those_of_the_current_folder(
     assert (job.base.model, job.data.train) == (str(there / "base"), str(here / "train.jsonl"))
 
 
+def test_relative_folders_are_carried_as_absolute_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLEETUNE_HOME", "home")
+    monkeypatch.setenv("FLEETUNE_CACHE", "cache")
+    fleetune.submit(make_job(tmp_path))
+    (entry,) = Local.here().queue.list()
+    carried = {name: entry.environment[name] for name in ("FLEETUNE_HOME", "FLEETUNE_CACHE")}
+    assert carried == {"FLEETUNE_HOME": str(tmp_path / "home"), "FLEETUNE_CACHE": str(tmp_path / "cache")}
+
+
 def test_git_state_is_that_of_the_job(tmp_path: Path) -> None:
     path = make_job(tmp_path)
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]

@@ -20,6 +20,7 @@ GLOO = "RuntimeError: [/pytorch/gloo/transport/tcp/pair.cc:534] Connection close
     [
         ("ValueError: boom", "user_error"),
         ("KeyError: 'preparation'", "user_error"),
+        ("trainer.digests.InputChanged: data.train: /preempted/Connection reset.jsonl has changed", "user_error"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "out_of_memory"),
         ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried", "out_of_memory"),
         ("MemoryError", "out_of_memory"),

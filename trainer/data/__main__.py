@@ -15,12 +15,12 @@ from typing import Any
 def main(request: Mapping[str, Any]) -> None:
     """Answer a request."""
     from orchestrator.job import Job
-    from trainer.data.cache import cache
     from trainer.data.encode import Reading
     from trainer.data.files import RowError
     from trainer.data.survey import survey
     from trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer
     from trainer.data.tokens import tokenise
+    from trainer.folders import cache
 
     job, folder = Job.model_validate(request["job"]), Path(request["folder"])
     for key, source in request["sources"].items():

@@ -2,7 +2,6 @@
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +16,6 @@ from orchestrator.tracking.delivery import CURSOR, Delivery, is_tracked, replay
 from orchestrator.tracking.history import history, mlflow_run
 from orchestrator.tracking.store import check_uri, ui_command
 from trainer import attempt as protocol
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One FLEETUNE_HOME, as making MLflow's schema takes seconds; requests give up after a second."""
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLEETUNE_HOME", str(folder))
-        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-        patch.chdir(folder)
-        patch.setattr("orchestrator.tracking.delivery.SAMPLE_S", 1e9)
-        yield folder
-    assert not (folder / "mlruns").exists(), "MLflow left a folder where the user happened to be"
-
-
-@pytest.fixture(scope="module")
-def stopped(home: Path) -> Iterator[Server]:
-    """A server, which the first test starts that needs it."""
-    made = Server(f"sqlite:///{home}/server.db")
-    yield made
-    made.kill()
-
-
-@pytest.fixture
-def server(stopped: Server) -> Server:
-    stopped.start()
-    return stopped
 
 
 def runs_of(uri: str | None, run_dir: Path) -> list[Any]:

@@ -1,0 +1,141 @@
+"""Why MLflow does not take what a run reported: an outage, which passes by itself, or what somebody has to mend.
+
+They are told apart by types, codes of SQLite and of the system, and HTTP status; never by what a message says. The
+latest trouble of a run lies in RUN_DIR/undelivered.json until its rows have been delivered.
+"""
+
+import errno
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from orchestrator.errors import InputError
+from trainer.attempt import read_json, write_json
+
+_FILE = "undelivered.json"
+_LONGEST = 300  # characters of a reason
+_PASSING_STATUS = (408, 409, 425, 429, 499)  # of the 4xx: conflicts, limits, and what was given up
+_CREDENTIALS = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, as it wants them"
+_STATUS_MENDS = {
+    401: _CREDENTIALS,
+    403: f"get the right to write there, or {_CREDENTIALS}",
+    404: "look whether tracking.uri is the address of an MLflow server",
+}
+_SQLITE_MENDS = {  # by primary result code (https://sqlite.org/rescode.html); others, like a lock, pass
+    8: "make the database writable",
+    11: "the database is damaged: restore it",
+    13: "free some space for the database",
+    14: "see to it that the database can be opened and written",
+    26: "name an SQLite database",
+}
+_SYSTEM_MENDS = {
+    errno.EACCES: "make that place writable",
+    errno.EPERM: "make that place writable",
+    errno.EROFS: "make that place writable",
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+}
+
+
+class Refused(Exception):
+    """MLflow cannot take a run as things are; `mend` says what to do."""
+
+    def __init__(self, reason: str, mend: str) -> None:
+        super().__init__(reason)
+        self.mend = mend
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why nothing is delivered: one line, and what to do where it is `lasting`; else it passes by itself."""
+
+    lasting: bool
+    reason: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        if self.lasting:
+            return f"MLflow refuses: {self.reason}; {self.mend}; then: fleetune compare"
+        return f"MLflow does not answer: {self.reason}; what waits is delivered when it does"
+
+
+def diagnose(error: Exception, uri: str) -> Trouble:
+    """What an error of a delivery means."""
+    links = list(_chain(error))
+    for link in reversed(links):  # the first cause knows best
+        found = _verdict(link)
+        if found is not None:
+            return Trouble(bool(found), _line(link, uri), found)
+    if len(links) == 1 and is_of_mlflow(error) and urlsplit(uri).scheme not in ("http", "https"):
+        # MLflow's own words about a database that it could read: one of another version of MLflow.
+        return Trouble(True, _line(error, uri), "mend what it says, or use the MLflow that made the database")
+    if isinstance(error, OSError) or is_of_mlflow(error):
+        return Trouble(False, _line(error, uri))
+    return Trouble(True, f"{type(error).__name__}: {_line(error, uri)}", "this is a bug of Fleetune")
+
+
+def is_of_mlflow(error: BaseException) -> bool:
+    """Whether an error comes from MLflow or from what it keeps its database with."""
+    return any(kind.__module__.split(".")[0] in ("mlflow", "sqlalchemy", "alembic") for kind in type(error).__mro__)
+
+
+def note(run_dir: Path, trouble: Trouble | None) -> None:
+    """Leave word for `held_up`; None: there is no trouble any more."""
+    with suppress(OSError):  # of a full disk, say: nothing that matters is lost
+        if trouble is None:
+            (run_dir / _FILE).unlink(missing_ok=True)
+        else:
+            write_json(run_dir / _FILE, asdict(trouble))
+
+
+def held_up(run_dir: Path) -> Trouble | None:
+    """What keeps the rows of a run from MLflow; None where nothing is known to."""
+    path = run_dir / _FILE
+    return Trouble(**read_json(path)) if path.exists() else None
+
+
+def without_password(text: str, uri: str) -> str:
+    """A text that may quote a URI, with the URI's password hidden."""
+    password = urlsplit(uri).password
+    return text.replace(f":{password}@", ":***@") if password else text
+
+
+def _verdict(error: BaseException) -> str | None:
+    """How to mend one link of a chain of errors; "" for what passes by itself, None where it does not tell."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is not None:
+        return _SQLITE_MENDS.get(code & 0xFF, "")
+    if isinstance(error, Refused):
+        return error.mend
+    if isinstance(error, InputError):
+        return "install it where the rows are to be delivered from"
+    if isinstance(error, ModuleNotFoundError):
+        return f"pip install {error.name}"
+    if isinstance(error, OSError) and error.errno in _SYSTEM_MENDS:
+        return _SYSTEM_MENDS[error.errno]
+    return _mend_of_status(error) if is_of_mlflow(error) else None
+
+
+def _mend_of_status(error: Any) -> str | None:
+    """How to mend what MLflow answers with an HTTP status that blames the client."""
+    status = getattr(error, "get_http_status_code", lambda: 500)()
+    if 400 <= status < 500 and status not in _PASSING_STATUS:
+        return _STATUS_MENDS.get(status, "mend what it says")
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and its causes, the first cause last."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__
+
+
+def _line(error: BaseException, uri: str) -> str:
+    """The first line of what an error says."""
+    lines = without_password(str(error), uri).strip().splitlines()
+    return lines[0][:_LONGEST] if lines else type(error).__name__

@@ -1,0 +1,70 @@
+"""Digests of what a job reads: frozen with its submission, and compared before every attempt."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.job import Job
+
+_LOADED = re.compile(r"\.(json|safetensors|model|jinja)$|^(vocab|merges)\.txt$")
+_WHOLE = 64 << 20  # bytes up to which a file of the base is hashed whole
+_SHOWN = 12  # characters of a digest in a message
+
+
+class InputChanged(ValueError):
+    """Data or base are not those of the submission; nothing but their owner can mend that."""
+
+
+def digests(job: Job, base: Path | None) -> dict[str, str | None]:
+    """sha256 of the data files, and of the base in folder `base`; None for what is on the hub."""
+    return {
+        "data.train": file_digest(job.data.train),
+        "data.eval": file_digest(job.data.eval) if job.data.eval else None,
+        "base": folder_digest(base, job.base.init == "scratch") if base else None,
+    }
+
+
+def file_digest(source: str) -> str | None:
+    """sha256 of a file; None for a data set on the hub."""
+    if not Path(source).is_absolute():
+        return None
+    with Path(source).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path, scratch: bool) -> str:
+    """sha256 over names, sizes and (but for the largest) contents of what is loaded; `scratch`: without weights."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if _LOADED.search(path.name)):
+        if scratch and path.suffix == ".safetensors":
+            continue
+        total.update(f"{path.name} {path.stat().st_size} ".encode())
+        if path.stat().st_size <= _WHOLE:
+            total.update((file_digest(str(path)) or "").encode())
+    return total.hexdigest()
+
+
+def changes(job: Job, frozen: Mapping[str, Any]) -> list[str]:
+    """What is not as the submission froze it, one line each: field, file, both digests, what to do."""
+    sources = {"data.train": job.data.train, "data.eval": job.data.eval, "base": job.base.model}
+    lines = []
+    for field, source in sources.items():
+        if source and Path(source).is_absolute() and frozen.get(field):
+            state = _change(Path(source), frozen[field], job.base.init == "scratch")
+            if state:
+                mend = "put the old one back and resume the run, or submit the job anew"
+                lines.append(f"{field}: {source} {state}; {mend}")
+    return lines
+
+
+def _change(source: Path, frozen: str, scratch: bool) -> str | None:
+    """What became of a file or of the folder of a base; None when it is as it was."""
+    try:
+        found = folder_digest(source, scratch) if source.is_dir() else file_digest(str(source))
+    except OSError as error:
+        return f"cannot be read now ({error.strerror})"
+    if found == frozen:
+        return None
+    return f"has changed since the submission: sha256 {frozen[:_SHOWN]} then, {str(found)[:_SHOWN]} now"

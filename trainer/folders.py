@@ -1,0 +1,69 @@
+"""Where Fleetune keeps what it makes: all of it below FLEETUNE_HOME, whether HOME can be written or not."""
+
+import os
+from pathlib import Path
+
+
+def home() -> Path:
+    """FLEETUNE_HOME, or ~/.fleetune; raises OSError where there is neither."""
+    try:
+        return Path(os.environ.get("FLEETUNE_HOME") or Path.home() / ".fleetune").expanduser().absolute()
+    except RuntimeError:  # of pathlib, about a user whom the system does not know
+        raise OSError(
+            "FLEETUNE_HOME: not set, and this user has no home; set it to a folder to keep runs in"
+        ) from None
+
+
+def cache_folder() -> Path:
+    """Where tokenised data is kept: FLEETUNE_CACHE, or FLEETUNE_HOME/cache."""
+    return Path(os.environ.get("FLEETUNE_CACHE") or home() / "cache").expanduser().absolute()
+
+
+def cache() -> Path:
+    """The same, made; raises ValueError where it cannot be written."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(_unwritable(folder, str(error.strerror))) from None
+    if not writable(folder):
+        raise ValueError(_unwritable(folder, "no permission"))
+    return folder
+
+
+def library_folders() -> dict[str, str]:
+    """Variables by which libraries keep what they build below FLEETUNE_HOME, where HOME has no place for it.
+
+    What the environment says stays; a cache of the hub that is there is read.
+    """
+    if _home_has_place():
+        return {}
+    place = str(home() / "cache" / "libraries")
+    found = {"XDG_CACHE_HOME": place, "TRITON_HOME": place}
+    hub = Path("~/.cache/huggingface").expanduser()
+    if hub.is_dir():
+        found["HF_HOME"] = str(hub)
+    return {name: folder for name, folder in found.items() if name not in os.environ}
+
+
+def writable(folder: Path) -> bool:
+    """Whether a folder can be written, or made."""
+    parent = nearest(folder)
+    return parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the first of its parents that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _home_has_place() -> bool:
+    try:
+        return writable(Path.home() / ".cache") and writable(Path.home() / ".triton")
+    except RuntimeError:  # nobody knows this user's home
+        return False
+
+
+def _unwritable(folder: Path, why: str) -> str:
+    name = "FLEETUNE_CACHE" if os.environ.get("FLEETUNE_CACHE") else "FLEETUNE_HOME"
+    return f"{name}: {folder} for tokenised data cannot be written ({why}); set {name} to a folder that can"
