@@ -1,9 +1,10 @@
 """ReLoRA against the paper's steps written out: merge, restart, state, learning rate; layouts, kills, output.
 
-In 4 bits a merged weight is rounded to one of 16 codes. What differs in its last bits (layouts, numbers of threads and
-processors sum in another order) may then fall to either side of the edge between two, and the curve goes another way
-by some 1e-5. No rule of rounding can help: it moves the edges, and a value may lie on any. Hence the transcription
-checks that a run chose the nearest codes, to 1e-4 of the block's largest value, and goes on with the run's.
+In 4 bits a merged weight is rounded to one of 16 codes. What differs in its last bits (layouts, numbers of threads
+and processors sum in another order) may then fall to either side of the edge between two, and the curve goes another
+way by some 1e-5. No rule of rounding can help: it moves the edges, and a value may lie on any. Hence the
+transcription checks that a run chose the nearest codes, to 1e-4 of the block's largest value, and goes on with the
+run's.
 """
 
 import math
