@@ -2,8 +2,11 @@
 
 W <- W - lr * scale * P N(P^T G),  N = AdamW's normalised step,  P = leading left singular vectors of G every T steps
 (mirrored for a tall matrix). Zhao et al. 2024, arXiv 2403.03507, algorithm 2; the moments are kept when P changes, as
-there. The other weights have plain AdamW. Variants: `q-galore` keeps P in 4 bits and refreshes lazily (weights stay
-fp32 masters), `apollo` scales the full gradient by channels of a random subspace.
+there. The other weights have plain AdamW, and so has a matrix whose shorter side is at most the rank. Singular
+vectors whose values are rounding errors are left out of P (matrix.py).
+
+Variants: `q-galore` keeps P in 4 bits and refreshes lazily (weights stay fp32 masters), `apollo` scales the full
+gradient by channels of a random subspace.
 
 Under ZeRO a rank holds some elements of G. Projecting is linear, so ranks add up their low-rank shares instead of
 gradients: all low-rank gradients are one flat vector, of which each rank keeps the moments of an even slice (at ZeRO
@@ -50,8 +53,8 @@ class GaloreTuning(Method[Galore]):
     def attach(self, model: nn.Module) -> nn.Module:
         """Make every weight fp32 and trained, and remember the shapes."""
         linears, others = shapes(model)
-        targets = self.options.targets(linears, others)
-        self._matrices = lay_out({f"{name}.weight": shape for name, shape in targets.items()}, self.options.rank)
+        projected = self.options.projected(linears, others)
+        self._matrices = lay_out({f"{name}.weight": shape for name, shape in projected.items()}, self.options.rank)
         self._elements = self.options.trained(linears, others)
         return model.float().requires_grad_(True)
 
@@ -81,6 +84,8 @@ class GaloreTuning(Method[Galore]):
         low = self._low if self.reduces else self._project()
         self._low = low.new_empty(0)  # not kept through the next forward pass
         self._step += 1
+        if not self._matrices:  # the rank is as large as any of them
+            return
         step = self._moments.normalise(low, self._step)
         lr, decay = (self._adam.param_groups[0][key] for key in ("lr", "weight_decay"))
         for name, direction in self._directions(low, step):
@@ -120,8 +125,8 @@ class GaloreTuning(Method[Galore]):
 
     def _allocate(self, device: torch.device, replicated: bool) -> None:
         """Make the state of this rank's slice."""
-        last = self._matrices[-1]
-        self.exchange = Exchange(last.offset + last.padded, replicated, partial=replicated and self.reduces)
+        length = sum(matrix.padded for matrix in self._matrices)
+        self.exchange = Exchange(length, replicated, partial=replicated and self.reduces)
         size = self.exchange.own.stop - self.exchange.own.start
         kind = Adam8Bit if self.options.optimizer == "adamw8bit" else Adam
         self._moments: Moments = kind(size, self._adam.defaults["betas"], self._adam.defaults["eps"], device)

@@ -22,7 +22,9 @@ its output as the base.
 
 With `quantised`, W is in 4 bits (NF4, double quantisation), and a restart quantises W + s B A anew. That loses what
 is smaller than the distance of two codes, a tenth of W as a rule, so it says how much it lost. After the last step
-nothing is quantised: the output is dequantised W + s B A.
+nothing is quantised: the output is dequantised W + s B A. A weight within rounding errors of the edge between two
+codes may fall to either side in another layout or on another processor; so curves agree over layouts until that
+happens, and then to about 1e-5. Whatever rule rounds a number has such edges.
 """
 
 import hashlib

@@ -46,7 +46,11 @@ class Full(Options):
 
 
 class Galore(Targeted):
-    """Full fine-tuning whose optimizer lives in a low-rank subspace of each matrix's gradient."""
+    """Full fine-tuning whose optimizer lives in a low-rank subspace of each matrix's gradient.
+
+    A matrix with no more rows or columns than the rank has plain AdamW: a subspace would leave nothing out, and its
+    basis would take more memory than it saves.
+    """
 
     kind: Literal["galore"] = "galore"
     default_lr: ClassVar[float] = 1e-3
@@ -56,7 +60,7 @@ class Galore(Targeted):
     variant: Literal["galore", "q-galore", "apollo"] = Field(
         "galore", description="q-galore: 4-bit projector, lazy refresh; apollo: random projection, scaled gradient"
     )
-    rank: int = Field(128, ge=1, description="rank r of the subspace")
+    rank: int = Field(128, ge=1, description="rank r of the subspace; a matrix of no more rows or columns has AdamW")
     refresh_every: int = Field(200, ge=1, description="steps between two refreshes of the subspace")
     refresh: Literal["exact", "fast"] = Field("exact", description="singular vectors, exact or by random sketching")
     scale: float = Field(0.25, gt=0, description="factor of the projected update")
@@ -77,12 +81,16 @@ class Galore(Targeted):
         self.targets(linears, others)
         return size(linears) + size(others)
 
-    def optimizer_bytes(self, linears: Linears, others: Others) -> tuple[int, int]:
-        """Moments of the targets in the subspace and of the other weights; and all bases, which every worker has."""
+    def projected(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:
+        """The targets that are larger than the rank both ways, which have a subspace, with their (out, in)."""
         chosen = self.targets(linears, others)
-        ranks = {name: min(self.rank, *shape) for name, shape in chosen.items()}
-        moments = 2 * sum(ranks[name] * max(shape) for name, shape in chosen.items())
-        bases = sum(ranks[name] * min(shape) for name, shape in chosen.items())
+        return {name: shape for name, shape in chosen.items() if min(shape) > self.rank}
+
+    def optimizer_bytes(self, linears: Linears, others: Others) -> tuple[int, int]:
+        """Moments in subspaces and of the weights that have none; and all bases, which every worker has."""
+        chosen = self.projected(linears, others)
+        moments = 2 * self.rank * sum(max(shape) for shape in chosen.values())
+        bases = self.rank * sum(min(shape) for shape in chosen.values())
         # In blocks of 256 numbers: 8-bit moments have an fp32 scale, 4-bit bases a scale and a zero point.
         moment = 1 + 4 / 256 if self.optimizer == "adamw8bit" else 4
         lazy = self.variant == "q-galore"  # keeps a direction of each matrix too

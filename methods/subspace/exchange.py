@@ -30,9 +30,14 @@ class Exchange:
         """Whether there is nobody to talk to."""
         return self.world == 1
 
+    @property
+    def silent(self) -> bool:
+        """Whether there is nobody to tell of the vector, or nothing in it."""
+        return self.alone or self.length == 0
+
     def reduce(self, flat: torch.Tensor) -> torch.Tensor:
         """This rank's slice of the sum of all ranks' vectors."""
-        if self.alone or (self.replicated and not self.partial):
+        if self.silent or (self.replicated and not self.partial):
             return flat
         self.sent["projected"] += flat.numel()
         if self.replicated:
@@ -44,7 +49,7 @@ class Exchange:
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
         """All slices."""
-        if self.alone or self.replicated:
+        if self.silent or self.replicated:
             return own
         self.sent["updates"] += self.length
         flat = own.new_empty(self.length)

@@ -5,6 +5,10 @@ M >= N: the low-rank gradient is G P in R^{M x R} ("right"); else P^T G in R^{R 
 Zhao et al. 2024, arXiv 2403.03507, section 4.1 and algorithm 2. Projecting is linear in G, so a rank that holds some
 elements of G gives its share of the low-rank gradient, and shares add up.
 
+Singular vectors count up to the numerical rank: those whose value is above 2^-16 of the largest, 128 times fp32's
+rounding. The others are directions of rounding errors, which differ between layouts, and along which Adam would make
+steps as long as along any. The basis has zeros in their place, so nothing moves there until the next refresh.
+
 Shapes: M rows, N columns, R rank, S = min(M, N), L = max(M, N), F elements of a fragment.
 """
 
@@ -15,7 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
+from methods.parts.ranks import rounded
+
 BLOCK = 256  # elements; low-rank matrices start at its multiples, so that 8-bit blocks are the same in every layout
+NOISE = 2.0**-16  # singular values below this share of the largest are rounding errors
 OVERSAMPLING = 8  # directions that a sketch has beyond the rank (Halko et al. 2011, section 4.2)
 
 
@@ -60,11 +67,11 @@ class Matrix:
 
 
 def lay_out(shapes: Mapping[str, tuple[int, int]], rank: int) -> list[Matrix]:
-    """The matrices one after another."""
+    """The matrices one after another; all have more rows and columns than the rank."""
     matrices: list[Matrix] = []
     offset = 0
     for name, (rows, columns) in shapes.items():
-        matrices.append(Matrix(name, rows, columns, min(rank, rows, columns), offset))
+        matrices.append(Matrix(name, rows, columns, rank, offset))
         offset += matrices[-1].padded
     return matrices
 
@@ -123,8 +130,11 @@ def random_basis(side: int, rank: int, generator: torch.Generator) -> torch.Tens
 
 
 def canonical(basis_SR: torch.Tensor) -> torch.Tensor:
-    """The same vectors with their largest entry positive: the sign of a singular vector is free."""
-    largest = basis_SR.abs().argmax(0, keepdim=True)
+    """The same vectors with their largest entry positive: the sign of a singular vector is free.
+
+    Of entries that are equal but for rounding errors the first counts.
+    """
+    largest = rounded(basis_SR.abs()).argmax(0, keepdim=True)
     return basis_SR * torch.where(basis_SR.gather(0, largest) < 0, -1.0, 1.0).to(basis_SR.dtype)
 
 
@@ -135,7 +145,9 @@ def generator(seed: int, step: int, name: str) -> torch.Generator:
 
 
 def _leading(gram: torch.Tensor, rank: int) -> torch.Tensor:
-    """Eigenvectors of the largest eigenvalues, largest first."""
+    """Eigenvectors of the largest eigenvalues, which are squared singular values, largest first; zeros for noise."""
     if not gram.isfinite().all():
         return gram.new_full((len(gram), rank), math.nan)
-    return canonical(torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1))
+    values, vectors = torch.linalg.eigh(gram)
+    leading = canonical(vectors[:, -rank:].flip(1))
+    return leading * (values[-rank:].flip(0) > NOISE**2 * values[-1])

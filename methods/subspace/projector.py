@@ -91,22 +91,27 @@ class Int4Projector:
 class Calendar:
     """When each matrix is refreshed: every so many steps, and if lazy, half as often while its direction stays.
 
-    The sign of a direction is free, so similarity is the cosine's magnitude (the authors' code takes it as it is).
+    A gradient of zeros, as that of an expert without tokens, gives no basis; then every step looks again until there
+    is one. The sign of a direction is free, so similarity is the cosine's magnitude (the authors' code takes it as it
+    is).
     """
 
     def __init__(self, every: int, lazy: bool, sides: list[int], device: torch.device) -> None:
         self._lazy = lazy
         self._intervals = torch.full((len(sides),), every)
+        self._empty = torch.zeros(len(sides), dtype=torch.bool)
         self._cosines = torch.full((len(sides), REMEMBERED), torch.nan, dtype=torch.float64)
         self._directions = [torch.zeros(side if lazy else 0, device=device) for side in sides]
 
     def due(self, step: int) -> list[int]:
         """The matrices whose basis is chosen at this step."""
-        return [i for i, interval in enumerate(self._intervals.tolist()) if step % interval == 0]
+        intervals, empty = self._intervals.tolist(), self._empty.tolist()
+        return [i for i, interval in enumerate(intervals) if empty[i] or step % interval == 0]
 
     def note(self, index: int, basis_SR: torch.Tensor) -> None:
         """A matrix has a new basis."""
-        if not self._lazy:
+        self._empty[index] = not basis_SR.any()
+        if not self._lazy or self._empty[index]:
             return
         old, new = self._directions[index], basis_SR[:, 0]
         if old.any():
@@ -119,10 +124,12 @@ class Calendar:
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint must hold of it, but for the directions."""
-        return {"intervals": self._intervals, "cosines": self._cosines} if self._lazy else {}
+        lazy = {"intervals": self._intervals, "cosines": self._cosines} if self._lazy else {}
+        return {"empty": self._empty, **lazy}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take that back."""
+        self._empty.copy_(state["empty"])
         if self._lazy:
             self._intervals.copy_(state["intervals"])
             self._cosines.copy_(state["cosines"])
