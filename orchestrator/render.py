@@ -17,6 +17,7 @@ from orchestrator.doctor import Check
 from orchestrator.planning.plan import Plan
 from orchestrator.rows import Look, Shown
 from orchestrator.status import Status
+from trainer.data.survey import described
 
 if TYPE_CHECKING:
     from trainer.data.survey import Survey
@@ -46,7 +47,9 @@ def show_runs(runs: Iterable[Status]) -> None:
 
 def show_run(run: Status) -> None:
     """One line per fact about a run."""
-    show_fields({**run.dump(), "submitted": _moment(run.submitted)})
+    show_fields(
+        {**run.dump(), "submitted": _moment(run.submitted), "data": described(run.data) if run.data else None}
+    )
 
 
 def show_fields(fields: Mapping[str, Any]) -> None:

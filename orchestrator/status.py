@@ -26,7 +26,8 @@ class Status:
     """One run. `step` is the last one of the newest attempt; `steps` is None until it is known.
 
     `stuck`: its cluster tries again and again, but somebody has to mend what `reason` says.
-    `tracking`: why MLflow has not got all that it could have, and how to mend it.
+    `tracking`: why MLflow has not got all that it could have, and how to mend it. `data`: what the trainer counted of
+    its rows: how many, how many examples they made, how many of these were cut (truncated) or left out (dropped), ...
     """
 
     run_id: str
@@ -44,6 +45,7 @@ class Status:
     submitted: float
     stuck: bool = False
     tracking: str | None = None
+    data: dict[str, Any] | None = None
 
     def dump(self) -> dict[str, Any]:
         """As plain data."""
@@ -83,6 +85,7 @@ def _join(run_dir: Path, record: Mapping[str, Any], view: View) -> Status:
     ended, newest = _ended(run_dir), last(run_dir)
     claimed = newest.number > 0
     verdict = newest.verdict if claimed else None
+    planned = _planned(newest) if claimed else {}
     tracked = mlflow_run(run_dir)
     state, reason = (ended["state"], ended.get("reason")) if ended else _going(newest, verdict, view)
     return Status(
@@ -92,7 +95,7 @@ def _join(run_dir: Path, record: Mapping[str, Any], view: View) -> Status:
         state=state,
         reason=reason or None,
         step=_step(run_dir, newest) if claimed else 0,
-        steps=(_planned(newest) if claimed else None) or record["job"]["train"]["steps"],
+        steps=planned.get("steps") or record["job"]["train"]["steps"],
         attempt=newest.number,
         verdict=verdict["kind"] if verdict else None,
         mlflow_run_id=tracked["mlflow_run_id"] if tracked else None,
@@ -101,6 +104,7 @@ def _join(run_dir: Path, record: Mapping[str, Any], view: View) -> Status:
         submitted=record["submitted"],
         stuck=ended is None and view.stuck,
         tracking=str(trouble) if (trouble := held_up(run_dir)) else None,
+        data=planned.get("data"),
     )
 
 
@@ -141,12 +145,12 @@ def _step(run_dir: Path, attempt: Attempt) -> int:
     return start.step if start else 0
 
 
-def _planned(attempt: Attempt) -> int | None:
-    """The number of steps that the trainer planned."""
+def _planned(attempt: Attempt) -> Record:
+    """What the trainer planned; empty while it has not."""
     path = attempt.folder / "events.jsonl"
     if not path.exists():
-        return None
+        return {}
     with path.open("rb") as stream:
         lines = stream.read(_HEAD).rpartition(b"\n")[0].split(b"\n")
     events = (json.loads(line) for line in lines if line)
-    return next((event["steps"] for event in events if event["event"] == "plan"), None)
+    return next((event for event in events if event["event"] == "plan"), {})

@@ -12,6 +12,7 @@ import yaml
 
 from methods.base import MergeRefused
 from trainer.attempt import Attempt, attempts, read_json, read_lines, write_json
+from trainer.data.survey import described
 from trainer.missing import dispensable, missing, note
 from trainer.progress import shown
 from trainer.reload import load_base, load_model, load_output
@@ -177,6 +178,7 @@ def card(run: Run, output: Path) -> str:
         "|---|---|",
         f"| run | `{run.attempt.run_dir.name}` |",
         f"| data | `{run.job.data.train}` |",
+        f"| rows | {described(run.tokens.counts.summary())} |",
         *(f"| sha256 of {name} | `{digest}` |" for name, digest in record.get("digests", {}).items()),
         f"| steps | {run.batches.steps} of {run.job.train.batch_tokens} tokens |",
         f"| learning rate | {run.job.lr:g}, {run.job.train.schedule} |",

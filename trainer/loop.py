@@ -116,6 +116,7 @@ def announce(run: Run) -> None:
             examples=len(run.tokens.lengths),
             truncated=run.tokens.truncated,
             dropped=run.tokens.dropped,
+            data=run.tokens.counts.summary(),
             device=str(run.world.device),
         )
 

@@ -25,6 +25,7 @@ from trainer.attempt import read_json, sync_folder, write_json
 Chunk = TypeVar("Chunk")
 Array = npt.NDArray[Any]
 
+UNUSED = "unused "  # how the kind begins under which a column that nobody reads is noticed
 _POLL_S = 0.05
 _PATIENCE_S = 2.0  # at least; and five times what the slowest shard took here
 _HASH_BYTES = 32
@@ -50,6 +51,13 @@ class Counts:
     def number(self, kind: str) -> int:
         """How often something was noticed."""
         return self.noticed.get(kind, (0, 0))[0]
+
+    def summary(self) -> dict[str, int | dict[str, int]]:
+        """What a run's record says of its data: rows, examples, the longest, and how often each kind was noticed."""
+        counts = {kind: count for kind, (count, _) in self.noticed.items()}
+        unused = {kind.removeprefix(UNUSED): count for kind, count in counts.items() if kind.startswith(UNUSED)}
+        others = {kind: count for kind, count in counts.items() if not kind.startswith(UNUSED)}
+        return {"rows": self.rows, "examples": self.examples, "longest": self.longest, **others, "unused": unused}
 
     def add(self, later: "Counts") -> None:
         """Add what was counted in later rows."""

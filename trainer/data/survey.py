@@ -1,6 +1,6 @@
 """What of a source is trained on, in figures: for `rows`, `plan` and `submit` before a run, for its record after."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -8,10 +8,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.data.files import RowError
 
 if TYPE_CHECKING:
-    from trainer.data.shards import Counts
     from trainer.data.tokens import Tokens
-
-_UNUSED = "unused "
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,8 @@ class Survey:
 
 def survey(tokens: "Tokens", tokenizer: Any) -> Survey:
     """The figures of tokenised data."""
+    from trainer.data.shards import UNUSED  # numpy and pyarrow
+
     counts = tokens.counts
     largest, row = tokens.largest()
     return Survey(
@@ -68,14 +67,18 @@ def survey(tokens: "Tokens", tokenizer: Any) -> Survey:
         longest=counts.longest,
         duplicates=tokens.duplicates(),
         largest_id=(largest, str(tokenizer.convert_ids_to_tokens(largest)), row),
-        noticed={kind: seen for kind, seen in counts.noticed.items() if not kind.startswith(_UNUSED)},
-        unused=unused(counts),
+        noticed={kind: seen for kind, seen in counts.noticed.items() if not kind.startswith(UNUSED)},
+        unused={kind.removeprefix(UNUSED): seen for kind, seen in counts.noticed.items() if kind.startswith(UNUSED)},
     )
 
 
-def unused(counts: "Counts") -> dict[str, tuple[int, int]]:
-    """The columns that are no part of the examples: rows that fill them, and the first of these rows."""
-    return {kind.removeprefix(_UNUSED): seen for kind, seen in counts.noticed.items() if kind.startswith(_UNUSED)}
+def described(summary: Mapping[str, Any]) -> str:
+    """What a trainer counted of its rows (see Counts.summary), in one line."""
+    names = {"truncated": "cut", "dropped": "left out", "longest": "tokens in the longest", "split": "chats split up"}
+    parts = [f"{value:,} {names.get(key, key)}" for key, value in summary.items() if isinstance(value, int)]
+    if summary.get("unused"):
+        parts.append(f"columns not used: {', '.join(summary['unused'])}")
+    return ", ".join(parts)
 
 
 def unknown_id(found: Survey, embeddings: int | None) -> str | None:

@@ -15,7 +15,7 @@ from trainer.data.encode import Encoded, Encoder, Reading
 from trainer.data.files import RowError, digest
 from trainer.data.rows import Row, rows
 from trainer.data.shapes import SHAPES
-from trainer.data.shards import Counts, Shard, collect, join
+from trainer.data.shards import UNUSED, Counts, Shard, collect, join
 from trainer.data.text import asks_for_date
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _shard(encoder: Encoder, chunk: list[Row], room: int, *, drop: bool) -> Shar
     numbers = []
     for row, examples in encoder.examples(chunk):
         for column in row.unused:
-            counts.notice(f"unused {column}", row.number)
+            counts.notice(UNUSED + column, row.number)
         if row.messages:
             counts.notice("chat", row.number)
         if len(examples) > 1:
