@@ -156,7 +156,8 @@ def _need(module: str, source: str | Path) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise RowError(f"{source}: reading it needs {module.partition('.')[0]}: install fleetune[train]") from error
+        extra = "train" if module == "datasets" else "data"
+        raise RowError(f"{source}: reading it needs {module.partition('.')[0]}: install fleetune[{extra}]") from error
 
 
 _READERS: dict[str, Callable[[Path], Records]] = {

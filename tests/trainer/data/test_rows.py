@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from trainer.data.files import RowError, digest
-from trainer.data.rows import Row, rows
+from trainer.data.rows import Row, columns_used, rows
 
 DATA = Path(__file__).parents[2] / "data"
 GOOD = {"question": "1 + 1?", "answer": "2"}
@@ -248,3 +248,143 @@ def test_gsm8k_is_checked_quickly(gsm8k: Path) -> None:
     began = time.process_time()
     assert check(gsm8k) == 7473
     assert time.process_time() - began < 0.3
+
+
+ASKED = {"question": "How many?", "answer": "2"}
+TOLD = {"instruction": "Add", "input": "1, 1", "output": "2"}
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({**ASKED, "context": "CREATE TABLE a"}, "Context: CREATE TABLE a\nQuestion: How many?\nAnswer:"),
+        ({**ASKED, "system": "Be brief."}, "Be brief.\n\nQuestion: How many?\nAnswer:"),
+        (
+            {**TOLD, "system": "Be brief.", "history": [["Add 0, 1", "1"], ["Why?", "So."]]},
+            "Be brief.\n\nInstruction: Add 0, 1\nResponse: 1\n\nInstruction: Why?\nResponse: So.\n\n"
+            "Instruction: Add\nInput: 1, 1\nResponse:",
+        ),
+        ({**TOLD, "system": None, "history": []}, "Instruction: Add\nInput: 1, 1\nResponse:"),
+        ({"prompt": "1 + 1 =", "completion": " 2", "context": "Sums.", "system": ""}, "Sums.\n\n1 + 1 ="),
+        (
+            {"instruction": "Add", "context": "1, 1", "response": "2", "category": "sums"},
+            "Instruction: Add\nContext: 1, 1\nResponse:",
+        ),
+    ],
+)
+def test_companions_enter_the_prompt(tmp_path: Path, record: dict[str, Any], prompt: str) -> None:
+    (row,) = rows(jsonl(tmp_path, record))
+    assert (row.prompt, row.completion.strip()) == (prompt, "2")
+    assert row.unused == tuple(name for name in record if name == "category")
+
+
+@pytest.mark.parametrize(
+    ("history", "message"),
+    [
+        ("before", "field history: found 'before' (str), allowed: a list of pairs [question, answer]"),
+        ([["a"]], "field history[0]: found ['a'] (list), allowed: a list of pairs [question, answer]"),
+        ([["a", "b"], ["a", 1]], "field history[1]: found 1 (int), allowed: text"),
+    ],
+)
+def test_bad_history(tmp_path: Path, history: Any, message: str) -> None:
+    path = jsonl(tmp_path, {**TOLD, "history": history})
+    with pytest.raises(RowError) as error:
+        check(path)
+    assert str(error.value) == f"{path}, row 1, {message}"
+
+
+def test_columns_that_nobody_reads_are_named(tmp_path: Path) -> None:
+    empty: dict[str, Any] = {"id": None, "note": "", "tags": [], "score": float("nan")}
+    path = jsonl(tmp_path, {**GOOD, **empty}, {**GOOD, "id": 0, "note": "x", "tags": ["y"], "score": 0.5})
+    assert [row.unused for row in rows(path)] == [(), ("id", "note", "tags", "score")]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("tools", [{"name": "f"}]), ("label", False), ("images", ["a.png"]), ("rejected", "no"), ("functions", "f()")],
+)
+def test_columns_that_would_change_the_meaning_are_refused(tmp_path: Path, column: str, value: Any) -> None:
+    path = jsonl(tmp_path, GOOD, {**GOOD, column: value})
+    with pytest.raises(RowError) as error:
+        check(path)
+    assert str(error.value).startswith(f"{path}, row 2, field {column}: found ")
+    assert "data.columns" in str(error.value)
+    mapped = list(rows(path, {"question": "question", "answer": "answer"}))  # who maps has decided
+    assert mapped[1].unused == (column,)
+    assert check(jsonl(tmp_path, {**GOOD, column: None})) == 1
+
+
+TABLE = {"query": "How many?", "sql": "SELECT 1", "schema": {"a": 1}, "n": 3, "empty": None}
+
+
+@pytest.mark.parametrize(
+    ("columns", "prompt", "completion"),
+    [
+        ({"prompt": "query", "completion": "sql"}, "How many?", "SELECT 1"),
+        ({"prompt": "{n}: {query}{empty}\n{{x}}", "completion": " {sql}"}, "3: How many?\n{x}", " SELECT 1"),
+        ({"question": "query", "answer": "sql"}, "Question: How many?\nAnswer:", " SELECT 1"),
+        (
+            {"question": "query", "answer": "sql", "context": "n={n}"},
+            "Context: n=3\nQuestion: How many?\nAnswer:",
+            " SELECT 1",
+        ),
+        ({"text": "{query} {sql}"}, "", "How many? SELECT 1"),
+    ],
+)
+def test_any_table_can_be_mapped(tmp_path: Path, columns: dict[str, str], prompt: str, completion: str) -> None:
+    (row,) = rows(jsonl(tmp_path, TABLE), columns)
+    assert (row.prompt, row.completion) == (prompt, completion)
+    read = set(columns_used(columns))
+    assert row.unused == tuple(name for name, value in TABLE.items() if value is not None and name not in read)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"prompt": "quarry", "completion": "sql"},
+            "data.columns: found no column 'quarry', allowed: 'query', 'sql'",
+        ),
+        ({"prompt": "{query} {schema}", "completion": "sql"}, "field schema: found {'a': 1} (dict), allowed: text"),
+        ({"prompt": "query", "completion": "n"}, "field completion: found 3 (int), allowed: text"),
+        ({"prompt": "query", "completion": "sql", "extra": "n"}, "found the fields prompt, completion, extra"),
+        ({"prompt": "query"}, "found the fields prompt, allowed: messages"),
+    ],
+)
+def test_a_mapping_that_does_not_fit(tmp_path: Path, columns: dict[str, str], message: str) -> None:
+    with pytest.raises(RowError) as error:
+        list(rows(jsonl(tmp_path, TABLE), columns))
+    assert message in str(error.value)
+
+
+def test_sharegpt(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
+    (row,) = rows(jsonl(tmp_path, {"id": "a", "system": "Be brief.", "conversations": turns}))
+    assert row.messages == ({"role": "system", "content": "Be brief."}, *CHAT)
+    assert row.unused == ("id",)
+    path = jsonl(tmp_path, {"conversations": [turns[0], {"from": "observation", "value": "2"}]})
+    with pytest.raises(
+        RowError, match=r"conversations\[1\]\.from: found 'observation' \(str\), allowed: system, human"
+    ):
+        check(path)
+    path = jsonl(tmp_path, {"system": "a", "messages": [{"role": "system", "content": "b"}, *CHAT]})
+    with pytest.raises(RowError, match="field system: found 'a' .* allowed: nothing beside a system turn"):
+        check(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[" * 100_000, "found JSON that is nested too deeply"),
+        ("1" * 5000, "found a number of more than 4300 digits"),
+    ],
+)
+def test_json_that_python_cannot_take(tmp_path: Path, name: str, value: str, message: str) -> None:
+    path = tmp_path / name
+    line = f'{{"text": "a", "x": {value}'
+    path.write_text(f'{{"text": "a"}}\n{line}}}\n' if name == "a.jsonl" else f"[{line}}}]")
+    with pytest.raises(RowError) as error:
+        check(path)
+    where = f"{path}, row 2" if name == "a.jsonl" else str(path)
+    assert str(error.value).startswith(f"{where}: {message}")
