@@ -224,7 +224,7 @@ def test_curves_and_restarts_over_layouts(new_run: Any, launch: Any, cache: Path
     row.write_text(40 * (json.dumps({"prompt": "7 plus 12 is ", "completion": "19."}) + "\n"))
     repeats = ("deficient", "plain")
     trains: dict[str, dict[str, Any]] = {"q-galore": {"steps": 21}}  # seven whole intervals
-    trains |= dict.fromkeys(repeats, {"lr": 1e-3})
+    trains |= {variant: {"lr": 1e-3} for variant in repeats}
 
     def run(variant: str, zero: int, micro: int, name: str) -> Path:
         made: Path = new_run(
