@@ -11,6 +11,7 @@ import yaml
 from torch import nn
 
 from trainer.attempt import load_job
+from trainer.checkpoint import Reader
 from trainer.data.encode import Reading
 from trainer.data.tokenizer import load_tokenizer
 from trainer.data.tokens import tokenise
@@ -43,6 +44,12 @@ def difference(a: Curve, b: Curve) -> float:
     found = [abs(x - y) / abs(y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]
     assert all(map(math.isfinite, found))  # `max` may pass over what is not a number
     return max(found)
+
+
+def saved(run_dir: Path, step: int) -> Reader:
+    """A run's checkpoint of a step, of the last attempt that has one."""
+    folders = sorted(run_dir.glob(f"attempts/*/checkpoints/step-{step}"))
+    return Reader(folders[-1])
 
 
 def interrupted(whole: Path, name: str, step: int, **parts: Any) -> Path:

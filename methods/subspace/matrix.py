@@ -7,7 +7,8 @@ elements of G gives its share of the low-rank gradient, and shares add up.
 
 Singular vectors count up to the numerical rank: those whose value is above 2^-16 of the largest, 128 times fp32's
 rounding. The others are directions of rounding errors, which differ between layouts, and along which Adam would make
-steps as long as along any. The basis has zeros in their place, so nothing moves there until the next refresh.
+steps as long as along any. The basis has zeros in their place, so nothing moves there until the next refresh. (In
+bf16 gradients have larger rounding errors than that, and layouts agree to 5e-3 only.)
 
 Shapes: M rows, N columns, R rank, S = min(M, N), L = max(M, N), F elements of a fragment.
 """

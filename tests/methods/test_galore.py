@@ -345,6 +345,17 @@ def test_a_matrix_whose_direction_stays_is_refreshed_half_as_often() -> None:
     assert calendar.due(20) == [0, 1]
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_matrix_without_a_basis_is_due_at_every_step_also_after_a_restart(lazy: bool) -> None:
+    calendar, again = (Calendar(10, lazy, [8, 8], torch.device("cpu")) for _ in range(2))
+    calendar.note(0, torch.zeros(8, 1))
+    calendar.note(1, torch.ones(8, 1))
+    again.load_state(calendar.state())
+    assert calendar.due(3) == again.due(3) == [0]
+    again.note(0, torch.ones(8, 1))
+    assert again.due(3) == [] and again.due(10) == [0, 1]
+
+
 @pytest.mark.timeout(300)
 def test_a_fast_basis_trains_as_an_exact_one(new_run: Any, launch: Any, tmp_path: Path) -> None:
     """On the embedded base and a task that it does not know; a seed chooses the order of the rows.

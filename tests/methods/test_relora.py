@@ -16,7 +16,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 from by_hand import adamw, base, train
-from finished_runs import Curve, curve, difference, interrupted, loss_gap
+from finished_runs import Curve, curve, difference, interrupted, loss_gap, saved
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -26,7 +26,6 @@ from methods.options import ReLora
 from methods.relora import ReLoraTuning
 from orchestrator.job import Job
 from trainer.attempt import load_job
-from trainer.checkpoint import Reader
 from trainer.schedule import learning_rate
 
 METHOD = {"kind": "relora", "rank": 2, "every": 0.25, "rewarmup": 0.1}
@@ -82,12 +81,6 @@ def in_4_bits(weight: torch.Tensor) -> torch.Tensor:
     """What bitsandbytes makes of a weight."""
     packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     return dequantize_4bit(packed, state)
-
-
-def saved(run_dir: Path, step: int) -> Reader:
-    """A run's checkpoint of a step, of the last attempt that has one."""
-    folders = sorted(run_dir.glob(f"attempts/*/checkpoints/step-{step}"))
-    return Reader(folders[-1])
 
 
 def assert_nearest(chosen: torch.Tensor, levels: torch.Tensor, values: torch.Tensor) -> None:
