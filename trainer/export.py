@@ -10,6 +10,7 @@ from torch import nn
 
 from methods.base import MergeRefused
 from trainer.attempt import attempts, read_lines
+from trainer.base import load_pretrained
 from trainer.run import Run
 
 
@@ -50,13 +51,12 @@ def save_merged(run: Run, folder: Path) -> None:
 def merge(run: Run, adapter: Path) -> nn.Module:
     """The base, loaded anew, with the exported adapter merged into it."""
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    source = {"pretrained_model_name_or_path": run.job.base.model, "revision": run.job.base.revision or "main"}
     # A method that changes the base's config leaves it beside the adapter.
     changed = (adapter / "config.json").exists()
-    config = {"config": AutoConfig.from_pretrained(adapter)} if changed else {}
-    base = AutoModelForCausalLM.from_pretrained(**source, **config, dtype=run.dtype)
+    config = AutoConfig.from_pretrained(adapter) if changed else None
+    base = load_pretrained(run.job.base, run.dtype, config)
     return run.method.merge(PeftModel.from_pretrained(base, adapter))
 
 
