@@ -186,8 +186,8 @@ class Job(_Part):
             raise ValueError(f"{found}, which does not train new embeddings; allowed: one of {kinds}")
         if self.sharding.zero == 3 and not self.method.makes_model:
             raise ValueError(
-                f"{found} at sharding.zero 3, where no worker has the embedding whole, whose new rows alone are trained; "
-                "allowed: sharding.zero 0, 1 or 2, or method full or galore"
+                f"{found} at sharding.zero 3, where no worker has the embedding whole, and its new rows alone are "
+                "trained; allowed: sharding.zero 0, 1 or 2, or method full or galore"
             )
         return self
 
