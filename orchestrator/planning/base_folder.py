@@ -4,10 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.planning.model import LLAMA_LIKE, Model, weight_files
+from orchestrator.planning.model import ADAPTER, LLAMA_LIKE, Model, weight_files
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-ADAPTER = "adapter_config.json"
 # Weights that are not read: a pickle can run code as it is loaded, the others are of other libraries.
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.safetensors")
 _NO_WEIGHTS = {"training_args.bin", "optimizer.pt", "scheduler.pt", "adapter_model.bin", "adapter_model.safetensors"}

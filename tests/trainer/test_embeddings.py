@@ -10,6 +10,7 @@ from finished_runs import curve, difference, events, interrupted, loss_gap
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from methods.parts import quantised
 from orchestrator.planning.plan import plan
 from trainer.attempt import load_job
 
@@ -101,8 +102,11 @@ def outputs(run: Path, base: Path, rows: int) -> list[Any]:
     """The output of a run as plain PEFT and transformers load it, and the merged model."""
     if load_job(run).method.makes_model:
         return [AutoModelForCausalLM.from_pretrained(run / "output")]
-    longer = AutoModelForCausalLM.from_pretrained(base)
+    in_4_bits = quantised.load_options("nf4", True, torch.float32) if load_job(run).method.quantises else {}
+    longer = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **in_4_bits)
     longer.resize_token_embeddings(rows)
+    for _, layer in quantised.layers(longer):
+        layer.support_avx512bf16_for_cpu = False  # else an evaluation computes in bf16 on some CPUs
     return [
         PeftModel.from_pretrained(longer, run / "output"),
         AutoModelForCausalLM.from_pretrained(run / "output" / "merged"),

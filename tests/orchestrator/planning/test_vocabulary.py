@@ -95,9 +95,17 @@ def test_more_ids_than_embeddings_are_told_or_added(folder: Path) -> None:
     ("changes", "expected"),
     [
         ({"method": "ia3"}, "method ia3, which does not train new embeddings; allowed: one of full, lora, rslora"),
+        (
+            {"method": {"kind": "full", "freeze": ["*embed*"]}},
+            "method.freeze: model.embed_tokens.weight would be frozen",
+        ),
+        (
+            {"method": {"kind": "lora", "target": ["q_proj", "lm_head"]}},
+            "method.target: found 'lm_head'; base.resize",
+        ),
         ({"method": "lora", "sharding": {"zero": 3}}, "allowed: sharding.zero 0, 1 or 2, or method full or galore"),
     ],
-    ids=["method", "stage"],
+    ids=["method", "frozen", "adapted", "stage"],
 )
 def test_what_cannot_train_new_embeddings(folder: Path, changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(InputError) as error:
