@@ -64,6 +64,8 @@ def _without_weights(folder: Path, tokenizer: bool) -> str:
         return f"found only GGUF ({found}), which is not read; take the base that it was made from"
     if suffixes == {".safetensors"}:
         return f"found {found}, but neither model.safetensors nor model.safetensors.index.json, which names the files"
+    if not any(path.name.startswith("pytorch_model") for path in other):
+        return f"found weights as {found}; only safetensors are read: take the base in transformers' own format"
     convert = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
     return f"found weights as {found}; only safetensors are read: convert them, if you trust them, by {convert}"
 

@@ -37,7 +37,7 @@ def beside_an_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.matrix), 3])
 def test_an_adapter_beside_the_base_changes_nothing(
     zero: int, beside_an_adapter: Path, new_run: Any, launch: Any, held_out: Path, cache: Path, tiny_base: Path
 ) -> None:
@@ -135,7 +135,9 @@ def model(in_4_bits: Path) -> Any:
     return found
 
 
-@pytest.mark.parametrize("kind", ["lora", "qlora", *(pytest.param(k, marks=pytest.mark.matrix) for k in METHODS)])
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("lora", "qlora") else pytest.param(kind, marks=pytest.mark.matrix) for kind in METHODS]
+)
 def test_a_base_in_4_bits_is_trained(
     kind: str, in_4_bits: Path, new_run: Any, launch: Any, held_out: Path, cache: Path, model: Any
 ) -> None:
