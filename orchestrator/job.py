@@ -182,15 +182,24 @@ class Job(_Part):
                 "base.init scratch with a base in 4 bits: random weights are not worth quantising; "
                 "nearest: init: pretrained, or method full"
             )
-        if self.base.resize_embeddings and not self.method.trains_new_tokens:
-            kinds = ", ".join(options.model_fields["kind"].default for options in ALL if options.trains_new_tokens)
-            raise ValueError(
-                f"base.resize_embeddings with method {self.method.kind}, which does not train new embeddings; "
-                f"allowed: one of {kinds}"
-            )
         virtual = self.method.virtual_tokens
         if self.data.seq_len <= virtual:
             raise ValueError(f"data.seq_len {self.data.seq_len} has no room beside method.tokens {virtual}")
+        return self
+
+    @model_validator(mode="after")
+    def _trains_new_tokens(self) -> "Job":
+        if not self.base.resize_embeddings:
+            return self
+        found = f"base.resize_embeddings with method {self.method.kind}"
+        if not self.method.trains_new_tokens:
+            kinds = ", ".join(options.model_fields["kind"].default for options in ALL if options.trains_new_tokens)
+            raise ValueError(f"{found}, which does not train new embeddings; allowed: one of {kinds}")
+        if self.sharding.zero == 3 and not self.method.makes_model:
+            raise ValueError(
+                f"{found} at sharding.zero 3, where no worker has the embedding whole, and its new rows alone are "
+                "trained; allowed: sharding.zero 0, 1 or 2, or method full or galore"
+            )
         return self
 
     @property

@@ -10,7 +10,7 @@ from methods.base import Method
 from methods.parts import quantised
 from orchestrator.job import Base, Job
 from trainer.data.tokenizer import load_tokenizer
-from trainer.embeddings import add_missing
+from trainer.embeddings import add_missing, vocabulary
 from trainer.zero import partitioned_loading
 
 _NOWHERE = "no-adapter"
@@ -41,8 +41,9 @@ def load_config(base: Base) -> Any:
 def load_pretrained(base: Base, dtype: torch.dtype, config: Any = None, **options: Any) -> Any:
     """The base with its weights: safetensors alone, and neither code of its own nor an adapter from beside them.
 
-    One that is in 4 bits already computes in `dtype`, as others do. `options` are those of `from_pretrained`. Raises
-    ValueError where it has not all the weights of its config.
+    Where the job says so, it has an embedding for every id of its tokenizer. One that is in 4 bits already computes
+    in `dtype`, as others do. `options` are those of `from_pretrained`. Raises ValueError where it has not all the
+    weights of its config.
     """
     from transformers import AutoModelForCausalLM
 
@@ -68,6 +69,8 @@ def load_pretrained(base: Base, dtype: torch.dtype, config: Any = None, **option
         raise ValueError(f"base.model: {base.model}: {found_out}")
     if in_4_bits:
         quantised.cast_others(model, dtype)
+    if base.resize_embeddings:
+        add_missing(model, load_tokenizer(base))
     return model
 
 
@@ -80,6 +83,7 @@ def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.
     weights = torch.float32 if job.method.makes_model else dtype
     options = _options(job, method, weights)
     in_4_bits = hasattr(options["config"], "quantization_config")
+    known = vocabulary(options["config"])
     in_parts = job.base.init == "pretrained" and not in_4_bits and "quantization_config" not in options
     with partitioned_loading(job.sharding.zero if in_parts else 0, weights):
         torch.manual_seed(job.train.seed)
@@ -90,10 +94,8 @@ def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.
             model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(job.train.seed)
         # On the device at once, as at ZeRO 3: what `attach` computes from the base is fast and the same there.
-        model = model.to(device)
-        if job.base.resize_embeddings:
-            method.new_tokens = add_missing(model, load_tokenizer(job.base))
-        tuned = method.attach(model)
+        method.new_tokens = range(known, vocabulary(model.config))
+        tuned = method.attach(model.to(device))
         if in_4_bits:
             quantised.hide(tuned)
         return tuned.train().to(device)  # transformers loads for evaluation
@@ -131,7 +133,10 @@ def _load(job: Job, options: dict[str, Any], device: torch.device) -> Any:
     if job.base.init == "pretrained":
         return load_pretrained(job.base, **options)
     with device:
-        return AutoModelForCausalLM.from_config(**options, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(**options, trust_remote_code=False)
+    if job.base.resize_embeddings:
+        add_missing(model, load_tokenizer(job.base))
+    return model
 
 
 def _source(base: Base) -> dict[str, Any]:

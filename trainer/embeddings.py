@@ -8,15 +8,20 @@ from torch import nn
 from methods.parts.weights import whole
 
 
-def add_missing(model: Any, tokenizer: Any) -> range:
-    """Give every id of the tokenizer an embedding, and a row of the head; the ids that were added.
+def vocabulary(config: Any) -> int:
+    """How many token ids a model of this config has an embedding for."""
+    return int(config.get_text_config().vocab_size)
+
+
+def add_missing(model: Any, tokenizer: Any) -> None:
+    """Give every id of the tokenizer an embedding, and a row of the head.
 
     A new row is the mean of the old ones, the same on every rank and in every layout. Every rank calls it.
     """
     inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
-    old, rows = inputs.num_embeddings, 1 + max(tokenizer.get_vocab().values())
-    if rows <= old:
-        return range(0)
+    rows = 1 + max(tokenizer.get_vocab().values())
+    if rows <= inputs.num_embeddings:
+        return
     tied = head is not None and head.weight is inputs.weight
     inputs.weight, inputs.num_embeddings = _longer(inputs.weight, rows), rows
     if head is not None:
@@ -24,7 +29,6 @@ def add_missing(model: Any, tokenizer: Any) -> range:
         if getattr(head, "bias", None) is not None:
             head.bias = _longer(head.bias, rows)
     model.config.get_text_config().vocab_size = model.vocab_size = rows
-    return range(old, rows)
 
 
 def _longer(weight: nn.Parameter, rows: int) -> nn.Parameter:

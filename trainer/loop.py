@@ -22,6 +22,7 @@ from trainer.data.survey import check_ids
 from trainer.data.tokenizer import end_ids, load_tokenizer
 from trainer.data.tokens import Tokens, tokenise
 from trainer.digests import InputChanged, changes
+from trainer.embeddings import vocabulary
 from trainer.evaluate import Evaluator
 from trainer.export import export
 from trainer.folders import cache
@@ -67,7 +68,7 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
         method.load_state(saved.method_state())
     with shown(attempt):
         model = load_model(job, method, dtype, world.device)
-    check_ids(tokens, tokenizer, vocabulary(model), job.data.train)
+    check_ids(tokens, tokenizer, vocabulary(model.config), job.data.train)
     if saved:
         saved.load_weights(model, method)
     else:
@@ -81,11 +82,6 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     apart.check(run)
     announce(run)
     return run, saved.step if saved else 0
-
-
-def vocabulary(model: Any) -> int:
-    """The number of the base's embeddings."""
-    return int(model.config.get_text_config().vocab_size)
 
 
 def check_inputs(attempt: Attempt, job: Job, world: World) -> None:

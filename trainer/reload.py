@@ -11,7 +11,7 @@ from torch import nn
 
 from methods.parts import quantised
 from trainer import speed
-from trainer.base import load_config
+from trainer.base import load_config, load_pretrained
 from trainer.run import Run
 
 SPARE = 1.2  # memory that a model takes, over that of its weights
@@ -20,16 +20,15 @@ Place = dict[str, Any]  # keyword arguments of `from_pretrained` that say where 
 
 def load_base(run: Run, adapter: Path, place: Place) -> Any:
     """The base as an adapter's users load it; a method that changes the base's config leaves it in the adapter."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if run.job.base.init == "scratch":
         raise ValueError(
             "base.init scratch: the base's random weights are kept nowhere, so nothing can load it again"
         )
-    source = {"pretrained_model_name_or_path": run.job.base.model, "revision": run.job.base.revision or "main"}
     changed = (adapter / "config.json").exists()
-    config = {"config": AutoConfig.from_pretrained(adapter)} if changed else {}
-    return AutoModelForCausalLM.from_pretrained(**source, **config, dtype=run.dtype, **place)
+    config = AutoConfig.from_pretrained(adapter) if changed else None
+    return load_pretrained(run.job.base, run.dtype, config, **place)
 
 
 def load_output(run: Run, folder: Path, place: Place) -> nn.Module:
@@ -38,7 +37,8 @@ def load_output(run: Run, folder: Path, place: Place) -> nn.Module:
         return load_model(run, folder, place)
     config = load_config(run.job.base)
     config.dtype = run.dtype
-    packed = run.method.load_options(config) if run.job.method.quantises else {}
+    in_4_bits = hasattr(config, "quantization_config")  # already
+    packed = run.method.load_options(config) if run.job.method.quantises and not in_4_bits else {}
     base = load_base(run, folder, place | packed)
     quantised.exact(base)
     return run.method.load(base, folder).eval()

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from methods.options import ALL
+from methods.options import ALL, Full
+from methods.parts.targets import is_named
 from orchestrator.errors import InputError
 from orchestrator.job import Job
 from orchestrator.planning import base_folder, quantised, vocabulary
 from orchestrator.planning.hub import fetch_config
-from orchestrator.planning.model import Model, locate
+from orchestrator.planning.model import ADAPTER, Model, folder_of, locate
 
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 _ALLOWED = "allowed: a ...ForCausalLM model"
@@ -40,16 +41,16 @@ _UNQUANTISED = "take the unquantised base, and method qlora"
 
 def find_model(job: Job) -> Model:
     """The base, in its folder, the cache, or on the hub; raises InputError when it could not be loaded."""
-    folder = Path(job.base.model)
-    if folder.is_dir() and not (folder / "config.json").exists():
+    folder = folder_of(job.base)
+    if folder is not None and not (folder / "config.json").exists():
         raise InputError(f"base.model: {folder}: {base_folder.without_config(folder)}")
     model = locate(job.base) or Model(fetch_config(job.base), None, job.base.init == "scratch")
     where = model.folder or job.base.model
     problem = unfit(model.config) or _foreign_code(model.config)
     if problem is None and not model.scratch:
         problem = _quantised(model)
-    if problem is None and model.folder == folder:
-        problem = base_folder.lacks(model, folder)
+    if problem is None and Path(job.base.model).is_dir():  # a cached snapshot is completed by the trainer
+        problem = base_folder.lacks(model, Path(job.base.model))
     if problem is not None:
         raise InputError(f"base.model: {where}: {problem}")
     return vocabulary.resized(model) if job.base.resize_embeddings else model
@@ -63,6 +64,7 @@ def misfits(job: Job, model: Model) -> list[str]:
         problems.append(f"data.packing: documents in a row see each other in a base of type {kind}; allowed: false")
     if model.in_4_bits:
         problems += _in_4_bits(job, model)
+    problems += _new_tokens(job, model)
     try:
         job.method.check(model.config, job.data.seq_len)
     except ValueError as error:
@@ -81,8 +83,8 @@ def warnings(job: Job, model: Model) -> list[str]:
     kind, where = model.config["model_type"], model.folder or job.base.model
     if "auto_map" in model.config:
         found.append(f"base.model: {where}: its own code (auto_map) is not run; transformers' own {kind} is")
-    if model.folder is not None and (model.folder / base_folder.ADAPTER).exists():
-        found.append(f"base.model: {where}: it holds an adapter too ({base_folder.ADAPTER}), which is left out")
+    if model.folder is not None and (model.folder / ADAPTER).exists():
+        found.append(f"base.model: {where}: it holds an adapter too ({ADAPTER}), which is left out")
     new = vocabulary.outside(model)
     if new:
         token, id_ = next(iter(new.items()))
@@ -150,3 +152,18 @@ def _in_4_bits(job: Job, model: Model) -> list[str]:
     if job.output.merge:
         problems.append(f"output.merge: the base is in 4 bits already, which hold no merged weights; {_UNQUANTISED}")
     return problems
+
+
+def _new_tokens(job: Job, model: Model) -> list[str]:
+    """Why the embeddings of new tokens would not be trained as the job wants it."""
+    longer = [name for name, shape in model.shapes.items() if shape != model.own_shapes[name]]
+    method = job.method
+    frozen = [name for name in longer if isinstance(method, Full) and method.freezes(name)]
+    if frozen:
+        return [f"method.freeze: {frozen[0]} would be frozen with its new rows, which base.resize_embeddings adds"]
+    targets = getattr(method, "target", "all-linear")
+    for pattern in () if method.makes_model or targets == "all-linear" else targets:
+        if any(is_named(name.removesuffix(".weight"), pattern) for name in longer):
+            reason = "base.resize_embeddings trains its new rows, and an adapter on it cannot"
+            return [f"method.target: found {pattern!r}; {reason}; allowed: a target without it"]
+    return []

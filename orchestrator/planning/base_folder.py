@@ -4,10 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.planning.model import LLAMA_LIKE, Model, weight_files
+from orchestrator.planning.model import ADAPTER, LLAMA_LIKE, Model, weight_files
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-ADAPTER = "adapter_config.json"
 # Weights that are not read: a pickle can run code as it is loaded, the others are of other libraries.
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.safetensors")
 _NO_WEIGHTS = {"training_args.bin", "optimizer.pt", "scheduler.pt", "adapter_model.bin", "adapter_model.safetensors"}
@@ -65,6 +64,8 @@ def _without_weights(folder: Path, tokenizer: bool) -> str:
         return f"found only GGUF ({found}), which is not read; take the base that it was made from"
     if suffixes == {".safetensors"}:
         return f"found {found}, but neither model.safetensors nor model.safetensors.index.json, which names the files"
+    if not any(path.name.startswith("pytorch_model") for path in other):
+        return f"found weights as {found}; only safetensors are read: take the base in transformers' own format"
     convert = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
     return f"found weights as {found}; only safetensors are read: convert them, if you trust them, by {convert}"
 

@@ -43,4 +43,6 @@ def fetch_config(base: Base) -> dict[str, Any]:
 def _refusal(code: int) -> str:
     if code in (401, 403):
         return f"{code}, not allowed or no such model (set HF_TOKEN for a gated one)"
-    return f"{code}, no such model or revision" if code == 404 else str(code)
+    if code == 404:
+        return "404, no such model or revision, or one without config.json (an adapter, or GGUF alone)"
+    return str(code)

@@ -20,6 +20,7 @@ from orchestrator.job import Base
 from orchestrator.planning import quantised
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+ADAPTER = "adapter_config.json"
 # Bases whose shapes follow from their config: the Llama family.
 LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3"}
 TRANSPOSED = {"gpt2", "openai-gpt"}  # bases whose linear layers hold their weight as [in, out]
@@ -110,9 +111,14 @@ class Model:
 
 def locate(base: Base) -> Model | None:
     """The base in its folder, or in the local cache of the hub; None when it is a hub id that is not there."""
-    folder = Path(base.model)
-    found = folder if folder.is_dir() else _cached(base)
+    found = folder_of(base)
     return Model(_config(found / "config.json"), found, base.init == "scratch") if found else None
+
+
+def folder_of(base: Base) -> Path | None:
+    """The folder that a base names, or where the local cache of the hub has it; None when it is not there."""
+    folder = Path(base.model)
+    return folder if folder.is_dir() else _cached(base)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -176,7 +182,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _cached(base: Base) -> Path | None:
-    """The snapshot of a hub id in the local cache, by revision."""
+    """The snapshot of a hub id in the local cache, by revision, if it shows what it is a snapshot of."""
     if not HUB_ID.fullmatch(base.model):
         return None
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
@@ -185,7 +191,8 @@ def _cached(base: Base) -> Path | None:
     reference = repository / "refs" / (base.revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else base.revision or ""
     snapshot = repository / "snapshots" / commit
-    return snapshot if commit and (snapshot / "config.json").exists() else None
+    shows = any((snapshot / name).exists() for name in ("config.json", ADAPTER))
+    return snapshot if commit and shows else None
 
 
 def _llama(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

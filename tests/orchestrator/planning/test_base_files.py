@@ -42,7 +42,10 @@ def folder(tmp_path: Path) -> Path:
     [
         (("pytorch_model.bin",), "found weights as pytorch_model.bin; only safetensors are read: convert them"),
         (("pytorch_model-1.bin", "pytorch_model-2.bin"), "found weights as pytorch_model-1.bin and 1 more; only"),
-        (("consolidated.00.pth",), "found weights as consolidated.00.pth; only safetensors are read"),
+        (
+            ("consolidated.00.pth",),
+            "found weights as consolidated.00.pth; only safetensors are read: take the base in tran",
+        ),
         (("tf_model.h5", "flax_model.msgpack"), "found weights as flax_model.msgpack and 1 more; only"),
         (("base-Q4_K_M.gguf",), "found only GGUF (base-Q4_K_M.gguf), which is not read; take the base that it was"),
         (("model-00001-of-00002.safetensors",), "found model-00001-of-00002.safetensors, but neither model.safeten"),

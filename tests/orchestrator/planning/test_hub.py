@@ -17,6 +17,11 @@ from orchestrator.planning.model import count
 PAGES = {
     "/good/base/resolve/main/config.json": (200, json.dumps(CONFIG).encode()),
     "/good/base/resolve/v2/config.json": (200, json.dumps({**CONFIG, "num_hidden_layers": 1}).encode()),
+    "/gptq/base/resolve/main/config.json": (
+        200,
+        json.dumps({**CONFIG, "quantization_config": {"quant_method": "gptq"}}).encode(),
+    ),
+    "/t5/base/resolve/main/config.json": (200, b'{"model_type": "t5"}'),
     "/gated/base/resolve/main/config.json": (401, b""),
     "/broken/base/resolve/main/config.json": (200, b"<html>"),
     "/list/base/resolve/main/config.json": (200, b"[]"),
@@ -101,3 +106,21 @@ def test_offline_only_the_cache_counts(monkeypatch: pytest.MonkeyPatch, tmp_path
     make_base(repository / "snapshots" / "c0ffee")
     assert find_model(job("good/base")).folder == repository / "snapshots" / "c0ffee"
     assert find_model(job("good/base", "c0ffee")).folder == repository / "snapshots" / "c0ffee"
+
+
+def test_a_cached_adapter_is_no_base(tmp_path: Path) -> None:
+    repository = tmp_path / "hf" / "hub" / "models--some--adapter"
+    snapshot = repository / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c0ffee")
+    (snapshot / "adapter_config.json").write_text('{"base_model_name_or_path": "good/base"}')
+    assert "found an adapter (adapter_config.json) and no base; name its base (good/base)" in refusal("some/adapter")
+
+
+@pytest.mark.parametrize(
+    ("base", "reason"),
+    [("gptq/base", "it is quantised already (gptq)"), ("t5/base", "an encoder with a decoder")],
+)
+def test_what_the_config_on_the_hub_shows(base: str, reason: str) -> None:
+    assert reason in refusal(base)
