@@ -52,9 +52,9 @@ def observe(run: Run) -> Seen:
     virtual = run.job.method.virtual_tokens
     rows = [run.tokens.example(i).ids[: virtual + TOKENS] for i in range(min(ROWS, len(run.tokens)))]
     run.model.eval()
-    logits = [_logits(run.model, torch.as_tensor(row, dtype=torch.long, device=run.world.device)) for row in rows]
+    logits = [_logits(run.model, torch.tensor(row, dtype=torch.long, device=run.world.device)) for row in rows]
     run.model.train()
-    return Seen([torch.as_tensor(row[virtual:], dtype=torch.long) for row in rows], [x[virtual:] for x in logits])
+    return Seen([torch.tensor(row[virtual:], dtype=torch.long) for row in rows], [x[virtual:] for x in logits])
 
 
 def compare(run: Run, load: Callable[[Place], nn.Module], seen: Seen) -> Finding:
