@@ -85,7 +85,7 @@ def write_ends(run: Run, folder: Path) -> None:
     As plain JSON: transformers refuses to write a config that it would warn of, as those of some bases are.
     """
     ends = list(run.ends)
-    generation: dict[str, Any] = cast(Any, run.model).generation_config.to_diff_dict()
+    generation = run.generation
     known = generation.get("eos_token_id")
     if not ends or set(ends) == set([known] if isinstance(known, int) else known or []):
         return

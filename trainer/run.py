@@ -42,4 +42,10 @@ class Run:
     def ends(self) -> tuple[int, ...]:
         """The ids of the tokens that end an answer, by the tokenizer, the config and the generation config."""
         model: Any = self.model
-        return end_tokens(self.tokenizer, model.config.to_dict(), model.generation_config.to_dict())
+        return end_tokens(self.tokenizer, model.config.to_dict(), self.generation)
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What the base's generation config says, as plain data; empty for a model that has none."""
+        config = getattr(self.model, "generation_config", None)
+        return dict(config.to_diff_dict()) if config is not None else {}
