@@ -132,7 +132,8 @@ def save_merged(run: Run, output: Path, seen: Seen | None) -> None:
         except MergeRefused as refusal:
             run.attempt.event("merge_refused", reason=str(refusal))
             raise
-    shutil.rmtree(unfinished, ignore_errors=True)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)  # at once: where the disk is full, the note needs room
     if run.method.merge_report:
         with dispensable(run.attempt, "merge_report.json"):
             (output / "merge_report.json").write_text(json.dumps(dict(run.method.merge_report), indent=1))

@@ -15,7 +15,7 @@ from methods.lora import LoraTuning
 from trainer import export, reload
 from trainer.__main__ import main
 from trainer.attempt import Attempt, claim_next
-from trainer.missing import reason
+from trainer.missing import dispensable, reason
 from trainer.verify import Finding, OutputDiffers
 
 OTHER_END = "!"
@@ -154,6 +154,13 @@ def test_reasons_come_from_the_events_of_the_attempt(tmp_path: Path) -> None:
     attempt.event("missing", what="this", why="that")
     attempt.event("missing", what="the card", why="full")
     assert reason(Attempt(tmp_path, 1)) == "this is missing: that; the card is missing: full"
+
+
+def test_a_note_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, 7)  # its folder is not there
+    with dispensable(attempt, "the card"):
+        raise RuntimeError("boom")
+    assert not attempt.folder.exists()
 
 
 def test_what_is_no_number_is_no_match() -> None:
