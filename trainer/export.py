@@ -86,7 +86,7 @@ def write_ends(run: Run, folder: Path) -> None:
     As plain JSON: transformers refuses to write a config that it would warn of, as those of some bases are.
     """
     ends = list(run.ends)
-    generation: dict[str, Any] = cast(Any, run.model).generation_config.to_diff_dict()
+    generation = run.generation
     known = generation.get("eos_token_id")
     if not ends or set(ends) == set([known] if isinstance(known, int) else known or []):
         return
@@ -133,7 +133,8 @@ def save_merged(run: Run, output: Path, seen: Seen | None) -> None:
         except MergeRefused as refusal:
             run.attempt.event("merge_refused", reason=str(refusal))
             raise
-    shutil.rmtree(unfinished, ignore_errors=True)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)  # at once: where the disk is full, the note needs room
     if run.method.merge_report:
         with dispensable(run.attempt, "merge_report.json"):
             (output / "merge_report.json").write_text(json.dumps(dict(run.method.merge_report), indent=1))

@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from trainer.attempt import Attempt, read_lines
 
@@ -19,9 +19,14 @@ def reason(attempt: Attempt) -> str:
 
 
 def note(attempt: Attempt, what: str, why: str) -> None:
-    """Keep in the attempt's events that something is missing, and say it in the log."""
-    attempt.event("missing", what=what, why=why)
-    print(f"{what} is missing: {why}", flush=True)
+    """Keep in the attempt's events that something is missing, and say it in the log.
+
+    Where not even that can be written, as on a full disk, what there is must be delivered all the same.
+    """
+    with suppress(OSError):
+        attempt.event("missing", what=what, why=why)
+    with suppress(OSError):
+        print(f"{what} is missing: {why}", flush=True)
 
 
 @contextmanager
@@ -30,6 +35,7 @@ def dispensable(attempt: Attempt, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        traceback.print_exc()
+        with suppress(OSError):
+            traceback.print_exc()
         text = " ".join(f"{type(error).__name__}: {error}".split())
         note(attempt, what, text[:1000])

@@ -54,7 +54,10 @@ def load_model(run: Run, folder: Path, place: Place) -> nn.Module:
 
 @contextmanager
 def room(run: Run) -> Iterator[Place]:
-    """Where one more copy of the model fits: this rank's device, else the host, else in parts that come from disk."""
+    """Where one more copy of the model fits: this rank's device, the host, or layer by layer from disk.
+
+    Raises RuntimeError where an adapter's base does not fit.
+    """
     size = speed.count(run.model) * run.dtype.itemsize * SPARE
     device = run.world.device
     if device.type == "cuda":
@@ -66,6 +69,10 @@ def room(run: Run) -> Iterator[Place]:
     if free is None or size < free:
         yield {}
         return
+    if not run.job.method.makes_model:  # PEFT cannot put an adapter on a base that lies on disk
+        raise RuntimeError(
+            f"one more copy of the model takes {size / 2**30:.1f} GiB, the host has {free / 2**30:.1f}"
+        )
     with tempfile.TemporaryDirectory(dir=run.attempt.folder) as disk:
         yield {"device_map": "auto", "max_memory": {"cpu": int(free / SPARE)}, "offload_folder": disk}
 

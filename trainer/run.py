@@ -43,3 +43,9 @@ class Run:
     def ends(self) -> tuple[int, ...]:
         """The ids of the tokens that end an answer."""
         return self.reading.ends
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What the base's generation config says, as plain data; empty for a model that has none."""
+        config = getattr(self.model, "generation_config", None)
+        return dict(config.to_diff_dict()) if config is not None else {}

@@ -19,6 +19,7 @@ ROWS, TOKENS = 4, 64  # at most; of the training data
 LARGE = 10**9  # parameters, above which the log says that the check takes a while
 # Of logits, relative to the largest: what another order of the same sums makes of them, at the least.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+ELSEWHERE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # the same where another kind of device computes them
 SPREADS = 4  # times the difference between two passes of the loaded model, which may be larger in a deep one
 
 
@@ -52,9 +53,9 @@ def observe(run: Run) -> Seen:
     virtual = run.job.method.virtual_tokens
     rows = [run.tokens.example(i).ids[: virtual + TOKENS] for i in range(min(ROWS, len(run.tokens)))]
     run.model.eval()
-    logits = [_logits(run.model, torch.as_tensor(row, dtype=torch.long, device=run.world.device)) for row in rows]
+    logits = [_logits(run.model, torch.tensor(row, dtype=torch.long, device=run.world.device)) for row in rows]
     run.model.train()
-    return Seen([torch.as_tensor(row[virtual:], dtype=torch.long) for row in rows], [x[virtual:] for x in logits])
+    return Seen([torch.tensor(row[virtual:], dtype=torch.long) for row in rows], [x[virtual:] for x in logits])
 
 
 def compare(run: Run, load: Callable[[Place], nn.Module], seen: Seen) -> Finding:
@@ -64,7 +65,7 @@ def compare(run: Run, load: Callable[[Place], nn.Module], seen: Seen) -> Finding
     began = time.monotonic()
     with room(run) as place:
         model = load(place)
-        finding = _compared(model, seen, run.dtype)
+        finding = _compared(model, seen, run.dtype, run.world.device)
         del model
     if run.world.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -74,7 +75,7 @@ def compare(run: Run, load: Callable[[Place], nn.Module], seen: Seen) -> Finding
     return finding
 
 
-def _compared(model: nn.Module, seen: Seen, dtype: torch.dtype) -> Finding:
+def _compared(model: nn.Module, seen: Seen, dtype: torch.dtype, trained_on: torch.device) -> Finding:
     """The gap to the nearer one of two passes: in the model's own dtypes, and under autocast, as it was trained.
 
     Their distance shows how far rounding reaches. In fp32 the second pass has the row twice, so it sums in another
@@ -91,7 +92,8 @@ def _compared(model: nn.Module, seen: Seen, dtype: torch.dtype) -> Finding:
         spread = _larger(spread, plain - other)
         plain_gap = _larger(plain_gap, plain - expected)
         autocast_gap = _larger(autocast_gap, other - expected)
-    return Finding(min(plain_gap, autocast_gap), max(ROUNDING[dtype] * largest, SPREADS * spread))
+    rounding = ROUNDING[dtype] if device.type == trained_on.type else ELSEWHERE[dtype]
+    return Finding(min(plain_gap, autocast_gap), max(rounding * largest, SPREADS * spread))
 
 
 def _logits(model: Any, ids: torch.Tensor, copies: int = 1) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.controller import cancelled_within, history, main, result_of
+from orchestrator.controller import cancelled_within, history, main, next_step, result_of
 from orchestrator.driver import outcome
 from orchestrator.verdict import Final
 from orchestrator.watch import Watch
@@ -182,3 +182,35 @@ def test_work_that_shows_it_is_alive_is_no_hang_until_it_stops(
     threading.Thread(target=evaluate).start()
     assert watch(attempt).until_end().kind == "hang"
     assert time.monotonic() - began >= 3.5
+
+
+@pytest.mark.usefixtures("head")
+def test_success_says_what_is_missing(run_dir: Path) -> None:
+    attempt = claim(run_dir)
+    write_json(attempt.folder / "outcome.json", {"failures": {}})
+    attempt.event("missing", what="the merged model", why="no space left")
+    verdict = watch(attempt, exit_code=0).until_end()
+    attempt.write_verdict(verdict.dump())
+    assert result_of(run_dir, Final("succeeded", None))["reason"] == "the merged model is missing: no space left"
+
+
+def test_a_run_that_delivered_its_output_has_not_failed(run_dir: Path) -> None:
+    attempt = claim(run_dir)
+    attempt.write_verdict({"kind": "out_of_memory", "reason": "rank 0: out of memory", "evidence": "killed"})
+    assert next_step(run_dir) == Final("failed", None)
+    (attempt.folder / "output").mkdir()
+    decision = next_step(run_dir)
+    assert isinstance(decision, Final) and decision.state == "succeeded"
+    assert close(run_dir, result_of(run_dir, decision))
+    reason = (result(run_dir) or {})["reason"]
+    assert "before it was checked" in reason and "rank 0: out of memory" in reason
+    assert (run_dir / "output").exists()
+
+
+def test_reopening_a_cancelled_run_takes_its_output_back(run_dir: Path) -> None:
+    first = claim(run_dir)
+    (first.folder / "output").mkdir()
+    assert close(run_dir, {"state": "cancelled"})
+    assert (run_dir / "output").exists()
+    assert reopen(run_dir)
+    assert not (run_dir / "output").exists() and (first.folder / "output").exists()
