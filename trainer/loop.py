@@ -14,10 +14,10 @@ from methods.base import Setup
 from methods.registry import create
 from orchestrator.job import Job
 from trainer import apart, checkpoint, speed
-from trainer.attempt import Attempt, frozen_digests, load_job
+from trainer.attempt import Attempt, load_job
 from trainer.base import load_config, load_model, load_tokenizer, precision
 from trainer.batches import Batches
-from trainer.digests import InputChanged, changes
+from trainer.digests import InputChanged, changes, frozen
 from trainer.evaluate import Evaluator
 from trainer.export import export
 from trainer.folders import cache
@@ -80,7 +80,7 @@ def check_inputs(attempt: Attempt, job: Job, world: World) -> None:
     """Raise InputChanged on every worker unless data and base are still those that were submitted."""
     found = [""]
     if world.leads:  # large files are read once, not by each worker
-        found = ["; ".join(changes(job, frozen_digests(attempt.run_dir)))]
+        found = ["; ".join(changes(job, frozen(attempt.run_dir)))]
     dist.broadcast_object_list(found, device=world.device)
     if found[0]:
         raise InputChanged(found[0])
