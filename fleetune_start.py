@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 NAMES = frozenset({"clusters", "fleetune", "k8s", "methods", "orchestrator", "serving", "trainer"})
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).resolve().parent
 
 
 class _Ours(MetaPathFinder):
@@ -31,7 +31,7 @@ def first() -> None:
     """Let our modules be found first in this process; raises ImportError where one of a user was imported already."""
     for name in sorted(NAMES & sys.modules.keys()):
         file = getattr(sys.modules[name], "__file__", None)
-        if file is None or not Path(file).is_relative_to(_HERE):
+        if file is None or not Path(file).resolve().is_relative_to(_HERE):
             where = file or "a folder of the user"
             raise ImportError(f"{where} was imported as {name!r}, which is a name of Fleetune's: give it another one")
     if not any(isinstance(finder, _Ours) for finder in sys.meta_path):
@@ -48,7 +48,7 @@ def unshadowed(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _shadows(folder: Path) -> bool:
     """Whether a folder has a module or package of one of our names that is not ours."""
-    if folder.absolute() == _HERE.absolute():
+    if folder.resolve() == _HERE:
         return False
     found = [PathFinder.find_spec(name, [str(folder)]) for name in NAMES]
     return any(spec is not None and spec.origin is not None for spec in found)  # a plain folder comes after packages

@@ -237,11 +237,6 @@ def load_job(run_dir: Path) -> Job:
     return Job.model_validate(record["job"])
 
 
-def frozen_digests(run_dir: Path) -> Record:
-    """The digests of data and base at the submission, by field; {} in a folder that was not submitted."""
-    return yaml.safe_load((run_dir / "job.yaml").read_text()).get("digests") or {}
-
-
 def read_json(path: Path) -> Record:
     """Read a JSON file that holds an object."""
     record: Record = json.loads(path.read_text())

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from orchestrator.job import Job
 
 _LOADED = re.compile(r"\.(json|safetensors|model|jinja)$|^(vocab|merges)\.txt$")
@@ -46,25 +48,32 @@ def folder_digest(folder: Path, scratch: bool) -> str:
     return total.hexdigest()
 
 
-def changes(job: Job, frozen: Mapping[str, Any]) -> list[str]:
-    """What is not as the submission froze it, one line each: field, file, both digests, what to do."""
+def frozen(run_dir: Path) -> dict[str, str | None]:
+    """The digests of a run's submission, by field; {} in a folder that was not submitted."""
+    record: dict[str, Any] = yaml.safe_load((run_dir / "job.yaml").read_text())
+    return record.get("digests") or {}
+
+
+def changes(job: Job, known: Mapping[str, str | None]) -> list[str]:
+    """What is not as in the known digests, one line each: field, file, both digests, what to do."""
     sources = {"data.train": job.data.train, "data.eval": job.data.eval, "base": job.base.model}
     lines = []
     for field, source in sources.items():
-        if source and Path(source).is_absolute() and frozen.get(field):
-            state = _change(Path(source), frozen[field], job.base.init == "scratch")
+        then = known.get(field)
+        if source and Path(source).is_absolute() and then:
+            state = _change(Path(source), then, job.base.init == "scratch")
             if state:
                 mend = "put the old one back and resume the run, or submit the job anew"
                 lines.append(f"{field}: {source} {state}; {mend}")
     return lines
 
 
-def _change(source: Path, frozen: str, scratch: bool) -> str | None:
+def _change(source: Path, then: str, scratch: bool) -> str | None:
     """What became of a file or of the folder of a base; None when it is as it was."""
     try:
         found = folder_digest(source, scratch) if source.is_dir() else file_digest(str(source))
     except OSError as error:
         return f"cannot be read now ({error.strerror})"
-    if found == frozen:
+    if found == then:
         return None
-    return f"has changed since the submission: sha256 {frozen[:_SHOWN]} then, {str(found)[:_SHOWN]} now"
+    return f"has changed since the submission: sha256 {then[:_SHOWN]} then, {str(found)[:_SHOWN]} now"

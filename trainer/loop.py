@@ -14,14 +14,14 @@ from methods.base import Setup
 from methods.registry import create
 from orchestrator.job import Job
 from trainer import apart, checkpoint, speed
-from trainer.attempt import Attempt, frozen_digests, load_job
+from trainer.attempt import Attempt, load_job
 from trainer.base import load_config, load_model, precision
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
 from trainer.data.survey import check_ids
 from trainer.data.tokenizer import end_ids, load_tokenizer
 from trainer.data.tokens import Tokens, tokenise
-from trainer.digests import InputChanged, changes
+from trainer.digests import InputChanged, changes, frozen
 from trainer.embeddings import vocabulary
 from trainer.evaluate import Evaluator
 from trainer.export import export
@@ -88,7 +88,7 @@ def check_inputs(attempt: Attempt, job: Job, world: World) -> None:
     """Raise InputChanged on every worker unless data and base are still those that were submitted."""
     found = [""]
     if world.leads:  # large files are read once, not by each worker
-        found = ["; ".join(changes(job, frozen_digests(attempt.run_dir)))]
+        found = ["; ".join(changes(job, frozen(attempt.run_dir)))]
     dist.broadcast_object_list(found, device=world.device)
     if found[0]:
         raise InputChanged(found[0])
