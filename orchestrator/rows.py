@@ -12,7 +12,6 @@ from orchestrator.planning import base
 from orchestrator.planning.freeze import Source, read
 from orchestrator.planning.preflight import few_steps
 from orchestrator.planning.survey import Progress, missing, with_date
-from trainer.data.files import RowError
 from trainer.data.rows import Row
 from trainer.data.rows import rows as read_rows
 from trainer.data.survey import Survey, survey, warnings
@@ -103,7 +102,9 @@ def rows(
         return _look(with_date(job), data, base.find_model(job).folder, row, progress)
     except TokenizerError as error:
         raise InputError(str(error)) from error
-    except RowError as error:
+    except InputError:
+        raise
+    except ValueError as error:  # a RowError, or a cache that cannot be written
         raise InputError(f"data.{'eval' if evaluation else 'train'}: {error}") from error
 
 

@@ -18,6 +18,14 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENT = dict(os.environ)  # as pytest found it: what one test sets is not for processes that outlive it
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what tests remember out of the home of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEETUNE_HOME", str(tmp_path_factory.mktemp("fleetune")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama of two layers (fp32) and the tokenizer of examples/tiny."""

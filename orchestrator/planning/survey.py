@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,13 +21,13 @@ from orchestrator.planning.model import Model
 from trainer.data.files import digest, is_hub
 from trainer.data.rows import Row, rows
 from trainer.data.survey import Survey
-from trainer.folders import cache
+from trainer.folders import cache_folder
 
 _NEEDED = ("transformers", "pyarrow", "numpy", "jinja2")
 _LARGEST = 256 << 20  # bytes of a file that is looked at as tokens before a run: a minute or two
 _CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English, for estimates alone
 _TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-_FORMAT = 1  # of the figures that are remembered
+_FORMAT = 2  # of the figures that are remembered
 
 Progress = Callable[[str, int], None]  # a source, and the number of its rows that are done
 
@@ -97,16 +98,25 @@ def _as_tokens(job: Job, model: Model, progress: Progress) -> dict[str, Survey |
     notes: dict[str, Path] = {}
     for key, source in sources(job).items():
         if Path(source).is_file() and Path(source).stat().st_size <= _LARGEST:
-            notes[key] = cache() / "surveys" / f"{_key(job, source, model.folder)}.json"
-            if notes[key].exists():
-                found[key] = Survey.load(json.loads(notes[key].read_text()))
+            notes[key] = cache_folder() / "surveys" / f"{_key(job, source, model.folder)}.json"
+            if remembered := _remembered(notes[key]):
+                found[key] = remembered
     wanted = {key: source for key, source in sources(job).items() if key in notes and key not in found}
     for key, answer in _ask_child(job, model.folder, wanted, progress).items():
         found[key] = answer
         if isinstance(answer, Survey):
-            notes[key].parent.mkdir(parents=True, exist_ok=True)
-            notes[key].write_text(json.dumps(answer.dump()))
+            with suppress(OSError):  # then the next look takes as long
+                notes[key].parent.mkdir(parents=True, exist_ok=True)
+                notes[key].write_text(json.dumps(answer.dump()))
     return found
+
+
+def _remembered(note: Path) -> Survey | None:
+    """The figures of an earlier look; None where there are none, or they were written by half."""
+    try:
+        return Survey.load(json.loads(note.read_text()))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _key(job: Job, source: str, folder: Path) -> str:

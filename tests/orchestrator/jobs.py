@@ -37,9 +37,10 @@ def make_base(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A tokenizer that knows no word: each one, and each sign between them, is `<unk>`."""
-    core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+def write_tokenizer(folder: Path, *words: str) -> None:
+    """A tokenizer that knows a few words: any other one, and each sign between them, is `<unk>`."""
+    ids = {word: id_ for id_, word in enumerate(("<unk>", "</s>", *words))}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}

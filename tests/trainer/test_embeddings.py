@@ -64,7 +64,7 @@ def test_new_embeddings_are_trained_and_delivered(
     common: dict[str, Any] = {
         "base": {"model": str(base), "resize_embeddings": True},
         "method": METHODS[kind],
-        "data": {"train": str(marked), "eval": str(marked)},
+        "data": {"train": str(marked), "eval": str(marked), "parse_special": True},
         "train": {"steps": 6, "lr": 5e-3, "eps": 1e-6},
         "evaluation": {"max_new_tokens": 0},
         "checkpoint": {"every": 3, "keep": 9},

@@ -75,7 +75,7 @@ def test_answers_do_not_depend_on_workers_and_long_prompts_are_counted(
             f"{kind}-{world}-{zero}",
             base=str(narrow_base),
             method={"kind": kind, **({"tokens": 4} if kind == "prompt" else {"rank": 4})},
-            data={"eval": str(prompts), "seq_len": POSITIONS},
+            data={"eval": str(prompts), "seq_len": POSITIONS, "too_long": "cut"},
             train={"steps": 1, "lr": 1e-9},
             sharding={"zero": zero},
             evaluation={"max_new_tokens": 6, "before": False},

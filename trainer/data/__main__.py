@@ -16,7 +16,6 @@ def main(request: Mapping[str, Any]) -> None:
     """Answer a request."""
     from orchestrator.job import Job
     from trainer.data.encode import Reading
-    from trainer.data.files import RowError
     from trainer.data.survey import survey
     from trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer
     from trainer.data.tokens import tokenise
@@ -31,7 +30,7 @@ def main(request: Mapping[str, Any]) -> None:
             say(key, survey=survey(tokens, tokenizer).dump())
         except TokenizerError as error:
             say(key, problem=str(error))
-        except RowError as error:
+        except ValueError as error:  # a RowError, or a cache that cannot be written
             say(key, problem=f"data.{key}: {error}")
 
 

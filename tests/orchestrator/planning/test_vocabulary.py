@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import CONFIG, make_base, make_job
+from jobs import CONFIG, make_base, make_job, write_tokenizer
 
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import read
@@ -65,8 +65,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 def folder(tmp_path: Path) -> Path:
     """A base with two tokens more than its 96 embeddings."""
     make_base(tmp_path / "base")
-    tokens = {f"t{i}": i for i in range(98)}
-    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}}))
+    write_tokenizer(tmp_path / "base", *(f"t{i}" for i in range(2, 98)))
     return tmp_path
 
 
