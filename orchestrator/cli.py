@@ -39,6 +39,7 @@ def main() -> None:
         ending = _ending(error)
         if ending is None:
             raise
+        _clear_count()
         print(ending[1], file=sys.stderr)
         sys.exit(ending[0])
 
@@ -159,6 +160,7 @@ def plan(file: JobFile, sets: Sets = None, as_json: Json = False) -> None:
     from orchestrator.planning.plan import plan as make_plan
 
     found = make_plan(file, sets or (), _count_rows)
+    _clear_count()
     if as_json:
         return _print_json(found.dump())
     from orchestrator.render import show_plan
@@ -178,6 +180,7 @@ def rows(
     from orchestrator.rows import rows as look
 
     found = look(file, overrides=sets or (), row=row, evaluation=evaluation, progress=_count_rows)
+    _clear_count()
     if as_json:
         return _print_json(found.dump())
     from orchestrator.render import show_rows
@@ -286,6 +289,7 @@ def cluster_status(as_json: Json = False) -> None:
 
 
 def _announce(done: "Submission") -> None:
+    _clear_count()
     for warning in done.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if done.adopted:
@@ -300,7 +304,13 @@ def _announce_json(done: "Submission") -> None:
 def _count_rows(source: str, done: int) -> None:
     """Show how far a look at the data has come, where somebody watches."""
     if sys.stderr.isatty():
-        print(f"\r{Path(source).name}: {done:,} rows", end="\r", file=sys.stderr, flush=True)
+        print(f"\x1b[2K{Path(source).name}: {done:,} rows", end="\r", file=sys.stderr, flush=True)
+
+
+def _clear_count() -> None:
+    """Take away what `_count_rows` has shown."""
+    if sys.stderr.isatty():
+        print("\x1b[2K", end="", file=sys.stderr, flush=True)
 
 
 def _print_json(found: Any) -> None:

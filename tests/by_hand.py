@@ -1,6 +1,7 @@
 """A job's steps without DeepSpeed or hooks: one example at a time, AdamW, the mean over target tokens."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def adamw(model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0) -> torc
 def steps(run_dir: Path, cache: Path) -> Iterator[list[Example]]:
     """The examples of each step."""
     job = load_job(run_dir)
-    tokens = tokenise(job.data.train, load_tokenizer(job.base), Reading.of(job), cache)
+    tokens = tokenise(job.data.train, load_tokenizer(job.base), replace(Reading.of(job), virtual=0), cache)
     batches = Batches.of(job, tokens)
     for k in range(batches.steps):
         step = []

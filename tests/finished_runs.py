@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def saved_loss(model: nn.Module, run_dir: Path, cache: Path) -> float:
     """The loss per target token of a loaded output over the job's evaluation rows, one example at a time."""
     job = load_job(run_dir)
     assert job.data.eval
-    tokens = tokenise(job.data.eval, load_tokenizer(job.base), Reading.of(job), cache)
+    tokens = tokenise(job.data.eval, load_tokenizer(job.base), replace(Reading.of(job), virtual=0), cache)
     total = 0.0
     for i in range(len(tokens)):
         example = tokens.example(i)

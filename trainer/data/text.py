@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +56,11 @@ class Renderer:
         control: ControlTokens | None,
     ) -> None:
         self._source, self._tokenizer, self._ends, self._control = source, tokenizer, ends, control
-        self._template = (
-            dated(tokenizer.get_chat_template(), date, source) if tokenizer.chat_template is not None else None
-        )
+        self._date = date
+
+    @cached_property
+    def _template(self) -> str:
+        return dated(self._tokenizer.get_chat_template(), self._date, self._source)
 
     def texts(self, row: Row) -> list[Text]:
         """The examples that a row makes: one; of a chat, one more for each answer that changes what came before."""
