@@ -79,7 +79,7 @@ def submit(
     from orchestrator import submit as submission
 
     if dry_run:
-        print(submission.dry_run(file, cluster=cluster, overrides=sets or ()))
+        print(submission.dry_run(file, cluster=cluster, overrides=sets or (), warn=_warn))
         return
     done = submission.submit(
         file,
@@ -291,14 +291,19 @@ def cluster_status(as_json: Json = False) -> None:
 def _announce(done: "Submission") -> None:
     _clear_count()
     for warning in done.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        _warn(warning)
     if done.adopted:
         print("this run was submitted before; going on with it", file=sys.stderr)
     print(done.run_id, flush=True)
 
 
+def _warn(warning: str) -> None:
+    print(f"warning: {warning}", file=sys.stderr)
+
+
 def _announce_json(done: "Submission") -> None:
-    _print_json({"run_id": done.run_id, "run_dir": str(done.run_dir), "adopted": done.adopted})
+    found = {"run_id": done.run_id, "run_dir": str(done.run_dir), "adopted": done.adopted}
+    _print_json({**found, "warnings": done.warnings})
 
 
 def _count_rows(source: str, done: int) -> None:

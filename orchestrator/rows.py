@@ -3,18 +3,18 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import InputError
 from orchestrator.job import Job
 from orchestrator.planning import base
 from orchestrator.planning.freeze import Source, read
+from orchestrator.planning.model import Model
 from orchestrator.planning.preflight import few_steps
 from orchestrator.planning.survey import Progress, missing, with_date
 from trainer.data.rows import Row
 from trainer.data.rows import rows as read_rows
-from trainer.data.survey import Survey, survey, warnings
+from trainer.data.survey import Survey, survey, unknown_id, warnings
 from trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer
 from trainer.folders import cache
 
@@ -99,7 +99,7 @@ def rows(
     if data is None:
         raise InputError("data.eval: missing; the job names no evaluation rows")
     try:
-        return _look(with_date(job), data, base.find_model(job).folder, row, progress)
+        return _look(with_date(job), data, base.find_model(job), row, progress)
     except TokenizerError as error:
         raise InputError(str(error)) from error
     except InputError:
@@ -108,18 +108,18 @@ def rows(
         raise InputError(f"data.{'eval' if evaluation else 'train'}: {error}") from error
 
 
-def _look(job: Job, source: str, folder: Path | None, row: int | None, progress: Progress) -> Look:
+def _look(job: Job, source: str, model: Model, row: int | None, progress: Progress) -> Look:
     from trainer.data.encode import Encoder, Reading
     from trainer.data.tokens import tokenise
 
-    tokenizer = load_tokenizer(job.base, folder)
-    reading = Reading.of(job, end_ids(tokenizer, job.base, folder))
+    tokenizer = load_tokenizer(job.base, model.folder)
+    reading = Reading.of(job, end_ids(tokenizer, job.base, model.folder))
     examples = []
     for number, encoded in Encoder(source, tokenizer, reading).examples(_chosen(job, source, row)):
         examples += [_shown(example, number.number, tokenizer, reading) for example in encoded]
     tokens = tokenise(source, tokenizer, reading, cache(), lambda done: progress(source, done))
     found = survey(tokens, tokenizer)
-    said = [*warnings(found, job.data.seq_len)]
+    said = [*filter(None, [unknown_id(found, model.embeddings)]), *warnings(found, job.data.seq_len)]
     if source == job.data.train:
         said += few_steps(job, found.tokens)
     return Look(source, found, said, examples, _sequences(job, tokens))

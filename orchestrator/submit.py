@@ -69,11 +69,21 @@ def submit(
     return submission
 
 
-def dry_run(source: Source, *, cluster: str = "local", overrides: Iterable[str] = ()) -> str:
-    """Check a job and give what would be submitted; nothing is made. Raises InputError."""
+def dry_run(
+    source: Source,
+    *,
+    cluster: str = "local",
+    overrides: Iterable[str] = (),
+    warn: Callable[[str], None] = lambda _: None,
+) -> str:
+    """Check a job and give what would be submitted; nothing is made. Raises InputError.
+
+    `warn` is called with each warning.
+    """
     backend = open_cluster(cluster)
     job, _ = read(source, overrides)
-    check(job)
+    for warning in check(job).warnings:
+        warn(warning)
     return make_request(backend, job, new_id(job.name)).text
 
 

@@ -49,11 +49,16 @@ def directions(weight: torch.Tensor, start: str, rank: int, scale: float) -> tup
 
 
 def differences(weights: Mapping[str, torch.Tensor], start: Factors) -> Factors:
-    """[A; A0] and [B, -B0] for every A and B."""
-    return {
-        name: torch.cat([value, start[name]], 0) if ".lora_A." in name else torch.cat([value, -start[name]], 1)
-        for name, value in weights.items()
-    }
+    """[A; A0] and [B, -B0] for every A and B; what else is trained (embeddings of new tokens) as it is."""
+
+    def difference(name: str, value: torch.Tensor) -> torch.Tensor:
+        if name not in start:
+            return value
+        if ".lora_A." in name:
+            return torch.cat([value, start[name]], 0)
+        return torch.cat([value, -start[name]], 1)
+
+    return {name: difference(name, value) for name, value in weights.items()}
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

@@ -64,6 +64,9 @@ def misfits(job: Job, model: Model) -> list[str]:
         problems.append(f"data.packing: documents in a row see each other in a base of type {kind}; allowed: false")
     if model.in_4_bits:
         problems += _in_4_bits(job, model)
+    if not job.method.makes_model and model.folder is not None and (model.folder / ADAPTER).exists():
+        beside = f"it holds an adapter too ({ADAPTER}), which whoever loads the base for this run's adapter would get"
+        problems.append(f"base.model: {model.folder}: {beside} with it; move that away")
     problems += _new_tokens(job, model)
     try:
         job.method.check(model.config, job.data.seq_len)

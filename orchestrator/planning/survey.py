@@ -21,6 +21,7 @@ from orchestrator.planning.model import Model
 from trainer.data.files import digest, is_hub
 from trainer.data.rows import Row, rows
 from trainer.data.survey import Survey
+from trainer.data.text import asks_for_date
 from trainer.folders import cache_folder
 
 _NEEDED = ("transformers", "pyarrow", "numpy", "jinja2")
@@ -86,7 +87,7 @@ def writes_date(model: Model) -> bool:
         return True
     names = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
     files = [model.folder / name for name in names if (model.folder / name).is_file()]
-    return any("strftime_now(" in path.read_text(errors="replace") for path in files)
+    return any(asks_for_date(path.read_text(errors="replace")) for path in files)
 
 
 def _as_tokens(job: Job, model: Model, progress: Progress) -> dict[str, Survey | str]:

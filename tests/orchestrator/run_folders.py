@@ -9,6 +9,7 @@ import yaml
 from orchestrator.job import Job
 from trainer import attempt as protocol
 from trainer.attempt import Attempt, Start
+from trainer.digests import digests
 
 T0 = 1_700_000_000.0
 
@@ -26,14 +27,17 @@ def make_run(root: Path, run_id: str, uri: str | None, **job: Any) -> Path:
     }
     run_dir = root / run_id
     run_dir.mkdir(parents=True)
+    made = Job.model_validate(spec)
+    there = Path(made.data.train).is_absolute()  # a run that is really trained
+    invented = {"data.train": "1" * 64, "data.eval": None, "base": "2" * 64}
     record = {
-        "job": Job.model_validate(spec).dump(),
+        "job": made.dump(),
         "run_id": run_id,
         "cluster": "local",
         "submitted": T0,
         "versions": {"fleetune": "0.1.0", "python": "3.11.7"},
         "git": {"commit": "c0ffee", "dirty": True},
-        "digests": {"data.train": "1" * 64, "data.eval": None, "base": "2" * 64},
+        "digests": digests(made, Path(made.base.model)) if there else invented,
     }
     (run_dir / "job.yaml").write_text(yaml.safe_dump(record))
     return run_dir

@@ -94,7 +94,7 @@ def test_plan_says_what_becomes_of_the_rows(tmp_path: Path) -> None:
     record = {"prompt": "Answer:", "completion": " yes", "context": None, "note": "x"}
     found = plan(job(tmp_path, *[record] * 40))
     assert [warning.split(": ")[0] for warning in found.warnings] == ["data.train"]
-    assert "note (in 40 of 40 rows)" in found.warnings[0]
+    assert "'note' (in 40 of 40 rows)" in found.warnings[0]
     assert plan(job(tmp_path, *[record] * 40)) == found  # as it is remembered
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from orchestrator.job import Job
 from trainer.attempt import attempts, load_job, result
-from trainer.digests import changes, digests, file_digest
+from trainer.digests import changes, digests, file_digest, folder_digest
 
 
 @pytest.fixture
@@ -85,3 +85,16 @@ def test_plain_workers_all_stop_before_they_train_on_other_rows(
     assert (result(run_dir) or {})["state"] == "succeeded"
     assert [attempt.number for attempt in attempts(run_dir)] == [1, 2]
     assert changes(load_job(run_dir), frozen) == []
+
+
+def test_a_large_file_of_the_same_size_is_another_one(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as stream:
+        stream.truncate((64 << 20) + 1)
+    before = folder_digest(tmp_path, scratch=False)
+    assert folder_digest(tmp_path, scratch=False) == before
+    with path.open("r+b") as stream:  # as another training leaves all weights changed
+        for place in range(0, 64 << 20, 1 << 16):
+            stream.seek(place)
+            stream.write(b"x")
+    assert folder_digest(tmp_path, scratch=False) != before

@@ -20,6 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "galore": {"kind": "galore", "rank": 4, "refresh_every": 2},
     "lora": {"kind": "lora", "rank": 4},
+    "pissa": {"kind": "lora", "rank": 4, "init": "pissa"},
     "dora": {"kind": "dora", "rank": 4},
     "qlora": {"kind": "qlora", "rank": 4, "init": "loftq"},
 }

@@ -7,7 +7,8 @@ have other names, of the same length: then all offsets stay what they are.
 
 import json
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tokenizers import Tokenizer
 
@@ -40,10 +41,19 @@ class ControlTokens:
         self._copy: Tokenizer | None = None
         self._original: dict[int | None, int] = {}
 
+    @property
+    def commands(self) -> set[int]:
+        """The ids of the special tokens, but for the one of unknown characters."""
+        return self._commands
+
     def first(self, text: str) -> str | None:
         """The first name of a special token in a text."""
         found = self._any.search(text)
         return found[0] if found else None
+
+    def has_stand_in(self, text: str) -> bool:
+        """Whether a text has a character that stands for a name where names are hidden."""
+        return any(ord(character) >= _IN_DATA for character in text)
 
     def hide(self, text: str) -> str:
         """A text of the data with other characters in place of each name."""
@@ -52,21 +62,52 @@ class ControlTokens:
     def read(self, text: str, *, add_special_tokens: bool, where: str) -> Read:
         """Ids and offsets of a text with hidden names, which are read as text; all other names are special tokens.
 
-        Raises RowError for a tokenizer whose vocabulary has such a name as an ordinary token.
+        Raises RowError for a tokenizer that cannot tell them apart.
         """
         if self._copy is None:
             self._copy = self._renaming_copy()
         names = {hidden: name for name, hidden in self._hidden.items()}
         renamed = self._any.sub(lambda name: self._renamed[name[0]], text)
         shown = self._placeholder.sub(lambda hidden: names[hidden[0]], renamed)
-        encoding = self._copy.encode(shown, add_special_tokens=add_special_tokens)
-        ids = []
-        for id_, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            if start < stop and id_ in self._commands:
-                name = shown[start:stop].strip()
-                raise RowError(f"{where}: this tokenizer has no way to write {name!r} as text: leave it out")
-            ids.append(self._original.get(id_, id_))
+        encoding = self._encoded(shown, add_special_tokens, where)
+        ids = [self._original.get(id_, id_) for id_ in encoding.ids]
+        self.check(ids, encoding.offsets, shown, where, self._renamed.values())
         return ids, encoding.offsets
+
+    def check(
+        self,
+        ids: list[int],
+        offsets: list[tuple[int, int]],
+        text: str,
+        where: str,
+        allowed: Iterable[str] | None = None,
+    ) -> None:
+        """Raise RowError where a text of the data was read as a control token, or one of a template as text.
+
+        `allowed` are the names by which a text has its own control tokens; all names unless said otherwise.
+        """
+        names = set(self._names if allowed is None else allowed)
+        found = 0
+        for id_, (start, stop) in zip(ids, offsets, strict=True):
+            if start < stop and id_ in self._commands:
+                found += 1
+                if text[start:stop].strip() not in names:
+                    self._refuse(text[start:stop].strip(), where)
+        if allowed is not None and found != sum(text.count(name) for name in names):
+            self._refuse("control tokens beside their names", where)
+
+    def _refuse(self, name: str, where: str) -> NoReturn:
+        mend = "leave it out, or say data.parse_special: true"
+        raise RowError(f"{where}: this tokenizer has no way to write {name!r} as text: {mend}")
+
+    def _encoded(self, text: str, add_special_tokens: bool, where: str) -> Any:
+        assert self._copy is not None
+        try:
+            return self._copy.encode(text, add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust, which is no Exception
+                raise
+            raise RowError(f"{where}: the tokenizer fails on this text: {error}") from None
 
     def _renaming_copy(self) -> Tokenizer:
         """The tokenizer with other names for its special tokens; their ids are kept in `_original`."""

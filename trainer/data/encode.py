@@ -8,7 +8,7 @@ what has no end of its own.
 import copy
 import datetime
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -60,7 +60,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example whole: ids and labels [length]; `straddles`: its answer begins inside a token."""
+    """An example whole: ids and labels [length].
+
+    `straddles`: what a server is sent for an answer of it has other ids than the example has there. `hidden`: its
+    data has names of control tokens.
+    """
 
     ids: npt.NDArray[np.int32]
     target: npt.NDArray[np.bool_]
@@ -82,6 +86,9 @@ class Encoder:
         self._bos: str | None = tokenizer.bos_token
         self._tokenizer = _untrimmed(tokenizer)
         self._control = ControlTokens(self._tokenizer)
+        self._commands = sorted(self._control.commands)
+        self._parse_special = reading.parse_special
+        self._leading: int = self._tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"].index(0)
         ends = tokenizer.convert_ids_to_tokens([self._eos, *reading.ends])
         shown = None if reading.parse_special else self._control
         self._renderer = Renderer(source, tokenizer, tuple(ends), reading.date, shown)
@@ -90,14 +97,27 @@ class Encoder:
         """The examples of each row, whole."""
         self._need_template(rows)
         texts = [self._renderer.texts(row) for row in rows]
-        read = iter(self._read([text for those in texts for text in those]))
+        flat = [text for those in texts for text in those]
+        read = iter(zip(self._read(flat), self._asked_alike(flat), strict=True))
         for row, those in zip(rows, texts, strict=True):
-            yield row, [self._labelled(text, *next(read)) for text in those]
+            examples = []
+            for text in those:
+                (ids, offsets), asked = next(read)
+                examples.append(self._labelled(text, ids, offsets, asked))
+            yield row, examples
 
     def prompts(self, rows: list[Row]) -> list[list[int]]:
         """What a server would be sent for the last answer of each row."""
         self._need_template(rows)
-        return [_opened(*read) for read in self._read([self._renderer.asked(row) for row in rows])]
+        return [self._opened(*read) for read in self._read([self._renderer.asked(row) for row in rows])]
+
+    def _asked_alike(self, texts: list[Text]) -> list[list[list[int]]]:
+        """For each text, the ids that a server is sent for each of its answers."""
+        prompts = [
+            replace(text, text=text.text[:start], learned=()) for text in texts for start, _ in text.learned if start
+        ]
+        read = iter(self._read(prompts))
+        return [[self._opened(*next(read)) for start, _ in text.learned if start] for text in texts]
 
     def _need_template(self, rows: Iterable[Row]) -> None:
         if not self._chat_template and any(row.messages for row in rows):
@@ -119,6 +139,8 @@ class Encoder:
                     verbose=False,
                 )
                 for i, ids, offsets in zip(chosen, batch["input_ids"], batch["offset_mapping"], strict=True):
+                    if not self._parse_special:
+                        self._control.check(ids, offsets, texts[i].text, texts[i].where)
                     read[i] = ids, offsets
         return [done or self._read_hidden(text) for done, text in zip(read, texts, strict=True)]
 
@@ -130,31 +152,34 @@ class Encoder:
         own = not text.hidden and self._bos is not None and text.text.startswith(self._bos)
         return not (text.rendered or own)
 
-    def _labelled(self, text: Text, ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
+    def _labelled(
+        self, text: Text, ids: list[int], offsets: list[tuple[int, int]], asked: list[list[int]]
+    ) -> Encoded:
         starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
+        command = np.isin(ids, self._commands)
         target = np.zeros(len(ids), np.bool_)
-        straddles = False
         for start, stop in text.learned:
-            inside = (stops > start) & (starts < stop) & (stops > starts)
-            straddles |= bool((inside & (starts < start)).any())
-            target |= inside
+            # A control token of the template may take spaces of the answer with it; it is not learned for that.
+            target |= (stops > start) & (starts < stop) & (stops > starts) & ~(command & (starts < start))
         target[_end_of_text(starts, stops) :] = True  # what the tokenizer itself puts behind the answer
+        straddles = any(ids[: len(prompt)] != prompt for prompt in asked)
         if not text.closed and ids[-1:] != [self._eos]:
             ids, target = [*ids, self._eos], np.append(target, True)
         target[0] = False  # there is nothing in front to predict it from
         return Encoded(np.array(ids, np.int32), target, straddles, text.hidden)
+
+    def _opened(self, ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
+        """A prompt's ids without what the tokenizer puts behind a text: the answer goes on there."""
+        starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
+        if not (stops > starts).any():
+            return ids[: self._leading]
+        return ids[: _end_of_text(starts, stops)]
 
 
 def _end_of_text(starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> int:
     """The number of tokens up to the last one that stands for a part of the text."""
     of_text = np.flatnonzero(stops > starts)
     return int(of_text[-1]) + 1 if len(of_text) else len(starts)
-
-
-def _opened(ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
-    """A prompt's ids without what the tokenizer puts behind a text: the answer goes on there."""
-    starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
-    return ids[: _end_of_text(starts, stops)]
 
 
 def _untrimmed(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -110,7 +110,9 @@ def _json(path: Path) -> Records:
 def _parsed(text: str, where: str, allowed: str) -> Any:
     """The value of a JSON text; rejects what is no JSON, and what Python's reader does not take."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
+    except _Twice as error:
+        reject(where, f"the field {error} twice", "each field once")
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         reject(where, f"invalid JSON ({error.msg} at {place})", allowed)
@@ -120,11 +122,30 @@ def _parsed(text: str, where: str, allowed: str) -> Any:
         reject(where, f"a number of more than {sys.get_int_max_str_digits()} digits", allowed)
 
 
+class _Twice(Exception):
+    """An object of JSON that has a field twice; its message names the field."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(repr(next(name for name in names if names.count(name) > 1)))
+    return found
+
+
+def _require_different(names: Sequence[str], where: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            reject(where, f"the column {name!r} twice", "each column once")
+
+
 def _csv(path: Path) -> Records:
     csv.field_size_limit(sys.maxsize)
     number = 0
     try:
         reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
+        _require_different(reader.fieldnames or [], str(path))
         for number, record in enumerate(reader, 1):
             if None in record:
                 reject(f"{path}, row {number}", "more cells than the header has", "one cell for each column")
@@ -135,11 +156,18 @@ def _csv(path: Path) -> Records:
 
 def _parquet(path: Path) -> Records:
     arrow, parquet = _need("pyarrow", path), _need("pyarrow.parquet", path)
+    number = 0
     try:
-        batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
-        yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
-    except arrow.ArrowException as error:
-        _unreadable(str(path), error)
+        file = parquet.ParquetFile(path)
+        _require_different(file.schema_arrow.names, str(path))
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except RowError:
+        raise
+    except (arrow.ArrowException, ValueError, OverflowError) as error:  # also what Python has no value for
+        _unreadable(f"{path}, behind row {number}" if number else str(path), error)
 
 
 def _hub(source: str) -> Records:

@@ -49,7 +49,9 @@ def rows(source: str | Path, columns: Columns | None = None) -> Iterator[Row]:
         if shape is None:
             shape = _recognise(given, where, exact=bool(columns))
             used = set(columns_used(columns)) if columns else {*shape.columns, *shape.companions}
-        if not columns:
+        if columns:
+            _require_answer(columns[shape.columns[-1]], record, where)
+        else:
             _refuse_what_nobody_reads(record, where)
         yield _row(shape, number, given, where, unused=_others(record, used))
     if shape is None:
@@ -63,7 +65,8 @@ def columns_used(columns: Columns | None) -> list[str]:
 
 def _others(record: Mapping[str, Any], used: set[str]) -> tuple[str, ...]:
     """The columns that have a value in a record and are not used."""
-    return tuple(str(name) for name, value in record.items() if name not in used and not _is_empty(value))
+    others = (name for name, value in record.items() if name not in used and not _is_empty(value))
+    return tuple(str(name).encode(errors="backslashreplace").decode() for name in others)
 
 
 def _is_empty(value: object) -> bool:
@@ -79,6 +82,13 @@ def _refuse_what_nobody_reads(record: Mapping[str, Any], where: str) -> None:
         if not _is_empty(record.get(name)):
             allowed = "nothing there, as training would not see it; data.columns says which columns to read"
             reject(f"{where}, field {name}", show(record[name]), allowed)
+
+
+def _require_answer(template: str, record: Mapping[str, Any], where: str) -> None:
+    """Raise RowError where a column that makes the answer is empty: what is around it is nothing to learn."""
+    for name in places(template):
+        if _is_empty(record[name]):
+            reject(f"{where}, field {name}", "nothing", "text, as it makes the answer")
 
 
 def _mapped(columns: Columns, record: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -105,8 +105,17 @@ def _beyond(id_: int, token: str, row: int, embeddings: int) -> str:
 def warnings(found: Survey, seq_len: int) -> Iterator[str]:
     """What a user should know of the rows, a line each."""
     if found.unused:
-        columns = ", ".join(f"{name} (in {count} of {found.rows} rows)" for name, (count, _) in found.unused.items())
+        columns = ", ".join(
+            f"{name!r} (in {count} of {found.rows} rows)" for name, (count, _) in found.unused.items()
+        )
         yield f"not used are the columns {columns}; data.columns says what is read"
+    if found.number("unanswered"):
+        yield (
+            f"the turns behind the last answer of {found.number('unanswered')} chats (first: row "
+            f"{found.row('unanswered')}) are left out, as nothing of them is learned"
+        )
+    if found.number("empty"):
+        yield f"{found.number('empty')} examples (first: row {found.row('empty')}) have nothing to learn: left out"
     cut, lost = found.number("truncated"), found.number("dropped")
     if cut or lost:
         yield (
@@ -120,8 +129,8 @@ def warnings(found: Survey, seq_len: int) -> Iterator[str]:
         )
     if found.number("straddles"):
         yield (
-            f"in {found.number('straddles')} examples (first: row {found.row('straddles')}) the answer begins inside "
-            "a token of the prompt, so the model learns from other tokens than it is asked with later: end prompts "
+            f"in {found.number('straddles')} examples (first: row {found.row('straddles')}) prompt and answer share "
+            "tokens, so that the model learns from other tokens than it is asked with later: best end prompts "
             "without a space, and begin answers with it"
         )
     if found.number("control"):

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]  # characters [start, stop)
 
-_DATE = re.compile(r"""strftime_now\((?:\s*(?P<quote>['"])(?P<form>[^'"]*)(?P=quote)\s*\))?""")
+_DATE = re.compile(r"strftime_now(?!\s+is\b)")  # `strftime_now is defined` writes nothing
+_DATE_CALL = re.compile(
+    r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<form>(?:(?!(?P=quote)).)*)(?P=quote)\s*\)"""
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Renderer:
     def texts(self, row: Row) -> list[Text]:
         """The examples that a row makes: one; of a chat, one more for each answer that changes what came before."""
         where = f"{self._source}, row {row.number}"
-        row, hidden = self._hiding(row)
+        row, hidden = self._hiding(row, where)
         if row.messages:
             return list(self._chat(row.messages, f"{where}, field messages", hidden))
         text = row.prompt + row.completion
@@ -74,18 +77,20 @@ class Renderer:
     def asked(self, row: Row) -> Text:
         """What a server is sent for the last answer of a row."""
         where = f"{self._source}, row {row.number}"
-        row, hidden = self._hiding(row)
+        row, hidden = self._hiding(row, where)
         if not row.messages:
             return Text(where, row.prompt, hidden=hidden)
         last = max(_answers(row.messages))
         text = self._render(row.messages[:last], f"{where}, field messages", add_generation_prompt=True)
         return Text(where, text, rendered=True, hidden=hidden)
 
-    def _hiding(self, row: Row) -> tuple[Row, bool]:
+    def _hiding(self, row: Row, where: str) -> tuple[Row, bool]:
         """The row with the names of control tokens hidden, and whether there are any."""
         control = self._control
         if control is None or not any(control.first(part) for part in _parts(row)):
             return row, False
+        if any(control.has_stand_in(part) for part in _parts(row)):
+            raise RowError(f"{where}: private characters (U+F0000 and above) beside names of control tokens")
         messages = tuple({**message, "content": control.hide(message["content"])} for message in row.messages)
         return Row(row.number, control.hide(row.prompt), control.hide(row.completion), messages), True
 
@@ -95,21 +100,44 @@ class Renderer:
         learned: list[Span] = []
         for index in _answers(messages):
             asked = self._render(messages[:index], where, add_generation_prompt=True)
-            whole = self._render(messages[: index + 1], where)
-            if not whole.startswith(asked):
-                raise RowError(
-                    f"{where}: the chat template changes earlier text when it comes to turn {index}: "
-                    "give rows as prompt/completion, or take a template that only appends"
-                )
-            if not asked.startswith(text):
+            whole = self._whole(messages[: index + 1], asked, where)
+            _require_all(messages[:index], asked, where)
+            _require_all(messages[index : index + 1], whole[len(asked) :], where, index)
+            # What a template writes behind the end of a turn is never generated, and perhaps not kept by later turns.
+            if not asked.startswith(text[: learned[-1][1]] if learned else ""):
                 yield Text(where, text, tuple(learned), rendered=True, closed=closed, hidden=hidden)
                 learned = []
-            stop = len(whole.rstrip())
-            closed = whole[:stop].endswith(self._ends)
-            # What a template writes behind the end of a turn is never generated.
-            learned.append((len(asked), stop if closed else len(whole)))
+            end = self._end(whole, len(asked), messages[index]["content"])
+            closed = end is not None
+            learned.append((len(asked), len(whole) if end is None else end))
             text = whole
         yield Text(where, text, tuple(learned), rendered=True, closed=closed, hidden=hidden)
+
+    def _whole(self, messages: tuple[Message, ...], asked: str, where: str) -> str:
+        """What a server is sent for the last answer, and the answer as the template writes it.
+
+        A template may put a system turn where the last question is, and leave it out once that is answered: then what
+        stands directly before the answer is the same in both.
+        """
+        whole = self._render(messages, where)
+        if whole.startswith(asked):
+            return whole
+        place = whole.rfind(messages[-1]["content"].strip())
+        before = whole[:place].rstrip() if place >= 0 else ""
+        alike = _alike(asked, before)
+        if before[alike:] and asked.endswith(before[alike:]):
+            return asked + whole[len(before) :]
+        raise RowError(
+            f"{where}: the chat template changes earlier text when it comes to turn {len(messages) - 1}, which it "
+            "asks for in other words than it writes it: give rows as prompt/completion, or take another template"
+        )
+
+    def _end(self, whole: str, start: int, answer: str) -> int | None:
+        """Where the end of the turn stops that the template writes behind an answer; None where it writes none."""
+        place = whole.find(answer.strip(), start)
+        behind = place + len(answer.strip()) if place >= 0 else start
+        found = [whole.find(end, behind) + len(end) for end in self._ends if end in whole[behind:]]
+        return min(found, default=None)
 
     def _render(self, messages: tuple[Message, ...], where: str, **options: Any) -> str:
         try:
@@ -118,8 +146,12 @@ class Renderer:
                     list(messages), chat_template=self._template, tokenize=False, **options
                 )
             )
+        except RowError:
+            raise
         except TemplateError as error:
             raise RowError(f"{where}: the chat template refuses it: {error}") from error
+        except Exception as error:  # a template can raise whatever Python's operators do
+            raise RowError(f"{where}: the chat template fails: {type(error).__name__}: {error}") from error
 
 
 def asks_for_date(template: str | None) -> bool:
@@ -132,15 +164,30 @@ def dated(template: str, date: datetime.date | None, source: str | Path) -> str:
 
     Raises RowError where there is no date, or where the form of the date is not written in the template.
     """
+    if date is None and asks_for_date(template):
+        raise RowError(f"{source}: the chat template writes today's date: say which in data.date")
+    fixed = _DATE_CALL.sub(lambda call: json.dumps(date.strftime(call["form"])) if date else "", template)
+    if asks_for_date(fixed):
+        raise RowError(f"{source}: the chat template computes the form of the date; take one that writes it")
+    return fixed
 
-    def written(call: re.Match[str]) -> str:
-        if date is None:
-            raise RowError(f"{source}: the chat template writes today's date: say which in data.date")
-        if call["form"] is None:
-            raise RowError(f"{source}: the chat template computes the form of the date; take one that writes it")
-        return json.dumps(date.strftime(call["form"]))
 
-    return _DATE.sub(written, template)
+def _require_all(messages: tuple[Message, ...], text: str, where: str, first: int = 0) -> None:
+    """Raise RowError where a text lacks a turn, spaces aside; earlier answers may be rewritten, as thoughts are."""
+    there = _squeezed(text)
+    for index, message in enumerate(messages, first):
+        earlier_answer = message["role"] == "assistant" and len(messages) > 1
+        if not earlier_answer and _squeezed(message["content"]) not in there:
+            raise RowError(f"{where}[{index}]: the chat template leaves out (some of) this {message['role']} turn")
+
+
+def _alike(a: str, b: str) -> int:
+    """The number of characters with which two texts begin alike."""
+    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _answers(messages: tuple[Message, ...]) -> list[int]:

@@ -172,22 +172,29 @@ def _shard(encoder: Encoder, chunk: list[Row], room: int, *, drop: bool) -> Shar
             counts.notice(UNUSED + column, row.number)
         if row.messages:
             counts.notice("chat", row.number)
+            if row.messages[-1]["role"] != "assistant":
+                counts.notice("unanswered", row.number)
         if len(examples) > 1:
             counts.notice("split", row.number)
         for example in examples:
             fate = fate_of(example, room, drop)
             _count(counts, example, row.number, fate)
-            if fate != "dropped":
+            if fate not in ("dropped", "empty"):
                 kept.append((example.ids[:room], example.target[:room]))
                 numbers.append(row.number)
     return join(kept, numbers, counts)
 
 
 def fate_of(example: Encoded, room: int, drop: bool) -> str | None:
-    """What becomes of an example that is too long: it is left out if that is asked for, or if no label remains."""
+    """What becomes of an example that is too long (truncated, or dropped), or has nothing to learn (empty).
+
+    It is left out if that is asked for, or if no label remains.
+    """
+    if not example.target.any():
+        return "empty"
     if len(example.ids) > room:
         return "dropped" if drop or not example.target[:room].any() else "truncated"
-    return None if example.target.any() else "dropped"
+    return None
 
 
 def _count(counts: Counts, example: Encoded, row: int, fate: str | None) -> None:
@@ -204,8 +211,11 @@ def _refuse_lost(source: str | Path, counts: Counts, reading: Reading) -> None:
     truncated, dropped = counts.number("truncated"), counts.number("dropped")
     lost, room = truncated + dropped, reading.seq_len - reading.virtual
     mend = f"raise data.seq_len (the longest has {counts.longest + reading.virtual}), or"
-    if dropped == counts.examples:
-        raise RowError(f"{source}: no row has a label among its first {room} tokens: raise data.seq_len")
+    if counts.number("empty") == counts.examples:
+        raise RowError(f"{source}: no row has anything to learn: its answers have no tokens")
+    if dropped + counts.number("empty") == counts.examples:
+        short = "at most" if reading.too_long == "drop" else "a label among its first"
+        raise RowError(f"{source}: no row has {short} {room} tokens: raise data.seq_len")
     if reading.too_long == "refuse" and lost:
         row = min(counts.noticed[kind][1] for kind in ("truncated", "dropped") if kind in counts.noticed)
         raise RowError(

@@ -154,8 +154,10 @@ def test_code_that_is_not_needed_is_not_run(folder: Path) -> None:
 
 def test_an_adapter_beside_a_base_is_told(folder: Path) -> None:
     (folder / "base" / "adapter_config.json").write_text("{}")
-    (warning,) = plan(read(make_job(folder))[0]).warnings
+    (warning,) = plan(read(make_job(folder, method="full", resources={}))[0]).warnings
     assert warning.endswith("it holds an adapter too (adapter_config.json), which is left out")
+    with pytest.raises(InputError, match=r"it holds an adapter too .* with it; move that away"):  # beside another one
+        plan(read(make_job(folder))[0])
 
 
 def test_weights_of_another_config(folder: Path) -> None:

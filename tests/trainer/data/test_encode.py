@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 from tokenizer_kinds import CHATML, KINDS, LLAMA2, THINKING, make
+from tokenizers import Tokenizer
+from tokenizers.normalizers import NFKC, Lowercase
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from trainer.data.encode import Encoded, Encoder, Reading
 from trainer.data.files import RowError
@@ -198,10 +202,137 @@ def test_the_date_is_the_jobs(tmp_path: Path) -> None:
         (prompt,) = prompts(path, tok, Reading(256, date=day))
         assert texts[-1].startswith(tok.decode(prompt.ids))
     assert [text[:11] for text in texts] == ["26 Jul 2024", "27 Jul 2024"]
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 2
     with pytest.raises(RowError, match=r"the chat template writes today's date: say which in data.date"):
         tokenise(path, tok, Reading(256), tmp_path / "cache")
     undated = make("byte level", chat=CHATML, end="<|im_end|>")
     for day in days:
         tokenise(path, undated, Reading(256, date=day), tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["strftime_now ('%d %b %Y')", 'strftime_now(format="%d %b %Y")', "strftime_now( '%d %b %Y' )"],
+)
+def test_every_written_form_of_the_date_is_fixed(call: str) -> None:
+    tok = make(
+        "byte level",
+        end="<|im_end|>",
+        chat=f"{{% if strftime_now is defined %}}{{{{ {call} }}}}{{% endif %}}{CHATML}",
+    )
+    rows = [random_chat(random.Random(0), 1)]
+    ((example,),) = examples(Encoder("rows", tok, Reading(256, date=datetime.date(2020, 1, 5))), rows)
+    assert tok.decode(example.ids).startswith("05 Jan 2020")
+    for other in ("{% set now = strftime_now %}{{ now('%d') }}", "{{ strftime_now('%d ' ~ '%b') }}"):
+        tok.chat_template = other + CHATML
+        with pytest.raises(RowError, match="computes the form of the date"):
+            examples(Encoder("rows", tok, Reading(256, date=datetime.date(2020, 1, 5))), rows)
+
+
+SYSTEM_LAST = (  # puts the system turn where the last question is, as Mistral's does
+    "{% set ns = namespace(system='') %}{% for m in messages %}"
+    "{% if m.role == 'system' %}{% set ns.system = m.content + '\n\n' %}"
+    "{% elif m.role == 'user' %}[INST] {% if loop.last %}{{ ns.system }}{% endif %}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+END_OF_ALL = (  # writes EOS behind the last turn alone, as Phi-3's does
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def test_a_system_turn_in_the_last_question_is_learned_as_it_is_asked() -> None:
+    tok = make("byte level", chat=SYSTEM_LAST)
+    turns = [("system", "no"), ("user", "hello"), ("assistant", "yes"), ("user", "how many"), ("assistant", "four")]
+    row = Row(1, "", "", tuple({"role": role, "content": content} for role, content in turns))
+    (found,) = examples(Encoder("rows", tok, Reading(256)), [row])
+    assert [tok.decode(example.ids) for example in found] == [
+        "[INST] no\n\nhello[/INST] yes</s>",
+        "[INST] hello[/INST] yes</s>[INST] no\n\nhow many[/INST] four</s>",
+    ]
+    assert [tok.decode(example.ids[example.target]) for example in found] == [" yes</s>", " four</s>"]
+
+
+def test_an_end_behind_all_turns_is_no_part_of_an_answer() -> None:
+    tok = make("byte level", chat=END_OF_ALL)
+    stop = tok.convert_tokens_to_ids("<|im_end|>")
+    row = random_chat(random.Random(3), 1)
+    ((example,),) = examples(Encoder("rows", tok, Reading(256, ends=(stop,))), [row])
+    assert tok.decode(example.ids) == tok.apply_chat_template(list(row.messages), tokenize=False)
+    answers = [turn["content"] for turn in row.messages if turn["role"] == "assistant"]
+    assert tok.decode(example.ids[example.target]) == "".join(answer + "<|im_end|>" for answer in answers)
+
+
+PARTS = CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (PARTS, r"row 1, field messages\[0\]: the chat template leaves out \(some of\) this user turn"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content[:2] }}"), "leaves out"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content + 5 }}"), "row 1, .*: the chat template fails: TypeError"),
+        (
+            CHATML.replace("{{ m.content }}", "{{ m.content.index('#') }}"),
+            "row 1, .*: the chat template fails: ValueError",
+        ),
+    ],
+)
+def test_templates_that_lose_what_a_turn_says(template: str, message: str) -> None:
+    chat = Row(1, "", "", ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}))
+    with pytest.raises(RowError, match=message):
+        examples(Encoder("rows", make("byte level", chat=template), Reading(64)), [chat])
+
+
+def test_turns_behind_the_last_answer_are_counted(tmp_path: Path) -> None:
+    tok = make("byte level", chat=CHATML, end="<|im_end|>")
+    turns = [("user", "hello"), ("assistant", "yes"), ("user", "how many?")]
+    path = written(tmp_path, {"messages": [{"role": role, "content": content} for role, content in turns]})
+    assert tokenise(path, tok, Reading(64), tmp_path).counts.noticed["unanswered"] == (1, 1)
+
+
+def test_a_prompt_that_is_asked_in_other_tokens_is_counted() -> None:
+    """Also where no token stands for both: GPT-2's rule splits two newlines before a word, and only there."""
+    tok = make("byte level")
+    tok.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=True)
+    row = Row(1, "Answer:\n\n", "yes")
+    encoder = Encoder("rows", tok, Reading(64))
+    ((example,),) = examples(encoder, [row])
+    (asked,) = encoder.prompts([row])
+    assert example.straddles == (example.ids[: len(asked)].tolist() != asked)
+    assert not examples(encoder, [Row(1, "Answer:", " yes")])[0][0].straddles
+
+
+@pytest.mark.parametrize("normalizer", [Lowercase(), NFKC()])
+def test_data_that_becomes_a_control_token_is_refused(normalizer: Any) -> None:
+    """By a normaliser under which another text is a name."""
+    tok = make("byte level")
+    core = json.loads(tok.backend_tokenizer.to_str())
+    for token in core["added_tokens"]:
+        token["normalized"] = True
+    own = Tokenizer.from_str(json.dumps(core))
+    own.normalizer = normalizer
+    tok = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    encoder = Encoder("rows", tok, Reading(64))
+    text = "an </S> end" if isinstance(normalizer, Lowercase) else "an \uff1c/s\uff1e end"
+    with pytest.raises(RowError, match=r"rows, row 4: this tokenizer has no way to write .* as text"):
+        examples(encoder, [Row(4, "a", text)])
+    assert examples(encoder, [Row(4, "a", " dog")])
+
+
+def test_private_characters_beside_names_are_refused() -> None:
+    encoder = Encoder("rows", make("byte level"), Reading(64))
+    with pytest.raises(RowError, match="rows, row 2: private characters"):
+        examples(encoder, [Row(2, "</s>", "\U000f0002\U0010fffd")])
+
+
+def test_what_has_nothing_to_learn_is_not_called_too_long(tmp_path: Path) -> None:
+    tok = make("wordpiece", bos=False)
+    path = written(tmp_path, {"prompt": "", "completion": "\u200b"}, *[{"prompt": "a", "completion": "dog"}] * 20)
+    tokens = tokenise(path, tok, Reading(64), tmp_path)
+    assert (tokens.counts.noticed, len(tokens)) == ({"empty": (1, 1)}, 20)
+    for choice, message in (("drop", "no row has at most 8 tokens"), ("cut", "no row has a label among its first 8")):
+        long = written(tmp_path, {"prompt": "a " * 20, "completion": "dog"})
+        with pytest.raises(RowError, match=message):
+            tokenise(long, tok, Reading(8, too_long=choice), tmp_path)

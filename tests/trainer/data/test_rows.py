@@ -388,3 +388,32 @@ def test_json_that_python_cannot_take(tmp_path: Path, name: str, value: str, mes
         check(path)
     where = f"{path}, row 2" if name == "a.jsonl" else str(path)
     assert str(error.value).startswith(f"{where}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a", "text": "b"}', ", row 1: found the field 'text' twice, allowed: each field once"),
+        ("a.csv", b"text,text\na,b\n", ": found the column 'text' twice, allowed: each column once"),
+    ],
+)
+def test_a_name_twice(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(RowError) as error:
+        check(path)
+    assert str(error.value) == f"{path}{message}"
+
+
+def test_a_parquet_value_that_python_cannot_take(tmp_path: Path) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": ["a"], "when": pa.array([2**62], pa.timestamp("us"))}), path)
+    with pytest.raises(RowError, match=r"a\.parquet: cannot be read: "):
+        check(path)
+
+
+def test_an_answer_must_be_there_also_in_a_mapping(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"q": "x", "a": "y"}, {"q": None, "a": "y"}, {"q": "x", "a": None})
+    with pytest.raises(RowError, match="row 3, field a: found nothing, allowed: text, as it makes the answer"):
+        list(rows(path, {"prompt": "Q {q}", "completion": " A: {a}"}))
