@@ -9,7 +9,7 @@ from orchestrator.errors import InputError
 from orchestrator.job import Job
 from orchestrator.planning import base
 from orchestrator.planning.model import Model
-from orchestrator.planning.survey import Progress, Rows, look, missing, writes_date
+from orchestrator.planning.survey import Looked, Progress, Rows, look, missing, writes_date
 from orchestrator.tracking.store import check_uri
 from trainer.data.survey import unknown_id
 from trainer.data.survey import warnings as row_warnings
@@ -34,11 +34,12 @@ def check(job: Job, progress: Progress = lambda _source, _rows: None) -> Finding
     `progress` is called with a source and the number of its rows that are done.
     """
     model, problems = _base(job)
-    found, unusable = look(job, model, progress)
-    problems = [*unusable, *_unknown_ids(model, found), *problems, *_batch(job), *_tracking(job)]
+    looked = look(job, model, progress)
+    found = looked.found
+    problems = [*looked.problems, *_unknown_ids(model, found), *problems, *_batch(job), *_tracking(job)]
     if problems or model is None:
         raise InputError("\n".join(dict.fromkeys(problems)))
-    warnings = [*_warnings(job), *base.warnings(job, model), *_about_rows(job, model, found)]
+    warnings = [*_warnings(job), *base.warnings(job, model), *_about_rows(job, model, looked)]
     return Findings(model, found["train"], found["eval"], tuple(warnings))
 
 
@@ -94,17 +95,18 @@ def _warnings(job: Job) -> list[str]:
     return warnings
 
 
-def _about_rows(job: Job, model: Model, found: Mapping[str, Rows | None]) -> Iterator[str]:
+def _about_rows(job: Job, model: Model, looked: Looked) -> Iterator[str]:
     """What a user should know of the rows before they are trained on."""
-    for key, those in found.items():
+    for key, those in looked.found.items():
         if those and those.survey:
             yield from (f"data.{key}: {warning}" for warning in row_warnings(those.survey, job.data.seq_len))
-    train = found["train"]
+    train = looked.found["train"]
     if train is None:
         yield "data.train: a hub dataset; its rows are first looked at by the workers"
         return
     if train.survey is None:
-        yield f"data: rows were not looked at as tokens ({_why_not(model)}); the workers do it first"
+        why = looked.failure or _why_not(model)
+        yield f"data: rows were not looked at as tokens ({why}); the workers do it first"
     elif train.survey.number("chat") and writes_date(model) and job.data.date is None:
         yield "data.date: the chat template writes the day of submission into every chat; say a date to fix it"
     yield from few_steps(job, train.tokens)

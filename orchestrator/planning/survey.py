@@ -8,14 +8,17 @@ import datetime
 import hashlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from fleetune_start import unshadowed
 from orchestrator.job import Job
 from orchestrator.planning.model import Model
 from trainer.data.files import digest, is_hub
@@ -42,14 +45,28 @@ class Rows:
     survey: Survey | None = None
 
 
-def look(job: Job, model: Model | None, progress: Progress) -> tuple[dict[str, Rows | None], list[str]]:
-    """What `train` and `eval` of a job hold, and what is wrong with them, one line each.
+@dataclass(frozen=True)
+class Looked:
+    """What came of a look at `train` and `eval`.
 
-    None where there is no such source, or it is a hub dataset and no library to read it is here.
+    `found` has None where there is no such source, or it is a hub dataset and no library to read it is here.
+    `problems` are what is wrong with them, one line each; `failure` is why they were not looked at as tokens.
     """
+
+    found: Mapping[str, Rows | None]
+    problems: list[str]
+    failure: str | None
+
+
+def look(job: Job, model: Model | None, progress: Progress) -> Looked:
+    """Look at what `train` and `eval` of a job hold."""
     found: dict[str, Rows | None] = {"train": None, "eval": None}
-    problems = []
-    tokenised = _as_tokens(job, model, progress) if model else {}
+    problems, failure = [], None
+    tokenised: dict[str, Survey | str] = {}
+    try:
+        tokenised = _as_tokens(job, model, progress) if model else {}
+    except ChildProcessError as error:
+        failure = str(error)
     for key, source in sources(job).items():
         answer = tokenised.get(key)
         try:
@@ -61,7 +78,7 @@ def look(job: Job, model: Model | None, progress: Progress) -> tuple[dict[str, R
                 found[key] = _estimate(job, source)
         except ValueError as error:
             problems.append(f"data.{key}: {error}")
-    return found, problems
+    return Looked(found, problems, failure)
 
 
 def sources(job: Job) -> dict[str, str]:
@@ -131,26 +148,39 @@ def _key(job: Job, source: str, folder: Path) -> str:
 
 
 def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: Progress) -> dict[str, Survey | str]:
-    """Have a child process look at sources; what ends it without an answer is the answer."""
+    """Have a child process look at sources: figures, or what is wrong, for those that it came to.
+
+    Raises ChildProcessError with its last line where it fails.
+    """
     if not wanted:
         return {}
-    request = {"job": job.dump(), "folder": str(folder), "sources": wanted}
+    request = json.dumps({"job": job.dump(), "folder": str(folder), "sources": wanted})
     found: dict[str, Survey | str] = {}
-    command = [sys.executable, "-P", "-m", "trainer.data"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as child:
-        assert child.stdin and child.stdout
-        child.stdin.write(json.dumps(request))
-        child.stdin.close()
-        for line in child.stdout:
-            answer = json.loads(line)
-            if "done" in answer:
-                progress(wanted[answer["key"]], answer["done"])
-            else:
-                found[answer["key"]] = answer["problem"] if "problem" in answer else Survey.load(answer["survey"])
-    lost = f"looking at the rows ended with exit code {child.returncode}; see: fleetune rows"
-    return {key: found.get(key, f"data.{key}: {lost}") for key in wanted}
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "trainer.data"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=unshadowed(os.environ),
+            text=True,
+        )
+        with child:
+            assert child.stdin and child.stdout
+            with suppress(BrokenPipeError):  # it has failed already
+                child.stdin.write(request)
+                child.stdin.close()
+            for line in child.stdout:
+                answer = json.loads(line)
+                if "done" in answer:
+                    progress(wanted[answer["key"]], answer["done"])
+                else:
+                    found[answer["key"]] = answer["problem"] if "problem" in answer else Survey.load(answer["survey"])
+        if child.returncode:
+            errors.seek(0)
+            last = (errors.read().strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+            raise ChildProcessError(f"looking at them failed: {last}")
+    return found
 
 
 def _estimate(job: Job, source: str) -> Rows:

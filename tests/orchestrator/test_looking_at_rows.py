@@ -145,6 +145,20 @@ def test_without_a_tokenizer_plan_says_so(tmp_path: Path, monkeypatch: pytest.Mo
         rows(path)
 
 
+@pytest.mark.usefixtures("base", "home")
+def test_modules_of_a_user_do_not_stand_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hostile = tmp_path / "mine"
+    hostile.mkdir()
+    (hostile / "trainer.py").write_text("raise SystemExit('the trainer of a user')\n")
+    monkeypatch.setenv("PYTHONPATH", str(hostile))
+    path = job(tmp_path, *[{"prompt": "Answer:", "completion": " yes"}] * 40)
+    assert plan(path).warnings == ()
+    (hostile / "pyarrow.py").write_text("raise ImportError('no arrows')\n")
+    (hostile / "trainer.py").unlink()
+    (warning,) = plan(path, ["data.seq_len=47"]).warnings
+    assert "not looked at as tokens (looking at them failed: ImportError: no arrows)" in warning
+
+
 @pytest.mark.usefixtures("home")
 def test_a_token_without_an_embedding(tmp_path: Path, base: Path) -> None:
     config = json.loads((base / "config.json").read_text())
