@@ -12,6 +12,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from jobs import write_tokenizer
 
 from fleetune_start import unshadowed
 
@@ -44,7 +45,7 @@ def laptop(tmp_path: Path) -> Path:
     (tmp_path / "train.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n')
     base = tmp_path / "base"
     base.mkdir()
-    (base / "tokenizer.json").write_text("{}")
+    write_tokenizer(base)
     config = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
     config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 4096}
     (base / "config.json").write_text(json.dumps(config))
@@ -69,7 +70,9 @@ def test_the_plain_package_submits_without_torch(plain: Path, laptop: Path) -> N
     has_torch = "import importlib.util as u; print(u.find_spec('torch'), u.find_spec('ray'))"
     assert run([plain / "python", "-P", "-c", has_torch], laptop).stdout == "None None\n"
     done = run([plain / "fleetune", "submit", "--dry-run", "job.yaml"], laptop)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    warning, *_ = done.stderr.splitlines()
+    assert warning.startswith("warning: data: rows were not looked at as tokens (transformers, ")
     assert json.loads(done.stdout)["run_id"].startswith("sums-")
 
 
@@ -117,7 +120,8 @@ def hostile(laptop: Path) -> Path:
 def test_neither_do_those_on_pythonpath(plain: Path, hostile: Path, arguments: list[str]) -> None:
     for command in (plain / "fleetune", Path(sys.executable).parent / "fleetune"):  # installed, and editable
         done = run([command, *arguments], hostile)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert done.returncode == 0
+        assert [line for line in done.stderr.splitlines() if not line.startswith("warning: ")] == []
 
 
 def test_nor_for_the_module_and_in_python(plain: Path, hostile: Path) -> None:
@@ -162,5 +166,6 @@ def test_the_lock_covers_what_is_installed() -> None:
 def test_every_requirement_is_locked() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     locked = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["train"]]
-    assert {re.split(r"[\[=<>]", requirement)[0].lower() for requirement in wanted} <= locked
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["data"], *extras["train"]]
+    assert {re.split(r"[\[=<>]", requirement)[0].lower() for requirement in wanted} - {"fleetune"} <= locked

@@ -21,10 +21,10 @@ from pathlib import Path
 from fleetune_start import unshadowed
 from orchestrator.job import Job
 from orchestrator.planning.model import Model
+from trainer.data.date import asks_for_date
 from trainer.data.files import digest, is_hub
 from trainer.data.rows import Row, rows
 from trainer.data.survey import Survey
-from trainer.data.text import asks_for_date
 from trainer.folders import cache_folder
 
 _NEEDED = ("transformers", "pyarrow", "numpy", "jinja2")

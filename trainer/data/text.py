@@ -1,8 +1,6 @@
 """Examples as text: what of a row the model reads, and which characters of it are learned."""
 
 import datetime
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from trainer.data.control import ControlTokens
+from trainer.data.date import dated
 from trainer.data.files import RowError
 from trainer.data.rows import Message, Row
 
@@ -19,11 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]  # characters [start, stop)
-
-_DATE = re.compile(r"strftime_now(?!\s+is\b)")  # `strftime_now is defined` writes nothing
-_DATE_CALL = re.compile(
-    r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<form>(?:(?!(?P=quote)).)*)(?P=quote)\s*\)"""
-)
 
 
 @dataclass(frozen=True)
@@ -152,24 +146,6 @@ class Renderer:
             raise RowError(f"{where}: the chat template refuses it: {error}") from error
         except Exception as error:  # a template can raise whatever Python's operators do
             raise RowError(f"{where}: the chat template fails: {type(error).__name__}: {error}") from error
-
-
-def asks_for_date(template: str | None) -> bool:
-    """Whether a chat template writes today's date into what it renders."""
-    return template is not None and _DATE.search(template) is not None
-
-
-def dated(template: str, date: datetime.date | None, source: str | Path) -> str:
-    """A chat template with a fixed date in place of today's, so that every day and machine gives the same tokens.
-
-    Raises RowError where there is no date, or where the form of the date is not written in the template.
-    """
-    if date is None and asks_for_date(template):
-        raise RowError(f"{source}: the chat template writes today's date: say which in data.date")
-    fixed = _DATE_CALL.sub(lambda call: json.dumps(date.strftime(call["form"])) if date else "", template)
-    if asks_for_date(fixed):
-        raise RowError(f"{source}: the chat template computes the form of the date; take one that writes it")
-    return fixed
 
 
 def _require_all(messages: tuple[Message, ...], text: str, where: str, first: int = 0) -> None:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from trainer.data.date import asks_for_date
 from trainer.data.encode import Encoded, Encoder, Reading
 from trainer.data.files import RowError, digest
 from trainer.data.rows import Row, rows
 from trainer.data.shapes import SHAPES
 from trainer.data.shards import UNUSED, Counts, Shard, collect, join
-from trainer.data.text import asks_for_date
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,0 +1,31 @@
+"""Today's date in a chat template: fixed, so that tokens are the same on every day; the standard library suffices."""
+
+import datetime
+import json
+import re
+from pathlib import Path
+
+from trainer.data.files import RowError
+
+_DATE = re.compile(r"strftime_now(?!\s+is\b)")  # `strftime_now is defined` writes nothing
+_DATE_CALL = re.compile(
+    r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<form>(?:(?!(?P=quote)).)*)(?P=quote)\s*\)"""
+)
+
+
+def asks_for_date(template: str | None) -> bool:
+    """Whether a chat template writes today's date into what it renders."""
+    return template is not None and _DATE.search(template) is not None
+
+
+def dated(template: str, date: datetime.date | None, source: str | Path) -> str:
+    """A chat template with a fixed date in place of today's, so that every day and machine gives the same tokens.
+
+    Raises RowError where there is no date, or where the form of the date is not written in the template.
+    """
+    if date is None and asks_for_date(template):
+        raise RowError(f"{source}: the chat template writes today's date: say which in data.date")
+    fixed = _DATE_CALL.sub(lambda call: json.dumps(date.strftime(call["form"])) if date else "", template)
+    if asks_for_date(fixed):
+        raise RowError(f"{source}: the chat template computes the form of the date; take one that writes it")
+    return fixed
