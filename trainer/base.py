@@ -67,6 +67,8 @@ def load_pretrained(base: Base, dtype: torch.dtype, config: Any = None, **option
     if lacking:
         found_out = f"its weights lack {', '.join(lacking[:3])} ({len(lacking)} in all)"
         raise ValueError(f"base.model: {base.model}: {found_out}")
+    if found["unexpected_keys"]:
+        print(f"left out of the base's weights: {', '.join(sorted(found['unexpected_keys']))}", flush=True)
     if in_4_bits:
         quantised.cast_others(model, dtype)
     if base.resize_embeddings:

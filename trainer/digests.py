@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from orchestrator.job import Job
+from trainer.data.files import sha256
 
 _LOADED = re.compile(r"\.(json|safetensors|model|jinja)$|^(vocab|merges)\.txt$")
 _WHOLE = 64 << 20  # bytes up to which a file of the base is hashed whole
@@ -31,10 +32,7 @@ def digests(job: Job, base: Path | None) -> dict[str, str | None]:
 
 def file_digest(source: str) -> str | None:
     """sha256 of a file; None for a data set on the hub."""
-    if not Path(source).is_absolute():
-        return None
-    with Path(source).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256(Path(source)) if Path(source).is_absolute() else None
 
 
 def folder_digest(folder: Path, scratch: bool) -> str:
@@ -48,7 +46,7 @@ def folder_digest(folder: Path, scratch: bool) -> str:
         if scratch and path.suffix == ".safetensors":
             continue
         total.update(f"{path.name} {path.stat().st_size} ".encode())
-        total.update((file_digest(str(path)) or "").encode() if path.stat().st_size <= _WHOLE else _sample(path))
+        total.update(sha256(path).encode() if path.stat().st_size <= _WHOLE else _sample(path))
     return total.hexdigest()
 
 
@@ -87,7 +85,7 @@ def changes(job: Job, known: Mapping[str, str | None]) -> list[str]:
 def _change(source: Path, then: str, scratch: bool) -> str | None:
     """What became of a file or of the folder of a base; None when it is as it was."""
     try:
-        found = folder_digest(source, scratch) if source.is_dir() else file_digest(str(source))
+        found = folder_digest(source, scratch) if source.is_dir() else sha256(source)
     except OSError as error:
         return f"cannot be read now ({error.strerror})"
     if found == then:

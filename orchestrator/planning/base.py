@@ -88,6 +88,11 @@ def warnings(job: Job, model: Model) -> list[str]:
         found.append(f"base.model: {where}: its own code (auto_map) is not run; transformers' own {kind} is")
     if model.folder is not None and (model.folder / ADAPTER).exists():
         found.append(f"base.model: {where}: it holds an adapter too ({ADAPTER}), which is left out")
+    if model.unread:
+        more = (
+            f"{min(model.unread)}, and {len(model.unread) - 1} more" if len(model.unread) > 1 else min(model.unread)
+        )
+        found.append(f"base.model: {where}: weights of layers that config.json does not have are left out: {more}")
     new = vocabulary.outside(model)
     if new:
         token, id_ = next(iter(new.items()))
@@ -133,12 +138,21 @@ def _foreign_code(config: Mapping[str, Any]) -> str | None:
 def _quantised(model: Model) -> str | None:
     """Why a base that is quantised already cannot be trained on; None for 4 bits by bitsandbytes."""
     found = quantised.method(model.config)
-    if found in (None, quantised.FOUR_BITS):
-        storage = (model.config.get("quantization_config") or {}).get("bnb_4bit_quant_storage", "uint8")
-        if str(storage).removeprefix("torch.") == "uint8":
-            return None
+    if found is None:
+        return None
+    if found == quantised.FOUR_BITS:
+        storage = str((model.config.get("quantization_config") or {}).get("bnb_4bit_quant_storage", "uint8"))
+        if storage.removeprefix("torch.") == "uint8":
+            return _not_packed(model)
         found = f"{found}, stored as {storage}"
     return f"it is quantised already ({found}); {_UNQUANTISED}"
+
+
+def _not_packed(model: Model) -> str | None:
+    """What to do about a config.json that speaks of 4 bits beside weights that are not; None where they are."""
+    if not model.tensors or quantised.are_packed(model.tensors):
+        return None
+    return "config.json says that it is in 4 bits (quantization_config), and its weights are not: take that out"
 
 
 def _in_4_bits(job: Job, model: Model) -> list[str]:

@@ -26,6 +26,8 @@ LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3"}
 TRANSPOSED = {"gpt2", "openai-gpt"}  # bases whose linear layers hold their weight as [in, out]
 # Weights with a row for each token: embeddings, though not those of positions, and the head with its bias.
 _VOCABULARY = re.compile(r"(^|\.)(?!\w*position)(\w*embed(d?ings?|_tokens|_in|_out)|wte|lm_head)\.(weight|bias)$")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")  # names in config.json of how many layers there are
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _LARGEST_HEADER = 100_000_000  # as safetensors itself limits it
 
 
@@ -64,15 +66,22 @@ class Model:
     @cached_property
     def own_shapes(self) -> dict[str, tuple[int, ...]]:
         """As the base comes: from the weights where there are some, else from the config."""
-        files = weight_files(self.folder) if self.folder and not self.scratch else []
-        if files:
-            return self._stored(files)
+        if self.tensors:
+            read = {name: tensor for name, tensor in self.tensors.items() if name not in self.unread}
+            return quantised.shapes(read) if self.in_4_bits else {name: found.shape for name, found in read.items()}
         if self.config.get("model_type") not in LLAMA_LIKE:
             return {}
         try:
             return dict(_llama(self.config))
         except (KeyError, TypeError, ZeroDivisionError) as error:
             raise InputError(f"base: its config.json gives no shapes ({type(error).__name__}: {error})") from None
+
+    @cached_property
+    def unread(self) -> set[str]:
+        """The tensors of layers that its config.json does not have, which no model of that config reads."""
+        layers = next((found for key in _LAYERS if isinstance(found := self.config.get(key), int)), None)
+        numbers = {name: int(match[1]) for name in self.tensors if (match := _LAYER.search(name))}
+        return {name for name, number in numbers.items() if layers is not None and number >= layers}
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -101,12 +110,11 @@ class Model:
         double = bool(self.config["quantization_config"].get("bnb_4bit_use_double_quant"))
         return (count(self.shapes) - size(matrices)) * element, packed(matrices, double)
 
-    def _stored(self, files: list[Path]) -> dict[str, tuple[int, ...]]:
-        """The shapes that the files hold, or where they are in 4 bits stand for."""
-        tensors = {tensor.name: tensor for file in files for tensor in read_header(file)}
-        if self.in_4_bits:
-            return quantised.shapes(tensors)
-        return {name: tensor.shape for name, tensor in tensors.items()}
+    @cached_property
+    def tensors(self) -> dict[str, quantised.Tensor]:
+        """Every tensor in the files of its weights, by name."""
+        files = weight_files(self.folder) if self.folder and not self.scratch else []
+        return {tensor.name: tensor for file in files for tensor in read_header(file)}
 
 
 def locate(base: Base) -> Model | None:

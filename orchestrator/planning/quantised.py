@@ -44,6 +44,11 @@ def method(config: Mapping[str, Any]) -> str | None:
     return name
 
 
+def are_packed(names: Iterable[str]) -> bool:
+    """Whether any of a base's tensors is in 4 bits."""
+    return any(_STATE.match(name) for name in names)
+
+
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """The shape of every weight in files of a base in 4 bits: what the packed ones stand for, and of the others."""
     packed = {match["weight"]: _shape(tensors[name]) for name in tensors if (match := _STATE.match(name))}

@@ -13,7 +13,7 @@ from typing import Any
 
 
 def main(request: Mapping[str, Any]) -> None:
-    """Answer a request."""
+    """Make tokens of each source that a request names; say what they look like, or why there are none."""
     from orchestrator.job import Job
     from trainer.data.encode import Reading
     from trainer.data.survey import survey
@@ -35,12 +35,12 @@ def main(request: Mapping[str, Any]) -> None:
 
 
 def count(key: str, done: int) -> None:
-    """Tell how many rows of a source are done."""
+    """Say how many rows of the source under `key` are tokens by now."""
     say(key, done=done)
 
 
 def say(key: str, **what: Any) -> None:
-    """Write an answer."""
+    """Write an answer about the source under `key`: one line of JSON, at once."""
     print(json.dumps({"key": key, **what}), flush=True)
 
 

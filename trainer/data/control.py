@@ -34,6 +34,7 @@ class ControlTokens:
         self._any = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._hidden = {name: _stand_in(_IN_DATA + i, name) for i, name in enumerate(self._names)}
         self._renamed = {name: _stand_in(_IN_TEMPLATE + i, name) for i, name in enumerate(self._names)}
+        self._shown = {hidden: name for name, hidden in self._hidden.items()}
         self._placeholder = re.compile("|".join(self._hidden.values()) or r"(?!)")
         # An unknown character is read as `<unk>`, which is no command.
         self._commands = set(self._names.values()) - {tokenizer.unk_token_id}
@@ -66,9 +67,8 @@ class ControlTokens:
         """
         if self._copy is None:
             self._copy = self._renaming_copy()
-        names = {hidden: name for name, hidden in self._hidden.items()}
         renamed = self._any.sub(lambda name: self._renamed[name[0]], text)
-        shown = self._placeholder.sub(lambda hidden: names[hidden[0]], renamed)
+        shown = self._placeholder.sub(lambda hidden: self._shown[hidden[0]], renamed)
         encoding = self._encoded(shown, add_special_tokens, where)
         ids = [self._original.get(id_, id_) for id_ in encoding.ids]
         self.check(ids, encoding.offsets, shown, where, self._renamed.values())

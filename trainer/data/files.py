@@ -45,10 +45,15 @@ def digest(source: str | Path) -> str:
             total.update(repr(record).encode(errors="backslashreplace"))
         return total.hexdigest()
     try:
-        with Path(source).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256(Path(source))
     except OSError as error:
         _unreadable(str(source), error)
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal; raises OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def is_hub(source: str) -> bool:

@@ -4,6 +4,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,7 +116,7 @@ def tokenise(
         raise RowError(
             f"data.seq_len: found {reading.seq_len}, all of it taken by {reading.virtual} virtual tokens: raise it"
         )
-    encoder = Encoder(source, tokenizer, reading)
+    encoder = cache(lambda: Encoder(source, tokenizer, reading))  # it takes a while, and what is cached needs none
 
     def chunks() -> Iterator[list[Row]]:
         stream = rows(source, reading.columns)
@@ -124,7 +125,7 @@ def tokenise(
     shards = collect(
         folder / _key(source, tokenizer, reading),
         chunks,
-        lambda chunk: _shard(encoder, chunk, room, drop=reading.too_long == "drop"),
+        lambda chunk: _shard(encoder(), chunk, room, drop=reading.too_long == "drop"),
         lambda number: progress((number + 1) * _SHARD_ROWS),
     )
     tokens = Tokens(shards, reading.virtual)

@@ -9,6 +9,7 @@ from jobs import CONFIG, make_base, make_job, write_weights
 
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import read
+from orchestrator.planning.model import Model
 from orchestrator.planning.plan import plan
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -199,6 +200,7 @@ def test_quantised_bases_are_refused_by_name(folder: Path, quantisation: dict[st
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_what_a_base_in_4_bits_cannot_do(folder: Path, changes: dict[str, Any], expected: str) -> None:
+    pack(folder / "base" / "model.safetensors")
     configure(folder, quantization_config=NF4)
     assert refusal(folder, **changes).startswith(expected)
 
@@ -217,8 +219,6 @@ def test_a_base_in_4_bits_is_counted_by_its_own_shapes(folder: Path) -> None:
 
 def pack(path: Path) -> None:
     """Rewrite weights of zeros as bitsandbytes keeps matrices in 4 bits: bytes, and the shape in a state of JSON."""
-    from orchestrator.planning.model import Model
-
     model, tensors, states = Model(CONFIG), {}, {}
     for name, (out, in_) in model.linears.items():
         state = f"{name}.weight.quant_state.bitsandbytes__nf4"
@@ -238,3 +238,21 @@ def pack(path: Path) -> None:
 def sum_of(header: dict[str, Any]) -> int:
     """Bytes of all tensors."""
     return max(int(entry["data_offsets"][1]) for entry in header.values())
+
+
+def test_weights_of_layers_that_the_config_does_not_have_are_named_and_not_counted(folder: Path) -> None:
+    before = plan(read(make_job(folder))[0])
+    shapes = Model(CONFIG, folder / "base").own_shapes
+    more = {name.replace("layers.0", f"layers.{CONFIG['num_hidden_layers']}"): shapes[name] for name in shapes}
+    write_weights(folder / "base" / "model.safetensors", shapes | more)
+    after = plan(read(make_job(folder))[0])
+    (warning,) = after.warnings
+    assert (
+        f"layers that config.json does not have are left out: model.layers.{CONFIG['num_hidden_layers']}." in warning
+    )
+    assert after.sizes == before.sizes
+
+
+def test_a_config_that_says_4_bits_of_weights_that_are_not(folder: Path) -> None:
+    configure(folder, quantization_config=NF4)
+    assert refusal(folder).startswith("config.json says that it is in 4 bits (quantization_config), and its weights")
