@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from orchestrator.doctor import Check as Check
     from orchestrator.doctor import doctor as doctor
     from orchestrator.errors import InputError as InputError
-    from orchestrator.job import Job as Job
     from orchestrator.logs import logs as logs
     from orchestrator.planning.plan import Plan as Plan
     from orchestrator.planning.plan import plan as plan
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from orchestrator.submit import Submission as Submission
     from orchestrator.submit import dry_run as dry_run
     from orchestrator.submit import submit as submit
+    from runfolder.job import Job as Job
 
 _MODULES = {
     "clusters.base": ("Unreachable",),
@@ -45,7 +45,7 @@ _MODULES = {
     "orchestrator.describe": ("methods",),
     "orchestrator.doctor": ("Check", "doctor"),
     "orchestrator.errors": ("InputError",),
-    "orchestrator.job": ("Job",),
+    "runfolder.job": ("Job",),
     "orchestrator.logs": ("logs",),
     "orchestrator.planning.plan": ("Plan", "plan"),
     "orchestrator.progress": ("wait",),

@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
-NAMES = frozenset({"clusters", "fleetune", "k8s", "methods", "orchestrator", "serving", "trainer"})
+NAMES = frozenset({"clusters", "fleetune", "k8s", "methods", "orchestrator", "runfolder", "serving", "trainer"})
 _HERE = Path(__file__).resolve().parent
 
 

@@ -159,7 +159,7 @@ def planned(run: Path, workers: int) -> int:
     """What the plan says that a worker holds beside activations, in bytes."""
     from orchestrator.planning.model import locate
     from orchestrator.planning.plan import sizes
-    from trainer.attempt import load_job
+    from runfolder.record import load_job
 
     job = load_job(run)
     job = job.model_copy(update={"resources": job.resources.model_copy(update={"gpus_per_node": workers})})

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from methods.registry import create
+from runfolder.chain import claim_next
 from trainer import zero
-from trainer.attempt import claim_next
 from trainer.base import load_model
 from trainer.checkpoint import Checkpoints
 from trainer.loop import micro_batches, prefetch, prepare, take_step

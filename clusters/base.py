@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from orchestrator.job import Job
+from runfolder.job import Job
 
 State = Literal["queued", "starting", "running", "ended", "unknown"]
 

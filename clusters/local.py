@@ -19,7 +19,7 @@ from clusters.base import CARRIED, Capacity, Logs, Refused, Request, Status, Unr
 from clusters.entry import Entry, Queue
 from clusters.machine import room
 from clusters.ray_head import Head
-from orchestrator.job import Job
+from runfolder.job import Job
 
 _HOPELESS = 3  # starts of Ray that failed in a row: more are tried, but somebody should look
 

@@ -23,8 +23,9 @@ from typing import Any
 import yaml
 
 from methods.options import ALL
-from orchestrator.job import Job
-from trainer.attempt import attempts, read_lines, result
+from runfolder.appended import read_lines
+from runfolder.chain import attempts, result
+from runfolder.job import Job
 
 HERE = Path(__file__).parent
 COMMAND = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import fleetune
-from trainer.attempt import attempts, read_lines
+from runfolder.appended import read_lines
+from runfolder.chain import attempts
 
 HERE = Path(__file__).parent
 BUILD = HERE.parent / "build" / "demo"

@@ -5,7 +5,7 @@ import difflib
 from clusters.base import Cluster, Refused, Request
 from clusters.local import Local
 from orchestrator.errors import InputError
-from orchestrator.job import Job
+from runfolder.job import Job
 
 NAMES = ("local",)
 

@@ -3,7 +3,9 @@
 from orchestrator.backends import make_request, open_cluster, wake
 from orchestrator.errors import InputError
 from orchestrator.runs import find, read_record
-from trainer.attempt import last, load_job, reopen, request_cancel, result
+from runfolder.chain import last, reopen, result
+from runfolder.record import load_job
+from runfolder.requests import request_cancel
 from trainer.digests import changes
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from orchestrator.verdict import Again, Final, Kind, Verdict, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
-from trainer.attempt import Attempt, Fenced, Record, attempts, cancel_requested, claim_next, close, read_json, settle
+from runfolder.chain import Attempt, Fenced, attempts, claim_next, close, settle
+from runfolder.files import Record, read_json
+from runfolder.requests import cancel_requested
 
 TRACKING_PATIENCE_S = 600.0  # how long it stays to deliver what an outage of MLflow held up
 DELIVERED = "the output is there, but the worker ended before it was checked (and merged, if that was asked for)"

@@ -20,7 +20,7 @@ from orchestrator.runs import run_ids, runs_folder
 from orchestrator.tracking.delivery import undelivered
 from orchestrator.tracking.store import resolve, sqlite_file
 from orchestrator.tracking.trouble import held_up, without_password
-from trainer.folders import cache_folder, home, library_folders, nearest, writable
+from runfolder.folders import cache_folder, home, library_folders, nearest, writable
 
 Level = Literal["ok", "warn", "fail"]
 _TRAIN = ("torch", "deepspeed", "transformers", "peft", "ray", "mlflow", "datasets", "safetensors")

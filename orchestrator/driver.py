@@ -13,8 +13,10 @@ from pathlib import Path
 
 from clusters.base import CARRIED
 from orchestrator.worker import redirect, work
-from trainer.attempt import Attempt, load_job, write_json
-from trainer.folders import library_folders
+from runfolder.chain import Attempt
+from runfolder.files import write_json
+from runfolder.folders import library_folders
+from runfolder.record import load_job
 
 _TEXT = 4000  # characters kept of a failure
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
 from orchestrator.runs import find, read_record
-from trainer.attempt import Attempt, attempts, sealed_size
+from runfolder.appended import sealed_size
+from runfolder.chain import Attempt, attempts
 
 
 @dataclass

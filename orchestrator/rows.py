@@ -6,17 +6,17 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import InputError
-from orchestrator.job import Job
 from orchestrator.planning import base
 from orchestrator.planning.freeze import Source, read
 from orchestrator.planning.model import Model
 from orchestrator.planning.preflight import few_steps
 from orchestrator.planning.survey import Progress, missing, with_date
+from runfolder.folders import cache
+from runfolder.job import Job
 from trainer.data.rows import Row
 from trainer.data.rows import rows as read_rows
 from trainer.data.survey import Survey, survey, unknown_id, warnings
 from trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer
-from trainer.folders import cache
 
 if TYPE_CHECKING:
     from trainer.data.encode import Encoded, Reading

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from orchestrator.errors import InputError
-from trainer.folders import home
+from runfolder.folders import home
 
 RUN_ID = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?-[0-9a-hjkmnp-tv-z]{10}")
 _DIGITS = "0123456789abcdefghjkmnpqrstvwxyz"  # base 32 in the order of ASCII, so that ids sort by time

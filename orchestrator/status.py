@@ -13,7 +13,9 @@ from orchestrator.errors import InputError
 from orchestrator.runs import find, name_of, read_record, run_ids, runs_folder
 from orchestrator.tracking.history import mlflow_run
 from orchestrator.tracking.trouble import held_up
-from trainer.attempt import Attempt, Record, last, result, sealed_size, settle
+from runfolder.appended import sealed_size
+from runfolder.chain import Attempt, last, result, settle
+from runfolder.files import Record
 
 State = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
 ENDED = ("succeeded", "failed", "cancelled")

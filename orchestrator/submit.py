@@ -21,12 +21,12 @@ import yaml
 
 from orchestrator.backends import make_request, open_cluster, wake
 from orchestrator.errors import InputError
-from orchestrator.job import Job
 from orchestrator.planning.freeze import Source, read, record
 from orchestrator.planning.preflight import check
 from orchestrator.planning.survey import Progress, with_date, writes_date
 from orchestrator.runs import RUN_ID, name_of, new_id, read_record, runs_folder
-from trainer.folders import home
+from runfolder.folders import home
+from runfolder.job import Job
 
 
 @dataclass(frozen=True)

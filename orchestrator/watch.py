@@ -9,8 +9,11 @@ from pathlib import Path
 
 from clusters.ray_head import answers
 from orchestrator.verdict import Verdict, classify
+from runfolder.chain import Attempt
+from runfolder.files import read_json
+from runfolder.record import load_job
+from runfolder.requests import cancel_requested
 from trainer import missing
-from trainer.attempt import Attempt, cancel_requested, load_job, read_json
 
 _CHECK_S = 0.25
 _TAIL = 16_384  # bytes at the end of a log in which evidence is looked for

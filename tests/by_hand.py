@@ -10,7 +10,7 @@ from finished_runs import Curve
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from trainer.attempt import load_job
+from runfolder.record import load_job
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
 from trainer.data.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from trainer.attempt import load_job
+from runfolder.record import load_job
 from trainer.checkpoint import Reader
 from trainer.data.encode import Reading
 from trainer.data.tokenizer import load_tokenizer

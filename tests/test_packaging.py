@@ -17,7 +17,7 @@ from jobs import write_tokenizer
 from fleetune_start import unshadowed
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("orchestrator", "clusters", "k8s", "trainer", "methods", "serving")
+ROOMS = ("orchestrator", "clusters", "runfolder", "k8s", "trainer", "methods", "serving")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_files_of_the_user_do_not_shadow_ours(laptop: Path) -> None:
     done = run([Path(sys.executable).parent / "fleetune", "plan", "job.yaml"], laptop)
     assert (done.returncode, done.stderr) == (0, "")
     # Detached processes are started with -P, by which the current folder stays off sys.path.
-    done = run([sys.executable, "-P", "-c", "import trainer, orchestrator.job, clusters.local"], laptop)
+    done = run([sys.executable, "-P", "-c", "import trainer, runfolder.job, clusters.local"], laptop)
     assert (done.returncode, done.stderr) == (0, "")
 
 

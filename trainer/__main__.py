@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from trainer.attempt import Attempt, attempts, claim_next
+from runfolder.chain import Attempt, attempts, claim_next
 from trainer.checkpoint import newest
 from trainer.loop import train
 from trainer.missing import reason

@@ -8,7 +8,7 @@ from torch import nn
 
 from methods.base import Method
 from methods.parts import quantised
-from orchestrator.job import Base, Job
+from runfolder.job import Base, Job
 from trainer.data.tokenizer import load_tokenizer
 from trainer.embeddings import add_missing, vocabulary
 from trainer.zero import partitioned_loading

@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from methods.base import Method
-from trainer.attempt import Attempt, Record, Start, attempts, bounds, read_json, sync_folder, write_json
+from runfolder.chain import Attempt, Start, attempts, bounds
+from runfolder.files import Record, read_json, sync_folder, write_json
 from trainer.world import World
 from trainer.zero import Shards, assign, shape
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.job import Job
+from runfolder.job import Job
 from trainer.data.files import sha256
 
 _LOADED = re.compile(r"\.(json|safetensors|model|jinja)$|^(vocab|merges)\.txt$")

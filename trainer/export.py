@@ -11,7 +11,9 @@ import torch.distributed as dist
 import yaml
 
 from methods.base import MergeRefused
-from trainer.attempt import Attempt, attempts, read_json, read_lines, write_json
+from runfolder.appended import read_lines
+from runfolder.chain import Attempt, attempts
+from runfolder.files import read_json, write_json
 from trainer.data.survey import described
 from trainer.missing import dispensable, missing, note
 from trainer.progress import shown

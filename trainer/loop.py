@@ -12,9 +12,11 @@ import torch.distributed as dist
 
 from methods.base import Setup
 from methods.registry import create
-from orchestrator.job import Job
+from runfolder.chain import Attempt
+from runfolder.folders import cache
+from runfolder.job import Job
+from runfolder.record import load_job
 from trainer import apart, checkpoint, speed
-from trainer.attempt import Attempt, load_job
 from trainer.base import load_config, load_model, precision
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
@@ -25,7 +27,6 @@ from trainer.digests import InputChanged, changes, frozen
 from trainer.embeddings import vocabulary
 from trainer.evaluate import Evaluator
 from trainer.export import export
-from trainer.folders import cache
 from trainer.meter import Meter
 from trainer.objectives import sft
 from trainer.progress import shown

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from trainer.attempt import Attempt
+from runfolder.chain import Attempt
 from trainer.speed import peak_memory
 from trainer.world import World
 

@@ -4,7 +4,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from trainer.attempt import Attempt, read_lines
+from runfolder.appended import read_lines
+from runfolder.chain import Attempt
 
 
 def missing(attempt: Attempt) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.attempt import Attempt
+from runfolder.chain import Attempt
 
 PERIOD_S = 10.0
 LEAST_BYTES = 1 << 20  # in a period; what idle threads exchange stays far below

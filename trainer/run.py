@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from methods.base import Method
-from orchestrator.job import Job
-from trainer.attempt import Attempt
+from runfolder.chain import Attempt
+from runfolder.job import Job
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
 from trainer.data.tokens import Tokens

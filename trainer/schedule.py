@@ -2,7 +2,7 @@
 
 import math
 
-from orchestrator.job import Job
+from runfolder.job import Job
 
 
 def learning_rate(job: Job, step: int, steps: int) -> float:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from runfolder.folders import library_folders
 from trainer import zero
-from trainer.folders import library_folders
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Any
 from methods.options import ALL, Full
 from methods.parts.targets import is_named
 from orchestrator.errors import InputError
-from orchestrator.job import Job
 from orchestrator.planning import base_folder, quantised, vocabulary
 from orchestrator.planning.hub import fetch_config
 from orchestrator.planning.model import ADAPTER, Model, folder_of, locate
+from runfolder.job import Job
 
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 _ALLOWED = "allowed: a ...ForCausalLM model"

@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from orchestrator.job import Job
 from orchestrator.planning import spec
 from orchestrator.planning.model import Model
 from orchestrator.tracking.environment import PACKAGES
+from runfolder.job import Job
 from trainer.digests import digests
 
 Source = str | Path | Mapping[str, Any] | Job

@@ -5,8 +5,8 @@ import os
 from typing import Any
 
 from orchestrator.errors import InputError
-from orchestrator.job import Base
 from orchestrator.planning.model import HUB_ID
+from runfolder.job import Base
 
 _TIMEOUT = 3.0  # seconds; submitting must not hang on a dead network
 

@@ -16,8 +16,8 @@ from typing import Any
 from methods.options.base import packed, size
 from methods.parts.targets import is_linear
 from orchestrator.errors import InputError
-from orchestrator.job import Base
 from orchestrator.planning import quantised
+from runfolder.job import Base
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 ADAPTER = "adapter_config.json"

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
-from orchestrator.job import Job
 from orchestrator.planning.freeze import Source, read
 from orchestrator.planning.model import Model, count
 from orchestrator.planning.preflight import check, has_gpus
 from orchestrator.planning.survey import Progress, Rows
+from runfolder.job import Job
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from math import ceil
 
 from clusters.machine import room
 from orchestrator.errors import InputError
-from orchestrator.job import Job
 from orchestrator.planning import base
 from orchestrator.planning.model import Model
 from orchestrator.planning.survey import Looked, Progress, Rows, look, missing, writes_date
 from orchestrator.tracking.store import check_uri
+from runfolder.job import Job
 from trainer.data.survey import unknown_id
 from trainer.data.survey import warnings as row_warnings
 

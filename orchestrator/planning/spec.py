@@ -10,8 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from orchestrator.errors import InputError
-from orchestrator.job import Job
 from orchestrator.planning.spec_errors import explain
+from runfolder.job import Job
 
 LARGEST = 1 << 20  # bytes of a job.yaml
 # What a bare string stands for in job.yaml.

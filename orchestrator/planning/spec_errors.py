@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from methods.options import ALL
-from orchestrator.job import Job
+from runfolder.job import Job
 
 Path = tuple[str | int, ...]
 _KINDS = {kind.model_fields["kind"].default: kind for kind in ALL}

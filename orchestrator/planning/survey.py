@@ -19,13 +19,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fleetune_start import unshadowed
-from orchestrator.job import Job
 from orchestrator.planning.model import Model
+from runfolder.folders import cache_folder
+from runfolder.job import Job
 from trainer.data.date import asks_for_date
 from trainer.data.files import digest, is_hub
 from trainer.data.rows import Row, rows
 from trainer.data.survey import Survey
-from trainer.folders import cache_folder
 
 _NEEDED = ("transformers", "pyarrow", "numpy", "jinja2")
 _LARGEST = 256 << 20  # bytes of a file that is looked at as tokens before a run: a minute or two

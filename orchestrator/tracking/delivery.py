@@ -31,7 +31,9 @@ from orchestrator.tracking.store import (
     upload,
 )
 from orchestrator.tracking.trouble import Trouble, diagnose, held_up, note
-from trainer.attempt import Attempt, Fenced, attempts, last, load_job, read_json, result, write_json
+from runfolder.chain import Attempt, Fenced, attempts, last, result
+from runfolder.files import read_json, write_json
+from runfolder.record import load_job
 
 __all__ = ["Delivery", "check_uri", "is_tracked", "replay", "ui_command"]
 

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.attempt import Attempt, Record, attempts, read_json, read_lines, sealed_size
+from runfolder.appended import read_lines, sealed_size
+from runfolder.chain import Attempt, attempts
+from runfolder.files import Record, read_json
 
 
 @dataclass(frozen=True)

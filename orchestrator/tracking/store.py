@@ -22,8 +22,10 @@ from orchestrator.runs import read_record
 from orchestrator.tracking.environment import environment
 from orchestrator.tracking.history import planned
 from orchestrator.tracking.trouble import Refused
-from trainer.attempt import Attempt, Record, attempts, load_job, read_json, write_json
-from trainer.folders import home
+from runfolder.chain import Attempt, attempts
+from runfolder.files import Record, read_json, write_json
+from runfolder.folders import home
+from runfolder.record import load_job
 
 RUN_ID = "fleetune.run_id"
 SERVERS = ("http", "https", "databricks", "postgresql", "mysql", "mssql")

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator.errors import InputError
-from trainer.attempt import read_json, write_json
+from runfolder.files import read_json, write_json
 
 _FILE = "undelivered.json"
 _LONGEST = 300  # characters of a reason

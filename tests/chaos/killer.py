@@ -12,7 +12,7 @@ import psutil
 from scene import lives, rows, signal_all, unfinished_saves, until, workers
 
 from clusters.local import Local
-from trainer.attempt import last, result
+from runfolder.chain import last, result
 
 HEAD = ("head", "gcs_server", "raylet", "everything")
 SPARED = ("supervisor",)  # the attempt survives the death of these

@@ -12,7 +12,8 @@ import psutil
 
 from orchestrator.tracking import store
 from orchestrator.tracking.history import history
-from trainer.attempt import Attempt, last, read_lines
+from runfolder.appended import read_lines
+from runfolder.chain import Attempt, last
 
 Found = TypeVar("Found")
 REPORTED = ("loss", "lr", "grad_norm")

@@ -18,7 +18,8 @@ from clusters.local import Local
 from orchestrator.submit import submit
 from orchestrator.tracking.delivery import is_tracked
 from orchestrator.tracking.store import resolve
-from trainer.attempt import attempts, read_lines, result
+from runfolder.appended import read_lines
+from runfolder.chain import attempts, result
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 # Stage 3 takes many small messages for a step, so fewer and smaller ones last as long.

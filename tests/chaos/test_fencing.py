@@ -19,7 +19,7 @@ from clusters.ray_head import Head
 from orchestrator.logs import LogReader
 from orchestrator.tracking.delivery import is_tracked
 from orchestrator.tracking.history import history
-from trainer.attempt import Attempt, attempts, last, result
+from runfolder.chain import Attempt, attempts, last, result
 from trainer.checkpoint import newest
 
 pytestmark = pytest.mark.timeout(600)

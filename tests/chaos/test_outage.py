@@ -10,7 +10,8 @@ from scene import REPORTED, delivered, mlflow_run, reported, rows, until
 from orchestrator.control import cancel
 from orchestrator.submit import submit
 from orchestrator.tracking.delivery import is_tracked
-from trainer.attempt import attempts, last, read_lines, result
+from runfolder.appended import read_lines
+from runfolder.chain import attempts, last, result
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from clusters.entry import Entry, Queue
 from clusters.local import Local
 from clusters.ray_head import Head, Patience
 from clusters.supervisor import Supervisor, fitting
-from orchestrator.job import Job
+from runfolder.job import Job
 
 SUBMIT = (
     "import sys; from clusters.local import Local; from clusters.base import Request; from pathlib import Path;"

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from methods.options import ALL
 from methods.parts import quantised
-from trainer.attempt import load_job
+from runfolder.record import load_job
 
 KINDS = {options.model_fields["kind"].default: options for options in ALL}
 # Small enough for a random model of two layers; each refreshes, cuts or merges within the first 20 steps and after.

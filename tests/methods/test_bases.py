@@ -22,9 +22,9 @@ from transformers import (
 
 from methods.base import Setup
 from methods.registry import create
-from orchestrator.job import Base, Job
 from orchestrator.planning.model import locate
-from trainer.attempt import load_job
+from runfolder.job import Base, Job
+from runfolder.record import load_job
 from trainer.base import load_model
 from trainer.data.tokenizer import load_tokenizer
 

@@ -25,7 +25,7 @@ from methods.options import Galore
 from methods.parts.weights import shapes
 from methods.subspace.matrix import Matrix, canonical, lay_out
 from methods.subspace.projector import Calendar, Int4Projector
-from trainer.attempt import load_job
+from runfolder.record import load_job
 
 TUNED = {"kind": "galore", "rank": 4, "refresh_every": 7}
 VARIANTS: dict[str, dict[str, Any]] = {

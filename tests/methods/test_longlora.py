@@ -17,10 +17,10 @@ from methods.longlora import LongLoraTuning
 from methods.options import LongLora
 from methods.parts.weights import shapes
 from orchestrator.errors import InputError
-from orchestrator.job import Job
 from orchestrator.planning.model import Model
 from orchestrator.planning.preflight import check
-from trainer.attempt import load_job
+from runfolder.job import Job
+from runfolder.record import load_job
 
 SEQ_LEN, GROUPS, FACTOR = 320, 8, 2  # the base has 256 positions
 METHOD = {"kind": "longlora", "rank": 4, "groups": GROUPS}

@@ -15,9 +15,9 @@ from finished_runs import curve, difference
 from methods.base import Setup
 from methods.registry import create
 from orchestrator.describe import CAPABILITIES, support_table
-from orchestrator.job import Base, Job
 from orchestrator.planning.model import locate
 from orchestrator.planning.plan import sizes
+from runfolder.job import Base, Job
 from trainer import speed
 from trainer.base import load_model
 from trainer.data.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ from llamas import random_llama
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from trainer.attempt import last
+from runfolder.chain import last
 from trainer.missing import missing
 
 VARIANTS: dict[str, dict[str, Any]] = {

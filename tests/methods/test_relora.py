@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 from methods.base import Setup
 from methods.options import ReLora
 from methods.relora import ReLoraTuning
-from orchestrator.job import Job
-from trainer.attempt import load_job
+from runfolder.job import Job
+from runfolder.record import load_job
 from trainer.schedule import learning_rate
 
 METHOD = {"kind": "relora", "rank": 2, "every": 0.25, "rewarmup": 0.1}

@@ -15,7 +15,7 @@ from methods.base import Setup
 from methods.options import Prefix, Prompt, PTuning
 from methods.parts.weights import shapes
 from methods.registry import create
-from trainer.attempt import load_job
+from runfolder.record import load_job
 from trainer.data.tokens import virtual_ids
 
 TOKENS = 7

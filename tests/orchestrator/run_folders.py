@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from orchestrator.job import Job
-from trainer import attempt as protocol
-from trainer.attempt import Attempt, Start
+from runfolder import chain
+from runfolder.chain import Attempt, Start
+from runfolder.job import Job
 from trainer.digests import digests
 
 T0 = 1_700_000_000.0
@@ -45,8 +45,8 @@ def make_run(root: Path, run_id: str, uri: str | None, **job: Any) -> Path:
 
 def claim(run_dir: Path, start: int | None = None) -> Attempt:
     """The next attempt, from a checkpoint of its predecessor at step `start`."""
-    begin = Start(protocol.last(run_dir).number, start) if start is not None else None
-    attempt = protocol.claim_next(run_dir, begin)
+    begin = Start(chain.last(run_dir).number, start) if start is not None else None
+    attempt = chain.claim_next(run_dir, begin)
     assert attempt
     return attempt
 

@@ -12,7 +12,7 @@ from jobs import make_job
 from run_folders import claim, make_run, plan, steps
 
 from orchestrator import cli, doctor, progress, runs
-from trainer.attempt import close
+from runfolder.chain import close
 
 Call = Callable[..., tuple[int, str, str]]
 

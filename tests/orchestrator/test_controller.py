@@ -16,7 +16,9 @@ from clusters.local import Local
 from orchestrator.control import cancel, resume
 from orchestrator.errors import InputError
 from orchestrator.submit import submit
-from trainer.attempt import Attempt, Record, attempts, last, read_json, read_lines, result
+from runfolder.appended import read_lines
+from runfolder.chain import Attempt, attempts, last, result
+from runfolder.files import Record, read_json
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the room is made by processor affinity")
 

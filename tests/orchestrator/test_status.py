@@ -18,7 +18,8 @@ from clusters.local import Local
 from fleetune import InputError
 from orchestrator import progress, runs, status
 from orchestrator.logs import LogReader
-from trainer.attempt import Attempt, claim_next, close, request_cancel
+from runfolder.chain import Attempt, claim_next, close
+from runfolder.requests import request_cancel
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_a_run_that_is_about_to_succeed_is_not_preempted(run: Path) -> None:
 CLOSER = """
 import os, signal, sys, time
 from pathlib import Path
-from trainer.attempt import close
+from runfolder.chain import close
 
 def rename(self, target, real=Path.rename):
     if target.name == "output":

@@ -16,7 +16,7 @@ import fleetune
 from clusters.local import Local
 from fleetune import InputError
 from orchestrator import runs, submit
-from trainer.attempt import load_job
+from runfolder.record import load_job
 
 pytestmark = pytest.mark.usefixtures("home")
 

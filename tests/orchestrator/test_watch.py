@@ -14,7 +14,9 @@ from orchestrator.controller import cancelled_within, history, main, next_step, 
 from orchestrator.driver import outcome
 from orchestrator.verdict import Final
 from orchestrator.watch import Watch
-from trainer.attempt import Attempt, Fenced, Start, claim_next, close, reopen, request_cancel, result, write_json
+from runfolder.chain import Attempt, Fenced, Start, claim_next, close, reopen, result
+from runfolder.files import write_json
+from runfolder.requests import request_cancel
 
 
 class Sleeper:

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from methods.options import ALL
 from methods.parts import quantised
-from orchestrator.job import Base
 from orchestrator.planning.model import count, locate
-from trainer.attempt import load_job
+from runfolder.job import Base
+from runfolder.record import load_job
 from trainer.base import load_config, load_pretrained
 from trainer.data.tokenizer import load_tokenizer
 

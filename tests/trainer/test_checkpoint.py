@@ -8,7 +8,7 @@ import torch
 from finished_runs import curve, difference, interrupted, rows
 from safetensors.torch import load_file
 
-from trainer import attempt as attempts
+from runfolder import chain
 from trainer.checkpoint import CheckpointGone, Checkpoints, Reader, newest, open_checkpoint
 from trainer.world import World
 
@@ -49,12 +49,12 @@ def two_checkpoints(new_run: Any, launch: Any) -> Path:
 
 def test_a_damaged_checkpoint_is_passed_over(two_checkpoints: Path) -> None:
     folder = two_checkpoints / "attempts" / "1" / "checkpoints"
-    assert newest(two_checkpoints) == attempts.Start(1, 20)
+    assert newest(two_checkpoints) == chain.Start(1, 20)
     shard = folder / "step-20" / "shard-1.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    assert newest(two_checkpoints) == attempts.Start(1, 10)
+    assert newest(two_checkpoints) == chain.Start(1, 10)
     (folder / "step-10" / "shard-0.safetensors").unlink()
     assert newest(two_checkpoints) is None
 
@@ -73,13 +73,13 @@ def test_any_range_can_be_read(two_checkpoints: Path) -> None:
 
 def test_a_start_that_is_gone_says_so(two_checkpoints: Path) -> None:
     with pytest.raises(CheckpointGone, match="step 15 of attempt 1"):
-        open_checkpoint(two_checkpoints, attempts.Start(1, 15))
+        open_checkpoint(two_checkpoints, chain.Start(1, 15))
 
 
 def test_auto_asks_once_for_each_save_that_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr("trainer.checkpoint.time.monotonic", lambda: now[0])
-    saves = Checkpoints(attempts.Attempt(tmp_path, 1), World(0, 1, torch.device("cpu")), "auto", 2)
+    saves = Checkpoints(chain.Attempt(tmp_path, 1), World(0, 1, torch.device("cpu")), "auto", 2)
     saves._stall_s = 0.5  # Young: sqrt(2 x 0.5 x 4 h) = 120 s
     asked = []
     for _ in range(300):

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.job import Job
-from trainer.attempt import attempts, load_job, result
+from runfolder.chain import attempts, result
+from runfolder.job import Job
+from runfolder.record import load_job
 from trainer.digests import changes, digests, file_digest, folder_digest
 
 

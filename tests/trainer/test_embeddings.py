@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from methods.parts import quantised
 from orchestrator.planning.plan import plan
-from trainer.attempt import load_job
+from runfolder.record import load_job
 
 ZERO = {"full": 3, "galore": 3}
 NEW = ["<|im_start|>", "<|im_end|>", "<think>"]

@@ -11,7 +11,7 @@ import pytest
 from by_hand import adamw, base, train
 from finished_runs import Curve, curve, difference
 
-from trainer.attempt import load_job
+from runfolder.record import load_job
 
 TOLERANCE = 1e-6
 METHODS = {"full": {"kind": "full"}, "lora": {"kind": "lora", "rank": 4}}

@@ -12,9 +12,9 @@ from llamas import random_llama
 from transformers import AutoTokenizer
 
 from methods.lora import LoraTuning
+from runfolder.chain import Attempt, claim_next
 from trainer import export, reload
 from trainer.__main__ import main
-from trainer.attempt import Attempt, claim_next
 from trainer.missing import dispensable, reason
 from trainer.verify import Finding, OutputDiffers
 

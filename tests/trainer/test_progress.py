@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from runfolder.chain import Attempt, claim_next
 from trainer import progress
-from trainer.attempt import Attempt, claim_next
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from typing import Any
 
 def main(request: Mapping[str, Any]) -> None:
     """Make tokens of each source that a request names; say what they look like, or why there are none."""
-    from orchestrator.job import Job
+    from runfolder.folders import cache
+    from runfolder.job import Job
     from trainer.data.encode import Reading
     from trainer.data.survey import survey
     from trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer
     from trainer.data.tokens import tokenise
-    from trainer.folders import cache
 
     job, folder = Job.model_validate(request["job"]), Path(request["folder"])
     for key, source in request["sources"].items():

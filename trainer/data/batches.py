@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from orchestrator.job import Job
+    from runfolder.job import Job
     from trainer.data.tokens import Tokens
 
 Indices = npt.NDArray[np.int64]

@@ -23,7 +23,7 @@ from trainer.data.text import Renderer, Text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from orchestrator.job import Job
+    from runfolder.job import Job
 
 
 @dataclass(frozen=True)

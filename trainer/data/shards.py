@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from trainer.attempt import read_json, sync_folder, write_json
+from runfolder.files import read_json, sync_folder, write_json
 
 Chunk = TypeVar("Chunk")
 Array = npt.NDArray[Any]

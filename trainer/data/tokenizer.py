@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from orchestrator.job import Base
+from runfolder.job import Base
 from trainer.ends import end_tokens
 
 

@@ -10,9 +10,9 @@ import pytest
 from jobs import CONFIG, make_base
 
 from orchestrator.errors import InputError
-from orchestrator.job import Job
 from orchestrator.planning.base import find_model
 from orchestrator.planning.model import count
+from runfolder.job import Job
 
 PAGES = {
     "/good/base/resolve/main/config.json": (200, json.dumps(CONFIG).encode()),

@@ -10,10 +10,10 @@ from llamas import LLAMA_3B
 
 from methods.options import Dora, Lora
 from orchestrator.errors import InputError
-from orchestrator.job import Job
 from orchestrator.planning.freeze import read
 from orchestrator.planning.model import Model, count, read_header, weight_files
 from orchestrator.planning.plan import Memory, memory, plan, sizes
+from runfolder.job import Job
 
 SMALL = {key: value for key, value in CONFIG.items() if key not in ("architectures", "model_type")}
 

@@ -15,7 +15,9 @@ from orchestrator.tracking import store
 from orchestrator.tracking.delivery import CURSOR, Delivery, is_tracked, replay
 from orchestrator.tracking.history import history, mlflow_run
 from orchestrator.tracking.store import check_uri, ui_command
-from trainer import attempt as protocol
+from runfolder import chain
+from runfolder.appended import read_lines
+from runfolder.record import load_job
 
 
 def runs_of(uri: str | None, run_dir: Path) -> list[Any]:
@@ -32,8 +34,8 @@ def series(uri: str | None, run_dir: Path, key: str = "loss") -> list[tuple[int,
 
 
 def events(run_dir: Path, number: int) -> list[str]:
-    attempt = protocol.Attempt(run_dir, number)
-    return [event["event"] for event in protocol.read_lines(run_dir, attempt, "events.jsonl")]
+    attempt = chain.Attempt(run_dir, number)
+    return [event["event"] for event in read_lines(run_dir, attempt, "events.jsonl")]
 
 
 def test_history_takes_the_first_row_within_the_seals(tmp_path: Path) -> None:
@@ -89,7 +91,7 @@ def test_a_whole_run_on_sqlite(home: Path, tmp_path: Path) -> None:
     assert run.info.start_time == int(attempt.claim["time"] * 1000) <= run.info.end_time
     assert run.data.metrics["eval_exact_match"] == 0.5
     assert run.data.params["method.rank"] == "4"
-    assert run.data.params["train.lr"] == str(protocol.load_job(run_dir).lr)
+    assert run.data.params["train.lr"] == str(load_job(run_dir).lr)
     assert run.data.params["data.train_digest"] == "1" * 64
     tags = run.data.tags
     assert (tags["fleetune.method"], tags["fleetune.version"]) == ("lora", "0.1.0")
@@ -118,7 +120,7 @@ def test_steps_that_were_done_again_are_compared_not_reported(tmp_path: Path) ->
     assert series(None, run_dir) == expected((1, 1, 12), (2, 13, 15))
     differing = [
         (event["step"], event["key"], event["found"])
-        for event in protocol.read_lines(run_dir, second, "events.jsonl")
+        for event in read_lines(run_dir, second, "events.jsonl")
         if event["event"] == "redone_step_differs"
     ]
     assert differing == [(9, "loss", 3.0)]
@@ -213,7 +215,7 @@ def test_delivery_stops_between_batches_when_a_successor_appears(
 
     def log_batch(*arguments: Any, metrics: Any = (), **others: Any) -> None:
         send(*arguments, metrics=metrics, **others)
-        if metrics and protocol.last(run_dir).number == 1:
+        if metrics and chain.last(run_dir).number == 1:
             claim(run_dir, start=0)  # while the first attempt was paused in its first delivery
 
     monkeypatch.setattr(client, "log_batch", log_batch)
@@ -292,9 +294,9 @@ def test_a_reopened_run_goes_on_in_the_same_mlflow_run(tmp_path: Path) -> None:
     steps(first, 1, 4)
     first.close({"state": "failed"})
     assert replay(run_dir)
-    assert protocol.reopen(run_dir)
+    assert chain.reopen(run_dir)
     assert not is_tracked(run_dir)
-    second = protocol.claim_next(run_dir, protocol.Start(1, 4))
+    second = chain.claim_next(run_dir, chain.Start(1, 4))
     assert second
     delivery = Delivery(run_dir, second.number)
     steps(second, 5, 6)
@@ -310,7 +312,7 @@ def test_a_reopened_run_goes_on_in_the_same_mlflow_run(tmp_path: Path) -> None:
 def test_a_run_that_never_started_is_said_to_be_killed(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, "run-unstarted", None)
     assert not replay(run_dir)
-    assert protocol.close(run_dir, {"state": "cancelled"})
+    assert chain.close(run_dir, {"state": "cancelled"})
     assert replay(run_dir)
     assert runs_of(None, run_dir)[0].info.status == "KILLED"
 

@@ -18,7 +18,8 @@ from orchestrator import doctor, runs
 from orchestrator.tracking import store
 from orchestrator.tracking.delivery import Delivery, is_tracked
 from orchestrator.tracking.trouble import diagnose
-from trainer.attempt import Attempt, read_lines
+from runfolder.appended import read_lines
+from runfolder.chain import Attempt
 
 
 @pytest.fixture(autouse=True)

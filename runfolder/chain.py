@@ -28,11 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from orchestrator.job import Job
-
-Record = dict[str, Any]
+from runfolder.files import Record, read_json, sync_folder, write_json
 
 
 class Fenced(RuntimeError):
@@ -121,23 +117,35 @@ class Attempt:
         return True
 
 
+def slots(run_dir: Path) -> list[Attempt]:
+    """Every slot that is taken, oldest first: attempts, closing slots, and those that reopen the run."""
+    folder = run_dir / "attempts"
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return [Attempt(run_dir, number) for number in sorted(int(n) for n in names if re.fullmatch(r"\d+", n))]
+
+
+def last_slot(run_dir: Path) -> int:
+    """The number of the newest slot; 0 when none is taken."""
+    return max((slot.number for slot in slots(run_dir)), default=0)
+
+
 def attempts(run_dir: Path) -> list[Attempt]:
     """The attempts that were claimed, oldest first, without the closing slot."""
-    return [attempt for attempt in _slots(run_dir) if attempt.claim["kind"] == "attempt"]
+    return [attempt for attempt in slots(run_dir) if attempt.claim["kind"] == "attempt"]
 
 
 def claim_next(run_dir: Path, start: Start | None) -> Attempt | None:
     """Claim the slot after the last one taken; None when the run is closed or somebody was faster."""
     if result(run_dir) is not None:
         return None
-    return _claim(run_dir, _last_slot(run_dir) + 1, {"kind": "attempt", "start": _plain(start)})
+    return _claim(run_dir, last_slot(run_dir) + 1, {"kind": "attempt", "start": _plain(start)})
 
 
 def close(run_dir: Path, ended: Record) -> bool:
     """End a run from outside its attempts; False when it is closed or somebody was faster."""
     if result(run_dir) is not None:
         return False
-    return Attempt(run_dir, _last_slot(run_dir)).close(ended)
+    return Attempt(run_dir, last_slot(run_dir)).close(ended)
 
 
 def last(run_dir: Path) -> Attempt:
@@ -154,32 +162,10 @@ def bounds(run_dir: Path) -> Iterator[tuple[Attempt, float]]:
         bound = min(bound, start.step if start else 0)
 
 
-def sealed_size(run_dir: Path, attempt: Attempt, file: str) -> int | None:
-    """How many bytes of an appended file count; None while no later slot (a closing one, too) has sealed it."""
-    for later in _slots(run_dir):
-        path = later.folder / "seals.json"
-        if later.number > attempt.number and path.exists():
-            sizes = read_json(path).get(str(attempt.number))
-            if sizes is not None:
-                return int(sizes.get(file, 0))
-    return None
-
-
-def read_lines(run_dir: Path, attempt: Attempt, file: str) -> list[Record]:
-    """The records of an appended file, up to its seal; a torn last line is dropped."""
-    path = attempt.folder / file
-    if not path.exists():
-        return []
-    with path.open("rb") as stream:
-        data = stream.read(-1 if (size := sealed_size(run_dir, attempt, file)) is None else size)
-    whole, _, _torn = data.rpartition(b"\n")
-    return [json.loads(line) for line in whole.split(b"\n") if line]
-
-
 def result(run_dir: Path) -> Record | None:
     """The final word on a run; None while it goes on."""
-    slots = _slots(run_dir)
-    claim: Record = slots[-1].claim if slots else {"kind": "none"}
+    newest = last_slot(run_dir)
+    claim: Record = Attempt(run_dir, newest).claim if newest else {"kind": "none"}
     ended: Record | None = claim["result"] if claim["kind"] == "close" else None
     return ended
 
@@ -189,7 +175,7 @@ def reopen(run_dir: Path) -> bool:
     ended = result(run_dir)
     if ended is None or ended["state"] == "succeeded":
         return False
-    number = _slots(run_dir)[-1].number
+    number = slots(run_dir)[-1].number
     if _claim(run_dir, number + 1, {"kind": "reopen"}) is None:
         return False
     (run_dir / "result.json").replace(run_dir / "attempts" / str(number) / "result.json")
@@ -199,29 +185,15 @@ def reopen(run_dir: Path) -> bool:
     return True
 
 
-def request_cancel(run_dir: Path) -> None:
-    """Ask for the end of a run; whoever leads it closes it as cancelled."""
-    folder = run_dir / "requests"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"cancel-{_last_slot(run_dir)}.json", {"time": time.time()})
-
-
-def cancel_requested(run_dir: Path) -> bool:
-    """Whether somebody asked for the end of the run since it was last (re)opened."""
-    reopened = [slot.number for slot in _slots(run_dir) if slot.claim["kind"] == "reopen"]
-    asked = [int(path.stem.rpartition("-")[2]) for path in (run_dir / "requests").glob("cancel-*.json")]
-    return any(number >= max(reopened, default=0) for number in asked)
-
-
 def settle(run_dir: Path) -> Record | None:
     """Finish what a closing slot promised: move the output into place, write result.json.
 
     Idempotent, and any number of processes may do it at once.
     """
-    slots = _slots(run_dir)
-    if not slots or slots[-1].claim["kind"] != "close":
+    newest = last_slot(run_dir)
+    claim: Record = Attempt(run_dir, newest).claim if newest else {"kind": "none"}
+    if claim["kind"] != "close":
         return None
-    claim = slots[-1].claim
     made = Attempt(run_dir, claim["closes"]).folder / "output"
     if made.exists() and not (run_dir / "output").exists():
         with suppress(FileNotFoundError):  # somebody else moved it just now
@@ -229,53 +201,6 @@ def settle(run_dir: Path) -> Record | None:
     if not (run_dir / "result.json").exists():
         write_json(run_dir / "result.json", claim["result"])
     return result(run_dir)
-
-
-def load_job(run_dir: Path) -> Job:
-    """The frozen spec of a run."""
-    record = yaml.safe_load((run_dir / "job.yaml").read_text())
-    return Job.model_validate(record["job"])
-
-
-def read_json(path: Path) -> Record:
-    """Read a JSON file that holds an object."""
-    record: Record = json.loads(path.read_text())
-    return record
-
-
-def write_json(path: Path, record: Record) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = _write_beside(path, record)
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and creations in a folder survive a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_beside(path: Path, record: Record) -> Path:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with temporary.open("w") as stream:
-        json.dump(record, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return temporary
-
-
-def _slots(run_dir: Path) -> list[Attempt]:
-    folder = run_dir / "attempts"
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    return [Attempt(run_dir, number) for number in sorted(int(n) for n in names if re.fullmatch(r"\d+", n))]
-
-
-def _last_slot(run_dir: Path) -> int:
-    return max((slot.number for slot in _slots(run_dir)), default=0)
 
 
 def _plain(start: Start | None) -> Record | None:
@@ -307,7 +232,7 @@ def _claim(run_dir: Path, number: int, record: Record) -> Attempt | None:
 
 def _seal_predecessors(attempt: Attempt) -> None:
     sizes: dict[str, dict[str, int]] = {}
-    for earlier in _slots(attempt.run_dir):
+    for earlier in slots(attempt.run_dir):
         if earlier.number < attempt.number:
             files = [p for p in earlier.folder.rglob("*") if p.suffix in (".jsonl", ".log")]
             sizes[str(earlier.number)] = {str(p.relative_to(earlier.folder)): p.stat().st_size for p in files}

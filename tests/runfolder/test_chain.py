@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer import attempt as chain
-from trainer.attempt import Attempt, Fenced, Start
+from runfolder import chain
+from runfolder.appended import read_lines
+from runfolder.chain import Attempt, Fenced, Start
+from runfolder.requests import cancel_requested, request_cancel
 
 
 def claim(run_dir: Path, start: Start | None = None) -> Attempt:
@@ -51,7 +53,7 @@ def test_what_a_ghost_appends_is_not_read(tmp_path: Path) -> None:
     ghost.append("metrics.jsonl", {"step": 1})
     claim(tmp_path)
     ghost.append("metrics.jsonl", {"step": 2})
-    assert chain.read_lines(tmp_path, ghost, "metrics.jsonl") == [{"step": 1}]
+    assert read_lines(tmp_path, ghost, "metrics.jsonl") == [{"step": 1}]
 
 
 def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
@@ -59,7 +61,7 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     attempt.append("metrics.jsonl", {"step": 1})
     with (attempt.folder / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 2, "lo')
-    assert chain.read_lines(tmp_path, attempt, "metrics.jsonl") == [{"step": 1}]
+    assert read_lines(tmp_path, attempt, "metrics.jsonl") == [{"step": 1}]
 
 
 def test_work_counts_up_to_the_start_of_the_successor(tmp_path: Path) -> None:
@@ -89,11 +91,11 @@ def test_a_close_that_was_cut_off_is_settled_by_the_next_reader(tmp_path: Path) 
 
 def test_a_cancelled_run_can_be_reopened_and_a_succeeded_one_cannot(tmp_path: Path) -> None:
     claim(tmp_path)
-    chain.request_cancel(tmp_path)
-    assert chain.cancel_requested(tmp_path)
+    request_cancel(tmp_path)
+    assert cancel_requested(tmp_path)
     assert chain.close(tmp_path, {"state": "cancelled"})
     assert chain.reopen(tmp_path)
-    assert not chain.cancel_requested(tmp_path)
+    assert not cancel_requested(tmp_path)
     assert not (tmp_path / "result.json").exists()
     assert claim(tmp_path).close({"state": "succeeded"})
     assert not chain.reopen(tmp_path)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import folders
+from runfolder import folders
 
 
 @pytest.fixture
