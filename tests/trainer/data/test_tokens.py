@@ -211,7 +211,8 @@ def test_a_dead_makers_shards_are_made_by_others(
 WORKER = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+# The project first: beside this test there are folders of the same names.
+sys.path[:0] = [str(Path(sys.argv[1]).parent), sys.argv[1]]
 from small import tokenizer
 from trainer.data import shards, tokens
 from trainer.data.encode import Reading
