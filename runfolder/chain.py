@@ -9,15 +9,17 @@ closes the chain with the result inside the claim. So an attempt that was paused
 went on without it, and a run that is closed cannot go on.
 
 A run that failed or was cancelled can be reopened: its closing slot is followed by a `reopen` slot. The chain is the
-truth; `result.json` is a copy of the last closing slot's result for those who only want to look.
+truth; `result.json` is a copy of the last closing slot's result for those who only want to look, which `settle`
+makes right.
 
 A successor writes `seals.json` first: the sizes of its predecessors' appended files. What a paused attempt appends
 later lies behind the seal, and readers stop there.
+
+Slots are found by listing their folder, and read from the newest backwards: a run may have many.
 """
 
 import json
 import os
-import re
 import shutil
 import socket
 import time
@@ -28,7 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runfolder.files import Record, read_json, sync_folder, write_json
+from runfolder.files import Record, names, read_json, refresh, sync_folder, write_json
+
+_ANSWER_S = 120.0  # for a claim to become visible to this client; longer than any cache keeps what it knows
 
 
 class Fenced(RuntimeError):
@@ -69,15 +73,15 @@ class Attempt:
     @property
     def verdict(self) -> Record | None:
         """How this attempt ended, once that is known."""
-        path = self.folder / "verdict.json"
-        return read_json(path) if path.exists() else None
+        return read_json(self.folder / "verdict.json") if "verdict.json" in names(self.folder) else None
 
     def is_live(self) -> bool:
-        """Whether no later slot is taken."""
-        return not (self.folder.parent / str(self.number + 1)).exists()
+        """Whether no later slot is taken, as far as this host knows: a client of NFS may learn it a minute late."""
+        return last_slot(self.run_dir) <= self.number
 
     def check(self) -> None:
-        """Raise Fenced when a later slot is taken."""
+        """Raise Fenced when a later slot is taken on any host; to be called before what a ghost must not do."""
+        refresh(self.folder.parent)
         if not self.is_live():
             raise Fenced(f"attempt {self.number} of {self.run_dir.name} has a successor")
 
@@ -119,14 +123,12 @@ class Attempt:
 
 def slots(run_dir: Path) -> list[Attempt]:
     """Every slot that is taken, oldest first: attempts, closing slots, and those that reopen the run."""
-    folder = run_dir / "attempts"
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    return [Attempt(run_dir, number) for number in sorted(int(n) for n in names if re.fullmatch(r"\d+", n))]
+    return [Attempt(run_dir, number) for number in sorted(_numbers(run_dir))]
 
 
 def last_slot(run_dir: Path) -> int:
     """The number of the newest slot; 0 when none is taken."""
-    return max((slot.number for slot in slots(run_dir)), default=0)
+    return max(_numbers(run_dir), default=0)
 
 
 def attempts(run_dir: Path) -> list[Attempt]:
@@ -150,7 +152,8 @@ def close(run_dir: Path, ended: Record) -> bool:
 
 def last(run_dir: Path) -> Attempt:
     """The newest attempt; number 0, which has no folder, when there is none yet."""
-    return (attempts(run_dir) or [Attempt(run_dir, 0)])[-1]
+    newest_first = reversed(slots(run_dir))
+    return next((slot for slot in newest_first if slot.claim["kind"] == "attempt"), Attempt(run_dir, 0))
 
 
 def bounds(run_dir: Path) -> Iterator[tuple[Attempt, float]]:
@@ -164,43 +167,60 @@ def bounds(run_dir: Path) -> Iterator[tuple[Attempt, float]]:
 
 def result(run_dir: Path) -> Record | None:
     """The final word on a run; None while it goes on."""
-    newest = last_slot(run_dir)
-    claim: Record = Attempt(run_dir, newest).claim if newest else {"kind": "none"}
-    ended: Record | None = claim["result"] if claim["kind"] == "close" else None
+    closing = _closing(run_dir)
+    ended: Record | None = closing.claim["result"] if closing else None
     return ended
 
 
 def reopen(run_dir: Path) -> bool:
     """Let a run that failed or was cancelled go on; False when it is not closed, or succeeded."""
-    ended = result(run_dir)
-    if ended is None or ended["state"] == "succeeded":
+    closing = _closing(run_dir)
+    if closing is None or closing.claim["result"]["state"] == "succeeded":
         return False
-    number = slots(run_dir)[-1].number
-    if _claim(run_dir, number + 1, {"kind": "reopen"}) is None:
+    settle(run_dir)  # so that its closer, who may be late, finds nothing left to move
+    if _claim(run_dir, closing.number + 1, {"kind": "reopen"}) is None:
         return False
-    (run_dir / "result.json").replace(run_dir / "attempts" / str(number) / "result.json")
-    if (run_dir / "output").exists():  # an attempt had delivered it, and ended badly all the same
-        closed = Attempt(run_dir, Attempt(run_dir, number).claim["closes"])
-        (run_dir / "output").rename(closed.folder / "output")
+    if "output" in names(run_dir):  # an attempt had delivered it, and ended badly all the same
+        with suppress(FileNotFoundError):
+            (run_dir / "output").rename(closing.folder / "output")
+    settle(run_dir)
     return True
 
 
 def settle(run_dir: Path) -> Record | None:
-    """Finish what a closing slot promised: move the output into place, write result.json.
+    """Finish what a closing slot promised: move the output into place, write result.json; gives the result.
 
-    Idempotent, and any number of processes may do it at once.
+    In a run that goes on, a result.json that somebody wrote too late goes away. Idempotent, and any number of
+    processes may do it at once: whoever comes next makes right what two have mixed up.
     """
-    newest = last_slot(run_dir)
-    claim: Record = Attempt(run_dir, newest).claim if newest else {"kind": "none"}
-    if claim["kind"] != "close":
+    closing = _closing(run_dir)
+    if closing is None:
+        (run_dir / "result.json").unlink(missing_ok=True)
         return None
-    made = Attempt(run_dir, claim["closes"]).folder / "output"
-    if made.exists() and not (run_dir / "output").exists():
+    claim = closing.claim
+    made = Attempt(run_dir, claim["closes"])
+    if claim["closes"] and "output" in names(made.folder) and "output" not in names(run_dir):
         with suppress(FileNotFoundError):  # somebody else moved it just now
-            made.rename(run_dir / "output")
-    if not (run_dir / "result.json").exists():
+            (made.folder / "output").rename(run_dir / "output")
+    if not _says(run_dir, claim["result"]):
         write_json(run_dir / "result.json", claim["result"])
     return result(run_dir)
+
+
+def _numbers(run_dir: Path) -> list[int]:
+    """The numbers of all slots that are taken."""
+    return [int(name) for name in names(run_dir / "attempts") if name.isdigit()]
+
+
+def _closing(run_dir: Path) -> Attempt | None:
+    """The slot that closes a run; None while it goes on."""
+    newest = Attempt(run_dir, last_slot(run_dir))
+    return newest if newest.number and newest.claim["kind"] == "close" else None
+
+
+def _says(run_dir: Path, ended: Record) -> bool:
+    """Whether result.json is there, and says how the run ended."""
+    return "result.json" in names(run_dir) and read_json(run_dir / "result.json") == ended
 
 
 def _plain(start: Start | None) -> Record | None:
@@ -211,29 +231,57 @@ def _claim(run_dir: Path, number: int, record: Record) -> Attempt | None:
     """Take slot `number` by renaming a folder that already holds its claim; None when it is taken."""
     folder = run_dir / "attempts"
     folder.mkdir(parents=True, exist_ok=True)
-    prepared = folder / f".claim-{uuid.uuid4().hex}"
+    token = uuid.uuid4().hex
+    prepared = folder / f".claim-{token}"
     prepared.mkdir()
-    write_json(
-        prepared / "claim.json",
-        {**record, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()},
-    )
-    try:
-        prepared.rename(folder / str(number))
-    except OSError:
-        shutil.rmtree(prepared)
-        if not (folder / str(number)).exists():
-            raise
-        return None
-    sync_folder(folder)
+    whose = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    write_json(prepared / "claim.json", {**record, **whose})
     attempt = Attempt(run_dir, number)
+    try:
+        prepared.rename(attempt.folder)
+    except OSError:
+        if not _is_taken(attempt):
+            shutil.rmtree(prepared, ignore_errors=True)
+            raise
+        # The answer to a rename that was done can be lost, and asking again then fails: what counts is whose it is.
+        if _claimant(attempt) != token:
+            shutil.rmtree(prepared, ignore_errors=True)
+            return None
+    sync_folder(folder)
     _seal_predecessors(attempt)
     return attempt
 
 
+def _is_taken(slot: Attempt) -> bool:
+    """Whether the server has a slot."""
+    refresh(slot.folder.parent)
+    return slot.number in _numbers(slot.run_dir)
+
+
+def _claimant(slot: Attempt) -> str | None:
+    """The token of whoever took a slot; waits while this client still believes that it is not there."""
+    deadline = time.monotonic() + _ANSWER_S
+    while True:
+        try:
+            token: str | None = slot.claim.get("token")
+            return token
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
 def _seal_predecessors(attempt: Attempt) -> None:
+    """Write down how many bytes of each appended file count."""
     sizes: dict[str, dict[str, int]] = {}
     for earlier in slots(attempt.run_dir):
         if earlier.number < attempt.number:
-            files = [p for p in earlier.folder.rglob("*") if p.suffix in (".jsonl", ".log")]
-            sizes[str(earlier.number)] = {str(p.relative_to(earlier.folder)): p.stat().st_size for p in files}
+            files = [path for path in earlier.folder.rglob("*") if path.suffix in (".jsonl", ".log")]
+            sizes[str(earlier.number)] = {str(path.relative_to(earlier.folder)): _size(path) for path in files}
     write_json(attempt.folder / "seals.json", sizes)
+
+
+def _size(path: Path) -> int:
+    """A file's size as the server has it: a client of NFS asks for it when a file is opened, else it may be old."""
+    with path.open("rb") as stream:
+        return os.fstat(stream.fileno()).st_size
