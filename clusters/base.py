@@ -2,15 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
 from runfolder.job import Job
+from runfolder.site import Site
 
 State = Literal["queued", "starting", "running", "ended", "unknown"]
-
-# What a run takes along from the environment that it is submitted in.
-CARRIED = ("FLEETUNE_", "HF_", "HUGGING_FACE_", "MLFLOW_", "NCCL_")
 
 
 class Unreachable(RuntimeError):
@@ -23,18 +20,21 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """What is submitted, whole: `text` is what a dry run prints."""
+    """What is submitted, whole: the `text` that a dry run prints, and secrets, by the names of their variables.
+
+    `run_dir` is a path where the run folder is. One submission may carry several attempts.
+    """
 
     run_id: str
-    attempt: int
-    run_dir: Path
-    workers: int
+    submission: int
+    run_dir: str
     text: str
+    secrets: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """The name that makes a submission unique: `<run_id>-a<attempt>`."""
-        return f"{self.run_id}-a{self.attempt}"
+        """The name that makes a submission unique: `<run_id>-s<submission>`."""
+        return f"{self.run_id}-s{self.submission}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,12 @@ class Capacity:
 class Cluster(Protocol):
     """A backend. Every method but `request` may raise Unreachable."""
 
-    def request(self, job: Job, run_id: str, attempt: int = 1) -> Request:
+    @property
+    def site(self) -> Site:
+        """Where the run folders of its runs are."""
+        ...
+
+    def request(self, job: Job, run_id: str, submission: int = 1) -> Request:
         """What would be submitted, without any effect; raises Refused."""
         ...
 
@@ -86,9 +91,9 @@ class Cluster(Protocol):
         ...
 
     def cancel(self, run_id: str) -> None:
-        """Bring the cancellation that was requested in the run folder to somebody who closes the run."""
+        """Make sure that a controller will see the cancel request that is in the run folder."""
         ...
 
     def capacity(self) -> Capacity:
-        """What the cluster has for workers."""
+        """What the cluster has for workers; raises Unreachable where it could start none."""
         ...

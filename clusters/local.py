@@ -8,18 +8,21 @@ import importlib.util
 import json
 import os
 import sys
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clusters import process
-from clusters.base import CARRIED, Capacity, Logs, Refused, Request, Status, Unreachable
+from clusters.base import Capacity, Logs, Refused, Request, Status, Unreachable
 from clusters.entry import Entry, Queue
+from clusters.environment import secret_names, settings
 from clusters.machine import room
 from clusters.ray_head import Head
+from runfolder.chain import result
 from runfolder.job import Job
+from runfolder.secrets import keep
+from runfolder.site import Here
 
 _HOPELESS = 3  # starts of Ray that failed in a row: more are tried, but somebody should look
 
@@ -63,7 +66,12 @@ class Local:
         """What the controllers of a run print before they have an attempt to write to."""
         return self.folder / "logs" / f"{run_id}.log"
 
-    def request(self, job: Job, run_id: str, attempt: int = 1) -> Request:
+    @property
+    def site(self) -> Here:
+        """The run folders of this home."""
+        return Here(self.home / "runs")
+
+    def request(self, job: Job, run_id: str, submission: int = 1) -> Request:
         """What would be queued: the controller's command, and how many workers it needs room for."""
         kind, total = room()
         wanted = job.resources.world
@@ -74,18 +82,16 @@ class Local:
             )
         if kind == "gpu" and wanted > total:
             raise Refused(f"resources: found {wanted} workers of one GPU each; this machine has {total}")
-        run_dir = self.home / "runs" / run_id
-        plan = {"run_id": run_id, "command": controller_command(str(run_dir)), "workers": wanted, "on": kind}
-        return Request(run_id, attempt, run_dir, wanted, json.dumps(plan, indent=1))
+        environment = settings(job, os.environ) | {"FLEETUNE_HOME": str(self.home)}
+        secrets = secret_names(os.environ)
+        text = self._text(run_id, wanted, environment, secrets)
+        return Request(run_id, submission, str(self.site.root / run_id), text, secrets)
 
     def submit(self, request: Request) -> None:
         """Queue a run, and see to it that the supervisor runs."""
         self._check_installed()
-        carried = {key: value for key, value in os.environ.items() if key.startswith(CARRIED)}
-        carried["FLEETUNE_HOME"] = str(self.home)  # as an absolute path: the controller runs in another folder
-        if "FLEETUNE_CACHE" in carried:
-            carried["FLEETUNE_CACHE"] = str(Path(carried["FLEETUNE_CACHE"]).expanduser().absolute())
-        self.queue.add(Entry(request.run_id, str(request.run_dir), request.workers, time.time(), carried))
+        keep(Path(request.run_dir), {name: os.environ[name] for name in request.secrets if name in os.environ})
+        self.queue.add(request.run_id, request.text)
         self.start()
 
     def status(self, run_ids: Iterable[str]) -> dict[str, Status]:
@@ -106,16 +112,14 @@ class Local:
 
     def cancel(self, run_id: str) -> None:
         """Queue the run if it is not, and see to it that the supervisor runs: it starts who closes the run."""
-        run_dir = self.home / "runs" / run_id
-        if not (run_dir / "result.json").exists():
-            # Time zero: the request came after it.
-            self.queue.add(Entry(run_id, str(run_dir), 1, 0.0, {}))
+        if result(self.site.root / run_id) is None:
+            self.queue.add(run_id, self._text(run_id, 1, {"FLEETUNE_HOME": str(self.home)}))
             self.start()
 
     def capacity(self) -> Capacity:
         """GPUs, or cores where there is none."""
-        kind, total = room()
-        return Capacity(kind, total, total - min(total, self.taken()))
+        self._check_installed()
+        return self._room()
 
     def taken(self) -> int:
         """Workers of the runs that had their turn and have no result."""
@@ -156,11 +160,21 @@ class Local:
             "trouble": self._trouble(),
             "controllers": {run_id: pid for run_id, pid in controllers.items() if pid},
             "queued": [entry.run_id for entry in entries if not self.controller_lock(entry.run_id).exists()],
-            "capacity": self.capacity(),
+            "capacity": self._room(),
         }
 
+    def _room(self) -> Capacity:
+        kind, total = room()
+        return Capacity(kind, total, total - min(total, self.taken()))
+
+    def _text(self, run_id: str, workers: int, environment: Mapping[str, str], secrets: Sequence[str] = ()) -> str:
+        """An entry of the queue: the controller's command, how many workers it needs, what it takes along."""
+        run_dir = str(self.site.root / run_id)
+        plan = {"format": 1, "run_id": run_id, "run_dir": run_dir, "command": controller_command(run_dir)}
+        return json.dumps({**plan, "workers": workers, "environment": environment, "secrets": secrets}, indent=1)
+
     def _status(self, run_id: str, entry: Entry | None, trouble: str | None, wait: str) -> Status:
-        if (self.home / "runs" / run_id / "result.json").exists():
+        if result(self.site.root / run_id) is not None:
             return Status("ended")
         if entry is None:
             return Status("unknown", "this cluster has not got the run")
@@ -187,7 +201,7 @@ class Local:
         head = Head(self.folder)
         if process.owner(head.lock) is None or head.address() is None:
             return "Ray is starting"
-        capacity = self.capacity()
+        capacity = self._room()
         return f"{capacity.free} of {capacity.total} {capacity.kind}s are free"
 
     def _check_installed(self) -> None:

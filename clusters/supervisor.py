@@ -16,7 +16,8 @@ from pathlib import Path
 
 from clusters import process
 from clusters.entry import Entry
-from clusters.local import Local, controller_command, needs
+from clusters.environment import without_carried
+from clusters.local import Local, needs
 from clusters.machine import room
 from clusters.ray_head import Head, Patience
 
@@ -76,8 +77,9 @@ class Supervisor:
         lock = self._local.controller_lock(entry.run_id)
         process.end(lock)  # what a dead controller left of its session
         patience.began()
-        environment = os.environ | entry.environment | self._head.environment() | {"RAY_ADDRESS": address}
-        process.spawn(lock, controller_command(entry.run_dir), environment, self._local.log(entry.run_id))
+        own = without_carried(os.environ) | entry.environment | self._head.environment()
+        environment = own | {"RAY_ADDRESS": address}
+        process.spawn(lock, entry.plan["command"], environment, self._local.log(entry.run_id))
 
     def _forget(self, entry: Entry) -> None:
         process.end(self._local.controller_lock(entry.run_id))

@@ -118,7 +118,7 @@ def train_one(run: Path) -> Path:
 
 def rows_of(run: Path, file: str) -> list[Row]:
     """What all attempts of a run wrote into a file."""
-    return [row for attempt in attempts(run) for row in read_lines(run, attempt, file)]
+    return [row for attempt in attempts(run) for row in read_lines(attempt, file)]
 
 
 def values(run: Path, key: str) -> list[float]:

@@ -54,7 +54,7 @@ def show_answers(run_dir: Path, rows: int = 3) -> None:
     samples = [
         record
         for attempt in attempts(run_dir)
-        for record in read_lines(run_dir, attempt, "events.jsonl")
+        for record in read_lines(attempt, "events.jsonl")
         if record["event"] == "sample"
     ]
     last = max(sample["step"] for sample in samples)

@@ -1,33 +1,29 @@
 """The clusters by the names that `--cluster` takes."""
 
 import difflib
+from collections.abc import Callable
 
 from clusters.base import Cluster, Refused, Request
 from clusters.local import Local
 from orchestrator.errors import InputError
 from runfolder.job import Job
 
-NAMES = ("local",)
+# One line for each backend: its name, and how the one that is meant is opened.
+CLUSTERS: dict[str, Callable[[], Cluster]] = {"local": Local.here}
 
 
 def open_cluster(name: str) -> Cluster:
     """The cluster of a name; raises InputError for an unknown one."""
-    if name == "local":
-        return Local.here()
-    close = difflib.get_close_matches(name, NAMES, n=1)
+    if name in CLUSTERS:
+        return CLUSTERS[name]()
+    close = difflib.get_close_matches(name, CLUSTERS, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise InputError(f"--cluster: found {name!r}; {hint}allowed: {', '.join(NAMES)}")
+    raise InputError(f"--cluster: found {name!r}; {hint}allowed: {', '.join(CLUSTERS)}")
 
 
-def make_request(cluster: Cluster, job: Job, run_id: str, attempt: int = 1) -> Request:
+def make_request(cluster: Cluster, job: Job, run_id: str, submission: int = 1) -> Request:
     """What would be submitted; raises InputError for what the cluster can never serve."""
     try:
-        return cluster.request(job, run_id, attempt)
+        return cluster.request(job, run_id, submission)
     except Refused as error:
         raise InputError(str(error)) from None
-
-
-def wake(cluster: Cluster) -> None:
-    """Start a cluster that its first job starts; raises Unreachable where it cannot be."""
-    if isinstance(cluster, Local):
-        cluster.start()

@@ -90,7 +90,7 @@ def submit(
         announce=_announce_json if as_json else _announce,
     )
     if wait:
-        _follow(done.run_dir, None)
+        _follow(done.run_id, None)
 
 
 @app.command("list")
@@ -131,9 +131,9 @@ def logs(
     from orchestrator.runs import find
 
     if follow:
-        _follow(find(run), rank)
+        _follow(run, rank)
     elif as_json:
-        _print_json({"run_id": find(run).name, "rank": rank, "text": read_logs(run, rank)})
+        _print_json({"run_id": find(run).run_id, "rank": rank, "text": read_logs(run, rank)})
     else:
         sys.stdout.write(read_logs(run, rank))
 
@@ -322,12 +322,13 @@ def _print_json(found: Any) -> None:
     print(json.dumps(found, indent=1), flush=True)
 
 
-def _follow(run_dir: Path, rank: int | None) -> None:
+def _follow(run: str, rank: int | None) -> None:
     """Show a run until it has ended; raises JobFailed unless it succeeded."""
     from orchestrator.errors import JobFailed
     from orchestrator.progress import follow
+    from orchestrator.runs import find
 
-    ended = follow(run_dir, rank)
+    ended = follow(find(run), rank)
     if ended.state != "succeeded":
         reason = ended.reason or "no reason was given"
         raise JobFailed(f"{ended.run_id} {ended.state}: {reason}\nsee: fleetune logs {ended.run_id}")

@@ -1,24 +1,19 @@
 """Ending a run, and letting one go on."""
 
-from orchestrator.backends import make_request, open_cluster, wake
+from orchestrator.backends import make_request
 from orchestrator.errors import InputError
-from orchestrator.runs import find, read_record
-from runfolder.chain import last, reopen, result
-from runfolder.record import load_job
-from runfolder.requests import request_cancel
-from trainer.digests import changes
+from orchestrator.runs import Handle, find
+from runfolder.files import Record
+from runfolder.job import Job
+from runfolder.site import Ask, Refused
 
 
 def cancel(reference: str) -> str:
     """Ask for the end of a run and give its id; raises InputError when it has ended otherwise."""
-    run_dir = find(reference)
-    ended = result(run_dir)
-    if ended is None:
-        request_cancel(run_dir)
-        open_cluster(read_record(run_dir)["cluster"]).cancel(run_dir.name)
-    elif ended["state"] != "cancelled":
-        raise InputError(f"run {run_dir.name}: it has {ended['state']} already")
-    return run_dir.name
+    run = find(reference)
+    if _ask(run, "cancel") is None:
+        run.cluster.cancel(run.run_id)
+    return run.run_id
 
 
 def resume(reference: str) -> str:
@@ -26,17 +21,19 @@ def resume(reference: str) -> str:
 
     Raises InputError for a run that has succeeded, or whose data or base are not those of its submission any more.
     """
-    run_dir = find(reference)
-    ended = result(run_dir)
-    if ended is not None and ended["state"] == "succeeded":
-        raise InputError(f"run {run_dir.name}: it has succeeded, there is nothing to go on with")
-    record, job = read_record(run_dir), load_job(run_dir)
-    if lines := changes(job, record.get("digests", {})):
-        raise InputError("\n".join(lines))
-    cluster = open_cluster(record["cluster"])
-    request = make_request(cluster, job, run_dir.name, last(run_dir).number + 1)
-    wake(cluster)
-    if ended is not None:
-        reopen(run_dir)
+    run = find(reference)
+    cluster = run.cluster
+    job = Job.model_validate(run.site.record(run.run_id)["job"])
+    request = make_request(cluster, job, run.run_id, run.snapshot().attempt + 1)
+    cluster.capacity()  # where there is no cluster, the run stays as it is
+    _ask(run, "reopen")
     cluster.submit(request)
-    return run_dir.name
+    return run.run_id
+
+
+def _ask(run: Handle, what: Ask) -> Record | None:
+    """Ask something of a run; gives the result that it had. Raises InputError."""
+    try:
+        return run.site.ask(run.run_id, what)
+    except Refused as error:
+        raise InputError(str(error)) from None

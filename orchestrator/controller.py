@@ -18,6 +18,7 @@ from orchestrator.worker import redirect
 from runfolder.chain import Attempt, Fenced, attempts, claim_next, close, settle
 from runfolder.files import Record, read_json
 from runfolder.requests import cancel_requested
+from runfolder.secrets import secrets
 
 TRACKING_PATIENCE_S = 600.0  # how long it stays to deliver what an outage of MLflow held up
 DELIVERED = "the output is there, but the worker ended before it was checked (and merged, if that was asked for)"
@@ -164,6 +165,7 @@ def _reopened(run_dir: Path) -> int:
 
 if __name__ == "__main__":
     try:
+        os.environ.update(secrets(Path(sys.argv[1])))
         code = main(Path(sys.argv[1]))
     except Fenced as fenced:
         code = 1

@@ -16,10 +16,9 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from clusters.local import Local
-from orchestrator.runs import run_ids, runs_folder
-from orchestrator.tracking.delivery import undelivered
+from orchestrator.tracking.delivery import all_held_up, undelivered
 from orchestrator.tracking.store import resolve, sqlite_file
-from orchestrator.tracking.trouble import held_up, without_password
+from orchestrator.tracking.trouble import without_password
 from runfolder.folders import cache_folder, home, library_folders, nearest, writable
 
 Level = Literal["ok", "warn", "fail"]
@@ -207,20 +206,15 @@ def _mlflow() -> Iterator[Check]:
 
 def _deliveries() -> Iterator[Check]:
     """What MLflow has not got of runs that go on or are closed."""
-    closed = list(undelivered())
-    held = {path: trouble for path in _run_folders() if (trouble := held_up(path))}
+    held = all_held_up()
     for trouble in dict.fromkeys(held.values()):
-        names = [path.name for path, its in held.items() if its == trouble]
+        names = [run_id for run_id, its in held.items() if its == trouble]
         mend = f"{trouble.mend}; then: fleetune compare" if trouble.lasting else "it is delivered when MLflow answers"
         yield Check("deliveries", "fail" if trouble.lasting else "warn", f"{_few(names)}: {trouble.reason}", mend)
-    if others := [path.name for path in closed if path not in held]:
+    if others := [path.name for path in undelivered() if path.name not in held]:
         yield Check("deliveries", "warn", f"{_few(others)}: not all in MLflow yet", "fleetune compare")
     if not held and not others:
         yield Check("deliveries", "ok", "MLflow has all of the runs that have ended")
-
-
-def _run_folders() -> Iterator[Path]:
-    return (runs_folder() / run_id for run_id in run_ids())
 
 
 def _few(names: list[str]) -> str:

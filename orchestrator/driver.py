@@ -8,10 +8,10 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from clusters.base import CARRIED
+from clusters.environment import SECRETS, SETTINGS
 from orchestrator.worker import redirect, work
 from runfolder.chain import Attempt
 from runfolder.files import write_json
@@ -73,7 +73,8 @@ def fit(attempt: Attempt, world: int, resources: dict[str, float]) -> None:
 
     gpu = resources.get("GPU", 0) > 0
     share = {"GPU": 1.0} if gpu else {"CPU": min(1.0, resources["CPU"] / world)}
-    environment = worker_environment(gpu, int(max(1, resources["CPU"] // world)))
+    env = load_job(attempt.run_dir).env
+    environment = worker_environment(gpu, int(max(1, resources["CPU"] // world)), env)
     storage = attempt.folder / "ray"
     trainer = TorchTrainer(
         lambda: work(str(attempt.run_dir), attempt.number, environment),
@@ -89,13 +90,14 @@ def fit(attempt: Attempt, world: int, resources: dict[str, float]) -> None:
     shutil.rmtree(storage, ignore_errors=True)
 
 
-def worker_environment(gpu: bool, threads: int) -> dict[str, str]:
+def worker_environment(gpu: bool, threads: int, env: Mapping[str, str]) -> dict[str, str]:
     """What the workers get beside Ray's environment."""
-    passed = {key: value for key, value in os.environ.items() if key.startswith(CARRIED)}
+    passed = {name: os.environ[name] for name in (*SETTINGS, *SECRETS, "FLEETUNE_HOME") if name in os.environ}
     accelerator = {} if gpu else {"DS_ACCELERATOR": "cpu"}
     return {
         **library_folders(),
         **passed,
+        **env,
         **accelerator,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }

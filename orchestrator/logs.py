@@ -1,43 +1,35 @@
 """The log of one worker, joined over the attempts of a run, as it grows."""
 
-from dataclasses import dataclass, field
-from pathlib import Path
+import re
 
-from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
-from orchestrator.runs import find, read_record
-from runfolder.appended import sealed_size
-from runfolder.chain import Attempt, attempts
+from orchestrator.runs import Handle, find
+from runfolder.appended import Chunk, Follower, Position
+
+_RANK = re.compile(r"logs/rank-(\d+)\.log")
 
 
-@dataclass
 class LogReader:
     """Reads what rank `rank` wrote, attempt after attempt, with a header line for each."""
 
-    run_dir: Path
-    rank: int = 0
-    _offsets: dict[int, int] = field(default_factory=dict)
+    def __init__(self, run: Handle, rank: int = 0) -> None:
+        self._site, self._run_id, self._rank = run.site, run.run_id, rank
+        self._file = f"logs/rank-{rank}.log"
+        self._follower = Follower(self._since)
+        self._attempt = 0
 
     def read(self, final: bool = False) -> str:
         """What is new since the last call, in whole lines; `final` takes a last line without its end too."""
-        claimed = attempts(self.run_dir)
-        return "".join(self._tail(attempt, final or attempt is not claimed[-1]) for attempt in claimed)
+        return "".join(self._shown(attempt, data) for attempt, data in self._follower.read(torn=final))
 
-    def _tail(self, attempt: Attempt, final: bool) -> str:
-        name = f"logs/rank-{self.rank}.log"
-        path = attempt.folder / name
-        if not path.exists():
-            return ""
-        header = "" if attempt.number in self._offsets else f"=== attempt {attempt.number}, rank {self.rank} ===\n"
-        offset = self._offsets.setdefault(attempt.number, 0)
-        seal = sealed_size(self.run_dir, attempt, name)
-        with path.open("rb") as stream:
-            stream.seek(offset)
-            data = stream.read(-1 if seal is None else max(seal - offset, 0))
-        taken = data if final else data[: data.rfind(b"\n") + 1]
-        self._offsets[attempt.number] = offset + len(taken)
-        end = "\n" if final and taken and not taken.endswith(b"\n") else ""
-        return header + taken.decode(errors="replace") + end
+    def _since(self, position: Position) -> list[Chunk]:
+        return self._site.read(self._run_id, {self._file: position})[self._file]
+
+    def _shown(self, attempt: int, data: bytes) -> str:
+        header = f"=== attempt {attempt}, rank {self._rank} ===\n" if attempt != self._attempt else ""
+        self._attempt = attempt
+        end = "\n" if data and not data.endswith(b"\n") else ""
+        return header + data.decode(errors="replace") + end
 
 
 def logs(reference: str, rank: int = 0) -> str:
@@ -45,10 +37,10 @@ def logs(reference: str, rank: int = 0) -> str:
 
     Raises InputError for a run or a rank that is not there.
     """
-    run_dir = find(reference)
-    if text := LogReader(run_dir, rank).read(final=True):
+    run = find(reference)
+    if text := LogReader(run, rank).read(final=True):
         return text
-    found = {path.stem.removeprefix("rank-") for a in attempts(run_dir) for path in a.folder.glob("logs/rank-*.log")}
-    if found and str(rank) not in found:
-        raise InputError(f"--rank: found {rank}; allowed: {', '.join(sorted(found, key=int))}")
-    return open_cluster(read_record(run_dir)["cluster"]).logs(run_dir.name).text
+    ranks = sorted(int(match[1]) for file in run.site.files(run.run_id) if (match := _RANK.fullmatch(file)))
+    if ranks and rank not in ranks:
+        raise InputError(f"--rank: found {rank}; allowed: {', '.join(map(str, ranks))}")
+    return run.cluster.logs(run.run_id).text

@@ -5,11 +5,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from clusters.base import Unreachable
 from orchestrator.logs import LogReader
-from orchestrator.runs import find
+from orchestrator.runs import Handle, find
 from orchestrator.status import ENDED, Status, statuses
 from orchestrator.tracking.history import Spool
 
@@ -20,14 +19,14 @@ _LINE_S = 10.0  # between two lines about the same state, where there is no term
 Show = Callable[[Status, dict[str, float], str], None]
 
 
-def follow(run_dir: Path, rank: int | None) -> Status:
+def follow(run: Handle, rank: int | None) -> Status:
     """Show a run, with the log of a rank if one is given, until it has ended; gives its last status.
 
     Raises Unreachable when nobody knows the run, or its cluster cannot start it, for a minute; it may go on later.
     """
-    reader = LogReader(run_dir, rank) if rank is not None else None
+    reader = LogReader(run, rank) if rank is not None else None
     with _bar() if sys.stdout.isatty() else _lines(quiet=reader is not None) as show:
-        for status, figures in _watch(run_dir):
+        for status, figures in _watch(run):
             show(status, figures, reader.read(final=status.state in ENDED) if reader else "")
     return status
 
@@ -39,13 +38,14 @@ def wait(reference: str) -> Status:
     return ended
 
 
-def _watch(run_dir: Path) -> Iterator[tuple[Status, dict[str, float]]]:
+def _watch(run: Handle) -> Iterator[tuple[Status, dict[str, float]]]:
     """The run's status and its newest figures, twice a second, until it has ended."""
-    spool = Spool(run_dir, "metrics.jsonl")
+    site = run.site
+    spool = Spool(lambda since: site.read(run.run_id, {"metrics.jsonl": since})["metrics.jsonl"])
     figures: dict[str, float] = {}
     hopeful = time.monotonic()
     while True:
-        (status,) = statuses([run_dir])
+        (status,) = statuses([run])
         for row in spool.read():
             figures |= row.fresh
         yield status, figures
@@ -54,7 +54,7 @@ def _watch(run_dir: Path) -> Iterator[tuple[Status, dict[str, float]]]:
         if status.state != "unknown" and not status.stuck:
             hopeful = time.monotonic()
         elif time.monotonic() - hopeful > _PATIENCE_S:
-            raise Unreachable(f"run {run_dir.name}: {status.reason}; look again with: fleetune status")
+            raise Unreachable(f"run {run.run_id}: {status.reason}; look again with: fleetune status")
         time.sleep(_PAUSE_S)
 
 

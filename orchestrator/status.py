@@ -1,26 +1,19 @@
 """Where runs stand: what their folders say, joined with what their cluster says."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from clusters.base import Status as View
 from clusters.base import Unreachable
 from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
-from orchestrator.runs import find, name_of, read_record, run_ids, runs_folder
-from orchestrator.tracking.history import mlflow_run
-from orchestrator.tracking.trouble import held_up
-from runfolder.appended import sealed_size
-from runfolder.chain import Attempt, last, result, settle
-from runfolder.files import Record
+from orchestrator.runs import Handle, find, handles, name_of
+from orchestrator.tracking.trouble import Trouble
+from runfolder.snapshot import Snapshot
 
 State = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
 ENDED = ("succeeded", "failed", "cancelled")
-_TAIL = 1 << 14  # bytes at the end of metrics.jsonl that hold its last whole line
-_HEAD = 1 << 16  # bytes at the start of events.jsonl that hold the plan
 
 
 @dataclass(frozen=True)
@@ -61,98 +54,69 @@ def status(reference: str) -> Status:
 
 def list_runs() -> list[Status]:
     """The status of every run, newest first."""
-    return statuses(runs_folder() / run_id for run_id in reversed(run_ids()))
+    return statuses(reversed(handles()))
 
 
-def statuses(run_dirs: Iterable[Path]) -> list[Status]:
-    """The status of runs by their folders, with one look at each cluster."""
-    records = {run_dir: read_record(run_dir) for run_dir in run_dirs}
-    views = _views(records)
-    return [_join(run_dir, record, views[run_dir.name]) for run_dir, record in records.items()]
+def statuses(runs: Iterable[Handle]) -> list[Status]:
+    """The status of runs, with one look at each cluster."""
+    wanted = list(runs)
+    found: dict[Handle, Status] = {}
+    for name in dict.fromkeys(run.cluster_name for run in wanted):
+        found |= _look(name, [run for run in wanted if run.cluster_name == name])
+    return [found[run] for run in wanted]
 
 
-def _views(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, View]:
-    """How the clusters see the runs."""
+def _look(cluster_name: str, runs: list[Handle]) -> dict[Handle, Status]:
+    """How the runs of one cluster stand: what their folders say, joined with what the cluster says."""
+    run_ids = [run.run_id for run in runs]
     views: dict[str, View] = {}
-    for cluster in {record["cluster"] for record in records.values()}:
-        run_ids = [run_dir.name for run_dir, record in records.items() if record["cluster"] == cluster]
-        try:
-            views |= open_cluster(cluster).status(run_ids)
-        except (Unreachable, InputError) as error:
-            views |= {run_id: View("unknown", str(error)) for run_id in run_ids}
-    return views
+    snapshots: dict[str, Snapshot] = {}
+    why = "its folder is not there"
+    try:
+        cluster = open_cluster(cluster_name)
+        snapshots = cluster.site.snapshots(run_ids)
+        views = cluster.status(run_ids)
+    except (Unreachable, InputError) as error:
+        why = str(error)
+    nothing = {run_id: Snapshot(run_id, "", cluster_name, damaged=why) for run_id in run_ids}
+    found = nothing | snapshots
+    return {run: join(found[run.run_id], views.get(run.run_id, View("unknown", why))) for run in runs}
 
 
-def _join(run_dir: Path, record: Mapping[str, Any], view: View) -> Status:
-    ended, newest = _ended(run_dir), last(run_dir)
-    claimed = newest.number > 0
-    verdict = newest.verdict if claimed else None
-    planned = _planned(newest) if claimed else {}
-    tracked = mlflow_run(run_dir)
-    state, reason = (ended["state"], ended.get("reason")) if ended else _going(newest, verdict, view)
+def join(run: Snapshot, view: View) -> Status:
+    """What a folder says and what its cluster says, as one; a pure function."""
+    state, reason = _state(run, view)
+    delivered = run.has_output or state == "succeeded"
     return Status(
-        run_id=run_dir.name,
-        name=name_of(run_dir.name),
-        cluster=record["cluster"],
+        run_id=run.run_id,
+        name=name_of(run.run_id),
+        cluster=run.cluster or "unknown",
         state=state,
         reason=reason or None,
-        step=_step(run_dir, newest) if claimed else 0,
-        steps=planned.get("steps") or record["job"]["train"]["steps"],
-        attempt=newest.number,
-        verdict=verdict["kind"] if verdict else None,
-        mlflow_run_id=tracked["mlflow_run_id"] if tracked else None,
-        run_dir=str(run_dir),
-        output_dir=str(run_dir / "output") if state == "succeeded" or (run_dir / "output").exists() else None,
-        submitted=record["submitted"],
-        stuck=ended is None and view.stuck,
-        tracking=str(trouble) if (trouble := held_up(run_dir)) else None,
-        data=planned.get("data"),
+        step=run.step,
+        steps=run.steps,
+        attempt=run.attempt,
+        verdict=run.verdict["kind"] if run.verdict else None,
+        mlflow_run_id=run.mlflow["mlflow_run_id"] if run.mlflow else None,
+        run_dir=run.run_dir,
+        output_dir=f"{run.run_dir}/output" if delivered else None,
+        submitted=run.submitted,
+        stuck=run.result is None and view.stuck,
+        tracking=str(Trouble(**run.undelivered)) if run.undelivered else None,
+        data=run.data,
     )
 
 
-def _ended(run_dir: Path) -> Record | None:
-    """The final word on a run. Whoever closed it may have died before the output was in its place: move it then."""
-    ended = result(run_dir)
-    if ended and ended["state"] == "succeeded" and not (run_dir / "result.json").exists():
-        try:
-            return settle(run_dir)
-        except PermissionError:
-            return None  # the run of somebody else, who will do it
-    return ended
-
-
-def _going(newest: Attempt, verdict: Record | None, view: View) -> tuple[State, str | None]:
-    """The state of a run without a result: a run that had an attempt and waits for the next one is preempted."""
+def _state(run: Snapshot, view: View) -> tuple[State, str | None]:
+    """The state, and why: a run that had an attempt and waits for the next one is preempted."""
+    if run.damaged:
+        return "unknown", run.damaged
+    if run.result:
+        return run.result["state"], run.result.get("reason")
     if view.state in ("unknown", "ended"):
         return "unknown", view.reason or "the run has ended, and its result is not there yet"
-    if newest.number == 0:
+    if run.attempt == 0:
         return ("queued" if view.state == "queued" else "starting"), view.reason
-    if (verdict and verdict["kind"] != "success") or view.state != "running":
-        return "preempted", view.reason or (verdict or {}).get("reason")
-    return ("running" if (newest.folder / "metrics.jsonl").exists() else "starting"), view.reason
-
-
-def _step(run_dir: Path, attempt: Attempt) -> int:
-    """The last step that an attempt reported, else the one that it starts from."""
-    path = attempt.folder / "metrics.jsonl"
-    start = attempt.start
-    if path.exists():
-        seal = sealed_size(run_dir, attempt, "metrics.jsonl")
-        with path.open("rb") as stream:
-            size = path.stat().st_size if seal is None else seal
-            stream.seek(max(0, size - _TAIL))
-            lines = stream.read(min(size, _TAIL)).rpartition(b"\n")[0].split(b"\n")
-        if lines[-1]:
-            return int(json.loads(lines[-1])["step"])
-    return start.step if start else 0
-
-
-def _planned(attempt: Attempt) -> Record:
-    """What the trainer planned; empty while it has not."""
-    path = attempt.folder / "events.jsonl"
-    if not path.exists():
-        return {}
-    with path.open("rb") as stream:
-        lines = stream.read(_HEAD).rpartition(b"\n")[0].split(b"\n")
-    events = (json.loads(line) for line in lines if line)
-    return next((event for event in events if event["event"] == "plan"), {})
+    if (run.verdict and run.verdict["kind"] != "success") or view.state != "running":
+        return "preempted", view.reason or (run.verdict or {}).get("reason")
+    return ("running" if run.begun else "starting"), view.reason

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,16 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from orchestrator.backends import make_request, open_cluster, wake
+from orchestrator.backends import make_request, open_cluster
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import Source, read, record
 from orchestrator.planning.preflight import check
 from orchestrator.planning.survey import Progress, with_date, writes_date
-from orchestrator.runs import RUN_ID, name_of, new_id, read_record, runs_folder
+from orchestrator.runs import RUN_ID, name_of, new_id, remember
 from runfolder.folders import home
 from runfolder.job import Job
+from runfolder.site import Site
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,11 @@ def submit(
     frozen = record(job, found.model, cluster, folder)
     with _chosen_id(job, frozen, run_id) as chosen:
         request = make_request(backend, job, chosen)
-        wake(backend)
-        run_dir, adopted = _create(chosen, frozen)
+        backend.capacity()  # where there is no cluster, nothing is made
+        remember(chosen, cluster)
+        adopted = _create(backend.site, chosen, frozen)
         backend.submit(request)
-        submission = Submission(chosen, run_dir, cluster, adopted, found.warnings)
+        submission = Submission(chosen, Path(request.run_dir), cluster, adopted, found.warnings)
         announce(submission)
     return submission
 
@@ -154,23 +153,9 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _create(run_id: str, frozen: Mapping[str, Any]) -> tuple[Path, bool]:
+def _create(site: Site, run_id: str, frozen: Mapping[str, Any]) -> bool:
     """Make the run folder whole or not at all; gives whether the same one was there already."""
-    run_dir = runs_folder() / run_id
-    prepared = runs_folder() / f".new-{uuid.uuid4().hex}"
-    prepared.mkdir(parents=True)
-    text = yaml.safe_dump({"run_id": run_id, **frozen}, sort_keys=False, allow_unicode=True)
-    with (prepared / "job.yaml").open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    try:
-        prepared.rename(run_dir)
-    except OSError:
-        shutil.rmtree(prepared)
-        if not run_dir.exists():
-            raise
-        if _identity(read_record(run_dir)) != _identity(frozen):
-            raise InputError(f"--run-id: {run_id} is taken by another job ({run_dir})") from None
-        return run_dir, True
-    return run_dir, False
+    there = site.create(run_id, frozen)
+    if there is not None and _identity(there) != _identity(frozen):
+        raise InputError(f"--run-id: {run_id} is taken by another job")
+    return there is not None

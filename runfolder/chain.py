@@ -27,6 +27,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,14 @@ class Attempt:
     run_dir: Path
     number: int
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """RUN_DIR/attempts/<number>."""
         return self.run_dir / "attempts" / str(self.number)
 
-    @property
+    @cached_property
     def claim(self) -> Record:
-        """What was written when the slot was taken."""
+        """What was written when the slot was taken; it never changes."""
         return read_json(self.folder / "claim.json")
 
     @property
@@ -223,6 +224,11 @@ def _says(run_dir: Path, ended: Record) -> bool:
     return "result.json" in names(run_dir) and read_json(run_dir / "result.json") == ended
 
 
+def is_appended(path: Path) -> bool:
+    """Whether a file of an attempt is one that it appends to."""
+    return path.suffix in (".jsonl", ".log")
+
+
 def _plain(start: Start | None) -> Record | None:
     return {"attempt": start.attempt, "step": start.step} if start else None
 
@@ -276,7 +282,7 @@ def _seal_predecessors(attempt: Attempt) -> None:
     sizes: dict[str, dict[str, int]] = {}
     for earlier in slots(attempt.run_dir):
         if earlier.number < attempt.number:
-            files = [path for path in earlier.folder.rglob("*") if path.suffix in (".jsonl", ".log")]
+            files = filter(is_appended, earlier.folder.rglob("*"))
             sizes[str(earlier.number)] = {str(path.relative_to(earlier.folder)): _size(path) for path in files}
     write_json(attempt.folder / "seals.json", sizes)
 

@@ -5,6 +5,7 @@ is there is told by listing its folder (`names`). Where even a listing from this
 comes first.
 """
 
+import hashlib
 import json
 import os
 import uuid
@@ -31,6 +32,12 @@ def refresh(folder: Path) -> None:
     probe = folder / f".probe-{uuid.uuid4().hex}"
     probe.mkdir()
     probe.rmdir()
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal; raises OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Record:

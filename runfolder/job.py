@@ -157,6 +157,7 @@ class Job(_Part):
     evaluation: Evaluation = Evaluation()
     output: Output = Output()
     tracking: Tracking = Tracking()
+    env: dict[str, str] = Field({}, description="variables for controller and workers, like NCCL_DEBUG: INFO")
 
     @field_validator("name")
     @classmethod

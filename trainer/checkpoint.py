@@ -29,7 +29,7 @@ from torch import nn
 
 from methods.base import Method
 from runfolder.chain import Attempt, Start, attempts, bounds
-from runfolder.files import Record, read_json, sync_folder, write_json
+from runfolder.files import Record, read_json, sha256, sync_folder, write_json
 from trainer.world import World
 from trainer.zero import Shards, assign, shape
 
@@ -276,5 +276,4 @@ def _folder(attempt: Attempt, step: int) -> Path:
 def _matches(path: Path, expected: Record) -> bool:
     if not path.exists() or path.stat().st_size != expected["bytes"]:
         return False
-    with path.open("rb") as stream:
-        return bool(hashlib.file_digest(stream, "sha256").hexdigest() == expected["sha256"])
+    return bool(sha256(path) == expected["sha256"])

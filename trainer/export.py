@@ -209,6 +209,6 @@ def results(run_dir: Path) -> dict[str, float]:
     """The last figure of each evaluation, over all attempts."""
     last: dict[str, float] = {}
     for attempt in attempts(run_dir):
-        for row in read_lines(run_dir, attempt, "metrics.jsonl"):
+        for row in read_lines(attempt, "metrics.jsonl"):
             last |= {key: value for key, value in row.items() if key.startswith("eval_")}
     return last

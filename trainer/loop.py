@@ -13,6 +13,7 @@ import torch.distributed as dist
 from methods.base import Setup
 from methods.registry import create
 from runfolder.chain import Attempt
+from runfolder.digests import InputChanged, changes, frozen
 from runfolder.folders import cache
 from runfolder.job import Job
 from runfolder.record import load_job
@@ -23,7 +24,6 @@ from trainer.data.encode import Reading
 from trainer.data.survey import check_ids
 from trainer.data.tokenizer import end_ids, load_tokenizer
 from trainer.data.tokens import Tokens, tokenise
-from trainer.digests import InputChanged, changes, frozen
 from trainer.embeddings import vocabulary
 from trainer.evaluate import Evaluator
 from trainer.export import export

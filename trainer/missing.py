@@ -10,7 +10,7 @@ from runfolder.chain import Attempt
 
 def missing(attempt: Attempt) -> list[str]:
     """A line for each thing that this attempt could not deliver."""
-    events = read_lines(attempt.run_dir, attempt, "events.jsonl")
+    events = read_lines(attempt, "events.jsonl")
     return [f"{event['what']} is missing: {event['why']}" for event in events if event["event"] == "missing"]
 
 

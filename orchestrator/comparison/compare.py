@@ -11,10 +11,9 @@ from typing import Any
 
 from orchestrator.comparison.measure import MEASURES, Measure
 from orchestrator.errors import InputError
-from orchestrator.runs import run_ids, runs_folder
-from orchestrator.tracking.delivery import deliver_late
+from orchestrator.tracking.delivery import all_held_up, deliver_late
 from orchestrator.tracking.store import RUN_ID, client, resolve, sqlite_file
-from orchestrator.tracking.trouble import diagnose, held_up, is_of_mlflow, without_password
+from orchestrator.tracking.trouble import diagnose, is_of_mlflow, without_password
 
 Curve = tuple[tuple[int, float], ...]
 CURVES = ("loss", "eval_loss", "eval_exact_match", "tokens_per_second", "peak_memory_bytes")
@@ -130,7 +129,7 @@ def compare(experiment: str | None, uri: str | None) -> Comparison:
     cannot be reached.
     """
     deliver_late()
-    missing = {run_id: str(trouble) for run_id in run_ids() if (trouble := held_up(runs_folder() / run_id))}
+    missing = {run_id: str(trouble) for run_id, trouble in all_held_up().items()}
     uri = resolve(uri)
     shown_uri, file = without_password(uri, uri), sqlite_file(uri)
     if file and not file.exists():

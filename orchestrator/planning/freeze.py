@@ -13,8 +13,8 @@ from typing import Any
 from orchestrator.planning import spec
 from orchestrator.planning.model import Model
 from orchestrator.tracking.environment import PACKAGES
+from runfolder.digests import digests
 from runfolder.job import Job
-from trainer.digests import digests
 
 Source = str | Path | Mapping[str, Any] | Job
 

@@ -14,6 +14,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,19 @@ from orchestrator.runs import run_ids, runs_folder
 from orchestrator.tracking.environment import Sampler
 from orchestrator.tracking.history import Row, Spool
 from orchestrator.tracking.store import (
-    check_uri,
     client,
     describe,
     open_run,
     recorded,
     resolve,
-    ui_command,
     upload,
 )
 from orchestrator.tracking.trouble import Trouble, diagnose, held_up, note
-from runfolder.chain import Attempt, Fenced, attempts, last, result
-from runfolder.files import read_json, write_json
+from runfolder.appended import read_from
+from runfolder.chain import Attempt, Fenced, attempts, last, last_slot, result
+from runfolder.delivered import is_delivered, note_delivered
 from runfolder.record import load_job
-
-__all__ = ["Delivery", "check_uri", "is_tracked", "replay", "ui_command"]
+from runfolder.snapshot import snapshot
 
 STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 FILES = ("metrics.jsonl", "system.jsonl")
@@ -62,7 +61,7 @@ class Delivery:
 
     def _begin(self) -> None:
         """Know nothing of MLflow yet, and have all rows before us."""
-        self._spools = {file: Spool(self._run_dir, file, self._attempt.number) for file in FILES}
+        self._spools = {file: Spool(partial(read_from, self._run_dir, file), self._attempt.number) for file in FILES}
         self._pending: deque[tuple[str, Row]] = deque()
         self._cursor: dict[str, int] = {}
         self._client: Any = None
@@ -98,12 +97,12 @@ class Delivery:
         state = ended["state"] if ended else state
         describe(self._client, self._run_dir, str(self._mlflow_run_id), here=False)  # the plan is known by now
         self._fence()
-        slot = _last_slot(self._run_dir)
+        slot = last_slot(self._run_dir)
         end = Attempt(self._run_dir, slot).claim["time"] if ended else time.time()
         self._client.set_terminated(self._mlflow_run_id, STATUS[state], int(end * 1000))
         upload(self._client, self._run_dir, str(self._mlflow_run_id), state == "succeeded")
         if ended:
-            write_json(self._run_dir / "tracked.json", {"slot": slot, "mlflow_run_id": self._mlflow_run_id})
+            note_delivered(self._run_dir, self._mlflow_run_id)
 
     def _deliver(self) -> None:
         self._open()
@@ -240,7 +239,7 @@ def replay(run_dir: Path, timeout_s: float = 60.0) -> bool:
     ended = result(run_dir)
     if ended is None:
         return False
-    return is_tracked(run_dir) or Delivery(run_dir, last(run_dir).number).finish(ended["state"], timeout_s)
+    return is_delivered(run_dir) or Delivery(run_dir, last(run_dir).number).finish(ended["state"], timeout_s)
 
 
 def deliver_late(timeout_s: float = 10.0) -> None:
@@ -259,15 +258,15 @@ def deliver_late(timeout_s: float = 10.0) -> None:
 def undelivered() -> Iterator[Path]:
     """The closed runs of this home of which MLflow has not got all, newest first."""
     for run_id in reversed(run_ids()):
-        run_dir = runs_folder() / run_id
-        if result(run_dir) and attempts(run_dir) and not is_tracked(run_dir):
-            yield run_dir
+        run = snapshot(runs_folder() / run_id)
+        if run.result and run.attempt and not is_delivered(Path(run.run_dir)):
+            yield Path(run.run_dir)
 
 
-def is_tracked(run_dir: Path) -> bool:
-    """Whether MLflow has all of a closed run."""
-    path = run_dir / "tracked.json"
-    return path.exists() and bool(read_json(path)["slot"] == _last_slot(run_dir))
+def all_held_up() -> dict[str, Trouble]:
+    """What keeps the rows of runs of this home from MLflow, by run id."""
+    found = {run_id: held_up(runs_folder() / run_id) for run_id in run_ids()}
+    return {run_id: trouble for run_id, trouble in found.items() if trouble}
 
 
 def differ(first: float, now: float, tolerance: float) -> bool:
@@ -275,7 +274,3 @@ def differ(first: float, now: float, tolerance: float) -> bool:
     if math.isnan(first) or math.isnan(now):
         return math.isnan(first) != math.isnan(now)
     return not math.isclose(first, now, rel_tol=tolerance)
-
-
-def _last_slot(run_dir: Path) -> int:
-    return max(int(path.name) for path in (run_dir / "attempts").iterdir() if path.name.isdigit())

@@ -7,13 +7,13 @@ Sealed rows never change and the live attempt only appends, so the series only g
 paused attempt that wakes, too: what it read before its fence check lies within its seal) sees the same rows.
 """
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
-from runfolder.appended import read_lines, sealed_size
-from runfolder.chain import Attempt, attempts
+from runfolder.appended import Follower, Source, parsed, read_from, read_lines
+from runfolder.chain import attempts
 from runfolder.files import Record, read_json
 
 
@@ -32,44 +32,22 @@ class Row:
 class Spool:
     """One appended file of a run, joined over the attempts up to `number`; read it as often as it grows."""
 
-    def __init__(self, run_dir: Path, file: str, number: float = float("inf")) -> None:
-        self._run_dir, self._file, self._number = run_dir, file, number
+    def __init__(self, source: Source, number: float = float("inf")) -> None:
+        self._follower, self._number = Follower(source), number
         self._first: dict[int, dict[str, float]] = {}
-        self._offsets: dict[int, int] = {}
-        self._done: set[int] = set()
         self.count = 0
 
     def read(self) -> list[Row]:
         """The rows that were appended since the last call, oldest first."""
-        known = [attempt for attempt in attempts(self._run_dir) if attempt.number <= self._number]
-        rows = [
-            self._join(attempt, record)
-            for attempt in known
-            if attempt.number not in self._done
-            for record in self._tail(attempt)
-        ]
-        self._done.update(attempt.number for attempt in known[:-1])  # these have a successor, so they are sealed
-        return rows
+        new = takewhile(lambda found: found[0] <= self._number, self._follower.read())
+        return [self._join(attempt, record) for attempt, data in new for record in parsed(data)]
 
-    def _tail(self, attempt: Attempt) -> Iterator[Record]:
-        path = attempt.folder / self._file
-        offset = self._offsets.setdefault(attempt.number, 0)
-        if not path.exists():
-            return
-        seal = sealed_size(self._run_dir, attempt, self._file)
-        with path.open("rb") as stream:
-            stream.seek(offset)
-            data = stream.read(-1 if seal is None else max(seal - offset, 0))
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offsets[attempt.number] = offset + len(whole)
-        yield from (json.loads(line) for line in whole.splitlines() if line)
-
-    def _join(self, attempt: Attempt, record: Record) -> Row:
+    def _join(self, attempt: int, record: Record) -> Row:
         first = self._first.setdefault(record["step"], {})
         values = _numbers(record)
         row = Row(
             self.count,
-            attempt.number,
+            attempt,
             record["step"],
             record["time"],
             {key: value for key, value in values.items() if key not in first},
@@ -86,7 +64,7 @@ def history(run_dir: Path) -> list[Record]:
     `attempt` and `time` are those of the first row of that step.
     """
     records: dict[tuple[int, str], Record] = {}
-    for row in Spool(run_dir, "metrics.jsonl").read():
+    for row in Spool(partial(read_from, run_dir, "metrics.jsonl")).read():
         kind = "eval" if any(key.startswith("eval_") for key in row.fresh) else "train"
         if row.fresh:
             head = {"step": row.step, "kind": kind, "attempt": row.attempt, "time": row.time}
@@ -97,7 +75,7 @@ def history(run_dir: Path) -> list[Record]:
 def planned(run_dir: Path) -> Record:
     """What the trainer announced first: steps, parameters, trained, ...; empty while it announced nothing."""
     for attempt in attempts(run_dir):
-        for event in read_lines(run_dir, attempt, "events.jsonl"):
+        for event in read_lines(attempt, "events.jsonl"):
             if event["event"] == "plan":
                 return {key: value for key, value in event.items() if key not in ("event", "time")}
     return {}

@@ -18,14 +18,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator.errors import InputError
-from orchestrator.runs import read_record
 from orchestrator.tracking.environment import environment
 from orchestrator.tracking.history import planned
 from orchestrator.tracking.trouble import Refused
 from runfolder.chain import Attempt, attempts
 from runfolder.files import Record, read_json, write_json
 from runfolder.folders import home
-from runfolder.record import load_job
+from runfolder.record import load_job, read_record
 
 RUN_ID = "fleetune.run_id"
 SERVERS = ("http", "https", "databricks", "postgresql", "mysql", "mssql")

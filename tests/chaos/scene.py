@@ -76,7 +76,7 @@ def workers(attempt: Attempt) -> list[int]:
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """What the newest attempt reported."""
     newest = last(run_dir)
-    return read_lines(run_dir, newest, "metrics.jsonl") if newest.number else []
+    return read_lines(newest, "metrics.jsonl") if newest.number else []
 
 
 def unfinished_saves(run_dir: Path) -> Iterator[Path]:

@@ -16,10 +16,10 @@ from scene import REPORTED, delivered, inhabitants, mlflow_run, reported, until
 
 from clusters.local import Local
 from orchestrator.submit import submit
-from orchestrator.tracking.delivery import is_tracked
 from orchestrator.tracking.store import resolve
 from runfolder.appended import read_lines
 from runfolder.chain import attempts, result
+from runfolder.delivered import is_delivered
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 # Stage 3 takes many small messages for a step, so fewer and smaller ones last as long.
@@ -55,7 +55,7 @@ def test_kills_change_nothing(
     ended = until(lambda: result(run_dir), REST_S)
     assert ended["state"] == "succeeded"
     print("one more: " + killer.strike(Kill("controller", "delivery", 0)), flush=True)
-    until(lambda: is_tracked(run_dir))
+    until(lambda: is_delivered(run_dir))
     cluster.stop()
     assert inhabitants(cluster.home) == []
     assert len(list(run_dir.glob("attempts/*/checkpoints/*"))) == 2  # checkpoint.keep; no torn ones
@@ -75,5 +75,5 @@ def assert_same(undisturbed: Path, run_dir: Path) -> None:
     assert (run_dir / file).read_bytes() == (undisturbed / file).read_bytes()
     losses = dict(reported(undisturbed))
     for attempt in attempts(run_dir):
-        for row in read_lines(run_dir, attempt, "metrics.jsonl"):
+        for row in read_lines(attempt, "metrics.jsonl"):
             assert row["loss"] == losses[row["step"]], f"step {row['step']} of attempt {attempt.number}"

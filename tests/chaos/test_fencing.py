@@ -17,9 +17,9 @@ from scene import delivered, lives, mlflow_run, reported, rows, session, signal_
 from clusters.local import controller_command
 from clusters.ray_head import Head
 from orchestrator.logs import LogReader
-from orchestrator.tracking.delivery import is_tracked
 from orchestrator.tracking.history import history
 from runfolder.chain import Attempt, attempts, last, result
+from runfolder.delivered import is_delivered
 from trainer.checkpoint import newest
 
 pytestmark = pytest.mark.timeout(600)
@@ -159,7 +159,7 @@ def test_a_machine_that_wakes_changes_nothing(server: Server, home: Path, tiny_b
         machines.append(Machine(home / "second", run_dir))
         assert machines[1].controller.wait(200) == 0
         before = readable(run_dir)
-        assert is_tracked(run_dir)
+        assert is_delivered(run_dir)
         assert (before["result"][1]["state"], before["result"][1]["attempt"]) == ("succeeded", 2)
 
         machines[0].signal(signal.SIGCONT)

@@ -9,9 +9,9 @@ from scene import REPORTED, delivered, mlflow_run, reported, rows, until
 
 from orchestrator.control import cancel
 from orchestrator.submit import submit
-from orchestrator.tracking.delivery import is_tracked
 from runfolder.appended import read_lines
 from runfolder.chain import attempts, last, result
+from runfolder.delivered import is_delivered
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def test_training_goes_on_without_mlflow(server: Server, tiny_base: Path, sums: 
     further(run_dir, 20)
     cancel(run_dir.name)
     assert until(lambda: result(run_dir))["state"] == "cancelled"
-    assert not is_tracked(run_dir)
+    assert not is_delivered(run_dir)
 
     server.start()
-    until(lambda: is_tracked(run_dir))
+    until(lambda: is_delivered(run_dir))
     for key in REPORTED:
         assert delivered(server.uri, run_dir, key) == reported(run_dir, key)
     assert [step for step, _ in reported(run_dir)] == list(range(1, len(rows(run_dir)) + 1))
@@ -57,7 +57,7 @@ def test_training_goes_on_without_mlflow(server: Server, tiny_base: Path, sums: 
 
 def said(run_dir: Path) -> list[str]:
     """What the only attempt noted about MLflow."""
-    noted = [event["event"] for event in read_lines(run_dir, last(run_dir), "events.jsonl")]
+    noted = [event["event"] for event in read_lines(last(run_dir), "events.jsonl")]
     return [kind for kind in noted if kind.startswith("tracking")]
 
 

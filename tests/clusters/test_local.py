@@ -19,12 +19,15 @@ from clusters.entry import Entry, Queue
 from clusters.local import Local
 from clusters.ray_head import Head, Patience
 from clusters.supervisor import Supervisor, fitting
+from runfolder import chain
+from runfolder.delivered import note_delivered
 from runfolder.job import Job
+from runfolder.requests import request_cancel
 
 SUBMIT = (
     "import sys; from clusters.local import Local; from clusters.base import Request; from pathlib import Path;"
-    "home, run_id = Path(sys.argv[1]), sys.argv[2];"
-    "Local(home).submit(Request(run_id, 1, home / 'runs' / run_id, 2, ''))"
+    "home, run_id, text = Path(sys.argv[1]), *sys.argv[2:];"
+    "Local(home).submit(Request(run_id, 1, str(home / 'runs' / run_id), text))"
 )
 
 
@@ -33,8 +36,9 @@ def job(**resources: int) -> Job:
     return Job.model_validate(parts)
 
 
-def entry(run_id: str, workers: int = 1, run_dir: str = "/", at: float = 0.0) -> Entry:
-    return Entry(run_id, run_dir, workers, at, {})
+def text(run_id: str, workers: int = 1, run_dir: str = "/") -> str:
+    plan = {"run_id": run_id, "run_dir": run_dir, "workers": workers, "command": [], "environment": {}}
+    return json.dumps(plan)
 
 
 def until(true: Callable[[], object], timeout_s: float = 15) -> None:
@@ -50,7 +54,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
     monkeypatch.setattr(local_module, "room", lambda: ("cpu", 2))
     monkeypatch.setattr(supervisor, "room", lambda: ("cpu", 2))
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr(supervisor, "controller_command", lambda _: sleeper)
+    monkeypatch.setattr(local_module, "controller_command", lambda _: sleeper)
     monkeypatch.setattr(Local, "start", lambda self: (self.folder / "controllers").mkdir(parents=True, exist_ok=True))
     found = Local(tmp_path)
     (found.folder / "logs").mkdir(parents=True)
@@ -80,7 +84,7 @@ def running(cluster: Local) -> dict[str, int]:
 def test_request_is_pure_and_says_what_is_started(tmp_path: Path) -> None:
     request = Local(tmp_path).request(job(workers_per_node=2), "a-1")
     assert list(tmp_path.iterdir()) == []
-    assert request.name == "a-1-a1"
+    assert request.name == "a-1-s1"
     assert json.loads(request.text)["command"][-1] == str(tmp_path / "runs" / "a-1")
     assert request == Local(tmp_path).request(job(workers_per_node=2), "a-1")
 
@@ -89,11 +93,11 @@ def test_what_never_fits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(local_module, "room", lambda: ("gpu", 2))
     with pytest.raises(Refused, match="found 4 workers of one GPU each; this machine has 2"):
         Local(tmp_path).request(job(gpus_per_node=4), "a-1")
-    assert Local(tmp_path).request(job(gpus_per_node=2), "a-1").workers == 2
+    assert json.loads(Local(tmp_path).request(job(gpus_per_node=2), "a-1").text)["workers"] == 2
     monkeypatch.setattr(local_module, "room", lambda: ("cpu", 2))
     with pytest.raises(Refused, match=r"resources\.gpus_per_node: found 4; this machine has no GPU"):
         Local(tmp_path).request(job(gpus_per_node=4), "a-1")
-    assert Local(tmp_path).request(job(workers_per_node=4), "a-1").workers == 4
+    assert json.loads(Local(tmp_path).request(job(workers_per_node=4), "a-1").text)["workers"] == 4
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,35 +110,45 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
 
 def test_a_repeated_submission_keeps_its_turn(tmp_path: Path) -> None:
     queue = Queue(tmp_path)
-    queue.add(entry("b", at=1.0))
-    queue.add(entry("a", at=2.0))
-    queue.add(entry("b", at=3.0))
-    assert [(e.run_id, e.time) for e in queue.list()] == [("b", 1.0), ("a", 2.0)]
+    for run_id in ("b", "a", "b"):
+        queue.add(run_id, text(run_id))
+        time.sleep(0.02)  # more than a tick of the clock that files have
+    assert [e.run_id for e in queue.list()] == ["b", "a"]
 
 
 def test_an_entry_can_be_read_by_its_owner_alone(tmp_path: Path) -> None:
-    Queue(tmp_path).add(entry("a"))
+    Queue(tmp_path).add("a", text("a"))
     assert (tmp_path / "a.json").stat().st_mode & 0o077 == 0
 
 
 def test_a_reopened_run_stays_queued(tmp_path: Path) -> None:
     queue = Queue(tmp_path / "queue")
-    queue.add(entry("a", run_dir=str(tmp_path)))
-    (tmp_path / "result.json").touch()
+    queue.add("a", text("a", run_dir=str(tmp_path)))
+    assert chain.close(tmp_path, {"state": "failed"})
     seen = queue.list()[0]
-    assert seen.finished
-    (tmp_path / "result.json").unlink()
+    assert seen.finished and not seen.settled
+    assert chain.reopen(tmp_path)
     queue.remove(seen)
     assert [e.run_id for e in queue.list()] == ["a"]
 
 
 def test_nobody_overtakes_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_module, "room", lambda: ("cpu", 4))
-    line = [entry("a", 2), entry("b", 3), entry("c", 1)]
+    line = [Entry(text("a", 2), 0), Entry(text("b", 3), 1), Entry(text("c", 1), 2)]
     assert [e.run_id for e in fitting(line, 4)] == ["a"]
     assert [e.run_id for e in fitting(line, 6)] == ["a", "b", "c"]
-    assert [e.run_id for e in fitting([entry("huge", 64)], 4)] == ["huge"]
-    assert fitting([entry("huge", 64)], 3) == []
+    huge = Entry(text("huge", 64), 0)
+    assert fitting([huge], 4) == [huge]
+    assert fitting([huge], 3) == []
+
+
+def test_an_entry_of_another_version_holds_nobody_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    queue = Queue(tmp_path)
+    queue.add("a", text("a"))
+    for number, other in enumerate(("", "[]", "{}", '{"run_id": "b", "workers": "many"}', "\0")):
+        (tmp_path / f"other-{number}.json").write_text(other)
+    assert [e.run_id for e in queue.list()] == ["a"]
+    assert len(capsys.readouterr().err.splitlines()) == 5
 
 
 def test_runs_start_in_order_as_they_fit(cluster: Local) -> None:
@@ -148,14 +162,14 @@ def test_runs_start_in_order_as_they_fit(cluster: Local) -> None:
     assert told["first"].state == "running"
     assert told["nobody"].state == "unknown"
     assert (told["second"].state, cluster.capacity().free) == ("queued", 0)
-    (first / "result.json").touch()
+    assert chain.close(first, {"state": "succeeded", "reason": None})
     served.tick()
     # The controller may stay to deliver; its workers are gone.
     delivering = running(cluster)
     assert list(delivering) == ["first", "second"]
     process.end(cluster.controller_lock("first"))
     until(lambda: served.tick() or running(cluster).get("first", delivering["first"]) != delivering["first"])
-    (first / "tracked.json").touch()
+    note_delivered(first, "abc")
     process.end(cluster.controller_lock("first"))
     served.tick()
     assert [e.run_id for e in cluster.queue.list()] == ["second", "third"]
@@ -181,8 +195,7 @@ def test_a_cancelled_run_gets_its_controller_without_waiting(cluster: Local) -> 
     second = submit(cluster, "second", 2)
     served.tick()
     assert list(running(cluster)) == ["first"]
-    (second / "requests").mkdir()
-    (second / "requests" / "cancel-0.json").touch()
+    request_cancel(second)
     served._head.keep = lambda: None  # type: ignore[method-assign]
     cluster.cancel("second")
     served.tick()
@@ -269,11 +282,13 @@ def test_a_client_that_is_killed_anywhere_and_repeats_submits_once(tmp_path: Pat
     """With the real supervisor: one of it, one entry, whenever the client died."""
     cluster = Local(tmp_path)
     (tmp_path / "runs" / "a-1").mkdir(parents=True)
+    request = cluster.request(job(workers_per_node=2), "a-1")
     rng = random.Random(0)
     supervisors = set()
     try:
         for turn in range(8):
-            client = subprocess.Popen([sys.executable, "-c", SUBMIT, str(tmp_path), "a-1"], env=os.environ)
+            command = [sys.executable, "-c", SUBMIT, str(tmp_path), "a-1", request.text]
+            client = subprocess.Popen(command, env=os.environ)
             if turn < 7:
                 time.sleep(rng.uniform(0.1, 0.5))
                 client.kill()
@@ -281,9 +296,6 @@ def test_a_client_that_is_killed_anywhere_and_repeats_submits_once(tmp_path: Pat
             supervisors.add(cluster.state()["supervisor"])
         assert [e.run_id for e in cluster.queue.list()] == ["a-1"]
         assert len(supervisors - {None}) == 1
-        began = time.monotonic()
-        cluster.submit(cluster.request(job(workers_per_node=2), "a-1"))
-        assert time.monotonic() - began < 0.5
     finally:
         cluster.stop()
     assert cluster.state()["supervisor"] is cluster.state()["head"] is None

@@ -4,12 +4,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from runfolder import chain
 from runfolder.chain import Attempt, Start
+from runfolder.digests import digests
 from runfolder.job import Job
-from trainer.digests import digests
+from runfolder.record import create
 
 T0 = 1_700_000_000.0
 
@@ -25,8 +24,7 @@ def make_run(root: Path, run_id: str, uri: str | None, **job: Any) -> Path:
         "tracking": {"uri": uri, "experiment": "fakes"},
         **job,
     }
-    run_dir = root / run_id
-    run_dir.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     made = Job.model_validate(spec)
     there = Path(made.data.train).is_absolute()  # a run that is really trained
     invented = {"data.train": "1" * 64, "data.eval": None, "base": "2" * 64}
@@ -39,8 +37,8 @@ def make_run(root: Path, run_id: str, uri: str | None, **job: Any) -> Path:
         "git": {"commit": "c0ffee", "dirty": True},
         "digests": digests(made, Path(made.base.model)) if there else invented,
     }
-    (run_dir / "job.yaml").write_text(yaml.safe_dump(record))
-    return run_dir
+    assert create(root / run_id, record) is None
+    return root / run_id
 
 
 def claim(run_dir: Path, start: int | None = None) -> Attempt:

@@ -138,9 +138,7 @@ def test_a_run_goes_on_whatever_is_killed(cluster: Local, start: Callable[..., P
     assert ended(run_dir)["state"] == "succeeded"
     assert [attempt.number for attempt in attempts(run_dir)] == [1, 2, 3, 4]
     assert all(attempt.start for attempt in attempts(run_dir)[1:])
-    assert {row["step"] for a in attempts(run_dir) for row in read_lines(run_dir, a, "metrics.jsonl")} == set(
-        range(1, 301)
-    )
+    assert {row["step"] for a in attempts(run_dir) for row in read_lines(a, "metrics.jsonl")} == set(range(1, 301))
     assert (run_dir / "output" / "adapter_model.safetensors").exists()
 
 
@@ -163,7 +161,7 @@ def test_a_bug_is_final_and_a_cancelled_run_is_closed(cluster: Local, start: Cal
     assert f"data.train: {bad} has changed since the submission: sha256 " in found["evidence"]
     assert found["reason"].endswith("put the old one back and resume the run, or submit the job anew")
 
-    until(lambda: attempts(running) and read_lines(running, last(running), "metrics.jsonl"))
+    until(lambda: attempts(running) and read_lines(last(running), "metrics.jsonl"))
     before = workers(running, 1)
     cancel(running.name)
     found = ended(running)

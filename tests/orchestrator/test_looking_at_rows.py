@@ -16,8 +16,8 @@ from orchestrator.errors import InputError
 from orchestrator.planning import survey as looking
 from orchestrator.planning.plan import plan
 from orchestrator.rows import rows
-from orchestrator.runs import read_record
 from orchestrator.submit import submit
+from runfolder.record import read_record
 
 ROOT = Path(__file__).parents[2]
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]

@@ -20,6 +20,7 @@ from orchestrator import progress, runs, status
 from orchestrator.logs import LogReader
 from runfolder.chain import Attempt, claim_next, close
 from runfolder.requests import request_cancel
+from runfolder.snapshot import snapshot
 
 
 @pytest.fixture
@@ -82,8 +83,9 @@ def test_the_result_is_the_last_word(run: Path) -> None:
 def test_a_run_that_is_about_to_succeed_is_not_preempted(run: Path) -> None:
     attempt = claim(run)
     steps(attempt, 1, 9)
-    assert status._going(attempt, {"kind": "success", "reason": ""}, View("running")) == ("running", "")
-    assert status._going(attempt, {"kind": "node_lost", "reason": "gone"}, View("running")) == ("preempted", "gone")
+    for verdict, state in (("success", "running"), ("node_lost", "preempted")):
+        attempt.write_verdict({"kind": verdict, "reason": "gone"})
+        assert status.join(snapshot(run), View("running")).state == state
 
 
 CLOSER = """
@@ -120,9 +122,9 @@ def test_a_run_has_succeeded_with_its_output_in_place(run: Path, closer: str, co
 def test_runs_are_found_by_id_name_and_prefix(home: Path) -> None:
     names = ("gsm-0000000001", "gsm-0000000002", "gsm-dora-0000000003")
     old, new, other = (make_run(home / "runs", run_id, None) for run_id in names)
-    assert runs.find("gsm-0000000001") == old
-    assert runs.find("gsm") == new
-    assert runs.find("gsm-d") == other
+    assert runs.find("gsm-0000000001").run_id == old.name
+    assert runs.find("gsm").run_id == new.name
+    assert runs.find("gsm-d").run_id == other.name
     with pytest.raises(InputError, match="found 2 runs, like gsm-0000000001, gsm-0000000002"):
         runs.find("gsm-0")
     with pytest.raises(InputError, match="no such run; the latest are gsm-0000000001"):
@@ -172,7 +174,7 @@ def test_without_an_attempt_the_controllers_words_are_shown(run: Path) -> None:
 
 def test_a_growing_log_is_read_by_whole_lines(run: Path) -> None:
     attempt = claim(run)
-    reader = LogReader(run)
+    reader = LogReader(runs.find(run.name))
     assert reader.read() == ""
     log(attempt, 0, "one\ntw")
     assert reader.read() == "=== attempt 1, rank 0 ===\none\n"
@@ -198,7 +200,7 @@ def test_following_goes_across_attempts_to_the_end(
 
     worker = threading.Thread(target=work)
     worker.start()
-    ended = progress.follow(run, rank=0)
+    ended = progress.follow(runs.find(run.name), rank=0)
     worker.join()
     assert (ended.state, ended.reason) == ("failed", "rank 0: boom")
     assert capsys.readouterr().out == "=== attempt 1, rank 0 ===\none\n=== attempt 2, rank 0 ===\ntwo\n"

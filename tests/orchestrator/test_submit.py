@@ -16,7 +16,7 @@ import fleetune
 from clusters.local import Local
 from fleetune import InputError
 from orchestrator import runs, submit
-from runfolder.record import load_job
+from runfolder.record import load_job, read_record
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -28,7 +28,7 @@ def queued() -> list[str]:
 def test_a_submission_is_frozen_and_queued(home: Path, tmp_path: Path) -> None:
     path = make_job(tmp_path)
     done = fleetune.submit(path, overrides=["train.lr=3e-4"])
-    record = runs.read_record(done.run_dir)
+    record = read_record(done.run_dir)
     job = load_job(done.run_dir)
     assert done.run_dir == home / "runs" / done.run_id
     assert queued() == [done.run_id]
@@ -71,7 +71,7 @@ def test_git_state_is_that_of_the_job(tmp_path: Path) -> None:
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "job.yaml"], ["commit", "-qm", "a"]):
         subprocess.run(git + command, check=True)
-    state = runs.read_record(fleetune.submit(path).run_dir)["git"]
+    state = read_record(fleetune.submit(path).run_dir)["git"]
     assert re.fullmatch("[0-9a-f]{40}", state["commit"])
     assert state["dirty"] is True
 

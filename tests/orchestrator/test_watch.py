@@ -215,4 +215,5 @@ def test_reopening_a_cancelled_run_takes_its_output_back(run_dir: Path) -> None:
     assert close(run_dir, {"state": "cancelled"})
     assert (run_dir / "output").exists()
     assert reopen(run_dir)
-    assert not (run_dir / "output").exists() and (first.folder / "output").exists()
+    assert not (run_dir / "output").exists() and not (run_dir / "result.json").exists()
+    assert (run_dir / "attempts" / "2" / "output").exists()  # of the closing slot, where no late closer looks for it

@@ -53,7 +53,7 @@ def test_what_a_ghost_appends_is_not_read(tmp_path: Path) -> None:
     ghost.append("metrics.jsonl", {"step": 1})
     claim(tmp_path)
     ghost.append("metrics.jsonl", {"step": 2})
-    assert read_lines(tmp_path, ghost, "metrics.jsonl") == [{"step": 1}]
+    assert read_lines(ghost, "metrics.jsonl") == [{"step": 1}]
 
 
 def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     attempt.append("metrics.jsonl", {"step": 1})
     with (attempt.folder / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 2, "lo')
-    assert read_lines(tmp_path, attempt, "metrics.jsonl") == [{"step": 1}]
+    assert read_lines(attempt, "metrics.jsonl") == [{"step": 1}]
 
 
 def test_work_counts_up_to_the_start_of_the_successor(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runfolder.files import sha256
+
 Records = Iterator[tuple[int, Any]]  # a record's number, from 1 (in .jsonl: its line), and the record
 
 _HUB_ID = re.compile(r"([\w.-]+)/[\w.-]+(:.*)?")
@@ -48,12 +50,6 @@ def digest(source: str | Path) -> str:
         return sha256(Path(source))
     except OSError as error:
         _unreadable(str(source), error)
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal; raises OSError."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def is_hub(source: str) -> bool:

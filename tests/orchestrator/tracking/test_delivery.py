@@ -12,11 +12,12 @@ from run_folders import claim, eval_row, expected, make_run, plan, step_row, ste
 
 from orchestrator.comparison.compare import compare
 from orchestrator.tracking import store
-from orchestrator.tracking.delivery import CURSOR, Delivery, is_tracked, replay
+from orchestrator.tracking.delivery import CURSOR, Delivery, replay
 from orchestrator.tracking.history import history, mlflow_run
 from orchestrator.tracking.store import check_uri, ui_command
 from runfolder import chain
 from runfolder.appended import read_lines
+from runfolder.delivered import is_delivered
 from runfolder.record import load_job
 
 
@@ -35,7 +36,7 @@ def series(uri: str | None, run_dir: Path, key: str = "loss") -> list[tuple[int,
 
 def events(run_dir: Path, number: int) -> list[str]:
     attempt = chain.Attempt(run_dir, number)
-    return [event["event"] for event in read_lines(run_dir, attempt, "events.jsonl")]
+    return [event["event"] for event in read_lines(attempt, "events.jsonl")]
 
 
 def test_history_takes_the_first_row_within_the_seals(tmp_path: Path) -> None:
@@ -79,9 +80,9 @@ def test_a_whole_run_on_sqlite(home: Path, tmp_path: Path) -> None:
     (attempt.folder / "output").mkdir()
     (attempt.folder / "output" / "README.md").write_text("# card")
     assert attempt.close({"state": "succeeded"})
-    assert not is_tracked(run_dir)
+    assert not is_delivered(run_dir)
     assert delivery.finish("succeeded", 30)
-    assert is_tracked(run_dir)
+    assert is_delivered(run_dir)
 
     (run,) = runs_of(None, run_dir)
     recorded = mlflow_run(run_dir)
@@ -120,7 +121,7 @@ def test_steps_that_were_done_again_are_compared_not_reported(tmp_path: Path) ->
     assert series(None, run_dir) == expected((1, 1, 12), (2, 13, 15))
     differing = [
         (event["step"], event["key"], event["found"])
-        for event in read_lines(run_dir, second, "events.jsonl")
+        for event in read_lines(second, "events.jsonl")
         if event["event"] == "redone_step_differs"
     ]
     assert differing == [(9, "loss", 3.0)]
@@ -166,7 +167,7 @@ def test_server_down_from_the_start_then_up_then_killed_in_the_middle(stopped: S
     assert events(run_dir, 1) == ["tracking_outage", "tracking_restored", "tracking_outage"]
     assert attempt.close({"state": "failed"})
     assert not delivery.finish("failed", 1.0)
-    assert not is_tracked(run_dir)
+    assert not is_delivered(run_dir)
     stopped.start()
     assert replay(run_dir)
     (run_dir / "tracked.json").unlink()
@@ -295,7 +296,7 @@ def test_a_reopened_run_goes_on_in_the_same_mlflow_run(tmp_path: Path) -> None:
     first.close({"state": "failed"})
     assert replay(run_dir)
     assert chain.reopen(run_dir)
-    assert not is_tracked(run_dir)
+    assert not is_delivered(run_dir)
     second = chain.claim_next(run_dir, chain.Start(1, 4))
     assert second
     delivery = Delivery(run_dir, second.number)
@@ -347,5 +348,5 @@ def test_comparing_delivers_what_a_long_outage_held_up(home: Path) -> None:
     steps(attempt, 1, 3)
     attempt.close({"state": "succeeded"})
     assert compare(None, None).runs
-    assert is_tracked(run_dir)
+    assert is_delivered(run_dir)
     assert series(None, run_dir) == expected((1, 1, 3))

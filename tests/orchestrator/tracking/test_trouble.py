@@ -16,10 +16,11 @@ import fleetune
 from fleetune import InputError
 from orchestrator import doctor, runs
 from orchestrator.tracking import store
-from orchestrator.tracking.delivery import Delivery, is_tracked
+from orchestrator.tracking.delivery import Delivery
 from orchestrator.tracking.trouble import diagnose
 from runfolder.appended import read_lines
 from runfolder.chain import Attempt
+from runfolder.delivered import is_delivered
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def ends(run_dir: Path, delivery: Delivery, final: int = 5) -> None:
     delivery.pump()
     delivery._next_try = 0.0
     delivery.pump()
-    assert [e["event"] for e in read_lines(run_dir, attempt, "events.jsonl")] == ["tracking_refused"]
+    assert [e["event"] for e in read_lines(attempt, "events.jsonl")] == ["tracking_refused"]
     assert attempt.close({"state": "succeeded"})
     assert not delivery.finish("succeeded", 1.0)
     assert fleetune.status(run_dir.name).state == "succeeded"
@@ -64,7 +65,7 @@ def told(run_dir: Path, *words: str) -> None:
 def delivered(run_dir: Path, uri: str | None, final: int = 5) -> None:
     """A comparison brings what was held up, and all of it is there once."""
     assert fleetune.compare(None, uri).undelivered == {}
-    assert is_tracked(run_dir)
+    assert is_delivered(run_dir)
     found = fleetune.status(run_dir.name)
     assert (found.tracking, [check.level for check in doctor._deliveries()]) == (None, ["ok"])
     client = store.client(store.resolve(uri))
@@ -87,7 +88,7 @@ def test_a_deleted_experiment_is_restored_by_its_owner_alone(home: Path) -> None
     assert other.name in [run.run_id for run in found.runs]
     assert run_dir.name not in [run.run_id for run in found.runs]
     assert all(word in found.undelivered[run_dir.name] for word in words)
-    assert is_tracked(other)
+    assert is_delivered(other)
     assert client.get_experiment(experiment).lifecycle_stage == "deleted"
     client.restore_experiment(experiment)
     delivered(run_dir, None)

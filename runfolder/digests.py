@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from runfolder.files import sha256
 from runfolder.job import Job
-from trainer.data.files import sha256
 
 _LOADED = re.compile(r"\.(json|safetensors|model|jinja)$|^(vocab|merges)\.txt$")
 _WHOLE = 64 << 20  # bytes up to which a file of the base is hashed whole

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from runfolder.chain import attempts, result
+from runfolder.digests import changes, digests, file_digest, folder_digest
 from runfolder.job import Job
 from runfolder.record import load_job
-from trainer.digests import changes, digests, file_digest, folder_digest
 
 
 @pytest.fixture

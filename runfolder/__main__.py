@@ -1,0 +1,32 @@
+"""`python -m runfolder ROOT`: the run folders below ROOT for somebody far away.
+
+One request as JSON on standard input, one answer on standard output: {"answer": ...}, or {"refused": one line}, or
+{"damaged": one line}. `fetch` alone is answered by a tar archive. ROOT may be `-`: FLEETUNE_HOME/runs here.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from runfolder.folders import home
+from runfolder.record import Damaged
+from runfolder.site import Refused, answer, send
+
+
+def main(root: Path, request: dict[str, Any]) -> None:
+    """Answer a request."""
+    if request["verb"] == "fetch":
+        send(root, request["run_id"], sys.stdout.buffer)
+        return
+    try:
+        said = {"answer": answer(root, request)}
+    except Refused as error:
+        said = {"refused": str(error)}
+    except Damaged as error:
+        said = {"damaged": str(error)}
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(home() / "runs" if sys.argv[1] == "-" else Path(sys.argv[1]), json.load(sys.stdin))

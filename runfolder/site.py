@@ -1,0 +1,172 @@
+"""Where run folders are: the run-folder half of every verb, in process for this machine.
+
+For another machine the same code runs there: `python -m runfolder ROOT` takes a request and gives an answer, for many
+runs in one trip (see `answer`), and `clusters/far.py` is the end that asks.
+"""
+
+import shutil
+import tarfile
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import astuple
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol
+
+from runfolder.appended import Chunk, Position, appended_files, read_from
+from runfolder.chain import reopen, result
+from runfolder.digests import changes
+from runfolder.files import Record, names
+from runfolder.record import create, load_job, read_record
+from runfolder.requests import request_cancel
+from runfolder.snapshot import Snapshot, snapshot
+
+Ask = Literal["cancel", "reopen"]
+_DELIVERED = ("output", "result.json", "job.yaml")  # what `fetch` brings
+
+
+class Refused(ValueError):
+    """What a run cannot do any more, or as things are; the message has one line for each reason."""
+
+
+class Site(Protocol):
+    """The run folders of one place. Every method may raise Unreachable, and is safe to repeat."""
+
+    def ids(self) -> list[str]:
+        """The names of all run folders, damaged ones too."""
+        ...
+
+    def create(self, run_id: str, record: Mapping[str, Any]) -> Record | None:
+        """Make a run folder whole or not at all; gives the record of the one that was there already, else None."""
+        ...
+
+    def record(self, run_id: str) -> Record:
+        """What was submitted; raises Damaged."""
+        ...
+
+    def snapshots(self, run_ids: Iterable[str]) -> dict[str, Snapshot]:
+        """How runs stand: one trip for all of them; a run that is not there is left out."""
+        ...
+
+    def read(self, run_id: str, since: Mapping[str, Position]) -> dict[str, list[Chunk]]:
+        """What was appended to files of a run's attempts since these positions."""
+        ...
+
+    def files(self, run_id: str) -> list[str]:
+        """The files that a run's attempts append to, like `metrics.jsonl` and `logs/rank-0.log`."""
+        ...
+
+    def ask(self, run_id: str, what: Ask) -> Record | None:
+        """Ask for the end of a run that goes on, or let one go on that has ended otherwise than well.
+
+        Gives the result that the run had before, None where it had none. Raises Refused.
+        """
+        ...
+
+    def fetch(self, run_id: str, to: Path) -> Path:
+        """Bring the output, the result and the job of a run into a new folder `to`."""
+        ...
+
+
+class Here:
+    """The run folders below `root` on this machine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def ids(self) -> list[str]:
+        """The names of all run folders, damaged ones too."""
+        return [name for name in names(self.root) if not name.startswith(".")]
+
+    def create(self, run_id: str, record: Mapping[str, Any]) -> Record | None:
+        """Make a run folder whole or not at all; gives the record of the one that was there already, else None."""
+        return create(self.root / run_id, {"run_id": run_id, **record})
+
+    def record(self, run_id: str) -> Record:
+        """What was submitted; raises Damaged."""
+        return read_record(self.root / run_id)
+
+    def snapshots(self, run_ids: Iterable[str]) -> dict[str, Snapshot]:
+        """How runs stand; a run that is not there is left out."""
+        there = set(names(self.root))
+        return {run_id: snapshot(self.root / run_id) for run_id in run_ids if run_id in there}
+
+    def read(self, run_id: str, since: Mapping[str, Position]) -> dict[str, list[Chunk]]:
+        """What was appended to files of a run's attempts since these positions."""
+        return {file: list(read_from(self.root / run_id, file, position)) for file, position in since.items()}
+
+    def files(self, run_id: str) -> list[str]:
+        """The files that a run's attempts append to, like `metrics.jsonl` and `logs/rank-0.log`."""
+        return appended_files(self.root / run_id)
+
+    def ask(self, run_id: str, what: Ask) -> Record | None:
+        """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""
+        run_dir = self.root / run_id
+        ended = result(run_dir)
+        if what == "cancel" and ended is None:
+            request_cancel(run_dir)
+        elif what == "cancel" and ended and ended["state"] != "cancelled":
+            raise Refused(f"run {run_id}: it has {ended['state']} already")
+        elif what == "reopen":
+            _reopen(run_dir, ended)
+        return ended
+
+    def fetch(self, run_id: str, to: Path) -> Path:
+        """Copy the output, the result and the job of a run into a new folder `to`."""
+        to.mkdir(parents=True)
+        for path in _delivered(self.root / run_id):
+            copy: Callable[..., Any] = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, to / path.name)
+        return to
+
+
+def _reopen(run_dir: Path, ended: Record | None) -> None:
+    """Let a run go on whose inputs are those of its submission; one that goes on is left alone."""
+    if ended is not None and ended["state"] == "succeeded":
+        raise Refused(f"run {run_dir.name}: it has succeeded, there is nothing to go on with")
+    if lines := changes(load_job(run_dir), read_record(run_dir).get("digests") or {}):
+        raise Refused("\n".join(lines))
+    if ended is not None:
+        reopen(run_dir)
+
+
+def _delivered(run_dir: Path) -> list[Path]:
+    there = names(run_dir)
+    return [run_dir / name for name in _DELIVERED if name in there]
+
+
+def answer(root: Path, request: Mapping[str, Any]) -> Any:
+    """Do what a request asks, as plain data that goes through JSON: {verb, ...its arguments}."""
+    here = Here(root)
+    match request["verb"]:
+        case "ids":
+            return here.ids()
+        case "create":
+            return here.create(request["run_id"], request["record"])
+        case "record":
+            return here.record(request["run_id"])
+        case "snapshots":
+            return {run_id: found.dump() for run_id, found in here.snapshots(request["run_ids"]).items()}
+        case "read":
+            since = {file: Position(*position) for file, position in request["since"].items()}
+            return {file: list(map(_plain, chunks)) for file, chunks in here.read(request["run_id"], since).items()}
+        case "files":
+            return here.files(request["run_id"])
+        case "ask":
+            return here.ask(request["run_id"], request["what"])
+    raise Refused(f"verb: found {request['verb']!r}; this Fleetune does not know it")
+
+
+def _plain(chunk: Chunk) -> dict[str, Any]:
+    """A chunk as JSON can hold it: any bytes may be in a log."""
+    return {
+        "data": b64encode(chunk.data).decode(),
+        "after": astuple(chunk.after),
+        "sealed": chunk.sealed,
+    }
+
+
+def send(root: Path, run_id: str, stream: IO[bytes]) -> None:
+    """Write what `fetch` brings to a stream, as a tar archive."""
+    with tarfile.open(fileobj=stream, mode="w|") as archive:
+        for path in _delivered(root / run_id):
+            archive.add(path, path.name)
