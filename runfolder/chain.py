@@ -139,16 +139,14 @@ def attempts(run_dir: Path) -> list[Attempt]:
 
 def claim_next(run_dir: Path, start: Start | None) -> Attempt | None:
     """Claim the slot after the last one taken; None when the run is closed or somebody was faster."""
-    if result(run_dir) is not None:
-        return None
-    return _claim(run_dir, last_slot(run_dir) + 1, {"kind": "attempt", "start": _plain(start)})
+    newest = _open_end(run_dir)
+    return _claim(run_dir, newest.number + 1, {"kind": "attempt", "start": _plain(start)}) if newest else None
 
 
 def close(run_dir: Path, ended: Record) -> bool:
     """End a run from outside its attempts; False when it is closed or somebody was faster."""
-    if result(run_dir) is not None:
-        return False
-    return Attempt(run_dir, last_slot(run_dir)).close(ended)
+    newest = _open_end(run_dir)
+    return newest is not None and newest.close(ended)
 
 
 def last(run_dir: Path) -> Attempt:
@@ -217,6 +215,15 @@ def _closing(run_dir: Path) -> Attempt | None:
     """The slot that closes a run; None while it goes on."""
     newest = Attempt(run_dir, last_slot(run_dir))
     return newest if newest.number and newest.claim["kind"] == "close" else None
+
+
+def _open_end(run_dir: Path) -> Attempt | None:
+    """The newest slot of a run that goes on (number 0 before the first); None for one that is closed.
+
+    What follows it must take the slot behind this one, not behind whatever is the newest by then: that may close it.
+    """
+    newest = Attempt(run_dir, last_slot(run_dir))
+    return None if newest.number and newest.claim["kind"] == "close" else newest
 
 
 def _says(run_dir: Path, ended: Record) -> bool:
