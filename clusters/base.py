@@ -1,6 +1,6 @@
 """What a cluster is: a place that turns requests into running controllers, and says what became of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -11,6 +11,16 @@ State = Literal["queued", "starting", "running", "ended", "unknown"]
 
 # What a run takes along from the environment that it is submitted in.
 CARRIED = ("FLEETUNE_", "HF_", "HUGGING_FACE_", "MLFLOW_", "NCCL_")
+
+
+def carried(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a run takes along of an environment."""
+    return {name: value for name, value in environment.items() if name.startswith(CARRIED)}
+
+
+def not_carried(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a process that serves many runs keeps of the environment that it was started in: nothing of one run."""
+    return {name: value for name, value in environment.items() if not name.startswith(CARRIED)}
 
 
 class Unreachable(RuntimeError):

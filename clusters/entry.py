@@ -7,8 +7,14 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 _DELIVERY_S = 600.0  # for so long after its end a run gets a controller again, to deliver the rest
+_TYPES: dict[str, Any] = {"run_id": str, "run_dir": str, "workers": int, "time": (int, float), "environment": dict}
+
+
+class Damaged(ValueError):
+    """A file of the queue that is no entry, or one of another version: what is wrong, in one line."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Queue:
-    """A folder of entries, named by run id."""
+    """A folder of entries, named by run id. What is there and is no entry stands in nobody's way."""
 
     folder: Path
 
     def add(self, entry: Entry) -> None:
-        """Add an entry; nothing changes when the run has one."""
+        """Add an entry; nothing changes when the run has one, and one that cannot be read is replaced."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path, temporary = self._path(entry.run_id), self.folder / f".{uuid.uuid4().hex}"
         # Only for its owner: the environment may hold tokens.
@@ -62,9 +68,10 @@ class Queue:
         try:
             os.link(temporary, path)  # unlike a rename, it leaves an earlier entry and its turn alone
         except FileExistsError:
-            return
+            if entry.run_id in self.damaged():
+                temporary.replace(path)
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
 
     def remove(self, entry: Entry) -> None:
         """Take out the entry of a finished run; it stays when the run was reopened meanwhile."""
@@ -73,20 +80,52 @@ class Queue:
             self.add(entry)
 
     def get(self, run_id: str) -> Entry | None:
-        """The entry of a run."""
+        """The entry of a run; raises Damaged."""
+        path = self._path(run_id)
         try:
-            return Entry(**json.loads(self._path(run_id).read_text()))
+            entry = _parsed(path.read_text(), run_id)
+            Path(entry.run_dir).exists()  # a folder that cannot even be asked for
         except FileNotFoundError:
             return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise Damaged(f"{path}: {str(error) or type(error).__name__}") from None
+        return entry
 
     def list(self) -> list[Entry]:
         """All entries, in the order of submission."""
-        return sorted(self._read(), key=lambda entry: (entry.time, entry.run_id))
+        return sorted(self._read({}), key=lambda entry: (entry.time, entry.run_id))
 
-    def _read(self) -> Iterator[Entry]:
-        for path in self.folder.glob("[!.]*.json"):
-            if entry := self.get(path.stem):
-                yield entry
+    def damaged(self) -> dict[str, str]:
+        """What cannot be read: run id -> why, in one line."""
+        found: dict[str, str] = {}
+        for _ in self._read(found):
+            pass
+        return found
+
+    def _read(self, damaged: dict[str, str]) -> Iterator[Entry]:
+        """The entries; what cannot be read is put into `damaged`."""
+        for path in sorted(self.folder.glob("[!.]*.json")):
+            try:
+                if entry := self.get(path.stem):
+                    yield entry
+            except Damaged as error:
+                damaged[path.stem] = str(error)
 
     def _path(self, run_id: str) -> Path:
         return self.folder / f"{run_id}.json"
+
+
+def _parsed(text: str, run_id: str) -> Entry:
+    """The entry in the text of a run's file; raises ValueError."""
+    found = json.loads(text)
+    if not isinstance(found, dict) or found.keys() != _TYPES.keys():
+        keys = ", ".join(found) if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"found {keys or 'nothing'}; allowed: {', '.join(_TYPES)} (is it of another version?)")
+    for name, value in found.items():
+        if not isinstance(value, _TYPES[name]):
+            raise ValueError(f"{name}: found {type(value).__name__}")
+    if found["run_id"] != run_id:
+        raise ValueError(f"run_id: found {found['run_id']!r}; allowed: the name of the file")
+    if not all(isinstance(value, str) for value in found["environment"].values()):
+        raise ValueError("environment: found a value that is no text")
+    return Entry(**found)

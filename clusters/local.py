@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters import process
-from clusters.base import CARRIED, Capacity, Logs, Refused, Request, Status, Unreachable
+from clusters.base import Capacity, Logs, Refused, Request, Status, Unreachable, carried, not_carried
 from clusters.entry import Entry, Queue
 from clusters.machine import room
 from clusters.ray_head import Head
@@ -81,11 +81,8 @@ class Local:
     def submit(self, request: Request) -> None:
         """Queue a run, and see to it that the supervisor runs."""
         self._check_installed()
-        carried = {key: value for key, value in os.environ.items() if key.startswith(CARRIED)}
-        carried["FLEETUNE_HOME"] = str(self.home)  # as an absolute path: the controller runs in another folder
-        if "FLEETUNE_CACHE" in carried:
-            carried["FLEETUNE_CACHE"] = str(Path(carried["FLEETUNE_CACHE"]).expanduser().absolute())
-        self.queue.add(Entry(request.run_id, str(request.run_dir), request.workers, time.time(), carried))
+        environment = self._environment()
+        self.queue.add(Entry(request.run_id, str(request.run_dir), request.workers, time.time(), environment))
         self.start()
 
     def status(self, run_ids: Iterable[str]) -> dict[str, Status]:
@@ -109,7 +106,7 @@ class Local:
         run_dir = self.home / "runs" / run_id
         if not (run_dir / "result.json").exists():
             # Time zero: the request came after it.
-            self.queue.add(Entry(run_id, str(run_dir), 1, 0.0, {}))
+            self.queue.add(Entry(run_id, str(run_dir), 1, 0.0, self._environment()))
             self.start()
 
     def capacity(self) -> Capacity:
@@ -125,16 +122,20 @@ class Local:
     def start(self) -> None:
         """See to it that the supervisor runs; it adopts what is there. Repeating it changes nothing."""
         self._check_installed()
+        self.check_here()
         for folder in (self.folder, self.folder / "controllers", self.folder / "logs"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         command = [sys.executable, "-P", "-m", "clusters.supervisor", str(self.home)]
         log = self.folder / "supervisor.log"
-        process.spawn(self.supervisor_lock, command, os.environ | {"FLEETUNE_HOME": str(self.home)}, log)
+        # Ray's workers have what its head, and so the supervisor, was started with.
+        environment = not_carried(os.environ) | {"FLEETUNE_HOME": str(self.home)}
+        process.spawn(self.supervisor_lock, command, environment, log)
 
     def stop(self) -> None:
         """End the supervisor, all controllers and the Ray head. Runs without a result go on at the next start."""
         if not self.folder.exists():
             return
+        self.check_here()
         process.end(self.supervisor_lock)
         with process.held(self.supervisor_lock):  # nobody starts another one meanwhile
             for entry in self.queue.list():
@@ -143,8 +144,17 @@ class Local:
             head.end()
             head.forget()
 
+    def check_here(self) -> None:
+        """Raise Unreachable when supervisor, head or a controller runs on another host that shares this folder."""
+        controllers = (self.controller_lock(entry.run_id) for entry in self.queue.list())
+        for lock in (self.supervisor_lock, Head(self.folder).lock, *controllers):
+            process.owner(lock)
+
     def state(self) -> dict[str, Any]:
-        """What runs: process ids of supervisor, head and controllers, the head's address, trouble, capacity."""
+        """What runs: process ids of supervisor, head and controllers, the head's address, trouble, capacity.
+
+        `damaged`: what in the queue cannot be read.
+        """
         head = Head(self.folder)
         entries = self.queue.list()
         controllers = {entry.run_id: process.owner(self.controller_lock(entry.run_id)) for entry in entries}
@@ -156,14 +166,24 @@ class Local:
             "trouble": self._trouble(),
             "controllers": {run_id: pid for run_id, pid in controllers.items() if pid},
             "queued": [entry.run_id for entry in entries if not self.controller_lock(entry.run_id).exists()],
+            "damaged": self.queue.damaged(),
             "capacity": self.capacity(),
         }
+
+    def _environment(self) -> dict[str, str]:
+        """What a run takes along, with absolute paths: its controller runs in another folder."""
+        found = carried(os.environ) | {"FLEETUNE_HOME": str(self.home)}
+        if cache := found.get("FLEETUNE_CACHE"):
+            found["FLEETUNE_CACHE"] = str(Path(cache).expanduser().absolute())
+        return found
 
     def _status(self, run_id: str, entry: Entry | None, trouble: str | None, wait: str) -> Status:
         if (self.home / "runs" / run_id / "result.json").exists():
             return Status("ended")
         if entry is None:
-            return Status("unknown", "this cluster has not got the run")
+            damaged = self.queue.damaged().get(run_id)
+            mend = f"; queue it anew with: fleetune resume {run_id}"
+            return Status("unknown", damaged + mend if damaged else "this cluster has not got the run")
         lock = self.controller_lock(run_id)
         if process.owner(lock):
             return Status("running")

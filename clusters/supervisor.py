@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from clusters import process
+from clusters.base import Unreachable, not_carried
 from clusters.entry import Entry
 from clusters.local import Local, controller_command, needs
 from clusters.machine import room
@@ -32,6 +33,7 @@ class Supervisor:
         self._head = Head(local.folder)
         self._patience: dict[str, Patience] = defaultdict(Patience)
         self._busy = time.monotonic()
+        self._damaged: dict[str, str] = {}
 
     def run(self) -> None:
         """Serve until nothing was queued for some minutes."""
@@ -47,6 +49,7 @@ class Supervisor:
 
     def tick(self) -> None:
         """Bring what runs in line with what is queued."""
+        self._name_damaged()
         for entry in self._local.queue.list():
             if entry.settled and not self._runs(entry):
                 self._forget(entry)
@@ -63,6 +66,13 @@ class Supervisor:
             for entry in self._due(waiting):
                 self._start(entry, address)
 
+    def _name_damaged(self) -> None:
+        """Say once of what is in the queue that it cannot be read."""
+        before, self._damaged = self._damaged, self._local.queue.damaged()
+        for run_id, why in self._damaged.items():
+            if before.get(run_id) != why:
+                print(f"left alone: {why}", flush=True)
+
     def _due(self, dead: list[Entry]) -> list[Entry]:
         """Runs whose controller died, then those whose turn has come."""
         had_turn = [entry for entry in dead if self._admitted(entry)]
@@ -76,7 +86,8 @@ class Supervisor:
         lock = self._local.controller_lock(entry.run_id)
         process.end(lock)  # what a dead controller left of its session
         patience.began()
-        environment = os.environ | entry.environment | self._head.environment() | {"RAY_ADDRESS": address}
+        given = {"FLEETUNE_HOME": str(self._local.home)} | entry.environment
+        environment = not_carried(os.environ) | given | self._head.environment() | {"RAY_ADDRESS": address}
         process.spawn(lock, controller_command(entry.run_dir), environment, self._local.log(entry.run_id))
 
     def _forget(self, entry: Entry) -> None:
@@ -105,8 +116,12 @@ def fitting(waiting: Iterable[Entry], free: int) -> list[Entry]:
 
 def main() -> None:
     """Serve, and let go; who submitted meanwhile found the lock held, so look once more without it."""
-    local = Local(Path(sys.argv[1]))
-    Supervisor(local).run()
+    local = Local(Path(sys.argv[1]).absolute())
+    try:
+        local.check_here()
+        Supervisor(local).run()
+    except Unreachable as error:  # what serves this home is on another host, or came to be there
+        sys.exit(str(error))
     process.release()
     if local.queue.list():
         local.start()

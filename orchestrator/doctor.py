@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from clusters.base import Unreachable
 from clusters.local import Local
 from orchestrator.runs import run_ids, runs_folder
 from orchestrator.tracking.delivery import undelivered
@@ -172,11 +173,16 @@ def _build_lock() -> Iterator[Check]:
 def _cluster() -> Iterator[Check]:
     try:
         state = Local.here().state()
+    except Unreachable as error:
+        yield Check("local cluster", "warn", str(error), "use it from there, or set FLEETUNE_HOME")
+        return
     except OSError as error:
         yield Check("local cluster", "fail", f"{error.filename}: {error.strerror}", "set FLEETUNE_HOME")
         return
     capacity = state["capacity"]
     room = f"{capacity.free} of {capacity.total} {capacity.kind} free"
+    for run_id, why in state["damaged"].items():
+        yield Check("queue", "warn", why, f"fleetune resume {run_id}, or remove the file")
     if state["trouble"]:
         mend = "mend it; runs that wait go on by themselves (at once with: fleetune cluster stop, then start)"
         yield Check("local cluster", "fail", state["trouble"], mend)
