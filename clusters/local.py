@@ -146,7 +146,7 @@ class Local:
 
     def check_here(self) -> None:
         """Raise Unreachable when supervisor, head or a controller runs on another host that shares this folder."""
-        controllers = (self.controller_lock(entry.run_id) for entry in self.queue.list())
+        controllers = (self.folder / "controllers").glob("*")
         for lock in (self.supervisor_lock, Head(self.folder).lock, *controllers):
             process.owner(lock)
 

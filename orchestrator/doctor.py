@@ -19,8 +19,9 @@ from clusters.base import Unreachable
 from clusters.local import Local
 from orchestrator.runs import run_ids, runs_folder
 from orchestrator.tracking.delivery import undelivered
+from orchestrator.tracking.password import without_password
 from orchestrator.tracking.store import resolve, sqlite_file
-from orchestrator.tracking.trouble import held_up, without_password
+from orchestrator.tracking.trouble import held_up
 from runfolder.folders import cache_folder, home, library_folders, nearest, writable
 
 Level = Literal["ok", "warn", "fail"]

@@ -25,8 +25,10 @@ from orchestrator.planning.freeze import Source, read, record
 from orchestrator.planning.preflight import check
 from orchestrator.planning.survey import Progress, with_date, writes_date
 from orchestrator.runs import RUN_ID, name_of, new_id, read_record, runs_folder
+from orchestrator.tracking.password import secrets_of
 from runfolder.folders import home
 from runfolder.job import Job
+from runfolder.secrets import write_secrets
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def submit(
     with _chosen_id(job, frozen, run_id) as chosen:
         request = make_request(backend, job, chosen)
         wake(backend)
-        run_dir, adopted = _create(chosen, frozen)
+        run_dir, adopted = _create(chosen, frozen, secrets_of(job))
         backend.submit(request)
         submission = Submission(chosen, run_dir, cluster, adopted, found.warnings)
         announce(submission)
@@ -154,8 +156,11 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _create(run_id: str, frozen: Mapping[str, Any]) -> tuple[Path, bool]:
-    """Make the run folder whole or not at all; gives whether the same one was there already."""
+def _create(run_id: str, frozen: Mapping[str, Any], secrets: Mapping[str, str]) -> tuple[Path, bool]:
+    """Make the run folder whole or not at all; gives whether the same one was there already.
+
+    One that was there gets the secrets of now: a password may have been wrong, or have changed.
+    """
     run_dir = runs_folder() / run_id
     prepared = runs_folder() / f".new-{uuid.uuid4().hex}"
     prepared.mkdir(parents=True)
@@ -164,6 +169,8 @@ def _create(run_id: str, frozen: Mapping[str, Any]) -> tuple[Path, bool]:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+    if secrets:
+        write_secrets(prepared, secrets)
     try:
         prepared.rename(run_dir)
     except OSError:
@@ -172,5 +179,7 @@ def _create(run_id: str, frozen: Mapping[str, Any]) -> tuple[Path, bool]:
             raise
         if _identity(read_record(run_dir)) != _identity(frozen):
             raise InputError(f"--run-id: {run_id} is taken by another job ({run_dir})") from None
+        if secrets:
+            write_secrets(run_dir, secrets)
         return run_dir, True
     return run_dir, False
