@@ -2,12 +2,10 @@
 
 import json
 import os
-import sys
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +13,26 @@ from runfolder.chain import Attempt, last_slot, result
 from runfolder.delivered import is_delivered
 from runfolder.requests import cancel_requested
 
+FORMAT = 1
 _DELIVERY_S = 600.0  # for so long after its end a run gets a controller again, to deliver the rest
+_TYPES: dict[str, Any] = {"run_id": str, "run_dir": str, "command": list, "workers": int, "environment": dict}
+
+
+class Damaged(ValueError):
+    """A file of the queue that is no entry, or one of another version: what is wrong, in one line."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A submitted run: where it is, how many workers it wants, what it takes along, when it came (mtime, in ns)."""
+    """A submitted run, as the text of its request says: where it is, what it wants, what it takes along."""
 
+    run_id: str
+    run_dir: Path
+    command: list[str]  # of its controller
+    workers: int
+    environment: dict[str, str]
     text: str
-    time: int
-
-    def __post_init__(self) -> None:
-        """Raise ValueError, TypeError or KeyError where the text is no entry of ours."""
-        if not (isinstance(self.plan["workers"], int) and self.run_id and self.run_dir):
-            raise ValueError("no entry of a queue")
-
-    @cached_property
-    def plan(self) -> dict[str, Any]:
-        """The text as plain data."""
-        found: dict[str, Any] = json.loads(self.text)
-        return found
-
-    @property
-    def run_id(self) -> str:
-        """Whose entry it is."""
-        return str(self.plan["run_id"])
-
-    @property
-    def run_dir(self) -> Path:
-        """The folder of the run."""
-        return Path(self.plan["run_dir"])
-
-    @property
-    def workers(self) -> int:
-        """How many workers it needs room for."""
-        return int(self.plan["workers"])
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What it takes along, beside its secrets."""
-        return dict(self.plan["environment"])
+    time: int  # when it came, in ns
 
     @property
     def finished(self) -> bool:
@@ -66,8 +44,7 @@ class Entry:
         """Whether nothing is left to do: MLflow has all of the finished run, or had its time to take it."""
         if not self.run_dir.exists():
             return True
-        ended = result(self.run_dir)
-        if ended is None:
+        if result(self.run_dir) is None:
             return False
         closed = Attempt(self.run_dir, last_slot(self.run_dir)).claim["time"]
         return is_delivered(self.run_dir) or time.time() - closed > _DELIVERY_S
@@ -80,12 +57,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Queue:
-    """A folder of entries, named by run id."""
+    """A folder of entries, named by run id. What is there and is no entry stands in nobody's way."""
 
     folder: Path
 
     def add(self, run_id: str, text: str) -> None:
-        """Add an entry; nothing changes when the run has one."""
+        """Add an entry; nothing changes when the run has one, and one that cannot be read is replaced."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path, temporary = self._path(run_id), self.folder / f".{uuid.uuid4().hex}"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -96,9 +73,10 @@ class Queue:
         try:
             os.link(temporary, path)  # unlike a rename, it leaves an earlier entry and its turn alone
         except FileExistsError:
-            return
+            if run_id in self.damaged():
+                temporary.replace(path)
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
 
     def remove(self, entry: Entry) -> None:
         """Take out the entry of a finished run; it stays when the run was reopened meanwhile."""
@@ -107,24 +85,54 @@ class Queue:
             self.add(entry.run_id, entry.text)
 
     def get(self, run_id: str) -> Entry | None:
-        """The entry of a run."""
+        """The entry of a run; raises Damaged."""
         path = self._path(run_id)
         try:
-            return Entry(path.read_text(), path.stat().st_mtime_ns)
+            entry = _parsed(path.read_text(), run_id, path.stat().st_mtime_ns)
+            entry.run_dir.exists()  # a folder that cannot even be asked for
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError) as error:  # of another version, or damaged: the others go on
-            print(f"{path}: no entry of this Fleetune's queue ({type(error).__name__}: {error})", file=sys.stderr)
-            return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise Damaged(f"{path}: {str(error) or type(error).__name__}") from None
+        return entry
 
     def list(self) -> list[Entry]:
         """All entries, in the order of submission."""
-        return sorted(self._read(), key=lambda entry: (entry.time, entry.run_id))
+        return sorted(self._read({}), key=lambda entry: (entry.time, entry.run_id))
 
-    def _read(self) -> Iterator[Entry]:
-        for path in self.folder.glob("[!.]*.json"):
-            if entry := self.get(path.stem):
-                yield entry
+    def damaged(self) -> dict[str, str]:
+        """What cannot be read: run id -> why, in one line."""
+        found: dict[str, str] = {}
+        for _ in self._read(found):
+            pass
+        return found
+
+    def _read(self, damaged: dict[str, str]) -> Iterator[Entry]:
+        """The entries; what cannot be read is put into `damaged`."""
+        for path in sorted(self.folder.glob("[!.]*.json")):
+            try:
+                if entry := self.get(path.stem):
+                    yield entry
+            except Damaged as error:
+                damaged[path.stem] = str(error)
 
     def _path(self, run_id: str) -> Path:
         return self.folder / f"{run_id}.json"
+
+
+def _parsed(text: str, run_id: str, came: int) -> Entry:
+    """The entry in the text of a run's file; raises ValueError."""
+    found = json.loads(text)
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        kind = f"format {found.get('format')}" if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"found {kind}; allowed: format {FORMAT} (is it of another version?)")
+    for name, type_ in _TYPES.items():
+        if not isinstance(found.get(name), type_):
+            raise ValueError(f"{name}: found {type(found.get(name)).__name__}; allowed: {type_.__name__}")
+    if found["run_id"] != run_id:
+        raise ValueError(f"run_id: found {found['run_id']!r}; allowed: the name of the file")
+    texts: list[Any] = [*found["environment"].values(), *found["command"]]
+    if not all(isinstance(value, str) for value in texts):
+        raise ValueError("environment or command: found a value that is no text")
+    values = {name: found[name] for name in _TYPES}
+    return Entry(**{**values, "run_dir": Path(found["run_dir"])}, text=text, time=came)

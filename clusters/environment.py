@@ -4,7 +4,8 @@ Other variables are for the job to say (`env:`). Secrets travel by name: their v
 alone can read (runfolder/secrets.py), never in the text of a request.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from runfolder.job import Job
@@ -19,6 +20,8 @@ SECRETS = (
     *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
 )
+# Whatever a run may bring along, in `env:` too: nobody else's run gets it from whoever started the supervisor.
+_OF_RUNS = ("FLEETUNE_", "HF_", "HUGGING_FACE_", "MLFLOW_", "NCCL_", "AWS_")
 _FOLDERS = ("FLEETUNE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 
 
@@ -34,6 +37,15 @@ def secret_names(environment: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(name for name in SECRETS if environment.get(name))
 
 
+def values(names: Iterable[str]) -> dict[str, str]:
+    """The secrets of these names that this process's environment has."""
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def without_carried(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment for runs of anybody: without what each run brings along."""
-    return {name: value for name, value in environment.items() if name not in (*SETTINGS, *SECRETS)}
+    return {name: value for name, value in environment.items() if not _is_carried(name)}
+
+
+def _is_carried(name: str) -> bool:
+    return name in (*SETTINGS, *SECRETS) or name.startswith(_OF_RUNS)

@@ -56,6 +56,10 @@ class Far:
         found: list[str] = self._ask(verb="files", run_id=run_id)
         return found
 
+    def entrust(self, run_id: str, secrets: Mapping[str, str]) -> None:
+        """Keep secrets of a run by name, in place of older ones, for its owner alone."""
+        self._ask(verb="entrust", run_id=run_id, secrets=dict(secrets))
+
     def ask(self, run_id: str, what: Ask) -> Record | None:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""
         found: Record | None = self._ask(verb="ask", run_id=run_id, what=what)

@@ -15,13 +15,12 @@ from typing import Any
 
 from clusters import process
 from clusters.base import Capacity, Logs, Refused, Request, Status, Unreachable
-from clusters.entry import Entry, Queue
-from clusters.environment import secret_names, settings
+from clusters.entry import FORMAT, Entry, Queue
+from clusters.environment import secret_names, settings, without_carried
 from clusters.machine import room
 from clusters.ray_head import Head
 from runfolder.chain import result
 from runfolder.job import Job
-from runfolder.secrets import keep
 from runfolder.site import Here
 
 _HOPELESS = 3  # starts of Ray that failed in a row: more are tried, but somebody should look
@@ -90,7 +89,6 @@ class Local:
     def submit(self, request: Request) -> None:
         """Queue a run, and see to it that the supervisor runs."""
         self._check_installed()
-        keep(Path(request.run_dir), {name: os.environ[name] for name in request.secrets if name in os.environ})
         self.queue.add(request.run_id, request.text)
         self.start()
 
@@ -129,16 +127,20 @@ class Local:
     def start(self) -> None:
         """See to it that the supervisor runs; it adopts what is there. Repeating it changes nothing."""
         self._check_installed()
+        self.check_here()
         for folder in (self.folder, self.folder / "controllers", self.folder / "logs"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         command = [sys.executable, "-P", "-m", "clusters.supervisor", str(self.home)]
         log = self.folder / "supervisor.log"
-        process.spawn(self.supervisor_lock, command, os.environ | {"FLEETUNE_HOME": str(self.home)}, log)
+        # Ray's workers have what its head, and so the supervisor, was started with.
+        environment = without_carried(os.environ) | {"FLEETUNE_HOME": str(self.home)}
+        process.spawn(self.supervisor_lock, command, environment, log)
 
     def stop(self) -> None:
         """End the supervisor, all controllers and the Ray head. Runs without a result go on at the next start."""
         if not self.folder.exists():
             return
+        self.check_here()
         process.end(self.supervisor_lock)
         with process.held(self.supervisor_lock):  # nobody starts another one meanwhile
             for entry in self.queue.list():
@@ -147,8 +149,17 @@ class Local:
             head.end()
             head.forget()
 
+    def check_here(self) -> None:
+        """Raise Unreachable when supervisor, head or a controller runs on another host that shares this folder."""
+        controllers = (self.folder / "controllers").glob("*")
+        for lock in (self.supervisor_lock, Head(self.folder).lock, *controllers):
+            process.owner(lock)
+
     def state(self) -> dict[str, Any]:
-        """What runs: process ids of supervisor, head and controllers, the head's address, trouble, capacity."""
+        """What runs: process ids of supervisor, head and controllers, the head's address, trouble, capacity.
+
+        `damaged`: what in the queue cannot be read.
+        """
         head = Head(self.folder)
         entries = self.queue.list()
         controllers = {entry.run_id: process.owner(self.controller_lock(entry.run_id)) for entry in entries}
@@ -160,6 +171,7 @@ class Local:
             "trouble": self._trouble(),
             "controllers": {run_id: pid for run_id, pid in controllers.items() if pid},
             "queued": [entry.run_id for entry in entries if not self.controller_lock(entry.run_id).exists()],
+            "damaged": self.queue.damaged(),
             "capacity": self._room(),
         }
 
@@ -170,14 +182,16 @@ class Local:
     def _text(self, run_id: str, workers: int, environment: Mapping[str, str], secrets: Sequence[str] = ()) -> str:
         """An entry of the queue: the controller's command, how many workers it needs, what it takes along."""
         run_dir = str(self.site.root / run_id)
-        plan = {"format": 1, "run_id": run_id, "run_dir": run_dir, "command": controller_command(run_dir)}
+        plan = {"format": FORMAT, "run_id": run_id, "run_dir": run_dir, "command": controller_command(run_dir)}
         return json.dumps({**plan, "workers": workers, "environment": environment, "secrets": secrets}, indent=1)
 
     def _status(self, run_id: str, entry: Entry | None, trouble: str | None, wait: str) -> Status:
         if result(self.site.root / run_id) is not None:
             return Status("ended")
         if entry is None:
-            return Status("unknown", "this cluster has not got the run")
+            damaged = self.queue.damaged().get(run_id)
+            mend = f"; queue it anew with: fleetune resume {run_id}"
+            return Status("unknown", damaged + mend if damaged else "this cluster has not got the run")
         lock = self.controller_lock(run_id)
         if process.owner(lock):
             return Status("running")

@@ -1,8 +1,10 @@
 """Detached processes that hold a lock on a file as long as they live, on a local disk.
 
 The lock (flock) is inherited from who starts the process, so there is no moment in which it runs without holding it,
-and it falls when the process dies, however it dies. The file holds the process id. Each process leads a session of
-its own, by which everything that it started is found.
+and it falls when the process dies, however it dies. The file says who the process is (see holder.py). Each process
+leads a session of its own, by which everything that it started is found.
+
+Nothing is done about a process of another host, which may hold a lock where hosts share a folder: raises Unreachable.
 """
 
 import fcntl
@@ -14,18 +16,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from clusters import holder
+from clusters.base import Unreachable
+from clusters.holder import Holder
 from fleetune_start import unshadowed
 
 _LOCK = "FLEETUNE_LOCK_DESCRIPTOR"
 _KILL_S = 10.0  # a process that is stuck in a driver does not die; nobody waits for it for ever
 _PATIENCE_S = 0.3  # others probe the lock, or start the process, for milliseconds
+_LONGEST = 4096  # bytes of what a lock file says
 
 
 def spawn(lock: Path, command: Sequence[str], environment: Mapping[str, str], log: Path) -> bool:
-    """Start a process that holds `lock`, its output appended to `log`; False when one holds it already."""
+    """Start a process that holds `lock`, its output appended to `log`; False when one holds it already.
+
+    Raises Unreachable when that one is on another host.
+    """
+    holder.me()  # what it imports and looks up once is there before the fork
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        if not _take(descriptor):
+        if not _take(descriptor, lock):
             return False
         os.ftruncate(descriptor, 0)
         with log.open("ab") as output:
@@ -39,7 +49,7 @@ def spawn(lock: Path, command: Sequence[str], environment: Mapping[str, str], lo
                 start_new_session=True,
                 pass_fds=[descriptor],
                 # Written by the child itself: who dies between fork and a note of the parent leaves no gap.
-                preexec_fn=lambda: os.pwrite(descriptor, str(os.getpid()).encode(), 0),
+                preexec_fn=lambda: os.pwrite(descriptor, holder.me().dump(), 0),
             ).returncode = 0  # nobody waits for it: it outlives us, or `reap` collects it
         return True
     finally:
@@ -51,7 +61,7 @@ def held(lock: Path) -> Iterator[None]:
     """Hold a lock that was set free; raises BlockingIOError when somebody took it."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        if not _take(descriptor):
+        if not _take(descriptor, lock):
             raise BlockingIOError(f"{lock} is held by another process")
         os.ftruncate(descriptor, 0)
         yield
@@ -65,37 +75,35 @@ def release() -> None:
 
 
 def owner(lock: Path) -> int | None:
-    """The id of the process that holds the lock; None when nobody does."""
+    """The id of the process that holds the lock; None when nobody does, raises Unreachable when it is elsewhere."""
     try:
         descriptor = os.open(lock, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
-        deadline = time.monotonic() + _PATIENCE_S
-        while not _try(descriptor, fcntl.LOCK_SH):
-            if recorded := _recorded(descriptor):
-                return recorded
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.005)
-        return None
+        found = _holder(descriptor)
     finally:
         os.close(descriptor)
+    if found and not found.here:
+        raise _elsewhere(lock, found)
+    return found.pid if found else None
 
 
 def end(lock: Path) -> None:
-    """Kill the process that holds the lock, and what is left of its session; returns when all of it is gone."""
+    """Kill the process that holds the lock, and what is left of its session; returns when all of it is gone.
+
+    Raises Unreachable, and kills nothing, when that process is on another host.
+    """
     if not lock.exists():
         return
-    holder = owner(lock)
-    with lock.open() as stream:
-        pid = holder or _recorded(stream.fileno())
-    # The system gives no number to a new process while a session of that number has members,
-    # so a living leader without the lock is a stranger, and members without a leader are ours.
-    if pid is None or (holder is None and _lives(pid)):
+    holds = owner(lock) is not None
+    found = _read(lock)
+    # The system gives no number to a new process while a session of that number has members: members without a
+    # leader are ours. A leader that lives and let go of its lock ends by itself.
+    if found is None or not found.here or found.replaced or (found.lives and not holds):
         return
     deadline = time.monotonic() + _KILL_S
-    while (members := _session(pid)) and time.monotonic() < deadline:
+    while (members := _session(found.pid)) and time.monotonic() < deadline:
         for member in members:
             _kill(member)
         time.sleep(0.05)
@@ -110,15 +118,33 @@ def reap() -> None:
         return
 
 
-def _take(descriptor: int) -> bool:
+def _take(descriptor: int, lock: Path) -> bool:
     """Lock a file for the process to be; others that only probe it are waited for."""
     deadline = time.monotonic() + _PATIENCE_S
     while not _try(descriptor, fcntl.LOCK_EX):
-        pid = _recorded(descriptor)
-        if (pid and _lives(pid)) or time.monotonic() > deadline:
+        found = _recorded(descriptor)
+        if found and found.lives:
+            return False
+        if time.monotonic() > deadline:
+            if found and not found.here:
+                raise _elsewhere(lock, found)
             return False
         time.sleep(0.005)
     return True
+
+
+def _holder(descriptor: int) -> Holder | None:
+    """Who holds a lock; None when nobody does, or whoever takes it just now has not said so."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while not _try(descriptor, fcntl.LOCK_SH):
+        found = _recorded(descriptor)
+        if found and found.lives:
+            return found
+        if time.monotonic() > deadline:
+            # A dead leader's children may hold its lock; a number that a stranger has now is an old one.
+            return found if found and not found.replaced else None
+        time.sleep(0.005)
+    return None
 
 
 def _try(descriptor: int, operation: int) -> bool:
@@ -129,9 +155,19 @@ def _try(descriptor: int, operation: int) -> bool:
     return True
 
 
-def _recorded(descriptor: int) -> int | None:
-    text = os.pread(descriptor, 20, 0)
-    return int(text) if text.isdigit() else None
+def _recorded(descriptor: int) -> Holder | None:
+    return holder.load(os.pread(descriptor, _LONGEST, 0))
+
+
+def _read(lock: Path) -> Holder | None:
+    """Who held a lock last."""
+    with lock.open("rb") as stream:
+        return _recorded(stream.fileno())
+
+
+def _elsewhere(lock: Path, found: Holder) -> Unreachable:
+    told = f"{lock} is held by process {found.pid} on {found.host}"
+    return Unreachable(f"cluster local: {told}; run this there, or set FLEETUNE_HOME to a folder of this host")
 
 
 def _session(leader: int) -> list[int]:
@@ -145,15 +181,6 @@ def _session(leader: int) -> list[int]:
         except ProcessLookupError:
             continue
     return members
-
-
-def _lives(pid: int) -> bool:
-    import psutil
-
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _kill(pid: int) -> None:

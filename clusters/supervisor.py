@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from clusters import process
+from clusters.base import Unreachable
 from clusters.entry import Entry
 from clusters.environment import without_carried
 from clusters.local import Local, needs
@@ -33,6 +34,7 @@ class Supervisor:
         self._head = Head(local.folder)
         self._patience: dict[str, Patience] = defaultdict(Patience)
         self._busy = time.monotonic()
+        self._damaged: dict[str, str] = {}
 
     def run(self) -> None:
         """Serve until nothing was queued for some minutes."""
@@ -48,6 +50,7 @@ class Supervisor:
 
     def tick(self) -> None:
         """Bring what runs in line with what is queued."""
+        self._name_damaged()
         for entry in self._local.queue.list():
             if entry.settled and not self._runs(entry):
                 self._forget(entry)
@@ -64,6 +67,13 @@ class Supervisor:
             for entry in self._due(waiting):
                 self._start(entry, address)
 
+    def _name_damaged(self) -> None:
+        """Say once of what is in the queue that it cannot be read."""
+        before, self._damaged = self._damaged, self._local.queue.damaged()
+        for run_id, why in self._damaged.items():
+            if before.get(run_id) != why:
+                print(f"left alone: {why}", flush=True)
+
     def _due(self, dead: list[Entry]) -> list[Entry]:
         """Runs whose controller died, then those whose turn has come."""
         had_turn = [entry for entry in dead if self._admitted(entry)]
@@ -77,9 +87,9 @@ class Supervisor:
         lock = self._local.controller_lock(entry.run_id)
         process.end(lock)  # what a dead controller left of its session
         patience.began()
-        own = without_carried(os.environ) | entry.environment | self._head.environment()
-        environment = own | {"RAY_ADDRESS": address}
-        process.spawn(lock, entry.plan["command"], environment, self._local.log(entry.run_id))
+        given = {"FLEETUNE_HOME": str(self._local.home)} | entry.environment
+        environment = without_carried(os.environ) | given | self._head.environment() | {"RAY_ADDRESS": address}
+        process.spawn(lock, entry.command, environment, self._local.log(entry.run_id))
 
     def _forget(self, entry: Entry) -> None:
         process.end(self._local.controller_lock(entry.run_id))
@@ -107,8 +117,12 @@ def fitting(waiting: Iterable[Entry], free: int) -> list[Entry]:
 
 def main() -> None:
     """Serve, and let go; who submitted meanwhile found the lock held, so look once more without it."""
-    local = Local(Path(sys.argv[1]))
-    Supervisor(local).run()
+    local = Local(Path(sys.argv[1]).absolute())
+    try:
+        local.check_here()
+        Supervisor(local).run()
+    except Unreachable as error:  # what serves this home is on another host, or came to be there
+        sys.exit(str(error))
     process.release()
     if local.queue.list():
         local.start()

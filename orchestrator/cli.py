@@ -252,8 +252,8 @@ def mlflow(
 
     from orchestrator.tracking.store import ui_command
 
-    command = ui_command(uri)
-    os.execvp(command[0], command)
+    command, settings = ui_command(uri)
+    os.execvpe(command[0], command, {**os.environ, **settings})
 
 
 @cluster_app.command("start")

@@ -1,5 +1,6 @@
 """Ending a run, and letting one go on."""
 
+from clusters.environment import values
 from orchestrator.backends import make_request
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, find
@@ -27,6 +28,7 @@ def resume(reference: str) -> str:
     request = make_request(cluster, job, run.run_id, run.snapshot().attempt + 1)
     cluster.capacity()  # where there is no cluster, the run stays as it is
     _ask(run, "reopen")
+    run.site.entrust(run.run_id, values(request.secrets))
     cluster.submit(request)
     return run.run_id
 

@@ -12,13 +12,14 @@ import threading
 import time
 from pathlib import Path
 
+from clusters.environment import SECRETS
 from orchestrator.verdict import Again, Final, Kind, Verdict, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
 from runfolder.chain import Attempt, Fenced, attempts, claim_next, close, settle
 from runfolder.files import Record, read_json
 from runfolder.requests import cancel_requested
-from runfolder.secrets import secrets
+from runfolder.secrets import read_secrets
 
 TRACKING_PATIENCE_S = 600.0  # how long it stays to deliver what an outage of MLflow held up
 DELIVERED = "the output is there, but the worker ended before it was checked (and merged, if that was asked for)"
@@ -165,7 +166,8 @@ def _reopened(run_dir: Path) -> int:
 
 if __name__ == "__main__":
     try:
-        os.environ.update(secrets(Path(sys.argv[1])))
+        secrets = read_secrets(Path(sys.argv[1]))
+        os.environ.update({name: secrets[name] for name in SECRETS if name in secrets})
         code = main(Path(sys.argv[1]))
     except Fenced as fenced:
         code = 1

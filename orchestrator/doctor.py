@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from clusters.base import Unreachable
 from clusters.local import Local
 from orchestrator.tracking.delivery import all_held_up, undelivered
+from orchestrator.tracking.password import without_password
 from orchestrator.tracking.store import resolve, sqlite_file
-from orchestrator.tracking.trouble import without_password
 from runfolder.folders import cache_folder, home, library_folders, nearest, writable
 
 Level = Literal["ok", "warn", "fail"]
@@ -171,11 +172,16 @@ def _build_lock() -> Iterator[Check]:
 def _cluster() -> Iterator[Check]:
     try:
         state = Local.here().state()
+    except Unreachable as error:
+        yield Check("local cluster", "warn", str(error), "use it from there, or set FLEETUNE_HOME")
+        return
     except OSError as error:
         yield Check("local cluster", "fail", f"{error.filename}: {error.strerror}", "set FLEETUNE_HOME")
         return
     capacity = state["capacity"]
     room = f"{capacity.free} of {capacity.total} {capacity.kind} free"
+    for run_id, why in state["damaged"].items():
+        yield Check("queue", "warn", why, f"fleetune resume {run_id}, or remove the file")
     if state["trouble"]:
         mend = "mend it; runs that wait go on by themselves (at once with: fleetune cluster stop, then start)"
         yield Check("local cluster", "fail", state["trouble"], mend)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from clusters.environment import SECRETS, SETTINGS
-from orchestrator.worker import redirect, work
+from orchestrator.failure import Failure, types_of
+from orchestrator.worker import WorkerFailed, redirect, work
 from runfolder.chain import Attempt
 from runfolder.files import write_json
 from runfolder.folders import library_folders
@@ -32,7 +33,8 @@ def main() -> None:
     attempt = Attempt(run_dir, int(number))
     redirect(attempt.folder / "logs" / "controller.log")
     failures = outcome(lambda: fit(attempt, load_job(run_dir).resources.world, resources))
-    write_json(attempt.folder / "outcome.json", {"failures": {str(rank): text for rank, text in failures.items()}})
+    found = {str(rank): failure.dump() for rank, failure in failures.items()}
+    write_json(attempt.folder / "outcome.json", {"failures": found})
 
 
 def connect() -> dict[str, float]:
@@ -45,25 +47,30 @@ def connect() -> dict[str, float]:
     return resources
 
 
-def outcome(fit_once: Callable[[], None]) -> dict[int, str]:
+def outcome(fit_once: Callable[[], None]) -> dict[int, Failure]:
     """What the workers raised, by rank; empty when all went well, rank -1 for what is nobody's."""
     from ray.train import WorkerGroupError
 
     try:
         fit_once()
     except WorkerGroupError as error:
-        return {rank: describe(failure)[-_TEXT:] for rank, failure in error.worker_failures.items()}
+        return {rank: describe(failure) for rank, failure in error.worker_failures.items()}
     except Exception as error:
-        return {-1: describe(error)[-_TEXT:]}
+        return {-1: describe(error)}
     return {}
 
 
-def describe(failure: BaseException) -> str:
-    """A failure as text with the names of its types: what a verdict is found by."""
-    cause = getattr(failure, "health_check_failure", None) or getattr(failure, "controller_failure", None)
-    name = "" if type(failure).__name__.startswith("WorkerFailed") else f"{type(failure).__name__}: "
-    own = f"{name}{failure}"
-    return f"{own}\n{describe(cause)}" if cause else own
+def describe(error: BaseException) -> Failure:
+    """A failure with what Ray says was its cause."""
+    if isinstance(error, WorkerFailed):
+        return Failure(error.text[-_TEXT:], error.types)
+    own = f"{type(error).__name__}: {error}"
+    preempted = getattr(error, "preempted", False)  # of Ray's errors about actors
+    cause = getattr(error, "health_check_failure", None) or getattr(error, "controller_failure", None)
+    if cause is None:
+        return Failure(own[-_TEXT:], types_of(error), preempted)
+    behind = describe(cause)
+    return Failure(f"{own}\n{behind.text}"[-_TEXT:], types_of(error) + behind.types, preempted or behind.preempted)
 
 
 def fit(attempt: Attempt, world: int, resources: dict[str, float]) -> None:

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clusters.environment import values
 from orchestrator.backends import make_request, open_cluster
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import Source, read, record
 from orchestrator.planning.preflight import check
 from orchestrator.planning.survey import Progress, with_date, writes_date
 from orchestrator.runs import RUN_ID, name_of, new_id, remember
+from orchestrator.tracking.password import secrets_of
 from runfolder.folders import home
 from runfolder.job import Job
 from runfolder.site import Site
@@ -62,6 +64,7 @@ def submit(
         backend.capacity()  # where there is no cluster, nothing is made
         remember(chosen, cluster)
         adopted = _create(backend.site, chosen, frozen)
+        backend.site.entrust(chosen, values(request.secrets) | secrets_of(job))
         backend.submit(request)
         submission = Submission(chosen, Path(request.run_dir), cluster, adopted, found.warnings)
         announce(submission)

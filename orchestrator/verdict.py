@@ -1,9 +1,15 @@
-"""How an attempt ended, and whether there is to be another one. Pure functions of texts and numbers."""
+"""How an attempt ended, and whether there is to be another one. Pure functions of failures and numbers.
+
+A failure is judged by the types of what was raised, never by what a message says: a bug may say anything. Libraries
+that raise a plain RuntimeError for what the machine did are known by the form of their messages.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from orchestrator.failure import Failure
 
 Kind = Literal[
     "success",
@@ -17,29 +23,57 @@ Kind = Literal[
     "hang",
 ]
 
-# Tried in this order, on the text of one worker's failure. Ray says of every dead worker that the OOM killer is among
-# the common causes, so "OOM" alone proves nothing.
-_SIGNS: tuple[tuple[Kind, str], ...] = (
-    (
-        "out_of_memory",
-        r"OutOfMemoryError|out of memory\b(?! killer)|MemoryError|can't allocate memory|Cannot allocate memory"
-        r"|NODE_OUT_OF_MEMORY|running low on memory|CUBLAS_STATUS_ALLOC_FAILED",
-    ),
-    ("preemption", r"(?i)preempt"),
-    (
-        "node_lost",
-        r"ActorDiedError|ActorUnavailableError|NodeDiedError|WorkerCrashedError|worker process has died"
-        r"|CheckpointGone",
-    ),
-    ("hang", r"Watchdog caught collective operation timeout|Timed out waiting \d+ms|WorkerHealthCheckTimeoutError"),
+_GONE = "trainer.checkpoint.CheckpointGone"
+# By the class that was raised, one of its bases, or what Ray names as the cause.
+_TYPES: Mapping[str, Kind] = {
+    "builtins.MemoryError": "out_of_memory",
+    "torch.OutOfMemoryError": "out_of_memory",
+    "ray.exceptions.OutOfMemoryError": "out_of_memory",
+    "ray.train.v2.api.exceptions.PreemptionError": "preemption",
+    "ray.exceptions.ActorDiedError": "node_lost",
+    "ray.exceptions.ActorUnavailableError": "node_lost",
+    "ray.exceptions.LocalRayletDiedError": "node_lost",
+    "ray.exceptions.NodeDiedError": "node_lost",
+    "ray.exceptions.WorkerCrashedError": "node_lost",
+    _GONE: "node_lost",
+    "ray.train.v2._internal.exceptions.WorkerHealthCheckTimeoutError": "hang",
+    "builtins.ConnectionError": "network",
+    "httpx.TransportError": "network",
+    "requests.exceptions.ConnectionError": "network",
+    "socket.gaierror": "network",
+    "torch.distributed.DistNetworkError": "network",
+    "torch.distributed.DistStoreError": "network",
+}
+_PLAIN = ("builtins.RuntimeError", "builtins.OSError", "torch.AcceleratorError")
+_NCCL = "torch.distributed.DistBackendError"
+# Of exactly these classes, by what the library writes: torch's allocators, gloo, NCCL.
+_FORMS: tuple[tuple[Kind, tuple[str, ...], str], ...] = (
+    ("out_of_memory", (*_PLAIN, _NCCL), r"out of memory|allocate memory|STATUS_ALLOC_FAILED"),
+    ("hang", (*_PLAIN, _NCCL), r"Watchdog caught collective operation timeout"),
+    ("hang", _PLAIN, r"\[\S*gloo/transport/\S*\] Timed out waiting \d+ms"),
     (
         "network",
-        r"Connection (closed|reset|refused)|Connection(Reset|Refused|Aborted)?Error|Broken pipe|Socket closed"
-        r"|nccl(Remote|System)Error|NCCL WARN .*[Cc]onnection|DistNetworkError|Temporary failure in name resolution",
+        _PLAIN,
+        r"\[\S*gloo/transport/\S*\] .*(Connection|Socket|Broken pipe|reset by peer)|Gloo connectFullMesh failed",
+    ),
+    (
+        "network",
+        (_NCCL,),
+        r"nccl(Remote|System)Error|NCCL WARN .*[Cc]onnection|Connection (closed|reset|refused)|Broken pipe"
+        r"|Socket (closed|Timeout)",
     ),
 )
-# Looked for first: what follows are names of files, which may say anything.
-_INPUT_CHANGED = r"^[\w.]*InputChanged: "
+# What a log line looks like that shows such an end: to quote it, not to judge by it.
+_SIGNS: Mapping[Kind, str] = {
+    "out_of_memory": r"OutOfMemoryError|out of memory\b(?! killer)|MemoryError|allocate memory|running low on memory"
+    r"|STATUS_ALLOC_FAILED",
+    "preemption": r"(?i)preempt",
+    "node_lost": r"ActorDiedError|ActorUnavailableError|NodeDiedError|WorkerCrashedError|worker process has died"
+    r"|CheckpointGone",
+    "hang": r"Watchdog caught collective operation timeout|Timed out waiting \d+ms|WorkerHealthCheckTimeoutError",
+    "network": r"Connection (closed|reset|refused)|Connection(Reset|Refused|Aborted)?Error|Broken pipe|Socket closed"
+    r"|nccl(Remote|System)Error|NCCL WARN .*[Cc]onnection|Dist(Network|Store)Error|name resolution",
+}
 # Where workers failed in several ways: what made the others fail comes first. A real bug shows again next time.
 _FIRST: tuple[Kind, ...] = ("out_of_memory", "preemption", "node_lost", "user_error", "hang", "network")
 
@@ -78,16 +112,18 @@ class Final:
     reason: str | None
 
 
-def classify(failures: Mapping[int, str], tails: Mapping[int, str] | None = None) -> Verdict:
-    """The verdict on workers that failed: rank -> text of what was raised or known, and the ends of their logs.
+def classify(failures: Mapping[int, Failure], tails: Mapping[int, str] | None = None) -> Verdict:
+    """The verdict on workers that failed: rank -> what was raised or known, and the ends of their logs.
 
     Rank -1 stands for what concerns no single worker, and is nobody's bug.
     """
-    found = {rank: _kind(text, "user_error" if rank >= 0 else "node_lost") for rank, text in failures.items()}
+    found = {
+        rank: _kind(failure) or ("user_error" if rank >= 0 else "node_lost") for rank, failure in failures.items()
+    }
     kind = next(kind for kind in _FIRST if kind in found.values())
     rank = min(rank for rank, its in found.items() if its == kind)
-    text = failures[rank]
-    reason = _reason(kind, text)
+    text = failures[rank].text
+    reason = _reason(kind, failures[rank])
     evidence = _evidence(kind, (tails or {}).get(rank, "")) or _evidence(kind, text) or reason
     return Verdict(kind, reason if rank < 0 else f"rank {rank}: {reason}", evidence, rank if rank >= 0 else None)
 
@@ -119,21 +155,24 @@ def _barren(history: Sequence[tuple[Kind, int]]) -> int:
     return count
 
 
-def _kind(text: str, otherwise: Kind) -> Kind:
-    if re.search(_INPUT_CHANGED, text):
-        return "user_error"
-    return next((kind for kind, sign in _SIGNS if re.search(sign, text)), otherwise)
+def _kind(failure: Failure) -> Kind | None:
+    """What a failure is by its types; None for any other error."""
+    found = {_TYPES[name] for name in failure.types if name in _TYPES}
+    found |= {"preemption"} if failure.preempted else set()
+    raised = failure.types[0] if failure.types else ""
+    found |= {kind for kind, types, form in _FORMS if raised in types and re.search(form, failure.text)}
+    return next((kind for kind in _FIRST if kind in found), None)
 
 
-def _reason(kind: Kind, text: str) -> str:
-    if kind == "node_lost" and "CheckpointGone" not in text:
+def _reason(kind: Kind, failure: Failure) -> str:
+    if kind == "node_lost" and _GONE not in failure.types:
         return "the worker process was killed, or its node is gone"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in failure.text.splitlines() if line.strip()]
     return lines[-1] if lines else kind
 
 
 def _evidence(kind: Kind, text: str) -> str:
     """The last line that shows this kind of end; for a bug the last line of its traceback."""
-    sign = dict(_SIGNS).get(kind, r"^\w[\w.]*(Error|Exception|Interrupt|Exit)\b")
+    sign = _SIGNS.get(kind, r"^\w[\w.]*(Error|Exception|Interrupt|Exit)\b")
     lines = [line.strip() for line in text.splitlines() if re.search(sign, line)]
     return lines[-1][:1000] if lines else ""

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from clusters.ray_head import answers
+from orchestrator.failure import Failure, load
 from orchestrator.verdict import Verdict, classify
 from runfolder.chain import Attempt
 from runfolder.files import read_json
@@ -86,13 +87,14 @@ class Watch:
         """The verdict once the driver has ended."""
         path = self._attempt.folder / "outcome.json"
         if path.exists():
-            failures = {int(rank): text for rank, text in read_json(path)["failures"].items()}
+            failures = {int(rank): load(failure) for rank, failure in read_json(path)["failures"].items()}
             if not failures:
                 return Verdict("success", missing.reason(self._attempt))
         else:
-            failures = {-1: f"the driver ended with exit code {self._driver.exit_code}\n{self._tail('controller')}"}
+            told = f"the driver ended with exit code {self._driver.exit_code}\n{self._tail('controller')}"
+            failures = {-1: Failure(told)}
         if not answers(os.environ["RAY_ADDRESS"]):
-            return Verdict("node_lost", "the Ray head is gone", next(iter(failures.values()))[-1000:])
+            return Verdict("node_lost", "the Ray head is gone", next(iter(failures.values())).text[-1000:])
         return classify(failures, {rank: self._tail(f"rank-{rank}") for rank in failures})
 
     def _stopped(self) -> Verdict | None:

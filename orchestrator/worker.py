@@ -7,9 +7,23 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
+from orchestrator.failure import types_of
+
 
 class WorkerFailed(RuntimeError):
-    """What a worker raised, as text: any exception travels, also one that cannot be pickled."""
+    """What a worker raised, as text and types: any exception travels, also one that cannot be pickled."""
+
+    def __init__(self, text: str, types: tuple[str, ...]) -> None:
+        super().__init__(text, types)
+        self.text, self.types = text, types
+
+    def __str__(self) -> str:
+        return self.text
+
+    @staticmethod
+    def by(error: BaseException) -> "WorkerFailed":
+        """The failure of a worker that raised `error`."""
+        return WorkerFailed("".join(traceback.format_exception_only(error)).strip(), types_of(error))
 
 
 def work(run_dir: str, attempt: int, environment: Mapping[str, str]) -> None:
@@ -21,7 +35,7 @@ def work(run_dir: str, attempt: int, environment: Mapping[str, str]) -> None:
         _train(Path(run_dir), attempt)
     except BaseException as error:
         traceback.print_exc()
-        raise WorkerFailed("".join(traceback.format_exception_only(error)).strip()) from None
+        raise WorkerFailed.by(error) from None
 
 
 def redirect(log: Path) -> None:

@@ -33,8 +33,6 @@ from typing import Any
 
 from runfolder.files import Record, names, read_json, refresh, sync_folder, write_json
 
-_ANSWER_S = 120.0  # for a claim to become visible to this client; longer than any cache keeps what it knows
-
 
 class Fenced(RuntimeError):
     """This attempt is not the live one any more; it must stop and touch nothing."""
@@ -63,6 +61,15 @@ class Attempt:
     @cached_property
     def claim(self) -> Record:
         """What was written when the slot was taken; it never changes."""
+        try:
+            return read_json(self.folder / "claim.json")
+        except FileNotFoundError:
+            if str(self.number) not in names(self.folder.parent):
+                raise
+        # This client still believes what it was told before the slot was taken, as when it wanted the slot itself.
+        # The server refuses to make what is there, and with that the client forgets it.
+        with suppress(FileExistsError):
+            self.folder.mkdir()
         return read_json(self.folder / "claim.json")
 
     @property
@@ -194,7 +201,8 @@ def settle(run_dir: Path) -> Record | None:
     """
     closing = _closing(run_dir)
     if closing is None:
-        (run_dir / "result.json").unlink(missing_ok=True)
+        if "result.json" in names(run_dir):
+            (run_dir / "result.json").unlink(missing_ok=True)
         return None
     claim = closing.claim
     made = Attempt(run_dir, claim["closes"])
@@ -228,7 +236,11 @@ def _open_end(run_dir: Path) -> Attempt | None:
 
 def _says(run_dir: Path, ended: Record) -> bool:
     """Whether result.json is there, and says how the run ended."""
-    return "result.json" in names(run_dir) and read_json(run_dir / "result.json") == ended
+    if "result.json" not in names(run_dir):
+        return False
+    with suppress(FileNotFoundError):  # somebody writes it anew just now, or this client does not know it yet
+        return read_json(run_dir / "result.json") == ended
+    return False
 
 
 def is_appended(path: Path) -> bool:
@@ -257,7 +269,7 @@ def _claim(run_dir: Path, number: int, record: Record) -> Attempt | None:
             shutil.rmtree(prepared, ignore_errors=True)
             raise
         # The answer to a rename that was done can be lost, and asking again then fails: what counts is whose it is.
-        if _claimant(attempt) != token:
+        if attempt.claim.get("token") != token:
             shutil.rmtree(prepared, ignore_errors=True)
             return None
     sync_folder(folder)
@@ -269,19 +281,6 @@ def _is_taken(slot: Attempt) -> bool:
     """Whether the server has a slot."""
     refresh(slot.folder.parent)
     return slot.number in _numbers(slot.run_dir)
-
-
-def _claimant(slot: Attempt) -> str | None:
-    """The token of whoever took a slot; waits while this client still believes that it is not there."""
-    deadline = time.monotonic() + _ANSWER_S
-    while True:
-        try:
-            token: str | None = slot.claim.get("token")
-            return token
-        except FileNotFoundError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
 
 
 def _seal_predecessors(attempt: Attempt) -> None:

@@ -18,6 +18,7 @@ from runfolder.digests import changes
 from runfolder.files import Record, names
 from runfolder.record import create, load_job, read_record
 from runfolder.requests import request_cancel
+from runfolder.secrets import write_secrets
 from runfolder.snapshot import Snapshot, snapshot
 
 Ask = Literal["cancel", "reopen"]
@@ -53,6 +54,10 @@ class Site(Protocol):
 
     def files(self, run_id: str) -> list[str]:
         """The files that a run's attempts append to, like `metrics.jsonl` and `logs/rank-0.log`."""
+        ...
+
+    def entrust(self, run_id: str, secrets: Mapping[str, str]) -> None:
+        """Keep secrets of a run by name, in place of older ones, for its owner alone."""
         ...
 
     def ask(self, run_id: str, what: Ask) -> Record | None:
@@ -97,6 +102,10 @@ class Here:
     def files(self, run_id: str) -> list[str]:
         """The files that a run's attempts append to, like `metrics.jsonl` and `logs/rank-0.log`."""
         return appended_files(self.root / run_id)
+
+    def entrust(self, run_id: str, secrets: Mapping[str, str]) -> None:
+        """Keep secrets of a run by name, in place of older ones, for its owner alone."""
+        write_secrets(self.root / run_id, secrets)
 
     def ask(self, run_id: str, what: Ask) -> Record | None:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""
@@ -151,6 +160,8 @@ def answer(root: Path, request: Mapping[str, Any]) -> Any:
             return {file: list(map(_plain, chunks)) for file, chunks in here.read(request["run_id"], since).items()}
         case "files":
             return here.files(request["run_id"])
+        case "entrust":
+            return here.entrust(request["run_id"], request["secrets"])
         case "ask":
             return here.ask(request["run_id"], request["what"])
     raise Refused(f"verb: found {request['verb']!r}; this Fleetune does not know it")

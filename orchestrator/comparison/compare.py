@@ -12,8 +12,9 @@ from typing import Any
 from orchestrator.comparison.measure import MEASURES, Measure
 from orchestrator.errors import InputError
 from orchestrator.tracking.delivery import all_held_up, deliver_late
+from orchestrator.tracking.password import TRACKING_URI, public, without_password
 from orchestrator.tracking.store import RUN_ID, client, resolve, sqlite_file
-from orchestrator.tracking.trouble import diagnose, is_of_mlflow, without_password
+from orchestrator.tracking.trouble import diagnose, is_of_mlflow
 
 Curve = tuple[tuple[int, float], ...]
 CURVES = ("loss", "eval_loss", "eval_exact_match", "tokens_per_second", "peak_memory_bytes")
@@ -192,7 +193,10 @@ def _run(mlflow: Any, run: Any) -> Run:
     figures = _figures(curves, [point.timestamp / 1000 for point in points.get("loss", [])])
     if trained := tags.get("fleetune.plan.trained"):
         figures["trained"] = float(trained)
-    return Run(tags[RUN_ID], run.info.run_id, run.info.status, dict(run.data.params), tags, curves, figures)
+    params = dict(run.data.params)
+    if uri := params.get(TRACKING_URI):  # an earlier version may have told MLflow the password
+        params[TRACKING_URI] = public(uri)
+    return Run(tags[RUN_ID], run.info.run_id, run.info.status, params, tags, curves, figures)
 
 
 def _figures(curves: dict[str, Curve], times: list[float]) -> dict[str, float]:

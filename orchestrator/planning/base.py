@@ -13,9 +13,8 @@ from methods.options import ALL, Full
 from methods.parts.targets import is_named
 from orchestrator.errors import InputError
 from orchestrator.planning import base_folder, quantised, vocabulary
-from orchestrator.planning.hub import fetch_config
 from orchestrator.planning.model import ADAPTER, Model, folder_of, locate
-from runfolder.job import Job
+from runfolder.job import Base, Job
 
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 _ALLOWED = "allowed: a ...ForCausalLM model"
@@ -44,7 +43,7 @@ def find_model(job: Job) -> Model:
     folder = folder_of(job.base)
     if folder is not None and not (folder / "config.json").exists():
         raise InputError(f"base.model: {folder}: {base_folder.without_config(folder)}")
-    model = locate(job.base) or Model(fetch_config(job.base), None, job.base.init == "scratch")
+    model = locate(job.base) or _on_hub(job.base)
     where = model.folder or job.base.model
     problem = unfit(model.config) or _foreign_code(model.config)
     if problem is None and not model.scratch:
@@ -54,6 +53,13 @@ def find_model(job: Job) -> Model:
     if problem is not None:
         raise InputError(f"base.model: {where}: {problem}")
     return vocabulary.resized(model) if job.base.resize_embeddings else model
+
+
+def _on_hub(base: Base) -> Model:
+    """The shapes of a base that is nowhere here."""
+    from orchestrator.planning.hub import fetch_config  # what speaks HTTP is imported by who needs it
+
+    return Model(fetch_config(base), None, base.init == "scratch")
 
 
 def misfits(job: Job, model: Model) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 from orchestrator.planning import spec
 from orchestrator.planning.model import Model
 from orchestrator.tracking.environment import PACKAGES
+from orchestrator.tracking.password import without_secrets
 from runfolder.digests import digests
 from runfolder.job import Job
 
@@ -50,14 +51,14 @@ def absolute(job: Job, folder: Path) -> Job:
 
 
 def record(job: Job, model: Model, cluster: str, folder: Path) -> dict[str, Any]:
-    """What RUN_DIR/job.yaml says beside the run id."""
+    """What RUN_DIR/job.yaml says beside the run id; nothing in it is secret."""
     return {
         "cluster": cluster,
         "submitted": time.time(),
         "versions": versions(),
         "digests": digests(job, model.folder),
         "git": git_state(folder),
-        "job": job.at_width(model.config.get("hidden_size")).dump(),
+        "job": without_secrets(job).at_width(model.config.get("hidden_size")).dump(),
     }
 
 

@@ -2,7 +2,11 @@
 
 import json
 import os
-from typing import Any
+from http.client import HTTPMessage
+from typing import IO, Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from orchestrator.errors import InputError
 from orchestrator.planning.model import HUB_ID
@@ -11,11 +15,20 @@ from runfolder.job import Base
 _TIMEOUT = 3.0  # seconds; submitting must not hang on a dead network
 
 
+class _TokenStays(HTTPRedirectHandler):
+    """Follows a redirect with the token within the place that the token was meant for, and without it elsewhere."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
+        following = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if following and urlsplit(newurl)[:2] != urlsplit(req.full_url)[:2]:  # scheme, host and port
+            following.remove_header("Authorization")
+        return following
+
+
 def fetch_config(base: Base) -> dict[str, Any]:
     """config.json of a base on the hub; raises InputError when it cannot be had."""
-    from urllib.error import HTTPError, URLError
-    from urllib.request import Request, urlopen
-
     if not HUB_ID.fullmatch(base.model):
         where = f"base.model: found {base.model!r}, which is no folder"
         raise InputError(f"{where}; allowed: a folder, or a hub id owner/name")
@@ -29,7 +42,7 @@ def fetch_config(base: Base) -> dict[str, Any]:
         headers={"Authorization": f"Bearer {token}"} if token else {},
     )
     try:
-        with urlopen(request, timeout=_TIMEOUT) as answer:
+        with build_opener(_TokenStays).open(request, timeout=_TIMEOUT) as answer:
             config = json.loads(answer.read())
     except HTTPError as error:
         raise InputError(f"{where}; {endpoint} says: {_refusal(error.code)}") from None

@@ -19,7 +19,18 @@ SHORT = {"base": "model", "data": "train", "method": "kind"}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML where 1e-4 is a number (as in YAML 1.2) and a key may stand only once."""
+    """YAML where 1e-4 is a number (as in YAML 1.2), a key may stand only once, and nothing stands for something else.
+
+    A few lines of aliases of aliases expand to more than a machine can hold ("billion laughs").
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            alias: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            problem = f"found the alias *{alias.anchor}; write its value out"
+            raise yaml.composer.ComposerError(None, None, problem, alias.start_mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()

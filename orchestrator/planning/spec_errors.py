@@ -12,6 +12,8 @@ from methods.options import ALL
 from runfolder.job import Job
 
 Path = tuple[str | int, ...]
+_LONGEST_WORD = 80  # characters: what is longer is no typing error of a name
+_LONGEST_VALUE = 200  # characters of a value in a message
 _KINDS = {kind.model_fields["kind"].default: kind for kind in ALL}
 
 
@@ -28,7 +30,8 @@ def explain(error: ValidationError, found: Any) -> list[str]:
 
 def nearest(word: object, among: Iterable[str]) -> str:
     """`did you mean 'lora'? `, or nothing."""
-    close = difflib.get_close_matches(str(word), list(among), n=1)
+    known = isinstance(word, str) and len(word) <= _LONGEST_WORD
+    close = difflib.get_close_matches(str(word), list(among), n=1) if known else []
     return f"did you mean {close[0]!r}? " if close else ""
 
 
@@ -45,7 +48,10 @@ def _line(path: Path, problems: list[Any], found: Any) -> str:
 
 
 def _short(value: object) -> str:
-    return "null" if value is None else reprlib.repr(value)
+    if value is None:
+        return "null"
+    text = reprlib.repr(value)  # of a deep value still thousands of characters
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _description(path: Path, found: Any) -> str:
@@ -95,7 +101,8 @@ def _model_at(path: Path, found: Any) -> type[BaseModel] | None:
 def _inside(model: type[BaseModel], key: str | int, found: Any) -> type[BaseModel] | None:
     """The model of a field, when it has one."""
     if model is Job and key == "method":
-        return _KINDS.get(str(_at(found, ("method", "kind"))))
+        kind = _at(found, ("method", "kind"))
+        return _KINDS.get(kind) if isinstance(kind, str) else None
     annotation = model.model_fields[str(key)].annotation if key in model.model_fields else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 

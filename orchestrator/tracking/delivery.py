@@ -21,14 +21,7 @@ from typing import Any
 from orchestrator.runs import run_ids, runs_folder
 from orchestrator.tracking.environment import Sampler
 from orchestrator.tracking.history import Row, Spool
-from orchestrator.tracking.store import (
-    client,
-    describe,
-    open_run,
-    recorded,
-    resolve,
-    upload,
-)
+from orchestrator.tracking.store import address, client, describe, open_run, upload
 from orchestrator.tracking.trouble import Trouble, diagnose, held_up, note
 from runfolder.appended import read_from
 from runfolder.chain import Attempt, Fenced, attempts, last, last_slot, result
@@ -127,9 +120,8 @@ class Delivery:
 
     @property
     def uri(self) -> str:
-        """The MLflow that gets the run."""
-        found = recorded(self._run_dir)
-        return str(found["uri"]) if found else resolve(load_job(self._run_dir).tracking.uri)
+        """The MLflow that gets the run, with its password."""
+        return address(self._run_dir)
 
     def _ran_here(self) -> bool:
         claim = self._attempt.folder / "claim.json"

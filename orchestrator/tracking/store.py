@@ -20,11 +20,13 @@ from urllib.parse import urlsplit
 from orchestrator.errors import InputError
 from orchestrator.tracking.environment import environment
 from orchestrator.tracking.history import planned
+from orchestrator.tracking.password import TRACKING_URI, public, secrets_of
 from orchestrator.tracking.trouble import Refused
 from runfolder.chain import Attempt, attempts
 from runfolder.files import Record, read_json, write_json
 from runfolder.folders import home
 from runfolder.record import load_job, read_record
+from runfolder.secrets import read_secrets
 
 RUN_ID = "fleetune.run_id"
 SERVERS = ("http", "https", "databricks", "postgresql", "mysql", "mssql")
@@ -52,7 +54,7 @@ def check_uri(uri: str | None) -> None:
     if not (file and file.is_absolute()) and not (
         (parts := urlsplit(uri)).netloc and parts.scheme.split("+")[0] in SERVERS
     ):
-        raise InputError(f"tracking.uri: found {uri!r}; allowed: {ALLOWED} (MLflow's file store is gone)")
+        raise InputError(f"tracking.uri: found {public(uri)!r}; allowed: {ALLOWED} (MLflow's file store is gone)")
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -73,15 +75,25 @@ def client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def ui_command(uri: str | None, port: int = 5000) -> list[str]:
-    """The command that serves MLflow's pages for a store on loopback; start it in its own process group."""
+def ui_command(uri: str | None, port: int = 5000) -> tuple[list[str], dict[str, str]]:
+    """What serves MLflow's pages for a store on loopback: a command, and what its environment has beside this one.
+
+    Start it in its own process group. Everybody can read commands, so the URI with its password is not in it.
+    """
     uri = resolve(uri)
     if urlsplit(uri).scheme in ("http", "https", "databricks"):
-        raise InputError(f"tracking.uri: {uri} is a server already; open it in a browser")
+        raise InputError(f"tracking.uri: {public(uri)} is a server already; open it in a browser")
     artifacts = ["--default-artifact-root", root] if (root := _artifact_root(uri)) else []
-    settings = ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"]
     serve = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(_free_port(port))]
-    return ["env", *settings, *serve, "--workers", "1", "--backend-store-uri", uri, *artifacts]
+    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return [*serve, "--workers", "1", *artifacts], {**settings, "MLFLOW_BACKEND_STORE_URI": uri}
+
+
+def address(run_dir: Path) -> str:
+    """The URI of the MLflow that gets a run, with its password: of the one that has it, else of the one asked for."""
+    asked = read_secrets(run_dir).get(TRACKING_URI) or resolve(load_job(run_dir).tracking.uri)
+    found = recorded(run_dir)
+    return asked if found is None or public(found["uri"]) == public(asked) else str(found["uri"])
 
 
 def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) -> Any:
@@ -96,7 +108,7 @@ def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) ->
     if not (run_dir / "mlflow").exists():
         fence()
         found = found or [_create(client, experiment, run_dir)]
-        _take(run_dir, {"mlflow_run_id": found[0], "uri": uri, "experiment_id": experiment})
+        _take(run_dir, {"mlflow_run_id": found[0], "uri": public(uri), "experiment_id": experiment})
     counts = read_json(run_dir / "mlflow" / "run.json")
     write_json(run_dir / "mlflow.json", counts)
     for other in set(found) - {counts["mlflow_run_id"]}:
@@ -146,7 +158,9 @@ def job_params(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     """The frozen job with its defaults as flat params, and the digests of data and base; nulls are left out."""
     job = load_job(run_dir)
     digests = {f"{name}_digest": digest for name, digest in record.get("digests", {}).items()}
-    return {**dict(_flat(job.dump())), "train.lr": repr(job.lr), **dict(_flat(digests))}
+    params = {**dict(_flat(job.dump())), "train.lr": repr(job.lr), **dict(_flat(digests))}
+    # Made by hand, or by an earlier version. Not changed but left out: MLflow refuses another value of a param.
+    return {name: value for name, value in params.items() if name not in secrets_of(job)}
 
 
 def upload(client: Any, run_dir: Path, mlflow_run_id: str, succeeded: bool) -> None:
@@ -162,7 +176,8 @@ def upload(client: Any, run_dir: Path, mlflow_run_id: str, succeeded: bool) -> N
 
 
 def _artifacts(run_dir: Path, succeeded: bool) -> Iterator[tuple[Path, str | None]]:
-    yield from ((run_dir / name, None) for name in ("job.yaml", "result.json") if (run_dir / name).exists())
+    telling = ("result.json",) if secrets_of(load_job(run_dir)) else ("job.yaml", "result.json")
+    yield from ((run_dir / name, None) for name in telling if (run_dir / name).exists())
     output, left = run_dir / "output", _UPLOAD_BYTES
     files = [path for path in output.rglob("*") if path.is_file()] if succeeded else []
     for path in sorted(files, key=lambda path: path.stat().st_size):

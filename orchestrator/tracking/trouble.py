@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator.errors import InputError
+from orchestrator.tracking.password import without_password
 from runfolder.files import read_json, write_json
 
 _FILE = "undelivered.json"
@@ -95,12 +96,6 @@ def held_up(run_dir: Path) -> Trouble | None:
     """What keeps the rows of a run from MLflow; None where nothing is known to."""
     path = run_dir / _FILE
     return Trouble(**read_json(path)) if path.exists() else None
-
-
-def without_password(text: str, uri: str) -> str:
-    """A text that may quote a URI, with the URI's password hidden."""
-    password = urlsplit(uri).password
-    return text.replace(f":{password}@", ":***@") if password else text
 
 
 def _verdict(error: BaseException) -> str | None:

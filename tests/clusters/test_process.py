@@ -1,15 +1,19 @@
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
 
-from clusters import process
+from clusters import holder, process
+from clusters.base import Unreachable
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 FAMILY = [
@@ -86,13 +90,64 @@ def test_end_kills_what_the_owner_started_also_after_its_death(lock: Path, tmp_p
     assert not lives(child)
 
 
-def test_a_number_that_a_stranger_has_now_is_left_alone(lock: Path) -> None:
-    stranger = subprocess.Popen(SLEEP, start_new_session=True)
-    lock.write_text(str(stranger.pid))
-    process.end(lock)
-    assert stranger.poll() is None
-    stranger.kill()
-    stranger.wait()
+HOLD = (
+    "import fcntl, sys; lock = open(sys.argv[1], 'r+'); fcntl.flock(lock, fcntl.LOCK_EX); print('held', flush=True);"
+    "sys.stdin.read()"
+)
+
+
+@pytest.fixture
+def stranger() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of somebody else, which leads a session."""
+    with subprocess.Popen(SLEEP, start_new_session=True) as found:
+        yield found
+        assert found.poll() is None, "a stranger was killed"
+        found.kill()
+
+
+@contextmanager
+def held_by(lock: Path, said: str) -> Iterator[None]:
+    """The lock is held by a process while its file says something."""
+    lock.write_text(said)
+    with subprocess.Popen([sys.executable, "-c", HOLD, lock], stdin=-1, stdout=subprocess.PIPE) as holding:
+        assert holding.stdout and holding.stdout.readline() == b"held\n"
+        yield
+        assert holding.poll() is None
+        holding.communicate()
+
+
+def said(stranger: subprocess.Popen[bytes], **changed: object) -> str:
+    """What a lock file says of a holder whose number the stranger has."""
+    true = {**asdict(holder.me()), "pid": stranger.pid, "started": holder.start_of(stranger.pid)}
+    return json.dumps({**true, **changed})
+
+
+def test_a_number_that_a_stranger_has_now_is_left_alone(lock: Path, stranger: subprocess.Popen[bytes]) -> None:
+    """After a death and many processes, after a reboot, on another host, and as an earlier version wrote it."""
+    others = ({"started": "1"}, {"boot_id": "before"}, {"host": "elsewhere", "boot_id": "other"})
+    for text in (*(said(stranger, **other) for other in others), str(stranger.pid), "{}", '{"pid": ', "[]"):
+        lock.write_text(text)
+        assert process.owner(lock) is None
+        process.end(lock)
+        assert stranger.poll() is None, text
+    with held_by(lock, said(stranger, started="1")):  # as while somebody takes it who has not written yet
+        assert process.owner(lock) is None
+        process.end(lock)
+
+
+def test_a_lock_that_another_host_holds_is_told_and_nothing_is_done(
+    lock: Path, stranger: subprocess.Popen[bytes]
+) -> None:
+    for text, host in (
+        (said(stranger, host="login2", boot_id="other"), "login2"),
+        (str(stranger.pid), "an unknown host"),
+    ):
+        with held_by(lock, text):
+            for act in (process.owner, process.end, spawn):
+                with pytest.raises(Unreachable) as error:
+                    act(lock)
+                assert f"{lock} is held by process {stranger.pid} on {host}; run this there" in str(error.value)
+            assert lock.read_text() == text
 
 
 def test_nobody_starts_while_the_lock_is_held(lock: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from clusters import holder
 from orchestrator.planning.model import Model, count
 
 CONFIG: dict[str, Any] = {
@@ -84,7 +85,7 @@ def only_queued(home: Path) -> Iterator[None]:
     folder.mkdir(parents=True)
     descriptor = os.open(folder / "supervisor.lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    os.pwrite(descriptor, holder.me().dump(), 0)
     try:
         yield
     finally:

@@ -29,9 +29,10 @@ class Server:
         """Start the server, unless it runs, and wait until it answers."""
         if self._process:
             return
-        command = ui_command(self.store, self.port)
+        command, settings = ui_command(self.store, self.port)
         quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)
+        environment = {**os.environ, **settings}
+        self._process = subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet, start_new_session=True)
         for _ in range(600):
             if self._healthy():
                 return

@@ -25,7 +25,7 @@ from orchestrator.logs import LogReader
 from runfolder.appended import Position
 from runfolder.chain import close, result
 from runfolder.requests import cancel_requested
-from runfolder.secrets import secrets
+from runfolder.secrets import read_secrets
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def test_a_submitted_run_is_there_and_not_here(
     done = fleetune.submit(make_job(tmp_path), cluster="elsewhere")
     folder = far_home / "runs" / done.run_id
     assert (folder / "job.yaml").exists() and not (home / "runs").exists()
-    assert secrets(folder) == {"HF_TOKEN": "hf_secret"}
+    assert read_secrets(folder) == {"HF_TOKEN": "hf_secret"}
     assert (folder / "secrets.json").stat().st_mode & 0o077 == 0
     (entry,) = Local(far_home).queue.list()
     dry = fleetune.dry_run(tmp_path / "job.yaml", cluster="elsewhere")

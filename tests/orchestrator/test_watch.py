@@ -12,6 +12,7 @@ import yaml
 
 from orchestrator.controller import cancelled_within, history, main, next_step, result_of
 from orchestrator.driver import outcome
+from orchestrator.failure import Failure
 from orchestrator.verdict import Final
 from orchestrator.watch import Watch
 from runfolder.chain import Attempt, Fenced, Start, claim_next, close, reopen, result
@@ -107,7 +108,8 @@ def test_an_attempt_with_a_successor_gets_no_verdict(run_dir: Path) -> None:
 def test_the_driver_is_believed(run_dir: Path) -> None:
     attempt = claim(run_dir)
     assert watch(attempt, exit_code=1).until_end().kind == "node_lost"  # it left no word
-    write_json(attempt.folder / "outcome.json", {"failures": {"1": "ValueError: boom"}})
+    boom = Failure("ValueError: boom", ("builtins.ValueError",))
+    write_json(attempt.folder / "outcome.json", {"failures": {"1": boom.dump()}})
     assert watch(attempt, exit_code=0).until_end().reason == "rank 1: ValueError: boom"
     write_json(attempt.folder / "outcome.json", {"failures": {}})
     assert watch(attempt, exit_code=0).until_end().kind == "success"
@@ -117,7 +119,8 @@ def test_what_is_nobodys_has_no_rank() -> None:
     def fails() -> None:
         raise ConnectionError("refused")
 
-    assert outcome(fails) == {-1: "ConnectionError: refused"}
+    types = ("builtins.ConnectionError", "builtins.OSError")
+    assert outcome(fails) == {-1: Failure("ConnectionError: refused", types)}
     assert outcome(lambda: None) == {}
 
 

@@ -28,10 +28,22 @@ PAGES = {
 }
 
 
+MOVED = "/moved"  # a prefix of paths that are answered with another place
+seen: list[tuple[str, str, str | None]] = []  # host, path and Authorization of every request
+
+
 class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        host = self.headers["Host"].partition(":")[0]
+        seen.append((host, self.path, self.headers.get("Authorization")))
         code, body = PAGES.get(self.path, (404, b""))
+        if self.path.startswith(MOVED):
+            code = 307
         self.send_response(code)
+        if code == 307:
+            there = {"/moved-away": f"http://localhost:{self.server.server_address[1]}"}
+            owner = self.path.split("/")[1]
+            self.send_header("Location", there.get(f"/{owner}", "") + self.path.replace(owner, "good"))
         self.end_headers()
         self.wfile.write(body)
 
@@ -94,6 +106,15 @@ def test_what_is_no_id_is_not_asked_for(base: str, monkeypatch: pytest.MonkeyPat
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     assert "Connection refused" in refusal("good/base")
+
+
+def test_the_token_stays_with_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`localhost` is another host than 127.0.0.1; a model that was only renamed stays on the same one."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    for owner, follows in (("moved", "Bearer hf_secret"), ("moved-away", None)):
+        seen.clear()
+        assert find_model(job(f"{owner}/base")).config["model_type"] == CONFIG["model_type"]
+        assert [token for _, _, token in seen] == ["Bearer hf_secret", follows]
 
 
 def test_offline_only_the_cache_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def test_overrides_reach_any_key_and_spell_out_short_forms() -> None:
         ("name.x.y=3", "job.yaml: name: found {'x': {'y': 3}}; allowed: a valid string"),
         ("train.steps.x=3", "--set train.steps.x=3: train.steps is 3, not a mapping"),
         ("name=[a", "--set name=[a: line 1: expected ',' or ']'"),
+        ("train={steps: &x 3, seed: *x}", "--set train={steps: &x 3, seed: *x}: line 1: found the alias *x"),
     ],
 )
 def test_one_clear_line(override: str, line: str) -> None:
@@ -99,6 +100,8 @@ def test_every_error_is_told_at_once() -> None:
         (b"\xff\xfe\x00", "not a text file (UTF-8)"),
         (b"a: \x00", "not YAML"),
         ("{" * 3000, "nested too deeply"),
+        (f"a: &a [{'x, ' * 9}x]\nmethod: {{kind: *a}}", "line 2: found the alias *a; write its value out"),
+        ("a: &a {b: 1}\ntrain:\n  <<: *a", "line 3: found the alias *a; write its value out"),
         ("#" * (spec.LARGEST + 1), f"a job.yaml has at most {spec.LARGEST}"),
     ],
 )
@@ -109,6 +112,18 @@ def test_files_that_are_no_job(tmp_path: Path, content: str | bytes, problem: st
     assert str(error.value).startswith(f"{path}: ")
     assert problem in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_large_value_is_told_in_a_short_line() -> None:
+    value: object = "word" * 1000
+    for _ in range(4):
+        value = [value] * 10
+    for change in ({"method": {"kind": value}}, {"train": {"steps": 3, "precision": value}}, {"name": value}):
+        with pytest.raises(InputError) as error:
+            spec.validate({**MINIMAL, **change})
+        (line,) = str(error.value).splitlines()
+        assert "found [" in line
+        assert len(line) < 600
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:

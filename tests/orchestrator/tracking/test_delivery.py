@@ -336,10 +336,10 @@ def test_other_uris_are_one_clear_line(uri: str) -> None:
 def test_the_ui_command_of_a_server_says_that_it_is_one() -> None:
     with pytest.raises(ValueError, match="http://host:1 is a server already"):
         ui_command("http://host:1")
-    command = ui_command(None, port := free_port())
+    command, settings = ui_command(None, port := free_port())
     assert command[command.index("--port") + 1] == str(port)
     assert command[command.index("--host") + 1] == "127.0.0.1"
-    assert "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false" in command
+    assert settings["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
 
 
 def test_comparing_delivers_what_a_long_outage_held_up(home: Path) -> None:

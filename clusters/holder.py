@@ -1,0 +1,99 @@
+"""Who holds a lock, said so that nobody takes another process for it: not on another host, nor after a reboot."""
+
+import json
+import os
+import socket
+import subprocess
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+_ZOMBIE = "Z"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process. Its number means something within one boot of one machine (and one container) alone: `boot_id`.
+
+    `started` is the moment of its start as that system counts it: numbers are given again.
+    """
+
+    host: str
+    boot_id: str
+    pid: int
+    started: str
+
+    @property
+    def here(self) -> bool:
+        """Whether the number would be that of a process of this system."""
+        return self.boot_id == boot_id()
+
+    @property
+    def lives(self) -> bool:
+        """Whether the process runs here."""
+        return self.here and start_of(self.pid) == self.started
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another process of this system has the number now."""
+        return self.here and start_of(self.pid) not in (None, self.started)
+
+    def dump(self) -> bytes:
+        """As bytes that `load` reads."""
+        return json.dumps(asdict(self)).encode()
+
+
+def me() -> Holder:
+    """This process."""
+    return Holder(socket.gethostname(), boot_id(), os.getpid(), start_of(os.getpid()) or "")
+
+
+def load(data: bytes) -> Holder | None:
+    """The holder that a lock file names; None when it names none."""
+    try:
+        found = json.loads(data)
+        # A bare number, as Fleetune wrote it before: of whatever host.
+        return Holder("an unknown host", "", found, "") if isinstance(found, int) else Holder(**found)
+    except (ValueError, TypeError):
+        return None
+
+
+@cache
+def boot_id() -> str:
+    """What tells this boot of this machine from all others, and a container from its host; else the host."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return _boot_of_macos() or socket.gethostname()
+
+
+def start_of(pid: int) -> str | None:
+    """When a process of this system started; None when there is none of that number, or it has ended."""
+    if not Path("/proc/self/stat").exists():
+        return _start_on_macos(pid)
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The fields behind the name, which may hold anything: the third is the state, the 22nd the start (proc(5)).
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] == _ZOMBIE else fields[19]
+
+
+def _boot_of_macos() -> str:
+    try:
+        asked = subprocess.run(["sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return asked.stdout.strip()
+
+
+def _start_on_macos(pid: int) -> str | None:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else str(process.create_time())
+    except psutil.NoSuchProcess:
+        return None
