@@ -9,12 +9,12 @@ from ray.exceptions import ActorDiedError, NodeDiedError, RayActorError
 from ray.exceptions import OutOfMemoryError as RayOutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import ControllerError
-from trainer.digests import InputChanged
 
 from orchestrator.driver import describe
 from orchestrator.failure import Failure, load
 from orchestrator.verdict import Again, Final, Kind, classify, decide
 from orchestrator.worker import WorkerFailed
+from runfolder.digests import InputChanged
 from trainer.checkpoint import CheckpointGone
 
 # As Ray 2.60 words it, shortened.

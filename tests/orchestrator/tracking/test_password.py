@@ -19,8 +19,9 @@ import fleetune
 from fleetune import InputError
 from orchestrator.comparison.report import write
 from orchestrator.tracking import store
-from orchestrator.tracking.delivery import Delivery, is_tracked
+from orchestrator.tracking.delivery import Delivery
 from orchestrator.tracking.password import public, without_password
+from runfolder.delivered import is_delivered
 from runfolder.record import load_job
 from runfolder.secrets import read_secrets, write_secrets
 
@@ -89,7 +90,7 @@ def test_a_password_is_in_one_file_for_its_owner_and_reaches_mlflow_from_any_pro
     steps(attempt, 4, 5)
     attempt.close({"state": "succeeded"})
     subprocess.run([sys.executable, "-P", "-c", REPLAY, run_dir], check=True)
-    assert is_tracked(run_dir)
+    assert is_delivered(run_dir)
     assert those_that_tell(home) == [f"runs/{run_dir.name}/secrets.json"]
     assert json.loads((run_dir / "mlflow.json").read_text())["uri"] == guard.uri.replace("//", "//ada@")
 
