@@ -6,6 +6,7 @@ import pytest
 from alone import attached, llama
 from llamas import LLAMA_3B
 
+from methods.base import UNSHARDED
 from methods.options import (
     AdaLora,
     Dora,
@@ -67,7 +68,7 @@ REAL: list[Options] = [
 @pytest.mark.parametrize("options", REAL, ids=lambda options: options.kind)
 def test_real_counts(options: Options) -> None:
     base = llama(tied=False)
-    linears, others = shapes(base)
+    linears, others = shapes(base, UNSHARDED)
     _, model = attached(options, base)
     real = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert options.trained(linears, others) == real

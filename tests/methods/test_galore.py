@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from alone import Whole, attached, llama
+from alone import Alone, attached, llama
 from finished_runs import curve
 from torch import nn
 
@@ -61,15 +61,15 @@ def ours(model: nn.Module, **options: Any) -> Callable[[Grads], None]:
     """A step of the method, as the trainer takes it."""
     method = GaloreTuning(Galore(**{"rank": RANK, "refresh_every": EVERY, "scale": SCALE, **options}), Setup())
     method.attach(model)
-    flat = [Whole(name, nn.Parameter(p.data.view(-1))) for name, p in model.named_parameters()]
-    optimizer = method.optimizer(flat, LR, **ADAM)
+    view = Alone(model, flat=True)
+    optimizer = method.optimizer(view, LR, **ADAM)
 
     def step(grads: Grads) -> None:
-        for fragment in flat:
+        for fragment in view.fragments():
             fragment.parameter.grad = grads[fragment.name].reshape(-1).clone()
         with torch.no_grad():
-            method.gradients(None)  # type: ignore[arg-type]
-            method.before_step(None)  # type: ignore[arg-type]
+            method.gradients(view)
+            method.before_step(view)
             optimizer.step()
 
     return step
@@ -287,19 +287,19 @@ def test_a_few_repeated_rows_train_alike_in_any_order_of_sums(options: dict[str,
 
     def curve_of(parts: list[torch.Tensor]) -> list[float]:
         method, model = attached(Galore(rank=20, **options), llama())
-        flat = [Whole(name, nn.Parameter(p.data.view(-1))) for name, p in model.named_parameters()]
-        optimizer = method.optimizer(flat, 1e-3, weight_decay=0.0)
+        view = Alone(model, flat=True)
+        optimizer = method.optimizer(view, 1e-3, weight_decay=0.0)
         losses = []
         for _ in range(10):
             model.zero_grad()
             found = [model(input_ids=part, labels=part).loss / len(parts) for part in parts]
             torch.stack(found).sum().backward()
             losses.append(sum(loss.item() for loss in found))
-            for fragment, parameter in zip(flat, model.parameters(), strict=True):
+            for fragment, parameter in zip(view.fragments(), model.parameters(), strict=True):
                 fragment.parameter.grad = parameter.grad.reshape(-1).clone()
             with torch.no_grad():
-                method.gradients(None)
-                method.before_step(None)
+                method.gradients(view)
+                method.before_step(view)
                 optimizer.step()
         return losses
 
