@@ -21,7 +21,7 @@ from peft.tuners.adalora import AdaLoraLayer
 from torch import nn
 
 from methods.base import Setup, View
-from methods.options import AdaLora
+from methods.options.low_rank import AdaLora
 from methods.parts.peft_adapter import ADAPTER, PeftAdapter
 from methods.parts.ranks import largest
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from methods.base import Method
-from methods.options import Bottleneck
+from methods.options.other_adapters import Bottleneck
 
 CONFIG, WEIGHTS = "bottleneck_config.json", "bottleneck.safetensors"
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

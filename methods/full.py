@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from methods.base import Method, Setup, View
-from methods.options import Full, layer_of
+from methods.options.full import Full, layer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from methods.base import Fragment, Method, Piece, Setup, View, gradient
-from methods.options import Galore
+from methods.options.subspace import Galore
 from methods.parts.weights import shapes
 from methods.subspace.apollo import Scaler
 from methods.subspace.bases import Bases

@@ -10,7 +10,7 @@ import peft
 import torch
 
 from methods.base import View
-from methods.options import Ia3
+from methods.options.other_adapters import Ia3
 from methods.parts.peft_adapter import PeftAdapter
 
 

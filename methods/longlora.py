@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from methods.lora import LowRank
-from methods.options import LongLora
+from methods.options.low_rank import LongLora
 from methods.parts import attention
 from methods.parts.shifted_attention import NAME, sparse_in_training
 from methods.parts.weights import shapes

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from methods.base import Setup, View
-from methods.options import Dora, LongLora, Lora, QLora, ReLora, RsLora
+from methods.options.low_rank import Lora, LowRankOptions
 from methods.parts import initial
 from methods.parts.eva import start_from_inputs
 from methods.parts.peft_adapter import ADAPTER, PeftAdapter
 
-L = TypeVar("L", Lora, RsLora, Dora, QLora, LongLora, ReLora)
+L = TypeVar("L", bound=LowRankOptions)
 # What PEFT's LoRA+ optimizer gives the ratio to: B, and DoRA's magnitude (as every vector).
 FAST = ("lora_B", "lora_embedding_B", "lora_magnitude_vector")
 

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from methods.base import Method
-from methods.options import Prefix
+from methods.options.virtual import Prefix
 from methods.parts import attention
 from methods.parts.virtual import common, text_ids, write
 

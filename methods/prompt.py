@@ -8,7 +8,7 @@ import peft
 import torch
 from torch import nn
 
-from methods.options import Prompt
+from methods.options.virtual import Prompt
 from methods.parts.virtual import Embedded, common, embedded, text_ids
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import peft
 import torch
 from torch import nn
 
-from methods.options import PTuning
+from methods.options.virtual import PTuning
 from methods.parts.virtual import Embedded, common, embedded, text_ids
 
 

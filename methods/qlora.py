@@ -19,7 +19,7 @@ from torch import nn
 
 from methods.base import MergeRefused, Setup
 from methods.lora import LowRank
-from methods.options import QLora
+from methods.options.low_rank import QLora
 from methods.parts import quantised
 from methods.parts.initial import adapted
 from methods.parts.peft_adapter import ADAPTER

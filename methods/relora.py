@@ -41,7 +41,7 @@ from torch import nn
 
 from methods.base import Fragment, Piece, Setup, View
 from methods.lora import LowRank
-from methods.options import ReLora
+from methods.options.low_rank import ReLora
 from methods.parts import quantised
 from methods.parts.initial import adapted
 from methods.parts.peft_adapter import ADAPTER

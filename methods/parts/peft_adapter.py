@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from methods.base import Method
-from methods.options import AdaLora, Dora, FourierFt, Ia3, LongLora, Lora, QLora, ReLora, RsLora, Vera
+from methods.options.base import ModuleOptions
 from methods.parts.tied import untie
 from methods.parts.weights import shapes
 
 ADAPTER = "default"  # PEFT's name for the one adapter of a model
-T = TypeVar("T", Lora, RsLora, Dora, QLora, AdaLora, LongLora, ReLora, Ia3, Vera, FourierFt)
+T = TypeVar("T", bound=ModuleOptions)
 
 
 class PeftAdapter(Method[T]):

@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn.functional import embedding
 
 from methods.base import Gather, Method
-from methods.options import Prompt, PTuning
+from methods.options.virtual import EmbeddedOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-E = TypeVar("E", Prompt, PTuning)
+E = TypeVar("E", bound=EmbeddedOptions)
 
 
 class VirtualEmbedding(nn.Module):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from methods.base import Fragment, Piece, gradient
-from methods.options import Galore
+from methods.options.subspace import Galore
 from methods.subspace.exchange import Exchange
 from methods.subspace.matrix import Matrix, exact_basis, fast_basis, generator, random_basis
 from methods.subspace.projector import Calendar, Fp32Projector, Int4Projector, Projector

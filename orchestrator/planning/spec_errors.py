@@ -8,11 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from methods.options import ALL
+from methods.options import KINDS, UNUSABLE
 from runfolder.job import Job
 
 Path = tuple[str | int, ...]
-_KINDS = {kind.model_fields["kind"].default: kind for kind in ALL}
 
 
 def explain(error: ValidationError, found: Any) -> list[str]:
@@ -37,6 +36,8 @@ def _line(path: Path, problems: list[Any], found: Any) -> str:
     if kind == "extra_forbidden":
         return _unknown_key(path, found)
     seen = "missing; " if value is _NOTHING else f"found {_short(value)}; "
+    if kind.startswith("union_tag") and str(value) in UNUSABLE:
+        seen = f"found {_short(value)}, which cannot be used ({UNUSABLE[str(value)]}); "
     if kind == "value_error":
         return (seen if isinstance(value, str) else "") + str(problems[0]["msg"]).removeprefix("Value error, ")
     allowed = " or ".join(filter(None, dict.fromkeys(_allowed(problem) for problem in problems)))
@@ -60,7 +61,7 @@ def _allowed(problem: Any) -> str:
     if kind == "missing":
         return ""
     if kind.startswith("union_tag"):
-        return ", ".join(map(repr, _KINDS))
+        return ", ".join(map(repr, KINDS))
     if kind == "literal_error":
         return str(problem["ctx"]["expected"])
     if kind in ("model_type", "model_attributes_type"):
@@ -95,7 +96,7 @@ def _model_at(path: Path, found: Any) -> type[BaseModel] | None:
 def _inside(model: type[BaseModel], key: str | int, found: Any) -> type[BaseModel] | None:
     """The model of a field, when it has one."""
     if model is Job and key == "method":
-        return _KINDS.get(str(_at(found, ("method", "kind"))))
+        return KINDS.get(str(_at(found, ("method", "kind"))))
     annotation = model.model_fields[str(key)].annotation if key in model.model_fields else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 

@@ -7,19 +7,10 @@ from alone import attached, llama
 from llamas import LLAMA_3B
 
 from methods.base import UNSHARDED
-from methods.options import (
-    AdaLora,
-    Dora,
-    FourierFt,
-    Ia3,
-    Lora,
-    Options,
-    Prefix,
-    Prompt,
-    QLora,
-    RsLora,
-    Vera,
-)
+from methods.options import Options
+from methods.options.low_rank import AdaLora, Dora, Lora, QLora, RsLora
+from methods.options.other_adapters import FourierFt, Ia3, Vera
+from methods.options.virtual import Prefix, Prompt
 from methods.parts.weights import shapes
 from orchestrator.planning.model import Model
 

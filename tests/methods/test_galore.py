@@ -17,7 +17,7 @@ from torch import nn
 
 from methods.base import Setup
 from methods.galore import GaloreTuning
-from methods.options import Galore
+from methods.options.subspace import Galore
 from methods.subspace.matrix import canonical, exact_basis, fast_basis, generator, lay_out
 from methods.subspace.projector import Calendar, Int4Projector
 from trainer.export import results

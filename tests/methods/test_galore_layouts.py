@@ -21,7 +21,7 @@ from torch import nn
 
 from methods.base import UNSHARDED, Setup
 from methods.galore import GaloreTuning
-from methods.options import Galore
+from methods.options.subspace import Galore
 from methods.parts.weights import shapes
 from methods.subspace.matrix import Matrix, canonical, lay_out
 from methods.subspace.projector import Calendar, Int4Projector

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from methods.base import UNSHARDED, Setup
-from methods.options import Prefix, Prompt, PTuning
+from methods.options.virtual import Prefix, Prompt, PTuning
 from methods.parts.weights import shapes
 from methods.registry import create
 from runfolder.record import load_job
