@@ -21,6 +21,7 @@ from orchestrator.tracking.delivery import undelivered
 from orchestrator.tracking.store import resolve, sqlite_file
 from orchestrator.tracking.trouble import held_up, without_password
 from runfolder.folders import cache_folder, home, library_folders, nearest, writable
+from trainer.versions import unknown
 
 Level = Literal["ok", "warn", "fail"]
 _TRAIN = ("torch", "deepspeed", "transformers", "peft", "ray", "mlflow", "datasets", "safetensors")
@@ -83,6 +84,9 @@ def _packages() -> Iterator[Check]:
         yield Check("packages", "warn", f"missing: {', '.join(missing)}", mend)
     else:
         yield Check("packages", "ok", ", ".join(found))
+    for line in unknown():
+        told, _, mend = line.partition("; allowed: ")
+        yield Check("packages", "fail", told, mend)
 
 
 def _devices() -> Iterator[Check]:

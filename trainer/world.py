@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from runfolder.folders import library_folders
+from trainer.versions import check
 from trainer.zero.engine import prepare
 
 
@@ -43,6 +44,7 @@ def join() -> World:
     if cuda:
         torch.cuda.set_device(device)
     _quieten()
+    check()
     prepare()
     import deepspeed
 
