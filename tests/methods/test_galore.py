@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from alone import Alone, attached, llama
+from alone import Alone, Whole, attached, llama
 from finished_runs import curve
 from torch import nn
 
@@ -276,6 +276,23 @@ def test_a_matrix_within_the_rank_has_plain_adamw(options: dict[str, Any]) -> No
     linears = {"tall": (48, 20), "wide": (20, 48), "square": (24, 24)}
     assert Galore(rank=24, **options).optimizer_bytes(linears, {}) == (8 * (2 * 48 * 20 + 24 * 24), 0)
     assert set(Galore(rank=20, **options).projected(linears, {})) == {"square"}
+
+
+def test_a_rank_may_hold_nothing() -> None:
+    """As the last ones do where there are more ranks than elements."""
+
+    class Nothing(Alone):
+        replicated = False
+
+        def fragments(self) -> list[Whole]:
+            return []
+
+    method, model = attached(Galore(rank=RANK), llama())
+    view = Nothing(model)
+    optimizer = method.optimizer(view, LR, **ADAM)
+    assert float(torch.stack([grad.norm() for grad in method.gradients(view)]).sum()) == 0.0
+    method.before_step(view)
+    optimizer.step()
 
 
 # Not q-galore: a code on the edge of two may fall to either side in another order of sums.
