@@ -20,6 +20,7 @@ import layouts
 import torch
 import torch.distributed as dist
 
+from methods.base import Setup
 from methods.registry import create
 from runfolder.chain import claim_next
 from trainer.base import load_model
@@ -29,6 +30,7 @@ from trainer.meter import Meter
 from trainer.objectives import sft
 from trainer.run import Run
 from trainer.speed import flops_per_token, peak_flops
+from trainer.zero import gather
 from trainer.zero.engine import config as deepspeed_config
 
 STEPS, ROUNDS, BATCH_TOKENS = 4, 9, 32768
@@ -118,7 +120,7 @@ class Bare:
         import deepspeed
 
         self.run = run
-        method = create(run.job.method)
+        method = create(run.job.method, Setup(gather=gather))
         model = load_model(run.job, method, run.dtype, run.world.device)
         trained = [p for p in model.parameters() if p.requires_grad]
         config = deepspeed_config(run.job.sharding.zero, sum(p.numel() for p in trained))

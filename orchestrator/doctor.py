@@ -16,6 +16,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from clusters.local import Local
+from methods.options import UNUSABLE
 from orchestrator.runs import run_ids, runs_folder
 from orchestrator.tracking.delivery import undelivered
 from orchestrator.tracking.store import resolve, sqlite_file
@@ -50,6 +51,7 @@ def doctor() -> list[Check]:
     looks: tuple[Callable[[], Iterator[Check]], ...] = (
         _python,
         _packages,
+        _methods,
         _devices,
         _home,
         _caches,
@@ -87,6 +89,12 @@ def _packages() -> Iterator[Check]:
     for line in unknown():
         told, _, mend = line.partition("; allowed: ")
         yield Check("packages", "fail", told, mend)
+
+
+def _methods() -> Iterator[Check]:
+    """Methods that other packages register, where they cannot be used."""
+    for reason in UNUSABLE.values():
+        yield Check("methods", "warn", reason, "mend that package or uninstall it")
 
 
 def _devices() -> Iterator[Check]:

@@ -58,14 +58,17 @@ other = norm_tuning.options:Norms
 LAPTOP = """
 import json, sys
 import fleetune
+from orchestrator import doctor
 from methods.options import UNUSABLE
 plan = fleetune.plan(sys.argv[1])
 try:
     fleetune.plan(sys.argv[1], ["method=dreams"])
 except fleetune.InputError as error:
     told = str(error)
+warned = [check.found for check in doctor._methods()]
 kinds = [method["kind"] for method in fleetune.methods()]
-print(json.dumps([plan.method, plan.sizes.trained, plan.steps, told, kinds, UNUSABLE, "torch" in sys.modules]))
+planned = [plan.method, plan.sizes.trained, plan.steps]
+print(json.dumps([planned, told, kinds, UNUSABLE, warned, "torch" in sys.modules]))
 """
 
 
@@ -94,10 +97,10 @@ def test_a_method_of_another_package_is_planned_and_trained(site: Path, new_run:
     run = new_run("norms", method={"kind": "norms"}, train={"steps": 2}, evaluation={"before": False})
     job = site / "job.yaml"
     job.write_text(yaml.safe_dump(yaml.safe_load((run / "job.yaml").read_text())["job"]))
-    method, trained, steps, told, kinds, unusable, torch = json.loads(python(site, "-c", LAPTOP, job))
+    planned, told, kinds, unusable, warned, torch = json.loads(python(site, "-c", LAPTOP, job))
     start = load_file(tiny_base / "model.safetensors")
     norms = {name for name in start if "norm" in name}
-    assert (method, trained, steps) == ("norms", sum(start[name].numel() for name in norms), 2)
+    assert planned == ["norms", sum(start[name].numel() for name in norms), 2]
     assert not torch
     assert {"norms", "lora"} < set(kinds)
     assert not {"dreams", "other"} & set(kinds)
@@ -107,6 +110,7 @@ def test_a_method_of_another_package_is_planned_and_trained(site: Path, new_run:
         "other": "norm-tuning registers norm_tuning.options:Norms: "
         "its kind is 'norms'; allowed: the name of its entry point, 'other'",
     }
+    assert warned == list(unusable.values())
     assert f"method.kind: found 'dreams', which cannot be used ({unusable['dreams']}); " in told
     python(site, "-m", "trainer", run)
     assert list(rows(run, 1)) == [1, 2]
