@@ -20,9 +20,9 @@ import layouts
 import torch
 import torch.distributed as dist
 
+from methods.base import Setup
 from methods.registry import create
 from runfolder.chain import claim_next
-from trainer import zero
 from trainer.base import load_model
 from trainer.checkpoint import Checkpoints
 from trainer.loop import micro_batches, prefetch, prepare, take_step
@@ -30,6 +30,8 @@ from trainer.meter import Meter
 from trainer.objectives import sft
 from trainer.run import Run
 from trainer.speed import flops_per_token, peak_flops
+from trainer.zero import gather
+from trainer.zero.engine import config as deepspeed_config
 
 STEPS, ROUNDS, BATCH_TOKENS = 4, 9, 32768
 
@@ -118,10 +120,10 @@ class Bare:
         import deepspeed
 
         self.run = run
-        method = create(run.job.method)
+        method = create(run.job.method, Setup(gather=gather))
         model = load_model(run.job, method, run.dtype, run.world.device)
         trained = [p for p in model.parameters() if p.requires_grad]
-        config = zero.config(run.job.sharding.zero, sum(p.numel() for p in trained))
+        config = deepspeed_config(run.job.sharding.zero, sum(p.numel() for p in trained))
         config["zero_optimization"].pop("compute_grad_norm", None)
         config["gradient_clipping"] = 1.0
         optimizer = torch.optim.AdamW(trained, lr=1e-4)

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from methods.options import ALL
+from methods.options import KINDS as OPTIONS
 from runfolder.appended import read_lines
 from runfolder.chain import attempts, result
 from runfolder.job import Job
@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 COMMAND = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
 COMMIT = subprocess.run(COMMAND, capture_output=True, text=True).stdout.strip() or "unknown"
 BUILD = HERE.parent / "build" / "all-methods" / COMMIT
-KINDS = [options.model_fields["kind"].default for options in ALL]
+KINDS = list(OPTIONS)
 FACTORS, SEEDS = (0.25, 1.0, 4.0), range(5)
 Row = dict[str, Any]
 

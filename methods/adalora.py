@@ -12,9 +12,7 @@ resume: the averages are state of the optimizer, so checkpoints hold and reshard
 the weight after the optimizer's step and the gradient as it was clipped.
 """
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
@@ -22,8 +20,8 @@ import torch.distributed as dist
 from peft.tuners.adalora import AdaLoraLayer
 from torch import nn
 
-from methods.base import Fragment, Setup, View
-from methods.options import AdaLora
+from methods.base import Setup, View
+from methods.options.low_rank import AdaLora
 from methods.parts.peft_adapter import ADAPTER, PeftAdapter
 from methods.parts.ranks import largest
 
@@ -40,7 +38,6 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         self._done = 0
         self._kept_MR = torch.empty(0, 0, dtype=torch.bool)
         self._modules: dict[str, int] = {}
-        self._optimizer: torch.optim.Optimizer | None = None
 
     def peft_config(self, targets: list[str]) -> peft.PeftConfig:
         """Ranks, scale and the schedule of cuts, in steps."""
@@ -73,11 +70,6 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
             self._kept_MR = torch.ones(len(names), self.options.initial_rank, dtype=torch.bool)
         return adapted
 
-    def optimizer(self, fragments: Sequence[Fragment], lr: float, **adam: Any) -> torch.optim.Optimizer:
-        """AdamW, whose state holds the averages too."""
-        self._optimizer = super().optimizer(fragments, lr, **adam)
-        return self._optimizer
-
     def penalty(self, view: View) -> None:
         """Add the gradient of the orthogonality term."""
         if self.options.orthogonality == 0:
@@ -100,9 +92,9 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         if self._cuts(self._done) or self._done > self._end:
             self._mask(view)
         if self._done == self._end:
-            for _, state in self._states(view):
-                state.pop(IMPORTANCE, None)
-                state.pop(UNCERTAINTY, None)
+            for fragment in view.fragments():
+                view.state(fragment).pop(IMPORTANCE, None)
+                view.state(fragment).pop(UNCERTAINTY, None)
 
     def budget(self, step: int) -> int:
         """Triplets that are kept over all modules after a step, from 1."""
@@ -118,7 +110,7 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         """Take them back."""
         self._done, self._kept_MR = int(state["step"]), state["kept"]
 
-    def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the adapter without the triplets that were cut."""
         kept = zip(self._modules, self._kept_MR.tolist(), strict=True)
         pattern = {f"{name.removeprefix('base_model.model.')}.lora_E.{ADAPTER}": row for name, row in kept}
@@ -128,15 +120,10 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
     def _cuts(self, step: int) -> bool:
         return step == self._end or (self._begin < step < self._end and step % self.options.every == 0)
 
-    def _states(self, view: View) -> Iterator[tuple[Fragment, dict[str, torch.Tensor]]]:
-        assert self._optimizer is not None
-        for fragment in view.fragments():
-            yield fragment, self._optimizer.state[fragment.parameter]
-
     def _average(self, view: View) -> None:
         options = self.options
-        for fragment, state in self._states(view):
-            weight, grad = fragment.parameter.data, fragment.parameter.grad
+        for fragment in view.fragments():
+            state, weight, grad = view.state(fragment), fragment.parameter.data, fragment.parameter.grad
             sensitivity = (weight * grad).abs() if grad is not None else torch.zeros_like(weight)
             mean = state.setdefault(IMPORTANCE, torch.zeros_like(weight))
             spread = state.setdefault(UNCERTAINTY, torch.zeros_like(weight))
@@ -146,7 +133,8 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
     def _scores(self, view: View) -> torch.Tensor:
         """The score of every triplet [M, R], in fp64, the same on every rank."""
         scores_MR = torch.zeros(self._kept_MR.shape, dtype=torch.float64, device=_device(view))
-        for fragment, state in self._states(view):
+        for fragment in view.fragments():
+            state = view.state(fragment)
             if IMPORTANCE not in state:  # a run of one step: nothing was averaged before its cut
                 continue
             module, factor = _split(fragment.name)
@@ -194,5 +182,5 @@ def _slope(factor: torch.Tensor, kind: str) -> torch.Tensor:
     p_RN = factor.T if kind == "B" else factor
     excess_RR = p_RN @ p_RN.T - torch.eye(len(p_RN), device=factor.device)
     norm = excess_RR.norm().clamp_min(torch.finfo(factor.dtype).tiny)
-    slope_RN = 2 * excess_RR @ p_RN / norm
+    slope_RN: torch.Tensor = 2 * excess_RR @ p_RN / norm
     return slope_RN.T if kind == "B" else slope_RN

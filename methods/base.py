@@ -1,7 +1,7 @@
 """What a fine-tuning method is: hooks that follow the life of a step. A method overrides the few it needs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +15,48 @@ from methods.options import Options
 O = TypeVar("O", bound=Options)  # noqa: E741
 
 
+class Gather(Protocol):
+    """The weights of a model, which ZeRO 3 may have sharded: their shapes, and a way to have them whole for a while.
+
+    Every rank must make the same calls in the same order.
+    """
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The whole shape of a parameter."""
+        ...
+
+    def gathered(self, parameters: Iterable[nn.Parameter], modified: bool = False) -> AbstractContextManager[None]:
+        """Within it, the parameters are whole on every rank; where they are `modified`, rank 0's values stay."""
+        ...
+
+    def gathered_in_turn(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within it, a model runs before it has an engine: a module's own weights are whole in its forward pass."""
+        ...
+
+
+class Unsharded:
+    """The Gather of a model whose weights are whole."""
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The parameter's own shape."""
+        return parameter.shape
+
+    def gathered(
+        self,
+        parameters: Iterable[nn.Parameter],  # noqa: ARG002
+        modified: bool = False,  # noqa: ARG002
+    ) -> AbstractContextManager[None]:
+        """They are whole already."""
+        return nullcontext()
+
+    def gathered_in_turn(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
+        """It runs as it is."""
+        return nullcontext()
+
+
+UNSHARDED = Unsharded()
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a method knows of its run."""
@@ -23,6 +65,7 @@ class Setup:
     seed: int = 0
     seq_len: int = 1024
     tokenizer: Any = None  # the base's
+    gather: Gather = UNSHARDED
 
 
 @dataclass(frozen=True)
@@ -53,8 +96,16 @@ class Fragment(Protocol):
         ...
 
 
+def gradient(fragment: Fragment) -> torch.Tensor:
+    """The gradient of a fragment that has one; raises ValueError where it has none."""
+    grad = fragment.parameter.grad
+    if grad is None:
+        raise ValueError(f"{fragment.name} has no gradient in this step")
+    return grad
+
+
 class View(Protocol):
-    """Masters and gradients by parameter name, whatever the ZeRO stage."""
+    """Masters, gradients and optimizer state by parameter name, whatever the ZeRO stage."""
 
     @property
     def model(self) -> nn.Module:
@@ -70,16 +121,16 @@ class View(Protocol):
         """What this rank holds, in the same order of names everywhere; of some parameters perhaps nothing."""
         ...
 
+    def state(self, fragment: Fragment) -> dict[str, Any]:
+        """What the optimizer keeps of a fragment, to be read, changed or cleared; empty before its first step."""
+        ...
+
     def shape(self, name: str) -> torch.Size:
         """The whole shape of a trained parameter."""
         ...
 
     def whole(self, name: str, part: Callable[[Fragment], torch.Tensor]) -> torch.Tensor:
         """What all ranks' parts of a trained parameter make, in its shape, on every rank; a collective."""
-        ...
-
-    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-        """Within it, these weights of the model are whole on every rank; rank 0's changes to them stay."""
         ...
 
 
@@ -116,12 +167,12 @@ class Method(Generic[O]):
         """Names of frozen parameters that training changes all the same; checkpoints hold them too."""
         return []
 
-    def optimizer(self, fragments: Sequence[Fragment], lr: float, **adam: Any) -> torch.optim.Optimizer:
-        """The optimizer of what this rank holds; AdamW unless the method says otherwise.
+    def optimizer(self, view: View, lr: float, **adam: Any) -> torch.optim.Optimizer:
+        """The optimizer of the view's fragments, whose state the view has from then on; AdamW unless overridden.
 
         A group's learning rate is the step's, times the group's `lr_ratio` if it has one. A rank may hold nothing.
         """
-        held = {"params": [fragment.parameter for fragment in fragments]}
+        held = {"params": [fragment.parameter for fragment in view.fragments()]}
         return torch.optim.AdamW([held], lr=lr, **adam)
 
     def pieces(self) -> Sequence[Piece]:

@@ -8,6 +8,7 @@ Houlsby's standard deviation of 0.01 both ends are small, and learning is far sl
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from methods.base import Method
-from methods.options import Bottleneck
+from methods.options.other_adapters import Bottleneck
 
 CONFIG, WEIGHTS = "bottleneck_config.json", "bottleneck.safetensors"
-ACTIVATIONS = {"relu": nn.functional.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": nn.functional.relu,
+    "gelu": nn.functional.gelu,
+    "silu": nn.functional.silu,
+}
 
 
-class Adapter(nn.Module):  # type: ignore[misc]
+class Adapter(nn.Module):
     """A sublayer's last linear layer with an adapter behind it."""
 
-    def __init__(self, base: nn.Module, size: int, activation: str) -> None:
+    def __init__(self, base: Any, size: int, activation: str) -> None:
         super().__init__()
         self.base = base
         self.down = nn.Linear(int(base.out_features), size)
@@ -38,7 +43,8 @@ class Adapter(nn.Module):  # type: ignore[misc]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The sublayer's output, adapted; in the base's dtype."""
         h: torch.Tensor = self.base(x)
-        return h + self.up(self.activation(self.down(h.to(self.down.weight.dtype)))).to(h.dtype)
+        update: torch.Tensor = self.up(self.activation(self.down(h.to(self.down.weight.dtype))))
+        return h + update.to(h.dtype)
 
 
 class BottleneckTuning(Method[Bottleneck]):

@@ -7,7 +7,7 @@ The magnitude m in R^{out} starts as ||W||_c, so the first step leaves from the 
 from typing import Any
 
 from methods.lora import LowRank
-from methods.options import Dora
+from methods.options.low_rank import Dora
 
 
 class DoraTuning(LowRank[Dora]):

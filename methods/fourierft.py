@@ -8,7 +8,7 @@ learning rate far above LoRA's.
 
 import peft
 
-from methods.options import FourierFt
+from methods.options.other_adapters import FourierFt
 from methods.parts.peft_adapter import PeftAdapter
 
 

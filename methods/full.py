@@ -8,16 +8,18 @@ drawn again; a layer that is drawn twice running goes on. The gradients of waiti
 as the engine's set of trained weights is fixed: what LISA saves here is optimizer state.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
-from methods.base import Fragment, Method, Setup, View
-from methods.options import Full, layer_of
+from methods.base import Method, Setup, View
+from methods.options.full import Full, layer_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _STREAM = 0x115A  # keeps the draws apart from other generators of the same seed
 
@@ -29,7 +31,6 @@ class FullTuning(Method[Full]):
         super().__init__(options, setup)
         self._done = 0
         self._layers: list[int] = []
-        self._optimizer: torch.optim.Optimizer | None = None
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Make every weight fp32, and trained if it is not to be frozen."""
@@ -40,11 +41,6 @@ class FullTuning(Method[Full]):
             {layer for name, _ in model.named_parameters() if (layer := layer_of(name)) is not None}
         )
         return model
-
-    def optimizer(self, fragments: Sequence[Fragment], lr: float, **adam: Any) -> torch.optim.Optimizer:
-        """AdamW; LISA frees the state of layers that wait."""
-        self._optimizer = super().optimizer(fragments, lr, **adam)
-        return self._optimizer
 
     def gradients(self, view: View) -> list[torch.Tensor]:
         """The gradients of what is trained in this step; AdamW passes over weights without one."""
@@ -70,7 +66,7 @@ class FullTuning(Method[Full]):
         """Take them back."""
         self._done = int(state.get("step", 0))
 
-    def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: "PreTrainedModel", weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the model as `from_pretrained` loads it."""
         model.save_pretrained(folder, state_dict=weights)
 
@@ -79,9 +75,8 @@ class FullTuning(Method[Full]):
         return model
 
     def _rest(self, view: View, active: set[int]) -> None:
-        assert self._optimizer is not None
         for fragment in view.fragments():
             layer = layer_of(fragment.name)
             if layer is not None and layer not in active:
                 fragment.parameter.grad = None
-                self._optimizer.state.pop(fragment.parameter, None)
+                view.state(fragment).clear()

@@ -22,19 +22,22 @@ the full gradients): ||P^T G|| <= ||G||, and ||G|| is not known between refreshe
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from methods.base import Fragment, Method, Piece, Setup, View
-from methods.options import Galore
+from methods.base import Fragment, Method, Piece, Setup, View, gradient
+from methods.options.subspace import Galore
 from methods.parts.weights import shapes
 from methods.subspace.apollo import Scaler
 from methods.subspace.bases import Bases
 from methods.subspace.exchange import Exchange
 from methods.subspace.matrix import Matrix, lay_out, lift, project
 from methods.subspace.moments import Adam, Adam8Bit, Moments, correction
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class GaloreTuning(Method[Galore]):
@@ -46,34 +49,30 @@ class GaloreTuning(Method[Galore]):
         self.exchange: Exchange
         self._low = torch.empty(0)
         self._matrices: list[Matrix] = []
-        self._elements = 0
         self._step = 0
         self._loaded: dict[str, torch.Tensor] = {}
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Make every weight fp32 and trained, and remember the shapes."""
-        linears, others = shapes(model)
+        linears, others = shapes(model, self.setup.gather)
         projected = self.options.projected(linears, others)
         self._matrices = lay_out({f"{name}.weight": shape for name, shape in projected.items()}, self.options.rank)
-        self._elements = self.options.trained(linears, others)
         return model.float().requires_grad_(True)
 
-    def optimizer(self, fragments: Sequence[Fragment], lr: float, **adam: Any) -> torch.optim.Optimizer:
+    def optimizer(self, view: View, lr: float, **adam: Any) -> torch.optim.Optimizer:
         """AdamW of the other weights; the targets' state is made here too, so that a checkpoint can fill it."""
         names = {matrix.name for matrix in self._matrices}
-        self._targets = {fragment.name: fragment for fragment in fragments if fragment.name in names}
-        self._others = [fragment.parameter for fragment in fragments if fragment.name not in names]
+        self._targets = {fragment.name: fragment for fragment in view.fragments() if fragment.name in names}
+        self._others = [fragment.parameter for fragment in view.fragments() if fragment.name not in names]
         self._adam = torch.optim.AdamW([{"params": self._others}], lr=lr, **adam)
-        # A rank that holds everything holds it as all others do (or is alone).
-        held = sum(fragment.stop - fragment.start for fragment in fragments)
-        self._allocate(fragments[0].parameter.device, replicated=held == self._elements)
+        self._allocate(next(view.model.parameters()).device, view.replicated)
         return self._adam
 
     def gradients(self, view: View) -> list[torch.Tensor]:  # noqa: ARG002
         """This rank's slice of the low-rank gradients, and the other weights' gradients; apollo: all gradients."""
         others = [parameter.grad for parameter in self._others if parameter.grad is not None]
         if not self.reduces:
-            return [*(fragment.parameter.grad for fragment in self._live().values()), *others]
+            return [*(gradient(fragment) for fragment in self._live().values()), *others]
         self._low = self._project()
         for grad in others:
             self.exchange.sum_shares(grad)
@@ -115,7 +114,7 @@ class GaloreTuning(Method[Galore]):
         self._step = int(state["steps"])
         self._loaded = state
 
-    def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: "PreTrainedModel", weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the model as `from_pretrained` loads it."""
         model.save_pretrained(folder, state_dict=weights)
 
@@ -147,7 +146,7 @@ class GaloreTuning(Method[Galore]):
         flat = torch.zeros(self.exchange.length, device=self._scaler.norms.device)
         for index, matrix in enumerate(self._matrices):
             if fragment := live.get(matrix.name):
-                project(matrix, self._bases[index], fragment.parameter.grad, fragment.start, matrix.low(flat))
+                project(matrix, self._bases[index], gradient(fragment), fragment.start, matrix.low(flat))
         return self.exchange.reduce(flat)
 
     def _directions(self, low: torch.Tensor, step: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,14 +4,13 @@ Liu et al. 2022, arXiv 2205.05638, section 3.3 (there with a learning rate of 3e
 to zero and take the base away with it, so there is none.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import peft
 import torch
 
-from methods.base import Fragment
-from methods.options import Ia3
+from methods.base import View
+from methods.options.other_adapters import Ia3
 from methods.parts.peft_adapter import PeftAdapter
 
 
@@ -24,6 +23,6 @@ class Ia3Tuning(PeftAdapter[Ia3]):
             target_modules=targets, feedforward_modules=self.options.fed(targets), task_type="CAUSAL_LM"
         )
 
-    def optimizer(self, fragments: Sequence[Fragment], lr: float, **adam: Any) -> torch.optim.Optimizer:
+    def optimizer(self, view: View, lr: float, **adam: Any) -> torch.optim.Optimizer:
         """AdamW without decay."""
-        return super().optimizer(fragments, lr, **adam | {"weight_decay": 0.0})
+        return super().optimizer(view, lr, **adam | {"weight_decay": 0.0})

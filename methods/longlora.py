@@ -21,16 +21,20 @@ The adapter needs the changed frequencies, which are in the config.json beside i
 
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import peft
 import torch
 from torch import nn
 
 from methods.lora import LowRank
-from methods.options import LongLora
+from methods.options.low_rank import LongLora
 from methods.parts import attention
 from methods.parts.shifted_attention import NAME, sparse_in_training
 from methods.parts.weights import shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LongLoraTuning(LowRank[LongLora]):
@@ -49,12 +53,12 @@ class LongLoraTuning(LowRank[LongLora]):
         self._extend(config)
         return {}
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: "PreTrainedModel") -> nn.Module:
         """Freeze the base; add adapters and trained copies, and make attention sparse in training."""
         if self.options.groups > 1:
             attention.replace(model, NAME, self.options.kind, "lora")
             sparse_in_training(model.get_decoder(), self.group)
-        copied = {name.split(".")[-2] for name in shapes(model)[1] if self.options.copies(name)}
+        copied = {name.split(".")[-2] for name in shapes(model, self.setup.gather)[1] if self.options.copies(name)}
         # What the config says of it is not asked: files that hold both are loaded as two.
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         self._extras = {"modules_to_save": sorted(copied), "ensure_weight_tying": tied}
@@ -64,7 +68,7 @@ class LongLoraTuning(LowRank[LongLora]):
         """The modules of which copies are trained."""
         return self._extras
 
-    def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write what PEFT loads, and the config of the base that it belongs to."""
         # A weight that two modules share is in `weights` once; PEFT writes and reads it under both names.
         names = {id(p): name for name, p in model.named_parameters()}

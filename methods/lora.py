@@ -5,7 +5,7 @@ parts/eva.py. LoRA+ gives B a learning rate of its own (Hayou et al. 2024, arXiv
 Modules and file format are PEFT's; rsLoRA, DoRA and QLoRA differ in its config and their base.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -15,13 +15,13 @@ import peft
 import torch
 from torch import nn
 
-from methods.base import Fragment, Setup
-from methods.options import Dora, LongLora, Lora, QLora, ReLora, RsLora
+from methods.base import Setup, View
+from methods.options.low_rank import Lora, LowRankOptions
 from methods.parts import initial
 from methods.parts.eva import start_from_inputs
 from methods.parts.peft_adapter import ADAPTER, PeftAdapter
 
-L = TypeVar("L", Lora, RsLora, Dora, QLora, LongLora, ReLora)
+L = TypeVar("L", bound=LowRankOptions)
 # What PEFT's LoRA+ optimizer gives the ratio to: B, and DoRA's magnitude (as every vector).
 FAST = ("lora_B", "lora_embedding_B", "lora_magnitude_vector")
 
@@ -55,11 +55,11 @@ class LowRank(PeftAdapter[L]):
             **self.config(),
         )
 
-    def optimizer(self, fragments: Sequence[Fragment], lr: float, **adam: Any) -> torch.optim.Optimizer:
+    def optimizer(self, view: View, lr: float, **adam: Any) -> torch.optim.Optimizer:
         """AdamW, with LoRA+'s rate for B."""
-        slow = [f.parameter for f in fragments if not any(name in f.name for name in FAST)]
-        fast = [f.parameter for f in fragments if any(name in f.name for name in FAST)]
-        groups = [{"params": slow}, {"params": fast, "lr_ratio": self.options.lr_ratio}]
+        slow = [f.parameter for f in view.fragments() if not any(name in f.name for name in FAST)]
+        fast = [f.parameter for f in view.fragments() if any(name in f.name for name in FAST)]
+        groups: list[dict[str, Any]] = [{"params": slow}, {"params": fast, "lr_ratio": self.options.lr_ratio}]
         return torch.optim.AdamW(groups, lr=lr, **adam)
 
 
@@ -90,13 +90,13 @@ class LoraTuning(LowRank[Lora]):
         """Freeze the base and add adapters; a start of the base's own directions leaves the rest as the base."""
         adapted = super().attach(model)
         if self.moves_base:
-            self._start = initial.move_base(adapted, self.options.init, self._start)
+            self._start = initial.move_base(adapted, self.options.init, self._start, self.setup.gather)
         return adapted
 
     def initialise(self, model: nn.Module, examples: Iterable[torch.Tensor]) -> None:
         """Take A from the data where it shall come from there."""
         if self.options.init == "eva":
-            start_from_inputs(model, examples, self.options.rank)
+            start_from_inputs(model, examples, self.options.rank, self.setup.gather)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The start, where the base depends on it."""
@@ -106,7 +106,7 @@ class LoraTuning(LowRank[Lora]):
         """Take the start back."""
         self._start = {name.removeprefix(START): value for name, value in state.items()}
 
-    def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the adapter for the base as it was: of twice the rank where the start moved the base."""
         if not self.moves_base:
             super().export(model, weights, folder)

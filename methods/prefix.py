@@ -13,14 +13,14 @@ from typing import Any
 import peft
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from methods.base import Method
-from methods.options import Prefix
+from methods.options.virtual import Prefix
 from methods.parts import attention
-from methods.parts.virtual import common, gathered_in_turn, text_ids, write
+from methods.parts.virtual import common, text_ids, write
 
 ATTENTION = "sdpa_with_prefix"
 
@@ -28,7 +28,7 @@ ATTENTION = "sdpa_with_prefix"
 class PrefixTuning(Method[Prefix]):
     """A parameter `prefix` [2, H, V, D] in every attention module: keys, then values."""
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: PreTrainedModel) -> PreTrainedModel:
         """Freeze the base and give its attention modules a prefix."""
         self.options.check(model.config.to_dict(), self.setup.seq_len)
         model.requires_grad_(False)
@@ -55,7 +55,7 @@ class PrefixTuning(Method[Prefix]):
         ids = text_ids(self.setup.tokenizer, text, tokens).to(next(model.parameters()).device)
         training = model.training
         model.eval()  # gradient checkpointing, if it is on, drops caches in training
-        with torch.no_grad(), gathered_in_turn(model):
+        with torch.no_grad(), self.setup.gather.gathered_in_turn(model):
             cache = model(input_ids=ids[None], use_cache=True, logits_to_keep=1).past_key_values
         model.train(training)
         held = [cache.layers[module.layer_idx] for module in modules]

@@ -12,7 +12,7 @@ import peft
 import torch
 from torch import nn
 
-from methods.options import PTuning
+from methods.options.virtual import PTuning
 from methods.parts.virtual import Embedded, common, embedded, text_ids
 
 
@@ -27,13 +27,15 @@ class PTuningTuning(Embedded[PTuning]):
 
     def encoder(self, config: Any) -> nn.Module:
         """Z and f."""
-        return peft.PromptEncoder(config)
+        encoder: nn.Module = peft.PromptEncoder(config)
+        return encoder
 
     def start(self, encoder: Any, model: nn.Module) -> None:
         """Leave Z and f as they are drawn, or let f(Z) be a text."""
         text = self.options.init_text
         if text is not None:
-            goal_VD = embedded(model, text_ids(self.setup.tokenizer, text, self.options.tokens)).cpu()
+            ids = text_ids(self.setup.tokenizer, text, self.options.tokens)
+            goal_VD = embedded(model, ids, self.setup.gather).cpu()
             with torch.no_grad():
                 _fit(encoder, goal_VD)
 

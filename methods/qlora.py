@@ -11,7 +11,7 @@ times the update in a layer it is refused: there is nothing left to say so. The 
 The update of `loftq` has q in it, so it is merged into the dequantised weights, exactly.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -19,10 +19,13 @@ from torch import nn
 
 from methods.base import MergeRefused, Setup
 from methods.lora import LowRank
-from methods.options import QLora
+from methods.options.low_rank import QLora
 from methods.parts import quantised
 from methods.parts.initial import adapted
 from methods.parts.peft_adapter import ADAPTER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MERGE_BOUND = 10.0  # ||q|| over ||s B A|| of a layer
 
@@ -46,10 +49,10 @@ class QLoraTuning(LowRank[QLora]):
         """Know that the weights will come from a checkpoint."""
         self._resumed = True
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: "PreTrainedModel") -> nn.Module:
         """Add adapters to the 4-bit base, and keep it from DeepSpeed."""
         if not model.hf_quantizer.pre_quantized:  # one that is in 4 bits already may leave some layers as they are
-            quantised.require(model)
+            quantised.require(model, self.setup.gather)
         tuned = super().attach(model)
         if self.options.init == "loftq" and not self._resumed:
             start_from_loss(tuned)

@@ -34,13 +34,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from methods.base import Fragment, Piece, Setup, View
 from methods.lora import LowRank
-from methods.options import ReLora
+from methods.options.low_rank import ReLora
 from methods.parts import quantised
 from methods.parts.initial import adapted
 from methods.parts.peft_adapter import ADAPTER
@@ -58,7 +59,6 @@ class ReLoraTuning(LowRank[ReLora]):
         self._full = round(options.full_rank * setup.steps)
         self._base: Callable[[int], float] = lambda step: 1.0  # noqa: ARG005
         self._done = 0
-        self._optimizer: torch.optim.Optimizer | None = None
         self._layers: dict[str, LoraLayer] = {}
         self._first: set[str] = set()  # what is trained in the first phase alone
 
@@ -69,8 +69,8 @@ class ReLoraTuning(LowRank[ReLora]):
     def attach(self, model: nn.Module) -> nn.Module:
         """Freeze the linear layers and add adapters; the rest is trained if `others` says so."""
         if self.options.quantised:
-            quantised.require(model)
-        linears, others = shapes(model)
+            quantised.require(model, self.setup.gather)
+        linears, others = shapes(model, self.setup.gather)
         directly = [model.get_parameter(name) for name in others] if self.options.others else []
         first = [model.get_parameter(f"{name}.weight") for name in linears] if self._full else []
         tuned = super().attach(model)
@@ -85,11 +85,6 @@ class ReLoraTuning(LowRank[ReLora]):
     def changed(self, model: nn.Module) -> list[str]:
         """Every weight that is not trained: most change by merges, and the output holds them all."""
         return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-
-    def optimizer(self, fragments: Sequence[Fragment], lr: float, **adam: Any) -> torch.optim.Optimizer:
-        """AdamW, whose state restarts touch."""
-        self._optimizer = super().optimizer(fragments, lr, **adam)
-        return self._optimizer
 
     def pieces(self) -> Sequence[Piece]:
         """The weights in 4 bits, which every rank holds."""
@@ -128,7 +123,7 @@ class ReLoraTuning(LowRank[ReLora]):
         if self._full:
             for fragment in view.fragments():
                 if self._waits(fragment.name):
-                    self._forget(fragment)
+                    view.state(fragment).clear()
                     fragment.parameter.grad = None
         return super().gradients(view)
 
@@ -151,7 +146,7 @@ class ReLoraTuning(LowRank[ReLora]):
         """Take them back."""
         self._done = int(state["step"])
 
-    def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the model as `from_pretrained` loads it."""
         base = model.get_base_model()
         plain = {_plain(name): value for name, value in weights.items() if ".lora_" not in name}
@@ -187,7 +182,7 @@ class ReLoraTuning(LowRank[ReLora]):
             if own := fragments.get(f"{name}.base_layer.weight"):
                 own.parameter.data.add_(delta_OI.reshape(-1)[own.start : own.stop])
         else:
-            with view.gathered([base.weight]):
+            with self.setup.gather.gathered([base.weight], modified=True):
                 base.weight.data.add_(delta_OI)
         for factor in factors:
             self._reset(view, factor, fragments.get(factor))
@@ -200,21 +195,17 @@ class ReLoraTuning(LowRank[ReLora]):
             own.parameter.data.copy_(start.view(-1)[own.start : own.stop])
         if self.options.keep == 0:
             if own is not None:
-                self._forget(own)
+                view.state(own).clear()
             return
-        assert self._optimizer is not None
-        state = self._optimizer.state
-        whole = view.whole(name, lambda fragment: state[fragment.parameter]["exp_avg"])
+        whole = view.whole(name, lambda fragment: view.state(fragment)["exp_avg"])
         kept = largest(whole.abs(), int(self.options.keep * whole.numel())).view(-1)
         if own is not None:
             for moment in ("exp_avg", "exp_avg_sq"):
-                state[own.parameter][moment].mul_(kept[own.start : own.stop])
+                view.state(own)[moment].mul_(kept[own.start : own.stop])
 
-    def _forget(self, fragment: Fragment) -> None:
-        assert self._optimizer is not None
-        self._optimizer.state.pop(fragment.parameter, None)
-
-    def _restored(self, model: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _restored(
+        self, model: peft.PeftModel, weights: dict[str, torch.Tensor]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """What the layers in 4 bits stand for, with the factors' updates, on the host."""
         for name, base in quantised.layers(model):
             weight_OI = quantised.restored(base.weight).cpu()

@@ -3,7 +3,7 @@
 from typing import Any
 
 from methods.lora import LowRank
-from methods.options import RsLora
+from methods.options.low_rank import RsLora
 
 
 class RsLoraTuning(LowRank[RsLora]):

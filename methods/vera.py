@@ -12,7 +12,7 @@ import peft
 import torch
 from torch import nn
 
-from methods.options import Vera
+from methods.options.other_adapters import Vera
 from methods.parts.peft_adapter import ADAPTER, PeftAdapter
 
 

@@ -4,7 +4,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from methods.options import ALL, Options
+from methods.options import KINDS, Options
 from orchestrator.errors import InputError
 
 CAPABILITIES = ("train", "accumulate", "packed", "resume", "reshard", "merge", "export")
@@ -12,12 +12,11 @@ CAPABILITIES = ("train", "accumulate", "packed", "resume", "reshard", "merge", "
 
 def methods(kind: str | None = None) -> list[dict[str, Any]]:
     """One record per method: kind, what it does, default learning rate, options, support; raises InputError."""
-    kinds = [options.model_fields["kind"].default for options in ALL]
-    if kind not in (None, *kinds):
-        raise InputError(f"found the method {kind!r}; allowed: {', '.join(kinds)}")
+    if kind not in (None, *KINDS):
+        raise InputError(f"found the method {kind!r}; allowed: {', '.join(KINDS)}")
     seen = json.loads((files("methods") / "support.json").read_text())
     unseen = {"stages": {}, "commit": "none"}
-    shown = [(name, options) for name, options in zip(kinds, ALL, strict=True) if kind in (None, name)]
+    shown = [(name, options) for name, options in KINDS.items() if kind in (None, name)]
     return [_method(options, seen.get(name, unseen)) for name, options in shown]
 
 

@@ -17,10 +17,12 @@ from urllib.parse import urlsplit
 
 from clusters.base import Unreachable
 from clusters.local import Local
+from methods.options import UNUSABLE
 from orchestrator.tracking.delivery import all_held_up, undelivered
 from orchestrator.tracking.password import without_password
 from orchestrator.tracking.store import resolve, sqlite_file
 from runfolder.folders import cache_folder, home, library_folders, nearest, writable
+from trainer.versions import unknown
 
 Level = Literal["ok", "warn", "fail"]
 _TRAIN = ("torch", "deepspeed", "transformers", "peft", "ray", "mlflow", "datasets", "safetensors")
@@ -49,6 +51,7 @@ def doctor() -> list[Check]:
     looks: tuple[Callable[[], Iterator[Check]], ...] = (
         _python,
         _packages,
+        _methods,
         _devices,
         _home,
         _caches,
@@ -83,6 +86,15 @@ def _packages() -> Iterator[Check]:
         yield Check("packages", "warn", f"missing: {', '.join(missing)}", mend)
     else:
         yield Check("packages", "ok", ", ".join(found))
+    for line in unknown():
+        told, _, mend = line.partition("; allowed: ")
+        yield Check("packages", "fail", told, mend)
+
+
+def _methods() -> Iterator[Check]:
+    """Methods that other packages register, where they cannot be used."""
+    for reason in UNUSABLE.values():
+        yield Check("methods", "warn", reason, "mend that package or uninstall it")
 
 
 def _devices() -> Iterator[Check]:

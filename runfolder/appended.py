@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from runfolder.chain import Attempt, is_appended, slots
+from runfolder.chain import Attempt, slots
 from runfolder.files import Record, names, read_json
 
 
@@ -64,8 +64,7 @@ def read_from(run_dir: Path, file: str, since: Position) -> Iterator[Chunk]:
 
 def appended_files(run_dir: Path) -> list[str]:
     """The files that attempts of a run append to, relative to their folders."""
-    found = (path.relative_to(slot.folder) for slot in slots(run_dir) for path in slot.folder.rglob("*"))
-    return sorted({str(path) for path in found if is_appended(path)})
+    return sorted({file for slot in slots(run_dir) for file in slot.appended()})
 
 
 def read_lines(attempt: Attempt, file: str) -> list[Record]:

@@ -98,6 +98,11 @@ class Attempt:
         with (self.folder / file).open("ab") as stream:
             stream.write(json.dumps(record, allow_nan=True).encode() + b"\n")
 
+    def appended(self) -> list[str]:
+        """The files that this attempt appends to: rows, events, and the logs of its workers."""
+        logs = [f"logs/{name}" for name in names(self.folder / "logs")]
+        return sorted(file for file in (*names(self.folder), *logs) if file.endswith((".jsonl", ".log")))
+
     def event(self, kind: str, **fields: Any) -> None:
         """Append an event with the time of now."""
         self.append("events.jsonl", {"time": time.time(), "event": kind, **fields})
@@ -243,11 +248,6 @@ def _says(run_dir: Path, ended: Record) -> bool:
     return False
 
 
-def is_appended(path: Path) -> bool:
-    """Whether a file of an attempt is one that it appends to."""
-    return path.suffix in (".jsonl", ".log")
-
-
 def _plain(start: Start | None) -> Record | None:
     return {"attempt": start.attempt, "step": start.step} if start else None
 
@@ -288,8 +288,7 @@ def _seal_predecessors(attempt: Attempt) -> None:
     sizes: dict[str, dict[str, int]] = {}
     for earlier in slots(attempt.run_dir):
         if earlier.number < attempt.number:
-            files = filter(is_appended, earlier.folder.rglob("*"))
-            sizes[str(earlier.number)] = {str(path.relative_to(earlier.folder)): _size(path) for path in files}
+            sizes[str(earlier.number)] = {file: _size(earlier.folder / file) for file in earlier.appended()}
     write_json(attempt.folder / "seals.json", sizes)
 
 

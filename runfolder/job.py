@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from methods.options import ALL, Full, Method
+from methods.options import KINDS, Method
+from methods.options.full import Full
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -194,7 +195,7 @@ class Job(_Part):
             return self
         found = f"base.resize_embeddings with method {self.method.kind}"
         if not self.method.trains_new_tokens:
-            kinds = ", ".join(options.model_fields["kind"].default for options in ALL if options.trains_new_tokens)
+            kinds = ", ".join(kind for kind, options in KINDS.items() if options.trains_new_tokens)
             raise ValueError(f"{found}, which does not train new embeddings; allowed: one of {kinds}")
         if self.sharding.zero == 3 and not self.method.makes_model:
             raise ValueError(

@@ -11,7 +11,7 @@ from methods.parts import quantised
 from runfolder.job import Base, Job
 from trainer.data.tokenizer import load_tokenizer
 from trainer.embeddings import add_missing, vocabulary
-from trainer.zero import partitioned_loading
+from trainer.zero.engine import partitioned_loading
 
 _NOWHERE = "no-adapter"
 

@@ -31,7 +31,8 @@ from methods.base import Method
 from runfolder.chain import Attempt, Start, attempts, bounds
 from runfolder.files import Record, read_json, sha256, sync_folder, write_json
 from trainer.world import World
-from trainer.zero import Shards, assign, shape
+from trainer.zero.gather import assign, shape
+from trainer.zero.shards import Shards
 
 MEAN_TIME_BETWEEN_FAILURES = 4 * 3600.0  # seconds; of one job, as spot machines and large clusters have it
 WEIGHT, METHOD = "weight", "method"
@@ -177,7 +178,7 @@ class Reader:
     def load_optimizer(self, shards: Shards) -> None:
         """Set the optimizer's state of what this rank holds, and the method's pieces."""
         for fragment in shards.fragments():
-            state = shards.optimizer.state[fragment.parameter]
+            state = shards.state(fragment)
             for kind in self.kinds(fragment.name):
                 if self.is_figure(kind, fragment.name):
                     state[kind] = self.figure(kind, fragment.name)

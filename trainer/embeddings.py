@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from methods.parts.weights import whole
+from trainer.zero.gather import gathered
 
 
 def vocabulary(config: Any) -> int:
@@ -33,7 +33,7 @@ def add_missing(model: Any, tokenizer: Any) -> None:
 
 def _longer(weight: nn.Parameter, rows: int) -> nn.Parameter:
     """A weight [V, ...] with so many rows, those behind V being the mean of the others; whole on every rank."""
-    with torch.no_grad(), whole(weight, changed=False):
+    with torch.no_grad(), gathered([weight]):
         mean = weight.double().mean(0, keepdim=True).to(weight.dtype)
         added = mean.expand(rows - len(weight), *mean.shape[1:])
         return nn.Parameter(torch.cat([weight, added]), weight.requires_grad)

@@ -33,7 +33,8 @@ from trainer.progress import shown
 from trainer.run import Run
 from trainer.schedule import learning_rate
 from trainer.world import World, join
-from trainer.zero import Shards
+from trainer.zero import gather
+from trainer.zero.shards import Shards
 
 Batch = dict[str, torch.Tensor]
 
@@ -62,7 +63,7 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     reading = Reading.of(job, end_ids(tokenizer, job.base))
     tokens = tokenise(job.data.train, tokenizer, reading, cache(), lambda _: attempt.alive())
     planned = Batches.of(job, tokens)
-    method = create(job.method, Setup(planned.steps, job.train.seed, job.data.seq_len, tokenizer))
+    method = create(job.method, Setup(planned.steps, job.train.seed, job.data.seq_len, tokenizer, gather))
     dtype = precision(job, world.device)
     saved = checkpoint.open_checkpoint(attempt.run_dir, attempt.start) if attempt.start else None
     if saved:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from methods.base import Method
 from runfolder.chain import Attempt
@@ -14,7 +13,7 @@ from trainer.data.batches import Batches
 from trainer.data.encode import Reading
 from trainer.data.tokens import Tokens
 from trainer.world import World
-from trainer.zero import Shards
+from trainer.zero.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,9 @@ class Run:
     schedule: Callable[[int], float]  # the learning rate of a step, from 0
 
     @property
-    def model(self) -> nn.Module:
-        """The model under DeepSpeed's engine."""
-        module: nn.Module = self.shards.engine.module
-        return module
+    def model(self) -> Any:
+        """The model under DeepSpeed's engine, of transformers or PEFT: nn.Module has no types for what these add."""
+        return self.shards.engine.module
 
     @property
     def ends(self) -> tuple[int, ...]:

@@ -2,12 +2,13 @@
 
 import resource
 import time
+from typing import Any
 
 import torch
 from torch import nn
 
 from methods.parts import quantised
-from trainer.zero import shape
+from trainer.zero.gather import shape
 
 PEAK_BF16 = {
     "H200": 989e12,
@@ -19,7 +20,7 @@ PEAK_BF16 = {
 }  # FLOP/s, dense
 
 
-def flops_per_token(model: nn.Module) -> float:
+def flops_per_token(model: Any) -> float:
     """Model FLOPs of one trained token, attention scores left out: 2 per weight forward, 2 for the gradient of the
     activations, 2 for that of each trained weight (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
     embedding = model.get_input_embeddings().weight

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from runfolder.folders import library_folders
-from trainer import zero
+from trainer.versions import check
+from trainer.zero.engine import prepare
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def join() -> World:
     if cuda:
         torch.cuda.set_device(device)
     _quieten()
-    zero.prepare()
+    check()
+    prepare()
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)

@@ -1,72 +1,22 @@
-"""The options of every method: plain frozen data, no torch, so that a laptop can validate a job."""
+"""The options of every method: plain frozen data, no torch, so that a laptop can validate a job.
 
-from typing import Annotated
+A method is one class of options in a module of this folder, and its hooks in the class that `implementation` names.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field
 
 from methods.options.base import Options
-from methods.options.low_rank import AdaLora, Dora, LongLora, Lora, QLora, ReLora, RsLora
-from methods.options.other_adapters import Bottleneck, FourierFt, Ia3, Vera
-from methods.options.virtual import Prefix, Prompt, PTuning
-from methods.options.whole import Full, Galore, layer_of
+from methods.options.discovery import own, registered
 
-Method = Annotated[
-    Full
-    | Lora
-    | RsLora
-    | Dora
-    | QLora
-    | AdaLora
-    | LongLora
-    | Ia3
-    | Vera
-    | FourierFt
-    | Prefix
-    | Prompt
-    | PTuning
-    | Bottleneck
-    | Galore
-    | ReLora,
-    Field(discriminator="kind"),
-]
-ALL: tuple[type[Options], ...] = (
-    Full,
-    Lora,
-    RsLora,
-    Dora,
-    QLora,
-    AdaLora,
-    LongLora,
-    Ia3,
-    Vera,
-    FourierFt,
-    Prefix,
-    Prompt,
-    PTuning,
-    Bottleneck,
-    Galore,
-    ReLora,
-)
+_OWN = own(__name__)
+_REGISTERED, UNUSABLE = registered(_OWN)  # UNUSABLE: by kind, why a registered method is not among KINDS
+KINDS: dict[str, type[Options]] = _OWN | _REGISTERED
 
-__all__ = [
-    "ALL",
-    "AdaLora",
-    "Bottleneck",
-    "Dora",
-    "FourierFt",
-    "Full",
-    "Galore",
-    "Ia3",
-    "LongLora",
-    "Lora",
-    "Method",
-    "Options",
-    "PTuning",
-    "Prefix",
-    "Prompt",
-    "QLora",
-    "ReLora",
-    "RsLora",
-    "Vera",
-    "layer_of",
-]
+if TYPE_CHECKING:
+    Method = Options
+else:
+    Method = Annotated[Union[tuple(KINDS.values())], Field(discriminator="kind")]  # noqa: UP007 (as many as there are)
+
+__all__ = ["KINDS", "UNUSABLE", "Method", "Options"]

@@ -19,6 +19,8 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    kind: str  # how a job names the method: a Literal with a default, in each class that stands for one
+    implementation: ClassVar[str]  # "module:class" of its hooks, which are imported where it trains
     default_lr: ClassVar[float]  # for a base of hidden size WIDTH
     width_exponent: ClassVar[float] = 0.0  # how the best rate falls with the hidden size
     makes_model: ClassVar[bool] = False  # the output is a whole model, not an adapter
@@ -72,8 +74,16 @@ class Options(BaseModel):
         """Raise ValueError where its options do not fit a base in 4 bits, of this quantization_config."""
 
 
-class Targeted(Options):
+class ModuleOptions(Options):
     """What works on some of the base's modules."""
+
+    def targets(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:
+        """The modules that get an adapter, with their (out, in); raises ValueError for a bad target."""
+        raise NotImplementedError
+
+
+class Targeted(ModuleOptions):
+    """What works on modules that the job may choose freely."""
 
     target: Target = Field("all-linear", description="names of the modules that get an adapter, or all-linear")
     exclude: tuple[str, ...] = Field((), description="names of modules that get none")

@@ -10,7 +10,9 @@ from methods.options.base import WEIGHTS_EXPONENT, Targeted, packed, plain_atten
 from methods.parts.targets import Linears, Others, Target, choose
 
 
-class _LowRank(Targeted):
+class LowRankOptions(Targeted):
+    """What the LoRA family shares."""
+
     default_lr: ClassVar[float] = 2e-4
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
 
@@ -29,10 +31,11 @@ class _LowRank(Targeted):
         return sum(self.rank * (out + in_) for out, in_ in self.targets(linears, others).values())
 
 
-class Lora(_LowRank):
+class Lora(LowRankOptions):
     """Low-rank update W + (alpha / r) B A."""
 
     kind: Literal["lora"] = "lora"
+    implementation: ClassVar[str] = "methods.lora:LoraTuning"
     on_4_bits: ClassVar[bool] = True
     trains_new_tokens: ClassVar[bool] = True
 
@@ -60,18 +63,20 @@ class Lora(_LowRank):
             raise ValueError(f"method.init: found {self.init}; allowed: default, gaussian or orthogonal")
 
 
-class RsLora(_LowRank):
+class RsLora(LowRankOptions):
     """LoRA with the rank-stabilised scale alpha / sqrt(r)."""
 
     kind: Literal["rslora"] = "rslora"
+    implementation: ClassVar[str] = "methods.rslora:RsLoraTuning"
     on_4_bits: ClassVar[bool] = True
     trains_new_tokens: ClassVar[bool] = True
 
 
-class Dora(_LowRank):
+class Dora(LowRankOptions):
     """LoRA on the direction of each weight column, with a trained magnitude."""
 
     kind: Literal["dora"] = "dora"
+    implementation: ClassVar[str] = "methods.dora:DoraTuning"
     trains_new_tokens: ClassVar[bool] = True
 
     def targets(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:  # noqa: ARG002
@@ -83,10 +88,11 @@ class Dora(_LowRank):
         return super().adds(linears, others) + sum(out for out, _ in self.targets(linears, others).values())
 
 
-class QLora(_LowRank):
+class QLora(LowRankOptions):
     """LoRA over a base in 4 bits."""
 
     kind: Literal["qlora"] = "qlora"
+    implementation: ClassVar[str] = "methods.qlora:QLoraTuning"
     on_4_bits: ClassVar[bool] = True
     trains_new_tokens: ClassVar[bool] = True
 
@@ -124,6 +130,7 @@ class AdaLora(Targeted):
     """Low-rank update B diag(E) A whose ranks are chosen while it trains."""
 
     kind: Literal["adalora"] = "adalora"
+    implementation: ClassVar[str] = "methods.adalora:AdaLoraTuning"
     default_lr: ClassVar[float] = 5e-4
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
     on_4_bits: ClassVar[bool] = True
@@ -156,10 +163,11 @@ class AdaLora(Targeted):
         return sum(self.initial_rank * (out + in_ + 1) for out, in_ in self.targets(linears, others).values())
 
 
-class LongLora(_LowRank):
+class LongLora(LowRankOptions):
     """LoRA with shifted sparse attention for long sequences; embeddings and norms are trained too."""
 
     kind: Literal["longlora"] = "longlora"
+    implementation: ClassVar[str] = "methods.longlora:LongLoraTuning"
     on_4_bits: ClassVar[bool] = True
 
     target: Target = Field(
@@ -196,10 +204,11 @@ class LongLora(_LowRank):
             )
 
 
-class ReLora(_LowRank):
+class ReLora(LowRankOptions):
     """LoRA that is merged into the base and started anew, again and again; leaves a whole model."""
 
     kind: Literal["relora"] = "relora"
+    implementation: ClassVar[str] = "methods.relora:ReLoraTuning"
     makes_model: ClassVar[bool] = True
 
     every: float = Field(0.25, gt=0, le=1, description="share of the steps between two merges")

@@ -6,14 +6,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from methods.options.base import WEIGHTS_EXPONENT, Options, Targeted
+from methods.options.base import WEIGHTS_EXPONENT, ModuleOptions, Options, Targeted
 from methods.parts.targets import Linears, Others, choose, is_named
 
 
-class Ia3(Options):
+class Ia3(ModuleOptions):
     """Learned scales of keys, values and feed-forward inputs."""
 
     kind: Literal["ia3"] = "ia3"
+    implementation: ClassVar[str] = "methods.ia3:Ia3Tuning"
     default_lr: ClassVar[float] = 5e-3  # PEFT's comparison: 46 % on GSM8K, 31 % at 1e-4
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
     on_4_bits: ClassVar[bool] = True
@@ -42,6 +43,7 @@ class Vera(Targeted):
     """Two random projections shared by all modules, with trained scales for each."""
 
     kind: Literal["vera"] = "vera"
+    implementation: ClassVar[str] = "methods.vera:VeraTuning"
     default_lr: ClassVar[float] = 5e-3
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
     on_4_bits: ClassVar[bool] = True
@@ -64,6 +66,7 @@ class FourierFt(Targeted):
     """An update whose spectrum has a few trained entries."""
 
     kind: Literal["fourierft"] = "fourierft"
+    implementation: ClassVar[str] = "methods.fourierft:FourierFtTuning"
     default_lr: ClassVar[float] = 3e-2
     on_4_bits: ClassVar[bool] = True
 
@@ -88,6 +91,7 @@ class Bottleneck(Options):
     """Small networks behind the sublayers: x + up(f(down(x)))."""
 
     kind: Literal["bottleneck"] = "bottleneck"
+    implementation: ClassVar[str] = "methods.bottleneck:BottleneckTuning"
     default_lr: ClassVar[float] = 1e-3
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
     on_4_bits: ClassVar[bool] = True

@@ -27,6 +27,7 @@ class Prefix(_Virtual):
     """Trained keys and values in front of every layer's own."""
 
     kind: Literal["prefix"] = "prefix"
+    implementation: ClassVar[str] = "methods.prefix:PrefixTuning"
     default_lr: ClassVar[float] = 5e-3
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
 
@@ -53,17 +54,20 @@ class Prefix(_Virtual):
         return self.tokens * sum(out for out, _ in chosen.values())
 
 
-class _Embedded(_Virtual):
+class EmbeddedOptions(_Virtual):
+    """What methods share whose virtual tokens are inputs."""
+
     @property
     def virtual_tokens(self) -> int:
         """They are inputs, with places of their own."""
         return self.tokens
 
 
-class Prompt(_Embedded):
+class Prompt(EmbeddedOptions):
     """Trained embeddings in front of every document."""
 
     kind: Literal["prompt"] = "prompt"
+    implementation: ClassVar[str] = "methods.prompt:PromptTuning"
     default_lr: ClassVar[float] = 3e-2
 
     def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
@@ -71,10 +75,11 @@ class Prompt(_Embedded):
         return self.tokens * _hidden(others)
 
 
-class PTuning(_Embedded):
+class PTuning(EmbeddedOptions):
     """Embeddings in front of every document, made by a trained network."""
 
     kind: Literal["ptuning"] = "ptuning"
+    implementation: ClassVar[str] = "methods.ptuning:PTuningTuning"
     default_lr: ClassVar[float] = 1e-2
 
     hidden: int = Field(128, ge=1, description="width of the network")

@@ -7,37 +7,38 @@ on neither layout nor packing.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from peft.utils.incremental_pca import IncrementalPCA
 from torch import nn
 
+from methods.base import Gather
 from methods.parts.initial import adapted
 from methods.parts.peft_adapter import ADAPTER
-from methods.parts.weights import whole
 
 TOKENS = 8192  # after which directions of a few dozen have settled
 AT_ONCE = 512  # tokens whose inputs are held for a step of the SVD
 PEFTS_SEED = 42  # of the sketch in it: where no direction stands out, it decides
 
 
-def start_from_inputs(model: nn.Module, examples: Iterable[torch.Tensor], rank: int) -> None:
+def start_from_inputs(model: nn.Module, examples: Iterable[torch.Tensor], rank: int, gather: Gather) -> None:
     """Set A of every target from what it is fed for these examples, token ids [1, T]; on every rank at once."""
-    found = directions(model, examples, rank)
+    found = directions(model, examples, rank, gather)
     with torch.no_grad():
         for name, layer in adapted(model):
             layer.lora_A[ADAPTER].weight.copy_(found[name])
             layer.lora_B[ADAPTER].weight.zero_()
 
 
-def directions(model: nn.Module, examples: Iterable[torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+def directions(
+    model: nn.Module, examples: Iterable[torch.Tensor], rank: int, gather: Gather
+) -> dict[str, torch.Tensor]:
     """The first principal directions [rank, in] of every target's inputs, by its name."""
     fits = {name: IncrementalPCA(rank, lowrank=True, lowrank_seed=PEFTS_SEED) for name, _ in adapted(model)}
     enough, seen, waiting = max(AT_ONCE, 2 * rank), 0, 0
     model.eval()
-    with torch.no_grad(), listening(model) as heard, runnable(model):
+    with torch.no_grad(), listening(model) as heard, gather.gathered_in_turn(model):
         for ids in examples:
             model(input_ids=ids, use_cache=False, logits_to_keep=1)
             waiting += ids.numel()
@@ -71,32 +72,3 @@ def listening(model: nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
     yield heard
     for handle in handles:
         handle.remove()
-
-
-@contextmanager
-def runnable(model: nn.Module) -> Iterator[None]:
-    """Within it, a model whose weights are sharded runs without an engine: each module gathers its own."""
-    handles = []
-    for module in model.modules():
-        own = [p for p in module.parameters(recurse=False) if hasattr(p, "ds_id")]
-        if own:
-            stack = ExitStack()
-            handles.append(module.register_forward_pre_hook(_gathering(stack, own)))
-            handles.append(module.register_forward_hook(_releasing(stack)))
-    yield
-    for handle in handles:
-        handle.remove()
-
-
-def _gathering(stack: ExitStack, own: list[nn.Parameter]) -> Callable[..., None]:
-    def gather(*_: Any) -> None:
-        stack.enter_context(whole(*own, changed=False))
-
-    return gather
-
-
-def _releasing(stack: ExitStack) -> Callable[..., None]:
-    def release(*_: Any) -> None:
-        stack.close()
-
-    return release

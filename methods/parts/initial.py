@@ -16,20 +16,20 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from methods.base import Gather
 from methods.parts.peft_adapter import ADAPTER
-from methods.parts.weights import whole
 
 Factors = dict[str, torch.Tensor]  # A0 and B0 by the names of A and B
 
 
-def move_base(model: nn.Module, start: str, known: Factors) -> Factors:
+def move_base(model: nn.Module, start: str, known: Factors, gather: Gather) -> Factors:
     """Put A0 and B0 in place, take them out of the base, and give them; `known` ones are not sought again."""
     moved: Factors = {}
     for name, layer in adapted(model):
         A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         weight, scale = layer.get_base_layer().weight, layer.scaling[ADAPTER]
         names = f"{name}.lora_A.{ADAPTER}.weight", f"{name}.lora_B.{ADAPTER}.weight"
-        with torch.no_grad(), whole(weight):
+        with torch.no_grad(), gather.gathered([weight], modified=True):
             found = [known[n].to(weight.device) for n in names] if known else directions(weight, start, len(A), scale)
             for target, value in zip((A, B), found, strict=True):
                 target.copy_(value)

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from methods.base import Method
-from methods.options import AdaLora, Dora, FourierFt, Ia3, LongLora, Lora, QLora, ReLora, RsLora, Vera
+from methods.options.base import ModuleOptions
 from methods.parts.tied import untie
 from methods.parts.weights import shapes
 
 ADAPTER = "default"  # PEFT's name for the one adapter of a model
-T = TypeVar("T", Lora, RsLora, Dora, QLora, AdaLora, LongLora, ReLora, Ia3, Vera, FourierFt)
+T = TypeVar("T", bound=ModuleOptions)
 
 
 class PeftAdapter(Method[T]):
@@ -26,19 +26,19 @@ class PeftAdapter(Method[T]):
     def attach(self, model: nn.Module) -> nn.Module:
         """Freeze the base and add adapters with fp32 weights."""
         # The names are given one by one: PEFT knows neither patterns nor what the base's own files count as linear.
-        targets = list(self.options.targets(*shapes(model)))
-        adapted = peft.get_peft_model(model, self.peft_config(targets))
+        targets = list(self.options.targets(*shapes(model, self.setup.gather)))
+        adapted: nn.Module = peft.get_peft_model(model, self.peft_config(targets))
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         return adapted
 
-    def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors."""
         # "auto" would save the base's embeddings beside a factor of theirs, and ask the hub about them.
         model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
 
-    def merge(self, model: nn.Module) -> nn.Module:
+    def merge(self, model: peft.PeftModel) -> nn.Module:
         """The base with the update in its weights; refuses weights that are not finite."""
         untie(model)
         merged: nn.Module = model.merge_and_unload(safe_merge=True)

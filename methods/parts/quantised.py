@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from methods.base import Gather
 from methods.parts.weights import shapes
 
 
@@ -42,10 +43,10 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def require(model: nn.Module) -> None:
+def require(model: nn.Module, gather: Gather) -> None:
     """Raise ValueError where bitsandbytes left a linear layer of a base as it was."""
     done = {name for name, _ in layers(model)}
-    left = next((name for name in shapes(model)[0] if name not in done), None)
+    left = next((name for name in shapes(model, gather)[0] if name not in done), None)
     if left is not None:
         kind = type(model.get_submodule(left)).__name__
         raise ValueError(f"method: bitsandbytes cannot keep {left}, a {kind}, in 4 bits; nearest: lora")

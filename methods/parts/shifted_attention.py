@@ -53,11 +53,14 @@ class Runs:
         """The table of runs [R, H, L, D]; places that no token has are zero and behind those that have one."""
         x_NHD = x_BHTD.transpose(1, 2).flatten(0, 1)
         table_SHD = x_NHD.new_zeros(self.count * self.longest, *x_NHD.shape[1:]).index_copy(0, self.slot_N, x_NHD)
-        return table_SHD.unflatten(0, (self.count, self.longest)).transpose(1, 2)
+        table_RLHD: torch.Tensor = table_SHD.unflatten(0, (self.count, self.longest))
+        return table_RLHD.transpose(1, 2)
 
     def pick(self, x_RHLD: torch.Tensor, rows: int) -> torch.Tensor:
         """The tokens of a table of runs, in rows again: [B, T, H, D]."""
-        return x_RHLD.transpose(1, 2).flatten(0, 1).index_select(0, self.slot_N).unflatten(0, (rows, -1))
+        x_NHD = x_RHLD.transpose(1, 2).flatten(0, 1).index_select(0, self.slot_N)
+        x_BTHD: torch.Tensor = x_NHD.unflatten(0, (rows, -1))
+        return x_BTHD
 
 
 @dataclass(frozen=True)

@@ -5,26 +5,27 @@ restarting positions, padding, generation and sharding treat them as tokens, and
 Shapes: B rows, T positions, V virtual tokens, D hidden size.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import embedding
 
-from methods.base import Method
-from methods.options import Prompt, PTuning
+from methods.base import Gather, Method
+from methods.options.virtual import EmbeddedOptions
 
-E = TypeVar("E", Prompt, PTuning)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+E = TypeVar("E", bound=EmbeddedOptions)
 
 
-class VirtualEmbedding(nn.Module):  # type: ignore[misc]
+class VirtualEmbedding(nn.Module):
     """The base's input embedding, which gives an encoder's V vectors for the ids -1, ..., -V."""
 
-    def __init__(self, base: nn.Module, encoder: nn.Module, tokens: int) -> None:
+    def __init__(self, base: Any, encoder: nn.Module, tokens: int) -> None:
         super().__init__()
         self.base = base
         self.encoder = encoder
@@ -59,11 +60,11 @@ class Embedded(Method[E]):
         """PEFT's encoder, as PEFT draws it."""
         raise NotImplementedError
 
-    def start(self, encoder: Any, model: nn.Module) -> None:
+    def start(self, encoder: Any, model: "PreTrainedModel") -> None:
         """Give the encoder the values that training starts from."""
         raise NotImplementedError
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: "PreTrainedModel") -> "PreTrainedModel":
         """Freeze the base and put the encoder into its input embedding."""
         model.requires_grad_(False)
         encoder = self.encoder(self.config(_hidden(model)))
@@ -71,7 +72,7 @@ class Embedded(Method[E]):
         model.set_input_embeddings(VirtualEmbedding(model.get_input_embeddings(), encoder, self.options.tokens))
         return model
 
-    def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: "PreTrainedModel", weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors with the encoder's output."""
         config = self.config(_hidden(model))
         encoder = self.encoder(config)
@@ -90,7 +91,7 @@ def common(tokens: int, width: int) -> dict[str, Any]:
     }
 
 
-def write(model: nn.Module, config: Any, prompt: torch.Tensor, folder: Path) -> None:
+def write(model: "PreTrainedModel", config: Any, prompt: torch.Tensor, folder: Path) -> None:
     """Write what PEFT calls the prompt embeddings of an adapter, and its config."""
     folder.mkdir(parents=True, exist_ok=True)
     config.base_model_name_or_path = model.name_or_path
@@ -108,48 +109,13 @@ def text_ids(tokenizer: Any, text: str, tokens: int) -> torch.Tensor:
     return torch.tensor((ids * -(-tokens // len(ids)))[:tokens])
 
 
-def embedded(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def embedded(model: "PreTrainedModel", ids: torch.Tensor, gather: Gather) -> torch.Tensor:
     """The base's vectors of ids, fp32, whether it is sharded or not."""
     layer = model.get_input_embeddings()
-    with torch.no_grad(), gathered(layer.parameters()):
+    with torch.no_grad(), gather.gathered(layer.parameters()):
         vectors: torch.Tensor = layer(ids.to(layer.weight.device)).float()
     return vectors.clone()
 
 
-def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-    """Within it, those of the parameters that ZeRO 3 has partitioned are whole."""
-    sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    if not sharded:
-        return nullcontext()
-    import deepspeed
-
-    gather: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(sharded)
-    return gather
-
-
-@contextmanager
-def gathered_in_turn(model: nn.Module) -> Iterator[None]:
-    """Within it, a partitioned model runs before it has an engine: a module's own weights are whole in its turn."""
-    opened: dict[nn.Module, AbstractContextManager[None]] = {}
-
-    def enter(module: nn.Module, _: Any) -> None:
-        opened[module] = gathered(module.parameters(recurse=False))
-        opened[module].__enter__()
-
-    def leave(module: nn.Module, *_: Any) -> None:
-        opened.pop(module).__exit__(None, None, None)
-
-    hooks = [
-        hook
-        for module in model.modules()
-        for hook in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave))
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _hidden(model: nn.Module) -> int:
+def _hidden(model: "PreTrainedModel") -> int:
     return int(model.config.get_text_config().hidden_size)

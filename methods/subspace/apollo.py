@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from methods.base import Fragment
+from methods.base import Fragment, gradient
 from methods.subspace.exchange import Exchange
 from methods.subspace.matrix import Matrix, whole_rows
 
@@ -61,7 +61,7 @@ class Scaler:
 
 def scale_channels(matrix: Matrix, scale: torch.Tensor, fragment: Fragment) -> torch.Tensor:
     """A fragment's gradient with its channels scaled."""
-    rows, first = whole_rows(fragment.parameter.grad, fragment.start, matrix.columns)
+    rows, first = whole_rows(gradient(fragment), fragment.start, matrix.columns)
     scaled = rows * (scale[first : first + len(rows), None] if matrix.right else scale)
     begin = fragment.start - first * matrix.columns
     return scaled.view(-1)[begin : begin + fragment.stop - fragment.start]

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from methods.base import Fragment, Piece
-from methods.options import Galore
+from methods.base import Fragment, Piece, gradient
+from methods.options.subspace import Galore
 from methods.subspace.exchange import Exchange
 from methods.subspace.matrix import Matrix, exact_basis, fast_basis, generator, random_basis
 from methods.subspace.projector import Calendar, Fp32Projector, Int4Projector, Projector
@@ -66,7 +66,7 @@ class Bases:
         grad = torch.zeros(matrix.rows * matrix.columns, device=self._device)
         fragment = fragments.get(matrix.name)
         if fragment is not None:
-            grad[fragment.start : fragment.stop] = fragment.parameter.grad
+            grad[fragment.start : fragment.stop] = gradient(fragment)
         self._exchange.collect(grad, owner)
         return grad.view(matrix.rows, matrix.columns) if owner == self._exchange.rank else None
 

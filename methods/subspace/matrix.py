@@ -151,4 +151,5 @@ def _leading(gram: torch.Tensor, rank: int) -> torch.Tensor:
         return gram.new_full((len(gram), rank), math.nan)
     values, vectors = torch.linalg.eigh(gram)
     leading = canonical(vectors[:, -rank:].flip(1))
-    return leading * (values[-rank:].flip(0) > NOISE**2 * values[-1])
+    is_signal: torch.Tensor = values[-rank:].flip(0) > NOISE**2 * values[-1]
+    return leading * is_signal

@@ -42,7 +42,8 @@ class Adam:
         beta1, beta2 = self.betas
         self.exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
         self.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        return (self.exp_avg / self.exp_avg_sq.sqrt().add_(self.eps)).mul_(correction(self.betas, step))
+        ratio: torch.Tensor = self.exp_avg / self.exp_avg_sq.sqrt().add_(self.eps)
+        return ratio.mul_(correction(self.betas, step))
 
     def pieces(self, name: str, start: int, own: slice, whole: bool) -> list[Piece]:
         """Both moments."""

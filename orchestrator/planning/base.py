@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from methods.options import ALL, Full
+from methods.options import KINDS
+from methods.options.full import Full
 from methods.parts.targets import is_named
 from orchestrator.errors import InputError
 from orchestrator.planning import base_folder, quantised, vocabulary
@@ -165,7 +166,7 @@ def _in_4_bits(job: Job, model: Model) -> list[str]:
     """What the job asks for and a base in 4 bits cannot do."""
     problems = []
     if not job.method.on_4_bits:
-        kinds = ", ".join(options.model_fields["kind"].default for options in ALL if options.on_4_bits)
+        kinds = ", ".join(kind for kind, options in KINDS.items() if options.on_4_bits)
         allowed = f"allowed: the unquantised base, or one of {kinds}"
         problems.append(f"method.kind: found {job.method.kind}, and the base is in 4 bits already; {allowed}")
     try:

@@ -8,13 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from methods.options import ALL
+from methods.options import KINDS, UNUSABLE
 from runfolder.job import Job
 
 Path = tuple[str | int, ...]
 _LONGEST_WORD = 80  # characters: what is longer is no typing error of a name
 _LONGEST_VALUE = 200  # characters of a value in a message
-_KINDS = {kind.model_fields["kind"].default: kind for kind in ALL}
 
 
 def explain(error: ValidationError, found: Any) -> list[str]:
@@ -40,6 +39,8 @@ def _line(path: Path, problems: list[Any], found: Any) -> str:
     if kind == "extra_forbidden":
         return _unknown_key(path, found)
     seen = "missing; " if value is _NOTHING else f"found {_short(value)}; "
+    if kind.startswith("union_tag") and str(value) in UNUSABLE:
+        seen = f"found {_short(value)}, which cannot be used ({UNUSABLE[str(value)]}); "
     if kind == "value_error":
         return (seen if isinstance(value, str) else "") + str(problems[0]["msg"]).removeprefix("Value error, ")
     allowed = " or ".join(filter(None, dict.fromkeys(_allowed(problem) for problem in problems)))
@@ -66,7 +67,7 @@ def _allowed(problem: Any) -> str:
     if kind == "missing":
         return ""
     if kind.startswith("union_tag"):
-        return ", ".join(map(repr, _KINDS))
+        return ", ".join(map(repr, KINDS))
     if kind == "literal_error":
         return str(problem["ctx"]["expected"])
     if kind in ("model_type", "model_attributes_type"):
@@ -102,7 +103,7 @@ def _inside(model: type[BaseModel], key: str | int, found: Any) -> type[BaseMode
     """The model of a field, when it has one."""
     if model is Job and key == "method":
         kind = _at(found, ("method", "kind"))
-        return _KINDS.get(kind) if isinstance(kind, str) else None
+        return KINDS.get(kind) if isinstance(kind, str) else None
     annotation = model.model_fields[str(key)].annotation if key in model.model_fields else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 

@@ -9,7 +9,7 @@ from llamas import random_llama
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from methods.base import Setup
+from methods.base import Fragment, Setup
 from methods.options import Options
 from methods.registry import create
 
@@ -30,6 +30,38 @@ class Whole:
         return self.parameter.numel()
 
 
+class Alone:
+    """The view of a process that holds everything."""
+
+    replicated = True
+
+    def __init__(self, model: nn.Module, flat: bool = False) -> None:
+        """The trained parameters as they are, or `flat`: 1-D parameters that share their memory."""
+        self.model = model
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._shapes = {name: p.shape for name, p in named}
+        self._held = [Whole(name, nn.Parameter(p.data.view(-1)) if flat else p) for name, p in named]
+        self.optimizer: torch.optim.Optimizer
+
+    def fragments(self) -> list[Whole]:
+        """Every trained parameter."""
+        return self._held
+
+    def state(self, fragment: Fragment) -> dict[str, Any]:
+        """What the optimizer keeps of it."""
+        state: dict[str, Any] = self.optimizer.state[fragment.parameter]
+        return state
+
+    def shape(self, name: str) -> torch.Size:
+        """Its shape."""
+        return self._shapes[name]
+
+    def whole(self, name: str, part: Callable[[Fragment], torch.Tensor]) -> torch.Tensor:
+        """The part of it that this process holds is all of it."""
+        (fragment,) = (fragment for fragment in self._held if fragment.name == name)
+        return part(fragment).view(self.shape(name))
+
+
 def llama(tied: bool = True) -> LlamaForCausalLM:
     """A random Llama of two layers, the same at every call, fp32."""
     model = random_llama(tie_word_embeddings=tied)
@@ -45,8 +77,7 @@ def attached(options: Options, model: nn.Module) -> tuple[Any, nn.Module]:
 
 def optimizer_of(method: Any, model: nn.Module, lr: float, **adam: Any) -> torch.optim.Optimizer:
     """The method's optimizer at its learning rates, as the trainer sets them."""
-    fragments = [Whole(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer: torch.optim.Optimizer = method.optimizer(fragments, lr, **{"weight_decay": 0.0, **adam})
+    optimizer: torch.optim.Optimizer = method.optimizer(Alone(model), lr, **{"weight_decay": 0.0, **adam})
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
     return optimizer

@@ -13,11 +13,10 @@ import torch
 from finished_runs import Curve, curve, difference, interrupted, loss_gap
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from methods.options import ALL
+from methods.options import KINDS
 from methods.parts import quantised
 from runfolder.record import load_job
 
-KINDS = {options.model_fields["kind"].default: options for options in ALL}
 # Small enough for a random model of two layers; each refreshes, cuts or merges within the first 20 steps and after.
 METHODS: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in KINDS} | {
     "lora": {"kind": "lora", "rank": 4, "lr_ratio": 4.0},

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from methods.base import Setup
 from methods.bottleneck import Adapter, load
-from methods.options import Bottleneck
+from methods.options.other_adapters import Bottleneck
 from methods.registry import create
 
 SIZE = 5

@@ -6,19 +6,11 @@ import pytest
 from alone import attached, llama
 from llamas import LLAMA_3B
 
-from methods.options import (
-    AdaLora,
-    Dora,
-    FourierFt,
-    Ia3,
-    Lora,
-    Options,
-    Prefix,
-    Prompt,
-    QLora,
-    RsLora,
-    Vera,
-)
+from methods.base import UNSHARDED
+from methods.options import Options
+from methods.options.low_rank import AdaLora, Dora, Lora, QLora, RsLora
+from methods.options.other_adapters import FourierFt, Ia3, Vera
+from methods.options.virtual import Prefix, Prompt
 from methods.parts.weights import shapes
 from orchestrator.planning.model import Model
 
@@ -67,7 +59,7 @@ REAL: list[Options] = [
 @pytest.mark.parametrize("options", REAL, ids=lambda options: options.kind)
 def test_real_counts(options: Options) -> None:
     base = llama(tied=False)
-    linears, others = shapes(base)
+    linears, others = shapes(base, UNSHARDED)
     _, model = attached(options, base)
     real = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert options.trained(linears, others) == real

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from methods.base import Setup
 from methods.full import FullTuning
-from methods.options import Full, layer_of
+from methods.options.full import Full, layer_of
 from trainer.checkpoint import Reader
 
 LISA = {

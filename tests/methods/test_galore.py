@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from alone import Whole, attached, llama
+from alone import Alone, Whole, attached, llama
 from finished_runs import curve
 from torch import nn
 
 from methods.base import Setup
 from methods.galore import GaloreTuning
-from methods.options import Galore
+from methods.options.subspace import Galore
 from methods.subspace.matrix import canonical, exact_basis, fast_basis, generator, lay_out
 from methods.subspace.projector import Calendar, Int4Projector
 from trainer.export import results
@@ -61,15 +61,15 @@ def ours(model: nn.Module, **options: Any) -> Callable[[Grads], None]:
     """A step of the method, as the trainer takes it."""
     method = GaloreTuning(Galore(**{"rank": RANK, "refresh_every": EVERY, "scale": SCALE, **options}), Setup())
     method.attach(model)
-    flat = [Whole(name, nn.Parameter(p.data.view(-1))) for name, p in model.named_parameters()]
-    optimizer = method.optimizer(flat, LR, **ADAM)
+    view = Alone(model, flat=True)
+    optimizer = method.optimizer(view, LR, **ADAM)
 
     def step(grads: Grads) -> None:
-        for fragment in flat:
+        for fragment in view.fragments():
             fragment.parameter.grad = grads[fragment.name].reshape(-1).clone()
         with torch.no_grad():
-            method.gradients(None)  # type: ignore[arg-type]
-            method.before_step(None)  # type: ignore[arg-type]
+            method.gradients(view)
+            method.before_step(view)
             optimizer.step()
 
     return step
@@ -278,6 +278,23 @@ def test_a_matrix_within_the_rank_has_plain_adamw(options: dict[str, Any]) -> No
     assert set(Galore(rank=20, **options).projected(linears, {})) == {"square"}
 
 
+def test_a_rank_may_hold_nothing() -> None:
+    """As the last ones do where there are more ranks than elements."""
+
+    class Nothing(Alone):
+        replicated = False
+
+        def fragments(self) -> list[Whole]:
+            return []
+
+    method, model = attached(Galore(rank=RANK), llama())
+    view = Nothing(model)
+    optimizer = method.optimizer(view, LR, **ADAM)
+    assert float(torch.stack([grad.norm() for grad in method.gradients(view)]).sum()) == 0.0
+    method.before_step(view)
+    optimizer.step()
+
+
 # Not q-galore: a code on the edge of two may fall to either side in another order of sums.
 @pytest.mark.parametrize("options", [VARIANTS[name] for name in ("galore", "fast", "8 bits", "apollo")])
 @pytest.mark.parametrize("distinct", [1, 2])
@@ -287,19 +304,19 @@ def test_a_few_repeated_rows_train_alike_in_any_order_of_sums(options: dict[str,
 
     def curve_of(parts: list[torch.Tensor]) -> list[float]:
         method, model = attached(Galore(rank=20, **options), llama())
-        flat = [Whole(name, nn.Parameter(p.data.view(-1))) for name, p in model.named_parameters()]
-        optimizer = method.optimizer(flat, 1e-3, weight_decay=0.0)
+        view = Alone(model, flat=True)
+        optimizer = method.optimizer(view, 1e-3, weight_decay=0.0)
         losses = []
         for _ in range(10):
             model.zero_grad()
             found = [model(input_ids=part, labels=part).loss / len(parts) for part in parts]
             torch.stack(found).sum().backward()
             losses.append(sum(loss.item() for loss in found))
-            for fragment, parameter in zip(flat, model.parameters(), strict=True):
+            for fragment, parameter in zip(view.fragments(), model.parameters(), strict=True):
                 fragment.parameter.grad = parameter.grad.reshape(-1).clone()
             with torch.no_grad():
-                method.gradients(None)
-                method.before_step(None)
+                method.gradients(view)
+                method.before_step(view)
                 optimizer.step()
         return losses
 

@@ -19,9 +19,9 @@ from ports import free_port
 from safetensors.torch import load_file
 from torch import nn
 
-from methods.base import Setup
+from methods.base import UNSHARDED, Setup
 from methods.galore import GaloreTuning
-from methods.options import Galore
+from methods.options.subspace import Galore
 from methods.parts.weights import shapes
 from methods.subspace.matrix import Matrix, canonical, lay_out
 from methods.subspace.projector import Calendar, Int4Projector
@@ -96,7 +96,7 @@ def measure(rank: int, folder: str, port: int) -> None:
     import torch.distributed as dist
 
     from trainer.world import join
-    from trainer.zero import Shards
+    from trainer.zero.shards import Shards
 
     join()
     torch.set_num_threads(1)
@@ -195,7 +195,7 @@ def transcription(run_dir: Path, cache: Path) -> Curve:
     """A job of q-galore, with a checkpoint at the end of each refresh interval."""
     model, method = base(run_dir), load_job(run_dir).method
     assert isinstance(method, Galore)
-    targets = {f"{name}.weight": shape for name, shape in method.projected(*shapes(model)).items()}
+    targets = {f"{name}.weight": shape for name, shape in method.projected(*shapes(model, UNSHARDED)).items()}
     optimizer = adamw(model)
     matrices = lay_out(targets, method.rank)
     subspaces = [Subspace(matrix, model) for matrix in matrices]

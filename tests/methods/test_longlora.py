@@ -12,9 +12,9 @@ import torch
 from finished_runs import Curve, curve, difference, interrupted, loss_gap
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from methods.base import Setup
+from methods.base import UNSHARDED, Setup
 from methods.longlora import LongLoraTuning
-from methods.options import LongLora
+from methods.options.low_rank import LongLora
 from methods.parts.weights import shapes
 from orchestrator.errors import InputError
 from orchestrator.planning.model import Model
@@ -133,7 +133,7 @@ def test_every_layout_equals_peft_alone_and_its_output_loads(
         points, trained = expected[base[name]]
         assert difference(curve(run), points) < 1e-6, name
         options = load_job(run).method
-        assert options.trained(*shapes(AutoModelForCausalLM.from_pretrained(base[name]))) == trained
+        assert options.trained(*shapes(AutoModelForCausalLM.from_pretrained(base[name]), UNSHARDED)) == trained
         header = Model(json.loads((base[name] / "config.json").read_text()), base[name])
         assert options.trained(header.linears, header.others) == trained
         check_output(run, base[name], cache)

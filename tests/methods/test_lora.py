@@ -13,7 +13,8 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from methods.options import Dora, Lora, Options, RsLora
+from methods.options import Options
+from methods.options.low_rank import Dora, Lora, RsLora
 from methods.parts import eva
 
 STARTS = ("default", "gaussian", "orthogonal", "pissa", "olora")

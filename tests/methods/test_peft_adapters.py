@@ -9,7 +9,8 @@ import torch
 from alone import attached, llama, logits, losses, optimizer_of, trained
 from finished_runs import curve, difference, interrupted
 
-from methods.options import FourierFt, Ia3, Options, Vera
+from methods.options import Options
+from methods.options.other_adapters import FourierFt, Ia3, Vera
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES: dict[str, tuple[Options, peft.PeftConfig, float]] = {

@@ -17,7 +17,7 @@ from llamas import random_llama
 from transformers import AutoModelForCausalLM
 
 from methods.base import MergeRefused
-from methods.options import QLora
+from methods.options.low_rank import QLora
 from methods.parts import quantised
 
 ROOT = Path(__file__).parent.parent.parent

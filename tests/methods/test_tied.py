@@ -10,7 +10,7 @@ from alone import attached, logits, trained
 from llamas import TWO_LAYERS
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from methods.options import Lora, RsLora
+from methods.options.low_rank import Lora, RsLora
 
 SMALL: dict[str, Any] = {"vocab_size": 320, "initializer_range": 0.2, "tie_word_embeddings": True}
 BASES: dict[str, PreTrainedConfig] = {

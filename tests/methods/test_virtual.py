@@ -11,8 +11,8 @@ from finished_runs import curve, difference, interrupted, loss_gap
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from methods.base import Setup
-from methods.options import Prefix, Prompt, PTuning
+from methods.base import UNSHARDED, Setup
+from methods.options.virtual import Prefix, Prompt, PTuning
 from methods.parts.weights import shapes
 from methods.registry import create
 from runfolder.record import load_job
@@ -98,7 +98,7 @@ def test_twenty_steps_equal_peft(kind: str, tiny_base: Path) -> None:
     put_start(kind, model, twin)
     ours, theirs = (torch.optim.AdamW(trained(m), lr=1e-2) for m in (model, twin))
     count = sum(p.numel() for p in trained(model))
-    assert count == sum(p.numel() for p in trained(twin)) == method.options.adds(*shapes(base(tiny_base)))
+    assert count == sum(p.numel() for p in trained(twin)) == method.options.adds(*shapes(base(tiny_base), UNSHARDED))
     for step in range(20):
         document = IDS[step : step + 15]
         mine = cross_entropy(logits(method, model, document)[0][:-1], document[1:])

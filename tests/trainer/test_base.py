@@ -12,7 +12,7 @@ from llamas import random_llama
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from methods.options import ALL
+from methods.options import KINDS
 from methods.parts import quantised
 from orchestrator.planning.model import count, locate
 from runfolder.job import Base
@@ -126,7 +126,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def test_every_method_for_bases_in_4_bits_is_tried() -> None:
-    assert METHODS.keys() == {options.model_fields["kind"].default for options in ALL if options.on_4_bits}
+    assert METHODS.keys() == {kind for kind, options in KINDS.items() if options.on_4_bits}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from llamas import random_llama
 
-from methods.options import Full, Lora
+from methods.options.full import Full
+from methods.options.low_rank import Lora
 from trainer import reload, verify
 
 IDS = [torch.arange(30), torch.arange(5, 12)]

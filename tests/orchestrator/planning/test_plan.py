@@ -8,7 +8,7 @@ import pytest
 from jobs import CONFIG, make_base, make_job, write_weights
 from llamas import LLAMA_3B
 
-from methods.options import Dora, Lora
+from methods.options.low_rank import Dora, Lora
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import read
 from orchestrator.planning.model import Model, count, read_header, weight_files

@@ -1,0 +1,51 @@
+"""Full fine-tuning: the weights of the base themselves are trained."""
+
+from math import prod
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from methods.options.base import WEIGHTS_EXPONENT, Options
+from methods.parts.targets import Linears, Others, is_named
+
+
+class Full(Options):
+    """Train every weight of the base, or those that are not frozen."""
+
+    kind: Literal["full"] = "full"
+    implementation: ClassVar[str] = "methods.full:FullTuning"
+    default_lr: ClassVar[float] = 2e-5
+    width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
+    makes_model: ClassVar[bool] = True
+    trains_new_tokens: ClassVar[bool] = True
+
+    freeze: tuple[str, ...] = Field((), description="patterns of weights that stay as they are, like *embed_tokens*")
+    lisa_layers: int | None = Field(None, ge=1, description="layers trained at a time, drawn at random; null: all")
+    lisa_every: int = Field(20, ge=1, description="steps between two draws of lisa_layers")
+
+    def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
+        """Nothing."""
+        return 0
+
+    def trained(self, linears: Linears, others: Others) -> int:
+        """Every weight that is not frozen."""
+        shapes = {f"{name}.weight": shape for name, shape in linears.items()} | dict(others)
+        for pattern in self.freeze:
+            if not any(is_named(name, pattern) for name in shapes):
+                raise ValueError(f"found the pattern {pattern!r} in freeze, which no weight of the base matches")
+        layers = {layer_of(name) for name in shapes} - {None}
+        if self.lisa_layers is not None and self.lisa_layers > len(layers):
+            raise ValueError(f"found lisa_layers {self.lisa_layers}; allowed: up to the base's {len(layers)} layers")
+        trained = sum(prod(shape) for name, shape in shapes.items() if not self.freezes(name))
+        if trained == 0:
+            raise ValueError("found patterns in freeze that match every weight; allowed: to leave one to train")
+        return trained
+
+    def freezes(self, name: str) -> bool:
+        """Whether the weight of this name stays as it is."""
+        return any(is_named(name, pattern) for pattern in self.freeze)
+
+
+def layer_of(name: str) -> int | None:
+    """The transformer layer that a weight is in, by the first number in its name; None outside of all layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)

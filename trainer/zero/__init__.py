@@ -1,0 +1,9 @@
+"""DeepSpeed: its engine, which rank owns which part of which trained parameter, and how sharded weights become whole.
+
+The only folder that touches DeepSpeed's private names; it refuses another version than the one it was written for.
+
+- `engine.py`: the version, the configuration of each stage, and the engine.
+- `layout.py`: the fragments of trained parameters that a rank owns, stage by stage.
+- `gather.py`: weights that stage 3 has sharded, made whole for a while.
+- `shards.py`: a model under the engine, and what happens in a step.
+"""

@@ -1,0 +1,86 @@
+"""DeepSpeed's engine: the version that is known, the configuration of each ZeRO stage, and the optimizer it gets.
+
+Every stage runs in DeepSpeed's fp32 mode: trained weights are fp32 and are their own masters, frozen weights keep
+their dtype, and bf16 enters through autocast inside the forward pass. So gradients are accumulated and reduced in
+fp32 at every stage. Accumulation is ours to bound (`managed_gradient_accumulation: false`): gradients add up until
+`engine.step()`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+VERSION = "0.19.8"
+ONE_GROUP = 10**15  # elements; more than any model has, so that stage 3 keeps all trained weights in one flat slice
+
+
+class Placeholder(torch.optim.Optimizer):
+    """The optimizer that DeepSpeed gets: its step calls `on_step`, once per step and with all gradients reduced."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__([{"params": parameters}], {"lr": 0.0})
+        self.on_step: Callable[[], None] = lambda: None
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        """Call `on_step`."""
+        with torch.no_grad():
+            self.on_step()
+
+
+def prepare() -> None:
+    """Check DeepSpeed's version and keep it from compiling its shared-memory op, before distributed starts.
+
+    The op is built at the first `init_distributed`, and a lock that a killed process left makes the next one hang
+    without a word. Gloo does not need it.
+    """
+    if version("deepspeed") != VERSION:
+        raise RuntimeError(f"deepspeed {version('deepspeed')} is installed; trainer/zero is written for {VERSION}")
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def config(stage: int, trained: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of a stage, for so many trained elements."""
+    bucket = max(2**20, min(50_000_000, trained))
+    sharding: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if stage in (1, 2):
+        sharding["compute_grad_norm"] = False
+    if stage == 3:
+        sharding |= {"sub_group_size": ONE_GROUP, "stage3_prefetch_bucket_size": bucket}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+        "zero_optimization": sharding,
+    }
+
+
+def start(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> Any:
+    """DeepSpeed's engine around a model whose trained parameters the optimizer has."""
+    import deepspeed
+
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, trained))
+    return engine
+
+
+@contextmanager
+def partitioned_loading(stage: int, dtype: torch.dtype) -> Iterator[None]:
+    """Within it, `from_pretrained` at stage 3 keeps only this rank's slices, in `dtype`, and PEFT gathers them."""
+    if stage != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers holds it weakly: it must live as long as the block.
+    alive = HfDeepSpeedConfig(config(stage, 0) | {"bf16": {"enabled": dtype == torch.bfloat16}})
+    yield
+    del alive
