@@ -8,15 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from orchestrator.errors import InputError
+from runfolder.files import Damaged
 from runfolder.folders import home
+from runfolder.record import load_record
 
 RUN_ID = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?-[0-9a-hjkmnp-tv-z]{10}")
 _DIGITS = "0123456789abcdefghjkmnpqrstvwxyz"  # base 32 in the order of ASCII, so that ids sort by time
 _EPOCH_MS = 1_735_689_600_000  # 2025-01-01; 40 bits of milliseconds last for 34 years
-_FAST_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def runs_folder() -> Path:
@@ -61,6 +60,8 @@ def find(reference: str) -> Path:
 
 
 def read_record(run_dir: Path) -> Mapping[str, Any]:
-    """RUN_DIR/job.yaml as plain data: run_id, cluster, submitted, versions, digests, git, job."""
-    record: Mapping[str, Any] = yaml.load((run_dir / "job.yaml").read_bytes(), Loader=_FAST_LOADER)
+    """RUN_DIR/job.yaml as plain data: run_id, cluster, submitted, versions, digests, git, job; raises Damaged."""
+    record = load_record(run_dir)
+    if missing := [key for key in ("cluster", "submitted") if key not in record]:
+        raise Damaged(f"{run_dir / 'job.yaml'}: {', '.join(missing)} missing")
     return record

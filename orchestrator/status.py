@@ -15,7 +15,7 @@ from orchestrator.tracking.history import mlflow_run
 from orchestrator.tracking.trouble import held_up
 from runfolder.appended import sealed_size
 from runfolder.chain import Attempt, last, result, settle
-from runfolder.files import Record
+from runfolder.files import Damaged, Record
 
 State = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
 ENDED = ("succeeded", "failed", "cancelled")
@@ -65,10 +65,48 @@ def list_runs() -> list[Status]:
 
 
 def statuses(run_dirs: Iterable[Path]) -> list[Status]:
-    """The status of runs by their folders, with one look at each cluster."""
-    records = {run_dir: read_record(run_dir) for run_dir in run_dirs}
-    views = _views(records)
-    return [_join(run_dir, record, views[run_dir.name]) for run_dir, record in records.items()]
+    """The status of runs by their folders, with one look at each cluster. A folder that is damaged is `unknown`."""
+    records: dict[Path, Mapping[str, Any] | str] = {run_dir: _record(run_dir) for run_dir in run_dirs}
+    views = _views({run_dir: record for run_dir, record in records.items() if not isinstance(record, str)})
+    return [_status(run_dir, record, views.get(run_dir.name)) for run_dir, record in records.items()]
+
+
+def _record(run_dir: Path) -> Mapping[str, Any] | str:
+    """What was submitted, or why that cannot be read."""
+    try:
+        return read_record(run_dir)
+    except (OSError, Damaged) as error:
+        return str(error)
+
+
+def _status(run_dir: Path, record: Mapping[str, Any] | str, view: View | None) -> Status:
+    if isinstance(record, str) or view is None:
+        return _unknown(run_dir, str(record))
+    try:
+        return _join(run_dir, record, view)
+    except (OSError, Damaged) as error:
+        return _unknown(run_dir, str(error))
+    except (LookupError, TypeError, ValueError) as error:
+        return _unknown(run_dir, f"{run_dir}: {type(error).__name__}: {error} (is it of another version?)")
+
+
+def _unknown(run_dir: Path, reason: str) -> Status:
+    """A run whose folder does not tell what it should."""
+    return Status(
+        run_id=run_dir.name,
+        name=name_of(run_dir.name),
+        cluster="unknown",
+        state="unknown",
+        reason=reason,
+        step=0,
+        steps=None,
+        attempt=0,
+        verdict=None,
+        mlflow_run_id=None,
+        run_dir=str(run_dir),
+        output_dir=None,
+        submitted=run_dir.stat().st_mtime,
+    )
 
 
 def _views(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, View]:

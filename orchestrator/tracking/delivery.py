@@ -250,8 +250,19 @@ def undelivered() -> Iterator[Path]:
     """The closed runs of this home of which MLflow has not got all, newest first."""
     for run_id in reversed(run_ids()):
         run_dir = runs_folder() / run_id
-        if result(run_dir) and attempts(run_dir) and not is_tracked(run_dir):
+        if _waits(run_dir):
             yield run_dir
+
+
+def _waits(run_dir: Path) -> bool:
+    """Whether a closed run has something for MLflow; not one that is damaged, as `status` says."""
+    try:
+        if not result(run_dir) or not attempts(run_dir) or is_tracked(run_dir):
+            return False
+        load_job(run_dir)
+    except (OSError, LookupError, TypeError, ValueError):
+        return False
+    return True
 
 
 def is_tracked(run_dir: Path) -> bool:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.errors import InputError
 from orchestrator.tracking.password import without_password
-from runfolder.files import read_json, write_json
+from runfolder.files import Damaged, read_json, write_json
 
 _FILE = "undelivered.json"
 _LONGEST = 300  # characters of a reason
@@ -95,7 +95,10 @@ def note(run_dir: Path, trouble: Trouble | None) -> None:
 def held_up(run_dir: Path) -> Trouble | None:
     """What keeps the rows of a run from MLflow; None where nothing is known to."""
     path = run_dir / _FILE
-    return Trouble(**read_json(path)) if path.exists() else None
+    try:
+        return Trouble(**read_json(path)) if path.exists() else None
+    except (Damaged, TypeError):
+        return Trouble(True, f"{path} cannot be read", "remove it")
 
 
 def _verdict(error: BaseException) -> str | None:
