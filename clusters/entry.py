@@ -11,6 +11,7 @@ from typing import Any
 
 _DELIVERY_S = 600.0  # for so long after its end a run gets a controller again, to deliver the rest
 _TYPES: dict[str, Any] = {"run_id": str, "run_dir": str, "workers": int, "time": (int, float), "environment": dict}
+_LONGEST = 1 << 17  # characters of one value of an environment, on Linux
 
 
 class Damaged(ValueError):
@@ -126,6 +127,6 @@ def _parsed(text: str, run_id: str) -> Entry:
             raise ValueError(f"{name}: found {type(value).__name__}")
     if found["run_id"] != run_id:
         raise ValueError(f"run_id: found {found['run_id']!r}; allowed: the name of the file")
-    if not all(isinstance(value, str) for value in found["environment"].values()):
-        raise ValueError("environment: found a value that is no text")
+    if not all(isinstance(v, str) and "\0" not in v and len(v) < _LONGEST for v in found["environment"].values()):
+        raise ValueError("environment: found a value that no process can have")
     return Entry(**found)

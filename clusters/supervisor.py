@@ -88,7 +88,10 @@ class Supervisor:
         patience.began()
         given = {"FLEETUNE_HOME": str(self._local.home)} | entry.environment
         environment = not_carried(os.environ) | given | self._head.environment() | {"RAY_ADDRESS": address}
-        process.spawn(lock, controller_command(entry.run_dir), environment, self._local.log(entry.run_id))
+        try:
+            process.spawn(lock, controller_command(entry.run_dir), environment, self._local.log(entry.run_id))
+        except (OSError, ValueError) as error:  # of an environment that no process can have, say
+            print(f"{entry.run_id} cannot be started: {error}", flush=True)
 
     def _forget(self, entry: Entry) -> None:
         process.end(self._local.controller_lock(entry.run_id))
