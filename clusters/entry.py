@@ -4,7 +4,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class Queue:
         try:
             os.link(temporary, path)  # unlike a rename, it leaves an earlier entry and its turn alone
         except FileExistsError:
-            if entry.run_id in self.damaged():
+            if not self._readable(entry.run_id):
                 temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -94,23 +94,23 @@ class Queue:
 
     def list(self) -> list[Entry]:
         """All entries, in the order of submission."""
-        return sorted(self._read({}), key=lambda entry: (entry.time, entry.run_id))
+        return [*self.read()[0]]
 
-    def damaged(self) -> dict[str, str]:
-        """What cannot be read: run id -> why, in one line."""
-        found: dict[str, str] = {}
-        for _ in self._read(found):
-            pass
-        return found
-
-    def _read(self, damaged: dict[str, str]) -> Iterator[Entry]:
-        """The entries; what cannot be read is put into `damaged`."""
-        for path in sorted(self.folder.glob("[!.]*.json")):
+    def read(self) -> tuple[Sequence[Entry], dict[str, str]]:
+        """All entries, in the order of submission; and what is no entry: the name of the file -> why, in one line."""
+        entries, damaged = [], {}
+        for path in self.folder.glob("[!.]*.json"):
             try:
-                if entry := self.get(path.stem):
-                    yield entry
+                entries += [entry] if (entry := self.get(path.stem)) else []
             except Damaged as error:
                 damaged[path.stem] = str(error)
+        return sorted(entries, key=lambda entry: (entry.time, entry.run_id)), damaged
+
+    def _readable(self, run_id: str) -> bool:
+        try:
+            return self.get(run_id) is not None
+        except Damaged:
+            return False
 
     def _path(self, run_id: str) -> Path:
         return self.folder / f"{run_id}.json"

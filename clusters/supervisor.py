@@ -49,8 +49,9 @@ class Supervisor:
 
     def tick(self) -> None:
         """Bring what runs in line with what is queued."""
-        self._name_damaged()
-        for entry in self._local.queue.list():
+        entries, damaged = self._local.queue.read()
+        self._name(damaged)
+        for entry in entries:
             if entry.settled and not self._runs(entry):
                 self._forget(entry)
         entries = self._local.queue.list()
@@ -66,10 +67,10 @@ class Supervisor:
             for entry in self._due(waiting):
                 self._start(entry, address)
 
-    def _name_damaged(self) -> None:
+    def _name(self, damaged: dict[str, str]) -> None:
         """Say once of what is in the queue that it cannot be read."""
-        before, self._damaged = self._damaged, self._local.queue.damaged()
-        for run_id, why in self._damaged.items():
+        before, self._damaged = self._damaged, damaged
+        for run_id, why in damaged.items():
             if before.get(run_id) != why:
                 print(f"left alone: {why}", flush=True)
 
