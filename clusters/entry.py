@@ -4,7 +4,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from runfolder.requests import cancel_requested
 FORMAT = 1
 _DELIVERY_S = 600.0  # for so long after its end a run gets a controller again, to deliver the rest
 _TYPES: dict[str, Any] = {"run_id": str, "run_dir": str, "command": list, "workers": int, "environment": dict}
+_LONGEST = 1 << 17  # characters of one value of an environment, on Linux
 
 
 class Damaged(ValueError):
@@ -73,7 +74,7 @@ class Queue:
         try:
             os.link(temporary, path)  # unlike a rename, it leaves an earlier entry and its turn alone
         except FileExistsError:
-            if run_id in self.damaged():
+            if not self._readable(run_id):
                 temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -98,23 +99,23 @@ class Queue:
 
     def list(self) -> list[Entry]:
         """All entries, in the order of submission."""
-        return sorted(self._read({}), key=lambda entry: (entry.time, entry.run_id))
+        return [*self.read()[0]]
 
-    def damaged(self) -> dict[str, str]:
-        """What cannot be read: run id -> why, in one line."""
-        found: dict[str, str] = {}
-        for _ in self._read(found):
-            pass
-        return found
-
-    def _read(self, damaged: dict[str, str]) -> Iterator[Entry]:
-        """The entries; what cannot be read is put into `damaged`."""
-        for path in sorted(self.folder.glob("[!.]*.json")):
+    def read(self) -> tuple[Sequence[Entry], dict[str, str]]:
+        """All entries, in the order of submission; and what is no entry: the name of the file -> why, in one line."""
+        entries, damaged = [], {}
+        for path in self.folder.glob("[!.]*.json"):
             try:
-                if entry := self.get(path.stem):
-                    yield entry
+                entries += [entry] if (entry := self.get(path.stem)) else []
             except Damaged as error:
                 damaged[path.stem] = str(error)
+        return sorted(entries, key=lambda entry: (entry.time, entry.run_id)), damaged
+
+    def _readable(self, run_id: str) -> bool:
+        try:
+            return self.get(run_id) is not None
+        except Damaged:
+            return False
 
     def _path(self, run_id: str) -> Path:
         return self.folder / f"{run_id}.json"
@@ -132,7 +133,7 @@ def _parsed(text: str, run_id: str, came: int) -> Entry:
     if found["run_id"] != run_id:
         raise ValueError(f"run_id: found {found['run_id']!r}; allowed: the name of the file")
     texts: list[Any] = [*found["environment"].values(), *found["command"]]
-    if not all(isinstance(value, str) for value in texts):
-        raise ValueError("environment or command: found a value that is no text")
+    if not all(isinstance(text, str) and "\0" not in text and len(text) < _LONGEST for text in texts):
+        raise ValueError("environment or command: found a value that no process can have")
     values = {name: found[name] for name in _TYPES}
     return Entry(**{**values, "run_dir": Path(found["run_dir"])}, text=text, time=came)

@@ -11,8 +11,7 @@ from typing import Any
 
 from clusters.base import Unreachable
 from runfolder.appended import Chunk, Position
-from runfolder.files import Record
-from runfolder.record import Damaged
+from runfolder.files import Damaged, Record
 from runfolder.site import Ask, Refused
 from runfolder.snapshot import Snapshot
 

@@ -94,7 +94,8 @@ class Local:
 
     def status(self, run_ids: Iterable[str]) -> dict[str, Status]:
         """The state of each run, as files and locks tell it."""
-        entries = {entry.run_id: entry for entry in self.queue.list()}
+        found, damaged = self.queue.read()
+        entries: dict[str, Entry | str] = {**damaged, **{entry.run_id: entry for entry in found}}
         trouble, wait = self._trouble(), self._wait()
         return {run_id: self._status(run_id, entries.get(run_id), trouble, wait) for run_id in run_ids}
 
@@ -161,7 +162,7 @@ class Local:
         `damaged`: what in the queue cannot be read.
         """
         head = Head(self.folder)
-        entries = self.queue.list()
+        entries, damaged = self.queue.read()
         controllers = {entry.run_id: process.owner(self.controller_lock(entry.run_id)) for entry in entries}
         alive = process.owner(head.lock)
         return {
@@ -171,7 +172,7 @@ class Local:
             "trouble": self._trouble(),
             "controllers": {run_id: pid for run_id, pid in controllers.items() if pid},
             "queued": [entry.run_id for entry in entries if not self.controller_lock(entry.run_id).exists()],
-            "damaged": self.queue.damaged(),
+            "damaged": damaged,
             "capacity": self._room(),
         }
 
@@ -185,13 +186,13 @@ class Local:
         plan = {"format": FORMAT, "run_id": run_id, "run_dir": run_dir, "command": controller_command(run_dir)}
         return json.dumps({**plan, "workers": workers, "environment": environment, "secrets": secrets}, indent=1)
 
-    def _status(self, run_id: str, entry: Entry | None, trouble: str | None, wait: str) -> Status:
+    def _status(self, run_id: str, entry: Entry | str | None, trouble: str | None, wait: str) -> Status:
         if result(self.site.root / run_id) is not None:
             return Status("ended")
         if entry is None:
-            damaged = self.queue.damaged().get(run_id)
-            mend = f"; queue it anew with: fleetune resume {run_id}"
-            return Status("unknown", damaged + mend if damaged else "this cluster has not got the run")
+            return Status("unknown", "this cluster has not got the run")
+        if isinstance(entry, str):  # why it cannot be read
+            return Status("unknown", f"{entry}; queue it anew with: fleetune resume {run_id}")
         lock = self.controller_lock(run_id)
         if process.owner(lock):
             return Status("running")

@@ -107,6 +107,8 @@ def end(lock: Path) -> None:
         for member in members:
             _kill(member)
         time.sleep(0.05)
+    if not members:
+        _forget(lock, found)
 
 
 def reap() -> None:
@@ -163,6 +165,13 @@ def _read(lock: Path) -> Holder | None:
     """Who held a lock last."""
     with lock.open("rb") as stream:
         return _recorded(stream.fileno())
+
+
+def _forget(lock: Path, gone: Holder) -> None:
+    """Take a holder that is gone out of the file: its number may come to lead somebody else's session."""
+    with lock.open("r+b") as stream:
+        if _try(stream.fileno(), fcntl.LOCK_EX) and _recorded(stream.fileno()) == gone:
+            os.ftruncate(stream.fileno(), 0)
 
 
 def _elsewhere(lock: Path, found: Holder) -> Unreachable:

@@ -50,8 +50,9 @@ class Supervisor:
 
     def tick(self) -> None:
         """Bring what runs in line with what is queued."""
-        self._name_damaged()
-        for entry in self._local.queue.list():
+        entries, damaged = self._local.queue.read()
+        self._name(damaged)
+        for entry in entries:
             if entry.settled and not self._runs(entry):
                 self._forget(entry)
         entries = self._local.queue.list()
@@ -67,10 +68,10 @@ class Supervisor:
             for entry in self._due(waiting):
                 self._start(entry, address)
 
-    def _name_damaged(self) -> None:
+    def _name(self, damaged: dict[str, str]) -> None:
         """Say once of what is in the queue that it cannot be read."""
-        before, self._damaged = self._damaged, self._local.queue.damaged()
-        for run_id, why in self._damaged.items():
+        before, self._damaged = self._damaged, damaged
+        for run_id, why in damaged.items():
             if before.get(run_id) != why:
                 print(f"left alone: {why}", flush=True)
 
@@ -89,7 +90,10 @@ class Supervisor:
         patience.began()
         given = {"FLEETUNE_HOME": str(self._local.home)} | entry.environment
         environment = without_carried(os.environ) | given | self._head.environment() | {"RAY_ADDRESS": address}
-        process.spawn(lock, entry.command, environment, self._local.log(entry.run_id))
+        try:
+            process.spawn(lock, entry.command, environment, self._local.log(entry.run_id))
+        except (OSError, ValueError) as error:  # of an environment that no process can have, say
+            print(f"{entry.run_id} cannot be started: {error}", flush=True)
 
     def _forget(self, entry: Entry) -> None:
         process.end(self._local.controller_lock(entry.run_id))

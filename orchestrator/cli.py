@@ -48,11 +48,12 @@ def _ending(error: Exception) -> tuple[int, str] | None:
     """Exit code and message for what a user can mend; None for a bug."""
     from clusters.base import Unreachable
     from orchestrator.errors import InputError, JobFailed
+    from runfolder.files import Damaged
 
     match error:
         case JobFailed():
             return 1, str(error)
-        case InputError():
+        case InputError() | Damaged():
             return 2, str(error)
         case Unreachable() | ConnectionError():
             return 3, str(error)

@@ -17,7 +17,8 @@ from orchestrator.verdict import Again, Final, Kind, Verdict, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
 from runfolder.chain import Attempt, Fenced, attempts, claim_next, close, settle
-from runfolder.files import Record, read_json
+from runfolder.files import Damaged, Record, read_json
+from runfolder.record import load_job
 from runfolder.requests import cancel_requested
 from runfolder.secrets import read_secrets
 
@@ -30,7 +31,7 @@ _CANCELLED = Final("cancelled", "cancelled by request")
 def main(run_dir: Path) -> int:
     """Bring a run one attempt further; gives the exit code."""
     if settle(run_dir) is None:
-        decision = next_step(run_dir)
+        decision = unreadable(run_dir) or next_step(run_dir)
         if not isinstance(decision, Final) and cancelled_within(run_dir, decision.delay_s):
             decision = _CANCELLED
         if not isinstance(decision, Final):
@@ -38,6 +39,15 @@ def main(run_dir: Path) -> int:
             return attend(run_dir) if os.environ.get("RAY_ADDRESS") else 1
         close(run_dir, result_of(run_dir, decision))
     return deliver_rest(run_dir)
+
+
+def unreadable(run_dir: Path) -> Final | None:
+    """The end of a run whose job cannot be read: it would only keep its place from others."""
+    try:
+        load_job(run_dir)
+    except Damaged as error:
+        return Final("failed", str(error))
+    return None
 
 
 def attend(run_dir: Path) -> int:
@@ -98,8 +108,8 @@ def next_step(run_dir: Path) -> Again | Final:
 def result_of(run_dir: Path, decision: Final) -> Record:
     """The final word on a run."""
     tried = attempts(run_dir)
-    cancelled = Verdict("cancelled", "").dump()
-    verdict = cancelled if decision.state == "cancelled" else _verdict(tried[-1])
+    own = Verdict("cancelled" if decision.state == "cancelled" else "user_error", "").dump()
+    verdict = own if decision.state == "cancelled" or not tried else _verdict(tried[-1])
     return {
         "state": decision.state,
         "reason": "; ".join(filter(None, [decision.reason, verdict["reason"]])) or None,
@@ -115,7 +125,7 @@ def deliver_rest(run_dir: Path) -> int:
     """Stay until MLflow has all of a closed run, but not for ever: any later command can do it too."""
     from orchestrator.tracking.delivery import replay
 
-    if attempts(run_dir):
+    if attempts(run_dir) and unreadable(run_dir) is None:
         replay(run_dir, TRACKING_PATIENCE_S)
     return 0
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from clusters.base import Status as View
@@ -9,7 +10,7 @@ from clusters.base import Unreachable
 from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, find, handles, name_of
-from orchestrator.tracking.trouble import Trouble
+from orchestrator.tracking.trouble import trouble_of
 from runfolder.snapshot import Snapshot
 
 State = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
@@ -102,7 +103,7 @@ def join(run: Snapshot, view: View) -> Status:
         output_dir=f"{run.run_dir}/output" if delivered else None,
         submitted=run.submitted,
         stuck=run.result is None and view.stuck,
-        tracking=str(Trouble(**run.undelivered)) if run.undelivered else None,
+        tracking=str(trouble_of(Path(run.run_dir), run.undelivered)) if run.undelivered else None,
         data=run.data,
     )
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from runfolder.files import Damaged
 from runfolder.folders import home
-from runfolder.record import Damaged
 from runfolder.site import Refused, answer, send
 
 

@@ -15,6 +15,10 @@ from typing import Any
 Record = dict[str, Any]
 
 
+class Damaged(ValueError):
+    """A file of a run folder that is not what it should be: the file and what was found, in one line."""
+
+
 def names(folder: Path) -> list[str]:
     """What a folder holds; nothing where there is no such folder."""
     try:
@@ -41,8 +45,13 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> Record:
-    """Read a JSON file that holds an object."""
-    record: Record = json.loads(path.read_text())
+    """Read a JSON file that holds an object; raises Damaged."""
+    try:
+        record = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path}: not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise Damaged(f"{path}: found {type(record).__name__}; allowed: an object")
     return record
 
 

@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from runfolder.files import Record, names, read_json, sync_folder, write_json
+from runfolder.files import Damaged, Record, names, read_json, sync_folder, write_json
 from runfolder.job import Job
 
 FORMAT = 1
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _BRIEF = "run.json"
-
-
-class Damaged(ValueError):
-    """A run folder whose record cannot be used: one line with the file, and what is wrong with it."""
 
 
 def create(run_dir: Path, record: Mapping[str, Any]) -> Record | None:
@@ -52,7 +49,7 @@ def read_record(run_dir: Path) -> Record:
         record = yaml.load(path.read_bytes(), Loader=_LOADER)
     except OSError as error:
         raise Damaged(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise Damaged(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     return _checked(path, record)
 
@@ -65,15 +62,21 @@ def read_brief(run_dir: Path) -> Record:
             return _brief(read_record(run_dir))
         except (KeyError, TypeError) as error:
             raise Damaged(f"{run_dir / 'job.yaml'}: {type(error).__name__}: {error}") from None
-    try:
-        return _checked(path, read_json(path))
-    except (OSError, ValueError) as error:
-        raise Damaged(f"{path}: {error}") from None
+    return _checked(path, read_json(path))
 
 
 def load_job(run_dir: Path) -> Job:
-    """The frozen spec of a run; raises Damaged."""
-    return Job.model_validate(read_record(run_dir)["job"])
+    """The frozen spec of a run; raises Damaged, also where another version of Fleetune wrote what this one lacks."""
+    path = run_dir / "job.yaml"
+    found = read_record(run_dir)
+    if not isinstance(found.get("job"), dict):
+        raise Damaged(f"{path}: found no job in it")
+    try:
+        return Job.model_validate(found["job"])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "job"
+        raise Damaged(f"{path}: {where}: {first['msg']} (is it of another version?)") from None
 
 
 def _brief(record: Mapping[str, Any]) -> Record:

@@ -8,8 +8,8 @@ from typing import Any
 
 from runfolder.appended import beginning, ending, parsed
 from runfolder.chain import Attempt, settle, slots
-from runfolder.files import Record, names, read_json
-from runfolder.record import Damaged, read_brief
+from runfolder.files import Damaged, Record, names, read_json
+from runfolder.record import read_brief
 
 _TAIL = 1 << 14  # bytes at the end of metrics.jsonl that hold its last whole line
 _HEAD = 1 << 16  # bytes at the start of events.jsonl that hold the plan

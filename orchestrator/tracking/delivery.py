@@ -26,6 +26,7 @@ from orchestrator.tracking.trouble import Trouble, diagnose, held_up, note
 from runfolder.appended import read_from
 from runfolder.chain import Attempt, Fenced, attempts, last, last_slot, result
 from runfolder.delivered import is_delivered, note_delivered
+from runfolder.files import Damaged
 from runfolder.record import load_job
 from runfolder.snapshot import snapshot
 
@@ -250,9 +251,19 @@ def deliver_late(timeout_s: float = 10.0) -> None:
 def undelivered() -> Iterator[Path]:
     """The closed runs of this home of which MLflow has not got all, newest first."""
     for run_id in reversed(run_ids()):
-        run = snapshot(runs_folder() / run_id)
-        if run.result and run.attempt and not is_delivered(Path(run.run_dir)):
-            yield Path(run.run_dir)
+        run_dir = runs_folder() / run_id
+        run = snapshot(run_dir)
+        if run.result and run.attempt and not is_delivered(run_dir) and _has_job(run_dir):
+            yield run_dir
+
+
+def _has_job(run_dir: Path) -> bool:
+    """Whether a run can be delivered: not one that is damaged, as `status` and `resume` say."""
+    try:
+        load_job(run_dir)
+    except Damaged:
+        return False
+    return True
 
 
 def all_held_up() -> dict[str, Trouble]:

@@ -5,7 +5,7 @@ latest trouble of a run lies in RUN_DIR/undelivered.json until its rows have bee
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.errors import InputError
 from orchestrator.tracking.password import without_password
-from runfolder.files import read_json, write_json
+from runfolder.files import Damaged, read_json, write_json
 
 _FILE = "undelivered.json"
 _LONGEST = 300  # characters of a reason
@@ -95,7 +95,18 @@ def note(run_dir: Path, trouble: Trouble | None) -> None:
 def held_up(run_dir: Path) -> Trouble | None:
     """What keeps the rows of a run from MLflow; None where nothing is known to."""
     path = run_dir / _FILE
-    return Trouble(**read_json(path)) if path.exists() else None
+    try:
+        return trouble_of(run_dir, read_json(path)) if path.exists() else None
+    except Damaged:
+        return trouble_of(run_dir, {})
+
+
+def trouble_of(run_dir: Path, record: Mapping[str, Any]) -> Trouble:
+    """The trouble that a record tells of; one that cannot be read is trouble, too."""
+    try:
+        return Trouble(**record)
+    except TypeError:
+        return Trouble(True, f"{run_dir / _FILE} cannot be read", "remove it")
 
 
 def _verdict(error: BaseException) -> str | None:

@@ -1,5 +1,6 @@
 """An attempt that was paused and wakes after a newer one began changes nothing that anybody reads."""
 
+import json
 import os
 import random
 import signal
@@ -111,7 +112,7 @@ class Machine:
 
     def signal(self, number: int) -> None:
         """Send all of its processes a signal."""
-        leaders = [self.controller.pid, int(self._head.lock.read_text())]
+        leaders = [self.controller.pid, json.loads(self._head.lock.read_text())["pid"]]
         signal_all([pid for leader in leaders for pid in session(leader)], number)
 
     def end(self) -> None:

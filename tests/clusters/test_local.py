@@ -1,6 +1,5 @@
 """The queue and the supervisor's choices, without Ray: a sleeping process stands for a controller."""
 
-import fcntl
 import json
 import os
 import random
@@ -8,22 +7,20 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
+from local_cluster import entry, job, running, serve, submit, text, until
 
 from clusters import local as local_module
-from clusters import process, ray_head, supervisor
+from clusters import process, ray_head
 from clusters.base import Refused, Unreachable
-from clusters.entry import Entry, Queue
+from clusters.entry import Queue
 from clusters.local import Local
 from clusters.ray_head import Head, Patience
 from clusters.supervisor import Supervisor, fitting
 from runfolder import chain
 from runfolder.delivered import note_delivered
-from runfolder.job import Job
 from runfolder.requests import request_cancel
 
 SUBMIT = (
@@ -31,60 +28,6 @@ SUBMIT = (
     "home, run_id, text = Path(sys.argv[1]), *sys.argv[2:];"
     "Local(home).submit(Request(run_id, 1, str(home / 'runs' / run_id), text))"
 )
-
-
-def job(**resources: int) -> Job:
-    parts = {"base": "b", "data": "d.jsonl", "train": {"steps": 1}, "resources": resources}
-    return Job.model_validate(parts)
-
-
-def text(run_id: str, workers: int = 1, run_dir: str = "/") -> str:
-    plan = {"format": 1, "run_id": run_id, "run_dir": run_dir, "workers": workers}
-    return json.dumps({**plan, "command": [], "environment": {}})
-
-
-def entry(run_id: str, workers: int) -> Entry:
-    return Entry(run_id, Path("/"), [], workers, {}, "", 0)
-
-
-def until(true: Callable[[], object], timeout_s: float = 15) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
-    """A cluster with room for two workers, whose supervisor is ours to tick and whose controllers sleep."""
-    monkeypatch.setattr(local_module, "room", lambda: ("cpu", 2))
-    monkeypatch.setattr(supervisor, "room", lambda: ("cpu", 2))
-    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr(local_module, "controller_command", lambda _: sleeper)
-    monkeypatch.setattr(Local, "start", lambda self: (self.folder / "controllers").mkdir(parents=True, exist_ok=True))
-    found = Local(tmp_path)
-    (found.folder / "logs").mkdir(parents=True)
-    yield found
-    found.stop()
-
-
-def submit(cluster: Local, run_id: str, workers: int = 1) -> Path:
-    run_dir = cluster.home / "runs" / run_id
-    run_dir.mkdir(parents=True)
-    cluster.submit(cluster.request(job(workers_per_node=workers), run_id))
-    return run_dir
-
-
-def serve(cluster: Local) -> Supervisor:
-    """A supervisor whose head answers."""
-    found = Supervisor(cluster)
-    found._head.keep = lambda: "127.0.0.1:1"  # type: ignore[method-assign]
-    return found
-
-
-def running(cluster: Local) -> dict[str, int]:
-    controllers: dict[str, int] = cluster.state()["controllers"]
-    return controllers
 
 
 def test_request_is_pure_and_says_what_is_started(tmp_path: Path) -> None:
@@ -199,51 +142,6 @@ def test_a_cancelled_run_gets_its_controller_without_waiting(cluster: Local) -> 
     assert list(running(cluster)) == ["first", "second"]
 
 
-def test_what_is_no_entry_stands_in_nobodys_way(cluster: Local, capsys: pytest.CaptureFixture[str]) -> None:
-    good = json.loads(text("bad", run_dir=str(cluster.home)))
-    texts: dict[str, object] = {
-        "found format None": {},
-        "found list": [],
-        "found format 7; allowed: format 1": {**good, "format": 7},
-        "workers: found str": {**good, "workers": "2"},
-        "run_id: found 'bad'; allowed: the name of the file": good,
-        "environment or command: found a value that is no text": {**good, "run_id": "x", "environment": {"A": 1}},
-        "File name too long": {**good, "run_id": "x", "run_dir": "/" + "x" * 300},
-    }
-    submit(cluster, "fine")
-    served = serve(cluster)
-    for why, plan in texts.items():
-        (cluster.queue.folder / "x.json").write_text(json.dumps(plan))
-        served.tick()
-        assert why in cluster.state()["damaged"]["x"]
-        assert why in capsys.readouterr().out
-        assert served.tick() is None and capsys.readouterr().out == ""
-        told = cluster.status(["fine", "x"])
-        assert (told["fine"].state, told["x"].state) == ("running", "unknown")
-        assert why in told["x"].reason and "fleetune resume x" in told["x"].reason
-    (cluster.queue.folder / "torn.json").write_text('{"run_id": ')
-    (cluster.queue.folder / "bytes.json").write_bytes(b"\xff")
-    (cluster.queue.folder / "folder.json").mkdir()
-    served.tick()
-    assert sorted(cluster.state()["damaged"]) == ["bytes", "folder", "torn", "x"]
-    submit(cluster, "x")  # replaces what is there
-    assert [e.run_id for e in cluster.queue.list()] == ["fine", "x"]
-
-
-def test_a_run_gets_its_own_environment_alone(cluster: Local, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the shell that the supervisor was started from, in which another run was submitted."""
-    names = ("HF_HUB_OFFLINE", "MLFLOW_TRACKING_TOKEN", "NCCL_DEBUG", "FLEETUNE_HANG_AFTER", "FLEETUNE_HOME")
-    shows = "import os, sys; sys.stdout.write(repr([os.environ.get(name) for name in sys.argv[1:]]))"
-    monkeypatch.setattr(local_module, "controller_command", lambda _: [sys.executable, "-c", shows, *names])
-    monkeypatch.setenv("HF_HUB_OFFLINE", "own")
-    submit(cluster, "one")
-    for name in names:
-        monkeypatch.setenv(name, "of the first shell")
-    serve(cluster).tick()
-    until(lambda: cluster.logs("one").text.endswith("]"))
-    assert cluster.logs("one").text == repr(["own", None, None, None, str(cluster.home)])
-
-
 def test_what_keeps_dying_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -318,53 +216,6 @@ def test_the_heads_folder_is_short_and_nobodys_else(tmp_path: Path, monkeypatch:
     head.end()
     assert place.is_symlink() and (named / "file").exists()
     place.unlink()
-
-
-def test_a_supervisor_keeps_nothing_of_the_shell_that_it_was_started_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ray's head, and with it every worker of every run, has what the supervisor has."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FLEETUNE_HOME", "relative")
-    monkeypatch.setenv("FLEETUNE_CACHE", "cache")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    cluster = Local.here()
-    (cluster.home / "runs" / "a-1").mkdir(parents=True)
-    try:
-        cluster.submit(cluster.request(job(workers_per_node=1), "a-1"))
-        pid = cluster.state()["supervisor"]
-        environment = psutil.Process(pid).environ()
-    finally:
-        cluster.stop()
-    assert (environment["FLEETUNE_HOME"], environment.get("HF_HUB_OFFLINE")) == (str(tmp_path / "relative"), None)
-    assert "FLEETUNE_CACHE" not in environment
-    (queued,) = cluster.queue.list()
-    folders = {"FLEETUNE_HOME": str(tmp_path / "relative"), "FLEETUNE_CACHE": str(tmp_path / "cache")}
-    assert queued.environment.items() >= {**folders, "HF_HUB_OFFLINE": "1"}.items()
-
-
-def test_a_cluster_that_another_host_serves_is_left_to_it(cluster: Local, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that hosts share: whichever lock is held there, nothing here is ended or started."""
-    submit(cluster, "one")
-    submit(cluster, "two")
-    serve(cluster).tick()
-    monkeypatch.undo()  # the real start
-    alive = running(cluster)
-    elsewhere = json.dumps({"host": "login2", "boot_id": "other", "pid": alive["one"], "started": "1"})
-    for lock in (cluster.supervisor_lock, Head(cluster.folder).lock, cluster.controller_lock("away")):
-        cluster.queue.add("away", text("away", run_dir=str(cluster.home)))
-        lock.write_text(elsewhere)
-        with lock.open("r+b") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            for act in (cluster.stop, cluster.start):
-                with pytest.raises(Unreachable, match=f"{lock} is held by process .* on login2; run this there"):
-                    act()
-            second = [sys.executable, "-m", "clusters.supervisor", str(cluster.home)]
-            served = subprocess.run(second, capture_output=True, text=True)
-            assert (served.returncode, served.stderr.count("\n")) == (1, 1)
-            assert "on login2" in served.stderr
-        lock.unlink()
-    assert running(cluster) == alive
 
 
 def test_a_client_that_is_killed_anywhere_and_repeats_submits_once(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_end_kills_what_the_owner_started_also_after_its_death(lock: Path, tmp_p
     process.reap()
     process.end(lock)
     assert not lives(child)
+    assert lock.read_text() == ""  # the number may be given to a stranger now
 
 
 HOLD = (

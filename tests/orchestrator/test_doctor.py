@@ -1,5 +1,7 @@
 """What the doctor finds on machines that are not well."""
 
+import fcntl
+import json
 import os
 import time
 from pathlib import Path
@@ -70,6 +72,17 @@ def test_a_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:secret@127.0.0.1:1")
     (check,) = doctor._mlflow()
     assert check.found.startswith("http://ada:***@127.0.0.1:1: ")
+
+
+def test_a_cluster_that_another_host_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path))
+    lock = tmp_path / "local" / "supervisor.lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_text(json.dumps({"host": "login2", "boot_id": "other", "pid": 1, "started": "1"}))
+    with lock.open() as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        (check,) = doctor._cluster()
+    assert check.level == "warn" and "process 1 on login2" in check.found
 
 
 def test_a_python_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
