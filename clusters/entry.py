@@ -11,6 +11,8 @@ from typing import Any
 
 from runfolder.chain import Attempt, last_slot, result
 from runfolder.delivered import is_delivered
+from runfolder.files import Damaged as DamagedFile
+from runfolder.files import Record
 from runfolder.requests import cancel_requested
 
 FORMAT = 1
@@ -38,14 +40,14 @@ class Entry:
     @property
     def finished(self) -> bool:
         """Whether the run has its final word, or its folder was removed."""
-        return not self.run_dir.exists() or result(self.run_dir) is not None
+        return not self.run_dir.exists() or self._result is not None
 
     @property
     def settled(self) -> bool:
         """Whether nothing is left to do: MLflow has all of the finished run, or had its time to take it."""
         if not self.run_dir.exists():
             return True
-        if result(self.run_dir) is None:
+        if self._result is None:
             return False
         closed = Attempt(self.run_dir, last_slot(self.run_dir)).claim["time"]
         return is_delivered(self.run_dir) or time.time() - closed > _DELIVERY_S
@@ -53,7 +55,18 @@ class Entry:
     @property
     def cancelled(self) -> bool:
         """Whether the end of the run was requested since it was last opened."""
-        return cancel_requested(self.run_dir)
+        try:
+            return cancel_requested(self.run_dir)
+        except (DamagedFile, LookupError):
+            return False
+
+    @property
+    def _result(self) -> Record | None:
+        """The final word; a run that is damaged has none."""
+        try:
+            return result(self.run_dir)
+        except (DamagedFile, LookupError):
+            return None
 
 
 @dataclass(frozen=True)

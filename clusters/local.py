@@ -20,6 +20,7 @@ from clusters.environment import secret_names, settings, without_carried
 from clusters.machine import room
 from clusters.ray_head import Head
 from runfolder.chain import result
+from runfolder.files import Damaged
 from runfolder.job import Job
 from runfolder.site import Here
 
@@ -187,7 +188,7 @@ class Local:
         return json.dumps({**plan, "workers": workers, "environment": environment, "secrets": secrets}, indent=1)
 
     def _status(self, run_id: str, entry: Entry | str | None, trouble: str | None, wait: str) -> Status:
-        if result(self.site.root / run_id) is not None:
+        if _has_ended(self.site.root / run_id):
             return Status("ended")
         if entry is None:
             return Status("unknown", "this cluster has not got the run")
@@ -222,6 +223,14 @@ class Local:
     def _check_installed(self) -> None:
         if importlib.util.find_spec("ray") is None:
             raise Unreachable("cluster local: Ray is not installed here; pip install 'fleetune[train]'")
+
+
+def _has_ended(run_dir: Path) -> bool:
+    """Whether a run has its final word; one that is damaged has none, as its snapshot says."""
+    try:
+        return result(run_dir) is not None
+    except (Damaged, LookupError):
+        return False
 
 
 def controller_command(run_dir: str) -> list[str]:

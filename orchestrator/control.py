@@ -5,7 +5,7 @@ from orchestrator.backends import make_request
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, find
 from runfolder.files import Record
-from runfolder.job import Job
+from runfolder.record import job_in
 from runfolder.site import Ask, Refused
 
 
@@ -24,7 +24,7 @@ def resume(reference: str) -> str:
     """
     run = find(reference)
     cluster = run.cluster
-    job = Job.model_validate(run.site.record(run.run_id)["job"])
+    job = job_in(run.site.record(run.run_id), f"run {run.run_id}: job.yaml")
     request = make_request(cluster, job, run.run_id, run.snapshot().attempt + 1)
     cluster.capacity()  # where there is no cluster, the run stays as it is
     _ask(run, "reopen")

@@ -67,12 +67,15 @@ def read_brief(run_dir: Path) -> Record:
 
 def load_job(run_dir: Path) -> Job:
     """The frozen spec of a run; raises Damaged, also where another version of Fleetune wrote what this one lacks."""
-    path = run_dir / "job.yaml"
-    found = read_record(run_dir)
-    if not isinstance(found.get("job"), dict):
+    return job_in(read_record(run_dir), str(run_dir / "job.yaml"))
+
+
+def job_in(record: Mapping[str, Any], path: str) -> Job:
+    """The frozen spec in a record, which is that of the file `path`; raises Damaged."""
+    if not isinstance(record.get("job"), dict):
         raise Damaged(f"{path}: found no job in it")
     try:
-        return Job.model_validate(found["job"])
+        return Job.model_validate(record["job"])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "job"
