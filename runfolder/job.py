@@ -5,8 +5,10 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from methods.options import ALL, Full, Method
+from runfolder import objectives
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -147,7 +149,7 @@ class Job(_Part):
 
     name: str = "job"
     base: Annotated[Base, _as_mapping("model")]
-    objective: Literal["sft"] = "sft"
+    objective: str = "sft"
     method: Annotated[Method, _as_mapping("kind")] = Full()
     data: Annotated[Data, _as_mapping("train")]
     train: Train
@@ -165,6 +167,14 @@ class Job(_Part):
             raise ValueError(
                 "must be at most 32 characters: a-z, 0-9 and -, starting with a letter, not ending with -"
             )
+        return name
+
+    @field_validator("objective")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if objectives.place(name) is None:
+            allowed = ", ".join(map(repr, sorted(objectives.known())))
+            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": allowed})
         return name
 
     @field_validator("output")

@@ -12,7 +12,9 @@ from runfolder.chain import Attempt
 from runfolder.job import Job
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
+from trainer.data.examples import Examples
 from trainer.data.tokens import Tokens
+from trainer.objectives.base import Objective
 from trainer.world import World
 from trainer.zero import Shards
 
@@ -27,7 +29,8 @@ class Run:
     method: Method[Any]
     tokenizer: Any
     reading: Reading
-    tokens: Tokens
+    objective: Objective
+    examples: Examples
     batches: Batches
     shards: Shards
     dtype: torch.dtype
@@ -38,6 +41,11 @@ class Run:
         """The model under DeepSpeed's engine."""
         module: nn.Module = self.shards.engine.module
         return module
+
+    @property
+    def tokens(self) -> Tokens:
+        """The documents of the training data."""
+        return self.examples.tokens
 
     @property
     def ends(self) -> tuple[int, ...]:

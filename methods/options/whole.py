@@ -1,5 +1,6 @@
 """Methods that train the weights of the base themselves."""
 
+from collections.abc import Mapping
 from math import prod
 from typing import ClassVar, Literal
 
@@ -8,11 +9,14 @@ from pydantic import Field, model_validator
 from methods.options.base import WEIGHTS_EXPONENT, Options, Targeted, size
 from methods.parts.targets import Linears, Others, is_named
 
+_REFUSALS = {"reference": "it trains the base's own weights, and no second model is kept; nearest: lora"}
+
 
 class Full(Options):
     """Train every weight of the base, or those that are not frozen."""
 
     kind: Literal["full"] = "full"
+    refusals: ClassVar[Mapping[str, str]] = _REFUSALS
     default_lr: ClassVar[float] = 2e-5
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
     makes_model: ClassVar[bool] = True
@@ -53,6 +57,7 @@ class Galore(Targeted):
     """
 
     kind: Literal["galore"] = "galore"
+    refusals: ClassVar[Mapping[str, str]] = _REFUSALS
     default_lr: ClassVar[float] = 1e-3
     makes_model: ClassVar[bool] = True
     trains_new_tokens: ClassVar[bool] = True
