@@ -172,7 +172,7 @@ class Job(_Part):
     @field_validator("objective")
     @classmethod
     def _is_known(cls, name: str) -> str:
-        if objectives.place(name) is None:
+        if not objectives.is_known(name):
             allowed = ", ".join(map(repr, sorted(objectives.known())))
             raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": allowed})
         return name

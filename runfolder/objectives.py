@@ -18,6 +18,11 @@ def known() -> dict[str, str]:
     return {**outside, **OBJECTIVES}
 
 
-def place(name: str) -> str | None:
-    """Where an objective is written, as `module:Class`; None where there is none of this name."""
-    return OBJECTIVES.get(name) or known().get(name)
+def is_known(name: str) -> bool:
+    """Whether there is an objective of this name; what other packages have is read only where it must be."""
+    return name in OBJECTIVES or name in known()
+
+
+def place(name: str) -> str:
+    """Where an objective that is known is written, as `module:Class`."""
+    return OBJECTIVES[name] if name in OBJECTIVES else known()[name]

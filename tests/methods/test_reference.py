@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from alone import attached, llama, logits, losses, optimizer_of
+from alone import STEPS, attached, llama, logits, losses, optimizer_of
+from torch import nn
 
-from methods.base import ReferenceRefused
+from methods.base import ReferenceRefused, Setup
 from methods.options import (
     ALL,
     AdaLora,
@@ -60,7 +61,17 @@ def name(options: Options) -> str:
 
 @pytest.mark.parametrize("options", GIVEN, ids=name)
 def test_within_it_the_logits_are_those_before_the_first_step(options: Options) -> None:
-    method, model = attached(options, llama())
+    agrees_with_the_start(*attached(options, llama()))
+
+
+def test_new_embeddings_are_those_before_the_first_step() -> None:
+    method = create(Lora(rank=4), Setup(STEPS))
+    method.new_tokens = range(300, 320)
+    agrees_with_the_start(method, method.attach(llama()))
+
+
+def agrees_with_the_start(method: Any, model: nn.Module) -> None:
+    """Train, and compare what the reference says with what the model said before."""
     method.initialise(model, [torch.arange(40)[None], torch.arange(60, 90)[None]])
     before = logits(model)
     losses(model, optimizer_of(method, model, 1e-2))

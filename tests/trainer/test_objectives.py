@@ -25,6 +25,7 @@ from trainer.data.encode import Reading
 from trainer.data.examples import Examples
 from trainer.data.tokenizer import load_tokenizer
 from trainer.data.tokens import Document, tokenise
+from trainer.meter import checked
 from trainer.rollouts import recorded
 from trainer.schedule import learning_rate
 
@@ -137,6 +138,13 @@ def test_what_the_model_writes_is_recorded_before_the_update(pairs_run: Any, lau
     launch(2, again, anew)
     assert figures(again, 2) == figures(run)[HALF:]
     assert figures(anew, 2)[:-1] == figures(run)[HALF:-1] and figures(anew, 2)[-1] != figures(run)[-1]
+
+
+def test_a_figure_has_a_name_of_its_own() -> None:
+    assert checked(["reward", "margin"]) == ["margin", "reward"]
+    for name in ("loss", "mfu", "eval_margin"):
+        with pytest.raises(ValueError, match=f"figure '{name}' of the objective; allowed: "):
+            checked([name])
 
 
 def test_an_unknown_objective_is_refused_with_what_is_allowed(new_run: Any) -> None:
