@@ -25,11 +25,12 @@ from methods.registry import create
 from runfolder.chain import claim_next
 from trainer.base import load_model
 from trainer.checkpoint import Checkpoints
-from trainer.loop import micro_batches, prefetch, prepare, take_step
+from trainer.loop import prepare
 from trainer.meter import Meter
-from trainer.objectives import sft
+from trainer.objectives.base import Totals
 from trainer.run import Run
 from trainer.speed import flops_per_token, peak_flops
+from trainer.step import Batch, feed, micro_batches, take_step
 from trainer.zero import gather
 from trainer.zero.engine import config as deepspeed_config
 
@@ -102,7 +103,7 @@ class Ours:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.step = 0
-        self.stream = prefetch(micro_batches(run, 0))
+        self.feed = feed(run, 0)
         self.saves = Checkpoints(run.attempt, run.world, 10**9, 1)
         peak = peak_flops(run.world.device, run.dtype)
         self.meter = Meter(run.attempt, run.world, run.batches.steps, flops_per_token(run.model), peak)
@@ -110,7 +111,7 @@ class Ours:
     def __call__(self) -> None:
         for _ in range(STEPS):
             self.step += 1
-            take_step(self.run, self.step, self.stream, self.meter, self.saves.overdue())
+            take_step(self.run, self.step, self.feed, self.meter, self.saves.overdue())
 
 
 class Bare:
@@ -128,21 +129,20 @@ class Bare:
         config["gradient_clipping"] = 1.0
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        self.stream = micro_batches(run, 0)
-        self.steps: list[tuple[int, list[Any]]] = []
+        self.steps: list[tuple[Totals, list[Batch]]] = []
         self.done = 0
 
     def load(self) -> None:
         """Put the next steps' micro-batches on the device."""
-        steps = range(self.done, self.done + STEPS)
-        self.steps = [(self.run.batches.target_tokens(k), list(iter(lambda: next(self.stream), None))) for k in steps]
+        batches = [self.run.batches.batch(k) for k in range(self.done, self.done + STEPS)]
+        self.steps = [(self.run.objective.totals(batch), list(micro_batches(self.run, batch))) for batch in batches]
         self.done += STEPS
 
     def __call__(self) -> None:
-        for total, micro_batches_ in self.steps:
-            for batch in micro_batches_:
-                loss, _ = sft.loss(self.engine, batch)
-                self.engine.backward(loss * self.run.world.size / total, scale_wrt_gas=False)
+        for totals, passes in self.steps:
+            for batch in passes:
+                loss = self.run.objective.loss(self.engine, batch, totals, {}).loss
+                self.engine.backward(loss * self.run.world.size, scale_wrt_gas=False)
             self.engine.step()
 
 

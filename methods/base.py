@@ -138,6 +138,10 @@ class MergeRefused(RuntimeError):
     """A merged model would not be the one that was trained."""
 
 
+class ReferenceRefused(RuntimeError):
+    """The policy before the first step is not there any more."""
+
+
 class Method(Generic[O]):
     """A fine-tuning method with its options."""
 
@@ -202,6 +206,11 @@ class Method(Generic[O]):
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take back what `state` gave; called before `attach`."""
+
+    def reference(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Within it the model is the policy before the first step; raises ReferenceRefused where that is gone."""
+        kind = self.options.model_dump()["kind"]
+        raise ReferenceRefused(f"method {kind} has no reference: {self.options.refusals['reference']}")
 
     def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the trained weights as PEFT or transformers load them.

@@ -8,7 +8,8 @@ Houlsby's standard deviation of 0.01 both ends are small, and learning is far sl
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Adapter(nn.Module):
         self.down = nn.Linear(int(base.out_features), size)
         self.up = nn.Linear(size, int(base.out_features))
         self.activation = ACTIVATIONS[activation]
+        self.enabled = True
         nn.init.kaiming_normal_(self.down.weight, nonlinearity="relu")
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
@@ -43,6 +45,8 @@ class Adapter(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The sublayer's output, adapted; in the base's dtype."""
         h: torch.Tensor = self.base(x)
+        if not self.enabled:
+            return h
         update: torch.Tensor = self.up(self.activation(self.down(h.to(self.down.weight.dtype))))
         return h + update.to(h.dtype)
 
@@ -55,6 +59,18 @@ class BottleneckTuning(Method[Bottleneck]):
         model.requires_grad_(False)
         insert(model, self.options)
         return model
+
+    @contextmanager
+    def reference(self, model: nn.Module) -> Iterator[None]:
+        """The base alone, from which the first step leaves."""
+        adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+        for adapter in adapters:
+            adapter.enabled = False
+        try:
+            yield
+        finally:
+            for adapter in adapters:
+                adapter.enabled = True
 
     def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write bottleneck_config.json and bottleneck.safetensors, which `load` reads."""

@@ -5,7 +5,8 @@ parts/eva.py. LoRA+ gives B a learning rate of its own (Hayou et al. 2024, arXiv
 Modules and file format are PEFT's; rsLoRA, DoRA and QLoRA differ in its config and their base.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -105,6 +106,12 @@ class LoraTuning(LowRank[Lora]):
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take the start back."""
         self._start = {name.removeprefix(START): value for name, value in state.items()}
+
+    @contextmanager
+    def reference(self, model: nn.Module) -> Iterator[None]:
+        """The base as it was; where the start has moved it, with what it gave to the factors."""
+        with super().reference(model), initial.restored(model, self._start):
+            yield
 
     def export(self, model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the adapter for the base as it was: of twice the rank where the start moved the base."""

@@ -11,13 +11,14 @@ times the update in a layer it is refused: there is nothing left to say so. The 
 The update of `loftq` has q in it, so it is merged into the dequantised weights, exactly.
 """
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from methods.base import MergeRefused, Setup
+from methods.base import MergeRefused, ReferenceRefused, Setup
 from methods.lora import LowRank
 from methods.options.low_rank import QLora
 from methods.parts import quantised
@@ -58,6 +59,12 @@ class QLoraTuning(LowRank[QLora]):
             start_from_loss(tuned)
         quantised.hide(tuned)
         return tuned
+
+    def reference(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The 4-bit base alone; refused where the first step left from more than that."""
+        if self.options.init == "loftq":
+            raise ReferenceRefused("method.init loftq has no reference: the A and B that it starts from are not kept")
+        return super().reference(model)
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The base with the update in its weights; raises MergeRefused where they lost more than it gives."""

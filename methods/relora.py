@@ -31,6 +31,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from methods.base import Fragment, Piece, Setup, View
+from methods.base import Fragment, Method, Piece, Setup, View
 from methods.lora import LowRank
 from methods.options.low_rank import ReLora
 from methods.parts import quantised
@@ -145,6 +146,10 @@ class ReLoraTuning(LowRank[ReLora]):
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take them back."""
         self._done = int(state["step"])
+
+    def reference(self, model: nn.Module) -> AbstractContextManager[None]:
+        """None, as what it learns goes into the base."""
+        return Method.reference(self, model)
 
     def export(self, model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the model as `from_pretrained` loads it."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import InputError
@@ -168,15 +168,16 @@ def _texts(ids: list[int], tokenizer: Any) -> list[str]:
 def _sequences(job: Job, tokens: "Tokens") -> list[Sequence]:
     """The first sequences of the first step that differ, as one worker would be given them."""
     from trainer.data.batches import Batches
+    from trainer.data.examples import Examples
 
-    micro_batches = Batches.of(job, tokens).deal(0, 0, 1)
-    different = dict.fromkeys(tuple(examples) for examples in chain.from_iterable(micro_batches))
-    return [_sequence(job, tokens, examples) for examples in islice(different, _SEQUENCES)]
+    micro_batches = Batches.of(job, Examples.of_each(tokens)).deal(0, 0, 1)
+    different = dict.fromkeys(tuple(row) for micro in micro_batches for row in micro.rows)
+    return [_sequence(job, tokens, row) for row in islice(different, _SEQUENCES)]
 
 
-def _sequence(job: Job, tokens: "Tokens", examples: tuple[int, ...]) -> Sequence:
+def _sequence(job: Job, tokens: "Tokens", documents: tuple[int, ...]) -> Sequence:
     places, stop = [], 0
-    for example in examples:
-        start, stop = stop, stop + int(tokens.lengths[example])
-        places.append((int(tokens.rows[example]), start, stop))
+    for document in documents:
+        start, stop = stop, stop + int(tokens.lengths[document])
+        places.append((int(tokens.rows[document]), start, stop))
     return Sequence(places, job.data.seq_len - stop if job.data.packing else 0)

@@ -5,9 +5,11 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from methods.options import KINDS, Method
 from methods.options.full import Full
+from runfolder import objectives
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -148,7 +150,7 @@ class Job(_Part):
 
     name: str = "job"
     base: Annotated[Base, _as_mapping("model")]
-    objective: Literal["sft"] = "sft"
+    objective: str = "sft"
     method: Annotated[Method, _as_mapping("kind")] = Full()
     data: Annotated[Data, _as_mapping("train")]
     train: Train
@@ -167,6 +169,14 @@ class Job(_Part):
             raise ValueError(
                 "must be at most 32 characters: a-z, 0-9 and -, starting with a letter, not ending with -"
             )
+        return name
+
+    @field_validator("objective")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if not objectives.is_known(name):
+            allowed = ", ".join(map(repr, sorted(objectives.known())))
+            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": allowed})
         return name
 
     @field_validator("output")

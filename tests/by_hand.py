@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from runfolder.record import load_job
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
+from trainer.data.examples import Examples
 from trainer.data.tokenizer import load_tokenizer
 from trainer.data.tokens import tokenise
 from trainer.schedule import learning_rate
@@ -38,13 +39,13 @@ def steps(run_dir: Path, cache: Path) -> Iterator[list[Example]]:
     """The examples of each step."""
     job = load_job(run_dir)
     tokens = tokenise(job.data.train, load_tokenizer(job.base), replace(Reading.of(job), virtual=0), cache)
-    batches = Batches.of(job, tokens)
+    batches = Batches.of(job, Examples.of_each(tokens))
     for k in range(batches.steps):
         step = []
         for i in batches.examples(k):
-            example = tokens.example(int(i))
-            ids = torch.tensor(example.ids, dtype=torch.long)
-            step.append((ids, ids.masked_fill(~torch.tensor(example.target), -100), batches.target_tokens(k)))
+            document = tokens.document(int(i))
+            ids = torch.tensor(document.ids, dtype=torch.long)
+            step.append((ids, ids.masked_fill(~torch.tensor(document.target), -100), batches.batch(k).targets))
         yield step
 
 

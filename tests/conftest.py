@@ -94,7 +94,8 @@ class Workers:
 
     def __init__(self, world: int, cache: Path, log: Path) -> None:
         shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        paths = [str(ROOT), *filter(None, [ENVIRONMENT.get("PYTHONPATH")])]
+        # What a user has installed beside is there too: an objective of another package.
+        paths = [str(ROOT), str(ROOT / "tests" / "outside"), *filter(None, [ENVIRONMENT.get("PYTHONPATH")])]
         shared |= {"OMP_NUM_THREADS": "1", "FLEETUNE_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
         with log.open("ab") as errors:
             self.processes = [

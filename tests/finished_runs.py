@@ -76,7 +76,7 @@ def saved_loss(model: nn.Module, run_dir: Path, cache: Path) -> float:
     tokens = tokenise(job.data.eval, load_tokenizer(job.base), replace(Reading.of(job), virtual=0), cache)
     total = 0.0
     for i in range(len(tokens)):
-        example = tokens.example(i)
+        example = tokens.document(i)
         ids = torch.tensor(example.ids, dtype=torch.long)
         labels = ids.masked_fill(~torch.tensor(example.target), -100)
         with torch.no_grad():

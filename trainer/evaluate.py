@@ -1,22 +1,23 @@
 """Judging held-out rows: the loss per target token, and exact match of what the model writes by itself."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from methods.options.base import positions
-from trainer.data.batches import Batches
-from trainer.data.tokens import Prompt, Tokens, prompts, tokenise, virtual_ids
+from trainer.data.batches import Batches, layout_of
+from trainer.data.examples import GlobalBatch
+from trainer.data.tokens import Prompt, virtual_ids
 from trainer.ends import until_end
 from trainer.generation import Group, groups, rounds
-from trainer.objectives import sft
+from trainer.objectives.base import Totals
 from trainer.run import Run
+from trainer.step import add, micro_batches, prepared, reduced
 from trainer.world import World
 
 SAMPLES = 5
@@ -27,40 +28,30 @@ class Evaluator:
     """The held-out rows of a job; none when it names no evaluation data."""
 
     world: World
-    tokens: Tokens | None
     batches: Batches | None
     prompts: list[Prompt]
     max_new_tokens: int
 
     @classmethod
-    def create(cls, run: Run, cache: Path) -> "Evaluator":
-        """Read a job's evaluation rows, which get virtual tokens in front; every rank calls it."""
+    def create(cls, run: Run) -> "Evaluator":
+        """Read a job's evaluation rows; every rank calls it."""
         job = run.job
         if job.data.eval is None:
-            return cls(run.world, None, None, [], 0)
-        tokens = tokenise(job.data.eval, run.tokenizer, run.reading, cache, lambda _: run.attempt.alive())
+            return cls(run.world, None, [], 0)
         rows = job.evaluation.rows
-        batches = Batches(
-            tokens.lengths[:rows],
-            tokens.targets[:rows],
-            seed=0,
-            seq_len=job.data.seq_len,
-            batch_tokens=job.train.batch_tokens,
-            packing=job.data.packing,
-            micro_batch=job.train.micro_batch,
-            epochs=1,
-        )
+        examples = run.objective.read(job.data.eval).first(rows)
+        batches = Batches(examples, layout_of(job), seed=0, batch_tokens=job.train.batch_tokens, epochs=1)
         generate = job.evaluation.max_new_tokens
-        asked = prompts(job.data.eval, run.tokenizer, run.reading)[:rows] if generate else []
-        return cls(run.world, tokens, batches, asked, generate)
+        asked = run.objective.prompts(job.data.eval)[:rows] if generate else []
+        return cls(run.world, batches, asked, generate)
 
     def evaluate(self, run: Run, step: int) -> None:
         """Judge the model after a step and append the figures to metrics.jsonl; every rank calls it."""
-        if self.tokens is None:
+        if self.batches is None:
             return
         run.model.eval()
         with torch.no_grad():
-            figures = {"eval_loss": self._loss(run)}
+            figures = self._figures(run, self.batches)
             if self.prompts:
                 figures["eval_exact_match"] = self._exact_match(run, step)
         run.model.train()
@@ -68,18 +59,27 @@ class Evaluator:
             run.attempt.append("metrics.jsonl", {"step": step, "time": time.time(), **figures})
             print(f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
 
-    def _loss(self, run: Run) -> float:
-        assert self.tokens is not None and self.batches is not None
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        for k in range(self.batches.steps):
+    def _figures(self, run: Run, batches: Batches) -> dict[str, float]:
+        """The objective's loss over all held-out rows, and what it logs beside it."""
+        held_out = [self._written(run, batches.batch(k)) for k in range(batches.steps)]
+        totals = added(run.objective.totals(batch) for batch in held_out)
+        # One of the totals divides the sums at their end, in fp64, instead of every share.
+        unit = next(iter(totals.values()))
+        totals = {name: total / unit for name, total in totals.items()}
+        sums: dict[str, torch.Tensor] = {}
+        for batch in held_out:
             run.attempt.alive()
-            for micro in self.batches.deal(k, self.world.rank, self.world.size):
-                arrays = sft.arrays(micro, self.tokens, run.tokenizer.pad_token_id)
-                batch = {name: torch.from_numpy(a).to(self.world.device) for name, a in arrays.items()}
-                part, weight = sft.loss(run.model, batch)
-                sums += torch.stack([part.double(), weight.double()])
-        dist.all_reduce(sums)
-        return float(sums[0] / sums[1])
+            passes, known = prepared(run, micro_batches(run, batch), run.objective.totals(batch))
+            for one in passes:
+                shares = run.objective.loss(run.model, one, totals, known)
+                add(sums, {**shares.figures, "loss": shares.loss})
+        return {f"eval_{name}": float(value / unit) for name, value in reduced(sums).items()}
+
+    def _written(self, run: Run, batch: GlobalBatch) -> GlobalBatch:
+        """A held-out batch, or what the model writes for it where the objective learns from that."""
+        if not run.objective.generates:
+            return batch
+        return run.objective.rolled_out(batch, run.objective.rollout(run.model, batch, 0))
 
     def _exact_match(self, run: Run, step: int) -> float:
         """The share of all prompts whose greedy continuation is the answer; one without room for any has none."""
@@ -139,6 +139,15 @@ class Evaluator:
             prompt = self.prompts[i]
             asked = run.tokenizer.decode(prompt.ids, skip_special_tokens=True)
             run.attempt.event("sample", step=step, prompt=asked, answer=prompt.answer, written=text)
+
+
+def added(totals: Iterable[Totals]) -> dict[str, float]:
+    """The totals of several batches together."""
+    sums: dict[str, float] = {}
+    for each in totals:
+        for name, value in each.items():
+            sums[name] = sums.get(name, 0) + value
+    return sums
 
 
 def positions_left(run: Run) -> int | None:

@@ -1,11 +1,7 @@
 """The training loop of one worker."""
 
-import queue
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,20 +19,19 @@ from trainer.data.batches import Batches
 from trainer.data.encode import Reading
 from trainer.data.survey import check_ids
 from trainer.data.tokenizer import end_ids, load_tokenizer
-from trainer.data.tokens import Tokens, tokenise
 from trainer.embeddings import vocabulary
 from trainer.evaluate import Evaluator
 from trainer.export import export
 from trainer.meter import Meter
-from trainer.objectives import sft
+from trainer.objectives.base import Setup as ObjectiveSetup
+from trainer.objectives.registry import create as create_objective
 from trainer.progress import shown
 from trainer.run import Run
 from trainer.schedule import learning_rate
+from trainer.step import feed, take_step
 from trainer.world import World, join
 from trainer.zero import gather
 from trainer.zero.shards import Shards
-
-Batch = dict[str, torch.Tensor]
 
 
 def train(run_dir: Path, attempt: int) -> None:
@@ -46,7 +41,7 @@ def train(run_dir: Path, attempt: int) -> None:
     """
     run, first = prepare(Attempt(run_dir, attempt))
     saves = checkpoint.Checkpoints(run.attempt, run.world, run.job.checkpoint.every, run.job.checkpoint.keep)
-    evaluator = Evaluator.create(run, cache())
+    evaluator = Evaluator.create(run)
     fit(run, first, saves, evaluator)
     saves.wait()
     export(run)
@@ -61,26 +56,29 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     with shown(attempt):
         tokenizer = load_tokenizer(job.base)
     reading = Reading.of(job, end_ids(tokenizer, job.base))
-    tokens = tokenise(job.data.train, tokenizer, reading, cache(), lambda _: attempt.alive())
-    planned = Batches.of(job, tokens)
+    setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.alive())
+    objective = create_objective(job.objective, setup)
+    examples = objective.read(job.data.train)
+    planned = Batches.of(job, examples)
     method = create(job.method, Setup(planned.steps, job.train.seed, job.data.seq_len, tokenizer, gather))
+    objective.method = method
     dtype = precision(job, world.device)
     saved = checkpoint.open_checkpoint(attempt.run_dir, attempt.start) if attempt.start else None
     if saved:
         method.load_state(saved.method_state())
     with shown(attempt):
         model = load_model(job, method, dtype, world.device)
-    check_ids(tokens, tokenizer, vocabulary(model.config), job.data.train)
+    check_ids(examples.tokens, tokenizer, vocabulary(model.config), job.data.train)
     if saved:
         saved.load_weights(model, method)
     else:
-        method.initialise(model, examples(planned, tokens, world.device))
+        method.initialise(model, documents(planned, world.device))
     adam = {"betas": job.train.betas, "eps": job.train.eps, "weight_decay": job.train.weight_decay}
     shards = Shards(model, method, job.sharding.zero, job.lr, adam)
     if saved:
         saved.load_optimizer(shards)
     schedule = method.schedule(lambda step: learning_rate(job, step, planned.steps))
-    run = Run(job, attempt, world, method, tokenizer, reading, tokens, planned, shards, dtype, schedule)
+    run = Run(job, attempt, world, method, tokenizer, reading, objective, examples, planned, shards, dtype, schedule)
     apart.check(run)
     announce(run)
     return run, saved.step if saved else 0
@@ -96,11 +94,13 @@ def check_inputs(attempt: Attempt, job: Job, world: World) -> None:
         raise InputChanged(found[0])
 
 
-def examples(batches: Batches, tokens: Tokens, device: torch.device) -> Iterator[torch.Tensor]:
-    """The token ids [1, T] of the training examples, in the order of their batches."""
+def documents(batches: Batches, device: torch.device) -> Iterator[torch.Tensor]:
+    """The token ids [1, T] of the training documents, in the order of their batches."""
     for k in range(batches.steps):
-        for i in batches.examples(k):
-            yield torch.as_tensor(tokens.example(int(i)).ids, dtype=torch.long, device=device)[None]
+        batch = batches.batch(k)
+        for document in batch.documents():
+            ids = batch.examples.tokens.document(document).ids
+            yield torch.as_tensor(ids, dtype=torch.long, device=device)[None]
 
 
 def announce(run: Run) -> None:
@@ -111,7 +111,7 @@ def announce(run: Run) -> None:
             steps=run.batches.steps,
             parameters=speed.count(run.model),
             trained=sum(speed.numel(p) for p in run.model.parameters() if p.requires_grad),
-            examples=len(run.tokens.lengths),
+            examples=len(run.examples),
             truncated=run.tokens.truncated,
             dropped=run.tokens.dropped,
             data=run.tokens.counts.summary(),
@@ -127,9 +127,9 @@ def fit(run: Run, first: int, saves: checkpoint.Checkpoints, evaluator: Evaluato
     if first == 0 and run.job.evaluation.before:
         evaluator.evaluate(run, 0)
     meter.pause()
-    stream = prefetch(micro_batches(run, first))
+    fed = feed(run, first)
     for step in range(first + 1, steps + 1):
-        wish = take_step(run, step, stream, meter, saves.overdue())
+        wish = take_step(run, step, fed, meter, saves.overdue())
         every = run.job.evaluation.every
         evaluation_due = step == steps or (every is not None and step % every == 0)
         save_due = step == steps or wish or saves.due(step)
@@ -140,55 +140,3 @@ def fit(run: Run, first: int, saves: checkpoint.Checkpoints, evaluator: Evaluato
             if save_due:
                 saves.save(run.shards, run.method, step)
             meter.pause()
-
-
-def take_step(run: Run, step: int, stream: Iterator[Batch | None], meter: Meter, overdue: bool) -> bool:
-    """Accumulate the micro-batches of one global batch and apply them; gives whether rank 0 wants to save."""
-    torch.manual_seed(hash((run.job.train.seed, step, run.world.rank)))
-    total = run.batches.target_tokens(step - 1)
-    loss = torch.zeros((), device=run.world.device, dtype=torch.float64)
-    waited = -time.monotonic()
-    while (batch := next(stream)) is not None:
-        waited += time.monotonic()
-        part, _ = sft.loss(run.shards.engine, batch)
-        run.shards.backward(part / total)
-        loss += part.detach() / total
-        waited -= time.monotonic()
-    waited += time.monotonic()
-    lr = run.schedule(step - 1)
-    norm = run.shards.step(lr, run.job.train.clip)
-    return meter.record(step, loss, norm, lr, run.batches.tokens(step - 1), waited, overdue)
-
-
-def micro_batches(run: Run, first: int) -> Iterator[Batch | None]:
-    """This rank's micro-batches of all steps after `first`; None ends a step."""
-    for k in range(first, run.batches.steps):
-        for micro in run.batches.deal(k, run.world.rank, run.world.size):
-            arrays = sft.arrays(micro, run.tokens, run.tokenizer.pad_token_id)
-            yield {name: to_device(array, run.world.device) for name, array in arrays.items()}
-        yield None
-
-
-def to_device(array: Any, device: torch.device) -> torch.Tensor:
-    """An array as a tensor on the device, copied without a wait where that is possible."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def prefetch(stream: Iterator[Batch | None], ahead: int = 4) -> Iterator[Batch | None]:
-    """The same stream, made ahead in a thread; raises what the thread raised."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(ahead)
-
-    def work() -> None:
-        try:
-            for item in stream:
-                ready.put(item)
-        except BaseException as error:
-            ready.put(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    while True:
-        item = ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        yield item

@@ -5,6 +5,7 @@ They are copied to the host when the step is enqueued, and its duration is what 
 
 import math
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,18 @@ import torch.distributed as dist
 from runfolder.chain import Attempt
 from trainer.speed import peak_memory
 from trainer.world import World
+
+OURS = frozenset(
+    ("step", "time", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait_s", "peak_memory_bytes")
+)
+
+
+def checked(figures: Iterable[str]) -> list[str]:
+    """The names of an objective's figures, sorted; raises ValueError where one is a name of our own."""
+    for name in figures:
+        if name in OURS or name.startswith("eval_"):
+            raise ValueError(f"figure {name!r} of the objective; allowed: a name of its own, without eval_ in front")
+    return sorted(figures)
 
 
 class Moment:
@@ -42,7 +55,8 @@ class _Pending:
     lr: float
     tokens: int
     data_wait_s: float
-    figures: torch.Tensor  # loss, rank 0's wish to save, gradient norm, on their way to the host
+    names: list[str]  # of the objective's figures
+    figures: torch.Tensor  # loss, rank 0's wish to save, the objective's, gradient norm, on their way to the host
     end: Moment
 
 
@@ -62,19 +76,24 @@ class Meter:
         self,
         step: int,
         loss: torch.Tensor,
+        beside: Mapping[str, torch.Tensor],
         grad_norm: torch.Tensor,
         lr: float,
         tokens: int,
         wait_s: float,
         save: bool,
     ) -> bool:
-        """Report a step whose loss is this rank's share of the mean; gives rank 0's wish to save, perhaps late."""
-        sums = torch.stack([loss, torch.full_like(loss, float(save))])
+        """Report a step; gives rank 0's wish to save, perhaps late.
+
+        The loss and what the objective logs beside it, by name, are this rank's shares of sums over all ranks.
+        """
+        names = checked(beside)
+        sums = torch.stack([loss, torch.full_like(loss, float(save)), *(beside[name] for name in names)])
         dist.all_reduce(sums)
         figures = torch.cat([sums, grad_norm.to(sums).view(1)]).to("cpu", non_blocking=True)
         ended = Moment(self.world.device)
         wish = self.flush()
-        self._pending = _Pending(step, lr, tokens, wait_s, figures, ended)
+        self._pending = _Pending(step, lr, tokens, wait_s, names, figures, ended)
         return wish if self.world.device.type == "cuda" else self.flush()
 
     def flush(self) -> bool:
@@ -83,25 +102,26 @@ class Meter:
             return False
         open_, self._pending = self._pending, None
         open_.end.wait()
-        loss, wish, norm = open_.figures.tolist()
+        loss, wish, *beside, norm = open_.figures.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             found = f"step {open_.step}: the loss is {loss}, the gradient norm {norm}"
             raise FloatingPointError(f"{found}; try a lower train.lr or more train.warmup")
         seconds, self._last = open_.end.since(self._last), open_.end
         if self.world.leads:
-            self._write(open_, loss, norm, seconds)
+            self._write(open_, loss, norm, seconds, dict(zip(open_.names, beside, strict=True)))
         return bool(wish > 0)
 
     def pause(self) -> None:
         """Leave the time since the last figure out of the speed (evaluations, saves)."""
         self._last = Moment(self.world.device)
 
-    def _write(self, step: _Pending, loss: float, norm: float, seconds: float) -> None:
+    def _write(self, step: _Pending, loss: float, norm: float, seconds: float, beside: dict[str, float]) -> None:
         speed = step.tokens / seconds
         figures = {
             "step": step.step,
             "time": time.time(),
             "loss": loss,
+            **beside,
             "lr": step.lr,
             "grad_norm": norm,
             "tokens_per_second": speed,

@@ -11,7 +11,9 @@ from runfolder.chain import Attempt
 from runfolder.job import Job
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
+from trainer.data.examples import Examples
 from trainer.data.tokens import Tokens
+from trainer.objectives.base import Objective
 from trainer.world import World
 from trainer.zero.shards import Shards
 
@@ -26,7 +28,8 @@ class Run:
     method: Method[Any]
     tokenizer: Any
     reading: Reading
-    tokens: Tokens
+    objective: Objective
+    examples: Examples
     batches: Batches
     shards: Shards
     dtype: torch.dtype
@@ -36,6 +39,11 @@ class Run:
     def model(self) -> Any:
         """The model under DeepSpeed's engine, of transformers or PEFT: nn.Module has no types for what these add."""
         return self.shards.engine.module
+
+    @property
+    def tokens(self) -> Tokens:
+        """The documents of the training data."""
+        return self.examples.tokens
 
     @property
     def ends(self) -> tuple[int, ...]:

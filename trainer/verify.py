@@ -51,7 +51,7 @@ class Finding:
 def observe(run: Run) -> Seen:
     """What the trained model says of the first rows of its data; every rank calls it, as all hold its parts."""
     virtual = run.job.method.virtual_tokens
-    rows = [run.tokens.example(i).ids[: virtual + TOKENS] for i in range(min(ROWS, len(run.tokens)))]
+    rows = [run.tokens.document(i).ids[: virtual + TOKENS] for i in range(min(ROWS, len(run.tokens)))]
     run.model.eval()
     logits = [_logits(run.model, torch.tensor(row, dtype=torch.long, device=run.world.device)) for row in rows]
     run.model.train()

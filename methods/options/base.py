@@ -12,6 +12,7 @@ WIDTH = 2048
 # The best rate falls like this power of the hidden size on Llama (hardly on Qwen), and LoRA's is about ten times that
 # of full fine-tuning: Schulman et al. 2025, "LoRA Without Regret", and Tinker's guide to hyperparameters.
 WEIGHTS_EXPONENT = 0.78
+NO_SECOND_MODEL = {"reference": "it trains the base's own weights, and no second model is kept; nearest: lora"}
 
 
 class Options(BaseModel):
@@ -26,7 +27,7 @@ class Options(BaseModel):
     makes_model: ClassVar[bool] = False  # the output is a whole model, not an adapter
     on_4_bits: ClassVar[bool] = False  # whether it works on a base whose linear layers are in 4 bits already
     trains_new_tokens: ClassVar[bool] = False  # whether it trains embeddings that a base was given for new tokens
-    refusals: ClassVar[Mapping[str, str]] = {}  # what it cannot do (merge, export), and why
+    refusals: ClassVar[Mapping[str, str]] = {}  # what it cannot do (merge, export, reference), and why
 
     def adds(self, linears: Linears, others: Others) -> int:
         """How many parameters the method adds to a base of these shapes; raises ValueError for a bad target."""

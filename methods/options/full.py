@@ -1,11 +1,12 @@
 """Full fine-tuning: the weights of the base themselves are trained."""
 
+from collections.abc import Mapping
 from math import prod
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from methods.options.base import WEIGHTS_EXPONENT, Options
+from methods.options.base import NO_SECOND_MODEL, WEIGHTS_EXPONENT, Options
 from methods.parts.targets import Linears, Others, is_named
 
 
@@ -14,6 +15,7 @@ class Full(Options):
 
     kind: Literal["full"] = "full"
     implementation: ClassVar[str] = "methods.full:FullTuning"
+    refusals: ClassVar[Mapping[str, str]] = NO_SECOND_MODEL
     default_lr: ClassVar[float] = 2e-5
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
     makes_model: ClassVar[bool] = True

@@ -210,6 +210,7 @@ class ReLora(LowRankOptions):
     kind: Literal["relora"] = "relora"
     implementation: ClassVar[str] = "methods.relora:ReLoraTuning"
     makes_model: ClassVar[bool] = True
+    refusals: ClassVar[Mapping[str, str]] = {"reference": "what it learns goes into the base; nearest: lora"}
 
     every: float = Field(0.25, gt=0, le=1, description="share of the steps between two merges")
     rewarmup: float = Field(0.02, ge=0, lt=1, description="share of the steps of warm-up after a merge")

@@ -1,10 +1,11 @@
 """Full fine-tuning whose optimizer lives in a subspace."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from methods.options.base import Targeted, size
+from methods.options.base import NO_SECOND_MODEL, Targeted, size
 from methods.parts.targets import Linears, Others
 
 
@@ -17,6 +18,7 @@ class Galore(Targeted):
 
     kind: Literal["galore"] = "galore"
     implementation: ClassVar[str] = "methods.galore:GaloreTuning"
+    refusals: ClassVar[Mapping[str, str]] = NO_SECOND_MODEL
     default_lr: ClassVar[float] = 1e-3
     makes_model: ClassVar[bool] = True
     trains_new_tokens: ClassVar[bool] = True

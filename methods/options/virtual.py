@@ -12,7 +12,8 @@ from methods.parts.targets import Linears, Others, choose
 class _Virtual(Options):
     on_4_bits: ClassVar[bool] = True
     refusals: ClassVar[Mapping[str, str]] = {
-        "merge": "virtual tokens are inputs, which no weight of the base can stand for; nearest: lora"
+        "merge": "virtual tokens are inputs, which no weight of the base can stand for; nearest: lora",
+        "reference": "it starts from virtual tokens that are trained and not kept; nearest: lora",
     }
 
     tokens: int = Field(20, ge=1, description="virtual tokens in front of every document")

@@ -10,11 +10,13 @@ vectors differ between machines. The residual is rounded to the base's dtype: in
 that.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn.functional import linear
 
 from methods.base import Gather
 from methods.parts.peft_adapter import ADAPTER
@@ -36,6 +38,32 @@ def move_base(model: nn.Module, start: str, known: Factors, gather: Gather) -> F
             weight.copy_(weight.float() - scale * B @ A)
         moved |= {n: value.cpu().contiguous() for n, value in zip(names, found, strict=True)}
     return moved
+
+
+@contextmanager
+def restored(model: nn.Module, start: Factors) -> Iterator[None]:
+    """Within it, layers whose adapter is off give s B0 A0 x beside what is left of their base."""
+    handles = []
+    for name, layer in adapted(model) if start else ():
+        names = f"{name}.lora_A.{ADAPTER}.weight", f"{name}.lora_B.{ADAPTER}.weight"
+        device = layer.get_base_layer().weight.device
+        A0, B0 = (start[factor].to(device) for factor in names)
+        handles.append(layer.register_forward_hook(_adding(A0, B0, layer.scaling[ADAPTER])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adding(A0: torch.Tensor, B0: torch.Tensor, scale: float) -> Callable[..., torch.Tensor]:
+    """A hook that adds s B0 A0 x, in the order of PEFT's own forward pass."""
+
+    def add(_: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        given = linear(linear(inputs[0].to(A0.dtype), A0), B0)
+        return (output + given * scale).to(output.dtype)
+
+    return add
 
 
 def directions(weight: torch.Tensor, start: str, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,8 @@
 """What methods whose modules and file format are PEFT's have in common."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import peft
 import torch
@@ -32,6 +33,11 @@ class PeftAdapter(Method[T]):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         return adapted
+
+    def reference(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The base alone, from which the first step leaves."""
+        without: AbstractContextManager[None] = cast(peft.PeftModel, model).disable_adapter()
+        return without
 
     def export(self, model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors."""

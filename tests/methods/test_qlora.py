@@ -83,7 +83,10 @@ def loftq(folder: Path, tmp_path: Path) -> tuple[Any, torch.Tensor]:
 @pytest.mark.parametrize("options", [QLora(rank=4), QLora(rank=4, quant="fp4", double_quant=False, init="gaussian")])
 def test_equals_bitsandbytes_with_peft(options: QLora, folder: Path) -> None:
     method, model = adapted(folder, options)
+    before = logits(model)
     found = losses(model, optimizer_of(method, model, 1e-2))
+    with method.reference(model):
+        assert torch.allclose(logits(model), before, atol=1e-6)
     start = "gaussian" if options.init == "gaussian" else True
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=start)
     alone = peft.get_peft_model(in_4_bits(folder, options), config)

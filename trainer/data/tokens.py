@@ -28,7 +28,7 @@ TOLERATED = 0.1  # of the examples: more than these may be too long only where d
 
 
 @dataclass(frozen=True)
-class Example:
+class Document:
     """Token ids [length], and which of them are labels: predicted from the token before, so never the first."""
 
     ids: npt.NDArray[np.int32]
@@ -74,15 +74,15 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def example(self, index: int) -> Example:
-        """Example `index`; views of the mapped file where nothing is in front."""
+    def document(self, index: int) -> Document:
+        """Document `index`; views of the mapped file where nothing is in front."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         shard, local = self._shards[number], index - self._starts[number]
         part = slice(shard.offsets[local], shard.offsets[local + 1])
         ids, target = shard.ids[part], shard.target[part]
         if not len(self._front):
-            return Example(ids, target)
-        return Example(np.concatenate([self._front, ids]), np.pad(target, (len(self._front), 0)))
+            return Document(ids, target)
+        return Document(np.concatenate([self._front, ids]), np.pad(target, (len(self._front), 0)))
 
     def largest(self) -> tuple[int, int]:
         """The largest token id of all examples, and the number of the first row that has it."""
@@ -95,7 +95,7 @@ class Tokens:
 
     def duplicates(self) -> int:
         """How many examples are equal to an earlier one."""
-        seen = {hashlib.blake2b(self.example(i).ids.tobytes(), digest_size=12).digest() for i in range(len(self))}
+        seen = {hashlib.blake2b(self.document(i).ids.tobytes(), digest_size=12).digest() for i in range(len(self))}
         return len(self) - len(seen)
 
 

@@ -1,1 +1,1 @@
-"""What is learned: an objective gives the sum of its loss over a micro-batch and the number of terms in the sum."""
+"""What is learned: a file for each objective, which a job chooses by its name."""

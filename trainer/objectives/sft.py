@@ -1,61 +1,49 @@
-"""Supervised fine-tuning: cross entropy of the labels. Shapes: B rows, T positions, N labels, V tokens."""
+"""Supervised fine-tuning: the mean cross entropy of the labels of a global batch. Shapes: N labels, V tokens."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from trainer.data.batches import IGNORED, Indices, MicroBatch, collate
-
-if TYPE_CHECKING:
-    from trainer.data.tokens import Tokens
+from trainer.data.examples import Examples, GlobalBatch, Indices
+from trainer.data.layout import IGNORED, MicroBatch
+from trainer.data.tokens import Prompt, prompts, tokenise
+from trainer.objectives import labels
+from trainer.objectives.base import Objective, Shares, Tensors, Totals
 
 CHUNK = 1024  # labels whose logits are held in fp32 at a time
 
 
-def arrays(micro: MicroBatch, tokens: "Tokens", pad_id: int) -> dict[str, Indices]:
-    """What `loss` reads of a micro-batch, made on the host, so that a GPU is never asked where the labels are.
+class Supervised(Objective):
+    """To write the answers of the data; each document is an example."""
 
-    `input_ids` and `position_ids` [B, T]. `kept` [K] are the positions whose logits are needed, one before a label;
-    each label [N] has its value `label`, its `row`, and its place in `kept` as `column`. Where there is none, an
-    ignored one stands in.
-    """
-    batch = collate(micro, tokens, pad_id)
-    labels_BT = batch.pop("labels")
-    row_N, position_N = np.nonzero(labels_BT[:, 1:] != IGNORED)
-    if not len(row_N):
-        row_N = position_N = np.zeros(1, np.int64)
-    kept_K, column_N = np.unique(position_N, return_inverse=True)
-    return batch | {"kept": kept_K, "row": row_N, "column": column_N, "label": labels_BT[row_N, position_N + 1]}
+    def read(self, source: str) -> Examples:
+        """The rows of a source as documents whose answers are the labels."""
+        setup = self.setup
+        return Examples.of_each(tokenise(source, setup.tokenizer, setup.reading, setup.folder, setup.progress))
 
+    def prompts(self, source: str) -> list[Prompt]:
+        """The rows of a source without their last answer."""
+        return prompts(source, self.setup.tokenizer, self.setup.reading)
 
-def loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of the cross entropy over the labels of a micro-batch, in fp32, and their number.
+    def totals(self, batch: GlobalBatch) -> Totals:
+        """The number of labels."""
+        return {"labels": batch.targets}
 
-    Logits are computed only where a label is predicted: one position before it. A micro-batch without labels gives
-    zero, with zero gradients for all that others reach, so that collectives stay in step.
-    """
-    kept_K, label_N = batch["kept"], batch["label"]
-    logits_BKV = model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        use_cache=False,  # with a cache, transformers would not look for documents in position_ids
-        logits_to_keep=kept_K,
-    ).logits
-    if logits_BKV.shape[1] != len(kept_K):  # a model that does not know logits_to_keep
-        logits_BKV = logits_BKV[:, kept_K]
-    logits_NV = logits_BKV[0] if len(logits_BKV) == 1 else logits_BKV[batch["row"], batch["column"]]
-    return _cross_entropy(logits_NV, label_N), (label_N != IGNORED).sum()
+    def arrays(self, examples: Examples, micro: MicroBatch) -> dict[str, Indices]:
+        """The documents and their labels."""
+        return labels.arrays(micro.rows, examples.tokens, self.setup.tokenizer.pad_token_id)
+
+    def loss(self, model: nn.Module, batch: Tensors, totals: Totals, prelude: Tensors) -> Shares:  # noqa: ARG002
+        """The cross entropy of the labels of a micro-batch, summed in fp32, over the labels of the global batch."""
+        return Shares(summed(labels.logits(model, batch), batch["label"]) / totals["labels"])
 
 
-def _cross_entropy(logits_NV: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
-    pairs = zip(logits_NV.split(CHUNK), label_N.split(CHUNK), strict=True)
+def summed(logits_NV: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
+    """The cross entropy of labels in fp32, summed; zero where all are ignored."""
     if len(label_N) <= CHUNK:
         return _chunk(logits_NV, label_N)
+    pairs = zip(logits_NV.split(CHUNK), label_N.split(CHUNK), strict=True)
     return torch.stack([checkpoint(_chunk, *pair, use_reentrant=False) for pair in pairs]).sum()
 
 

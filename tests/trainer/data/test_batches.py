@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise, product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 import torch
 from llamas import random_llama
 
-from trainer.data.batches import Batches, MicroBatch, collate
-from trainer.data.tokens import Example
-from trainer.objectives import sft
+from trainer.data.batches import Batches
+from trainer.data.examples import Examples, GlobalBatch
+from trainer.data.layout import IGNORED, Layout, MicroBatch, collate
+from trainer.data.tokens import Document
+from trainer.objectives import labels, sft
 
 SEQ_LEN = 48
 LAYOUTS = list(product((1, 2, 3, 4), (False, True), (1, 2, 5)))  # world, packing, micro-batch
@@ -23,7 +26,7 @@ LAYOUTS = list(product((1, 2, 3, 4), (False, True), (1, 2, 5)))  # world, packin
 class Texts:
     """Random examples of 2 to SEQ_LEN tokens, in the place of `Tokens`."""
 
-    all: list[Example]
+    all: list[Document]
 
     @classmethod
     def create(cls, count: int, seed: int = 0) -> "Texts":
@@ -31,10 +34,10 @@ class Texts:
         texts = []
         for length in rng.integers(2, SEQ_LEN + 1, count):
             target = np.arange(length) >= rng.integers(1, length)
-            texts.append(Example(rng.integers(3, 320, length).astype(np.int32), target))
+            texts.append(Document(rng.integers(3, 320, length).astype(np.int32), target))
         return cls(texts)
 
-    def example(self, index: int) -> Example:
+    def document(self, index: int) -> Document:
         return self.all[index]
 
     @property
@@ -47,29 +50,30 @@ class Texts:
 
     def batches(self, *, packing: bool = True, micro_batch: int = 2, **options: Any) -> Batches:
         length = options if "epochs" in options else {"steps": 12, **options}
-        parts = {"seed": 0, "seq_len": SEQ_LEN, "batch_tokens": 300, **length}
-        return Batches(self.lengths, self.targets, packing=packing, micro_batch=micro_batch, **parts)
+        parts = {"seed": 0, "batch_tokens": 300, **length}
+        layout = Layout(parts.pop("seq_len", SEQ_LEN), packing, micro_batch)
+        return Batches(Examples.of_each(self, parts.pop("documents", 1)), layout, **parts)
 
 
 def flat(micro_batches: list[MicroBatch]) -> list[int]:
-    return [example for micro in micro_batches for row in micro for example in row]
+    return [document for micro in micro_batches for row in micro.rows for document in row]
 
 
 def gradients(texts: Texts, micro_batches: list[MicroBatch]) -> tuple[float, int, torch.Tensor]:
     """Loss, weight and gradient of all micro-batches together."""
     model, total, weight = random_llama(), 0.0, 0
     for micro in micro_batches:
-        batch = {name: torch.from_numpy(array) for name, array in sft.arrays(micro, texts, 2).items()}
-        part, count = sft.loss(model, batch)
+        batch = {name: torch.from_numpy(array) for name, array in labels.arrays(micro.rows, texts, 2).items()}
+        part = sft.summed(labels.logits(model, batch), batch["label"])
         part.backward()
-        total, weight = total + part.item(), weight + int(count)
+        total, weight = total + part.item(), weight + int((batch["label"] != IGNORED).sum())
     return total, weight, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def reference(texts: Texts, examples: Any) -> tuple[float, int, torch.Tensor]:
     """The same, one example at a time and all logits at once."""
     model, total, weight = random_llama(), 0.0, 0
-    for example in (texts.example(int(i)) for i in examples):
+    for example in (texts.document(int(i)) for i in examples):
         ids = torch.from_numpy(example.ids.astype(np.int64))
         logits = model(input_ids=ids[None]).logits[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
@@ -85,9 +89,9 @@ def test_a_batch_is_filled_up_to_its_tokens() -> None:
     stream = np.concatenate([batches.examples(k) for k in range(40)])
     for k, following in pairwise(range(40)):
         size = texts.lengths[batches.examples(k)].sum()
-        assert batches.tokens(k) == size <= 300
+        assert batches.batch(k).tokens == size <= 300
         assert size + texts.lengths[batches.examples(following)[0]] > 300
-        assert batches.target_tokens(k) == texts.targets[batches.examples(k)].sum()
+        assert batches.batch(k).targets == texts.targets[batches.examples(k)].sum()
     assert len(stream) > 300
     epochs = [stream[i : i + 100].tolist() for i in range(0, 300, 100)]
     assert all(sorted(epoch) == list(range(100)) for epoch in epochs)
@@ -138,19 +142,48 @@ def test_every_layout_deals_the_same_examples(world: int, packing: bool, micro_b
         dealt = [batches.deal(k, rank, world) for rank in range(world)]
         assert Counter(example for part in dealt for example in flat(part)) == Counter(batches.examples(k).tolist())
         assert len({len(part) for part in dealt}) == 1
-        rows = [row for part in dealt for micro in part for row in micro]
+        rows = [row for part in dealt for micro in part for row in micro.rows]
         assert all(sum(texts.lengths[row]) <= SEQ_LEN for row in rows)
         assert packing or all(len(row) == 1 for row in rows)
-        assert all(len(micro) <= micro_batch for part in dealt for micro in part)
+        assert all(len(micro.rows) <= micro_batch for part in dealt for micro in part)
         assert dealt == [batches.deal(k, rank, world) for rank in range(world)]
+
+
+@pytest.mark.parametrize("documents", [2, 3])
+def test_the_documents_of_an_example_stay_in_one_micro_batch(documents: int) -> None:
+    texts = Texts.create(61)  # one is left over
+    for world, packing, micro_batch in LAYOUTS:
+        batches = texts.batches(packing=packing, micro_batch=micro_batch, documents=documents, batch_tokens=900)
+        assert batches.batch(1).tokens == sum(texts.lengths[list(batches.batch(1).documents())])
+        for k in (0, 11):
+            dealt = [batches.deal(k, rank, world) for rank in range(world)]
+            micros = [micro for part in dealt for micro in part]
+            owned = [[flat([micro])[place] for place in example] for micro in micros for example in micro.examples]
+            chosen = [list(batches.batch(k).examples.documents(int(i))) for i in batches.examples(k)]
+            assert sorted(owned) == sorted(chosen)
+            assert all(len(flat([micro])) == sum(map(len, micro.examples)) for micro in micros)
+            assert len({len(part) for part in dealt}) == 1
+            assert all(sum(texts.lengths[row]) <= SEQ_LEN for micro in micros for row in micro.rows)
+            assert all(len(micro.rows) <= max(micro_batch, documents) for micro in micros)
+            if packing:
+                assert len(flat(micros)) > 1.1 * sum(len(micro.rows) for micro in micros)
+
+
+def test_an_example_that_is_there_twice_is_two() -> None:
+    texts = Texts.create(4)
+    layout = Layout(SEQ_LEN, packing=True, micro_batch=9)
+    (micro,) = layout.deal(GlobalBatch(Examples.of_each(texts, 2), np.array([1, 0, 1])), 0, 1)
+    owned = [[flat([micro])[place] for place in example] for example in micro.examples]
+    assert sorted(owned) == [[0, 1], [2, 3], [2, 3]]
+    assert sorted(place for example in micro.examples for place in example) == list(range(6))
 
 
 def test_packing_is_tight_and_ranks_have_about_the_same() -> None:
     texts = Texts.create(1000)
     batches = texts.batches(batch_tokens=4000)
     dealt = [batches.deal(0, rank, 4) for rank in range(4)]
-    rows = [row for part in dealt for micro in part for row in micro]
-    assert batches.tokens(0) > 0.9 * len(rows) * SEQ_LEN
+    rows = [row for part in dealt for micro in part for row in micro.rows]
+    assert batches.batch(0).tokens > 0.9 * len(rows) * SEQ_LEN
     tokens = [texts.lengths[flat(part)].sum() for part in dealt]
     assert max(tokens) - min(tokens) <= SEQ_LEN
 
@@ -160,7 +193,7 @@ def test_ranks_without_examples_run_empty_micro_batches() -> None:
     batches = texts.batches(epochs=1.0, packing=False, micro_batch=1)
     dealt = [batches.deal(0, rank, 4) for rank in range(4)]
     assert [len(flat(part)) for part in dealt] == [1, 1, 0, 0]
-    assert dealt[3] == [[]]
+    assert dealt[3] == [MicroBatch([], [])]
     loss, weight, gradient = gradients(texts, dealt[3])
     assert (loss, weight) == (0.0, 0)
     assert not gradient.any()
@@ -168,8 +201,8 @@ def test_ranks_without_examples_run_empty_micro_batches() -> None:
 
 
 def test_collate() -> None:
-    example = Example(np.array([7, 8, 9], np.int32), np.array([False, True, False]))
-    texts = Texts([example, Example(np.arange(10, 16, dtype=np.int32), np.array([False] + [True] * 5))])
+    example = Document(np.array([7, 8, 9], np.int32), np.array([False, True, False]))
+    texts = Texts([example, Document(np.arange(10, 16, dtype=np.int32), np.array([False] + [True] * 5))])
     batch = collate([[0, 1], [0]], texts, 2)
     assert batch["input_ids"].tolist() == [
         [7, 8, 9, 10, 11, 12, 13, 14, 15, *[2] * 7],
@@ -195,7 +228,7 @@ def test_every_layout_gives_the_same_loss_and_gradient(
     batches = texts.batches(packing=packing, micro_batch=micro_batch)
     dealt = [micro for rank in range(world) for micro in batches.deal(0, rank, world)]
     loss, weight, gradient = gradients(texts, dealt)
-    assert weight == expected[1] == batches.target_tokens(0)
+    assert weight == expected[1] == batches.batch(0).targets
     assert loss == pytest.approx(expected[0], rel=1e-6)
     assert torch.linalg.norm(gradient - expected[2]) < 1e-6 * torch.linalg.norm(expected[2])
 
@@ -216,9 +249,9 @@ def test_documents_do_not_see_each_other() -> None:
         return model(**inputs, use_cache=False).logits.detach()
 
     before = logits(texts)
-    first, second = len(texts.example(0).ids), len(texts.example(1).ids)
-    changed = Example(np.full(second, 5, np.int32), texts.example(1).target)
-    after = logits(Texts([texts.example(0), changed, *texts.all[2:]]))
+    first, second = len(texts.document(0).ids), len(texts.document(1).ids)
+    changed = Document(np.full(second, 5, np.int32), texts.document(1).target)
+    after = logits(Texts([texts.document(0), changed, *texts.all[2:]]))
     same = (before == after).all(-1)
     assert same[0, :first].all() and same[0, first + second :].all() and same[1].all()
     assert not same[0, first : first + second].any()
@@ -236,20 +269,19 @@ def test_chunks_of_the_cross_entropy_change_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_a_model_without_logits_to_keep_gives_the_same() -> None:
     texts, model = Texts.create(10), random_llama()
-    batch = {name: torch.from_numpy(array) for name, array in sft.arrays([[0, 1], [2]], texts, 2).items()}
+    batch = {name: torch.from_numpy(array) for name, array in labels.arrays([[0, 1], [2]], texts, 2).items()}
 
     def whole(logits_to_keep: Any, **inputs: Any) -> Any:  # noqa: ARG001
         return model(**inputs)
 
-    assert sft.loss(whole, batch)[0].item() == pytest.approx(sft.loss(model, batch)[0].item(), rel=1e-6)
+    assert torch.allclose(labels.logits(whole, batch), labels.logits(model, batch), rtol=1e-6, atol=1e-6)
 
 
 def test_a_million_examples_are_fast() -> None:
     lengths = np.random.default_rng(0).integers(20, 800, 1_000_000)
     began = time.process_time()
-    batches = Batches(
-        lengths, lengths, seed=0, seq_len=2048, batch_tokens=131072, packing=True, micro_batch=4, epochs=2.0
-    )
+    examples = Examples.of_each(SimpleNamespace(lengths=lengths))
+    batches = Batches(examples, Layout(2048, True, 4), seed=0, batch_tokens=131072, epochs=2.0)
     batches.deal(batches.steps - 1, 0, 8)
     assert time.process_time() - began < 3
     assert batches.steps > 6000

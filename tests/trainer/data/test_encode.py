@@ -156,8 +156,8 @@ def test_a_shared_token_is_learned_and_counted(tmp_path: Path) -> None:
     tok = make("byte level, trimmed offsets")
     path = written(tmp_path, {"prompt": "Answer: ", "completion": "dog"}, {"prompt": "Answer:", "completion": " dog"})
     tokens = tokenise(path, tok, Reading(64), tmp_path)
-    assert tokens.example(0).ids.tolist() == tokens.example(1).ids.tolist()
-    assert tokens.example(0).target.tolist() == tokens.example(1).target.tolist()
+    assert tokens.document(0).ids.tolist() == tokens.document(1).ids.tolist()
+    assert tokens.document(0).target.tolist() == tokens.document(1).target.tolist()
     assert tokens.counts.noticed["straddles"] == (1, 1)
 
 
@@ -181,7 +181,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each(tmp_pa
     assert tokens.rows.tolist() == [1, 1]
     assert tokens.counts.noticed["split"] == (1, 1)
     for index, stop in ((0, 2), (1, 4)):
-        example = tokens.example(index)
+        example = tokens.document(index)
         assert tok.decode(example.ids) == tok.apply_chat_template(turns[:stop], tokenize=False)
         assert tok.decode(example.ids[example.target]) == "<think>\n\n</think>\n\n" + turns[stop - 1]["content"] + (
             "<|im_end|>"
@@ -198,7 +198,7 @@ def test_the_date_is_the_jobs(tmp_path: Path) -> None:
     texts = []
     for day in days:
         tokens = tokenise(path, tok, Reading(256, date=day), tmp_path / "cache")
-        texts.append(tok.decode(tokens.example(0).ids))
+        texts.append(tok.decode(tokens.document(0).ids))
         (prompt,) = prompts(path, tok, Reading(256, date=day))
         assert texts[-1].startswith(tok.decode(prompt.ids))
     assert [text[:11] for text in texts] == ["26 Jul 2024", "27 Jul 2024"]

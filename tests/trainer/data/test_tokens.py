@@ -31,14 +31,14 @@ def jsonl(folder: Path, *records: Any) -> Path:
 
 def learned(tokens: Tokens, index: int, tok: Any) -> tuple[str, str]:
     """The whole text of an example, and the text of its labels."""
-    example = tokens.example(index)
+    example = tokens.document(index)
     return tok.decode(example.ids), tok.decode(example.ids[example.target])
 
 
 def same(a: Tokens, b: Tokens) -> bool:
     return len(a) == len(b) and all(
-        np.array_equal(a.example(i).ids, b.example(i).ids)
-        and np.array_equal(a.example(i).target, b.example(i).target)
+        np.array_equal(a.document(i).ids, b.document(i).ids)
+        and np.array_equal(a.document(i).target, b.document(i).target)
         for i in range(len(a))
     )
 
@@ -62,9 +62,9 @@ def test_the_loss_is_on_the_answer(tmp_path: Path) -> None:
     assert learned(tokens, 0, tok) == (f"<s>{prompt} A dog has 4 legs.</s>", " A dog has 4 legs.</s>")
     assert learned(tokens, 2, tok)[1] == " dog 🐕</s>"
     alone = [*tok(prompt)["input_ids"], *tok(" A dog has 4 legs.", add_special_tokens=False)["input_ids"]]
-    assert tokens.example(0).ids.tolist() == [*alone, tok.eos_token_id]
-    assert tokens.lengths.tolist() == [len(tokens.example(i).ids) for i in range(3)]
-    assert tokens.targets.tolist() == [tokens.example(i).target.sum() for i in range(3)]
+    assert tokens.document(0).ids.tolist() == [*alone, tok.eos_token_id]
+    assert tokens.lengths.tolist() == [len(tokens.document(i).ids) for i in range(3)]
+    assert tokens.targets.tolist() == [tokens.document(i).target.sum() for i in range(3)]
     assert (tokens.truncated, tokens.dropped) == (0, 0)
 
 
@@ -78,7 +78,7 @@ def test_prompts_are_the_beginning_of_what_was_trained(tmp_path: Path) -> None:
         asked = prompts(DATA / f"{name}.jsonl", tok, Reading(256))
         assert len(asked) == len(tokens)
         for i, prompt in enumerate(asked):
-            example = tokens.example(i)
+            example = tokens.document(i)
             assert example.ids[: len(prompt.ids)].tolist() == prompt.ids
             end = example.ids.tolist().index(tok.eos_token_id, len(prompt.ids)) + 1
             assert example.target[len(prompt.ids) : end].all()
@@ -91,7 +91,7 @@ def test_prompts_are_the_beginning_of_what_was_trained(tmp_path: Path) -> None:
 def test_text_is_learned_but_for_its_first_token(tmp_path: Path, bos: bool) -> None:
     tok = tokenizer(bos=bos)
     source = jsonl(tmp_path, {"text": "a dog has legs"})
-    example = tokenise(source, tok, Reading(64), tmp_path).example(0)
+    example = tokenise(source, tok, Reading(64), tmp_path).document(0)
     assert tok.decode(example.ids) == ("<s>" if bos else "") + "a dog has legs</s>"
     assert example.target.tolist() == [False] + [True] * (len(example.ids) - 1)
     assert prompts(source, tok, Reading(64)) == []
@@ -174,7 +174,7 @@ def test_a_whole_cache_is_not_made_again(tmp_path: Path, large: Path, monkeypatc
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "gone", "other", "manifest", "half manifest"])
 def test_a_damaged_cache_is_mended(tmp_path: Path, large: Path, damage: str) -> None:
     first = tokenise(large, tokenizer(), CUT, tmp_path)
-    expected = [first.example(i).ids.tolist() for i in range(len(first))]
+    expected = [first.document(i).ids.tolist() for i in range(len(first))]
     del first
     (folder,) = tmp_path.iterdir()
     shard, manifest = folder / "00003.arrow", folder / "manifest.json"
@@ -190,7 +190,7 @@ def test_a_damaged_cache_is_mended(tmp_path: Path, large: Path, damage: str) -> 
     if "manifest" in damage:
         manifest.write_text('{"shards": ' if "half" in damage else "{}")
     again = tokenise(large, tokenizer(), CUT, tmp_path)
-    assert [again.example(i).ids.tolist() for i in range(len(again))] == expected
+    assert [again.document(i).ids.tolist() for i in range(len(again))] == expected
     assert json.loads(manifest.read_text()) == {"shards": 9, "rows": 900}
 
 

@@ -1,0 +1,28 @@
+"""Which objectives there are, and where each is written: names alone, so that a laptop imports no torch.
+
+Another package adds one by an entry point of the group `fleetune.objectives`: its name, and `module:Class`.
+"""
+
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+
+GROUP = "fleetune.objectives"
+OBJECTIVES: Mapping[str, str] = {
+    "sft": "trainer.objectives.sft:Supervised",
+}
+
+
+def known() -> dict[str, str]:
+    """Every objective by its name, as `module:Class`; those of Fleetune cannot be replaced from outside."""
+    outside = {point.name: point.value for point in entry_points(group=GROUP)}
+    return {**outside, **OBJECTIVES}
+
+
+def is_known(name: str) -> bool:
+    """Whether there is an objective of this name; what other packages have is read only where it must be."""
+    return name in OBJECTIVES or name in known()
+
+
+def place(name: str) -> str:
+    """Where an objective that is known is written, as `module:Class`."""
+    return OBJECTIVES[name] if name in OBJECTIVES else known()[name]

@@ -1,0 +1,118 @@
+"""What an objective is: which examples there are, and what each micro-batch of them adds to a step's loss.
+
+A step goes through these hooks, of which all but `read`, `totals`, `arrays` and `loss` may be left out:
+
+1. `rollout`, where `generates`: the model writes, for the examples of the global batch, what is learned from. It is
+   recorded before the update, so that a resumed run learns from the same; `rolled_out` makes the batch of it.
+2. `totals`: what the sums over the global batch will be divided by, known before the first backward pass.
+3. `prelude`, where `has_prelude`: sums over the whole global batch, without gradient, that the loss needs.
+4. `loss`: a micro-batch's share, already divided by the totals. Shares are summed over micro-batches and ranks.
+
+So what a step does depends on neither packing nor micro-batches nor ranks. Only the documents of one example are
+sure to be in one micro-batch.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from methods.base import Method
+from runfolder.job import Job
+from trainer.data.encode import Reading
+from trainer.data.examples import Examples, GlobalBatch
+from trainer.data.layout import MicroBatch
+from trainer.data.tokens import Prompt
+
+Array = npt.NDArray[Any]
+Arrays = dict[str, Array]
+Tensors = Mapping[str, torch.Tensor]  # in a prelude and in figures: 0-d
+Totals = Mapping[str, float]  # by name; sums over the examples of a global batch, so those of two batches add up
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an objective knows of its run: among it how rows become tokens, and in which folder those are kept.
+
+    `progress` is called now and then while rows are read.
+    """
+
+    job: Job
+    tokenizer: Any
+    reading: Reading
+    folder: Path
+    progress: Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What a micro-batch adds to the loss of its step and to figures that are logged beside it; each 0-d.
+
+    The names of the figures are the same for every micro-batch, also for one without examples.
+    """
+
+    loss: torch.Tensor
+    figures: Tensors = field(default_factory=dict)
+
+
+class Objective(ABC):
+    """What is learned from the examples of a source."""
+
+    generates: ClassVar[bool] = False  # whether the model itself writes what is learned from
+    has_prelude: ClassVar[bool] = False  # whether the loss needs sums over the whole global batch
+
+    method: Method[
+        Any
+    ]  # of the run, there before its model is; `method.reference(model)` is for `prelude` and `loss`
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+
+    @abstractmethod
+    def read(self, source: str) -> Examples:
+        """The examples of a file or hub dataset, as tokens; every rank calls it. Raises RowError."""
+
+    def prompts(self, source: str) -> list[Prompt]:  # noqa: ARG002
+        """What the model is asked in evaluations, to see whether it writes the answer; nothing here."""
+        return []
+
+    def rollout(self, model: nn.Module, batch: GlobalBatch, step: int) -> Arrays:
+        """What the model writes for a batch; every rank calls it, and gets the same. Steps count from 1; 0: held out.
+
+        The model is in evaluation mode, without gradient. It draws by (seed, step, example) alone, never by rank.
+        Where the step was recorded, it is not called.
+        """
+        raise NotImplementedError
+
+    def rolled_out(self, batch: GlobalBatch, rollout: Arrays) -> GlobalBatch:
+        """The batch whose documents the model wrote; a pure function."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def totals(self, batch: GlobalBatch) -> Totals:
+        """What the sums over a global batch are divided by; a pure function."""
+
+    @abstractmethod
+    def arrays(self, examples: Examples, micro: MicroBatch) -> Mapping[str, npt.NDArray[np.generic]]:
+        """What `loss` and `prelude` read of a micro-batch, made on the host, perhaps in another thread.
+
+        A micro-batch without examples is a row of padding, so that all ranks run as many forward passes.
+        """
+
+    def prelude(self, model: nn.Module, batch: Tensors, totals: Totals) -> Tensors:
+        """A micro-batch's shares of what `loss` needs to know of the whole global batch; without gradient."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Tensors, totals: Totals, prelude: Tensors) -> Shares:
+        """A micro-batch's shares of the step's loss and figures: its sums, divided by the totals.
+
+        One without examples gives zero, with zero gradients for all that others reach, so that collectives stay in
+        step. `prelude` has the sums over all shares of the global batch, fp64; nothing where there is no prelude.
+        """

@@ -1,0 +1,47 @@
+"""Labels and the logits that predict them. Shapes: B rows, T positions, K of them kept, N labels, V tokens."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from trainer.data.examples import Indices
+from trainer.data.layout import IGNORED, collate
+
+if TYPE_CHECKING:
+    from trainer.data.tokens import Tokens
+
+
+def arrays(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dict[str, Indices]:
+    """What `logits` reads of a micro-batch's rows, made on the host: a GPU is never asked where the labels are.
+
+    `input_ids` and `position_ids` [B, T]. `kept` [K] are the positions whose logits are needed, one before a label;
+    each label [N] has its value `label`, its `row`, and its place in `kept` as `column`. Where there is none, an
+    ignored one stands in.
+    """
+    batch = collate(rows, tokens, pad_id)
+    labels_BT = batch.pop("labels")
+    row_N, position_N = np.nonzero(labels_BT[:, 1:] != IGNORED)
+    if not len(row_N):
+        row_N = position_N = np.zeros(1, np.int64)
+    kept_K, column_N = np.unique(position_N, return_inverse=True)
+    return batch | {"kept": kept_K, "row": row_N, "column": column_N, "label": labels_BT[row_N, position_N + 1]}
+
+
+def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The logits [N, V] from which each label of a micro-batch is predicted: those one position before it.
+
+    No others are computed, where the model can do without.
+    """
+    kept_K = batch["kept"]
+    logits_BKV: torch.Tensor = model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        use_cache=False,  # with a cache, transformers would not look for documents in position_ids
+        logits_to_keep=kept_K,
+    ).logits
+    if logits_BKV.shape[1] != len(kept_K):  # a model that does not know logits_to_keep
+        logits_BKV = logits_BKV[:, kept_K]
+    return logits_BKV[0] if len(logits_BKV) == 1 else logits_BKV[batch["row"], batch["column"]]

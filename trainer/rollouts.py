@@ -1,0 +1,66 @@
+"""What the model wrote in a step, kept in the run folder: attempts/N/rollouts/step-S.safetensors.
+
+It is there whole or not at all, and before the update of its step. A later attempt that comes to the step learns from
+what is there, so it reports the same loss, though a generating engine need not write the same twice.
+"""
+
+import os
+import uuid
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.numpy import load_file, save_file
+
+from runfolder.chain import Attempt, attempts
+from runfolder.files import sync_folder
+from trainer.data.examples import GlobalBatch
+from trainer.objectives.base import Arrays
+from trainer.run import Run
+
+
+def rolled_out(run: Run, step: int, batch: GlobalBatch) -> GlobalBatch:
+    """The batch that the model has written for a step: as it was recorded, or now; every rank calls it."""
+    found: list[Arrays | None] = [recorded(run.attempt, step) if run.world.leads else None]
+    dist.broadcast_object_list(found, device=run.world.device)
+    rollout = found[0]
+    if rollout is None:
+        rollout = written(run, step, batch)
+    if run.world.leads:  # the others cannot finish the update, a collective, before it is on disk
+        record(run.attempt, step, rollout)
+    return run.objective.rolled_out(batch, rollout)
+
+
+def written(run: Run, step: int, batch: GlobalBatch) -> Arrays:
+    """What the model writes now."""
+    run.model.eval()
+    with torch.no_grad():
+        rollout = run.objective.rollout(run.model, batch, step)
+    run.model.train()
+    return rollout
+
+
+def recorded(attempt: Attempt, step: int) -> Arrays | None:
+    """What this attempt, or the newest one before it that came so far, has recorded of a step."""
+    for other in reversed(attempts(attempt.run_dir)):
+        path = _path(other, step)
+        if other.number <= attempt.number and path.exists():
+            arrays: Arrays = load_file(path)
+            return arrays
+    return None
+
+
+def record(attempt: Attempt, step: int, rollout: Arrays) -> None:
+    """Write a step's rollout, whole or not at all."""
+    path = _path(attempt, step)
+    path.parent.mkdir(exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    save_file(rollout, draft)
+    with draft.open("rb") as stream:
+        os.fsync(stream.fileno())
+    draft.replace(path)
+    sync_folder(path.parent)
+
+
+def _path(attempt: Attempt, step: int) -> Path:
+    return attempt.folder / "rollouts" / f"step-{step}.safetensors"
