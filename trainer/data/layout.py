@@ -105,34 +105,46 @@ def _cut(groups: Iterable[Group], micro_batch: int) -> list[list[Row]]:
     return passes
 
 
+class _Rows:
+    """Rows that are being filled, of which no more than `most` will be opened."""
+
+    def __init__(self, lengths: Indices, seq_len: int, most: int) -> None:
+        self.rows: list[Row] = []
+        self.free = np.full(most, seq_len)  # tokens that each row has room for, opened or not
+        self._lengths = lengths  # of documents
+
+    def tokens(self, places: Row) -> int:
+        """The tokens of some documents."""
+        return int(self._lengths[[place.document for place in places]].sum())
+
+    def put(self, places: Row, since: int = 0) -> None:
+        """Put documents together into the first row, not before row `since`, that has room for all of them."""
+        tokens = self.tokens(places)
+        row = since + int(np.argmax(self.free[since : len(self.rows) + 1] >= tokens))
+        if row == len(self.rows):
+            self.rows.append([])
+        self.rows[row] += places
+        self.free[row] -= tokens
+
+
 def _pack(owned: Sequence[Row], lengths: Indices, seq_len: int) -> list[Group]:
     """Put each example into the first row that has room for all of it; the groups of rows, longest first.
 
     An example that no row could hold begins rows of its own, which stay together; others may follow into them.
     """
-    rows: list[Row] = []
+    filled = _Rows(lengths, seq_len, most=sum(map(len, owned)))
     groups: list[list[int]] = []  # of each, the numbers of its rows
-    free = np.full(sum(map(len, owned)), seq_len)
-
-    def put(places: Row, since: int) -> None:
-        tokens = int(lengths[[document for _, document in places]].sum())
-        row = since + int(np.argmax(free[since : len(rows) + 1] >= tokens))
-        if row == len(rows):
-            rows.append([])
-        rows[row] += places
-        free[row] -= tokens
-
     for places in owned:
-        opened = len(rows)
-        if lengths[[document for _, document in places]].sum() <= seq_len:
-            put(places, since=0)
+        opened = len(filled.rows)
+        if filled.tokens(places) <= seq_len:
+            filled.put(places)
         else:
-            for place in sorted(places, key=lambda place: -int(lengths[place.document])):
-                put([place], since=opened)
-        if len(rows) > opened:
-            groups.append(list(range(opened, len(rows))))
-    used = np.array([(seq_len - free[group]).sum() for group in groups])
-    return [[rows[row] for row in groups[i]] for i in np.argsort(-used, kind="stable")]
+            for place in sorted(places, key=lambda place: -filled.tokens([place])):
+                filled.put([place], since=opened)
+        if len(filled.rows) > opened:
+            groups.append(list(range(opened, len(filled.rows))))
+    used = np.array([(seq_len - filled.free[group]).sum() for group in groups])
+    return [[filled.rows[row] for row in groups[i]] for i in np.argsort(-used, kind="stable")]
 
 
 def collate(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dict[str, npt.NDArray[np.int64]]:
