@@ -8,26 +8,12 @@ from alone import STEPS, attached, llama, logits, losses, optimizer_of
 from torch import nn
 
 from methods.base import ReferenceRefused, Setup
-from methods.options import (
-    ALL,
-    AdaLora,
-    Bottleneck,
-    Dora,
-    FourierFt,
-    Full,
-    Galore,
-    Ia3,
-    LongLora,
-    Lora,
-    Options,
-    Prefix,
-    Prompt,
-    PTuning,
-    QLora,
-    ReLora,
-    RsLora,
-    Vera,
-)
+from methods.options import KINDS, Options
+from methods.options.full import Full
+from methods.options.low_rank import AdaLora, Dora, LongLora, Lora, QLora, ReLora, RsLora
+from methods.options.other_adapters import Bottleneck, FourierFt, Ia3, Vera
+from methods.options.subspace import Galore
+from methods.options.virtual import Prefix, Prompt, PTuning
 from methods.registry import create
 
 STARTS = ("default", "gaussian", "orthogonal", "pissa", "olora", "eva")
@@ -112,4 +98,4 @@ def test_it_is_refused_where_it_is_gone(options: Options, reason: str) -> None:
 
 
 def test_every_method_is_one_or_the_other() -> None:
-    assert {type(options) for options in GIVEN} | {type(options) for options, _ in REFUSED} == set(ALL)
+    assert {type(options) for options in GIVEN} | {type(options) for options, _ in REFUSED} == set(KINDS.values())
