@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from orchestrator.comparison.compare import Comparison as Comparison
     from orchestrator.comparison.compare import compare as compare
     from orchestrator.control import cancel as cancel
+    from orchestrator.control import pause as pause
     from orchestrator.control import resume as resume
     from orchestrator.describe import methods as methods
     from orchestrator.doctor import Check as Check
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "clusters.base": ("Unreachable",),
     "orchestrator.comparison.compare": ("Comparison", "compare"),
-    "orchestrator.control": ("cancel", "resume"),
+    "orchestrator.control": ("cancel", "pause", "resume"),
     "orchestrator.describe": ("methods",),
     "orchestrator.doctor": ("Check", "doctor"),
     "orchestrator.errors": ("InputError",),

@@ -26,7 +26,7 @@ from runfolder.chain import claim_next
 from trainer.base import load_model
 from trainer.checkpoint import Checkpoints
 from trainer.loop import prepare
-from trainer.meter import Meter
+from trainer.meter import Meter, Wish
 from trainer.objectives.base import Totals
 from trainer.run import Run
 from trainer.speed import flops_per_token, peak_flops
@@ -111,7 +111,7 @@ class Ours:
     def __call__(self) -> None:
         for _ in range(STEPS):
             self.step += 1
-            take_step(self.run, self.step, self.feed, self.meter, self.saves.overdue())
+            take_step(self.run, self.step, self.feed, self.meter, Wish(self.saves.overdue()))
 
 
 class Bare:

@@ -59,9 +59,9 @@ class Far:
         """Keep secrets of a run by name, in place of older ones, for its owner alone."""
         self._ask(verb="entrust", run_id=run_id, secrets=dict(secrets))
 
-    def ask(self, run_id: str, what: Ask) -> Record | None:
+    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Record | None:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""
-        found: Record | None = self._ask(verb="ask", run_id=run_id, what=what)
+        found: Record | None = self._ask(verb="ask", run_id=run_id, what=what, step=step)
         return found
 
     def fetch(self, run_id: str, to: Path) -> Path:

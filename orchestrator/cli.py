@@ -140,11 +140,26 @@ def logs(
 
 
 @app.command()
-def cancel(run: Run) -> None:
+def cancel(
+    run: Run, save: Annotated[bool, typer.Option("--save", help="Let it save a checkpoint first.")] = False
+) -> None:
     """End a run."""
     from orchestrator.control import cancel as cancel_run
 
-    print(cancel_run(run))
+    print(cancel_run(run, save))
+
+
+@app.command()
+def pause(
+    run: Run,
+    at: Annotated[
+        int | None, typer.Option("--at", min=1, metavar="STEP", help="After this step; the current one without it.")
+    ] = None,
+) -> None:
+    """Let a run save and end; resume goes on from there."""
+    from orchestrator.control import pause as pause_run
+
+    print(pause_run(run, at))
 
 
 @app.command()

@@ -9,11 +9,25 @@ from runfolder.record import job_in
 from runfolder.site import Ask, Refused
 
 
-def cancel(reference: str) -> str:
-    """Ask for the end of a run and give its id; raises InputError when it has ended otherwise."""
+def cancel(reference: str, save: bool = False) -> str:
+    """Ask for the end of a run, with `save` after a checkpoint, and give its id.
+
+    Raises InputError when it has ended otherwise.
+    """
     run = find(reference)
-    if _ask(run, "cancel") is None:
+    if _ask(run, "cancel_saved" if save else "cancel") is None:
         run.cluster.cancel(run.run_id)
+    return run.run_id
+
+
+def pause(reference: str, step: int | None = None) -> str:
+    """Have a run save and end after a step, None: after the one that it is at, and give its id; `resume` goes on.
+
+    Raises InputError for a run that has ended.
+    """
+    run = find(reference)
+    if _ask(run, "pause", step) is not None:
+        raise InputError(f"run {run.run_id}: it has ended already")
     return run.run_id
 
 
@@ -33,9 +47,9 @@ def resume(reference: str) -> str:
     return run.run_id
 
 
-def _ask(run: Handle, what: Ask) -> Record | None:
+def _ask(run: Handle, what: Ask, step: int | None = None) -> Record | None:
     """Ask something of a run; gives the result that it had. Raises InputError."""
     try:
-        return run.site.ask(run.run_id, what)
+        return run.site.ask(run.run_id, what, step)
     except Refused as error:
         raise InputError(str(error)) from None

@@ -2,7 +2,7 @@
 
 It claims the attempt, has a driver process start the workers with Ray, watches, delivers to MLflow, says how the
 attempt ended, and closes the run or leaves it to the next attempt. Exit code 0: the run has its result, 1: start the
-controller again.
+controller again here, 75: elsewhere, by the scheduler that ended it (where FLEETUNE_REQUEUED says that it does so).
 """
 
 import os
@@ -24,6 +24,7 @@ from runfolder.secrets import read_secrets
 
 TRACKING_PATIENCE_S = 600.0  # how long it stays to deliver what an outage of MLflow held up
 DELIVERED = "the output is there, but the worker ended before it was checked (and merged, if that was asked for)"
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h
 _PUMP_S = 1.0
 _CANCELLED = Final("cancelled", "cancelled by request")
 
@@ -66,7 +67,9 @@ def attend(run_dir: Path) -> int:
         attempt.check()
     attempt.write_verdict(verdict.dump())
     decision = next_step(run_dir)
-    if not isinstance(decision, Final) or not attempt.close(result_of(run_dir, decision)):
+    if not isinstance(decision, Final):
+        return REQUEUE if requeued() and verdict.kind in ("preemption", "walltime") else 1
+    if not attempt.close(result_of(run_dir, decision)):
         return 1
     return deliver_rest(run_dir)
 
@@ -98,18 +101,25 @@ def history(run_dir: Path) -> list[tuple[Kind, int]]:
 
 def next_step(run_dir: Path) -> Again | Final:
     """What follows the attempts so far; a run whose last one delivered the output has not failed."""
-    decision = decide(history(run_dir))
+    decision = decide(history(run_dir), requeued())
     failed = isinstance(decision, Final) and decision.state == "failed"
     if failed and (attempts(run_dir)[-1].folder / "output").exists():
         return Final("succeeded", DELIVERED)
     return decision
 
 
+def requeued() -> bool:
+    """Whether a scheduler starts the run again that it has ended."""
+    return bool(os.environ.get("FLEETUNE_REQUEUED"))
+
+
 def result_of(run_dir: Path, decision: Final) -> Record:
     """The final word on a run."""
     tried = attempts(run_dir)
     own = Verdict("cancelled" if decision.state == "cancelled" else "user_error", "").dump()
-    verdict = own if decision.state == "cancelled" or not tried else _verdict(tried[-1])
+    found = _verdict(tried[-1]) if tried else own
+    ended_so = decision.state != "cancelled" or found["kind"] in ("cancelled", "paused")
+    verdict = found if ended_so else own  # cancelled between two attempts, it has nothing to do with the last one
     return {
         "state": decision.state,
         "reason": "; ".join(filter(None, [decision.reason, verdict["reason"]])) or None,

@@ -14,6 +14,7 @@ from orchestrator.failure import Failure
 Kind = Literal[
     "success",
     "cancelled",
+    "paused",
     "user_error",
     "out_of_memory",
     "preemption",
@@ -128,8 +129,11 @@ def classify(failures: Mapping[int, Failure], tails: Mapping[int, str] | None = 
     return Verdict(kind, reason if rank < 0 else f"rank {rank}: {reason}", evidence, rank if rank >= 0 else None)
 
 
-def decide(history: Sequence[tuple[Kind, int]]) -> Again | Final:
-    """What follows attempts that ended so, oldest first, each with the steps its checkpoints took the run further."""
+def decide(history: Sequence[tuple[Kind, int]], requeued: bool = False) -> Again | Final:
+    """What follows attempts that ended so, oldest first, each with the steps its checkpoints took the run further.
+
+    `requeued`: a scheduler starts the run again whose time there is over; else its walltime is a limit.
+    """
     if not history:
         return Again(0.0)
     kind = history[-1][0]
@@ -137,6 +141,10 @@ def decide(history: Sequence[tuple[Kind, int]]) -> Again | Final:
         return Final("succeeded", None)
     if kind == "cancelled":
         return Final("cancelled", "cancelled by request")
+    if kind == "paused":
+        return Final("cancelled", "fleetune resume goes on from there")
+    if kind == "walltime" and not requeued:
+        return Final("failed", "fleetune resume goes on from the newest checkpoint")
     if kind in _NEVER_AGAIN:
         return Final("failed", None)
     barren = _barren(history)

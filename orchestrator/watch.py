@@ -10,13 +10,15 @@ from pathlib import Path
 from clusters.ray_head import answers
 from orchestrator.failure import Failure, load
 from orchestrator.verdict import Verdict, classify
-from runfolder.chain import Attempt
+from runfolder.appended import read_lines
+from runfolder.chain import Attempt, slots
 from runfolder.files import read_json
 from runfolder.record import load_job
-from runfolder.requests import cancel_requested
+from runfolder.requests import Stop, cancel_requested, cancel_saves, request_stop, stop_requested
 from trainer import missing
 
-_CHECK_S = 0.25
+_POLL_S = 0.25  # between two looks at the driver process
+_LOOK_S = 1.0  # between two looks at the run folder, which may be on a file system that many share
 _TAIL = 16_384  # bytes at the end of a log in which evidence is looked for
 _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -61,27 +63,70 @@ class Driver:
 
 
 class Watch:
-    """Looks at an attempt until something ends it."""
+    """Looks at an attempt until something ends it.
 
-    def __init__(self, attempt: Attempt, driver: Driver, stop: threading.Event) -> None:
+    What can wait is asked of the trainer, with a deadline (see runfolder/requests.py): it saves and returns. `told`
+    is set when whoever started this controller wants it to end.
+    """
+
+    def __init__(self, attempt: Attempt, driver: Driver, told: threading.Event) -> None:
         self._attempt = attempt
         self._driver = driver
-        self._stop = stop
-        self._walltime_s = load_job(attempt.run_dir).resources.walltime
+        self._told = told
+        self._resources = load_job(attempt.run_dir).resources
         self._hang_after_s = float(os.environ.get("FLEETUNE_HANG_AFTER", "1800"))
         self._began = time.monotonic()
+        self._opened = _opened(attempt.run_dir)
         self._unanswered = 0
 
     def until_end(self) -> Verdict:
         """How the attempt ended; raises Fenced when another one took over."""
-        verdict = None
-        while verdict is None:
+        looked = 0.0
+        while self._driver.exit_code is None:
+            if time.monotonic() - looked >= _LOOK_S:
+                looked = time.monotonic()
+                if verdict := self._look():
+                    return verdict
+            time.sleep(_POLL_S)
+        self._attempt.check()
+        return self._judge()
+
+    def _look(self) -> Verdict | None:
+        """Whether the attempt must be ended now."""
+        if not self._attempt.is_live():
             self._attempt.check()
-            if self._driver.exit_code is not None:
-                return self._judge()
-            verdict = self._stopped() or self._stuck()
-            time.sleep(_CHECK_S)
-        return verdict
+        if cancel_requested(self._attempt.run_dir) and not cancel_saves(self._attempt.run_dir):
+            return Verdict("cancelled", "")
+        if wanted := self._wanted():
+            request_stop(self._attempt, wanted)
+        asked = stop_requested(self._attempt)
+        if asked and time.time() > asked.by:
+            late = f"no checkpoint within {self._resources.grace} s"
+            return Verdict(asked.why, "; ".join(filter(None, [asked.reason, late])))
+        return self._stuck()
+
+    def _wanted(self) -> Stop | None:
+        """Whether the attempt is to save and end, and why."""
+        by = time.time() + self._resources.grace
+        if self._told.is_set():
+            return Stop("preemption", "the controller was told to end", by)
+        if cancel_saves(self._attempt.run_dir):
+            return Stop("cancelled", "", by)
+        walltime = self._resources.walltime
+        if walltime and time.time() > self._opened + walltime - self._resources.grace:
+            reason = f"resources.walltime of {walltime} s is over"
+            return Stop("walltime", reason, max(by - self._resources.grace, self._opened + walltime))
+        return None
+
+    def _stopped(self) -> Verdict | None:
+        """How an attempt ended that has saved and returned before its end; None for one that came to it."""
+        steps = [event["step"] for event in read_lines(self._attempt, "events.jsonl") if event["event"] == "stopped"]
+        if not steps:
+            return None
+        asked = stop_requested(self._attempt)
+        if asked:
+            return Verdict(asked.why, "; ".join(filter(None, [asked.reason, f"saved at step {steps[-1]}"])))
+        return Verdict("paused", f"paused at step {steps[-1]}")
 
     def _judge(self) -> Verdict:
         """The verdict once the driver has ended."""
@@ -89,23 +134,13 @@ class Watch:
         if path.exists():
             failures = {int(rank): load(failure) for rank, failure in read_json(path)["failures"].items()}
             if not failures:
-                return Verdict("success", missing.reason(self._attempt))
+                return self._stopped() or Verdict("success", missing.reason(self._attempt))
         else:
             told = f"the driver ended with exit code {self._driver.exit_code}\n{self._tail('controller')}"
             failures = {-1: Failure(told)}
         if not answers(os.environ["RAY_ADDRESS"]):
             return Verdict("node_lost", "the Ray head is gone", next(iter(failures.values())).text[-1000:])
         return classify(failures, {rank: self._tail(f"rank-{rank}") for rank in failures})
-
-    def _stopped(self) -> Verdict | None:
-        """Whether somebody or something outside ends the attempt."""
-        if self._stop.is_set():
-            return Verdict("preemption", "the controller was told to end", "SIGTERM")
-        if cancel_requested(self._attempt.run_dir):
-            return Verdict("cancelled", "")
-        if self._walltime_s and time.monotonic() - self._began > self._walltime_s:
-            return Verdict("walltime", f"resources.walltime of {self._walltime_s} s is over")
-        return None
 
     def _stuck(self) -> Verdict | None:
         """Whether the head is gone, or nothing moves."""
@@ -132,3 +167,13 @@ class Watch:
         with path.open("rb") as stream:
             stream.seek(max(0, path.stat().st_size - _TAIL))
             return stream.read().decode(errors="replace")
+
+
+def _opened(run_dir: Path) -> float:
+    """When the first attempt since the run was last (re)opened was claimed (seconds since 1970)."""
+    began = time.time()
+    for slot in reversed(slots(run_dir)):
+        if slot.claim["kind"] != "attempt":
+            break
+        began = slot.claim["time"]
+    return began

@@ -103,6 +103,9 @@ class Resources(_Part):
     walltime: Annotated[int | None, BeforeValidator(_seconds)] = Field(
         None, ge=1, description="seconds, or like 90s, 30m, 8h, 2d"
     )
+    grace: Annotated[int, BeforeValidator(_seconds)] = Field(
+        30, ge=0, description="how long a run that must end has to save: seconds, or like 2m"
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Resources":

@@ -17,11 +17,11 @@ from runfolder.chain import reopen, result
 from runfolder.digests import changes
 from runfolder.files import Record, names
 from runfolder.record import create, load_job, read_record
-from runfolder.requests import request_cancel
+from runfolder.requests import request_cancel, request_pause
 from runfolder.secrets import write_secrets
 from runfolder.snapshot import Snapshot, snapshot
 
-Ask = Literal["cancel", "reopen"]
+Ask = Literal["cancel", "cancel_saved", "pause", "reopen"]
 _DELIVERED = ("output", "result.json", "job.yaml")  # what `fetch` brings
 
 
@@ -60,10 +60,11 @@ class Site(Protocol):
         """Keep secrets of a run by name, in place of older ones, for its owner alone."""
         ...
 
-    def ask(self, run_id: str, what: Ask) -> Record | None:
+    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Record | None:
         """Ask for the end of a run that goes on, or let one go on that has ended otherwise than well.
 
-        Gives the result that the run had before, None where it had none. Raises Refused.
+        With `cancel_saved` and `pause` it saves first; it pauses after `step`, or after the one that it is at. Gives
+        the result that the run had before, None where it had none. Raises Refused.
         """
         ...
 
@@ -107,16 +108,18 @@ class Here:
         """Keep secrets of a run by name, in place of older ones, for its owner alone."""
         write_secrets(self.root / run_id, secrets)
 
-    def ask(self, run_id: str, what: Ask) -> Record | None:
+    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Record | None:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""
         run_dir = self.root / run_id
         ended = result(run_dir)
-        if what == "cancel" and ended is None:
-            request_cancel(run_dir)
-        elif what == "cancel" and ended and ended["state"] != "cancelled":
-            raise Refused(f"run {run_id}: it has {ended['state']} already")
-        elif what == "reopen":
+        if what == "reopen":
             _reopen(run_dir, ended)
+        elif ended is not None and ended["state"] != "cancelled":
+            raise Refused(f"run {run_id}: it has {ended['state']} already")
+        elif ended is None and what == "pause":
+            request_pause(run_dir, step or snapshot(run_dir).step + 1)
+        elif ended is None:
+            request_cancel(run_dir, save=what == "cancel_saved")
         return ended
 
     def fetch(self, run_id: str, to: Path) -> Path:
@@ -163,7 +166,7 @@ def answer(root: Path, request: Mapping[str, Any]) -> Any:
         case "entrust":
             return here.entrust(request["run_id"], request["secrets"])
         case "ask":
-            return here.ask(request["run_id"], request["what"])
+            return here.ask(request["run_id"], request["what"], request["step"])
     raise Refused(f"verb: found {request['verb']!r}; this Fleetune does not know it")
 
 

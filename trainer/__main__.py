@@ -18,7 +18,9 @@ def main(run_dirs: Iterable[Path]) -> None:
     world = join()
     for run_dir in run_dirs:
         number = _claimed(run_dir, world)
-        train(run_dir, number)
+        if not train(run_dir, number):
+            print(f"{run_dir} has stopped as it was asked to; started again, it goes on", flush=True)
+            continue
         ended = {"state": "succeeded", "attempt": number, "reason": reason(Attempt(run_dir, number)) or None}
         if world.leads and not Attempt(run_dir, number).close(ended):
             sys.exit(f"{run_dir} went on without attempt {number}")

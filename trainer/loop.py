@@ -22,29 +22,32 @@ from trainer.data.tokenizer import end_ids, load_tokenizer
 from trainer.embeddings import vocabulary
 from trainer.evaluate import Evaluator
 from trainer.export import export
-from trainer.meter import Meter
+from trainer.meter import Meter, Wish
 from trainer.objectives.base import Setup as ObjectiveSetup
 from trainer.objectives.registry import create as create_objective
 from trainer.progress import shown
 from trainer.run import Run
 from trainer.schedule import learning_rate
 from trainer.step import feed, take_step
+from trainer.stop import StopWishes
 from trainer.world import World, join
 from trainer.zero import gather
 from trainer.zero.shards import Shards
 
 
-def train(run_dir: Path, attempt: int) -> None:
+def train(run_dir: Path, attempt: int) -> bool:
     """Do this worker's part of an attempt that is claimed: from its start checkpoint to attempts/N/output.
 
-    Every worker of the group calls it. Any exception is the caller's to judge.
+    False where it was asked to stop before, and has saved. Every worker of the group calls it. Any exception is the
+    caller's to judge.
     """
     run, first = prepare(Attempt(run_dir, attempt))
     saves = checkpoint.Checkpoints(run.attempt, run.world, run.job.checkpoint.every, run.job.checkpoint.keep)
     evaluator = Evaluator.create(run)
-    fit(run, first, saves, evaluator)
-    saves.wait()
-    export(run)
+    finished = fit(run, first, saves, evaluator)
+    if finished:
+        export(run)
+    return finished
 
 
 def prepare(attempt: Attempt) -> tuple[Run, int]:
@@ -119,8 +122,11 @@ def announce(run: Run) -> None:
         )
 
 
-def fit(run: Run, first: int, saves: checkpoint.Checkpoints, evaluator: Evaluator) -> None:
-    """Take the steps after `first`, evaluate and save between them."""
+def fit(run: Run, first: int, saves: checkpoint.Checkpoints, evaluator: Evaluator) -> bool:
+    """Take the steps after `first`, evaluate and save between them; False when the run is to stop before its end.
+
+    All that was saved is on disk then.
+    """
     steps = run.batches.steps
     peak = speed.peak_flops(run.world.device, run.dtype)
     meter = Meter(run.attempt, run.world, steps, speed.flops_per_token(run.model), peak)
@@ -128,11 +134,12 @@ def fit(run: Run, first: int, saves: checkpoint.Checkpoints, evaluator: Evaluato
         evaluator.evaluate(run, 0)
     meter.pause()
     fed = feed(run, first)
+    stops = StopWishes(run.attempt, run.world)
     for step in range(first + 1, steps + 1):
-        wish = take_step(run, step, fed, meter, saves.overdue())
+        wish = take_step(run, step, fed, meter, Wish(saves.overdue(), stops.wanted(step)))
         every = run.job.evaluation.every
         evaluation_due = step == steps or (every is not None and step % every == 0)
-        save_due = step == steps or wish or saves.due(step)
+        save_due = step == steps or wish.save or wish.stop or saves.due(step)
         if evaluation_due or save_due:
             meter.flush()
             if evaluation_due:
@@ -140,3 +147,10 @@ def fit(run: Run, first: int, saves: checkpoint.Checkpoints, evaluator: Evaluato
             if save_due:
                 saves.save(run.shards, run.method, step)
             meter.pause()
+        if wish.stop and step < steps:
+            saves.wait()
+            if run.world.leads:
+                run.attempt.event("stopped", step=step)
+            return False
+    saves.wait()
+    return True

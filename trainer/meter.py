@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,13 @@ class Moment:
         return self._time - earlier._time
 
 
+class Wish(NamedTuple):
+    """What is to be done after a step: save; stop, after a save."""
+
+    save: bool = False
+    stop: bool = False
+
+
 @dataclass(frozen=True)
 class _Pending:
     step: int
@@ -56,7 +64,7 @@ class _Pending:
     tokens: int
     data_wait_s: float
     names: list[str]  # of the objective's figures
-    figures: torch.Tensor  # loss, rank 0's wish to save, the objective's, gradient norm, on their way to the host
+    figures: torch.Tensor  # loss, rank 0's wish, the objective's, gradient norm, on their way to the host
     end: Moment
 
 
@@ -81,35 +89,37 @@ class Meter:
         lr: float,
         tokens: int,
         wait_s: float,
-        save: bool,
-    ) -> bool:
-        """Report a step; gives rank 0's wish to save, perhaps late.
+        wish: Wish,
+    ) -> Wish:
+        """Report a step; gives rank 0's wish, perhaps late.
 
         The loss and what the objective logs beside it, by name, are this rank's shares of sums over all ranks.
         """
         names = checked(beside)
-        sums = torch.stack([loss, torch.full_like(loss, float(save)), *(beside[name] for name in names)])
+        sums = torch.stack(
+            [loss, *(torch.full_like(loss, float(flag)) for flag in wish), *(beside[name] for name in names)]
+        )
         dist.all_reduce(sums)
         figures = torch.cat([sums, grad_norm.to(sums).view(1)]).to("cpu", non_blocking=True)
         ended = Moment(self.world.device)
-        wish = self.flush()
+        earlier = self.flush()
         self._pending = _Pending(step, lr, tokens, wait_s, names, figures, ended)
-        return wish if self.world.device.type == "cuda" else self.flush()
+        return earlier if self.world.device.type == "cuda" else self.flush()
 
-    def flush(self) -> bool:
-        """Write the step that is still open; gives rank 0's wish to save. Raises when a figure is not finite."""
+    def flush(self) -> Wish:
+        """Write the step that is still open; gives rank 0's wish. Raises when a figure is not finite."""
         if self._pending is None:
-            return False
+            return Wish()
         open_, self._pending = self._pending, None
         open_.end.wait()
-        loss, wish, *beside, norm = open_.figures.tolist()
+        loss, save, stop, *beside, norm = open_.figures.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             found = f"step {open_.step}: the loss is {loss}, the gradient norm {norm}"
             raise FloatingPointError(f"{found}; try a lower train.lr or more train.warmup")
         seconds, self._last = open_.end.since(self._last), open_.end
         if self.world.leads:
             self._write(open_, loss, norm, seconds, dict(zip(open_.names, beside, strict=True)))
-        return bool(wish > 0)
+        return Wish(save > 0, stop > 0)
 
     def pause(self) -> None:
         """Leave the time since the last figure out of the speed (evaluations, saves)."""

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from trainer import rollouts
 from trainer.data.examples import GlobalBatch
-from trainer.meter import Meter
+from trainer.meter import Meter, Wish
 from trainer.objectives.base import Shares, Tensors, Totals
 from trainer.run import Run
 
@@ -21,8 +21,8 @@ Batch = dict[str, torch.Tensor]
 Feed = Callable[[GlobalBatch], Iterator[Batch]]  # from a step's global batch to this rank's micro-batches
 
 
-def take_step(run: Run, step: int, feed: Feed, meter: Meter, overdue: bool) -> bool:
-    """Accumulate the micro-batches of one global batch and apply them; gives whether rank 0 wants to save."""
+def take_step(run: Run, step: int, feed: Feed, meter: Meter, wish: Wish) -> Wish:
+    """Accumulate the micro-batches of one global batch and apply them; gives what rank 0 wishes, perhaps late."""
     global_batch = run.batches.batch(step - 1)
     if run.objective.generates:
         global_batch = rollouts.rolled_out(run, step, global_batch)
@@ -37,7 +37,7 @@ def take_step(run: Run, step: int, feed: Feed, meter: Meter, overdue: bool) -> b
         sums.add(shares)
     lr = run.schedule(step - 1)
     norm = run.shards.step(lr, run.job.train.clip)
-    return meter.record(step, sums.loss, sums.figures, norm, lr, global_batch.tokens, waited.seconds, overdue)
+    return meter.record(step, sums.loss, sums.figures, norm, lr, global_batch.tokens, waited.seconds, wish)
 
 
 def prepared(run: Run, passes: Iterable[Batch], totals: Totals) -> tuple[Iterable[Batch], Tensors]:

@@ -17,7 +17,7 @@ from orchestrator.control import cancel, resume
 from orchestrator.errors import InputError
 from orchestrator.submit import submit
 from runfolder.appended import read_lines
-from runfolder.chain import Attempt, attempts, last, result
+from runfolder.chain import Attempt, Start, attempts, last, result
 from runfolder.files import Record, read_json
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the room is made by processor affinity")
@@ -176,6 +176,17 @@ def test_a_bug_is_final_and_a_cancelled_run_is_closed(cluster: Local, start: Cal
     resume(buggy.name)
     assert list((cluster.home / "cache").glob("*/manifest.json"))
     assert (ended(buggy)["state"], last(buggy).number) == ("succeeded", 4)  # slot 2 closed it, slot 3 reopened it
+
+
+def test_a_warned_run_saves_and_goes_on_from_there(cluster: Local, start: Callable[..., Path]) -> None:
+    run_dir = start(train={"steps": 60, "batch_tokens": 512, "lr": 1e-2}, checkpoint={"every": 1000})
+    until(lambda: attempts(run_dir) and len(read_lines(last(run_dir), "metrics.jsonl")) > 5)
+    os.kill(cluster.state()["controllers"][run_dir.name], signal.SIGTERM)
+    assert ended(run_dir)["state"] == "succeeded"
+    first, second = attempts(run_dir)
+    reported = [row["step"] for row in read_lines(first, "metrics.jsonl") if "loss" in row]
+    assert first.verdict and first.verdict["reason"].endswith(f"; saved at step {reported[-1]}")
+    assert (first.verdict["kind"], second.start) == ("preemption", Start(1, reported[-1]))
 
 
 def test_stop_leaves_no_process_behind_and_start_goes_on(cluster: Local, start: Callable[..., Path]) -> None:

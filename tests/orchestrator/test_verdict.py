@@ -141,9 +141,7 @@ def test_bugs_and_lack_of_memory_are_final() -> None:
     assert decide([("node_lost", 1), ("cancelled", 0)]) == Final("cancelled", "cancelled by request")
 
 
-@pytest.mark.parametrize(
-    ("kind", "limit"), [("node_lost", 5), ("preemption", 5), ("walltime", 5), ("hang", 3), ("network", 3)]
-)
+@pytest.mark.parametrize(("kind", "limit"), [("node_lost", 5), ("preemption", 5), ("hang", 3), ("network", 3)])
 def test_only_attempts_without_progress_are_counted(kind: Kind, limit: int) -> None:
     assert decide([(kind, 1)] * 100) == Again(0.0)
     assert isinstance(decide([(kind, 0)] * (limit - 1)), Again)
@@ -151,6 +149,12 @@ def test_only_attempts_without_progress_are_counted(kind: Kind, limit: int) -> N
     assert decide([(kind, 0)] * limit + [(kind, 3)]) == Again(0.0)
     # A checkpoint that turned out to be damaged is no progress either.
     assert isinstance(decide([(kind, -5)] * limit), Final)
+
+
+def test_walltime_is_a_limit_unless_a_scheduler_starts_the_run_again() -> None:
+    assert decide([("walltime", 5)]) == Final("failed", "fleetune resume goes on from the newest checkpoint")
+    assert decide([("walltime", 5)], requeued=True) == Again(0.0)
+    assert isinstance(decide([("walltime", 0)] * 5, requeued=True), Final)
 
 
 def test_waiting_grows_without_progress() -> None:

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import yaml
+from run_folders import wait_until
 
 from orchestrator.controller import cancelled_within, history, main, next_step, result_of
 from orchestrator.driver import outcome
 from orchestrator.failure import Failure
-from orchestrator.verdict import Final
+from orchestrator.verdict import Again, Final, Kind
 from orchestrator.watch import Watch
 from runfolder.chain import Attempt, Fenced, Start, claim_next, close, reopen, result
 from runfolder.files import write_json
-from runfolder.requests import request_cancel
+from runfolder.requests import pause_step, request_cancel, request_pause, stop_requested
 
 
 class Sleeper:
@@ -82,9 +83,70 @@ def test_silence_is_a_hang(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_walltime_cancellation_and_sigterm_end_an_attempt(tmp_path: Path, run_dir: Path) -> None:
     limited = claim(make(tmp_path / "limited", walltime=1))
     assert watch(limited).until_end().kind == "walltime"
-    assert watch(claim(run_dir), stop=True).until_end().kind == "preemption"
+    hasty = claim(make(tmp_path / "hasty", grace=0))
+    ended = watch(hasty, stop=True).until_end()
+    assert (ended.kind, ended.reason) == ("preemption", "the controller was told to end; no checkpoint within 0 s")
+    attempt = claim(run_dir)
     request_cancel(run_dir)
-    assert watch(Attempt(run_dir, 1)).until_end().kind == "cancelled"
+    assert watch(attempt).until_end().kind == "cancelled"
+
+
+@pytest.mark.usefixtures("head")
+@pytest.mark.parametrize(
+    ("told", "asked", "kind", "reason"),
+    [
+        (True, None, "preemption", "the controller was told to end; saved at step 7"),
+        (False, "cancel", "cancelled", "saved at step 7"),
+        (False, "pause", "paused", "paused at step 7"),
+        (False, None, "success", ""),
+    ],
+)
+def test_an_attempt_that_saves_in_time_has_ended_as_it_was_asked(
+    run_dir: Path, told: bool, asked: str | None, kind: Kind, reason: str
+) -> None:
+    attempt = claim(run_dir)
+    if asked == "cancel":
+        request_cancel(run_dir, save=True)
+    driver = Sleeper(None)
+    looking = Watch(attempt, driver, threading.Event())  # type: ignore[arg-type]
+    if told:
+        looking._told.set()
+
+    def trainer() -> None:
+        """Ends when it is asked to, as workers do."""
+        if told or asked == "cancel":
+            wait_until(lambda: stop_requested(attempt))
+        if told or asked:
+            attempt.event("stopped", step=7)
+        write_json(attempt.folder / "outcome.json", {"failures": {}})
+        driver.exit_code = 0
+
+    worker = threading.Thread(target=trainer)
+    worker.start()
+    found = looking.until_end()
+    worker.join()
+    assert (found.kind, found.reason) == (kind, reason)
+    attempt.write_verdict(found.dump())
+    assert (
+        next_step(run_dir)
+        == {
+            "preemption": Again(1.0),
+            "cancelled": Final("cancelled", "cancelled by request"),
+            "paused": Final("cancelled", "fleetune resume goes on from there"),
+            "success": Final("succeeded", None),
+        }[kind]
+    )
+
+
+def test_a_pause_counts_for_the_attempts_that_come_to_it(run_dir: Path) -> None:
+    assert pause_step(run_dir) is None
+    claim(run_dir)
+    request_pause(run_dir, 9)
+    claim(run_dir)
+    request_pause(run_dir, 5)
+    assert pause_step(run_dir) == 5
+    assert close(run_dir, {"state": "cancelled"}) and reopen(run_dir)
+    assert pause_step(run_dir) is None
 
 
 def test_a_head_that_nobody_answers_for_is_lost(run_dir: Path, head: socket.socket) -> None:
