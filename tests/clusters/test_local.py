@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from local_cluster import entry, job, running, serve, submit, text, until
 
+from clusters import environment, process, ray_head
 from clusters import local as local_module
-from clusters import process, ray_head
 from clusters.base import Refused, Unreachable
 from clusters.entry import Queue
 from clusters.local import Local
@@ -30,12 +30,23 @@ SUBMIT = (
 )
 
 
-def test_request_is_pure_and_says_what_is_started(tmp_path: Path) -> None:
-    request = Local(tmp_path).request(job(workers_per_node=2), "a-1")
+def test_a_request_is_pure_and_all_that_is_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*environment.SETTINGS, *environment.SECRETS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("NCCL_DEBUG", "of the shell")
+    wanted = job(workers_per_node=2).model_copy(update={"env": {"NCCL_DEBUG": "WARN"}})
+    cluster = Local(tmp_path / "home")
+    request = cluster.request(wanted, "a-1")
+    assert request == cluster.request(wanted, "a-1")
     assert list(tmp_path.iterdir()) == []
-    assert request.name == "a-1-s1"
-    assert json.loads(request.text)["command"][-1] == str(tmp_path / "runs" / "a-1")
-    assert request == Local(tmp_path).request(job(workers_per_node=2), "a-1")
+    assert (request.name, request.secrets) == ("a-1-s1", ("HF_TOKEN",))
+    shown = request.text.replace(str(cluster.home), "HOME").replace(sys.executable, "PYTHON")
+    assert shown == (Path(__file__).parent / "golden" / "local.json").read_text().strip()
+    monkeypatch.setattr(Local, "start", lambda _: None)
+    cluster.submit(request)
+    assert (cluster.folder / "queue" / "a-1.json").read_text() == request.text
 
 
 def test_what_never_fits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
