@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from scene import delivered, lives, mlflow_run, reported, rows, session, signal_
 
 from clusters.local import controller_command
 from clusters.ray_head import Head
-from orchestrator.logs import LogReader
 from orchestrator.tracking.history import history
+from runfolder.appended import Follower, read_from
 from runfolder.chain import Attempt, attempts, last, result
 from runfolder.delivered import is_delivered
 from trainer.checkpoint import newest
@@ -35,7 +36,7 @@ def readable(run_dir: Path) -> dict[str, Any]:
         "files": {path: path.read_bytes() for path in contents(run_dir / "output", checkpoint)},
         "result": ((run_dir / "result.json").read_bytes(), result(run_dir)),
         "history": history(run_dir),
-        "logs": [LogReader(run_dir, rank).read(final=True) for rank in range(2)],
+        "logs": [list(Follower(partial(read_from, run_dir, f"logs/rank-{rank}.log")).read()) for rank in range(2)],
         "newest": start,
     }
 
