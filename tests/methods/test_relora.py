@@ -165,7 +165,7 @@ VARIANTS: dict[str, tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]] = { 
 }
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_layouts_resume_and_output(new_run: Any, launch: Any, cache: Path, held_out: Path) -> None:
     parts: dict[str, Any] = {
         "train": {"steps": STEPS, "lr": 1e-2},
