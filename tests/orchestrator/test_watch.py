@@ -152,10 +152,8 @@ def test_a_pause_counts_for_the_attempts_that_come_to_it(run_dir: Path) -> None:
 def test_a_head_that_nobody_answers_for_is_lost(run_dir: Path, head: socket.socket) -> None:
     attempt = claim(run_dir)
     head.close()
-    began = time.monotonic()
     verdict = watch(attempt).until_end()
     assert (verdict.kind, verdict.reason) == ("node_lost", "the Ray head is gone")
-    assert time.monotonic() - began < 5
 
 
 @pytest.mark.usefixtures("head")
