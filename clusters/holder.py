@@ -44,7 +44,7 @@ class Holder:
 
 
 def me() -> Holder:
-    """This process."""
+    """The holder that this process would be."""
     return Holder(socket.gethostname(), boot_id(), os.getpid(), start_of(os.getpid()) or "")
 
 

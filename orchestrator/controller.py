@@ -16,8 +16,8 @@ from clusters.environment import SECRETS
 from orchestrator.verdict import Again, Final, Kind, Verdict, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
-from runfolder.chain import Attempt, Fenced, attempts, claim_next, close, settle
-from runfolder.files import Damaged, Record, read_json
+from runfolder.chain import Attempt, Fenced, attempts, claim_next, close, last_reopened, settle
+from runfolder.files import Damaged, Record
 from runfolder.record import load_job
 from runfolder.requests import cancel_requested
 from runfolder.secrets import read_secrets
@@ -93,7 +93,8 @@ def cancelled_within(run_dir: Path, delay_s: float) -> bool:
 
 def history(run_dir: Path) -> list[tuple[Kind, int]]:
     """How each attempt since the run was last (re)opened ended, and the steps its checkpoints took it further."""
-    tried = [attempt for attempt in attempts(run_dir) if attempt.number > _reopened(run_dir)]
+    reopened = last_reopened(run_dir)
+    tried = [attempt for attempt in attempts(run_dir) if attempt.number > reopened]
     starts = [attempt.start.step if attempt.start else 0 for attempt in tried]
     reached = [*starts[1:], *(_saved(attempt) for attempt in tried[-1:])]
     return [(_verdict(attempt)["kind"], b - a) for attempt, a, b in zip(tried, starts, reached, strict=True)]
@@ -176,12 +177,6 @@ def _saved(attempt: Attempt) -> int:
     manifests = (attempt.folder / "checkpoints").glob("step-*/manifest.json")
     start = attempt.start.step if attempt.start else 0
     return max((int(path.parent.name.removeprefix("step-")) for path in manifests), default=start)
-
-
-def _reopened(run_dir: Path) -> int:
-    """The slot in which the run was last reopened, 0 when it never was."""
-    claims = [path for path in (run_dir / "attempts").glob("*/claim.json") if path.parent.name.isdigit()]
-    return max((int(p.parent.name) for p in claims if read_json(p)["kind"] == "reopen"), default=0)
 
 
 if __name__ == "__main__":

@@ -89,9 +89,12 @@ def find(reference: str, cluster_name: str | None = None) -> Handle:
     known = {run.run_id: run for run in handles(cluster_name)}
     named = [run_id for run_id in known if name_of(run_id) == reference]
     starting = [run_id for run_id in known if run_id.startswith(reference)]
-    chosen = reference if reference in known else named[-1] if named else starting[0] if len(starting) == 1 else None
-    if chosen:
-        return known[chosen]
+    if reference in known:
+        return known[reference]
+    if named:
+        return known[named[-1]]
+    if len(starting) == 1:
+        return known[starting[0]]
     if starting:
         raise InputError(f"run {reference!r}: found {len(starting)} runs, like {', '.join(starting[-3:])}; give more")
     there = cluster_name or f"this machine ({runs_folder()})"

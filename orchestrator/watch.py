@@ -10,8 +10,8 @@ from pathlib import Path
 from clusters.ray_head import answers
 from orchestrator.failure import Failure, load
 from orchestrator.verdict import Verdict, classify
-from runfolder.appended import read_lines
-from runfolder.chain import Attempt, slots
+from runfolder.appended import ending, read_lines
+from runfolder.chain import Attempt, last_reopened, slots
 from runfolder.files import read_json
 from runfolder.record import load_job
 from runfolder.requests import Stop, cancel_requested, cancel_saves, request_stop, stop_requested
@@ -93,8 +93,7 @@ class Watch:
 
     def _look(self) -> Verdict | None:
         """Whether the attempt must be ended now."""
-        if not self._attempt.is_live():
-            self._attempt.check()
+        self._attempt.check(here=True)
         if cancel_requested(self._attempt.run_dir) and not cancel_saves(self._attempt.run_dir):
             return Verdict("cancelled", "")
         if wanted := self._wanted():
@@ -161,19 +160,10 @@ class Watch:
         return max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
 
     def _tail(self, name: str) -> str:
-        path = self._attempt.folder / "logs" / f"{name}.log"
-        if not path.exists():
-            return ""
-        with path.open("rb") as stream:
-            stream.seek(max(0, path.stat().st_size - _TAIL))
-            return stream.read().decode(errors="replace")
+        return ending(self._attempt, f"logs/{name}.log", _TAIL).decode(errors="replace")
 
 
 def _opened(run_dir: Path) -> float:
     """When the first attempt since the run was last (re)opened was claimed (seconds since 1970)."""
-    began = time.time()
-    for slot in reversed(slots(run_dir)):
-        if slot.claim["kind"] != "attempt":
-            break
-        began = slot.claim["time"]
-    return began
+    reopened = last_reopened(run_dir)
+    return float(next(slot for slot in slots(run_dir) if slot.number > reopened).claim["time"])

@@ -26,7 +26,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,13 @@ class Attempt:
         """Whether no later slot is taken, as far as this host knows: a client of NFS may learn it a minute late."""
         return last_slot(self.run_dir) <= self.number
 
-    def check(self) -> None:
-        """Raise Fenced when a later slot is taken on any host; to be called before what a ghost must not do."""
-        refresh(self.folder.parent)
+    def check(self, here: bool = False) -> None:
+        """Raise Fenced when a later slot is taken on any host; to be called before what a ghost must not do.
+
+        `here`: as far as this host knows, which costs the file system little; enough for those who wait.
+        """
+        if not here:
+            refresh(self.folder.parent)
         if not self.is_live():
             raise Fenced(f"attempt {self.number} of {self.run_dir.name} has a successor")
 
@@ -152,7 +156,11 @@ def attempts(run_dir: Path) -> list[Attempt]:
 def claim_next(run_dir: Path, start: Start | None) -> Attempt | None:
     """Claim the slot after the last one taken; None when the run is closed or somebody was faster."""
     newest = _open_end(run_dir)
-    return _claim(run_dir, newest.number + 1, {"kind": "attempt", "start": _plain(start)}) if newest else None
+    return (
+        _claim(run_dir, newest.number + 1, {"kind": "attempt", "start": asdict(start) if start else None})
+        if newest
+        else None
+    )
 
 
 def close(run_dir: Path, ended: Record) -> bool:
@@ -165,6 +173,12 @@ def last(run_dir: Path) -> Attempt:
     """The newest attempt; number 0, which has no folder, when there is none yet."""
     newest_first = reversed(slots(run_dir))
     return next((slot for slot in newest_first if slot.claim["kind"] == "attempt"), Attempt(run_dir, 0))
+
+
+def last_reopened(run_dir: Path) -> int:
+    """The slot in which a run was last reopened; 0 when it never was."""
+    newest_first = reversed(slots(run_dir))
+    return next((slot.number for slot in newest_first if slot.claim["kind"] == "reopen"), 0)
 
 
 def bounds(run_dir: Path) -> Iterator[tuple[Attempt, float]]:
@@ -246,10 +260,6 @@ def _says(run_dir: Path, ended: Record) -> bool:
     with suppress(FileNotFoundError):  # somebody writes it anew just now, or this client does not know it yet
         return read_json(run_dir / "result.json") == ended
     return False
-
-
-def _plain(start: Start | None) -> Record | None:
-    return {"attempt": start.attempt, "step": start.step} if start else None
 
 
 def _claim(run_dir: Path, number: int, record: Record) -> Attempt | None:

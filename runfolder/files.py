@@ -55,9 +55,9 @@ def read_json(path: Path) -> Record:
     return record
 
 
-def write_json(path: Path, record: Record) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = _write_beside(path, record)
+def write_json(path: Path, record: Record, mode: int = 0o666) -> None:
+    """Write a JSON file whole or not at all; `mode` is what it has at most, as for any new file."""
+    temporary = _write_beside(path, record, mode)
     temporary.replace(path)
     sync_folder(path.parent)
 
@@ -71,9 +71,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_beside(path: Path, record: Record) -> Path:
+def _write_beside(path: Path, record: Record, mode: int) -> Path:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with temporary.open("w") as stream:
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as stream:
         json.dump(record, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())

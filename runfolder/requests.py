@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from runfolder.chain import Attempt, last_slot, slots
+from runfolder.chain import Attempt, last_reopened, last_slot
 from runfolder.files import Record, names, read_json, write_json
 
 Why = Literal["preemption", "walltime", "cancelled"]
@@ -71,7 +71,6 @@ def _asked(run_dir: Path, what: str) -> list[Record]:
     found = [name for name in names(run_dir / "requests") if name.startswith(f"{what}-") and name.endswith(".json")]
     if not found:
         return []
-    newest_first = reversed(slots(run_dir))
-    reopened = next((slot.number for slot in newest_first if slot.claim["kind"] == "reopen"), 0)
+    reopened = last_reopened(run_dir)
     counted = [name for name in found if int(Path(name).stem.rpartition("-")[2]) >= reopened]
     return [read_json(run_dir / "requests" / name) for name in counted]

@@ -16,7 +16,7 @@ from runfolder.appended import Chunk, Position, appended_files, read_from
 from runfolder.chain import reopen, result
 from runfolder.digests import changes
 from runfolder.files import Record, names
-from runfolder.record import create, load_job, read_record
+from runfolder.record import create, job_in, read_record
 from runfolder.requests import request_cancel, request_pause
 from runfolder.secrets import write_secrets
 from runfolder.snapshot import Snapshot, snapshot
@@ -135,7 +135,8 @@ def _reopen(run_dir: Path, ended: Record | None) -> None:
     """Let a run go on whose inputs are those of its submission; one that goes on is left alone."""
     if ended is not None and ended["state"] == "succeeded":
         raise Refused(f"run {run_dir.name}: it has succeeded, there is nothing to go on with")
-    if lines := changes(load_job(run_dir), read_record(run_dir).get("digests") or {}):
+    record = read_record(run_dir)
+    if lines := changes(job_in(record, str(run_dir / "job.yaml")), record.get("digests") or {}):
         raise Refused("\n".join(lines))
     if ended is not None:
         reopen(run_dir)

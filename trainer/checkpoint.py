@@ -106,7 +106,7 @@ class Checkpoints:
     def _commit(self, folder: Path, record: Record) -> None:
         names = [f"shard-{rank}" for rank in range(self.world.size)]
         while not all((folder / f"{name}.json").exists() for name in names):
-            self.attempt.check()
+            self.attempt.check(here=True)
             time.sleep(0.02)
         self.attempt.check()  # one that was paused and has a successor ends at its first save
         files = {f"{name}.safetensors": read_json(folder / f"{name}.json") for name in names}
