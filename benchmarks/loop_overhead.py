@@ -24,7 +24,7 @@ from methods.base import Setup
 from methods.registry import create
 from runfolder.chain import claim_next
 from trainer.base import load_model
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint.saving import Checkpoints
 from trainer.loop import prepare
 from trainer.meter import Meter, Wish
 from trainer.objectives.base import Totals

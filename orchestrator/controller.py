@@ -16,11 +16,12 @@ from clusters.environment import SECRETS
 from orchestrator.verdict import Again, Final, Kind, Verdict, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
-from runfolder.chain import Attempt, Fenced, attempts, claim_next, close, last_reopened, settle
+from runfolder.chain import Attempt, Fenced, attempts, close, last_reopened, settle
 from runfolder.files import Damaged, Record
 from runfolder.record import load_job
 from runfolder.requests import cancel_requested
 from runfolder.secrets import read_secrets
+from trainer.checkpoint.lineage import claim_from_newest, finished, step_of
 
 TRACKING_PATIENCE_S = 600.0  # how long it stays to deliver what an outage of MLflow held up
 DELIVERED = "the output is there, but the worker ended before it was checked (and merged, if that was asked for)"
@@ -56,7 +57,7 @@ def attend(run_dir: Path) -> int:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with Driver(run_dir) as driver:
-        attempt = claim(run_dir)
+        attempt = claim_from_newest(run_dir)
         if attempt is None:
             return 1
         redirect(attempt.folder / "logs" / "controller.log")
@@ -72,13 +73,6 @@ def attend(run_dir: Path) -> int:
     if not attempt.close(result_of(run_dir, decision)):
         return 1
     return deliver_rest(run_dir)
-
-
-def claim(run_dir: Path) -> Attempt | None:
-    """The next attempt, from the newest valid checkpoint; None when somebody was faster."""
-    from trainer.checkpoint import newest  # torch: seconds
-
-    return claim_next(run_dir, newest(run_dir))
 
 
 def cancelled_within(run_dir: Path, delay_s: float) -> bool:
@@ -174,9 +168,8 @@ def _verdict(attempt: Attempt) -> Record:
 
 def _saved(attempt: Attempt) -> int:
     """The last step of which this attempt left a checkpoint; its start when there is none."""
-    manifests = (attempt.folder / "checkpoints").glob("step-*/manifest.json")
     start = attempt.start.step if attempt.start else 0
-    return max((int(path.parent.name.removeprefix("step-")) for path in manifests), default=start)
+    return max(map(step_of, finished(attempt)), default=start)
 
 
 if __name__ == "__main__":

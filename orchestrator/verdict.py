@@ -24,7 +24,7 @@ Kind = Literal[
     "hang",
 ]
 
-_GONE = "trainer.checkpoint.CheckpointGone"
+_GONE = "trainer.checkpoint.reading.CheckpointGone"
 # By the class that was raised, one of its bases, or what Ray names as the cause.
 _TYPES: Mapping[str, Kind] = {
     "builtins.MemoryError": "out_of_memory",

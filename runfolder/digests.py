@@ -10,6 +10,7 @@ import yaml
 
 from runfolder.files import sha256
 from runfolder.job import Job
+from runfolder.sources import file_of
 
 _LOADED = re.compile(r"\.(json|safetensors|model|jinja)$|^(vocab|merges)\.txt$")
 _WHOLE = 64 << 20  # bytes up to which a file of the base is hashed whole
@@ -32,7 +33,8 @@ def digests(job: Job, base: Path | None) -> dict[str, str | None]:
 
 def file_digest(source: str) -> str | None:
     """sha256 of a file; None for a data set on the hub."""
-    return sha256(Path(source)) if Path(source).is_absolute() else None
+    file = file_of(source)
+    return sha256(file) if file else None
 
 
 def folder_digest(folder: Path, scratch: bool) -> str:
@@ -70,12 +72,16 @@ def frozen(run_dir: Path) -> dict[str, str | None]:
 
 def changes(job: Job, known: Mapping[str, str | None]) -> list[str]:
     """What is not as in the known digests, one line each: field, file, both digests, what to do."""
-    sources = {"data.train": job.data.train, "data.eval": job.data.eval, "base": job.base.model}
+    sources = {
+        "data.train": file_of(job.data.train),
+        "data.eval": file_of(job.data.eval) if job.data.eval else None,
+        "base": Path(job.base.model) if Path(job.base.model).is_absolute() else None,
+    }
     lines = []
     for field, source in sources.items():
         then = known.get(field)
-        if source and Path(source).is_absolute() and then:
-            state = _change(Path(source), then, job.base.init == "scratch")
+        if source and then:
+            state = _change(source, then, job.base.init == "scratch")
             if state:
                 mend = "put the old one back and resume the run, or submit the job anew"
                 lines.append(f"{field}: {source} {state}; {mend}")

@@ -45,7 +45,7 @@ class Base(_Part):
 class Data(_Part):
     """Where the examples come from and how they become sequences of at most `seq_len` tokens."""
 
-    train: str = Field(min_length=1)
+    train: str = Field(min_length=1, description="a file, cluster:/path, or a hub dataset owner/name:config:split")
     eval: str | None = None
     columns: dict[str, str] | None = Field(
         None, min_length=1, description="which column, or template with {column}s, is the prompt, the completion, ..."

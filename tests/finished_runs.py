@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from runfolder.record import load_job
-from trainer.checkpoint import Reader
+from trainer.checkpoint.reading import Reader
 from trainer.data.encode import Reading
 from trainer.data.tokenizer import load_tokenizer
 from trainer.data.tokens import tokenise

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from runfolder.chain import Attempt, attempts, claim_next
-from trainer.checkpoint import newest
+from runfolder.chain import Attempt, attempts
+from trainer.checkpoint.lineage import claim_from_newest
 from trainer.loop import train
 from trainer.missing import reason
 from trainer.world import World, join
@@ -31,7 +31,7 @@ def _claimed(run_dir: Path, world: World) -> int:
     """The number of the attempt, which rank 0 claims for all; 0 is sent when it could not."""
     numbers = [0]
     if world.leads:
-        attempt = claim_next(run_dir, newest(run_dir))
+        attempt = claim_from_newest(run_dir)
         numbers = [attempt.number if attempt else 0]
     dist.broadcast_object_list(numbers, device=world.device)
     if numbers[0] == 0:

@@ -13,8 +13,10 @@ from runfolder.digests import InputChanged, changes, frozen
 from runfolder.folders import cache
 from runfolder.job import Job
 from runfolder.record import load_job
-from trainer import apart, checkpoint, speed
+from trainer import apart, speed
 from trainer.base import load_config, load_model, precision
+from trainer.checkpoint.reading import open_start
+from trainer.checkpoint.saving import Checkpoints
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
 from trainer.data.survey import check_ids
@@ -42,7 +44,7 @@ def train(run_dir: Path, attempt: int) -> bool:
     caller's to judge.
     """
     run, first = prepare(Attempt(run_dir, attempt))
-    saves = checkpoint.Checkpoints(run.attempt, run.world, run.job.checkpoint.every, run.job.checkpoint.keep)
+    saves = Checkpoints(run.attempt, run.world, run.job.checkpoint.every, run.job.checkpoint.keep)
     evaluator = Evaluator.create(run)
     finished = fit(run, first, saves, evaluator)
     if finished:
@@ -66,7 +68,7 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     method = create(job.method, Setup(planned.steps, job.train.seed, job.data.seq_len, tokenizer, gather))
     objective.method = method
     dtype = precision(job, world.device)
-    saved = checkpoint.open_checkpoint(attempt.run_dir, attempt.start) if attempt.start else None
+    saved = open_start(attempt, world)
     if saved:
         method.load_state(saved.method_state())
     with shown(attempt):
@@ -122,7 +124,7 @@ def announce(run: Run) -> None:
         )
 
 
-def fit(run: Run, first: int, saves: checkpoint.Checkpoints, evaluator: Evaluator) -> bool:
+def fit(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
     """Take the steps after `first`, evaluate and save between them; False when the run is to stop before its end.
 
     All that was saved is on disk then.

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
@@ -16,11 +15,10 @@ from orchestrator.tracking.environment import PACKAGES
 from orchestrator.tracking.password import without_secrets
 from runfolder.digests import digests
 from runfolder.job import Job
+from runfolder.sources import Here, parse
 
 Source = str | Path | Mapping[str, Any] | Job
 
-_HUB_DATASET = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.*)?")
-_FILE = re.compile(r"\.(jsonl|json|csv|parquet|txt)(\.gz)?$")
 _GIT_TIMEOUT = 5.0  # seconds
 
 
@@ -83,9 +81,9 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _source(source: str, folder: Path) -> str:
-    """A data source as an absolute path, or as the hub id that it looks like."""
+    """A data source as an absolute path, unless it is none of this machine."""
     found = _existing(source, folder)
-    if found is None and _HUB_DATASET.fullmatch(source) and not _FILE.search(source):
+    if found is None and not isinstance(parse(source), Here):
         return source
     return str(found or _absolute(source, folder))
 

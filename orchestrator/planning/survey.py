@@ -22,8 +22,9 @@ from fleetune_start import unshadowed
 from orchestrator.planning.model import Model
 from runfolder.folders import cache_folder
 from runfolder.job import Job
+from runfolder.sources import file_of
 from trainer.data.date import asks_for_date
-from trainer.data.files import digest, is_hub
+from trainer.data.files import digest
 from trainer.data.rows import Row, rows
 from trainer.data.survey import Survey
 
@@ -74,7 +75,7 @@ def look(job: Job, model: Model | None, progress: Progress) -> Looked:
                 problems.append(answer)
             elif answer:
                 found[key] = Rows(answer.rows, answer.tokens, answer)
-            elif not is_hub(source) or importlib.util.find_spec("datasets"):
+            elif file_of(source) or importlib.util.find_spec("datasets"):
                 found[key] = _estimate(job, source)
         except ValueError as error:
             problems.append(f"data.{key}: {error}")
@@ -115,7 +116,8 @@ def _as_tokens(job: Job, model: Model, progress: Progress) -> dict[str, Survey |
     found: dict[str, Survey | str] = {}
     notes: dict[str, Path] = {}
     for key, source in sources(job).items():
-        if Path(source).is_file() and Path(source).stat().st_size <= _LARGEST:
+        file = file_of(source)
+        if file and file.is_file() and file.stat().st_size <= _LARGEST:
             notes[key] = cache_folder() / "surveys" / f"{_key(job, source, model.folder)}.json"
             if remembered := _remembered(notes[key]):
                 found[key] = remembered

@@ -22,7 +22,7 @@ from orchestrator.tracking.history import history
 from runfolder.appended import Follower, read_from
 from runfolder.chain import Attempt, attempts, last, result
 from runfolder.delivered import is_delivered
-from trainer.checkpoint import newest
+from trainer.checkpoint.lineage import newest
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from methods.base import Setup
 from methods.full import FullTuning
 from methods.options.full import Full, layer_of
-from trainer.checkpoint import Reader
+from trainer.checkpoint.reading import Reader
 
 LISA = {
     "kind": "full",

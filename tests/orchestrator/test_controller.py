@@ -19,6 +19,7 @@ from orchestrator.submit import submit
 from runfolder.appended import read_lines
 from runfolder.chain import Attempt, Start, attempts, last, result
 from runfolder.files import Record, read_json
+from trainer.checkpoint.lineage import finished, step_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the room is made by processor affinity")
 
@@ -83,8 +84,12 @@ def ended(run_dir: Path) -> Record:
 
 
 def saved(run_dir: Path, number: int) -> bool:
-    """Whether this attempt has a checkpoint of its own."""
-    return any((Attempt(run_dir, number).folder / "checkpoints").glob("step-*/manifest.json"))
+    """Whether this attempt has a checkpoint of its own, beside the one that it started from."""
+    attempt = Attempt(run_dir, number)
+    if not attempt.folder.exists():
+        return False
+    start = attempt.start.step if attempt.start else 0
+    return any(step_of(checkpoint) > start for checkpoint in finished(attempt))
 
 
 def workers(run_dir: Path, number: int) -> list[int]:

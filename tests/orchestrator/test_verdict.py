@@ -15,7 +15,7 @@ from orchestrator.failure import Failure, load
 from orchestrator.verdict import Again, Final, Kind, classify, decide
 from orchestrator.worker import WorkerFailed
 from runfolder.digests import InputChanged
-from trainer.checkpoint import CheckpointGone
+from trainer.checkpoint.reading import CheckpointGone
 
 # As Ray 2.60 words it, shortened.
 WORDS = (

@@ -1,15 +1,21 @@
 """Checkpoints: resume at the same and at another layout, and what a broken one does."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from finished_runs import curve, difference, interrupted, rows
 from safetensors.torch import load_file
 
 from runfolder import chain
-from trainer.checkpoint import CheckpointGone, Checkpoints, Reader, newest, open_checkpoint
+from runfolder.files import read_json
+from trainer.checkpoint.lineage import claim_from_newest, folder_of, newest, write_manifest
+from trainer.checkpoint.reading import CheckpointGone, Reader, open_start
+from trainer.checkpoint.saving import Checkpoints, write_shard
 from trainer.world import World
 
 HALF = {"checkpoint": {"every": 10, "keep": 9}}
@@ -40,28 +46,94 @@ def test_resume_is_bitwise_at_the_same_layout(zero: int, new_run: Any, launch: A
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def save(attempt: chain.Attempt, *steps: int) -> None:
+    """Leave checkpoints of two ranks in an attempt's folder."""
+    for step in steps:
+        folder = folder_of(attempt, step)
+        folder.mkdir(parents=True)
+        for rank in range(2):
+            write_shard(folder, rank, {f"weight/w/{4 * rank}": torch.full((4,), float(step))})
+        files = {f"shard-{rank}.safetensors": read_json(folder / f"shard-{rank}.json") for rank in range(2)}
+        write_manifest(folder, {"step": step, "files": files})
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.fixture
-def two_checkpoints(new_run: Any, launch: Any) -> Path:
+def first(tmp_path: Path) -> chain.Attempt:
+    """An attempt with checkpoints of steps 10, 20 and 30."""
+    attempt = chain.claim_next(tmp_path, None)
+    assert attempt
+    save(attempt, 10, 20, 30)
+    return attempt
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(0, 1, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def test_what_is_not_whole_is_passed_over(first: chain.Attempt) -> None:
+    assert newest(first.run_dir) == chain.Start(1, 30)
+    manifest = folder_of(first, 30) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"step": 30', '"step": 31'))
+    assert newest(first.run_dir) == chain.Start(1, 20)
+    with (folder_of(first, 20) / "shard-1.safetensors").open("ab") as stream:
+        stream.write(b" ")
+    assert newest(first.run_dir) == chain.Start(1, 10)
+    (folder_of(first, 10) / "shard-0.safetensors").unlink()
+    assert newest(first.run_dir) is None
+
+
+def test_a_damaged_checkpoint_is_found_by_those_who_load_it_and_not_taken_again(
+    first: chain.Attempt, alone: World
+) -> None:
+    flip_a_bit(folder_of(first, 30) / "shard-1.safetensors")
+    second = claim_from_newest(first.run_dir)
+    assert second and second.start == chain.Start(1, 30)
+    with pytest.raises(CheckpointGone, match=r"step 30 of attempt 1: shard-1.safetensors: not what was written"):
+        open_start(second, alone)
+    third = claim_from_newest(first.run_dir)
+    assert third and third.start == chain.Start(1, 20)
+    reader = open_start(third, alone)
+    assert reader and torch.equal(reader.read("weight", "w", 2, 8), torch.full((6,), 20.0))
+
+
+def test_a_predecessor_that_lives_cannot_remove_what_its_successor_starts_from(
+    first: chain.Attempt, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks, is paused, and wakes to remove an older one, while the newest turned out to be damaged."""
+    shutil.rmtree(folder_of(first, 10))
+    (folder_of(first, 30) / "shard-0.safetensors").unlink()
+    successors: list[chain.Attempt | None] = []
+    monkeypatch.setattr(chain.Attempt, "check", lambda _: successors.append(claim_from_newest(first.run_dir)))
+    with pytest.raises(FileNotFoundError, match="step-20"):
+        Checkpoints(first, alone, 10, keep=1)._clean()
+    (successor,) = successors
+    assert successor and successor.start == chain.Start(1, 20)
+    reader = open_start(successor, alone)
+    assert reader and reader.step == 20
+
+
+def test_a_start_that_was_removed_before_it_was_claimed_says_so(first: chain.Attempt, alone: World) -> None:
+    second = chain.claim_next(first.run_dir, chain.Start(1, 15))
+    assert second
+    with pytest.raises(CheckpointGone, match=r"step 15 of attempt 1: .*No such file"):
+        open_start(second, alone)
+
+
+def test_any_range_can_be_read(new_run: Any, launch: Any) -> None:
     run = new_run("run", sharding={"zero": 3}, **HALF)
     launch(2, run)
-    return Path(run)
-
-
-def test_a_damaged_checkpoint_is_passed_over(two_checkpoints: Path) -> None:
-    folder = two_checkpoints / "attempts" / "1" / "checkpoints"
-    assert newest(two_checkpoints) == chain.Start(1, 20)
-    shard = folder / "step-20" / "shard-1.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(data)
-    assert newest(two_checkpoints) == chain.Start(1, 10)
-    (folder / "step-10" / "shard-0.safetensors").unlink()
-    assert newest(two_checkpoints) is None
-
-
-def test_any_range_can_be_read(two_checkpoints: Path) -> None:
-    reader = Reader(two_checkpoints / "attempts" / "1" / "checkpoints" / "step-20")
-    exported = load_file(two_checkpoints / "output" / "adapter_model.safetensors")
+    reader = Reader(run / "attempts" / "1" / "checkpoints" / "step-20")
+    exported = load_file(run / "output" / "adapter_model.safetensors")
     key = next(iter(exported))
     name, whole = key.replace(".weight", ".default.weight"), exported[key].flatten()
     assert reader.kinds(name) == {"exp_avg", "exp_avg_sq", "step"}
@@ -71,14 +143,9 @@ def test_any_range_can_be_read(two_checkpoints: Path) -> None:
         reader.read("weight", name, 0, whole.numel() + 1)
 
 
-def test_a_start_that_is_gone_says_so(two_checkpoints: Path) -> None:
-    with pytest.raises(CheckpointGone, match="step 15 of attempt 1"):
-        open_checkpoint(two_checkpoints, chain.Start(1, 15))
-
-
 def test_auto_asks_once_for_each_save_that_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("trainer.checkpoint.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("trainer.checkpoint.saving.time.monotonic", lambda: now[0])
     saves = Checkpoints(chain.Attempt(tmp_path, 1), World(0, 1, torch.device("cpu")), "auto", 2)
     saves._stall_s = 0.5  # Young: sqrt(2 x 0.5 x 4 h) = 120 s
     asked = []

@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import importlib
 import json
-import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from runfolder.files import sha256
+from runfolder.sources import Hub, file_of, parse
 
 Records = Iterator[tuple[int, Any]]  # a record's number, from 1 (in .jsonl: its line), and the record
-
-_HUB_ID = re.compile(r"([\w.-]+)/[\w.-]+(:.*)?")
 
 
 class RowError(ValueError):
@@ -28,9 +26,10 @@ def records(source: str) -> Records:
 
     Raises RowError.
     """
-    if is_hub(source):
-        return _hub(source)
-    path = Path(source)
+    found = parse(source)
+    if isinstance(found, Hub):
+        return _hub(found)
+    path = found.path
     kind = Path(path.stem).suffix + ".gz" if path.suffix == ".gz" else path.suffix
     if not path.exists():
         reject(source, "no such file", "a file, or a hub dataset as owner/name or owner/name:config:split")
@@ -41,21 +40,16 @@ def records(source: str) -> Records:
 
 def digest(source: str | Path) -> str:
     """The sha256 of a file's bytes, or of the records of a hub dataset."""
-    if is_hub(str(source)):
+    file = file_of(str(source))
+    if file is None:
         total = hashlib.sha256()
         for _, record in records(str(source)):
             total.update(repr(record).encode(errors="backslashreplace"))
         return total.hexdigest()
     try:
-        return sha256(Path(source))
+        return sha256(file)
     except OSError as error:
         _unreadable(str(source), error)
-
-
-def is_hub(source: str) -> bool:
-    """Whether a source is on the hub: an id looks like a relative path, whose first folder must not be there."""
-    match = _HUB_ID.fullmatch(source)
-    return match is not None and not Path(source).exists() and not Path(match[1]).is_dir()
 
 
 def reject(where: str, found: str, allowed: str) -> NoReturn:
@@ -171,13 +165,12 @@ def _parquet(path: Path) -> Records:
         _unreadable(f"{path}, behind row {number}" if number else str(path), error)
 
 
-def _hub(source: str) -> Records:
-    name, config, split = [*source.split(":", 2), "", ""][:3]
-    datasets = _need("datasets", source)
+def _hub(source: Hub) -> Records:
+    datasets = _need("datasets", source.name)
     try:
-        dataset = datasets.load_dataset(name, config or None, split=split or "train")
+        dataset = datasets.load_dataset(source.name, source.config, split=source.split)
     except Exception as error:  # the hub, the network and the builders each raise their own
-        _unreadable(f"{source}: no such file, and as a hub dataset", error)
+        _unreadable(f"{source.name}: no such file, and as a hub dataset", error)
     yield from enumerate(dataset, 1)
 
 

@@ -1,0 +1,51 @@
+"""Where rows come from: what a job's `data.train` says is told here, once, for everybody who reads it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_ON_CLUSTER = "cluster:"
+_HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.*)?")
+_FILE = re.compile(r"\.(jsonl|json|csv|parquet|txt)(\.gz)?$")
+
+
+@dataclass(frozen=True)
+class Here:
+    """A file of the machine that submits."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class There:
+    """A file that the cluster has: `cluster:/path`."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set on the hub: `owner/name`, or `owner/name:config:split`."""
+
+    name: str
+    config: str | None
+    split: str
+
+
+Source = Here | There | Hub
+
+
+def parse(text: str) -> Source:
+    """What a source is by its form alone; a relative path with the suffix of a data file is none of the hub's."""
+    if text.startswith(f"{_ON_CLUSTER}/"):
+        return There(Path(text.removeprefix(_ON_CLUSTER)))
+    if _HUB.fullmatch(text) and not _FILE.search(text):
+        name, config, split = [*text.split(":", 2), "", ""][:3]
+        return Hub(name, config or None, split or "train")
+    return Here(Path(text))
+
+
+def file_of(text: str) -> Path | None:
+    """The file that a source is where a run works; None for a data set on the hub."""
+    source = parse(text)
+    return None if isinstance(source, Hub) else source.path
