@@ -1,14 +1,13 @@
 """The command line. Exit codes: 0 done, 1 the job failed, 2 the input is wrong, 3 the cluster cannot be reached."""
 
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from orchestrator.submit import Submission
+from orchestrator import cluster_commands
+from orchestrator.terminal import announce, announce_json, clear_count, count_rows, print_json, warn
 
 app = typer.Typer(
     name="fleetune",
@@ -17,8 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # half of the time of --help
 )
-cluster_app = typer.Typer(help="Start, stop and look at the cluster on this machine.", no_args_is_help=True)
-app.add_typer(cluster_app, name="cluster")
+app.add_typer(cluster_commands.app, name="cluster")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.YAML", help="The job.")]
 Run = Annotated[
@@ -39,7 +37,7 @@ def main() -> None:
         ending = _ending(error)
         if ending is None:
             raise
-        _clear_count()
+        clear_count()
         print(ending[1], file=sys.stderr)
         sys.exit(ending[0])
 
@@ -80,15 +78,15 @@ def submit(
     from orchestrator import submit as submission
 
     if dry_run:
-        print(submission.dry_run(file, cluster=cluster, overrides=sets or (), warn=_warn))
+        print(submission.dry_run(file, cluster=cluster, overrides=sets or (), warn=warn))
         return
     done = submission.submit(
         file,
         cluster=cluster,
         overrides=sets or (),
         run_id=run_id,
-        progress=_count_rows,
-        announce=_announce_json if as_json else _announce,
+        progress=count_rows,
+        announce=announce_json if as_json else announce,
     )
     if wait:
         _follow(done.run_id, None)
@@ -101,7 +99,7 @@ def list_(as_json: Json = False) -> None:
 
     found = list_runs()
     if as_json:
-        return _print_json([status.dump() for status in found])
+        return print_json([status.dump() for status in found])
     from orchestrator.render import show_runs
 
     return show_runs(found)
@@ -114,7 +112,7 @@ def status(run: Run, as_json: Json = False) -> None:
 
     found = read_status(run)
     if as_json:
-        return _print_json(found.dump())
+        return print_json(found.dump())
     from orchestrator.render import show_run
 
     return show_run(found)
@@ -134,7 +132,7 @@ def logs(
     if follow:
         _follow(run, rank)
     elif as_json:
-        _print_json({"run_id": find(run).run_id, "rank": rank, "text": read_logs(run, rank)})
+        print_json({"run_id": find(run).run_id, "rank": rank, "text": read_logs(run, rank)})
     else:
         sys.stdout.write(read_logs(run, rank))
 
@@ -175,10 +173,10 @@ def plan(file: JobFile, sets: Sets = None, as_json: Json = False) -> None:
     """Show what would run: layout, batches, sizes."""
     from orchestrator.planning.plan import plan as make_plan
 
-    found = make_plan(file, sets or (), _count_rows)
-    _clear_count()
+    found = make_plan(file, sets or (), count_rows)
+    clear_count()
     if as_json:
-        return _print_json(found.dump())
+        return print_json(found.dump())
     from orchestrator.render import show_plan
 
     return show_plan(found)
@@ -195,10 +193,10 @@ def rows(
     """Show rows of the data as the trainer sees them: text, tokens, and what is learned."""
     from orchestrator.rows import rows as look
 
-    found = look(file, overrides=sets or (), row=row, evaluation=evaluation, progress=_count_rows)
-    _clear_count()
+    found = look(file, overrides=sets or (), row=row, evaluation=evaluation, progress=count_rows)
+    clear_count()
     if as_json:
-        return _print_json(found.dump())
+        return print_json(found.dump())
     from orchestrator.render import show_rows
 
     return show_rows(found)
@@ -222,7 +220,7 @@ def compare(
 
         write(found, html)
     if as_json:
-        return _print_json(found.to_json())
+        return print_json(found.to_json())
     from orchestrator.comparison.table import table
     from orchestrator.render import show
 
@@ -238,7 +236,7 @@ def methods(
 
     found = describe_methods(kind)
     if as_json:
-        return _print_json(found)
+        return print_json(found)
     from orchestrator.render import show_methods
 
     return show_methods(found)
@@ -253,7 +251,7 @@ def doctor(as_json: Json = False) -> None:
 
     found = examine()
     if as_json:
-        return _print_json([asdict(check) for check in found])
+        return print_json([asdict(check) for check in found])
     from orchestrator.render import show_checks
 
     return show_checks(found)
@@ -270,72 +268,6 @@ def mlflow(
 
     command, settings = ui_command(uri)
     os.execvpe(command[0], command, {**os.environ, **settings})
-
-
-@cluster_app.command("start")
-def cluster_start() -> None:
-    """Start the supervisor of this machine; a job that is submitted does so too."""
-    from clusters.local import Local
-
-    Local.here().start()
-
-
-@cluster_app.command("stop")
-def cluster_stop() -> None:
-    """End supervisor, controllers and Ray; runs that are not done go on at the next start."""
-    from clusters.local import Local
-
-    Local.here().stop()
-
-
-@cluster_app.command("status")
-def cluster_status(as_json: Json = False) -> None:
-    """Show what of the cluster on this machine is alive."""
-    from dataclasses import asdict
-
-    from clusters.local import Local
-
-    state = Local.here().state()
-    found = {**state, "capacity": asdict(state["capacity"])}
-    if as_json:
-        return _print_json(found)
-    from orchestrator.render import show_fields
-
-    return show_fields(found)
-
-
-def _announce(done: "Submission") -> None:
-    _clear_count()
-    for warning in done.warnings:
-        _warn(warning)
-    if done.adopted:
-        print("this run was submitted before; going on with it", file=sys.stderr)
-    print(done.run_id, flush=True)
-
-
-def _warn(warning: str) -> None:
-    print(f"warning: {warning}", file=sys.stderr)
-
-
-def _announce_json(done: "Submission") -> None:
-    found = {"run_id": done.run_id, "run_dir": str(done.run_dir), "adopted": done.adopted}
-    _print_json({**found, "warnings": done.warnings})
-
-
-def _count_rows(source: str, done: int) -> None:
-    """Show how far a look at the data has come, where somebody watches."""
-    if sys.stderr.isatty():
-        print(f"\x1b[2K{Path(source).name}: {done:,} rows", end="\r", file=sys.stderr, flush=True)
-
-
-def _clear_count() -> None:
-    """Take away what `_count_rows` has shown."""
-    if sys.stderr.isatty():
-        print("\x1b[2K", end="", file=sys.stderr, flush=True)
-
-
-def _print_json(found: Any) -> None:
-    print(json.dumps(found, indent=1), flush=True)
 
 
 def _follow(run: str, rank: int | None) -> None:

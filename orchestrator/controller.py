@@ -16,10 +16,10 @@ from clusters.environment import SECRETS
 from orchestrator.verdict import Again, Final, Kind, Verdict, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
-from runfolder.chain import Attempt, Fenced, attempts, close, last_reopened, settle
+from runfolder.chain import Attempt, Fenced, attempts, close, settle
 from runfolder.files import Damaged, Record
 from runfolder.record import load_job
-from runfolder.requests import cancel_requested
+from runfolder.requests import cancel_requested, last_reopened
 from runfolder.secrets import read_secrets
 from trainer.checkpoint.lineage import claim_from_newest, finished, step_of
 

@@ -11,10 +11,17 @@ from clusters.ray_head import answers
 from orchestrator.failure import Failure, load
 from orchestrator.verdict import Verdict, classify
 from runfolder.appended import ending, read_lines
-from runfolder.chain import Attempt, last_reopened, slots
+from runfolder.chain import Attempt, slots
 from runfolder.files import read_json
 from runfolder.record import load_job
-from runfolder.requests import Stop, cancel_requested, cancel_saves, request_stop, stop_requested
+from runfolder.requests import (
+    Stop,
+    cancel_requested,
+    cancel_saves,
+    last_reopened,
+    request_stop,
+    stop_requested,
+)
 from trainer import missing
 
 _POLL_S = 0.25  # between two looks at the driver process

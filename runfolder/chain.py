@@ -155,12 +155,8 @@ def attempts(run_dir: Path) -> list[Attempt]:
 
 def claim_next(run_dir: Path, start: Start | None) -> Attempt | None:
     """Claim the slot after the last one taken; None when the run is closed or somebody was faster."""
-    newest = _open_end(run_dir)
-    return (
-        _claim(run_dir, newest.number + 1, {"kind": "attempt", "start": asdict(start) if start else None})
-        if newest
-        else None
-    )
+    newest, origin = _open_end(run_dir), asdict(start) if start else None
+    return _claim(run_dir, newest.number + 1, {"kind": "attempt", "start": origin}) if newest else None
 
 
 def close(run_dir: Path, ended: Record) -> bool:
@@ -173,12 +169,6 @@ def last(run_dir: Path) -> Attempt:
     """The newest attempt; number 0, which has no folder, when there is none yet."""
     newest_first = reversed(slots(run_dir))
     return next((slot for slot in newest_first if slot.claim["kind"] == "attempt"), Attempt(run_dir, 0))
-
-
-def last_reopened(run_dir: Path) -> int:
-    """The slot in which a run was last reopened; 0 when it never was."""
-    newest_first = reversed(slots(run_dir))
-    return next((slot.number for slot in newest_first if slot.claim["kind"] == "reopen"), 0)
 
 
 def bounds(run_dir: Path) -> Iterator[tuple[Attempt, float]]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from runfolder.chain import Attempt, last_reopened, last_slot
+from runfolder.chain import Attempt, last_slot, slots
 from runfolder.files import Record, names, read_json, write_json
 
 Why = Literal["preemption", "walltime", "cancelled"]
@@ -58,6 +58,12 @@ def request_stop(attempt: Attempt, stop: Stop) -> None:
 def stop_requested(attempt: Attempt) -> Stop | None:
     """Whether this attempt is asked to save and end."""
     return Stop(**read_json(attempt.folder / "stop.json")) if "stop.json" in names(attempt.folder) else None
+
+
+def last_reopened(run_dir: Path) -> int:
+    """The slot in which a run was last reopened; 0 when it never was."""
+    newest_first = reversed(slots(run_dir))
+    return next((slot.number for slot in newest_first if slot.claim["kind"] == "reopen"), 0)
 
 
 def _request(run_dir: Path, what: str, record: Record) -> None:

@@ -60,20 +60,27 @@ def snapshot(run_dir: Path) -> Snapshot:
         return Snapshot(run_dir.name, str(run_dir), damaged=f"{run_dir}: {type(error).__name__}: {error}")
 
 
+def planned(attempt: Attempt) -> Record:
+    """What the trainer announced at the start of an attempt: steps, parameters, ...; empty while it has not."""
+    events = parsed(beginning(attempt, "events.jsonl", _HEAD))
+    plan = next((event for event in events if event["event"] == "plan"), {})
+    return {key: value for key, value in plan.items() if key not in ("event", "time")}
+
+
 def _look(run_dir: Path) -> Snapshot:
     brief = read_brief(run_dir)
     taken = slots(run_dir)
     newest = next((slot for slot in reversed(taken) if slot.claim["kind"] == "attempt"), Attempt(run_dir, 0))
     there = names(run_dir)
     written = names(newest.folder)
-    planned = _planned(newest) if "events.jsonl" in written else {}
+    announced = planned(newest) if "events.jsonl" in written else {}
     begun = "metrics.jsonl" in written
     return Snapshot(
         run_id=run_dir.name,
         run_dir=str(run_dir),
         cluster=brief["cluster"],
         submitted=brief["submitted"],
-        steps=planned.get("steps") or brief["steps"],
+        steps=announced.get("steps") or brief["steps"],
         attempt=newest.number,
         step=_step(newest, begun),
         begun=begun,
@@ -82,7 +89,7 @@ def _look(run_dir: Path) -> Snapshot:
         has_output="output" in there,
         mlflow=read_json(run_dir / "mlflow.json") if "mlflow.json" in there else None,
         undelivered=read_json(run_dir / "undelivered.json") if "undelivered.json" in there else None,
-        data=planned.get("data"),
+        data=announced.get("data"),
     )
 
 
@@ -107,9 +114,3 @@ def _step(attempt: Attempt, begun: bool) -> int:
             return int(rows[0]["step"])
     start = attempt.start if attempt.number else None
     return start.step if start else 0
-
-
-def _planned(attempt: Attempt) -> Record:
-    """What the trainer planned; empty while it has not."""
-    events = parsed(beginning(attempt, "events.jsonl", _HEAD))
-    return next((event for event in events if event["event"] == "plan"), {})

@@ -69,7 +69,7 @@ def new_run(tmp_path: Path, tiny_base: Path, sums: Path) -> Any:
             "base": str(tiny_base),
             "method": {"kind": "lora", "rank": 4},
             "data": {"train": str(sums), "seq_len": 64},
-            "train": {"steps": 20, "batch_tokens": 300, "lr": 1e-2, "warmup": 0.1},
+            "train": {"steps": 10, "batch_tokens": 300, "lr": 1e-2, "warmup": 0.1},
             "checkpoint": {"every": 1000},
         }
         for key, value in parts.items():

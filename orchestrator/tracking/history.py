@@ -12,9 +12,8 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
-from runfolder.appended import Follower, Source, parsed, read_from, read_lines
-from runfolder.chain import attempts
-from runfolder.files import Record, read_json
+from runfolder.appended import Follower, Source, parsed, read_from
+from runfolder.files import Record
 
 
 @dataclass(frozen=True)
@@ -70,21 +69,6 @@ def history(run_dir: Path) -> list[Record]:
             head = {"step": row.step, "kind": kind, "attempt": row.attempt, "time": row.time}
             records.setdefault((row.step, kind), head).update(row.fresh)
     return sorted(records.values(), key=lambda record: (record["step"], record["kind"] == "eval"))
-
-
-def planned(run_dir: Path) -> Record:
-    """What the trainer announced first: steps, parameters, trained, ...; empty while it announced nothing."""
-    for attempt in attempts(run_dir):
-        for event in read_lines(attempt, "events.jsonl"):
-            if event["event"] == "plan":
-                return {key: value for key, value in event.items() if key not in ("event", "time")}
-    return {}
-
-
-def mlflow_run(run_dir: Path) -> Record | None:
-    """The run's MLflow run as {mlflow_run_id, uri}; None while it was not opened."""
-    path = run_dir / "mlflow.json"
-    return read_json(path) if path.exists() else None
 
 
 def _numbers(record: Record) -> dict[str, float]:

@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 
 from orchestrator.errors import InputError
 from orchestrator.tracking.environment import environment
-from orchestrator.tracking.history import planned
 from orchestrator.tracking.password import TRACKING_URI, public, secrets_of
 from orchestrator.tracking.trouble import Refused
 from runfolder.chain import Attempt, attempts
@@ -27,6 +26,7 @@ from runfolder.files import Record, read_json, write_json
 from runfolder.folders import home
 from runfolder.record import load_job, read_record
 from runfolder.secrets import read_secrets
+from runfolder.snapshot import planned
 
 RUN_ID = "fleetune.run_id"
 SERVERS = ("http", "https", "databricks", "postgresql", "mysql", "mssql")
@@ -230,7 +230,8 @@ def _take(run_dir: Path, record: Record) -> None:
 def _job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     job = load_job(run_dir)
     facts = {key: value for key, value in record.items() if key not in ("job", "digests", "run_id")}
-    tags = {f"fleetune.{key}": value for key, value in _flat({**facts, "plan": planned(run_dir)})}
+    plan: Record = next(filter(None, map(planned, attempts(run_dir))), {})
+    tags = {f"fleetune.{key}": value for key, value in _flat({**facts, "plan": plan})}
     tags |= {RUN_ID: run_dir.name, "fleetune.name": job.name, "fleetune.method": job.method.kind}
     tags["fleetune.run_dir"] = str(run_dir)
     # The names under which MLflow's pages look for them.

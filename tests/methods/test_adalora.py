@@ -9,6 +9,7 @@ import torch
 from by_hand import adamw, base, train
 from finished_runs import curve, difference, interrupted, loss_gap
 from safetensors.torch import load_file
+from sampling import sampled
 from transformers import AutoModelForCausalLM
 
 from methods.parts.ranks import largest, rounded
@@ -54,7 +55,11 @@ def test_ties_go_by_position_and_rounding_hides_noise() -> None:
 
 
 @pytest.mark.timeout(600)
-def test_layouts_resume_and_export(new_run: Any, launch: Any, cache: Path, held_out: Path) -> None:
+@pytest.mark.parametrize("stages", sampled([(0, 18), (2, 6), (3, 24)]))
+def test_layouts_resume_and_export(
+    stages: list[tuple[int, int]], new_run: Any, launch: Any, cache: Path, held_out: Path
+) -> None:
+    """At a ZeRO stage, and resumed after a step: in the course of the cuts, before and after them."""
     parts: dict[str, Any] = {
         "method": METHOD,
         "train": TRAIN,
@@ -63,14 +68,14 @@ def test_layouts_resume_and_export(new_run: Any, launch: Any, cache: Path, held_
         "output": {"merge": True},
         "checkpoint": {"every": 6, "keep": 9},
     }
-    runs = [new_run(f"zero{zero}", sharding={"zero": zero}, **parts) for zero in (0, 2, 3)]
+    runs = [new_run(f"zero{zero}", sharding={"zero": zero}, **parts) for zero, _ in stages]
     launch(2, *runs)
     expected, by_hand = by_peft(runs[0], cache)
     worst = {run.name: difference(curve(run), expected) for run in runs}
     print(worst)
     assert max(worst.values()) < 1e-6
-    again = [interrupted(run, f"{run.name}-{step}", step) for run, step in zip(runs, (18, 6, 24), strict=True)]
-    other = interrupted(runs[2], "other", 12, sharding={"zero": 1})
+    again = [interrupted(run, f"{run.name}-{step}", step) for run, (_, step) in zip(runs, stages, strict=True)]
+    other = interrupted(runs[-1], "other", 12, sharding={"zero": 1})
     launch(2, *again, other)
     for run in again:
         whole = run.with_name(run.name.rpartition("-")[0])
@@ -78,7 +83,7 @@ def test_layouts_resume_and_export(new_run: Any, launch: Any, cache: Path, held_
         assert curve(run, 2) == curve(whole)[done:]
         one, two = (load_file(r / "output" / "adapter_model.safetensors") for r in (run, whole))
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert difference(curve(other, 2), curve(runs[2])[12:]) < 1e-5
+    assert difference(curve(other, 2), curve(runs[-1])[12:]) < 1e-5
     for run in runs:
         loaded = peft.PeftModel.from_pretrained(base(run), run / "output")
         pattern = loaded.peft_config["default"].rank_pattern

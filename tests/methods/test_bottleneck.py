@@ -7,6 +7,7 @@ import pytest
 import torch
 from by_hand import base
 from finished_runs import curve, difference, interrupted, loss_gap
+from sampling import sampled
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -107,7 +108,10 @@ def test_a_base_without_the_places_is_refused() -> None:
         create(Bottleneck(placement="houlsby")).attach(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_layouts_resume_and_export(new_run: Any, launch: Any, cache: Path, held_out: Path) -> None:
+@pytest.mark.parametrize("layouts", sampled([(2, 3, False), (3, 2, False)]))
+def test_layouts_resume_and_export(
+    layouts: list[tuple[int, int, bool]], new_run: Any, launch: Any, cache: Path, held_out: Path
+) -> None:
     runs = [
         new_run(
             f"z{zero}-m{micro}",
@@ -116,15 +120,15 @@ def test_layouts_resume_and_export(new_run: Any, launch: Any, cache: Path, held_
             train={"micro_batch": micro, "lr": 1e-2},
             data={"packing": packing, "eval": str(held_out)},
             evaluation={"max_new_tokens": 3, "before": False},
-            checkpoint={"every": 10, "keep": 9},
+            checkpoint={"every": 5, "keep": 9},
         )
-        for zero, micro, packing in ((0, 1, True), (2, 3, False), (3, 2, False))
+        for zero, micro, packing in ((0, 1, True), *layouts)
     ]
     launch(2, *runs)
-    again = interrupted(runs[-1], "again", 10)
+    again = interrupted(runs[-1], "again", 5)
     launch(2, again)
     curves = [curve(run_dir) for run_dir in runs]
     assert max(difference(found, curves[0]) for found in curves) < 1e-6
-    assert curve(again, 2) == curves[-1][10:]
+    assert curve(again, 2) == curves[-1][5:]
     assert loss_gap(load(base(runs[-1]), runs[-1] / "output"), runs[-1], cache) < 1e-5
     assert curves[0][-1][0] < curves[0][0][0]

@@ -17,6 +17,7 @@ from by_hand import adamw, base, train
 from finished_runs import Curve, curve, difference, interrupted, saved
 from ports import free_port
 from safetensors.torch import load_file
+from sampling import sampled
 from torch import nn
 
 from methods.base import UNSHARDED, Setup
@@ -216,10 +217,17 @@ def transcription(run_dir: Path, cache: Path) -> Curve:
     return train(run_dir, cache, model, optimizer, before=before, after=after)
 
 
+LAYOUTS = [("galore", 0, 3), ("galore", 3, 1), ("plain", 3, 3)]  # variant, ZeRO, micro-batch
+RESTARTED = [("fast", 1, 1), ("q-galore", 2, 3), ("apollo", 3, 3), ("deficient", 3, 1)]
+
+
 @pytest.mark.timeout(600)
-def test_curves_and_restarts_over_layouts(new_run: Any, launch: Any, cache: Path, tmp_path: Path) -> None:
-    layouts = [("galore", 0, 3), ("galore", 3, 1), ("plain", 3, 3)]
-    restarted = [("fast", 1, 1), ("q-galore", 2, 3), ("apollo", 3, 3), ("deficient", 3, 1)]
+@pytest.mark.parametrize("cases", sampled([*LAYOUTS, *RESTARTED], 2))
+def test_curves_and_restarts_over_layouts(
+    cases: list[tuple[str, int, int]], new_run: Any, launch: Any, cache: Path, tmp_path: Path
+) -> None:
+    variants = {variant for variant, *_ in cases}
+    restarted = [case for case in cases if case in RESTARTED]
     row = tmp_path / "row.jsonl"
     row.write_text(40 * (json.dumps({"prompt": "7 plus 12 is ", "completion": "19."}) + "\n"))
     repeats = ("deficient", "plain")
@@ -233,20 +241,21 @@ def test_curves_and_restarts_over_layouts(new_run: Any, launch: Any, cache: Path
             sharding={"zero": zero},
             data={"train": str(row)} if variant in repeats else {},
             train={"micro_batch": micro, **trains.get(variant, {})},
-            checkpoint={"every": 3 if variant == "q-galore" else 10, "keep": 9},
+            checkpoint={"every": 3 if variant == "q-galore" else 5, "keep": 9},
         )
         return made
 
-    alone = {variant: run(variant, 0, 3, "alone") for variant in VARIANTS if variant != "q-galore"}
-    found = {key: run(*key, "pair") for key in [*layouts, *restarted]}
+    alone = {variant: run(variant, 0, 3, "alone") for variant in variants - {"q-galore"}}
+    found = {key: run(*key, "pair") for key in cases}
     launch(1, *alone.values())
     launch(2, *found.values())
     expected = {variant: curve(whole) for variant, whole in alone.items()}
-    expected["q-galore"] = transcription(found["q-galore", 2, 3], cache)
+    if "q-galore" in variants:
+        expected["q-galore"] = transcription(found["q-galore", 2, 3], cache)
     worst = {whole.name: difference(curve(whole), expected[key[0]]) for key, whole in found.items()}
     print(worst)
     assert max(worst.values()) < 1e-6
-    steps = {key: 9 if key[0] == "q-galore" else 10 for key in restarted}
+    steps = {key: 9 if key[0] == "q-galore" else 5 for key in restarted}
     same = {key: interrupted(found[key], f"{key[0]}-same", step) for key, step in steps.items()}
     other = {
         key: interrupted(found[key], f"{key[0]}-other", step, sharding={"zero": 1}) for key, step in steps.items()

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from finished_runs import Curve, curve, difference, interrupted, loss_gap
+from sampling import sampled
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from methods.base import UNSHARDED, Setup
@@ -121,14 +122,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("layouts", sampled(list(LAYOUTS)))
 def test_every_layout_equals_peft_alone_and_its_output_loads(
-    long_run: Any, launch: Any, bases: dict[str, Path], cache: Path
+    layouts: list[str], long_run: Any, launch: Any, bases: dict[str, Path], cache: Path
 ) -> None:
-    base = {name: bases[name.split("-")[0]] for name in LAYOUTS}
-    common = {"output": {"merge": True}, "checkpoint": {"every": 10}}
-    runs = {name: long_run(name, base=str(base[name]), **common, **parts) for name, parts in LAYOUTS.items()}
+    base = {name: bases[name.split("-")[0]] for name in layouts}
+    common = {"output": {"merge": True}, "checkpoint": {"every": 5}}
+    runs = {name: long_run(name, base=str(base[name]), **common, **LAYOUTS[name]) for name in layouts}
     launch(2, *runs.values())
-    expected = {base[name]: reference(runs[name], cache) for name in ("untied-2", "tied-3")}
+    expected = {base[name]: reference(run, cache) for name, run in runs.items()}
     for name, run in runs.items():
         points, trained = expected[base[name]]
         assert difference(curve(run), points) < 1e-6, name
@@ -137,10 +139,10 @@ def test_every_layout_equals_peft_alone_and_its_output_loads(
         header = Model(json.loads((base[name] / "config.json").read_text()), base[name])
         assert options.trained(header.linears, header.others) == trained
         check_output(run, base[name], cache)
-    again = {name: interrupted(runs[name], f"again-{name}", 10) for name in ("untied-3", "tied-3")}
+    again = {name: interrupted(runs[name], f"again-{name}", 5) for name in layouts}
     launch(2, *again.values())
     for name, run in again.items():
-        assert curve(run, 2) == curve(runs[name])[10:]
+        assert curve(run, 2) == curve(runs[name])[5:]
 
 
 def tuning(seq_len: int, **options: Any) -> LongLoraTuning:

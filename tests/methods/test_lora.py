@@ -10,6 +10,7 @@ from alone import attached, llama, logits, losses, optimizer_of, trained
 from by_hand import adamw
 from finished_runs import curve, difference, interrupted
 from peft.optimizers import create_loraplus_optimizer
+from sampling import each_sampled
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -197,26 +198,22 @@ def test_what_has_no_meaning_is_refused(options: dict[str, Any], complaint: str)
         attached(Lora(**options), llama())
 
 
-def test_layouts_agree_and_resume_is_exact(new_run: Any, launch: Any) -> None:
-    kinds: dict[str, dict[str, Any]] = {
-        "pissa": {"kind": "lora", "rank": 4, "init": "pissa", "lr_ratio": 4},
-        "eva": {"kind": "lora", "rank": 4, "init": "eva"},
-    }
+@pytest.mark.parametrize(("start", "options"), each_sampled([("pissa", {"lr_ratio": 4}), ("eva", {})]))
+def test_layouts_agree_and_resume_is_exact(start: str, options: dict[str, Any], new_run: Any, launch: Any) -> None:
     runs = {
-        (kind, zero): new_run(
-            f"{kind}-{zero}",
-            method=kinds[kind],
+        zero: new_run(
+            f"{start}-{zero}",
+            method={"kind": "lora", "rank": 4, "init": start, **options},
             sharding={"zero": zero},
             train={"lr": 2e-3, "micro_batch": 1 + zero},
             data={"packing": zero == 3},
-            checkpoint={"every": 10},
+            checkpoint={"every": 5},
         )
-        for kind, zero in (("pissa", 0), ("pissa", 3), ("eva", 0), ("eva", 3))
+        for zero in (0, 3)
     }
     launch(2, *runs.values())
-    worst = {key: difference(curve(run), curve(runs[key[0], 0])) for key, run in runs.items()}
-    assert max(worst.values()) < 1e-6, worst
-    again = {key: interrupted(runs[key], f"{runs[key].name}-again", 10) for key in (("pissa", 3), ("eva", 0))}
-    launch(2, *again.values())
-    for key, run in again.items():
-        assert curve(run, 2) == curve(runs[key])[10:], key
+    assert difference(curve(runs[3]), curve(runs[0])) < 1e-6
+    whole = runs[3 if start == "pissa" else 0]
+    again = interrupted(whole, "again", 5)
+    launch(2, again)
+    assert curve(again, 2) == curve(whole)[5:]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from campaign import KINDS, LIMITS, METHODS, STAGES, TRAIN, Campaign
 from finished_runs import curve, difference
+from sampling import SEED
 
 from methods.base import Setup
 from methods.registry import create
@@ -29,7 +30,7 @@ BEGIN, END = "<!-- support: written by make matrix -->", "<!-- end of support --
 
 @pytest.mark.timeout(600)
 def test_every_method_is_the_same_on_two_workers(new_run: Any, launch: Any) -> None:
-    rng = random.Random(int(os.environ.get("MATRIX_SEED", "0")))
+    rng = random.Random(SEED)
 
     def run(kind: str, name: str, zero: int, micro: int, packing: bool) -> Path:
         made: Path = new_run(

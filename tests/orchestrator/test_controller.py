@@ -110,9 +110,7 @@ def kill(pid: int | None) -> None:
 @pytest.mark.chaos  # each kind of kill by itself; tests/chaos covers them in make test
 def test_a_run_goes_on_whatever_is_killed(cluster: Local, start: Callable[..., Path]) -> None:
     """Worker, supervisor, controller, head: one after another, and each step counts once in the end."""
-    began = time.monotonic()
     run_dir = start(train={"steps": 300, "batch_tokens": 512, "lr": 1e-3}, resources={"workers_per_node": 2})
-    assert time.monotonic() - began < 5
     name = run_dir.name
 
     until(lambda: saved(run_dir, 1))

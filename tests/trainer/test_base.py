@@ -10,6 +10,7 @@ import torch
 from finished_runs import curve, difference, events, loss_gap
 from llamas import random_llama
 from peft import PeftModel
+from sampling import each_sampled
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from methods.options import KINDS
@@ -38,7 +39,7 @@ def beside_an_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.matrix), 3])
+@pytest.mark.parametrize("zero", each_sampled([0, 3]))
 def test_an_adapter_beside_the_base_changes_nothing(
     zero: int, beside_an_adapter: Path, new_run: Any, launch: Any, held_out: Path, cache: Path, tiny_base: Path
 ) -> None:
@@ -136,9 +137,7 @@ def model(in_4_bits: Path) -> Any:
     return found
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind in ("lora", "qlora") else pytest.param(kind, marks=pytest.mark.matrix) for kind in METHODS]
-)
+@pytest.mark.parametrize("kind", each_sampled(list(METHODS)))
 def test_a_base_in_4_bits_is_trained(
     kind: str, in_4_bits: Path, new_run: Any, launch: Any, held_out: Path, cache: Path, model: Any
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from finished_runs import curve, difference, events, interrupted, loss_gap
 from peft import PeftModel
+from sampling import each_sampled
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from methods.parts import quantised
@@ -24,8 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"kind": "dora", "rank": 4},
     "qlora": {"kind": "qlora", "rank": 4, "init": "loftq"},
 }
-CASES = [("full", "untied"), ("lora", "tied")]
-MORE = [(kind, ties) for kind in METHODS for ties in ("tied", "untied") if (kind, ties) not in CASES]
+CASES = [(kind, ties) for kind in METHODS for ties in ("tied", "untied")]
 
 
 @pytest.fixture
@@ -56,9 +56,7 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("kind", "ties"), [*CASES, *(pytest.param(*case, marks=pytest.mark.matrix) for case in MORE)]
-)
+@pytest.mark.parametrize(("kind", "ties"), each_sampled(CASES))
 def test_new_embeddings_are_trained_and_delivered(
     kind: str, base: Path, marked: Path, new_run: Any, launch: Any, cache: Path
 ) -> None:

@@ -10,10 +10,12 @@ import peft
 import pytest
 from by_hand import adamw, base, train
 from finished_runs import Curve, curve, difference
+from sampling import SEED
 
 from runfolder.record import load_job
 
 TOLERANCE = 1e-6
+STEPS = 20
 METHODS = {"full": {"kind": "full"}, "lora": {"kind": "lora", "rank": 4}}
 RATES = {"full": 1e-3, "lora": 1e-2}
 LAYOUTS = list(itertools.product(METHODS, (0, 1, 2, 3), (1, 3), (False, True)))  # method, ZeRO, micro-batch, packed
@@ -29,9 +31,10 @@ def reference(run_dir: Path, cache: Path) -> Curve:
 
 
 def sample() -> list[Any]:
-    """Layouts for `make test`: each method, ZeRO stage, micro-batch and packing at least once."""
-    rng = random.Random(0)
-    chosen = [(m, z, rng.choice((1, 3)), rng.random() < 0.5) for m in METHODS for z in range(4)]
+    """Layouts for `make test`: each ZeRO stage once, each method, micro-batch and packing twice."""
+    rng = random.Random(SEED)
+    parts = (rng.sample((first, second) * 2, 4) for first, second in (tuple(METHODS), (1, 3), (False, True)))
+    chosen = [(method, zero, micro, packed) for zero, (method, micro, packed) in enumerate(zip(*parts, strict=True))]
     return [
         pytest.param([2], chosen, id="sample"),
         pytest.param([1, 2, 4], LAYOUTS, id="all", marks=pytest.mark.matrix),
@@ -42,7 +45,9 @@ def sample() -> list[Any]:
 @pytest.mark.timeout(3600)
 def test_curves_agree_over_layouts(worlds: list[int], layouts: Any, new_run: Any, launch: Any, cache: Path) -> None:
     expected = {
-        name: reference(new_run(f"reference-{name}", method=METHODS[name], train={"lr": RATES[name]}), cache)
+        name: reference(
+            new_run(f"reference-{name}", method=METHODS[name], train={"steps": STEPS, "lr": RATES[name]}), cache
+        )
         for name in METHODS
     }
     worst: dict[str, float] = {}
@@ -52,7 +57,7 @@ def test_curves_agree_over_layouts(worlds: list[int], layouts: Any, new_run: Any
                 f"{name}-w{world}-z{zero}-m{micro}-p{int(packed)}",
                 method=METHODS[name],
                 sharding={"zero": zero},
-                train={"micro_batch": micro, "lr": RATES[name]},
+                train={"steps": STEPS, "micro_batch": micro, "lr": RATES[name]},
                 data={"packing": packed},
             )
             for name, zero, micro, packed in layouts

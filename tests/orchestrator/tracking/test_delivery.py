@@ -13,11 +13,12 @@ from run_folders import claim, eval_row, expected, make_run, plan, step_row, ste
 from orchestrator.comparison.compare import compare
 from orchestrator.tracking import store
 from orchestrator.tracking.delivery import CURSOR, Delivery, replay
-from orchestrator.tracking.history import history, mlflow_run
+from orchestrator.tracking.history import history
 from orchestrator.tracking.store import check_uri, ui_command
 from runfolder import chain
 from runfolder.appended import read_lines
 from runfolder.delivered import is_delivered
+from runfolder.files import read_json
 from runfolder.record import load_job
 
 
@@ -85,8 +86,7 @@ def test_a_whole_run_on_sqlite(home: Path, tmp_path: Path) -> None:
     assert is_delivered(run_dir)
 
     (run,) = runs_of(None, run_dir)
-    recorded = mlflow_run(run_dir)
-    assert recorded and recorded["mlflow_run_id"] == run.info.run_id
+    assert read_json(run_dir / "mlflow.json")["mlflow_run_id"] == run.info.run_id
     assert series(None, run_dir) == expected((1, 1, 7))
     assert run.info.status == "FINISHED"
     assert run.info.start_time == int(attempt.claim["time"] * 1000) <= run.info.end_time
@@ -156,7 +156,7 @@ def test_server_down_from_the_start_then_up_then_killed_in_the_middle(stopped: S
     delivery = Delivery(run_dir, 1)
     steps(attempt, 1, 5)
     delivery.pump()
-    assert mlflow_run(run_dir) is None
+    assert not (run_dir / "mlflow.json").exists()
     stopped.start()
     delivery._next_try = 0.0
     delivery.pump()
