@@ -14,6 +14,9 @@ import pytest
 import yaml
 from ports import free_port
 
+# Before anything imports torch: where tests run side by side, threads that wait for each other cost most.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = dict(os.environ)  # as pytest found it: what one test sets is not for processes that outlive it
 

@@ -134,6 +134,7 @@ def server(home: Path) -> Iterator[Server]:
         made.kill()
 
 
+@pytest.mark.chaos
 def test_a_machine_that_wakes_changes_nothing(server: Server, home: Path, tiny_base: Path, sums: Path) -> None:
     """Controller, driver, workers and Ray stand still in the middle of a delivery, and another machine takes over."""
     proxy = Proxy(server.port, held=b"runs/log-batch")

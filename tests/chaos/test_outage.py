@@ -22,6 +22,7 @@ def server(home: Path) -> Iterator[Server]:
     made.kill()
 
 
+@pytest.mark.chaos  # orchestrator/tracking/ has each part of it in make test
 @pytest.mark.usefixtures("cluster")
 def test_training_goes_on_without_mlflow(server: Server, tiny_base: Path, sums: Path) -> None:
     job = {

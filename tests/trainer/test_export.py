@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 from finished_runs import events, loss_gap
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,8 +16,11 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def trained(new_run: Any, launch: Any, held_out: Path) -> dict[str, Path]:
+def test_plain_libraries_load_what_was_trained(
+    new_run: Any, launch: Any, held_out: Path, cache: Path, tiny_base: Path
+) -> None:
+    from peft import PeftModel
+
     common: dict[str, Any] = {
         "train": {"steps": 4, "lr": 1e-2},
         "data": {"eval": str(held_out)},
@@ -27,13 +29,8 @@ def trained(new_run: Any, launch: Any, held_out: Path) -> dict[str, Path]:
     }
     runs = {name: new_run(name, **common, **parts) for name, parts in RUNS.items()}
     launch(2, *runs.values())
-    return runs
-
-
-def test_plain_libraries_load_what_was_trained(trained: dict[str, Path], cache: Path, tiny_base: Path) -> None:
-    from peft import PeftModel
-
-    for name, run_dir in trained.items():
+    samples_are_kept(runs["lora"])
+    for name, run_dir in runs.items():
         said = results(run_dir)
         assert {"eval_loss", "eval_exact_match"} <= said.keys()
         output = run_dir / "output"
@@ -51,7 +48,8 @@ def test_plain_libraries_load_what_was_trained(trained: dict[str, Path], cache: 
         assert f"**{name}**" in card and str(tiny_base) in card and f"{said['eval_loss']:.4f}" in card
 
 
-def test_samples_show_what_the_model_wrote(trained: dict[str, Path]) -> None:
-    samples = [event for event in events(trained["lora"]) if event["event"] == "sample"]
+def samples_are_kept(run: Path) -> None:
+    """What the model wrote to the prompts, before and after."""
+    samples = [event for event in events(run) if event["event"] == "sample"]
     assert {sample["step"] for sample in samples} == {0, 4}
     assert all({"prompt", "answer", "written"} <= sample.keys() for sample in samples)
