@@ -75,12 +75,12 @@ def changes(job: Job, known: Mapping[str, str | None]) -> list[str]:
     sources = {
         "data.train": file_of(job.data.train),
         "data.eval": file_of(job.data.eval) if job.data.eval else None,
-        "base": Path(job.base.model) if Path(job.base.model).is_absolute() else None,
+        "base": Path(job.base.model),
     }
     lines = []
     for field, source in sources.items():
         then = known.get(field)
-        if source and then:
+        if source and source.is_absolute() and then:
             state = _change(source, then, job.base.init == "scratch")
             if state:
                 mend = "put the old one back and resume the run, or submit the job anew"

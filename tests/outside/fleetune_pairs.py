@@ -1,13 +1,14 @@
-"""An objective of another package: two documents make a pair, whose first one is to become the likelier.
+"""Objectives of another package: of a pair of documents the first one is to become the likelier; and a slow one.
 
-It uses all that an objective may: examples of two documents, two totals, a prelude, the reference, figures and (in
-the second class) what the model writes. With h the log-likelihood of the first document less that of the second, and
-z and z_0 the means of h over the global batch for the policy and for the reference, its loss is the mean of
-softplus(-(h - z / 2 - z_0 / 2)) over pairs, plus the mean cross entropy of all labels.
+The first uses all that an objective may: examples of two documents, two totals, a prelude, the reference, figures
+and (in the second class) what the model writes. With h the log-likelihood of the first document less that of the
+second, and z and z_0 the means of h over the global batch for the policy and for the reference, its loss is the mean
+of softplus(-(h - z / 2 - z_0 / 2)) over pairs, plus the mean cross entropy of all labels.
 Shapes: N labels, D documents, P pairs.
 """
 
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from trainer.data.shards import Counts, join
 from trainer.data.tokens import Tokens, tokenise
 from trainer.objectives import labels
 from trainer.objectives.base import Arrays, Objective, Shares, Tensors, Totals
+from trainer.objectives.sft import Supervised
 
 
 class Pairs(Objective):
@@ -96,3 +98,11 @@ class WrittenPairs(Pairs):
         written = list(zip(np.split(rollout["ids"], ends), np.split(rollout["target"], ends), strict=True))
         tokens = Tokens([join(written, range(len(written)), Counts())])
         return GlobalBatch(Examples.of_each(tokens, 2), np.arange(len(batch.chosen)))
+
+
+class Slow(Supervised):
+    """Supervised fine-tuning whose steps take two seconds and more."""
+
+    def totals(self, batch: GlobalBatch) -> Totals:
+        time.sleep(2)
+        return super().totals(batch)

@@ -153,6 +153,6 @@ def test_an_unknown_objective_is_refused_with_what_is_allowed(new_run: Any) -> N
     for found, hint in (("stf", "did you mean 'sft'? "), ("dpo", "")):
         with pytest.raises(ValidationError) as refused:
             Job.model_validate(job | {"objective": found})
-        allowed = "'pairs', 'sft', 'written_pairs'"
+        allowed = "'pairs', 'sft', 'slow', 'written_pairs'"
         line = f"objective: found '{found}'; {hint}allowed: {allowed}"
         assert explain(refused.value, job | {"objective": found}) == [line]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from finished_runs import curve
+from sampling import each_sampled
 
 from runfolder.appended import read_lines
 from runfolder.chain import Attempt, attempts, result
@@ -34,6 +35,35 @@ def test_a_run_that_was_paused_and_stopped_is_the_undisturbed_one(
         assert second.start and second.start.step == at[run.name]
         assert [row["step"] for row in read_lines(first, "metrics.jsonl") if "loss" in row][-1] == at[run.name]
         assert curve(run, 1)[: at[run.name]] + curve(run, 2) == curve(whole, 1)
+
+
+@pytest.mark.parametrize("zero", each_sampled([0, 3]))
+def test_a_warning_in_the_middle_of_a_slow_step_leaves_a_checkpoint_within_the_grace_time(
+    new_run: Callable[..., Path], launch: Callable[..., None], zero: int
+) -> None:
+    """A step takes two seconds, and ten are given; what was reported is saved."""
+    run_dir = new_run("slow", objective="slow", sharding={"zero": zero}, train={"steps": 100})
+    asked: list[tuple[float, int]] = []
+    warning = threading.Thread(target=lambda: asked.append(warn_within_a_step(run_dir, grace_s=10.0)))
+    warning.start()
+    launch(2, run_dir)
+    warning.join()
+    ((at, reported),) = asked
+    (saved_at,) = [row for row in read_lines(Attempt(run_dir, 1), "events.jsonl") if row["event"] == "checkpoint"]
+    assert saved_at["time"] - at < 10
+    assert reported <= saved(run_dir) <= reported + 3
+
+
+def warn_within_a_step(run_dir: Path, grace_s: float) -> tuple[float, int]:
+    """Warn the first attempt one second after it reported a step; gives when, and the last step that it reported."""
+    attempt, deadline = Attempt(run_dir, 1), time.monotonic() + 250
+    while not attempts(run_dir) or len(read_lines(attempt, "metrics.jsonl")) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(1)
+    now = time.time()
+    request_stop(attempt, Stop("preemption", "the test wants it", now + grace_s))
+    return now, int(read_lines(attempt, "metrics.jsonl")[-1]["step"])
 
 
 def ask_at_once(run_dir: Path) -> None:
