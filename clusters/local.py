@@ -24,6 +24,7 @@ from runfolder.files import Damaged
 from runfolder.job import Job
 from runfolder.site import Here
 
+_WORKERS_PER_CORE = 4  # each takes a gigabyte of memory, and starts for seconds
 _HOPELESS = 3  # starts of Ray that failed in a row: more are tried, but somebody should look
 
 
@@ -82,6 +83,11 @@ class Local:
             )
         if kind == "gpu" and wanted > total:
             raise Refused(f"resources: found {wanted} workers of one GPU each; this machine has {total}")
+        if kind == "cpu" and wanted > _WORKERS_PER_CORE * total:
+            raise Refused(
+                f"resources: found {wanted} workers; this machine has {total} cores: "
+                f"allowed are at most {_WORKERS_PER_CORE * total}, which share them"
+            )
         environment = settings(job, os.environ) | {"FLEETUNE_HOME": str(self.home)}
         secrets = secret_names(os.environ)
         text = self._text(run_id, wanted, environment, secrets)

@@ -134,7 +134,10 @@ def logs(
     elif as_json:
         print_json({"run_id": find(run).run_id, "rank": rank, "text": read_logs(run, rank)})
     else:
-        sys.stdout.write(read_logs(run, rank))
+        text = read_logs(run, rank)
+        sys.stdout.write(text)
+        if not text:
+            print("no worker has written anything yet", file=sys.stderr)
 
 
 @app.command()

@@ -117,7 +117,7 @@ def result_of(run_dir: Path, decision: Final) -> Record:
     verdict = found if ended_so else own  # cancelled between two attempts, it has nothing to do with the last one
     return {
         "state": decision.state,
-        "reason": "; ".join(filter(None, [decision.reason, verdict["reason"]])) or None,
+        "reason": "; ".join(filter(None, [decision.reason, verdict["reason"], decision.mend])) or None,
         "verdict": verdict["kind"],
         "evidence": verdict["evidence"],
         "attempt": tried[-1].number if tried else 0,

@@ -88,6 +88,11 @@ def show_methods(methods: list[dict[str, Any]]) -> None:
                 show(escape(f"{method['kind']}, {name}: {cell['refused']}"))
 
 
+def _counted(number: float, one: str, more: str) -> str:
+    """A number of things."""
+    return f"{number} {one if number == 1 else more}"
+
+
 def _yaml(value: Any) -> str:
     """An option's value as a job writes it."""
     if isinstance(value, tuple):
@@ -106,9 +111,9 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
     known = f"{plan.steps:,}" if plan.steps else "unknown until the data is read"
     fields = {
         "job": f"{plan.name}: {plan.method} on {plan.base}",
-        "layout": f"{plan.workers} workers, ZeRO {plan.zero}, {plan.precision}",
+        "layout": f"{_counted(plan.workers, 'worker', 'workers')}, ZeRO {plan.zero}, {plan.precision}",
         "data": f"{_number(plan.rows)} rows to train on, {_number(plan.eval_rows)} to evaluate",
-        "batch": f"{plan.batch_tokens:,} tokens, about {plan.micro_batches} passes per worker",
+        "batch": f"{plan.batch_tokens:,} tokens, about {_counted(plan.micro_batches, 'pass', 'passes')} per worker",
         "steps": f"about {known} (estimated)" if plan.steps and plan.steps_estimated else known,
     }
     if plan.sizes is None:

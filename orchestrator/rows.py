@@ -120,8 +120,9 @@ def _look(job: Job, source: str, model: Model, row: int | None, progress: Progre
     tokens = tokenise(source, tokenizer, reading, cache(), lambda done: progress(source, done))
     found = survey(tokens, tokenizer)
     said = [*filter(None, [unknown_id(found, model.embeddings)]), *warnings(found, job.data.seq_len)]
-    if source == job.data.train:
-        said += few_steps(job, found.tokens)
+    if source != job.data.train:  # what is evaluated on is in no step
+        return Look(source, found, said, examples, [])
+    said += few_steps(job, found.tokens)
     return Look(source, found, said, examples, _sequences(job, tokens))
 
 

@@ -116,8 +116,9 @@ def _state(run: Snapshot, view: View) -> tuple[State, str | None]:
         return run.result["state"], run.result.get("reason")
     if view.state in ("unknown", "ended"):
         return "unknown", view.reason or "the run has ended, and its result is not there yet"
+    why = "; ".join(filter(None, [view.reason, run.asked]))
     if run.attempt == 0:
-        return ("queued" if view.state == "queued" else "starting"), view.reason
+        return ("queued" if view.state == "queued" else "starting"), why
     if (run.verdict and run.verdict["kind"] != "success") or view.state != "running":
-        return "preempted", view.reason or (run.verdict or {}).get("reason")
-    return ("running" if run.begun else "starting"), view.reason
+        return "preempted", why or (run.verdict or {}).get("reason")
+    return ("running" if run.begun else "starting"), why

@@ -111,6 +111,7 @@ class Final:
 
     state: Literal["succeeded", "failed", "cancelled"]
     reason: str | None
+    mend: str | None = None  # what follows the last attempt's own reason
 
 
 def classify(failures: Mapping[int, Failure], tails: Mapping[int, str] | None = None) -> Verdict:
@@ -142,9 +143,9 @@ def decide(history: Sequence[tuple[Kind, int]], requeued: bool = False) -> Again
     if kind == "cancelled":
         return Final("cancelled", "cancelled by request")
     if kind == "paused":
-        return Final("cancelled", "fleetune resume goes on from there")
+        return Final("cancelled", None, "fleetune resume goes on from there")
     if kind == "walltime" and not requeued:
-        return Final("failed", "fleetune resume goes on from the newest checkpoint")
+        return Final("failed", None, "fleetune resume goes on from the newest checkpoint")
     if kind in _NEVER_AGAIN:
         return Final("failed", None)
     barren = _barren(history)

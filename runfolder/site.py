@@ -17,7 +17,7 @@ from runfolder.chain import reopen, result
 from runfolder.digests import changes
 from runfolder.files import Record, names
 from runfolder.record import create, job_in, read_record
-from runfolder.requests import request_cancel, request_pause
+from runfolder.requests import cancel_requested, pause_step, request_cancel, request_pause
 from runfolder.secrets import write_secrets
 from runfolder.snapshot import Snapshot, snapshot
 
@@ -135,11 +135,19 @@ def _reopen(run_dir: Path, ended: Record | None) -> None:
     """Let a run go on whose inputs are those of its submission; one that goes on is left alone."""
     if ended is not None and ended["state"] == "succeeded":
         raise Refused(f"run {run_dir.name}: it has succeeded, there is nothing to go on with")
+    if ended is None and is_ending(run_dir):
+        raise Refused(f"run {run_dir.name}: it was asked to end and has not yet; resume it when it has")
     record = read_record(run_dir)
     if lines := changes(job_in(record, str(run_dir / "job.yaml")), record.get("digests") or {}):
         raise Refused("\n".join(lines))
     if ended is not None:
         reopen(run_dir)
+
+
+def is_ending(run_dir: Path) -> bool:
+    """Whether a run that goes on was asked to end, now or after the step that it is at."""
+    pause = pause_step(run_dir)
+    return cancel_requested(run_dir) or (pause is not None and pause <= snapshot(run_dir).step + 1)
 
 
 def _delivered(run_dir: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from runfolder.appended import beginning, ending, parsed
 from runfolder.chain import Attempt, settle, slots
 from runfolder.files import Damaged, Record, names, read_json
 from runfolder.record import read_brief
+from runfolder.requests import cancel_requested, pause_step
 
 _TAIL = 1 << 14  # bytes at the end of metrics.jsonl that hold its last whole line
 _HEAD = 1 << 16  # bytes at the start of events.jsonl that hold the plan
@@ -21,7 +22,8 @@ class Snapshot:
 
     `steps` is None until it is known. `attempt` is the number of the newest attempt, 0 before the first; `step`,
     `begun` (whether it has reported a step) and `verdict` are that attempt's. `result` is the final word. `mlflow`
-    says which MLflow run it has, `undelivered` what holds its rows up, `data` what the trainer counted of its rows.
+    says which MLflow run it has, `undelivered` what holds its rows up, `data` what the trainer counted of its rows,
+    `asked` what somebody asked of a run that has not ended.
     """
 
     run_id: str
@@ -38,6 +40,7 @@ class Snapshot:
     mlflow: Record | None = None
     undelivered: Record | None = None
     data: Record | None = None
+    asked: str | None = None
     damaged: str | None = None
 
     def dump(self) -> dict[str, Any]:
@@ -58,6 +61,14 @@ def snapshot(run_dir: Path) -> Snapshot:
         return Snapshot(run_dir.name, str(run_dir), damaged=str(error))
     except (OSError, ValueError, KeyError, TypeError) as error:
         return Snapshot(run_dir.name, str(run_dir), damaged=f"{run_dir}: {type(error).__name__}: {error}")
+
+
+def _asked(run_dir: Path) -> str | None:
+    """What somebody asked of a run, in words."""
+    if cancel_requested(run_dir):
+        return "asked to end"
+    pause = pause_step(run_dir)
+    return f"asked to pause after step {pause}" if pause is not None else None
 
 
 def planned(attempt: Attempt) -> Record:
@@ -90,6 +101,7 @@ def _look(run_dir: Path) -> Snapshot:
         mlflow=read_json(run_dir / "mlflow.json") if "mlflow.json" in there else None,
         undelivered=read_json(run_dir / "undelivered.json") if "undelivered.json" in there else None,
         data=announced.get("data"),
+        asked=_asked(run_dir) if "requests" in there else None,
     )
 
 

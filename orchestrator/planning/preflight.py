@@ -84,6 +84,9 @@ def has_gpus(job: Job) -> bool:
 
 def _warnings(job: Job) -> list[str]:
     warnings = []
+    kind, total = room()
+    if kind == "cpu" and job.resources.world > total:
+        warnings.append(f"resources: {job.resources.world} workers share the {total} cores of this machine")
     if job.train.precision == "bf16" and not has_gpus(job):
         warnings.append("train.precision: bf16 on a CPU can be twenty times slower than fp32")
     if job.method.makes_model and job.sharding.zero == 0 and job.resources.world > 1:

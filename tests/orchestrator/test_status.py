@@ -223,6 +223,20 @@ def test_what_succeeded_is_neither_cancelled_nor_resumed(run: Path) -> None:
         fleetune.resume(run.name)
 
 
+def test_a_run_that_is_asked_to_end_says_so_and_is_not_resumed_before_it_has(run: Path) -> None:
+    steps(claim(run), 1, 5)
+    fleetune.pause(run.name, 50)
+    assert snapshot(run).asked == "asked to pause after step 50"
+    assert fleetune.status(run.name).reason is not None
+    assert fleetune.resume(run.name) == run.name  # it goes on, and pauses later
+    fleetune.pause(run.name)
+    with pytest.raises(InputError, match="it was asked to end and has not yet; resume it when it has"):
+        fleetune.resume(run.name)
+    assert "asked to pause after step 6" in (fleetune.status(run.name).reason or "")
+    fleetune.cancel(run.name)
+    assert snapshot(run).asked == "asked to end"
+
+
 def test_what_failed_is_queued_again(run: Path) -> None:
     claim(run)
     request_cancel(run)

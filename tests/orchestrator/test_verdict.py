@@ -152,7 +152,7 @@ def test_only_attempts_without_progress_are_counted(kind: Kind, limit: int) -> N
 
 
 def test_walltime_is_a_limit_unless_a_scheduler_starts_the_run_again() -> None:
-    assert decide([("walltime", 5)]) == Final("failed", "fleetune resume goes on from the newest checkpoint")
+    assert decide([("walltime", 5)]) == Final("failed", None, "fleetune resume goes on from the newest checkpoint")
     assert decide([("walltime", 5)], requeued=True) == Again(0.0)
     assert isinstance(decide([("walltime", 0)] * 5, requeued=True), Final)
 

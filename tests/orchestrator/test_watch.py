@@ -132,7 +132,7 @@ def test_an_attempt_that_saves_in_time_has_ended_as_it_was_asked(
         == {
             "preemption": Again(1.0),
             "cancelled": Final("cancelled", "cancelled by request"),
-            "paused": Final("cancelled", "fleetune resume goes on from there"),
+            "paused": Final("cancelled", None, "fleetune resume goes on from there"),
             "success": Final("succeeded", None),
         }[kind]
     )

@@ -17,6 +17,9 @@ from runfolder.sources import Hub, file_of, parse
 Records = Iterator[tuple[int, Any]]  # a record's number, from 1 (in .jsonl: its line), and the record
 
 
+_ALLOWED = "a file, cluster:/path, or a hub dataset as owner/name or owner/name:config:split"
+
+
 class RowError(ValueError):
     """Data that cannot be used; the message is one line: file, row, field, what was found, what is allowed."""
 
@@ -32,7 +35,7 @@ def records(source: str) -> Records:
     path = found.path
     kind = Path(path.stem).suffix + ".gz" if path.suffix == ".gz" else path.suffix
     if not path.exists():
-        reject(source, "no such file", "a file, or a hub dataset as owner/name or owner/name:config:split")
+        reject(source, "no such file", _ALLOWED)
     if kind not in _READERS:
         reject(source, f"the file type {kind or '(none)'}", ", ".join(_READERS))
     return _read(path, _READERS[kind])

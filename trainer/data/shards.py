@@ -101,8 +101,7 @@ def collect(
 ) -> list[Shard]:
     """The shards of `folder`, one for each chunk: mapped if they are there, else made together with other ranks.
 
-    `chunks` and `make` must give the same on every rank. `progress` is called with the number of a shard when it is
-    there.
+    `chunks` and `make` must give the same on every rank. `progress` is called with the number of rows that are done.
     """
     folder.mkdir(parents=True, exist_ok=True)
     work = _Work(folder, chunks, make, progress)
@@ -122,6 +121,7 @@ class _Work(Generic[Chunk]):
         self.folder, self.chunks, self.make, self.progress = folder, chunks, make, progress
         self.manifest = folder / "manifest.json"
         self.found: dict[int, Shard] = {}
+        self.rows = 0  # in the shards that were found
         self.patience_s = _PATIENCE_S
 
     def cached(self) -> list[Shard]:
@@ -176,7 +176,8 @@ class _Work(Generic[Chunk]):
         """Whether a shard is there and whole."""
         if number not in self.found and (shard := _read(self.path(number))):
             self.found[number] = shard
-            self.progress(number)
+            self.rows += shard.counts.rows
+            self.progress(self.rows)
         return number in self.found
 
     def path(self, number: int) -> Path:

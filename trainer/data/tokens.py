@@ -126,7 +126,7 @@ def tokenise(
         folder / _key(source, tokenizer, reading),
         chunks,
         lambda chunk: _shard(encoder(), chunk, room, drop=reading.too_long == "drop"),
-        lambda number: progress((number + 1) * _SHARD_ROWS),
+        progress,
     )
     tokens = Tokens(shards, reading.virtual)
     _refuse_lost(source, tokens.counts, reading)
