@@ -42,7 +42,7 @@ class Group:
 
     sites: tuple[Site, ...]
     weight_LNI: torch.Tensor
-    bias_LO: torch.Tensor | None
+    bias_LN: torch.Tensor | None
     out: int
 
 
@@ -61,6 +61,7 @@ class Base:
         self.device, self.dtype = self.embed_VD.device, self.embed_VD.dtype
         if not self.dtype.is_floating_point or any(p.dtype != self.dtype for p in model.parameters()):
             raise BaseRefused("base: found weights of several types; allowed: one of float32, bfloat16, float16")
+        self.embed_scale = torch.tensor(self.shape.embed_scale, dtype=self.dtype, device=self.device)
         self.groups = {name: self._fuse(*place, tail) for name, place in GROUPS.items()}
         self.norms = self._norms(decoder)
         self.sites = {name: number for number, name in enumerate(self._names())}
@@ -83,8 +84,8 @@ class Base:
         """The bias [out] of a linear layer, if it has one."""
         for group in self.groups.values():
             for site in group.sites:
-                if site.name == name and group.bias_LO is not None:
-                    return group.bias_LO[layer, site.start : site.stop]
+                if site.name == name and group.bias_LN is not None:
+                    return group.bias_LN[layer, site.start : site.stop]
         return None
 
     def rotation(self, config: Any, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,23 +109,23 @@ class Base:
             out += weight.shape[0]
         rows = out + tail * len(sites)
         weight_LNI = torch.zeros(len(self.layers), rows, sites[0].inputs, dtype=self.dtype, device=self.device)
-        group = Group(tuple(sites), weight_LNI, self._biases(parent, sites, out), out)
+        group = Group(tuple(sites), weight_LNI, self._biases(parent, sites, rows), out)
         for layer, module in enumerate(self.layers):
             for site in sites:
                 adopt(getattr(getattr(module, parent), site.name), weight_LNI[layer, site.start : site.stop])
         return group
 
-    def _biases(self, parent: str, sites: list[Site], out: int) -> torch.Tensor | None:
+    def _biases(self, parent: str, sites: list[Site], rows: int) -> torch.Tensor | None:
         first = [getattr(getattr(self.layers[0], parent), site.name).bias for site in sites]
         if all(bias is None for bias in first):
             return None
-        bias_LO = torch.zeros(len(self.layers), out, dtype=self.dtype, device=self.device)
+        bias_LN = torch.zeros(len(self.layers), rows, dtype=self.dtype, device=self.device)
         for layer, module in enumerate(self.layers):
             for site in sites:
                 bias = getattr(getattr(module, parent), site.name).bias
                 if bias is not None:
-                    bias_LO[layer, site.start : site.stop] = bias.detach()
-        return bias_LO
+                    bias_LN[layer, site.start : site.stop] = bias.detach()
+        return bias_LN
 
     def _norms(self, decoder: Any) -> dict[str, torch.Tensor]:
         """Norm weights [L, D] in fp32 by name, Gemma's offset included; the last norm's are [1, D]."""

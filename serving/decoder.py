@@ -39,8 +39,7 @@ class Decoder:
             if (own_VD := tenant.resident.embed_VD) is not None:
                 mine_T = (mix.slot_T == tenant.resident.slot)[:, None]
                 x_TD = torch.where(mine_T, embedding(id_T, own_VD), x_TD)
-        scale = self.base.shape.embed_scale
-        return x_TD if scale == 1 else x_TD * torch.tensor(scale, dtype=x_TD.dtype, device=x_TD.device)
+        return x_TD if self.base.shape.embed_scale == 1 else x_TD * self.base.embed_scale
 
     def forward(self, x_TD: torch.Tensor, step: Pass) -> torch.Tensor:
         """The normed outputs [T, D] of the last layer; keys and values are in the cache then."""

@@ -9,13 +9,13 @@ Shapes: T rows of a pass, V vocabulary, D width.
 
 from collections.abc import Iterable, Sequence as Several
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from serving.base import Base
 from serving.cache import PAGE, Cache, pages_for
-from serving.decoder import Decoder
+from serving.decoder import Decoder, Operations
 from serving.error import RequestRefused
 from serving.mix import Mix
 from serving.passing import Pass, Span
@@ -25,6 +25,12 @@ from serving.rotation import Rotations
 from serving.sampler import Choice, greedy, sample
 from serving.scheduler import Scheduler
 from serving.sequence import Request, Sequence
+from serving.work import Work
+
+if TYPE_CHECKING:
+    from serving.runner import Runner, Ticket
+
+TAIL = 16  # ranks for each slot behind the base's weights
 
 
 class Engine:
@@ -46,13 +52,31 @@ class Engine:
         `slots` adapters and `adapter_bytes` of their weights are on the device at once, `rows` sequences in a batch;
         a sequence has at most `positions` and all together `tokens`; a pass computes at most `chunk` of prompts.
         """
-        self.base = Base(loaded(model) if isinstance(model, str | Path) else model)
+        whole = loaded(model) if isinstance(model, str | Path) else model
+        fast = next(whole.parameters()).device.type == "cuda"
+        self.base = Base(whole, tail=slots * TAIL if fast else 0)
         self.positions = min(positions, self.base.shape.positions)
         self.pool = Pool(self.base, slots, adapter_bytes)
         self.cache = Cache(self.base.shape, pages_for(tokens) + 1, self.base.dtype, self.base.device)
         self.rotations = Rotations(self.base, self.positions)
-        self.decoder = Decoder(self.base, Plain(self.base, self.pool, self.cache))
+        self.decoder = Decoder(self.base, self._operations(fast))
+        self.runner = self._runner(rows) if fast else None
         self.scheduler = Scheduler(self.pool, self.cache, rows, chunk, self._settle)
+        self._ticket: Ticket | None = None
+
+    def _operations(self, fast: bool) -> Operations:
+        if not fast:
+            return Plain(self.base, self.pool, self.cache)
+        from serving.fast import Fast
+
+        return Fast(self.base, self.pool, self.cache)
+
+    def _runner(self, rows: int) -> "Runner":
+        from serving.runner import Runner
+        from serving.tail import Tail
+
+        tail = Tail(self.base, self.pool, len(self.pool.table_KLSC) * TAIL - TAIL)
+        return Runner(self.decoder, self.pool, self.rotations, tail, rows, self.positions)
 
     def load(self, name: str, folder: Path | str, pinned: bool = False) -> str:
         """Give an adapter a name; returns its digest. Raises AdapterRefused where it cannot be computed exactly."""
@@ -117,6 +141,38 @@ class Engine:
         self._finish()
 
     def _advance(self) -> None:
+        """One more token of every running answer."""
+        if self.runner is None:
+            self._advance_plainly()
+            return
+        if self.runner.sequences != self.scheduler.running:
+            self._drain()
+            if not self.scheduler.running:
+                return
+            self.runner.compose(self.scheduler.running)
+        ticket = self.runner.launch()
+        for sequence in ticket.sequences:
+            sequence.computed += 1
+        self._drain()
+        self._ticket = ticket
+        if any(len(s.answer) + 1 >= s.request.new_tokens for s in ticket.sequences):
+            self._drain()
+
+    def _collect(self) -> None:
+        """Read the tokens of the step before."""
+        if self._ticket is not None:
+            self._ticket.done.synchronize()
+            for sequence, token in zip(self._ticket.sequences, self._ticket.token_T.tolist(), strict=True):
+                if not sequence.finished:
+                    sequence.take(token)
+        self._ticket = None
+
+    def _drain(self) -> None:
+        """Read all tokens that are under way, and finish what they complete."""
+        self._collect()
+        self._finish()
+
+    def _advance_plainly(self) -> None:
         running = list(self.scheduler.running)
         chosen = [(s, Span(row, 1, s.computed, s.pages)) for row, s in enumerate(running)]
         hidden_TD, _ = self._run(chosen, torch.tensor([s.answer[-1] for s in running]))
@@ -148,7 +204,13 @@ class Engine:
         kind_T = torch.cat([torch.full((s.count,), 0 if r is None else r.rotation) for r, s in chosen])
         place_T = torch.cat([span.places(span.start) for _, span in chosen])
         cos_TF, sin_TF = self.rotations.at(kind_T, position_T)
-        return Pass(mix, place_T.to(self.base.device), cos_TF, sin_TF, [span for _, span in chosen])
+        spans = [span for _, span in chosen]
+        step = Pass(mix, place_T.to(self.base.device), cos_TF, sin_TF, spans)
+        if self.runner is not None:
+            before = Work.of(mix.tenants, lambda t: max(t.resident.packed.needs.narrow, t.resident.packed.needs.wide), 64)
+            behind = Work.of(mix.tenants, lambda t: t.resident.packed.needs.behind, 64)
+            step.before, step.behind = (None if w is None else w.to(self.base.device) for w in (before, behind))
+        return step
 
     def _settle(self, resident: Resident) -> bool:
         """Make ready what an adapter has beside its block; False where its virtual tokens find no pages."""

@@ -90,7 +90,7 @@ class PlainMix:
         """The outputs [T, O] of a group of linear layers, with all that adapters do there."""
         group = self.base.groups[name]
         x_TI = self._scaled(mix, group, layer, x_TI)
-        bias_O = None if group.bias_LO is None else group.bias_LO[layer]
+        bias_O = None if group.bias_LN is None else group.bias_LN[layer, : group.out]
         y_TO = linear(x_TI, group.weight_LNI[layer, : group.out], bias_O)
         for tenant in mix.tenants:
             rows = tenant.row_T

@@ -1,14 +1,17 @@
 """One forward pass: its rows, where their keys and values go, and what they see.
 
-Shapes: T rows, F half of the rotary size, S keys of a sequence.
+Shapes: T rows, F half of the rotary size, S keys of a sequence or of all, N sequences and one more, P pages.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from serving.cache import places
 from serving.mix import Mix
+from serving.work import Work
 
 
 @dataclass
@@ -25,6 +28,16 @@ class Span:
         return places(self.pages, start, self.start + self.count)
 
 
+class Runs(NamedTuple):
+    """Spans, one behind the other, as attention of runs of different lengths takes them; on the device."""
+
+    row_N: torch.Tensor  # where each one's rows begin, and the last one's end
+    key_N: torch.Tensor  # the same for their keys
+    rows: int  # of the longest
+    keys: int
+    place_S: torch.Tensor
+
+
 @dataclass
 class Pass:
     """What a forward pass needs beside its rows' embeddings."""
@@ -34,3 +47,20 @@ class Pass:
     cos_TF: torch.Tensor
     sin_TF: torch.Tensor
     spans: list[Span] = field(default_factory=list)
+    before: Work | None = None  # updates of linear layers that grouped kernels add
+    behind: Work | None = None  # bottlenecks
+    tail: int = 0  # ranks behind each of the base's weights that are computed with it
+    pages_TP: torch.Tensor | None = None  # where every row is a sequence: its pages,
+    position_T: torch.Tensor | None = None  # and its position
+    parts: int = 1  # in which its keys are computed side by side
+
+    @cached_property
+    def runs(self) -> Runs:
+        """The spans for attention of runs."""
+        device = self.place_T.device
+        row_N = torch.tensor([0, *(span.count for span in self.spans)]).cumsum(0).int()
+        key_N = torch.tensor([0, *(span.start + span.count for span in self.spans)]).cumsum(0).int()
+        place_S = torch.cat([span.places() for span in self.spans])
+        longest = [int(ends.diff().max()) for ends in (row_N, key_N)]
+        moved = [tensor.to(device, non_blocking=True) for tensor in (row_N, key_N, place_S)]
+        return Runs(moved[0], moved[1], *longest, moved[2])

@@ -1,0 +1,92 @@
+"""Low-rank products of many adapters in one launch: rows are sorted by adapter, and a tile has rows of one alone.
+
+`shrink`: h = c * f(x A^T + bias);  `expand`: y += v * (h B) (+ beta). A task is (slot, first rank, first row, rows).
+Shapes: T rows of a tile, R ranks of a tile, K inputs of a step, N outputs of a tile.
+"""
+
+import triton
+import triton.language as tl
+
+from serving.kernel.entry import ACTIVATION, BETA, BIAS, RANK, A, B, C, V, piece
+
+
+@triton.jit
+def activated(x, code):
+    """none, relu, gelu or silu, by number."""
+    gelu = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    silu = x / (1.0 + tl.exp(-x))
+    x = tl.where(code == 1, tl.maximum(x, 0.0), x)
+    x = tl.where(code == 2, gelu, x)
+    return tl.where(code == 3, silu, x)
+
+
+@triton.jit
+def shrink_kernel(
+    x, h, task, order, table, arena, inputs, x_stride, h_stride, h_section, slot_stride, columns,
+    T: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """h [rows, section, ranks] of one task and section; the table starts at the group's first site."""
+    mine = task + tl.program_id(0) * 4
+    count = tl.load(mine + 3)
+    if count == 0:
+        return
+    section = tl.program_id(1)
+    entry = table + tl.load(mine) * slot_stride + section * columns
+    rank, first = tl.load(entry + RANK), tl.load(mine + 1)
+    if first >= rank:
+        return
+    t, r, k = tl.arange(0, T), first + tl.arange(0, R), tl.arange(0, K)
+    row_T = tl.load(order + tl.load(mine + 2) + t, mask=t < count, other=0).to(tl.int64)
+    x_TK = x + row_T[:, None] * x_stride + k[None, :]
+    a_KR = piece(arena, entry, A) + r[None, :] * inputs + k[:, None]
+    sum_TR = tl.zeros((T, R), tl.float32)
+    for start in range(0, inputs, K):
+        in_K = start + k < inputs
+        x_tile = tl.load(x_TK + start, mask=(t < count)[:, None] & in_K[None, :], other=0.0)
+        a_tile = tl.load(a_KR + start, mask=(r < rank)[None, :] & in_K[:, None], other=0.0)
+        sum_TR = tl.dot(x_tile, a_tile, sum_TR, input_precision="ieee")
+    if tl.load(entry + BIAS) >= 0:
+        sum_TR += tl.load(piece(arena, entry, BIAS) + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
+        sum_TR = activated(sum_TR, tl.load(entry + ACTIVATION))
+    if tl.load(entry + C) >= 0:
+        sum_TR *= tl.load(piece(arena, entry, C) + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
+    at_TR = h + row_T[:, None] * h_stride + section * h_section + r[None, :]
+    tl.store(at_TR, sum_TR.to(h.dtype.element_ty), mask=(t < count)[:, None] & (r < rank)[None, :])
+
+
+@triton.jit
+def expand_kernel(
+    y, h, segment, order, table, arena, out, second, third, y_stride, h_stride, h_section, slot_stride, columns,
+    T: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BEHIND: tl.constexpr,
+):  # fmt: skip
+    """y of one segment's rows and one tile of outputs; sections begin at the outputs 0, `second` and `third`."""
+    mine = segment + tl.program_id(0) * 4
+    count = tl.load(mine + 3)
+    if count == 0:
+        return
+    n0 = tl.program_id(1) * N
+    section = (n0 >= second).to(tl.int32) + (n0 >= third).to(tl.int32)
+    begin = tl.where(section == 2, third, tl.where(section == 1, second, 0))
+    end = tl.where(section == 2, out, tl.where(section == 1, tl.minimum(third, out), tl.minimum(second, out)))
+    entry = table + tl.load(mine) * slot_stride + section * columns
+    rank = tl.load(entry + RANK)
+    if rank == 0:
+        return
+    t, n, r = tl.arange(0, T), n0 + tl.arange(0, N), tl.arange(0, R)
+    row_T = tl.load(order + tl.load(mine + 2) + t, mask=t < count, other=0).to(tl.int64)
+    b_RN = piece(arena, entry, B) + r[:, None] * (end - begin) + (n - begin)[None, :]
+    h_TR = h + row_T[:, None] * h_stride + section * h_section + r[None, :]
+    sum_TN = tl.zeros((T, N), tl.float32)
+    for start in range(0, rank, R):
+        in_R = start + r < rank
+        h_tile = tl.load(h_TR + start, mask=(t < count)[:, None] & in_R[None, :], other=0.0)
+        b_tile = tl.load(b_RN + start * (end - begin), mask=in_R[:, None] & (n < end)[None, :], other=0.0)
+        sum_TN = tl.dot(h_tile, b_tile, sum_TN, input_precision="ieee")
+    if tl.load(entry + V) >= 0:
+        sum_TN *= tl.load(piece(arena, entry, V) + n - begin, mask=n < end, other=0.0).to(tl.float32)[None, :]
+    if BEHIND:
+        sum_TN += tl.load(piece(arena, entry, BETA) + n, mask=n < end, other=0.0).to(tl.float32)[None, :]
+    at_TN = y + row_T[:, None] * y_stride + n[None, :]
+    mask_TN = (t < count)[:, None] & (n < end)[None, :]
+    sum_TN += tl.load(at_TN, mask=mask_TN, other=0.0).to(tl.float32)
+    tl.store(at_TN, sum_TN.to(y.dtype.element_ty), mask=mask_TN)
