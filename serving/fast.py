@@ -13,19 +13,16 @@ import triton
 from torch.nn.functional import linear
 
 from serving.adapter import Place
-from serving.base import BEHIND, Base, Group
+from serving.base import Base
 from serving.cache import PAGE, Cache
+from serving.grouped import Grouped
 from serving.kernel.attention import attend_kernel, join_kernel
-from serving.kernel.factor import expand_kernel, shrink_kernel
 from serving.kernel.layer import gate_kernel, norm_kernel, rotate_kernel, scale_kernel
-from serving.packed import COLUMNS
 from serving.passing import Pass
 from serving.plain import Plain
 from serving.pool import Pool
-from serving.work import Work
 
 FOREVER = 2**30  # a window of attention that leaves nothing out
-BLOCK = 16  # ranks of a narrow adapter that a kernel reads at once
 
 
 class Fast:
@@ -37,8 +34,9 @@ class Fast:
         self.arena = pool.arena.data
         self.stride = pool.table_KLSC.stride(0)
         self.width = triton.next_power_of_2(self.shape.head_size)
-        self.heads = gcd(self.shape.heads, self.shape.kv_heads, 4)
+        self.heads = gcd(self.shape.heads, self.shape.kv_heads, 8)
         self.varlen = base.dtype != torch.float32
+        self.grouped = Grouped(base, pool)
 
     def entry(self, layer: int, site: str) -> torch.Tensor:
         """The table from an entry on."""
@@ -51,11 +49,11 @@ class Fast:
             self._scale(step, layer, x_TI)
         rows = group.out + len(group.sites) * step.tail
         bias_O = None if group.bias_LN is None else group.bias_LN[layer, :rows]
-        y_TO = linear(x_TI, group.weight_LNI[layer, :rows], bias_O)
-        if step.before is not None:
-            self._grouped(step.before, group, self.entry(layer, group.sites[0].name), x_TI, y_TO, False)
+        with self.grouped.meanwhile(step, group, layer, x_TI) as finish:
+            y_TO = linear(x_TI, group.weight_LNI[layer, :rows], bias_O)
+        finish(y_TO)
         if step.behind is not None and name in ("o", "down"):
-            self._grouped(step.behind, group, self.entry(layer, group.sites[0].name + BEHIND), y_TO, y_TO, True)
+            self.grouped.behind(step.behind, group, layer, y_TO)
         return y_TO
 
     def norm(
@@ -70,9 +68,9 @@ class Fast:
         norm_kernel[(rows,)](
             x_TD, x_TD if residual_TD is None else residual_TD, stream_TD, normed_TD, self.base.norms[name][layer],
             step.mix.slot_T, origin, self.entry(layer, name), self.arena, width, x_TD.stride(0), self.stride,
-            self.shape.epsilon, D=block, R=BLOCK, ADD=residual_TD is not None,
+            self.shape.epsilon, D=block, R=step.ranks, ADD=residual_TD is not None,
             TAIL=source is not None and step.tail > 0, GAIN=source is not None and step.mix.needs.gains,
-            OWN=step.mix.needs.norms, num_warps=16 if step.tail else 4,
+            OWN=step.mix.needs.norms, num_warps=8 if step.tail else 4,
         )  # fmt: skip
         return stream_TD, normed_TD
 
@@ -81,16 +79,17 @@ class Fast:
         shape, group = self.shape, self.base.groups["qkv"]
         query_THE = torch.empty(len(y_TO), shape.heads, shape.head_size, dtype=y_TO.dtype, device=y_TO.device)
         norms, first = self.base.norms, self.entry(layer, group.sites[0].name)
-        normed = "q_norm" in norms
+        normed, half = "q_norm" in norms, step.cos_TF.shape[1]
         weights = [norms[n][layer] if normed else step.cos_TF for n in ("q_norm", "k_norm")]
         owns = [self.entry(layer, n) if normed else first for n in ("q_norm", "k_norm")]
         grid = (len(y_TO), (shape.heads + 2 * shape.kv_heads) // self.heads)
         rotate_kernel[grid](
             y_TO, query_THE, self.cache.key_LNHE[layer], self.cache.value_LNHE[layer], step.place_T, step.cos_TF,
             step.sin_TF, step.mix.slot_T, first, *weights, *owns, self.arena, y_TO.stride(0), self.stride,
-            shape.epsilon, step.cos_TF.shape[1], group.out, QUERIES=shape.heads, KEYS=shape.kv_heads,
-            SECTIONS=len(group.sites), H=self.heads, E=shape.head_size, W=self.width, R=BLOCK, TAIL=step.tail > 0,
-            GAIN=step.mix.needs.gains, NORM=normed, OWN=step.mix.needs.norms, num_warps=2,
+            shape.epsilon, group.out, QUERIES=shape.heads, KEYS=shape.kv_heads, SECTIONS=len(group.sites),
+            H=self.heads, E=shape.head_size, HALF=half, W=triton.next_power_of_2(max(half, shape.head_size - 2 * half)),
+            REST=2 * half < shape.head_size, R=step.ranks, TAIL=step.tail > 0, GAIN=step.mix.needs.gains, NORM=normed,
+            OWN=step.mix.needs.norms, num_warps=1,
         )  # fmt: skip
         return query_THE
 
@@ -114,12 +113,12 @@ class Fast:
         """What the down projection gets, with what its adapter scales it by."""
         group, inner = self.base.groups["gate_up"], self.shape.mlp
         result_TI = torch.empty(len(y_TO), inner, dtype=y_TO.dtype, device=y_TO.device)
-        tile = 256 if step.tail else 1024
+        tile = 512 if step.tail else 1024
         gate_kernel[(len(y_TO), triton.cdiv(inner, tile))](
             y_TO, result_TI, step.mix.slot_T, self.entry(layer, group.sites[0].name), self.entry(layer, "down_proj"),
-            self.arena, inner, y_TO.stride(0), self.stride, N=tile, R=BLOCK, SECTIONS=len(group.sites),
+            self.arena, inner, y_TO.stride(0), self.stride, N=tile, R=step.ranks, SECTIONS=len(group.sites),
             GELU=self.shape.gelu, TAIL=step.tail > 0, GAIN=step.mix.needs.gains, SCALE=step.mix.needs.scales,
-            num_warps=4,
+            num_warps=2 if step.tail else 4,
         )  # fmt: skip
         return result_TI
 
@@ -149,24 +148,3 @@ class Fast:
         scale_kernel[(len(x_TI), triton.cdiv(inputs, 1024))](
             x_TI, step.mix.slot_T, self.entry(layer, "o_proj"), self.arena, inputs, self.stride, N=1024
         )
-
-    def _grouped(
-        self, work: Work, group: Group, entry: torch.Tensor, x_TI: torch.Tensor, y_TO: torch.Tensor, behind: bool
-    ) -> None:
-        sections = 1 if behind else len(group.sites)
-        inputs = group.out if behind else x_TI.shape[1]
-        h_TSR = torch.empty(len(x_TI), sections, work.rank, dtype=x_TI.dtype, device=x_TI.device)
-        few = work.rows == 16
-        shrink_kernel[(len(work.task), sections)](
-            x_TI, h_TSR, work.task, work.order_T, entry, self.arena, inputs, x_TI.stride(0), h_TSR.stride(0),
-            h_TSR.stride(1), self.stride, len(COLUMNS), T=work.rows, R=work.ranks, K=256 if few else 64,
-            num_warps=4, num_stages=3,
-        )  # fmt: skip
-        starts = [site.start for site in group.sites[1:]] if not behind else []
-        tile = gcd(128, group.out, *starts)
-        bounds = [*starts, FOREVER, FOREVER][:2]
-        expand_kernel[(len(work.segment), triton.cdiv(group.out, tile))](
-            y_TO, h_TSR, work.segment, work.order_T, entry, self.arena, group.out, *bounds, y_TO.stride(0),
-            h_TSR.stride(0), h_TSR.stride(1), self.stride, len(COLUMNS), T=work.rows,
-            R=min(64, max(16, triton.next_power_of_2(work.rank))), N=tile, BEHIND=behind, num_warps=4,
-        )  # fmt: skip

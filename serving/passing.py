@@ -50,6 +50,7 @@ class Pass:
     before: Work | None = None  # updates of linear layers that grouped kernels add
     behind: Work | None = None  # bottlenecks
     tail: int = 0  # ranks behind each of the base's weights that are computed with it
+    ranks: int = 16  # of the adapters there, at most
     pages_TP: torch.Tensor | None = None  # where every row is a sequence: its pages,
     position_T: torch.Tensor | None = None  # and its position
     parts: int = 1  # in which its keys are computed side by side

@@ -20,7 +20,7 @@ from serving.rotation import Rotations
 from serving.sampler import Choice, greedy, sample
 from serving.sequence import Sequence
 from serving.tail import Tail
-from serving.work import Work, padded
+from serving.work import FEW, Work, padded
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 BUSY = 264  # programs that keep a GPU's multiprocessors busy
@@ -73,8 +73,8 @@ class Runner:
         self._write(size)
         mix = Mix.of([s.resident for s in sequences] + [None] * (size - len(sequences)), torch.device("cpu"))
         tail = self.tail.place([tenant.resident for tenant in mix.tenants])
-        before = Work.of(mix.tenants, lambda t: wide(t.resident.packed.needs, tail), 16)
-        behind = Work.of(mix.tenants, lambda t: t.resident.packed.needs.behind, 16)
+        before = Work.of(mix.tenants, lambda t: wide(t.resident.packed.needs, tail), FEW)
+        behind = Work.of(mix.tenants, lambda t: t.resident.packed.needs.behind, FEW)
         parts = 1
         if max(sequence.length for sequence in sequences) > LONG:
             parts = max(1, min(16, 2 ** (BUSY // (size * self.decoder.base.shape.kv_heads)).bit_length()))
@@ -118,7 +118,8 @@ class Runner:
     ) -> Graph:
         """The graph for a kind of batch, captured if it is new."""
         plain = greedy([sequence.request for sequence in self.sequences])
-        needs = replace(mix.needs, narrow=0, wide=0, behind=0)
+        ranks = max(16, 2 ** (mix.needs.narrow - 1).bit_length()) if tail else 0
+        needs = replace(mix.needs, narrow=ranks, wide=0, behind=0)
         own = [t for t in mix.tenants if t.resident.embed_VD is not None or t.resident.head_VD is not None]
         kept = tuple((t.resident.slot, id(t.resident)) for t in own)
         static = [None if work is None else room(work, size) for work in (before, behind)]
@@ -144,10 +145,9 @@ class Runner:
         position_T, pages_TP = self.position_T[:size], self.pages_TP[:size]
         page_T = pages_TP.gather(1, (position_T // PAGE)[:, None])[:, 0].long()
         cos_TF, sin_TF = self.rotations.at(self.kind_T[:size], position_T)
-        step = Pass(
-            mix, page_T * PAGE + position_T % PAGE, cos_TF, sin_TF, [], before, behind, tail, pages_TP, position_T,
-            parts,
-        )  # fmt: skip
+        place_T = page_T * PAGE + position_T % PAGE
+        step = Pass(mix, place_T, cos_TF, sin_TF, [], before, behind, tail, ranks=mix.needs.narrow)
+        step.pages_TP, step.position_T, step.parts = pages_TP, position_T, parts
         hidden_TD = self.decoder.forward(self.decoder.embed(self.id_T[:size], mix), step)
         logits_TV = self.decoder.logits(hidden_TD, mix)
         if plain:

@@ -11,6 +11,9 @@ import torch
 from serving.mix import Tenant
 
 
+FEW = 16  # rows of a tile when decoding, the fewest that tensor cores take
+
+
 @dataclass
 class Work:
     """Tasks [n, 4] of (slot, first rank, first row, rows), segments (with first rank 0), and the rows they mean."""
@@ -29,7 +32,7 @@ class Work:
         if not chosen:
             return None
         most = max(rank for _, rank in chosen)
-        tile = 16 if most <= 16 or rows == 16 else 64 if most > 32 else 32
+        tile = 16 if most <= 16 else 32 if rows == FEW or most <= 32 else 64
         tasks, segments, first = [], [], 0
         for tenant, rank in chosen:
             slot, count = tenant.resident.slot, len(tenant.row_T)

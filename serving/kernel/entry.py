@@ -1,6 +1,6 @@
 """How kernels read an adapter's entry in the table, and add what its narrow factors give.
 
-The columns are those of `serving.packed`. Shapes: R ranks of a block, N outputs of a tile.
+The columns are those of `serving.packed`. Shapes: R ranks at most, N outputs of a tile.
 """
 
 import triton
@@ -23,16 +23,17 @@ def piece(arena, entry, column):
 
 @triton.jit
 def add_tail(y_N, y_row, tail, entry, arena, column_N, mask_N, outputs, R: tl.constexpr):
-    """y + h B, where h are this row's products with its own A, which lie behind the base's outputs at `tail`."""
+    """y + h B, where h are this row's products with its own A, which lie behind the base's outputs at `tail`.
+
+    Unrolled over R ranks, so that all loads are under way at once; an adapter of fewer ranks skips the rest.
+    """
     first = tl.load(entry + TAIL)
     rank = tl.where(first < 0, 0, tl.load(entry + RANK))
-    b = piece(arena, entry, B)
-    for start in range(0, rank, R):
-        r = start + tl.arange(0, R)
-        h_R = tl.load(y_row + tail + first + r, mask=r < rank, other=0.0).to(tl.float32)
-        at_RN = b + r[:, None] * outputs + column_N[None, :]
-        b_RN = tl.load(at_RN, mask=(r < rank)[:, None] & mask_N[None, :], other=0.0).to(tl.float32)
-        y_N += tl.sum(h_R[:, None] * b_RN, axis=0)
+    h, b = y_row + tail + first, piece(arena, entry, B) + column_N
+    for r in tl.static_range(R):
+        h_r = tl.load(h + r, mask=r < rank, other=0.0).to(tl.float32)
+        b_N = tl.load(b + r * outputs, mask=mask_N & (r < rank), other=0.0).to(tl.float32)
+        y_N += h_r * b_N
     return y_N
 
 

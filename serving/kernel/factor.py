@@ -22,10 +22,11 @@ def activated(x, code):
 
 @triton.jit
 def shrink_kernel(
-    x, h, task, order, table, arena, inputs, x_stride, h_stride, h_section, slot_stride, columns,
+    x, h, task, order, table, arena, inputs, share, x_stride, h_stride, h_section, h_part, slot_stride, columns,
     T: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """h [rows, section, ranks] of one task and section; the table starts at the group's first site."""
+    """h [rows, section, part, ranks] of one task, section and share of the inputs; the table starts at a group's
+    first site. A bias and an activation need all inputs in one part."""
     mine = task + tl.program_id(0) * 4
     count = tl.load(mine + 3)
     if count == 0:
@@ -40,7 +41,8 @@ def shrink_kernel(
     x_TK = x + row_T[:, None] * x_stride + k[None, :]
     a_KR = piece(arena, entry, A) + r[None, :] * inputs + k[:, None]
     sum_TR = tl.zeros((T, R), tl.float32)
-    for start in range(0, inputs, K):
+    low = tl.program_id(2) * share
+    for start in range(low, tl.minimum(low + share, inputs), K):
         in_K = start + k < inputs
         x_tile = tl.load(x_TK + start, mask=(t < count)[:, None] & in_K[None, :], other=0.0)
         a_tile = tl.load(a_KR + start, mask=(r < rank)[None, :] & in_K[:, None], other=0.0)
@@ -50,16 +52,22 @@ def shrink_kernel(
         sum_TR = activated(sum_TR, tl.load(entry + ACTIVATION))
     if tl.load(entry + C) >= 0:
         sum_TR *= tl.load(piece(arena, entry, C) + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
-    at_TR = h + row_T[:, None] * h_stride + section * h_section + r[None, :]
+    at_TR = h + row_T[:, None] * h_stride + section * h_section + tl.program_id(2) * h_part + r[None, :]
     tl.store(at_TR, sum_TR.to(h.dtype.element_ty), mask=(t < count)[:, None] & (r < rank)[None, :])
 
 
 @triton.jit
 def expand_kernel(
-    y, h, segment, order, table, arena, out, second, third, y_stride, h_stride, h_section, slot_stride, columns,
-    T: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BEHIND: tl.constexpr,
+    y, h, segment, order, table, arena, out, second, third, y_stride, y_part, h_stride, h_section, h_part,
+    slot_stride, columns,
+    T: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, SHARES: tl.constexpr,
+    BEHIND: tl.constexpr,
 ):  # fmt: skip
-    """y of one segment's rows and one tile of outputs; sections begin at the outputs 0, `second` and `third`."""
+    """y of one segment's rows, one tile of outputs and one share of the ranks.
+
+    Sections begin at the outputs 0, `second` and `third`. With one share, y += the products; with several, each share
+    is written to a y of its own, for `add_kernel`. h is the sum of PARTS.
+    """
     mine = segment + tl.program_id(0) * 4
     count = tl.load(mine + 3)
     if count == 0:
@@ -70,23 +78,50 @@ def expand_kernel(
     end = tl.where(section == 2, out, tl.where(section == 1, tl.minimum(third, out), tl.minimum(second, out)))
     entry = table + tl.load(mine) * slot_stride + section * columns
     rank = tl.load(entry + RANK)
-    if rank == 0:
+    if (rank == 0) & (SHARES == 1):
         return
     t, n, r = tl.arange(0, T), n0 + tl.arange(0, N), tl.arange(0, R)
     row_T = tl.load(order + tl.load(mine + 2) + t, mask=t < count, other=0).to(tl.int64)
     b_RN = piece(arena, entry, B) + r[:, None] * (end - begin) + (n - begin)[None, :]
     h_TR = h + row_T[:, None] * h_stride + section * h_section + r[None, :]
+    share = tl.cdiv(tl.cdiv(rank, SHARES), R) * R
+    low = tl.program_id(2) * share
     sum_TN = tl.zeros((T, N), tl.float32)
-    for start in range(0, rank, R):
+    for start in range(low, tl.minimum(low + share, rank), R):
         in_R = start + r < rank
-        h_tile = tl.load(h_TR + start, mask=(t < count)[:, None] & in_R[None, :], other=0.0)
+        mask_TR = (t < count)[:, None] & in_R[None, :]
+        h_tile = tl.load(h_TR + start, mask=mask_TR, other=0.0)
+        for part in tl.static_range(1, PARTS):
+            h_tile += tl.load(h_TR + start + part * h_part, mask=mask_TR, other=0.0)
         b_tile = tl.load(b_RN + start * (end - begin), mask=in_R[:, None] & (n < end)[None, :], other=0.0)
-        sum_TN = tl.dot(h_tile, b_tile, sum_TN, input_precision="ieee")
+        sum_TN = tl.dot(h_tile.to(b_tile.dtype), b_tile, sum_TN, input_precision="ieee")
     if tl.load(entry + V) >= 0:
         sum_TN *= tl.load(piece(arena, entry, V) + n - begin, mask=n < end, other=0.0).to(tl.float32)[None, :]
     if BEHIND:
         sum_TN += tl.load(piece(arena, entry, BETA) + n, mask=n < end, other=0.0).to(tl.float32)[None, :]
-    at_TN = y + row_T[:, None] * y_stride + n[None, :]
+    at_TN = y + tl.program_id(2) * y_part + row_T[:, None] * y_stride + n[None, :]
     mask_TN = (t < count)[:, None] & (n < end)[None, :]
-    sum_TN += tl.load(at_TN, mask=mask_TN, other=0.0).to(tl.float32)
+    if SHARES == 1:
+        sum_TN += tl.load(at_TN, mask=mask_TN, other=0.0).to(tl.float32)
+    tl.store(at_TN, sum_TN.to(y.dtype.element_ty), mask=mask_TN)
+
+
+@triton.jit
+def add_kernel(
+    y, shares, segment, order, out, y_stride, share_stride, share_part,
+    T: tl.constexpr, N: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    """y += the shares that `expand_kernel` wrote, for one segment's rows and one tile of outputs."""
+    mine = segment + tl.program_id(0) * 4
+    count = tl.load(mine + 3)
+    if count == 0:
+        return
+    t, n = tl.arange(0, T), tl.program_id(1) * N + tl.arange(0, N)
+    row_T = tl.load(order + tl.load(mine + 2) + t, mask=t < count, other=0).to(tl.int64)
+    mask_TN = (t < count)[:, None] & (n < out)[None, :]
+    at_TN = y + row_T[:, None] * y_stride + n[None, :]
+    sum_TN = tl.load(at_TN, mask=mask_TN, other=0.0).to(tl.float32)
+    share_TN = shares + row_T[:, None] * share_stride + n[None, :]
+    for share in tl.static_range(SHARES):
+        sum_TN += tl.load(share_TN + share * share_part, mask=mask_TN, other=0.0)
     tl.store(at_TN, sum_TN.to(y.dtype.element_ty), mask=mask_TN)

@@ -2,7 +2,7 @@
 
 An output row y has the base's outputs, and behind them at `tail` its products with the A of narrow adapters. TAIL: these
 are there; GAIN: some adapter has a gain. Shapes: D width, N outputs of a tile, H heads of a tile, E head
-size, W the power of two from E on.
+size, HALF half of what rotates, W the power of two from HALF on.
 """
 
 import triton
@@ -42,75 +42,96 @@ def norm_kernel(
 
 
 @triton.jit
-def heads_of(
-    y_row, bound, entry, arena, head, first, outputs, e,
-    H: tl.constexpr, E: tl.constexpr, W: tl.constexpr, R: tl.constexpr, TAIL: tl.constexpr, GAIN: tl.constexpr,
+def completed(
+    y_row, n_N, mask_N, tail, entry, arena, begin, outputs,
+    R: tl.constexpr, TAIL: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
-    """The numbers e of some heads, complete, [H, W] in fp32; `first` is the section's first head."""
-    heads = head + tl.arange(0, H)
-    n_N = tl.reshape(heads[:, None] * E + e[None, :], (H * W,))
-    mask_N = tl.reshape((heads[:, None] >= 0) & (e[None, :] < E), (H * W,))
+    """The outputs n of a row, complete, in fp32; the section begins at the output `begin`."""
     y_N = tl.load(y_row + n_N, mask=mask_N, other=0.0).to(tl.float32)
-    column_N = n_N - first * E
     if TAIL:
-        y_N = add_tail(y_N, y_row, bound, entry, arena, column_N, mask_N, outputs, R)
+        y_N = add_tail(y_N, y_row, tail, entry, arena, n_N - begin, mask_N, outputs, R)
     if GAIN:
-        y_N = apply_gain(y_N, entry, arena, column_N, mask_N)
-    return tl.reshape(y_N, (H, W))
+        y_N = apply_gain(y_N, entry, arena, n_N - begin, mask_N)
+    return y_N
+
+
+@triton.jit
+def head_weight(weight, own, arena, e_N, mask_N, OWN: tl.constexpr):
+    """The weight of a norm over a head: the base's, or the adapter's own."""
+    weight_N = tl.load(weight + e_N, mask=mask_N, other=0.0)
+    if OWN:
+        if tl.load(own + M) >= 0:
+            weight_N = tl.load(piece(arena, own, M) + e_N, mask=mask_N, other=0.0).to(tl.float32)
+    return weight_N
+
+
+@triton.jit
+def squares(x_N, H: tl.constexpr, W: tl.constexpr):
+    """The sum of squares of each head, for each of its numbers."""
+    sum_H = tl.sum(tl.reshape(x_N * x_N, (H, W)), axis=1)
+    return tl.reshape(tl.broadcast_to(sum_H[:, None], (H, W)), (H * W,))
 
 
 @triton.jit
 def rotate_kernel(
     y, query, keys, values, place, cos, sin, slot, table, q_weight, k_weight, q_own, k_own, arena,
-    y_stride, slot_stride, epsilon, half, out,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, SECTIONS: tl.constexpr, H: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
-    R: tl.constexpr, TAIL: tl.constexpr, GAIN: tl.constexpr, NORM: tl.constexpr, OWN: tl.constexpr,
+    y_stride, slot_stride, epsilon, out,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SECTIONS: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+    HALF: tl.constexpr, W: tl.constexpr, REST: tl.constexpr, R: tl.constexpr,
+    TAIL: tl.constexpr, GAIN: tl.constexpr, NORM: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of one row: norm where the base has one, rotate, and store as queries or into the cache."""
+    """Some heads of one row: norm where the base has one, rotate, and store as queries or into the cache.
+
+    A head is a first and a second HALF that are turned into each other, and perhaps a rest that stays.
+    """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * H
-    is_key, is_value = (head >= QUERIES) & (head < QUERIES + KEYS), head >= QUERIES + KEYS
-    part = tl.where(is_value, 2, tl.where(is_key, 1, 0))
+    is_value, is_key = head >= QUERIES + KEYS, (head >= QUERIES) & (head < QUERIES + KEYS)
     begin = tl.where(is_value, QUERIES + KEYS, tl.where(is_key, QUERIES, 0))
-    section = part if SECTIONS == 3 else 0
-    first = begin if SECTIONS == 3 else 0
-    outputs = tl.where(part == 0, QUERIES, KEYS) * E if SECTIONS == 3 else out
+    section, first, outputs = 0, 0, out
+    if SECTIONS == 3:
+        section = is_key.to(tl.int32) + 2 * is_value.to(tl.int32)
+        first, outputs = begin * E, tl.where(head < QUERIES, QUERIES, KEYS) * E
     mine = tl.load(slot + row) * slot_stride
     entry = table + mine + section * COLUMNS
     y_row = y + row * y_stride
-    e = tl.arange(0, W)
-    in_E = e < E
-    x_HE = heads_of(y_row, out, entry, arena, head, first, outputs, e, H, E, W, R, TAIL, GAIN)
-    if part < 2:
-        turned = e < 2 * half
-        other_E = tl.where(turned, tl.where(e < half, e + half, e - half), e)
-        other_HE = heads_of(y_row, out, entry, arena, head, first, outputs, other_E, H, E, W, R, TAIL, GAIN)
-        if NORM:
-            scale_H = tl.rsqrt(tl.sum(x_HE * x_HE, axis=1) / E + epsilon)[:, None]
+    i = tl.arange(0, H * W)
+    at_N, f_N = (head + i // W) * E, i % W
+    mask_N = f_N < HALF
+    a_N = completed(y_row, at_N + f_N, mask_N, out, entry, arena, first, outputs, R, TAIL, GAIN)
+    b_N = completed(y_row, at_N + HALF + f_N, mask_N, out, entry, arena, first, outputs, R, TAIL, GAIN)
+    c_N = b_N
+    if REST:
+        rest_N = f_N < E - 2 * HALF
+        c_N = completed(y_row, at_N + 2 * HALF + f_N, rest_N, out, entry, arena, first, outputs, R, TAIL, GAIN)
+    if NORM:
+        if head < QUERIES + KEYS:
             weight, own = q_weight, q_own + mine
-            if part == 1:
+            if is_key:
                 weight, own = k_weight, k_own + mine
-            w_E = tl.load(weight + e, mask=in_E, other=0.0)
-            o_E = tl.load(weight + other_E, mask=in_E, other=0.0)
-            if OWN:
-                if tl.load(own + M) >= 0:
-                    w_E = tl.load(piece(arena, own, M) + e, mask=in_E, other=0.0).to(tl.float32)
-                    o_E = tl.load(piece(arena, own, M) + other_E, mask=in_E, other=0.0).to(tl.float32)
-            x_HE, other_HE = x_HE * scale_H * w_E[None, :], other_HE * scale_H * o_E[None, :]
-        angle = row * half + tl.where(e < half, e, e - half)
-        cos_E = tl.load(cos + angle, mask=turned, other=1.0)
-        sin_E = tl.load(sin + angle, mask=turned, other=0.0)
-        x_HE = x_HE * cos_E[None, :] + other_HE * tl.where(e < half, -sin_E, sin_E)[None, :]
-    x_HE = x_HE.to(y.dtype.element_ty)
-    at_HE = (head - begin + tl.arange(0, H))[:, None] * E + e[None, :]
-    if part == 0:
-        tl.store(query + row * QUERIES * E + at_HE, x_HE, mask=in_E[None, :])
-    else:
+            sum_N = squares(a_N, H, W) + squares(b_N, H, W)
+            if REST:
+                sum_N += squares(c_N, H, W)
+            scale_N = tl.rsqrt(sum_N / E + epsilon)
+            a_N *= scale_N * head_weight(weight, own, arena, f_N, mask_N, OWN)
+            b_N *= scale_N * head_weight(weight, own, arena, HALF + f_N, mask_N, OWN)
+            if REST:
+                c_N *= scale_N * head_weight(weight, own, arena, 2 * HALF + f_N, rest_N, OWN)
+    turned = mask_N & (head < QUERIES + KEYS)
+    cos_N = tl.load(cos + row * HALF + f_N, mask=turned, other=1.0)
+    sin_N = tl.load(sin + row * HALF + f_N, mask=turned, other=0.0)
+    target = query + row * QUERIES * E
+    if head >= QUERIES:
         target = keys
-        if part == 2:
+        if is_value:
             target = values
         target += tl.load(place + row).to(tl.int64) * KEYS * E
-        tl.store(target + at_HE, x_HE, mask=in_E[None, :])
+    target += at_N - begin * E + f_N
+    kind = y.dtype.element_ty
+    tl.store(target, (a_N * cos_N - b_N * sin_N).to(kind), mask=mask_N)
+    tl.store(target + HALF, (b_N * cos_N + a_N * sin_N).to(kind), mask=mask_N)
+    if REST:
+        tl.store(target + 2 * HALF, c_N.to(kind), mask=rest_N)
 
 
 @triton.jit
