@@ -186,13 +186,15 @@ def floor(engine: Engine, count: int, names: list[str | None], speeds: tuple[flo
 
 
 def load_times(engine: Engine, folders: list[Path]) -> dict[str, float]:
-    """Seconds from an adapter on the host to its slot, and from its folder to the host."""
+    """Milliseconds from an adapter's folder to the host, and from the host to a slot that others had before."""
     read, placed = [], []
     for number, folder in enumerate(folders):
         begin = time.perf_counter()
         engine.load(f"timed-{number}", folder)
         read.append(time.perf_counter() - begin)
         packed = engine.pool.find(f"timed-{number}")
+        while (idle := engine.pool.idle()) is not None and idle.packed.digest != packed.digest:
+            engine.pool.evict(idle)
         torch.cuda.synchronize()
         begin = time.perf_counter()
         resident = engine.pool.acquire(packed)
@@ -200,7 +202,6 @@ def load_times(engine: Engine, folders: list[Path]) -> dict[str, float]:
         torch.cuda.synchronize()
         placed.append(time.perf_counter() - begin)
         engine.pool.release(resident)
-        engine.pool.evict(resident)
         engine.unload(f"timed-{number}")
     return {"host_to_slot_ms": statistics.median(placed) * 1e3, "folder_to_host_ms": statistics.median(read) * 1e3}
 
@@ -232,7 +233,8 @@ def measure_ours(place: Path, calls: int) -> list[dict[str, Any]]:
         row["over_floor"] = count * NEW / row["tokens_per_second"] / floor(engine, count, names, speeds)
         rows.append(row)
         print(title, round(row["tokens_per_second"]), round(row["best"]), f"{row['over_floor']:.2f} x floor", flush=True)
-    rows.append({"engine": "fleetune", "load": "hot load", **load_times(engine, [place / str(n) for n in loras[:8]])})
+    fresh = [write_adapter(place / f"fresh-{number}", "lora", 1000 + number) for number in range(8)]
+    rows.append({"engine": "fleetune", "load": "hot load", **load_times(engine, fresh)})
     print(rows[-1], flush=True)
     return rows
 

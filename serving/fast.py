@@ -33,7 +33,7 @@ class Fast:
         self.plain = Plain(base, pool, cache)
         self.arena = pool.arena.data
         self.stride = pool.table_KLSC.stride(0)
-        self.width = triton.next_power_of_2(self.shape.head_size)
+        self.width = max(16, triton.next_power_of_2(self.shape.head_size))
         self.heads = gcd(self.shape.heads, self.shape.kv_heads, 8)
         self.varlen = base.dtype != torch.float32
         self.grouped = Grouped(base, pool)

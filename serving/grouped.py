@@ -21,7 +21,7 @@ from serving.pool import Pool
 from serving.work import FEW, Work
 
 FOREVER = 2**30  # where a section begins that is not there
-SHARE = 1024  # inputs that one program sums where there are few rows
+SHARE = 2048  # inputs that one program sums where there are few rows
 SHARES = 4  # programs that share the ranks of a tile of outputs then
 MANY = 4096  # outputs from which on tiles are larger
 
@@ -52,8 +52,8 @@ class Grouped:
     def behind(self, work: Work, group: Group, layer: int, y_TO: torch.Tensor) -> None:
         """Add what bottlenecks make of a group's outputs."""
         entry = self._entry(layer, group, BEHIND)
-        h_TSPR = self._shrink(work, entry, y_TO, group.out, 1, 1)
-        self._expand(work, group, entry, h_TSPR, y_TO, 1, 1, True)
+        h_TSR = self._shrink(work, entry, y_TO, group.out, 1, 1)
+        self._expand(work, group, entry, h_TSR, y_TO, 1, 1, True)
 
     def _entry(self, layer: int, group: Group, suffix: str) -> torch.Tensor:
         return self.pool.table_KLSC[0, layer, self.base.sites[group.sites[0].name + suffix]]
@@ -68,15 +68,15 @@ class Grouped:
         self, work: Work, group: Group, entry: torch.Tensor, x_TI: torch.Tensor, y_TO: torch.Tensor
     ) -> None:
         sections = len(group.sites)
-        h_TSPR = self._shrink(work, entry, x_TI, x_TI.shape[1], sections, 1)
-        self._expand(work, group, entry, h_TSPR, y_TO, sections, 1, False)
+        h_TSR = self._shrink(work, entry, x_TI, x_TI.shape[1], sections, 1)
+        self._expand(work, group, entry, h_TSR, y_TO, sections, 1, False)
 
     def _shares(self, work: Work, group: Group, entry: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
         sections, inputs = len(group.sites), x_TI.shape[1]
-        h_TSPR = self._shrink(work, entry, x_TI, inputs, sections, max(1, inputs // SHARE))
+        h_TSR = self._shrink(work, entry, x_TI, inputs, sections, max(1, inputs // SHARE))
         shares = SHARES if group.out <= MANY else SHARES // 2
         shares_PTO = x_TI.new_empty(shares, len(x_TI), group.out, dtype=torch.float32)
-        self._expand(work, group, entry, h_TSPR, shares_PTO[0], sections, shares, False)
+        self._expand(work, group, entry, h_TSR, shares_PTO[0], sections, shares, False)
         return shares_PTO
 
     def _add(self, work: Work, group: Group, shares_PTO: torch.Tensor, y_TO: torch.Tensor) -> None:
@@ -97,10 +97,10 @@ class Grouped:
             x_TI.stride(0), *h_TSPR.stride()[:3], self.stride, len(COLUMNS), T=work.rows, R=work.ranks,
             K=128 if work.rows == FEW else 64, num_warps=4, num_stages=4,
         )  # fmt: skip
-        return h_TSPR
+        return (h_TSPR.sum(2) if parts > 1 else h_TSPR[:, :, 0]).to(x_TI.dtype)
 
     def _expand(
-        self, work: Work, group: Group, entry: torch.Tensor, h_TSPR: torch.Tensor, y_TO: torch.Tensor, sections: int,
+        self, work: Work, group: Group, entry: torch.Tensor, h_TSR: torch.Tensor, y_TO: torch.Tensor, sections: int,
         shares: int, behind: bool,
     ) -> None:  # fmt: skip
         starts = [site.start for site in group.sites[1:]] if sections > 1 else []
@@ -108,8 +108,8 @@ class Grouped:
         tile = gcd((64 if group.out > MANY else 32) if few else 256 if wide else 128, group.out, *starts)
         grid = (len(work.segment), triton.cdiv(group.out, tile), shares)
         expand_kernel[grid](
-            y_TO, h_TSPR, work.segment, work.order_T, entry, self.pool.arena.data, group.out,
-            *[*starts, FOREVER, FOREVER][:2], y_TO.stride(0), y_TO.stride(0) * len(y_TO), *h_TSPR.stride()[:3],
-            self.stride, len(COLUMNS), T=work.rows, N=tile, PARTS=h_TSPR.shape[2], SHARES=shares, BEHIND=behind,
+            y_TO, h_TSR, work.segment, work.order_T, entry, self.pool.arena.data, group.out,
+            *[*starts, FOREVER, FOREVER][:2], y_TO.stride(0), y_TO.stride(0) * len(y_TO), *h_TSR.stride()[:2],
+            self.stride, len(COLUMNS), T=work.rows, N=tile, SHARES=shares, BEHIND=behind,
             R=min(128 if few else 64, max(16, triton.next_power_of_2(work.rank))), num_warps=4, num_stages=3,
         )  # fmt: skip

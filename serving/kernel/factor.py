@@ -58,15 +58,13 @@ def shrink_kernel(
 
 @triton.jit
 def expand_kernel(
-    y, h, segment, order, table, arena, out, second, third, y_stride, y_part, h_stride, h_section, h_part,
-    slot_stride, columns,
-    T: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, SHARES: tl.constexpr,
-    BEHIND: tl.constexpr,
+    y, h, segment, order, table, arena, out, second, third, y_stride, y_share, h_stride, h_section, slot_stride,
+    columns, T: tl.constexpr, R: tl.constexpr, N: tl.constexpr, SHARES: tl.constexpr, BEHIND: tl.constexpr,
 ):  # fmt: skip
     """y of one segment's rows, one tile of outputs and one share of the ranks.
 
     Sections begin at the outputs 0, `second` and `third`. With one share, y += the products; with several, each share
-    is written to a y of its own, for `add_kernel`. h is the sum of PARTS.
+    is written to a y of its own, for `add_kernel`.
     """
     mine = segment + tl.program_id(0) * 4
     count = tl.load(mine + 3)
@@ -91,15 +89,13 @@ def expand_kernel(
         in_R = start + r < rank
         mask_TR = (t < count)[:, None] & in_R[None, :]
         h_tile = tl.load(h_TR + start, mask=mask_TR, other=0.0)
-        for part in tl.static_range(1, PARTS):
-            h_tile += tl.load(h_TR + start + part * h_part, mask=mask_TR, other=0.0)
         b_tile = tl.load(b_RN + start * (end - begin), mask=in_R[:, None] & (n < end)[None, :], other=0.0)
-        sum_TN = tl.dot(h_tile.to(b_tile.dtype), b_tile, sum_TN, input_precision="ieee")
+        sum_TN = tl.dot(h_tile, b_tile, sum_TN, input_precision="ieee")
     if tl.load(entry + V) >= 0:
         sum_TN *= tl.load(piece(arena, entry, V) + n - begin, mask=n < end, other=0.0).to(tl.float32)[None, :]
     if BEHIND:
         sum_TN += tl.load(piece(arena, entry, BETA) + n, mask=n < end, other=0.0).to(tl.float32)[None, :]
-    at_TN = y + tl.program_id(2) * y_part + row_T[:, None] * y_stride + n[None, :]
+    at_TN = y + tl.program_id(2) * y_share + row_T[:, None] * y_stride + n[None, :]
     mask_TN = (t < count)[:, None] & (n < end)[None, :]
     if SHARES == 1:
         sum_TN += tl.load(at_TN, mask=mask_TN, other=0.0).to(tl.float32)
