@@ -1,12 +1,12 @@
 """Many adapters on one base: new tokens per second of Fleetune, PEFT's mixed batches and transformers, in one run.
 
-    python benchmarks/serve_mixed.py --out benchmarks/results/serve-mixed.json [--only fleetune] [--peers-new-tokens 8]
+    python benchmarks/serve_mixed.py --out benchmarks/results/serve-mixed.json [--only fleetune]
 
-Random weights in the shape of Llama-3.2-1B, bf16, greedy, 128 tokens of prompt and 64 new ones, adapters of rank 16 on
-all linear layers. A figure is new tokens over the seconds of a whole `generate` call with fresh prompts: the median of
-several calls, after one that is not counted. Beside each figure of ours stands what is measured over the floor: the
-time to read the weights, the caches and the adapters' bytes once per step, and to compute the prompts, at the rates
-that a large copy and a large product reach on this GPU.
+Random weights in the shape of Llama-3.2-1B, bf16, greedy, 128 tokens of prompt and 64 new ones, adapters of rank 16
+on all linear layers. A figure is new tokens over the seconds of a whole `generate` call with fresh prompts: the
+median of several calls, after one that is not counted. Beside each figure of ours stands what is measured over the
+floor: the time to read the weights, the caches and the adapters' bytes once per step, and to compute the prompts, at
+the rates that a large copy and a large product reach on this GPU. FourierFT counts the waves that it shares.
 """
 
 import argparse
@@ -49,7 +49,7 @@ LINEARS = {  # module, outputs, inputs
     "down_proj": ("mlp", 2048, 8192),
 }
 RANK, PROMPT, NEW = 16, 128, 64
-KINDS = ("lora", "rslora", "dora", "adalora", "ia3", "vera", "fourierft", "prefix")
+KINDS = ("lora", "rslora", "dora", "adalora", "ia3", "vera", "prefix", "bottleneck", "fourierft")
 CACHE_BYTES = 2 * 16 * 8 * 64 * 2  # of a token: keys and values of all layers and heads
 
 
@@ -73,17 +73,24 @@ def tensors(kind: str, seed: int) -> dict[str, torch.Tensor]:
     for layer in range(SHAPE["num_hidden_layers"]):
         for name, (module, out, inputs) in LINEARS.items():
             place = f"base_model.model.model.layers.{layer}.{module}.{name}"
-            if kind == "ia3" and name in ("k_proj", "v_proj", "down_proj"):
+            if kind == "bottleneck" and name == "down_proj":
+                place = place.removeprefix("base_model.model.")
+                found |= {f"{place}.down.weight": draw(64, out), f"{place}.down.bias": draw(64)}
+                found |= {f"{place}.up.weight": draw(out, 64), f"{place}.up.bias": draw(out)}
+            elif kind == "ia3" and name in ("k_proj", "v_proj", "down_proj"):
                 shape = (1, inputs) if name == "down_proj" else (out, 1)
                 found[f"{place}.ia3_l"] = draw(*shape, size=0.1, mean=1.0)
             elif kind == "vera":
-                found |= {f"{place}.vera_lambda_d": draw(256, mean=0.1), f"{place}.vera_lambda_b": draw(out, size=0.5)}
+                found |= {
+                    f"{place}.vera_lambda_d": draw(256, mean=0.1),
+                    f"{place}.vera_lambda_b": draw(out, size=0.5),
+                }
             elif kind == "fourierft":
                 found[f"{place}.fourierft_spectrum"] = draw(1000, size=1.0)
             elif kind == "adalora":
                 found |= {f"{place}.lora_A": draw(RANK, inputs), f"{place}.lora_B": draw(out, RANK)}
                 found[f"{place}.lora_E"] = draw(RANK, 1, size=1.0)
-            elif kind != "ia3":
+            elif kind not in ("ia3", "bottleneck"):
                 found |= {f"{place}.lora_A.weight": draw(RANK, inputs), f"{place}.lora_B.weight": draw(out, RANK)}
                 if kind == "dora":
                     found[f"{place}.lora_magnitude_vector"] = draw(out, size=0.1, mean=0.9)
@@ -110,6 +117,7 @@ def config(kind: str) -> dict[str, Any]:
         "fourierft": {
             "peft_type": "FOURIERFT", "n_frequency": 1000, "scaling": 150.0, "random_loc_seed": 777, **linear
         },
+        "bottleneck": {"kind": "bottleneck", "placement": "pfeiffer", "size": 64, "activation": "relu"},
         "prefix": {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 20},
     }[kind]  # fmt: skip
 
@@ -117,8 +125,10 @@ def config(kind: str) -> dict[str, Any]:
 def write_adapter(folder: Path, kind: str, seed: int) -> Path:
     """An adapter's folder, as PEFT loads it."""
     folder.mkdir()
-    save_file({name: value.bfloat16() for name, value in tensors(kind, seed).items()}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config(kind)))
+    names = ("bottleneck.safetensors", "bottleneck_config.json")
+    names = names if kind == "bottleneck" else ("adapter_model.safetensors", "adapter_config.json")
+    save_file({name: value.bfloat16() for name, value in tensors(kind, seed).items()}, folder / names[0])
+    (folder / names[1]).write_text(json.dumps(config(kind)))
     return folder
 
 
@@ -223,7 +233,8 @@ def measure_ours(place: Path, calls: int) -> list[dict[str, Any]]:
         ("64 adapters", loras, 64),
         ("base only, batch 256", [None], 256),
         ("64 adapters, batch 256", loras, 256),
-        ("8 kinds", list(KINDS), 64),
+        ("8 kinds", list(KINDS[:8]), 64),
+        ("8 kinds, FourierFT among them", [kind for kind in KINDS if kind != "bottleneck"], 64),
         *((f"only {kind}", [kind], 64) for kind in KINDS[2:]),
     ]
     rows = []
@@ -232,7 +243,9 @@ def measure_ours(place: Path, calls: int) -> list[dict[str, Any]]:
         row |= ours(engine, names, count, calls)
         row["over_floor"] = count * NEW / row["tokens_per_second"] / floor(engine, count, names, speeds)
         rows.append(row)
-        print(title, round(row["tokens_per_second"]), round(row["best"]), f"{row['over_floor']:.2f} x floor", flush=True)
+        print(
+            title, round(row["tokens_per_second"]), round(row["best"]), f"{row['over_floor']:.2f} x floor", flush=True
+        )
     fresh = [write_adapter(place / f"fresh-{number}", "lora", 1000 + number) for number in range(8)]
     rows.append({"engine": "fleetune", "load": "hot load", **load_times(engine, fresh)})
     print(rows[-1], flush=True)
@@ -273,7 +286,9 @@ def measure_peers(place: Path, new: int) -> list[dict[str, Any]]:
 
 def commit() -> str:
     """The commit that is measured, where git knows it."""
-    said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    said = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return said.stdout.strip() or "unknown"
 
 

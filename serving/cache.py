@@ -1,4 +1,4 @@
-"""Keys and values of all sequences, in pages of PAGE tokens. Page 0 belongs to nobody: rows without a sequence use it.
+"""Keys and values of all sequences, in pages of PAGE tokens. Page 0 is nobody's: rows without a sequence use it.
 
 Shapes: L layers, N places (pages x PAGE), H key-value heads, E head size, V tokens.
 """

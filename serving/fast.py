@@ -1,12 +1,13 @@
 """The operations of a decoder layer as dense products of the library and a few fused kernels, on a GPU.
 
-A pass over prompts adds adapters' updates with grouped kernels (`work.py`). A decoding pass takes the first product of
-narrow adapters from rows behind the base's weights, in the same dense product as the base's outputs, and the second
-one in the kernel that reads those outputs next: so it has no launch of its own for them.
+A pass over prompts adds adapters' updates with grouped kernels (`grouped.py`). A decoding pass takes the first
+product of narrow adapters from rows behind the base's weights, in the same dense product as the base's outputs, and
+the second one in the kernel that reads those outputs next: so it has no launch of its own for them.
 Shapes: T rows, I inputs, O outputs, H query heads, E head size, D width, S keys.
 """
 
-from math import gcd, log2, e as euler
+from math import e as euler
+from math import gcd, log2
 
 import torch
 import triton
@@ -80,6 +81,7 @@ class Fast:
         query_THE = torch.empty(len(y_TO), shape.heads, shape.head_size, dtype=y_TO.dtype, device=y_TO.device)
         norms, first = self.base.norms, self.entry(layer, group.sites[0].name)
         normed, half = "q_norm" in norms, step.cos_TF.shape[1]
+        rest = shape.head_size - 2 * half
         weights = [norms[n][layer] if normed else step.cos_TF for n in ("q_norm", "k_norm")]
         owns = [self.entry(layer, n) if normed else first for n in ("q_norm", "k_norm")]
         grid = (len(y_TO), (shape.heads + 2 * shape.kv_heads) // self.heads)
@@ -87,8 +89,8 @@ class Fast:
             y_TO, query_THE, self.cache.key_LNHE[layer], self.cache.value_LNHE[layer], step.place_T, step.cos_TF,
             step.sin_TF, step.mix.slot_T, first, *weights, *owns, self.arena, y_TO.stride(0), self.stride,
             shape.epsilon, group.out, QUERIES=shape.heads, KEYS=shape.kv_heads, SECTIONS=len(group.sites),
-            H=self.heads, E=shape.head_size, HALF=half, W=triton.next_power_of_2(max(half, shape.head_size - 2 * half)),
-            REST=2 * half < shape.head_size, R=step.ranks, TAIL=step.tail > 0, GAIN=step.mix.needs.gains, NORM=normed,
+            H=self.heads, E=shape.head_size, HALF=half, W=triton.next_power_of_2(max(half, rest)),
+            REST=rest > 0, R=step.ranks, TAIL=step.tail > 0, GAIN=step.mix.needs.gains, NORM=normed,
             OWN=step.mix.needs.norms, num_warps=1,
         )  # fmt: skip
         return query_THE
@@ -104,9 +106,10 @@ class Fast:
         packed = step.runs
         key, value = (x[layer].index_select(0, packed.place_S) for x in (self.cache.key_LNHE, self.cache.value_LNHE))
         window = (-1 if self.shape.window is None else self.shape.window - 1, 0)
-        attended: torch.Tensor = varlen_attn(
+        attended = varlen_attn(
             query_THE, key, value, packed.row_N, packed.key_N, packed.rows, packed.keys, window_size=window
         )
+        assert isinstance(attended, torch.Tensor)
         return attended.flatten(1)
 
     def gate(self, step: Pass, layer: int, y_TO: torch.Tensor) -> torch.Tensor:
@@ -123,6 +126,7 @@ class Fast:
         return result_TI
 
     def _decode(self, step: Pass, layer: int, query_THE: torch.Tensor) -> torch.Tensor:
+        assert step.pages_TP is not None
         shape, rows = self.shape, len(query_THE)
         parts = step.parts
         part, result = (torch.empty_like(query_THE) for _ in range(2))

@@ -26,7 +26,7 @@ class Folder:
     """The files of one adapter; what is taken from it must be all there is."""
 
     def __init__(self, path: Path, limit: int) -> None:
-        """Read a folder; raises AdapterRefused where it holds no adapter, a broken one, or more than `limit` bytes."""
+        """Read a folder; raises AdapterRefused where it holds no adapter, a broken one, or over `limit` bytes."""
         self.path = path
         self.config_path, self.weights_path = _files(path)
         if (size := self.weights_path.stat().st_size) > limit:
@@ -79,10 +79,13 @@ class Folder:
 
 # What a config says of how an adapter was made or found, and what its tensors' names say again.
 HARMLESS = frozenset(
-    "auto_mapping base_model_name_or_path corda_config eva_config exclude_modules inference_mode "
-    "init_lora_weights layers_pattern layers_to_transform loftq_config lora_dropout megatron_config megatron_core "
-    "peft_type peft_version qalora_group_size revision runtime_config target_modules task_type".split()
-)
+    (
+        "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode",
+        "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
+        "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision",
+        "runtime_config", "target_modules", "task_type", "vera_dropout",
+    )
+)  # fmt: skip
 
 
 def _files(path: Path) -> tuple[Path, Path]:

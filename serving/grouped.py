@@ -64,9 +64,7 @@ class Grouped:
         self.side.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.side)
 
-    def _into(
-        self, work: Work, group: Group, entry: torch.Tensor, x_TI: torch.Tensor, y_TO: torch.Tensor
-    ) -> None:
+    def _into(self, work: Work, group: Group, entry: torch.Tensor, x_TI: torch.Tensor, y_TO: torch.Tensor) -> None:
         sections = len(group.sites)
         h_TSR = self._shrink(work, entry, x_TI, x_TI.shape[1], sections, 1)
         self._expand(work, group, entry, h_TSR, y_TO, sections, 1, False)

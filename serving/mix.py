@@ -123,9 +123,7 @@ class PlainMix:
                 x_TI[tenant.row_T] *= u_I
         return x_TI
 
-    def _adapted(
-        self, slot: int, group: Group, layer: int, x_TI: torch.Tensor, y_TO: torch.Tensor
-    ) -> torch.Tensor:
+    def _adapted(self, slot: int, group: Group, layer: int, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
         for site in group.sites:
             entry = self._entry(slot, layer, site.name, site.inputs, site.stop - site.start)
             own_TO = y_TO[:, site.start : site.stop]
@@ -137,6 +135,7 @@ class PlainMix:
                 own_TO += beta_O
         if (name := group.sites[0].name + BEHIND) in self.base.sites:
             behind = self._entry(slot, layer, name, group.out, group.out)
-            if (update_TO := behind.update(y_TO)) is not None:
-                y_TO = y_TO + update_TO + behind.piece(packed.BETA, group.out)
+            update_TO, beta_O = behind.update(y_TO), behind.piece(packed.BETA, group.out)
+            if update_TO is not None and beta_O is not None:
+                y_TO = y_TO + update_TO + beta_O
         return y_TO

@@ -16,7 +16,16 @@ UNIT = 8  # elements: 16 bytes in 16 bits, so that kernels may load four words a
 NARROW = 64  # ranks up to which decoding takes the factors from behind the base's weights
 COLUMNS = ("rank", "a", "b", "c", "v", "m", "u", "bias", "beta", "activation", "tail", "ranks")
 RANK, A, B, C, V, M, U, BIAS, BETA, ACTIVATION, TAIL, RANKS = range(len(COLUMNS))
-TENSORS = ((A, "a_RI"), (B, "b_RO"), (C, "c_R"), (V, "v_O"), (M, "m_O"), (U, "u_I"), (BIAS, "bias_R"), (BETA, "beta_O"))
+TENSORS = (
+    (A, "a_RI"),
+    (B, "b_RO"),
+    (C, "c_R"),
+    (V, "v_O"),
+    (M, "m_O"),
+    (U, "u_I"),
+    (BIAS, "bias_R"),
+    (BETA, "beta_O"),
+)
 NOWHERE = -1
 
 

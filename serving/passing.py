@@ -62,6 +62,6 @@ class Pass:
         row_N = torch.tensor([0, *(span.count for span in self.spans)]).cumsum(0).int()
         key_N = torch.tensor([0, *(span.start + span.count for span in self.spans)]).cumsum(0).int()
         place_S = torch.cat([span.places() for span in self.spans])
-        longest = [int(ends.diff().max()) for ends in (row_N, key_N)]
+        rows, keys = (int(ends.diff().max()) for ends in (row_N, key_N))
         moved = [tensor.to(device, non_blocking=True) for tensor in (row_N, key_N, place_S)]
-        return Runs(moved[0], moved[1], *longest, moved[2])
+        return Runs(moved[0], moved[1], rows, keys, moved[2])

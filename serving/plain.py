@@ -81,6 +81,6 @@ def attention(
     seen_TS = at_S <= at_T
     if window is not None:
         seen_TS &= at_S > at_T - window
-    heads = (x.transpose(0, 1)[None] for x in (query_THE, key_SGE, value_SGE))
-    attended: torch.Tensor = scaled_dot_product_attention(*heads, attn_mask=seen_TS, enable_gqa=True)
+    query, key, value = (x.transpose(0, 1)[None] for x in (query_THE, key_SGE, value_SGE))
+    attended = scaled_dot_product_attention(query, key, value, attn_mask=seen_TS, enable_gqa=True)
     return attended[0].transpose(0, 1)

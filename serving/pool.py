@@ -13,7 +13,7 @@ import torch
 from serving.base import Base
 from serving.error import AdapterRefused, UnknownAdapter
 from serving.format import read
-from serving.packed import A, BETA, NOWHERE, UNIT, Packed, empty, pack
+from serving.packed import BETA, NOWHERE, UNIT, A, Packed, empty, pack
 
 PIECES = slice(A, BETA + 1)  # the table's columns that are offsets
 
@@ -81,19 +81,23 @@ class Pool:
         """The names that are loaded."""
         return sorted(self._names)
 
-    def load(self, name: str, folder: Path | str, pinned: bool = False) -> Packed:
-        """Read an adapter and give it a name, which then means this one.
+    @property
+    def resident(self) -> set[str]:
+        """The digests that are in slots."""
+        return set(self._residents)
 
-        A `pinned` one is never evicted from its slot. Raises AdapterRefused where it cannot be computed exactly.
-        """
+    def prepare(self, folder: Path | str) -> Packed:
+        """An adapter from its folder, on the host; raises AdapterRefused where it cannot be computed exactly."""
         packed = pack(read(folder, self.base), self.base)
         if packed.units > len(self.arena.data) // UNIT:
-            raise AdapterRefused(
-                f"{folder}: found an adapter of {packed.units * UNIT} numbers; allowed: {len(self.arena.data)}"
-            )
+            found, allowed = packed.units * UNIT, len(self.arena.data)
+            raise AdapterRefused(f"{folder}: found an adapter of {found} numbers; allowed: {allowed}")
+        return packed
+
+    def give(self, name: str, packed: Packed, pinned: bool = False) -> None:
+        """Let a name mean this adapter from now on; a `pinned` one is never evicted from its slot."""
         self._names[name] = packed
         (self._pinned.add if pinned else self._pinned.discard)(name)
-        return packed
 
     def unload(self, name: str) -> None:
         """Forget a name; requests that were made with it are answered still."""

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 
 from serving.cache import PAGE, pages_for
-from serving.decoder import Decoder
+from serving.forward import Forward
 from serving.mix import Mix
 from serving.packed import Needs
 from serving.passing import Pass
-from serving.pool import Pool
-from serving.rotation import Rotations
 from serving.sampler import Choice, greedy, sample
 from serving.sequence import Sequence
 from serving.tail import Tail
@@ -48,11 +46,11 @@ class Ticket:
 class Runner:
     """Batches of decoding steps on a GPU."""
 
-    def __init__(self, decoder: Decoder, pool: Pool, rotations: Rotations, tail: Tail, rows: int, positions: int) -> None:
+    def __init__(self, forward: Forward, tail: Tail, rows: int, positions: int) -> None:
         """At most so many rows, of so many positions."""
-        self.decoder, self.pool, self.rotations, self.tail = decoder, pool, rotations, tail
+        self.decoder, self.rotations, self.tail = forward.decoder, forward.rotations, tail
         self.sizes = sorted({*(size for size in ROWS if size < rows), rows})
-        device, long = decoder.base.device, torch.int64
+        device, long = forward.device, torch.int64
         self.id_T, self.position_T, self.kind_T, self.number_T = torch.zeros(4, rows, dtype=long, device=device)
         self.slot_T = torch.zeros(rows, dtype=torch.int32, device=device)
         self.pages_TP = torch.zeros(rows, pages_for(positions), dtype=torch.int32, device=device)
@@ -73,8 +71,8 @@ class Runner:
         self._write(size)
         mix = Mix.of([s.resident for s in sequences] + [None] * (size - len(sequences)), torch.device("cpu"))
         tail = self.tail.place([tenant.resident for tenant in mix.tenants])
-        before = Work.of(mix.tenants, lambda t: wide(t.resident.packed.needs, tail), FEW)
-        behind = Work.of(mix.tenants, lambda t: t.resident.packed.needs.behind, FEW)
+        before = Work.of(mix.tenants, lambda needs: wide(needs, tail), FEW)
+        behind = Work.of(mix.tenants, lambda needs: needs.behind, FEW)
         parts = 1
         if max(sequence.length for sequence in sequences) > LONG:
             parts = max(1, min(16, 2 ** (BUSY // (size * self.decoder.base.shape.kv_heads)).bit_length()))
@@ -94,7 +92,7 @@ class Runner:
         return Ticket(self.sequences, ring[:count], done)
 
     def _write(self, size: int) -> None:
-        """Copy what the rows are to the device; rows of nobody are the base's, at position 0 of the page of nobody."""
+        """Copy what the rows are to the device; rows of nobody are the base's, at position 0 of nobody's page."""
         rows, spare = self.sequences, size - len(self.sequences)
         columns = {
             "id_T": [s.answer[-1] for s in rows],
@@ -113,9 +111,7 @@ class Runner:
         for name in ("temperature_T", "top_k_T", "top_p_T", "seed_T"):
             getattr(self.choice, name)[: len(rows)] = getattr(choice, name)
 
-    def _graph(
-        self, size: int, mix: Mix, tail: int, before: Work | None, behind: Work | None, parts: int
-    ) -> Graph:
+    def _graph(self, size: int, mix: Mix, tail: int, before: Work | None, behind: Work | None, parts: int) -> Graph:
         """The graph for a kind of batch, captured if it is new."""
         plain = greedy([sequence.request for sequence in self.sequences])
         ranks = max(16, 2 ** (mix.needs.narrow - 1).bit_length()) if tail else 0

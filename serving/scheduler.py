@@ -16,9 +16,7 @@ from serving.sequence import Sequence
 class Scheduler:
     """Queues of sequences: waiting, filling (their prompts are computed in chunks), and running."""
 
-    def __init__(
-        self, pool: Pool, cache: Cache, rows: int, chunk: int, settle: Callable[[Resident], bool]
-    ) -> None:
+    def __init__(self, pool: Pool, cache: Cache, rows: int, chunk: int, settle: Callable[[Resident], bool]) -> None:
         """At most `rows` sequences at a time and `chunk` tokens of prompts in one pass.
 
         `settle` makes an adapter in a new slot ready, and says whether there was room for its virtual tokens.

@@ -35,6 +35,8 @@ class Sequence:
     own: list[int] = field(default_factory=list)  # of these, its own
     computed: int = 0  # positions whose keys and values are in the cache
     answer: list[int] = field(default_factory=list)
+    scored_from: int | None = None  # instead of an answer, log-probabilities of the prompt from this token on
+    scores: list[float] = field(default_factory=list)
 
     @property
     def virtual(self) -> int:
@@ -62,6 +64,8 @@ class Sequence:
 
     @property
     def finished(self) -> bool:
-        """Whether the answer is complete."""
+        """Whether the answer is complete; a prompt that is scored is when it is computed."""
         request = self.request
+        if self.scored_from is not None:
+            return self.left == 0
         return len(self.answer) >= request.new_tokens or (bool(self.answer) and self.answer[-1] in request.stop)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from serving.mix import Tenant
+from serving.packed import Needs
 
-
-FEW = 16  # rows of a tile when decoding, the fewest that tensor cores take
+FEW, MANY = 16, 64  # rows of a tile: when decoding the fewest that tensor cores take, and over prompts
 
 
 @dataclass
@@ -26,9 +26,10 @@ class Work:
     ranks: int  # of a tile
 
     @classmethod
-    def of(cls, tenants: list[Tenant], rank_of: Callable[[Tenant], int], rows: int) -> "Work | None":
+    def of(cls, tenants: list[Tenant], rank_of: Callable[[Needs], int], rows: int) -> "Work | None":
         """The work for the tenants that have a rank at all, in tiles of so many rows; None where there is none."""
-        chosen = [(tenant, rank_of(tenant)) for tenant in tenants if rank_of(tenant)]
+        ranked = [(tenant, rank_of(tenant.resident.packed.needs)) for tenant in tenants]
+        chosen = [(tenant, rank) for tenant, rank in ranked if rank]
         if not chosen:
             return None
         most = max(rank for _, rank in chosen)
@@ -46,8 +47,10 @@ class Work:
 
     def to(self, device: torch.device) -> "Work":
         """The same on a device."""
-        moved = (tensor.to(device, non_blocking=True) for tensor in (self.task, self.segment, self.order_T))
-        return Work(*moved, self.rank, self.rows, self.ranks)
+        task, segment, order_T = (
+            tensor.to(device, non_blocking=True) for tensor in (self.task, self.segment, self.order_T)
+        )
+        return Work(task, segment, order_T, self.rank, self.rows, self.ranks)
 
 
 def padded(table: torch.Tensor, count: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ def attend_kernel(
     HEADS: tl.constexpr, KEYS: tl.constexpr, G: tl.constexpr, E: tl.constexpr, W: tl.constexpr, S: tl.constexpr,
     PAGE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One sequence, key-value head and part of its keys: the part's attention, the peak and the mass of its softmax."""
+    """One sequence, key-value head and part of its keys: the part's attention, and its softmax's peak and mass."""
     row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(position + row) + 1
     begin = tl.maximum(length - window, 0)
@@ -39,7 +39,9 @@ def attend_kernel(
         next_G = tl.maximum(peak_G, tl.max(score_GS, axis=1))
         weight_GS = tl.exp2(score_GS - next_G[:, None])
         shrink_G = tl.exp2(peak_G - next_G)
-        value_SE = tl.load(values + place_S[:, None] * E + e[None, :], mask=seen_S[:, None] & (e < E)[None, :], other=0.0)
+        value_SE = tl.load(
+            values + place_S[:, None] * E + e[None, :], mask=seen_S[:, None] & (e < E)[None, :], other=0.0
+        )
         update_GE = tl.dot(weight_GS.to(value_SE.dtype), value_SE, input_precision="ieee")
         sum_GE = sum_GE * shrink_G[:, None] + update_GE
         mass_G = mass_G * shrink_G + tl.sum(weight_GS, axis=1)
@@ -62,6 +64,8 @@ def join_kernel(part, peak, mass, result, E: tl.constexpr, W: tl.constexpr, PART
     p, e = tl.arange(0, PARTS), tl.arange(0, W)
     peak_P, mass_P = tl.load(peak + cell * PARTS + p), tl.load(mass + cell * PARTS + p)
     weight_P = tl.where(mass_P > 0, mass_P * tl.exp2(peak_P - tl.max(peak_P, axis=0)), 0.0)
-    part_PE = tl.load(part + (cell * PARTS + p)[:, None] * E + e[None, :], mask=(e < E)[None, :], other=0.0).to(tl.float32)
+    part_PE = tl.load(part + (cell * PARTS + p)[:, None] * E + e[None, :], mask=(e < E)[None, :], other=0.0).to(
+        tl.float32
+    )
     out_E = tl.sum(part_PE * weight_P[:, None], axis=0) / tl.sum(weight_P, axis=0)
     tl.store(result + cell * E + e, out_E.to(result.dtype.element_ty), mask=e < E)

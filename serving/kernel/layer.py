@@ -1,8 +1,8 @@
 """Norms, rotary positions and gates of a decoder layer, which complete the outputs that they read.
 
-An output row y has the base's outputs, and behind them at `tail` its products with the A of narrow adapters. TAIL: these
-are there; GAIN: some adapter has a gain. Shapes: D width, N outputs of a tile, H heads of a tile, E head
-size, HALF half of what rotates, W the power of two from HALF on.
+An output row y has the base's outputs, and behind them its products with the A of narrow adapters. TAIL: these are
+there; GAIN: some adapter has a gain. Shapes: D width, N outputs of a tile, H heads of a tile, E head size, HALF half
+of what rotates, W the power of two from HALF on.
 """
 
 import triton

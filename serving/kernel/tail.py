@@ -11,7 +11,18 @@ from serving.kernel.entry import RANK, RANKS, TAIL, A, piece
 
 @triton.jit
 def tail_kernel(
-    weight, slot, table, arena, out, inputs, layer_stride, slot_stride, table_layer, columns, sections, N: tl.constexpr
+    weight,
+    slot,
+    table,
+    arena,
+    out,
+    inputs,
+    layer_stride,
+    slot_stride,
+    table_layer,
+    columns,
+    sections,
+    N: tl.constexpr,
 ):
     """Rows of one adapter, section and layer; those beyond its rank there are zero."""
     mine, layer = tl.program_id(0), tl.program_id(1)
@@ -21,7 +32,7 @@ def tail_kernel(
     source = piece(arena, entry, A)
     target = weight + layer.to(tl.int64) * layer_stride + (out + first).to(tl.int64) * inputs
     n = tl.arange(0, N)
-    for row in range(0, rows):
+    for row in range(rows):
         for start in range(0, inputs, N):
             at = row * inputs + start + n
             a_N = tl.load(source + at, mask=(row < rank) & (start + n < inputs), other=0.0)

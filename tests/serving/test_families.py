@@ -66,7 +66,11 @@ def test_the_model_goes_on_working_on_the_same_memory() -> None:
     ("family", "more", "said"),
     [
         ("gpt2", {}, "found model type 'gpt2'; allowed: gemma, llama, mistral, phi3, qwen2, qwen3"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'; allowed"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "'dynamic'; allowed",
+        ),
         ("llama", {"hidden_act": "relu"}, "found activation 'relu'; allowed: silu, gelu_pytorch_tanh"),
     ],
 )

@@ -49,12 +49,18 @@ def continued(model: Any, prompt: tuple[int, ...]) -> list[int]:
 
 
 def test_every_method_that_leaves_an_adapter_is_here() -> None:
-    leave = {kind for kind, options in KINDS.items() if not options.makes_model and options.__module__.startswith("methods")}
+    leave = {
+        kind
+        for kind, options in KINDS.items()
+        if not options.makes_model and options.__module__.startswith("methods")
+    }
     assert {description["kind"] for description in ADAPTERS.values()} | {"qlora"} == leave
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_those_of_the_adapter_alone(name: str | None, engine: Engine, alone: dict[str | None, Any]) -> None:
+def test_logits_are_those_of_the_adapter_alone(
+    name: str | None, engine: Engine, alone: dict[str | None, Any]
+) -> None:
     expected = said(alone[name], PROMPT)
     found = engine.logits(Request(PROMPT, name))
     assert (found - expected).abs().max() < 1e-5 * expected.std()
@@ -62,9 +68,7 @@ def test_logits_are_those_of_the_adapter_alone(name: str | None, engine: Engine,
         assert (expected - said(alone[None], PROMPT)).abs().max() > 1e-2 * expected.std()
 
 
-def test_a_batch_of_all_kinds_gives_everyone_their_own_tokens(
-    engine: Engine, alone: dict[str | None, Any]
-) -> None:
+def test_a_batch_of_all_kinds_gives_everyone_their_own_tokens(engine: Engine, alone: dict[str | None, Any]) -> None:
     prompts = {name: PROMPT[: 5 + number] for number, name in enumerate(NAMES)}
     expected = {name: continued(alone[name], prompts[name]) for name in NAMES}
     found = engine.generate([Request(prompts[name], name, new_tokens=TOKENS) for name in NAMES])
