@@ -199,7 +199,7 @@ class Engine:
             raise RequestRefused("request: found no prompt, or no new tokens; allowed: at least one of each")
         if sequence.length > self.positions:
             raise RequestRefused(f"request: found {sequence.length} positions; allowed: at most {self.positions}")
-        if not all(0 <= token <= most for token in request.prompt):
+        if min(request.prompt) < 0 or max(request.prompt) > most:
             raise RequestRefused(f"request.prompt: found an id of no token; allowed: 0 to {most}")
         if pages_for(sequence.length + PAGE) >= self.cache.pages:
             raise RequestRefused(f"request: found {sequence.length} positions, for which the cache has no room")

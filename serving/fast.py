@@ -23,6 +23,9 @@ from serving.passing import Pass
 from serving.plain import Plain
 from serving.pool import Pool
 
+# Measured on an H200: outputs of a gate's tile and its warps, with adapters and without; warps of a norm, likewise;
+# keys that attention takes at a time, and its warps.
+GATE, NORM, KEYS = {True: (512, 4), False: (1024, 4)}, {True: 16, False: 4}, (64, 4)
 FOREVER = 2**30  # a window of attention that leaves nothing out
 
 
@@ -71,7 +74,7 @@ class Fast:
             step.mix.slot_T, origin, self.entry(layer, name), self.arena, width, x_TD.stride(0), self.stride,
             self.shape.epsilon, D=block, R=step.ranks, ADD=residual_TD is not None,
             TAIL=source is not None and step.tail > 0, GAIN=source is not None and step.mix.needs.gains,
-            OWN=step.mix.needs.norms, num_warps=8 if step.tail else 4,
+            OWN=step.mix.needs.norms, num_warps=NORM[step.tail > 0],
         )  # fmt: skip
         return stream_TD, normed_TD
 
@@ -116,12 +119,12 @@ class Fast:
         """What the down projection gets, with what its adapter scales it by."""
         group, inner = self.base.groups["gate_up"], self.shape.mlp
         result_TI = torch.empty(len(y_TO), inner, dtype=y_TO.dtype, device=y_TO.device)
-        tile = 512 if step.tail else 1024
+        tile, warps = GATE[step.tail > 0]
         gate_kernel[(len(y_TO), triton.cdiv(inner, tile))](
             y_TO, result_TI, step.mix.slot_T, self.entry(layer, group.sites[0].name), self.entry(layer, "down_proj"),
             self.arena, inner, y_TO.stride(0), self.stride, N=tile, R=step.ranks, SECTIONS=len(group.sites),
             GELU=self.shape.gelu, TAIL=step.tail > 0, GAIN=step.mix.needs.gains, SCALE=step.mix.needs.scales,
-            num_warps=2 if step.tail else 4,
+            num_warps=warps,
         )  # fmt: skip
         return result_TI
 
@@ -138,8 +141,8 @@ class Fast:
             query_THE, self.cache.key_LNHE[layer], self.cache.value_LNHE[layer], step.pages_TP, step.position_T,
             part if parts > 1 else result, peak, mass, step.pages_TP.stride(0),
             shape.head_size**-0.5 * log2(euler), shape.window or FOREVER, HEADS=shape.heads, KEYS=shape.kv_heads,
-            G=max(16, triton.next_power_of_2(shape.heads // shape.kv_heads)), E=shape.head_size, W=self.width, S=64,
-            PAGE=PAGE, PARTS=parts, num_warps=4,
+            G=max(16, triton.next_power_of_2(shape.heads // shape.kv_heads)), E=shape.head_size, W=self.width,
+            S=KEYS[0], PAGE=PAGE, PARTS=parts, num_warps=KEYS[1],
         )  # fmt: skip
         if parts > 1:
             join_kernel[(rows * shape.heads,)](

@@ -11,7 +11,7 @@ from serving.base import Base
 from serving.cache import Cache, pages_for
 from serving.decoder import Decoder, Operations
 from serving.mix import Mix
-from serving.passing import Pass, Span
+from serving.passing import Pass, Span, laid
 from serving.plain import Plain
 from serving.pool import Pool, Resident
 from serving.rotation import Rotations
@@ -34,7 +34,8 @@ class Forward:
 
     def run(self, chosen: Chosen, id_T: torch.Tensor) -> tuple[torch.Tensor, Mix]:
         """The normed outputs [T, D] of some rows of sequences, and the adapters of these rows."""
-        mix = Mix.of([sequence.resident for sequence, span in chosen for _ in range(span.count)], self.device)
+        counts = [span.count for _, span in chosen]
+        mix = Mix.of([sequence.resident for sequence, _ in chosen], self.device, counts)
         x_TD = self.decoder.embed(id_T.to(self.device), mix)
         return self.decoder.forward(x_TD, self._pass(mix, [(s.resident, span) for s, span in chosen])), mix
 
@@ -62,7 +63,7 @@ class Forward:
         if adapter.prefix_L2VHE is not None:
             self.cache.write(pages, adapter.prefix_L2VHE)
         elif adapter.prompt_VD is not None:
-            mix = Mix.of([resident] * adapter.virtual, device)
+            mix = Mix.of([resident], device, [adapter.virtual])
             step = self._pass(mix, [(resident, Span(0, adapter.virtual, 0, pages))])
             self.decoder.forward(adapter.prompt_VD.to(device), step)
         return True
@@ -76,9 +77,9 @@ class Forward:
 
     def _pass(self, mix: Mix, chosen: list[tuple[Resident | None, Span]]) -> Pass:
         spans = [span for _, span in chosen]
-        position_T = torch.cat([torch.arange(span.start, span.start + span.count) for span in spans])
-        kind_T = torch.cat([torch.full((s.count,), 0 if r is None else r.rotation) for r, s in chosen])
-        place_T = torch.cat([span.places(span.start) for span in spans])
+        position_T, place_T = laid(spans)
+        kind_N = torch.tensor([0 if resident is None else resident.rotation for resident, _ in chosen])
+        kind_T = kind_N.repeat_interleave(torch.tensor([span.count for span in spans]))
         step = Pass(mix, place_T.to(self.device), *self.rotations.at(kind_T, position_T), spans)
         works = (
             Work.of(mix.tenants, lambda n: max(n.narrow, n.wide), MANY),

@@ -8,6 +8,7 @@ Shapes: T rows, I inputs, O outputs, R rank, D width.
 """
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -38,16 +39,21 @@ class Mix:
     needs: Needs = field(default_factory=Needs)
 
     @classmethod
-    def of(cls, residents: list[Resident | None], device: torch.device) -> "Mix":
-        """The mix of a batch whose rows have these adapters (None: the base)."""
-        slots = [0 if resident is None else resident.slot for resident in residents]
-        slot_T = torch.tensor(slots, dtype=torch.int32)
-        present = {r.slot: r for r in residents if r is not None}
-        tenants = [Tenant(present[slot], (slot_T == slot).nonzero().flatten()) for slot in sorted(present)]
+    def of(cls, residents: list[Resident | None], device: torch.device, counts: list[int] | None = None) -> "Mix":
+        """The mix of a batch whose runs of rows (`counts`, or one row each) have these adapters (None: the base)."""
+        counts = counts or [1] * len(residents)
+        rows: dict[int, list[torch.Tensor]] = {}
+        present: dict[int, Resident] = {}
+        for resident, count, end in zip(residents, counts, accumulate(counts), strict=True):
+            if resident is not None:
+                present[resident.slot] = resident
+                rows.setdefault(resident.slot, []).append(torch.arange(end - count, end))
+        tenants = [Tenant(present[slot], torch.cat(rows[slot])) for slot in sorted(present)]
         needs = Needs()
         for tenant in tenants:
             needs |= tenant.resident.packed.needs
-        return cls(slot_T.to(device), tenants, needs)
+        slot_N = torch.tensor([0 if r is None else r.slot for r in residents], dtype=torch.int32)
+        return cls(slot_N.repeat_interleave(torch.tensor(counts)).to(device), tenants, needs)
 
 
 class Entry:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from serving.cache import places
+from serving.cache import PAGE, places
 from serving.mix import Mix
 from serving.work import Work
 
@@ -23,9 +23,9 @@ class Span:
     start: int
     pages: list[int]
 
-    def places(self, start: int = 0) -> torch.Tensor:
-        """Where the keys and values of positions [start, ...) up to its last row's lie."""
-        return places(self.pages, start, self.start + self.count)
+    def places(self) -> torch.Tensor:
+        """Where the keys and values of all positions up to its last row's lie."""
+        return places(self.pages, 0, self.start + self.count)
 
 
 class Runs(NamedTuple):
@@ -58,10 +58,22 @@ class Pass:
     @cached_property
     def runs(self) -> Runs:
         """The spans for attention of runs."""
-        device = self.place_T.device
         row_N = torch.tensor([0, *(span.count for span in self.spans)]).cumsum(0).int()
         key_N = torch.tensor([0, *(span.start + span.count for span in self.spans)]).cumsum(0).int()
-        place_S = torch.cat([span.places() for span in self.spans])
         rows, keys = (int(ends.diff().max()) for ends in (row_N, key_N))
-        moved = [tensor.to(device, non_blocking=True) for tensor in (row_N, key_N, place_S)]
+        place_S = self.place_T
+        if keys > rows or bool((row_N != key_N).any()):
+            place_S = laid([Span(0, span.start + span.count, 0, span.pages) for span in self.spans])[1]
+        moved = [tensor.to(self.place_T.device, non_blocking=True) for tensor in (row_N, key_N, place_S)]
         return Runs(moved[0], moved[1], rows, keys, moved[2])
+
+
+def laid(spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The position of every row of some spans, and where its keys and values lie."""
+    count_N = torch.tensor([span.count for span in spans])
+    span_T = torch.repeat_interleave(count_N)
+    shift_N = torch.tensor([span.start for span in spans]) - (count_N.cumsum(0) - count_N)
+    position_T = torch.arange(len(span_T)) + shift_N[span_T]
+    most = max(len(span.pages) for span in spans)
+    page_NP = torch.tensor([span.pages + [0] * (most - len(span.pages)) for span in spans])
+    return position_T, page_NP[span_T, position_T // PAGE] * PAGE + position_T % PAGE
