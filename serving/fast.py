@@ -25,7 +25,7 @@ from serving.pool import Pool
 
 # Measured on an H200: outputs of a gate's tile and its warps, with adapters and without; warps of a norm, likewise;
 # keys that attention takes at a time, and its warps.
-GATE, NORM, KEYS = {True: (512, 4), False: (1024, 4)}, {True: 16, False: 4}, (64, 4)
+GATE, NORM, KEYS = {True: (512, 4), False: (1024, 4)}, {True: 16, False: 4}, (64, 2)
 FOREVER = 2**30  # a window of attention that leaves nothing out
 
 
