@@ -106,6 +106,8 @@ class Engine:
         self._fill()
         if self.scheduler.running:
             self._advance()
+        elif self.scheduler.waiting and not self.scheduler.filling:
+            self._refuse(self.scheduler.waiting[0])
 
     @torch.inference_mode()
     def logits(self, request: Request) -> torch.Tensor:
@@ -203,6 +205,11 @@ class Engine:
             raise RequestRefused(f"request.prompt: found an id of no token; allowed: 0 to {most}")
         if pages_for(sequence.length + PAGE) >= self.cache.pages:
             raise RequestRefused(f"request: found {sequence.length} positions, for which the cache has no room")
+
+    def _refuse(self, sequence: Sequence) -> None:
+        """Give up a request that finds no room though nothing else runs: pinned adapters have all slots or pages."""
+        self.scheduler.drop(sequence)
+        raise RequestRefused("request: found no slot for its adapter, or no pages, beside those that are pinned")
 
     def _runner(self, rows: int, ranks: int) -> "Runner":
         from serving.runner import Runner

@@ -27,6 +27,7 @@ class Resident:
     start: int  # of its block in the arena
     users: int = 0
     ready: bool = False  # what it needs beside its block is there
+    gone: bool = False  # it was evicted
     pages: list[int] = field(default_factory=list)  # keys and values in front of its documents
     rotation: int = 0  # which rotary positions it has
     embed_VD: torch.Tensor | None = None
@@ -137,6 +138,7 @@ class Pool:
     def evict(self, resident: Resident) -> None:
         """Free a slot; its pages are the caller's to give back."""
         del self._residents[resident.packed.digest]
+        resident.gone = True
         self.arena.give_back(resident.start, resident.packed.units)
         self._slots.append(resident.slot)
 

@@ -12,7 +12,7 @@ import torch
 
 from serving.cache import PAGE, pages_for
 from serving.forward import Forward
-from serving.mix import Mix
+from serving.mix import Mix, Tenant
 from serving.packed import Needs
 from serving.passing import Pass
 from serving.sampler import Choice, greedy, sample
@@ -27,11 +27,12 @@ LONG = 512  # positions from which a sequence's keys are computed in parts
 
 @dataclass
 class Graph:
-    """A captured step, and the work that its grouped kernels read."""
+    """A captured step, the work that its grouped kernels read, and adapters whose embeddings it reads."""
 
     graph: Any
     before: Work | None
     behind: Work | None
+    own: list[Tenant]
 
 
 @dataclass
@@ -117,18 +118,25 @@ class Runner:
         ranks = max(16, 2 ** (mix.needs.narrow - 1).bit_length()) if tail else 0
         needs = replace(mix.needs, narrow=ranks, wide=0, behind=0)
         own = [t for t in mix.tenants if t.resident.embed_VD is not None or t.resident.head_VD is not None]
-        kept = tuple((t.resident.slot, id(t.resident)) for t in own)
+        kept = tuple(id(tenant.resident) for tenant in own)
         static = [None if work is None else room(work, size) for work in (before, behind)]
         sizes = tuple(None if w is None else (len(w.task), len(w.segment), w.rank, w.ranks) for w in static)
         key = (size, tail, sizes, parts, plain, needs, kept)
         if key not in self._graphs:
+            self._forget()
             held = [None if work is None else work.to(self.id_T.device) for work in static]
             for work, now in zip(held, (before, behind), strict=True):
                 fill(work, now)
             pass_mix = Mix(self.slot_T[:size], own, needs)
             step = lambda: self._step(size, pass_mix, tail, held[0], held[1], parts, plain)  # noqa: E731
-            self._graphs[key] = Graph(capture(step, self._restore), held[0], held[1])
+            self._graphs[key] = Graph(capture(step, self._restore), held[0], held[1], own)
         return self._graphs[key]
+
+    def _forget(self) -> None:
+        """Drop graphs that read the embeddings of adapters that are gone; until then they keep them alive."""
+        gone = [key for key, held in self._graphs.items() if any(tenant.resident.gone for tenant in held.own)]
+        for key in gone:
+            del self._graphs[key]
 
     def _restore(self) -> None:
         """Put the rows back as they were before a step was tried."""

@@ -66,6 +66,12 @@ class Scheduler:
         if sequence.resident is not None:
             self.pool.release(sequence.resident)
 
+    def drop(self, sequence: Sequence) -> None:
+        """Let a sequence that waits go unanswered."""
+        self.waiting.remove(sequence)
+        if sequence.resident is not None:
+            self.pool.release(sequence.resident)
+
     def _start(self, sequence: Sequence) -> bool:
         if sequence.packed is not None and sequence.resident is None:
             sequence.resident = self._resident(sequence)

@@ -49,6 +49,12 @@ class Exported:
         return self.method.load(model, self.folder).eval()  # type: ignore[no-any-return]
 
 
+def loaded(base: Path) -> PreTrainedModel:
+    """A base in memory, on the CPU."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base)
+    return model.eval()
+
+
 def make_base(folder: Path, **config: Any) -> Path:
     """A folder with a random Llama of two layers, width 64, fp32."""
     random_llama(**WIDE | config).save_pretrained(folder)

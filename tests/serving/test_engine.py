@@ -7,8 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapters import Exported, export
-from transformers import AutoModelForCausalLM
+from adapters import Exported, export, loaded
 
 from serving.engine import Engine
 from serving.error import RequestRefused, UnknownAdapter
@@ -19,7 +18,7 @@ PROMPT = tuple((5 * i + 7) % 320 for i in range(30))
 
 
 def engine_of(base: Path, **sizes: int) -> Engine:
-    return Engine(base, **{"tokens": 1024, "positions": 128, "adapter_bytes": 2**20} | sizes)
+    return Engine(loaded(base), **{"tokens": 1024, "positions": 128, "adapter_bytes": 2**20} | sizes)
 
 
 def test_chunks_of_prompts_change_nothing(base: Path, exported: dict[str, Exported]) -> None:
@@ -95,7 +94,7 @@ def test_patterns_of_ranks_and_scales_are_those_of_peft(base: Path, tmp_path: Pa
         r=4, lora_alpha=8, target_modules=["q_proj", "o_proj", "down_proj", "up_proj"], init_lora_weights=False,
         **patterns,
     )  # fmt: skip
-    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    tuned = peft.get_peft_model(loaded(base), config).eval()
     tuned.save_pretrained(tmp_path / "patterns")
     engine = engine_of(base)
     engine.load("patterns", tmp_path / "patterns")
@@ -129,6 +128,18 @@ def test_an_adapters_identity_is_its_weights_and_its_config(
 def test_what_can_never_be_answered_is_refused(request_: Request, said: str, base: Path) -> None:
     with pytest.raises(RequestRefused, match=said):
         engine_of(base).add(request_)
+
+
+def test_what_finds_no_room_beside_pinned_adapters_is_refused_and_the_rest_goes_on(
+    base: Path, exported: dict[str, Exported]
+) -> None:
+    engine = engine_of(base, slots=1)
+    engine.load("first", exported["lora"].folder, pinned=True)
+    engine.load("second", exported["dora"].folder)
+    engine.generate([Request(PROMPT, "first", new_tokens=2)])
+    with pytest.raises(RequestRefused, match="found no slot for its adapter, or no pages"):
+        engine.generate([Request(PROMPT, "second", new_tokens=2)])
+    assert len(engine.generate([Request(PROMPT, "first", new_tokens=2)])[0]) == 2
 
 
 def test_log_likelihoods_are_those_of_the_logits(base: Path, exported: dict[str, Exported]) -> None:

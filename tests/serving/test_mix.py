@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import ADAPTERS, Exported
-from transformers import AutoModelForCausalLM
+from adapters import ADAPTERS, Exported, loaded
 
 from methods.options import KINDS
 from serving.engine import Engine
@@ -20,14 +19,13 @@ NAMES: list[str | None] = [None, *ADAPTERS]
 @pytest.fixture(scope="module")
 def alone(base: Path, exported: dict[str, Exported]) -> dict[str | None, Any]:
     """Plain models, each with one of the adapters."""
-    plain = AutoModelForCausalLM.from_pretrained(base).eval()
-    return {None: plain} | {name: adapter.alone(base) for name, adapter in exported.items()}
+    return {None: loaded(base)} | {name: adapter.alone(base) for name, adapter in exported.items()}
 
 
 @pytest.fixture(scope="module")
 def engine(base: Path, exported: dict[str, Exported]) -> Engine:
     """An engine that has them all."""
-    engine = Engine(base, rows=32, tokens=4096, positions=256, adapter_bytes=2**24)
+    engine = Engine(loaded(base), rows=32, tokens=4096, positions=256, adapter_bytes=2**24)
     for name, adapter in exported.items():
         engine.load(name, adapter.folder)
     return engine

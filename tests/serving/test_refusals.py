@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import Exported, make_base
+from adapters import Exported, loaded, make_base
 from safetensors.torch import load_file, save_file
 
 from serving.engine import Engine
@@ -24,7 +24,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.fixture(scope="module")
 def engine(base: Path, exported: dict[str, Exported]) -> Engine:
     """An engine in which one adapter serves."""
-    engine = Engine(base, tokens=512, positions=128, adapter_bytes=2**20)
+    engine = Engine(loaded(base), tokens=512, positions=128, adapter_bytes=2**20)
     engine.load("good", exported["lora"].folder)
     return engine
 
@@ -117,7 +117,7 @@ def test_more_bytes_than_allowed_are_not_even_read(engine: Engine, exported: dic
 def test_an_adapter_for_another_base_and_a_whole_model_are_refused(
     engine: Engine, base: Path, exported: dict[str, Exported], tmp_path: Path
 ) -> None:
-    other = Engine(make_base(tmp_path / "wider", hidden_size=128), tokens=64, adapter_bytes=2**20)
+    other = Engine(loaded(make_base(tmp_path / "wider", hidden_size=128)), tokens=64, adapter_bytes=2**20)
     for name, found in (("lora", "4 x 64"), ("prompt", "6 x 64"), ("bottleneck", "6 x 64"), ("ia3", "")):
         with pytest.raises(AdapterRefused, match=f"of shape .*{found}; allowed on this base: "):
             other.load(name, exported[name].folder)
