@@ -46,13 +46,10 @@ def attend_kernel(
         sum_GE = sum_GE * shrink_G[:, None] + update_GE
         mass_G = mass_G * shrink_G + tl.sum(weight_GS, axis=1)
         peak_G = next_G
-    safe_G = tl.where(mass_G > 0, mass_G, 1.0)
-    out_GE = (sum_GE / safe_G[:, None]).to(result.dtype.element_ty)
-    if PARTS == 1:
-        tl.store(result + at_GE, out_GE, mask=mask_GE)
-    else:
-        cell_G = (row * HEADS + head * each + g) * PARTS + part
-        tl.store(result + cell_G[:, None] * E + e[None, :], out_GE, mask=mask_GE)
+    out_GE = sum_GE / tl.where(mass_G > 0, mass_G, 1.0)[:, None]
+    cell_G = (row * HEADS + head * each + g) * PARTS + part
+    tl.store(result + cell_G[:, None] * E + e[None, :], out_GE.to(result.dtype.element_ty), mask=mask_GE)
+    if PARTS > 1:
         tl.store(peak + cell_G, peak_G, mask=g < each)
         tl.store(mass + cell_G, mass_G, mask=g < each)
 

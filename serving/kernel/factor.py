@@ -57,6 +57,15 @@ def shrink_kernel(
 
 
 @triton.jit
+def section_of(n, out, second, third):
+    """The section of an output, where it begins and where it ends; sections begin at 0, `second` and `third`."""
+    section = (n >= second).to(tl.int32) + (n >= third).to(tl.int32)
+    begin = tl.where(section == 2, third, tl.where(section == 1, second, 0))
+    end = tl.where(section == 2, out, tl.minimum(tl.where(section == 1, third, second), out))
+    return section, begin, end
+
+
+@triton.jit
 def expand_kernel(
     y, h, segment, order, table, arena, out, second, third, y_stride, y_share, h_stride, h_section, slot_stride,
     columns, T: tl.constexpr, R: tl.constexpr, N: tl.constexpr, SHARES: tl.constexpr, BEHIND: tl.constexpr,
@@ -71,9 +80,7 @@ def expand_kernel(
     if count == 0:
         return
     n0 = tl.program_id(1) * N
-    section = (n0 >= second).to(tl.int32) + (n0 >= third).to(tl.int32)
-    begin = tl.where(section == 2, third, tl.where(section == 1, second, 0))
-    end = tl.where(section == 2, out, tl.where(section == 1, tl.minimum(third, out), tl.minimum(second, out)))
+    section, begin, end = section_of(n0, out, second, third)
     entry = table + tl.load(mine) * slot_stride + section * columns
     rank = tl.load(entry + RANK)
     if (rank == 0) & (SHARES == 1):

@@ -73,6 +73,37 @@ def squares(x_N, H: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
+def normed_heads(
+    a_N, b_N, c_N, weight, own, arena, f_N, mask_N, rest_N, epsilon,
+    H: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr, W: tl.constexpr, REST: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    """The halves and the rest of some heads, each head normed."""
+    sum_N = squares(a_N, H, W) + squares(b_N, H, W)
+    if REST:
+        sum_N += squares(c_N, H, W)
+    scale_N = tl.rsqrt(sum_N / E + epsilon)
+    a_N *= scale_N * head_weight(weight, own, arena, f_N, mask_N, OWN)
+    b_N *= scale_N * head_weight(weight, own, arena, HALF + f_N, mask_N, OWN)
+    if REST:
+        c_N *= scale_N * head_weight(weight, own, arena, 2 * HALF + f_N, rest_N, OWN)
+    return a_N, b_N, c_N
+
+
+@triton.jit
+def destination(
+    query, keys, values, place, row, head, QUERIES: tl.constexpr, KEYS: tl.constexpr, E: tl.constexpr
+):  # fmt: skip
+    """Where a row's heads go: to the queries, or to the row's place among the keys or the values."""
+    target = query + row * QUERIES * E
+    if head >= QUERIES:
+        target = keys
+        if head >= QUERIES + KEYS:
+            target = values
+        target += tl.load(place + row).to(tl.int64) * KEYS * E
+    return target
+
+
+@triton.jit
 def rotate_kernel(
     y, query, keys, values, place, cos, sin, slot, table, q_weight, k_weight, q_own, k_own, arena,
     y_stride, slot_stride, epsilon, out,
@@ -84,54 +115,37 @@ def rotate_kernel(
 
     A head is a first and a second HALF that are turned into each other, and perhaps a rest that stays.
     """
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * H
-    is_value, is_key = head >= QUERIES + KEYS, (head >= QUERIES) & (head < QUERIES + KEYS)
-    begin = tl.where(is_value, QUERIES + KEYS, tl.where(is_key, QUERIES, 0))
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * H
+    part = (head >= QUERIES).to(tl.int32) + (head >= QUERIES + KEYS).to(tl.int32)
+    begin = tl.where(part == 2, QUERIES + KEYS, tl.where(part == 1, QUERIES, 0))
     section, first, outputs = 0, 0, out
     if SECTIONS == 3:
-        section = is_key.to(tl.int32) + 2 * is_value.to(tl.int32)
-        first, outputs = begin * E, tl.where(head < QUERIES, QUERIES, KEYS) * E
+        section, first, outputs = part, begin * E, tl.where(part == 0, QUERIES, KEYS) * E
     mine = tl.load(slot + row) * slot_stride
-    entry = table + mine + section * COLUMNS
-    y_row = y + row * y_stride
+    entry, y_row = table + mine + section * COLUMNS, y + row * y_stride
     i = tl.arange(0, H * W)
     at_N, f_N = (head + i // W) * E, i % W
-    mask_N = f_N < HALF
+    mask_N, rest_N = f_N < HALF, f_N < E - 2 * HALF
     a_N = completed(y_row, at_N + f_N, mask_N, out, entry, arena, first, outputs, R, TAIL, GAIN)
     b_N = completed(y_row, at_N + HALF + f_N, mask_N, out, entry, arena, first, outputs, R, TAIL, GAIN)
     c_N = b_N
     if REST:
-        rest_N = f_N < E - 2 * HALF
         c_N = completed(y_row, at_N + 2 * HALF + f_N, rest_N, out, entry, arena, first, outputs, R, TAIL, GAIN)
     if NORM:
-        if head < QUERIES + KEYS:
+        if part < 2:
             weight, own = q_weight, q_own + mine
-            if is_key:
+            if part == 1:
                 weight, own = k_weight, k_own + mine
-            sum_N = squares(a_N, H, W) + squares(b_N, H, W)
-            if REST:
-                sum_N += squares(c_N, H, W)
-            scale_N = tl.rsqrt(sum_N / E + epsilon)
-            a_N *= scale_N * head_weight(weight, own, arena, f_N, mask_N, OWN)
-            b_N *= scale_N * head_weight(weight, own, arena, HALF + f_N, mask_N, OWN)
-            if REST:
-                c_N *= scale_N * head_weight(weight, own, arena, 2 * HALF + f_N, rest_N, OWN)
-    turned = mask_N & (head < QUERIES + KEYS)
-    cos_N = tl.load(cos + row * HALF + f_N, mask=turned, other=1.0)
-    sin_N = tl.load(sin + row * HALF + f_N, mask=turned, other=0.0)
-    target = query + row * QUERIES * E
-    if head >= QUERIES:
-        target = keys
-        if is_value:
-            target = values
-        target += tl.load(place + row).to(tl.int64) * KEYS * E
-    target += at_N - begin * E + f_N
-    kind = y.dtype.element_ty
-    tl.store(target, (a_N * cos_N - b_N * sin_N).to(kind), mask=mask_N)
-    tl.store(target + HALF, (b_N * cos_N + a_N * sin_N).to(kind), mask=mask_N)
+            a_N, b_N, c_N = normed_heads(
+                a_N, b_N, c_N, weight, own, arena, f_N, mask_N, rest_N, epsilon, H, E, HALF, W, REST, OWN
+            )
+    cos_N = tl.load(cos + row * HALF + f_N, mask=mask_N & (part < 2), other=1.0)
+    sin_N = tl.load(sin + row * HALF + f_N, mask=mask_N & (part < 2), other=0.0)
+    target = destination(query, keys, values, place, row, head, QUERIES, KEYS, E) + at_N - begin * E + f_N
+    tl.store(target, (a_N * cos_N - b_N * sin_N).to(y.dtype.element_ty), mask=mask_N)
+    tl.store(target + HALF, (b_N * cos_N + a_N * sin_N).to(y.dtype.element_ty), mask=mask_N)
     if REST:
-        tl.store(target + 2 * HALF, c_N.to(kind), mask=rest_N)
+        tl.store(target + 2 * HALF, c_N.to(y.dtype.element_ty), mask=rest_N)
 
 
 @triton.jit
