@@ -74,17 +74,14 @@ class Engine:
 
     def add(self, request: Request) -> Sequence:
         """Let a request wait for its turn; raises UnknownAdapter or RequestRefused."""
-        packed = None if request.adapter is None else self.pool.find(request.adapter)
-        sequence = Sequence(request, packed)
-        self._check(sequence)
+        sequence = self._sequence(request)
         self.scheduler.add(sequence)
         return sequence
 
     def generate(self, requests: Iterable[Request]) -> list[list[int]]:
-        """The answers to requests, in their order: token ids."""
-        sequences = [self.add(request) for request in requests]
-        while not self.scheduler.idle:
-            self.step()
+        """The answers to requests, in their order: token ids. Where one is refused, none is started."""
+        sequences = [self._sequence(request) for request in requests]
+        self._complete(sequences)
         return [sequence.answer for sequence in sequences]
 
     def log_likelihoods(self, requests: Iterable[Request], starts: Iterable[int]) -> list[list[float]]:
@@ -93,10 +90,9 @@ class Engine:
         for request, start in zip(requests, starts, strict=True):
             if not 0 < start < len(request.prompt):
                 raise RequestRefused(f"start: found {start}; allowed: 1 to {len(request.prompt) - 1}")
-            sequences.append(self.add(request))
+            sequences.append(self._sequence(request))
             sequences[-1].scored_from = start
-        while not self.scheduler.idle:
-            self.step()
+        self._complete(sequences)
         return [sequence.scores for sequence in sequences]
 
     @torch.inference_mode()
@@ -120,6 +116,19 @@ class Engine:
         self.scheduler.filled(sequence)
         self.scheduler.finish(sequence)
         return logits_TV
+
+    def _complete(self, sequences: list[Sequence]) -> None:
+        """Work until all is answered."""
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+        while not self.scheduler.idle:
+            self.step()
+
+    def _sequence(self, request: Request) -> Sequence:
+        """A request on its way; raises UnknownAdapter or RequestRefused."""
+        sequence = Sequence(request, None if request.adapter is None else self.pool.find(request.adapter))
+        self._check(sequence)
+        return sequence
 
     def _fill(self) -> None:
         chosen = self.scheduler.next_chunk()

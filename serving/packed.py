@@ -51,11 +51,6 @@ class Needs:
             self.norms or other.norms,
         )
 
-    @property
-    def rank(self) -> int:
-        """The largest of all."""
-        return max(self.narrow, self.wide, self.behind)
-
 
 @dataclass(frozen=True)
 class Packed:

@@ -92,9 +92,10 @@ class Scheduler:
         while (resident := self.pool.acquire(sequence.packed)) is None:
             if not self._evict():
                 return None
-        if not resident.ready and not self.settle(resident):
-            self.pool.release(resident)
-            return None
+        while not resident.ready and not self.settle(resident):
+            if not self._evict(with_pages=True):
+                self.pool.release(resident)
+                return None
         return resident
 
     def _reserve(self, count: int) -> list[int] | None:

@@ -87,6 +87,17 @@ def test_more_adapters_than_slots_take_turns(base: Path, exported: dict[str, Exp
     assert small.pool.find("dora").digest in small.pool.resident
 
 
+def test_idle_adapters_give_their_pages_to_who_needs_them(base: Path, exported: dict[str, Exported]) -> None:
+    engine, large = engine_of(base, tokens=64), engine_of(base)
+    for name in ("prefix", "prompt", "ptuning"):
+        engine.load(name, exported[name].folder)
+        large.load(name, exported[name].folder)
+    for name in ("prefix", "prompt", "ptuning", "prefix"):
+        asked = [Request(PROMPT[:20], name, new_tokens=4), Request(PROMPT[:20], new_tokens=4)]
+        assert engine.generate(asked) == large.generate(asked)
+    assert engine.cache.free == engine.cache.pages - 2 == 3
+
+
 def test_patterns_of_ranks_and_scales_are_those_of_peft(base: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
     patterns = {"rank_pattern": {"q_proj": 6, "layers.1.mlp.down_proj": 2}, "alpha_pattern": {"o_proj": 40, "up": 3}}

@@ -127,6 +127,7 @@ def test_an_adapter_for_another_base_and_a_whole_model_are_refused(
 
 def test_an_unknown_adapter_is_an_error_and_never_the_base(engine: Engine) -> None:
     with pytest.raises(UnknownAdapter, match="adapter: found 'nobody', which is not loaded; allowed: good"):
-        engine.generate([Request((1, 2, 3), "nobody")])
+        engine.generate([Request((1, 2, 3), "good"), Request((1, 2, 3), "nobody")])
+    assert engine.scheduler.idle
     with pytest.raises(UnknownAdapter):
         engine.unload("nobody")
