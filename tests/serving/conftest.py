@@ -1,9 +1,20 @@
 """A tiny base, and an exported adapter of every kind for it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from adapters import ADAPTERS, Exported, export, make_base
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small take longer on several threads than on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
