@@ -1,0 +1,59 @@
+"""What an adapter adds to its base, whatever method trained it.
+
+At a linear layer with input x and weight W, with the parts that are there:
+
+    y = m * (W (u * x) + v * (B (c * (A (u * x))))) + beta
+
+and behind a layer's output y, where A, B have an activation f between them: y + B f(A y + bias) + beta.
+Beside that: keys and values, or embeddings, in front of every document; norms, embedding and head of its own; other
+rotary positions. Shapes: R rank, I inputs, O outputs, L layers, H key-value heads, V tokens, E head size, D width.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+ACTIVATIONS = ("none", "relu", "gelu", "silu")
+Place = tuple[int, str]  # a decoder layer, and the name of a site in it
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an adapter does in one place; what is None is not there."""
+
+    a_RI: torch.Tensor | None = None
+    b_RO: torch.Tensor | None = None  # transposed: a row for each rank
+    c_R: torch.Tensor | None = None
+    v_O: torch.Tensor | None = None
+    m_O: torch.Tensor | None = None  # in the place of a norm, its weight
+    u_I: torch.Tensor | None = None
+    bias_R: torch.Tensor | None = None
+    beta_O: torch.Tensor | None = None
+    activation: str = "none"
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of A."""
+        return 0 if self.a_RI is None else len(self.a_RI)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter on the host; `digest` is the sha256 of its weights and config, and its identity everywhere."""
+
+    digest: str
+    parts: dict[Place, Part] = field(default_factory=dict)
+    prefix_L2VHE: torch.Tensor | None = None
+    prompt_VD: torch.Tensor | None = None
+    embed_VD: torch.Tensor | None = None
+    head_VD: torch.Tensor | None = None
+    config: Any = None  # of the base as this adapter wants it, where its rotary positions differ
+
+    @property
+    def virtual(self) -> int:
+        """Number of positions in front of every document."""
+        tokens = next((t for t in (self.prefix_L2VHE, self.prompt_VD) if t is not None), None)
+        if tokens is None:
+            return 0
+        return tokens.shape[2] if tokens.dim() == 5 else len(tokens)

@@ -1,0 +1,1 @@
+"""Triton kernels: what a decoder layer does beside its dense products, with the adapters' part fused in."""

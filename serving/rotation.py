@@ -1,0 +1,42 @@
+"""Rotary positions: the base's, and those of adapters that changed them (LongLoRA beyond the base's length).
+
+Shapes: K kinds, P positions, T rows, F half of the rotary size.
+"""
+
+import torch
+
+from serving.base import Base
+from serving.error import AdapterRefused
+from serving.packed import Packed
+
+KINDS = 4
+
+
+class Rotations:
+    """Cosines and sines of every position, for a few kinds of rotary positions; kind 0 is the base's."""
+
+    def __init__(self, base: Base, positions: int) -> None:
+        self._base, self._positions = base, positions
+        cos_PF, sin_PF = base.rotation(base.config, positions)
+        self.cos_KPF = cos_PF[None].repeat(KINDS, 1, 1)
+        self.sin_KPF = sin_PF[None].repeat(KINDS, 1, 1)
+        self._kinds = [base.config.rope_parameters]
+
+    def kind(self, packed: Packed) -> int:
+        """The number of an adapter's kind; raises AdapterRefused where there are too many."""
+        config = packed.adapter.config
+        if config is None:
+            return 0
+        if config.rope_parameters not in self._kinds:
+            if len(self._kinds) == KINDS:
+                raise AdapterRefused(f"adapter: found a further kind of rotary positions; allowed: {KINDS} at once")
+            number = len(self._kinds)
+            self.cos_KPF[number], self.sin_KPF[number] = self._base.rotation(config, self._positions)
+            self._kinds.append(config.rope_parameters)
+        return self._kinds.index(config.rope_parameters)
+
+    def at(self, kind_T: torch.Tensor, position_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [T, F] of rows."""
+        device = self.cos_KPF.device
+        kind_T, position_T = kind_T.to(device), position_T.to(device)
+        return self.cos_KPF[kind_T, position_T], self.sin_KPF[kind_T, position_T]

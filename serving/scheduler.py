@@ -1,0 +1,113 @@
+"""Which sequences are computed next: first come, first served, and no sequence is ever preempted.
+
+A sequence is admitted when a row of the batch, a slot for its adapter and pages for its whole length are free, so
+what is admitted can always be finished.
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+from serving.cache import PAGE, Cache, pages_for
+from serving.passing import Span
+from serving.pool import Pool, Resident
+from serving.sequence import Sequence
+
+
+class Scheduler:
+    """Queues of sequences: waiting, filling (their prompts are computed in chunks), and running."""
+
+    def __init__(self, pool: Pool, cache: Cache, rows: int, chunk: int, settle: Callable[[Resident], bool]) -> None:
+        """At most `rows` sequences at a time and `chunk` tokens of prompts in one pass.
+
+        `settle` makes an adapter in a new slot ready, and says whether there was room for its virtual tokens.
+        """
+        self.pool, self.cache, self.rows, self.chunk, self.settle = pool, cache, rows, chunk, settle
+        self.waiting: deque[Sequence] = deque()
+        self.filling: list[Sequence] = []
+        self.running: list[Sequence] = []
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.waiting or self.filling or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn."""
+        self.waiting.append(sequence)
+
+    def admit(self) -> None:
+        """Start what there is room for, in order."""
+        while self.waiting and len(self.filling) + len(self.running) < self.rows:
+            if not self._start(self.waiting[0]):
+                return
+            self.filling.append(self.waiting.popleft())
+
+    def next_chunk(self) -> list[tuple[Sequence, Span]]:
+        """The sequences whose prompts are computed next, with their rows: at most a chunk of tokens."""
+        chosen: list[tuple[Sequence, Span]] = []
+        row = 0
+        for sequence in self.filling:
+            count = min(sequence.left, self.chunk - row)
+            if count == 0:
+                break
+            chosen.append((sequence, Span(row, count, sequence.computed, sequence.pages)))
+            row += count
+        return chosen
+
+    def filled(self, sequence: Sequence) -> None:
+        """A prompt is computed: its answer runs."""
+        self.filling.remove(sequence)
+        self.running.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Free what a finished sequence held."""
+        self.running.remove(sequence)
+        self.cache.give_back(sequence.own)
+        if sequence.resident is not None:
+            self.pool.release(sequence.resident)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Let a sequence that waits go unanswered."""
+        self.waiting.remove(sequence)
+        if sequence.resident is not None:
+            self.pool.release(sequence.resident)
+
+    def _start(self, sequence: Sequence) -> bool:
+        if sequence.packed is not None and sequence.resident is None:
+            sequence.resident = self._resident(sequence)
+            if sequence.resident is None:
+                return False
+        shared = [] if sequence.resident is None else sequence.resident.pages[: sequence.virtual // PAGE]
+        own = self._reserve(pages_for(sequence.length) - len(shared))
+        if own is None:
+            return False
+        sequence.pages, sequence.own, sequence.computed = shared + own, own, sequence.virtual
+        if sequence.resident is not None and sequence.virtual % PAGE:
+            self.cache.copy(sequence.resident.pages[-1], own[0])
+        return True
+
+    def _resident(self, sequence: Sequence) -> Resident | None:
+        """A sequence's adapter in a slot, which others that are not in use may have to leave."""
+        assert sequence.packed is not None
+        while (resident := self.pool.acquire(sequence.packed)) is None:
+            if not self._evict():
+                return None
+        while not resident.ready and not self.settle(resident):
+            if not self._evict(with_pages=True):
+                self.pool.release(resident)
+                return None
+        return resident
+
+    def _reserve(self, count: int) -> list[int] | None:
+        while (pages := self.cache.reserve(count)) is None:
+            if not self._evict(with_pages=True):
+                return None
+        return pages
+
+    def _evict(self, with_pages: bool = False) -> bool:
+        resident = self.pool.idle(with_pages)
+        if resident is None:
+            return False
+        self.cache.give_back(resident.pages)
+        self.pool.evict(resident)
+        return True

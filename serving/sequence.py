@@ -1,0 +1,71 @@
+"""One request, and how far its answer is."""
+
+from dataclasses import dataclass, field
+
+from serving.packed import Packed
+from serving.pool import Resident
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked: a prompt of token ids, an adapter by name (None: the base), and how to answer.
+
+    A temperature of 0 is greedy. `top_k` 0 and `top_p` 1 leave every token in. The answer depends on the seed, not on
+    what else is in the batch. It ends after `new_tokens`, or with the first token of `stop`, which is part of it.
+    """
+
+    prompt: tuple[int, ...]
+    adapter: str | None = None
+    new_tokens: int = 16
+    stop: tuple[int, ...] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way. Positions count the virtual tokens of its adapter, which stand in front."""
+
+    request: Request
+    packed: Packed | None  # found when the request was made
+    resident: Resident | None = None
+    pages: list[int] = field(default_factory=list)  # all it will need, those of its adapter included
+    own: list[int] = field(default_factory=list)  # of these, its own
+    computed: int = 0  # positions whose keys and values are in the cache
+    answer: list[int] = field(default_factory=list)
+    scored_from: int | None = None  # instead of an answer, log-probabilities of the prompt from this token on
+    scores: list[float] = field(default_factory=list)
+
+    @property
+    def virtual(self) -> int:
+        """Positions in front of the prompt."""
+        return 0 if self.packed is None else self.packed.adapter.virtual
+
+    @property
+    def slot(self) -> int:
+        """Its adapter's slot."""
+        return 0 if self.resident is None else self.resident.slot
+
+    @property
+    def length(self) -> int:
+        """Positions that it will take at most."""
+        return self.virtual + len(self.request.prompt) + self.request.new_tokens
+
+    @property
+    def left(self) -> int:
+        """Tokens of the prompt that are not computed yet."""
+        return self.virtual + len(self.request.prompt) - self.computed
+
+    def take(self, token: int) -> None:
+        """One more token of the answer."""
+        self.answer.append(token)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer is complete; a prompt that is scored is when it is computed."""
+        request = self.request
+        if self.scored_from is not None:
+            return self.left == 0
+        return len(self.answer) >= request.new_tokens or (bool(self.answer) and self.answer[-1] in request.stop)
