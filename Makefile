@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/python -P examples/demo.py
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --durations=15
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 lint: install
 	$(BIN)/ruff check .

@@ -373,6 +373,7 @@ def test_a_matrix_without_a_basis_is_due_at_every_step_also_after_a_restart(lazy
     assert again.due(3) == [] and again.due(10) == [0, 1]
 
 
+@pytest.mark.matrix
 @pytest.mark.timeout(300)
 def test_a_fast_basis_trains_as_an_exact_one(new_run: Any, launch: Any, tmp_path: Path) -> None:
     """On the embedded base and a task that it does not know; a seed chooses the order of the rows.

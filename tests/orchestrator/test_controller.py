@@ -192,6 +192,7 @@ def test_a_warned_run_saves_and_goes_on_from_there(cluster: Local, start: Callab
     assert (first.verdict["kind"], second.start) == ("preemption", Start(1, reported[-1]))
 
 
+@pytest.mark.chaos
 def test_stop_leaves_no_process_behind_and_start_goes_on(cluster: Local, start: Callable[..., Path]) -> None:
     run_dir = start()
     until(lambda: cluster.status([run_dir.name])[run_dir.name].state == "running")

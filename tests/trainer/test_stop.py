@@ -15,7 +15,7 @@ from runfolder.files import read_json
 from runfolder.requests import Stop, request_pause, request_stop
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", each_sampled([0, 3]))
 def test_a_run_that_was_paused_and_stopped_is_the_undisturbed_one(
     new_run: Callable[..., Path], launch: Callable[..., None], zero: int
 ) -> None:
