@@ -21,7 +21,10 @@ from runfolder.chain import Attempt, Start, attempts, last, result
 from runfolder.files import Record, read_json
 from trainer.checkpoint.lineage import finished, step_of
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the room is made by processor affinity")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the room is made by processor affinity"),
+    pytest.mark.timeout(900),
+]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,7 @@ def start(cluster: Local, tiny_base: Path, sums: Path) -> Callable[..., Path]:
     return make
 
 
-def until(true: Callable[[], Any], timeout_s: float = 240) -> Any:
+def until(true: Callable[[], Any], timeout_s: float = 400) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := true()):
         assert time.monotonic() < deadline, "waited in vain"
