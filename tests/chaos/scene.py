@@ -19,7 +19,7 @@ Found = TypeVar("Found")
 REPORTED = ("loss", "lr", "grad_norm")
 
 
-def until(true: Callable[[], Found], timeout_s: float = 120, every_s: float = 0.02) -> Found:
+def until(true: Callable[[], Found], timeout_s: float = 240, every_s: float = 0.02) -> Found:
     """Wait for something that is true, and give it."""
     deadline = time.monotonic() + timeout_s
     while not (found := true()):

@@ -25,7 +25,7 @@ def entry(run_id: str, workers: int) -> Entry:
     return Entry(run_id, Path("/"), [], workers, {}, "", 0)
 
 
-def until(true: Callable[[], object], timeout_s: float = 15) -> None:
+def until(true: Callable[[], object], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, "waited in vain"

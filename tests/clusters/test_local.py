@@ -219,7 +219,7 @@ def test_the_heads_folder_is_short_and_nobodys_else(tmp_path: Path, monkeypatch:
     assert len(str(short)) < 60
     (short / "file").touch()
     assert (named / "file").exists()
-    until(lambda: head.keep() or head.failure(), 5)
+    until(lambda: head.keep() or head.failure(), 60)
     assert head.place == place  # controllers of this cluster use it, too
     head.end()
     assert not place.exists() and (named / "file").exists()

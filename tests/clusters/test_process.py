@@ -35,7 +35,7 @@ def spawn(lock: Path, command: list[str] = SLEEP) -> bool:
     return process.spawn(lock, command, os.environ, lock.with_suffix(".log"))
 
 
-def until(true: Callable[[], object], timeout_s: float = 10) -> None:
+def until(true: Callable[[], object], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, "waited in vain"

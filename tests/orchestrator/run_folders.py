@@ -84,7 +84,7 @@ def expected(*parts: tuple[int, int, int]) -> list[tuple[int, float, int]]:
     ]
 
 
-def wait_until(true: Any, timeout_s: float = 20) -> None:
+def wait_until(true: Any, timeout_s: float = 60) -> None:
     """Wait for a condition, and fail when it does not come."""
     deadline = time.monotonic() + timeout_s
     while not true():

@@ -132,14 +132,14 @@ def test_a_run_goes_on_whatever_is_killed(cluster: Local, start: Callable[..., P
 
     before = workers(run_dir, 2)
     kill(controller)
-    until(lambda: not any(map(lives, before)), 10)
+    until(lambda: not any(map(lives, before)), 60)
     until(lambda: saved(run_dir, 3))
     assert Attempt(run_dir, 2).verdict is None
 
     before = workers(run_dir, 3)
     kill(cluster.state()["head"])
-    until(lambda: not any(map(lives, before)), 10)
-    assert until(lambda: Attempt(run_dir, 3).verdict, 10)["kind"] == "node_lost"
+    until(lambda: not any(map(lives, before)), 60)
+    assert until(lambda: Attempt(run_dir, 3).verdict, 60)["kind"] == "node_lost"
 
     assert ended(run_dir)["state"] == "succeeded"
     assert [attempt.number for attempt in attempts(run_dir)] == [1, 2, 3, 4]
@@ -172,7 +172,7 @@ def test_a_bug_is_final_and_a_cancelled_run_is_closed(cluster: Local, start: Cal
     cancel(running.name)
     found = ended(running)
     assert (found["state"], found["verdict"]) == ("cancelled", "cancelled")
-    until(lambda: not any(map(lives, before)), 10)
+    until(lambda: not any(map(lives, before)), 60)
     until((running / "result.json").exists)  # the copy comes after the slot that counts
     assert read_json(running / "result.json") == found
 
