@@ -20,21 +20,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import llama_1b
 import yaml
 
 ROOT = Path(__file__).parent.parent
-SHAPE = {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-    "rope_theta": 500000.0,
-}
+SHAPE = llama_1b.SHAPE | {"rope_theta": 500000.0}
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llama_1b
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -27,18 +28,7 @@ from serving.engine import Engine
 from serving.sequence import Request
 
 ROOT = Path(__file__).parent.parent
-SHAPE: dict[str, Any] = {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-}
+SHAPE = llama_1b.SHAPE | {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
 LINEARS = {  # module, outputs, inputs
     "q_proj": ("self_attn", 2048, 2048),
     "k_proj": ("self_attn", 512, 2048),
@@ -133,7 +123,7 @@ def write_adapter(folder: Path, kind: str, seed: int) -> Path:
 
 
 def prompts(count: int, seed: int) -> list[tuple[int, ...]]:
-    """Fresh random prompts."""
+    """So many prompts of PROMPT random token ids, another set for each seed."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(SHAPE["vocab_size"], (count, PROMPT), generator=generator)
     return [tuple(row) for row in drawn.tolist()]

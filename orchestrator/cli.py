@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from orchestrator import cluster_commands
-from orchestrator.terminal import announce, announce_json, clear_count, count_rows, print_json, warn
+from orchestrator.terminal import Json, announce, announce_json, clear_count, count_rows, print_json, warn
 
 app = typer.Typer(
     name="fleetune",
@@ -24,7 +24,6 @@ Run = Annotated[
 ]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the job: train.lr=3e-4.")]
 Cluster = Annotated[str, typer.Option("--cluster", help="Where to run.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:

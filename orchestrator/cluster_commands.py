@@ -1,10 +1,8 @@
 """`fleetune cluster`: start, stop and look at the cluster on this machine."""
 
-from typing import Annotated
-
 import typer
 
-from orchestrator.terminal import print_json
+from orchestrator.terminal import Json, print_json
 
 app = typer.Typer(help="Start, stop and look at the cluster on this machine.", no_args_is_help=True)
 
@@ -26,7 +24,7 @@ def stop() -> None:
 
 
 @app.command("status")
-def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def status(as_json: Json = False) -> None:
     """Show what of the cluster on this machine is alive."""
     from dataclasses import asdict
 

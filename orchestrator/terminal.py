@@ -3,10 +3,14 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from orchestrator.submit import Submission
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def announce(done: "Submission") -> None:

@@ -86,6 +86,7 @@ def _look(run_dir: Path) -> Snapshot:
     written = names(newest.folder)
     announced = planned(newest) if "events.jsonl" in written else {}
     begun = "metrics.jsonl" in written
+    ended = _ended(taken[-1], there) if taken else None
     return Snapshot(
         run_id=run_dir.name,
         run_dir=str(run_dir),
@@ -96,12 +97,12 @@ def _look(run_dir: Path) -> Snapshot:
         step=_step(newest, begun),
         begun=begun,
         verdict=read_json(newest.folder / "verdict.json") if "verdict.json" in written else None,
-        result=_ended(taken[-1], there) if taken else None,
+        result=ended,
         has_output="output" in there,
         mlflow=read_json(run_dir / "mlflow.json") if "mlflow.json" in there else None,
         undelivered=read_json(run_dir / "undelivered.json") if "undelivered.json" in there else None,
         data=announced.get("data"),
-        asked=_asked(run_dir) if "requests" in there else None,
+        asked=_asked(run_dir) if ended is None and "requests" in there else None,
     )
 
 

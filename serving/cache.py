@@ -43,7 +43,7 @@ class Cache:
         self.value_LNHE[:, at_V] = prefix_L2VHE[:, 1].to(self.value_LNHE)
 
     def copy(self, source: int, target: int) -> None:
-        """Copy a page."""
+        """Copy the keys and values of all layers from one page to another."""
         for held in (self.key_LNHE, self.value_LNHE):
             held[:, target * PAGE : (target + 1) * PAGE] = held[:, source * PAGE : (source + 1) * PAGE]
 

@@ -41,7 +41,7 @@ class Needs:
     norms: bool = False
 
     def __or__(self, other: "Needs") -> "Needs":
-        """What both need."""
+        """The needs of a batch that has both: the larger ranks, and every part that either has."""
         return Needs(
             max(self.narrow, other.narrow),
             max(self.wide, other.wide),
@@ -63,7 +63,7 @@ class Packed:
 
     @property
     def digest(self) -> str:
-        """Its identity."""
+        """The sha256 that the adapter is known by, of its weights and config."""
         return self.adapter.digest
 
     @property

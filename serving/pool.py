@@ -122,7 +122,7 @@ class Pool:
         return resident
 
     def release(self, resident: Resident) -> None:
-        """One user less."""
+        """Say that a sequence has done with an adapter, which may be evicted when nobody uses it."""
         resident.users -= 1
 
     def idle(self, with_pages: bool = False) -> Resident | None:

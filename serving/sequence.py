@@ -45,7 +45,7 @@ class Sequence:
 
     @property
     def slot(self) -> int:
-        """Its adapter's slot."""
+        """The slot that its adapter lies in; 0 for the base."""
         return 0 if self.resident is None else self.resident.slot
 
     @property

@@ -3,29 +3,25 @@
 import contextlib
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
+import waiting
+from waiting import Found
 
 from orchestrator.tracking import store
 from orchestrator.tracking.history import history
 from runfolder.appended import read_lines
 from runfolder.chain import Attempt, last
 
-Found = TypeVar("Found")
 REPORTED = ("loss", "lr", "grad_norm")
 
 
 def until(true: Callable[[], Found], timeout_s: float = 240, every_s: float = 0.02) -> Found:
     """Wait for something that is true, and give it."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := true()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(every_s)
-    return found
+    return waiting.until(true, timeout_s, every_s)
 
 
 def lives(pid: int) -> bool:

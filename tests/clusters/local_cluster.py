@@ -1,8 +1,6 @@
 """What tests of the local cluster share: jobs, entries, and a supervisor whose head answers."""
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from clusters.entry import Entry
@@ -23,13 +21,6 @@ def text(run_id: str, workers: int = 1, run_dir: str = "/") -> str:
 
 def entry(run_id: str, workers: int) -> Entry:
     return Entry(run_id, Path("/"), [], workers, {}, "", 0)
-
-
-def until(true: Callable[[], object], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def submit(cluster: Local, run_id: str, workers: int = 1) -> Path:

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from local_cluster import entry, job, running, serve, submit, text, until
+from local_cluster import entry, job, running, serve, submit, text
+from waiting import until
 
 from clusters import environment, process, ray_head
 from clusters import local as local_module

@@ -3,14 +3,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import until
 
 from clusters import holder, process
 from clusters.base import Unreachable
@@ -33,13 +33,6 @@ def lock(tmp_path: Path) -> Iterator[Path]:
 
 def spawn(lock: Path, command: list[str] = SLEEP) -> bool:
     return process.spawn(lock, command, os.environ, lock.with_suffix(".log"))
-
-
-def until(true: Callable[[], object], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def lives(pid: int) -> bool:

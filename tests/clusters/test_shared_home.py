@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from local_cluster import job, running, serve, submit, text, until
+from local_cluster import job, running, serve, submit, text
+from waiting import until
 
 from clusters import local as local_module
 from clusters.base import Unreachable

@@ -59,7 +59,14 @@ LACKING = {  # what such a base has under other names, or not at all
 }
 
 
-@pytest.fixture(params=[name if name == "gpt2" else pytest.param(name, marks=pytest.mark.matrix) for name in CONFIGS])
+FEW, WHOLE = sampled(list(METHODS), 6)
+CASES = [
+    pytest.param("gpt2", *FEW.values, id="gpt2-sample"),
+    *(pytest.param(name, *WHOLE.values, id=name, marks=pytest.mark.matrix) for name in CONFIGS),
+]
+
+
+@pytest.fixture
 def base(request: pytest.FixtureRequest, tiny_base: Path, tmp_path: Path) -> Path:
     """A random base of a family, in a folder of its name."""
     return make(request.param, tiny_base, tmp_path)
@@ -77,7 +84,7 @@ def make(name: str, tiny_base: Path, folder: Path) -> Path:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kinds", sampled(list(METHODS), 6))
+@pytest.mark.parametrize(("base", "kinds"), CASES, indirect=["base"])
 def test_what_was_trained_is_counted_and_loads(
     kinds: list[str], base: Path, new_run: Any, launch: Any, held_out: Path, cache: Path
 ) -> None:

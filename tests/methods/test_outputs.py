@@ -21,10 +21,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "quantised relora": {"kind": "relora", "rank": 4, "quantised": True},
 }
 STAGES = {"fp32": (0, 3), "bf16": (1, 2)}
+ALL = [*METHODS, *VARIANTS]
+FEW, WHOLE = sampled(ALL, 10)
+CASES = [
+    pytest.param("fp32", *FEW.values, id="fp32-sample"),
+    *(pytest.param(p, *WHOLE.values, id=f"{p}-all", marks=pytest.mark.matrix) for p in STAGES),
+]
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.matrix)])
-@pytest.mark.parametrize("names", sampled([*METHODS, *VARIANTS], 10))
+@pytest.mark.parametrize(("precision", "names"), CASES)
 def test_every_method_passes(new_run: Any, launch: Any, names: list[str], precision: str) -> None:
     runs = {
         name: new_run(

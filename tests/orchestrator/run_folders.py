@@ -1,6 +1,5 @@
 """Run folders as the trainer would leave them, written through the protocol's own functions."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +81,3 @@ def expected(*parts: tuple[int, int, int]) -> list[tuple[int, float, int]]:
         for number, first, final in parts
         for step in range(first, final + 1)
     ]
-
-
-def wait_until(true: Any, timeout_s: float = 60) -> None:
-    """Wait for a condition, and fail when it does not come."""
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+import waiting
 
 from clusters import process
 from clusters.local import Local
@@ -74,11 +75,7 @@ def start(cluster: Local, tiny_base: Path, sums: Path) -> Callable[..., Path]:
 
 
 def until(true: Callable[[], Any], timeout_s: float = 400) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (found := true()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-    return found
+    return waiting.until(true, timeout_s)
 
 
 def ended(run_dir: Path) -> Record:

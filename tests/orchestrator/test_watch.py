@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from run_folders import wait_until
+from waiting import until
 
 from orchestrator.controller import cancelled_within, history, main, next_step, result_of
 from orchestrator.driver import outcome
@@ -115,7 +115,7 @@ def test_an_attempt_that_saves_in_time_has_ended_as_it_was_asked(
     def trainer() -> None:
         """Ends when it is asked to, as workers do."""
         if told or asked == "cancel":
-            wait_until(lambda: stop_requested(attempt))
+            until(lambda: stop_requested(attempt))
         if told or asked:
             attempt.event("stopped", step=7)
         write_json(attempt.folder / "outcome.json", {"failures": {}})

@@ -16,7 +16,6 @@ from runfolder.sources import Hub, file_of, parse
 
 Records = Iterator[tuple[int, Any]]  # a record's number, from 1 (in .jsonl: its line), and the record
 
-
 _ALLOWED = "a file, cluster:/path, or a hub dataset as owner/name or owner/name:config:split"
 
 
@@ -31,7 +30,7 @@ def records(source: str) -> Records:
     """
     found = parse(source)
     if isinstance(found, Hub):
-        return _hub(found)
+        return _hub(source, found)
     path = found.path
     kind = Path(path.stem).suffix + ".gz" if path.suffix == ".gz" else path.suffix
     if not path.exists():
@@ -168,12 +167,12 @@ def _parquet(path: Path) -> Records:
         _unreadable(f"{path}, behind row {number}" if number else str(path), error)
 
 
-def _hub(source: Hub) -> Records:
-    datasets = _need("datasets", source.name)
+def _hub(source: str, hub: Hub) -> Records:
+    datasets = _need("datasets", source)
     try:
-        dataset = datasets.load_dataset(source.name, source.config, split=source.split)
+        dataset = datasets.load_dataset(hub.name, hub.config, split=hub.split)
     except Exception as error:  # the hub, the network and the builders each raise their own
-        _unreadable(f"{source.name}: no such file, and as a hub dataset", error)
+        _unreadable(f"{source}: no such file, and as a hub dataset", error)
     yield from enumerate(dataset, 1)
 
 
