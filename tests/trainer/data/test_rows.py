@@ -180,7 +180,7 @@ def test_bad_messages(tmp_path: Path, messages: Any, message: str) -> None:
             ": found the file type .txt, allowed: .jsonl, .json, .csv, .parquet, .jsonl.gz, .json.gz, .csv.gz",
         ),
         ("a.jsonl.gz", b"hello", ": cannot be read: Not a gzipped file (b'he')"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], ": cannot be read: Compressed file ended"),
+        ("a.jsonl.gz", gzip.compress(b"much text" * 99, mtime=0)[:-9], ": cannot be read: Compressed file ended"),
         ("a.parquet", b"hello, I am no parquet", ": cannot be read: Parquet magic bytes not found"),
     ],
 )
