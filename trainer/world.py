@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from runfolder.folders import library_folders
+from trainer.libraries import import_lean
 from trainer.versions import check
 from trainer.zero.engine import prepare
 
@@ -45,6 +46,7 @@ def join() -> World:
         torch.cuda.set_device(device)
     _quieten()
     check()
+    import_lean()
     prepare()
     import deepspeed
 

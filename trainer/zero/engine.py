@@ -6,7 +6,6 @@ fp32 at every stage. Accumulation is ours to bound (`managed_gradient_accumulati
 `engine.step()`.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -36,28 +35,13 @@ def prepare() -> None:
     """Check DeepSpeed's version and keep it from compiling its shared-memory op, before distributed starts.
 
     The op is built at the first `init_distributed`, and a lock that a killed process left makes the next one hang
-    without a word. Gloo does not need it. DeepSpeed's tuner would import MLflow, which takes a worker two seconds of
-    its start and which no worker uses.
+    without a word. Gloo does not need it.
     """
     if version("deepspeed") != VERSION:
         raise RuntimeError(f"deepspeed {version('deepspeed')} is installed; trainer/zero is written for {VERSION}")
-    with _missing("mlflow"):
-        import deepspeed.ops
+    import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-@contextmanager
-def _missing(module: str) -> Iterator[None]:
-    """Within it, a module that was not imported before is as if it were not installed."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]  # what `import` takes for a module that is not there
-    try:
-        yield
-    finally:
-        del sys.modules[module]
 
 
 def config(stage: int, trained: int) -> dict[str, Any]:
