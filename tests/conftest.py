@@ -3,10 +3,9 @@
 import json
 import os
 import random
-import select
-import subprocess
-import sys
 from collections.abc import Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ ENVIRONMENT = dict(os.environ)  # as pytest found it: what one test sets is not 
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what tests remember out of the home of whoever runs them."""
+def _no_home(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[None]:
+    """Keep what tests remember out of the home of whoever runs them, and tokens for those that ask again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLEETUNE_HOME", str(tmp_path_factory.mktemp("fleetune")))
+        patch.setenv("FLEETUNE_CACHE", str(cache))
         yield
 
 
@@ -93,51 +93,52 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Workers:
-    """Plain processes on loopback that train one run after another: to start them takes longer than a small run."""
+    """Processes on loopback that train one run after another."""
 
     def __init__(self, world: int, cache: Path, log: Path) -> None:
+        import worker
+
         shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        # What a user has installed beside is there too: an objective of another package.
-        paths = [str(ROOT), str(ROOT / "tests" / "outside"), *filter(None, [ENVIRONMENT.get("PYTHONPATH")])]
-        shared |= {"OMP_NUM_THREADS": "1", "FLEETUNE_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
-        with log.open("ab") as errors:
-            self.processes = [
-                subprocess.Popen(
-                    [sys.executable, "-u", ROOT / "tests" / "worker.py"],
-                    env={**ENVIRONMENT, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    bufsize=0,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                )
-                for rank in range(world)
-            ]
+        shared |= {"OMP_NUM_THREADS": "1", "FLEETUNE_CACHE": str(cache)}
+        self._pipes, self._processes = [], []
+        for rank in range(world):
+            ours, theirs = Pipe()
+            environment = {**ENVIRONMENT, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self._pipes.append(ours)
+            self._processes.append(worker.start(theirs, environment, log))
 
     def train(self, run_dir: Path, timeout: float) -> bool:
         """Train a run; False when a worker has ended instead, or all said nothing for `timeout` seconds."""
+        waiting = list(self._pipes)
         try:
-            for process in self.processes:
-                process.stdin.write(f"{run_dir}\n".encode())
-        except BrokenPipeError:
+            for pipe in waiting:
+                pipe.send(run_dir)
+            while waiting:
+                answered = wait(waiting, timeout)
+                for pipe in answered:
+                    pipe.recv()
+                if not answered:
+                    return False
+                waiting = [pipe for pipe in waiting if pipe not in answered]
+        except (BrokenPipeError, EOFError):
             return False
-        waiting = [process.stdout for process in self.processes]
-        while waiting:
-            ready = select.select(waiting, [], [], timeout)[0]
-            if not ready or not all(pipe.readline() for pipe in ready):
-                return False
-            waiting = [pipe for pipe in waiting if pipe not in ready]
         return True
 
     def stop(self) -> None:
         """End the processes."""
-        for process in self.processes:
-            with process:  # closes its pipes, and waits
-                process.kill()
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
 
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[dict[int, Workers]]:
     """The workers that are up, by world size."""
+    import worker
+
+    worker.prepare(ENVIRONMENT)
     up: dict[int, Workers] = {}
     yield up
     for group in up.values():
@@ -148,6 +149,7 @@ def workers() -> Iterator[dict[int, Workers]]:
 def launch(workers: dict[int, Workers], cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Train runs, one after another, in a world of so many plain processes."""
     log = tmp_path_factory.getbasetemp() / "workers.log"
+    log.touch()
 
     def start(world: int, *run_dirs: Path, timeout: float = 240) -> None:
         for run_dir in run_dirs:

@@ -30,7 +30,7 @@ REST_S = 900.0  # for the steps that are left after the last kill
 @pytest.mark.parametrize(
     ("kills", "zero"),
     [
-        pytest.param(2, 2 + SEED % 2, id="short", marks=pytest.mark.timeout(600)),
+        pytest.param(1, 2 + SEED % 2, id="short", marks=pytest.mark.timeout(600)),
         pytest.param(50, 2, id="zero2", marks=pytest.mark.chaos),
         pytest.param(50, 3, id="zero3", marks=pytest.mark.chaos),
     ],

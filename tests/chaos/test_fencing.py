@@ -5,13 +5,15 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import worker
 from mlflow_server import Proxy, Server
 from run_folders import make_run
 from scene import delivered, lives, mlflow_run, reported, rows, session, signal_all, unfinished_saves, until, workers
@@ -46,21 +48,43 @@ def contents(*folders: Path) -> list[Path]:
     return sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
-def pause_when(process: subprocess.Popen[bytes], true: Callable[[], bool]) -> None:
+def start(run_dir: Path) -> BaseProcess:
+    """Start a trainer of a run."""
+    ours, theirs = Pipe()
+    process = worker.start(theirs, os.environ, run_dir.with_suffix(".log"))
+    ours.send(run_dir)
+    ours.close()
+    return process
+
+
+def send(process: BaseProcess, number: int) -> None:
+    """Send a process a signal."""
+    assert process.pid
+    os.kill(process.pid, number)
+
+
+def exit_code(process: BaseProcess) -> int:
+    """How a process ended."""
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def pause_when(process: BaseProcess, true: Callable[[], bool]) -> None:
     """Pause a process in a state that still holds when it stands."""
 
     def paused() -> bool:
         if true():
-            process.send_signal(signal.SIGSTOP)
+            send(process, signal.SIGSTOP)
             if true():
                 return True
-            process.send_signal(signal.SIGCONT)
+            send(process, signal.SIGCONT)
         return False
 
     until(paused, every_s=0.0005)
 
 
-@pytest.mark.usefixtures("home")
+@pytest.mark.usefixtures("home", "workers")
 def test_trainers_that_wake_change_nothing(new_run: Any) -> None:
     """One attempt is paused at a random step, the next in a save, the next in its export; the fourth succeeds."""
     run_dir = new_run("run", train={"steps": 40}, checkpoint={"every": 3}, output={"merge": True})
@@ -76,26 +100,24 @@ def test_trainers_that_wake_change_nothing(new_run: Any) -> None:
         third = Attempt(run_dir, 3)
         return last(run_dir) == third and any(third.folder.glob("output*")) and result(run_dir) is None
 
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-m", "trainer", str(run_dir)])
-
-    ghosts = []
+    ghosts: list[BaseProcess] = []
     try:
         for moment in (at_random, saving, exporting):
-            ghosts.append(start())
+            ghosts.append(start(run_dir))
             pause_when(ghosts[-1], moment)
-        assert start().wait(120) == 0
+        assert exit_code(start(run_dir)) == 0
         before = readable(run_dir)
         assert (before["result"][1]["attempt"], before["newest"].step) == (4, 40)
         assert [row["step"] for row in before["history"]] == list(range(1, 41))
         for ghost in ghosts:
-            ghost.send_signal(signal.SIGCONT)
-        assert all(ghost.wait(120) > 0 for ghost in ghosts)
+            send(ghost, signal.SIGCONT)
+        assert all(exit_code(ghost) > 0 for ghost in ghosts)
         assert not list(run_dir.glob("attempts/[12]/output"))  # they did not go on to their end
         assert readable(run_dir) == before
     finally:
         for ghost in ghosts:
             ghost.kill()
+            ghost.join()
 
 
 class Machine:

@@ -133,8 +133,9 @@ def measure(rank: int, folder: str, port: int) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.usefixtures("workers")  # it makes forks cheap
 def test_only_the_subspace_is_reduced_between_refreshes_and_kept(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(measure, (str(tmp_path), free_port()), 2)
+    torch.multiprocessing.start_processes(measure, (str(tmp_path), free_port()), 2, start_method="forkserver")
     found = json.loads((tmp_path / "0.json").read_text())
     low, full, others = 2 * 128 * 16, 2 * 128 * 64, 64
     for step, sent in enumerate(found["0"]["steps"]):

@@ -136,6 +136,7 @@ def test_4_bit_weights_are_no_parameters(folder: Path) -> None:
     assert len(packed) == 14
 
 
+@pytest.mark.matrix
 def test_a_base_is_never_whole_in_memory_before_it_is_in_4_bits(folder: Path, tmp_path: Path) -> None:
     base = random_llama(hidden_size=1024, intermediate_size=4096, num_hidden_layers=6).bfloat16()
     whole = 2 * sum(p.numel() for p in base.parameters())

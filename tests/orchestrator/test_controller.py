@@ -145,15 +145,17 @@ def test_a_run_goes_on_whatever_is_killed(cluster: Local, start: Callable[..., P
     assert (run_dir / "output" / "adapter_model.safetensors").exists()
 
 
-def test_a_bug_is_final_and_a_cancelled_run_is_closed(cluster: Local, start: Callable[..., Path], sums: Path) -> None:
-    """Three runs on room for two: one whose data changed, one that is cancelled while it runs, one while it waits."""
-    long = {"steps": 100_000, "batch_tokens": 512, "lr": 1e-3}
+def test_a_bug_is_final_a_warned_run_goes_on_and_a_cancelled_one_is_closed(
+    cluster: Local, start: Callable[..., Path], sums: Path
+) -> None:
+    """Room for two: a run whose data changed, one that is warned and cancelled, one that is cancelled as it waits."""
+    long = {"train": {"steps": 100_000, "batch_tokens": 512, "lr": 1e-3}, "checkpoint": {"every": 100_000}}
     bad = sums.with_name("soon-changed.jsonl")
     bad.write_text(sums.read_text())
     buggy = start(data={"train": str(bad), "seq_len": 64})
     bad.write_text(sums.read_text() * 2)
-    running = start(train=long)
-    waiting = start(train=long, resources={"workers_per_node": 2})
+    running = start(**long)
+    waiting = start(**long, resources={"workers_per_node": 2})
 
     assert cluster.status([waiting.name])[waiting.name].state == "queued"
     cancel(waiting.name)
@@ -164,8 +166,16 @@ def test_a_bug_is_final_and_a_cancelled_run_is_closed(cluster: Local, start: Cal
     assert f"data.train: {bad} has changed since the submission: sha256 " in found["evidence"]
     assert found["reason"].endswith("put the old one back and resume the run, or submit the job anew")
 
-    until(lambda: attempts(running) and read_lines(last(running), "metrics.jsonl"))
-    before = workers(running, 1)
+    until(lambda: attempts(running) and len(read_lines(last(running), "metrics.jsonl")) > 5)
+    os.kill(cluster.state()["controllers"][running.name], signal.SIGTERM)
+    until(lambda: len(attempts(running)) == 2 and read_lines(last(running), "metrics.jsonl"))
+    first, second = attempts(running)
+    reported = [row["step"] for row in read_lines(first, "metrics.jsonl") if "loss" in row]
+    assert first.verdict and first.verdict["reason"].endswith(f"; saved at step {reported[-1]}")
+    assert (first.verdict["kind"], second.start) == ("preemption", Start(1, reported[-1]))
+    assert read_lines(second, "metrics.jsonl")[0]["step"] == reported[-1] + 1
+
+    before = workers(running, 2)
     cancel(running.name)
     found = ended(running)
     assert (found["state"], found["verdict"]) == ("cancelled", "cancelled")
@@ -179,17 +189,6 @@ def test_a_bug_is_final_and_a_cancelled_run_is_closed(cluster: Local, start: Cal
     resume(buggy.name)
     assert list((cluster.home / "cache").glob("*/manifest.json"))
     assert (ended(buggy)["state"], last(buggy).number) == ("succeeded", 4)  # slot 2 closed it, slot 3 reopened it
-
-
-def test_a_warned_run_saves_and_goes_on_from_there(cluster: Local, start: Callable[..., Path]) -> None:
-    run_dir = start(train={"steps": 60, "batch_tokens": 512, "lr": 1e-2}, checkpoint={"every": 1000})
-    until(lambda: attempts(run_dir) and len(read_lines(last(run_dir), "metrics.jsonl")) > 5)
-    os.kill(cluster.state()["controllers"][run_dir.name], signal.SIGTERM)
-    assert ended(run_dir)["state"] == "succeeded"
-    first, second = attempts(run_dir)
-    reported = [row["step"] for row in read_lines(first, "metrics.jsonl") if "loss" in row]
-    assert first.verdict and first.verdict["reason"].endswith(f"; saved at step {reported[-1]}")
-    assert (first.verdict["kind"], second.start) == ("preemption", Start(1, reported[-1]))
 
 
 @pytest.mark.chaos

@@ -10,7 +10,7 @@ import peft
 import pytest
 from by_hand import adamw, base, train
 from finished_runs import Curve, curve, difference
-from sampling import SEED
+from sampling import SEED, each_sampled
 
 from runfolder.record import load_job
 
@@ -68,12 +68,13 @@ def test_curves_agree_over_layouts(worlds: list[int], layouts: Any, new_run: Any
     assert max(worst.values()) < TOLERANCE, {name: d for name, d in worst.items() if d >= TOLERANCE}
 
 
-def test_gradient_checkpointing_changes_nothing(new_run: Any, launch: Any) -> None:
-    def run(name: str, zero: int, checkpointing: bool) -> Path:
+@pytest.mark.parametrize(("name", "zero"), each_sampled([("full", 3), ("lora", 2)]))
+def test_gradient_checkpointing_changes_nothing(name: str, zero: int, new_run: Any, launch: Any) -> None:
+    def run(checkpointing: bool) -> Path:
         train = {"gradient_checkpointing": checkpointing, "lr": RATES[name]}
         made: Path = new_run(f"{name}-{checkpointing}", method=METHODS[name], sharding={"zero": zero}, train=train)
         return made
 
-    pairs = [(run(name, zero, True), run(name, zero, False)) for name, zero in (("full", 3), ("lora", 2))]
-    launch(2, *(run for pair in pairs for run in pair))
-    assert all(difference(curve(one), curve(other)) < TOLERANCE for one, other in pairs)
+    runs = [run(True), run(False)]
+    launch(2, *runs)
+    assert difference(*map(curve, runs)) < TOLERANCE
