@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lint chaos gpu matrix soak clean
+.PHONY: install demo test lint chaos gpu matrix soak docs clean
 
 install: $(STAMP)
 
@@ -30,6 +30,11 @@ lint: install
 # The whole of what `make test` runs a seeded sample of; `gpu` needs two of them.
 chaos gpu matrix soak: install
 	$(BIN)/pytest -m $@ -o timeout=0 $(if $(filter chaos,$@),--capture=no)
+
+# The site, in build/docs; a dead link fails.
+docs: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf .venv build dist *.egg-info

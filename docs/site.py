@@ -1,0 +1,171 @@
+"""Pages that are made from the code: every key of a job, every method, and the API; a hook of mkdocs (mkdocs.yml)."""
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from methods.options import KINDS, Options
+from orchestrator.describe import CAPABILITIES, methods, support
+from runfolder.job import Job
+
+ROOT = Path(__file__).parent.parent
+API = ("fleetune", "runfolder", "orchestrator", "clusters", "trainer", "methods", "serving")
+OWN_METHODS = [kind for kind, options in KINDS.items() if options.implementation.startswith("methods.")]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that nobody writes by hand."""
+    for path, text in pages():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def pages() -> Iterator[tuple[str, str]]:
+    """The path of each made page, and its Markdown."""
+    yield "job.md", job_page()
+    yield "methods/index.md", methods_page()
+    for kind in OWN_METHODS:
+        yield f"methods/{kind}.md", method_page(kind)
+    for room in API:
+        yield f"api/{room}.md", api_page(room)
+
+
+def job_page() -> str:
+    """Every key of job.yaml, from the models that check it."""
+    lines = ["# job.yaml", "", "Every key, made from the models that check a job. Unknown keys are errors.", ""]
+    plain = {name: field for name, field in Job.model_fields.items() if part_of(field) is None}
+    lines += ["## The job itself", "", *options_table(plain)]
+    for name, field in Job.model_fields.items():
+        part = part_of(field)
+        if part is not None:
+            lines += ["", f"## {name}", "", *paragraphs(part.__doc__), "", *options_table(part.model_fields)]
+    lines += [
+        "",
+        "## method",
+        "",
+        "One of the [methods](methods/index.md), with its options: `{kind: lora, rank: 16}`, or",
+    ]
+    return "\n".join([*lines, "its bare name for its defaults.", ""])
+
+
+def part_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a key that has keys of its own; None for a plain value, and for the method."""
+    annotation = field.annotation
+    is_part = (
+        isinstance(annotation, type) and issubclass(annotation, BaseModel) and not issubclass(annotation, Options)
+    )
+    return annotation if is_part else None
+
+
+def options_table(fields: dict[str, FieldInfo]) -> list[str]:
+    """A table of keys: what they may be, their default, what they mean."""
+    lines = ["| key | values | default | meaning |", "|---|---|---|---|"]
+    for name, field in fields.items():
+        if name != "method" and name != "kind":
+            default = "required" if field.is_required() else f"`{shown_default(field)}`"
+            lines.append(f"| `{name}` | {values(field)} | {default} | {field.description or ''} |")
+    return lines
+
+
+def shown_default(field: FieldInfo) -> str:
+    """A default as YAML has it."""
+    default: Any = field.default
+    if isinstance(default, BaseModel):
+        return "{}"
+    return json.dumps(list(default) if isinstance(default, tuple) else default)
+
+
+def values(field: FieldInfo) -> str:
+    """What a key may be, in words."""
+    return described(field.annotation).replace("|", r"\|")
+
+
+def described(annotation: Any) -> str:
+    """A type in words: the choices of a Literal, a number, a text, a list of them."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        names = {"str": "text", "int": "whole number", "float": "number", "bool": "true, false", "date": "date"}
+        return names.get(annotation.__name__, "null" if annotation is type(None) else annotation.__name__)
+    arguments = [argument for argument in get_args(annotation) if argument is not Ellipsis]
+    if all(isinstance(argument, str | int) for argument in arguments):
+        return ", ".join(f"`{argument}`" for argument in arguments)
+    if getattr(annotation, "__origin__", None) is dict:
+        return "a mapping"
+    if getattr(annotation, "__origin__", None) is tuple:
+        return f"a list of {described(arguments[0])}"
+    return ", ".join(
+        dict.fromkeys(described(argument) for argument in arguments if not isinstance(argument, FieldInfo))
+    )
+
+
+def methods_page() -> str:
+    """All methods in one table, with what was seen to work."""
+    lines = ["# Methods", "", "| method | what it is | trained | learning rate |", "|---|---|---|---|"]
+    for method in methods():
+        options = KINDS[method["kind"]]
+        what = "the base's own weights" if options.makes_model else "an adapter"
+        lines.append(
+            f"| [`{method['kind']}`]({method['kind']}.md) | {method['summary']} | {what} | {options.default_lr:g} |"
+        )
+    lines += [
+        "",
+        "The learning rate is the default on a base of hidden size 2048.",
+        "",
+        "## What was seen to work",
+        "",
+    ]
+    lines += [f"| method | {' | '.join(CAPABILITIES)} | commit |", "|---" * (len(CAPABILITIES) + 2) + "|"]
+    lines += [f"| `{m['kind']}` | {' | '.join(support(m))} | {m['support_commit']} |" for m in methods()]
+    return "\n".join([*lines, ""])
+
+
+def method_page(kind: str) -> str:
+    """What a method does, its equation and paper, its options, and what was seen of it."""
+    options = KINDS[kind]
+    module = ROOT / (options.implementation.partition(":")[0].replace(".", "/") + ".py")
+    (method,) = methods(kind)
+    lines = [f"# {kind}", "", *paragraphs(options.__doc__), "", "    " + f"method: {{kind: {kind}}}", ""]
+    lines += ["## What it does", "", *paragraphs(ast.get_docstring(ast.parse(module.read_text())))]
+    lines += ["", "## Options", "", *options_table(options.model_fields)]
+    lines += ["", "## What was seen", "", *seen(method), ""]
+    lines += [f"- Its {name} is refused: {reason}." for name, reason in options.refusals.items()]
+    return "\n".join([*lines, ""])
+
+
+def seen(method: dict[str, Any]) -> list[str]:
+    """What the support matrix and the comparison on the tiny base say of a method."""
+    lines = [f"At commit {method['support_commit']}: "]
+    lines += [f"- {name}: {cell}" for name, cell in zip(CAPABILITIES, support(method), strict=True)]
+    record = json.loads((ROOT / "benchmarks" / "results" / "methods-record.json").read_text())
+    for figures in record["methods"]:
+        if figures["method"] == method["kind"]:
+            matches = figures["exact_match"]
+            mean = sum(matches) / len(matches)
+            lines += [
+                "",
+                f"On the tiny base (task `{record['task']}`, commit {record['commit']}, {len(matches)} seeds): ",
+            ]
+            lines += [f"exact match {mean:.0%} with {figures['trained']:,} trained weights."]
+    return lines
+
+
+def paragraphs(docstring: str | None) -> list[str]:
+    """A docstring as Markdown: what stands in it is plain text."""
+    text = (docstring or "").strip()
+    return [line.strip().replace("*", r"\*").replace("_", r"\_").replace("<", "&lt;") for line in text.splitlines()]
+
+
+def api_page(room: str) -> str:
+    """The public names of a room, module by module, from their docstrings."""
+    lines = [f"# {room}", ""]
+    for path in sorted([ROOT / f"{room}.py"] if (ROOT / f"{room}.py").exists() else (ROOT / room).rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if not path.name.startswith("__") and path.read_text().strip():
+            lines += [f"## {module}", "", f"::: {module}", ""]
+    return "\n".join(lines)
