@@ -41,7 +41,8 @@ def refresh(folder: Path) -> None:
 def sha256(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal; raises OSError."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.file_digest(stream, "sha256")
+        return digest.hexdigest()
 
 
 def read_json(path: Path) -> Record:
@@ -72,8 +73,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def _write_beside(path: Path, record: Record, mode: int) -> Path:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as stream:
+    token = uuid.uuid4().hex
+    temporary = path.with_name(f".{path.name}.{token}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "w") as stream:
         json.dump(record, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())

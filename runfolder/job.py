@@ -17,14 +17,22 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 def _seconds(value: object) -> object:
     """Read `90s`, `30m`, `8h`, `2d` or a number of seconds."""
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", value)):
-        return int(float(match[1]) * _UNITS[match[2]])
-    return value
+    if not isinstance(value, str):
+        return value
+    duration = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", value)
+    if duration is None:
+        return value
+    amount, unit = duration.groups()
+    return int(float(amount) * _UNITS[unit])
 
 
 def _as_mapping(key: str) -> BeforeValidator:
     """Let a bare string stand for a mapping with one key."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+    def wrap(value: object) -> object:
+        return {key: value} if isinstance(value, str) else value
+
+    return BeforeValidator(wrap)
 
 
 class _Part(BaseModel):
@@ -116,7 +124,8 @@ class Resources(_Part):
     @property
     def world(self) -> int:
         """Number of workers."""
-        return self.nodes * (self.gpus_per_node or self.workers_per_node or 1)
+        per_node = self.gpus_per_node or self.workers_per_node or 1
+        return self.nodes * per_node
 
 
 class Checkpoint(_Part):
@@ -178,7 +187,8 @@ class Job(_Part):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if not objectives.is_known(name):
-            allowed = ", ".join(map(repr, sorted(objectives.known())))
+            known = sorted(objectives.known())
+            allowed = ", ".join(map(repr, known))
             raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": allowed})
         return name
 
@@ -186,8 +196,11 @@ class Job(_Part):
     @classmethod
     def _merges(cls, output: Output, info: ValidationInfo) -> Output:
         method = info.data.get("method")
-        if output.merge and method and "merge" in method.refusals:
-            raise ValueError(f"{method.kind} has no merged model: {method.refusals['merge']}")
+        if not output.merge or not method:
+            return output
+        reason = method.refusals.get("merge")
+        if reason is not None:
+            raise ValueError(f"{method.kind} has no merged model: {reason}")
         return output
 
     @model_validator(mode="after")
@@ -206,13 +219,13 @@ class Job(_Part):
     def _trains_new_tokens(self) -> "Job":
         if not self.base.resize_embeddings:
             return self
-        found = f"base.resize_embeddings with method {self.method.kind}"
+        setting = f"base.resize_embeddings with method {self.method.kind}"
         if not self.method.trains_new_tokens:
             kinds = ", ".join(kind for kind, options in KINDS.items() if options.trains_new_tokens)
-            raise ValueError(f"{found}, which does not train new embeddings; allowed: one of {kinds}")
+            raise ValueError(f"{setting}, which does not train new embeddings; allowed: one of {kinds}")
         if self.sharding.zero == 3 and not self.method.makes_model:
             raise ValueError(
-                f"{found} at sharding.zero 3, where no worker has the embedding whole, and its new rows alone are "
+                f"{setting} at sharding.zero 3, where no worker has the embedding whole, and its new rows alone are "
                 "trained; allowed: sharding.zero 0, 1 or 2, or method full or galore"
             )
         return self
@@ -220,13 +233,17 @@ class Job(_Part):
     @property
     def lr(self) -> float:
         """The peak learning rate: the job's, or the method's default."""
-        return self.train.lr if self.train.lr is not None else self.method.rate(None)
+        if self.train.lr is not None:
+            return self.train.lr
+        return self.method.rate(None)
 
     def at_width(self, hidden: int | None) -> "Job":
         """The job with its learning rate settled, on a base of this hidden size."""
         if self.train.lr is not None:
             return self
-        return self.model_copy(update={"train": self.train.model_copy(update={"lr": self.method.rate(hidden)})})
+        settled = {"lr": self.method.rate(hidden)}
+        train = self.train.model_copy(update=settled)
+        return self.model_copy(update={"train": train})
 
     def dump(self) -> dict[str, Any]:
         """The job as plain data that `Job.model_validate` reads back."""

@@ -14,7 +14,9 @@ OBJECTIVES: Mapping[str, str] = {
 
 def known() -> dict[str, str]:
     """Every objective by its name, as `module:Class`; those of Fleetune cannot be replaced from outside."""
-    outside = {point.name: point.value for point in entry_points(group=GROUP)}
+    outside = {}
+    for point in entry_points(group=GROUP):
+        outside[point.name] = point.value
     return {**outside, **OBJECTIVES}
 
 
@@ -25,4 +27,6 @@ def is_known(name: str) -> bool:
 
 def place(name: str) -> str:
     """Where an objective that is known is written, as `module:Class`."""
-    return OBJECTIVES[name] if name in OBJECTIVES else known()[name]
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    return known()[name]
