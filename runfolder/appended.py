@@ -33,7 +33,8 @@ class Chunk:
         """The same without a last line that is not whole; the position is before that line."""
         data = _whole_lines(self.data)
         torn_size = len(self.data) - len(data)
-        after = Position(self.after.attempt, self.after.offset - torn_size)
+        offset = self.after.offset - torn_size
+        after = Position(self.after.attempt, offset)
         return Chunk(data, after, self.sealed)
 
 
@@ -49,7 +50,8 @@ class Follower:
 
     def read(self, torn: bool = False) -> Iterator[tuple[int, bytes]]:
         """Yield what is new as (attempt, bytes): whole lines; a torn line too with `torn`, or once sealed."""
-        for chunk in self._source(self._since):
+        chunks = self._source(self._since)
+        for chunk in chunks:
             if not torn and not chunk.sealed:
                 chunk = chunk.whole_lines()
             self._since = chunk.after

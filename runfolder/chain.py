@@ -55,7 +55,8 @@ class Attempt:
     @cached_property
     def folder(self) -> Path:
         """RUN_DIR/attempts/<number>."""
-        return self.run_dir / "attempts" / str(self.number)
+        slots_dir = self.run_dir / "attempts"
+        return slots_dir / str(self.number)
 
     @cached_property
     def claim(self) -> Record:
@@ -66,7 +67,9 @@ class Attempt:
     def start(self) -> Start | None:
         """The checkpoint that this attempt goes on from; None from the beginning."""
         start = self.claim["start"]
-        return Start(**start) if start else None
+        if not start:
+            return None
+        return Start(**start)
 
     @property
     def kind(self) -> str:

@@ -89,7 +89,9 @@ def frozen(run_dir: Path) -> Digests:
 def changes(job: Job, known: Mapping[str, str | None]) -> list[str]:
     """What is not as in the known digests, one line each: field, file, both digests, what to do."""
     train = file_of(job.data.train)
-    evaluated = file_of(job.data.eval) if job.data.eval else None
+    evaluated = None
+    if job.data.eval:
+        evaluated = file_of(job.data.eval)
     sources = {"data.train": train, "data.eval": evaluated, "base": Path(job.base.model)}
     scratch = job.base.init == "scratch"
     lines = []

@@ -33,7 +33,8 @@ def refresh(folder: Path) -> None:
     To create a name takes the server, whose answer tells the client whether others have changed the folder meanwhile
     (RFC 1813, section 2.6, weak cache consistency; RFC 7530, section 5.8.1.4, change attribute).
     """
-    probe = folder / f".probe-{uuid.uuid4().hex}"
+    token = uuid.uuid4().hex
+    probe = folder / f".probe-{token}"
     probe.mkdir()
     probe.rmdir()
 
@@ -48,7 +49,8 @@ def sha256(path: Path) -> str:
 def read_json(path: Path) -> Record:
     """Read a JSON file that holds an object; raises Damaged."""
     try:
-        record = json.loads(path.read_text())
+        text = path.read_text()
+        record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path}: not JSON: {error}") from None
     if not isinstance(record, dict):

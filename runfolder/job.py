@@ -30,7 +30,9 @@ def _as_mapping(key: str) -> BeforeValidator:
     """Let a bare string stand for a mapping with one key."""
 
     def wrap(value: object) -> object:
-        return {key: value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            return {key: value}
+        return value
 
     return BeforeValidator(wrap)
 

@@ -50,7 +50,8 @@ def read_record(run_dir: Path) -> Record:
     """RUN_DIR/job.yaml as plain data; raises Damaged."""
     path = run_dir / "job.yaml"
     try:
-        record = yaml.load(path.read_bytes(), Loader=_LOADER)
+        data = path.read_bytes()
+        record = yaml.load(data, Loader=_LOADER)
     except OSError as error:
         raise Damaged(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

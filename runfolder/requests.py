@@ -98,7 +98,8 @@ def _requests(run_dir: Path, kind: str) -> list[Record]:
         return []
     reopened = last_reopened(run_dir)
     current = [name for name in files if _slot_of(name) >= reopened]
-    return [read_json(folder / name) for name in current]
+    paths = [folder / name for name in current]
+    return [read_json(path) for path in paths]
 
 
 def _slot_of(name: str) -> int:

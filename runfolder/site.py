@@ -94,7 +94,8 @@ class Here:
 
     def record(self, run_id: str) -> Record:
         """What was submitted; raises Damaged."""
-        return read_record(self.root / run_id)
+        run_dir = self.root / run_id
+        return read_record(run_dir)
 
     def snapshots(self, run_ids: Iterable[str]) -> dict[str, Snapshot]:
         """How runs stand; a run that is not there is left out."""
@@ -116,7 +117,8 @@ class Here:
 
     def files(self, run_id: str) -> list[str]:
         """The files that a run's attempts append to, like `metrics.jsonl` and `logs/rank-0.log`."""
-        return appended_files(self.root / run_id)
+        run_dir = self.root / run_id
+        return appended_files(run_dir)
 
     def entrust(self, run_id: str, secrets: Mapping[str, str]) -> None:
         """Keep secrets of a run by name, in place of older ones, for its owner alone."""

@@ -141,4 +141,6 @@ def _step(attempt: Attempt, begun: bool) -> int:
     if attempt.number == 0:
         return 0
     start = attempt.start
-    return start.step if start else 0
+    if start is None:
+        return 0
+    return start.step
