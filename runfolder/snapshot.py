@@ -75,8 +75,8 @@ def _asked(run_dir: Path) -> str | None:
 
 def planned(attempt: Attempt) -> Record:
     """What the trainer announced at the start of an attempt: steps, parameters, ...; empty while it has not."""
-    events = parsed(beginning(attempt, "events.jsonl", _HEAD))
-    for event in events:
+    data = beginning(attempt, "events.jsonl", _HEAD)
+    for event in parsed(data):
         if event["event"] == "plan":
             return {key: value for key, value in event.items() if key not in ("event", "time")}
     return {}
