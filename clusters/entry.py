@@ -150,17 +150,18 @@ def _parsed(text: str, run_id: str, came: int) -> Entry:
     """The entry in the text of a run's file, which came at a time in ns; raises ValueError."""
     plain = json.loads(text)
     _check_format(plain)
+    fields = {}
     for name, type_ in _TYPES.items():
         value = plain.get(name)
         if not isinstance(value, type_):
             raise ValueError(f"{name}: found {type(value).__name__}; allowed: {type_.__name__}")
+        fields[name] = value
     if plain["run_id"] != run_id:
         raise ValueError(f"run_id: found {plain['run_id']!r}; allowed: the name of the file")
-    arguments: list[Any] = [*plain["environment"].values(), *plain["command"]]
-    for argument in arguments:
+    variables = plain["environment"]
+    for argument in [*variables.values(), *plain["command"]]:
         if not isinstance(argument, str) or "\0" in argument or len(argument) >= _LONGEST:
             raise ValueError("environment or command: found a value that no process can have")
-    fields = {name: plain[name] for name in _TYPES}
     fields["run_dir"] = Path(plain["run_dir"])
     return Entry(**fields, text=text, time=came)
 

@@ -27,7 +27,10 @@ _FOLDERS = ("FLEETUNE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 
 def settings(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
     """What a run of this job gets of an environment, beside its secrets; folders as absolute paths."""
-    carried = {name: environment[name] for name in SETTINGS if name in environment}
+    carried = {}
+    for name in SETTINGS:
+        if name in environment:
+            carried[name] = environment[name]
     for name in _FOLDERS:
         if carried.get(name):
             folder = Path(carried[name]).expanduser()
@@ -37,7 +40,10 @@ def settings(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
 
 def secret_names(environment: Mapping[str, str]) -> tuple[str, ...]:
     """The secrets that an environment has."""
-    secrets = [name for name in SECRETS if environment.get(name)]
+    secrets = []
+    for name in SECRETS:
+        if environment.get(name):
+            secrets.append(name)
     return tuple(secrets)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from clusters.base import Unreachable
 from runfolder.appended import Chunk, Position
 from runfolder.files import Damaged, Record
-from runfolder.site import Appended, Ask, Positions, Refused
+from runfolder.site import Appended, Ask, Ended, Plain, Positions, Refused
 from runfolder.snapshot import Snapshot
 
 
@@ -26,22 +26,23 @@ class Far:
 
     def ids(self) -> list[str]:
         """The names of all run folders, damaged ones too."""
-        ids: list[str] = self._request(verb="ids")
+        ids: list[str] = self._request({"verb": "ids"})
         return ids
 
-    def create(self, run_id: str, record: Mapping[str, Any]) -> Record | None:
+    def create(self, run_id: str, record: Plain) -> Record | None:
         """Make a run folder whole or not at all; gives the record of the one that was there already, else None."""
-        existing: Record | None = self._request(verb="create", run_id=run_id, record=record)
+        request = {"verb": "create", "run_id": run_id, "record": record}
+        existing: Record | None = self._request(request)
         return existing
 
     def record(self, run_id: str) -> Record:
         """What was submitted; raises Damaged."""
-        record: Record = self._request(verb="record", run_id=run_id)
+        record: Record = self._request({"verb": "record", "run_id": run_id})
         return record
 
     def snapshots(self, run_ids: Iterable[str]) -> dict[str, Snapshot]:
         """How runs stand: one trip for all of them; a run that is not there is left out."""
-        answer = self._request(verb="snapshots", run_ids=list(run_ids))
+        answer = self._request({"verb": "snapshots", "run_ids": list(run_ids)})
         snapshots = {}
         for run_id, plain in answer.items():
             snapshots[run_id] = Snapshot.load(plain)
@@ -50,7 +51,7 @@ class Far:
     def read(self, run_id: str, since: Positions) -> Appended:
         """What was appended to files of a run's attempts since these positions."""
         positions = {file: astuple(position) for file, position in since.items()}
-        answer = self._request(verb="read", run_id=run_id, since=positions)
+        answer = self._request({"verb": "read", "run_id": run_id, "since": positions})
         appended = {}
         for file, chunks in answer.items():
             appended[file] = [_chunk(plain) for plain in chunks]
@@ -58,17 +59,19 @@ class Far:
 
     def files(self, run_id: str) -> list[str]:
         """The files that a run's attempts append to, like `metrics.jsonl` and `logs/rank-0.log`."""
-        files: list[str] = self._request(verb="files", run_id=run_id)
+        files: list[str] = self._request({"verb": "files", "run_id": run_id})
         return files
 
     def entrust(self, run_id: str, secrets: Mapping[str, str]) -> None:
         """Keep secrets of a run by name, in place of older ones, for its owner alone."""
         plain = dict(secrets)
-        self._request(verb="entrust", run_id=run_id, secrets=plain)
+        request = {"verb": "entrust", "run_id": run_id, "secrets": plain}
+        self._request(request)
 
-    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Record | None:
+    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Ended:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""
-        ended: Record | None = self._request(verb="ask", run_id=run_id, what=what, step=step)
+        request = {"verb": "ask", "run_id": run_id, "what": what, "step": step}
+        ended: Ended = self._request(request)
         return ended
 
     def fetch(self, run_id: str, to: Path) -> Path:
@@ -86,7 +89,7 @@ class Far:
                 raise Unreachable(f"cluster {self.name}: {run_id} did not come whole: {error}") from None
         return to
 
-    def _request(self, **request: Any) -> Any:
+    def _request(self, request: Plain) -> Any:
         """The answer to a request; raises Refused, Damaged, and Unreachable where none came."""
         try:
             completed = subprocess.run(

@@ -24,6 +24,8 @@ from runfolder.snapshot import Snapshot, snapshot
 Ask = Literal["cancel", "cancel_saved", "pause", "reopen"]
 Positions = Mapping[str, Position]  # of each file, how far it was read
 Appended = dict[str, list[Chunk]]  # what was appended to each file since
+Ended = Record | None  # the result of a run; None while it goes on
+Plain = Mapping[str, Any]  # what JSON can hold
 _FETCHED = ("output", "result.json", "job.yaml")  # what `fetch` brings
 
 
@@ -38,7 +40,7 @@ class Site(Protocol):
         """The names of all run folders, damaged ones too."""
         ...
 
-    def create(self, run_id: str, record: Mapping[str, Any]) -> Record | None:
+    def create(self, run_id: str, record: Plain) -> Record | None:
         """Make a run folder whole or not at all; gives the record of the one that was there already, else None."""
         ...
 
@@ -62,7 +64,7 @@ class Site(Protocol):
         """Keep secrets of a run by name, in place of older ones, for its owner alone."""
         ...
 
-    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Record | None:
+    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Ended:
         """Ask for the end of a run that goes on, or let one go on that has ended otherwise than well.
 
         With `cancel_saved` and `pause` it saves first; it pauses after `step`, or after the one that it is at. Gives
@@ -86,7 +88,7 @@ class Here:
         folders = names(self.root)
         return [name for name in folders if not name.startswith(".")]
 
-    def create(self, run_id: str, record: Mapping[str, Any]) -> Record | None:
+    def create(self, run_id: str, record: Plain) -> Record | None:
         """Make a run folder whole or not at all; gives the record of the one that was there already, else None."""
         run_dir = self.root / run_id
         whole_record = {"run_id": run_id, **record}
@@ -125,7 +127,7 @@ class Here:
         run_dir = self.root / run_id
         write_secrets(run_dir, secrets)
 
-    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Record | None:
+    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Ended:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""
         run_dir = self.root / run_id
         ended = result(run_dir)
@@ -160,7 +162,7 @@ def _request_end(run_dir: Path, what: Ask, step: int | None) -> None:
         request_cancel(run_dir, save)
 
 
-def _reopen(run_dir: Path, ended: Record | None) -> None:
+def _reopen(run_dir: Path, ended: Ended) -> None:
     """Let a run go on whose inputs are those of its submission; one that goes on is left alone."""
     if ended is not None and ended["state"] == "succeeded":
         raise Refused(f"run {run_dir.name}: it has succeeded, there is nothing to go on with")
@@ -193,7 +195,7 @@ def _fetched(run_dir: Path) -> list[Path]:
     return [run_dir / name for name in _FETCHED if name in existing]
 
 
-def answer(root: Path, request: Mapping[str, Any]) -> Any:
+def answer(root: Path, request: Plain) -> Any:
     """Do what a request asks, as plain data that goes through JSON: {verb, ...its arguments}."""
     here = Here(root)
     match request["verb"]:
