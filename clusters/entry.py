@@ -74,7 +74,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Queue:
-    """A folder of entries, named by run id. What is there and is no entry stands in nobody's way."""
+    """A folder of entries, named by run id. Files that are no entries hold up nobody; `read` says why."""
 
     folder: Path
 
@@ -108,7 +108,7 @@ class Queue:
         try:
             text = path.read_text()
             entry = _parsed(text, run_id, path.stat().st_mtime_ns)
-            entry.run_dir.exists()  # a folder that cannot even be asked for
+            entry.run_dir.exists()  # raises for a path that the system refuses, as one that is too long
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
@@ -146,8 +146,8 @@ class Queue:
         return self.folder / f"{run_id}.json"
 
 
-def _parsed(text: str, run_id: str, came: int) -> Entry:
-    """The entry in the text of a run's file, which came at a time in ns; raises ValueError."""
+def _parsed(text: str, run_id: str, timestamp_ns: int) -> Entry:
+    """The entry in the text of a run's file, submitted at a time in ns; raises ValueError."""
     plain = json.loads(text)
     _check_format(plain)
     fields = {}
@@ -163,7 +163,7 @@ def _parsed(text: str, run_id: str, came: int) -> Entry:
         if not isinstance(argument, str) or "\0" in argument or len(argument) >= _LONGEST:
             raise ValueError("environment or command: found a value that no process can have")
     fields["run_dir"] = Path(plain["run_dir"])
-    return Entry(**fields, text=text, time=came)
+    return Entry(**fields, text=text, time=timestamp_ns)
 
 
 def _check_format(plain: object) -> None:

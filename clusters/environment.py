@@ -20,7 +20,8 @@ SECRETS = (
     *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
 )
-# Whatever a run may bring along, in `env:` too: nobody else's run gets it from whoever started the supervisor.
+# Of variables that a run may bring along, in `env:` too. The supervisor serves runs of many shells: it gives none of
+# them what the shell had that happened to start it.
 _PREFIXES = ("FLEETUNE_", "HF_", "HUGGING_FACE_", "MLFLOW_", "NCCL_", "AWS_")
 _FOLDERS = ("FLEETUNE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 

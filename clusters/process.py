@@ -21,7 +21,7 @@ from clusters.base import Unreachable
 from clusters.holder import Holder
 from fleetune_start import unshadowed
 
-_LOCK = "FLEETUNE_LOCK_DESCRIPTOR"
+_LOCK_VARIABLE = "FLEETUNE_LOCK_DESCRIPTOR"
 _KILL_S = 10.0  # a process that is stuck in a driver does not die; nobody waits for it for ever
 _TIMEOUT_S = 0.3  # others probe the lock, or start the process, for milliseconds
 _LONGEST = 4096  # bytes of what a lock file says
@@ -41,7 +41,7 @@ def spawn(lock: Path, command: Sequence[str], environment: Mapping[str, str], lo
         with log.open("ab") as output:
             child = subprocess.Popen(
                 command,
-                env={**unshadowed(environment), _LOCK: str(descriptor)},
+                env={**unshadowed(environment), _LOCK_VARIABLE: str(descriptor)},
                 cwd="/",  # never a folder of the user: Ray puts it on the workers' sys.path
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -72,7 +72,7 @@ def held(lock: Path) -> Iterator[None]:
 
 def release() -> None:
     """Let go of the lock that this process was started with."""
-    os.close(int(os.environ[_LOCK]))
+    os.close(int(os.environ[_LOCK_VARIABLE]))
 
 
 def owner(lock: Path) -> int | None:

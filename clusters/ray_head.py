@@ -35,7 +35,7 @@ class Patience:
     _next: float = 0.0
 
     def began(self) -> None:
-        """Note a start."""
+        """Note a start of the process."""
         self._began = time.monotonic()
 
     def succeeded(self) -> None:
@@ -78,7 +78,7 @@ class Head:
     _backoff: Patience = field(default_factory=lambda: Patience(START_S))
     _answered: float = field(default_factory=time.monotonic)
     _starting: bool = False  # one was started that has not answered yet
-    _log_offset: int = 0  # where the words of that one begin
+    _log_offset: int = 0  # where the output of that one begins
 
     @property
     def lock(self) -> Path:
@@ -87,7 +87,7 @@ class Head:
 
     @property
     def log(self) -> Path:
-        """What the heads say, one after the other."""
+        """The output of the heads, one after the other."""
         return self.folder / "ray.log"
 
     @property
@@ -104,7 +104,7 @@ class Head:
 
     @property
     def temporary(self) -> Path | None:
-        """The folder that Ray keeps all of its own in."""
+        """The folder that Ray keeps all of its files in."""
         return self.place and self.place / "ray"
 
     def address(self) -> str | None:
@@ -224,13 +224,13 @@ class Head:
 
     def _short_tmpdir(self) -> dict[str, str]:
         """TMPDIR by a short name where its own is too long for the path of a socket in it."""
-        named = os.environ.get("TMPDIR", "")
+        tmpdir = os.environ.get("TMPDIR", "")
         place = self.place
-        if len(os.fsencode(named)) <= _LONGEST_TMPDIR or place is None:
+        if len(os.fsencode(tmpdir)) <= _LONGEST_TMPDIR or place is None:
             return {}
         link = place / "tmp"
         if not link.is_symlink():
-            link.symlink_to(named)
+            link.symlink_to(tmpdir)
         return {"TMPDIR": str(link)}
 
     def _command(self, temporary: Path) -> list[str]:

@@ -54,7 +54,7 @@ class Attempt:
 
     @cached_property
     def folder(self) -> Path:
-        """RUN_DIR/attempts/<number>."""
+        """The folder of this slot: RUN_DIR/attempts/<number>."""
         slots_dir = self.run_dir / "attempts"
         return slots_dir / str(self.number)
 
@@ -89,7 +89,7 @@ class Attempt:
         return last_slot(self.run_dir) <= self.number
 
     def check(self, here: bool = False) -> None:
-        """Raise Fenced when a later slot is taken on any host; to be called before what a ghost must not do.
+        """Raise Fenced when a later slot is taken on any host; to be called before what only a live attempt may do.
 
         `here`: as far as this host knows, which costs the file system little; enough for those who wait.
         """
@@ -226,7 +226,7 @@ def settle(run_dir: Path) -> Record | None:
     """Finish what a closing slot promised: move the output into place, write result.json; gives the result.
 
     In a run that goes on, a result.json that somebody wrote too late goes away. Idempotent, and any number of
-    processes may do it at once: whoever comes next makes right what two have mixed up.
+    processes may do it at once: the next call corrects what two concurrent ones have mixed up.
     """
     newest = _newest_slot(run_dir)
     if not _is_closing(newest):
@@ -275,7 +275,7 @@ def _claim(run_dir: Path, number: int, record: Record) -> Attempt | None:
         if not _is_taken(attempt):
             shutil.rmtree(prepared, ignore_errors=True)
             raise
-        # The answer to a rename that was done can be lost, and asking again then fails: what counts is whose it is.
+        # The answer to a rename that was done can be lost; asking again then fails: what counts is whose claim is there.
         if attempt.claim.get("token") != token:
             shutil.rmtree(prepared, ignore_errors=True)
             return None

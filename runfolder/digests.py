@@ -13,14 +13,15 @@ from runfolder.job import Job
 from runfolder.sources import file_of
 
 _LOADED = re.compile(r"\.(json|safetensors|model|jinja)$|^(vocab|merges)\.txt$")
-_WHOLE = 64 << 20  # bytes up to which a file of the base is hashed whole
-_PART, _PARTS = 1 << 18, 128  # bytes of a part of a larger file, and how many there are
+_WHOLE_BYTES = 64 << 20  # bytes up to which a file of the base is hashed whole
+_PART_BYTES = 1 << 18  # of each part of a larger file that is hashed
+_PARTS = 128  # into as many equal distances the parts divide a file
 _SHOWN = 12  # characters of a digest in a message
 Digests = dict[str, str | None]  # by the field of the job that names what was read
 
 
 class InputChanged(ValueError):
-    """Data or base are not those of the submission; nothing but their owner can mend that."""
+    """Data or base are not those of the submission; nothing but their owner can fix that."""
 
 
 def digests(job: Job, base: Path | None) -> Digests:
@@ -57,7 +58,7 @@ def folder_digest(folder: Path, scratch: bool) -> str:
         size = path.stat().st_size
         header = f"{path.name} {size} "
         total.update(header.encode())
-        if size <= _WHOLE:
+        if size <= _WHOLE_BYTES:
             digest = sha256(path)
             total.update(digest.encode())
         else:
@@ -67,13 +68,13 @@ def folder_digest(folder: Path, scratch: bool) -> str:
 
 def _sample(path: Path) -> bytes:
     """Parts of a large file: its ends, and what lies in equal distances between them."""
-    last = path.stat().st_size - _PART
+    last = path.stat().st_size - _PART_BYTES
     with path.open("rb") as stream:
         parts = []
         for number in range(_PARTS + 1):
             offset = last * number // _PARTS
             stream.seek(offset)
-            part = stream.read(_PART)
+            part = stream.read(_PART_BYTES)
             parts.append(part)
     return b"".join(parts)
 

@@ -1,4 +1,4 @@
-"""Files of a run folder: JSON that is written whole or not at all, and looks that see what other hosts have done.
+"""Files of a run folder: JSON that is written whole or not at all, and listings that show what other hosts have done.
 
 A client of NFS keeps for up to a minute that a name is not there. So nobody asks for a name that may be missing: what
 is there is told by listing its folder (`names`). Where even a listing from this client's cache will not do, `refresh`
@@ -30,7 +30,7 @@ def names(folder: Path) -> list[str]:
 def refresh(folder: Path) -> None:
     """See to it that the next listing of a folder is the server's, not one that this client has kept.
 
-    To create a name takes the server, whose answer tells the client whether others have changed the folder meanwhile
+    A creation goes to the server, whose answer tells the client whether others have changed the folder meanwhile
     (RFC 1813, section 2.6, weak cache consistency; RFC 7530, section 5.8.1.4, change attribute).
     """
     token = uuid.uuid4().hex

@@ -36,7 +36,7 @@ def cache() -> Path:
 def library_folders() -> dict[str, str]:
     """Variables by which libraries keep what they build below FLEETUNE_HOME, where HOME has no place for it.
 
-    What the environment says stays; a cache of the hub that is there is read.
+    Variables that are set already are left out. A cache of the hub in HOME is kept, where there is one, to be read.
     """
     if _home_has_place():
         return {}
@@ -53,7 +53,7 @@ def library_folders() -> dict[str, str]:
 
 
 def writable(folder: Path) -> bool:
-    """Whether a folder can be written, or made."""
+    """Whether a folder can be written, or created where it is missing."""
     existing = nearest(folder)
     if not existing.is_dir():
         return False

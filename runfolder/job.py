@@ -37,11 +37,11 @@ def _as_mapping(key: str) -> BeforeValidator:
     return BeforeValidator(wrap)
 
 
-class _Part(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Base(_Part):
+class Base(_Section):
     """The model that is tuned: a hub id or a folder with config, tokenizer and weights."""
 
     model: str = Field(min_length=1)
@@ -52,7 +52,7 @@ class Base(_Part):
     )
 
 
-class Data(_Part):
+class Data(_Section):
     """Where the examples come from and how they become sequences of at most `seq_len` tokens."""
 
     train: str = Field(min_length=1, description="a file, cluster:/path, or a hub dataset owner/name:config:split")
@@ -71,7 +71,7 @@ class Data(_Part):
     packing: bool = True
 
 
-class Train(_Part):
+class Train(_Section):
     """The optimisation. `batch_tokens` is the size of the global batch in tokens."""
 
     steps: int | None = Field(None, ge=1)
@@ -90,13 +90,13 @@ class Train(_Part):
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
-    def _one_length(self) -> "Train":
+    def _steps_or_epochs(self) -> "Train":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
         return self
 
 
-class Sharding(_Part):
+class Sharding(_Section):
     """ZeRO stage. World size = data parallel x sequence parallel."""
 
     zero: Literal[0, 1, 2, 3] = 0
@@ -104,7 +104,7 @@ class Sharding(_Part):
     sequence: Literal[1] = 1
 
 
-class Resources(_Part):
+class Resources(_Section):
     """What the workers need. A worker is one GPU, or one process where there is none."""
 
     nodes: int = Field(1, ge=1)
@@ -118,26 +118,26 @@ class Resources(_Part):
     )
 
     @model_validator(mode="after")
-    def _one_kind(self) -> "Resources":
+    def _gpus_or_workers(self) -> "Resources":
         if self.gpus_per_node and self.workers_per_node:
             raise ValueError("give gpus_per_node, or workers_per_node where there is no GPU, not both")
         return self
 
     @property
     def world(self) -> int:
-        """Number of workers."""
+        """The world size: how many workers the run has."""
         per_node = self.gpus_per_node or self.workers_per_node or 1
         return self.nodes * per_node
 
 
-class Checkpoint(_Part):
+class Checkpoint(_Section):
     """How often the run saves (in steps; auto: from the measured cost) and how many it keeps."""
 
     every: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     keep: int = Field(2, ge=1)
 
 
-class Evaluation(_Part):
+class Evaluation(_Section):
     """When and how held-out rows are judged: every so many steps, and always at the end."""
 
     every: int | None = Field(None, ge=1, description="steps; null: at the end only")
@@ -146,20 +146,20 @@ class Evaluation(_Part):
     max_new_tokens: int = Field(256, ge=0, description="0: loss only, no generation")
 
 
-class Output(_Part):
+class Output(_Section):
     """What is left at the end: the adapter (or model), and with `merge` a merged model beside it."""
 
     merge: bool = False
 
 
-class Tracking(_Part):
+class Tracking(_Section):
     """Which MLflow server (null: SQLite beside the runs) and which experiment."""
 
     uri: str | None = None
     experiment: str = Field("fleetune", min_length=1)
 
 
-class Job(_Part):
+class Job(_Section):
     """One training run, as a user writes it in job.yaml."""
 
     name: str = "job"
@@ -196,7 +196,7 @@ class Job(_Part):
 
     @field_validator("output")
     @classmethod
-    def _merges(cls, output: Output, info: ValidationInfo) -> Output:
+    def _can_merge(cls, output: Output, info: ValidationInfo) -> Output:
         method = info.data.get("method")
         if not output.merge or not method:
             return output

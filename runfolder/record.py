@@ -1,4 +1,4 @@
-"""RUN_DIR/job.yaml: what was submitted, frozen; and beside it run.json, the little of it that every look needs.
+"""RUN_DIR/job.yaml: what was submitted, frozen; and beside it run.json, the few fields of it that every look needs.
 
 The record is {format, run_id, cluster, submitted, versions, digests, git, job}. `format` is 1; what has none was
 written before there were formats, and is read as 1. A newer one is refused by name: nobody guesses at it.
@@ -57,7 +57,7 @@ def read_record(run_dir: Path) -> Record:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise Damaged(f"{path}: not YAML: {reason}") from None
-    return _checked(path, record)
+    return _check_format(path, record)
 
 
 def read_brief(run_dir: Path) -> Record:
@@ -69,7 +69,7 @@ def read_brief(run_dir: Path) -> Record:
             return _brief(record)
         except (KeyError, TypeError) as error:
             raise Damaged(f"{run_dir / 'job.yaml'}: {type(error).__name__}: {error}") from None
-    return _checked(path, read_json(path))
+    return _check_format(path, read_json(path))
 
 
 def load_job(run_dir: Path) -> Job:
@@ -101,7 +101,7 @@ def _brief(record: Mapping[str, Any]) -> Record:
     return {"format": FORMAT, "cluster": cluster, "submitted": submitted, "steps": steps}
 
 
-def _checked(path: Path, record: Any) -> Record:
+def _check_format(path: Path, record: Any) -> Record:
     """A record of a format that is known; raises Damaged."""
     if not isinstance(record, dict):
         raise Damaged(f"{path}: found {type(record).__name__}; allowed: a mapping")

@@ -142,7 +142,7 @@ class Here:
     def fetch(self, run_id: str, to: Path) -> Path:
         """Copy the output, the result and the job of a run into a new folder `to`."""
         to.mkdir(parents=True)
-        for path in _fetched(self.root / run_id):
+        for path in _paths_to_fetch(self.root / run_id):
             copy = to / path.name
             if path.is_dir():
                 shutil.copytree(path, copy)
@@ -190,7 +190,7 @@ def is_ending(run_dir: Path) -> bool:
     return pause <= next_step
 
 
-def _fetched(run_dir: Path) -> list[Path]:
+def _paths_to_fetch(run_dir: Path) -> list[Path]:
     existing = names(run_dir)
     return [run_dir / name for name in _FETCHED if name in existing]
 
@@ -239,5 +239,5 @@ def send(root: Path, run_id: str, stream: IO[bytes]) -> None:
     """Write what `fetch` brings to a stream, as a tar archive."""
     with tarfile.open(fileobj=stream, mode="w|") as archive:
         run_dir = root / run_id
-        for path in _fetched(run_dir):
+        for path in _paths_to_fetch(run_dir):
             archive.add(path, path.name)

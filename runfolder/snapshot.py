@@ -1,4 +1,4 @@
-"""A run as its folder tells it at one moment: plain data, all that a look at it needs, JSON both ways."""
+"""How a run stands, as its folder tells it at one point in time: plain data that goes through JSON and back."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -44,7 +44,7 @@ class Snapshot:
     damaged: str | None = None
 
     def dump(self) -> dict[str, Any]:
-        """As plain data."""
+        """The snapshot as plain data, which JSON can hold."""
         return asdict(self)
 
     @classmethod
@@ -63,7 +63,7 @@ def snapshot(run_dir: Path) -> Snapshot:
         return Snapshot(run_dir.name, str(run_dir), damaged=f"{run_dir}: {type(error).__name__}: {error}")
 
 
-def _asked(run_dir: Path) -> str | None:
+def _pending_request(run_dir: Path) -> str | None:
     """What somebody asked of a run, in words."""
     if cancel_requested(run_dir):
         return "asked to end"
@@ -90,7 +90,7 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
     attempt_files = names(newest.folder)
     plan = planned(newest) if "events.jsonl" in attempt_files else {}
     begun = "metrics.jsonl" in attempt_files
-    ended = _ended(taken[-1], files) if taken else None
+    ended = _final_result(taken[-1], files) if taken else None
     return Snapshot(
         run_id=run_dir.name,
         run_dir=str(run_dir),
@@ -98,7 +98,7 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
         submitted=brief["submitted"],
         steps=plan.get("steps") or brief["steps"],
         attempt=newest.number,
-        step=_step(newest, begun),
+        step=_last_step(newest, begun),
         begun=begun,
         verdict=_read_listed(newest.folder, "verdict.json", attempt_files),
         result=ended,
@@ -106,7 +106,7 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
         mlflow=_read_listed(run_dir, "mlflow.json", files),
         undelivered=_read_listed(run_dir, "undelivered.json", files),
         data=plan.get("data"),
-        asked=_asked(run_dir) if ended is None and "requests" in files else None,
+        asked=_pending_request(run_dir) if ended is None and "requests" in files else None,
     )
 
 
@@ -117,7 +117,7 @@ def _read_listed(folder: Path, file: str, listing: Sequence[str]) -> Record | No
     return read_json(folder / file)
 
 
-def _ended(newest: Attempt, files: Sequence[str]) -> Record | None:
+def _final_result(newest: Attempt, files: Sequence[str]) -> Record | None:
     """The final word. Whoever closed the run may have died before the output was in its place: move it then."""
     if newest.kind != "close":
         return None
@@ -129,7 +129,7 @@ def _ended(newest: Attempt, files: Sequence[str]) -> Record | None:
     return ended
 
 
-def _step(attempt: Attempt, begun: bool) -> int:
+def _last_step(attempt: Attempt, begun: bool) -> int:
     """The last step that an attempt reported, else the one that it starts from."""
     if begun:
         tail = ending(attempt, "metrics.jsonl", _TAIL)

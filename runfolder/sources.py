@@ -1,4 +1,4 @@
-"""Where rows come from: what a job's `data.train` says is told here, once, for everybody who reads it."""
+"""Sources of rows: what `data.train` and `data.eval` of a job mean, in one place for everybody who reads them."""
 
 import re
 from dataclasses import dataclass
