@@ -275,7 +275,7 @@ def _claim(run_dir: Path, number: int, record: Record) -> Attempt | None:
         if not _is_taken(attempt):
             shutil.rmtree(prepared, ignore_errors=True)
             raise
-        # The answer to a rename that was done can be lost; asking again then fails: what counts is whose claim is there.
+        # The answer to a rename that was done can be lost, and repeating it fails: what counts is whose claim it is.
         if attempt.claim.get("token") != token:
             shutil.rmtree(prepared, ignore_errors=True)
             return None
