@@ -41,7 +41,7 @@ class Request:
 class Status:
     """How the cluster sees a run: facts about processes alone; how a run ended is told by its folder.
 
-    `stuck`: the cluster tries again and again, but somebody has to mend what `reason` says.
+    `stuck`: the cluster tries again and again, but somebody has to fix what `reason` says.
     """
 
     state: State

@@ -40,7 +40,9 @@ class Entry:
     @property
     def finished(self) -> bool:
         """Whether the run has its final word, or its folder was removed."""
-        return not self.run_dir.exists() or self._result is not None
+        if not self.run_dir.exists():
+            return True
+        return self._result is not None
 
     @property
     def settled(self) -> bool:
@@ -49,7 +51,8 @@ class Entry:
             return True
         if self._result is None:
             return False
-        closed = Attempt(self.run_dir, last_slot(self.run_dir)).claim["time"]
+        closing = Attempt(self.run_dir, last_slot(self.run_dir))
+        closed: float = closing.claim["time"]
         return is_delivered(self.run_dir) or time.time() - closed > _DELIVERY_S
 
     @property
@@ -71,14 +74,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Queue:
-    """A folder of entries, named by run id. What is there and is no entry stands in nobody's way."""
+    """A folder of entries, named by run id. Files that are no entries hold up nobody; `read` says why."""
 
     folder: Path
 
     def add(self, run_id: str, text: str) -> None:
         """Add an entry; nothing changes when the run has one, and one that cannot be read is replaced."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path, temporary = self._path(run_id), self.folder / f".{uuid.uuid4().hex}"
+        path = self._path(run_id)
+        temporary = self.folder / f".{uuid.uuid4().hex}"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as stream:
             stream.write(text)
@@ -102,27 +106,35 @@ class Queue:
         """The entry of a run; raises Damaged."""
         path = self._path(run_id)
         try:
-            entry = _parsed(path.read_text(), run_id, path.stat().st_mtime_ns)
-            entry.run_dir.exists()  # a folder that cannot even be asked for
+            text = path.read_text()
+            entry = _parsed(text, run_id, path.stat().st_mtime_ns)
+            entry.run_dir.exists()  # raises for a path that the system refuses, as one that is too long
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
-            raise Damaged(f"{path}: {str(error) or type(error).__name__}") from None
+            reason = str(error) or type(error).__name__
+            raise Damaged(f"{path}: {reason}") from None
         return entry
 
     def list(self) -> list[Entry]:
         """All entries, in the order of submission."""
-        return [*self.read()[0]]
+        entries, _ = self.read()
+        return [*entries]
 
     def read(self) -> tuple[Sequence[Entry], dict[str, str]]:
         """All entries, in the order of submission; and what is no entry: the name of the file -> why, in one line."""
-        entries, damaged = [], {}
+        entries = []
+        damaged = {}
         for path in self.folder.glob("[!.]*.json"):
             try:
-                entries += [entry] if (entry := self.get(path.stem)) else []
+                entry = self.get(path.stem)
             except Damaged as error:
                 damaged[path.stem] = str(error)
-        return sorted(entries, key=lambda entry: (entry.time, entry.run_id)), damaged
+                continue
+            if entry:
+                entries.append(entry)
+        entries.sort(key=lambda entry: (entry.time, entry.run_id))
+        return entries, damaged
 
     def _readable(self, run_id: str) -> bool:
         try:
@@ -134,19 +146,32 @@ class Queue:
         return self.folder / f"{run_id}.json"
 
 
-def _parsed(text: str, run_id: str, came: int) -> Entry:
-    """The entry in the text of a run's file; raises ValueError."""
-    found = json.loads(text)
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        kind = f"format {found.get('format')}" if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"found {kind}; allowed: format {FORMAT} (is it of another version?)")
+def _parsed(text: str, run_id: str, timestamp_ns: int) -> Entry:
+    """The entry in the text of a run's file, submitted at a time in ns; raises ValueError."""
+    plain = json.loads(text)
+    _check_format(plain)
+    fields = {}
     for name, type_ in _TYPES.items():
-        if not isinstance(found.get(name), type_):
-            raise ValueError(f"{name}: found {type(found.get(name)).__name__}; allowed: {type_.__name__}")
-    if found["run_id"] != run_id:
-        raise ValueError(f"run_id: found {found['run_id']!r}; allowed: the name of the file")
-    texts: list[Any] = [*found["environment"].values(), *found["command"]]
-    if not all(isinstance(text, str) and "\0" not in text and len(text) < _LONGEST for text in texts):
-        raise ValueError("environment or command: found a value that no process can have")
-    values = {name: found[name] for name in _TYPES}
-    return Entry(**{**values, "run_dir": Path(found["run_dir"])}, text=text, time=came)
+        value = plain.get(name)
+        if not isinstance(value, type_):
+            raise ValueError(f"{name}: found {type(value).__name__}; allowed: {type_.__name__}")
+        fields[name] = value
+    if plain["run_id"] != run_id:
+        raise ValueError(f"run_id: found {plain['run_id']!r}; allowed: the name of the file")
+    variables = plain["environment"]
+    for argument in [*variables.values(), *plain["command"]]:
+        if not isinstance(argument, str) or "\0" in argument or len(argument) >= _LONGEST:
+            raise ValueError("environment or command: found a value that no process can have")
+    fields["run_dir"] = Path(plain["run_dir"])
+    return Entry(**fields, text=text, time=timestamp_ns)
+
+
+def _check_format(plain: object) -> None:
+    """Raise ValueError where what a file holds is of another format."""
+    if not isinstance(plain, dict):
+        kind = type(plain).__name__
+    elif plain.get("format") != FORMAT:
+        kind = f"format {plain.get('format')}"
+    else:
+        return
+    raise ValueError(f"found {kind}; allowed: format {FORMAT} (is it of another version?)")

@@ -20,32 +20,53 @@ SECRETS = (
     *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
 )
-# Whatever a run may bring along, in `env:` too: nobody else's run gets it from whoever started the supervisor.
-_OF_RUNS = ("FLEETUNE_", "HF_", "HUGGING_FACE_", "MLFLOW_", "NCCL_", "AWS_")
+# Of variables that a run may bring along, in `env:` too. The supervisor serves runs of many shells: it gives none of
+# them what the shell had that happened to start it.
+_PREFIXES = ("FLEETUNE_", "HF_", "HUGGING_FACE_", "MLFLOW_", "NCCL_", "AWS_")
 _FOLDERS = ("FLEETUNE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 
 
 def settings(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
     """What a run of this job gets of an environment, beside its secrets; folders as absolute paths."""
-    taken = {name: environment[name] for name in SETTINGS if name in environment}
-    folders = {name: str(Path(taken[name]).expanduser().absolute()) for name in _FOLDERS if taken.get(name)}
-    return taken | folders | dict(job.env)
+    carried = {}
+    for name in SETTINGS:
+        if name in environment:
+            carried[name] = environment[name]
+    for name in _FOLDERS:
+        if carried.get(name):
+            folder = Path(carried[name]).expanduser()
+            carried[name] = str(folder.absolute())
+    return carried | dict(job.env)
 
 
 def secret_names(environment: Mapping[str, str]) -> tuple[str, ...]:
     """The secrets that an environment has."""
-    return tuple(name for name in SECRETS if environment.get(name))
+    secrets = []
+    for name in SECRETS:
+        if environment.get(name):
+            secrets.append(name)
+    return tuple(secrets)
 
 
 def values(names: Iterable[str]) -> dict[str, str]:
     """The secrets of these names that this process's environment has."""
-    return {name: os.environ[name] for name in names if name in os.environ}
+    secrets = {}
+    for name in names:
+        if name in os.environ:
+            secrets[name] = os.environ[name]
+    return secrets
 
 
 def without_carried(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment for runs of anybody: without what each run brings along."""
-    return {name: value for name, value in environment.items() if not _is_carried(name)}
+    shared = {}
+    for name, value in environment.items():
+        if not _is_carried(name):
+            shared[name] = value
+    return shared
 
 
 def _is_carried(name: str) -> bool:
-    return name in (*SETTINGS, *SECRETS) or name.startswith(_OF_RUNS)
+    if name in SETTINGS or name in SECRETS:
+        return True
+    return name.startswith(_PREFIXES)

@@ -15,7 +15,7 @@ _ZOMBIE = "Z"
 class Holder:
     """A process. Its number means something within one boot of one machine (and one container) alone: `boot_id`.
 
-    `started` is the moment of its start as that system counts it: numbers are given again.
+    `started` is the timestamp of its start as that system counts it: numbers are given again.
     """
 
     host: str
@@ -31,12 +31,17 @@ class Holder:
     @property
     def lives(self) -> bool:
         """Whether the process runs here."""
-        return self.here and start_of(self.pid) == self.started
+        if not self.here:
+            return False
+        return start_of(self.pid) == self.started
 
     @property
     def replaced(self) -> bool:
         """Whether another process of this system has the number now."""
-        return self.here and start_of(self.pid) not in (None, self.started)
+        if not self.here:
+            return False
+        started = start_of(self.pid)
+        return started is not None and started != self.started
 
     def dump(self) -> bytes:
         """As bytes that `load` reads."""
@@ -45,15 +50,18 @@ class Holder:
 
 def me() -> Holder:
     """The holder that this process would be."""
-    return Holder(socket.gethostname(), boot_id(), os.getpid(), start_of(os.getpid()) or "")
+    pid = os.getpid()
+    started = start_of(pid) or ""
+    return Holder(socket.gethostname(), boot_id(), pid, started)
 
 
 def load(data: bytes) -> Holder | None:
     """The holder that a lock file names; None when it names none."""
     try:
-        found = json.loads(data)
-        # A bare number, as Fleetune wrote it before: of whatever host.
-        return Holder("an unknown host", "", found, "") if isinstance(found, int) else Holder(**found)
+        fields = json.loads(data)
+        if isinstance(fields, int):  # a bare process id, as Fleetune wrote it before: of whatever host
+            return Holder("an unknown host", "", fields, "")
+        return Holder(**fields)
     except (ValueError, TypeError):
         return None
 
@@ -78,15 +86,17 @@ def start_of(pid: int) -> str | None:
         return None
     # The fields behind the name, which may hold anything: the third is the state, the 22nd the start (proc(5)).
     fields = stat.rpartition(")")[2].split()
-    return None if fields[0] == _ZOMBIE else fields[19]
+    if fields[0] == _ZOMBIE:
+        return None
+    return fields[19]
 
 
 def _boot_of_macos() -> str:
     try:
-        asked = subprocess.run(["sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True)
+        completed = subprocess.run(["sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True)
     except FileNotFoundError:
         return ""
-    return asked.stdout.strip()
+    return completed.stdout.strip()
 
 
 def _start_on_macos(pid: int) -> str | None:
@@ -94,6 +104,8 @@ def _start_on_macos(pid: int) -> str | None:
 
     try:
         process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else str(process.create_time())
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return str(process.create_time())
     except psutil.NoSuchProcess:
         return None

@@ -38,7 +38,8 @@ class Local:
     def here() -> "Local":
         """The one of FLEETUNE_HOME, by default ~/.fleetune."""
         try:
-            return Local(Path(os.environ.get("FLEETUNE_HOME") or "~/.fleetune").expanduser().absolute())
+            home = Path(os.environ.get("FLEETUNE_HOME") or "~/.fleetune").expanduser()
+            return Local(home.absolute())
         except RuntimeError:  # of pathlib, about a user whom the system does not know
             raise Unreachable(
                 "cluster local: this user has no home; set FLEETUNE_HOME to a folder for runs"
@@ -51,7 +52,7 @@ class Local:
 
     @property
     def queue(self) -> Queue:
-        """The submitted runs that have no result."""
+        """The runs that still need a controller: to train, to be closed, or to deliver the rest to MLflow."""
         return Queue(self.folder / "queue")
 
     @property
@@ -73,7 +74,7 @@ class Local:
         return Here(self.home / "runs")
 
     def request(self, job: Job, run_id: str, submission: int = 1) -> Request:
-        """What would be queued: the controller's command, and how many workers it needs room for."""
+        """What would be queued: the controller's command, and how many workers it needs capacity for."""
         kind, total = room()
         wanted = job.resources.world
         if kind == "cpu" and job.resources.gpus_per_node:
@@ -90,8 +91,9 @@ class Local:
             )
         environment = settings(job, os.environ) | {"FLEETUNE_HOME": str(self.home)}
         secrets = secret_names(os.environ)
-        text = self._text(run_id, wanted, environment, secrets)
-        return Request(run_id, submission, str(self.site.root / run_id), text, secrets)
+        text = self._entry(run_id, wanted, environment, secrets)
+        run_dir = self.site.root / run_id
+        return Request(run_id, submission, str(run_dir), text, secrets)
 
     def submit(self, request: Request) -> None:
         """Queue a run, and see to it that the supervisor runs."""
@@ -101,10 +103,16 @@ class Local:
 
     def status(self, run_ids: Iterable[str]) -> dict[str, Status]:
         """The state of each run, as files and locks tell it."""
-        found, damaged = self.queue.read()
-        entries: dict[str, Entry | str] = {**damaged, **{entry.run_id: entry for entry in found}}
-        trouble, wait = self._trouble(), self._wait()
-        return {run_id: self._status(run_id, entries.get(run_id), trouble, wait) for run_id in run_ids}
+        queued, damaged = self.queue.read()
+        entries: dict[str, Entry | str] = {**damaged}
+        for entry in queued:
+            entries[entry.run_id] = entry
+        trouble = self._trouble()
+        wait = self._wait_reason()
+        statuses = {}
+        for run_id in run_ids:
+            statuses[run_id] = self._status(run_id, entries.get(run_id), trouble, wait)
+        return statuses
 
     def logs(self, run_id: str, offset: int = 0) -> Logs:
         """What the run's controllers printed before they had an attempt to write to."""
@@ -114,29 +122,36 @@ class Local:
         with path.open("rb") as stream:
             stream.seek(offset)
             data = stream.read()
-        return Logs(data.decode(errors="replace"), offset + len(data))
+        text = data.decode(errors="replace")
+        return Logs(text, offset + len(data))
 
     def cancel(self, run_id: str) -> None:
         """Queue the run if it is not, and see to it that the supervisor runs: it starts who closes the run."""
         if result(self.site.root / run_id) is None:
-            self.queue.add(run_id, self._text(run_id, 1, {"FLEETUNE_HOME": str(self.home)}))
+            environment = {"FLEETUNE_HOME": str(self.home)}
+            text = self._entry(run_id, 1, environment)
+            self.queue.add(run_id, text)
             self.start()
 
     def capacity(self) -> Capacity:
         """GPUs, or cores where there is none."""
         self._check_installed()
-        return self._room()
+        return self._capacity()
 
     def taken(self) -> int:
         """Workers of the runs that had their turn and have no result."""
-        admitted = [e for e in self.queue.list() if self.controller_lock(e.run_id).exists() and not e.finished]
+        admitted = []
+        for entry in self.queue.list():
+            if self.controller_lock(entry.run_id).exists() and not entry.finished:
+                admitted.append(entry)
         return sum(needs(entry.workers) for entry in admitted)
 
     def start(self) -> None:
         """See to it that the supervisor runs; it adopts what is there. Repeating it changes nothing."""
         self._check_installed()
         self.check_here()
-        for folder in (self.folder, self.folder / "controllers", self.folder / "logs"):
+        folders = (self.folder, self.folder / "controllers", self.folder / "logs")
+        for folder in folders:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         command = [sys.executable, "-P", "-m", "clusters.supervisor", str(self.home)]
         log = self.folder / "supervisor.log"
@@ -170,28 +185,41 @@ class Local:
         """
         head = Head(self.folder)
         entries, damaged = self.queue.read()
-        controllers = {entry.run_id: process.owner(self.controller_lock(entry.run_id)) for entry in entries}
-        alive = process.owner(head.lock)
+        controllers = {}
+        for entry in entries:
+            pid = process.owner(self.controller_lock(entry.run_id))
+            if pid:
+                controllers[entry.run_id] = pid
+        head_pid = process.owner(head.lock)
         return {
             "supervisor": process.owner(self.supervisor_lock),
-            "head": alive,
-            "address": head.address() if alive else None,
+            "head": head_pid,
+            "address": head.address() if head_pid else None,
             "trouble": self._trouble(),
-            "controllers": {run_id: pid for run_id, pid in controllers.items() if pid},
+            "controllers": controllers,
             "queued": [entry.run_id for entry in entries if not self.controller_lock(entry.run_id).exists()],
             "damaged": damaged,
-            "capacity": self._room(),
+            "capacity": self._capacity(),
         }
 
-    def _room(self) -> Capacity:
+    def _capacity(self) -> Capacity:
         kind, total = room()
         return Capacity(kind, total, total - min(total, self.taken()))
 
-    def _text(self, run_id: str, workers: int, environment: Mapping[str, str], secrets: Sequence[str] = ()) -> str:
-        """An entry of the queue: the controller's command, how many workers it needs, what it takes along."""
+    def _entry(self, run_id: str, workers: int, environment: Mapping[str, str], secrets: Sequence[str] = ()) -> str:
+        """The text of a queue's entry: the controller's command, how many workers it needs, what it takes along."""
         run_dir = str(self.site.root / run_id)
-        plan = {"format": FORMAT, "run_id": run_id, "run_dir": run_dir, "command": controller_command(run_dir)}
-        return json.dumps({**plan, "workers": workers, "environment": environment, "secrets": secrets}, indent=1)
+        command = controller_command(run_dir)
+        entry = {
+            "format": FORMAT,
+            "run_id": run_id,
+            "run_dir": run_dir,
+            "command": command,
+            "workers": workers,
+            "environment": environment,
+            "secrets": secrets,
+        }
+        return json.dumps(entry, indent=1)
 
     def _status(self, run_id: str, entry: Entry | str | None, trouble: str | None, wait: str) -> Status:
         if _has_ended(self.site.root / run_id):
@@ -205,25 +233,28 @@ class Local:
             return Status("running")
         if trouble:
             return Status("queued", trouble, stuck=True)
-        restarts = lock.exists() and process.owner(self.supervisor_lock)
-        return Status("starting") if restarts else Status("queued", f"needs {needs(entry.workers)}, {wait}")
+        if lock.exists() and process.owner(self.supervisor_lock):
+            return Status("starting")
+        return Status("queued", f"needs {needs(entry.workers)}, {wait}")
 
     def _trouble(self) -> str | None:
-        """Why no run can start until somebody mends it; None while there is hope."""
+        """Why no run can start until somebody fixes it; None while there is hope."""
         head = Head(self.folder)
         failure = head.failure()
-        if failure is None or failure.starts < _HOPELESS or process.owner(self.supervisor_lock) is None:
+        if failure is None or failure.starts < _HOPELESS:
+            return None
+        if process.owner(self.supervisor_lock) is None:
             return None
         return f"Ray did not start, {failure.starts} times in a row: {failure.reason} (see {head.log})"
 
-    def _wait(self) -> str:
+    def _wait_reason(self) -> str:
         """What keeps a queued run waiting."""
         if process.owner(self.supervisor_lock) is None:
             return "the local cluster is stopped: fleetune cluster start"
         head = Head(self.folder)
         if process.owner(head.lock) is None or head.address() is None:
             return "Ray is starting"
-        capacity = self._room()
+        capacity = self._capacity()
         return f"{capacity.free} of {capacity.total} {capacity.kind}s are free"
 
     def _check_installed(self) -> None:
@@ -245,5 +276,6 @@ def controller_command(run_dir: str) -> list[str]:
 
 
 def needs(workers: int) -> int:
-    """The room that a run takes: on cores more workers than there are take them all, and share."""
-    return min(workers, room()[1])
+    """The capacity that a run takes: on cores more workers than there are take them all, and share."""
+    _, total = room()
+    return min(workers, total)

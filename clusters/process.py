@@ -21,9 +21,9 @@ from clusters.base import Unreachable
 from clusters.holder import Holder
 from fleetune_start import unshadowed
 
-_LOCK = "FLEETUNE_LOCK_DESCRIPTOR"
+_LOCK_VARIABLE = "FLEETUNE_LOCK_DESCRIPTOR"
 _KILL_S = 10.0  # a process that is stuck in a driver does not die; nobody waits for it for ever
-_PATIENCE_S = 0.3  # others probe the lock, or start the process, for milliseconds
+_TIMEOUT_S = 0.3  # others probe the lock, or start the process, for milliseconds
 _LONGEST = 4096  # bytes of what a lock file says
 
 
@@ -35,13 +35,13 @@ def spawn(lock: Path, command: Sequence[str], environment: Mapping[str, str], lo
     holder.me()  # what it imports and looks up once is there before the fork
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        if not _take(descriptor, lock):
+        if not _acquire(descriptor, lock):
             return False
         os.ftruncate(descriptor, 0)
         with log.open("ab") as output:
-            subprocess.Popen(
+            child = subprocess.Popen(
                 command,
-                env={**unshadowed(environment), _LOCK: str(descriptor)},
+                env={**unshadowed(environment), _LOCK_VARIABLE: str(descriptor)},
                 cwd="/",  # never a folder of the user: Ray puts it on the workers' sys.path
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -50,7 +50,8 @@ def spawn(lock: Path, command: Sequence[str], environment: Mapping[str, str], lo
                 pass_fds=[descriptor],
                 # Written by the child itself: who dies between fork and a note of the parent leaves no gap.
                 preexec_fn=lambda: os.pwrite(descriptor, holder.me().dump(), 0),
-            ).returncode = 0  # nobody waits for it: it outlives us, or `reap` collects it
+            )
+            child.returncode = 0  # nobody waits for it: it outlives us, or `reap` collects it
         return True
     finally:
         os.close(descriptor)
@@ -61,7 +62,7 @@ def held(lock: Path) -> Iterator[None]:
     """Hold a lock that was set free; raises BlockingIOError when somebody took it."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        if not _take(descriptor, lock):
+        if not _acquire(descriptor, lock):
             raise BlockingIOError(f"{lock} is held by another process")
         os.ftruncate(descriptor, 0)
         yield
@@ -71,7 +72,7 @@ def held(lock: Path) -> Iterator[None]:
 
 def release() -> None:
     """Let go of the lock that this process was started with."""
-    os.close(int(os.environ[_LOCK]))
+    os.close(int(os.environ[_LOCK_VARIABLE]))
 
 
 def owner(lock: Path) -> int | None:
@@ -81,12 +82,14 @@ def owner(lock: Path) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        found = _holder(descriptor)
+        current = _current_holder(descriptor)
     finally:
         os.close(descriptor)
-    if found and not found.here:
-        raise _elsewhere(lock, found)
-    return found.pid if found else None
+    if current is None:
+        return None
+    if not current.here:
+        raise _elsewhere(lock, current)
+    return current.pid
 
 
 def end(lock: Path) -> None:
@@ -96,19 +99,19 @@ def end(lock: Path) -> None:
     """
     if not lock.exists():
         return
-    holds = owner(lock) is not None
-    found = _read(lock)
+    is_held = owner(lock) is not None
+    leader = _last_holder(lock)
     # The system gives no number to a new process while a session of that number has members: members without a
     # leader are ours. A leader that lives and let go of its lock ends by itself.
-    if found is None or not found.here or found.replaced or (found.lives and not holds):
+    if leader is None or not leader.here or leader.replaced or (leader.lives and not is_held):
         return
     deadline = time.monotonic() + _KILL_S
-    while (members := _session(found.pid)) and time.monotonic() < deadline:
+    while (members := _session(leader.pid)) and time.monotonic() < deadline:
         for member in members:
             _kill(member)
         time.sleep(0.05)
     if not members:
-        _forget(lock, found)
+        _erase(lock, leader)
 
 
 def reap() -> None:
@@ -120,36 +123,36 @@ def reap() -> None:
         return
 
 
-def _take(descriptor: int, lock: Path) -> bool:
+def _acquire(descriptor: int, lock: Path) -> bool:
     """Lock a file for the process to be; others that only probe it are waited for."""
-    deadline = time.monotonic() + _PATIENCE_S
-    while not _try(descriptor, fcntl.LOCK_EX):
-        found = _recorded(descriptor)
-        if found and found.lives:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while not _try_lock(descriptor, fcntl.LOCK_EX):
+        recorded = _recorded(descriptor)
+        if recorded and recorded.lives:
             return False
         if time.monotonic() > deadline:
-            if found and not found.here:
-                raise _elsewhere(lock, found)
+            if recorded and not recorded.here:
+                raise _elsewhere(lock, recorded)
             return False
         time.sleep(0.005)
     return True
 
 
-def _holder(descriptor: int) -> Holder | None:
+def _current_holder(descriptor: int) -> Holder | None:
     """Who holds a lock; None when nobody does, or whoever takes it just now has not said so."""
-    deadline = time.monotonic() + _PATIENCE_S
-    while not _try(descriptor, fcntl.LOCK_SH):
-        found = _recorded(descriptor)
-        if found and found.lives:
-            return found
+    deadline = time.monotonic() + _TIMEOUT_S
+    while not _try_lock(descriptor, fcntl.LOCK_SH):
+        recorded = _recorded(descriptor)
+        if recorded and recorded.lives:
+            return recorded
         if time.monotonic() > deadline:
             # A dead leader's children may hold its lock; a number that a stranger has now is an old one.
-            return found if found and not found.replaced else None
+            return recorded if recorded and not recorded.replaced else None
         time.sleep(0.005)
     return None
 
 
-def _try(descriptor: int, operation: int) -> bool:
+def _try_lock(descriptor: int, operation: int) -> bool:
     try:
         fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -158,25 +161,27 @@ def _try(descriptor: int, operation: int) -> bool:
 
 
 def _recorded(descriptor: int) -> Holder | None:
-    return holder.load(os.pread(descriptor, _LONGEST, 0))
+    data = os.pread(descriptor, _LONGEST, 0)
+    return holder.load(data)
 
 
-def _read(lock: Path) -> Holder | None:
+def _last_holder(lock: Path) -> Holder | None:
     """Who held a lock last."""
     with lock.open("rb") as stream:
         return _recorded(stream.fileno())
 
 
-def _forget(lock: Path, gone: Holder) -> None:
+def _erase(lock: Path, gone: Holder) -> None:
     """Take a holder that is gone out of the file: its number may come to lead somebody else's session."""
     with lock.open("r+b") as stream:
-        if _try(stream.fileno(), fcntl.LOCK_EX) and _recorded(stream.fileno()) == gone:
-            os.ftruncate(stream.fileno(), 0)
+        descriptor = stream.fileno()
+        if _try_lock(descriptor, fcntl.LOCK_EX) and _recorded(descriptor) == gone:
+            os.ftruncate(descriptor, 0)
 
 
-def _elsewhere(lock: Path, found: Holder) -> Unreachable:
-    told = f"{lock} is held by process {found.pid} on {found.host}"
-    return Unreachable(f"cluster local: {told}; run this there, or set FLEETUNE_HOME to a folder of this host")
+def _elsewhere(lock: Path, current: Holder) -> Unreachable:
+    holding = f"{lock} is held by process {current.pid} on {current.host}"
+    return Unreachable(f"cluster local: {holding}; run this there, or set FLEETUNE_HOME to a folder of this host")
 
 
 def _session(leader: int) -> list[int]:

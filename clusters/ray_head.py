@@ -19,15 +19,15 @@ from clusters.machine import cores, gpus
 
 START_S = 180.0  # after this long without an answer a head is taken for dead
 _OBJECT_STORE = 128 << 20  # bytes; nothing large goes through it
-_SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where a path leaves room for the names of Ray's sockets
+_SHORT_PARENTS = ("/tmp", "/var/tmp", "/dev/shm")  # where a path leaves space for the names of Ray's sockets
 # The path of a socket may have 107 bytes (103 on macOS), and multiprocessing adds some 35 to TMPDIR.
 _LONGEST_TMPDIR = 60
-_TELLING = re.compile(r"\w(Error|Exception)\b|Check failed|[Cc]annot|[Ff]ailed|No space")
+_REASON = re.compile(r"\w(Error|Exception)\b|Check failed|[Cc]annot|[Ff]ailed|No space")
 
 
 @dataclass
 class Patience:
-    """When to start something again that keeps dying: after 1, 2, 4 ... 30 s, and at once when it lived for long."""
+    """Backoff of a process that keeps dying: started again after 1, 2, 4 ... 30 s, at once when it lived for long."""
 
     quick_s: float = 5.0
     _deaths: int = 0
@@ -35,21 +35,31 @@ class Patience:
     _next: float = 0.0
 
     def began(self) -> None:
-        """Note a start."""
+        """Note a start of the process."""
         self._began = time.monotonic()
 
     def succeeded(self) -> None:
-        """Note that it does its work: its death is to be a first one."""
-        self._began, self._deaths = None, 0
+        """Note that it does its work: its next death counts as the first."""
+        self._began = None
+        self._deaths = 0
 
     def ready(self) -> bool:
         """Asked while it is dead: whether to start it now."""
         if self._began is not None:
-            quick = time.monotonic() - self._began < self.quick_s
-            self._deaths = self._deaths + 1 if quick else 0
-            self._next = time.monotonic() + (min(30.0, 2.0 ** (self._deaths - 1)) if quick else 0.0)
+            lived_s = time.monotonic() - self._began
+            self._note_death(lived_s)
             self._began = None
         return time.monotonic() >= self._next
+
+    def _note_death(self, lived_s: float) -> None:
+        """Set the time of the next start."""
+        delay_s = 0.0
+        if lived_s < self.quick_s:
+            self._deaths += 1
+            delay_s = min(30.0, 2.0 ** (self._deaths - 1))
+        else:
+            self._deaths = 0
+        self._next = time.monotonic() + delay_s
 
 
 @dataclass(frozen=True)
@@ -65,10 +75,10 @@ class Head:
     """One Ray head per state folder. `keep` is called again and again."""
 
     folder: Path
-    _patience: Patience = field(default_factory=lambda: Patience(START_S))
+    _backoff: Patience = field(default_factory=lambda: Patience(START_S))
     _answered: float = field(default_factory=time.monotonic)
-    _starts: bool = False  # one was started that has not answered yet
-    _log_offset: int = 0  # where the words of that one begin
+    _starting: bool = False  # one was started that has not answered yet
+    _log_offset: int = 0  # where the output of that one begins
 
     @property
     def lock(self) -> Path:
@@ -77,7 +87,7 @@ class Head:
 
     @property
     def log(self) -> Path:
-        """What the heads say, one after the other."""
+        """The output of the heads, one after the other."""
         return self.folder / "ray.log"
 
     @property
@@ -85,43 +95,50 @@ class Head:
         """A folder of ours alone with a short path, under a name that nobody can guess and take; None before it."""
         try:
             folder = Path((self.folder / "ray.folder").read_text())
-            found = folder.lstat()
+            status = folder.lstat()
         except FileNotFoundError:
             return None
-        return folder if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() else None
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            return None
+        return folder
 
     @property
     def temporary(self) -> Path | None:
-        """The folder that Ray keeps all of its own in."""
+        """The folder that Ray keeps all of its files in."""
         return self.place and self.place / "ray"
 
     def address(self) -> str | None:
         """Where the head says that it is; None while it has not said so."""
         folder = self.temporary
+        if folder is None:
+            return None
         try:
-            return (folder / "ray_current_cluster").read_text().strip() or None if folder else None
+            address = (folder / "ray_current_cluster").read_text()
         except FileNotFoundError:
             return None
+        return address.strip() or None
 
     def failure(self) -> Failure | None:
         """The starts that failed since a head last answered; None when there is none."""
         try:
-            return Failure(**json.loads((self.folder / "ray.failed").read_text()))
+            text = (self.folder / "ray.failed").read_text()
         except FileNotFoundError:
             return None
+        return Failure(**json.loads(text))
 
     def keep(self) -> str | None:
         """The address of a head that answers; None while one starts."""
         if process.owner(self.lock) is None:
-            if self._starts:
-                self._failed(self._last_words())
-            if self._patience.ready():
+            if self._starting:
+                self._note_failure(self._death_reason())
+            if self._backoff.ready():
                 self._start()
             return None
         address = self.address()
         if address and answers(address):
-            self._answered, self._starts = time.monotonic(), False
-            self._patience.succeeded()
+            self._answered = time.monotonic()
+            self._starting = False
+            self._backoff.succeeded()
             self.forget()
             return address
         if time.monotonic() - self._answered > START_S:
@@ -129,7 +146,7 @@ class Head:
         return None
 
     def forget(self) -> None:
-        """Count failures anew."""
+        """Forget the failures so far, so that they are counted anew."""
         (self.folder / "ray.failed").unlink(missing_ok=True)
 
     def end(self) -> None:
@@ -152,58 +169,68 @@ class Head:
 
     def _start(self) -> None:
         process.end(self.lock)
-        self._patience.began()
+        self._backoff.began()
         self._answered = time.monotonic()
         self._log_offset = self.log.stat().st_size if self.log.exists() else 0
         try:
-            temporary = self._empty()
+            temporary = self._empty_folder()
             process.spawn(self.lock, self._command(temporary), os.environ | self.environment(), self.log)
         except OSError as error:
-            self._failed(str(error))
+            self._note_failure(str(error))
         else:
-            self._starts = True
+            self._starting = True
 
-    def _empty(self) -> Path:
+    def _empty_folder(self) -> Path:
         """An empty folder for Ray; raises OSError where there is no place for one."""
         if self.place is None:
-            free = [place for place in _SHORT if os.access(place, os.W_OK | os.X_OK)]
-            _write(self.folder / "ray.folder", tempfile.mkdtemp(prefix="fleetune-", dir=free[0] if free else None))
+            writable = [parent for parent in _SHORT_PARENTS if os.access(parent, os.W_OK | os.X_OK)]
+            parent = writable[0] if writable else None
+            place = tempfile.mkdtemp(prefix="fleetune-", dir=parent)
+            _write_whole(self.folder / "ray.folder", place)
         temporary = self.temporary
         assert temporary
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(mode=0o700)
         return temporary
 
-    def _failed(self, reason: str) -> None:
+    def _note_failure(self, reason: str) -> None:
         """Note a start that came to nothing."""
-        self._starts = False
+        self._starting = False
         before = self.failure()
-        failure = Failure(before.starts + 1 if before else 1, reason)
-        _write(self.folder / "ray.failed", json.dumps(asdict(failure)))
+        starts = before.starts + 1 if before else 1
+        failure = Failure(starts, reason)
+        _write_whole(self.folder / "ray.failed", json.dumps(asdict(failure)))
 
-    def _last_words(self) -> str:
+    def _death_reason(self) -> str:
         """Of all that a head which died has written, the last line that looks like a reason, else the last line."""
-        lines = [line.strip() for text in self._words() for line in text.splitlines() if line.strip()]
-        telling = [line for line in lines if _TELLING.search(line)]
-        return (telling or lines or ["it ended without a word"])[-1][:500]
+        lines = []
+        for text in self._outputs():
+            lines += [line.strip() for line in text.splitlines() if line.strip()]
+        reasons = [line for line in lines if _REASON.search(line)]
+        candidates = reasons or lines or ["it ended without a word"]
+        return candidates[-1][:500]
 
-    def _words(self) -> Iterator[str]:
+    def _outputs(self) -> Iterator[str]:
         """What the head wrote, then what its parts wrote: theirs is the cause."""
         if self.log.exists():
-            yield self.log.read_bytes()[self._log_offset :].decode(errors="replace")
+            data = self.log.read_bytes()
+            yield data[self._log_offset :].decode(errors="replace")
         folder = self.temporary
-        parts = (folder / "session_latest" / "logs").glob("*.err") if folder else []
-        for path in sorted(parts, key=lambda path: path.stat().st_mtime):
+        if folder is None:
+            return
+        logs = folder / "session_latest" / "logs"
+        for path in sorted(logs.glob("*.err"), key=lambda path: path.stat().st_mtime):
             yield path.read_text(errors="replace")
 
     def _short_tmpdir(self) -> dict[str, str]:
         """TMPDIR by a short name where its own is too long for the path of a socket in it."""
-        named, place = os.environ.get("TMPDIR", ""), self.place
-        if len(os.fsencode(named)) <= _LONGEST_TMPDIR or place is None:
+        tmpdir = os.environ.get("TMPDIR", "")
+        place = self.place
+        if len(os.fsencode(tmpdir)) <= _LONGEST_TMPDIR or place is None:
             return {}
         link = place / "tmp"
         if not link.is_symlink():
-            link.symlink_to(named)
+            link.symlink_to(tmpdir)
         return {"TMPDIR": str(link)}
 
     def _command(self, temporary: Path) -> list[str]:
@@ -215,7 +242,7 @@ class Head:
             "dashboard-port": dashboard,
             "dashboard-agent-listen-port": 0,
             "ray-client-server-port": client,
-            # Ray Train frees the room of a killed driver by asking the dashboard.
+            # Ray Train frees the capacity of a killed driver by asking the dashboard.
             "include-dashboard": "true",
             "include-log-monitor": "false",
             "temp-dir": temporary,
@@ -237,7 +264,7 @@ class Head:
         return path
 
 
-def _write(path: Path, text: str) -> None:
+def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_suffix(".new")
     temporary.write_text(text)
     temporary.replace(path)

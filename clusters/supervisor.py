@@ -32,7 +32,7 @@ class Supervisor:
     def __init__(self, local: Local) -> None:
         self._local = local
         self._head = Head(local.folder)
-        self._patience: dict[str, Patience] = defaultdict(Patience)
+        self._backoffs: dict[str, Patience] = defaultdict(Patience)
         self._busy = time.monotonic()
         self._damaged: dict[str, str] = {}
 
@@ -42,7 +42,7 @@ class Supervisor:
             process.reap()
             try:
                 self.tick()
-            except OSError:  # a full disk, say: the queue must be served when it is mended
+            except OSError:  # a full disk, say: the queue must be served when there is space again
                 traceback.print_exc()
             time.sleep(TICK_S)
         self._head.end()
@@ -51,61 +51,72 @@ class Supervisor:
     def tick(self) -> None:
         """Bring what runs in line with what is queued."""
         entries, damaged = self._local.queue.read()
-        self._name(damaged)
+        self._report_damaged(damaged)
         for entry in entries:
-            if entry.settled and not self._runs(entry):
+            if entry.settled and not self._is_running(entry):
                 self._forget(entry)
         entries = self._local.queue.list()
         if entries:
             self._busy = time.monotonic()
         address = self._head.keep() if entries else None
-        dead = [entry for entry in entries if not self._runs(entry)]
+        dead = [entry for entry in entries if not self._is_running(entry)]
         leaving = [entry for entry in dead if entry.finished or entry.cancelled]
         for entry in leaving:
-            self._start(entry, address or "")  # only to close it or to deliver the rest: that needs no room
+            self._start(entry, address or "")  # only to close it or to deliver the rest: that needs no capacity
         waiting = [entry for entry in dead if entry not in leaving]
         if address:
             for entry in self._due(waiting):
                 self._start(entry, address)
 
-    def _name(self, damaged: dict[str, str]) -> None:
-        """Say once of what is in the queue that it cannot be read."""
-        before, self._damaged = self._damaged, damaged
-        for run_id, why in damaged.items():
-            if before.get(run_id) != why:
-                print(f"left alone: {why}", flush=True)
+    def _report_damaged(self, damaged: dict[str, str]) -> None:
+        """Print once of each file in the queue that cannot be read why it cannot."""
+        before = self._damaged
+        self._damaged = damaged
+        for run_id, reason in damaged.items():
+            if before.get(run_id) != reason:
+                print(f"left alone: {reason}", flush=True)
 
     def _due(self, dead: list[Entry]) -> list[Entry]:
         """Runs whose controller died, then those whose turn has come."""
-        had_turn = [entry for entry in dead if self._admitted(entry)]
-        waiting = [entry for entry in dead if not self._admitted(entry)]
-        return had_turn + fitting(waiting, room()[1] - self._local.taken())
+        admitted, waiting = [], []
+        for entry in dead:
+            if self._is_admitted(entry):
+                admitted.append(entry)
+            else:
+                waiting.append(entry)
+        _, total = room()
+        free = total - self._local.taken()
+        return admitted + fitting(waiting, free)
 
     def _start(self, entry: Entry, address: str) -> None:
-        patience = self._patience[entry.run_id]
-        if not patience.ready():
+        backoff = self._backoffs[entry.run_id]
+        if not backoff.ready():
             return
         lock = self._local.controller_lock(entry.run_id)
         process.end(lock)  # what a dead controller left of its session
-        patience.began()
-        given = {"FLEETUNE_HOME": str(self._local.home)} | entry.environment
-        environment = without_carried(os.environ) | given | self._head.environment() | {"RAY_ADDRESS": address}
+        backoff.began()
+        carried = {"FLEETUNE_HOME": str(self._local.home)} | entry.environment
+        ray = self._head.environment() | {"RAY_ADDRESS": address}
+        environment = without_carried(os.environ) | carried | ray
         try:
             process.spawn(lock, entry.command, environment, self._local.log(entry.run_id))
         except (OSError, ValueError) as error:  # of an environment that no process can have, say
             print(f"{entry.run_id} cannot be started: {error}", flush=True)
 
     def _forget(self, entry: Entry) -> None:
-        process.end(self._local.controller_lock(entry.run_id))
-        self._local.controller_lock(entry.run_id).unlink(missing_ok=True)
-        self._patience.pop(entry.run_id, None)
+        lock = self._local.controller_lock(entry.run_id)
+        process.end(lock)
+        lock.unlink(missing_ok=True)
+        self._backoffs.pop(entry.run_id, None)
         self._local.queue.remove(entry)
 
-    def _runs(self, entry: Entry) -> bool:
-        return process.owner(self._local.controller_lock(entry.run_id)) is not None
+    def _is_running(self, entry: Entry) -> bool:
+        lock = self._local.controller_lock(entry.run_id)
+        return process.owner(lock) is not None
 
-    def _admitted(self, entry: Entry) -> bool:
-        return self._local.controller_lock(entry.run_id).exists()
+    def _is_admitted(self, entry: Entry) -> bool:
+        lock = self._local.controller_lock(entry.run_id)
+        return lock.exists()
 
 
 def fitting(waiting: Iterable[Entry], free: int) -> list[Entry]:
@@ -120,7 +131,7 @@ def fitting(waiting: Iterable[Entry], free: int) -> list[Entry]:
 
 
 def main() -> None:
-    """Serve, and let go; who submitted meanwhile found the lock held, so look once more without it."""
+    """Serve the queue until it was empty for some minutes, then release the lock."""
     local = Local(Path(sys.argv[1]).absolute())
     try:
         local.check_here()
@@ -128,6 +139,7 @@ def main() -> None:
     except Unreachable as error:  # what serves this home is on another host, or came to be there
         sys.exit(str(error))
     process.release()
+    # Who submitted just before found the lock held and started nobody: look once more without it.
     if local.queue.list():
         local.start()
 

@@ -15,18 +15,19 @@ from runfolder.site import Refused, answer, send
 
 
 def main(root: Path, request: dict[str, Any]) -> None:
-    """Answer a request."""
+    """Answer one request on standard output."""
     if request["verb"] == "fetch":
         send(root, request["run_id"], sys.stdout.buffer)
         return
     try:
-        said = {"answer": answer(root, request)}
+        reply = {"answer": answer(root, request)}
     except Refused as error:
-        said = {"refused": str(error)}
+        reply = {"refused": str(error)}
     except Damaged as error:
-        said = {"damaged": str(error)}
-    print(json.dumps(said))
+        reply = {"damaged": str(error)}
+    print(json.dumps(reply))
 
 
 if __name__ == "__main__":
-    main(home() / "runs" if sys.argv[1] == "-" else Path(sys.argv[1]), json.load(sys.stdin))
+    runs = home() / "runs" if sys.argv[1] == "-" else Path(sys.argv[1])
+    main(runs, json.load(sys.stdin))

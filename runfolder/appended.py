@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runfolder.chain import Attempt, slots
-from runfolder.files import Record, names, read_json
+from runfolder.files import Record, names
+from runfolder.seals import read_seal
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,14 @@ class Chunk:
     after: Position
     sealed: bool
 
+    def whole_lines(self) -> "Chunk":
+        """The same without a last line that is not whole; the position is before that line."""
+        data = _whole_lines(self.data)
+        torn_size = len(self.data) - len(data)
+        offset = self.after.offset - torn_size
+        after = Position(self.after.attempt, offset)
+        return Chunk(data, after, self.sealed)
+
 
 Source = Callable[[Position], Iterable[Chunk]]  # what was appended to some file since a position
 
@@ -40,45 +49,59 @@ class Follower:
         self._since = Position()
 
     def read(self, torn: bool = False) -> Iterator[tuple[int, bytes]]:
-        """What is new, as (attempt, bytes): whole lines, and with `torn`, or at its end, a line that is not whole."""
-        for chunk in self._source(self._since):
-            whole = len(chunk.data) if torn or chunk.sealed else chunk.data.rfind(b"\n") + 1
-            self._since = Position(chunk.after.attempt, chunk.after.offset - len(chunk.data) + whole)
-            yield chunk.after.attempt, chunk.data[:whole]
+        """Yield what is new as (attempt, bytes): whole lines; a torn line too with `torn`, or once sealed."""
+        chunks = self._source(self._since)
+        for chunk in chunks:
+            if not torn and not chunk.sealed:
+                chunk = chunk.whole_lines()
+            self._since = chunk.after
+            yield chunk.after.attempt, chunk.data
 
 
 def read_from(run_dir: Path, file: str, since: Position) -> Iterator[Chunk]:
     """What was appended to a file since a position: one chunk for each attempt that has the file, oldest first.
 
-    Of an attempt's successors nothing is given before it is known how much of its own counts.
+    It ends with the first attempt that is not sealed: nothing of its successors is given before it is known how much
+    of its own counts.
     """
     for slot in slots(run_dir):
-        if slot.number >= since.attempt and _exists(slot.folder / file):
-            offset = since.offset if slot.number == since.attempt else 0
-            seal = sealed_size(slot, file)
-            data = _read(slot.folder / file, offset, seal)
-            yield Chunk(data, Position(slot.number, offset + len(data)), seal is not None)
-            if seal is None:
-                return
+        path = slot.folder / file
+        if slot.number < since.attempt or not _exists(path):
+            continue
+        offset = 0
+        if slot.number == since.attempt:
+            offset = since.offset
+        seal = sealed_size(slot, file)
+        data = _read(path, offset, seal)
+        after = Position(slot.number, offset + len(data))
+        yield Chunk(data, after, sealed=seal is not None)
+        if seal is None:
+            return
 
 
 def appended_files(run_dir: Path) -> list[str]:
     """The files that attempts of a run append to, relative to their folders."""
-    return sorted({file for slot in slots(run_dir) for file in slot.appended()})
+    files: set[str] = set()
+    for slot in slots(run_dir):
+        files.update(slot.appended())
+    return sorted(files)
 
 
 def read_lines(attempt: Attempt, file: str) -> list[Record]:
     """The records of an appended file, up to its seal; a torn last line is dropped."""
-    return parsed(beginning(attempt, file))
+    data = beginning(attempt, file)
+    return parsed(data)
 
 
 def beginning(attempt: Attempt, file: str, size: int | None = None) -> bytes:
     """The first bytes of a file that count: all, or as many as `size`; nothing where there is no such file."""
-    if not _exists(attempt.folder / file):
+    path = attempt.folder / file
+    if not _exists(path):
         return b""
-    seal = sealed_size(attempt, file)
-    limits = [limit for limit in (seal, size) if limit is not None]
-    return _read(attempt.folder / file, 0, min(limits, default=None))
+    stop = sealed_size(attempt, file)
+    if size is not None and (stop is None or size < stop):
+        stop = size
+    return _read(path, 0, stop)
 
 
 def ending(attempt: Attempt, file: str, size: int) -> bytes:
@@ -87,23 +110,33 @@ def ending(attempt: Attempt, file: str, size: int) -> bytes:
     if not _exists(path):
         return b""
     stop = sealed_size(attempt, file)
-    stop = path.stat().st_size if stop is None else stop
-    return _read(path, max(0, stop - size), stop)
+    if stop is None:
+        stop = path.stat().st_size
+    start = max(0, stop - size)
+    return _read(path, start, stop)
 
 
 def parsed(data: bytes) -> list[Record]:
     """The records in whole lines of JSON."""
-    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].split(b"\n") if line]
+    whole = _whole_lines(data)
+    lines = whole.split(b"\n")
+    return [json.loads(line) for line in lines if line]
 
 
 def sealed_size(attempt: Attempt, file: str) -> int | None:
     """How many bytes of an appended file count; None while no later slot (a closing one, too) has sealed it."""
     for later in slots(attempt.run_dir):
-        if later.number > attempt.number and "seals.json" in names(later.folder):
-            sizes = read_json(later.folder / "seals.json").get(str(attempt.number))
-            if sizes is not None:
-                return int(sizes.get(file, 0))
+        if later.number <= attempt.number:
+            continue
+        seal = read_seal(later.folder, attempt.number, file)
+        if seal is not None:
+            return seal
     return None
+
+
+def _whole_lines(data: bytes) -> bytes:
+    end = data.rfind(b"\n") + 1
+    return data[:end]
 
 
 def _exists(path: Path) -> bool:
@@ -111,6 +144,9 @@ def _exists(path: Path) -> bool:
 
 
 def _read(path: Path, start: int, stop: int | None) -> bytes:
+    size = -1  # up to the end of the file
+    if stop is not None:
+        size = max(stop - start, 0)
     with path.open("rb") as stream:
         stream.seek(start)
-        return stream.read(-1 if stop is None else max(stop - start, 0))
+        return stream.read(size)

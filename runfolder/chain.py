@@ -9,29 +9,28 @@ closes the chain with the result inside the claim. So an attempt that was paused
 went on without it, and a run that is closed cannot go on.
 
 A run that failed or was cancelled can be reopened: its closing slot is followed by a `reopen` slot. The chain is the
-truth; `result.json` is a copy of the last closing slot's result for those who only want to look, which `settle`
-makes right.
+truth; `output` and `result.json` follow it (see outcome.py).
 
-A successor writes `seals.json` first: the sizes of its predecessors' appended files. What a paused attempt appends
-later lies behind the seal, and readers stop there.
+A slot that is taken seals what its predecessors have appended (see seals.py).
 
-Slots are found by listing their folder, and read from the newest backwards: a run may have many.
+A run may have many slots: they are found by listing their folder, and read from the newest backwards.
 """
 
 import json
 import os
 import shutil
-import socket
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from runfolder.claims import prepare_claim, read_claim
 from runfolder.files import Record, names, read_json, refresh, sync_folder, write_json
+from runfolder.outcome import move_output, remove_result, write_result
+from runfolder.seals import appended, write_seals
 
 
 class Fenced(RuntimeError):
@@ -55,40 +54,42 @@ class Attempt:
 
     @cached_property
     def folder(self) -> Path:
-        """RUN_DIR/attempts/<number>."""
-        return self.run_dir / "attempts" / str(self.number)
+        """The folder of this slot: RUN_DIR/attempts/<number>."""
+        slots_dir = self.run_dir / "attempts"
+        return slots_dir / str(self.number)
 
     @cached_property
     def claim(self) -> Record:
         """What was written when the slot was taken; it never changes."""
-        try:
-            return read_json(self.folder / "claim.json")
-        except FileNotFoundError:
-            if str(self.number) not in names(self.folder.parent):
-                raise
-        # This client still believes what it was told before the slot was taken, as when it wanted the slot itself.
-        # The server refuses to make what is there, and with that the client forgets it.
-        with suppress(FileExistsError):
-            self.folder.mkdir()
-        return read_json(self.folder / "claim.json")
+        return read_claim(self.folder)
 
     @property
     def start(self) -> Start | None:
         """The checkpoint that this attempt goes on from; None from the beginning."""
         start = self.claim["start"]
-        return Start(**start) if start else None
+        if not start:
+            return None
+        return Start(**start)
+
+    @property
+    def kind(self) -> str:
+        """What the slot was taken for: `attempt`, `close` or `reopen`."""
+        kind: str = self.claim["kind"]
+        return kind
 
     @property
     def verdict(self) -> Record | None:
         """How this attempt ended, once that is known."""
-        return read_json(self.folder / "verdict.json") if "verdict.json" in names(self.folder) else None
+        if "verdict.json" not in names(self.folder):
+            return None
+        return read_json(self.folder / "verdict.json")
 
     def is_live(self) -> bool:
         """Whether no later slot is taken, as far as this host knows: a client of NFS may learn it a minute late."""
         return last_slot(self.run_dir) <= self.number
 
     def check(self, here: bool = False) -> None:
-        """Raise Fenced when a later slot is taken on any host; to be called before what a ghost must not do.
+        """Raise Fenced when a later slot is taken on any host; to be called before what only a live attempt may do.
 
         `here`: as far as this host knows, which costs the file system little; enough for those who wait.
         """
@@ -99,17 +100,19 @@ class Attempt:
 
     def append(self, file: str, record: Record) -> None:
         """Append one JSON line to `events.jsonl` or `metrics.jsonl` of this attempt."""
-        with (self.folder / file).open("ab") as stream:
-            stream.write(json.dumps(record, allow_nan=True).encode() + b"\n")
+        path = self.folder / file
+        with path.open("ab") as stream:
+            line = json.dumps(record, allow_nan=True)
+            stream.write(line.encode() + b"\n")
 
     def appended(self) -> list[str]:
         """The files that this attempt appends to: rows, events, and the logs of its workers."""
-        logs = [f"logs/{name}" for name in names(self.folder / "logs")]
-        return sorted(file for file in (*names(self.folder), *logs) if file.endswith((".jsonl", ".log")))
+        return appended(self.folder)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append an event with the time of now."""
-        self.append("events.jsonl", {"time": time.time(), "event": kind, **fields})
+        event = {"time": time.time(), "event": kind, **fields}
+        self.append("events.jsonl", event)
 
     def alive(self) -> None:
         """Show that work goes on where nothing is written for long; to be called by that work, as it gets further."""
@@ -140,7 +143,8 @@ class Attempt:
 
 def slots(run_dir: Path) -> list[Attempt]:
     """Every slot that is taken, oldest first: attempts, closing slots, and those that reopen the run."""
-    return [Attempt(run_dir, number) for number in sorted(_numbers(run_dir))]
+    numbers = sorted(_numbers(run_dir))
+    return [Attempt(run_dir, number) for number in numbers]
 
 
 def last_slot(run_dir: Path) -> int:
@@ -150,25 +154,39 @@ def last_slot(run_dir: Path) -> int:
 
 def attempts(run_dir: Path) -> list[Attempt]:
     """The attempts that were claimed, oldest first, without the closing slot."""
-    return [attempt for attempt in slots(run_dir) if attempt.claim["kind"] == "attempt"]
+    taken = slots(run_dir)
+    return [slot for slot in taken if slot.kind == "attempt"]
 
 
 def claim_next(run_dir: Path, start: Start | None) -> Attempt | None:
     """Claim the slot after the last one taken; None when the run is closed or somebody was faster."""
-    newest, origin = _open_end(run_dir), asdict(start) if start else None
-    return _claim(run_dir, newest.number + 1, {"kind": "attempt", "start": origin}) if newest else None
+    newest = _newest_slot(run_dir)
+    if _is_closing(newest):
+        return None
+    origin = asdict(start) if start else None
+    record = {"kind": "attempt", "start": origin}
+    return _claim(run_dir, newest.number + 1, record)
 
 
 def close(run_dir: Path, ended: Record) -> bool:
     """End a run from outside its attempts; False when it is closed or somebody was faster."""
-    newest = _open_end(run_dir)
-    return newest is not None and newest.close(ended)
+    newest = _newest_slot(run_dir)
+    if _is_closing(newest):
+        return False
+    return newest.close(ended)
 
 
 def last(run_dir: Path) -> Attempt:
     """The newest attempt; number 0, which has no folder, when there is none yet."""
-    newest_first = reversed(slots(run_dir))
-    return next((slot for slot in newest_first if slot.claim["kind"] == "attempt"), Attempt(run_dir, 0))
+    return newest_attempt(run_dir, slots(run_dir))
+
+
+def newest_attempt(run_dir: Path, taken: Sequence[Attempt]) -> Attempt:
+    """The newest attempt among slots (oldest first); number 0, which has no folder, when there is none."""
+    for slot in reversed(taken):
+        if slot.kind == "attempt":
+            return slot
+    return Attempt(run_dir, 0)
 
 
 def bounds(run_dir: Path) -> Iterator[tuple[Attempt, float]]:
@@ -177,27 +195,29 @@ def bounds(run_dir: Path) -> Iterator[tuple[Attempt, float]]:
     for attempt in reversed(attempts(run_dir)):
         yield attempt, bound
         start = attempt.start
-        bound = min(bound, start.step if start else 0)
+        start_step = start.step if start else 0
+        bound = min(bound, start_step)
 
 
 def result(run_dir: Path) -> Record | None:
     """The final word on a run; None while it goes on."""
-    closing = _closing(run_dir)
-    ended: Record | None = closing.claim["result"] if closing else None
+    newest = _newest_slot(run_dir)
+    if not _is_closing(newest):
+        return None
+    ended: Record = newest.claim["result"]
     return ended
 
 
 def reopen(run_dir: Path) -> bool:
     """Let a run that failed or was cancelled go on; False when it is not closed, or succeeded."""
-    closing = _closing(run_dir)
-    if closing is None or closing.claim["result"]["state"] == "succeeded":
+    closing = _newest_slot(run_dir)
+    if not _is_closing(closing) or closing.claim["result"]["state"] == "succeeded":
         return False
     settle(run_dir)  # so that its closer, who may be late, finds nothing left to move
     if _claim(run_dir, closing.number + 1, {"kind": "reopen"}) is None:
         return False
     if "output" in names(run_dir):  # an attempt had delivered it, and ended badly all the same
-        with suppress(FileNotFoundError):
-            (run_dir / "output").rename(closing.folder / "output")
+        move_output(run_dir, closing.folder)
     settle(run_dir)
     return True
 
@@ -206,61 +226,48 @@ def settle(run_dir: Path) -> Record | None:
     """Finish what a closing slot promised: move the output into place, write result.json; gives the result.
 
     In a run that goes on, a result.json that somebody wrote too late goes away. Idempotent, and any number of
-    processes may do it at once: whoever comes next makes right what two have mixed up.
+    processes may do it at once: the next call corrects what two concurrent ones have mixed up.
     """
-    closing = _closing(run_dir)
-    if closing is None:
-        if "result.json" in names(run_dir):
-            (run_dir / "result.json").unlink(missing_ok=True)
+    newest = _newest_slot(run_dir)
+    if not _is_closing(newest):
+        remove_result(run_dir)
         return None
-    claim = closing.claim
-    made = Attempt(run_dir, claim["closes"])
-    if claim["closes"] and "output" in names(made.folder) and "output" not in names(run_dir):
-        with suppress(FileNotFoundError):  # somebody else moved it just now
-            (made.folder / "output").rename(run_dir / "output")
-    if not _says(run_dir, claim["result"]):
-        write_json(run_dir / "result.json", claim["result"])
+    claim = newest.claim
+    closed = Attempt(run_dir, claim["closes"])
+    if closed.number and "output" in names(closed.folder) and "output" not in names(run_dir):
+        move_output(closed.folder, run_dir)
+    write_result(run_dir, claim["result"])
     return result(run_dir)
 
 
 def _numbers(run_dir: Path) -> list[int]:
     """The numbers of all slots that are taken."""
-    return [int(name) for name in names(run_dir / "attempts") if name.isdigit()]
+    numbers = []
+    for name in names(run_dir / "attempts"):
+        if name.isdigit():
+            numbers.append(int(name))
+    return numbers
 
 
-def _closing(run_dir: Path) -> Attempt | None:
-    """The slot that closes a run; None while it goes on."""
-    newest = Attempt(run_dir, last_slot(run_dir))
-    return newest if newest.number and newest.claim["kind"] == "close" else None
+def _newest_slot(run_dir: Path) -> Attempt:
+    """The newest slot that is taken; number 0, which has no folder, before the first.
 
-
-def _open_end(run_dir: Path) -> Attempt | None:
-    """The newest slot of a run that goes on (number 0 before the first); None for one that is closed.
-
-    What follows it must take the slot behind this one, not behind whatever is the newest by then: that may close it.
+    Who goes on from it must take the slot behind this one, not behind whatever is the newest by then: that may close
+    the run.
     """
-    newest = Attempt(run_dir, last_slot(run_dir))
-    return None if newest.number and newest.claim["kind"] == "close" else newest
+    return Attempt(run_dir, last_slot(run_dir))
 
 
-def _says(run_dir: Path, ended: Record) -> bool:
-    """Whether result.json is there, and says how the run ended."""
-    if "result.json" not in names(run_dir):
-        return False
-    with suppress(FileNotFoundError):  # somebody writes it anew just now, or this client does not know it yet
-        return read_json(run_dir / "result.json") == ended
-    return False
+def _is_closing(slot: Attempt) -> bool:
+    """Whether the run is closed if this is its newest slot."""
+    return slot.number > 0 and slot.kind == "close"
 
 
 def _claim(run_dir: Path, number: int, record: Record) -> Attempt | None:
     """Take slot `number` by renaming a folder that already holds its claim; None when it is taken."""
     folder = run_dir / "attempts"
-    folder.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex
-    prepared = folder / f".claim-{token}"
-    prepared.mkdir()
-    whose = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-    write_json(prepared / "claim.json", {**record, **whose})
+    prepared = prepare_claim(folder, token, record)
     attempt = Attempt(run_dir, number)
     try:
         prepared.rename(attempt.folder)
@@ -268,7 +275,7 @@ def _claim(run_dir: Path, number: int, record: Record) -> Attempt | None:
         if not _is_taken(attempt):
             shutil.rmtree(prepared, ignore_errors=True)
             raise
-        # The answer to a rename that was done can be lost, and asking again then fails: what counts is whose it is.
+        # The answer to a rename that was done can be lost, and repeating it fails: what counts is whose claim it is.
         if attempt.claim.get("token") != token:
             shutil.rmtree(prepared, ignore_errors=True)
             return None
@@ -285,14 +292,8 @@ def _is_taken(slot: Attempt) -> bool:
 
 def _seal_predecessors(attempt: Attempt) -> None:
     """Write down how many bytes of each appended file count."""
-    sizes: dict[str, dict[str, int]] = {}
-    for earlier in slots(attempt.run_dir):
-        if earlier.number < attempt.number:
-            sizes[str(earlier.number)] = {file: _size(earlier.folder / file) for file in earlier.appended()}
-    write_json(attempt.folder / "seals.json", sizes)
-
-
-def _size(path: Path) -> int:
-    """A file's size as the server has it: a client of NFS asks for it when a file is opened, else it may be old."""
-    with path.open("rb") as stream:
-        return os.fstat(stream.fileno()).st_size
+    predecessors = []
+    for slot in slots(attempt.run_dir):
+        if slot.number < attempt.number:
+            predecessors.append(slot.folder)
+    write_seals(attempt.folder, predecessors)

@@ -13,28 +13,35 @@ from runfolder.job import Job
 from runfolder.sources import file_of
 
 _LOADED = re.compile(r"\.(json|safetensors|model|jinja)$|^(vocab|merges)\.txt$")
-_WHOLE = 64 << 20  # bytes up to which a file of the base is hashed whole
-_PART, _PARTS = 1 << 18, 128  # bytes of a part of a larger file, and how many there are
+_WHOLE_BYTES = 64 << 20  # bytes up to which a file of the base is hashed whole
+_PART_BYTES = 1 << 18  # of each part of a larger file that is hashed
+_PARTS = 128  # into as many equal distances the parts divide a file
 _SHOWN = 12  # characters of a digest in a message
+Digests = dict[str, str | None]  # by the field of the job that names what was read
 
 
 class InputChanged(ValueError):
-    """Data or base are not those of the submission; nothing but their owner can mend that."""
+    """Data or base are not those of the submission; nothing but their owner can fix that."""
 
 
-def digests(job: Job, base: Path | None) -> dict[str, str | None]:
+def digests(job: Job, base: Path | None) -> Digests:
     """sha256 of the data files, and of the base in folder `base`; None for what is on the hub."""
-    return {
-        "data.train": file_digest(job.data.train),
-        "data.eval": file_digest(job.data.eval) if job.data.eval else None,
-        "base": folder_digest(base, job.base.init == "scratch") if base else None,
-    }
+    train = file_digest(job.data.train)
+    evaluated = model = None
+    if job.data.eval:
+        evaluated = file_digest(job.data.eval)
+    if base:
+        scratch = job.base.init == "scratch"
+        model = folder_digest(base, scratch)
+    return {"data.train": train, "data.eval": evaluated, "base": model}
 
 
 def file_digest(source: str) -> str | None:
     """sha256 of a file; None for a data set on the hub."""
     file = file_of(source)
-    return sha256(file) if file else None
+    if file is None:
+        return None
+    return sha256(file)
 
 
 def folder_digest(folder: Path, scratch: bool) -> str:
@@ -44,56 +51,70 @@ def folder_digest(folder: Path, scratch: bool) -> str:
     weights of the same shapes differ everywhere.
     """
     total = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if _LOADED.search(path.name)):
+    loaded = sorted(path for path in folder.iterdir() if _LOADED.search(path.name))
+    for path in loaded:
         if scratch and path.suffix == ".safetensors":
             continue
-        total.update(f"{path.name} {path.stat().st_size} ".encode())
-        total.update(sha256(path).encode() if path.stat().st_size <= _WHOLE else _sample(path))
+        size = path.stat().st_size
+        header = f"{path.name} {size} "
+        total.update(header.encode())
+        if size <= _WHOLE_BYTES:
+            digest = sha256(path)
+            total.update(digest.encode())
+        else:
+            total.update(_sample(path))
     return total.hexdigest()
 
 
 def _sample(path: Path) -> bytes:
     """Parts of a large file: its ends, and what lies in equal distances between them."""
-    last = path.stat().st_size - _PART
-    places = [last * number // _PARTS for number in range(_PARTS + 1)]
+    last = path.stat().st_size - _PART_BYTES
     with path.open("rb") as stream:
         parts = []
-        for place in places:
-            stream.seek(place)
-            parts.append(stream.read(_PART))
+        for number in range(_PARTS + 1):
+            offset = last * number // _PARTS
+            stream.seek(offset)
+            part = stream.read(_PART_BYTES)
+            parts.append(part)
     return b"".join(parts)
 
 
-def frozen(run_dir: Path) -> dict[str, str | None]:
+def frozen(run_dir: Path) -> Digests:
     """The digests of a run's submission, by field; {} in a folder that was not submitted."""
-    record: dict[str, Any] = yaml.safe_load((run_dir / "job.yaml").read_text())
-    return record.get("digests") or {}
+    path = run_dir / "job.yaml"
+    record: dict[str, Any] = yaml.safe_load(path.read_text())
+    by_field = record.get("digests")
+    return by_field or {}
 
 
 def changes(job: Job, known: Mapping[str, str | None]) -> list[str]:
     """What is not as in the known digests, one line each: field, file, both digests, what to do."""
-    sources = {
-        "data.train": file_of(job.data.train),
-        "data.eval": file_of(job.data.eval) if job.data.eval else None,
-        "base": Path(job.base.model),
-    }
+    train = file_of(job.data.train)
+    evaluated = None
+    if job.data.eval:
+        evaluated = file_of(job.data.eval)
+    sources = {"data.train": train, "data.eval": evaluated, "base": Path(job.base.model)}
+    scratch = job.base.init == "scratch"
     lines = []
     for field, source in sources.items():
         then = known.get(field)
-        if source and source.is_absolute() and then:
-            state = _change(source, then, job.base.init == "scratch")
-            if state:
-                mend = "put the old one back and resume the run, or submit the job anew"
-                lines.append(f"{field}: {source} {state}; {mend}")
+        if not source or not source.is_absolute() or not then:
+            continue
+        change = _change(source, then, scratch)
+        if change:
+            remedy = "put the old one back and resume the run, or submit the job anew"
+            lines.append(f"{field}: {source} {change}; {remedy}")
     return lines
 
 
 def _change(source: Path, then: str, scratch: bool) -> str | None:
     """What became of a file or of the folder of a base; None when it is as it was."""
     try:
-        found = folder_digest(source, scratch) if source.is_dir() else sha256(source)
+        now = folder_digest(source, scratch) if source.is_dir() else sha256(source)
     except OSError as error:
         return f"cannot be read now ({error.strerror})"
-    if found == then:
+    if now == then:
         return None
-    return f"has changed since the submission: sha256 {then[:_SHOWN]} then, {str(found)[:_SHOWN]} now"
+    shown_then = then[:_SHOWN]
+    shown_now = now[:_SHOWN]
+    return f"has changed since the submission: sha256 {shown_then} then, {shown_now} now"

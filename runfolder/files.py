@@ -1,4 +1,4 @@
-"""Files of a run folder: JSON that is written whole or not at all, and looks that see what other hosts have done.
+"""Files of a run folder: JSON that is written whole or not at all, and listings that show what other hosts have done.
 
 A client of NFS keeps for up to a minute that a name is not there. So nobody asks for a name that may be missing: what
 is there is told by listing its folder (`names`). Where even a listing from this client's cache will not do, `refresh`
@@ -30,10 +30,11 @@ def names(folder: Path) -> list[str]:
 def refresh(folder: Path) -> None:
     """See to it that the next listing of a folder is the server's, not one that this client has kept.
 
-    To create a name takes the server, whose answer tells the client whether others have changed the folder meanwhile
+    A creation goes to the server, whose answer tells the client whether others have changed the folder meanwhile
     (RFC 1813, section 2.6, weak cache consistency; RFC 7530, section 5.8.1.4, change attribute).
     """
-    probe = folder / f".probe-{uuid.uuid4().hex}"
+    token = uuid.uuid4().hex
+    probe = folder / f".probe-{token}"
     probe.mkdir()
     probe.rmdir()
 
@@ -41,13 +42,15 @@ def refresh(folder: Path) -> None:
 def sha256(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal; raises OSError."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.file_digest(stream, "sha256")
+        return digest.hexdigest()
 
 
 def read_json(path: Path) -> Record:
     """Read a JSON file that holds an object; raises Damaged."""
     try:
-        record = json.loads(path.read_text())
+        text = path.read_text()
+        record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path}: not JSON: {error}") from None
     if not isinstance(record, dict):
@@ -72,8 +75,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def _write_beside(path: Path, record: Record, mode: int) -> Path:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as stream:
+    token = uuid.uuid4().hex
+    temporary = path.with_name(f".{path.name}.{token}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "w") as stream:
         json.dump(record, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())

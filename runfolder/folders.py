@@ -7,7 +7,8 @@ from pathlib import Path
 def home() -> Path:
     """FLEETUNE_HOME, or ~/.fleetune; raises OSError where there is neither."""
     try:
-        return Path(os.environ.get("FLEETUNE_HOME") or Path.home() / ".fleetune").expanduser().absolute()
+        folder = Path(os.environ.get("FLEETUNE_HOME") or Path.home() / ".fleetune")
+        return folder.expanduser().absolute()
     except RuntimeError:  # of pathlib, about a user whom the system does not know
         raise OSError(
             "FLEETUNE_HOME: not set, and this user has no home; set it to a folder to keep runs in"
@@ -16,11 +17,12 @@ def home() -> Path:
 
 def cache_folder() -> Path:
     """Where tokenised data is kept: FLEETUNE_CACHE, or FLEETUNE_HOME/cache."""
-    return Path(os.environ.get("FLEETUNE_CACHE") or home() / "cache").expanduser().absolute()
+    folder = Path(os.environ.get("FLEETUNE_CACHE") or home() / "cache")
+    return folder.expanduser().absolute()
 
 
 def cache() -> Path:
-    """The same, made; raises ValueError where it cannot be written."""
+    """`cache_folder`, created where it is missing; raises ValueError where it cannot be written."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,36 +36,46 @@ def cache() -> Path:
 def library_folders() -> dict[str, str]:
     """Variables by which libraries keep what they build below FLEETUNE_HOME, where HOME has no place for it.
 
-    What the environment says stays; a cache of the hub that is there is read.
+    Variables that are set already are left out. A cache of the hub in HOME is kept, where there is one, to be read.
     """
     if _home_has_place():
         return {}
-    place = str(home() / "cache" / "libraries")
-    found = {"XDG_CACHE_HOME": place, "TRITON_HOME": place}
+    libraries = str(home() / "cache" / "libraries")
+    folders = {"XDG_CACHE_HOME": libraries, "TRITON_HOME": libraries}
     hub = Path("~/.cache/huggingface").expanduser()
     if hub.is_dir():
-        found["HF_HOME"] = str(hub)
-    return {name: folder for name, folder in found.items() if name not in os.environ}
+        folders["HF_HOME"] = str(hub)
+    unset = {}
+    for name, folder in folders.items():
+        if name not in os.environ:
+            unset[name] = folder
+    return unset
 
 
 def writable(folder: Path) -> bool:
-    """Whether a folder can be written, or made."""
-    parent = nearest(folder)
-    return parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    """Whether a folder can be written, or created where it is missing."""
+    existing = nearest(folder)
+    if not existing.is_dir():
+        return False
+    return os.access(existing, os.W_OK | os.X_OK)
 
 
 def nearest(folder: Path) -> Path:
     """The folder, or the first of its parents that exists."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
+    existing = (path for path in (folder, *folder.parents) if path.exists())
+    return next(existing)
 
 
 def _home_has_place() -> bool:
     try:
-        return writable(Path.home() / ".cache") and writable(Path.home() / ".triton")
+        home_dir = Path.home()
+        return writable(home_dir / ".cache") and writable(home_dir / ".triton")
     except RuntimeError:  # nobody knows this user's home
         return False
 
 
 def _unwritable(folder: Path, why: str) -> str:
-    name = "FLEETUNE_CACHE" if os.environ.get("FLEETUNE_CACHE") else "FLEETUNE_HOME"
+    name = "FLEETUNE_HOME"
+    if os.environ.get("FLEETUNE_CACHE"):
+        name = "FLEETUNE_CACHE"
     return f"{name}: {folder} for tokenised data cannot be written ({why}); set {name} to a folder that can"

@@ -17,21 +17,31 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 def _seconds(value: object) -> object:
     """Read `90s`, `30m`, `8h`, `2d` or a number of seconds."""
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", value)):
-        return int(float(match[1]) * _UNITS[match[2]])
-    return value
+    if not isinstance(value, str):
+        return value
+    duration = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", value)
+    if duration is None:
+        return value
+    amount, unit = duration.groups()
+    return int(float(amount) * _UNITS[unit])
 
 
 def _as_mapping(key: str) -> BeforeValidator:
     """Let a bare string stand for a mapping with one key."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+    def wrap(value: object) -> object:
+        if isinstance(value, str):
+            return {key: value}
+        return value
+
+    return BeforeValidator(wrap)
 
 
-class _Part(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Base(_Part):
+class Base(_Section):
     """The model that is tuned: a hub id or a folder with config, tokenizer and weights."""
 
     model: str = Field(min_length=1)
@@ -42,7 +52,7 @@ class Base(_Part):
     )
 
 
-class Data(_Part):
+class Data(_Section):
     """Where the examples come from and how they become sequences of at most `seq_len` tokens."""
 
     train: str = Field(min_length=1, description="a file, cluster:/path, or a hub dataset owner/name:config:split")
@@ -61,7 +71,7 @@ class Data(_Part):
     packing: bool = True
 
 
-class Train(_Part):
+class Train(_Section):
     """The optimisation. `batch_tokens` is the size of the global batch in tokens."""
 
     steps: int | None = Field(None, ge=1)
@@ -80,13 +90,13 @@ class Train(_Part):
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
-    def _one_length(self) -> "Train":
+    def _steps_or_epochs(self) -> "Train":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
         return self
 
 
-class Sharding(_Part):
+class Sharding(_Section):
     """ZeRO stage. World size = data parallel x sequence parallel."""
 
     zero: Literal[0, 1, 2, 3] = 0
@@ -94,7 +104,7 @@ class Sharding(_Part):
     sequence: Literal[1] = 1
 
 
-class Resources(_Part):
+class Resources(_Section):
     """What the workers need. A worker is one GPU, or one process where there is none."""
 
     nodes: int = Field(1, ge=1)
@@ -108,25 +118,26 @@ class Resources(_Part):
     )
 
     @model_validator(mode="after")
-    def _one_kind(self) -> "Resources":
+    def _gpus_or_workers(self) -> "Resources":
         if self.gpus_per_node and self.workers_per_node:
             raise ValueError("give gpus_per_node, or workers_per_node where there is no GPU, not both")
         return self
 
     @property
     def world(self) -> int:
-        """Number of workers."""
-        return self.nodes * (self.gpus_per_node or self.workers_per_node or 1)
+        """The world size: how many workers the run has."""
+        per_node = self.gpus_per_node or self.workers_per_node or 1
+        return self.nodes * per_node
 
 
-class Checkpoint(_Part):
+class Checkpoint(_Section):
     """How often the run saves (in steps; auto: from the measured cost) and how many it keeps."""
 
     every: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     keep: int = Field(2, ge=1)
 
 
-class Evaluation(_Part):
+class Evaluation(_Section):
     """When and how held-out rows are judged: every so many steps, and always at the end."""
 
     every: int | None = Field(None, ge=1, description="steps; null: at the end only")
@@ -135,20 +146,20 @@ class Evaluation(_Part):
     max_new_tokens: int = Field(256, ge=0, description="0: loss only, no generation")
 
 
-class Output(_Part):
+class Output(_Section):
     """What is left at the end: the adapter (or model), and with `merge` a merged model beside it."""
 
     merge: bool = False
 
 
-class Tracking(_Part):
+class Tracking(_Section):
     """Which MLflow server (null: SQLite beside the runs) and which experiment."""
 
     uri: str | None = None
     experiment: str = Field("fleetune", min_length=1)
 
 
-class Job(_Part):
+class Job(_Section):
     """One training run, as a user writes it in job.yaml."""
 
     name: str = "job"
@@ -178,16 +189,20 @@ class Job(_Part):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if not objectives.is_known(name):
-            allowed = ", ".join(map(repr, sorted(objectives.known())))
+            known = sorted(objectives.known())
+            allowed = ", ".join(map(repr, known))
             raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": allowed})
         return name
 
     @field_validator("output")
     @classmethod
-    def _merges(cls, output: Output, info: ValidationInfo) -> Output:
+    def _can_merge(cls, output: Output, info: ValidationInfo) -> Output:
         method = info.data.get("method")
-        if output.merge and method and "merge" in method.refusals:
-            raise ValueError(f"{method.kind} has no merged model: {method.refusals['merge']}")
+        if not output.merge or not method:
+            return output
+        reason = method.refusals.get("merge")
+        if reason is not None:
+            raise ValueError(f"{method.kind} has no merged model: {reason}")
         return output
 
     @model_validator(mode="after")
@@ -206,13 +221,13 @@ class Job(_Part):
     def _trains_new_tokens(self) -> "Job":
         if not self.base.resize_embeddings:
             return self
-        found = f"base.resize_embeddings with method {self.method.kind}"
+        setting = f"base.resize_embeddings with method {self.method.kind}"
         if not self.method.trains_new_tokens:
             kinds = ", ".join(kind for kind, options in KINDS.items() if options.trains_new_tokens)
-            raise ValueError(f"{found}, which does not train new embeddings; allowed: one of {kinds}")
+            raise ValueError(f"{setting}, which does not train new embeddings; allowed: one of {kinds}")
         if self.sharding.zero == 3 and not self.method.makes_model:
             raise ValueError(
-                f"{found} at sharding.zero 3, where no worker has the embedding whole, and its new rows alone are "
+                f"{setting} at sharding.zero 3, where no worker has the embedding whole, and its new rows alone are "
                 "trained; allowed: sharding.zero 0, 1 or 2, or method full or galore"
             )
         return self
@@ -220,13 +235,17 @@ class Job(_Part):
     @property
     def lr(self) -> float:
         """The peak learning rate: the job's, or the method's default."""
-        return self.train.lr if self.train.lr is not None else self.method.rate(None)
+        if self.train.lr is not None:
+            return self.train.lr
+        return self.method.rate(None)
 
     def at_width(self, hidden: int | None) -> "Job":
         """The job with its learning rate settled, on a base of this hidden size."""
         if self.train.lr is not None:
             return self
-        return self.model_copy(update={"train": self.train.model_copy(update={"lr": self.method.rate(hidden)})})
+        settled = {"lr": self.method.rate(hidden)}
+        train = self.train.model_copy(update=settled)
+        return self.model_copy(update={"train": train})
 
     def dump(self) -> dict[str, Any]:
         """The job as plain data that `Job.model_validate` reads back."""

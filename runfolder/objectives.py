@@ -14,15 +14,21 @@ OBJECTIVES: Mapping[str, str] = {
 
 def known() -> dict[str, str]:
     """Every objective by its name, as `module:Class`; those of Fleetune cannot be replaced from outside."""
-    outside = {point.name: point.value for point in entry_points(group=GROUP)}
+    outside = {}
+    for point in entry_points(group=GROUP):
+        outside[point.name] = point.value
     return {**outside, **OBJECTIVES}
 
 
 def is_known(name: str) -> bool:
     """Whether there is an objective of this name; what other packages have is read only where it must be."""
-    return name in OBJECTIVES or name in known()
+    if name in OBJECTIVES:
+        return True
+    return name in known()
 
 
 def place(name: str) -> str:
     """Where an objective that is known is written, as `module:Class`."""
-    return OBJECTIVES[name] if name in OBJECTIVES else known()[name]
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    return known()[name]

@@ -1,6 +1,6 @@
 """What is asked of a run: by people, in RUN_DIR/requests; of one attempt by its controller, in attempts/N/stop.json.
 
-A stop is a wish with a deadline: the trainer saves and returns, and only who does not answer in time is killed.
+A stop is a save request with a deadline: the trainer saves and returns; only who does not answer in time is killed.
 """
 
 import time
@@ -24,19 +24,22 @@ class Stop:
 
 
 def request_cancel(run_dir: Path, save: bool = False) -> None:
-    """Ask for the end of a run, with `save` after a checkpoint; whoever leads it closes it as cancelled."""
+    """Ask for the end of a run, with `save` after a checkpoint; its controller closes it as cancelled."""
     _request(run_dir, "cancel", {"save": save})
 
 
 def cancel_requested(run_dir: Path) -> bool:
     """Whether somebody asked for the end of the run since it was last (re)opened."""
-    return bool(_asked(run_dir, "cancel"))
+    requests = _requests(run_dir, "cancel")
+    return bool(requests)
 
 
 def cancel_saves(run_dir: Path) -> bool:
     """Whether all who asked for the end of the run want a checkpoint first."""
-    asked = _asked(run_dir, "cancel")
-    return bool(asked) and all(request.get("save") for request in asked)
+    requests = _requests(run_dir, "cancel")
+    if not requests:
+        return False
+    return all(request.get("save") for request in requests)
 
 
 def request_pause(run_dir: Path, step: int) -> None:
@@ -46,37 +49,60 @@ def request_pause(run_dir: Path, step: int) -> None:
 
 def pause_step(run_dir: Path) -> int | None:
     """The first step after which somebody wants the run to pause; None where nobody does."""
-    return min((int(request["step"]) for request in _asked(run_dir, "pause")), default=None)
+    requests = _requests(run_dir, "pause")
+    steps = [int(request["step"]) for request in requests]
+    return min(steps, default=None)
 
 
 def request_stop(attempt: Attempt, stop: Stop) -> None:
     """Ask an attempt to save and end; the first who asks sets the deadline."""
     if stop_requested(attempt) is None:
-        write_json(attempt.folder / "stop.json", asdict(stop))
+        path = attempt.folder / "stop.json"
+        write_json(path, asdict(stop))
 
 
 def stop_requested(attempt: Attempt) -> Stop | None:
-    """Whether this attempt is asked to save and end."""
-    return Stop(**read_json(attempt.folder / "stop.json")) if "stop.json" in names(attempt.folder) else None
+    """The request to this attempt to save and end; None while there is none."""
+    if "stop.json" not in names(attempt.folder):
+        return None
+    path = attempt.folder / "stop.json"
+    stop = read_json(path)
+    return Stop(**stop)
 
 
 def last_reopened(run_dir: Path) -> int:
     """The slot in which a run was last reopened; 0 when it never was."""
-    newest_first = reversed(slots(run_dir))
-    return next((slot.number for slot in newest_first if slot.claim["kind"] == "reopen"), 0)
+    for slot in reversed(slots(run_dir)):
+        if slot.kind == "reopen":
+            return slot.number
+    return 0
 
 
-def _request(run_dir: Path, what: str, record: Record) -> None:
+def _request(run_dir: Path, kind: str, record: Record) -> None:
     folder = run_dir / "requests"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{what}-{last_slot(run_dir)}.json", {"time": time.time(), **record})
+    newest = last_slot(run_dir)
+    path = folder / f"{kind}-{newest}.json"
+    write_json(path, {"time": time.time(), **record})
 
 
-def _asked(run_dir: Path, what: str) -> list[Record]:
+def _requests(run_dir: Path, kind: str) -> list[Record]:
     """The requests of a kind that came since the run was last (re)opened."""
-    found = [name for name in names(run_dir / "requests") if name.startswith(f"{what}-") and name.endswith(".json")]
-    if not found:
+    folder = run_dir / "requests"
+    prefix = f"{kind}-"
+    files = []
+    for name in names(folder):
+        if name.startswith(prefix) and name.endswith(".json"):
+            files.append(name)
+    if not files:
         return []
     reopened = last_reopened(run_dir)
-    counted = [name for name in found if int(Path(name).stem.rpartition("-")[2]) >= reopened]
-    return [read_json(run_dir / "requests" / name) for name in counted]
+    current = [name for name in files if _slot_of(name) >= reopened]
+    paths = [folder / name for name in current]
+    return [read_json(path) for path in paths]
+
+
+def _slot_of(name: str) -> int:
+    """The newest slot when a request was made, which its file's name ends with: `<kind>-<slot>.json`."""
+    stem = Path(name).stem
+    return int(stem.rpartition("-")[2])

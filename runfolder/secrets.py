@@ -11,9 +11,12 @@ _FILE = "secrets.json"
 def write_secrets(run_dir: Path, secrets: Mapping[str, str]) -> None:
     """Add to the secrets of a run, in place of older ones of the same names; whole or not at all."""
     if secrets:
-        write_json(run_dir / _FILE, {**read_secrets(run_dir), **secrets}, mode=0o600)
+        merged = {**read_secrets(run_dir), **secrets}
+        write_json(run_dir / _FILE, merged, mode=0o600)
 
 
 def read_secrets(run_dir: Path) -> dict[str, str]:
     """The secrets of a run by name; empty where it has none."""
-    return read_json(run_dir / _FILE) if _FILE in names(run_dir) else {}
+    if _FILE not in names(run_dir):
+        return {}
+    return read_json(run_dir / _FILE)

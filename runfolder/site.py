@@ -7,7 +7,7 @@ runs in one trip (see `answer`), and `clusters/far.py` is the end that asks.
 import shutil
 import tarfile
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
@@ -22,7 +22,11 @@ from runfolder.secrets import write_secrets
 from runfolder.snapshot import Snapshot, snapshot
 
 Ask = Literal["cancel", "cancel_saved", "pause", "reopen"]
-_DELIVERED = ("output", "result.json", "job.yaml")  # what `fetch` brings
+Positions = Mapping[str, Position]  # of each file, how far it was read
+Appended = dict[str, list[Chunk]]  # what was appended to each file since
+Ended = Record | None  # the result of a run; None while it goes on
+Plain = Mapping[str, Any]  # what JSON can hold
+_FETCHED = ("output", "result.json", "job.yaml")  # what `fetch` brings
 
 
 class Refused(ValueError):
@@ -36,7 +40,7 @@ class Site(Protocol):
         """The names of all run folders, damaged ones too."""
         ...
 
-    def create(self, run_id: str, record: Mapping[str, Any]) -> Record | None:
+    def create(self, run_id: str, record: Plain) -> Record | None:
         """Make a run folder whole or not at all; gives the record of the one that was there already, else None."""
         ...
 
@@ -48,7 +52,7 @@ class Site(Protocol):
         """How runs stand: one trip for all of them; a run that is not there is left out."""
         ...
 
-    def read(self, run_id: str, since: Mapping[str, Position]) -> dict[str, list[Chunk]]:
+    def read(self, run_id: str, since: Positions) -> Appended:
         """What was appended to files of a run's attempts since these positions."""
         ...
 
@@ -60,7 +64,7 @@ class Site(Protocol):
         """Keep secrets of a run by name, in place of older ones, for its owner alone."""
         ...
 
-    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Record | None:
+    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Ended:
         """Ask for the end of a run that goes on, or let one go on that has ended otherwise than well.
 
         With `cancel_saved` and `pause` it saves first; it pauses after `step`, or after the one that it is at. Gives
@@ -81,65 +85,96 @@ class Here:
 
     def ids(self) -> list[str]:
         """The names of all run folders, damaged ones too."""
-        return [name for name in names(self.root) if not name.startswith(".")]
+        folders = names(self.root)
+        return [name for name in folders if not name.startswith(".")]
 
-    def create(self, run_id: str, record: Mapping[str, Any]) -> Record | None:
+    def create(self, run_id: str, record: Plain) -> Record | None:
         """Make a run folder whole or not at all; gives the record of the one that was there already, else None."""
-        return create(self.root / run_id, {"run_id": run_id, **record})
+        run_dir = self.root / run_id
+        whole_record = {"run_id": run_id, **record}
+        return create(run_dir, whole_record)
 
     def record(self, run_id: str) -> Record:
         """What was submitted; raises Damaged."""
-        return read_record(self.root / run_id)
+        run_dir = self.root / run_id
+        return read_record(run_dir)
 
     def snapshots(self, run_ids: Iterable[str]) -> dict[str, Snapshot]:
         """How runs stand; a run that is not there is left out."""
-        there = set(names(self.root))
-        return {run_id: snapshot(self.root / run_id) for run_id in run_ids if run_id in there}
+        existing = set(names(self.root))
+        snapshots = {}
+        for run_id in run_ids:
+            if run_id in existing:
+                snapshots[run_id] = snapshot(self.root / run_id)
+        return snapshots
 
-    def read(self, run_id: str, since: Mapping[str, Position]) -> dict[str, list[Chunk]]:
+    def read(self, run_id: str, since: Positions) -> Appended:
         """What was appended to files of a run's attempts since these positions."""
-        return {file: list(read_from(self.root / run_id, file, position)) for file, position in since.items()}
+        run_dir = self.root / run_id
+        appended = {}
+        for file, position in since.items():
+            chunks = read_from(run_dir, file, position)
+            appended[file] = list(chunks)
+        return appended
 
     def files(self, run_id: str) -> list[str]:
         """The files that a run's attempts append to, like `metrics.jsonl` and `logs/rank-0.log`."""
-        return appended_files(self.root / run_id)
+        run_dir = self.root / run_id
+        return appended_files(run_dir)
 
     def entrust(self, run_id: str, secrets: Mapping[str, str]) -> None:
         """Keep secrets of a run by name, in place of older ones, for its owner alone."""
-        write_secrets(self.root / run_id, secrets)
+        run_dir = self.root / run_id
+        write_secrets(run_dir, secrets)
 
-    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Record | None:
+    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Ended:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""
         run_dir = self.root / run_id
         ended = result(run_dir)
         if what == "reopen":
             _reopen(run_dir, ended)
-        elif ended is not None and ended["state"] != "cancelled":
-            raise Refused(f"run {run_id}: it has {ended['state']} already")
-        elif ended is None and what == "pause":
-            request_pause(run_dir, step or snapshot(run_dir).step + 1)
         elif ended is None:
-            request_cancel(run_dir, save=what == "cancel_saved")
+            _request_end(run_dir, what, step)
+        elif ended["state"] != "cancelled":
+            raise Refused(f"run {run_id}: it has {ended['state']} already")
         return ended
 
     def fetch(self, run_id: str, to: Path) -> Path:
         """Copy the output, the result and the job of a run into a new folder `to`."""
         to.mkdir(parents=True)
-        for path in _delivered(self.root / run_id):
-            copy: Callable[..., Any] = shutil.copytree if path.is_dir() else shutil.copy2
-            copy(path, to / path.name)
+        for path in _paths_to_fetch(self.root / run_id):
+            copy = to / path.name
+            if path.is_dir():
+                shutil.copytree(path, copy)
+            else:
+                shutil.copy2(path, copy)
         return to
 
 
-def _reopen(run_dir: Path, ended: Record | None) -> None:
+def _request_end(run_dir: Path, what: Ask, step: int | None) -> None:
+    """Ask for the end of a run that goes on."""
+    if what == "pause":
+        if not step:
+            step = snapshot(run_dir).step + 1
+        request_pause(run_dir, step)
+    else:
+        save = what == "cancel_saved"
+        request_cancel(run_dir, save)
+
+
+def _reopen(run_dir: Path, ended: Ended) -> None:
     """Let a run go on whose inputs are those of its submission; one that goes on is left alone."""
     if ended is not None and ended["state"] == "succeeded":
         raise Refused(f"run {run_dir.name}: it has succeeded, there is nothing to go on with")
     if ended is None and is_ending(run_dir):
         raise Refused(f"run {run_dir.name}: it was asked to end and has not yet; resume it when it has")
     record = read_record(run_dir)
-    if lines := changes(job_in(record, str(run_dir / "job.yaml")), record.get("digests") or {}):
-        raise Refused("\n".join(lines))
+    path = run_dir / "job.yaml"
+    job = job_in(record, str(path))
+    known = record.get("digests") or {}
+    changed = changes(job, known)
+    if changed:
+        raise Refused("\n".join(changed))
     if ended is not None:
         reopen(run_dir)
 
@@ -147,15 +182,20 @@ def _reopen(run_dir: Path, ended: Record | None) -> None:
 def is_ending(run_dir: Path) -> bool:
     """Whether a run that goes on was asked to end, now or after the step that it is at."""
     pause = pause_step(run_dir)
-    return cancel_requested(run_dir) or (pause is not None and pause <= snapshot(run_dir).step + 1)
+    if cancel_requested(run_dir):
+        return True
+    if pause is None:
+        return False
+    next_step = snapshot(run_dir).step + 1
+    return pause <= next_step
 
 
-def _delivered(run_dir: Path) -> list[Path]:
-    there = names(run_dir)
-    return [run_dir / name for name in _DELIVERED if name in there]
+def _paths_to_fetch(run_dir: Path) -> list[Path]:
+    existing = names(run_dir)
+    return [run_dir / name for name in _FETCHED if name in existing]
 
 
-def answer(root: Path, request: Mapping[str, Any]) -> Any:
+def answer(root: Path, request: Plain) -> Any:
     """Do what a request asks, as plain data that goes through JSON: {verb, ...its arguments}."""
     here = Here(root)
     match request["verb"]:
@@ -166,10 +206,14 @@ def answer(root: Path, request: Mapping[str, Any]) -> Any:
         case "record":
             return here.record(request["run_id"])
         case "snapshots":
-            return {run_id: found.dump() for run_id, found in here.snapshots(request["run_ids"]).items()}
+            snapshots = here.snapshots(request["run_ids"])
+            return {run_id: view.dump() for run_id, view in snapshots.items()}
         case "read":
-            since = {file: Position(*position) for file, position in request["since"].items()}
-            return {file: list(map(_plain, chunks)) for file, chunks in here.read(request["run_id"], since).items()}
+            since = {}
+            for file, position in request["since"].items():
+                since[file] = Position(*position)
+            appended = here.read(request["run_id"], since)
+            return _plain(appended)
         case "files":
             return here.files(request["run_id"])
         case "entrust":
@@ -179,17 +223,21 @@ def answer(root: Path, request: Mapping[str, Any]) -> Any:
     raise Refused(f"verb: found {request['verb']!r}; this Fleetune does not know it")
 
 
-def _plain(chunk: Chunk) -> dict[str, Any]:
-    """A chunk as JSON can hold it: any bytes may be in a log."""
-    return {
-        "data": b64encode(chunk.data).decode(),
-        "after": astuple(chunk.after),
-        "sealed": chunk.sealed,
-    }
+def _plain(appended: Appended) -> dict[str, list[Record]]:
+    """Chunks as JSON can hold them: any bytes may be in a log."""
+    plain: dict[str, list[Record]] = {}
+    for file, chunks in appended.items():
+        plain[file] = []
+        for chunk in chunks:
+            data = b64encode(chunk.data).decode()
+            position = astuple(chunk.after)
+            plain[file].append({"data": data, "after": position, "sealed": chunk.sealed})
+    return plain
 
 
 def send(root: Path, run_id: str, stream: IO[bytes]) -> None:
     """Write what `fetch` brings to a stream, as a tar archive."""
     with tarfile.open(fileobj=stream, mode="w|") as archive:
-        for path in _delivered(root / run_id):
+        run_dir = root / run_id
+        for path in _paths_to_fetch(run_dir):
             archive.add(path, path.name)

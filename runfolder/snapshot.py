@@ -1,4 +1,4 @@
-"""A run as its folder tells it at one moment: plain data, all that a look at it needs, JSON both ways."""
+"""How a run stands, as its folder tells it at one point in time: plain data that goes through JSON and back."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from runfolder.appended import beginning, ending, parsed
-from runfolder.chain import Attempt, settle, slots
+from runfolder.chain import Attempt, newest_attempt, settle, slots
 from runfolder.files import Damaged, Record, names, read_json
 from runfolder.record import read_brief
 from runfolder.requests import cancel_requested, pause_step
@@ -44,86 +44,103 @@ class Snapshot:
     damaged: str | None = None
 
     def dump(self) -> dict[str, Any]:
-        """As plain data."""
+        """The snapshot as plain data, which JSON can hold."""
         return asdict(self)
 
     @classmethod
-    def load(cls, found: Mapping[str, Any]) -> "Snapshot":
+    def load(cls, plain: Mapping[str, Any]) -> "Snapshot":
         """From what `dump` gave, also as it comes out of JSON."""
-        return cls(**found)
+        return cls(**plain)
 
 
 def snapshot(run_dir: Path) -> Snapshot:
-    """Look at a run."""
+    """How a run stands now; one that cannot be read is told as damaged."""
     try:
-        return _look(run_dir)
+        return _read_snapshot(run_dir)
     except Damaged as error:
         return Snapshot(run_dir.name, str(run_dir), damaged=str(error))
     except (OSError, ValueError, KeyError, TypeError) as error:
         return Snapshot(run_dir.name, str(run_dir), damaged=f"{run_dir}: {type(error).__name__}: {error}")
 
 
-def _asked(run_dir: Path) -> str | None:
+def _pending_request(run_dir: Path) -> str | None:
     """What somebody asked of a run, in words."""
     if cancel_requested(run_dir):
         return "asked to end"
     pause = pause_step(run_dir)
-    return f"asked to pause after step {pause}" if pause is not None else None
+    if pause is None:
+        return None
+    return f"asked to pause after step {pause}"
 
 
 def planned(attempt: Attempt) -> Record:
     """What the trainer announced at the start of an attempt: steps, parameters, ...; empty while it has not."""
-    events = parsed(beginning(attempt, "events.jsonl", _HEAD))
-    plan = next((event for event in events if event["event"] == "plan"), {})
-    return {key: value for key, value in plan.items() if key not in ("event", "time")}
+    data = beginning(attempt, "events.jsonl", _HEAD)
+    for event in parsed(data):
+        if event["event"] == "plan":
+            return {key: value for key, value in event.items() if key not in ("event", "time")}
+    return {}
 
 
-def _look(run_dir: Path) -> Snapshot:
+def _read_snapshot(run_dir: Path) -> Snapshot:
     brief = read_brief(run_dir)
     taken = slots(run_dir)
-    newest = next((slot for slot in reversed(taken) if slot.claim["kind"] == "attempt"), Attempt(run_dir, 0))
-    there = names(run_dir)
-    written = names(newest.folder)
-    announced = planned(newest) if "events.jsonl" in written else {}
-    begun = "metrics.jsonl" in written
-    ended = _ended(taken[-1], there) if taken else None
+    newest = newest_attempt(run_dir, taken)
+    files = names(run_dir)
+    attempt_files = names(newest.folder)
+    plan = planned(newest) if "events.jsonl" in attempt_files else {}
+    begun = "metrics.jsonl" in attempt_files
+    ended = _final_result(taken[-1], files) if taken else None
     return Snapshot(
         run_id=run_dir.name,
         run_dir=str(run_dir),
         cluster=brief["cluster"],
         submitted=brief["submitted"],
-        steps=announced.get("steps") or brief["steps"],
+        steps=plan.get("steps") or brief["steps"],
         attempt=newest.number,
-        step=_step(newest, begun),
+        step=_last_step(newest, begun),
         begun=begun,
-        verdict=read_json(newest.folder / "verdict.json") if "verdict.json" in written else None,
+        verdict=_read_listed(newest.folder, "verdict.json", attempt_files),
         result=ended,
-        has_output="output" in there,
-        mlflow=read_json(run_dir / "mlflow.json") if "mlflow.json" in there else None,
-        undelivered=read_json(run_dir / "undelivered.json") if "undelivered.json" in there else None,
-        data=announced.get("data"),
-        asked=_asked(run_dir) if ended is None and "requests" in there else None,
+        has_output="output" in files,
+        mlflow=_read_listed(run_dir, "mlflow.json", files),
+        undelivered=_read_listed(run_dir, "undelivered.json", files),
+        data=plan.get("data"),
+        asked=_pending_request(run_dir) if ended is None and "requests" in files else None,
     )
 
 
-def _ended(newest: Attempt, there: Sequence[str]) -> Record | None:
+def _read_listed(folder: Path, file: str, listing: Sequence[str]) -> Record | None:
+    """The JSON file of a folder; None where the folder's listing does not have it."""
+    if file not in listing:
+        return None
+    return read_json(folder / file)
+
+
+def _final_result(newest: Attempt, files: Sequence[str]) -> Record | None:
     """The final word. Whoever closed the run may have died before the output was in its place: move it then."""
-    if newest.claim["kind"] != "close":
+    if newest.kind != "close":
         return None
     ended: Record = newest.claim["result"]
-    if ended["state"] == "succeeded" and "result.json" not in there:
+    if ended["state"] == "succeeded" and "result.json" not in files:
         with suppress(PermissionError):
             return settle(newest.run_dir)
         return None  # the run of somebody else, who will do it
     return ended
 
 
-def _step(attempt: Attempt, begun: bool) -> int:
+def _last_step(attempt: Attempt, begun: bool) -> int:
     """The last step that an attempt reported, else the one that it starts from."""
     if begun:
         tail = ending(attempt, "metrics.jsonl", _TAIL)
-        whole = tail[: tail.rfind(b"\n") + 1]
-        if rows := parsed(whole[whole.rfind(b"\n", 0, -1) + 1 :]):
+        whole_lines = tail[: tail.rfind(b"\n") + 1]
+        last_line = whole_lines[whole_lines.rfind(b"\n", 0, -1) + 1 :]
+        rows = parsed(last_line)
+        if rows:
             return int(rows[0]["step"])
-    start = attempt.start if attempt.number else None
-    return start.step if start else 0
+    if attempt.number == 0:
+        return 0
+    start = attempt.start
+    if start is None:
+        return 0
+    return start.step

@@ -1,4 +1,4 @@
-"""Where rows come from: what a job's `data.train` says is told here, once, for everybody who reads it."""
+"""Sources of rows: what `data.train` and `data.eval` of a job mean, in one place for everybody who reads them."""
 
 import re
 from dataclasses import dataclass
@@ -38,9 +38,11 @@ Source = Here | There | Hub
 def parse(text: str) -> Source:
     """What a source is by its form alone; a relative path with the suffix of a data file is none of the hub's."""
     if text.startswith(f"{_ON_CLUSTER}/"):
-        return There(Path(text.removeprefix(_ON_CLUSTER)))
+        path = text.removeprefix(_ON_CLUSTER)
+        return There(Path(path))
     if _HUB.fullmatch(text) and not _FILE.search(text):
-        name, config, split = [*text.split(":", 2), "", ""][:3]
+        name, _, selection = text.partition(":")
+        config, _, split = selection.partition(":")
         return Hub(name, config or None, split or "train")
     return Here(Path(text))
 
@@ -48,4 +50,6 @@ def parse(text: str) -> Source:
 def file_of(text: str) -> Path | None:
     """The file that a source is where a run works; None for a data set on the hub."""
     source = parse(text)
-    return None if isinstance(source, Hub) else source.path
+    if isinstance(source, Hub):
+        return None
+    return source.path

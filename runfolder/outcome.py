@@ -1,0 +1,38 @@
+"""The outcome of a run for those who only want to look: RUN_DIR/output and RUN_DIR/result.json.
+
+The chain is the truth; both follow what its last closing slot says, and `chain.settle` makes them right.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+from runfolder.files import Record, names, read_json, write_json
+
+_RESULT = "result.json"
+
+
+def move_output(source: Path, target: Path) -> None:
+    """Move the output from one folder into another; nothing is done where somebody else moved it just now."""
+    with suppress(FileNotFoundError):
+        (source / "output").rename(target / "output")
+
+
+def write_result(run_dir: Path, ended: Record) -> None:
+    """Write how the run ended, unless result.json says so already."""
+    if not _is_written(run_dir, ended):
+        write_json(run_dir / _RESULT, ended)
+
+
+def remove_result(run_dir: Path) -> None:
+    """Remove a result.json that somebody wrote too late."""
+    if _RESULT in names(run_dir):
+        (run_dir / _RESULT).unlink(missing_ok=True)
+
+
+def _is_written(run_dir: Path, ended: Record) -> bool:
+    """Whether result.json is there, and says how the run ended."""
+    if _RESULT not in names(run_dir):
+        return False
+    with suppress(FileNotFoundError):  # somebody writes it anew just now, or this client does not know it yet
+        return read_json(run_dir / _RESULT) == ended
+    return False
