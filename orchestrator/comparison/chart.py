@@ -12,6 +12,7 @@ WIDTH, WIDE, HEIGHT = 560, 1140, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
 _MOST_POINTS = 400  # of a line
 _MOST_TICKS = 12
+_MARGIN = 0.04  # of the range of values, on each side
 
 _FIGURE = (
     '<figure><figcaption>{title}</figcaption><svg class="chart" role="img" aria-label="{title}" '
@@ -20,6 +21,7 @@ _FIGURE = (
 
 Point = tuple[float, float]
 Points = Sequence[Point]
+Values = Sequence[float]
 Bounds = tuple[float, float]  # the least and the most that a value can be
 Show = Callable[[float], str]  # a value as text
 EVERYTHING: Bounds = (-math.inf, math.inf)
@@ -55,8 +57,10 @@ class Axis:
 
     @property
     def scale(self) -> str:
-        """The two values and their pixels, for the report's script."""
-        return f"{self.low} {self.high} {self.start} {self.end}"
+        """Both values and their pixels, for the report's script."""
+        values = f"{self.low} {self.high}"
+        pixels = f"{self.start} {self.end}"
+        return f"{values} {pixels}"
 
     def at(self, value: float) -> float:
         """The pixel of a value."""
@@ -93,8 +97,9 @@ def line_chart(title: str, lines: Sequence[Line], x_title: str, y_show: Show, bo
                 values.append(value)
     if not values:
         return ""
-    x = axis_of(steps, LEFT, width - RIGHT, "{:g}".format)
-    y = axis_of(_without_outliers(values), HEIGHT - BOTTOM, TOP, y_show, bounds=bounds)
+    x = x_axis(steps, width, "{:g}".format)
+    inliers = _without_outliers(values)
+    y = y_axis(inliers, y_show, bounds)
     drawn = ""
     for line in lines:
         drawn += _series(line, x, y)
@@ -163,21 +168,33 @@ def _extremes(stretch: Points) -> list[Point]:
     return sorted(kept, key=_STEP)
 
 
-def axis_of(
-    values: Sequence[float], start: float, end: float, show: Show, margin: float = 0.04, bounds: Bounds = EVERYTHING
-) -> Axis:
-    """The scale that holds all values, with some space around them."""
+def x_axis(values: Values, width: int, show: Show, margin: float = _MARGIN) -> Axis:
+    """The scale from left to right that holds all values, in a chart of a width."""
+    low, high = _limits(values, margin)
+    start = LEFT
+    end = width - RIGHT
+    return Axis(low, high, start, end, show)
+
+
+def y_axis(values: Values, show: Show, bounds: Bounds, margin: float = _MARGIN) -> Axis:
+    """The scale from bottom to top that holds all values."""
+    low, high = _limits(values, margin)
+    start = HEIGHT - BOTTOM
+    end = TOP
+    return Axis(low, high, start, end, show, bounds=bounds)
+
+
+def _limits(values: Values, margin: float) -> Bounds:
+    """The least and the greatest value, with some space around them."""
     low = min(values)
     high = max(values)
     space = margin * (high - low)
     if not space:
         space = 0.1 * abs(high) or 1.0
-    low -= space
-    high += space
-    return Axis(low, high, start, end, show, bounds=bounds)
+    return low - space, high + space
 
 
-def _without_outliers(values: Sequence[float]) -> list[float]:
+def _without_outliers(values: Values) -> list[float]:
     """The values in order, less those far above 97 in 100 of them."""
     ordered = sorted(values)
     last = len(ordered) - 1
@@ -194,7 +211,8 @@ def _series(line: Line, x: Axis, y: Axis) -> str:
         if math.isfinite(value):
             at_x = x.at(step)
             at_y = max(-1e5, y.at(value))
-            pieces[-1].append(f"{at_x:.2f},{at_y:.2f}")
+            point = f"{at_x:.2f},{at_y:.2f}"
+            pieces[-1].append(point)
         elif pieces[-1]:
             pieces.append([])
     drawn = ""
@@ -208,14 +226,22 @@ def frame(title: str, x: Axis, y: Axis, x_title: str, drawn: str) -> str:
     """A chart with its axes; the report's script finds values by the scales that the element holds."""
     content = _rows(y, x.end)
     content += _columns(x)
-    bottom = str(HEIGHT - BOTTOM)
-    content += svg.horizontal("base", LEFT, x.end, bottom)
-    caption_y = str(HEIGHT - 6)
-    content += svg.text(str(x.middle), caption_y, "middle", x_title)
+    content += _base(x, x_title)
     content += drawn
+    scales = {"x": x.scale, "y": y.scale}
+    size = {"width": x.end + RIGHT, "height": HEIGHT}
     title = escape(title)
-    width = x.end + RIGHT
-    return _FIGURE.format(title=title, width=width, height=HEIGHT, x=x.scale, y=y.scale, content=content)
+    return _FIGURE.format(title=title, content=content, **size, **scales)
+
+
+def _base(x: Axis, title: str) -> str:
+    """The horizontal axis and its title."""
+    bottom = str(HEIGHT - BOTTOM)
+    line = svg.horizontal("base", LEFT, x.end, bottom)
+    title_x = str(x.middle)
+    title_y = str(HEIGHT - 6)
+    text = svg.text(title_x, title_y, "middle", title)
+    return line + text
 
 
 def _rows(y: Axis, right: float) -> str:
@@ -226,7 +252,8 @@ def _rows(y: Axis, right: float) -> str:
         pixel = y.at(value)
         text_y = f"{pixel + 4:.1f}"
         rows += svg.horizontal("grid", LEFT, right, f"{pixel:.1f}")
-        rows += svg.text(text_x, text_y, "end", y.show(value))
+        text = y.show(value)
+        rows += svg.text(text_x, text_y, "end", text)
     return rows
 
 
@@ -236,5 +263,6 @@ def _columns(x: Axis) -> str:
     text_y = str(HEIGHT - BOTTOM + 18)
     for value in x.ticks():
         text_x = f"{x.at(value):.1f}"
-        columns += svg.text(text_x, text_y, "middle", x.show(value))
+        text = x.show(value)
+        columns += svg.text(text_x, text_y, "middle", text)
     return columns

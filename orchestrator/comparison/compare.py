@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from orchestrator.comparison.label import Group, labels_of
 from orchestrator.comparison.measure import MEASURES, Measure
 from orchestrator.comparison.run import Run, load
 from orchestrator.errors import InputError
@@ -17,7 +18,6 @@ from orchestrator.tracking.trouble import diagnose, is_of_mlflow
 
 SEED = "train.seed"
 _NOT_COMPARED = {SEED, "name"}
-_LONGEST_LABEL = 60  # characters
 _DIGEST_SHOWN = 12  # characters
 
 Configuration = tuple[str | None, ...]  # status and params of a run
@@ -72,8 +72,9 @@ class Row:
         if not values:
             return None
         std = _standard_deviation(values)
-        mean = math.fsum(values) / len(values)
-        return Figure(mean, std, len(values))
+        number = len(values)
+        mean = math.fsum(values) / number
+        return Figure(mean, std, number)
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain data."""
@@ -82,13 +83,18 @@ class Row:
             figure = self.figure(measure.key)
             if figure is not None:
                 figures[measure.key] = figure.to_json()
+        run_ids = []
+        mlflow_run_ids = []
+        for run in self.runs:
+            run_ids.append(run.run_id)
+            mlflow_run_ids.append(run.mlflow_run_id)
         return {
             "label": self.label,
             "status": self.status,
             "n": len(self.runs),
             "seeds": self.seeds,
-            "run_ids": [run.run_id for run in self.runs],
-            "mlflow_run_ids": [run.mlflow_run_id for run in self.runs],
+            "run_ids": run_ids,
+            "mlflow_run_ids": mlflow_run_ids,
             "differences": self.differences,
             "figures": figures,
         }
@@ -156,7 +162,9 @@ def compare(experiment: str | None, uri: str | None) -> Comparison:
     cannot be reached.
     """
     deliver_late()
-    undelivered = {run_id: str(trouble) for run_id, trouble in all_held_up().items()}
+    undelivered = {}
+    for run_id, trouble in all_held_up().items():
+        undelivered[run_id] = str(trouble)
     uri = resolve(uri)
     shown_uri = without_password(uri, uri)
     file = sqlite_file(uri)
@@ -166,18 +174,20 @@ def compare(experiment: str | None, uri: str | None) -> Comparison:
         runs = load(client(uri), experiment, shown_uri)
     except InputError as error:
         lines = [str(error)]
-        for run_id, trouble in undelivered.items():
-            lines.append(f"{run_id}: {trouble}")
+        for run_id, reason in undelivered.items():
+            lines.append(f"{run_id}: {reason}")
         raise InputError("\n".join(lines)) from None
     except Exception as error:
-        if not isinstance(error, OSError | ImportError) and not is_of_mlflow(error):
+        is_of_system = isinstance(error, OSError | ImportError)
+        if not is_of_system and not is_of_mlflow(error):
             raise
         diagnosis = diagnose(error, uri)
         problem = f"MLflow at {shown_uri}: {diagnosis.reason}"
         if diagnosis.lasting:
             raise InputError(f"{problem}; {diagnosis.mend}") from error
         raise ConnectionError(problem) from error
-    comparison = arrange(runs, experiment or "all experiments", shown_uri)
+    title = experiment or "all experiments"
+    comparison = arrange(runs, title, shown_uri)
     return replace(comparison, undelivered=undelivered)
 
 
@@ -187,7 +197,8 @@ def arrange(runs: list[Run], title: str, uri: str) -> Comparison:
     constant = {}
     for param in _compared_params(runs):
         values = {run.params.get(param) for run in runs}
-        if len(values) > 1:
+        are_different = len(values) > 1
+        if are_different:
             columns.append(param)
         else:
             constant[param] = runs[0].params[param]
@@ -208,7 +219,7 @@ def _compared_params(runs: list[Run]) -> list[str]:
 def _rows(runs: list[Run], columns: list[str]) -> list[Row]:
     """A row for each group of runs that are alike, in the order of the runs."""
     groups = _groups(runs, columns)
-    labels = _labels(groups, columns)
+    labels = labels_of(groups, columns)
     rows = []
     for label, group in zip(labels, groups, strict=True):
         first = group[0]
@@ -220,48 +231,15 @@ def _rows(runs: list[Run], columns: list[str]) -> list[Row]:
     return rows
 
 
-def _groups(runs: list[Run], columns: list[str]) -> list[list[Run]]:
+def _groups(runs: list[Run], columns: list[str]) -> list[Group]:
     """The runs that are alike in status and in all columns, together."""
-    groups: dict[Configuration, list[Run]] = {}
+    groups: dict[Configuration, Group] = {}
     for run in runs:
         values = map(run.params.get, columns)
-        group = groups.setdefault((run.status, *values), [])
+        configuration = (run.status, *values)
+        group = groups.setdefault(configuration, [])
         group.append(run)
     return list(groups.values())
-
-
-def _labels(groups: list[list[Run]], columns: list[str]) -> list[str]:
-    """A name for each group: the job's; where several share it, with what differs, else with the run id."""
-    names = [_job_names(group) for group in groups]
-    name_counts = Counter(names)
-    long_names = []
-    for name, group in zip(names, groups, strict=True):
-        long_names.append(_with_differences(name, group[0], columns))
-    long_name_counts = Counter(long_names)
-    labels = []
-    for name, long_name, group in zip(names, long_names, groups, strict=True):
-        if name_counts[name] == 1:
-            labels.append(name)
-        elif long_name_counts[long_name] == 1 and len(long_name) <= _LONGEST_LABEL:
-            labels.append(long_name)
-        else:
-            labels.append(group[0].run_id)
-    return labels
-
-
-def _job_names(group: list[Run]) -> str:
-    """The name of the job, or the names of all jobs, of which the runs of a group are."""
-    names = {run.name for run in group}
-    return " / ".join(sorted(names))
-
-
-def _with_differences(name: str, run: Run, columns: list[str]) -> str:
-    """A name with the values in which its runs differ from others."""
-    if not columns:
-        return name
-    values = map(run.params.get, columns)
-    differences = ", ".join(filter(None, values))
-    return f"{name} ({differences})"
 
 
 def _last_part(param: str) -> str:

@@ -20,7 +20,10 @@ _FRONT_NOTE = '<p class="soft">Filled points are on the Pareto front: no other r
 
 def curves(comparison: Comparison) -> str:
     """A chart for each kind of curve that some run has, and their legend."""
-    keys = [key for key in _TITLES if _is_reported(comparison, key)]
+    keys = []
+    for key in _TITLES:
+        if _is_reported(comparison, key):
+            keys.append(key)
     width = chart.WIDTH
     if len(keys) % 2:  # the first has a row for itself
         width = chart.WIDE
@@ -30,7 +33,8 @@ def curves(comparison: Comparison) -> str:
         width = chart.WIDTH
     if not charts:
         return ""
-    return f'<h2>Curves</h2><div class="charts">{charts}</div>{_legend(comparison)}'
+    legend = _legend(comparison)
+    return f'<h2>Curves</h2><div class="charts">{charts}</div>{legend}'
 
 
 def _is_reported(comparison: Comparison, key: str) -> bool:
@@ -45,19 +49,23 @@ def _curve_chart(comparison: Comparison, key: str, width: int) -> str:
     for group, row in enumerate(comparison.rows):
         for run in row.runs:
             curve = run.curves.get(key)
-            if curve:
-                lines.append(Line(_run_label(row, run), group, curve))
+            if not curve:
+                continue
+            label = _run_label(row, run)
+            lines.append(Line(label, group, curve))
+    title = _TITLES[key]
     measure = _measure(key)
     show: Show = "{:.4g}".format
     if key == "eval_exact_match":
         show = "{:.0%}".format
-    return chart.line_chart(_TITLES[key], lines, "step", show, measure.bounds, width)
+    return chart.line_chart(title, lines, "step", show, measure.bounds, width)
 
 
 def _run_label(row: Row, run: Run) -> str:
     if len(row.runs) == 1:
         return row.label
-    return f"{row.label}, seed {run.params.get(SEED)}"
+    seed = run.params.get(SEED)
+    return f"{row.label}, seed {seed}"
 
 
 def _measure(key: str) -> Measure:
@@ -92,8 +100,11 @@ def _front_chart(comparison: Comparison, cost: Measure) -> str:
     for group, row in enumerate(comparison.rows):
         x = _figure_if_finished(row, cost)
         y = _figure_if_finished(row, quality)
-        if x and y and math.isfinite(y.mean):
-            dots.append(Dot(row.label, group, x.mean, y.mean, front=False))
+        if x is None or y is None:
+            continue
+        if math.isfinite(y.mean):
+            dot = Dot(row.label, group, x.mean, y.mean, front=False)
+            dots.append(dot)
     if not dots:
         return ""
     dots = _with_front(dots, bool(quality.more_is_better))
@@ -122,7 +133,9 @@ def _with_front(dots: list[Dot], more_is_better: bool) -> list[Dot]:
 
 def _tick_unit(cost: Measure, largest: float) -> float:
     """What the ticks of a cost are round numbers of."""
-    units = _MEMORY_UNITS if cost.key == "peak_memory_bytes" else _TIME_UNITS
+    units = _TIME_UNITS
+    if cost.key == "peak_memory_bytes":
+        units = _MEMORY_UNITS
     for unit in units:
         if largest > 2 * unit:
             return unit

@@ -16,6 +16,7 @@ from orchestrator.comparison.table import cell
 _SHOWN_TAGS = ("mlflow.source.git.commit", "mlflow.user", "fleetune.version", "fleetune.run_dir")
 _ENVIRONMENT = "fleetune.env."  # tags that begin so are shown too
 
+BestRows = dict[str, Row | None]  # by the key of a measure
 _HEAD = '<h1>{title}</h1><p class="soft">{about}, {now}</p>{best}'
 _BEST = '<p class="best">Best {measure}: <strong>{value}</strong> by <strong>{label}</strong>{others}</p>'
 _RESULTS = '<h2>Differences and results</h2><div class="wide"><table>{rows}</table></div>'
@@ -23,6 +24,7 @@ _MEASURE_CELL = '<td class="{style}">{value}</td>'
 _DETAILS = "<details><summary>{swatch} {label} · {status}</summary>{runs}</details>"
 _FACT = "<div><dt>{name}</dt><dd>{value}</dd></div>"
 _STATUS = '<span class="status {style}">{text}</span>'
+# The rectangle that lines are clipped to.
 _PLOT_AREA = 'x="{x}" y="{y}" width="{width}" height="{height}"'
 
 
@@ -43,14 +45,18 @@ def page(comparison: Comparison) -> str:
     ]
     body = "\n".join(sections)
     title = escape(f"Fleetune: {comparison.title}")
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    return Template(template).substitute(title=title, plot=_plot_area(), body=body)
+    file = Path(__file__).with_name("report.html")
+    template = Template(file.read_text(encoding="utf-8"))
+    plot = _plot_area()
+    return template.substitute(title=title, plot=plot, body=body)
 
 
 def _plot_area() -> str:
     """The attributes of the rectangle that lines are clipped to."""
     height = chart.HEIGHT - chart.TOP - chart.BOTTOM
-    return _PLOT_AREA.format(x=chart.LEFT, y=chart.TOP, width=chart.WIDE, height=height)
+    place = {"x": chart.LEFT, "y": chart.TOP}
+    size = {"width": chart.WIDE, "height": height}
+    return _PLOT_AREA.format(**place, **size)
 
 
 def _head(comparison: Comparison) -> str:
@@ -59,7 +65,8 @@ def _head(comparison: Comparison) -> str:
     now = time.strftime("%Y-%m-%d %H:%M")
     runs = _plural(len(comparison.runs), "run")
     configurations = _plural(len(comparison.rows), "configuration")
-    about = escape(f"{runs} in {configurations}, from {comparison.uri}")
+    about = f"{runs} in {configurations}, from {comparison.uri}"
+    about = escape(about)
     best = _best_of_all(comparison)
     return _HEAD.format(title=title, about=about, now=now, best=best)
 
@@ -77,8 +84,10 @@ def _best_of_all(comparison: Comparison) -> str:
             equals += 1
     others = ""
     if equals:
-        others = f" and {_plural(equals, 'other')}"
-    value = escape(cell(best, quality))
+        number = _plural(equals, "other")
+        others = f" and {number}"
+    value = cell(best, quality)
+    value = escape(value)
     label = escape(best.label)
     return _BEST.format(measure=quality.title, value=value, label=label, others=others)
 
@@ -93,15 +102,17 @@ def _finite_mean(row: Row, measure: Measure) -> float | None:
 
 def _constants(comparison: Comparison) -> str:
     title = "The same for all runs" if comparison.columns else "Configuration"
-    return f"<h2>{title}</h2>{_list(comparison.constant)}"
+    facts = _list(comparison.constant)
+    return f"<h2>{title}</h2>{facts}"
 
 
 def _results(comparison: Comparison) -> str:
     """The table of all rows: in what they differ, and what came of them."""
     heads = "<th>run</th><th>status</th>"
     for param in comparison.columns:
-        heads += f"<th>{escape(comparison.heading(param))}</th>"
-    best: dict[str, Row | None] = {}
+        heading = comparison.heading(param)
+        heads += f"<th>{escape(heading)}</th>"
+    best: BestRows = {}
     for measure in comparison.measures:
         heads += f'<th class="n">{measure.title}</th>'
         best[measure.key] = _best(comparison, measure)
@@ -112,10 +123,11 @@ def _results(comparison: Comparison) -> str:
     return _RESULTS.format(rows=rows)
 
 
-def _result(comparison: Comparison, row: Row, best: Mapping[str, Row | None]) -> str:
+def _result(comparison: Comparison, row: Row, best: BestRows) -> str:
     """A row of the table; a value that is the best of all is marked."""
     label = escape(row.label)
-    cells = f"<td>{label}</td><td>{_status(row.status)}</td>"
+    status = _status(row.status)
+    cells = f"<td>{label}</td><td>{status}</td>"
     for param in comparison.columns:
         value = shown(param, row.differences[param]) or "-"
         cells += f"<td>{escape(value)}</td>"
@@ -123,7 +135,8 @@ def _result(comparison: Comparison, row: Row, best: Mapping[str, Row | None]) ->
         style = "n"
         if best[measure.key] is row:
             style = "n top"
-        value = escape(cell(row, measure))
+        text = cell(row, measure)
+        value = escape(text)
         cells += _MEASURE_CELL.format(style=style, value=value)
     seeds = ", ".join(row.seeds)
     cells += f"<td>{escape(seeds)}</td>"
@@ -162,19 +175,22 @@ def _details(comparison: Comparison) -> str:
 
 def _run(comparison: Comparison, run: Run) -> str:
     """The facts of a run: where it is in MLflow, its params that differ, its measures, where it ran."""
-    facts = {"MLflow run": run.mlflow_run_id, "seed": run.params.get(SEED, "?")}
+    seed = run.params.get(SEED, "?")
+    facts = {"MLflow run": run.mlflow_run_id, "seed": seed}
     for param in comparison.columns:
         if param in run.params:
             facts[param] = run.params[param]
     for measure in comparison.measures:
-        value = run.figures.get(measure.key)
-        if value is not None:
-            facts[measure.title] = measure.show(value)
+        figure = run.figures.get(measure.key)
+        if figure is not None:
+            facts[measure.title] = measure.show(figure)
     for tag, value in sorted(run.tags.items()):
-        if tag in _SHOWN_TAGS or tag.startswith(_ENVIRONMENT):
+        is_environment = tag.startswith(_ENVIRONMENT)
+        if is_environment or tag in _SHOWN_TAGS:
             name = tag.removeprefix("fleetune.").removeprefix("mlflow.")
             facts[name] = value
-    return f"<h3>{escape(run.run_id)}</h3>{_list(facts)}"
+    title = escape(run.run_id)
+    return f"<h3>{title}</h3>{_list(facts)}"
 
 
 def _list(facts: Mapping[str, str]) -> str:

@@ -13,10 +13,13 @@ from orchestrator.errors import InputError
 from orchestrator.tracking.password import TRACKING_URI, public
 from orchestrator.tracking.store import RUN_ID
 
-Curve = tuple[tuple[int, float], ...]  # pairs of step and value
+Point = tuple[int, float]  # step and value
+Curve = tuple[Point, ...]
 Curves = dict[str, Curve]
 CURVES = ("loss", "eval_loss", "eval_exact_match", "tokens_per_second", "peak_memory_bytes")
 _LAST_COUNTS = ("loss", "eval_loss", "eval_exact_match")  # curves of which the last value is a measure
+_STEP = attrgetter("step")  # of a point that MLflow has
+_STEP_AND_VALUE = attrgetter("step", "value")
 _TRAINED = "fleetune.plan.trained"
 
 
@@ -42,14 +45,16 @@ def load(mlflow: Any, experiment: str | None, uri: str) -> list[Run]:
     """The runs of an experiment (None: of all); raises InputError where there is no such experiment or no run."""
     ids = _experiment_ids(mlflow, experiment, uri)
     query = f"tags.`{RUN_ID}` LIKE '%'"
+    order = ["start_time"]
     tracked: list[Any] = []
     token: str | None = ""
     while token is not None:
-        page = mlflow.search_runs(ids, query, order_by=["start_time"], page_token=token or None)
+        page = mlflow.search_runs(ids, query, order_by=order, page_token=token or None)
         tracked += page
         token = page.token or None
     if not tracked:
-        raise InputError(f"experiment {experiment or 'any'!r} at {uri} has no runs of Fleetune")
+        name = experiment or "any"
+        raise InputError(f"experiment {name!r} at {uri} has no runs of Fleetune")
     return [_read(mlflow, run) for run in tracked]
 
 
@@ -61,8 +66,11 @@ def _experiment_ids(mlflow: Any, experiment: str | None, uri: str) -> list[str]:
     if experiment is None:
         return list(ids.values())
     if experiment not in ids:
-        names = get_close_matches(experiment, ids, n=3, cutoff=0.4) or sorted(ids)[:10]
-        raise InputError(f"experiment {experiment!r} is not at {uri}; there are: {', '.join(names)}")
+        names = get_close_matches(experiment, ids, n=3, cutoff=0.4)
+        if not names:
+            names = sorted(ids)[:10]
+        existing = ", ".join(names)
+        raise InputError(f"experiment {experiment!r} is not at {uri}; there are: {existing}")
     return [ids[experiment]]
 
 
@@ -75,12 +83,12 @@ def _read(mlflow: Any, run: Any) -> Run:
         if key not in run.data.metrics:
             continue
         points = mlflow.get_metric_history(mlflow_run_id, key)
-        points = sorted(points, key=attrgetter("step"))
-        curves[key] = tuple(map(attrgetter("step", "value"), points))
+        points = sorted(points, key=_STEP)
+        curves[key] = tuple(map(_STEP_AND_VALUE, points))
         if key == "loss":
             timestamps = [point.timestamp / 1000 for point in points]
     figures = _figures(curves, timestamps)
-    tags: dict[str, str] = dict(run.data.tags)
+    tags = dict(run.data.tags)
     trained = tags.get(_TRAINED)
     if trained:
         figures["trained"] = float(trained)
@@ -99,7 +107,8 @@ def _figures(curves: Curves, timestamps: list[float]) -> dict[str, float]:
         if key in curves:
             _, last = curves[key][-1]
             figures[key] = last
-    losses = list(filter(math.isfinite, _values(curves, "loss")))
+    losses = _values(curves, "loss")
+    losses = list(filter(math.isfinite, losses))
     if losses:
         figures["best_loss"] = min(losses)
     memory = _values(curves, "peak_memory_bytes")

@@ -4,21 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.comparison import svg
-from orchestrator.comparison.chart import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    RIGHT,
-    TOP,
-    WIDTH,
-    Axis,
-    Bounds,
-    Point,
-    Points,
-    Show,
-    axis_of,
-    frame,
-)
+from orchestrator.comparison.chart import WIDTH, Axis, Bounds, Point, Points, Show, frame, x_axis, y_axis
 
 _MARGIN = 0.12  # of the range of values, on each side
 # More dots than these get no labels, or those on the front alone: there is no space for them.
@@ -45,9 +31,9 @@ def scatter(
     x_show, y_show = shows
     costs = [dot.x for dot in dots]
     qualities = [dot.y for dot in dots]
-    x = axis_of(costs, LEFT, WIDTH - RIGHT, x_show, _MARGIN)
+    x = x_axis(costs, WIDTH, x_show, _MARGIN)
     x = replace(x, unit=unit)
-    y = axis_of(qualities, HEIGHT - BOTTOM, TOP, y_show, _MARGIN, bounds)
+    y = y_axis(qualities, y_show, bounds, _MARGIN)
     front = _front(dots)
     drawn = _joined(front, x, y)
     for dot in dots:

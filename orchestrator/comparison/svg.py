@@ -69,22 +69,27 @@ def dot(x: float, y: float, group: int, filled: bool, hint: str) -> str:
     fill = "var(--paper)"
     if filled:
         fill = outline
-    hint = escape(hint)
-    return _DOT.format(group=group, x=x, y=y, fill=fill, colour=outline, hint=hint)
+    fields = {"group": group, "x": x, "y": y, "fill": fill, "colour": outline}
+    escaped = escape(hint)
+    return _DOT.format(hint=escaped, **fields)
 
 
 def horizontal(kind: str, left: int, right: float, y: str) -> str:
     """A horizontal line of a kind that the style sheet knows; y as it is written."""
-    return _HORIZONTAL.format(kind=kind, left=left, right=right, y=y)
+    ends = {"left": left, "right": right}
+    look = {"kind": kind, "y": y}
+    return _HORIZONTAL.format(**look, **ends)
 
 
 def text(x: str, y: str, anchor: str, content: str) -> str:
     """A text that starts, ends or has its middle at a place; x and y as they are written."""
-    content = escape(content)
-    return _TEXT.format(x=x, y=y, anchor=anchor, content=content)
+    escaped = escape(content)
+    fields = {"x": x, "y": y, "anchor": anchor, "content": escaped}
+    return _TEXT.format_map(fields)
 
 
 def name(x: float, y: float, anchor: str, content: str) -> str:
     """The name of a dot, which stays readable over what is drawn there."""
-    content = escape(content)
-    return _NAME.format(x=x, y=y, anchor=anchor, content=content)
+    escaped = escape(content)
+    fields = {"x": x, "y": y, "anchor": anchor, "content": escaped}
+    return _NAME.format_map(fields)

@@ -16,26 +16,32 @@ _STYLES = {"FINISHED": "", "FAILED": "red", "KILLED": "yellow", "RUNNING": "cyan
 
 def table(comparison: Comparison) -> Table:
     """One line per row; few differences each in a column, more of them together in one."""
-    grid = Table(title=escape(comparison.title), caption=_caption(comparison), caption_justify="left")
+    title = escape(comparison.title)
+    caption = _caption(comparison)
+    grid = Table(title=title, caption=caption, caption_justify="left")
     grid.box = box.SIMPLE_HEAD
     grid.pad_edge = False
     grid.padding = (0, 1, 0, 0)
     grid.add_column("run", overflow="fold")
     for heading in _headings(comparison):
         grid.add_column(escape(heading), overflow="fold")
-    measures = [measure for measure in comparison.measures if measure.key not in _LEFT_OUT]
-    for measure in measures:
+    measures = []
+    for measure in comparison.measures:
+        if measure.key in _LEFT_OUT:
+            continue
+        measures.append(measure)
         heading = measure.title.replace(" ", "\n")
         grid.add_column(heading, justify="right", no_wrap=True)
-    with_status = any(row.status != "FINISHED" for row in comparison.rows)
-    if with_status:
+    states = {row.status for row in comparison.rows}
+    unfinished = states - {"FINISHED"}
+    if unfinished:
         grid.add_column("status", no_wrap=True)
     for row in comparison.rows:
         cells = [row.label + _seeds(comparison, row)]
         cells += _differences(comparison, row)
         for measure in measures:
             cells.append(cell(row, measure, "\n"))
-        if with_status:
+        if unfinished:
             cells.append(row.status.lower())
         style = _STYLES.get(row.status)
         grid.add_row(*map(escape, cells), style=style)
@@ -60,8 +66,10 @@ def _caption(comparison: Comparison) -> str | None:
         return None
     facts = []
     for param, value in comparison.constant.items():
-        facts.append(f"{param}={_value(param, value)}")
-    return escape(f"the same for all: {', '.join(facts)}")
+        text = _value(param, value)
+        facts.append(f"{param}={text}")
+    joined = ", ".join(facts)
+    return escape(f"the same for all: {joined}")
 
 
 def _are_apart(comparison: Comparison) -> bool:
@@ -98,10 +106,12 @@ def _value(param: str, value: str) -> str:
 
 def _seeds(comparison: Comparison, row: Row) -> str:
     """The seeds, below the name, where there are several."""
-    if len(row.runs) > _MOST_SEEDS:
-        return f"\n{len(row.runs)} seeds"
-    if len(row.runs) > 1:
-        return f"\nseeds {', '.join(row.seeds)}"
+    number = len(row.runs)
+    if number > _MOST_SEEDS:
+        return f"\n{number} seeds"
+    if number > 1:
+        seeds = ", ".join(row.seeds)
+        return f"\nseeds {seeds}"
     single_seeds: set[str] = set()
     for other in comparison.rows:
         if len(other.runs) == 1:

@@ -33,11 +33,12 @@ def unfit(config: Mapping[str, Any]) -> str | None:
         return "config.json has no model_type"
     if not isinstance(names, list):
         return f"config.json has architectures {names!r}; allowed: a list of names"
-    found = ", ".join(map(str, names)) or f"a model of type {kind}"
-    is_causal = any(_CAUSAL.search(str(name)) for name in names)
-    senses = [key for key in _SENSES if config.get(key)]
+    names = list(map(str, names))
+    found = ", ".join(names) or f"a model of type {kind}"
+    is_causal = any(map(_CAUSAL.search, names))
+    senses = ", ".join(key for key in _SENSES if config.get(key))
     if senses:
-        return f"found {found}, which reads more than text ({', '.join(senses)}); {_ALLOWED} that reads text alone"
+        return f"found {found}, which reads more than text ({senses}); {_ALLOWED} that reads text alone"
     known_with_decoder = kind in _ENCODER_DECODERS and not is_causal
     if known_with_decoder or config.get("is_encoder_decoder"):
         return f"found {found}, an encoder with a decoder; {_ALLOWED}"

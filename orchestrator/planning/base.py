@@ -105,7 +105,8 @@ def warnings(job: Job, model: Model) -> list[str]:
     new = vocabulary.outside(model)
     if new:
         token, id_ = next(iter(new.items()))
-        rows = f"the base has {model.embeddings} embeddings, its tokenizer {len(new)} tokens beyond them"
+        number = len(new)
+        rows = f"the base has {model.embeddings} embeddings, its tokenizer {number} tokens beyond them"
         texts.append(f"{rows}, like {token!r} (id {id_}); base.resize_embeddings adds them")
     return [f"base.model: {where}: {text}" for text in texts]
 
@@ -114,7 +115,8 @@ def _about_unread(unread: set[str]) -> str:
     """That weights are left out: the first of them by name, and how many more there are."""
     names = min(unread)
     if len(unread) > 1:
-        names = f"{names}, and {len(unread) - 1} more"
+        more = len(unread) - 1
+        names = f"{names}, and {more} more"
     return f"weights of layers that config.json does not have are left out: {names}"
 
 
@@ -143,8 +145,7 @@ def _in_4_bits(job: Job, model: Model) -> list[str]:
     """What the job asks for and a base in 4 bits cannot do."""
     problems = []
     if not job.method.on_4_bits:
-        kinds = ", ".join(kind for kind, options in KINDS.items() if options.on_4_bits)
-        allowed = f"allowed: the unquantised base, or one of {kinds}"
+        allowed = f"allowed: the unquantised base, or one of {_kinds_on_4_bits()}"
         problems.append(f"method.kind: found {job.method.kind}, and the base is in 4 bits already; {allowed}")
     try:
         job.method.check_in_4_bits(model.config["quantization_config"])
@@ -153,6 +154,15 @@ def _in_4_bits(job: Job, model: Model) -> list[str]:
     if job.output.merge:
         problems.append(f"output.merge: the base is in 4 bits already, which hold no merged weights; {_UNQUANTISED}")
     return problems
+
+
+def _kinds_on_4_bits() -> str:
+    """The kinds of methods that train on a base in 4 bits."""
+    kinds = []
+    for kind, options in KINDS.items():
+        if options.on_4_bits:
+            kinds.append(kind)
+    return ", ".join(kinds)
 
 
 def _new_tokens(job: Job, model: Model) -> list[str]:
@@ -194,6 +204,7 @@ def _targeting_pattern(job: Job, weights: list[str]) -> str | None:
         return None
     modules = [name.removesuffix(".weight") for name in weights]
     for pattern in targets:
-        if any(is_named(module, pattern) for module in modules):
-            return str(pattern)
+        for module in modules:
+            if is_named(module, pattern):
+                return str(pattern)
     return None

@@ -61,7 +61,8 @@ def lacks(model: Model, folder: Path) -> str | None:
     if not model.scratch and not weight_files(folder):
         return _without_weights(folder, has_tokenizer)
     if not has_tokenizer:
-        return f"no tokenizer; allowed: one of {', '.join(TOKENIZERS)}"
+        names = ", ".join(TOKENIZERS)
+        return f"no tokenizer; allowed: one of {names}"
     if model.scratch or model.in_4_bits:
         return None
     return _unlike_config(model)
@@ -73,7 +74,9 @@ def _without_weights(folder: Path, has_tokenizer: bool) -> str:
         return _an_adapter(folder)
     weights = _other_weights(folder)
     if not weights:
-        hint = "; say base.init: scratch to start from random weights" if has_tokenizer else " and no tokenizer"
+        hint = " and no tokenizer"
+        if has_tokenizer:
+            hint = "; say base.init: scratch to start from random weights"
         return f"no model.safetensors (nor its index){hint}"
     names = _first_of(weights)
     suffixes = _suffixes(weights)
@@ -117,11 +120,14 @@ def _unlike_config(model: Model) -> str | None:
     held = _with_whole_names(model.shapes, wanted)
     lacking = [name for name in wanted if name not in held]
     if lacking:
-        more = f"and {len(lacking) - 1} more of the {len(wanted)} of such a config.json"
+        others = len(lacking) - 1
+        more = f"and {others} more of the {len(wanted)} of such a config.json"
         return f"its weights lack {lacking[0]}, {more}"
     for name, shape in wanted.items():
-        if held[name] != shape:
-            return f"its weights have {name} {list(held[name])}; config.json says {list(shape)}"
+        held_shape = held[name]
+        if held_shape != shape:
+            weights = f"{name} {list(held_shape)}"
+            return f"its weights have {weights}; config.json says {list(shape)}"
     return None
 
 

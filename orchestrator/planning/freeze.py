@@ -111,6 +111,7 @@ def _absolute_path(path: str, folder: Path) -> Path:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
+    command = ["git", "-C", str(folder)]
+    command += arguments
     done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, check=True)
     return done.stdout.strip()

@@ -48,7 +48,8 @@ def fetch_config(base: Base) -> dict[str, Any]:
         with build_opener(_TokenStays).open(request, timeout=_TIMEOUT_S) as answer:
             config = json.loads(answer.read())
     except HTTPError as error:
-        raise InputError(f"{where}; {endpoint} says: {_refusal(error.code)}") from None
+        refusal = _refusal(error.code)
+        raise InputError(f"{where}; {endpoint} says: {refusal}") from None
     except (URLError, OSError, ValueError) as error:
         raise InputError(f"{where}; {endpoint} gives no config.json: {error}") from None
     if not isinstance(config, dict):

@@ -8,11 +8,14 @@ from typing import Any
 
 from orchestrator.planning.safetensors import Shape
 
+Config = dict[str, Any]  # what config.json holds
+Parameters = Iterator[tuple[str, Shape]]  # names and shapes
+
 # Values of model_type whose shapes follow from their config.
 LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3"}
 
 
-def parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
+def parameters(config: Config) -> Parameters:
     """Name and shape of every parameter; raises KeyError, TypeError or ZeroDivisionError for a wrong config."""
     V = config["vocab_size"]
     H = config["hidden_size"]
@@ -25,7 +28,7 @@ def parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
         yield "lm_head.weight", (V, H)
 
 
-def _layer_parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
+def _layer_parameters(config: Config) -> Parameters:
     """Name and shape of every parameter of one layer."""
     for name, shape, has_bias in _layer_linears(config):
         yield f"{name}.weight", shape
@@ -40,7 +43,7 @@ def _layer_parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
     yield "post_attention_layernorm.weight", (H,)
 
 
-def _layer_linears(config: dict[str, Any]) -> list[tuple[str, Shape, bool]]:
+def _layer_linears(config: Config) -> list[tuple[str, Shape, bool]]:
     """Name, shape [out, in] and whether there is a bias, of every linear layer of one layer."""
     H = config["hidden_size"]
     F = config["intermediate_size"]
@@ -66,7 +69,7 @@ def _layer_linears(config: dict[str, Any]) -> list[tuple[str, Shape, bool]]:
     ]
 
 
-def _head_dim(config: dict[str, Any]) -> Any:
+def _head_dim(config: Config) -> Any:
     head_dim = config.get("head_dim")
     if head_dim:
         return head_dim

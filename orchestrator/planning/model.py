@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from methods.options.base import packed, size
 from methods.parts.targets import Linears, is_linear
 from orchestrator.errors import InputError
 from orchestrator.planning import llama, quantised
+from orchestrator.planning.llama import Config
 from orchestrator.planning.safetensors import Shape, Shapes, Tensor, read_header, weight_files
 from runfolder.job import Base
 
@@ -37,7 +37,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 class Model:
     """A base: its config.json, and the folder that it lies in (None for one that is still on the hub)."""
 
-    config: dict[str, Any]
+    config: Config
     folder: Path | None = None
     scratch: bool = False
     rows: int | None = None  # of the embeddings, where the job has them made longer
@@ -89,7 +89,10 @@ class Model:
             del tensors[name]
         if self.in_4_bits:
             return quantised.shapes(tensors)
-        return {name: tensor.shape for name, tensor in tensors.items()}
+        shapes: Shapes = {}
+        for name, tensor in tensors.items():
+            shapes[name] = tensor.shape
+        return shapes
 
     @cached_property
     def unread(self) -> set[str]:
@@ -116,14 +119,17 @@ class Model:
     def linears(self) -> Linears:
         """Module name -> (out, in) of every linear layer except the output head."""
         # bitsandbytes keeps every weight as [out, in].
-        transposed = self.config.get("model_type") in TRANSPOSED and not self.in_4_bits
+        kind = self.config.get("model_type")
+        is_transposed = kind in TRANSPOSED and not self.in_4_bits
         linears: dict[str, tuple[int, int]] = {}
         for name, shape in self.shapes.items():
             if not is_linear(name, shape):
                 continue
             rows, columns = shape
+            if is_transposed:
+                rows, columns = columns, rows
             module = name.removesuffix(".weight")
-            linears[module] = (columns, rows) if transposed else (rows, columns)
+            linears[module] = (rows, columns)
         return linears
 
     @property
@@ -149,7 +155,8 @@ class Model:
         double = bool(settings.get("bnb_4bit_use_double_quant"))
         unpacked = count(self.shapes) - size(matrices)
         shared = unpacked * element
-        return shared, packed(matrices, double)
+        held = packed(matrices, double)
+        return shared, held
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -184,7 +191,7 @@ def count(shapes: Mapping[str, Shape]) -> int:
     return sum(sizes)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> Config:
     try:
         config = json.loads(path.read_text())
     except OSError as error:

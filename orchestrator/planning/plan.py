@@ -11,6 +11,8 @@ from orchestrator.planning.preflight import check, has_gpus
 from orchestrator.planning.survey import Progress, Rows
 from runfolder.job import Job
 
+State = tuple[int, int]  # bytes of the optimizer's state: what ZeRO shares, and what it does not
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -118,7 +120,9 @@ def sizes(job: Job, model: Model) -> Sizes | None:
         trained += model.added
     shared, held = _frozen_bytes(job, model)
     state = method.optimizer_bytes(linears, others)
-    per_worker = memory(shared, held, trained, state, job.sharding.zero, job.resources.world)
+    zero = job.sharding.zero
+    workers = job.resources.world
+    per_worker = memory(shared, held, trained, state, zero, workers)
     parameters = count(model.shapes) + added
     return Sizes(parameters, trained, per_worker, held)
 
@@ -136,7 +140,7 @@ def _frozen_bytes(job: Job, model: Model) -> tuple[int, int]:
     return job.method.frozen_bytes(linears, others, element)
 
 
-def memory(shared: int, held: int, trained: int, state: tuple[int, int], zero: int, world: int) -> Memory:
+def memory(shared: int, held: int, trained: int, state: State, zero: int, world: int) -> Memory:
     """Bytes per worker, from the number of trained parameters and the bytes of frozen weights and optimizer `state`.
 
     Trained weights and gradients are fp32. ZeRO 1 and 2 keep an fp32 copy of each worker's part; ZeRO 3 shares the
@@ -146,7 +150,8 @@ def memory(shared: int, held: int, trained: int, state: tuple[int, int], zero: i
     whole = 4 * trained
     part = 4 * ceil(trained / world)
     weights = held + shared + whole
-    optimizer = part + ceil(state_shared / world) + state_held
+    state_part = ceil(state_shared / world) + state_held
+    optimizer = part + state_part
     match zero:
         case 0:
             return Memory(weights, whole, state_shared + state_held)
@@ -154,8 +159,9 @@ def memory(shared: int, held: int, trained: int, state: tuple[int, int], zero: i
             return Memory(weights, whole, optimizer)
         case 2:
             return Memory(weights, part, optimizer)
-    weights_part = held + ceil(shared / world) + part
-    return Memory(weights_part, part, optimizer)
+    shared_part = ceil(shared / world)
+    weights = held + shared_part + part
+    return Memory(weights, part, optimizer)
 
 
 def _estimated_steps(job: Job, train: Rows | None) -> int | None:

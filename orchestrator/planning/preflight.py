@@ -1,6 +1,6 @@
 """What can be known to be wrong before anything is started. Reads files and headers; needs no torch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -11,7 +11,7 @@ from orchestrator.planning.model import Model
 from orchestrator.planning.survey import Looked, Progress, Rows, look, missing, writes_date
 from orchestrator.tracking.store import check_uri
 from runfolder.job import Job
-from trainer.data.survey import unknown_id
+from trainer.data.survey import Survey, unknown_id
 from trainer.data.survey import warnings as row_warnings
 
 _FEW_STEPS = 20  # below these, warm-up and schedule are a matter of chance
@@ -37,7 +37,7 @@ def check(job: Job, progress: Progress = lambda _source, _rows: None) -> Finding
     looked = look(job, model, progress)
     problems = list(looked.problems)
     if model is not None:
-        problems += _unknown_ids(model, looked.rows)
+        problems += _unknown_ids(model, looked)
     problems += base_problems
     problems += _batch_problems(job)
     problems += _tracking_problems(job)
@@ -64,9 +64,9 @@ def _base(job: Job) -> tuple[Model | None, list[str]]:
         return model, [str(error)]
 
 
-def _unknown_ids(model: Model, sources: Mapping[str, Rows | None]) -> Iterator[str]:
+def _unknown_ids(model: Model, looked: Looked) -> Iterator[str]:
     """Tokens of the rows that the base has no embedding for."""
-    for key, rows in sources.items():
+    for key, rows in looked.rows.items():
         if rows is None or not rows.survey:
             continue
         problem = unknown_id(rows.survey, model.embeddings)
@@ -101,11 +101,13 @@ def _layout_warnings(job: Job) -> list[str]:
     """What a user should know of the machine and the layout that the job asks for, and of its method on them."""
     warnings = []
     kind, total = room()
-    if kind == "cpu" and job.resources.world > total:
-        warnings.append(f"resources: {job.resources.world} workers share the {total} cores of this machine")
+    workers = job.resources.world
+    if kind == "cpu" and workers > total:
+        warnings.append(f"resources: {workers} workers share the {total} cores of this machine")
     if job.train.precision == "bf16" and not has_gpus(job):
         warnings.append("train.precision: bf16 on a CPU can be twenty times slower than fp32")
-    if job.method.makes_model and job.sharding.zero == 0 and job.resources.world > 1:
+    holds_all_state = job.sharding.zero == 0 and workers > 1
+    if job.method.makes_model and holds_all_state:
         warnings.append("sharding.zero: 0 keeps the whole optimizer state on every worker; 1 shares it at no cost")
     if getattr(job.method, "dropout", 0) > 0:
         warnings.append("method.dropout: the masks depend on the layout, so runs on other layouts differ")
@@ -119,8 +121,9 @@ def _row_warnings(job: Job, model: Model, looked: Looked) -> Iterator[str]:
     for key, rows in looked.rows.items():
         if rows is None or not rows.survey:
             continue
-        for warning in row_warnings(rows.survey, job.data.seq_len):
-            yield f"data.{key}: {warning}"
+        texts = row_warnings(rows.survey, job.data.seq_len)
+        for text in texts:
+            yield f"data.{key}: {text}"
     train = looked.rows["train"]
     if train is None:
         yield "data.train: a hub dataset; its rows are first looked at by the workers"
@@ -128,16 +131,24 @@ def _row_warnings(job: Job, model: Model, looked: Looked) -> Iterator[str]:
     if train.survey is None:
         reason = looked.failure or _why_not_looked_at(model)
         yield f"data: rows were not looked at as tokens ({reason}); the workers do it first"
-    elif train.survey.number("chat") and writes_date(model) and job.data.date is None:
+    elif _writes_todays_date(job, model, train.survey):
         yield "data.date: the chat template writes the day of submission into every chat; say a date to fix it"
     yield from few_steps(job, train.tokens)
+
+
+def _writes_todays_date(job: Job, model: Model, survey: Survey) -> bool:
+    """Whether chats hold a date that is another on another day."""
+    if not survey.number("chat"):
+        return False
+    return writes_date(model) and job.data.date is None
 
 
 def _why_not_looked_at(model: Model) -> str:
     """Why the rows were not looked at as tokens, where nothing failed."""
     packages = missing()
     if packages:
-        return f"{', '.join(packages)} not installed: pip install 'fleetune[data]'"
+        names = ", ".join(packages)
+        return f"{names} not installed: pip install 'fleetune[data]'"
     if model.folder is None:
         return "the base's tokenizer is on the hub: fleetune rows fetches it"
     return "the file is large: fleetune rows takes its time"
@@ -156,7 +167,8 @@ def few_steps(job: Job, tokens: int) -> Iterator[str]:
         return
     steps = ceil(epochs * tokens / batch)
     if steps < _FEW_STEPS:
-        yield f"train.epochs: {epochs:g} epochs are {steps} steps, too few for a schedule" + _enough(job, tokens)
+        few = f"{epochs:g} epochs are {steps} steps, too few for a schedule"
+        yield f"train.epochs: {few}" + _enough(job, tokens)
 
 
 def _enough(job: Job, tokens: int) -> str:
@@ -165,6 +177,7 @@ def _enough(job: Job, tokens: int) -> str:
     if epochs is None:
         return ""
     all_tokens = epochs * tokens
-    batch = max(job.data.seq_len, int(all_tokens / _ENOUGH_STEPS))
+    share = int(all_tokens / _ENOUGH_STEPS)
+    batch = max(job.data.seq_len, share)
     steps = ceil(all_tokens / batch)
     return f"; train.batch_tokens: {batch} would give {steps} steps"

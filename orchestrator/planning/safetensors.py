@@ -39,11 +39,12 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.exists():
         return []
     names = _indexed_names(index)
-    missing = [name for name in names if not (folder / name).is_file()]
+    files = [folder / name for name in names]
+    missing = [file for file in files if not file.is_file()]
     if missing:
-        lacking = f"{index.name} names {len(names)} files, {len(missing)} lack"
-        raise InputError(f"{folder / missing[0]}: missing; {lacking}")
-    return [folder / name for name in names]
+        lacking = f"{len(names)} files, {len(missing)} lack"
+        raise InputError(f"{missing[0]}: missing; {index.name} names {lacking}")
+    return files
 
 
 def _indexed_names(index: Path) -> list[str]:
@@ -60,14 +61,17 @@ def read_header(path: Path) -> Iterator[Tensor]:
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-        if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _LARGEST_HEADER):
+        longest = min(size - _LENGTH_BYTES, _LARGEST_HEADER)
+        if size < _LENGTH_BYTES or length > longest:
             raise InputError(f"{path}: not a whole safetensors file ({size} bytes)")
         header = stream.read(length)
     data_begin = _LENGTH_BYTES + length
     try:
-        entries = _entries(header)
-        ends = [entry["data_offsets"][1] for entry in entries.values()]
-        tensors = [_tensor(path, data_begin, name, entry) for name, entry in entries.items()]
+        ends = []
+        tensors = []
+        for name, entry in _entries(header).items():
+            ends.append(entry["data_offsets"][1])
+            tensors.append(_tensor(path, data_begin, name, entry))
     except (ValueError, KeyError, AttributeError, TypeError):
         raise InputError(f"{path}: its safetensors header cannot be read") from None
     expected_size = data_begin + max(ends, default=0)
@@ -85,7 +89,8 @@ def _entries(header: bytes) -> dict[str, Entry]:
 
 def _tensor(path: Path, data_begin: int, name: str, entry: Entry) -> Tensor:
     """A tensor by its entry in the header of a file whose data begins at the byte `data_begin`."""
-    begin, end = map(int, entry["data_offsets"])
+    offsets = entry["data_offsets"]
+    begin, end = map(int, offsets)
     size = end - begin
     begin += data_begin
     shape = tuple(map(int, entry["shape"]))

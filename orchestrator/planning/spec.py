@@ -66,7 +66,8 @@ def validate(plain: Plain, overrides: Iterable[str] = (), source: str = "job") -
     try:
         return Job.model_validate(plain)
     except ValidationError as error:
-        lines = [f"{source}: {line}" for line in explain(error, plain)]
+        problems = explain(error, plain)
+        lines = [f"{source}: {problem}" for problem in problems]
         raise InputError("\n".join(lines)) from None
 
 
@@ -85,8 +86,11 @@ def parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise InputError(f"{source}: {line}{error.problem}") from None
+        place = ""
+        if error.problem_mark:
+            line = error.problem_mark.line + 1
+            place = f"line {line}: "
+        raise InputError(f"{source}: {place}{error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise InputError(f"{source}: not YAML: {first_line}") from None
@@ -130,7 +134,8 @@ def _override(plain: Plain, text: str) -> Plain:
         inner = mapping.get(parent)
         if inner is not None and not isinstance(inner, dict):
             path = ".".join(parents[:depth])
-            raise InputError(f"{source}: {path} is {reprlib.repr(inner)}, not a mapping")
+            value_there = reprlib.repr(inner)
+            raise InputError(f"{source}: {path} is {value_there}, not a mapping")
         mapping[parent] = dict(inner or {})
         mapping = mapping[parent]
     mapping[last] = value

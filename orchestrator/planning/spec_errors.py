@@ -28,7 +28,8 @@ def explain(error: ValidationError, plain: Any) -> list[str]:
     lines = []
     for path, problems in problems_by_path.items():
         field = ".".join(map(str, path)) or "job"
-        lines.append(f"{field}: {_explanation(path, problems, plain)}")
+        explanation = _explanation(path, problems, plain)
+        lines.append(f"{field}: {explanation}")
     return lines
 
 
@@ -37,7 +38,9 @@ def nearest(word: object, among: Iterable[str]) -> str:
     if not isinstance(word, str) or len(word) > _LONGEST_WORD:
         return ""
     matches = difflib.get_close_matches(word, list(among), n=1)
-    return f"did you mean {matches[0]!r}? " if matches else ""
+    if not matches:
+        return ""
+    return f"did you mean {matches[0]!r}? "
 
 
 def _explanation(path: Path, problems: list[Any], plain: Any) -> str:
@@ -56,7 +59,8 @@ def _explanation(path: Path, problems: list[Any], plain: Any) -> str:
         return "missing"
     names = re.findall(r"'([^']+)'", allowed)
     hint = nearest(value, names)
-    return f"{seen}{hint}allowed: {allowed}{_description(path, plain)}"
+    description = _description(path, plain)
+    return f"{seen}{hint}allowed: {allowed}{description}"
 
 
 def _seen(kind: str, value: object) -> str:
@@ -111,10 +115,11 @@ def _path(loc: Path, plain: Any) -> Path:
     steps = list(loc)
     while steps:
         step = steps.pop(0)
-        is_field = model is not None and step in model.model_fields
-        if model is None and not isinstance(step, int):
+        is_index = isinstance(step, int)
+        if model is None and not is_index:
             break
         path.append(step)
+        is_field = model is not None and step in model.model_fields
         model = _model_of(model, step, plain) if is_field and model else None
         if is_field and step == "method" and steps:
             steps.pop(0)
@@ -150,7 +155,8 @@ def _unknown_key(path: Path, plain: Any) -> str:
     model = _model_at(path[:-1], plain)
     siblings = list(model.model_fields) if model else []
     hint = nearest(key, siblings) or _namesake(key, plain)
-    return f"unknown key; {hint}allowed: {', '.join(siblings)}"
+    allowed = ", ".join(siblings)
+    return f"unknown key; {hint}allowed: {allowed}"
 
 
 def _namesake(key: str | int, plain: Any) -> str:

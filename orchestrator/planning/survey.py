@@ -148,7 +148,8 @@ def _as_tokens(job: Job, model: Model, progress: Progress) -> Answers:
             answers[key] = remembered
         else:
             unknown[key] = source
-    for key, answer in _ask_child(job, model.folder, unknown, progress).items():
+    new_answers = _ask_child(job, model.folder, unknown, progress)
+    for key, answer in new_answers.items():
         answers[key] = answer
         if isinstance(answer, Survey):
             _remember(notes[key], answer)
@@ -183,7 +184,8 @@ def _note(job: Job, source: str, folder: Path) -> Path:
     """Where the survey of a source is remembered, by a digest of all that it depends on."""
     surveys = cache_folder() / "surveys"
     data = job.data.model_dump(mode="json", exclude={"train", "eval", "packing"})
-    facts = (_FORMAT, digest(source), data, job.method.virtual_tokens)
+    virtual_tokens = job.method.virtual_tokens
+    facts = (_FORMAT, digest(source), data, virtual_tokens)
     total = hashlib.sha256(repr(facts).encode())
     total.update(version("transformers").encode())
     for path in sorted(folder.iterdir()):
@@ -201,7 +203,8 @@ def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: Prog
     """
     if not wanted:
         return {}
-    request = json.dumps({"job": job.dump(), "folder": str(folder), "sources": wanted})
+    request = {"job": job.dump(), "folder": str(folder), "sources": wanted}
+    request_text = json.dumps(request)
     answers: Answers = {}
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
@@ -215,7 +218,7 @@ def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: Prog
         with child:
             assert child.stdin and child.stdout
             with suppress(BrokenPipeError):  # it has failed already
-                child.stdin.write(request)
+                child.stdin.write(request_text)
                 child.stdin.close()
             for line in child.stdout:
                 answer = json.loads(line)
@@ -229,7 +232,9 @@ def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: Prog
         if child.returncode:
             errors.seek(0)
             lines = errors.read().strip().splitlines()
-            last = lines[-1] if lines else f"exit code {child.returncode}"
+            last = f"exit code {child.returncode}"
+            if lines:
+                last = lines[-1]
             raise ChildProcessError(f"looking at them failed: {last}")
     return answers
 

@@ -20,6 +20,8 @@ _SPECIAL = (
     *("additional_special_tokens", "extra_special_tokens"),
 )
 
+Settings = dict[str, Any]  # an object in a file of JSON
+
 
 def outside(model: Model) -> dict[str, int]:
     """Token -> id of what the tokenizer in a base's folder has and the base has no embedding for, by id.
@@ -77,7 +79,7 @@ def _vocabulary(folder: Path) -> Iterator[tuple[str, int]]:
             yield token, id_
 
 
-def _of_tokenizer_json(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _of_tokenizer_json(tokenizer: Settings) -> Iterator[tuple[str, int]]:
     """The pairs of token and id in tokenizer.json: of its vocabulary, and of the tokens that were added to it."""
     model = tokenizer.get("model") or {}
     vocabulary = model.get("vocab") or {}
@@ -90,7 +92,7 @@ def _of_tokenizer_json(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, int]
         yield token["content"], token["id"]
 
 
-def _special_tokens(settings: Mapping[str, Any]) -> Iterator[str]:
+def _special_tokens(settings: Settings) -> Iterator[str]:
     """The special tokens that settings name."""
     for key in _SPECIAL:
         for token in _named(key, settings):
@@ -98,12 +100,15 @@ def _special_tokens(settings: Mapping[str, Any]) -> Iterator[str]:
                 yield _content(token)
 
 
-def _named(key: str, settings: Mapping[str, Any]) -> Iterable[Any]:
+def _named(key: str, settings: Settings) -> Iterable[Any]:
     """The tokens, and perhaps empty values, that a key of settings names: one or several."""
-    value = settings.get(key) or ()
-    if key == "extra_special_tokens":
-        return value.values() if isinstance(value, Mapping) else value
-    return value if isinstance(value, list) else [value]
+    value: Any = settings.get(key) or ()
+    if key != "extra_special_tokens":
+        return value if isinstance(value, list) else [value]
+    tokens: Iterable[Any] = value
+    if isinstance(value, Mapping):
+        tokens = value.values()
+    return tokens
 
 
 def _content(token: Any) -> str:
@@ -113,7 +118,7 @@ def _content(token: Any) -> str:
     return str(token)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> Settings:
     """An object in a file; empty where there is no such file."""
     if not path.exists():
         return {}
