@@ -72,11 +72,13 @@ class Axis:
     def ticks(self) -> list[float]:
         """Four to eight round values within the scale, but for those that no value can have."""
         fifth = (self.high - self.low) / 5
-        step = nice(fifth / self.unit) * self.unit
+        units = nice(fifth / self.unit)
+        step = units * self.unit
         least, most = self.bounds
         low = max(self.low, least)
         high = min(self.high, most)
-        limit = high + 1e-9 * step
+        tolerance = 1e-9 * step
+        limit = high + tolerance
         first = math.ceil(low / step - 1e-9)
         ticks = []
         for multiple in range(first, first + _MOST_TICKS):
@@ -129,7 +131,8 @@ def _is_dominated(point: Point, others: Points) -> bool:
 
 def nice(rough: float) -> float:
     """The round number (1, 2, 2.5 or 5 times a power of ten) that is next above."""
-    power = 10.0 ** math.floor(math.log10(rough))
+    exponent = math.floor(math.log10(rough))
+    power = 10.0**exponent
     least = rough * (1 - 1e-9)
     for factor in (1, 2, 2.5, 5):
         if factor * power >= least:
@@ -251,7 +254,8 @@ def _rows(y: Axis, right: float) -> str:
     for value in y.ticks():
         pixel = y.at(value)
         text_y = f"{pixel + 4:.1f}"
-        rows += svg.horizontal("grid", LEFT, right, f"{pixel:.1f}")
+        line_y = f"{pixel:.1f}"
+        rows += svg.horizontal("grid", LEFT, right, line_y)
         text = y.show(value)
         rows += svg.text(text_x, text_y, "end", text)
     return rows

@@ -145,12 +145,15 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain data; a value that is not finite is null."""
+        rows = []
+        for row in self.rows:
+            rows.append(row.to_json())
         return {
             "experiment": self.title,
             "uri": self.uri,
             "constant": self.constant,
             "columns": self.columns,
-            "rows": [row.to_json() for row in self.rows],
+            "rows": rows,
             "undelivered": self.undelivered,
         }
 
@@ -197,11 +200,11 @@ def arrange(runs: list[Run], title: str, uri: str) -> Comparison:
     constant = {}
     for param in _compared_params(runs):
         values = {run.params.get(param) for run in runs}
-        are_different = len(values) > 1
-        if are_different:
+        if len(values) > 1:
             columns.append(param)
-        else:
-            constant[param] = runs[0].params[param]
+            continue
+        first = runs[0]
+        constant[param] = first.params[param]
     rows = _rows(runs, columns)
     quality = _quality(runs)
     rows.sort(key=lambda row: _rank(row, quality))
@@ -226,7 +229,8 @@ def _rows(runs: list[Run], columns: list[str]) -> list[Row]:
         differences = {}
         for param in columns:
             differences[param] = first.params.get(param, "")
-        row = Row(label, first.status, differences, tuple(group))
+        group_runs = tuple(group)
+        row = Row(label, first.status, differences, group_runs)
         rows.append(row)
     return rows
 
@@ -244,7 +248,8 @@ def _groups(runs: list[Run], columns: list[str]) -> list[Group]:
 
 def _last_part(param: str) -> str:
     """The last part of a dotted key: of `method.kind` it is `method`."""
-    _, _, last = param.removesuffix(".kind").rpartition(".")
+    name = param.removesuffix(".kind")
+    _, _, last = name.rpartition(".")
     return last
 
 
@@ -269,9 +274,11 @@ def _rank(row: Row, quality: Measure) -> tuple[bool, bool, float]:
     """What rows are sorted by: first those that finished, of them those with a finite quality, the best first."""
     unfinished = row.status != "FINISHED"
     figure = row.figure(quality.key)
-    if figure is None or not math.isfinite(figure.mean):
+    if figure is None:
         return unfinished, True, 0.0
     badness = figure.mean
+    if not math.isfinite(badness):
+        return unfinished, True, 0.0
     if quality.more_is_better:
         badness = -badness
     return unfinished, False, badness

@@ -14,7 +14,8 @@ def labels_of(groups: list[Group], columns: list[str]) -> list[str]:
     name_counts = Counter(names)
     long_names = []
     for name, group in zip(names, groups, strict=True):
-        long_names.append(_with_differences(name, group[0], columns))
+        long_name = _with_differences(name, group[0], columns)
+        long_names.append(long_name)
     long_name_counts = Counter(long_names)
     labels = []
     for name, long_name, group in zip(names, long_names, groups, strict=True):

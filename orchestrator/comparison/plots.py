@@ -77,8 +77,9 @@ def _legend(comparison: Comparison) -> str:
     """The colour and dashes of each row; the report's script highlights its lines."""
     items = ""
     for group, row in enumerate(comparison.rows):
-        content = svg.swatch(group) + escape(row.label)
-        items += f'<li data-of="{group}">{content}</li>'
+        swatch = svg.swatch(group)
+        label = escape(row.label)
+        items += f'<li data-of="{group}">{swatch}{label}</li>'
     return f'<ul class="legend">{items}</ul>'
 
 
@@ -108,8 +109,10 @@ def _front_chart(comparison: Comparison, cost: Measure) -> str:
     if not dots:
         return ""
     dots = _with_front(dots, bool(quality.more_is_better))
-    title = f"{quality.title.capitalize()} against {cost.title}"
-    largest = max(dot.x for dot in dots)
+    subject = quality.title.capitalize()
+    title = f"{subject} against {cost.title}"
+    costs = [dot.x for dot in dots]
+    largest = max(costs)
     unit = _tick_unit(cost, largest)
     shows = (cost.show, quality.show)
     return scatter(title, dots, cost.title, unit, shows, quality.bounds)
@@ -123,7 +126,9 @@ def _figure_if_finished(row: Row, measure: Measure) -> Figure | None:
 
 def _with_front(dots: list[Dot], more_is_better: bool) -> list[Dot]:
     """The dots, with those on the Pareto front marked."""
-    points = [(dot.x, dot.y) for dot in dots]
+    points = []
+    for dot in dots:
+        points.append((dot.x, dot.y))
     on_front = chart.pareto(points, more_is_better)
     marked = []
     for dot, front in zip(dots, on_front, strict=True):

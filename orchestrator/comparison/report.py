@@ -53,7 +53,8 @@ def page(comparison: Comparison) -> str:
 
 def _plot_area() -> str:
     """The attributes of the rectangle that lines are clipped to."""
-    height = chart.HEIGHT - chart.TOP - chart.BOTTOM
+    margins = chart.TOP + chart.BOTTOM
+    height = chart.HEIGHT - margins
     place = {"x": chart.LEFT, "y": chart.TOP}
     size = {"width": chart.WIDE, "height": height}
     return _PLOT_AREA.format(**place, **size)
@@ -80,8 +81,10 @@ def _best_of_all(comparison: Comparison) -> str:
         return ""
     equals = 0
     for row in comparison.rows[1:]:
-        if _finite_mean(row, quality) == mean:
+        other_mean = _finite_mean(row, quality)
+        if other_mean == mean:
             equals += 1
+    measure = quality.title
     others = ""
     if equals:
         number = _plural(equals, "other")
@@ -89,7 +92,7 @@ def _best_of_all(comparison: Comparison) -> str:
     value = cell(best, quality)
     value = escape(value)
     label = escape(best.label)
-    return _BEST.format(measure=quality.title, value=value, label=label, others=others)
+    return _BEST.format(measure=measure, value=value, label=label, others=others)
 
 
 def _finite_mean(row: Row, measure: Measure) -> float | None:
@@ -97,7 +100,8 @@ def _finite_mean(row: Row, measure: Measure) -> float | None:
     figure = row.figure(measure.key)
     if row.status != "FINISHED" or figure is None:
         return None
-    return figure.mean if math.isfinite(figure.mean) else None
+    mean = figure.mean
+    return mean if math.isfinite(mean) else None
 
 
 def _constants(comparison: Comparison) -> str:
@@ -129,7 +133,8 @@ def _result(comparison: Comparison, row: Row, best: BestRows) -> str:
     status = _status(row.status)
     cells = f"<td>{label}</td><td>{status}</td>"
     for param in comparison.columns:
-        value = shown(param, row.differences[param]) or "-"
+        difference = row.differences[param]
+        value = shown(param, difference) or "-"
         cells += f"<td>{escape(value)}</td>"
     for measure in comparison.measures:
         style = "n"

@@ -55,7 +55,10 @@ def load(mlflow: Any, experiment: str | None, uri: str) -> list[Run]:
     if not tracked:
         name = experiment or "any"
         raise InputError(f"experiment {name!r} at {uri} has no runs of Fleetune")
-    return [_read(mlflow, run) for run in tracked]
+    runs = []
+    for run in tracked:
+        runs.append(_read(mlflow, run))
+    return runs
 
 
 def _experiment_ids(mlflow: Any, experiment: str | None, uri: str) -> list[str]:
@@ -97,7 +100,8 @@ def _read(mlflow: Any, run: Any) -> Run:
     if uri:  # an earlier version may have told MLflow the password
         params[TRACKING_URI] = public(uri)
     run_id = tags[RUN_ID]
-    return Run(run_id, mlflow_run_id, run.info.status, params, tags, curves, figures)
+    status = run.info.status
+    return Run(run_id, mlflow_run_id, status, params, tags, curves, figures)
 
 
 def _figures(curves: Curves, timestamps: list[float]) -> dict[str, float]:
@@ -105,8 +109,8 @@ def _figures(curves: Curves, timestamps: list[float]) -> dict[str, float]:
     figures = {}
     for key in _LAST_COUNTS:
         if key in curves:
-            _, last = curves[key][-1]
-            figures[key] = last
+            last_point = curves[key][-1]
+            _, figures[key] = last_point
     losses = _values(curves, "loss")
     losses = list(filter(math.isfinite, losses))
     if losses:

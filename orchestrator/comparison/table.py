@@ -37,10 +37,12 @@ def table(comparison: Comparison) -> Table:
     if unfinished:
         grid.add_column("status", no_wrap=True)
     for row in comparison.rows:
-        cells = [row.label + _seeds(comparison, row)]
+        seeds = _seeds(comparison, row)
+        cells = [row.label + seeds]
         cells += _differences(comparison, row)
         for measure in measures:
-            cells.append(cell(row, measure, "\n"))
+            text = cell(row, measure, "\n")
+            cells.append(text)
         if unfinished:
             cells.append(row.status.lower())
         style = _STYLES.get(row.status)

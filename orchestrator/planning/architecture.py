@@ -36,9 +36,10 @@ def unfit(config: Mapping[str, Any]) -> str | None:
     names = list(map(str, names))
     found = ", ".join(names) or f"a model of type {kind}"
     is_causal = any(map(_CAUSAL.search, names))
-    senses = ", ".join(key for key in _SENSES if config.get(key))
+    senses = list(filter(config.get, _SENSES))
     if senses:
-        return f"found {found}, which reads more than text ({senses}); {_ALLOWED} that reads text alone"
+        keys = ", ".join(senses)
+        return f"found {found}, which reads more than text ({keys}); {_ALLOWED} that reads text alone"
     known_with_decoder = kind in _ENCODER_DECODERS and not is_causal
     if known_with_decoder or config.get("is_encoder_decoder"):
         return f"found {found}, an encoder with a decoder; {_ALLOWED}"

@@ -24,8 +24,11 @@ def find_model(job: Job) -> Model:
     """The base, in its folder, the cache, or on the hub; raises InputError when it could not be loaded."""
     folder = folder_of(job.base)
     if folder is not None and not (folder / "config.json").exists():
-        raise InputError(f"base.model: {folder}: {base_folder.without_config(folder)}")
-    model = locate(job.base) or _on_hub(job.base)
+        reason = base_folder.without_config(folder)
+        raise InputError(f"base.model: {folder}: {reason}")
+    model = locate(job.base)
+    if model is None:
+        model = _on_hub(job.base)
     problem = _unusable(job.base, model)
     if problem is not None:
         where = model.folder or job.base.model
@@ -146,7 +149,8 @@ def _in_4_bits(job: Job, model: Model) -> list[str]:
     problems = []
     if not job.method.on_4_bits:
         allowed = f"allowed: the unquantised base, or one of {_kinds_on_4_bits()}"
-        problems.append(f"method.kind: found {job.method.kind}, and the base is in 4 bits already; {allowed}")
+        kind = job.method.kind
+        problems.append(f"method.kind: found {kind}, and the base is in 4 bits already; {allowed}")
     try:
         job.method.check_in_4_bits(model.config["quantization_config"])
     except ValueError as error:

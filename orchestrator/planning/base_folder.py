@@ -57,7 +57,8 @@ def _base_of_adapter(folder: Path) -> object:
 
 def lacks(model: Model, folder: Path) -> str | None:
     """What a user's own folder lacks of all that is loaded; a cached snapshot is completed by the trainer."""
-    has_tokenizer = any((folder / name).is_file() for name in TOKENIZERS)
+    files = [folder / name for name in TOKENIZERS]
+    has_tokenizer = any(map(Path.is_file, files))
     if not model.scratch and not weight_files(folder):
         return _without_weights(folder, has_tokenizer)
     if not has_tokenizer:
@@ -84,7 +85,8 @@ def _without_weights(folder: Path, has_tokenizer: bool) -> str:
         return _gguf_alone(names)
     if suffixes == {".safetensors"}:
         return f"found {names}, but neither model.safetensors nor model.safetensors.index.json, which names the files"
-    if not any(path.name.startswith("pytorch_model") for path in weights):
+    are_of_torch = any(path.name.startswith("pytorch_model") for path in weights)
+    if not are_of_torch:
         return f"found weights as {names}; only safetensors are read: take the base in transformers' own format"
     convert = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
     return f"found weights as {names}; only safetensors are read: convert them, if you trust them, by {convert}"

@@ -41,7 +41,8 @@ def absolute(job: Job, folder: Path) -> Job:
     evaluation = None
     if job.data.eval:
         evaluation = _absolute_source(job.data.eval, folder)
-    data = job.data.model_copy(update={"train": train, "eval": evaluation})
+    sources = {"train": train, "eval": evaluation}
+    data = job.data.model_copy(update=sources)
     base = job.base
     base_folder = _existing(base.model, folder)
     if base_folder and base_folder.is_dir():

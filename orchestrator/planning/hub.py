@@ -64,7 +64,8 @@ def _config_request(endpoint: str, base: Base) -> Request:
     if token:
         headers["Authorization"] = f"Bearer {token}"
     revision = base.revision or "main"
-    url = f"{endpoint}/{base.model}/resolve/{revision}/config.json"
+    repository = f"{endpoint}/{base.model}"
+    url = f"{repository}/resolve/{revision}/config.json"
     return Request(url, headers=headers)
 
 

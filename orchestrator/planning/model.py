@@ -199,7 +199,8 @@ def _read_config(path: Path) -> Config:
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise InputError(f"{path}: found {type(config).__name__}; allowed: an object")
+        kind = type(config).__name__
+        raise InputError(f"{path}: found {kind}; allowed: an object")
     return config
 
 

@@ -113,11 +113,9 @@ def sizes(job: Job, model: Model) -> Sizes | None:
     method = job.method
     linears = model.linears
     others = model.others
-    added = method.adds(linears, others)
-    trained = method.trained(linears, others)
-    if not method.makes_model:
-        added += model.added
-        trained += model.added
+    new_rows = 0 if method.makes_model else model.added
+    added = method.adds(linears, others) + new_rows
+    trained = method.trained(linears, others) + new_rows
     shared, held = _frozen_bytes(job, model)
     state = method.optimizer_bytes(linears, others)
     zero = job.sharding.zero

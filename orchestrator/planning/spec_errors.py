@@ -51,7 +51,8 @@ def _explanation(path: Path, problems: list[Any], plain: Any) -> str:
     value = _value_at(plain, path)
     seen = _seen(kind, value)
     if kind == "value_error":
-        message = str(problems[0]["msg"]).removeprefix("Value error, ")
+        message = str(problems[0]["msg"])
+        message = message.removeprefix("Value error, ")
         return seen + message if isinstance(value, str) else message
     alternatives = dict.fromkeys(map(_allowed, problems))  # each once
     allowed = " or ".join(filter(None, alternatives))
@@ -153,7 +154,9 @@ def _unknown_key(path: Path, plain: Any) -> str:
     """What to write instead of a key that no field has."""
     key = path[-1]
     model = _model_at(path[:-1], plain)
-    siblings = list(model.model_fields) if model else []
+    siblings: list[str] = []
+    if model:
+        siblings += model.model_fields
     hint = nearest(key, siblings) or _namesake(key, plain)
     allowed = ", ".join(siblings)
     return f"unknown key; {hint}allowed: {allowed}"

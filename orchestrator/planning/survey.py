@@ -49,6 +49,9 @@ class Rows:
     survey: Survey | None = None
 
 
+RowsByKey = dict[str, Rows | None]  # by the key of a source
+
+
 @dataclass(frozen=True)
 class Looked:
     """What came of a look at `train` and `eval`.
@@ -57,14 +60,14 @@ class Looked:
     `problems` are what is wrong with them, one line each; `failure` is why they were not looked at as tokens.
     """
 
-    rows: Mapping[str, Rows | None]
+    rows: RowsByKey
     problems: list[str]
     failure: str | None
 
 
 def look(job: Job, model: Model | None, progress: Progress) -> Looked:
     """Look at what `train` and `eval` of a job hold."""
-    rows_by_key: dict[str, Rows | None] = {"train": None, "eval": None}
+    rows_by_key: RowsByKey = {"train": None, "eval": None}
     problems = []
     failure = None
     answers: Answers = {}
@@ -126,7 +129,10 @@ def writes_date(model: Model) -> bool:
         return True
     for name in _TEMPLATE_FILES:
         path = model.folder / name
-        if path.is_file() and asks_for_date(path.read_text(errors="replace")):
+        if not path.is_file():
+            continue
+        template = path.read_text(errors="replace")
+        if asks_for_date(template):
             return True
     return False
 
@@ -142,8 +148,9 @@ def _as_tokens(job: Job, model: Model, progress: Progress) -> Answers:
     for key, source in sources(job).items():
         if not _is_quick(source):
             continue
-        notes[key] = _note(job, source, model.folder)
-        remembered = _remembered(notes[key])
+        note = _note(job, source, model.folder)
+        notes[key] = note
+        remembered = _remembered(note)
         if remembered:
             answers[key] = remembered
         else:
@@ -177,7 +184,8 @@ def _remember(note: Path, survey: Survey) -> None:
     """Write a survey down for the next look, which takes as long as this one where that fails."""
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(survey.dump()))
+        text = json.dumps(survey.dump())
+        note.write_text(text)
 
 
 def _note(job: Job, source: str, folder: Path) -> Path:

@@ -53,12 +53,15 @@ def token_ids(folder: Path) -> dict[str, int]:
     """Token -> id of the tokenizer in a folder: its vocabulary, the tokens that were added, and the special ones."""
     settings = _read_object(folder / "tokenizer_config.json")
     ids = dict(_vocabulary(folder))
-    for token, id_ in _read_object(folder / "added_tokens.json").items():
+    added = _read_object(folder / "added_tokens.json")
+    for token, id_ in added.items():
         ids[token] = int(id_)
-    for id_, token in settings.get("added_tokens_decoder", {}).items():
+    decoder = settings.get("added_tokens_decoder", {})
+    for id_, token in decoder.items():
         ids.setdefault(_content(token), int(id_))
     special = list(_special_tokens(settings))
-    special += _special_tokens(_read_object(folder / "special_tokens_map.json"))
+    special_settings = _read_object(folder / "special_tokens_map.json")
+    special += _special_tokens(special_settings)
     if not ids:
         return ids
     for token in special:
@@ -70,9 +73,11 @@ def token_ids(folder: Path) -> dict[str, int]:
 def _vocabulary(folder: Path) -> Iterator[tuple[str, int]]:
     """The pairs of token and id in the first of the files that a tokenizer is read from."""
     if (folder / "tokenizer.json").exists():
-        yield from _of_tokenizer_json(_read_object(folder / "tokenizer.json"))
+        tokenizer = _read_object(folder / "tokenizer.json")
+        yield from _of_tokenizer_json(tokenizer)
     elif (folder / "vocab.json").exists():
-        yield from _read_object(folder / "vocab.json").items()
+        vocabulary = _read_object(folder / "vocab.json")
+        yield from vocabulary.items()
     elif (folder / "vocab.txt").exists():
         text = (folder / "vocab.txt").read_text(encoding="utf-8")
         for id_, token in enumerate(text.splitlines()):
@@ -127,5 +132,6 @@ def _read_object(path: Path) -> Settings:
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: found {type(content).__name__}; allowed: an object")
+        kind = type(content).__name__
+        raise InputError(f"{path}: found {kind}; allowed: an object")
     return content
