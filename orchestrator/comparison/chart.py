@@ -1,19 +1,32 @@
-"""Charts as inline SVG: lines over steps, and points of quality against cost with their Pareto front."""
+"""Charts as inline SVG: their axes and frame, lines over steps, and which points are on a Pareto front."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
+from operator import itemgetter
+
+from orchestrator.comparison import svg
 
 WIDTH, WIDE, HEIGHT = 560, 1140, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
-PALETTE = 10  # colours that the style sheet names --c0 to --c9
-_DASHES = ("", "7 4", "2 3", "10 3 2 3", "1 5")
 _MOST_POINTS = 400  # of a line
+_MOST_TICKS = 12
+_MARGIN = 0.04  # of the range of values, on each side
 
-Points = Sequence[tuple[float, float]]
+_FIGURE = (
+    '<figure><figcaption>{title}</figcaption><svg class="chart" role="img" aria-label="{title}" '
+    'viewBox="0 0 {width:g} {height}" data-x="{x}" data-y="{y}">{content}</svg></figure>'
+)
+
+Point = tuple[float, float]
+Points = Sequence[Point]
+Values = Sequence[float]
 Bounds = tuple[float, float]  # the least and the most that a value can be
+Show = Callable[[float], str]  # a value as text
 EVERYTHING: Bounds = (-math.inf, math.inf)
+_STEP = itemgetter(0)  # of a point of a line
+_VALUE = itemgetter(1)
 
 
 @dataclass(frozen=True)
@@ -26,17 +39,6 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Dot:
-    """One point of a scatter plot. `front`: no other is better in both."""
-
-    label: str
-    group: int
-    x: float
-    y: float
-    front: bool
-
-
-@dataclass(frozen=True)
 class Axis:
     """A linear scale from values to pixels; its ticks are round numbers of `unit` within `bounds`."""
 
@@ -44,175 +46,227 @@ class Axis:
     high: float
     start: float
     end: float
-    show: Callable[[float], str]
+    show: Show
     unit: float = 1.0
     bounds: Bounds = EVERYTHING
 
+    @property
+    def middle(self) -> float:
+        """The pixel between start and end."""
+        return (self.start + self.end) / 2
+
+    @property
+    def scale(self) -> str:
+        """Both values and their pixels, for the report's script."""
+        values = f"{self.low} {self.high}"
+        pixels = f"{self.start} {self.end}"
+        return f"{values} {pixels}"
+
     def at(self, value: float) -> float:
         """The pixel of a value."""
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+        pixels = self.end - self.start
+        values = self.high - self.low
+        fraction = (value - self.low) / values
+        return self.start + fraction * pixels
 
     def ticks(self) -> list[float]:
         """Four to eight round values within the scale, but for those that no value can have."""
-        step = nice((self.high - self.low) / 5 / self.unit) * self.unit
-        low, high = max(self.low, self.bounds[0]), min(self.high, self.bounds[1])
+        fifth = (self.high - self.low) / 5
+        units = nice(fifth / self.unit)
+        step = units * self.unit
+        least, most = self.bounds
+        low = max(self.low, least)
+        high = min(self.high, most)
+        tolerance = 1e-9 * step
+        limit = high + tolerance
         first = math.ceil(low / step - 1e-9)
-        return [(first + i) * step for i in range(12) if (first + i) * step <= high + 1e-9 * step]
+        ticks = []
+        for multiple in range(first, first + _MOST_TICKS):
+            value = multiple * step
+            if value <= limit:
+                ticks.append(value)
+        return ticks
 
 
-def line_chart(
-    title: str, lines: Sequence[Line], x_title: str, y_show: Callable[[float], str], bounds: Bounds, width: int
-) -> str:
+def line_chart(title: str, lines: Sequence[Line], x_title: str, y_show: Show, bounds: Bounds, width: int) -> str:
     """Lines over steps; a value that is not finite breaks its line, far outliers leave the frame."""
-    values = [y for line in lines for _, y in line.points if math.isfinite(y)]
+    steps = []
+    values = []
+    for line in lines:
+        for step, value in line.points:
+            steps.append(step)
+            if math.isfinite(value):
+                values.append(value)
     if not values:
         return ""
-    x = _axis([x for line in lines for x, _ in line.points], LEFT, width - RIGHT, "{:g}".format)
-    y = _axis(_without_outliers(values), HEIGHT - BOTTOM, TOP, y_show, bounds=bounds)
-    drawn = "".join(_polyline(line, x, y) for line in lines)
-    return _frame(title, x, y, x_title, f'<g clip-path="url(#plot)">{drawn}</g>')
-
-
-def scatter(
-    title: str,
-    dots: Sequence[Dot],
-    x_title: str,
-    unit: float,
-    shows: tuple[Callable[[float], str], ...],
-    bounds: Bounds,
-) -> str:
-    """Points, those on the front filled and joined; labels where there is room."""
-    x = replace(_axis([dot.x for dot in dots], LEFT, WIDTH - RIGHT, shows[0], margin=0.12), unit=unit)
-    y = _axis([dot.y for dot in dots], HEIGHT - BOTTOM, TOP, shows[1], 0.12, bounds)
-    front = sorted((dot.x, dot.y) for dot in dots if dot.front)
-    joined = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in front)
-    drawn = f'<polyline class="front" points="{joined}"/>' if len(front) > 1 else ""
-    drawn += "".join(_dot(dot, x, y) for dot in dots)
-    falling = front[0][1] > front[-1][1]
-    named = [dot for dot in dots if dot.front or len(dots) <= 8] if len(front) <= 12 else []
-    return _frame(title, x, y, x_title, drawn + "".join(_name(dot, x, y, falling) for dot in named))
+    x = x_axis(steps, width, "{:g}".format)
+    inliers = _without_outliers(values)
+    y = y_axis(inliers, y_show, bounds)
+    drawn = ""
+    for line in lines:
+        drawn += _series(line, x, y)
+    clipped = f'<g clip-path="url(#plot)">{drawn}</g>'
+    return frame(title, x, y, x_title, clipped)
 
 
 def pareto(points: Points, more_is_better: bool) -> list[bool]:
     """For each (cost, quality): whether no other point is at least as good in both and better in one."""
-    sign = 1 if more_is_better else -1
-    costs = [(cost, -sign * quality) for cost, quality in points]
-    return [not any(a <= c and b <= d and (a, b) != (c, d) for a, b in costs) for c, d in costs]
+    sign = -1 if more_is_better else 1
+    costs = []  # less is better in both
+    for cost, quality in points:
+        costs.append((cost, sign * quality))
+    return [not _is_dominated(point, costs) for point in costs]
+
+
+def _is_dominated(point: Point, others: Points) -> bool:
+    """Whether another point is at most as high in both, and lower in one."""
+    x, y = point
+    for other in others:
+        other_x, other_y = other
+        is_at_most = other_x <= x and other_y <= y
+        if is_at_most and other != point:
+            return True
+    return False
 
 
 def nice(rough: float) -> float:
     """The round number (1, 2, 2.5 or 5 times a power of ten) that is next above."""
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    exponent = math.floor(math.log10(rough))
+    power = 10.0**exponent
+    least = rough * (1 - 1e-9)
+    for factor in (1, 2, 2.5, 5):
+        if factor * power >= least:
+            return factor * power
+    return 10 * power
 
 
-def colour(group: int) -> str:
-    """The CSS colour of a group."""
-    return f"var(--c{group % PALETTE})"
-
-
-def swatch(group: int) -> str:
-    """A short line in the style of a group, for legends."""
-    return f'<svg class="swatch" width="26" height="8"><path d="M1 4H25" {_stroke(group)}/></svg>'
-
-
-def thin(points: Points) -> list[tuple[float, float]]:
+def thin(points: Points) -> list[Point]:
     """At most about 400 points that keep the extremes of each stretch, and every break."""
-    stride = math.ceil(len(points) / (_MOST_POINTS / 2))
+    stretches = _MOST_POINTS / 2
+    stride = math.ceil(len(points) / stretches)
     if stride <= 2:
         return list(points)
-    kept: list[tuple[float, float]] = []
+    kept: list[Point] = []
     for start in range(0, len(points), stride):
-        bucket = points[start : start + stride]
-        broken = [point for point in bucket if not math.isfinite(point[1])][:1]
-        finite = [point for point in bucket if math.isfinite(point[1])]
-        ends = {min(finite, key=_second), max(finite, key=_second)} if finite else set()
-        kept += sorted([*ends, *broken], key=lambda point: point[0])
-    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
+        stretch = points[start : start + stride]
+        kept += _extremes(stretch)
+    if kept[-1] != points[-1]:
+        kept.append(points[-1])
+    return kept
 
 
-def _second(point: tuple[float, float]) -> float:
-    return point[1]
+def _extremes(stretch: Points) -> list[Point]:
+    """The lowest and the highest point of a stretch, and the first that is not finite, in the order of steps."""
+    finite: list[Point] = []
+    broken: list[Point] = []
+    for point in stretch:
+        _, value = point
+        kind = finite if math.isfinite(value) else broken
+        kind.append(point)
+    kept = broken[:1]
+    if finite:
+        lowest = min(finite, key=_VALUE)
+        highest = max(finite, key=_VALUE)
+        kept = [*{lowest, highest}, *kept]
+    return sorted(kept, key=_STEP)
 
 
-def _axis(
-    values: Sequence[float],
-    start: float,
-    end: float,
-    show: Callable[[float], str],
-    margin: float = 0.04,
-    bounds: Bounds = EVERYTHING,
-) -> Axis:
-    low, high = min(values), max(values)
-    room = (high - low) * margin or abs(high) * 0.1 or 1.0
-    return Axis(low - room, high + room, start, end, show, bounds=bounds)
+def x_axis(values: Values, width: int, show: Show, margin: float = _MARGIN) -> Axis:
+    """The scale from left to right that holds all values, in a chart of a width."""
+    low, high = _limits(values, margin)
+    start = LEFT
+    end = width - RIGHT
+    return Axis(low, high, start, end, show)
 
 
-def _without_outliers(values: Sequence[float]) -> list[float]:
+def y_axis(values: Values, show: Show, bounds: Bounds, margin: float = _MARGIN) -> Axis:
+    """The scale from bottom to top that holds all values."""
+    low, high = _limits(values, margin)
+    start = HEIGHT - BOTTOM
+    end = TOP
+    return Axis(low, high, start, end, show, bounds=bounds)
+
+
+def _limits(values: Values, margin: float) -> Bounds:
+    """The least and the greatest value, with some space around them."""
+    low = min(values)
+    high = max(values)
+    space = margin * (high - low)
+    if not space:
+        space = 0.1 * abs(high) or 1.0
+    return low - space, high + space
+
+
+def _without_outliers(values: Values) -> list[float]:
+    """The values in order, less those far above 97 in 100 of them."""
     ordered = sorted(values)
-    high = ordered[int(0.97 * (len(ordered) - 1))]
-    limit = high + 2 * (high - ordered[0])
+    last = len(ordered) - 1
+    low = ordered[0]
+    high = ordered[int(0.97 * last)]
+    limit = high + 2 * (high - low)
     return [value for value in ordered if value <= limit]
 
 
-def _polyline(line: Line, x: Axis, y: Axis) -> str:
+def _series(line: Line, x: Axis, y: Axis) -> str:
+    """A line, as pieces between its breaks."""
     pieces: list[list[str]] = [[]]
     for step, value in thin(line.points):
         if math.isfinite(value):
-            pieces[-1].append(f"{x.at(step):.2f},{max(-1e5, y.at(value)):.2f}")
+            at_x = x.at(step)
+            at_y = max(-1e5, y.at(value))
+            point = f"{at_x:.2f},{at_y:.2f}"
+            pieces[-1].append(point)
         elif pieces[-1]:
             pieces.append([])
-    drawn = "".join(_piece(piece) for piece in pieces if piece)
-    about = f'data-label="{escape(line.label)}" data-group="{line.group}"'
-    return f'<g class="series" {about} {_stroke(line.group)}>{drawn}</g>'
+    drawn = ""
+    for piece in pieces:
+        if piece:
+            drawn += svg.piece(piece)
+    return svg.series(line.label, line.group, drawn)
 
 
-def _piece(points: list[str]) -> str:
-    if len(points) > 1:
-        return f'<polyline points="{" ".join(points)}"/>'
-    x, _, y = points[0].partition(",")
-    return f'<circle cx="{x}" cy="{y}" r="2.5"/>'
+def frame(title: str, x: Axis, y: Axis, x_title: str, drawn: str) -> str:
+    """A chart with its axes; the report's script finds values by the scales that the element holds."""
+    content = _rows(y, x.end)
+    content += _columns(x)
+    content += _base(x, x_title)
+    content += drawn
+    scales = {"x": x.scale, "y": y.scale}
+    size = {"width": x.end + RIGHT, "height": HEIGHT}
+    title = escape(title)
+    return _FIGURE.format(title=title, content=content, **size, **scales)
 
 
-def _dot(dot: Dot, x: Axis, y: Axis) -> str:
-    fill = colour(dot.group) if dot.front else "var(--paper)"
-    hint = escape(f"{dot.label}: {y.show(dot.y)} at {x.show(dot.x)}" + (", on the front" if dot.front else ""))
-    return (
-        f'<circle class="dot" data-group="{dot.group}" cx="{x.at(dot.x):.1f}" cy="{y.at(dot.y):.1f}" r="6" '
-        f'fill="{fill}" stroke="{colour(dot.group)}"><title>{hint}</title></circle>'
-    )
+def _base(x: Axis, title: str) -> str:
+    """The horizontal axis and its title."""
+    bottom = str(HEIGHT - BOTTOM)
+    line = svg.horizontal("base", LEFT, x.end, bottom)
+    title_x = str(x.middle)
+    title_y = str(HEIGHT - 6)
+    text = svg.text(title_x, title_y, "middle", title)
+    return line + text
 
 
-def _name(dot: Dot, x: Axis, y: Axis, falling: bool) -> str:
-    """The label of a dot, on the side where the front does not pass."""
-    right = x.at(dot.x) > (x.start + x.end) / 2
-    at_y = y.at(dot.y) + (14 if right == falling else -7)
-    text = escape(dot.label if len(dot.label) <= 30 else dot.label[:29] + "…")
-    place = f'x="{x.at(dot.x) + (-9 if right else 9):.1f}" y="{at_y:.1f}" text-anchor="{"end" if right else "start"}"'
-    return f'<text class="name" {place}>{text}</text>'
+def _rows(y: Axis, right: float) -> str:
+    """A line and a text for each tick of the vertical axis."""
+    rows = ""
+    text_x = str(LEFT - 8)
+    for value in y.ticks():
+        pixel = y.at(value)
+        text_y = f"{pixel + 4:.1f}"
+        line_y = f"{pixel:.1f}"
+        rows += svg.horizontal("grid", LEFT, right, line_y)
+        text = y.show(value)
+        rows += svg.text(text_x, text_y, "end", text)
+    return rows
 
 
-def _stroke(group: int) -> str:
-    dash = _DASHES[group // PALETTE % len(_DASHES)]
-    return f'fill="none" stroke="{colour(group)}" stroke-width="1.8"' + (
-        f' stroke-dasharray="{dash}"' if dash else ""
-    )
-
-
-def _frame(title: str, x: Axis, y: Axis, x_title: str, drawn: str) -> str:
-    rows = "".join(
-        f'<path class="grid" d="M{LEFT} {y.at(v):.1f}H{x.end}"/>'
-        f'<text x="{LEFT - 8}" y="{y.at(v) + 4:.1f}" text-anchor="end">{escape(y.show(v))}</text>'
-        for v in y.ticks()
-    )
-    columns = "".join(
-        f'<text x="{x.at(v):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(x.show(v))}</text>'
-        for v in x.ticks()
-    )
-    base = f'<path class="base" d="M{LEFT} {HEIGHT - BOTTOM}H{x.end}"/>'
-    caption = f'<text x="{(x.start + x.end) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>'
-    scale = f'data-x="{x.low} {x.high} {x.start} {x.end}" data-y="{y.low} {y.high} {y.start} {y.end}"'
-    return (
-        f'<figure><figcaption>{escape(title)}</figcaption><svg class="chart" role="img" aria-label="{escape(title)}" '
-        f'viewBox="0 0 {x.end + RIGHT:g} {HEIGHT}" {scale}>{rows}{columns}{base}{caption}{drawn}</svg></figure>'
-    )
+def _columns(x: Axis) -> str:
+    """A text for each tick of the horizontal axis."""
+    columns = ""
+    text_y = str(HEIGHT - BOTTOM + 18)
+    for value in x.ticks():
+        text_x = f"{x.at(value):.1f}"
+        text = x.show(value)
+        columns += svg.text(text_x, text_y, "middle", text)
+    return columns

@@ -17,11 +17,14 @@ class Measure:
     bounds: Bounds = EVERYTHING
 
 
+_COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
 def count(value: float) -> str:
     """A number of things with three digits: 950, 1.23 M, 8.03 B."""
-    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
+    for unit_size, unit in _COUNT_UNITS:
+        if abs(value) >= unit_size:
+            return f"{value / unit_size:.3g} {unit}"
     return f"{value:.3g}"
 
 
@@ -39,11 +42,16 @@ def duration(value: float) -> str:
     if value < 60:
         return f"{value:.1f} s"
     minutes, seconds = divmod(round(value), 60)
-    return f"{minutes} m {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
+    if minutes < 60:
+        return f"{minutes} m {seconds:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} m"
 
 
 def _decimals(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
+    if abs(value) < 1e4:
+        return f"{value:.4f}"
+    return f"{value:.3g}"
 
 
 MEASURES = (

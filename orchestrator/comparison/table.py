@@ -8,29 +8,46 @@ from orchestrator.comparison.compare import Comparison, Row, shown
 from orchestrator.comparison.measure import Measure
 
 _LEFT_OUT = {"best_loss", "tokens_per_second"}  # in the report and the JSON; a terminal is narrow
-_COLUMNS = 3  # more differences than this share one column
+_MOST_COLUMNS = 3  # more differences than this share one column
+_MOST_SEEDS = 3  # of more, only the number is shown
 _LONGEST = 28  # characters of a param's value
 _STYLES = {"FINISHED": "", "FAILED": "red", "KILLED": "yellow", "RUNNING": "cyan"}
 
 
 def table(comparison: Comparison) -> Table:
     """One line per row; few differences each in a column, more of them together in one."""
-    apart = len(comparison.columns) <= _COLUMNS
-    made = Table(title=escape(comparison.title), caption=_caption(comparison), caption_justify="left")
-    made.box, made.pad_edge, made.padding = box.SIMPLE_HEAD, False, (0, 1, 0, 0)
-    made.add_column("run", overflow="fold")
-    for heading in _headings(comparison, apart):
-        made.add_column(escape(heading), overflow="fold")
-    measures = [measure for measure in comparison.measures if measure.key not in _LEFT_OUT]
-    for measure in measures:
-        made.add_column(measure.title.replace(" ", "\n"), justify="right", no_wrap=True)
-    if any(row.status != "FINISHED" for row in comparison.rows):
-        made.add_column("status", no_wrap=True)
+    title = escape(comparison.title)
+    caption = _caption(comparison)
+    grid = Table(title=title, caption=caption, caption_justify="left")
+    grid.box = box.SIMPLE_HEAD
+    grid.pad_edge = False
+    grid.padding = (0, 1, 0, 0)
+    grid.add_column("run", overflow="fold")
+    for heading in _headings(comparison):
+        grid.add_column(escape(heading), overflow="fold")
+    measures = []
+    for measure in comparison.measures:
+        if measure.key in _LEFT_OUT:
+            continue
+        measures.append(measure)
+        heading = measure.title.replace(" ", "\n")
+        grid.add_column(heading, justify="right", no_wrap=True)
+    states = {row.status for row in comparison.rows}
+    unfinished = states - {"FINISHED"}
+    if unfinished:
+        grid.add_column("status", no_wrap=True)
     for row in comparison.rows:
-        figures = [cell(row, measure, "\n") for measure in measures]
-        texts = [row.label + _seeds(comparison, row), *_differences(comparison, row, apart), *figures]
-        made.add_row(*map(escape, [*texts, row.status.lower()][: len(made.columns)]), style=_STYLES.get(row.status))
-    return made
+        seeds = _seeds(comparison, row)
+        cells = [row.label + seeds]
+        cells += _differences(comparison, row)
+        for measure in measures:
+            text = cell(row, measure, "\n")
+            cells.append(text)
+        if unfinished:
+            cells.append(row.status.lower())
+        style = _STYLES.get(row.status)
+        grid.add_row(*map(escape, cells), style=style)
+    return grid
 
 
 def cell(row: Row, measure: Measure, joint: str = " ") -> str:
@@ -38,40 +55,78 @@ def cell(row: Row, measure: Measure, joint: str = " ") -> str:
     figure = row.figure(measure.key)
     if figure is None:
         return "-"
-    spread = f"{joint}± {measure.show(figure.std)}" if figure.std else ""
-    return measure.show(figure.mean) + spread
+    mean = measure.show(figure.mean)
+    if not figure.std:
+        return mean
+    spread = measure.show(figure.std)
+    return f"{mean}{joint}± {spread}"
 
 
 def _caption(comparison: Comparison) -> str | None:
+    """What is the same for all rows, where there are several."""
     if len(comparison.rows) == 1:
         return None
-    same = (f"{key}={_clip(shown(key, value))}" for key, value in comparison.constant.items())
-    return escape(f"the same for all: {', '.join(same)}")
+    facts = []
+    for param, value in comparison.constant.items():
+        text = _value(param, value)
+        facts.append(f"{param}={text}")
+    joined = ", ".join(facts)
+    return escape(f"the same for all: {joined}")
 
 
-def _headings(comparison: Comparison, apart: bool) -> list[str]:
-    if not comparison.columns:
-        return []
-    return [comparison.heading(key) for key in comparison.columns] if apart else ["differences"]
+def _are_apart(comparison: Comparison) -> bool:
+    """Whether each difference has a column of its own."""
+    return len(comparison.columns) <= _MOST_COLUMNS
 
 
-def _differences(comparison: Comparison, row: Row, apart: bool) -> list[str]:
-    if not comparison.columns:
-        return []
-    if apart:
-        return [_clip(shown(key, row.differences[key])) or "-" for key in comparison.columns]
-    told = {comparison.heading(key): shown(key, value) for key, value in row.differences.items() if value}
-    return ["\n".join(f"{heading}={_clip(value)}" for heading, value in told.items())]
+def _headings(comparison: Comparison) -> list[str]:
+    """The headings of the columns with differences."""
+    if _are_apart(comparison):
+        return list(map(comparison.heading, comparison.columns))
+    return ["differences"]
+
+
+def _differences(comparison: Comparison, row: Row) -> list[str]:
+    """The cells of a row in the columns with differences."""
+    cells = []
+    by_heading = {}
+    for param in comparison.columns:
+        value = _value(param, row.differences[param])
+        cells.append(value or "-")
+        if value:
+            heading = comparison.heading(param)
+            by_heading[heading] = f"{heading}={value}"
+    if _are_apart(comparison):
+        return cells
+    return ["\n".join(by_heading.values())]
+
+
+def _value(param: str, value: str) -> str:
+    """A param's value, short enough for a terminal."""
+    return _clipped(shown(param, value))
 
 
 def _seeds(comparison: Comparison, row: Row) -> str:
     """The seeds, below the name, where there are several."""
-    if len(row.runs) > 1:
-        return f"\nseeds {', '.join(row.seeds)}" if len(row.runs) <= 3 else f"\n{len(row.runs)} seeds"
-    single = {other.seeds[0] for other in comparison.rows if len(other.runs) == 1}
-    return f"\nseed {row.seeds[0]}" if len(single) > 1 else ""
+    number = len(row.runs)
+    if number > _MOST_SEEDS:
+        return f"\n{number} seeds"
+    if number > 1:
+        seeds = ", ".join(row.seeds)
+        return f"\nseeds {seeds}"
+    single_seeds: set[str] = set()
+    for other in comparison.rows:
+        if len(other.runs) == 1:
+            single_seeds.update(other.seeds)
+    if len(single_seeds) < 2:
+        return ""
+    return f"\nseed {row.seeds[0]}"
 
 
-def _clip(text: str) -> str:
+def _clipped(text: str) -> str:
     """A long text without its middle: of a path the end says more."""
-    return text if len(text) <= _LONGEST else f"{text[:8]}…{text[9 - _LONGEST :]}"
+    if len(text) <= _LONGEST:
+        return text
+    begin = text[:8]
+    end = text[9 - _LONGEST :]
+    return f"{begin}…{end}"

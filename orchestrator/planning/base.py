@@ -3,37 +3,18 @@
 Reads the files of a folder, the headers of its weights, or the config.json of a hub id; needs no torch.
 """
 
-import importlib.util
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from methods.options import KINDS
 from methods.options.full import Full
 from methods.parts.targets import is_named
 from orchestrator.errors import InputError
 from orchestrator.planning import base_folder, quantised, vocabulary
+from orchestrator.planning.architecture import foreign_code, unfit
 from orchestrator.planning.model import ADAPTER, Model, folder_of, locate
 from runfolder.job import Base, Job
 
-_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
-_ALLOWED = "allowed: a ...ForCausalLM model"
-# Attention that sees the whole text at once, unless config.json says is_decoder.
-_ENCODERS = {
-    *("albert", "bert", "bert-generation", "big_bird", "camembert", "convbert", "data2vec-text", "deberta"),
-    *("deberta-v2", "distilbert", "electra", "ernie", "esm", "eurobert", "flaubert", "funnel", "ibert", "layoutlm"),
-    *("longformer", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra", "nomic_bert", "nystromformer"),
-    *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "xlm", "xlm-roberta"),
-    *("xlm-roberta-xl", "xlnet", "xmod", "yoso"),
-}
-_ENCODER_DECODERS = {
-    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "encoder-decoder", "fsmt", "led", "longt5"),
-    *("m2m_100", "marian", "mbart", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet"),
-    *("switch_transformers", "t5", "t5gemma", "udop", "umt5"),
-}
-# Parts of config.json that a model has which reads more than text.
-_SENSES = ("vision_config", "audio_config", "image_config", "video_config", "vision_tower_config", "mm_vision_tower")
 # Bases known to let the documents of a packed row see each other; the trainer finds others (see trainer/apart.py).
 _SEE_EACH_OTHER = {"bloom", "falcon", "mamba", "mpt", "opt"}
 _UNQUANTISED = "take the unquantised base, and method qlora"
@@ -43,24 +24,37 @@ def find_model(job: Job) -> Model:
     """The base, in its folder, the cache, or on the hub; raises InputError when it could not be loaded."""
     folder = folder_of(job.base)
     if folder is not None and not (folder / "config.json").exists():
-        raise InputError(f"base.model: {folder}: {base_folder.without_config(folder)}")
-    model = locate(job.base) or _on_hub(job.base)
-    where = model.folder or job.base.model
-    problem = unfit(model.config) or _foreign_code(model.config)
-    if problem is None and not model.scratch:
-        problem = _quantised(model)
-    if problem is None and Path(job.base.model).is_dir():  # a cached snapshot is completed by the trainer
-        problem = base_folder.lacks(model, Path(job.base.model))
+        reason = base_folder.without_config(folder)
+        raise InputError(f"base.model: {folder}: {reason}")
+    model = locate(job.base)
+    if model is None:
+        model = _on_hub(job.base)
+    problem = _unusable(job.base, model)
     if problem is not None:
+        where = model.folder or job.base.model
         raise InputError(f"base.model: {where}: {problem}")
-    return vocabulary.resized(model) if job.base.resize_embeddings else model
+    if job.base.resize_embeddings:
+        return vocabulary.resized(model)
+    return model
 
 
 def _on_hub(base: Base) -> Model:
     """The shapes of a base that is nowhere here."""
     from orchestrator.planning.hub import fetch_config  # what speaks HTTP is imported by who needs it
 
-    return Model(fetch_config(base), None, base.init == "scratch")
+    config = fetch_config(base)
+    return Model(config, None, base.init == "scratch")
+
+
+def _unusable(base: Base, model: Model) -> str | None:
+    """Why a base cannot be loaded and trained; None where it can."""
+    problem = unfit(model.config) or foreign_code(model.config)
+    if problem is None and not model.scratch:
+        problem = _quantised(model)
+    folder = Path(base.model)
+    if problem is None and folder.is_dir():  # a cached snapshot is completed by the trainer
+        problem = base_folder.lacks(model, folder)
+    return problem
 
 
 def misfits(job: Job, model: Model) -> list[str]:
@@ -71,88 +65,76 @@ def misfits(job: Job, model: Model) -> list[str]:
         problems.append(f"data.packing: documents in a row see each other in a base of type {kind}; allowed: false")
     if model.in_4_bits:
         problems += _in_4_bits(job, model)
-    if not job.method.makes_model and model.folder is not None and (model.folder / ADAPTER).exists():
+    if not job.method.makes_model and _holds_adapter(model):
         beside = f"it holds an adapter too ({ADAPTER}), which whoever loads the base for this run's adapter would get"
         problems.append(f"base.model: {model.folder}: {beside} with it; move that away")
     problems += _new_tokens(job, model)
+    problems += _refused_by_method(job, model)
+    return problems
+
+
+def _refused_by_method(job: Job, model: Model) -> Iterator[str]:
+    """Why the method cannot work on the base: on its config, or on its weights where they are known."""
     try:
         job.method.check(model.config, job.data.seq_len)
     except ValueError as error:
-        problems.append(str(error))
-    if model.shapes:
-        try:
-            job.method.trained(model.linears, model.others)
-        except ValueError as error:
-            problems.append(f"method: {error}")
-    return problems
+        yield str(error)
+    if not model.shapes:
+        return
+    try:
+        job.method.trained(model.linears, model.others)
+    except ValueError as error:
+        yield f"method: {error}"
+
+
+def _holds_adapter(model: Model) -> bool:
+    """Whether an adapter lies in the folder of the base."""
+    if model.folder is None:
+        return False
+    return (model.folder / ADAPTER).exists()
 
 
 def warnings(job: Job, model: Model) -> list[str]:
     """What is no reason to stop, but should be known of a base."""
-    found = []
-    kind, where = model.config["model_type"], model.folder or job.base.model
+    texts = []
+    kind = model.config["model_type"]
+    where = model.folder or job.base.model
     if "auto_map" in model.config:
-        found.append(f"base.model: {where}: its own code (auto_map) is not run; transformers' own {kind} is")
-    if model.folder is not None and (model.folder / ADAPTER).exists():
-        found.append(f"base.model: {where}: it holds an adapter too ({ADAPTER}), which is left out")
+        texts.append(f"its own code (auto_map) is not run; transformers' own {kind} is")
+    if _holds_adapter(model):
+        texts.append(f"it holds an adapter too ({ADAPTER}), which is left out")
     if model.unread:
-        more = (
-            f"{min(model.unread)}, and {len(model.unread) - 1} more" if len(model.unread) > 1 else min(model.unread)
-        )
-        found.append(f"base.model: {where}: weights of layers that config.json does not have are left out: {more}")
+        texts.append(_about_unread(model.unread))
     new = vocabulary.outside(model)
     if new:
         token, id_ = next(iter(new.items()))
-        rows = f"the base has {model.embeddings} embeddings, its tokenizer {len(new)} tokens beyond them"
-        found.append(f"base.model: {where}: {rows}, like {token!r} (id {id_}); base.resize_embeddings adds them")
-    return found
+        number = len(new)
+        rows = f"the base has {model.embeddings} embeddings, its tokenizer {number} tokens beyond them"
+        texts.append(f"{rows}, like {token!r} (id {id_}); base.resize_embeddings adds them")
+    return [f"base.model: {where}: {text}" for text in texts]
 
 
-def unfit(config: Mapping[str, Any]) -> str | None:
-    """Why a model of this config.json does not write text from left to right; None where it does."""
-    kind, names = config.get("model_type"), config.get("architectures") or []
-    if not isinstance(kind, str):
-        return "config.json has no model_type"
-    if not isinstance(names, list):
-        return f"config.json has architectures {names!r}; allowed: a list of names"
-    found = ", ".join(map(str, names)) or f"a model of type {kind}"
-    causal = any(_CAUSAL.search(str(name)) for name in names)
-    senses = [key for key in _SENSES if config.get(key)]
-    if senses:
-        return f"found {found}, which reads more than text ({', '.join(senses)}); {_ALLOWED} that reads text alone"
-    if config.get("is_encoder_decoder") or (kind in _ENCODER_DECODERS and not causal):
-        return f"found {found}, an encoder with a decoder; {_ALLOWED}"
-    if kind in _ENCODERS and not config.get("is_decoder"):
-        return f"found {found}, an encoder: every token sees the whole text; {_ALLOWED}"
-    return None if causal or not names else f"found {found}; {_ALLOWED}"
-
-
-def _foreign_code(config: Mapping[str, Any]) -> str | None:
-    """Why a base with code of its own cannot be loaded; None where there is none, or transformers has its own."""
-    kind = str(config["model_type"])
-    installed = importlib.util.find_spec("transformers")
-    if "auto_map" not in config or installed is None or installed.origin is None:
-        return None
-    # Looked for by name, as transformers imports torch where there is one.
-    if (Path(installed.origin).parent / "models" / kind.replace("-", "_")).is_dir():
-        return None
-    return (
-        f"found code of its own (auto_map in config.json), which is never run, and transformers has no {kind}; "
-        "allowed: a base that transformers has the code of"
-    )
+def _about_unread(unread: set[str]) -> str:
+    """That weights are left out: the first of them by name, and how many more there are."""
+    names = min(unread)
+    if len(unread) > 1:
+        more = len(unread) - 1
+        names = f"{names}, and {more} more"
+    return f"weights of layers that config.json does not have are left out: {names}"
 
 
 def _quantised(model: Model) -> str | None:
     """Why a base that is quantised already cannot be trained on; None for 4 bits by bitsandbytes."""
-    found = quantised.method(model.config)
-    if found is None:
+    method = quantised.method(model.config)
+    if method is None:
         return None
-    if found == quantised.FOUR_BITS:
-        storage = str((model.config.get("quantization_config") or {}).get("bnb_4bit_quant_storage", "uint8"))
+    if method == quantised.FOUR_BITS:
+        settings = model.config.get("quantization_config") or {}
+        storage = str(settings.get("bnb_4bit_quant_storage", "uint8"))
         if storage.removeprefix("torch.") == "uint8":
             return _not_packed(model)
-        found = f"{found}, stored as {storage}"
-    return f"it is quantised already ({found}); {_UNQUANTISED}"
+        method = f"{method}, stored as {storage}"
+    return f"it is quantised already ({method}); {_UNQUANTISED}"
 
 
 def _not_packed(model: Model) -> str | None:
@@ -166,9 +148,9 @@ def _in_4_bits(job: Job, model: Model) -> list[str]:
     """What the job asks for and a base in 4 bits cannot do."""
     problems = []
     if not job.method.on_4_bits:
-        kinds = ", ".join(kind for kind, options in KINDS.items() if options.on_4_bits)
-        allowed = f"allowed: the unquantised base, or one of {kinds}"
-        problems.append(f"method.kind: found {job.method.kind}, and the base is in 4 bits already; {allowed}")
+        allowed = f"allowed: the unquantised base, or one of {_kinds_on_4_bits()}"
+        kind = job.method.kind
+        problems.append(f"method.kind: found {kind}, and the base is in 4 bits already; {allowed}")
     try:
         job.method.check_in_4_bits(model.config["quantization_config"])
     except ValueError as error:
@@ -178,16 +160,55 @@ def _in_4_bits(job: Job, model: Model) -> list[str]:
     return problems
 
 
+def _kinds_on_4_bits() -> str:
+    """The kinds of methods that train on a base in 4 bits."""
+    kinds = []
+    for kind, options in KINDS.items():
+        if options.on_4_bits:
+            kinds.append(kind)
+    return ", ".join(kinds)
+
+
 def _new_tokens(job: Job, model: Model) -> list[str]:
     """Why the embeddings of new tokens would not be trained as the job wants it."""
-    longer = [name for name, shape in model.shapes.items() if shape != model.own_shapes[name]]
-    method = job.method
-    frozen = [name for name in longer if isinstance(method, Full) and method.freezes(name)]
-    if frozen:
-        return [f"method.freeze: {frozen[0]} would be frozen with its new rows, which base.resize_embeddings adds"]
-    targets = getattr(method, "target", "all-linear")
-    for pattern in () if method.makes_model or targets == "all-linear" else targets:
-        if any(is_named(name.removesuffix(".weight"), pattern) for name in longer):
-            reason = "base.resize_embeddings trains its new rows, and an adapter on it cannot"
-            return [f"method.target: found {pattern!r}; {reason}; allowed: a target without it"]
+    longer = _longer_weights(model)
+    frozen = _frozen_weight(job, longer)
+    if frozen is not None:
+        return [f"method.freeze: {frozen} would be frozen with its new rows, which base.resize_embeddings adds"]
+    pattern = _targeting_pattern(job, longer)
+    if pattern is not None:
+        reason = "base.resize_embeddings trains its new rows, and an adapter on it cannot"
+        return [f"method.target: found {pattern!r}; {reason}; allowed: a target without it"]
     return []
+
+
+def _longer_weights(model: Model) -> list[str]:
+    """The weights that get new rows."""
+    longer = []
+    for name, shape in model.shapes.items():
+        if shape != model.own_shapes[name]:
+            longer.append(name)
+    return longer
+
+
+def _frozen_weight(job: Job, weights: list[str]) -> str | None:
+    """The first of these weights that the method freezes."""
+    if not isinstance(job.method, Full):
+        return None
+    for name in weights:
+        if job.method.freezes(name):
+            return name
+    return None
+
+
+def _targeting_pattern(job: Job, weights: list[str]) -> str | None:
+    """The first pattern among the method's targets that names one of these weights."""
+    targets = getattr(job.method, "target", "all-linear")
+    if job.method.makes_model or targets == "all-linear":
+        return None
+    modules = [name.removesuffix(".weight") for name in weights]
+    for pattern in targets:
+        for module in modules:
+            if is_named(module, pattern):
+                return str(pattern)
+    return None

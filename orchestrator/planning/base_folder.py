@@ -4,7 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.planning.model import ADAPTER, LLAMA_LIKE, Model, weight_files
+from orchestrator.planning.llama import LLAMA_LIKE
+from orchestrator.planning.model import ADAPTER, Model
+from orchestrator.planning.safetensors import Shapes, weight_files
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # Weights that are not read: a pickle can run code as it is loaded, the others are of other libraries.
@@ -19,82 +21,122 @@ def without_config(folder: Path) -> str:
     for inside in ("merged", "output", "output/merged"):
         if (folder / inside / "config.json").exists():
             return f"no config.json; there is one in {inside} in it"
-    found = _named(_other_weights(folder))
-    if not found:
+    weights = _other_weights(folder)
+    if not weights:
         return "no config.json; a base has one"
-    if all(path.suffix == ".gguf" for path in _other_weights(folder)):
-        return f"found only GGUF ({found}), which is not read; take the base that it was made from"
-    return f"found weights ({found}) without config.json; take the whole folder of the base"
+    names = _first_of(weights)
+    if _suffixes(weights) == {".gguf"}:
+        return _gguf_alone(names)
+    return f"found weights ({names}) without config.json; take the whole folder of the base"
+
+
+def _gguf_alone(names: str) -> str:
+    """What to do about a folder that has its weights as GGUF and in no other format."""
+    return f"found only GGUF ({names}), which is not read; take the base that it was made from"
 
 
 def _an_adapter(folder: Path) -> str:
     """What to do about an adapter that is given as base."""
+    base = _base_of_adapter(folder)
+    named_base = f"its base ({base})" if base else "its base"
+    fix = f"name {named_base}, or the model merged from both (output.merge)"
+    merged = folder / "merged"
+    if (merged / "config.json").exists():
+        fix = f"name {named_base}, or the merged model in {merged}"
+    return f"found an adapter ({ADAPTER}) and no base; {fix}"
+
+
+def _base_of_adapter(folder: Path) -> object:
+    """The base that an adapter names; None where it names none."""
     try:
-        base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
+        config = json.loads((folder / ADAPTER).read_text())
+        return config["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
-        base = None
-    own = f"its base ({base})" if base else "its base"
-    mend = f"name {own}, or the model merged from both (output.merge)"
-    if (folder / "merged" / "config.json").exists():
-        mend = f"name {own}, or the merged model in {folder / 'merged'}"
-    return f"found an adapter ({ADAPTER}) and no base; {mend}"
+        return None
 
 
 def lacks(model: Model, folder: Path) -> str | None:
     """What a user's own folder lacks of all that is loaded; a cached snapshot is completed by the trainer."""
-    tokenizer = any((folder / name).is_file() for name in TOKENIZERS)
+    files = [folder / name for name in TOKENIZERS]
+    has_tokenizer = any(map(Path.is_file, files))
     if not model.scratch and not weight_files(folder):
-        return _without_weights(folder, tokenizer)
-    if not tokenizer:
-        return f"no tokenizer; allowed: one of {', '.join(TOKENIZERS)}"
-    return None if model.scratch or model.in_4_bits else _unlike(model)
+        return _without_weights(folder, has_tokenizer)
+    if not has_tokenizer:
+        names = ", ".join(TOKENIZERS)
+        return f"no tokenizer; allowed: one of {names}"
+    if model.scratch or model.in_4_bits:
+        return None
+    return _unlike_config(model)
 
 
-def _without_weights(folder: Path, tokenizer: bool) -> str:
+def _without_weights(folder: Path, has_tokenizer: bool) -> str:
     """What a folder with config.json holds instead of the weights that are read."""
     if (folder / ADAPTER).exists():
         return _an_adapter(folder)
-    other = _other_weights(folder)
-    found = _named(other)
-    if not found:
-        hint = "; say base.init: scratch to start from random weights" if tokenizer else " and no tokenizer"
+    weights = _other_weights(folder)
+    if not weights:
+        hint = " and no tokenizer"
+        if has_tokenizer:
+            hint = "; say base.init: scratch to start from random weights"
         return f"no model.safetensors (nor its index){hint}"
-    suffixes = {path.suffix for path in other}
+    names = _first_of(weights)
+    suffixes = _suffixes(weights)
     if suffixes == {".gguf"}:
-        return f"found only GGUF ({found}), which is not read; take the base that it was made from"
+        return _gguf_alone(names)
     if suffixes == {".safetensors"}:
-        return f"found {found}, but neither model.safetensors nor model.safetensors.index.json, which names the files"
-    if not any(path.name.startswith("pytorch_model") for path in other):
-        return f"found weights as {found}; only safetensors are read: take the base in transformers' own format"
+        return f"found {names}, but neither model.safetensors nor model.safetensors.index.json, which names the files"
+    are_of_torch = any(path.name.startswith("pytorch_model") for path in weights)
+    if not are_of_torch:
+        return f"found weights as {names}; only safetensors are read: take the base in transformers' own format"
     convert = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-    return f"found weights as {found}; only safetensors are read: convert them, if you trust them, by {convert}"
+    return f"found weights as {names}; only safetensors are read: convert them, if you trust them, by {convert}"
 
 
 def _other_weights(folder: Path) -> list[Path]:
     """The weights in a folder, of any library and by any name, that are no adapter's and no optimizer's."""
-    found = {path for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.name not in _NO_WEIGHTS)
+    weights: set[Path] = set()
+    for pattern in _OTHER_WEIGHTS:
+        weights.update(folder.glob(pattern))
+    for name in _NO_WEIGHTS:
+        weights.discard(folder / name)
+    return sorted(weights)
 
 
-def _named(files: list[Path]) -> str:
+def _suffixes(files: list[Path]) -> set[str]:
+    return {path.suffix for path in files}
+
+
+def _first_of(files: list[Path]) -> str:
     """The first of the files by name, and how many more there are."""
-    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return f"{files[0].name}{more}" if files else ""
+    name = files[0].name
+    if len(files) == 1:
+        return name
+    return f"{name} and {len(files) - 1} more"
 
 
-def _unlike(model: Model) -> str | None:
+def _unlike_config(model: Model) -> str | None:
     """How the weights of a folder differ from what its config.json says, where that is known."""
     if model.config["model_type"] not in LLAMA_LIKE:
         return None
     wanted = replace(model, scratch=True).shapes
-    # Saved without the head's class, the names lack the first part.
-    held = {name if name in wanted else f"model.{name}": shape for name, shape in model.shapes.items()}
+    held = _with_whole_names(model.shapes, wanted)
     lacking = [name for name in wanted if name not in held]
     if lacking:
-        return (
-            f"its weights lack {lacking[0]}, and {len(lacking) - 1} more of the {len(wanted)} of such a config.json"
-        )
+        others = len(lacking) - 1
+        more = f"and {others} more of the {len(wanted)} of such a config.json"
+        return f"its weights lack {lacking[0]}, {more}"
     for name, shape in wanted.items():
-        if held[name] != shape:
-            return f"its weights have {name} {list(held[name])}; config.json says {list(shape)}"
+        held_shape = held[name]
+        if held_shape != shape:
+            weights = f"{name} {list(held_shape)}"
+            return f"its weights have {weights}; config.json says {list(shape)}"
     return None
+
+
+def _with_whole_names(shapes: Shapes, wanted: Shapes) -> Shapes:
+    """The shapes by the names that the class with the head has: saved without it, they lack the first part."""
+    held: Shapes = {}
+    for name, shape in shapes.items():
+        whole = name if name in wanted else f"model.{name}"
+        held[whole] = shape
+    return held

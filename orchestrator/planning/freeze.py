@@ -19,7 +19,7 @@ from runfolder.sources import Here, parse
 
 Source = str | Path | Mapping[str, Any] | Job
 
-_GIT_TIMEOUT = 5.0  # seconds
+_GIT_TIMEOUT_S = 5.0
 
 
 def read(source: Source, overrides: Iterable[str] = ()) -> tuple[Job, Path]:
@@ -37,72 +37,82 @@ def read(source: Source, overrides: Iterable[str] = ()) -> tuple[Job, Path]:
 
 def absolute(job: Job, folder: Path) -> Job:
     """The job with its paths made absolute: relative to `folder` if they exist there, else to the current one."""
-    data = job.data.model_copy(
-        update={
-            "train": _source(job.data.train, folder),
-            "eval": _source(job.data.eval, folder) if job.data.eval else None,
-        }
-    )
-    found = _existing(job.base.model, folder)
-    base = job.base.model_copy(update={"model": str(found)}) if found and found.is_dir() else job.base
+    train = _absolute_source(job.data.train, folder)
+    evaluation = None
+    if job.data.eval:
+        evaluation = _absolute_source(job.data.eval, folder)
+    sources = {"train": train, "eval": evaluation}
+    data = job.data.model_copy(update=sources)
+    base = job.base
+    base_folder = _existing(base.model, folder)
+    if base_folder and base_folder.is_dir():
+        base = base.model_copy(update={"model": str(base_folder)})
     return job.model_copy(update={"data": data, "base": base})
 
 
 def record(job: Job, model: Model, cluster: str, folder: Path) -> dict[str, Any]:
     """What RUN_DIR/job.yaml says beside the run id; nothing in it is secret."""
+    submitted = time.time()
+    hidden_size = model.config.get("hidden_size")
     return {
         "cluster": cluster,
-        "submitted": time.time(),
+        "submitted": submitted,
         "versions": versions(),
         "digests": digests(job, model.folder),
         "git": git_state(folder),
-        "job": without_secrets(job).at_width(model.config.get("hidden_size")).dump(),
+        "job": without_secrets(job).at_width(hidden_size).dump(),
     }
 
 
 def versions() -> dict[str, str]:
     """Python's version and those of the packages that matter, as far as they are installed here."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
     """The commit of a folder and whether anything is uncommitted there; None outside of git."""
     try:
         commit = _git(folder, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
+        changes = _git(folder, "status", "--porcelain")
     except (OSError, subprocess.SubprocessError):
         return None
+    return {"commit": commit, "dirty": bool(changes)}
 
 
-def _source(source: str, folder: Path) -> str:
+def _absolute_source(source: str, folder: Path) -> str:
     """A data source as an absolute path, unless it is none of this machine."""
-    found = _existing(source, folder)
-    if found is None and not isinstance(parse(source), Here):
-        return source
-    return str(found or _absolute(source, folder))
+    path = _existing(source, folder)
+    if path is not None:
+        return str(path)
+    if isinstance(parse(source), Here):
+        return str(_absolute_path(source, folder))
+    return source
 
 
 def _existing(path: str, folder: Path) -> Path | None:
+    """The path in a folder or in the current one; None when it is in neither."""
     for parent in (folder, Path.cwd()):
-        found = _absolute(path, parent)
-        if found.exists():
-            return found
+        candidate = _absolute_path(path, parent)
+        if candidate.exists():
+            return candidate
     return None
 
 
-def _absolute(path: str, folder: Path) -> Path:
-    # Not resolved: a link may have no suffix at its other end, and the suffix says how a file is read.
-    return Path(os.path.abspath(folder / Path(path).expanduser()))  # noqa: PTH100
+def _absolute_path(path: str, folder: Path) -> Path:
+    """The path from a folder. A link keeps its own name: the reader of a file is chosen by its suffix."""
+    expanded = Path(path).expanduser()
+    absolute_path = os.path.abspath(folder / expanded)  # noqa: PTH100
+    return Path(absolute_path)
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=_GIT_TIMEOUT, check=True
-    )
+    command = ["git", "-C", str(folder)]
+    command += arguments
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, check=True)
     return done.stdout.strip()

@@ -12,7 +12,7 @@ from orchestrator.errors import InputError
 from orchestrator.planning.model import HUB_ID
 from runfolder.job import Base
 
-_TIMEOUT = 3.0  # seconds; submitting must not hang on a dead network
+_TIMEOUT_S = 3.0  # submitting must not hang on a dead network
 
 
 class _TokenStays(HTTPRedirectHandler):
@@ -22,9 +22,15 @@ class _TokenStays(HTTPRedirectHandler):
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Request | None:
         following = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if following and urlsplit(newurl)[:2] != urlsplit(req.full_url)[:2]:  # scheme, host and port
+        if following and _origin(newurl) != _origin(req.full_url):
             following.remove_header("Authorization")
         return following
+
+
+def _origin(url: str) -> tuple[str, str]:
+    """The scheme of a URL, and its host with the port."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc
 
 
 def fetch_config(base: Base) -> dict[str, Any]:
@@ -33,24 +39,34 @@ def fetch_config(base: Base) -> dict[str, Any]:
         where = f"base.model: found {base.model!r}, which is no folder"
         raise InputError(f"{where}; allowed: a folder, or a hub id owner/name")
     where = f"base.model: found {base.model!r}, which is no folder and not in the local cache of the hub"
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("", "0", "FALSE", "NO"):
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper()
+    if offline not in ("", "0", "FALSE", "NO"):
         raise InputError(f"{where}; allowed: a folder, or a cached id while HF_HUB_OFFLINE is set")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    token = os.environ.get("HF_TOKEN")
-    request = Request(
-        f"{endpoint}/{base.model}/resolve/{base.revision or 'main'}/config.json",
-        headers={"Authorization": f"Bearer {token}"} if token else {},
-    )
+    request = _config_request(endpoint, base)
     try:
-        with build_opener(_TokenStays).open(request, timeout=_TIMEOUT) as answer:
+        with build_opener(_TokenStays).open(request, timeout=_TIMEOUT_S) as answer:
             config = json.loads(answer.read())
     except HTTPError as error:
-        raise InputError(f"{where}; {endpoint} says: {_refusal(error.code)}") from None
+        refusal = _refusal(error.code)
+        raise InputError(f"{where}; {endpoint} says: {refusal}") from None
     except (URLError, OSError, ValueError) as error:
         raise InputError(f"{where}; {endpoint} gives no config.json: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"{where}; {endpoint} gives a config.json that is no object")
     return config
+
+
+def _config_request(endpoint: str, base: Base) -> Request:
+    """The request for config.json of a base, with the user's token where there is one."""
+    headers = {}
+    token = os.environ.get("HF_TOKEN")
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    revision = base.revision or "main"
+    repository = f"{endpoint}/{base.model}"
+    url = f"{repository}/resolve/{revision}/config.json"
+    return Request(url, headers=headers)
 
 
 def _refusal(code: int) -> str:

@@ -11,6 +11,8 @@ from orchestrator.planning.preflight import check, has_gpus
 from orchestrator.planning.survey import Progress, Rows
 from runfolder.job import Job
 
+State = tuple[int, int]  # bytes of the optimizer's state: what ZeRO shares, and what it does not
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -66,8 +68,7 @@ def plan(source: Source, overrides: Iterable[str] = (), progress: Progress = lam
     `progress` is called with a data source and the number of its rows that are looked at.
     """
     job, _ = read(source, overrides)
-    found = check(job, progress)
-    per_pass = job.resources.world * job.train.micro_batch * job.data.seq_len
+    findings = check(job, progress)
     return Plan(
         name=job.name,
         base=job.base.model,
@@ -75,55 +76,95 @@ def plan(source: Source, overrides: Iterable[str] = (), progress: Progress = lam
         workers=job.resources.world,
         zero=job.sharding.zero,
         precision=precision(job),
-        rows=found.train.count if found.train else None,
-        eval_rows=found.eval.count if found.eval else None,
+        rows=_count(findings.train),
+        eval_rows=_count(findings.eval),
         batch_tokens=job.train.batch_tokens,
-        micro_batches=ceil(job.train.batch_tokens / per_pass),
-        steps=job.train.steps or _steps(job, found.train),
+        micro_batches=_micro_batches(job),
+        steps=job.train.steps or _estimated_steps(job, findings.train),
         steps_estimated=job.train.steps is None,
-        sizes=sizes(job, found.model),
-        warnings=found.warnings,
+        sizes=sizes(job, findings.model),
+        warnings=findings.warnings,
     )
+
+
+def _count(rows: Rows | None) -> int | None:
+    return rows.count if rows else None
+
+
+def _micro_batches(job: Job) -> int:
+    """Forward passes per worker and step, when every batch is full."""
+    sequences = job.resources.world * job.train.micro_batch
+    tokens_per_pass = sequences * job.data.seq_len
+    passes = job.train.batch_tokens / tokens_per_pass
+    return ceil(passes)
 
 
 def precision(job: Job) -> str:
     """bf16 or fp32, as the job says or as its workers have GPUs."""
-    return job.train.precision if job.train.precision != "auto" else "bf16" if has_gpus(job) else "fp32"
+    if job.train.precision != "auto":
+        return job.train.precision
+    return "bf16" if has_gpus(job) else "fp32"
 
 
 def sizes(job: Job, model: Model) -> Sizes | None:
     """Parameters and bytes per worker of a job on a base; None when its shapes are not known."""
     if not model.shapes:
         return None
-    method, shapes = job.method, (model.linears, model.others)
-    new = 0 if method.makes_model else model.added
-    added, trained = method.adds(*shapes) + new, method.trained(*shapes) + new
+    method = job.method
+    linears = model.linears
+    others = model.others
+    new_rows = 0 if method.makes_model else model.added
+    added = method.adds(linears, others) + new_rows
+    trained = method.trained(linears, others) + new_rows
+    shared, held = _frozen_bytes(job, model)
+    state = method.optimizer_bytes(linears, others)
+    zero = job.sharding.zero
+    workers = job.resources.world
+    per_worker = memory(shared, held, trained, state, zero, workers)
+    parameters = count(model.shapes) + added
+    return Sizes(parameters, trained, per_worker, held)
+
+
+def _frozen_bytes(job: Job, model: Model) -> tuple[int, int]:
+    """Bytes of the frozen weights: those that ZeRO 3 shares, those that every worker holds."""
     # Frozen weights keep the dtype of the forward pass; those of a method that leaves a model are fp32 throughout.
-    element = 2 if precision(job) == "bf16" and not method.makes_model else 4
-    shared, held = model.frozen_bytes(element) if model.in_4_bits else method.frozen_bytes(*shapes, element)
-    state = method.optimizer_bytes(*shapes)
-    found = memory(shared, held, trained, state, job.sharding.zero, job.resources.world)
-    return Sizes(count(model.shapes) + added, trained, found, held)
+    element = 4
+    if precision(job) == "bf16" and not job.method.makes_model:
+        element = 2
+    if model.in_4_bits:
+        return model.frozen_bytes(element)
+    linears = model.linears
+    others = model.others
+    return job.method.frozen_bytes(linears, others, element)
 
 
-def memory(shared: int, held: int, trained: int, state: tuple[int, int], zero: int, world: int) -> Memory:
+def memory(shared: int, held: int, trained: int, state: State, zero: int, world: int) -> Memory:
     """Bytes per worker, from the number of trained parameters and the bytes of frozen weights and optimizer `state`.
 
     Trained weights and gradients are fp32. ZeRO 1 and 2 keep an fp32 copy of each worker's part; ZeRO 3 shares the
     frozen weights too, but not those `held` by every worker. The second part of `state` is never shared.
     """
-    part, whole, own = ceil(trained / world), 4 * trained, ceil(state[0] / world) + state[1]
+    state_shared, state_held = state
+    whole = 4 * trained
+    part = 4 * ceil(trained / world)
+    weights = held + shared + whole
+    state_part = ceil(state_shared / world) + state_held
+    optimizer = part + state_part
     match zero:
         case 0:
-            return Memory(held + shared + whole, whole, sum(state))
+            return Memory(weights, whole, state_shared + state_held)
         case 1:
-            return Memory(held + shared + whole, whole, 4 * part + own)
+            return Memory(weights, whole, optimizer)
         case 2:
-            return Memory(held + shared + whole, 4 * part, 4 * part + own)
-    return Memory(held + ceil(shared / world) + 4 * part, 4 * part, 4 * part + own)
+            return Memory(weights, part, optimizer)
+    shared_part = ceil(shared / world)
+    weights = held + shared_part + part
+    return Memory(weights, part, optimizer)
 
 
-def _steps(job: Job, train: Rows | None) -> int | None:
+def _estimated_steps(job: Job, train: Rows | None) -> int | None:
     if train is None or job.train.epochs is None:
         return None
-    return max(1, ceil(job.train.epochs * train.tokens / job.train.batch_tokens))
+    tokens = job.train.epochs * train.tokens
+    steps = ceil(tokens / job.train.batch_tokens)
+    return max(1, steps)

@@ -1,6 +1,6 @@
 """What can be known to be wrong before anything is started. Reads files and headers; needs no torch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -11,7 +11,7 @@ from orchestrator.planning.model import Model
 from orchestrator.planning.survey import Looked, Progress, Rows, look, missing, writes_date
 from orchestrator.tracking.store import check_uri
 from runfolder.job import Job
-from trainer.data.survey import unknown_id
+from trainer.data.survey import Survey, unknown_id
 from trainer.data.survey import warnings as row_warnings
 
 _FEW_STEPS = 20  # below these, warm-up and schedule are a matter of chance
@@ -33,14 +33,23 @@ def check(job: Job, progress: Progress = lambda _source, _rows: None) -> Finding
 
     `progress` is called with a source and the number of its rows that are done.
     """
-    model, problems = _base(job)
+    model, base_problems = _base(job)
     looked = look(job, model, progress)
-    found = looked.found
-    problems = [*looked.problems, *_unknown_ids(model, found), *problems, *_batch(job), *_tracking(job)]
+    problems = list(looked.problems)
+    if model is not None:
+        problems += _unknown_ids(model, looked)
+    problems += base_problems
+    problems += _batch_problems(job)
+    problems += _tracking_problems(job)
     if problems or model is None:
-        raise InputError("\n".join(dict.fromkeys(problems)))
-    warnings = [*_warnings(job), *base.warnings(job, model), *_about_rows(job, model, looked)]
-    return Findings(model, found["train"], found["eval"], tuple(warnings))
+        lines = dict.fromkeys(problems)  # each once
+        raise InputError("\n".join(lines))
+    warnings = _layout_warnings(job)
+    warnings += base.warnings(job, model)
+    warnings += _row_warnings(job, model, looked)
+    train = looked.rows["train"]
+    evaluation = looked.rows["eval"]
+    return Findings(model, train, evaluation, tuple(warnings))
 
 
 def _base(job: Job) -> tuple[Model | None, list[str]]:
@@ -55,21 +64,24 @@ def _base(job: Job) -> tuple[Model | None, list[str]]:
         return model, [str(error)]
 
 
-def _unknown_ids(model: Model | None, found: Mapping[str, Rows | None]) -> Iterator[str]:
+def _unknown_ids(model: Model, looked: Looked) -> Iterator[str]:
     """Tokens of the rows that the base has no embedding for."""
-    for key, those in found.items():
-        if model and those and those.survey and (problem := unknown_id(those.survey, model.embeddings)):
+    for key, rows in looked.rows.items():
+        if rows is None or not rows.survey:
+            continue
+        problem = unknown_id(rows.survey, model.embeddings)
+        if problem:
             yield f"data.{key}, {problem}"
 
 
-def _batch(job: Job) -> list[str]:
+def _batch_problems(job: Job) -> list[str]:
     if job.train.batch_tokens >= job.data.seq_len:
         return []
     allowed = f"at least one sequence (data.seq_len {job.data.seq_len})"
     return [f"train.batch_tokens: found {job.train.batch_tokens}; allowed: {allowed}"]
 
 
-def _tracking(job: Job) -> list[str]:
+def _tracking_problems(job: Job) -> list[str]:
     try:
         check_uri(job.tracking.uri)
     except InputError as error:
@@ -79,17 +91,23 @@ def _tracking(job: Job) -> list[str]:
 
 def has_gpus(job: Job) -> bool:
     """Whether the workers of this job get GPUs: as it says, else as this machine has them."""
-    return job.resources.gpus_per_node is not None or room()[0] == "gpu"
+    if job.resources.gpus_per_node is not None:
+        return True
+    kind, _ = room()
+    return kind == "gpu"
 
 
-def _warnings(job: Job) -> list[str]:
+def _layout_warnings(job: Job) -> list[str]:
+    """What a user should know of the machine and the layout that the job asks for, and of its method on them."""
     warnings = []
     kind, total = room()
-    if kind == "cpu" and job.resources.world > total:
-        warnings.append(f"resources: {job.resources.world} workers share the {total} cores of this machine")
+    workers = job.resources.world
+    if kind == "cpu" and workers > total:
+        warnings.append(f"resources: {workers} workers share the {total} cores of this machine")
     if job.train.precision == "bf16" and not has_gpus(job):
         warnings.append("train.precision: bf16 on a CPU can be twenty times slower than fp32")
-    if job.method.makes_model and job.sharding.zero == 0 and job.resources.world > 1:
+    holds_all_state = job.sharding.zero == 0 and workers > 1
+    if job.method.makes_model and holds_all_state:
         warnings.append("sharding.zero: 0 keeps the whole optimizer state on every worker; 1 shares it at no cost")
     if getattr(job.method, "dropout", 0) > 0:
         warnings.append("method.dropout: the masks depend on the layout, so runs on other layouts differ")
@@ -98,26 +116,39 @@ def _warnings(job: Job) -> list[str]:
     return warnings
 
 
-def _about_rows(job: Job, model: Model, looked: Looked) -> Iterator[str]:
+def _row_warnings(job: Job, model: Model, looked: Looked) -> Iterator[str]:
     """What a user should know of the rows before they are trained on."""
-    for key, those in looked.found.items():
-        if those and those.survey:
-            yield from (f"data.{key}: {warning}" for warning in row_warnings(those.survey, job.data.seq_len))
-    train = looked.found["train"]
+    for key, rows in looked.rows.items():
+        if rows is None or not rows.survey:
+            continue
+        texts = row_warnings(rows.survey, job.data.seq_len)
+        for text in texts:
+            yield f"data.{key}: {text}"
+    train = looked.rows["train"]
     if train is None:
         yield "data.train: a hub dataset; its rows are first looked at by the workers"
         return
     if train.survey is None:
-        why = looked.failure or _why_not(model)
-        yield f"data: rows were not looked at as tokens ({why}); the workers do it first"
-    elif train.survey.number("chat") and writes_date(model) and job.data.date is None:
+        reason = looked.failure or _why_not_looked_at(model)
+        yield f"data: rows were not looked at as tokens ({reason}); the workers do it first"
+    elif _writes_todays_date(job, model, train.survey):
         yield "data.date: the chat template writes the day of submission into every chat; say a date to fix it"
     yield from few_steps(job, train.tokens)
 
 
-def _why_not(model: Model) -> str:
-    if missing():
-        return f"{', '.join(missing())} not installed: pip install 'fleetune[data]'"
+def _writes_todays_date(job: Job, model: Model, survey: Survey) -> bool:
+    """Whether chats hold a date that is another on another day."""
+    if not survey.number("chat"):
+        return False
+    return writes_date(model) and job.data.date is None
+
+
+def _why_not_looked_at(model: Model) -> str:
+    """Why the rows were not looked at as tokens, where nothing failed."""
+    packages = missing()
+    if packages:
+        names = ", ".join(packages)
+        return f"{names} not installed: pip install 'fleetune[data]'"
     if model.folder is None:
         return "the base's tokenizer is on the hub: fleetune rows fetches it"
     return "the file is large: fleetune rows takes its time"
@@ -125,13 +156,19 @@ def _why_not(model: Model) -> str:
 
 def few_steps(job: Job, tokens: int) -> Iterator[str]:
     """Whether a run over rows of so many tokens has steps enough, and which batch would give them."""
-    batch, epochs = job.train.batch_tokens, job.train.epochs
+    batch = job.train.batch_tokens
+    epochs = job.train.epochs
     if batch > tokens:
-        often = f"all rows have about {tokens} tokens, so a step holds each of them about {batch / tokens:.0f} times"
+        times = f"{batch / tokens:.0f} times"
+        often = f"all rows have about {tokens} tokens, so a step holds each of them about {times}"
         yield f"train.batch_tokens: found {batch}; {often}" + _enough(job, tokens)
-    elif epochs is not None and ceil(epochs * tokens / batch) < _FEW_STEPS:
-        steps = ceil(epochs * tokens / batch)
-        yield f"train.epochs: {epochs:g} epochs are {steps} steps, too few for a schedule" + _enough(job, tokens)
+        return
+    if epochs is None:
+        return
+    steps = ceil(epochs * tokens / batch)
+    if steps < _FEW_STEPS:
+        few = f"{epochs:g} epochs are {steps} steps, too few for a schedule"
+        yield f"train.epochs: {few}" + _enough(job, tokens)
 
 
 def _enough(job: Job, tokens: int) -> str:
@@ -139,5 +176,8 @@ def _enough(job: Job, tokens: int) -> str:
     epochs = job.train.epochs
     if epochs is None:
         return ""
-    batch = max(job.data.seq_len, int(epochs * tokens / _ENOUGH_STEPS))
-    return f"; train.batch_tokens: {batch} would give {ceil(epochs * tokens / batch)} steps"
+    all_tokens = epochs * tokens
+    share = int(all_tokens / _ENOUGH_STEPS)
+    batch = max(job.data.seq_len, share)
+    steps = ceil(all_tokens / batch)
+    return f"; train.batch_tokens: {batch} would give {steps} steps"

@@ -16,6 +16,10 @@ from runfolder.job import Job
 LARGEST = 1 << 20  # bytes of a job.yaml
 # What a bare string stands for in job.yaml.
 SHORT = {"base": "model", "data": "train", "method": "kind"}
+_DOTTED_KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
+_EXPONENT_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+Plain = dict[str, Any]  # a job as YAML has it, before it is validated
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,41 +42,43 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 continue
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands there twice", key.start_mark
-                )
+                problem = f"the key {key.value!r} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT_FLOAT, list("-+.0123456789"))
 
 
 def read(path: Path, overrides: Iterable[str] = ()) -> Job:
     """The job in a file, with `key=value` overrides applied; raises InputError."""
-    return validate(load(path), overrides, str(path))
+    plain = load(path)
+    return validate(plain, overrides, str(path))
 
 
-def validate(found: dict[str, Any], overrides: Iterable[str] = (), source: str = "job") -> Job:
+def validate(plain: Plain, overrides: Iterable[str] = (), source: str = "job") -> Job:
     """The job in plain data, with overrides applied; raises InputError with one line per error."""
-    found = _spelled_out(found)
+    plain = _spelled_out(plain)
     for override in overrides:
-        found = _spelled_out(_override(found, override))
+        overridden = _override(plain, override)
+        plain = _spelled_out(overridden)
     try:
-        return Job.model_validate(found)
+        return Job.model_validate(plain)
     except ValidationError as error:
-        raise InputError("\n".join(f"{source}: {line}" for line in explain(error, found))) from None
+        problems = explain(error, plain)
+        lines = [f"{source}: {problem}" for problem in problems]
+        raise InputError("\n".join(lines)) from None
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> Plain:
     """The mapping in a YAML file, unvalidated."""
-    found = parse(_text(path), str(path))
-    if not isinstance(found, dict):
-        what = "nothing" if found is None else type(found).__name__
-        raise InputError(f"{path}: found {what}; allowed: a mapping of keys like name, base, method, data, train")
-    return found
+    text = _read_text(path)
+    plain = parse(text, str(path))
+    if not isinstance(plain, dict):
+        kind = "nothing" if plain is None else type(plain).__name__
+        raise InputError(f"{path}: found {kind}; allowed: a mapping of keys like name, base, method, data, train")
+    return plain
 
 
 def parse(text: str, source: str) -> Any:
@@ -80,17 +86,22 @@ def parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise InputError(f"{source}: {line}{error.problem}") from None
+        place = ""
+        if error.problem_mark:
+            line = error.problem_mark.line + 1
+            place = f"line {line}: "
+        raise InputError(f"{source}: {place}{error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
+        first_line = str(error).splitlines()[0]
+        raise InputError(f"{source}: not YAML: {first_line}") from None
     except RecursionError:
         raise InputError(f"{source}: nested too deeply") from None
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
-        if (size := path.stat().st_size) > LARGEST:
+        size = path.stat().st_size
+        if size > LARGEST:
             raise InputError(f"{path}: found {size} bytes; a job.yaml has at most {LARGEST}")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -99,27 +110,33 @@ def _text(path: Path) -> str:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
-def _spelled_out(found: dict[str, Any]) -> dict[str, Any]:
+def _spelled_out(plain: Plain) -> Plain:
     """Bare strings as the mappings that they stand for."""
-    return {
-        key: {SHORT[key]: value} if key in SHORT and isinstance(value, str) else value for key, value in found.items()
-    }
+    spelled_out = dict(plain)
+    for key, inner_key in SHORT.items():
+        value = plain.get(key)
+        if isinstance(value, str):
+            spelled_out[key] = {inner_key: value}
+    return spelled_out
 
 
-def _override(found: dict[str, Any], text: str) -> dict[str, Any]:
-    """Set one dotted key; the mappings on its way are made."""
-    key, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
-        raise InputError(f"--set {text}: write key=value, like train.lr=3e-4")
-    return _put(found, key.split("."), parse(value, f"--set {text}"), f"--set {text}", ())
-
-
-def _put(found: dict[str, Any], keys: list[str], value: Any, source: str, above: tuple[str, ...]) -> dict[str, Any]:
-    key, *rest = keys
-    if not rest:
-        return {**found, key: value}
-    inner = found.get(key)
-    path = (*above, key)
-    if inner is not None and not isinstance(inner, dict):
-        raise InputError(f"{source}: {'.'.join(path)} is {reprlib.repr(inner)}, not a mapping")
-    return {**found, key: _put(inner or {}, rest, value, source, path)}
+def _override(plain: Plain, text: str) -> Plain:
+    """A copy with one dotted key set; the mappings on its way are made."""
+    key, equals, value_text = text.partition("=")
+    source = f"--set {text}"
+    if not equals or not _DOTTED_KEY.fullmatch(key):
+        raise InputError(f"{source}: write key=value, like train.lr=3e-4")
+    value = parse(value_text, source)
+    *parents, last = key.split(".")
+    overridden = dict(plain)
+    mapping = overridden
+    for depth, parent in enumerate(parents, 1):
+        inner = mapping.get(parent)
+        if inner is not None and not isinstance(inner, dict):
+            path = ".".join(parents[:depth])
+            value_there = reprlib.repr(inner)
+            raise InputError(f"{source}: {path} is {value_there}, not a mapping")
+        mapping[parent] = dict(inner or {})
+        mapping = mapping[parent]
+    mapping[last] = value
+    return overridden

@@ -12,53 +12,87 @@ from methods.options import KINDS, UNUSABLE
 from runfolder.job import Job
 
 Path = tuple[str | int, ...]
+ModelType = type[BaseModel]
 _LONGEST_WORD = 80  # characters: what is longer is no typing error of a name
 _LONGEST_VALUE = 200  # characters of a value in a message
 
 
-def explain(error: ValidationError, found: Any) -> list[str]:
-    """One line per field that is wrong; `found` is the data that was validated."""
-    problems: dict[Path, list[Any]] = {}
+def explain(error: ValidationError, plain: Any) -> list[str]:
+    """One line per field that is wrong; `plain` is the data that was validated."""
+    problems_by_path: dict[Path, list[Any]] = {}
     for problem in error.errors(include_url=False):
-        path = _path(problem["loc"], found)
+        path = _path(problem["loc"], plain)
         if problem["type"].startswith("union_tag"):
             path = (*path, "kind")
-        problems.setdefault(path, []).append(problem)
-    return [f"{'.'.join(map(str, path)) or 'job'}: {_line(path, those, found)}" for path, those in problems.items()]
+        problems_by_path.setdefault(path, []).append(problem)
+    lines = []
+    for path, problems in problems_by_path.items():
+        field = ".".join(map(str, path)) or "job"
+        explanation = _explanation(path, problems, plain)
+        lines.append(f"{field}: {explanation}")
+    return lines
 
 
 def nearest(word: object, among: Iterable[str]) -> str:
     """`did you mean 'lora'? `, or nothing."""
-    known = isinstance(word, str) and len(word) <= _LONGEST_WORD
-    close = difflib.get_close_matches(str(word), list(among), n=1) if known else []
-    return f"did you mean {close[0]!r}? " if close else ""
+    if not isinstance(word, str) or len(word) > _LONGEST_WORD:
+        return ""
+    matches = difflib.get_close_matches(word, list(among), n=1)
+    if not matches:
+        return ""
+    return f"did you mean {matches[0]!r}? "
 
 
-def _line(path: Path, problems: list[Any], found: Any) -> str:
-    kind, value = problems[0]["type"], _at(found, path)
+def _explanation(path: Path, problems: list[Any], plain: Any) -> str:
+    """What was found in a field and what is allowed there, from all that pydantic says of it."""
+    kind = problems[0]["type"]
     if kind == "extra_forbidden":
-        return _unknown_key(path, found)
-    seen = "missing; " if value is _NOTHING else f"found {_short(value)}; "
-    if kind.startswith("union_tag") and str(value) in UNUSABLE:
-        seen = f"found {_short(value)}, which cannot be used ({UNUSABLE[str(value)]}); "
+        return _unknown_key(path, plain)
+    value = _value_at(plain, path)
+    seen = _seen(kind, value)
     if kind == "value_error":
-        return (seen if isinstance(value, str) else "") + str(problems[0]["msg"]).removeprefix("Value error, ")
-    allowed = " or ".join(filter(None, dict.fromkeys(_allowed(problem) for problem in problems)))
-    hint = nearest(value, re.findall(r"'([^']+)'", allowed))
-    return f"{seen}{hint}allowed: {allowed}{_description(path, found)}" if allowed else "missing"
+        message = str(problems[0]["msg"])
+        message = message.removeprefix("Value error, ")
+        return seen + message if isinstance(value, str) else message
+    alternatives = dict.fromkeys(map(_allowed, problems))  # each once
+    allowed = " or ".join(filter(None, alternatives))
+    if not allowed:
+        return "missing"
+    names = re.findall(r"'([^']+)'", allowed)
+    hint = nearest(value, names)
+    description = _description(path, plain)
+    return f"{seen}{hint}allowed: {allowed}{description}"
+
+
+def _seen(kind: str, value: object) -> str:
+    """What was found in a field, or that nothing was."""
+    if kind.startswith("union_tag") and str(value) in UNUSABLE:
+        reason = UNUSABLE[str(value)]
+        return f"found {_short(value)}, which cannot be used ({reason}); "
+    if value is _NOTHING:
+        return "missing; "
+    return f"found {_short(value)}; "
 
 
 def _short(value: object) -> str:
     if value is None:
         return "null"
     text = reprlib.repr(value)  # of a deep value still thousands of characters
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+    if len(text) <= _LONGEST_VALUE:
+        return text
+    return f"{text[:_LONGEST_VALUE]}..."
 
 
-def _description(path: Path, found: Any) -> str:
-    model = _model_at(path[:-1], found)
-    field = model.model_fields.get(str(path[-1])) if model and path else None
-    return f" ({field.description})" if field and field.description else ""
+def _description(path: Path, plain: Any) -> str:
+    """The description of a field in parentheses, or nothing."""
+    model = _model_at(path[:-1], plain)
+    if not model or not path:
+        return ""
+    name = str(path[-1])
+    field = model.model_fields.get(name)
+    if not field or not field.description:
+        return ""
+    return f" ({field.description})"
 
 
 def _allowed(problem: Any) -> str:
@@ -75,61 +109,88 @@ def _allowed(problem: Any) -> str:
     return re.sub(r"^Input should (be )?|, (unable|got) .*", "", problem["msg"])
 
 
-def _path(loc: Path, found: Any) -> Path:
+def _path(loc: Path, plain: Any) -> Path:
     """A pydantic location without the labels of union branches, and nothing below such a label."""
     path: list[str | int] = []
-    model: type[BaseModel] | None = Job
+    model: ModelType | None = Job
     steps = list(loc)
     while steps:
         step = steps.pop(0)
-        known = model is not None and step in model.model_fields
-        if model is None and not isinstance(step, int):
+        is_index = isinstance(step, int)
+        if model is None and not is_index:
             break
         path.append(step)
-        model = _inside(model, step, found) if known and model else None
-        if known and step == "method" and steps:
+        is_field = model is not None and step in model.model_fields
+        model = _model_of(model, step, plain) if is_field and model else None
+        if is_field and step == "method" and steps:
             steps.pop(0)
     return tuple(path)
 
 
-def _model_at(path: Path, found: Any) -> type[BaseModel] | None:
-    model: type[BaseModel] | None = Job
+def _model_at(path: Path, plain: Any) -> ModelType | None:
+    """The model of the mapping at a path, when it has one."""
+    model: ModelType | None = Job
     for step in path:
-        model = _inside(model, step, found) if model else None
+        if model is None:
+            return None
+        model = _model_of(model, step, plain)
     return model
 
 
-def _inside(model: type[BaseModel], key: str | int, found: Any) -> type[BaseModel] | None:
+def _model_of(model: ModelType, key: str | int, plain: Any) -> ModelType | None:
     """The model of a field, when it has one."""
     if model is Job and key == "method":
-        kind = _at(found, ("method", "kind"))
+        kind = _value_at(plain, ("method", "kind"))
         return KINDS.get(kind) if isinstance(kind, str) else None
-    annotation = model.model_fields[str(key)].annotation if key in model.model_fields else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    if key not in model.model_fields:
+        return None
+    annotation = model.model_fields[str(key)].annotation
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return None
 
 
-def _unknown_key(path: Path, found: Any) -> str:
-    key, model = path[-1], _model_at(path[:-1], found)
-    siblings = list(model.model_fields) if model else []
-    elsewhere = [name for name in _dotted(found) if name.split(".")[-1] == key]
-    hint = nearest(key, siblings) or (f"did you mean {elsewhere[0]!r}? " if elsewhere else "")
-    return f"unknown key; {hint}allowed: {', '.join(siblings)}"
+def _unknown_key(path: Path, plain: Any) -> str:
+    """What to write instead of a key that no field has."""
+    key = path[-1]
+    model = _model_at(path[:-1], plain)
+    siblings: list[str] = []
+    if model:
+        siblings += model.model_fields
+    hint = nearest(key, siblings) or _namesake(key, plain)
+    allowed = ", ".join(siblings)
+    return f"unknown key; {hint}allowed: {allowed}"
 
 
-def _dotted(found: Any) -> Iterator[str]:
+def _namesake(key: str | int, plain: Any) -> str:
+    """`did you mean 'train.lr'? ` for the first key elsewhere in the job that has this name, or nothing."""
+    for dotted in _dotted_keys(plain):
+        *_, name = dotted.split(".")
+        if name == key:
+            return f"did you mean {dotted!r}? "
+    return ""
+
+
+def _dotted_keys(plain: Any) -> Iterator[str]:
     """Every key that the job knows, as in `--set`."""
     for name in Job.model_fields:
-        inside = _inside(Job, name, found)
-        yield from (f"{name}.{field}" for field in inside.model_fields) if inside else (name,)
+        model = _model_of(Job, name, plain)
+        if model is None:
+            yield name
+            continue
+        for field in model.model_fields:
+            yield f"{name}.{field}"
 
 
 _NOTHING = object()
 
 
-def _at(found: Any, path: Path) -> Any:
+def _value_at(plain: Any, path: Path) -> Any:
+    """The value at a path, or `_NOTHING`."""
+    value = plain
     for step in path:
         try:
-            found = found[step]
+            value = value[step]
         except (KeyError, IndexError, TypeError):
             return _NOTHING
-    return found
+    return value

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import ceil
 from pathlib import Path
 
 from fleetune_start import unshadowed
@@ -32,8 +33,10 @@ _NEEDED = ("transformers", "pyarrow", "numpy", "jinja2")
 _LARGEST = 256 << 20  # bytes of a file that is looked at as tokens before a run: a minute or two
 _CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English, for estimates alone
 _TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-_FORMAT = 2  # of the figures that are remembered
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+_FORMAT = 2  # of the surveys that are remembered
 
+Answers = dict[str, Survey | str]  # by the key of a source: its survey, or what is wrong with it
 Progress = Callable[[str, int], None]  # a source, and the number of its rows that are done
 
 
@@ -46,118 +49,171 @@ class Rows:
     survey: Survey | None = None
 
 
+RowsByKey = dict[str, Rows | None]  # by the key of a source
+
+
 @dataclass(frozen=True)
 class Looked:
     """What came of a look at `train` and `eval`.
 
-    `found` has None where there is no such source, or it is a hub dataset and no library to read it is here.
+    `rows` has None where there is no such source, or it is a hub dataset and no library to read it is here.
     `problems` are what is wrong with them, one line each; `failure` is why they were not looked at as tokens.
     """
 
-    found: Mapping[str, Rows | None]
+    rows: RowsByKey
     problems: list[str]
     failure: str | None
 
 
 def look(job: Job, model: Model | None, progress: Progress) -> Looked:
     """Look at what `train` and `eval` of a job hold."""
-    found: dict[str, Rows | None] = {"train": None, "eval": None}
-    problems, failure = [], None
-    tokenised: dict[str, Survey | str] = {}
+    rows_by_key: RowsByKey = {"train": None, "eval": None}
+    problems = []
+    failure = None
+    answers: Answers = {}
     try:
-        tokenised = _as_tokens(job, model, progress) if model else {}
+        if model:
+            answers = _as_tokens(job, model, progress)
     except ChildProcessError as error:
         failure = str(error)
     for key, source in sources(job).items():
-        answer = tokenised.get(key)
+        answer = answers.get(key)
+        if isinstance(answer, str):
+            problems.append(answer)
+            continue
         try:
-            if isinstance(answer, str):
-                problems.append(answer)
-            elif answer:
-                found[key] = Rows(answer.rows, answer.tokens, answer)
-            elif file_of(source) or importlib.util.find_spec("datasets"):
-                found[key] = _estimate(job, source)
+            rows_by_key[key] = _rows_of(job, source, answer)
         except ValueError as error:
             problems.append(f"data.{key}: {error}")
-    return Looked(found, problems, failure)
+    return Looked(rows_by_key, problems, failure)
+
+
+def _rows_of(job: Job, source: str, survey: Survey | None) -> Rows | None:
+    """What a source holds, by its survey or as an estimate; None for a hub dataset that nothing here can read."""
+    if survey:
+        return Rows(survey.rows, survey.tokens, survey)
+    if file_of(source) or importlib.util.find_spec("datasets"):
+        return _estimate(job, source)
+    return None
 
 
 def sources(job: Job) -> dict[str, str]:
     """The data sources of a job by their keys."""
-    return {"train": job.data.train, **({"eval": job.data.eval} if job.data.eval else {})}
+    by_key = {"train": job.data.train}
+    if job.data.eval:
+        by_key["eval"] = job.data.eval
+    return by_key
 
 
 def missing() -> list[str]:
     """What is not installed of the packages that look at rows as tokens."""
-    return [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    names = []
+    for name in _NEEDED:
+        if importlib.util.find_spec(name) is None:
+            names.append(name)
+    return names
 
 
 def with_date(job: Job) -> Job:
     """The job with today's date, unless it has one."""
     if job.data.date is not None:
         return job
-    return job.model_copy(update={"data": job.data.model_copy(update={"date": datetime.date.today()})})
+    today = datetime.date.today()
+    data = job.data.model_copy(update={"date": today})
+    return job.model_copy(update={"data": data})
 
 
 def writes_date(model: Model) -> bool:
     """Whether the base's chat template asks for today's date, as far as its files are here."""
     if model.folder is None:
         return True
-    names = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-    files = [model.folder / name for name in names if (model.folder / name).is_file()]
-    return any(asks_for_date(path.read_text(errors="replace")) for path in files)
+    for name in _TEMPLATE_FILES:
+        path = model.folder / name
+        if not path.is_file():
+            continue
+        template = path.read_text(errors="replace")
+        if asks_for_date(template):
+            return True
+    return False
 
 
-def _as_tokens(job: Job, model: Model, progress: Progress) -> dict[str, Survey | str]:
-    """The figures of each source that can be looked at as tokens from here, or what is wrong with it."""
+def _as_tokens(job: Job, model: Model, progress: Progress) -> Answers:
+    """The survey of each source that can be looked at as tokens from here, or what is wrong with it."""
     if model.folder is None or missing():
         return {}
     job = with_date(job)
-    found: dict[str, Survey | str] = {}
+    answers: Answers = {}
+    unknown: dict[str, str] = {}
     notes: dict[str, Path] = {}
     for key, source in sources(job).items():
-        file = file_of(source)
-        if file and file.is_file() and file.stat().st_size <= _LARGEST:
-            notes[key] = cache_folder() / "surveys" / f"{_key(job, source, model.folder)}.json"
-            if remembered := _remembered(notes[key]):
-                found[key] = remembered
-    wanted = {key: source for key, source in sources(job).items() if key in notes and key not in found}
-    for key, answer in _ask_child(job, model.folder, wanted, progress).items():
-        found[key] = answer
+        if not _is_quick(source):
+            continue
+        note = _note(job, source, model.folder)
+        notes[key] = note
+        remembered = _remembered(note)
+        if remembered:
+            answers[key] = remembered
+        else:
+            unknown[key] = source
+    new_answers = _ask_child(job, model.folder, unknown, progress)
+    for key, answer in new_answers.items():
+        answers[key] = answer
         if isinstance(answer, Survey):
-            with suppress(OSError):  # then the next look takes as long
-                notes[key].parent.mkdir(parents=True, exist_ok=True)
-                notes[key].write_text(json.dumps(answer.dump()))
-    return found
+            _remember(notes[key], answer)
+    return answers
+
+
+def _is_quick(source: str) -> bool:
+    """Whether a source is a file here, small enough to be looked at as tokens before a run."""
+    file = file_of(source)
+    if file is None or not file.is_file():
+        return False
+    return file.stat().st_size <= _LARGEST
 
 
 def _remembered(note: Path) -> Survey | None:
-    """The figures of an earlier look; None where there are none, or they were written by half."""
+    """The survey of an earlier look; None where there is none, or it was written by half."""
     try:
-        return Survey.load(json.loads(note.read_text()))
+        plain = json.loads(note.read_text())
+        return Survey.load(plain)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def _key(job: Job, source: str, folder: Path) -> str:
-    """A digest of all that the figures of a source depend on."""
+def _remember(note: Path, survey: Survey) -> None:
+    """Write a survey down for the next look, which takes as long as this one where that fails."""
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(survey.dump())
+        note.write_text(text)
+
+
+def _note(job: Job, source: str, folder: Path) -> Path:
+    """Where the survey of a source is remembered, by a digest of all that it depends on."""
+    surveys = cache_folder() / "surveys"
     data = job.data.model_dump(mode="json", exclude={"train", "eval", "packing"})
-    total = hashlib.sha256(repr((_FORMAT, digest(source), data, job.method.virtual_tokens)).encode())
+    virtual_tokens = job.method.virtual_tokens
+    facts = (_FORMAT, digest(source), data, virtual_tokens)
+    total = hashlib.sha256(repr(facts).encode())
     total.update(version("transformers").encode())
-    for path in sorted(path for path in folder.iterdir() if path.suffix in _TOKENIZER_FILES):
-        total.update(path.name.encode() + path.read_bytes())
-    return total.hexdigest()[:32]
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _TOKENIZER_FILES:
+            total.update(path.name.encode())
+            total.update(path.read_bytes())
+    key = total.hexdigest()[:32]
+    return surveys / f"{key}.json"
 
 
-def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: Progress) -> dict[str, Survey | str]:
-    """Have a child process look at sources: figures, or what is wrong, for those that it came to.
+def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: Progress) -> Answers:
+    """Have a child process look at sources: a survey, or what is wrong, for those that it came to.
 
     Raises ChildProcessError with its last line where it fails.
     """
     if not wanted:
         return {}
-    request = json.dumps({"job": job.dump(), "folder": str(folder), "sources": wanted})
-    found: dict[str, Survey | str] = {}
+    request = {"job": job.dump(), "folder": str(folder), "sources": wanted}
+    request_text = json.dumps(request)
+    answers: Answers = {}
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "trainer.data"],
@@ -170,28 +226,40 @@ def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: Prog
         with child:
             assert child.stdin and child.stdout
             with suppress(BrokenPipeError):  # it has failed already
-                child.stdin.write(request)
+                child.stdin.write(request_text)
                 child.stdin.close()
             for line in child.stdout:
                 answer = json.loads(line)
+                key = answer["key"]
                 if "done" in answer:
-                    progress(wanted[answer["key"]], answer["done"])
+                    progress(wanted[key], answer["done"])
+                elif "problem" in answer:
+                    answers[key] = answer["problem"]
                 else:
-                    found[answer["key"]] = answer["problem"] if "problem" in answer else Survey.load(answer["survey"])
+                    answers[key] = Survey.load(answer["survey"])
         if child.returncode:
             errors.seek(0)
-            last = (errors.read().strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+            lines = errors.read().strip().splitlines()
+            last = f"exit code {child.returncode}"
+            if lines:
+                last = lines[-1]
             raise ChildProcessError(f"looking at them failed: {last}")
-    return found
+    return answers
 
 
 def _estimate(job: Job, source: str) -> Rows:
-    count = tokens = 0
+    """The rows of a source, and their tokens by the characters that they have."""
+    count = 0
+    tokens = 0
     for row in rows(source, job.data.columns):
         count += 1
-        tokens += min(job.data.seq_len, -(-_characters(row) // _CHARACTERS_PER_TOKEN))
+        row_tokens = ceil(_characters(row) / _CHARACTERS_PER_TOKEN)
+        tokens += min(job.data.seq_len, row_tokens)
     return Rows(count, tokens)
 
 
 def _characters(row: Row) -> int:
-    return len(row.prompt) + len(row.completion) + sum(len(message["content"]) for message in row.messages)
+    characters = len(row.prompt) + len(row.completion)
+    for message in row.messages:
+        characters += len(message["content"])
+    return characters

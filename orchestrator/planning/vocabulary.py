@@ -5,8 +5,9 @@ the base cannot read.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ _SPECIAL = (
     *("additional_special_tokens", "extra_special_tokens"),
 )
 
+Settings = dict[str, Any]  # an object in a file of JSON
+
 
 def outside(model: Model) -> dict[str, int]:
     """Token -> id of what the tokenizer in a base's folder has and the base has no embedding for, by id.
@@ -26,72 +29,109 @@ def outside(model: Model) -> dict[str, int]:
     Empty where the folder or the ids cannot be known from here: a base on the hub, or a tokenizer in a binary file
     alone.
     """
-    rows = model.embeddings
-    if model.folder is None or rows is None:
+    embeddings = model.embeddings
+    if model.folder is None or embeddings is None:
         return {}
-    found = {token: id_ for token, id_ in token_ids(model.folder).items() if id_ >= rows}
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    beyond = []
+    for token, id_ in token_ids(model.folder).items():
+        if id_ >= embeddings:
+            beyond.append((token, id_))
+    beyond.sort(key=itemgetter(1))
+    return dict(beyond)
 
 
 def resized(model: Model) -> Model:
     """The base with an embedding for every id of its tokenizer, as far as the ids are known from here."""
     new = outside(model)
-    return replace(model, rows=1 + max(new.values())) if new else model
+    if not new:
+        return model
+    largest = max(new.values())
+    return replace(model, rows=1 + largest)
 
 
 def token_ids(folder: Path) -> dict[str, int]:
     """Token -> id of the tokenizer in a folder: its vocabulary, the tokens that were added, and the special ones."""
-    settings = _json(folder / "tokenizer_config.json")
-    known = dict(_vocabulary(folder))
-    known |= {token: int(id_) for token, id_ in _json(folder / "added_tokens.json").items()}
-    for id_, token in settings.get("added_tokens_decoder", {}).items():
-        known.setdefault(_content(token), int(id_))
-    named = [*_named(settings), *_named(_json(folder / "special_tokens_map.json"))]
-    for token in named if known else ():
-        known.setdefault(token, max(known.values()) + 1)  # transformers adds what has no id yet
-    return known
+    settings = _read_object(folder / "tokenizer_config.json")
+    ids = dict(_vocabulary(folder))
+    added = _read_object(folder / "added_tokens.json")
+    for token, id_ in added.items():
+        ids[token] = int(id_)
+    decoder = settings.get("added_tokens_decoder", {})
+    for id_, token in decoder.items():
+        ids.setdefault(_content(token), int(id_))
+    special = list(_special_tokens(settings))
+    special_settings = _read_object(folder / "special_tokens_map.json")
+    special += _special_tokens(special_settings)
+    if not ids:
+        return ids
+    for token in special:
+        next_id = max(ids.values()) + 1
+        ids.setdefault(token, next_id)  # transformers adds what has no id yet
+    return ids
 
 
 def _vocabulary(folder: Path) -> Iterator[tuple[str, int]]:
     """The pairs of token and id in the first of the files that a tokenizer is read from."""
     if (folder / "tokenizer.json").exists():
-        whole = _json(folder / "tokenizer.json")
-        vocabulary = (whole.get("model") or {}).get("vocab") or {}
-        # Unigram has a list of pairs (token, score).
-        if isinstance(vocabulary, list):
-            vocabulary = {str(pair[0]): id_ for id_, pair in enumerate(vocabulary)}
-        yield from vocabulary.items()
-        yield from ((token["content"], token["id"]) for token in whole.get("added_tokens") or ())
+        tokenizer = _read_object(folder / "tokenizer.json")
+        yield from _of_tokenizer_json(tokenizer)
     elif (folder / "vocab.json").exists():
-        yield from _json(folder / "vocab.json").items()
+        vocabulary = _read_object(folder / "vocab.json")
+        yield from vocabulary.items()
     elif (folder / "vocab.txt").exists():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-        yield from ((token, id_) for id_, token in enumerate(lines))
+        text = (folder / "vocab.txt").read_text(encoding="utf-8")
+        for id_, token in enumerate(text.splitlines()):
+            yield token, id_
 
 
-def _named(settings: Mapping[str, Any]) -> Iterator[str]:
+def _of_tokenizer_json(tokenizer: Settings) -> Iterator[tuple[str, int]]:
+    """The pairs of token and id in tokenizer.json: of its vocabulary, and of the tokens that were added to it."""
+    model = tokenizer.get("model") or {}
+    vocabulary = model.get("vocab") or {}
+    if isinstance(vocabulary, list):  # of Unigram: pairs (token, score), whose place is the id
+        for id_, pair in enumerate(vocabulary):
+            yield str(pair[0]), id_
+    else:
+        yield from vocabulary.items()
+    for token in tokenizer.get("added_tokens") or ():
+        yield token["content"], token["id"]
+
+
+def _special_tokens(settings: Settings) -> Iterator[str]:
     """The special tokens that settings name."""
     for key in _SPECIAL:
-        value = settings.get(key) or ()
-        several = value.values() if key == "extra_special_tokens" and isinstance(value, Mapping) else value
-        for token in several if isinstance(several, list) or key == "extra_special_tokens" else [value]:
+        for token in _named(key, settings):
             if token:
                 yield _content(token)
 
 
+def _named(key: str, settings: Settings) -> Iterable[Any]:
+    """The tokens, and perhaps empty values, that a key of settings names: one or several."""
+    value: Any = settings.get(key) or ()
+    if key != "extra_special_tokens":
+        return value if isinstance(value, list) else [value]
+    tokens: Iterable[Any] = value
+    if isinstance(value, Mapping):
+        tokens = value.values()
+    return tokens
+
+
 def _content(token: Any) -> str:
     """The text of a token, which files have as a string or with its properties."""
-    return str(token["content"] if isinstance(token, Mapping) else token)
+    if isinstance(token, Mapping):
+        token = token["content"]
+    return str(token)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> Settings:
     """An object in a file; empty where there is no such file."""
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: found {type(found).__name__}; allowed: an object")
-    return found
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise InputError(f"{path}: found {kind}; allowed: an object")
+    return content

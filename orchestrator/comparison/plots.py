@@ -1,0 +1,147 @@
+"""The charts of the report: curves over steps, and quality against each cost."""
+
+import math
+from dataclasses import replace
+from html import escape
+
+from orchestrator.comparison import chart, svg
+from orchestrator.comparison.chart import Line, Show
+from orchestrator.comparison.compare import SEED, Comparison, Figure, Row
+from orchestrator.comparison.measure import MEASURES, Measure
+from orchestrator.comparison.run import Run
+from orchestrator.comparison.scatter import Dot, scatter
+
+_TITLES = {"loss": "Training loss", "eval_loss": "Evaluation loss", "eval_exact_match": "Exact match"}
+_COSTS = ("peak_memory_bytes", "train_s")
+_MEMORY_UNITS = (2.0**30, 2.0**20)  # bytes
+_TIME_UNITS = (3600.0, 60.0)  # seconds
+_FRONT_NOTE = '<p class="soft">Filled points are on the Pareto front: no other run is as good for less.</p>'
+
+
+def curves(comparison: Comparison) -> str:
+    """A chart for each kind of curve that some run has, and their legend."""
+    keys = []
+    for key in _TITLES:
+        if _is_reported(comparison, key):
+            keys.append(key)
+    width = chart.WIDTH
+    if len(keys) % 2:  # the first has a row for itself
+        width = chart.WIDE
+    charts = ""
+    for key in keys:
+        charts += _curve_chart(comparison, key, width)
+        width = chart.WIDTH
+    if not charts:
+        return ""
+    legend = _legend(comparison)
+    return f'<h2>Curves</h2><div class="charts">{charts}</div>{legend}'
+
+
+def _is_reported(comparison: Comparison, key: str) -> bool:
+    """Whether some run has a curve."""
+    run_curves = [run.curves.get(key) for run in comparison.runs]
+    return any(run_curves)
+
+
+def _curve_chart(comparison: Comparison, key: str, width: int) -> str:
+    """The curves of one kind, of all runs that have one."""
+    lines = []
+    for group, row in enumerate(comparison.rows):
+        for run in row.runs:
+            curve = run.curves.get(key)
+            if not curve:
+                continue
+            label = _run_label(row, run)
+            lines.append(Line(label, group, curve))
+    title = _TITLES[key]
+    measure = _measure(key)
+    show: Show = "{:.4g}".format
+    if key == "eval_exact_match":
+        show = "{:.0%}".format
+    return chart.line_chart(title, lines, "step", show, measure.bounds, width)
+
+
+def _run_label(row: Row, run: Run) -> str:
+    if len(row.runs) == 1:
+        return row.label
+    seed = run.params.get(SEED)
+    return f"{row.label}, seed {seed}"
+
+
+def _measure(key: str) -> Measure:
+    by_key = {measure.key: measure for measure in MEASURES}
+    return by_key[key]
+
+
+def _legend(comparison: Comparison) -> str:
+    """The colour and dashes of each row; the report's script highlights its lines."""
+    items = ""
+    for group, row in enumerate(comparison.rows):
+        swatch = svg.swatch(group)
+        label = escape(row.label)
+        items += f'<li data-of="{group}">{swatch}{label}</li>'
+    return f'<ul class="legend">{items}</ul>'
+
+
+def fronts(comparison: Comparison) -> str:
+    """Quality against each cost, of the runs that finished."""
+    charts = ""
+    for measure in comparison.measures:
+        if measure.key in _COSTS:
+            charts += _front_chart(comparison, measure)
+    if not charts:
+        return ""
+    return f'<h2>Quality against cost</h2>{_FRONT_NOTE}<div class="charts">{charts}</div>'
+
+
+def _front_chart(comparison: Comparison, cost: Measure) -> str:
+    """The rows as points of quality against a cost."""
+    quality = comparison.quality
+    dots = []
+    for group, row in enumerate(comparison.rows):
+        x = _figure_if_finished(row, cost)
+        y = _figure_if_finished(row, quality)
+        if x is None or y is None:
+            continue
+        if math.isfinite(y.mean):
+            dot = Dot(row.label, group, x.mean, y.mean, front=False)
+            dots.append(dot)
+    if not dots:
+        return ""
+    dots = _with_front(dots, bool(quality.more_is_better))
+    subject = quality.title.capitalize()
+    title = f"{subject} against {cost.title}"
+    costs = [dot.x for dot in dots]
+    largest = max(costs)
+    unit = _tick_unit(cost, largest)
+    shows = (cost.show, quality.show)
+    return scatter(title, dots, cost.title, unit, shows, quality.bounds)
+
+
+def _figure_if_finished(row: Row, measure: Measure) -> Figure | None:
+    if row.status != "FINISHED":
+        return None
+    return row.figure(measure.key)
+
+
+def _with_front(dots: list[Dot], more_is_better: bool) -> list[Dot]:
+    """The dots, with those on the Pareto front marked."""
+    points = []
+    for dot in dots:
+        points.append((dot.x, dot.y))
+    on_front = chart.pareto(points, more_is_better)
+    marked = []
+    for dot, front in zip(dots, on_front, strict=True):
+        marked.append(replace(dot, front=front))
+    return marked
+
+
+def _tick_unit(cost: Measure, largest: float) -> float:
+    """What the ticks of a cost are round numbers of."""
+    units = _TIME_UNITS
+    if cost.key == "peak_memory_bytes":
+        units = _MEMORY_UNITS
+    for unit in units:
+        if largest > 2 * unit:
+            return unit
+    return 1.0

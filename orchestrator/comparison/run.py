@@ -1,0 +1,143 @@
+"""The runs of an experiment, as a comparison reads them from MLflow."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import pairwise
+from operator import attrgetter
+from typing import Any
+
+from orchestrator.errors import InputError
+from orchestrator.tracking.password import TRACKING_URI, public
+from orchestrator.tracking.store import RUN_ID
+
+Point = tuple[int, float]  # step and value
+Curve = tuple[Point, ...]
+Curves = dict[str, Curve]
+CURVES = ("loss", "eval_loss", "eval_exact_match", "tokens_per_second", "peak_memory_bytes")
+_LAST_COUNTS = ("loss", "eval_loss", "eval_exact_match")  # curves of which the last value is a measure
+_STEP = attrgetter("step")  # of a point that MLflow has
+_STEP_AND_VALUE = attrgetter("step", "value")
+_TRAINED = "fleetune.plan.trained"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One MLflow run. `figures` has a value for each measure that the run reported."""
+
+    run_id: str
+    mlflow_run_id: str
+    status: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    curves: Curves
+    figures: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return self.params.get("name", self.run_id)
+
+
+def load(mlflow: Any, experiment: str | None, uri: str) -> list[Run]:
+    """The runs of an experiment (None: of all); raises InputError where there is no such experiment or no run."""
+    ids = _experiment_ids(mlflow, experiment, uri)
+    query = f"tags.`{RUN_ID}` LIKE '%'"
+    order = ["start_time"]
+    tracked: list[Any] = []
+    token: str | None = ""
+    while token is not None:
+        page = mlflow.search_runs(ids, query, order_by=order, page_token=token or None)
+        tracked += page
+        token = page.token or None
+    if not tracked:
+        name = experiment or "any"
+        raise InputError(f"experiment {name!r} at {uri} has no runs of Fleetune")
+    runs = []
+    for run in tracked:
+        runs.append(_read(mlflow, run))
+    return runs
+
+
+def _experiment_ids(mlflow: Any, experiment: str | None, uri: str) -> list[str]:
+    """MLflow's id of an experiment (None: of every one)."""
+    ids = {}
+    for known in mlflow.search_experiments():
+        ids[known.name] = known.experiment_id
+    if experiment is None:
+        return list(ids.values())
+    if experiment not in ids:
+        names = get_close_matches(experiment, ids, n=3, cutoff=0.4)
+        if not names:
+            names = sorted(ids)[:10]
+        existing = ", ".join(names)
+        raise InputError(f"experiment {experiment!r} is not at {uri}; there are: {existing}")
+    return [ids[experiment]]
+
+
+def _read(mlflow: Any, run: Any) -> Run:
+    """A run with its curves and measures; `run` is what a search gave, which lacks the curves."""
+    mlflow_run_id = run.info.run_id
+    curves: Curves = {}
+    timestamps: list[float] = []
+    for key in CURVES:
+        if key not in run.data.metrics:
+            continue
+        points = mlflow.get_metric_history(mlflow_run_id, key)
+        points = sorted(points, key=_STEP)
+        curves[key] = tuple(map(_STEP_AND_VALUE, points))
+        if key == "loss":
+            timestamps = [point.timestamp / 1000 for point in points]
+    figures = _figures(curves, timestamps)
+    tags = dict(run.data.tags)
+    trained = tags.get(_TRAINED)
+    if trained:
+        figures["trained"] = float(trained)
+    params = dict(run.data.params)
+    uri = params.get(TRACKING_URI)
+    if uri:  # an earlier version may have told MLflow the password
+        params[TRACKING_URI] = public(uri)
+    run_id = tags[RUN_ID]
+    status = run.info.status
+    return Run(run_id, mlflow_run_id, status, params, tags, curves, figures)
+
+
+def _figures(curves: Curves, timestamps: list[float]) -> dict[str, float]:
+    """The measures of one run, by their keys; `timestamps` are the seconds at which steps were reported."""
+    figures = {}
+    for key in _LAST_COUNTS:
+        if key in curves:
+            last_point = curves[key][-1]
+            _, figures[key] = last_point
+    losses = _values(curves, "loss")
+    losses = list(filter(math.isfinite, losses))
+    if losses:
+        figures["best_loss"] = min(losses)
+    memory = _values(curves, "peak_memory_bytes")
+    if memory:
+        figures["peak_memory_bytes"] = max(memory)
+    speeds = _values(curves, "tokens_per_second")
+    if speeds:
+        figures["tokens_per_second"] = statistics.median(speeds)
+    if len(timestamps) > 1:
+        figures["train_s"] = _undisturbed_time(timestamps)
+    return figures
+
+
+def _values(curves: Curves, key: str) -> list[float]:
+    """The values of a curve without their steps; none where there is no such curve."""
+    values = []
+    for _, value in curves.get(key, ()):
+        values.append(value)
+    return values
+
+
+def _undisturbed_time(timestamps: Sequence[float]) -> float:
+    """Seconds that the run would have taken undisturbed: steps x median time of a step."""
+    gaps = []
+    for earlier, later in pairwise(timestamps):
+        gaps.append(later - earlier)
+    median = max(0.0, statistics.median(gaps))
+    return median * len(timestamps)
