@@ -56,9 +56,10 @@ def submit(
     """
     backend = open_cluster(cluster)
     job, folder = read(source, overrides)
-    found = check(job, progress)
-    job = with_date(job) if writes_date(found.model) else job
-    frozen = record(job, found.model, cluster, folder)
+    checked = check(job, progress)
+    if writes_date(checked.model):
+        job = with_date(job)
+    frozen = record(job, checked.model, cluster, folder)
     with _chosen_id(job, frozen, run_id) as chosen:
         request = make_request(backend, job, chosen)
         backend.capacity()  # where there is no cluster, nothing is made
@@ -66,7 +67,7 @@ def submit(
         adopted = _create(backend.site, chosen, frozen)
         backend.site.entrust(chosen, values(request.secrets) | secrets_of(job))
         backend.submit(request)
-        submission = Submission(chosen, Path(request.run_dir), cluster, adopted, found.warnings)
+        submission = Submission(chosen, Path(request.run_dir), cluster, adopted, checked.warnings)
         announce(submission)
     return submission
 
@@ -99,7 +100,8 @@ def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> Itera
             )
         yield run_id
         return
-    path, descriptor = _begun(_identity(frozen)) or _begin(_identity(frozen), new_id(job.name))
+    identity = _identity(frozen)
+    path, descriptor = _begun(identity) or _begin(identity, new_id(job.name))
     try:
         yield path.name.partition(".")[2]
         path.unlink()
@@ -113,7 +115,10 @@ def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> Itera
 def _identity(frozen: Mapping[str, Any]) -> str:
     """What makes two submissions the same: cluster, job and data."""
     same = {key: frozen[key] for key in ("cluster", "job", "digests")}
-    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:20]
+    text = json.dumps(same, sort_keys=True)
+    digest = hashlib.sha256(text.encode())
+    hexadecimal = digest.hexdigest()
+    return hexadecimal[:20]
 
 
 def _begun(identity: str) -> tuple[Path, int] | None:
@@ -141,7 +146,8 @@ def _begin(identity: str, run_id: str) -> tuple[Path, int]:
     """Note that a submission begins; the name appears with the lock on it."""
     folder = home() / "submitting"
     folder.mkdir(parents=True, exist_ok=True)
-    hidden, path = folder / f".{uuid.uuid4().hex}", folder / f"{identity}.{run_id}"
+    path = folder / f"{identity}.{run_id}"
+    hidden = folder / f".{uuid.uuid4().hex}"
     descriptor = os.open(hidden, os.O_CREAT | os.O_RDWR)
     _lock(descriptor)
     hidden.rename(path)
@@ -149,6 +155,7 @@ def _begin(identity: str, run_id: str) -> tuple[Path, int]:
 
 
 def _lock(descriptor: int) -> bool:
+    """Lock an open file for this process; False when another one has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -158,7 +165,9 @@ def _lock(descriptor: int) -> bool:
 
 def _create(site: Site, run_id: str, frozen: Mapping[str, Any]) -> bool:
     """Make the run folder whole or not at all; gives whether the same one was there already."""
-    there = site.create(run_id, frozen)
-    if there is not None and _identity(there) != _identity(frozen):
+    earlier = site.create(run_id, frozen)
+    if earlier is None:
+        return False
+    if _identity(earlier) != _identity(frozen):
         raise InputError(f"--run-id: {run_id} is taken by another job")
-    return there is not None
+    return True
