@@ -69,7 +69,7 @@ def _shadows(folder: Path) -> bool:
 
 
 def main() -> None:
-    """The command `fleetune`."""
+    """Run the command `fleetune`, with our modules found first."""
     first()
     from orchestrator.cli import main as command
 

@@ -33,16 +33,16 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away: nobody is left to tell
     except Exception as error:
-        ending = _ending(error)
-        if ending is None:
+        user_error = _user_error(error)
+        if user_error is None:
             raise
-        exit_code, message = ending
+        exit_code, message = user_error
         clear_count()
         print(message, file=sys.stderr)
         sys.exit(exit_code)
 
 
-def _ending(error: Exception) -> tuple[int, str] | None:
+def _user_error(error: Exception) -> tuple[int, str] | None:
     """Exit code and message for what a user can fix; None for a bug."""
     from clusters.base import Unreachable
     from orchestrator.errors import InputError, JobFailed

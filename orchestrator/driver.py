@@ -48,7 +48,7 @@ def connect() -> dict[str, float]:
 
 
 def outcome(fit_once: Callable[[], None]) -> dict[int, Failure]:
-    """What the workers raised, by rank; empty when all went well, rank -1 for what is nobody's."""
+    """What the workers raised, by rank; empty when all went well, rank -1 for what concerns no single worker."""
     from ray.train import WorkerGroupError
 
     try:

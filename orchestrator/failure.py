@@ -20,7 +20,7 @@ class Failure:
     preempted: bool = False
 
     def dump(self) -> dict[str, Any]:
-        """As plain data that `load` reads."""
+        """The failure as plain data, which `load` reads."""
         return asdict(self)
 
 

@@ -53,7 +53,7 @@ def _watch(run: Handle) -> Iterator[tuple[Status, dict[str, float]]]:
     """The run's status and its newest metrics, twice a second, until it has ended."""
     spool = _metrics_spool(run)
     metrics: dict[str, float] = {}
-    hopeful_at = time.monotonic()
+    last_well = time.monotonic()  # when its cluster knew the run and could get further
     while True:
         (status,) = statuses([run])
         for row in spool.read():
@@ -62,8 +62,8 @@ def _watch(run: Handle) -> Iterator[tuple[Status, dict[str, float]]]:
         if status.state in ENDED:
             return
         if status.state != "unknown" and not status.stuck:
-            hopeful_at = time.monotonic()
-        elif time.monotonic() - hopeful_at > _PATIENCE_S:
+            last_well = time.monotonic()
+        elif time.monotonic() - last_well > _PATIENCE_S:
             raise Unreachable(f"run {run.run_id}: {status.reason}; look again with: fleetune status")
         time.sleep(_PAUSE_S)
 

@@ -29,7 +29,7 @@ _WIDE = 10_000  # columns of an output that is no terminal: nothing is cut or wr
 
 
 def show_runs(runs: Iterable[Status]) -> None:
-    """One line per run."""
+    """Show runs in a table, one line for each."""
     table = _table("run", "cluster", "state", "step", "attempt", "submitted", "reason")
     for run in runs:
         steps = run.steps or "?"
@@ -42,7 +42,7 @@ def show_runs(runs: Iterable[Status]) -> None:
 
 
 def show_run(run: Status) -> None:
-    """One line per fact about a run."""
+    """Show a run, one line for each fact about it."""
     fields = run.dump()
     fields["submitted"] = _local_time(run.submitted)
     fields["data"] = described(run.data) if run.data else None
@@ -50,7 +50,7 @@ def show_run(run: Status) -> None:
 
 
 def show_fields(fields: Mapping[str, Any]) -> None:
-    """One line per field."""
+    """Show a table with one line for each field."""
     table = Table.grid(padding=(0, 2))
     for name, value in fields.items():
         if name == "state":
@@ -64,7 +64,7 @@ def show_fields(fields: Mapping[str, Any]) -> None:
 
 
 def show_checks(checks: Iterable[Check]) -> None:
-    """One line per check, with what to do where it is not ok."""
+    """Show checks, one line for each, with what to do where it is not ok."""
     table = _table("", "what", "found", "how to mend it")
     for check in checks:
         fix = "" if check.level == "ok" else check.mend
@@ -73,7 +73,7 @@ def show_checks(checks: Iterable[Check]) -> None:
 
 
 def show_methods(methods: list[dict[str, Any]]) -> None:
-    """One line per option; then what was seen to work, and why what is refused."""
+    """Show one line per option; then what was seen to work, and why the rest is refused."""
     show(_option_table(methods))
     capabilities = _table("method", *CAPABILITIES)
     for method in methods:
@@ -116,7 +116,7 @@ def _yaml(value: Any) -> str:
 
 
 def show_plan(plan: Plan) -> None:
-    """What would run, in groups."""
+    """Show what would run, and the warnings below it."""
     show_fields(_plan_fields(plan))
     for warning in plan.warnings:
         show(f"[yellow]warning[/]: {escape(warning)}")

@@ -79,7 +79,7 @@ class Look:
     sequences: list[PackedSequence]
 
     def dump(self) -> dict[str, Any]:
-        """As plain data."""
+        """The view as plain data, for JSON."""
         return asdict(self)
 
 

@@ -25,7 +25,7 @@ def runs_folder() -> Path:
 
 
 def new_id(name: str) -> str:
-    """`<name>-<10 characters>`: eight of time, in milliseconds, and two of chance."""
+    """`<name>-<10 characters>`: eight of time, in milliseconds, and two random ones."""
     now_ms = time.time_ns() // 1_000_000
     since_epoch = now_ms - _EPOCH_MS
     value = (since_epoch << 10) | secrets.randbits(10)
@@ -55,7 +55,7 @@ class Handle:
 
     @property
     def site(self) -> Site:
-        """Where its folder is."""
+        """The place that has its run folder."""
         return self.cluster.site
 
     def snapshot(self) -> Snapshot:

@@ -44,7 +44,7 @@ class Status:
     data: dict[str, Any] | None = None
 
     def dump(self) -> dict[str, Any]:
-        """As plain data."""
+        """The status as plain data, for JSON."""
         return asdict(self)
 
 

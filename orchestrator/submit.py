@@ -60,14 +60,14 @@ def submit(
     if writes_date(checked.model):
         job = with_date(job)
     frozen = record(job, checked.model, cluster, folder)
-    with _chosen_id(job, frozen, run_id) as chosen:
-        request = make_request(backend, job, chosen)
+    with _chosen_id(job, frozen, run_id) as chosen_id:
+        request = make_request(backend, job, chosen_id)
         backend.capacity()  # where there is no cluster, nothing is made
-        remember(chosen, cluster)
-        adopted = _create(backend.site, chosen, frozen)
-        backend.site.entrust(chosen, values(request.secrets) | secrets_of(job))
+        remember(chosen_id, cluster)
+        adopted = _create(backend.site, chosen_id, frozen)
+        backend.site.entrust(chosen_id, values(request.secrets) | secrets_of(job))
         backend.submit(request)
-        submission = Submission(chosen, Path(request.run_dir), cluster, adopted, checked.warnings)
+        submission = Submission(chosen_id, Path(request.run_dir), cluster, adopted, checked.warnings)
         announce(submission)
     return submission
 
@@ -101,7 +101,7 @@ def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> Itera
         yield run_id
         return
     identity = _identity(frozen)
-    path, descriptor = _begun(identity) or _begin(identity, new_id(job.name))
+    path, descriptor = _abandoned(identity) or _note(identity, new_id(job.name))
     try:
         yield path.name.partition(".")[2]
         path.unlink()
@@ -121,20 +121,20 @@ def _identity(frozen: Mapping[str, Any]) -> str:
     return hexadecimal[:20]
 
 
-def _begun(identity: str) -> tuple[Path, int] | None:
-    """A submission of the same that nobody is at any more, locked for us."""
+def _abandoned(identity: str) -> tuple[Path, int] | None:
+    """The note of a submission of the same that its client did not end, locked for us."""
     for path in sorted((home() / "submitting").glob(f"{identity}.*")):
         try:
             descriptor = os.open(path, os.O_RDWR)
         except FileNotFoundError:
             continue  # its client was done just now
-        if _lock(descriptor) and _is_at(descriptor, path):
+        if _lock(descriptor) and _has_name(descriptor, path):
             return path, descriptor
         os.close(descriptor)
     return None
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def _has_name(descriptor: int, path: Path) -> bool:
     """Whether the locked file still has its name: its client may have been done before our lock."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
@@ -142,7 +142,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _begin(identity: str, run_id: str) -> tuple[Path, int]:
+def _note(identity: str, run_id: str) -> tuple[Path, int]:
     """Note that a submission begins; the name appears with the lock on it."""
     folder = home() / "submitting"
     folder.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ def warn(warning: str) -> None:
 
 
 def announce_json(submission: "Submission") -> None:
-    """Print a submission as JSON."""
+    """Print a submission as JSON, with what it warns of."""
     print_json(
         {
             "run_id": submission.run_id,
@@ -40,11 +40,11 @@ def announce_json(submission: "Submission") -> None:
     )
 
 
-def count_rows(source: str, done: int) -> None:
+def count_rows(source: str, rows: int) -> None:
     """Show how far a look at the data has come, where somebody watches."""
     if sys.stderr.isatty():
         name = Path(source).name
-        line = f"\x1b[2K{name}: {done:,} rows"
+        line = f"\x1b[2K{name}: {rows:,} rows"
         print(line, end="\r", file=sys.stderr, flush=True)
 
 

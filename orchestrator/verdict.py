@@ -94,7 +94,7 @@ class Verdict:
     rank: int | None = None
 
     def dump(self) -> dict[str, Any]:
-        """As plain data, for verdict.json."""
+        """The verdict as plain data, for verdict.json."""
         return asdict(self)
 
 
@@ -107,7 +107,7 @@ class Again:
 
 @dataclass(frozen=True)
 class Final:
-    """End the run."""
+    """End the run in this state."""
 
     state: Literal["succeeded", "failed", "cancelled"]
     reason: str | None
@@ -170,13 +170,13 @@ def _barren_attempts(history: Sequence[tuple[Kind, int]]) -> int:
 
 
 def _cause(failures: Mapping[int, Failure]) -> tuple[int, Kind]:
-    """The kind of failure that made the others happen, and the lowest rank that had it."""
-    kinds: dict[int, Kind] = {}
+    """The lowest rank with the kind of failure that made the others happen, and that kind."""
+    ranks: dict[Kind, list[int]] = {}
     for rank, failure in failures.items():
-        kinds[rank] = _kind_on_rank(rank, failure)
-    cause = _first_cause(kinds.values())
-    ranks = [rank for rank, kind in kinds.items() if kind == cause]
-    return min(ranks), cause
+        kind = _kind_on_rank(rank, failure)
+        ranks.setdefault(kind, []).append(rank)
+    cause = _first_cause(ranks)
+    return min(ranks[cause]), cause
 
 
 def _kind_on_rank(rank: int, failure: Failure) -> Kind:

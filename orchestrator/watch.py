@@ -54,7 +54,7 @@ class Driver:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs."""
+        """The exit code of the process; None while it runs."""
         return self._process.poll()
 
     def begin(self, attempt: Attempt) -> None:

@@ -209,7 +209,8 @@ class Delivery:
             self._event(kind, error=trouble.reason)
         if self._may_end() and trouble != before:
             note(self._run_dir, trouble)
-        if trouble.lasting and not (another and self._mlflow_run_id):
+        reopen_soon = another and self._mlflow_run_id
+        if trouble.lasting and not reopen_soon:
             self._wait_s = _LONGEST_WAIT_S
         else:
             self._wait_s = min(_LONGEST_WAIT_S, self._wait_s * 2 or 0.5)

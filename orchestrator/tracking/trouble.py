@@ -89,7 +89,7 @@ def is_of_mlflow(error: BaseException) -> bool:
 
 
 def note(run_dir: Path, trouble: Trouble | None) -> None:
-    """Leave word for `held_up`; None: there is no trouble any more."""
+    """Write down for `held_up` what the trouble is; None: there is none any more."""
     with suppress(OSError):  # of a full disk, say: nothing that matters is lost
         if trouble is None:
             (run_dir / _FILE).unlink(missing_ok=True)
