@@ -124,8 +124,9 @@ def _devices() -> Iterator[Check]:
 
 
 def _home() -> Iterator[Check]:
-    level = _level(writable(home()), "fail")
-    yield Check("home", level, str(home()), "set FLEETUNE_HOME to a folder that you can write")
+    folder = home()
+    level = _level(writable(folder), "fail")
+    yield Check("home", level, str(folder), "set FLEETUNE_HOME to a folder that you can write")
 
 
 def _caches() -> Iterator[Check]:
@@ -142,16 +143,25 @@ def _caches() -> Iterator[Check]:
 
 def _extensions() -> Path:
     """Where torch builds extensions in workers."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _library_cache() / "torch_extensions")
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if folder:
+        return Path(folder)
+    return _library_cache() / "torch_extensions"
 
 
 def _hub() -> Path:
     """Where workers keep what they download from the hub."""
-    return Path(_worker_variable("HF_HOME") or _library_cache() / "huggingface")
+    folder = _worker_variable("HF_HOME")
+    if folder:
+        return Path(folder)
+    return _library_cache() / "huggingface"
 
 
 def _library_cache() -> Path:
-    return Path(_worker_variable("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = _worker_variable("XDG_CACHE_HOME")
+    if folder:
+        return Path(folder)
+    return Path.home() / ".cache"
 
 
 def _worker_variable(name: str) -> str | None:

@@ -67,8 +67,10 @@ def show_checks(checks: Iterable[Check]) -> None:
     """Show checks, one line for each, with what to do where it is not ok."""
     table = _table("", "what", "found", "how to mend it")
     for check in checks:
-        fix = "" if check.level == "ok" else check.mend
-        table.add_row(_coloured(check.level), check.name, escape(check.found), escape(fix))
+        level = _coloured(check.level)
+        found = escape(check.found)
+        fix = "" if check.level == "ok" else escape(check.mend)
+        table.add_row(level, check.name, found, fix)
     show(table)
 
 
@@ -168,7 +170,9 @@ def _table(*columns: str) -> Table:
 
 def _coloured(word: str) -> str:
     colour = _COLOURS.get(word)
-    return f"[{colour}]{word}[/]" if colour else word
+    if colour is None:
+        return word
+    return f"[{colour}]{word}[/]"
 
 
 def _local_time(timestamp: float) -> str:
@@ -176,7 +180,9 @@ def _local_time(timestamp: float) -> str:
 
 
 def _number(rows: int | None) -> str:
-    return "none" if rows is None else f"{rows:,}"
+    if rows is None:
+        return "none"
+    return f"{rows:,}"
 
 
 def show(renderable: Any) -> None:

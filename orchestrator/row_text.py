@@ -71,7 +71,8 @@ def _coloured_tokens(example: ShownExample) -> Text:
     """The ids, each with its text as a word without spaces."""
     text = Text("tokens  ", style="dim")
     for index, token in enumerate(example.tokens):
-        style = _style(token.learned, kept=index < example.kept)
+        kept = index < example.kept
+        style = _style(token.learned, kept)
         text.append(f"{token.id}:{token.text!r}", style=style)
         text.append(" ")
     return text
@@ -80,7 +81,9 @@ def _coloured_tokens(example: ShownExample) -> Text:
 def _style(learned: bool, kept: bool) -> str:
     if not kept:
         return "red strike"
-    return "bold green" if learned else ""
+    if learned:
+        return "bold green"
+    return ""
 
 
 def _survey_fields(survey: "Survey") -> dict[str, str]:

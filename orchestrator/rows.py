@@ -153,11 +153,13 @@ def _shown_example(example: "Encoded", row: int, tokenizer: Any, reading: "Readi
     from trainer.data.tokens import fate_of
 
     capacity = reading.seq_len - reading.virtual
-    fate = fate_of(example, capacity, reading.too_long == "drop")
+    drops = reading.too_long == "drop"
+    fate = fate_of(example, capacity, drops)
     ids = example.ids.tolist()
+    texts = _token_texts(ids, tokenizer)
     learned = example.target.tolist()
     tokens = []
-    for token_id, text, is_learned in zip(ids, _token_texts(ids, tokenizer), learned, strict=True):
+    for token_id, text, is_learned in zip(ids, texts, learned, strict=True):
         tokens.append(Token(token_id, text, is_learned))
     kept = 0 if fate == "dropped" else min(capacity, len(ids))
     return ShownExample(row, tokens, kept, fate)

@@ -119,7 +119,9 @@ def classify(failures: Mapping[int, Failure], tails: Mapping[int, str] | None = 
 
     Rank -1 stands for what concerns no single worker, and is nobody's bug.
     """
-    rank, kind = _cause(failures)
+    kinds = _kinds(failures)
+    kind = _first_cause(kinds.values())
+    rank = min(rank for rank in kinds if kinds[rank] == kind)
     failure = failures[rank]
     reason = _reason(kind, failure)
     evidence = ""
@@ -169,14 +171,12 @@ def _barren_attempts(history: Sequence[tuple[Kind, int]]) -> int:
     return count
 
 
-def _cause(failures: Mapping[int, Failure]) -> tuple[int, Kind]:
-    """The lowest rank with the kind of failure that made the others happen, and that kind."""
-    ranks: dict[Kind, list[int]] = {}
+def _kinds(failures: Mapping[int, Failure]) -> dict[int, Kind]:
+    """What each failure is, by rank."""
+    kinds = {}
     for rank, failure in failures.items():
-        kind = _kind_on_rank(rank, failure)
-        ranks.setdefault(kind, []).append(rank)
-    cause = _first_cause(ranks)
-    return min(ranks[cause]), cause
+        kinds[rank] = _kind_on_rank(rank, failure)
+    return kinds
 
 
 def _kind_on_rank(rank: int, failure: Failure) -> Kind:

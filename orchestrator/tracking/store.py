@@ -43,7 +43,10 @@ _SQLITE = "sqlite:///"
 
 def resolve(uri: str | None) -> str:
     """The tracking URI; null stands for SQLite in FLEETUNE_HOME (default ~/.fleetune)."""
-    return uri or f"sqlite:///{home() / 'mlflow.db'}"
+    if uri:
+        return uri
+    database = home() / "mlflow.db"
+    return f"{_SQLITE}{database}"
 
 
 def check_uri(uri: str | None) -> None:
@@ -164,7 +167,9 @@ def _get_run(client: Any, run_dir: Path, mlflow_run_id: str) -> Any:
 def recorded(run_dir: Path) -> Record | None:
     """The MLflow run that counts; None while there is none."""
     path = run_dir / "mlflow" / "run.json"
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    return read_json(path)
 
 
 def describe(client: Any, run_dir: Path, mlflow_run_id: str, here: bool) -> None:
