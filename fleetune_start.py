@@ -29,33 +29,47 @@ class _Ours(MetaPathFinder):
 
 def first() -> None:
     """Let our modules be found first in this process; raises ImportError where one of a user was imported already."""
-    for name in sorted(NAMES & sys.modules.keys()):
+    imported = NAMES & sys.modules.keys()
+    for name in sorted(imported):
         file = getattr(sys.modules[name], "__file__", None)
-        if file is None or not Path(file).resolve().is_relative_to(_HERE):
+        if file is None or not _is_ours(Path(file)):
             where = file or "a folder of the user"
             raise ImportError(f"{where} was imported as {name!r}, which is a name of Fleetune's: give it another one")
     if not any(isinstance(finder, _Ours) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Ours())
 
 
+def _is_ours(file: Path) -> bool:
+    return file.resolve().is_relative_to(_HERE)
+
+
 def unshadowed(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment for processes that we start: PYTHONPATH without the folders that hold modules of our names."""
-    folders = environment.get("PYTHONPATH", "").split(os.pathsep)
-    kept = [folder for folder in folders if folder and not _shadows(Path(folder))]
-    others = {key: value for key, value in environment.items() if key != "PYTHONPATH"}
-    return others | {"PYTHONPATH": os.pathsep.join(kept)} if kept else others
+    python_path = environment.get("PYTHONPATH", "")
+    kept = []
+    for folder in python_path.split(os.pathsep):
+        if folder and not _shadows(Path(folder)):
+            kept.append(folder)
+    cleaned = dict(environment)
+    cleaned.pop("PYTHONPATH", None)
+    if kept:
+        cleaned["PYTHONPATH"] = os.pathsep.join(kept)
+    return cleaned
 
 
 def _shadows(folder: Path) -> bool:
     """Whether a folder has a module or package of one of our names that is not ours."""
     if folder.resolve() == _HERE:
         return False
-    found = [PathFinder.find_spec(name, [str(folder)]) for name in NAMES]
-    return any(spec is not None and spec.origin is not None for spec in found)  # a plain folder comes after packages
+    for name in NAMES:
+        spec = PathFinder.find_spec(name, [str(folder)])
+        if spec is not None and spec.origin is not None:  # without an origin, a plain folder: it comes after packages
+            return True
+    return False
 
 
 def main() -> None:
-    """The command `fleetune`."""
+    """Run the command `fleetune`, with our modules found first."""
     first()
     from orchestrator.cli import main as command
 

@@ -16,9 +16,12 @@ def open_cluster(name: str) -> Cluster:
     """The cluster of a name; raises InputError for an unknown one."""
     if name in CLUSTERS:
         return CLUSTERS[name]()
-    close = difflib.get_close_matches(name, CLUSTERS, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise InputError(f"--cluster: found {name!r}; {hint}allowed: {', '.join(CLUSTERS)}")
+    hint = ""
+    nearest = difflib.get_close_matches(name, CLUSTERS, n=1)
+    if nearest:
+        hint = f"did you mean {nearest[0]!r}? "
+    allowed = ", ".join(CLUSTERS)
+    raise InputError(f"--cluster: found {name!r}; {hint}allowed: {allowed}")
 
 
 def make_request(cluster: Cluster, job: Job, run_id: str, submission: int = 1) -> Request:

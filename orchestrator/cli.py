@@ -33,16 +33,17 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away: nobody is left to tell
     except Exception as error:
-        ending = _ending(error)
-        if ending is None:
+        user_error = _user_error(error)
+        if user_error is None:
             raise
+        exit_code, message = user_error
         clear_count()
-        print(ending[1], file=sys.stderr)
-        sys.exit(ending[0])
+        print(message, file=sys.stderr)
+        sys.exit(exit_code)
 
 
-def _ending(error: Exception) -> tuple[int, str] | None:
-    """Exit code and message for what a user can mend; None for a bug."""
+def _user_error(error: Exception) -> tuple[int, str] | None:
+    """Exit code and message for what a user can fix; None for a bug."""
     from clusters.base import Unreachable
     from orchestrator.errors import InputError, JobFailed
     from runfolder.files import Damaged
@@ -54,8 +55,10 @@ def _ending(error: Exception) -> tuple[int, str] | None:
             return 2, str(error)
         case Unreachable() | ConnectionError():
             return 3, str(error)
+        case OSError() if error.filename:
+            return 2, f"{error.filename}: {error.strerror}"
         case OSError():
-            return 2, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            return 2, str(error)
     return None
 
 
@@ -79,7 +82,7 @@ def submit(
     if dry_run:
         print(submission.dry_run(file, cluster=cluster, overrides=sets or (), warn=warn))
         return
-    done = submission.submit(
+    submitted = submission.submit(
         file,
         cluster=cluster,
         overrides=sets or (),
@@ -88,7 +91,7 @@ def submit(
         announce=announce_json if as_json else announce,
     )
     if wait:
-        _follow(done.run_id, None)
+        _follow(submitted.run_id, None)
 
 
 @app.command("list")
@@ -96,12 +99,12 @@ def list_(as_json: Json = False) -> None:
     """List the runs, newest first."""
     from orchestrator.status import list_runs
 
-    found = list_runs()
+    runs = list_runs()
     if as_json:
-        return print_json([status.dump() for status in found])
+        return print_json([run.dump() for run in runs])
     from orchestrator.render import show_runs
 
-    return show_runs(found)
+    return show_runs(runs)
 
 
 @app.command()
@@ -109,12 +112,12 @@ def status(run: Run, as_json: Json = False) -> None:
     """Show where a run stands."""
     from orchestrator.status import status as read_status
 
-    found = read_status(run)
+    run_status = read_status(run)
     if as_json:
-        return print_json(found.dump())
+        return print_json(run_status.dump())
     from orchestrator.render import show_run
 
-    return show_run(found)
+    return show_run(run_status)
 
 
 @app.command()
@@ -131,7 +134,8 @@ def logs(
     if follow:
         _follow(run, rank)
     elif as_json:
-        print_json({"run_id": find(run).run_id, "rank": rank, "text": read_logs(run, rank)})
+        run_id = find(run).run_id
+        print_json({"run_id": run_id, "rank": rank, "text": read_logs(run, rank)})
     else:
         text = read_logs(run, rank)
         sys.stdout.write(text)
@@ -175,13 +179,13 @@ def plan(file: JobFile, sets: Sets = None, as_json: Json = False) -> None:
     """Show what would run: layout, batches, sizes."""
     from orchestrator.planning.plan import plan as make_plan
 
-    found = make_plan(file, sets or (), count_rows)
+    job_plan = make_plan(file, sets or (), count_rows)
     clear_count()
     if as_json:
-        return print_json(found.dump())
+        return print_json(job_plan.dump())
     from orchestrator.render import show_plan
 
-    return show_plan(found)
+    return show_plan(job_plan)
 
 
 @app.command()
@@ -193,15 +197,15 @@ def rows(
     as_json: Json = False,
 ) -> None:
     """Show rows of the data as the trainer sees them: text, tokens, and what is learned."""
-    from orchestrator.rows import rows as look
+    from orchestrator.rows import rows as look_at_rows
 
-    found = look(file, overrides=sets or (), row=row, evaluation=evaluation, progress=count_rows)
+    look = look_at_rows(file, overrides=sets or (), row=row, evaluation=evaluation, progress=count_rows)
     clear_count()
     if as_json:
-        return print_json(found.dump())
-    from orchestrator.render import show_rows
+        return print_json(look.dump())
+    from orchestrator.row_text import show_rows
 
-    return show_rows(found)
+    return show_rows(look)
 
 
 @app.command()
@@ -214,19 +218,19 @@ def compare(
     """Show what runs differ in, and what came of it."""
     from orchestrator.comparison.compare import compare as compare_runs
 
-    found = compare_runs(experiment, uri)
-    for run_id, why in found.undelivered.items():
+    comparison = compare_runs(experiment, uri)
+    for run_id, why in comparison.undelivered.items():
         print(f"warning: {run_id} is not, or not wholly, in MLflow: {why}", file=sys.stderr)
     if html:
         from orchestrator.comparison.report import write
 
-        write(found, html)
+        write(comparison, html)
     if as_json:
-        return print_json(found.to_json())
+        return print_json(comparison.to_json())
     from orchestrator.comparison.table import table
     from orchestrator.render import show
 
-    return show(table(found))
+    return show(table(comparison))
 
 
 @app.command()
@@ -236,12 +240,12 @@ def methods(
     """Show the methods with their options and defaults, and at which ZeRO stages they were seen to work."""
     from orchestrator.describe import methods as describe_methods
 
-    found = describe_methods(kind)
+    descriptions = describe_methods(kind)
     if as_json:
-        return print_json(found)
+        return print_json(descriptions)
     from orchestrator.render import show_methods
 
-    return show_methods(found)
+    return show_methods(descriptions)
 
 
 @app.command()
@@ -251,12 +255,12 @@ def doctor(as_json: Json = False) -> None:
 
     from orchestrator.doctor import doctor as examine
 
-    found = examine()
+    checks = examine()
     if as_json:
-        return print_json([asdict(check) for check in found])
+        return print_json([asdict(check) for check in checks])
     from orchestrator.render import show_checks
 
-    return show_checks(found)
+    return show_checks(checks)
 
 
 @app.command()

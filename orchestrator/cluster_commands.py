@@ -31,9 +31,9 @@ def status(as_json: Json = False) -> None:
     from clusters.local import Local
 
     state = Local.here().state()
-    found = {**state, "capacity": asdict(state["capacity"])}
+    fields = {**state, "capacity": asdict(state["capacity"])}
     if as_json:
-        return print_json(found)
+        return print_json(fields)
     from orchestrator.render import show_fields
 
-    return show_fields(found)
+    return show_fields(fields)

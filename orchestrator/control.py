@@ -15,7 +15,9 @@ def cancel(reference: str, save: bool = False) -> str:
     Raises InputError when it has ended otherwise.
     """
     run = find(reference)
-    if _ask(run, "cancel_saved" if save else "cancel") is None:
+    ending: Ask = "cancel_saved" if save else "cancel"
+    result = _ask(run, ending)
+    if result is None:
         run.cluster.cancel(run.run_id)
     return run.run_id
 
@@ -39,7 +41,8 @@ def resume(reference: str) -> str:
     run = find(reference)
     cluster = run.cluster
     job = job_in(run.site.record(run.run_id), f"run {run.run_id}: job.yaml")
-    request = make_request(cluster, job, run.run_id, run.snapshot().attempt + 1)
+    submission = run.snapshot().attempt + 1
+    request = make_request(cluster, job, run.run_id, submission)
     cluster.capacity()  # where there is no cluster, the run stays as it is
     _ask(run, "reopen")
     run.site.entrust(run.run_id, values(request.secrets))

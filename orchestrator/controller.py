@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from clusters.environment import SECRETS
@@ -23,7 +24,7 @@ from runfolder.requests import cancel_requested, last_reopened
 from runfolder.secrets import read_secrets
 from trainer.checkpoint.lineage import claim_from_newest, finished, step_of
 
-TRACKING_PATIENCE_S = 600.0  # how long it stays to deliver what an outage of MLflow held up
+TRACKING_TIMEOUT_S = 600.0  # how long it stays to deliver what an outage of MLflow held up
 DELIVERED = "the output is there, but the worker ended before it was checked (and merged, if that was asked for)"
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h
 _PUMP_S = 1.0
@@ -37,8 +38,9 @@ def main(run_dir: Path) -> int:
         if not isinstance(decision, Final) and cancelled_within(run_dir, decision.delay_s):
             decision = _CANCELLED
         if not isinstance(decision, Final):
-            # Started to close a cancelled run that was reopened meanwhile, it has no Ray to go to.
-            return attend(run_dir) if os.environ.get("RAY_ADDRESS") else 1
+            if not os.environ.get("RAY_ADDRESS"):
+                return 1  # started to close a cancelled run that was reopened meanwhile: it has no Ray to go to
+            return attend(run_dir)
         close(run_dir, result_of(run_dir, decision))
     return deliver_rest(run_dir)
 
@@ -69,7 +71,9 @@ def attend(run_dir: Path) -> int:
     attempt.write_verdict(verdict.dump())
     decision = next_step(run_dir)
     if not isinstance(decision, Final):
-        return REQUEUE if requeued() and verdict.kind in ("preemption", "walltime") else 1
+        if requeued() and verdict.kind in ("preemption", "walltime"):
+            return REQUEUE
+        return 1
     if not attempt.close(result_of(run_dir, decision)):
         return 1
     return deliver_rest(run_dir)
@@ -89,17 +93,25 @@ def history(run_dir: Path) -> list[tuple[Kind, int]]:
     """How each attempt since the run was last (re)opened ended, and the steps its checkpoints took it further."""
     reopened = last_reopened(run_dir)
     tried = [attempt for attempt in attempts(run_dir) if attempt.number > reopened]
-    starts = [attempt.start.step if attempt.start else 0 for attempt in tried]
-    reached = [*starts[1:], *(_saved(attempt) for attempt in tried[-1:])]
-    return [(_verdict(attempt)["kind"], b - a) for attempt, a, b in zip(tried, starts, reached, strict=True)]
+    starts = [_start_step(attempt) for attempt in tried]
+    ends = starts[1:]  # a successor starts from the newest checkpoint
+    if tried:
+        ends.append(_last_saved_step(tried[-1]))
+    endings: list[tuple[Kind, int]] = []
+    for attempt, start, end in zip(tried, starts, ends, strict=True):
+        verdict = _verdict_of(attempt)
+        steps = end - start
+        endings.append((verdict["kind"], steps))
+    return endings
 
 
 def next_step(run_dir: Path) -> Again | Final:
     """What follows the attempts so far; a run whose last one delivered the output has not failed."""
     decision = decide(history(run_dir), requeued())
-    failed = isinstance(decision, Final) and decision.state == "failed"
-    if failed and (attempts(run_dir)[-1].folder / "output").exists():
-        return Final("succeeded", DELIVERED)
+    if isinstance(decision, Final) and decision.state == "failed":
+        output = attempts(run_dir)[-1].folder / "output"
+        if output.exists():
+            return Final("succeeded", DELIVERED)
     return decision
 
 
@@ -111,13 +123,11 @@ def requeued() -> bool:
 def result_of(run_dir: Path, decision: Final) -> Record:
     """The final word on a run."""
     tried = attempts(run_dir)
-    own = Verdict("cancelled" if decision.state == "cancelled" else "user_error", "").dump()
-    found = _verdict(tried[-1]) if tried else own
-    ended_so = decision.state != "cancelled" or found["kind"] in ("cancelled", "paused")
-    verdict = found if ended_so else own  # cancelled between two attempts, it has nothing to do with the last one
+    verdict = _deciding_verdict(tried, decision)
+    reasons = [decision.reason, verdict["reason"], decision.mend]
     return {
         "state": decision.state,
-        "reason": "; ".join(filter(None, [decision.reason, verdict["reason"], decision.mend])) or None,
+        "reason": "; ".join(filter(None, reasons)) or None,
         "verdict": verdict["kind"],
         "evidence": verdict["evidence"],
         "attempt": tried[-1].number if tried else 0,
@@ -126,12 +136,25 @@ def result_of(run_dir: Path, decision: Final) -> Record:
     }
 
 
+def _deciding_verdict(tried: Sequence[Attempt], decision: Final) -> Record:
+    """The verdict that a result quotes: the last attempt's, where that has to do with how the run ends."""
+    cancelled = decision.state == "cancelled"
+    kind: Kind = "cancelled" if cancelled else "user_error"
+    without_attempt = Verdict(kind, "").dump()
+    if not tried:
+        return without_attempt
+    verdict = _verdict_of(tried[-1])
+    if cancelled and verdict["kind"] not in ("cancelled", "paused"):
+        return without_attempt  # cancelled between two attempts
+    return verdict
+
+
 def deliver_rest(run_dir: Path) -> int:
     """Stay until MLflow has all of a closed run, but not for ever: any later command can do it too."""
     from orchestrator.tracking.delivery import replay
 
     if attempts(run_dir) and unreadable(run_dir) is None:
-        replay(run_dir, TRACKING_PATIENCE_S)
+        replay(run_dir, TRACKING_TIMEOUT_S)
     return 0
 
 
@@ -160,23 +183,32 @@ class Pump(threading.Thread):
             delivery.pump()
 
 
-def _verdict(attempt: Attempt) -> Record:
+def _verdict_of(attempt: Attempt) -> Record:
     """How an attempt ended; one without a verdict had its controller killed."""
     lost = Verdict("node_lost", "", f"attempts/{attempt.number} has no verdict")
     return attempt.verdict or lost.dump()
 
 
-def _saved(attempt: Attempt) -> int:
+def _start_step(attempt: Attempt) -> int:
+    """The step of the checkpoint that an attempt starts from; 0 when there is none."""
+    return attempt.start.step if attempt.start else 0
+
+
+def _last_saved_step(attempt: Attempt) -> int:
     """The last step of which this attempt left a checkpoint; its start when there is none."""
-    start = attempt.start.step if attempt.start else 0
-    return max(map(step_of, finished(attempt)), default=start)
+    start = _start_step(attempt)
+    saved_steps = map(step_of, finished(attempt))
+    return max(saved_steps, default=start)
 
 
 if __name__ == "__main__":
     try:
-        secrets = read_secrets(Path(sys.argv[1]))
-        os.environ.update({name: secrets[name] for name in SECRETS if name in secrets})
-        code = main(Path(sys.argv[1]))
+        run_dir = Path(sys.argv[1])
+        secrets = read_secrets(run_dir)
+        for name in SECRETS:
+            if name in secrets:
+                os.environ[name] = secrets[name]
+        code = main(run_dir)
     except Fenced as fenced:
         code = 1
         print(fenced, file=sys.stderr)

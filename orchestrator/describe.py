@@ -13,55 +13,85 @@ CAPABILITIES = ("train", "accumulate", "packed", "resume", "reshard", "merge", "
 def methods(kind: str | None = None) -> list[dict[str, Any]]:
     """One record per method: kind, what it does, default learning rate, options, support; raises InputError."""
     if kind not in (None, *KINDS):
-        raise InputError(f"found the method {kind!r}; allowed: {', '.join(KINDS)}")
-    seen = json.loads((files("methods") / "support.json").read_text())
+        allowed = ", ".join(KINDS)
+        raise InputError(f"found the method {kind!r}; allowed: {allowed}")
+    support_file = files("methods") / "support.json"
+    seen = json.loads(support_file.read_text())
     unseen = {"stages": {}, "commit": "none"}
-    shown = [(name, options) for name, options in KINDS.items() if kind in (None, name)]
-    return [_method(options, seen.get(name, unseen)) for name, options in shown]
+    descriptions = []
+    for name, options in KINDS.items():
+        if kind in (None, name):
+            descriptions.append(_description(options, seen.get(name, unseen)))
+    return descriptions
 
 
 def support(method: dict[str, Any]) -> list[str]:
     """What is known of a method's capabilities: ZeRO stages, or that it is refused."""
-    return [_cell(method["support"][name]) for name in CAPABILITIES]
+    cells = []
+    for name in CAPABILITIES:
+        cells.append(_cell(method["support"][name]))
+    return cells
 
 
 def support_table() -> str:
     """Methods and capabilities as Markdown, with the reasons for what is refused."""
-    found = methods()
-    rows = [["method", *CAPABILITIES, "commit"], ["---"] * (len(CAPABILITIES) + 2)]
-    rows += [[f"`{method['kind']}`", *support(method), method["support_commit"]] for method in found]
-    reasons = [
-        f"- `{method['kind']}`, {name}: {seen['refused']}."
-        for method in found
-        for name, seen in method["support"].items()
-        if "refused" in seen
-    ]
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", *reasons])
+    header = ["method", *CAPABILITIES, "commit"]
+    lines = [_markdown_row(header), _markdown_row(["---"] * len(header))]
+    reasons = []
+    for method in methods():
+        name = f"`{method['kind']}`"
+        cells = [name, *support(method), method["support_commit"]]
+        lines.append(_markdown_row(cells))
+        for capability, seen in method["support"].items():
+            if "refused" in seen:
+                reasons.append(f"- {name}, {capability}: {seen['refused']}.")
+    return "\n".join([*lines, "", *reasons])
+
+
+def _markdown_row(cells: list[str]) -> str:
+    joined = " | ".join(cells)
+    return f"| {joined} |"
 
 
 def _cell(seen: dict[str, Any]) -> str:
+    """What was seen of one capability of a method, in a few characters."""
     if "refused" in seen:
         return "refused"
-    if not seen["zero"]:
+    stages = seen["zero"]
+    if not stages:
         return "not run"
-    return "ZeRO 0-3" if seen["zero"] == [0, 1, 2, 3] else f"ZeRO {', '.join(map(str, seen['zero']))}"
+    if stages == [0, 1, 2, 3]:
+        return "ZeRO 0-3"
+    return f"ZeRO {', '.join(map(str, stages))}"
 
 
-def _method(options: type[Options], seen: dict[str, Any]) -> dict[str, Any]:
+def _description(options: type[Options], seen: dict[str, Any]) -> dict[str, Any]:
+    """The record of one method, from its options and from what support.json says was seen of it."""
+    docstring = (options.__doc__ or "").strip()
     return {
         "kind": options.model_fields["kind"].default,
-        "summary": (options.__doc__ or "").strip().split("\n")[0],
+        "summary": docstring.split("\n")[0],
         "lr": options.default_lr,
-        "options": {
-            name: {"default": field.default, "description": field.description}
-            for name, field in options.model_fields.items()
-            if name != "kind"
-        },
-        "support": {
-            name: {"refused": options.refusals[name]}
-            if name in options.refusals
-            else {"zero": seen["stages"].get(name, [])}
-            for name in CAPABILITIES
-        },
+        "options": _option_records(options),
+        "support": _support_records(options, seen["stages"]),
         "support_commit": seen["commit"],
     }
+
+
+def _option_records(options: type[Options]) -> dict[str, Any]:
+    records = {}
+    for name, field in options.model_fields.items():
+        if name != "kind":
+            records[name] = {"default": field.default, "description": field.description}
+    return records
+
+
+def _support_records(options: type[Options], stages: dict[str, list[int]]) -> dict[str, Any]:
+    """By capability why it is refused, or the ZeRO stages at which it was seen to work."""
+    records: dict[str, Any] = {}
+    for name in CAPABILITIES:
+        if name in options.refusals:
+            records[name] = {"refused": options.refusals[name]}
+        else:
+            records[name] = {"zero": stages.get(name, [])}
+    return records

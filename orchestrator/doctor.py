@@ -27,8 +27,8 @@ from trainer.versions import unknown
 Level = Literal["ok", "warn", "fail"]
 _TRAIN = ("torch", "deepspeed", "transformers", "peft", "ray", "mlflow", "datasets", "safetensors")
 _GIB = 1 << 30
-_PROBE_TIMEOUT = 90.0  # seconds; importing torch from a cold disk takes long
-_STALE = 600.0  # seconds after which a build lock belongs to nobody
+_PROBE_TIMEOUT_S = 90.0  # importing torch from a cold disk takes long
+_STALE_S = 600.0  # after which a build lock belongs to nobody
 _TORCH = """
 import torch
 devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -38,7 +38,7 @@ print("; ".join(f"{d.name}, {d.total_memory / 2**30:.0f} GiB" for d in devices) 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at; `mend` says what to do where it is not ok."""
+    """One thing that was looked at; `mend` says how to fix it where it is not ok."""
 
     name: str
     level: Level
@@ -48,7 +48,7 @@ class Check:
 
 def doctor() -> list[Check]:
     """Look at everything that submitting and training need."""
-    looks: tuple[Callable[[], Iterator[Check]], ...] = (
+    probes: tuple[Callable[[], Iterator[Check]], ...] = (
         _python,
         _packages,
         _methods,
@@ -63,32 +63,38 @@ def doctor() -> list[Check]:
         _mlflow,
         _deliveries,
     )
-    return [check for look in looks for check in look()]
+    checks: list[Check] = []
+    for probe in probes:
+        checks.extend(probe())
+    return checks
+
+
+def _level(usable: bool, otherwise: Level) -> Level:
+    return "ok" if usable else otherwise
 
 
 def _python() -> Iterator[Check]:
-    found = f"{platform.python_version()} at {sys.executable}"
-    yield Check(
-        "python", "ok" if sys.version_info >= (3, 11) else "fail", found, "make .venv with Python 3.11 or newer"
-    )
+    level = _level(sys.version_info >= (3, 11), "fail")
+    python = f"{platform.python_version()} at {sys.executable}"
+    yield Check("python", level, python, "make .venv with Python 3.11 or newer")
 
 
 def _packages() -> Iterator[Check]:
     missing = []
-    found = []
+    installed = []
     for name in _TRAIN:
         try:
-            found.append(f"{name} {version(name)}")
+            installed.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             missing.append(name)
     if missing:
-        mend = "pip install 'fleetune[train]' to train here; submitting elsewhere needs none of them"
-        yield Check("packages", "warn", f"missing: {', '.join(missing)}", mend)
+        fix = "pip install 'fleetune[train]' to train here; submitting elsewhere needs none of them"
+        yield Check("packages", "warn", f"missing: {', '.join(missing)}", fix)
     else:
-        yield Check("packages", "ok", ", ".join(found))
+        yield Check("packages", "ok", ", ".join(installed))
     for line in unknown():
-        told, _, mend = line.partition("; allowed: ")
-        yield Check("packages", "fail", told, mend)
+        problem, _, fix = line.partition("; allowed: ")
+        yield Check("packages", "fail", problem, fix)
 
 
 def _methods() -> Iterator[Check]:
@@ -99,60 +105,80 @@ def _methods() -> Iterator[Check]:
 
 def _devices() -> Iterator[Check]:
     """Ask torch in a process of its own: a broken driver may hang or kill it."""
+    command = [sys.executable, "-P", "-c", _TORCH]
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", _TORCH], capture_output=True, text=True, timeout=_PROBE_TIMEOUT
-        )
+        probe = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        yield Check("devices", "fail", f"torch did not answer in {_PROBE_TIMEOUT:.0f} s", "look at nvidia-smi")
+        yield Check("devices", "fail", f"torch did not answer in {_PROBE_TIMEOUT_S:.0f} s", "look at nvidia-smi")
         return
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-        yield Check("devices", "warn", f"torch cannot be used: {last}", "pip install 'fleetune[train]'")
+    if probe.returncode:
+        lines = probe.stderr.strip().splitlines() or [f"exit {probe.returncode}"]
+        yield Check("devices", "warn", f"torch cannot be used: {lines[-1]}", "pip install 'fleetune[train]'")
         return
-    found = done.stdout.strip()
-    driver = shutil.which("nvidia-smi") is not None
-    if found == "CPU only" and driver:
+    devices = probe.stdout.strip()
+    has_driver = shutil.which("nvidia-smi") is not None
+    if devices == "CPU only" and has_driver:
         yield Check("devices", "warn", "nvidia-smi is there, but torch sees no GPU", "install a CUDA build of torch")
     else:
-        yield Check("devices", "ok", f"{found}, {os.cpu_count()} CPU cores")
+        yield Check("devices", "ok", f"{devices}, {os.cpu_count()} CPU cores")
 
 
 def _home() -> Iterator[Check]:
-    level: Level = "ok" if writable(home()) else "fail"
-    yield Check("home", level, str(home()), "set FLEETUNE_HOME to a folder that you can write")
+    folder = home()
+    level = _level(writable(folder), "fail")
+    yield Check("home", level, str(folder), "set FLEETUNE_HOME to a folder that you can write")
 
 
 def _caches() -> Iterator[Check]:
     """Tokenised data, and what libraries build and download."""
     folder = cache_folder()
-    level: Level = "ok" if writable(folder) else "fail"
-    name = "FLEETUNE_CACHE" if os.environ.get("FLEETUNE_CACHE") else "FLEETUNE_HOME"
-    yield Check("token cache", level, str(folder), f"set {name} to a folder that you can write")
+    level = _level(writable(folder), "fail")
+    variable = "FLEETUNE_CACHE" if os.environ.get("FLEETUNE_CACHE") else "FLEETUNE_HOME"
+    yield Check("token cache", level, str(folder), f"set {variable} to a folder that you can write")
     for library in (_extensions(), _hub()):
         if not writable(library):
-            mend = "set TORCH_EXTENSIONS_DIR, HF_HOME or XDG_CACHE_HOME to a folder that you can write"
-            yield Check("library cache", "warn", f"{library} cannot be written", mend)
+            fix = "set TORCH_EXTENSIONS_DIR, HF_HOME or XDG_CACHE_HOME to a folder that you can write"
+            yield Check("library cache", "warn", f"{library} cannot be written", fix)
 
 
 def _extensions() -> Path:
     """Where torch builds extensions in workers."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _library_cache() / "torch_extensions")
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if folder:
+        return Path(folder)
+    return _library_cache() / "torch_extensions"
 
 
 def _hub() -> Path:
     """Where workers keep what they download from the hub."""
-    return Path((os.environ | library_folders()).get("HF_HOME") or _library_cache() / "huggingface")
+    folder = _worker_variable("HF_HOME")
+    if folder:
+        return Path(folder)
+    return _library_cache() / "huggingface"
 
 
 def _library_cache() -> Path:
-    return Path((os.environ | library_folders()).get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = _worker_variable("XDG_CACHE_HOME")
+    if folder:
+        return Path(folder)
+    return Path.home() / ".cache"
+
+
+def _worker_variable(name: str) -> str | None:
+    """What an environment variable is in workers."""
+    environment = os.environ | library_folders()
+    return environment.get(name)
 
 
 def _disk() -> Iterator[Check]:
-    free = shutil.disk_usage(nearest(home())).free
-    level: Level = "ok" if free > 20 * _GIB else "warn" if free > 2 * _GIB else "fail"
-    yield Check("disk", level, f"{free / _GIB:.1f} GiB free", "free some space, or set FLEETUNE_HOME to another disk")
+    usage = shutil.disk_usage(nearest(home()))
+    level: Level = "fail"
+    if usage.free > 20 * _GIB:
+        level = "ok"
+    elif usage.free > 2 * _GIB:
+        level = "warn"
+    fix = "free some space, or set FLEETUNE_HOME to another disk"
+    yield Check("disk", level, f"{usage.free / _GIB:.1f} GiB free", fix)
 
 
 def _memory() -> Iterator[Check]:
@@ -160,23 +186,29 @@ def _memory() -> Iterator[Check]:
     if not shared.is_dir():
         return  # macOS
     free = shutil.disk_usage(shared).free
-    mend = "Ray and NCCL keep their buffers there: mount it larger (docker: --shm-size=8g)"
-    yield Check("/dev/shm", "ok" if free > _GIB else "warn", f"{free / _GIB:.1f} GiB free", mend)
+    level = _level(free > _GIB, "warn")
+    fix = "Ray and NCCL keep their buffers there: mount it larger (docker: --shm-size=8g)"
+    yield Check("/dev/shm", level, f"{free / _GIB:.1f} GiB free", fix)
 
 
 def _files() -> Iterator[Check]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    mend = f"ulimit -n 65536 (at most {hard} here)"
-    yield Check("open files", "ok" if soft >= 4096 else "warn", f"at most {soft}", mend)
+    level = _level(soft >= 4096, "warn")
+    fix = f"ulimit -n 65536 (at most {hard} here)"
+    yield Check("open files", level, f"at most {soft}", fix)
 
 
 def _build_lock() -> Iterator[Check]:
     """A build of an extension that was killed leaves a lock on which every later one waits for ever."""
     root = _extensions()
     now = time.time()
-    stale = [path for path in root.glob("**/lock") if now - path.stat().st_mtime > _STALE]
+    stale = []
+    for path in root.glob("**/lock"):
+        age_s = now - path.stat().st_mtime
+        if age_s > _STALE_S:
+            stale.append(str(path))
     if stale:
-        yield Check("build lock", "warn", ", ".join(map(str, stale)), f"rm {' '.join(map(str, stale))}")
+        yield Check("build lock", "warn", ", ".join(stale), f"rm {' '.join(stale)}")
     else:
         yield Check("build lock", "ok", "none")
 
@@ -191,50 +223,64 @@ def _cluster() -> Iterator[Check]:
         yield Check("local cluster", "fail", f"{error.filename}: {error.strerror}", "set FLEETUNE_HOME")
         return
     capacity = state["capacity"]
-    room = f"{capacity.free} of {capacity.total} {capacity.kind} free"
+    free = f"{capacity.free} of {capacity.total} {capacity.kind} free"
     for run_id, why in state["damaged"].items():
         yield Check("queue", "warn", why, f"fleetune resume {run_id}, or remove the file")
     if state["trouble"]:
-        mend = "mend it; runs that wait go on by themselves (at once with: fleetune cluster stop, then start)"
-        yield Check("local cluster", "fail", state["trouble"], mend)
+        fix = "mend it; runs that wait go on by themselves (at once with: fleetune cluster stop, then start)"
+        yield Check("local cluster", "fail", state["trouble"], fix)
     elif state["supervisor"]:
-        yield Check("local cluster", "ok", f"runs, {room}")
+        yield Check("local cluster", "ok", f"runs, {free}")
     elif state["queued"] or state["controllers"]:
         yield Check("local cluster", "warn", f"stopped, {len(state['queued'])} runs wait", "fleetune cluster start")
     else:
-        yield Check("local cluster", "ok", f"starts with the first job, {room}")
+        yield Check("local cluster", "ok", f"starts with the first job, {free}")
 
 
 def _mlflow() -> Iterator[Check]:
     uri = resolve(os.environ.get("MLFLOW_TRACKING_URI"))
+    shown = without_password(uri, uri)
     address = urlsplit(uri)
     if address.scheme not in ("http", "https"):
-        file = sqlite_file(uri)
-        takes = file is None or (writable(file.parent) and (not file.exists() or os.access(file, os.W_OK)))
-        yield Check("mlflow", "ok" if takes else "fail", without_password(uri, uri), "make the database writable")
+        level = _level(_can_write(sqlite_file(uri)), "fail")
+        yield Check("mlflow", level, shown, "make the database writable")
         return
     try:
         port = address.port or {"http": 80, "https": 443}[address.scheme]
         socket.create_connection((address.hostname or "", port), timeout=3).close()
-        yield Check("mlflow", "ok", f"{without_password(uri, uri)} answers")
+        yield Check("mlflow", "ok", f"{shown} answers")
     except OSError as error:
-        found = f"{without_password(uri, uri)}: {error}"
-        yield Check("mlflow", "warn", found, "training goes on without it, and delivers later")
+        yield Check("mlflow", "warn", f"{shown}: {error}", "training goes on without it, and delivers later")
+
+
+def _can_write(database: Path | None) -> bool:
+    """Whether SQLite can write its file, or make it; None: the database is none of SQLite's."""
+    if database is None:
+        return True
+    if not writable(database.parent):
+        return False
+    return not database.exists() or os.access(database, os.W_OK)
 
 
 def _deliveries() -> Iterator[Check]:
     """What MLflow has not got of runs that go on or are closed."""
-    held = all_held_up()
-    for trouble in dict.fromkeys(held.values()):
-        names = [run_id for run_id, its in held.items() if its == trouble]
-        mend = f"{trouble.mend}; then: fleetune compare" if trouble.lasting else "it is delivered when MLflow answers"
-        yield Check("deliveries", "fail" if trouble.lasting else "warn", f"{_few(names)}: {trouble.reason}", mend)
-    if others := [path.name for path in undelivered() if path.name not in held]:
-        yield Check("deliveries", "warn", f"{_few(others)}: not all in MLflow yet", "fleetune compare")
-    if not held and not others:
+    held_up = all_held_up()
+    for trouble in dict.fromkeys(held_up.values()):
+        run_ids = [run_id for run_id in held_up if held_up[run_id] == trouble]
+        reason = f"{_shortened(run_ids)}: {trouble.reason}"
+        if trouble.lasting:
+            yield Check("deliveries", "fail", reason, f"{trouble.mend}; then: fleetune compare")
+        else:
+            yield Check("deliveries", "warn", reason, "it is delivered when MLflow answers")
+    others = [path.name for path in undelivered() if path.name not in held_up]
+    if others:
+        yield Check("deliveries", "warn", f"{_shortened(others)}: not all in MLflow yet", "fleetune compare")
+    if not held_up and not others:
         yield Check("deliveries", "ok", "MLflow has all of the runs that have ended")
 
 
-def _few(names: list[str]) -> str:
+def _shortened(run_ids: list[str]) -> str:
     """Run ids as a short text."""
-    return f"{names[-1]} and {len(names) - 1} others" if len(names) > 1 else names[0]
+    if len(run_ids) == 1:
+        return run_ids[0]
+    return f"{run_ids[-1]} and {len(run_ids) - 1} others"

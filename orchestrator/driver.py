@@ -19,7 +19,7 @@ from runfolder.files import write_json
 from runfolder.folders import library_folders
 from runfolder.record import load_job
 
-_TEXT = 4000  # characters kept of a failure
+_TEXT_LENGTH = 4000  # characters kept of a failure, from its end
 
 
 def main() -> None:
@@ -33,8 +33,8 @@ def main() -> None:
     attempt = Attempt(run_dir, int(number))
     redirect(attempt.folder / "logs" / "controller.log")
     failures = outcome(lambda: fit(attempt, load_job(run_dir).resources.world, resources))
-    found = {str(rank): failure.dump() for rank, failure in failures.items()}
-    write_json(attempt.folder / "outcome.json", {"failures": found})
+    records = {str(rank): failure.dump() for rank, failure in failures.items()}
+    write_json(attempt.folder / "outcome.json", {"failures": records})
 
 
 def connect() -> dict[str, float]:
@@ -48,7 +48,7 @@ def connect() -> dict[str, float]:
 
 
 def outcome(fit_once: Callable[[], None]) -> dict[int, Failure]:
-    """What the workers raised, by rank; empty when all went well, rank -1 for what is nobody's."""
+    """What the workers raised, by rank; empty when all went well, rank -1 for what concerns no single worker."""
     from ray.train import WorkerGroupError
 
     try:
@@ -63,14 +63,17 @@ def outcome(fit_once: Callable[[], None]) -> dict[int, Failure]:
 def describe(error: BaseException) -> Failure:
     """A failure with what Ray says was its cause."""
     if isinstance(error, WorkerFailed):
-        return Failure(error.text[-_TEXT:], error.types)
-    own = f"{type(error).__name__}: {error}"
+        return Failure(error.text[-_TEXT_LENGTH:], error.types)
+    text = f"{type(error).__name__}: {error}"
+    types = types_of(error)
     preempted = getattr(error, "preempted", False)  # of Ray's errors about actors
     cause = getattr(error, "health_check_failure", None) or getattr(error, "controller_failure", None)
-    if cause is None:
-        return Failure(own[-_TEXT:], types_of(error), preempted)
-    behind = describe(cause)
-    return Failure(f"{own}\n{behind.text}"[-_TEXT:], types_of(error) + behind.types, preempted or behind.preempted)
+    if cause is not None:
+        cause_failure = describe(cause)
+        text = f"{text}\n{cause_failure.text}"
+        types += cause_failure.types
+        preempted = preempted or cause_failure.preempted
+    return Failure(text[-_TEXT_LENGTH:], types, preempted)
 
 
 def fit(attempt: Attempt, world: int, resources: dict[str, float]) -> None:
@@ -79,19 +82,21 @@ def fit(attempt: Attempt, world: int, resources: dict[str, float]) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     gpu = resources.get("GPU", 0) > 0
-    share = {"GPU": 1.0} if gpu else {"CPU": min(1.0, resources["CPU"] / world)}
-    env = load_job(attempt.run_dir).env
-    environment = worker_environment(gpu, int(max(1, resources["CPU"] // world)), env)
+    cpus = resources["CPU"]
+    if gpu:
+        backend, per_worker = "nccl", {"GPU": 1.0}
+    else:
+        backend, per_worker = "gloo", {"CPU": min(1.0, cpus / world)}
+    threads = int(max(1, cpus // world))
+    environment = worker_environment(gpu, threads, load_job(attempt.run_dir).env)
     storage = attempt.folder / "ray"
+    no_retries = FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)
+    name = f"{attempt.run_dir.name}-a{attempt.number}"
     trainer = TorchTrainer(
         lambda: work(str(attempt.run_dir), attempt.number, environment),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=world, use_gpu=gpu, resources_per_worker=share),
-        run_config=RunConfig(
-            name=f"{attempt.run_dir.name}-a{attempt.number}",
-            storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-        ),
+        torch_config=TorchConfig(backend=backend),
+        scaling_config=ScalingConfig(num_workers=world, use_gpu=gpu, resources_per_worker=per_worker),
+        run_config=RunConfig(name=name, storage_path=str(storage), failure_config=no_retries),
     )
     trainer.fit()
     shutil.rmtree(storage, ignore_errors=True)
@@ -99,15 +104,15 @@ def fit(attempt: Attempt, world: int, resources: dict[str, float]) -> None:
 
 def worker_environment(gpu: bool, threads: int, env: Mapping[str, str]) -> dict[str, str]:
     """What the workers get beside Ray's environment."""
-    passed = {name: os.environ[name] for name in (*SETTINGS, *SECRETS, "FLEETUNE_HOME") if name in os.environ}
-    accelerator = {} if gpu else {"DS_ACCELERATOR": "cpu"}
-    return {
-        **library_folders(),
-        **passed,
-        **env,
-        **accelerator,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-    }
+    variables = library_folders()
+    for name in (*SETTINGS, *SECRETS, "FLEETUNE_HOME"):
+        if name in os.environ:
+            variables[name] = os.environ[name]
+    variables.update(env)
+    if not gpu:
+        variables["DS_ACCELERATOR"] = "cpu"
+    variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+    return variables
 
 
 def _die_with_controller() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-_OF_ALL = (object, BaseException, Exception)
+_BASES_OF_ALL = (object, BaseException, Exception)
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,22 @@ class Failure:
     preempted: bool = False
 
     def dump(self) -> dict[str, Any]:
-        """As plain data that `load` reads."""
+        """The failure as plain data, which `load` reads."""
         return asdict(self)
 
 
-def load(found: dict[str, Any]) -> Failure:
-    """The failure in plain data."""
-    types: Sequence[str] = found["types"]
-    return Failure(found["text"], tuple(types), found["preempted"])
+def load(record: dict[str, Any]) -> Failure:
+    """The failure in plain data, as `dump` made it."""
+    text: str = record["text"]
+    types: Sequence[str] = record["types"]
+    preempted: bool = record["preempted"]
+    return Failure(text, tuple(types), preempted)
 
 
 def types_of(error: BaseException) -> tuple[str, ...]:
     """The qualified names of an exception's class and of its bases, like `builtins.ValueError`, nearest first."""
-    return tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__ if kind not in _OF_ALL)
+    names = []
+    for ancestor in type(error).__mro__:
+        if ancestor not in _BASES_OF_ALL:
+            names.append(f"{ancestor.__module__}.{ancestor.__qualname__}")
+    return tuple(names)

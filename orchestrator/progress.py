@@ -11,10 +11,17 @@ from orchestrator.logs import LogReader
 from orchestrator.runs import Handle, find
 from orchestrator.status import ENDED, Status, statuses
 from orchestrator.tracking.history import Spool
+from runfolder.appended import Chunk, Position
 
 _PAUSE_S = 0.5  # between two looks at a run
 _PATIENCE_S = 60.0  # for a run whose cluster says nothing, or does not get further
 _LINE_S = 10.0  # between two lines about the same state, where there is no terminal
+
+_FORMS = {  # of the metrics that are shown
+    "loss": "loss {:.4f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "eval_exact_match": "exact match {:.1%}",
+}
 
 Show = Callable[[Status, dict[str, float], str], None]
 
@@ -24,10 +31,14 @@ def follow(run: Handle, rank: int | None) -> Status:
 
     Raises Unreachable when nobody knows the run, or its cluster cannot start it, for a minute; it may go on later.
     """
-    reader = LogReader(run, rank) if rank is not None else None
-    with _bar() if sys.stdout.isatty() else _lines(quiet=reader is not None) as show:
-        for status, figures in _watch(run):
-            show(status, figures, reader.read(final=status.state in ENDED) if reader else "")
+    reader = None if rank is None else LogReader(run, rank)
+    display = _bar() if sys.stdout.isatty() else _lines(quiet=reader is not None)
+    with display as show:
+        for status, metrics in _watch(run):
+            log = ""
+            if reader:
+                log = reader.read(final=status.state in ENDED)
+            show(status, metrics, log)
     return status
 
 
@@ -39,34 +50,47 @@ def wait(reference: str) -> Status:
 
 
 def _watch(run: Handle) -> Iterator[tuple[Status, dict[str, float]]]:
-    """The run's status and its newest figures, twice a second, until it has ended."""
-    site = run.site
-    spool = Spool(lambda since: site.read(run.run_id, {"metrics.jsonl": since})["metrics.jsonl"])
-    figures: dict[str, float] = {}
-    hopeful = time.monotonic()
+    """The run's status and its newest metrics, twice a second, until it has ended."""
+    spool = _metrics_spool(run)
+    metrics: dict[str, float] = {}
+    last_well = time.monotonic()  # when its cluster knew the run and could get further
     while True:
         (status,) = statuses([run])
         for row in spool.read():
-            figures |= row.fresh
-        yield status, figures
+            metrics |= row.fresh
+        yield status, metrics
         if status.state in ENDED:
             return
         if status.state != "unknown" and not status.stuck:
-            hopeful = time.monotonic()
-        elif time.monotonic() - hopeful > _PATIENCE_S:
+            last_well = time.monotonic()
+        elif time.monotonic() - last_well > _PATIENCE_S:
             raise Unreachable(f"run {run.run_id}: {status.reason}; look again with: fleetune status")
         time.sleep(_PAUSE_S)
+
+
+def _metrics_spool(run: Handle) -> Spool:
+    """The metrics of a run, from wherever its folder is."""
+    site = run.site
+    file = "metrics.jsonl"
+
+    def read_since(position: Position) -> list[Chunk]:
+        by_file = site.read(run.run_id, {file: position})
+        return by_file[file]
+
+    return Spool(read_since)
 
 
 @contextmanager
 def _bar() -> Iterator[Show]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[figures]}"), speed_estimate_period=120) as progress:
-        task = progress.add_task("", total=None, figures="")
+    state = TextColumn("{task.description}")
+    metrics_column = TextColumn("{task.fields[metrics]}")
+    columns = (state, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), metrics_column)
+    with Progress(*columns, speed_estimate_period=120) as progress:
+        task = progress.add_task("", total=None, metrics="")
 
-        def show(status: Status, figures: dict[str, float], log: str) -> None:
+        def show(status: Status, metrics: dict[str, float], log: str) -> None:
             if log:
                 progress.console.print(log, end="", markup=False, highlight=False, soft_wrap=True)
             progress.update(
@@ -74,7 +98,7 @@ def _bar() -> Iterator[Show]:
                 description=status.state,
                 completed=status.step,
                 total=status.steps,
-                figures=_figures(figures),
+                metrics=_metrics_text(metrics),
             )
 
         yield show
@@ -85,18 +109,25 @@ class _Lines:
     """A line where state or reason changes, and now and then one about the step; with `quiet` the log alone."""
 
     quiet: bool
-    _last: tuple[str, str | None, int] = ("", None, 0)
+    _last_state: tuple[str, str | None] = ("", None)  # with its reason
+    _last_step: int = 0
     _time: float = field(default=0.0)
 
-    def __call__(self, status: Status, figures: dict[str, float], log: str) -> None:
+    def __call__(self, status: Status, metrics: dict[str, float], log: str) -> None:
         sys.stdout.write(log)
-        now = (status.state, status.reason, status.step)
-        due = now[:2] != self._last[:2] or (now != self._last and time.monotonic() - self._time > _LINE_S)
-        if due and not self.quiet:
-            reason = f" ({status.reason})" if status.reason else ""
-            print(f"{status.state}{reason}  step {status.step}/{status.steps or '?'}  {_figures(figures)}".rstrip())
-            self._last, self._time = now, time.monotonic()
+        if self._is_due(status) and not self.quiet:
+            print(_status_line(status, metrics))
+            self._last_state = (status.state, status.reason)
+            self._last_step = status.step
+            self._time = time.monotonic()
         sys.stdout.flush()
+
+    def _is_due(self, status: Status) -> bool:
+        """Whether state or reason are others than in the last line, or the step is and that line is a while ago."""
+        if (status.state, status.reason) != self._last_state:
+            return True
+        since_line_s = time.monotonic() - self._time
+        return status.step != self._last_step and since_line_s > _LINE_S
 
 
 @contextmanager
@@ -104,7 +135,19 @@ def _lines(quiet: bool) -> Iterator[Show]:
     yield _Lines(quiet)
 
 
-def _figures(figures: dict[str, float]) -> str:
-    shown = {"loss": "{:.4f}", "tokens_per_second": "{:,.0f} tokens/s", "eval_exact_match": "{:.1%}"}
-    named = {"loss": "loss ", "tokens_per_second": "", "eval_exact_match": "exact match "}
-    return "  ".join(named[key] + form.format(figures[key]) for key, form in shown.items() if key in figures)
+def _status_line(status: Status, metrics: dict[str, float]) -> str:
+    state: str = status.state
+    if status.reason:
+        state = f"{state} ({status.reason})"
+    steps = status.steps or "?"
+    step = f"step {status.step}/{steps}"
+    line = "  ".join([state, step, _metrics_text(metrics)])
+    return line.rstrip()
+
+
+def _metrics_text(metrics: dict[str, float]) -> str:
+    texts = []
+    for name, form in _FORMS.items():
+        if name in metrics:
+            texts.append(form.format(metrics[name]))
+    return "  ".join(texts)

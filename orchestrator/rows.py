@@ -36,7 +36,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownExample:
     """An example whole. `kept` tokens of it are trained on; `fate` says why not all are: truncated or dropped."""
 
     row: int
@@ -47,18 +47,21 @@ class Shown:
     @property
     def parts(self) -> Iterator[tuple[str, bool, bool]]:
         """Its text in parts that are alike: the text, whether it is learned, whether it is trained on at all."""
-        text, state = "", (False, True)
-        for place, token in enumerate(self.tokens):
-            now = (token.learned, place < self.kept)
-            if now != state and text:
+        text = ""
+        state = (False, True)
+        for index, token in enumerate(self.tokens):
+            kept = index < self.kept
+            token_state = (token.learned, kept)
+            if token_state != state and text:
                 yield text, *state
                 text = ""
-            text, state = text + token.text, now
+            text += token.text
+            state = token_state
         yield text, *state
 
 
 @dataclass(frozen=True)
-class Sequence:
+class PackedSequence:
     """What is packed together: of each example its row, first token and the one behind its last; and the padding."""
 
     examples: list[tuple[int, int, int]]
@@ -72,11 +75,11 @@ class Look:
     source: str
     survey: Survey
     warnings: list[str]
-    examples: list[Shown]
-    sequences: list[Sequence]
+    examples: list[ShownExample]
+    sequences: list[PackedSequence]
 
     def dump(self) -> dict[str, Any]:
-        """As plain data."""
+        """The view as plain data, for JSON."""
         return asdict(self)
 
 
@@ -94,70 +97,86 @@ def rows(
     """
     job, _ = read(source, overrides)
     if absent := missing():
-        raise InputError(f"rows: needs {', '.join(absent)}; allowed: pip install 'fleetune[data]'")
-    data = job.data.eval if evaluation else job.data.train
+        packages = ", ".join(absent)
+        raise InputError(f"rows: needs {packages}; allowed: pip install 'fleetune[data]'")
+    key, data = ("eval", job.data.eval) if evaluation else ("train", job.data.train)
     if data is None:
         raise InputError("data.eval: missing; the job names no evaluation rows")
     try:
-        return _look(with_date(job), data, base.find_model(job), row, progress)
+        return _look_at(with_date(job), data, base.find_model(job), row, progress)
     except TokenizerError as error:
         raise InputError(str(error)) from error
     except InputError:
         raise
     except ValueError as error:  # a RowError, or a cache that cannot be written
-        raise InputError(f"data.{'eval' if evaluation else 'train'}: {error}") from error
+        raise InputError(f"data.{key}: {error}") from error
 
 
-def _look(job: Job, source: str, model: Model, row: int | None, progress: Progress) -> Look:
+def _look_at(job: Job, source: str, model: Model, row_number: int | None, progress: Progress) -> Look:
+    """Look at one data source of a job, whose date is fixed, with the tokenizer of its base."""
     from trainer.data.encode import Encoder, Reading
     from trainer.data.tokens import tokenise
 
     tokenizer = load_tokenizer(job.base, model.folder)
-    reading = Reading.of(job, end_ids(tokenizer, job.base, model.folder))
+    ends = end_ids(tokenizer, job.base, model.folder)
+    reading = Reading.of(job, ends)
+    encoder = Encoder(source, tokenizer, reading)
+    chosen = _chosen_rows(job, source, row_number)
     examples = []
-    for number, encoded in Encoder(source, tokenizer, reading).examples(_chosen(job, source, row)):
-        examples += [_shown(example, number.number, tokenizer, reading) for example in encoded]
+    for row, encoded in encoder.examples(chosen):
+        for example in encoded:
+            examples.append(_shown_example(example, row.number, tokenizer, reading))
     tokens = tokenise(source, tokenizer, reading, cache(), lambda done: progress(source, done))
-    found = survey(tokens, tokenizer)
-    said = [*filter(None, [unknown_id(found, model.embeddings)]), *warnings(found, job.data.seq_len)]
+    counts = survey(tokens, tokenizer)
+    warned = []
+    if unknown := unknown_id(counts, model.embeddings):
+        warned.append(unknown)
+    warned.extend(warnings(counts, job.data.seq_len))
     if source != job.data.train:  # what is evaluated on is in no step
-        return Look(source, found, said, examples, [])
-    said += few_steps(job, found.tokens)
-    return Look(source, found, said, examples, _sequences(job, tokens))
+        return Look(source, counts, warned, examples, [])
+    warned.extend(few_steps(job, counts.tokens))
+    return Look(source, counts, warned, examples, _first_sequences(job, tokens))
 
 
-def _chosen(job: Job, source: str, number: int | None) -> list[Row]:
+def _chosen_rows(job: Job, source: str, number: int | None) -> list[Row]:
     """The row of this number, or the first ones."""
     stream = read_rows(source, job.data.columns)
     if number is None:
         return list(islice(stream, _EXAMPLES))
-    chosen = [found for found in stream if found.number == number]
+    chosen = [row for row in stream if row.number == number]
     if not chosen:
         raise InputError(f"--row: found {number}; allowed: the number of a row, from 1 (in .jsonl: its line)")
     return chosen
 
 
-def _shown(example: "Encoded", row: int, tokenizer: Any, reading: "Reading") -> Shown:
+def _shown_example(example: "Encoded", row: int, tokenizer: Any, reading: "Reading") -> ShownExample:
     from trainer.data.tokens import fate_of
 
-    room = reading.seq_len - reading.virtual
-    fate = fate_of(example, room, reading.too_long == "drop")
+    capacity = reading.seq_len - reading.virtual
+    drops = reading.too_long == "drop"
+    fate = fate_of(example, capacity, drops)
     ids = example.ids.tolist()
-    texts = _texts(ids, tokenizer)
-    tokens = [Token(*parts) for parts in zip(ids, texts, example.target.tolist(), strict=True)]
-    return Shown(row, tokens, 0 if fate == "dropped" else min(room, len(ids)), fate)
+    texts = _token_texts(ids, tokenizer)
+    learned = example.target.tolist()
+    tokens = []
+    for token_id, text, is_learned in zip(ids, texts, learned, strict=True):
+        tokens.append(Token(token_id, text, is_learned))
+    kept = 0 if fate == "dropped" else min(capacity, len(ids))
+    return ShownExample(row, tokens, kept, fate)
 
 
-def _texts(ids: list[int], tokenizer: Any) -> list[str]:
+def _token_texts(ids: list[int], tokenizer: Any) -> list[str]:
     """What each token adds to the text; a character of several tokens comes with the last of them."""
 
     def decoded(start: int, stop: int) -> str:
-        return str(tokenizer.decode(ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        text = tokenizer.decode(ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(text)
 
     texts = []
     shown = last = 0  # tokens before `shown` are shown; decoding begins one text earlier, which may carry its space
     for stop in range(1, len(ids) + 1):
-        before, text = decoded(last, shown), decoded(last, stop)
+        before = decoded(last, shown)
+        text = decoded(last, stop)
         if text.endswith("\ufffd") and stop < len(ids):
             texts.append("")
             continue
@@ -166,19 +185,27 @@ def _texts(ids: list[int], tokenizer: Any) -> list[str]:
     return texts
 
 
-def _sequences(job: Job, tokens: "Tokens") -> list[Sequence]:
+def _first_sequences(job: Job, tokens: "Tokens") -> list[PackedSequence]:
     """The first sequences of the first step that differ, as one worker would be given them."""
     from trainer.data.batches import Batches
     from trainer.data.examples import Examples
 
-    micro_batches = Batches.of(job, Examples.of_each(tokens)).deal(0, 0, 1)
-    different = dict.fromkeys(tuple(row) for micro in micro_batches for row in micro.rows)
-    return [_sequence(job, tokens, row) for row in islice(different, _SEQUENCES)]
+    batches = Batches.of(job, Examples.of_each(tokens))
+    different: dict[tuple[int, ...], None] = {}  # in the order of the step
+    for micro_batch in batches.deal(0, 0, 1):
+        for documents in micro_batch.rows:
+            different[tuple(documents)] = None
+    first = islice(different, _SEQUENCES)
+    return [_packed_sequence(job, tokens, documents) for documents in first]
 
 
-def _sequence(job: Job, tokens: "Tokens", documents: tuple[int, ...]) -> Sequence:
-    places, stop = [], 0
+def _packed_sequence(job: Job, tokens: "Tokens", documents: tuple[int, ...]) -> PackedSequence:
+    places = []
+    stop = 0
     for document in documents:
-        start, stop = stop, stop + int(tokens.lengths[document])
-        places.append((int(tokens.rows[document]), start, stop))
-    return Sequence(places, job.data.seq_len - stop if job.data.packing else 0)
+        start = stop
+        stop += int(tokens.lengths[document])
+        row = int(tokens.rows[document])
+        places.append((row, start, stop))
+    padding = job.data.seq_len - stop if job.data.packing else 0
+    return PackedSequence(places, padding)

@@ -25,9 +25,15 @@ def runs_folder() -> Path:
 
 
 def new_id(name: str) -> str:
-    """`<name>-<10 characters>`: eight of time, in milliseconds, and two of chance."""
-    value = ((time.time_ns() // 1_000_000 - _EPOCH_MS) << 10) | secrets.randbits(10)
-    return f"{name}-{''.join(_DIGITS[(value >> shift) & 31] for shift in range(45, -1, -5))}"
+    """`<name>-<10 characters>`: eight of time, in milliseconds, and two random ones."""
+    now_ms = time.time_ns() // 1_000_000
+    since_epoch = now_ms - _EPOCH_MS
+    value = (since_epoch << 10) | secrets.randbits(10)
+    characters = ""
+    for shift in range(45, -1, -5):  # five bits a character, the highest first
+        digit = (value >> shift) & 31
+        characters += _DIGITS[digit]
+    return f"{name}-{characters}"
 
 
 def name_of(run_id: str) -> str:
@@ -49,15 +55,15 @@ class Handle:
 
     @property
     def site(self) -> Site:
-        """Where its folder is."""
+        """The place that has its run folder."""
         return self.cluster.site
 
     def snapshot(self) -> Snapshot:
         """How it stands, as its folder says; raises InputError where there is none."""
-        found = self.site.snapshots([self.run_id])
-        if self.run_id not in found:
+        snapshots = self.site.snapshots([self.run_id])
+        if self.run_id not in snapshots:
             raise InputError(f"run {self.run_id!r}: no such run on cluster {self.cluster_name}")
-        return found[self.run_id]
+        return snapshots[self.run_id]
 
 
 def remember(run_id: str, cluster_name: str) -> None:
@@ -70,13 +76,30 @@ def remember(run_id: str, cluster_name: str) -> None:
 def handles(cluster_name: str | None = None) -> list[Handle]:
     """All runs of a cluster, or all that this machine has or knows of; oldest first."""
     if cluster_name is not None:
-        found = dict.fromkeys(open_cluster(cluster_name).site.ids(), cluster_name)
+        clusters = _clusters_of_runs_on(cluster_name)
     else:
-        known = {name: home() / "known" / name for name in names(home() / "known")}
-        found = {run_id: path.read_text() for run_id, path in known.items()}
-        found |= dict.fromkeys(open_cluster("local").site.ids(), "local")
-    runs = [Handle(run_id, its) for run_id, its in found.items() if RUN_ID.fullmatch(run_id)]
+        clusters = _remembered() | _clusters_of_runs_on("local")
+    runs = []
+    for run_id, cluster in clusters.items():
+        if RUN_ID.fullmatch(run_id):
+            runs.append(Handle(run_id, cluster))
     return sorted(runs, key=lambda run: run.run_id[-10:])
+
+
+def _clusters_of_runs_on(cluster_name: str) -> dict[str, str]:
+    """The runs whose folders one cluster has: run id -> name of the cluster."""
+    cluster = open_cluster(cluster_name)
+    ids = cluster.site.ids()
+    return dict.fromkeys(ids, cluster_name)
+
+
+def _remembered() -> dict[str, str]:
+    """What `remember` noted: run id -> name of the cluster."""
+    folder = home() / "known"
+    clusters = {}
+    for run_id in names(folder):
+        clusters[run_id] = (folder / run_id).read_text()
+    return clusters
 
 
 def run_ids() -> list[str]:
@@ -86,17 +109,20 @@ def run_ids() -> list[str]:
 
 def find(reference: str, cluster_name: str | None = None) -> Handle:
     """A run by its id, by a job's name (its latest run), or by a prefix of one id; raises InputError."""
-    known = {run.run_id: run for run in handles(cluster_name)}
-    named = [run_id for run_id in known if name_of(run_id) == reference]
-    starting = [run_id for run_id in known if run_id.startswith(reference)]
-    if reference in known:
-        return known[reference]
-    if named:
-        return known[named[-1]]
-    if len(starting) == 1:
-        return known[starting[0]]
-    if starting:
-        raise InputError(f"run {reference!r}: found {len(starting)} runs, like {', '.join(starting[-3:])}; give more")
-    there = cluster_name or f"this machine ({runs_folder()})"
-    latest = f"the latest are {', '.join(list(known)[-3:])}" if known else f"there are none on {there}"
-    raise InputError(f"run {reference!r}: no such run; {latest}")
+    runs = {run.run_id: run for run in handles(cluster_name)}
+    if reference in runs:
+        return runs[reference]
+    with_name = [run_id for run_id in runs if name_of(run_id) == reference]
+    if with_name:
+        return runs[with_name[-1]]
+    with_prefix = [run_id for run_id in runs if run_id.startswith(reference)]
+    if len(with_prefix) == 1:
+        return runs[with_prefix[0]]
+    if with_prefix:
+        examples = ", ".join(with_prefix[-3:])
+        raise InputError(f"run {reference!r}: found {len(with_prefix)} runs, like {examples}; give more")
+    if runs:
+        latest = ", ".join(list(runs)[-3:])
+        raise InputError(f"run {reference!r}: no such run; the latest are {latest}")
+    place = cluster_name or f"this machine ({runs_folder()})"
+    raise InputError(f"run {reference!r}: no such run; there are none on {place}")

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from clusters.base import Status as View
+from clusters.base import Status as ClusterStatus
 from clusters.base import Unreachable
 from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
@@ -21,8 +21,8 @@ ENDED = ("succeeded", "failed", "cancelled")
 class Status:
     """One run. `step` is the last one of the newest attempt; `steps` is None until it is known.
 
-    `stuck`: its cluster tries again and again, but somebody has to mend what `reason` says.
-    `tracking`: why MLflow has not got all that it could have, and how to mend it. `data`: what the trainer counted of
+    `stuck`: its cluster tries again and again, but somebody has to fix what `reason` says.
+    `tracking`: why MLflow has not got all that it could have, and how to fix it. `data`: what the trainer counted of
     its rows: how many, how many examples they made, how many of these were cut (truncated) or left out (dropped), ...
     """
 
@@ -44,7 +44,7 @@ class Status:
     data: dict[str, Any] | None = None
 
     def dump(self) -> dict[str, Any]:
-        """As plain data."""
+        """The status as plain data, for JSON."""
         return asdict(self)
 
 
@@ -61,33 +61,43 @@ def list_runs() -> list[Status]:
 def statuses(runs: Iterable[Handle]) -> list[Status]:
     """The status of runs, with one look at each cluster."""
     wanted = list(runs)
-    found: dict[Handle, Status] = {}
-    for name in dict.fromkeys(run.cluster_name for run in wanted):
-        found |= _look(name, [run for run in wanted if run.cluster_name == name])
-    return [found[run] for run in wanted]
+    by_cluster: dict[str, list[Handle]] = {}
+    for run in wanted:
+        by_cluster.setdefault(run.cluster_name, []).append(run)
+    by_run: dict[Handle, Status] = {}
+    for cluster_name, its_runs in by_cluster.items():
+        by_run |= _statuses_on(cluster_name, its_runs)
+    return [by_run[run] for run in wanted]
 
 
-def _look(cluster_name: str, runs: list[Handle]) -> dict[Handle, Status]:
+def _statuses_on(cluster_name: str, runs: list[Handle]) -> dict[Handle, Status]:
     """How the runs of one cluster stand: what their folders say, joined with what the cluster says."""
     run_ids = [run.run_id for run in runs]
-    views: dict[str, View] = {}
+    on_cluster: dict[str, ClusterStatus] = {}
     snapshots: dict[str, Snapshot] = {}
-    why = "its folder is not there"
+    why_unknown = "its folder is not there"
     try:
         cluster = open_cluster(cluster_name)
         snapshots = cluster.site.snapshots(run_ids)
-        views = cluster.status(run_ids)
+        on_cluster = cluster.status(run_ids)
     except (Unreachable, InputError) as error:
-        why = str(error)
-    nothing = {run_id: Snapshot(run_id, "", cluster_name, damaged=why) for run_id in run_ids}
-    found = nothing | snapshots
-    return {run: join(found[run.run_id], views.get(run.run_id, View("unknown", why))) for run in runs}
+        why_unknown = str(error)
+    unknown = ClusterStatus("unknown", why_unknown)
+    by_run = {}
+    for run in runs:
+        no_folder = Snapshot(run.run_id, "", cluster_name, damaged=why_unknown)
+        snapshot = snapshots.get(run.run_id, no_folder)
+        by_run[run] = join(snapshot, on_cluster.get(run.run_id, unknown))
+    return by_run
 
 
-def join(run: Snapshot, view: View) -> Status:
+def join(run: Snapshot, on_cluster: ClusterStatus) -> Status:
     """What a folder says and what its cluster says, as one; a pure function."""
-    state, reason = _state(run, view)
-    delivered = run.has_output or state == "succeeded"
+    state, reason = _state_and_reason(run, on_cluster)
+    has_output = run.has_output or state == "succeeded"
+    tracking = None
+    if run.undelivered:
+        tracking = str(trouble_of(Path(run.run_dir), run.undelivered))
     return Status(
         run_id=run.run_id,
         name=name_of(run.run_id),
@@ -100,25 +110,29 @@ def join(run: Snapshot, view: View) -> Status:
         verdict=run.verdict["kind"] if run.verdict else None,
         mlflow_run_id=run.mlflow["mlflow_run_id"] if run.mlflow else None,
         run_dir=run.run_dir,
-        output_dir=f"{run.run_dir}/output" if delivered else None,
+        output_dir=f"{run.run_dir}/output" if has_output else None,
         submitted=run.submitted,
-        stuck=run.result is None and view.stuck,
-        tracking=str(trouble_of(Path(run.run_dir), run.undelivered)) if run.undelivered else None,
+        stuck=run.result is None and on_cluster.stuck,
+        tracking=tracking,
         data=run.data,
     )
 
 
-def _state(run: Snapshot, view: View) -> tuple[State, str | None]:
+def _state_and_reason(run: Snapshot, on_cluster: ClusterStatus) -> tuple[State, str | None]:
     """The state, and why: a run that had an attempt and waits for the next one is preempted."""
     if run.damaged:
         return "unknown", run.damaged
     if run.result:
         return run.result["state"], run.result.get("reason")
-    if view.state in ("unknown", "ended"):
-        return "unknown", view.reason or "the run has ended, and its result is not there yet"
-    why = "; ".join(filter(None, [view.reason, run.asked]))
+    if on_cluster.state in ("unknown", "ended"):
+        return "unknown", on_cluster.reason or "the run has ended, and its result is not there yet"
+    reason = "; ".join(filter(None, [on_cluster.reason, run.asked]))
     if run.attempt == 0:
-        return ("queued" if view.state == "queued" else "starting"), why
-    if (run.verdict and run.verdict["kind"] != "success") or view.state != "running":
-        return "preempted", why or (run.verdict or {}).get("reason")
-    return ("running" if run.begun else "starting"), why
+        state: State = "queued" if on_cluster.state == "queued" else "starting"
+        return state, reason
+    verdict = run.verdict or {}
+    has_failed = bool(verdict) and verdict["kind"] != "success"
+    if has_failed or on_cluster.state != "running":
+        return "preempted", reason or verdict.get("reason")
+    state = "running" if run.begun else "starting"
+    return state, reason

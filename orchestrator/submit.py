@@ -56,17 +56,18 @@ def submit(
     """
     backend = open_cluster(cluster)
     job, folder = read(source, overrides)
-    found = check(job, progress)
-    job = with_date(job) if writes_date(found.model) else job
-    frozen = record(job, found.model, cluster, folder)
-    with _chosen_id(job, frozen, run_id) as chosen:
-        request = make_request(backend, job, chosen)
+    checked = check(job, progress)
+    if writes_date(checked.model):
+        job = with_date(job)
+    frozen = record(job, checked.model, cluster, folder)
+    with _chosen_id(job, frozen, run_id) as chosen_id:
+        request = make_request(backend, job, chosen_id)
         backend.capacity()  # where there is no cluster, nothing is made
-        remember(chosen, cluster)
-        adopted = _create(backend.site, chosen, frozen)
-        backend.site.entrust(chosen, values(request.secrets) | secrets_of(job))
+        remember(chosen_id, cluster)
+        adopted = _create(backend.site, chosen_id, frozen)
+        backend.site.entrust(chosen_id, values(request.secrets) | secrets_of(job))
         backend.submit(request)
-        submission = Submission(chosen, Path(request.run_dir), cluster, adopted, found.warnings)
+        submission = Submission(chosen_id, Path(request.run_dir), cluster, adopted, checked.warnings)
         announce(submission)
     return submission
 
@@ -99,7 +100,8 @@ def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> Itera
             )
         yield run_id
         return
-    path, descriptor = _begun(_identity(frozen)) or _begin(_identity(frozen), new_id(job.name))
+    identity = _identity(frozen)
+    path, descriptor = _abandoned(identity) or _note(identity, new_id(job.name))
     try:
         yield path.name.partition(".")[2]
         path.unlink()
@@ -113,23 +115,26 @@ def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> Itera
 def _identity(frozen: Mapping[str, Any]) -> str:
     """What makes two submissions the same: cluster, job and data."""
     same = {key: frozen[key] for key in ("cluster", "job", "digests")}
-    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:20]
+    text = json.dumps(same, sort_keys=True)
+    digest = hashlib.sha256(text.encode())
+    hexadecimal = digest.hexdigest()
+    return hexadecimal[:20]
 
 
-def _begun(identity: str) -> tuple[Path, int] | None:
-    """A submission of the same that nobody is at any more, locked for us."""
+def _abandoned(identity: str) -> tuple[Path, int] | None:
+    """The note of a submission of the same that its client did not end, locked for us."""
     for path in sorted((home() / "submitting").glob(f"{identity}.*")):
         try:
             descriptor = os.open(path, os.O_RDWR)
         except FileNotFoundError:
             continue  # its client was done just now
-        if _lock(descriptor) and _is_at(descriptor, path):
+        if _lock(descriptor) and _has_name(descriptor, path):
             return path, descriptor
         os.close(descriptor)
     return None
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def _has_name(descriptor: int, path: Path) -> bool:
     """Whether the locked file still has its name: its client may have been done before our lock."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
@@ -137,11 +142,12 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _begin(identity: str, run_id: str) -> tuple[Path, int]:
+def _note(identity: str, run_id: str) -> tuple[Path, int]:
     """Note that a submission begins; the name appears with the lock on it."""
     folder = home() / "submitting"
     folder.mkdir(parents=True, exist_ok=True)
-    hidden, path = folder / f".{uuid.uuid4().hex}", folder / f"{identity}.{run_id}"
+    path = folder / f"{identity}.{run_id}"
+    hidden = folder / f".{uuid.uuid4().hex}"
     descriptor = os.open(hidden, os.O_CREAT | os.O_RDWR)
     _lock(descriptor)
     hidden.rename(path)
@@ -149,6 +155,7 @@ def _begin(identity: str, run_id: str) -> tuple[Path, int]:
 
 
 def _lock(descriptor: int) -> bool:
+    """Lock an open file for this process; False when another one has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -158,7 +165,9 @@ def _lock(descriptor: int) -> bool:
 
 def _create(site: Site, run_id: str, frozen: Mapping[str, Any]) -> bool:
     """Make the run folder whole or not at all; gives whether the same one was there already."""
-    there = site.create(run_id, frozen)
-    if there is not None and _identity(there) != _identity(frozen):
+    earlier = site.create(run_id, frozen)
+    if earlier is None:
+        return False
+    if _identity(earlier) != _identity(frozen):
         raise InputError(f"--run-id: {run_id} is taken by another job")
-    return there is not None
+    return True

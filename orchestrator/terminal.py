@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def announce(done: "Submission") -> None:
+def announce(submission: "Submission") -> None:
     """Print the run id of a submission, and what it warns of."""
     clear_count()
-    for warning in done.warnings:
+    for warning in submission.warnings:
         warn(warning)
-    if done.adopted:
+    if submission.adopted:
         print("this run was submitted before; going on with it", file=sys.stderr)
-    print(done.run_id, flush=True)
+    print(submission.run_id, flush=True)
 
 
 def warn(warning: str) -> None:
@@ -28,16 +28,24 @@ def warn(warning: str) -> None:
     print(f"warning: {warning}", file=sys.stderr)
 
 
-def announce_json(done: "Submission") -> None:
-    """Print a submission as JSON."""
-    found = {"run_id": done.run_id, "run_dir": str(done.run_dir), "adopted": done.adopted}
-    print_json({**found, "warnings": done.warnings})
+def announce_json(submission: "Submission") -> None:
+    """Print a submission as JSON, with what it warns of."""
+    print_json(
+        {
+            "run_id": submission.run_id,
+            "run_dir": str(submission.run_dir),
+            "adopted": submission.adopted,
+            "warnings": submission.warnings,
+        }
+    )
 
 
-def count_rows(source: str, done: int) -> None:
+def count_rows(source: str, rows: int) -> None:
     """Show how far a look at the data has come, where somebody watches."""
     if sys.stderr.isatty():
-        print(f"\x1b[2K{Path(source).name}: {done:,} rows", end="\r", file=sys.stderr, flush=True)
+        name = Path(source).name
+        line = f"\x1b[2K{name}: {rows:,} rows"
+        print(line, end="\r", file=sys.stderr, flush=True)
 
 
 def clear_count() -> None:
@@ -46,6 +54,6 @@ def clear_count() -> None:
         print("\x1b[2K", end="", file=sys.stderr, flush=True)
 
 
-def print_json(found: Any) -> None:
-    """Print plain data."""
-    print(json.dumps(found, indent=1), flush=True)
+def print_json(data: Any) -> None:
+    """Print plain data as JSON on standard output."""
+    print(json.dumps(data, indent=1), flush=True)

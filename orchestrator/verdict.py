@@ -5,7 +5,7 @@ that raise a plain RuntimeError for what the machine did are known by the form o
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -94,7 +94,7 @@ class Verdict:
     rank: int | None = None
 
     def dump(self) -> dict[str, Any]:
-        """As plain data, for verdict.json."""
+        """The verdict as plain data, for verdict.json."""
         return asdict(self)
 
 
@@ -107,11 +107,11 @@ class Again:
 
 @dataclass(frozen=True)
 class Final:
-    """End the run."""
+    """End the run in this state."""
 
     state: Literal["succeeded", "failed", "cancelled"]
     reason: str | None
-    mend: str | None = None  # what follows the last attempt's own reason
+    mend: str | None = None  # how to go on; it follows the last attempt's own reason
 
 
 def classify(failures: Mapping[int, Failure], tails: Mapping[int, str] | None = None) -> Verdict:
@@ -119,15 +119,19 @@ def classify(failures: Mapping[int, Failure], tails: Mapping[int, str] | None = 
 
     Rank -1 stands for what concerns no single worker, and is nobody's bug.
     """
-    found = {
-        rank: _kind(failure) or ("user_error" if rank >= 0 else "node_lost") for rank, failure in failures.items()
-    }
-    kind = next(kind for kind in _FIRST if kind in found.values())
-    rank = min(rank for rank, its in found.items() if its == kind)
-    text = failures[rank].text
-    reason = _reason(kind, failures[rank])
-    evidence = _evidence(kind, (tails or {}).get(rank, "")) or _evidence(kind, text) or reason
-    return Verdict(kind, reason if rank < 0 else f"rank {rank}: {reason}", evidence, rank if rank >= 0 else None)
+    kinds = _kinds(failures)
+    kind = _first_cause(kinds.values())
+    rank = min(rank for rank in kinds if kinds[rank] == kind)
+    failure = failures[rank]
+    reason = _reason(kind, failure)
+    evidence = ""
+    if tails:
+        evidence = _evidence(kind, tails.get(rank, ""))
+    if not evidence:
+        evidence = _evidence(kind, failure.text) or reason
+    if rank < 0:
+        return Verdict(kind, reason, evidence)
+    return Verdict(kind, f"rank {rank}: {reason}", evidence, rank)
 
 
 def decide(history: Sequence[tuple[Kind, int]], requeued: bool = False) -> Again | Final:
@@ -148,13 +152,16 @@ def decide(history: Sequence[tuple[Kind, int]], requeued: bool = False) -> Again
         return Final("failed", None, "fleetune resume goes on from the newest checkpoint")
     if kind in _NEVER_AGAIN:
         return Final("failed", None)
-    barren = _barren(history)
+    barren = _barren_attempts(history)
     if barren >= _BARREN_LIMIT.get(kind, _DEFAULT_BARREN_LIMIT):
         return Final("failed", f"{barren} attempts in a row without progress, the last one ended by {kind}")
-    return Again(min(_LONGEST_DELAY_S, 2.0 ** (barren - 1)) if barren else 0.0)
+    if barren == 0:
+        return Again(0.0)
+    backoff_s = 2.0 ** (barren - 1)
+    return Again(min(_LONGEST_DELAY_S, backoff_s))
 
 
-def _barren(history: Sequence[tuple[Kind, int]]) -> int:
+def _barren_attempts(history: Sequence[tuple[Kind, int]]) -> int:
     """Number of attempts without progress at the end of a history."""
     count = 0
     for _, steps in reversed(history):
@@ -164,24 +171,55 @@ def _barren(history: Sequence[tuple[Kind, int]]) -> int:
     return count
 
 
-def _kind(failure: Failure) -> Kind | None:
+def _kinds(failures: Mapping[int, Failure]) -> dict[int, Kind]:
+    """What each failure is, by rank."""
+    kinds = {}
+    for rank, failure in failures.items():
+        kinds[rank] = _kind_on_rank(rank, failure)
+    return kinds
+
+
+def _kind_on_rank(rank: int, failure: Failure) -> Kind:
+    """What a failure is: where its types do not tell, a bug of the user in a worker, and elsewhere a lost node."""
+    known = _known_kind(failure)
+    if known is not None:
+        return known
+    return "user_error" if rank >= 0 else "node_lost"
+
+
+def _known_kind(failure: Failure) -> Kind | None:
     """What a failure is by its types; None for any other error."""
-    found = {_TYPES[name] for name in failure.types if name in _TYPES}
-    found |= {"preemption"} if failure.preempted else set()
+    kinds: set[Kind] = set()
+    if failure.preempted:
+        kinds.add("preemption")
+    for name in failure.types:
+        if name in _TYPES:
+            kinds.add(_TYPES[name])
     raised = failure.types[0] if failure.types else ""
-    found |= {kind for kind, types, form in _FORMS if raised in types and re.search(form, failure.text)}
-    return next((kind for kind in _FIRST if kind in found), None)
+    for kind, types, form in _FORMS:
+        if raised in types and re.search(form, failure.text):
+            kinds.add(kind)
+    return _first_cause(kinds) if kinds else None
+
+
+def _first_cause(kinds: Collection[Kind]) -> Kind:
+    """The one of some kinds that made the others happen."""
+    return min(kinds, key=_FIRST.index)
 
 
 def _reason(kind: Kind, failure: Failure) -> str:
     if kind == "node_lost" and _GONE not in failure.types:
         return "the worker process was killed, or its node is gone"
-    lines = [line.strip() for line in failure.text.splitlines() if line.strip()]
-    return lines[-1] if lines else kind
+    for line in reversed(failure.text.splitlines()):
+        if line.strip():
+            return line.strip()
+    return kind
 
 
 def _evidence(kind: Kind, text: str) -> str:
     """The last line that shows this kind of end; for a bug the last line of its traceback."""
     sign = _SIGNS.get(kind, r"^\w[\w.]*(Error|Exception|Interrupt|Exit)\b")
-    lines = [line.strip() for line in text.splitlines() if re.search(sign, line)]
-    return lines[-1][:1000] if lines else ""
+    for line in reversed(text.splitlines()):
+        if re.search(sign, line):
+            return line.strip()[:1000]
+    return ""

@@ -26,7 +26,8 @@ from trainer import missing
 
 _POLL_S = 0.25  # between two looks at the driver process
 _LOOK_S = 1.0  # between two looks at the run folder, which may be on a file system that many share
-_TAIL = 16_384  # bytes at the end of a log in which evidence is looked for
+_TAIL_BYTES = 16_384  # at the end of a log, in which evidence is looked for
+_UNANSWERED_LIMIT = 3  # looks in a row at which Ray's head does not answer
 _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
@@ -41,7 +42,9 @@ class Driver:
 
     def __init__(self, run_dir: Path) -> None:
         command = [sys.executable, "-P", "-m", "orchestrator.driver", str(run_dir)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | _DRIVER_ENVIRONMENT)
+        environment = dict(os.environ)
+        environment.update(_DRIVER_ENVIRONMENT)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
 
     def __enter__(self) -> "Driver":
         return self
@@ -51,7 +54,7 @@ class Driver:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs."""
+        """The exit code of the process; None while it runs."""
         return self._process.poll()
 
     def begin(self, attempt: Attempt) -> None:
@@ -82,95 +85,134 @@ class Watch:
         self._told = told
         self._resources = load_job(attempt.run_dir).resources
         self._hang_after_s = float(os.environ.get("FLEETUNE_HANG_AFTER", "1800"))
-        self._began = time.monotonic()
-        self._opened = _opened(attempt.run_dir)
+        self._began_at = time.monotonic()
+        self._opened_at = _opened_at(attempt.run_dir)
         self._unanswered = 0
 
     def until_end(self) -> Verdict:
         """How the attempt ended; raises Fenced when another one took over."""
-        looked = 0.0
+        looked_at = 0.0
         while self._driver.exit_code is None:
-            if time.monotonic() - looked >= _LOOK_S:
-                looked = time.monotonic()
-                if verdict := self._look():
+            if time.monotonic() - looked_at >= _LOOK_S:
+                looked_at = time.monotonic()
+                if verdict := self._must_end_now():
                     return verdict
             time.sleep(_POLL_S)
         self._attempt.check()
-        return self._judge()
+        return self._verdict_after_driver()
 
-    def _look(self) -> Verdict | None:
-        """Whether the attempt must be ended now."""
+    def _must_end_now(self) -> Verdict | None:
+        """The verdict on an attempt that must be ended now, else None; asks it to save and end if that can wait."""
         self._attempt.check(here=True)
         if cancel_requested(self._attempt.run_dir) and not cancel_saves(self._attempt.run_dir):
             return Verdict("cancelled", "")
-        if wanted := self._wanted():
-            request_stop(self._attempt, wanted)
-        asked = stop_requested(self._attempt)
-        if asked and time.time() > asked.by:
+        if stop := self._stop_to_request():
+            request_stop(self._attempt, stop)
+        requested = stop_requested(self._attempt)
+        if requested and time.time() > requested.by:
             late = f"no checkpoint within {self._resources.grace} s"
-            return Verdict(asked.why, "; ".join(filter(None, [asked.reason, late])))
-        return self._stuck()
+            return _verdict_on_stop(requested, late)
+        return self._head_lost() or self._hung()
 
-    def _wanted(self) -> Stop | None:
+    def _stop_to_request(self) -> Stop | None:
         """Whether the attempt is to save and end, and why."""
-        by = time.time() + self._resources.grace
+        grace = self._resources.grace
+        by = time.time() + grace
         if self._told.is_set():
             return Stop("preemption", "the controller was told to end", by)
         if cancel_saves(self._attempt.run_dir):
             return Stop("cancelled", "", by)
         walltime = self._resources.walltime
-        if walltime and time.time() > self._opened + walltime - self._resources.grace:
+        if walltime and time.time() > self._opened_at + walltime - grace:
             reason = f"resources.walltime of {walltime} s is over"
-            return Stop("walltime", reason, max(by - self._resources.grace, self._opened + walltime))
+            return Stop("walltime", reason, max(by - grace, self._opened_at + walltime))
         return None
 
-    def _stopped(self) -> Verdict | None:
-        """How an attempt ended that has saved and returned before its end; None for one that came to it."""
-        steps = [event["step"] for event in read_lines(self._attempt, "events.jsonl") if event["event"] == "stopped"]
-        if not steps:
-            return None
-        asked = stop_requested(self._attempt)
-        if asked:
-            return Verdict(asked.why, "; ".join(filter(None, [asked.reason, f"saved at step {steps[-1]}"])))
-        return Verdict("paused", f"paused at step {steps[-1]}")
-
-    def _judge(self) -> Verdict:
+    def _verdict_after_driver(self) -> Verdict:
         """The verdict once the driver has ended."""
-        path = self._attempt.folder / "outcome.json"
-        if path.exists():
-            failures = {int(rank): load(failure) for rank, failure in read_json(path)["failures"].items()}
-            if not failures:
-                return self._stopped() or Verdict("success", missing.reason(self._attempt))
-        else:
-            told = f"the driver ended with exit code {self._driver.exit_code}\n{self._tail('controller')}"
-            failures = {-1: Failure(told)}
+        failures = self._failures()
+        if not failures:
+            return self._verdict_on_saved() or Verdict("success", missing.reason(self._attempt))
         if not answers(os.environ["RAY_ADDRESS"]):
-            return Verdict("node_lost", "the Ray head is gone", next(iter(failures.values())).text[-1000:])
-        return classify(failures, {rank: self._tail(f"rank-{rank}") for rank in failures})
+            first = next(iter(failures.values()))
+            return Verdict("node_lost", "the Ray head is gone", first.text[-1000:])
+        tails = {rank: self._tail(f"rank-{rank}") for rank in failures}
+        return classify(failures, tails)
 
-    def _stuck(self) -> Verdict | None:
-        """Whether the head is gone, or nothing moves."""
-        self._unanswered = 0 if answers(os.environ["RAY_ADDRESS"]) else self._unanswered + 1
-        if self._unanswered >= 3:
-            return Verdict("node_lost", "the Ray head is gone", f"nobody listens at {os.environ['RAY_ADDRESS']}")
-        silent_s = min(time.monotonic() - self._began, time.time() - self._last_sign())
+    def _failures(self) -> dict[int, Failure]:
+        """What workers raised, by rank, as the driver left it; rank -1 where it left nothing."""
+        path = self._attempt.folder / "outcome.json"
+        if not path.exists():
+            end = f"the driver ended with exit code {self._driver.exit_code}"
+            tail = self._tail("controller")
+            return {-1: Failure(f"{end}\n{tail}")}
+        outcome = read_json(path)
+        failures = {}
+        for rank, record in outcome["failures"].items():
+            failures[int(rank)] = load(record)
+        return failures
+
+    def _verdict_on_saved(self) -> Verdict | None:
+        """How an attempt ended that has saved and returned before its end; None for one that came to it."""
+        events = read_lines(self._attempt, "events.jsonl")
+        stops = [event for event in events if event["event"] == "stopped"]
+        if not stops:
+            return None
+        step = stops[-1]["step"]
+        requested = stop_requested(self._attempt)
+        if requested:
+            return _verdict_on_stop(requested, f"saved at step {step}")
+        return Verdict("paused", f"paused at step {step}")
+
+    def _head_lost(self) -> Verdict | None:
+        """The verdict where Ray's head has not answered a few times in a row."""
+        address = os.environ["RAY_ADDRESS"]
+        if answers(address):
+            self._unanswered = 0
+        else:
+            self._unanswered += 1
+        if self._unanswered >= _UNANSWERED_LIMIT:
+            return Verdict("node_lost", "the Ray head is gone", f"nobody listens at {address}")
+        return None
+
+    def _hung(self) -> Verdict | None:
+        """The verdict where nothing has moved for long."""
+        watched_s = time.monotonic() - self._began_at
+        since_sign_s = time.time() - self._last_sign()
+        silent_s = min(watched_s, since_sign_s)
         if silent_s > self._hang_after_s:
             lines = self._tail("rank-0").strip().splitlines()
-            return Verdict("hang", f"nothing was written for {silent_s:.0f} s", lines[-1] if lines else "")
+            last_line = lines[-1] if lines else ""
+            return Verdict("hang", f"nothing was written for {silent_s:.0f} s", last_line)
         return None
 
     def _last_sign(self) -> float:
-        """When the workers last wrote something, or showed that they are alive."""
+        """When the workers last wrote something, or showed that they are alive (seconds since 1970)."""
         folder = self._attempt.folder
         signs = [folder / name for name in ("metrics.jsonl", "events.jsonl", "alive")]
-        files = [*signs, *(folder / "logs").glob("rank-*.log")]
-        return max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
+        signs.extend(folder.glob("logs/rank-*.log"))
+        last = 0.0
+        for path in signs:
+            if path.exists():
+                last = max(last, path.stat().st_mtime)
+        return last
 
     def _tail(self, name: str) -> str:
-        return ending(self._attempt, f"logs/{name}.log", _TAIL).decode(errors="replace")
+        """The end of a log of this attempt."""
+        data = ending(self._attempt, f"logs/{name}.log", _TAIL_BYTES)
+        return data.decode(errors="replace")
 
 
-def _opened(run_dir: Path) -> float:
+def _verdict_on_stop(stop: Stop, outcome: str) -> Verdict:
+    """The verdict on an attempt that was asked to save and end, with what came of that."""
+    reasons = filter(None, [stop.reason, outcome])
+    reason = "; ".join(reasons)
+    return Verdict(stop.why, reason)
+
+
+def _opened_at(run_dir: Path) -> float:
     """When the first attempt since the run was last (re)opened was claimed (seconds since 1970)."""
     reopened = last_reopened(run_dir)
-    return float(next(slot for slot in slots(run_dir) if slot.number > reopened).claim["time"])
+    later = (slot for slot in slots(run_dir) if slot.number > reopened)
+    claim = next(later).claim
+    return float(claim["time"])

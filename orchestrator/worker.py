@@ -15,7 +15,8 @@ class WorkerFailed(RuntimeError):
 
     def __init__(self, text: str, types: tuple[str, ...]) -> None:
         super().__init__(text, types)
-        self.text, self.types = text, types
+        self.text = text
+        self.types = types
 
     def __str__(self) -> str:
         return self.text
@@ -23,14 +24,18 @@ class WorkerFailed(RuntimeError):
     @staticmethod
     def by(error: BaseException) -> "WorkerFailed":
         """The failure of a worker that raised `error`."""
-        return WorkerFailed("".join(traceback.format_exception_only(error)).strip(), types_of(error))
+        lines = traceback.format_exception_only(error)
+        text = "".join(lines).strip()
+        return WorkerFailed(text, types_of(error))
 
 
 def work(run_dir: str, attempt: int, environment: Mapping[str, str]) -> None:
     """Do this worker's part of an attempt; raises WorkerFailed."""
     os.environ.update(environment)
-    redirect(Path(run_dir) / "attempts" / str(attempt) / "logs" / f"rank-{os.environ['RANK']}.log")
-    print(f"[rank {os.environ['RANK']}] pid {os.getpid()} on {socket.gethostname()}")
+    rank = os.environ["RANK"]
+    logs = Path(run_dir) / "attempts" / str(attempt) / "logs"
+    redirect(logs / f"rank-{rank}.log")
+    print(f"[rank {rank}] pid {os.getpid()} on {socket.gethostname()}")
     try:
         _train(Path(run_dir), attempt)
     except BaseException as error:
@@ -54,7 +59,8 @@ def redirect(log: Path) -> None:
 def _train(run_dir: Path, attempt: int) -> None:
     import torch
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    torch.set_num_threads(threads)
     from trainer.loop import train
 
     train(run_dir, attempt)

@@ -2,26 +2,28 @@
 
 What is sent is a function of the run folder alone (see history.py): a row goes out once, with the time at
 which it was written, so whoever sends it again (after a lost answer, or woken in the middle of a request) sends the
-same row, which MLflow ignores. Rows are read, then made durable, then the fence is checked, then they are sent: what
-an attempt sends was in its file before it had a successor: it lies within its seal, and nobody reports it otherwise.
-Each batch ends with a cursor as a tag of the MLflow run; the next attempt goes on from there, and an old cursor that
-comes late only costs a repetition.
+same row, which MLflow ignores. Rows are read, then made durable, then the fence is checked, then they are sent. So
+every row that an attempt sends was in its file before it had a successor: it lies below the seal that the successor
+writes, and whoever reads the file later gets the same row. Each batch ends with a cursor as a tag of the MLflow run;
+the next attempt goes on from there, and an old cursor that comes late only costs a repetition.
 """
 
 import json
 import math
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from orchestrator.runs import run_ids, runs_folder
+from orchestrator.tracking.artifacts import upload
 from orchestrator.tracking.environment import Sampler
 from orchestrator.tracking.history import Row, Spool
-from orchestrator.tracking.store import address, client, describe, open_run, upload
+from orchestrator.tracking.outbox import FileRow, Outbox
+from orchestrator.tracking.redone import COMPARED, differ, relative_tolerance
+from orchestrator.tracking.store import address, client, describe, open_run
 from orchestrator.tracking.trouble import Trouble, diagnose, held_up, note
 from runfolder.appended import read_from
 from runfolder.chain import Attempt, Fenced, attempts, last, last_slot, result
@@ -33,9 +35,7 @@ from runfolder.snapshot import snapshot
 STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 FILES = ("metrics.jsonl", "system.jsonl")
 CURSOR = "fleetune.delivered"
-COMPARED = ("loss", "lr", "grad_norm", "eval_loss", "eval_exact_match")
 SAMPLE_S = 10.0
-_BATCH = 900  # MLflow takes at most 1000 metrics, params and tags at once
 _LONGEST_WAIT_S = 30.0
 
 
@@ -46,18 +46,21 @@ class Delivery:
         self._run_dir = run_dir
         self._attempt = Attempt(run_dir, attempt)
         self._fence: Callable[[], None] = self._attempt.check
-        self._compared: dict[str, int] = {}
+        self._compared: dict[str, int] = {}  # by file, how many of its rows were looked at by `_compare`
         self._sampler: Sampler | None = None
-        self._sampled = -math.inf
-        self._wait_s, self._next_try = 0.0, -math.inf
+        self._sampled_at = -math.inf
+        self._wait_s = 0.0
+        self._next_try = -math.inf
         self._trouble: Trouble | None = None
-        self._begin()
+        self._start_over()
 
-    def _begin(self) -> None:
+    def _start_over(self) -> None:
         """Know nothing of MLflow yet, and have all rows before us."""
-        self._spools = {file: Spool(partial(read_from, self._run_dir, file), self._attempt.number) for file in FILES}
-        self._pending: deque[tuple[str, Row]] = deque()
-        self._cursor: dict[str, int] = {}
+        self._spools: dict[str, Spool] = {}
+        for file in FILES:
+            source = partial(read_from, self._run_dir, file)
+            self._spools[file] = Spool(source, self._attempt.number)
+        self._outbox = Outbox()
         self._client: Any = None
         self._mlflow_run_id: str | None = None
 
@@ -68,7 +71,7 @@ class Delivery:
         self._sample()
         self._read()
         if time.monotonic() >= self._next_try:
-            self._tried(self._deliver)
+            self._succeeds(self._deliver)
 
     def finish(self, state: str, timeout_s: float) -> bool:
         """Deliver the rest, upload the artifacts and set the terminal status, after the run was closed.
@@ -77,9 +80,10 @@ class Delivery:
         in time (then `replay` does it later), or when the run goes on without this attempt.
         """
         deadline = time.monotonic() + timeout_s
-        self._fence, self._wait_s = self._check_ended, 0.0
+        self._fence = self._check_may_end
+        self._wait_s = 0.0
         self._read()
-        while not self._tried(lambda: self._complete(state)):
+        while not self._succeeds(lambda: self._complete(state)):
             if time.monotonic() + self._wait_s >= deadline or not self._may_end():
                 return False
             time.sleep(self._wait_s)
@@ -87,37 +91,42 @@ class Delivery:
 
     def _complete(self, state: str) -> None:
         self._deliver()
+        mlflow_run_id = str(self._mlflow_run_id)
         ended = result(self._run_dir)
-        state = ended["state"] if ended else state
-        describe(self._client, self._run_dir, str(self._mlflow_run_id), here=False)  # the plan is known by now
+        if ended:
+            state = ended["state"]
+        describe(self._client, self._run_dir, mlflow_run_id, here=False)  # the plan is known by now
         self._fence()
-        slot = last_slot(self._run_dir)
-        end = Attempt(self._run_dir, slot).claim["time"] if ended else time.time()
-        self._client.set_terminated(self._mlflow_run_id, STATUS[state], int(end * 1000))
-        upload(self._client, self._run_dir, str(self._mlflow_run_id), state == "succeeded")
+        closing = Attempt(self._run_dir, last_slot(self._run_dir))
+        end = closing.claim["time"] if ended else time.time()
+        end_ms = int(end * 1000)
+        self._client.set_terminated(mlflow_run_id, STATUS[state], end_ms)
+        upload(self._client, self._run_dir, mlflow_run_id, state == "succeeded")
         if ended:
             note_delivered(self._run_dir, self._mlflow_run_id)
 
     def _deliver(self) -> None:
         self._open()
-        for file, number in {(file, row.attempt) for file, row in self._pending}:
-            # A row that a crash of the machine takes back must not have been reported.
+        # A row that a crash of the machine takes back must not have been reported.
+        for file, number in self._outbox.sources():
             Attempt(self._run_dir, number).sync(file)
-        while self._pending:
-            self._send(self._batch())
+        while self._outbox:
+            self._send(self._outbox.batch())
 
     def _open(self) -> None:
+        """Open the MLflow run, unless it is open, and drop the rows that it has."""
         if self._mlflow_run_id:
             return
         self._client = client(self.uri)
         run = open_run(self._client, self._run_dir, self.uri, self._fence)
+        mlflow_run_id = run.info.run_id
         self._fence()
-        describe(self._client, self._run_dir, run.info.run_id, here=self._ran_here())
+        describe(self._client, self._run_dir, mlflow_run_id, here=self._ran_here())
         if self._attempt.is_live() and run.info.status != "RUNNING":
-            self._client.update_run(run.info.run_id, status="RUNNING")
-        self._cursor = json.loads(run.data.tags.get(CURSOR, "{}"))
-        self._pending = deque(item for item in self._pending if item[1].index >= self._cursor.get(item[0], 0))
-        self._mlflow_run_id = run.info.run_id
+            self._client.update_run(mlflow_run_id, status="RUNNING")
+        cursor = run.data.tags.get(CURSOR, "{}")
+        self._outbox.go_on_from(json.loads(cursor))
+        self._mlflow_run_id = mlflow_run_id
 
     @property
     def uri(self) -> str:
@@ -125,64 +134,57 @@ class Delivery:
         return address(self._run_dir)
 
     def _ran_here(self) -> bool:
-        claim = self._attempt.folder / "claim.json"
-        return claim.exists() and self._attempt.claim["host"] == socket.gethostname()
+        if not (self._attempt.folder / "claim.json").exists():
+            return False
+        host: str = self._attempt.claim["host"]
+        return host == socket.gethostname()
 
-    def _batch(self) -> list[tuple[str, Row]]:
-        """The oldest rows that wait, with at most 900 metrics."""
-        size = 0
-        batch: list[tuple[str, Row]] = []
-        for item in self._pending:
-            size += len(item[1].fresh)
-            if size > _BATCH and batch:
-                break
-            batch.append(item)
-        return batch
-
-    def _send(self, batch: list[tuple[str, Row]]) -> None:
+    def _send(self, batch: list[FileRow]) -> None:
         from mlflow.entities import Metric, RunTag
 
-        metrics = [
-            Metric(key, value, int(row.time * 1000), row.step) for _, row in batch for key, value in row.fresh.items()
-        ]
-        cursor = {**self._cursor, **{file: row.index + 1 for file, row in batch}}
-        self._fence()
-        self._client.log_batch(self._mlflow_run_id, metrics=metrics, tags=[RunTag(CURSOR, json.dumps(cursor))])
-        self._cursor = cursor
-        for _ in batch:
-            self._pending.popleft()
+        metrics = []
+        for _, row in batch:
+            timestamp_ms = int(row.time * 1000)
+            for name, value in row.fresh.items():
+                metrics.append(Metric(name, value, timestamp_ms, row.step))
+        cursor = self._outbox.cursor_after(batch)
+        tag = RunTag(CURSOR, json.dumps(cursor))
+        self._fence()  # after the rows were made durable: they lie below the seal that a successor writes
+        self._client.log_batch(self._mlflow_run_id, metrics=metrics, tags=[tag])
+        self._outbox.remove(batch)
 
     def _read(self) -> None:
+        """Queue the rows that are new, and compare those of this attempt with what they repeat."""
         for file, spool in self._spools.items():
+            compared = self._compared.get(file, 0)
             for row in spool.read():
-                self._pending.append((file, row))
-                if row.again and row.attempt == self._attempt.number and row.index >= self._compared.get(file, 0):
+                self._outbox.add(file, row)
+                is_own = row.attempt == self._attempt.number
+                if row.again and is_own and row.index >= compared:
                     self._compare(row)
-            self._compared[file] = max(self._compared.get(file, 0), spool.count)
+            self._compared[file] = max(compared, spool.count)
 
     def _compare(self, row: Row) -> None:
         """Say in the log where a step that was done again came out otherwise; the first value stays."""
-        tolerance = self._tolerance()
-        for key in COMPARED:
-            first, now = row.again.get(key, (0.0, 0.0))
+        tolerance = relative_tolerance(load_job(self._run_dir))
+        for metric in COMPARED:
+            first, now = row.again.get(metric, (0.0, 0.0))
             if differ(first, now, tolerance):
-                self._event("redone_step_differs", step=row.step, key=key, reported=first, found=now)
-
-    def _tolerance(self) -> float:
-        job = load_job(self._run_dir)
-        half = job.train.precision == "bf16" or (job.train.precision == "auto" and job.resources.gpus_per_node)
-        return 5e-3 if half else 1e-6
+                self._event("redone_step_differs", step=row.step, key=metric, reported=first, found=now)
 
     def _sample(self) -> None:
-        if time.monotonic() - self._sampled < SAMPLE_S:
+        """Append the utilisation of this machine, now and then; its step is the age of the run in seconds."""
+        if time.monotonic() - self._sampled_at < SAMPLE_S:
             return
-        self._sampled = time.monotonic()
+        self._sampled_at = time.monotonic()
         self._sampler = self._sampler or Sampler()
         now = time.time()
-        step = int(now - attempts(self._run_dir)[0].claim["time"])
-        self._attempt.append("system.jsonl", {"step": step, "time": now, **self._sampler.sample()})
+        first = attempts(self._run_dir)[0]
+        age_s = int(now - first.claim["time"])
+        self._attempt.append("system.jsonl", {"step": age_s, "time": now, **self._sampler.sample()})
 
-    def _tried(self, action: Callable[[], None]) -> bool:
+    def _succeeds(self, action: Callable[[], None]) -> bool:
+        """Do something with MLflow; False where that failed, after which `_next_try` and `_wait_s` say when again."""
         try:
             action()
         except Fenced:
@@ -193,23 +195,27 @@ class Delivery:
         if self._trouble:
             self._event("tracking_restored")
         note(self._run_dir, None)
-        self._wait_s, self._trouble = 0.0, None
+        self._wait_s = 0.0
+        self._trouble = None
         return True
 
     def _hold_up(self, trouble: Trouble) -> None:
         """Say what the trouble is, and choose when to try again."""
-        before, self._trouble = self._trouble, trouble
+        before = self._trouble
+        self._trouble = trouble
         another = before is None or before.lasting != trouble.lasting
         if another:
-            self._event("tracking_refused" if trouble.lasting else "tracking_outage", error=trouble.reason)
+            kind = "tracking_refused" if trouble.lasting else "tracking_outage"
+            self._event(kind, error=trouble.reason)
         if self._may_end() and trouble != before:
             note(self._run_dir, trouble)
-        if trouble.lasting and not (another and self._mlflow_run_id):
+        reopen_soon = another and self._mlflow_run_id
+        if trouble.lasting and not reopen_soon:
             self._wait_s = _LONGEST_WAIT_S
         else:
             self._wait_s = min(_LONGEST_WAIT_S, self._wait_s * 2 or 0.5)
         if trouble.lasting:
-            self._begin()  # what was open may be gone: opening it anew tells
+            self._start_over()  # what was open may be gone: opening it anew tells
             self._read()
         self._next_try = time.monotonic() + self._wait_s
 
@@ -219,10 +225,13 @@ class Delivery:
 
     def _may_end(self) -> bool:
         """Whether this attempt leads the run, or is the last one of a run that is closed."""
-        ended = result(self._run_dir) is not None and last(self._run_dir).number == self._attempt.number
-        return ended or self._attempt.is_live()
+        if result(self._run_dir) is not None:
+            newest = last(self._run_dir)
+            if newest.number == self._attempt.number:
+                return True
+        return self._attempt.is_live()
 
-    def _check_ended(self) -> None:
+    def _check_may_end(self) -> None:
         if not self._may_end():
             raise Fenced(f"{self._run_dir.name} goes on without attempt {self._attempt.number}")
 
@@ -242,7 +251,8 @@ def deliver_late(timeout_s: float = 10.0) -> None:
         delivery = Delivery(run_dir, last(run_dir).number)
         if delivery.uri in down:
             continue
-        if not delivery.finish(str((result(run_dir) or {})["state"]), timeout_s):
+        ended = result(run_dir) or {}
+        if not delivery.finish(str(ended["state"]), timeout_s):
             trouble = held_up(run_dir)
             if trouble is None or not trouble.lasting:
                 down.add(delivery.uri)
@@ -268,12 +278,9 @@ def _has_job(run_dir: Path) -> bool:
 
 def all_held_up() -> dict[str, Trouble]:
     """What keeps the rows of runs of this home from MLflow, by run id."""
-    found = {run_id: held_up(runs_folder() / run_id) for run_id in run_ids()}
-    return {run_id: trouble for run_id, trouble in found.items() if trouble}
-
-
-def differ(first: float, now: float, tolerance: float) -> bool:
-    """Whether two values of one step differ by more than a relative tolerance; not-a-number equals itself."""
-    if math.isnan(first) or math.isnan(now):
-        return math.isnan(first) != math.isnan(now)
-    return not math.isclose(first, now, rel_tol=tolerance)
+    troubles = {}
+    for run_id in run_ids():
+        trouble = held_up(runs_folder() / run_id)
+        if trouble:
+            troubles[run_id] = trouble
+    return troubles

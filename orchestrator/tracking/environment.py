@@ -11,11 +11,14 @@ PACKAGES = ("fleetune", "torch", "deepspeed", "transformers", "peft", "ray", "ml
 
 def environment() -> dict[str, str]:
     """Versions, host and GPU names, as short strings; imports nothing heavy."""
-    found = {"python": platform.python_version(), "host": platform.node(), "platform": platform.platform()}
-    found.update({name: installed for name in PACKAGES if (installed := _version(name))})
+    facts = {"python": platform.python_version(), "host": platform.node(), "platform": platform.platform()}
+    for package in PACKAGES:
+        installed = _version(package)
+        if installed:
+            facts[package] = installed
     if gpus := _gpus():
-        found["gpus"] = ", ".join(gpus)
-    return found
+        facts["gpus"] = ", ".join(gpus)
+    return facts
 
 
 class Sampler:
@@ -26,12 +29,13 @@ class Sampler:
 
     def sample(self) -> dict[str, float]:
         """One reading of CPU, memory, disk and (where there are some) GPUs."""
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.collect_metrics()
-            found.update({f"system/{key}": float(value) for key, value in monitor.aggregate_metrics().items()})
+            for name, value in monitor.aggregate_metrics().items():
+                metrics[f"system/{name}"] = float(value)
             monitor.clear_metrics()
-        return found
+        return metrics
 
 
 def _monitors() -> list[Any]:
@@ -60,7 +64,9 @@ def _gpus() -> list[str]:
         return []
     query = [tool, "--query-gpu=name", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
     except subprocess.TimeoutExpired:
         return []
-    return done.stdout.strip().splitlines() if done.returncode == 0 else []
+    if answer.returncode != 0:
+        return []
+    return answer.stdout.strip().splitlines()

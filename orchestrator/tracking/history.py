@@ -9,7 +9,7 @@ paused attempt that wakes, too: what it read before its fence check lies within 
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
+from math import inf
 from pathlib import Path
 
 from runfolder.appended import Follower, Source, parsed, read_from
@@ -31,28 +31,35 @@ class Row:
 class Spool:
     """One appended file of a run, joined over the attempts up to `number`; read it as often as it grows."""
 
-    def __init__(self, source: Source, number: float = float("inf")) -> None:
-        self._follower, self._number = Follower(source), number
-        self._first: dict[int, dict[str, float]] = {}
+    def __init__(self, source: Source, number: float = inf) -> None:
+        self._follower = Follower(source)
+        self._last_attempt = number
+        self._values_of_step: dict[int, dict[str, float]] = {}  # those that count
         self.count = 0
 
     def read(self) -> list[Row]:
         """The rows that were appended since the last call, oldest first."""
-        new = takewhile(lambda found: found[0] <= self._number, self._follower.read())
-        return [self._join(attempt, record) for attempt, data in new for record in parsed(data)]
+        rows = []
+        for attempt, data in self._follower.read():
+            if attempt > self._last_attempt:
+                break
+            for record in parsed(data):
+                rows.append(self._row(attempt, record))
+        return rows
 
-    def _join(self, attempt: int, record: Record) -> Row:
-        first = self._first.setdefault(record["step"], {})
-        values = _numbers(record)
-        row = Row(
-            self.count,
-            attempt,
-            record["step"],
-            record["time"],
-            {key: value for key, value in values.items() if key not in first},
-            {key: (first[key], value) for key, value in values.items() if key in first},
-        )
-        first.update(row.fresh)
+    def _row(self, attempt: int, record: Record) -> Row:
+        """The next row: each of its values counts, unless an earlier row of that step had one for that metric."""
+        step = record["step"]
+        counted = self._values_of_step.setdefault(step, {})
+        fresh = {}
+        again = {}
+        for metric, value in _metrics(record).items():
+            if metric in counted:
+                again[metric] = (counted[metric], value)
+            else:
+                fresh[metric] = value
+        row = Row(self.count, attempt, step, record["time"], fresh, again)
+        counted.update(fresh)
         self.count += 1
         return row
 
@@ -63,17 +70,33 @@ def history(run_dir: Path) -> list[Record]:
     `attempt` and `time` are those of the first row of that step.
     """
     records: dict[tuple[int, str], Record] = {}
-    for row in Spool(partial(read_from, run_dir, "metrics.jsonl")).read():
-        kind = "eval" if any(key.startswith("eval_") for key in row.fresh) else "train"
+    spool = Spool(partial(read_from, run_dir, "metrics.jsonl"))
+    for row in spool.read():
         if row.fresh:
+            kind = _kind(row)
+            key = (row.step, kind)
             head = {"step": row.step, "kind": kind, "attempt": row.attempt, "time": row.time}
-            records.setdefault((row.step, kind), head).update(row.fresh)
-    return sorted(records.values(), key=lambda record: (record["step"], record["kind"] == "eval"))
+            record = records.setdefault(key, head)
+            record.update(row.fresh)
+    return sorted(records.values(), key=_place)
 
 
-def _numbers(record: Record) -> dict[str, float]:
-    return {
-        key: float(value)
-        for key, value in record.items()
-        if key not in ("step", "time") and isinstance(value, int | float) and not isinstance(value, bool)
-    }
+def _place(record: Record) -> tuple[int, bool]:
+    """What records are sorted by: within a step, `train` comes before `eval`."""
+    is_eval = record["kind"] == "eval"
+    return record["step"], is_eval
+
+
+def _kind(row: Row) -> str:
+    is_eval = any(metric.startswith("eval_") for metric in row.fresh)
+    return "eval" if is_eval else "train"
+
+
+def _metrics(record: Record) -> dict[str, float]:
+    """The numbers in a record beside its step and time, by metric."""
+    metrics = {}
+    for name, value in record.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and name not in ("step", "time"):
+            metrics[name] = float(value)
+    return metrics

@@ -21,13 +21,17 @@ _IN_OPTIONS = re.compile(
 
 def public(uri: str) -> str:
     """A URI without its password: what job.yaml, MLflow and reports have."""
-    return _IN_OPTIONS.sub("", _IN_AUTHORITY.sub(r"\g<before>@", uri)).rstrip("?&")
+    uri = _IN_AUTHORITY.sub(r"\g<before>@", uri)
+    uri = _IN_OPTIONS.sub("", uri)
+    return uri.rstrip("?&")
 
 
 def secrets_of(job: Job) -> dict[str, str]:
     """What of a job is secret, by name."""
     uri = job.tracking.uri
-    return {TRACKING_URI: uri} if uri and public(uri) != uri else {}
+    if uri and public(uri) != uri:
+        return {TRACKING_URI: uri}
+    return {}
 
 
 def without_secrets(job: Job) -> Job:
@@ -40,9 +44,13 @@ def without_secrets(job: Job) -> Job:
 
 def without_password(text: str, uri: str) -> str:
     """A text that may quote a URI, or parts of it, with the URI's password hidden."""
-    if found := _IN_AUTHORITY.match(uri):
-        for password in {found["password"], unquote(found["password"])} - {""}:
+    authority = _IN_AUTHORITY.match(uri)
+    if authority:
+        quoted = authority["password"]
+        for password in {quoted, unquote(quoted)} - {""}:
             text = text.replace(f":{password}@", f":{_HIDDEN}@")
     for option in _IN_OPTIONS.finditer(uri):
-        text = text.replace(f"{option['name']}={option['password']}", f"{option['name']}={_HIDDEN}")
+        name = option["name"]
+        password = option["password"]
+        text = text.replace(f"{name}={password}", f"{name}={_HIDDEN}")
     return text

@@ -17,22 +17,22 @@ from orchestrator.tracking.password import without_password
 from runfolder.files import Damaged, read_json, write_json
 
 _FILE = "undelivered.json"
-_LONGEST = 300  # characters of a reason
-_PASSING_STATUS = (408, 409, 425, 429, 499)  # of the 4xx: conflicts, limits, and what was given up
+_REASON_LENGTH = 300  # characters at most
+_PASSING_STATUSES = (408, 409, 425, 429, 499)  # of the 4xx: conflicts, limits, and what was given up
 _CREDENTIALS = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, as it wants them"
-_STATUS_MENDS = {
+_STATUS_FIXES = {
     401: _CREDENTIALS,
     403: f"get the right to write there, or {_CREDENTIALS}",
     404: "look whether tracking.uri is the address of an MLflow server",
 }
-_SQLITE_MENDS = {  # by primary result code (https://sqlite.org/rescode.html); others, like a lock, pass
+_SQLITE_FIXES = {  # by primary result code (https://sqlite.org/rescode.html); others, like a lock, pass
     8: "make the database writable",
     11: "the database is damaged: restore it",
     13: "free some space for the database",
     14: "see to it that the database can be opened and written",
     26: "name an SQLite database",
 }
-_SYSTEM_MENDS = {
+_SYSTEM_FIXES = {
     errno.EACCES: "make that place writable",
     errno.EPERM: "make that place writable",
     errno.EROFS: "make that place writable",
@@ -42,11 +42,11 @@ _SYSTEM_MENDS = {
 
 
 class Refused(Exception):
-    """MLflow cannot take a run as things are; `mend` says what to do."""
+    """MLflow cannot take a run as things are; `fix` says what to do."""
 
-    def __init__(self, reason: str, mend: str) -> None:
+    def __init__(self, reason: str, fix: str) -> None:
         super().__init__(reason)
-        self.mend = mend
+        self.fix = fix
 
 
 @dataclass(frozen=True)
@@ -65,26 +65,31 @@ class Trouble:
 
 def diagnose(error: Exception, uri: str) -> Trouble:
     """What an error of a delivery means."""
-    links = list(_chain(error))
-    for link in reversed(links):  # the first cause knows best
-        found = _verdict(link)
-        if found is not None:
-            return Trouble(bool(found), _line(link, uri), found)
-    if len(links) == 1 and is_of_mlflow(error) and urlsplit(uri).scheme not in ("http", "https"):
+    causes = list(_chain(error))
+    for cause in reversed(causes):  # the first cause knows best
+        fix = _fix_of(cause)
+        if fix is not None:
+            return Trouble(bool(fix), _first_line(cause, uri), fix)
+    line = _first_line(error, uri)
+    if len(causes) == 1 and is_of_mlflow(error) and not _is_server(uri):
         # MLflow's own words about a database that it could read: one of another version of MLflow.
-        return Trouble(True, _line(error, uri), "mend what it says, or use the MLflow that made the database")
+        return Trouble(True, line, "mend what it says, or use the MLflow that made the database")
     if isinstance(error, OSError) or is_of_mlflow(error):
-        return Trouble(False, _line(error, uri))
-    return Trouble(True, f"{type(error).__name__}: {_line(error, uri)}", "this is a bug of Fleetune")
+        return Trouble(False, line)
+    return Trouble(True, f"{type(error).__name__}: {line}", "this is a bug of Fleetune")
 
 
 def is_of_mlflow(error: BaseException) -> bool:
     """Whether an error comes from MLflow or from what it keeps its database with."""
-    return any(kind.__module__.split(".")[0] in ("mlflow", "sqlalchemy", "alembic") for kind in type(error).__mro__)
+    for ancestor in type(error).__mro__:
+        package = ancestor.__module__.split(".")[0]
+        if package in ("mlflow", "sqlalchemy", "alembic"):
+            return True
+    return False
 
 
 def note(run_dir: Path, trouble: Trouble | None) -> None:
-    """Leave word for `held_up`; None: there is no trouble any more."""
+    """Write down for `held_up` what the trouble is; None: there is none any more."""
     with suppress(OSError):  # of a full disk, say: nothing that matters is lost
         if trouble is None:
             (run_dir / _FILE).unlink(missing_ok=True)
@@ -95,10 +100,13 @@ def note(run_dir: Path, trouble: Trouble | None) -> None:
 def held_up(run_dir: Path) -> Trouble | None:
     """What keeps the rows of a run from MLflow; None where nothing is known to."""
     path = run_dir / _FILE
+    if not path.exists():
+        return None
     try:
-        return trouble_of(run_dir, read_json(path)) if path.exists() else None
+        record = read_json(path)
     except Damaged:
-        return trouble_of(run_dir, {})
+        record = {}
+    return trouble_of(run_dir, record)
 
 
 def trouble_of(run_dir: Path, record: Mapping[str, Any]) -> Trouble:
@@ -109,27 +117,27 @@ def trouble_of(run_dir: Path, record: Mapping[str, Any]) -> Trouble:
         return Trouble(True, f"{run_dir / _FILE} cannot be read", "remove it")
 
 
-def _verdict(error: BaseException) -> str | None:
-    """How to mend one link of a chain of errors; "" for what passes by itself, None where it does not tell."""
+def _fix_of(error: BaseException) -> str | None:
+    """How to fix one link of a chain of errors; "" for what passes by itself, None where it does not tell."""
     code = getattr(error, "sqlite_errorcode", None)
     if code is not None:
-        return _SQLITE_MENDS.get(code & 0xFF, "")
+        return _SQLITE_FIXES.get(code & 0xFF, "")
     if isinstance(error, Refused):
-        return error.mend
+        return error.fix
     if isinstance(error, InputError):
         return "install it where the rows are to be delivered from"
     if isinstance(error, ModuleNotFoundError):
         return f"pip install {error.name}"
-    if isinstance(error, OSError) and error.errno in _SYSTEM_MENDS:
-        return _SYSTEM_MENDS[error.errno]
-    return _mend_of_status(error) if is_of_mlflow(error) else None
+    if isinstance(error, OSError) and error.errno in _SYSTEM_FIXES:
+        return _SYSTEM_FIXES[error.errno]
+    return _fix_of_status(error) if is_of_mlflow(error) else None
 
 
-def _mend_of_status(error: Any) -> str | None:
-    """How to mend what MLflow answers with an HTTP status that blames the client."""
+def _fix_of_status(error: Any) -> str | None:
+    """How to fix what MLflow answers with an HTTP status that blames the client."""
     status = getattr(error, "get_http_status_code", lambda: 500)()
-    if 400 <= status < 500 and status not in _PASSING_STATUS:
-        return _STATUS_MENDS.get(status, "mend what it says")
+    if 400 <= status < 500 and status not in _PASSING_STATUSES:
+        return _STATUS_FIXES.get(status, "mend what it says")
     return None
 
 
@@ -141,7 +149,14 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__
 
 
-def _line(error: BaseException, uri: str) -> str:
-    """The first line of what an error says."""
-    lines = without_password(str(error), uri).strip().splitlines()
-    return lines[0][:_LONGEST] if lines else type(error).__name__
+def _is_server(uri: str) -> bool:
+    return urlsplit(uri).scheme in ("http", "https")
+
+
+def _first_line(error: BaseException, uri: str) -> str:
+    """The first line of what an error says, without the password of the URI."""
+    text = without_password(str(error), uri)
+    lines = text.strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0][:_REASON_LENGTH]

@@ -1,0 +1,103 @@
+"""Rows of the data in a terminal: what is learned of each example in green, and how examples are packed."""
+
+import unicodedata
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.text import Text
+
+from orchestrator.render import show, show_fields
+from orchestrator.rows import Look, PackedSequence, ShownExample
+
+if TYPE_CHECKING:
+    from trainer.data.survey import Survey
+
+_FATES = {"truncated": ", longer than data.seq_len: its end is cut", "dropped": ", left out: it is too long"}
+
+
+def show_rows(look: Look) -> None:
+    """Examples with what is learned in green, how they are packed, and the numbers of all rows."""
+    for example in look.examples:
+        _show_example(example)
+    for number, sequence in enumerate(look.sequences, 1):
+        _show_sequence(number, sequence)
+    show("")
+    fields = _survey_fields(look.survey)
+    fields["source"] = look.source
+    show_fields(fields)
+    for warning in look.warnings:
+        show(f"[yellow]warning[/]: {escape(warning)}")
+
+
+def _show_example(example: ShownExample) -> None:
+    trained_on = example.tokens[: example.kept]
+    learned = sum(token.learned for token in trained_on)
+    tokens = len(example.tokens)
+    fate = _FATES.get(example.fate or "", "")
+    show(f"[bold]row {example.row}[/]  {tokens} tokens, {learned} learned{fate}")
+    show(_coloured_text(example))
+    show(_coloured_tokens(example))
+    show("")
+
+
+def _show_sequence(number: int, sequence: PackedSequence) -> None:
+    places = []
+    for row, start, stop in sequence.examples:
+        places.append(f"row {row} [{start}, {stop})")
+    shown_places = escape("  ".join(places))
+    show(f"[bold]sequence {number} of step 1[/]  {shown_places}  padding {sequence.padding}")
+
+
+def _coloured_text(example: ShownExample) -> Text:
+    text = Text()
+    for part, learned, kept in example.parts:
+        text.append(_visible(part), style=_style(learned, kept))
+    return text
+
+
+def _visible(text: str) -> str:
+    """A text whose control characters cannot move the cursor or change colours."""
+    return "".join(map(_visible_character, text))
+
+
+def _visible_character(char: str) -> str:
+    is_control = unicodedata.category(char) == "Cc"
+    if is_control and char not in "\n\t":
+        return f"\\x{ord(char):02x}"
+    return char
+
+
+def _coloured_tokens(example: ShownExample) -> Text:
+    """The ids, each with its text as a word without spaces."""
+    text = Text("tokens  ", style="dim")
+    for index, token in enumerate(example.tokens):
+        kept = index < example.kept
+        style = _style(token.learned, kept)
+        text.append(f"{token.id}:{token.text!r}", style=style)
+        text.append(" ")
+    return text
+
+
+def _style(learned: bool, kept: bool) -> str:
+    if not kept:
+        return "red strike"
+    if learned:
+        return "bold green"
+    return ""
+
+
+def _survey_fields(survey: "Survey") -> dict[str, str]:
+    share = 100 * survey.learned / survey.tokens
+    truncated = survey.number("truncated")
+    dropped = survey.number("dropped")
+    fields = {
+        "rows": f"{survey.rows:,}, which make {survey.examples:,} examples",
+        "tokens": f"{survey.tokens:,}, learned {survey.learned:,} ({share:.3g} %)",
+        "lengths": f"{survey.shortest:,} to {survey.longest:,} tokens, median {survey.median:,}",
+        "duplicates": f"{survey.duplicates:,}",
+        "cut, left out": f"{truncated:,}, {dropped:,}",
+    }
+    if survey.unused:
+        columns = [f"{name} ({count:,} rows)" for name, (count, _) in survey.unused.items()]
+        fields["not used"] = ", ".join(columns)
+    return fields

@@ -1,0 +1,83 @@
+"""What MLflow is told of a run beside its metrics: the job as params, the data as inputs, the rest as tags."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.tracking.password import secrets_of
+from runfolder.chain import attempts
+from runfolder.files import Record
+from runfolder.record import load_job
+from runfolder.snapshot import planned
+
+# Facts under the names by which MLflow's pages look for them.
+_MLFLOW_TAGS = {
+    "fleetune.git.commit": "mlflow.source.git.commit",
+    "fleetune.versions.fleetune": "fleetune.version",
+}
+_CONTEXTS = {"train": "training", "eval": "evaluation"}
+
+
+def job_params(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """The frozen job with its defaults as flat params, and the digests of data and base; nulls are left out."""
+    job = load_job(run_dir)
+    params = dict(_flat(job.dump()))
+    params["train.lr"] = repr(job.lr)
+    digests = {}
+    for name, digest in record.get("digests", {}).items():
+        digests[f"{name}_digest"] = digest
+    params.update(_flat(digests))
+    # In jobs made by hand, or by an earlier version. Left out, not changed: MLflow refuses another value of a param.
+    for secret in secrets_of(job):
+        params.pop(secret, None)
+    return params
+
+
+def job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """What the record of a run has beside job and digests, what was planned, its name, method and folder, as tags."""
+    job = load_job(run_dir)
+    facts = dict(record)
+    for name in ("job", "digests", "run_id"):
+        facts.pop(name, None)
+    facts["plan"] = _plan(run_dir)
+    tags = {f"fleetune.{name}": text for name, text in _flat(facts)}
+    tags["fleetune.name"] = job.name
+    tags["fleetune.method"] = job.method.kind
+    tags["fleetune.run_dir"] = str(run_dir)
+    for fact, mlflow_name in _MLFLOW_TAGS.items():
+        if fact in tags:
+            tags[mlflow_name] = tags[fact]
+    return tags
+
+
+def _plan(run_dir: Path) -> Record:
+    """The plan of the first attempt that has one."""
+    plans = map(planned, attempts(run_dir))
+    return next(filter(None, plans), {})
+
+
+def datasets(record: Mapping[str, Any]) -> list[Any]:
+    """The data sources of a job whose digests are known, as inputs for MLflow."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    inputs = []
+    for key, context in _CONTEXTS.items():
+        digest = record.get("digests", {}).get(f"data.{key}")
+        if digest:
+            source = record["job"]["data"][key]
+            dataset = Dataset(Path(source).name, digest[:36], "local", source)
+            tag = InputTag("mlflow.data.context", context)
+            inputs.append(DatasetInput(dataset, [tag]))
+    return inputs
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The values of nested records as text, by their names joined with dots; nulls are left out."""
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name}.")
+        elif isinstance(value, list):
+            yield name, ", ".join(map(str, value))
+        elif value is not None:
+            yield name, str(value)
