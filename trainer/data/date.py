@@ -3,6 +3,7 @@
 import datetime
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 from trainer.data.files import RowError
@@ -15,7 +16,9 @@ _DATE_CALL = re.compile(
 
 def asks_for_date(template: str | None) -> bool:
     """Whether a chat template writes today's date into what it renders."""
-    return template is not None and _DATE.search(template) is not None
+    if template is None:
+        return False
+    return _DATE.search(template) is not None
 
 
 def dated(template: str, date: datetime.date | None, source: str | Path) -> str:
@@ -25,7 +28,16 @@ def dated(template: str, date: datetime.date | None, source: str | Path) -> str:
     """
     if date is None and asks_for_date(template):
         raise RowError(f"{source}: the chat template writes today's date: say which in data.date")
-    fixed = _DATE_CALL.sub(lambda call: json.dumps(date.strftime(call["form"])) if date else "", template)
+    if date is None:
+        return template
+    fixed = _DATE_CALL.sub(partial(_literal, date), template)
     if asks_for_date(fixed):
         raise RowError(f"{source}: the chat template computes the form of the date; take one that writes it")
     return fixed
+
+
+def _literal(date: datetime.date, call: re.Match[str]) -> str:
+    """The literal that stands in a template for a call: the date in the form that the call asks for."""
+    form = call["form"]
+    written = date.strftime(form)
+    return json.dumps(written)

@@ -8,14 +8,16 @@ what has no end of its own.
 import copy
 import datetime
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.control import ControlTokens, Read
+from trainer.data.control import ControlTokens, IdList, IdsAndOffsets, Offsets
+from trainer.data.examples import Indices
 from trainer.data.files import RowError
 from trainer.data.rows import Row
 from trainer.data.text import Renderer, Text
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from runfolder.job import Job
+
+
+Ids = npt.NDArray[np.int32]
+Target = npt.NDArray[np.bool_]  # by token: whether it is a label
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class Reading:
             date=data.date,
         )
 
+    @property
+    def max_tokens(self) -> int:
+        """The tokens of an example that may come from its row."""
+        return self.seq_len - self.virtual
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -66,8 +77,8 @@ class Encoded:
     data has names of control tokens.
     """
 
-    ids: npt.NDArray[np.int32]
-    target: npt.NDArray[np.bool_]
+    ids: Ids
+    target: Target
     straddles: bool
     hidden: bool
 
@@ -81,115 +92,190 @@ class Encoder:
         if not tokenizer.is_fast:
             kind = type(tokenizer).__name__
             raise RowError(f"{source}: the base's tokenizer ({kind}) gives no offsets: it needs a tokenizer.json")
-        self._source, self._chat_template = source, tokenizer.chat_template
+        self._source = source
+        self._chat_template = tokenizer.chat_template
         self._eos: int = tokenizer.eos_token_id
         self._bos: str | None = tokenizer.bos_token
         self._tokenizer = _untrimmed(tokenizer)
         self._control = ControlTokens(self._tokenizer)
         self._commands = sorted(self._control.commands)
         self._parse_special = reading.parse_special
-        self._leading: int = self._tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"].index(0)
-        ends = tokenizer.convert_ids_to_tokens([self._eos, *reading.ends])
-        shown = None if reading.parse_special else self._control
-        self._renderer = Renderer(source, tokenizer, tuple(ends), reading.date, shown)
+        probe = self._tokenizer("a", return_special_tokens_mask=True)
+        self._leading: int = probe["special_tokens_mask"].index(0)  # special tokens in front of a text
+        end_ids = [self._eos, *reading.ends]
+        ends = tuple(tokenizer.convert_ids_to_tokens(end_ids))
+        control = None if reading.parse_special else self._control
+        self._renderer = Renderer(source, tokenizer, ends, reading.date, control)
 
     def examples(self, rows: list[Row]) -> Iterator[tuple[Row, list[Encoded]]]:
         """The examples of each row, whole."""
         self._need_template(rows)
-        texts = [self._renderer.texts(row) for row in rows]
-        flat = [text for those in texts for text in those]
-        read = iter(zip(self._read(flat), self._asked_alike(flat), strict=True))
-        for row, those in zip(rows, texts, strict=True):
-            examples = []
-            for text in those:
-                (ids, offsets), asked = next(read)
-                examples.append(self._labelled(text, ids, offsets, asked))
-            yield row, examples
+        texts = []
+        counts = []
+        for row in rows:
+            texts_of_row = self._renderer.texts(row)
+            texts += texts_of_row
+            counts.append(len(texts_of_row))
+        examples = self._examples_of(texts)
+        for row, count in zip(rows, counts, strict=True):
+            examples_of_row = islice(examples, count)
+            yield row, list(examples_of_row)
 
-    def prompts(self, rows: list[Row]) -> list[list[int]]:
+    def prompts(self, rows: list[Row]) -> list[IdList]:
         """What a server would be sent for the last answer of each row."""
         self._need_template(rows)
-        return [self._opened(*read) for read in self._read([self._renderer.asked(row) for row in rows])]
+        texts = [self._renderer.asked(row) for row in rows]
+        return self._opened(texts)
 
-    def _asked_alike(self, texts: list[Text]) -> list[list[list[int]]]:
+    def _examples_of(self, texts: list[Text]) -> Iterator[Encoded]:
+        """The examples that texts are, in their order."""
+        all_read = self._read(texts)
+        all_prompts = self._prompts_of(texts)
+        for text, read, prompts in zip(texts, all_read, all_prompts, strict=True):
+            ids, offsets = read
+            yield self._labelled(text, ids, offsets, prompts)
+
+    def _prompts_of(self, texts: list[Text]) -> list[list[IdList]]:
         """For each text, the ids that a server is sent for each of its answers."""
-        prompts = [
-            replace(text, text=text.text[:start], learned=()) for text in texts for start, _ in text.learned if start
-        ]
-        read = iter(self._read(prompts))
-        return [[self._opened(*next(read)) for start, _ in text.learned if start] for text in texts]
+        prompts = []
+        counts = []
+        for text in texts:
+            prompts_of_text = text.prompts()
+            prompts += prompts_of_text
+            counts.append(len(prompts_of_text))
+        opened = iter(self._opened(prompts))
+        ids = []
+        for count in counts:
+            ids_of_text = islice(opened, count)
+            ids.append(list(ids_of_text))
+        return ids
 
     def _need_template(self, rows: Iterable[Row]) -> None:
-        if not self._chat_template and any(row.messages for row in rows):
+        if self._chat_template:
+            return
+        if any(row.messages for row in rows):
             raise RowError(
                 f"{self._source}, field messages: the base's tokenizer has no chat template: "
                 "give rows as prompt/completion, or take a base that has one"
             )
 
-    def _read(self, texts: list[Text]) -> list[Read]:
+    def _read(self, texts: list[Text]) -> list[IdsAndOffsets]:
         """Ids and offsets of texts, in their order."""
-        read: list[Read | None] = [None] * len(texts)
-        for special in (True, False):
-            chosen = [i for i, text in enumerate(texts) if not text.hidden and self._adds_special(text) == special]
-            if chosen:
-                batch = self._tokenizer(
-                    [texts[i].text for i in chosen],
-                    add_special_tokens=special,
-                    return_offsets_mapping=True,
-                    verbose=False,
-                )
-                for i, ids, offsets in zip(chosen, batch["input_ids"], batch["offset_mapping"], strict=True):
-                    if not self._parse_special:
-                        self._control.check(ids, offsets, texts[i].text, texts[i].where)
-                    read[i] = ids, offsets
-        return [done or self._read_hidden(text) for done, text in zip(read, texts, strict=True)]
+        with_special: dict[int, Text] = {}  # texts that the tokenizer adds special tokens to, by their place
+        without: dict[int, Text] = {}
+        hidden: dict[int, Text] = {}
+        for place, text in enumerate(texts):
+            if text.hidden:
+                hidden[place] = text
+            elif self._adds_special(text):
+                with_special[place] = text
+            else:
+                without[place] = text
+        batch = self._read_batch(with_special, add_special_tokens=True)
+        read = dict(batch)
+        batch = self._read_batch(without, add_special_tokens=False)
+        read.update(batch)
+        for place, text in hidden.items():
+            read[place] = self._read_hidden(text)
+        return [read[place] for place in range(len(texts))]
 
-    def _read_hidden(self, text: Text) -> Read:
-        return self._control.read(text.text, add_special_tokens=self._adds_special(text), where=text.where)
+    def _read_batch(self, texts: dict[int, Text], *, add_special_tokens: bool) -> Iterator[tuple[int, IdsAndOffsets]]:
+        """Each place, and ids and offsets of the text there."""
+        if not texts:
+            return
+        batch = self._tokenizer(
+            [text.text for text in texts.values()],
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        all_ids = batch["input_ids"]
+        all_offsets = batch["offset_mapping"]
+        for (place, text), ids, offsets in zip(texts.items(), all_ids, all_offsets, strict=True):
+            if not self._parse_special:
+                self._control.check(ids, offsets, text.text, text.where)
+            yield place, (ids, offsets)
+
+    def _read_hidden(self, text: Text) -> IdsAndOffsets:
+        adds_special = self._adds_special(text)
+        return self._control.read(text.text, add_special_tokens=adds_special, where=text.where)
 
     def _adds_special(self, text: Text) -> bool:
         """Whether the tokenizer puts its BOS in front: not where a template, or the data, has written its own."""
-        own = not text.hidden and self._bos is not None and text.text.startswith(self._bos)
-        return not (text.rendered or own)
+        if text.rendered:
+            return False
+        if text.hidden or self._bos is None:
+            return True
+        return not text.text.startswith(self._bos)
 
-    def _labelled(
-        self, text: Text, ids: list[int], offsets: list[tuple[int, int]], asked: list[list[int]]
-    ) -> Encoded:
-        starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
-        command = np.isin(ids, self._commands)
+    def _labelled(self, text: Text, ids: IdList, offsets: Offsets, prompts: list[IdList]) -> Encoded:
+        """The example that a text is; `prompts` are what a server is sent for its answers."""
+        target = self._target(text, ids, offsets)
+        straddles = any(ids[: len(prompt)] != prompt for prompt in prompts)
+        if not text.closed and ids[-1:] != [self._eos]:
+            ids = [*ids, self._eos]
+            target = np.append(target, True)
+        target[0] = False  # there is nothing in front to predict it from
+        ids_of_example = np.array(ids, np.int32)
+        return Encoded(ids_of_example, target, straddles, text.hidden)
+
+    def _target(self, text: Text, ids: IdList, offsets: Offsets) -> Target:
+        """Which tokens stand for a character of an answer, or follow the text."""
+        starts, stops = _bounds(offsets)
+        is_text = stops > starts
+        is_command = np.isin(ids, self._commands)
         target = np.zeros(len(ids), np.bool_)
         for start, stop in text.learned:
+            starts_before = starts < start
+            in_answer = is_text & (stops > start) & (starts < stop)
             # A control token of the template may take spaces of the answer with it; it is not learned for that.
-            target |= (stops > start) & (starts < stop) & (stops > starts) & ~(command & (starts < start))
-        target[_end_of_text(starts, stops) :] = True  # what the tokenizer itself puts behind the answer
-        straddles = any(ids[: len(prompt)] != prompt for prompt in asked)
-        if not text.closed and ids[-1:] != [self._eos]:
-            ids, target = [*ids, self._eos], np.append(target, True)
-        target[0] = False  # there is nothing in front to predict it from
-        return Encoded(np.array(ids, np.int32), target, straddles, text.hidden)
+            target |= in_answer & ~(is_command & starts_before)
+        end = _end_of_text(is_text)
+        target[end:] = True  # what the tokenizer itself puts behind the answer
+        return target
 
-    def _opened(self, ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
-        """A prompt's ids without what the tokenizer puts behind a text: the answer goes on there."""
-        starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
-        if not (stops > starts).any():
-            return ids[: self._leading]
-        return ids[: _end_of_text(starts, stops)]
+    def _opened(self, prompts: list[Text]) -> list[IdList]:
+        """The ids of prompts without what the tokenizer puts behind a text: the answer goes on there."""
+        opened = []
+        for ids, offsets in self._read(prompts):
+            starts, stops = _bounds(offsets)
+            is_text = stops > starts
+            end = self._leading
+            if is_text.any():
+                end = _end_of_text(is_text)
+            opened.append(ids[:end])
+        return opened
 
 
-def _end_of_text(starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> int:
-    """The number of tokens up to the last one that stands for a part of the text."""
-    of_text = np.flatnonzero(stops > starts)
-    return int(of_text[-1]) + 1 if len(of_text) else len(starts)
+def _bounds(offsets: Offsets) -> tuple[Indices, Indices]:
+    """Where the characters of each token start and stop."""
+    bounds = np.array(offsets, np.int64)
+    pairs = bounds.reshape(-1, 2)  # also of no token
+    starts, stops = pairs.T
+    return starts, stops
+
+
+def _end_of_text(is_text: Target) -> int:
+    """The number of tokens up to the last one that stands for a part of the text; all where none does."""
+    of_text = np.flatnonzero(is_text)
+    if not len(of_text):
+        return len(is_text)
+    last = int(of_text[-1])
+    return last + 1
 
 
 def _untrimmed(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
     """The tokenizer, with offsets that count the space in front of a word; the ids are the same."""
+    trims = '"trim_offsets":true'
     processor = tokenizer.backend_tokenizer.post_processor
-    described = processor.__getstate__().decode() if processor else ""
-    if '"trim_offsets":true' not in described:
+    if not processor:
         return tokenizer
-    own = copy.deepcopy(tokenizer)
-    changed = own.backend_tokenizer.post_processor
-    changed.__setstate__(described.replace('"trim_offsets":true', '"trim_offsets":false').encode())
-    own.backend_tokenizer.post_processor = changed
-    return own
+    description = processor.__getstate__().decode()
+    if trims not in description:
+        return tokenizer
+    changed_description = description.replace(trims, '"trim_offsets":false')
+    untrimmed = copy.deepcopy(tokenizer)
+    changed = untrimmed.backend_tokenizer.post_processor
+    changed.__setstate__(changed_description.encode())
+    untrimmed.backend_tokenizer.post_processor = changed
+    return untrimmed

@@ -4,20 +4,20 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from trainer.data.counts import UNUSED, Counts
 from trainer.data.date import asks_for_date
-from trainer.data.encode import Encoded, Encoder, Reading
+from trainer.data.encode import Encoded, Encoder, Ids, Reading, Target
 from trainer.data.files import RowError, digest
 from trainer.data.rows import Row, rows
 from trainer.data.shapes import SHAPES
-from trainer.data.shards import UNUSED, Counts, Shard, collect, join
+from trainer.data.shards import Shard, join, load_or_make
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,13 +31,14 @@ TOLERATED = 0.1  # of the examples: more than these may be too long only where d
 class Document:
     """Token ids [length], and which of them are labels: predicted from the token before, so never the first."""
 
-    ids: npt.NDArray[np.int32]
-    target: npt.NDArray[np.bool_]
+    ids: Ids
+    target: Target
 
 
 def virtual_ids(count: int) -> list[int]:
-    """The ids of virtual tokens."""
-    return [-1 - i for i in range(count)]
+    """The ids of virtual tokens: -1, -2, ..., which no tokenizer has."""
+    ids = range(-1, -1 - count, -1)
+    return list(ids)
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,22 @@ class Tokens:
     def __init__(self, shards: list[Shard], virtual: int = 0) -> None:
         self._shards = shards
         self._front = np.array(virtual_ids(virtual), np.int32)
-        self._starts = np.cumsum([0, *(len(shard.offsets) - 1 for shard in shards)])
-        self.lengths = np.concatenate([np.diff(shard.offsets) for shard in shards]) + virtual
-        self.targets = np.concatenate(
-            [np.add.reduceat(shard.target, shard.offsets[:-1], dtype=np.int64) for shard in shards]
-        )
-        self.rows = np.concatenate([shard.rows for shard in shards])
         self.counts = Counts()
+        examples = [0]
+        lengths = []
+        targets = []
+        rows = []
         for shard in shards:
             self.counts.add(shard.counts)
+            starts = shard.offsets[:-1]
+            examples.append(len(starts))
+            lengths.append(np.diff(shard.offsets))
+            targets.append(np.add.reduceat(shard.target, starts, dtype=np.int64))
+            rows.append(shard.rows)
+        self._starts = np.cumsum(examples)
+        self.lengths = np.concatenate(lengths) + virtual
+        self.targets = np.concatenate(targets)
+        self.rows = np.concatenate(rows)
         self.truncated = self.counts.number("truncated")
         self.dropped = self.counts.number("dropped")
 
@@ -77,26 +85,41 @@ class Tokens:
     def document(self, index: int) -> Document:
         """Document `index`; views of the mapped file where nothing is in front."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard, local = self._shards[number], index - self._starts[number]
-        part = slice(shard.offsets[local], shard.offsets[local + 1])
-        ids, target = shard.ids[part], shard.target[part]
-        if not len(self._front):
-            return Document(ids, target)
-        return Document(np.concatenate([self._front, ids]), np.pad(target, (len(self._front), 0)))
+        shard = self._shards[number]
+        example = index - self._starts[number]
+        offsets = shard.offsets
+        start = offsets[example]
+        stop = offsets[example + 1]
+        ids = shard.ids[start:stop]
+        target = shard.target[start:stop]
+        virtual = len(self._front)
+        if virtual:
+            ids = np.concatenate([self._front, ids])
+            target = np.pad(target, (virtual, 0))
+        return Document(ids, target)
 
     def largest(self) -> tuple[int, int]:
         """The largest token id of all examples, and the number of the first row that has it."""
-        tops = [int(shard.ids.max(initial=-1)) for shard in self._shards]
-        number = int(np.argmax(tops))
-        shard = self._shards[number]
-        place = int(np.argmax(shard.ids == tops[number]))
-        example = int(np.searchsorted(shard.offsets, place, side="right")) - 1
-        return tops[number], int(shard.rows[example])
+        largest_ids = []
+        for shard in self._shards:
+            largest_id = shard.ids.max(initial=-1)
+            largest_ids.append(int(largest_id))
+        largest = max(largest_ids)
+        first = largest_ids.index(largest)
+        shard = self._shards[first]
+        place = np.argmax(shard.ids == largest)
+        example = np.searchsorted(shard.offsets, place, side="right") - 1
+        row = shard.rows[example]
+        return largest, int(row)
 
     def duplicates(self) -> int:
         """How many examples are equal to an earlier one."""
-        seen = {hashlib.blake2b(self.document(i).ids.tobytes(), digest_size=12).digest() for i in range(len(self))}
-        return len(self) - len(seen)
+        different = set()
+        for index in range(len(self)):
+            ids = self.document(index).ids
+            hashed = hashlib.blake2b(ids.tobytes(), digest_size=12)
+            different.add(hashed.digest())
+        return len(self) - len(different)
 
 
 def tokenise(
@@ -111,23 +134,22 @@ def tokenise(
     Made once, by all ranks together, in a folder of `folder` for these data and options. `progress` is called now and
     then with the number of rows that are done. Raises RowError.
     """
-    room = reading.seq_len - reading.virtual
-    if room < 1:
+    if reading.max_tokens < 1:
         raise RowError(
             f"data.seq_len: found {reading.seq_len}, all of it taken by {reading.virtual} virtual tokens: raise it"
         )
-    encoder = cache(lambda: Encoder(source, tokenizer, reading))  # it takes a while, and what is cached needs none
+    encoder = cache(partial(Encoder, source, tokenizer, reading))  # it takes a while, and what is cached needs none
 
     def chunks() -> Iterator[list[Row]]:
         stream = rows(source, reading.columns)
-        return iter(lambda: list(islice(stream, _SHARD_ROWS)), [])
+        while chunk := list(islice(stream, _SHARD_ROWS)):
+            yield chunk
 
-    shards = collect(
-        folder / _key(source, tokenizer, reading),
-        chunks,
-        lambda chunk: _shard(encoder(), chunk, room, drop=reading.too_long == "drop"),
-        progress,
-    )
+    def make(chunk: list[Row]) -> Shard:
+        return _shard(encoder(), chunk, reading)
+
+    key = _key(source, tokenizer, reading)
+    shards = load_or_make(folder / key, chunks, make, progress)
     tokens = Tokens(shards, reading.virtual)
     _refuse_lost(source, tokens.counts, reading)
     return tokens
@@ -136,95 +158,144 @@ def tokenise(
 def prompts(source: str | Path, tokenizer: "PreTrainedTokenizerBase", reading: Reading) -> list[Prompt]:
     """What to generate from, for each row that has a prompt; of a chat, all before its last assistant turn."""
     encoder = Encoder(source, tokenizer, reading)
-    asked = [row for row in rows(source, reading.columns) if row.prompt.strip() or row.messages]
-    return [Prompt(ids, _answer(row).strip()) for row, ids in zip(asked, encoder.prompts(asked), strict=True)]
+    with_prompt = []
+    for row in rows(source, reading.columns):
+        if row.prompt.strip() or row.messages:
+            with_prompt.append(row)
+    ids_of_prompts = encoder.prompts(with_prompt)
+    asked = []
+    for row, ids in zip(with_prompt, ids_of_prompts, strict=True):
+        answer = _answer(row)
+        prompt = Prompt(ids, answer.strip())
+        asked.append(prompt)
+    return asked
 
 
 def _answer(row: Row) -> str:
-    replies = [message["content"] for message in row.messages if message["role"] == "assistant"]
-    return replies[-1] if replies else row.completion
+    """The last answer of a row."""
+    for message in reversed(row.messages):
+        if message["role"] == "assistant":
+            return message["content"]
+    return row.completion
 
 
 def _key(source: str | Path, tokenizer: "PreTrainedTokenizerBase", reading: Reading) -> str:
     """A digest of all that the tokens depend on; the date only where the chat template asks for it."""
     import transformers
 
-    options = (
-        (_FORMAT, _SHARD_ROWS, SHAPES, transformers.__version__, digest(source)),
-        (reading.seq_len - reading.virtual, reading.ends, reading.parse_special, reading.too_long == "drop"),
-        sorted((reading.columns or {}).items()),
-        str(reading.date) if asks_for_date(str(tokenizer.chat_template)) else None,
-    )
-    total = hashlib.sha256(repr(options).encode())
+    data = (_FORMAT, _SHARD_ROWS, SHAPES, transformers.__version__, digest(source))
+    drop = reading.too_long == "drop"
+    choices = (reading.max_tokens, reading.ends, reading.parse_special, drop)
+    columns = reading.columns or {}
+    date = None
+    if asks_for_date(str(tokenizer.chat_template)):
+        date = str(reading.date)
+    options = (data, choices, sorted(columns.items()), date)
+    key = hashlib.sha256(repr(options).encode())
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-            total.update(path.name.encode() + path.read_bytes())
-    return total.hexdigest()[:32]
+        paths = sorted(Path(folder).rglob("*"))
+        for path in paths:
+            if path.is_file():
+                name = path.name.encode()
+                key.update(name + path.read_bytes())
+    return key.hexdigest()[:32]
 
 
-def _shard(encoder: Encoder, chunk: list[Row], room: int, *, drop: bool) -> Shard:
-    """The examples of some rows, each at most `room` tokens long, and what was noticed about them."""
+def _shard(encoder: Encoder, chunk: list[Row], reading: Reading) -> Shard:
+    """The examples of some rows, each cut to the tokens that it may have, and what was noticed about them."""
     counts = Counts(rows=len(chunk))
-    kept: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]] = []
+    max_tokens = reading.max_tokens
+    drop = reading.too_long == "drop"
+    kept: list[tuple[Ids, Target]] = []
     numbers = []
     for row, examples in encoder.examples(chunk):
-        for column in row.unused:
-            counts.notice(UNUSED + column, row.number)
-        if row.messages:
-            counts.notice("chat", row.number)
-            if row.messages[-1]["role"] != "assistant":
-                counts.notice("unanswered", row.number)
+        _notice_row(counts, row)
         if len(examples) > 1:
             counts.notice("split", row.number)
         for example in examples:
-            fate = fate_of(example, room, drop)
-            _count(counts, example, row.number, fate)
-            if fate not in ("dropped", "empty"):
-                kept.append((example.ids[:room], example.target[:room]))
-                numbers.append(row.number)
+            fate = fate_of(example, max_tokens, drop)
+            _notice_example(counts, example, row.number, fate)
+            if fate in ("dropped", "empty"):
+                continue
+            ids = example.ids[:max_tokens]
+            target = example.target[:max_tokens]
+            kept.append((ids, target))
+            numbers.append(row.number)
     return join(kept, numbers, counts)
 
 
-def fate_of(example: Encoded, room: int, drop: bool) -> str | None:
+def fate_of(example: Encoded, max_tokens: int, drop: bool) -> str | None:
     """What becomes of an example that is too long (truncated, or dropped), or has nothing to learn (empty).
 
     It is left out if that is asked for, or if no label remains.
     """
     if not example.target.any():
         return "empty"
-    if len(example.ids) > room:
-        return "dropped" if drop or not example.target[:room].any() else "truncated"
-    return None
+    if len(example.ids) <= max_tokens:
+        return None
+    remaining = example.target[:max_tokens]
+    if drop or not remaining.any():
+        return "dropped"
+    return "truncated"
 
 
-def _count(counts: Counts, example: Encoded, row: int, fate: str | None) -> None:
+def _notice_row(counts: Counts, row: Row) -> None:
+    for column in row.unused:
+        counts.notice(UNUSED + column, row.number)
+    if row.messages:
+        counts.notice("chat", row.number)
+        last = row.messages[-1]
+        if last["role"] != "assistant":
+            counts.notice("unanswered", row.number)
+
+
+def _notice_example(counts: Counts, example: Encoded, row: int, fate: str | None) -> None:
+    length = len(example.ids)
     counts.examples += 1
-    counts.longest = max(counts.longest, len(example.ids))
-    found = {fate: fate is not None, "straddles": example.straddles, "control": example.hidden}
-    for kind, there in found.items():
-        if kind and there:
-            counts.notice(kind, row)
+    counts.longest = max(counts.longest, length)
+    if fate is not None:
+        counts.notice(fate, row)
+    if example.straddles:
+        counts.notice("straddles", row)
+    if example.hidden:
+        counts.notice("control", row)
 
 
 def _refuse_lost(source: str | Path, counts: Counts, reading: Reading) -> None:
     """Raise RowError where nothing is left, or more is cut or left out than was agreed to."""
-    truncated, dropped = counts.number("truncated"), counts.number("dropped")
-    lost, room = truncated + dropped, reading.seq_len - reading.virtual
-    mend = f"raise data.seq_len (the longest has {counts.longest + reading.virtual}), or"
-    if counts.number("empty") == counts.examples:
+    examples = counts.examples
+    empty = counts.number("empty")
+    truncated = counts.number("truncated")
+    dropped = counts.number("dropped")
+    too_long = truncated + dropped
+    longest = counts.longest + reading.virtual
+    fix = f"raise data.seq_len (the longest has {longest}), or say data.too_long: cut | drop"
+    if empty == examples:
         raise RowError(f"{source}: no row has anything to learn: its answers have no tokens")
-    if dropped + counts.number("empty") == counts.examples:
-        short = "at most" if reading.too_long == "drop" else "a label among its first"
-        raise RowError(f"{source}: no row has {short} {room} tokens: raise data.seq_len")
-    if reading.too_long == "refuse" and lost:
-        row = min(counts.noticed[kind][1] for kind in ("truncated", "dropped") if kind in counts.noticed)
+    if dropped + empty == examples:
+        short = "a label among its first"
+        if reading.too_long == "drop":
+            short = "at most"
+        raise RowError(f"{source}: no row has {short} {reading.max_tokens} tokens: raise data.seq_len")
+    if reading.too_long == "refuse" and too_long:
+        row = _first_row(counts, "truncated", "dropped")
         raise RowError(
-            f"{source}, row {row}: longer than data.seq_len {reading.seq_len}, as are {lost} of {counts.examples} "
-            f"examples; {mend} say data.too_long: cut | drop"
+            f"{source}, row {row}: longer than data.seq_len {reading.seq_len}, as are {too_long} of {examples} "
+            f"examples; {fix}"
         )
-    if reading.too_long is None and lost > TOLERATED * counts.examples:
+    if reading.too_long is None and too_long > TOLERATED * examples:
         raise RowError(
-            f"{source}: {lost} of {counts.examples} examples are longer than data.seq_len {reading.seq_len}: "
-            f"{truncated} would be cut and {dropped} lost; {mend} say data.too_long: cut | drop"
+            f"{source}: {too_long} of {examples} examples are longer than data.seq_len {reading.seq_len}: "
+            f"{truncated} would be cut and {dropped} lost; {fix}"
         )
+
+
+def _first_row(counts: Counts, *kinds: str) -> int:
+    """The number of the first row in which something of these kinds was noticed."""
+    first_rows = []
+    for kind in kinds:
+        if kind in counts.noticed:
+            _, row = counts.noticed[kind]
+            first_rows.append(row)
+    return min(first_rows)

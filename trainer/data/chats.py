@@ -1,0 +1,99 @@
+"""Chats of a record as turns {role, content}, from the two forms in which data has them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.data.cells import is_empty, text_of
+from trainer.data.files import reject, show
+
+Message = dict[str, str]
+Messages = tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How data writes a turn: the fields of its speaker and its content, and the role of each speaker."""
+
+    speaker: str
+    content: str
+    roles: Mapping[str, str]
+
+    @property
+    def fields(self) -> str:
+        """The two fields as a message names them."""
+        return f"{self.speaker}, {self.content}"
+
+
+_OPENAI = _Form("role", "content", {"system": "system", "user": "user", "assistant": "assistant"})
+_SHAREGPT = _Form(
+    "from",
+    "value",
+    {
+        "system": "system",
+        **dict.fromkeys(("human", "user"), "user"),
+        **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot"), "assistant"),
+    },
+)
+_FORMS = {"messages": _OPENAI, "conversations": _SHAREGPT}  # by the column that has the chat
+
+
+def messages(column: str, record: Mapping[str, Any], where: str) -> Messages:
+    """The turns of the chat in a column of a record, behind the turn of its column `system`. Raises RowError."""
+    where_chat = f"{where}, field {column}"
+    turns = _turns(record.get(column), _FORMS[column], where_chat)
+    if not is_empty(record.get("system")):
+        system = _system(record["system"], turns, f"{where}, field system")
+        turns = (system, *turns)
+    roles = [turn["role"] for turn in turns]
+    if roles[0] == "assistant":
+        reject(f"{where_chat}[0].role", show("assistant"), "system, user: somebody asks first")
+    if "assistant" not in roles:
+        reject(where_chat, "no assistant turn", "at least one, as it is what is learned")
+    return turns
+
+
+def _turns(value: object, form: _Form, where: str) -> Messages:
+    if not isinstance(value, list) or not value:
+        reject(where, show(value), f"a list of {{{form.fields}}}")
+    turns = []
+    for index, turn in enumerate(value):
+        message = _turn(turn, form, f"{where}[{index}]")
+        turns.append(message)
+    return tuple(turns)
+
+
+def _system(value: object, turns: Messages, where: str) -> Message:
+    first = turns[0]
+    if first["role"] == "system":
+        reject(where, show(value), "nothing beside a system turn")
+    content = text_of(value, where)
+    return {"role": "system", "content": content}
+
+
+def _turn(turn: object, form: _Form, where: str) -> Message:
+    """One turn as {role, content}, from an object in a form."""
+    if not isinstance(turn, Mapping):
+        reject(where, show(turn), f"an object {{{form.fields}}}")
+    _refuse_other_fields(turn, form, where)
+    speaker = turn.get(form.speaker)
+    where_content = f"{where}.{form.content}"
+    content = text_of(turn.get(form.content), where_content)
+    if not isinstance(speaker, str) or speaker not in form.roles:
+        allowed = ", ".join(form.roles)
+        reject(f"{where}.{form.speaker}", show(speaker), allowed)
+    role = form.roles[speaker]
+    if role == "assistant" and not content.strip():
+        reject(where_content, "empty text", "text that is not empty")
+    return {"role": role, "content": content}
+
+
+def _refuse_other_fields(turn: Mapping[Any, Any], form: _Form, where: str) -> None:
+    others = []
+    for name, value in turn.items():
+        of_form = name in (form.speaker, form.content)
+        if value is not None and not of_form:
+            others.append(str(name))
+    if others:
+        names = ", ".join(others)
+        reject(where, f"the fields {names}", form.fields)
