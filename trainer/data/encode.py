@@ -124,8 +124,11 @@ class Encoder:
     def prompts(self, rows: list[Row]) -> list[IdList]:
         """What a server would be sent for the last answer of each row."""
         self._need_template(rows)
-        texts = [self._renderer.asked(row) for row in rows]
-        return self._opened(texts)
+        prompts = []
+        for row in rows:
+            prompt = self._renderer.asked(row)
+            prompts.append(prompt)
+        return self._opened(prompts)
 
     def _examples_of(self, texts: list[Text]) -> Iterator[Encoded]:
         """The examples that texts are, in their order."""
@@ -183,8 +186,9 @@ class Encoder:
         """Each place, and ids and offsets of the text there."""
         if not texts:
             return
+        plain_texts = [text.text for text in texts.values()]
         batch = self._tokenizer(
-            [text.text for text in texts.values()],
+            plain_texts,
             add_special_tokens=add_special_tokens,
             return_offsets_mapping=True,
             verbose=False,
@@ -211,7 +215,10 @@ class Encoder:
     def _labelled(self, text: Text, ids: IdList, offsets: Offsets, prompts: list[IdList]) -> Encoded:
         """The example that a text is; `prompts` are what a server is sent for its answers."""
         target = self._target(text, ids, offsets)
-        straddles = any(ids[: len(prompt)] != prompt for prompt in prompts)
+        straddles = False
+        for prompt in prompts:
+            beginning = ids[: len(prompt)]
+            straddles |= beginning != prompt
         if not text.closed and ids[-1:] != [self._eos]:
             ids = [*ids, self._eos]
             target = np.append(target, True)

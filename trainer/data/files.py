@@ -202,7 +202,9 @@ def _parquet(path: Path) -> Records:
     except RowError:
         raise
     except (arrow.ArrowException, ValueError, OverflowError) as error:  # also what Python has no value for
-        where = f"{path}, behind row {number}" if number else str(path)
+        where = str(path)
+        if number:
+            where = f"{path}, behind row {number}"
         _unreadable(where, error)
 
 
@@ -219,7 +221,9 @@ def _need(module: str, source: str | Path) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        extra = "train" if module == "datasets" else "data"
+        extra = "data"
+        if module == "datasets":
+            extra = "train"
         package, _, _ = module.partition(".")
         raise RowError(f"{source}: reading it needs {package}: install fleetune[{extra}]") from error
 

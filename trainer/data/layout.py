@@ -33,6 +33,13 @@ Row = list[Place]  # documents that share one sequence
 Group = list[Row]  # rows that stay in one micro-batch, as an example has documents in several of them
 
 
+def _documents(row: Row) -> list[int]:
+    documents = []
+    for place in row:
+        documents.append(place.document)
+    return documents
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """What one forward pass computes: rows, each a list of documents that share one sequence, and their examples.
@@ -46,19 +53,16 @@ class MicroBatch:
     @classmethod
     def of(cls, rows: Sequence[Row]) -> "MicroBatch":
         """The micro-batch of these rows."""
-        documents_of: dict[int, list[tuple[int, int]]] = {}  # of each example, with their places
+        numbered: dict[int, list[tuple[int, int]]] = {}  # of each example: its documents, and the place of each
         places = chain.from_iterable(rows)
         for number, place in enumerate(places):
-            documents = documents_of.setdefault(place.example, [])
+            documents = numbered.setdefault(place.example, [])
             documents.append((place.document, number))
         examples = []
-        for documents in documents_of.values():
-            in_order = sorted(documents)
-            examples.append([number for _, number in in_order])
-        document_rows = []
-        for row in rows:
-            document_rows.append([place.document for place in row])
-        return cls(document_rows, examples)
+        for documents in numbered.values():
+            documents.sort()
+            examples.append([number for _, number in documents])
+        return cls([_documents(row) for row in rows], examples)
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ class Layout:
             documents = examples.documents(example)
             owned.append([Place(place, document) for document in documents])
         if self.packing:
-            return _pack(owned, examples.tokens.lengths, self.seq_len)
+            lengths_of_documents = examples.tokens.lengths
+            return _pack(owned, lengths_of_documents, self.seq_len)
         groups = []
         for places in owned:
             groups.append([[place] for place in places])
@@ -112,9 +117,11 @@ def _dealt(groups: Iterable[Group], world_size: int) -> list[list[Group]]:
     dealt: list[list[Group]] = [[] for _ in range(world_size)]
     for index, group in enumerate(groups):
         turn, rank = divmod(index, world_size)
-        if turn % 2 == 1:
+        backwards = turn % 2 == 1
+        if backwards:
             rank = world_size - 1 - rank
-        dealt[rank].append(group)
+        groups_of_rank = dealt[rank]
+        groups_of_rank.append(group)
     return dealt
 
 
@@ -122,10 +129,12 @@ def _cut(groups: Iterable[Group], micro_batch: int) -> list[list[Row]]:
     """The rows of each forward pass: whole groups, as many as fit into `micro_batch` rows, and at least one."""
     passes: list[list[Row]] = []
     for group in groups:
-        if passes and len(passes[-1]) + len(group) <= micro_batch:
-            passes[-1] += group
-        else:
-            passes.append(list(group))
+        rows = len(group)
+        if passes:
+            rows += len(passes[-1])
+        if not passes or rows > micro_batch:
+            passes.append([])
+        passes[-1] += group
     return passes
 
 
@@ -160,7 +169,7 @@ class _Rows:
 
     def _tokens(self, places: Row) -> int:
         """The tokens of some documents."""
-        documents = [place.document for place in places]
+        documents = _documents(places)
         lengths = self._lengths[documents]
         return int(lengths.sum())
 
@@ -192,7 +201,8 @@ def _pack(owned: Sequence[Row], lengths: Indices, seq_len: int) -> list[Group]:
     longest_first = np.argsort(-used, kind="stable")
     packed = []
     for group in longest_first:
-        packed.append([filled.rows[row] for row in groups[group]])
+        numbers = groups[group]
+        packed.append([filled.rows[number] for number in numbers])
     return packed
 
 
@@ -211,23 +221,32 @@ def collate(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dic
     position_ids = np.zeros_like(input_ids)
     labels = np.full(shape, IGNORED, np.int64)
     for b, documents in enumerate(rows_of_documents):
-        start = 0
-        for document in documents:
-            ids = document.ids
-            stop = start + len(ids)
-            input_ids[b, start:stop] = ids
-            position_ids[b, start:stop] = np.arange(len(ids))
-            labels[b, start:stop] = np.where(document.target, ids, IGNORED)
-            start = stop
-        padding = length - start
-        position_ids[b, start:] = np.arange(padding)
+        _fill(documents, input_ids[b], position_ids[b], labels[b])
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+
+
+def _fill(documents: Iterable["Document"], input_ids: Indices, position_ids: Indices, labels: Indices) -> None:
+    """Write the documents of a row into its arrays, each [T]."""
+    start = 0
+    for document in documents:
+        ids = document.ids
+        length = len(ids)
+        stop = start + length
+        input_ids[start:stop] = ids
+        position_ids[start:stop] = np.arange(length)
+        labels[start:stop] = np.where(document.target, ids, IGNORED)
+        start = stop
+    padding = len(position_ids) - start
+    position_ids[start:] = np.arange(padding)
 
 
 def _padded_length(rows: Iterable[Iterable["Document"]]) -> int:
     """T for rows of documents: a multiple of 8, and never 0."""
     longest = 1
     for documents in rows:
-        length = sum(len(document.ids) for document in documents)
+        length = 0
+        for document in documents:
+            length += len(document.ids)
         longest = max(longest, length)
-    return math.ceil(longest / _MULTIPLE) * _MULTIPLE
+    multiples = math.ceil(longest / _MULTIPLE)
+    return multiples * _MULTIPLE

@@ -40,10 +40,14 @@ def rows(source: str | Path, columns: Columns | None = None) -> Iterator[Row]:
         where = f"{source}, row {number}"
         if not isinstance(record, Mapping):
             reject(where, show(record), "an object with named fields")
-        given = _mapped(columns, record, where) if columns else record
+        given = record
+        if columns:
+            given = _mapped(columns, record, where)
         if shape is None:
             shape = _recognise(given, where, exact=bool(columns))
-            used = set(columns_used(columns)) if columns else shape.all_columns
+            used = shape.all_columns
+            if columns:
+                used = set(columns_used(columns))
         if columns:
             learned = shape.columns[-1]
             _require_answer(columns[learned], record, where)
@@ -68,9 +72,10 @@ def _unused(record: Record, used: set[str]) -> tuple[str, ...]:
     """The columns that have a value in a record and are not used."""
     unused = []
     for name, value in record.items():
-        if name not in used and not is_empty(value):
-            printable = str(name).encode(errors="backslashreplace")
-            unused.append(printable.decode())
+        if name in used or is_empty(value):
+            continue
+        printable = str(name).encode(errors="backslashreplace")
+        unused.append(printable.decode())
     return tuple(unused)
 
 
@@ -115,7 +120,10 @@ def _filled(template: str, record: Record, where: str) -> str:
 
 def _recognise(record: Record, where: str, *, exact: bool) -> Shape:
     """The shape of a record; with `exact`, one that has a use for each of its fields."""
-    filled = [name for name, value in record.items() if value is not None]
+    filled = []
+    for name, value in record.items():
+        if value is not None:
+            filled.append(name)
     shape = with_columns(filled) or with_columns(record)
     if shape is None:
         _refuse_shape(record, where)
@@ -136,7 +144,7 @@ def _refuse_shape(record: Record, where: str) -> NoReturn:
 
 
 def _row(shape: Shape, number: int, record: Record, where: str, unused: tuple[str, ...]) -> Row:
-    if shape.columns in (("messages",), ("conversations",)):
+    if shape.is_chat:
         (column,) = shape.columns
         turns = messages(column, record, where)
         return Row(number, "", "", turns, unused)
@@ -165,7 +173,9 @@ def _companion(shape: Shape, name: str, value: object, where: str) -> str:
     """What a companion column adds to the prompt: its text in its template, nothing where it is empty."""
     if is_empty(value):
         return ""
-    text = _history(shape, value, where) if name == "history" else text_of(value, where)
+    if name == "history":
+        value = _history(shape, value, where)
+    text = text_of(value, where)
     if not text:
         return ""
     template = shape.companions[name]
@@ -177,15 +187,25 @@ def _history(shape: Shape, value: object, where: str) -> str:
     allowed = "a list of pairs [question, answer]"
     if not isinstance(value, list):
         reject(where, show(value), allowed)
-    template = shape.prompt + shape.completion + "\n\n"
-    turns = []
+    pairs = []
     for index, pair in enumerate(value):
         where_pair = f"{where}[{index}]"
         if not isinstance(pair, list) or len(pair) != 2:
             reject(where_pair, show(pair), allowed)
         question, answer = pair
-        values = dict.fromkeys(shape.companions, "")
-        values[shape.columns[0]] = text_of(question, where_pair)
-        values[shape.columns[-1]] = text_of(answer, where_pair)
-        turns.append(fill(template, values))
-    return "".join(turns)
+        question = text_of(question, where_pair)
+        answer = text_of(answer, where_pair)
+        pairs.append(_pair(shape, question, answer))
+    return "".join(pairs)
+
+
+def _pair(shape: Shape, question: str, answer: str) -> str:
+    """An earlier question and its answer as a row of this shape has them, without companions."""
+    values = dict.fromkeys(shape.companions, "")
+    asked = shape.columns[0]
+    learned = shape.columns[-1]
+    values[asked] = question
+    values[learned] = answer
+    prompt = fill(shape.prompt, values)
+    completion = fill(shape.completion, values)
+    return f"{prompt}{completion}\n\n"

@@ -29,6 +29,11 @@ class Shape:
     companions: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def is_chat(self) -> bool:
+        """Whether its only column has the turns of a chat."""
+        return self.columns in (("messages",), ("conversations",))
+
+    @property
     def all_columns(self) -> set[str]:
         """The columns of a row that have a use."""
         columns = set(self.columns)

@@ -116,12 +116,21 @@ class _Cache(Generic[Chunk]):
     def make_together(self) -> list[Shard]:
         """Make what nobody has claimed, wait for the others, make what they do not finish in time."""
         count = self.make_missing(steal=False)
-        while missing := [number for number in range(count) if not self.has(number)]:
+        while missing := self.missing(count):
             if not self.wait_for_any(missing):
                 self.make_missing(steal=True)
         shards = [self.shards[number] for number in range(count)]
-        write_json(self.manifest, {"shards": count, "rows": _rows_of(shards)})
+        manifest = {"shards": count, "rows": _rows_of(shards)}
+        write_json(self.manifest, manifest)
         return shards
+
+    def missing(self, count: int) -> list[int]:
+        """Which of the first `count` shards are not there."""
+        missing = []
+        for number in range(count):
+            if not self.has(number):
+                missing.append(number)
+        return missing
 
     def make_missing(self, *, steal: bool) -> int:
         """Make the missing shards that are unclaimed, or (steal) all that are missing; the number of chunks."""
@@ -140,7 +149,9 @@ class _Cache(Generic[Chunk]):
 
     def claim(self, number: int, *, steal: bool) -> BinaryIO | None:
         """The file to write a shard to, which is also the claim on it; None when another has claimed it."""
-        suffix = f".{uuid.uuid4().hex}" if steal else ".claim"
+        suffix = ".claim"
+        if steal:
+            suffix = f".{uuid.uuid4().hex}"
         draft = self.path(number).with_suffix(suffix)
         try:
             return draft.open("xb")
@@ -151,8 +162,9 @@ class _Cache(Generic[Chunk]):
         """Wait for any of the missing shards; False when none is there after the timeout."""
         deadline = time.monotonic() + self.timeout_s
         while time.monotonic() < deadline:
-            if any(self.has(number) for number in missing):
-                return True
+            for number in missing:
+                if self.has(number):
+                    return True
             time.sleep(_POLL_S)
         return False
 

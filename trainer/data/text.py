@@ -86,7 +86,9 @@ class Renderer:
         where = f"{self._source}, row {row.number}"
         row, hidden = self._hiding(row, where)
         if row.messages:
-            return list(self._chat(row.messages, f"{where}, field messages", hidden))
+            empty = Text(f"{where}, field messages", "", rendered=True, hidden=hidden)
+            examples = self._chat(row.messages, empty)
+            return list(examples)
         text = row.prompt + row.completion
         answer = (len(row.prompt), len(text))
         return [Text(where, text, (answer,), hidden=hidden)]
@@ -97,7 +99,8 @@ class Renderer:
         row, hidden = self._hiding(row, where)
         if not row.messages:
             return Text(where, row.prompt, hidden=hidden)
-        last = max(_answers(row.messages))
+        answers = _answers(row.messages)
+        last = max(answers)
         before_answer = row.messages[:last]
         text = self._render(before_answer, f"{where}, field messages", add_generation_prompt=True)
         return Text(where, text, rendered=True, hidden=hidden)
@@ -120,23 +123,40 @@ class Renderer:
         completion = control.hide(row.completion)
         return Row(row.number, prompt, completion, tuple(messages)), True
 
-    def _chat(self, messages: Messages, where: str, hidden: bool) -> Iterator[Text]:
-        """Each answer is learned behind what a server is sent for it; answers share a text while it only grows."""
-        text = Text(where, "", rendered=True, hidden=hidden)
+    def _chat(self, messages: Messages, text: Text) -> Iterator[Text]:
+        """Each answer is learned behind what a server is sent for it; answers share a text while it only grows.
+
+        `text` is where that begins: an empty text.
+        """
         for index in _answers(messages):
-            asked = self._render(messages[:index], where, add_generation_prompt=True)
-            whole = self._whole(messages[: index + 1], asked, where)
-            answered = whole[len(asked) :]
-            _require_all(messages[:index], asked, where)
-            _require_all(messages[index : index + 1], answered, where, index)
+            turns = messages[: index + 1]
+            asked, whole = self._asked_and_whole(turns, text.where)
             # What a template writes behind the end of a turn is never generated, and perhaps not kept by later turns.
             if not asked.startswith(text.up_to_last_answer):
                 yield text
                 text = replace(text, learned=())
-            end = self._end(whole, len(asked), messages[index]["content"])
-            answer = (len(asked), len(whole) if end is None else end)
-            text = replace(text, text=whole, learned=(*text.learned, answer), closed=end is not None)
+            start = len(asked)
+            stop = self._end(whole, start, turns[-1]["content"])
+            closed = stop is not None
+            if stop is None:
+                stop = len(whole)
+            learned = (*text.learned, (start, stop))
+            text = replace(text, text=whole, learned=learned, closed=closed)
         yield text
+
+    def _asked_and_whole(self, messages: Messages, where: str) -> tuple[str, str]:
+        """What a server is sent for the last of these turns, and the same with that answer behind it.
+
+        Raises RowError where a turn is missing in them.
+        """
+        before = messages[:-1]
+        last = len(before)
+        asked = self._render(before, where, add_generation_prompt=True)
+        whole = self._whole(messages, asked, where)
+        answered = whole[len(asked) :]
+        _require_all(before, asked, where)
+        _require_all(messages[last:], answered, where, last)
+        return asked, whole
 
     def _whole(self, messages: Messages, asked: str, where: str) -> str:
         """What a server is sent for the last answer, and the answer as the template writes it.
@@ -149,7 +169,9 @@ class Renderer:
             return whole
         answer = messages[-1]["content"].strip()
         place = whole.rfind(answer)
-        before = whole[:place].rstrip() if place >= 0 else ""
+        before = ""
+        if place >= 0:
+            before = whole[:place].rstrip()
         alike = _common_length(asked, before)
         directly_before = before[alike:]
         if directly_before and asked.endswith(directly_before):
@@ -163,7 +185,9 @@ class Renderer:
         """Where the end of the turn stops that the template writes behind an answer; None where it writes none."""
         written = answer.strip()  # templates leave out the spaces around it
         place = whole.find(written, start)
-        behind = place + len(written) if place >= 0 else start
+        behind = start
+        if place >= 0:
+            behind = place + len(written)
         stops = []
         for end in self._ends:
             begin = whole.find(end, behind)

@@ -23,8 +23,8 @@ def load_tokenizer(base: Base, folder: Path | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=base.revision or "main", trust_remote_code=False)
     except Exception as error:  # transformers and its readers raise what they like
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0]
         raise TokenizerError(f"base.model: {place}: its tokenizer cannot be loaded: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -23,15 +23,14 @@ def arrays(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dict
     """
     batch = collate(rows, tokens, pad_id)
     labels_BT = batch.pop("labels")
-    row_N, position_N = np.nonzero(labels_BT[:, 1:] != IGNORED)
+    is_label = labels_BT[:, 1:] != IGNORED
+    row_N, position_N = np.nonzero(is_label)
     if not len(row_N):
         row_N = position_N = np.zeros(1, np.int64)
     kept_K, column_N = np.unique(position_N, return_inverse=True)
-    batch["kept"] = kept_K
-    batch["row"] = row_N
-    batch["column"] = column_N
-    batch["label"] = labels_BT[row_N, position_N + 1]
-    return batch
+    label_N = labels_BT[row_N, position_N + 1]
+    labels = {"kept": kept_K, "row": row_N, "column": column_N, "label": label_N}
+    return batch | labels
 
 
 def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -34,14 +34,17 @@ class Supervised(Objective):
 
     def arrays(self, examples: Examples, micro: MicroBatch) -> dict[str, Indices]:
         """The documents of a micro-batch and their labels."""
+        tokens = examples.tokens
         tokenizer = self.setup.tokenizer
-        return labels.arrays(micro.rows, examples.tokens, tokenizer.pad_token_id)
+        return labels.arrays(micro.rows, tokens, tokenizer.pad_token_id)
 
     def loss(self, model: nn.Module, batch: Tensors, totals: Totals, prelude: Tensors) -> Shares:  # noqa: ARG002
         """The cross entropy of the labels of a micro-batch, summed in fp32, over the labels of the global batch."""
+        count = totals["labels"]
         logits_NV = labels.logits(model, batch)
-        loss = summed(logits_NV, batch["label"])
-        return Shares(loss / totals["labels"])
+        label_N = batch["label"]
+        loss = summed(logits_NV, label_N) / count
+        return Shares(loss)
 
 
 def summed(logits_NV: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
