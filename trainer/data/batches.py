@@ -95,19 +95,22 @@ class Batches:
         count = len(self._examples)
         order = rng.permutation(count)
         lengths = self._examples.lengths[order]
-        before = np.concatenate([[0], np.cumsum(lengths)])
+        up_to = np.cumsum(lengths)
+        before = np.concatenate([[0], up_to])
         return order, before
 
     def _cut(self, most_steps: int, most_examples: int) -> list[int]:
         """Where each batch starts in the stream, and where the last one ends."""
         starts = [0]
-        while len(starts) <= most_steps and starts[-1] < most_examples:
-            end = self._end(starts[-1])
-            starts.append(min(end, most_examples))
+        end = 0
+        while len(starts) <= most_steps and end < most_examples:
+            end = self._end(end)
+            end = min(end, most_examples)
+            starts.append(end)
         return starts
 
     def _end(self, start: int) -> int:
-        """Where a batch ends in the stream that starts at `start`; it may go on into later epochs."""
+        """Where in the stream the batch ends that starts at `start`; it may reach into later epochs."""
         size = len(self._examples)
         space = self._batch_tokens
         epoch, offset = divmod(start, size)
@@ -116,8 +119,10 @@ class Batches:
             full = before[offset] + space
             stop = int(np.searchsorted(before, full, side="right")) - 1
             if stop < size:
-                return max(epoch * size + stop, start + 1)
-            space -= int(before[size] - before[offset])
+                end = epoch * size + stop
+                return max(end, start + 1)
+            taken = before[size] - before[offset]
+            space -= int(taken)
             epoch += 1
             offset = 0
 

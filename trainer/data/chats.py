@@ -41,7 +41,8 @@ _FORMS = {"messages": _OPENAI, "conversations": _SHAREGPT}  # by the column that
 def messages(column: str, record: Mapping[str, Any], where: str) -> Messages:
     """The turns of the chat in a column of a record, behind the turn of its column `system`. Raises RowError."""
     where_chat = f"{where}, field {column}"
-    turns = _turns(record.get(column), _FORMS[column], where_chat)
+    form = _FORMS[column]
+    turns = _turns(record.get(column), form, where_chat)
     if not is_empty(record.get("system")):
         system = _system(record["system"], turns, f"{where}, field system")
         turns = (system, *turns)
@@ -76,23 +77,27 @@ def _turn(turn: object, form: _Form, where: str) -> Message:
     if not isinstance(turn, Mapping):
         reject(where, show(turn), f"an object {{{form.fields}}}")
     _refuse_other_fields(turn, form, where)
-    speaker = turn.get(form.speaker)
     where_content = f"{where}.{form.content}"
     content = text_of(turn.get(form.content), where_content)
-    if not isinstance(speaker, str) or speaker not in form.roles:
-        allowed = ", ".join(form.roles)
-        reject(f"{where}.{form.speaker}", show(speaker), allowed)
-    role = form.roles[speaker]
+    speaker = turn.get(form.speaker)
+    role = _role(speaker, form, f"{where}.{form.speaker}")
     if role == "assistant" and not content.strip():
         reject(where_content, "empty text", "text that is not empty")
     return {"role": role, "content": content}
 
 
+def _role(speaker: object, form: _Form, where: str) -> str:
+    if not isinstance(speaker, str) or speaker not in form.roles:
+        allowed = ", ".join(form.roles)
+        reject(where, show(speaker), allowed)
+    return form.roles[speaker]
+
+
 def _refuse_other_fields(turn: Mapping[Any, Any], form: _Form, where: str) -> None:
+    fields = (form.speaker, form.content)
     others = []
     for name, value in turn.items():
-        of_form = name in (form.speaker, form.content)
-        if value is not None and not of_form:
+        if value is not None and name not in fields:
             others.append(str(name))
     if others:
         names = ", ".join(others)

@@ -132,10 +132,10 @@ class Encoder:
 
     def _examples_of(self, texts: list[Text]) -> Iterator[Encoded]:
         """The examples that texts are, in their order."""
-        all_read = self._read(texts)
-        all_prompts = self._prompts_of(texts)
-        for text, read, prompts in zip(texts, all_read, all_prompts, strict=True):
-            ids, offsets = read
+        read = self._read(texts)
+        prompts_of_texts = self._prompts_of(texts)
+        together = zip(texts, read, prompts_of_texts, strict=True)
+        for text, (ids, offsets), prompts in together:
             yield self._labelled(text, ids, offsets, prompts)
 
     def _prompts_of(self, texts: list[Text]) -> list[list[IdList]]:
@@ -180,7 +180,8 @@ class Encoder:
         read.update(batch)
         for place, text in hidden.items():
             read[place] = self._read_hidden(text)
-        return [read[place] for place in range(len(texts))]
+        places = range(len(texts))
+        return [read[place] for place in places]
 
     def _read_batch(self, texts: dict[int, Text], *, add_special_tokens: bool) -> Iterator[tuple[int, IdsAndOffsets]]:
         """Each place, and ids and offsets of the text there."""
@@ -195,7 +196,9 @@ class Encoder:
         )
         all_ids = batch["input_ids"]
         all_offsets = batch["offset_mapping"]
-        for (place, text), ids, offsets in zip(texts.items(), all_ids, all_offsets, strict=True):
+        all_read = zip(texts, all_ids, all_offsets, strict=True)
+        for place, ids, offsets in all_read:
+            text = texts[place]
             if not self._parse_special:
                 self._control.check(ids, offsets, text.text, text.where)
             yield place, (ids, offsets)
@@ -219,7 +222,8 @@ class Encoder:
         for prompt in prompts:
             beginning = ids[: len(prompt)]
             straddles |= beginning != prompt
-        if not text.closed and ids[-1:] != [self._eos]:
+        has_end = text.closed or ids[-1:] == [self._eos]
+        if not has_end:
             ids = [*ids, self._eos]
             target = np.append(target, True)
         target[0] = False  # there is nothing in front to predict it from
@@ -234,9 +238,10 @@ class Encoder:
         target = np.zeros(len(ids), np.bool_)
         for start, stop in text.learned:
             starts_before = starts < start
-            in_answer = is_text & (stops > start) & (starts < stop)
+            overlaps = (stops > start) & (starts < stop)
             # A control token of the template may take spaces of the answer with it; it is not learned for that.
-            target |= in_answer & ~(is_command & starts_before)
+            of_template = is_command & starts_before
+            target |= overlaps & is_text & ~of_template
         end = _end_of_text(is_text)
         target[end:] = True  # what the tokenizer itself puts behind the answer
         return target

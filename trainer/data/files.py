@@ -121,7 +121,8 @@ def _jsonl(path: Path) -> Records:
 def _json(path: Path) -> Records:
     where = str(path)
     allowed = "a list of objects"
-    text = "".join(line for _, line in _lines(path))
+    lines = [line for _, line in _lines(path)]
+    text = "".join(lines)
     value = _parsed(text, where, allowed)
     if not isinstance(value, list):
         reject(where, show(value), allowed)
@@ -155,8 +156,8 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        repeated = _first_repeated(names)
-        raise _Twice(repr(repeated))
+        repeated = repr(_first_repeated(names))
+        raise _Twice(repeated)
     return fields
 
 

@@ -11,7 +11,6 @@ from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from trainer.data.examples import GlobalBatch, Indices
 
@@ -61,8 +60,10 @@ class MicroBatch:
         examples = []
         for documents in numbered.values():
             documents.sort()
-            examples.append([number for _, number in documents])
-        return cls([_documents(row) for row in rows], examples)
+            numbers = [number for _, number in documents]
+            examples.append(numbers)
+        documents_of_rows = [_documents(row) for row in rows]
+        return cls(documents_of_rows, examples)
 
 
 @dataclass(frozen=True)
@@ -102,19 +103,23 @@ class Layout:
         for place in longest_first.tolist():
             example = int(batch.chosen[place])
             documents = examples.documents(example)
-            owned.append([Place(place, document) for document in documents])
+            places = [Place(place, document) for document in documents]
+            owned.append(places)
         if self.packing:
             lengths_of_documents = examples.tokens.lengths
             return _pack(owned, lengths_of_documents, self.seq_len)
         groups = []
         for places in owned:
-            groups.append([[place] for place in places])
+            group = [[place] for place in places]
+            groups.append(group)
         return groups
 
 
 def _dealt(groups: Iterable[Group], world_size: int) -> list[list[Group]]:
     """The groups of each rank: ranks 0, 1, ... take one each in this order, then in the opposite one, and so on."""
-    dealt: list[list[Group]] = [[] for _ in range(world_size)]
+    dealt: list[list[Group]] = []
+    while len(dealt) < world_size:
+        dealt.append([])
     for index, group in enumerate(groups):
         turn, rank = divmod(index, world_size)
         backwards = turn % 2 == 1
@@ -156,7 +161,7 @@ class _Rows:
         if self._tokens(places) <= self._seq_len:
             self._put(places, 0)
         else:
-            longest_first = sorted(places, key=lambda place: -self._tokens([place]))
+            longest_first = sorted(places, key=self._length, reverse=True)
             for place in longest_first:
                 self._put([place], opened)
         return list(range(opened, len(self.rows)))
@@ -166,6 +171,9 @@ class _Rows:
         free = self._free[numbers]
         used = self._seq_len - free
         return int(used.sum())
+
+    def _length(self, place: Place) -> int:
+        return int(self._lengths[place.document])
 
     def _tokens(self, places: Row) -> int:
         """The tokens of some documents."""
@@ -178,7 +186,8 @@ class _Rows:
         tokens = self._tokens(places)
         opened = len(self.rows)
         free = self._free[first : opened + 1]
-        row = first + int(np.argmax(free >= tokens))
+        fits = free >= tokens
+        row = first + int(np.argmax(fits))
         if row == opened:
             self.rows.append([])
         self.rows[row] += places
@@ -197,16 +206,18 @@ def _pack(owned: Sequence[Row], lengths: Indices, seq_len: int) -> list[Group]:
         opened = filled.put_example(places)
         if opened:
             groups.append(opened)
-    used = np.array([filled.used(numbers) for numbers in groups])
+    used_by_groups = [filled.used(numbers) for numbers in groups]
+    used = np.array(used_by_groups)
     longest_first = np.argsort(-used, kind="stable")
     packed = []
     for group in longest_first:
         numbers = groups[group]
-        packed.append([filled.rows[number] for number in numbers])
+        rows = [filled.rows[number] for number in numbers]
+        packed.append(rows)
     return packed
 
 
-def collate(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dict[str, npt.NDArray[np.int64]]:
+def collate(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dict[str, Indices]:
     """The arrays of a micro-batch's rows, each [B, T]; no rows become one of padding without labels.
 
     `position_ids` restart in each document and in the padding: by that a model tells documents apart, as long as it
@@ -214,7 +225,8 @@ def collate(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dic
     """
     rows_of_documents = []
     for row in rows or [[]]:
-        rows_of_documents.append([tokens.document(index) for index in row])
+        documents = [tokens.document(index) for index in row]
+        rows_of_documents.append(documents)
     length = _padded_length(rows_of_documents)
     shape = (len(rows_of_documents), length)
     input_ids = np.full(shape, pad_id, np.int64)
@@ -234,7 +246,8 @@ def _fill(documents: Iterable["Document"], input_ids: Indices, position_ids: Ind
         stop = start + length
         input_ids[start:stop] = ids
         position_ids[start:stop] = np.arange(length)
-        labels[start:stop] = np.where(document.target, ids, IGNORED)
+        learned = np.where(document.target, ids, IGNORED)
+        labels[start:stop] = learned
         start = stop
     padding = len(position_ids) - start
     position_ids[start:] = np.arange(padding)

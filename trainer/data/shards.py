@@ -25,6 +25,7 @@ from trainer.data.counts import Counts
 
 Chunk = TypeVar("Chunk")
 Array = npt.NDArray[Any]
+Progress = Callable[[int], None]  # called with the number of rows that are done
 
 _POLL_S = 0.05
 _PATIENCE_S = 2.0  # at least; and five times what the slowest shard took here
@@ -67,7 +68,7 @@ def load_or_make(
     folder: Path,
     chunks: Callable[[], Iterable[Chunk]],
     make: Callable[[Chunk], Shard],
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> list[Shard]:
     """The shards of `folder`, one for each chunk: mapped if they are there, else made together with other ranks.
 
@@ -86,7 +87,7 @@ class _Cache(Generic[Chunk]):
         folder: Path,
         chunks: Callable[[], Iterable[Chunk]],
         make: Callable[[Chunk], Shard],
-        progress: Callable[[int], None],
+        progress: Progress,
     ) -> None:
         self.folder = folder
         self.chunks = chunks
@@ -108,7 +109,7 @@ class _Cache(Generic[Chunk]):
         for number in range(count):
             if not self.has(number):
                 return []
-        shards = [self.shards[number] for number in range(count)]
+        shards = self.first(count)
         if _rows_of(shards) != rows:
             return []
         return shards
@@ -119,9 +120,16 @@ class _Cache(Generic[Chunk]):
         while missing := self.missing(count):
             if not self.wait_for_any(missing):
                 self.make_missing(steal=True)
-        shards = [self.shards[number] for number in range(count)]
+        shards = self.first(count)
         manifest = {"shards": count, "rows": _rows_of(shards)}
         write_json(self.manifest, manifest)
+        return shards
+
+    def first(self, count: int) -> list[Shard]:
+        """The first `count` shards in their order; all of them must be mapped."""
+        shards = []
+        for number in range(count):
+            shards.append(self.shards[number])
         return shards
 
     def missing(self, count: int) -> list[int]:
@@ -142,7 +150,8 @@ class _Cache(Generic[Chunk]):
             draft = self.claim(number, steal=steal)
             if draft:
                 began = time.monotonic()
-                _write(draft, self.make(chunk), self.path(number))
+                shard = self.make(chunk)
+                _write(draft, shard, self.path(number))
                 took_s = time.monotonic() - began
                 self.timeout_s = max(self.timeout_s, 5 * took_s)
         return count

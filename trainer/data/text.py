@@ -111,9 +111,10 @@ class Renderer:
         if control is None:
             return row, False
         texts = _texts_in(row)
-        if not any(control.first(text) for text in texts):
+        names = [control.first(text) for text in texts]
+        if not any(names):
             return row, False
-        if any(control.has_stand_in(text) for text in texts):
+        if any(map(control.has_stand_in, texts)):
             raise RowError(f"{where}: private characters (U+F0000 and above) beside names of control tokens")
         messages = []
         for message in row.messages:
@@ -121,7 +122,8 @@ class Renderer:
             messages.append({**message, "content": content})
         prompt = control.hide(row.prompt)
         completion = control.hide(row.completion)
-        return Row(row.number, prompt, completion, tuple(messages)), True
+        hiding = Row(row.number, prompt, completion, tuple(messages))
+        return hiding, True
 
     def _chat(self, messages: Messages, text: Text) -> Iterator[Text]:
         """Each answer is learned behind what a server is sent for it; answers share a text while it only grows.
@@ -136,7 +138,8 @@ class Renderer:
                 yield text
                 text = replace(text, learned=())
             start = len(asked)
-            stop = self._end(whole, start, turns[-1]["content"])
+            answer = turns[-1]["content"]
+            stop = self._end(whole, start, answer)
             closed = stop is not None
             if stop is None:
                 stop = len(whole)
@@ -218,7 +221,8 @@ def _require_all(messages: Messages, text: str, where: str, first: int = 0) -> N
         role = message["role"]
         if role == "assistant" and len(messages) > 1:
             continue
-        if _squeezed(message["content"]) not in squeezed:
+        content = _squeezed(message["content"])
+        if content not in squeezed:
             raise RowError(f"{where}[{index}]: the chat template leaves out (some of) this {role} turn")
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
@@ -17,7 +17,7 @@ from trainer.data.encode import Encoded, Encoder, Ids, Reading, Target
 from trainer.data.files import RowError, digest
 from trainer.data.rows import Row, rows
 from trainer.data.shapes import SHAPES
-from trainer.data.shards import Shard, join, load_or_make
+from trainer.data.shards import Progress, Shard, join, load_or_make
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,8 @@ class Tokens:
 
     def __init__(self, shards: list[Shard], virtual: int = 0) -> None:
         self._shards = shards
-        self._front = np.array(virtual_ids(virtual), np.int32)
+        front = virtual_ids(virtual)
+        self._front = np.array(front, np.int32)
         self.counts = Counts()
         examples = [0]
         lengths = []
@@ -69,8 +70,10 @@ class Tokens:
             self.counts.add(shard.counts)
             starts = shard.offsets[:-1]
             examples.append(len(starts))
-            lengths.append(np.diff(shard.offsets))
-            targets.append(np.add.reduceat(shard.target, starts, dtype=np.int64))
+            lengths_of_shard = np.diff(shard.offsets)
+            targets_of_shard = np.add.reduceat(shard.target, starts, dtype=np.int64)
+            lengths.append(lengths_of_shard)
+            targets.append(targets_of_shard)
             rows.append(shard.rows)
         self._starts = np.cumsum(examples)
         self.lengths = np.concatenate(lengths) + virtual
@@ -84,7 +87,7 @@ class Tokens:
 
     def document(self, index: int) -> Document:
         """Document `index`; views of the mapped file where nothing is in front."""
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number = np.searchsorted(self._starts, index, side="right") - 1
         shard = self._shards[number]
         example = index - self._starts[number]
         offsets = shard.offsets
@@ -107,7 +110,8 @@ class Tokens:
         largest = max(largest_ids)
         first = largest_ids.index(largest)
         shard = self._shards[first]
-        place = np.argmax(shard.ids == largest)
+        is_largest = shard.ids == largest
+        place = np.argmax(is_largest)
         example = np.searchsorted(shard.offsets, place, side="right") - 1
         row = shard.rows[example]
         return largest, int(row)
@@ -127,7 +131,7 @@ def tokenise(
     tokenizer: "PreTrainedTokenizerBase",
     reading: Reading,
     folder: Path,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> Tokens:
     """The examples of a file or hub dataset; every rank calls this.
 
@@ -191,7 +195,8 @@ def _key(source: str | Path, tokenizer: "PreTrainedTokenizerBase", reading: Read
     if asks_for_date(str(tokenizer.chat_template)):
         date = str(reading.date)
     options = (data, choices, sorted(columns.items()), date)
-    key = hashlib.sha256(repr(options).encode())
+    written_options = repr(options)
+    key = hashlib.sha256(written_options.encode())
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         paths = sorted(Path(folder).rglob("*"))
