@@ -21,7 +21,7 @@ class _Form:
 
     @property
     def fields(self) -> str:
-        """The two fields as a message names them."""
+        """The two fields as an error names them."""
         return f"{self.speaker}, {self.content}"
 
 
@@ -59,7 +59,8 @@ def _turns(value: object, form: _Form, where: str) -> Messages:
         reject(where, show(value), f"a list of {{{form.fields}}}")
     turns = []
     for index, turn in enumerate(value):
-        message = _turn(turn, form, f"{where}[{index}]")
+        where_turn = f"{where}[{index}]"
+        message = _turn(turn, form, where_turn)
         turns.append(message)
     return tuple(turns)
 
@@ -78,19 +79,20 @@ def _turn(turn: object, form: _Form, where: str) -> Message:
         reject(where, show(turn), f"an object {{{form.fields}}}")
     _refuse_other_fields(turn, form, where)
     where_content = f"{where}.{form.content}"
+    where_speaker = f"{where}.{form.speaker}"
     content = text_of(turn.get(form.content), where_content)
-    speaker = turn.get(form.speaker)
-    role = _role(speaker, form, f"{where}.{form.speaker}")
+    role = _role(turn.get(form.speaker), form, where_speaker)
     if role == "assistant" and not content.strip():
         reject(where_content, "empty text", "text that is not empty")
     return {"role": role, "content": content}
 
 
 def _role(speaker: object, form: _Form, where: str) -> str:
-    if not isinstance(speaker, str) or speaker not in form.roles:
-        allowed = ", ".join(form.roles)
+    roles = form.roles
+    if not isinstance(speaker, str) or speaker not in roles:
+        allowed = ", ".join(roles)
         reject(where, show(speaker), allowed)
-    return form.roles[speaker]
+    return roles[speaker]
 
 
 def _refuse_other_fields(turn: Mapping[Any, Any], form: _Form, where: str) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _IN_DATA, _IN_TEMPLATE, _FILLER = 0xF0000, 0xF8000, "\U0010fffd"
 
 IdList = list[int]
+Pattern = re.Pattern[str]
 Offsets = list[tuple[int, int]]  # of each id, the characters [start, stop) that it stands for
 IdsAndOffsets = tuple[IdList, Offsets]
 
@@ -29,23 +30,22 @@ class ControlTokens:
     """The special tokens of a tokenizer, and a way to read text in which their names are only text."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._names: dict[str, int] = {}
-        added = sorted(tokenizer.added_tokens_decoder.items())
-        for id_, token in added:
-            if token.special:
-                self._names[token.content] = id_
-        longest_first = sorted(self._names, key=len, reverse=True)
+        names = _special_tokens(tokenizer)
+        self._names = names
+        longest_first = sorted(names, key=len, reverse=True)
         escaped = map(re.escape, longest_first)
         self._name = _any_of(escaped)
-        self._hidden = _stand_ins(self._names, _IN_DATA)
-        self._renamed = _stand_ins(self._names, _IN_TEMPLATE)
+        self._renamed = _stand_ins(names, _IN_TEMPLATE)
+        hidden_names = _stand_ins(names, _IN_DATA)
+        self._hidden = hidden_names
+        self._hidden_name = _any_of(hidden_names.values())
         self._shown: dict[str, str] = {}
-        for name, hidden in self._hidden.items():
+        for name, hidden in hidden_names.items():
             self._shown[hidden] = name
-        self._hidden_name = _any_of(self._hidden.values())
         # An unknown character is read as `<unk>`, which is no command.
-        self._commands = set(self._names.values())
-        self._commands.discard(tokenizer.unk_token_id)
+        commands = set(names.values())
+        commands.discard(tokenizer.unk_token_id)
+        self._commands = commands
         self._backend = tokenizer.backend_tokenizer
         self._copy: Tokenizer | None = None
         self._original: dict[int | None, int] = {}
@@ -100,7 +100,8 @@ class ControlTokens:
         if allowed is not None:
             names = set(allowed)
         commands = 0
-        for id_, (start, stop) in zip(ids, offsets, strict=True):
+        read = zip(ids, offsets, strict=True)
+        for id_, (start, stop) in read:
             if start >= stop or id_ not in self._commands:
                 continue
             commands += 1
@@ -140,12 +141,24 @@ class ControlTokens:
         copy.no_padding()
         self._original = {}
         for name, id_ in self._names.items():
-            id_of_copy = copy.token_to_id(self._renamed[name])
+            renamed = self._renamed[name]
+            id_of_copy = copy.token_to_id(renamed)
             self._original[id_of_copy] = id_
         return copy
 
 
-def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
+def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """The names of the special tokens, with their ids, by which they are ordered."""
+    special = {}
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    for id_, token in added:
+        if token.special:
+            name = token.content
+            special[name] = id_
+    return special
+
+
+def _any_of(patterns: Iterable[str]) -> Pattern:
     """What matches where one of some patterns does; nowhere where there are none."""
     alternatives = "|".join(patterns)
     return re.compile(alternatives or r"(?!)")
@@ -155,12 +168,13 @@ def _stand_ins(names: Iterable[str], first: int) -> dict[str, str]:
     """For each name a text as long as it is, which begins with a character of its own, counted from `first`."""
     stand_ins = {}
     for character, name in enumerate(names, first):
-        filler = _FILLER * (len(name) - 1)
+        following = len(name) - 1
+        filler = _FILLER * following
         stand_ins[name] = chr(character) + filler
     return stand_ins
 
 
-def _replaced(pattern: re.Pattern[str], replacements: Mapping[str, str], text: str) -> str:
+def _replaced(pattern: Pattern, replacements: Mapping[str, str], text: str) -> str:
     """A text with the replacement of each match of a pattern in its place."""
 
     def replacement(match: re.Match[str]) -> str:

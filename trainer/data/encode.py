@@ -103,9 +103,9 @@ class Encoder:
         probe = self._tokenizer("a", return_special_tokens_mask=True)
         self._leading: int = probe["special_tokens_mask"].index(0)  # special tokens in front of a text
         end_ids = [self._eos, *reading.ends]
-        ends = tuple(tokenizer.convert_ids_to_tokens(end_ids))
+        ends = tokenizer.convert_ids_to_tokens(end_ids)
         control = None if reading.parse_special else self._control
-        self._renderer = Renderer(source, tokenizer, ends, reading.date, control)
+        self._renderer = Renderer(source, tokenizer, tuple(ends), reading.date, control)
 
     def examples(self, rows: list[Row]) -> Iterator[tuple[Row, list[Encoded]]]:
         """The examples of each row, whole."""
@@ -132,11 +132,11 @@ class Encoder:
 
     def _examples_of(self, texts: list[Text]) -> Iterator[Encoded]:
         """The examples that texts are, in their order."""
-        read = self._read(texts)
+        all_read = self._read(texts)
         prompts_of_texts = self._prompts_of(texts)
-        together = zip(texts, read, prompts_of_texts, strict=True)
-        for text, (ids, offsets), prompts in together:
-            yield self._labelled(text, ids, offsets, prompts)
+        together = zip(texts, all_read, prompts_of_texts, strict=True)
+        for text, read, prompts in together:
+            yield self._labelled(text, read, prompts)
 
     def _prompts_of(self, texts: list[Text]) -> list[list[IdList]]:
         """For each text, the ids that a server is sent for each of its answers."""
@@ -204,8 +204,9 @@ class Encoder:
             yield place, (ids, offsets)
 
     def _read_hidden(self, text: Text) -> IdsAndOffsets:
+        control = self._control
         adds_special = self._adds_special(text)
-        return self._control.read(text.text, add_special_tokens=adds_special, where=text.where)
+        return control.read(text.text, add_special_tokens=adds_special, where=text.where)
 
     def _adds_special(self, text: Text) -> bool:
         """Whether the tokenizer puts its BOS in front: not where a template, or the data, has written its own."""
@@ -215,8 +216,9 @@ class Encoder:
             return True
         return not text.text.startswith(self._bos)
 
-    def _labelled(self, text: Text, ids: IdList, offsets: Offsets, prompts: list[IdList]) -> Encoded:
+    def _labelled(self, text: Text, read: IdsAndOffsets, prompts: list[IdList]) -> Encoded:
         """The example that a text is; `prompts` are what a server is sent for its answers."""
+        ids, offsets = read
         target = self._target(text, ids, offsets)
         straddles = False
         for prompt in prompts:

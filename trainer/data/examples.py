@@ -25,7 +25,8 @@ class Examples:
     def of_each(cls, tokens: "Tokens", documents: int = 1) -> "Examples":
         """Examples of so many documents each, in their order; what is left at the end belongs to none."""
         count = len(tokens.lengths)
-        starts = np.arange(0, count + 1, documents, dtype=np.int64)
+        end = count + 1
+        starts = np.arange(0, end, documents, dtype=np.int64)
         return cls(tokens, starts)
 
     def __len__(self) -> int:

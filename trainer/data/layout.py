@@ -227,13 +227,15 @@ def collate(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dic
     for row in rows or [[]]:
         documents = [tokens.document(index) for index in row]
         rows_of_documents.append(documents)
-    length = _padded_length(rows_of_documents)
-    shape = (len(rows_of_documents), length)
+    B = len(rows_of_documents)
+    T = _padded_length(rows_of_documents)
+    shape = (B, T)
     input_ids = np.full(shape, pad_id, np.int64)
     position_ids = np.zeros_like(input_ids)
     labels = np.full(shape, IGNORED, np.int64)
-    for b, documents in enumerate(rows_of_documents):
-        _fill(documents, input_ids[b], position_ids[b], labels[b])
+    arrays = zip(input_ids, position_ids, labels, strict=True)
+    for documents, arrays_of_row in zip(rows_of_documents, arrays, strict=True):
+        _fill(documents, *arrays_of_row)
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
 

@@ -12,6 +12,7 @@ from trainer.data.shapes import REFUSED, SHAPES, Shape, fill, names_in, with_col
 
 Columns = Mapping[str, str]
 Record = Mapping[str, Any]
+Names = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Row:
     prompt: str
     completion: str
     messages: Messages = ()
-    unused: tuple[str, ...] = field(default=(), compare=False)
+    unused: Names = field(default=(), compare=False)
 
 
 def rows(source: str | Path, columns: Columns | None = None) -> Iterator[Row]:
@@ -68,7 +69,7 @@ def columns_used(columns: Columns | None) -> list[str]:
     return used
 
 
-def _unused(record: Record, used: set[str]) -> tuple[str, ...]:
+def _unused(record: Record, used: set[str]) -> Names:
     """The columns that have a value in a record and are not used."""
     unused = []
     for name, value in record.items():
@@ -84,9 +85,10 @@ def _unused(record: Record, used: set[str]) -> tuple[str, ...]:
 
 def _refuse_what_nobody_reads(record: Record, where: str) -> None:
     for name in REFUSED:
-        if not is_empty(record.get(name)):
+        value = record.get(name)
+        if not is_empty(value):
             allowed = "nothing there, as training would not see it; data.columns says which columns to read"
-            reject(f"{where}, field {name}", show(record[name]), allowed)
+            reject(f"{where}, field {name}", show(value), allowed)
 
 
 def _require_answer(template: str, record: Record, where: str) -> None:
@@ -100,8 +102,9 @@ def _mapped(columns: Columns, record: Record, where: str) -> Record:
     """A record under the names of a shape, by the job's `data.columns`."""
     for name in columns_used(columns):
         if name not in record:
-            allowed = ", ".join(map(repr, record))
-            reject(f"{where}, data.columns", f"no column {name!r}", allowed or "none is there")
+            there = ", ".join(map(repr, record))
+            allowed = there or "none is there"
+            reject(f"{where}, data.columns", f"no column {name!r}", allowed)
     mapped: dict[str, Any] = {}
     for target, template in columns.items():
         if names_in(template):
@@ -114,7 +117,9 @@ def _mapped(columns: Columns, record: Record, where: str) -> Record:
 def _filled(template: str, record: Record, where: str) -> str:
     values = {}
     for name in names_in(template):
-        values[name] = shown_in_template(record[name], f"{where}, field {name}")
+        value = record[name]
+        field_ = f"{where}, field {name}"
+        values[name] = shown_in_template(value, field_)
     return fill(template, values)
 
 
@@ -140,10 +145,11 @@ def _refuse_shape(record: Record, where: str) -> NoReturn:
         names.append(printable.decode())
     fields = ", ".join(names) or "none"
     shapes = " | ".join(map(str, SHAPES))
-    reject(where, f"the fields {fields}", f"{shapes}; or say data.columns")
+    allowed = f"{shapes}; or say data.columns"
+    reject(where, f"the fields {fields}", allowed)
 
 
-def _row(shape: Shape, number: int, record: Record, where: str, unused: tuple[str, ...]) -> Row:
+def _row(shape: Shape, number: int, record: Record, where: str, unused: Names) -> Row:
     if shape.is_chat:
         (column,) = shape.columns
         turns = messages(column, record, where)
@@ -159,13 +165,15 @@ def _values(shape: Shape, record: Record, where: str) -> dict[str, str]:
     values = {}
     for name in shape.columns:
         value = record.get(name)
-        values[name] = text_of(value, f"{where}, field {name}")
+        field_ = f"{where}, field {name}"
+        values[name] = text_of(value, field_)
     learned = shape.columns[-1]
     if not values[learned].strip():
         reject(f"{where}, field {learned}", "empty text", "text that is not empty")
     for name in shape.companions:
         value = record.get(name)
-        values[name] = _companion(shape, name, value, f"{where}, field {name}")
+        field_ = f"{where}, field {name}"
+        values[name] = _companion(shape, name, value, field_)
     return values
 
 
@@ -192,18 +200,19 @@ def _history(shape: Shape, value: object, where: str) -> str:
         where_pair = f"{where}[{index}]"
         if not isinstance(pair, list) or len(pair) != 2:
             reject(where_pair, show(pair), allowed)
-        question, answer = pair
-        question = text_of(question, where_pair)
-        answer = text_of(answer, where_pair)
-        pairs.append(_pair(shape, question, answer))
+        question = text_of(pair[0], where_pair)
+        answer = text_of(pair[1], where_pair)
+        earlier = _earlier(shape, question, answer)
+        pairs.append(earlier)
     return "".join(pairs)
 
 
-def _pair(shape: Shape, question: str, answer: str) -> str:
+def _earlier(shape: Shape, question: str, answer: str) -> str:
     """An earlier question and its answer as a row of this shape has them, without companions."""
+    columns = shape.columns
+    asked = columns[0]
+    learned = columns[-1]
     values = dict.fromkeys(shape.companions, "")
-    asked = shape.columns[0]
-    learned = shape.columns[-1]
     values[asked] = question
     values[learned] = answer
     prompt = fill(shape.prompt, values)

@@ -51,7 +51,8 @@ class Text:
         for start, _ in self.learned:
             if start:
                 before = self.text[:start]
-                prompts.append(replace(self, text=before, learned=()))
+                prompt = replace(self, text=before, learned=())
+                prompts.append(prompt)
         return prompts
 
 
@@ -86,12 +87,14 @@ class Renderer:
         where = f"{self._source}, row {row.number}"
         row, hidden = self._hiding(row, where)
         if row.messages:
-            empty = Text(f"{where}, field messages", "", rendered=True, hidden=hidden)
+            where_chat = f"{where}, field messages"
+            empty = Text(where_chat, "", rendered=True, hidden=hidden)
             examples = self._chat(row.messages, empty)
             return list(examples)
         text = row.prompt + row.completion
         answer = (len(row.prompt), len(text))
-        return [Text(where, text, (answer,), hidden=hidden)]
+        example = Text(where, text, (answer,), hidden=hidden)
+        return [example]
 
     def asked(self, row: Row) -> Text:
         """What a server is sent for the last answer of a row."""
@@ -102,7 +105,8 @@ class Renderer:
         answers = _answers(row.messages)
         last = max(answers)
         before_answer = row.messages[:last]
-        text = self._render(before_answer, f"{where}, field messages", add_generation_prompt=True)
+        where_chat = f"{where}, field messages"
+        text = self._render(before_answer, where_chat, add_generation_prompt=True)
         return Text(where, text, rendered=True, hidden=hidden)
 
     def _hiding(self, row: Row, where: str) -> tuple[Row, bool]:
@@ -179,8 +183,9 @@ class Renderer:
         directly_before = before[alike:]
         if directly_before and asked.endswith(directly_before):
             return asked + whole[len(before) :]
+        turn = len(messages) - 1
         raise RowError(
-            f"{where}: the chat template changes earlier text when it comes to turn {len(messages) - 1}, which it "
+            f"{where}: the chat template changes earlier text when it comes to turn {turn}, which it "
             "asks for in other words than it writes it: give rows as prompt/completion, or take another template"
         )
 

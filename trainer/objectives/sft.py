@@ -36,7 +36,8 @@ class Supervised(Objective):
         """The documents of a micro-batch and their labels."""
         tokens = examples.tokens
         tokenizer = self.setup.tokenizer
-        return labels.arrays(micro.rows, tokens, tokenizer.pad_token_id)
+        pad_id = tokenizer.pad_token_id
+        return labels.arrays(micro.rows, tokens, pad_id)
 
     def loss(self, model: nn.Module, batch: Tensors, totals: Totals, prelude: Tensors) -> Shares:  # noqa: ARG002
         """The cross entropy of the labels of a micro-batch, summed in fp32, over the labels of the global batch."""
