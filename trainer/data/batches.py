@@ -46,7 +46,8 @@ class Batches:
         if steps is not None:
             most_steps = steps
         if epochs is not None:
-            most_examples = max(1, round(epochs * len(examples)))
+            whole = round(epochs * len(examples))
+            most_examples = max(1, whole)
         self._starts = self._cut(most_steps, most_examples)
         self.steps = len(self._starts) - 1
 
@@ -79,7 +80,8 @@ class Batches:
             order, _ = self._epoch(epoch)
             before = epoch * size  # examples of earlier epochs
             first = max(start - before, 0)
-            parts.append(order[first : end - before])
+            part = order[first : end - before]
+            parts.append(part)
         return np.concatenate(parts)
 
     def deal(self, k: int, rank: int, world_size: int) -> list[MicroBatch]:
@@ -117,7 +119,8 @@ class Batches:
         while True:
             _, before = self._epoch(epoch)
             full = before[offset] + space
-            stop = int(np.searchsorted(before, full, side="right")) - 1
+            behind = int(np.searchsorted(before, full, side="right"))
+            stop = behind - 1  # of the epoch's examples, those before it fit
             if stop < size:
                 end = epoch * size + stop
                 return max(end, start + 1)
@@ -130,4 +133,5 @@ class Batches:
 def layout_of(job: "Job") -> Layout:
     """How a job lays out its batches."""
     data = job.data
-    return Layout(data.seq_len, data.packing, job.train.micro_batch)
+    train = job.train
+    return Layout(data.seq_len, data.packing, train.micro_batch)

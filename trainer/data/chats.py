@@ -80,8 +80,10 @@ def _turn(turn: object, form: _Form, where: str) -> Message:
     _refuse_other_fields(turn, form, where)
     where_content = f"{where}.{form.content}"
     where_speaker = f"{where}.{form.speaker}"
-    content = text_of(turn.get(form.content), where_content)
-    role = _role(turn.get(form.speaker), form, where_speaker)
+    content = turn.get(form.content)
+    content = text_of(content, where_content)
+    speaker = turn.get(form.speaker)
+    role = _role(speaker, form, where_speaker)
     if role == "assistant" and not content.strip():
         reject(where_content, "empty text", "text that is not empty")
     return {"role": role, "content": content}

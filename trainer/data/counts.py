@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 UNUSED = "unused "  # how the kind begins under which a column that nobody reads is noticed
 
 Seen = tuple[int, int]  # how often something was seen, and the number of the first row where it was
+Noticed = dict[str, Seen]  # by kind
 
 
 @dataclass
@@ -17,7 +18,7 @@ class Counts:
     rows: int = 0
     examples: int = 0
     longest: int = 0
-    noticed: dict[str, Seen] = field(default_factory=dict)
+    noticed: Noticed = field(default_factory=dict)
 
     def notice(self, kind: str, row: int, times: int = 1) -> None:
         """Count something that was seen in a row; rows come in order."""
@@ -35,7 +36,7 @@ class Counts:
         count, _ = self.noticed[kind]
         return count
 
-    def of_examples(self) -> dict[str, Seen]:
+    def of_examples(self) -> Noticed:
         """What was noticed by kind, but for columns that nobody reads."""
         of_examples = {}
         for kind, seen in self.noticed.items():
@@ -43,7 +44,7 @@ class Counts:
                 of_examples[kind] = seen
         return of_examples
 
-    def unused(self) -> dict[str, Seen]:
+    def unused(self) -> Noticed:
         """The columns that nobody reads, and how often each had a value."""
         unused = {}
         for kind, seen in self.noticed.items():
@@ -67,11 +68,12 @@ class Counts:
         self.rows += later.rows
         self.examples += later.examples
         self.longest = max(self.longest, later.longest)
-        for kind, (count, first) in later.noticed.items():
+        for kind, seen in later.noticed.items():
+            count, first = seen
             self.notice(kind, first, count)
 
 
-def _numbers(noticed: dict[str, Seen]) -> dict[str, int]:
+def _numbers(noticed: Noticed) -> dict[str, int]:
     """How often each kind was seen."""
     numbers = {}
     for kind, seen in noticed.items():

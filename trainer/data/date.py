@@ -4,9 +4,8 @@ import datetime
 import json
 import re
 from functools import partial
-from pathlib import Path
 
-from trainer.data.files import RowError
+from trainer.data.files import RowError, SourceName
 
 _DATE = re.compile(r"strftime_now(?!\s+is\b)")  # `strftime_now is defined` writes nothing
 _DATE_CALL = re.compile(
@@ -21,7 +20,7 @@ def asks_for_date(template: str | None) -> bool:
     return _DATE.search(template) is not None
 
 
-def dated(template: str, date: datetime.date | None, source: str | Path) -> str:
+def dated(template: str, date: datetime.date | None, source: SourceName) -> str:
     """A chat template with a fixed date in place of today's, so that every day and machine gives the same tokens.
 
     Raises RowError where there is no date, or where the form of the date is not written in the template.

@@ -10,7 +10,6 @@ import datetime
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 from trainer.data.control import ControlTokens, IdList, IdsAndOffsets, Offsets
 from trainer.data.examples import Indices
-from trainer.data.files import RowError
+from trainer.data.files import RowError, SourceName
 from trainer.data.rows import Row
 from trainer.data.text import Renderer, Text
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from runfolder.job import Job
 
 
+TextsByPlace = dict[int, Text]
 Ids = npt.NDArray[np.int32]
 Target = npt.NDArray[np.bool_]  # by token: whether it is a label
 
@@ -86,7 +86,7 @@ class Encoded:
 class Encoder:
     """Turns rows of a source into ids; raises RowError at once where the tokenizer cannot do it."""
 
-    def __init__(self, source: str | Path, tokenizer: "PreTrainedTokenizerBase", reading: Reading) -> None:
+    def __init__(self, source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Reading) -> None:
         if tokenizer.eos_token_id is None:
             raise RowError(f"{source}: the base's tokenizer has no EOS token, so no answer could end: set eos_token")
         if not tokenizer.is_fast:
@@ -164,9 +164,9 @@ class Encoder:
 
     def _read(self, texts: list[Text]) -> list[IdsAndOffsets]:
         """Ids and offsets of texts, in their order."""
-        with_special: dict[int, Text] = {}  # texts that the tokenizer adds special tokens to, by their place
-        without: dict[int, Text] = {}
-        hidden: dict[int, Text] = {}
+        with_special: TextsByPlace = {}  # to which the tokenizer adds special tokens
+        without: TextsByPlace = {}
+        hidden: TextsByPlace = {}
         for place, text in enumerate(texts):
             if text.hidden:
                 hidden[place] = text
@@ -183,7 +183,7 @@ class Encoder:
         places = range(len(texts))
         return [read[place] for place in places]
 
-    def _read_batch(self, texts: dict[int, Text], *, add_special_tokens: bool) -> Iterator[tuple[int, IdsAndOffsets]]:
+    def _read_batch(self, texts: TextsByPlace, *, add_special_tokens: bool) -> Iterator[tuple[int, IdsAndOffsets]]:
         """Each place, and ids and offsets of the text there."""
         if not texts:
             return
@@ -201,7 +201,8 @@ class Encoder:
             text = texts[place]
             if not self._parse_special:
                 self._control.check(ids, offsets, text.text, text.where)
-            yield place, (ids, offsets)
+            read = (ids, offsets)
+            yield place, read
 
     def _read_hidden(self, text: Text) -> IdsAndOffsets:
         control = self._control
@@ -224,9 +225,10 @@ class Encoder:
         for prompt in prompts:
             beginning = ids[: len(prompt)]
             straddles |= beginning != prompt
-        has_end = text.closed or ids[-1:] == [self._eos]
+        eos = self._eos
+        has_end = text.closed or ids[-1:] == [eos]
         if not has_end:
-            ids = [*ids, self._eos]
+            ids = [*ids, eos]
             target = np.append(target, True)
         target[0] = False  # there is nothing in front to predict it from
         ids_of_example = np.array(ids, np.int32)
@@ -237,7 +239,7 @@ class Encoder:
         starts, stops = _bounds(offsets)
         is_text = stops > starts
         is_command = np.isin(ids, self._commands)
-        target = np.zeros(len(ids), np.bool_)
+        target = np.zeros_like(is_text)
         for start, stop in text.learned:
             starts_before = starts < start
             overlaps = (stops > start) & (starts < stop)

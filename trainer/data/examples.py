@@ -57,7 +57,8 @@ class Examples:
 
     def _sums(self, of_documents: Indices) -> Indices:
         """For each example, the sum of a number that each of its documents has."""
-        before = np.concatenate([[0], np.cumsum(of_documents)])
+        up_to = np.cumsum(of_documents)
+        before = np.concatenate([[0], up_to])
         before_starts = before[self.starts]
         sums: Indices = before_starts[1:] - before_starts[:-1]
         return sums

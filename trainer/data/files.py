@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 from runfolder.files import sha256
 from runfolder.sources import Hub, file_of, parse
 
+SourceName = str | Path  # a file or a hub dataset, as a job names it
 Records = Iterator[tuple[int, Any]]  # a record's number, from 1 (in .jsonl: its line), and the record
+Reader = Callable[[Path], Records]
 
 _ALLOWED = "a file, cluster:/path, or a hub dataset as owner/name or owner/name:config:split"
 
@@ -43,7 +45,7 @@ def records(source: str) -> Records:
     return _read(path, _READERS[file_type])
 
 
-def digest(source: str | Path) -> str:
+def digest(source: SourceName) -> str:
     """The sha256 of a file's bytes, or of the records of a hub dataset."""
     file = file_of(str(source))
     if file is None:
@@ -84,12 +86,13 @@ def _unreadable(source: str, error: Exception) -> NoReturn:
     """Raise a RowError with the reason that an error gives: the system's, its first line, or its type."""
     reason = getattr(error, "strerror", None)
     if not reason:
-        lines = str(error).splitlines() or [type(error).__name__]
+        kind = type(error).__name__
+        lines = str(error).splitlines() or [kind]
         reason = lines[0]
     raise RowError(f"{source}: cannot be read: {reason}") from error
 
 
-def _read(path: Path, reader: Callable[[Path], Records]) -> Records:
+def _read(path: Path, reader: Reader) -> Records:
     """Stream the records of a file by the reader of its type."""
     try:
         yield from reader(path)
@@ -99,13 +102,15 @@ def _read(path: Path, reader: Callable[[Path], Records]) -> Records:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Stream the lines of a text file, gzipped or not, and their numbers from 1."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+    is_gzipped = path.suffix == ".gz"
+    with gzip.open(path) if is_gzipped else path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
                 byte = line[error.start]
-                reject(f"{path}, line {number}", f"the byte 0x{byte:02x}", "text in UTF-8")
+                where = f"{path}, line {number}"
+                reject(where, f"the byte 0x{byte:02x}", "text in UTF-8")
             if number == 1:
                 text = text.removeprefix("\ufeff")
             yield number, text
@@ -180,13 +185,15 @@ def _csv(path: Path) -> Records:
     try:
         lines = (line for _, line in _lines(path))
         reader = csv.DictReader(lines, strict=True)
-        _require_different(reader.fieldnames or [], str(path))
+        columns = reader.fieldnames or []
+        _require_different(columns, str(path))
         for number, record in enumerate(reader, 1):
             if None in record:
                 reject(f"{path}, row {number}", "more cells than the header has", "one cell for each column")
             yield number, record
     except csv.Error as error:
-        reject(f"{path}, row {number + 1}", f"broken CSV ({error})", "comma-separated cells under a header")
+        where = f"{path}, row {number + 1}"
+        reject(where, f"broken CSV ({error})", "comma-separated cells under a header")
 
 
 def _parquet(path: Path) -> Records:
@@ -218,7 +225,7 @@ def _hub(source: str, hub: Hub) -> Records:
     yield from enumerate(dataset, 1)
 
 
-def _need(module: str, source: str | Path) -> Any:
+def _need(module: str, source: SourceName) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -229,7 +236,7 @@ def _need(module: str, source: str | Path) -> Any:
         raise RowError(f"{source}: reading it needs {package}: install fleetune[{extra}]") from error
 
 
-_READERS: dict[str, Callable[[Path], Records]] = {
+_READERS: dict[str, Reader] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,

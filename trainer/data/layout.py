@@ -29,6 +29,7 @@ class Place(NamedTuple):
 
 
 Row = list[Place]  # documents that share one sequence
+Numbered = tuple[int, int]  # a document, and its place in a micro-batch
 Group = list[Row]  # rows that stay in one micro-batch, as an example has documents in several of them
 
 
@@ -52,7 +53,7 @@ class MicroBatch:
     @classmethod
     def of(cls, rows: Sequence[Row]) -> "MicroBatch":
         """The micro-batch of these rows."""
-        numbered: dict[int, list[tuple[int, int]]] = {}  # of each example: its documents, and the place of each
+        numbered: dict[int, list[Numbered]] = {}  # of each example: its documents
         places = chain.from_iterable(rows)
         for number, place in enumerate(places):
             documents = numbered.setdefault(place.example, [])
@@ -62,7 +63,7 @@ class MicroBatch:
             documents.sort()
             numbers = [number for _, number in documents]
             examples.append(numbers)
-        documents_of_rows = [_documents(row) for row in rows]
+        documents_of_rows = list(map(_documents, rows))
         return cls(documents_of_rows, examples)
 
 
@@ -187,7 +188,7 @@ class _Rows:
         opened = len(self.rows)
         free = self._free[first : opened + 1]
         fits = free >= tokens
-        row = first + int(np.argmax(fits))
+        row = first + int(fits.argmax())
         if row == opened:
             self.rows.append([])
         self.rows[row] += places
@@ -206,7 +207,7 @@ def _pack(owned: Sequence[Row], lengths: Indices, seq_len: int) -> list[Group]:
         opened = filled.put_example(places)
         if opened:
             groups.append(opened)
-    used_by_groups = [filled.used(numbers) for numbers in groups]
+    used_by_groups = list(map(filled.used, groups))
     used = np.array(used_by_groups)
     longest_first = np.argsort(-used, kind="stable")
     packed = []

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.data.cells import is_empty, shown_in_template, text_of
 from trainer.data.chats import Messages, messages
-from trainer.data.files import records, reject, show
+from trainer.data.files import SourceName, records, reject, show
 from trainer.data.shapes import REFUSED, SHAPES, Shape, fill, names_in, with_columns
 
 Columns = Mapping[str, str]
@@ -30,7 +29,7 @@ class Row:
     unused: Names = field(default=(), compare=False)
 
 
-def rows(source: str | Path, columns: Columns | None = None) -> Iterator[Row]:
+def rows(source: SourceName, columns: Columns | None = None) -> Iterator[Row]:
     """Stream the rows of a file, or of a hub dataset (`owner/name`, `owner/name:config:split`).
 
     `columns` says which column, or which template of columns, stands for one of the names in SHAPES. The first row

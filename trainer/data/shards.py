@@ -217,14 +217,16 @@ def _write(draft: BinaryIO, shard: Shard, path: Path) -> None:
 def _content(shard: Shard) -> pa.Buffer:
     """A shard as an Arrow stream of one batch: a row for each example, the counts in the metadata."""
     ids = pa.array(shard.ids)
-    target = pa.array(shard.target.view(np.uint8))
+    target_bytes = shard.target.view(np.uint8)
+    target = pa.array(target_bytes)
     columns = {
         "ids": pa.LargeListArray.from_arrays(shard.offsets, ids),
         "target": pa.LargeListArray.from_arrays(shard.offsets, target),
         "row": pa.array(shard.rows),
     }
     counts = json.dumps(asdict(shard.counts))
-    batch = pa.record_batch(columns).replace_schema_metadata({"counts": counts})
+    metadata = {"counts": counts}
+    batch = pa.record_batch(columns).replace_schema_metadata(metadata)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)

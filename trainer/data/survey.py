@@ -1,11 +1,11 @@
 """What of a source is trained on, counted: for `rows`, `plan` and `submit` before a run, for its record after."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.counts import Seen
+from trainer.data.counts import Noticed
 from trainer.data.files import RowError
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ class Survey:
     longest: int
     duplicates: int
     largest_id: tuple[int, str, int]
-    noticed: dict[str, Seen]
-    unused: dict[str, Seen]
+    noticed: Noticed
+    unused: Noticed
 
     def dump(self) -> dict[str, Any]:
         """The survey as plain data, for JSON."""
@@ -59,7 +59,7 @@ class Survey:
         return row
 
 
-def _as_tuples(plain: Mapping[str, Sequence[int]]) -> dict[str, Seen]:
+def _as_tuples(plain: Mapping[str, Any]) -> Noticed:
     """Pairs as they were before JSON made lists of them."""
     pairs = {}
     for kind, pair in plain.items():
@@ -131,7 +131,8 @@ def warnings(found: Survey, seq_len: int) -> Iterator[str]:
     """What a user should know of the rows, a line each."""
     if found.unused:
         columns = []
-        for name, (count, _) in found.unused.items():
+        for name, seen in found.unused.items():
+            count, _ = seen
             columns.append(f"{name!r} (in {count} of {found.rows} rows)")
         yield f"not used are the columns {', '.join(columns)}; data.columns says what is read"
     if found.number("unanswered"):

@@ -4,7 +4,6 @@ import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -12,7 +11,7 @@ from jinja2 import TemplateError
 from trainer.data.chats import Messages
 from trainer.data.control import ControlTokens
 from trainer.data.date import dated
-from trainer.data.files import RowError
+from trainer.data.files import RowError, SourceName
 from trainer.data.rows import Row
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class Renderer:
 
     def __init__(
         self,
-        source: str | Path,
+        source: SourceName,
         tokenizer: "PreTrainedTokenizerBase",
         ends: tuple[str, ...],
         date: datetime.date | None,

@@ -20,10 +20,12 @@ def load_tokenizer(base: Base, folder: Path | None = None) -> Any:
     from transformers import AutoTokenizer
 
     place = folder or base.model
+    revision = base.revision or "main"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=base.revision or "main", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers and its readers raise what they like
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        kind = type(error).__name__
+        lines = str(error).strip().splitlines() or [kind]
         reason = lines[0]
         raise TokenizerError(f"base.model: {place}: its tokenizer cannot be loaded: {reason}") from error
     if tokenizer.pad_token_id is None:

@@ -14,7 +14,7 @@ import numpy as np
 from trainer.data.counts import UNUSED, Counts
 from trainer.data.date import asks_for_date
 from trainer.data.encode import Encoded, Encoder, Ids, Reading, Target
-from trainer.data.files import RowError, digest
+from trainer.data.files import RowError, SourceName, digest
 from trainer.data.rows import Row, rows
 from trainer.data.shapes import SHAPES
 from trainer.data.shards import Progress, Shard, join, load_or_make
@@ -37,8 +37,10 @@ class Document:
 
 def virtual_ids(count: int) -> list[int]:
     """The ids of virtual tokens: -1, -2, ..., which no tokenizer has."""
-    ids = range(-1, -1 - count, -1)
-    return list(ids)
+    ids = []
+    for number in range(count):
+        ids.append(-1 - number)
+    return ids
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Tokens:
 
 
 def tokenise(
-    source: str | Path,
+    source: SourceName,
     tokenizer: "PreTrainedTokenizerBase",
     reading: Reading,
     folder: Path,
@@ -152,14 +154,14 @@ def tokenise(
     def make(chunk: list[Row]) -> Shard:
         return _shard(encoder(), chunk, reading)
 
-    key = _key(source, tokenizer, reading)
-    shards = load_or_make(folder / key, chunks, make, progress)
+    folder_of_shards = folder / _key(source, tokenizer, reading)
+    shards = load_or_make(folder_of_shards, chunks, make, progress)
     tokens = Tokens(shards, reading.virtual)
     _refuse_lost(source, tokens.counts, reading)
     return tokens
 
 
-def prompts(source: str | Path, tokenizer: "PreTrainedTokenizerBase", reading: Reading) -> list[Prompt]:
+def prompts(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Reading) -> list[Prompt]:
     """What to generate from, for each row that has a prompt; of a chat, all before its last assistant turn."""
     encoder = Encoder(source, tokenizer, reading)
     with_prompt = []
@@ -183,7 +185,7 @@ def _answer(row: Row) -> str:
     return row.completion
 
 
-def _key(source: str | Path, tokenizer: "PreTrainedTokenizerBase", reading: Reading) -> str:
+def _key(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Reading) -> str:
     """A digest of all that the tokens depend on; the date only where the chat template asks for it."""
     import transformers
 
@@ -194,7 +196,8 @@ def _key(source: str | Path, tokenizer: "PreTrainedTokenizerBase", reading: Read
     date = None
     if asks_for_date(str(tokenizer.chat_template)):
         date = str(reading.date)
-    options = (data, choices, sorted(columns.items()), date)
+    sorted_columns = sorted(columns.items())
+    options = (data, choices, sorted_columns, date)
     written_options = repr(options)
     key = hashlib.sha256(written_options.encode())
     with tempfile.TemporaryDirectory() as folder:
@@ -247,7 +250,8 @@ def fate_of(example: Encoded, max_tokens: int, drop: bool) -> str | None:
 
 def _notice_row(counts: Counts, row: Row) -> None:
     for column in row.unused:
-        counts.notice(UNUSED + column, row.number)
+        kind = UNUSED + column
+        counts.notice(kind, row.number)
     if row.messages:
         counts.notice("chat", row.number)
         last = row.messages[-1]
@@ -267,7 +271,7 @@ def _notice_example(counts: Counts, example: Encoded, row: int, fate: str | None
         counts.notice("control", row)
 
 
-def _refuse_lost(source: str | Path, counts: Counts, reading: Reading) -> None:
+def _refuse_lost(source: SourceName, counts: Counts, reading: Reading) -> None:
     """Raise RowError where nothing is left, or more is cut or left out than was agreed to."""
     examples = counts.examples
     empty = counts.number("empty")
@@ -289,7 +293,8 @@ def _refuse_lost(source: str | Path, counts: Counts, reading: Reading) -> None:
             f"{source}, row {row}: longer than data.seq_len {reading.seq_len}, as are {too_long} of {examples} "
             f"examples; {fix}"
         )
-    if reading.too_long is None and too_long > TOLERATED * examples:
+    tolerated = TOLERATED * examples
+    if reading.too_long is None and too_long > tolerated:
         raise RowError(
             f"{source}: {too_long} of {examples} examples are longer than data.seq_len {reading.seq_len}: "
             f"{truncated} would be cut and {dropped} lost; {fix}"
