@@ -43,8 +43,9 @@ def messages(column: str, record: Mapping[str, Any], where: str) -> Messages:
     where_chat = f"{where}, field {column}"
     form = _FORMS[column]
     turns = _turns(record.get(column), form, where_chat)
-    if not is_empty(record.get("system")):
-        system = _system(record["system"], turns, f"{where}, field system")
+    prompt = record.get("system")
+    if not is_empty(prompt):
+        system = _system(prompt, turns, f"{where}, field system")
         turns = (system, *turns)
     roles = [turn["role"] for turn in turns]
     if roles[0] == "assistant":

@@ -131,12 +131,14 @@ class ControlTokens:
 
     def _renaming_copy(self) -> Tokenizer:
         """The tokenizer with other names for its special tokens; their ids are kept in `_original`."""
-        description = json.loads(self._backend.to_str())
+        written = self._backend.to_str()
+        description = json.loads(written)
         for token in description["added_tokens"]:
             name = token["content"]
             if name in self._renamed:
                 token["content"] = self._renamed[name]
-        copy = Tokenizer.from_str(json.dumps(description))
+        changed = json.dumps(description)
+        copy = Tokenizer.from_str(changed)
         copy.no_truncation()
         copy.no_padding()
         self._original = {}
@@ -168,9 +170,10 @@ def _stand_ins(names: Iterable[str], first: int) -> dict[str, str]:
     """For each name a text as long as it is, which begins with a character of its own, counted from `first`."""
     stand_ins = {}
     for character, name in enumerate(names, first):
+        beginning = chr(character)
         following = len(name) - 1
         filler = _FILLER * following
-        stand_ins[name] = chr(character) + filler
+        stand_ins[name] = beginning + filler
     return stand_ins
 
 

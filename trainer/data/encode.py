@@ -101,7 +101,8 @@ class Encoder:
         self._commands = sorted(self._control.commands)
         self._parse_special = reading.parse_special
         probe = self._tokenizer("a", return_special_tokens_mask=True)
-        self._leading: int = probe["special_tokens_mask"].index(0)  # special tokens in front of a text
+        is_special = probe["special_tokens_mask"]
+        self._leading: int = is_special.index(0)  # special tokens in front of a text
         end_ids = [self._eos, *reading.ends]
         ends = tokenizer.convert_ids_to_tokens(end_ids)
         control = None if reading.parse_special else self._control
@@ -115,7 +116,8 @@ class Encoder:
         for row in rows:
             texts_of_row = self._renderer.texts(row)
             texts += texts_of_row
-            counts.append(len(texts_of_row))
+            count = len(texts_of_row)
+            counts.append(count)
         examples = self._examples_of(texts)
         for row, count in zip(rows, counts, strict=True):
             examples_of_row = islice(examples, count)
@@ -145,7 +147,8 @@ class Encoder:
         for text in texts:
             prompts_of_text = text.prompts()
             prompts += prompts_of_text
-            counts.append(len(prompts_of_text))
+            count = len(prompts_of_text)
+            counts.append(count)
         opened = iter(self._opened(prompts))
         ids = []
         for count in counts:
@@ -200,7 +203,8 @@ class Encoder:
         for place, ids, offsets in all_read:
             text = texts[place]
             if not self._parse_special:
-                self._control.check(ids, offsets, text.text, text.where)
+                control = self._control
+                control.check(ids, offsets, text.text, text.where)
             read = (ids, offsets)
             yield place, read
 
@@ -276,8 +280,8 @@ def _end_of_text(is_text: Target) -> int:
     of_text = np.flatnonzero(is_text)
     if not len(of_text):
         return len(is_text)
-    last = int(of_text[-1])
-    return last + 1
+    last = of_text[-1]
+    return int(last) + 1
 
 
 def _untrimmed(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":

@@ -88,7 +88,8 @@ class Layout:
         groups = self._groups(batch)
         passes = []
         for groups_of_rank in _dealt(groups, world_size):
-            passes.append(_cut(groups_of_rank, self.micro_batch))
+            passes_of_rank = _cut(groups_of_rank, self.micro_batch)
+            passes.append(passes_of_rank)
         most = max(map(len, passes))
         passes_of_rank = passes[rank]
         while len(passes_of_rank) < most:
@@ -165,7 +166,8 @@ class _Rows:
             longest_first = sorted(places, key=self._length, reverse=True)
             for place in longest_first:
                 self._put([place], opened)
-        return list(range(opened, len(self.rows)))
+        numbers = range(opened, len(self.rows))
+        return list(numbers)
 
     def used(self, numbers: list[int]) -> int:
         """The tokens that some rows hold."""
@@ -174,7 +176,8 @@ class _Rows:
         return int(used.sum())
 
     def _length(self, place: Place) -> int:
-        return int(self._lengths[place.document])
+        length = self._lengths[place.document]
+        return int(length)
 
     def _tokens(self, places: Row) -> int:
         """The tokens of some documents."""
@@ -188,7 +191,8 @@ class _Rows:
         opened = len(self.rows)
         free = self._free[first : opened + 1]
         fits = free >= tokens
-        row = first + int(fits.argmax())
+        first_that_fits = int(fits.argmax())
+        row = first + first_that_fits
         if row == opened:
             self.rows.append([])
         self.rows[row] += places
@@ -248,7 +252,8 @@ def _fill(documents: Iterable["Document"], input_ids: Indices, position_ids: Ind
         length = len(ids)
         stop = start + length
         input_ids[start:stop] = ids
-        position_ids[start:stop] = np.arange(length)
+        positions = np.arange(length)
+        position_ids[start:stop] = positions
         learned = np.where(document.target, ids, IGNORED)
         labels[start:stop] = learned
         start = stop

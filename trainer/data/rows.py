@@ -50,7 +50,8 @@ def rows(source: SourceName, columns: Columns | None = None) -> Iterator[Row]:
                 used = set(columns_used(columns))
         if columns:
             learned = shape.columns[-1]
-            _require_answer(columns[learned], record, where)
+            template = columns[learned]
+            _require_answer(template, record, where)
         else:
             _refuse_what_nobody_reads(record, where)
         unused = _unused(record, used)
@@ -131,7 +132,8 @@ def _recognise(record: Record, where: str, *, exact: bool) -> Shape:
     shape = with_columns(filled) or with_columns(record)
     if shape is None:
         _refuse_shape(record, where)
-    without_use = set(record) - shape.all_columns
+    columns = set(record)
+    without_use = columns - shape.all_columns
     if exact and without_use:
         _refuse_shape(record, where)
     return shape
@@ -167,7 +169,8 @@ def _values(shape: Shape, record: Record, where: str) -> dict[str, str]:
         field_ = f"{where}, field {name}"
         values[name] = text_of(value, field_)
     learned = shape.columns[-1]
-    if not values[learned].strip():
+    answer = values[learned]
+    if not answer.strip():
         reject(f"{where}, field {learned}", "empty text", "text that is not empty")
     for name in shape.companions:
         value = record.get(name)
@@ -197,7 +200,8 @@ def _history(shape: Shape, value: object, where: str) -> str:
     pairs = []
     for index, pair in enumerate(value):
         where_pair = f"{where}[{index}]"
-        if not isinstance(pair, list) or len(pair) != 2:
+        is_pair = isinstance(pair, list) and len(pair) == 2
+        if not is_pair:
             reject(where_pair, show(pair), allowed)
         question = text_of(pair[0], where_pair)
         answer = text_of(pair[1], where_pair)

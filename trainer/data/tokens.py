@@ -78,7 +78,8 @@ class Tokens:
             targets.append(targets_of_shard)
             rows.append(shard.rows)
         self._starts = np.cumsum(examples)
-        self.lengths = np.concatenate(lengths) + virtual
+        from_rows = np.concatenate(lengths)
+        self.lengths = from_rows + virtual
         self.targets = np.concatenate(targets)
         self.rows = np.concatenate(rows)
         self.truncated = self.counts.number("truncated")
@@ -89,9 +90,11 @@ class Tokens:
 
     def document(self, index: int) -> Document:
         """Document `index`; views of the mapped file where nothing is in front."""
-        number = np.searchsorted(self._starts, index, side="right") - 1
+        starts = self._starts
+        behind = np.searchsorted(starts, index, side="right")
+        number = behind - 1
         shard = self._shards[number]
-        example = index - self._starts[number]
+        example = index - starts[number]
         offsets = shard.offsets
         start = offsets[example]
         stop = offsets[example + 1]
@@ -99,7 +102,8 @@ class Tokens:
         target = shard.target[start:stop]
         virtual = len(self._front)
         if virtual:
-            ids = np.concatenate([self._front, ids])
+            front = self._front
+            ids = np.concatenate([front, ids])
             target = np.pad(target, (virtual, 0))
         return Document(ids, target)
 
@@ -114,18 +118,19 @@ class Tokens:
         shard = self._shards[first]
         is_largest = shard.ids == largest
         place = np.argmax(is_largest)
-        example = np.searchsorted(shard.offsets, place, side="right") - 1
-        row = shard.rows[example]
+        behind = np.searchsorted(shard.offsets, place, side="right")
+        row = shard.rows[behind - 1]
         return largest, int(row)
 
     def duplicates(self) -> int:
         """How many examples are equal to an earlier one."""
+        count = len(self)
         different = set()
-        for index in range(len(self)):
+        for index in range(count):
             ids = self.document(index).ids
             hashed = hashlib.blake2b(ids.tobytes(), digest_size=12)
             different.add(hashed.digest())
-        return len(self) - len(different)
+        return count - len(different)
 
 
 def tokenise(
@@ -169,8 +174,9 @@ def prompts(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: R
         if row.prompt.strip() or row.messages:
             with_prompt.append(row)
     ids_of_prompts = encoder.prompts(with_prompt)
+    together = zip(with_prompt, ids_of_prompts, strict=True)
     asked = []
-    for row, ids in zip(with_prompt, ids_of_prompts, strict=True):
+    for row, ids in together:
         answer = _answer(row)
         prompt = Prompt(ids, answer.strip())
         asked.append(prompt)
@@ -189,12 +195,14 @@ def _key(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Read
     """A digest of all that the tokens depend on; the date only where the chat template asks for it."""
     import transformers
 
-    data = (_FORMAT, _SHARD_ROWS, SHAPES, transformers.__version__, digest(source))
+    version = transformers.__version__
+    data = (_FORMAT, _SHARD_ROWS, SHAPES, version, digest(source))
     drop = reading.too_long == "drop"
     choices = (reading.max_tokens, reading.ends, reading.parse_special, drop)
     columns = reading.columns or {}
     date = None
-    if asks_for_date(str(tokenizer.chat_template)):
+    template = str(tokenizer.chat_template)
+    if asks_for_date(template):
         date = str(reading.date)
     sorted_columns = sorted(columns.items())
     options = (data, choices, sorted_columns, date)

@@ -24,13 +24,18 @@ def arrays(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dict
     batch = collate(rows, tokens, pad_id)
     labels_BT = batch.pop("labels")
     next_label = labels_BT[:, 1:]
-    row_N, position_N = np.nonzero(next_label != IGNORED)
+    is_label = next_label != IGNORED
+    row_N, position_N = np.nonzero(is_label)
     if not len(row_N):
-        row_N = position_N = np.zeros(1, np.int64)
+        row_N = np.zeros(1, np.int64)
+        position_N = np.zeros(1, np.int64)
     kept_K, column_N = np.unique(position_N, return_inverse=True)
     label_N = next_label[row_N, position_N]
-    labels = {"kept": kept_K, "row": row_N, "column": column_N, "label": label_N}
-    return batch | labels
+    batch["kept"] = kept_K
+    batch["row"] = row_N
+    batch["column"] = column_N
+    batch["label"] = label_N
+    return batch
 
 
 def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

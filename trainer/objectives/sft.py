@@ -20,7 +20,9 @@ class Supervised(Objective):
     def read(self, source: str) -> Examples:
         """The rows of a source as documents whose answers are the labels."""
         setup = self.setup
-        tokens = tokenise(source, setup.tokenizer, setup.reading, setup.folder, setup.progress)
+        reading = setup.reading
+        tokenizer = setup.tokenizer
+        tokens = tokenise(source, tokenizer, reading, setup.folder, setup.progress)
         return Examples.of_each(tokens)
 
     def prompts(self, source: str) -> list[Prompt]:
@@ -54,11 +56,13 @@ def summed(logits_NV: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
         return _chunk(logits_NV, label_N)
     logits_chunks = logits_NV.split(CHUNK)
     label_chunks = label_N.split(CHUNK)
+    chunks = zip(logits_chunks, label_chunks, strict=True)
     losses = []
-    for logits, label in zip(logits_chunks, label_chunks, strict=True):
+    for logits, label in chunks:
         loss = checkpoint(_chunk, logits, label, use_reentrant=False)
         losses.append(loss)
-    return torch.stack(losses).sum()
+    stacked = torch.stack(losses)
+    return stacked.sum()
 
 
 def _chunk(logits_NV: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
