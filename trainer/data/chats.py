@@ -42,12 +42,15 @@ def messages(column: str, record: Mapping[str, Any], where: str) -> Messages:
     """The turns of the chat in a column of a record, behind the turn of its column `system`. Raises RowError."""
     where_chat = f"{where}, field {column}"
     form = _FORMS[column]
-    turns = _turns(record.get(column), form, where_chat)
+    value = record.get(column)
+    turns = _turns(value, form, where_chat)
     prompt = record.get("system")
     if not is_empty(prompt):
         system = _system(prompt, turns, f"{where}, field system")
         turns = (system, *turns)
-    roles = [turn["role"] for turn in turns]
+    roles = []
+    for turn in turns:
+        roles.append(turn["role"])
     if roles[0] == "assistant":
         reject(f"{where_chat}[0].role", show("assistant"), "system, user: somebody asks first")
     if "assistant" not in roles:
@@ -57,7 +60,8 @@ def messages(column: str, record: Mapping[str, Any], where: str) -> Messages:
 
 def _turns(value: object, form: _Form, where: str) -> Messages:
     if not isinstance(value, list) or not value:
-        reject(where, show(value), f"a list of {{{form.fields}}}")
+        allowed = f"a list of {{{form.fields}}}"
+        reject(where, show(value), allowed)
     turns = []
     for index, turn in enumerate(value):
         where_turn = f"{where}[{index}]"
@@ -77,7 +81,8 @@ def _system(value: object, turns: Messages, where: str) -> Message:
 def _turn(turn: object, form: _Form, where: str) -> Message:
     """One turn as {role, content}, from an object in a form."""
     if not isinstance(turn, Mapping):
-        reject(where, show(turn), f"an object {{{form.fields}}}")
+        allowed = f"an object {{{form.fields}}}"
+        reject(where, show(turn), allowed)
     _refuse_other_fields(turn, form, where)
     where_content = f"{where}.{form.content}"
     where_speaker = f"{where}.{form.speaker}"

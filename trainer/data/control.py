@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tokenizers import Tokenizer
 
 from trainer.data.files import RowError
+from trainer.data.offsets import IdList, IdsAndOffsets, Offsets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
 # Private characters that no text has: in place of a name in the data, and of a special token of the template.
 _IN_DATA, _IN_TEMPLATE, _FILLER = 0xF0000, 0xF8000, "\U0010fffd"
 
-IdList = list[int]
 Pattern = re.Pattern[str]
-Offsets = list[tuple[int, int]]  # of each id, the characters [start, stop) that it stands for
-IdsAndOffsets = tuple[IdList, Offsets]
 
 
 class ControlTokens:
@@ -102,7 +100,9 @@ class ControlTokens:
         commands = 0
         read = zip(ids, offsets, strict=True)
         for id_, (start, stop) in read:
-            if start >= stop or id_ not in self._commands:
+            if start >= stop:
+                continue
+            if id_ not in self._commands:
                 continue
             commands += 1
             name = text[start:stop].strip()
@@ -118,7 +118,8 @@ class ControlTokens:
 
     def _refuse(self, name: str, where: str) -> NoReturn:
         fix = "leave it out, or say data.parse_special: true"
-        raise RowError(f"{where}: this tokenizer has no way to write {name!r} as text: {fix}")
+        problem = f"this tokenizer has no way to write {name!r} as text"
+        raise RowError(f"{where}: {problem}: {fix}")
 
     def _encoded(self, text: str, add_special_tokens: bool, where: str) -> Any:
         assert self._copy is not None

@@ -5,7 +5,6 @@ and prompt share a token, it is learned: a token belongs to an answer if it stan
 what has no end of its own.
 """
 
-import copy
 import datetime
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.control import ControlTokens, IdList, IdsAndOffsets, Offsets
-from trainer.data.examples import Indices
+from trainer.data.control import ControlTokens
 from trainer.data.files import RowError, SourceName
+from trainer.data.offsets import IdList, IdsAndOffsets, Offsets, bounds, end_of_text, untrimmed
 from trainer.data.rows import Row
 from trainer.data.text import Renderer, Text
 
@@ -96,7 +95,7 @@ class Encoder:
         self._chat_template = tokenizer.chat_template
         self._eos: int = tokenizer.eos_token_id
         self._bos: str | None = tokenizer.bos_token
-        self._tokenizer = _untrimmed(tokenizer)
+        self._tokenizer = untrimmed(tokenizer)
         self._control = ControlTokens(self._tokenizer)
         self._commands = sorted(self._control.commands)
         self._parse_special = reading.parse_special
@@ -106,7 +105,8 @@ class Encoder:
         end_ids = [self._eos, *reading.ends]
         ends = tokenizer.convert_ids_to_tokens(end_ids)
         control = None if reading.parse_special else self._control
-        self._renderer = Renderer(source, tokenizer, tuple(ends), reading.date, control)
+        date = reading.date
+        self._renderer = Renderer(source, tokenizer, tuple(ends), date, control)
 
     def examples(self, rows: list[Row]) -> Iterator[tuple[Row, list[Encoded]]]:
         """The examples of each row, whole."""
@@ -119,7 +119,8 @@ class Encoder:
             count = len(texts_of_row)
             counts.append(count)
         examples = self._examples_of(texts)
-        for row, count in zip(rows, counts, strict=True):
+        rows_and_counts = zip(rows, counts, strict=True)
+        for row, count in rows_and_counts:
             examples_of_row = islice(examples, count)
             yield row, list(examples_of_row)
 
@@ -183,14 +184,18 @@ class Encoder:
         read.update(batch)
         for place, text in hidden.items():
             read[place] = self._read_hidden(text)
-        places = range(len(texts))
-        return [read[place] for place in places]
+        in_order = []
+        for place in range(len(texts)):
+            in_order.append(read[place])
+        return in_order
 
     def _read_batch(self, texts: TextsByPlace, *, add_special_tokens: bool) -> Iterator[tuple[int, IdsAndOffsets]]:
         """Each place, and ids and offsets of the text there."""
         if not texts:
             return
-        plain_texts = [text.text for text in texts.values()]
+        plain_texts = []
+        for text in texts.values():
+            plain_texts.append(text.text)
         batch = self._tokenizer(
             plain_texts,
             add_special_tokens=add_special_tokens,
@@ -210,8 +215,9 @@ class Encoder:
 
     def _read_hidden(self, text: Text) -> IdsAndOffsets:
         control = self._control
+        where = text.where
         adds_special = self._adds_special(text)
-        return control.read(text.text, add_special_tokens=adds_special, where=text.where)
+        return control.read(text.text, add_special_tokens=adds_special, where=where)
 
     def _adds_special(self, text: Text) -> bool:
         """Whether the tokenizer puts its BOS in front: not where a template, or the data, has written its own."""
@@ -230,7 +236,8 @@ class Encoder:
             beginning = ids[: len(prompt)]
             straddles |= beginning != prompt
         eos = self._eos
-        has_end = text.closed or ids[-1:] == [eos]
+        last = ids[-1:]
+        has_end = text.closed or last == [eos]
         if not has_end:
             ids = [*ids, eos]
             target = np.append(target, True)
@@ -240,7 +247,7 @@ class Encoder:
 
     def _target(self, text: Text, ids: IdList, offsets: Offsets) -> Target:
         """Which tokens stand for a character of an answer, or follow the text."""
-        starts, stops = _bounds(offsets)
+        starts, stops = bounds(offsets)
         is_text = stops > starts
         is_command = np.isin(ids, self._commands)
         target = np.zeros_like(is_text)
@@ -249,8 +256,9 @@ class Encoder:
             overlaps = (stops > start) & (starts < stop)
             # A control token of the template may take spaces of the answer with it; it is not learned for that.
             of_template = is_command & starts_before
-            target |= overlaps & is_text & ~of_template
-        end = _end_of_text(is_text)
+            in_answer = overlaps & is_text
+            target |= in_answer & ~of_template
+        end = end_of_text(is_text)
         target[end:] = True  # what the tokenizer itself puts behind the answer
         return target
 
@@ -258,44 +266,10 @@ class Encoder:
         """The ids of prompts without what the tokenizer puts behind a text: the answer goes on there."""
         opened = []
         for ids, offsets in self._read(prompts):
-            starts, stops = _bounds(offsets)
+            starts, stops = bounds(offsets)
             is_text = stops > starts
             end = self._leading
             if is_text.any():
-                end = _end_of_text(is_text)
+                end = end_of_text(is_text)
             opened.append(ids[:end])
         return opened
-
-
-def _bounds(offsets: Offsets) -> tuple[Indices, Indices]:
-    """Where the characters of each token start and stop."""
-    bounds = np.array(offsets, np.int64)
-    pairs = bounds.reshape(-1, 2)  # also of no token
-    starts, stops = pairs.T
-    return starts, stops
-
-
-def _end_of_text(is_text: Target) -> int:
-    """The number of tokens up to the last one that stands for a part of the text; all where none does."""
-    of_text = np.flatnonzero(is_text)
-    if not len(of_text):
-        return len(is_text)
-    last = of_text[-1]
-    return int(last) + 1
-
-
-def _untrimmed(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """The tokenizer, with offsets that count the space in front of a word; the ids are the same."""
-    trims = '"trim_offsets":true'
-    processor = tokenizer.backend_tokenizer.post_processor
-    if not processor:
-        return tokenizer
-    description = processor.__getstate__().decode()
-    if trims not in description:
-        return tokenizer
-    changed_description = description.replace(trims, '"trim_offsets":false')
-    untrimmed = copy.deepcopy(tokenizer)
-    changed = untrimmed.backend_tokenizer.post_processor
-    changed.__setstate__(changed_description.encode())
-    untrimmed.backend_tokenizer.post_processor = changed
-    return untrimmed

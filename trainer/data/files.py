@@ -219,7 +219,8 @@ def _parquet(path: Path) -> Records:
 def _hub(source: str, hub: Hub) -> Records:
     datasets = _need("datasets", source)
     try:
-        dataset = datasets.load_dataset(hub.name, hub.config, split=hub.split)
+        split = hub.split
+        dataset = datasets.load_dataset(hub.name, hub.config, split=split)
     except Exception as error:  # the hub, the network and the builders each raise their own
         _unreadable(f"{source}: no such file, and as a hub dataset", error)
     yield from enumerate(dataset, 1)

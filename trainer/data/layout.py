@@ -61,7 +61,9 @@ class MicroBatch:
         examples = []
         for documents in numbered.values():
             documents.sort()
-            numbers = [number for _, number in documents]
+            numbers = []
+            for _, number in documents:
+                numbers.append(number)
             examples.append(numbers)
         documents_of_rows = list(map(_documents, rows))
         return cls(documents_of_rows, examples)
@@ -105,7 +107,9 @@ class Layout:
         for place in longest_first.tolist():
             example = int(batch.chosen[place])
             documents = examples.documents(example)
-            places = [Place(place, document) for document in documents]
+            places = []
+            for document in documents:
+                places.append(Place(place, document))
             owned.append(places)
         if self.packing:
             lengths_of_documents = examples.tokens.lengths
@@ -217,7 +221,9 @@ def _pack(owned: Sequence[Row], lengths: Indices, seq_len: int) -> list[Group]:
     packed = []
     for group in longest_first:
         numbers = groups[group]
-        rows = [filled.rows[number] for number in numbers]
+        rows = []
+        for number in numbers:
+            rows.append(filled.rows[number])
         packed.append(rows)
     return packed
 
@@ -230,7 +236,7 @@ def collate(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dic
     """
     rows_of_documents = []
     for row in rows or [[]]:
-        documents = [tokens.document(index) for index in row]
+        documents = list(map(tokens.document, row))
         rows_of_documents.append(documents)
     B = len(rows_of_documents)
     T = _padded_length(rows_of_documents)
@@ -239,7 +245,8 @@ def collate(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dic
     position_ids = np.zeros_like(input_ids)
     labels = np.full(shape, IGNORED, np.int64)
     arrays = zip(input_ids, position_ids, labels, strict=True)
-    for documents, arrays_of_row in zip(rows_of_documents, arrays, strict=True):
+    rows_to_fill = zip(rows_of_documents, arrays, strict=True)
+    for documents, arrays_of_row in rows_to_fill:
         _fill(documents, *arrays_of_row)
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
@@ -254,7 +261,8 @@ def _fill(documents: Iterable["Document"], input_ids: Indices, position_ids: Ind
         input_ids[start:stop] = ids
         positions = np.arange(length)
         position_ids[start:stop] = positions
-        learned = np.where(document.target, ids, IGNORED)
+        target = document.target
+        learned = np.where(target, ids, IGNORED)
         labels[start:stop] = learned
         start = stop
     padding = len(position_ids) - start

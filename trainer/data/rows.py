@@ -36,7 +36,8 @@ def rows(source: SourceName, columns: Columns | None = None) -> Iterator[Row]:
     decides on the shape, all others must have it. Raises RowError.
     """
     shape = None
-    for number, record in records(str(source)):
+    name = str(source)
+    for number, record in records(name):
         where = f"{source}, row {number}"
         if not isinstance(record, Mapping):
             reject(where, show(record), "an object with named fields")
@@ -44,7 +45,8 @@ def rows(source: SourceName, columns: Columns | None = None) -> Iterator[Row]:
         if columns:
             given = _mapped(columns, record, where)
         if shape is None:
-            shape = _recognise(given, where, exact=bool(columns))
+            exact = bool(columns)
+            shape = _recognise(given, where, exact=exact)
             used = shape.all_columns
             if columns:
                 used = set(columns_used(columns))
@@ -57,7 +59,7 @@ def rows(source: SourceName, columns: Columns | None = None) -> Iterator[Row]:
         unused = _unused(record, used)
         yield _row(shape, number, given, where, unused)
     if shape is None:
-        reject(str(source), "no rows", "at least one")
+        reject(name, "no rows", "at least one")
 
 
 def columns_used(columns: Columns | None) -> list[str]:
@@ -65,7 +67,10 @@ def columns_used(columns: Columns | None) -> list[str]:
     used: list[str] = []
     if columns:
         for template in columns.values():
-            used += names_in(template) or [template]
+            names = names_in(template)
+            if not names:
+                names = [template]
+            used += names
     return used
 
 
@@ -87,8 +92,9 @@ def _refuse_what_nobody_reads(record: Record, where: str) -> None:
     for name in REFUSED:
         value = record.get(name)
         if not is_empty(value):
+            field_ = f"{where}, field {name}"
             allowed = "nothing there, as training would not see it; data.columns says which columns to read"
-            reject(f"{where}, field {name}", show(value), allowed)
+            reject(field_, show(value), allowed)
 
 
 def _require_answer(template: str, record: Record, where: str) -> None:
@@ -129,7 +135,9 @@ def _recognise(record: Record, where: str, *, exact: bool) -> Shape:
     for name, value in record.items():
         if value is not None:
             filled.append(name)
-    shape = with_columns(filled) or with_columns(record)
+    shape = with_columns(filled)
+    if shape is None:
+        shape = with_columns(record)
     if shape is None:
         _refuse_shape(record, where)
     columns = set(record)
@@ -200,8 +208,7 @@ def _history(shape: Shape, value: object, where: str) -> str:
     pairs = []
     for index, pair in enumerate(value):
         where_pair = f"{where}[{index}]"
-        is_pair = isinstance(pair, list) and len(pair) == 2
-        if not is_pair:
+        if not isinstance(pair, list) or len(pair) != 2:
             reject(where_pair, show(pair), allowed)
         question = text_of(pair[0], where_pair)
         answer = text_of(pair[1], where_pair)

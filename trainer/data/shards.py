@@ -153,7 +153,8 @@ class _Cache(Generic[Chunk]):
                 shard = self.make(chunk)
                 _write(draft, shard, self.path(number))
                 took_s = time.monotonic() - began
-                self.timeout_s = max(self.timeout_s, 5 * took_s)
+                timeout_s = 5 * took_s
+                self.timeout_s = max(self.timeout_s, timeout_s)
         return count
 
     def claim(self, number: int, *, steal: bool) -> BinaryIO | None:

@@ -41,7 +41,8 @@ class Text:
         """The text up to the end of its last answer; nothing where it has none."""
         if not self.learned:
             return ""
-        _, stop = self.learned[-1]
+        last = self.learned[-1]
+        _, stop = last
         return self.text[:stop]
 
     def prompts(self) -> list["Text"]:
@@ -91,7 +92,8 @@ class Renderer:
             examples = self._chat(row.messages, empty)
             return list(examples)
         text = row.prompt + row.completion
-        answer = (len(row.prompt), len(text))
+        start = len(row.prompt)
+        answer = (start, len(text))
         example = Text(where, text, (answer,), hidden=hidden)
         return [example]
 
@@ -114,8 +116,7 @@ class Renderer:
         if control is None:
             return row, False
         texts = _texts_in(row)
-        names = [control.first(text) for text in texts]
-        if not any(names):
+        if not any(map(control.first, texts)):
             return row, False
         if any(map(control.has_stand_in, texts)):
             raise RowError(f"{where}: private characters (U+F0000 and above) beside names of control tokens")
@@ -125,7 +126,8 @@ class Renderer:
             messages.append({**message, "content": content})
         prompt = control.hide(row.prompt)
         completion = control.hide(row.completion)
-        hiding = Row(row.number, prompt, completion, tuple(messages))
+        number = row.number
+        hiding = Row(number, prompt, completion, tuple(messages))
         return hiding, True
 
     def _chat(self, messages: Messages, text: Text) -> Iterator[Text]:
@@ -141,7 +143,8 @@ class Renderer:
                 yield text
                 text = replace(text, learned=())
             start = len(asked)
-            answer = turns[-1]["content"]
+            last = turns[-1]
+            answer = last["content"]
             stop = self._end(whole, start, answer)
             closed = stop is not None
             if stop is None:
@@ -159,7 +162,8 @@ class Renderer:
         last = len(before)
         asked = self._render(before, where, add_generation_prompt=True)
         whole = self._whole(messages, asked, where)
-        answered = whole[len(asked) :]
+        start = len(asked)
+        answered = whole[start:]
         _require_all(before, asked, where)
         _require_all(messages[last:], answered, where, last)
         return asked, whole
@@ -173,7 +177,8 @@ class Renderer:
         whole = self._render(messages, where)
         if whole.startswith(asked):
             return whole
-        answer = messages[-1]["content"].strip()
+        last = messages[-1]
+        answer = last["content"].strip()
         place = whole.rfind(answer)
         before = ""
         if place >= 0:
@@ -181,7 +186,8 @@ class Renderer:
         alike = _common_length(asked, before)
         directly_before = before[alike:]
         if directly_before and asked.endswith(directly_before):
-            return asked + whole[len(before) :]
+            goes_on = len(before)
+            return asked + whole[goes_on:]
         turn = len(messages) - 1
         raise RowError(
             f"{where}: the chat template changes earlier text when it comes to turn {turn}, which it "
@@ -199,7 +205,8 @@ class Renderer:
         for end in self._ends:
             begin = whole.find(end, behind)
             if begin >= 0:
-                stops.append(begin + len(end))
+                stop = begin + len(end)
+                stops.append(stop)
         return min(stops, default=None)
 
     def _render(self, messages: Messages, where: str, **options: Any) -> str:
@@ -215,7 +222,8 @@ class Renderer:
         except TemplateError as error:
             raise RowError(f"{where}: the chat template refuses it: {error}") from error
         except Exception as error:  # a template can raise whatever Python's operators do
-            raise RowError(f"{where}: the chat template fails: {type(error).__name__}: {error}") from error
+            kind = type(error).__name__
+            raise RowError(f"{where}: the chat template fails: {kind}: {error}") from error
 
 
 def _require_all(messages: Messages, text: str, where: str, first: int = 0) -> None:
@@ -233,7 +241,8 @@ def _require_all(messages: Messages, text: str, where: str, first: int = 0) -> N
 def _common_length(a: str, b: str) -> int:
     """The number of characters with which two texts begin alike."""
     length = 0
-    for x, y in zip(a, b, strict=False):
+    pairs = zip(a, b, strict=False)
+    for x, y in pairs:
         if x != y:
             break
         length += 1

@@ -25,7 +25,8 @@ def load_tokenizer(base: Base, folder: Path | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers and its readers raise what they like
         kind = type(error).__name__
-        lines = str(error).strip().splitlines() or [kind]
+        message = str(error).strip()
+        lines = message.splitlines() or [kind]
         reason = lines[0]
         raise TokenizerError(f"base.model: {place}: its tokenizer cannot be loaded: {reason}") from error
     if tokenizer.pad_token_id is None:

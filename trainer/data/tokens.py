@@ -1,7 +1,6 @@
 """Examples of a source as tokens: made once, by all ranks together, and mapped from files."""
 
 import hashlib
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -12,17 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainer.data.counts import UNUSED, Counts
-from trainer.data.date import asks_for_date
 from trainer.data.encode import Encoded, Encoder, Ids, Reading, Target
-from trainer.data.files import RowError, SourceName, digest
+from trainer.data.files import RowError, SourceName
+from trainer.data.key import key_of
 from trainer.data.rows import Row, rows
-from trainer.data.shapes import SHAPES
 from trainer.data.shards import Progress, Shard, join, load_or_make
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 2
 _SHARD_ROWS = 1024
 TOLERATED = 0.1  # of the examples: more than these may be too long only where data.too_long says so
 
@@ -73,7 +70,8 @@ class Tokens:
             starts = shard.offsets[:-1]
             examples.append(len(starts))
             lengths_of_shard = np.diff(shard.offsets)
-            targets_of_shard = np.add.reduceat(shard.target, starts, dtype=np.int64)
+            target = shard.target
+            targets_of_shard = np.add.reduceat(target, starts, dtype=np.int64)
             lengths.append(lengths_of_shard)
             targets.append(targets_of_shard)
             rows.append(shard.rows)
@@ -159,7 +157,7 @@ def tokenise(
     def make(chunk: list[Row]) -> Shard:
         return _shard(encoder(), chunk, reading)
 
-    folder_of_shards = folder / _key(source, tokenizer, reading)
+    folder_of_shards = folder / key_of(source, tokenizer, reading, _SHARD_ROWS)
     shards = load_or_make(folder_of_shards, chunks, make, progress)
     tokens = Tokens(shards, reading.virtual)
     _refuse_lost(source, tokens.counts, reading)
@@ -191,39 +189,12 @@ def _answer(row: Row) -> str:
     return row.completion
 
 
-def _key(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Reading) -> str:
-    """A digest of all that the tokens depend on; the date only where the chat template asks for it."""
-    import transformers
-
-    version = transformers.__version__
-    data = (_FORMAT, _SHARD_ROWS, SHAPES, version, digest(source))
-    drop = reading.too_long == "drop"
-    choices = (reading.max_tokens, reading.ends, reading.parse_special, drop)
-    columns = reading.columns or {}
-    date = None
-    template = str(tokenizer.chat_template)
-    if asks_for_date(template):
-        date = str(reading.date)
-    sorted_columns = sorted(columns.items())
-    options = (data, choices, sorted_columns, date)
-    written_options = repr(options)
-    key = hashlib.sha256(written_options.encode())
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        paths = sorted(Path(folder).rglob("*"))
-        for path in paths:
-            if path.is_file():
-                name = path.name.encode()
-                key.update(name + path.read_bytes())
-    return key.hexdigest()[:32]
-
-
 def _shard(encoder: Encoder, chunk: list[Row], reading: Reading) -> Shard:
     """The examples of some rows, each cut to the tokens that it may have, and what was noticed about them."""
     counts = Counts(rows=len(chunk))
     max_tokens = reading.max_tokens
     drop = reading.too_long == "drop"
-    kept: list[tuple[Ids, Target]] = []
+    kept = []
     numbers = []
     for row, examples in encoder.examples(chunk):
         _notice_row(counts, row)
@@ -285,6 +256,7 @@ def _refuse_lost(source: SourceName, counts: Counts, reading: Reading) -> None:
     empty = counts.number("empty")
     truncated = counts.number("truncated")
     dropped = counts.number("dropped")
+    seq_len = reading.seq_len
     too_long = truncated + dropped
     longest = counts.longest + reading.virtual
     fix = f"raise data.seq_len (the longest has {longest}), or say data.too_long: cut | drop"
@@ -294,17 +266,18 @@ def _refuse_lost(source: SourceName, counts: Counts, reading: Reading) -> None:
         short = "a label among its first"
         if reading.too_long == "drop":
             short = "at most"
-        raise RowError(f"{source}: no row has {short} {reading.max_tokens} tokens: raise data.seq_len")
+        max_tokens = reading.max_tokens
+        raise RowError(f"{source}: no row has {short} {max_tokens} tokens: raise data.seq_len")
     if reading.too_long == "refuse" and too_long:
         row = _first_row(counts, "truncated", "dropped")
         raise RowError(
-            f"{source}, row {row}: longer than data.seq_len {reading.seq_len}, as are {too_long} of {examples} "
+            f"{source}, row {row}: longer than data.seq_len {seq_len}, as are {too_long} of {examples} "
             f"examples; {fix}"
         )
     tolerated = TOLERATED * examples
     if reading.too_long is None and too_long > tolerated:
         raise RowError(
-            f"{source}: {too_long} of {examples} examples are longer than data.seq_len {reading.seq_len}: "
+            f"{source}: {too_long} of {examples} examples are longer than data.seq_len {seq_len}: "
             f"{truncated} would be cut and {dropped} lost; {fix}"
         )
 

@@ -54,4 +54,6 @@ def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         logits_BKV = logits_BKV[:, kept_K]
     if len(logits_BKV) == 1:
         return logits_BKV[0]
-    return logits_BKV[batch["row"], batch["column"]]
+    row_N = batch["row"]
+    column_N = batch["column"]
+    return logits_BKV[row_N, column_N]
