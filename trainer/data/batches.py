@@ -71,8 +71,9 @@ class Batches:
     def examples(self, k: int) -> Indices:
         """The examples of batch k, in the order of the stream."""
         size = len(self._examples)
-        start = self._starts[k]
-        end = self._starts[k + 1]
+        starts = self._starts
+        start = starts[k]
+        end = starts[k + 1]
         first_epoch = start // size
         last_epoch = (end - 1) // size
         parts = []

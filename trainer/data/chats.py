@@ -86,8 +86,8 @@ def _turn(turn: object, form: _Form, where: str) -> Message:
     _refuse_other_fields(turn, form, where)
     where_content = f"{where}.{form.content}"
     where_speaker = f"{where}.{form.speaker}"
-    content = turn.get(form.content)
-    content = text_of(content, where_content)
+    value = turn.get(form.content)
+    content = text_of(value, where_content)
     speaker = turn.get(form.speaker)
     role = _role(speaker, form, where_speaker)
     if role == "assistant" and not content.strip():

@@ -96,17 +96,18 @@ class Encoder:
         self._eos: int = tokenizer.eos_token_id
         self._bos: str | None = tokenizer.bos_token
         self._tokenizer = untrimmed(tokenizer)
-        self._control = ControlTokens(self._tokenizer)
-        self._commands = sorted(self._control.commands)
+        control = ControlTokens(self._tokenizer)
+        self._control = control
+        self._commands = sorted(control.commands)
         self._parse_special = reading.parse_special
         probe = self._tokenizer("a", return_special_tokens_mask=True)
         is_special = probe["special_tokens_mask"]
         self._leading: int = is_special.index(0)  # special tokens in front of a text
         end_ids = [self._eos, *reading.ends]
         ends = tokenizer.convert_ids_to_tokens(end_ids)
-        control = None if reading.parse_special else self._control
         date = reading.date
-        self._renderer = Renderer(source, tokenizer, tuple(ends), date, control)
+        hiding = None if reading.parse_special else control
+        self._renderer = Renderer(source, tokenizer, tuple(ends), date, hiding)
 
     def examples(self, rows: list[Row]) -> Iterator[tuple[Row, list[Encoded]]]:
         """The examples of each row, whole."""

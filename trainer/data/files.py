@@ -160,7 +160,9 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON from its fields; raises _Twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
+        names = []
+        for name, _ in pairs:
+            names.append(name)
         repeated = repr(_first_repeated(names))
         raise _Twice(repeated)
     return fields

@@ -34,6 +34,7 @@ Group = list[Row]  # rows that stay in one micro-batch, as an example has docume
 
 
 def _documents(row: Row) -> list[int]:
+    """The documents of a row, in its order."""
     documents = []
     for place in row:
         documents.append(place.document)
@@ -53,7 +54,7 @@ class MicroBatch:
     @classmethod
     def of(cls, rows: Sequence[Row]) -> "MicroBatch":
         """The micro-batch of these rows."""
-        numbered: dict[int, list[Numbered]] = {}  # of each example: its documents
+        numbered: dict[int, list[Numbered]] = {}  # by the example that owns the documents
         places = chain.from_iterable(rows)
         for number, place in enumerate(places):
             documents = numbered.setdefault(place.example, [])
@@ -88,8 +89,9 @@ class Layout:
         the same tokens, and rows of about the same length at the same time.
         """
         groups = self._groups(batch)
+        dealt = _dealt(groups, world_size)
         passes = []
-        for groups_of_rank in _dealt(groups, world_size):
+        for groups_of_rank in dealt:
             passes_of_rank = _cut(groups_of_rank, self.micro_batch)
             passes.append(passes_of_rank)
         most = max(map(len, passes))
@@ -197,9 +199,10 @@ class _Rows:
         fits = free >= tokens
         first_that_fits = int(fits.argmax())
         row = first + first_that_fits
+        rows = self.rows
         if row == opened:
-            self.rows.append([])
-        self.rows[row] += places
+            rows.append([])
+        rows[row] += places
         self._free[row] -= tokens
 
 

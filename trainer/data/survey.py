@@ -98,7 +98,8 @@ def described(summary: Mapping[str, Any]) -> str:
             name = names.get(key, key)
             parts.append(f"{value:,} {name}")
     if summary.get("unused"):
-        columns = ", ".join(summary["unused"])
+        unused = summary["unused"]
+        columns = ", ".join(unused)
         parts.append(f"columns not used: {columns}")
     return ", ".join(parts)
 

@@ -91,8 +91,9 @@ class Renderer:
             empty = Text(where_chat, "", rendered=True, hidden=hidden)
             examples = self._chat(row.messages, empty)
             return list(examples)
-        text = row.prompt + row.completion
-        start = len(row.prompt)
+        prompt = row.prompt
+        text = prompt + row.completion
+        start = len(prompt)
         answer = (start, len(text))
         example = Text(where, text, (answer,), hidden=hidden)
         return [example]
@@ -103,9 +104,10 @@ class Renderer:
         row, hidden = self._hiding(row, where)
         if not row.messages:
             return Text(where, row.prompt, hidden=hidden)
-        answers = _answers(row.messages)
+        messages = row.messages
+        answers = _answers(messages)
         last = max(answers)
-        before_answer = row.messages[:last]
+        before_answer = messages[:last]
         where_chat = f"{where}, field messages"
         text = self._render(before_answer, where_chat, add_generation_prompt=True)
         return Text(where, text, rendered=True, hidden=hidden)
@@ -164,8 +166,9 @@ class Renderer:
         whole = self._whole(messages, asked, where)
         start = len(asked)
         answered = whole[start:]
+        answer = messages[last:]
         _require_all(before, asked, where)
-        _require_all(messages[last:], answered, where, last)
+        _require_all(answer, answered, where, last)
         return asked, whole
 
     def _whole(self, messages: Messages, asked: str, where: str) -> str:

@@ -60,16 +60,17 @@ class Tokens:
         self._shards = shards
         front = virtual_ids(virtual)
         self._front = np.array(front, np.int32)
-        self.counts = Counts()
+        counts = Counts()
         examples = [0]
         lengths = []
         targets = []
         rows = []
         for shard in shards:
-            self.counts.add(shard.counts)
-            starts = shard.offsets[:-1]
+            counts.add(shard.counts)
+            offsets = shard.offsets
+            starts = offsets[:-1]
             examples.append(len(starts))
-            lengths_of_shard = np.diff(shard.offsets)
+            lengths_of_shard = np.diff(offsets)
             target = shard.target
             targets_of_shard = np.add.reduceat(target, starts, dtype=np.int64)
             lengths.append(lengths_of_shard)
@@ -80,8 +81,9 @@ class Tokens:
         self.lengths = from_rows + virtual
         self.targets = np.concatenate(targets)
         self.rows = np.concatenate(rows)
-        self.truncated = self.counts.number("truncated")
-        self.dropped = self.counts.number("dropped")
+        self.counts = counts
+        self.truncated = counts.number("truncated")
+        self.dropped = counts.number("dropped")
 
     def __len__(self) -> int:
         return len(self.lengths)
