@@ -21,27 +21,31 @@ def main(request: Mapping[str, Any]) -> None:
     from trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer
     from trainer.data.tokens import tokenise
 
-    job, folder = Job.model_validate(request["job"]), Path(request["folder"])
+    job = Job.model_validate(request["job"])
+    folder = Path(request["folder"])
     for key, source in request["sources"].items():
         try:
             tokenizer = load_tokenizer(job.base, folder)
-            reading = Reading.of(job, end_ids(tokenizer, job.base, folder))
-            tokens = tokenise(source, tokenizer, reading, cache(), partial(count, key))
-            say(key, survey=survey(tokens, tokenizer).dump())
+            ends = end_ids(tokenizer, job.base, folder)
+            reading = Reading.of(job, ends)
+            tokens = tokenise(source, tokenizer, reading, cache(), partial(report_progress, key))
+            survey_of_rows = survey(tokens, tokenizer)
+            answer(key, survey=survey_of_rows.dump())
         except TokenizerError as error:
-            say(key, problem=str(error))
+            answer(key, problem=str(error))
         except ValueError as error:  # a RowError, or a cache that cannot be written
-            say(key, problem=f"data.{key}: {error}")
+            answer(key, problem=f"data.{key}: {error}")
 
 
-def count(key: str, done: int) -> None:
+def report_progress(key: str, done: int) -> None:
     """Say how many rows of the source under `key` are tokens by now."""
-    say(key, done=done)
+    answer(key, done=done)
 
 
-def say(key: str, **what: Any) -> None:
+def answer(key: str, **content: Any) -> None:
     """Write an answer about the source under `key`: one line of JSON, at once."""
-    print(json.dumps({"key": key, **what}), flush=True)
+    line = json.dumps({"key": key, **content})
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -35,13 +35,20 @@ class Batches:
         steps: int | None = None,
         epochs: float | None = None,
     ) -> None:
-        self._examples, self.layout = examples, layout
-        self._seed, self._batch_tokens = seed, batch_tokens
+        self.layout = layout
+        self._examples = examples
+        self._seed = seed
+        self._batch_tokens = batch_tokens
         self._epoch = lru_cache(maxsize=4)(self._permute)
         if (steps is None) == (epochs is None):
             raise ValueError("give either steps or epochs")
-        limit = sys.maxsize if epochs is None else max(1, round(epochs * len(examples)))
-        self._starts = self._cut(sys.maxsize if steps is None else steps, limit)
+        most_steps = most_examples = sys.maxsize
+        if steps is not None:
+            most_steps = steps
+        if epochs is not None:
+            whole = round(epochs * len(examples))
+            most_examples = max(1, whole)
+        self._starts = self._cut(most_steps, most_examples)
         self.steps = len(self._starts) - 1
 
     @classmethod
@@ -58,47 +65,74 @@ class Batches:
         )
 
     def batch(self, k: int) -> GlobalBatch:
-        """Batch k."""
+        """The examples of batch k, with their tokens."""
         return GlobalBatch(self._examples, self.examples(k))
 
     def examples(self, k: int) -> Indices:
         """The examples of batch k, in the order of the stream."""
         size = len(self._examples)
-        start, end = self._starts[k], self._starts[k + 1]
+        starts = self._starts
+        start = starts[k]
+        end = starts[k + 1]
+        first_epoch = start // size
+        last_epoch = (end - 1) // size
         parts = []
-        for epoch in range(start // size, (end - 1) // size + 1):
+        for epoch in range(first_epoch, last_epoch + 1):
             order, _ = self._epoch(epoch)
-            parts.append(order[max(start - epoch * size, 0) : end - epoch * size])
+            before = epoch * size  # examples of earlier epochs
+            first = max(start - before, 0)
+            part = order[first : end - before]
+            parts.append(part)
         return np.concatenate(parts)
 
-    def deal(self, k: int, rank: int, world: int) -> list[MicroBatch]:
+    def deal(self, k: int, rank: int, world_size: int) -> list[MicroBatch]:
         """The micro-batches of one rank in step k: the same number on every rank, some of them perhaps empty."""
-        return self.layout.deal(self.batch(k), rank, world)
+        layout = self.layout
+        batch = self.batch(k)
+        return layout.deal(batch, rank, world_size)
 
     def _permute(self, epoch: int) -> tuple[Indices, Indices]:
         """The order of the examples in an epoch, and the tokens before each of them (and in all)."""
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._examples))
-        return order, np.concatenate([[0], np.cumsum(self._examples.lengths[order])])
+        seed = [self._seed, epoch]
+        rng = np.random.default_rng(seed)
+        count = len(self._examples)
+        order = rng.permutation(count)
+        lengths = self._examples.lengths[order]
+        up_to = np.cumsum(lengths)
+        before = np.concatenate([[0], up_to])
+        return order, before
 
-    def _cut(self, steps: int, limit: int) -> list[int]:
+    def _cut(self, most_steps: int, most_examples: int) -> list[int]:
         """Where each batch starts in the stream, and where the last one ends."""
         starts = [0]
-        while len(starts) <= steps and starts[-1] < limit:
-            starts.append(min(self._end(starts[-1]), limit))
+        end = 0
+        while len(starts) <= most_steps and end < most_examples:
+            end = self._end(end)
+            end = min(end, most_examples)
+            starts.append(end)
         return starts
 
     def _end(self, start: int) -> int:
-        size, room = len(self._examples), self._batch_tokens
+        """Where in the stream the batch ends that starts at `start`; it may reach into later epochs."""
+        size = len(self._examples)
+        space = self._batch_tokens
         epoch, offset = divmod(start, size)
         while True:
             _, before = self._epoch(epoch)
-            stop = int(np.searchsorted(before, before[offset] + room, side="right")) - 1
+            full = before[offset] + space
+            behind = int(np.searchsorted(before, full, side="right"))
+            stop = behind - 1  # of the epoch's examples, those before it fit
             if stop < size:
-                return max(epoch * size + stop, start + 1)
-            room -= int(before[size] - before[offset])
-            epoch, offset = epoch + 1, 0
+                end = epoch * size + stop
+                return max(end, start + 1)
+            taken = before[size] - before[offset]
+            space -= int(taken)
+            epoch += 1
+            offset = 0
 
 
 def layout_of(job: "Job") -> Layout:
     """How a job lays out its batches."""
-    return Layout(job.data.seq_len, job.data.packing, job.train.micro_batch)
+    data = job.data
+    train = job.train
+    return Layout(data.seq_len, data.packing, train.micro_batch)

@@ -7,12 +7,13 @@ have other names, of the same length: then all offsets stay what they are.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tokenizers import Tokenizer
 
 from trainer.data.files import RowError
+from trainer.data.offsets import IdList, IdsAndOffsets, Offsets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,24 +21,29 @@ if TYPE_CHECKING:
 # Private characters that no text has: in place of a name in the data, and of a special token of the template.
 _IN_DATA, _IN_TEMPLATE, _FILLER = 0xF0000, 0xF8000, "\U0010fffd"
 
-Read = tuple[list[int], list[tuple[int, int]]]  # ids, and of each the characters [start, stop) that it stands for
+Pattern = re.Pattern[str]
 
 
 class ControlTokens:
     """The special tokens of a tokenizer, and a way to read text in which their names are only text."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._names = {
-            token.content: id_ for id_, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special
-        }
-        longest_first = sorted(self._names, key=len, reverse=True)
-        self._any = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._hidden = {name: _stand_in(_IN_DATA + i, name) for i, name in enumerate(self._names)}
-        self._renamed = {name: _stand_in(_IN_TEMPLATE + i, name) for i, name in enumerate(self._names)}
-        self._shown = {hidden: name for name, hidden in self._hidden.items()}
-        self._placeholder = re.compile("|".join(self._hidden.values()) or r"(?!)")
+        names = _special_tokens(tokenizer)
+        self._names = names
+        longest_first = sorted(names, key=len, reverse=True)
+        escaped = map(re.escape, longest_first)
+        self._name = _any_of(escaped)
+        self._renamed = _stand_ins(names, _IN_TEMPLATE)
+        hidden_names = _stand_ins(names, _IN_DATA)
+        self._hidden = hidden_names
+        self._hidden_name = _any_of(hidden_names.values())
+        self._shown: dict[str, str] = {}
+        for name, hidden in hidden_names.items():
+            self._shown[hidden] = name
         # An unknown character is read as `<unk>`, which is no command.
-        self._commands = set(self._names.values()) - {tokenizer.unk_token_id}
+        commands = set(names.values())
+        commands.discard(tokenizer.unk_token_id)
+        self._commands = commands
         self._backend = tokenizer.backend_tokenizer
         self._copy: Tokenizer | None = None
         self._original: dict[int | None, int] = {}
@@ -49,56 +55,71 @@ class ControlTokens:
 
     def first(self, text: str) -> str | None:
         """The first name of a special token in a text."""
-        found = self._any.search(text)
-        return found[0] if found else None
+        name = self._name.search(text)
+        if name is None:
+            return None
+        return name[0]
 
     def has_stand_in(self, text: str) -> bool:
         """Whether a text has a character that stands for a name where names are hidden."""
-        return any(ord(character) >= _IN_DATA for character in text)
+        return max(text, default="") >= chr(_IN_DATA)
 
     def hide(self, text: str) -> str:
         """A text of the data with other characters in place of each name."""
-        return self._any.sub(lambda name: self._hidden[name[0]], text)
+        return _replaced(self._name, self._hidden, text)
 
-    def read(self, text: str, *, add_special_tokens: bool, where: str) -> Read:
+    def read(self, text: str, *, add_special_tokens: bool, where: str) -> IdsAndOffsets:
         """Ids and offsets of a text with hidden names, which are read as text; all other names are special tokens.
 
         Raises RowError for a tokenizer that cannot tell them apart.
         """
         if self._copy is None:
             self._copy = self._renaming_copy()
-        renamed = self._any.sub(lambda name: self._renamed[name[0]], text)
-        shown = self._placeholder.sub(lambda hidden: self._shown[hidden[0]], renamed)
+        renamed = _replaced(self._name, self._renamed, text)
+        shown = _replaced(self._hidden_name, self._shown, renamed)
         encoding = self._encoded(shown, add_special_tokens, where)
-        ids = [self._original.get(id_, id_) for id_ in encoding.ids]
-        self.check(ids, encoding.offsets, shown, where, self._renamed.values())
-        return ids, encoding.offsets
+        offsets = encoding.offsets
+        ids = []
+        for id_of_copy in encoding.ids:
+            id_ = self._original.get(id_of_copy, id_of_copy)
+            ids.append(id_)
+        allowed = self._renamed.values()
+        self.check(ids, offsets, shown, where, allowed)
+        return ids, offsets
 
     def check(
-        self,
-        ids: list[int],
-        offsets: list[tuple[int, int]],
-        text: str,
-        where: str,
-        allowed: Iterable[str] | None = None,
+        self, ids: IdList, offsets: Offsets, text: str, where: str, allowed: Iterable[str] | None = None
     ) -> None:
         """Raise RowError where a text of the data was read as a control token, or one of a template as text.
 
         `allowed` are the names by which a text has its own control tokens; all names unless said otherwise.
         """
-        names = set(self._names if allowed is None else allowed)
-        found = 0
-        for id_, (start, stop) in zip(ids, offsets, strict=True):
-            if start < stop and id_ in self._commands:
-                found += 1
-                if text[start:stop].strip() not in names:
-                    self._refuse(text[start:stop].strip(), where)
-        if allowed is not None and found != sum(text.count(name) for name in names):
+        names = set(self._names)
+        if allowed is not None:
+            names = set(allowed)
+        commands = 0
+        read = zip(ids, offsets, strict=True)
+        for id_, (start, stop) in read:
+            if start >= stop:
+                continue
+            if id_ not in self._commands:
+                continue
+            commands += 1
+            name = text[start:stop].strip()
+            if name not in names:
+                self._refuse(name, where)
+        if allowed is None:
+            return
+        written = 0
+        for name in names:
+            written += text.count(name)
+        if commands != written:
             self._refuse("control tokens beside their names", where)
 
     def _refuse(self, name: str, where: str) -> NoReturn:
-        mend = "leave it out, or say data.parse_special: true"
-        raise RowError(f"{where}: this tokenizer has no way to write {name!r} as text: {mend}")
+        fix = "leave it out, or say data.parse_special: true"
+        problem = f"this tokenizer has no way to write {name!r} as text"
+        raise RowError(f"{where}: {problem}: {fix}")
 
     def _encoded(self, text: str, add_special_tokens: bool, where: str) -> Any:
         assert self._copy is not None
@@ -111,16 +132,57 @@ class ControlTokens:
 
     def _renaming_copy(self) -> Tokenizer:
         """The tokenizer with other names for its special tokens; their ids are kept in `_original`."""
-        described = json.loads(self._backend.to_str())
-        for token in described["added_tokens"]:
-            if token["content"] in self._renamed:
-                token["content"] = self._renamed[token["content"]]
-        copy = Tokenizer.from_str(json.dumps(described))
+        written = self._backend.to_str()
+        description = json.loads(written)
+        for token in description["added_tokens"]:
+            name = token["content"]
+            if name in self._renamed:
+                token["content"] = self._renamed[name]
+        changed = json.dumps(description)
+        copy = Tokenizer.from_str(changed)
         copy.no_truncation()
         copy.no_padding()
-        self._original = {copy.token_to_id(self._renamed[name]): id_ for name, id_ in self._names.items()}
+        self._original = {}
+        for name, id_ in self._names.items():
+            renamed = self._renamed[name]
+            id_of_copy = copy.token_to_id(renamed)
+            self._original[id_of_copy] = id_
         return copy
 
 
-def _stand_in(character: int, name: str) -> str:
-    return chr(character) + _FILLER * (len(name) - 1)
+def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """The names of the special tokens, with their ids, by which they are ordered."""
+    special = {}
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    for id_, token in added:
+        if token.special:
+            name = token.content
+            special[name] = id_
+    return special
+
+
+def _any_of(patterns: Iterable[str]) -> Pattern:
+    """What matches where one of some patterns does; nowhere where there are none."""
+    alternatives = "|".join(patterns)
+    return re.compile(alternatives or r"(?!)")
+
+
+def _stand_ins(names: Iterable[str], first: int) -> dict[str, str]:
+    """For each name a text as long as it is, which begins with a character of its own, counted from `first`."""
+    stand_ins = {}
+    for character, name in enumerate(names, first):
+        beginning = chr(character)
+        following = len(name) - 1
+        filler = _FILLER * following
+        stand_ins[name] = beginning + filler
+    return stand_ins
+
+
+def _replaced(pattern: Pattern, replacements: Mapping[str, str], text: str) -> str:
+    """A text with the replacement of each match of a pattern in its place."""
+
+    def replacement(match: re.Match[str]) -> str:
+        matched = match[0]
+        return replacements[matched]
+
+    return pattern.sub(replacement, text)

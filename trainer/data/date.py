@@ -3,9 +3,9 @@
 import datetime
 import json
 import re
-from pathlib import Path
+from functools import partial
 
-from trainer.data.files import RowError
+from trainer.data.files import RowError, SourceName
 
 _DATE = re.compile(r"strftime_now(?!\s+is\b)")  # `strftime_now is defined` writes nothing
 _DATE_CALL = re.compile(
@@ -15,17 +15,28 @@ _DATE_CALL = re.compile(
 
 def asks_for_date(template: str | None) -> bool:
     """Whether a chat template writes today's date into what it renders."""
-    return template is not None and _DATE.search(template) is not None
+    if template is None:
+        return False
+    return _DATE.search(template) is not None
 
 
-def dated(template: str, date: datetime.date | None, source: str | Path) -> str:
+def dated(template: str, date: datetime.date | None, source: SourceName) -> str:
     """A chat template with a fixed date in place of today's, so that every day and machine gives the same tokens.
 
     Raises RowError where there is no date, or where the form of the date is not written in the template.
     """
     if date is None and asks_for_date(template):
         raise RowError(f"{source}: the chat template writes today's date: say which in data.date")
-    fixed = _DATE_CALL.sub(lambda call: json.dumps(date.strftime(call["form"])) if date else "", template)
+    if date is None:
+        return template
+    fixed = _DATE_CALL.sub(partial(_literal, date), template)
     if asks_for_date(fixed):
         raise RowError(f"{source}: the chat template computes the form of the date; take one that writes it")
     return fixed
+
+
+def _literal(date: datetime.date, call: re.Match[str]) -> str:
+    """The literal that stands in a template for a call: the date in the form that the call asks for."""
+    form = call["form"]
+    written = date.strftime(form)
+    return json.dumps(written)

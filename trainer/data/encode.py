@@ -5,18 +5,18 @@ and prompt share a token, it is learned: a token belongs to an answer if it stan
 what has no end of its own.
 """
 
-import copy
 import datetime
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.control import ControlTokens, Read
-from trainer.data.files import RowError
+from trainer.data.control import ControlTokens
+from trainer.data.files import RowError, SourceName
+from trainer.data.offsets import IdList, IdsAndOffsets, Offsets, bounds, end_of_text, untrimmed
 from trainer.data.rows import Row
 from trainer.data.text import Renderer, Text
 
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from runfolder.job import Job
+
+
+TextsByPlace = dict[int, Text]
+Ids = npt.NDArray[np.int32]
+Target = npt.NDArray[np.bool_]  # by token: whether it is a label
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ class Reading:
             date=data.date,
         )
 
+    @property
+    def max_tokens(self) -> int:
+        """The tokens of an example that may come from its row."""
+        return self.seq_len - self.virtual
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -66,8 +76,8 @@ class Encoded:
     data has names of control tokens.
     """
 
-    ids: npt.NDArray[np.int32]
-    target: npt.NDArray[np.bool_]
+    ids: Ids
+    target: Target
     straddles: bool
     hidden: bool
 
@@ -75,121 +85,192 @@ class Encoded:
 class Encoder:
     """Turns rows of a source into ids; raises RowError at once where the tokenizer cannot do it."""
 
-    def __init__(self, source: str | Path, tokenizer: "PreTrainedTokenizerBase", reading: Reading) -> None:
+    def __init__(self, source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Reading) -> None:
         if tokenizer.eos_token_id is None:
             raise RowError(f"{source}: the base's tokenizer has no EOS token, so no answer could end: set eos_token")
         if not tokenizer.is_fast:
             kind = type(tokenizer).__name__
             raise RowError(f"{source}: the base's tokenizer ({kind}) gives no offsets: it needs a tokenizer.json")
-        self._source, self._chat_template = source, tokenizer.chat_template
+        self._source = source
+        self._chat_template = tokenizer.chat_template
         self._eos: int = tokenizer.eos_token_id
         self._bos: str | None = tokenizer.bos_token
-        self._tokenizer = _untrimmed(tokenizer)
-        self._control = ControlTokens(self._tokenizer)
-        self._commands = sorted(self._control.commands)
+        self._tokenizer = untrimmed(tokenizer)
+        control = ControlTokens(self._tokenizer)
+        self._control = control
+        self._commands = sorted(control.commands)
         self._parse_special = reading.parse_special
-        self._leading: int = self._tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"].index(0)
-        ends = tokenizer.convert_ids_to_tokens([self._eos, *reading.ends])
-        shown = None if reading.parse_special else self._control
-        self._renderer = Renderer(source, tokenizer, tuple(ends), reading.date, shown)
+        probe = self._tokenizer("a", return_special_tokens_mask=True)
+        is_special = probe["special_tokens_mask"]
+        self._leading: int = is_special.index(0)  # special tokens in front of a text
+        end_ids = [self._eos, *reading.ends]
+        ends = tokenizer.convert_ids_to_tokens(end_ids)
+        date = reading.date
+        hiding = None if reading.parse_special else control
+        self._renderer = Renderer(source, tokenizer, tuple(ends), date, hiding)
 
     def examples(self, rows: list[Row]) -> Iterator[tuple[Row, list[Encoded]]]:
         """The examples of each row, whole."""
         self._need_template(rows)
-        texts = [self._renderer.texts(row) for row in rows]
-        flat = [text for those in texts for text in those]
-        read = iter(zip(self._read(flat), self._asked_alike(flat), strict=True))
-        for row, those in zip(rows, texts, strict=True):
-            examples = []
-            for text in those:
-                (ids, offsets), asked = next(read)
-                examples.append(self._labelled(text, ids, offsets, asked))
-            yield row, examples
+        texts = []
+        counts = []
+        for row in rows:
+            texts_of_row = self._renderer.texts(row)
+            texts += texts_of_row
+            count = len(texts_of_row)
+            counts.append(count)
+        examples = self._examples_of(texts)
+        rows_and_counts = zip(rows, counts, strict=True)
+        for row, count in rows_and_counts:
+            examples_of_row = islice(examples, count)
+            yield row, list(examples_of_row)
 
-    def prompts(self, rows: list[Row]) -> list[list[int]]:
+    def prompts(self, rows: list[Row]) -> list[IdList]:
         """What a server would be sent for the last answer of each row."""
         self._need_template(rows)
-        return [self._opened(*read) for read in self._read([self._renderer.asked(row) for row in rows])]
+        prompts = []
+        for row in rows:
+            prompt = self._renderer.asked(row)
+            prompts.append(prompt)
+        return self._opened(prompts)
 
-    def _asked_alike(self, texts: list[Text]) -> list[list[list[int]]]:
+    def _examples_of(self, texts: list[Text]) -> Iterator[Encoded]:
+        """The examples that texts are, in their order."""
+        all_read = self._read(texts)
+        prompts_of_texts = self._prompts_of(texts)
+        together = zip(texts, all_read, prompts_of_texts, strict=True)
+        for text, read, prompts in together:
+            yield self._labelled(text, read, prompts)
+
+    def _prompts_of(self, texts: list[Text]) -> list[list[IdList]]:
         """For each text, the ids that a server is sent for each of its answers."""
-        prompts = [
-            replace(text, text=text.text[:start], learned=()) for text in texts for start, _ in text.learned if start
-        ]
-        read = iter(self._read(prompts))
-        return [[self._opened(*next(read)) for start, _ in text.learned if start] for text in texts]
+        prompts = []
+        counts = []
+        for text in texts:
+            prompts_of_text = text.prompts()
+            prompts += prompts_of_text
+            count = len(prompts_of_text)
+            counts.append(count)
+        opened = iter(self._opened(prompts))
+        ids = []
+        for count in counts:
+            ids_of_text = islice(opened, count)
+            ids.append(list(ids_of_text))
+        return ids
 
     def _need_template(self, rows: Iterable[Row]) -> None:
-        if not self._chat_template and any(row.messages for row in rows):
+        if self._chat_template:
+            return
+        if any(row.messages for row in rows):
             raise RowError(
                 f"{self._source}, field messages: the base's tokenizer has no chat template: "
                 "give rows as prompt/completion, or take a base that has one"
             )
 
-    def _read(self, texts: list[Text]) -> list[Read]:
+    def _read(self, texts: list[Text]) -> list[IdsAndOffsets]:
         """Ids and offsets of texts, in their order."""
-        read: list[Read | None] = [None] * len(texts)
-        for special in (True, False):
-            chosen = [i for i, text in enumerate(texts) if not text.hidden and self._adds_special(text) == special]
-            if chosen:
-                batch = self._tokenizer(
-                    [texts[i].text for i in chosen],
-                    add_special_tokens=special,
-                    return_offsets_mapping=True,
-                    verbose=False,
-                )
-                for i, ids, offsets in zip(chosen, batch["input_ids"], batch["offset_mapping"], strict=True):
-                    if not self._parse_special:
-                        self._control.check(ids, offsets, texts[i].text, texts[i].where)
-                    read[i] = ids, offsets
-        return [done or self._read_hidden(text) for done, text in zip(read, texts, strict=True)]
+        with_special: TextsByPlace = {}  # to which the tokenizer adds special tokens
+        without: TextsByPlace = {}
+        hidden: TextsByPlace = {}
+        for place, text in enumerate(texts):
+            if text.hidden:
+                hidden[place] = text
+            elif self._adds_special(text):
+                with_special[place] = text
+            else:
+                without[place] = text
+        batch = self._read_batch(with_special, add_special_tokens=True)
+        read = dict(batch)
+        batch = self._read_batch(without, add_special_tokens=False)
+        read.update(batch)
+        for place, text in hidden.items():
+            read[place] = self._read_hidden(text)
+        in_order = []
+        for place in range(len(texts)):
+            in_order.append(read[place])
+        return in_order
 
-    def _read_hidden(self, text: Text) -> Read:
-        return self._control.read(text.text, add_special_tokens=self._adds_special(text), where=text.where)
+    def _read_batch(self, texts: TextsByPlace, *, add_special_tokens: bool) -> Iterator[tuple[int, IdsAndOffsets]]:
+        """Each place, and ids and offsets of the text there."""
+        if not texts:
+            return
+        plain_texts = []
+        for text in texts.values():
+            plain_texts.append(text.text)
+        batch = self._tokenizer(
+            plain_texts,
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        all_ids = batch["input_ids"]
+        all_offsets = batch["offset_mapping"]
+        all_read = zip(texts, all_ids, all_offsets, strict=True)
+        for place, ids, offsets in all_read:
+            text = texts[place]
+            if not self._parse_special:
+                control = self._control
+                control.check(ids, offsets, text.text, text.where)
+            read = (ids, offsets)
+            yield place, read
+
+    def _read_hidden(self, text: Text) -> IdsAndOffsets:
+        control = self._control
+        where = text.where
+        adds_special = self._adds_special(text)
+        return control.read(text.text, add_special_tokens=adds_special, where=where)
 
     def _adds_special(self, text: Text) -> bool:
         """Whether the tokenizer puts its BOS in front: not where a template, or the data, has written its own."""
-        own = not text.hidden and self._bos is not None and text.text.startswith(self._bos)
-        return not (text.rendered or own)
+        if text.rendered:
+            return False
+        if text.hidden or self._bos is None:
+            return True
+        return not text.text.startswith(self._bos)
 
-    def _labelled(
-        self, text: Text, ids: list[int], offsets: list[tuple[int, int]], asked: list[list[int]]
-    ) -> Encoded:
-        starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
-        command = np.isin(ids, self._commands)
-        target = np.zeros(len(ids), np.bool_)
-        for start, stop in text.learned:
-            # A control token of the template may take spaces of the answer with it; it is not learned for that.
-            target |= (stops > start) & (starts < stop) & (stops > starts) & ~(command & (starts < start))
-        target[_end_of_text(starts, stops) :] = True  # what the tokenizer itself puts behind the answer
-        straddles = any(ids[: len(prompt)] != prompt for prompt in asked)
-        if not text.closed and ids[-1:] != [self._eos]:
-            ids, target = [*ids, self._eos], np.append(target, True)
+    def _labelled(self, text: Text, read: IdsAndOffsets, prompts: list[IdList]) -> Encoded:
+        """The example that a text is; `prompts` are what a server is sent for its answers."""
+        ids, offsets = read
+        target = self._target(text, ids, offsets)
+        straddles = False
+        for prompt in prompts:
+            beginning = ids[: len(prompt)]
+            straddles |= beginning != prompt
+        eos = self._eos
+        last = ids[-1:]
+        has_end = text.closed or last == [eos]
+        if not has_end:
+            ids = [*ids, eos]
+            target = np.append(target, True)
         target[0] = False  # there is nothing in front to predict it from
-        return Encoded(np.array(ids, np.int32), target, straddles, text.hidden)
+        ids_of_example = np.array(ids, np.int32)
+        return Encoded(ids_of_example, target, straddles, text.hidden)
 
-    def _opened(self, ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
-        """A prompt's ids without what the tokenizer puts behind a text: the answer goes on there."""
-        starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
-        if not (stops > starts).any():
-            return ids[: self._leading]
-        return ids[: _end_of_text(starts, stops)]
+    def _target(self, text: Text, ids: IdList, offsets: Offsets) -> Target:
+        """Which tokens stand for a character of an answer, or follow the text."""
+        starts, stops = bounds(offsets)
+        is_text = stops > starts
+        is_command = np.isin(ids, self._commands)
+        target = np.zeros_like(is_text)
+        for start, stop in text.learned:
+            starts_before = starts < start
+            overlaps = (stops > start) & (starts < stop)
+            # A control token of the template may take spaces of the answer with it; it is not learned for that.
+            of_template = is_command & starts_before
+            in_answer = overlaps & is_text
+            target |= in_answer & ~of_template
+        end = end_of_text(is_text)
+        target[end:] = True  # what the tokenizer itself puts behind the answer
+        return target
 
-
-def _end_of_text(starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> int:
-    """The number of tokens up to the last one that stands for a part of the text."""
-    of_text = np.flatnonzero(stops > starts)
-    return int(of_text[-1]) + 1 if len(of_text) else len(starts)
-
-
-def _untrimmed(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """The tokenizer, with offsets that count the space in front of a word; the ids are the same."""
-    processor = tokenizer.backend_tokenizer.post_processor
-    described = processor.__getstate__().decode() if processor else ""
-    if '"trim_offsets":true' not in described:
-        return tokenizer
-    own = copy.deepcopy(tokenizer)
-    changed = own.backend_tokenizer.post_processor
-    changed.__setstate__(described.replace('"trim_offsets":true', '"trim_offsets":false').encode())
-    own.backend_tokenizer.post_processor = changed
-    return own
+    def _opened(self, prompts: list[Text]) -> list[IdList]:
+        """The ids of prompts without what the tokenizer puts behind a text: the answer goes on there."""
+        opened = []
+        for ids, offsets in self._read(prompts):
+            starts, stops = bounds(offsets)
+            is_text = stops > starts
+            end = self._leading
+            if is_text.any():
+                end = end_of_text(is_text)
+            opened.append(ids[:end])
+        return opened

@@ -24,7 +24,10 @@ class Examples:
     @classmethod
     def of_each(cls, tokens: "Tokens", documents: int = 1) -> "Examples":
         """Examples of so many documents each, in their order; what is left at the end belongs to none."""
-        return cls(tokens, np.arange(0, len(tokens.lengths) + 1, documents, dtype=np.int64))
+        count = len(tokens.lengths)
+        end = count + 1
+        starts = np.arange(0, end, documents, dtype=np.int64)
+        return cls(tokens, starts)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -41,15 +44,23 @@ class Examples:
 
     def documents(self, example: int) -> range:
         """The documents of an example."""
-        return range(int(self.starts[example]), int(self.starts[example + 1]))
+        start = int(self.starts[example])
+        stop = int(self.starts[example + 1])
+        return range(start, stop)
 
     def first(self, count: int | None) -> "Examples":
         """The first so many examples; all where it is None."""
-        return self if count is None else Examples(self.tokens, self.starts[: count + 1])
+        if count is None:
+            return self
+        starts = self.starts[: count + 1]
+        return Examples(self.tokens, starts)
 
     def _sums(self, of_documents: Indices) -> Indices:
-        before = np.concatenate([[0], np.cumsum(of_documents)])
-        sums: Indices = before[self.starts[1:]] - before[self.starts[:-1]]
+        """For each example, the sum of a number that each of its documents has."""
+        up_to = np.cumsum(of_documents)
+        before = np.concatenate([[0], up_to])
+        before_starts = before[self.starts]
+        sums: Indices = before_starts[1:] - before_starts[:-1]
         return sums
 
 
@@ -63,12 +74,14 @@ class GlobalBatch:
     @property
     def tokens(self) -> int:
         """Number of its tokens, without padding."""
-        return int(self.examples.lengths[self.chosen].sum())
+        lengths = self.examples.lengths[self.chosen]
+        return int(lengths.sum())
 
     @property
     def targets(self) -> int:
         """Number of its labels."""
-        return int(self.examples.targets[self.chosen].sum())
+        targets = self.examples.targets[self.chosen]
+        return int(targets.sum())
 
     def documents(self) -> Iterator[int]:
         """Its documents, example by example."""

@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 from runfolder.files import sha256
 from runfolder.sources import Hub, file_of, parse
 
+SourceName = str | Path  # a file or a hub dataset, as a job names it
 Records = Iterator[tuple[int, Any]]  # a record's number, from 1 (in .jsonl: its line), and the record
+Reader = Callable[[Path], Records]
 
 _ALLOWED = "a file, cluster:/path, or a hub dataset as owner/name or owner/name:config:split"
 
@@ -28,35 +30,44 @@ def records(source: str) -> Records:
 
     Raises RowError.
     """
-    found = parse(source)
-    if isinstance(found, Hub):
-        return _hub(source, found)
-    path = found.path
-    kind = Path(path.stem).suffix + ".gz" if path.suffix == ".gz" else path.suffix
+    parsed = parse(source)
+    if isinstance(parsed, Hub):
+        return _hub(source, parsed)
+    path = parsed.path
+    file_type = path.suffix
+    if file_type == ".gz":
+        file_type = Path(path.stem).suffix + ".gz"
     if not path.exists():
         reject(source, "no such file", _ALLOWED)
-    if kind not in _READERS:
-        reject(source, f"the file type {kind or '(none)'}", ", ".join(_READERS))
-    return _read(path, _READERS[kind])
+    if file_type not in _READERS:
+        allowed = ", ".join(_READERS)
+        reject(source, f"the file type {file_type or '(none)'}", allowed)
+    return _read(path, _READERS[file_type])
 
 
-def digest(source: str | Path) -> str:
+def digest(source: SourceName) -> str:
     """The sha256 of a file's bytes, or of the records of a hub dataset."""
     file = file_of(str(source))
     if file is None:
-        total = hashlib.sha256()
-        for _, record in records(str(source)):
-            total.update(repr(record).encode(errors="backslashreplace"))
-        return total.hexdigest()
+        return _digest_of_records(str(source))
     try:
         return sha256(file)
     except OSError as error:
         _unreadable(str(source), error)
 
 
+def _digest_of_records(source: str) -> str:
+    digest_of_all = hashlib.sha256()
+    for _, record in records(source):
+        text = repr(record)
+        digest_of_all.update(text.encode(errors="backslashreplace"))
+    return digest_of_all.hexdigest()
+
+
 def reject(where: str, found: str, allowed: str) -> NoReturn:
     """Raise a RowError in the one form that all of them have."""
-    raise RowError(f"{where}: found {found}, allowed: {allowed}")
+    message = f"{where}: found {found}, allowed: {allowed}"
+    raise RowError(message)
 
 
 def show(value: object) -> str:
@@ -66,15 +77,23 @@ def show(value: object) -> str:
     if value == "":
         return "empty text"
     text = repr(value)
-    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
+    if len(text) > 40:
+        text = text[:37] + "..."
+    return f"{text} ({type(value).__name__})"
 
 
 def _unreadable(source: str, error: Exception) -> NoReturn:
-    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    """Raise a RowError with the reason that an error gives: the system's, its first line, or its type."""
+    reason = getattr(error, "strerror", None)
+    if not reason:
+        kind = type(error).__name__
+        lines = str(error).splitlines() or [kind]
+        reason = lines[0]
     raise RowError(f"{source}: cannot be read: {reason}") from error
 
 
-def _read(path: Path, reader: Callable[[Path], Records]) -> Records:
+def _read(path: Path, reader: Reader) -> Records:
+    """Stream the records of a file by the reader of its type."""
     try:
         yield from reader(path)
     except (OSError, EOFError, zlib.error) as error:  # also a file that is gzipped badly or in part
@@ -82,77 +101,106 @@ def _read(path: Path, reader: Callable[[Path], Records]) -> Records:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+    """Stream the lines of a text file, gzipped or not, and their numbers from 1."""
+    is_gzipped = path.suffix == ".gz"
+    with gzip.open(path) if is_gzipped else path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
-                reject(f"{path}, line {number}", f"the byte 0x{line[error.start]:02x}", "text in UTF-8")
-            yield number, text.removeprefix("\ufeff") if number == 1 else text
+                byte = line[error.start]
+                where = f"{path}, line {number}"
+                reject(where, f"the byte 0x{byte:02x}", "text in UTF-8")
+            if number == 1:
+                text = text.removeprefix("\ufeff")
+            yield number, text
 
 
 def _jsonl(path: Path) -> Records:
     for number, line in _lines(path):
         if line.strip():
-            yield number, _parsed(line.rstrip(), f"{path}, row {number}", "one JSON object per line")
+            where = f"{path}, row {number}"
+            yield number, _parsed(line.rstrip(), where, "one JSON object per line")
 
 
 def _json(path: Path) -> Records:
-    found = _parsed("".join(line for _, line in _lines(path)), str(path), "a list of objects")
-    if not isinstance(found, list):
-        reject(str(path), show(found), "a list of objects")
-    yield from enumerate(found, 1)
+    where = str(path)
+    allowed = "a list of objects"
+    lines = [line for _, line in _lines(path)]
+    text = "".join(lines)
+    value = _parsed(text, where, allowed)
+    if not isinstance(value, list):
+        reject(where, show(value), allowed)
+    yield from enumerate(value, 1)
 
 
 def _parsed(text: str, where: str, allowed: str) -> Any:
     """The value of a JSON text; rejects what is no JSON, and what Python's reader does not take."""
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return json.loads(text, object_pairs_hook=_unique_fields)
     except _Twice as error:
         reject(where, f"the field {error} twice", "each field once")
     except json.JSONDecodeError as error:
-        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        place = f"column {error.colno}"
+        if error.lineno > 1:
+            place = f"line {error.lineno}, {place}"
         reject(where, f"invalid JSON ({error.msg} at {place})", allowed)
     except RecursionError:
         reject(where, "JSON that is nested too deeply", allowed)
     except ValueError:  # Python converts no number of more than some thousand digits
-        reject(where, f"a number of more than {sys.get_int_max_str_digits()} digits", allowed)
+        digits = sys.get_int_max_str_digits()
+        reject(where, f"a number of more than {digits} digits", allowed)
 
 
 class _Twice(Exception):
     """An object of JSON that has a field twice; its message names the field."""
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Twice(repr(next(name for name in names if names.count(name) > 1)))
-    return found
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON from its fields; raises _Twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = []
+        for name, _ in pairs:
+            names.append(name)
+        repeated = repr(_first_repeated(names))
+        raise _Twice(repeated)
+    return fields
+
+
+def _first_repeated(names: Sequence[str]) -> str | None:
+    for name in names:
+        if names.count(name) > 1:
+            return name
+    return None
 
 
 def _require_different(names: Sequence[str], where: str) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            reject(where, f"the column {name!r} twice", "each column once")
+    repeated = _first_repeated(names)
+    if repeated is not None:
+        reject(where, f"the column {repeated!r} twice", "each column once")
 
 
 def _csv(path: Path) -> Records:
     csv.field_size_limit(sys.maxsize)
     number = 0
     try:
-        reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
-        _require_different(reader.fieldnames or [], str(path))
+        lines = (line for _, line in _lines(path))
+        reader = csv.DictReader(lines, strict=True)
+        columns = reader.fieldnames or []
+        _require_different(columns, str(path))
         for number, record in enumerate(reader, 1):
             if None in record:
                 reject(f"{path}, row {number}", "more cells than the header has", "one cell for each column")
             yield number, record
     except csv.Error as error:
-        reject(f"{path}, row {number + 1}", f"broken CSV ({error})", "comma-separated cells under a header")
+        where = f"{path}, row {number + 1}"
+        reject(where, f"broken CSV ({error})", "comma-separated cells under a header")
 
 
 def _parquet(path: Path) -> Records:
-    arrow, parquet = _need("pyarrow", path), _need("pyarrow.parquet", path)
+    arrow = _need("pyarrow", path)
+    parquet = _need("pyarrow.parquet", path)
     number = 0
     try:
         file = parquet.ParquetFile(path)
@@ -164,27 +212,34 @@ def _parquet(path: Path) -> Records:
     except RowError:
         raise
     except (arrow.ArrowException, ValueError, OverflowError) as error:  # also what Python has no value for
-        _unreadable(f"{path}, behind row {number}" if number else str(path), error)
+        where = str(path)
+        if number:
+            where = f"{path}, behind row {number}"
+        _unreadable(where, error)
 
 
 def _hub(source: str, hub: Hub) -> Records:
     datasets = _need("datasets", source)
     try:
-        dataset = datasets.load_dataset(hub.name, hub.config, split=hub.split)
+        split = hub.split
+        dataset = datasets.load_dataset(hub.name, hub.config, split=split)
     except Exception as error:  # the hub, the network and the builders each raise their own
         _unreadable(f"{source}: no such file, and as a hub dataset", error)
     yield from enumerate(dataset, 1)
 
 
-def _need(module: str, source: str | Path) -> Any:
+def _need(module: str, source: SourceName) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        extra = "train" if module == "datasets" else "data"
-        raise RowError(f"{source}: reading it needs {module.partition('.')[0]}: install fleetune[{extra}]") from error
+        extra = "data"
+        if module == "datasets":
+            extra = "train"
+        package, _, _ = module.partition(".")
+        raise RowError(f"{source}: reading it needs {package}: install fleetune[{extra}]") from error
 
 
-_READERS: dict[str, Callable[[Path], Records]] = {
+_READERS: dict[str, Reader] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,

@@ -4,18 +4,18 @@ All of it is a pure function, equal on every rank. Shape suffixes: B rows of a m
 row.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from trainer.data.examples import GlobalBatch, Indices
 
 if TYPE_CHECKING:
-    from trainer.data.tokens import Tokens
+    from trainer.data.tokens import Document, Tokens
 
 IGNORED = -100
 _MULTIPLE = 8
@@ -29,12 +29,21 @@ class Place(NamedTuple):
 
 
 Row = list[Place]  # documents that share one sequence
+Numbered = tuple[int, int]  # a document, and its place in a micro-batch
 Group = list[Row]  # rows that stay in one micro-batch, as an example has documents in several of them
+
+
+def _documents(row: Row) -> list[int]:
+    """The documents of a row, in its order."""
+    documents = []
+    for place in row:
+        documents.append(place.document)
+    return documents
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass computes: rows, each a list of documents that share one sequence, and whose they are.
+    """What one forward pass computes: rows, each a list of documents that share one sequence, and their examples.
 
     `examples` has for each example the places of its documents, counted through all rows in their order.
     """
@@ -45,11 +54,20 @@ class MicroBatch:
     @classmethod
     def of(cls, rows: Sequence[Row]) -> "MicroBatch":
         """The micro-batch of these rows."""
-        owned: dict[int, list[tuple[int, int]]] = {}
-        for number, place in enumerate(chain.from_iterable(rows)):
-            owned.setdefault(place.example, []).append((place.document, number))
-        examples = [[number for _, number in sorted(those)] for those in owned.values()]
-        return cls([[place.document for place in row] for row in rows], examples)
+        numbered: dict[int, list[Numbered]] = {}  # by the example that owns the documents
+        places = chain.from_iterable(rows)
+        for number, place in enumerate(places):
+            documents = numbered.setdefault(place.example, [])
+            documents.append((place.document, number))
+        examples = []
+        for documents in numbered.values():
+            documents.sort()
+            numbers = []
+            for _, number in documents:
+                numbers.append(number)
+            examples.append(numbers)
+        documents_of_rows = list(map(_documents, rows))
+        return cls(documents_of_rows, examples)
 
 
 @dataclass(frozen=True)
@@ -64,44 +82,72 @@ class Layout:
     packing: bool
     micro_batch: int
 
-    def deal(self, batch: GlobalBatch, rank: int, world: int) -> list[MicroBatch]:
+    def deal(self, batch: GlobalBatch, rank: int, world_size: int) -> list[MicroBatch]:
         """The micro-batches of one rank: the same number on every rank, some of them perhaps empty.
 
         Rows are dealt from the longest to the shortest, forth and back over the ranks, so that the ranks have about
         the same tokens, and rows of about the same length at the same time.
         """
-        dealt: list[list[Group]] = [[] for _ in range(world)]
-        for index, group in enumerate(self._groups(batch)):
-            dealt[_dealt_to(index, world)].append(group)
-        passes = [_cut(groups, self.micro_batch) for groups in dealt]
+        groups = self._groups(batch)
+        dealt = _dealt(groups, world_size)
+        passes = []
+        for groups_of_rank in dealt:
+            passes_of_rank = _cut(groups_of_rank, self.micro_batch)
+            passes.append(passes_of_rank)
         most = max(map(len, passes))
-        return [MicroBatch.of(rows) for rows in [*passes[rank], *[[]] * (most - len(passes[rank]))]]
+        passes_of_rank = passes[rank]
+        while len(passes_of_rank) < most:
+            passes_of_rank.append([])
+        return [MicroBatch.of(rows) for rows in passes_of_rank]
 
     def _groups(self, batch: GlobalBatch) -> list[Group]:
         """The rows of a batch, in groups that stay together; the longest first."""
-        longest_first = np.argsort(-batch.examples.lengths[batch.chosen], kind="stable")
-        owned = [
-            [Place(place, document) for document in batch.examples.documents(int(batch.chosen[place]))]
-            for place in longest_first.tolist()
-        ]
-        if not self.packing:
-            return [[[place] for place in places] for places in owned]
-        return _pack(owned, batch.examples.tokens.lengths, self.seq_len)
+        examples = batch.examples
+        lengths = examples.lengths[batch.chosen]
+        longest_first = np.argsort(-lengths, kind="stable")
+        owned = []
+        for place in longest_first.tolist():
+            example = int(batch.chosen[place])
+            documents = examples.documents(example)
+            places = []
+            for document in documents:
+                places.append(Place(place, document))
+            owned.append(places)
+        if self.packing:
+            lengths_of_documents = examples.tokens.lengths
+            return _pack(owned, lengths_of_documents, self.seq_len)
+        groups = []
+        for places in owned:
+            group = [[place] for place in places]
+            groups.append(group)
+        return groups
 
 
-def _dealt_to(index: int, world: int) -> int:
-    turn, place = divmod(index, world)
-    return place if turn % 2 == 0 else world - 1 - place
+def _dealt(groups: Iterable[Group], world_size: int) -> list[list[Group]]:
+    """The groups of each rank: ranks 0, 1, ... take one each in this order, then in the opposite one, and so on."""
+    dealt: list[list[Group]] = []
+    while len(dealt) < world_size:
+        dealt.append([])
+    for index, group in enumerate(groups):
+        turn, rank = divmod(index, world_size)
+        backwards = turn % 2 == 1
+        if backwards:
+            rank = world_size - 1 - rank
+        groups_of_rank = dealt[rank]
+        groups_of_rank.append(group)
+    return dealt
 
 
 def _cut(groups: Iterable[Group], micro_batch: int) -> list[list[Row]]:
     """The rows of each forward pass: whole groups, as many as fit into `micro_batch` rows, and at least one."""
     passes: list[list[Row]] = []
     for group in groups:
-        if passes and len(passes[-1]) + len(group) <= micro_batch:
-            passes[-1] += group
-        else:
-            passes.append(list(group))
+        rows = len(group)
+        if passes:
+            rows += len(passes[-1])
+        if not passes or rows > micro_batch:
+            passes.append([])
+        passes[-1] += group
     return passes
 
 
@@ -110,60 +156,129 @@ class _Rows:
 
     def __init__(self, lengths: Indices, seq_len: int, most: int) -> None:
         self.rows: list[Row] = []
-        self.free = np.full(most, seq_len)  # tokens that each row has room for, opened or not
+        self._seq_len = seq_len
+        self._free = np.full(most, seq_len)  # tokens that still fit into each row, opened or not
         self._lengths = lengths  # of documents
 
-    def tokens(self, places: Row) -> int:
-        """The tokens of some documents."""
-        return int(self._lengths[[place.document for place in places]].sum())
+    def put_example(self, places: Row) -> list[int]:
+        """Put an example into the first row that has space for all of it; gives the numbers of the rows it opens.
 
-    def put(self, places: Row, since: int = 0) -> None:
-        """Put documents together into the first row, not before row `since`, that has room for all of them."""
-        tokens = self.tokens(places)
-        row = since + int(np.argmax(self.free[since : len(self.rows) + 1] >= tokens))
-        if row == len(self.rows):
-            self.rows.append([])
-        self.rows[row] += places
-        self.free[row] -= tokens
+        An example that no row could hold begins rows of its own.
+        """
+        opened = len(self.rows)
+        if self._tokens(places) <= self._seq_len:
+            self._put(places, 0)
+        else:
+            longest_first = sorted(places, key=self._length, reverse=True)
+            for place in longest_first:
+                self._put([place], opened)
+        numbers = range(opened, len(self.rows))
+        return list(numbers)
+
+    def used(self, numbers: list[int]) -> int:
+        """The tokens that some rows hold."""
+        free = self._free[numbers]
+        used = self._seq_len - free
+        return int(used.sum())
+
+    def _length(self, place: Place) -> int:
+        length = self._lengths[place.document]
+        return int(length)
+
+    def _tokens(self, places: Row) -> int:
+        """The tokens of some documents."""
+        documents = _documents(places)
+        lengths = self._lengths[documents]
+        return int(lengths.sum())
+
+    def _put(self, places: Row, first: int) -> None:
+        """Put documents together into the first row, not before row `first`, that has space for all of them."""
+        tokens = self._tokens(places)
+        opened = len(self.rows)
+        free = self._free[first : opened + 1]
+        fits = free >= tokens
+        first_that_fits = int(fits.argmax())
+        row = first + first_that_fits
+        rows = self.rows
+        if row == opened:
+            rows.append([])
+        rows[row] += places
+        self._free[row] -= tokens
 
 
 def _pack(owned: Sequence[Row], lengths: Indices, seq_len: int) -> list[Group]:
-    """Put each example into the first row that has room for all of it; the groups of rows, longest first.
+    """Put each example into the first row that has space for all of it; the groups of rows, longest first.
 
-    An example that no row could hold begins rows of its own, which stay together; others may follow into them.
+    The rows that an example begins because no row could hold it stay together; others may follow into them.
     """
-    filled = _Rows(lengths, seq_len, most=sum(map(len, owned)))
+    most = sum(map(len, owned))
+    filled = _Rows(lengths, seq_len, most)
     groups: list[list[int]] = []  # of each, the numbers of its rows
     for places in owned:
-        opened = len(filled.rows)
-        if filled.tokens(places) <= seq_len:
-            filled.put(places)
-        else:
-            for place in sorted(places, key=lambda place: -filled.tokens([place])):
-                filled.put([place], since=opened)
-        if len(filled.rows) > opened:
-            groups.append(list(range(opened, len(filled.rows))))
-    used = np.array([(seq_len - filled.free[group]).sum() for group in groups])
-    return [[filled.rows[row] for row in groups[i]] for i in np.argsort(-used, kind="stable")]
+        opened = filled.put_example(places)
+        if opened:
+            groups.append(opened)
+    used_by_groups = list(map(filled.used, groups))
+    used = np.array(used_by_groups)
+    longest_first = np.argsort(-used, kind="stable")
+    packed = []
+    for group in longest_first:
+        numbers = groups[group]
+        rows = []
+        for number in numbers:
+            rows.append(filled.rows[number])
+        packed.append(rows)
+    return packed
 
 
-def collate(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dict[str, npt.NDArray[np.int64]]:
+def collate(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dict[str, Indices]:
     """The arrays of a micro-batch's rows, each [B, T]; no rows become one of padding without labels.
 
     `position_ids` restart in each document and in the padding: by that a model tells documents apart, as long as it
     is given no attention mask. `labels` holds the token at its own position, or -100 where it is not learned.
     """
-    whole = [[tokens.document(index) for index in row] for row in rows] or [[]]
-    longest = max(sum(len(document.ids) for document in row) for row in whole)
-    shape = len(whole), max(1, -(-longest // _MULTIPLE)) * _MULTIPLE
+    rows_of_documents = []
+    for row in rows or [[]]:
+        documents = list(map(tokens.document, row))
+        rows_of_documents.append(documents)
+    B = len(rows_of_documents)
+    T = _padded_length(rows_of_documents)
+    shape = (B, T)
     input_ids = np.full(shape, pad_id, np.int64)
-    position_ids, labels = np.zeros_like(input_ids), np.full(shape, IGNORED, np.int64)
-    for b, row in enumerate(whole):
-        at = 0
-        for document in row:
-            part = slice(at, at := at + len(document.ids))
-            input_ids[b, part] = document.ids
-            position_ids[b, part] = np.arange(len(document.ids))
-            labels[b, part] = np.where(document.target, document.ids, IGNORED)
-        position_ids[b, at:] = np.arange(shape[1] - at)
+    position_ids = np.zeros_like(input_ids)
+    labels = np.full(shape, IGNORED, np.int64)
+    arrays = zip(input_ids, position_ids, labels, strict=True)
+    rows_to_fill = zip(rows_of_documents, arrays, strict=True)
+    for documents, arrays_of_row in rows_to_fill:
+        _fill(documents, *arrays_of_row)
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+
+
+def _fill(documents: Iterable["Document"], input_ids: Indices, position_ids: Indices, labels: Indices) -> None:
+    """Write the documents of a row into its arrays, each [T]."""
+    start = 0
+    for document in documents:
+        ids = document.ids
+        length = len(ids)
+        stop = start + length
+        input_ids[start:stop] = ids
+        positions = np.arange(length)
+        position_ids[start:stop] = positions
+        target = document.target
+        learned = np.where(target, ids, IGNORED)
+        labels[start:stop] = learned
+        start = stop
+    padding = len(position_ids) - start
+    position_ids[start:] = np.arange(padding)
+
+
+def _padded_length(rows: Iterable[Iterable["Document"]]) -> int:
+    """T for rows of documents: a multiple of 8, and never 0."""
+    longest = 1
+    for documents in rows:
+        length = 0
+        for document in documents:
+            length += len(document.ids)
+        longest = max(longest, length)
+    multiples = math.ceil(longest / _MULTIPLE)
+    return multiples * _MULTIPLE

@@ -12,7 +12,7 @@ REFUSED = (
     *("tools", "functions", "images", "image", "videos", "video", "audios", "audio"),
     *("chosen", "rejected", "label", "labels"),
 )
-_PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,23 @@ class Shape:
     completion: str = ""
     companions: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether its only column has the turns of a chat."""
+        return self.columns in (("messages",), ("conversations",))
+
+    @property
+    def all_columns(self) -> set[str]:
+        """The columns of a row that have a use."""
+        columns = set(self.columns)
+        return columns.union(self.companions)
+
     def __str__(self) -> str:
-        beside = f" (and {', '.join(self.companions)})" if self.companions else ""
-        return "/".join(self.columns) + beside
+        columns = "/".join(self.columns)
+        if not self.companions:
+            return columns
+        companions = ", ".join(self.companions)
+        return f"{columns} (and {companions})"
 
 
 _INSTRUCTION = Shape(
@@ -60,18 +74,26 @@ SHAPES = (
 def fill(template: str, values: Mapping[str, str]) -> str:
     """A template with its `{name}`s replaced; `{{` and `}}` are braces. Raises KeyError for a name without value."""
 
-    def value(place: re.Match[str]) -> str:
-        return values[place[1]] if place[1] else place[0][0]
+    def value(placeholder: re.Match[str]) -> str:
+        name = placeholder[1]
+        if name:
+            return values[name]
+        braces = placeholder[0]
+        return braces[0]
 
-    return _PLACE.sub(value, template)
+    return _PLACEHOLDER.sub(value, template)
 
 
-def places(template: str) -> list[str]:
+def names_in(template: str) -> list[str]:
     """The names in a template, in order."""
-    return [place[1] for place in _PLACE.finditer(template) if place[1]]
+    names = _PLACEHOLDER.findall(template)
+    return [name for name in names if name]
 
 
 def with_columns(columns: Iterable[str]) -> Shape | None:
     """The shape of a row that has values in these columns, by the order of SHAPES."""
-    there = set(columns)
-    return next((shape for shape in SHAPES if there.issuperset(shape.columns)), None)
+    filled = set(columns)
+    for shape in SHAPES:
+        if filled.issuperset(shape.columns):
+            return shape
+    return None

@@ -1,10 +1,11 @@
-"""What of a source is trained on, in figures: for `rows`, `plan` and `submit` before a run, for its record after."""
+"""What of a source is trained on, counted: for `rows`, `plan` and `submit` before a run, for its record after."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from trainer.data.counts import Noticed
 from trainer.data.files import RowError
 
 if TYPE_CHECKING:
@@ -29,62 +30,86 @@ class Survey:
     longest: int
     duplicates: int
     largest_id: tuple[int, str, int]
-    noticed: dict[str, tuple[int, int]]
-    unused: dict[str, tuple[int, int]]
+    noticed: Noticed
+    unused: Noticed
 
     def dump(self) -> dict[str, Any]:
-        """As plain data."""
+        """The survey as plain data, for JSON."""
         return asdict(self)
 
     @classmethod
     def load(cls, plain: dict[str, Any]) -> "Survey":
         """What `dump` gave, perhaps as JSON has it."""
-        pairs = {name: {key: tuple(seen) for key, seen in plain[name].items()} for name in ("noticed", "unused")}
-        return cls(**{**plain, **pairs, "largest_id": tuple(plain["largest_id"])})
+        largest_id = tuple(plain["largest_id"])
+        noticed = _as_tuples(plain["noticed"])
+        unused = _as_tuples(plain["unused"])
+        fields = {**plain, "largest_id": largest_id, "noticed": noticed, "unused": unused}
+        return cls(**fields)
 
     def number(self, kind: str) -> int:
         """How often something was noticed."""
-        return self.noticed.get(kind, (0, 0))[0]
+        if kind not in self.noticed:
+            return 0
+        count, _ = self.noticed[kind]
+        return count
 
     def row(self, kind: str) -> int:
         """The first row in which something was noticed."""
-        return self.noticed[kind][1]
+        _, row = self.noticed[kind]
+        return row
+
+
+def _as_tuples(plain: Mapping[str, Any]) -> Noticed:
+    """Pairs as they were before JSON made lists of them."""
+    pairs = {}
+    for kind, pair in plain.items():
+        count, row = pair
+        pairs[kind] = (count, row)
+    return pairs
 
 
 def survey(tokens: "Tokens", tokenizer: Any) -> Survey:
-    """The figures of tokenised data."""
-    from trainer.data.shards import UNUSED  # numpy and pyarrow
-
+    """What tokenised data has, counted."""
     counts = tokens.counts
+    lengths = tokens.lengths
     largest, row = tokens.largest()
+    token = str(tokenizer.convert_ids_to_tokens(largest))
     return Survey(
         rows=counts.rows,
         examples=counts.examples,
-        tokens=int(tokens.lengths.sum()),
+        tokens=int(lengths.sum()),
         learned=int(tokens.targets.sum()),
-        shortest=int(tokens.lengths.min()),
-        median=int(median(tokens.lengths.tolist())),
+        shortest=int(lengths.min()),
+        median=int(median(lengths.tolist())),
         longest=counts.longest,
         duplicates=tokens.duplicates(),
-        largest_id=(largest, str(tokenizer.convert_ids_to_tokens(largest)), row),
-        noticed={kind: seen for kind, seen in counts.noticed.items() if not kind.startswith(UNUSED)},
-        unused={kind.removeprefix(UNUSED): seen for kind, seen in counts.noticed.items() if kind.startswith(UNUSED)},
+        largest_id=(largest, token, row),
+        noticed=counts.of_examples(),
+        unused=counts.unused(),
     )
 
 
 def described(summary: Mapping[str, Any]) -> str:
     """What a trainer counted of its rows (see Counts.summary), in one line."""
     names = {"truncated": "cut", "dropped": "left out", "longest": "tokens in the longest", "split": "chats split up"}
-    parts = [f"{value:,} {names.get(key, key)}" for key, value in summary.items() if isinstance(value, int)]
+    parts = []
+    for key, value in summary.items():
+        if isinstance(value, int):
+            name = names.get(key, key)
+            parts.append(f"{value:,} {name}")
     if summary.get("unused"):
-        parts.append(f"columns not used: {', '.join(summary['unused'])}")
+        unused = summary["unused"]
+        columns = ", ".join(unused)
+        parts.append(f"columns not used: {columns}")
     return ", ".join(parts)
 
 
 def unknown_id(found: Survey, embeddings: int | None) -> str | None:
     """What is wrong with the largest id where the base has too few embeddings for it."""
     id_, token, row = found.largest_id
-    return _beyond(id_, token, row, embeddings) if embeddings is not None and id_ >= embeddings else None
+    if embeddings is None or id_ < embeddings:
+        return None
+    return _beyond(id_, token, row, embeddings)
 
 
 def check_ids(tokens: "Tokens", tokenizer: Any, embeddings: int, source: str) -> None:
@@ -92,7 +117,8 @@ def check_ids(tokens: "Tokens", tokenizer: Any, embeddings: int, source: str) ->
     id_, row = tokens.largest()
     if id_ >= embeddings:
         token = str(tokenizer.convert_ids_to_tokens(id_))
-        raise RowError(f"{source}, {_beyond(id_, token, row, embeddings)}")
+        problem = _beyond(id_, token, row, embeddings)
+        raise RowError(f"{source}, {problem}")
 
 
 def _beyond(id_: int, token: str, row: int, embeddings: int) -> str:
@@ -105,10 +131,11 @@ def _beyond(id_: int, token: str, row: int, embeddings: int) -> str:
 def warnings(found: Survey, seq_len: int) -> Iterator[str]:
     """What a user should know of the rows, a line each."""
     if found.unused:
-        columns = ", ".join(
-            f"{name!r} (in {count} of {found.rows} rows)" for name, (count, _) in found.unused.items()
-        )
-        yield f"not used are the columns {columns}; data.columns says what is read"
+        columns = []
+        for name, seen in found.unused.items():
+            count, _ = seen
+            columns.append(f"{name!r} (in {count} of {found.rows} rows)")
+        yield f"not used are the columns {', '.join(columns)}; data.columns says what is read"
     if found.number("unanswered"):
         yield (
             f"the turns behind the last answer of {found.number('unanswered')} chats (first: row "
@@ -116,7 +143,8 @@ def warnings(found: Survey, seq_len: int) -> Iterator[str]:
         )
     if found.number("empty"):
         yield f"{found.number('empty')} examples (first: row {found.row('empty')}) have nothing to learn: left out"
-    cut, lost = found.number("truncated"), found.number("dropped")
+    cut = found.number("truncated")
+    lost = found.number("dropped")
     if cut or lost:
         yield (
             f"of {found.examples} examples, {cut} are cut and {lost} left out, as they are longer than data.seq_len "

@@ -20,10 +20,14 @@ def load_tokenizer(base: Base, folder: Path | None = None) -> Any:
     from transformers import AutoTokenizer
 
     place = folder or base.model
+    revision = base.revision or "main"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=base.revision or "main", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers and its readers raise what they like
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        kind = type(error).__name__
+        message = str(error).strip()
+        lines = message.splitlines() or [kind]
+        reason = lines[0]
         raise TokenizerError(f"base.model: {place}: its tokenizer cannot be loaded: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -34,8 +38,11 @@ def end_ids(tokenizer: Any, base: Base, folder: Path | None = None) -> tuple[int
     """The ids at which generation stops, by the tokenizer and by the base's two configs."""
     from transformers import AutoConfig, GenerationConfig
 
-    place, revision = folder or base.model, base.revision or "main"
-    configs = [AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False).to_dict()]
+    place = folder or base.model
+    revision = base.revision or "main"
+    config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+    configs = [config.to_dict()]
     with suppress(OSError):  # it need not have one
-        configs.append(GenerationConfig.from_pretrained(place, revision=revision).to_dict())
+        generation_config = GenerationConfig.from_pretrained(place, revision=revision)
+        configs.append(generation_config.to_dict())
     return end_tokens(tokenizer, *configs)

@@ -32,6 +32,7 @@ from trainer.data.tokens import Prompt
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
+HostArrays = Mapping[str, npt.NDArray[np.generic]]
 Tensors = Mapping[str, torch.Tensor]  # in a prelude and in figures: 0-d
 Totals = Mapping[str, float]  # by name; sums over the examples of a global batch, so those of two batches add up
 
@@ -99,7 +100,7 @@ class Objective(ABC):
         """What the sums over a global batch are divided by; a pure function."""
 
     @abstractmethod
-    def arrays(self, examples: Examples, micro: MicroBatch) -> Mapping[str, npt.NDArray[np.generic]]:
+    def arrays(self, examples: Examples, micro: MicroBatch) -> HostArrays:
         """What `loss` and `prelude` read of a micro-batch, made on the host, perhaps in another thread.
 
         A micro-batch without examples is a row of padding, so that all ranks run as many forward passes.

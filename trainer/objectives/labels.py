@@ -23,11 +23,19 @@ def arrays(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dict
     """
     batch = collate(rows, tokens, pad_id)
     labels_BT = batch.pop("labels")
-    row_N, position_N = np.nonzero(labels_BT[:, 1:] != IGNORED)
+    next_label = labels_BT[:, 1:]
+    is_label = next_label != IGNORED
+    row_N, position_N = np.nonzero(is_label)
     if not len(row_N):
-        row_N = position_N = np.zeros(1, np.int64)
+        row_N = np.zeros(1, np.int64)
+        position_N = np.zeros(1, np.int64)
     kept_K, column_N = np.unique(position_N, return_inverse=True)
-    return batch | {"kept": kept_K, "row": row_N, "column": column_N, "label": labels_BT[row_N, position_N + 1]}
+    label_N = next_label[row_N, position_N]
+    batch["kept"] = kept_K
+    batch["row"] = row_N
+    batch["column"] = column_N
+    batch["label"] = label_N
+    return batch
 
 
 def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -44,4 +52,8 @@ def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     ).logits
     if logits_BKV.shape[1] != len(kept_K):  # a model that does not know logits_to_keep
         logits_BKV = logits_BKV[:, kept_K]
-    return logits_BKV[0] if len(logits_BKV) == 1 else logits_BKV[batch["row"], batch["column"]]
+    if len(logits_BKV) == 1:
+        return logits_BKV[0]
+    row_N = batch["row"]
+    column_N = batch["column"]
+    return logits_BKV[row_N, column_N]

@@ -8,6 +8,8 @@ from trainer.objectives.base import Objective, Setup
 
 def create(name: str, setup: Setup) -> Objective:
     """The objective of a job; its module is imported now."""
-    module, _, kind = place(name).partition(":")
-    objective: Objective = getattr(import_module(module), kind)(setup)
+    module_name, _, class_name = place(name).partition(":")
+    module = import_module(module_name)
+    kind = getattr(module, class_name)
+    objective: Objective = kind(setup)
     return objective

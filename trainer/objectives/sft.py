@@ -20,32 +20,52 @@ class Supervised(Objective):
     def read(self, source: str) -> Examples:
         """The rows of a source as documents whose answers are the labels."""
         setup = self.setup
-        return Examples.of_each(tokenise(source, setup.tokenizer, setup.reading, setup.folder, setup.progress))
+        reading = setup.reading
+        tokenizer = setup.tokenizer
+        tokens = tokenise(source, tokenizer, reading, setup.folder, setup.progress)
+        return Examples.of_each(tokens)
 
     def prompts(self, source: str) -> list[Prompt]:
         """The rows of a source without their last answer."""
-        return prompts(source, self.setup.tokenizer, self.setup.reading)
+        setup = self.setup
+        return prompts(source, setup.tokenizer, setup.reading)
 
     def totals(self, batch: GlobalBatch) -> Totals:
-        """The number of labels."""
+        """The number of labels in a global batch."""
         return {"labels": batch.targets}
 
     def arrays(self, examples: Examples, micro: MicroBatch) -> dict[str, Indices]:
-        """The documents and their labels."""
-        return labels.arrays(micro.rows, examples.tokens, self.setup.tokenizer.pad_token_id)
+        """The documents of a micro-batch and their labels."""
+        tokens = examples.tokens
+        tokenizer = self.setup.tokenizer
+        pad_id = tokenizer.pad_token_id
+        return labels.arrays(micro.rows, tokens, pad_id)
 
     def loss(self, model: nn.Module, batch: Tensors, totals: Totals, prelude: Tensors) -> Shares:  # noqa: ARG002
         """The cross entropy of the labels of a micro-batch, summed in fp32, over the labels of the global batch."""
-        return Shares(summed(labels.logits(model, batch), batch["label"]) / totals["labels"])
+        count = totals["labels"]
+        logits_NV = labels.logits(model, batch)
+        label_N = batch["label"]
+        loss = summed(logits_NV, label_N) / count
+        return Shares(loss)
 
 
 def summed(logits_NV: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
     """The cross entropy of labels in fp32, summed; zero where all are ignored."""
     if len(label_N) <= CHUNK:
         return _chunk(logits_NV, label_N)
-    pairs = zip(logits_NV.split(CHUNK), label_N.split(CHUNK), strict=True)
-    return torch.stack([checkpoint(_chunk, *pair, use_reentrant=False) for pair in pairs]).sum()
+    logits_chunks = logits_NV.split(CHUNK)
+    label_chunks = label_N.split(CHUNK)
+    chunks = zip(logits_chunks, label_chunks, strict=True)
+    losses = []
+    for logits, label in chunks:
+        loss = checkpoint(_chunk, logits, label, use_reentrant=False)
+        losses.append(loss)
+    stacked = torch.stack(losses)
+    return stacked.sum()
 
 
 def _chunk(logits_NV: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(logits_NV.float(), label_N, ignore_index=IGNORED, reduction="sum")
+    """The summed cross entropy of a chunk, whose logits are held in fp32 only here."""
+    fp32_NV = logits_NV.float()
+    return cross_entropy(fp32_NV, label_N, ignore_index=IGNORED, reduction="sum")
