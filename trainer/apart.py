@@ -1,9 +1,4 @@
-"""Whether the documents of a packed row see each other: not every base's attention looks for them in position_ids.
-
-Shapes: T tokens of a document, V tokens of the vocabulary.
-"""
-
-from typing import Any
+"""Whether the documents of a packed row see each other: not every base's attention looks for them in position_ids."""
 
 import torch
 from torch import nn
@@ -34,25 +29,24 @@ def leak(model: nn.Module, first: int, vocabulary: int, device: torch.device) ->
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> torch.Tensor:
-        ids = torch.randint(vocabulary, (length,), generator=generator)
+        size = (length,)
+        ids = torch.randint(vocabulary, size, generator=generator)
         return ids.to(device)
 
     second = draw(SECOND)
+    positions = [*range(first), *range(SECOND)]
+    position_ids = torch.tensor([positions], device=device)
+
+    def logits_behind(before: torch.Tensor) -> torch.Tensor:
+        ids = torch.cat([before, second])
+        row = ids[None]
+        out = model(input_ids=row, position_ids=position_ids, use_cache=False)
+        logits: torch.Tensor = out.logits[0]
+        return logits[-SECOND:]
+
     with torch.no_grad():
-        logits = _logits_behind(model, draw(first), second)
-        other_logits = _logits_behind(model, draw(first), second)
+        logits = logits_behind(draw(first))
+        other_logits = logits_behind(draw(first))
     moved = (logits - other_logits).abs().max()
     largest = logits.abs().max()
     return float(moved / largest)
-
-
-def _logits_behind(model: Any, first_T: torch.Tensor, second_T: torch.Tensor) -> torch.Tensor:
-    """The logits [T, V] of the second of two documents in one row, whose positions start at 0 in each."""
-    row = torch.cat([first_T, second_T])
-    first_positions = torch.arange(len(first_T))
-    second_positions = torch.arange(len(second_T))
-    positions = torch.cat([first_positions, second_positions])
-    position_ids = positions.to(row.device)
-    out = model(input_ids=row[None], position_ids=position_ids[None], use_cache=False)
-    logits: torch.Tensor = out.logits[0]
-    return logits[-len(second_T) :]

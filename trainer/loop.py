@@ -31,7 +31,7 @@ from trainer.progress import shown
 from trainer.run import Run
 from trainer.schedule import learning_rate
 from trainer.step import feed, take_step
-from trainer.stop import StopWishes
+from trainer.stop import StopRequests
 from trainer.world import World, join
 from trainer.zero import gather
 from trainer.zero.shards import Shards
@@ -136,7 +136,7 @@ def fit(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
         evaluator.evaluate(run, 0)
     meter.pause()
     fed = feed(run, first)
-    stops = StopWishes(run.attempt, run.world)
+    stops = StopRequests(run.attempt, run.world)
     for step in range(first + 1, steps + 1):
         wish = take_step(run, step, fed, meter, Wish(saves.overdue(), stops.wanted(step)))
         every = run.job.evaluation.every

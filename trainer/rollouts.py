@@ -21,12 +21,15 @@ from trainer.run import Run
 
 def rolled_out(run: Run, step: int, batch: GlobalBatch) -> GlobalBatch:
     """The batch that the model has written for a step: as it was recorded, or now; every rank calls it."""
-    found: list[Arrays | None] = [recorded(run.attempt, step) if run.world.leads else None]
-    dist.broadcast_object_list(found, device=run.world.device)
-    rollout = found[0]
+    world = run.world
+    known: list[Arrays | None] = [None]
+    if world.leads:
+        known = [recorded(run.attempt, step)]
+    dist.broadcast_object_list(known, device=world.device)
+    rollout = known[0]
     if rollout is None:
         rollout = written(run, step, batch)
-    if run.world.leads:  # the others cannot finish the update, a collective, before it is on disk
+    if world.leads:  # the others cannot finish the update, a collective, before it is on disk
         record(run.attempt, step, rollout)
     return run.objective.rolled_out(batch, rollout)
 
@@ -42,7 +45,8 @@ def written(run: Run, step: int, batch: GlobalBatch) -> Arrays:
 
 def recorded(attempt: Attempt, step: int) -> Arrays | None:
     """What this attempt, or the newest one before it that came so far, has recorded of a step."""
-    for other in reversed(attempts(attempt.run_dir)):
+    newest_first = reversed(attempts(attempt.run_dir))
+    for other in newest_first:
         path = _path(other, step)
         if other.number <= attempt.number and path.exists():
             arrays: Arrays = load_file(path)
@@ -54,7 +58,8 @@ def record(attempt: Attempt, step: int, rollout: Arrays) -> None:
     """Write a step's rollout, whole or not at all."""
     path = _path(attempt, step)
     path.parent.mkdir(exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    unique = uuid.uuid4().hex
+    draft = path.with_name(f".{path.name}.{unique}")
     save_file(rollout, draft)
     with draft.open("rb") as stream:
         os.fsync(stream.fileno())
@@ -63,4 +68,5 @@ def record(attempt: Attempt, step: int, rollout: Arrays) -> None:
 
 
 def _path(attempt: Attempt, step: int) -> Path:
+    """Where an attempt's rollout of a step lies."""
     return attempt.folder / "rollouts" / f"step-{step}.safetensors"

@@ -10,10 +10,12 @@ def learning_rate(job: Job, step: int, steps: int) -> float:
     warmup = round(job.train.warmup * steps)
     if step < warmup:
         return job.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
+    decay_steps = max(1, steps - warmup)
+    done = (step - warmup) / decay_steps
     match job.train.schedule:
         case "cosine":
-            return job.lr * 0.5 * (1 + math.cos(math.pi * done))
+            cosine = math.cos(math.pi * done)
+            return job.lr * 0.5 * (1 + cosine)
         case "linear":
             return job.lr * (1 - done)
         case "constant":
