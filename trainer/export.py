@@ -4,7 +4,7 @@ import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,12 +37,13 @@ def export(run: Run) -> None:
         write(run, weights)
     weights.clear()
     died = deaths(run.attempt)
-    seen = observed(run) if died < DEATHS else None
+    go_on = died < DEATHS
+    seen = observed(run) if go_on else None
     dist.barrier()
     if not run.world.leads:
         return
     output = run.attempt.folder / "output"
-    if died < DEATHS:
+    if go_on:
         with shown(run.attempt):
             accept(run, output, seen)
             if run.job.output.merge and not run.job.method.makes_model:
@@ -55,7 +56,12 @@ def export(run: Run) -> None:
 
 def deaths(attempt: Attempt) -> int:
     """How many earlier attempts delivered their output and ended all the same: in its check, or in the merge."""
-    return sum((earlier.folder / "output").exists() for earlier in attempts(attempt.run_dir) if earlier != attempt)
+    count = 0
+    for earlier in attempts(attempt.run_dir):
+        delivered = earlier != attempt and (earlier.folder / "output").exists()
+        if delivered:
+            count += 1
+    return count
 
 
 def write(run: Run, weights: dict[str, torch.Tensor]) -> None:
@@ -63,10 +69,11 @@ def write(run: Run, weights: dict[str, torch.Tensor]) -> None:
     folder = run.attempt.folder / "output"
     unfinished = folder.with_name("output.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
+    config = run.model.config
     if run.job.method.makes_model:
         weights = {name: value.to(run.dtype) for name, value in weights.items()}
-        cast(Any, run.model).config.dtype = run.dtype
-    cast(Any, run.model).config.use_cache = True
+        config.dtype = run.dtype
+    config.use_cache = True
     try:
         run.method.export(run.model, weights, unfinished)
     except BaseException:
@@ -90,12 +97,15 @@ def write_ends(run: Run, folder: Path) -> None:
     ends = list(run.ends)
     generation = run.generation
     known = generation.get("eos_token_id")
-    if not ends or set(ends) == set([known] if isinstance(known, int) else known or []):
+    if isinstance(known, int):
+        known = [known]
+    if not ends or set(ends) == set(known or []):
         return
     path = folder / "generation_config.json"
     if path.exists():
         generation = read_json(path)
-    write_json(path, generation | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
+    named = ends if len(ends) > 1 else ends[0]
+    write_json(path, generation | {"eos_token_id": named})
 
 
 def observed(run: Run) -> Seen | None:
@@ -137,21 +147,26 @@ def save_merged(run: Run, output: Path, seen: Seen | None) -> None:
             raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)  # at once: where the disk is full, the note needs room
-    if run.method.merge_report:
+    report = dict(run.method.merge_report)
+    if report:
         with dispensable(run.attempt, "merge_report.json"):
-            (output / "merge_report.json").write_text(json.dumps(dict(run.method.merge_report), indent=1))
+            text = json.dumps(report, indent=1)
+            (output / "merge_report.json").write_text(text)
 
 
 def write_merged(run: Run, output: Path, seen: Seen | None, folder: Path) -> None:
     """Write the merged model; raises OutputDiffers where it is another model than the trained."""
-    merge(run, output).save_pretrained(folder)
+    merged = merge(run, output)
+    merged.save_pretrained(folder)
+    del merged  # before the next copy is loaded
     write_ends(run, folder)
     run.tokenizer.save_pretrained(folder)
     # A merge that changes more than the update says how much, and has a bound of its own.
     if seen is None or any(run.method.merge_report.values()):
         return
     finding = compare(run, lambda place: load_model(run, folder, place), seen)
-    if not finding.gap <= MERGED_ROUNDING * finding.allowed:
+    allowed = MERGED_ROUNDING * finding.allowed
+    if not finding.gap <= allowed:  # so that a gap that is not a number raises
         raise OutputDiffers(f"its logits differ from the trained model's by {finding.gap:.3g}")
 
 
@@ -159,39 +174,74 @@ def merge(run: Run, adapter: Path) -> Any:
     """The base, loaded anew, with the exported adapter merged into it."""
     from peft import PeftModel
 
-    return run.method.merge(PeftModel.from_pretrained(load_base(run, adapter, {}), adapter))
+    base = load_base(run, adapter, {})
+    model = PeftModel.from_pretrained(base, adapter)
+    return run.method.merge(model)
 
 
 def card(run: Run, output: Path) -> str:
     """The model card: base, data, method, result."""
-    record: dict[str, Any] = yaml.safe_load((run.attempt.run_dir / "job.yaml").read_text())
-    front = {"base_model": run.job.base.model, "library_name": "transformers"}
-    if not run.job.method.makes_model:
-        front["library_name"] = "peft"
-    options = ", ".join(f"{key} {value}" for key, value in run.job.method.model_dump().items() if key != "kind")
+    table = card_table(run)
+    rows = [f"| {name} | {value} |" for name, value in table.items()]
+    notes = [f"**Note:** {line}\n" for line in missing(run.attempt)]
     lines = [
         "---",
-        yaml.safe_dump(front, sort_keys=True).strip(),
+        card_front(run),
         "---",
         f"# {run.job.name}",
         "",
-        f"`{run.job.base.model}` tuned with **{run.job.method.kind}**" + (f" ({options})." if options else "."),
+        card_summary(run),
         "",
         "| | |",
         "|---|---|",
-        f"| run | `{run.attempt.run_dir.name}` |",
-        f"| data | `{run.job.data.train}` |",
-        f"| rows | {described(run.tokens.counts.summary())} |",
-        *(f"| sha256 of {name} | `{digest}` |" for name, digest in record.get("digests", {}).items()),
-        f"| steps | {run.batches.steps} of {run.job.train.batch_tokens} tokens |",
-        f"| learning rate | {run.job.lr:g}, {run.job.train.schedule} |",
-        *(f"| {key} | {value:.4f} |" for key, value in results(run.attempt.run_dir).items()),
-        f"| answers end at the tokens | {', '.join(map(str, run.ends))} |",
+        *rows,
         "",
         *ends_note(run, output),
-        *(f"**Note:** {line}\n" for line in missing(run.attempt)),
+        *notes,
     ]
     return "\n".join(lines)
+
+
+def card_front(run: Run) -> str:
+    """The model card's metadata, as YAML: what the output is loaded with, and on which base."""
+    library = "transformers" if run.job.method.makes_model else "peft"
+    metadata = {"base_model": run.job.base.model, "library_name": library}
+    return yaml.safe_dump(metadata, sort_keys=True).strip()
+
+
+def card_summary(run: Run) -> str:
+    """The model card's sentence: which base was tuned, by which method with which options."""
+    method = run.job.method
+    options = []
+    for key, value in method.model_dump().items():
+        if key != "kind":
+            options.append(f"{key} {value}")
+    sentence = f"`{run.job.base.model}` tuned with **{method.kind}**"
+    if options:
+        sentence += f" ({', '.join(options)})"
+    return sentence + "."
+
+
+def card_table(run: Run) -> dict[str, str]:
+    """The rows of the model card's table."""
+    job = run.job
+    run_dir = run.attempt.run_dir
+    record: dict[str, Any] = yaml.safe_load((run_dir / "job.yaml").read_text())
+    table = {
+        "run": f"`{run_dir.name}`",
+        "data": f"`{job.data.train}`",
+        "rows": described(run.tokens.counts.summary()),
+    }
+    digests = record.get("digests", {})
+    for name, digest in digests.items():
+        table[f"sha256 of {name}"] = f"`{digest}`"
+    table["steps"] = f"{run.batches.steps} of {job.train.batch_tokens} tokens"
+    table["learning rate"] = f"{job.lr:g}, {job.train.schedule}"
+    for name, value in results(run_dir).items():
+        table[name] = f"{value:.4f}"
+    ends = map(str, run.ends)
+    table["answers end at the tokens"] = ", ".join(ends)
+    return table
 
 
 def ends_note(run: Run, output: Path) -> list[str]:
@@ -206,9 +256,10 @@ def ends_note(run: Run, output: Path) -> list[str]:
 
 
 def results(run_dir: Path) -> dict[str, float]:
-    """The last figure of each evaluation, over all attempts."""
+    """The last value of each evaluation's metric, over all attempts."""
     last: dict[str, float] = {}
     for attempt in attempts(run_dir):
         for row in read_lines(attempt, "metrics.jsonl"):
-            last |= {key: value for key, value in row.items() if key.startswith("eval_")}
+            evaluated = {name: value for name, value in row.items() if name.startswith("eval_")}
+            last |= evaluated
     return last

@@ -44,7 +44,8 @@ def train(run_dir: Path, attempt: int) -> bool:
     caller's to judge.
     """
     run, first = prepare(Attempt(run_dir, attempt))
-    saves = Checkpoints(run.attempt, run.world, run.job.checkpoint.every, run.job.checkpoint.keep)
+    settings = run.job.checkpoint
+    saves = Checkpoints(run.attempt, run.world, settings.every, settings.keep)
     evaluator = Evaluator.create(run)
     finished = fit(run, first, saves, evaluator)
     if finished:
@@ -57,15 +58,19 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     job = load_job(attempt.run_dir)
     world = join()
     check_inputs(attempt, job, world)
-    job = job.at_width(getattr(load_config(job.base), "hidden_size", None))
+    width = getattr(load_config(job.base), "hidden_size", None)
+    job = job.at_width(width)
     with shown(attempt):
         tokenizer = load_tokenizer(job.base)
-    reading = Reading.of(job, end_ids(tokenizer, job.base))
-    setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.alive())
-    objective = create_objective(job.objective, setup)
+    ends = end_ids(tokenizer, job.base)
+    reading = Reading.of(job, ends)
+    objective = create_objective(
+        job.objective, ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.alive())
+    )
     examples = objective.read(job.data.train)
-    planned = Batches.of(job, examples)
-    method = create(job.method, Setup(planned.steps, job.train.seed, job.data.seq_len, tokenizer, gather))
+    batches = Batches.of(job, examples)
+    setup = Setup(batches.steps, job.train.seed, job.data.seq_len, tokenizer, gather)
+    method = create(job.method, setup)
     objective.method = method
     dtype = precision(job, world.device)
     saved = open_start(attempt, world)
@@ -77,13 +82,14 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     if saved:
         saved.load_weights(model, method)
     else:
-        method.initialise(model, documents(planned, world.device))
-    adam = {"betas": job.train.betas, "eps": job.train.eps, "weight_decay": job.train.weight_decay}
+        method.initialise(model, documents(batches, world.device))
+    settings = job.train
+    adam = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
     shards = Shards(model, method, job.sharding.zero, job.lr, adam)
     if saved:
         saved.load_optimizer(shards)
-    schedule = method.schedule(lambda step: learning_rate(job, step, planned.steps))
-    run = Run(job, attempt, world, method, tokenizer, reading, objective, examples, planned, shards, dtype, schedule)
+    schedule = method.schedule(lambda step: learning_rate(job, step, batches.steps))
+    run = Run(job, attempt, world, method, tokenizer, reading, objective, examples, batches, shards, dtype, schedule)
     apart.check(run)
     announce(run)
     return run, saved.step if saved else 0
@@ -91,21 +97,24 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
 
 def check_inputs(attempt: Attempt, job: Job, world: World) -> None:
     """Raise InputChanged on every worker unless data and base are still those that were submitted."""
-    found = [""]
+    messages = [""]
     if world.leads:  # large files are read once, not by each worker
-        found = ["; ".join(changes(job, frozen(attempt.run_dir)))]
-    dist.broadcast_object_list(found, device=world.device)
-    if found[0]:
-        raise InputChanged(found[0])
+        digests = frozen(attempt.run_dir)
+        messages = ["; ".join(changes(job, digests))]
+    dist.broadcast_object_list(messages, device=world.device)
+    if messages[0]:
+        raise InputChanged(messages[0])
 
 
 def documents(batches: Batches, device: torch.device) -> Iterator[torch.Tensor]:
     """The token ids [1, T] of the training documents, in the order of their batches."""
     for k in range(batches.steps):
         batch = batches.batch(k)
-        for document in batch.documents():
-            ids = batch.examples.tokens.document(document).ids
-            yield torch.as_tensor(ids, dtype=torch.long, device=device)[None]
+        tokens = batch.examples.tokens
+        for number in batch.documents():
+            document = tokens.document(number)
+            row = torch.as_tensor(document.ids, dtype=torch.long, device=device)
+            yield row[None]
 
 
 def announce(run: Run) -> None:
@@ -115,7 +124,7 @@ def announce(run: Run) -> None:
             "plan",
             steps=run.batches.steps,
             parameters=speed.count(run.model),
-            trained=sum(speed.numel(p) for p in run.model.parameters() if p.requires_grad),
+            trained=speed.count_trained(run.model),
             examples=len(run.examples),
             truncated=run.tokens.truncated,
             dropped=run.tokens.dropped,
@@ -131,17 +140,20 @@ def fit(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
     """
     steps = run.batches.steps
     peak = speed.peak_flops(run.world.device, run.dtype)
-    meter = Meter(run.attempt, run.world, steps, speed.flops_per_token(run.model), peak)
+    flops_per_token = speed.flops_per_token(run.model)
+    meter = Meter(run.attempt, run.world, steps, flops_per_token, peak)
     if first == 0 and run.job.evaluation.before:
         evaluator.evaluate(run, 0)
     meter.pause()
-    fed = feed(run, first)
+    every = run.job.evaluation.every
+    micro_batches_of = feed(run, first)
     stops = StopRequests(run.attempt, run.world)
     for step in range(first + 1, steps + 1):
-        wish = take_step(run, step, fed, meter, Wish(saves.overdue(), stops.wanted(step)))
-        every = run.job.evaluation.every
-        evaluation_due = step == steps or (every is not None and step % every == 0)
-        save_due = step == steps or wish.save or wish.stop or saves.due(step)
+        asked_here = Wish(saves.overdue(), stops.wanted(step))
+        asked = take_step(run, step, micro_batches_of, meter, asked_here)
+        at_interval = every is not None and step % every == 0
+        evaluation_due = step == steps or at_interval
+        save_due = step == steps or asked.save or asked.stop or saves.due(step)
         if evaluation_due or save_due:
             meter.flush()
             if evaluation_due:
@@ -149,7 +161,7 @@ def fit(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
             if save_due:
                 saves.save(run.shards, run.method, step)
             meter.pause()
-        if wish.stop and step < steps:
+        if asked.stop and step < steps:
             saves.wait()
             if run.world.leads:
                 run.attempt.event("stopped", step=step)

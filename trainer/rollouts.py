@@ -69,4 +69,5 @@ def record(attempt: Attempt, step: int, rollout: Arrays) -> None:
 
 def _path(attempt: Attempt, step: int) -> Path:
     """Where an attempt's rollout of a step lies."""
-    return attempt.folder / "rollouts" / f"step-{step}.safetensors"
+    folder = attempt.folder / "rollouts"
+    return folder / f"step-{step}.safetensors"

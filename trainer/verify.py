@@ -51,15 +51,23 @@ class Finding:
 def observe(run: Run) -> Seen:
     """What the trained model says of the first rows of its data; every rank calls it, as all hold its parts."""
     virtual = run.job.method.virtual_tokens
-    rows = [run.tokens.document(i).ids[: virtual + TOKENS] for i in range(min(ROWS, len(run.tokens)))]
+    length = virtual + TOKENS
+    rows = []
+    for number in range(min(ROWS, len(run.tokens))):
+        document = run.tokens.document(number)
+        rows.append(torch.tensor(document.ids[:length], dtype=torch.long))
     run.model.eval()
-    logits = [_logits(run.model, torch.tensor(row, dtype=torch.long, device=run.world.device)) for row in rows]
+    logits = []
+    for row in rows:
+        of_row = _logits(run.model, row.to(run.world.device))
+        logits.append(of_row[virtual:])
     run.model.train()
-    return Seen([torch.tensor(row[virtual:], dtype=torch.long) for row in rows], [x[virtual:] for x in logits])
+    ids = [row[virtual:] for row in rows]
+    return Seen(ids, logits)
 
 
 def compare(run: Run, load: Callable[[Place], nn.Module], seen: Seen) -> Finding:
-    """Load a model where there is room for it, and compare it with what was seen of the trained one; rank 0 alone."""
+    """Load a model where it fits, and compare it with what was seen of the trained one; rank 0 alone."""
     if speed.count(run.model) > LARGE:
         print("loading the output once more, to compare it with the trained model", flush=True)
     began = time.monotonic()
@@ -69,9 +77,8 @@ def compare(run: Run, load: Callable[[Place], nn.Module], seen: Seen) -> Finding
         del model
     if run.world.device.type == "cuda":
         torch.cuda.empty_cache()
-    run.attempt.event(
-        "compared", gap=finding.gap, allowed=finding.allowed, seconds=round(time.monotonic() - began, 2)
-    )
+    seconds = time.monotonic() - began
+    run.attempt.event("compared", gap=finding.gap, allowed=finding.allowed, seconds=round(seconds, 2))
     return finding
 
 
@@ -81,30 +88,52 @@ def _compared(model: nn.Module, seen: Seen, dtype: torch.dtype, trained_on: torc
     Their distance shows how far rounding reaches. In fp32 the second pass has the row twice, so it sums in another
     order.
     """
-    devices = (parameter.device for parameter in model.parameters())
-    device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))  # meta: on disk
+    device = _device(model)
+    lower = dtype != torch.float32
     largest = spread = plain_gap = autocast_gap = 0.0
     for ids, expected in zip(seen.ids, seen.logits, strict=True):
-        plain = _logits(model, ids.to(device))[-len(ids) :]
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            other = _logits(model, ids.to(device), copies=2)[-len(ids) :]
-        largest = max(largest, float(expected.abs().max()))
+        row = ids.to(device)
+        plain = _logits(model, row)
+        with torch.autocast(device.type, dtype, enabled=lower):
+            other = _logits(model, row, copies=2)
+        largest_of_row = float(expected.abs().max())
+        largest = max(largest, largest_of_row)
         spread = _larger(spread, plain - other)
         plain_gap = _larger(plain_gap, plain - expected)
         autocast_gap = _larger(autocast_gap, other - expected)
-    rounding = ROUNDING[dtype] if device.type == trained_on.type else ELSEWHERE[dtype]
-    return Finding(min(plain_gap, autocast_gap), max(rounding * largest, SPREADS * spread))
+    roundings = ROUNDING if device.type == trained_on.type else ELSEWHERE
+    rounding = roundings[dtype]
+    gap = min(plain_gap, autocast_gap)
+    of_dtype = rounding * largest
+    of_passes = SPREADS * spread
+    return Finding(gap, max(of_dtype, of_passes))
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where a loaded model computes; what lies on disk is on `meta`, and computed on the host."""
+    for parameter in model.parameters():
+        if parameter.device.type != "meta":
+            return parameter.device
+    return torch.device("cpu")
 
 
 def _logits(model: Any, ids: torch.Tensor, copies: int = 1) -> torch.Tensor:
-    """The logits of one row, fp32 on the host, from a pass over so many copies of it."""
+    """The logits [T, V] of one row, fp32 on the host, from a pass over so many copies of it.
+
+    An output with virtual tokens has logits for these in front, which are left out.
+    """
+    length = len(ids)
+    rows = ids.expand(copies, -1)
     with torch.no_grad():
-        out = model(input_ids=ids.expand(copies, -1), use_cache=False).logits[0]
-    logits: torch.Tensor = out.float().cpu()
-    return logits
+        out = model(input_ids=rows, use_cache=False)
+        first = out.logits[0]
+    logits: torch.Tensor = first.float().cpu()
+    return logits[-length:]
 
 
 def _larger(so_far: float, difference: torch.Tensor) -> float:
     """The largest absolute difference yet; infinite once one is not a number."""
-    found = float(difference.abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max())
-    return max(so_far, found)
+    magnitude = difference.abs()
+    finite = magnitude.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    largest = float(finite.max())
+    return max(so_far, largest)

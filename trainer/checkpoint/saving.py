@@ -43,17 +43,21 @@ class Checkpoints:
 
     def due(self, step: int) -> bool:
         """Whether a fixed interval says to save after this step."""
-        return self.every != "auto" and step % int(self.every) == 0
+        if self.every == "auto":
+            return False
+        interval = int(self.every)
+        return step % interval == 0
 
     def overdue(self) -> bool:
         """Whether `auto` says to save now: Young's interval sqrt(2 x stall x time between failures), 1974.
 
-        Never sooner than the last write took. Asked on rank 0 alone, which tells the others: the clock starts again
-        with the wish, as the save comes a step later.
+        Never sooner than the last write took. Every rank asks its own clock, and all save where one of them says so.
         """
-        interval = max(math.sqrt(2 * self._stall_s * MEAN_TIME_BETWEEN_FAILURES), self._write_s)
+        young = math.sqrt(2 * self._stall_s * MEAN_TIME_BETWEEN_FAILURES)
+        interval = max(young, self._write_s)
         if self.every != "auto" or time.monotonic() - self._saved_at <= interval:
             return False
+        # The clock starts again with the request, as the save comes a step later.
         self._saved_at = time.monotonic()
         return True
 
@@ -64,7 +68,8 @@ class Checkpoints:
         tensors = snapshot(shards, method, self.world)
         self._stall_s = time.monotonic() - began
         record = {"step": step, "world": self.world.size, "stage": shards.stage}
-        self._thread = threading.Thread(target=self._write, args=(record, tensors), daemon=True)
+        arguments = (record, tensors)
+        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -90,25 +95,29 @@ class Checkpoints:
         self._saved_at = time.monotonic()
 
     def _commit(self, folder: Path, record: Record) -> None:
-        names = [f"shard-{rank}" for rank in range(self.world.size)]
-        while not all((folder / f"{name}.json").exists() for name in names):
-            self.attempt.check(here=True)
+        """Wait for the shards of all ranks, then write the manifest; raises Fenced where there is a successor."""
+        attempt = self.attempt
+        shards = range(self.world.size)
+        while not all(_digest_file(folder, rank).exists() for rank in shards):
+            attempt.check(here=True)
             time.sleep(0.02)
-        self.attempt.check()  # one that was paused and has a successor ends at its first save
-        files = {f"{name}.safetensors": read_json(folder / f"{name}.json") for name in names}
+        attempt.check()  # one that was paused and has a successor ends at its first save
+        files = {f"shard-{rank}.safetensors": read_json(_digest_file(folder, rank)) for rank in shards}
         # A step that a checkpoint covers must have been reported before the checkpoint exists.
-        self.attempt.sync("metrics.jsonl")
+        attempt.sync("metrics.jsonl")
         write_manifest(folder, {**record, "files": files})
-        self.attempt.event("checkpoint", step=record["step"], stall_s=round(self._stall_s, 4))
+        attempt.event("checkpoint", step=record["step"], stall_s=round(self._stall_s, 4))
 
     def _clean(self) -> None:
         """Remove all but the newest `keep`, of earlier attempts too. The newest is never removed, even by a ghost."""
-        kept = [folder for _, folder in islice(lineage(self.attempt.run_dir), self.keep)]
+        newest = islice(lineage(self.attempt.run_dir), self.keep)
+        kept = [folder for _, folder in newest]
         for folder in unused(self.attempt):
             if folder not in kept:
                 self.attempt.check()
                 # A ghost that still writes into the folder does not find it after this.
-                trash = folder.rename(folder.with_name(f".trash-{uuid.uuid4().hex}"))
+                trash = folder.with_name(f".trash-{uuid.uuid4().hex}")
+                folder.rename(trash)
                 shutil.rmtree(trash)
 
 
@@ -116,20 +125,27 @@ def snapshot(shards: Shards, method: Method[Any], world: World) -> dict[str, tor
     """This rank's part of weights, optimizer and method state, on the host."""
     tensors: dict[str, torch.Tensor] = {}
     for piece in shards.pieces():
-        for kind, whole in piece.tensors.items():
-            own = _owned(whole, world) if piece.whole and whole.dim() else slice(0, whole.numel())
-            part = whole[own] if whole.dim() else whole
+        for kind, held in piece.tensors.items():
+            start = 0
+            part = held
+            if piece.whole and held.dim():
+                start, stop = _owned_range(held.numel(), world)
+                part = held[start:stop]
             if part.numel():
-                tensors[f"{kind}/{piece.name}/{piece.start + own.start}"] = part.detach().to("cpu", copy=True)
+                key = f"{kind}/{piece.name}/{piece.start + start}"
+                tensors[key] = part.detach().to("cpu", copy=True)
     if world.leads:
-        tensors |= {f"{METHOD}/{name}/0": value.to("cpu", copy=True) for name, value in method.state().items()}
+        for name, value in method.state().items():
+            tensors[f"{METHOD}/{name}/0"] = value.to("cpu", copy=True)
     return tensors
 
 
-def _owned(whole: torch.Tensor, world: World) -> slice:
-    """Which elements this rank answers for when every rank holds them all."""
-    size = math.ceil(whole.numel() / world.size)
-    return slice(min(world.rank * size, whole.numel()), min((world.rank + 1) * size, whole.numel()))
+def _owned_range(elements: int, world: World) -> tuple[int, int]:
+    """The range of elements that this rank answers for when every rank holds them all."""
+    size = math.ceil(elements / world.size)
+    start = world.rank * size
+    stop = start + size
+    return min(start, elements), min(stop, elements)
 
 
 def write_shard(folder: Path, rank: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -137,7 +153,13 @@ def write_shard(folder: Path, rank: int, tensors: dict[str, torch.Tensor]) -> No
     path = folder / f"shard-{rank}.safetensors"
     save_file(tensors, path)
     with path.open("rb+") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        hashed = hashlib.file_digest(stream, "sha256")
         os.fsync(stream.fileno())
     sync_folder(folder)
-    write_json(folder / f"shard-{rank}.json", {"sha256": digest, "bytes": path.stat().st_size})
+    size = path.stat().st_size
+    write_json(_digest_file(folder, rank), {"sha256": hashed.hexdigest(), "bytes": size})
+
+
+def _digest_file(folder: Path, rank: int) -> Path:
+    """Where the hash and the size of a rank's shard lie, once it is written."""
+    return folder / f"shard-{rank}.json"
