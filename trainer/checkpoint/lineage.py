@@ -48,9 +48,11 @@ def lineage(run_dir: Path) -> Iterator[tuple[Start, Path]]:
     """Checkpoints with a manifest that count, newest first."""
     for attempt, bound in bounds(run_dir):
         steps = map(step_of, finished(attempt))
-        for step in sorted(steps, reverse=True):
+        newest_first = sorted(steps, reverse=True)
+        for step in newest_first:
             if step <= bound:
-                yield Start(attempt.number, step), folder_of(attempt, step)
+                start = Start(attempt.number, step)
+                yield start, folder_of(attempt, step)
 
 
 def unused(attempt: Attempt) -> list[Path]:

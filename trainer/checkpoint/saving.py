@@ -129,10 +129,12 @@ def snapshot(shards: Shards, method: Method[Any], world: World) -> dict[str, tor
             start = 0
             part = held
             if piece.whole and held.dim():
-                start, stop = _owned_range(held.numel(), world)
+                elements = held.numel()
+                start, stop = _owned_range(elements, world)
                 part = held[start:stop]
             if part.numel():
-                key = f"{kind}/{piece.name}/{piece.start + start}"
+                start += piece.start
+                key = f"{kind}/{piece.name}/{start}"
                 tensors[key] = part.detach().to("cpu", copy=True)
     if world.leads:
         for name, value in method.state().items():
@@ -143,9 +145,11 @@ def snapshot(shards: Shards, method: Method[Any], world: World) -> dict[str, tor
 def _owned_range(elements: int, world: World) -> tuple[int, int]:
     """The range of elements that this rank answers for when every rank holds them all."""
     size = math.ceil(elements / world.size)
-    start = world.rank * size
-    stop = start + size
-    return min(start, elements), min(stop, elements)
+    first = world.rank * size
+    start = min(first, elements)  # the last ranks may have none
+    after = start + size
+    stop = min(after, elements)
+    return start, stop
 
 
 def write_shard(folder: Path, rank: int, tensors: dict[str, torch.Tensor]) -> None:
