@@ -78,9 +78,11 @@ def _check_weights(base: Base, loading: dict[str, Any]) -> None:
     lacking = sorted(loading["missing_keys"])
     if lacking:
         names = ", ".join(lacking[:3])
-        raise ValueError(f"base.model: {base.model}: its weights lack {names} ({len(lacking)} in all)")
-    if loading["unexpected_keys"]:
-        names = ", ".join(sorted(loading["unexpected_keys"]))
+        count = len(lacking)
+        raise ValueError(f"base.model: {base.model}: its weights lack {names} ({count} in all)")
+    left_out = sorted(loading["unexpected_keys"])
+    if left_out:
+        names = ", ".join(left_out)
         print(f"left out of the base's weights: {names}", flush=True)
 
 
@@ -94,8 +96,11 @@ def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.
     options = _load_options(job, method, weights)
     in_4_bits = hasattr(options["config"], "quantization_config")
     known = vocabulary(options["config"])
-    partitioned = job.base.init == "pretrained" and not in_4_bits and "quantization_config" not in options
-    with partitioned_loading(job.sharding.zero if partitioned else 0, weights):
+    quantised_as_loaded = "quantization_config" in options
+    whole = in_4_bits or quantised_as_loaded
+    partitioned = job.base.init == "pretrained" and not whole
+    stage = job.sharding.zero if partitioned else 0
+    with partitioned_loading(stage, weights):
         torch.manual_seed(job.train.seed)
         model = _load_base(job, options, device)
         _autocast_forward(model, dtype, device)

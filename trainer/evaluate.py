@@ -22,6 +22,7 @@ from trainer.step import NamedSums, add, micro_batches, prepared, reduced
 from trainer.world import World
 
 SAMPLES = 5
+Rows = list[list[int]]  # token ids
 
 
 class Answer(NamedTuple):
@@ -47,14 +48,15 @@ class Evaluator:
         if job.data.eval is None:
             return cls(run.world, None, [], 0)
         rows = job.evaluation.rows
-        examples = run.objective.read(job.data.eval).first(rows)
+        held_out = run.objective.read(job.data.eval)
+        examples = held_out.first(rows)
         layout = layout_of(job)
         batches = Batches(examples, layout, seed=0, batch_tokens=job.train.batch_tokens, epochs=1)
         new_tokens = job.evaluation.max_new_tokens
         prompts: list[Prompt] = []
         if new_tokens:
-            prompts = run.objective.prompts(job.data.eval)[:rows]
-        return cls(run.world, batches, prompts, new_tokens)
+            prompts = run.objective.prompts(job.data.eval)
+        return cls(run.world, batches, prompts[:rows], new_tokens)
 
     def evaluate(self, run: Run, step: int) -> None:
         """Judge the model after a step and append the metrics to metrics.jsonl; every rank calls it."""
@@ -67,7 +69,8 @@ class Evaluator:
                 metrics["eval_exact_match"] = self._exact_match(run, step)
         run.model.train()
         if self.world.leads:
-            run.attempt.append("metrics.jsonl", {"step": step, "time": time.time(), **metrics})
+            line = {"step": step, "time": time.time(), **metrics}
+            run.attempt.append("metrics.jsonl", line)
             words = [f"{name} {value:.4f}" for name, value in metrics.items()]
             print(f"step {step}  " + "  ".join(words), flush=True)
 
@@ -127,7 +130,8 @@ class Evaluator:
             if number == 0 and world.leads:
                 self._show(run, step, answers[:SAMPLES])
         dist.all_reduce(matched)
-        return float(matched) / len(self.prompts)
+        asked = len(self.prompts)
+        return float(matched) / asked
 
     def _count_matched(self, answers: list[Answer]) -> int:
         """How many of some answers are those of the data."""
@@ -138,7 +142,7 @@ class Evaluator:
                 count += 1
         return count
 
-    def _answers(self, run: Run, round_: list[Group], rows: list[list[int]]) -> list[Answer]:
+    def _answers(self, run: Run, round_: list[Group], rows: Rows) -> list[Answer]:
         """What the model writes in a round for this rank's group."""
         rank = self.world.rank
         idle = rank >= len(round_)
@@ -159,30 +163,33 @@ class Evaluator:
             fitting += len(group.prompts)
             if group.new_tokens < self.max_new_tokens:
                 short += len(group.prompts)
-        without = len(self.prompts) - fitting
+        asked = len(self.prompts)
+        without = asked - fitting
         if without or short:
             run.attempt.event("prompts_limited", step=step, without_room=without, with_less_room=short)
             print(
-                f"evaluation: of {len(self.prompts)} prompts {without} fill the base's {positions} positions and "
+                f"evaluation: of {asked} prompts {without} fill the base's {positions} positions and "
                 f"count as not matched; {short} get fewer than {self.max_new_tokens} new tokens",
                 flush=True,
             )
 
-    def _generate(self, run: Run, rows: list[list[int]], new_tokens: int) -> list[str]:
+    def _generate(self, run: Run, rows: Rows, new_tokens: int) -> list[str]:
         """What the model writes after each row of ids, greedily, without the token that ends it."""
         run.attempt.alive()
         pad = run.tokenizer.pad_token_id
         ids, mask = left_padded(rows, pad)
         ends = run.ends
+        device = self.world.device
         with greedily(run.model, new_tokens, ends, pad):
             out = run.model.generate(
-                input_ids=ids.to(self.world.device),
-                attention_mask=mask.to(self.world.device),
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
                 use_cache=True,
                 synced_gpus=run.shards.stage == 3,
             )
         width = ids.shape[1]
-        continuations = out[:, width:].tolist()
+        continued = out[:, width:]
+        continuations = continued.tolist()
         answers = [until_end(row, ends) for row in continuations]
         texts: list[str] = run.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return texts
@@ -199,7 +206,7 @@ class Evaluator:
             run.attempt.event("sample", step=step, **sample)
 
 
-def left_padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(rows: Rows, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of ids as one [rows, longest] with padding in front, and the mask of what is no padding."""
     longest = max(map(len, rows))
     ids = []

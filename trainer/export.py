@@ -58,8 +58,8 @@ def deaths(attempt: Attempt) -> int:
     """How many earlier attempts delivered their output and ended all the same: in its check, or in the merge."""
     count = 0
     for earlier in attempts(attempt.run_dir):
-        delivered = earlier != attempt and (earlier.folder / "output").exists()
-        if delivered:
+        output = earlier.folder / "output"
+        if earlier != attempt and output.exists():
             count += 1
     return count
 
@@ -99,13 +99,14 @@ def write_ends(run: Run, folder: Path) -> None:
     known = generation.get("eos_token_id")
     if isinstance(known, int):
         known = [known]
-    if not ends or set(ends) == set(known or []):
+    named_by_base = set(known or [])
+    if not ends or set(ends) == named_by_base:
         return
     path = folder / "generation_config.json"
     if path.exists():
         generation = read_json(path)
-    named = ends if len(ends) > 1 else ends[0]
-    write_json(path, generation | {"eos_token_id": named})
+    value = ends if len(ends) > 1 else ends[0]
+    write_json(path, generation | {"eos_token_id": value})
 
 
 def observed(run: Run) -> Seen | None:
@@ -226,7 +227,8 @@ def card_table(run: Run) -> dict[str, str]:
     """The rows of the model card's table."""
     job = run.job
     run_dir = run.attempt.run_dir
-    record: dict[str, Any] = yaml.safe_load((run_dir / "job.yaml").read_text())
+    text = (run_dir / "job.yaml").read_text()
+    record: dict[str, Any] = yaml.safe_load(text)
     table = {
         "run": f"`{run_dir.name}`",
         "data": f"`{job.data.train}`",
@@ -246,7 +248,8 @@ def card_table(run: Run) -> dict[str, str]:
 
 def ends_note(run: Run, output: Path) -> list[str]:
     """How the users of an adapter make generation stop, where its base's generation config does not do."""
-    if run.job.method.makes_model or not (output / "generation_config.json").exists():
+    config = output / "generation_config.json"
+    if run.job.method.makes_model or not config.exists():
         return []
     return [
         "The base's generation config does not name all tokens that end an answer. The one beside this adapter does:",

@@ -60,16 +60,16 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     check_inputs(attempt, job, world)
     width = getattr(load_config(job.base), "hidden_size", None)
     job = job.at_width(width)
+    settings = job.train
     with shown(attempt):
         tokenizer = load_tokenizer(job.base)
     ends = end_ids(tokenizer, job.base)
     reading = Reading.of(job, ends)
-    objective = create_objective(
-        job.objective, ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.alive())
-    )
+    objective_setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.alive())
+    objective = create_objective(job.objective, objective_setup)
     examples = objective.read(job.data.train)
     batches = Batches.of(job, examples)
-    setup = Setup(batches.steps, job.train.seed, job.data.seq_len, tokenizer, gather)
+    setup = Setup(batches.steps, settings.seed, job.data.seq_len, tokenizer, gather)
     method = create(job.method, setup)
     objective.method = method
     dtype = precision(job, world.device)
@@ -83,7 +83,6 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
         saved.load_weights(model, method)
     else:
         method.initialise(model, documents(batches, world.device))
-    settings = job.train
     adam = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
     shards = Shards(model, method, job.sharding.zero, job.lr, adam)
     if saved:
@@ -100,7 +99,8 @@ def check_inputs(attempt: Attempt, job: Job, world: World) -> None:
     messages = [""]
     if world.leads:  # large files are read once, not by each worker
         digests = frozen(attempt.run_dir)
-        messages = ["; ".join(changes(job, digests))]
+        changed = changes(job, digests)
+        messages = ["; ".join(changed)]
     dist.broadcast_object_list(messages, device=world.device)
     if messages[0]:
         raise InputChanged(messages[0])
@@ -151,9 +151,10 @@ def fit(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
     for step in range(first + 1, steps + 1):
         asked_here = Wish(saves.overdue(), stops.wanted(step))
         asked = take_step(run, step, micro_batches_of, meter, asked_here)
+        last = step == steps
         at_interval = every is not None and step % every == 0
-        evaluation_due = step == steps or at_interval
-        save_due = step == steps or asked.save or asked.stop or saves.due(step)
+        evaluation_due = last or at_interval
+        save_due = last or asked.save or asked.stop or saves.due(step)
         if evaluation_due or save_due:
             meter.flush()
             if evaluation_due:
@@ -161,7 +162,7 @@ def fit(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
             if save_due:
                 saves.save(run.shards, run.method, step)
             meter.pause()
-        if asked.stop and step < steps:
+        if asked.stop and not last:
             saves.wait()
             if run.world.leads:
                 run.attempt.event("stopped", step=step)

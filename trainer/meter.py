@@ -102,12 +102,15 @@ class Meter:
         logged = [beside[name] for name in names]
         sums = torch.stack([loss, *flags, *logged])
         dist.all_reduce(sums)
-        norm = grad_norm.to(sums).view(1)
-        values = torch.cat([sums, norm]).to("cpu", non_blocking=True)
+        norm = grad_norm.to(sums)
+        values = torch.cat([sums, norm.view(1)])
+        on_host = values.to("cpu", non_blocking=True)
         end = Timestamp(self.world.device)
         earlier = self.flush()
-        self._pending = _Pending(step, lr, tokens, wait_s, names, values, end)
-        return earlier if self.world.device.type == "cuda" else self.flush()
+        self._pending = _Pending(step, lr, tokens, wait_s, names, on_host, end)
+        if self.world.device.type == "cuda":
+            return earlier
+        return self.flush()
 
     def flush(self) -> Wish:
         """Write the step that is still open; gives what any rank asks for. Raises when loss or norm is not finite."""
@@ -136,6 +139,7 @@ class Meter:
         """Append a step to metrics.jsonl, and show it in the log."""
         speed = step.tokens / seconds
         flops = speed * self.flops_per_token
+        peak = self.peak * self.world.size
         metrics = {
             "step": step.step,
             "time": time.time(),
@@ -144,15 +148,20 @@ class Meter:
             "lr": step.lr,
             "grad_norm": norm,
             "tokens_per_second": speed,
-            "mfu": flops / (self.peak * self.world.size),
+            "mfu": flops / peak,
             "data_wait_s": step.data_wait_s,
             "peak_memory_bytes": peak_memory(self.world.device),
         }
         self.attempt.append("metrics.jsonl", metrics)
-        seconds_left = seconds * (self.steps - step.step)
+        steps_left = self.steps - step.step
+        seconds_left = seconds * steps_left
         left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
-        print(
-            f"step {step.step}/{self.steps}  loss {loss:.4f}  norm {norm:.3f}  lr {step.lr:.2e}  "
-            f"{speed:,.0f} tokens/s  {left} left",
-            flush=True,
-        )
+        words = [
+            f"step {step.step}/{self.steps}",
+            f"loss {loss:.4f}",
+            f"norm {norm:.3f}",
+            f"lr {step.lr:.2e}",
+            f"{speed:,.0f} tokens/s",
+            f"{left} left",
+        ]
+        print("  ".join(words), flush=True)

@@ -67,7 +67,8 @@ def room(run: Run) -> Iterator[Place]:
 
     Raises RuntimeError where an adapter's base does not fit.
     """
-    size = speed.count(run.model) * run.dtype.itemsize * SPARE
+    weights = speed.count(run.model)
+    size = weights * run.dtype.itemsize * SPARE
     device = run.world.device
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what training has used meanwhile
@@ -80,11 +81,12 @@ def room(run: Run) -> Iterator[Place]:
         yield {}
         return
     if not run.job.method.makes_model:  # PEFT cannot put an adapter on a base that lies on disk
-        raise RuntimeError(
-            f"one more copy of the model takes {size / 2**30:.1f} GiB, the host has {free / 2**30:.1f}"
-        )
+        needed_gib = size / 2**30
+        free_gib = free / 2**30
+        raise RuntimeError(f"one more copy of the model takes {needed_gib:.1f} GiB, the host has {free_gib:.1f}")
+    memory = {"cpu": int(free / SPARE)}
     with tempfile.TemporaryDirectory(dir=run.attempt.folder) as disk:
-        yield {"device_map": "auto", "max_memory": {"cpu": int(free / SPARE)}, "offload_folder": disk}
+        yield {"device_map": "auto", "max_memory": memory, "offload_folder": disk}
 
 
 def free_bytes() -> float | None:

@@ -30,7 +30,8 @@ def take_step(run: Run, step: int, feed: Feed, meter: Meter, wish: Wish) -> Wish
     global_batch = run.batches.batch(step - 1)
     if objective.generates:
         global_batch = rollouts.rolled_out(run, step, global_batch)
-    torch.manual_seed(hash((settings.seed, step, run.world.rank)))
+    seed = hash((settings.seed, step, run.world.rank))
+    torch.manual_seed(seed)
     stream = feed(global_batch)
     timed = TimedIterator(stream)
     totals = objective.totals(global_batch)
@@ -42,18 +43,21 @@ def take_step(run: Run, step: int, feed: Feed, meter: Meter, wish: Wish) -> Wish
         sums.add(shares)
     lr = run.schedule(step - 1)
     norm = shards.step(lr, settings.clip)
-    return meter.record(step, sums.loss, sums.figures, norm, lr, global_batch.tokens, timed.seconds, wish)
+    tokens = global_batch.tokens
+    wait_s = timed.seconds
+    return meter.record(step, sums.loss, sums.figures, norm, lr, tokens, wait_s, wish)
 
 
 def prepared(run: Run, passes: Iterable[Batch], totals: Totals) -> tuple[Iterable[Batch], Tensors]:
     """The micro-batches of a global batch, and what the loss needs to know of all of them; every rank calls it."""
-    if not run.objective.has_prelude:
+    objective = run.objective
+    if not objective.has_prelude:
         return passes, {}
     batches = list(passes)
     sums: NamedSums = {}
     with torch.no_grad():
         for batch in batches:
-            shares = run.objective.prelude(run.model, batch, totals)
+            shares = objective.prelude(run.model, batch, totals)
             add(sums, shares)
     return batches, reduced(sums)
 
@@ -136,7 +140,8 @@ def prefetch(stream: Iterator[Batch | None], ahead: int = 4) -> Iterator[Batch |
         except BaseException as error:
             ready.put(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     while True:
         item = ready.get()
         if isinstance(item, BaseException):

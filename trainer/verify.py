@@ -53,17 +53,21 @@ def observe(run: Run) -> Seen:
     virtual = run.job.method.virtual_tokens
     length = virtual + TOKENS
     rows = []
-    for number in range(min(ROWS, len(run.tokens))):
+    count = min(ROWS, len(run.tokens))
+    for number in range(count):
         document = run.tokens.document(number)
-        rows.append(torch.tensor(document.ids[:length], dtype=torch.long))
+        ids = document.ids[:length]
+        row = torch.tensor(ids, dtype=torch.long)
+        rows.append(row)
     run.model.eval()
     logits = []
     for row in rows:
-        of_row = _logits(run.model, row.to(run.world.device))
+        on_device = row.to(run.world.device)
+        of_row = _logits(run.model, on_device)
         logits.append(of_row[virtual:])
     run.model.train()
-    ids = [row[virtual:] for row in rows]
-    return Seen(ids, logits)
+    written = [row[virtual:] for row in rows]
+    return Seen(written, logits)
 
 
 def compare(run: Run, load: Callable[[Place], nn.Module], seen: Seen) -> Finding:
@@ -77,8 +81,8 @@ def compare(run: Run, load: Callable[[Place], nn.Module], seen: Seen) -> Finding
         del model
     if run.world.device.type == "cuda":
         torch.cuda.empty_cache()
-    seconds = time.monotonic() - began
-    run.attempt.event("compared", gap=finding.gap, allowed=finding.allowed, seconds=round(seconds, 2))
+    seconds = round(time.monotonic() - began, 2)
+    run.attempt.event("compared", gap=finding.gap, allowed=finding.allowed, seconds=seconds)
     return finding
 
 

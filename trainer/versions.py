@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 # From the first version on, and below the second; pyproject.toml says the same.
-KNOWN: Mapping[str, tuple[str, str]] = {
+Bounds = Mapping[str, tuple[str, str]]
+KNOWN: Bounds = {
     "bitsandbytes": ("0.49", "0.51"),  # how a 4-bit weight keeps its constants (methods/parts/quantised.py)
     "peft": ("0.19", "0.22"),  # the SVD of EVA, and the insides of LoRA's layers (methods/parts/)
     "transformers": ("5.10", "5.24"),  # attention functions and masks, whether a base takes them, files of a hub id
 }
 
 
-def unknown(known: Mapping[str, tuple[str, str]] = KNOWN) -> list[str]:
+def unknown(known: Bounds = KNOWN) -> list[str]:
     """What is installed in a version that is not known: one line each, with how to fix it."""
     lines = []
     for name, (first, beyond) in known.items():
@@ -32,7 +33,7 @@ def unknown(known: Mapping[str, tuple[str, str]] = KNOWN) -> list[str]:
     return lines
 
 
-def check(known: Mapping[str, tuple[str, str]] = KNOWN) -> None:
+def check(known: Bounds = KNOWN) -> None:
     """Raise RuntimeError where a package is installed in a version that is not known."""
     lines = unknown(known)
     if lines:

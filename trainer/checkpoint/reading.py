@@ -75,10 +75,12 @@ class Reader:
             (size,) = part.get_shape()
             end = begin + size
             first = max(start, begin)
-            last = min(stop, end)
-            if first < last:
-                out[first - start : last - start] = part[first - begin : last - begin]
-                missing -= last - first
+            length = min(stop, end) - first
+            if length > 0:
+                source = first - begin
+                target = first - start
+                out[target : target + length] = part[source : source + length]
+                missing -= length
         if missing:
             raise ValueError(f"{missing} elements of {kind} of {name}[{start}:{stop}] are not in the checkpoint")
         return out
@@ -148,18 +150,22 @@ def open_start(attempt: Attempt, world: World) -> Reader | None:
 
     Each rank hashes its share of the shards. A damaged checkpoint is set aside, so that nobody takes it again.
     """
-    if attempt.start is None:
+    start = attempt.start
+    if start is None:
         return None
-    folder = folder_of(attempt, attempt.start.step)
+    folder = folder_of(attempt, start.step)
     damages: list[str] = [""] * world.size
-    dist.all_gather_object(damages, _damage(folder, world))
-    damage = "; ".join(filter(None, damages))
+    of_rank = _damage(folder, world)
+    dist.all_gather_object(damages, of_rank)
+    damaged = filter(None, damages)
+    damage = "; ".join(damaged)
     if not damage:
         return Reader(folder)
     if world.leads and folder.exists():
-        folder.rename(folder.with_name(f".damaged-{folder.name}"))
+        aside = folder.with_name(f".damaged-{folder.name}")
+        folder.rename(aside)
     dist.barrier()  # no rank fails, and with that ends the others, before it is set aside
-    raise CheckpointGone(f"step {attempt.start.step} of attempt {attempt.start.attempt}: {damage}")
+    raise CheckpointGone(f"step {start.step} of attempt {start.attempt}: {damage}")
 
 
 def _damage(folder: Path, world: World) -> str:
@@ -170,10 +176,12 @@ def _damage(folder: Path, world: World) -> str:
         files: dict[str, Record] = manifest["files"]
         shares = sorted(files)[world.rank :: world.size]
         for name in shares:
-            if sha256(folder / name) != files[name]["sha256"]:
+            digest = sha256(folder / name)
+            if digest != files[name]["sha256"]:
                 changed.append(name)
     except (OSError, ValueError) as error:
         return str(error)
     if not changed:
         return ""
-    return f"{', '.join(changed)}: not what was written"
+    shards = ", ".join(changed)
+    return f"{shards}: not what was written"

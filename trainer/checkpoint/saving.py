@@ -26,6 +26,7 @@ from trainer.zero.shards import Shards
 
 MEAN_TIME_BETWEEN_FAILURES = 4 * 3600.0  # seconds; of one job, as spot machines and large clusters have it
 WEIGHT, METHOD = "weight", "method"
+Tensors = dict[str, torch.Tensor]  # of a shard, by kind/parameter/start
 
 
 class Checkpoints:
@@ -53,9 +54,12 @@ class Checkpoints:
 
         Never sooner than the last write took. Every rank asks its own clock, and all save where one of them says so.
         """
+        if self.every != "auto":
+            return False
         young = math.sqrt(2 * self._stall_s * MEAN_TIME_BETWEEN_FAILURES)
         interval = max(young, self._write_s)
-        if self.every != "auto" or time.monotonic() - self._saved_at <= interval:
+        elapsed = time.monotonic() - self._saved_at
+        if elapsed <= interval:
             return False
         # The clock starts again with the request, as the save comes a step later.
         self._saved_at = time.monotonic()
@@ -80,7 +84,8 @@ class Checkpoints:
         if self._error is not None:
             raise self._error
 
-    def _write(self, record: Record, tensors: dict[str, torch.Tensor]) -> None:
+    def _write(self, record: Record, tensors: Tensors) -> None:
+        """Write this rank's shard, and on rank 0 the manifest; what the thread of a save does."""
         began = time.monotonic()
         try:
             folder = folder_of(self.attempt, record["step"])
@@ -102,11 +107,14 @@ class Checkpoints:
             attempt.check(here=True)
             time.sleep(0.02)
         attempt.check()  # one that was paused and has a successor ends at its first save
-        files = {f"shard-{rank}.safetensors": read_json(_digest_file(folder, rank)) for rank in shards}
+        files = {}
+        for rank in shards:
+            files[f"shard-{rank}.safetensors"] = read_json(_digest_file(folder, rank))
         # A step that a checkpoint covers must have been reported before the checkpoint exists.
         attempt.sync("metrics.jsonl")
         write_manifest(folder, {**record, "files": files})
-        attempt.event("checkpoint", step=record["step"], stall_s=round(self._stall_s, 4))
+        stall_s = round(self._stall_s, 4)
+        attempt.event("checkpoint", step=record["step"], stall_s=stall_s)
 
     def _clean(self) -> None:
         """Remove all but the newest `keep`, of earlier attempts too. The newest is never removed, even by a ghost."""
@@ -116,14 +124,15 @@ class Checkpoints:
             if folder not in kept:
                 self.attempt.check()
                 # A ghost that still writes into the folder does not find it after this.
-                trash = folder.with_name(f".trash-{uuid.uuid4().hex}")
+                unique = uuid.uuid4().hex
+                trash = folder.with_name(f".trash-{unique}")
                 folder.rename(trash)
                 shutil.rmtree(trash)
 
 
-def snapshot(shards: Shards, method: Method[Any], world: World) -> dict[str, torch.Tensor]:
+def snapshot(shards: Shards, method: Method[Any], world: World) -> Tensors:
     """This rank's part of weights, optimizer and method state, on the host."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: Tensors = {}
     for piece in shards.pieces():
         for kind, held in piece.tensors.items():
             start = 0
@@ -152,7 +161,7 @@ def _owned_range(elements: int, world: World) -> tuple[int, int]:
     return start, stop
 
 
-def write_shard(folder: Path, rank: int, tensors: dict[str, torch.Tensor]) -> None:
+def write_shard(folder: Path, rank: int, tensors: Tensors) -> None:
     """Write one rank's tensors, then their hash."""
     path = folder / f"shard-{rank}.safetensors"
     save_file(tensors, path)
@@ -161,7 +170,8 @@ def write_shard(folder: Path, rank: int, tensors: dict[str, torch.Tensor]) -> No
         os.fsync(stream.fileno())
     sync_folder(folder)
     size = path.stat().st_size
-    write_json(_digest_file(folder, rank), {"sha256": hashed.hexdigest(), "bytes": size})
+    record = {"sha256": hashed.hexdigest(), "bytes": size}
+    write_json(_digest_file(folder, rank), record)
 
 
 def _digest_file(folder: Path, rank: int) -> Path:

@@ -59,7 +59,8 @@ def assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
         writes = not _is_sharded(parameter) or dist.get_rank() == 0
         if writes:
             shaped = value.view(parameter.shape)
-            parameter.copy_(shaped.to(parameter.device))
+            on_device = shaped.to(parameter.device)
+            parameter.copy_(on_device)
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:

@@ -32,8 +32,10 @@ class Fragment:
     def of(cls, name: str, start: int, stop: int, owner: torch.Tensor, offset: int) -> "Fragment":
         """The elements of `owner` from `offset` on, as a parameter of their own that shares their memory."""
         flat = owner.data.view(-1)
-        end = offset + stop - start
-        parameter = nn.Parameter(flat[offset:end])
+        length = stop - start
+        end = offset + length
+        view = flat[offset:end]
+        parameter = nn.Parameter(view)
         return cls(name, start, stop, owner, offset, parameter)
 
     def take_gradient(self) -> None:
@@ -43,7 +45,8 @@ class Fragment:
             self.parameter.grad = None
             return
         flat = grad.view(-1)
-        end = self.offset + self.stop - self.start
+        length = self.stop - self.start
+        end = self.offset + length
         self.parameter.grad = flat[self.offset : end]
 
 
@@ -66,7 +69,8 @@ def held(name: str, parameter: Any, stage: int) -> Piece | None:
         return None
     padded: torch.Tensor = parameter.ds_tensor
     length = stop - start
-    return Piece(name, start, {"weight": padded.data[:length]}, False)
+    weight = padded.data[:length]
+    return Piece(name, start, {"weight": weight}, False)
 
 
 def _whole_parameters(names: Names) -> Iterator[Fragment]:
@@ -90,7 +94,9 @@ def _slice_of_all(zero: Any, names: Names) -> Iterator[Fragment]:
         stop = min(right, end)
         if start < stop:
             name = names[parameter]
-            yield Fragment.of(name, start - offset, stop - offset, owner, start - left)
+            first = start - offset
+            last = stop - offset
+            yield Fragment.of(name, first, last, owner, start - left)
 
 
 def _slices_of_each(zero: Any, names: Names) -> Iterator[Fragment]:
@@ -100,7 +106,8 @@ def _slices_of_each(zero: Any, names: Names) -> Iterator[Fragment]:
     for parameter in zero.fp16_groups[0]:
         start, stop = _slice_of_rank(parameter)
         if start < stop:
-            yield Fragment.of(names[parameter], start, stop, owner, offset)
+            name = names[parameter]
+            yield Fragment.of(name, start, stop, owner, offset)
         offset += parameter.partition_numel()
 
 

@@ -43,7 +43,8 @@ class Shards:
         # A method that sums gradients itself gets each rank's own share, where DeepSpeed would sum whole ones.
         self._averaged = stage != 0 or not method.reduces
         self.engine.enable_backward_allreduce = self._averaged
-        self._fragments = list(layout.fragments(self.engine, names, stage))
+        fragments = layout.fragments(self.engine, names, stage)
+        self._fragments = list(fragments)
         self._by_name = {fragment.name: fragment for fragment in self._fragments}
         settings = adam or {}
         self.optimizer = method.optimizer(self, lr, **settings)
@@ -104,7 +105,10 @@ class Shards:
     def pieces(self) -> list[Piece]:
         """All of the trained state that this rank holds: weights, the optimizer's tensors, the method's own."""
         trained = map(self._piece, self._fragments)
-        return [*trained, *self._changed(), *self.method.pieces()]
+        changed = self._changed()
+        pieces = [*trained, *changed]
+        pieces += self.method.pieces()
+        return pieces
 
     def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What the output holds, whole, on the host of rank 0 (empty elsewhere); a collective.
@@ -120,7 +124,8 @@ class Shards:
             with gathered([parameter]):
                 weight = torch.empty(0)
                 if dist.get_rank() == 0:
-                    weight = parameter.detach().to("cpu", copy=True)
+                    detached = parameter.detach()
+                    weight = detached.to("cpu", copy=True)
                 yield name, weight
 
     def _step(self) -> None:
@@ -131,9 +136,11 @@ class Shards:
         grads = self.method.gradients(self)
         self._grad_norm = self._norm(grads)
         if self._clip is not None:
-            scale = torch.clamp(self._clip / (self._grad_norm + 1e-6), max=1.0)
+            ratio = self._clip / (self._grad_norm + 1e-6)
+            scale = torch.clamp(ratio, max=1.0)
             for grad in grads:
-                grad.mul_(scale.to(grad.dtype))
+                factor = scale.to(grad.dtype)
+                grad.mul_(factor)
         self.method.before_step(self)
         self.optimizer.step()
         self.method.after_step(self)
