@@ -92,25 +92,29 @@ def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.
     At ZeRO 3 a pretrained base is never whole on a device. One from scratch is: it has no weights to read in parts.
     One in 4 bits is: it cannot be partitioned.
     """
+    settings = job.train
     weights = torch.float32 if job.method.makes_model else dtype
     options = _load_options(job, method, weights)
-    in_4_bits = hasattr(options["config"], "quantization_config")
-    known = vocabulary(options["config"])
+    config = options["config"]
+    in_4_bits = hasattr(config, "quantization_config")
+    known = vocabulary(config)
     quantised_as_loaded = "quantization_config" in options
     whole = in_4_bits or quantised_as_loaded
     partitioned = job.base.init == "pretrained" and not whole
     stage = job.sharding.zero if partitioned else 0
     with partitioned_loading(stage, weights):
-        torch.manual_seed(job.train.seed)
+        torch.manual_seed(settings.seed)
         model = _load_base(job, options, device)
         _autocast_forward(model, dtype, device)
         model.config.use_cache = False
-        if job.train.gradient_checkpointing:
+        if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        torch.manual_seed(job.train.seed)
+        torch.manual_seed(settings.seed)
         # On the device at once, as at ZeRO 3: what `attach` computes from the base is fast and the same there.
-        method.new_tokens = range(known, vocabulary(model.config))
-        tuned = method.attach(model.to(device))
+        resized = vocabulary(model.config)
+        method.new_tokens = range(known, resized)
+        on_device = model.to(device)
+        tuned = method.attach(on_device)
         if in_4_bits:
             quantised.hide(tuned)
         return tuned.train().to(device)  # transformers loads for evaluation

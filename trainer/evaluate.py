@@ -45,34 +45,38 @@ class Evaluator:
     def create(cls, run: Run) -> "Evaluator":
         """Read a job's evaluation rows; every rank calls it."""
         job = run.job
-        if job.data.eval is None:
+        objective = run.objective
+        source = job.data.eval
+        if source is None:
             return cls(run.world, None, [], 0)
         rows = job.evaluation.rows
-        held_out = run.objective.read(job.data.eval)
+        held_out = objective.read(source)
         examples = held_out.first(rows)
         layout = layout_of(job)
         batches = Batches(examples, layout, seed=0, batch_tokens=job.train.batch_tokens, epochs=1)
         new_tokens = job.evaluation.max_new_tokens
         prompts: list[Prompt] = []
         if new_tokens:
-            prompts = run.objective.prompts(job.data.eval)
+            prompts = objective.prompts(source)
         return cls(run.world, batches, prompts[:rows], new_tokens)
 
     def evaluate(self, run: Run, step: int) -> None:
         """Judge the model after a step and append the metrics to metrics.jsonl; every rank calls it."""
         if self.batches is None:
             return
-        run.model.eval()
+        model = run.model
+        model.eval()
         with torch.no_grad():
             metrics = self._metrics(run, self.batches)
             if self.prompts:
                 metrics["eval_exact_match"] = self._exact_match(run, step)
-        run.model.train()
+        model.train()
         if self.world.leads:
-            line = {"step": step, "time": time.time(), **metrics}
-            run.attempt.append("metrics.jsonl", line)
+            row = {"step": step, "time": time.time(), **metrics}
+            run.attempt.append("metrics.jsonl", row)
             words = [f"{name} {value:.4f}" for name, value in metrics.items()]
-            print(f"step {step}  " + "  ".join(words), flush=True)
+            text = "  ".join(words)
+            print(f"step {step}  {text}", flush=True)
 
     def _metrics(self, run: Run, batches: Batches) -> dict[str, float]:
         """The objective's loss over all held-out rows, and what it logs beside it."""
@@ -124,7 +128,8 @@ class Evaluator:
         if world.leads:
             self._tell_limits(run, step, continued, positions)
         matched = torch.zeros((), device=world.device)
-        for number, round_ in enumerate(rounds(continued, world.size)):
+        dealt = rounds(continued, world.size)
+        for number, round_ in enumerate(dealt):
             answers = self._answers(run, round_, rows)
             matched += self._count_matched(answers)
             if number == 0 and world.leads:
@@ -176,7 +181,8 @@ class Evaluator:
     def _generate(self, run: Run, rows: Rows, new_tokens: int) -> list[str]:
         """What the model writes after each row of ids, greedily, without the token that ends it."""
         run.attempt.alive()
-        pad = run.tokenizer.pad_token_id
+        tokenizer = run.tokenizer
+        pad = tokenizer.pad_token_id
         ids, mask = left_padded(rows, pad)
         ends = run.ends
         device = self.world.device
@@ -191,7 +197,7 @@ class Evaluator:
         continued = out[:, width:]
         continuations = continued.tolist()
         answers = [until_end(row, ends) for row in continuations]
-        texts: list[str] = run.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
         return texts
 
     def _show(self, run: Run, step: int, answers: list[Answer]) -> None:

@@ -32,25 +32,28 @@ def export(run: Run) -> None:
     From the moment that the weights are written they are delivered, whatever happens then: what cannot be made is
     left out and said (trainer/missing.py). Raises OutputDiffers where the output is another model than the trained.
     """
+    attempt = run.attempt
+    job = run.job
+    leads = run.world.leads
     weights = dict(run.shards.whole_weights())
-    if run.world.leads:
+    if leads:
         write(run, weights)
     weights.clear()
-    died = deaths(run.attempt)
+    died = deaths(attempt)
     go_on = died < DEATHS
     seen = observed(run) if go_on else None
     dist.barrier()
-    if not run.world.leads:
+    if not leads:
         return
-    output = run.attempt.folder / "output"
+    output = attempt.folder / "output"
     if go_on:
-        with shown(run.attempt):
+        with shown(attempt):
             accept(run, output, seen)
-            if run.job.output.merge and not run.job.method.makes_model:
+            if job.output.merge and not job.method.makes_model:
                 save_merged(run, output, seen)
     else:
-        note(run.attempt, "what follows the export", f"{died} workers ended in it: its check, or the merge")
-    with dispensable(run.attempt, "the model card"):
+        note(attempt, "what follows the export", f"{died} workers ended in it: its check, or the merge")
+    with dispensable(attempt, "the model card"):
         (output / "README.md").write_text(card(run, output))
 
 
@@ -66,27 +69,31 @@ def deaths(attempt: Attempt) -> int:
 
 def write(run: Run, weights: dict[str, torch.Tensor]) -> None:
     """Write attempts/N/output: the weights whole or not at all, and beside them what belongs to them."""
-    folder = run.attempt.folder / "output"
+    attempt = run.attempt
+    model = run.model
+    folder = attempt.folder / "output"
     unfinished = folder.with_name("output.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    config = run.model.config
+    config = model.config
     if run.job.method.makes_model:
-        weights = {name: value.to(run.dtype) for name, value in weights.items()}
-        config.dtype = run.dtype
+        dtype = run.dtype
+        weights = {name: value.to(dtype) for name, value in weights.items()}
+        config.dtype = dtype
     config.use_cache = True
     try:
-        run.method.export(run.model, weights, unfinished)
+        run.method.export(model, weights, unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)  # the last checkpoint has the weights
         raise
-    with dispensable(run.attempt, "the tokenizer"):
+    with dispensable(attempt, "the tokenizer"):
         run.tokenizer.save_pretrained(unfinished)
-    with dispensable(run.attempt, "generation_config.json"):
+    with dispensable(attempt, "generation_config.json"):
         write_ends(run, unfinished)
-    with dispensable(run.attempt, "the model card"):
-        (unfinished / "README.md").write_text(card(run, unfinished))
+    with dispensable(attempt, "the model card"):
+        text = card(run, unfinished)
+        (unfinished / "README.md").write_text(text)
     unfinished.rename(folder)
-    run.attempt.event("exported", output=str(folder))
+    attempt.event("exported", output=str(folder))
 
 
 def write_ends(run: Run, folder: Path) -> None:
@@ -137,20 +144,21 @@ def accept(run: Run, output: Path, seen: Seen | None) -> None:
 
 def save_merged(run: Run, output: Path, seen: Seen | None) -> None:
     """Write the merged model beside its adapter, where it can be made and is the trained one."""
-    unfinished = run.attempt.folder / "merged.unfinished"
+    attempt = run.attempt
+    unfinished = attempt.folder / "merged.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    with dispensable(run.attempt, MERGED):
+    with dispensable(attempt, MERGED):
         try:
             write_merged(run, output, seen, unfinished)
             unfinished.rename(output / "merged")
         except MergeRefused as refusal:
-            run.attempt.event("merge_refused", reason=str(refusal))
+            attempt.event("merge_refused", reason=str(refusal))
             raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)  # at once: where the disk is full, the note needs room
     report = dict(run.method.merge_report)
     if report:
-        with dispensable(run.attempt, "merge_report.json"):
+        with dispensable(attempt, "merge_report.json"):
             text = json.dumps(report, indent=1)
             (output / "merge_report.json").write_text(text)
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from methods.base import Setup
+from methods.base import Method, Setup
 from methods.registry import create
 from runfolder.chain import Attempt
 from runfolder.digests import InputChanged, changes, frozen
@@ -15,7 +17,7 @@ from runfolder.job import Job
 from runfolder.record import load_job
 from trainer import apart, speed
 from trainer.base import load_config, load_model, precision
-from trainer.checkpoint.reading import open_start
+from trainer.checkpoint.reading import Reader, open_start
 from trainer.checkpoint.saving import Checkpoints
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
@@ -60,38 +62,48 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     check_inputs(attempt, job, world)
     width = getattr(load_config(job.base), "hidden_size", None)
     job = job.at_width(width)
-    settings = job.train
+    base = job.base
+    data = job.data
+    device = world.device
     with shown(attempt):
-        tokenizer = load_tokenizer(job.base)
-    ends = end_ids(tokenizer, job.base)
+        tokenizer = load_tokenizer(base)
+    ends = end_ids(tokenizer, base)
     reading = Reading.of(job, ends)
     objective_setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.alive())
     objective = create_objective(job.objective, objective_setup)
-    examples = objective.read(job.data.train)
+    examples = objective.read(data.train)
     batches = Batches.of(job, examples)
-    setup = Setup(batches.steps, settings.seed, job.data.seq_len, tokenizer, gather)
+    setup = Setup(batches.steps, job.train.seed, data.seq_len, tokenizer, gather)
     method = create(job.method, setup)
     objective.method = method
-    dtype = precision(job, world.device)
+    dtype = precision(job, device)
     saved = open_start(attempt, world)
     if saved:
         method.load_state(saved.method_state())
     with shown(attempt):
-        model = load_model(job, method, dtype, world.device)
-    check_ids(examples.tokens, tokenizer, vocabulary(model.config), job.data.train)
+        model = load_model(job, method, dtype, device)
+    embedded = vocabulary(model.config)
+    check_ids(examples.tokens, tokenizer, embedded, data.train)
     if saved:
         saved.load_weights(model, method)
     else:
-        method.initialise(model, documents(batches, world.device))
-    adam = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
-    shards = Shards(model, method, job.sharding.zero, job.lr, adam)
-    if saved:
-        saved.load_optimizer(shards)
+        method.initialise(model, documents(batches, device))
+    shards = shard(job, model, method, saved)
     schedule = method.schedule(lambda step: learning_rate(job, step, batches.steps))
     run = Run(job, attempt, world, method, tokenizer, reading, objective, examples, batches, shards, dtype, schedule)
     apart.check(run)
     announce(run)
     return run, saved.step if saved else 0
+
+
+def shard(job: Job, model: nn.Module, method: Method[Any], saved: Reader | None) -> Shards:
+    """The model under DeepSpeed's engine, with the optimizer's state of a checkpoint where there is one."""
+    settings = job.train
+    adam = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+    shards = Shards(model, method, job.sharding.zero, job.lr, adam)
+    if saved:
+        saved.load_optimizer(shards)
+    return shards
 
 
 def check_inputs(attempt: Attempt, job: Job, world: World) -> None:
@@ -138,16 +150,19 @@ def fit(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
 
     All that was saved is on disk then.
     """
+    attempt = run.attempt
+    world = run.world
+    evaluation = run.job.evaluation
     steps = run.batches.steps
-    peak = speed.peak_flops(run.world.device, run.dtype)
+    peak = speed.peak_flops(world.device, run.dtype)
     flops_per_token = speed.flops_per_token(run.model)
-    meter = Meter(run.attempt, run.world, steps, flops_per_token, peak)
-    if first == 0 and run.job.evaluation.before:
+    meter = Meter(attempt, world, steps, flops_per_token, peak)
+    if first == 0 and evaluation.before:
         evaluator.evaluate(run, 0)
     meter.pause()
-    every = run.job.evaluation.every
+    every = evaluation.every
     micro_batches_of = feed(run, first)
-    stops = StopRequests(run.attempt, run.world)
+    stops = StopRequests(attempt, world)
     for step in range(first + 1, steps + 1):
         asked_here = Wish(saves.overdue(), stops.wanted(step))
         asked = take_step(run, step, micro_batches_of, meter, asked_here)
@@ -164,8 +179,8 @@ def fit(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
             meter.pause()
         if asked.stop and not last:
             saves.wait()
-            if run.world.leads:
-                run.attempt.event("stopped", step=step)
+            if world.leads:
+                attempt.event("stopped", step=step)
             return False
     saves.wait()
     return True

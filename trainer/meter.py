@@ -97,6 +97,7 @@ class Meter:
 
         The loss and what the objective logs beside it, by name, are this rank's shares of sums over all ranks.
         """
+        device = self.world.device
         names = checked(beside)
         flags = [torch.full_like(loss, float(flag)) for flag in wish]
         logged = [beside[name] for name in names]
@@ -105,10 +106,10 @@ class Meter:
         norm = grad_norm.to(sums)
         values = torch.cat([sums, norm.view(1)])
         on_host = values.to("cpu", non_blocking=True)
-        end = Timestamp(self.world.device)
+        end = Timestamp(device)
         earlier = self.flush()
         self._pending = _Pending(step, lr, tokens, wait_s, names, on_host, end)
-        if self.world.device.type == "cuda":
+        if device.type == "cuda":
             return earlier
         return self.flush()
 

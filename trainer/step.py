@@ -26,17 +26,18 @@ def take_step(run: Run, step: int, feed: Feed, meter: Meter, wish: Wish) -> Wish
     """Accumulate the micro-batches of one global batch and apply them; gives what all ranks ask for, perhaps late."""
     objective = run.objective
     shards = run.shards
+    world = run.world
     settings = run.job.train
     global_batch = run.batches.batch(step - 1)
     if objective.generates:
         global_batch = rollouts.rolled_out(run, step, global_batch)
-    seed = hash((settings.seed, step, run.world.rank))
+    seed = hash((settings.seed, step, world.rank))
     torch.manual_seed(seed)
     stream = feed(global_batch)
     timed = TimedIterator(stream)
     totals = objective.totals(global_batch)
     passes, known = prepared(run, timed, totals)
-    sums = Sums(run.world.device)
+    sums = Sums(world.device)
     for batch in passes:
         shares = objective.loss(shards.engine, batch, totals, known)
         shards.backward(shares.loss)

@@ -50,6 +50,7 @@ class Finding:
 
 def observe(run: Run) -> Seen:
     """What the trained model says of the first rows of its data; every rank calls it, as all hold its parts."""
+    model = run.model
     virtual = run.job.method.virtual_tokens
     length = virtual + TOKENS
     rows = []
@@ -59,13 +60,13 @@ def observe(run: Run) -> Seen:
         ids = document.ids[:length]
         row = torch.tensor(ids, dtype=torch.long)
         rows.append(row)
-    run.model.eval()
+    model.eval()
     logits = []
     for row in rows:
         on_device = row.to(run.world.device)
-        of_row = _logits(run.model, on_device)
+        of_row = _logits(model, on_device)
         logits.append(of_row[virtual:])
-    run.model.train()
+    model.train()
     written = [row[virtual:] for row in rows]
     return Seen(written, logits)
 
@@ -74,12 +75,13 @@ def compare(run: Run, load: Callable[[Place], nn.Module], seen: Seen) -> Finding
     """Load a model where it fits, and compare it with what was seen of the trained one; rank 0 alone."""
     if speed.count(run.model) > LARGE:
         print("loading the output once more, to compare it with the trained model", flush=True)
+    device = run.world.device
     began = time.monotonic()
     with room(run) as place:
         model = load(place)
-        finding = _compared(model, seen, run.dtype, run.world.device)
+        finding = _compared(model, seen, run.dtype, device)
         del model
-    if run.world.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
     seconds = round(time.monotonic() - began, 2)
     run.attempt.event("compared", gap=finding.gap, allowed=finding.allowed, seconds=seconds)

@@ -23,6 +23,9 @@ class CheckpointGone(RuntimeError):
     """The checkpoint that an attempt was to start from cannot be used; the next attempt finds another."""
 
 
+Key = tuple[str, str]  # kind and parameter
+
+
 class _Stored(NamedTuple):
     """A tensor of a shard: elements from `start` on of a flattened parameter's state, or a scalar of it."""
 
@@ -46,9 +49,9 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         manifest = read_json(folder / MANIFEST)
         self.step = int(manifest["step"])
-        self._stored: dict[tuple[str, str], list[_Stored]] = defaultdict(list)
-        shards = sorted(folder.glob("shard-*.safetensors"))
-        for path in shards:
+        self._stored: dict[Key, list[_Stored]] = defaultdict(list)
+        shards = folder.glob("shard-*.safetensors")
+        for path in sorted(shards):
             file: Any = safe_open(path, framework="pt")
             for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 kind, name, start = key.split("/")
@@ -119,12 +122,14 @@ class Reader:
         """Set the optimizer's state of what this rank holds, and the method's pieces."""
         for fragment in shards.fragments():
             state = shards.state(fragment)
-            for kind in self.kinds(fragment.name):
+            kinds = self.kinds(fragment.name)
+            for kind in kinds:
                 state[kind] = self._state(kind, fragment)
         for piece in shards.method.pieces():
+            start = piece.start
             for kind, tensor in piece.tensors.items():
-                stop = piece.start + len(tensor)
-                part = self.read(kind, piece.name, piece.start, stop)
+                stop = start + len(tensor)
+                part = self.read(kind, piece.name, start, stop)
                 tensor.copy_(part)
 
     def _state(self, kind: str, fragment: Fragment) -> torch.Tensor:

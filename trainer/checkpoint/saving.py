@@ -68,10 +68,11 @@ class Checkpoints:
     def save(self, shards: Shards, method: Method[Any], step: int) -> None:
         """Copy this rank's part to the host and write it in the background; waits for the save before it."""
         self.wait()
+        world = self.world
         began = time.monotonic()
-        tensors = snapshot(shards, method, self.world)
+        tensors = snapshot(shards, method, world)
         self._stall_s = time.monotonic() - began
-        record = {"step": step, "world": self.world.size, "stage": shards.stage}
+        record = {"step": step, "world": world.size, "stage": shards.stage}
         arguments = (record, tensors)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()

@@ -31,7 +31,8 @@ class Fragment:
     @classmethod
     def of(cls, name: str, start: int, stop: int, owner: torch.Tensor, offset: int) -> "Fragment":
         """The elements of `owner` from `offset` on, as a parameter of their own that shares their memory."""
-        flat = owner.data.view(-1)
+        values = owner.data
+        flat = values.view(-1)
         length = stop - start
         end = offset + length
         view = flat[offset:end]
