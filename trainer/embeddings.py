@@ -38,11 +38,11 @@ def add_missing(model: Any, tokenizer: Any) -> None:
 def _lengthened(weight: nn.Parameter, rows: int) -> nn.Parameter:
     """A weight [V, ...] with so many rows, those behind V being the mean of the others; whole on every rank."""
     with torch.no_grad(), gathered([weight]):
-        exact = weight.double()
-        mean = exact.mean(0, keepdim=True)
+        mean = weight.double().mean(0, keepdim=True)
         row = mean.to(weight.dtype)
         missing = rows - len(weight)
         width = row.shape[1:]
         added = row.expand(missing, *width)
         longer = torch.cat([weight, added])
-        return nn.Parameter(longer, weight.requires_grad)
+        trained = weight.requires_grad
+        return nn.Parameter(longer, trained)

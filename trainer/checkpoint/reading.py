@@ -114,9 +114,9 @@ class Reader:
         for name, parameter in model.named_parameters():
             saved = parameter.requires_grad or name in changed
             if saved:
-                elements = shape(parameter).numel()
-                weight = self.read(WEIGHT, name, 0, elements)
-                assign(model, name, weight)
+                size = shape(parameter)
+                elements = size.numel()
+                assign(model, name, self.read(WEIGHT, name, 0, elements))
 
     def load_optimizer(self, shards: Shards) -> None:
         """Set the optimizer's state of what this rank holds, and the method's pieces."""
@@ -129,8 +129,7 @@ class Reader:
             start = piece.start
             for kind, tensor in piece.tensors.items():
                 stop = start + len(tensor)
-                part = self.read(kind, piece.name, start, stop)
-                tensor.copy_(part)
+                tensor.copy_(self.read(kind, piece.name, start, stop))
 
     def _state(self, kind: str, fragment: Fragment) -> torch.Tensor:
         """The optimizer's state of one kind for a fragment: a scalar on the host, or its range on its device."""

@@ -56,8 +56,8 @@ class Checkpoints:
         """
         if self.every != "auto":
             return False
-        young = math.sqrt(2 * self._stall_s * MEAN_TIME_BETWEEN_FAILURES)
-        interval = max(young, self._write_s)
+        square = 2 * self._stall_s * MEAN_TIME_BETWEEN_FAILURES
+        interval = max(math.sqrt(square), self._write_s)
         elapsed = time.monotonic() - self._saved_at
         if elapsed <= interval:
             return False
@@ -87,12 +87,14 @@ class Checkpoints:
 
     def _write(self, record: Record, tensors: Tensors) -> None:
         """Write this rank's shard, and on rank 0 the manifest; what the thread of a save does."""
+        world = self.world
         began = time.monotonic()
         try:
-            folder = folder_of(self.attempt, record["step"])
+            step = record["step"]
+            folder = folder_of(self.attempt, step)
             folder.mkdir(parents=True, exist_ok=True)
-            write_shard(folder, self.world.rank, tensors)
-            if self.world.leads:
+            write_shard(folder, world.rank, tensors)
+            if world.leads:
                 self._commit(folder, record)
                 self._clean()
         except BaseException as error:  # kept for the training thread, which raises it at the next save
@@ -110,20 +112,24 @@ class Checkpoints:
         attempt.check()  # one that was paused and has a successor ends at its first save
         files = {}
         for rank in shards:
-            files[f"shard-{rank}.safetensors"] = read_json(_digest_file(folder, rank))
+            path = _digest_file(folder, rank)
+            files[f"shard-{rank}.safetensors"] = read_json(path)
         # A step that a checkpoint covers must have been reported before the checkpoint exists.
         attempt.sync("metrics.jsonl")
-        write_manifest(folder, {**record, "files": files})
+        whole = {**record, "files": files}
+        write_manifest(folder, whole)
         stall_s = round(self._stall_s, 4)
         attempt.event("checkpoint", step=record["step"], stall_s=stall_s)
 
     def _clean(self) -> None:
         """Remove all but the newest `keep`, of earlier attempts too. The newest is never removed, even by a ghost."""
-        newest = islice(lineage(self.attempt.run_dir), self.keep)
+        attempt = self.attempt
+        checkpoints = lineage(attempt.run_dir)
+        newest = islice(checkpoints, self.keep)
         kept = [folder for _, folder in newest]
-        for folder in unused(self.attempt):
+        for folder in unused(attempt):
             if folder not in kept:
-                self.attempt.check()
+                attempt.check()
                 # A ghost that still writes into the folder does not find it after this.
                 unique = uuid.uuid4().hex
                 trash = folder.with_name(f".trash-{unique}")
@@ -147,8 +153,10 @@ def snapshot(shards: Shards, method: Method[Any], world: World) -> Tensors:
                 key = f"{kind}/{piece.name}/{start}"
                 tensors[key] = part.detach().to("cpu", copy=True)
     if world.leads:
-        for name, value in method.state().items():
-            tensors[f"{METHOD}/{name}/0"] = value.to("cpu", copy=True)
+        state = method.state()
+        for name, value in state.items():
+            key = f"{METHOD}/{name}/0"
+            tensors[key] = value.to("cpu", copy=True)
     return tensors
 
 

@@ -55,12 +55,11 @@ def gathered_in_turn(model: nn.Module) -> Iterator[None]:
 def assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
     """Set a parameter, sharded or not, before the engine exists; at stage 3 every rank calls it."""
     parameter = model.get_parameter(name)
+    everywhere = not _is_sharded(parameter)
     with torch.no_grad(), gathered([parameter], modified=True):
-        writes = not _is_sharded(parameter) or dist.get_rank() == 0
-        if writes:
+        if everywhere or dist.get_rank() == 0:
             shaped = value.view(parameter.shape)
-            on_device = shaped.to(parameter.device)
-            parameter.copy_(on_device)
+            parameter.copy_(shaped.to(parameter.device))
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:

@@ -33,19 +33,21 @@ class Shards:
         self._clip: float | None = None
         self._grad_norm: torch.Tensor | None = None
         names = {}
-        self._shapes = {}
+        shapes = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 names[parameter] = name
-                self._shapes[name] = shape(parameter)
-        placeholder = engine.Placeholder(list(names))
+                shapes[name] = shape(parameter)
+        self._shapes = shapes
+        trained = list(names)
+        placeholder = engine.Placeholder(trained)
         self.engine = engine.start(model, placeholder, stage)
         # A method that sums gradients itself gets each rank's own share, where DeepSpeed would sum whole ones.
         self._averaged = stage != 0 or not method.reduces
         self.engine.enable_backward_allreduce = self._averaged
-        fragments = layout.fragments(self.engine, names, stage)
-        self._fragments = list(fragments)
-        self._by_name = {fragment.name: fragment for fragment in self._fragments}
+        fragments = list(layout.fragments(self.engine, names, stage))
+        self._fragments = fragments
+        self._by_name = {fragment.name: fragment for fragment in fragments}
         settings = adam or {}
         self.optimizer = method.optimizer(self, lr, **settings)
         placeholder.on_step = self._step
@@ -115,35 +117,38 @@ class Shards:
 
         Every parameter where the output is a model, else those that are trained or changed.
         """
-        changed = set(self.method.changed(self.model))
-        whole_model = self.method.options.makes_model
-        for name, parameter in self.model.named_parameters():
+        model = self.model
+        method = self.method
+        changed = set(method.changed(model))
+        whole_model = method.options.makes_model
+        for name, parameter in model.named_parameters():
             delivered = whole_model or parameter.requires_grad or name in changed
             if not delivered:
                 continue
             with gathered([parameter]):
                 weight = torch.empty(0)
                 if dist.get_rank() == 0:
-                    detached = parameter.detach()
-                    weight = detached.to("cpu", copy=True)
+                    weight = parameter.detach().to("cpu", copy=True)
                 yield name, weight
 
     def _step(self) -> None:
         """What DeepSpeed's step calls: gradients to fragments, the norm and clipping, and the method's own step."""
+        method = self.method
         for fragment in self._fragments:
             fragment.take_gradient()
-        self.method.penalty(self)
-        grads = self.method.gradients(self)
-        self._grad_norm = self._norm(grads)
+        method.penalty(self)
+        grads = method.gradients(self)
+        norm = self._norm(grads)
+        self._grad_norm = norm
         if self._clip is not None:
-            ratio = self._clip / (self._grad_norm + 1e-6)
+            ratio = self._clip / (norm + 1e-6)
             scale = torch.clamp(ratio, max=1.0)
             for grad in grads:
                 factor = scale.to(grad.dtype)
                 grad.mul_(factor)
-        self.method.before_step(self)
+        method.before_step(self)
         self.optimizer.step()
-        self.method.after_step(self)
+        method.after_step(self)
 
     def _norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
         """The global norm of gradients, a 0-d fp64 tensor; a collective where ranks hold different elements."""
