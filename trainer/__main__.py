@@ -43,4 +43,5 @@ def _claim(run_dir: Path, world: World) -> int:
 
 
 if __name__ == "__main__":
-    main([Path(argument).resolve() for argument in sys.argv[1:]])
+    paths = map(Path, sys.argv[1:])
+    main([path.resolve() for path in paths])

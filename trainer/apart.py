@@ -14,13 +14,15 @@ def check(run: Run) -> None:
     """Raise ValueError where a job packs and its base does not keep documents apart; every rank calls it."""
     if not run.job.data.packing:
         return
-    run.model.eval()
+    model = run.model
+    config = model.config
+    model.eval()
     first = min(FIRST, run.job.data.seq_len)  # the base may know no more positions
-    vocabulary = run.model.config.get_text_config().vocab_size  # a tokenizer may have more
+    vocabulary = config.get_text_config().vocab_size  # a tokenizer may have more
     moved = leak(run.shards.engine, first, vocabulary, run.world.device)
-    run.model.train()
+    model.train()
     if moved > ROUNDING[run.dtype]:
-        kind = run.model.config.model_type
+        kind = config.model_type
         raise ValueError(f"data.packing: documents in a row see each other in a base of type {kind}; allowed: false")
 
 

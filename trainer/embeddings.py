@@ -20,14 +20,18 @@ def add_missing(model: Any, tokenizer: Any) -> None:
     """
     inputs = model.get_input_embeddings()
     head = model.get_output_embeddings()
-    rows = 1 + max(tokenizer.get_vocab().values())
+    ids = tokenizer.get_vocab().values()
+    rows = 1 + max(ids)
     if rows <= inputs.num_embeddings:
         return
     tied = head is not None and head.weight is inputs.weight
     inputs.weight = _lengthened(inputs.weight, rows)
     inputs.num_embeddings = rows
     if head is not None:
-        head.weight = inputs.weight if tied else _lengthened(head.weight, rows)
+        if tied:
+            head.weight = inputs.weight
+        else:
+            head.weight = _lengthened(head.weight, rows)
         head.out_features = rows
         if getattr(head, "bias", None) is not None:
             head.bias = _lengthened(head.bias, rows)

@@ -74,9 +74,10 @@ class Evaluator:
         if self.world.leads:
             row = {"step": step, "time": time.time(), **metrics}
             run.attempt.append("metrics.jsonl", row)
-            words = [f"{name} {value:.4f}" for name, value in metrics.items()]
-            text = "  ".join(words)
-            print(f"step {step}  {text}", flush=True)
+            words = [f"step {step}"]
+            for name, value in metrics.items():
+                words.append(f"{name} {value:.4f}")
+            print("  ".join(words), flush=True)
 
     def _metrics(self, run: Run, batches: Batches) -> dict[str, float]:
         """The objective's loss over all held-out rows, and what it logs beside it."""
@@ -84,14 +85,17 @@ class Evaluator:
         totals = added(map(run.objective.totals, held_out))
         # One of the totals divides the sums at their end, in fp64, instead of every share.
         unit = next(iter(totals.values()))
-        relative = {name: total / unit for name, total in totals.items()}
+        relative = {}
+        for name, total in totals.items():
+            relative[name] = total / unit
         sums: NamedSums = {}
         for batch in held_out:
             run.attempt.alive()
             for shares in self._shares(run, batch, relative):
                 add(sums, shares)
+        summed = reduced(sums)
         metrics = {}
-        for name, value in reduced(sums).items():
+        for name, value in summed.items():
             metrics[f"eval_{name}"] = float(value / unit)
         return metrics
 
@@ -253,7 +257,9 @@ def greedily(model: Any, new_tokens: int, ends: Sequence[int], pad: int) -> Iter
     """
     from transformers import GenerationConfig
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model
+    if hasattr(model, "get_base_model"):
+        base = model.get_base_model()
     of_base = base.generation_config
     base.generation_config = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, eos_token_id=list(ends), pad_token_id=pad

@@ -191,8 +191,12 @@ def merge(run: Run, adapter: Path) -> Any:
 def card(run: Run, output: Path) -> str:
     """The model card: base, data, method, result."""
     table = card_table(run)
-    rows = [f"| {name} | {value} |" for name, value in table.items()]
-    notes = [f"**Note:** {line}\n" for line in missing(run.attempt)]
+    rows = []
+    for name, value in table.items():
+        rows.append(f"| {name} | {value} |")
+    notes = []
+    for line in missing(run.attempt):
+        notes.append(f"**Note:** {line}\n")
     lines = [
         "---",
         card_front(run),
@@ -234,6 +238,7 @@ def card_summary(run: Run) -> str:
 def card_table(run: Run) -> dict[str, str]:
     """The rows of the model card's table."""
     job = run.job
+    settings = job.train
     run_dir = run.attempt.run_dir
     text = (run_dir / "job.yaml").read_text()
     record: dict[str, Any] = yaml.safe_load(text)
@@ -245,8 +250,8 @@ def card_table(run: Run) -> dict[str, str]:
     digests = record.get("digests", {})
     for name, digest in digests.items():
         table[f"sha256 of {name}"] = f"`{digest}`"
-    table["steps"] = f"{run.batches.steps} of {job.train.batch_tokens} tokens"
-    table["learning rate"] = f"{job.lr:g}, {job.train.schedule}"
+    table["steps"] = f"{run.batches.steps} of {settings.batch_tokens} tokens"
+    table["learning rate"] = f"{job.lr:g}, {settings.schedule}"
     for name, value in results(run_dir).items():
         table[name] = f"{value:.4f}"
     ends = map(str, run.ends)
@@ -271,6 +276,7 @@ def results(run_dir: Path) -> dict[str, float]:
     last: dict[str, float] = {}
     for attempt in attempts(run_dir):
         for row in read_lines(attempt, "metrics.jsonl"):
-            evaluated = {name: value for name, value in row.items() if name.startswith("eval_")}
-            last |= evaluated
+            for name, value in row.items():
+                if name.startswith("eval_"):
+                    last[name] = value
     return last

@@ -25,11 +25,13 @@ def groups(lengths: Sequence[int], new_tokens: int, positions: int | None) -> li
     prompt that has ended is fed padding until the last one of its group has, and needs positions for that.
     """
     by_limit: dict[int, list[int]] = {}
-    shortest_first = sorted(range(len(lengths)), key=lengths.__getitem__)
+    numbers_of_all = range(len(lengths))
+    shortest_first = sorted(numbers_of_all, key=lengths.__getitem__)
     for number in shortest_first:
         limit = new_tokens
         if positions is not None:
-            limit = min(limit, positions - lengths[number])
+            left = positions - lengths[number]
+            limit = min(limit, left)
         if limit > 0:
             alike = by_limit.setdefault(limit, [])
             alike.append(number)
@@ -61,8 +63,9 @@ def _small_parts(numbers: Sequence[int], lengths: Sequence[int], new_tokens: int
     part: list[int] = []
     for number in numbers:
         width = lengths[number] + new_tokens
-        padded = (len(part) + 1) * width
-        full = len(part) == PROMPTS_AT_ONCE or padded > TOKENS_AT_ONCE
+        count = len(part)
+        padded = (count + 1) * width
+        full = count == PROMPTS_AT_ONCE or padded > TOKENS_AT_ONCE
         if part and full:
             yield part
             part = []

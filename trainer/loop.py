@@ -131,17 +131,20 @@ def documents(batches: Batches, device: torch.device) -> Iterator[torch.Tensor]:
 
 def announce(run: Run) -> None:
     """Tell readers what will happen: number of steps, sizes, and what of the data was cut."""
-    if run.world.leads:
+    model = run.model
+    tokens = run.tokens
+    world = run.world
+    if world.leads:
         run.attempt.event(
             "plan",
             steps=run.batches.steps,
-            parameters=speed.count(run.model),
-            trained=speed.count_trained(run.model),
+            parameters=speed.count(model),
+            trained=speed.count_trained(model),
             examples=len(run.examples),
-            truncated=run.tokens.truncated,
-            dropped=run.tokens.dropped,
-            data=run.tokens.counts.summary(),
-            device=str(run.world.device),
+            truncated=tokens.truncated,
+            dropped=tokens.dropped,
+            data=tokens.counts.summary(),
+            device=str(world.device),
         )
 
 

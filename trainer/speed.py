@@ -36,7 +36,8 @@ def flops_per_token(model: Any) -> float:
 
 def count(model: nn.Module) -> int:
     """Weights of a model; a 4-bit layer keeps its own in a buffer, two to a byte."""
-    weights = sum(map(numel, model.parameters()))
+    sizes = map(numel, model.parameters())
+    weights = sum(sizes)
     for _, layer in quantised.layers(model):
         packed = layer.in_features * layer.out_features
         weights += int(packed)
@@ -66,7 +67,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors took on a GPU, or the process's largest resident size on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_maxrss * 1024
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:

@@ -165,7 +165,8 @@ class TimedIterator(Generic[T]):
         try:
             return next(self._items)
         finally:
-            self.seconds += time.monotonic() - began
+            waited = time.monotonic() - began
+            self.seconds += waited
 
 
 def _micro_batches_after(run: Run, first: int) -> Iterator[Batch | None]:

@@ -54,12 +54,14 @@ def observe(run: Run) -> Seen:
     virtual = run.job.method.virtual_tokens
     length = virtual + TOKENS
     rows = []
+    written = []
     count = min(ROWS, len(run.tokens))
     for number in range(count):
         document = run.tokens.document(number)
         ids = document.ids[:length]
         row = torch.tensor(ids, dtype=torch.long)
         rows.append(row)
+        written.append(row[virtual:])
     model.eval()
     logits = []
     for row in rows:
@@ -67,7 +69,6 @@ def observe(run: Run) -> Seen:
         of_row = _logits(model, on_device)
         logits.append(of_row[virtual:])
     model.train()
-    written = [row[virtual:] for row in rows]
     return Seen(written, logits)
 
 
@@ -107,8 +108,9 @@ def _compared(model: nn.Module, seen: Seen, dtype: torch.dtype, trained_on: torc
         spread = _larger(spread, plain - other)
         plain_gap = _larger(plain_gap, plain - expected)
         autocast_gap = _larger(autocast_gap, other - expected)
-    roundings = ROUNDING if device.type == trained_on.type else ELSEWHERE
-    rounding = roundings[dtype]
+    rounding = ROUNDING[dtype]
+    if device.type != trained_on.type:
+        rounding = ELSEWHERE[dtype]
     gap = min(plain_gap, autocast_gap)
     of_dtype = rounding * largest
     of_passes = SPREADS * spread

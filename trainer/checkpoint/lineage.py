@@ -96,9 +96,11 @@ def is_whole(folder: Path) -> bool:
         written = record.pop("sha256", None)
         if written not in (None, _digest(record)):  # versions before 2026-11-29 wrote none
             return False
-        for name, file in record["files"].items():
+        files = record["files"]
+        for name, file in files.items():
             shard = folder / name
-            if shard.stat().st_size != file["bytes"]:
+            size = shard.stat().st_size
+            if size != file["bytes"]:
                 return False
     except (OSError, ValueError):
         return False

@@ -178,8 +178,8 @@ def _damage(folder: Path, world: World) -> str:
     try:
         manifest = read_json(folder / MANIFEST)
         files: dict[str, Record] = manifest["files"]
-        shares = sorted(files)[world.rank :: world.size]
-        for name in shares:
+        names = sorted(files)
+        for name in names[world.rank :: world.size]:
             digest = sha256(folder / name)
             if digest != files[name]["sha256"]:
                 changed.append(name)

@@ -105,15 +105,15 @@ class Checkpoints:
     def _commit(self, folder: Path, record: Record) -> None:
         """Wait for the shards of all ranks, then write the manifest; raises Fenced where there is a successor."""
         attempt = self.attempt
-        shards = range(self.world.size)
-        while not all(_digest_file(folder, rank).exists() for rank in shards):
+        digest_files = [_digest_file(folder, rank) for rank in range(self.world.size)]
+        while not all(path.exists() for path in digest_files):
             attempt.check(here=True)
             time.sleep(0.02)
         attempt.check()  # one that was paused and has a successor ends at its first save
         files = {}
-        for rank in shards:
-            path = _digest_file(folder, rank)
-            files[f"shard-{rank}.safetensors"] = read_json(path)
+        for path in digest_files:
+            shard = path.with_suffix(".safetensors")
+            files[shard.name] = read_json(path)
         # A step that a checkpoint covers must have been reported before the checkpoint exists.
         attempt.sync("metrics.jsonl")
         whole = {**record, "files": files}

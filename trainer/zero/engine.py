@@ -48,12 +48,16 @@ def prepare() -> None:
 
 def config(stage: int, trained: int) -> dict[str, Any]:
     """DeepSpeed's configuration of a stage, for so many trained elements."""
-    bucket = max(2**20, min(50_000_000, trained))
-    sharding: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    bucket = min(50_000_000, trained)
+    bucket = max(2**20, bucket)
+    sharding: dict[str, Any] = {"stage": stage}
+    sharding["reduce_bucket_size"] = bucket
+    sharding["allgather_bucket_size"] = bucket
     if stage in (1, 2):
         sharding["compute_grad_norm"] = False
     if stage == 3:
-        sharding |= {"sub_group_size": ONE_GROUP, "stage3_prefetch_bucket_size": bucket}
+        sharding["sub_group_size"] = ONE_GROUP
+        sharding["stage3_prefetch_bucket_size"] = bucket
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -45,9 +45,11 @@ class Shards:
         # A method that sums gradients itself gets each rank's own share, where DeepSpeed would sum whole ones.
         self._averaged = stage != 0 or not method.reduces
         self.engine.enable_backward_allreduce = self._averaged
-        fragments = list(layout.fragments(self.engine, names, stage))
-        self._fragments = fragments
-        self._by_name = {fragment.name: fragment for fragment in fragments}
+        self._fragments: list[Fragment] = []
+        self._by_name: dict[str, Fragment] = {}
+        for fragment in layout.fragments(self.engine, names, stage):
+            self._fragments.append(fragment)
+            self._by_name[fragment.name] = fragment
         settings = adam or {}
         self.optimizer = method.optimizer(self, lr, **settings)
         placeholder.on_step = self._step
