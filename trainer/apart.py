@@ -12,14 +12,16 @@ FIRST, SECOND = 48, 2  # tokens of the document that changes, at the most, and o
 
 def check(run: Run) -> None:
     """Raise ValueError where a job packs and its base does not keep documents apart; every rank calls it."""
-    if not run.job.data.packing:
+    data = run.job.data
+    if not data.packing:
         return
     model = run.model
     config = model.config
     model.eval()
-    first = min(FIRST, run.job.data.seq_len)  # the base may know no more positions
+    first = min(FIRST, data.seq_len)  # the base may know no more positions
     vocabulary = config.get_text_config().vocab_size  # a tokenizer may have more
-    moved = leak(run.shards.engine, first, vocabulary, run.world.device)
+    engine = run.shards.engine
+    moved = leak(engine, first, vocabulary, run.world.device)
     model.train()
     if moved > ROUNDING[run.dtype]:
         kind = config.model_type
@@ -49,6 +51,7 @@ def leak(model: nn.Module, first: int, vocabulary: int, device: torch.device) ->
     with torch.no_grad():
         logits = logits_behind(draw(first))
         other_logits = logits_behind(draw(first))
-    moved = (logits - other_logits).abs().max()
+    difference = logits - other_logits
+    moved = difference.abs().max()
     largest = logits.abs().max()
     return float(moved / largest)

@@ -35,7 +35,8 @@ def add_missing(model: Any, tokenizer: Any) -> None:
         head.out_features = rows
         if getattr(head, "bias", None) is not None:
             head.bias = _lengthened(head.bias, rows)
-    model.config.get_text_config().vocab_size = rows
+    config = model.config.get_text_config()
+    config.vocab_size = rows
     model.vocab_size = rows
 
 

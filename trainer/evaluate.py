@@ -124,8 +124,10 @@ class Evaluator:
     def _exact_match(self, run: Run, step: int) -> float:
         """The share of all prompts whose greedy continuation is the answer; one that fills all positions has none."""
         world = self.world
-        virtual = virtual_ids(run.job.method.virtual_tokens)
-        rows = [virtual + prompt.ids for prompt in self.prompts]
+        prompts = self.prompts
+        method = run.job.method
+        virtual = virtual_ids(method.virtual_tokens)
+        rows = [virtual + prompt.ids for prompt in prompts]
         lengths = [len(row) for row in rows]
         positions = positions_left(run)
         continued = groups(lengths, self.max_new_tokens, positions)
@@ -139,7 +141,7 @@ class Evaluator:
             if number == 0 and world.leads:
                 self._show(run, step, answers[:SAMPLES])
         dist.all_reduce(matched)
-        asked = len(self.prompts)
+        asked = len(prompts)
         return float(matched) / asked
 
     def _count_matched(self, answers: list[Answer]) -> int:

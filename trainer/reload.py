@@ -22,14 +22,15 @@ def load_base(run: Run, adapter: Path, place: Place) -> Any:
     """The base as an adapter's users load it; a method that changes the base's config leaves it in the adapter."""
     from transformers import AutoConfig
 
-    if run.job.base.init == "scratch":
+    base = run.job.base
+    if base.init == "scratch":
         raise ValueError(
             "base.init scratch: the base's random weights are kept nowhere, so nothing can load it again"
         )
     config = None
     if (adapter / "config.json").exists():
         config = AutoConfig.from_pretrained(adapter)
-    return load_pretrained(run.job.base, run.dtype, config, **place)
+    return load_pretrained(base, run.dtype, config, **place)
 
 
 def load_output(run: Run, folder: Path, place: Place) -> nn.Module:

@@ -35,17 +35,19 @@ def rolled_out(run: Run, step: int, batch: GlobalBatch) -> GlobalBatch:
 
 
 def written(run: Run, step: int, batch: GlobalBatch) -> Arrays:
-    """What the model writes now."""
-    run.model.eval()
+    """What the model writes now for the examples of a batch."""
+    model = run.model
+    model.eval()
     with torch.no_grad():
-        rollout = run.objective.rollout(run.model, batch, step)
-    run.model.train()
+        rollout = run.objective.rollout(model, batch, step)
+    model.train()
     return rollout
 
 
 def recorded(attempt: Attempt, step: int) -> Arrays | None:
     """What this attempt, or the newest one before it that came so far, has recorded of a step."""
-    newest_first = reversed(attempts(attempt.run_dir))
+    oldest_first = attempts(attempt.run_dir)
+    newest_first = reversed(oldest_first)
     for other in newest_first:
         path = _path(other, step)
         if other.number <= attempt.number and path.exists():

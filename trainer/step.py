@@ -28,7 +28,8 @@ def take_step(run: Run, step: int, feed: Feed, meter: Meter, wish: Wish) -> Wish
     shards = run.shards
     world = run.world
     settings = run.job.train
-    global_batch = run.batches.batch(step - 1)
+    number = step - 1
+    global_batch = run.batches.batch(number)
     if objective.generates:
         global_batch = rollouts.rolled_out(run, step, global_batch)
     seed = hash((settings.seed, step, world.rank))
@@ -42,7 +43,7 @@ def take_step(run: Run, step: int, feed: Feed, meter: Meter, wish: Wish) -> Wish
         shares = objective.loss(shards.engine, batch, totals, known)
         shards.backward(shares.loss)
         sums.add(shares)
-    lr = run.schedule(step - 1)
+    lr = run.schedule(number)
     norm = shards.step(lr, settings.clip)
     tokens = global_batch.tokens
     wait_s = timed.seconds
@@ -72,7 +73,8 @@ class Sums:
 
     def add(self, shares: Shares) -> None:
         """Add those of another micro-batch."""
-        self.loss += shares.loss.detach()
+        loss = shares.loss.detach()
+        self.loss += loss
         add(self.figures, shares.figures)
 
 
@@ -111,10 +113,12 @@ def feed(run: Run, first: int) -> Feed:
 def micro_batches(run: Run, global_batch: GlobalBatch) -> Iterator[Batch]:
     """This rank's micro-batches of a global batch."""
     world = run.world
+    objective = run.objective
     examples = global_batch.examples
     layout = run.batches.layout
-    for micro in layout.deal(global_batch, world.rank, world.size):
-        arrays = run.objective.arrays(examples, micro)
+    dealt = layout.deal(global_batch, world.rank, world.size)
+    for micro in dealt:
+        arrays = objective.arrays(examples, micro)
         batch = {}
         for name, array in arrays.items():
             batch[name] = to_device(array, world.device)

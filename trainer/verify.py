@@ -51,13 +51,15 @@ class Finding:
 def observe(run: Run) -> Seen:
     """What the trained model says of the first rows of its data; every rank calls it, as all hold its parts."""
     model = run.model
+    tokens = run.tokens
+    device = run.world.device
     virtual = run.job.method.virtual_tokens
     length = virtual + TOKENS
     rows = []
     written = []
-    count = min(ROWS, len(run.tokens))
+    count = min(ROWS, len(tokens))
     for number in range(count):
-        document = run.tokens.document(number)
+        document = tokens.document(number)
         ids = document.ids[:length]
         row = torch.tensor(ids, dtype=torch.long)
         rows.append(row)
@@ -65,7 +67,7 @@ def observe(run: Run) -> Seen:
     model.eval()
     logits = []
     for row in rows:
-        on_device = row.to(run.world.device)
+        on_device = row.to(device)
         of_row = _logits(model, on_device)
         logits.append(of_row[virtual:])
     model.train()
@@ -84,7 +86,8 @@ def compare(run: Run, load: Callable[[Place], nn.Module], seen: Seen) -> Finding
         del model
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    seconds = round(time.monotonic() - began, 2)
+    elapsed = time.monotonic() - began
+    seconds = round(elapsed, 2)
     run.attempt.event("compared", gap=finding.gap, allowed=finding.allowed, seconds=seconds)
     return finding
 

@@ -55,7 +55,8 @@ class Reader:
             file: Any = safe_open(path, framework="pt")
             for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 kind, name, start = key.split("/")
-                stored = _Stored(int(start), key, file)
+                offset = int(start)
+                stored = _Stored(offset, key, file)
                 of_parameter = self._stored[kind, name]
                 of_parameter.append(stored)
 
@@ -72,7 +73,8 @@ class Reader:
         missing = stop - start
         dtype = self._dtype(kind, name)
         out = torch.empty(missing, dtype=dtype)
-        for stored in self._stored[kind, name]:
+        of_parameter = self._stored[kind, name]
+        for stored in of_parameter:
             part = stored.slice_()
             begin = stored.start
             (size,) = part.get_shape()
@@ -181,7 +183,8 @@ def _damage(folder: Path, world: World) -> str:
         names = sorted(files)
         for name in names[world.rank :: world.size]:
             digest = sha256(folder / name)
-            if digest != files[name]["sha256"]:
+            written = files[name]
+            if digest != written["sha256"]:
                 changed.append(name)
     except (OSError, ValueError) as error:
         return str(error)

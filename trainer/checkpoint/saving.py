@@ -151,7 +151,8 @@ def snapshot(shards: Shards, method: Method[Any], world: World) -> Tensors:
             if part.numel():
                 start += piece.start
                 key = f"{kind}/{piece.name}/{start}"
-                tensors[key] = part.detach().to("cpu", copy=True)
+                detached = part.detach()
+                tensors[key] = detached.to("cpu", copy=True)
     if world.leads:
         state = method.state()
         for name, value in state.items():

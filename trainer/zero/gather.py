@@ -57,7 +57,8 @@ def assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
     parameter = model.get_parameter(name)
     everywhere = not _is_sharded(parameter)
     with torch.no_grad(), gathered([parameter], modified=True):
-        if everywhere or dist.get_rank() == 0:
+        writes = everywhere or dist.get_rank() == 0
+        if writes:
             shaped = value.view(parameter.shape)
             parameter.copy_(shaped.to(parameter.device))
 

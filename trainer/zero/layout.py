@@ -87,7 +87,8 @@ def _slice_of_all(zero: Any, names: Names) -> Iterator[Fragment]:
     parameters = zero.round_robin_bit16_groups[0]
     offsets = zero.round_robin_bit16_offsets[0]
     size = int(zero.partition_size[0])
-    left = dist.get_rank() * size
+    rank = dist.get_rank()
+    left = rank * size
     right = left + size
     for parameter, offset in zip(parameters, offsets, strict=True):
         end = offset + parameter.numel()
@@ -97,7 +98,8 @@ def _slice_of_all(zero: Any, names: Names) -> Iterator[Fragment]:
             name = names[parameter]
             first = start - offset
             last = stop - offset
-            yield Fragment.of(name, first, last, owner, start - left)
+            inside = start - left
+            yield Fragment.of(name, first, last, owner, inside)
 
 
 def _slices_of_each(zero: Any, names: Names) -> Iterator[Fragment]:
@@ -115,7 +117,8 @@ def _slices_of_each(zero: Any, names: Names) -> Iterator[Fragment]:
 def _slice_of_rank(parameter: Any) -> tuple[int, int]:
     """The range of a flattened parameter that this rank holds at stage 3; empty where only padding is left."""
     size = parameter.partition_numel()
-    start = dist.get_rank() * size
+    rank = dist.get_rank()
+    start = rank * size
     end = start + size
     stop = min(end, parameter.ds_numel)
     return start, stop

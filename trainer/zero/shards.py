@@ -57,7 +57,8 @@ class Shards:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        parameters = self.model.parameters()
+        return next(parameters).device
 
     def fragments(self) -> Sequence[Fragment]:
         """What this rank holds."""
@@ -90,12 +91,14 @@ class Shards:
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of a loss that is summed over ranks."""
         if self._averaged:
-            loss = loss * dist.get_world_size()
+            world_size = dist.get_world_size()
+            loss = loss * world_size
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float, clip: float | None) -> torch.Tensor:
         """Apply the gradients and give their global norm before clipping, a 0-d fp64 tensor."""
-        for group in self.optimizer.param_groups:
+        groups = self.optimizer.param_groups
+        for group in groups:
             ratio = group.get("lr_ratio", 1.0)
             group["lr"] = lr * ratio
         self._clip = clip
@@ -167,15 +170,17 @@ class Shards:
     def _piece(self, fragment: Fragment) -> Piece:
         """A fragment's weight and the tensors that the optimizer keeps of it."""
         tensors = {"weight": fragment.parameter.data}
-        for key, value in self.state(fragment).items():
+        state = self.state(fragment)
+        for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 tensors[key] = value
         return Piece(fragment.name, fragment.start, tensors, self.replicated)
 
     def _changed(self) -> Iterator[Piece]:
         """What this rank holds of the frozen parameters that training changes all the same."""
-        for name in self.method.changed(self.model):
-            parameter = self.model.get_parameter(name)
+        model = self.model
+        for name in self.method.changed(model):
+            parameter = model.get_parameter(name)
             piece = layout.held(name, parameter, self.stage)
             if piece is not None:
                 yield piece
