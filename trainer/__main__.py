@@ -23,7 +23,8 @@ def main(run_dirs: Iterable[Path]) -> None:
             print(f"{run_dir} has stopped as it was asked to; started again, it goes on", flush=True)
             continue
         attempt = Attempt(run_dir, number)
-        result = {"state": "succeeded", "attempt": number, "reason": reason(attempt) or None}
+        missing = reason(attempt)
+        result = {"state": "succeeded", "attempt": number, "reason": missing or None}
         if world.leads and not attempt.close(result):
             sys.exit(f"{run_dir} went on without attempt {number}")
     dist.destroy_process_group()

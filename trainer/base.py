@@ -92,6 +92,7 @@ def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.
     At ZeRO 3 a pretrained base is never whole on a device. One from scratch is: it has no weights to read in parts.
     One in 4 bits is: it cannot be partitioned.
     """
+    base = job.base
     settings = job.train
     weights = torch.float32 if job.method.makes_model else dtype
     options = _load_options(job, method, weights)
@@ -100,7 +101,7 @@ def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.
     known = vocabulary(config)
     quantised_as_loaded = "quantization_config" in options
     whole = in_4_bits or quantised_as_loaded
-    partitioned = job.base.init == "pretrained" and not whole
+    partitioned = base.init == "pretrained" and not whole
     stage = job.sharding.zero if partitioned else 0
     with partitioned_loading(stage, weights):
         torch.manual_seed(settings.seed)

@@ -62,12 +62,13 @@ class Evaluator:
 
     def evaluate(self, run: Run, step: int) -> None:
         """Judge the model after a step and append the metrics to metrics.jsonl; every rank calls it."""
-        if self.batches is None:
+        batches = self.batches
+        if batches is None:
             return
         model = run.model
         model.eval()
         with torch.no_grad():
-            metrics = self._metrics(run, self.batches)
+            metrics = self._metrics(run, batches)
             if self.prompts:
                 metrics["eval_exact_match"] = self._exact_match(run, step)
         model.train()
@@ -81,8 +82,10 @@ class Evaluator:
 
     def _metrics(self, run: Run, batches: Batches) -> dict[str, float]:
         """The objective's loss over all held-out rows, and what it logs beside it."""
+        attempt = run.attempt
+        objective = run.objective
         held_out = self._held_out(run, batches)
-        totals = added(map(run.objective.totals, held_out))
+        totals = added(map(objective.totals, held_out))
         # One of the totals divides the sums at their end, in fp64, instead of every share.
         unit = next(iter(totals.values()))
         relative = {}
@@ -90,7 +93,7 @@ class Evaluator:
             relative[name] = total / unit
         sums: NamedSums = {}
         for batch in held_out:
-            run.attempt.alive()
+            attempt.alive()
             for shares in self._shares(run, batch, relative):
                 add(sums, shares)
         summed = reduced(sums)
@@ -113,12 +116,13 @@ class Evaluator:
 
     def _shares(self, run: Run, batch: GlobalBatch, divisors: Totals) -> Iterator[Tensors]:
         """What each of this rank's micro-batches adds to the sums, by name: loss and figures, over the divisors."""
+        model = run.model
         objective = run.objective
         totals = objective.totals(batch)
         stream = micro_batches(run, batch)
         passes, known = prepared(run, stream, totals)
         for micro_batch in passes:
-            shares = objective.loss(run.model, micro_batch, divisors, known)
+            shares = objective.loss(model, micro_batch, divisors, known)
             yield {**shares.figures, "loss": shares.loss}
 
     def _exact_match(self, run: Run, step: int) -> float:
@@ -208,10 +212,11 @@ class Evaluator:
 
     def _show(self, run: Run, step: int, answers: list[Answer]) -> None:
         """Keep what the model wrote for some prompts in the attempt's events."""
+        tokenizer = run.tokenizer
         for answer in answers:
             prompt = self.prompts[answer.prompt]
             sample = {
-                "prompt": run.tokenizer.decode(prompt.ids, skip_special_tokens=True),
+                "prompt": tokenizer.decode(prompt.ids, skip_special_tokens=True),
                 "answer": prompt.answer,
                 "written": answer.text,
             }
@@ -248,7 +253,8 @@ def positions_left(run: Run) -> int | None:
     known = positions(config.to_dict())
     if known is None:
         return None
-    return known - run.job.method.positions_before
+    method = run.job.method
+    return known - method.positions_before
 
 
 @contextmanager

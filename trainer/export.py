@@ -112,13 +112,15 @@ def write_ends(run: Run, folder: Path) -> None:
     path = folder / "generation_config.json"
     if path.exists():
         generation = read_json(path)
-    value = ends if len(ends) > 1 else ends[0]
+    single = len(ends) == 1
+    value = ends[0] if single else ends
     write_json(path, generation | {"eos_token_id": value})
 
 
 def observed(run: Run) -> Seen | None:
     """What the trained model says of a few rows; None where that fails, as the output is delivered all the same."""
-    guard = dispensable(run.attempt, CHECK) if run.world.leads else suppress(Exception)
+    leads = run.world.leads
+    guard = dispensable(run.attempt, CHECK) if leads else suppress(Exception)
     with guard:
         return observe(run)
     return None
@@ -144,6 +146,7 @@ def accept(run: Run, output: Path, seen: Seen | None) -> None:
 
 def save_merged(run: Run, output: Path, seen: Seen | None) -> None:
     """Write the merged model beside its adapter, where it can be made and is the trained one."""
+    method = run.method
     attempt = run.attempt
     unfinished = attempt.folder / "merged.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -156,7 +159,7 @@ def save_merged(run: Run, output: Path, seen: Seen | None) -> None:
             raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)  # at once: where the disk is full, the note needs room
-    report = dict(run.method.merge_report)
+    report = dict(method.merge_report)
     if report:
         with dispensable(attempt, "merge_report.json"):
             text = json.dumps(report, indent=1)
@@ -165,13 +168,14 @@ def save_merged(run: Run, output: Path, seen: Seen | None) -> None:
 
 def write_merged(run: Run, output: Path, seen: Seen | None, folder: Path) -> None:
     """Write the merged model; raises OutputDiffers where it is another model than the trained."""
+    method = run.method
     merged = merge(run, output)
     merged.save_pretrained(folder)
     del merged  # before the next copy is loaded
     write_ends(run, folder)
     run.tokenizer.save_pretrained(folder)
     # A merge that changes more than the update says how much, and has a bound of its own.
-    if seen is None or any(run.method.merge_report.values()):
+    if seen is None or any(method.merge_report.values()):
         return
     finding = compare(run, lambda place: load_model(run, folder, place), seen)
     allowed = MERGED_ROUNDING * finding.allowed
@@ -217,21 +221,26 @@ def card(run: Run, output: Path) -> str:
 
 def card_front(run: Run) -> str:
     """The model card's metadata, as YAML: what the output is loaded with, and on which base."""
-    library = "transformers" if run.job.method.makes_model else "peft"
-    metadata = {"base_model": run.job.base.model, "library_name": library}
-    return yaml.safe_dump(metadata, sort_keys=True).strip()
+    job = run.job
+    library = "transformers" if job.method.makes_model else "peft"
+    metadata = {"base_model": job.base.model, "library_name": library}
+    text: str = yaml.safe_dump(metadata, sort_keys=True)
+    return text.strip()
 
 
 def card_summary(run: Run) -> str:
     """The model card's sentence: which base was tuned, by which method with which options."""
+    base = run.job.base
     method = run.job.method
     options = []
-    for key, value in method.model_dump().items():
+    dumped = method.model_dump()
+    for key, value in dumped.items():
         if key != "kind":
             options.append(f"{key} {value}")
-    sentence = f"`{run.job.base.model}` tuned with **{method.kind}**"
+    sentence = f"`{base.model}` tuned with **{method.kind}**"
     if options:
-        sentence += f" ({', '.join(options)})"
+        joined = ", ".join(options)
+        sentence += f" ({joined})"
     return sentence + "."
 
 

@@ -65,8 +65,9 @@ def _small_parts(numbers: Sequence[int], lengths: Sequence[int], new_tokens: int
         width = lengths[number] + new_tokens
         count = len(part)
         padded = (count + 1) * width
-        full = count == PROMPTS_AT_ONCE or padded > TOKENS_AT_ONCE
-        if part and full:
+        too_many = count == PROMPTS_AT_ONCE
+        too_long = padded > TOKENS_AT_ONCE
+        if part and (too_many or too_long):
             yield part
             part = []
         part.append(number)

@@ -45,7 +45,8 @@ def train(run_dir: Path, attempt: int) -> bool:
     False where it was asked to stop before, and has saved. Every worker of the group calls it. Any exception is the
     caller's to judge.
     """
-    run, first = prepare(Attempt(run_dir, attempt))
+    claimed = Attempt(run_dir, attempt)
+    run, first = prepare(claimed)
     settings = run.job.checkpoint
     saves = Checkpoints(run.attempt, run.world, settings.every, settings.keep)
     evaluator = Evaluator.create(run)
@@ -79,7 +80,8 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     dtype = precision(job, device)
     saved = open_start(attempt, world)
     if saved:
-        method.load_state(saved.method_state())
+        state = saved.method_state()
+        method.load_state(state)
     with shown(attempt):
         model = load_model(job, method, dtype, device)
     embedded = vocabulary(model.config)
@@ -167,7 +169,9 @@ def fit(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
     micro_batches_of = feed(run, first)
     stops = StopRequests(attempt, world)
     for step in range(first + 1, steps + 1):
-        asked_here = Wish(saves.overdue(), stops.wanted(step))
+        save_here = saves.overdue()
+        stop_here = stops.wanted(step)
+        asked_here = Wish(save_here, stop_here)
         asked = take_step(run, step, micro_batches_of, meter, asked_here)
         last = step == steps
         at_interval = every is not None and step % every == 0

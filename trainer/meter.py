@@ -119,14 +119,16 @@ class Meter:
             return Wish()
         pending = self._pending
         self._pending = None
-        pending.end.wait()
-        loss, save, stop, *logged, norm = pending.values.tolist()
+        end = pending.end
+        end.wait()
+        values = pending.values.tolist()
+        loss, save, stop, *logged, norm = values
         finite = math.isfinite(loss) and math.isfinite(norm)
         if not finite:
             state = f"step {pending.step}: the loss is {loss}, the gradient norm {norm}"
             raise FloatingPointError(f"{state}; try a lower train.lr or more train.warmup")
-        seconds = pending.end.since(self._last)
-        self._last = pending.end
+        seconds = end.since(self._last)
+        self._last = end
         if self.world.leads:
             beside = dict(zip(pending.names, logged, strict=True))
             self._write(pending, loss, norm, seconds, beside)
@@ -156,7 +158,8 @@ class Meter:
         self.attempt.append("metrics.jsonl", metrics)
         steps_left = self.steps - step.step
         seconds_left = seconds * steps_left
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
+        clock = time.gmtime(seconds_left)
+        left = time.strftime("%H:%M:%S", clock)
         words = [
             f"step {step.step}/{self.steps}",
             f"loss {loss:.4f}",

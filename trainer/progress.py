@@ -46,7 +46,8 @@ def moved_bytes() -> int:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:
         return 0
-    counts = dict(line.split(": ") for line in lines)
+    pairs = (line.split(": ") for line in lines)
+    counts = dict(pairs)
     read = int(counts["rchar"])
     written = int(counts["wchar"])
     fetched = int(counts["read_bytes"])

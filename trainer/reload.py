@@ -85,7 +85,8 @@ def room(run: Run) -> Iterator[Place]:
         needed_gib = size / 2**30
         free_gib = free / 2**30
         raise RuntimeError(f"one more copy of the model takes {needed_gib:.1f} GiB, the host has {free_gib:.1f}")
-    memory = {"cpu": int(free / SPARE)}
+    limit = int(free / SPARE)
+    memory = {"cpu": limit}
     with tempfile.TemporaryDirectory(dir=run.attempt.folder) as disk:
         yield {"device_map": "auto", "max_memory": memory, "offload_folder": disk}
 

@@ -59,14 +59,15 @@ def recorded(attempt: Attempt, step: int) -> Arrays | None:
 def record(attempt: Attempt, step: int, rollout: Arrays) -> None:
     """Write a step's rollout, whole or not at all."""
     path = _path(attempt, step)
-    path.parent.mkdir(exist_ok=True)
+    folder = path.parent
+    folder.mkdir(exist_ok=True)
     unique = uuid.uuid4().hex
     draft = path.with_name(f".{path.name}.{unique}")
     save_file(rollout, draft)
     with draft.open("rb") as stream:
         os.fsync(stream.fileno())
     draft.replace(path)
-    sync_folder(path.parent)
+    sync_folder(folder)
 
 
 def _path(attempt: Attempt, step: int) -> Path:

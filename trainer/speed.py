@@ -55,7 +55,8 @@ def count_trained(model: nn.Module) -> int:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a device: the vendor's dense bf16 figure where known, else that of a matrix product measured now."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
+    on_gpu = device.type == "cuda"
+    if on_gpu and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAK_BF16.items():
             if known in name:

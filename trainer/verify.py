@@ -106,7 +106,8 @@ def _compared(model: nn.Module, seen: Seen, dtype: torch.dtype, trained_on: torc
         plain = _logits(model, row)
         with torch.autocast(device.type, dtype, enabled=lower):
             other = _logits(model, row, copies=2)
-        largest_of_row = float(expected.abs().max())
+        magnitude = expected.abs()
+        largest_of_row = float(magnitude.max())
         largest = max(largest, largest_of_row)
         spread = _larger(spread, plain - other)
         plain_gap = _larger(plain_gap, plain - expected)
@@ -145,6 +146,6 @@ def _logits(model: Any, ids: torch.Tensor, copies: int = 1) -> torch.Tensor:
 def _larger(so_far: float, difference: torch.Tensor) -> float:
     """The largest absolute difference yet; infinite once one is not a number."""
     magnitude = difference.abs()
-    finite = magnitude.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    largest = float(finite.max())
+    comparable = magnitude.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    largest = float(comparable.max())
     return max(so_far, largest)

@@ -58,7 +58,8 @@ def lineage(run_dir: Path) -> Iterator[tuple[Start, Path]]:
 def unused(attempt: Attempt) -> list[Path]:
     """Checkpoints that an attempt does not write at the moment: those with a manifest, and all of earlier ones."""
     folders: list[Path] = []
-    for other in attempts(attempt.run_dir):
+    all_attempts = attempts(attempt.run_dir)
+    for other in all_attempts:
         if other.number < attempt.number:
             checkpoints = other.folder / "checkpoints"
             folders.extend(checkpoints.glob("*"))

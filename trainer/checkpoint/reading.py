@@ -122,12 +122,14 @@ class Reader:
 
     def load_optimizer(self, shards: Shards) -> None:
         """Set the optimizer's state of what this rank holds, and the method's pieces."""
-        for fragment in shards.fragments():
+        fragments = shards.fragments()
+        for fragment in fragments:
             state = shards.state(fragment)
             kinds = self.kinds(fragment.name)
             for kind in kinds:
                 state[kind] = self._state(kind, fragment)
-        for piece in shards.method.pieces():
+        pieces = shards.method.pieces()
+        for piece in pieces:
             start = piece.start
             for kind, tensor in piece.tensors.items():
                 stop = start + len(tensor)

@@ -73,9 +73,9 @@ class Checkpoints:
         tensors = snapshot(shards, method, world)
         self._stall_s = time.monotonic() - began
         record = {"step": step, "world": world.size, "stage": shards.stage}
-        arguments = (record, tensors)
-        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._write, args=(record, tensors), daemon=True)
+        self._thread = thread
+        thread.start()
 
     def wait(self) -> None:
         """Wait for the save under way; raises what went wrong in it."""
@@ -140,7 +140,8 @@ class Checkpoints:
 def snapshot(shards: Shards, method: Method[Any], world: World) -> Tensors:
     """This rank's part of weights, optimizer and method state, on the host."""
     tensors: Tensors = {}
-    for piece in shards.pieces():
+    pieces = shards.pieces()
+    for piece in pieces:
         for kind, held in piece.tensors.items():
             start = 0
             part = held
@@ -173,14 +174,16 @@ def _owned_range(elements: int, world: World) -> tuple[int, int]:
 
 def write_shard(folder: Path, rank: int, tensors: Tensors) -> None:
     """Write one rank's tensors, then their hash."""
-    path = folder / f"shard-{rank}.safetensors"
+    name = f"shard-{rank}.safetensors"
+    path = folder / name
     save_file(tensors, path)
     with path.open("rb+") as stream:
         hashed = hashlib.file_digest(stream, "sha256")
         os.fsync(stream.fileno())
     sync_folder(folder)
     size = path.stat().st_size
-    record = {"sha256": hashed.hexdigest(), "bytes": size}
+    digest = hashed.hexdigest()
+    record = {"sha256": digest, "bytes": size}
     write_json(_digest_file(folder, rank), record)
 
 

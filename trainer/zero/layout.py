@@ -106,7 +106,8 @@ def _slices_of_each(zero: Any, names: Names) -> Iterator[Fragment]:
     """Stage 3: this rank's slice of each parameter, one behind the other in the vector that it owns."""
     (owner,) = zero.fp32_partitioned_groups_flat
     offset = 0
-    for parameter in zero.fp16_groups[0]:
+    parameters = zero.fp16_groups[0]
+    for parameter in parameters:
         start, stop = _slice_of_rank(parameter)
         if start < stop:
             name = names[parameter]

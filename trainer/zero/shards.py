@@ -34,7 +34,8 @@ class Shards:
         self._grad_norm: torch.Tensor | None = None
         names = {}
         shapes = {}
-        for name, parameter in model.named_parameters():
+        parameters = model.named_parameters()
+        for name, parameter in parameters:
             if parameter.requires_grad:
                 names[parameter] = name
                 shapes[name] = shape(parameter)
@@ -43,11 +44,13 @@ class Shards:
         placeholder = engine.Placeholder(trained)
         self.engine = engine.start(model, placeholder, stage)
         # A method that sums gradients itself gets each rank's own share, where DeepSpeed would sum whole ones.
-        self._averaged = stage != 0 or not method.reduces
-        self.engine.enable_backward_allreduce = self._averaged
+        averaged = stage != 0 or not method.reduces
+        self._averaged = averaged
+        self.engine.enable_backward_allreduce = averaged
         self._fragments: list[Fragment] = []
         self._by_name: dict[str, Fragment] = {}
-        for fragment in layout.fragments(self.engine, names, stage):
+        fragments = layout.fragments(self.engine, names, stage)
+        for fragment in fragments:
             self._fragments.append(fragment)
             self._by_name[fragment.name] = fragment
         settings = adam or {}
