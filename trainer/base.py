@@ -139,8 +139,8 @@ def _load_options(job: Job, method: Method[Any], dtype: torch.dtype) -> dict[str
     """Keyword arguments for `from_pretrained` or `from_config`: a config without dropout, and the method's own."""
     config = load_config(job.base)
     config.dtype = dtype
-    defaults = config.to_dict()
-    for name, value in defaults.items():
+    values = config.to_dict()
+    for name, value in values.items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)  # its masks would depend on the layout; a method's own dropout is asked for
     options = method.load_options(config)
