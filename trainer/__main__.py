@@ -17,22 +17,26 @@ def main(run_dirs: Iterable[Path]) -> None:
     """For each run: claim the next attempt from the newest checkpoint, train, and close the run."""
     world = join()
     for run_dir in run_dirs:
-        number = _claimed(run_dir, world)
-        if not train(run_dir, number):
+        number = _claim(run_dir, world)
+        finished = train(run_dir, number)
+        if not finished:
             print(f"{run_dir} has stopped as it was asked to; started again, it goes on", flush=True)
             continue
-        ended = {"state": "succeeded", "attempt": number, "reason": reason(Attempt(run_dir, number)) or None}
-        if world.leads and not Attempt(run_dir, number).close(ended):
+        attempt = Attempt(run_dir, number)
+        missing = reason(attempt)
+        result = {"state": "succeeded", "attempt": number, "reason": missing or None}
+        if world.leads and not attempt.close(result):
             sys.exit(f"{run_dir} went on without attempt {number}")
     dist.destroy_process_group()
 
 
-def _claimed(run_dir: Path, world: World) -> int:
-    """The number of the attempt, which rank 0 claims for all; 0 is sent when it could not."""
+def _claim(run_dir: Path, world: World) -> int:
+    """The number of the attempt that rank 0 claims for all; every rank exits where it could not, and sent 0."""
     numbers = [0]
     if world.leads:
         attempt = claim_from_newest(run_dir)
-        numbers = [attempt.number if attempt else 0]
+        if attempt is not None:
+            numbers = [attempt.number]
     dist.broadcast_object_list(numbers, device=world.device)
     if numbers[0] == 0:
         sys.exit(f"{run_dir} is closed, or another process has just claimed it; attempts: {len(attempts(run_dir))}")
@@ -40,4 +44,5 @@ def _claimed(run_dir: Path, world: World) -> int:
 
 
 if __name__ == "__main__":
-    main([Path(argument).resolve() for argument in sys.argv[1:]])
+    paths = map(Path, sys.argv[1:])
+    main([path.resolve() for path in paths])

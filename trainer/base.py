@@ -17,10 +17,12 @@ _NOWHERE = "no-adapter"
 
 
 def precision(job: Job, device: torch.device) -> torch.dtype:
-    """The dtype of the forward pass: bf16 where a GPU has it, unless the job says otherwise."""
-    if job.train.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[job.train.precision]
+    """The dtype of the forward pass: bf16 on a GPU and fp32 elsewhere, unless the job says otherwise."""
+    name = job.train.precision
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    return dtypes[name]
 
 
 def load_config(base: Base) -> Any:
@@ -51,7 +53,7 @@ def load_pretrained(base: Base, dtype: torch.dtype, config: Any = None, **option
     in_4_bits = hasattr(config, "quantization_config")
     if in_4_bits:
         config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, loading = AutoModelForCausalLM.from_pretrained(
         **_source(base),
         config=config,
         dtype=dtype,
@@ -63,17 +65,25 @@ def load_pretrained(base: Base, dtype: torch.dtype, config: Any = None, **option
     )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise RuntimeError(f"base.model: {base.model}: this transformers has loaded an adapter with it")
-    lacking = sorted(found["missing_keys"])
-    if lacking:
-        found_out = f"its weights lack {', '.join(lacking[:3])} ({len(lacking)} in all)"
-        raise ValueError(f"base.model: {base.model}: {found_out}")
-    if found["unexpected_keys"]:
-        print(f"left out of the base's weights: {', '.join(sorted(found['unexpected_keys']))}", flush=True)
+    _check_weights(base, loading)
     if in_4_bits:
         quantised.cast_others(model, dtype)
     if base.resize_embeddings:
         add_missing(model, load_tokenizer(base))
     return model
+
+
+def _check_weights(base: Base, loading: dict[str, Any]) -> None:
+    """Raise ValueError where the base lacks weights of its config, by transformers' info; print what it left out."""
+    lacking = sorted(loading["missing_keys"])
+    if lacking:
+        names = ", ".join(lacking[:3])
+        count = len(lacking)
+        raise ValueError(f"base.model: {base.model}: its weights lack {names} ({count} in all)")
+    left_out = sorted(loading["unexpected_keys"])
+    if left_out:
+        names = ", ".join(left_out)
+        print(f"left out of the base's weights: {names}", flush=True)
 
 
 def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -82,45 +92,55 @@ def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.
     At ZeRO 3 a pretrained base is never whole on a device. One from scratch is: it has no weights to read in parts.
     One in 4 bits is: it cannot be partitioned.
     """
+    base = job.base
+    settings = job.train
     weights = torch.float32 if job.method.makes_model else dtype
-    options = _options(job, method, weights)
-    in_4_bits = hasattr(options["config"], "quantization_config")
-    known = vocabulary(options["config"])
-    in_parts = job.base.init == "pretrained" and not in_4_bits and "quantization_config" not in options
-    with partitioned_loading(job.sharding.zero if in_parts else 0, weights):
-        torch.manual_seed(job.train.seed)
-        model = _load(job, options, device)
-        _compute_in(dtype, device, model)
+    options = _load_options(job, method, weights)
+    config = options["config"]
+    in_4_bits = hasattr(config, "quantization_config")
+    known = vocabulary(config)
+    quantised_as_loaded = "quantization_config" in options
+    whole = in_4_bits or quantised_as_loaded
+    partitioned = base.init == "pretrained" and not whole
+    stage = job.sharding.zero if partitioned else 0
+    with partitioned_loading(stage, weights):
+        torch.manual_seed(settings.seed)
+        model = _load_base(job, options, device)
+        _autocast_forward(model, dtype, device)
         model.config.use_cache = False
-        if job.train.gradient_checkpointing:
+        if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        torch.manual_seed(job.train.seed)
+        torch.manual_seed(settings.seed)
         # On the device at once, as at ZeRO 3: what `attach` computes from the base is fast and the same there.
-        method.new_tokens = range(known, vocabulary(model.config))
-        tuned = method.attach(model.to(device))
+        resized = vocabulary(model.config)
+        method.new_tokens = range(known, resized)
+        on_device = model.to(device)
+        tuned = method.attach(on_device)
         if in_4_bits:
             quantised.hide(tuned)
         return tuned.train().to(device)  # transformers loads for evaluation
 
 
-def _compute_in(dtype: torch.dtype, device: torch.device, model: nn.Module) -> None:
+def _autocast_forward(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Make a model's forward pass run in `dtype`; from inside, as DeepSpeed switches an autocast around it off."""
     if dtype == torch.float32:
         return
     forward = model.forward
 
     @wraps(forward)
-    def computed(*args: Any, **kwargs: Any) -> Any:
+    def autocast(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device.type, dtype):
             return forward(*args, **kwargs)
 
-    model.forward = computed
+    model.forward = autocast
 
 
-def _options(job: Job, method: Method[Any], dtype: torch.dtype) -> dict[str, Any]:
+def _load_options(job: Job, method: Method[Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Keyword arguments for `from_pretrained` or `from_config`: a config without dropout, and the method's own."""
     config = load_config(job.base)
     config.dtype = dtype
-    for name, value in config.to_dict().items():
+    values = config.to_dict()
+    for name, value in values.items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)  # its masks would depend on the layout; a method's own dropout is asked for
     options = method.load_options(config)
@@ -129,7 +149,8 @@ def _options(job: Job, method: Method[Any], dtype: torch.dtype) -> dict[str, Any
     return {"config": config, "dtype": dtype, **options}
 
 
-def _load(job: Job, options: dict[str, Any], device: torch.device) -> Any:
+def _load_base(job: Job, options: dict[str, Any], device: torch.device) -> Any:
+    """The base without the method, with embeddings for all ids of its tokenizer where the job asks for them."""
     from transformers import AutoModelForCausalLM
 
     if job.base.init == "pretrained":
@@ -143,5 +164,8 @@ def _load(job: Job, options: dict[str, Any], device: torch.device) -> Any:
 
 def _source(base: Base) -> dict[str, Any]:
     """Where transformers finds a base, whose own code is never run."""
-    revision = base.revision or "main"
-    return {"pretrained_model_name_or_path": base.model, "revision": revision, "trust_remote_code": False}
+    return {
+        "pretrained_model_name_or_path": base.model,
+        "revision": base.revision or "main",
+        "trust_remote_code": False,
+    }

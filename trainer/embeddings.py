@@ -18,22 +18,36 @@ def add_missing(model: Any, tokenizer: Any) -> None:
 
     A new row is the mean of the old ones, the same on every rank and in every layout. Every rank calls it.
     """
-    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
-    rows = 1 + max(tokenizer.get_vocab().values())
+    inputs = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    ids = tokenizer.get_vocab().values()
+    rows = 1 + max(ids)
     if rows <= inputs.num_embeddings:
         return
     tied = head is not None and head.weight is inputs.weight
-    inputs.weight, inputs.num_embeddings = _longer(inputs.weight, rows), rows
+    inputs.weight = _lengthened(inputs.weight, rows)
+    inputs.num_embeddings = rows
     if head is not None:
-        head.weight, head.out_features = inputs.weight if tied else _longer(head.weight, rows), rows
+        if tied:
+            head.weight = inputs.weight
+        else:
+            head.weight = _lengthened(head.weight, rows)
+        head.out_features = rows
         if getattr(head, "bias", None) is not None:
-            head.bias = _longer(head.bias, rows)
-    model.config.get_text_config().vocab_size = model.vocab_size = rows
+            head.bias = _lengthened(head.bias, rows)
+    config = model.config.get_text_config()
+    config.vocab_size = rows
+    model.vocab_size = rows
 
 
-def _longer(weight: nn.Parameter, rows: int) -> nn.Parameter:
+def _lengthened(weight: nn.Parameter, rows: int) -> nn.Parameter:
     """A weight [V, ...] with so many rows, those behind V being the mean of the others; whole on every rank."""
     with torch.no_grad(), gathered([weight]):
-        mean = weight.double().mean(0, keepdim=True).to(weight.dtype)
-        added = mean.expand(rows - len(weight), *mean.shape[1:])
-        return nn.Parameter(torch.cat([weight, added]), weight.requires_grad)
+        mean = weight.double().mean(0, keepdim=True)
+        row = mean.to(weight.dtype)
+        missing = rows - len(weight)
+        width = row.shape[1:]
+        added = row.expand(missing, *width)
+        longer = torch.cat([weight, added])
+        trained = weight.requires_grad
+        return nn.Parameter(longer, trained)

@@ -13,21 +13,29 @@ def end_tokens(tokenizer: Any, *configs: Mapping[str, Any]) -> tuple[int, ...]:
 
     The `eos_token_id` of a config may be an id, several, or null; that of a nested `text_config` counts too.
     """
-    found = set(_listed(tokenizer.eos_token_id))
+    ends = set(_listed(tokenizer.eos_token_id))
     for config in configs:
-        found.update(_listed(config.get("eos_token_id")))
-        found.update(_listed((config.get("text_config") or {}).get("eos_token_id")))
-    return tuple(sorted(found))
+        of_config = config.get("eos_token_id")
+        ends.update(_listed(of_config))
+        text_config = config.get("text_config") or {}
+        of_text = text_config.get("eos_token_id")
+        ends.update(_listed(of_text))
+    return tuple(sorted(ends))
 
 
 def until_end(ids: Sequence[int], ends: Iterable[int]) -> list[int]:
     """The ids before the first end token; all of them where there is none."""
     stops = set(ends)
-    first = next((index for index, token in enumerate(ids) if token in stops), len(ids))
-    return list(ids[:first])
+    answer: list[int] = []
+    for token in ids:
+        if token in stops:
+            break
+        answer.append(token)
+    return answer
 
 
 def _listed(value: int | Iterable[int] | None) -> Iterator[int]:
+    """The ids that a config's `eos_token_id` stands for."""
     if value is None:
         return
     if isinstance(value, int):

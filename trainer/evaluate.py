@@ -4,7 +4,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import starmap
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,12 +16,20 @@ from trainer.data.examples import GlobalBatch
 from trainer.data.tokens import Prompt, virtual_ids
 from trainer.ends import until_end
 from trainer.generation import Group, groups, rounds
-from trainer.objectives.base import Totals
+from trainer.objectives.base import Tensors, Totals
 from trainer.run import Run
-from trainer.step import add, micro_batches, prepared, reduced
+from trainer.step import NamedSums, add, micro_batches, prepared, reduced
 from trainer.world import World
 
 SAMPLES = 5
+Rows = list[list[int]]  # token ids
+
+
+class Answer(NamedTuple):
+    """What the model wrote for a prompt, which is named by its number."""
+
+    prompt: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -36,124 +45,216 @@ class Evaluator:
     def create(cls, run: Run) -> "Evaluator":
         """Read a job's evaluation rows; every rank calls it."""
         job = run.job
-        if job.data.eval is None:
+        objective = run.objective
+        source = job.data.eval
+        if source is None:
             return cls(run.world, None, [], 0)
         rows = job.evaluation.rows
-        examples = run.objective.read(job.data.eval).first(rows)
-        batches = Batches(examples, layout_of(job), seed=0, batch_tokens=job.train.batch_tokens, epochs=1)
-        generate = job.evaluation.max_new_tokens
-        asked = run.objective.prompts(job.data.eval)[:rows] if generate else []
-        return cls(run.world, batches, asked, generate)
+        held_out = objective.read(source)
+        examples = held_out.first(rows)
+        layout = layout_of(job)
+        batches = Batches(examples, layout, seed=0, batch_tokens=job.train.batch_tokens, epochs=1)
+        new_tokens = job.evaluation.max_new_tokens
+        prompts: list[Prompt] = []
+        if new_tokens:
+            prompts = objective.prompts(source)
+        return cls(run.world, batches, prompts[:rows], new_tokens)
 
     def evaluate(self, run: Run, step: int) -> None:
-        """Judge the model after a step and append the figures to metrics.jsonl; every rank calls it."""
-        if self.batches is None:
+        """Judge the model after a step and append the metrics to metrics.jsonl; every rank calls it."""
+        batches = self.batches
+        if batches is None:
             return
-        run.model.eval()
+        model = run.model
+        model.eval()
         with torch.no_grad():
-            figures = self._figures(run, self.batches)
+            metrics = self._metrics(run, batches)
             if self.prompts:
-                figures["eval_exact_match"] = self._exact_match(run, step)
-        run.model.train()
+                metrics["eval_exact_match"] = self._exact_match(run, step)
+        model.train()
         if self.world.leads:
-            run.attempt.append("metrics.jsonl", {"step": step, "time": time.time(), **figures})
-            print(f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
+            row = {"step": step, "time": time.time(), **metrics}
+            run.attempt.append("metrics.jsonl", row)
+            words = [f"step {step}"]
+            for name, value in metrics.items():
+                words.append(f"{name} {value:.4f}")
+            print("  ".join(words), flush=True)
 
-    def _figures(self, run: Run, batches: Batches) -> dict[str, float]:
+    def _metrics(self, run: Run, batches: Batches) -> dict[str, float]:
         """The objective's loss over all held-out rows, and what it logs beside it."""
-        held_out = [self._written(run, batches.batch(k)) for k in range(batches.steps)]
-        totals = added(run.objective.totals(batch) for batch in held_out)
+        attempt = run.attempt
+        objective = run.objective
+        held_out = self._held_out(run, batches)
+        totals = added(map(objective.totals, held_out))
         # One of the totals divides the sums at their end, in fp64, instead of every share.
         unit = next(iter(totals.values()))
-        totals = {name: total / unit for name, total in totals.items()}
-        sums: dict[str, torch.Tensor] = {}
+        relative = {}
+        for name, total in totals.items():
+            relative[name] = total / unit
+        sums: NamedSums = {}
         for batch in held_out:
-            run.attempt.alive()
-            passes, known = prepared(run, micro_batches(run, batch), run.objective.totals(batch))
-            for one in passes:
-                shares = run.objective.loss(run.model, one, totals, known)
-                add(sums, {**shares.figures, "loss": shares.loss})
-        return {f"eval_{name}": float(value / unit) for name, value in reduced(sums).items()}
+            attempt.alive()
+            for shares in self._shares(run, batch, relative):
+                add(sums, shares)
+        summed = reduced(sums)
+        metrics = {}
+        for name, value in summed.items():
+            metrics[f"eval_{name}"] = float(value / unit)
+        return metrics
 
-    def _written(self, run: Run, batch: GlobalBatch) -> GlobalBatch:
-        """A held-out batch, or what the model writes for it where the objective learns from that."""
-        if not run.objective.generates:
-            return batch
-        return run.objective.rolled_out(batch, run.objective.rollout(run.model, batch, 0))
+    def _held_out(self, run: Run, batches: Batches) -> list[GlobalBatch]:
+        """The held-out batches; what the model writes for them where the objective learns from that."""
+        objective = run.objective
+        held_out = []
+        for k in range(batches.steps):
+            batch = batches.batch(k)
+            if objective.generates:
+                rollout = objective.rollout(run.model, batch, 0)
+                batch = objective.rolled_out(batch, rollout)
+            held_out.append(batch)
+        return held_out
+
+    def _shares(self, run: Run, batch: GlobalBatch, divisors: Totals) -> Iterator[Tensors]:
+        """What each of this rank's micro-batches adds to the sums, by name: loss and figures, over the divisors."""
+        model = run.model
+        objective = run.objective
+        totals = objective.totals(batch)
+        stream = micro_batches(run, batch)
+        passes, known = prepared(run, stream, totals)
+        for micro_batch in passes:
+            shares = objective.loss(model, micro_batch, divisors, known)
+            yield {**shares.figures, "loss": shares.loss}
 
     def _exact_match(self, run: Run, step: int) -> float:
-        """The share of all prompts whose greedy continuation is the answer; one without room for any has none."""
-        asked = [virtual_ids(run.job.method.virtual_tokens) + prompt.ids for prompt in self.prompts]
+        """The share of all prompts whose greedy continuation is the answer; one that fills all positions has none."""
+        world = self.world
+        prompts = self.prompts
+        method = run.job.method
+        virtual = virtual_ids(method.virtual_tokens)
+        rows = [virtual + prompt.ids for prompt in prompts]
+        lengths = [len(row) for row in rows]
         positions = positions_left(run)
-        made = groups([len(ids) for ids in asked], self.max_new_tokens, positions)
-        if self.world.leads:
-            self._tell_limits(run, step, made, positions)
-        right = torch.zeros((), device=self.world.device)
-        for number, group_of_rank in enumerate(rounds(made, self.world.size)):
-            idle = self.world.rank >= len(group_of_rank)
-            # Under ZeRO 3 every rank must take part in every forward pass, with or without a prompt of its own.
-            mine = group_of_rank[0 if idle else self.world.rank]
-            written = self._generate(run, [asked[i] for i in mine.prompts], mine.new_tokens)
-            pairs = [] if idle else list(zip(mine.prompts, written, strict=True))
-            right += sum(matches(text, self.prompts[i].answer) for i, text in pairs)
-            if number == 0 and self.world.leads:
-                self._show(run, step, pairs[:SAMPLES])
-        dist.all_reduce(right)
-        return float(right) / len(self.prompts)
+        continued = groups(lengths, self.max_new_tokens, positions)
+        if world.leads:
+            self._tell_limits(run, step, continued, positions)
+        matched = torch.zeros((), device=world.device)
+        dealt = rounds(continued, world.size)
+        for number, round_ in enumerate(dealt):
+            answers = self._answers(run, round_, rows)
+            matched += self._count_matched(answers)
+            if number == 0 and world.leads:
+                self._show(run, step, answers[:SAMPLES])
+        dist.all_reduce(matched)
+        asked = len(prompts)
+        return float(matched) / asked
 
-    def _tell_limits(self, run: Run, step: int, made: list[Group], positions: int | None) -> None:
+    def _count_matched(self, answers: list[Answer]) -> int:
+        """How many of some answers are those of the data."""
+        count = 0
+        for answer in answers:
+            prompt = self.prompts[answer.prompt]
+            if matches(answer.text, prompt.answer):
+                count += 1
+        return count
+
+    def _answers(self, run: Run, round_: list[Group], rows: Rows) -> list[Answer]:
+        """What the model writes in a round for this rank's group."""
+        rank = self.world.rank
+        idle = rank >= len(round_)
+        # Under ZeRO 3 every rank must take part in every forward pass, with or without a prompt of its own.
+        number = 0 if idle else rank
+        group = round_[number]
+        prompts = [rows[i] for i in group.prompts]
+        texts = self._generate(run, prompts, group.new_tokens)
+        if idle:
+            return []
+        numbered = zip(group.prompts, texts, strict=True)
+        return list(starmap(Answer, numbered))
+
+    def _tell_limits(self, run: Run, step: int, continued: list[Group], positions: int | None) -> None:
         """Say of how many prompts the base's positions leave too little, or nothing."""
-        without = len(self.prompts) - sum(len(group.prompts) for group in made)
-        short = sum(len(group.prompts) for group in made if group.new_tokens < self.max_new_tokens)
+        fitting = short = 0
+        for group in continued:
+            fitting += len(group.prompts)
+            if group.new_tokens < self.max_new_tokens:
+                short += len(group.prompts)
+        asked = len(self.prompts)
+        without = asked - fitting
         if without or short:
             run.attempt.event("prompts_limited", step=step, without_room=without, with_less_room=short)
             print(
-                f"evaluation: of {len(self.prompts)} prompts {without} fill the base's {positions} positions and "
+                f"evaluation: of {asked} prompts {without} fill the base's {positions} positions and "
                 f"count as not matched; {short} get fewer than {self.max_new_tokens} new tokens",
                 flush=True,
             )
 
-    def _generate(self, run: Run, rows: list[list[int]], new_tokens: int) -> list[str]:
+    def _generate(self, run: Run, rows: Rows, new_tokens: int) -> list[str]:
         """What the model writes after each row of ids, greedily, without the token that ends it."""
         run.attempt.alive()
-        longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), run.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, longest - len(row) :] = torch.as_tensor(row)
-            mask[i, longest - len(row) :] = 1
+        tokenizer = run.tokenizer
+        pad = tokenizer.pad_token_id
+        ids, mask = left_padded(rows, pad)
         ends = run.ends
-        with greedily(run.model, new_tokens, ends, run.tokenizer.pad_token_id):
+        device = self.world.device
+        with greedily(run.model, new_tokens, ends, pad):
             out = run.model.generate(
-                input_ids=ids.to(self.world.device),
-                attention_mask=mask.to(self.world.device),
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
                 use_cache=True,
                 synced_gpus=run.shards.stage == 3,
             )
-        answers = [until_end(row, ends) for row in out[:, longest:].tolist()]
-        texts: list[str] = run.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        width = ids.shape[1]
+        continued = out[:, width:]
+        continuations = continued.tolist()
+        answers = [until_end(row, ends) for row in continuations]
+        texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
         return texts
 
-    def _show(self, run: Run, step: int, pairs: list[tuple[int, str]]) -> None:
-        for i, text in pairs:
-            prompt = self.prompts[i]
-            asked = run.tokenizer.decode(prompt.ids, skip_special_tokens=True)
-            run.attempt.event("sample", step=step, prompt=asked, answer=prompt.answer, written=text)
+    def _show(self, run: Run, step: int, answers: list[Answer]) -> None:
+        """Keep what the model wrote for some prompts in the attempt's events."""
+        tokenizer = run.tokenizer
+        for answer in answers:
+            prompt = self.prompts[answer.prompt]
+            sample = {
+                "prompt": tokenizer.decode(prompt.ids, skip_special_tokens=True),
+                "answer": prompt.answer,
+                "written": answer.text,
+            }
+            run.attempt.event("sample", step=step, **sample)
+
+
+def left_padded(rows: Rows, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids as one [rows, longest] with padding in front, and the mask of what is no padding."""
+    longest = max(map(len, rows))
+    ids = []
+    mask = []
+    for row in rows:
+        length = len(row)
+        padding = longest - length
+        row_mask = [0] * padding + [1] * length
+        ids.append([pad] * padding + row)
+        mask.append(row_mask)
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 def added(totals: Iterable[Totals]) -> dict[str, float]:
     """The totals of several batches together."""
     sums: dict[str, float] = {}
-    for each in totals:
-        for name, value in each.items():
-            sums[name] = sums.get(name, 0) + value
+    for of_batch in totals:
+        for name, value in of_batch.items():
+            so_far = sums.get(name, 0)
+            sums[name] = so_far + value
     return sums
 
 
 def positions_left(run: Run) -> int | None:
     """The positions of the base that a document may fill under this method; None where there is no limit."""
-    known = positions(run.model.config.get_text_config().to_dict())
-    return None if known is None else known - run.job.method.positions_before
+    config = run.model.config.get_text_config()
+    known = positions(config.to_dict())
+    if known is None:
+        return None
+    method = run.job.method
+    return known - method.positions_before
 
 
 @contextmanager
@@ -164,15 +265,17 @@ def greedily(model: Any, new_tokens: int, ends: Sequence[int], pad: int) -> Iter
     """
     from transformers import GenerationConfig
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own = base.generation_config
+    base = model
+    if hasattr(model, "get_base_model"):
+        base = model.get_base_model()
+    of_base = base.generation_config
     base.generation_config = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, eos_token_id=list(ends), pad_token_id=pad
     )
     try:
         yield
     finally:
-        base.generation_config = own
+        base.generation_config = of_base
 
 
 def matches(written: str, answer: str) -> bool:
@@ -183,5 +286,8 @@ def matches(written: str, answer: str) -> bool:
 
 
 def _final(text: str) -> str | None:
+    """What stands behind the last `####`, without spaces at its ends and commas; None where there is none."""
     _, mark, final = text.rpartition("####")
-    return final.strip().replace(",", "") if mark else None
+    if not mark:
+        return None
+    return final.strip().replace(",", "")

@@ -4,7 +4,7 @@ import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,54 +32,68 @@ def export(run: Run) -> None:
     From the moment that the weights are written they are delivered, whatever happens then: what cannot be made is
     left out and said (trainer/missing.py). Raises OutputDiffers where the output is another model than the trained.
     """
+    attempt = run.attempt
+    job = run.job
+    leads = run.world.leads
     weights = dict(run.shards.whole_weights())
-    if run.world.leads:
+    if leads:
         write(run, weights)
     weights.clear()
-    died = deaths(run.attempt)
-    seen = observed(run) if died < DEATHS else None
+    died = deaths(attempt)
+    go_on = died < DEATHS
+    seen = observed(run) if go_on else None
     dist.barrier()
-    if not run.world.leads:
+    if not leads:
         return
-    output = run.attempt.folder / "output"
-    if died < DEATHS:
-        with shown(run.attempt):
+    output = attempt.folder / "output"
+    if go_on:
+        with shown(attempt):
             accept(run, output, seen)
-            if run.job.output.merge and not run.job.method.makes_model:
+            if job.output.merge and not job.method.makes_model:
                 save_merged(run, output, seen)
     else:
-        note(run.attempt, "what follows the export", f"{died} workers ended in it: its check, or the merge")
-    with dispensable(run.attempt, "the model card"):
+        note(attempt, "what follows the export", f"{died} workers ended in it: its check, or the merge")
+    with dispensable(attempt, "the model card"):
         (output / "README.md").write_text(card(run, output))
 
 
 def deaths(attempt: Attempt) -> int:
     """How many earlier attempts delivered their output and ended all the same: in its check, or in the merge."""
-    return sum((earlier.folder / "output").exists() for earlier in attempts(attempt.run_dir) if earlier != attempt)
+    count = 0
+    for earlier in attempts(attempt.run_dir):
+        output = earlier.folder / "output"
+        if earlier != attempt and output.exists():
+            count += 1
+    return count
 
 
 def write(run: Run, weights: dict[str, torch.Tensor]) -> None:
     """Write attempts/N/output: the weights whole or not at all, and beside them what belongs to them."""
-    folder = run.attempt.folder / "output"
+    attempt = run.attempt
+    model = run.model
+    folder = attempt.folder / "output"
     unfinished = folder.with_name("output.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
+    config = model.config
     if run.job.method.makes_model:
-        weights = {name: value.to(run.dtype) for name, value in weights.items()}
-        cast(Any, run.model).config.dtype = run.dtype
-    cast(Any, run.model).config.use_cache = True
+        dtype = run.dtype
+        weights = {name: value.to(dtype) for name, value in weights.items()}
+        config.dtype = dtype
+    config.use_cache = True
     try:
-        run.method.export(run.model, weights, unfinished)
+        run.method.export(model, weights, unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)  # the last checkpoint has the weights
         raise
-    with dispensable(run.attempt, "the tokenizer"):
+    with dispensable(attempt, "the tokenizer"):
         run.tokenizer.save_pretrained(unfinished)
-    with dispensable(run.attempt, "generation_config.json"):
+    with dispensable(attempt, "generation_config.json"):
         write_ends(run, unfinished)
-    with dispensable(run.attempt, "the model card"):
-        (unfinished / "README.md").write_text(card(run, unfinished))
+    with dispensable(attempt, "the model card"):
+        text = card(run, unfinished)
+        (unfinished / "README.md").write_text(text)
     unfinished.rename(folder)
-    run.attempt.event("exported", output=str(folder))
+    attempt.event("exported", output=str(folder))
 
 
 def write_ends(run: Run, folder: Path) -> None:
@@ -90,17 +104,23 @@ def write_ends(run: Run, folder: Path) -> None:
     ends = list(run.ends)
     generation = run.generation
     known = generation.get("eos_token_id")
-    if not ends or set(ends) == set([known] if isinstance(known, int) else known or []):
+    if isinstance(known, int):
+        known = [known]
+    named_by_base = set(known or [])
+    if not ends or set(ends) == named_by_base:
         return
     path = folder / "generation_config.json"
     if path.exists():
         generation = read_json(path)
-    write_json(path, generation | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
+    single = len(ends) == 1
+    value = ends[0] if single else ends
+    write_json(path, generation | {"eos_token_id": value})
 
 
 def observed(run: Run) -> Seen | None:
     """What the trained model says of a few rows; None where that fails, as the output is delivered all the same."""
-    guard = dispensable(run.attempt, CHECK) if run.world.leads else suppress(Exception)
+    leads = run.world.leads
+    guard = dispensable(run.attempt, CHECK) if leads else suppress(Exception)
     with guard:
         return observe(run)
     return None
@@ -126,32 +146,40 @@ def accept(run: Run, output: Path, seen: Seen | None) -> None:
 
 def save_merged(run: Run, output: Path, seen: Seen | None) -> None:
     """Write the merged model beside its adapter, where it can be made and is the trained one."""
-    unfinished = run.attempt.folder / "merged.unfinished"
+    method = run.method
+    attempt = run.attempt
+    unfinished = attempt.folder / "merged.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    with dispensable(run.attempt, MERGED):
+    with dispensable(attempt, MERGED):
         try:
             write_merged(run, output, seen, unfinished)
             unfinished.rename(output / "merged")
         except MergeRefused as refusal:
-            run.attempt.event("merge_refused", reason=str(refusal))
+            attempt.event("merge_refused", reason=str(refusal))
             raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)  # at once: where the disk is full, the note needs room
-    if run.method.merge_report:
-        with dispensable(run.attempt, "merge_report.json"):
-            (output / "merge_report.json").write_text(json.dumps(dict(run.method.merge_report), indent=1))
+    report = dict(method.merge_report)
+    if report:
+        with dispensable(attempt, "merge_report.json"):
+            text = json.dumps(report, indent=1)
+            (output / "merge_report.json").write_text(text)
 
 
 def write_merged(run: Run, output: Path, seen: Seen | None, folder: Path) -> None:
     """Write the merged model; raises OutputDiffers where it is another model than the trained."""
-    merge(run, output).save_pretrained(folder)
+    method = run.method
+    merged = merge(run, output)
+    merged.save_pretrained(folder)
+    del merged  # before the next copy is loaded
     write_ends(run, folder)
     run.tokenizer.save_pretrained(folder)
     # A merge that changes more than the update says how much, and has a bound of its own.
-    if seen is None or any(run.method.merge_report.values()):
+    if seen is None or any(method.merge_report.values()):
         return
     finding = compare(run, lambda place: load_model(run, folder, place), seen)
-    if not finding.gap <= MERGED_ROUNDING * finding.allowed:
+    allowed = MERGED_ROUNDING * finding.allowed
+    if not finding.gap <= allowed:  # so that a gap that is not a number raises
         raise OutputDiffers(f"its logits differ from the trained model's by {finding.gap:.3g}")
 
 
@@ -159,44 +187,91 @@ def merge(run: Run, adapter: Path) -> Any:
     """The base, loaded anew, with the exported adapter merged into it."""
     from peft import PeftModel
 
-    return run.method.merge(PeftModel.from_pretrained(load_base(run, adapter, {}), adapter))
+    base = load_base(run, adapter, {})
+    model = PeftModel.from_pretrained(base, adapter)
+    return run.method.merge(model)
 
 
 def card(run: Run, output: Path) -> str:
     """The model card: base, data, method, result."""
-    record: dict[str, Any] = yaml.safe_load((run.attempt.run_dir / "job.yaml").read_text())
-    front = {"base_model": run.job.base.model, "library_name": "transformers"}
-    if not run.job.method.makes_model:
-        front["library_name"] = "peft"
-    options = ", ".join(f"{key} {value}" for key, value in run.job.method.model_dump().items() if key != "kind")
+    table = card_table(run)
+    rows = []
+    for name, value in table.items():
+        rows.append(f"| {name} | {value} |")
+    notes = []
+    for line in missing(run.attempt):
+        notes.append(f"**Note:** {line}\n")
     lines = [
         "---",
-        yaml.safe_dump(front, sort_keys=True).strip(),
+        card_front(run),
         "---",
         f"# {run.job.name}",
         "",
-        f"`{run.job.base.model}` tuned with **{run.job.method.kind}**" + (f" ({options})." if options else "."),
+        card_summary(run),
         "",
         "| | |",
         "|---|---|",
-        f"| run | `{run.attempt.run_dir.name}` |",
-        f"| data | `{run.job.data.train}` |",
-        f"| rows | {described(run.tokens.counts.summary())} |",
-        *(f"| sha256 of {name} | `{digest}` |" for name, digest in record.get("digests", {}).items()),
-        f"| steps | {run.batches.steps} of {run.job.train.batch_tokens} tokens |",
-        f"| learning rate | {run.job.lr:g}, {run.job.train.schedule} |",
-        *(f"| {key} | {value:.4f} |" for key, value in results(run.attempt.run_dir).items()),
-        f"| answers end at the tokens | {', '.join(map(str, run.ends))} |",
+        *rows,
         "",
         *ends_note(run, output),
-        *(f"**Note:** {line}\n" for line in missing(run.attempt)),
+        *notes,
     ]
     return "\n".join(lines)
 
 
+def card_front(run: Run) -> str:
+    """The model card's metadata, as YAML: what the output is loaded with, and on which base."""
+    job = run.job
+    library = "transformers" if job.method.makes_model else "peft"
+    metadata = {"base_model": job.base.model, "library_name": library}
+    text: str = yaml.safe_dump(metadata, sort_keys=True)
+    return text.strip()
+
+
+def card_summary(run: Run) -> str:
+    """The model card's sentence: which base was tuned, by which method with which options."""
+    base = run.job.base
+    method = run.job.method
+    options = []
+    dumped = method.model_dump()
+    for key, value in dumped.items():
+        if key != "kind":
+            options.append(f"{key} {value}")
+    sentence = f"`{base.model}` tuned with **{method.kind}**"
+    if options:
+        joined = ", ".join(options)
+        sentence += f" ({joined})"
+    return sentence + "."
+
+
+def card_table(run: Run) -> dict[str, str]:
+    """The rows of the model card's table."""
+    job = run.job
+    settings = job.train
+    run_dir = run.attempt.run_dir
+    text = (run_dir / "job.yaml").read_text()
+    record: dict[str, Any] = yaml.safe_load(text)
+    table = {
+        "run": f"`{run_dir.name}`",
+        "data": f"`{job.data.train}`",
+        "rows": described(run.tokens.counts.summary()),
+    }
+    digests = record.get("digests", {})
+    for name, digest in digests.items():
+        table[f"sha256 of {name}"] = f"`{digest}`"
+    table["steps"] = f"{run.batches.steps} of {settings.batch_tokens} tokens"
+    table["learning rate"] = f"{job.lr:g}, {settings.schedule}"
+    for name, value in results(run_dir).items():
+        table[name] = f"{value:.4f}"
+    ends = map(str, run.ends)
+    table["answers end at the tokens"] = ", ".join(ends)
+    return table
+
+
 def ends_note(run: Run, output: Path) -> list[str]:
     """How the users of an adapter make generation stop, where its base's generation config does not do."""
-    if run.job.method.makes_model or not (output / "generation_config.json").exists():
+    config = output / "generation_config.json"
+    if run.job.method.makes_model or not config.exists():
         return []
     return [
         "The base's generation config does not name all tokens that end an answer. The one beside this adapter does:",
@@ -206,9 +281,11 @@ def ends_note(run: Run, output: Path) -> list[str]:
 
 
 def results(run_dir: Path) -> dict[str, float]:
-    """The last figure of each evaluation, over all attempts."""
+    """The last value of each evaluation's metric, over all attempts."""
     last: dict[str, float] = {}
     for attempt in attempts(run_dir):
         for row in read_lines(attempt, "metrics.jsonl"):
-            last |= {key: value for key, value in row.items() if key.startswith("eval_")}
+            for name, value in row.items():
+                if name.startswith("eval_"):
+                    last[name] = value
     return last

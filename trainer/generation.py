@@ -25,13 +25,22 @@ def groups(lengths: Sequence[int], new_tokens: int, positions: int | None) -> li
     prompt that has ended is fed padding until the last one of its group has, and needs positions for that.
     """
     by_limit: dict[int, list[int]] = {}
-    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
-        limit = new_tokens if positions is None else min(new_tokens, positions - lengths[number])
+    numbers_of_all = range(len(lengths))
+    shortest_first = sorted(numbers_of_all, key=lengths.__getitem__)
+    for number in shortest_first:
+        limit = new_tokens
+        if positions is not None:
+            left = positions - lengths[number]
+            limit = min(limit, left)
         if limit > 0:
-            by_limit.setdefault(limit, []).append(number)
-    return [
-        Group(tuple(part), limit) for limit, numbers in by_limit.items() for part in _parts(numbers, lengths, limit)
-    ]
+            alike = by_limit.setdefault(limit, [])
+            alike.append(number)
+    parted = []
+    for limit, numbers in by_limit.items():
+        for part in _small_parts(numbers, lengths, limit):
+            group = Group(tuple(part), limit)
+            parted.append(group)
+    return parted
 
 
 def rounds(made: Sequence[Group], workers: int) -> Iterator[list[Group]]:
@@ -41,18 +50,24 @@ def rounds(made: Sequence[Group], workers: int) -> Iterator[list[Group]]:
     """
     by_limit: dict[int, list[Group]] = {}
     for group in made:
-        by_limit.setdefault(group.new_tokens, []).append(group)
+        alike = by_limit.setdefault(group.new_tokens, [])
+        alike.append(group)
     for alike in by_limit.values():
         for start in range(0, len(alike), workers):
-            yield alike[start : start + workers]
+            stop = start + workers
+            yield alike[start:stop]
 
 
-def _parts(numbers: Sequence[int], lengths: Sequence[int], new_tokens: int) -> Iterator[list[int]]:
+def _small_parts(numbers: Sequence[int], lengths: Sequence[int], new_tokens: int) -> Iterator[list[int]]:
     """The numbers, whose lengths rise, in parts that are small enough once each is padded to its longest."""
     part: list[int] = []
     for number in numbers:
-        padded = (len(part) + 1) * (lengths[number] + new_tokens)
-        if part and (len(part) == PROMPTS_AT_ONCE or padded > TOKENS_AT_ONCE):
+        width = lengths[number] + new_tokens
+        count = len(part)
+        padded = (count + 1) * width
+        too_many = count == PROMPTS_AT_ONCE
+        too_long = padded > TOKENS_AT_ONCE
+        if part and (too_many or too_long):
             yield part
             part = []
         part.append(number)

@@ -38,11 +38,13 @@ def _uncompiled() -> Iterator[None]:
     """Within it, `torch.compile` gives a function back as it is."""
 
     def unchanged(function: Callable[..., Any] | None = None, **_options: Any) -> Any:
-        return unchanged if function is None else function
+        if function is None:
+            return unchanged
+        return function
 
-    compiles = torch.compile
+    real = torch.compile
     torch.compile = unchanged  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.compile = compiles
+        torch.compile = real

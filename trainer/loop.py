@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from methods.base import Setup
+from methods.base import Method, Setup
 from methods.registry import create
 from runfolder.chain import Attempt
 from runfolder.digests import InputChanged, changes, frozen
@@ -15,7 +17,7 @@ from runfolder.job import Job
 from runfolder.record import load_job
 from trainer import apart, speed
 from trainer.base import load_config, load_model, precision
-from trainer.checkpoint.reading import open_start
+from trainer.checkpoint.reading import Reader, open_start
 from trainer.checkpoint.saving import Checkpoints
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
@@ -31,7 +33,7 @@ from trainer.progress import shown
 from trainer.run import Run
 from trainer.schedule import learning_rate
 from trainer.step import feed, take_step
-from trainer.stop import StopWishes
+from trainer.stop import StopRequests
 from trainer.world import World, join
 from trainer.zero import gather
 from trainer.zero.shards import Shards
@@ -43,8 +45,10 @@ def train(run_dir: Path, attempt: int) -> bool:
     False where it was asked to stop before, and has saved. Every worker of the group calls it. Any exception is the
     caller's to judge.
     """
-    run, first = prepare(Attempt(run_dir, attempt))
-    saves = Checkpoints(run.attempt, run.world, run.job.checkpoint.every, run.job.checkpoint.keep)
+    claimed = Attempt(run_dir, attempt)
+    run, first = prepare(claimed)
+    settings = run.job.checkpoint
+    saves = Checkpoints(run.attempt, run.world, settings.every, settings.keep)
     evaluator = Evaluator.create(run)
     finished = fit(run, first, saves, evaluator)
     if finished:
@@ -57,70 +61,92 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     job = load_job(attempt.run_dir)
     world = join()
     check_inputs(attempt, job, world)
-    job = job.at_width(getattr(load_config(job.base), "hidden_size", None))
+    width = getattr(load_config(job.base), "hidden_size", None)
+    job = job.at_width(width)
+    base = job.base
+    data = job.data
+    device = world.device
     with shown(attempt):
-        tokenizer = load_tokenizer(job.base)
-    reading = Reading.of(job, end_ids(tokenizer, job.base))
-    setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.alive())
-    objective = create_objective(job.objective, setup)
-    examples = objective.read(job.data.train)
-    planned = Batches.of(job, examples)
-    method = create(job.method, Setup(planned.steps, job.train.seed, job.data.seq_len, tokenizer, gather))
+        tokenizer = load_tokenizer(base)
+    ends = end_ids(tokenizer, base)
+    reading = Reading.of(job, ends)
+    objective_setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.alive())
+    objective = create_objective(job.objective, objective_setup)
+    examples = objective.read(data.train)
+    batches = Batches.of(job, examples)
+    setup = Setup(batches.steps, job.train.seed, data.seq_len, tokenizer, gather)
+    method = create(job.method, setup)
     objective.method = method
-    dtype = precision(job, world.device)
+    dtype = precision(job, device)
     saved = open_start(attempt, world)
     if saved:
-        method.load_state(saved.method_state())
+        state = saved.method_state()
+        method.load_state(state)
     with shown(attempt):
-        model = load_model(job, method, dtype, world.device)
-    check_ids(examples.tokens, tokenizer, vocabulary(model.config), job.data.train)
+        model = load_model(job, method, dtype, device)
+    embedded = vocabulary(model.config)
+    check_ids(examples.tokens, tokenizer, embedded, data.train)
     if saved:
         saved.load_weights(model, method)
     else:
-        method.initialise(model, documents(planned, world.device))
-    adam = {"betas": job.train.betas, "eps": job.train.eps, "weight_decay": job.train.weight_decay}
-    shards = Shards(model, method, job.sharding.zero, job.lr, adam)
-    if saved:
-        saved.load_optimizer(shards)
-    schedule = method.schedule(lambda step: learning_rate(job, step, planned.steps))
-    run = Run(job, attempt, world, method, tokenizer, reading, objective, examples, planned, shards, dtype, schedule)
+        method.initialise(model, documents(batches, device))
+    shards = shard(job, model, method, saved)
+    schedule = method.schedule(lambda step: learning_rate(job, step, batches.steps))
+    run = Run(job, attempt, world, method, tokenizer, reading, objective, examples, batches, shards, dtype, schedule)
     apart.check(run)
     announce(run)
     return run, saved.step if saved else 0
 
 
+def shard(job: Job, model: nn.Module, method: Method[Any], saved: Reader | None) -> Shards:
+    """The model under DeepSpeed's engine, with the optimizer's state of a checkpoint where there is one."""
+    settings = job.train
+    adam = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+    shards = Shards(model, method, job.sharding.zero, job.lr, adam)
+    if saved:
+        saved.load_optimizer(shards)
+    return shards
+
+
 def check_inputs(attempt: Attempt, job: Job, world: World) -> None:
     """Raise InputChanged on every worker unless data and base are still those that were submitted."""
-    found = [""]
+    messages = [""]
     if world.leads:  # large files are read once, not by each worker
-        found = ["; ".join(changes(job, frozen(attempt.run_dir)))]
-    dist.broadcast_object_list(found, device=world.device)
-    if found[0]:
-        raise InputChanged(found[0])
+        digests = frozen(attempt.run_dir)
+        changed = changes(job, digests)
+        messages = ["; ".join(changed)]
+    dist.broadcast_object_list(messages, device=world.device)
+    if messages[0]:
+        raise InputChanged(messages[0])
 
 
 def documents(batches: Batches, device: torch.device) -> Iterator[torch.Tensor]:
     """The token ids [1, T] of the training documents, in the order of their batches."""
     for k in range(batches.steps):
         batch = batches.batch(k)
-        for document in batch.documents():
-            ids = batch.examples.tokens.document(document).ids
-            yield torch.as_tensor(ids, dtype=torch.long, device=device)[None]
+        tokens = batch.examples.tokens
+        for number in batch.documents():
+            document = tokens.document(number)
+            row = torch.as_tensor(document.ids, dtype=torch.long, device=device)
+            yield row[None]
 
 
 def announce(run: Run) -> None:
     """Tell readers what will happen: number of steps, sizes, and what of the data was cut."""
-    if run.world.leads:
+    model = run.model
+    tokens = run.tokens
+    world = run.world
+    if world.leads:
         run.attempt.event(
             "plan",
             steps=run.batches.steps,
-            parameters=speed.count(run.model),
-            trained=sum(speed.numel(p) for p in run.model.parameters() if p.requires_grad),
+            parameters=speed.count(model),
+            trained=speed.count_trained(model),
             examples=len(run.examples),
-            truncated=run.tokens.truncated,
-            dropped=run.tokens.dropped,
-            data=run.tokens.counts.summary(),
-            device=str(run.world.device),
+            truncated=tokens.truncated,
+            dropped=tokens.dropped,
+            data=tokens.counts.summary(),
+            device=str(world.device),
         )
 
 
@@ -129,19 +155,28 @@ def fit(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
 
     All that was saved is on disk then.
     """
+    attempt = run.attempt
+    world = run.world
+    evaluation = run.job.evaluation
     steps = run.batches.steps
-    peak = speed.peak_flops(run.world.device, run.dtype)
-    meter = Meter(run.attempt, run.world, steps, speed.flops_per_token(run.model), peak)
-    if first == 0 and run.job.evaluation.before:
+    peak = speed.peak_flops(world.device, run.dtype)
+    flops_per_token = speed.flops_per_token(run.model)
+    meter = Meter(attempt, world, steps, flops_per_token, peak)
+    if first == 0 and evaluation.before:
         evaluator.evaluate(run, 0)
     meter.pause()
-    fed = feed(run, first)
-    stops = StopWishes(run.attempt, run.world)
+    every = evaluation.every
+    micro_batches_of = feed(run, first)
+    stops = StopRequests(attempt, world)
     for step in range(first + 1, steps + 1):
-        wish = take_step(run, step, fed, meter, Wish(saves.overdue(), stops.wanted(step)))
-        every = run.job.evaluation.every
-        evaluation_due = step == steps or (every is not None and step % every == 0)
-        save_due = step == steps or wish.save or wish.stop or saves.due(step)
+        save_here = saves.overdue()
+        stop_here = stops.wanted(step)
+        asked_here = Wish(save_here, stop_here)
+        asked = take_step(run, step, micro_batches_of, meter, asked_here)
+        last = step == steps
+        at_interval = every is not None and step % every == 0
+        evaluation_due = last or at_interval
+        save_due = last or asked.save or asked.stop or saves.due(step)
         if evaluation_due or save_due:
             meter.flush()
             if evaluation_due:
@@ -149,10 +184,10 @@ def fit(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
             if save_due:
                 saves.save(run.shards, run.method, step)
             meter.pause()
-        if wish.stop and step < steps:
+        if asked.stop and not last:
             saves.wait()
-            if run.world.leads:
-                run.attempt.event("stopped", step=step)
+            if world.leads:
+                attempt.event("stopped", step=step)
             return False
     saves.wait()
     return True

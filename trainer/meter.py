@@ -1,4 +1,4 @@
-"""What a step reports. A GPU's figures are read one step later, so that it never waits for the host.
+"""What a step reports. A GPU's metrics are read one step later, so that it never waits for the host.
 
 They are copied to the host when the step is enqueued, and its duration is what the GPU itself says.
 """
@@ -22,20 +22,21 @@ OURS = frozenset(
 
 
 def checked(figures: Iterable[str]) -> list[str]:
-    """The names of an objective's figures, sorted; raises ValueError where one is a name of our own."""
+    """The names of an objective's metrics, sorted; raises ValueError where one is a name of our own."""
     for name in figures:
         if name in OURS or name.startswith("eval_"):
             raise ValueError(f"figure {name!r} of the objective; allowed: a name of its own, without eval_ in front")
     return sorted(figures)
 
 
-class Moment:
+class Timestamp:
     """Where a device's work is now: a GPU comes there later than the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._time = time.monotonic()
-        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
-        if self._event:
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
             self._event.record()
 
     def wait(self) -> None:
@@ -43,15 +44,16 @@ class Moment:
         if self._event:
             self._event.synchronize()
 
-    def since(self, earlier: "Moment") -> float:
-        """Seconds on the device since an earlier moment; it must have come to both."""
+    def since(self, earlier: "Timestamp") -> float:
+        """Seconds on the device since an earlier timestamp; it must have come to both."""
         if self._event and earlier._event:
-            return float(earlier._event.elapsed_time(self._event)) / 1000
+            milliseconds = earlier._event.elapsed_time(self._event)
+            return float(milliseconds) / 1000
         return self._time - earlier._time
 
 
 class Wish(NamedTuple):
-    """What is to be done after a step: save; stop, after a save."""
+    """What is asked for after a step, by one rank or any of them: to save; to stop, after a save."""
 
     save: bool = False
     stop: bool = False
@@ -63,13 +65,13 @@ class _Pending:
     lr: float
     tokens: int
     data_wait_s: float
-    names: list[str]  # of the objective's figures
-    figures: torch.Tensor  # loss, rank 0's wish, the objective's, gradient norm, on their way to the host
-    end: Moment
+    names: list[str]  # of the objective's metrics
+    values: torch.Tensor  # on their way to the host: loss, ranks that ask to save and to stop, the objective's, norm
+    end: Timestamp
 
 
 class Meter:
-    """Collects the figures of each step and appends them to metrics.jsonl."""
+    """Measures each step and appends its metrics to metrics.jsonl."""
 
     def __init__(self, attempt: Attempt, world: World, steps: int, flops_per_token: float, peak: float) -> None:
         self.attempt = attempt
@@ -78,7 +80,7 @@ class Meter:
         self.flops_per_token = flops_per_token
         self.peak = peak
         self._pending: _Pending | None = None
-        self._last = Moment(world.device)
+        self._last = Timestamp(world.device)
 
     def record(
         self,
@@ -91,43 +93,57 @@ class Meter:
         wait_s: float,
         wish: Wish,
     ) -> Wish:
-        """Report a step; gives rank 0's wish, perhaps late.
+        """Report a step; gives what any rank asks for, on a GPU that of the step before.
 
         The loss and what the objective logs beside it, by name, are this rank's shares of sums over all ranks.
         """
+        device = self.world.device
         names = checked(beside)
-        sums = torch.stack(
-            [loss, *(torch.full_like(loss, float(flag)) for flag in wish), *(beside[name] for name in names)]
-        )
+        flags = [torch.full_like(loss, float(flag)) for flag in wish]
+        logged = [beside[name] for name in names]
+        sums = torch.stack([loss, *flags, *logged])
         dist.all_reduce(sums)
-        figures = torch.cat([sums, grad_norm.to(sums).view(1)]).to("cpu", non_blocking=True)
-        ended = Moment(self.world.device)
+        norm = grad_norm.to(sums)
+        values = torch.cat([sums, norm.view(1)])
+        on_host = values.to("cpu", non_blocking=True)
+        end = Timestamp(device)
         earlier = self.flush()
-        self._pending = _Pending(step, lr, tokens, wait_s, names, figures, ended)
-        return earlier if self.world.device.type == "cuda" else self.flush()
+        self._pending = _Pending(step, lr, tokens, wait_s, names, on_host, end)
+        if device.type == "cuda":
+            return earlier
+        return self.flush()
 
     def flush(self) -> Wish:
-        """Write the step that is still open; gives rank 0's wish. Raises when a figure is not finite."""
+        """Write the step that is still open; gives what any rank asks for. Raises when loss or norm is not finite."""
         if self._pending is None:
             return Wish()
-        open_, self._pending = self._pending, None
-        open_.end.wait()
-        loss, save, stop, *beside, norm = open_.figures.tolist()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            found = f"step {open_.step}: the loss is {loss}, the gradient norm {norm}"
-            raise FloatingPointError(f"{found}; try a lower train.lr or more train.warmup")
-        seconds, self._last = open_.end.since(self._last), open_.end
+        pending = self._pending
+        self._pending = None
+        end = pending.end
+        end.wait()
+        values = pending.values.tolist()
+        loss, save, stop, *logged, norm = values
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if not finite:
+            state = f"step {pending.step}: the loss is {loss}, the gradient norm {norm}"
+            raise FloatingPointError(f"{state}; try a lower train.lr or more train.warmup")
+        seconds = end.since(self._last)
+        self._last = end
         if self.world.leads:
-            self._write(open_, loss, norm, seconds, dict(zip(open_.names, beside, strict=True)))
+            beside = dict(zip(pending.names, logged, strict=True))
+            self._write(pending, loss, norm, seconds, beside)
         return Wish(save > 0, stop > 0)
 
     def pause(self) -> None:
-        """Leave the time since the last figure out of the speed (evaluations, saves)."""
-        self._last = Moment(self.world.device)
+        """Leave the time since the last report out of the speed (evaluations, saves)."""
+        self._last = Timestamp(self.world.device)
 
     def _write(self, step: _Pending, loss: float, norm: float, seconds: float, beside: dict[str, float]) -> None:
+        """Append a step to metrics.jsonl, and show it in the log."""
         speed = step.tokens / seconds
-        figures = {
+        flops = speed * self.flops_per_token
+        peak = self.peak * self.world.size
+        metrics = {
             "step": step.step,
             "time": time.time(),
             "loss": loss,
@@ -135,14 +151,21 @@ class Meter:
             "lr": step.lr,
             "grad_norm": norm,
             "tokens_per_second": speed,
-            "mfu": speed * self.flops_per_token / (self.peak * self.world.size),
+            "mfu": flops / peak,
             "data_wait_s": step.data_wait_s,
             "peak_memory_bytes": peak_memory(self.world.device),
         }
-        self.attempt.append("metrics.jsonl", figures)
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.steps - step.step)))
-        print(
-            f"step {step.step}/{self.steps}  loss {loss:.4f}  norm {norm:.3f}  lr {step.lr:.2e}  "
-            f"{speed:,.0f} tokens/s  {left} left",
-            flush=True,
-        )
+        self.attempt.append("metrics.jsonl", metrics)
+        steps_left = self.steps - step.step
+        seconds_left = seconds * steps_left
+        clock = time.gmtime(seconds_left)
+        left = time.strftime("%H:%M:%S", clock)
+        words = [
+            f"step {step.step}/{self.steps}",
+            f"loss {loss:.4f}",
+            f"norm {norm:.3f}",
+            f"lr {step.lr:.2e}",
+            f"{speed:,.0f} tokens/s",
+            f"{left} left",
+        ]
+        print("  ".join(words), flush=True)

@@ -10,8 +10,11 @@ from runfolder.chain import Attempt
 
 def missing(attempt: Attempt) -> list[str]:
     """A line for each thing that this attempt could not deliver."""
-    events = read_lines(attempt, "events.jsonl")
-    return [f"{event['what']} is missing: {event['why']}" for event in events if event["event"] == "missing"]
+    lines = []
+    for event in read_lines(attempt, "events.jsonl"):
+        if event["event"] == "missing":
+            lines.append(f"{event['what']} is missing: {event['why']}")
+    return lines
 
 
 def reason(attempt: Attempt) -> str:
@@ -38,5 +41,7 @@ def dispensable(attempt: Attempt, what: str) -> Iterator[None]:
     except Exception as error:
         with suppress(OSError):
             traceback.print_exc()
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        kind = type(error).__name__
+        words = f"{kind}: {error}".split()
+        text = " ".join(words)
         note(attempt, what, text[:1000])

@@ -19,16 +19,17 @@ def shown(attempt: Attempt) -> Iterator[None]:
     """
     ended = threading.Event()
 
-    def look() -> None:
-        seen = moved_bytes()
+    def watch() -> None:
+        before = moved_bytes()
         while not ended.wait(PERIOD_S):
             now = moved_bytes()
-            if now - seen >= LEAST_BYTES:
+            if now - before >= LEAST_BYTES:
                 attempt.alive()
-            seen = now
+            before = now
 
     attempt.alive()
-    threading.Thread(target=look, daemon=True).start()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
     try:
         yield
     finally:
@@ -45,5 +46,9 @@ def moved_bytes() -> int:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:
         return 0
-    counts = dict(line.split(": ") for line in lines)
-    return sum(int(counts[name]) for name in ("rchar", "wchar", "read_bytes"))
+    pairs = (line.split(": ") for line in lines)
+    counts = dict(pairs)
+    read = int(counts["rchar"])
+    written = int(counts["wchar"])
+    fetched = int(counts["read_bytes"])
+    return read + written + fetched

@@ -22,26 +22,36 @@ def load_base(run: Run, adapter: Path, place: Place) -> Any:
     """The base as an adapter's users load it; a method that changes the base's config leaves it in the adapter."""
     from transformers import AutoConfig
 
-    if run.job.base.init == "scratch":
+    base = run.job.base
+    if base.init == "scratch":
         raise ValueError(
             "base.init scratch: the base's random weights are kept nowhere, so nothing can load it again"
         )
-    changed = (adapter / "config.json").exists()
-    config = AutoConfig.from_pretrained(adapter) if changed else None
-    return load_pretrained(run.job.base, run.dtype, config, **place)
+    config = None
+    if (adapter / "config.json").exists():
+        config = AutoConfig.from_pretrained(adapter)
+    return load_pretrained(base, run.dtype, config, **place)
 
 
 def load_output(run: Run, folder: Path, place: Place) -> nn.Module:
     """What a run left: a model, or an adapter on its base, in 4 bits where it was trained on that."""
     if run.job.method.makes_model:
         return load_model(run, folder, place)
+    options = place | _quantisation(run)
+    base = load_base(run, folder, options)
+    quantised.exact(base)
+    model = run.method.load(base, folder)
+    return model.eval()
+
+
+def _quantisation(run: Run) -> Place:
+    """What puts the base in 4 bits for the method as it is loaded; nothing where it is in 4 bits already."""
     config = load_config(run.job.base)
     config.dtype = run.dtype
-    in_4_bits = hasattr(config, "quantization_config")  # already
-    packed = run.method.load_options(config) if run.job.method.quantises and not in_4_bits else {}
-    base = load_base(run, folder, place | packed)
-    quantised.exact(base)
-    return run.method.load(base, folder).eval()
+    in_4_bits = hasattr(config, "quantization_config")
+    if in_4_bits or not run.job.method.quantises:
+        return {}
+    return run.method.load_options(config)
 
 
 def load_model(run: Run, folder: Path, place: Place) -> nn.Module:
@@ -58,11 +68,13 @@ def room(run: Run) -> Iterator[Place]:
 
     Raises RuntimeError where an adapter's base does not fit.
     """
-    size = speed.count(run.model) * run.dtype.itemsize * SPARE
+    weights = speed.count(run.model)
+    size = weights * run.dtype.itemsize * SPARE
     device = run.world.device
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what training has used meanwhile
-        if size < torch.cuda.mem_get_info(device)[0]:
+        free_on_device, _ = torch.cuda.mem_get_info(device)
+        if size < free_on_device:
             yield {"device_map": {"": device}}
             return
     free = free_bytes()
@@ -70,11 +82,13 @@ def room(run: Run) -> Iterator[Place]:
         yield {}
         return
     if not run.job.method.makes_model:  # PEFT cannot put an adapter on a base that lies on disk
-        raise RuntimeError(
-            f"one more copy of the model takes {size / 2**30:.1f} GiB, the host has {free / 2**30:.1f}"
-        )
+        needed_gib = size / 2**30
+        free_gib = free / 2**30
+        raise RuntimeError(f"one more copy of the model takes {needed_gib:.1f} GiB, the host has {free_gib:.1f}")
+    limit = int(free / SPARE)
+    memory = {"cpu": limit}
     with tempfile.TemporaryDirectory(dir=run.attempt.folder) as disk:
-        yield {"device_map": "auto", "max_memory": {"cpu": int(free / SPARE)}, "offload_folder": disk}
+        yield {"device_map": "auto", "max_memory": memory, "offload_folder": disk}
 
 
 def free_bytes() -> float | None:
@@ -83,7 +97,11 @@ def free_bytes() -> float | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    sizes = {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":") for line in lines)}
+    sizes = {}
+    for line in lines:
+        name, size = line.split(":")
+        kibibytes = size.split()[0]
+        sizes[name] = int(kibibytes) * 1024
     return min(sizes["MemAvailable"], _free_in_group())
 
 
@@ -91,6 +109,8 @@ def _free_in_group() -> float:
     """What the control group of a container leaves; cached files count as taken, which errs on the safe side."""
     group = Path("/sys/fs/cgroup")
     try:
-        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        limit = int((group / "memory.max").read_text())
+        taken = int((group / "memory.current").read_text())
+        return limit - taken
     except (OSError, ValueError):  # no such group, or "max": no limit
         return float("inf")

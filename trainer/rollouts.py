@@ -21,28 +21,34 @@ from trainer.run import Run
 
 def rolled_out(run: Run, step: int, batch: GlobalBatch) -> GlobalBatch:
     """The batch that the model has written for a step: as it was recorded, or now; every rank calls it."""
-    found: list[Arrays | None] = [recorded(run.attempt, step) if run.world.leads else None]
-    dist.broadcast_object_list(found, device=run.world.device)
-    rollout = found[0]
+    world = run.world
+    known: list[Arrays | None] = [None]
+    if world.leads:
+        known = [recorded(run.attempt, step)]
+    dist.broadcast_object_list(known, device=world.device)
+    rollout = known[0]
     if rollout is None:
         rollout = written(run, step, batch)
-    if run.world.leads:  # the others cannot finish the update, a collective, before it is on disk
+    if world.leads:  # the others cannot finish the update, a collective, before it is on disk
         record(run.attempt, step, rollout)
     return run.objective.rolled_out(batch, rollout)
 
 
 def written(run: Run, step: int, batch: GlobalBatch) -> Arrays:
-    """What the model writes now."""
-    run.model.eval()
+    """What the model writes now for the examples of a batch."""
+    model = run.model
+    model.eval()
     with torch.no_grad():
-        rollout = run.objective.rollout(run.model, batch, step)
-    run.model.train()
+        rollout = run.objective.rollout(model, batch, step)
+    model.train()
     return rollout
 
 
 def recorded(attempt: Attempt, step: int) -> Arrays | None:
     """What this attempt, or the newest one before it that came so far, has recorded of a step."""
-    for other in reversed(attempts(attempt.run_dir)):
+    oldest_first = attempts(attempt.run_dir)
+    newest_first = reversed(oldest_first)
+    for other in newest_first:
         path = _path(other, step)
         if other.number <= attempt.number and path.exists():
             arrays: Arrays = load_file(path)
@@ -53,14 +59,18 @@ def recorded(attempt: Attempt, step: int) -> Arrays | None:
 def record(attempt: Attempt, step: int, rollout: Arrays) -> None:
     """Write a step's rollout, whole or not at all."""
     path = _path(attempt, step)
-    path.parent.mkdir(exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    folder = path.parent
+    folder.mkdir(exist_ok=True)
+    unique = uuid.uuid4().hex
+    draft = path.with_name(f".{path.name}.{unique}")
     save_file(rollout, draft)
     with draft.open("rb") as stream:
         os.fsync(stream.fileno())
     draft.replace(path)
-    sync_folder(path.parent)
+    sync_folder(folder)
 
 
 def _path(attempt: Attempt, step: int) -> Path:
-    return attempt.folder / "rollouts" / f"step-{step}.safetensors"
+    """Where an attempt's rollout of a step lies."""
+    folder = attempt.folder / "rollouts"
+    return folder / f"step-{step}.safetensors"

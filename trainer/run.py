@@ -54,4 +54,6 @@ class Run:
     def generation(self) -> dict[str, Any]:
         """What the base's generation config says, as plain data; empty for a model that has none."""
         config = getattr(self.model, "generation_config", None)
-        return dict(config.to_diff_dict()) if config is not None else {}
+        if config is None:
+            return {}
+        return dict(config.to_diff_dict())

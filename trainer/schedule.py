@@ -7,14 +7,18 @@ from runfolder.job import Job
 
 def learning_rate(job: Job, step: int, steps: int) -> float:
     """The rate of step `step` (from 0) of `steps`: linear warm-up, then the job's schedule down to zero."""
-    warmup = round(job.train.warmup * steps)
+    settings = job.train
+    peak = job.lr
+    warmup = round(settings.warmup * steps)
     if step < warmup:
-        return job.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    match job.train.schedule:
+        return peak * (step + 1) / warmup
+    decay_steps = max(1, steps - warmup)
+    done = (step - warmup) / decay_steps
+    match settings.schedule:
         case "cosine":
-            return job.lr * 0.5 * (1 + math.cos(math.pi * done))
+            cosine = math.cos(math.pi * done)
+            return peak * 0.5 * (1 + cosine)
         case "linear":
-            return job.lr * (1 - done)
+            return peak * (1 - done)
         case "constant":
-            return job.lr
+            return peak

@@ -25,21 +25,38 @@ def flops_per_token(model: Any) -> float:
     activations, 2 for that of each trained weight (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
     embedding = model.get_input_embeddings().weight
     tied = getattr(model.config, "tie_word_embeddings", False)
-    lookup = 0 if tied else numel(embedding)
+    lookup = 0 if tied else numel(embedding)  # weights that are looked up, not multiplied
     weights = count(model) - lookup
-    trained = sum(numel(p) for p in model.parameters() if p.requires_grad)
-    return 4.0 * weights + 2.0 * max(0, trained - (lookup if embedding.requires_grad else 0))
+    trained = count_trained(model)
+    if embedding.requires_grad:
+        trained -= lookup
+    trained = max(0, trained)
+    return 4.0 * weights + 2.0 * trained
 
 
 def count(model: nn.Module) -> int:
     """Weights of a model; a 4-bit layer keeps its own in a buffer, two to a byte."""
-    packed = sum(int(layer.in_features * layer.out_features) for _, layer in quantised.layers(model))
-    return sum(map(numel, model.parameters())) + packed
+    sizes = map(numel, model.parameters())
+    weights = sum(sizes)
+    for _, layer in quantised.layers(model):
+        packed = layer.in_features * layer.out_features
+        weights += int(packed)
+    return weights
+
+
+def count_trained(model: nn.Module) -> int:
+    """Weights of a model that are trained, sharded or not."""
+    trained = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            trained += numel(parameter)
+    return trained
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a device: the vendor's dense bf16 figure where known, else that of a matrix product measured now."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
+    on_gpu = device.type == "cuda"
+    if on_gpu and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAK_BF16.items():
             if known in name:
@@ -51,20 +68,25 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors took on a GPU, or the process's largest resident size on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_maxrss * 1024
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of four products of two square matrices."""
     size = 4096 if device.type == "cuda" else 512
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
         began = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        seconds = time.perf_counter() - began
+        best = min(best, seconds)
+    flops = 2 * size**3
+    return flops / best
 
 
 def numel(parameter: nn.Parameter) -> int:
     """The number of elements of a parameter, sharded or not."""
-    return int(shape(parameter).numel())
+    whole = shape(parameter)
+    return int(whole.numel())

@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -18,37 +18,49 @@ from trainer.run import Run
 
 T = TypeVar("T")
 Batch = dict[str, torch.Tensor]
+NamedSums = dict[str, torch.Tensor]  # over micro-batches; each 0-d
 Feed = Callable[[GlobalBatch], Iterator[Batch]]  # from a step's global batch to this rank's micro-batches
 
 
 def take_step(run: Run, step: int, feed: Feed, meter: Meter, wish: Wish) -> Wish:
-    """Accumulate the micro-batches of one global batch and apply them; gives what rank 0 wishes, perhaps late."""
-    global_batch = run.batches.batch(step - 1)
-    if run.objective.generates:
+    """Accumulate the micro-batches of one global batch and apply them; gives what all ranks ask for, perhaps late."""
+    objective = run.objective
+    shards = run.shards
+    world = run.world
+    settings = run.job.train
+    number = step - 1
+    global_batch = run.batches.batch(number)
+    if objective.generates:
         global_batch = rollouts.rolled_out(run, step, global_batch)
-    torch.manual_seed(hash((run.job.train.seed, step, run.world.rank)))
-    waited = Waited(feed(global_batch))
-    totals = run.objective.totals(global_batch)
-    passes, known = prepared(run, waited, totals)
-    sums = Sums(run.world.device)
+    seed = hash((settings.seed, step, world.rank))
+    torch.manual_seed(seed)
+    stream = feed(global_batch)
+    timed = TimedIterator(stream)
+    totals = objective.totals(global_batch)
+    passes, known = prepared(run, timed, totals)
+    sums = Sums(world.device)
     for batch in passes:
-        shares = run.objective.loss(run.shards.engine, batch, totals, known)
-        run.shards.backward(shares.loss)
+        shares = objective.loss(shards.engine, batch, totals, known)
+        shards.backward(shares.loss)
         sums.add(shares)
-    lr = run.schedule(step - 1)
-    norm = run.shards.step(lr, run.job.train.clip)
-    return meter.record(step, sums.loss, sums.figures, norm, lr, global_batch.tokens, waited.seconds, wish)
+    lr = run.schedule(number)
+    norm = shards.step(lr, settings.clip)
+    tokens = global_batch.tokens
+    wait_s = timed.seconds
+    return meter.record(step, sums.loss, sums.figures, norm, lr, tokens, wait_s, wish)
 
 
 def prepared(run: Run, passes: Iterable[Batch], totals: Totals) -> tuple[Iterable[Batch], Tensors]:
     """The micro-batches of a global batch, and what the loss needs to know of all of them; every rank calls it."""
-    if not run.objective.has_prelude:
+    objective = run.objective
+    if not objective.has_prelude:
         return passes, {}
     batches = list(passes)
-    sums: dict[str, torch.Tensor] = {}
+    sums: NamedSums = {}
     with torch.no_grad():
         for batch in batches:
-            add(sums, run.objective.prelude(run.model, batch, totals))
+            shares = objective.prelude(run.model, batch, totals)
+            add(sums, shares)
     return batches, reduced(sums)
 
 
@@ -57,47 +69,69 @@ class Sums:
 
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), device=device, dtype=torch.float64)
-        self.figures: dict[str, torch.Tensor] = {}
+        self.figures: NamedSums = {}
 
     def add(self, shares: Shares) -> None:
         """Add those of another micro-batch."""
-        self.loss += shares.loss.detach()
+        loss = shares.loss.detach()
+        self.loss += loss
         add(self.figures, shares.figures)
 
 
-def add(sums: dict[str, torch.Tensor], shares: Mapping[str, torch.Tensor]) -> None:
+def add(sums: NamedSums, shares: Tensors) -> None:
     """Add shares to sums by name, in fp64."""
     for name, share in shares.items():
-        sums[name] = sums.get(name, 0) + share.detach().double()
+        so_far = sums.get(name, 0)
+        value = share.detach()
+        sums[name] = so_far + value.double()
 
 
-def reduced(sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def reduced(sums: Tensors) -> NamedSums:
     """The sums of all ranks by name; a collective, in which all have the same names."""
     names = sorted(sums)
-    values = torch.stack([sums[name] for name in names])
-    dist.all_reduce(values)
-    return dict(zip(names, values, strict=True))
+    values = [sums[name] for name in names]
+    stacked = torch.stack(values)
+    dist.all_reduce(stacked)
+    named = zip(names, stacked, strict=True)
+    return dict(named)
 
 
 def feed(run: Run, first: int) -> Feed:
     """Where the micro-batches of the steps after `first` come from: made ahead, unless they wait for a rollout."""
     if run.objective.generates:
         return partial(micro_batches, run)
-    stream = prefetch(_stream(run, first))
-    return lambda _: iter(partial(next, stream), None)
+    micro_batches_of_rank = _micro_batches_after(run, first)
+    stream = prefetch(micro_batches_of_rank)
+    take = partial(next, stream)
+
+    def until_step_ends(_: GlobalBatch) -> Iterator[Batch]:
+        return iter(take, None)
+
+    return until_step_ends
 
 
 def micro_batches(run: Run, global_batch: GlobalBatch) -> Iterator[Batch]:
     """This rank's micro-batches of a global batch."""
-    for micro in run.batches.layout.deal(global_batch, run.world.rank, run.world.size):
-        arrays = run.objective.arrays(global_batch.examples, micro)
-        yield {name: to_device(array, run.world.device) for name, array in arrays.items()}
+    world = run.world
+    objective = run.objective
+    examples = global_batch.examples
+    layout = run.batches.layout
+    dealt = layout.deal(global_batch, world.rank, world.size)
+    for micro in dealt:
+        arrays = objective.arrays(examples, micro)
+        batch = {}
+        for name, array in arrays.items():
+            batch[name] = to_device(array, world.device)
+        yield batch
 
 
 def to_device(array: Any, device: torch.device) -> torch.Tensor:
     """An array as a tensor on the device, copied without a wait where that is possible."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type != "cuda":
+        return tensor
+    pinned = tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)
 
 
 def prefetch(stream: Iterator[Batch | None], ahead: int = 4) -> Iterator[Batch | None]:
@@ -111,7 +145,8 @@ def prefetch(stream: Iterator[Batch | None], ahead: int = 4) -> Iterator[Batch |
         except BaseException as error:
             ready.put(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     while True:
         item = ready.get()
         if isinstance(item, BaseException):
@@ -119,14 +154,14 @@ def prefetch(stream: Iterator[Batch | None], ahead: int = 4) -> Iterator[Batch |
         yield item
 
 
-class Waited(Generic[T]):
-    """An iterator that knows for how many seconds its user has waited."""
+class TimedIterator(Generic[T]):
+    """An iterator that knows for how many seconds its user has waited for items."""
 
     def __init__(self, items: Iterator[T]) -> None:
         self._items = items
         self.seconds = 0.0
 
-    def __iter__(self) -> "Waited[T]":
+    def __iter__(self) -> "TimedIterator[T]":
         return self
 
     def __next__(self) -> T:
@@ -134,11 +169,14 @@ class Waited(Generic[T]):
         try:
             return next(self._items)
         finally:
-            self.seconds += time.monotonic() - began
+            waited = time.monotonic() - began
+            self.seconds += waited
 
 
-def _stream(run: Run, first: int) -> Iterator[Batch | None]:
+def _micro_batches_after(run: Run, first: int) -> Iterator[Batch | None]:
     """This rank's micro-batches of all steps after `first`; None ends a step."""
-    for k in range(first, run.batches.steps):
-        yield from micro_batches(run, run.batches.batch(k))
+    batches = run.batches
+    for k in range(first, batches.steps):
+        global_batch = batches.batch(k)
+        yield from micro_batches(run, global_batch)
         yield None

@@ -50,28 +50,45 @@ class Finding:
 
 def observe(run: Run) -> Seen:
     """What the trained model says of the first rows of its data; every rank calls it, as all hold its parts."""
+    model = run.model
+    tokens = run.tokens
+    device = run.world.device
     virtual = run.job.method.virtual_tokens
-    rows = [run.tokens.document(i).ids[: virtual + TOKENS] for i in range(min(ROWS, len(run.tokens)))]
-    run.model.eval()
-    logits = [_logits(run.model, torch.tensor(row, dtype=torch.long, device=run.world.device)) for row in rows]
-    run.model.train()
-    return Seen([torch.tensor(row[virtual:], dtype=torch.long) for row in rows], [x[virtual:] for x in logits])
+    length = virtual + TOKENS
+    rows = []
+    written = []
+    count = min(ROWS, len(tokens))
+    for number in range(count):
+        document = tokens.document(number)
+        ids = document.ids[:length]
+        row = torch.tensor(ids, dtype=torch.long)
+        rows.append(row)
+        written.append(row[virtual:])
+    model.eval()
+    logits = []
+    for row in rows:
+        on_device = row.to(device)
+        of_row = _logits(model, on_device)
+        logits.append(of_row[virtual:])
+    model.train()
+    return Seen(written, logits)
 
 
 def compare(run: Run, load: Callable[[Place], nn.Module], seen: Seen) -> Finding:
-    """Load a model where there is room for it, and compare it with what was seen of the trained one; rank 0 alone."""
+    """Load a model where it fits, and compare it with what was seen of the trained one; rank 0 alone."""
     if speed.count(run.model) > LARGE:
         print("loading the output once more, to compare it with the trained model", flush=True)
+    device = run.world.device
     began = time.monotonic()
     with room(run) as place:
         model = load(place)
-        finding = _compared(model, seen, run.dtype, run.world.device)
+        finding = _compared(model, seen, run.dtype, device)
         del model
-    if run.world.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
-    run.attempt.event(
-        "compared", gap=finding.gap, allowed=finding.allowed, seconds=round(time.monotonic() - began, 2)
-    )
+    elapsed = time.monotonic() - began
+    seconds = round(elapsed, 2)
+    run.attempt.event("compared", gap=finding.gap, allowed=finding.allowed, seconds=seconds)
     return finding
 
 
@@ -81,30 +98,54 @@ def _compared(model: nn.Module, seen: Seen, dtype: torch.dtype, trained_on: torc
     Their distance shows how far rounding reaches. In fp32 the second pass has the row twice, so it sums in another
     order.
     """
-    devices = (parameter.device for parameter in model.parameters())
-    device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))  # meta: on disk
+    device = _device(model)
+    lower = dtype != torch.float32
     largest = spread = plain_gap = autocast_gap = 0.0
     for ids, expected in zip(seen.ids, seen.logits, strict=True):
-        plain = _logits(model, ids.to(device))[-len(ids) :]
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            other = _logits(model, ids.to(device), copies=2)[-len(ids) :]
-        largest = max(largest, float(expected.abs().max()))
+        row = ids.to(device)
+        plain = _logits(model, row)
+        with torch.autocast(device.type, dtype, enabled=lower):
+            other = _logits(model, row, copies=2)
+        magnitude = expected.abs()
+        largest_of_row = float(magnitude.max())
+        largest = max(largest, largest_of_row)
         spread = _larger(spread, plain - other)
         plain_gap = _larger(plain_gap, plain - expected)
         autocast_gap = _larger(autocast_gap, other - expected)
-    rounding = ROUNDING[dtype] if device.type == trained_on.type else ELSEWHERE[dtype]
-    return Finding(min(plain_gap, autocast_gap), max(rounding * largest, SPREADS * spread))
+    rounding = ROUNDING[dtype]
+    if device.type != trained_on.type:
+        rounding = ELSEWHERE[dtype]
+    gap = min(plain_gap, autocast_gap)
+    of_dtype = rounding * largest
+    of_passes = SPREADS * spread
+    return Finding(gap, max(of_dtype, of_passes))
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where a loaded model computes; what lies on disk is on `meta`, and computed on the host."""
+    for parameter in model.parameters():
+        if parameter.device.type != "meta":
+            return parameter.device
+    return torch.device("cpu")
 
 
 def _logits(model: Any, ids: torch.Tensor, copies: int = 1) -> torch.Tensor:
-    """The logits of one row, fp32 on the host, from a pass over so many copies of it."""
+    """The logits [T, V] of one row, fp32 on the host, from a pass over so many copies of it.
+
+    An output with virtual tokens has logits for these in front, which are left out.
+    """
+    length = len(ids)
+    rows = ids.expand(copies, -1)
     with torch.no_grad():
-        out = model(input_ids=ids.expand(copies, -1), use_cache=False).logits[0]
-    logits: torch.Tensor = out.float().cpu()
-    return logits
+        out = model(input_ids=rows, use_cache=False)
+        first = out.logits[0]
+    logits: torch.Tensor = first.float().cpu()
+    return logits[-length:]
 
 
 def _larger(so_far: float, difference: torch.Tensor) -> float:
     """The largest absolute difference yet; infinite once one is not a number."""
-    found = float(difference.abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max())
-    return max(so_far, found)
+    magnitude = difference.abs()
+    comparable = magnitude.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    largest = float(comparable.max())
+    return max(so_far, largest)

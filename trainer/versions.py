@@ -9,36 +9,48 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 # From the first version on, and below the second; pyproject.toml says the same.
-KNOWN: Mapping[str, tuple[str, str]] = {
+Bounds = Mapping[str, tuple[str, str]]
+KNOWN: Bounds = {
     "bitsandbytes": ("0.49", "0.51"),  # how a 4-bit weight keeps its constants (methods/parts/quantised.py)
     "peft": ("0.19", "0.22"),  # the SVD of EVA, and the insides of LoRA's layers (methods/parts/)
     "transformers": ("5.10", "5.24"),  # attention functions and masks, whether a base takes them, files of a hub id
 }
 
 
-def unknown(known: Mapping[str, tuple[str, str]] = KNOWN) -> list[str]:
-    """What is installed in a version that is not known: one line each, with how to mend it."""
-    return [
-        f"{name} {version(name)} is installed, whose private names are not known; "
-        f"allowed: pip install '{name}>={first},<{beyond}'"
-        for name, (first, beyond) in known.items()
-        if _installed(name) and not _numbers(first) <= _numbers(version(name)) < _numbers(beyond)
-    ]
+def unknown(known: Bounds = KNOWN) -> list[str]:
+    """What is installed in a version that is not known: one line each, with how to fix it."""
+    lines = []
+    for name, (first, beyond) in known.items():
+        installed = _installed(name)
+        if not installed:
+            continue
+        inside = _numbers(first) <= _numbers(installed) < _numbers(beyond)
+        if not inside:
+            lines.append(
+                f"{name} {installed} is installed, whose private names are not known; "
+                f"allowed: pip install '{name}>={first},<{beyond}'"
+            )
+    return lines
 
 
-def check(known: Mapping[str, tuple[str, str]] = KNOWN) -> None:
+def check(known: Bounds = KNOWN) -> None:
     """Raise RuntimeError where a package is installed in a version that is not known."""
-    if lines := unknown(known):
-        raise RuntimeError("; ".join(lines))
+    lines = unknown(known)
+    if lines:
+        problem = "; ".join(lines)
+        raise RuntimeError(problem)
 
 
-def _installed(name: str) -> bool:
+def _installed(name: str) -> str | None:
+    """The version of a package that is installed; None where it is not."""
     try:
-        return bool(version(name))
+        return version(name)
     except PackageNotFoundError:
-        return False
+        return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     """Major and minor number; `5.24.0.dev0` counts as 5.24, whose names it may have already."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    parts = re.findall(r"\d+", version)
+    numbers = map(int, parts[:2])
+    return tuple(numbers)

@@ -33,24 +33,28 @@ def join() -> World:
 
     A group that a launcher has already made is taken as it is. Alone, no variable is needed.
     """
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **library_folders()}.items():
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **library_folders()}
+    for key, value in defaults.items():
         os.environ.setdefault(key, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
-    cuda = torch.cuda.is_available()
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        local_rank = int(os.environ["LOCAL_RANK"])
+        device = torch.device("cuda", local_rank)
+        backend = "nccl"
         torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _quieten()
     check()
     import_lean()
     prepare()
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -21,13 +21,15 @@ def claim_from_newest(run_dir: Path) -> Attempt | None:
     attempt = claim_next(run_dir, newest(run_dir))
     if attempt is None or attempt.start is None:
         return attempt
-    left = folder_of(Attempt(run_dir, attempt.start.attempt), attempt.start.step)
-    own = folder_of(attempt, attempt.start.step)
-    own.parent.mkdir()
+    start = attempt.start
+    predecessor = Attempt(run_dir, start.attempt)
+    source = folder_of(predecessor, start.step)
+    target = folder_of(attempt, start.step)
+    target.parent.mkdir()
     with suppress(FileNotFoundError):  # removed just before the claim: the workers will say so
-        left.rename(own)
-    sync_folder(own.parent)
-    sync_folder(left.parent)
+        source.rename(target)
+    sync_folder(target.parent)
+    sync_folder(source.parent)
     return attempt
 
 
@@ -36,33 +38,45 @@ def newest(run_dir: Path) -> Start | None:
 
     Its manifest holds and its shards have their sizes. Their hashes are for those who load them, many at a time.
     """
-    return next((start for start, folder in lineage(run_dir) if is_whole(folder)), None)
+    for start, folder in lineage(run_dir):
+        if is_whole(folder):
+            return start
+    return None
 
 
 def lineage(run_dir: Path) -> Iterator[tuple[Start, Path]]:
     """Checkpoints with a manifest that count, newest first."""
     for attempt, bound in bounds(run_dir):
-        steps = sorted(map(step_of, finished(attempt)), reverse=True)
-        yield from ((Start(attempt.number, step), folder_of(attempt, step)) for step in steps if step <= bound)
+        steps = map(step_of, finished(attempt))
+        newest_first = sorted(steps, reverse=True)
+        for step in newest_first:
+            if step <= bound:
+                start = Start(attempt.number, step)
+                yield start, folder_of(attempt, step)
 
 
 def unused(attempt: Attempt) -> list[Path]:
     """Checkpoints that an attempt does not write at the moment: those with a manifest, and all of earlier ones."""
-    earlier = [other for other in attempts(attempt.run_dir) if other.number < attempt.number]
-    return [
-        *(folder for other in earlier for folder in (other.folder / "checkpoints").glob("*")),
-        *finished(attempt),
-    ]
+    folders: list[Path] = []
+    all_attempts = attempts(attempt.run_dir)
+    for other in all_attempts:
+        if other.number < attempt.number:
+            checkpoints = other.folder / "checkpoints"
+            folders.extend(checkpoints.glob("*"))
+    return folders + finished(attempt)
 
 
 def finished(attempt: Attempt) -> list[Path]:
     """The checkpoints in an attempt's folder that have a manifest."""
-    return [path.parent for path in (attempt.folder / "checkpoints").glob(f"step-*/{MANIFEST}")]
+    checkpoints = attempt.folder / "checkpoints"
+    manifests = checkpoints.glob(f"step-*/{MANIFEST}")
+    return [path.parent for path in manifests]
 
 
 def folder_of(attempt: Attempt, step: int) -> Path:
     """Where an attempt's checkpoint of a step lies."""
-    return attempt.folder / "checkpoints" / f"step-{step}"
+    checkpoints = attempt.folder / "checkpoints"
+    return checkpoints / f"step-{step}"
 
 
 def step_of(folder: Path) -> int:
@@ -72,20 +86,30 @@ def step_of(folder: Path) -> int:
 
 def write_manifest(folder: Path, record: Record) -> None:
     """Make a checkpoint exist, once all its shards are there; `record["files"]` has their sizes and hashes."""
-    write_json(folder / MANIFEST, {**record, "sha256": _digest(record)})
+    manifest = {**record, "sha256": _digest(record)}
+    write_json(folder / MANIFEST, manifest)
 
 
 def is_whole(folder: Path) -> bool:
     """Whether a checkpoint's manifest is what was written, and every shard that it names has its size."""
     try:
         record = read_json(folder / MANIFEST)
-        hashed = record.pop("sha256", None)
-        if hashed not in (None, _digest(record)):  # versions before 2026-11-29 wrote none
+        written = record.pop("sha256", None)
+        if written not in (None, _digest(record)):  # versions before 2026-11-29 wrote none
             return False
-        return all((folder / name).stat().st_size == file["bytes"] for name, file in record["files"].items())
+        files = record["files"]
+        for name, file in files.items():
+            shard = folder / name
+            size = shard.stat().st_size
+            if size != file["bytes"]:
+                return False
     except (OSError, ValueError):
         return False
+    return True
 
 
 def _digest(record: Record) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    """The hash of a manifest, whatever the order of its keys."""
+    text = json.dumps(record, sort_keys=True)
+    hashed = hashlib.sha256(text.encode())
+    return hashed.hexdigest()

@@ -2,14 +2,14 @@
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 
-from methods.base import Method
+from methods.base import Fragment, Method
 from runfolder.chain import Attempt
 from runfolder.files import Record, read_json, sha256
 from trainer.checkpoint.lineage import MANIFEST, folder_of
@@ -23,73 +23,134 @@ class CheckpointGone(RuntimeError):
     """The checkpoint that an attempt was to start from cannot be used; the next attempt finds another."""
 
 
+Key = tuple[str, str]  # kind and parameter
+
+
+class _Stored(NamedTuple):
+    """A tensor of a shard: elements from `start` on of a flattened parameter's state, or a scalar of it."""
+
+    start: int
+    key: str
+    file: Any  # of safe_open
+
+    def slice_(self) -> Any:
+        """Access to parts of the tensor, of which none is read yet."""
+        return self.file.get_slice(self.key)
+
+    def tensor(self) -> torch.Tensor:
+        """The tensor, whole."""
+        tensor: torch.Tensor = self.file.get_tensor(self.key)
+        return tensor
+
+
 class Reader:
     """Random access to a checkpoint's fragments by kind, parameter and range."""
 
     def __init__(self, folder: Path) -> None:
-        self.step = int(read_json(folder / "manifest.json")["step"])
-        self._parts: dict[tuple[str, str], list[tuple[int, str, Any]]] = defaultdict(list)
-        for path in sorted(folder.glob("shard-*.safetensors")):
+        manifest = read_json(folder / MANIFEST)
+        self.step = int(manifest["step"])
+        self._stored: dict[Key, list[_Stored]] = defaultdict(list)
+        shards = folder.glob("shard-*.safetensors")
+        for path in sorted(shards):
             file: Any = safe_open(path, framework="pt")
             for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 kind, name, start = key.split("/")
-                self._parts[kind, name].append((int(start), key, file))
+                offset = int(start)
+                stored = _Stored(offset, key, file)
+                of_parameter = self._stored[kind, name]
+                of_parameter.append(stored)
 
     def kinds(self, name: str) -> set[str]:
         """What the checkpoint holds of a parameter beside its weights."""
-        return {kind for kind, found in self._parts if found == name} - {WEIGHT}
+        kinds = set()
+        for kind, parameter in self._stored:
+            if parameter == name and kind != WEIGHT:
+                kinds.add(kind)
+        return kinds
 
     def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of a flattened parameter's state, from whichever ranks wrote them."""
-        parts = [(begin, file.get_slice(key)) for begin, key, file in self._parts[kind, name]]
-        out = torch.empty(stop - start, dtype=parts[0][1][:0].dtype if parts else None)
         missing = stop - start
-        for begin, part in parts:
+        dtype = self._dtype(kind, name)
+        out = torch.empty(missing, dtype=dtype)
+        of_parameter = self._stored[kind, name]
+        for stored in of_parameter:
+            part = stored.slice_()
+            begin = stored.start
             (size,) = part.get_shape()
-            a, b = max(start, begin), min(stop, begin + size)
-            if a < b:
-                out[a - start : b - start] = part[a - begin : b - begin]
-                missing -= b - a
+            end = begin + size
+            first = max(start, begin)
+            length = min(stop, end) - first
+            if length > 0:
+                source = first - begin
+                target = first - start
+                out[target : target + length] = part[source : source + length]
+                missing -= length
         if missing:
             raise ValueError(f"{missing} elements of {kind} of {name}[{start}:{stop}] are not in the checkpoint")
         return out
 
-    def figure(self, kind: str, name: str) -> torch.Tensor:
-        """A 0-d state of a parameter, from any rank: all have the same."""
-        _, key, file = self._parts[kind, name][0]
-        value: torch.Tensor = file.get_tensor(key)
-        return value
+    def _dtype(self, kind: str, name: str) -> torch.dtype | None:
+        """The dtype of a parameter's state; None where the checkpoint has none of it."""
+        stored = self._stored[kind, name]
+        if not stored:
+            return None
+        part = stored[0].slice_()
+        nothing: torch.Tensor = part[:0]
+        return nothing.dtype
 
-    def is_figure(self, kind: str, name: str) -> bool:
-        """Whether a state is one figure for the whole parameter."""
-        _, key, file = self._parts[kind, name][0]
-        return not file.get_slice(key).get_shape()
+    def scalar(self, kind: str, name: str) -> torch.Tensor:
+        """A 0-d state of a parameter, from any rank: all have the same."""
+        stored = self._stored[kind, name]
+        return stored[0].tensor()
+
+    def is_scalar(self, kind: str, name: str) -> bool:
+        """Whether a state is one number for the whole parameter."""
+        stored = self._stored[kind, name]
+        part = stored[0].slice_()
+        return not part.get_shape()
 
     def load_weights(self, model: nn.Module, method: Method[Any]) -> None:
         """Set every trained or changed parameter of a model that has no engine yet; every rank calls it."""
         changed = set(method.changed(model))
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad or name in changed:
-                assign(model, name, self.read(WEIGHT, name, 0, shape(parameter).numel()))
+            saved = parameter.requires_grad or name in changed
+            if saved:
+                size = shape(parameter)
+                elements = size.numel()
+                assign(model, name, self.read(WEIGHT, name, 0, elements))
 
     def load_optimizer(self, shards: Shards) -> None:
         """Set the optimizer's state of what this rank holds, and the method's pieces."""
-        for fragment in shards.fragments():
+        fragments = shards.fragments()
+        for fragment in fragments:
             state = shards.state(fragment)
-            for kind in self.kinds(fragment.name):
-                if self.is_figure(kind, fragment.name):
-                    state[kind] = self.figure(kind, fragment.name)
-                else:
-                    part = self.read(kind, fragment.name, fragment.start, fragment.stop)
-                    state[kind] = part.to(fragment.parameter.device)
-        for piece in shards.method.pieces():
+            kinds = self.kinds(fragment.name)
+            for kind in kinds:
+                state[kind] = self._state(kind, fragment)
+        pieces = shards.method.pieces()
+        for piece in pieces:
+            start = piece.start
             for kind, tensor in piece.tensors.items():
-                tensor.copy_(self.read(kind, piece.name, piece.start, piece.start + len(tensor)))
+                stop = start + len(tensor)
+                tensor.copy_(self.read(kind, piece.name, start, stop))
+
+    def _state(self, kind: str, fragment: Fragment) -> torch.Tensor:
+        """The optimizer's state of one kind for a fragment: a scalar on the host, or its range on its device."""
+        name = fragment.name
+        if self.is_scalar(kind, name):
+            return self.scalar(kind, name)
+        part = self.read(kind, name, fragment.start, fragment.stop)
+        device = fragment.parameter.device
+        return part.to(device)
 
     def method_state(self) -> dict[str, torch.Tensor]:
-        """What the method asked to keep."""
-        found = [name for kind, name in self._parts if kind == METHOD]
-        return {name: self._parts[METHOD, name][0][2].get_tensor(f"{METHOD}/{name}/0") for name in found}
+        """What the method asked to keep, by name."""
+        state = {}
+        for (kind, name), stored in self._stored.items():
+            if kind == METHOD:
+                state[name] = stored[0].tensor()
+        return state
 
 
 def open_start(attempt: Attempt, world: World) -> Reader | None:
@@ -97,26 +158,39 @@ def open_start(attempt: Attempt, world: World) -> Reader | None:
 
     Each rank hashes its share of the shards. A damaged checkpoint is set aside, so that nobody takes it again.
     """
-    if attempt.start is None:
+    start = attempt.start
+    if start is None:
         return None
-    folder = folder_of(attempt, attempt.start.step)
-    harm: list[str] = [""] * world.size
-    dist.all_gather_object(harm, _harm(folder, world))
-    found = "; ".join(filter(None, harm))
-    if not found:
+    folder = folder_of(attempt, start.step)
+    damages: list[str] = [""] * world.size
+    of_rank = _damage(folder, world)
+    dist.all_gather_object(damages, of_rank)
+    damaged = filter(None, damages)
+    damage = "; ".join(damaged)
+    if not damage:
         return Reader(folder)
     if world.leads and folder.exists():
-        folder.rename(folder.with_name(f".damaged-{folder.name}"))
+        aside = folder.with_name(f".damaged-{folder.name}")
+        folder.rename(aside)
     dist.barrier()  # no rank fails, and with that ends the others, before it is set aside
-    raise CheckpointGone(f"step {attempt.start.step} of attempt {attempt.start.attempt}: {found}")
+    raise CheckpointGone(f"step {start.step} of attempt {start.attempt}: {damage}")
 
 
-def _harm(folder: Path, world: World) -> str:
+def _damage(folder: Path, world: World) -> str:
     """What is wrong with this rank's share of a checkpoint's shards; empty when nothing is."""
+    changed = []
     try:
-        files: dict[str, Record] = read_json(folder / MANIFEST)["files"]
-        shares = sorted(files)[world.rank :: world.size]
-        changed = [name for name in shares if sha256(folder / name) != files[name]["sha256"]]
+        manifest = read_json(folder / MANIFEST)
+        files: dict[str, Record] = manifest["files"]
+        names = sorted(files)
+        for name in names[world.rank :: world.size]:
+            digest = sha256(folder / name)
+            written = files[name]
+            if digest != written["sha256"]:
+                changed.append(name)
     except (OSError, ValueError) as error:
         return str(error)
-    return f"{', '.join(changed)}: not what was written" if changed else ""
+    if not changed:
+        return ""
+    shards = ", ".join(changed)
+    return f"{shards}: not what was written"

@@ -26,6 +26,7 @@ from trainer.zero.shards import Shards
 
 MEAN_TIME_BETWEEN_FAILURES = 4 * 3600.0  # seconds; of one job, as spot machines and large clusters have it
 WEIGHT, METHOD = "weight", "method"
+Tensors = dict[str, torch.Tensor]  # of a shard, by kind/parameter/start
 
 
 class Checkpoints:
@@ -43,29 +44,38 @@ class Checkpoints:
 
     def due(self, step: int) -> bool:
         """Whether a fixed interval says to save after this step."""
-        return self.every != "auto" and step % int(self.every) == 0
+        if self.every == "auto":
+            return False
+        interval = int(self.every)
+        return step % interval == 0
 
     def overdue(self) -> bool:
         """Whether `auto` says to save now: Young's interval sqrt(2 x stall x time between failures), 1974.
 
-        Never sooner than the last write took. Asked on rank 0 alone, which tells the others: the clock starts again
-        with the wish, as the save comes a step later.
+        Never sooner than the last write took. Every rank asks its own clock, and all save where one of them says so.
         """
-        interval = max(math.sqrt(2 * self._stall_s * MEAN_TIME_BETWEEN_FAILURES), self._write_s)
-        if self.every != "auto" or time.monotonic() - self._saved_at <= interval:
+        if self.every != "auto":
             return False
+        square = 2 * self._stall_s * MEAN_TIME_BETWEEN_FAILURES
+        interval = max(math.sqrt(square), self._write_s)
+        elapsed = time.monotonic() - self._saved_at
+        if elapsed <= interval:
+            return False
+        # The clock starts again with the request, as the save comes a step later.
         self._saved_at = time.monotonic()
         return True
 
     def save(self, shards: Shards, method: Method[Any], step: int) -> None:
         """Copy this rank's part to the host and write it in the background; waits for the save before it."""
         self.wait()
+        world = self.world
         began = time.monotonic()
-        tensors = snapshot(shards, method, self.world)
+        tensors = snapshot(shards, method, world)
         self._stall_s = time.monotonic() - began
-        record = {"step": step, "world": self.world.size, "stage": shards.stage}
-        self._thread = threading.Thread(target=self._write, args=(record, tensors), daemon=True)
-        self._thread.start()
+        record = {"step": step, "world": world.size, "stage": shards.stage}
+        thread = threading.Thread(target=self._write, args=(record, tensors), daemon=True)
+        self._thread = thread
+        thread.start()
 
     def wait(self) -> None:
         """Wait for the save under way; raises what went wrong in it."""
@@ -75,13 +85,16 @@ class Checkpoints:
         if self._error is not None:
             raise self._error
 
-    def _write(self, record: Record, tensors: dict[str, torch.Tensor]) -> None:
+    def _write(self, record: Record, tensors: Tensors) -> None:
+        """Write this rank's shard, and on rank 0 the manifest; what the thread of a save does."""
+        world = self.world
         began = time.monotonic()
         try:
-            folder = folder_of(self.attempt, record["step"])
+            step = record["step"]
+            folder = folder_of(self.attempt, step)
             folder.mkdir(parents=True, exist_ok=True)
-            write_shard(folder, self.world.rank, tensors)
-            if self.world.leads:
+            write_shard(folder, world.rank, tensors)
+            if world.leads:
                 self._commit(folder, record)
                 self._clean()
         except BaseException as error:  # kept for the training thread, which raises it at the next save
@@ -90,54 +103,90 @@ class Checkpoints:
         self._saved_at = time.monotonic()
 
     def _commit(self, folder: Path, record: Record) -> None:
-        names = [f"shard-{rank}" for rank in range(self.world.size)]
-        while not all((folder / f"{name}.json").exists() for name in names):
-            self.attempt.check(here=True)
+        """Wait for the shards of all ranks, then write the manifest; raises Fenced where there is a successor."""
+        attempt = self.attempt
+        digest_files = [_digest_file(folder, rank) for rank in range(self.world.size)]
+        while not all(path.exists() for path in digest_files):
+            attempt.check(here=True)
             time.sleep(0.02)
-        self.attempt.check()  # one that was paused and has a successor ends at its first save
-        files = {f"{name}.safetensors": read_json(folder / f"{name}.json") for name in names}
+        attempt.check()  # one that was paused and has a successor ends at its first save
+        files = {}
+        for path in digest_files:
+            shard = path.with_suffix(".safetensors")
+            files[shard.name] = read_json(path)
         # A step that a checkpoint covers must have been reported before the checkpoint exists.
-        self.attempt.sync("metrics.jsonl")
-        write_manifest(folder, {**record, "files": files})
-        self.attempt.event("checkpoint", step=record["step"], stall_s=round(self._stall_s, 4))
+        attempt.sync("metrics.jsonl")
+        whole = {**record, "files": files}
+        write_manifest(folder, whole)
+        stall_s = round(self._stall_s, 4)
+        attempt.event("checkpoint", step=record["step"], stall_s=stall_s)
 
     def _clean(self) -> None:
         """Remove all but the newest `keep`, of earlier attempts too. The newest is never removed, even by a ghost."""
-        kept = [folder for _, folder in islice(lineage(self.attempt.run_dir), self.keep)]
-        for folder in unused(self.attempt):
+        attempt = self.attempt
+        checkpoints = lineage(attempt.run_dir)
+        newest = islice(checkpoints, self.keep)
+        kept = [folder for _, folder in newest]
+        for folder in unused(attempt):
             if folder not in kept:
-                self.attempt.check()
+                attempt.check()
                 # A ghost that still writes into the folder does not find it after this.
-                trash = folder.rename(folder.with_name(f".trash-{uuid.uuid4().hex}"))
+                unique = uuid.uuid4().hex
+                trash = folder.with_name(f".trash-{unique}")
+                folder.rename(trash)
                 shutil.rmtree(trash)
 
 
-def snapshot(shards: Shards, method: Method[Any], world: World) -> dict[str, torch.Tensor]:
+def snapshot(shards: Shards, method: Method[Any], world: World) -> Tensors:
     """This rank's part of weights, optimizer and method state, on the host."""
-    tensors: dict[str, torch.Tensor] = {}
-    for piece in shards.pieces():
-        for kind, whole in piece.tensors.items():
-            own = _owned(whole, world) if piece.whole and whole.dim() else slice(0, whole.numel())
-            part = whole[own] if whole.dim() else whole
+    tensors: Tensors = {}
+    pieces = shards.pieces()
+    for piece in pieces:
+        for kind, held in piece.tensors.items():
+            start = 0
+            part = held
+            if piece.whole and held.dim():
+                elements = held.numel()
+                start, stop = _owned_range(elements, world)
+                part = held[start:stop]
             if part.numel():
-                tensors[f"{kind}/{piece.name}/{piece.start + own.start}"] = part.detach().to("cpu", copy=True)
+                start += piece.start
+                key = f"{kind}/{piece.name}/{start}"
+                detached = part.detach()
+                tensors[key] = detached.to("cpu", copy=True)
     if world.leads:
-        tensors |= {f"{METHOD}/{name}/0": value.to("cpu", copy=True) for name, value in method.state().items()}
+        state = method.state()
+        for name, value in state.items():
+            key = f"{METHOD}/{name}/0"
+            tensors[key] = value.to("cpu", copy=True)
     return tensors
 
 
-def _owned(whole: torch.Tensor, world: World) -> slice:
-    """Which elements this rank answers for when every rank holds them all."""
-    size = math.ceil(whole.numel() / world.size)
-    return slice(min(world.rank * size, whole.numel()), min((world.rank + 1) * size, whole.numel()))
+def _owned_range(elements: int, world: World) -> tuple[int, int]:
+    """The range of elements that this rank answers for when every rank holds them all."""
+    size = math.ceil(elements / world.size)
+    first = world.rank * size
+    start = min(first, elements)  # the last ranks may have none
+    after = start + size
+    stop = min(after, elements)
+    return start, stop
 
 
-def write_shard(folder: Path, rank: int, tensors: dict[str, torch.Tensor]) -> None:
+def write_shard(folder: Path, rank: int, tensors: Tensors) -> None:
     """Write one rank's tensors, then their hash."""
-    path = folder / f"shard-{rank}.safetensors"
+    name = f"shard-{rank}.safetensors"
+    path = folder / name
     save_file(tensors, path)
     with path.open("rb+") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        hashed = hashlib.file_digest(stream, "sha256")
         os.fsync(stream.fileno())
     sync_folder(folder)
-    write_json(folder / f"shard-{rank}.json", {"sha256": digest, "bytes": path.stat().st_size})
+    size = path.stat().st_size
+    digest = hashed.hexdigest()
+    record = {"sha256": digest, "bytes": size}
+    write_json(_digest_file(folder, rank), record)
+
+
+def _digest_file(folder: Path, rank: int) -> Path:
+    """Where the hash and the size of a rank's shard lie, once it is written."""
+    return folder / f"shard-{rank}.json"

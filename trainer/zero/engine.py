@@ -22,7 +22,8 @@ class Placeholder(torch.optim.Optimizer):
     """The optimizer that DeepSpeed gets: its step calls `on_step`, once per step and with all gradients reduced."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        super().__init__([{"params": parameters}], {"lr": 0.0})
+        group = {"params": parameters}
+        super().__init__([group], {"lr": 0.0})
         self.on_step: Callable[[], None] = lambda: None
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
@@ -37,8 +38,9 @@ def prepare() -> None:
     The op is built at the first `init_distributed`, and a lock that a killed process left makes the next one hang
     without a word. Gloo does not need it.
     """
-    if version("deepspeed") != VERSION:
-        raise RuntimeError(f"deepspeed {version('deepspeed')} is installed; trainer/zero is written for {VERSION}")
+    installed = version("deepspeed")
+    if installed != VERSION:
+        raise RuntimeError(f"deepspeed {installed} is installed; trainer/zero is written for {VERSION}")
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -46,12 +48,16 @@ def prepare() -> None:
 
 def config(stage: int, trained: int) -> dict[str, Any]:
     """DeepSpeed's configuration of a stage, for so many trained elements."""
-    bucket = max(2**20, min(50_000_000, trained))
-    sharding: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    bucket = min(50_000_000, trained)
+    bucket = max(2**20, bucket)
+    sharding: dict[str, Any] = {"stage": stage}
+    sharding["reduce_bucket_size"] = bucket
+    sharding["allgather_bucket_size"] = bucket
     if stage in (1, 2):
         sharding["compute_grad_norm"] = False
     if stage == 3:
-        sharding |= {"sub_group_size": ONE_GROUP, "stage3_prefetch_bucket_size": bucket}
+        sharding["sub_group_size"] = ONE_GROUP
+        sharding["stage3_prefetch_bucket_size"] = bucket
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -67,8 +73,12 @@ def start(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> Any
     """DeepSpeed's engine around a model whose trained parameters the optimizer has."""
     import deepspeed
 
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, trained))
+    trained = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            trained += parameter.numel()
+    configuration = config(stage, trained)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration)
     return engine
 
 
@@ -80,7 +90,9 @@ def partitioned_loading(stage: int, dtype: torch.dtype) -> Iterator[None]:
         return
     from transformers.integrations import HfDeepSpeedConfig
 
+    bf16 = {"enabled": dtype == torch.bfloat16}
+    configuration = config(stage, 0) | {"bf16": bf16}
     # transformers holds it weakly: it must live as long as the block.
-    alive = HfDeepSpeedConfig(config(stage, 0) | {"bf16": {"enabled": dtype == torch.bfloat16}})
+    alive = HfDeepSpeedConfig(configuration)
     yield
     del alive

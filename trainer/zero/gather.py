@@ -14,7 +14,8 @@ from torch import nn
 
 def shape(parameter: nn.Parameter) -> torch.Size:
     """The whole shape of a parameter, sharded or not."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+    whole = getattr(parameter, "ds_shape", parameter.shape)
+    return torch.Size(whole)
 
 
 def gathered(parameters: Iterable[nn.Parameter], modified: bool = False) -> AbstractContextManager[None]:
@@ -22,14 +23,13 @@ def gathered(parameters: Iterable[nn.Parameter], modified: bool = False) -> Abst
 
     A collective over all ranks. Weights that are not sharded are whole already, and keep what each rank writes.
     """
-    sharded = [parameter for parameter in parameters if _is_sharded(parameter)]
+    sharded = list(filter(_is_sharded, parameters))
     if not sharded:
         return nullcontext()
     import deepspeed
 
-    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
-        sharded, modifier_rank=0 if modified else None
-    )
+    writer = 0 if modified else None
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(sharded, modifier_rank=writer)
     return context
 
 
@@ -41,9 +41,10 @@ def gathered_in_turn(model: nn.Module) -> Iterator[None]:
     """
     hooks = []
     for module in model.modules():
-        own = [parameter for parameter in module.parameters(recurse=False) if _is_sharded(parameter)]
-        if own:
-            hooks += _hooks(module, own)
+        of_module = module.parameters(recurse=False)
+        sharded = list(filter(_is_sharded, of_module))
+        if sharded:
+            hooks += _gathering_hooks(module, sharded)
     try:
         yield
     finally:
@@ -54,23 +55,29 @@ def gathered_in_turn(model: nn.Module) -> Iterator[None]:
 def assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
     """Set a parameter, sharded or not, before the engine exists; at stage 3 every rank calls it."""
     parameter = model.get_parameter(name)
+    everywhere = not _is_sharded(parameter)
     with torch.no_grad(), gathered([parameter], modified=True):
-        if not _is_sharded(parameter) or dist.get_rank() == 0:
-            parameter.copy_(value.view(parameter.shape).to(parameter.device))
+        writes = everywhere or dist.get_rank() == 0
+        if writes:
+            shaped = value.view(parameter.shape)
+            parameter.copy_(shaped.to(parameter.device))
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO 3 has this parameter in slices; a plain one has no id of DeepSpeed."""
     return hasattr(parameter, "ds_id")
 
 
-def _hooks(module: nn.Module, own: list[nn.Parameter]) -> list[torch.utils.hooks.RemovableHandle]:
+def _gathering_hooks(module: nn.Module, sharded: list[nn.Parameter]) -> list[torch.utils.hooks.RemovableHandle]:
     """Hooks by which a module gathers its own parameters before its forward pass, and releases them after it."""
     stack = ExitStack()
 
     def gather(*_: Any) -> None:
-        stack.enter_context(gathered(own))
+        stack.enter_context(gathered(sharded))
 
     def release(*_: Any) -> None:
         stack.close()
 
-    return [module.register_forward_pre_hook(gather), module.register_forward_hook(release)]
+    before = module.register_forward_pre_hook(gather)
+    after = module.register_forward_hook(release)
+    return [before, after]

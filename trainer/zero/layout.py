@@ -14,6 +14,8 @@ from torch import nn
 
 from methods.base import Piece
 
+Names = dict[nn.Parameter, str]  # of the trained parameters
+
 
 @dataclass(frozen=True, eq=False)
 class Fragment:
@@ -29,20 +31,30 @@ class Fragment:
     @classmethod
     def of(cls, name: str, start: int, stop: int, owner: torch.Tensor, offset: int) -> "Fragment":
         """The elements of `owner` from `offset` on, as a parameter of their own that shares their memory."""
-        view = owner.data.view(-1)[offset : offset + stop - start]
-        return cls(name, start, stop, owner, offset, nn.Parameter(view))
+        values = owner.data
+        flat = values.view(-1)
+        length = stop - start
+        end = offset + length
+        view = flat[offset:end]
+        parameter = nn.Parameter(view)
+        return cls(name, start, stop, owner, offset, parameter)
 
     def take_gradient(self) -> None:
         """Let the parameter's gradient be the owner's."""
         grad = self.owner.grad
-        part = slice(self.offset, self.offset + self.stop - self.start)
-        self.parameter.grad = grad.view(-1)[part] if grad is not None else None
+        if grad is None:
+            self.parameter.grad = None
+            return
+        flat = grad.view(-1)
+        length = self.stop - self.start
+        end = self.offset + length
+        self.parameter.grad = flat[self.offset : end]
 
 
-def fragments(engine: Any, names: dict[nn.Parameter, str], stage: int) -> Iterator[Fragment]:
+def fragments(engine: Any, names: Names, stage: int) -> Iterator[Fragment]:
     """The fragments of the named trained parameters that this rank holds under an engine."""
     if stage == 0:
-        return _whole(names)
+        return _whole_parameters(names)
     if stage == 3:
         return _slices_of_each(engine.optimizer, names)
     return _slice_of_all(engine.optimizer, names)
@@ -51,39 +63,63 @@ def fragments(engine: Any, names: dict[nn.Parameter, str], stage: int) -> Iterat
 def held(name: str, parameter: Any, stage: int) -> Piece | None:
     """The part of a frozen parameter that this rank holds under an engine; None where it holds nothing."""
     if stage != 3:
-        return Piece(name, 0, {"weight": parameter.data.view(-1)}, True)
-    start, stop = _own_slice(parameter)
-    slice_: torch.Tensor = parameter.ds_tensor
-    return Piece(name, start, {"weight": slice_.data[: stop - start]}, False) if start < stop else None
+        flat: torch.Tensor = parameter.data.view(-1)
+        return Piece(name, 0, {"weight": flat}, True)
+    start, stop = _slice_of_rank(parameter)
+    if start >= stop:
+        return None
+    padded: torch.Tensor = parameter.ds_tensor
+    length = stop - start
+    weight = padded.data[:length]
+    return Piece(name, start, {"weight": weight}, False)
 
 
-def _whole(names: dict[nn.Parameter, str]) -> Iterator[Fragment]:
+def _whole_parameters(names: Names) -> Iterator[Fragment]:
+    """Stage 0: every parameter, whole on every rank."""
     for parameter, name in names.items():
-        yield Fragment.of(name, 0, parameter.numel(), parameter, 0)
+        elements = parameter.numel()
+        yield Fragment.of(name, 0, elements, parameter, 0)
 
 
-def _slice_of_all(zero: Any, names: dict[nn.Parameter, str]) -> Iterator[Fragment]:
+def _slice_of_all(zero: Any, names: Names) -> Iterator[Fragment]:
+    """Stages 1 and 2: the parameters' parts that lie in this rank's slice [left, right) of the vector of all."""
     (owner,) = zero.single_partition_of_fp32_groups
+    parameters = zero.round_robin_bit16_groups[0]
+    offsets = zero.round_robin_bit16_offsets[0]
     size = int(zero.partition_size[0])
-    left = dist.get_rank() * size
-    for parameter, offset in zip(zero.round_robin_bit16_groups[0], zero.round_robin_bit16_offsets[0], strict=True):
-        start, stop = max(left, offset), min(left + size, offset + parameter.numel())
+    rank = dist.get_rank()
+    left = rank * size
+    right = left + size
+    for parameter, offset in zip(parameters, offsets, strict=True):
+        end = offset + parameter.numel()
+        start = max(left, offset)
+        stop = min(right, end)
         if start < stop:
-            yield Fragment.of(names[parameter], start - offset, stop - offset, owner, start - left)
+            name = names[parameter]
+            first = start - offset
+            last = stop - offset
+            inside = start - left
+            yield Fragment.of(name, first, last, owner, inside)
 
 
-def _slices_of_each(zero: Any, names: dict[nn.Parameter, str]) -> Iterator[Fragment]:
+def _slices_of_each(zero: Any, names: Names) -> Iterator[Fragment]:
+    """Stage 3: this rank's slice of each parameter, one behind the other in the vector that it owns."""
     (owner,) = zero.fp32_partitioned_groups_flat
     offset = 0
-    for parameter in zero.fp16_groups[0]:
-        start, stop = _own_slice(parameter)
+    parameters = zero.fp16_groups[0]
+    for parameter in parameters:
+        start, stop = _slice_of_rank(parameter)
         if start < stop:
-            yield Fragment.of(names[parameter], start, stop, owner, offset)
+            name = names[parameter]
+            yield Fragment.of(name, start, stop, owner, offset)
         offset += parameter.partition_numel()
 
 
-def _own_slice(parameter: Any) -> tuple[int, int]:
+def _slice_of_rank(parameter: Any) -> tuple[int, int]:
     """The range of a flattened parameter that this rank holds at stage 3; empty where only padding is left."""
     size = parameter.partition_numel()
-    start = dist.get_rank() * size
-    return start, min(start + size, parameter.ds_numel)
+    rank = dist.get_rank()
+    start = rank * size
+    end = start + size
+    stop = min(end, parameter.ds_numel)
+    return start, stop

@@ -32,22 +32,36 @@ class Shards:
         self.method = method
         self._clip: float | None = None
         self._grad_norm: torch.Tensor | None = None
-        names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self._shapes = {name: shape(parameter) for parameter, name in names.items()}
-        placeholder = engine.Placeholder(list(names))
+        names = {}
+        shapes = {}
+        parameters = model.named_parameters()
+        for name, parameter in parameters:
+            if parameter.requires_grad:
+                names[parameter] = name
+                shapes[name] = shape(parameter)
+        self._shapes = shapes
+        trained = list(names)
+        placeholder = engine.Placeholder(trained)
         self.engine = engine.start(model, placeholder, stage)
         # A method that sums gradients itself gets each rank's own share, where DeepSpeed would sum whole ones.
-        self._averaged = stage != 0 or not method.reduces
-        self.engine.enable_backward_allreduce = self._averaged
-        self._fragments = list(layout.fragments(self.engine, names, stage))
-        self._by_name = {fragment.name: fragment for fragment in self._fragments}
-        self.optimizer = method.optimizer(self, lr, **(adam or {}))
+        averaged = stage != 0 or not method.reduces
+        self._averaged = averaged
+        self.engine.enable_backward_allreduce = averaged
+        self._fragments: list[Fragment] = []
+        self._by_name: dict[str, Fragment] = {}
+        fragments = layout.fragments(self.engine, names, stage)
+        for fragment in fragments:
+            self._fragments.append(fragment)
+            self._by_name[fragment.name] = fragment
+        settings = adam or {}
+        self.optimizer = method.optimizer(self, lr, **settings)
         placeholder.on_step = self._step
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        parameters = self.model.parameters()
+        return next(parameters).device
 
     def fragments(self) -> Sequence[Fragment]:
         """What this rank holds."""
@@ -55,7 +69,8 @@ class Shards:
 
     def state(self, fragment: AnyFragment) -> dict[str, Any]:
         """What the optimizer keeps of a fragment, to be read and changed; empty before its first step."""
-        state: dict[str, Any] = self.optimizer.state[fragment.parameter]
+        parameter = fragment.parameter
+        state: dict[str, Any] = self.optimizer.state[parameter]
         return state
 
     def shape(self, name: str) -> torch.Size:
@@ -64,73 +79,111 @@ class Shards:
 
     def whole(self, name: str, part: Callable[[AnyFragment], torch.Tensor]) -> torch.Tensor:
         """What all ranks' parts of a trained parameter make, in its shape, on every rank; a collective."""
+        size = self.shape(name)
         fragment = self._by_name.get(name)
         if self.replicated and fragment is not None:
-            return part(fragment).view(self.shape(name))
-        out = torch.zeros(self.shape(name), device=self.device)
+            everything = part(fragment)
+            return everything.view(size)
+        out = torch.zeros(size, device=self.device)
         if fragment is not None:
-            out.view(-1)[fragment.start : fragment.stop] = part(fragment)
+            flat = out.view(-1)
+            flat[fragment.start : fragment.stop] = part(fragment)
         dist.all_reduce(out)
         return out
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of a loss that is summed over ranks."""
-        self.engine.backward(loss * dist.get_world_size() if self._averaged else loss, scale_wrt_gas=False)
+        if self._averaged:
+            world_size = dist.get_world_size()
+            loss = loss * world_size
+        self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float, clip: float | None) -> torch.Tensor:
         """Apply the gradients and give their global norm before clipping, a 0-d fp64 tensor."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_ratio", 1.0)
-        self._clip, self._grad_norm = clip, None
+        groups = self.optimizer.param_groups
+        for group in groups:
+            ratio = group.get("lr_ratio", 1.0)
+            group["lr"] = lr * ratio
+        self._clip = clip
+        self._grad_norm = None
         self.engine.step()
         # Stage 3 skips the step by itself when the norm is not finite.
-        return self._grad_norm if self._grad_norm is not None else torch.tensor(math.nan)
+        if self._grad_norm is None:
+            return torch.tensor(math.nan)
+        return self._grad_norm
 
     def pieces(self) -> list[Piece]:
         """All of the trained state that this rank holds: weights, the optimizer's tensors, the method's own."""
-        trained = [
-            Piece(f.name, f.start, {"weight": f.parameter.data, **self._tensors(f)}, self.replicated)
-            for f in self._fragments
-        ]
-        return [*trained, *self._changed(), *self.method.pieces()]
+        trained = map(self._piece, self._fragments)
+        changed = self._changed()
+        pieces = [*trained, *changed]
+        pieces += self.method.pieces()
+        return pieces
 
     def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What the output holds, whole, on the host of rank 0 (empty elsewhere); a collective.
 
         Every parameter where the output is a model, else those that are trained or changed.
         """
-        changed, all_ = set(self.method.changed(self.model)), self.method.options.makes_model
-        for name, parameter in self.model.named_parameters():
-            if all_ or parameter.requires_grad or name in changed:
-                with gathered([parameter]):
-                    yield name, parameter.detach().to("cpu", copy=True) if dist.get_rank() == 0 else torch.empty(0)
+        model = self.model
+        method = self.method
+        changed = set(method.changed(model))
+        whole_model = method.options.makes_model
+        for name, parameter in model.named_parameters():
+            delivered = whole_model or parameter.requires_grad or name in changed
+            if not delivered:
+                continue
+            with gathered([parameter]):
+                weight = torch.empty(0)
+                if dist.get_rank() == 0:
+                    weight = parameter.detach().to("cpu", copy=True)
+                yield name, weight
 
     def _step(self) -> None:
+        """What DeepSpeed's step calls: gradients to fragments, the norm and clipping, and the method's own step."""
+        method = self.method
         for fragment in self._fragments:
             fragment.take_gradient()
-        self.method.penalty(self)
-        grads = self.method.gradients(self)
-        self._grad_norm = self._norm(grads)
+        method.penalty(self)
+        grads = method.gradients(self)
+        norm = self._norm(grads)
+        self._grad_norm = norm
         if self._clip is not None:
-            scale = torch.clamp(self._clip / (self._grad_norm + 1e-6), max=1.0)
+            ratio = self._clip / (norm + 1e-6)
+            scale = torch.clamp(ratio, max=1.0)
             for grad in grads:
-                grad.mul_(scale.to(grad.dtype))
-        self.method.before_step(self)
+                factor = scale.to(grad.dtype)
+                grad.mul_(factor)
+        method.before_step(self)
         self.optimizer.step()
-        self.method.after_step(self)
+        method.after_step(self)
 
     def _norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
-        squares = [torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in grads]
-        square = torch.stack([torch.zeros((), dtype=torch.float64, device=self.device), *squares]).sum()
+        """The global norm of gradients, a 0-d fp64 tensor; a collective where ranks hold different elements."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        squares = [zero]  # a rank may hold nothing
+        for grad in grads:
+            norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
+            squares.append(norm**2)
+        square = torch.stack(squares).sum()
         if not self.replicated:
             dist.all_reduce(square)
         return square.sqrt()
 
-    def _tensors(self, fragment: Fragment) -> dict[str, torch.Tensor]:
-        return {key: value for key, value in self.state(fragment).items() if isinstance(value, torch.Tensor)}
+    def _piece(self, fragment: Fragment) -> Piece:
+        """A fragment's weight and the tensors that the optimizer keeps of it."""
+        tensors = {"weight": fragment.parameter.data}
+        state = self.state(fragment)
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                tensors[key] = value
+        return Piece(fragment.name, fragment.start, tensors, self.replicated)
 
     def _changed(self) -> Iterator[Piece]:
-        for name in self.method.changed(self.model):
-            piece = layout.held(name, self.model.get_parameter(name), self.stage)
+        """What this rank holds of the frozen parameters that training changes all the same."""
+        model = self.model
+        for name in self.method.changed(model):
+            parameter = model.get_parameter(name)
+            piece = layout.held(name, parameter, self.stage)
             if piece is not None:
                 yield piece
