@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from methods.base import Setup, View
-from methods.options.low_rank import Lora, LowRankOptions
+from methods.options.lora_family import LowRankOptions
+from methods.options.low_rank import Lora
 from methods.parts import initial
 from methods.parts.eva import start_from_inputs
 from methods.parts.peft_adapter import ADAPTER, PeftAdapter
