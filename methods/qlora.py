@@ -14,15 +14,14 @@ The update of `loftq` has q in it, so it is merged into the dequantised weights,
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from methods.base import MergeRefused, ReferenceRefused, Setup
+from methods.base import Keywords, MergeRefused, ReferenceRefused, Setup, Tensors
 from methods.lora import LowRank
 from methods.options.low_rank import QLora
 from methods.parts import quantised
-from methods.parts.initial import adapted
+from methods.parts.initial import adapted, principal_factors
 from methods.parts.peft_adapter import ADAPTER
 
 if TYPE_CHECKING:
@@ -38,15 +37,17 @@ class QLoraTuning(LowRank[QLora]):
         super().__init__(options, setup)
         self._resumed = False
 
-    def load_options(self, config: Any) -> dict[str, Any]:
+    def load_options(self, config: Any) -> Keywords:
         """Have the base quantised while it is read, to compute in its own dtype."""
         return quantised.load_options(self.options.quant, self.options.double_quant, config.dtype)
 
-    def config(self) -> dict[str, Any]:
-        """The starts that PEFT draws."""
-        return {"init_lora_weights": "gaussian"} if self.options.init == "gaussian" else {}
+    def config(self) -> Keywords:
+        """The start that PEFT draws itself."""
+        if self.options.init == "gaussian":
+            return {"init_lora_weights": "gaussian"}
+        return {}
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:  # noqa: ARG002
+    def load_state(self, state: Tensors) -> None:  # noqa: ARG002
         """Know that the weights will come from a checkpoint."""
         self._resumed = True
 
@@ -68,11 +69,13 @@ class QLoraTuning(LowRank[QLora]):
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The base with the update in its weights; raises MergeRefused where they lost more than it gives."""
-        self.merge_report = {name: self._error(layer) for name, layer in adapted(model)}
-        worst = max(self.merge_report, key=self.merge_report.__getitem__)
-        if not self.merge_report[worst] <= MERGE_BOUND:
+        errors = {name: self._error(layer) for name, layer in adapted(model)}
+        self.merge_report = errors
+        worst = max(errors, key=errors.__getitem__)
+        error = errors[worst]
+        if not error <= MERGE_BOUND:  # also where it is NaN
             raise MergeRefused(
-                f"{worst}: quantisation changed the base {self.merge_report[worst]:.3g} times as much as training"
+                f"{worst}: quantisation changed the base {error:.3g} times as much as training"
                 f" did; allowed: {MERGE_BOUND:g}. Use the adapter on the 4-bit base that it was trained on"
             )
         return super().merge(model)
@@ -80,24 +83,27 @@ class QLoraTuning(LowRank[QLora]):
     def _error(self, layer: LoraLayer) -> float:
         """||q|| over ||s B A||; for loftq, take q out of the weight."""
         base = layer.get_base_layer()
-        weight = base.weight.data.T if quantised.transposed(base) else base.weight.data
-        lost = quantised.lost(weight, self.options.quant, self.options.double_quant)
+        weight_OI = quantised.oriented(base, base.weight.data)
+        lost_OI = quantised.lost(weight_OI, self.options.quant, self.options.double_quant)
         if self.options.init == "loftq":
-            weight.sub_(lost)
+            weight_OI.sub_(lost_OI)
             return 0.0
-        return float(lost.norm() / layer.get_delta_weight(ADAPTER).detach().float().norm())
+        update = layer.get_delta_weight(ADAPTER).detach()
+        ratio = lost_OI.norm() / update.float().norm()
+        return float(ratio)
 
 
 def start_from_loss(model: nn.Module) -> None:
     """Set A and B to the best rank-r likeness of what each target lost in quantisation."""
     original = quantised.originals(model.config)
     for name, layer in adapted(model):
-        A, B, base = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.get_base_layer()
-        whole = original(f"{name.removeprefix('base_model.model.')}.weight")
-        lost = (whole.T if quantised.transposed(base) else whole).to(A.device).float() - quantised.restored(
-            base.weight
-        )
-        U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
-        root = (S[: len(A)] / layer.scaling[ADAPTER]).sqrt()
-        A.data.copy_(root[:, None] * Vh[: len(A)])
-        B.data.copy_(U[:, : len(A)] * root)
+        a_RI = layer.lora_A[ADAPTER].weight
+        b_OR = layer.lora_B[ADAPTER].weight
+        base = layer.get_base_layer()
+        base_name = name.removeprefix("base_model.model.")
+        weight = original(f"{base_name}.weight")
+        weight_OI = quantised.oriented(base, weight).to(a_RI.device)
+        lost_OI = weight_OI.float() - quantised.restored(base.weight)
+        start_a_RI, start_b_OR = principal_factors(lost_OI, len(a_RI), layer.scaling[ADAPTER])
+        a_RI.data.copy_(start_a_RI)
+        b_OR.data.copy_(start_b_OR)
