@@ -18,7 +18,8 @@ import peft
 import torch
 import torch.distributed as dist
 from peft.tuners.adalora import AdaLoraLayer
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module, Parameter
 
 from methods.base import Setup, Tensors, View, part_of
 from methods.options.low_rank import AdaLora
@@ -62,7 +63,7 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
             task_type="CAUSAL_LM",
         )
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Freeze the base, and add adapters of the initial rank."""
         adapted = super().attach(model)
         for name, parameter in adapted.named_parameters():
@@ -103,7 +104,8 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
             self._average(view)
         if self._cuts(self._done):
             scores_MR = self._scores(view)
-            kept_MR = largest(scores_MR, self.budget(self._done))
+            count = self.budget(self._done)
+            kept_MR = largest(scores_MR, count)
             self._kept_MR = kept_MR.cpu()
         if self._cuts(self._done) or self._done > self._end:
             self._mask(view)
@@ -119,8 +121,10 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         first = modules * self.options.initial_rank
         last = modules * self.options.rank
         duration = self._end - self._begin
-        left = 1 - (step - self._begin) / duration
-        left = min(1.0, max(0.0, left))
+        passed = step - self._begin
+        left = 1 - passed / duration
+        left = max(0.0, left)
+        left = min(1.0, left)
         excess = (first - last) * left**3
         return int(excess + last)
 
@@ -140,7 +144,8 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         rows = self._kept_MR.tolist()
         for name, row in zip(self._modules, rows, strict=True):
             module = name.removeprefix("base_model.model.")
-            pattern[f"{module}.lora_E.{ADAPTER}"] = row
+            factor = f"{module}.lora_E.{ADAPTER}"
+            pattern[factor] = row
         config = model.peft_config[ADAPTER]
         config.rank_pattern = pattern
         super().export(model, weights, folder)
@@ -179,10 +184,12 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
             whole = torch.zeros(shape.numel(), dtype=torch.float64, device=device)
             importance = state[IMPORTANCE].double()
             uncertainty = state[UNCERTAINTY].double()
-            part_of(whole, fragment).copy_(importance * uncertainty)
+            held = part_of(whole, fragment)
+            held.copy_(importance * uncertainty)
+            scores = whole.view(shape)
             module, factor = _split(fragment.name)
             row = self._modules[module]
-            scores_MR[row] += _mean_by_rank(whole.view(shape), factor)
+            scores_MR[row] += _mean_by_rank(scores, factor)
         if not view.replicated:
             dist.all_reduce(scores_MR)
         return scores_MR
@@ -200,11 +207,13 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
 
 def _split(name: str) -> tuple[str, str]:
     """The module of a trained parameter, and which of A, B and E it is."""
-    module, _, factor = name.removesuffix(f".{ADAPTER}").rpartition(".lora_")
+    suffix = f".{ADAPTER}"
+    without = name.removesuffix(suffix)
+    module, _, factor = without.rpartition(".lora_")
     return module, factor
 
 
-def _sensitivity(parameter: nn.Parameter) -> Tensor:
+def _sensitivity(parameter: Parameter) -> Tensor:
     """|w dL/dw| of every weight w; zero where there is no gradient."""
     weight = parameter.data
     if parameter.grad is None:
@@ -231,17 +240,20 @@ def _assembled(view: View, names: list[str]) -> Tensors:
     shapes = [view.shape(name) for name in names]
     sizes = [shape.numel() for shape in shapes]
     total = sum(sizes)
-    flat = torch.zeros(total, device=_device(view))
-    parts = dict(zip(names, flat.split(sizes), strict=True))
+    device = _device(view)
+    flat = torch.zeros(total, device=device)
+    parts = flat.split(sizes)
+    parts_by_name = dict(zip(names, parts, strict=True))
     for fragment in view.fragments():
-        if fragment.name in parts:
-            held = part_of(parts[fragment.name], fragment)
+        part = parts_by_name.get(fragment.name)
+        if part is not None:
+            held = part_of(part, fragment)
             held.copy_(fragment.parameter.data)
     if not view.replicated:
         dist.all_reduce(flat)
     wholes: Tensors = {}
-    for name, shape in zip(names, shapes, strict=True):
-        wholes[name] = parts[name].view(shape)
+    for name, part, shape in zip(names, parts, shapes, strict=True):
+        wholes[name] = part.view(shape)
     return wholes
 
 
@@ -254,6 +266,7 @@ def _slope(factor: Tensor, kind: str) -> Tensor:
     identity_RR = torch.eye(len(factor), device=factor.device)
     excess_RR = gram_RR - identity_RR
     tiny = torch.finfo(factor.dtype).tiny
-    norm = excess_RR.norm().clamp_min(tiny)
+    norm = excess_RR.norm()
+    norm = norm.clamp_min(tiny)
     slope: Tensor = 2 * excess_RR @ factor / norm
     return slope

@@ -8,7 +8,8 @@ from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module, Parameter
 
 from methods.options import Options
 
@@ -24,15 +25,15 @@ class Gather(Protocol):
     Every rank must make the same calls in the same order.
     """
 
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
+    def shape(self, parameter: Parameter) -> torch.Size:
         """The whole shape of a parameter."""
         ...
 
-    def gathered(self, parameters: Iterable[nn.Parameter], modified: bool = False) -> AbstractContextManager[None]:
+    def gathered(self, parameters: Iterable[Parameter], modified: bool = False) -> AbstractContextManager[None]:
         """Within it, the parameters are whole on every rank; where they are `modified`, rank 0's values stay."""
         ...
 
-    def gathered_in_turn(self, model: nn.Module) -> AbstractContextManager[None]:
+    def gathered_in_turn(self, model: Module) -> AbstractContextManager[None]:
         """Within it, a model runs before it has an engine: a module's own weights are whole in its forward pass."""
         ...
 
@@ -40,19 +41,19 @@ class Gather(Protocol):
 class Unsharded:
     """The Gather of a model whose weights are whole."""
 
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
+    def shape(self, parameter: Parameter) -> torch.Size:
         """The parameter's own shape, which is the whole one."""
         return parameter.shape
 
     def gathered(
         self,
-        parameters: Iterable[nn.Parameter],  # noqa: ARG002
+        parameters: Iterable[Parameter],  # noqa: ARG002
         modified: bool = False,  # noqa: ARG002
     ) -> AbstractContextManager[None]:
         """Nothing happens, as the parameters are whole already."""
         return nullcontext()
 
-    def gathered_in_turn(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
+    def gathered_in_turn(self, model: Module) -> AbstractContextManager[None]:  # noqa: ARG002
         """Nothing happens, as the model runs as it is."""
         return nullcontext()
 
@@ -94,7 +95,7 @@ class Fragment(Protocol):
     @property
     def stop(self) -> int: ...
     @property
-    def parameter(self) -> nn.Parameter:
+    def parameter(self) -> Parameter:
         """The fp32 master, 1-D; in a step its `grad` is the gradient summed over ranks and micro-batches."""
         ...
 
@@ -119,7 +120,7 @@ class View(Protocol):
     """Masters, gradients and optimizer state by parameter name, whatever the ZeRO stage."""
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Module:
         """The model as `attach` gave it."""
         ...
 
@@ -171,14 +172,14 @@ class Method(Generic[O]):
         """Keyword arguments for `from_pretrained`; may change the base's config, which is one of them."""
         return {}
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Prepare the base for training: freeze, add adapters. The trained parameters end as fp32."""
         raise NotImplementedError
 
-    def initialise(self, model: nn.Module, examples: Iterable[Tensor]) -> None:
+    def initialise(self, model: Module, examples: Iterable[Tensor]) -> None:
         """Set a start that depends on data, once per run; every rank gets the same examples, token ids [1, T]."""
 
-    def changed(self, model: nn.Module) -> list[str]:  # noqa: ARG002
+    def changed(self, model: Module) -> list[str]:  # noqa: ARG002
         """Names of frozen parameters that training changes all the same; checkpoints hold them too."""
         return []
 
@@ -187,7 +188,8 @@ class Method(Generic[O]):
 
         A group's learning rate is the step's, times the group's `lr_ratio` if it has one. A rank may hold nothing.
         """
-        parameters = [fragment.parameter for fragment in view.fragments()]
+        fragments = view.fragments()
+        parameters = [fragment.parameter for fragment in fragments]
         group = {"params": parameters}
         return torch.optim.AdamW([group], lr=lr, **adam)
 
@@ -224,27 +226,28 @@ class Method(Generic[O]):
     def load_state(self, state: Tensors) -> None:
         """Take back what `state` gave; called before `attach`."""
 
-    def reference(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
+    def reference(self, model: Module) -> AbstractContextManager[None]:  # noqa: ARG002
         """Within it the model is the policy before the first step; raises ReferenceRefused where that is gone."""
-        kind = self.options.model_dump()["kind"]
+        dumped = self.options.model_dump()
+        kind = dumped["kind"]
         reason = self.options.refusals["reference"]
         raise ReferenceRefused(f"method {kind} has no reference: {reason}")
 
-    def export(self, model: nn.Module, weights: Tensors, folder: Path) -> None:
+    def export(self, model: Module, weights: Tensors, folder: Path) -> None:
         """Write the trained weights as PEFT or transformers load them.
 
         `weights` holds what is trained or changed (where the output is a model: everything), whole, by name.
         """
         raise NotImplementedError
 
-    def load(self, base: nn.Module, folder: Path) -> nn.Module:
+    def load(self, base: Module, folder: Path) -> Module:
         """The exported adapter on its base, as plain PEFT loads it."""
         from peft import PeftModel
 
-        loaded: nn.Module = PeftModel.from_pretrained(base, folder)
+        loaded: Module = PeftModel.from_pretrained(base, folder)
         return loaded
 
-    def merge(self, model: nn.Module) -> nn.Module:
+    def merge(self, model: Module) -> Module:
         """The base with the update merged into its weights, from the exported adapter as PEFT loads it.
 
         May raise MergeRefused, and may leave a `merge_report`.

@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import Module
 
 from methods.base import Method, Tensors
 from methods.options.other_adapters import Bottleneck
@@ -27,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Adapter(nn.Module):
+class Adapter(Module):
     """A sublayer's last linear layer with an adapter behind it."""
 
     def __init__(self, base: Any, size: int, activation: str) -> None:
@@ -55,14 +56,14 @@ class Adapter(nn.Module):
 class BottleneckTuning(Method[Bottleneck]):
     """Adapters in the places that the options name."""
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Freeze the base and add adapters."""
         model.requires_grad_(False)
         insert(model, self.options)
         return model
 
     @contextmanager
-    def reference(self, model: nn.Module) -> Iterator[None]:
+    def reference(self, model: Module) -> Iterator[None]:
         """The base alone, from which the first step leaves."""
         adapters = [adapter for _, adapter in _adapters(model)]
         for adapter in adapters:
@@ -73,7 +74,7 @@ class BottleneckTuning(Method[Bottleneck]):
             for adapter in adapters:
                 adapter.enabled = True
 
-    def export(self, model: nn.Module, weights: Tensors, folder: Path) -> None:
+    def export(self, model: Module, weights: Tensors, folder: Path) -> None:
         """Write bottleneck_config.json and bottleneck.safetensors, which `load` reads."""
         folder.mkdir(parents=True, exist_ok=True)
         config = self.options.model_dump()
@@ -86,12 +87,12 @@ class BottleneckTuning(Method[Bottleneck]):
             contiguous[name] = value.contiguous()
         save_file(contiguous, folder / WEIGHTS)
 
-    def load(self, base: nn.Module, folder: Path) -> nn.Module:
+    def load(self, base: Module, folder: Path) -> Module:
         """The adapters of a folder on a base: PEFT does not have them."""
         return load(base, folder)
 
 
-def insert(model: nn.Module, options: Bottleneck) -> None:
+def insert(model: Module, options: Bottleneck) -> None:
     """Put adapters behind the sublayers of a model."""
     places = []
     missing = set(options.sublayer_ends)
@@ -109,7 +110,7 @@ def insert(model: nn.Module, options: Bottleneck) -> None:
         model.set_submodule(place, adapter)
 
 
-def load(model: nn.Module, folder: Path) -> nn.Module:
+def load(model: Module, folder: Path) -> Module:
     """A plain transformers model with the adapters of a folder, in evaluation mode."""
     text = (folder / CONFIG).read_text()
     config: dict[str, Any] = json.loads(text)
@@ -125,14 +126,14 @@ def load(model: nn.Module, folder: Path) -> nn.Module:
     return model.to(parameter.device).eval()
 
 
-def _adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
+def _adapters(model: Module) -> Iterator[tuple[str, Adapter]]:
     """The adapters in a model, by name."""
     for name, module in model.named_modules():
         if isinstance(module, Adapter):
             yield name, module
 
 
-def _weight_names(model: nn.Module) -> set[str]:
+def _weight_names(model: Module) -> set[str]:
     """The names in a model of its adapters' own weights."""
     names = set()
     for adapter_name, adapter in _adapters(model):

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from methods.base import Method, Setup, Tensors, View
 from methods.options.full import Full, layer_of
@@ -32,7 +33,7 @@ class FullTuning(Method[Full]):
         self._done = 0
         self._layers: list[int] = []
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Make every weight fp32, and trained if it is not to be frozen."""
         model.float()
         for name, parameter in model.named_parameters():
@@ -54,9 +55,11 @@ class FullTuning(Method[Full]):
 
     def drawn(self, done: int) -> set[int]:
         """The layers that LISA trains in the step after so many."""
-        draw = done // self.options.lisa_every
-        generator = np.random.default_rng([self.setup.seed, draw, _STREAM])
-        layers = generator.choice(self._layers, self.options.lisa_layers, replace=False)
+        options = self.options
+        draw = done // options.lisa_every
+        seeds = [self.setup.seed, draw, _STREAM]
+        generator = np.random.default_rng(seeds)
+        layers = generator.choice(self._layers, options.lisa_layers, replace=False)
         return set(layers.tolist())
 
     def after_step(self, view: View) -> None:  # noqa: ARG002
@@ -79,7 +82,7 @@ class FullTuning(Method[Full]):
         """Write the model as `from_pretrained` loads it."""
         model.save_pretrained(folder, state_dict=weights)
 
-    def merge(self, model: nn.Module) -> nn.Module:
+    def merge(self, model: Module) -> Module:
         """The model itself: there is nothing to merge."""
         return model
 

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module, Parameter
 
 from methods.base import Fragment, Fragments, Method, Piece, Setup, Tensors, View, gradient
 from methods.options.subspace import Galore
@@ -52,22 +53,24 @@ class GaloreTuning(Method[Galore]):
         self._step = 0
         self._loaded: Tensors = {}
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Make every weight fp32 and trained, and remember the shapes."""
         linears, others = shapes(model, self.setup.gather)
         projected = self.options.projected(linears, others)
         weights = {f"{name}.weight": shape for name, shape in projected.items()}
         self._matrices = lay_out(weights, self.options.rank)
-        return model.float().requires_grad_(True)
+        model.float()
+        return model.requires_grad_(True)
 
     def optimizer(self, view: View, lr: float, **adam: Any) -> torch.optim.Optimizer:
         """AdamW of the other weights; the targets' state is made here too, so that a checkpoint can fill it."""
         names = {matrix.name for matrix in self._matrices}
         self._targets: dict[str, Fragment] = {}
-        self._others: list[nn.Parameter] = []
+        self._others: list[Parameter] = []
         for fragment in view.fragments():
-            if fragment.name in names:
-                self._targets[fragment.name] = fragment
+            name = fragment.name
+            if name in names:
+                self._targets[name] = fragment
             else:
                 self._others.append(fragment.parameter)
         group = {"params": self._others}
@@ -80,10 +83,12 @@ class GaloreTuning(Method[Galore]):
         """This rank's slice of the low-rank gradients, and the other weights' gradients; apollo: all gradients."""
         others = []
         for parameter in self._others:
-            if parameter.grad is not None:
-                others.append(parameter.grad)
+            grad = parameter.grad
+            if grad is not None:
+                others.append(grad)
         if not self.reduces:
-            targets = map(gradient, self._live().values())
+            live = self._live()
+            targets = map(gradient, live.values())
             return [*targets, *others]
         self._low = self._project()
         for grad in others:
@@ -102,12 +107,13 @@ class GaloreTuning(Method[Galore]):
         step = self._moments.normalise(low, self._step)
         group = self._adam.param_groups[0]
         lr = group["lr"]
-        decay = group["weight_decay"]
+        scaled_lr = lr * self.options.scale
+        kept = 1 - lr * group["weight_decay"]
         for name, direction in self._directions(low, step):
             fragment = self._targets[name]
             weight = fragment.parameter.data
-            weight.sub_(direction, alpha=lr * self.options.scale)
-            weight.mul_(1 - lr * decay)  # after the step, as the authors do
+            weight.sub_(direction, alpha=scaled_lr)
+            weight.mul_(kept)  # after the step, as the authors do
 
     def pieces(self) -> Sequence[Piece]:
         """The moments of this rank's slice, and the bases."""
@@ -127,7 +133,8 @@ class GaloreTuning(Method[Galore]):
 
     def state(self) -> Tensors:
         """The number of steps, and what the variants go by."""
-        state = {"steps": torch.tensor(self._step)}
+        steps = torch.tensor(self._step)
+        state = {"steps": steps}
         if not self.reduces:
             state["norms"] = self._scaler.norms
         state |= self._bases.state()
@@ -142,7 +149,7 @@ class GaloreTuning(Method[Galore]):
         """Write the model as `from_pretrained` loads it."""
         model.save_pretrained(folder, state_dict=weights)
 
-    def merge(self, model: nn.Module) -> nn.Module:
+    def merge(self, model: Module) -> Module:
         """The model itself: there is nothing to merge."""
         return model
 
@@ -150,20 +157,24 @@ class GaloreTuning(Method[Galore]):
         """Make the state of this rank's slice."""
         length = sum(matrix.padded for matrix in self._matrices)
         grads_are_partial = replicated and self.reduces
-        self.exchange = Exchange(length, replicated, grads_are_partial)
+        exchange = Exchange(length, replicated, grads_are_partial)
+        self.exchange = exchange
         self._moments = self._new_moments(device)
-        self._bases = Bases(self.options, self.setup.seed, self._matrices, self.exchange, device)
-        self._scaler = Scaler(self._matrices, self.exchange, device)
-        if self._loaded:
-            self._bases.load_state(self._loaded)
-            norms = self._loaded.get("norms", self._scaler.norms)
-            self._scaler.norms.copy_(norms)
+        seed = self.setup.seed
+        self._bases = Bases(self.options, seed, self._matrices, exchange, device)
+        self._scaler = Scaler(self._matrices, exchange, device)
+        loaded = self._loaded
+        if loaded:
+            self._bases.load_state(loaded)
+            norms = self._scaler.norms
+            norms.copy_(loaded.get("norms", norms))
 
     def _new_moments(self, device: torch.device) -> Moments:
         """Moments of zero for this rank's slice."""
         size = self.exchange.owned_length
-        betas = self._adam.defaults["betas"]
-        eps = self._adam.defaults["eps"]
+        defaults = self._adam.defaults
+        betas = defaults["betas"]
+        eps = defaults["eps"]
         if self.options.optimizer == "adamw8bit":
             return Adam8Bit(size, betas, eps, device)
         return Adam(size, betas, eps, device)
@@ -180,12 +191,14 @@ class GaloreTuning(Method[Galore]):
         """This rank's slice of the low-rank gradients, in bases that are new where that is due."""
         live = self._live()
         self._bases.refresh(self._step, live)
-        flat = torch.zeros(self.exchange.length, device=self._scaler.norms.device)
+        device = self._scaler.norms.device
+        flat = torch.zeros(self.exchange.length, device=device)
         for index, matrix in enumerate(self._matrices):
             if fragment := live.get(matrix.name):
                 basis_SR = self._bases[index]
+                grad = gradient(fragment)
                 low = matrix.low(flat)
-                project(matrix, basis_SR, gradient(fragment), fragment.start, low)
+                project(matrix, basis_SR, grad, fragment.start, low)
         return self.exchange.reduce_scatter(flat)
 
     def _directions(self, low: Tensor, step: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -193,7 +206,8 @@ class GaloreTuning(Method[Galore]):
         if not self.reduces:
             betas = self._adam.defaults["betas"]
             corrected = correction(betas, self._step)
-            directions = self._scaler.directions(low, step, self._live(), corrected)
+            live = self._live()
+            directions = self._scaler.directions(low, step, live, corrected)
             yield from directions.items()
             return
         flat = self.exchange.all_gather(step)
@@ -201,4 +215,5 @@ class GaloreTuning(Method[Galore]):
             if fragment := self._targets.get(matrix.name):
                 basis_SR = self._bases[index]
                 low_step = matrix.low(flat)
-                yield matrix.name, lift(matrix, basis_SR, low_step, fragment.start, fragment.stop)
+                direction = lift(matrix, basis_SR, low_step, fragment.start, fragment.stop)
+                yield matrix.name, direction

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft
-from torch import nn
+from torch.nn import Module
 
 from methods.base import Keywords, Tensors
 from methods.lora import LowRank
@@ -45,7 +45,8 @@ class LongLoraTuning(LowRank[LongLora]):
     @property
     def group(self) -> int:
         """Number of positions that see each other."""
-        return ceil(self.setup.seq_len / self.options.groups)
+        size = self.setup.seq_len / self.options.groups
+        return ceil(size)
 
     def load_options(self, config: Any) -> Keywords:
         """Let the config reach seq_len."""
@@ -53,7 +54,7 @@ class LongLoraTuning(LowRank[LongLora]):
         self._extend(config)
         return {}
 
-    def attach(self, model: "PreTrainedModel") -> nn.Module:
+    def attach(self, model: "PreTrainedModel") -> Module:
         """Freeze the base; add adapters and trained copies, and make attention sparse in training."""
         if self.options.groups > 1:
             attention.replace(model, NAME, self.options.kind, "lora")

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import peft
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module, Parameter
 
 from methods.base import Keywords, Setup, Tensors, View
 from methods.options.lora_family import LowRankOptions
@@ -35,7 +36,7 @@ class LowRank(PeftAdapter[L]):
 
     _tokens: Mapping[str, list[int]] = MappingProxyType({})  # by module: the rows of it that are trained
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Freeze the base and add adapters; of embeddings and head, the rows of new tokens are trained."""
         if self.new_tokens:
             names = vocabulary_modules(model)
@@ -60,10 +61,11 @@ class LowRank(PeftAdapter[L]):
 
     def optimizer(self, view: View, lr: float, **adam: Any) -> torch.optim.Optimizer:
         """AdamW, with LoRA+'s rate for B."""
-        slow: list[nn.Parameter] = []
-        fast: list[nn.Parameter] = []
+        slow: list[Parameter] = []
+        fast: list[Parameter] = []
         for fragment in view.fragments():
-            if any(part in fragment.name for part in FAST):
+            is_fast = any(part in fragment.name for part in FAST)
+            if is_fast:
                 fast.append(fragment.parameter)
             else:
                 slow.append(fragment.parameter)
@@ -104,21 +106,25 @@ class LoraTuning(LowRank[Lora]):
             return {"init_lora_weights": init}
         return {}
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Freeze the base and add adapters; a start of the base's own directions leaves the rest as the base."""
         adapted = super().attach(model)
         if self.moves_base:
             self._start = initial.move_base(adapted, self.options.init, self._start, self.setup.gather)
         return adapted
 
-    def initialise(self, model: nn.Module, examples: Iterable[Tensor]) -> None:
+    def initialise(self, model: Module, examples: Iterable[Tensor]) -> None:
         """Take A from the inputs of the targets where the job asks for it."""
-        if self.options.init == "eva":
-            start_from_inputs(model, examples, self.options.rank, self.setup.gather)
+        options = self.options
+        if options.init == "eva":
+            start_from_inputs(model, examples, options.rank, self.setup.gather)
 
     def state(self) -> Tensors:
         """A and B at the start, where the base depends on them."""
-        return {START + name: value for name, value in self._start.items()}
+        state: Tensors = {}
+        for name, value in self._start.items():
+            state[START + name] = value
+        return state
 
     def load_state(self, state: Tensors) -> None:
         """Take back A and B at the start."""
@@ -128,7 +134,7 @@ class LoraTuning(LowRank[Lora]):
             self._start[factor] = value
 
     @contextmanager
-    def reference(self, model: nn.Module) -> Iterator[None]:
+    def reference(self, model: Module) -> Iterator[None]:
         """The base as it was; where the start has moved it, with what it gave to the factors."""
         with super().reference(model), initial.restored(model, self._start):
             yield
@@ -140,7 +146,9 @@ class LoraTuning(LowRank[Lora]):
             return
         config = model.peft_config[ADAPTER]
         # Twice the rank and twice alpha leave the scale as it is.
-        doubled = replace(config, r=2 * config.r, lora_alpha=2 * config.lora_alpha)
+        rank = 2 * config.r
+        alpha = 2 * config.lora_alpha
+        doubled = replace(config, r=rank, lora_alpha=alpha)
         model.peft_config[ADAPTER] = doubled
         differences = initial.differences(weights, self._start)
         super().export(model, differences, folder)

@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
+from torch.nn import Module, Parameter
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -35,12 +36,12 @@ class PrefixTuning(Method[Prefix]):
         modules = _attentions(model)
         starts = self._starts(model, modules)
         for module, start_2HVD in zip(modules, starts, strict=True):
-            module.prefix = nn.Parameter(start_2HVD)
+            module.prefix = Parameter(start_2HVD)
         attention.replace(model, ATTENTION, self.options.kind, "prompt")
         model.register_forward_pre_hook(self._shift, with_kwargs=True)
         return model
 
-    def export(self, model: nn.Module, weights: Tensors, folder: Path) -> None:
+    def export(self, model: Module, weights: Tensors, folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors: [V, L x 2 x H x D]."""
         prefixes = []
         for name, module in model.named_modules():
@@ -48,12 +49,14 @@ class PrefixTuning(Method[Prefix]):
                 prefixes.append(weights[f"{name}.prefix"])
         prefix_L2HVD = torch.stack(prefixes)
         layers, _, heads, tokens, size = prefix_L2HVD.shape
-        shared = common(tokens, heads * size)
+        width = heads * size
+        shared = common(tokens, width)
         config = peft.PrefixTuningConfig(**shared, num_layers=layers, num_attention_heads=heads)
         prefix_VL2HD = prefix_L2HVD.permute(3, 0, 1, 2, 4)
-        write(model, config, prefix_VL2HD.reshape(tokens, -1), folder)
+        prompt = prefix_VL2HD.reshape(tokens, -1)
+        write(model, config, prompt, folder)
 
-    def _starts(self, model: nn.Module, modules: list[Any]) -> list[Tensor]:
+    def _starts(self, model: Module, modules: list[Any]) -> list[Tensor]:
         """Each module's prefix at the start: what the base computes for a text, or noise, as PEFT has it."""
         text = self.options.init_text
         if text is None:
@@ -64,15 +67,17 @@ class PrefixTuning(Method[Prefix]):
         for module in modules:
             layer = cache.layers[module.layer_idx]
             start_2HVD = torch.cat([layer.keys, layer.values])
-            starts.append(start_2HVD.float())
+            start_2HVD = start_2HVD.float()
+            starts.append(start_2HVD)
         return starts
 
     def _noise(self, module: Any) -> Tensor:
         """A normal prefix [2, H, V, D] for an attention module."""
-        heads = module.k_proj.out_features // module.head_dim
-        return torch.randn(2, heads, self.options.tokens, module.head_dim)
+        size = module.head_dim
+        heads = module.k_proj.out_features // size
+        return torch.randn(2, heads, self.options.tokens, size)
 
-    def _cache(self, model: nn.Module, ids: Tensor) -> Any:
+    def _cache(self, model: Module, ids: Tensor) -> Any:
         """The keys and values that the base computes for a text."""
         parameter = next(model.parameters())
         ids = ids.to(parameter.device)
@@ -83,11 +88,13 @@ class PrefixTuning(Method[Prefix]):
         model.train(training)
         return output.past_key_values
 
-    def _shift(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+    def _shift(self, model: Module, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
         """Let a document's positions start behind the prefix."""
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = _positions(kwargs["input_ids"], kwargs.get("past_key_values"))
+            ids = kwargs["input_ids"]
+            cache = kwargs.get("past_key_values")
+            positions = _positions(ids, cache)
         shifted = positions + self.options.tokens
         return args, kwargs | {"position_ids": shifted}
 
@@ -102,7 +109,7 @@ def _positions(ids: Tensor, cache: Any) -> Tensor:
     return positions[None]
 
 
-def _attentions(model: nn.Module) -> list[Any]:
+def _attentions(model: Module) -> list[Any]:
     """The attention modules of a base; raises ValueError where it has none that are known."""
     attentions = []
     for module in model.modules():

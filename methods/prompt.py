@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
-from torch import nn
+from torch.nn import Module, Parameter
 
 from methods.options.virtual import Prompt
 from methods.parts.virtual import Embedded, common, embedded, text_ids
@@ -23,9 +23,9 @@ class PromptTuning(Embedded[Prompt]):
         shared = common(self.options.tokens, hidden)
         return peft.PromptTuningConfig(**shared)
 
-    def encoder(self, config: Any) -> nn.Module:
+    def encoder(self, config: Any) -> Module:
         """The encoder that holds P."""
-        encoder: nn.Module = peft.PromptEmbedding(config, None)
+        encoder: Module = peft.PromptEmbedding(config, None)
         return encoder
 
     def start(self, encoder: Any, model: "PreTrainedModel") -> None:
@@ -38,4 +38,4 @@ class PromptTuning(Embedded[Prompt]):
         else:
             ids = text_ids(self.setup.tokenizer, text, tokens)
         vectors_VD = embedded(model, ids, self.setup.gather)
-        encoder.embedding.weight = nn.Parameter(vectors_VD)
+        encoder.embedding.weight = Parameter(vectors_VD)

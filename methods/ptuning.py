@@ -10,7 +10,8 @@ from typing import Any
 
 import peft
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from methods.options.virtual import PTuning
 from methods.parts.virtual import Embedded, common, embedded, text_ids
@@ -24,12 +25,12 @@ class PTuningTuning(Embedded[PTuning]):
         shared = common(self.options.tokens, hidden)
         return peft.PromptEncoderConfig(**shared, encoder_hidden_size=self.options.hidden)
 
-    def encoder(self, config: Any) -> nn.Module:
+    def encoder(self, config: Any) -> Module:
         """The encoder that holds Z and f."""
-        encoder: nn.Module = peft.PromptEncoder(config)
+        encoder: Module = peft.PromptEncoder(config)
         return encoder
 
-    def start(self, encoder: Any, model: nn.Module) -> None:
+    def start(self, encoder: Any, model: Module) -> None:
         """Leave Z and f as they are drawn, or let f(Z) be a text."""
         text = self.options.init_text
         if text is None:
@@ -45,11 +46,13 @@ def _solve_last_layer(encoder: Any, goal_VD: Tensor) -> None:
     """Set weight and bias of f's last layer by least squares, so that f(Z) is the goal."""
     hidden_layers = encoder.mlp_head[:-1]
     last = encoder.mlp_head[-1]
-    features_VH = hidden_layers(encoder.embedding.weight).double()
+    features_VH = hidden_layers(encoder.embedding.weight)
+    features_VH = features_VH.double()
     ones_V1 = features_VH.new_ones(len(features_VH), 1)
     inputs = torch.cat([features_VH, ones_V1], dim=1)
     inverse = torch.linalg.pinv(inputs)
     solution = inverse @ goal_VD.double()
-    weight = solution[:-1].T
-    last.weight.copy_(weight)
-    last.bias.copy_(solution[-1])
+    weight = solution[:-1]
+    bias = solution[-1]
+    last.weight.copy_(weight.T)
+    last.bias.copy_(bias)

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch.nn import Module
 
 from methods.base import Keywords, MergeRefused, ReferenceRefused, Setup, Tensors
 from methods.lora import LowRank
@@ -39,7 +39,8 @@ class QLoraTuning(LowRank[QLora]):
 
     def load_options(self, config: Any) -> Keywords:
         """Have the base quantised while it is read, to compute in its own dtype."""
-        return quantised.load_options(self.options.quant, self.options.double_quant, config.dtype)
+        options = self.options
+        return quantised.load_options(options.quant, options.double_quant, config.dtype)
 
     def config(self) -> Keywords:
         """The start that PEFT draws itself."""
@@ -51,7 +52,7 @@ class QLoraTuning(LowRank[QLora]):
         """Know that the weights will come from a checkpoint."""
         self._resumed = True
 
-    def attach(self, model: "PreTrainedModel") -> nn.Module:
+    def attach(self, model: "PreTrainedModel") -> Module:
         """Add adapters to the 4-bit base, and keep it from DeepSpeed."""
         if not model.hf_quantizer.pre_quantized:  # one that is in 4 bits already may leave some layers as they are
             quantised.require(model, self.setup.gather)
@@ -61,13 +62,13 @@ class QLoraTuning(LowRank[QLora]):
         quantised.hide(tuned)
         return tuned
 
-    def reference(self, model: nn.Module) -> AbstractContextManager[None]:
+    def reference(self, model: Module) -> AbstractContextManager[None]:
         """The 4-bit base alone; refused where the first step left from more than that."""
         if self.options.init == "loftq":
             raise ReferenceRefused("method.init loftq has no reference: the A and B that it starts from are not kept")
         return super().reference(model)
 
-    def merge(self, model: nn.Module) -> nn.Module:
+    def merge(self, model: Module) -> Module:
         """The base with the update in its weights; raises MergeRefused where they lost more than it gives."""
         errors = {name: self._error(layer) for name, layer in adapted(model)}
         self.merge_report = errors
@@ -82,18 +83,20 @@ class QLoraTuning(LowRank[QLora]):
 
     def _error(self, layer: LoraLayer) -> float:
         """||q|| over ||s B A||; for loftq, take q out of the weight."""
+        options = self.options
         base = layer.get_base_layer()
         weight_OI = quantised.oriented(base, base.weight.data)
-        lost_OI = quantised.lost(weight_OI, self.options.quant, self.options.double_quant)
-        if self.options.init == "loftq":
+        lost_OI = quantised.lost(weight_OI, options.quant, options.double_quant)
+        if options.init == "loftq":
             weight_OI.sub_(lost_OI)
             return 0.0
-        update = layer.get_delta_weight(ADAPTER).detach()
-        ratio = lost_OI.norm() / update.float().norm()
+        update = layer.get_delta_weight(ADAPTER)
+        update = update.detach().float()
+        ratio = lost_OI.norm() / update.norm()
         return float(ratio)
 
 
-def start_from_loss(model: nn.Module) -> None:
+def start_from_loss(model: Module) -> None:
     """Set A and B to the best rank-r likeness of what each target lost in quantisation."""
     original = quantised.originals(model.config)
     for name, layer in adapted(model):
@@ -102,8 +105,11 @@ def start_from_loss(model: nn.Module) -> None:
         base = layer.get_base_layer()
         base_name = name.removeprefix("base_model.model.")
         weight = original(f"{base_name}.weight")
-        weight_OI = quantised.oriented(base, weight).to(a_RI.device)
-        lost_OI = weight_OI.float() - quantised.restored(base.weight)
-        start_a_RI, start_b_OR = principal_factors(lost_OI, len(a_RI), layer.scaling[ADAPTER])
+        weight_OI = quantised.oriented(base, weight)
+        weight_OI = weight_OI.to(a_RI.device).float()
+        lost_OI = weight_OI - quantised.restored(base.weight)
+        rank = len(a_RI)
+        scale = layer.scaling[ADAPTER]
+        start_a_RI, start_b_OR = principal_factors(lost_OI, rank, scale)
         a_RI.data.copy_(start_a_RI)
         b_OR.data.copy_(start_b_OR)

@@ -39,6 +39,7 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import Module
 
 from methods.base import Fragment, Fragments, Keywords, Method, Piece, Schedule, Setup, Tensors, View, part_of
 from methods.lora import LowRank
@@ -55,9 +56,11 @@ class ReLoraTuning(LowRank[ReLora]):
 
     def __init__(self, options: ReLora, setup: Setup) -> None:
         super().__init__(options, setup)
-        self._every = max(1, round(options.every * setup.steps))
-        self._rewarmup = round(options.rewarmup * setup.steps)
-        self._full = round(options.full_rank * setup.steps)
+        steps = setup.steps
+        every = round(options.every * steps)
+        self._every = max(1, every)
+        self._rewarmup = round(options.rewarmup * steps)
+        self._full = round(options.full_rank * steps)
         self._base: Schedule = lambda step: 1.0  # noqa: ARG005
         self._done = 0
         self._layers: dict[str, LoraLayer] = {}
@@ -69,33 +72,41 @@ class ReLoraTuning(LowRank[ReLora]):
             return quantised.load_options("nf4", True, config.dtype)
         return {}
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Freeze the linear layers and add adapters; the rest is trained if `others` says so."""
+        gather = self.setup.gather
         if self.options.quantised:
-            quantised.require(model, self.setup.gather)
-        linears, others = shapes(model, self.setup.gather)
-        directly: list[nn.Parameter] = []
+            quantised.require(model, gather)
+        linears, others = shapes(model, gather)
+        trained = []
+        first = set()  # identities, as PEFT gives other names
         if self.options.others:
-            directly = [model.get_parameter(name) for name in others]
-        first: list[nn.Parameter] = []
+            for name in others:
+                trained.append(model.get_parameter(name))
         if self._full:
-            first = [model.get_parameter(f"{name}.weight") for name in linears]
+            for name in linears:
+                weight = model.get_parameter(f"{name}.weight")
+                trained.append(weight)
+                first.add(id(weight))
         tuned = super().attach(model)
-        for parameter in (*directly, *first):
+        for parameter in trained:
             parameter.requires_grad_(True)
-        identities = set(map(id, first))
         self._first = set()
         for name, parameter in tuned.named_parameters():
-            if id(parameter) in identities:
+            if id(parameter) in first:
                 self._first.add(name)
         if self.options.quantised:
             quantised.hide(tuned)
         self._layers = dict(adapted(tuned))
         return tuned
 
-    def changed(self, model: nn.Module) -> list[str]:
+    def changed(self, model: Module) -> list[str]:
         """Every weight that is not trained: most change by merges, and the output holds them all."""
-        return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        frozen = []
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                frozen.append(name)
+        return frozen
 
     def pieces(self) -> Sequence[Piece]:
         """The weights in 4 bits, which every rank holds."""
@@ -105,7 +116,8 @@ class ReLoraTuning(LowRank[ReLora]):
         for name, layer in self._layers.items():
             base = layer.get_base_layer()
             for kind, value in quantised.state(base).items():
-                piece = Piece(f"{name}.{kind}", 0, {kind: value}, True)
+                tensors = {kind: value}
+                piece = Piece(f"{name}.{kind}", 0, tensors, True)
                 pieces.append(piece)
         return pieces
 
@@ -135,8 +147,10 @@ class ReLoraTuning(LowRank[ReLora]):
             message = identity.encode()
             digest = hashlib.sha256(message).digest()
             number = int.from_bytes(digest[:7], "big")
-            generator = torch.Generator().manual_seed(number)
-            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+            generator = torch.Generator()
+            generator.manual_seed(number)
+            slope = math.sqrt(5)  # as LoRA's A has it
+            nn.init.kaiming_uniform_(start, a=slope, generator=generator)
         return start
 
     def gradients(self, view: View) -> list[Tensor]:
@@ -153,15 +167,20 @@ class ReLoraTuning(LowRank[ReLora]):
         self._done += 1
         if self._done <= self._full:
             return
-        whole_at_end = self._done == self.setup.steps and not self.options.quantised
+        is_last = self._done == self.setup.steps
+        whole_at_end = is_last and not self.options.quantised
         if not self.restarts(self._done) and not whole_at_end:
             return
         fragments = {fragment.name: fragment for fragment in view.fragments()}
-        losses = [self._merge(view, name, fragments) for name in self._layers]
+        losses = []
+        for name in self._layers:
+            lost = self._merge(view, name, fragments)
+            losses.append(lost)
         if self.options.quantised:
             middle = statistics.median(losses)
+            most = max(losses)
             report = f"merged after step {self._done}: 4 bits lost {middle:.2g} times the update"
-            print(f"{report} (median of layers; at most {max(losses):.2g})", flush=True)
+            print(f"{report} (median of layers; at most {most:.2g})", flush=True)
 
     def state(self) -> Tensors:
         """The number of steps done."""
@@ -172,7 +191,7 @@ class ReLoraTuning(LowRank[ReLora]):
         """Take back the number of steps done."""
         self._done = int(state["step"])
 
-    def reference(self, model: nn.Module) -> AbstractContextManager[None]:
+    def reference(self, model: Module) -> AbstractContextManager[None]:
         """Refused, as what the method learns goes into the base."""
         return Method.reference(self, model)
 
@@ -182,24 +201,28 @@ class ReLoraTuning(LowRank[ReLora]):
         plain: Tensors = {}
         for name, value in weights.items():
             if ".lora_" not in name:
-                plain[_plain(name)] = value
+                plain_name = _plain(name)
+                plain[plain_name] = value
         if self.options.quantised:
             base = quantised.twin(base)
             for name, value in self._restored(model, weights):
-                plain[f"{_plain(name)}.weight"] = value
+                plain_name = _plain(name)
+                plain[f"{plain_name}.weight"] = value
         base.save_pretrained(folder, state_dict=plain)
 
-    def merge(self, model: nn.Module) -> nn.Module:
+    def merge(self, model: Module) -> Module:
         """The model itself: all is in its weights."""
         return model
 
     def _rate(self, step: int) -> float:
         """The learning rate of the step after so many."""
-        since_restart = (step - self._full) % self._every
+        since_full = step - self._full
+        since_restart = since_full % self._every
         start = step - since_restart
-        if since_restart >= self._rewarmup or not self.restarts(start):
+        end = start + self._rewarmup
+        if step >= end or not self.restarts(start):
             return self._base(step)
-        goal = self._base(start + self._rewarmup)
+        goal = self._base(end)
         return goal * (since_restart + 1) / self._rewarmup
 
     def _waits(self, name: str) -> bool:
@@ -214,7 +237,8 @@ class ReLoraTuning(LowRank[ReLora]):
         a, b = factor_names(name)
         a_RI = view.whole(a, _master)
         b_OR = view.whole(b, _master)
-        delta_OI = layer.scaling[ADAPTER] * (b_OR @ a_RI)
+        scale = layer.scaling[ADAPTER]
+        delta_OI = scale * (b_OR @ a_RI)
         if layer.fan_in_fan_out:
             delta_OI = delta_OI.T
         base = layer.get_base_layer()
@@ -223,28 +247,32 @@ class ReLoraTuning(LowRank[ReLora]):
             lost = quantised.add(base, delta_OI)
         elif base.weight.requires_grad:
             if fragment := fragments.get(f"{name}.base_layer.weight"):
-                part = part_of(delta_OI.reshape(-1), fragment)
-                fragment.parameter.data.add_(part)
+                delta = delta_OI.reshape(-1)
+                values = fragment.parameter.data
+                values.add_(part_of(delta, fragment))
         else:
             with self.setup.gather.gathered([base.weight], modified=True):
                 base.weight.data.add_(delta_OI)
         for factor in (a, b):
-            self._reset(view, factor, fragments.get(factor))
+            held = fragments.get(factor)
+            self._reset(view, factor, held)
         return lost
 
     def _reset(self, view: View, name: str, fragment: Fragment | None) -> None:
         """Give this rank's part of a factor its new start, and what its state may keep."""
         if fragment is not None:
-            start = self.start(name, view.shape(name), self._done)
-            part = part_of(start.view(-1), fragment)
-            fragment.parameter.data.copy_(part)
+            shape = view.shape(name)
+            start = self.start(name, shape, self._done).view(-1)
+            values = fragment.parameter.data
+            values.copy_(part_of(start, fragment))
         if self.options.keep == 0:
             if fragment is not None:
                 view.state(fragment).clear()
             return
         moment = view.whole(name, lambda held: view.state(held)["exp_avg"])
-        count = int(self.options.keep * moment.numel())
-        kept = largest(moment.abs(), count).view(-1)
+        share = self.options.keep * moment.numel()
+        kept = largest(moment.abs(), int(share))
+        kept = kept.view(-1)
         if fragment is not None:
             state = view.state(fragment)
             part = part_of(kept, fragment)
@@ -254,14 +282,17 @@ class ReLoraTuning(LowRank[ReLora]):
     def _restored(self, model: peft.PeftModel, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
         """What the layers in 4 bits stand for, with the factors' updates, on the host."""
         for name, base in quantised.layers(model):
-            weight_OI = quantised.restored(base.weight).cpu()
+            weight_OI = quantised.restored(base.weight)
+            weight_OI = weight_OI.cpu()
             module = name.removesuffix(".base_layer")
             if layer := self._layers.get(module):
                 a, b = factor_names(module)
                 a_RI = weights[a].float()
                 b_OR = weights[b].float()
-                weight_OI += layer.scaling[ADAPTER] * (b_OR @ a_RI)
-            weight = quantised.oriented(base, weight_OI).contiguous()
+                scale = layer.scaling[ADAPTER]
+                weight_OI += scale * (b_OR @ a_RI)
+            weight = quantised.oriented(base, weight_OI)
+            weight = weight.contiguous()
             yield name, weight.to(model.config.dtype)
 
 

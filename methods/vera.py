@@ -9,7 +9,7 @@ The exported adapter holds them, as another version of torch may draw others.
 from pathlib import Path
 
 import peft
-from torch import nn
+from torch.nn import Module
 
 from methods.base import Tensors
 from methods.options.other_adapters import Vera
@@ -31,7 +31,7 @@ class VeraTuning(PeftAdapter[Vera]):
             task_type="CAUSAL_LM",
         )
 
-    def export(self, model: nn.Module, weights: Tensors, folder: Path) -> None:
+    def export(self, model: Module, weights: Tensors, folder: Path) -> None:
         """Write the adapter with its projections."""
         with_projections = dict(weights)
         for side in "AB":

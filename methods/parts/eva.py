@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 import torch
 from peft.utils.incremental_pca import IncrementalPCA
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from methods.base import Gather, Tensors
 from methods.parts.initial import adapted
@@ -22,7 +23,7 @@ AT_ONCE = 512  # tokens whose inputs are held for a step of the SVD
 PEFTS_SEED = 42  # of the sketch in it: where no direction stands out, it decides
 
 
-def start_from_inputs(model: nn.Module, examples: Iterable[Tensor], rank: int, gather: Gather) -> None:
+def start_from_inputs(model: Module, examples: Iterable[Tensor], rank: int, gather: Gather) -> None:
     """Set A of every target from what it is fed for these examples, token ids [1, T]; on every rank at once."""
     starts = directions(model, examples, rank, gather)
     with torch.no_grad():
@@ -33,7 +34,7 @@ def start_from_inputs(model: nn.Module, examples: Iterable[Tensor], rank: int, g
             b_OR.zero_()
 
 
-def directions(model: nn.Module, examples: Iterable[Tensor], rank: int, gather: Gather) -> Tensors:
+def directions(model: Module, examples: Iterable[Tensor], rank: int, gather: Gather) -> Tensors:
     """The first principal directions [rank, in] of every target's inputs, by its name."""
     fits: dict[str, IncrementalPCA] = {}
     for name, _ in adapted(model):
@@ -62,12 +63,13 @@ def fit(fits: dict[str, IncrementalPCA], heard: dict[str, list[Tensor]]) -> None
     """Update each target's SVD with the inputs that were heard, and forget them."""
     for name, inputs in heard.items():
         together = torch.cat(inputs)
-        fits[name].partial_fit(together)
+        fitted = fits[name]
+        fitted.partial_fit(together)
         inputs.clear()
 
 
 @contextmanager
-def listening(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+def listening(model: Module) -> Iterator[dict[str, list[Tensor]]]:
     """Within it, every target's inputs are kept, fp32 [T, in]."""
     heard: dict[str, list[Tensor]] = {}
     handles = []
@@ -83,8 +85,9 @@ def listening(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 def _keeping(inputs_heard: list[Tensor]) -> Callable[..., None]:
     """A hook that appends a module's input to a list, fp32 [T, in]."""
 
-    def keep(_: nn.Module, inputs: tuple[Tensor]) -> None:
-        input_TI = inputs[0].flatten(0, -2)
-        inputs_heard.append(input_TI.float())
+    def keep(_: Module, inputs: tuple[Tensor]) -> None:
+        input_TI = inputs[0]
+        input_TI = input_TI.flatten(0, -2).float()
+        inputs_heard.append(input_TI)
 
     return keep

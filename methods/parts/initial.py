@@ -15,7 +15,8 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 from torch.nn.functional import linear
 
 from methods.base import Gather, Tensors
@@ -24,7 +25,7 @@ from methods.parts.peft_adapter import ADAPTER
 Factors = Tensors  # A0 and B0 by the names of A and B
 
 
-def move_base(model: nn.Module, start: str, known: Factors, gather: Gather) -> Factors:
+def move_base(model: Module, start: str, known: Factors, gather: Gather) -> Factors:
     """Put A0 and B0 in place, take them out of the base, and give them; `known` ones are not sought again."""
     moved: Factors = {}
     for name, layer in adapted(model):
@@ -38,17 +39,20 @@ def move_base(model: nn.Module, start: str, known: Factors, gather: Gather) -> F
                 A0 = known[a].to(weight.device)
                 B0 = known[b].to(weight.device)
             else:
-                A0, B0 = directions(weight, start, len(A), scale)
+                rank = len(A)
+                A0, B0 = directions(weight, start, rank, scale)
             A.copy_(A0)
             B.copy_(B0)
-            weight.copy_(weight.float() - scale * B @ A)
+            principal = scale * B @ A
+            residual = weight.float() - principal
+            weight.copy_(residual)
         moved[a] = A0.cpu().contiguous()
         moved[b] = B0.cpu().contiguous()
     return moved
 
 
 @contextmanager
-def restored(model: nn.Module, start: Factors) -> Iterator[None]:
+def restored(model: Module, start: Factors) -> Iterator[None]:
     """Within it, layers whose adapter is off give s B0 A0 x beside what is left of their base."""
     if not start:
         yield
@@ -73,8 +77,10 @@ def restored(model: nn.Module, start: Factors) -> Iterator[None]:
 def _adding(A0: Tensor, B0: Tensor, scale: float) -> Callable[..., Tensor]:
     """A hook that adds s B0 A0 x, in the order of PEFT's own forward pass."""
 
-    def add(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        narrow = linear(inputs[0].to(A0.dtype), A0)
+    def add(_: Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        x = inputs[0]
+        x = x.to(A0.dtype)
+        narrow = linear(x, A0)
         update = linear(narrow, B0)
         total = output + update * scale
         return total.to(output.dtype)
@@ -86,16 +92,21 @@ def directions(weight: Tensor, start: str, rank: int, scale: float) -> tuple[Ten
     """A0 [rank, in] and B0 [out, rank] of a weight [out, in]."""
     if start == "olora":
         Q, R = torch.linalg.qr(weight.float())
-        return R[:rank], Q[:, :rank]
+        A0 = R[:rank]
+        B0 = Q[:, :rank]
+        return A0, B0
     return principal_factors(weight.float(), rank, scale)
 
 
 def principal_factors(matrix: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A [rank, in] and B [out, rank] for which scale B A is the best approximation of an fp32 matrix [out, in]."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    root = (S[:rank] / scale).sqrt()
-    A = root[:, None] * Vh[:rank]
-    B = U[:, :rank] * root
+    values = S[:rank]
+    rights = Vh[:rank]
+    lefts = U[:, :rank]
+    root = (values / scale).sqrt()
+    A = root[:, None] * rights
+    B = lefts * root
     return A, B
 
 
@@ -120,7 +131,7 @@ def factor_names(module: str) -> tuple[str, str]:
     return a, b
 
 
-def adapted(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+def adapted(model: Module) -> Iterator[tuple[str, LoraLayer]]:
     """The modules that have a LoRA, by name."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import peft
-from torch import nn
+from torch.nn import Module
 
 from methods.base import Method, Tensors
 from methods.options.base import ModuleOptions
@@ -23,19 +23,19 @@ class PeftAdapter(Method[T]):
         """PEFT's description of the adapter, for the modules of these names."""
         raise NotImplementedError
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Freeze the base and add adapters with fp32 weights."""
         # The names are given one by one: PEFT knows neither patterns nor what the base's own files count as linear.
         linears, others = shapes(model, self.setup.gather)
         targets = self.options.targets(linears, others)
         config = self.peft_config(list(targets))
-        adapted: nn.Module = peft.get_peft_model(model, config)
+        adapted: Module = peft.get_peft_model(model, config)
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         return adapted
 
-    def reference(self, model: nn.Module) -> AbstractContextManager[None]:
+    def reference(self, model: Module) -> AbstractContextManager[None]:
         """The base alone, from which the first step leaves."""
         without: AbstractContextManager[None] = cast(peft.PeftModel, model).disable_adapter()
         return without
@@ -45,8 +45,8 @@ class PeftAdapter(Method[T]):
         # "auto" would save the base's embeddings beside a factor of theirs, and ask the hub about them.
         model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
 
-    def merge(self, model: peft.PeftModel) -> nn.Module:
+    def merge(self, model: peft.PeftModel) -> Module:
         """The base with the update in its weights; refuses weights that are not finite."""
         untie(model)
-        merged: nn.Module = model.merge_and_unload(safe_merge=True)
+        merged: Module = model.merge_and_unload(safe_merge=True)
         return merged

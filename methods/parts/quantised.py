@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from methods.base import Gather, Keywords, Tensors
 from methods.parts.weights import shapes
@@ -32,7 +33,7 @@ def load_options(quant: str, double: bool, dtype: torch.dtype) -> Keywords:
     return {"quantization_config": config}
 
 
-def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def layers(model: Module) -> Iterator[tuple[str, Any]]:
     """The layers in 4 bits, by name."""
     if "bitsandbytes" not in sys.modules:
         return
@@ -43,17 +44,18 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def require(model: nn.Module, gather: Gather) -> None:
+def require(model: Module, gather: Gather) -> None:
     """Raise ValueError where bitsandbytes left a linear layer of a base as it was."""
     in_4_bits = {name for name, _ in layers(model)}
     linears, _ = shapes(model, gather)
     for name in linears:
         if name not in in_4_bits:
-            kind = type(model.get_submodule(name)).__name__
+            layer = model.get_submodule(name)
+            kind = type(layer).__name__
             raise ValueError(f"method: bitsandbytes cannot keep {name}, a {kind}, in 4 bits; nearest: lora")
 
 
-def hide(model: nn.Module) -> None:
+def hide(model: Module) -> None:
     """Make buffers of the 4-bit weights: they move with the model, and no ZeRO stage partitions or trains them.
 
     Those that are hidden already stay so.
@@ -65,13 +67,13 @@ def hide(model: nn.Module) -> None:
     exact(model)
 
 
-def exact(model: nn.Module) -> None:
+def exact(model: Module) -> None:
     """Let 4-bit layers compute in the dtype they are told: on some CPUs an evaluation repacks the weight in bf16."""
     for _, layer in layers(model):
         layer.support_avx512bf16_for_cpu = False
 
 
-def cast_others(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_others(model: Module, dtype: torch.dtype) -> None:
     """Give what is not in 4 bits this dtype; a base that comes in 4 bits has the rest as it was saved."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -120,8 +122,9 @@ def add(layer: Any, update: Tensor) -> float:
     """
     from bitsandbytes.functional import quantize_4bit
 
-    target = restored(layer.weight) + update
-    quant_type = layer.weight.quant_state.quant_type
+    weight = layer.weight
+    target = restored(weight) + update
+    quant_type = weight.quant_state.quant_type
     packed, constants = quantize_4bit(target, quant_type=quant_type, compress_statistics=True)
     new_values = (packed.view(-1), constants.absmax, constants.state2.absmax, constants.offset)
     old_values = state(layer).values()
@@ -129,7 +132,7 @@ def add(layer: Any, update: Tensor) -> float:
         if dist.is_initialized():
             dist.broadcast(new, 0)
         old.copy_(new)
-    error = restored(layer.weight) - target
+    error = restored(weight) - target
     ratio = error.norm() / update.norm()
     return float(ratio)
 
@@ -189,8 +192,12 @@ def _files_of_index(config: Any, index: Path) -> dict[str, str]:
     file_names = content["weight_map"]
     paths = {}
     for file_name in set(file_names.values()):
-        paths[file_name] = _cached_path(config, file_name) or ""
-    return {weight: paths[file_name] for weight, file_name in file_names.items()}
+        path = _cached_path(config, file_name)
+        paths[file_name] = path or ""
+    files = {}
+    for weight, file_name in file_names.items():
+        files[weight] = paths[file_name]
+    return files
 
 
 def _cached_path(config: Any, file_name: str) -> str | None:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -118,7 +119,7 @@ def attend(
 
 
 def forward(
-    module: nn.Module,
+    module: Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -143,10 +144,10 @@ def forward(
     return attend(query, key, value, pattern, dropout, scaling), None
 
 
-def sparse_in_training(decoder: nn.Module, group: int) -> None:
+def sparse_in_training(decoder: Module, group: int) -> None:
     """Let every forward pass in training mode be sparse; the pattern is found once and handed to all layers."""
 
-    def prepare(module: nn.Module, args: Any, kwargs: Keywords) -> tuple[Any, Keywords] | None:
+    def prepare(module: Module, args: Any, kwargs: Keywords) -> tuple[Any, Keywords] | None:
         if not module.training:
             return None
         position_BT = kwargs.get("position_ids")

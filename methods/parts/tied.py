@@ -3,7 +3,7 @@
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch.nn import Parameter
 
 
 def untie(model: Any) -> None:
@@ -24,6 +24,6 @@ def untie(model: Any) -> None:
     if head_is_adapted:
         head = head.get_base_layer()
     copy = head.weight.detach().clone()
-    head.weight = nn.Parameter(copy, requires_grad=False)
+    head.weight = Parameter(copy, requires_grad=False)
     for config in (base.config, base.config.get_text_config()):
         config.tie_word_embeddings = False

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module, Parameter
 from torch.nn.functional import embedding
 
 from methods.base import Gather, Keywords, Method, Tensors
@@ -22,19 +23,19 @@ if TYPE_CHECKING:
 E = TypeVar("E", bound=EmbeddedOptions)
 
 
-class VirtualEmbedding(nn.Module):
+class VirtualEmbedding(Module):
     """The base's input embedding, which gives an encoder's V vectors for the ids -1, ..., -V."""
 
-    def __init__(self, base: Any, encoder: nn.Module, tokens: int) -> None:
+    def __init__(self, base: Any, encoder: Module, tokens: int) -> None:
         super().__init__()
         self.base = base
         self.encoder = encoder
         self.tokens = tokens
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Parameter:
         """The vocabulary's vectors; the output layer may share them."""
-        weight: nn.Parameter = self.base.weight
+        weight: Parameter = self.base.weight
         return weight
 
     def forward(self, ids_BT: Tensor) -> Tensor:
@@ -43,14 +44,18 @@ class VirtualEmbedding(nn.Module):
         vocabulary_ids_BT = ids_BT.masked_fill(is_virtual_BT, 0)
         vocabulary_BTD = self.base(vocabulary_ids_BT)
         places_V = torch.arange(self.tokens, device=ids_BT.device)
-        trained_VD = self.encoder(places_V).float()
+        trained_VD = self.encoder(places_V)
+        trained_VD = trained_VD.float()
         # One more row for the tokens that are not virtual: it gets no gradient, so that none is summed in vain.
-        zeros_1D = trained_VD.new_zeros(1, trained_VD.shape[1])
+        width = trained_VD.shape[1]
+        zeros_1D = trained_VD.new_zeros(1, width)
         table = torch.cat([trained_VD, zeros_1D])
-        rows_BT = torch.where(is_virtual_BT, -1 - ids_BT, self.tokens)
+        places_BT = -1 - ids_BT
+        rows_BT = torch.where(is_virtual_BT, places_BT, self.tokens)
         virtual_BTD = embedding(rows_BT, table, padding_idx=self.tokens)
         virtual_BTD = virtual_BTD.to(vocabulary_BTD.dtype)
-        return torch.where(is_virtual_BT[..., None], virtual_BTD, vocabulary_BTD)
+        is_virtual_BT1 = is_virtual_BT[..., None]
+        return torch.where(is_virtual_BT1, virtual_BTD, vocabulary_BTD)
 
 
 class Embedded(Method[E]):
@@ -60,7 +65,7 @@ class Embedded(Method[E]):
         """PEFT's config for a base of this hidden size."""
         raise NotImplementedError
 
-    def encoder(self, config: Any) -> nn.Module:
+    def encoder(self, config: Any) -> Module:
         """PEFT's encoder, as PEFT draws it."""
         raise NotImplementedError
 
@@ -117,7 +122,8 @@ def write(model: "PreTrainedModel", config: Any, prompt: Tensor, folder: Path) -
 
 def text_ids(tokenizer: Any, text: str, tokens: int) -> Tensor:
     """The ids of a text, repeated or cut to a number of tokens."""
-    ids = list(tokenizer(text)["input_ids"])
+    encoded = tokenizer(text)
+    ids = list(encoded["input_ids"])
     if not ids:
         raise ValueError(f"method.init_text: found {text!r}, which has no token; allowed: a text, or null")
     repeats = -(-tokens // len(ids))  # rounded up

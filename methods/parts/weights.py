@@ -1,12 +1,13 @@
 """The weights of a base by name, whole or sharded, in 16 bits or in 4."""
 
 from torch import nn
+from torch.nn import Module, Parameter
 
 from methods.base import Gather
 from methods.parts.targets import Linears, Matrices, Others, is_linear
 
 
-def shapes(model: nn.Module, gather: Gather) -> tuple[Linears, Others]:
+def shapes(model: Module, gather: Gather) -> tuple[Linears, Others]:
     """The linear layers and the other weights of a base, sharded, quantised or neither."""
     linears: Matrices = {}
     others: dict[str, tuple[int, ...]] = {}
@@ -21,11 +22,12 @@ def shapes(model: nn.Module, gather: Gather) -> tuple[Linears, Others]:
     return linears, others
 
 
-def _shape(model: nn.Module, name: str, parameter: nn.Parameter, gather: Gather) -> tuple[int, ...]:
+def _shape(model: Module, name: str, parameter: Parameter, gather: Gather) -> tuple[int, ...]:
     """The whole shape of a weight, as the 16-bit base has it."""
     module_name, _, _ = name.rpartition(".")
     module = model.get_submodule(module_name)
-    if isinstance(module, nn.Linear) and name.endswith(".weight"):  # in 4 bits, the weight itself is packed
+    is_weight = name.endswith(".weight")
+    if is_weight and isinstance(module, nn.Linear):  # in 4 bits, the weight itself is packed
         return module.out_features, module.in_features
     shape = gather.shape(parameter)
     return tuple(shape)

@@ -25,7 +25,8 @@ class Scaler:
     def __init__(self, matrices: Sequence[Matrix], exchange: Exchange, device: torch.device) -> None:
         self._matrices = matrices
         self._exchange = exchange
-        self.norms = torch.zeros(len(matrices), dtype=torch.float64, device=device)
+        count = len(matrices)
+        self.norms = torch.zeros(count, dtype=torch.float64, device=device)
 
     def directions(self, low: Tensor, step: Tensor, fragments: Fragments, corrected: float) -> Tensors:
         """What fragments move against, from this rank's slices of R and of N = `corrected` times AdamW's ratio."""
@@ -58,19 +59,21 @@ class Scaler:
 
     def _limits(self, scaled: Mapping[str, Tensor], corrected: float) -> Tensor:
         """The limiter's factor for every matrix; a matrix's first step is not limited."""
-        squares = torch.zeros_like(self.norms)
+        last_norms = self.norms
+        squares = torch.zeros_like(last_norms)
         for index, matrix in enumerate(self._matrices):
-            if matrix.name in scaled:
-                elements = scaled[matrix.name]
+            elements = scaled.get(matrix.name)
+            if elements is not None:
                 norm = torch.linalg.vector_norm(elements, dtype=torch.float64)
                 squares[index] = norm**2
         squares = self._exchange.all_reduce_slices(squares)
         norms = squares.sqrt() / corrected
-        last_norms = self.norms + TINY
-        growth = norms / last_norms
-        excess = growth.clamp(min=GROWTH) / GROWTH
-        limits = torch.where(self.norms > 0, 1 / excess, 1.0)
-        self.norms.copy_(norms * limits)
+        growth = norms / (last_norms + TINY)
+        growth = growth.clamp(min=GROWTH)
+        excess = growth / GROWTH
+        limits = torch.where(last_norms > 0, 1 / excess, 1.0)
+        limited = norms * limits
+        last_norms.copy_(limited)
         return limits.float()
 
     def _channel_squares(self, *slices: Tensor) -> list[Tensor]:

@@ -40,7 +40,8 @@ class Bases:
         due = self._calendar.due(step)
         if self._options.variant == "apollo":
             for index in due:
-                basis_SR = self._drawn(step, self._matrices[index])
+                matrix = self._matrices[index]
+                basis_SR = self._drawn(step, matrix)
                 self._keep(index, basis_SR)
             return
         world_size = self._exchange.world_size
@@ -67,13 +68,14 @@ class Bases:
 
     def _choose(self, turn: list[int], step: int, fragments: Fragments) -> None:
         """Choose the bases of up to as many matrices as there are ranks; each rank owns one of the matrices."""
+        matrices = [self._matrices[index] for index in turn]
         grads = []
-        for owner, index in enumerate(turn):
-            grad_MN = self._reduced(self._matrices[index], owner, fragments)
+        for owner, matrix in enumerate(matrices):
+            grad_MN = self._reduced(matrix, owner, fragments)
             grads.append(grad_MN)
         bases = []
-        for index, grad_MN in zip(turn, grads, strict=True):
-            basis_SR = self._chosen(step, self._matrices[index], grad_MN)
+        for matrix, grad_MN in zip(matrices, grads, strict=True):
+            basis_SR = self._chosen(step, matrix, grad_MN)
             bases.append(basis_SR)
         for owner, index in enumerate(turn):
             basis_SR = bases[owner]
@@ -93,8 +95,9 @@ class Bases:
         fragment = fragments.get(matrix.name)
         if fragment is not None:
             grad[fragment.start : fragment.stop] = gradient(fragment)
-        self._exchange.reduce_to(owner, grad)
-        if owner != self._exchange.rank:
+        exchange = self._exchange
+        exchange.reduce_to(owner, grad)
+        if owner != exchange.rank:
             return None
         return grad.view(matrix.rows, matrix.columns)
 

@@ -100,7 +100,8 @@ def whole_rows(part_F: Tensor, start: int, width: int) -> tuple[Tensor, int]:
     """Elements [start, start + F) of a flattened matrix as whole rows, zeros around them; and the first row."""
     stop = start + part_F.numel()
     first = start // width
-    if start % width == 0 and stop % width == 0:
+    is_whole = start % width == 0 and stop % width == 0
+    if is_whole:
         return part_F.view(-1, width), first
     last = ceil_div(stop, width)
     rows = part_F.new_zeros(last - first, width)
@@ -147,7 +148,8 @@ def exact_basis(grad_MN: Tensor, rank: int) -> Tensor:
 
     fp64 makes the square harmless: what fp32 gradients say of singular values is far above its rounding.
     """
-    wide_SL = _wide(grad_MN).double()
+    wide_SL = _wide(grad_MN)
+    wide_SL = wide_SL.double()
     gram_SS = wide_SL @ wide_SL.T
     basis_SR = _leading(gram_SS, rank)
     return basis_SR.to(grad_MN.dtype)
@@ -167,9 +169,11 @@ def fast_basis(grad_MN: Tensor, rank: int, generator: torch.Generator) -> Tensor
     for _ in range(2):
         corange_LK = _orthonormal(wide_SL.T @ range_SK)
         range_SK = _orthonormal(wide_SL @ corange_LK)
-    small_KL = (range_SK.T @ wide_SL).double()
+    small_KL = range_SK.T @ wide_SL
+    small_KL = small_KL.double()
     gram_KK = small_KL @ small_KL.T
-    leading_KR = _leading(gram_KK, rank).to(grad_MN.dtype)
+    leading_KR = _leading(gram_KK, rank)
+    leading_KR = leading_KR.to(grad_MN.dtype)
     return canonical(range_SK @ leading_KR)
 
 

@@ -40,7 +40,8 @@ class Adam:
     def __init__(self, size: int, betas: tuple[float, float], eps: float, device: torch.device) -> None:
         self.betas = betas
         self.eps = eps
-        self.exp_avg, self.exp_avg_sq = torch.zeros(2, size, device=device)
+        moments = torch.zeros(2, size, device=device)
+        self.exp_avg, self.exp_avg_sq = moments
 
     def normalise(self, grad: Tensor, step: int) -> Tensor:
         """Take in the gradient of a step and give N."""
@@ -49,7 +50,8 @@ class Adam:
         self.exp_avg.add_(grad, alpha=1 - beta1)
         self.exp_avg_sq.mul_(beta2)
         self.exp_avg_sq.addcmul_(grad, grad, value=1 - beta2)
-        deviation = self.exp_avg_sq.sqrt().add_(self.eps)
+        deviation = self.exp_avg_sq.sqrt()
+        deviation.add_(self.eps)
         ratio: Tensor = self.exp_avg / deviation
         corrected = correction(self.betas, step)
         return ratio.mul_(corrected)
@@ -69,15 +71,15 @@ class Adam8Bit:
     def __init__(self, size: int, betas: tuple[float, float], eps: float, device: torch.device) -> None:
         from bitsandbytes import functional
 
-        create_dynamic_map: Any = functional.create_dynamic_map
+        new_map: Any = functional.create_dynamic_map
         self.betas = betas
         self.eps = eps
         self.states = torch.zeros(2, size, dtype=torch.uint8, device=device)
         blocks = size // BLOCK
         self.absmax = torch.zeros(2, blocks, device=device)
-        signed_map = create_dynamic_map(signed=True).to(device)
-        unsigned_map = create_dynamic_map(signed=False).to(device)
-        self.maps: list[Any] = [signed_map, unsigned_map]
+        signed = new_map(signed=True)
+        unsigned = new_map(signed=False)
+        self.maps: list[Any] = [signed.to(device), unsigned.to(device)]
 
     def normalise(self, grad: Tensor, step: int) -> Tensor:
         """Take in the gradient of a step and give N: what AdamW with learning rate 1 takes off a zero."""
@@ -111,13 +113,14 @@ class Adam8Bit:
 
     def pieces(self, name: str, start: int, part: slice, whole: bool) -> list[Piece]:
         """The codes of a part by element, and its scales by block."""
-        state1, state2 = self.states[:, part]
-        codes = {"state1": state1, "state2": state2}
+        state1, state2 = self.states
+        codes = {"state1": state1[part], "state2": state2[part]}
         by_element = Piece(f"{name}.subspace", start, codes, whole)
+        absmax1, absmax2 = self.absmax
         first = part.start // BLOCK
         last = part.stop // BLOCK
-        absmax1, absmax2 = self.absmax[:, first:last]
-        scales = {"absmax1": absmax1, "absmax2": absmax2}
-        first_block = start // BLOCK
-        by_block = Piece(f"{name}.blocks", first_block, scales, whole)
+        blocks = slice(first, last)
+        scales = {"absmax1": absmax1[blocks], "absmax2": absmax2[blocks]}
+        start_block = start // BLOCK
+        by_block = Piece(f"{name}.blocks", start_block, scales, whole)
         return [by_element, by_block]

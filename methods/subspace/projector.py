@@ -38,7 +38,8 @@ class Fp32Projector:
     """Memory for a basis as it is."""
 
     def __init__(self, side: int, rank: int, device: torch.device) -> None:
-        self._basis_SR = torch.zeros(side, rank, device=device)
+        basis_SR = torch.zeros(side, rank, device=device)
+        self._basis_SR = basis_SR
 
     def get(self) -> Tensor:
         """The basis in R^{S x R}, in fp32."""
@@ -62,7 +63,8 @@ class Int4Projector:
     def __init__(self, side: int, rank: int, device: torch.device) -> None:
         self._side = side
         self._rank = rank
-        blocks = ceil_div(side * rank, BLOCK)
+        size = side * rank
+        blocks = ceil_div(size, BLOCK)
         pairs = blocks * BLOCK // 2
         self._codes = torch.zeros(pairs, dtype=torch.uint8, device=device)
         self._scales = torch.zeros(blocks, device=device)
@@ -72,9 +74,11 @@ class Int4Projector:
         """The basis that the codes stand for."""
         even = self._codes & LEVELS
         odd = self._codes >> 4
-        codes = torch.stack([even, odd], 1).view(-1, BLOCK)
-        levels = codes - self._zeros[:, None]
-        values = self._scales[:, None] * levels
+        pairs = torch.stack([even, odd], 1)
+        codes = pairs.view(-1, BLOCK)
+        zeros = self._zeros[:, None]
+        scales = self._scales[:, None]
+        values = scales * (codes - zeros)
         elements = values.view(-1)
         size = self._side * self._rank
         unpadded = elements[:size]
@@ -89,19 +93,20 @@ class Int4Projector:
         values = elements.view(-1, BLOCK)
         low = values.amin(1, keepdim=True)
         high = values.amax(1, keepdim=True)
-        spans = (high - low).clamp(min=1e-5)
-        scales = spans / LEVELS
-        zeros = -torch.round(low / scales)
-        zeros = zeros.clamp(0, LEVELS)
-        levels = torch.round(values / scales) + zeros
+        span = high - low
+        span = span.clamp(min=1e-5)
+        scale = span / LEVELS
+        zero = -torch.round(low / scale)
+        zero = zero.clamp(0, LEVELS)
+        levels = torch.round(values / scale)
+        levels = levels + zero
         levels = levels.clamp(0, LEVELS)
         codes = levels.to(torch.uint8)
-        pairs = codes.view(-1, 2)
-        even = pairs[:, 0]
-        odd = pairs[:, 1]
-        self._codes.copy_(even | odd << 4)
-        self._scales.copy_(scales[:, 0])
-        self._zeros.copy_(zeros[:, 0])
+        even, odd = codes.view(-1, 2).T
+        pairs = even | odd << 4
+        self._codes.copy_(pairs)
+        self._scales.copy_(scale[:, 0])
+        self._zeros.copy_(zero[:, 0])
 
     def pieces(self, name: str) -> list[Piece]:
         """Pairs of codes, and by block their scale and zero point."""
@@ -153,7 +158,8 @@ class Calendar:
         new = basis_SR[:, 0]
         if old.any():
             cosine = cosine_similarity(old.double(), new.double(), dim=0)
-            self._note_cosine(index, cosine.abs())
+            magnitude = cosine.abs()
+            self._note_cosine(index, magnitude)
         old.copy_(new)
 
     def _note_cosine(self, index: int, cosine: Tensor) -> None:
