@@ -10,7 +10,7 @@ from methods.options.low_rank import Dora
 
 
 class DoraTuning(LowRank[Dora]):
-    """Weight-decomposed LoRA."""
+    """LoRA on weights that are decomposed into magnitude and direction."""
 
     def config(self) -> Keywords:
         """Ask PEFT for the decomposition."""

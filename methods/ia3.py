@@ -15,7 +15,7 @@ from methods.parts.peft_adapter import PeftAdapter
 
 
 class Ia3Tuning(PeftAdapter[Ia3]):
-    """Learned scales."""
+    """Learned scales of keys, values and feed-forward inputs."""
 
     def peft_config(self, targets: list[str]) -> peft.PeftConfig:
         """The modules that are scaled, and those of them whose input is."""

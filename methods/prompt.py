@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PromptTuning(Embedded[Prompt]):
-    """PEFT's PromptEmbedding."""
+    """Prompt tuning with PEFT's PromptEmbedding as its encoder."""
 
     def config(self, hidden: int) -> Any:
         """PEFT's config without how P started, so that loading it needs no tokenizer."""

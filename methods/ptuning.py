@@ -18,7 +18,7 @@ from methods.parts.virtual import Embedded, common, embedded, text_ids
 
 
 class PTuningTuning(Embedded[PTuning]):
-    """PEFT's PromptEncoder."""
+    """P-tuning with PEFT's PromptEncoder, which holds Z and f."""
 
     def config(self, hidden: int) -> Any:
         """PEFT's config of an MLP as wide as the options say."""

@@ -6,7 +6,7 @@ from methods.options.low_rank import RsLora
 
 
 class RsLoraTuning(LowRank[RsLora]):
-    """Rank-stabilised LoRA."""
+    """LoRA with the rank-stabilised scale."""
 
     def config(self) -> Keywords:
         """Ask PEFT for the other scale."""
