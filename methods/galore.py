@@ -55,10 +55,11 @@ class GaloreTuning(Method[Galore]):
 
     def attach(self, model: Module) -> Module:
         """Make every weight fp32 and trained, and remember the shapes."""
+        options = self.options
         linears, others = shapes(model, self.setup.gather)
-        projected = self.options.projected(linears, others)
+        projected = options.projected(linears, others)
         weights = {f"{name}.weight": shape for name, shape in projected.items()}
-        self._matrices = lay_out(weights, self.options.rank)
+        self._matrices = lay_out(weights, options.rank)
         model.float()
         return model.requires_grad_(True)
 

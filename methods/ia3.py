@@ -19,10 +19,11 @@ class Ia3Tuning(PeftAdapter[Ia3]):
 
     def peft_config(self, targets: list[str]) -> peft.PeftConfig:
         """The modules that are scaled, and those of them whose input is."""
-        scaled_by_input = self.options.fed(targets)
+        options = self.options
+        scaled_by_input = options.fed(targets)
         return peft.IA3Config(target_modules=targets, feedforward_modules=scaled_by_input, task_type="CAUSAL_LM")
 
     def optimizer(self, view: View, lr: float, **adam: Any) -> torch.optim.Optimizer:
         """AdamW without decay of weights."""
-        adam["weight_decay"] = 0.0
-        return super().optimizer(view, lr, **adam)
+        without_decay = adam | {"weight_decay": 0.0}
+        return super().optimizer(view, lr, **without_decay)

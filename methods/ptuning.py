@@ -22,8 +22,9 @@ class PTuningTuning(Embedded[PTuning]):
 
     def config(self, hidden: int) -> Any:
         """PEFT's config of an MLP as wide as the options say."""
-        shared = common(self.options.tokens, hidden)
-        return peft.PromptEncoderConfig(**shared, encoder_hidden_size=self.options.hidden)
+        options = self.options
+        shared = common(options.tokens, hidden)
+        return peft.PromptEncoderConfig(**shared, encoder_hidden_size=options.hidden)
 
     def encoder(self, config: Any) -> Module:
         """The encoder that holds Z and f."""

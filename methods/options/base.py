@@ -105,7 +105,8 @@ class Targeted(ModuleOptions):
 
     def targets(self, linears: Linears, others: Others) -> Matrices:
         """The modules that get an adapter, with their (out, in); a name stands for every module that ends with it."""
-        return choose(self.target, self.exclude, linears, others)
+        target = self.target
+        return choose(target, self.exclude, linears, others)
 
     def linear_targets(self, linears: Linears) -> Matrices:
         """The same of linear layers alone, for methods that cannot adapt embeddings and head."""

@@ -80,7 +80,8 @@ class Dora(LowRankOptions):
         """What LoRA adds, and a magnitude in R^{out} for every target."""
         factors = super().adds(linears, others)
         chosen = self.targets(linears, others)
-        return factors + outputs(chosen)
+        magnitudes = outputs(chosen)
+        return factors + magnitudes
 
 
 class QLora(LowRankOptions):
@@ -159,7 +160,8 @@ class AdaLora(Targeted):
         """A in R^{r x in}, B in R^{out x r} and E in R^r for every target, at the initial rank."""
         chosen = self.targets(linears, others)
         features = outputs(chosen) + inputs(chosen)
-        return self.initial_rank * (features + len(chosen))
+        width = features + len(chosen)
+        return self.initial_rank * width
 
 
 class LongLora(LowRankOptions):

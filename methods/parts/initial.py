@@ -90,22 +90,23 @@ def _adding(A0: Tensor, B0: Tensor, scale: float) -> Callable[..., Tensor]:
 
 def directions(weight: Tensor, start: str, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A0 [rank, in] and B0 [out, rank] of a weight [out, in]."""
+    weight = weight.float()
     if start == "olora":
-        Q, R = torch.linalg.qr(weight.float())
+        Q, R = torch.linalg.qr(weight)
         A0 = R[:rank]
         B0 = Q[:, :rank]
         return A0, B0
-    return principal_factors(weight.float(), rank, scale)
+    return principal_factors(weight, rank, scale)
 
 
 def principal_factors(matrix: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A [rank, in] and B [out, rank] for which scale B A is the best approximation of an fp32 matrix [out, in]."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    values = S[:rank]
+    values = S[:rank] / scale
+    root = values.sqrt()
     rights = Vh[:rank]
-    lefts = U[:, :rank]
-    root = (values / scale).sqrt()
     A = root[:, None] * rights
+    lefts = U[:, :rank]
     B = lefts * root
     return A, B
 

@@ -89,8 +89,10 @@ class Pattern:
     def of(cls, position_BT: Tensor, group: int) -> "Pattern":
         """The pattern of rows whose documents are told by their positions."""
         plain = Runs.cut(position_BT, group, 0)
-        shifted = Runs.cut(position_BT, group, group // 2)
-        return cls((plain, shifted))
+        half = group // 2
+        shifted = Runs.cut(position_BT, group, half)
+        halves = (plain, shifted)
+        return cls(halves)
 
 
 def attend(

@@ -113,14 +113,14 @@ class Adam8Bit:
 
     def pieces(self, name: str, start: int, part: slice, whole: bool) -> list[Piece]:
         """The codes of a part by element, and its scales by block."""
-        state1, state2 = self.states
-        codes = {"state1": state1[part], "state2": state2[part]}
+        state1, state2 = self.states[:, part]
+        codes = {"state1": state1, "state2": state2}
         by_element = Piece(f"{name}.subspace", start, codes, whole)
-        absmax1, absmax2 = self.absmax
         first = part.start // BLOCK
         last = part.stop // BLOCK
-        blocks = slice(first, last)
-        scales = {"absmax1": absmax1[blocks], "absmax2": absmax2[blocks]}
+        blocks = self.absmax[:, first:last]
+        absmax1, absmax2 = blocks
+        scales = {"absmax1": absmax1, "absmax2": absmax2}
         start_block = start // BLOCK
         by_block = Piece(f"{name}.blocks", start_block, scales, whole)
         return [by_element, by_block]
