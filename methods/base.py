@@ -8,11 +8,15 @@ from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.nn import Module, Parameter
 
 from methods.options import Options
 
 O = TypeVar("O", bound=Options)  # noqa: E741
+Tensors = dict[str, Tensor]  # by name
+Keywords = dict[str, Any]  # arguments of a call
+Schedule = Callable[[int], float]  # the learning rate of a step, from 0
 
 
 class Gather(Protocol):
@@ -21,15 +25,15 @@ class Gather(Protocol):
     Every rank must make the same calls in the same order.
     """
 
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
+    def shape(self, parameter: Parameter) -> torch.Size:
         """The whole shape of a parameter."""
         ...
 
-    def gathered(self, parameters: Iterable[nn.Parameter], modified: bool = False) -> AbstractContextManager[None]:
+    def gathered(self, parameters: Iterable[Parameter], modified: bool = False) -> AbstractContextManager[None]:
         """Within it, the parameters are whole on every rank; where they are `modified`, rank 0's values stay."""
         ...
 
-    def gathered_in_turn(self, model: nn.Module) -> AbstractContextManager[None]:
+    def gathered_in_turn(self, model: Module) -> AbstractContextManager[None]:
         """Within it, a model runs before it has an engine: a module's own weights are whole in its forward pass."""
         ...
 
@@ -37,20 +41,20 @@ class Gather(Protocol):
 class Unsharded:
     """The Gather of a model whose weights are whole."""
 
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """The parameter's own shape."""
+    def shape(self, parameter: Parameter) -> torch.Size:
+        """The parameter's own shape, which is the whole one."""
         return parameter.shape
 
     def gathered(
         self,
-        parameters: Iterable[nn.Parameter],  # noqa: ARG002
+        parameters: Iterable[Parameter],  # noqa: ARG002
         modified: bool = False,  # noqa: ARG002
     ) -> AbstractContextManager[None]:
-        """They are whole already."""
+        """Nothing happens, as the parameters are whole already."""
         return nullcontext()
 
-    def gathered_in_turn(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
-        """It runs as it is."""
+    def gathered_in_turn(self, model: Module) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Nothing happens, as the model runs as it is."""
         return nullcontext()
 
 
@@ -70,14 +74,14 @@ class Setup:
 
 @dataclass(frozen=True)
 class Piece:
-    """Part [start, ...) of flattened tensors that this rank holds: 1-D, of one length, or 0-d figures for the whole.
+    """Part [start, ...) of flattened tensors that this rank holds: 1-D, of one length, or 0-d scalars for the whole.
 
     `whole` says that every rank holds all of it; else every element is on one rank.
     """
 
     name: str
     start: int
-    tensors: dict[str, torch.Tensor]
+    tensors: Tensors
     whole: bool
 
 
@@ -91,12 +95,15 @@ class Fragment(Protocol):
     @property
     def stop(self) -> int: ...
     @property
-    def parameter(self) -> nn.Parameter:
+    def parameter(self) -> Parameter:
         """The fp32 master, 1-D; in a step its `grad` is the gradient summed over ranks and micro-batches."""
         ...
 
 
-def gradient(fragment: Fragment) -> torch.Tensor:
+Fragments = Mapping[str, Fragment]  # by the name of their parameter
+
+
+def gradient(fragment: Fragment) -> Tensor:
     """The gradient of a fragment that has one; raises ValueError where it has none."""
     grad = fragment.parameter.grad
     if grad is None:
@@ -104,11 +111,16 @@ def gradient(fragment: Fragment) -> torch.Tensor:
     return grad
 
 
+def part_of(flat: Tensor, fragment: Fragment) -> Tensor:
+    """The elements of a whole flattened parameter that a fragment holds, as a view of it."""
+    return flat[fragment.start : fragment.stop]
+
+
 class View(Protocol):
     """Masters, gradients and optimizer state by parameter name, whatever the ZeRO stage."""
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Module:
         """The model as `attach` gave it."""
         ...
 
@@ -121,16 +133,16 @@ class View(Protocol):
         """What this rank holds, in the same order of names everywhere; of some parameters perhaps nothing."""
         ...
 
-    def state(self, fragment: Fragment) -> dict[str, Any]:
-        """What the optimizer keeps of a fragment, to be read, changed or cleared; empty before its first step."""
+    def state(self, fragment: Fragment) -> Keywords:
+        """The optimizer's state of a fragment, to be read, changed or cleared; empty before its first step."""
         ...
 
     def shape(self, name: str) -> torch.Size:
         """The whole shape of a trained parameter."""
         ...
 
-    def whole(self, name: str, part: Callable[[Fragment], torch.Tensor]) -> torch.Tensor:
-        """What all ranks' parts of a trained parameter make, in its shape, on every rank; a collective."""
+    def whole(self, name: str, part: Callable[[Fragment], Tensor]) -> Tensor:
+        """The parts that all ranks have of a trained parameter, together in its shape on every rank; a collective."""
         ...
 
 
@@ -156,18 +168,18 @@ class Method(Generic[O]):
         self.options = options
         self.setup = setup
 
-    def load_options(self, config: Any) -> dict[str, Any]:  # noqa: ARG002
+    def load_options(self, config: Any) -> Keywords:  # noqa: ARG002
         """Keyword arguments for `from_pretrained`; may change the base's config, which is one of them."""
         return {}
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Prepare the base for training: freeze, add adapters. The trained parameters end as fp32."""
         raise NotImplementedError
 
-    def initialise(self, model: nn.Module, examples: Iterable[torch.Tensor]) -> None:
+    def initialise(self, model: Module, examples: Iterable[Tensor]) -> None:
         """Set a start that depends on data, once per run; every rank gets the same examples, token ids [1, T]."""
 
-    def changed(self, model: nn.Module) -> list[str]:  # noqa: ARG002
+    def changed(self, model: Module) -> list[str]:  # noqa: ARG002
         """Names of frozen parameters that training changes all the same; checkpoints hold them too."""
         return []
 
@@ -176,57 +188,66 @@ class Method(Generic[O]):
 
         A group's learning rate is the step's, times the group's `lr_ratio` if it has one. A rank may hold nothing.
         """
-        held = {"params": [fragment.parameter for fragment in view.fragments()]}
-        return torch.optim.AdamW([held], lr=lr, **adam)
+        fragments = view.fragments()
+        parameters = [fragment.parameter for fragment in fragments]
+        group = {"params": parameters}
+        return torch.optim.AdamW([group], lr=lr, **adam)
 
     def pieces(self) -> Sequence[Piece]:
         """State of the method's own that checkpoints hold and loading writes into, in whatever layout it is."""
         return []
 
-    def schedule(self, base: Callable[[int], float]) -> Callable[[int], float]:
+    def schedule(self, base: Schedule) -> Schedule:
         """The learning rate of each step, from the job's."""
         return base
 
     def penalty(self, view: View) -> None:
         """Add the gradient of a term of the method's own to the gradients, once per step."""
 
-    def gradients(self, view: View) -> list[torch.Tensor]:
+    def gradients(self, view: View) -> list[Tensor]:
         """The gradients whose norm is reported and which clipping scales: the trained weights' own."""
-        return [fragment.parameter.grad for fragment in view.fragments() if fragment.parameter.grad is not None]
+        grads = []
+        for fragment in view.fragments():
+            grad = fragment.parameter.grad
+            if grad is not None:
+                grads.append(grad)
+        return grads
 
     def before_step(self, view: View) -> None:
-        """Between clipping and the optimizer's step."""
+        """Called between clipping and the optimizer's step; nothing unless overridden."""
 
     def after_step(self, view: View) -> None:
-        """After the optimizer's step; what it writes into masters is what training goes on with."""
+        """Called after the optimizer's step; what it writes into masters is what training goes on with."""
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold beside all that, equal on every rank."""
+    def state(self) -> Tensors:
+        """What a checkpoint must hold beside weights, optimizer state and pieces; equal on every rank."""
         return {}
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state(self, state: Tensors) -> None:
         """Take back what `state` gave; called before `attach`."""
 
-    def reference(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
+    def reference(self, model: Module) -> AbstractContextManager[None]:  # noqa: ARG002
         """Within it the model is the policy before the first step; raises ReferenceRefused where that is gone."""
-        kind = self.options.model_dump()["kind"]
-        raise ReferenceRefused(f"method {kind} has no reference: {self.options.refusals['reference']}")
+        dumped = self.options.model_dump()
+        kind = dumped["kind"]
+        reason = self.options.refusals["reference"]
+        raise ReferenceRefused(f"method {kind} has no reference: {reason}")
 
-    def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: Module, weights: Tensors, folder: Path) -> None:
         """Write the trained weights as PEFT or transformers load them.
 
         `weights` holds what is trained or changed (where the output is a model: everything), whole, by name.
         """
         raise NotImplementedError
 
-    def load(self, base: nn.Module, folder: Path) -> nn.Module:
+    def load(self, base: Module, folder: Path) -> Module:
         """The exported adapter on its base, as plain PEFT loads it."""
         from peft import PeftModel
 
-        loaded: nn.Module = PeftModel.from_pretrained(base, folder)
+        loaded: Module = PeftModel.from_pretrained(base, folder)
         return loaded
 
-    def merge(self, model: nn.Module) -> nn.Module:
+    def merge(self, model: Module) -> Module:
         """The base with the update merged into its weights, from the exported adapter as PEFT loads it.
 
         May raise MergeRefused, and may leave a `merge_report`.

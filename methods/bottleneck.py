@@ -13,57 +13,59 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import Module
 
-from methods.base import Method
+from methods.base import Method, Tensors
 from methods.options.other_adapters import Bottleneck
 
 CONFIG, WEIGHTS = "bottleneck_config.json", "bottleneck.safetensors"
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
     "gelu": nn.functional.gelu,
     "silu": nn.functional.silu,
 }
 
 
-class Adapter(nn.Module):
+class Adapter(Module):
     """A sublayer's last linear layer with an adapter behind it."""
 
     def __init__(self, base: Any, size: int, activation: str) -> None:
         super().__init__()
+        width = int(base.out_features)
         self.base = base
-        self.down = nn.Linear(int(base.out_features), size)
-        self.up = nn.Linear(size, int(base.out_features))
+        self.down = nn.Linear(width, size)
+        self.up = nn.Linear(size, width)
         self.activation = ACTIVATIONS[activation]
         self.enabled = True
         nn.init.kaiming_normal_(self.down.weight, nonlinearity="relu")
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """The sublayer's output, adapted; in the base's dtype."""
-        h: torch.Tensor = self.base(x)
+        h: Tensor = self.base(x)
         if not self.enabled:
             return h
-        update: torch.Tensor = self.up(self.activation(self.down(h.to(self.down.weight.dtype))))
+        narrow = self.down(h.to(self.down.weight.dtype))
+        update: Tensor = self.up(self.activation(narrow))
         return h + update.to(h.dtype)
 
 
 class BottleneckTuning(Method[Bottleneck]):
     """Adapters in the places that the options name."""
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Freeze the base and add adapters."""
         model.requires_grad_(False)
         insert(model, self.options)
         return model
 
     @contextmanager
-    def reference(self, model: nn.Module) -> Iterator[None]:
+    def reference(self, model: Module) -> Iterator[None]:
         """The base alone, from which the first step leaves."""
-        adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+        adapters = [adapter for _, adapter in _adapters(model)]
         for adapter in adapters:
             adapter.enabled = False
         try:
@@ -72,41 +74,70 @@ class BottleneckTuning(Method[Bottleneck]):
             for adapter in adapters:
                 adapter.enabled = True
 
-    def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: Module, weights: Tensors, folder: Path) -> None:
         """Write bottleneck_config.json and bottleneck.safetensors, which `load` reads."""
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.options.model_dump() | {"base_model_name_or_path": model.name_or_path}
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS)
+        config = self.options.model_dump()
+        config["base_model_name_or_path"] = model.name_or_path
+        text = json.dumps(config, indent=2)
+        config_file = folder / CONFIG
+        config_file.write_text(text + "\n")
+        contiguous: Tensors = {}
+        for name, value in weights.items():
+            contiguous[name] = value.contiguous()
+        save_file(contiguous, folder / WEIGHTS)
 
-    def load(self, base: nn.Module, folder: Path) -> nn.Module:
+    def load(self, base: Module, folder: Path) -> Module:
         """The adapters of a folder on a base: PEFT does not have them."""
         return load(base, folder)
 
 
-def insert(model: nn.Module, options: Bottleneck) -> None:
+def insert(model: Module, options: Bottleneck) -> None:
     """Put adapters behind the sublayers of a model."""
-    ends = {"o_proj", "down_proj"} if options.placement == "houlsby" else {"down_proj"}
-    places = [name for name, module in model.named_modules() if name.rpartition(".")[2] in ends]
-    missing = ends - {place.rpartition(".")[2] for place in places}
+    places = []
+    missing = set(options.sublayer_ends)
+    for name, _ in model.named_modules():
+        last_part = name.rpartition(".")[2]
+        if last_part in options.sublayer_ends:
+            places.append(name)
+            missing.discard(last_part)
     if missing:
-        raise ValueError(f"{options.placement} adapters need a base with modules named {', '.join(sorted(missing))}")
+        names = ", ".join(sorted(missing))
+        raise ValueError(f"{options.placement} adapters need a base with modules named {names}")
     for place in places:
-        model.set_submodule(place, Adapter(model.get_submodule(place), options.size, options.activation))
+        base = model.get_submodule(place)
+        adapter = Adapter(base, options.size, options.activation)
+        model.set_submodule(place, adapter)
 
 
-def load(model: nn.Module, folder: Path) -> nn.Module:
+def load(model: Module, folder: Path) -> Module:
     """A plain transformers model with the adapters of a folder, in evaluation mode."""
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    text = (folder / CONFIG).read_text()
+    config: dict[str, Any] = json.loads(text)
     config.pop("base_model_name_or_path")
-    insert(model, Bottleneck(**config))
-    weights = load_file(folder / WEIGHTS)
-    wanted = {f"{n}.{k}" for n, m in model.named_modules() if isinstance(m, Adapter) for k in _adapter_names(m)}
-    if wanted != weights.keys():
-        raise ValueError(f"{folder / WEIGHTS}: its weights are not those of this base's adapters")
+    options = Bottleneck(**config)
+    insert(model, options)
+    file = folder / WEIGHTS
+    weights = load_file(file)
+    if _weight_names(model) != weights.keys():
+        raise ValueError(f"{file}: its weights are not those of this base's adapters")
     model.load_state_dict(weights, strict=False)
-    return model.to(next(model.parameters()).device).eval()
+    parameter = next(model.parameters())
+    return model.to(parameter.device).eval()
 
 
-def _adapter_names(adapter: Adapter) -> list[str]:
-    return [name for name, _ in adapter.named_parameters() if not name.startswith("base.")]
+def _adapters(model: Module) -> Iterator[tuple[str, Adapter]]:
+    """The adapters in a model, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, Adapter):
+            yield name, module
+
+
+def _weight_names(model: Module) -> set[str]:
+    """The names in a model of its adapters' own weights."""
+    names = set()
+    for adapter_name, adapter in _adapters(model):
+        for name, _ in adapter.named_parameters():
+            if not name.startswith("base."):
+                names.add(f"{adapter_name}.{name}")
+    return names

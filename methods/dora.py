@@ -4,15 +4,14 @@ Liu et al. 2024, arXiv 2402.09353, equation 5 (and section 4.3 for the detached 
 The magnitude m in R^{out} starts as ||W||_c, so the first step leaves from the base.
 """
 
-from typing import Any
-
+from methods.base import Keywords
 from methods.lora import LowRank
 from methods.options.low_rank import Dora
 
 
 class DoraTuning(LowRank[Dora]):
-    """Weight-decomposed LoRA."""
+    """LoRA on weights that are decomposed into magnitude and direction."""
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Keywords:
         """Ask PEFT for the decomposition."""
         return {"use_dora": True}

@@ -13,7 +13,7 @@ from methods.parts.peft_adapter import PeftAdapter
 
 
 class FourierFtTuning(PeftAdapter[FourierFt]):
-    """A sparse spectrum."""
+    """Updates whose spectrum is sparse and trained."""
 
     def peft_config(self, targets: list[str]) -> peft.PeftConfig:
         """Number, scale and seed of the entries."""

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
+from torch.nn import Module
 
-from methods.base import Method, Setup, View
+from methods.base import Method, Setup, Tensors, View
 from methods.options.full import Full, layer_of
 
 if TYPE_CHECKING:
@@ -32,49 +33,61 @@ class FullTuning(Method[Full]):
         self._done = 0
         self._layers: list[int] = []
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Make every weight fp32, and trained if it is not to be frozen."""
         model.float()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not self.options.freezes(name))
-        self._layers = sorted(
-            {layer for name, _ in model.named_parameters() if (layer := layer_of(name)) is not None}
-        )
+        layers = set()
+        for name, _ in model.named_parameters():
+            layer = layer_of(name)
+            if layer is not None:
+                layers.add(layer)
+        self._layers = sorted(layers)
         return model
 
-    def gradients(self, view: View) -> list[torch.Tensor]:
+    def gradients(self, view: View) -> list[Tensor]:
         """The gradients of what is trained in this step; AdamW passes over weights without one."""
         if self.options.lisa_layers is not None:
-            self._rest(view, self.drawn(self._done))
+            active = self.drawn(self._done)
+            self._skip_others(view, active)
         return super().gradients(view)
 
     def drawn(self, done: int) -> set[int]:
         """The layers that LISA trains in the step after so many."""
-        draw = done // self.options.lisa_every
-        generator = np.random.default_rng([self.setup.seed, draw, _STREAM])
-        return set(generator.choice(self._layers, self.options.lisa_layers, replace=False).tolist())
+        options = self.options
+        draw = done // options.lisa_every
+        seeds = [self.setup.seed, draw, _STREAM]
+        generator = np.random.default_rng(seeds)
+        layers = generator.choice(self._layers, options.lisa_layers, replace=False)
+        return set(layers.tolist())
 
     def after_step(self, view: View) -> None:  # noqa: ARG002
-        """Count the step."""
+        """Count the steps that are done."""
         self._done += 1
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> Tensors:
         """Steps done, where LISA needs them."""
-        return {} if self.options.lisa_layers is None else {"step": torch.tensor(self._done)}
+        if self.options.lisa_layers is None:
+            return {}
+        step = torch.tensor(self._done)
+        return {"step": step}
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take them back."""
-        self._done = int(state.get("step", 0))
+    def load_state(self, state: Tensors) -> None:
+        """Take back the steps done."""
+        step = state.get("step", 0)
+        self._done = int(step)
 
-    def export(self, model: "PreTrainedModel", weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: "PreTrainedModel", weights: Tensors, folder: Path) -> None:
         """Write the model as `from_pretrained` loads it."""
         model.save_pretrained(folder, state_dict=weights)
 
-    def merge(self, model: nn.Module) -> nn.Module:
+    def merge(self, model: Module) -> Module:
         """The model itself: there is nothing to merge."""
         return model
 
-    def _rest(self, view: View, active: set[int]) -> None:
+    def _skip_others(self, view: View, active: set[int]) -> None:
+        """Take gradient and optimizer state from layers that are not active, so that AdamW passes over them."""
         for fragment in view.fragments():
             layer = layer_of(fragment.name)
             if layer is not None and layer not in active:

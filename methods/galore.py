@@ -10,7 +10,7 @@ gradient by channels of a random subspace.
 
 Under ZeRO a rank holds some elements of G. Projecting is linear, so ranks add up their low-rank shares instead of
 gradients: all low-rank gradients are one flat vector, of which each rank keeps the moments of an even slice (at ZeRO
-0 of all). At a refresh each matrix is collected on one rank, which finds the basis and spreads it; ranks work on
+0 of all). At a refresh each gradient is reduced to one rank, which finds the basis and broadcasts it; ranks work on
 different matrices at a time. At ZeRO 0 no full gradient of a target is reduced between refreshes.
 
 A code of q-galore that lies on the edge of two may fall to either side where layouts sum in another order; so its
@@ -25,15 +25,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.nn import Module, Parameter
 
-from methods.base import Fragment, Method, Piece, Setup, View, gradient
+from methods.base import Fragment, Fragments, Method, Piece, Setup, Tensors, View, gradient
 from methods.options.subspace import Galore
 from methods.parts.weights import shapes
 from methods.subspace.apollo import Scaler
 from methods.subspace.bases import Bases
 from methods.subspace.exchange import Exchange
-from methods.subspace.matrix import Matrix, lay_out, lift, project
+from methods.subspace.matrix import Matrix, lay_out, lift, overlap, project
 from methods.subspace.moments import Adam, Adam8Bit, Moments, correction
 
 if TYPE_CHECKING:
@@ -50,113 +51,170 @@ class GaloreTuning(Method[Galore]):
         self._low = torch.empty(0)
         self._matrices: list[Matrix] = []
         self._step = 0
-        self._loaded: dict[str, torch.Tensor] = {}
+        self._loaded: Tensors = {}
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Make every weight fp32 and trained, and remember the shapes."""
+        options = self.options
         linears, others = shapes(model, self.setup.gather)
-        projected = self.options.projected(linears, others)
-        self._matrices = lay_out({f"{name}.weight": shape for name, shape in projected.items()}, self.options.rank)
-        return model.float().requires_grad_(True)
+        projected = options.projected(linears, others)
+        weights = {f"{name}.weight": shape for name, shape in projected.items()}
+        self._matrices = lay_out(weights, options.rank)
+        model.float()
+        return model.requires_grad_(True)
 
     def optimizer(self, view: View, lr: float, **adam: Any) -> torch.optim.Optimizer:
         """AdamW of the other weights; the targets' state is made here too, so that a checkpoint can fill it."""
         names = {matrix.name for matrix in self._matrices}
-        self._targets = {fragment.name: fragment for fragment in view.fragments() if fragment.name in names}
-        self._others = [fragment.parameter for fragment in view.fragments() if fragment.name not in names]
-        self._adam = torch.optim.AdamW([{"params": self._others}], lr=lr, **adam)
-        self._allocate(next(view.model.parameters()).device, view.replicated)
+        self._targets: dict[str, Fragment] = {}
+        self._others: list[Parameter] = []
+        for fragment in view.fragments():
+            name = fragment.name
+            if name in names:
+                self._targets[name] = fragment
+            else:
+                self._others.append(fragment.parameter)
+        group = {"params": self._others}
+        self._adam = torch.optim.AdamW([group], lr=lr, **adam)
+        parameter = next(view.model.parameters())
+        self._allocate(parameter.device, view.replicated)
         return self._adam
 
-    def gradients(self, view: View) -> list[torch.Tensor]:  # noqa: ARG002
+    def gradients(self, view: View) -> list[Tensor]:  # noqa: ARG002
         """This rank's slice of the low-rank gradients, and the other weights' gradients; apollo: all gradients."""
-        others = [parameter.grad for parameter in self._others if parameter.grad is not None]
+        others = []
+        for parameter in self._others:
+            grad = parameter.grad
+            if grad is not None:
+                others.append(grad)
         if not self.reduces:
-            return [*(gradient(fragment) for fragment in self._live().values()), *others]
+            live = self._live()
+            targets = map(gradient, live.values())
+            return [*targets, *others]
         self._low = self._project()
         for grad in others:
-            self.exchange.sum_shares(grad)
+            self.exchange.all_reduce_partial(grad)
         return [self._low, *others]
 
     def before_step(self, view: View) -> None:  # noqa: ARG002
         """Move the targets; the optimizer's own step then moves the others."""
-        low = self._low if self.reduces else self._project()
+        low = self._low
+        if not self.reduces:
+            low = self._project()
         self._low = low.new_empty(0)  # not kept through the next forward pass
         self._step += 1
         if not self._matrices:  # the rank is as large as any of them
             return
         step = self._moments.normalise(low, self._step)
-        lr, decay = (self._adam.param_groups[0][key] for key in ("lr", "weight_decay"))
+        group = self._adam.param_groups[0]
+        lr = group["lr"]
+        scaled_lr = lr * self.options.scale
+        kept = 1 - lr * group["weight_decay"]
         for name, direction in self._directions(low, step):
-            weight = self._targets[name].parameter.data
-            weight.sub_(direction, alpha=lr * self.options.scale)
-            weight.mul_(1 - lr * decay)  # after the step, as the authors do
+            fragment = self._targets[name]
+            weight = fragment.parameter.data
+            weight.sub_(direction, alpha=scaled_lr)
+            weight.mul_(kept)  # after the step, as the authors do
 
     def pieces(self) -> Sequence[Piece]:
         """The moments of this rank's slice, and the bases."""
-        own = self.exchange.own
+        owned = self.exchange.owned
         pieces = self._bases.pieces()
         for matrix in self._matrices:
-            begin, stop = max(own.start, matrix.offset), min(own.stop, matrix.offset + matrix.padded)
-            if begin < stop:
-                part = slice(begin - own.start, stop - own.start)
-                start, whole = begin - matrix.offset, self.exchange.replicated
-                pieces += self._moments.pieces(matrix.name, start, part, whole)
+            end = matrix.offset + matrix.padded
+            common = overlap(owned, matrix.offset, end)
+            if not common:
+                continue
+            start = common.start - matrix.offset
+            begin = common.start - owned.start
+            stop = common.stop - owned.start
+            part = slice(begin, stop)
+            pieces += self._moments.pieces(matrix.name, start, part, self.exchange.replicated)
         return pieces
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> Tensors:
         """The number of steps, and what the variants go by."""
-        norms = {} if self.reduces else {"norms": self._scaler.norms}
-        return {"steps": torch.tensor(self._step), **norms, **self._bases.state()}
+        steps = torch.tensor(self._step)
+        state = {"steps": steps}
+        if not self.reduces:
+            state["norms"] = self._scaler.norms
+        state |= self._bases.state()
+        return state
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state(self, state: Tensors) -> None:
         """Take back the number of steps; the rest waits until there is a place for it."""
         self._step = int(state["steps"])
         self._loaded = state
 
-    def export(self, model: "PreTrainedModel", weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: "PreTrainedModel", weights: Tensors, folder: Path) -> None:
         """Write the model as `from_pretrained` loads it."""
         model.save_pretrained(folder, state_dict=weights)
 
-    def merge(self, model: nn.Module) -> nn.Module:
+    def merge(self, model: Module) -> Module:
         """The model itself: there is nothing to merge."""
         return model
 
     def _allocate(self, device: torch.device, replicated: bool) -> None:
         """Make the state of this rank's slice."""
         length = sum(matrix.padded for matrix in self._matrices)
-        self.exchange = Exchange(length, replicated, partial=replicated and self.reduces)
-        size = self.exchange.own.stop - self.exchange.own.start
-        kind = Adam8Bit if self.options.optimizer == "adamw8bit" else Adam
-        self._moments: Moments = kind(size, self._adam.defaults["betas"], self._adam.defaults["eps"], device)
-        self._bases = Bases(self.options, self.setup.seed, self._matrices, self.exchange, device)
-        self._scaler = Scaler(self._matrices, self.exchange, device)
-        if self._loaded:
-            self._bases.load_state(self._loaded)
-            self._scaler.norms.copy_(self._loaded.get("norms", self._scaler.norms))
+        grads_are_partial = replicated and self.reduces
+        exchange = Exchange(length, replicated, grads_are_partial)
+        self.exchange = exchange
+        self._moments = self._new_moments(device)
+        seed = self.setup.seed
+        self._bases = Bases(self.options, seed, self._matrices, exchange, device)
+        self._scaler = Scaler(self._matrices, exchange, device)
+        loaded = self._loaded
+        if loaded:
+            self._bases.load_state(loaded)
+            norms = self._scaler.norms
+            norms.copy_(loaded.get("norms", norms))
 
-    def _live(self) -> dict[str, Fragment]:
+    def _new_moments(self, device: torch.device) -> Moments:
+        """Moments of zero for this rank's slice."""
+        size = self.exchange.owned_length
+        defaults = self._adam.defaults
+        betas = defaults["betas"]
+        eps = defaults["eps"]
+        if self.options.optimizer == "adamw8bit":
+            return Adam8Bit(size, betas, eps, device)
+        return Adam(size, betas, eps, device)
+
+    def _live(self) -> Fragments:
         """The targets' fragments that have a gradient."""
-        return {name: f for name, f in self._targets.items() if f.parameter.grad is not None}
+        live = {}
+        for name, fragment in self._targets.items():
+            if fragment.parameter.grad is not None:
+                live[name] = fragment
+        return live
 
-    def _project(self) -> torch.Tensor:
+    def _project(self) -> Tensor:
         """This rank's slice of the low-rank gradients, in bases that are new where that is due."""
         live = self._live()
         self._bases.refresh(self._step, live)
-        flat = torch.zeros(self.exchange.length, device=self._scaler.norms.device)
+        device = self._scaler.norms.device
+        flat = torch.zeros(self.exchange.length, device=device)
         for index, matrix in enumerate(self._matrices):
             if fragment := live.get(matrix.name):
-                project(matrix, self._bases[index], gradient(fragment), fragment.start, matrix.low(flat))
-        return self.exchange.reduce(flat)
+                basis_SR = self._bases[index]
+                grad = gradient(fragment)
+                low = matrix.low(flat)
+                project(matrix, basis_SR, grad, fragment.start, low)
+        return self.exchange.reduce_scatter(flat)
 
-    def _directions(self, low: torch.Tensor, step: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    def _directions(self, low: Tensor, step: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What the targets' fragments move against."""
         if not self.reduces:
-            corrected = correction(self._adam.defaults["betas"], self._step)
-            yield from self._scaler.directions(low, step, self._live(), corrected).items()
+            betas = self._adam.defaults["betas"]
+            corrected = correction(betas, self._step)
+            live = self._live()
+            directions = self._scaler.directions(low, step, live, corrected)
+            yield from directions.items()
             return
-        flat = self.exchange.gather(step)
+        flat = self.exchange.all_gather(step)
         for index, matrix in enumerate(self._matrices):
             if fragment := self._targets.get(matrix.name):
-                direction = lift(matrix, self._bases[index], matrix.low(flat), fragment.start, fragment.stop)
+                basis_SR = self._bases[index]
+                low_step = matrix.low(flat)
+                direction = lift(matrix, basis_SR, low_step, fragment.start, fragment.stop)
                 yield matrix.name, direction

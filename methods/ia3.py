@@ -15,14 +15,15 @@ from methods.parts.peft_adapter import PeftAdapter
 
 
 class Ia3Tuning(PeftAdapter[Ia3]):
-    """Learned scales."""
+    """Learned scales of keys, values and feed-forward inputs."""
 
     def peft_config(self, targets: list[str]) -> peft.PeftConfig:
         """The modules that are scaled, and those of them whose input is."""
-        return peft.IA3Config(
-            target_modules=targets, feedforward_modules=self.options.fed(targets), task_type="CAUSAL_LM"
-        )
+        options = self.options
+        scaled_by_input = options.fed(targets)
+        return peft.IA3Config(target_modules=targets, feedforward_modules=scaled_by_input, task_type="CAUSAL_LM")
 
     def optimizer(self, view: View, lr: float, **adam: Any) -> torch.optim.Optimizer:
-        """AdamW without decay."""
-        return super().optimizer(view, lr, **adam | {"weight_decay": 0.0})
+        """AdamW without decay of weights."""
+        without_decay = adam | {"weight_decay": 0.0}
+        return super().optimizer(view, lr, **without_decay)

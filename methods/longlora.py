@@ -2,7 +2,7 @@
 
 W + (alpha / r) B A on the targets (by default the attention's four projections, section 3.3), and trained copies of
 all weights whose names contain "embed" or "norm", without which LoRA does not adapt to longer sequences. In training,
-heads attend within groups of ceil(seq_len / groups) positions (methods/shifted_attention.py); evaluation and
+heads attend within groups of ceil(seq_len / groups) positions (parts/shifted_attention.py); evaluation and
 inference are dense.
 
 Positions beyond the base's are reached by dividing all rotary frequencies by f = ceil(seq_len / positions of the
@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft
-import torch
-from torch import nn
+from torch.nn import Module
 
+from methods.base import Keywords, Tensors
 from methods.lora import LowRank
 from methods.options.low_rank import LongLora
 from methods.parts import attention
@@ -40,50 +40,65 @@ if TYPE_CHECKING:
 class LongLoraTuning(LowRank[LongLora]):
     """LoRA for sequences longer than the base's, with sparse attention while it trains."""
 
-    _extras: dict[str, Any]
+    _extras: Keywords
 
     @property
     def group(self) -> int:
-        """Positions that see each other."""
-        return ceil(self.setup.seq_len / self.options.groups)
+        """Number of positions that see each other."""
+        size = self.setup.seq_len / self.options.groups
+        return ceil(size)
 
-    def load_options(self, config: Any) -> dict[str, Any]:
+    def load_options(self, config: Any) -> Keywords:
         """Let the config reach seq_len."""
         self.options.check(config.to_dict(), self.setup.seq_len)
         self._extend(config)
         return {}
 
-    def attach(self, model: "PreTrainedModel") -> nn.Module:
+    def attach(self, model: "PreTrainedModel") -> Module:
         """Freeze the base; add adapters and trained copies, and make attention sparse in training."""
         if self.options.groups > 1:
             attention.replace(model, NAME, self.options.kind, "lora")
             sparse_in_training(model.get_decoder(), self.group)
-        copied = {name.split(".")[-2] for name in shapes(model, self.setup.gather)[1] if self.options.copies(name)}
+        _, others = shapes(model, self.setup.gather)
+        copied = set()
+        for name in others:
+            if self.options.copies(name):
+                module = name.split(".")[-2]
+                copied.add(module)
         # What the config says of it is not asked: files that hold both are loaded as two.
-        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        head = model.get_output_embeddings()
+        embedding = model.get_input_embeddings()
+        tied = head.weight is embedding.weight
         self._extras = {"modules_to_save": sorted(copied), "ensure_weight_tying": tied}
         return super().attach(model)
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Keywords:
         """The modules of which copies are trained."""
         return self._extras
 
-    def export(self, model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: peft.PeftModel, weights: Tensors, folder: Path) -> None:
         """Write what PEFT loads, and the config of the base that it belongs to."""
         # A weight that two modules share is in `weights` once; PEFT writes and reads it under both names.
-        names = {id(p): name for name, p in model.named_parameters()}
-        every = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-        super().export(model, {name: weights[known] for name, known in every.items() if known in weights}, folder)
+        first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+        by_every_name: Tensors = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            first_name = first_names[id(parameter)]
+            if first_name in weights:
+                by_every_name[name] = weights[first_name]
+        super().export(model, by_every_name, folder)
         model.config.save_pretrained(folder)
 
     def _extend(self, config: Any) -> None:
-        seq_len, known = self.setup.seq_len, config.max_position_embeddings
+        """Scale the rotary frequencies of a config for as many positions as seq_len, if it has fewer."""
+        seq_len = self.setup.seq_len
+        known = config.max_position_embeddings
         if seq_len <= known:
             return
         if not getattr(config, "rope_parameters", None):
             raise ValueError(f"data.seq_len: found {seq_len}; allowed: at most {known} (they are not rotary)")
         factor = ceil(seq_len / known)
-        config.rope_parameters |= {"rope_type": self.options.rope, "factor": float(factor)}
+        scaling = {"rope_type": self.options.rope, "factor": float(factor)}
+        config.rope_parameters |= scaling
         if self.options.rope == "yarn":
             config.rope_parameters["original_max_position_embeddings"] = known
         config.max_position_embeddings = factor * known

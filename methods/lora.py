@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 
 import peft
 import torch
-from torch import nn
+from torch import Tensor
+from torch.nn import Module, Parameter
 
-from methods.base import Setup, View
-from methods.options.low_rank import Lora, LowRankOptions
+from methods.base import Keywords, Setup, Tensors, View
+from methods.options.lora_family import LowRankOptions
+from methods.options.low_rank import Lora
 from methods.parts import initial
 from methods.parts.eva import start_from_inputs
 from methods.parts.peft_adapter import ADAPTER, PeftAdapter
@@ -34,13 +36,14 @@ class LowRank(PeftAdapter[L]):
 
     _tokens: Mapping[str, list[int]] = MappingProxyType({})  # by module: the rows of it that are trained
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Freeze the base and add adapters; of embeddings and head, the rows of new tokens are trained."""
         if self.new_tokens:
-            self._tokens = {name: list(self.new_tokens) for name in vocabulary_modules(model)}
+            names = vocabulary_modules(model)
+            self._tokens = {name: list(self.new_tokens) for name in names}
         return super().attach(model)
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Keywords:
         """What this member of the family adds to PEFT's config."""
         return {}
 
@@ -58,17 +61,30 @@ class LowRank(PeftAdapter[L]):
 
     def optimizer(self, view: View, lr: float, **adam: Any) -> torch.optim.Optimizer:
         """AdamW, with LoRA+'s rate for B."""
-        slow = [f.parameter for f in view.fragments() if not any(name in f.name for name in FAST)]
-        fast = [f.parameter for f in view.fragments() if any(name in f.name for name in FAST)]
-        groups: list[dict[str, Any]] = [{"params": slow}, {"params": fast, "lr_ratio": self.options.lr_ratio}]
-        return torch.optim.AdamW(groups, lr=lr, **adam)
+        slow: list[Parameter] = []
+        fast: list[Parameter] = []
+        for fragment in view.fragments():
+            is_fast = any(part in fragment.name for part in FAST)
+            if is_fast:
+                fast.append(fragment.parameter)
+            else:
+                slow.append(fragment.parameter)
+        slow_group: dict[str, Any] = {"params": slow}
+        fast_group = {"params": fast, "lr_ratio": self.options.lr_ratio}
+        return torch.optim.AdamW([slow_group, fast_group], lr=lr, **adam)
 
 
 def vocabulary_modules(model: Any) -> list[str]:
     """The names of the embedding and, where it has weights of its own, of the head."""
-    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
-    own = [inputs] if head is None or head.weight is inputs.weight else [inputs, head]
-    return [name for name, module in model.named_modules() if any(module is one for one in own)]
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    if head is None or head.weight is embedding.weight:
+        head = embedding
+    names = []
+    for name, module in model.named_modules():
+        if module is embedding or module is head:
+            names.append(name)
+    return names
 
 
 class LoraTuning(LowRank[Lora]):
@@ -83,44 +99,57 @@ class LoraTuning(LowRank[Lora]):
         """Whether the start takes its directions out of the base."""
         return self.options.init in ("pissa", "olora")
 
-    def config(self) -> dict[str, Any]:
-        """The starts that PEFT draws."""
-        return {"init_lora_weights": self.options.init} if self.options.init in ("gaussian", "orthogonal") else {}
+    def config(self) -> Keywords:
+        """The starts that PEFT draws itself."""
+        init = self.options.init
+        if init in ("gaussian", "orthogonal"):
+            return {"init_lora_weights": init}
+        return {}
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Freeze the base and add adapters; a start of the base's own directions leaves the rest as the base."""
         adapted = super().attach(model)
         if self.moves_base:
             self._start = initial.move_base(adapted, self.options.init, self._start, self.setup.gather)
         return adapted
 
-    def initialise(self, model: nn.Module, examples: Iterable[torch.Tensor]) -> None:
-        """Take A from the data where it shall come from there."""
-        if self.options.init == "eva":
-            start_from_inputs(model, examples, self.options.rank, self.setup.gather)
+    def initialise(self, model: Module, examples: Iterable[Tensor]) -> None:
+        """Take A from the inputs of the targets where the job asks for it."""
+        options = self.options
+        if options.init == "eva":
+            start_from_inputs(model, examples, options.rank, self.setup.gather)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """The start, where the base depends on it."""
-        return {START + name: value for name, value in self._start.items()}
+    def state(self) -> Tensors:
+        """A and B at the start, where the base depends on them."""
+        state: Tensors = {}
+        for name, value in self._start.items():
+            state[START + name] = value
+        return state
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take the start back."""
-        self._start = {name.removeprefix(START): value for name, value in state.items()}
+    def load_state(self, state: Tensors) -> None:
+        """Take back A and B at the start."""
+        self._start = {}
+        for name, value in state.items():
+            factor = name.removeprefix(START)
+            self._start[factor] = value
 
     @contextmanager
-    def reference(self, model: nn.Module) -> Iterator[None]:
+    def reference(self, model: Module) -> Iterator[None]:
         """The base as it was; where the start has moved it, with what it gave to the factors."""
         with super().reference(model), initial.restored(model, self._start):
             yield
 
-    def export(self, model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: peft.PeftModel, weights: Tensors, folder: Path) -> None:
         """Write the adapter for the base as it was: of twice the rank where the start moved the base."""
         if not self.moves_base:
             super().export(model, weights, folder)
             return
-        own = model.peft_config[ADAPTER]
+        config = model.peft_config[ADAPTER]
         # Twice the rank and twice alpha leave the scale as it is.
-        doubled = replace(own, r=2 * own.r, lora_alpha=2 * own.lora_alpha)
+        rank = 2 * config.r
+        alpha = 2 * config.lora_alpha
+        doubled = replace(config, r=rank, lora_alpha=alpha)
         model.peft_config[ADAPTER] = doubled
-        super().export(model, initial.differences(weights, self._start), folder)
-        model.peft_config[ADAPTER] = own
+        differences = initial.differences(weights, self._start)
+        super().export(model, differences, folder)
+        model.peft_config[ADAPTER] = config

@@ -12,12 +12,13 @@ from typing import Any
 
 import peft
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import Module, Parameter
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from methods.base import Method
+from methods.base import Method, Tensors
 from methods.options.virtual import Prefix
 from methods.parts import attention
 from methods.parts.virtual import common, text_ids, write
@@ -33,70 +34,117 @@ class PrefixTuning(Method[Prefix]):
         self.options.check(model.config.to_dict(), self.setup.seq_len)
         model.requires_grad_(False)
         modules = _attentions(model)
-        for module, start_2HVD in zip(modules, self._start(model, modules), strict=True):
-            module.prefix = nn.Parameter(start_2HVD)
+        starts = self._starts(model, modules)
+        for module, start_2HVD in zip(modules, starts, strict=True):
+            module.prefix = Parameter(start_2HVD)
         attention.replace(model, ATTENTION, self.options.kind, "prompt")
         model.register_forward_pre_hook(self._shift, with_kwargs=True)
         return model
 
-    def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: Module, weights: Tensors, folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors: [V, L x 2 x H x D]."""
-        names = [name for name, module in model.named_modules() if hasattr(module, "prefix")]
-        prefix_L2HVD = torch.stack([weights[f"{name}.prefix"] for name in names])
+        prefixes = []
+        for name, module in model.named_modules():
+            if hasattr(module, "prefix"):
+                prefixes.append(weights[f"{name}.prefix"])
+        prefix_L2HVD = torch.stack(prefixes)
         layers, _, heads, tokens, size = prefix_L2HVD.shape
-        config = peft.PrefixTuningConfig(**common(tokens, heads * size), num_layers=layers, num_attention_heads=heads)
-        write(model, config, prefix_L2HVD.permute(3, 0, 1, 2, 4).reshape(tokens, -1), folder)
+        width = heads * size
+        shared = common(tokens, width)
+        config = peft.PrefixTuningConfig(**shared, num_layers=layers, num_attention_heads=heads)
+        prefix_VL2HD = prefix_L2HVD.permute(3, 0, 1, 2, 4)
+        prompt = prefix_VL2HD.reshape(tokens, -1)
+        write(model, config, prompt, folder)
 
-    def _start(self, model: nn.Module, modules: list[Any]) -> list[torch.Tensor]:
+    def _starts(self, model: Module, modules: list[Any]) -> list[Tensor]:
         """Each module's prefix at the start: what the base computes for a text, or noise, as PEFT has it."""
-        tokens, text = self.options.tokens, self.options.init_text
+        text = self.options.init_text
         if text is None:
-            return [torch.randn(2, m.k_proj.out_features // m.head_dim, tokens, m.head_dim) for m in modules]
-        ids = text_ids(self.setup.tokenizer, text, tokens).to(next(model.parameters()).device)
+            return [self._noise(module) for module in modules]
+        ids = text_ids(self.setup.tokenizer, text, self.options.tokens)
+        cache = self._cache(model, ids)
+        starts = []
+        for module in modules:
+            layer = cache.layers[module.layer_idx]
+            start_2HVD = torch.cat([layer.keys, layer.values])
+            start_2HVD = start_2HVD.float()
+            starts.append(start_2HVD)
+        return starts
+
+    def _noise(self, module: Any) -> Tensor:
+        """A normal prefix [2, H, V, D] for an attention module."""
+        size = module.head_dim
+        heads = module.k_proj.out_features // size
+        return torch.randn(2, heads, self.options.tokens, size)
+
+    def _cache(self, model: Module, ids: Tensor) -> Any:
+        """The keys and values that the base computes for a text."""
+        parameter = next(model.parameters())
+        ids = ids.to(parameter.device)
         training = model.training
         model.eval()  # gradient checkpointing, if it is on, drops caches in training
         with torch.no_grad(), self.setup.gather.gathered_in_turn(model):
-            cache = model(input_ids=ids[None], use_cache=True, logits_to_keep=1).past_key_values
+            output = model(input_ids=ids[None], use_cache=True, logits_to_keep=1)
         model.train(training)
-        held = [cache.layers[module.layer_idx] for module in modules]
-        return [torch.cat([layer.keys, layer.values]).float() for layer in held]
+        return output.past_key_values
 
-    def _shift(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+    def _shift(self, model: Module, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
         """Let a document's positions start behind the prefix."""
         positions = kwargs.get("position_ids")
         if positions is None:
-            ids, cache = kwargs["input_ids"], kwargs.get("past_key_values")
-            past = cache.get_seq_length() if cache is not None else 0
-            positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
-        return args, kwargs | {"position_ids": positions + self.options.tokens}
+            ids = kwargs["input_ids"]
+            cache = kwargs.get("past_key_values")
+            positions = _positions(ids, cache)
+        shifted = positions + self.options.tokens
+        return args, kwargs | {"position_ids": shifted}
 
 
-def _attentions(model: nn.Module) -> list[Any]:
-    found = [module for module in model.modules() if hasattr(module, "k_proj") and hasattr(module, "layer_idx")]
-    if not found:
+def _positions(ids: Tensor, cache: Any) -> Tensor:
+    """The positions [1, T] of ids [B, T] behind what a cache holds."""
+    past = 0
+    if cache is not None:
+        past = cache.get_seq_length()
+    end = past + ids.shape[1]
+    positions = torch.arange(past, end, device=ids.device)
+    return positions[None]
+
+
+def _attentions(model: Module) -> list[Any]:
+    """The attention modules of a base; raises ValueError where it has none that are known."""
+    attentions = []
+    for module in model.modules():
+        if hasattr(module, "k_proj") and hasattr(module, "layer_idx"):
+            attentions.append(module)
+    if not attentions:
         raise ValueError("prefix tuning needs a base whose attention has k_proj and v_proj")
-    return found
+    return attentions
 
 
 def _attend(
     module: Any,
-    query_BHTD: torch.Tensor,
-    key_BHSD: torch.Tensor,
-    value_BHSD: torch.Tensor,
-    mask_BHTS: torch.Tensor,
+    query_BHTD: Tensor,
+    key_BHSD: Tensor,
+    value_BHSD: Tensor,
+    mask_BHTS: Tensor,
     **options: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Attention over the prefix and what the mask shows."""
-    prefix_2BHVD = module.prefix.to(key_BHSD.dtype)[:, None].expand(-1, len(key_BHSD), -1, -1, -1)
-    key, value = (torch.cat(pair, dim=2) for pair in zip(prefix_2BHVD, (key_BHSD, value_BHSD), strict=True))
-    mask = nn.functional.pad(mask_BHTS, (prefix_2BHVD.shape[3], 0), value=True)
-    attended: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query_BHTD, key, value, mask, **options)
+    rows = len(key_BHSD)
+    prefix_2HVD = module.prefix.to(key_BHSD.dtype)
+    prefix_2BHVD = prefix_2HVD[:, None].expand(-1, rows, -1, -1, -1)
+    prefix_key, prefix_value = prefix_2BHVD
+    key = torch.cat((prefix_key, key_BHSD), dim=2)
+    value = torch.cat((prefix_value, value_BHSD), dim=2)
+    tokens = prefix_2BHVD.shape[3]
+    mask = nn.functional.pad(mask_BHTS, (tokens, 0), value=True)
+    attended: tuple[Tensor, None] = sdpa_attention_forward(module, query_BHTD, key, value, mask, **options)
     return attended
 
 
-def _mask(*args: Any, **options: Any) -> torch.Tensor:
+def _mask(*args: Any, **options: Any) -> Tensor:
     """The mask of documents alone, also where sdpa could do without one."""
-    mask: torch.Tensor = sdpa_mask(*args, **options | {"allow_is_causal_skip": False})
+    options["allow_is_causal_skip"] = False
+    mask: Tensor = sdpa_mask(*args, **options)
     return mask
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
-from torch import nn
+from torch.nn import Module, Parameter
 
 from methods.options.virtual import Prompt
 from methods.parts.virtual import Embedded, common, embedded, text_ids
@@ -16,22 +16,26 @@ if TYPE_CHECKING:
 
 
 class PromptTuning(Embedded[Prompt]):
-    """PEFT's PromptEmbedding."""
+    """Prompt tuning with PEFT's PromptEmbedding as its encoder."""
 
     def config(self, hidden: int) -> Any:
-        """Without how it started, so that loading it needs no tokenizer."""
-        return peft.PromptTuningConfig(**common(self.options.tokens, hidden))
+        """PEFT's config without how P started, so that loading it needs no tokenizer."""
+        shared = common(self.options.tokens, hidden)
+        return peft.PromptTuningConfig(**shared)
 
-    def encoder(self, config: Any) -> nn.Module:
-        """P."""
-        encoder: nn.Module = peft.PromptEmbedding(config, None)
+    def encoder(self, config: Any) -> Module:
+        """The encoder that holds P."""
+        encoder: Module = peft.PromptEmbedding(config, None)
         return encoder
 
     def start(self, encoder: Any, model: "PreTrainedModel") -> None:
-        """P from a text, or from random tokens."""
-        tokens, text = self.options.tokens, self.options.init_text
+        """Let P be the embeddings of a text, or of random tokens."""
+        tokens = self.options.tokens
+        text = self.options.init_text
         if text is None:
-            ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (tokens,))
+            vocabulary = model.get_input_embeddings().num_embeddings
+            ids = torch.randint(0, vocabulary, (tokens,))
         else:
             ids = text_ids(self.setup.tokenizer, text, tokens)
-        encoder.embedding.weight = nn.Parameter(embedded(model, ids, self.setup.gather))
+        vectors_VD = embedded(model, ids, self.setup.gather)
+        encoder.embedding.weight = Parameter(vectors_VD)

@@ -10,40 +10,50 @@ from typing import Any
 
 import peft
 import torch
-from torch import nn
+from torch import Tensor
+from torch.nn import Module
 
 from methods.options.virtual import PTuning
 from methods.parts.virtual import Embedded, common, embedded, text_ids
 
 
 class PTuningTuning(Embedded[PTuning]):
-    """PEFT's PromptEncoder."""
+    """P-tuning with PEFT's PromptEncoder, which holds Z and f."""
 
     def config(self, hidden: int) -> Any:
-        """An MLP of the options' width."""
-        return peft.PromptEncoderConfig(
-            **common(self.options.tokens, hidden), encoder_hidden_size=self.options.hidden
-        )
+        """PEFT's config of an MLP as wide as the options say."""
+        options = self.options
+        shared = common(options.tokens, hidden)
+        return peft.PromptEncoderConfig(**shared, encoder_hidden_size=options.hidden)
 
-    def encoder(self, config: Any) -> nn.Module:
-        """Z and f."""
-        encoder: nn.Module = peft.PromptEncoder(config)
+    def encoder(self, config: Any) -> Module:
+        """The encoder that holds Z and f."""
+        encoder: Module = peft.PromptEncoder(config)
         return encoder
 
-    def start(self, encoder: Any, model: nn.Module) -> None:
+    def start(self, encoder: Any, model: Module) -> None:
         """Leave Z and f as they are drawn, or let f(Z) be a text."""
         text = self.options.init_text
-        if text is not None:
-            ids = text_ids(self.setup.tokenizer, text, self.options.tokens)
-            goal_VD = embedded(model, ids, self.setup.gather).cpu()
-            with torch.no_grad():
-                _fit(encoder, goal_VD)
+        if text is None:
+            return
+        ids = text_ids(self.setup.tokenizer, text, self.options.tokens)
+        goal_VD = embedded(model, ids, self.setup.gather)
+        goal_VD = goal_VD.cpu()
+        with torch.no_grad():
+            _solve_last_layer(encoder, goal_VD)
 
 
-def _fit(encoder: Any, goal_VD: torch.Tensor) -> None:
-    """Solve the last layer for an output."""
-    features_VH = encoder.mlp_head[:-1](encoder.embedding.weight).double()
-    inputs = torch.cat([features_VH, features_VH.new_ones(len(features_VH), 1)], dim=1)
-    solution = torch.linalg.pinv(inputs) @ goal_VD.double()
-    encoder.mlp_head[-1].weight.copy_(solution[:-1].T)
-    encoder.mlp_head[-1].bias.copy_(solution[-1])
+def _solve_last_layer(encoder: Any, goal_VD: Tensor) -> None:
+    """Set weight and bias of f's last layer by least squares, so that f(Z) is the goal."""
+    hidden_layers = encoder.mlp_head[:-1]
+    last = encoder.mlp_head[-1]
+    features_VH = hidden_layers(encoder.embedding.weight)
+    features_VH = features_VH.double()
+    ones_V1 = features_VH.new_ones(len(features_VH), 1)
+    inputs = torch.cat([features_VH, ones_V1], dim=1)
+    inverse = torch.linalg.pinv(inputs)
+    solution = inverse @ goal_VD.double()
+    weight = solution[:-1]
+    bias = solution[-1]
+    last.weight.copy_(weight.T)
+    last.bias.copy_(bias)

@@ -14,15 +14,14 @@ The update of `loftq` has q in it, so it is merged into the dequantised weights,
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch.nn import Module
 
-from methods.base import MergeRefused, ReferenceRefused, Setup
+from methods.base import Keywords, MergeRefused, ReferenceRefused, Setup, Tensors
 from methods.lora import LowRank
 from methods.options.low_rank import QLora
 from methods.parts import quantised
-from methods.parts.initial import adapted
+from methods.parts.initial import adapted, principal_factors
 from methods.parts.peft_adapter import ADAPTER
 
 if TYPE_CHECKING:
@@ -38,19 +37,22 @@ class QLoraTuning(LowRank[QLora]):
         super().__init__(options, setup)
         self._resumed = False
 
-    def load_options(self, config: Any) -> dict[str, Any]:
+    def load_options(self, config: Any) -> Keywords:
         """Have the base quantised while it is read, to compute in its own dtype."""
-        return quantised.load_options(self.options.quant, self.options.double_quant, config.dtype)
+        options = self.options
+        return quantised.load_options(options.quant, options.double_quant, config.dtype)
 
-    def config(self) -> dict[str, Any]:
-        """The starts that PEFT draws."""
-        return {"init_lora_weights": "gaussian"} if self.options.init == "gaussian" else {}
+    def config(self) -> Keywords:
+        """The start that PEFT draws itself."""
+        if self.options.init == "gaussian":
+            return {"init_lora_weights": "gaussian"}
+        return {}
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:  # noqa: ARG002
+    def load_state(self, state: Tensors) -> None:  # noqa: ARG002
         """Know that the weights will come from a checkpoint."""
         self._resumed = True
 
-    def attach(self, model: "PreTrainedModel") -> nn.Module:
+    def attach(self, model: "PreTrainedModel") -> Module:
         """Add adapters to the 4-bit base, and keep it from DeepSpeed."""
         if not model.hf_quantizer.pre_quantized:  # one that is in 4 bits already may leave some layers as they are
             quantised.require(model, self.setup.gather)
@@ -60,44 +62,54 @@ class QLoraTuning(LowRank[QLora]):
         quantised.hide(tuned)
         return tuned
 
-    def reference(self, model: nn.Module) -> AbstractContextManager[None]:
+    def reference(self, model: Module) -> AbstractContextManager[None]:
         """The 4-bit base alone; refused where the first step left from more than that."""
         if self.options.init == "loftq":
             raise ReferenceRefused("method.init loftq has no reference: the A and B that it starts from are not kept")
         return super().reference(model)
 
-    def merge(self, model: nn.Module) -> nn.Module:
+    def merge(self, model: Module) -> Module:
         """The base with the update in its weights; raises MergeRefused where they lost more than it gives."""
-        self.merge_report = {name: self._error(layer) for name, layer in adapted(model)}
-        worst = max(self.merge_report, key=self.merge_report.__getitem__)
-        if not self.merge_report[worst] <= MERGE_BOUND:
+        errors = {name: self._error(layer) for name, layer in adapted(model)}
+        self.merge_report = errors
+        worst = max(errors, key=errors.__getitem__)
+        error = errors[worst]
+        if not error <= MERGE_BOUND:  # also where it is NaN
             raise MergeRefused(
-                f"{worst}: quantisation changed the base {self.merge_report[worst]:.3g} times as much as training"
+                f"{worst}: quantisation changed the base {error:.3g} times as much as training"
                 f" did; allowed: {MERGE_BOUND:g}. Use the adapter on the 4-bit base that it was trained on"
             )
         return super().merge(model)
 
     def _error(self, layer: LoraLayer) -> float:
         """||q|| over ||s B A||; for loftq, take q out of the weight."""
+        options = self.options
         base = layer.get_base_layer()
-        weight = base.weight.data.T if quantised.transposed(base) else base.weight.data
-        lost = quantised.lost(weight, self.options.quant, self.options.double_quant)
-        if self.options.init == "loftq":
-            weight.sub_(lost)
+        weight_OI = quantised.oriented(base, base.weight.data)
+        lost_OI = quantised.lost(weight_OI, options.quant, options.double_quant)
+        if options.init == "loftq":
+            weight_OI.sub_(lost_OI)
             return 0.0
-        return float(lost.norm() / layer.get_delta_weight(ADAPTER).detach().float().norm())
+        update = layer.get_delta_weight(ADAPTER)
+        update = update.detach().float()
+        ratio = lost_OI.norm() / update.norm()
+        return float(ratio)
 
 
-def start_from_loss(model: nn.Module) -> None:
+def start_from_loss(model: Module) -> None:
     """Set A and B to the best rank-r likeness of what each target lost in quantisation."""
     original = quantised.originals(model.config)
     for name, layer in adapted(model):
-        A, B, base = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.get_base_layer()
-        whole = original(f"{name.removeprefix('base_model.model.')}.weight")
-        lost = (whole.T if quantised.transposed(base) else whole).to(A.device).float() - quantised.restored(
-            base.weight
-        )
-        U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
-        root = (S[: len(A)] / layer.scaling[ADAPTER]).sqrt()
-        A.data.copy_(root[:, None] * Vh[: len(A)])
-        B.data.copy_(U[:, : len(A)] * root)
+        a_RI = layer.lora_A[ADAPTER].weight
+        b_OR = layer.lora_B[ADAPTER].weight
+        base = layer.get_base_layer()
+        base_name = name.removeprefix("base_model.model.")
+        weight = original(f"{base_name}.weight")
+        weight_OI = quantised.oriented(base, weight)
+        weight_OI = weight_OI.to(a_RI.device).float()
+        lost_OI = weight_OI - quantised.restored(base.weight)
+        rank = len(a_RI)
+        scale = layer.scaling[ADAPTER]
+        start_a_RI, start_b_OR = principal_factors(lost_OI, rank, scale)
+        a_RI.data.copy_(start_a_RI)
+        b_OR.data.copy_(start_b_OR)

@@ -9,6 +9,8 @@ from methods.options import Options
 
 def create(options: Options, setup: Setup | None = None) -> Method[Any]:
     """The method of these options; its module (and torch) is imported now."""
-    module, name = options.implementation.split(":")
-    method: Method[Any] = getattr(import_module(module), name)(options, setup or Setup())
+    module_name, class_name = options.implementation.split(":")
+    module = import_module(module_name)
+    class_ = getattr(module, class_name)
+    method: Method[Any] = class_(options, setup or Setup())
     return method

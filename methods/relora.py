@@ -30,7 +30,7 @@ happens, and then to about 1e-5. Whatever rule rounds a number has such edges.
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,14 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import Module
 
-from methods.base import Fragment, Method, Piece, Setup, View
+from methods.base import Fragment, Fragments, Keywords, Method, Piece, Schedule, Setup, Tensors, View, part_of
 from methods.lora import LowRank
 from methods.options.low_rank import ReLora
 from methods.parts import quantised
-from methods.parts.initial import adapted
+from methods.parts.initial import adapted, factor_names
 from methods.parts.peft_adapter import ADAPTER
 from methods.parts.ranks import largest
 from methods.parts.weights import shapes
@@ -55,71 +56,104 @@ class ReLoraTuning(LowRank[ReLora]):
 
     def __init__(self, options: ReLora, setup: Setup) -> None:
         super().__init__(options, setup)
-        self._every = max(1, round(options.every * setup.steps))
-        self._rewarmup = round(options.rewarmup * setup.steps)
-        self._full = round(options.full_rank * setup.steps)
-        self._base: Callable[[int], float] = lambda step: 1.0  # noqa: ARG005
+        steps = setup.steps
+        every = round(options.every * steps)
+        self._every = max(1, every)
+        self._rewarmup = round(options.rewarmup * steps)
+        self._full = round(options.full_rank * steps)
+        self._base: Schedule = lambda step: 1.0  # noqa: ARG005
         self._done = 0
         self._layers: dict[str, LoraLayer] = {}
         self._first: set[str] = set()  # what is trained in the first phase alone
 
-    def load_options(self, config: Any) -> dict[str, Any]:
+    def load_options(self, config: Any) -> Keywords:
         """Have the base quantised while it is read, if asked to."""
-        return quantised.load_options("nf4", True, config.dtype) if self.options.quantised else {}
-
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Freeze the linear layers and add adapters; the rest is trained if `others` says so."""
         if self.options.quantised:
-            quantised.require(model, self.setup.gather)
-        linears, others = shapes(model, self.setup.gather)
-        directly = [model.get_parameter(name) for name in others] if self.options.others else []
-        first = [model.get_parameter(f"{name}.weight") for name in linears] if self._full else []
+            return quantised.load_options("nf4", True, config.dtype)
+        return {}
+
+    def attach(self, model: Module) -> Module:
+        """Freeze the linear layers and add adapters; the rest is trained if `others` says so."""
+        gather = self.setup.gather
+        if self.options.quantised:
+            quantised.require(model, gather)
+        linears, others = shapes(model, gather)
+        trained = []
+        first = set()  # identities, as PEFT gives other names
+        if self.options.others:
+            for name in others:
+                trained.append(model.get_parameter(name))
+        if self._full:
+            for name in linears:
+                weight = model.get_parameter(f"{name}.weight")
+                trained.append(weight)
+                first.add(id(weight))
         tuned = super().attach(model)
-        for parameter in (*directly, *first):
+        for parameter in trained:
             parameter.requires_grad_(True)
-        self._first = {name for name, parameter in tuned.named_parameters() if any(parameter is p for p in first)}
+        self._first = set()
+        for name, parameter in tuned.named_parameters():
+            if id(parameter) in first:
+                self._first.add(name)
         if self.options.quantised:
             quantised.hide(tuned)
         self._layers = dict(adapted(tuned))
         return tuned
 
-    def changed(self, model: nn.Module) -> list[str]:
+    def changed(self, model: Module) -> list[str]:
         """Every weight that is not trained: most change by merges, and the output holds them all."""
-        return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        frozen = []
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                frozen.append(name)
+        return frozen
 
     def pieces(self) -> Sequence[Piece]:
         """The weights in 4 bits, which every rank holds."""
         if not self.options.quantised:
             return []
-        return [
-            Piece(f"{name}.{kind}", 0, {kind: value}, True)
-            for name, layer in self._layers.items()
-            for kind, value in quantised.state(layer.get_base_layer()).items()
-        ]
+        pieces = []
+        for name, layer in self._layers.items():
+            base = layer.get_base_layer()
+            for kind, value in quantised.state(base).items():
+                tensors = {kind: value}
+                piece = Piece(f"{name}.{kind}", 0, tensors, True)
+                pieces.append(piece)
+        return pieces
 
-    def schedule(self, base: Callable[[int], float]) -> Callable[[int], float]:
+    def schedule(self, base: Schedule) -> Schedule:
         """The job's schedule with a warm-up after every restart."""
         self._base = base
         return self._rate
 
     def restarts(self, done: int) -> bool:
         """Whether there is a restart after so many steps, before the last; the first factors come with one."""
-        if done <= 0 or done < self._full or (done - self._full) % self._every:
+        if done <= 0 or done < self._full:
+            return False
+        since_full = done - self._full
+        if since_full % self._every:
             return False
         if done + self._rewarmup >= self.setup.steps:
             return False
-        return self._base(done) <= self._base(done - 1) * (1 + 1e-9)  # else the job warms up
+        rate = self._base(done)
+        last_rate = self._base(done - 1)
+        return rate <= last_rate * (1 + 1e-9)  # else the job warms up
 
-    def start(self, name: str, shape: torch.Size, done: int) -> torch.Tensor:
+    def start(self, name: str, shape: torch.Size, done: int) -> Tensor:
         """The new start of a factor after so many steps, on the host."""
         start = torch.zeros(shape)
         if ".lora_A." in name:
-            digest = hashlib.sha256(f"{self.setup.seed}/{done}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+            identity = f"{self.setup.seed}/{done}/{name}"
+            message = identity.encode()
+            digest = hashlib.sha256(message).digest()
+            number = int.from_bytes(digest[:7], "big")
+            generator = torch.Generator()
+            generator.manual_seed(number)
+            slope = math.sqrt(5)  # as LoRA's A has it
+            nn.init.kaiming_uniform_(start, a=slope, generator=generator)
         return start
 
-    def gradients(self, view: View) -> list[torch.Tensor]:
+    def gradients(self, view: View) -> list[Tensor]:
         """The gradients of what this phase trains: AdamW passes over weights without one."""
         if self._full:
             for fragment in view.fragments():
@@ -131,96 +165,143 @@ class ReLoraTuning(LowRank[ReLora]):
     def after_step(self, view: View) -> None:
         """Merge and start anew where it is time."""
         self._done += 1
-        whole_at_end = self._done == self.setup.steps and not self.options.quantised
-        if self._done > self._full and (self.restarts(self._done) or whole_at_end):
-            fragments = {fragment.name: fragment for fragment in view.fragments()}
-            losses = [self._merge(view, name, fragments) for name in self._layers]
-            if self.options.quantised:
-                said = f"merged after step {self._done}: 4 bits lost {statistics.median(losses):.2g} times the update"
-                print(f"{said} (median of layers; at most {max(losses):.2g})", flush=True)
+        if self._done <= self._full:
+            return
+        is_last = self._done == self.setup.steps
+        whole_at_end = is_last and not self.options.quantised
+        if not self.restarts(self._done) and not whole_at_end:
+            return
+        fragments = {fragment.name: fragment for fragment in view.fragments()}
+        losses = []
+        for name in self._layers:
+            lost = self._merge(view, name, fragments)
+            losses.append(lost)
+        if self.options.quantised:
+            middle = statistics.median(losses)
+            most = max(losses)
+            report = f"merged after step {self._done}: 4 bits lost {middle:.2g} times the update"
+            print(f"{report} (median of layers; at most {most:.2g})", flush=True)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Steps done."""
-        return {"step": torch.tensor(self._done)}
+    def state(self) -> Tensors:
+        """The number of steps done."""
+        step = torch.tensor(self._done)
+        return {"step": step}
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take them back."""
+    def load_state(self, state: Tensors) -> None:
+        """Take back the number of steps done."""
         self._done = int(state["step"])
 
-    def reference(self, model: nn.Module) -> AbstractContextManager[None]:
-        """None, as what it learns goes into the base."""
+    def reference(self, model: Module) -> AbstractContextManager[None]:
+        """Refused, as what the method learns goes into the base."""
         return Method.reference(self, model)
 
-    def export(self, model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: peft.PeftModel, weights: Tensors, folder: Path) -> None:
         """Write the model as `from_pretrained` loads it."""
         base = model.get_base_model()
-        plain = {_plain(name): value for name, value in weights.items() if ".lora_" not in name}
+        plain: Tensors = {}
+        for name, value in weights.items():
+            if ".lora_" not in name:
+                plain_name = _plain(name)
+                plain[plain_name] = value
         if self.options.quantised:
             base = quantised.twin(base)
-            plain |= {f"{_plain(name)}.weight": value for name, value in self._restored(model, weights)}
+            for name, value in self._restored(model, weights):
+                plain_name = _plain(name)
+                plain[f"{plain_name}.weight"] = value
         base.save_pretrained(folder, state_dict=plain)
 
-    def merge(self, model: nn.Module) -> nn.Module:
+    def merge(self, model: Module) -> Module:
         """The model itself: all is in its weights."""
         return model
 
     def _rate(self, step: int) -> float:
-        start = step - (step - self._full) % self._every
-        if step - start >= self._rewarmup or not self.restarts(start):
+        """The learning rate of the step after so many."""
+        since_full = step - self._full
+        since_restart = since_full % self._every
+        start = step - since_restart
+        end = start + self._rewarmup
+        if step >= end or not self.restarts(start):
             return self._base(step)
-        return self._base(start + self._rewarmup) * (step - start + 1) / self._rewarmup
+        goal = self._base(end)
+        return goal * (since_restart + 1) / self._rewarmup
 
     def _waits(self, name: str) -> bool:
-        return ".lora_" in name if self._done < self._full else name in self._first
+        """Whether a weight that may be trained is not trained in this phase."""
+        if self._done < self._full:
+            return ".lora_" in name
+        return name in self._first
 
-    def _merge(self, view: View, name: str, fragments: dict[str, Fragment]) -> float:
+    def _merge(self, view: View, name: str, fragments: Fragments) -> float:
         """Put the factors of a layer into its weight, and start them anew; gives what 4 bits lost of the update."""
-        layer, factors = self._layers[name], [f"{name}.lora_{factor}.{ADAPTER}.weight" for factor in "AB"]
-        a_RI, b_OR = (view.whole(factor, lambda f: f.parameter.data) for factor in factors)
-        delta_OI = layer.scaling[ADAPTER] * (b_OR @ a_RI)
+        layer = self._layers[name]
+        a, b = factor_names(name)
+        a_RI = view.whole(a, _master)
+        b_OR = view.whole(b, _master)
+        scale = layer.scaling[ADAPTER]
+        delta_OI = scale * (b_OR @ a_RI)
         if layer.fan_in_fan_out:
             delta_OI = delta_OI.T
-        base, lost = layer.get_base_layer(), 0.0
+        base = layer.get_base_layer()
+        lost = 0.0
         if self.options.quantised:
             lost = quantised.add(base, delta_OI)
         elif base.weight.requires_grad:
-            if own := fragments.get(f"{name}.base_layer.weight"):
-                own.parameter.data.add_(delta_OI.reshape(-1)[own.start : own.stop])
+            if fragment := fragments.get(f"{name}.base_layer.weight"):
+                delta = delta_OI.reshape(-1)
+                values = fragment.parameter.data
+                values.add_(part_of(delta, fragment))
         else:
             with self.setup.gather.gathered([base.weight], modified=True):
                 base.weight.data.add_(delta_OI)
-        for factor in factors:
-            self._reset(view, factor, fragments.get(factor))
+        for factor in (a, b):
+            held = fragments.get(factor)
+            self._reset(view, factor, held)
         return lost
 
-    def _reset(self, view: View, name: str, own: Fragment | None) -> None:
+    def _reset(self, view: View, name: str, fragment: Fragment | None) -> None:
         """Give this rank's part of a factor its new start, and what its state may keep."""
-        if own is not None:
-            start = self.start(name, view.shape(name), self._done)
-            own.parameter.data.copy_(start.view(-1)[own.start : own.stop])
+        if fragment is not None:
+            shape = view.shape(name)
+            start = self.start(name, shape, self._done).view(-1)
+            values = fragment.parameter.data
+            values.copy_(part_of(start, fragment))
         if self.options.keep == 0:
-            if own is not None:
-                view.state(own).clear()
+            if fragment is not None:
+                view.state(fragment).clear()
             return
-        whole = view.whole(name, lambda fragment: view.state(fragment)["exp_avg"])
-        kept = largest(whole.abs(), int(self.options.keep * whole.numel())).view(-1)
-        if own is not None:
-            for moment in ("exp_avg", "exp_avg_sq"):
-                view.state(own)[moment].mul_(kept[own.start : own.stop])
+        moment = view.whole(name, lambda held: view.state(held)["exp_avg"])
+        share = self.options.keep * moment.numel()
+        kept = largest(moment.abs(), int(share))
+        kept = kept.view(-1)
+        if fragment is not None:
+            state = view.state(fragment)
+            part = part_of(kept, fragment)
+            state["exp_avg"].mul_(part)
+            state["exp_avg_sq"].mul_(part)
 
-    def _restored(
-        self, model: peft.PeftModel, weights: dict[str, torch.Tensor]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def _restored(self, model: peft.PeftModel, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
         """What the layers in 4 bits stand for, with the factors' updates, on the host."""
         for name, base in quantised.layers(model):
-            weight_OI = quantised.restored(base.weight).cpu()
-            if layer := self._layers.get(name.removesuffix(".base_layer")):
-                a_RI, b_OR = (weights[f"{name.removesuffix('.base_layer')}.lora_{f}.{ADAPTER}.weight"] for f in "AB")
-                weight_OI += layer.scaling[ADAPTER] * (b_OR.float() @ a_RI.float())
-            weight = weight_OI.T.contiguous() if quantised.transposed(base) else weight_OI
+            weight_OI = quantised.restored(base.weight)
+            weight_OI = weight_OI.cpu()
+            module = name.removesuffix(".base_layer")
+            if layer := self._layers.get(module):
+                a, b = factor_names(module)
+                a_RI = weights[a].float()
+                b_OR = weights[b].float()
+                scale = layer.scaling[ADAPTER]
+                weight_OI += scale * (b_OR @ a_RI)
+            weight = quantised.oriented(base, weight_OI)
+            weight = weight.contiguous()
             yield name, weight.to(model.config.dtype)
 
 
 def _plain(name: str) -> str:
-    """A name in the base that has no adapters."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+    """The name of a weight in the base that has no adapters."""
+    in_base = name.removeprefix("base_model.model.")
+    return in_base.replace(".base_layer", "")
+
+
+def _master(fragment: Fragment) -> Tensor:
+    """The fp32 values of what this rank holds of a parameter."""
+    return fragment.parameter.data

@@ -1,14 +1,13 @@
 """rsLoRA: LoRA with the scale alpha / sqrt(r), stable in r (Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2)."""
 
-from typing import Any
-
+from methods.base import Keywords
 from methods.lora import LowRank
 from methods.options.low_rank import RsLora
 
 
 class RsLoraTuning(LowRank[RsLora]):
-    """Rank-stabilised LoRA."""
+    """LoRA with the rank-stabilised scale."""
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Keywords:
         """Ask PEFT for the other scale."""
         return {"use_rslora": True}

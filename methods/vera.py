@@ -9,9 +9,9 @@ The exported adapter holds them, as another version of torch may draw others.
 from pathlib import Path
 
 import peft
-import torch
-from torch import nn
+from torch.nn import Module
 
+from methods.base import Tensors
 from methods.options.other_adapters import Vera
 from methods.parts.peft_adapter import ADAPTER, PeftAdapter
 
@@ -31,7 +31,11 @@ class VeraTuning(PeftAdapter[Vera]):
             task_type="CAUSAL_LM",
         )
 
-    def export(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: Module, weights: Tensors, folder: Path) -> None:
         """Write the adapter with its projections."""
-        names = [f"base_model.vera_{side}.{ADAPTER}" for side in "AB"]
-        super().export(model, weights | {name: model.get_buffer(name).cpu() for name in names}, folder)
+        with_projections = dict(weights)
+        for side in "AB":
+            name = f"base_model.vera_{side}.{ADAPTER}"
+            projection = model.get_buffer(name)
+            with_projections[name] = projection.cpu()
+        super().export(model, with_projections, folder)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Union
 from pydantic import Field
 
 from methods.options.base import Options
-from methods.options.discovery import own, registered
+from methods.options.discovery import defined_in, registered
 
-_OWN = own(__name__)
-_REGISTERED, UNUSABLE = registered(_OWN)  # UNUSABLE: by kind, why a registered method is not among KINDS
-KINDS: dict[str, type[Options]] = _OWN | _REGISTERED
+_BUILT_IN = defined_in(__name__)
+_REGISTERED, UNUSABLE = registered(_BUILT_IN)  # UNUSABLE: by kind, why a registered method is not among KINDS
+KINDS: dict[str, type[Options]] = _BUILT_IN | _REGISTERED
 
 if TYPE_CHECKING:
     Method = Options

@@ -2,11 +2,18 @@
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from methods.parts.targets import Linears, Others, Target, choose
+from methods.parts.targets import Linears, Matrices, Others, Target, choose
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]  # of a whole, which it never is
+BaseConfig = Mapping[str, Any]  # a base's config.json, or a part of it
+Footprint = tuple[int, int]  # bytes that ZeRO shares among ranks, and bytes that every rank holds
 
 WIDTH = 2048
 # The best rate falls like this power of the hidden size on Llama (hardly on Qwen), and LoRA's is about ten times that
@@ -34,89 +41,112 @@ class Options(BaseModel):
         raise NotImplementedError
 
     def trained(self, linears: Linears, others: Others) -> int:
-        """How many parameters it trains on a base of these shapes; raises ValueError for a bad target."""
+        """How many parameters the method trains on a base of these shapes; raises ValueError for a bad target."""
         return self.adds(linears, others)
 
     def rate(self, hidden: int | None) -> float:
         """The default peak learning rate on a base of this hidden size."""
-        return float(self.default_lr * (WIDTH / (hidden or WIDTH)) ** self.width_exponent)
+        width = hidden or WIDTH
+        ratio = WIDTH / width
+        return float(self.default_lr * ratio**self.width_exponent)
 
-    def optimizer_bytes(self, linears: Linears, others: Others) -> tuple[int, int]:
+    def optimizer_bytes(self, linears: Linears, others: Others) -> Footprint:
         """Bytes of the optimizer's state (two fp32 moments per weight): what ZeRO shares, and what it does not."""
-        return 8 * self.trained(linears, others), 0
+        trained = self.trained(linears, others)
+        return 8 * trained, 0
 
-    def frozen_bytes(self, linears: Linears, others: Others, element: int) -> tuple[int, int]:
+    def frozen_bytes(self, linears: Linears, others: Others, element: int) -> Footprint:
         """Bytes of the frozen weights of `element` bytes each: those that ZeRO 3 shares, those that it does not."""
         base = size(linears) + size(others)
-        return (base + self.adds(linears, others) - self.trained(linears, others)) * element, 0
+        added = self.adds(linears, others)
+        trained = self.trained(linears, others)
+        frozen = base + added - trained
+        return frozen * element, 0
 
     @property
     def virtual_tokens(self) -> int:
-        """Number of virtual tokens in front of every document; they take room, and have the ids -1, -2, ..."""
+        """Number of virtual tokens in front of every document; they take positions, and have the ids -1, -2, ..."""
         return 0
 
     @property
     def positions_before(self) -> int:
-        """Number of positions, beside those of virtual tokens, behind which a document's own begin."""
+        """Number of positions in front of a document's own, beside those of its virtual tokens."""
         return 0
 
     @property
     def quantises(self) -> bool:
-        """Whether it keeps the base's linear layers in 4 bits."""
+        """Whether the method keeps the base's linear layers in 4 bits."""
         return False
 
-    def check(self, config: Mapping[str, Any], seq_len: int) -> None:
+    def check(self, config: BaseConfig, seq_len: int) -> None:
         """Raise ValueError where a base with this config.json cannot be tuned on sequences of this length."""
         known = positions(config)
-        if known is not None and seq_len > known:
-            raise ValueError(f"data.seq_len: found {seq_len}; allowed: at most {known} (positions of the base)")
+        if known is None or seq_len <= known:
+            return
+        raise ValueError(f"data.seq_len: found {seq_len}; allowed: at most {known} (positions of the base)")
 
-    def check_in_4_bits(self, quantization: Mapping[str, Any]) -> None:
-        """Raise ValueError where its options do not fit a base in 4 bits, of this quantization_config."""
+    def check_in_4_bits(self, quantization: BaseConfig) -> None:
+        """Raise ValueError where the options do not fit a base in 4 bits of this quantization_config."""
 
 
 class ModuleOptions(Options):
-    """What works on some of the base's modules."""
+    """Options of methods that work on some of the base's modules."""
 
-    def targets(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:
+    def targets(self, linears: Linears, others: Others) -> Matrices:
         """The modules that get an adapter, with their (out, in); raises ValueError for a bad target."""
         raise NotImplementedError
 
 
 class Targeted(ModuleOptions):
-    """What works on modules that the job may choose freely."""
+    """Options of methods that work on modules which the job chooses freely."""
 
     target: Target = Field("all-linear", description="names of the modules that get an adapter, or all-linear")
     exclude: tuple[str, ...] = Field((), description="names of modules that get none")
 
-    def targets(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:
+    def targets(self, linears: Linears, others: Others) -> Matrices:
         """The modules that get an adapter, with their (out, in); a name stands for every module that ends with it."""
-        return choose(self.target, self.exclude, linears, others)
+        target = self.target
+        return choose(target, self.exclude, linears, others)
+
+    def linear_targets(self, linears: Linears) -> Matrices:
+        """The same of linear layers alone, for methods that cannot adapt embeddings and head."""
+        return choose(self.target, self.exclude, linears, {})
 
 
-def positions(config: Mapping[str, Any]) -> int | None:
-    """The positions that a base knows, by its config.json; None when it does not say."""
-    found = config.get("max_position_embeddings", config.get("n_positions"))
-    return found if isinstance(found, int) else None
+def positions(config: BaseConfig) -> int | None:
+    """How many positions a base knows, by its config.json; None when that does not say."""
+    count = config.get("n_positions")
+    count = config.get("max_position_embeddings", count)
+    if isinstance(count, int):
+        return count
+    return None
 
 
-def plain_attention(config: Mapping[str, Any], kind: str, nearest: str) -> None:
+def plain_attention(config: BaseConfig, kind: str, nearest: str) -> None:
     """Raise ValueError where a base caps its attention's logits, which not all attention functions can do."""
-    if config.get("attn_logit_softcapping") is not None:
-        raise ValueError(f"method.kind: {kind} cannot cap attention's logits, as this base does; nearest: {nearest}")
+    cap = config.get("attn_logit_softcapping")
+    if cap is None:
+        return
+    raise ValueError(f"method.kind: {kind} cannot cap attention's logits, as this base does; nearest: {nearest}")
 
 
-def window(config: Mapping[str, Any]) -> int | None:
-    """How many tokens a base's attention sees back; None: all."""
-    return config.get("sliding_window") if config.get("use_sliding_window", True) else None
+def window(config: BaseConfig) -> int | None:
+    """How many tokens a base's attention sees back; None when it sees all of them."""
+    if config.get("use_sliding_window", True):
+        return config.get("sliding_window")
+    return None
 
 
 def packed(linears: Linears, double: bool) -> int:
     """Bytes of matrices in 4 bits, with a constant for 64 weights: fp32, or a byte and an fp32 for 256 of them."""
-    constant = 1 + 4 / 256 if double else 4
-    return round(size(linears) * (1 / 2 + constant / 64))
+    constant = 4.0
+    if double:
+        constant = 1 + 4 / 256
+    bytes_per_weight = 1 / 2 + constant / 64
+    return round(size(linears) * bytes_per_weight)
 
 
 def size(shapes: Linears | Others) -> int:
-    """Number of elements, all in all."""
-    return sum(map(prod, shapes.values()))
+    """Number of elements of all these weights together."""
+    counts = map(prod, shapes.values())
+    return sum(counts)

@@ -1,13 +1,13 @@
 """Full fine-tuning: the weights of the base themselves are trained."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from methods.options.base import NO_SECOND_MODEL, WEIGHTS_EXPONENT, Options
-from methods.parts.targets import Linears, Others, is_named
+from methods.options.base import NO_SECOND_MODEL, WEIGHTS_EXPONENT, Count, Options
+from methods.parts.targets import Linears, Others, is_any_named, is_named
 
 
 class Full(Options):
@@ -23,31 +23,47 @@ class Full(Options):
 
     freeze: tuple[str, ...] = Field((), description="patterns of weights that stay as they are, like *embed_tokens*")
     lisa_layers: int | None = Field(None, ge=1, description="layers trained at a time, drawn at random; null: all")
-    lisa_every: int = Field(20, ge=1, description="steps between two draws of lisa_layers")
+    lisa_every: Count = Field(20, description="steps between two draws of lisa_layers")
 
     def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
-        """Nothing."""
+        """Full fine-tuning adds no parameters."""
         return 0
 
     def trained(self, linears: Linears, others: Others) -> int:
         """Every weight that is not frozen."""
-        shapes = {f"{name}.weight": shape for name, shape in linears.items()} | dict(others)
-        for pattern in self.freeze:
-            if not any(is_named(name, pattern) for name in shapes):
-                raise ValueError(f"found the pattern {pattern!r} in freeze, which no weight of the base matches")
-        layers = {layer_of(name) for name in shapes} - {None}
-        if self.lisa_layers is not None and self.lisa_layers > len(layers):
-            raise ValueError(f"found lisa_layers {self.lisa_layers}; allowed: up to the base's {len(layers)} layers")
-        trained = sum(prod(shape) for name, shape in shapes.items() if not self.freezes(name))
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in linears.items()}
+        shapes |= others
+        self._check_patterns(shapes)
+        self._check_layers(shapes)
+        trained = 0
+        for name, shape in shapes.items():
+            if not self.freezes(name):
+                trained += prod(shape)
         if trained == 0:
             raise ValueError("found patterns in freeze that match every weight; allowed: to leave one to train")
         return trained
 
     def freezes(self, name: str) -> bool:
         """Whether the weight of this name stays as it is."""
-        return any(is_named(name, pattern) for pattern in self.freeze)
+        return is_any_named(name, self.freeze)
+
+    def _check_patterns(self, names: Iterable[str]) -> None:
+        for pattern in self.freeze:
+            if not any(is_named(name, pattern) for name in names):
+                raise ValueError(f"found the pattern {pattern!r} in freeze, which no weight of the base matches")
+
+    def _check_layers(self, names: Iterable[str]) -> None:
+        if self.lisa_layers is None:
+            return
+        layers = set(map(layer_of, names)) - {None}
+        count = len(layers)
+        if self.lisa_layers > count:
+            raise ValueError(f"found lisa_layers {self.lisa_layers}; allowed: up to the base's {count} layers")
 
 
 def layer_of(name: str) -> int | None:
     """The transformer layer that a weight is in, by the first number in its name; None outside of all layers."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+    for part in name.split("."):
+        if part.isdigit():
+            return int(part)
+    return None

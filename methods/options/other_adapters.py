@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from methods.options.base import WEIGHTS_EXPONENT, ModuleOptions, Options, Targeted
-from methods.parts.targets import Linears, Others, choose, is_named
+from methods.options.base import WEIGHTS_EXPONENT, Count, Fraction, ModuleOptions, Options, Positive, Seed, Targeted
+from methods.parts.targets import Linears, Matrices, Others, choose, is_any_named, outputs
 
 
 class Ia3(ModuleOptions):
@@ -24,19 +24,29 @@ class Ia3(ModuleOptions):
     )
     feedforward: tuple[str, ...] = Field(("down_proj",), description="those of them whose input is scaled")
 
-    def targets(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:  # noqa: ARG002
+    def targets(self, linears: Linears, others: Others) -> Matrices:  # noqa: ARG002
         """The linear layers that are scaled, with their (out, in)."""
         return choose(self.target, (), linears, {})
 
     def fed(self, targets: Iterable[str]) -> list[str]:
         """Those of the targets whose input is scaled."""
-        return [name for name in targets if any(is_named(name, pattern) for pattern in self.feedforward)]
+        scaled_by_input = []
+        for name in targets:
+            if is_any_named(name, self.feedforward):
+                scaled_by_input.append(name)
+        return scaled_by_input
 
     def adds(self, linears: Linears, others: Others) -> int:
         """One scale per output of a target, per input where it is a feed-forward module."""
         chosen = self.targets(linears, others)
         fed = self.fed(chosen)
-        return sum(in_ if name in fed else out for name, (out, in_) in chosen.items())
+        total = 0
+        for name, (out_features, in_features) in chosen.items():
+            if name in fed:
+                total += in_features
+            else:
+                total += out_features
+        return total
 
 
 class Vera(Targeted):
@@ -48,18 +58,21 @@ class Vera(Targeted):
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
     on_4_bits: ClassVar[bool] = True
 
-    rank: int = Field(256, ge=1, description="rank r of the shared projections")
+    rank: Count = Field(256, description="rank r of the shared projections")
     d_initial: float = Field(0.1, description="start of the trained scales d")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    projection_seed: int = Field(0, ge=0, description="seed of the shared projections")
+    dropout: Fraction = Field(0.0, description="dropout on the adapter's input")
+    projection_seed: Seed = Field(0, description="seed of the shared projections")
 
-    def targets(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:  # noqa: ARG002
+    def targets(self, linears: Linears, others: Others) -> Matrices:  # noqa: ARG002
         """The linear layers that get an adapter, with their (out, in)."""
-        return choose(self.target, self.exclude, linears, {})
+        return self.linear_targets(linears)
 
     def adds(self, linears: Linears, others: Others) -> int:
         """d in R^r and b in R^{out} for every target."""
-        return sum(self.rank + out for out, _ in self.targets(linears, others).values())
+        chosen = self.targets(linears, others)
+        ds = self.rank * len(chosen)
+        bs = outputs(chosen)
+        return ds + bs
 
 
 class FourierFt(Targeted):
@@ -70,21 +83,23 @@ class FourierFt(Targeted):
     default_lr: ClassVar[float] = 3e-2
     on_4_bits: ClassVar[bool] = True
 
-    frequencies: int = Field(1000, ge=1, description="trained entries of each module's spectrum")
-    scale: float = Field(150.0, gt=0, description="factor of the update")
-    location_seed: int = Field(777, ge=0, description="seed of the entries' places")
+    frequencies: Count = Field(1000, description="trained entries of each module's spectrum")
+    scale: Positive = Field(150.0, description="factor of the update")
+    location_seed: Seed = Field(777, description="seed of the entries' places")
 
-    def targets(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:  # noqa: ARG002
+    def targets(self, linears: Linears, others: Others) -> Matrices:  # noqa: ARG002
         """The linear layers that get an adapter; raises ValueError where one has fewer entries than are trained."""
-        chosen = choose(self.target, self.exclude, linears, {})
+        chosen = self.linear_targets(linears)
         for name, shape in chosen.items():
-            if prod(shape) < self.frequencies:
-                raise ValueError(f"found frequencies {self.frequencies}; {name} has {prod(shape)} entries")
+            entries = prod(shape)
+            if entries < self.frequencies:
+                raise ValueError(f"found frequencies {self.frequencies}; {name} has {entries} entries")
         return chosen
 
     def adds(self, linears: Linears, others: Others) -> int:
         """The trained entries of every target."""
-        return self.frequencies * len(self.targets(linears, others))
+        chosen = self.targets(linears, others)
+        return self.frequencies * len(chosen)
 
 
 class Bottleneck(Options):
@@ -103,11 +118,20 @@ class Bottleneck(Options):
     placement: Literal["houlsby", "pfeiffer"] = Field(
         "pfeiffer", description="behind attention and feed-forward, or behind feed-forward alone"
     )
-    size: int = Field(64, ge=1, description="width of the bottleneck")
+    size: Count = Field(64, description="width of the bottleneck")
     activation: Literal["relu", "gelu", "silu"] = Field("relu", description="what stands between down and up")
 
     def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
-        """down and up with their biases, per adapter."""
-        names = ("o_proj", "down_proj") if self.placement == "houlsby" else ("down_proj",)
-        chosen = choose(names, (), linears, {})
-        return sum(2 * out * self.size + out + self.size for out, _ in chosen.values())
+        """The matrices down and up with their biases, for every adapter."""
+        chosen = choose(self.sublayer_ends, (), linears, {})
+        width = outputs(chosen)
+        matrices = 2 * width * self.size
+        biases = width + self.size * len(chosen)
+        return matrices + biases
+
+    @property
+    def sublayer_ends(self) -> tuple[str, ...]:
+        """The names of the linear layers that get an adapter behind them."""
+        if self.placement == "houlsby":
+            return ("o_proj", "down_proj")
+        return ("down_proj",)

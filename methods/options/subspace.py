@@ -5,8 +5,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from methods.options.base import NO_SECOND_MODEL, Targeted, size
-from methods.parts.targets import Linears, Others
+from methods.options.base import NO_SECOND_MODEL, Count, Footprint, Positive, Targeted, size
+from methods.parts.targets import Linears, Matrices, Others
 
 
 class Galore(Targeted):
@@ -26,41 +26,65 @@ class Galore(Targeted):
     variant: Literal["galore", "q-galore", "apollo"] = Field(
         "galore", description="q-galore: 4-bit projector, lazy refresh; apollo: random projection, scaled gradient"
     )
-    rank: int = Field(128, ge=1, description="rank r of the subspace; a matrix of no more rows or columns has AdamW")
-    refresh_every: int = Field(200, ge=1, description="steps between two refreshes of the subspace")
+    rank: Count = Field(128, description="rank r of the subspace; a matrix of no more rows or columns has AdamW")
+    refresh_every: Count = Field(200, description="steps between two refreshes of the subspace")
     refresh: Literal["exact", "fast"] = Field("exact", description="singular vectors, exact or by random sketching")
-    scale: float = Field(0.25, gt=0, description="factor of the projected update")
+    scale: Positive = Field(0.25, description="factor of the projected update")
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="what moves in the subspace")
 
     @model_validator(mode="after")
-    def _singular(self) -> "Galore":
+    def _check_refresh(self) -> "Galore":
         if self.variant == "apollo" and self.refresh == "fast":
             raise ValueError("found refresh fast with variant apollo, whose bases are random; allowed: exact")
         return self
 
     def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
-        """Nothing."""
+        """GaLore adds no parameters."""
         return 0
 
     def trained(self, linears: Linears, others: Others) -> int:
-        """Every weight."""
-        self.targets(linears, others)
+        """Every weight of the base is trained."""
+        self.targets(linears, others)  # raises ValueError for a bad target
         return size(linears) + size(others)
 
-    def projected(self, linears: Linears, others: Others) -> dict[str, tuple[int, int]]:
+    def projected(self, linears: Linears, others: Others) -> Matrices:
         """The targets that are larger than the rank both ways, which have a subspace, with their (out, in)."""
-        chosen = self.targets(linears, others)
-        return {name: shape for name, shape in chosen.items() if min(shape) > self.rank}
+        larger: Matrices = {}
+        for name, shape in self.targets(linears, others).items():
+            if min(shape) > self.rank:
+                larger[name] = shape
+        return larger
 
-    def optimizer_bytes(self, linears: Linears, others: Others) -> tuple[int, int]:
+    def optimizer_bytes(self, linears: Linears, others: Others) -> Footprint:
         """Moments in subspaces and of the weights that have none; and all bases, which every worker has."""
-        chosen = self.projected(linears, others)
-        moments = 2 * self.rank * sum(max(shape) for shape in chosen.values())
-        bases = self.rank * sum(min(shape) for shape in chosen.values())
-        # In blocks of 256 numbers: 8-bit moments have an fp32 scale, 4-bit bases a scale and a zero point.
-        moment = 1 + 4 / 256 if self.optimizer == "adamw8bit" else 4
-        lazy = self.variant == "q-galore"  # keeps a direction of each matrix too
-        basis = 1 / 2 + 8 / 256 if lazy else 4
-        directions = sum(4 * min(shape) for shape in chosen.values()) if lazy else 0
-        rest = self.trained(linears, others) - size(chosen)
-        return round(moments * moment) + 8 * rest, round(bases * basis) + directions
+        projected = self.projected(linears, others)
+        shapes = projected.values()
+        longer = sum(map(max, shapes))
+        shorter = sum(map(min, shapes))
+        moments = 2 * self.rank * longer
+        low_rank_moments = round(moments * self._bytes_per_moment())
+        trained = self.trained(linears, others)
+        plain_moments = 8 * (trained - size(projected))
+        entries = self.rank * shorter
+        bases = round(entries * self._bytes_per_basis_entry())
+        directions = 0
+        if self.is_lazy:
+            directions = 4 * shorter  # the leading direction of each matrix, in fp32
+        return low_rank_moments + plain_moments, bases + directions
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether bases are in 4 bits, and refreshed less often while the leading direction stays."""
+        return self.variant == "q-galore"
+
+    # In blocks of 256 numbers: 8-bit moments have an fp32 scale, 4-bit bases a scale and a zero point.
+
+    def _bytes_per_moment(self) -> float:
+        if self.optimizer == "adamw8bit":
+            return 1 + 4 / 256
+        return 4
+
+    def _bytes_per_basis_entry(self) -> float:
+        if self.is_lazy:
+            return 1 / 2 + 8 / 256
+        return 4

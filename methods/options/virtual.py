@@ -1,12 +1,12 @@
 """Methods with virtual tokens in front of every document."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from methods.options.base import WEIGHTS_EXPONENT, Options, plain_attention, positions, window
-from methods.parts.targets import Linears, Others, choose
+from methods.options.base import WEIGHTS_EXPONENT, BaseConfig, Count, Options, plain_attention, positions, window
+from methods.parts.targets import Linears, Others, choose, outputs
 
 
 class _Virtual(Options):
@@ -16,7 +16,7 @@ class _Virtual(Options):
         "reference": "it starts from virtual tokens that are trained and not kept; nearest: lora",
     }
 
-    tokens: int = Field(20, ge=1, description="virtual tokens in front of every document")
+    tokens: Count = Field(20, description="virtual tokens in front of every document")
     init_text: str | None = Field(
         "Answer the following question.",
         min_length=1,
@@ -34,25 +34,34 @@ class Prefix(_Virtual):
 
     @property
     def positions_before(self) -> int:
-        """Those of the prefix, which is no input."""
+        """The positions of the prefix, which is no input."""
         return self.tokens
 
-    def check(self, config: Mapping[str, Any], seq_len: int) -> None:
+    def check(self, config: BaseConfig, seq_len: int) -> None:
         """A document's positions begin behind the prefix, and its last token must see all of it."""
         plain_attention(config, self.kind, "prompt")
-        for seen in (positions(config), window(config)):
-            room = seq_len if seen is None else seen - self.tokens
-            if room < 1:
-                raise ValueError(
-                    f"method.tokens: found {self.tokens}; allowed: fewer than the {seen} that the base sees"
-                )
-            if seq_len > room:
-                raise ValueError(f"data.seq_len: found {seq_len}; allowed beside the prefix: at most {room}")
+        known = positions(config)
+        self._check_limit(known, seq_len)
+        visible = window(config)
+        self._check_limit(visible, seq_len)
 
     def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """A key and a value per layer and virtual token."""
-        chosen = choose(("k_proj", "v_proj"), (), linears, {})
-        return self.tokens * sum(out for out, _ in chosen.values())
+        names = ("k_proj", "v_proj")
+        projections = choose(names, (), linears, {})
+        return self.tokens * outputs(projections)
+
+    def _check_limit(self, visible: int | None, seq_len: int) -> None:
+        """Raise ValueError where a prefix and a sequence are longer than what a base sees; None: it sees all."""
+        if visible is None:
+            return
+        space = visible - self.tokens
+        if space < 1:
+            raise ValueError(
+                f"method.tokens: found {self.tokens}; allowed: fewer than the {visible} that the base sees"
+            )
+        if seq_len > space:
+            raise ValueError(f"data.seq_len: found {seq_len}; allowed beside the prefix: at most {space}")
 
 
 class EmbeddedOptions(_Virtual):
@@ -60,7 +69,7 @@ class EmbeddedOptions(_Virtual):
 
     @property
     def virtual_tokens(self) -> int:
-        """They are inputs, with places of their own."""
+        """Their number: they are inputs, with places of their own."""
         return self.tokens
 
 
@@ -73,7 +82,8 @@ class Prompt(EmbeddedOptions):
 
     def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """An embedding per virtual token."""
-        return self.tokens * _hidden(others)
+        width = _hidden(others)
+        return self.tokens * width
 
 
 class PTuning(EmbeddedOptions):
@@ -83,14 +93,20 @@ class PTuning(EmbeddedOptions):
     implementation: ClassVar[str] = "methods.ptuning:PTuningTuning"
     default_lr: ClassVar[float] = 1e-2
 
-    hidden: int = Field(128, ge=1, description="width of the network")
+    hidden: Count = Field(128, description="width of the network")
 
     def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """The network's inputs, and its three layers with their biases."""
-        size, width = _hidden(others), self.hidden
-        return self.tokens * size + (size + 1) * width + (width + 1) * width + (width + 1) * size
+        width = _hidden(others)
+        first = (width + 1) * self.hidden
+        second = (self.hidden + 1) * self.hidden
+        third = (self.hidden + 1) * width
+        network = first + second + third
+        return self.tokens * width + network
 
 
 def _hidden(others: Others) -> int:
     """The base's width: that of its first embedding, as embeddings and the head are the matrices among the others."""
-    return next(shape[1] for shape in others.values() if len(shape) == 2)
+    matrices = (shape for shape in others.values() if len(shape) == 2)
+    _, width = next(matrices)
+    return width

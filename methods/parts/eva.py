@@ -11,9 +11,10 @@ from contextlib import contextmanager
 
 import torch
 from peft.utils.incremental_pca import IncrementalPCA
-from torch import nn
+from torch import Tensor
+from torch.nn import Module
 
-from methods.base import Gather
+from methods.base import Gather, Tensors
 from methods.parts.initial import adapted
 from methods.parts.peft_adapter import ADAPTER
 
@@ -22,21 +23,25 @@ AT_ONCE = 512  # tokens whose inputs are held for a step of the SVD
 PEFTS_SEED = 42  # of the sketch in it: where no direction stands out, it decides
 
 
-def start_from_inputs(model: nn.Module, examples: Iterable[torch.Tensor], rank: int, gather: Gather) -> None:
+def start_from_inputs(model: Module, examples: Iterable[Tensor], rank: int, gather: Gather) -> None:
     """Set A of every target from what it is fed for these examples, token ids [1, T]; on every rank at once."""
-    found = directions(model, examples, rank, gather)
+    starts = directions(model, examples, rank, gather)
     with torch.no_grad():
         for name, layer in adapted(model):
-            layer.lora_A[ADAPTER].weight.copy_(found[name])
-            layer.lora_B[ADAPTER].weight.zero_()
+            a_RI = layer.lora_A[ADAPTER].weight
+            b_OR = layer.lora_B[ADAPTER].weight
+            a_RI.copy_(starts[name])
+            b_OR.zero_()
 
 
-def directions(
-    model: nn.Module, examples: Iterable[torch.Tensor], rank: int, gather: Gather
-) -> dict[str, torch.Tensor]:
+def directions(model: Module, examples: Iterable[Tensor], rank: int, gather: Gather) -> Tensors:
     """The first principal directions [rank, in] of every target's inputs, by its name."""
-    fits = {name: IncrementalPCA(rank, lowrank=True, lowrank_seed=PEFTS_SEED) for name, _ in adapted(model)}
-    enough, seen, waiting = max(AT_ONCE, 2 * rank), 0, 0
+    fits: dict[str, IncrementalPCA] = {}
+    for name, _ in adapted(model):
+        fits[name] = IncrementalPCA(rank, lowrank=True, lowrank_seed=PEFTS_SEED)
+    enough = max(AT_ONCE, 2 * rank)
+    seen = 0  # tokens whose inputs the SVD has taken in
+    waiting = 0  # tokens whose inputs wait for it
     model.eval()
     with torch.no_grad(), listening(model) as heard, gather.gathered_in_turn(model):
         for ids in examples:
@@ -44,7 +49,8 @@ def directions(
             waiting += ids.numel()
             if waiting >= enough:
                 fit(fits, heard)
-                seen, waiting = seen + waiting, 0
+                seen += waiting
+                waiting = 0
             if seen >= TOKENS:
                 break
         if waiting > rank or not seen:
@@ -53,22 +59,35 @@ def directions(
     return {name: fitted.components_ for name, fitted in fits.items()}
 
 
-def fit(fits: dict[str, IncrementalPCA], heard: dict[str, list[torch.Tensor]]) -> None:
-    """Go on with the inputs that were heard, and forget them."""
+def fit(fits: dict[str, IncrementalPCA], heard: dict[str, list[Tensor]]) -> None:
+    """Update each target's SVD with the inputs that were heard, and forget them."""
     for name, inputs in heard.items():
-        fits[name].partial_fit(torch.cat(inputs))
+        together = torch.cat(inputs)
+        fitted = fits[name]
+        fitted.partial_fit(together)
         inputs.clear()
 
 
 @contextmanager
-def listening(model: nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
+def listening(model: Module) -> Iterator[dict[str, list[Tensor]]]:
     """Within it, every target's inputs are kept, fp32 [T, in]."""
-    heard: dict[str, list[torch.Tensor]] = {name: [] for name, _ in adapted(model)}
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda _, inputs: heard[name].append(inputs[0].flatten(0, -2).float())
-
-    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in adapted(model)]
+    heard: dict[str, list[Tensor]] = {}
+    handles = []
+    for name, layer in adapted(model):
+        heard[name] = []
+        handle = layer.register_forward_pre_hook(_keeping(heard[name]))
+        handles.append(handle)
     yield heard
     for handle in handles:
         handle.remove()
+
+
+def _keeping(inputs_heard: list[Tensor]) -> Callable[..., None]:
+    """A hook that appends a module's input to a list, fp32 [T, in]."""
+
+    def keep(_: Module, inputs: tuple[Tensor]) -> None:
+        input_TI = inputs[0]
+        input_TI = input_TI.flatten(0, -2).float()
+        inputs_heard.append(input_TI)
+
+    return keep

@@ -15,40 +15,58 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor
+from torch.nn import Module
 from torch.nn.functional import linear
 
-from methods.base import Gather
+from methods.base import Gather, Tensors
 from methods.parts.peft_adapter import ADAPTER
 
-Factors = dict[str, torch.Tensor]  # A0 and B0 by the names of A and B
+Factors = Tensors  # A0 and B0 by the names of A and B
 
 
-def move_base(model: nn.Module, start: str, known: Factors, gather: Gather) -> Factors:
+def move_base(model: Module, start: str, known: Factors, gather: Gather) -> Factors:
     """Put A0 and B0 in place, take them out of the base, and give them; `known` ones are not sought again."""
     moved: Factors = {}
     for name, layer in adapted(model):
-        A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        weight, scale = layer.get_base_layer().weight, layer.scaling[ADAPTER]
-        names = f"{name}.lora_A.{ADAPTER}.weight", f"{name}.lora_B.{ADAPTER}.weight"
+        A = layer.lora_A[ADAPTER].weight
+        B = layer.lora_B[ADAPTER].weight
+        weight = layer.get_base_layer().weight
+        scale = layer.scaling[ADAPTER]
+        a, b = factor_names(name)
         with torch.no_grad(), gather.gathered([weight], modified=True):
-            found = [known[n].to(weight.device) for n in names] if known else directions(weight, start, len(A), scale)
-            for target, value in zip((A, B), found, strict=True):
-                target.copy_(value)
-            weight.copy_(weight.float() - scale * B @ A)
-        moved |= {n: value.cpu().contiguous() for n, value in zip(names, found, strict=True)}
+            if known:
+                A0 = known[a].to(weight.device)
+                B0 = known[b].to(weight.device)
+            else:
+                rank = len(A)
+                A0, B0 = directions(weight, start, rank, scale)
+            A.copy_(A0)
+            B.copy_(B0)
+            principal = scale * B @ A
+            residual = weight.float() - principal
+            weight.copy_(residual)
+        moved[a] = A0.cpu().contiguous()
+        moved[b] = B0.cpu().contiguous()
     return moved
 
 
 @contextmanager
-def restored(model: nn.Module, start: Factors) -> Iterator[None]:
+def restored(model: Module, start: Factors) -> Iterator[None]:
     """Within it, layers whose adapter is off give s B0 A0 x beside what is left of their base."""
+    if not start:
+        yield
+        return
     handles = []
-    for name, layer in adapted(model) if start else ():
-        names = f"{name}.lora_A.{ADAPTER}.weight", f"{name}.lora_B.{ADAPTER}.weight"
-        device = layer.get_base_layer().weight.device
-        A0, B0 = (start[factor].to(device) for factor in names)
-        handles.append(layer.register_forward_hook(_adding(A0, B0, layer.scaling[ADAPTER])))
+    for name, layer in adapted(model):
+        a, b = factor_names(name)
+        base = layer.get_base_layer()
+        device = base.weight.device
+        A0 = start[a].to(device)
+        B0 = start[b].to(device)
+        hook = _adding(A0, B0, layer.scaling[ADAPTER])
+        handle = layer.register_forward_hook(hook)
+        handles.append(handle)
     try:
         yield
     finally:
@@ -56,40 +74,65 @@ def restored(model: nn.Module, start: Factors) -> Iterator[None]:
             handle.remove()
 
 
-def _adding(A0: torch.Tensor, B0: torch.Tensor, scale: float) -> Callable[..., torch.Tensor]:
+def _adding(A0: Tensor, B0: Tensor, scale: float) -> Callable[..., Tensor]:
     """A hook that adds s B0 A0 x, in the order of PEFT's own forward pass."""
 
-    def add(_: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        given = linear(linear(inputs[0].to(A0.dtype), A0), B0)
-        return (output + given * scale).to(output.dtype)
+    def add(_: Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        x = inputs[0]
+        x = x.to(A0.dtype)
+        narrow = linear(x, A0)
+        update = linear(narrow, B0)
+        total = output + update * scale
+        return total.to(output.dtype)
 
     return add
 
 
-def directions(weight: torch.Tensor, start: str, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def directions(weight: Tensor, start: str, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A0 [rank, in] and B0 [out, rank] of a weight [out, in]."""
+    weight = weight.float()
     if start == "olora":
-        Q, R = torch.linalg.qr(weight.float())
-        return R[:rank], Q[:, :rank]
-    U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
-    root = (S[:rank] / scale).sqrt()
-    return root[:, None] * Vh[:rank], U[:, :rank] * root
+        Q, R = torch.linalg.qr(weight)
+        A0 = R[:rank]
+        B0 = Q[:, :rank]
+        return A0, B0
+    return principal_factors(weight, rank, scale)
 
 
-def differences(weights: Mapping[str, torch.Tensor], start: Factors) -> Factors:
+def principal_factors(matrix: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and B [out, rank] for which scale B A is the best approximation of an fp32 matrix [out, in]."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    values = S[:rank] / scale
+    root = values.sqrt()
+    rights = Vh[:rank]
+    A = root[:, None] * rights
+    lefts = U[:, :rank]
+    B = lefts * root
+    return A, B
+
+
+def differences(weights: Mapping[str, Tensor], start: Factors) -> Factors:
     """[A; A0] and [B, -B0] for every A and B; what else is trained (embeddings of new tokens) as it is."""
-
-    def difference(name: str, value: torch.Tensor) -> torch.Tensor:
+    differences: Factors = {}
+    for name, value in weights.items():
         if name not in start:
-            return value
-        if ".lora_A." in name:
-            return torch.cat([value, start[name]], 0)
-        return torch.cat([value, -start[name]], 1)
+            differences[name] = value
+        elif ".lora_A." in name:
+            differences[name] = torch.cat([value, start[name]], 0)
+        else:
+            negative = -start[name]
+            differences[name] = torch.cat([value, negative], 1)
+    return differences
 
-    return {name: difference(name, value) for name, value in weights.items()}
+
+def factor_names(module: str) -> tuple[str, str]:
+    """The names of A and B of a module that has a LoRA."""
+    a = f"{module}.lora_A.{ADAPTER}.weight"
+    b = f"{module}.lora_B.{ADAPTER}.weight"
+    return a, b
 
 
-def adapted(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+def adapted(model: Module) -> Iterator[tuple[str, LoraLayer]]:
     """The modules that have a LoRA, by name."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import peft
-import torch
-from torch import nn
+from torch.nn import Module
 
-from methods.base import Method
+from methods.base import Method, Tensors
 from methods.options.base import ModuleOptions
 from methods.parts.tied import untie
 from methods.parts.weights import shapes
@@ -18,34 +17,36 @@ T = TypeVar("T", bound=ModuleOptions)
 
 
 class PeftAdapter(Method[T]):
-    """A method that PEFT has: `peft_config` says which, and with which options."""
+    """A method that PEFT has; `peft_config` says which one, and with which options."""
 
     def peft_config(self, targets: list[str]) -> peft.PeftConfig:
         """PEFT's description of the adapter, for the modules of these names."""
         raise NotImplementedError
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: Module) -> Module:
         """Freeze the base and add adapters with fp32 weights."""
         # The names are given one by one: PEFT knows neither patterns nor what the base's own files count as linear.
-        targets = list(self.options.targets(*shapes(model, self.setup.gather)))
-        adapted: nn.Module = peft.get_peft_model(model, self.peft_config(targets))
+        linears, others = shapes(model, self.setup.gather)
+        targets = self.options.targets(linears, others)
+        config = self.peft_config(list(targets))
+        adapted: Module = peft.get_peft_model(model, config)
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         return adapted
 
-    def reference(self, model: nn.Module) -> AbstractContextManager[None]:
+    def reference(self, model: Module) -> AbstractContextManager[None]:
         """The base alone, from which the first step leaves."""
         without: AbstractContextManager[None] = cast(peft.PeftModel, model).disable_adapter()
         return without
 
-    def export(self, model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: peft.PeftModel, weights: Tensors, folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors."""
         # "auto" would save the base's embeddings beside a factor of theirs, and ask the hub about them.
         model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
 
-    def merge(self, model: peft.PeftModel) -> nn.Module:
+    def merge(self, model: peft.PeftModel) -> Module:
         """The base with the update in its weights; refuses weights that are not finite."""
         untie(model)
-        merged: nn.Module = model.merge_and_unload(safe_merge=True)
+        merged: Module = model.merge_and_unload(safe_merge=True)
         return merged

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
+from torch.nn import Module
 
-from methods.base import Gather
+from methods.base import Gather, Keywords, Tensors
 from methods.parts.weights import shapes
 
 
-def load_options(quant: str, double: bool, dtype: torch.dtype) -> dict[str, Any]:
+def load_options(quant: str, double: bool, dtype: torch.dtype) -> Keywords:
     """Let `from_pretrained` quantise every linear layer but the head, tensor by tensor as it reads them."""
     from transformers import BitsAndBytesConfig
 
@@ -32,7 +33,7 @@ def load_options(quant: str, double: bool, dtype: torch.dtype) -> dict[str, Any]
     return {"quantization_config": config}
 
 
-def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def layers(model: Module) -> Iterator[tuple[str, Any]]:
     """The layers in 4 bits, by name."""
     if "bitsandbytes" not in sys.modules:
         return
@@ -43,33 +44,36 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def require(model: nn.Module, gather: Gather) -> None:
+def require(model: Module, gather: Gather) -> None:
     """Raise ValueError where bitsandbytes left a linear layer of a base as it was."""
-    done = {name for name, _ in layers(model)}
-    left = next((name for name in shapes(model, gather)[0] if name not in done), None)
-    if left is not None:
-        kind = type(model.get_submodule(left)).__name__
-        raise ValueError(f"method: bitsandbytes cannot keep {left}, a {kind}, in 4 bits; nearest: lora")
+    in_4_bits = {name for name, _ in layers(model)}
+    linears, _ = shapes(model, gather)
+    for name in linears:
+        if name not in in_4_bits:
+            layer = model.get_submodule(name)
+            kind = type(layer).__name__
+            raise ValueError(f"method: bitsandbytes cannot keep {name}, a {kind}, in 4 bits; nearest: lora")
 
 
-def hide(model: nn.Module) -> None:
+def hide(model: Module) -> None:
     """Make buffers of the 4-bit weights: they move with the model, and no ZeRO stage partitions or trains them.
 
     Those that are hidden already stay so.
     """
     for _, layer in layers(model):
         if "weight" in layer._parameters:
-            layer.register_buffer("weight", layer._parameters.pop("weight"), persistent=False)
+            weight = layer._parameters.pop("weight")
+            layer.register_buffer("weight", weight, persistent=False)
     exact(model)
 
 
-def exact(model: nn.Module) -> None:
+def exact(model: Module) -> None:
     """Let 4-bit layers compute in the dtype they are told: on some CPUs an evaluation repacks the weight in bf16."""
     for _, layer in layers(model):
         layer.support_avx512bf16_for_cpu = False
 
 
-def cast_others(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_others(model: Module, dtype: torch.dtype) -> None:
     """Give what is not in 4 bits this dtype; a base that comes in 4 bits has the rest as it was saved."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -80,42 +84,57 @@ def transposed(layer: Any) -> bool:
     """Whether the 16-bit base has this layer's weight as [in, out], like GPT-2; in 4 bits all are [out, in]."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(layer, Conv1D) or getattr(layer, "source_cls", None) is Conv1D
+    if isinstance(layer, Conv1D):
+        return True
+    source = getattr(layer, "source_cls", None)  # what transformers replaced by a layer in 4 bits
+    return source is Conv1D
 
 
-def restored(weight: Any) -> torch.Tensor:
+def oriented(layer: Any, weight: Tensor) -> Tensor:
+    """A weight of a layer turned from the way that the 16-bit base has it to [out, in], or back."""
+    if transposed(layer):
+        return weight.T
+    return weight
+
+
+def restored(weight: Any) -> Tensor:
     """What a 4-bit weight stands for, fp32 [out, in]."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.data, weight.quant_state).float()
 
 
-def state(layer: Any) -> dict[str, torch.Tensor]:
+def state(layer: Any) -> Tensors:
     """All that a 4-bit weight with double quantisation is made of, as the layer holds it."""
-    own = layer.weight.quant_state
+    constants = layer.weight.quant_state
     return {
         "packed": layer.weight.data.view(-1),
-        "absmax": own.absmax,
-        "group_absmax": own.state2.absmax,
-        "offset": own.offset.view(1),
+        "absmax": constants.absmax,
+        "group_absmax": constants.state2.absmax,
+        "offset": constants.offset.view(1),
     }
 
 
-def add(layer: Any, update: torch.Tensor) -> float:
+def add(layer: Any, update: Tensor) -> float:
     """Put an update [out, in] into a layer's weight by quantising the sum; gives the error's norm over the update's.
 
     Rank 0 says how the sum is rounded, so that all ranks hold the same bytes.
     """
     from bitsandbytes.functional import quantize_4bit
 
-    wanted = restored(layer.weight) + update
-    packed, found = quantize_4bit(wanted, quant_type=layer.weight.quant_state.quant_type, compress_statistics=True)
-    new = (packed.view(-1), found.absmax, found.state2.absmax, found.offset)
-    for old, value in zip(state(layer).values(), new, strict=True):
+    weight = layer.weight
+    target = restored(weight) + update
+    quant_type = weight.quant_state.quant_type
+    packed, constants = quantize_4bit(target, quant_type=quant_type, compress_statistics=True)
+    new_values = (packed.view(-1), constants.absmax, constants.state2.absmax, constants.offset)
+    old_values = state(layer).values()
+    for old, new in zip(old_values, new_values, strict=True):
         if dist.is_initialized():
-            dist.broadcast(value, 0)
-        old.copy_(value)
-    return float((restored(layer.weight) - wanted).norm() / update.norm())
+            dist.broadcast(new, 0)
+        old.copy_(new)
+    error = restored(weight) - target
+    ratio = error.norm() / update.norm()
+    return float(ratio)
 
 
 def twin(model: Any) -> Any:
@@ -128,25 +147,26 @@ def twin(model: Any) -> Any:
     return plain
 
 
-def lost(weight: torch.Tensor, quant: str, double: bool) -> torch.Tensor:
+def lost(weight: Tensor, quant: str, double: bool) -> Tensor:
     """What quantisation takes from a weight [out, in], fp32."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    packed, state = quantize_4bit(weight.contiguous(), quant_type=quant, compress_statistics=double)
-    return weight.float() - dequantize_4bit(packed, state).float()
+    packed, constants = quantize_4bit(weight.contiguous(), quant_type=quant, compress_statistics=double)
+    in_16_bits = dequantize_4bit(packed, constants)
+    return weight.float() - in_16_bits.float()
 
 
-def originals(config: Any) -> Callable[[str], torch.Tensor]:
+def originals(config: Any) -> Callable[[str], Tensor]:
     """A reader of the weights, as the base of this config has them on disk, one at a time."""
     from safetensors import safe_open
 
     files = _files(config)
 
-    def read(name: str) -> torch.Tensor:
+    def read(name: str) -> Tensor:
         if name not in files:
             raise ValueError(f"{config._name_or_path}: its safetensors files have no {name}, which this start needs")
         with safe_open(files[name], framework="pt") as tensors:
-            value: torch.Tensor = tensors.get_tensor(name)
+            value: Tensor = tensors.get_tensor(name)
         return value
 
     return read
@@ -155,23 +175,39 @@ def originals(config: Any) -> Callable[[str], torch.Tensor]:
 def _files(config: Any) -> dict[str, str]:
     """The safetensors file of every weight by name, for a folder or a hub id that from_pretrained has loaded."""
     from safetensors import safe_open
-    from transformers.utils import cached_file
 
-    def find(name: str) -> str | None:
-        found: str | None = cached_file(
-            config._name_or_path,
-            name,
-            revision=getattr(config, "_commit_hash", None),
-            _raise_exceptions_for_missing_entries=False,
-        )
-        return found
-
-    index, single = find("model.safetensors.index.json"), find("model.safetensors")
+    index = _cached_path(config, "model.safetensors.index.json")
+    single = _cached_path(config, "model.safetensors")
     if index is not None:
-        names = json.loads(Path(index).read_text())["weight_map"]
-        paths = {file: find(file) or "" for file in set(names.values())}
-        return {name: paths[file] for name, file in names.items()}
+        return _files_of_index(config, Path(index))
     if single is None:
         return {}
     with safe_open(single, framework="pt") as tensors:
         return dict.fromkeys(tensors.keys(), single)
+
+
+def _files_of_index(config: Any, index: Path) -> dict[str, str]:
+    """The file of every weight by name, for a base that has several."""
+    content = json.loads(index.read_text())
+    file_names = content["weight_map"]
+    paths = {}
+    for file_name in set(file_names.values()):
+        path = _cached_path(config, file_name)
+        paths[file_name] = path or ""
+    files = {}
+    for weight, file_name in file_names.items():
+        files[weight] = paths[file_name]
+    return files
+
+
+def _cached_path(config: Any, file_name: str) -> str | None:
+    """Where a file of the base lies on this machine; None where the base has no such file."""
+    from transformers.utils import cached_file
+
+    path: str | None = cached_file(
+        config._name_or_path,
+        file_name,
+        revision=getattr(config, "_commit_hash", None),
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return path

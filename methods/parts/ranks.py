@@ -7,19 +7,26 @@ values: 4 of 10,000 ties at errors of up to 1e-7, by simulation.
 """
 
 import torch
+from torch import Tensor
 
 _DROPPED = 52 - 12  # bits of an fp64's mantissa
 
 
-def rounded(scores: torch.Tensor) -> torch.Tensor:
+def rounded(scores: Tensor) -> Tensor:
     """Scores, which must not be negative, to 12 bits of mantissa, as fp64."""
-    bits = scores.double().contiguous().view(torch.int64)
-    return (((bits + (1 << (_DROPPED - 1))) >> _DROPPED) << _DROPPED).view(torch.float64)
+    values = scores.double().contiguous()
+    bits = values.view(torch.int64)
+    half = 1 << (_DROPPED - 1)
+    kept = (bits + half) >> _DROPPED
+    bits = kept << _DROPPED
+    return bits.view(torch.float64)
 
 
-def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+def largest(scores: Tensor, count: int) -> Tensor:
     """True at the `count` largest of the scores, of any shape; of equal ones at the first."""
-    order = torch.sort(rounded(scores).flatten(), descending=True, stable=True).indices
+    flat = rounded(scores).flatten()
+    order = torch.sort(flat, descending=True, stable=True)
+    first = order.indices[:count]
     chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    chosen[order[:count]] = True
+    chosen[first] = True
     return chosen.view(scores.shape)

@@ -19,11 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.nn import Module
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from methods.base import Keywords
 
 NAME = "shifted"  # what `attn_implementation` calls it
 
@@ -32,34 +35,47 @@ NAME = "shifted"  # what `attn_implementation` calls it
 class Runs:
     """Tokens that see each other: `slot_N` is where each of N tokens lies in a table of R x L."""
 
-    slot_N: torch.Tensor
+    slot_N: Tensor
     count: int
     longest: int
 
     @classmethod
-    def cut(cls, position_BT: torch.Tensor, group: int, shift: int) -> "Runs":
+    def cut(cls, position_BT: Tensor, group: int, shift: int) -> "Runs":
         """Cut rows where a document or a group begins."""
-        first_BT = (position_BT + shift) % group == 0
-        first_BT[:, 0] = True
-        first_BT[:, 1:] |= position_BT.diff() != 1
-        first_N = first_BT.flatten()
-        index_N = torch.arange(len(first_N), device=first_N.device)
-        run_N = first_N.cumsum(0) - 1
-        place_N = index_N - torch.where(first_N, index_N, 0).cummax(0).values
-        last_run, last_place = torch.stack([run_N[-1], place_N.max()]).tolist()
-        return cls(run_N * (last_place + 1) + place_N, last_run + 1, last_place + 1)
+        place_in_group_BT = (position_BT + shift) % group
+        is_first_BT = place_in_group_BT == 0
+        is_first_BT[:, 0] = True
+        is_first_BT[:, 1:] |= position_BT.diff() != 1
+        is_first_N = is_first_BT.flatten()
+        index_N = torch.arange(len(is_first_N), device=is_first_N.device)
+        run_N = is_first_N.cumsum(0) - 1
+        first_index_N = torch.where(is_first_N, index_N, 0)
+        run_start_N = first_index_N.cummax(0).values
+        place_N = index_N - run_start_N
+        last_run_and_place = torch.stack([run_N[-1], place_N.max()])
+        last_run, last_place = last_run_and_place.tolist()
+        count = last_run + 1
+        longest = last_place + 1
+        slot_N = run_N * longest + place_N
+        return cls(slot_N, count, longest)
 
-    def lay(self, x_BHTD: torch.Tensor) -> torch.Tensor:
+    def lay(self, x_BHTD: Tensor) -> Tensor:
         """The table of runs [R, H, L, D]; places that no token has are zero and behind those that have one."""
-        x_NHD = x_BHTD.transpose(1, 2).flatten(0, 1)
-        table_SHD = x_NHD.new_zeros(self.count * self.longest, *x_NHD.shape[1:]).index_copy(0, self.slot_N, x_NHD)
-        table_RLHD: torch.Tensor = table_SHD.unflatten(0, (self.count, self.longest))
+        x_BTHD = x_BHTD.transpose(1, 2)
+        x_NHD = x_BTHD.flatten(0, 1)
+        _, heads, size = x_NHD.shape
+        slots = self.count * self.longest
+        zeros_SHD = x_NHD.new_zeros(slots, heads, size)
+        table_SHD = zeros_SHD.index_copy(0, self.slot_N, x_NHD)
+        table_RLHD: Tensor = table_SHD.unflatten(0, (self.count, self.longest))
         return table_RLHD.transpose(1, 2)
 
-    def pick(self, x_RHLD: torch.Tensor, rows: int) -> torch.Tensor:
+    def pick(self, x_RHLD: Tensor, rows: int) -> Tensor:
         """The tokens of a table of runs, in rows again: [B, T, H, D]."""
-        x_NHD = x_RHLD.transpose(1, 2).flatten(0, 1).index_select(0, self.slot_N)
-        x_BTHD: torch.Tensor = x_NHD.unflatten(0, (rows, -1))
+        x_RLHD = x_RHLD.transpose(1, 2)
+        x_SHD = x_RLHD.flatten(0, 1)
+        x_NHD = x_SHD.index_select(0, self.slot_N)
+        x_BTHD: Tensor = x_NHD.unflatten(0, (rows, -1))
         return x_BTHD
 
 
@@ -70,77 +86,89 @@ class Pattern:
     halves: tuple[Runs, Runs]
 
     @classmethod
-    def of(cls, position_BT: torch.Tensor, group: int) -> "Pattern":
+    def of(cls, position_BT: Tensor, group: int) -> "Pattern":
         """The pattern of rows whose documents are told by their positions."""
-        return cls((Runs.cut(position_BT, group, 0), Runs.cut(position_BT, group, group // 2)))
+        plain = Runs.cut(position_BT, group, 0)
+        half = group // 2
+        shifted = Runs.cut(position_BT, group, half)
+        halves = (plain, shifted)
+        return cls(halves)
 
 
 def attend(
-    query_BHTD: torch.Tensor,
-    key_BHTD: torch.Tensor,
-    value_BHTD: torch.Tensor,
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    value_BHTD: Tensor,
     pattern: Pattern,
     dropout: float = 0.0,
     scale: float | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Attention [B, T, H, D] of heads that all have a key and a value of their own."""
     rows, heads = query_BHTD.shape[:2]
-    done = []
-    for runs, part in zip(pattern.halves, (slice(heads // 2), slice(heads // 2, heads)), strict=True):
-        query_RHLD, key_RHLD, value_RHLD = (
-            runs.lay(x_BHTD[:, part]) for x_BHTD in (query_BHTD, key_BHTD, value_BHTD)
-        )
-        seen_RHLD = scaled_dot_product_attention(
+    middle = heads // 2
+    parts = (slice(middle), slice(middle, heads))
+    halves = []
+    for runs, part in zip(pattern.halves, parts, strict=True):
+        query_RHLD = runs.lay(query_BHTD[:, part])
+        key_RHLD = runs.lay(key_BHTD[:, part])
+        value_RHLD = runs.lay(value_BHTD[:, part])
+        attended_RHLD = scaled_dot_product_attention(
             query_RHLD, key_RHLD, value_RHLD, dropout_p=dropout, is_causal=True, scale=scale
         )
-        done.append(runs.pick(seen_RHLD, rows))
-    return torch.cat(done, dim=2)
+        attended_BTHD = runs.pick(attended_RHLD, rows)
+        halves.append(attended_BTHD)
+    return torch.cat(halves, dim=2)
 
 
 def forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    module: Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     pattern: Pattern | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """What transformers calls in every layer: sparse where `sparse_in_training` gave a pattern, else dense."""
     if pattern is None:
         if module.training:
             raise ValueError("this base does not hand its decoder's arguments on to its attention")
-        dense: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        dense: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return dense
     _refuse(pattern, kwargs)
     repeats = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)  # before the split: a half may share a head
+    key = repeat_kv(key, repeats)  # before the split: the halves may share a head
+    value = repeat_kv(value, repeats)
     return attend(query, key, value, pattern, dropout, scaling), None
 
 
-def sparse_in_training(decoder: nn.Module, group: int) -> None:
+def sparse_in_training(decoder: Module, group: int) -> None:
     """Let every forward pass in training mode be sparse; the pattern is found once and handed to all layers."""
 
-    def prepare(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def prepare(module: Module, args: Any, kwargs: Keywords) -> tuple[Any, Keywords] | None:
         if not module.training:
             return None
-        if kwargs.get("position_ids") is None or kwargs.get("attention_mask") is not None:
+        position_BT = kwargs.get("position_ids")
+        if position_BT is None or kwargs.get("attention_mask") is not None:
             raise ValueError("sparse attention needs position_ids, which restart in padding, and no attention_mask")
-        position_BT = kwargs["position_ids"]
         # transformers hands a mask of four dimensions on as it is, and so makes none of T x T.
         unread = position_BT.new_zeros(1, 1, 1, 1)
-        return args, kwargs | {"attention_mask": unread, "pattern": Pattern.of(position_BT, group)}
+        pattern = Pattern.of(position_BT, group)
+        return args, kwargs | {"attention_mask": unread, "pattern": pattern}
 
     decoder.register_forward_pre_hook(prepare, with_kwargs=True)
 
 
-def _refuse(pattern: Pattern, kwargs: dict[str, Any]) -> None:
+def _refuse(pattern: Pattern, kwargs: Keywords) -> None:
+    """Raise ValueError where a base's attention does what sparse attention does not."""
     window = kwargs.get("sliding_window")
-    if window is not None and max(runs.longest for runs in pattern.halves) > window:
+    plain, shifted = pattern.halves
+    longest = max(plain.longest, shifted.longest)
+    if window is not None and longest > window:
         raise ValueError(f"method.groups: the base's sliding window of {window} is less than a group; allowed: more")
     for unknown in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(unknown) is not None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch.nn import Parameter
 
 
 def untie(model: Any) -> None:
@@ -14,12 +14,16 @@ def untie(model: Any) -> None:
     come of it. The config says then that they are two, as `from_pretrained` must know.
     """
     base = model.get_base_model()
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    embedding = base.get_input_embeddings()
+    head = base.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
-    if not any(isinstance(module, BaseTunerLayer) for module in (embedding, head)):
+    head_is_adapted = isinstance(head, BaseTunerLayer)
+    if not head_is_adapted and not isinstance(embedding, BaseTunerLayer):
         return
-    own = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-    own.weight = nn.Parameter(own.weight.detach().clone(), requires_grad=False)
+    if head_is_adapted:
+        head = head.get_base_layer()
+    copy = head.weight.detach().clone()
+    head.weight = Parameter(copy, requires_grad=False)
     for config in (base.config, base.config.get_text_config()):
         config.tie_word_embeddings = False

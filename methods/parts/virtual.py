@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
+from torch.nn import Module, Parameter
 from torch.nn.functional import embedding
 
-from methods.base import Gather, Method
+from methods.base import Gather, Keywords, Method, Tensors
 from methods.options.virtual import EmbeddedOptions
 
 if TYPE_CHECKING:
@@ -22,31 +23,39 @@ if TYPE_CHECKING:
 E = TypeVar("E", bound=EmbeddedOptions)
 
 
-class VirtualEmbedding(nn.Module):
+class VirtualEmbedding(Module):
     """The base's input embedding, which gives an encoder's V vectors for the ids -1, ..., -V."""
 
-    def __init__(self, base: Any, encoder: nn.Module, tokens: int) -> None:
+    def __init__(self, base: Any, encoder: Module, tokens: int) -> None:
         super().__init__()
         self.base = base
         self.encoder = encoder
         self.tokens = tokens
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Parameter:
         """The vocabulary's vectors; the output layer may share them."""
-        weight: nn.Parameter = self.base.weight
+        weight: Parameter = self.base.weight
         return weight
 
-    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids_BT: Tensor) -> Tensor:
         """The vectors [B, T, D] of ids."""
-        virtual_BT = ids_BT < 0
-        own_BTD = self.base(ids_BT.masked_fill(virtual_BT, 0))
-        trained_VD = self.encoder(torch.arange(self.tokens, device=ids_BT.device)).float()
+        is_virtual_BT = ids_BT < 0
+        vocabulary_ids_BT = ids_BT.masked_fill(is_virtual_BT, 0)
+        vocabulary_BTD = self.base(vocabulary_ids_BT)
+        places_V = torch.arange(self.tokens, device=ids_BT.device)
+        trained_VD = self.encoder(places_V)
+        trained_VD = trained_VD.float()
         # One more row for the tokens that are not virtual: it gets no gradient, so that none is summed in vain.
-        table = torch.cat([trained_VD, trained_VD.new_zeros(1, trained_VD.shape[1])])
-        rows_BT = torch.where(virtual_BT, -1 - ids_BT, self.tokens)
-        chosen_BTD = embedding(rows_BT, table, padding_idx=self.tokens).to(own_BTD.dtype)
-        return torch.where(virtual_BT[..., None], chosen_BTD, own_BTD)
+        width = trained_VD.shape[1]
+        zeros_1D = trained_VD.new_zeros(1, width)
+        table = torch.cat([trained_VD, zeros_1D])
+        places_BT = -1 - ids_BT
+        rows_BT = torch.where(is_virtual_BT, places_BT, self.tokens)
+        virtual_BTD = embedding(rows_BT, table, padding_idx=self.tokens)
+        virtual_BTD = virtual_BTD.to(vocabulary_BTD.dtype)
+        is_virtual_BT1 = is_virtual_BT[..., None]
+        return torch.where(is_virtual_BT1, virtual_BTD, vocabulary_BTD)
 
 
 class Embedded(Method[E]):
@@ -56,7 +65,7 @@ class Embedded(Method[E]):
         """PEFT's config for a base of this hidden size."""
         raise NotImplementedError
 
-    def encoder(self, config: Any) -> nn.Module:
+    def encoder(self, config: Any) -> Module:
         """PEFT's encoder, as PEFT draws it."""
         raise NotImplementedError
 
@@ -67,21 +76,30 @@ class Embedded(Method[E]):
     def attach(self, model: "PreTrainedModel") -> "PreTrainedModel":
         """Freeze the base and put the encoder into its input embedding."""
         model.requires_grad_(False)
-        encoder = self.encoder(self.config(_hidden(model)))
+        config = self.config(_hidden(model))
+        encoder = self.encoder(config)
         self.start(encoder, model)
-        model.set_input_embeddings(VirtualEmbedding(model.get_input_embeddings(), encoder, self.options.tokens))
+        base = model.get_input_embeddings()
+        virtual = VirtualEmbedding(base, encoder, self.options.tokens)
+        model.set_input_embeddings(virtual)
         return model
 
-    def export(self, model: "PreTrainedModel", weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def export(self, model: "PreTrainedModel", weights: Tensors, folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors with the encoder's output."""
         config = self.config(_hidden(model))
         encoder = self.encoder(config)
-        encoder.load_state_dict({name.rpartition("encoder.")[2]: value for name, value in weights.items()})
+        state: Tensors = {}
+        for name, value in weights.items():
+            _, _, name_in_encoder = name.rpartition("encoder.")
+            state[name_in_encoder] = value
+        encoder.load_state_dict(state)
+        places_V = torch.arange(self.options.tokens)
         with torch.no_grad():
-            write(model, config, encoder(torch.arange(self.options.tokens)), folder)
+            prompt_VD = encoder(places_V)
+            write(model, config, prompt_VD, folder)
 
 
-def common(tokens: int, width: int) -> dict[str, Any]:
+def common(tokens: int, width: int) -> Keywords:
     """What PEFT's config says of virtual tokens of any kind: how many, and how many numbers each has."""
     return {
         "task_type": "CAUSAL_LM",
@@ -91,31 +109,39 @@ def common(tokens: int, width: int) -> dict[str, Any]:
     }
 
 
-def write(model: "PreTrainedModel", config: Any, prompt: torch.Tensor, folder: Path) -> None:
+def write(model: "PreTrainedModel", config: Any, prompt: Tensor, folder: Path) -> None:
     """Write what PEFT calls the prompt embeddings of an adapter, and its config."""
     folder.mkdir(parents=True, exist_ok=True)
     config.base_model_name_or_path = model.name_or_path
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    tensors = {"prompt_embeddings": prompt.detach().contiguous()}
+    prompt = prompt.detach().contiguous()
+    tensors = {"prompt_embeddings": prompt}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def text_ids(tokenizer: Any, text: str, tokens: int) -> torch.Tensor:
+def text_ids(tokenizer: Any, text: str, tokens: int) -> Tensor:
     """The ids of a text, repeated or cut to a number of tokens."""
-    ids = list(tokenizer(text)["input_ids"])
+    encoded = tokenizer(text)
+    ids = list(encoded["input_ids"])
     if not ids:
         raise ValueError(f"method.init_text: found {text!r}, which has no token; allowed: a text, or null")
-    return torch.tensor((ids * -(-tokens // len(ids)))[:tokens])
+    repeats = -(-tokens // len(ids))  # rounded up
+    repeated = ids * repeats
+    return torch.tensor(repeated[:tokens])
 
 
-def embedded(model: "PreTrainedModel", ids: torch.Tensor, gather: Gather) -> torch.Tensor:
+def embedded(model: "PreTrainedModel", ids: Tensor, gather: Gather) -> Tensor:
     """The base's vectors of ids, fp32, whether it is sharded or not."""
     layer = model.get_input_embeddings()
     with torch.no_grad(), gather.gathered(layer.parameters()):
-        vectors: torch.Tensor = layer(ids.to(layer.weight.device)).float()
+        ids = ids.to(layer.weight.device)
+        vectors: Tensor = layer(ids)
+        vectors = vectors.float()
     return vectors.clone()
 
 
 def _hidden(model: "PreTrainedModel") -> int:
-    return int(model.config.get_text_config().hidden_size)
+    """The hidden size of a base."""
+    config = model.config.get_text_config()
+    return int(config.hidden_size)

@@ -9,10 +9,11 @@ The option `scale` is the paper's alpha, where the authors' code takes the root 
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
-from methods.base import Fragment, gradient
+from methods.base import Fragment, Fragments, Tensors, gradient
 from methods.subspace.exchange import Exchange
-from methods.subspace.matrix import Matrix, whole_rows
+from methods.subspace.matrix import Matrix, overlap, whole_rows
 
 GROWTH = 1.01
 TINY = 1e-8
@@ -22,61 +23,105 @@ class Scaler:
     """The scaled gradients of one step after another; every rank knows the norms of the last."""
 
     def __init__(self, matrices: Sequence[Matrix], exchange: Exchange, device: torch.device) -> None:
-        self._matrices, self._exchange = matrices, exchange
-        self.norms = torch.zeros(len(matrices), dtype=torch.float64, device=device)
+        self._matrices = matrices
+        self._exchange = exchange
+        count = len(matrices)
+        self.norms = torch.zeros(count, dtype=torch.float64, device=device)
 
-    def directions(
-        self, low: torch.Tensor, step: torch.Tensor, fragments: Mapping[str, Fragment], corrected: float
-    ) -> dict[str, torch.Tensor]:
-        """What goes off the fragments, from this rank's slices of R and of N = `corrected` times AdamW's ratio."""
-        norms = [squares.sqrt() for squares in self._channel_squares(low, step)]
-        half = len(self._matrices)
-        scales = [(n / (r + TINY)).float() for r, n in zip(norms[:half], norms[half:], strict=True)]
-        scaled = {
-            matrix.name: scale_channels(matrix, scale, fragments[matrix.name])
-            for matrix, scale in zip(self._matrices, scales, strict=True)
-            if matrix.name in fragments
-        }
+    def directions(self, low: Tensor, step: Tensor, fragments: Fragments, corrected: float) -> Tensors:
+        """What fragments move against, from this rank's slices of R and of N = `corrected` times AdamW's ratio."""
+        scales = self._scales(low, step)
+        scaled: Tensors = {}
+        for matrix, scale in zip(self._matrices, scales, strict=True):
+            name = matrix.name
+            if name in fragments:
+                scaled[name] = scale_channels(matrix, scale, fragments[name])
         limits = self._limits(scaled, corrected)
-        return {m.name: scaled[m.name] * limits[i] for i, m in enumerate(self._matrices) if m.name in scaled}
+        limited: Tensors = {}
+        for index, matrix in enumerate(self._matrices):
+            name = matrix.name
+            if name in scaled:
+                limited[name] = scaled[name] * limits[index]
+        return limited
 
-    def _limits(self, scaled: Mapping[str, torch.Tensor], corrected: float) -> torch.Tensor:
+    def _scales(self, low: Tensor, step: Tensor) -> list[Tensor]:
+        """s_j = ||N_j|| / ||R_j|| of every channel, matrix by matrix; a collective."""
+        squares = self._channel_squares(low, step)
+        norms = [matrix_squares.sqrt() for matrix_squares in squares]
+        count = len(self._matrices)
+        low_norms = norms[:count]
+        step_norms = norms[count:]
+        scales = []
+        for low_norm, step_norm in zip(low_norms, step_norms, strict=True):
+            scale = step_norm / (low_norm + TINY)
+            scales.append(scale.float())
+        return scales
+
+    def _limits(self, scaled: Mapping[str, Tensor], corrected: float) -> Tensor:
         """The limiter's factor for every matrix; a matrix's first step is not limited."""
-        squares = torch.zeros_like(self.norms)
-        for i, matrix in enumerate(self._matrices):
-            if matrix.name in scaled:
-                squares[i] = torch.linalg.vector_norm(scaled[matrix.name], dtype=torch.float64) ** 2
-        norms = self._exchange.sum_slices(squares).sqrt() / corrected
-        growth = (norms / (self.norms + TINY)).clamp(min=GROWTH) / GROWTH
-        limits = torch.where(self.norms > 0, 1 / growth, 1.0)
-        self.norms.copy_(norms * limits)
+        last_norms = self.norms
+        squares = torch.zeros_like(last_norms)
+        for index, matrix in enumerate(self._matrices):
+            elements = scaled.get(matrix.name)
+            if elements is not None:
+                norm = torch.linalg.vector_norm(elements, dtype=torch.float64)
+                squares[index] = norm**2
+        squares = self._exchange.all_reduce_slices(squares)
+        norms = squares.sqrt() / corrected
+        growth = norms / (last_norms + TINY)
+        growth = growth.clamp(min=GROWTH)
+        excess = growth / GROWTH
+        limits = torch.where(last_norms > 0, 1 / excess, 1.0)
+        limited = norms * limits
+        last_norms.copy_(limited)
         return limits.float()
 
-    def _channel_squares(self, *slices: torch.Tensor) -> list[torch.Tensor]:
+    def _channel_squares(self, *slices: Tensor) -> list[Tensor]:
         """The squared norm of each channel, per matrix of one flat vector after another."""
-        parts = [_squares(matrix, self._exchange.own, flat) for flat in slices for matrix in self._matrices]
-        together = self._exchange.sum_slices(torch.cat(parts))
-        return list(together.split([len(part) for part in parts]))
+        parts = []
+        for flat in slices:
+            for matrix in self._matrices:
+                part = _squares(matrix, self._exchange.owned, flat)
+                parts.append(part)
+        together = torch.cat(parts)
+        together = self._exchange.all_reduce_slices(together)
+        lengths = list(map(len, parts))
+        return list(together.split(lengths))
 
 
-def scale_channels(matrix: Matrix, scale: torch.Tensor, fragment: Fragment) -> torch.Tensor:
+def scale_channels(matrix: Matrix, scale: Tensor, fragment: Fragment) -> Tensor:
     """A fragment's gradient with its channels scaled."""
-    rows, first = whole_rows(gradient(fragment), fragment.start, matrix.columns)
-    scaled = rows * (scale[first : first + len(rows), None] if matrix.right else scale)
-    begin = fragment.start - first * matrix.columns
-    return scaled.view(-1)[begin : begin + fragment.stop - fragment.start]
+    grad = gradient(fragment)
+    rows, first = whole_rows(grad, fragment.start, matrix.columns)
+    if matrix.right:
+        last = first + len(rows)
+        scale = scale[first:last, None]
+    scaled = rows * scale
+    elements = scaled.view(-1)
+    above = first * matrix.columns  # elements in the rows before
+    begin = fragment.start - above
+    stop = fragment.stop - above
+    return elements[begin:stop]
 
 
-def _squares(matrix: Matrix, own: slice, flat: torch.Tensor) -> torch.Tensor:
+def _squares(matrix: Matrix, owned: slice, flat: Tensor) -> Tensor:
     """What this rank's slice of a flat vector gives to the squared norms of a matrix's channels."""
-    out = flat.new_zeros(matrix.rows if matrix.right else matrix.columns, dtype=torch.float64)
-    begin, stop = max(own.start, matrix.offset), min(own.stop, matrix.offset + matrix.size)
-    if begin < stop:
-        part = flat[begin - own.start : stop - own.start]
-        rows, first = whole_rows(part, begin - matrix.offset, matrix.low_shape[1])
-        squares = rows.double() ** 2
-        if matrix.right:
-            out[first : first + len(rows)] = squares.sum(1)
-        else:
-            out += squares.sum(0)
-    return out
+    channels = max(matrix.rows, matrix.columns)
+    totals = flat.new_zeros(channels, dtype=torch.float64)
+    end = matrix.offset + matrix.size
+    common = overlap(owned, matrix.offset, end)
+    if not common:
+        return totals
+    begin = common.start - owned.start
+    stop = common.stop - owned.start
+    part = flat[begin:stop]
+    start = common.start - matrix.offset
+    _, width = matrix.low_shape
+    rows, first = whole_rows(part, start, width)
+    squares = rows.double() ** 2
+    if matrix.right:
+        last = first + len(rows)
+        totals[first:last] = squares.sum(1)
+    else:
+        totals += squares.sum(0)
+    return totals

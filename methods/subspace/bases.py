@@ -1,10 +1,11 @@
 """The bases of all matrices: chosen when they are due, each on one rank, and kept on every rank."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from methods.base import Fragment, Piece, gradient
+from methods.base import Fragments, Piece, Tensors, gradient
 from methods.options.subspace import Galore
 from methods.subspace.exchange import Exchange
 from methods.subspace.matrix import Matrix, exact_basis, fast_basis, generator, random_basis
@@ -17,70 +18,109 @@ class Bases:
     def __init__(
         self, options: Galore, seed: int, matrices: Sequence[Matrix], exchange: Exchange, device: torch.device
     ) -> None:
-        self._options, self._seed, self._device = options, seed, device
-        self._matrices, self._exchange = matrices, exchange
-        lazy = options.variant == "q-galore"
-        kind = Int4Projector if lazy else Fp32Projector
-        self._projectors: list[Projector] = [kind(m.side, m.rank, device) for m in matrices]
-        self._calendar = Calendar(options.refresh_every, lazy, [m.side for m in matrices], device)
+        self._options = options
+        self._seed = seed
+        self._device = device
+        self._matrices = matrices
+        self._exchange = exchange
+        self._projectors: list[Projector] = []
+        for matrix in matrices:
+            projector = _projector(matrix, options.is_lazy, device)
+            self._projectors.append(projector)
+        sides = [matrix.side for matrix in matrices]
+        self._calendar = Calendar(options.refresh_every, options.is_lazy, sides, device)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index: int) -> Tensor:
         """The basis of a matrix, in R^{S x R}."""
-        return self._projectors[index].get()
+        projector = self._projectors[index]
+        return projector.get()
 
-    def refresh(self, step: int, fragments: Mapping[str, Fragment]) -> None:
+    def refresh(self, step: int, fragments: Fragments) -> None:
         """Choose the bases that are due after so many steps, from the gradients in the fragments; a collective."""
         due = self._calendar.due(step)
         if self._options.variant == "apollo":
             for index in due:
-                self._keep(index, self._drawn(step, self._matrices[index]))
+                matrix = self._matrices[index]
+                basis_SR = self._drawn(step, matrix)
+                self._keep(index, basis_SR)
             return
-        world = self._exchange.world
-        for first in range(0, len(due), world):
-            turn = list(enumerate(due[first : first + world]))  # each rank owns one matrix at a time
-            grads = [self._collect(self._matrices[i], owner, fragments) for owner, i in turn]
-            bases = [self._chosen(step, self._matrices[i], grads[owner]) for owner, i in turn]
-            for owner, i in turn:
-                self._exchange.spread(bases[owner], owner)
-                self._keep(i, bases[owner])
+        world_size = self._exchange.world_size
+        for first in range(0, len(due), world_size):
+            turn = due[first : first + world_size]
+            self._choose(turn, step, fragments)
 
     def pieces(self) -> list[Piece]:
         """The bases, and the directions that lazy refreshing goes by."""
-        bases = [p for m, kept in zip(self._matrices, self._projectors, strict=True) for p in kept.pieces(m.name)]
-        return bases + self._calendar.pieces([matrix.name for matrix in self._matrices])
+        names = [matrix.name for matrix in self._matrices]
+        pieces: list[Piece] = []
+        for name, projector in zip(names, self._projectors, strict=True):
+            pieces += projector.pieces(name)
+        pieces += self._calendar.pieces(names)
+        return pieces
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """When bases are due, if that changes."""
+    def state(self) -> Tensors:
+        """What the schedule of refreshes goes by."""
         return self._calendar.state()
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take that back."""
+    def load_state(self, state: Tensors) -> None:
+        """Take back what `state` gave."""
         self._calendar.load_state(state)
 
-    def _keep(self, index: int, basis_SR: torch.Tensor) -> None:
-        self._calendar.note(index, basis_SR)
-        self._projectors[index].set(basis_SR)
+    def _choose(self, turn: list[int], step: int, fragments: Fragments) -> None:
+        """Choose the bases of up to as many matrices as there are ranks; each rank owns one of the matrices."""
+        matrices = [self._matrices[index] for index in turn]
+        grads = []
+        for owner, matrix in enumerate(matrices):
+            grad_MN = self._reduced(matrix, owner, fragments)
+            grads.append(grad_MN)
+        bases = []
+        for matrix, grad_MN in zip(matrices, grads, strict=True):
+            basis_SR = self._chosen(step, matrix, grad_MN)
+            bases.append(basis_SR)
+        for owner, index in enumerate(turn):
+            basis_SR = bases[owner]
+            self._exchange.broadcast_from(owner, basis_SR)
+            self._keep(index, basis_SR)
 
-    def _collect(self, matrix: Matrix, owner: int, fragments: Mapping[str, Fragment]) -> torch.Tensor | None:
+    def _keep(self, index: int, basis_SR: Tensor) -> None:
+        """Note that a matrix has a new basis, and store it."""
+        self._calendar.note(index, basis_SR)
+        projector = self._projectors[index]
+        projector.set(basis_SR)
+
+    def _reduced(self, matrix: Matrix, owner: int, fragments: Fragments) -> Tensor | None:
         """The whole gradient of a matrix, on its owner alone."""
-        grad = torch.zeros(matrix.rows * matrix.columns, device=self._device)
+        size = matrix.rows * matrix.columns
+        grad = torch.zeros(size, device=self._device)
         fragment = fragments.get(matrix.name)
         if fragment is not None:
             grad[fragment.start : fragment.stop] = gradient(fragment)
-        self._exchange.collect(grad, owner)
-        return grad.view(matrix.rows, matrix.columns) if owner == self._exchange.rank else None
+        exchange = self._exchange
+        exchange.reduce_to(owner, grad)
+        if owner != exchange.rank:
+            return None
+        return grad.view(matrix.rows, matrix.columns)
 
-    def _chosen(self, step: int, matrix: Matrix, grad_MN: torch.Tensor | None) -> torch.Tensor:
-        """The basis on the owner; elsewhere a place for it."""
+    def _chosen(self, step: int, matrix: Matrix, grad_MN: Tensor | None) -> Tensor:
+        """The basis on the owner; elsewhere memory for it."""
         if grad_MN is None:
             return torch.empty(matrix.side, matrix.rank, device=self._device)
         if self._options.refresh == "fast":
-            chosen = fast_basis(grad_MN, matrix.rank, generator(self._seed, step, matrix.name))
+            sketcher = generator(self._seed, step, matrix.name)
+            basis_SR = fast_basis(grad_MN, matrix.rank, sketcher)
         else:
-            chosen = exact_basis(grad_MN, matrix.rank)
-        return chosen.contiguous()  # what is broadcast is memory, and LAPACK's is column by column
+            basis_SR = exact_basis(grad_MN, matrix.rank)
+        return basis_SR.contiguous()  # what is broadcast is memory, and LAPACK's is column by column
 
-    def _drawn(self, step: int, matrix: Matrix) -> torch.Tensor:
+    def _drawn(self, step: int, matrix: Matrix) -> Tensor:
         """A random basis, which every rank draws for itself."""
-        drawn = random_basis(matrix.side, matrix.rank, generator(self._seed, step, matrix.name))
-        return drawn.to(self._device)
+        drawer = generator(self._seed, step, matrix.name)
+        basis_SR = random_basis(matrix.side, matrix.rank, drawer)
+        return basis_SR.to(self._device)
+
+
+def _projector(matrix: Matrix, in_4_bits: bool, device: torch.device) -> Projector:
+    """Memory for the basis of a matrix."""
+    if in_4_bits:
+        return Int4Projector(matrix.side, matrix.rank, device)
+    return Fp32Projector(matrix.side, matrix.rank, device)

@@ -2,80 +2,95 @@
 
 from collections import Counter
 
-import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from methods.subspace.matrix import BLOCK
+from methods.subspace.matrix import BLOCK, ceil_div
 
 
 class Exchange:
     """How a flat vector lies over ranks, the collectives on it, and a count of the elements that went through them.
 
-    `replicated`: every rank keeps all of the vector, else an even slice in whole blocks.
-    `partial`: what ranks put in are shares of a sum even where they are replicated.
+    `replicated`: every rank keeps all of the vector, else an even slice in whole blocks, which is `owned`.
+    `grads_are_partial`: what ranks put in are shares of a sum even where they are replicated.
     """
 
-    def __init__(self, length: int, replicated: bool, partial: bool) -> None:
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.replicated, self.partial = replicated, partial
-        parts = 1 if replicated else self.world
-        share = -(-length // (BLOCK * parts)) * BLOCK
+    def __init__(self, length: int, replicated: bool, grads_are_partial: bool) -> None:
+        self.world_size = 1
+        self.rank = 0
+        if dist.is_initialized():
+            self.world_size = dist.get_world_size()
+            self.rank = dist.get_rank()
+        self.replicated = replicated
+        self.grads_are_partial = grads_are_partial
+        parts = self.world_size
+        if replicated:
+            parts = 1
+        blocks = ceil_div(length, BLOCK * parts)
+        share = blocks * BLOCK
         self.length = share * parts
-        self.own = slice(0, share) if replicated else slice(self.rank * share, (self.rank + 1) * share)
+        first = self.rank * share
+        if replicated:
+            first = 0
+        self.owned = slice(first, first + share)
+        self.owned_length = share
         self.sent: Counter[str] = Counter()
 
     @property
-    def alone(self) -> bool:
-        """Whether there is nobody to talk to."""
-        return self.world == 1
+    def is_single(self) -> bool:
+        """Whether there is no other rank."""
+        return self.world_size == 1
 
     @property
-    def silent(self) -> bool:
-        """Whether there is nobody to tell of the vector, or nothing in it."""
-        return self.alone or self.length == 0
+    def is_idle(self) -> bool:
+        """Whether there is no other rank to tell of the vector, or nothing in it."""
+        return self.is_single or self.length == 0
 
-    def reduce(self, flat: torch.Tensor) -> torch.Tensor:
-        """This rank's slice of the sum of all ranks' vectors."""
-        if self.silent or (self.replicated and not self.partial):
+    def reduce_scatter(self, flat: Tensor) -> Tensor:
+        """This rank's slice of the sum of all ranks' vectors; where it is replicated, all of the sum."""
+        if self.is_idle:
+            return flat
+        if self.replicated and not self.grads_are_partial:
             return flat
         self.sent["projected"] += flat.numel()
         if self.replicated:
             dist.all_reduce(flat)
             return flat
-        own = flat.new_empty(self.own.stop - self.own.start)
-        dist.reduce_scatter_tensor(own, flat)
-        return own
+        owned = flat.new_empty(self.owned_length)
+        dist.reduce_scatter_tensor(owned, flat)
+        return owned
 
-    def gather(self, own: torch.Tensor) -> torch.Tensor:
-        """All slices."""
-        if self.silent or self.replicated:
-            return own
+    def all_gather(self, owned: Tensor) -> Tensor:
+        """The slices of all ranks, one behind the other."""
+        if self.is_idle or self.replicated:
+            return owned
         self.sent["updates"] += self.length
-        flat = own.new_empty(self.length)
-        dist.all_gather_into_tensor(flat, own)
+        flat = owned.new_empty(self.length)
+        dist.all_gather_into_tensor(flat, owned)
         return flat
 
-    def sum_shares(self, tensor: torch.Tensor) -> None:
-        """Make a gradient that ranks hold shares of the sum, in place."""
-        if self.partial and not self.alone:
-            self.sent["others"] += tensor.numel()
-            dist.all_reduce(tensor)
+    def all_reduce_partial(self, grad: Tensor) -> None:
+        """Make a gradient that ranks hold shares of the sum, in place; nothing where it is no share."""
+        if self.grads_are_partial and not self.is_single:
+            self.sent["others"] += grad.numel()
+            dist.all_reduce(grad)
 
-    def sum_slices(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of small figures that each rank took from its own slice, in place."""
-        if not (self.alone or self.replicated):
-            dist.all_reduce(tensor)
-        return tensor
+    def all_reduce_slices(self, scalars: Tensor) -> Tensor:
+        """The sum of a few scalars that each rank took from its slice, in place; nothing where it is replicated."""
+        if not (self.is_single or self.replicated):
+            dist.all_reduce(scalars)
+        return scalars
 
-    def collect(self, whole: torch.Tensor, owner: int) -> None:
+    def reduce_to(self, owner: int, whole: Tensor) -> None:
         """Make a tensor on its owner the sum of all ranks' shares, in place."""
-        if not self.alone and (self.partial or not self.replicated):
+        if self.is_single:
+            return
+        if self.grads_are_partial or not self.replicated:
             self.sent["full"] += whole.numel()
             dist.reduce(whole, owner)
 
-    def spread(self, whole: torch.Tensor, owner: int) -> None:
+    def broadcast_from(self, owner: int, whole: Tensor) -> None:
         """Make a tensor everywhere what it is on its owner, in place."""
-        if not self.alone:
+        if not self.is_single:
             self.sent["bases"] += whole.numel()
             dist.broadcast(whole, owner)

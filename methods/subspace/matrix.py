@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from methods.parts.ranks import rounded
 
@@ -50,7 +51,9 @@ class Matrix:
     @property
     def low_shape(self) -> tuple[int, int]:
         """Shape of the low-rank gradient."""
-        return (self.rows, self.rank) if self.right else (self.rank, self.columns)
+        if self.right:
+            return (self.rows, self.rank)
+        return (self.rank, self.columns)
 
     @property
     def size(self) -> int:
@@ -59,12 +62,27 @@ class Matrix:
 
     @property
     def padded(self) -> int:
-        """The same, up to whole blocks."""
-        return -(-self.size // BLOCK) * BLOCK
+        """Elements of the low-rank gradient, up to whole blocks."""
+        blocks = ceil_div(self.size, BLOCK)
+        return blocks * BLOCK
 
-    def low(self, flat: torch.Tensor) -> torch.Tensor:
+    def low(self, flat: Tensor) -> Tensor:
         """This matrix's part of the flat vector of all, in its low shape."""
-        return flat[self.offset : self.offset + self.size].view(self.low_shape)
+        stop = self.offset + self.size
+        part = flat[self.offset : stop]
+        return part.view(self.low_shape)
+
+
+def ceil_div(dividend: int, divisor: int) -> int:
+    """The quotient of two integers, rounded up."""
+    return -(-dividend // divisor)
+
+
+def overlap(owned: slice, start: int, stop: int) -> range:
+    """The places of [start, stop) that lie in a slice too; empty where there are none."""
+    first = max(owned.start, start)
+    last = min(owned.stop, stop)
+    return range(first, last)
 
 
 def lay_out(shapes: Mapping[str, tuple[int, int]], rank: int) -> list[Matrix]:
@@ -72,84 +90,147 @@ def lay_out(shapes: Mapping[str, tuple[int, int]], rank: int) -> list[Matrix]:
     matrices: list[Matrix] = []
     offset = 0
     for name, (rows, columns) in shapes.items():
-        matrices.append(Matrix(name, rows, columns, rank, offset))
-        offset += matrices[-1].padded
+        matrix = Matrix(name, rows, columns, rank, offset)
+        matrices.append(matrix)
+        offset += matrix.padded
     return matrices
 
 
-def whole_rows(part_F: torch.Tensor, start: int, width: int) -> tuple[torch.Tensor, int]:
+def whole_rows(part_F: Tensor, start: int, width: int) -> tuple[Tensor, int]:
     """Elements [start, start + F) of a flattened matrix as whole rows, zeros around them; and the first row."""
-    first, stop = start // width, start + part_F.numel()
-    last = -(-stop // width)
-    if start % width == 0 and stop % width == 0:
+    stop = start + part_F.numel()
+    first = start // width
+    is_whole = start % width == 0 and stop % width == 0
+    if is_whole:
         return part_F.view(-1, width), first
+    last = ceil_div(stop, width)
     rows = part_F.new_zeros(last - first, width)
-    rows.view(-1)[start - first * width : stop - first * width] = part_F
+    above = first * width  # elements in the rows before
+    elements = rows.view(-1)
+    begin = start - above
+    end = stop - above
+    elements[begin:end] = part_F
     return rows, first
 
 
-def project(matrix: Matrix, basis_SR: torch.Tensor, grad_F: torch.Tensor, start: int, low: torch.Tensor) -> None:
+def project(matrix: Matrix, basis_SR: Tensor, grad_F: Tensor, start: int, low: Tensor) -> None:
     """Add to the low-rank gradient what elements [start, start + F) of the gradient contribute."""
     rows, first = whole_rows(grad_F, start, matrix.columns)
+    last = first + len(rows)
     if matrix.right:
-        low[first : first + len(rows)].addmm_(rows, basis_SR)
+        low_rows = low[first:last]
+        low_rows.addmm_(rows, basis_SR)
     else:
-        low.addmm_(basis_SR[first : first + len(rows)].T, rows)
+        basis_rows = basis_SR[first:last]
+        low.addmm_(basis_rows.T, rows)
 
 
-def lift(matrix: Matrix, basis_SR: torch.Tensor, low: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+def lift(matrix: Matrix, basis_SR: Tensor, low: Tensor, start: int, stop: int) -> Tensor:
     """Elements [start, stop) of the flattened matrix that a low-rank one stands for."""
-    first, last = start // matrix.columns, -(-stop // matrix.columns)
-    rows = low[first:last] @ basis_SR.T if matrix.right else basis_SR[first:last] @ low
-    return rows.reshape(-1)[start - first * matrix.columns : stop - first * matrix.columns]
+    width = matrix.columns
+    first = start // width
+    last = ceil_div(stop, width)
+    if matrix.right:
+        low_rows = low[first:last]
+        rows = low_rows @ basis_SR.T
+    else:
+        basis_rows = basis_SR[first:last]
+        rows = basis_rows @ low
+    above = first * width
+    elements = rows.reshape(-1)
+    begin = start - above
+    end = stop - above
+    return elements[begin:end]
 
 
-def exact_basis(grad_MN: torch.Tensor, rank: int) -> torch.Tensor:
+def exact_basis(grad_MN: Tensor, rank: int) -> Tensor:
     """The leading singular vectors of the shorter side, from the Gram matrix in fp64; NaN for a NaN gradient.
 
     fp64 makes the square harmless: what fp32 gradients say of singular values is far above its rounding.
     """
-    wide_SL = (grad_MN.T if grad_MN.shape[0] >= grad_MN.shape[1] else grad_MN).double()
-    return _leading(wide_SL @ wide_SL.T, rank).to(grad_MN.dtype)
+    wide_SL = _wide(grad_MN)
+    wide_SL = wide_SL.double()
+    gram_SS = wide_SL @ wide_SL.T
+    basis_SR = _leading(gram_SS, rank)
+    return basis_SR.to(grad_MN.dtype)
 
 
-def fast_basis(grad_MN: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tensor:
-    """Nearly the same by a random sketch with two power iterations (Halko et al. 2011, algorithms 4.4 and 5.1)."""
-    wide_SL = grad_MN.T if grad_MN.shape[0] >= grad_MN.shape[1] else grad_MN
+def fast_basis(grad_MN: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """Nearly the same by a random sketch with two power iterations (Halko et al. 2011, algorithms 4.4 and 5.1).
+
+    K directions are sketched, and the leading R of them are taken.
+    """
+    wide_SL = _wide(grad_MN)
     side, length = wide_SL.shape
-    sketch = torch.randn(length, min(rank + OVERSAMPLING, side), generator=generator).to(grad_MN)
-    range_SK = torch.linalg.qr(wide_SL @ sketch).Q
+    width = min(rank + OVERSAMPLING, side)
+    sketch = torch.randn(length, width, generator=generator)
+    sketch_LK = sketch.to(grad_MN)
+    range_SK = _orthonormal(wide_SL @ sketch_LK)
     for _ in range(2):
-        range_SK = torch.linalg.qr(wide_SL @ torch.linalg.qr(wide_SL.T @ range_SK).Q).Q
-    small_KL = (range_SK.T @ wide_SL).double()
-    return canonical(range_SK @ _leading(small_KL @ small_KL.T, rank).to(grad_MN.dtype))
+        corange_LK = _orthonormal(wide_SL.T @ range_SK)
+        range_SK = _orthonormal(wide_SL @ corange_LK)
+    small_KL = range_SK.T @ wide_SL
+    small_KL = small_KL.double()
+    gram_KK = small_KL @ small_KL.T
+    leading_KR = _leading(gram_KK, rank)
+    leading_KR = leading_KR.to(grad_MN.dtype)
+    return canonical(range_SK @ leading_KR)
 
 
-def random_basis(side: int, rank: int, generator: torch.Generator) -> torch.Tensor:
+def random_basis(side: int, rank: int, generator: torch.Generator) -> Tensor:
     """Gaussian with variance 1 / R (APOLLO, arXiv 2412.05270, algorithm 1)."""
-    return torch.randn(side, rank, generator=generator) / math.sqrt(rank)
+    normal_SR = torch.randn(side, rank, generator=generator)
+    deviation = math.sqrt(rank)
+    return normal_SR / deviation
 
 
-def canonical(basis_SR: torch.Tensor) -> torch.Tensor:
+def canonical(basis_SR: Tensor) -> Tensor:
     """The same vectors with their largest entry positive: the sign of a singular vector is free.
 
     Of entries that are equal but for rounding errors the first counts.
     """
-    largest = rounded(basis_SR.abs()).argmax(0, keepdim=True)
-    return basis_SR * torch.where(basis_SR.gather(0, largest) < 0, -1.0, 1.0).to(basis_SR.dtype)
+    magnitude_SR = rounded(basis_SR.abs())
+    place_1R = magnitude_SR.argmax(0, keepdim=True)
+    entry_1R = basis_SR.gather(0, place_1R)
+    sign_1R = torch.where(entry_1R < 0, -1.0, 1.0)
+    return basis_SR * sign_1R.to(basis_SR.dtype)
 
 
 def generator(seed: int, step: int, name: str) -> torch.Generator:
     """Random numbers that depend on these three alone, not on layout or device."""
-    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    identity = f"{seed}/{step}/{name}"
+    message = identity.encode()
+    digest = hashlib.sha256(message).digest()
+    number = int.from_bytes(digest[:8], "big")
+    generator = torch.Generator()
+    return generator.manual_seed(number >> 1)
 
 
-def _leading(gram: torch.Tensor, rank: int) -> torch.Tensor:
+def _wide(grad_MN: Tensor) -> Tensor:
+    """The gradient [S, L], transposed if it is not wide."""
+    rows, columns = grad_MN.shape
+    if rows >= columns:
+        return grad_MN.T
+    return grad_MN
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    """Orthonormal columns that span those of a matrix."""
+    decomposition = torch.linalg.qr(matrix)
+    orthonormal: Tensor = decomposition.Q
+    return orthonormal
+
+
+def _leading(gram: Tensor, rank: int) -> Tensor:
     """Eigenvectors of the largest eigenvalues, which are squared singular values, largest first; zeros for noise."""
     if not gram.isfinite().all():
-        return gram.new_full((len(gram), rank), math.nan)
-    values, vectors = torch.linalg.eigh(gram)
-    leading = canonical(vectors[:, -rank:].flip(1))
-    is_signal: torch.Tensor = values[-rank:].flip(0) > NOISE**2 * values[-1]
+        shape = (len(gram), rank)
+        return gram.new_full(shape, math.nan)
+    values, vectors = torch.linalg.eigh(gram)  # smallest first
+    last_vectors = vectors[:, -rank:]
+    leading = canonical(last_vectors.flip(1))
+    leading_values = values[-rank:].flip(0)
+    largest = values[-1]
+    noise = NOISE**2 * largest
+    is_signal: Tensor = leading_values > noise
     return leading * is_signal

@@ -8,6 +8,7 @@ import math
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from methods.base import Piece
 from methods.subspace.matrix import BLOCK
@@ -15,40 +16,53 @@ from methods.subspace.matrix import BLOCK
 
 def correction(betas: tuple[float, float], step: int) -> float:
     """c_t, the bias correction of step t = 1, 2, ..."""
-    return math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step)
+    beta1, beta2 = betas
+    second = math.sqrt(1 - beta2**step)
+    first = 1 - beta1**step
+    return second / first
 
 
 class Moments(Protocol):
-    """What both have."""
+    """What the moments in fp32 and those in 8 bits have in common."""
 
-    def normalise(self, grad: torch.Tensor, step: int) -> torch.Tensor:
+    def normalise(self, grad: Tensor, step: int) -> Tensor:
         """Take in the gradient of step t = 1, 2, ... and give N."""
         ...
 
-    def pieces(self, name: str, start: int, own: slice, whole: bool) -> list[Piece]:
-        """The part `own` of the state as a checkpoint holds it; it begins at `start` of the matrix `name`."""
+    def pieces(self, name: str, start: int, part: slice, whole: bool) -> list[Piece]:
+        """A part of the state as a checkpoint holds it; it begins at `start` of the matrix `name`."""
         ...
 
 
 class Adam:
-    """fp32 moments."""
+    """First and second moments in fp32."""
 
     def __init__(self, size: int, betas: tuple[float, float], eps: float, device: torch.device) -> None:
-        self.betas, self.eps = betas, eps
-        self.exp_avg, self.exp_avg_sq = torch.zeros(2, size, device=device)
+        self.betas = betas
+        self.eps = eps
+        moments = torch.zeros(2, size, device=device)
+        self.exp_avg, self.exp_avg_sq = moments
 
-    def normalise(self, grad: torch.Tensor, step: int) -> torch.Tensor:
+    def normalise(self, grad: Tensor, step: int) -> Tensor:
         """Take in the gradient of a step and give N."""
         beta1, beta2 = self.betas
-        self.exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
-        self.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        ratio: torch.Tensor = self.exp_avg / self.exp_avg_sq.sqrt().add_(self.eps)
-        return ratio.mul_(correction(self.betas, step))
+        self.exp_avg.mul_(beta1)
+        self.exp_avg.add_(grad, alpha=1 - beta1)
+        self.exp_avg_sq.mul_(beta2)
+        self.exp_avg_sq.addcmul_(grad, grad, value=1 - beta2)
+        deviation = self.exp_avg_sq.sqrt()
+        deviation.add_(self.eps)
+        ratio: Tensor = self.exp_avg / deviation
+        corrected = correction(self.betas, step)
+        return ratio.mul_(corrected)
 
-    def pieces(self, name: str, start: int, own: slice, whole: bool) -> list[Piece]:
-        """Both moments."""
-        tensors = {"exp_avg": self.exp_avg[own], "exp_avg_sq": self.exp_avg_sq[own]}
-        return [Piece(f"{name}.subspace", start, tensors, whole)]
+    def pieces(self, name: str, start: int, part: slice, whole: bool) -> list[Piece]:
+        """Both moments of a part, by element."""
+        first = self.exp_avg[part]
+        second = self.exp_avg_sq[part]
+        tensors = {"exp_avg": first, "exp_avg_sq": second}
+        piece = Piece(f"{name}.subspace", start, tensors, whole)
+        return [piece]
 
 
 class Adam8Bit:
@@ -57,30 +71,56 @@ class Adam8Bit:
     def __init__(self, size: int, betas: tuple[float, float], eps: float, device: torch.device) -> None:
         from bitsandbytes import functional
 
-        create_dynamic_map: Any = functional.create_dynamic_map
-        self.betas, self.eps = betas, eps
+        new_map: Any = functional.create_dynamic_map
+        self.betas = betas
+        self.eps = eps
         self.states = torch.zeros(2, size, dtype=torch.uint8, device=device)
-        self.absmax = torch.zeros(2, size // BLOCK, device=device)
-        self.maps: list[Any] = [create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
+        blocks = size // BLOCK
+        self.absmax = torch.zeros(2, blocks, device=device)
+        signed = new_map(signed=True)
+        unsigned = new_map(signed=False)
+        self.maps: list[Any] = [signed.to(device), unsigned.to(device)]
 
-    def normalise(self, grad: torch.Tensor, step: int) -> torch.Tensor:
+    def normalise(self, grad: Tensor, step: int) -> Tensor:
         """Take in the gradient of a step and give N: what AdamW with learning rate 1 takes off a zero."""
         from bitsandbytes.functional import optimizer_update_8bit_blockwise
 
-        moved = torch.zeros_like(grad)
+        zero = torch.zeros_like(grad)  # bitsandbytes takes its step off a weight, which is this one
         if grad.numel():
-            hyper: dict[str, Any] = {"beta1": self.betas[0], "beta2": self.betas[1], "beta3": 0.0, "alpha": 0.0}
-            hyper |= {"eps": self.eps, "step": step, "lr": 1.0, "qmap1": self.maps[0], "qmap2": self.maps[1]}
-            hyper |= {"absmax1": self.absmax[0], "absmax2": self.absmax[1]}
-            optimizer_update_8bit_blockwise("adam", grad, moved, self.states[0], self.states[1], **hyper)
-        return moved.neg_()
+            beta1, beta2 = self.betas
+            qmap1, qmap2 = self.maps
+            absmax1, absmax2 = self.absmax
+            state1, state2 = self.states
+            optimizer_update_8bit_blockwise(
+                "adam",
+                g=grad,
+                p=zero,
+                state1=state1,
+                state2=state2,
+                beta1=beta1,
+                beta2=beta2,
+                beta3=0.0,
+                alpha=0.0,
+                eps=self.eps,
+                step=step,
+                lr=1.0,
+                qmap1=qmap1,
+                qmap2=qmap2,
+                absmax1=absmax1,
+                absmax2=absmax2,
+            )
+        return zero.neg_()
 
-    def pieces(self, name: str, start: int, own: slice, whole: bool) -> list[Piece]:
-        """The codes by element, and the scales by block."""
-        codes = {"state1": self.states[0, own], "state2": self.states[1, own]}
-        blocks = slice(own.start // BLOCK, own.stop // BLOCK)
-        scales = {"absmax1": self.absmax[0, blocks], "absmax2": self.absmax[1, blocks]}
-        return [
-            Piece(f"{name}.subspace", start, codes, whole),
-            Piece(f"{name}.blocks", start // BLOCK, scales, whole),
-        ]
+    def pieces(self, name: str, start: int, part: slice, whole: bool) -> list[Piece]:
+        """The codes of a part by element, and its scales by block."""
+        state1, state2 = self.states[:, part]
+        codes = {"state1": state1, "state2": state2}
+        by_element = Piece(f"{name}.subspace", start, codes, whole)
+        first = part.start // BLOCK
+        last = part.stop // BLOCK
+        blocks = self.absmax[:, first:last]
+        absmax1, absmax2 = blocks
+        scales = {"absmax1": absmax1, "absmax2": absmax2}
+        start_block = start // BLOCK
+        by_block = Piece(f"{name}.blocks", start_block, scales, whole)
+        return [by_element, by_block]

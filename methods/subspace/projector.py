@@ -7,10 +7,11 @@ whose leading direction stays is refreshed half as often).
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
-from methods.base import Piece
-from methods.subspace.matrix import BLOCK
+from methods.base import Piece, Tensors
+from methods.subspace.matrix import BLOCK, ceil_div
 
 LEVELS = 15  # largest 4-bit code
 SIMILAR = 0.4  # mean cosine from which an interval doubles
@@ -18,14 +19,14 @@ REMEMBERED = 5  # cosines in that mean
 
 
 class Projector(Protocol):
-    """What both kinds have."""
+    """What memory for a basis can do, in fp32 and in 4 bits."""
 
-    def get(self) -> torch.Tensor:
-        """The basis in R^{S x R}, fp32."""
+    def get(self) -> Tensor:
+        """The basis in R^{S x R}, in fp32."""
         ...
 
-    def set(self, basis_SR: torch.Tensor) -> None:
-        """Keep a basis."""
+    def set(self, basis_SR: Tensor) -> None:
+        """Store a basis instead of the last."""
         ...
 
     def pieces(self, name: str) -> list[Piece]:
@@ -34,58 +35,86 @@ class Projector(Protocol):
 
 
 class Fp32Projector:
-    """The basis as it is."""
+    """Memory for a basis as it is."""
 
     def __init__(self, side: int, rank: int, device: torch.device) -> None:
-        self._basis_SR = torch.zeros(side, rank, device=device)
+        basis_SR = torch.zeros(side, rank, device=device)
+        self._basis_SR = basis_SR
 
-    def get(self) -> torch.Tensor:
-        """The basis."""
+    def get(self) -> Tensor:
+        """The basis in R^{S x R}, in fp32."""
         return self._basis_SR
 
-    def set(self, basis_SR: torch.Tensor) -> None:
-        """Keep a basis."""
+    def set(self, basis_SR: Tensor) -> None:
+        """Store a basis instead of the last."""
         self._basis_SR.copy_(basis_SR)
 
     def pieces(self, name: str) -> list[Piece]:
-        """The basis."""
-        return [Piece(f"{name}.basis", 0, {"basis": self._basis_SR.view(-1)}, True)]
+        """The basis, flattened, as one piece."""
+        elements = self._basis_SR.view(-1)
+        tensors = {"basis": elements}
+        piece = Piece(f"{name}.basis", 0, tensors, True)
+        return [piece]
 
 
 class Int4Projector:
     """p ~ s (code - z) in blocks of 256, s = (max - min) / 15, z = -round(min / s); two codes to a byte."""
 
     def __init__(self, side: int, rank: int, device: torch.device) -> None:
-        self._side, self._rank = side, rank
-        blocks = -(-side * rank // BLOCK)
-        self._codes = torch.zeros(blocks * BLOCK // 2, dtype=torch.uint8, device=device)
+        self._side = side
+        self._rank = rank
+        size = side * rank
+        blocks = ceil_div(size, BLOCK)
+        pairs = blocks * BLOCK // 2
+        self._codes = torch.zeros(pairs, dtype=torch.uint8, device=device)
         self._scales = torch.zeros(blocks, device=device)
         self._zeros = torch.zeros(blocks, device=device)
 
-    def get(self) -> torch.Tensor:
+    def get(self) -> Tensor:
         """The basis that the codes stand for."""
-        codes = torch.stack([self._codes & LEVELS, self._codes >> 4], 1).view(-1, BLOCK)
-        values = self._scales[:, None] * (codes - self._zeros[:, None])
-        return values.view(-1)[: self._side * self._rank].view(self._side, self._rank)
+        even = self._codes & LEVELS
+        odd = self._codes >> 4
+        pairs = torch.stack([even, odd], 1)
+        codes = pairs.view(-1, BLOCK)
+        zeros = self._zeros[:, None]
+        scales = self._scales[:, None]
+        values = scales * (codes - zeros)
+        elements = values.view(-1)
+        size = self._side * self._rank
+        unpadded = elements[:size]
+        return unpadded.view(self._side, self._rank)
 
-    def set(self, basis_SR: torch.Tensor) -> None:
+    def set(self, basis_SR: Tensor) -> None:
         """Round a basis to codes."""
-        values = pad(basis_SR.reshape(-1), (0, 2 * len(self._codes) - basis_SR.numel())).view(-1, BLOCK)
-        low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
-        scales = (high - low).clamp(min=1e-5) / LEVELS
-        zeros = (-torch.round(low / scales)).clamp(0, LEVELS)
-        codes = (torch.round(values / scales) + zeros).clamp(0, LEVELS).to(torch.uint8).view(-1, 2)
-        self._codes.copy_(codes[:, 0] | codes[:, 1] << 4)
-        self._scales.copy_(scales[:, 0])
-        self._zeros.copy_(zeros[:, 0])
+        elements = basis_SR.reshape(-1)
+        padded = 2 * len(self._codes)
+        padding = padded - basis_SR.numel()
+        elements = pad(elements, (0, padding))
+        values = elements.view(-1, BLOCK)
+        low = values.amin(1, keepdim=True)
+        high = values.amax(1, keepdim=True)
+        span = high - low
+        span = span.clamp(min=1e-5)
+        scale = span / LEVELS
+        zero = -torch.round(low / scale)
+        zero = zero.clamp(0, LEVELS)
+        levels = torch.round(values / scale)
+        levels = levels + zero
+        levels = levels.clamp(0, LEVELS)
+        codes = levels.to(torch.uint8)
+        even, odd = codes.view(-1, 2).T
+        pairs = even | odd << 4
+        self._codes.copy_(pairs)
+        self._scales.copy_(scale[:, 0])
+        self._zeros.copy_(zero[:, 0])
 
     def pieces(self, name: str) -> list[Piece]:
         """Pairs of codes, and by block their scale and zero point."""
         blocks = {"scale": self._scales, "zero": self._zeros}
-        return [
-            Piece(f"{name}.basis", 0, {"codes": self._codes}, True),
-            Piece(f"{name}.basis.blocks", 0, blocks, True),
-        ]
+        pairs = {"codes": self._codes}
+        by_pair = Piece(f"{name}.basis", 0, pairs, True)
+        by_block = Piece(f"{name}.basis.blocks", 0, blocks, True)
+        return [by_pair, by_block]
 
 
 class Calendar:
@@ -98,37 +127,59 @@ class Calendar:
 
     def __init__(self, every: int, lazy: bool, sides: list[int], device: torch.device) -> None:
         self._lazy = lazy
-        self._intervals = torch.full((len(sides),), every)
-        self._empty = torch.zeros(len(sides), dtype=torch.bool)
-        self._cosines = torch.full((len(sides), REMEMBERED), torch.nan, dtype=torch.float64)
-        self._directions = [torch.zeros(side if lazy else 0, device=device) for side in sides]
+        count = len(sides)
+        self._intervals = torch.full((count,), every)
+        self._empty = torch.zeros(count, dtype=torch.bool)
+        self._cosines = torch.full((count, REMEMBERED), torch.nan, dtype=torch.float64)
+        self._directions = []
+        for side in sides:
+            length = side
+            if not lazy:
+                length = 0
+            direction = torch.zeros(length, device=device)
+            self._directions.append(direction)
 
     def due(self, step: int) -> list[int]:
         """The matrices whose basis is chosen at this step."""
-        intervals, empty = self._intervals.tolist(), self._empty.tolist()
-        return [i for i, interval in enumerate(intervals) if empty[i] or step % interval == 0]
+        intervals = self._intervals.tolist()
+        empty = self._empty.tolist()
+        due = []
+        for index, interval in enumerate(intervals):
+            if empty[index] or step % interval == 0:
+                due.append(index)
+        return due
 
-    def note(self, index: int, basis_SR: torch.Tensor) -> None:
-        """A matrix has a new basis."""
+    def note(self, index: int, basis_SR: Tensor) -> None:
+        """Know that a matrix has a new basis; a lazy schedule may double the matrix's interval."""
         self._empty[index] = not basis_SR.any()
         if not self._lazy or self._empty[index]:
             return
-        old, new = self._directions[index], basis_SR[:, 0]
+        old = self._directions[index]
+        new = basis_SR[:, 0]
         if old.any():
-            cosines = self._cosines[index]
-            cosines[:-1] = cosines[1:].clone()
-            cosines[-1] = cosine_similarity(old.double(), new.double(), dim=0).abs()
-            if cosines.mean() >= SIMILAR:  # NaN until enough are known
-                self._intervals[index] *= 2
+            cosine = cosine_similarity(old.double(), new.double(), dim=0)
+            magnitude = cosine.abs()
+            self._note_cosine(index, magnitude)
         old.copy_(new)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold of it, but for the directions."""
-        lazy = {"intervals": self._intervals, "cosines": self._cosines} if self._lazy else {}
-        return {"empty": self._empty, **lazy}
+    def _note_cosine(self, index: int, cosine: Tensor) -> None:
+        """Forget the oldest of a matrix's cosines for a new one, and double its interval where they are large."""
+        cosines = self._cosines[index]
+        cosines[:-1] = cosines[1:].clone()
+        cosines[-1] = cosine
+        if cosines.mean() >= SIMILAR:  # NaN until enough are known
+            self._intervals[index] *= 2
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take that back."""
+    def state(self) -> Tensors:
+        """What a checkpoint must hold of it, but for the directions."""
+        state = {"empty": self._empty}
+        if self._lazy:
+            state["intervals"] = self._intervals
+            state["cosines"] = self._cosines
+        return state
+
+    def load_state(self, state: Tensors) -> None:
+        """Take back what `state` gave."""
         self._empty.copy_(state["empty"])
         if self._lazy:
             self._intervals.copy_(state["intervals"])
@@ -136,5 +187,10 @@ class Calendar:
 
     def pieces(self, names: list[str]) -> list[Piece]:
         """The leading direction of every matrix at its last refresh."""
-        pairs = zip(names, self._directions, strict=True) if self._lazy else ()
-        return [Piece(f"{name}.direction", 0, {"direction": vector}, True) for name, vector in pairs]
+        if not self._lazy:
+            return []
+        pieces = []
+        for name, vector in zip(names, self._directions, strict=True):
+            piece = Piece(f"{name}.direction", 0, {"direction": vector}, True)
+            pieces.append(piece)
+        return pieces

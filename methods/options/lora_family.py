@@ -1,0 +1,63 @@
+"""What the options of the LoRA family share."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Protocol
+
+from pydantic import Field
+
+from methods.options.base import WEIGHTS_EXPONENT, BaseConfig, Count, Fraction, Positive, Targeted
+from methods.parts.targets import Linears, Others, inputs, outputs
+
+
+class LowRankOptions(Targeted):
+    """What the LoRA family shares."""
+
+    default_lr: ClassVar[float] = 2e-4
+    width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
+
+    rank: Count = Field(16, description="rank r of the update B A")
+    alpha: float | None = Field(None, gt=0, description="numerator of the update's scale; null: 2 x rank")
+    dropout: Fraction = Field(0.0, description="dropout on the adapter's input")
+    lr_ratio: Positive = Field(1.0, description="LoRA+: learning rate of B over that of A")
+
+    @property
+    def scale_numerator(self) -> float:
+        """Alpha, with its default of twice the rank."""
+        if self.alpha is not None:
+            return self.alpha
+        return 2.0 * self.rank
+
+    def adds(self, linears: Linears, others: Others) -> int:
+        """A in R^{r x in} and B in R^{out x r} for every target."""
+        chosen = self.targets(linears, others)
+        features = outputs(chosen) + inputs(chosen)
+        return self.rank * features
+
+
+class Started(Protocol):
+    """Options that have a rank and say how A and B start."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def init(self) -> str: ...
+
+
+def check_directions(options: Started, chosen: Linears) -> None:
+    """Raise ValueError where a start from singular vectors asks for more than a matrix has."""
+    if options.init not in ("pissa", "olora", "eva", "loftq"):
+        return
+    for name, shape in chosen.items():
+        available = min(shape)
+        if options.rank > available:
+            raise ValueError(f"found rank {options.rank} for init {options.init}; {name} has {available} directions")
+
+
+def is_scaled(config: BaseConfig) -> bool:
+    """Whether a base's config.json scales rotary frequencies, or has several kinds of them."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        return True
+    kind = rope.get("type", "default")  # the key's older name
+    kind = rope.get("rope_type", kind)
+    return bool(kind != "default")
