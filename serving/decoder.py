@@ -6,6 +6,7 @@ Shapes: T rows, D width, V vocabulary.
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from serving.adapter import Place
@@ -17,13 +18,13 @@ from serving.passing import Pass
 class Operations(Protocol):
     """What a decoder layer is made of: in plain torch, or as kernels that fuse."""
 
-    def project(self, step: Pass, name: str, layer: int, x_TI: torch.Tensor) -> torch.Tensor: ...
+    def project(self, step: Pass, name: str, layer: int, x_TI: Tensor) -> Tensor: ...
     def norm(
-        self, step: Pass, place: Place, x_TD: torch.Tensor, residual_TD: torch.Tensor | None, source: Place | None
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-    def rotate(self, step: Pass, layer: int, y_TO: torch.Tensor) -> torch.Tensor: ...
-    def attend(self, step: Pass, layer: int, query_THE: torch.Tensor) -> torch.Tensor: ...
-    def gate(self, step: Pass, layer: int, y_TO: torch.Tensor) -> torch.Tensor: ...
+        self, step: Pass, place: Place, x_TD: Tensor, residual_TD: Tensor | None, source: Place | None
+    ) -> tuple[Tensor, Tensor]: ...
+    def rotate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor: ...
+    def attend(self, step: Pass, layer: int, query_THE: Tensor) -> Tensor: ...
+    def gate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor: ...
 
 
 class Decoder:
@@ -32,7 +33,7 @@ class Decoder:
     def __init__(self, base: Base, operations: Operations) -> None:
         self.base, self.ops = base, operations
 
-    def embed(self, id_T: torch.Tensor, mix: Mix) -> torch.Tensor:
+    def embed(self, id_T: Tensor, mix: Mix) -> Tensor:
         """The rows' embeddings [T, D], as the first layer gets them."""
         x_TD = embedding(id_T, self.base.embed_VD)
         for tenant in mix.tenants:
@@ -41,7 +42,7 @@ class Decoder:
                 x_TD = torch.where(mine_T, embedding(id_T, own_VD), x_TD)
         return x_TD if self.base.shape.embed_scale == 1 else x_TD * self.base.embed_scale
 
-    def forward(self, x_TD: torch.Tensor, step: Pass) -> torch.Tensor:
+    def forward(self, x_TD: Tensor, step: Pass) -> Tensor:
         """The normed outputs [T, D] of the last layer; keys and values are in the cache then."""
         ops = self.ops
         residual_TD, normed_TD = ops.norm(step, (0, "input_layernorm"), x_TD, None, None)
@@ -55,7 +56,7 @@ class Decoder:
             residual_TD, normed_TD = ops.norm(step, self._next(layer), out_TD, residual_TD, (layer, "down"))
         return normed_TD
 
-    def logits(self, x_TD: torch.Tensor, mix: Mix) -> torch.Tensor:
+    def logits(self, x_TD: Tensor, mix: Mix) -> Tensor:
         """The logits [T, V] of normed outputs."""
         logits_TV = linear(x_TD, self.base.head_VD)
         for tenant in mix.tenants:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from serving.base import Base
 from serving.cache import PAGE, Cache, pages_for
@@ -106,7 +107,7 @@ class Engine:
             self._refuse(self.scheduler.waiting[0])
 
     @torch.inference_mode()
-    def logits(self, request: Request) -> torch.Tensor:
+    def logits(self, request: Request) -> Tensor:
         """The logits [T, V] behind each token of a prompt, on an engine that has nothing else to do."""
         sequence = self.add(request)
         self.scheduler.admit()
@@ -147,7 +148,7 @@ class Engine:
             self.scheduler.filled(sequence)
         self._finish()
 
-    def _score(self, chosen: Chosen, hidden_TD: torch.Tensor) -> None:
+    def _score(self, chosen: Chosen, hidden_TD: Tensor) -> None:
         """Note what the rows say of the tokens behind them, where that is asked."""
         found = [(s, span.row + row, token) for s, span in chosen for row, token in scored(s, span)]
         for first in range(0, len(found), ROWS):
@@ -196,7 +197,7 @@ class Engine:
         self._take(running, hidden_TD)
         self._finish()
 
-    def _take(self, sequences: Several[Sequence], hidden_TD: torch.Tensor) -> None:
+    def _take(self, sequences: Several[Sequence], hidden_TD: Tensor) -> None:
         for sequence, token in zip(sequences, self.forward.next_tokens(sequences, hidden_TD), strict=True):
             sequence.take(token)
 

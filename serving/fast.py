@@ -11,6 +11,7 @@ from math import gcd, log2
 
 import torch
 import triton
+from torch import Tensor
 from torch.nn.functional import linear
 
 from serving.adapter import Place
@@ -42,11 +43,11 @@ class Fast:
         self.varlen = base.dtype != torch.float32
         self.grouped = Grouped(base, pool)
 
-    def entry(self, layer: int, site: str) -> torch.Tensor:
+    def entry(self, layer: int, site: str) -> Tensor:
         """The table from an entry on."""
         return self.pool.table_KLSC[0, layer, self.base.sites[site]]
 
-    def project(self, step: Pass, name: str, layer: int, x_TI: torch.Tensor) -> torch.Tensor:
+    def project(self, step: Pass, name: str, layer: int, x_TI: Tensor) -> Tensor:
         """The outputs of a group, and behind them what decoding needs of narrow adapters."""
         group = self.base.groups[name]
         if step.mix.needs.scales and name == "o":
@@ -61,8 +62,8 @@ class Fast:
         return y_TO
 
     def norm(
-        self, step: Pass, place: Place, x_TD: torch.Tensor, residual_TD: torch.Tensor | None, source: Place | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, step: Pass, place: Place, x_TD: Tensor, residual_TD: Tensor | None, source: Place | None
+    ) -> tuple[Tensor, Tensor]:
         """The residual stream with x, which is completed, and the stream's norm."""
         layer, name = place
         rows, width = len(x_TD), self.shape.width
@@ -78,7 +79,7 @@ class Fast:
         )  # fmt: skip
         return stream_TD, normed_TD
 
-    def rotate(self, step: Pass, layer: int, y_TO: torch.Tensor) -> torch.Tensor:
+    def rotate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor:
         """Queries; keys and values go to the cache."""
         shape, group = self.shape, self.base.groups["qkv"]
         query_THE = torch.empty(len(y_TO), shape.heads, shape.head_size, dtype=y_TO.dtype, device=y_TO.device)
@@ -98,7 +99,7 @@ class Fast:
         )  # fmt: skip
         return query_THE
 
-    def attend(self, step: Pass, layer: int, query_THE: torch.Tensor) -> torch.Tensor:
+    def attend(self, step: Pass, layer: int, query_THE: Tensor) -> Tensor:
         """Attention: over pages where every row is a sequence, else of runs of rows."""
         if step.pages_TP is not None:
             return self._decode(step, layer, query_THE)
@@ -112,10 +113,10 @@ class Fast:
         attended = varlen_attn(
             query_THE, key, value, packed.row_N, packed.key_N, packed.rows, packed.keys, window_size=window
         )
-        assert isinstance(attended, torch.Tensor)
+        assert isinstance(attended, Tensor)
         return attended.flatten(1)
 
-    def gate(self, step: Pass, layer: int, y_TO: torch.Tensor) -> torch.Tensor:
+    def gate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor:
         """What the down projection gets, with what its adapter scales it by."""
         group, inner = self.base.groups["gate_up"], self.shape.mlp
         result_TI = torch.empty(len(y_TO), inner, dtype=y_TO.dtype, device=y_TO.device)
@@ -128,7 +129,7 @@ class Fast:
         )  # fmt: skip
         return result_TI
 
-    def _decode(self, step: Pass, layer: int, query_THE: torch.Tensor) -> torch.Tensor:
+    def _decode(self, step: Pass, layer: int, query_THE: Tensor) -> Tensor:
         assert step.pages_TP is not None
         shape, rows = self.shape, len(query_THE)
         parts = step.parts
@@ -150,7 +151,7 @@ class Fast:
             )
         return result.flatten(1)
 
-    def _scale(self, step: Pass, layer: int, x_TI: torch.Tensor) -> None:
+    def _scale(self, step: Pass, layer: int, x_TI: Tensor) -> None:
         inputs = x_TI.shape[1]
         scale_kernel[(len(x_TI), triton.cdiv(inputs, 1024))](
             x_TI, step.mix.slot_T, self.entry(layer, "o_proj"), self.arena, inputs, self.stride, N=1024

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
+from torch import Tensor
 
 from serving.error import AdapterRefused
 
@@ -46,7 +47,7 @@ class Folder:
         """The names of its tensors."""
         return sorted(self._tensors)
 
-    def take(self, name: str, *shape: int | None) -> torch.Tensor:
+    def take(self, name: str, *shape: int | None) -> Tensor:
         """A tensor in fp32, whose shape must be as given (None: any size)."""
         if name not in self._tensors:
             raise AdapterRefused(f"{self.weights_path}: found no tensor {name}, which its config asks for")
@@ -113,9 +114,9 @@ def _config(path: Path, text: bytes) -> dict[str, Any]:
     return config
 
 
-def _tensors(path: Path, raw: bytes) -> dict[str, torch.Tensor]:
+def _tensors(path: Path, raw: bytes) -> dict[str, Tensor]:
     try:
-        tensors: dict[str, torch.Tensor] = load(raw)
+        tensors: dict[str, Tensor] = load(raw)
     except SafetensorError as error:
         raise AdapterRefused(f"{path}: found a broken or truncated file: {error}") from error
     for name, tensor in tensors.items():

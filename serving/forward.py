@@ -6,6 +6,7 @@ Shapes: T rows of a pass, V vocabulary, D width.
 from collections.abc import Sequence as Several
 
 import torch
+from torch import Tensor
 
 from serving.base import Base
 from serving.cache import Cache, pages_for
@@ -32,14 +33,14 @@ class Forward:
         self.rotations = Rotations(base, positions)
         self.decoder = Decoder(base, self._operations())
 
-    def run(self, chosen: Chosen, id_T: torch.Tensor) -> tuple[torch.Tensor, Mix]:
+    def run(self, chosen: Chosen, id_T: Tensor) -> tuple[Tensor, Mix]:
         """The normed outputs [T, D] of some rows of sequences, and the adapters of these rows."""
         counts = [span.count for _, span in chosen]
         mix = Mix.of([sequence.resident for sequence, _ in chosen], self.device, counts)
         x_TD = self.decoder.embed(id_T.to(self.device), mix)
         return self.decoder.forward(x_TD, self._pass(mix, [(s.resident, span) for s, span in chosen])), mix
 
-    def next_tokens(self, sequences: Several[Sequence], hidden_TD: torch.Tensor) -> list[int]:
+    def next_tokens(self, sequences: Several[Sequence], hidden_TD: Tensor) -> list[int]:
         """The next token of each sequence's answer, from its last row's outputs."""
         mix = Mix.of([sequence.resident for sequence in sequences], self.device)
         logits_TV = self.decoder.logits(hidden_TD, mix)

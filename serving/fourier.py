@@ -4,6 +4,7 @@ import math
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from serving.adapter import Adapter, Part
 from serving.base import Base
@@ -29,7 +30,7 @@ def read_fourierft(folder: Folder, base: Base) -> Adapter:
 
 
 @lru_cache(maxsize=64)
-def waves(count: int, seed: int, out: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+def waves(count: int, seed: int, out: int, inputs: int) -> tuple[Tensor, Tensor]:
     """The waves [2 N, I] and [2 N, O] of a spectrum's places, which a seed draws as PEFT draws them."""
     places_N = torch.randperm(out * inputs, generator=torch.Generator().manual_seed(seed))[:count]
     v_NI = phases(places_N % inputs, inputs)
@@ -37,7 +38,7 @@ def waves(count: int, seed: int, out: int, inputs: int) -> tuple[torch.Tensor, t
     return torch.cat([v_NI.cos(), v_NI.sin()]).float(), torch.cat([u_NO.cos(), -u_NO.sin()]).float()
 
 
-def phases(frequency_N: torch.Tensor, size: int) -> torch.Tensor:
+def phases(frequency_N: Tensor, size: int) -> Tensor:
     """2 pi f k / size for k below size, reduced to one turn before it is rounded."""
     turns_NK = frequency_N[:, None] * torch.arange(size)[None] % size
     return turns_NK.double() * (2 * math.pi / size)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from serving.base import BEHIND, Base, Group
 from serving.kernel.factor import add_kernel, expand_kernel, shrink_kernel
@@ -35,9 +36,7 @@ class Grouped:
         self.side = torch.cuda.Stream() if base.device.type == "cuda" else None
 
     @contextmanager
-    def meanwhile(
-        self, step: Pass, group: Group, layer: int, x_TI: torch.Tensor
-    ) -> Iterator[Callable[[torch.Tensor], None]]:
+    def meanwhile(self, step: Pass, group: Group, layer: int, x_TI: Tensor) -> Iterator[Callable[[Tensor], None]]:
         """While the base's product is computed; gives what adds the adapters' to it, to be called afterwards."""
         work = step.before
         if work is None:
@@ -49,13 +48,13 @@ class Grouped:
                 shares_PTO = self._shares(work, group, self._entry(layer, group, ""), x_TI)
             yield lambda y_TO: self._add(work, group, shares_PTO, y_TO)
 
-    def behind(self, work: Work, group: Group, layer: int, y_TO: torch.Tensor) -> None:
+    def behind(self, work: Work, group: Group, layer: int, y_TO: Tensor) -> None:
         """Add what bottlenecks make of a group's outputs."""
         entry = self._entry(layer, group, BEHIND)
         h_TSR = self._shrink(work, entry, y_TO, group.out, 1, 1)
         self._expand(work, group, entry, h_TSR, y_TO, 1, 1, True)
 
-    def _entry(self, layer: int, group: Group, suffix: str) -> torch.Tensor:
+    def _entry(self, layer: int, group: Group, suffix: str) -> Tensor:
         return self.pool.table_KLSC[0, layer, self.base.sites[group.sites[0].name + suffix]]
 
     def _aside(self) -> AbstractContextManager[Any]:
@@ -64,12 +63,12 @@ class Grouped:
         self.side.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.side)
 
-    def _into(self, work: Work, group: Group, entry: torch.Tensor, x_TI: torch.Tensor, y_TO: torch.Tensor) -> None:
+    def _into(self, work: Work, group: Group, entry: Tensor, x_TI: Tensor, y_TO: Tensor) -> None:
         sections = len(group.sites)
         h_TSR = self._shrink(work, entry, x_TI, x_TI.shape[1], sections, 1)
         self._expand(work, group, entry, h_TSR, y_TO, sections, 1, False)
 
-    def _shares(self, work: Work, group: Group, entry: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+    def _shares(self, work: Work, group: Group, entry: Tensor, x_TI: Tensor) -> Tensor:
         sections, inputs = len(group.sites), x_TI.shape[1]
         h_TSR = self._shrink(work, entry, x_TI, inputs, sections, max(1, inputs // SHARE))
         shares = SHARES if group.out <= MANY else SHARES // 2
@@ -77,7 +76,7 @@ class Grouped:
         self._expand(work, group, entry, h_TSR, shares_PTO[0], sections, shares, False)
         return shares_PTO
 
-    def _add(self, work: Work, group: Group, shares_PTO: torch.Tensor, y_TO: torch.Tensor) -> None:
+    def _add(self, work: Work, group: Group, shares_PTO: Tensor, y_TO: Tensor) -> None:
         if self.side is not None:
             torch.cuda.current_stream().wait_stream(self.side)
         add_kernel[(len(work.segment), triton.cdiv(group.out, 128))](
@@ -85,9 +84,7 @@ class Grouped:
             shares_PTO.stride(0), T=work.rows, N=128, SHARES=len(shares_PTO), num_warps=4,
         )  # fmt: skip
 
-    def _shrink(
-        self, work: Work, entry: torch.Tensor, x_TI: torch.Tensor, inputs: int, sections: int, parts: int
-    ) -> torch.Tensor:
+    def _shrink(self, work: Work, entry: Tensor, x_TI: Tensor, inputs: int, sections: int, parts: int) -> Tensor:
         kind = torch.float32 if parts > 1 else x_TI.dtype
         h_TSPR = torch.empty(len(x_TI), sections, parts, work.rank, dtype=kind, device=x_TI.device)
         shrink_kernel[(len(work.task), sections, parts)](
@@ -98,7 +95,7 @@ class Grouped:
         return (h_TSPR.sum(2) if parts > 1 else h_TSPR[:, :, 0]).to(x_TI.dtype)
 
     def _expand(
-        self, work: Work, group: Group, entry: torch.Tensor, h_TSR: torch.Tensor, y_TO: torch.Tensor, sections: int,
+        self, work: Work, group: Group, entry: Tensor, h_TSR: Tensor, y_TO: Tensor, sections: int,
         shares: int, behind: bool,
     ) -> None:  # fmt: skip
         starts = [site.start for site in group.sites[1:]] if sections > 1 else []

@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import gelu, linear, relu, silu
 
 from serving import packed
@@ -27,14 +28,14 @@ class Tenant(NamedTuple):
     """An adapter of the batch, and its rows."""
 
     resident: Resident
-    row_T: torch.Tensor
+    row_T: Tensor
 
 
 @dataclass
 class Mix:
     """The adapters of one forward pass."""
 
-    slot_T: torch.Tensor  # the slot of each row, int32, on the device
+    slot_T: Tensor  # the slot of each row, int32, on the device
     tenants: list[Tenant] = field(default_factory=list)  # without the base
     needs: Needs = field(default_factory=Needs)
 
@@ -42,7 +43,7 @@ class Mix:
     def of(cls, residents: list[Resident | None], device: torch.device, counts: list[int] | None = None) -> "Mix":
         """The mix of a batch whose runs of rows (`counts`, or one row each) have these adapters (None: the base)."""
         counts = counts or [1] * len(residents)
-        rows: dict[int, list[torch.Tensor]] = {}
+        rows: dict[int, list[Tensor]] = {}
         present: dict[int, Resident] = {}
         for resident, count, end in zip(residents, counts, accumulate(counts), strict=True):
             if resident is not None:
@@ -65,14 +66,14 @@ class Entry:
         self.rank, self.inputs, self.outputs = self._row[RANK], inputs, outputs
         self.function = FUNCTIONS[self._row[packed.ACTIVATION]]
 
-    def piece(self, column: int, *shape: int) -> torch.Tensor | None:
+    def piece(self, column: int, *shape: int) -> Tensor | None:
         """One of its pieces, or None."""
         if self._row[column] == NOWHERE:
             return None
         start, size = self._row[column] * UNIT, torch.Size(shape).numel()
         return self._data[start : start + size].view(shape)
 
-    def update(self, x_TI: torch.Tensor) -> torch.Tensor | None:
+    def update(self, x_TI: Tensor) -> Tensor | None:
         """v * (B (c * f(A x + bias))), or None where there are no factors."""
         if self.rank == 0:
             return None
@@ -92,7 +93,7 @@ class PlainMix:
     def __init__(self, base: Base, pool: Pool) -> None:
         self.base, self.pool = base, pool
 
-    def project(self, mix: Mix, name: str, layer: int, x_TI: torch.Tensor) -> torch.Tensor:
+    def project(self, mix: Mix, name: str, layer: int, x_TI: Tensor) -> Tensor:
         """The outputs [T, O] of a group of linear layers, with all that adapters do there."""
         group = self.base.groups[name]
         x_TI = self._scaled(mix, group, layer, x_TI)
@@ -103,7 +104,7 @@ class PlainMix:
             y_TO[rows] = self._adapted(tenant.resident.slot, group, layer, x_TI[rows], y_TO[rows])
         return y_TO
 
-    def norm(self, mix: Mix, place: Place, x_TD: torch.Tensor) -> torch.Tensor:
+    def norm(self, mix: Mix, place: Place, x_TD: Tensor) -> Tensor:
         """RMS norm over the last dimension, with each row's own weight."""
         layer, name = place
         weight_D = self.base.norms[name][layer]
@@ -119,7 +120,7 @@ class PlainMix:
     def _entry(self, slot: int, layer: int, site: str, inputs: int, outputs: int) -> Entry:
         return Entry(self.pool, slot, layer, self.base.sites[site], inputs, outputs)
 
-    def _scaled(self, mix: Mix, group: Group, layer: int, x_TI: torch.Tensor) -> torch.Tensor:
+    def _scaled(self, mix: Mix, group: Group, layer: int, x_TI: Tensor) -> Tensor:
         if len(group.sites) > 1 or not mix.needs.scales:
             return x_TI
         x_TI = x_TI.clone()
@@ -129,7 +130,7 @@ class PlainMix:
                 x_TI[tenant.row_T] *= u_I
         return x_TI
 
-    def _adapted(self, slot: int, group: Group, layer: int, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
+    def _adapted(self, slot: int, group: Group, layer: int, x_TI: Tensor, y_TO: Tensor) -> Tensor:
         for site in group.sites:
             entry = self._entry(slot, layer, site.name, site.inputs, site.stop - site.start)
             own_TO = y_TO[:, site.start : site.stop]

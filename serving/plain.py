@@ -4,6 +4,7 @@ Shapes: T rows, H query heads, G key-value heads, E head size, F rotary half, O 
 """
 
 import torch
+from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from serving.adapter import Place
@@ -21,7 +22,7 @@ class Plain:
         self.base, self.shape, self.cache = base, base.shape, cache
         self.mixed = PlainMix(base, pool)
 
-    def project(self, step: Pass, name: str, layer: int, x_TI: torch.Tensor) -> torch.Tensor:
+    def project(self, step: Pass, name: str, layer: int, x_TI: Tensor) -> Tensor:
         """The outputs of a group of linear layers."""
         return self.mixed.project(step.mix, name, layer, x_TI)
 
@@ -29,15 +30,15 @@ class Plain:
         self,
         step: Pass,
         place: Place,
-        x_TD: torch.Tensor,
-        residual_TD: torch.Tensor | None,
+        x_TD: Tensor,
+        residual_TD: Tensor | None,
         source: Place | None,  # noqa: ARG002 (x is complete here; kernels complete it in this pass)
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """The residual stream with x, which comes from the group `source`, and the stream's norm of this place."""
         residual_TD = x_TD if residual_TD is None else residual_TD + x_TD
         return residual_TD, self.mixed.norm(step.mix, place, residual_TD)
 
-    def rotate(self, step: Pass, layer: int, y_TO: torch.Tensor) -> torch.Tensor:
+    def rotate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor:
         """Queries [T, H, E], rotated; keys, rotated too, and values go to the cache."""
         shape = self.shape
         sizes = [heads * shape.head_size for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
@@ -48,7 +49,7 @@ class Plain:
         self.cache.value_LNHE[layer, step.place_T] = value
         return rotated(query, step.cos_TF, step.sin_TF)
 
-    def attend(self, step: Pass, layer: int, query_THE: torch.Tensor) -> torch.Tensor:
+    def attend(self, step: Pass, layer: int, query_THE: Tensor) -> Tensor:
         """Attention [T, H x E] of every sequence's rows over its keys in the cache."""
         result = torch.empty_like(query_THE)
         for span in step.spans:
@@ -58,13 +59,13 @@ class Plain:
             result[rows] = attention(query_THE[rows], key, value, span.start, self.shape.window)
         return result.flatten(1)
 
-    def gate(self, step: Pass, layer: int, y_TO: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+    def gate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor:  # noqa: ARG002
         """What the feed-forward layer's down projection gets."""
         gate, up = y_TO.chunk(2, dim=1)
         return (gelu(gate, approximate="tanh") if self.shape.gelu else silu(gate)) * up
 
 
-def rotated(x_THE: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor) -> torch.Tensor:
+def rotated(x_THE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     """Heads whose first 2 F numbers are turned by their position: pairs are F apart."""
     half = cos_TF.shape[1]
     cos, sin = cos_TF[:, None].to(x_THE.dtype), sin_TF[:, None].to(x_THE.dtype)
@@ -72,9 +73,7 @@ def rotated(x_THE: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor) -> 
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
-def attention(
-    query_THE: torch.Tensor, key_SGE: torch.Tensor, value_SGE: torch.Tensor, start: int, window: int | None
-) -> torch.Tensor:
+def attention(query_THE: Tensor, key_SGE: Tensor, value_SGE: Tensor, start: int, window: int | None) -> Tensor:
     """Causal attention of queries at positions start, start + 1, ... over the keys of positions 0, 1, ..."""
     at_T = torch.arange(start, start + len(query_THE), device=query_THE.device)[:, None]
     at_S = torch.arange(len(key_SGE), device=query_THE.device)[None]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from serving.cache import PAGE, pages_for
 from serving.forward import Forward
@@ -40,7 +41,7 @@ class Ticket:
     """A step that was launched: whose tokens it computes, and where they will be."""
 
     sequences: list[Sequence]
-    token_T: torch.Tensor  # on the host
+    token_T: Tensor  # on the host
     done: Any
 
 
