@@ -84,7 +84,7 @@ class Base:
         self.layers = list(decoder.layers)
         self.embed_VD: Tensor = decoder.embed_tokens.weight
         self.head_VD: Tensor = model.lm_head.weight
-        self.device = self.embed_VD.device
+        self.device: torch.device = self.embed_VD.device
         self.dtype = self.embed_VD.dtype
         if not has_one_type(model, self.dtype):
             raise BaseRefused("base: found weights of several types; allowed: one of float32, bfloat16, float16")
