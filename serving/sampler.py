@@ -40,6 +40,23 @@ class Choice:
         seed_T = torch.tensor(seeds, device=device)
         return cls(temperature_T, top_k_T, top_p_T, seed_T)
 
+    @classmethod
+    def blank(cls, rows: int, device: torch.device) -> "Choice":
+        """Rows that all take the likeliest token, to be overwritten."""
+        temperature_T = torch.zeros(rows, device=device)
+        top_k_T = torch.zeros(rows, dtype=torch.int64, device=device)
+        top_p_T = torch.ones(rows, device=device)
+        seed_T = torch.zeros(rows, dtype=torch.int64, device=device)
+        return cls(temperature_T, top_k_T, top_p_T, seed_T)
+
+    def write(self, choice: "Choice") -> None:
+        """Overwrite the first rows with these."""
+        first = self.first(len(choice.seed_T))
+        first.temperature_T.copy_(choice.temperature_T)
+        first.top_k_T.copy_(choice.top_k_T)
+        first.top_p_T.copy_(choice.top_p_T)
+        first.seed_T.copy_(choice.seed_T)
+
     def first(self, rows: int) -> "Choice":
         """Views of so many rows."""
         return Choice(self.temperature_T[:rows], self.top_k_T[:rows], self.top_p_T[:rows], self.seed_T[:rows])

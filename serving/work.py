@@ -80,3 +80,29 @@ def padded(table: Tensor, count: int) -> Tensor:
     filled = table.new_zeros(count, table.shape[1])
     filled[: len(table)] = table
     return filled
+
+
+def enlarged(work: Work | None, rows: int) -> Work | None:
+    """Work with as many tasks as the next power of two, and rows for the whole batch."""
+    if work is None:
+        return None
+    task = padded(work.task, power_of_2(len(work.task)))
+    segment = padded(work.segment, power_of_2(len(work.segment)))
+    order_T = work.order_T.new_zeros(rows)
+    return replace(work, task=task, segment=segment, order_T=order_T)
+
+
+def fill(static: Work | None, work: Work | None) -> None:
+    """Copy work into a graph's."""
+    if static is None or work is None:
+        return
+    static.task.copy_(padded(work.task, len(static.task)))
+    static.segment.copy_(padded(work.segment, len(static.segment)))
+    count = len(work.order_T)
+    static.order_T[:count].copy_(work.order_T)
+
+
+def power_of_2(number: int) -> int:
+    """The next power of two from a number above 0 on."""
+    bits = (number - 1).bit_length()
+    return 2**bits
