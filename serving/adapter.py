@@ -12,7 +12,7 @@ rotary positions. Shapes: R rank, I inputs, O outputs, L layers, H key-value hea
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from torch import Tensor
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 Place = tuple[int, str]  # a decoder layer, and the name of a site in it
@@ -22,20 +22,22 @@ Place = tuple[int, str]  # a decoder layer, and the name of a site in it
 class Part:
     """What an adapter does in one place; what is None is not there."""
 
-    a_RI: torch.Tensor | None = None
-    b_RO: torch.Tensor | None = None  # transposed: a row for each rank
-    c_R: torch.Tensor | None = None
-    v_O: torch.Tensor | None = None
-    m_O: torch.Tensor | None = None  # in the place of a norm, its weight
-    u_I: torch.Tensor | None = None
-    bias_R: torch.Tensor | None = None
-    beta_O: torch.Tensor | None = None
+    a_RI: Tensor | None = None
+    b_RO: Tensor | None = None  # transposed: a row for each rank
+    c_R: Tensor | None = None
+    v_O: Tensor | None = None
+    m_O: Tensor | None = None  # in the place of a norm, its weight
+    u_I: Tensor | None = None
+    bias_R: Tensor | None = None
+    beta_O: Tensor | None = None
     activation: str = "none"
 
     @property
     def rank(self) -> int:
         """Number of rows of A."""
-        return 0 if self.a_RI is None else len(self.a_RI)
+        if self.a_RI is None:
+            return 0
+        return len(self.a_RI)
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,17 @@ class Adapter:
 
     digest: str
     parts: dict[Place, Part] = field(default_factory=dict)
-    prefix_L2VHE: torch.Tensor | None = None
-    prompt_VD: torch.Tensor | None = None
-    embed_VD: torch.Tensor | None = None
-    head_VD: torch.Tensor | None = None
+    prefix_L2VHE: Tensor | None = None
+    prompt_VD: Tensor | None = None
+    embed_VD: Tensor | None = None
+    head_VD: Tensor | None = None
     config: Any = None  # of the base as this adapter wants it, where its rotary positions differ
 
     @property
     def virtual(self) -> int:
         """Number of positions in front of every document."""
-        tokens = next((t for t in (self.prefix_L2VHE, self.prompt_VD) if t is not None), None)
-        if tokens is None:
-            return 0
-        return tokens.shape[2] if tokens.dim() == 5 else len(tokens)
+        if self.prefix_L2VHE is not None:
+            return self.prefix_L2VHE.shape[2]
+        if self.prompt_VD is not None:
+            return len(self.prompt_VD)
+        return 0

@@ -4,6 +4,7 @@ Shapes: L layers, N places (pages x PAGE), H key-value heads, E head size, V tok
 """
 
 import torch
+from torch import Tensor
 
 from serving.shape import Shape
 
@@ -14,8 +15,9 @@ class Cache:
     """Pages, and who may write into them."""
 
     def __init__(self, shape: Shape, pages: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Room for pages - 1 pages of tokens."""
-        size = (shape.layers, pages * PAGE, shape.kv_heads, shape.head_size)
+        """Allocate the keys and values of `pages` pages, of which all but page 0 can be reserved."""
+        count = pages * PAGE
+        size = (shape.layers, count, shape.kv_heads, shape.head_size)
         self.key_LNHE = torch.zeros(size, dtype=dtype, device=device)
         self.value_LNHE = torch.zeros(size, dtype=dtype, device=device)
         self.pages = pages
@@ -33,19 +35,30 @@ class Cache:
         return [self._free.pop() for _ in range(count)]
 
     def give_back(self, pages: list[int]) -> None:
-        """Let others have these pages."""
+        """Make these pages free for other sequences."""
         self._free += pages
 
-    def write(self, pages: list[int], prefix_L2VHE: torch.Tensor) -> None:
+    def write(self, pages: list[int], prefix_L2VHE: Tensor) -> None:
         """Put keys and values of a document's first tokens into its pages."""
-        at_V = places(pages, 0, prefix_L2VHE.shape[2]).to(self.key_LNHE.device)
-        self.key_LNHE[:, at_V] = prefix_L2VHE[:, 0].to(self.key_LNHE)
-        self.value_LNHE[:, at_V] = prefix_L2VHE[:, 1].to(self.value_LNHE)
+        key_LVHE, value_LVHE = prefix_L2VHE.unbind(1)
+        tokens = key_LVHE.shape[1]
+        place_V = places(pages, 0, tokens)
+        place_V = place_V.to(self.key_LNHE.device)
+        self.key_LNHE[:, place_V] = key_LVHE.to(self.key_LNHE)
+        self.value_LNHE[:, place_V] = value_LVHE.to(self.value_LNHE)
 
     def copy(self, source: int, target: int) -> None:
         """Copy the keys and values of all layers from one page to another."""
-        for held in (self.key_LNHE, self.value_LNHE):
-            held[:, target * PAGE : (target + 1) * PAGE] = held[:, source * PAGE : (source + 1) * PAGE]
+        sources = page_places(source)
+        targets = page_places(target)
+        for cached_LNHE in (self.key_LNHE, self.value_LNHE):
+            cached_LNHE[:, targets] = cached_LNHE[:, sources]
+
+
+def page_places(page: int) -> slice:
+    """The places of a page's tokens."""
+    start = page * PAGE
+    return slice(start, start + PAGE)
 
 
 def pages_for(tokens: int) -> int:
@@ -53,7 +66,21 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
-def places(pages: list[int], start: int, stop: int) -> torch.Tensor:
+def places(pages: list[int], start: int, stop: int) -> Tensor:
     """Where the tokens [start, stop) of a sequence with these pages lie."""
     position = torch.arange(start, stop)
-    return torch.tensor(pages)[position // PAGE] * PAGE + position % PAGE
+    page_of = torch.tensor(pages)
+    page = page_of[position // PAGE]
+    return place_in(page, position)
+
+
+def place_in(page: Tensor, position: Tensor) -> Tensor:
+    """The places of positions that lie in these pages."""
+    offset = position % PAGE
+    return page * PAGE + offset
+
+
+def padded_pages(pages: list[int], count: int) -> list[int]:
+    """These pages, and page 0 behind them until there are `count`."""
+    missing = count - len(pages)
+    return pages + [0] * missing

@@ -13,22 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from serving.base import Base
 from serving.cache import PAGE, Cache, pages_for
 from serving.error import RequestRefused
 from serving.forward import Chosen, Forward
-from serving.mix import Mix
+from serving.packed import Packed
 from serving.passing import Span
 from serving.pool import Pool
 from serving.scheduler import Scheduler
+from serving.score import score
 from serving.sequence import Request, Sequence
 
 if TYPE_CHECKING:
     from serving.runner import Runner, Ticket
 
 TAIL = 16  # ranks for each slot behind the base's weights
-ROWS = 1024  # of logits at a time, where there are many
 
 
 class Engine:
@@ -50,15 +51,20 @@ class Engine:
         `slots` adapters and `adapter_bytes` of their weights are on the device at once, `rows` sequences in a batch;
         a sequence has at most `positions` and all together `tokens`; a pass computes at most `chunk` of prompts.
         """
-        whole = loaded(model) if isinstance(model, str | Path) else model
-        on_gpu = next(whole.parameters()).device.type == "cuda"
-        self.base = Base(whole, tail=slots * TAIL if on_gpu else 0)
-        self.positions = min(positions, self.base.shape.positions)
-        self.pool = Pool(self.base, slots, adapter_bytes)
-        self.cache = Cache(self.base.shape, pages_for(tokens) + 1, self.base.dtype, self.base.device)
-        self.forward = Forward(self.base, self.pool, self.cache, self.positions)
+        if isinstance(model, str | Path):
+            model = loaded(model)
+        tail = tail_ranks(model, slots)
+        base = Base(model, tail)
+        self.base = base
+        self.positions = min(positions, base.shape.positions)
+        self.pool = Pool(base, slots, adapter_bytes)
+        pages = pages_for(tokens) + 1  # page 0 is nobody's
+        self.cache = Cache(base.shape, pages, base.dtype, base.device)
+        self.forward = Forward(base, self.pool, self.cache, self.positions)
         self.scheduler = Scheduler(self.pool, self.cache, rows, chunk, self.forward.settle)
-        self.runner = self._runner(rows, slots * TAIL) if on_gpu else None
+        self.runner: Runner | None = None
+        if base.on_gpu:
+            self.runner = self._runner(rows, tail)
         self._ticket: Ticket | None = None
 
     def load(self, name: str, folder: Path | str, pinned: bool = False) -> str:
@@ -88,16 +94,18 @@ class Engine:
         """The log-probability of each token of the requests' prompts, from the token number `start` > 0 on."""
         sequences = []
         for request, start in zip(requests, starts, strict=True):
-            if not 0 < start < len(request.prompt):
-                raise RequestRefused(f"start: found {start}; allowed: 1 to {len(request.prompt) - 1}")
-            sequences.append(self._sequence(request))
-            sequences[-1].scored_from = start
+            last = len(request.prompt) - 1
+            if not 0 < start <= last:
+                raise RequestRefused(f"start: found {start}; allowed: 1 to {last}")
+            sequence = self._sequence(request)
+            sequence.scored_from = start
+            sequences.append(sequence)
         self._complete(sequences)
         return [sequence.scores for sequence in sequences]
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Admit what there is room for, compute a chunk of prompts, and a token of every running answer."""
+        """Admit the sequences that fit, compute a chunk of prompts, and a token of every running answer."""
         self.scheduler.admit()
         self._fill()
         if self.scheduler.running:
@@ -106,12 +114,13 @@ class Engine:
             self._refuse(self.scheduler.waiting[0])
 
     @torch.inference_mode()
-    def logits(self, request: Request) -> torch.Tensor:
+    def logits(self, request: Request) -> Tensor:
         """The logits [T, V] behind each token of a prompt, on an engine that has nothing else to do."""
         sequence = self.add(request)
         self.scheduler.admit()
         span = Span(0, sequence.left, sequence.computed, sequence.pages)
-        hidden_TD, mix = self.forward.run([(sequence, span)], torch.tensor(request.prompt))
+        id_T = torch.tensor(request.prompt)
+        hidden_TD, mix = self.forward.run([(sequence, span)], id_T)
         logits_TV = self.forward.decoder.logits(hidden_TD, mix)
         self.scheduler.filled(sequence)
         self.scheduler.finish(sequence)
@@ -126,38 +135,41 @@ class Engine:
 
     def _sequence(self, request: Request) -> Sequence:
         """A request on its way; raises UnknownAdapter or RequestRefused."""
-        sequence = Sequence(request, None if request.adapter is None else self.pool.find(request.adapter))
+        packed: Packed | None = None
+        if request.adapter is not None:
+            packed = self.pool.find(request.adapter)
+        sequence = Sequence(request, packed)
         self._check(sequence)
         return sequence
 
     def _fill(self) -> None:
+        """Compute the next chunk of prompts, and the first token of each answer whose prompt is complete."""
         chosen = self.scheduler.next_chunk()
         if not chosen:
             return
-        ids = [id_ for sequence, span in chosen for id_ in prompt_part(sequence, span)]
+        ids: list[int] = []
+        for sequence, span in chosen:
+            ids += prompt_part(sequence, span)
         hidden_TD, _ = self.forward.run(chosen, torch.tensor(ids))
-        self._score(chosen, hidden_TD)
+        score(self.forward, chosen, hidden_TD)
         for sequence, span in chosen:
             sequence.computed += span.count
-        done = [(sequence, span.row + span.count - 1) for sequence, span in chosen if sequence.left == 0]
-        answering = [(sequence, row) for sequence, row in done if sequence.scored_from is None]
-        if answering:
-            self._take([sequence for sequence, _ in answering], hidden_TD[[row for _, row in answering]])
-        for sequence, _ in done:
-            self.scheduler.filled(sequence)
+        self._begin_answers(chosen, hidden_TD)
+        for sequence, _ in chosen:
+            if sequence.left == 0:
+                self.scheduler.filled(sequence)
         self._finish()
 
-    def _score(self, chosen: Chosen, hidden_TD: torch.Tensor) -> None:
-        """Note what the rows say of the tokens behind them, where that is asked."""
-        found = [(s, span.row + row, token) for s, span in chosen for row, token in scored(s, span)]
-        for first in range(0, len(found), ROWS):
-            part = found[first : first + ROWS]
-            mix = Mix.of([sequence.resident for sequence, _, _ in part], self.base.device)
-            logits_TV = self.forward.decoder.logits(hidden_TD[[row for _, row, _ in part]], mix).float()
-            token_T = torch.tensor([token for _, _, token in part], device=logits_TV.device)
-            score_T = logits_TV.log_softmax(-1).gather(1, token_T[:, None])[:, 0]
-            for (sequence, _, _), score in zip(part, score_T.tolist(), strict=True):
-                sequence.scores.append(score)
+    def _begin_answers(self, chosen: Chosen, hidden_TD: Tensor) -> None:
+        """Take the first token of each answer from the last row of its prompt."""
+        answering: list[Sequence] = []
+        rows: list[int] = []
+        for sequence, span in chosen:
+            if sequence.left == 0 and sequence.scored_from is None:
+                answering.append(sequence)
+                rows.append(span.row + span.count - 1)
+        if answering:
+            self._take(answering, hidden_TD[rows])
 
     def _advance(self) -> None:
         """One more token of every running answer; with graphs, the tokens are read one step later."""
@@ -174,49 +186,64 @@ class Engine:
             sequence.computed += 1
         self._drain()
         self._ticket = ticket
-        if any(len(s.answer) + 1 >= s.request.new_tokens for s in ticket.sequences):
+        if any(is_last_token(sequence) for sequence in ticket.sequences):
             self._drain()
 
     def _drain(self) -> None:
         """Read the tokens that are under way, and finish what they complete."""
-        if self._ticket is not None:
-            self._ticket.done.synchronize()
-            for sequence, token in zip(self._ticket.sequences, self._ticket.token_T.tolist(), strict=True):
+        ticket = self._ticket
+        if ticket is not None:
+            ticket.done.synchronize()
+            tokens = ticket.token_T.tolist()
+            for sequence, token in zip(ticket.sequences, tokens, strict=True):
                 if not sequence.finished:
                     sequence.take(token)
         self._ticket = None
         self._finish()
 
     def _advance_plainly(self) -> None:
+        """One more token of every running answer, in a pass that is not a graph."""
         running = list(self.scheduler.running)
-        chosen = [(s, Span(row, 1, s.computed, s.pages)) for row, s in enumerate(running)]
-        hidden_TD, _ = self.forward.run(chosen, torch.tensor([s.answer[-1] for s in running]))
+        chosen: list[tuple[Sequence, Span]] = []
+        for row, sequence in enumerate(running):
+            span = Span(row, 1, sequence.computed, sequence.pages)
+            chosen.append((sequence, span))
+        last_tokens = [sequence.answer[-1] for sequence in running]
+        hidden_TD, _ = self.forward.run(chosen, torch.tensor(last_tokens))
         for sequence in running:
             sequence.computed += 1
         self._take(running, hidden_TD)
         self._finish()
 
-    def _take(self, sequences: Several[Sequence], hidden_TD: torch.Tensor) -> None:
-        for sequence, token in zip(sequences, self.forward.next_tokens(sequences, hidden_TD), strict=True):
+    def _take(self, sequences: Several[Sequence], hidden_TD: Tensor) -> None:
+        """Add to each sequence's answer the token that its row says."""
+        tokens = self.forward.next_tokens(sequences, hidden_TD)
+        for sequence, token in zip(sequences, tokens, strict=True):
             sequence.take(token)
 
     def _finish(self) -> None:
-        for sequence in [s for s in self.scheduler.running if s.finished]:
-            self.scheduler.finish(sequence)
+        """Free what sequences hold whose answers are complete."""
+        running = list(self.scheduler.running)
+        for sequence in running:
+            if sequence.finished:
+                self.scheduler.finish(sequence)
 
     def _check(self, sequence: Sequence) -> None:
-        request, most = sequence.request, self.base.shape.vocabulary - 1
+        """Raise RequestRefused where a request can never be answered."""
+        request = sequence.request
+        most = self.base.shape.vocabulary - 1
         if not request.prompt or request.new_tokens < 1:
             raise RequestRefused("request: found no prompt, or no new tokens; allowed: at least one of each")
         if sequence.length > self.positions:
             raise RequestRefused(f"request: found {sequence.length} positions; allowed: at most {self.positions}")
         if min(request.prompt) < 0 or max(request.prompt) > most:
             raise RequestRefused(f"request.prompt: found an id of no token; allowed: 0 to {most}")
-        if pages_for(sequence.length + PAGE) >= self.cache.pages:
+        needed = pages_for(sequence.length + PAGE)
+        if needed >= self.cache.pages:
             raise RequestRefused(f"request: found {sequence.length} positions, for which the cache has no room")
 
     def _refuse(self, sequence: Sequence) -> None:
-        """Give up a request that finds no room though nothing else runs: pinned adapters have all slots or pages."""
+        """Give up a request that does not fit though nothing else runs: pinned adapters have all slots or pages."""
         self.scheduler.drop(sequence)
         raise RequestRefused("request: found no slot for its adapter, or no pages, beside those that are pinned")
 
@@ -224,7 +251,22 @@ class Engine:
         from serving.runner import Runner
         from serving.tail import Tail
 
-        return Runner(self.forward, Tail(self.base, self.pool, ranks), rows, self.positions)
+        tail = Tail(self.base, self.pool, ranks)
+        return Runner(self.forward, tail, rows, self.positions)
+
+
+def tail_ranks(model: Any, slots: int) -> int:
+    """Ranks behind the base's weights: some for each slot on a GPU, where kernels use them, and none on the CPU."""
+    weight = next(model.parameters())
+    if weight.device.type != "cuda":
+        return 0
+    return slots * TAIL
+
+
+def is_last_token(sequence: Sequence) -> bool:
+    """Whether an answer has all its tokens with the one that is under way."""
+    count = len(sequence.answer) + 1
+    return count >= sequence.request.new_tokens
 
 
 def prompt_part(sequence: Sequence, span: Span) -> tuple[int, ...]:
@@ -233,18 +275,11 @@ def prompt_part(sequence: Sequence, span: Span) -> tuple[int, ...]:
     return sequence.request.prompt[first : first + span.count]
 
 
-def scored(sequence: Sequence, span: Span) -> list[tuple[int, int]]:
-    """The rows of a span that say something of a token whose log-probability is asked, and that token."""
-    if sequence.scored_from is None:
-        return []
-    prompt, first = sequence.request.prompt, span.start - sequence.virtual
-    low, high = max(sequence.scored_from, first + 1), min(len(prompt), first + span.count + 1)
-    return [(at - 1 - first, prompt[at]) for at in range(low, high)]
-
-
 def loaded(folder: str | Path) -> Any:
     """A model from its folder, on the GPU if there is one."""
     from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    return model.eval()

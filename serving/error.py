@@ -14,4 +14,4 @@ class BaseRefused(ValueError):
 
 
 class RequestRefused(ValueError):
-    """A request can never be answered: it is empty, or longer than the engine's room."""
+    """A request can never be answered: it is empty, or longer than the engine's capacity."""

@@ -6,12 +6,14 @@ Only safetensors is read: a pickle can run code.
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
+from torch import Tensor
 
 from serving.error import AdapterRefused
 
@@ -28,17 +30,20 @@ class Folder:
     def __init__(self, path: Path, limit: int) -> None:
         """Read a folder; raises AdapterRefused where it holds no adapter, a broken one, or over `limit` bytes."""
         self.path = path
-        self.config_path, self.weights_path = _files(path)
-        if (size := self.weights_path.stat().st_size) > limit:
+        self.config_path, self.weights_path = _find_files(path)
+        size = self.weights_path.stat().st_size
+        if size > limit:
             raise AdapterRefused(f"{self.weights_path}: found {size} bytes; allowed: at most {limit}")
-        raw, text = self.weights_path.read_bytes(), self.config_path.read_bytes()
-        digest = hashlib.sha256(raw)
-        digest.update(text)
-        if (base := path / "config.json").exists():
-            digest.update(base.read_bytes())
+        weights = self.weights_path.read_bytes()
+        config = self.config_path.read_bytes()
+        digest = hashlib.sha256(weights)
+        digest.update(config)
+        base_config = path / "config.json"
+        if base_config.exists():
+            digest.update(base_config.read_bytes())
         self.digest = digest.hexdigest()
-        self.config = _config(self.config_path, text)
-        self._tensors = _tensors(self.weights_path, raw)
+        self.config = _parse_config(self.config_path, config)
+        self._tensors = _parse_tensors(self.weights_path, weights)
         self._taken: set[str] = set()
 
     @property
@@ -46,34 +51,40 @@ class Folder:
         """The names of its tensors."""
         return sorted(self._tensors)
 
-    def take(self, name: str, *shape: int | None) -> torch.Tensor:
+    def take(self, name: str, *shape: int | None) -> Tensor:
         """A tensor in fp32, whose shape must be as given (None: any size)."""
         if name not in self._tensors:
             raise AdapterRefused(f"{self.weights_path}: found no tensor {name}, which its config asks for")
-        found = self._tensors[name]
-        if len(shape) != found.dim() or any(s not in (None, f) for s, f in zip(shape, found.shape, strict=False)):
-            wanted = " x ".join("any" if s is None else str(s) for s in shape)
+        tensor = self._tensors[name]
+        if not _fits(tensor.shape, shape):
+            actual = _product(tensor.shape)
+            allowed = _product(shape)
             raise AdapterRefused(
-                f"{self.weights_path}: found {name} of shape {' x '.join(map(str, found.shape))}; allowed on this "
-                f"base: {wanted}"
+                f"{self.weights_path}: found {name} of shape {actual}; allowed on this base: {allowed}"
             )
         self._taken.add(name)
-        return found.float()
+        return tensor.float()
 
     def finish(self) -> None:
         """Raise AdapterRefused where tensors are left that nobody has taken."""
-        if left := sorted(self._tensors.keys() - self._taken):
-            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-            raise AdapterRefused(f"{self.weights_path}: found {left[0]}{more}, which has no place on this base")
+        left = sorted(self._tensors.keys() - self._taken)
+        if not left:
+            return
+        names = left[0]
+        if len(left) > 1:
+            names += f" and {len(left) - 1} more"
+        raise AdapterRefused(f"{self.weights_path}: found {names}, which has no place on this base")
 
     def refuse(self, key: str, allowed: str) -> AdapterRefused:
         """The error for a value of the config."""
-        return AdapterRefused(f"{self.config_path}: {key}: found {self.config.get(key)!r}; allowed: {allowed}")
+        value = self.config.get(key)
+        return AdapterRefused(f"{self.config_path}: {key}: found {value!r}; allowed: {allowed}")
 
     def only(self, *known: str) -> None:
         """Raise AdapterRefused where the config says something else that could change what is computed."""
+        harmless = HARMLESS.union(known)
         for key, value in self.config.items():
-            if value and key not in known and key not in HARMLESS:
+            if value and key not in harmless:
                 raise AdapterRefused(f"{self.config_path}: {key}: found {value!r}; allowed: nothing, or null")
 
 
@@ -88,45 +99,80 @@ HARMLESS = frozenset(
 )  # fmt: skip
 
 
-def _files(path: Path) -> tuple[Path, Path]:
-    for config, weights in FILES.items():
-        if (path / config).is_file():
-            if (path / weights).is_file():
-                return path / config, path / weights
-            pickles = [name for name in PICKLES if (path / name).exists()]
-            found = f"{pickles[0]}, a pickle, which could run code" if pickles else "no weights"
-            raise AdapterRefused(f"{path}: found {found}; allowed: {weights}")
+def _fits(actual: torch.Size, allowed: tuple[int | None, ...]) -> bool:
+    """Whether a tensor has the shape that is allowed (None: any size)."""
+    if len(actual) != len(allowed):
+        return False
+    pairs = zip(actual, allowed, strict=True)
+    return all(wanted in (None, size) for size, wanted in pairs)
+
+
+def _product(shape: Iterable[int | None]) -> str:
+    """A shape as people write it, like 8 x any."""
+    sizes = []
+    for size in shape:
+        if size is None:
+            sizes.append("any")
+        else:
+            sizes.append(str(size))
+    return " x ".join(sizes)
+
+
+def _find_files(path: Path) -> tuple[Path, Path]:
+    """The config and the weights of a folder; raises AdapterRefused where one of them is missing."""
+    for config_name, weights_name in FILES.items():
+        config = path / config_name
+        weights = path / weights_name
+        if config.is_file():
+            if weights.is_file():
+                return config, weights
+            raise AdapterRefused(f"{path}: found {_instead_of_weights(path)}; allowed: {weights_name}")
     if (path / "config.json").is_file():
         raise AdapterRefused(
             f"{path}: found a whole model; allowed: an adapter. A model that was trained in full is a base of its own"
         )
-    raise AdapterRefused(f"{path}: found no {' or '.join(FILES)}")
+    known = " or ".join(FILES)
+    raise AdapterRefused(f"{path}: found no {known}")
 
 
-def _config(path: Path, text: bytes) -> dict[str, Any]:
+def _instead_of_weights(path: Path) -> str:
+    """What a folder without readable weights holds in their place."""
+    for name in PICKLES:
+        if (path / name).exists():
+            return f"{name}, a pickle, which could run code"
+    return "no weights"
+
+
+def _parse_config(path: Path, text: bytes) -> dict[str, Any]:
+    """The config in a file's text; raises AdapterRefused where it is not a JSON object."""
     try:
         config = json.loads(text)
     except ValueError as error:
         raise AdapterRefused(f"{path}: found no JSON: {error}") from error
     if not isinstance(config, dict):
-        raise AdapterRefused(f"{path}: found {type(config).__name__}; allowed: an object")
+        kind = type(config).__name__
+        raise AdapterRefused(f"{path}: found {kind}; allowed: an object")
     return config
 
 
-def _tensors(path: Path, raw: bytes) -> dict[str, torch.Tensor]:
+def _parse_tensors(path: Path, weights: bytes) -> dict[str, Tensor]:
+    """The tensors in a file's bytes; raises AdapterRefused where it is broken or a number is not finite."""
     try:
-        tensors: dict[str, torch.Tensor] = load(raw)
+        tensors: dict[str, Tensor] = load(weights)
     except SafetensorError as error:
         raise AdapterRefused(f"{path}: found a broken or truncated file: {error}") from error
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        finite = torch.isfinite(tensor).all()
+        if not bool(finite):
             raise AdapterRefused(f"{path}: found values in {name} that are not finite")
     return tensors
 
 
 def pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
     """What a PEFT config says of one module: the first pattern that its name matches as a whole or after a dot."""
-    for key, value in (patterns or {}).items():
+    if not patterns:
+        return default
+    for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default

@@ -4,6 +4,7 @@ The readers need neither PEFT nor the trainer. Formulas are those of the methods
 Shapes: R rank, I inputs, O outputs, V virtual tokens, D width.
 """
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -14,20 +15,23 @@ from serving.error import AdapterRefused
 from serving.folder import Folder
 from serving.fourier import read_fourierft
 from serving.lora import read_lora
-from serving.target import PREFIX, listed, targets
+from serving.target import listed, module_name, targets
 
 LIMIT = 8 * 2**30  # bytes of an adapter's weights
 EPSILON = 1e-5  # what PEFT adds to AdaLoRA's number of ranks
+PLACEMENTS = {"houlsby": ("o_proj", "down_proj"), "pfeiffer": ("down_proj",)}  # the layers that have a bottleneck
 
 
 def read(path: Path | str, base: Base, limit: int = LIMIT) -> Adapter:
     """The adapter of a folder, for a base; raises AdapterRefused with the file and what is allowed instead."""
     folder = Folder(Path(path), limit)
-    kind = str(folder.config.get("peft_type") or folder.config.get("kind")).upper()
+    named = folder.config.get("peft_type") or folder.config.get("kind")
+    kind = str(named).upper()
     if kind not in READERS:
         known = ", ".join(name.lower() for name in READERS)
         raise AdapterRefused(f"{folder.config_path}: found an adapter of kind {kind.lower()}; allowed: {known}")
-    adapter = READERS[kind](folder, base)
+    reader = READERS[kind]
+    adapter = reader(folder, base)
     folder.finish()
     return adapter
 
@@ -39,14 +43,18 @@ def read_adalora(folder: Folder, base: Base) -> Adapter:
         "bias", "beta1", "beta2", "deltaT", "init_r", "lora_alpha", "orth_reg_weight", "r", "rank_pattern",
         "target_r", "tfinal", "tinit", "total_step",
     )  # fmt: skip
-    scale = (config["lora_alpha"] if config["lora_alpha"] > 0 else config["init_r"]) / (config["init_r"] + EPSILON)
+    initial_rank = config["init_r"]
+    alpha = config["lora_alpha"]
+    if alpha <= 0:
+        alpha = initial_rank
+    scale = alpha / (initial_rank + EPSILON)
     parts = {}
     for target in targets(folder, base, "lora_A"):
-        name = f"{PREFIX}{target.module}"
-        a_RI = folder.take(f"{name}.lora_A", None, target.site.inputs)
-        e_R1 = folder.take(f"{name}.lora_E", len(a_RI), 1)
-        b_OR = folder.take(f"{name}.lora_B", target.out, len(a_RI))
-        if len(a_RI):
+        a_RI = folder.take(f"{target.name}.lora_A", None, target.site.inputs)
+        rank = len(a_RI)
+        e_R1 = folder.take(f"{target.name}.lora_E", rank, 1)
+        b_OR = folder.take(f"{target.name}.lora_B", target.out, rank)
+        if rank > 0:
             parts[target.place] = Part(a_RI * e_R1, scale * b_OR.T)
     return Adapter(folder.digest, parts)
 
@@ -54,14 +62,16 @@ def read_adalora(folder: Folder, base: Base) -> Adapter:
 def read_ia3(folder: Folder, base: Base) -> Adapter:
     """(IA)^3: scales of outputs, or of the inputs of feed-forward layers."""
     folder.only("feedforward_modules", "init_ia3_weights")
-    fed = tuple(folder.config.get("feedforward_modules") or ())
+    feedforward = tuple(folder.config.get("feedforward_modules") or ())
     parts = {}
     for target in targets(folder, base, "ia3_l"):
-        name, out = f"{PREFIX}{target.module}.ia3_l", target.out
-        if not listed(target.module, fed):
-            parts[target.place] = Part(m_O=folder.take(name, out, 1).flatten())
+        name = f"{target.name}.ia3_l"
+        if not listed(target.module, feedforward):
+            m_O1 = folder.take(name, target.out, 1)
+            parts[target.place] = Part(m_O=m_O1.flatten())
         elif target.site.name in ("o_proj", "down_proj"):
-            parts[target.place] = Part(u_I=folder.take(name, 1, target.site.inputs).flatten())
+            u_1I = folder.take(name, 1, target.site.inputs)
+            parts[target.place] = Part(u_I=u_1I.flatten())
         else:
             raise folder.refuse("feedforward_modules", "o_proj, down_proj (the others share their input)")
     return Adapter(folder.digest, parts)
@@ -71,36 +81,45 @@ def read_vera(folder: Folder, base: Base) -> Adapter:
     """VeRA: diag(b) B diag(d) A, with A and B sliced from projections that all modules share."""
     folder.only("bias", "d_initial", "init_weights", "projection_prng_key", "r", "save_projection")
     rank = folder.config["r"]
-    found = list(targets(folder, base, "vera_lambda_d"))
-    most = max((t.site.inputs for t in found), default=0), max((t.out for t in found), default=0)
-    a_RI, b_OR = folder.take("base_model.vera_A", rank, most[0]), folder.take("base_model.vera_B", most[1], rank)
+    adapted = list(targets(folder, base, "vera_lambda_d"))
+    most_inputs = max((target.site.inputs for target in adapted), default=0)
+    most_outputs = max((target.out for target in adapted), default=0)
+    a_RI = folder.take("base_model.vera_A", rank, most_inputs)
+    b_OR = folder.take("base_model.vera_B", most_outputs, rank)
+    # Layers of one size get the same tensors, so that these are packed once.
     a_of = lru_cache(lambda size: a_RI[:, :size].contiguous())
     b_of = lru_cache(lambda size: b_OR[:size].T.contiguous())
     parts = {}
-    for target in found:
-        name, out = f"{PREFIX}{target.module}", target.out
-        c_R, v_O = folder.take(f"{name}.vera_lambda_d", rank), folder.take(f"{name}.vera_lambda_b", out)
-        parts[target.place] = Part(a_of(target.site.inputs), b_of(out), c_R=c_R, v_O=v_O)
+    for target in adapted:
+        c_R = folder.take(f"{target.name}.vera_lambda_d", rank)
+        v_O = folder.take(f"{target.name}.vera_lambda_b", target.out)
+        a_slice, b_slice = a_of(target.site.inputs), b_of(target.out)
+        parts[target.place] = Part(a_slice, b_slice, c_R=c_R, v_O=v_O)
     return Adapter(folder.digest, parts)
 
 
 def read_prefix(folder: Folder, base: Base) -> Adapter:
     """Prefix tuning: keys and values [V, L x 2 x H x E] in front of every layer's own."""
-    shape, tokens = base.shape, folder.config["num_virtual_tokens"]
-    _virtual(folder)
-    flat = folder.take("prompt_embeddings", tokens, shape.layers * 2 * shape.kv_heads * shape.head_size)
-    prefix = flat.view(tokens, shape.layers, 2, shape.kv_heads, shape.head_size).permute(1, 2, 0, 3, 4)
-    return Adapter(folder.digest, prefix_L2VHE=prefix.contiguous())
+    shape = base.shape
+    tokens = folder.config["num_virtual_tokens"]
+    _check_virtual(folder)
+    size_L2HE = (shape.layers, 2, shape.kv_heads, shape.head_size)
+    flat = folder.take("prompt_embeddings", tokens, math.prod(size_L2HE))
+    prefix_VL2HE = flat.view(tokens, *size_L2HE)
+    prefix_L2VHE = prefix_VL2HE.permute(1, 2, 0, 3, 4)
+    return Adapter(folder.digest, prefix_L2VHE=prefix_L2VHE.contiguous())
 
 
 def read_prompt(folder: Folder, base: Base) -> Adapter:
     """Prompt tuning and p-tuning: embeddings [V, D] in front of every document's own."""
-    _virtual(folder)
+    _check_virtual(folder)
     tokens = folder.config["num_virtual_tokens"]
-    return Adapter(folder.digest, prompt_VD=folder.take("prompt_embeddings", tokens, base.shape.width))
+    prompt_VD = folder.take("prompt_embeddings", tokens, base.shape.width)
+    return Adapter(folder.digest, prompt_VD=prompt_VD)
 
 
-def _virtual(folder: Folder) -> None:
+def _check_virtual(folder: Folder) -> None:
+    """Raise AdapterRefused where a config of virtual tokens has keys that are not known."""
     folder.only(
         "encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type",
         "num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "prompt_tuning_init",
@@ -114,21 +133,25 @@ def read_bottleneck(folder: Folder, base: Base) -> Adapter:
     config = folder.config
     if config.get("activation") not in ACTIVATIONS:
         raise folder.refuse("activation", ", ".join(ACTIVATIONS[1:]))
-    ends = {"houlsby": ("o_proj", "down_proj"), "pfeiffer": ("down_proj",)}
-    if config.get("placement") not in ends:
-        raise folder.refuse("placement", ", ".join(ends))
-    size, width, parts = config["size"], base.shape.width, {}
+    placement = config.get("placement")
+    if placement not in PLACEMENTS:
+        raise folder.refuse("placement", ", ".join(PLACEMENTS))
+    parts = {}
     for layer, site in base.linears():
-        if site.name in ends[config["placement"]]:
-            name = f"model.layers.{layer}.{site.module}.{site.name}"
-            parts[layer, site.name + BEHIND] = Part(
-                folder.take(f"{name}.down.weight", size, width),
-                folder.take(f"{name}.up.weight", width, size).T,
-                bias_R=folder.take(f"{name}.down.bias", size),
-                beta_O=folder.take(f"{name}.up.bias", width),
-                activation=config["activation"],
-            )
+        if site.name in PLACEMENTS[placement]:
+            name = module_name(layer, site)
+            parts[layer, site.name + BEHIND] = bottleneck(folder, name, base.shape.width)
     return Adapter(folder.digest, parts)
+
+
+def bottleneck(folder: Folder, name: str, width: int) -> Part:
+    """One bottleneck, behind the linear layer of this name."""
+    size = folder.config["size"]
+    down_RD = folder.take(f"{name}.down.weight", size, width)
+    up_DR = folder.take(f"{name}.up.weight", width, size)
+    bias_R = folder.take(f"{name}.down.bias", size)
+    beta_O = folder.take(f"{name}.up.bias", width)
+    return Part(down_RD, up_DR.T, bias_R=bias_R, beta_O=beta_O, activation=folder.config["activation"])
 
 
 READERS: dict[str, Callable[[Folder, Base], Adapter]] = {

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from serving.base import BEHIND, Base, Group
 from serving.kernel.factor import add_kernel, expand_kernel, shrink_kernel
@@ -30,84 +31,133 @@ class Grouped:
     """Launches the grouped kernels."""
 
     def __init__(self, base: Base, pool: Pool) -> None:
-        self.base, self.pool = base, pool
+        self.base = base
+        self.pool = pool
         self.stride = pool.table_KLSC.stride(0)
-        self.side = torch.cuda.Stream() if base.device.type == "cuda" else None
+        self.side: torch.cuda.Stream | None = None
+        if base.on_gpu:
+            self.side = torch.cuda.Stream()
 
     @contextmanager
-    def meanwhile(
-        self, step: Pass, group: Group, layer: int, x_TI: torch.Tensor
-    ) -> Iterator[Callable[[torch.Tensor], None]]:
+    def meanwhile(self, step: Pass, group: Group, layer: int, x_TI: Tensor) -> Iterator[Callable[[Tensor], None]]:
         """While the base's product is computed; gives what adds the adapters' to it, to be called afterwards."""
         work = step.before
         if work is None:
             yield lambda y_TO: None  # noqa: ARG005
-        elif work.rows > FEW:
-            yield lambda y_TO: self._into(work, group, self._entry(layer, group, ""), x_TI, y_TO)
-        else:
-            with self._aside():
-                shares_PTO = self._shares(work, group, self._entry(layer, group, ""), x_TI)
-            yield lambda y_TO: self._add(work, group, shares_PTO, y_TO)
+            return
+        entry = self._entry(layer, group, "")
+        if work.rows > FEW:
+            yield lambda y_TO: self._add_products(work, group, entry, x_TI, y_TO)
+            return
+        with self._aside():
+            shares_PTO = self._shares(work, group, entry, x_TI)
+        yield lambda y_TO: self._add_shares(work, group, shares_PTO, y_TO)
 
-    def behind(self, work: Work, group: Group, layer: int, y_TO: torch.Tensor) -> None:
+    def behind(self, work: Work, group: Group, layer: int, y_TO: Tensor) -> None:
         """Add what bottlenecks make of a group's outputs."""
         entry = self._entry(layer, group, BEHIND)
         h_TSR = self._shrink(work, entry, y_TO, group.out, 1, 1)
         self._expand(work, group, entry, h_TSR, y_TO, 1, 1, True)
 
-    def _entry(self, layer: int, group: Group, suffix: str) -> torch.Tensor:
-        return self.pool.table_KLSC[0, layer, self.base.sites[group.sites[0].name + suffix]]
+    def _entry(self, layer: int, group: Group, suffix: str) -> Tensor:
+        """The table from the entry of a group's first site on, or of the bottleneck behind it."""
+        name = group.sites[0].name + suffix
+        return self.pool.table_KLSC[0, layer, self.base.sites[name]]
 
     def _aside(self) -> AbstractContextManager[Any]:
+        """Run kernels on the stream of their own, behind what was launched before."""
         if self.side is None:
             return nullcontext()
         self.side.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.side)
 
-    def _into(self, work: Work, group: Group, entry: torch.Tensor, x_TI: torch.Tensor, y_TO: torch.Tensor) -> None:
+    def _add_products(self, work: Work, group: Group, entry: Tensor, x_TI: Tensor, y_TO: Tensor) -> None:
+        """Add the products of the inputs with both factors to the outputs."""
         sections = len(group.sites)
         h_TSR = self._shrink(work, entry, x_TI, x_TI.shape[1], sections, 1)
         self._expand(work, group, entry, h_TSR, y_TO, sections, 1, False)
 
-    def _shares(self, work: Work, group: Group, entry: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
-        sections, inputs = len(group.sites), x_TI.shape[1]
-        h_TSR = self._shrink(work, entry, x_TI, inputs, sections, max(1, inputs // SHARE))
-        shares = SHARES if group.out <= MANY else SHARES // 2
-        shares_PTO = x_TI.new_empty(shares, len(x_TI), group.out, dtype=torch.float32)
+    def _shares(self, work: Work, group: Group, entry: Tensor, x_TI: Tensor) -> Tensor:
+        """The products [P, T, O] of the inputs with both factors, in parts that are still to be summed."""
+        rows, inputs = x_TI.shape
+        sections = len(group.sites)
+        parts = max(1, inputs // SHARE)
+        h_TSR = self._shrink(work, entry, x_TI, inputs, sections, parts)
+        shares = SHARES
+        if group.out > MANY:
+            shares = SHARES // 2
+        shares_PTO = x_TI.new_empty(shares, rows, group.out, dtype=torch.float32)
         self._expand(work, group, entry, h_TSR, shares_PTO[0], sections, shares, False)
         return shares_PTO
 
-    def _add(self, work: Work, group: Group, shares_PTO: torch.Tensor, y_TO: torch.Tensor) -> None:
+    def _add_shares(self, work: Work, group: Group, shares_PTO: Tensor, y_TO: Tensor) -> None:
+        """Add the parts of the products to the outputs, when both are computed."""
         if self.side is not None:
             torch.cuda.current_stream().wait_stream(self.side)
-        add_kernel[(len(work.segment), triton.cdiv(group.out, 128))](
-            y_TO, shares_PTO, work.segment, work.order_T, group.out, y_TO.stride(0), shares_PTO.stride(1),
-            shares_PTO.stride(0), T=work.rows, N=128, SHARES=len(shares_PTO), num_warps=4,
+        tile = 128
+        grid = (len(work.segment), triton.cdiv(group.out, tile))
+        shares = len(shares_PTO)
+        part_stride, row_stride, _ = shares_PTO.stride()
+        add_kernel[grid](
+            y_TO, shares_PTO, work.segment, work.order_T, group.out, y_TO.stride(0), row_stride, part_stride,
+            T=work.rows, N=tile, SHARES=shares, num_warps=4,
         )  # fmt: skip
 
-    def _shrink(
-        self, work: Work, entry: torch.Tensor, x_TI: torch.Tensor, inputs: int, sections: int, parts: int
-    ) -> torch.Tensor:
-        kind = torch.float32 if parts > 1 else x_TI.dtype
-        h_TSPR = torch.empty(len(x_TI), sections, parts, work.rank, dtype=kind, device=x_TI.device)
-        shrink_kernel[(len(work.task), sections, parts)](
-            x_TI, h_TSPR, work.task, work.order_T, entry, self.pool.arena.data, inputs, triton.cdiv(inputs, parts),
-            x_TI.stride(0), *h_TSPR.stride()[:3], self.stride, len(COLUMNS), T=work.rows, R=work.ranks,
-            K=128 if work.rows == FEW else 64, num_warps=4, num_stages=4,
+    def _shrink(self, work: Work, entry: Tensor, x_TI: Tensor, inputs: int, sections: int, parts: int) -> Tensor:
+        """The products [T, S, R] of inputs with the first factor, for which programs share the inputs in parts."""
+        dtype = x_TI.dtype
+        if parts > 1:
+            dtype = torch.float32
+        h_TSPR = x_TI.new_empty(len(x_TI), sections, parts, work.rank, dtype=dtype)
+        row_stride, section_stride, part_stride, _ = h_TSPR.stride()
+        arena = self.pool.arena.data
+        share = triton.cdiv(inputs, parts)
+        step = 64
+        if work.rows == FEW:
+            step = 128
+        grid = (len(work.task), sections, parts)
+        shrink_kernel[grid](
+            x_TI, h_TSPR, work.task, work.order_T, entry, arena, inputs, share, x_TI.stride(0), row_stride,
+            section_stride, part_stride, self.stride, len(COLUMNS), T=work.rows, R=work.ranks, K=step, num_warps=4,
+            num_stages=4,
         )  # fmt: skip
-        return (h_TSPR.sum(2) if parts > 1 else h_TSPR[:, :, 0]).to(x_TI.dtype)
+        if parts == 1:
+            return h_TSPR[:, :, 0]
+        return h_TSPR.sum(2).to(x_TI.dtype)
 
     def _expand(
-        self, work: Work, group: Group, entry: torch.Tensor, h_TSR: torch.Tensor, y_TO: torch.Tensor, sections: int,
-        shares: int, behind: bool,
+        self, work: Work, group: Group, entry: Tensor, h_TSR: Tensor, y_TO: Tensor, sections: int, shares: int,
+        behind: bool,
     ) -> None:  # fmt: skip
-        starts = [site.start for site in group.sites[1:]] if sections > 1 else []
-        few, wide = work.rows == FEW, work.rank > 64
-        tile = gcd((64 if group.out > MANY else 32) if few else 256 if wide else 128, group.out, *starts)
+        """Add the products of h with the second factor to y, or write them to as many y as there are shares."""
+        starts: list[int] = []
+        if sections > 1:
+            starts = [site.start for site in group.sites[1:]]
+        second, third, *_ = [*starts, FOREVER, FOREVER]
+        tile = gcd(outputs_of_tile(work, group), group.out, *starts)
         grid = (len(work.segment), triton.cdiv(group.out, tile), shares)
+        arena = self.pool.arena.data
+        y_stride = y_TO.stride(0)
+        y_size = y_stride * len(y_TO)
+        h_stride, section_stride, _ = h_TSR.stride()
         expand_kernel[grid](
-            y_TO, h_TSR, work.segment, work.order_T, entry, self.pool.arena.data, group.out,
-            *[*starts, FOREVER, FOREVER][:2], y_TO.stride(0), y_TO.stride(0) * len(y_TO), *h_TSR.stride()[:2],
-            self.stride, len(COLUMNS), T=work.rows, N=tile, SHARES=shares, BEHIND=behind,
-            R=min(128 if few else 64, max(16, triton.next_power_of_2(work.rank))), num_warps=4, num_stages=3,
+            y_TO, h_TSR, work.segment, work.order_T, entry, arena, group.out, second, third, y_stride, y_size,
+            h_stride, section_stride, self.stride, len(COLUMNS), T=work.rows, N=tile, SHARES=shares, BEHIND=behind,
+            R=ranks_of_step(work), num_warps=4, num_stages=3,
         )  # fmt: skip
+
+
+def outputs_of_tile(work: Work, group: Group) -> int:
+    """How many outputs a program of the second factor computes at most."""
+    if work.rows != FEW:
+        return 256 if work.rank > 64 else 128
+    return 64 if group.out > MANY else 32
+
+
+def ranks_of_step(work: Work) -> int:
+    """How many ranks a program of the second factor takes at a time."""
+    most = 64
+    if work.rows == FEW:
+        most = 128
+    ranks = max(16, triton.next_power_of_2(work.rank))
+    return min(most, ranks)

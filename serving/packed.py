@@ -4,10 +4,10 @@ The table has a row of numbers for each site of each decoder layer. Offsets coun
 Shapes: L decoder layers, S sites, C columns.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from serving.adapter import ACTIVATIONS, Adapter, Part
 from serving.base import BEHIND, HEAD_NORMS, NORMS, Base
@@ -26,6 +26,7 @@ TENSORS = (
     (BIAS, "bias_R"),
     (BETA, "beta_O"),
 )
+NORM_SITES = (*NORMS, *HEAD_NORMS, "norm")
 NOWHERE = -1
 
 
@@ -57,8 +58,8 @@ class Packed:
     """An adapter on the host, ready to be copied: pinned where there is a GPU."""
 
     adapter: Adapter  # without its parts
-    block: torch.Tensor
-    table_LSC: torch.Tensor
+    block: Tensor
+    table_LSC: Tensor
     needs: Needs
 
     @property
@@ -72,60 +73,102 @@ class Packed:
         return len(self.block) // UNIT
 
 
+class Pieces:
+    """The tensors of a block, one behind the other; a tensor that several parts share is laid once."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._starts: dict[int, int] = {}  # by the id of the tensor
+        self._units = 0
+
+    def place(self, tensor: Tensor) -> int:
+        """The unit that a tensor begins at; a new one is laid behind the others."""
+        key = id(tensor)
+        if key not in self._starts:
+            self._starts[key] = self._units
+            self._tensors.append(tensor)
+            self._units += -(-tensor.numel() // UNIT)
+        return self._starts[key]
+
+    def block(self, base: Base) -> Tensor:
+        """All tensors in the base's type, in one block on the host."""
+        block = torch.zeros(self._units * UNIT, dtype=base.dtype, pin_memory=base.on_gpu)
+        for tensor in self._tensors:
+            start = self._starts[id(tensor)] * UNIT
+            stop = start + tensor.numel()
+            block[start:stop].view(tensor.shape).copy_(tensor)
+        return block
+
+
 def pack(adapter: Adapter, base: Base) -> Packed:
     """Lay an adapter's pieces one behind the other, in the base's type; pieces that parts share are laid once."""
-    pieces, table_LSC, end = [], empty(base), 0
-    known: dict[int, int] = {}
+    pieces = Pieces()
+    table_LSC = empty(base)
     for (layer, name), part in adapter.parts.items():
         row_C = table_LSC[layer, base.sites[name]]
-        row_C[RANK], row_C[ACTIVATION] = part.rank, ACTIVATIONS.index(part.activation)
+        row_C[RANK] = part.rank
+        row_C[ACTIVATION] = ACTIVATIONS.index(part.activation)
         for column, field in TENSORS:
             tensor = getattr(part, field)
-            if tensor is None:
-                continue
-            if id(tensor) not in known:
-                known[id(tensor)] = end
-                pieces.append(tensor)
-                end += -(-tensor.numel() // UNIT)
-            row_C[column] = known[id(tensor)]
-    block = torch.zeros(end * UNIT, dtype=base.dtype, pin_memory=base.device.type == "cuda")
-    for piece in pieces:
-        start = known[id(piece)] * UNIT
-        block[start : start + piece.numel()].view(piece.shape).copy_(piece)
-    bare = Adapter(adapter.digest, {}, *_extras(adapter, base))
+            if tensor is not None:
+                row_C[column] = pieces.place(tensor)
+    block = pieces.block(base)
+    bare = replace(
+        adapter,
+        parts={},
+        prefix_L2VHE=_on_host(adapter.prefix_L2VHE, base),
+        prompt_VD=_on_host(adapter.prompt_VD, base),
+        embed_VD=_on_host(adapter.embed_VD, base),
+        head_VD=_on_host(adapter.head_VD, base),
+    )
     return Packed(bare, block, table_LSC, needs(adapter, table_LSC))
 
 
-def empty(base: Base) -> torch.Tensor:
+def empty(base: Base) -> Tensor:
     """The table [L, S, C] of no adapter."""
-    table_LSC = torch.full((base.shape.layers, len(base.sites), len(COLUMNS)), NOWHERE, dtype=torch.int32)
-    table_LSC[..., RANK] = table_LSC[..., ACTIVATION] = table_LSC[..., RANKS] = 0
+    size = (base.shape.layers, len(base.sites), len(COLUMNS))
+    table_LSC = torch.full(size, NOWHERE, dtype=torch.int32)
+    for column in (RANK, ACTIVATION, RANKS):
+        table_LSC[..., column] = 0
     return table_LSC
 
 
-def needs(adapter: Adapter, table_LSC: torch.Tensor) -> Needs:
+def needs(adapter: Adapter, table_LSC: Tensor) -> Needs:
     """What an adapter's parts ask of a forward pass; notes in the table how many rows its factors take at most."""
-    linear = {place: part for place, part in adapter.parts.items() if place[1] not in (*NORMS, *HEAD_NORMS, "norm")}
-    before = [part for (_, name), part in linear.items() if not name.endswith(BEHIND)]
+    before: list[Part] = []  # linear layers
+    behind = 0
+    norms = False
+    for (_, name), part in adapter.parts.items():
+        if name in NORM_SITES:
+            norms = True
+        elif name.endswith(BEHIND):
+            behind = max(behind, part.rank)
+        else:
+            before.append(part)
+    gains = any(_has_gain(part) for part in before)
+    scales = any(part.u_I is not None for part in before)
+    common = Needs(behind=behind, gains=gains, scales=scales, norms=norms)
     rank = max((part.rank for part in before), default=0)
-    narrow = rank <= NARROW and all(_plain(part) for part in before)
-    table_LSC[..., RANKS] = rank if narrow else 0
-    return Needs(
-        narrow=rank if narrow else 0,
-        wide=0 if narrow else rank,
-        behind=max((part.rank for (_, name), part in linear.items() if name.endswith(BEHIND)), default=0),
-        gains=any(part.m_O is not None or part.beta_O is not None for part in before),
-        scales=any(part.u_I is not None for part in before),
-        norms=len(linear) < len(adapter.parts),
-    )
+    if rank > NARROW or not all(_is_plain(part) for part in before):
+        table_LSC[..., RANKS] = 0
+        return replace(common, wide=rank)
+    table_LSC[..., RANKS] = rank
+    return replace(common, narrow=rank)
 
 
-def _plain(part: Part) -> bool:
+def _has_gain(part: Part) -> bool:
+    return part.m_O is not None or part.beta_O is not None
+
+
+def _is_plain(part: Part) -> bool:
     return part.c_R is None and part.v_O is None
 
 
-def _extras(adapter: Adapter, base: Base) -> list[Any]:
-    tensors = (adapter.prefix_L2VHE, adapter.prompt_VD, adapter.embed_VD, adapter.head_VD)
-    pin = base.device.type == "cuda"
-    held = [None if t is None else t.to(base.dtype) for t in tensors]
-    return [*(t.pin_memory() if pin and t is not None else t for t in held), adapter.config]
+def _on_host(tensor: Tensor | None, base: Base) -> Tensor | None:
+    """A tensor in the base's type, pinned where the base is on a GPU."""
+    if tensor is None:
+        return None
+    tensor = tensor.to(base.dtype)
+    if base.on_gpu:
+        return tensor.pin_memory()
+    return tensor

@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from serving.cache import PAGE, places
+from serving.cache import PAGE, padded_pages, place_in, places
 from serving.mix import Mix
 from serving.work import Work
 
@@ -23,19 +24,24 @@ class Span:
     start: int
     pages: list[int]
 
-    def places(self) -> torch.Tensor:
+    @property
+    def stop(self) -> int:
+        """The position behind its last row's."""
+        return self.start + self.count
+
+    def places(self) -> Tensor:
         """Where the keys and values of all positions up to its last row's lie."""
-        return places(self.pages, 0, self.start + self.count)
+        return places(self.pages, 0, self.stop)
 
 
 class Runs(NamedTuple):
     """Spans, one behind the other, as attention of runs of different lengths takes them; on the device."""
 
-    row_N: torch.Tensor  # where each one's rows begin, and the last one's end
-    key_N: torch.Tensor  # the same for their keys
+    row_N: Tensor  # where each one's rows begin, and the last one's end
+    key_N: Tensor  # the same for their keys
     rows: int  # of the longest
     keys: int
-    place_S: torch.Tensor
+    place_S: Tensor
 
 
 @dataclass
@@ -43,37 +49,63 @@ class Pass:
     """What a forward pass needs beside its rows' embeddings."""
 
     mix: Mix
-    place_T: torch.Tensor  # where each row's keys and values go
-    cos_TF: torch.Tensor
-    sin_TF: torch.Tensor
+    place_T: Tensor  # where each row's keys and values go
+    cos_TF: Tensor
+    sin_TF: Tensor
     spans: list[Span] = field(default_factory=list)
     before: Work | None = None  # updates of linear layers that grouped kernels add
     behind: Work | None = None  # bottlenecks
     tail: int = 0  # ranks behind each of the base's weights that are computed with it
     ranks: int = 16  # of the adapters there, at most
-    pages_TP: torch.Tensor | None = None  # where every row is a sequence: its pages,
-    position_T: torch.Tensor | None = None  # and its position
+    pages_TP: Tensor | None = None  # where every row is a sequence: its pages,
+    position_T: Tensor | None = None  # and its position
     parts: int = 1  # in which its keys are computed side by side
 
     @cached_property
     def runs(self) -> Runs:
         """The spans for attention of runs."""
-        row_N = torch.tensor([0, *(span.count for span in self.spans)]).cumsum(0).int()
-        key_N = torch.tensor([0, *(span.start + span.count for span in self.spans)]).cumsum(0).int()
-        rows, keys = (int(ends.diff().max()) for ends in (row_N, key_N))
+        row_N = boundaries([span.count for span in self.spans])
+        key_N = boundaries([span.stop for span in self.spans])
+        rows = int(row_N.diff().max())
+        keys = int(key_N.diff().max())
         place_S = self.place_T
-        if keys > rows or bool((row_N != key_N).any()):
-            place_S = laid([Span(0, span.start + span.count, 0, span.pages) for span in self.spans])[1]
-        moved = [tensor.to(self.place_T.device, non_blocking=True) for tensor in (row_N, key_N, place_S)]
-        return Runs(moved[0], moved[1], rows, keys, moved[2])
+        differ_N = row_N != key_N
+        if keys > rows or bool(differ_N.any()):
+            place_S = self._key_places()
+        device = self.place_T.device
+        row_N = row_N.to(device, non_blocking=True)
+        key_N = key_N.to(device, non_blocking=True)
+        place_S = place_S.to(device, non_blocking=True)
+        return Runs(row_N, key_N, rows, keys, place_S)
+
+    def _key_places(self) -> Tensor:
+        """Where all keys of the spans lie, those that were computed by earlier passes included."""
+        whole = [Span(0, span.stop, 0, span.pages) for span in self.spans]
+        _, place_S = positions_and_places(whole)
+        return place_S
 
 
-def laid(spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor]:
+def boundaries(lengths: list[int]) -> Tensor:
+    """Where runs of these lengths begin, one behind the other, and where the last one ends."""
+    length_N = torch.tensor([0, *lengths])
+    return length_N.cumsum(0).int()
+
+
+def positions_and_places(spans: list[Span]) -> tuple[Tensor, Tensor]:
     """The position of every row of some spans, and where its keys and values lie."""
     count_N = torch.tensor([span.count for span in spans])
-    span_T = torch.repeat_interleave(count_N)
-    shift_N = torch.tensor([span.start for span in spans]) - (count_N.cumsum(0) - count_N)
-    position_T = torch.arange(len(span_T)) + shift_N[span_T]
-    most = max(len(span.pages) for span in spans)
-    page_NP = torch.tensor([span.pages + [0] * (most - len(span.pages)) for span in spans])
-    return position_T, page_NP[span_T, position_T // PAGE] * PAGE + position_T % PAGE
+    start_N = torch.tensor([span.start for span in spans])
+    span_T = torch.repeat_interleave(count_N)  # the number of each row's span
+    first_row_N = count_N.cumsum(0) - count_N
+    shift_N = start_N - first_row_N
+    row_T = torch.arange(len(span_T))
+    position_T = row_T + shift_N[span_T]
+    page_NP = page_table([span.pages for span in spans])
+    page_T = page_NP[span_T, position_T // PAGE]
+    return position_T, place_in(page_T, position_T)
+
+
+def page_table(sequences: list[list[int]]) -> Tensor:
+    """The pages [N, P] of some sequences, padded to as many as the longest has."""
+    most = max(len(pages) for pages in sequences)
+    return torch.tensor([padded_pages(pages, most) for pages in sequences])

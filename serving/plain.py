@@ -4,6 +4,7 @@ Shapes: T rows, H query heads, G key-value heads, E head size, F rotary half, O 
 """
 
 import torch
+from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from serving.adapter import Place
@@ -18,10 +19,12 @@ class Plain:
     """The operations of a decoder layer."""
 
     def __init__(self, base: Base, pool: Pool, cache: Cache) -> None:
-        self.base, self.shape, self.cache = base, base.shape, cache
+        self.base = base
+        self.shape = base.shape
+        self.cache = cache
         self.mixed = PlainMix(base, pool)
 
-    def project(self, step: Pass, name: str, layer: int, x_TI: torch.Tensor) -> torch.Tensor:
+    def project(self, step: Pass, name: str, layer: int, x_TI: Tensor) -> Tensor:
         """The outputs of a group of linear layers."""
         return self.mixed.project(step.mix, name, layer, x_TI)
 
@@ -29,58 +32,82 @@ class Plain:
         self,
         step: Pass,
         place: Place,
-        x_TD: torch.Tensor,
-        residual_TD: torch.Tensor | None,
+        x_TD: Tensor,
+        residual_TD: Tensor | None,
         source: Place | None,  # noqa: ARG002 (x is complete here; kernels complete it in this pass)
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """The residual stream with x, which comes from the group `source`, and the stream's norm of this place."""
-        residual_TD = x_TD if residual_TD is None else residual_TD + x_TD
-        return residual_TD, self.mixed.norm(step.mix, place, residual_TD)
+        if residual_TD is not None:
+            x_TD = residual_TD + x_TD
+        return x_TD, self.mixed.norm(step.mix, place, x_TD)
 
-    def rotate(self, step: Pass, layer: int, y_TO: torch.Tensor) -> torch.Tensor:
+    def rotate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor:
         """Queries [T, H, E], rotated; keys, rotated too, and values go to the cache."""
-        shape = self.shape
-        sizes = [heads * shape.head_size for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
-        query, key, value = (part.unflatten(1, (-1, shape.head_size)) for part in y_TO.split(sizes, dim=1))
+        query_THE, key_TGE, value_TGE = self._heads(y_TO)
         if "q_norm" in self.base.norms:
-            query, key = (self.mixed.norm(step.mix, (layer, n), x) for n, x in (("q_norm", query), ("k_norm", key)))
-        self.cache.key_LNHE[layer, step.place_T] = rotated(key, step.cos_TF, step.sin_TF)
-        self.cache.value_LNHE[layer, step.place_T] = value
-        return rotated(query, step.cos_TF, step.sin_TF)
+            query_THE = self.mixed.norm(step.mix, (layer, "q_norm"), query_THE)
+            key_TGE = self.mixed.norm(step.mix, (layer, "k_norm"), key_TGE)
+        self.cache.key_LNHE[layer, step.place_T] = rotated(key_TGE, step.cos_TF, step.sin_TF)
+        self.cache.value_LNHE[layer, step.place_T] = value_TGE
+        return rotated(query_THE, step.cos_TF, step.sin_TF)
 
-    def attend(self, step: Pass, layer: int, query_THE: torch.Tensor) -> torch.Tensor:
+    def attend(self, step: Pass, layer: int, query_THE: Tensor) -> Tensor:
         """Attention [T, H x E] of every sequence's rows over its keys in the cache."""
-        result = torch.empty_like(query_THE)
+        result_THE = torch.empty_like(query_THE)
         for span in step.spans:
             rows = slice(span.row, span.row + span.count)
-            at_S = span.places()
-            key, value = (held[layer, at_S] for held in (self.cache.key_LNHE, self.cache.value_LNHE))
-            result[rows] = attention(query_THE[rows], key, value, span.start, self.shape.window)
-        return result.flatten(1)
+            place_S = span.places()
+            key_SGE = self.cache.key_LNHE[layer, place_S]
+            value_SGE = self.cache.value_LNHE[layer, place_S]
+            result_THE[rows] = attention(query_THE[rows], key_SGE, value_SGE, span.start, self.shape.window)
+        return result_THE.flatten(1)
 
-    def gate(self, step: Pass, layer: int, y_TO: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+    def gate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor:  # noqa: ARG002
         """What the feed-forward layer's down projection gets."""
-        gate, up = y_TO.chunk(2, dim=1)
-        return (gelu(gate, approximate="tanh") if self.shape.gelu else silu(gate)) * up
+        gate_TI, up_TI = y_TO.chunk(2, dim=1)
+        if self.shape.gelu:
+            return gelu(gate_TI, approximate="tanh") * up_TI
+        return silu(gate_TI) * up_TI
+
+    def _heads(self, y_TO: Tensor) -> list[Tensor]:
+        """The queries [T, H, E], keys and values [T, G, E] of the outputs of their linear layers."""
+        shape = self.shape
+        heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+        sizes = [count * shape.head_size for count in heads]
+        parts = y_TO.split(sizes, dim=1)
+        return [part_TO.unflatten(1, (-1, shape.head_size)) for part_TO in parts]
 
 
-def rotated(x_THE: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor) -> torch.Tensor:
+def rotated(x_THE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     """Heads whose first 2 F numbers are turned by their position: pairs are F apart."""
     half = cos_TF.shape[1]
-    cos, sin = cos_TF[:, None].to(x_THE.dtype), sin_TF[:, None].to(x_THE.dtype)
-    first, second, rest = x_THE[..., :half], x_THE[..., half : 2 * half], x_THE[..., 2 * half :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    cos_T1F = cos_TF[:, None].to(x_THE.dtype)
+    sin_T1F = sin_TF[:, None].to(x_THE.dtype)
+    first = x_THE[..., :half]
+    second = x_THE[..., half : 2 * half]
+    unrotated = x_THE[..., 2 * half :]
+    turned_first = first * cos_T1F - second * sin_T1F
+    turned_second = second * cos_T1F + first * sin_T1F
+    return torch.cat([turned_first, turned_second, unrotated], dim=-1)
 
 
-def attention(
-    query_THE: torch.Tensor, key_SGE: torch.Tensor, value_SGE: torch.Tensor, start: int, window: int | None
-) -> torch.Tensor:
+def attention(query_THE: Tensor, key_SGE: Tensor, value_SGE: Tensor, start: int, window: int | None) -> Tensor:
     """Causal attention of queries at positions start, start + 1, ... over the keys of positions 0, 1, ..."""
-    at_T = torch.arange(start, start + len(query_THE), device=query_THE.device)[:, None]
-    at_S = torch.arange(len(key_SGE), device=query_THE.device)[None]
-    seen_TS = at_S <= at_T
+    device = query_THE.device
+    stop = start + len(query_THE)
+    position_T1 = torch.arange(start, stop, device=device)[:, None]
+    position_1S = torch.arange(len(key_SGE), device=device)[None]
+    seen_TS = position_1S <= position_T1
     if window is not None:
-        seen_TS &= at_S > at_T - window
-    query, key, value = (x.transpose(0, 1)[None] for x in (query_THE, key_SGE, value_SGE))
-    attended = scaled_dot_product_attention(query, key, value, attn_mask=seen_TS, enable_gqa=True)
-    return attended[0].transpose(0, 1)
+        seen_TS &= position_1S > position_T1 - window
+    query_1HTE = _batch(query_THE)
+    key_1GSE = _batch(key_SGE)
+    value_1GSE = _batch(value_SGE)
+    attended_1HTE = scaled_dot_product_attention(query_1HTE, key_1GSE, value_1GSE, attn_mask=seen_TS, enable_gqa=True)
+    return attended_1HTE[0].transpose(0, 1)
+
+
+def _batch(x_THE: Tensor) -> Tensor:
+    """A batch [1, H, T, E] of one sequence, as torch's attention takes it."""
+    x_HTE = x_THE.transpose(0, 1)
+    return x_HTE[None]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from serving.base import Base
 from serving.error import AdapterRefused, UnknownAdapter
@@ -30,34 +31,37 @@ class Resident:
     gone: bool = False  # it was evicted
     pages: list[int] = field(default_factory=list)  # keys and values in front of its documents
     rotation: int = 0  # which rotary positions it has
-    embed_VD: torch.Tensor | None = None
-    head_VD: torch.Tensor | None = None
+    embed_VD: Tensor | None = None
+    head_VD: Tensor | None = None
 
 
 class Arena:
     """One tensor on the device in which blocks lie; a block takes the first gap that is large enough."""
 
     def __init__(self, units: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Room for so many units of UNIT elements."""
+        """Allocate so many units of UNIT elements."""
         self.data = torch.zeros(units * UNIT, dtype=dtype, device=device)
         self._gaps = [(0, units)]  # start, stop; sorted
 
     def reserve(self, units: int) -> int | None:
-        """Where a block of this size may lie, or None."""
+        """The first unit of a new block of this size, or None where no gap is large enough."""
         for number, (start, stop) in enumerate(self._gaps):
-            if stop - start >= units:
-                self._gaps[number] = (start + units, stop)
+            end = start + units
+            if end <= stop:
+                self._gaps[number] = (end, stop)
                 return start
         return None
 
     def give_back(self, start: int, units: int) -> None:
         """Make a block a gap, joined with its neighbours."""
+        freed = (start, start + units)
         joined: list[tuple[int, int]] = []
-        for gap in sorted([*self._gaps, (start, start + units)]):
-            if joined and joined[-1][1] == gap[0]:
-                joined[-1] = (joined[-1][0], gap[1])
-            elif gap[0] < gap[1]:
-                joined.append(gap)
+        for begin, end in sorted([*self._gaps, freed]):
+            if joined and joined[-1][1] == begin:
+                before, _ = joined.pop()
+                joined.append((before, end))
+            elif begin < end:
+                joined.append((begin, end))
         self._gaps = joined or [(0, 0)]
 
 
@@ -65,13 +69,15 @@ class Pool:
     """Loads, finds, places and evicts adapters."""
 
     def __init__(self, base: Base, slots: int, arena_bytes: int) -> None:
-        """Room for so many adapters at once on the device, and so many bytes of their weights."""
+        """Have at most so many adapters at once on the device, and so many bytes of their weights."""
         self.base = base
-        units = arena_bytes // (UNIT * base.dtype.itemsize)
-        self.arena = Arena(units, base.dtype, base.device)
-        table = empty(base)[None].repeat(slots + 1, 1, 1, 1)
-        self.table_KLSC = table.to(base.device)
-        self.host_KLSC = table.pin_memory() if base.device.type == "cuda" else table
+        unit_bytes = UNIT * base.dtype.itemsize
+        self.arena = Arena(arena_bytes // unit_bytes, base.dtype, base.device)
+        host_KLSC = empty(base)[None].repeat(slots + 1, 1, 1, 1)
+        self.table_KLSC = host_KLSC.to(base.device)
+        if base.on_gpu:
+            host_KLSC = host_KLSC.pin_memory()
+        self.host_KLSC = host_KLSC
         self._names: dict[str, Packed] = {}
         self._pinned: set[str] = set()  # names
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # by digest, the longest unused first
@@ -89,16 +95,21 @@ class Pool:
 
     def prepare(self, folder: Path | str) -> Packed:
         """An adapter from its folder, on the host; raises AdapterRefused where it cannot be computed exactly."""
-        packed = pack(read(folder, self.base), self.base)
-        if packed.units > len(self.arena.data) // UNIT:
-            found, allowed = packed.units * UNIT, len(self.arena.data)
-            raise AdapterRefused(f"{folder}: found an adapter of {found} numbers; allowed: {allowed}")
+        adapter = read(folder, self.base)
+        packed = pack(adapter, self.base)
+        capacity = len(self.arena.data)
+        if packed.units > capacity // UNIT:
+            size = packed.units * UNIT
+            raise AdapterRefused(f"{folder}: found an adapter of {size} numbers; allowed: {capacity}")
         return packed
 
     def give(self, name: str, packed: Packed, pinned: bool = False) -> None:
         """Let a name mean this adapter from now on; a `pinned` one is never evicted from its slot."""
         self._names[name] = packed
-        (self._pinned.add if pinned else self._pinned.discard)(name)
+        if pinned:
+            self._pinned.add(name)
+        else:
+            self._pinned.discard(name)
 
     def unload(self, name: str) -> None:
         """Forget a name; requests that were made with it are answered still."""
@@ -114,11 +125,14 @@ class Pool:
         return self._names[name]
 
     def acquire(self, packed: Packed) -> Resident | None:
-        """The adapter in a slot, for one more user; None where no room can be made now."""
-        resident = self._residents.get(packed.digest) or self._place(packed)
-        if resident is not None:
-            resident.users += 1
-            self._residents.move_to_end(packed.digest)
+        """The adapter in a slot, for one more user; None where no slot or no space in the arena is free now."""
+        resident = self._residents.get(packed.digest)
+        if resident is None:
+            resident = self._place(packed)
+        if resident is None:
+            return None
+        resident.users += 1
+        self._residents.move_to_end(packed.digest)
         return resident
 
     def release(self, resident: Resident) -> None:
@@ -127,13 +141,13 @@ class Pool:
 
     def idle(self, with_pages: bool = False) -> Resident | None:
         """The resident (of those with pages, if need be) that was not used for the longest time and may go."""
-        kept = {self._names[name].digest for name in self._pinned}
-        free = (
-            resident
-            for digest, resident in self._residents.items()
-            if resident.users == 0 and digest not in kept and (resident.pages or not with_pages)
-        )
-        return next(free, None)
+        pinned = {self._names[name].digest for name in self._pinned}
+        for digest, resident in self._residents.items():
+            in_use = resident.users != 0 or digest in pinned
+            without_pages = with_pages and not resident.pages
+            if not in_use and not without_pages:
+                return resident
+        return None
 
     def evict(self, resident: Resident) -> None:
         """Free a slot; its pages are the caller's to give back."""
@@ -143,16 +157,25 @@ class Pool:
         self._slots.append(resident.slot)
 
     def _place(self, packed: Packed) -> Resident | None:
-        if not self._slots or (start := self.arena.reserve(packed.units)) is None:
+        """Copy an adapter to the device; None where no slot or no space is free."""
+        if not self._slots:
+            return None
+        start = self.arena.reserve(packed.units)
+        if start is None:
             return None
         slot = self._slots.pop()
-        end = (start + packed.units) * UNIT
-        self.arena.data[start * UNIT : end].copy_(packed.block, non_blocking=True)
-        table_LSC = self.host_KLSC[slot]
-        table_LSC.copy_(packed.table_LSC)
-        pieces = table_LSC[..., PIECES]
-        pieces += (pieces != NOWHERE) * start
-        self.table_KLSC[slot].copy_(table_LSC, non_blocking=True)
+        first = start * UNIT
+        end = first + len(packed.block)
+        self.arena.data[first:end].copy_(packed.block, non_blocking=True)
+        self._write_table(slot, packed, start)
         resident = Resident(slot, packed, start)
         self._residents[packed.digest] = resident
         return resident
+
+    def _write_table(self, slot: int, packed: Packed, start: int) -> None:
+        """Fill a slot's table, whose offsets count from the arena's begin, not from the block's."""
+        table_LSC = self.host_KLSC[slot]
+        table_LSC.copy_(packed.table_LSC)
+        offsets = table_LSC[..., PIECES]
+        offsets += (offsets != NOWHERE) * start
+        self.table_KLSC[slot].copy_(table_LSC, non_blocking=True)

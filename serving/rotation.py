@@ -3,7 +3,7 @@
 Shapes: K kinds, P positions, T rows, F half of the rotary size.
 """
 
-import torch
+from torch import Tensor
 
 from serving.base import Base
 from serving.error import AdapterRefused
@@ -16,7 +16,8 @@ class Rotations:
     """Cosines and sines of every position, for a few kinds of rotary positions; kind 0 is the base's."""
 
     def __init__(self, base: Base, positions: int) -> None:
-        self._base, self._positions = base, positions
+        self._base = base
+        self._positions = positions
         cos_PF, sin_PF = base.rotation(base.config, positions)
         self.cos_KPF = cos_PF[None].repeat(KINDS, 1, 1)
         self.sin_KPF = sin_PF[None].repeat(KINDS, 1, 1)
@@ -28,15 +29,20 @@ class Rotations:
         if config is None:
             return 0
         if config.rope_parameters not in self._kinds:
-            if len(self._kinds) == KINDS:
-                raise AdapterRefused(f"adapter: found a further kind of rotary positions; allowed: {KINDS} at once")
             number = len(self._kinds)
-            self.cos_KPF[number], self.sin_KPF[number] = self._base.rotation(config, self._positions)
+            if number == KINDS:
+                raise AdapterRefused(f"adapter: found a further kind of rotary positions; allowed: {KINDS} at once")
+            cos_PF, sin_PF = self._base.rotation(config, self._positions)
+            self.cos_KPF[number] = cos_PF
+            self.sin_KPF[number] = sin_PF
             self._kinds.append(config.rope_parameters)
         return self._kinds.index(config.rope_parameters)
 
-    def at(self, kind_T: torch.Tensor, position_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def at(self, kind_T: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, F] of rows."""
         device = self.cos_KPF.device
-        kind_T, position_T = kind_T.to(device), position_T.to(device)
-        return self.cos_KPF[kind_T, position_T], self.sin_KPF[kind_T, position_T]
+        kind_T = kind_T.to(device)
+        position_T = position_T.to(device)
+        cos_TF = self.cos_KPF[kind_T, position_T]
+        sin_TF = self.sin_KPF[kind_T, position_T]
+        return cos_TF, sin_TF

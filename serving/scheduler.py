@@ -21,7 +21,11 @@ class Scheduler:
 
         `settle` makes an adapter in a new slot ready, and says whether there was room for its virtual tokens.
         """
-        self.pool, self.cache, self.rows, self.chunk, self.settle = pool, cache, rows, chunk, settle
+        self.pool = pool
+        self.cache = cache
+        self.rows = rows
+        self.chunk = chunk
+        self.settle = settle
         self.waiting: deque[Sequence] = deque()
         self.filling: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -36,11 +40,16 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def admit(self) -> None:
-        """Start what there is room for, in order."""
-        while self.waiting and len(self.filling) + len(self.running) < self.rows:
+        """Start the sequences that wait, in order, up to the first that does not fit."""
+        while self.waiting and self._admitted < self.rows:
             if not self._start(self.waiting[0]):
                 return
-            self.filling.append(self.waiting.popleft())
+            sequence = self.waiting.popleft()
+            self.filling.append(sequence)
+
+    @property
+    def _admitted(self) -> int:
+        return len(self.filling) + len(self.running)
 
     def next_chunk(self) -> list[tuple[Sequence, Span]]:
         """The sequences whose prompts are computed next, with their rows: at most a chunk of tokens."""
@@ -50,7 +59,8 @@ class Scheduler:
             count = min(sequence.left, self.chunk - row)
             if count == 0:
                 break
-            chosen.append((sequence, Span(row, count, sequence.computed, sequence.pages)))
+            span = Span(row, count, sequence.computed, sequence.pages)
+            chosen.append((sequence, span))
             row += count
         return chosen
 
@@ -62,7 +72,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Free what a finished sequence held."""
         self.running.remove(sequence)
-        self.cache.give_back(sequence.own)
+        self.cache.give_back(sequence.own_pages)
         if sequence.resident is not None:
             self.pool.release(sequence.resident)
 
@@ -73,17 +83,25 @@ class Scheduler:
             self.pool.release(sequence.resident)
 
     def _start(self, sequence: Sequence) -> bool:
+        """Give a sequence a slot for its adapter and pages; False where one of them is not to be had now."""
         if sequence.packed is not None and sequence.resident is None:
             sequence.resident = self._resident(sequence)
             if sequence.resident is None:
                 return False
-        shared = [] if sequence.resident is None else sequence.resident.pages[: sequence.virtual // PAGE]
-        own = self._reserve(pages_for(sequence.length) - len(shared))
+        adapter_pages: list[int] = []
+        if sequence.resident is not None:
+            adapter_pages = sequence.resident.pages
+        shared = adapter_pages[: sequence.virtual // PAGE]
+        needed = pages_for(sequence.length) - len(shared)
+        own = self._reserve(needed)
         if own is None:
             return False
-        sequence.pages, sequence.own, sequence.computed = shared + own, own, sequence.virtual
-        if sequence.resident is not None and sequence.virtual % PAGE:
-            self.cache.copy(sequence.resident.pages[-1], own[0])
+        sequence.pages = shared + own
+        sequence.own_pages = own
+        sequence.computed = sequence.virtual
+        if sequence.virtual % PAGE:
+            # The adapter's last page is not full: this sequence goes on in a copy of its own.
+            self.cache.copy(adapter_pages[-1], own[0])
         return True
 
     def _resident(self, sequence: Sequence) -> Resident | None:
@@ -99,12 +117,14 @@ class Scheduler:
         return resident
 
     def _reserve(self, count: int) -> list[int] | None:
+        """So many pages, for which adapters that are not in use may have to leave; None where that is not enough."""
         while (pages := self.cache.reserve(count)) is None:
             if not self._evict(with_pages=True):
                 return None
         return pages
 
     def _evict(self, with_pages: bool = False) -> bool:
+        """Evict the adapter that was not used for the longest time; False where there is none to evict."""
         resident = self.pool.idle(with_pages)
         if resident is None:
             return False

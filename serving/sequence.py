@@ -32,7 +32,7 @@ class Sequence:
     packed: Packed | None  # found when the request was made
     resident: Resident | None = None
     pages: list[int] = field(default_factory=list)  # all it will need, those of its adapter included
-    own: list[int] = field(default_factory=list)  # of these, its own
+    own_pages: list[int] = field(default_factory=list)  # of these, those that no other sequence has
     computed: int = 0  # positions whose keys and values are in the cache
     answer: list[int] = field(default_factory=list)
     scored_from: int | None = None  # instead of an answer, log-probabilities of the prompt from this token on
@@ -41,22 +41,31 @@ class Sequence:
     @property
     def virtual(self) -> int:
         """Positions in front of the prompt."""
-        return 0 if self.packed is None else self.packed.adapter.virtual
+        if self.packed is None:
+            return 0
+        return self.packed.adapter.virtual
 
     @property
     def slot(self) -> int:
         """The slot that its adapter lies in; 0 for the base."""
-        return 0 if self.resident is None else self.resident.slot
+        if self.resident is None:
+            return 0
+        return self.resident.slot
+
+    @property
+    def prompted(self) -> int:
+        """Positions that its prompt ends at, virtual tokens included."""
+        return self.virtual + len(self.request.prompt)
 
     @property
     def length(self) -> int:
         """Positions that it will take at most."""
-        return self.virtual + len(self.request.prompt) + self.request.new_tokens
+        return self.prompted + self.request.new_tokens
 
     @property
     def left(self) -> int:
         """Tokens of the prompt that are not computed yet."""
-        return self.virtual + len(self.request.prompt) - self.computed
+        return self.prompted - self.computed
 
     def take(self, token: int) -> None:
         """One more token of the answer."""
@@ -64,8 +73,9 @@ class Sequence:
 
     @property
     def finished(self) -> bool:
-        """Whether the answer is complete; a prompt that is scored is when it is computed."""
-        request = self.request
+        """Whether the answer is complete; where a prompt is scored, whether all of it is computed."""
         if self.scored_from is not None:
             return self.left == 0
-        return len(self.answer) >= request.new_tokens or (bool(self.answer) and self.answer[-1] in request.stop)
+        if len(self.answer) >= self.request.new_tokens:
+            return True
+        return bool(self.answer) and self.answer[-1] in self.request.stop

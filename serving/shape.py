@@ -1,5 +1,6 @@
 """What a decoder of the Llama family looks like, from its transformers config."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,19 +33,22 @@ class Shape:
     def of(cls, config: Any) -> "Shape":
         """The shape of a config; raises BaseRefused where the engine has no such forward pass."""
         check(config)
-        gemma = config.model_type == "gemma"
+        width, heads = config.hidden_size, config.num_attention_heads
+        norm_offset, embed_scale = 0.0, 1.0
+        if config.model_type == "gemma":
+            norm_offset, embed_scale = 1.0, width**0.5
         return cls(
             layers=config.num_hidden_layers,
-            width=config.hidden_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads or config.num_attention_heads,
-            head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            width=width,
+            heads=heads,
+            kv_heads=config.num_key_value_heads or heads,
+            head_size=getattr(config, "head_dim", None) or width // heads,
             mlp=config.intermediate_size,
             vocabulary=config.vocab_size,
             positions=config.max_position_embeddings,
             epsilon=config.rms_norm_eps,
-            norm_offset=1.0 if gemma else 0.0,
-            embed_scale=config.hidden_size**0.5 if gemma else 1.0,
+            norm_offset=norm_offset,
+            embed_scale=embed_scale,
             gelu=ACTIVATIONS[activation(config)],
             window=window(config),
         )
@@ -52,32 +56,38 @@ class Shape:
 
 def check(config: Any) -> None:
     """Raise BaseRefused where a config asks for what the forward pass does not have."""
-    if config.model_type not in FAMILIES:
-        raise BaseRefused(f"base: found model type {config.model_type!r}; allowed: {', '.join(FAMILIES)}")
-    rope = rope_type(config)
-    if rope not in ROPES:
-        raise BaseRefused(f"base: found rotary positions of type {rope!r}; allowed: {', '.join(ROPES)}")
-    if activation(config) not in ACTIVATIONS:
-        raise BaseRefused(f"base: found activation {activation(config)!r}; allowed: {', '.join(ACTIVATIONS)}")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    _check_value("model type", config.model_type, FAMILIES)
+    _check_value("rotary positions of type", rope_type(config), ROPES)
+    _check_value("activation", activation(config), ACTIVATIONS)
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"]
+    kinds = sorted(set(layer_types))
     if len(kinds) > 1:
-        raise BaseRefused(f"base: found layers of {' and '.join(sorted(kinds))}; allowed: one kind in all layers")
+        raise BaseRefused(f"base: found layers of {' and '.join(kinds)}; allowed: one kind in all layers")
+
+
+def _check_value(title: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        known = ", ".join(allowed)
+        raise BaseRefused(f"base: found {title} {value!r}; allowed: {known}")
 
 
 def rope_type(config: Any) -> str:
     """The kind of a config's rotary positions."""
-    return str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return str(parameters.get("rope_type", "default"))
 
 
 def activation(config: Any) -> str:
     """The name of a config's activation; Gemma's first configs say gelu and mean its tanh approximation."""
     name = str(config.hidden_act)
-    return "gelu_pytorch_tanh" if config.model_type == "gemma" and name == "gelu" else name
+    if config.model_type == "gemma" and name == "gelu":
+        return "gelu_pytorch_tanh"
+    return name
 
 
 def window(config: Any) -> int | None:
     """How many tokens attention sees back."""
     if not getattr(config, "use_sliding_window", True):
         return None
-    found: int | None = getattr(config, "sliding_window", None)
-    return found
+    size: int | None = getattr(config, "sliding_window", None)
+    return size

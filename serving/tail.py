@@ -4,8 +4,9 @@ A place is a range of ranks, the same in every layer; a group of several linear 
 """
 
 import torch
+from torch import Tensor
 
-from serving.base import Base
+from serving.base import Base, Group
 from serving.kernel.tail import tail_kernel
 from serving.packed import COLUMNS, RANKS, TAIL
 from serving.pool import Pool, Resident
@@ -15,43 +16,70 @@ class Tail:
     """The adapters of the current batch, one behind the other from the first rank on."""
 
     def __init__(self, base: Base, pool: Pool, capacity: int) -> None:
-        """Room for so many ranks."""
-        self.base, self.pool, self.capacity = base, pool, capacity
+        """Use so many ranks behind the base's weights."""
+        self.base = base
+        self.pool = pool
+        self.capacity = capacity
         self._placed: dict[int, tuple[Resident, int]] = {}  # by slot, with the first rank
 
     def place(self, residents: list[Resident]) -> int:
         """Make these adapters' factors lie there; how many ranks a pass must compute, or 0 where they do not fit."""
-        narrow = [r for r in residents if r.packed.needs.narrow]
-        needed = rounded(sum(r.packed.needs.narrow for r in narrow))
+        narrow = [resident for resident in residents if _rank(resident)]
+        needed = rounded(sum(_rank(resident) for resident in narrow))
         if needed > self.capacity or not narrow:
             return 0
-        if not all(self._within(resident, needed) for resident in narrow):
-            self._write(narrow)
+        if not all(self._is_within(resident, needed) for resident in narrow):
+            self._place_anew(narrow)
         return needed
 
-    def _within(self, resident: Resident, end: int) -> bool:
+    def _is_within(self, resident: Resident, end: int) -> bool:
+        """Whether an adapter's factors lie in the first ranks, up to `end`."""
         holder, start = self._placed.get(resident.slot, (None, 0))
-        return holder is resident and start + resident.packed.needs.narrow <= end
+        if holder is not resident:
+            return False
+        return start + _rank(resident) <= end
 
-    def _write(self, residents: list[Resident]) -> None:
-        self._placed, start = {}, 0
+    def _place_anew(self, residents: list[Resident]) -> None:
+        """Lay these adapters' factors from the first rank on, and forget all others."""
+        self._placed = {}
+        start = 0
         for resident in residents:
             self._placed[resident.slot] = resident, start
-            table_LSC = self.pool.host_KLSC[resident.slot]
-            for group in self.base.groups.values():
-                for number, site in enumerate(group.sites):
-                    columns_LC = table_LSC[:, self.base.sites[site.name]]
-                    columns_LC[:, TAIL] = len(group.sites) * start + number * columns_LC[:, RANKS]
-            self.pool.table_KLSC[resident.slot].copy_(table_LSC, non_blocking=True)
-            start += resident.packed.needs.narrow
-        slot_N = torch.tensor([r.slot for r in residents], dtype=torch.int32, device=self.base.device)
+            self._note(resident.slot, start)
+            start += _rank(resident)
+        slots = [resident.slot for resident in residents]
+        slot_N = torch.tensor(slots, dtype=torch.int32, device=self.base.device)
         for group in self.base.groups.values():
-            weight, table = group.weight_LNI, self.pool.table_KLSC
-            tail_kernel[(len(residents) * len(group.sites), weight.shape[0])](
-                weight, slot_N, table[0, 0, self.base.sites[group.sites[0].name]], self.pool.arena.data, group.out,
-                weight.shape[2], weight.stride(0), table.stride(0), table.stride(1), len(COLUMNS), len(group.sites),
-                N=1024, num_warps=4,
-            )  # fmt: skip
+            self._copy_factors(group, slot_N)
+
+    def _note(self, slot: int, start: int) -> None:
+        """Write into a slot's table at which row of each group the factors of each site begin."""
+        table_LSC = self.pool.host_KLSC[slot]
+        for group in self.base.groups.values():
+            first = len(group.sites) * start
+            for number, site in enumerate(group.sites):
+                columns_LC = table_LSC[:, self.base.sites[site.name]]
+                columns_LC[:, TAIL] = first + number * columns_LC[:, RANKS]
+        self.pool.table_KLSC[slot].copy_(table_LSC, non_blocking=True)
+
+    def _copy_factors(self, group: Group, slot_N: Tensor) -> None:
+        weight = group.weight_LNI
+        layers, _, inputs = weight.shape
+        sections = len(group.sites)
+        table = self.pool.table_KLSC
+        slot_stride, layer_stride = table.stride(0), table.stride(1)
+        entry = table[0, 0, self.base.sites[group.sites[0].name]]
+        arena = self.pool.arena.data
+        grid = (len(slot_N) * sections, layers)
+        tail_kernel[grid](
+            weight, slot_N, entry, arena, group.out, inputs, weight.stride(0), slot_stride, layer_stride,
+            len(COLUMNS), sections, N=1024, num_warps=4,
+        )  # fmt: skip
+
+
+def _rank(resident: Resident) -> int:
+    """The ranks that an adapter takes behind the base's weights."""
+    return resident.packed.needs.narrow
 
 
 def rounded(ranks: int) -> int:

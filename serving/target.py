@@ -21,20 +21,34 @@ class Target:
     @property
     def out(self) -> int:
         """Number of its outputs."""
-        return self.site.stop - self.site.start
+        return self.site.out
+
+    @property
+    def name(self) -> str:
+        """What the names of its tensors in PEFT's files begin with."""
+        return f"{PREFIX}{self.module}"
 
 
 def targets(folder: Folder, base: Base, suffix: str) -> Iterator[Target]:
     """The linear layers that have a tensor whose name ends so, and those that the config lists."""
-    named = folder.config.get("target_modules")
-    wanted = tuple(named) if isinstance(named, list) else ()
+    configured = folder.config.get("target_modules")
+    wanted: tuple[str, ...] = ()
+    if isinstance(configured, list):
+        wanted = tuple(configured)
     names = set(folder.names)
     for layer, site in base.linears():
-        module = f"model.layers.{layer}.{site.module}.{site.name}"
-        if f"{PREFIX}{module}.{suffix}" in names or listed(module, wanted):
-            yield Target((layer, site.name), module, site)
+        module = module_name(layer, site)
+        target = Target((layer, site.name), module, site)
+        if f"{target.name}.{suffix}" in names or listed(module, wanted):
+            yield target
+
+
+def module_name(layer: int, site: Site) -> str:
+    """The name of a linear layer in the base."""
+    return f"model.layers.{layer}.{site.module}.{site.name}"
 
 
 def listed(module: str, wanted: tuple[str, ...]) -> bool:
     """Whether a module has one of these names, whole or behind a dot."""
-    return any(module == name or module.endswith(f".{name}") for name in wanted)
+    endings = tuple(f".{name}" for name in wanted)
+    return module in wanted or module.endswith(endings)

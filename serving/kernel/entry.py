@@ -10,30 +10,50 @@ from serving import packed
 
 UNIT = tl.constexpr(packed.UNIT)
 COLUMNS = tl.constexpr(len(packed.COLUMNS))
-RANK, A, B, C, V = (tl.constexpr(getattr(packed, name)) for name in ("RANK", "A", "B", "C", "V"))
-M, U, BIAS, BETA = (tl.constexpr(getattr(packed, name)) for name in ("M", "U", "BIAS", "BETA"))
-ACTIVATION, TAIL, RANKS = (tl.constexpr(getattr(packed, name)) for name in ("ACTIVATION", "TAIL", "RANKS"))
+RANK = tl.constexpr(packed.RANK)
+A = tl.constexpr(packed.A)
+B = tl.constexpr(packed.B)
+C = tl.constexpr(packed.C)
+V = tl.constexpr(packed.V)
+M = tl.constexpr(packed.M)
+U = tl.constexpr(packed.U)
+BIAS = tl.constexpr(packed.BIAS)
+BETA = tl.constexpr(packed.BETA)
+ACTIVATION = tl.constexpr(packed.ACTIVATION)
+TAIL = tl.constexpr(packed.TAIL)
+RANKS = tl.constexpr(packed.RANKS)
 
 
 @triton.jit
 def piece(arena, entry, column):
     """The address of one of an entry's pieces."""
-    return arena + tl.load(entry + column).to(tl.int64) * UNIT
+    unit = tl.load(entry + column).to(tl.int64)
+    return arena + unit * UNIT
+
+
+@triton.jit
+def load_piece(arena, entry, column, n_N, mask_N, other):
+    """The numbers n of one of an entry's pieces, in fp32."""
+    address_N = piece(arena, entry, column) + n_N
+    number_N = tl.load(address_N, mask=mask_N, other=other)
+    return number_N.to(tl.float32)
 
 
 @triton.jit
 def add_tail(y_N, y_row, tail, entry, arena, column_N, mask_N, outputs, R: tl.constexpr):
     """y + h B, where h are this row's products with its own A, which lie behind the base's outputs at `tail`.
 
-    Unrolled over R ranks, so that all loads are under way at once; an adapter of fewer ranks skips the rest.
+    Unrolled over R ranks, so that all loads are under way at once; an adapter of fewer ranks skips the others.
     """
     first = tl.load(entry + TAIL)
     rank = tl.where(first < 0, 0, tl.load(entry + RANK))
-    h, b = y_row + tail + first, piece(arena, entry, B) + column_N
+    h = y_row + tail + first
+    b = piece(arena, entry, B) + column_N
     for r in tl.static_range(R):
-        h_r = tl.load(h + r, mask=r < rank, other=0.0).to(tl.float32)
-        b_N = tl.load(b + r * outputs, mask=mask_N & (r < rank), other=0.0).to(tl.float32)
-        y_N += h_r * b_N
+        in_rank = r < rank
+        h_r = tl.load(h + r, mask=in_rank, other=0.0).to(tl.float32)
+        b_N = tl.load(b + r * outputs, mask=mask_N & in_rank, other=0.0)
+        y_N += h_r * b_N.to(tl.float32)
     return y_N
 
 
@@ -41,7 +61,7 @@ def add_tail(y_N, y_row, tail, entry, arena, column_N, mask_N, outputs, R: tl.co
 def apply_gain(y_N, entry, arena, column_N, mask_N):
     """M * y + beta, where the entry has them."""
     if tl.load(entry + M) >= 0:
-        y_N *= tl.load(piece(arena, entry, M) + column_N, mask=mask_N, other=1.0).to(tl.float32)
+        y_N *= load_piece(arena, entry, M, column_N, mask_N, 1.0)
     if tl.load(entry + BETA) >= 0:
-        y_N += tl.load(piece(arena, entry, BETA) + column_N, mask=mask_N, other=0.0).to(tl.float32)
+        y_N += load_piece(arena, entry, BETA, column_N, mask_N, 0.0)
     return y_N

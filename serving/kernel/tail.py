@@ -25,15 +25,21 @@ def tail_kernel(
     N: tl.constexpr,
 ):
     """Rows of one adapter, section and layer; those beyond its rank there are zero."""
-    mine, layer = tl.program_id(0), tl.program_id(1)
+    mine = tl.program_id(0)
+    layer = tl.program_id(1)
     chosen = tl.load(slot + mine // sections)
-    entry = table + chosen * slot_stride + layer * table_layer + (mine % sections) * columns
-    rank, rows, first = tl.load(entry + RANK), tl.load(entry + RANKS), tl.load(entry + TAIL)
+    section = mine % sections
+    entry = table + chosen * slot_stride + layer * table_layer + section * columns
+    rank = tl.load(entry + RANK)
+    rows = tl.load(entry + RANKS)
+    first = tl.load(entry + TAIL)
     source = piece(arena, entry, A)
-    target = weight + layer.to(tl.int64) * layer_stride + (out + first).to(tl.int64) * inputs
+    target_row = (out + first).to(tl.int64)
+    target = weight + layer.to(tl.int64) * layer_stride + target_row * inputs
     n = tl.arange(0, N)
     for row in range(rows):
         for start in range(0, inputs, N):
+            in_N = start + n < inputs
             at = row * inputs + start + n
-            a_N = tl.load(source + at, mask=(row < rank) & (start + n < inputs), other=0.0)
-            tl.store(target + at, a_N, mask=start + n < inputs)
+            a_N = tl.load(source + at, mask=(row < rank) & in_N, other=0.0)
+            tl.store(target + at, a_N, mask=in_N)
