@@ -33,26 +33,6 @@ def support(method: dict[str, Any]) -> list[str]:
     return cells
 
 
-def support_table() -> str:
-    """Methods and capabilities as Markdown, with the reasons for what is refused."""
-    header = ["method", *CAPABILITIES, "commit"]
-    lines = [_markdown_row(header), _markdown_row(["---"] * len(header))]
-    reasons = []
-    for method in methods():
-        name = f"`{method['kind']}`"
-        cells = [name, *support(method), method["support_commit"]]
-        lines.append(_markdown_row(cells))
-        for capability, seen in method["support"].items():
-            if "refused" in seen:
-                reasons.append(f"- {name}, {capability}: {seen['refused']}.")
-    return "\n".join([*lines, "", *reasons])
-
-
-def _markdown_row(cells: list[str]) -> str:
-    joined = " | ".join(cells)
-    return f"| {joined} |"
-
-
 def _cell(seen: dict[str, Any]) -> str:
     """What was seen of one capability of a method, in a few characters."""
     if "refused" in seen:

@@ -14,14 +14,16 @@ from finished_runs import Curve, curve, difference, interrupted, loss_gap
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from methods.options import KINDS
+from methods.options.lora_family import LowRankOptions
 from methods.parts import quantised
 from runfolder.record import load_job
 
 # Small enough for a random model of two layers; each refreshes, cuts or merges within the first 20 steps and after.
-METHODS: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in KINDS} | {
+LORA_FAMILY = [kind for kind, options in KINDS.items() if issubclass(options, LowRankOptions)]
+METHODS: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in KINDS}
+METHODS |= {kind: {"kind": kind, "rank": 4} for kind in LORA_FAMILY}
+METHODS |= {
     "lora": {"kind": "lora", "rank": 4, "lr_ratio": 4.0},
-    "rslora": {"kind": "rslora", "rank": 4},
-    "dora": {"kind": "dora", "rank": 4},
     "qlora": {"kind": "qlora", "rank": 4, "init": "loftq"},  # the start whose merge is exact
     "adalora": {"kind": "adalora", "rank": 2, "initial_rank": 4, "every": 3},
     "longlora": {"kind": "longlora", "rank": 4},
@@ -36,9 +38,12 @@ METHODS: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in KINDS} | 
 }
 # What trains well without amplifying rounding. The weights of a 4-bit base repeat, so some gradients are zero but for
 # rounding, of which AdamW makes steps at its usual eps (LoRA on the same weights in fp32 shows the same).
-TRAIN: dict[str, dict[str, float]] = {kind: {"lr": 1e-2} for kind in KINDS} | {
+TRAIN: dict[str, dict[str, float]] = {kind: {"lr": 1e-2} for kind in KINDS}
+TRAIN |= {kind: {"lr": 2.5e-3} for kind in LORA_FAMILY}
+TRAIN |= {
     "qlora": {"lr": 2.5e-3, "eps": 1e-6},
-    **{kind: {"lr": 2.5e-3} for kind in ("lora", "rslora", "fourierft")},
+    "dora": {"lr": 1e-2},
+    "fourierft": {"lr": 2.5e-3},
     **{kind: {"lr": 1e-3} for kind in ("full", "galore", "longlora", "relora", "ptuning")},
 }
 STAGES, STEPS, FIRST = (0, 1, 2, 3), 50, 20
