@@ -105,7 +105,8 @@ class Head:
     @property
     def temporary(self) -> Path | None:
         """The folder that Ray keeps all of its files in."""
-        return self.place and self.place / "ray"
+        place = self.place
+        return place and place / "ray"
 
     def address(self) -> str | None:
         """Where the head says that it is; None while it has not said so."""

@@ -149,7 +149,9 @@ class LoraTuning(LowRank[Lora]):
         rank = 2 * config.r
         alpha = 2 * config.lora_alpha
         doubled = replace(config, r=rank, lora_alpha=alpha)
-        model.peft_config[ADAPTER] = doubled
         differences = initial.differences(weights, self._start)
-        super().export(model, differences, folder)
-        model.peft_config[ADAPTER] = config
+        model.peft_config[ADAPTER] = doubled
+        try:
+            super().export(model, differences, folder)
+        finally:
+            model.peft_config[ADAPTER] = config

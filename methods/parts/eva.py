@@ -77,9 +77,11 @@ def listening(model: Module) -> Iterator[dict[str, list[Tensor]]]:
         heard[name] = []
         handle = layer.register_forward_pre_hook(_keeping(heard[name]))
         handles.append(handle)
-    yield heard
-    for handle in handles:
-        handle.remove()
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _keeping(inputs_heard: list[Tensor]) -> Callable[..., None]:

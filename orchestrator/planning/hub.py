@@ -43,8 +43,8 @@ def fetch_config(base: Base) -> dict[str, Any]:
     if offline not in ("", "0", "FALSE", "NO"):
         raise InputError(f"{where}; allowed: a folder, or a cached id while HF_HUB_OFFLINE is set")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    request = _config_request(endpoint, base)
     try:
+        request = _config_request(endpoint, base)
         with build_opener(_TokenStays).open(request, timeout=_TIMEOUT_S) as answer:
             config = json.loads(answer.read())
     except HTTPError as error:

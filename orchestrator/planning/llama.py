@@ -15,8 +15,18 @@ Parameters = Iterator[tuple[str, Shape]]  # names and shapes
 LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3"}
 
 
-def parameters(config: Config) -> Parameters:
-    """Name and shape of every parameter; raises KeyError, TypeError or ZeroDivisionError for a wrong config."""
+def shapes(config: Config) -> dict[str, Shape]:
+    """Parameter name -> shape; raises KeyError, TypeError or ZeroDivisionError for a wrong config."""
+    found = dict(_parameters(config))
+    for name, shape in found.items():
+        for size in shape:
+            if not isinstance(size, int):
+                raise TypeError(f"{name} would have the shape {shape}")
+    return found
+
+
+def _parameters(config: Config) -> Parameters:
+    """Name and shape of every parameter."""
     V = config["vocab_size"]
     H = config["hidden_size"]
     yield "model.embed_tokens.weight", (V, H)

@@ -77,7 +77,7 @@ class Model:
         if self.config.get("model_type") not in llama.LLAMA_LIKE:
             return {}
         try:
-            return dict(llama.parameters(self.config))
+            return llama.shapes(self.config)
         except (KeyError, TypeError, ZeroDivisionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"base: its config.json gives no shapes ({reason})") from None

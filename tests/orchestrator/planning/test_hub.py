@@ -106,6 +106,8 @@ def test_what_is_no_id_is_not_asked_for(base: str, monkeypatch: pytest.MonkeyPat
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     assert "Connection refused" in refusal("good/base")
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example.org")
+    assert "hub.example.org gives no config.json: unknown url type" in refusal("good/base")
 
 
 def test_the_token_stays_with_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

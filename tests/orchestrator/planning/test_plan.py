@@ -195,6 +195,11 @@ def test_configs_that_are_no_base(tmp_path: Path, config: str, problem: str) -> 
     assert problem in line
 
 
+def test_a_config_without_a_size_gives_no_shapes() -> None:
+    with pytest.raises(InputError, match=r"gives no shapes \(TypeError: model.embed_tokens.weight would have .*None"):
+        _ = Model({**CONFIG, "hidden_size": None, "head_dim": 8}).shapes
+
+
 def test_a_base_that_cannot_pack_is_refused(tmp_path: Path) -> None:
     make_base(tmp_path / "base", architectures=["OPTForCausalLM"])
     config = tmp_path / "base" / "config.json"
