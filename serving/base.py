@@ -76,7 +76,7 @@ class Base:
     """A model's weights by place. The model goes on working: its parameters are views of the same memory."""
 
     def __init__(self, model: Any, tail: int = 0) -> None:
-        """Take over a model's weights, with room for `tail` ranks of adapters' factors behind each linear layer."""
+        """Take over a model's weights, with space for `tail` ranks of adapters' factors behind each linear layer."""
         self.model = model
         self.config = model.config
         self.shape = Shape.of(model.config)

@@ -42,5 +42,5 @@ def parts_of(length: int, programs: int) -> int:
     if length <= LONG:
         return 1
     share = BUSY // programs
-    parts = 2 ** share.bit_length()
+    parts = 1 << share.bit_length()
     return max(1, min(16, parts))

@@ -83,4 +83,5 @@ def place_in(page: Tensor, position: Tensor) -> Tensor:
 def padded_pages(pages: list[int], count: int) -> list[int]:
     """These pages, and page 0 behind them until there are `count`."""
     missing = count - len(pages)
-    return pages + [0] * missing
+    padding = [0] * missing
+    return pages + padding

@@ -271,8 +271,10 @@ def is_last_token(sequence: Sequence) -> bool:
 
 def prompt_part(sequence: Sequence, span: Span) -> tuple[int, ...]:
     """The token ids of a span's rows."""
+    prompt = sequence.request.prompt
     first = span.start - sequence.virtual
-    return sequence.request.prompt[first : first + span.count]
+    stop = first + span.count
+    return prompt[first:stop]
 
 
 def loaded(folder: str | Path) -> Any:

@@ -99,7 +99,7 @@ class Forward:
 
     def _pass(self, mix: Mix, residents: list[Resident | None], spans: list[Span]) -> Pass:
         position_T, place_T = positions_and_places(spans)
-        kind_T = _kinds(residents, spans)
+        kind_T = _rotations(residents, spans)
         cos_TF, sin_TF = self.rotations.at(kind_T, position_T)
         step = Pass(mix, place_T.to(self.device), cos_TF, sin_TF, spans)
         step.before = self._work(mix, lambda needs: max(needs.narrow, needs.wide))
@@ -113,10 +113,12 @@ class Forward:
         return work.to(self.device)
 
 
-def _kinds(residents: list[Resident | None], spans: list[Span]) -> Tensor:
+def _rotations(residents: list[Resident | None], spans: list[Span]) -> Tensor:
     """The kind of rotary positions that each row's adapter has."""
-    kind_N = torch.tensor([rotation_of(resident) for resident in residents])
-    count_N = torch.tensor([span.count for span in spans])
+    kinds = [rotation_of(resident) for resident in residents]
+    counts = [span.count for span in spans]
+    kind_N = torch.tensor(kinds)
+    count_N = torch.tensor(counts)
     return kind_N.repeat_interleave(count_N)
 
 

@@ -159,5 +159,5 @@ def ranks_of_step(work: Work) -> int:
     most = 64
     if work.rows == FEW:
         most = 128
-    ranks = max(16, triton.next_power_of_2(work.rank))
+    ranks: int = max(16, triton.next_power_of_2(work.rank))
     return min(most, ranks)

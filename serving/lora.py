@@ -38,8 +38,10 @@ def read_lora(folder: Folder, base: Base) -> Adapter:
 def factors(folder: Folder, target: Target) -> Part:
     """A and s B of one linear layer."""
     config = folder.config
-    rank = pattern(config.get("rank_pattern", {}), target.module, config["r"])
-    alpha = pattern(config.get("alpha_pattern", {}), target.module, config["lora_alpha"])
+    ranks = config.get("rank_pattern", {})
+    rank = pattern(ranks, target.module, config["r"])
+    alphas = config.get("alpha_pattern", {})
+    alpha = pattern(alphas, target.module, config["lora_alpha"])
     scale = alpha / rank
     if config.get("use_rslora"):
         scale = alpha / math.sqrt(rank)

@@ -129,7 +129,8 @@ class PlainMix:
         bias_O = group.bias(layer, group.out)
         y_TO = linear(x_TI, weight_OI, bias_O)
         for resident, row_T in mix.tenants:
-            y_TO[row_T] = self._adapted(resident.slot, group, layer, x_TI[row_T], y_TO[row_T])
+            adapted_TO = self._adapted(resident.slot, group, layer, x_TI[row_T], y_TO[row_T])
+            y_TO[row_T] = adapted_TO
         return y_TO
 
     def norm(self, mix: Mix, place: Place, x_TD: Tensor) -> Tensor:

@@ -108,4 +108,5 @@ def positions_and_places(spans: list[Span]) -> tuple[Tensor, Tensor]:
 def page_table(sequences: list[list[int]]) -> Tensor:
     """The pages [N, P] of some sequences, padded to as many as the longest has."""
     most = max(len(pages) for pages in sequences)
-    return torch.tensor([padded_pages(pages, most) for pages in sequences])
+    rows = [padded_pages(pages, most) for pages in sequences]
+    return torch.tensor(rows)

@@ -47,9 +47,11 @@ class Plain:
         if "q_norm" in self.base.norms:
             query_THE = self.mixed.norm(step.mix, (layer, "q_norm"), query_THE)
             key_TGE = self.mixed.norm(step.mix, (layer, "k_norm"), key_TGE)
-        self.cache.key_LNHE[layer, step.place_T] = rotated(key_TGE, step.cos_TF, step.sin_TF)
+        cos_TF, sin_TF = step.cos_TF, step.sin_TF
+        key_TGE = rotated(key_TGE, cos_TF, sin_TF)
+        self.cache.key_LNHE[layer, step.place_T] = key_TGE
         self.cache.value_LNHE[layer, step.place_T] = value_TGE
-        return rotated(query_THE, step.cos_TF, step.sin_TF)
+        return rotated(query_THE, cos_TF, sin_TF)
 
     def attend(self, step: Pass, layer: int, query_THE: Tensor) -> Tensor:
         """Attention [T, H x E] of every sequence's rows over its keys in the cache."""

@@ -19,7 +19,7 @@ class Scheduler:
     def __init__(self, pool: Pool, cache: Cache, rows: int, chunk: int, settle: Callable[[Resident], bool]) -> None:
         """At most `rows` sequences at a time and `chunk` tokens of prompts in one pass.
 
-        `settle` makes an adapter in a new slot ready, and says whether there was room for its virtual tokens.
+        `settle` makes an adapter in a new slot ready, and says whether there were pages for its virtual tokens.
         """
         self.pool = pool
         self.cache = cache
@@ -93,15 +93,15 @@ class Scheduler:
             adapter_pages = sequence.resident.pages
         shared = adapter_pages[: sequence.virtual // PAGE]
         needed = pages_for(sequence.length) - len(shared)
-        own = self._reserve(needed)
-        if own is None:
+        own_pages = self._reserve(needed)
+        if own_pages is None:
             return False
-        sequence.pages = shared + own
-        sequence.own_pages = own
+        sequence.pages = shared + own_pages
+        sequence.own_pages = own_pages
         sequence.computed = sequence.virtual
         if sequence.virtual % PAGE:
             # The adapter's last page is not full: this sequence goes on in a copy of its own.
-            self.cache.copy(adapter_pages[-1], own[0])
+            self.cache.copy(adapter_pages[-1], own_pages[0])
         return True
 
     def _resident(self, sequence: Sequence) -> Resident | None:

@@ -105,4 +105,4 @@ def fill(static: Work | None, work: Work | None) -> None:
 def power_of_2(number: int) -> int:
     """The next power of two from a number above 0 on."""
     bits = (number - 1).bit_length()
-    return 2**bits
+    return 1 << bits
