@@ -111,6 +111,11 @@ def gradient(fragment: Fragment) -> Tensor:
     return grad
 
 
+def master(fragment: Fragment) -> Tensor:
+    """The fp32 values of what this rank holds of a parameter."""
+    return fragment.parameter.data
+
+
 def part_of(flat: Tensor, fragment: Fragment) -> Tensor:
     """The elements of a whole flattened parameter that a fragment holds, as a view of it."""
     return flat[fragment.start : fragment.stop]

@@ -41,12 +41,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import Module
 
-from methods.base import Fragment, Fragments, Keywords, Method, Piece, Schedule, Setup, Tensors, View, part_of
+from methods.base import Fragment, Fragments, Keywords, Method, Piece, Schedule, Setup, Tensors, View, master, part_of
 from methods.lora import LowRank
 from methods.options.low_rank import ReLora
 from methods.parts import quantised
 from methods.parts.initial import adapted, factor_names
-from methods.parts.peft_adapter import ADAPTER
+from methods.parts.peft_adapter import ADAPTER, name_in_base
 from methods.parts.ranks import largest
 from methods.parts.weights import shapes
 
@@ -201,12 +201,12 @@ class ReLoraTuning(LowRank[ReLora]):
         plain: Tensors = {}
         for name, value in weights.items():
             if ".lora_" not in name:
-                plain_name = _plain(name)
+                plain_name = name_in_base(name)
                 plain[plain_name] = value
         if self.options.quantised:
             base = quantised.twin(base)
             for name, value in self._restored(model, weights):
-                plain_name = _plain(name)
+                plain_name = name_in_base(name)
                 plain[f"{plain_name}.weight"] = value
         base.save_pretrained(folder, state_dict=plain)
 
@@ -235,8 +235,8 @@ class ReLoraTuning(LowRank[ReLora]):
         """Put the factors of a layer into its weight, and start them anew; gives what 4 bits lost of the update."""
         layer = self._layers[name]
         a, b = factor_names(name)
-        a_RI = view.whole(a, _master)
-        b_OR = view.whole(b, _master)
+        a_RI = view.whole(a, master)
+        b_OR = view.whole(b, master)
         scale = layer.scaling[ADAPTER]
         delta_OI = scale * (b_OR @ a_RI)
         if layer.fan_in_fan_out:
@@ -294,14 +294,3 @@ class ReLoraTuning(LowRank[ReLora]):
             weight = quantised.oriented(base, weight_OI)
             weight = weight.contiguous()
             yield name, weight.to(model.config.dtype)
-
-
-def _plain(name: str) -> str:
-    """The name of a weight in the base that has no adapters."""
-    in_base = name.removeprefix("base_model.model.")
-    return in_base.replace(".base_layer", "")
-
-
-def _master(fragment: Fragment) -> Tensor:
-    """The fp32 values of what this rank holds of a parameter."""
-    return fragment.parameter.data

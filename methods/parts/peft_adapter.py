@@ -50,3 +50,9 @@ class PeftAdapter(Method[T]):
         untie(model)
         merged: Module = model.merge_and_unload(safe_merge=True)
         return merged
+
+
+def name_in_base(name: str) -> str:
+    """The name that a weight of PEFT's model has in the base without adapters."""
+    in_base = name.removeprefix("base_model.model.")
+    return in_base.replace(".base_layer", "")
