@@ -5,7 +5,7 @@
 - olora: W = Q R; B0 = Q_r, A0 = R_r (Büyükakyüz 2024, arXiv 2406.01775, section 3).
 
 Both go on from the residual W - s B0 A0. What was learned is s (B A - B0 A0), which for the untouched base is a LoRA
-of twice the rank, [B, -B0] [A; A0]: that is exported. A checkpoint keeps A0 and B0, since the signs of singular
+of twice the rank, `[B, -B0] [A; A0]`: that is exported. A checkpoint keeps A0 and B0, since the signs of singular
 vectors differ between machines. The residual is rounded to the base's dtype: in bf16, training and export differ by
 that.
 """
@@ -112,7 +112,7 @@ def principal_factors(matrix: Tensor, rank: int, scale: float) -> tuple[Tensor, 
 
 
 def differences(weights: Mapping[str, Tensor], start: Factors) -> Factors:
-    """[A; A0] and [B, -B0] for every A and B; what else is trained (embeddings of new tokens) as it is."""
+    """`[A; A0]` and `[B, -B0]` for every A and B; what else is trained (embeddings of new tokens) as it is."""
     differences: Factors = {}
     for name, value in weights.items():
         if name not in start:
