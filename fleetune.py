@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from orchestrator.comparison.compare import Comparison as Comparison
     from orchestrator.comparison.compare import compare as compare
     from orchestrator.control import cancel as cancel
+    from orchestrator.control import fetch as fetch
     from orchestrator.control import pause as pause
     from orchestrator.control import resume as resume
     from orchestrator.describe import methods as methods
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "clusters.base": ("Unreachable",),
     "orchestrator.comparison.compare": ("Comparison", "compare"),
-    "orchestrator.control": ("cancel", "pause", "resume"),
+    "orchestrator.control": ("cancel", "fetch", "pause", "resume"),
     "orchestrator.describe": ("methods",),
     "orchestrator.doctor": ("Check", "doctor"),
     "orchestrator.errors": ("InputError",),

@@ -74,8 +74,8 @@ class Cluster(Protocol):
         """Where the run folders of its runs are."""
         ...
 
-    def request(self, job: Job, run_id: str, submission: int = 1) -> Request:
-        """What would be submitted, without any effect; raises Refused."""
+    def request(self, job: Job, run_id: str, submission: int = 1, secrets: tuple[str, ...] = ()) -> Request:
+        """What would be submitted, with secrets of these names, without any effect; raises Refused."""
         ...
 
     def submit(self, request: Request) -> None:

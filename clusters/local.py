@@ -9,14 +9,14 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clusters import process
 from clusters.base import Capacity, Logs, Refused, Request, Status, Unreachable
 from clusters.entry import FORMAT, Entry, Queue
-from clusters.environment import secret_names, settings, without_carried
+from clusters.environment import settings, without_carried
 from clusters.machine import room
 from clusters.ray_head import Head
 from runfolder.chain import result
@@ -30,9 +30,10 @@ _HOPELESS = 3  # starts of Ray that failed in a row: more are tried, but somebod
 
 @dataclass(frozen=True)
 class Local:
-    """The local cluster of one FLEETUNE_HOME."""
+    """The local cluster of one FLEETUNE_HOME; `env` is for all of its runs."""
 
     home: Path
+    env: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def here() -> "Local":
@@ -73,7 +74,7 @@ class Local:
         """The run folders of this home."""
         return Here(self.home / "runs")
 
-    def request(self, job: Job, run_id: str, submission: int = 1) -> Request:
+    def request(self, job: Job, run_id: str, submission: int = 1, secrets: tuple[str, ...] = ()) -> Request:
         """What would be queued: the controller's command, and how many workers it needs capacity for."""
         kind, total = room()
         wanted = job.resources.world
@@ -89,8 +90,7 @@ class Local:
                 f"resources: found {wanted} workers; this machine has {total} cores: "
                 f"allowed are at most {_WORKERS_PER_CORE * total}, which share them"
             )
-        environment = settings(job, os.environ) | {"FLEETUNE_HOME": str(self.home)}
-        secrets = secret_names(os.environ)
+        environment = {**self.env, **settings(job, os.environ), "FLEETUNE_HOME": str(self.home)}
         text = self._entry(run_id, wanted, environment, secrets)
         run_dir = self.site.root / run_id
         return Request(run_id, submission, str(run_dir), text, secrets)

@@ -6,8 +6,17 @@ from typing import Annotated
 
 import typer
 
-from orchestrator import cluster_commands
-from orchestrator.terminal import Json, announce, announce_json, clear_count, count_rows, print_json, warn
+from orchestrator import cluster_commands, clusters_commands
+from orchestrator.terminal import (
+    Json,
+    announce,
+    announce_json,
+    clear_count,
+    count_bytes,
+    count_rows,
+    print_json,
+    warn,
+)
 
 app = typer.Typer(
     name="fleetune",
@@ -17,13 +26,16 @@ app = typer.Typer(
     rich_markup_mode=None,  # half of the time of --help
 )
 app.add_typer(cluster_commands.app, name="cluster")
+app.add_typer(clusters_commands.app, name="clusters")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.YAML", help="The job.")]
 Run = Annotated[
     str, typer.Argument(metavar="RUN", help="A run id, the start of one, or a job's name (its latest run).")
 ]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the job: train.lr=3e-4.")]
-Cluster = Annotated[str, typer.Option("--cluster", help="Where to run.")]
+Cluster = Annotated[
+    str | None, typer.Option("--cluster", metavar="NAME", help="A cluster of the clusters file, or local.")
+]
 
 
 def main() -> None:
@@ -65,7 +77,7 @@ def _user_error(error: Exception) -> tuple[int, str] | None:
 @app.command()
 def submit(
     file: JobFile,
-    cluster: Cluster = "local",
+    cluster: Cluster = None,
     sets: Sets = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Stay until the run has ended, and show its progress.")
@@ -88,6 +100,7 @@ def submit(
         overrides=sets or (),
         run_id=run_id,
         progress=count_rows,
+        sent=count_bytes,
         announce=announce_json if as_json else announce,
     )
     if wait:
@@ -95,11 +108,11 @@ def submit(
 
 
 @app.command("list")
-def list_(as_json: Json = False) -> None:
-    """List the runs, newest first."""
+def list_(cluster: Cluster = None, as_json: Json = False) -> None:
+    """List the runs of a cluster, or all that this machine has or knows of; newest first."""
     from orchestrator.status import list_runs
 
-    runs = list_runs()
+    runs = list_runs(cluster)
     if as_json:
         return print_json([run.dump() for run in runs])
     from orchestrator.render import show_runs
@@ -108,11 +121,11 @@ def list_(as_json: Json = False) -> None:
 
 
 @app.command()
-def status(run: Run, as_json: Json = False) -> None:
+def status(run: Run, cluster: Cluster = None, as_json: Json = False) -> None:
     """Show where a run stands."""
     from orchestrator.status import status as read_status
 
-    run_status = read_status(run)
+    run_status = read_status(run, cluster)
     if as_json:
         return print_json(run_status.dump())
     from orchestrator.render import show_run
@@ -125,6 +138,7 @@ def logs(
     run: Run,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
     rank: Annotated[int, typer.Option("--rank", min=0, help="Which worker.")] = 0,
+    cluster: Cluster = None,
     as_json: Json = False,
 ) -> None:
     """Print the log of a worker, all attempts after each other."""
@@ -132,12 +146,12 @@ def logs(
     from orchestrator.runs import find
 
     if follow:
-        _follow(run, rank)
+        _follow(run, rank, cluster)
     elif as_json:
-        run_id = find(run).run_id
-        print_json({"run_id": run_id, "rank": rank, "text": read_logs(run, rank)})
+        run_id = find(run, cluster).run_id
+        print_json({"run_id": run_id, "rank": rank, "text": read_logs(run, rank, cluster)})
     else:
-        text = read_logs(run, rank)
+        text = read_logs(run, rank, cluster)
         sys.stdout.write(text)
         if not text:
             print("no worker has written anything yet", file=sys.stderr)
@@ -145,12 +159,14 @@ def logs(
 
 @app.command()
 def cancel(
-    run: Run, save: Annotated[bool, typer.Option("--save", help="Let it save a checkpoint first.")] = False
+    run: Run,
+    save: Annotated[bool, typer.Option("--save", help="Let it save a checkpoint first.")] = False,
+    cluster: Cluster = None,
 ) -> None:
     """End a run."""
     from orchestrator.control import cancel as cancel_run
 
-    print(cancel_run(run, save))
+    print(cancel_run(run, save, cluster))
 
 
 @app.command()
@@ -159,19 +175,34 @@ def pause(
     at: Annotated[
         int | None, typer.Option("--at", min=1, metavar="STEP", help="After this step; the current one without it.")
     ] = None,
+    cluster: Cluster = None,
 ) -> None:
     """Let a run save and end; resume goes on from there."""
     from orchestrator.control import pause as pause_run
 
-    print(pause_run(run, at))
+    print(pause_run(run, at, cluster))
 
 
 @app.command()
-def resume(run: Run) -> None:
+def resume(run: Run, cluster: Cluster = None) -> None:
     """Let a failed or cancelled run go on from its checkpoint."""
     from orchestrator.control import resume as resume_run
 
-    print(resume_run(run))
+    print(resume_run(run, cluster))
+
+
+@app.command()
+def fetch(
+    run: Run,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="The folder to bring it into; the run id without it.")
+    ] = None,
+    cluster: Cluster = None,
+) -> None:
+    """Bring the output of a run, its result and its job here; repeated, it brings what lacks."""
+    from orchestrator.control import fetch as fetch_run
+
+    print(fetch_run(run, to, cluster))
 
 
 @app.command()
@@ -276,13 +307,13 @@ def mlflow(
     os.execvpe(command[0], command, {**os.environ, **settings})
 
 
-def _follow(run: str, rank: int | None) -> None:
+def _follow(run: str, rank: int | None, cluster: str | None = None) -> None:
     """Show a run until it has ended; raises JobFailed unless it succeeded."""
     from orchestrator.errors import JobFailed
     from orchestrator.progress import follow
     from orchestrator.runs import find
 
-    ended = follow(find(run), rank)
+    ended = follow(find(run, cluster), rank)
     if ended.state != "succeeded":
         reason = ended.reason or "no reason was given"
         raise JobFailed(f"{ended.run_id} {ended.state}: {reason}\nsee: fleetune logs {ended.run_id}")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from orchestrator.cluster_views import ClusterView
 from orchestrator.comparison.measure import size
 from orchestrator.describe import CAPABILITIES, support
 from orchestrator.doctor import Check
@@ -71,6 +72,16 @@ def show_checks(checks: Iterable[Check]) -> None:
         found = escape(check.found)
         fix = "" if check.level == "ok" else escape(check.mend)
         table.add_row(level, check.name, found, fix)
+    show(table)
+
+
+def show_clusters(views: Iterable[ClusterView]) -> None:
+    """Show clusters, one line for each; the default one is marked."""
+    table = _table("", "cluster", "kind", "where", "workers", "what is wrong")
+    for view in views:
+        mark = "*" if view.is_default else ""
+        capacity = view.capacity or "unknown"
+        table.add_row(mark, view.name, view.kind, escape(view.link), capacity, escape(view.trouble or ""))
     show(table)
 
 

@@ -48,14 +48,14 @@ class Status:
         return asdict(self)
 
 
-def status(reference: str) -> Status:
+def status(reference: str, cluster: str | None = None) -> Status:
     """The status of one run; raises InputError where there is none."""
-    return statuses([find(reference)])[0]
+    return statuses([find(reference, cluster)])[0]
 
 
-def list_runs() -> list[Status]:
-    """The status of every run, newest first."""
-    return statuses(reversed(handles()))
+def list_runs(cluster: str | None = None) -> list[Status]:
+    """The status of the runs of a cluster, or of all that this machine has or knows of; newest first."""
+    return statuses(reversed(handles(cluster)))
 
 
 def statuses(runs: Iterable[Handle]) -> list[Status]:

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clusters.base import Cluster
 from clusters.environment import values
 from orchestrator.backends import make_request, open_cluster
+from orchestrator.clusters_file import default_cluster
 from orchestrator.errors import InputError
-from orchestrator.planning.freeze import Source, read, record
-from orchestrator.planning.preflight import check
+from orchestrator.planning.freeze import Sent, Source, brought, input_digests, read, record
+from orchestrator.planning.preflight import Findings, check
 from orchestrator.planning.survey import Progress, with_date, writes_date
 from orchestrator.runs import RUN_ID, name_of, new_id, remember
 from orchestrator.tracking.password import secrets_of
@@ -43,23 +45,28 @@ class Submission:
 def submit(
     source: Source,
     *,
-    cluster: str = "local",
+    cluster: str | None = None,
     overrides: Iterable[str] = (),
     run_id: str | None = None,
     progress: Progress = lambda _source, _rows: None,
+    sent: Sent = lambda _file, _bytes, _total: None,
     announce: Callable[[Submission], None] = lambda _: None,
 ) -> Submission:
     """Check a job and hand it to a cluster; raises InputError (nothing was started) or Unreachable (repeat it).
 
-    `progress` is called with a data source and the number of its rows that are looked at. `announce` is called while
-    a repetition still finds this submission: print the run id there.
+    `progress` is called with a data source and the number of its rows that are looked at; `sent` with a file or base
+    that goes to another machine, the bytes of it that are there, and their number. `announce` is called while a
+    repetition still finds this submission: print the run id there.
     """
+    cluster = cluster or default_cluster()
     backend = open_cluster(cluster)
     job, folder = read(source, overrides)
-    checked = check(job, progress)
+    checked = _checked(job, backend, progress)
     if writes_date(checked.model):
         job = with_date(job)
-    frozen = record(job, checked.model, cluster, folder)
+    of_inputs = input_digests(job, checked.model, backend.site)
+    job = brought(job, checked.model, backend.site, sent)
+    frozen = record(job, checked.model, cluster, folder, of_inputs)
     with _chosen_id(job, frozen, run_id) as chosen_id:
         request = make_request(backend, job, chosen_id)
         backend.capacity()  # where there is no cluster, nothing is made
@@ -75,7 +82,7 @@ def submit(
 def dry_run(
     source: Source,
     *,
-    cluster: str = "local",
+    cluster: str | None = None,
     overrides: Iterable[str] = (),
     warn: Callable[[str], None] = lambda _: None,
 ) -> str:
@@ -83,11 +90,19 @@ def dry_run(
 
     `warn` is called with each warning.
     """
+    cluster = cluster or default_cluster()
     backend = open_cluster(cluster)
     job, _ = read(source, overrides)
-    for warning in check(job).warnings:
+    for warning in _checked(job, backend, lambda _source, _rows: None).warnings:
         warn(warning)
     return make_request(backend, job, new_id(job.name)).text
+
+
+def _checked(job: Job, cluster: Cluster, progress: Progress) -> Findings:
+    """What the checks of a job found, for the place where it will run."""
+    if cluster.site.is_here:
+        return check(job, progress)
+    return check(job, progress, cluster.capacity(), is_here=False)
 
 
 @contextmanager

@@ -48,6 +48,14 @@ def count_rows(source: str, rows: int) -> None:
         print(line, end="\r", file=sys.stderr, flush=True)
 
 
+def count_bytes(file: str, done: int, total: int) -> None:
+    """Show how far a file has come on its way to another machine, where somebody watches."""
+    if sys.stderr.isatty():
+        share = 100 * done // max(1, total)
+        line = f"\x1b[2K{file}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {share} %"
+        print(line, end="\r", file=sys.stderr, flush=True)
+
+
 def clear_count() -> None:
     """Take away what `count_rows` has shown."""
     if sys.stderr.isatty():

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
+from clusters.machine import room
 from orchestrator.planning.freeze import Source, read
 from orchestrator.planning.model import Model, count
 from orchestrator.planning.preflight import check, has_gpus
@@ -103,7 +104,7 @@ def precision(job: Job) -> str:
     """bf16 or fp32, as the job says or as its workers have GPUs."""
     if job.train.precision != "auto":
         return job.train.precision
-    return "bf16" if has_gpus(job) else "fp32"
+    return "bf16" if has_gpus(job, room()[0]) else "fp32"
 
 
 def sizes(job: Job, model: Model) -> Sizes | None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
+from clusters.base import Capacity
 from clusters.machine import room
 from orchestrator.errors import InputError
 from orchestrator.planning import base
@@ -28,13 +29,19 @@ class Findings:
     warnings: tuple[str, ...]
 
 
-def check(job: Job, progress: Progress = lambda _source, _rows: None) -> Findings:
+def check(
+    job: Job, progress: Progress = lambda _source, _rows: None, capacity: Capacity | None = None, is_here: bool = True
+) -> Findings:
     """Look at data, base, batch and tracking; raises InputError with one line per problem.
 
-    `progress` is called with a source and the number of its rows that are done.
+    `progress` is called with a source and the number of its rows that are done. `capacity` is what the workers will
+    find, by default this machine's; `is_here` says whether the cluster's files are this machine's.
     """
+    if capacity is None:
+        kind, total = room()
+        capacity = Capacity(kind, total, total)
     model, base_problems = _base(job)
-    looked = look(job, model, progress)
+    looked = look(job, model, progress, is_here)
     problems = list(looked.problems)
     if model is not None:
         problems += _unknown_ids(model, looked)
@@ -44,7 +51,7 @@ def check(job: Job, progress: Progress = lambda _source, _rows: None) -> Finding
     if problems or model is None:
         lines = dict.fromkeys(problems)  # each once
         raise InputError("\n".join(lines))
-    warnings = _layout_warnings(job)
+    warnings = _layout_warnings(job, capacity)
     warnings += base.warnings(job, model)
     warnings += _row_warnings(job, model, looked)
     train = looked.rows["train"]
@@ -89,22 +96,18 @@ def _tracking_problems(job: Job) -> list[str]:
     return []
 
 
-def has_gpus(job: Job) -> bool:
-    """Whether the workers of this job get GPUs: as it says, else as this machine has them."""
-    if job.resources.gpus_per_node is not None:
-        return True
-    kind, _ = room()
-    return kind == "gpu"
+def has_gpus(job: Job, kind: str) -> bool:
+    """Whether the workers of this job get GPUs: as it says, else as its cluster's kind of capacity is."""
+    return job.resources.gpus_per_node is not None or kind == "gpu"
 
 
-def _layout_warnings(job: Job) -> list[str]:
+def _layout_warnings(job: Job, capacity: Capacity) -> list[str]:
     """What a user should know of the machine and the layout that the job asks for, and of its method on them."""
     warnings = []
-    kind, total = room()
     workers = job.resources.world
-    if kind == "cpu" and workers > total:
-        warnings.append(f"resources: {workers} workers share the {total} cores of this machine")
-    if job.train.precision == "bf16" and not has_gpus(job):
+    if capacity.kind == "cpu" and workers > capacity.total:
+        warnings.append(f"resources: {workers} workers share the {capacity.total} cores of this machine")
+    if job.train.precision == "bf16" and not has_gpus(job, capacity.kind):
         warnings.append("train.precision: bf16 on a CPU can be twenty times slower than fp32")
     holds_all_state = job.sharding.zero == 0 and workers > 1
     if job.method.makes_model and holds_all_state:
@@ -126,7 +129,8 @@ def _row_warnings(job: Job, model: Model, looked: Looked) -> Iterator[str]:
             yield f"data.{key}: {text}"
     train = looked.rows["train"]
     if train is None:
-        yield "data.train: a hub dataset; its rows are first looked at by the workers"
+        source = "a file of the cluster" if job.data.train.startswith("cluster:") else "a hub dataset"
+        yield f"data.train: {source}; its rows are first looked at by the workers"
         return
     if train.survey is None:
         reason = looked.failure or _why_not_looked_at(model)

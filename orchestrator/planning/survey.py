@@ -23,7 +23,7 @@ from fleetune_start import unshadowed
 from orchestrator.planning.model import Model
 from runfolder.folders import cache_folder
 from runfolder.job import Job
-from runfolder.sources import file_of
+from runfolder.sources import There, file_of, parse
 from trainer.data.date import asks_for_date
 from trainer.data.files import digest
 from trainer.data.rows import Row, rows
@@ -65,8 +65,8 @@ class Looked:
     failure: str | None
 
 
-def look(job: Job, model: Model | None, progress: Progress) -> Looked:
-    """Look at what `train` and `eval` of a job hold."""
+def look(job: Job, model: Model | None, progress: Progress, is_here: bool = True) -> Looked:
+    """Look at what `train` and `eval` of a job hold; `is_here`: the cluster's files are this machine's."""
     rows_by_key: RowsByKey = {"train": None, "eval": None}
     problems = []
     failure = None
@@ -80,6 +80,8 @@ def look(job: Job, model: Model | None, progress: Progress) -> Looked:
         answer = answers.get(key)
         if isinstance(answer, str):
             problems.append(answer)
+            continue
+        if not is_here and isinstance(parse(source), There):
             continue
         try:
             rows_by_key[key] = _rows_of(job, source, answer)

@@ -1,0 +1,92 @@
+"""One Ray node of an allocation: `python -m clusters.ray_node FOLDER ADDRESS|head`, until it is killed.
+
+SLURM sends SIGTERM to the processes of a step when it preempts a job. Ray would end at once, and with it the workers
+that are still to save; so the signal is blocked in what starts here. Who keeps the allocation ends it, or SLURM does
+by SIGKILL when the grace time is over.
+"""
+
+import os
+import signal
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+from clusters.machine import cores, gpus
+
+_OBJECT_STORE = 128 << 20  # bytes; nothing large goes through it
+
+
+def main(folder: Path, address: str) -> None:
+    """Become the Ray node: a head that writes its address into `folder`/address, or one that joins an address."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    os.umask(0o077)
+    temporary = tempfile.mkdtemp(prefix="ft-ray-", dir="/tmp")  # short: sockets lie in it
+    ip = own_address()
+    options = {
+        "node-ip-address": ip,
+        "num-cpus": cores(),
+        "num-gpus": gpus(),
+        "memory": memory(),
+        "object-store-memory": _OBJECT_STORE,
+        "dashboard-agent-listen-port": 0,
+    }
+    if address == "head":
+        port, dashboard, client = free_ports(ip, 3)
+        options |= {
+            "port": port,
+            "dashboard-host": ip,
+            "dashboard-port": dashboard,
+            "ray-client-server-port": client,
+            # Ray Train frees the capacity of a killed driver by asking the dashboard.
+            "include-dashboard": "true",
+            "include-log-monitor": "false",
+            "temp-dir": temporary,
+        }
+        flags = ["--head"]
+        write_whole(folder / "address", f"{ip}:{port}")
+    else:
+        options["address"] = address
+        options["temp-dir"] = temporary
+        flags = []
+    flags += ["--block", "--no-monitor", "--disable-usage-stats"]
+    if address != "head":
+        flags.remove("--no-monitor")
+    values = [f"--{name}={value}" for name, value in options.items()]
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *flags, *values])
+
+
+def own_address() -> str:
+    """The address of this node that others reach it at: the one that its host name has."""
+    return socket.gethostbyname(socket.gethostname())
+
+
+def memory() -> int:
+    """Bytes that this node may use of the allocation: as SLURM says, else what the machine has."""
+    per_node = os.environ.get("SLURM_MEM_PER_NODE")
+    if per_node and per_node.isdigit() and int(per_node):
+        return int(per_node) << 20
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_ports(ip: str, number: int) -> list[int]:
+    """Ports of an address that nobody listens at now."""
+    probes = [socket.socket() for _ in range(number)]
+    try:
+        for probe in probes:
+            probe.bind((ip, 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(text)
+    new.replace(path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,235 @@
+"""SLURM, from one of its login nodes: a submission is a real batch job, which may wait for days and be requeued.
+
+sbatch, squeue and scancel are commands of this machine. A job has the name of its submission, `<run_id>-s<submission>`,
+by which it is found again whatever became of the answer of sbatch. ROOT/slurm/ has, for each submission, the script and
+what was printed before there was an attempt to write to.
+"""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from clusters.base import Capacity, Logs, Refused, Request, State, Status, Unreachable
+from clusters.config import VARIABLE, SlurmConfig
+from clusters.environment import settings
+from clusters.slurm_script import Batch, batch_script
+from runfolder.chain import result
+from runfolder.job import Job
+from runfolder.site import Here
+
+_TIMEOUT_S = 60.0
+_LONGEST_ENVIRONMENT = 1 << 20  # characters: slurmctld keeps every script, and takes 4 MiB
+
+# SLURM's states; what is not here has ended, or is not known.
+_STATES: dict[str, State] = {
+    "PENDING": "queued",
+    "REQUEUED": "queued",
+    "REQUEUE_HOLD": "queued",
+    "SPECIAL_EXIT": "queued",
+    "CONFIGURING": "starting",
+    "RUNNING": "running",
+    "SUSPENDED": "running",
+    "COMPLETING": "running",
+    "STAGE_OUT": "running",
+}
+_REASONS = {
+    "Priority": "others have a higher priority",
+    "Resources": "waits for free nodes",
+    "BeginTime": "was requeued, and may start again in a moment",
+    "Dependency": "waits for another job",
+    "PartitionDown": "the partition is down",
+    "PartitionTimeLimit": "asks for more time than the partition allows",
+    "ReqNodeNotAvail": "nodes that it needs are down or reserved",
+    "QOSMaxJobsPerUserLimit": "you have as many jobs running as your quality of service allows",
+    "QOSMaxGRESPerUser": "you have as many GPUs as your quality of service allows",
+    "AssocGrpGRES": "your account has as many GPUs as it may",
+    "AssocMaxJobsLimit": "your account has as many jobs running as it may",
+    "JobHeldUser": "held: scontrol release lets it go on",
+    "JobHeldAdmin": "held by an administrator",
+    "launch failed requeued held": "could not be started, and is held: see the site's administrators",
+}
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """The SLURM site of this login node, with run folders in `home`/runs."""
+
+    config: SlurmConfig
+    home: Path
+
+    @property
+    def site(self) -> Here:
+        """The run folders on the file system that nodes and login nodes share."""
+        return Here(self.home / "runs")
+
+    @property
+    def folder(self) -> Path:
+        """Scripts and outputs of submissions."""
+        return self.home / "slurm"
+
+    def request(self, job: Job, run_id: str, submission: int = 1, secrets: tuple[str, ...] = ()) -> Request:
+        """What would be submitted: the whole batch script. Raises Refused."""
+        environment = {**self.config.env, **settings(job, {}), "FLEETUNE_HOME": str(self.home)}
+        _check_environment(environment)
+        name = f"{run_id}-s{submission}"
+        run_dir = str(self.site.root / run_id)
+        log = str(self.folder / f"{name}.log")
+        batch = Batch(name, run_dir, log, job, environment)
+        text = batch_script(batch, self.config, sys.executable)
+        return Request(run_id, submission, run_dir, text, secrets)
+
+    def submit(self, request: Request) -> None:
+        """Queue a batch job, unless the submission has one; raises Unreachable where it is not known to be queued."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._submitting(request.name):
+            if self._job_of(request.name):
+                return
+            script = self.folder / f"{request.name}.sh"
+            script.write_text(request.text)
+            said = self._run(["sbatch", "--parsable", str(script)])
+            job_id = said.strip().partition(";")[0]
+            self._note(request.name).write_text(job_id)
+
+    def status(self, run_ids: Iterable[str]) -> dict[str, Status]:
+        """The state of each run: its newest submission's, as squeue tells it for all of them at once."""
+        wanted = list(run_ids)
+        jobs = self._queue()
+        statuses = {}
+        for run_id in wanted:
+            statuses[run_id] = self._status(run_id, jobs)
+        return statuses
+
+    def logs(self, run_id: str, offset: int = 0) -> Logs:
+        """What the run's batch jobs printed, the newest submission's after the others'."""
+        texts = []
+        for path in sorted(self.folder.glob(f"{run_id}-s*.log"), key=lambda path: path.stat().st_mtime):
+            texts.append(path.read_bytes())
+        data = b"".join(texts)[offset:]
+        return Logs(data.decode(errors="replace"), offset + len(data))
+
+    def cancel(self, run_id: str) -> None:
+        """Take a job out of the queue whose controller does not run, and close the run here; else it sees to that."""
+        for job in self._jobs_of(run_id, self._queue()):
+            if _STATES.get(job["state"]) == "queued":
+                self._run(["scancel", job["id"]])
+        if all(_STATES.get(job["state"]) == "queued" for job in self._jobs_of(run_id, self._queue())):
+            self._close(run_id)
+
+    def capacity(self) -> Capacity:
+        """GPUs of the partition's nodes that are up, or their cores where they have none."""
+        command = ["sinfo", "--noheader", "--Node", "-O", "StateCompact:20,Gres:200,GresUsed:200,CPUsState:60"]
+        if self.config.partition:
+            command += ["-p", self.config.partition]
+        total_gpus = used_gpus = total_cores = idle_cores = 0
+        for line in self._run(command).splitlines():
+            state, gres, used, cores = line.split()
+            if state.rstrip("*~#%$@+-") not in ("idle", "mix", "alloc", "comp", "resv"):
+                continue
+            total_gpus += _gpus_in(gres)
+            used_gpus += _gpus_in(used)
+            _, idle, _, all_cores = map(int, cores.split("/"))
+            total_cores += all_cores
+            idle_cores += idle
+        if total_gpus:
+            return Capacity("gpu", total_gpus, total_gpus - used_gpus)
+        return Capacity("cpu", total_cores, idle_cores)
+
+    def _status(self, run_id: str, jobs: list[dict[str, str]]) -> Status:
+        if result(self.site.root / run_id) is not None:
+            return Status("ended")
+        its_jobs = self._jobs_of(run_id, jobs)
+        if not its_jobs:
+            return Status("unknown", "SLURM has no job of this run; fleetune resume submits it again")
+        job = its_jobs[-1]
+        state = _STATES.get(job["state"], "unknown")
+        if state != "queued":
+            return Status(state, f"SLURM job {job['id']}")
+        return Status("queued", self._why_queued(job), stuck="held" in job["reason"].lower())
+
+    def _why_queued(self, job: dict[str, str]) -> str:
+        """Why a job waits, in words, and when SLURM expects it to start."""
+        reason = _REASONS.get(job["reason"], job["reason"])
+        start = job["start"]
+        forecast = "" if start in ("", "N/A", "NULL") else f"; SLURM expects its start at {start}"
+        return f"SLURM job {job['id']}: {reason}{forecast}"
+
+    def _jobs_of(self, run_id: str, jobs: list[dict[str, str]]) -> list[dict[str, str]]:
+        """The jobs of a run's submissions that are in the queue, oldest first."""
+        its_jobs = [job for job in jobs if job["name"].rpartition("-s")[0] == run_id]
+        live = [job for job in its_jobs if job["state"] in _STATES]
+        return sorted(live, key=lambda job: int(job["id"]))
+
+    def _job_of(self, name: str) -> str | None:
+        """The job of a submission, wherever it has got to; None where it was never queued."""
+        note = self._note(name)
+        if note.exists():
+            return note.read_text()
+        for job in self._queue():
+            if job["name"] == name:
+                return job["id"]
+        return None
+
+    def _queue(self) -> list[dict[str, str]]:
+        """This user's jobs that SLURM knows of, those that ended lately too."""
+        form = "%i|%j|%T|%r|%S"
+        said = self._run(["squeue", "--me", "--noheader", "--states=all", "-o", form])
+        jobs = []
+        for line in said.splitlines():
+            id_, name, state, reason, start = line.split("|")
+            jobs.append({"id": id_, "name": name, "state": state, "reason": reason, "start": start})
+        return jobs
+
+    def _note(self, name: str) -> Path:
+        """Where the job id of a submission is written down."""
+        return self.folder / f"{name}.job"
+
+    @contextmanager
+    def _submitting(self, name: str) -> Iterator[None]:
+        """One client at a time for a submission; the lock falls with its process."""
+        with (self.folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _close(self, run_id: str) -> None:
+        """Have a controller close a cancelled run: that needs no allocation."""
+        run_dir = self.site.root / run_id
+        command = [sys.executable, "-P", "-m", "orchestrator.controller", str(run_dir)]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        subprocess.run(command, env=environment, capture_output=True, timeout=_TIMEOUT_S, check=False)
+
+    def _run(self, command: list[str]) -> str:
+        """What a command of SLURM prints; raises Unreachable where it fails, as a repetition may not."""
+        try:
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Unreachable(f"SLURM: {command[0]}: {error}") from None
+        if ran.returncode:
+            lines = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
+            raise Unreachable(f"SLURM: {command[0]}: {lines[-1]}")
+        return ran.stdout
+
+
+def _check_environment(environment: dict[str, str]) -> None:
+    """Raise Refused for variables that no script can export."""
+    for name, value in environment.items():
+        if not VARIABLE.fullmatch(name) or "\0" in value:
+            raise Refused(f"env: found {name!r}; allowed: names of letters, digits and _, and values without NUL")
+    size = len(json.dumps(environment))
+    if size > _LONGEST_ENVIRONMENT:
+        raise Refused(f"env: found {size} characters; allowed: {_LONGEST_ENVIRONMENT}")
+
+
+def _gpus_in(gres: str) -> int:
+    """The GPUs in what sinfo says of a node's resources, like `gpu:a100:4(S:0-1),tmpdisk:1`."""
+    total = 0
+    for part in gres.split(","):
+        fields = part.partition("(")[0].split(":")
+        if fields[0] == "gpu" and fields[-1].isdigit():
+            total += int(fields[-1])
+    return total

@@ -1,0 +1,92 @@
+"""The clusters file: which clusters there are beside `local`, by the names that `--cluster` takes.
+
+It is `--clusters FILE`, FLEETUNE_CLUSTERS, or ~/.config/fleetune/clusters.yaml. The cluster that is meant without
+`--cluster` is FLEETUNE_CLUSTER, or `cluster:` in ~/.config/fleetune/config.yaml, or `local`.
+"""
+
+import os
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from clusters.config import CONFIG, ClusterConfig, SlurmConfig
+from orchestrator.errors import InputError
+from orchestrator.planning.spec import load
+from orchestrator.planning.spec_errors import nearest
+from runfolder.job import NAME
+
+_KEYS = sorted(SlurmConfig.model_fields)
+
+
+def clusters_path() -> Path:
+    """Where the clusters file is, whether there is one or not."""
+    named = os.environ.get("FLEETUNE_CLUSTERS")
+    if named:
+        return Path(named).expanduser()
+    return _settings_folder() / "clusters.yaml"
+
+
+def read_clusters() -> dict[str, ClusterConfig]:
+    """The clusters of the file by name; none where there is no file. Raises InputError with one line per error."""
+    path = clusters_path()
+    if not path.exists():
+        if os.environ.get("FLEETUNE_CLUSTERS"):
+            raise InputError(f"FLEETUNE_CLUSTERS: {path}: no such file")
+        return {}
+    configs = {}
+    problems = []
+    for name, plain in load(path).items():
+        if not isinstance(name, str) or not NAME.fullmatch(name) or name == "local":
+            problems.append(f"{path}: {name!r}: allowed as a cluster's name: a-z, 0-9 and -, and not 'local'")
+            continue
+        try:
+            configs[name] = CONFIG.validate_python(plain)
+        except ValidationError as error:
+            problems += [f"{path}: {name}{line}" for line in _explained(error)]
+    if problems:
+        raise InputError("\n".join(problems))
+    return configs
+
+
+def default_cluster() -> str:
+    """The name of the cluster that is meant where none is said."""
+    named = os.environ.get("FLEETUNE_CLUSTER")
+    if named:
+        return named
+    path = _settings_folder() / "config.yaml"
+    if not path.exists():
+        return "local"
+    settings = load(path)
+    unknown = settings.keys() - {"cluster"}
+    name = settings.get("cluster", "local")
+    if unknown or not isinstance(name, str):
+        found = ", ".join(map(str, unknown)) or reprlib.repr(name)
+        raise InputError(f"{path}: found {found}; allowed: cluster, the name of a cluster")
+    return name
+
+
+def _settings_folder() -> Path:
+    parent = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(parent).expanduser() / "fleetune"
+
+
+def _explained(error: ValidationError) -> list[str]:
+    """One line per field that is wrong: its path, what was found, what is allowed."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        path = "".join(f".{step}" for step in problem["loc"])
+        lines.append(f"{path}: {_reason(problem)}")
+    return lines
+
+
+def _reason(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "extra_forbidden":
+        key = problem["loc"][-1]
+        return f"unknown key; {nearest(key, _KEYS)}allowed: {', '.join(_KEYS)}"
+    if problem["type"] == "missing":
+        return "missing"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"found {reprlib.repr(problem['input'])}; allowed: {message}"
