@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from clusters.ray_head import Patience, answers
@@ -134,10 +134,8 @@ def await_head(folder: Path, head: subprocess.Popen[bytes]) -> str:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Kill a process with its session."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -43,15 +43,13 @@ def main(folder: Path, address: str) -> None:
             "include-log-monitor": "false",
             "temp-dir": temporary,
         }
-        flags = ["--head"]
+        flags = ["--head", "--no-monitor"]
         write_whole(folder / "address", f"{ip}:{port}")
     else:
         options["address"] = address
         options["temp-dir"] = temporary
         flags = []
-    flags += ["--block", "--no-monitor", "--disable-usage-stats"]
-    if address != "head":
-        flags.remove("--no-monitor")
+    flags += ["--block", "--disable-usage-stats"]
     values = [f"--{name}={value}" for name, value in options.items()]
     os.execv(sys.executable, [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *flags, *values])
 
