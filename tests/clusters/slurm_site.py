@@ -1,8 +1,8 @@
 """A real SLURM of several nodes on this machine, for tests: slurmctld, munge, and a slurmd for each node.
 
-A node is a set of Linux namespaces: an address, a host name, processes and shared memory of its own. Killing its first
-process is a power failure; its cable can be cut and healed. The nodes hang on a bridge in a namespace of its own, which
-reaches nothing outside.
+A node is a set of Linux namespaces: an address, a host name, processes and shared memory of its own. Killing its
+first process is a power failure; its cable can be cut and healed. The nodes hang on a bridge in a namespace of its
+own, which reaches nothing outside.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
@@ -135,10 +136,9 @@ class SlurmSite:
     def _start_controller(self) -> None:
         # It binds to the address that its host name resolves to: it must see our hosts file.
         script = 'mount --bind "$1/hosts" /etc/hosts && exec slurmctld -D -f "$1/slurm.conf"'
+        environment = os.environ | self.environment
         self._spawn("slurmctld", ["unshare", "--mount", "--", "sh", "-c", script, "sh", str(self.folder)])
-        self._await(
-            lambda: _works("scontrol", "ping", env=os.environ | self.environment), "slurmctld does not answer"
-        )
+        self._await(lambda: _works("scontrol", "ping", env=environment), "slurmctld does not answer")
 
     def _is_usable(self) -> bool:
         states = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %t").splitlines()
@@ -173,7 +173,7 @@ class SlurmSite:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def _await[T](self, look: Callable[[], T], why_not: str, timeout_s: float = 30) -> T:
+    def _await(self, look: Callable[[], Any], why_not: str, timeout_s: float = 30) -> Any:
         """The first thing that is true of what a look gives; raises AssertionError when nothing is for so long."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
