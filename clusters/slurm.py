@@ -1,8 +1,8 @@
 """SLURM, from one of its login nodes: a submission is a real batch job, which may wait for days and be requeued.
 
-sbatch, squeue and scancel are commands of this machine. A job has the name of its submission: `<run_id>-s<number>`. By
-it a job is found again, whatever became of the answer of sbatch. ROOT/slurm/ has the script of each submission, and what
-it printed before there was an attempt to write to.
+sbatch, squeue and scancel are commands of this machine. A job has the name of its submission, `<run_id>-s<number>`.
+By it a job is found again, whatever became of the answer of sbatch. ROOT/slurm/ has the script of each submission,
+and what it printed before there was an attempt to write to.
 """
 
 import fcntl
