@@ -39,7 +39,7 @@ def digests(job: Job, base: Path | None, digest_there: Callable[[Path], str | No
     return {"data.train": train, "data.eval": evaluated, "base": model}
 
 
-def file_digest(source: str, digest_there: Callable[[Path], str | None]) -> str | None:
+def file_digest(source: str, digest_there: Callable[[Path], str | None] = sha256) -> str | None:
     """sha256 of a file; None for a data set on the hub. Raises ValueError for a file that the cluster has not got."""
     match parse(source):
         case Here(path):

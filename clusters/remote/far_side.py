@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import IO, Any
 
 from clusters.base import Refused, Unreachable
@@ -27,6 +28,7 @@ NO_ENVIRONMENT = 98  # exit code: the packages are not there yet
 _START_S = 90.0  # until the far side is ready: a cold file system takes long to load Python
 _ANSWER_S = 120.0
 _SEND_S = 300.0
+_CUT = "the connection ended before the answer; repeating is safe"
 _LAST_LINES = 3  # of what the far side printed, in a message
 
 # Arguments: root ("" for the default), digest of the code, python, environment ("" for none), then the setup lines.
@@ -93,7 +95,8 @@ class FarSide:
         if process is None:
             return
         assert process.stdin and process.stdout
-        process.stdin.close()
+        with suppress(BrokenPipeError):
+            process.stdin.close()
         process.stdout.close()
         process.kill()
         process.wait()
@@ -157,8 +160,11 @@ class FarSide:
     def _write(self, request: Mapping[str, Any]) -> None:
         assert self._process and self._process.stdin
         text = json.dumps(request) + "\n"
-        self._process.stdin.write(text.encode())
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(text.encode())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise OSError(_CUT) from None
 
     def _line(self, timeout_s: float) -> bytes:
         """The next line of the far side; raises OSError where it ends, or says nothing for so long."""
@@ -173,7 +179,7 @@ class FarSide:
                 raise OSError(f"no answer within {timeout_s:.0f} s")
             data = os.read(output, 1 << 20)
             if not data:
-                raise OSError("the connection ended before the answer")
+                raise OSError(_CUT)
             parts.append(data)
         line, _, self._unread = b"".join(parts).partition(b"\n")
         return line
@@ -187,7 +193,7 @@ class FarSide:
 
     def _broken(self, reason: str) -> Unreachable:
         """Give the process up; what to say of it."""
-        code = self._exit_code() if reason.startswith("the connection") else None
+        code = self._exit_code() if reason == _CUT else None
         self.close()
         self._stderr.seek(0)
         said = self._stderr.read()

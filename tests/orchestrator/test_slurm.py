@@ -17,14 +17,16 @@ from orchestrator import backends
 from runfolder.chain import attempts
 from runfolder.job import Job
 
+pytestmark = pytest.mark.usefixtures("home")
 GOLDEN = Path(__file__).parent / "golden" / "slurm.sh"
 
 
-def test_the_script_is_a_pure_function(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_is_a_pure_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     config = SlurmConfig(kind="slurm", partition="gpu", account="ml", gpu_type="h100", setup=("module load cuda",))
     resources = {"nodes": 2, "gpus_per_node": 4, "walltime": "3h"}
-    job = Job.model_validate(job.dump() | {"resources": resources, "env": {"QUOTED": "a 'b' $(c)\n`d`"}})
+    plain = {"base": "b", "data": "d.jsonl", "train": {"steps": 1}, "env": {"QUOTED": "a 'b' $(c)\n`d`"}}
+    job = Job.model_validate(plain | {"resources": resources})
     request = Slurm(config, tmp_path).request(job, "a-1", 1, ("HF_TOKEN",))
     text = request.text.replace(str(tmp_path), "HOME").replace(sys.executable, "PYTHON")
     assert text == GOLDEN.read_text()
