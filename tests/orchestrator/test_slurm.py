@@ -87,7 +87,8 @@ def make_job(tmp_path: Path, base: Path, rows: Path, **changes: object) -> Path:
 def test_a_run_over_two_nodes_that_loses_one_finishes(
     hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path
 ) -> None:
-    job = make_job(tmp_path, tiny_base, sums, checkpoint={"every": 2})
+    train = {"steps": 600, "batch_tokens": 128}
+    job = make_job(tmp_path, tiny_base, sums, train=train, checkpoint={"every": 5})
     done = fleetune.submit(job, cluster="hpc")
     run_dir = hpc / "runs" / done.run_id
     again = fleetune.submit(job, cluster="hpc", run_id=done.run_id)
