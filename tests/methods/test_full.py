@@ -9,7 +9,7 @@ import torch
 from by_hand import adamw, base, train
 from finished_runs import curve, difference, interrupted, loss_gap
 from safetensors.torch import load_file
-from sampling import sampled
+from sampling import method_sampled
 from transformers import AutoModelForCausalLM
 
 from methods.base import Setup
@@ -44,7 +44,7 @@ def by_hand(run_dir: Path, cache: Path) -> Any:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("stages", sampled([0, 2, 3]))
+@pytest.mark.parametrize("stages", method_sampled("full", [0, 2, 3]))
 def test_lisa_at_every_layout(stages: list[int], new_run: Any, launch: Any, cache: Path, held_out: Path) -> None:
     parts: dict[str, Any] = {
         "method": LISA,

@@ -17,7 +17,7 @@ from by_hand import adamw, base, train
 from finished_runs import Curve, curve, difference, interrupted, saved
 from ports import free_port
 from safetensors.torch import load_file
-from sampling import sampled
+from sampling import method_sampled
 from torch import nn
 
 from methods.base import UNSHARDED, Setup
@@ -223,7 +223,7 @@ RESTARTED = [("fast", 1, 1), ("q-galore", 2, 3), ("apollo", 3, 3), ("deficient",
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("cases", sampled([*LAYOUTS, *RESTARTED], 2))
+@pytest.mark.parametrize("cases", method_sampled("galore", [*LAYOUTS, *RESTARTED], 2))
 def test_curves_and_restarts_over_layouts(
     cases: list[tuple[str, int, int]], new_run: Any, launch: Any, cache: Path, tmp_path: Path
 ) -> None:

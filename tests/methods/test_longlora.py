@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from finished_runs import Curve, curve, difference, interrupted, loss_gap
-from sampling import sampled
+from sampling import method_sampled
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from methods.base import UNSHARDED, Setup
@@ -122,7 +122,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("layouts", sampled(list(LAYOUTS)))
+@pytest.mark.parametrize("layouts", method_sampled("longlora", list(LAYOUTS)))
 def test_every_layout_equals_peft_alone_and_its_output_loads(
     layouts: list[str], long_run: Any, launch: Any, bases: dict[str, Path], cache: Path
 ) -> None:
