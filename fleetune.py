@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from orchestrator.planning.plan import Plan as Plan
     from orchestrator.planning.plan import plan as plan
     from orchestrator.progress import wait as wait
-    from orchestrator.rows import Look as Look
     from orchestrator.rows import rows as rows
     from orchestrator.status import Status as Status
     from orchestrator.status import list_runs as list_runs

@@ -82,7 +82,7 @@ class Piece:
     name: str
     start: int
     tensors: Tensors
-    whole: bool
+    replicated: bool
 
 
 class Fragment(Protocol):

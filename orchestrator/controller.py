@@ -40,7 +40,7 @@ def main(run_dir: Path) -> int:
         if not isinstance(decision, Final):
             if not os.environ.get("RAY_ADDRESS"):
                 return 1  # started to close a cancelled run that was reopened meanwhile: it has no Ray to go to
-            return attend(run_dir)
+            return run_attempt(run_dir)
         close(run_dir, result_of(run_dir, decision))
     return deliver_rest(run_dir)
 
@@ -54,7 +54,7 @@ def unreadable(run_dir: Path) -> Final | None:
     return None
 
 
-def attend(run_dir: Path) -> int:
+def run_attempt(run_dir: Path) -> int:
     """Claim an attempt, see it through, and close the run if that was its last one."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -89,7 +89,7 @@ def cancelled_within(run_dir: Path, delay_s: float) -> bool:
     return True
 
 
-def history(run_dir: Path) -> list[tuple[Kind, int]]:
+def attempt_endings(run_dir: Path) -> list[tuple[Kind, int]]:
     """How each attempt since the run was last (re)opened ended, and the steps its checkpoints took it further."""
     reopened = last_reopened(run_dir)
     tried = [attempt for attempt in attempts(run_dir) if attempt.number > reopened]
@@ -107,7 +107,7 @@ def history(run_dir: Path) -> list[tuple[Kind, int]]:
 
 def next_step(run_dir: Path) -> Again | Final:
     """What follows the attempts so far; a run whose last one delivered the output has not failed."""
-    decision = decide(history(run_dir), requeued())
+    decision = decide(attempt_endings(run_dir), requeued())
     if isinstance(decision, Final) and decision.state == "failed":
         output = attempts(run_dir)[-1].folder / "output"
         if output.exists():
@@ -124,7 +124,7 @@ def result_of(run_dir: Path, decision: Final) -> Record:
     """The final word on a run."""
     tried = attempts(run_dir)
     verdict = _deciding_verdict(tried, decision)
-    reasons = [decision.reason, verdict["reason"], decision.mend]
+    reasons = [decision.reason, verdict["reason"], decision.hint]
     return {
         "state": decision.state,
         "reason": "; ".join(filter(None, reasons)) or None,

@@ -32,7 +32,7 @@ def main() -> None:
     threading.Thread(target=_die_with_controller, daemon=True).start()
     attempt = Attempt(run_dir, int(number))
     redirect(attempt.folder / "logs" / "controller.log")
-    failures = outcome(lambda: fit(attempt, load_job(run_dir).resources.world, resources))
+    failures = failures_of(lambda: run_workers(attempt, load_job(run_dir).resources.world_size, resources))
     records = {str(rank): failure.dump() for rank, failure in failures.items()}
     write_json(attempt.folder / "outcome.json", {"failures": records})
 
@@ -47,20 +47,20 @@ def connect() -> dict[str, float]:
     return resources
 
 
-def outcome(fit_once: Callable[[], None]) -> dict[int, Failure]:
+def failures_of(fit_once: Callable[[], None]) -> dict[int, Failure]:
     """What the workers raised, by rank; empty when all went well, rank -1 for what concerns no single worker."""
     from ray.train import WorkerGroupError
 
     try:
         fit_once()
     except WorkerGroupError as error:
-        return {rank: describe(failure) for rank, failure in error.worker_failures.items()}
+        return {rank: failure_of(failure) for rank, failure in error.worker_failures.items()}
     except Exception as error:
-        return {-1: describe(error)}
+        return {-1: failure_of(error)}
     return {}
 
 
-def describe(error: BaseException) -> Failure:
+def failure_of(error: BaseException) -> Failure:
     """A failure with what Ray says was its cause."""
     if isinstance(error, WorkerFailed):
         return Failure(error.text[-_TEXT_LENGTH:], error.types)
@@ -69,14 +69,14 @@ def describe(error: BaseException) -> Failure:
     preempted = getattr(error, "preempted", False)  # of Ray's errors about actors
     cause = getattr(error, "health_check_failure", None) or getattr(error, "controller_failure", None)
     if cause is not None:
-        cause_failure = describe(cause)
+        cause_failure = failure_of(cause)
         text = f"{text}\n{cause_failure.text}"
         types += cause_failure.types
         preempted = preempted or cause_failure.preempted
     return Failure(text[-_TEXT_LENGTH:], types, preempted)
 
 
-def fit(attempt: Attempt, world: int, resources: dict[str, float]) -> None:
+def run_workers(attempt: Attempt, world: int, resources: dict[str, float]) -> None:
     """Start one worker per GPU, or per process where there is none, and wait for their end."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -24,7 +24,7 @@ class Failure:
         return asdict(self)
 
 
-def load(record: dict[str, Any]) -> Failure:
+def load_failure(record: dict[str, Any]) -> Failure:
     """The failure in plain data, as `dump` made it."""
     text: str = record["text"]
     types: Sequence[str] = record["types"]

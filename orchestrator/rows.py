@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import InputError
 from orchestrator.planning import base
-from orchestrator.planning.freeze import Source, read
+from orchestrator.planning.freeze import JobSource, read_job
 from orchestrator.planning.model import Model
 from orchestrator.planning.preflight import few_steps
-from orchestrator.planning.survey import Progress, missing, with_date
+from orchestrator.planning.survey import SourceProgress, missing_packages, with_date
 from runfolder.folders import cache
 from runfolder.job import Job
-from trainer.data.rows import Row
-from trainer.data.rows import rows as read_rows
-from trainer.data.survey import Survey, survey, unknown_id, warnings
+from trainer.data.rows import Row, read_rows
+from trainer.data.survey import Survey, row_warnings, survey, unknown_id
 from trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class PackedSequence:
 
 
 @dataclass(frozen=True)
-class Look:
+class RowsView:
     """A data source of a job, as its trainer sees it."""
 
     source: str
@@ -84,19 +83,19 @@ class Look:
 
 
 def rows(
-    source: Source,
+    source: JobSource,
     *,
     overrides: Iterable[str] = (),
     row: int | None = None,
     evaluation: bool = False,
-    progress: Progress = lambda _source, _rows: None,
-) -> Look:
+    progress: SourceProgress = lambda _source, _rows: None,
+) -> RowsView:
     """Look at a job's training rows, or at its evaluation rows; with `row` at this one, by its number from 1.
 
     The base's tokenizer is fetched from the hub where it is not here. Raises InputError.
     """
-    job, _ = read(source, overrides)
-    if absent := missing():
+    job, _ = read_job(source, overrides)
+    if absent := missing_packages():
         packages = ", ".join(absent)
         raise InputError(f"rows: needs {packages}; allowed: pip install 'fleetune[data]'")
     key, data = ("eval", job.data.eval) if evaluation else ("train", job.data.train)
@@ -112,7 +111,7 @@ def rows(
         raise InputError(f"data.{key}: {error}") from error
 
 
-def _look_at(job: Job, source: str, model: Model, row_number: int | None, progress: Progress) -> Look:
+def _look_at(job: Job, source: str, model: Model, row_number: int | None, progress: SourceProgress) -> RowsView:
     """Look at one data source of a job, whose date is fixed, with the tokenizer of its base."""
     from trainer.data.encode import Encoder, Reading
     from trainer.data.tokens import tokenise
@@ -131,11 +130,11 @@ def _look_at(job: Job, source: str, model: Model, row_number: int | None, progre
     warned = []
     if unknown := unknown_id(counts, model.embeddings):
         warned.append(unknown)
-    warned.extend(warnings(counts, job.data.seq_len))
+    warned.extend(row_warnings(counts, job.data.seq_len))
     if source != job.data.train:  # what is evaluated on is in no step
-        return Look(source, counts, warned, examples, [])
+        return RowsView(source, counts, warned, examples, [])
     warned.extend(few_steps(job, counts.tokens))
-    return Look(source, counts, warned, examples, _first_sequences(job, tokens))
+    return RowsView(source, counts, warned, examples, _first_sequences(job, tokens))
 
 
 def _chosen_rows(job: Job, source: str, number: int | None) -> list[Row]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from clusters.base import Cluster
 from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
-from runfolder.files import names
+from runfolder.files import list_names
 from runfolder.folders import home
 from runfolder.site import Site
 from runfolder.snapshot import Snapshot
@@ -78,7 +78,7 @@ def handles(cluster_name: str | None = None) -> list[Handle]:
     if cluster_name is not None:
         clusters = _clusters_of_runs_on(cluster_name)
     else:
-        clusters = _remembered() | _clusters_of_runs_on("local")
+        clusters = _remembered_clusters() | _clusters_of_runs_on("local")
     runs = []
     for run_id, cluster in clusters.items():
         if RUN_ID.fullmatch(run_id):
@@ -93,11 +93,11 @@ def _clusters_of_runs_on(cluster_name: str) -> dict[str, str]:
     return dict.fromkeys(ids, cluster_name)
 
 
-def _remembered() -> dict[str, str]:
+def _remembered_clusters() -> dict[str, str]:
     """What `remember` noted: run id -> name of the cluster."""
     folder = home() / "known"
     clusters = {}
-    for run_id in names(folder):
+    for run_id in list_names(folder):
         clusters[run_id] = (folder / run_id).read_text()
     return clusters
 

@@ -52,7 +52,7 @@ class Timestamp:
         return self._time - earlier._time
 
 
-class Wish(NamedTuple):
+class SaveRequest(NamedTuple):
     """What is asked for after a step, by one rank or any of them: to save; to stop, after a save."""
 
     save: bool = False
@@ -91,8 +91,8 @@ class Meter:
         lr: float,
         tokens: int,
         wait_s: float,
-        wish: Wish,
-    ) -> Wish:
+        wish: SaveRequest,
+    ) -> SaveRequest:
         """Report a step; gives what any rank asks for, on a GPU that of the step before.
 
         The loss and what the objective logs beside it, by name, are this rank's shares of sums over all ranks.
@@ -113,10 +113,10 @@ class Meter:
             return earlier
         return self.flush()
 
-    def flush(self) -> Wish:
+    def flush(self) -> SaveRequest:
         """Write the step that is still open; gives what any rank asks for. Raises when loss or norm is not finite."""
         if self._pending is None:
-            return Wish()
+            return SaveRequest()
         pending = self._pending
         self._pending = None
         end = pending.end
@@ -132,7 +132,7 @@ class Meter:
         if self.world.leads:
             beside = dict(zip(pending.names, logged, strict=True))
             self._write(pending, loss, norm, seconds, beside)
-        return Wish(save > 0, stop > 0)
+        return SaveRequest(save > 0, stop > 0)
 
     def pause(self) -> None:
         """Leave the time since the last report out of the speed (evaluations, saves)."""

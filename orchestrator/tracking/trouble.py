@@ -16,7 +16,7 @@ from orchestrator.errors import InputError
 from orchestrator.tracking.password import without_password
 from runfolder.files import Damaged, read_json, write_json
 
-_FILE = "undelivered.json"
+_UNDELIVERED_FILE = "undelivered.json"
 _REASON_LENGTH = 300  # characters at most
 _PASSING_STATUSES = (408, 409, 425, 429, 499)  # of the 4xx: conflicts, limits, and what was given up
 _CREDENTIALS = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, as it wants them"
@@ -41,7 +41,7 @@ _SYSTEM_FIXES = {
 }
 
 
-class Refused(Exception):
+class DeliveryRefused(Exception):
     """MLflow cannot take a run as things are; `fix` says what to do."""
 
     def __init__(self, reason: str, fix: str) -> None:
@@ -55,11 +55,11 @@ class Trouble:
 
     lasting: bool
     reason: str
-    mend: str = ""
+    fix: str = ""
 
     def __str__(self) -> str:
         if self.lasting:
-            return f"MLflow refuses: {self.reason}; {self.mend}; then: fleetune compare"
+            return f"MLflow refuses: {self.reason}; {self.fix}; then: fleetune compare"
         return f"MLflow does not answer: {self.reason}; what waits is delivered when it does"
 
 
@@ -88,33 +88,33 @@ def is_of_mlflow(error: BaseException) -> bool:
     return False
 
 
-def note(run_dir: Path, trouble: Trouble | None) -> None:
+def note_trouble(run_dir: Path, trouble: Trouble | None) -> None:
     """Write down for `held_up` what the trouble is; None: there is none any more."""
     with suppress(OSError):  # of a full disk, say: nothing that matters is lost
         if trouble is None:
-            (run_dir / _FILE).unlink(missing_ok=True)
+            (run_dir / _UNDELIVERED_FILE).unlink(missing_ok=True)
         else:
-            write_json(run_dir / _FILE, asdict(trouble))
+            write_json(run_dir / _UNDELIVERED_FILE, asdict(trouble))
 
 
-def held_up(run_dir: Path) -> Trouble | None:
+def trouble_of_run(run_dir: Path) -> Trouble | None:
     """What keeps the rows of a run from MLflow; None where nothing is known to."""
-    path = run_dir / _FILE
+    path = run_dir / _UNDELIVERED_FILE
     if not path.exists():
         return None
     try:
         record = read_json(path)
     except Damaged:
         record = {}
-    return trouble_of(run_dir, record)
+    return parse_trouble(run_dir, record)
 
 
-def trouble_of(run_dir: Path, record: Mapping[str, Any]) -> Trouble:
+def parse_trouble(run_dir: Path, record: Mapping[str, Any]) -> Trouble:
     """The trouble that a record tells of; one that cannot be read is trouble, too."""
     try:
         return Trouble(**record)
     except TypeError:
-        return Trouble(True, f"{run_dir / _FILE} cannot be read", "remove it")
+        return Trouble(True, f"{run_dir / _UNDELIVERED_FILE} cannot be read", "remove it")
 
 
 def _fix_of(error: BaseException) -> str | None:
@@ -122,7 +122,7 @@ def _fix_of(error: BaseException) -> str | None:
     code = getattr(error, "sqlite_errorcode", None)
     if code is not None:
         return _SQLITE_FIXES.get(code & 0xFF, "")
-    if isinstance(error, Refused):
+    if isinstance(error, DeliveryRefused):
         return error.fix
     if isinstance(error, InputError):
         return "install it where the rows are to be delivered from"

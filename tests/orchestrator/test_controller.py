@@ -18,7 +18,7 @@ from orchestrator.control import cancel, resume
 from orchestrator.errors import InputError
 from orchestrator.submit import submit
 from runfolder.appended import read_lines
-from runfolder.chain import Attempt, Start, attempts, last, result
+from runfolder.chain import Attempt, Start, attempts, last_attempt, result
 from runfolder.files import Record, read_json
 from trainer.checkpoint.lineage import finished, step_of
 
@@ -166,9 +166,9 @@ def test_a_bug_is_final_a_warned_run_goes_on_and_a_cancelled_one_is_closed(
     assert f"data.train: {bad} has changed since the submission: sha256 " in found["evidence"]
     assert found["reason"].endswith("put the old one back and resume the run, or submit the job anew")
 
-    until(lambda: attempts(running) and len(read_lines(last(running), "metrics.jsonl")) > 5)
+    until(lambda: attempts(running) and len(read_lines(last_attempt(running), "metrics.jsonl")) > 5)
     os.kill(cluster.state()["controllers"][running.name], signal.SIGTERM)
-    until(lambda: len(attempts(running)) == 2 and read_lines(last(running), "metrics.jsonl"))
+    until(lambda: len(attempts(running)) == 2 and read_lines(last_attempt(running), "metrics.jsonl"))
     first, second = attempts(running)
     reported = [row["step"] for row in read_lines(first, "metrics.jsonl") if "loss" in row]
     assert first.verdict and first.verdict["reason"].endswith(f"; saved at step {reported[-1]}")
@@ -188,7 +188,10 @@ def test_a_bug_is_final_a_warned_run_goes_on_and_a_cancelled_one_is_closed(
     bad.write_text(sums.read_text())
     resume(buggy.name)
     assert list((cluster.home / "cache").glob("*/manifest.json"))
-    assert (ended(buggy)["state"], last(buggy).number) == ("succeeded", 4)  # slot 2 closed it, slot 3 reopened it
+    assert (ended(buggy)["state"], last_attempt(buggy).number) == (
+        "succeeded",
+        4,
+    )  # slot 2 closed it, slot 3 reopened it
 
 
 @pytest.mark.chaos

@@ -21,19 +21,19 @@ IGNORED = -100
 _MULTIPLE = 8
 
 
-class Place(NamedTuple):
+class OwnedDocument(NamedTuple):
     """A document, and the place in the global batch of the example that owns it."""
 
     example: int
     document: int
 
 
-Row = list[Place]  # documents that share one sequence
+PackedRow = list[OwnedDocument]  # documents that share one sequence
 Numbered = tuple[int, int]  # a document, and its place in a micro-batch
-Group = list[Row]  # rows that stay in one micro-batch, as an example has documents in several of them
+RowGroup = list[PackedRow]  # rows that stay in one micro-batch, as an example has documents in several of them
 
 
-def _documents(row: Row) -> list[int]:
+def _documents(row: PackedRow) -> list[int]:
     """The documents of a row, in its order."""
     documents = []
     for place in row:
@@ -52,7 +52,7 @@ class MicroBatch:
     examples: list[list[int]]
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> "MicroBatch":
+    def of(cls, rows: Sequence[PackedRow]) -> "MicroBatch":
         """The micro-batch of these rows."""
         numbered: dict[int, list[Numbered]] = {}  # by the example that owns the documents
         places = chain.from_iterable(rows)
@@ -100,7 +100,7 @@ class Layout:
             passes_of_rank.append([])
         return [MicroBatch.of(rows) for rows in passes_of_rank]
 
-    def _groups(self, batch: GlobalBatch) -> list[Group]:
+    def _groups(self, batch: GlobalBatch) -> list[RowGroup]:
         """The rows of a batch, in groups that stay together; the longest first."""
         examples = batch.examples
         lengths = examples.lengths[batch.chosen]
@@ -111,7 +111,7 @@ class Layout:
             documents = examples.documents(example)
             places = []
             for document in documents:
-                places.append(Place(place, document))
+                places.append(OwnedDocument(place, document))
             owned.append(places)
         if self.packing:
             lengths_of_documents = examples.tokens.lengths
@@ -123,9 +123,9 @@ class Layout:
         return groups
 
 
-def _dealt(groups: Iterable[Group], world_size: int) -> list[list[Group]]:
+def _dealt(groups: Iterable[RowGroup], world_size: int) -> list[list[RowGroup]]:
     """The groups of each rank: ranks 0, 1, ... take one each in this order, then in the opposite one, and so on."""
-    dealt: list[list[Group]] = []
+    dealt: list[list[RowGroup]] = []
     while len(dealt) < world_size:
         dealt.append([])
     for index, group in enumerate(groups):
@@ -138,9 +138,9 @@ def _dealt(groups: Iterable[Group], world_size: int) -> list[list[Group]]:
     return dealt
 
 
-def _cut(groups: Iterable[Group], micro_batch: int) -> list[list[Row]]:
+def _cut(groups: Iterable[RowGroup], micro_batch: int) -> list[list[PackedRow]]:
     """The rows of each forward pass: whole groups, as many as fit into `micro_batch` rows, and at least one."""
-    passes: list[list[Row]] = []
+    passes: list[list[PackedRow]] = []
     for group in groups:
         rows = len(group)
         if passes:
@@ -155,12 +155,12 @@ class _Rows:
     """Rows that are being filled, of which no more than `most` will be opened."""
 
     def __init__(self, lengths: Indices, seq_len: int, most: int) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[PackedRow] = []
         self._seq_len = seq_len
         self._free = np.full(most, seq_len)  # tokens that still fit into each row, opened or not
         self._lengths = lengths  # of documents
 
-    def put_example(self, places: Row) -> list[int]:
+    def put_example(self, places: PackedRow) -> list[int]:
         """Put an example into the first row that has space for all of it; gives the numbers of the rows it opens.
 
         An example that no row could hold begins rows of its own.
@@ -181,17 +181,17 @@ class _Rows:
         used = self._seq_len - free
         return int(used.sum())
 
-    def _length(self, place: Place) -> int:
+    def _length(self, place: OwnedDocument) -> int:
         length = self._lengths[place.document]
         return int(length)
 
-    def _tokens(self, places: Row) -> int:
+    def _tokens(self, places: PackedRow) -> int:
         """The tokens of some documents."""
         documents = _documents(places)
         lengths = self._lengths[documents]
         return int(lengths.sum())
 
-    def _put(self, places: Row, first: int) -> None:
+    def _put(self, places: PackedRow, first: int) -> None:
         """Put documents together into the first row, not before row `first`, that has space for all of them."""
         tokens = self._tokens(places)
         opened = len(self.rows)
@@ -206,7 +206,7 @@ class _Rows:
         self._free[row] -= tokens
 
 
-def _pack(owned: Sequence[Row], lengths: Indices, seq_len: int) -> list[Group]:
+def _pack(owned: Sequence[PackedRow], lengths: Indices, seq_len: int) -> list[RowGroup]:
     """Put each example into the first row that has space for all of it; the groups of rows, longest first.
 
     The rows that an example begins because no row could hold it stay together; others may follow into them.

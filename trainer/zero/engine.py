@@ -32,7 +32,7 @@ class Placeholder(torch.optim.Optimizer):
             self.on_step()
 
 
-def prepare() -> None:
+def prepare_deepspeed() -> None:
     """Check DeepSpeed's version and keep it from compiling its shared-memory op, before distributed starts.
 
     The op is built at the first `init_distributed`, and a lock that a killed process left makes the next one hang
@@ -69,7 +69,7 @@ def config(stage: int, trained: int) -> dict[str, Any]:
     }
 
 
-def start(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> Any:
+def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> Any:
     """DeepSpeed's engine around a model whose trained parameters the optimizer has."""
     import deepspeed
 

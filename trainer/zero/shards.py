@@ -17,7 +17,7 @@ from methods.base import Fragment as AnyFragment
 from methods.base import Method, Piece
 from trainer.zero import engine, layout
 from trainer.zero.gather import gathered, shape
-from trainer.zero.layout import Fragment
+from trainer.zero.layout import OwnedFragment
 
 
 class Shards:
@@ -42,13 +42,13 @@ class Shards:
         self._shapes = shapes
         trained = list(names)
         placeholder = engine.Placeholder(trained)
-        self.engine = engine.start(model, placeholder, stage)
+        self.engine = engine.start_engine(model, placeholder, stage)
         # A method that sums gradients itself gets each rank's own share, where DeepSpeed would sum whole ones.
         averaged = stage != 0 or not method.reduces
         self._averaged = averaged
         self.engine.enable_backward_allreduce = averaged
-        self._fragments: list[Fragment] = []
-        self._by_name: dict[str, Fragment] = {}
+        self._fragments: list[OwnedFragment] = []
+        self._by_name: dict[str, OwnedFragment] = {}
         fragments = layout.fragments(self.engine, names, stage)
         for fragment in fragments:
             self._fragments.append(fragment)
@@ -63,7 +63,7 @@ class Shards:
         parameters = self.model.parameters()
         return next(parameters).device
 
-    def fragments(self) -> Sequence[Fragment]:
+    def fragments(self) -> Sequence[OwnedFragment]:
         """What this rank holds."""
         return self._fragments
 
@@ -170,7 +170,7 @@ class Shards:
             dist.all_reduce(square)
         return square.sqrt()
 
-    def _piece(self, fragment: Fragment) -> Piece:
+    def _piece(self, fragment: OwnedFragment) -> Piece:
         """A fragment's weight and the tensors that the optimizer keeps of it."""
         tensors = {"weight": fragment.parameter.data}
         state = self.state(fragment)
@@ -184,6 +184,6 @@ class Shards:
         model = self.model
         for name in self.method.changed(model):
             parameter = model.get_parameter(name)
-            piece = layout.held(name, parameter, self.stage)
+            piece = layout.held_piece(name, parameter, self.stage)
             if piece is not None:
                 yield piece
