@@ -145,11 +145,11 @@ def logs_command(
             print("no worker has written anything yet", file=sys.stderr)
 
 
-@app.command("cancel")
+@app.command("cancel", help="End a run.")
 def cancel_command(
     run: RunArgument, save: Annotated[bool, typer.Option("--save", help="Let it save a checkpoint first.")] = False
 ) -> None:
-    """End a run."""
+    """Ask for the end of a run, and print its id."""
     from orchestrator.control import cancel
 
     print(cancel(run, save))
@@ -201,13 +201,13 @@ def rows_command(
     """Show rows of the data as the trainer sees them: text, tokens, and what is learned."""
     from orchestrator.rows import rows
 
-    look = rows(file, overrides=sets or (), row=row, evaluation=evaluation, progress=count_rows)
+    view = rows(file, overrides=sets or (), row=row, evaluation=evaluation, progress=count_rows)
     clear_count()
     if as_json:
-        return print_json(look.dump())
+        return print_json(view.dump())
     from orchestrator.row_text import show_rows
 
-    return show_rows(look)
+    return show_rows(view)
 
 
 @app.command("compare")

@@ -70,7 +70,9 @@ def doctor() -> list[Check]:
 
 
 def _level(usable: bool, otherwise: Level) -> Level:
-    return "ok" if usable else otherwise
+    if usable:
+        return "ok"
+    return otherwise
 
 
 def _python() -> Iterator[Check]:
@@ -266,7 +268,10 @@ def _deliveries() -> Iterator[Check]:
     """What MLflow has not got of runs that go on or are closed."""
     held_up = troubles()
     for trouble in dict.fromkeys(held_up.values()):
-        run_ids = [run_id for run_id in held_up if held_up[run_id] == trouble]
+        run_ids = []
+        for run_id, its_trouble in held_up.items():
+            if its_trouble == trouble:
+                run_ids.append(run_id)
         reason = f"{_shortened(run_ids)}: {trouble.reason}"
         if trouble.lasting:
             yield Check("deliveries", "fail", reason, f"{trouble.fix}; then: fleetune compare")

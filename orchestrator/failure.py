@@ -20,7 +20,7 @@ class Failure:
     preempted: bool = False
 
     def dump(self) -> dict[str, Any]:
-        """The failure as plain data, which `load` reads."""
+        """The failure as plain data, which `load_failure` reads."""
         return asdict(self)
 
 

@@ -37,7 +37,8 @@ def show_runs(runs: Iterable[Status]) -> None:
         attempt = escape(str(run.attempt))
         submitted = escape(_local_time(run.submitted))
         reason = escape(run.reason or "")
-        table.add_row(run.run_id, run.cluster, _coloured(run.state), step, attempt, submitted, reason)
+        state = _coloured(run.state)
+        table.add_row(run.run_id, run.cluster, state, step, attempt, submitted, reason)
     print_markup(table)
 
 
@@ -69,7 +70,9 @@ def show_checks(checks: Iterable[Check]) -> None:
     for check in checks:
         level = _coloured(check.level)
         found = escape(check.found)
-        fix = "" if check.level == "ok" else escape(check.mend)
+        fix = ""
+        if check.level != "ok":
+            fix = escape(check.mend)
         table.add_row(level, check.name, found, fix)
     print_markup(table)
 
@@ -93,7 +96,8 @@ def _option_table(methods: list[dict[str, Any]]) -> Table:
     for method in methods:
         kind = f"[bold]{method['kind']}[/]"
         rate = f"lr {method['lr']:g}"
-        table.add_row(kind, "", rate, escape(method["summary"]))
+        summary = escape(method["summary"])
+        table.add_row(kind, "", rate, summary)
         for name, option in method["options"].items():
             default = escape(_yaml(option["default"]))
             description = escape(option["description"] or "")
@@ -151,15 +155,18 @@ def _steps_text(plan: Plan) -> str:
 def _size_fields(sizes: Sizes) -> dict[str, str]:
     memory = sizes.memory
     share = 100 * sizes.trained / sizes.parameters
-    kinds = f"weights {format_bytes(memory.weights)}, gradients {format_bytes(memory.gradients)}, optimizer {format_bytes(memory.optimizer)}"
+    weights = format_bytes(memory.weights)
+    gradients = format_bytes(memory.gradients)
+    optimizer = format_bytes(memory.optimizer)
+    total = format_bytes(memory.total)
+    kinds = f"weights {weights}, gradients {gradients}, optimizer {optimizer}"
     fields = {
         "parameters": f"{sizes.parameters:,}, trained {sizes.trained:,} ({share:.3g} %)",
-        "each worker": f"{format_bytes(memory.total)} without activations: {kinds}",
+        "each worker": f"{total} without activations: {kinds}",
     }
     if sizes.held:
-        fields["in 4 bits"] = (
-            f"{format_bytes(sizes.held)} of the weights, which each worker holds at every ZeRO stage"
-        )
+        held = format_bytes(sizes.held)
+        fields["in 4 bits"] = f"{held} of the weights, which each worker holds at every ZeRO stage"
     return fields
 
 

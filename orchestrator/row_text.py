@@ -15,23 +15,25 @@ if TYPE_CHECKING:
 _FATES = {"truncated": ", longer than data.seq_len: its end is cut", "dropped": ", left out: it is too long"}
 
 
-def show_rows(look: RowsView) -> None:
+def show_rows(view: RowsView) -> None:
     """Examples with what is learned in green, how they are packed, and the numbers of all rows."""
-    for example in look.examples:
+    for example in view.examples:
         _show_example(example)
-    for number, sequence in enumerate(look.sequences, 1):
+    for number, sequence in enumerate(view.sequences, 1):
         _show_sequence(number, sequence)
     print_markup("")
-    fields = _survey_fields(look.survey)
-    fields["source"] = look.source
+    fields = _survey_fields(view.survey)
+    fields["source"] = view.source
     show_fields(fields)
-    for warning in look.warnings:
+    for warning in view.warnings:
         print_markup(f"[yellow]warning[/]: {escape(warning)}")
 
 
 def _show_example(example: ShownExample) -> None:
     trained_on = example.tokens[: example.kept]
-    learned = sum(token.learned for token in trained_on)
+    learned = 0
+    for token in trained_on:
+        learned += token.learned
     tokens = len(example.tokens)
     fate = _FATES.get(example.fate or "", "")
     print_markup(f"[bold]row {example.row}[/]  {tokens} tokens, {learned} learned{fate}")
@@ -73,7 +75,8 @@ def _coloured_tokens(example: ShownExample) -> Text:
     for index, token in enumerate(example.tokens):
         kept = index < example.kept
         style = _style(token.learned, kept)
-        text.append(f"{token.id}:{token.text!r}", style=style)
+        word = f"{token.id}:{token.text!r}"
+        text.append(word, style=style)
         text.append(" ")
     return text
 
@@ -97,7 +100,10 @@ def _survey_fields(survey: "Survey") -> dict[str, str]:
         "duplicates": f"{survey.duplicates:,}",
         "cut, left out": f"{truncated:,}, {dropped:,}",
     }
-    if survey.unused:
-        columns = [f"{name} ({count:,} rows)" for name, (count, _) in survey.unused.items()]
+    columns = []
+    for name, seen in survey.unused.items():
+        count, _ = seen
+        columns.append(f"{name} ({count:,} rows)")
+    if columns:
         fields["not used"] = ", ".join(columns)
     return fields

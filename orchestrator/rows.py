@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -95,10 +96,15 @@ def rows(
     The base's tokenizer is fetched from the hub where it is not here. Raises InputError.
     """
     job, _ = read_job(source, overrides)
-    if absent := missing_packages():
-        packages = ", ".join(absent)
+    missing = missing_packages()
+    if missing:
+        packages = ", ".join(missing)
         raise InputError(f"rows: needs {packages}; allowed: pip install 'fleetune[data]'")
-    key, data = ("eval", job.data.eval) if evaluation else ("train", job.data.train)
+    key = "train"
+    data: str | None = job.data.train
+    if evaluation:
+        key = "eval"
+        data = job.data.eval
     if data is None:
         raise InputError("data.eval: missing; the job names no evaluation rows")
     try:
@@ -121,20 +127,24 @@ def _look_at(job: Job, source: str, model: Model, row_number: int | None, progre
     reading = Reading.of(job, ends)
     encoder = Encoder(source, tokenizer, reading)
     chosen = _chosen_rows(job, source, row_number)
-    examples = []
-    for row, encoded in encoder.examples(chosen):
-        for example in encoded:
-            examples.append(_shown_example(example, row.number, tokenizer, reading))
-    tokens = tokenise(source, tokenizer, reading, cache(), lambda done: progress(source, done))
+    shown = []
+    for row, examples in encoder.examples(chosen):
+        for example in examples:
+            shown_example = _shown_example(example, row.number, tokenizer, reading)
+            shown.append(shown_example)
+    report_done = partial(progress, source)
+    tokens = tokenise(source, tokenizer, reading, cache(), report_done)
     counts = survey(tokens, tokenizer)
-    warned = []
-    if unknown := unknown_id(counts, model.embeddings):
-        warned.append(unknown)
-    warned.extend(row_warnings(counts, job.data.seq_len))
-    if source != job.data.train:  # what is evaluated on is in no step
-        return RowsView(source, counts, warned, examples, [])
-    warned.extend(few_steps(job, counts.tokens))
-    return RowsView(source, counts, warned, examples, _first_sequences(job, tokens))
+    warnings = []
+    unknown = unknown_id(counts, model.embeddings)
+    if unknown:
+        warnings.append(unknown)
+    warnings += row_warnings(counts, job.data.seq_len)
+    sequences: list[PackedSequence] = []
+    if source == job.data.train:  # what is evaluated on is in no step
+        warnings += few_steps(job, counts.tokens)
+        sequences = _first_sequences(job, tokens)
+    return RowsView(source, counts, warnings, shown, sequences)
 
 
 def _chosen_rows(job: Job, source: str, number: int | None) -> list[Row]:
@@ -159,8 +169,11 @@ def _shown_example(example: "Encoded", row: int, tokenizer: Any, reading: "Readi
     learned = example.target.tolist()
     tokens = []
     for token_id, text, is_learned in zip(ids, texts, learned, strict=True):
-        tokens.append(Token(token_id, text, is_learned))
-    kept = 0 if fate == "dropped" else min(capacity, len(ids))
+        token = Token(token_id, text, is_learned)
+        tokens.append(token)
+    kept = min(capacity, len(ids))
+    if fate == "dropped":
+        kept = 0
     return ShownExample(row, tokens, kept, fate)
 
 
@@ -206,5 +219,7 @@ def _packed_sequence(job: Job, tokens: "Tokens", documents: tuple[int, ...]) -> 
         stop += int(tokens.lengths[document])
         row = int(tokens.rows[document])
         places.append((row, start, stop))
-    padding = job.data.seq_len - stop if job.data.packing else 0
+    padding = 0
+    if job.data.packing:
+        padding = job.data.seq_len - stop
     return PackedSequence(places, padding)

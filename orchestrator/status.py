@@ -62,7 +62,8 @@ def statuses(runs: Iterable[Handle]) -> list[Status]:
     wanted = list(runs)
     by_cluster: dict[str, list[Handle]] = {}
     for run in wanted:
-        by_cluster.setdefault(run.cluster_name, []).append(run)
+        its_runs = by_cluster.setdefault(run.cluster_name, [])
+        its_runs.append(run)
     by_run: dict[Handle, Status] = {}
     for cluster_name, its_runs in by_cluster.items():
         by_run |= _statuses_on(cluster_name, its_runs)
@@ -86,7 +87,8 @@ def _statuses_on(cluster_name: str, runs: list[Handle]) -> dict[Handle, Status]:
     for run in runs:
         no_folder = Snapshot(run.run_id, "", cluster_name, damaged=why_unknown)
         snapshot = snapshots.get(run.run_id, no_folder)
-        by_run[run] = join_status(snapshot, on_cluster.get(run.run_id, unknown))
+        cluster_status = on_cluster.get(run.run_id, unknown)
+        by_run[run] = join_status(snapshot, cluster_status)
     return by_run
 
 
@@ -96,7 +98,8 @@ def join_status(run: Snapshot, on_cluster: ClusterStatus) -> Status:
     has_output = run.has_output or state == "succeeded"
     tracking = None
     if run.undelivered:
-        tracking = str(parse_trouble(Path(run.run_dir), run.undelivered))
+        trouble = parse_trouble(Path(run.run_dir), run.undelivered)
+        tracking = str(trouble)
     return Status(
         run_id=run.run_id,
         name=name_of(run.run_id),
@@ -125,13 +128,16 @@ def _state_and_reason(run: Snapshot, on_cluster: ClusterStatus) -> tuple[RunStat
         return run.result["state"], run.result.get("reason")
     if on_cluster.state in ("unknown", "ended"):
         return "unknown", on_cluster.reason or "the run has ended, and its result is not there yet"
-    reason = "; ".join(filter(None, [on_cluster.reason, run.asked]))
+    reasons = filter(None, [on_cluster.reason, run.asked])
+    reason = "; ".join(reasons)
     if run.attempt == 0:
-        state: RunState = "queued" if on_cluster.state == "queued" else "starting"
-        return state, reason
+        if on_cluster.state == "queued":
+            return "queued", reason
+        return "starting", reason
     verdict = run.verdict or {}
     has_failed = bool(verdict) and verdict["kind"] != "success"
     if has_failed or on_cluster.state != "running":
         return "preempted", reason or verdict.get("reason")
-    state = "running" if run.begun else "starting"
-    return state, reason
+    if run.begun:
+        return "running", reason
+    return "starting", reason

@@ -126,7 +126,8 @@ def classify(failures: Mapping[int, Failure], tails: Mapping[int, str] | None = 
     reason = _reason(kind, failure)
     evidence = ""
     if tails:
-        evidence = _evidence(kind, tails.get(rank, ""))
+        tail = tails.get(rank, "")
+        evidence = _evidence(kind, tail)
     if not evidence:
         evidence = _evidence(kind, failure.text) or reason
     if rank < 0:
@@ -184,7 +185,9 @@ def _kind_on_rank(rank: int, failure: Failure) -> Kind:
     known = _known_kind(failure)
     if known is not None:
         return known
-    return "user_error" if rank >= 0 else "node_lost"
+    if rank >= 0:
+        return "user_error"
+    return "node_lost"
 
 
 def _known_kind(failure: Failure) -> Kind | None:
@@ -195,11 +198,15 @@ def _known_kind(failure: Failure) -> Kind | None:
     for name in failure.types:
         if name in _KIND_OF_TYPE:
             kinds.add(_KIND_OF_TYPE[name])
-    raised = failure.types[0] if failure.types else ""
+    raised = ""
+    if failure.types:
+        raised = failure.types[0]
     for kind, types, form in _MESSAGE_FORMS:
         if raised in types and re.search(form, failure.text):
             kinds.add(kind)
-    return _first_cause(kinds) if kinds else None
+    if not kinds:
+        return None
+    return _first_cause(kinds)
 
 
 def _first_cause(kinds: Collection[Kind]) -> Kind:

@@ -214,5 +214,6 @@ def _opened_at(run_dir: Path) -> float:
     """When the first attempt since the run was last (re)opened was claimed (seconds since 1970)."""
     reopened = last_reopened(run_dir)
     later = (slot for slot in slots(run_dir) if slot.number > reopened)
-    claim = next(later).claim
+    first = next(later)
+    claim = first.claim
     return float(claim["time"])

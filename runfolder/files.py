@@ -1,8 +1,8 @@
 """Files of a run folder: JSON that is written whole or not at all, and listings that show what other hosts have done.
 
 A client of NFS keeps for up to a minute that a name is not there. So nobody asks for a name that may be missing: what
-is there is told by listing its folder (`list_names`). Where even a listing from this client's cache will not do, `refresh`
-comes first.
+is there is told by listing its folder (`list_names`). Where even a listing from this client's cache will not do,
+`refresh` comes first.
 """
 
 import hashlib

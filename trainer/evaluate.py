@@ -115,7 +115,7 @@ class Evaluator:
         return held_out
 
     def _shares(self, run: Run, batch: GlobalBatch, divisors: Totals) -> Iterator[TensorsByName]:
-        """What each of this rank's micro-batches adds to the sums, by name: loss and figures, over the divisors."""
+        """What each of this rank's micro-batches adds to the sums, by name: loss and metrics, over the divisors."""
         model = run.model
         objective = run.objective
         totals = objective.totals(batch)

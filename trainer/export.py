@@ -41,16 +41,16 @@ def export(run: Run) -> None:
     weights.clear()
     died = deaths(attempt)
     go_on = died < DEATHS
-    seen = observed(run) if go_on else None
+    observation = observed(run) if go_on else None
     dist.barrier()
     if not leads:
         return
     output = attempt.folder / "output"
     if go_on:
         with noting_progress(attempt):
-            accept(run, output, seen)
+            accept(run, output, observation)
             if job.output.merge and not job.method.makes_model:
-                save_merged(run, output, seen)
+                save_merged(run, output, observation)
     else:
         note_omission(attempt, "what follows the export", f"{died} workers ended in it: its check, or the merge")
     with dispensable(attempt, "the model card"):
@@ -126,13 +126,13 @@ def observed(run: Run) -> Observation | None:
     return None
 
 
-def accept(run: Run, output: Path, seen: Observation | None) -> None:
+def accept(run: Run, output: Path, observation: Observation | None) -> None:
     """Raise OutputDiffers, and put the output aside, where plain libraries load another model than the trained."""
-    if seen is None:
+    if observation is None:
         return
     finding = None
     with dispensable(run.attempt, CHECK):
-        finding = compare_loaded(run, lambda place: load_output(run, output, place), seen)
+        finding = compare_loaded(run, lambda placement: load_output(run, output, placement), observation)
     if finding is None or finding.holds:
         return
     aside = output.with_name("output.rejected")
@@ -144,7 +144,7 @@ def accept(run: Run, output: Path, seen: Observation | None) -> None:
     )
 
 
-def save_merged(run: Run, output: Path, seen: Observation | None) -> None:
+def save_merged(run: Run, output: Path, observation: Observation | None) -> None:
     """Write the merged model beside its adapter, where it can be made and is the trained one."""
     method = run.method
     attempt = run.attempt
@@ -152,7 +152,7 @@ def save_merged(run: Run, output: Path, seen: Observation | None) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     with dispensable(attempt, MERGED):
         try:
-            write_merged(run, output, seen, unfinished)
+            write_merged(run, output, observation, unfinished)
             unfinished.rename(output / "merged")
         except MergeRefused as refusal:
             attempt.event("merge_refused", reason=str(refusal))
@@ -166,7 +166,7 @@ def save_merged(run: Run, output: Path, seen: Observation | None) -> None:
             (output / "merge_report.json").write_text(text)
 
 
-def write_merged(run: Run, output: Path, seen: Observation | None, folder: Path) -> None:
+def write_merged(run: Run, output: Path, observation: Observation | None, folder: Path) -> None:
     """Write the merged model; raises OutputDiffers where it is another model than the trained."""
     method = run.method
     merged = merge(run, output)
@@ -175,9 +175,9 @@ def write_merged(run: Run, output: Path, seen: Observation | None, folder: Path)
     write_ends(run, folder)
     run.tokenizer.save_pretrained(folder)
     # A merge that changes more than the update says how much, and has a bound of its own.
-    if seen is None or any(method.merge_report.values()):
+    if observation is None or any(method.merge_report.values()):
         return
-    finding = compare_loaded(run, lambda place: load_whole_model(run, folder, place), seen)
+    finding = compare_loaded(run, lambda placement: load_whole_model(run, folder, placement), observation)
     allowed = MERGED_ROUNDING * finding.allowed
     if not finding.gap <= allowed:  # so that a gap that is not a number raises
         raise OutputDiffers(f"its logits differ from the trained model's by {finding.gap:.3g}")

@@ -85,8 +85,8 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
         method.load_state(state)
     with noting_progress(attempt):
         model = load_model(job, method, dtype, device)
-    embedded = vocabulary(model.config)
-    check_ids(examples.tokens, tokenizer, embedded, data.train)
+    embeddings = vocabulary(model.config)
+    check_ids(examples.tokens, tokenizer, embeddings, data.train)
     if saved:
         saved.load_weights(model, method)
     else:
@@ -172,12 +172,12 @@ def take_steps(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -
     for step in range(first + 1, steps + 1):
         save_here = saves.overdue()
         stop_here = stops.wanted(step)
-        asked_here = SaveRequest(save_here, stop_here)
-        asked = take_step(run, step, micro_batches_of, meter, asked_here)
+        request_here = SaveRequest(save_here, stop_here)
+        requested = take_step(run, step, micro_batches_of, meter, request_here)
         last = step == steps
         at_interval = every is not None and step % every == 0
         evaluation_due = last or at_interval
-        save_due = last or asked.save or asked.stop or saves.due(step)
+        save_due = last or requested.save or requested.stop or saves.due(step)
         if evaluation_due or save_due:
             meter.flush()
             if evaluation_due:
@@ -185,7 +185,7 @@ def take_steps(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -
             if save_due:
                 saves.save(run.shards, run.method, step)
             meter.pause()
-        if asked.stop and not last:
+        if requested.stop and not last:
             saves.wait()
             if world.leads:
                 attempt.event("stopped", step=step)

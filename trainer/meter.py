@@ -21,12 +21,12 @@ OURS = frozenset(
 )
 
 
-def checked(figures: Iterable[str]) -> list[str]:
+def checked(names: Iterable[str]) -> list[str]:
     """The names of an objective's metrics, sorted; raises ValueError where one is a name of our own."""
-    for name in figures:
+    for name in names:
         if name in OURS or name.startswith("eval_"):
             raise ValueError(f"figure {name!r} of the objective; allowed: a name of its own, without eval_ in front")
-    return sorted(figures)
+    return sorted(names)
 
 
 class Timestamp:
@@ -91,7 +91,7 @@ class Meter:
         lr: float,
         tokens: int,
         wait_s: float,
-        wish: SaveRequest,
+        request: SaveRequest,
     ) -> SaveRequest:
         """Report a step; gives what any rank asks for, on a GPU that of the step before.
 
@@ -99,7 +99,7 @@ class Meter:
         """
         device = self.world.device
         names = checked(beside)
-        flags = [torch.full_like(loss, float(flag)) for flag in wish]
+        flags = [torch.full_like(loss, float(flag)) for flag in request]
         logged = [beside[name] for name in names]
         sums = torch.stack([loss, *flags, *logged])
         dist.all_reduce(sums)

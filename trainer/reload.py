@@ -18,7 +18,7 @@ SPARE = 1.2  # memory that a model takes, over that of its weights
 Placement = dict[str, Any]  # keyword arguments of `from_pretrained` that say where the weights go
 
 
-def load_base(run: Run, adapter: Path, place: Placement) -> Any:
+def load_base(run: Run, adapter: Path, placement: Placement) -> Any:
     """The base as an adapter's users load it; a method that changes the base's config leaves it in the adapter."""
     from transformers import AutoConfig
 
@@ -30,14 +30,14 @@ def load_base(run: Run, adapter: Path, place: Placement) -> Any:
     config = None
     if (adapter / "config.json").exists():
         config = AutoConfig.from_pretrained(adapter)
-    return load_pretrained(base, run.dtype, config, **place)
+    return load_pretrained(base, run.dtype, config, **placement)
 
 
-def load_output(run: Run, folder: Path, place: Placement) -> nn.Module:
+def load_output(run: Run, folder: Path, placement: Placement) -> nn.Module:
     """What a run left: a model, or an adapter on its base, in 4 bits where it was trained on that."""
     if run.job.method.makes_model:
-        return load_whole_model(run, folder, place)
-    options = place | _quantisation(run)
+        return load_whole_model(run, folder, placement)
+    options = placement | _quantisation(run)
     base = load_base(run, folder, options)
     quantised.exact(base)
     model = run.method.load(base, folder)
@@ -54,11 +54,11 @@ def _quantisation(run: Run) -> Placement:
     return run.method.load_options(config)
 
 
-def load_whole_model(run: Run, folder: Path, place: Placement) -> nn.Module:
-    """A whole model."""
+def load_whole_model(run: Run, folder: Path, placement: Placement) -> nn.Module:
+    """A model from a folder that holds all of its weights, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=run.dtype, **place)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=run.dtype, **placement)
     return model.eval()
 
 

@@ -22,7 +22,7 @@ NamedSums = dict[str, torch.Tensor]  # over micro-batches; each 0-d
 Feed = Callable[[GlobalBatch], Iterator[BatchTensors]]  # from a step's global batch to this rank's micro-batches
 
 
-def take_step(run: Run, step: int, feed: Feed, meter: Meter, wish: SaveRequest) -> SaveRequest:
+def take_step(run: Run, step: int, feed: Feed, meter: Meter, request: SaveRequest) -> SaveRequest:
     """Accumulate the micro-batches of one global batch and apply them; gives what all ranks ask for, perhaps late."""
     objective = run.objective
     shards = run.shards
@@ -47,7 +47,7 @@ def take_step(run: Run, step: int, feed: Feed, meter: Meter, wish: SaveRequest) 
     norm = shards.step(lr, settings.clip)
     tokens = global_batch.tokens
     wait_s = timed.seconds
-    return meter.record(step, sums.loss, sums.metrics, norm, lr, tokens, wait_s, wish)
+    return meter.record(step, sums.loss, sums.metrics, norm, lr, tokens, wait_s, request)
 
 
 def prepared(
@@ -74,7 +74,7 @@ class Sums:
         self.metrics: NamedSums = {}
 
     def add(self, shares: Shares) -> None:
-        """Add those of another micro-batch."""
+        """Add the shares of another micro-batch, without their gradients."""
         loss = shares.loss.detach()
         self.loss += loss
         add_shares(self.metrics, shares.metrics)

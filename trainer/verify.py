@@ -74,15 +74,15 @@ def observe(run: Run) -> Observation:
     return Observation(written, logits)
 
 
-def compare_loaded(run: Run, load: Callable[[Placement], nn.Module], seen: Observation) -> Finding:
+def compare_loaded(run: Run, load: Callable[[Placement], nn.Module], observation: Observation) -> Finding:
     """Load a model where it fits, and compare it with what was seen of the trained one; rank 0 alone."""
     if speed.count_weights(run.model) > LARGE:
         print("loading the output once more, to compare it with the trained model", flush=True)
     device = run.world.device
     began = time.monotonic()
-    with space_for_copy(run) as place:
-        model = load(place)
-        finding = _compared(model, seen, run.dtype, device)
+    with space_for_copy(run) as placement:
+        model = load(placement)
+        finding = _compared(model, observation, run.dtype, device)
         del model
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -92,7 +92,7 @@ def compare_loaded(run: Run, load: Callable[[Placement], nn.Module], seen: Obser
     return finding
 
 
-def _compared(model: nn.Module, seen: Observation, dtype: torch.dtype, trained_on: torch.device) -> Finding:
+def _compared(model: nn.Module, observation: Observation, dtype: torch.dtype, trained_on: torch.device) -> Finding:
     """The gap to the nearer one of two passes: in the model's own dtypes, and under autocast, as it was trained.
 
     Their distance shows how far rounding reaches. In fp32 the second pass has the row twice, so it sums in another
@@ -101,7 +101,7 @@ def _compared(model: nn.Module, seen: Observation, dtype: torch.dtype, trained_o
     device = _computing_device(model)
     lower = dtype != torch.float32
     largest = spread = plain_gap = autocast_gap = 0.0
-    for ids, expected in zip(seen.ids, seen.logits, strict=True):
+    for ids, expected in zip(observation.ids, observation.logits, strict=True):
         row = ids.to(device)
         plain = _logits(model, row)
         with torch.autocast(device.type, dtype, enabled=lower):

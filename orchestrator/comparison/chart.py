@@ -63,7 +63,7 @@ class Axis:
         return f"{values} {pixels}"
 
     def at(self, value: float) -> float:
-        """The pixel of a value."""
+        """The pixel at which a value lies."""
         pixels = self.end - self.start
         values = self.high - self.low
         fraction = (value - self.low) / values

@@ -39,7 +39,7 @@ class Metric:
     n: int
 
     def to_json(self) -> dict[str, float | None]:
-        """The figure as plain data; a value that is not finite is null."""
+        """The metric as plain data; a value that is not finite is null."""
         mean = _finite(self.mean)
         std = _finite(self.std)
         return {"mean": mean, "std": std, "n": self.n}
@@ -56,7 +56,7 @@ class ComparisonRow:
 
     @property
     def seeds(self) -> list[str]:
-        """The seeds, in numeric order."""
+        """The seeds of its runs, in numeric order."""
         seeds = []
         for run in self.runs:
             seed = run.params.get(SEED, "?")
@@ -77,12 +77,12 @@ class ComparisonRow:
         return Metric(mean, std, number)
 
     def to_json(self) -> dict[str, Any]:
-        """The row as plain data."""
-        figures = {}
+        """The row as plain data, for JSON."""
+        metrics = {}
         for measure in MEASURES:
-            figure = self.metric(measure.key)
-            if figure is not None:
-                figures[measure.key] = figure.to_json()
+            metric = self.metric(measure.key)
+            if metric is not None:
+                metrics[measure.key] = metric.to_json()
         run_ids = []
         mlflow_run_ids = []
         for run in self.runs:
@@ -96,7 +96,7 @@ class ComparisonRow:
             "run_ids": run_ids,
             "mlflow_run_ids": mlflow_run_ids,
             "differences": self.differences,
-            "figures": figures,
+            "figures": metrics,
         }
 
 
@@ -273,10 +273,10 @@ def _reported(runs: Iterable[TrackedRun]) -> set[str]:
 def _sort_key(row: ComparisonRow, quality: Measure) -> tuple[bool, bool, float]:
     """What rows are sorted by: first those that finished, of them those with a finite quality, the best first."""
     unfinished = row.status != "FINISHED"
-    figure = row.metric(quality.key)
-    if figure is None:
+    metric = row.metric(quality.key)
+    if metric is None:
         return unfinished, True, 0.0
-    badness = figure.mean
+    badness = metric.mean
     if not math.isfinite(badness):
         return unfinished, True, 0.0
     if quality.more_is_better:

@@ -29,7 +29,7 @@ def format_count(value: float) -> str:
 
 
 def format_bytes(value: float) -> str:
-    """Bytes, in binary units."""
+    """A number of bytes in binary units: 512 B, 3 MiB, 2.50 GiB."""
     for unit in ("B", "KiB", "MiB"):
         if abs(value) < 999.5:
             return f"{value:.3g} {unit}"

@@ -29,12 +29,12 @@ _PLOT_AREA = 'x="{x}" y="{y}" width="{width}" height="{height}"'
 
 
 def write_report(comparison: Comparison, path: Path) -> None:
-    """Write the report."""
+    """Write the report of a comparison into a file."""
     path.write_text(page(comparison), encoding="utf-8")
 
 
 def page(comparison: Comparison) -> str:
-    """The report as HTML."""
+    """The report of a comparison as HTML."""
     sections = [
         _head(comparison),
         _constants(comparison),
@@ -97,10 +97,10 @@ def _best_of_all(comparison: Comparison) -> str:
 
 def _finite_mean(row: ComparisonRow, measure: Measure) -> float | None:
     """A measure of a row; None where it did not finish, has none, or one that is not finite."""
-    figure = row.metric(measure.key)
-    if row.status != "FINISHED" or figure is None:
+    metric = row.metric(measure.key)
+    if row.status != "FINISHED" or metric is None:
         return None
-    mean = figure.mean
+    mean = metric.mean
     return mean if math.isfinite(mean) else None
 
 
@@ -186,16 +186,17 @@ def _run(comparison: Comparison, run: TrackedRun) -> str:
         if param in run.params:
             facts[param] = run.params[param]
     for measure in comparison.measures:
-        figure = run.metrics.get(measure.key)
-        if figure is not None:
-            facts[measure.title] = measure.show(figure)
+        metric = run.metrics.get(measure.key)
+        if metric is not None:
+            facts[measure.title] = measure.show(metric)
     for tag, value in sorted(run.tags.items()):
         is_environment = tag.startswith(_ENVIRONMENT)
         if is_environment or tag in _SHOWN_TAGS:
             name = tag.removeprefix("fleetune.").removeprefix("mlflow.")
             facts[name] = value
     title = escape(run.run_id)
-    return f"<h3>{title}</h3>{_list(facts)}"
+    definitions = _list(facts)
+    return f"<h3>{title}</h3>{definitions}"
 
 
 def _list(facts: Mapping[str, str]) -> str:

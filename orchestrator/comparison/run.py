@@ -25,7 +25,7 @@ _TRAINED = "fleetune.plan.trained"
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """One MLflow run. `figures` has a value for each measure that the run reported."""
+    """One MLflow run. `metrics` has a value for each measure that the run reported."""
 
     run_id: str
     mlflow_run_id: str
@@ -37,7 +37,7 @@ class TrackedRun:
 
     @property
     def name(self) -> str:
-        """The job's name."""
+        """The name of the job that was run."""
         return self.params.get("name", self.run_id)
 
 
@@ -90,40 +90,40 @@ def _read_run(mlflow: Any, run: Any) -> TrackedRun:
         curves[key] = tuple(map(_METRIC_STEP_AND_VALUE, points))
         if key == "loss":
             timestamps = [point.timestamp / 1000 for point in points]
-    figures = _metrics_of_curves(curves, timestamps)
+    metrics = _metrics_of_curves(curves, timestamps)
     tags = dict(run.data.tags)
     trained = tags.get(_TRAINED)
     if trained:
-        figures["trained"] = float(trained)
+        metrics["trained"] = float(trained)
     params = dict(run.data.params)
     uri = params.get(TRACKING_URI)
     if uri:  # an earlier version may have told MLflow the password
         params[TRACKING_URI] = public(uri)
     run_id = tags[RUN_ID_TAG]
     status = run.info.status
-    return TrackedRun(run_id, mlflow_run_id, status, params, tags, curves, figures)
+    return TrackedRun(run_id, mlflow_run_id, status, params, tags, curves, metrics)
 
 
 def _metrics_of_curves(curves: Curves, timestamps: list[float]) -> dict[str, float]:
     """The measures of one run, by their keys; `timestamps` are the seconds at which steps were reported."""
-    figures = {}
+    metrics = {}
     for key in _LAST_COUNTS:
         if key in curves:
             last_point = curves[key][-1]
-            _, figures[key] = last_point
+            _, metrics[key] = last_point
     losses = _curve_values(curves, "loss")
     losses = list(filter(math.isfinite, losses))
     if losses:
-        figures["best_loss"] = min(losses)
+        metrics["best_loss"] = min(losses)
     memory = _curve_values(curves, "peak_memory_bytes")
     if memory:
-        figures["peak_memory_bytes"] = max(memory)
+        metrics["peak_memory_bytes"] = max(memory)
     speeds = _curve_values(curves, "tokens_per_second")
     if speeds:
-        figures["tokens_per_second"] = statistics.median(speeds)
+        metrics["tokens_per_second"] = statistics.median(speeds)
     if len(timestamps) > 1:
-        figures["train_s"] = _undisturbed_time(timestamps)
-    return figures
+        metrics["train_s"] = _undisturbed_time(timestamps)
+    return metrics
 
 
 def _curve_values(curves: Curves, key: str) -> list[float]:

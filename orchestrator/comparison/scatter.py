@@ -29,8 +29,11 @@ def scatter(
 ) -> str:
     """Points, those on the front filled and joined; labels where there is space."""
     x_show, y_show = shows
-    costs = [dot.x for dot in dots]
-    qualities = [dot.y for dot in dots]
+    costs = []
+    qualities = []
+    for dot in dots:
+        costs.append(dot.x)
+        qualities.append(dot.y)
     x = x_axis(costs, HALF_WIDTH, x_show, _SCATTER_MARGIN)
     x = replace(x, unit=unit)
     y = y_axis(qualities, y_show, bounds, _SCATTER_MARGIN)
@@ -92,12 +95,16 @@ def _label(dot: Dot, x: Axis, y: Axis, is_falling: bool) -> str:
     """The label of a dot, on the side where the front does not pass."""
     text = dot.label
     if len(text) > _LONGEST_DOT_LABEL:
-        text = text[: _LONGEST_DOT_LABEL - 1] + "…"
+        shown = _LONGEST_DOT_LABEL - 1
+        text = text[:shown] + "…"
     at_x = x.at(dot.x)
     at_y = y.at(dot.y)
     is_right = at_x > x.middle
     is_below = is_right == is_falling
-    at_y += 14 if is_below else -7
+    if is_below:
+        at_y += 14
+    else:
+        at_y -= 7
     if is_right:
         return svg.name(at_x - 9, at_y, "end", text)
     return svg.name(at_x + 9, at_y, "start", text)

@@ -52,13 +52,13 @@ def table(comparison: Comparison) -> Table:
 
 def cell(row: ComparisonRow, measure: Measure, joint: str = " ") -> str:
     """A measure of a row, with its spread when the row has several runs that differ in it."""
-    figure = row.metric(measure.key)
-    if figure is None:
+    metric = row.metric(measure.key)
+    if metric is None:
         return "-"
-    mean = measure.show(figure.mean)
-    if not figure.std:
+    mean = measure.show(metric.mean)
+    if not metric.std:
         return mean
-    spread = measure.show(figure.std)
+    spread = measure.show(metric.std)
     return f"{mean}{joint}± {spread}"
 
 

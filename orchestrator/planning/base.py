@@ -108,7 +108,8 @@ def base_warnings(job: Job, model: Model) -> list[str]:
         texts.append(_about_unread(model.unread))
     new = vocabulary.tokens_without_embedding(model)
     if new:
-        token, id_ = next(iter(new.items()))
+        first = next(iter(new.items()))
+        token, id_ = first
         number = len(new)
         rows = f"the base has {model.embeddings} embeddings, its tokenizer {number} tokens beyond them"
         texts.append(f"{rows}, like {token!r} (id {id_}); base.resize_embeddings adds them")

@@ -186,7 +186,7 @@ def folder_of_base(base: Base) -> Path | None:
 
 
 def parameter_count(shapes: Mapping[str, TensorShape]) -> int:
-    """The number of parameters."""
+    """The number of parameters that have these shapes."""
     sizes = map(prod, shapes.values())
     return sum(sizes)
 

@@ -24,7 +24,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The bytes of all of them together."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -58,7 +58,7 @@ class Plan:
     warnings: tuple[str, ...]
 
     def dump(self) -> dict[str, Any]:
-        """As plain data."""
+        """The plan as plain data, for JSON."""
         return asdict(self)
 
 
@@ -105,7 +105,9 @@ def planned_precision(job: Job) -> str:
     """bf16 or fp32, as the job says or as its workers have GPUs."""
     if job.train.precision != "auto":
         return job.train.precision
-    return "bf16" if has_gpus(job) else "fp32"
+    if has_gpus(job):
+        return "bf16"
+    return "fp32"
 
 
 def sizes(job: Job, model: Model) -> Sizes | None:
@@ -115,7 +117,9 @@ def sizes(job: Job, model: Model) -> Sizes | None:
     method = job.method
     linears = model.linears
     others = model.other_shapes
-    new_rows = 0 if method.makes_model else model.added
+    new_rows = model.added
+    if method.makes_model:  # its weights have them already
+        new_rows = 0
     added = method.adds(linears, others) + new_rows
     trained = method.trained(linears, others) + new_rows
     shared, held = _frozen_bytes(job, model)
@@ -140,7 +144,7 @@ def _frozen_bytes(job: Job, model: Model) -> tuple[int, int]:
     return job.method.frozen_bytes(linears, others, element)
 
 
-def memory(shared: int, held: int, trained: int, state: OptimizerBytes, zero: int, world: int) -> Memory:
+def memory(shared: int, held: int, trained: int, state: OptimizerBytes, zero: int, world_size: int) -> Memory:
     """Bytes per worker, from the number of trained parameters and the bytes of frozen weights and optimizer `state`.
 
     Trained weights and gradients are fp32. ZeRO 1 and 2 keep an fp32 copy of each worker's part; ZeRO 3 shares the
@@ -148,9 +152,9 @@ def memory(shared: int, held: int, trained: int, state: OptimizerBytes, zero: in
     """
     state_shared, state_held = state
     whole = 4 * trained
-    part = 4 * ceil(trained / world)
+    part = 4 * ceil(trained / world_size)
     weights = held + shared + whole
-    state_part = ceil(state_shared / world) + state_held
+    state_part = ceil(state_shared / world_size) + state_held
     optimizer = part + state_part
     match zero:
         case 0:
@@ -159,7 +163,7 @@ def memory(shared: int, held: int, trained: int, state: OptimizerBytes, zero: in
             return Memory(weights, whole, optimizer)
         case 2:
             return Memory(weights, part, optimizer)
-    shared_part = ceil(shared / world)
+    shared_part = ceil(shared / world_size)
     weights = held + shared_part + part
     return Memory(weights, part, optimizer)
 

@@ -27,10 +27,10 @@ def method(config: Mapping[str, Any]) -> str | None:
         return None
     if not isinstance(settings, Mapping):
         return _UNKNOWN_METHOD
-    name = settings.get("quant_method")
-    if not name:
-        name = "bitsandbytes" if "load_in_4bit" in settings else _UNKNOWN_METHOD
-    name = str(name)
+    by_default = _UNKNOWN_METHOD
+    if "load_in_4bit" in settings:
+        by_default = "bitsandbytes"
+    name = str(settings.get("quant_method") or by_default)
     if name != "bitsandbytes":
         return name
     if settings.get("load_in_4bit"):

@@ -24,7 +24,8 @@ def explain(error: ValidationError, plain: Any) -> list[str]:
         path = _field_path(problem["loc"], plain)
         if problem["type"].startswith("union_tag"):
             path = (*path, "kind")
-        problems_by_path.setdefault(path, []).append(problem)
+        problems = problems_by_path.setdefault(path, [])
+        problems.append(problem)
     lines = []
     for path, problems in problems_by_path.items():
         field = ".".join(map(str, path)) or "job"
@@ -53,7 +54,9 @@ def _explanation(path: FieldPath, problems: list[Any], plain: Any) -> str:
     if kind == "value_error":
         message = str(problems[0]["msg"])
         message = message.removeprefix("Value error, ")
-        return seen + message if isinstance(value, str) else message
+        if isinstance(value, str):
+            return seen + message
+        return message
     alternatives = dict.fromkeys(map(_allowed, problems))  # each once
     allowed = " or ".join(filter(None, alternatives))
     if not allowed:

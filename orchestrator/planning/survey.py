@@ -194,12 +194,14 @@ def _note_path(job: Job, source: str, folder: Path) -> Path:
     data = job.data.model_dump(mode="json", exclude={"train", "eval", "packing"})
     virtual_tokens = job.method.virtual_tokens
     facts = (_SURVEY_FORMAT, digest(source), data, virtual_tokens)
+    transformers_version = version("transformers")
     total = hashlib.sha256(repr(facts).encode())
-    total.update(version("transformers").encode())
+    total.update(transformers_version.encode())
     for path in sorted(folder.iterdir()):
         if path.suffix in _TOKENIZER_FILES:
-            total.update(path.name.encode())
-            total.update(path.read_bytes())
+            name = path.name.encode()
+            content = path.read_bytes()
+            total.update(name + content)
     key = total.hexdigest()[:32]
     return surveys / f"{key}.json"
 

@@ -278,9 +278,9 @@ def _has_job(run_dir: Path) -> bool:
 
 def troubles() -> dict[str, Trouble]:
     """What keeps the rows of runs of this home from MLflow, by run id."""
-    troubles = {}
+    by_run_id = {}
     for run_id in run_ids():
         trouble = trouble_of_run(runs_folder() / run_id)
         if trouble:
-            troubles[run_id] = trouble
-    return troubles
+            by_run_id[run_id] = trouble
+    return by_run_id

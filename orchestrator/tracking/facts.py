@@ -40,7 +40,9 @@ def job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     for name in ("job", "digests", "run_id"):
         facts.pop(name, None)
     facts["plan"] = _plan(run_dir)
-    tags = {f"fleetune.{name}": text for name, text in _flat(facts)}
+    tags = {}
+    for name, text in _flat(facts):
+        tags[f"fleetune.{name}"] = text
     tags["fleetune.name"] = job.name
     tags["fleetune.method"] = job.method.kind
     tags["fleetune.run_dir"] = str(run_dir)

@@ -70,7 +70,8 @@ def history(run_dir: Path) -> list[Record]:
     `attempt` and `time` are those of the first row of that step.
     """
     records: dict[tuple[int, str], Record] = {}
-    spool = Spool(partial(read_from, run_dir, "metrics.jsonl"))
+    source = partial(read_from, run_dir, "metrics.jsonl")
+    spool = Spool(source)
     for row in spool.read():
         if row.fresh:
             kind = _kind_of_row(row)
@@ -88,8 +89,10 @@ def _place(record: Record) -> tuple[int, bool]:
 
 
 def _kind_of_row(row: AppendedRow) -> str:
-    is_eval = any(metric.startswith("eval_") for metric in row.fresh)
-    return "eval" if is_eval else "train"
+    for metric in row.fresh:
+        if metric.startswith("eval_"):
+            return "eval"
+    return "train"
 
 
 def _metrics(record: Record) -> dict[str, float]:

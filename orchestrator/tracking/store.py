@@ -118,18 +118,20 @@ def address(run_dir: Path) -> str:
 def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) -> Any:
     """Open or adopt the one MLflow run of a run folder; `fence` is called before anything is made.
 
-    Raises Refused where the run or its experiment was deleted in MLflow: what somebody deleted is not brought back,
-    and not made anew beside it, without being asked. The rows stay in the run folder.
+    Raises DeliveryRefused where the run or its experiment was deleted in MLflow: what somebody deleted is not brought
+    back, and not made anew beside it, without being asked. The rows stay in the run folder.
     """
-    experiment = _experiment(client, load_job(run_dir).tracking.experiment, uri)
+    experiment_name = load_job(run_dir).tracking.experiment
+    experiment = _experiment(client, experiment_name, uri)
     mlflow_run_ids = _tagged_runs(client, experiment, run_dir.name)
     if not (run_dir / "mlflow").exists():
         fence()
         if not mlflow_run_ids:
-            mlflow_run_ids = [_create_mlflow_run(client, experiment, run_dir)]
-        _claim_mlflow_run(
-            run_dir, {"mlflow_run_id": mlflow_run_ids[0], "uri": public(uri), "experiment_id": experiment}
-        )
+            created = _create_mlflow_run(client, experiment, run_dir)
+            mlflow_run_ids = [created]
+        oldest = mlflow_run_ids[0]
+        claim = {"mlflow_run_id": oldest, "uri": public(uri), "experiment_id": experiment}
+        _claim_mlflow_run(run_dir, claim)
     record = read_json(run_dir / "mlflow" / "run.json")
     write_json(run_dir / "mlflow.json", record)
     counting = record["mlflow_run_id"]
@@ -179,17 +181,22 @@ def describe_run(client: Any, run_dir: Path, mlflow_run_id: str, here: bool) -> 
     from mlflow.entities import Param, RunTag
 
     record = read_record(run_dir)
-    params = [Param(key, value) for key, value in job_params(run_dir, record).items()]
+    params = []
+    for key, value in job_params(run_dir, record).items():
+        params.append(Param(key, value))
     for start in range(0, len(params), _PARAMS_PER_BATCH):
-        batch = params[start : start + _PARAMS_PER_BATCH]
-        client.log_batch(mlflow_run_id, params=batch)
+        stop = start + _PARAMS_PER_BATCH
+        client.log_batch(mlflow_run_id, params=params[start:stop])
     texts = job_tags(run_dir, record)
     texts[RUN_ID_TAG] = run_dir.name
     if here:
         texts.update(_machine_tags())
-    tags = [RunTag(name, text) for name, text in texts.items()]
+    tags = []
+    for name, text in texts.items():
+        tags.append(RunTag(name, text))
     client.log_batch(mlflow_run_id, tags=tags)
-    client.log_inputs(mlflow_run_id, datasets=datasets(record))
+    inputs = datasets(record)
+    client.log_inputs(mlflow_run_id, datasets=inputs)
 
 
 def _artifact_root(uri: str) -> str | None:
@@ -200,7 +207,7 @@ def _artifact_root(uri: str) -> str | None:
 
 
 def _experiment(client: Any, name: str, uri: str) -> str:
-    """The id of an experiment, which is made where there is none; raises Refused where it was deleted."""
+    """The id of an experiment, which is made where there is none; raises DeliveryRefused where it was deleted."""
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)

@@ -1,4 +1,4 @@
-"""Why MLflow does not take what a run reported: an outage, which passes by itself, or what somebody has to mend.
+"""Why MLflow does not take what a run reported: an outage, which passes by itself, or what somebody has to fix.
 
 They are told apart by types, codes of SQLite and of the system, and HTTP status; never by what a message says. The
 latest trouble of a run lies in RUN_DIR/undelivered.json until its rows have been delivered.
@@ -7,7 +7,7 @@ latest trouble of a run lies in RUN_DIR/undelivered.json until its rows have bee
 import errno
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -69,7 +69,8 @@ def diagnose(error: Exception, uri: str) -> Trouble:
     for cause in reversed(causes):  # the first cause knows best
         fix = _fix_of(cause)
         if fix is not None:
-            return Trouble(bool(fix), _first_line(cause, uri), fix)
+            lasting = bool(fix)
+            return Trouble(lasting, _first_line(cause, uri), fix)
     line = _first_line(error, uri)
     if len(causes) == 1 and is_of_mlflow(error) and not _is_server(uri):
         # MLflow's own words about a database that it could read: one of another version of MLflow.
@@ -89,12 +90,13 @@ def is_of_mlflow(error: BaseException) -> bool:
 
 
 def note_trouble(run_dir: Path, trouble: Trouble | None) -> None:
-    """Write down for `held_up` what the trouble is; None: there is none any more."""
+    """Write down for `trouble_of_run` what the trouble is; None: there is none any more."""
     with suppress(OSError):  # of a full disk, say: nothing that matters is lost
         if trouble is None:
             (run_dir / _UNDELIVERED_FILE).unlink(missing_ok=True)
         else:
-            write_json(run_dir / _UNDELIVERED_FILE, asdict(trouble))
+            record = {"lasting": trouble.lasting, "reason": trouble.reason, "mend": trouble.fix}
+            write_json(run_dir / _UNDELIVERED_FILE, record)
 
 
 def trouble_of_run(run_dir: Path) -> Trouble | None:
@@ -111,8 +113,10 @@ def trouble_of_run(run_dir: Path) -> Trouble | None:
 
 def parse_trouble(run_dir: Path, record: Mapping[str, Any]) -> Trouble:
     """The trouble that a record tells of; one that cannot be read is trouble, too."""
+    fields = dict(record)
+    fix = fields.pop("mend", "")
     try:
-        return Trouble(**record)
+        return Trouble(fix=fix, **fields)
     except TypeError:
         return Trouble(True, f"{run_dir / _UNDELIVERED_FILE} cannot be read", "remove it")
 
@@ -130,7 +134,9 @@ def _fix_of(error: BaseException) -> str | None:
         return f"pip install {error.name}"
     if isinstance(error, OSError) and error.errno in _SYSTEM_FIXES:
         return _SYSTEM_FIXES[error.errno]
-    return _fix_of_status(error) if is_of_mlflow(error) else None
+    if is_of_mlflow(error):
+        return _fix_of_status(error)
+    return None
 
 
 def _fix_of_status(error: Any) -> str | None:

@@ -188,10 +188,8 @@ def test_a_bug_is_final_a_warned_run_goes_on_and_a_cancelled_one_is_closed(
     bad.write_text(sums.read_text())
     resume(buggy.name)
     assert list((cluster.home / "cache").glob("*/manifest.json"))
-    assert (ended(buggy)["state"], last_attempt(buggy).number) == (
-        "succeeded",
-        4,
-    )  # slot 2 closed it, slot 3 reopened it
+    # Slot 2 closed it, slot 3 reopened it.
+    assert (ended(buggy)["state"], last_attempt(buggy).number) == ("succeeded", 4)
 
 
 @pytest.mark.chaos

@@ -1,6 +1,6 @@
 """Objectives of another package: of a pair of documents the first one is to become the likelier; and a slow one.
 
-The first uses all that an objective may: examples of two documents, two totals, a prelude, the reference, figures
+The first uses all that an objective may: examples of two documents, two totals, a prelude, the reference, metrics
 and (in the second class) what the model writes. With h the log-likelihood of the first document less that of the
 second, and z and z_0 the means of h over the global batch for the policy and for the reference, its loss is the mean
 of softplus(-(h - z / 2 - z_0 / 2)) over pairs, plus the mean cross entropy of all labels.
@@ -63,8 +63,8 @@ class Pairs(Objective):
         h_P, entropy = margins(model, batch)
         known = (prelude["policy"] / 2 + prelude["reference"] / 2).float()
         losses_P = softplus(-(h_P - known))
-        figures = {"margin": h_P.sum() / totals["pairs"], "likelier": (h_P > 0).float().sum() / totals["pairs"]}
-        return Shares(losses_P.sum() / totals["pairs"] + entropy / totals["labels"], figures)
+        metrics = {"margin": h_P.sum() / totals["pairs"], "likelier": (h_P > 0).float().sum() / totals["pairs"]}
+        return Shares(losses_P.sum() / totals["pairs"] + entropy / totals["labels"], metrics)
 
 
 def margins(model: Any, batch: TensorsByName) -> tuple[torch.Tensor, torch.Tensor]:

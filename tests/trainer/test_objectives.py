@@ -143,7 +143,7 @@ def test_what_the_model_writes_is_recorded_before_the_update(pairs_run: Any, lau
     assert figures(anew, 2)[:-1] == figures(run)[HALF:-1] and figures(anew, 2)[-1] != figures(run)[-1]
 
 
-def test_a_figure_has_a_name_of_its_own() -> None:
+def test_a_metric_has_a_name_of_its_own() -> None:
     assert checked(["reward", "margin"]) == ["margin", "reward"]
     for name in ("loss", "mfu", "eval_margin"):
         with pytest.raises(ValueError, match=f"figure '{name}' of the objective; allowed: "):

@@ -38,7 +38,7 @@ class _Stored(NamedTuple):
         return self.file.get_slice(self.key)
 
     def tensor(self) -> torch.Tensor:
-        """The tensor, whole."""
+        """The whole tensor, read now."""
         tensor: torch.Tensor = self.file.get_tensor(self.key)
         return tensor
 

@@ -191,7 +191,7 @@ class _Cache(Generic[ChunkT]):
         return True
 
     def path(self, number: int) -> Path:
-        """Where a shard lies."""
+        """Where a shard of this number lies."""
         return self.folder / f"{number:05}.arrow"
 
 

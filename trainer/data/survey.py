@@ -69,7 +69,7 @@ def _as_tuples(plain: Mapping[str, Any]) -> Noticed:
 
 
 def survey(tokens: "Tokens", tokenizer: Any) -> Survey:
-    """What tokenised data has, counted."""
+    """The survey of tokenised data: what is in it, counted."""
     counts = tokens.counts
     lengths = tokens.lengths
     largest, row = tokens.largest()

@@ -32,7 +32,7 @@ from trainer.data.tokens import EvaluationPrompt
 
 Arrays = dict[str, npt.NDArray[Any]]
 HostArrays = Mapping[str, npt.NDArray[np.generic]]
-TensorsByName = Mapping[str, torch.Tensor]  # in a prelude and in figures: 0-d
+TensorsByName = Mapping[str, torch.Tensor]  # in a prelude and in metrics: 0-d
 Totals = Mapping[str, float]  # by name; sums over the examples of a global batch, so those of two batches add up
 
 
@@ -52,9 +52,9 @@ class ObjectiveSetup:
 
 @dataclass(frozen=True)
 class Shares:
-    """What a micro-batch adds to the loss of its step and to figures that are logged beside it; each 0-d.
+    """What a micro-batch adds to the loss of its step and to metrics that are logged beside it; each 0-d.
 
-    The names of the figures are the same for every micro-batch, also for one without examples.
+    The names of the metrics are the same for every micro-batch, also for one without examples.
     """
 
     loss: torch.Tensor
@@ -111,7 +111,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:
-        """A micro-batch's shares of the step's loss and figures: its sums, divided by the totals.
+        """A micro-batch's shares of the step's loss and metrics: its sums, divided by the totals.
 
         One without examples gives zero, with zero gradients for all that others reach, so that collectives stay in
         step. `prelude` has the sums over all shares of the global batch, fp64; nothing where there is no prelude.

@@ -27,7 +27,7 @@ class Placeholder(torch.optim.Optimizer):
         self.on_step: Callable[[], None] = lambda: None
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Call `on_step`."""
+        """Call `on_step`, without recording gradients."""
         with torch.no_grad():
             self.on_step()
 

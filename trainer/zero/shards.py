@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from methods.base import Fragment as AnyFragment
-from methods.base import Method, Piece
+from methods.base import Fragment, Method, Piece
 from trainer.zero import engine, layout
 from trainer.zero.gather import gathered, shape
 from trainer.zero.layout import OwnedFragment
@@ -59,15 +58,15 @@ class Shards:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that the weights are on."""
         parameters = self.model.parameters()
         return next(parameters).device
 
     def fragments(self) -> Sequence[OwnedFragment]:
-        """What this rank holds."""
+        """The fragments of trained parameters that this rank holds."""
         return self._fragments
 
-    def state(self, fragment: AnyFragment) -> dict[str, Any]:
+    def state(self, fragment: Fragment) -> dict[str, Any]:
         """What the optimizer keeps of a fragment, to be read and changed; empty before its first step."""
         parameter = fragment.parameter
         state: dict[str, Any] = self.optimizer.state[parameter]
@@ -77,7 +76,7 @@ class Shards:
         """The whole shape of a trained parameter."""
         return self._shapes[name]
 
-    def whole(self, name: str, part: Callable[[AnyFragment], torch.Tensor]) -> torch.Tensor:
+    def whole(self, name: str, part: Callable[[Fragment], torch.Tensor]) -> torch.Tensor:
         """What all ranks' parts of a trained parameter make, in its shape, on every rank; a collective."""
         size = self.shape(name)
         fragment = self._by_name.get(name)

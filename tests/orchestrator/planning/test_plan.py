@@ -74,14 +74,14 @@ def test_trained_parameters_are_those_of_peft(options: Any, target: Any) -> None
 
 def test_bytes_per_worker_fall_with_the_stage() -> None:
     def found(zero: int, held: int = 0) -> Memory:
-        return memory(shared=1000, held=held, trained=8, state=(64, 0), zero=zero, world=4)
+        return memory(shared=1000, held=held, trained=8, state=(64, 0), zero=zero, world_size=4)
 
     assert found(0) == Memory(1032, 32, 64)
     assert found(1) == Memory(1032, 32, 24)
     assert found(2) == Memory(1032, 8, 24)
     assert found(3) == Memory(258, 8, 24)
     assert found(3, held=500) == Memory(758, 8, 24)
-    assert memory(shared=0, held=0, trained=9, state=(72, 5), zero=1, world=2).optimizer == 4 * 5 + 36 + 5
+    assert memory(shared=0, held=0, trained=9, state=(72, 5), zero=1, world_size=2).optimizer == 4 * 5 + 36 + 5
 
 
 def test_frozen_weights_are_bf16_on_gpus_and_fp32_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
