@@ -53,7 +53,7 @@ class Timestamp:
 
 
 class SaveRequest(NamedTuple):
-    """What is asked for after a step, by one rank or any of them: to save; to stop, after a save."""
+    """A save request after a step, of one rank or any of them: to save; to stop, after a save."""
 
     save: bool = False
     stop: bool = False

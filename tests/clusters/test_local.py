@@ -25,9 +25,9 @@ from runfolder.delivered import note_delivered
 from runfolder.requests import request_cancel
 
 SUBMIT = (
-    "import sys; from clusters.local import Local; from clusters.base import Request; from pathlib import Path;"
+    "import sys; from pathlib import Path; from clusters.base import ClusterRequest; from clusters.local import Local;"
     "home, run_id, text = Path(sys.argv[1]), *sys.argv[2:];"
-    "Local(home).submit(Request(run_id, 1, str(home / 'runs' / run_id), text))"
+    "Local(home).submit(ClusterRequest(run_id, 1, str(home / 'runs' / run_id), text))"
 )
 
 

@@ -19,7 +19,7 @@ ONE_GROUP = 10**15  # elements; more than any model has, so that stage 3 keeps a
 
 
 class Placeholder(torch.optim.Optimizer):
-    """The optimizer that DeepSpeed gets: its step calls `on_step`, once per step and with all gradients reduced."""
+    """The placeholder optimizer that DeepSpeed gets: its step calls `on_step`, with all gradients reduced."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         group = {"params": parameters}

@@ -237,7 +237,7 @@ def test_digest_follows_the_content(tmp_path: Path) -> None:
 
 def test_needs_the_standard_library_only() -> None:
     heavy = "{'torch', 'numpy', 'pyarrow', 'datasets', 'transformers', 'pydantic'}"
-    read = f"len(list(r.rows({str(DATA / 'chat.jsonl')!r})))"
+    read = f"len(list(r.read_rows({str(DATA / 'chat.jsonl')!r})))"
     code = f"import sys, trainer.data.rows as r; print({read}, {heavy} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown == "2 set()\n"
