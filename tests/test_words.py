@@ -1,4 +1,4 @@
-"""Words and sizes of the code, by its syntax alone: one meaning a name, docstrings that say something, short lines."""
+"""Words and sizes of the code, by its syntax alone: one meaning a name, docstrings with content, one idea a line."""
 
 import ast
 import re

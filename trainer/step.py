@@ -16,7 +16,7 @@ from trainer.meter import Meter, SaveRequest
 from trainer.objectives.base import Shares, TensorsByName, Totals
 from trainer.run import Run
 
-ItemT = TypeVar("T")
+ItemT = TypeVar("ItemT")
 BatchTensors = dict[str, torch.Tensor]
 NamedSums = dict[str, torch.Tensor]  # over micro-batches; each 0-d
 Feed = Callable[[GlobalBatch], Iterator[BatchTensors]]  # from a step's global batch to this rank's micro-batches

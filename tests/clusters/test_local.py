@@ -25,7 +25,8 @@ from runfolder.delivered import note_delivered
 from runfolder.requests import request_cancel
 
 SUBMIT = (
-    "import sys; from pathlib import Path; from clusters.base import ClusterRequest; from clusters.local import Local;"
+    "import sys; from pathlib import Path;"
+    "from clusters.base import ClusterRequest; from clusters.local import Local;"
     "home, run_id, text = Path(sys.argv[1]), *sys.argv[2:];"
     "Local(home).submit(ClusterRequest(run_id, 1, str(home / 'runs' / run_id), text))"
 )

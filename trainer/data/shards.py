@@ -23,7 +23,7 @@ import pyarrow as pa
 from runfolder.files import read_json, sync_folder, write_json
 from trainer.data.counts import Counts
 
-ChunkT = TypeVar("Chunk")
+ChunkT = TypeVar("ChunkT")
 Array = npt.NDArray[Any]
 RowProgress = Callable[[int], None]  # called with the number of rows that are done
 
