@@ -266,10 +266,10 @@ def _can_write(database: Path | None) -> bool:
 
 def _deliveries() -> Iterator[Check]:
     """What MLflow has not got of runs that go on or are closed."""
-    held_up = troubles()
-    for trouble in dict.fromkeys(held_up.values()):
+    by_run_id = troubles()
+    for trouble in dict.fromkeys(by_run_id.values()):
         run_ids = []
-        for run_id, its_trouble in held_up.items():
+        for run_id, its_trouble in by_run_id.items():
             if its_trouble == trouble:
                 run_ids.append(run_id)
         reason = f"{_shortened(run_ids)}: {trouble.reason}"
@@ -277,10 +277,10 @@ def _deliveries() -> Iterator[Check]:
             yield Check("deliveries", "fail", reason, f"{trouble.fix}; then: fleetune compare")
         else:
             yield Check("deliveries", "warn", reason, "it is delivered when MLflow answers")
-    others = [path.name for path in undelivered() if path.name not in held_up]
+    others = [path.name for path in undelivered() if path.name not in by_run_id]
     if others:
         yield Check("deliveries", "warn", f"{_shortened(others)}: not all in MLflow yet", "fleetune compare")
-    if not held_up and not others:
+    if not by_run_id and not others:
         yield Check("deliveries", "ok", "MLflow has all of the runs that have ended")
 
 

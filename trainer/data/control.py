@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Private characters that no text has: in place of a name in the data, and of a special token of the template.
 _IN_DATA, _IN_TEMPLATE, _FILLER = 0xF0000, 0xF8000, "\U0010fffd"
 
+NamePattern = re.Pattern[str]  # what matches names of special tokens
+
 
 class ControlTokens:
     """The special tokens of a tokenizer, and a way to read text in which their names are only text."""
@@ -159,7 +161,7 @@ def _special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     return special
 
 
-def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
+def _any_of(patterns: Iterable[str]) -> NamePattern:
     """What matches where one of some patterns does; nowhere where there are none."""
     alternatives = "|".join(patterns)
     return re.compile(alternatives or r"(?!)")
@@ -176,7 +178,7 @@ def _stand_ins(names: Iterable[str], first: int) -> dict[str, str]:
     return stand_ins
 
 
-def _replaced(pattern: re.Pattern[str], replacements: Mapping[str, str], text: str) -> str:
+def _replaced(pattern: NamePattern, replacements: Mapping[str, str], text: str) -> str:
     """A text with the replacement of each match of a pattern in its place."""
 
     def replacement(match: re.Match[str]) -> str:
