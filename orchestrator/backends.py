@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable
 
-from clusters.base import Cluster, Refused, Request
+from clusters.base import Cluster, ClusterRequest, SubmissionRefused
 from clusters.local import Local
 from orchestrator.errors import InputError
 from runfolder.job import Job
@@ -24,9 +24,9 @@ def open_cluster(name: str) -> Cluster:
     raise InputError(f"--cluster: found {name!r}; {hint}allowed: {allowed}")
 
 
-def make_request(cluster: Cluster, job: Job, run_id: str, submission: int = 1) -> Request:
+def make_request(cluster: Cluster, job: Job, run_id: str, submission: int = 1) -> ClusterRequest:
     """What would be submitted; raises InputError for what the cluster can never serve."""
     try:
         return cluster.request(job, run_id, submission)
-    except Refused as error:
+    except SubmissionRefused as error:
         raise InputError(str(error)) from None

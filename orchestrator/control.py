@@ -1,6 +1,6 @@
 """Ending a run, and letting one go on."""
 
-from clusters.environment import values
+from clusters.environment import secret_values
 from orchestrator.backends import make_request
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, find
@@ -45,7 +45,7 @@ def resume(reference: str) -> str:
     request = make_request(cluster, job, run.run_id, submission)
     cluster.capacity()  # where there is no cluster, the run stays as it is
     _ask(run, "reopen")
-    run.site.entrust(run.run_id, values(request.secrets))
+    run.site.write_secrets(run.run_id, secret_values(request.secrets))
     cluster.submit(request)
     return run.run_id
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clusters.environment import values
+from clusters.environment import secret_values
 from orchestrator.backends import make_request, open_cluster
 from orchestrator.errors import InputError
-from orchestrator.planning.freeze import Source, read, record
-from orchestrator.planning.preflight import check
-from orchestrator.planning.survey import Progress, with_date, writes_date
+from orchestrator.planning.freeze import JobSource, frozen_record, read_job
+from orchestrator.planning.preflight import check_job
+from orchestrator.planning.survey import SourceProgress, with_date, writes_date
 from orchestrator.runs import RUN_ID, name_of, new_id, remember
 from orchestrator.tracking.password import secrets_of
 from runfolder.folders import home
@@ -41,12 +41,12 @@ class Submission:
 
 
 def submit(
-    source: Source,
+    source: JobSource,
     *,
     cluster: str = "local",
     overrides: Iterable[str] = (),
     run_id: str | None = None,
-    progress: Progress = lambda _source, _rows: None,
+    progress: SourceProgress = lambda _source, _rows: None,
     announce: Callable[[Submission], None] = lambda _: None,
 ) -> Submission:
     """Check a job and hand it to a cluster; raises InputError (nothing was started) or Unreachable (repeat it).
@@ -55,17 +55,17 @@ def submit(
     a repetition still finds this submission: print the run id there.
     """
     backend = open_cluster(cluster)
-    job, folder = read(source, overrides)
-    checked = check(job, progress)
+    job, folder = read_job(source, overrides)
+    checked = check_job(job, progress)
     if writes_date(checked.model):
         job = with_date(job)
-    frozen = record(job, checked.model, cluster, folder)
+    frozen = frozen_record(job, checked.model, cluster, folder)
     with _chosen_id(job, frozen, run_id) as chosen_id:
         request = make_request(backend, job, chosen_id)
         backend.capacity()  # where there is no cluster, nothing is made
         remember(chosen_id, cluster)
-        adopted = _create(backend.site, chosen_id, frozen)
-        backend.site.entrust(chosen_id, values(request.secrets) | secrets_of(job))
+        adopted = _create_or_adopt(backend.site, chosen_id, frozen)
+        backend.site.write_secrets(chosen_id, secret_values(request.secrets) | secrets_of(job))
         backend.submit(request)
         submission = Submission(chosen_id, Path(request.run_dir), cluster, adopted, checked.warnings)
         announce(submission)
@@ -73,7 +73,7 @@ def submit(
 
 
 def dry_run(
-    source: Source,
+    source: JobSource,
     *,
     cluster: str = "local",
     overrides: Iterable[str] = (),
@@ -84,8 +84,8 @@ def dry_run(
     `warn` is called with each warning.
     """
     backend = open_cluster(cluster)
-    job, _ = read(source, overrides)
-    for warning in check(job).warnings:
+    job, _ = read_job(source, overrides)
+    for warning in check_job(job).warnings:
         warn(warning)
     return make_request(backend, job, new_id(job.name)).text
 
@@ -101,7 +101,7 @@ def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> Itera
         yield run_id
         return
     identity = _identity(frozen)
-    path, descriptor = _abandoned(identity) or _note(identity, new_id(job.name))
+    path, descriptor = _abandoned(identity) or _note_beginning(identity, new_id(job.name))
     try:
         yield path.name.partition(".")[2]
         path.unlink()
@@ -142,7 +142,7 @@ def _has_name(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _note(identity: str, run_id: str) -> tuple[Path, int]:
+def _note_beginning(identity: str, run_id: str) -> tuple[Path, int]:
     """Note that a submission begins; the name appears with the lock on it."""
     folder = home() / "submitting"
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _create(site: Site, run_id: str, frozen: Mapping[str, Any]) -> bool:
+def _create_or_adopt(site: Site, run_id: str, frozen: Mapping[str, Any]) -> bool:
     """Make the run folder whole or not at all; gives whether the same one was there already."""
     earlier = site.create(run_id, frozen)
     if earlier is None:

@@ -11,16 +11,16 @@ from typing import Any
 
 from runfolder.files import Damaged
 from runfolder.folders import home
-from runfolder.site import Refused, answer, send
+from runfolder.site import Refused, answer_request, send_archive
 
 
 def main(root: Path, request: dict[str, Any]) -> None:
     """Answer one request on standard output."""
     if request["verb"] == "fetch":
-        send(root, request["run_id"], sys.stdout.buffer)
+        send_archive(root, request["run_id"], sys.stdout.buffer)
         return
     try:
-        reply = {"answer": answer(root, request)}
+        reply = {"answer": answer_request(root, request)}
     except Refused as error:
         reply = {"refused": str(error)}
     except Damaged as error:

@@ -79,7 +79,7 @@ def _sample(path: Path) -> bytes:
     return b"".join(parts)
 
 
-def frozen(run_dir: Path) -> Digests:
+def frozen_digests(run_dir: Path) -> Digests:
     """The digests of a run's submission, by field; {} in a folder that was not submitted."""
     path = run_dir / "job.yaml"
     record: dict[str, Any] = yaml.safe_load(path.read_text())

@@ -15,14 +15,14 @@ from orchestrator.tracking.environment import PACKAGES
 from orchestrator.tracking.password import without_secrets
 from runfolder.digests import digests
 from runfolder.job import Job
-from runfolder.sources import Here, parse
+from runfolder.sources import SubmitterFile, parse_source
 
-Source = str | Path | Mapping[str, Any] | Job
+JobSource = str | Path | Mapping[str, Any] | Job
 
 _GIT_TIMEOUT_S = 5.0
 
 
-def read(source: Source, overrides: Iterable[str] = ()) -> tuple[Job, Path]:
+def read_job(source: JobSource, overrides: Iterable[str] = ()) -> tuple[Job, Path]:
     """A job with absolute paths, and the folder that it was written in; raises InputError."""
     folder = Path.cwd()
     if isinstance(source, Job):
@@ -31,7 +31,7 @@ def read(source: Source, overrides: Iterable[str] = ()) -> tuple[Job, Path]:
         job = spec.validate(dict(source), overrides)
     else:
         folder = Path(source).absolute().parent
-        job = spec.read(Path(source), overrides)
+        job = spec.read_job_file(Path(source), overrides)
     return absolute(job, folder), folder
 
 
@@ -50,7 +50,7 @@ def absolute(job: Job, folder: Path) -> Job:
     return job.model_copy(update={"data": data, "base": base})
 
 
-def record(job: Job, model: Model, cluster: str, folder: Path) -> dict[str, Any]:
+def frozen_record(job: Job, model: Model, cluster: str, folder: Path) -> dict[str, Any]:
     """What RUN_DIR/job.yaml says beside the run id; nothing in it is secret."""
     submitted = time.time()
     hidden_size = model.config.get("hidden_size")
@@ -90,7 +90,7 @@ def _absolute_source(source: str, folder: Path) -> str:
     path = _existing(source, folder)
     if path is not None:
         return str(path)
-    if isinstance(parse(source), Here):
+    if isinstance(parse_source(source), SubmitterFile):
         return str(_absolute_path(source, folder))
     return source
 

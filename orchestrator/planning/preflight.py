@@ -4,15 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from clusters.machine import room
+from clusters.machine import total_capacity
 from orchestrator.errors import InputError
 from orchestrator.planning import base
 from orchestrator.planning.model import Model
-from orchestrator.planning.survey import Looked, Progress, Rows, look, missing, writes_date
+from orchestrator.planning.survey import Looked, SourceProgress, SourceRows, look, missing_packages, writes_date
 from orchestrator.tracking.store import check_uri
 from runfolder.job import Job
-from trainer.data.survey import Survey, unknown_id
-from trainer.data.survey import warnings as row_warnings
+from trainer.data.survey import Survey, row_warnings, unknown_id
 
 _FEW_STEPS = 20  # below these, warm-up and schedule are a matter of chance
 _ENOUGH_STEPS = 100
@@ -23,17 +22,17 @@ class Findings:
     """What the checks learned on their way. Rows are None for a source that cannot be read from here."""
 
     model: Model
-    train: Rows | None
-    eval: Rows | None
+    train: SourceRows | None
+    eval: SourceRows | None
     warnings: tuple[str, ...]
 
 
-def check(job: Job, progress: Progress = lambda _source, _rows: None) -> Findings:
+def check_job(job: Job, progress: SourceProgress = lambda _source, _rows: None) -> Findings:
     """Look at data, base, batch and tracking; raises InputError with one line per problem.
 
     `progress` is called with a source and the number of its rows that are done.
     """
-    model, base_problems = _base(job)
+    model, base_problems = _checked_base(job)
     looked = look(job, model, progress)
     problems = list(looked.problems)
     if model is not None:
@@ -45,14 +44,14 @@ def check(job: Job, progress: Progress = lambda _source, _rows: None) -> Finding
         lines = dict.fromkeys(problems)  # each once
         raise InputError("\n".join(lines))
     warnings = _layout_warnings(job)
-    warnings += base.warnings(job, model)
-    warnings += _row_warnings(job, model, looked)
+    warnings += base.base_warnings(job, model)
+    warnings += _data_warnings(job, model, looked)
     train = looked.rows["train"]
     evaluation = looked.rows["eval"]
     return Findings(model, train, evaluation, tuple(warnings))
 
 
-def _base(job: Job) -> tuple[Model | None, list[str]]:
+def _checked_base(job: Job) -> tuple[Model | None, list[str]]:
     """The base, and what is wrong with it for this job."""
     try:
         model = base.find_model(job)
@@ -93,15 +92,15 @@ def has_gpus(job: Job) -> bool:
     """Whether the workers of this job get GPUs: as it says, else as this machine has them."""
     if job.resources.gpus_per_node is not None:
         return True
-    kind, _ = room()
+    kind, _ = total_capacity()
     return kind == "gpu"
 
 
 def _layout_warnings(job: Job) -> list[str]:
     """What a user should know of the machine and the layout that the job asks for, and of its method on them."""
     warnings = []
-    kind, total = room()
-    workers = job.resources.world
+    kind, total = total_capacity()
+    workers = job.resources.world_size
     if kind == "cpu" and workers > total:
         warnings.append(f"resources: {workers} workers share the {total} cores of this machine")
     if job.train.precision == "bf16" and not has_gpus(job):
@@ -116,7 +115,7 @@ def _layout_warnings(job: Job) -> list[str]:
     return warnings
 
 
-def _row_warnings(job: Job, model: Model, looked: Looked) -> Iterator[str]:
+def _data_warnings(job: Job, model: Model, looked: Looked) -> Iterator[str]:
     """What a user should know of the rows before they are trained on."""
     for key, rows in looked.rows.items():
         if rows is None or not rows.survey:
@@ -145,7 +144,7 @@ def _writes_todays_date(job: Job, model: Model, survey: Survey) -> bool:
 
 def _why_not_looked_at(model: Model) -> str:
     """Why the rows were not looked at as tokens, where nothing failed."""
-    packages = missing()
+    packages = missing_packages()
     if packages:
         names = ", ".join(packages)
         return f"{names} not installed: pip install 'fleetune[data]'"

@@ -96,10 +96,10 @@ def measure(rank: int, folder: str, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch.distributed as dist
 
-    from trainer.world import join
+    from trainer.world import join_process_group
     from trainer.zero.shards import Shards
 
-    join()
+    join_process_group()
     torch.set_num_threads(1)
     moved = 0
     all_reduce = dist.all_reduce

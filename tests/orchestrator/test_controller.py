@@ -18,7 +18,7 @@ from orchestrator.control import cancel, resume
 from orchestrator.errors import InputError
 from orchestrator.submit import submit
 from runfolder.appended import read_lines
-from runfolder.chain import Attempt, Start, attempts, last, result
+from runfolder.chain import Attempt, Start, attempts, last_attempt, result
 from runfolder.files import Record, read_json
 from trainer.checkpoint.lineage import finished, step_of
 
@@ -168,7 +168,7 @@ def test_a_bug_is_final_a_killed_or_warned_run_goes_on_and_a_cancelled_one_is_cl
 
     until(lambda: saved(running, 1))
     kill(workers(running, 1)[0])
-    until(lambda: len(attempts(running)) == 2 and len(read_lines(last(running), "metrics.jsonl")) > 2)
+    until(lambda: len(attempts(running)) == 2 and len(read_lines(last_attempt(running), "metrics.jsonl")) > 2)
     first, second = attempts(running)
     assert first.verdict and (first.verdict["kind"], first.verdict["rank"]) == ("node_lost", 0)
     assert second.start and second.start.step % 5 == 0
@@ -177,7 +177,7 @@ def test_a_bug_is_final_a_killed_or_warned_run_goes_on_and_a_cancelled_one_is_cl
     assert min(again) == second.start.step + 1 and all(losses.get(step, loss) == loss for step, loss in again.items())
 
     os.kill(cluster.state()["controllers"][running.name], signal.SIGTERM)
-    until(lambda: len(attempts(running)) == 3 and read_lines(last(running), "metrics.jsonl"))
+    until(lambda: len(attempts(running)) == 3 and read_lines(last_attempt(running), "metrics.jsonl"))
     _, second, third = attempts(running)
     reported = [row["step"] for row in read_lines(second, "metrics.jsonl") if "loss" in row]
     assert second.verdict and second.verdict["reason"].endswith(f"; saved at step {reported[-1]}")
@@ -197,7 +197,8 @@ def test_a_bug_is_final_a_killed_or_warned_run_goes_on_and_a_cancelled_one_is_cl
     bad.write_text(sums.read_text())
     resume(buggy.name)
     assert list((cluster.home / "cache").glob("*/manifest.json"))
-    assert (ended(buggy)["state"], last(buggy).number) == ("succeeded", 4)  # slot 2 closed it, slot 3 reopened it
+    # Slot 2 closed it, slot 3 reopened it.
+    assert (ended(buggy)["state"], last_attempt(buggy).number) == ("succeeded", 4)
 
 
 @pytest.mark.chaos

@@ -17,8 +17,8 @@ from run_folders import claim, make_run, plan, step_row, steps
 
 import fleetune
 from clusters.base import Unreachable
-from clusters.far import Far
 from clusters.local import Local
+from clusters.remote_site import RemoteSite
 from fleetune import InputError
 from orchestrator import backends, progress, runs
 from orchestrator.logs import LogReader
@@ -36,9 +36,9 @@ class Elsewhere:
     command: tuple[str, ...]
 
     @property
-    def site(self) -> Far:
+    def site(self) -> RemoteSite:
         """Where the run folders are."""
-        return Far("elsewhere", self.command)
+        return RemoteSite("elsewhere", self.command)
 
     def __getattr__(self, name: str) -> Any:
         """All about processes is the local cluster's."""

@@ -12,12 +12,12 @@ from typing import Any
 from clusters.base import Unreachable
 from runfolder.appended import Chunk, Position
 from runfolder.files import Damaged, Record
-from runfolder.site import Appended, Ask, Ended, Plain, Positions, Refused
+from runfolder.site import Appended, Ask, Ended, PlainData, Positions, Refused
 from runfolder.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
-class Far:
+class RemoteSite:
     """The run folders that a command answers for: `command` starts `python -m runfolder ROOT` where they are."""
 
     name: str  # of the cluster, for what is said to people
@@ -29,14 +29,14 @@ class Far:
         ids: list[str] = self._request({"verb": "ids"})
         return ids
 
-    def create(self, run_id: str, record: Plain) -> Record | None:
+    def create(self, run_id: str, record: PlainData) -> Record | None:
         """Make a run folder whole or not at all; gives the record of the one that was there already, else None."""
         request = {"verb": "create", "run_id": run_id, "record": record}
         existing: Record | None = self._request(request)
         return existing
 
     def record(self, run_id: str) -> Record:
-        """What was submitted; raises Damaged."""
+        """The record of what was submitted; raises Damaged."""
         record: Record = self._request({"verb": "record", "run_id": run_id})
         return record
 
@@ -54,7 +54,7 @@ class Far:
         answer = self._request({"verb": "read", "run_id": run_id, "since": positions})
         appended = {}
         for file, chunks in answer.items():
-            appended[file] = [_chunk(plain) for plain in chunks]
+            appended[file] = [_chunk_of(plain) for plain in chunks]
         return appended
 
     def files(self, run_id: str) -> list[str]:
@@ -62,7 +62,7 @@ class Far:
         files: list[str] = self._request({"verb": "files", "run_id": run_id})
         return files
 
-    def entrust(self, run_id: str, secrets: Mapping[str, str]) -> None:
+    def write_secrets(self, run_id: str, secrets: Mapping[str, str]) -> None:
         """Keep secrets of a run by name, in place of older ones, for its owner alone."""
         plain = dict(secrets)
         request = {"verb": "entrust", "run_id": run_id, "secrets": plain}
@@ -89,7 +89,7 @@ class Far:
                 raise Unreachable(f"cluster {self.name}: {run_id} did not come whole: {error}") from None
         return to
 
-    def _request(self, request: Plain) -> Any:
+    def _request(self, request: PlainData) -> Any:
         """The answer to a request; raises Refused, Damaged, and Unreachable where none came."""
         try:
             completed = subprocess.run(
@@ -112,7 +112,7 @@ class Far:
         return reply["answer"]
 
 
-def _chunk(plain: Record) -> Chunk:
+def _chunk_of(plain: Record) -> Chunk:
     data = b64decode(plain["data"])
     after = Position(*plain["after"])
     return Chunk(data, after, plain["sealed"])
