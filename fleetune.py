@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.planning.plan import Plan as Plan
     from orchestrator.planning.plan import plan as plan
     from orchestrator.progress import wait as wait
-    from orchestrator.rows import Look as Look
+    from orchestrator.rows import RowsView as RowsView
     from orchestrator.rows import rows as rows
     from orchestrator.status import Status as Status
     from orchestrator.status import list_runs as list_runs
@@ -51,7 +51,7 @@ _MODULES = {
     "orchestrator.logs": ("logs",),
     "orchestrator.planning.plan": ("Plan", "plan"),
     "orchestrator.progress": ("wait",),
-    "orchestrator.rows": ("Look", "rows"),
+    "orchestrator.rows": ("RowsView", "rows"),
     "orchestrator.status": ("Status", "list_runs", "status"),
     "orchestrator.submit": ("Submission", "dry_run", "submit"),
 }

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from clusters.ray_head import Patience, answers
+from clusters.ray_head import Backoff, answers
 from runfolder.chain import result
 
 REQUEUE = 75  # the exit code of a controller that was ended and goes on in another allocation
@@ -61,7 +61,7 @@ def claim(run_dir: Path, name: str, job_id: str) -> bool:
 
 def attend(run_dir: Path, address: str, told: threading.Event) -> int:
     """Start the controller until the run has its result, or this allocation ends; gives its last exit code."""
-    backoff = Patience()
+    backoff = Backoff()
     environment = os.environ | {"RAY_ADDRESS": address, "FLEETUNE_REQUEUED": "1"}
     while True:
         while not backoff.ready():

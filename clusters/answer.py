@@ -7,20 +7,17 @@ FLEETUNE_HOME/runs. A request is {"verb": ..., its arguments}; the answer is {"a
 
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from clusters.backends import open_backend
-from clusters.base import Cluster, Request
+from clusters.base import Cluster, ClusterRequest
 from clusters.config import CONFIG
 from clusters.remote.far_side import READY, kind_of
 from clusters.remote.shelf import Shelf
 from runfolder.folders import home
 from runfolder.job import Job
-from runfolder.site import answer as answer_of_site
-
-Plain = Mapping[str, Any]
+from runfolder.site import PlainData, answer_request
 
 
 def main() -> None:
@@ -35,7 +32,7 @@ def main() -> None:
         print(json.dumps(reply), flush=True)
 
 
-def reply_to(cluster: Cluster, shelf: Shelf, request: Plain) -> dict[str, Any]:
+def reply_to(cluster: Cluster, shelf: Shelf, request: PlainData) -> dict[str, Any]:
     """The reply to a request; errors that are part of the interface go back to the one who asks."""
     try:
         return {"answer": answer(cluster, shelf, request)}
@@ -46,7 +43,7 @@ def reply_to(cluster: Cluster, shelf: Shelf, request: Plain) -> dict[str, Any]:
         return {"error": kind, "message": str(error)}
 
 
-def answer(cluster: Cluster, shelf: Shelf, request: Plain) -> Any:
+def answer(cluster: Cluster, shelf: Shelf, request: PlainData) -> Any:
     """Do what a request asks, as plain data that goes through JSON."""
     match request["verb"]:
         case "request":
@@ -55,7 +52,7 @@ def answer(cluster: Cluster, shelf: Shelf, request: Plain) -> Any:
             made = cluster.request(job, request["run_id"], request["submission"], secrets)
             return asdict(made)
         case "submit":
-            return cluster.submit(Request(**request["request"]))
+            return cluster.submit(ClusterRequest(**request["request"]))
         case "status":
             statuses = cluster.status(request["run_ids"])
             return {run_id: asdict(status) for run_id, status in statuses.items()}
@@ -74,7 +71,7 @@ def answer(cluster: Cluster, shelf: Shelf, request: Plain) -> Any:
         case "shelf_folder":
             return shelf.folder(request["files"])
     root = home() / "runs"
-    return answer_of_site(root, request)
+    return answer_request(root, request)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def secret_names(environment: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(secrets)
 
 
-def values(names: Iterable[str]) -> dict[str, str]:
+def secret_values(names: Iterable[str]) -> dict[str, str]:
     """The secrets of these names that this process's environment has."""
     secrets = {}
     for name in names:

@@ -26,7 +26,7 @@ _REASON = re.compile(r"\w(Error|Exception)\b|Check failed|[Cc]annot|[Ff]ailed|No
 
 
 @dataclass
-class Patience:
+class Backoff:
     """Backoff of a process that keeps dying: started again after 1, 2, 4 ... 30 s, at once when it lived for long."""
 
     quick_s: float = 5.0
@@ -63,7 +63,7 @@ class Patience:
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedStarts:
     """Starts in a row that came to nothing, and the last words of the latest."""
 
     starts: int
@@ -75,7 +75,7 @@ class Head:
     """One Ray head per state folder. `keep` is called again and again."""
 
     folder: Path
-    _backoff: Patience = field(default_factory=lambda: Patience(START_S))
+    _backoff: Backoff = field(default_factory=lambda: Backoff(START_S))
     _answered: float = field(default_factory=time.monotonic)
     _starting: bool = False  # one was started that has not answered yet
     _log_offset: int = 0  # where the output of that one begins
@@ -91,7 +91,7 @@ class Head:
         return self.folder / "ray.log"
 
     @property
-    def place(self) -> Path | None:
+    def short_folder(self) -> Path | None:
         """A folder of ours alone with a short path, under a name that nobody can guess and take; None before it."""
         try:
             folder = Path((self.folder / "ray.folder").read_text())
@@ -103,14 +103,14 @@ class Head:
         return folder
 
     @property
-    def temporary(self) -> Path | None:
+    def ray_folder(self) -> Path | None:
         """The folder that Ray keeps all of its files in."""
-        place = self.place
-        return place and place / "ray"
+        folder = self.short_folder
+        return folder and folder / "ray"
 
     def address(self) -> str | None:
         """Where the head says that it is; None while it has not said so."""
-        folder = self.temporary
+        folder = self.ray_folder
         if folder is None:
             return None
         try:
@@ -119,13 +119,13 @@ class Head:
             return None
         return address.strip() or None
 
-    def failure(self) -> Failure | None:
+    def failed_starts(self) -> FailedStarts | None:
         """The starts that failed since a head last answered; None when there is none."""
         try:
             text = (self.folder / "ray.failed").read_text()
         except FileNotFoundError:
             return None
-        return Failure(**json.loads(text))
+        return FailedStarts(**json.loads(text))
 
     def keep(self) -> str | None:
         """The address of a head that answers; None while one starts."""
@@ -153,8 +153,8 @@ class Head:
     def end(self) -> None:
         """Kill the head and all of its processes."""
         process.end(self.lock)
-        if self.place:
-            shutil.rmtree(self.place, ignore_errors=True)
+        if self.short_folder:
+            shutil.rmtree(self.short_folder, ignore_errors=True)
 
     def environment(self) -> dict[str, str]:
         """What Ray's processes and those that connect to the head need."""
@@ -174,8 +174,8 @@ class Head:
         self._answered = time.monotonic()
         self._log_offset = self.log.stat().st_size if self.log.exists() else 0
         try:
-            temporary = self._empty_folder()
-            process.spawn(self.lock, self._command(temporary), os.environ | self.environment(), self.log)
+            ray_folder = self._empty_folder()
+            process.spawn(self.lock, self._command(ray_folder), os.environ | self.environment(), self.log)
         except OSError as error:
             self._note_failure(str(error))
         else:
@@ -183,23 +183,23 @@ class Head:
 
     def _empty_folder(self) -> Path:
         """An empty folder for Ray; raises OSError where there is no place for one."""
-        if self.place is None:
+        if self.short_folder is None:
             writable = [parent for parent in _SHORT_PARENTS if os.access(parent, os.W_OK | os.X_OK)]
             parent = writable[0] if writable else None
-            place = tempfile.mkdtemp(prefix="fleetune-", dir=parent)
-            _write_whole(self.folder / "ray.folder", place)
-        temporary = self.temporary
-        assert temporary
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(mode=0o700)
-        return temporary
+            short_folder = tempfile.mkdtemp(prefix="fleetune-", dir=parent)
+            _write_whole(self.folder / "ray.folder", short_folder)
+        ray_folder = self.ray_folder
+        assert ray_folder
+        shutil.rmtree(ray_folder, ignore_errors=True)
+        ray_folder.mkdir(mode=0o700)
+        return ray_folder
 
     def _note_failure(self, reason: str) -> None:
         """Note a start that came to nothing."""
         self._starting = False
-        before = self.failure()
+        before = self.failed_starts()
         starts = before.starts + 1 if before else 1
-        failure = Failure(starts, reason)
+        failure = FailedStarts(starts, reason)
         _write_whole(self.folder / "ray.failed", json.dumps(asdict(failure)))
 
     def _death_reason(self) -> str:
@@ -216,7 +216,7 @@ class Head:
         if self.log.exists():
             data = self.log.read_bytes()
             yield data[self._log_offset :].decode(errors="replace")
-        folder = self.temporary
+        folder = self.ray_folder
         if folder is None:
             return
         logs = folder / "session_latest" / "logs"
@@ -226,15 +226,15 @@ class Head:
     def _short_tmpdir(self) -> dict[str, str]:
         """TMPDIR by a short name where its own is too long for the path of a socket in it."""
         tmpdir = os.environ.get("TMPDIR", "")
-        place = self.place
-        if len(os.fsencode(tmpdir)) <= _LONGEST_TMPDIR or place is None:
+        folder = self.short_folder
+        if len(os.fsencode(tmpdir)) <= _LONGEST_TMPDIR or folder is None:
             return {}
-        link = place / "tmp"
+        link = folder / "tmp"
         if not link.is_symlink():
             link.symlink_to(tmpdir)
         return {"TMPDIR": str(link)}
 
-    def _command(self, temporary: Path) -> list[str]:
+    def _command(self, ray_folder: Path) -> list[str]:
         dashboard, client = free_ports(2)
         options = {
             "node-ip-address": "127.0.0.1",
@@ -246,7 +246,7 @@ class Head:
             # Ray Train frees the capacity of a killed driver by asking the dashboard.
             "include-dashboard": "true",
             "include-log-monitor": "false",
-            "temp-dir": temporary,
+            "temp-dir": ray_folder,
             "num-cpus": cores(),
             "num-gpus": gpus(),
             "object-store-memory": _OBJECT_STORE,
@@ -272,7 +272,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def answers(address: str) -> bool:
-    """Whether somebody listens at host:port."""
+    """Whether somebody listens at an address host:port."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=2):

@@ -15,19 +15,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from clusters.base import Capacity, Logs, Refused, Request, State, Status, Unreachable
+from clusters.base import Capacity, ClusterRequest, ClusterState, ClusterStatus, Logs, SubmissionRefused, Unreachable
 from clusters.config import VARIABLE, SlurmConfig
 from clusters.environment import settings
 from clusters.slurm_script import Batch, batch_script
 from runfolder.chain import result
 from runfolder.job import Job
-from runfolder.site import Here
+from runfolder.site import LocalSite
 
 _TIMEOUT_S = 60.0
 _LONGEST_ENVIRONMENT = 1 << 20  # characters: slurmctld keeps every script, and takes 4 MiB
 
 # SLURM's states; what is not here has ended, or is not known.
-_STATES: dict[str, State] = {
+_STATES: dict[str, ClusterState] = {
     "PENDING": "queued",
     "REQUEUED": "queued",
     "REQUEUE_HOLD": "queued",
@@ -64,17 +64,17 @@ class Slurm:
     home: Path
 
     @property
-    def site(self) -> Here:
+    def site(self) -> LocalSite:
         """The run folders on the file system that nodes and login nodes share."""
-        return Here(self.home / "runs")
+        return LocalSite(self.home / "runs")
 
     @property
     def folder(self) -> Path:
         """Scripts and outputs of submissions."""
         return self.home / "slurm"
 
-    def request(self, job: Job, run_id: str, submission: int = 1, secrets: tuple[str, ...] = ()) -> Request:
-        """What would be submitted: the whole batch script. Raises Refused."""
+    def request(self, job: Job, run_id: str, submission: int = 1, secrets: tuple[str, ...] = ()) -> ClusterRequest:
+        """What would be submitted: the whole batch script. Raises SubmissionRefused."""
         environment = {**self.config.env, **settings(job, {}), "FLEETUNE_HOME": str(self.home)}
         _check_environment(environment)
         name = f"{run_id}-s{submission}"
@@ -82,9 +82,9 @@ class Slurm:
         log = str(self.folder / f"{name}.log")
         batch = Batch(name, run_dir, log, job, environment)
         text = batch_script(batch, self.config, sys.executable)
-        return Request(run_id, submission, run_dir, text, secrets)
+        return ClusterRequest(run_id, submission, run_dir, text, secrets)
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: ClusterRequest) -> None:
         """Queue a batch job, unless the submission has one; raises Unreachable where it is not known to be queued."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._submitting(request.name):
@@ -96,7 +96,7 @@ class Slurm:
             job_id = said.strip().partition(";")[0]
             self._note(request.name).write_text(job_id)
 
-    def status(self, run_ids: Iterable[str]) -> dict[str, Status]:
+    def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
         """The state of each run: its newest submission's, as squeue tells it for all of them at once."""
         wanted = list(run_ids)
         jobs = self._queue()
@@ -140,17 +140,17 @@ class Slurm:
             return Capacity("gpu", total_gpus, total_gpus - used_gpus)
         return Capacity("cpu", total_cores, idle_cores)
 
-    def _status(self, run_id: str, jobs: list[dict[str, str]]) -> Status:
+    def _status(self, run_id: str, jobs: list[dict[str, str]]) -> ClusterStatus:
         if result(self.site.root / run_id) is not None:
-            return Status("ended")
+            return ClusterStatus("ended")
         its_jobs = self._jobs_of(run_id, jobs)
         if not its_jobs:
-            return Status("unknown", "SLURM has no job of this run; fleetune resume submits it again")
+            return ClusterStatus("unknown", "SLURM has no job of this run; fleetune resume submits it again")
         job = its_jobs[-1]
         state = _STATES.get(job["state"], "unknown")
         if state != "queued":
-            return Status(state, f"SLURM job {job['id']}")
-        return Status("queued", self._why_queued(job), stuck="held" in job["reason"].lower())
+            return ClusterStatus(state, f"SLURM job {job['id']}")
+        return ClusterStatus("queued", self._why_queued(job), stuck="held" in job["reason"].lower())
 
     def _why_queued(self, job: dict[str, str]) -> str:
         """Why a job waits, in words, and when SLURM expects it to start."""
@@ -219,10 +219,12 @@ def _check_environment(environment: dict[str, str]) -> None:
     """Raise Refused for variables that no script can export."""
     for name, value in environment.items():
         if not VARIABLE.fullmatch(name) or "\0" in value:
-            raise Refused(f"env: found {name!r}; allowed: names of letters, digits and _, and values without NUL")
+            raise SubmissionRefused(
+                f"env: found {name!r}; allowed: names of letters, digits and _, and values without NUL"
+            )
     size = len(json.dumps(environment))
     if size > _LONGEST_ENVIRONMENT:
-        raise Refused(f"env: found {size} characters; allowed: {_LONGEST_ENVIRONMENT}")
+        raise SubmissionRefused(f"env: found {size} characters; allowed: {_LONGEST_ENVIRONMENT}")
 
 
 def _gpus_in(gres: str) -> int:

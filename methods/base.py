@@ -76,13 +76,13 @@ class Setup:
 class Piece:
     """Part [start, ...) of flattened tensors that this rank holds: 1-D, of one length, or 0-d scalars for the whole.
 
-    `whole` says that every rank holds all of it; else every element is on one rank.
+    `replicated` says that every rank holds all of it; else every element is on one rank.
     """
 
     name: str
     start: int
     tensors: Tensors
-    whole: bool
+    replicated: bool
 
 
 class Fragment(Protocol):

@@ -5,17 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clusters.backends import open_backend
-from clusters.base import Cluster, Refused, Request
+from clusters.base import Cluster, ClusterRequest, SubmissionRefused
 from clusters.config import ClusterConfig, SshLink
 from clusters.environment import secret_names
 from clusters.local import Local
-from clusters.remote.cluster import Remote
+from clusters.remote.cluster import RemoteCluster
 from clusters.remote.code import installed_code
 from clusters.remote.far_side import FarSide
 from clusters.remote.link import Link, Ssh, ThisHost
 from orchestrator.clusters_file import clusters_path, read_clusters
 from orchestrator.errors import InputError
-from orchestrator.planning.spec_errors import nearest
+from orchestrator.planning.spec_errors import did_you_mean
 from runfolder.job import Job
 
 # Clusters that need no file, by name; others are in the clusters file.
@@ -40,7 +40,7 @@ def config_of(name: str) -> ClusterConfig:
     if name not in configs:
         known = [*CLUSTERS, *configs]
         allowed = ", ".join(known)
-        hint = nearest(name, known)
+        hint = did_you_mean(name, known)
         raise InputError(f"--cluster: found {name!r}; {hint}allowed: {allowed} (others: in {clusters_path()})")
     return configs[name]
 
@@ -57,12 +57,12 @@ def _open(name: str, config: ClusterConfig) -> Cluster:
     if config.link == "local":
         root = config.root or "~/.fleetune"
         return open_backend(config, Path(root).expanduser().absolute())
-    return Remote(FarSide(name, link_of(name, config), config, installed_code()))
+    return RemoteCluster(FarSide(name, link_of(name, config), config, installed_code()))
 
 
-def make_request(cluster: Cluster, job: Job, run_id: str, submission: int = 1) -> Request:
+def make_request(cluster: Cluster, job: Job, run_id: str, submission: int = 1) -> ClusterRequest:
     """What would be submitted; raises InputError for what the cluster can never serve."""
     try:
         return cluster.request(job, run_id, submission, secret_names(os.environ))
-    except Refused as error:
+    except SubmissionRefused as error:
         raise InputError(str(error)) from None

@@ -9,8 +9,8 @@ import typer
 from orchestrator import cluster_commands, clusters_commands
 from orchestrator.terminal import (
     Json,
-    announce,
     announce_json,
+    announce_submission,
     clear_count,
     count_bytes,
     count_rows,
@@ -25,15 +25,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # half of the time of --help
 )
-app.add_typer(cluster_commands.app, name="cluster")
-app.add_typer(clusters_commands.app, name="clusters")
+app.add_typer(cluster_commands.cluster_app, name="cluster")
+app.add_typer(clusters_commands.clusters_app, name="clusters")
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.YAML", help="The job.")]
-Run = Annotated[
+JobArgument = Annotated[Path, typer.Argument(metavar="JOB.YAML", help="The job.")]
+RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run id, the start of one, or a job's name (its latest run).")
 ]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the job: train.lr=3e-4.")]
-Cluster = Annotated[
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the job: train.lr=3e-4.")
+]
+ClusterOption = Annotated[
     str | None, typer.Option("--cluster", metavar="NAME", help="A cluster of the clusters file, or local.")
 ]
 
@@ -76,9 +78,9 @@ def _user_error(error: Exception) -> tuple[int, str] | None:
 
 @app.command()
 def submit(
-    file: JobFile,
-    cluster: Cluster = None,
-    sets: Sets = None,
+    file: JobArgument,
+    cluster: ClusterOption = None,
+    sets: SetOption = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Stay until the run has ended, and show its progress.")
     ] = False,
@@ -101,14 +103,14 @@ def submit(
         run_id=run_id,
         progress=count_rows,
         sent=count_bytes,
-        announce=announce_json if as_json else announce,
+        announce=announce_json if as_json else announce_submission,
     )
     if wait:
         _follow(submitted.run_id, None)
 
 
 @app.command("list")
-def list_(cluster: Cluster = None, as_json: Json = False) -> None:
+def list_(cluster: ClusterOption = None, as_json: Json = False) -> None:
     """List the runs of a cluster, or all that this machine has or knows of; newest first."""
     from orchestrator.status import list_runs
 
@@ -121,11 +123,11 @@ def list_(cluster: Cluster = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def status(run: Run, cluster: Cluster = None, as_json: Json = False) -> None:
+def status(run: RunArgument, cluster: ClusterOption = None, as_json: Json = False) -> None:
     """Show where a run stands."""
-    from orchestrator.status import status as read_status
+    from orchestrator.status import status
 
-    run_status = read_status(run, cluster)
+    run_status = status(run, cluster)
     if as_json:
         return print_json(run_status.dump())
     from orchestrator.render import show_run
@@ -133,25 +135,25 @@ def status(run: Run, cluster: Cluster = None, as_json: Json = False) -> None:
     return show_run(run_status)
 
 
-@app.command()
-def logs(
-    run: Run,
+@app.command("logs")
+def logs_command(
+    run: RunArgument,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
     rank: Annotated[int, typer.Option("--rank", min=0, help="Which worker.")] = 0,
-    cluster: Cluster = None,
+    cluster: ClusterOption = None,
     as_json: Json = False,
 ) -> None:
     """Print the log of a worker, all attempts after each other."""
-    from orchestrator.logs import logs as read_logs
+    from orchestrator.logs import logs
     from orchestrator.runs import find
 
     if follow:
         _follow(run, rank, cluster)
     elif as_json:
         run_id = find(run, cluster).run_id
-        print_json({"run_id": run_id, "rank": rank, "text": read_logs(run, rank, cluster)})
+        print_json({"run_id": run_id, "rank": rank, "text": logs(run, rank, cluster)})
     else:
-        text = read_logs(run, rank, cluster)
+        text = logs(run, rank, cluster)
         sys.stdout.write(text)
         if not text:
             print("no worker has written anything yet", file=sys.stderr)
@@ -159,58 +161,58 @@ def logs(
 
 @app.command()
 def cancel(
-    run: Run,
+    run: RunArgument,
     save: Annotated[bool, typer.Option("--save", help="Let it save a checkpoint first.")] = False,
-    cluster: Cluster = None,
+    cluster: ClusterOption = None,
 ) -> None:
-    """End a run."""
-    from orchestrator.control import cancel as cancel_run
+    """Ask for the end of a run, and print its id."""
+    from orchestrator.control import cancel
 
-    print(cancel_run(run, save, cluster))
+    print(cancel(run, save, cluster))
 
 
-@app.command()
-def pause(
-    run: Run,
+@app.command("pause")
+def pause_command(
+    run: RunArgument,
     at: Annotated[
         int | None, typer.Option("--at", min=1, metavar="STEP", help="After this step; the current one without it.")
     ] = None,
-    cluster: Cluster = None,
+    cluster: ClusterOption = None,
 ) -> None:
     """Let a run save and end; resume goes on from there."""
-    from orchestrator.control import pause as pause_run
+    from orchestrator.control import pause
 
-    print(pause_run(run, at, cluster))
+    print(pause(run, at, cluster))
 
 
 @app.command()
-def resume(run: Run, cluster: Cluster = None) -> None:
+def resume(run: RunArgument, cluster: ClusterOption = None) -> None:
     """Let a failed or cancelled run go on from its checkpoint."""
-    from orchestrator.control import resume as resume_run
+    from orchestrator.control import resume
 
-    print(resume_run(run, cluster))
+    print(resume(run, cluster))
 
 
-@app.command()
-def fetch(
-    run: Run,
+@app.command("fetch")
+def fetch_command(
+    run: RunArgument,
     to: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="The folder to bring it into; the run id without it.")
     ] = None,
-    cluster: Cluster = None,
+    cluster: ClusterOption = None,
 ) -> None:
     """Bring the output of a run, its result and its job here; repeated, it brings what lacks."""
-    from orchestrator.control import fetch as fetch_run
+    from orchestrator.control import fetch
 
-    print(fetch_run(run, to, cluster))
+    print(fetch(run, to, cluster))
 
 
-@app.command()
-def plan(file: JobFile, sets: Sets = None, as_json: Json = False) -> None:
+@app.command("plan")
+def plan_command(file: JobArgument, sets: SetOption = None, as_json: Json = False) -> None:
     """Show what would run: layout, batches, sizes."""
-    from orchestrator.planning.plan import plan as make_plan
+    from orchestrator.planning.plan import plan
 
-    job_plan = make_plan(file, sets or (), count_rows)
+    job_plan = plan(file, sets or (), count_rows)
     clear_count()
     if as_json:
         return print_json(job_plan.dump())
@@ -219,59 +221,59 @@ def plan(file: JobFile, sets: Sets = None, as_json: Json = False) -> None:
     return show_plan(job_plan)
 
 
-@app.command()
-def rows(
-    file: JobFile,
+@app.command("rows")
+def rows_command(
+    file: JobArgument,
     row: Annotated[int | None, typer.Option("--row", min=1, help="Show this row; the first ones without it.")] = None,
     evaluation: Annotated[bool, typer.Option("--eval", help="Show the evaluation rows.")] = False,
-    sets: Sets = None,
+    sets: SetOption = None,
     as_json: Json = False,
 ) -> None:
     """Show rows of the data as the trainer sees them: text, tokens, and what is learned."""
-    from orchestrator.rows import rows as look_at_rows
+    from orchestrator.rows import rows
 
-    look = look_at_rows(file, overrides=sets or (), row=row, evaluation=evaluation, progress=count_rows)
+    view = rows(file, overrides=sets or (), row=row, evaluation=evaluation, progress=count_rows)
     clear_count()
     if as_json:
-        return print_json(look.dump())
+        return print_json(view.dump())
     from orchestrator.row_text import show_rows
 
-    return show_rows(look)
+    return show_rows(view)
 
 
-@app.command()
-def compare(
+@app.command("compare")
+def compare_command(
     experiment: Annotated[str | None, typer.Option("--experiment", help="Only runs of this experiment.")] = None,
     uri: Annotated[str | None, typer.Option("--uri", help="Another MLflow than the default one.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a report to this file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what runs differ in, and what came of it."""
-    from orchestrator.comparison.compare import compare as compare_runs
+    from orchestrator.comparison.compare import compare
 
-    comparison = compare_runs(experiment, uri)
+    comparison = compare(experiment, uri)
     for run_id, why in comparison.undelivered.items():
         print(f"warning: {run_id} is not, or not wholly, in MLflow: {why}", file=sys.stderr)
     if html:
-        from orchestrator.comparison.report import write
+        from orchestrator.comparison.report import write_report
 
-        write(comparison, html)
+        write_report(comparison, html)
     if as_json:
         return print_json(comparison.to_json())
     from orchestrator.comparison.table import table
-    from orchestrator.render import show
+    from orchestrator.render import print_markup
 
-    return show(table(comparison))
+    return print_markup(table(comparison))
 
 
-@app.command()
-def methods(
+@app.command("methods")
+def methods_command(
     kind: Annotated[str | None, typer.Argument(help="one method; all without it")] = None, as_json: Json = False
 ) -> None:
     """Show the methods with their options and defaults, and at which ZeRO stages they were seen to work."""
-    from orchestrator.describe import methods as describe_methods
+    from orchestrator.describe import methods
 
-    descriptions = describe_methods(kind)
+    descriptions = methods(kind)
     if as_json:
         return print_json(descriptions)
     from orchestrator.render import show_methods
@@ -279,14 +281,14 @@ def methods(
     return show_methods(descriptions)
 
 
-@app.command()
-def doctor(as_json: Json = False) -> None:
+@app.command("doctor")
+def doctor_command(as_json: Json = False) -> None:
     """Show what of this machine is usable, and how to mend what is not."""
     from dataclasses import asdict
 
-    from orchestrator.doctor import doctor as examine
+    from orchestrator.doctor import doctor
 
-    checks = examine()
+    checks = doctor()
     if as_json:
         return print_json([asdict(check) for check in checks])
     from orchestrator.render import show_checks
@@ -294,8 +296,8 @@ def doctor(as_json: Json = False) -> None:
     return show_checks(checks)
 
 
-@app.command()
-def mlflow(
+@app.command("mlflow")
+def mlflow_command(
     uri: Annotated[str | None, typer.Option("--uri", help="Another store than the default one.")] = None,
 ) -> None:
     """Open the pages of MLflow; end them with Ctrl-C."""

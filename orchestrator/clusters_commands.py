@@ -7,12 +7,12 @@ import typer
 
 from orchestrator.terminal import Json, print_json
 
-app = typer.Typer(help="Show the clusters of the clusters file, connect to one, prepare one.", no_args_is_help=True)
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A cluster of the clusters file.")]
+clusters_app = typer.Typer(help="Show the clusters of the clusters file, and connect to one.", no_args_is_help=True)
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A cluster of the clusters file.")]
 
 
-@app.command("list")
-def list_(as_json: Json = False) -> None:
+@clusters_app.command("list")
+def list_clusters(as_json: Json = False) -> None:
     """Show the clusters with kind, capacity, and what is wrong."""
     from orchestrator.cluster_views import cluster_views
 
@@ -24,8 +24,8 @@ def list_(as_json: Json = False) -> None:
     return show_clusters(views)
 
 
-@app.command("connect")
-def connect(name: Name) -> None:
+@clusters_app.command("connect")
+def connect_command(name: NameArgument) -> None:
     """Open the connection to a cluster in the foreground, which may ask for a password or a second factor."""
     from orchestrator.backends import config_of, link_of
     from orchestrator.errors import InputError

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from clusters.config import CONFIG, ClusterConfig, SlurmConfig
 from orchestrator.errors import InputError
-from orchestrator.planning.spec import load
-from orchestrator.planning.spec_errors import nearest
-from runfolder.job import NAME
+from orchestrator.planning.spec import load_yaml
+from orchestrator.planning.spec_errors import did_you_mean
+from runfolder.job import JOB_NAME
 
 _KEYS = sorted(SlurmConfig.model_fields)
 
@@ -38,8 +38,8 @@ def read_clusters() -> dict[str, ClusterConfig]:
         return {}
     configs = {}
     problems = []
-    for name, plain in load(path).items():
-        if not isinstance(name, str) or not NAME.fullmatch(name) or name == "local":
+    for name, plain in load_yaml(path).items():
+        if not isinstance(name, str) or not JOB_NAME.fullmatch(name) or name == "local":
             problems.append(f"{path}: {name!r}: allowed as a cluster's name: a-z, 0-9 and -, and not 'local'")
             continue
         try:
@@ -59,7 +59,7 @@ def default_cluster() -> str:
     path = _settings_folder() / "config.yaml"
     if not path.exists():
         return "local"
-    settings = load(path)
+    settings = load_yaml(path)
     unknown = settings.keys() - {"cluster"}
     name = settings.get("cluster", "local")
     if unknown or not isinstance(name, str):
@@ -85,7 +85,7 @@ def _explained(error: ValidationError) -> list[str]:
 def _reason(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         key = problem["loc"][-1]
-        return f"unknown key; {nearest(key, _KEYS)}allowed: {', '.join(_KEYS)}"
+        return f"unknown key; {did_you_mean(key, _KEYS)}allowed: {', '.join(_KEYS)}"
     if problem["type"] == "missing":
         return "missing"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from clusters.environment import values
+from clusters.environment import secret_values
 from orchestrator.backends import make_request
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, find
@@ -47,7 +47,7 @@ def resume(reference: str, cluster: str | None = None) -> str:
     request = make_request(backend, job, run.run_id, submission)
     backend.capacity()  # where there is no cluster, the run stays as it is
     _ask(run, "reopen")
-    run.site.entrust(run.run_id, values(request.secrets))
+    run.site.write_secrets(run.run_id, secret_values(request.secrets))
     backend.submit(request)
     return run.run_id
 

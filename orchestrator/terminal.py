@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def announce(submission: "Submission") -> None:
+def announce_submission(submission: "Submission") -> None:
     """Print the run id of a submission, and what it warns of."""
     clear_count()
     for warning in submission.warnings:

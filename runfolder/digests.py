@@ -10,7 +10,7 @@ import yaml
 
 from runfolder.files import sha256
 from runfolder.job import Job
-from runfolder.sources import Here, There, file_of, parse
+from runfolder.sources import ClusterFile, SubmitterFile, file_of, parse_source
 
 _LOADED = re.compile(r"\.(json|safetensors|model|jinja)$|^(vocab|merges)\.txt$")
 _WHOLE_BYTES = 64 << 20  # bytes up to which a file of the base is hashed whole
@@ -41,10 +41,10 @@ def digests(job: Job, base: Path | None, digest_there: Callable[[Path], str | No
 
 def file_digest(source: str, digest_there: Callable[[Path], str | None] = sha256) -> str | None:
     """sha256 of a file; None for a data set on the hub. Raises ValueError for a file that the cluster has not got."""
-    match parse(source):
-        case Here(path):
+    match parse_source(source):
+        case SubmitterFile(path):
             return sha256(path)
-        case There(path):
+        case ClusterFile(path):
             digest = digest_there(path)
             if digest is None:
                 raise ValueError(f"{source}: the cluster has no such file, or it cannot be read there")
@@ -91,7 +91,7 @@ def _sample(path: Path) -> bytes:
     return b"".join(parts)
 
 
-def frozen(run_dir: Path) -> Digests:
+def frozen_digests(run_dir: Path) -> Digests:
     """The digests of a run's submission, by field; {} in a folder that was not submitted."""
     path = run_dir / "job.yaml"
     record: dict[str, Any] = yaml.safe_load(path.read_text())

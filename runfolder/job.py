@@ -11,7 +11,7 @@ from methods.options import KINDS, Method
 from methods.options.full import Full
 from runfolder import objectives
 
-NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
+JOB_NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -124,7 +124,7 @@ class Resources(_Section):
         return self
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         """The world size: how many workers the run has."""
         per_node = self.gpus_per_node or self.workers_per_node or 1
         return self.nodes * per_node
@@ -179,7 +179,7 @@ class Job(_Section):
     @field_validator("name")
     @classmethod
     def _dns_label(cls, name: str) -> str:
-        if not NAME.fullmatch(name):
+        if not JOB_NAME.fullmatch(name):
             raise ValueError(
                 "must be at most 32 characters: a-z, 0-9 and -, starting with a letter, not ending with -"
             )

@@ -1,6 +1,6 @@
 """Where run folders are: the run-folder half of every verb, in process for this machine.
 
-For another machine the same code runs there: `answer` does what a request asks, for many runs in one trip
+For another machine the same code runs there: `answer_request` does what a request asks, for many runs in one trip
 (`clusters/answer.py`), and `clusters/remote/site.py` is the end that asks.
 """
 
@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol
 from runfolder.appended import Chunk, Position, appended_files, read_from
 from runfolder.chain import reopen, result
 from runfolder.digests import changes
-from runfolder.files import Record, names, sha256
-from runfolder.record import create, job_in, read_record
+from runfolder.files import Record, list_names, sha256
+from runfolder.record import create_run_folder, job_in, read_record
 from runfolder.requests import cancel_requested, pause_step, request_cancel, request_pause
 from runfolder.secrets import write_secrets
 from runfolder.snapshot import Snapshot, snapshot
@@ -24,7 +24,7 @@ Ask = Literal["cancel", "cancel_saved", "pause", "reopen"]
 Positions = Mapping[str, Position]  # of each file, how far it was read
 Appended = dict[str, list[Chunk]]  # what was appended to each file since
 Ended = Record | None  # the result of a run; None while it goes on
-Plain = Mapping[str, Any]  # what JSON can hold
+PlainData = Mapping[str, Any]  # what JSON can hold
 Progress = Callable[[int, int], None]
 _FETCHED = ("output", "result.json", "job.yaml")  # what `fetch` brings
 
@@ -45,12 +45,12 @@ class Site(Protocol):
         """The names of all run folders, damaged ones too."""
         ...
 
-    def create(self, run_id: str, record: Plain) -> Record | None:
+    def create(self, run_id: str, record: PlainData) -> Record | None:
         """Make a run folder whole or not at all; gives the record of the one that was there already, else None."""
         ...
 
     def record(self, run_id: str) -> Record:
-        """What was submitted; raises Damaged."""
+        """The record of what was submitted; raises Damaged."""
         ...
 
     def snapshots(self, run_ids: Iterable[str]) -> dict[str, Snapshot]:
@@ -65,7 +65,7 @@ class Site(Protocol):
         """The files that a run's attempts append to, like `metrics.jsonl` and `logs/rank-0.log`."""
         ...
 
-    def entrust(self, run_id: str, secrets: Mapping[str, str]) -> None:
+    def write_secrets(self, run_id: str, secrets: Mapping[str, str]) -> None:
         """Keep secrets of a run by name, in place of older ones, for its owner alone."""
         ...
 
@@ -93,7 +93,7 @@ class Site(Protocol):
         ...
 
 
-class Here:
+class LocalSite:
     """The run folders below `root` on this machine."""
 
     is_here = True
@@ -103,23 +103,23 @@ class Here:
 
     def ids(self) -> list[str]:
         """The names of all run folders, damaged ones too."""
-        folders = names(self.root)
+        folders = list_names(self.root)
         return [name for name in folders if not name.startswith(".")]
 
-    def create(self, run_id: str, record: Plain) -> Record | None:
+    def create(self, run_id: str, record: PlainData) -> Record | None:
         """Make a run folder whole or not at all; gives the record of the one that was there already, else None."""
         run_dir = self.root / run_id
         whole_record = {"run_id": run_id, **record}
-        return create(run_dir, whole_record)
+        return create_run_folder(run_dir, whole_record)
 
     def record(self, run_id: str) -> Record:
-        """What was submitted; raises Damaged."""
+        """The record of what was submitted; raises Damaged."""
         run_dir = self.root / run_id
         return read_record(run_dir)
 
     def snapshots(self, run_ids: Iterable[str]) -> dict[str, Snapshot]:
         """How runs stand; a run that is not there is left out."""
-        existing = set(names(self.root))
+        existing = set(list_names(self.root))
         snapshots = {}
         for run_id in run_ids:
             if run_id in existing:
@@ -140,7 +140,7 @@ class Here:
         run_dir = self.root / run_id
         return appended_files(run_dir)
 
-    def entrust(self, run_id: str, secrets: Mapping[str, str]) -> None:
+    def write_secrets(self, run_id: str, secrets: Mapping[str, str]) -> None:
         """Keep secrets of a run by name, in place of older ones, for its owner alone."""
         run_dir = self.root / run_id
         write_secrets(run_dir, secrets)
@@ -220,7 +220,7 @@ def is_ending(run_dir: Path) -> bool:
 
 
 def _paths_to_fetch(run_dir: Path) -> list[Path]:
-    existing = names(run_dir)
+    existing = list_names(run_dir)
     return [run_dir / name for name in _FETCHED if name in existing]
 
 
@@ -247,33 +247,33 @@ def part(run_dir: Path, path: str, offset: int, length: int) -> bytes:
         return stream.read(length)
 
 
-def answer(root: Path, request: Plain) -> Any:
+def answer_request(root: Path, request: PlainData) -> Any:
     """Do what a request asks, as plain data that goes through JSON: {verb, ...its arguments}."""
-    here = Here(root)
+    site = LocalSite(root)
     match request["verb"]:
         case "ids":
-            return here.ids()
+            return site.ids()
         case "create":
-            return here.create(request["run_id"], request["record"])
+            return site.create(request["run_id"], request["record"])
         case "record":
-            return here.record(request["run_id"])
+            return site.record(request["run_id"])
         case "snapshots":
-            snapshots = here.snapshots(request["run_ids"])
+            snapshots = site.snapshots(request["run_ids"])
             return {run_id: view.dump() for run_id, view in snapshots.items()}
         case "read":
             since = {}
             for file, position in request["since"].items():
                 since[file] = Position(*position)
-            appended = here.read(request["run_id"], since)
+            appended = site.read(request["run_id"], since)
             return _plain(appended)
         case "files":
-            return here.files(request["run_id"])
-        case "entrust":
-            return here.entrust(request["run_id"], request["secrets"])
+            return site.files(request["run_id"])
+        case "write_secrets":
+            return site.write_secrets(request["run_id"], request["secrets"])
         case "ask":
-            return here.ask(request["run_id"], request["what"], request["step"])
+            return site.ask(request["run_id"], request["what"], request["step"])
         case "digest":
-            return here.digest(Path(request["path"]))
+            return site.digest(Path(request["path"]))
         case "listing":
             return listing(root / request["run_id"])
         case "part":

@@ -16,7 +16,7 @@ from trainer.zero.engine import partitioned_loading
 _NOWHERE = "no-adapter"
 
 
-def precision(job: Job, device: torch.device) -> torch.dtype:
+def forward_dtype(job: Job, device: torch.device) -> torch.dtype:
     """The dtype of the forward pass: bf16 on a GPU and fp32 elsewhere, unless the job says otherwise."""
     name = job.train.precision
     if name == "auto":

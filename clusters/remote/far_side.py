@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import IO, Any
 
-from clusters.base import Refused, Unreachable
+from clusters.base import SubmissionRefused, Unreachable
 from clusters.config import ClusterConfig
 from clusters.remote.code import Code
 from clusters.remote.link import BROKEN, Link
@@ -46,7 +46,7 @@ _RECEIVE = (
 )
 _ERRORS: dict[str, type[Exception]] = {
     "run_refused": RunRefused,
-    "request_refused": Refused,
+    "request_refused": SubmissionRefused,
     "damaged": Damaged,
     "unreachable": Unreachable,
 }

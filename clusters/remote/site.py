@@ -4,6 +4,7 @@ import hashlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from clusters.remote.far_side import FarSide
 from runfolder.appended import Chunk, Position
 from runfolder.digests import loaded_files
 from runfolder.files import Record, sha256
-from runfolder.site import Appended, Ask, Ended, Plain, Positions, Progress
+from runfolder.site import Appended, Ask, Ended, PlainData, Positions, Progress
 from runfolder.snapshot import Snapshot
 
 _PART_BYTES = 4 << 20
@@ -30,7 +31,7 @@ class RemoteSite:
         ids: list[str] = self._ask("ids")
         return ids
 
-    def create(self, run_id: str, record: Plain) -> Record | None:
+    def create(self, run_id: str, record: PlainData) -> Record | None:
         """Make a run folder whole or not at all; gives the record of the one that was there already, else None."""
         existing: Record | None = self._ask("create", run_id=run_id, record=record)
         return existing
@@ -62,10 +63,10 @@ class RemoteSite:
         files: list[str] = self._ask("files", run_id=run_id)
         return files
 
-    def entrust(self, run_id: str, secrets: Mapping[str, str]) -> None:
+    def write_secrets(self, run_id: str, secrets: Mapping[str, str]) -> None:
         """Keep secrets of a run by name, in place of older ones, for its owner alone."""
         if secrets:
-            self._ask("entrust", run_id=run_id, secrets=dict(secrets))
+            self._ask("write_secrets", run_id=run_id, secrets=dict(secrets))
 
     def ask(self, run_id: str, what: Ask, step: int | None = None) -> Ended:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""
@@ -103,7 +104,7 @@ class RemoteSite:
         before = 0
         there = {}
         for path in paths:
-            there[path.name] = self._bring_file(path, lambda sent, before=before: progress(before + sent, total))
+            there[path.name] = self._bring_file(path, partial(_report, progress, before, total))
             before += path.stat().st_size
         return there
 
@@ -150,6 +151,11 @@ class RemoteSite:
 
     def _ask(self, verb: str, **arguments: Any) -> Any:
         return self.far_side.ask({"verb": verb, **arguments})
+
+
+def _report(progress: Progress, before: int, total: int, sent: int) -> None:
+    """Tell how many bytes of several files are there, after those `before` this file."""
+    progress(before + sent, total)
 
 
 def _chunk(plain: Record) -> Chunk:

@@ -17,15 +17,15 @@ from orchestrator.tracking.password import without_secrets
 from runfolder.digests import Digests, digests
 from runfolder.job import Job
 from runfolder.site import Site
-from runfolder.sources import Here, parse
+from runfolder.sources import SubmitterFile, parse_source
 
-Source = str | Path | Mapping[str, Any] | Job
+JobSource = str | Path | Mapping[str, Any] | Job
 Sent = Callable[[str, int, int], None]  # a file, the bytes of it that are there, and their number
 
 _GIT_TIMEOUT_S = 5.0
 
 
-def read(source: Source, overrides: Iterable[str] = ()) -> tuple[Job, Path]:
+def read_job(source: JobSource, overrides: Iterable[str] = ()) -> tuple[Job, Path]:
     """A job with absolute paths, and the folder that it was written in; raises InputError."""
     folder = Path.cwd()
     if isinstance(source, Job):
@@ -34,7 +34,7 @@ def read(source: Source, overrides: Iterable[str] = ()) -> tuple[Job, Path]:
         job = spec.validate(dict(source), overrides)
     else:
         folder = Path(source).absolute().parent
-        job = spec.read(Path(source), overrides)
+        job = spec.read_job_file(Path(source), overrides)
     return absolute(job, folder), folder
 
 
@@ -70,7 +70,7 @@ def brought(job: Job, model: Model, site: Site, sent: Sent) -> Job:
 
     sources = {"train": job.data.train, "eval": job.data.eval}
     for key, source in sources.items():
-        if source and isinstance(parse(source), Here):
+        if source and isinstance(parse_source(source), SubmitterFile):
             sources[key] = bring(Path(source))
     data = job.data.model_copy(update=sources)
     base = job.base
@@ -79,7 +79,7 @@ def brought(job: Job, model: Model, site: Site, sent: Sent) -> Job:
     return job.model_copy(update={"data": data, "base": base})
 
 
-def record(job: Job, model: Model, cluster: str, folder: Path, of_inputs: Digests) -> dict[str, Any]:
+def frozen_record(job: Job, model: Model, cluster: str, folder: Path, of_inputs: Digests) -> dict[str, Any]:
     """What RUN_DIR/job.yaml says beside the run id; nothing in it is secret."""
     submitted = time.time()
     hidden_size = model.config.get("hidden_size")
@@ -119,7 +119,7 @@ def _absolute_source(source: str, folder: Path) -> str:
     path = _existing(source, folder)
     if path is not None:
         return str(path)
-    if isinstance(parse(source), Here):
+    if isinstance(parse_source(source), SubmitterFile):
         return str(_absolute_path(source, folder))
     return source
 

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from math import ceil
 
 from clusters.base import Capacity
-from clusters.machine import room
+from clusters.machine import total_capacity
 from orchestrator.errors import InputError
 from orchestrator.planning import base
 from orchestrator.planning.model import Model
-from orchestrator.planning.survey import Looked, Progress, Rows, look, missing, writes_date
+from orchestrator.planning.survey import Looked, SourceProgress, SourceRows, look, missing_packages, writes_date
 from orchestrator.tracking.store import check_uri
 from runfolder.job import Job
-from trainer.data.survey import Survey, unknown_id
-from trainer.data.survey import warnings as row_warnings
+from trainer.data.survey import Survey, row_warnings, unknown_id
 
 _FEW_STEPS = 20  # below these, warm-up and schedule are a matter of chance
 _ENOUGH_STEPS = 100
@@ -24,13 +23,16 @@ class Findings:
     """What the checks learned on their way. Rows are None for a source that cannot be read from here."""
 
     model: Model
-    train: Rows | None
-    eval: Rows | None
+    train: SourceRows | None
+    eval: SourceRows | None
     warnings: tuple[str, ...]
 
 
-def check(
-    job: Job, progress: Progress = lambda _source, _rows: None, capacity: Capacity | None = None, is_here: bool = True
+def check_job(
+    job: Job,
+    progress: SourceProgress = lambda _source, _rows: None,
+    capacity: Capacity | None = None,
+    is_here: bool = True,
 ) -> Findings:
     """Look at data, base, batch and tracking; raises InputError with one line per problem.
 
@@ -38,9 +40,9 @@ def check(
     find, by default this machine's; `is_here` says whether the cluster's files are this machine's.
     """
     if capacity is None:
-        kind, total = room()
+        kind, total = total_capacity()
         capacity = Capacity(kind, total, total)
-    model, base_problems = _base(job)
+    model, base_problems = _checked_base(job)
     looked = look(job, model, progress, is_here)
     problems = list(looked.problems)
     if model is not None:
@@ -52,14 +54,14 @@ def check(
         lines = dict.fromkeys(problems)  # each once
         raise InputError("\n".join(lines))
     warnings = _layout_warnings(job, capacity)
-    warnings += base.warnings(job, model)
-    warnings += _row_warnings(job, model, looked)
+    warnings += base.base_warnings(job, model)
+    warnings += _data_warnings(job, model, looked)
     train = looked.rows["train"]
     evaluation = looked.rows["eval"]
     return Findings(model, train, evaluation, tuple(warnings))
 
 
-def _base(job: Job) -> tuple[Model | None, list[str]]:
+def _checked_base(job: Job) -> tuple[Model | None, list[str]]:
     """The base, and what is wrong with it for this job."""
     try:
         model = base.find_model(job)
@@ -104,7 +106,7 @@ def has_gpus(job: Job, kind: str) -> bool:
 def _layout_warnings(job: Job, capacity: Capacity) -> list[str]:
     """What a user should know of the machine and the layout that the job asks for, and of its method on them."""
     warnings = []
-    workers = job.resources.world
+    workers = job.resources.world_size
     if capacity.kind == "cpu" and workers > capacity.total:
         warnings.append(f"resources: {workers} workers share the {capacity.total} cores of this machine")
     if job.train.precision == "bf16" and not has_gpus(job, capacity.kind):
@@ -119,7 +121,7 @@ def _layout_warnings(job: Job, capacity: Capacity) -> list[str]:
     return warnings
 
 
-def _row_warnings(job: Job, model: Model, looked: Looked) -> Iterator[str]:
+def _data_warnings(job: Job, model: Model, looked: Looked) -> Iterator[str]:
     """What a user should know of the rows before they are trained on."""
     for key, rows in looked.rows.items():
         if rows is None or not rows.survey:
@@ -149,7 +151,7 @@ def _writes_todays_date(job: Job, model: Model, survey: Survey) -> bool:
 
 def _why_not_looked_at(model: Model) -> str:
     """Why the rows were not looked at as tokens, where nothing failed."""
-    packages = missing()
+    packages = missing_packages()
     if packages:
         names = ", ".join(packages)
         return f"{names} not installed: pip install 'fleetune[data]'"

@@ -9,7 +9,7 @@ import torch
 from by_hand import adamw, base, train
 from finished_runs import curve, difference, interrupted, loss_gap
 from safetensors.torch import load_file
-from sampling import sampled
+from sampling import method_sampled
 from transformers import AutoModelForCausalLM
 
 from methods.parts.ranks import largest, rounded
@@ -55,7 +55,7 @@ def test_ties_go_by_position_and_rounding_hides_noise() -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("stages", sampled([(0, 18), (2, 6), (3, 24)]))
+@pytest.mark.parametrize("stages", method_sampled("adalora", [(0, 18), (2, 6), (3, 24)]))
 def test_layouts_resume_and_export(
     stages: list[tuple[int, int]], new_run: Any, launch: Any, cache: Path, held_out: Path
 ) -> None:

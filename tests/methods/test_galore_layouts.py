@@ -17,7 +17,7 @@ from by_hand import adamw, base, train
 from finished_runs import Curve, curve, difference, interrupted, saved
 from ports import free_port
 from safetensors.torch import load_file
-from sampling import sampled
+from sampling import method_sampled
 from torch import nn
 
 from methods.base import UNSHARDED, Setup
@@ -96,10 +96,10 @@ def measure(rank: int, folder: str, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch.distributed as dist
 
-    from trainer.world import join
+    from trainer.world import join_process_group
     from trainer.zero.shards import Shards
 
-    join()
+    join_process_group()
     torch.set_num_threads(1)
     moved = 0
     all_reduce = dist.all_reduce
@@ -223,7 +223,7 @@ RESTARTED = [("fast", 1, 1), ("q-galore", 2, 3), ("apollo", 3, 3), ("deficient",
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("cases", sampled([*LAYOUTS, *RESTARTED], 2))
+@pytest.mark.parametrize("cases", method_sampled("galore", [*LAYOUTS, *RESTARTED], 2))
 def test_curves_and_restarts_over_layouts(
     cases: list[tuple[str, int, int]], new_run: Any, launch: Any, cache: Path, tmp_path: Path
 ) -> None:

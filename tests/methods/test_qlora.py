@@ -14,7 +14,7 @@ from alone import attached, llama, logits, losses, optimizer_of, trained
 from by_hand import adamw
 from finished_runs import curve, difference, interrupted
 from llamas import random_llama
-from sampling import sampled
+from sampling import method_sampled
 from transformers import AutoModelForCausalLM
 
 from methods.base import MergeRefused
@@ -170,7 +170,7 @@ def test_a_merge_reports_and_refuses(folder: Path, tmp_path: Path) -> None:
         method.merge(peft.PeftModel.from_pretrained(llama(), tmp_path / "small"))
 
 
-@pytest.mark.parametrize("stages", sampled([2, 3]))
+@pytest.mark.parametrize("stages", method_sampled("qlora", [2, 3]))
 def test_layouts_agree_resume_is_exact_and_a_refusal_keeps_the_adapter(
     stages: list[int], new_run: Any, launch: Any
 ) -> None:

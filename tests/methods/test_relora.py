@@ -18,7 +18,7 @@ from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bi
 from by_hand import adamw, base, train
 from finished_runs import Curve, curve, difference, interrupted, loss_gap, saved
 from safetensors.torch import load_file
-from sampling import sampled
+from sampling import method_sampled
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -167,7 +167,7 @@ VARIANTS: dict[str, tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]] = { 
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("variants", sampled(list(VARIANTS)))
+@pytest.mark.parametrize("variants", method_sampled("relora", list(VARIANTS)))
 def test_layouts_resume_and_output(
     variants: list[str], new_run: Any, launch: Any, cache: Path, held_out: Path
 ) -> None:

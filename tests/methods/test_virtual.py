@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from finished_runs import curve, difference, interrupted, loss_gap
-from sampling import sampled
+from sampling import method_sampled
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -191,7 +191,7 @@ def test_a_window_that_hides_the_prefix_is_refused(tiny_base: Path) -> None:
         Prefix(tokens=70).check({"sliding_window": 70}, 64)
 
 
-@pytest.mark.parametrize("kinds", sampled(list(KINDS)))
+@pytest.mark.parametrize("kinds", method_sampled("virtual", list(KINDS)))
 def test_layouts_resume_and_export(kinds: list[str], new_run: Any, launch: Any, cache: Path, held_out: Path) -> None:
     layouts = {"a": (0, 1, True), "b": (2, 3, False), "d": (3, 2, False)}
     runs = {

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from methods.options import KINDS
 from methods.parts import quantised
-from orchestrator.planning.model import count, locate
+from orchestrator.planning.model import locate, parameter_count
 from runfolder.job import Base
 from runfolder.record import load_job
 from trainer.base import load_config, load_pretrained
@@ -155,9 +155,9 @@ def test_a_base_in_4_bits_is_trained(
     assert difference(curve(alone), curve(pair)) < 1e-6
     method = load_job(pair).method
     (plan,) = (event for event in events(pair) if event["event"] == "plan")
-    assert plan["trained"] == method.trained(model.linears, model.others)
+    assert plan["trained"] == method.trained(model.linears, model.other_shapes)
     if kind != "adalora":  # PEFT keeps the ranks of its modules as parameters
-        assert plan["parameters"] == count(model.shapes) + method.adds(model.linears, model.others)
+        assert plan["parameters"] == parameter_count(model.shapes) + method.adds(model.linears, model.other_shapes)
     losses = [loss for loss, _ in curve(pair)]
     assert losses[-1] < losses[0]
     if "export" not in method.refusals:

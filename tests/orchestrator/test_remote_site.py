@@ -19,7 +19,7 @@ import fleetune
 from clusters.base import Unreachable
 from clusters.config import LocalConfig, SshLink
 from clusters.local import Local
-from clusters.remote.cluster import Remote
+from clusters.remote.cluster import RemoteCluster
 from clusters.remote.code import installed_code
 from clusters.remote.far_side import FarSide
 from clusters.remote.link import ThisHost
@@ -66,7 +66,7 @@ def far_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     root = str(there / "fleetune")
     config = LocalConfig(kind="local", link=SshLink(ssh="elsewhere"), root=root, python=sys.executable)
     far_side = FarSide("elsewhere", AnotherHome(there), config, installed_code())
-    monkeypatch.setitem(backends.CLUSTERS, "elsewhere", lambda: Remote(far_side))
+    monkeypatch.setitem(backends.CLUSTERS, "elsewhere", lambda: RemoteCluster(far_side))
     with only_queued(there / "fleetune"):
         yield there / "fleetune"
     far_side.close()
@@ -137,7 +137,7 @@ def test_what_cannot_be_reached_is_unknown_and_nothing_else(far_home: Path, monk
     run_dir = make_run(far_home / "runs", runs.new_id("fake"), None)
     runs.remember(run_dir.name, "elsewhere")
     config = LocalConfig(kind="local", link=SshLink(ssh="elsewhere"))
-    down = Remote(FarSide("elsewhere", NoRoute(), config, installed_code()))
+    down = RemoteCluster(FarSide("elsewhere", NoRoute(), config, installed_code()))
     monkeypatch.setitem(backends.CLUSTERS, "elsewhere", lambda: down)
     found = fleetune.status(run_dir.name)
     assert (found.state, found.reason) == ("unknown", "cluster elsewhere: no route")
