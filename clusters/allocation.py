@@ -17,15 +17,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from clusters.ray_head import Backoff, answers
 from runfolder.chain import result
 
-REQUEUE = 75  # the exit code of a controller that was ended and goes on in another allocation
+GOES_ON_ELSEWHERE = 75  # the exit code of a controller that was ended and goes on in another allocation
 _RAY_S = 300.0  # until a node's Ray answers
 _POLL_S = 0.2
-_SETTINGS = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+_RAY_ENVIRONMENT = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 
 
 def main(run_dir: Path, name: str) -> int:
@@ -37,12 +38,13 @@ def main(run_dir: Path, name: str) -> int:
     told = threading.Event()
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: told.set())
-    with ray_nodes() as address:
-        code = attend(run_dir, address, told)
-    if code == REQUEUE:
+    with ray_nodes() as nodes:
+        code = keep_controller(run_dir, nodes, told)
+    if code == GOES_ON_ELSEWHERE:
         print("back to the queue", flush=True)
         subprocess.run(["scontrol", "requeue", job_id], check=False)
-    return 0 if code in (0, REQUEUE) else code
+        return 0
+    return code
 
 
 def claim(run_dir: Path, name: str, job_id: str) -> bool:
@@ -59,24 +61,36 @@ def claim(run_dir: Path, name: str, job_id: str) -> bool:
         return path.read_text() in ("", job_id)
 
 
-def attend(run_dir: Path, address: str, told: threading.Event) -> int:
-    """Start the controller until the run has its result, or this allocation ends; gives its last exit code."""
+@dataclass
+class RayNodes:
+    """Ray's nodes: the address of their head, and the processes that keep them, the head's first."""
+
+    address: str
+    processes: list[subprocess.Popen[bytes]]
+
+    def are_whole(self) -> bool:
+        """Whether no node was lost."""
+        return answers(self.address) and all(process.poll() is None for process in self.processes)
+
+
+def keep_controller(run_dir: Path, nodes: RayNodes, told: threading.Event) -> int:
+    """Start the controller until the run has its result, or cannot go on here; gives its last exit code."""
     backoff = Backoff()
-    environment = os.environ | {"RAY_ADDRESS": address, "FLEETUNE_REQUEUED": "1"}
+    environment = os.environ | {"RAY_ADDRESS": nodes.address, "FLEETUNE_REQUEUED": "1"}
     while True:
         while not backoff.ready():
             time.sleep(_POLL_S)
         backoff.began()
-        code = control(run_dir, environment, told)
-        if code in (0, REQUEUE):
+        code = run_controller(run_dir, environment, told)
+        if code in (0, GOES_ON_ELSEWHERE):
             return code
-        if told.is_set() or not answers(address):
-            return REQUEUE
         if result(run_dir) is not None:
             return 0
+        if told.is_set() or not nodes.are_whole():
+            return GOES_ON_ELSEWHERE
 
 
-def control(run_dir: Path, environment: dict[str, str], told: threading.Event) -> int:
+def run_controller(run_dir: Path, environment: dict[str, str], told: threading.Event) -> int:
     """Run the controller once; a warning is passed to it, once. Gives its exit code."""
     command = [sys.executable, "-P", "-m", "orchestrator.controller", str(run_dir)]
     controller = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -90,13 +104,13 @@ def control(run_dir: Path, environment: dict[str, str], told: threading.Event) -
 
 
 @contextmanager
-def ray_nodes() -> Iterator[str]:
-    """Ray on all nodes of the allocation while the block runs; gives the head's address."""
+def ray_nodes() -> Iterator[RayNodes]:
+    """Ray on all nodes of the allocation while the block runs."""
     folder = Path(tempfile.mkdtemp(prefix=".ray-", dir=os.environ["FLEETUNE_HOME"]))
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    os.environ.update(_SETTINGS, RAY_AUTH_TOKEN_PATH=str(token))
+    os.environ.update(_RAY_ENVIRONMENT, RAY_AUTH_TOKEN_PATH=str(token))
     processes = []
     try:
         processes.append(start_node(folder, "head", []))
@@ -106,10 +120,10 @@ def ray_nodes() -> Iterator[str]:
             step = ["srun", "--overlap", f"--nodes={others}", f"--ntasks={others}", "--ntasks-per-node=1"]
             step += [f"--exclude={os.environ['SLURMD_NODENAME']}", "--kill-on-bad-exit=0", "--export=ALL"]
             processes.append(start_node(folder, address, step))
-        yield address
+        yield RayNodes(address, processes)
     finally:
         for process in processes:
-            end(process)
+            end_session(process)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -132,7 +146,7 @@ def await_head(folder: Path, head: subprocess.Popen[bytes]) -> str:
     raise RuntimeError(f"Ray's head does not answer after {_RAY_S:.0f} s")
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end_session(process: subprocess.Popen[bytes]) -> None:
     """Kill a process with its session."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -12,7 +12,7 @@ from typing import Any
 
 from clusters.backends import open_backend
 from clusters.base import Cluster, ClusterRequest
-from clusters.config import CONFIG
+from clusters.config import CLUSTER_CONFIG
 from clusters.remote.far_side import READY, kind_of
 from clusters.remote.shelf import Shelf
 from runfolder.folders import home
@@ -23,7 +23,7 @@ from runfolder.site import PlainData, answer_request
 def main() -> None:
     """Answer requests until the input ends."""
     first = json.loads(sys.stdin.readline())
-    config = CONFIG.validate_python(first["cluster"])
+    config = CLUSTER_CONFIG.validate_python(first["cluster"])
     cluster = open_backend(config, home())
     shelf = Shelf(home() / "files")
     print(READY, flush=True)

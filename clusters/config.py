@@ -13,11 +13,11 @@ _OPTION = r"[A-Za-z0-9_][\w.,:@%+&|*()\[\]-]*"
 Option = Annotated[str | None, Field(max_length=256, pattern=f"^{_OPTION}$")]
 
 
-class _Section(BaseModel):
+class _ConfigSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class SshLink(_Section):
+class SshLink(_ConfigSection):
     """An OpenSSH destination, like `me@login.example.org` or a host of ~/.ssh/config."""
 
     ssh: str = Field(min_length=1, max_length=255, description="user@host, or a host alias of ~/.ssh/config")
@@ -30,7 +30,7 @@ class SshLink(_Section):
         return destination
 
 
-class _ClusterConfig(_Section):
+class _ClusterConfig(_ConfigSection):
     """What clusters of all kinds have."""
 
     link: Literal["local"] | SshLink = Field("local", description="local, or {ssh: user@host} for another machine")
@@ -75,4 +75,4 @@ class SlurmConfig(_ClusterConfig):
 
 
 ClusterConfig = Annotated[LocalConfig | SlurmConfig, Field(discriminator="kind")]
-CONFIG: TypeAdapter[LocalConfig | SlurmConfig] = TypeAdapter(ClusterConfig)
+CLUSTER_CONFIG: TypeAdapter[LocalConfig | SlurmConfig] = TypeAdapter(ClusterConfig)

@@ -18,7 +18,7 @@ from clusters import process
 from clusters.machine import cores, gpus
 
 START_S = 180.0  # after this long without an answer a head is taken for dead
-_OBJECT_STORE = 128 << 20  # bytes; nothing large goes through it
+OBJECT_STORE_BYTES = 128 << 20  # bytes; nothing large goes through it
 _SHORT_PARENTS = ("/tmp", "/var/tmp", "/dev/shm")  # where a path leaves space for the names of Ray's sockets
 # The path of a socket may have 107 bytes (103 on macOS), and multiprocessing adds some 35 to TMPDIR.
 _LONGEST_TMPDIR = 60
@@ -249,7 +249,7 @@ class Head:
             "temp-dir": ray_folder,
             "num-cpus": cores(),
             "num-gpus": gpus(),
-            "object-store-memory": _OBJECT_STORE,
+            "object-store-memory": OBJECT_STORE_BYTES,
         }
         flags = ["--head", "--block", "--no-monitor", "--disable-usage-stats"]
         values = [f"--{key}={value}" for key, value in options.items()]
@@ -281,12 +281,12 @@ def answers(address: str) -> bool:
         return False
 
 
-def free_ports(number: int) -> list[int]:
-    """Ports of loopback that nobody listens at now."""
+def free_ports(number: int, address: str = "127.0.0.1") -> list[int]:
+    """Ports of an address of this host, by default loopback, that nobody listens at now."""
     probes = [socket.socket() for _ in range(number)]
     try:
         for probe in probes:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((address, 0))
         return [probe.getsockname()[1] for probe in probes]
     finally:
         for probe in probes:

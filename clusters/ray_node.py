@@ -13,8 +13,7 @@ import tempfile
 from pathlib import Path
 
 from clusters.machine import cores, gpus
-
-_OBJECT_STORE = 128 << 20  # bytes; nothing large goes through it
+from clusters.ray_head import OBJECT_STORE_BYTES, free_ports
 
 
 def main(folder: Path, address: str) -> None:
@@ -27,12 +26,12 @@ def main(folder: Path, address: str) -> None:
         "node-ip-address": ip,
         "num-cpus": cores(),
         "num-gpus": gpus(),
-        "memory": memory(),
-        "object-store-memory": _OBJECT_STORE,
+        "memory": node_memory(),
+        "object-store-memory": OBJECT_STORE_BYTES,
         "dashboard-agent-listen-port": 0,
     }
     if address == "head":
-        port, dashboard, client = free_ports(ip, 3)
+        port, dashboard, client = free_ports(3, ip)
         options |= {
             "port": port,
             "dashboard-host": ip,
@@ -59,24 +58,12 @@ def own_address() -> str:
     return socket.gethostbyname(socket.gethostname())
 
 
-def memory() -> int:
+def node_memory() -> int:
     """Bytes that this node may use of the allocation: as SLURM says, else what the machine has."""
     per_node = os.environ.get("SLURM_MEM_PER_NODE")
     if per_node and per_node.isdigit() and int(per_node):
         return int(per_node) << 20
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def free_ports(ip: str, number: int) -> list[int]:
-    """Ports of an address that nobody listens at now."""
-    probes = [socket.socket() for _ in range(number)]
-    try:
-        for probe in probes:
-            probe.bind((ip, 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from clusters.base import Capacity, ClusterRequest, ClusterState, ClusterStatus, Logs, SubmissionRefused, Unreachable
 from clusters.config import VARIABLE, SlurmConfig
 from clusters.environment import settings
-from clusters.slurm_script import Batch, batch_script
+from clusters.slurm_script import BatchJob, batch_script
 from runfolder.chain import result
 from runfolder.job import Job
 from runfolder.site import LocalSite
@@ -80,7 +80,7 @@ class Slurm:
         name = f"{run_id}-s{submission}"
         run_dir = str(self.site.root / run_id)
         log = str(self.folder / f"{name}.log")
-        batch = Batch(name, run_dir, log, job, environment)
+        batch = BatchJob(name, run_dir, log, job, environment)
         text = batch_script(batch, self.config, sys.executable)
         return ClusterRequest(run_id, submission, run_dir, text, secrets)
 

@@ -15,7 +15,7 @@ _WARNING_S = 60  # how long before the walltime a job is warned, beside the grac
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchJob:
     """What a script is for: a submission by name, its run folder, and what it takes along."""
 
     name: str
@@ -25,7 +25,7 @@ class Batch:
     environment: Mapping[str, str]
 
 
-def batch_script(batch: Batch, config: SlurmConfig, python: str) -> str:
+def batch_script(batch: BatchJob, config: SlurmConfig, python: str) -> str:
     """The whole text that sbatch gets."""
     lines = ["#!/bin/bash"]
     for option, value in _options(batch, config).items():
@@ -42,7 +42,7 @@ def allocation_command(python: str, run_dir: str, name: str) -> list[str]:
     return [python, "-P", "-m", "clusters.allocation", run_dir, name]
 
 
-def _options(batch: Batch, config: SlurmConfig) -> dict[str, str]:
+def _options(batch: BatchJob, config: SlurmConfig) -> dict[str, str]:
     """The options of sbatch, in the order in which they are printed."""
     resources = batch.job.resources
     workers = resources.gpus_per_node or resources.workers_per_node or 1
@@ -64,7 +64,7 @@ def _options(batch: Batch, config: SlurmConfig) -> dict[str, str]:
     walltime = _walltime(batch.job, config)
     chosen = {
         "time": walltime,
-        "mem": _memory(config, workers),
+        "mem": _node_memory(config, workers),
         "partition": config.partition,
         "account": config.account,
         "qos": config.qos,
@@ -85,7 +85,7 @@ def _walltime(job: Job, config: SlurmConfig) -> str | None:
     return str(minutes)
 
 
-def _memory(config: SlurmConfig, workers: int) -> str | None:
+def _node_memory(config: SlurmConfig, workers: int) -> str | None:
     """--mem of a node, in GiB: for all of its workers."""
     if config.memory_per_worker is None:
         return None

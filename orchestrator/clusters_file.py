@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from clusters.config import CONFIG, ClusterConfig, SlurmConfig
+from clusters.config import CLUSTER_CONFIG, ClusterConfig, SlurmConfig
 from orchestrator.errors import InputError
 from orchestrator.planning.spec import load_yaml
 from orchestrator.planning.spec_errors import did_you_mean
@@ -43,7 +43,7 @@ def read_clusters() -> dict[str, ClusterConfig]:
             problems.append(f"{path}: {name!r}: allowed as a cluster's name: a-z, 0-9 and -, and not 'local'")
             continue
         try:
-            configs[name] = CONFIG.validate_python(plain)
+            configs[name] = CLUSTER_CONFIG.validate_python(plain)
         except ValidationError as error:
             problems += [f"{path}: {name}{line}" for line in _explained(error)]
     if problems:
@@ -78,11 +78,11 @@ def _explained(error: ValidationError) -> list[str]:
     lines = []
     for problem in error.errors(include_url=False):
         path = "".join(f".{step}" for step in problem["loc"])
-        lines.append(f"{path}: {_reason(problem)}")
+        lines.append(f"{path}: {_why_wrong(problem)}")
     return lines
 
 
-def _reason(problem: Mapping[str, Any]) -> str:
+def _why_wrong(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         key = problem["loc"][-1]
         return f"unknown key; {did_you_mean(key, _KEYS)}allowed: {', '.join(_KEYS)}"

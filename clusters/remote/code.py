@@ -12,7 +12,7 @@ import fleetune_start
 
 _SUFFIXES = (".py", ".html", ".json", ".txt")
 _MODULES = ("fleetune.py", "fleetune_start.py")
-_DIGITS = 24  # of the digest in the name of a folder
+_DIGEST_DIGITS = 24  # of the digest in the name of a folder
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def installed_code() -> Code:
     root = Path(fleetune_start.__file__).resolve().parent
     stream = io.BytesIO()
     with gzip.GzipFile(fileobj=stream, mode="wb", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as tar:
-        for path in _files(root):
+        for path in _code_files(root):
             data = path.read_bytes()
             entry = tarfile.TarInfo(str(path.relative_to(root)))
             entry.size = len(data)
@@ -37,10 +37,10 @@ def installed_code() -> Code:
             tar.addfile(entry, io.BytesIO(data))
     archive = stream.getvalue()
     digest = hashlib.sha256(archive).hexdigest()
-    return Code(archive, digest[:_DIGITS])
+    return Code(archive, digest[:_DIGEST_DIGITS])
 
 
-def _files(root: Path) -> list[Path]:
+def _code_files(root: Path) -> list[Path]:
     """The files that Fleetune consists of, in a fixed order."""
     files = [root / name for name in _MODULES]
     for package in fleetune_start.NAMES:

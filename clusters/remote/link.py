@@ -43,7 +43,7 @@ class ThisHost:
     """The machine that this process is on."""
 
     def process(self, command: Sequence[str]) -> list[str]:
-        """The command itself."""
+        """The command itself, as it is."""
         return [*command]
 
     def foreground(self) -> list[str]:

@@ -16,7 +16,7 @@ from runfolder.files import Record, sha256
 from runfolder.site import Appended, Ask, Ended, PlainData, Positions, Progress
 from runfolder.snapshot import Snapshot
 
-_PART_BYTES = 4 << 20
+_MESSAGE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class RemoteSite:
         if offset is not None:
             with path.open("rb") as stream:
                 stream.seek(offset)
-                while data := stream.read(_PART_BYTES):
+                while data := stream.read(_MESSAGE_BYTES):
                     offset = self._ask("shelf_add", digest=digest, offset=offset, data=b64encode(data).decode())
                     stream.seek(offset)
                     progress(offset)
@@ -147,7 +147,7 @@ class RemoteSite:
 
     def _part(self, run_id: str, path: str, offset: int) -> bytes:
         """Bytes of a file of a run from an offset on."""
-        return b64decode(self._ask("part", run_id=run_id, path=path, offset=offset, length=_PART_BYTES))
+        return b64decode(self._ask("part", run_id=run_id, path=path, offset=offset, length=_MESSAGE_BYTES))
 
     def _ask(self, verb: str, **arguments: Any) -> Any:
         return self.far_side.ask({"verb": verb, **arguments})
