@@ -93,7 +93,7 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
             if fragment.name not in factors or grad is None:
                 continue
             _, kind = _split(fragment.name)
-            slope = _slope(factors[fragment.name], kind)
+            slope = _penalty_gradient(factors[fragment.name], kind)
             held = part_of(slope.reshape(-1), fragment)
             grad.add_(held, alpha=weight)
 
@@ -257,10 +257,10 @@ def _assembled(view: View, names: list[str]) -> Tensors:
     return wholes
 
 
-def _slope(factor: Tensor, kind: str) -> Tensor:
+def _penalty_gradient(factor: Tensor, kind: str) -> Tensor:
     """The gradient 2 (P P^T - I) P / ||P P^T - I||_F of the norm, for A = P or B = P^T."""
     if kind == "B":
-        slope_RN = _slope(factor.T, "A")
+        slope_RN = _penalty_gradient(factor.T, "A")
         return slope_RN.T
     gram_RR = factor @ factor.T
     identity_RR = torch.eye(len(factor), device=factor.device)

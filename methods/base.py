@@ -184,7 +184,7 @@ class Method(Generic[O]):
     def initialise(self, model: Module, examples: Iterable[Tensor]) -> None:
         """Set a start that depends on data, once per run; every rank gets the same examples, token ids [1, T]."""
 
-    def changed(self, model: Module) -> list[str]:  # noqa: ARG002
+    def changed_frozen(self, model: Module) -> list[str]:  # noqa: ARG002
         """Names of frozen parameters that training changes all the same; checkpoints hold them too."""
         return []
 

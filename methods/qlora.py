@@ -59,7 +59,7 @@ class QLoraTuning(LowRank[QLora]):
         tuned = super().attach(model)
         if self.options.init == "loftq" and not self._resumed:
             start_from_loss(tuned)
-        quantised.hide(tuned)
+        quantised.register_as_buffers(tuned)
         return tuned
 
     def reference(self, model: Module) -> AbstractContextManager[None]:
@@ -86,7 +86,7 @@ class QLoraTuning(LowRank[QLora]):
         options = self.options
         base = layer.get_base_layer()
         weight_OI = quantised.oriented(base, base.weight.data)
-        lost_OI = quantised.lost(weight_OI, options.quant, options.double_quant)
+        lost_OI = quantised.quantisation_error(weight_OI, options.quant, options.double_quant)
         if options.init == "loftq":
             weight_OI.sub_(lost_OI)
             return 0.0
@@ -107,7 +107,7 @@ def start_from_loss(model: Module) -> None:
         weight = original(f"{base_name}.weight")
         weight_OI = quantised.oriented(base, weight)
         weight_OI = weight_OI.to(a_RI.device).float()
-        lost_OI = weight_OI - quantised.restored(base.weight)
+        lost_OI = weight_OI - quantised.dequantised(base.weight)
         rank = len(a_RI)
         scale = layer.scaling[ADAPTER]
         start_a_RI, start_b_OR = principal_factors(lost_OI, rank, scale)

@@ -96,11 +96,11 @@ class ReLoraTuning(LowRank[ReLora]):
             if id(parameter) in first:
                 self._first.add(name)
         if self.options.quantised:
-            quantised.hide(tuned)
+            quantised.register_as_buffers(tuned)
         self._layers = dict(adapted(tuned))
         return tuned
 
-    def changed(self, model: Module) -> list[str]:
+    def changed_frozen(self, model: Module) -> list[str]:
         """Every weight that is not trained: most change by merges, and the output holds them all."""
         frozen = []
         for name, parameter in model.named_parameters():
@@ -281,8 +281,8 @@ class ReLoraTuning(LowRank[ReLora]):
 
     def _restored(self, model: peft.PeftModel, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
         """What the layers in 4 bits stand for, with the factors' updates, on the host."""
-        for name, base in quantised.layers(model):
-            weight_OI = quantised.restored(base.weight)
+        for name, base in quantised.four_bit_layers(model):
+            weight_OI = quantised.dequantised(base.weight)
             weight_OI = weight_OI.cpu()
             module = name.removesuffix(".base_layer")
             if layer := self._layers.get(module):

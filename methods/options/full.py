@@ -25,11 +25,11 @@ class Full(Options):
     lisa_layers: int | None = Field(None, ge=1, description="layers trained at a time, drawn at random; null: all")
     lisa_every: Count = Field(20, description="steps between two draws of lisa_layers")
 
-    def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
+    def added_parameters(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """Full fine-tuning adds no parameters."""
         return 0
 
-    def trained(self, linears: Linears, others: Others) -> int:
+    def trained_parameters(self, linears: Linears, others: Others) -> int:
         """Every weight that is not frozen."""
         shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in linears.items()}
         shapes |= others

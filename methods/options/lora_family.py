@@ -27,7 +27,7 @@ class LowRankOptions(Targeted):
             return self.alpha
         return 2.0 * self.rank
 
-    def adds(self, linears: Linears, others: Others) -> int:
+    def added_parameters(self, linears: Linears, others: Others) -> int:
         """A in R^{r x in} and B in R^{out x r} for every target."""
         chosen = self.targets(linears, others)
         features = outputs(chosen) + inputs(chosen)

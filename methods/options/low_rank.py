@@ -14,10 +14,10 @@ from methods.options.base import (
     Fraction,
     Positive,
     Targeted,
-    packed,
+    element_count,
+    four_bit_bytes,
+    known_positions,
     plain_attention,
-    positions,
-    size,
     window,
 )
 from methods.options.lora_family import LowRankOptions, check_directions, is_scaled
@@ -76,9 +76,9 @@ class Dora(LowRankOptions):
         """The linear layers that get an adapter, with their (out, in)."""
         return self.linear_targets(linears)
 
-    def adds(self, linears: Linears, others: Others) -> int:
+    def added_parameters(self, linears: Linears, others: Others) -> int:
         """What LoRA adds, and a magnitude in R^{out} for every target."""
-        factors = super().adds(linears, others)
+        factors = super().added_parameters(linears, others)
         chosen = self.targets(linears, others)
         magnitudes = outputs(chosen)
         return factors + magnitudes
@@ -111,8 +111,8 @@ class QLora(LowRankOptions):
 
     def frozen_bytes(self, linears: Linears, others: Others, element: int) -> Footprint:
         """Every worker holds the linear layers in 4 bits; ZeRO 3 shares the rest."""
-        shared = size(others) * element
-        replicated = packed(linears, self.double_quant)
+        shared = element_count(others) * element
+        replicated = four_bit_bytes(linears, self.double_quant)
         return shared, replicated
 
     def check_in_4_bits(self, quantization: BaseConfig) -> None:
@@ -156,7 +156,7 @@ class AdaLora(Targeted):
         """The linear layers that get an adapter, with their (out, in)."""
         return self.linear_targets(linears)
 
-    def adds(self, linears: Linears, others: Others) -> int:
+    def added_parameters(self, linears: Linears, others: Others) -> int:
         """A in R^{r x in}, B in R^{out x r} and E in R^r for every target, at the initial rank."""
         chosen = self.targets(linears, others)
         features = outputs(chosen) + inputs(chosen)
@@ -182,9 +182,9 @@ class LongLora(LowRankOptions):
         """The linear layers that get an adapter: embeddings are trained themselves."""
         return self.linear_targets(linears)
 
-    def adds(self, linears: Linears, others: Others) -> int:
+    def added_parameters(self, linears: Linears, others: Others) -> int:
         """What LoRA adds, and a trained copy of each embedding and norm."""
-        total = super().adds(linears, others)
+        total = super().added_parameters(linears, others)
         for name, shape in others.items():
             if self.copies(name):
                 total += prod(shape)
@@ -199,7 +199,7 @@ class LongLora(LowRankOptions):
         if self.groups > 1:
             plain_attention(config, self.kind, "lora")
             self._check_window(config, seq_len)
-        known = positions(config)
+        known = known_positions(config)
         if known is None or seq_len <= known:
             return
         if is_scaled(config):
@@ -254,16 +254,16 @@ class ReLora(LowRankOptions):
         """As for LoRA, but linear layers alone."""
         return self.linear_targets(linears)
 
-    def trained(self, linears: Linears, others: Others) -> int:
+    def trained_parameters(self, linears: Linears, others: Others) -> int:
         """The factors, every weight that is no linear layer's, and those too where they are trained first."""
-        factors = self.adds(linears, others)
+        factors = self.added_parameters(linears, others)
         directly = self._trained_others(others)
         first = self._trained_first(linears)
         return factors + directly + first
 
     def optimizer_bytes(self, linears: Linears, others: Others) -> Footprint:
         """Two moments of what is trained at a time: factors, or before them the linear layers' weights."""
-        factors = self.adds(linears, others)
+        factors = self.added_parameters(linears, others)
         first = self._trained_first(linears)
         directly = self._trained_others(others)
         trained_at_a_time = max(factors, first) + directly
@@ -273,18 +273,18 @@ class ReLora(LowRankOptions):
         """As for LoRA; where it quantises, every worker holds the linear layers in 4 bits."""
         if not self.quantised:
             return super().frozen_bytes(linears, others, element)
-        frozen_others = size(others) - self._trained_others(others)
-        replicated = packed(linears, double=True)
+        frozen_others = element_count(others) - self._trained_others(others)
+        replicated = four_bit_bytes(linears, double=True)
         return frozen_others * element, replicated
 
     def _trained_others(self, others: Others) -> int:
         """Weights beside the linear layers that are trained themselves."""
         if self.others:
-            return size(others)
+            return element_count(others)
         return 0
 
     def _trained_first(self, linears: Linears) -> int:
         """Weights of linear layers that are trained before the first factors."""
         if self.full_rank:
-            return size(linears)
+            return element_count(linears)
         return 0

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from methods.options.base import WEIGHTS_EXPONENT, Count, Fraction, ModuleOptions, Options, Positive, Seed, Targeted
-from methods.parts.targets import Linears, Matrices, Others, choose, is_any_named, outputs
+from methods.parts.targets import Linears, Matrices, Others, choose_targets, is_any_named, outputs
 
 
 class Ia3(ModuleOptions):
@@ -26,7 +26,7 @@ class Ia3(ModuleOptions):
 
     def targets(self, linears: Linears, others: Others) -> Matrices:  # noqa: ARG002
         """The linear layers that are scaled, with their (out, in)."""
-        return choose(self.target, (), linears, {})
+        return choose_targets(self.target, (), linears, {})
 
     def fed(self, targets: Iterable[str]) -> list[str]:
         """Those of the targets whose input is scaled."""
@@ -36,7 +36,7 @@ class Ia3(ModuleOptions):
                 scaled_by_input.append(name)
         return scaled_by_input
 
-    def adds(self, linears: Linears, others: Others) -> int:
+    def added_parameters(self, linears: Linears, others: Others) -> int:
         """One scale per output of a target, per input where it is a feed-forward module."""
         chosen = self.targets(linears, others)
         fed = self.fed(chosen)
@@ -67,7 +67,7 @@ class Vera(Targeted):
         """The linear layers that get an adapter, with their (out, in)."""
         return self.linear_targets(linears)
 
-    def adds(self, linears: Linears, others: Others) -> int:
+    def added_parameters(self, linears: Linears, others: Others) -> int:
         """d in R^r and b in R^{out} for every target."""
         chosen = self.targets(linears, others)
         ds = self.rank * len(chosen)
@@ -96,7 +96,7 @@ class FourierFt(Targeted):
                 raise ValueError(f"found frequencies {self.frequencies}; {name} has {entries} entries")
         return chosen
 
-    def adds(self, linears: Linears, others: Others) -> int:
+    def added_parameters(self, linears: Linears, others: Others) -> int:
         """The trained entries of every target."""
         chosen = self.targets(linears, others)
         return self.frequencies * len(chosen)
@@ -121,9 +121,9 @@ class Bottleneck(Options):
     size: Count = Field(64, description="width of the bottleneck")
     activation: Literal["relu", "gelu", "silu"] = Field("relu", description="what stands between down and up")
 
-    def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
+    def added_parameters(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """The matrices down and up with their biases, for every adapter."""
-        chosen = choose(self.sublayer_ends, (), linears, {})
+        chosen = choose_targets(self.sublayer_ends, (), linears, {})
         width = outputs(chosen)
         matrices = 2 * width * self.size
         biases = width + self.size * len(chosen)

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from methods.options.base import NO_SECOND_MODEL, Count, Footprint, Positive, Targeted, size
+from methods.options.base import NO_SECOND_MODEL, Count, Footprint, Positive, Targeted, element_count
 from methods.parts.targets import Linears, Matrices, Others
 
 
@@ -38,14 +38,14 @@ class Galore(Targeted):
             raise ValueError("found refresh fast with variant apollo, whose bases are random; allowed: exact")
         return self
 
-    def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
+    def added_parameters(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """GaLore adds no parameters."""
         return 0
 
-    def trained(self, linears: Linears, others: Others) -> int:
+    def trained_parameters(self, linears: Linears, others: Others) -> int:
         """Every weight of the base is trained."""
         self.targets(linears, others)  # raises ValueError for a bad target
-        return size(linears) + size(others)
+        return element_count(linears) + element_count(others)
 
     def projected(self, linears: Linears, others: Others) -> Matrices:
         """The targets that are larger than the rank both ways, which have a subspace, with their (out, in)."""
@@ -63,8 +63,8 @@ class Galore(Targeted):
         shorter = sum(map(min, shapes))
         moments = 2 * self.rank * longer
         low_rank_moments = round(moments * self._bytes_per_moment())
-        trained = self.trained(linears, others)
-        plain_moments = 8 * (trained - size(projected))
+        trained = self.trained_parameters(linears, others)
+        plain_moments = 8 * (trained - element_count(projected))
         entries = self.rank * shorter
         bases = round(entries * self._bytes_per_basis_entry())
         directions = 0

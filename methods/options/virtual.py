@@ -5,8 +5,16 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from methods.options.base import WEIGHTS_EXPONENT, BaseConfig, Count, Options, plain_attention, positions, window
-from methods.parts.targets import Linears, Others, choose, outputs
+from methods.options.base import (
+    WEIGHTS_EXPONENT,
+    BaseConfig,
+    Count,
+    Options,
+    known_positions,
+    plain_attention,
+    window,
+)
+from methods.parts.targets import Linears, Others, choose_targets, outputs
 
 
 class _Virtual(Options):
@@ -40,15 +48,15 @@ class Prefix(_Virtual):
     def check(self, config: BaseConfig, seq_len: int) -> None:
         """A document's positions begin behind the prefix, and its last token must see all of it."""
         plain_attention(config, self.kind, "prompt")
-        known = positions(config)
+        known = known_positions(config)
         self._check_limit(known, seq_len)
         visible = window(config)
         self._check_limit(visible, seq_len)
 
-    def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
+    def added_parameters(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """A key and a value per layer and virtual token."""
         names = ("k_proj", "v_proj")
-        projections = choose(names, (), linears, {})
+        projections = choose_targets(names, (), linears, {})
         return self.tokens * outputs(projections)
 
     def _check_limit(self, visible: int | None, seq_len: int) -> None:
@@ -80,7 +88,7 @@ class Prompt(EmbeddedOptions):
     implementation: ClassVar[str] = "methods.prompt:PromptTuning"
     default_lr: ClassVar[float] = 3e-2
 
-    def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
+    def added_parameters(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """An embedding per virtual token."""
         width = _hidden(others)
         return self.tokens * width
@@ -95,7 +103,7 @@ class PTuning(EmbeddedOptions):
 
     hidden: Count = Field(128, description="width of the network")
 
-    def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
+    def added_parameters(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """The network's inputs, and its three layers with their biases."""
         width = _hidden(others)
         first = (width + 1) * self.hidden

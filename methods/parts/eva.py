@@ -19,7 +19,7 @@ from methods.parts.initial import adapted
 from methods.parts.peft_adapter import ADAPTER
 
 TOKENS = 8192  # after which directions of a few dozen have settled
-AT_ONCE = 512  # tokens whose inputs are held for a step of the SVD
+TOKENS_PER_UPDATE = 512  # tokens whose inputs are held for a step of the SVD
 PEFTS_SEED = 42  # of the sketch in it: where no direction stands out, it decides
 
 
@@ -39,11 +39,11 @@ def directions(model: Module, examples: Iterable[Tensor], rank: int, gather: Gat
     fits: dict[str, IncrementalPCA] = {}
     for name, _ in adapted(model):
         fits[name] = IncrementalPCA(rank, lowrank=True, lowrank_seed=PEFTS_SEED)
-    enough = max(AT_ONCE, 2 * rank)
+    enough = max(TOKENS_PER_UPDATE, 2 * rank)
     seen = 0  # tokens whose inputs the SVD has taken in
     waiting = 0  # tokens whose inputs wait for it
     model.eval()
-    with torch.no_grad(), listening(model) as heard, gather.gathered_in_turn(model):
+    with torch.no_grad(), recorded_inputs(model) as heard, gather.gathered_in_turn(model):
         for ids in examples:
             model(input_ids=ids, use_cache=False, logits_to_keep=1)
             waiting += ids.numel()
@@ -69,7 +69,7 @@ def fit(fits: dict[str, IncrementalPCA], heard: dict[str, list[Tensor]]) -> None
 
 
 @contextmanager
-def listening(model: Module) -> Iterator[dict[str, list[Tensor]]]:
+def recorded_inputs(model: Module) -> Iterator[dict[str, list[Tensor]]]:
     """Within it, every target's inputs are kept, fp32 [T, in]."""
     heard: dict[str, list[Tensor]] = {}
     handles = []

@@ -33,7 +33,7 @@ def is_any_named(module: str, patterns: Iterable[str]) -> bool:
     return any(matches)
 
 
-def choose(target: Target, exclude: Sequence[str], linears: Linears, others: Others) -> Matrices:
+def choose_targets(target: Target, exclude: Sequence[str], linears: Linears, others: Others) -> Matrices:
     """The matrices [out, in] that a target means, less those excluded; raises ValueError where a name finds none."""
     candidates = dict(linears)
     if target == "all-linear":

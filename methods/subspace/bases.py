@@ -9,7 +9,7 @@ from methods.base import Fragments, Piece, Tensors, gradient
 from methods.options.subspace import Galore
 from methods.subspace.exchange import Exchange
 from methods.subspace.matrix import Matrix, exact_basis, fast_basis, generator, random_basis
-from methods.subspace.projector import Calendar, Fp32Projector, Int4Projector, Projector
+from methods.subspace.projector import Fp32Projector, Int4Projector, Projector, RefreshSchedule
 
 
 class Bases:
@@ -28,7 +28,7 @@ class Bases:
             projector = _projector(matrix, options.is_lazy, device)
             self._projectors.append(projector)
         sides = [matrix.side for matrix in matrices]
-        self._calendar = Calendar(options.refresh_every, options.is_lazy, sides, device)
+        self._refresh_schedule = RefreshSchedule(options.refresh_every, options.is_lazy, sides, device)
 
     def __getitem__(self, index: int) -> Tensor:
         """The basis of a matrix, in R^{S x R}."""
@@ -37,7 +37,7 @@ class Bases:
 
     def refresh(self, step: int, fragments: Fragments) -> None:
         """Choose the bases that are due after so many steps, from the gradients in the fragments; a collective."""
-        due = self._calendar.due(step)
+        due = self._refresh_schedule.due(step)
         if self._options.variant == "apollo":
             for index in due:
                 matrix = self._matrices[index]
@@ -55,16 +55,16 @@ class Bases:
         pieces: list[Piece] = []
         for name, projector in zip(names, self._projectors, strict=True):
             pieces += projector.pieces(name)
-        pieces += self._calendar.pieces(names)
+        pieces += self._refresh_schedule.pieces(names)
         return pieces
 
     def state(self) -> Tensors:
         """What the schedule of refreshes goes by."""
-        return self._calendar.state()
+        return self._refresh_schedule.state()
 
     def load_state(self, state: Tensors) -> None:
         """Take back what `state` gave."""
-        self._calendar.load_state(state)
+        self._refresh_schedule.load_state(state)
 
     def _choose(self, turn: list[int], step: int, fragments: Fragments) -> None:
         """Choose the bases of up to as many matrices as there are ranks; each rank owns one of the matrices."""
@@ -84,7 +84,7 @@ class Bases:
 
     def _keep(self, index: int, basis_SR: Tensor) -> None:
         """Note that a matrix has a new basis, and store it."""
-        self._calendar.note(index, basis_SR)
+        self._refresh_schedule.note(index, basis_SR)
         projector = self._projectors[index]
         projector.set(basis_SR)
 

@@ -117,7 +117,7 @@ class Int4Projector:
         return [by_pair, by_block]
 
 
-class Calendar:
+class RefreshSchedule:
     """When each matrix is refreshed: every so many steps, and if lazy, half as often while its direction stays.
 
     A gradient of zeros, as that of an expert without tokens, gives no basis; then every step looks again until there

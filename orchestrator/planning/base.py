@@ -82,7 +82,7 @@ def _refused_by_method(job: Job, model: Model) -> Iterator[str]:
     if not model.shapes:
         return
     try:
-        job.method.trained(model.linears, model.others)
+        job.method.trained_parameters(model.linears, model.others)
     except ValueError as error:
         yield f"method: {error}"
 

@@ -114,8 +114,8 @@ def sizes(job: Job, model: Model) -> Sizes | None:
     linears = model.linears
     others = model.others
     new_rows = 0 if method.makes_model else model.added
-    added = method.adds(linears, others) + new_rows
-    trained = method.trained(linears, others) + new_rows
+    added = method.added_parameters(linears, others) + new_rows
+    trained = method.trained_parameters(linears, others) + new_rows
     shared, held = _frozen_bytes(job, model)
     state = method.optimizer_bytes(linears, others)
     zero = job.sharding.zero

@@ -222,10 +222,10 @@ def test_learning_rate_warms_up_after_each_restart_and_not_before_the_job_has() 
 
 def test_what_is_trained() -> None:
     linears, others = {"layers.0.q_proj": (8, 8)}, {"embed_tokens.weight": (10, 8), "norm.weight": (8,)}
-    assert ReLora(rank=2).trained(linears, others) == 2 * 16 + 88
-    assert ReLora(rank=2, others=False).trained(linears, others) == 2 * 16
+    assert ReLora(rank=2).trained_parameters(linears, others) == 2 * 16 + 88
+    assert ReLora(rank=2, others=False).trained_parameters(linears, others) == 2 * 16
     warm = ReLora(rank=2, full_rank=0.1)
-    assert warm.trained(linears, others) == 2 * 16 + 88 + 64
+    assert warm.trained_parameters(linears, others) == 2 * 16 + 88 + 64
     assert warm.optimizer_bytes(linears, others) == (8 * (64 + 88), 0)
     assert ReLora(rank=2, quantised=True).frozen_bytes(linears, others, 4) == (0, 33)  # 64 half bytes, a constant
 
