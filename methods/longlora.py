@@ -28,7 +28,7 @@ from torch.nn import Module
 
 from methods.base import Keywords, Tensors
 from methods.lora import LowRank
-from methods.options.low_rank import LongLora
+from methods.options.low_rank_long import LongLora
 from methods.parts import attention
 from methods.parts.shifted_attention import NAME, sparse_in_training
 from methods.parts.weights import shapes

@@ -43,7 +43,7 @@ from torch.nn import Module
 
 from methods.base import Fragment, Fragments, Keywords, Method, Piece, Schedule, Setup, Tensors, View, master, part_of
 from methods.lora import LowRank
-from methods.options.low_rank import ReLora
+from methods.options.low_rank_merged import ReLora
 from methods.parts import quantised
 from methods.parts.initial import adapted, factor_names
 from methods.parts.peft_adapter import ADAPTER, name_in_base

@@ -15,10 +15,10 @@ class LowRankOptions(Targeted):
     default_lr: ClassVar[float] = 2e-4
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
 
-    rank: Count = Field(16, description="rank r of the update B A")
+    rank: Count = Field(16, description="rank r of the update B A, the same for every module")
     alpha: float | None = Field(None, gt=0, description="numerator of the update's scale; null: 2 x rank")
-    dropout: Fraction = Field(0.0, description="dropout on the adapter's input")
-    lr_ratio: Positive = Field(1.0, description="LoRA+: learning rate of B over that of A")
+    dropout: Fraction = Field(0.0, description="probability with which an entry of the adapter's input is dropped")
+    lr_ratio: Positive = Field(1.0, description="LoRA+: learning rate of B over that of A; 1: both have train.lr")
 
     @property
     def scale_numerator(self) -> float:

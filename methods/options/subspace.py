@@ -22,15 +22,27 @@ class Galore(Targeted):
     default_lr: ClassVar[float] = 1e-3
     makes_model: ClassVar[bool] = True
     trains_new_tokens: ClassVar[bool] = True
+    when_to_take: ClassVar[str] = (
+        "Take it where all weights are to learn and AdamW's two moments of them do not fit: the paper saves two "
+        "thirds of that state at a rank of a quarter of the width. What speaks for it is pretraining, and little "
+        "is known of fine-tuning. To save memory against LoRA it is the wrong choice, as weights and gradients "
+        "are there in full, and it leaves a model, not an adapter."
+    )
 
     variant: Literal["galore", "q-galore", "apollo"] = Field(
         "galore", description="q-galore: 4-bit projector, lazy refresh; apollo: random projection, scaled gradient"
     )
     rank: Count = Field(128, description="rank r of the subspace; a matrix of no more rows or columns has AdamW")
-    refresh_every: Count = Field(200, description="steps between two refreshes of the subspace")
-    refresh: Literal["exact", "fast"] = Field("exact", description="singular vectors, exact or by random sketching")
-    scale: Positive = Field(0.25, description="factor of the projected update")
-    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="what moves in the subspace")
+    refresh_every: Count = Field(
+        200, description="steps between two refreshes of the subspace, of which each takes a decomposition"
+    )
+    refresh: Literal["exact", "fast"] = Field(
+        "exact", description="how singular vectors are found: exactly, or by random sketching"
+    )
+    scale: Positive = Field(0.25, description="factor of the learning rate for what moves in a subspace")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="precision of the moments in the subspace: fp32, or 8 bits"
+    )
 
     @model_validator(mode="after")
     def _check_refresh(self) -> "Galore":

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from methods.base import UNSHARDED, Setup
 from methods.longlora import LongLoraTuning
-from methods.options.low_rank import LongLora
+from methods.options.low_rank_long import LongLora
 from methods.parts.weights import shapes
 from orchestrator.errors import InputError
 from orchestrator.planning.model import Model

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from methods.base import Setup
-from methods.options.low_rank import ReLora
+from methods.options.low_rank_merged import ReLora
 from methods.relora import ReLoraTuning
 from runfolder.job import Job
 from runfolder.record import load_job
