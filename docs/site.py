@@ -54,7 +54,7 @@ def job_page() -> str:
         "",
         "One of the [methods](methods/index.md), with its options: `{kind: lora, rank: 16}`, or",
     ]
-    return "\n".join([*lines, "its bare name for its defaults.", ""])
+    return "\n".join([*lines, "its bare name for its defaults. Without this key it is `full`.", ""])
 
 
 def part_of(field: FieldInfo) -> type[BaseModel] | None:
@@ -156,7 +156,7 @@ def method_page(kind: str) -> str:
 
 def seen(method: dict[str, Any]) -> list[str]:
     """What the support matrix and the comparison on the tiny base say of a method."""
-    lines = [f"At commit {method['support_commit']}: "]
+    lines = [f"At commit {method['support_commit']}:", ""]
     lines += [f"- {name}: {cell}" for name, cell in zip(CAPABILITIES, support(method), strict=True)]
     record = json.loads((ROOT / "benchmarks" / "results" / "methods-record.json").read_text())
     for figures in record["methods"]:
@@ -165,7 +165,7 @@ def seen(method: dict[str, Any]) -> list[str]:
             mean = sum(matches) / len(matches)
             lines += [
                 "",
-                f"On the tiny base (task `{record['task']}`, commit {record['commit']}, {len(matches)} seeds): ",
+                f"On the tiny base (task `{record['task']}`, commit {record['commit']}, {len(matches)} seeds):",
             ]
             lines += [f"exact match {mean:.0%} with {figures['trained']:,} trained weights."]
     return lines

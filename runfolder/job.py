@@ -86,7 +86,9 @@ class Train(_Section):
         16384, ge=1, description="tokens of the global batch, which all workers share; at least data.seq_len"
     )
     micro_batch: int = Field(1, ge=1, description="sequences of seq_len per forward pass and worker")
-    lr: float | None = Field(None, gt=0, description="null: the method's default, at the base's width")
+    lr: float | None = Field(
+        None, gt=0, description="peak learning rate; null: the method's default, at the base's width"
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="how lr goes after the warm-up: down to zero by the last step, or not at all"
     )

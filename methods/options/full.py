@@ -31,7 +31,9 @@ class Full(Options):
     lisa_layers: int | None = Field(
         None, ge=1, description="layers trained at a time, drawn at random; null: all layers"
     )
-    lisa_every: Count = Field(20, description="steps between two draws of lisa_layers; without them it has no effect")
+    lisa_every: Count = Field(
+        20, description="steps between two draws of layers; without lisa_layers it has no effect"
+    )
 
     def added_parameters(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """Full fine-tuning adds no parameters."""
