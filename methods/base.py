@@ -85,6 +85,14 @@ class Piece:
     whole: bool
 
 
+Pieces = Sequence[Piece]
+
+
+def replicated_piece(name: str, tensors: Tensors) -> Piece:
+    """The piece of flattened tensors that every rank holds whole."""
+    return Piece(name, 0, tensors, True)
+
+
 class Fragment(Protocol):
     """The part [start, stop) of one flattened trained parameter that this rank holds."""
 
@@ -198,7 +206,7 @@ class Method(Generic[O]):
         group = {"params": parameters}
         return torch.optim.AdamW([group], lr=lr, **adam)
 
-    def pieces(self) -> Sequence[Piece]:
+    def pieces(self) -> Pieces:
         """State of the method's own that checkpoints hold and loading writes into, in whatever layout it is."""
         return []
 

@@ -39,7 +39,20 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import Module
 
-from methods.base import Fragment, Fragments, Keywords, Method, Piece, Schedule, Setup, Tensors, View, master, part_of
+from methods.base import (
+    Fragment,
+    Fragments,
+    Keywords,
+    Method,
+    Pieces,
+    Schedule,
+    Setup,
+    Tensors,
+    View,
+    master,
+    part_of,
+    replicated_piece,
+)
 from methods.lora import LowRank
 from methods.options.low_rank_merged import ReLora
 from methods.parts import quantised
@@ -102,16 +115,16 @@ class ReLoraTuning(LowRank[ReLora]):
                 frozen.append(name)
         return frozen
 
-    def pieces(self) -> Sequence[Piece]:
+    def pieces(self) -> Pieces:
         """The weights in 4 bits, which every rank holds."""
         if not self.options.quantised:
             return []
         pieces = []
         for name, layer in self._layers.items():
             base = layer.get_base_layer()
-            for kind, value in quantised.state(base).items():
-                tensors = {kind: value}
-                piece = Piece(f"{name}.{kind}", 0, tensors, True)
+            state = quantised.state(base)
+            for kind, value in state.items():
+                piece = replicated_piece(f"{name}.{kind}", {kind: value})
                 pieces.append(piece)
         return pieces
 

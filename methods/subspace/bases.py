@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from methods.base import Fragments, Piece, Tensors, gradient
+from methods.base import Fragments, Piece, Pieces, Tensors, gradient, part_of
 from methods.options.subspace import Galore
 from methods.subspace.exchange import Exchange
 from methods.subspace.matrix import Matrix, exact_basis, fast_basis, generator, random_basis
@@ -28,7 +28,8 @@ class Bases:
             projector = _projector(matrix, options.is_lazy, device)
             self._projectors.append(projector)
         sides = [matrix.side for matrix in matrices]
-        self._refresh_schedule = RefreshSchedule(options.refresh_every, options.is_lazy, sides, device)
+        every = options.refresh_every
+        self._refresh_schedule = RefreshSchedule(every, options.is_lazy, sides, device)
 
     def __getitem__(self, index: int) -> Tensor:
         """The basis of a matrix, in R^{S x R}."""
@@ -45,17 +46,20 @@ class Bases:
                 self._keep(index, basis_SR)
             return
         world_size = self._exchange.world_size
-        for first in range(0, len(due), world_size):
-            turn = due[first : first + world_size]
+        count = len(due)
+        for first in range(0, count, world_size):
+            last = first + world_size
+            turn = due[first:last]
             self._choose(turn, step, fragments)
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> Pieces:
         """The bases, and the directions that lazy refreshing goes by."""
         names = [matrix.name for matrix in self._matrices]
         pieces: list[Piece] = []
         for name, projector in zip(names, self._projectors, strict=True):
             pieces += projector.pieces(name)
-        pieces += self._refresh_schedule.pieces(names)
+        directions = self._refresh_schedule.pieces(names)
+        pieces += directions
         return pieces
 
     def state(self) -> Tensors:
@@ -68,14 +72,15 @@ class Bases:
 
     def _choose(self, turn: list[int], step: int, fragments: Fragments) -> None:
         """Choose the bases of up to as many matrices as there are ranks; each rank owns one of the matrices."""
-        matrices = [self._matrices[index] for index in turn]
         grads = []
-        for owner, matrix in enumerate(matrices):
+        for owner, index in enumerate(turn):
+            matrix = self._matrices[index]
             grad_MN = self._reduced(matrix, owner, fragments)
             grads.append(grad_MN)
         bases = []
-        for matrix, grad_MN in zip(matrices, grads, strict=True):
-            basis_SR = self._chosen(step, matrix, grad_MN)
+        for owner, index in enumerate(turn):
+            matrix = self._matrices[index]
+            basis_SR = self._chosen(step, matrix, grads[owner])
             bases.append(basis_SR)
         for owner, index in enumerate(turn):
             basis_SR = bases[owner]
@@ -90,26 +95,30 @@ class Bases:
 
     def _reduced(self, matrix: Matrix, owner: int, fragments: Fragments) -> Tensor | None:
         """The whole gradient of a matrix, on its owner alone."""
-        size = matrix.rows * matrix.columns
+        rows = matrix.rows
+        columns = matrix.columns
+        size = rows * columns
         grad = torch.zeros(size, device=self._device)
         fragment = fragments.get(matrix.name)
         if fragment is not None:
-            grad[fragment.start : fragment.stop] = gradient(fragment)
+            held = part_of(grad, fragment)
+            held.copy_(gradient(fragment))
         exchange = self._exchange
         exchange.reduce_to(owner, grad)
         if owner != exchange.rank:
             return None
-        return grad.view(matrix.rows, matrix.columns)
+        return grad.view(rows, columns)
 
     def _chosen(self, step: int, matrix: Matrix, grad_MN: Tensor | None) -> Tensor:
         """The basis on the owner; elsewhere memory for it."""
+        rank = matrix.rank
         if grad_MN is None:
-            return torch.empty(matrix.side, matrix.rank, device=self._device)
+            return torch.empty(matrix.side, rank, device=self._device)
         if self._options.refresh == "fast":
             sketcher = generator(self._seed, step, matrix.name)
-            basis_SR = fast_basis(grad_MN, matrix.rank, sketcher)
+            basis_SR = fast_basis(grad_MN, rank, sketcher)
         else:
-            basis_SR = exact_basis(grad_MN, matrix.rank)
+            basis_SR = exact_basis(grad_MN, rank)
         return basis_SR.contiguous()  # what is broadcast is memory, and LAPACK's is column by column
 
     def _drawn(self, step: int, matrix: Matrix) -> Tensor:
@@ -121,6 +130,8 @@ class Bases:
 
 def _projector(matrix: Matrix, in_4_bits: bool, device: torch.device) -> Projector:
     """Memory for the basis of a matrix."""
+    side = matrix.side
+    rank = matrix.rank
     if in_4_bits:
-        return Int4Projector(matrix.side, matrix.rank, device)
-    return Fp32Projector(matrix.side, matrix.rank, device)
+        return Int4Projector(side, rank, device)
+    return Fp32Projector(side, rank, device)
