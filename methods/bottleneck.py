@@ -57,7 +57,7 @@ class BottleneckTuning(Method[Bottleneck]):
     """Adapters in the places that the options name."""
 
     def attach(self, model: Module) -> Module:
-        """Freeze the base and add adapters."""
+        """Freeze the base, and put adapters behind its sublayers."""
         model.requires_grad_(False)
         insert(model, self.options)
         return model
@@ -127,7 +127,7 @@ def load(model: Module, folder: Path) -> Module:
 
 
 def _adapters(model: Module) -> Iterator[tuple[str, Adapter]]:
-    """The adapters in a model, by name."""
+    """The adapters that a model has, by name."""
     for name, module in model.named_modules():
         if isinstance(module, Adapter):
             yield name, module

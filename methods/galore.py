@@ -156,7 +156,7 @@ class GaloreTuning(Method[Galore]):
         self._loaded = state
 
     def export(self, model: "PreTrainedModel", weights: Tensors, folder: Path) -> None:
-        """Write the model as `from_pretrained` loads it."""
+        """Write the model as transformers' `from_pretrained` loads it."""
         model.save_pretrained(folder, state_dict=weights)
 
     def merge(self, model: Module) -> Module:
@@ -164,7 +164,7 @@ class GaloreTuning(Method[Galore]):
         return model
 
     def _allocate(self, device: torch.device, replicated: bool) -> None:
-        """Make the state of this rank's slice."""
+        """Make moments, bases and norms for this rank's slice, and fill in what was loaded."""
         matrices = self._matrices
         lengths = (matrix.padded for matrix in matrices)
         length = sum(lengths)
@@ -183,7 +183,7 @@ class GaloreTuning(Method[Galore]):
             self._scaler.norms.copy_(norms)
 
     def _new_moments(self, device: torch.device) -> Moments:
-        """Moments of zero for this rank's slice."""
+        """Moments of zero for this rank's slice, in fp32 or in 8 bits."""
         size = self.exchange.owned_length
         defaults = self._adam.defaults
         betas = defaults["betas"]
@@ -193,7 +193,7 @@ class GaloreTuning(Method[Galore]):
         return Adam(size, betas, eps, device)
 
     def _live(self) -> Fragments:
-        """The targets' fragments that have a gradient."""
+        """The targets' fragments that have a gradient in this step, by name."""
         live = {}
         for name, fragment in self._targets.items():
             grad = fragment.parameter.grad

@@ -31,7 +31,7 @@ MERGE_BOUND = 10.0  # ||q|| over ||s B A|| of a layer
 
 
 class QLoraTuning(LowRank[QLora]):
-    """LoRA over a base in 4 bits."""
+    """LoRA over a base whose linear layers are in 4 bits."""
 
     def __init__(self, options: QLora, setup: Setup) -> None:
         super().__init__(options, setup)
@@ -43,7 +43,7 @@ class QLoraTuning(LowRank[QLora]):
         return quantised.load_options(options.quant, options.double_quant, config.dtype)
 
     def config(self) -> Keywords:
-        """The start that PEFT draws itself."""
+        """Name the start to PEFT where PEFT draws it."""
         if self.options.init == "gaussian":
             return {"init_lora_weights": "gaussian"}
         return {}

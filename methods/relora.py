@@ -167,12 +167,12 @@ class ReLoraTuning(LowRank[ReLora]):
             print(f"{report} (median of layers; at most {most:.2g})", flush=True)
 
     def state(self) -> Tensors:
-        """The number of steps done."""
+        """The number of steps done, by which restarts are due."""
         step = torch.tensor(self._done)
         return {"step": step}
 
     def load_state(self, state: Tensors) -> None:
-        """Take back the number of steps done."""
+        """Go on from the number of steps that `state` gave."""
         step = state["step"]
         self._done = int(step)
 
@@ -181,7 +181,7 @@ class ReLoraTuning(LowRank[ReLora]):
         return Method.reference(self, model)
 
     def export(self, model: peft.PeftModel, weights: Tensors, folder: Path) -> None:
-        """Write the model as `from_pretrained` loads it."""
+        """Write the model as transformers' `from_pretrained` loads it, without factors."""
         base = model.get_base_model()
         plain: Tensors = {}
         for name, value in weights.items():

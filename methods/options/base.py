@@ -1,4 +1,4 @@
-"""What the options of all methods share."""
+"""What the options of all methods share: what a method costs, what it refuses, and which modules it takes."""
 
 from collections.abc import Mapping
 from math import prod

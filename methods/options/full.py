@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from methods.options.base import NO_SECOND_MODEL, WEIGHTS_EXPONENT, Count, Options
-from methods.parts.targets import Linears, Others, is_any_named, is_named
+from methods.parts.targets import Linears, Others, Shape, is_any_named, is_named
 
 
 class Full(Options):
@@ -36,13 +36,14 @@ class Full(Options):
     )
 
     def added_parameters(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
-        """Full fine-tuning adds no parameters."""
+        """None: full fine-tuning adds no parameters to the base."""
         return 0
 
     def trained_parameters(self, linears: Linears, others: Others) -> int:
-        """Every weight that is not frozen."""
-        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in linears.items()}
-        shapes |= others
+        """The number of weights that `freeze` does not name; raises ValueError where that is none."""
+        shapes: dict[str, Shape] = dict(others)
+        for module, matrix_shape in linears.items():
+            shapes[f"{module}.weight"] = matrix_shape
         self._check_patterns(shapes)
         self._check_layers(shapes)
         trained = 0
@@ -58,17 +59,22 @@ class Full(Options):
         return is_any_named(name, self.freeze)
 
     def _check_patterns(self, names: Iterable[str]) -> None:
+        """Raise ValueError where a pattern in `freeze` matches none of these names."""
         for pattern in self.freeze:
-            if not any(is_named(name, pattern) for name in names):
+            matches = (is_named(name, pattern) for name in names)
+            if not any(matches):
                 raise ValueError(f"found the pattern {pattern!r} in freeze, which no weight of the base matches")
 
     def _check_layers(self, names: Iterable[str]) -> None:
-        if self.lisa_layers is None:
+        """Raise ValueError where `lisa_layers` is more than the layers of a base with these names."""
+        wanted = self.lisa_layers
+        if wanted is None:
             return
-        layers = set(map(layer_of, names)) - {None}
+        layers = set(map(layer_of, names))
+        layers.discard(None)
         count = len(layers)
-        if self.lisa_layers > count:
-            raise ValueError(f"found lisa_layers {self.lisa_layers}; allowed: up to the base's {count} layers")
+        if wanted > count:
+            raise ValueError(f"found lisa_layers {wanted}; allowed: up to the base's {count} layers")
 
 
 def layer_of(name: str) -> int | None:

@@ -55,7 +55,7 @@ class ReLora(LowRankOptions):
         return self.quantised
 
     def targets(self, linears: Linears, others: Others) -> Matrices:  # noqa: ARG002
-        """As for LoRA, but linear layers alone."""
+        """The linear layers that get an adapter, with their (out, in)."""
         return self.linear_targets(linears)
 
     def trained_parameters(self, linears: Linears, others: Others) -> int:

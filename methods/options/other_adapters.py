@@ -122,7 +122,7 @@ class FourierFt(Targeted):
         return chosen
 
     def added_parameters(self, linears: Linears, others: Others) -> int:
-        """The trained entries of every target."""
+        """The trained entries of the spectra of all targets."""
         chosen = self.targets(linears, others)
         return self.frequencies * len(chosen)
 

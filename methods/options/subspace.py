@@ -51,19 +51,21 @@ class Galore(Targeted):
         return self
 
     def added_parameters(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
-        """GaLore adds no parameters."""
+        """None: GaLore adds no parameters to the base."""
         return 0
 
     def trained_parameters(self, linears: Linears, others: Others) -> int:
-        """Every weight of the base is trained."""
+        """The number of weights of the base, which are all trained; raises ValueError for a bad target."""
         self.targets(linears, others)  # raises ValueError for a bad target
         return element_count(linears) + element_count(others)
 
     def projected(self, linears: Linears, others: Others) -> Matrices:
         """The targets that are larger than the rank both ways, which have a subspace, with their (out, in)."""
         larger: Matrices = {}
-        for name, shape in self.targets(linears, others).items():
-            if min(shape) > self.rank:
+        targets = self.targets(linears, others)
+        for name, shape in targets.items():
+            shorter_side = min(shape)
+            if shorter_side > self.rank:
                 larger[name] = shape
         return larger
 
@@ -74,15 +76,18 @@ class Galore(Targeted):
         longer = sum(map(max, shapes))
         shorter = sum(map(min, shapes))
         moments = 2 * self.rank * longer
-        low_rank_moments = round(moments * self._bytes_per_moment())
+        low_rank_moments = moments * self._bytes_per_moment()
         trained = self.trained_parameters(linears, others)
-        plain_moments = 8 * (trained - element_count(projected))
+        plain = trained - element_count(projected)
+        plain_moments = 8 * plain
         entries = self.rank * shorter
-        bases = round(entries * self._bytes_per_basis_entry())
+        bases = entries * self._bytes_per_basis_entry()
         directions = 0
         if self.is_lazy:
             directions = 4 * shorter  # the leading direction of each matrix, in fp32
-        return low_rank_moments + plain_moments, bases + directions
+        shared = round(low_rank_moments) + plain_moments
+        replicated = round(bases) + directions
+        return shared, replicated
 
     @property
     def is_lazy(self) -> bool:
@@ -92,11 +97,13 @@ class Galore(Targeted):
     # In blocks of 256 numbers: 8-bit moments have an fp32 scale, 4-bit bases a scale and a zero point.
 
     def _bytes_per_moment(self) -> float:
+        """Bytes of one number of a moment in a subspace."""
         if self.optimizer == "adamw8bit":
             return 1 + 4 / 256
         return 4
 
     def _bytes_per_basis_entry(self) -> float:
+        """Bytes of one number of a basis."""
         if self.is_lazy:
             return 1 / 2 + 8 / 256
         return 4

@@ -18,6 +18,8 @@ from methods.parts.targets import Linears, Others, choose_targets, outputs
 
 
 class _Virtual(Options):
+    """What methods with virtual tokens share: their number, and the text that they start from."""
+
     on_4_bits: ClassVar[bool] = True
     refusals: ClassVar[Mapping[str, str]] = {
         "merge": "virtual tokens are inputs, which no weight of the base can stand for; nearest: lora",
@@ -101,7 +103,7 @@ class Prompt(EmbeddedOptions):
     )
 
     def added_parameters(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
-        """An embedding per virtual token."""
+        """An embedding in R^D for each virtual token."""
         width = _hidden(others)
         return self.tokens * width
 
@@ -123,11 +125,13 @@ class PTuning(EmbeddedOptions):
     def added_parameters(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """The network's inputs, and its three layers with their biases."""
         width = _hidden(others)
-        first = (width + 1) * self.hidden
-        second = (self.hidden + 1) * self.hidden
-        third = (self.hidden + 1) * width
+        hidden = self.hidden
+        first = (width + 1) * hidden
+        second = (hidden + 1) * hidden
+        third = (hidden + 1) * width
         network = first + second + third
-        return self.tokens * width + network
+        inputs = self.tokens * width
+        return inputs + network
 
 
 def _hidden(others: Others) -> int:

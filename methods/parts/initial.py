@@ -89,6 +89,7 @@ def _adding(A0: Tensor, B0: Tensor, scale: float) -> Callable[..., Tensor]:
     """A hook that adds s B0 A0 x, in the order of PEFT's own forward pass."""
 
     def add(_: Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        """Add it in the factors' dtype, and give the sum in the output's."""
         x = inputs[0]
         x = x.to(A0.dtype)
         narrow = linear(x, A0)

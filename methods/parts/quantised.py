@@ -34,7 +34,7 @@ def load_options(quant: str, double: bool, dtype: torch.dtype) -> Keywords:
 
 
 def four_bit_layers(model: Module) -> Iterator[tuple[str, Any]]:
-    """The layers in 4 bits, by name."""
+    """The layers whose weight is in 4 bits, by name."""
     if "bitsandbytes" not in sys.modules:
         return
     from bitsandbytes.nn.modules import Linear4bit
@@ -163,6 +163,7 @@ def originals(config: Any) -> Callable[[str], Tensor]:
     files = _files(config)
 
     def read(name: str) -> Tensor:
+        """Read the weight of this name; raises ValueError where no file has it."""
         if name not in files:
             raise ValueError(f"{config._name_or_path}: its safetensors files have no {name}, which this start needs")
         with safe_open(files[name], framework="pt") as tensors:

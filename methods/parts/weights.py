@@ -4,13 +4,13 @@ from torch import nn
 from torch.nn import Module, Parameter
 
 from methods.base import Gather
-from methods.parts.targets import Linears, Matrices, Others, is_linear
+from methods.parts.targets import Linears, Matrices, Others, Shape, is_linear
 
 
 def shapes(model: Module, gather: Gather) -> tuple[Linears, Others]:
     """The linear layers and the other weights of a base, sharded, quantised or neither."""
     linears: Matrices = {}
-    others: dict[str, tuple[int, ...]] = {}
+    others: dict[str, Shape] = {}
     for name, parameter in model.named_parameters():
         shape = _shape(model, name, parameter, gather)
         if is_linear(name, shape):
@@ -22,7 +22,7 @@ def shapes(model: Module, gather: Gather) -> tuple[Linears, Others]:
     return linears, others
 
 
-def _shape(model: Module, name: str, parameter: Parameter, gather: Gather) -> tuple[int, ...]:
+def _shape(model: Module, name: str, parameter: Parameter, gather: Gather) -> Shape:
     """The whole shape of a weight, as the 16-bit base has it."""
     module_name, _, _ = name.rpartition(".")
     module = model.get_submodule(module_name)

@@ -98,7 +98,7 @@ class Scaler:
 
 
 def scale_channels(matrix: Matrix, scale: Tensor, fragment: Fragment) -> Tensor:
-    """A fragment's gradient with its channels scaled."""
+    """A fragment's gradient, flat, each of its channels times that channel's scale."""
     grad = gradient(fragment)
     width = matrix.columns
     rows, first = whole_rows(grad, fragment.start, width)

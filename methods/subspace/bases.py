@@ -63,11 +63,11 @@ class Bases:
         return pieces
 
     def state(self) -> Tensors:
-        """What the schedule of refreshes goes by."""
+        """What the schedule of refreshes goes by, equal on every rank."""
         return self._refresh_schedule.state()
 
     def load_state(self, state: Tensors) -> None:
-        """Take back what `state` gave."""
+        """Go on with the schedule of refreshes that `state` gave."""
         self._refresh_schedule.load_state(state)
 
     def _choose(self, turn: list[int], step: int, fragments: Fragments) -> None:
@@ -129,7 +129,7 @@ class Bases:
 
 
 def _projector(matrix: Matrix, in_4_bits: bool, device: torch.device) -> Projector:
-    """Memory for the basis of a matrix."""
+    """Memory of zeros for the basis of a matrix."""
     side = matrix.side
     rank = matrix.rank
     if in_4_bits:

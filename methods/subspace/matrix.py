@@ -47,19 +47,19 @@ class Matrix:
 
     @property
     def side(self) -> int:
-        """S, the length of a basis vector."""
+        """S, the length of a basis vector: the shorter side."""
         return min(self.rows, self.columns)
 
     @property
     def low_shape(self) -> MatrixShape:
-        """Shape of the low-rank gradient."""
+        """Shape of the low-rank gradient: [M, R] or [R, N]."""
         if self.right:
             return (self.rows, self.rank)
         return (self.rank, self.columns)
 
     @property
     def size(self) -> int:
-        """Elements of the low-rank gradient."""
+        """Number of elements of the low-rank gradient, L x R."""
         return math.prod(self.low_shape)
 
     @property

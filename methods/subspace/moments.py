@@ -37,7 +37,7 @@ class Moments(Protocol):
 
 
 class Adam:
-    """First and second moments in fp32."""
+    """First and second moments of a flat vector in fp32 (Kingma and Ba 2014, arXiv 1412.6980, algorithm 1)."""
 
     def __init__(self, size: int, betas: Betas, eps: float, device: torch.device) -> None:
         self.betas = betas
@@ -61,7 +61,7 @@ class Adam:
         return ratio.mul_(corrected)
 
     def pieces(self, name: str, start: int, part: slice, whole: bool) -> Pieces:
-        """Both moments of a part, by element."""
+        """Both moments of a part of the vector, element by element."""
         first = self.exp_avg[part]
         second = self.exp_avg_sq[part]
         tensors = {"exp_avg": first, "exp_avg_sq": second}

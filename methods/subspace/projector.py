@@ -27,7 +27,7 @@ class Projector(Protocol):
         ...
 
     def set(self, basis_SR: Tensor) -> None:
-        """Store a basis instead of the last."""
+        """Store a basis in R^{S x R} in place of the last."""
         ...
 
     def pieces(self, name: str) -> Pieces:
@@ -36,7 +36,7 @@ class Projector(Protocol):
 
 
 class Fp32Projector:
-    """Memory for a basis as it is."""
+    """Memory for a basis in fp32, as it is."""
 
     def __init__(self, side: int, rank: int, device: torch.device) -> None:
         basis_SR = torch.zeros(side, rank, device=device)
@@ -47,11 +47,11 @@ class Fp32Projector:
         return self._basis_SR
 
     def set(self, basis_SR: Tensor) -> None:
-        """Store a basis instead of the last."""
+        """Store a basis in R^{S x R} in place of the last."""
         self._basis_SR.copy_(basis_SR)
 
     def pieces(self, name: str) -> Pieces:
-        """The basis, flattened, as one piece."""
+        """The basis, flattened row by row, as one piece."""
         elements = self._basis_SR.view(-1)
         piece = replicated_piece(f"{name}.basis", {"basis": elements})
         return [piece]
@@ -72,7 +72,7 @@ class Int4Projector:
         self._zeros = torch.zeros(blocks, device=device)
 
     def get(self) -> Tensor:
-        """The basis that the codes stand for."""
+        """The basis in R^{S x R} that the codes stand for, in fp32."""
         side = self._side
         rank = self._rank
         even = self._codes & LEVELS
@@ -89,7 +89,7 @@ class Int4Projector:
         return unpadded.view(side, rank)
 
     def set(self, basis_SR: Tensor) -> None:
-        """Round a basis to codes."""
+        """Round a basis in R^{S x R} to codes, block by block, and store them."""
         elements = basis_SR.reshape(-1)
         pairs = len(self._codes)
         padding = 2 * pairs - len(elements)
@@ -198,7 +198,7 @@ class RefreshSchedule:
         return state
 
     def load_state(self, state: Tensors) -> None:
-        """Take back what `state` gave."""
+        """Go on with the intervals and cosines that `state` gave."""
         empty = state["empty"]
         self._empty.copy_(empty)
         if self._lazy:
