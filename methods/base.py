@@ -85,7 +85,7 @@ class Piece:
     whole: bool
 
 
-Pieces = Sequence[Piece]
+StatePieces = Sequence[Piece]
 
 
 def replicated_piece(name: str, tensors: Tensors) -> Piece:
@@ -215,7 +215,7 @@ class Method(Generic[O]):
         group = {"params": parameters}
         return torch.optim.AdamW([group], lr=lr, **adam)
 
-    def pieces(self) -> Pieces:
+    def pieces(self) -> StatePieces:
         """State of the method's own that checkpoints hold and loading writes into, in whatever layout it is."""
         return []
 

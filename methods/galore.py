@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from methods.base import Fragment, Fragments, Method, Pieces, Setup, Tensors, View, gradient
+from methods.base import Fragment, Fragments, Method, Setup, StatePieces, Tensors, View, gradient
 from methods.options.subspace import Galore
 from methods.parts.targets import Matrices
 from methods.parts.weights import shapes
@@ -122,7 +122,7 @@ class GaloreTuning(Method[Galore]):
             weight.sub_(direction, alpha=scaled_lr)
             weight.mul_(kept)  # after the step, as the authors do
 
-    def pieces(self) -> Pieces:
+    def pieces(self) -> StatePieces:
         """The moments of this rank's slice, and the bases."""
         exchange = self.exchange
         owned = exchange.owned

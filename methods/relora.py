@@ -44,9 +44,9 @@ from methods.base import (
     Fragments,
     Keywords,
     Method,
-    Pieces,
     Schedule,
     Setup,
+    StatePieces,
     Tensors,
     View,
     master,
@@ -115,7 +115,7 @@ class ReLoraTuning(LowRank[ReLora]):
                 frozen.append(name)
         return frozen
 
-    def pieces(self) -> Pieces:
+    def pieces(self) -> StatePieces:
         """The weights in 4 bits, which every rank holds."""
         if not self.options.quantised:
             return []

@@ -49,7 +49,9 @@ class Options(BaseModel):
         """The default peak learning rate on a base of this hidden size."""
         width = hidden or WIDTH
         ratio = WIDTH / width
-        return float(self.default_lr * ratio**self.width_exponent)
+        factor = ratio**self.width_exponent
+        rate = self.default_lr * factor
+        return float(rate)
 
     def optimizer_bytes(self, linears: Linears, others: Others) -> Footprint:
         """Bytes of the optimizer's state (two fp32 moments per weight): what ZeRO shares, and what it does not."""
@@ -61,7 +63,8 @@ class Options(BaseModel):
         base = element_count(linears) + element_count(others)
         added = self.added_parameters(linears, others)
         trained = self.trained_parameters(linears, others)
-        frozen = base + added - trained
+        total = base + added
+        frozen = total - trained
         return frozen * element, 0
 
     @property
@@ -82,9 +85,8 @@ class Options(BaseModel):
     def check(self, config: BaseConfig, seq_len: int) -> None:
         """Raise ValueError where a base with this config.json cannot be tuned on sequences of this length."""
         known = known_positions(config)
-        if known is None or seq_len <= known:
-            return
-        raise ValueError(f"data.seq_len: found {seq_len}; allowed: at most {known} (positions of the base)")
+        if known is not None and seq_len > known:
+            raise ValueError(f"data.seq_len: found {seq_len}; allowed: at most {known} (positions of the base)")
 
     def check_in_4_bits(self, quantization: BaseConfig) -> None:
         """Raise ValueError where the options do not fit a base in 4 bits of this quantization_config."""
@@ -106,8 +108,7 @@ class Targeted(ModuleOptions):
 
     def targets(self, linears: Linears, others: Others) -> Matrices:
         """The modules that get an adapter, with their (out, in); a name stands for every module that ends with it."""
-        target = self.target
-        return choose_targets(target, self.exclude, linears, others)
+        return choose_targets(self.target, self.exclude, linears, others)
 
     def linear_targets(self, linears: Linears) -> Matrices:
         """The same of linear layers alone, for methods that cannot adapt embeddings and head."""
@@ -143,8 +144,11 @@ def four_bit_bytes(linears: Linears, double: bool) -> int:
     constant = 4.0
     if double:
         constant = 1 + 4 / 256
-    bytes_per_weight = 1 / 2 + constant / 64
-    return round(element_count(linears) * bytes_per_weight)
+    share_of_constant = constant / 64
+    bytes_per_weight = 1 / 2 + share_of_constant
+    weights = element_count(linears)
+    total = weights * bytes_per_weight
+    return round(total)
 
 
 def element_count(shapes: Linears | Others) -> int:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from methods.options.base import NO_SECOND_MODEL, WEIGHTS_EXPONENT, Count, Options
-from methods.parts.targets import Linears, Others, Shape, is_any_named, is_named
+from methods.parts.targets import Dimensions, Linears, Others, is_any_named, is_named
 
 
 class Full(Options):
@@ -41,7 +41,7 @@ class Full(Options):
 
     def trained_parameters(self, linears: Linears, others: Others) -> int:
         """The number of weights that `freeze` does not name; raises ValueError where that is none."""
-        shapes: dict[str, Shape] = dict(others)
+        shapes: dict[str, Dimensions] = dict(others)
         for module, matrix_shape in linears.items():
             shapes[f"{module}.weight"] = matrix_shape
         self._check_patterns(shapes)

@@ -23,7 +23,7 @@ from methods.base import Gather, Tensors
 from methods.parts.peft_adapter import ADAPTER
 
 Factors = Tensors  # A0 and B0 by the names of A and B
-Pair = tuple[Tensor, Tensor]  # A [rank, in] and B [out, rank]
+FactorPair = tuple[Tensor, Tensor]  # A [rank, in] and B [out, rank]
 
 
 def move_base(model: Module, start: str, known: Factors, gather: Gather) -> Factors:
@@ -101,7 +101,7 @@ def _adding(A0: Tensor, B0: Tensor, scale: float) -> Callable[..., Tensor]:
     return add
 
 
-def directions(weight: Tensor, start: str, rank: int, scale: float) -> Pair:
+def directions(weight: Tensor, start: str, rank: int, scale: float) -> FactorPair:
     """A0 [rank, in] and B0 [out, rank] of a weight [out, in]."""
     weight = weight.float()
     if start == "olora":
@@ -112,7 +112,7 @@ def directions(weight: Tensor, start: str, rank: int, scale: float) -> Pair:
     return principal_factors(weight, rank, scale)
 
 
-def principal_factors(matrix: Tensor, rank: int, scale: float) -> Pair:
+def principal_factors(matrix: Tensor, rank: int, scale: float) -> FactorPair:
     """A [rank, in] and B [out, rank] for which scale B A is the best approximation of an fp32 matrix [out, in]."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     leading = S[:rank]

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
-Shape = tuple[int, ...]
+Dimensions = tuple[int, ...]  # of a weight
 MatrixShape = tuple[int, int]  # (out_features, in_features)
 Linears = Mapping[str, MatrixShape]  # by module name
 Matrices = dict[str, MatrixShape]  # the same, of modules that need not be linear layers
-Others = Mapping[str, Shape]  # every other weight: parameter name -> shape
+Others = Mapping[str, Dimensions]  # every other weight: parameter name -> shape
 Target = Literal["all-linear"] | tuple[str, ...]
 _EMBEDDINGS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head)\.weight$")
 # Files have a matrix for each expert; a model in memory has one block of all, and a router that is no linear layer.

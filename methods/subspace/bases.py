@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from methods.base import Fragments, Piece, Pieces, Tensors, gradient, part_of
+from methods.base import Fragments, Piece, StatePieces, Tensors, gradient, part_of
 from methods.options.subspace import Galore
 from methods.subspace.exchange import Exchange
 from methods.subspace.matrix import Matrix, exact_basis, fast_basis, generator, random_basis
@@ -52,7 +52,7 @@ class Bases:
             turn = due[first:last]
             self._choose(turn, step, fragments)
 
-    def pieces(self) -> Pieces:
+    def pieces(self) -> StatePieces:
         """The bases, and the directions that lazy refreshing goes by."""
         names = [matrix.name for matrix in self._matrices]
         pieces: list[Piece] = []

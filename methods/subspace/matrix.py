@@ -23,7 +23,7 @@ from torch import Tensor
 from methods.parts.ranks import rounded
 from methods.parts.targets import Linears, MatrixShape
 
-Rows = tuple[Tensor, int]  # whole rows of a matrix, and the number of the first of them
+RowBlock = tuple[Tensor, int]  # whole rows of a matrix, and the number of the first of them
 
 BLOCK = 256  # elements; low-rank matrices start at its multiples, so that 8-bit blocks are the same in every layout
 NOISE = 2.0**-16  # singular values below this share of the largest are rounding errors
@@ -99,7 +99,7 @@ def lay_out(shapes: Linears, rank: int) -> list[Matrix]:
     return matrices
 
 
-def whole_rows(part_F: Tensor, start: int, width: int) -> Rows:
+def whole_rows(part_F: Tensor, start: int, width: int) -> RowBlock:
     """Elements [start, start + F) of a flattened matrix as whole rows, zeros around them; and the first row."""
     stop = start + part_F.numel()
     first = start // width

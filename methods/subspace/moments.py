@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from methods.base import Piece, Pieces
+from methods.base import Piece, StatePieces
 from methods.subspace.matrix import BLOCK
 
 Betas = tuple[float, float]  # decay rates of the first and of the second moment
@@ -31,7 +31,7 @@ class Moments(Protocol):
         """Take in the gradient of step t = 1, 2, ... and give N."""
         ...
 
-    def pieces(self, name: str, start: int, part: slice, whole: bool) -> Pieces:
+    def pieces(self, name: str, start: int, part: slice, whole: bool) -> StatePieces:
         """A part of the state as a checkpoint holds it; it begins at `start` of the matrix `name`."""
         ...
 
@@ -60,7 +60,7 @@ class Adam:
         corrected = correction(self.betas, step)
         return ratio.mul_(corrected)
 
-    def pieces(self, name: str, start: int, part: slice, whole: bool) -> Pieces:
+    def pieces(self, name: str, start: int, part: slice, whole: bool) -> StatePieces:
         """Both moments of a part of the vector, element by element."""
         first = self.exp_avg[part]
         second = self.exp_avg_sq[part]
@@ -117,7 +117,7 @@ class Adam8Bit:
             )
         return zero.neg_()
 
-    def pieces(self, name: str, start: int, part: slice, whole: bool) -> Pieces:
+    def pieces(self, name: str, start: int, part: slice, whole: bool) -> StatePieces:
         """The codes of a part by element, and its scales by block."""
         states = self.states[:, part]
         state1, state2 = states

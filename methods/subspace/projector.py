@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
-from methods.base import Pieces, Tensors, replicated_piece
+from methods.base import StatePieces, Tensors, replicated_piece
 from methods.subspace.matrix import BLOCK, ceil_div
 
 LEVELS = 15  # largest 4-bit code
@@ -30,7 +30,7 @@ class Projector(Protocol):
         """Store a basis in R^{S x R} in place of the last."""
         ...
 
-    def pieces(self, name: str) -> Pieces:
+    def pieces(self, name: str) -> StatePieces:
         """What a checkpoint holds of it; every rank has it whole."""
         ...
 
@@ -50,7 +50,7 @@ class Fp32Projector:
         """Store a basis in R^{S x R} in place of the last."""
         self._basis_SR.copy_(basis_SR)
 
-    def pieces(self, name: str) -> Pieces:
+    def pieces(self, name: str) -> StatePieces:
         """The basis, flattened row by row, as one piece."""
         elements = self._basis_SR.view(-1)
         piece = replicated_piece(f"{name}.basis", {"basis": elements})
@@ -122,7 +122,7 @@ class Int4Projector:
         self._scales.copy_(scales)
         self._zeros.copy_(zeros)
 
-    def pieces(self, name: str) -> Pieces:
+    def pieces(self, name: str) -> StatePieces:
         """Pairs of codes, and by block their scale and zero point."""
         blocks = {"scale": self._scales, "zero": self._zeros}
         by_pair = replicated_piece(f"{name}.basis", {"codes": self._codes})
@@ -207,7 +207,7 @@ class RefreshSchedule:
             self._intervals.copy_(intervals)
             self._cosines.copy_(cosines)
 
-    def pieces(self, names: list[str]) -> Pieces:
+    def pieces(self, names: list[str]) -> StatePieces:
         """The leading direction of every matrix at its last refresh; none where the schedule is not lazy."""
         if not self._lazy:
             return []
