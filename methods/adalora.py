@@ -278,7 +278,7 @@ def _penalty_gradient(factor: Tensor, kind: str) -> Tensor:
     identity_RR = torch.eye(rank, device=factor.device)
     excess_RR = gram_RR - identity_RR
     precision = torch.finfo(factor.dtype)
-    norm = excess_RR.norm()
+    norm: Tensor = excess_RR.norm()
     norm = norm.clamp_min(precision.tiny)
     doubled_RR = 2 * excess_RR
     slope = doubled_RR @ factor

@@ -278,7 +278,7 @@ def _names(model: Module, parameters: Sequence[Tensor]) -> set[str]:
 
 def _update(layer: LoraLayer, a_RI: Tensor, b_OR: Tensor) -> Tensor:
     """s B A of a layer, [out, in]."""
-    scale = layer.scaling[ADAPTER]
+    scale: float = layer.scaling[ADAPTER]
     product_OI = b_OR @ a_RI
     return scale * product_OI
 
