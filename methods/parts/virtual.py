@@ -39,7 +39,7 @@ class VirtualEmbedding(Module):
         return weight
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        """The vectors [B, T, D] of ids."""
+        """The vectors [B, T, D] of ids [B, T], virtual or of the vocabulary."""
         is_virtual_BT = ids_BT < 0
         vocabulary_ids_BT = ids_BT.masked_fill(is_virtual_BT, 0)
         vocabulary_BTD = self.base(vocabulary_ids_BT)
@@ -66,7 +66,7 @@ class Embedded(Method[E]):
         raise NotImplementedError
 
     def encoder(self, config: Any) -> Module:
-        """PEFT's encoder, as PEFT draws it."""
+        """PEFT's encoder for its config, with weights as PEFT draws them."""
         raise NotImplementedError
 
     def start(self, encoder: Any, model: "PreTrainedModel") -> None:
@@ -142,6 +142,6 @@ def embedded(model: "PreTrainedModel", ids: Tensor, gather: Gather) -> Tensor:
 
 
 def _hidden(model: "PreTrainedModel") -> int:
-    """The hidden size of a base."""
+    """The hidden size D of a base."""
     config = model.config.get_text_config()
     return int(config.hidden_size)
