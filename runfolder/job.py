@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from methods.options import KINDS, Method
+from methods.options import KINDS, AnyOptions
 from methods.options.full import Full
 from runfolder import objectives
 
@@ -203,7 +203,7 @@ class Job(_Section):
     )
     base: Annotated[Base, _as_mapping("model")]
     objective: str = Field("sft", description="what is learned from a row; sft: its answer, by cross-entropy")
-    method: Annotated[Method, _as_mapping("kind")] = Full()
+    method: Annotated[AnyOptions, _as_mapping("kind")] = Full()
     data: Annotated[Data, _as_mapping("train")]
     train: Train
     sharding: Sharding = Sharding()

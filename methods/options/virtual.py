@@ -104,7 +104,7 @@ class Prompt(EmbeddedOptions):
 
     def added_parameters(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """An embedding in R^D for each virtual token."""
-        width = _hidden(others)
+        width = _embedding_width(others)
         return self.tokens * width
 
 
@@ -124,7 +124,7 @@ class PTuning(EmbeddedOptions):
 
     def added_parameters(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """The network's inputs, and its three layers with their biases."""
-        width = _hidden(others)
+        width = _embedding_width(others)
         hidden = self.hidden
         first = (width + 1) * hidden
         second = (hidden + 1) * hidden
@@ -134,7 +134,7 @@ class PTuning(EmbeddedOptions):
         return inputs + network
 
 
-def _hidden(others: Others) -> int:
+def _embedding_width(others: Others) -> int:
     """The base's width: that of its first embedding, as embeddings and the head are the matrices among the others."""
     matrices = (shape for shape in others.values() if len(shape) == 2)
     _, width = next(matrices)

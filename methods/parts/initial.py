@@ -50,12 +50,12 @@ def move_base(model: Module, start: str, known: Factors, gather: Gather) -> Fact
             principal = scaled_B @ A
             residual = weight.float() - principal
             weight.copy_(residual)
-        moved[a] = _on_host(A0)
-        moved[b] = _on_host(B0)
+        moved[a] = _factor_on_host(A0)
+        moved[b] = _factor_on_host(B0)
     return moved
 
 
-def _on_host(factor: Tensor) -> Tensor:
+def _factor_on_host(factor: Tensor) -> Tensor:
     """A factor in the host's memory, row by row."""
     factor = factor.cpu()
     return factor.contiguous()

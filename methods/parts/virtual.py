@@ -76,7 +76,7 @@ class Embedded(Method[E]):
     def attach(self, model: "PreTrainedModel") -> "PreTrainedModel":
         """Freeze the base and put the encoder into its input embedding."""
         model.requires_grad_(False)
-        config = self.config(_hidden(model))
+        config = self.config(_hidden_size(model))
         encoder = self.encoder(config)
         self.start(encoder, model)
         base = model.get_input_embeddings()
@@ -86,7 +86,7 @@ class Embedded(Method[E]):
 
     def export(self, model: "PreTrainedModel", weights: Tensors, folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors with the encoder's output."""
-        config = self.config(_hidden(model))
+        config = self.config(_hidden_size(model))
         encoder = self.encoder(config)
         state: Tensors = {}
         for name, value in weights.items():
@@ -141,7 +141,7 @@ def embedded(model: "PreTrainedModel", ids: Tensor, gather: Gather) -> Tensor:
     return vectors.clone()
 
 
-def _hidden(model: "PreTrainedModel") -> int:
+def _hidden_size(model: "PreTrainedModel") -> int:
     """The hidden size D of a base."""
     config = model.config.get_text_config()
     return int(config.hidden_size)
