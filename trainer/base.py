@@ -117,7 +117,7 @@ def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.
         on_device = model.to(device)
         tuned = method.attach(on_device)
         if in_4_bits:
-            quantised.hide(tuned)
+            quantised.register_as_buffers(tuned)
         return tuned.train().to(device)  # transformers loads for evaluation
 
 

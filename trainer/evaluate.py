@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from methods.options.base import positions
+from methods.options.base import known_positions
 from trainer.data.batches import Batches, layout_of
 from trainer.data.examples import GlobalBatch
 from trainer.data.tokens import EvaluationPrompt, virtual_ids
@@ -250,7 +250,7 @@ def added(totals: Iterable[Totals]) -> dict[str, float]:
 def positions_left(run: Run) -> int | None:
     """The positions of the base that a document may fill under this method; None where there is no limit."""
     config = run.model.config.get_text_config()
-    known = positions(config.to_dict())
+    known = known_positions(config.to_dict())
     if known is None:
         return None
     method = run.job.method

@@ -39,7 +39,7 @@ def load_output(run: Run, folder: Path, placement: Placement) -> nn.Module:
         return load_whole_model(run, folder, placement)
     options = placement | _quantisation(run)
     base = load_base(run, folder, options)
-    quantised.exact(base)
+    quantised.disable_cpu_repacking(base)
     model = run.method.load(base, folder)
     return model.eval()
 

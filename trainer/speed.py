@@ -38,7 +38,7 @@ def count_weights(model: nn.Module) -> int:
     """Weights of a model; a 4-bit layer keeps its own in a buffer, two to a byte."""
     sizes = map(numel, model.parameters())
     weights = sum(sizes)
-    for _, layer in quantised.layers(model):
+    for _, layer in quantised.four_bit_layers(model):
         packed = layer.in_features * layer.out_features
         weights += int(packed)
     return weights

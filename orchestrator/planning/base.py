@@ -83,7 +83,7 @@ def _refused_by_method(job: Job, model: Model) -> Iterator[str]:
     if not model.shapes:
         return
     try:
-        job.method.trained(model.linears, model.other_shapes)
+        job.method.trained_parameters(model.linears, model.other_shapes)
     except ValueError as error:
         yield f"method: {error}"
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 
-from methods.options.base import packed, size
+from methods.options.base import element_count, four_bit_bytes
 from methods.parts.targets import Linears, is_linear
 from orchestrator.errors import InputError
 from orchestrator.planning import llama, quantised
@@ -153,9 +153,9 @@ class Model:
         matrices = quantised.packed_linears(self.config, self.linears)
         settings = self.config["quantization_config"]
         double = bool(settings.get("bnb_4bit_use_double_quant"))
-        unpacked = parameter_count(self.shapes) - size(matrices)
+        unpacked = parameter_count(self.shapes) - element_count(matrices)
         shared = unpacked * element
-        held = packed(matrices, double)
+        held = four_bit_bytes(matrices, double)
         return shared, held
 
     @cached_property

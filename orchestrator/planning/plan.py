@@ -119,8 +119,8 @@ def sizes(job: Job, model: Model) -> Sizes | None:
     new_rows = model.added
     if method.makes_model:  # its weights have them already
         new_rows = 0
-    added = method.adds(linears, others) + new_rows
-    trained = method.trained(linears, others) + new_rows
+    added = method.added_parameters(linears, others) + new_rows
+    trained = method.trained_parameters(linears, others) + new_rows
     shared, held = _frozen_bytes(job, model)
     state = method.optimizer_bytes(linears, others)
     zero = job.sharding.zero

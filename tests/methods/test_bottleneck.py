@@ -83,7 +83,7 @@ def test_starts_as_the_base_and_counts_what_it_adds(placement: str, tiny_base: P
     model = attached(tiny_base, placement=placement)
     assert torch.equal(model(IDS[None]).logits, expected)
     count = sum(p.numel() for p in trained(model).values())
-    assert count == Bottleneck(size=SIZE, placement=placement).adds(linears, {})
+    assert count == Bottleneck(size=SIZE, placement=placement).added_parameters(linears, {})
     downs = [m.down.weight for m in model.modules() if isinstance(m, Adapter)]
     starts = torch.cat([d.flatten() for d in downs])
     assert starts.std().item() == pytest.approx((2 / downs[0].shape[1]) ** 0.5, rel=0.2)

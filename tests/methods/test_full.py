@@ -83,11 +83,11 @@ def test_lisa_at_every_layout(stages: list[int], new_run: Any, launch: Any, cach
 def test_bad_options_say_what_is_allowed() -> None:
     linears = {f"model.layers.{i}.mlp.up_proj": (8, 8) for i in range(3)}
     others = {"model.embed_tokens.weight": (10, 8)}
-    assert Full(freeze=("layers.[01].*",)).trained(linears, others) == 64 + 80
+    assert Full(freeze=("layers.[01].*",)).trained_parameters(linears, others) == 64 + 80
     for options, said in (
         (Full(lisa_layers=4), "allowed: up to the base's 3 layers"),
         (Full(freeze=("*wte*",)), "no weight of the base matches"),
         (Full(freeze=("*",)), "match every weight"),
     ):
         with pytest.raises(ValueError, match=said):
-            options.trained(linears, others)
+            options.trained_parameters(linears, others)

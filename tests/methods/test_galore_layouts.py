@@ -25,7 +25,7 @@ from methods.galore import GaloreTuning
 from methods.options.subspace import Galore
 from methods.parts.weights import shapes
 from methods.subspace.matrix import Matrix, canonical, lay_out
-from methods.subspace.projector import Calendar, Int4Projector
+from methods.subspace.projector import Int4Projector, RefreshSchedule
 from runfolder.record import load_job
 
 TUNED = {"kind": "galore", "rank": 4, "refresh_every": 7}
@@ -60,7 +60,7 @@ def test_states_of_a_7b_are_a_third() -> None:
         linears[f"{layer}.down_proj"] = (hidden, wide)
         others |= {f"{layer}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
     options = Galore(rank=1024)
-    galore, adamw = sum(options.optimizer_bytes(linears, others)), 8 * options.trained(linears, others)
+    galore, adamw = sum(options.optimizer_bytes(linears, others)), 8 * options.trained_parameters(linears, others)
     assert round(galore / 2 / giga, 2) == 8.76  # the paper's moments are bf16
     assert round(adamw / 2 / giga, 2) == 25.10
     assert round(100 * (1 - galore / adamw), 1) == 65.1
@@ -201,12 +201,12 @@ def transcription(run_dir: Path, cache: Path) -> Curve:
     optimizer = adamw(model)
     matrices = lay_out(targets, method.rank)
     subspaces = [Subspace(matrix, model) for matrix in matrices]
-    calendar = Calendar(method.refresh_every, True, [matrix.side for matrix in matrices], torch.device("cpu"))
+    schedule = RefreshSchedule(method.refresh_every, True, [matrix.side for matrix in matrices], torch.device("cpu"))
 
     @torch.no_grad()
     def before(k: int) -> None:
-        for index in calendar.due(k):
-            calendar.note(index, subspaces[index].choose(run_dir, k + method.refresh_every))
+        for index in schedule.due(k):
+            schedule.note(index, subspaces[index].choose(run_dir, k + method.refresh_every))
         for subspace in subspaces:
             subspace.project()
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from methods.base import UNSHARDED, Setup
 from methods.longlora import LongLoraTuning
-from methods.options.low_rank import LongLora
+from methods.options.low_rank_long import LongLora
 from methods.parts.weights import shapes
 from orchestrator.errors import InputError
 from orchestrator.planning.model import Model
@@ -135,9 +135,10 @@ def test_every_layout_equals_peft_alone_and_its_output_loads(
         points, trained = expected[base[name]]
         assert difference(curve(run), points) < 1e-6, name
         options = load_job(run).method
-        assert options.trained(*shapes(AutoModelForCausalLM.from_pretrained(base[name]), UNSHARDED)) == trained
+        model = AutoModelForCausalLM.from_pretrained(base[name])
+        assert options.trained_parameters(*shapes(model, UNSHARDED)) == trained
         header = Model(json.loads((base[name] / "config.json").read_text()), base[name])
-        assert options.trained(header.linears, header.other_shapes) == trained
+        assert options.trained_parameters(header.linears, header.other_shapes) == trained
         check_output(run, base[name], cache)
     again = {name: interrupted(runs[name], f"again-{name}", 5) for name in layouts}
     launch(2, *again.values())

@@ -64,7 +64,7 @@ def test_what_is_trained_is_what_the_plan_says_and_fp32(precision: str, tiny_bas
         # AdaLoRA has a counter per module on top, which the plan leaves out.
         assert planned and speed.count_weights(model) == pytest.approx(planned.parameters, rel=1e-3), kind
         trained = [p for p in model.parameters() if p.requires_grad]
-        assert sum(p.numel() for p in trained) == job.method.trained(base.linears, base.other_shapes), kind
+        assert sum(p.numel() for p in trained) == job.method.trained_parameters(base.linears, base.other_shapes), kind
         assert {p.dtype for p in trained} == {torch.float32}, kind
 
 

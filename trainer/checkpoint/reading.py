@@ -112,7 +112,7 @@ class CheckpointReader:
 
     def load_weights(self, model: nn.Module, method: Method[Any]) -> None:
         """Set every trained or changed parameter of a model that has no engine yet; every rank calls it."""
-        changed = set(method.changed(model))
+        changed = set(method.changed_frozen(model))
         for name, parameter in model.named_parameters():
             saved = parameter.requires_grad or name in changed
             if saved:

@@ -126,7 +126,7 @@ class Shards:
         """
         model = self.model
         method = self.method
-        changed = set(method.changed(model))
+        changed = set(method.changed_frozen(model))
         whole_model = method.options.makes_model
         for name, parameter in model.named_parameters():
             delivered = whole_model or parameter.requires_grad or name in changed
@@ -181,7 +181,7 @@ class Shards:
     def _changed(self) -> Iterator[Piece]:
         """What this rank holds of the frozen parameters that training changes all the same."""
         model = self.model
-        for name in self.method.changed(model):
+        for name in self.method.changed_frozen(model):
             parameter = model.get_parameter(name)
             piece = layout.held_piece(name, parameter, self.stage)
             if piece is not None:

@@ -67,7 +67,7 @@ def test_trained_parameters_are_those_of_peft(options: Any, target: Any) -> None
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     adapted = create(chosen).attach(base.to_empty(device="cpu"))
     model = Model(config)
-    assert chosen.trained(model.linears, model.other_shapes) == sum(
+    assert chosen.trained_parameters(model.linears, model.other_shapes) == sum(
         p.numel() for p in adapted.parameters() if p.requires_grad
     )
 
