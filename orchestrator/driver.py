@@ -17,6 +17,7 @@ from orchestrator.worker import WorkerFailed, redirect, work
 from runfolder.chain import Attempt
 from runfolder.files import write_json
 from runfolder.folders import library_folders
+from runfolder.job import Job
 from runfolder.record import load_job
 
 _TEXT_LENGTH = 4000  # characters kept of a failure, from its end
@@ -32,7 +33,7 @@ def main() -> None:
     threading.Thread(target=_die_with_controller, daemon=True).start()
     attempt = Attempt(run_dir, int(number))
     redirect(attempt.folder / "logs" / "controller.log")
-    failures = failures_of(lambda: run_workers(attempt, load_job(run_dir).resources.world_size, resources))
+    failures = failures_of(lambda: run_workers(attempt, load_job(run_dir), resources))
     records = {}
     for rank, failure in failures.items():
         records[str(rank)] = failure.dump()
@@ -78,11 +79,13 @@ def failure_of(error: BaseException) -> Failure:
     return Failure(text[-_TEXT_LENGTH:], types, preempted)
 
 
-def run_workers(attempt: Attempt, world_size: int, resources: dict[str, float]) -> None:
+def run_workers(attempt: Attempt, job: Job, resources: dict[str, float]) -> None:
     """Start one worker per GPU, or per process where there is none, and wait for their end."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    world_size = job.resources.world_size
+    placement = "PACK" if job.resources.nodes == 1 else "SPREAD"  # as many workers on each node
     gpu = resources.get("GPU", 0) > 0
     cpus = resources["CPU"]
     if gpu:
@@ -90,14 +93,16 @@ def run_workers(attempt: Attempt, world_size: int, resources: dict[str, float]) 
     else:
         backend, per_worker = "gloo", {"CPU": min(1.0, cpus / world_size)}
     threads = int(max(1, cpus // world_size))
-    environment = worker_environment(gpu, threads, load_job(attempt.run_dir).env)
+    environment = worker_environment(gpu, threads, job.env)
     storage = attempt.folder / "ray"
     no_retries = FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)
     name = f"{attempt.run_dir.name}-a{attempt.number}"
     trainer = TorchTrainer(
         lambda: work(str(attempt.run_dir), attempt.number, environment),
         torch_config=TorchConfig(backend=backend),
-        scaling_config=ScalingConfig(num_workers=world_size, use_gpu=gpu, resources_per_worker=per_worker),
+        scaling_config=ScalingConfig(
+            num_workers=world_size, use_gpu=gpu, resources_per_worker=per_worker, placement_strategy=placement
+        ),
         run_config=RunConfig(name=name, storage_path=str(storage), failure_config=no_retries),
     )
     trainer.fit()

@@ -123,6 +123,8 @@ class Watch:
         if cancel_saves(self._attempt.run_dir):
             return Stop("cancelled", "", deadline)
         walltime = self._resources.walltime
+        if os.environ.get("FLEETUNE_REQUEUED"):
+            walltime = None  # that of each allocation, of which its scheduler warns
         if walltime and time.time() > self._opened_at + walltime - grace:
             reason = f"resources.walltime of {walltime} s is over"
             return Stop("walltime", reason, max(deadline - grace, self._opened_at + walltime))
