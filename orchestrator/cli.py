@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from orchestrator import cluster_commands, clusters_commands
+from orchestrator import cluster_commands, clusters_commands, look_commands
+from orchestrator.arguments import ClusterOption, JobArgument, RunArgument, SetOption
 from orchestrator.terminal import (
     Json,
     announce_json,
@@ -27,17 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(cluster_commands.cluster_app, name="cluster")
 app.add_typer(clusters_commands.clusters_app, name="clusters")
-
-JobArgument = Annotated[Path, typer.Argument(metavar="JOB.YAML", help="The job.")]
-RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run id, the start of one, or a job's name (its latest run).")
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the job: train.lr=3e-4.")
-]
-ClusterOption = Annotated[
-    str | None, typer.Option("--cluster", metavar="NAME", help="A cluster of the clusters file, or local.")
-]
+app.add_typer(look_commands.look_app)
 
 
 def main() -> None:
@@ -76,8 +67,8 @@ def _user_error(error: Exception) -> tuple[int, str] | None:
     return None
 
 
-@app.command()
-def submit(
+@app.command("submit")
+def submit_command(
     file: JobArgument,
     cluster: ClusterOption = None,
     sets: SetOption = None,
@@ -110,7 +101,7 @@ def submit(
 
 
 @app.command("list")
-def list_(cluster: ClusterOption = None, as_json: Json = False) -> None:
+def list_command(cluster: ClusterOption = None, as_json: Json = False) -> None:
     """List the runs of a cluster, or all that this machine has or knows of; newest first."""
     from orchestrator.status import list_runs
 
@@ -122,8 +113,8 @@ def list_(cluster: ClusterOption = None, as_json: Json = False) -> None:
     return show_runs(runs)
 
 
-@app.command()
-def status(run: RunArgument, cluster: ClusterOption = None, as_json: Json = False) -> None:
+@app.command("status")
+def status_command(run: RunArgument, cluster: ClusterOption = None, as_json: Json = False) -> None:
     """Show where a run stands."""
     from orchestrator.status import status
 
@@ -159,8 +150,8 @@ def logs_command(
             print("no worker has written anything yet", file=sys.stderr)
 
 
-@app.command()
-def cancel(
+@app.command("cancel", help="End a run.")
+def cancel_command(
     run: RunArgument,
     save: Annotated[bool, typer.Option("--save", help="Let it save a checkpoint first.")] = False,
     cluster: ClusterOption = None,
@@ -185,8 +176,8 @@ def pause_command(
     print(pause(run, at, cluster))
 
 
-@app.command()
-def resume(run: RunArgument, cluster: ClusterOption = None) -> None:
+@app.command("resume")
+def resume_command(run: RunArgument, cluster: ClusterOption = None) -> None:
     """Let a failed or cancelled run go on from its checkpoint."""
     from orchestrator.control import resume
 
@@ -205,108 +196,6 @@ def fetch_command(
     from orchestrator.control import fetch
 
     print(fetch(run, to, cluster))
-
-
-@app.command("plan")
-def plan_command(file: JobArgument, sets: SetOption = None, as_json: Json = False) -> None:
-    """Show what would run: layout, batches, sizes."""
-    from orchestrator.planning.plan import plan
-
-    job_plan = plan(file, sets or (), count_rows)
-    clear_count()
-    if as_json:
-        return print_json(job_plan.dump())
-    from orchestrator.render import show_plan
-
-    return show_plan(job_plan)
-
-
-@app.command("rows")
-def rows_command(
-    file: JobArgument,
-    row: Annotated[int | None, typer.Option("--row", min=1, help="Show this row; the first ones without it.")] = None,
-    evaluation: Annotated[bool, typer.Option("--eval", help="Show the evaluation rows.")] = False,
-    sets: SetOption = None,
-    as_json: Json = False,
-) -> None:
-    """Show rows of the data as the trainer sees them: text, tokens, and what is learned."""
-    from orchestrator.rows import rows
-
-    view = rows(file, overrides=sets or (), row=row, evaluation=evaluation, progress=count_rows)
-    clear_count()
-    if as_json:
-        return print_json(view.dump())
-    from orchestrator.row_text import show_rows
-
-    return show_rows(view)
-
-
-@app.command("compare")
-def compare_command(
-    experiment: Annotated[str | None, typer.Option("--experiment", help="Only runs of this experiment.")] = None,
-    uri: Annotated[str | None, typer.Option("--uri", help="Another MLflow than the default one.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a report to this file.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Show what runs differ in, and what came of it."""
-    from orchestrator.comparison.compare import compare
-
-    comparison = compare(experiment, uri)
-    for run_id, why in comparison.undelivered.items():
-        print(f"warning: {run_id} is not, or not wholly, in MLflow: {why}", file=sys.stderr)
-    if html:
-        from orchestrator.comparison.report import write_report
-
-        write_report(comparison, html)
-    if as_json:
-        return print_json(comparison.to_json())
-    from orchestrator.comparison.table import table
-    from orchestrator.render import print_markup
-
-    return print_markup(table(comparison))
-
-
-@app.command("methods")
-def methods_command(
-    kind: Annotated[str | None, typer.Argument(help="one method; all without it")] = None, as_json: Json = False
-) -> None:
-    """Show the methods with their options and defaults, and at which ZeRO stages they were seen to work."""
-    from orchestrator.describe import methods
-
-    descriptions = methods(kind)
-    if as_json:
-        return print_json(descriptions)
-    from orchestrator.render import show_methods
-
-    return show_methods(descriptions)
-
-
-@app.command("doctor")
-def doctor_command(as_json: Json = False) -> None:
-    """Show what of this machine is usable, and how to mend what is not."""
-    from dataclasses import asdict
-
-    from orchestrator.doctor import doctor
-
-    checks = doctor()
-    if as_json:
-        return print_json([asdict(check) for check in checks])
-    from orchestrator.render import show_checks
-
-    return show_checks(checks)
-
-
-@app.command("mlflow")
-def mlflow_command(
-    uri: Annotated[str | None, typer.Option("--uri", help="Another store than the default one.")] = None,
-) -> None:
-    """Open the pages of MLflow; end them with Ctrl-C."""
-    import os
-
-    from orchestrator.tracking.store import ui_command
-
-    command, settings = ui_command(uri)
-    os.execvpe(command[0], command, {**os.environ, **settings})
 
 
 def _follow(run: str, rank: int | None, cluster: str | None = None) -> None:
