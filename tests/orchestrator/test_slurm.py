@@ -83,11 +83,12 @@ def make_job(tmp_path: Path, base: Path, rows: Path, **changes: object) -> Path:
     return path
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_run_over_two_nodes_that_loses_one_finishes(
     hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path
 ) -> None:
-    train = {"steps": 600, "batch_tokens": 128}
+    train = {"steps": 60, "batch_tokens": 128}
     job = make_job(tmp_path, tiny_base, sums, train=train, checkpoint={"every": 5})
     done = fleetune.submit(job, cluster="hpc")
     run_dir = hpc / "runs" / done.run_id
@@ -95,7 +96,7 @@ def test_a_run_over_two_nodes_that_loses_one_finishes(
     assert again.adopted
     names = site.run("squeue", "--noheader", "-o", "%j").split()
     assert names == [f"{done.run_id}-s1"]
-    while fleetune.status(done.run_id).step < 3:
+    while fleetune.status(done.run_id).step < 8:
         wait_for(done.run_id, ("queued", "starting", "running", "preempted"), 200)
         time.sleep(0.2)
     site.kill("node2")
@@ -103,7 +104,7 @@ def test_a_run_over_two_nodes_that_loses_one_finishes(
     site.boot("node2")
     ended = wait_for(done.run_id, ("succeeded", "failed", "cancelled"), 400)
     assert ended.state == "succeeded", (ended, fleetune.logs(done.run_id)[-3000:])
-    assert len(attempts(run_dir)) >= 2
+    assert len(attempts(run_dir)) >= 2 and attempts(run_dir)[1].start is not None
     assert (run_dir / "output" / "adapter_model.safetensors").exists()
 
 
