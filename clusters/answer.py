@@ -8,8 +8,10 @@ FLEETUNE_HOME/runs. A request is {"verb": ..., its arguments}; the answer is {"a
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import fleetune_start
 from clusters.backends import open_backend
 from clusters.base import Cluster, ClusterRequest
 from clusters.config import CLUSTER_CONFIG
@@ -22,14 +24,17 @@ from runfolder.site import PlainData, answer_request
 
 def main() -> None:
     """Answer requests until the input ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
     first = json.loads(sys.stdin.readline())
     config = CLUSTER_CONFIG.validate_python(first["cluster"])
-    cluster = open_backend(config, home())
+    code = Path(fleetune_start.__file__).parent  # runs go on with the code that submitted them
+    env = {**config.env, "PYTHONPATH": str(code)}
+    cluster = open_backend(config.model_copy(update={"env": env}), home())
     shelf = Shelf(home() / "files")
-    print(READY, flush=True)
+    print(READY, file=answers, flush=True)
     for line in sys.stdin:
         reply = reply_to(cluster, shelf, json.loads(line))
-        print(json.dumps(reply), flush=True)
+        print(json.dumps(reply), file=answers, flush=True)
 
 
 def reply_to(cluster: Cluster, shelf: Shelf, request: PlainData) -> dict[str, Any]:
