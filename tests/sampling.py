@@ -10,7 +10,7 @@ import pytest
 SEED = int(os.environ.get("SAMPLE_SEED", "0"))
 # Methods whose tests train at several layouts, resume and export. Of all methods, test_matrix.py has samples too.
 WITH_LAYOUTS = ("adalora", "bottleneck", "full", "galore", "longlora", "qlora", "relora", "virtual")
-FEW_METHODS = random.Random(SEED).sample(WITH_LAYOUTS, 3)
+FEW_METHODS = random.Random(SEED).sample(WITH_LAYOUTS, 2)
 
 
 def sampled(cases: Sequence[Any], number: int = 1) -> list[Any]:

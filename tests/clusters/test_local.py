@@ -40,8 +40,9 @@ def test_a_request_is_pure_and_all_that_is_queued(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("NCCL_DEBUG", "of the shell")
     wanted = job(workers_per_node=2).model_copy(update={"env": {"NCCL_DEBUG": "WARN"}})
     cluster = Local(tmp_path / "home")
-    request = cluster.request(wanted, "a-1")
-    assert request == cluster.request(wanted, "a-1")
+    secrets = environment.secret_names(os.environ)
+    request = cluster.request(wanted, "a-1", 1, secrets)
+    assert request == cluster.request(wanted, "a-1", 1, secrets)
     assert list(tmp_path.iterdir()) == []
     assert (request.name, request.secrets) == ("a-1-s1", ("HF_TOKEN",))
     shown = request.text.replace(str(cluster.home), "HOME").replace(sys.executable, "PYTHON")
@@ -184,7 +185,7 @@ def test_a_head_that_dies_at_each_start_is_told_and_tried_again(
 ) -> None:
     """With the real Ray, whose command line is wrong for a while."""
     submit(cluster, "one", 1)
-    monkeypatch.setattr(ray_head, "_OBJECT_STORE", "much")
+    monkeypatch.setattr(ray_head, "OBJECT_STORE_BYTES", "much")
     monkeypatch.setattr(process, "owner", lambda lock, real=process.owner: real(lock) or _supervisor(cluster, lock))
     served = Supervisor(cluster)
     until(lambda: served.tick() or cluster.status(["one"])["one"].stuck, 60)
