@@ -7,7 +7,6 @@ one whose id is in RUN_DIR/submissions/NAME.
 """
 
 import os
-import secrets
 import shutil
 import signal
 import subprocess
@@ -20,13 +19,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from clusters.controllers import REQUEUE, REQUEUED, controller_command
 from clusters.ray_head import Backoff, answers
+from clusters.ray_start import ray_environment, write_token
 from runfolder.chain import result
 
-GOES_ON_ELSEWHERE = 75  # the exit code of a controller that was ended and goes on in another allocation
 _RAY_S = 300.0  # until a node's Ray answers
 _POLL_S = 0.2
-_RAY_ENVIRONMENT = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 
 
 def main(run_dir: Path, name: str) -> int:
@@ -40,7 +39,7 @@ def main(run_dir: Path, name: str) -> int:
         signal.signal(number, lambda *_: told.set())
     with ray_nodes() as nodes:
         code = keep_controller(run_dir, nodes, told)
-    if code == GOES_ON_ELSEWHERE:
+    if code == REQUEUE:
         print("back to the queue", flush=True)
         subprocess.run(["scontrol", "requeue", job_id], check=False)
         return 0
@@ -76,23 +75,23 @@ class RayNodes:
 def keep_controller(run_dir: Path, nodes: RayNodes, told: threading.Event) -> int:
     """Start the controller until the run has its result, or cannot go on here; gives its last exit code."""
     backoff = Backoff()
-    environment = os.environ | {"RAY_ADDRESS": nodes.address, "FLEETUNE_REQUEUED": "1"}
+    environment = os.environ | {"RAY_ADDRESS": nodes.address} | REQUEUED
     while True:
         while not backoff.ready():
             time.sleep(_POLL_S)
         backoff.began()
         code = run_controller(run_dir, environment, told)
-        if code in (0, GOES_ON_ELSEWHERE):
+        if code in (0, REQUEUE):
             return code
         if result(run_dir) is not None:
             return 0
         if told.is_set() or not nodes.are_whole():
-            return GOES_ON_ELSEWHERE
+            return REQUEUE
 
 
 def run_controller(run_dir: Path, environment: dict[str, str], told: threading.Event) -> int:
     """Run the controller once; a warning is passed to it, once. Gives its exit code."""
-    command = [sys.executable, "-P", "-m", "orchestrator.controller", str(run_dir)]
+    command = controller_command(str(run_dir))
     controller = subprocess.Popen(command, env=environment, start_new_session=True)
     is_told = False
     while controller.poll() is None:
@@ -108,9 +107,8 @@ def ray_nodes() -> Iterator[RayNodes]:
     """Ray on all nodes of the allocation while the block runs."""
     folder = Path(tempfile.mkdtemp(prefix=".ray-", dir=os.environ["FLEETUNE_HOME"]))
     token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    os.environ.update(_RAY_ENVIRONMENT, RAY_AUTH_TOKEN_PATH=str(token))
+    write_token(token)
+    os.environ.update(ray_environment(token))
     processes = []
     try:
         processes.append(start_node(folder, "head", []))

@@ -14,7 +14,7 @@ from typing import Any
 import fleetune_start
 from clusters.backends import open_backend
 from clusters.base import Cluster, ClusterRequest
-from clusters.config import CLUSTER_CONFIG
+from clusters.config import CLUSTER_KINDS
 from clusters.remote.far_side import READY, kind_of
 from clusters.remote.shelf import Shelf
 from runfolder.folders import home
@@ -26,7 +26,8 @@ def main() -> None:
     """Answer requests until the input ends."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
     first = json.loads(sys.stdin.readline())
-    config = CLUSTER_CONFIG.validate_python(first["cluster"])
+    plain = first["cluster"]
+    config = CLUSTER_KINDS[plain["kind"]].model_validate(plain)
     code = Path(fleetune_start.__file__).parent  # runs go on with the code that submitted them
     env = {**config.env, "PYTHONPATH": str(code)}
     cluster = open_backend(config.model_copy(update={"env": env}), home())

@@ -3,12 +3,11 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from clusters.environment import can_be_variable
 
 _DESTINATION = re.compile(r"[A-Za-z0-9_][\w.@:%+\[\]-]*")
-VARIABLE = re.compile(r"[A-Za-z_]\w*")
-
-
 _OPTION = r"[A-Za-z0-9_][\w.,:@%+&|*()\[\]-]*"
 Option = Annotated[str | None, Field(max_length=256, pattern=f"^{_OPTION}$")]
 
@@ -37,9 +36,8 @@ class _ClusterConfig(_ConfigSection):
     root: str | None = Field(
         None, min_length=1, description="the FLEETUNE_HOME there, for runs and code; null: ~/.fleetune of that user"
     )
-    python: str = Field("python3", min_length=1, description="the Python there, 3.11 or newer; a name or a path")
-    packages: Literal["install", "installed"] = Field(
-        "install", description="install: Fleetune makes an environment there; installed: that Python has all packages"
+    python: str = Field(
+        "python3", min_length=1, description="the Python there that has Fleetune's packages, 3.11 or newer"
     )
     setup: tuple[str, ...] = Field((), description="shell lines before Python starts, like `module load python/3.12`")
     env: dict[str, str] = Field({}, description="variables for every run there; those of the job come before them")
@@ -48,7 +46,7 @@ class _ClusterConfig(_ConfigSection):
     @classmethod
     def _are_variables(cls, env: dict[str, str]) -> dict[str, str]:
         for name, value in env.items():
-            if not VARIABLE.fullmatch(name) or "\0" in value:
+            if not can_be_variable(name, value):
                 raise ValueError(f"{name!r} is no variable that a process can have")
         return env
 
@@ -74,5 +72,5 @@ class SlurmConfig(_ClusterConfig):
     walltime: Option = Field(None, description="--time of jobs that say none; null: the site's default")
 
 
-ClusterConfig = Annotated[LocalConfig | SlurmConfig, Field(discriminator="kind")]
-CLUSTER_CONFIG: TypeAdapter[LocalConfig | SlurmConfig] = TypeAdapter(ClusterConfig)
+ClusterConfig = LocalConfig | SlurmConfig
+CLUSTER_KINDS: dict[str, type[LocalConfig] | type[SlurmConfig]] = {"local": LocalConfig, "slurm": SlurmConfig}

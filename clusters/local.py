@@ -15,6 +15,7 @@ from typing import Any
 
 from clusters import process
 from clusters.base import Capacity, ClusterRequest, ClusterStatus, Logs, SubmissionRefused, Unreachable
+from clusters.controllers import controller_command
 from clusters.entry import ENTRY_FORMAT, Queue, QueueEntry
 from clusters.environment import settings, without_carried
 from clusters.machine import total_capacity
@@ -268,11 +269,6 @@ def _has_ended(run_dir: Path) -> bool:
         return result(run_dir) is not None
     except (Damaged, LookupError):
         return False
-
-
-def controller_command(run_dir: str) -> list[str]:
-    """How the controller of a run is started; -P keeps files of the user off the front of sys.path."""
-    return [sys.executable, "-P", "-m", "orchestrator.controller", run_dir]
 
 
 def capacity_needed(workers: int) -> int:

@@ -3,11 +3,9 @@
 import json
 import os
 import re
-import secrets
 import shutil
 import socket
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from clusters import process
-from clusters.machine import cores, gpus
+from clusters.ray_start import head_options, node_options, ray_command, ray_environment, write_token, write_whole
 
 START_S = 180.0  # after this long without an answer a head is taken for dead
-OBJECT_STORE_BYTES = 128 << 20  # bytes; nothing large goes through it
+_LOOPBACK = "127.0.0.1"
 _SHORT_PARENTS = ("/tmp", "/var/tmp", "/dev/shm")  # where a path leaves space for the names of Ray's sockets
 # The path of a socket may have 107 bytes (103 on macOS), and multiprocessing adds some 35 to TMPDIR.
 _LONGEST_TMPDIR = 60
@@ -159,12 +157,9 @@ class Head:
     def environment(self) -> dict[str, str]:
         """What Ray's processes and those that connect to the head need."""
         return {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self._token()),
-            "RAY_USAGE_STATS_ENABLED": "0",
+            **ray_environment(self._token()),
             # Without this Ray turns 127.0.0.1 into the machine's own address, and listens there.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            "RAY_worker_niceness": "0",
             **self._short_tmpdir(),
         }
 
@@ -187,7 +182,7 @@ class Head:
             writable = [parent for parent in _SHORT_PARENTS if os.access(parent, os.W_OK | os.X_OK)]
             parent = writable[0] if writable else None
             short_folder = tempfile.mkdtemp(prefix="fleetune-", dir=parent)
-            _write_whole(self.folder / "ray.folder", short_folder)
+            write_whole(self.folder / "ray.folder", short_folder)
         ray_folder = self.ray_folder
         assert ray_folder
         shutil.rmtree(ray_folder, ignore_errors=True)
@@ -200,7 +195,7 @@ class Head:
         before = self.failed_starts()
         starts = before.starts + 1 if before else 1
         failure = FailedStarts(starts, reason)
-        _write_whole(self.folder / "ray.failed", json.dumps(asdict(failure)))
+        write_whole(self.folder / "ray.failed", json.dumps(asdict(failure)))
 
     def _death_reason(self) -> str:
         """Of all that a head which died has written, the last line that looks like a reason, else the last line."""
@@ -235,40 +230,14 @@ class Head:
         return {"TMPDIR": str(link)}
 
     def _command(self, ray_folder: Path) -> list[str]:
-        dashboard, client = free_ports(2)
-        options = {
-            "node-ip-address": "127.0.0.1",
-            "port": 0,
-            "dashboard-host": "127.0.0.1",
-            "dashboard-port": dashboard,
-            "dashboard-agent-listen-port": 0,
-            "ray-client-server-port": client,
-            # Ray Train frees the capacity of a killed driver by asking the dashboard.
-            "include-dashboard": "true",
-            "include-log-monitor": "false",
-            "temp-dir": ray_folder,
-            "num-cpus": cores(),
-            "num-gpus": gpus(),
-            "object-store-memory": OBJECT_STORE_BYTES,
-        }
-        flags = ["--head", "--block", "--no-monitor", "--disable-usage-stats"]
-        values = [f"--{key}={value}" for key, value in options.items()]
-        return [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *flags, *values]
+        options = node_options(_LOOPBACK, ray_folder) | head_options(_LOOPBACK, 0)
+        return ray_command(options, ["--head", "--no-monitor", "--disable-usage-stats"])
 
     def _token(self) -> Path:
         path = self.folder / "ray_token"
         if not path.exists():
-            temporary = path.with_suffix(f".{os.getpid()}")
-            temporary.touch(mode=0o600)
-            temporary.write_text(secrets.token_hex(32))
-            temporary.replace(path)
+            write_token(path)
         return path
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".new")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def answers(address: str) -> bool:
@@ -279,15 +248,3 @@ def answers(address: str) -> bool:
             return True
     except OSError:
         return False
-
-
-def free_ports(number: int, address: str = "127.0.0.1") -> list[int]:
-    """Ports of an address of this host, by default loopback, that nobody listens at now."""
-    probes = [socket.socket() for _ in range(number)]
-    try:
-        for probe in probes:
-            probe.bind((address, 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

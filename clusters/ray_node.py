@@ -12,8 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from clusters.machine import cores, gpus
-from clusters.ray_head import OBJECT_STORE_BYTES, free_ports
+from clusters.ray_start import free_ports, head_options, node_options, ray_command, write_whole
 
 
 def main(folder: Path, address: str) -> None:
@@ -22,35 +21,16 @@ def main(folder: Path, address: str) -> None:
     os.umask(0o077)
     temporary = tempfile.mkdtemp(prefix="ft-ray-", dir="/tmp")  # short: sockets lie in it
     ip = own_address()
-    options = {
-        "node-ip-address": ip,
-        "num-cpus": cores(),
-        "num-gpus": gpus(),
-        "memory": node_memory(),
-        "object-store-memory": OBJECT_STORE_BYTES,
-        "dashboard-agent-listen-port": 0,
-    }
+    options = node_options(ip, Path(temporary)) | {"memory": node_memory()}
+    flags = ["--disable-usage-stats"]
     if address == "head":
-        port, dashboard, client = free_ports(3, ip)
-        options |= {
-            "port": port,
-            "dashboard-host": ip,
-            "dashboard-port": dashboard,
-            "ray-client-server-port": client,
-            # Ray Train frees the capacity of a killed driver by asking the dashboard.
-            "include-dashboard": "true",
-            "include-log-monitor": "false",
-            "temp-dir": temporary,
-        }
-        flags = ["--head", "--no-monitor"]
+        (port,) = free_ports(1, ip)
+        options |= head_options(ip, port)
+        flags += ["--head", "--no-monitor"]
         write_whole(folder / "address", f"{ip}:{port}")
     else:
         options["address"] = address
-        options["temp-dir"] = temporary
-        flags = []
-    flags += ["--block", "--disable-usage-stats"]
-    values = [f"--{name}={value}" for name, value in options.items()]
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *flags, *values])
+    os.execv(sys.executable, ray_command(options, flags))
 
 
 def own_address() -> str:
@@ -64,13 +44,6 @@ def node_memory() -> int:
     if per_node and per_node.isdigit() and int(per_node):
         return int(per_node) << 20
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(text)
-    new.replace(path)
 
 
 if __name__ == "__main__":

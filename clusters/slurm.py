@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clusters.base import Capacity, ClusterRequest, ClusterState, ClusterStatus, Logs, SubmissionRefused, Unreachable
-from clusters.config import VARIABLE, SlurmConfig
-from clusters.environment import settings
+from clusters.config import SlurmConfig
+from clusters.controllers import controller_command
+from clusters.environment import can_be_variable, settings
 from clusters.slurm_script import BatchJob, batch_script
 from runfolder.chain import result
 from runfolder.job import Job
@@ -57,6 +58,32 @@ _REASONS = {
 
 
 @dataclass(frozen=True)
+class QueuedJob:
+    """A job as squeue tells of it."""
+
+    id: str
+    name: str
+    state: ClusterState | None  # None where it has ended
+    reason: str
+    start: str  # when SLURM expects it to start
+
+    @property
+    def run_id(self) -> str:
+        """The run whose submission the job is."""
+        run_id, _, _ = self.name.rpartition("-s")
+        return run_id
+
+    @property
+    def why_queued(self) -> str:
+        """Why it waits, in words, and when SLURM expects it to start."""
+        reason = _REASONS.get(self.reason, self.reason)
+        forecast = ""
+        if self.start not in ("", "N/A", "NULL"):
+            forecast = f"; SLURM expects its start at {self.start}"
+        return f"SLURM job {self.id}: {reason}{forecast}"
+
+
+@dataclass(frozen=True)
 class Slurm:
     """The SLURM site of this login node, with run folders in `home`/runs."""
 
@@ -88,7 +115,7 @@ class Slurm:
         """Queue a batch job, unless the submission has one; raises Unreachable where it is not known to be queued."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._submitting(request.name):
-            if self._job_of(request.name):
+            if self._is_submitted(request.name):
                 return
             script = self.folder / f"{request.name}.sh"
             script.write_text(request.text)
@@ -98,12 +125,8 @@ class Slurm:
 
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
         """The state of each run: its newest submission's, as squeue tells it for all of them at once."""
-        wanted = list(run_ids)
-        jobs = self._queue()
-        statuses = {}
-        for run_id in wanted:
-            statuses[run_id] = self._status(run_id, jobs)
-        return statuses
+        jobs = self._jobs()
+        return {run_id: self._status(run_id, jobs) for run_id in run_ids}
 
     def logs(self, run_id: str, offset: int = 0) -> Logs:
         """What the run's batch jobs printed, the newest submission's after the others'."""
@@ -114,11 +137,12 @@ class Slurm:
         return Logs(data.decode(errors="replace"), offset + len(data))
 
     def cancel(self, run_id: str) -> None:
-        """Take a job out of the queue whose controller does not run, and close the run here; else it sees to that."""
-        for job in self._jobs_of(run_id, self._queue()):
-            if _STATES.get(job["state"]) == "queued":
-                self._run(["scancel", job["id"]])
-        if all(_STATES.get(job["state"]) == "queued" for job in self._jobs_of(run_id, self._queue())):
+        """Take the run's jobs out of the queue, and close it here where no controller runs that would."""
+        for job in _live_jobs(run_id, self._jobs()):
+            if job.state == "queued":
+                self._run(["scancel", job.id])
+        left = _live_jobs(run_id, self._jobs())  # one may have started meanwhile
+        if all(job.state == "queued" for job in left):
             self._close(run_id)
 
     def capacity(self) -> Capacity:
@@ -140,49 +164,28 @@ class Slurm:
             return Capacity("gpu", total_gpus, total_gpus - used_gpus)
         return Capacity("cpu", total_cores, idle_cores)
 
-    def _status(self, run_id: str, jobs: list[dict[str, str]]) -> ClusterStatus:
+    def _status(self, run_id: str, jobs: list[QueuedJob]) -> ClusterStatus:
         if result(self.site.root / run_id) is not None:
             return ClusterStatus("ended")
-        its_jobs = self._jobs_of(run_id, jobs)
-        if not its_jobs:
+        live = _live_jobs(run_id, jobs)
+        if not live:
             return ClusterStatus("unknown", "SLURM has no job of this run; fleetune resume submits it again")
-        job = its_jobs[-1]
-        state = _STATES.get(job["state"], "unknown")
-        if state != "queued":
-            return ClusterStatus(state, f"SLURM job {job['id']}")
-        return ClusterStatus("queued", self._why_queued(job), stuck="held" in job["reason"].lower())
+        job = live[-1]
+        if job.state == "queued":
+            return ClusterStatus("queued", job.why_queued, stuck="held" in job.reason.lower())
+        return ClusterStatus(job.state or "unknown", f"SLURM job {job.id}")
 
-    def _why_queued(self, job: dict[str, str]) -> str:
-        """Why a job waits, in words, and when SLURM expects it to start."""
-        reason = _REASONS.get(job["reason"], job["reason"])
-        start = job["start"]
-        forecast = "" if start in ("", "N/A", "NULL") else f"; SLURM expects its start at {start}"
-        return f"SLURM job {job['id']}: {reason}{forecast}"
+    def _is_submitted(self, name: str) -> bool:
+        """Whether a submission has a job, wherever that has got to."""
+        return self._note(name).exists() or any(job.name == name for job in self._jobs())
 
-    def _jobs_of(self, run_id: str, jobs: list[dict[str, str]]) -> list[dict[str, str]]:
-        """The jobs of a run's submissions that are in the queue, oldest first."""
-        its_jobs = [job for job in jobs if job["name"].rpartition("-s")[0] == run_id]
-        live = [job for job in its_jobs if job["state"] in _STATES]
-        return sorted(live, key=lambda job: int(job["id"]))
-
-    def _job_of(self, name: str) -> str | None:
-        """The job of a submission, wherever it has got to; None where it was never queued."""
-        note = self._note(name)
-        if note.exists():
-            return note.read_text()
-        for job in self._queue():
-            if job["name"] == name:
-                return job["id"]
-        return None
-
-    def _queue(self) -> list[dict[str, str]]:
+    def _jobs(self) -> list[QueuedJob]:
         """This user's jobs that SLURM knows of, those that ended lately too."""
-        form = "%i|%j|%T|%r|%S"
-        said = self._run(["squeue", "--me", "--noheader", "--states=all", "-o", form])
+        said = self._run(["squeue", "--me", "--noheader", "--states=all", "-o", "%i|%T|%r|%S|%j"])
         jobs = []
         for line in said.splitlines():
-            id_, name, state, reason, start = line.split("|")
-            jobs.append({"id": id_, "name": name, "state": state, "reason": reason, "start": start})
+            id_, state, reason, start, name = line.split("|", 4)  # a name may have any character
+            jobs.append(QueuedJob(id_, name, _STATES.get(state), reason, start))
         return jobs
 
     def _note(self, name: str) -> Path:
@@ -198,9 +201,9 @@ class Slurm:
 
     def _close(self, run_id: str) -> None:
         """Have a controller close a cancelled run: that needs no allocation."""
-        run_dir = self.site.root / run_id
-        command = [sys.executable, "-P", "-m", "orchestrator.controller", str(run_dir)]
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        command = controller_command(str(self.site.root / run_id))
+        environment = dict(os.environ)
+        environment.pop("RAY_ADDRESS", None)
         subprocess.run(command, env=environment, capture_output=True, timeout=_TIMEOUT_S, check=False)
 
     def _run(self, command: list[str]) -> str:
@@ -215,10 +218,16 @@ class Slurm:
         return ran.stdout
 
 
+def _live_jobs(run_id: str, jobs: list[QueuedJob]) -> list[QueuedJob]:
+    """The jobs of a run's submissions that have not ended, oldest first."""
+    live = [job for job in jobs if job.run_id == run_id and job.state]
+    return sorted(live, key=lambda job: int(job.id))
+
+
 def _check_environment(environment: dict[str, str]) -> None:
     """Raise Refused for variables that no script can export."""
     for name, value in environment.items():
-        if not VARIABLE.fullmatch(name) or "\0" in value:
+        if not can_be_variable(name, value):
             raise SubmissionRefused(
                 f"env: found {name!r}; allowed: names of letters, digits and _, and values without NUL"
             )

@@ -1,24 +1,21 @@
 """The clusters file: which clusters there are beside `local`, by the names that `--cluster` takes.
 
-It is `--clusters FILE`, FLEETUNE_CLUSTERS, or ~/.config/fleetune/clusters.yaml. The cluster that is meant without
+It is FLEETUNE_CLUSTERS, or ~/.config/fleetune/clusters.yaml. The cluster that is meant without
 `--cluster` is FLEETUNE_CLUSTER, or `cluster:` in ~/.config/fleetune/config.yaml, or `local`.
 """
 
 import os
 import reprlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from clusters.config import CLUSTER_CONFIG, ClusterConfig, SlurmConfig
+from clusters.config import CLUSTER_KINDS, ClusterConfig
 from orchestrator.errors import InputError
 from orchestrator.planning.spec import load_yaml
-from orchestrator.planning.spec_errors import did_you_mean
+from orchestrator.planning.spec_errors import did_you_mean, explain
 from runfolder.job import JOB_NAME
-
-_KEYS = sorted(SlurmConfig.model_fields)
 
 
 def clusters_path() -> Path:
@@ -43,9 +40,9 @@ def read_clusters() -> dict[str, ClusterConfig]:
             problems.append(f"{path}: {name!r}: allowed as a cluster's name: a-z, 0-9 and -, and not 'local'")
             continue
         try:
-            configs[name] = CLUSTER_CONFIG.validate_python(plain)
-        except ValidationError as error:
-            problems += [f"{path}: {name}{line}" for line in _explained(error)]
+            configs[name] = _config(plain)
+        except InputError as error:
+            problems += [f"{path}: {name}.{line}" for line in str(error).splitlines()]
     if problems:
         raise InputError("\n".join(problems))
     return configs
@@ -73,20 +70,15 @@ def _settings_folder() -> Path:
     return Path(parent).expanduser() / "fleetune"
 
 
-def _explained(error: ValidationError) -> list[str]:
-    """One line per field that is wrong: its path, what was found, what is allowed."""
-    lines = []
-    for problem in error.errors(include_url=False):
-        path = "".join(f".{step}" for step in problem["loc"])
-        lines.append(f"{path}: {_why_wrong(problem)}")
-    return lines
-
-
-def _why_wrong(problem: Mapping[str, Any]) -> str:
-    if problem["type"] == "extra_forbidden":
-        key = problem["loc"][-1]
-        return f"unknown key; {did_you_mean(key, _KEYS)}allowed: {', '.join(_KEYS)}"
-    if problem["type"] == "missing":
-        return "missing"
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"found {reprlib.repr(problem['input'])}; allowed: {message}"
+def _config(plain: Any) -> ClusterConfig:
+    """A cluster in plain data; raises InputError with a line per field that is wrong, which begins with its name."""
+    kind = plain.get("kind") if isinstance(plain, dict) else None
+    if kind not in CLUSTER_KINDS:
+        hint = did_you_mean(kind, CLUSTER_KINDS)
+        allowed = " or ".join(CLUSTER_KINDS)
+        raise InputError(f"kind: found {reprlib.repr(kind)}; {hint}allowed: {allowed}")
+    model = CLUSTER_KINDS[kind]
+    try:
+        return model.model_validate(plain)
+    except ValidationError as error:
+        raise InputError("\n".join(explain(error, plain, model))) from None

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from clusters.controllers import REQUEUE, is_requeued
 from clusters.environment import SECRETS
 from orchestrator.verdict import Again, Final, Kind, Verdict, decide
 from orchestrator.watch import Driver, Watch
@@ -26,7 +27,6 @@ from trainer.checkpoint.lineage import claim_from_newest, finished, step_of
 
 TRACKING_TIMEOUT_S = 600.0  # how long it stays to deliver what an outage of MLflow held up
 DELIVERED = "the output is there, but the worker ended before it was checked (and merged, if that was asked for)"
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h
 _PUMP_S = 1.0
 _CANCELLED = Final("cancelled", "cancelled by request")
 
@@ -71,7 +71,7 @@ def run_attempt(run_dir: Path) -> int:
     attempt.write_verdict(verdict.dump())
     decision = next_step(run_dir)
     if not isinstance(decision, Final):
-        if requeued() and verdict.kind in ("preemption", "walltime"):
+        if is_requeued() and verdict.kind in ("preemption", "walltime"):
             return REQUEUE
         return 1
     if not attempt.close(result_of(run_dir, decision)):
@@ -112,18 +112,13 @@ def attempt_endings(run_dir: Path) -> list[tuple[Kind, int]]:
 
 def next_step(run_dir: Path) -> Again | Final:
     """What follows the attempts so far; a run whose last one delivered the output has not failed."""
-    decision = decide(attempt_endings(run_dir), requeued())
+    decision = decide(attempt_endings(run_dir), is_requeued())
     if isinstance(decision, Final) and decision.state == "failed":
         newest = attempts(run_dir)[-1]
         output = newest.folder / "output"
         if output.exists():
             return Final("succeeded", DELIVERED)
     return decision
-
-
-def requeued() -> bool:
-    """Whether a scheduler starts the run again that it has ended."""
-    return bool(os.environ.get("FLEETUNE_REQUEUED"))
 
 
 def result_of(run_dir: Path, decision: Final) -> Record:

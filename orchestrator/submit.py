@@ -69,7 +69,8 @@ def submit(
     frozen = frozen_record(job, checked.model, cluster, folder, of_inputs)
     with _chosen_id(job, frozen, run_id) as chosen_id:
         request = make_request(backend, job, chosen_id)
-        backend.capacity()  # where there is no cluster, nothing is made
+        if backend.site.is_here:  # else it was asked for the checks
+            backend.capacity()  # where there is no cluster, nothing is made
         remember(chosen_id, cluster)
         adopted = _create_or_adopt(backend.site, chosen_id, frozen)
         backend.site.write_secrets(chosen_id, secret_values(request.secrets) | secrets_of(job))

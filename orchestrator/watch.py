@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+from clusters.controllers import is_requeued
 from clusters.ray_head import answers
 from orchestrator.failure import Failure, load_failure
 from orchestrator.verdict import Verdict, classify
@@ -123,7 +124,7 @@ class Watch:
         if cancel_saves(self._attempt.run_dir):
             return Stop("cancelled", "", deadline)
         walltime = self._resources.walltime
-        if os.environ.get("FLEETUNE_REQUEUED"):
+        if is_requeued():
             walltime = None  # that of each allocation, of which its scheduler warns
         if walltime and time.time() > self._opened_at + walltime - grace:
             reason = f"resources.walltime of {walltime} s is over"

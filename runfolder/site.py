@@ -25,7 +25,7 @@ Positions = Mapping[str, Position]  # of each file, how far it was read
 Appended = dict[str, list[Chunk]]  # what was appended to each file since
 Ended = Record | None  # the result of a run; None while it goes on
 PlainData = Mapping[str, Any]  # what JSON can hold
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # bytes that are there, and how many there will be
 _FETCHED = ("output", "result.json", "job.yaml")  # what `fetch` brings
 
 
@@ -238,11 +238,11 @@ def listing(run_dir: Path) -> list[Record]:
 
 def part(run_dir: Path, path: str, offset: int, length: int) -> bytes:
     """Bytes of a file that `fetch` brings, from an offset on; raises Refused for any other."""
-    file = run_dir / path
-    top = Path(path).parts[0]
-    if top not in _FETCHED or ".." in Path(path).parts:
-        raise Refused(f"path: found {path!r}; allowed: files of {', '.join(_FETCHED)}")
-    with file.open("rb") as stream:
+    parts = Path(path).parts
+    if ".." in parts or not parts or parts[0] not in _FETCHED:
+        allowed = ", ".join(_FETCHED)
+        raise Refused(f"path: found {path!r}; allowed: files of {allowed}")
+    with (run_dir / path).open("rb") as stream:
         stream.seek(offset)
         return stream.read(length)
 

@@ -1,9 +1,9 @@
 """Fleetune's own code as it travels: an archive of what is installed here, uncommitted edits included."""
 
-import gzip
 import hashlib
 import io
 import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,27 +17,37 @@ _DIGEST_DIGITS = 24  # of the digest in the name of a folder
 
 @dataclass(frozen=True)
 class Code:
-    """An archive (tar, gzip) of the modules and packages, and its digest."""
+    """The files of the modules and packages by path, and a digest of them."""
 
-    archive: bytes
+    files: Mapping[str, bytes]
     digest: str
+
+    def archive(self) -> bytes:
+        """All files as a tar archive (gzip)."""
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+            for path, data in self.files.items():
+                entry = tarfile.TarInfo(path)
+                entry.size = len(data)
+                entry.mode = 0o644
+                archive.addfile(entry, io.BytesIO(data))
+        return stream.getvalue()
 
 
 @cache
 def installed_code() -> Code:
-    """What is installed here; the same files give the same bytes."""
+    """What is installed here; the same files have the same digest."""
     root = Path(fleetune_start.__file__).resolve().parent
-    stream = io.BytesIO()
-    with gzip.GzipFile(fileobj=stream, mode="wb", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as tar:
-        for path in _code_files(root):
-            data = path.read_bytes()
-            entry = tarfile.TarInfo(str(path.relative_to(root)))
-            entry.size = len(data)
-            entry.mode = 0o644
-            tar.addfile(entry, io.BytesIO(data))
-    archive = stream.getvalue()
-    digest = hashlib.sha256(archive).hexdigest()
-    return Code(archive, digest[:_DIGEST_DIGITS])
+    files = {}
+    digest = hashlib.sha256()
+    for path in _code_files(root):
+        relative = str(path.relative_to(root))
+        data = path.read_bytes()
+        files[relative] = data
+        digest.update(f"{relative} {len(data)} ".encode())
+        digest.update(data)
+    hexadecimal = digest.hexdigest()
+    return Code(files, hexadecimal[:_DIGEST_DIGITS])
 
 
 def _code_files(root: Path) -> list[Path]:

@@ -24,20 +24,18 @@ from runfolder.site import Refused as RunRefused
 
 READY = "fleetune-answers"  # begins the line by which the far side says that it is there
 NO_CODE = 97  # exit code: this version of Fleetune is not there yet
-NO_ENVIRONMENT = 98  # exit code: the packages are not there yet
 _START_S = 90.0  # until the far side is ready: a cold file system takes long to load Python
 _ANSWER_S = 120.0
 _SEND_S = 300.0
 _CUT = "the connection ended before the answer; repeating is safe"
 _LAST_LINES = 3  # of what the far side printed, in a message
 
-# Arguments: root ("" for the default), digest of the code, python, environment ("" for none), then the setup lines.
-# Site's own lines come first, as they may put Python on the path.
+# Arguments: root ("" for the default), digest of the code, python. The setup lines come first, as they may put Python
+# on the path.
 _PLACES = 'root=${1:-${FLEETUNE_HOME:-$HOME/.fleetune}}; case $root in "~/"*) root=$HOME/${root#"~/"};; esac; '
 _START = (
-    _PLACES + 'code=$root/code/$2; python=$3; [ -z "$4" ] || python=$root/environments/$4/bin/python; '
-    f'[ -d "$code" ] || exit {NO_CODE}; [ -z "$4" ] || [ -x "$python" ] || exit {NO_ENVIRONMENT}; '
-    'FLEETUNE_HOME=$root PYTHONPATH=$code PYTHONUNBUFFERED=1 exec "$python" -P -m clusters.answer'
+    _PLACES + f'code=$root/code/$2; [ -d "$code" ] || exit {NO_CODE}; '
+    'FLEETUNE_HOME=$root PYTHONPATH=$code PYTHONUNBUFFERED=1 exec "$3" -P -m clusters.answer'
 )
 _RECEIVE = (
     _PLACES + 'umask 077; mkdir -p "$root/code" && new=$(mktemp -d "$root/code/.new-XXXXXX") && '
@@ -63,13 +61,12 @@ def kind_of(error: Exception) -> str | None:
 class FarSide:
     """Asks the process there; it is started with the first request, and again after a link was cut."""
 
-    def __init__(self, name: str, link: Link, config: ClusterConfig, code: Code, environment: str = "") -> None:
-        """`name` of the cluster is for messages; `environment` is that of the packages, "" where Python has them."""
+    def __init__(self, name: str, link: Link, config: ClusterConfig, code: Code) -> None:
+        """The `name` of the cluster is for messages."""
         self.name = name
         self._link = link
         self._config = config
         self._code = code
-        self._environment = environment
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this object)
@@ -113,7 +110,7 @@ class FarSide:
         self._unread = b""
         self._stderr.seek(0)
         self._stderr.truncate()
-        command = self._command(_START, self._environment)
+        command = self._command(_START)
         pipe = subprocess.PIPE
         try:
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._stderr)
@@ -124,12 +121,9 @@ class FarSide:
             self._write({"cluster": config})
             self._await_ready()
         except (OSError, ValueError) as error:
-            code = self._exit_code()
-            if code == NO_CODE:
+            if self._exit_code() == NO_CODE:
+                self.close()
                 return False
-            if code == NO_ENVIRONMENT:
-                remedy = f"make it with: fleetune clusters setup {self.name}"
-                raise Unreachable(f"cluster {self.name}: the packages are not installed there; {remedy}") from None
             raise self._broken(str(error)) from None
         return True
 
@@ -144,18 +138,19 @@ class FarSide:
     def _send_code(self) -> None:
         try:
             sent = subprocess.run(
-                self._command(_RECEIVE, ""), input=self._code.archive, capture_output=True, timeout=_SEND_S
+                self._command(_RECEIVE), input=self._code.archive(), capture_output=True, timeout=_SEND_S
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Unreachable(f"cluster {self.name}: {error}") from None
         if sent.returncode:
             raise Unreachable(self._explained(sent.stderr, f"code was not taken, exit code {sent.returncode}"))
 
-    def _command(self, script: str, environment: str) -> list[str]:
-        lines = "\n".join([*self._config.setup, script])
-        root = self._config.root or ""
-        command = ["bash", "-c", lines, "fleetune", root, self._code.digest, self._config.python, environment]
-        return self._link.process(command)
+    def _command(self, script: str) -> list[str]:
+        """The process on this machine that runs a script there, behind the site's own lines."""
+        config = self._config
+        lines = "\n".join([*config.setup, script])
+        arguments = [config.root or "", self._code.digest, config.python]
+        return self._link.process(["bash", "-c", lines, "fleetune", *arguments])
 
     def _write(self, request: Mapping[str, Any]) -> None:
         assert self._process and self._process.stdin
@@ -202,7 +197,10 @@ class FarSide:
         return Unreachable(self._explained(said, reason))
 
     def _explained(self, stderr: bytes, reason: str) -> str:
+        """One line: the last words of the far side, or the reason where it had none, and what to do."""
         text = stderr.decode(errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        shown = "; ".join(lines[-_LAST_LINES:]) or reason
-        return f"cluster {self.name}: {shown}{self._link.remedy(text)}"
+        stripped = map(str.strip, text.splitlines())
+        said = list(filter(None, stripped))
+        shown = "; ".join(said[-_LAST_LINES:])
+        remedy = self._link.remedy(text)
+        return f"cluster {self.name}: {shown or reason}{remedy}"

@@ -52,6 +52,8 @@ class Shelf:
         if path.exists():
             return str(path)
         arriving = self._arriving(digest)
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        arriving.touch()  # nothing came of an empty file
         found = sha256(arriving)
         if found != digest:
             arriving.unlink()

@@ -1,6 +1,5 @@
 """Run folders of another machine: the verbs of a site as requests to its far side."""
 
-import hashlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass
@@ -130,17 +129,13 @@ class RemoteSite:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.part")
-        digest = hashlib.sha256()
-        if unfinished.exists():
-            digest.update(unfinished.read_bytes())
         with unfinished.open("ab") as stream:
             while stream.tell() < file["size"]:
                 data = self._part(run_id, file["path"], stream.tell())
                 if not data:
                     break
                 stream.write(data)
-                digest.update(data)
-        if digest.hexdigest() != file["sha256"]:
+        if sha256(unfinished) != file["sha256"]:
             unfinished.unlink()
             raise Unreachable(f"cluster {self.far_side.name}: {file['path']} did not come whole; fetch it again")
         unfinished.replace(path)

@@ -18,7 +18,7 @@ from mlflow_server import Proxy, Server
 from run_folders import make_run
 from scene import delivered, lives, mlflow_run, reported, rows, session, signal_all, unfinished_saves, until, workers
 
-from clusters.local import controller_command
+from clusters.controllers import controller_command
 from clusters.ray_head import Head
 from orchestrator.tracking.history import history
 from runfolder.appended import Follower, read_from

@@ -13,7 +13,7 @@ import pytest
 from local_cluster import entry, job, running, serve, submit, text
 from waiting import until
 
-from clusters import environment, process, ray_head
+from clusters import environment, process, ray_head, ray_start
 from clusters import local as local_module
 from clusters.base import SubmissionRefused, Unreachable
 from clusters.entry import Queue
@@ -185,7 +185,7 @@ def test_a_head_that_dies_at_each_start_is_told_and_tried_again(
 ) -> None:
     """With the real Ray, whose command line is wrong for a while."""
     submit(cluster, "one", 1)
-    monkeypatch.setattr(ray_head, "OBJECT_STORE_BYTES", "much")
+    monkeypatch.setattr(ray_start, "OBJECT_STORE_BYTES", "much")
     monkeypatch.setattr(process, "owner", lambda lock, real=process.owner: real(lock) or _supervisor(cluster, lock))
     served = Supervisor(cluster)
     until(lambda: served.tick() or cluster.status(["one"])["one"].stuck, 60)

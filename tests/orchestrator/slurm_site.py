@@ -167,7 +167,7 @@ class SlurmSite:
             return
         if name in ("slurmctld", "munged"):
             process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it is killed then
                 process.wait(timeout=5)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -177,11 +177,9 @@ class SlurmSite:
         """The first thing that is true of what a look gives; raises AssertionError when nothing is for so long."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            try:
+            with contextlib.suppress(OSError):  # what is looked at is not there yet
                 if found := look():
                     return found
-            except OSError:
-                pass
             time.sleep(0.05)
         tails = [path.read_text(errors="replace")[-1000:] for path in self.folder.glob("*.out")]
         raise AssertionError(f"{why_not}\n" + "\n".join(tails))

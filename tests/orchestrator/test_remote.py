@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,6 @@ def there(server: SshServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A clusters file with the local cluster of another machine; gives the FLEETUNE_HOME there."""
     root = tmp_path / "there"
     clusters = {"there": {"kind": "local", "link": {"ssh": "there"}, "root": str(root), "python": sys.executable}}
-    clusters["there"]["packages"] = "installed"
     (tmp_path / "clusters.yaml").write_text(yaml.safe_dump(clusters))
     monkeypatch.setenv("FLEETUNE_CLUSTERS", str(tmp_path / "clusters.yaml"))
     monkeypatch.setenv("PATH", f"{server.binaries}:{os.environ['PATH']}")
@@ -82,26 +82,29 @@ def test_a_cut_says_unknown_and_what_is_asked_next_goes_through(tmp_path: Path) 
     assert fleetune.status(done.run_id).state == "queued"
 
 
+@contextmanager
+def emptied(file: Path) -> Iterator[None]:
+    """Let a file be empty for a while."""
+    before = file.read_text()
+    file.write_text("")
+    try:
+        yield
+    finally:
+        file.write_text(before)
+
+
 @pytest.mark.usefixtures("there")
 def test_what_is_wrong_with_a_link_is_said_with_what_to_do(
     server: SshServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for socket in sockets_folder().iterdir():
         subprocess.run(["ssh", "-o", f"ControlPath={socket}", "-O", "exit", "there"], capture_output=True)
-    keys = (server.folder / "authorized_keys").read_text()
-    (server.folder / "authorized_keys").write_text("")
-    try:
-        with pytest.raises(Unreachable, match=r"Permission denied.*fleetune clusters connect there"):
-            fleetune.list_runs("there")
-    finally:
-        (server.folder / "authorized_keys").write_text(keys)
-    hosts = (server.folder / "known_hosts").read_text()
-    (server.folder / "known_hosts").write_text("")
-    try:
-        with pytest.raises(Unreachable, match=r"Host key verification failed.*ssh there"):
-            fleetune.list_runs("there")
-    finally:
-        (server.folder / "known_hosts").write_text(hosts)
+    refused = r"Permission denied.*fleetune clusters connect there"
+    with emptied(server.folder / "authorized_keys"), pytest.raises(Unreachable, match=refused):
+        fleetune.list_runs("there")
+    unknown = r"Host key verification failed.*ssh there"
+    with emptied(server.folder / "known_hosts"), pytest.raises(Unreachable, match=unknown):
+        fleetune.list_runs("there")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(Unreachable, match="ssh"):
         fleetune.list_runs("there")

@@ -178,6 +178,10 @@ def test_files_and_bases_are_sent_once_and_go_on_where_they_were_cut(far_home: P
         site.bring(file, lambda *_: None)
     assert site.bring(file, lambda *_: None).read_bytes() == file.read_bytes()
 
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    assert site.bring(empty, lambda *_: None).read_bytes() == b""
+
     make_job(tmp_path)
     base = site.bring(tmp_path / "base", lambda *_: None)
     assert folder_digest(base, scratch=False) == folder_digest(tmp_path / "base", scratch=False)
