@@ -142,16 +142,24 @@ def methods_page() -> str:
 def method_page(kind: str) -> str:
     """What a method does, its equation and paper, its options, and what was seen of it."""
     options = KINDS[kind]
-    module = ROOT / (options.implementation.partition(":")[0].replace(".", "/") + ".py")
     (method,) = methods(kind)
-    lines = [f"# {kind}", "", *paragraphs(options.__doc__), "", "    " + f"method: {{kind: {kind}}}", ""]
-    lines += ["## What it does", "", *paragraphs(ast.get_docstring(ast.parse(module.read_text())))]
+    lines = [f"# {kind}", "", *paragraphs(options.__doc__), "", f"    method: {{kind: {kind}}}", ""]
+    lines += ["## What it does", "", *paragraphs(docstring_of(options.implementation))]
     if options.when_to_take:
         lines += ["", "## When to take it", "", *paragraphs(options.when_to_take)]
     lines += ["", "## Options", "", *options_table(options.model_fields)]
     lines += ["", "## What was seen", "", *seen(method), ""]
-    lines += [f"- Its {name} is refused: {reason}." for name, reason in options.refusals.items()]
+    for name, reason in options.refusals.items():
+        lines.append(f"- Its {name} is refused: {reason}.")
     return "\n".join([*lines, ""])
+
+
+def docstring_of(implementation: str) -> str | None:
+    """The docstring of the module in `module:Class`, which is read and not imported."""
+    module, _, _ = implementation.partition(":")
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    tree = ast.parse(path.read_text())
+    return ast.get_docstring(tree)
 
 
 def seen(method: dict[str, Any]) -> list[str]:
@@ -191,8 +199,18 @@ def escaped(text: str) -> str:
 def api_page(room: str) -> str:
     """The public names of a room, module by module, from their docstrings."""
     lines = [f"# {room}", ""]
-    for path in sorted([ROOT / f"{room}.py"] if (ROOT / f"{room}.py").exists() else (ROOT / room).rglob("*.py")):
-        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        if not path.name.startswith("__") and path.read_text().strip():
-            lines += [f"## {module}", "", f"::: {module}", ""]
+    for path in modules_of(room):
+        if path.name.startswith("__") or not path.read_text().strip():
+            continue
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        module = ".".join(parts)
+        lines += [f"## {module}", "", f"::: {module}", ""]
     return "\n".join(lines)
+
+
+def modules_of(room: str) -> list[Path]:
+    """The files of a room: of a package, or of the one module that it is."""
+    module = ROOT / f"{room}.py"
+    if module.exists():
+        return [module]
+    return sorted((ROOT / room).rglob("*.py"))
