@@ -1,8 +1,8 @@
 """Readers of a job's rows for tests, forked from a process that has imported transformers, which takes two seconds.
 
 `python forked_reader.py serve DESCRIPTOR` is that process. `python forked_reader.py SOCKET` asks it for a reader with
-this one's input, outputs, folder and environment, and ends as that ends. It stands for `python -m trainer.data`, which
-the tests of the command line start themselves.
+this one's input, outputs, folder and environment, and ends as that ends. It stands for
+`python -m trainer.data`, which the tests of the command line start themselves.
 """
 
 import json
