@@ -18,7 +18,7 @@ from typing import Any
 
 from clusters.base import Cluster
 from clusters.environment import secret_values
-from orchestrator.backends import make_request, open_cluster
+from orchestrator.backends import expected_start, make_request, open_cluster
 from orchestrator.clusters_file import default_cluster
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import JobSource, Sent, brought, frozen_record, input_digests, read_job
@@ -69,8 +69,7 @@ def submit(
     frozen = frozen_record(job, checked.model, cluster, folder, of_inputs)
     with _chosen_id(job, frozen, run_id) as chosen_id:
         request = make_request(backend, job, chosen_id)
-        if backend.site.is_here:  # else it was asked for the checks
-            backend.capacity()  # where there is no cluster, nothing is made
+        expected_start(backend, request)  # where the cluster would never start it, nothing is made
         remember(chosen_id, cluster)
         adopted = _create_or_adopt(backend.site, chosen_id, frozen)
         backend.site.write_secrets(chosen_id, secret_values(request.secrets) | secrets_of(job))
