@@ -235,7 +235,7 @@ def _arrow_stream(shard: Shard) -> pa.Buffer:
 
 
 def _arrow_array(array: Array) -> pa.Array:
-    """A numpy array as Arrow has it. Arrow's own conversions, to and fro, would import pandas: 0.4 s in every worker."""
+    """A numpy array as Arrow has it. The conversions of Arrow itself would import pandas: 0.4 s in every worker."""
     type_ = pa.from_numpy_dtype(array.dtype)
     content = np.ascontiguousarray(array)
     return pa.Array.from_buffers(type_, len(array), [None, pa.py_buffer(content)])
