@@ -17,9 +17,9 @@ from clusters.config import SlurmConfig
 from clusters.slurm import Slurm
 from orchestrator import backends
 from orchestrator.errors import InputError
+from orchestrator.tracking.history import history
 from runfolder.appended import read_lines
 from runfolder.chain import attempts, claim_next
-from runfolder.history import history
 from runfolder.job import Job
 
 pytestmark = pytest.mark.usefixtures("home")
