@@ -93,7 +93,8 @@ class Cluster(Protocol):
     def submit(self, request: ClusterRequest) -> None:
         """Hand a request over, once however often it is repeated. The run folder exists already.
 
-        A run that goes on by an earlier submission is left to that.
+        A run that goes on by an earlier submission is left to that. Raises SubmissionRefused where the cluster does
+        not take it: then nothing is queued.
         """
         ...
 

@@ -26,8 +26,8 @@ from clusters.slurm_answers import (
     QueuedJob,
     capacity_of,
     endings,
-    may_pass,
     queued_jobs,
+    refusal_in,
     start_in,
 )
 from clusters.slurm_script import BatchJob, batch_script
@@ -72,7 +72,10 @@ class Slurm:
         return ClusterRequest(run_id, submission, run_dir, text, secrets)
 
     def submit(self, request: ClusterRequest) -> None:
-        """Queue a batch job, unless the submission has one; raises Unreachable where it is not known to be queued."""
+        """Queue a batch job, unless the submission has one.
+
+        Raises Unreachable where it is not known to be queued, and SubmissionRefused where SLURM does not take it.
+        """
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._submitting(request.run_id):
             jobs = self._jobs()
@@ -81,8 +84,10 @@ class Slurm:
                 return
             script = self.folder / f"{request.name}.sh"
             script.write_text(request.text)
-            said = self._run(["sbatch", "--parsable", str(script)])
-            job_id = said.strip().partition(";")[0]
+            ran = self._call(["sbatch", "--parsable", str(script)])
+            if ran.returncode and (words := refusal_in(ran.stderr)):
+                raise SubmissionRefused(f"SLURM does not take this job: {words}")
+            job_id = _answer_of(ran).strip().partition(";")[0]
             note.write_text(job_id)
 
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
@@ -115,14 +120,11 @@ class Slurm:
     def forecast(self, request: ClusterRequest) -> float | None:
         """When SLURM would start a request; raises SubmissionRefused, in SLURM's words, where it never would."""
         ran = self._call(["sbatch", "--test-only"], request.text)
-        said = ran.stderr.strip()
         if ran.returncode == 0:
-            return start_in(said)
-        last = said.splitlines()[-1] if said else f"exit code {ran.returncode}"
-        if may_pass(said):
-            raise Unreachable(f"SLURM: sbatch: {last}")
-        words = last.removeprefix("sbatch: ").removeprefix("error: ").removeprefix("allocation failure: ")
-        raise SubmissionRefused(f"SLURM would never start this job: {words}")
+            return start_in(ran.stderr)
+        if words := refusal_in(ran.stderr, is_test=True):
+            raise SubmissionRefused(f"SLURM does not take this job: {words}")
+        return None
 
     def _status(self, run_id: str, jobs: list[QueuedJob]) -> ClusterStatus:
         if result(self.site.root / run_id) is not None:
@@ -187,11 +189,7 @@ class Slurm:
 
     def _run(self, command: list[str]) -> str:
         """What a command of SLURM prints; raises Unreachable where it fails, as a repetition may not."""
-        ran = self._call(command)
-        if ran.returncode:
-            lines = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
-            raise Unreachable(f"SLURM: {command[0]}: {lines[-1]}")
-        return ran.stdout
+        return _answer_of(self._call(command))
 
     def _call(self, command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
         """Run a command of SLURM, with a text as its input; raises Unreachable where it does not end."""
@@ -201,6 +199,14 @@ class Slurm:
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Unreachable(f"SLURM: {command[0]}: {error}") from None
+
+
+def _answer_of(ran: subprocess.CompletedProcess[str]) -> str:
+    """What a command of SLURM printed; raises Unreachable where it failed."""
+    if ran.returncode:
+        lines = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
+        raise Unreachable(f"SLURM: {ran.args[0]}: {lines[-1]}")
+    return ran.stdout
 
 
 def _live_jobs(run_id: str, jobs: list[QueuedJob]) -> list[QueuedJob]:

@@ -27,11 +27,13 @@ _STATES: Mapping[str, ClusterState] = {
     "STAGE_OUT": "running",
 }
 _UP = ("idle", "mix", "alloc", "comp", "resv")
-_PASSING = re.compile(
-    r"contact|connect|timed? ?out|communicat|standby|temporar|zero bytes|send/recv|credential|munge|try again"
-    r"|database|shut(ting)? ?down|slurmctld",
+# What SLURM says of a job that it does not take; all else may be about reaching SLURM, and pass.
+_REFUSALS = re.compile(
+    r"invalid|denied|not permitted|no partition|more processors|too many|violates|node (count|configuration)"
+    r"|not available",
     re.IGNORECASE,
 )
+_AMBIGUOUS = "Requested node configuration is not available"  # so says a test also where nodes are only down
 _REASONS = {
     "Priority": "others have a higher priority",
     "Resources": "waits for free nodes",
@@ -119,9 +121,13 @@ def start_in(said: str) -> float | None:
     return datetime.fromisoformat(start[1]).timestamp()
 
 
-def may_pass(said: str) -> bool:
-    """Whether an error of a command is about reaching SLURM, and not about the job."""
-    return _PASSING.search(said) is not None
+def refusal_in(said: str, is_test: bool = False) -> str | None:
+    """Why SLURM does not take a job, in its words; None where its error is not about the job, or may pass."""
+    last = said.strip().splitlines()[-1:]
+    words = re.sub(r"^((sbatch|error|allocation failure|Batch job submission failed): )*", "", "".join(last))
+    if not _REFUSALS.search(words) or (is_test and words == _AMBIGUOUS):
+        return None
+    return words
 
 
 def _gpus_in(gres: str) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clusters.base import Cluster
+from clusters.base import Cluster, SubmissionRefused
 from clusters.environment import secret_values
 from orchestrator.backends import expected_start, make_request, open_cluster
 from orchestrator.clusters_file import default_cluster
@@ -73,7 +73,10 @@ def submit(
         remember(chosen_id, cluster)
         adopted = _create_or_adopt(backend.site, chosen_id, frozen)
         backend.site.write_secrets(chosen_id, secret_values(request.secrets) | secrets_of(job))
-        backend.submit(request)
+        try:
+            backend.submit(request)
+        except SubmissionRefused as error:
+            raise _withdrawn(backend, chosen_id, adopted, str(error)) from None
         submission = Submission(chosen_id, Path(request.run_dir), cluster, adopted, checked.warnings)
         announce(submission)
     return submission
@@ -125,6 +128,15 @@ def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> Itera
         raise
     finally:
         os.close(descriptor)
+
+
+def _withdrawn(cluster: Cluster, run_id: str, adopted: bool, why: str) -> InputError:
+    """The error of a run that its cluster does not take, whose folder is there already: it is closed as cancelled."""
+    if adopted:
+        return InputError(why)
+    cluster.site.ask(run_id, "cancel")
+    cluster.cancel(run_id)
+    return InputError(f"{why}; {run_id} is cancelled")
 
 
 def _identity(frozen: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from clusters.base import Capacity
-from clusters.slurm_answers import QueuedJob, capacity_of, endings, may_pass, queued_jobs, start_in
+from clusters.slurm_answers import QueuedJob, capacity_of, endings, queued_jobs, refusal_in, start_in
 
 JOBS = """\
 10|COMPLETED|None|2026-11-29T10:59:52|sums-0123456789-s1
@@ -51,7 +51,7 @@ def test_a_forecast_of_sbatch() -> None:
     ],
 )
 def test_errors_of_the_way_to_slurm_may_pass(said: str) -> None:
-    assert may_pass(said)
+    assert refusal_in(said) is None
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,14 @@ def test_errors_of_the_way_to_slurm_may_pass(said: str) -> None:
         "allocation failure: Requested time limit is invalid (missing or exceeds some limit)",
     ],
 )
-def test_errors_of_the_job_do_not_pass(said: str) -> None:
-    assert not may_pass(said)
+def test_errors_of_the_job_are_told_in_slurms_words(said: str) -> None:
+    words = said.rpartition(": ")[2]
+    assert refusal_in(said) == words
+
+
+def test_a_test_says_of_nodes_that_are_down_what_it_says_of_nodes_that_are_not_there() -> None:
+    said = "allocation failure: Requested node configuration is not available"
+    assert refusal_in(said) and refusal_in(said, is_test=True) is None
 
 
 def test_capacity_is_that_of_nodes_that_are_up() -> None:

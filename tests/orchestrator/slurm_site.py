@@ -245,6 +245,7 @@ MinJobAge=300
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_interval=2
 JobRequeue=1
+EnforcePartLimits=ALL
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal

@@ -98,7 +98,7 @@ def begin(hpc: Path, job: Path, steps: int = 8) -> Path:
 
 
 def assert_undisturbed(run_dir: Path, launch: Any, timeout_s: float = 600) -> None:
-    """Wait for the success of a run, whose every step has the loss of the same job in processes that nobody disturbs."""
+    """Wait for the success of a run, whose every step has the loss of the same job undisturbed, without SLURM."""
     ended = wait_for(run_dir.name, ("succeeded", "failed", "cancelled"), timeout_s)
     assert ended.state == "succeeded", (ended, fleetune.logs(run_dir.name)[-3000:])
     assert (run_dir / "output" / "adapter_model.safetensors").exists()
@@ -203,14 +203,29 @@ def test_a_job_longer_than_its_walltime_is_a_chain(
 def test_what_would_never_start_is_refused_before_anything_is_made(
     hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path
 ) -> None:
-    job = make_job(tmp_path, tiny_base, sums, resources={"nodes": 3, "workers_per_node": 1})
-    with pytest.raises(InputError, match="never start this job: Requested node configuration is not available"):
-        fleetune.submit(job, cluster="hpc")
+    config = {"kind": "slurm", "root": str(hpc), "partition": "none"}
+    (tmp_path / "clusters.yaml").write_text(yaml.safe_dump({"hpc": config}))
+    with pytest.raises(InputError, match="SLURM does not take this job: Invalid partition name specified"):
+        fleetune.submit(make_job(tmp_path, tiny_base, sums), cluster="hpc")
     assert not list((hpc / "runs").glob("*")) and site.run("squeue", "--noheader") == ""
 
 
-def test_a_run_whose_job_is_gone_is_submitted_again(
+def test_what_slurm_does_not_take_is_cancelled(
     hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path
+) -> None:
+    # More memory than a node has: a test says of it what it says of nodes that are down.
+    config = {"kind": "slurm", "root": str(hpc), "memory_per_worker": 900}
+    (tmp_path / "clusters.yaml").write_text(yaml.safe_dump({"hpc": config}))
+    job = make_job(tmp_path, tiny_base, sums)
+    with pytest.raises(InputError, match="Requested node configuration is not available; sums-.* is cancelled"):
+        fleetune.submit(job, cluster="hpc")
+    (run_dir,) = (hpc / "runs").glob("sums-*")
+    assert fleetune.status(run_dir.name).state == "cancelled" and site.run("squeue", "--noheader") == ""
+
+
+@pytest.mark.usefixtures("hpc")
+def test_a_run_whose_job_is_gone_is_submitted_again(
+    site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path
 ) -> None:
     site.run("scontrol", "update", "nodename=node[1-2]", "state=drain", "reason=test")
     try:
