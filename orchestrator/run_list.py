@@ -50,12 +50,15 @@ def age(seconds: float) -> str:
 def _cells(run: Status, now: float) -> Cells:
     steps = run.steps or "?"
     words = (run.reason or "").split()
+    since = "?"  # where its folder cannot be read
+    if run.submitted:
+        since = age(now - run.submitted)
     return {
         "run": run.run_id,
         "state": run.state,
         "step": f"{run.step}/{steps}",
         "attempt": str(run.attempt),
-        "age": age(now - run.submitted),
+        "age": since,
         "cluster": run.cluster,
         "reason": " ".join(words),
     }

@@ -22,6 +22,8 @@ def status_lines(run: Status) -> Iterator[Fact]:
     if evidence and evidence not in (run.reason or ""):
         yield "evidence", evidence
     yield "cluster", run.cluster
+    if not run.submitted:
+        return  # its folder cannot be read
     yield "submitted", _local_time(run.submitted)
     yield "attempt", _attempt(run)
     yield "progress", _progress(run)
@@ -40,7 +42,8 @@ def status_lines(run: Status) -> Iterator[Fact]:
 
 def output_lines(run: Status) -> Iterator[Fact]:
     """What a person copies: where a run's files are, and the lines of Python that load its output."""
-    yield "run folder", run.run_dir
+    if run.run_dir:
+        yield "run folder", run.run_dir
     if run.output_dir:
         yield "output", run.output_dir
     label = "load it"

@@ -80,6 +80,9 @@ QUEUED = Status(
 )
 
 
+LOST = replace(QUEUED, cluster="hpc", state="unknown", reason="cluster hpc: no route", run_dir="", submitted=0.0)
+
+
 @pytest.fixture
 def _utc(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock on the wall that shows the same everywhere."""
@@ -97,7 +100,7 @@ def shown(run: Status, width: int) -> str:
 
 @pytest.mark.usefixtures("_utc")
 def test_a_status_at_80_columns() -> None:
-    texts = [shown(run, 80) for run in (RUN, ENDED, QUEUED)]
+    texts = [shown(run, 80) for run in (RUN, ENDED, QUEUED, LOST)]
     assert "\n".join(texts) == GOLDEN.read_text()
 
 
@@ -128,6 +131,11 @@ def test_a_list_at_80_columns() -> None:
         "sql-1r3vg4ggs1  queued  0/?        0        2 h  local",
         "    needs 2, 0 of 2 cpus are free",
     ]
+
+
+def test_what_cannot_be_reached_has_no_age() -> None:
+    (_, line, _) = list_lines([LOST], 80, now=T0)
+    assert line.split() == ["sql-1r3vg4ggs1", "unknown", "0/?", "0", "?", "hpc"]
 
 
 def test_a_list_at_160_columns_has_one_line_a_run() -> None:
