@@ -226,6 +226,11 @@ def print_markup(renderable: Any) -> None:
     _console().print(renderable, crop=False)
 
 
+def output_width() -> int:
+    """The columns of standard output; any number where it is no terminal."""
+    return _console().width
+
+
 def _console() -> Console:
     """Standard output, which wraps and has colours only where it is a terminal."""
     console = Console(highlight=False)
