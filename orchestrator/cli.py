@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,10 @@ from orchestrator.terminal import (
     print_json,
     warn,
 )
+
+if TYPE_CHECKING:
+    from orchestrator.logs import LogReader
+    from orchestrator.runs import Handle
 
 app = typer.Typer(
     name="fleetune",
@@ -97,7 +101,9 @@ def submit_command(
         announce=announce_json if as_json else announce_submission,
     )
     if wait:
-        _follow(submitted.run_id, None)
+        from orchestrator.runs import find
+
+        _follow(find(submitted.run_id), None)
 
 
 @app.command("list")
@@ -130,24 +136,30 @@ def status_command(run: RunArgument, cluster: ClusterOption = None, as_json: Jso
 def logs_command(
     run: RunArgument,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
-    rank: Annotated[int, typer.Option("--rank", min=0, help="Which worker.")] = 0,
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="Which worker; 0 without it.")] = None,
+    all_ranks: Annotated[bool, typer.Option("--all-ranks", help="All workers; each line says whose it is.")] = False,
     cluster: ClusterOption = None,
     as_json: Json = False,
 ) -> None:
-    """Print the log of a worker, all attempts after each other."""
-    from orchestrator.logs import logs
+    """Print the log of a worker or of all, attempt after attempt."""
+    from orchestrator.errors import InputError
+    from orchestrator.logs import LogReader, logs
     from orchestrator.runs import find
 
+    if all_ranks and rank is not None:
+        raise InputError(f"--rank: found {rank} beside --all-ranks; allowed: one of the two")
+    worker = None if all_ranks else rank or 0
     if follow:
-        _follow(run, rank, cluster)
-    elif as_json:
+        handle = find(run, cluster)
+        return _follow(handle, LogReader(handle, worker))
+    text = logs(run, worker, cluster)
+    if as_json:
         run_id = find(run, cluster).run_id
-        print_json({"run_id": run_id, "rank": rank, "text": logs(run, rank, cluster)})
-    else:
-        text = logs(run, rank, cluster)
-        sys.stdout.write(text)
-        if not text:
-            print("no worker has written anything yet", file=sys.stderr)
+        return print_json({"run_id": run_id, "rank": worker, "text": text})
+    sys.stdout.write(text)
+    if not text:
+        print("no worker has written anything yet", file=sys.stderr)
+    return None
 
 
 @app.command("cancel", help="End a run.")
@@ -198,13 +210,12 @@ def fetch_command(
     print(fetch(run, to, cluster))
 
 
-def _follow(run: str, rank: int | None, cluster: str | None = None) -> None:
+def _follow(run: "Handle", reader: "LogReader | None") -> None:
     """Show a run until it has ended; raises JobFailed unless it succeeded."""
     from orchestrator.errors import JobFailed
     from orchestrator.progress import follow
-    from orchestrator.runs import find
 
-    ended = follow(find(run, cluster), rank)
+    ended = follow(run, reader)
     if ended.state != "succeeded":
         reason = ended.reason or "no reason was given"
         raise JobFailed(f"{ended.run_id} {ended.state}: {reason}\nsee: fleetune logs {ended.run_id}")

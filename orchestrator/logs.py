@@ -1,50 +1,83 @@
-"""The log of one worker, joined over the attempts of a run, as it grows."""
+"""The logs of the workers of a run, joined over its attempts, as they grow."""
 
 import re
+from collections import defaultdict
 
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, find
-from runfolder.appended import Chunk, Follower, Position
+from runfolder.appended import Follower
 
 _RANK = re.compile(r"logs/rank-(\d+)\.log")
 
 
 class LogReader:
-    """Reads what rank `rank` wrote, attempt after attempt, with a header line for each."""
+    """Reads what rank `rank` wrote, attempt after attempt; without a rank what all of them wrote.
 
-    def __init__(self, run: Handle, rank: int = 0) -> None:
-        self._site = run.site
-        self._run_id = run.run_id
+    Each read goes on at the byte up to which it has read each file. A line comes before the text of each attempt.
+    Where all ranks are read, each line says whose it is. They write down no times: what one read finds of an attempt
+    is in the order of the ranks.
+    """
+
+    def __init__(self, run: Handle, rank: int | None = 0) -> None:
+        self._run = run
         self._rank = rank
-        self._file = f"logs/rank-{rank}.log"
-        self._follower = Follower(self._appended_since)
+        self._followers: dict[int, Follower] = defaultdict(Follower)  # by rank
         self._attempt = 0
 
     def read(self, final: bool = False) -> str:
         """What is new since the last call, in whole lines; `final` takes a last line without its end too."""
+        files = {}
+        since = {}
+        for rank in self._ranks_to_read():
+            file = f"logs/rank-{rank}.log"
+            files[rank] = file
+            since[file] = self._followers[rank].since
+        run = self._run
+        appended = run.site.read(run.run_id, since)
+        parts = []
+        for rank, file in files.items():
+            chunks = appended[file]
+            follower = self._followers[rank]
+            for attempt, data in follower.take(chunks, torn=final):
+                if data:
+                    part = (attempt, rank, data)
+                    parts.append(part)
         texts = []
-        for attempt, data in self._follower.read(torn=final):
-            texts.append(self._with_header(attempt, data))
+        for part in sorted(parts):
+            text = self._with_header(*part)
+            texts.append(text)
         return "".join(texts)
 
-    def _appended_since(self, position: Position) -> list[Chunk]:
-        file = self._file
-        by_file = self._site.read(self._run_id, {file: position})
-        return by_file[file]
+    def _ranks_to_read(self) -> list[int]:
+        if self._rank is None:
+            return _ranks(self._run)
+        return [self._rank]
 
-    def _with_header(self, attempt: int, data: bytes) -> str:
-        """What was read as text that ends with a line; a header comes before the first text of an attempt."""
+    def _with_header(self, attempt: int, rank: int, data: bytes) -> str:
+        """What was read as text that ends with a line; a header comes before the text of another attempt."""
         text = data.decode(errors="replace")
-        if data and not data.endswith(b"\n"):
+        if not text.endswith("\n"):
             text += "\n"
+        header = f"=== attempt {attempt}, rank {rank} ===\n"
+        if self._rank is None:
+            header = f"=== attempt {attempt} ===\n"
+            text = _marked(text, f"rank {rank} | ")
         if attempt != self._attempt:
-            text = f"=== attempt {attempt}, rank {self._rank} ===\n{text}"
             self._attempt = attempt
+            return header + text
         return text
 
 
-def logs(reference: str, rank: int = 0, cluster: str | None = None) -> str:
-    """The whole log of a rank of a run, or what its controllers said before an attempt began.
+def _marked(text: str, mark: str) -> str:
+    """A text with a mark in front of each line."""
+    lines = text.split("\n")
+    last = lines.pop()  # empty
+    marked = [f"{mark}{line}\n" for line in lines]
+    return "".join(marked) + last
+
+
+def logs(reference: str, rank: int | None = 0, cluster: str | None = None) -> str:
+    """The whole log of a rank of a run, or of all ranks (None); before an attempt what its controllers said.
 
     Raises InputError for a run or a rank that is not there.
     """
@@ -53,7 +86,7 @@ def logs(reference: str, rank: int = 0, cluster: str | None = None) -> str:
     if text:
         return text
     ranks = _ranks(run)
-    if ranks and rank not in ranks:
+    if ranks and rank not in (None, *ranks):
         allowed = ", ".join(map(str, ranks))
         raise InputError(f"--rank: found {rank}; allowed: {allowed}")
     return run.cluster.logs(run.run_id).text

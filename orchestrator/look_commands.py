@@ -66,9 +66,10 @@ def compare_command(
     if as_json:
         return print_json(comparison.to_json())
     from orchestrator.comparison.table import table
-    from orchestrator.render import print_markup
+    from orchestrator.render import output_width, print_markup
 
-    return print_markup(table(comparison))
+    width = output_width()
+    return print_markup(table(comparison, width))
 
 
 @look_app.command("methods")

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from clusters.base import Unreachable
@@ -26,20 +26,30 @@ _METRIC_FORMATS = {  # of the metrics that are shown
 ShowStatus = Callable[[Status, dict[str, float], str], None]
 
 
-def follow(run: Handle, rank: int | None) -> Status:
-    """Show a run, with the log of a rank if one is given, until it has ended; gives its last status.
+def follow(run: Handle, reader: LogReader | None) -> Status:
+    """Show a run, with its log if there is a reader of it, until it has ended; gives its last status.
 
-    Raises Unreachable when nobody knows the run, or its cluster cannot start it, for a minute; it may go on later.
+    A link that was cut is made again, and the log goes on where it was. Raises Unreachable when nobody knows the run,
+    or its cluster cannot start it, for a minute; it may go on later.
     """
-    reader = None if rank is None else LogReader(run, rank)
     display = _bar_display() if sys.stdout.isatty() else _line_display(quiet=reader is not None)
     with display as show:
         for status, metrics in _watch(run):
-            log = ""
-            if reader:
-                log = reader.read(final=status.state in ENDED)
+            log = _new_lines(reader, ended=status.state in ENDED)
             show(status, metrics, log)
     return status
+
+
+def _new_lines(reader: LogReader | None, ended: bool) -> str:
+    """What is new in a log; where the link is cut, the next look has it, so only the last one raises Unreachable."""
+    if reader is None:
+        return ""
+    try:
+        return reader.read(final=ended)
+    except Unreachable:
+        if ended:
+            raise
+        return ""
 
 
 def wait(reference: str) -> Status:
@@ -56,8 +66,9 @@ def _watch(run: Handle) -> Iterator[tuple[Status, dict[str, float]]]:
     last_well = time.monotonic()  # when its cluster knew the run and could get further
     while True:
         (status,) = statuses([run])
-        for row in spool.read():
-            metrics |= row.fresh
+        with suppress(Unreachable):
+            for row in spool.read():
+                metrics |= row.fresh
         yield status, metrics
         if status.state in ENDED:
             return

@@ -1,21 +1,24 @@
 """Results as tables for a terminal."""
 
 import json
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.cluster_views import ClusterView
 from orchestrator.comparison.measure import format_bytes
 from orchestrator.describe import CAPABILITIES, support
 from orchestrator.doctor import Check
 from orchestrator.planning.plan import Plan, Sizes
+from orchestrator.run_list import GAP, list_lines
 from orchestrator.status import Status
-from trainer.data.survey import summary_line
+from orchestrator.status_text import output_lines, status_lines
 
 _COLOURS = {
     "succeeded": "green",
@@ -26,66 +29,83 @@ _COLOURS = {
     "warn": "yellow",
     "fail": "red",
 }
+_LABEL_WIDTH = 11  # columns
 _WIDE = 10_000  # columns of an output that is no terminal: nothing is cut or wrapped there
 
 
-def show_runs(runs: Iterable[Status]) -> None:
-    """Show runs in a table, one line for each."""
-    table = _table("run", "cluster", "state", "step", "attempt", "submitted", "reason")
-    for run in runs:
-        steps = run.steps or "?"
-        step = escape(f"{run.step}/{steps}")
-        attempt = escape(str(run.attempt))
-        submitted = escape(_local_time(run.submitted))
-        reason = escape(run.reason or "")
-        state = _coloured(run.state)
-        table.add_row(run.run_id, run.cluster, state, step, attempt, submitted, reason)
-    print_markup(table)
+def show_runs(runs: Sequence[Status]) -> None:
+    """Show runs in a list."""
+    if not runs:
+        print("no runs yet", file=sys.stderr)
+        return
+    console = _console()
+    for line in list_lines(runs, console.width, time.time()):
+        text = Text(line)
+        for state, colour in _COLOURS.items():
+            pattern = rf"^\S+{GAP}(?P<{colour}>{state})\b"
+            text.highlight_regex(pattern)
+        console.print(text, soft_wrap=True)
 
 
 def show_run(run: Status) -> None:
-    """Show a run, one line for each fact about it."""
-    fields = run.dump()
-    fields["submitted"] = _local_time(run.submitted)
-    fields["data"] = summary_line(run.data) if run.data else None
-    show_fields(fields)
+    """Show where a run stands."""
+    print_markup(run_view(run))
+
+
+def run_view(run: Status) -> Group:
+    """Where a run stands: facts in two columns; what a person copies is never broken into lines."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(width=_LABEL_WIDTH)
+    facts.add_row("run", run.run_id)
+    facts.add_row("state", _coloured(run.state))
+    for label, fact in status_lines(run):
+        facts.add_row(label, escape(fact))
+    whole = []
+    for label, line in output_lines(run):
+        label = label.ljust(_LABEL_WIDTH)
+        text = Text(f"{label}  {line}")
+        text.no_wrap = True
+        text.overflow = "ignore"
+        whole.append(text)
+    return Group(facts, *whole)
 
 
 def show_fields(fields: Mapping[str, Any]) -> None:
     """Show a table with one line for each field."""
     table = Table.grid(padding=(0, 2))
     for name, value in fields.items():
-        if name == "state":
-            text = _coloured(value)
-        elif value is None:
-            text = "-"
-        else:
+        text = "-"
+        if value is not None:
             text = escape(str(value))
         table.add_row(name, text)
     print_markup(table)
 
 
 def show_checks(checks: Iterable[Check]) -> None:
-    """Show checks, one line for each, with what to do where it is not ok."""
-    table = _table("", "what", "found", "how to mend it")
+    """Show checks, one line for each, with what to do below where it is not ok."""
+    table = _table("", "what", "found")
     for check in checks:
         level = _coloured(check.level)
         found = escape(check.found)
-        fix = ""
-        if check.level != "ok":
-            fix = escape(check.mend)
-        table.add_row(level, check.name, found, fix)
+        table.add_row(level, check.name, found)
+        if check.level != "ok" and check.mend:
+            remedy = escape(check.mend)
+            table.add_row("", "", f"[bold]to mend it[/]: {remedy}")
     print_markup(table)
 
 
-def show_clusters(views: Iterable[ClusterView]) -> None:
-    """Show clusters, one line for each; the default one is marked."""
-    table = _table("", "cluster", "kind", "where", "workers", "what is wrong")
+def show_clusters(views: Sequence[ClusterView]) -> None:
+    """Show clusters, one line for each, with the default one marked; below what is wrong with some."""
+    table = _table("", "cluster", "kind", "where", "workers")
     for view in views:
         mark = "*" if view.is_default else ""
         capacity = view.capacity or "unknown"
-        table.add_row(mark, view.name, view.kind, escape(view.link), capacity, escape(view.trouble or ""))
+        table.add_row(mark, view.name, view.kind, escape(view.link), capacity)
     print_markup(table)
+    for view in views:
+        if view.trouble:
+            trouble = view.trouble.removeprefix(f"cluster {view.name}: ")
+            print_markup(f"[yellow]{view.name}[/]: {escape(trouble)}")
 
 
 def show_methods(methods: list[dict[str, Any]]) -> None:
@@ -195,10 +215,6 @@ def _coloured(word: str) -> str:
     return f"[{colour}]{word}[/]"
 
 
-def _local_time(timestamp: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(timestamp))
-
-
 def _number(rows: int | None) -> str:
     if rows is None:
         return "none"
@@ -207,7 +223,17 @@ def _number(rows: int | None) -> str:
 
 def print_markup(renderable: Any) -> None:
     """Print a table, or a text with markup."""
+    _console().print(renderable, crop=False)
+
+
+def output_width() -> int:
+    """The columns of standard output; any number where it is no terminal."""
+    return _console().width
+
+
+def _console() -> Console:
+    """Standard output, which wraps and has colours only where it is a terminal."""
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDE)
-    console.print(renderable)
+    if console.is_terminal:
+        return console
+    return Console(highlight=False, width=_WIDE)

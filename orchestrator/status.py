@@ -10,6 +10,7 @@ from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, find, handles, name_of
 from orchestrator.tracking.trouble import parse_trouble
+from runfolder.figures import Figures
 from runfolder.snapshot import Snapshot
 
 RunState = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
@@ -23,6 +24,9 @@ class Status:
     `stuck`: its cluster tries again and again, but somebody has to fix what `reason` says.
     `tracking`: why MLflow has not got all that it could have, and how to fix it. `data`: what the trainer counted of
     its rows: how many, how many examples they made, how many of these were cut (truncated) or left out (dropped), ...
+    `evidence`: the log line that proves the verdict. `figures` are what the run has measured, `loading` the lines of
+    Python that load its output; both are for one run alone, not in lists. `remaining_s`: until the last step, for one
+    that is running.
     """
 
     run_id: str
@@ -41,6 +45,10 @@ class Status:
     stuck: bool = False
     tracking: str | None = None
     data: dict[str, Any] | None = None
+    evidence: str | None = None
+    figures: Figures | None = None
+    remaining_s: float | None = None
+    loading: tuple[str, ...] = ()
 
     def dump(self) -> dict[str, Any]:
         """The status as plain data, for JSON."""
@@ -48,8 +56,9 @@ class Status:
 
 
 def status(reference: str, cluster: str | None = None) -> Status:
-    """The status of one run; raises InputError where there is none."""
-    return statuses([find(reference, cluster)])[0]
+    """The status of one run, with what it has measured; raises InputError where there is none."""
+    run = find(reference, cluster)
+    return statuses([run], in_full=True)[0]
 
 
 def list_runs(cluster: str | None = None) -> list[Status]:
@@ -57,8 +66,8 @@ def list_runs(cluster: str | None = None) -> list[Status]:
     return statuses(reversed(handles(cluster)))
 
 
-def statuses(runs: Iterable[Handle]) -> list[Status]:
-    """The status of runs, with one look at each cluster."""
+def statuses(runs: Iterable[Handle], in_full: bool = False) -> list[Status]:
+    """The status of runs, with one look at each cluster; what they have measured is in full ones alone."""
     wanted = list(runs)
     by_cluster: dict[str, list[Handle]] = {}
     for run in wanted:
@@ -66,11 +75,11 @@ def statuses(runs: Iterable[Handle]) -> list[Status]:
         its_runs.append(run)
     by_run: dict[Handle, Status] = {}
     for cluster_name, its_runs in by_cluster.items():
-        by_run |= _statuses_on(cluster_name, its_runs)
+        by_run |= _statuses_on(cluster_name, its_runs, in_full)
     return [by_run[run] for run in wanted]
 
 
-def _statuses_on(cluster_name: str, runs: list[Handle]) -> dict[Handle, Status]:
+def _statuses_on(cluster_name: str, runs: list[Handle], in_full: bool) -> dict[Handle, Status]:
     """How the runs of one cluster stand: what their folders say, joined with what the cluster says."""
     run_ids = [run.run_id for run in runs]
     on_cluster: dict[str, ClusterStatus] = {}
@@ -78,7 +87,7 @@ def _statuses_on(cluster_name: str, runs: list[Handle]) -> dict[Handle, Status]:
     why_unknown = "its folder is not there"
     try:
         cluster = open_cluster(cluster_name)
-        snapshots = cluster.site.snapshots(run_ids)
+        snapshots = cluster.site.snapshots(run_ids, in_full)
         on_cluster = cluster.status(run_ids)
     except (Unreachable, InputError) as error:
         why_unknown = str(error)
@@ -96,6 +105,10 @@ def join_status(run: Snapshot, on_cluster: ClusterStatus) -> Status:
     """What a folder says and what its cluster says, as one; a pure function."""
     state, reason = _state_and_reason(run, on_cluster)
     has_output = run.has_output or state == "succeeded"
+    verdict = run.verdict or {}
+    remaining_s = None
+    if state == "running":
+        remaining_s = _remaining(run)
     tracking = None
     if run.undelivered:
         trouble = parse_trouble(Path(run.run_dir), run.undelivered)
@@ -109,7 +122,7 @@ def join_status(run: Snapshot, on_cluster: ClusterStatus) -> Status:
         step=run.step,
         steps=run.steps,
         attempt=run.attempt,
-        verdict=run.verdict["kind"] if run.verdict else None,
+        verdict=verdict.get("kind"),
         mlflow_run_id=run.mlflow["mlflow_run_id"] if run.mlflow else None,
         run_dir=run.run_dir,
         output_dir=f"{run.run_dir}/output" if has_output else None,
@@ -117,7 +130,22 @@ def join_status(run: Snapshot, on_cluster: ClusterStatus) -> Status:
         stuck=run.result is None and on_cluster.stuck,
         tracking=tracking,
         data=run.data,
+        evidence=verdict.get("evidence"),
+        figures=run.figures,
+        remaining_s=remaining_s,
+        loading=run.loading,
     )
+
+
+def _remaining(run: Snapshot) -> float | None:
+    """Seconds until the last step, at the speed of the newest ones; None where that is not known."""
+    figures = run.figures
+    if run.steps is None or figures is None:
+        return None
+    if figures.seconds_per_step is None:
+        return None
+    steps_left = run.steps - run.step
+    return steps_left * figures.seconds_per_step
 
 
 def _state_and_reason(run: Snapshot, on_cluster: ClusterStatus) -> tuple[RunState, str | None]:

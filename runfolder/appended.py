@@ -44,17 +44,15 @@ ChunkSource = Callable[[Position], Iterable[Chunk]]  # what was appended to some
 class Follower:
     """Follows an appended file over all attempts of a run as it grows; gives every byte that counts once."""
 
-    def __init__(self, source: ChunkSource) -> None:
-        self._source = source
-        self._since = Position()
+    def __init__(self) -> None:
+        self.since = Position()  # the next chunks are to be those from here on
 
-    def read(self, torn: bool = False) -> Iterator[tuple[int, bytes]]:
+    def take(self, chunks: Iterable[Chunk], torn: bool = False) -> Iterator[tuple[int, bytes]]:
         """Yield what is new as (attempt, bytes): whole lines; a torn line too with `torn`, or once sealed."""
-        chunks = self._source(self._since)
         for chunk in chunks:
             if not torn and not chunk.sealed:
                 chunk = chunk.whole_lines()
-            self._since = chunk.after
+            self.since = chunk.after
             yield chunk.after.attempt, chunk.data
 
 

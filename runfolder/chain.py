@@ -126,8 +126,8 @@ class Attempt:
                 os.fsync(stream.fileno())
 
     def write_verdict(self, verdict: Record) -> None:
-        """Write down how this attempt ended, in verdict.json."""
-        write_json(self.folder / "verdict.json", verdict)
+        """Write down how this attempt ended, in verdict.json, with the time of now."""
+        write_json(self.folder / "verdict.json", {"time": time.time(), **verdict})
 
     def close(self, result: Record) -> bool:
         """End the run with a result, as its last word.

@@ -53,8 +53,8 @@ class Site(Protocol):
         """The record of what was submitted; raises Damaged."""
         ...
 
-    def snapshots(self, run_ids: Iterable[str]) -> dict[str, Snapshot]:
-        """How runs stand: one trip for all of them; a run that is not there is left out."""
+    def snapshots(self, run_ids: Iterable[str], in_full: bool = False) -> dict[str, Snapshot]:
+        """How runs stand: one trip for all of them; a run that is not there is left out. Full views read all rows."""
         ...
 
     def read(self, run_id: str, since: Positions) -> Appended:
@@ -117,13 +117,13 @@ class LocalSite:
         run_dir = self.root / run_id
         return read_record(run_dir)
 
-    def snapshots(self, run_ids: Iterable[str]) -> dict[str, Snapshot]:
-        """How runs stand; a run that is not there is left out."""
+    def snapshots(self, run_ids: Iterable[str], in_full: bool = False) -> dict[str, Snapshot]:
+        """How runs stand; a run that is not there is left out. Full views read all rows."""
         existing = set(list_names(self.root))
         snapshots = {}
         for run_id in run_ids:
             if run_id in existing:
-                snapshots[run_id] = snapshot(self.root / run_id)
+                snapshots[run_id] = snapshot(self.root / run_id, in_full)
         return snapshots
 
     def read(self, run_id: str, since: Positions) -> Appended:
@@ -258,7 +258,7 @@ def answer_request(root: Path, request: PlainData) -> Any:
         case "record":
             return site.record(request["run_id"])
         case "snapshots":
-            snapshots = site.snapshots(request["run_ids"])
+            snapshots = site.snapshots(request["run_ids"], request["in_full"])
             return {run_id: view.dump() for run_id, view in snapshots.items()}
         case "read":
             since = {}

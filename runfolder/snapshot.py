@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from runfolder.appended import parse_lines, read_beginning, read_ending
 from runfolder.chain import Attempt, newest_attempt, settle, slots
+from runfolder.figures import Figures, read_figures
 from runfolder.files import Damaged, Record, list_names, read_json
+from runfolder.loading import loading_lines
 from runfolder.record import read_brief
 from runfolder.requests import cancel_requested, pause_step
 
@@ -23,7 +25,8 @@ class Snapshot:
     `steps` is None until it is known. `attempt` is the number of the newest attempt, 0 before the first; `step`,
     `begun` (whether it has reported a step) and `verdict` are that attempt's. `result` is the final word. `mlflow`
     says which MLflow run it has, `undelivered` what holds its rows up, `data` what the trainer counted of its rows,
-    `asked` what somebody asked of a run that has not ended.
+    `asked` what somebody asked of a run that has not ended. What costs more to read is there in full views alone:
+    its figures, and the lines of Python that load its output.
     """
 
     run_id: str
@@ -42,6 +45,8 @@ class Snapshot:
     data: Record | None = None
     asked: str | None = None
     damaged: str | None = None
+    figures: Figures | None = None
+    loading: tuple[str, ...] = ()
 
     def dump(self) -> dict[str, Any]:
         """The snapshot as plain data, which JSON can hold."""
@@ -50,13 +55,18 @@ class Snapshot:
     @classmethod
     def load(cls, plain: Mapping[str, Any]) -> "Snapshot":
         """From what `dump` gave, also as it comes out of JSON."""
-        return cls(**plain)
+        figures = plain["figures"]
+        if figures is not None:
+            figures = Figures.load(figures)
+        loading = tuple(plain["loading"])
+        return cls(**{**plain, "figures": figures, "loading": loading})
 
 
-def snapshot(run_dir: Path) -> Snapshot:
-    """How a run stands now; one that cannot be read is told as damaged."""
+def snapshot(run_dir: Path, in_full: bool = False) -> Snapshot:
+    """How a run stands now, with its figures where the view is to be full; a damaged one is told as that."""
     try:
-        return _read_snapshot(run_dir)
+        glance = _read_snapshot(run_dir)
+        return _with_figures(glance) if in_full else glance
     except Damaged as error:
         return Snapshot(run_dir.name, str(run_dir), damaged=str(error))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -108,6 +118,14 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
         data=plan.get("data"),
         asked=_pending_request(run_dir) if ended is None and "requests" in files else None,
     )
+
+
+def _with_figures(run: Snapshot) -> Snapshot:
+    """The full view of a run: it reads all of its rows."""
+    run_dir = Path(run.run_dir)
+    figures = read_figures(run_dir, run.submitted)
+    loading = loading_lines(run_dir)
+    return replace(run, figures=figures, loading=tuple(loading))
 
 
 def _read_listed(folder: Path, file: str, listing: Sequence[str]) -> Record | None:

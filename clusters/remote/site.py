@@ -40,9 +40,9 @@ class RemoteSite:
         record: Record = self._ask("record", run_id=run_id)
         return record
 
-    def snapshots(self, run_ids: Iterable[str]) -> dict[str, Snapshot]:
-        """How runs stand: one trip for all of them; a run that is not there is left out."""
-        answer = self._ask("snapshots", run_ids=list(run_ids))
+    def snapshots(self, run_ids: Iterable[str], in_full: bool = False) -> dict[str, Snapshot]:
+        """How runs stand: one trip for all of them; a run that is not there is left out. Full views read all rows."""
+        answer = self._ask("snapshots", run_ids=list(run_ids), in_full=in_full)
         snapshots = {}
         for run_id, plain in answer.items():
             snapshots[run_id] = Snapshot.load(plain)

@@ -8,14 +8,15 @@ from orchestrator.comparison.compare import Comparison, ComparisonRow, display_v
 from orchestrator.comparison.measure import Measure
 
 _LEFT_OUT = {"best_loss", "tokens_per_second"}  # in the report and the JSON; a terminal is narrow
-_MOST_COLUMNS = 3  # more differences than this share one column
+_MOST_COLUMNS = 3  # of differences; more than this stand below the name of the run
+_NARROW = 100  # columns of a terminal; in a narrower one there is room for one difference
 _MOST_SEEDS = 3  # of more, only the number is shown
 _LONGEST_VALUE_SHOWN = 28  # characters of a param's value
 _STYLES = {"FINISHED": "", "FAILED": "red", "KILLED": "yellow", "RUNNING": "cyan"}
 
 
-def table(comparison: Comparison) -> Table:
-    """One line per row; few differences each in a column, more of them together in one."""
+def table(comparison: Comparison, width: int) -> Table:
+    """One row of a table this wide for each row; differences each in a column, or below the name of the run."""
     title = escape(comparison.title)
     caption = _caption(comparison)
     grid = Table(title=title, caption=caption, caption_justify="left")
@@ -23,8 +24,10 @@ def table(comparison: Comparison) -> Table:
     grid.pad_edge = False
     grid.padding = (0, 1, 0, 0)
     grid.add_column("run", overflow="fold")
-    for heading in _headings(comparison):
-        grid.add_column(escape(heading), overflow="fold")
+    apart = _are_apart(comparison, width)
+    if apart:
+        for heading in map(comparison.heading, comparison.columns):
+            grid.add_column(escape(heading), overflow="fold")
     measures = []
     for measure in comparison.measures:
         if measure.key in _LEFT_OUT:
@@ -38,8 +41,12 @@ def table(comparison: Comparison) -> Table:
         grid.add_column("status", no_wrap=True)
     for row in comparison.rows:
         seeds = _seeds(comparison, row)
-        cells = [row.label + seeds]
-        cells += _differences(comparison, row)
+        name = row.label + seeds
+        cells = [name]
+        if apart:
+            cells += _differences(comparison, row)
+        else:
+            cells[0] += _differences_below(comparison, row)
         for measure in measures:
             text = cell(row, measure, "\n")
             cells.append(text)
@@ -74,31 +81,30 @@ def _caption(comparison: Comparison) -> str | None:
     return escape(f"the same for all: {joined}")
 
 
-def _are_apart(comparison: Comparison) -> bool:
+def _are_apart(comparison: Comparison, width: int) -> bool:
     """Whether each difference has a column of its own."""
-    return len(comparison.columns) <= _MOST_COLUMNS
-
-
-def _headings(comparison: Comparison) -> list[str]:
-    """The headings of the columns with differences."""
-    if _are_apart(comparison):
-        return list(map(comparison.heading, comparison.columns))
-    return ["differences"]
+    most = 1 if width < _NARROW else _MOST_COLUMNS
+    return len(comparison.columns) <= most
 
 
 def _differences(comparison: Comparison, row: ComparisonRow) -> list[str]:
     """The cells of a row in the columns with differences."""
     cells = []
-    by_heading = {}
     for param in comparison.columns:
         value = _value(param, row.differences[param])
         cells.append(value or "-")
+    return cells
+
+
+def _differences_below(comparison: Comparison, row: ComparisonRow) -> str:
+    """The differences of a row, each in a line of its own."""
+    by_heading = {}
+    for param in comparison.columns:
+        value = _value(param, row.differences[param])
         if value:
             heading = comparison.heading(param)
-            by_heading[heading] = f"{heading}={value}"
-    if _are_apart(comparison):
-        return cells
-    return ["\n".join(by_heading.values())]
+            by_heading[heading] = f"\n {heading}={value}"
+    return "".join(by_heading.values())
 
 
 def _value(param: str, value: str) -> str:

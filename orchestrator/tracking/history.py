@@ -32,7 +32,8 @@ class Spool:
     """One appended file of a run, joined over the attempts up to `number`; read it as often as it grows."""
 
     def __init__(self, source: ChunkSource, number: float = inf) -> None:
-        self._follower = Follower(source)
+        self._source = source
+        self._follower = Follower()
         self._last_attempt = number
         self._values_of_step: dict[int, dict[str, float]] = {}  # those that count
         self.count = 0
@@ -40,7 +41,8 @@ class Spool:
     def read(self) -> list[AppendedRow]:
         """The rows that were appended since the last call, oldest first."""
         rows = []
-        for attempt, data in self._follower.read():
+        chunks = self._source(self._follower.since)
+        for attempt, data in self._follower.take(chunks):
             if attempt > self._last_attempt:
                 break
             for record in parse_lines(data):

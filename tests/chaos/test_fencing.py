@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,7 +20,7 @@ from scene import delivered, lives, mlflow_run, reported, rows, session, signal_
 from clusters.controllers import controller_command
 from clusters.ray_head import Head
 from orchestrator.tracking.history import history
-from runfolder.appended import Follower, read_from
+from runfolder.appended import Position, read_from
 from runfolder.chain import Attempt, attempts, last_attempt, result
 from runfolder.delivered import is_delivered
 from trainer.checkpoint.lineage import newest
@@ -38,7 +37,7 @@ def readable(run_dir: Path) -> dict[str, Any]:
         "files": {path: path.read_bytes() for path in contents(run_dir / "output", checkpoint)},
         "result": ((run_dir / "result.json").read_bytes(), result(run_dir)),
         "history": history(run_dir),
-        "logs": [list(Follower(partial(read_from, run_dir, f"logs/rank-{rank}.log")).read()) for rank in range(2)],
+        "logs": [list(read_from(run_dir, f"logs/rank-{rank}.log", Position())) for rank in range(2)],
         "newest": start,
     }
 

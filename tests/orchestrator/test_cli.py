@@ -31,12 +31,16 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ho
     return run
 
 
-def finished(home: Path, state: str, reason: str | None) -> str:
+def finished(home: Path, state: str, reason: str | None, ranks: int = 0) -> str:
     run_dir = make_run(home / "runs", runs.new_id("fake"), None)
     attempt = claim(run_dir)
     plan(attempt)
     steps(attempt, 1, 100)
     (attempt.folder / "output").mkdir()
+    logs = attempt.folder / "logs"
+    logs.mkdir()
+    for rank in range(ranks):
+        (logs / f"rank-{rank}.log").write_text(f"pid {rank}\n")
     close(run_dir, {"state": state, "reason": reason})
     return run_dir.name
 
@@ -65,8 +69,10 @@ def test_every_reading_command_speaks_json(call: Call, tmp_path: Path, home: Pat
         100,
         f"{status['run_dir']}/output",
     )
-    assert read("list") == [status]
+    assert status["figures"]["goodput"]["queued"] > 0 and status["figures"]["peak_memory_bytes"] == 1 << 30
+    assert read("list") == [{**status, "figures": None}]
     assert read("logs", run_id) == {"run_id": run_id, "rank": 0, "text": ""}
+    assert read("logs", run_id, "--all-ranks") == {"run_id": run_id, "rank": None, "text": ""}
     assert read("plan", path)["sizes"]["trained"] > 0
     assert {method["kind"] for method in read("methods")} >= {"full", "lora", "rslora", "dora"}
     assert {check["level"] for check in read("doctor")} <= {"ok", "warn", "fail"}
@@ -101,6 +107,7 @@ def test_people_get_tables(call: Call, tmp_path: Path, home: Path) -> None:
         ["cancel", "none"],
         ["resume", "none"],
         ["logs", "none", "-f"],
+        ["logs", "none", "--rank", "0", "--all-ranks"],
         ["stauts", "none"],
         ["compare", "--experiment", "none"],
     ],
@@ -111,6 +118,13 @@ def test_wrong_input_is_exit_code_2_and_no_traceback(call: Call, tmp_path: Path,
     assert (code, out) == (2, "")
     assert err and "Traceback" not in err
     assert runs.run_ids() == []
+
+
+def test_the_logs_of_all_ranks_are_printed_and_followed(call: Call, home: Path) -> None:
+    run_id = finished(home, "succeeded", None, ranks=2)
+    merged = "=== attempt 1 ===\nrank 0 | pid 0\nrank 1 | pid 1\n"
+    for options in ([], ["-f"]):
+        assert call("logs", run_id, "--all-ranks", *options)[:2] == (0, merged)
 
 
 def test_waiting_tells_success_and_failure(call: Call, home: Path) -> None:

@@ -7,7 +7,7 @@ one of that home: a queue that nobody serves.
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +106,9 @@ def test_a_run_is_followed_cancelled_resumed_and_fetched(
     steps(first, 1, 9)
     (first.folder / "logs").mkdir()
     (first.folder / "logs" / "rank-0.log").write_bytes(b"one\n\xff\xfe torn")
-    assert (fleetune.status("fake").step, fleetune.status("fake").attempt) == (9, 1)
+    found = fleetune.status("fake")
+    assert (found.step, found.attempt) == (9, 1)
+    assert found.figures and found.figures.seconds_per_step == 1.0
     assert fleetune.logs("fake").startswith("=== attempt 1, rank 0 ===\none\n")
     with pytest.raises(InputError, match="--rank: found 3; allowed: 0"):
         fleetune.logs("fake", rank=3)
@@ -125,6 +127,58 @@ def test_a_run_is_followed_cancelled_resumed_and_fetched(
     assert run.site.fetch(run.run_id, tmp_path / "here").joinpath("job.yaml").exists()
     assert "cancelled" in (tmp_path / "here" / "result.json").read_text()
     capsys.readouterr()
+
+
+def test_a_log_goes_on_where_it_was_when_the_link_is_back(
+    far_home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_PAUSE_S", 0.01)
+    run_dir = make_run(far_home / "runs", runs.new_id("fake"), None)
+    attempt = claim(run_dir)
+    logs = attempt.folder / "logs"
+    logs.mkdir()
+    for rank in (0, 1):
+        (logs / f"rank-{rank}.log").write_text(f"one of {rank}\n")
+    run = runs.find(run_dir.name, "elsewhere")
+    cluster = run.cluster
+    assert isinstance(cluster, RemoteCluster)
+    reader = CutReader(run, cluster.far_side, lambda: finish(run_dir, logs))
+    assert progress.follow(run, reader).state == "failed"
+    assert reader.cuts == 1
+    assert capsys.readouterr().out == (
+        "=== attempt 1 ===\nrank 0 | one of 0\nrank 1 | one of 1\nrank 0 | two of 0\nrank 1 | two of 1\n"
+    )
+
+
+class CutReader(LogReader):
+    """Reads the logs of all ranks; the link is cut as it reads for the second time."""
+
+    def __init__(self, run: runs.Handle, far_side: FarSide, then: Callable[[], None]) -> None:
+        super().__init__(run, None)
+        self.far_side = far_side
+        self.then = then
+        self.reads = self.cuts = 0
+
+    def read(self, final: bool = False) -> str:
+        """What is new; the process there ends before the second answer."""
+        self.reads += 1
+        if self.reads == 2:
+            assert self.far_side._process
+            self.far_side._process.kill()
+        try:
+            return super().read(final)
+        except Unreachable:
+            self.cuts += 1
+            self.then()
+            raise
+
+
+def finish(run_dir: Path, logs: Path) -> None:
+    """Let the workers write once more, and the run end."""
+    for rank in (0, 1):
+        with (logs / f"rank-{rank}.log").open("a") as log:
+            log.write(f"two of {rank}\n")
+    close(run_dir, {"state": "failed", "reason": "boom"})
 
 
 def make_changed(run_dir: Path) -> None:

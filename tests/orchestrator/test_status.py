@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from jobs import make_job
-from run_folders import claim, make_run, plan, step_row, steps
+from run_folders import claim, eval_row, make_run, plan, step_row, steps
 
 import fleetune
 from clusters.base import ClusterStatus as View
@@ -68,6 +68,24 @@ def test_the_plan_of_the_trainer_counts_more_than_the_job(run: Path) -> None:
     attempt = claim(run)
     attempt.event("plan", steps=41, parameters=1, trained=1)
     assert fleetune.status(run.name).steps == 41
+
+
+def test_one_run_is_looked_at_in_full(run: Path) -> None:
+    attempt = claim(run)
+    plan(attempt)
+    steps(attempt, 1, 9)
+    eval_row(attempt, 9, eval_loss=0.5)
+    output = run / "output"
+    output.mkdir()
+    (output / "adapter_config.json").touch()
+    found = fleetune.status(run.name)
+    assert found.figures and found.figures.last_evaluation == {"step": 9, "eval_loss": 0.5}
+    assert found.loading[1] == f"model = PeftModel.from_pretrained(model, '{output}')"
+    assert found.remaining_s is None  # its cluster does not say that it runs
+    full = snapshot(run, in_full=True)
+    assert status.join_status(full, View("running")).remaining_s == 91.0
+    assert status.join_status(snapshot(run), View("running")).remaining_s is None
+    assert [(view.figures, view.loading) for view in fleetune.list_runs()] == [(None, ())]
 
 
 def test_the_result_is_the_last_word(run: Path) -> None:
@@ -145,10 +163,12 @@ def test_many_runs_are_looked_at_in_one_trip(home: Path, tmp_path: Path, monkeyp
     trips = []
     snapshots = LocalSite.snapshots
     monkeypatch.setattr(
-        LocalSite, "snapshots", lambda site, ids: trips.append(list(ids)) or snapshots(site, trips[-1])
+        LocalSite,
+        "snapshots",
+        lambda site, ids, in_full: trips.append((list(ids), in_full)) or snapshots(site, *trips[-1]),
     )
     found = fleetune.list_runs()
-    assert len(found) == 21 and len(trips) == 1
+    assert len(found) == 21 and [in_full for _, in_full in trips] == [False]
     assert [status.state for status in found if status.name == "many"].count("succeeded") == 10
     assert {(status.step, status.attempt) for status in found if status.name == "many"} == {(100, 3)}
 
@@ -166,6 +186,31 @@ def test_logs_are_joined_and_what_a_paused_attempt_adds_is_not_shown(run: Path) 
     assert fleetune.logs(run.name, rank=1) == "=== attempt 1, rank 1 ===\nother\n"
     with pytest.raises(InputError, match="--rank: found 7; allowed: 0, 1"):
         fleetune.logs(run.name, rank=7)
+
+
+def test_logs_of_all_ranks_are_merged_attempt_by_attempt(run: Path) -> None:
+    first = claim(run)
+    for rank in (10, 0, 2):
+        log(first, rank, f"{rank}: one\n{rank}: two\n")
+    log(first, 1, "")
+    second = claim(run, start=0)
+    log(first, 0, "woken\n")
+    log(second, 1, "\nlast")
+    merged = (
+        "=== attempt 1 ===\n"
+        "rank 0 | 0: one\nrank 0 | 0: two\n"
+        "rank 2 | 2: one\nrank 2 | 2: two\n"
+        "rank 10 | 10: one\nrank 10 | 10: two\n"
+        "=== attempt 2 ===\n"
+        "rank 1 | \nrank 1 | last\n"
+    )
+    assert fleetune.logs(run.name, rank=None) == merged
+    reader = LogReader(runs.find(run.name), None)
+    assert reader.read() == merged.removesuffix("rank 1 | last\n")
+    log(second, 1, " words\n")
+    log(second, 3, "new\n")
+    assert reader.read() == "rank 1 | last words\nrank 3 | new\n"
+    assert reader.read(final=True) == ""
 
 
 def test_without_an_attempt_the_controllers_words_are_shown(run: Path) -> None:
@@ -203,7 +248,8 @@ def test_following_goes_across_attempts_to_the_end(
 
     worker = threading.Thread(target=work)
     worker.start()
-    ended = progress.follow(runs.find(run.name), rank=0)
+    handle = runs.find(run.name)
+    ended = progress.follow(handle, LogReader(handle))
     worker.join()
     assert (ended.state, ended.reason) == ("failed", "rank 0: boom")
     assert capsys.readouterr().out == "=== attempt 1, rank 0 ===\none\n=== attempt 2, rank 0 ===\ntwo\n"

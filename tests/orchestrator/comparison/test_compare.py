@@ -20,7 +20,7 @@ from orchestrator.tracking.delivery import replay
 
 def text(comparison: Comparison, width: int = 100) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(table(comparison))
+    console.print(table(comparison, width))
     return console.export_text()
 
 
@@ -65,14 +65,15 @@ def test_quality_falls_back_to_losses() -> None:
     assert [row.label for row in arrange(runs, "e", "uri").rows] == ["2", "1"]
 
 
+@pytest.mark.parametrize("width", [80, 100, 160])
 @pytest.mark.parametrize("differences", [1, 2, 5])
-def test_the_table_fits_100_columns(differences: int) -> None:
+def test_the_table_fits_and_breaks_no_difference(differences: int, width: int) -> None:
     keys = ["method__kind", "method__rank", "train__lr", "train__steps", "data__train"][:differences]
     runs = [tracked(f"run-{i}", 0.5 + 0.1 * i, **dict.fromkeys(keys, f"value-{i}")) for i in range(3)]
     runs.append(dataclasses.replace(runs[2], status="FAILED", params={**runs[2].params, "train.seed": "7"}))
-    shown = text(arrange(runs, "experiment", "uri"))
-    assert all(len(line) <= 100 for line in shown.splitlines())
-    for expected in ("finished", "failed", "70.0%", "2 m 30 s", "1.5 M", "1.75 GiB"):
+    shown = text(arrange(runs, "experiment", "uri"), width)
+    assert all(len(line) <= width for line in shown.splitlines())
+    for expected in ("run-2", "value-2", "finished", "failed", "70.0%", "2 m 30 s", "1.5 M", "1.75 GiB"):
         assert expected in shown
 
 

@@ -1,0 +1,157 @@
+"""Where a run stands, in words for a person: pairs of a label and a text."""
+
+import time
+from collections.abc import Iterator
+
+from orchestrator.comparison.measure import MEASURES, format_bytes, format_duration
+from orchestrator.status import Status
+from runfolder.figures import Figures
+from runfolder.files import Record
+from runfolder.goodput import Goodput
+from trainer.data.survey import summary_line
+
+Fact = tuple[str, str]  # a label, and what there is to say
+_PHASES = ("training", "starting", "queued", "stalled", "repeated")  # of Goodput, as they are shown
+
+
+def status_lines(run: Status) -> Iterator[Fact]:
+    """What there is to say of a run but its state; nothing is said of what is not known."""
+    if run.reason:
+        yield "why", run.reason
+    evidence = _last_line(run.evidence)
+    if evidence and evidence not in (run.reason or ""):
+        yield "evidence", evidence
+    yield "cluster", run.cluster
+    if not run.submitted:
+        return  # its folder cannot be read
+    yield "submitted", _local_time(run.submitted)
+    yield "attempt", _attempt(run)
+    yield "progress", _progress(run)
+    if run.remaining_s is not None:
+        duration = format_duration(run.remaining_s)
+        yield "remaining", f"about {duration}"
+    if run.figures:
+        yield from _figure_lines(run.figures)
+    if run.data:
+        yield "data", summary_line(run.data)
+    if run.mlflow_run_id:
+        yield "MLflow run", run.mlflow_run_id
+    if run.tracking:
+        yield "tracking", run.tracking
+
+
+def output_lines(run: Status) -> Iterator[Fact]:
+    """What a person copies: where a run's files are, and the lines of Python that load its output."""
+    if run.run_dir:
+        yield "run folder", run.run_dir
+    if run.output_dir:
+        yield "output", run.output_dir
+    label = "load it"
+    for line in run.loading:
+        yield label, line
+        label = ""
+
+
+def _local_time(timestamp: float) -> str:
+    """A time (seconds since 1970) to the minute, as the clock on this machine's wall shows it."""
+    there = time.localtime(timestamp)
+    return time.strftime("%Y-%m-%d %H:%M", there)
+
+
+def _last_line(text: str | None) -> str:
+    """The last line of a text; empty where there is none."""
+    lines = (text or "").strip().splitlines()
+    if not lines:
+        return ""
+    return lines[-1].strip()
+
+
+def _attempt(run: Status) -> str:
+    if run.attempt == 0:
+        return "none yet"
+    if run.verdict is None:
+        return str(run.attempt)
+    return f"{run.attempt}, which ended with: {run.verdict}"
+
+
+def _progress(run: Status) -> str:
+    """The step, and when it was taken."""
+    step = _step(run)
+    if run.figures is None or run.figures.since_last_step_s is None:
+        return step
+    if run.state != "running":
+        return step
+    silence = format_duration(run.figures.since_last_step_s)
+    return f"{step}, the last one {silence} ago"
+
+
+def _step(run: Status) -> str:
+    if run.steps is None:
+        return f"step {run.step} (of how many is not known yet)"
+    share = run.step / max(1, run.steps)
+    return f"step {run.step:,} of {run.steps:,} ({share:.0%})"
+
+
+def _speed(figures: Figures) -> str:
+    """How fast steps are taken; empty where that is not known."""
+    known = []
+    if figures.tokens_per_second is not None:
+        known.append(f"{figures.tokens_per_second:,.0f} tokens/s")
+    if figures.seconds_per_step:
+        known.append(_pace(figures.seconds_per_step))
+    return ", ".join(known)
+
+
+def _pace(seconds_per_step: float) -> str:
+    """How long a step takes, or how many a second has."""
+    if seconds_per_step >= 1:
+        duration = format_duration(seconds_per_step)
+        return f"{duration} a step"
+    return f"{1 / seconds_per_step:.1f} steps/s"
+
+
+def _figure_lines(figures: Figures) -> Iterator[Fact]:
+    speed = _speed(figures)
+    if speed:
+        yield "speed", speed
+    last = figures.last_evaluation
+    best = figures.best_evaluation
+    if last and best:
+        yield "evaluation", _evaluation_text(last)
+        if best["step"] == last["step"]:
+            yield "best so far", "the last one"
+        else:
+            yield "best so far", _evaluation_text(best)
+    if figures.peak_memory_bytes is not None:
+        memory = format_bytes(figures.peak_memory_bytes)
+        yield "memory", f"at most {memory}, on rank 0"
+    yield "time", _time_spent(figures.goodput)
+
+
+def _evaluation_text(metrics: Record) -> str:
+    """An evaluation in one line: after which step, and each metric by its name."""
+    measures = {measure.key: measure for measure in MEASURES}
+    texts = []
+    for name, value in metrics.items():
+        if name in measures:
+            measure = measures[name]
+            texts.append(f"{measure.title} {measure.show(value)}")
+        elif name != "step":
+            words = name.replace("_", " ")
+            texts.append(f"{words} {value:.4g}")
+    joined = ", ".join(texts)
+    return f"step {metrics['step']:,}: {joined}"
+
+
+def _time_spent(spent: Goodput) -> str:
+    """How long a run has taken in all, and the share of each phase that shows in whole percents."""
+    total = spent.total
+    shares = []
+    for phase in _PHASES:
+        seconds = getattr(spent, phase)
+        share = seconds / max(total, 1e-9)
+        if share >= 0.005:
+            shares.append(f"{phase} {share:.0%}")
+    joined = ", ".join(shares)
+    duration = format_duration(total)
+    return f"{duration}: {joined}"

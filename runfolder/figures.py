@@ -1,0 +1,138 @@
+"""What a run has measured so far: its speed, its evaluations, its memory, and where its time went."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import inf, isnan
+from pathlib import Path
+from statistics import median
+
+from runfolder.appended import read_lines
+from runfolder.chain import Attempt, slots
+from runfolder.files import Record
+from runfolder.goodput import Goodput, SlotTimes, StepTime, goodput
+
+_RECENT = 100  # steps that the speed is taken from
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures of a run over all its attempts; None where nothing is known yet.
+
+    `tokens_per_second` is the median that the newest steps reported, `seconds_per_step` what they took with the
+    evaluations and saves between them; both are of the newest attempt, like the time since its last step. An
+    evaluation is {step, and each `eval_` metric}. The memory is that of rank 0.
+    """
+
+    goodput: Goodput
+    tokens_per_second: float | None = None
+    seconds_per_step: float | None = None
+    since_last_step_s: float | None = None
+    peak_memory_bytes: int | None = None
+    last_evaluation: Record | None = None
+    best_evaluation: Record | None = None
+
+    @classmethod
+    def load(cls, plain: Record) -> "Figures":
+        """From its fields as plain data, as they come out of JSON."""
+        goodput = Goodput(**plain["goodput"])
+        return cls(**{**plain, "goodput": goodput})
+
+
+def read_figures(run_dir: Path, submitted: float) -> Figures:
+    """The figures of a run now; it reads all of its rows."""
+    times = []
+    rows: list[Record] = []
+    newest: list[Record] = []
+    for slot in slots(run_dir):
+        of_slot = []
+        if slot.kind == "attempt":
+            of_slot = read_lines(slot, "metrics.jsonl")
+            newest = of_slot
+            rows.extend(of_slot)
+        times.append(_times(slot, of_slot))
+    now = time.time()
+    spent = goodput(submitted, times, now)
+    return figures_of(spent, rows, newest, now)
+
+
+def figures_of(spent: Goodput, rows: Iterable[Record], newest: Iterable[Record], now: float) -> Figures:
+    """The figures of a run from the rows of all attempts, and those of the newest one; a pure function."""
+    evaluations = [_eval_metrics(row) for row in rows if not _is_step(row)]
+    last = None
+    if evaluations:
+        last = evaluations[-1]
+    best = max(evaluations, key=_merit, default=None)
+    steps = list(filter(_is_step, newest))
+    recent = steps[-_RECENT:]
+    if not recent:
+        return Figures(spent, last_evaluation=last, best_evaluation=best)
+    silent_s = now - recent[-1]["time"]
+    return Figures(
+        spent,
+        _median_of(recent, "tokens_per_second"),
+        _seconds_per_step(recent),
+        max(0.0, silent_s),
+        recent[-1].get("peak_memory_bytes"),
+        last,
+        best,
+    )
+
+
+def _times(slot: Attempt, rows: Sequence[Record]) -> SlotTimes:
+    """When a slot was taken, and what its rows and its verdict say."""
+    taken = slot.claim["time"]
+    if not rows:
+        return SlotTimes(slot.kind, taken, verdict=slot.verdict)
+    steps = []
+    for row in filter(_is_step, rows):
+        step = StepTime(row["step"], row["time"])
+        steps.append(step)
+    last_row = rows[-1]["time"]
+    return SlotTimes(slot.kind, taken, steps, last_row, slot.verdict)
+
+
+def _is_step(row: Record) -> bool:
+    """Whether a row is that of an optimizer step, and not of an evaluation."""
+    return "loss" in row
+
+
+def _eval_metrics(row: Record) -> Record:
+    """The step and the metrics of an evaluation's row."""
+    metrics = {"step": row["step"]}
+    for name, value in row.items():
+        if name.startswith("eval_"):
+            metrics[name] = value
+    return metrics
+
+
+def _merit(evaluation: Record) -> tuple[float, float]:
+    """What makes an evaluation better than others: more exact matches, then less loss."""
+    matches = evaluation.get("eval_exact_match", 0.0)
+    loss = evaluation.get("eval_loss", inf)
+    if isnan(loss):
+        loss = inf
+    return matches, -loss
+
+
+def _median_of(rows: Iterable[Record], name: str) -> float | None:
+    """The median of a metric over the rows that have it."""
+    values = []
+    for row in rows:
+        value = row.get(name)
+        if value is not None:
+            values.append(value)
+    if not values:
+        return None
+    return float(median(values))
+
+
+def _seconds_per_step(steps: Sequence[Record]) -> float | None:
+    """What a step took; None before there are two."""
+    first = steps[0]
+    last = steps[-1]
+    number = last["step"] - first["step"]
+    if not number:
+        return None
+    seconds = last["time"] - first["time"]
+    return float(seconds / number)

@@ -1,0 +1,189 @@
+"""What people see of runs, at the widths of their terminals."""
+
+import io
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from run_folders import T0, claim, make_run, plan, steps
+
+from orchestrator.render import run_view
+from orchestrator.run_list import age, list_lines
+from orchestrator.status import Status
+from runfolder.chain import close
+from runfolder.figures import Figures
+from runfolder.goodput import Goodput
+
+GOLDEN = Path(__file__).parent / "golden" / "status.txt"
+RUN = Status(
+    run_id="sql-1r3vg4ggs1",
+    name="sql",
+    cluster="hpc",
+    state="running",
+    reason=None,
+    step=1200,
+    steps=4000,
+    attempt=2,
+    verdict=None,
+    mlflow_run_id="2f2c195c3ee24f629baebd77c59dc28c",
+    run_dir="/lustre/projects/a-team/fleetune/runs/sql-1r3vg4ggs1",
+    output_dir=None,
+    submitted=T0,
+    data={"rows": 8000, "examples": 7998, "dropped": 2, "longest": 512, "unused": ["id", "source"]},
+    figures=Figures(
+        goodput=Goodput(queued=600, starting=300, training=7200, repeated=180, stalled=720),
+        tokens_per_second=123456.7,
+        seconds_per_step=4.25,
+        since_last_step_s=2.5,
+        peak_memory_bytes=17 << 30,
+        last_evaluation={"step": 1000, "eval_loss": 0.4321, "eval_exact_match": 0.615, "eval_accuracy": 0.25},
+        best_evaluation={"step": 800, "eval_loss": 0.4111, "eval_exact_match": 0.62},
+    ),
+    remaining_s=11900.0,
+)
+ENDED = replace(
+    RUN,
+    state="failed",
+    reason="rank 1: the output was kept in output.rejected: its logits differ from the trained model's by 0.01",
+    step=4000,
+    verdict="user_error",
+    evidence="Traceback (most recent call last):\n  ...\ntrainer.verify.OutputDiffers: its logits differ",
+    output_dir=f"{RUN.run_dir}/output",
+    figures=replace(RUN.figures, best_evaluation=RUN.figures.last_evaluation) if RUN.figures else None,
+    remaining_s=None,
+    loading=(
+        "model = AutoModelForCausalLM.from_pretrained('meta-llama/Llama-3.2-3B')",
+        f"model = PeftModel.from_pretrained(model, '{RUN.run_dir}/output')",
+    ),
+)
+QUEUED = Status(
+    run_id="sql-1r3vg4ggs1",
+    name="sql",
+    cluster="local",
+    state="queued",
+    reason="needs 2, 0 of 2 cpus are free",
+    step=0,
+    steps=None,
+    attempt=0,
+    verdict=None,
+    mlflow_run_id=None,
+    run_dir="/home/me/.fleetune/runs/sql-1r3vg4ggs1",
+    output_dir=None,
+    submitted=T0,
+)
+
+
+LOST = replace(QUEUED, cluster="hpc", state="unknown", reason="cluster hpc: no route", run_dir="", submitted=0.0)
+
+
+@pytest.fixture
+def _utc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on the wall that shows the same everywhere."""
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+
+
+def shown(run: Status, width: int) -> str:
+    """A run as a terminal of this width shows it."""
+    screen = io.StringIO()
+    console = Console(file=screen, width=width, highlight=False)
+    console.print(run_view(run), crop=False)
+    return "".join(f"{line.rstrip()}\n" for line in screen.getvalue().splitlines())
+
+
+@pytest.mark.usefixtures("_utc")
+def test_a_status_at_80_columns() -> None:
+    texts = [shown(run, 80) for run in (RUN, ENDED, QUEUED, LOST)]
+    assert "\n".join(texts) == GOLDEN.read_text()
+
+
+def test_what_is_copied_is_in_one_line() -> None:
+    lines = shown(ENDED, 40).splitlines()
+    assert f"output       {ENDED.output_dir}" in lines
+    assert f"load it      {ENDED.loading[0]}" in lines
+    assert f"             {ENDED.loading[1]}" in lines
+
+
+LONGEST = replace(RUN, run_id="a-name-that-is-as-long-as-may-be-1r3vg4ggs1", state="succeeded", step=100_000)
+RUNS = [replace(LONGEST, steps=100_000), ENDED, QUEUED]
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_a_list_fits_and_cuts_no_run_id(width: int) -> None:
+    lines = list(list_lines(RUNS, width, now=T0 + 7300))
+    assert max(map(len, lines)) <= width
+    assert all(any(run.run_id in line for line in lines) for run in RUNS)
+    assert any("rank 1: the output was kept in output.rejected" in line for line in lines)
+
+
+def test_a_list_at_80_columns() -> None:
+    assert list(list_lines(RUNS[1:], 80, now=T0 + 7300)) == [
+        "run             state   step       attempt  age  cluster",
+        "sql-1r3vg4ggs1  failed  4000/4000  2        2 h  hpc",
+        "    rank 1: the output was kept in output.rejected: its logits differ from the …",
+        "sql-1r3vg4ggs1  queued  0/?        0        2 h  local",
+        "    needs 2, 0 of 2 cpus are free",
+    ]
+
+
+def test_what_cannot_be_reached_has_no_age() -> None:
+    (_, line, _) = list_lines([LOST], 80, now=T0)
+    assert line.split() == ["sql-1r3vg4ggs1", "unknown", "0/?", "0", "?", "hpc"]
+
+
+def test_a_list_at_160_columns_has_one_line_a_run() -> None:
+    heading, first, second = list_lines(RUNS[1:], 160, now=T0 + 7300)
+    assert heading.endswith("age  cluster  reason")
+    assert first.endswith("2 h  hpc      " + " ".join(str(ENDED.reason).split()))
+    assert second.endswith("2 h  local    needs 2, 0 of 2 cpus are free")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-5, "0 m"), (59, "0 m"), (60, "1 m"), (7199, "1 h"), (86_400, "1 d"), (1e7, "115 d")]
+)
+def test_ages(seconds: float, text: str) -> None:
+    assert age(seconds) == text
+
+
+def on_terminal(home: Path, *arguments: str, **environment: str) -> str:
+    """What a command prints on a terminal of 80 columns."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-P", "-m", "orchestrator", *arguments]
+    variables = {"PATH": "/usr/bin:/bin", "TERM": "xterm-256color", "COLUMNS": "80", "FLEETUNE_HOME": str(home)}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=variables | environment)
+    os.close(theirs)
+    data = b""
+    while select.select([ours], [], [], 60)[0]:
+        try:
+            data += os.read(ours, 1 << 16)
+        except OSError:  # the other end is closed
+            break
+    os.close(ours)
+    assert process.wait(timeout=60) == 0, data
+    return data.decode().replace("\r\n", "\n")
+
+
+def test_colours_are_for_terminals_that_want_them(home: Path) -> None:
+    run_dir = make_run(home / "runs", "fake-0000000001", None)
+    attempt = claim(run_dir)
+    plan(attempt)
+    steps(attempt, 1, 100)
+    close(run_dir, {"state": "failed", "reason": "boom"})
+    for command in (["list"], ["status", "fake"]):
+        assert "\x1b[31mfailed\x1b[0m" in on_terminal(home, *command)
+        plain = on_terminal(home, *command, NO_COLOR="1")
+        assert "failed" in plain and "\x1b" not in plain
+        piped = subprocess.run(
+            [sys.executable, "-P", "-m", "orchestrator", *command],
+            env={"PATH": "/usr/bin:/bin", "FLEETUNE_HOME": str(home)},
+            capture_output=True,
+            text=True,
+        )
+        assert "failed" in piped.stdout and "\x1b" not in piped.stdout
