@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from clusters.checks import Check
 from orchestrator.cluster_views import ClusterView
 from orchestrator.comparison.measure import format_bytes
 from orchestrator.describe import CAPABILITIES, support
-from orchestrator.doctor import Check
 from orchestrator.planning.plan import Plan, Sizes
 from orchestrator.status import Status
 from trainer.data.survey import summary_line
