@@ -89,7 +89,7 @@ def test_the_plain_package_says_what_it_lacks(plain: Path, laptop: Path) -> None
 
 
 def test_data_files_are_packed(plain: Path) -> None:
-    for data in ("orchestrator/comparison/report.html", "methods/support.json"):
+    for data in ("orchestrator/comparison/report.html", "methods/support.json", "clusters/remote/constraints.txt"):
         (packed,) = plain.parent.glob(f"lib/python*/site-packages/{data}")
         assert packed.read_text() == (ROOT / data).read_text()
 

@@ -95,6 +95,8 @@ class FarMachine:
         if code == scripts.NO_PYTHON:
             return PythonMissing(f"cluster {self.name}: {shown}{_NEEDS_PYTHON}")
         remedy = self.link.remedy(text)
+        if "ModuleNotFoundError" in shown:
+            remedy = f"; see what is missing there with: fleetune doctor --cluster {self.name}"
         return Unreachable(f"cluster {self.name}: {shown or reason}{remedy}")
 
     def _run(

@@ -25,6 +25,15 @@ class PackageIndex:
     asked: threading.Event = field(default_factory=threading.Event)
     open: threading.Event = field(default_factory=threading.Event)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let nobody have an answer before the end of the block, or `open.set()`."""
+        self.open.clear()
+        try:
+            yield
+        finally:
+            self.open.set()
+
 
 @contextmanager
 def package_index() -> Iterator[PackageIndex]:

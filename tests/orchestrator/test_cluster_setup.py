@@ -27,8 +27,9 @@ from orchestrator import backends, cli, cluster_doctor
 from orchestrator.cluster_setup import set_up_cluster
 
 pytestmark = [pytest.mark.skipif(not can_serve(), reason=WHY_NOT), pytest.mark.usefixtures("home")]
-PYTHONS = ("python3.11", "python3.12", "python3.13", "python3")
-OLD = "case $1 in --version) echo Python 3.9.18;; *) echo 3.9; exit 1;; esac"
+PYTHON = shlex.quote(sys._base_executable)  # type: ignore[attr-defined]
+# It runs `python -c PROGRAM` as an old Python would.
+OLD = f"exec {PYTHON} -c 'import sys; sys.version_info = (3, 9, 18); exec(sys.argv[1])' \"$2\""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def index() -> Iterator[PackageIndex]:
 @pytest.fixture
 def root(server: SshServer, index: PackageIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The run root of a cluster whose environment has one small package, and whose setup lines name a Python."""
-    write_pythons(tmp_path / "bin", f'exec {shlex.quote(sys._base_executable)} "$@"')  # type: ignore[attr-defined]
+    write_pythons(tmp_path / "bin", f'exec {PYTHON} "$@"')
     write_clusters(tmp_path, env={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": index.url})
     monkeypatch.setenv("FLEETUNE_CLUSTERS", str(tmp_path / "clusters.yaml"))
     monkeypatch.setenv("PATH", f"{server.binaries}:{os.environ['PATH']}")
@@ -64,7 +65,7 @@ def root(server: SshServer, index: PackageIndex, tmp_path: Path, monkeypatch: py
 def write_pythons(folder: Path, script: str) -> None:
     """A folder with a script for each name that a Python may have."""
     folder.mkdir(exist_ok=True)
-    for name in PYTHONS:
+    for name in ("python3.11", "python3.12", "python3.13", "python3"):
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o755)
 
@@ -87,9 +88,8 @@ def made(root: Path) -> list[Path]:
 
 
 def test_two_at_once_make_one_and_runs_use_it(root: Path, index: PackageIndex, tmp_path: Path) -> None:
-    index.open.clear()
     logs: list[list[str]] = [[], []]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, index.held():
         first = pool.submit(set_up, logs[0])
         assert index.asked.wait(60)
         with pytest.raises(Unreachable, match="fleetune clusters setup there"):  # a half-made one is none
@@ -112,9 +112,8 @@ def test_two_at_once_make_one_and_runs_use_it(root: Path, index: PackageIndex, t
 
 
 def test_it_goes_on_when_the_link_is_cut_and_is_found_again(root: Path, index: PackageIndex) -> None:
-    index.open.clear()
     lines: list[str] = []
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, index.held():
         cut: Future[None] = pool.submit(set_up, [])
         assert index.asked.wait(60)
         for socket in sockets_folder().iterdir():
@@ -180,6 +179,12 @@ def test_what_cannot_be_set_up_is_said(root: Path, tmp_path: Path) -> None:
         fleetune.list_runs("there")
     with pytest.raises(fleetune.InputError, match="python: found .* which is used as it is"):
         set_up_cluster("there", yes=True)
+    write_pythons(tmp_path / "bin", f'exec {PYTHON} -S "$@"')  # without packages
+    with pytest.raises(Unreachable, match="No module named 'pydantic'; see .* fleetune doctor --cluster there"):
+        fleetune.list_runs("there")
+    (packages,) = [check for check in fleetune.doctor("there") if check.level == "fail"]
+    assert (packages.name, packages.found) == ("packages", "no tiny-packages==1")
+    assert "remove `python` from the cluster" in packages.mend
     write_clusters(tmp_path, link="local")
     with pytest.raises(fleetune.InputError, match="it is on this machine"):
         set_up_cluster("there", yes=True)
