@@ -34,7 +34,7 @@ def set_up_cluster(name: str, yes: bool) -> bool:
 def make_environment(missing: EnvironmentMissing, yes: bool) -> None:
     """Make what is missing, with its log on the terminal; raises it where nobody agrees."""
     name = missing.cluster
-    question = f"cluster {name}: the packages that runs need are not there yet (up to 8 GB). Install them now?"
+    question = f"cluster {name}: the packages that runs need are not there yet (about 6 GB). Install them now?"
     if not yes and not (sys.stdin.isatty() and typer.confirm(question, err=True)):
         raise missing
     far_machine(name, config_of(name)).set_up(_show)
