@@ -84,7 +84,7 @@ def _options_check(config: dict[str, Any]) -> Check:
     said = probe(["sbatch", "--test-only", *options, "--wrap=true"], _SLURM_S)
     shown = " ".join(options) or "none"
     if said.problem:
-        mend = f"{_CHANGE}; what you may use: sacctmgr show associations user=$USER"
+        mend = f"{_CHANGE} (you may use: sacctmgr show associations user=$USER), or wait if nodes are down: sinfo"
         return Check("options", "fail", f"{shown}: {said.problem}", mend)
     return Check("options", "ok", shown)
 

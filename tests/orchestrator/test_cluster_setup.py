@@ -14,7 +14,7 @@ import pytest
 import yaml
 from jobs import make_job, only_queued
 from package_index import LOCK, PackageIndex, package_index
-from ssh_server import WHY_NOT, SshServer, can_serve, ssh_server
+from ssh_server import WHY_NOT, SshServer, can_serve, close_far_sides, ssh_server
 from waiting import until
 
 import fleetune
@@ -57,9 +57,7 @@ def root(server: SshServer, index: PackageIndex, tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(module, "installed_lock", lambda: LOCK)
     with only_queued(tmp_path / "there"):
         yield tmp_path / "there"
-    for cluster in backends._opened.values():
-        cluster.far_side.close()  # type: ignore[attr-defined]
-    backends._opened.clear()
+    close_far_sides()
 
 
 def write_pythons(folder: Path, script: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from slurm_site import WHY_NOT, SlurmSite, can_serve
+from waiting import until
 
 import fleetune
 from clusters.checks import Check
@@ -127,10 +128,11 @@ def test_a_queued_run_is_cancelled(hpc: Path, site: SlurmSite, tmp_path: Path, t
     assert site.run("squeue", "--noheader") == "" and hpc.exists()
 
 
-def test_the_doctor_asks_slurm(hpc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_asks_slurm(hpc: Path, site: SlurmSite, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong() -> list[tuple[str, str]]:
         return [(check.name, check.found) for check in fleetune.doctor("hpc") if check.level == "fail"]
 
+    until(lambda: "*" not in site.run("sinfo", "--noheader", "--Node", "-o", "%t"))  # all nodes answer
     checks = {check.name: check for check in fleetune.doctor("hpc")}
     assert [*checks] == ["run root", "disk", "python", "packages", "slurm", "partition", "options"]
     assert (wrong(), checks["partition"].found) == ([], "low")
