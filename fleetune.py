@@ -16,6 +16,7 @@ from fleetune_start import first
 
 if TYPE_CHECKING:
     from clusters.base import Unreachable as Unreachable
+    from clusters.checks import Check as Check
     from orchestrator.comparison.compare import Comparison as Comparison
     from orchestrator.comparison.compare import compare as compare
     from orchestrator.control import cancel as cancel
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from orchestrator.control import pause as pause
     from orchestrator.control import resume as resume
     from orchestrator.describe import methods as methods
-    from orchestrator.doctor import Check as Check
     from orchestrator.doctor import doctor as doctor
     from orchestrator.errors import InputError as InputError
     from orchestrator.logs import logs as logs
@@ -42,10 +42,11 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "clusters.base": ("Unreachable",),
+    "clusters.checks": ("Check",),
     "orchestrator.comparison.compare": ("Comparison", "compare"),
     "orchestrator.control": ("cancel", "fetch", "pause", "resume"),
     "orchestrator.describe": ("methods",),
-    "orchestrator.doctor": ("Check", "doctor"),
+    "orchestrator.doctor": ("doctor",),
     "orchestrator.errors": ("InputError",),
     "runfolder.job": ("Job",),
     "orchestrator.logs": ("logs",),

@@ -36,8 +36,10 @@ class _ClusterConfig(_ConfigSection):
     root: str | None = Field(
         None, min_length=1, description="the FLEETUNE_HOME there, for runs and code; null: ~/.fleetune of that user"
     )
-    python: str = Field(
-        "python3", min_length=1, description="the Python there that has Fleetune's packages, 3.11 or newer"
+    python: str | None = Field(
+        None,
+        min_length=1,
+        description="a Python there that has Fleetune's packages; null: Fleetune makes an environment for them",
     )
     setup: tuple[str, ...] = Field((), description="shell lines before Python starts, like `module load python/3.12`")
     env: dict[str, str] = Field({}, description="variables for every run there; those of the job come before them")

@@ -15,3 +15,4 @@ SetOption = Annotated[
 ClusterOption = Annotated[
     str | None, typer.Option("--cluster", metavar="NAME", help="A cluster of the clusters file, or local.")
 ]
+YesOption = Annotated[bool, typer.Option("--yes", help="Install the packages of the cluster without asking.")]

@@ -14,6 +14,8 @@ from clusters.remote.cluster import RemoteCluster
 from clusters.remote.code import installed_code
 from clusters.remote.far_side import FarSide
 from clusters.remote.link import Link, Ssh, ThisHost
+from clusters.remote.lock import installed_lock
+from clusters.remote.machine import FarMachine
 from orchestrator.clusters_file import clusters_path, read_clusters
 from orchestrator.errors import InputError
 from orchestrator.planning.spec_errors import did_you_mean
@@ -56,9 +58,19 @@ def link_of(name: str, config: ClusterConfig) -> Link:
 def _open(name: str, config: ClusterConfig) -> Cluster:
     """A cluster of this machine in this process; one of another machine over its link."""
     if config.link == "local":
-        root = config.root or "~/.fleetune"
-        return open_backend(config, Path(root).expanduser().absolute())
-    return RemoteCluster(FarSide(name, link_of(name, config), config, installed_code()))
+        return open_backend(config, root_of(config))
+    return RemoteCluster(FarSide(far_machine(name, config)))
+
+
+def root_of(config: ClusterConfig) -> Path:
+    """The run root of a cluster of this machine."""
+    root = Path(config.root or "~/.fleetune")
+    return root.expanduser().absolute()
+
+
+def far_machine(name: str, config: ClusterConfig) -> FarMachine:
+    """The machine of a cluster over its link, with the code and the packages of this installation."""
+    return FarMachine(name, link_of(name, config), config, installed_code(), installed_lock())
 
 
 def make_request(cluster: Cluster, job: Job, run_id: str, submission: int | None = 1) -> ClusterRequest:

@@ -1,13 +1,14 @@
 """The command line. Exit codes: 0 done, 1 the job failed, 2 the input is wrong, 3 the cluster cannot be reached."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orchestrator import cluster_commands, clusters_commands, look_commands
-from orchestrator.arguments import ClusterOption, JobArgument, RunArgument, SetOption
+from orchestrator.arguments import ClusterOption, JobArgument, RunArgument, SetOption, YesOption
 from orchestrator.terminal import (
     Json,
     announce_json,
@@ -83,15 +84,18 @@ def submit_command(
         bool, typer.Option("--dry-run", help="Check the job and print what would be submitted.")
     ] = False,
     run_id: Annotated[str | None, typer.Option("--run-id", help="Use this run id; repeat it safely.")] = None,
+    yes: YesOption = False,
     as_json: Json = False,
 ) -> None:
     """Check a job and submit it; prints the run id."""
+    from clusters.remote.machine import EnvironmentMissing
     from orchestrator import submit as submission
 
     if dry_run:
         print(submission.dry_run(file, cluster=cluster, overrides=sets or (), warn=warn))
         return
-    submitted = submission.submit(
+    submit = partial(
+        submission.submit,
         file,
         cluster=cluster,
         overrides=sets or (),
@@ -100,6 +104,13 @@ def submit_command(
         sent=count_bytes,
         announce=announce_json if as_json else announce_submission,
     )
+    try:
+        submitted = submit()
+    except EnvironmentMissing as missing:
+        from orchestrator.cluster_setup import make_environment
+
+        make_environment(missing, yes)
+        submitted = submit()
     if wait:
         from orchestrator.runs import find
 

@@ -1,13 +1,17 @@
-"""`fleetune clusters`: the clusters of the clusters file, and the connections to them."""
+"""`fleetune clusters`: the clusters of the clusters file, connections to them, and what is installed there."""
 
 import subprocess
+import sys
 from typing import Annotated
 
 import typer
 
+from orchestrator.arguments import YesOption
 from orchestrator.terminal import Json, print_json
 
-clusters_app = typer.Typer(help="Show the clusters of the clusters file, and connect to one.", no_args_is_help=True)
+clusters_app = typer.Typer(
+    help="List the clusters of the clusters file, connect to one, set one up.", no_args_is_help=True
+)
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A cluster of the clusters file.")]
 
 
@@ -36,3 +40,13 @@ def connect_command(name: NameArgument) -> None:
         raise InputError(f"cluster {name}: it is on this machine; there is nothing to connect to")
     ended = subprocess.run(command, check=False)
     raise typer.Exit(3 if ended.returncode else 0)
+
+
+@clusters_app.command("setup")
+def setup_command(name: NameArgument, yes: YesOption = False) -> None:
+    """Install the packages that runs need on a cluster, once for each version of them."""
+    from orchestrator.cluster_setup import set_up_cluster
+
+    made_now = set_up_cluster(name, yes)
+    done = "are there now" if made_now else "were there already"
+    print(f"cluster {name}: the packages {done}", file=sys.stderr)

@@ -9,45 +9,36 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
 from clusters.base import Unreachable
+from clusters.checks import DEVICES, GIB, Check, Level, disk_check
 from clusters.local import Local
 from methods.options import UNUSABLE
+from orchestrator.cluster_doctor import cluster_checks
+from orchestrator.errors import InputError
 from orchestrator.tracking.delivery import troubles, undelivered
 from orchestrator.tracking.password import without_password
 from orchestrator.tracking.store import resolve, sqlite_file
-from runfolder.folders import cache_folder, home, library_folders, nearest_existing, writable
+from runfolder.folders import cache_folder, home, library_folders, writable
 from trainer.versions import unknown
 
-Level = Literal["ok", "warn", "fail"]
 _TRAIN = ("torch", "deepspeed", "transformers", "peft", "ray", "mlflow", "datasets", "safetensors")
-_GIB = 1 << 30
 _PROBE_TIMEOUT_S = 90.0  # importing torch from a cold disk takes long
 _STALE_S = 600.0  # after which a build lock belongs to nobody
-_TORCH = """
-import torch
-devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-print("; ".join(f"{d.name}, {d.total_memory / 2**30:.0f} GiB" for d in devices) or "CPU only")
-"""
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at; `mend` says how to fix it where it is not ok."""
+def doctor(cluster: str | None = None, test_job: bool = False) -> list[Check]:
+    """Look at everything that submitting and training need on this machine, or at a cluster of the clusters file.
 
-    name: str
-    level: Level
-    found: str
-    mend: str = ""
-
-
-def doctor() -> list[Check]:
-    """Look at everything that submitting and training need."""
+    `test_job`: see what GPUs a job of one minute sees there. Raises InputError.
+    """
+    if cluster not in (None, "local"):
+        return cluster_checks(cluster, test_job)
+    if test_job:
+        raise InputError("--test-job: this machine is looked at without one; allowed: with --cluster NAME")
     probes: tuple[Callable[[], Iterator[Check]], ...] = (
         _python,
         _packages,
@@ -107,7 +98,7 @@ def _methods() -> Iterator[Check]:
 
 def _devices() -> Iterator[Check]:
     """Ask torch in a process of its own: a broken driver may hang or kill it."""
-    command = [sys.executable, "-P", "-c", _TORCH]
+    command = [sys.executable, "-P", "-c", DEVICES]
     try:
         probe = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -173,14 +164,7 @@ def _worker_variable(name: str) -> str | None:
 
 
 def _disk() -> Iterator[Check]:
-    usage = shutil.disk_usage(nearest_existing(home()))
-    level: Level = "fail"
-    if usage.free > 20 * _GIB:
-        level = "ok"
-    elif usage.free > 2 * _GIB:
-        level = "warn"
-    fix = "free some space, or set FLEETUNE_HOME to another disk"
-    yield Check("disk", level, f"{usage.free / _GIB:.1f} GiB free", fix)
+    yield disk_check(home(), "free some space, or set FLEETUNE_HOME to another disk")
 
 
 def _memory() -> Iterator[Check]:
@@ -188,9 +172,9 @@ def _memory() -> Iterator[Check]:
     if not shared.is_dir():
         return  # macOS
     free = shutil.disk_usage(shared).free
-    level = _level(free > _GIB, "warn")
+    level = _level(free > GIB, "warn")
     fix = "Ray and NCCL keep their buffers there: mount it larger (docker: --shm-size=8g)"
-    yield Check("/dev/shm", level, f"{free / _GIB:.1f} GiB free", fix)
+    yield Check("/dev/shm", level, f"{free / GIB:.1f} GiB free", fix)
 
 
 def _open_files() -> Iterator[Check]:

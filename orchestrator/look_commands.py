@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.arguments import JobArgument, SetOption
+from orchestrator.arguments import ClusterOption, JobArgument, SetOption
 from orchestrator.terminal import Json, clear_count, count_rows, print_json
 
 look_app = typer.Typer()
@@ -88,13 +88,19 @@ def methods_command(
 
 
 @look_app.command("doctor")
-def doctor_command(as_json: Json = False) -> None:
-    """Show what of this machine is usable, and how to mend what is not."""
+def doctor_command(
+    cluster: ClusterOption = None,
+    test_job: Annotated[
+        bool, typer.Option("--test-job", help="See what GPUs a job of one minute sees on the cluster.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what of this machine, or of a cluster, is usable, and how to mend what is not."""
     from dataclasses import asdict
 
     from orchestrator.doctor import doctor
 
-    checks = doctor()
+    checks = doctor(cluster, test_job)
     if as_json:
         return print_json([asdict(check) for check in checks])
     from orchestrator.render import show_checks

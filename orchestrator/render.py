@@ -11,10 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from clusters.checks import Check
 from orchestrator.cluster_views import ClusterView
 from orchestrator.comparison.measure import format_bytes
 from orchestrator.describe import CAPABILITIES, support
-from orchestrator.doctor import Check
 from orchestrator.planning.plan import Plan, Sizes
 from orchestrator.run_list import GAP, list_lines
 from orchestrator.status import Status

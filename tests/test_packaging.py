@@ -89,8 +89,13 @@ def test_the_plain_package_says_what_it_lacks(plain: Path, laptop: Path) -> None
 
 
 def test_data_files_are_packed(plain: Path) -> None:
-    typed = [f"{room}/py.typed" for room in ROOMS]
-    for data in ("orchestrator/comparison/report.html", "methods/support.json", *typed):
+    files = [
+        "orchestrator/comparison/report.html",
+        "methods/support.json",
+        "clusters/remote/constraints.txt",
+        *(f"{room}/py.typed" for room in ROOMS),
+    ]
+    for data in files:
         (packed,) = plain.parent.glob(f"lib/python*/site-packages/{data}")
         assert packed.read_text() == (ROOT / data).read_text()
 

@@ -16,32 +16,17 @@ from contextlib import suppress
 from typing import IO, Any
 
 from clusters.base import SubmissionRefused, Unreachable
-from clusters.config import ClusterConfig
-from clusters.remote.code import Code
-from clusters.remote.link import BROKEN, Link
+from clusters.remote import scripts
+from clusters.remote.link import BROKEN
+from clusters.remote.machine import FarMachine
 from runfolder.files import Damaged
 from runfolder.site import Refused as RunRefused
 
 READY = "fleetune-answers"  # begins the line by which the far side says that it is there
-NO_CODE = 97  # exit code: this version of Fleetune is not there yet
 _START_S = 90.0  # until the far side is ready: a cold file system takes long to load Python
 _ANSWER_S = 120.0
-_SEND_S = 300.0
 _CUT = "the connection ended before the answer; repeating is safe"
-_LAST_LINES = 3  # of what the far side printed, in a message
 
-# Arguments: root ("" for the default), digest of the code, python. The setup lines come first, as they may put Python
-# on the path.
-_PLACES = 'root=${1:-${FLEETUNE_HOME:-$HOME/.fleetune}}; case $root in "~/"*) root=$HOME/${root#"~/"};; esac; '
-_START = (
-    _PLACES + f'code=$root/code/$2; [ -d "$code" ] || exit {NO_CODE}; '
-    'FLEETUNE_HOME=$root PYTHONPATH=$code PYTHONUNBUFFERED=1 exec "$3" -P -m clusters.answer'
-)
-_RECEIVE = (
-    _PLACES + 'umask 077; mkdir -p "$root/code" && new=$(mktemp -d "$root/code/.new-XXXXXX") && '
-    'tar -xzf - -C "$new" && '
-    '{ mv -T "$new" "$root/code/$2" 2>/dev/null || { rm -rf "$new"; [ -d "$root/code/$2" ]; }; }'  # another was first
-)
 _ERRORS: dict[str, type[Exception]] = {
     "run_refused": RunRefused,
     "request_refused": SubmissionRefused,
@@ -61,12 +46,10 @@ def kind_of(error: Exception) -> str | None:
 class FarSide:
     """Asks the process there; it is started with the first request, and again after a link was cut."""
 
-    def __init__(self, name: str, link: Link, config: ClusterConfig, code: Code) -> None:
-        """The `name` of the cluster is for messages."""
-        self.name = name
-        self._link = link
-        self._config = config
-        self._code = code
+    def __init__(self, machine: FarMachine) -> None:
+        """The process runs on this machine."""
+        self.machine = machine
+        self.name = machine.name
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this object)
@@ -86,6 +69,12 @@ class FarSide:
             raise _ERRORS[reply["error"]](reply["message"])
         return reply["answer"]
 
+    def start(self) -> None:
+        """Start the process there, unless it was started before; raises EnvironmentMissing."""
+        with self._lock:
+            if self._process is None:
+                self._start()
+
     def close(self) -> None:
         """End the process there; the connection stays for the next command."""
         process, self._process = self._process, None
@@ -101,7 +90,7 @@ class FarSide:
     def _start(self) -> None:
         """Start the process there, with its code sent first where that is missing."""
         if not self._begin():
-            self._send_code()
+            self.machine.send_code()
             if not self._begin():
                 raise Unreachable(f"cluster {self.name}: Fleetune's code was sent there and is not there")
 
@@ -110,18 +99,18 @@ class FarSide:
         self._unread = b""
         self._stderr.seek(0)
         self._stderr.truncate()
-        command = self._command(_START)
+        command = self.machine.command(scripts.ANSWER)
         pipe = subprocess.PIPE
         try:
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._stderr)
         except OSError as error:
             raise Unreachable(f"cluster {self.name}: {command[0]}: {error.strerror}") from None
-        config = self._config.model_dump(mode="json")
+        config = self.machine.config.model_dump(mode="json")
         try:
             self._write({"cluster": config})
             self._await_ready()
         except (OSError, ValueError) as error:
-            if self._exit_code() == NO_CODE:
+            if self._exit_code() == scripts.NO_CODE:
                 self.close()
                 return False
             raise self._broken(str(error)) from None
@@ -134,23 +123,6 @@ class FarSide:
             line = self._line(deadline - time.monotonic())
             if line.startswith(READY.encode()):
                 return
-
-    def _send_code(self) -> None:
-        try:
-            sent = subprocess.run(
-                self._command(_RECEIVE), input=self._code.archive(), capture_output=True, timeout=_SEND_S
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Unreachable(f"cluster {self.name}: {error}") from None
-        if sent.returncode:
-            raise Unreachable(self._explained(sent.stderr, f"code was not taken, exit code {sent.returncode}"))
-
-    def _command(self, script: str) -> list[str]:
-        """The process on this machine that runs a script there, behind the site's own lines."""
-        config = self._config
-        lines = "\n".join([*config.setup, script])
-        arguments = [config.root or "", self._code.digest, config.python]
-        return self._link.process(["bash", "-c", lines, "fleetune", *arguments])
 
     def _write(self, request: Mapping[str, Any]) -> None:
         assert self._process and self._process.stdin
@@ -194,13 +166,4 @@ class FarSide:
         said = self._stderr.read()
         if code not in (None, 0, BROKEN):
             reason = f"exit code {code}"
-        return Unreachable(self._explained(said, reason))
-
-    def _explained(self, stderr: bytes, reason: str) -> str:
-        """One line: the last words of the far side, or the reason where it had none, and what to do."""
-        text = stderr.decode(errors="replace")
-        stripped = map(str.strip, text.splitlines())
-        said = list(filter(None, stripped))
-        shown = "; ".join(said[-_LAST_LINES:])
-        remedy = self._link.remedy(text)
-        return f"cluster {self.name}: {shown or reason}{remedy}"
+        return self.machine.failure(code, said, reason)

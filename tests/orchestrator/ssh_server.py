@@ -11,6 +11,9 @@ from pathlib import Path
 
 from ports import free_port
 
+from clusters.remote.cluster import RemoteCluster
+from orchestrator import backends
+
 WHY_NOT = "needs root and OpenSSH's server: apt-get install openssh-server"
 
 
@@ -41,6 +44,14 @@ class SshServer:
         subprocess.run(["pkill", "-KILL", "-P", str(self.process.pid)], check=False)
         self.process.kill()
         self.process.wait()
+
+
+def close_far_sides() -> None:
+    """End the processes that this one has started over links, and forget all clusters that it has opened."""
+    for cluster in backends._opened.values():
+        if isinstance(cluster, RemoteCluster):
+            cluster.far_side.close()
+    backends._opened.clear()
 
 
 @contextmanager

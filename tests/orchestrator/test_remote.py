@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from jobs import make_job, only_queued
-from ssh_server import WHY_NOT, SshServer, can_serve, ssh_server
+from ssh_server import WHY_NOT, SshServer, can_serve, close_far_sides, ssh_server
 
 import fleetune
 from clusters.base import Unreachable
@@ -40,9 +40,7 @@ def there(server: SshServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PATH", f"{server.binaries}:{os.environ['PATH']}")
     with only_queued(root):
         yield root
-    for cluster in backends._opened.values():
-        cluster.far_side.close()  # type: ignore[attr-defined]
-    backends._opened.clear()
+    close_far_sides()
 
 
 def test_a_job_is_submitted_found_again_and_cancelled(there: Path, tmp_path: Path) -> None:

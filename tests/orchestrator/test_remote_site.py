@@ -23,6 +23,8 @@ from clusters.remote.cluster import RemoteCluster
 from clusters.remote.code import installed_code
 from clusters.remote.far_side import FarSide
 from clusters.remote.link import ThisHost
+from clusters.remote.lock import installed_lock
+from clusters.remote.machine import FarMachine
 from clusters.remote.site import RemoteSite
 from fleetune import InputError
 from orchestrator import backends, progress, runs
@@ -65,7 +67,7 @@ def far_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     there.mkdir()
     root = str(there / "fleetune")
     config = LocalConfig(kind="local", link=SshLink(ssh="elsewhere"), root=root, python=sys.executable)
-    far_side = FarSide("elsewhere", AnotherHome(there), config, installed_code())
+    far_side = FarSide(FarMachine("elsewhere", AnotherHome(there), config, installed_code(), installed_lock()))
     monkeypatch.setitem(backends.CLUSTERS, "elsewhere", lambda: RemoteCluster(far_side))
     with only_queued(there / "fleetune"):
         yield there / "fleetune"
@@ -191,7 +193,7 @@ def test_what_cannot_be_reached_is_unknown_and_nothing_else(far_home: Path, monk
     run_dir = make_run(far_home / "runs", runs.new_id("fake"), None)
     runs.remember(run_dir.name, "elsewhere")
     config = LocalConfig(kind="local", link=SshLink(ssh="elsewhere"))
-    down = RemoteCluster(FarSide("elsewhere", NoRoute(), config, installed_code()))
+    down = RemoteCluster(FarSide(FarMachine("elsewhere", NoRoute(), config, installed_code(), installed_lock())))
     monkeypatch.setitem(backends.CLUSTERS, "elsewhere", lambda: down)
     found = fleetune.status(run_dir.name)
     assert (found.state, found.reason) == ("unknown", "cluster elsewhere: no route")

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import yaml
 from slurm_site import WHY_NOT, SlurmSite, can_serve
+from waiting import until
 
 import fleetune
+from clusters.checks import Check
 from clusters.config import SlurmConfig
 from clusters.slurm import Slurm
 from orchestrator import backends
@@ -51,12 +53,17 @@ def site() -> Iterator[SlurmSite]:
 def hpc(site: SlurmSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A clusters file with that site; gives the FLEETUNE_HOME of its runs."""
     root = tmp_path / "hpc"
-    root.mkdir()
-    config = {"kind": "slurm", "root": str(root), "partition": "low", "cpus_per_worker": 1}
-    (tmp_path / "clusters.yaml").write_text(yaml.safe_dump({"hpc": config}))
+    root.mkdir(mode=0o700)
+    write_site(root)
     monkeypatch.setenv("FLEETUNE_CLUSTERS", str(tmp_path / "clusters.yaml"))
     monkeypatch.setenv("SLURM_CONF", str(site.environment["SLURM_CONF"]))
     return root
+
+
+def write_site(root: Path, **changes: object) -> None:
+    """Write the clusters file of a site whose runs are in `root`."""
+    config = {"kind": "slurm", "root": str(root), "partition": "low", "cpus_per_worker": 1, **changes}
+    (root.parent / "clusters.yaml").write_text(yaml.safe_dump({"hpc": config}))
 
 
 def wait_for(run_id: str, states: tuple[str, ...], timeout_s: float) -> fleetune.Status:
@@ -255,3 +262,29 @@ def test_a_queued_run_is_cancelled(hpc: Path, site: SlurmSite, tmp_path: Path, t
     finally:
         site.run("scontrol", "update", "nodename=node[1-2]", "state=resume")
     assert site.run("squeue", "--noheader") == "" and hpc.exists()
+
+
+def test_the_doctor_asks_slurm(hpc: Path, site: SlurmSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong() -> list[tuple[str, str]]:
+        return [(check.name, check.found) for check in fleetune.doctor("hpc") if check.level == "fail"]
+
+    until(lambda: "*" not in site.run("sinfo", "--noheader", "--Node", "-o", "%t"))  # all nodes answer
+    checks = {check.name: check for check in fleetune.doctor("hpc")}
+    assert [*checks] == ["run root", "disk", "python", "packages", "slurm", "partition", "options"]
+    assert (wrong(), checks["partition"].found) == ([], "low")
+    assert "slurm" in checks["slurm"].found
+    write_site(hpc, partition=None)
+    assert (wrong(), fleetune.doctor("hpc")[-2].found) == ([], "main")
+    write_site(hpc, partition="gpu")
+    assert wrong() == [("partition", "no 'gpu'; there are: main, low")]
+    for option in ({"constraint": "h100"}, {"gpu_type": "h100"}, {"reservation": "mine"}):
+        write_site(hpc, **option)
+        ((name, found),) = wrong()
+        assert name == "options", found
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert wrong() == [("slurm", "sinfo: No such file or directory")]
+
+
+@pytest.mark.chaos
+def test_a_test_job_says_what_torch_sees(hpc: Path) -> None:
+    assert fleetune.doctor("hpc", test_job=True)[-1] == Check("test job", "ok", "CPU only"), hpc

@@ -1,0 +1,37 @@
+"""The lock: which packages, and which versions of them, the environment of a cluster has."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import requires
+from pathlib import Path
+
+_MARKERS = ("", 'extra == "data"', 'extra == "train"')  # of what a run needs
+_LOCK_DIGITS = 16  # of the digest in the name of a folder
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What pip is asked for, and the versions that it may take: as texts of pip's files."""
+
+    requirements: str
+    constraints: str
+
+    @property
+    def digest(self) -> str:
+        """What tells one lock from another."""
+        texts = f"{self.requirements}\0{self.constraints}"
+        hexadecimal = hashlib.sha256(texts.encode()).hexdigest()
+        return hexadecimal[:_LOCK_DIGITS]
+
+
+@cache
+def installed_lock() -> Lock:
+    """The lock of the Fleetune that is installed here."""
+    requirements = []
+    for line in requires("fleetune") or ():
+        requirement, _, marker = line.partition(";")
+        if marker.strip() in _MARKERS and not requirement.startswith("fleetune["):
+            requirements.append(f"{requirement}\n")
+    constraints = Path(__file__).with_name("constraints.txt")
+    return Lock("".join(requirements), constraints.read_text())

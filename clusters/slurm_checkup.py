@@ -1,0 +1,102 @@
+"""Whether SLURM takes what the clusters file says of a site, asked on its login node. It needs Python alone."""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from clusters.checks import DEVICES, Check
+from clusters.probe import probe
+
+_SLURM_S = 30.0
+_FREE_S = 60  # for so long a test job waits for a free node
+_JOB_S = 240.0  # until it has ended
+_LOAD = "load it in `setup` of the cluster, like `module load slurm`, or name a login node in `link`"
+_CHANGE = "change it in the clusters file"
+# Keys of the cluster, and the options of sbatch and srun that they are.
+_OPTIONS = {
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "reservation": "reservation",
+    "walltime": "time",
+}
+
+
+def check_slurm(config: dict[str, Any]) -> Iterator[Check]:
+    """SLURM's version, the partition, and whether a job with the cluster's options would be taken."""
+    said = probe(["sinfo", "--version"], _SLURM_S)
+    if said.problem:
+        yield Check("slurm", "fail", said.problem, _LOAD)
+        return
+    yield Check("slurm", "ok", said.output.strip())
+    found = probe(["sinfo", "--noheader", "--format=%P|%a"], _SLURM_S)
+    if found.problem:
+        yield Check("partition", "fail", found.problem, "ask again; if it stays, tell the site's administrators")
+        return
+    rows = [line.strip().split("|") for line in found.output.splitlines()]
+    partition = _partition_check(config["partition"], rows)
+    yield partition
+    if partition.level != "fail":
+        yield _options_check(config)
+
+
+def run_test_job(config: dict[str, Any]) -> Check:
+    """What torch sees in a job of one minute, behind the site's setup lines."""
+    options = [*_job_options({**config, "walltime": "1"}), "--ntasks=1", f"--immediate={_FREE_S}"]
+    gres = probe(["sinfo", "--noheader", "--format=%G", *_partition_option(config)], _SLURM_S).output
+    has_gpus = "gpu" in gres
+    if has_gpus:
+        kind = f"{config['gpu_type']}:" if config["gpu_type"] else ""
+        options.append(f"--gres=gpu:{kind}1")
+    program = shlex.join([sys.executable, "-P", "-c", DEVICES])
+    script = "\n".join([*config["setup"], f"exec {program}"])
+    said = probe(["srun", *options, "bash", "-c", script], _JOB_S)
+    if said.problem:
+        return Check("test job", "fail", said.problem, "where no node was free, try again later")
+    devices = said.output.strip().splitlines()[-1]
+    if has_gpus and devices == "CPU only":
+        return Check("test job", "fail", "torch sees no GPU in a job that has one", "look at nvidia-smi on that node")
+    return Check("test job", "ok", devices)
+
+
+def _partition_check(named: str | None, rows: list[list[str]]) -> Check:
+    """Whether the partition is there and up; rows are [name, up or down], the default with a `*`."""
+    states = {name.rstrip("*"): availability for name, availability in rows}
+    defaults = [name.rstrip("*") for name, _ in rows if name.endswith("*")]
+    there_are = ", ".join(states)
+    if named is None and not defaults:
+        return Check("partition", "fail", f"none is the default; there are: {there_are}", "say `partition`")
+    chosen = named or defaults[0]
+    if chosen not in states:
+        return Check("partition", "fail", f"no {chosen!r}; there are: {there_are}", _CHANGE)
+    if states[chosen] != "up":
+        return Check("partition", "warn", f"{chosen} is {states[chosen]}", "wait, or name another one")
+    return Check("partition", "ok", chosen)
+
+
+def _options_check(config: dict[str, Any]) -> Check:
+    """Whether SLURM would take a job with the cluster's account, quality of service and the like; none is queued."""
+    options = _job_options(config)
+    if config["gpu_type"]:
+        options.append(f"--gres=gpu:{config['gpu_type']}:1")
+    said = probe(["sbatch", "--test-only", *options, "--wrap=true"], _SLURM_S)
+    shown = " ".join(options) or "none"
+    if said.problem:
+        mend = f"{_CHANGE} (you may use: sacctmgr show associations user=$USER), or wait if nodes are down: sinfo"
+        return Check("options", "fail", f"{shown}: {said.problem}", mend)
+    return Check("options", "ok", shown)
+
+
+def _job_options(config: dict[str, Any]) -> list[str]:
+    """The options of a job that the clusters file has."""
+    options = []
+    for key, option in _OPTIONS.items():
+        if config[key] is not None:
+            options.append(f"--{option}={config[key]}")
+    return options
+
+
+def _partition_option(config: dict[str, Any]) -> list[str]:
+    return [f"--partition={config['partition']}"] if config["partition"] else []

@@ -1,0 +1,44 @@
+"""The environment of a cluster: made once, on its own machine, after somebody has agreed."""
+
+import sys
+
+import typer
+
+from clusters.config import SshLink
+from clusters.remote.cluster import RemoteCluster
+from clusters.remote.machine import EnvironmentMissing
+from orchestrator.backends import config_of, far_machine, open_cluster
+from orchestrator.errors import InputError
+
+
+def set_up_cluster(name: str, yes: bool) -> bool:
+    """Have the environment of a cluster made, unless it is there; gives whether it was not."""
+    config = config_of(name)
+    if not isinstance(config.link, SshLink):
+        raise InputError(f"cluster {name}: it is on this machine; install here: pip install 'fleetune[train]'")
+    if config.python:
+        raise InputError(
+            f"cluster {name}: python: found {config.python!r}, which is used as it is; "
+            "allowed: none, for an environment that Fleetune makes"
+        )
+    cluster = open_cluster(name)
+    assert isinstance(cluster, RemoteCluster)
+    try:
+        cluster.far_side.start()
+    except EnvironmentMissing as missing:
+        make_environment(missing, yes)
+        return True
+    return False
+
+
+def make_environment(missing: EnvironmentMissing, yes: bool) -> None:
+    """Make what is missing, with its log on the terminal; raises it where nobody agrees."""
+    name = missing.cluster
+    question = f"cluster {name}: the packages that runs need are not there yet (about 6 GB). Install them now?"
+    if not yes and not (sys.stdin.isatty() and typer.confirm(question, err=True)):
+        raise missing
+    far_machine(name, config_of(name)).set_up(_show)
+
+
+def _show(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
