@@ -22,13 +22,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from clusters.controllers import REQUEUE, REQUEUED, controller_command
+from clusters.controllers import REQUEUE, REQUEUED, controller_command, on_nodes
 from clusters.ray_head import Backoff, answers
 from clusters.ray_start import ray_environment, write_token
 from runfolder.chain import result
 from runfolder.files import list_names, refresh
+from runfolder.record import load_job
 
 _RAY_S = 300.0  # until a node's Ray answers
+_NODE_LOSS_S = 30.0  # that a controller has to notice the loss of a node
 _NODES_S = 20.0  # until nodes whose work is done have cleaned up
 _ALLOCATION_POLL_S = 0.2
 _TERM_CAME = 64
@@ -124,42 +126,55 @@ def warnings(told: threading.Event) -> Iterator[None]:
 
 @dataclass
 class RayNodes:
-    """Ray's nodes: the address of their head, and the processes that keep them, the head's first."""
+    """Ray's nodes: the address of their head, the process that keeps it, and the steps that keep the others."""
 
     address: str
-    processes: list[subprocess.Popen[bytes]]
+    head: subprocess.Popen[bytes]
+    others: list[subprocess.Popen[bytes]]
 
-    def are_whole(self) -> bool:
-        """Whether no node was lost."""
-        return answers(self.address) and all(process.poll() is None for process in self.processes)
+    def count(self) -> int:
+        """How many of the nodes are there; none without the head."""
+        if self.head.poll() is not None or not answers(self.address):
+            return 0
+        return 1 + sum(step.poll() is None for step in self.others)
 
 
 def keep_controller(start: JobStart, nodes: RayNodes, told: threading.Event) -> int:
     """Start the controller until the run has its result, or cannot go on here; gives 0 or REQUEUE."""
     backoff = Backoff()
-    environment = os.environ | {"RAY_ADDRESS": nodes.address} | REQUEUED
+    fewest = load_job(start.run_dir).resources.fewest_nodes
     while start.is_latest():
         while not backoff.ready():
             time.sleep(_ALLOCATION_POLL_S)
         backoff.began()
-        code = run_controller(start.run_dir, environment, told)
+        code = run_controller(start.run_dir, nodes, told)
         if code == 0 or result(start.run_dir) is not None:
             return 0
-        if start.is_latest() and (code == REQUEUE or told.is_set() or not nodes.are_whole()):
+        if start.is_latest() and (code == REQUEUE or told.is_set() or nodes.count() < fewest):
             return REQUEUE
     print("the run was started again elsewhere; nothing to do", flush=True)
     return 0
 
 
-def run_controller(run_dir: Path, environment: dict[str, str], told: threading.Event) -> int:
-    """Run the controller once; a warning is passed to it, once. Gives its exit code."""
+def run_controller(run_dir: Path, nodes: RayNodes, told: threading.Event) -> int:
+    """Run the controller once; a warning is passed to it, once. Gives its exit code.
+
+    One that does not end by itself after a node is lost is killed: it may wait for that node to start its workers.
+    """
     command = controller_command(str(run_dir))
+    count = nodes.count()
+    environment = os.environ | {"RAY_ADDRESS": nodes.address} | REQUEUED | on_nodes(count)
     controller = subprocess.Popen(command, env=environment, start_new_session=True)
     is_told = False
+    whole_at = time.monotonic()
     while controller.poll() is None:
         if told.is_set() and not is_told:
             controller.send_signal(signal.SIGTERM)
             is_told = True
+        if nodes.count() >= count:
+            whole_at = time.monotonic()
+        elif time.monotonic() - whole_at > _NODE_LOSS_S and result(run_dir) is None:
+            controller.kill()
         time.sleep(_ALLOCATION_POLL_S)
     return controller.returncode
 
@@ -173,14 +188,13 @@ def ray_nodes() -> Iterator[RayNodes]:
     os.environ.update(ray_environment(token))
     processes = []
     try:
-        processes.append(start_node(folder, "head", []))
-        address = await_head(folder, processes[0])
-        others = int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) - 1
-        if others:
-            step = ["srun", "--overlap", f"--nodes={others}", f"--ntasks={others}", "--ntasks-per-node=1"]
-            step += [f"--exclude={os.environ['SLURMD_NODENAME']}", "--kill-on-bad-exit=0", "--export=ALL"]
+        head = start_node(folder, "head", [])
+        processes.append(head)
+        address = await_head(folder, head)
+        for node in other_nodes():
+            step = ["srun", "--overlap", "--no-kill", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--export=ALL"]
             processes.append(start_node(folder, address, step))
-        yield RayNodes(address, processes)
+        yield RayNodes(address, head, processes[1:])
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # by which the nodes see that their work is done
         deadline = time.monotonic() + _NODES_S
@@ -188,6 +202,13 @@ def ray_nodes() -> Iterator[RayNodes]:
             time.sleep(_ALLOCATION_POLL_S)
         for process in processes:
             end_session(process)
+
+
+def other_nodes() -> list[str]:
+    """The nodes of the allocation but this one, the first."""
+    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [node for node in said.split() if node != os.environ["SLURMD_NODENAME"]]
 
 
 def start_node(folder: Path, address: str, step: Sequence[str]) -> subprocess.Popen[bytes]:

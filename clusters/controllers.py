@@ -6,6 +6,18 @@ import sys
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run goes on elsewhere, where its scheduler starts it again
 # What a controller's environment has where a scheduler starts the run again that it has ended.
 REQUEUED = {"FLEETUNE_REQUEUED": "1"}
+_NODES = "FLEETUNE_NODES"
+
+
+def on_nodes(count: int) -> dict[str, str]:
+    """What the environment of a controller has where its allocation has so many nodes now."""
+    return {_NODES: str(count)}
+
+
+def nodes_here() -> int | None:
+    """How many nodes this process's allocation has; None where it is in none."""
+    count = os.environ.get(_NODES)
+    return int(count) if count else None
 
 
 def controller_command(run_dir: str) -> list[str]:

@@ -45,7 +45,7 @@ def allocation_command(python: str, run_dir: str, name: str) -> list[str]:
 def _options(batch: BatchJob, config: SlurmConfig) -> dict[str, str]:
     """The options of sbatch, in the order in which they are printed."""
     resources = batch.job.resources
-    workers = resources.gpus_per_node or resources.workers_per_node or 1
+    workers = resources.workers_on_node
     grace_s = resources.grace + _WARNING_S
     options = {
         "job-name": batch.name,

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from clusters.controllers import nodes_here
 from clusters.environment import SECRETS, SETTINGS
 from orchestrator.failure import Failure, types_of
 from orchestrator.worker import WorkerFailed, redirect, work
@@ -50,6 +51,20 @@ def connect() -> dict[str, float]:
     return resources
 
 
+def usable_nodes(fewest: int) -> int:
+    """How many nodes the workers are spread over; raises RuntimeError where an allocation has lost too many."""
+    allocated = nodes_here()
+    if allocated is None:
+        return fewest
+    import ray
+
+    alive = sum(node["Alive"] for node in ray.nodes())
+    nodes = min(alive, allocated)
+    if nodes < fewest:
+        raise RuntimeError(f"{nodes} nodes are there; the run needs {fewest}")
+    return nodes
+
+
 def failures_of(run_once: Callable[[], None]) -> dict[int, Failure]:
     """What the workers raised, by rank; empty when all went well, rank -1 for what concerns no single worker."""
     from ray.train import WorkerGroupError
@@ -84,8 +99,9 @@ def run_workers(attempt: Attempt, job: Job, resources: dict[str, float]) -> None
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    world_size = job.resources.world_size
-    placement = "PACK" if job.resources.nodes == 1 else "SPREAD"  # as many workers on each node
+    nodes = usable_nodes(job.resources.fewest_nodes)
+    world_size = nodes * job.resources.workers_on_node
+    placement = "PACK" if nodes == 1 else "SPREAD"  # as many workers on each node
     gpu = resources.get("GPU", 0) > 0
     cpus = resources["CPU"]
     if gpu:

@@ -129,7 +129,9 @@ class Sharding(_Section):
 class Resources(_Section):
     """What the workers need. A worker is one GPU, or one process where there is none."""
 
-    nodes: int = Field(1, ge=1, description="machines that the workers are spread over")
+    nodes: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^[1-9]\d{0,5}-[1-9]\d{0,5}$")] = Field(
+        1, description="machines that the workers are spread over; like 2-4: as many of them as there are"
+    )
     gpus_per_node: int | None = Field(
         None, ge=1, description="GPUs on each node, a worker for each; null: as workers_per_node says"
     )
@@ -151,11 +153,29 @@ class Resources(_Section):
             raise ValueError("give gpus_per_node, or workers_per_node where there is no GPU, not both")
         return self
 
+    @field_validator("nodes")
+    @classmethod
+    def _is_ascending(cls, nodes: int | str) -> int | str:
+        if isinstance(nodes, str):
+            fewest, most = map(int, nodes.split("-"))
+            if fewest > most:
+                raise ValueError(f"must begin with the fewer of the two: {most}-{fewest}")
+        return nodes
+
+    @property
+    def fewest_nodes(self) -> int:
+        """How many nodes the run needs."""
+        return int(str(self.nodes).partition("-")[0])
+
+    @property
+    def workers_on_node(self) -> int:
+        """How many workers each node has."""
+        return self.gpus_per_node or self.workers_per_node or 1
+
     @property
     def world_size(self) -> int:
-        """The world size: how many workers the run has."""
-        per_node = self.gpus_per_node or self.workers_per_node or 1
-        return self.nodes * per_node
+        """The world size: how many workers the run has, on the fewest nodes that it goes on with."""
+        return self.fewest_nodes * self.workers_on_node
 
 
 class Checkpoint(_Section):

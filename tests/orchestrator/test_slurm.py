@@ -143,6 +143,25 @@ def test_a_run_over_two_nodes_that_loses_one_finishes(
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
+def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(
+    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+) -> None:
+    resources = {"nodes": "1-2", "workers_per_node": 1}
+    run_dir = begin(hpc, make_job(tmp_path, tiny_base, sums, **LONG, resources=resources))
+    first = attempts(run_dir)[0]
+    assert len(list((first.folder / "logs").glob("rank-*.log"))) == 2
+    site.kill("node2")
+    try:
+        assert_undisturbed(run_dir, launch)
+    finally:
+        site.boot("node2")
+    last = attempts(run_dir)[-1]
+    assert len(list((last.folder / "logs").glob("rank-*.log"))) == 1
+    assert [path.name for path in (run_dir / "starts").glob("*")] == ["1.0"]  # in the same allocation
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
 def test_a_run_whose_first_node_dies_finishes(
     hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
 ) -> None:
