@@ -58,7 +58,7 @@ def usable_nodes(fewest: int) -> int:
         return fewest
     import ray
 
-    alive = sum(node["Alive"] for node in ray.nodes())
+    alive = sum(1 for node in ray.nodes() if node["Alive"])
     nodes = min(alive, allocated)
     if nodes < fewest:
         raise RuntimeError(f"{nodes} nodes are there; the run needs {fewest}")

@@ -4,26 +4,15 @@ import datetime
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from methods.options import KINDS, AnyOptions
 from methods.options.full import Full
 from runfolder import objectives
+from runfolder.resources import Resources, Section
 
 JOB_NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def _seconds(value: object) -> object:
-    """Read `90s`, `30m`, `8h`, `2d` or a number of seconds."""
-    if not isinstance(value, str):
-        return value
-    duration = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", value)
-    if duration is None:
-        return value
-    amount, unit = duration.groups()
-    return int(float(amount) * _UNITS[unit])
 
 
 def _as_mapping(key: str) -> BeforeValidator:
@@ -37,11 +26,7 @@ def _as_mapping(key: str) -> BeforeValidator:
     return BeforeValidator(wrap)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Base(_Section):
+class Base(Section):
     """The model that is tuned. A bare text stands for `model` alone."""
 
     model: str = Field(min_length=1, description="a hub id, or a folder with config, tokenizer and safetensors")
@@ -54,7 +39,7 @@ class Base(_Section):
     )
 
 
-class Data(_Section):
+class Data(Section):
     """Where the examples come from, and how they become sequences. A bare text stands for `train` alone."""
 
     train: str = Field(min_length=1, description="a file, cluster:/path, or a hub dataset owner/name:config:split")
@@ -75,7 +60,7 @@ class Data(_Section):
     )
 
 
-class Train(_Section):
+class Train(Section):
     """How it is optimised: for how long, in steps of which size, and at which learning rate."""
 
     steps: int | None = Field(None, ge=1, description="steps of the optimizer; null: as many as epochs needs")
@@ -116,7 +101,7 @@ class Train(_Section):
         return self
 
 
-class Sharding(_Section):
+class Sharding(Section):
     """What the workers share among each other. World size = data parallel x sequence parallel."""
 
     zero: Literal[0, 1, 2, 3] = Field(
@@ -126,59 +111,7 @@ class Sharding(_Section):
     sequence: Literal[1] = Field(1, description="workers that share one sequence: one, as it is not split yet")
 
 
-class Resources(_Section):
-    """What the workers need. A worker is one GPU, or one process where there is none."""
-
-    nodes: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^[1-9]\d{0,5}-[1-9]\d{0,5}$")] = Field(
-        1, description="machines that the workers are spread over; like 2-4: as many of them as there are"
-    )
-    gpus_per_node: int | None = Field(
-        None, ge=1, description="GPUs on each node, a worker for each; null: as workers_per_node says"
-    )
-    workers_per_node: int | None = Field(
-        None,
-        ge=1,
-        description="workers on each node, where there is no GPU; null: one, unless gpus_per_node says more",
-    )
-    walltime: Annotated[int | None, BeforeValidator(_seconds)] = Field(
-        None, ge=1, description="seconds, or like 90s, 30m, 8h, 2d, after which an attempt must end; null: no limit"
-    )
-    grace: Annotated[int, BeforeValidator(_seconds)] = Field(
-        30, ge=0, description="how long a run that must end has to save: seconds, or like 2m"
-    )
-
-    @model_validator(mode="after")
-    def _gpus_or_workers(self) -> "Resources":
-        if self.gpus_per_node and self.workers_per_node:
-            raise ValueError("give gpus_per_node, or workers_per_node where there is no GPU, not both")
-        return self
-
-    @field_validator("nodes")
-    @classmethod
-    def _is_ascending(cls, nodes: int | str) -> int | str:
-        if isinstance(nodes, str):
-            fewest, most = map(int, nodes.split("-"))
-            if fewest > most:
-                raise ValueError(f"must begin with the fewer of the two: {most}-{fewest}")
-        return nodes
-
-    @property
-    def fewest_nodes(self) -> int:
-        """How many nodes the run needs."""
-        return int(str(self.nodes).partition("-")[0])
-
-    @property
-    def workers_on_node(self) -> int:
-        """How many workers each node has."""
-        return self.gpus_per_node or self.workers_per_node or 1
-
-    @property
-    def world_size(self) -> int:
-        """The world size: how many workers the run has, on the fewest nodes that it goes on with."""
-        return self.fewest_nodes * self.workers_on_node
-
-
-class Checkpoint(_Section):
+class Checkpoint(Section):
     """How often a run saves what it can go on from, and how much of that it keeps."""
 
     every: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
@@ -188,7 +121,7 @@ class Checkpoint(_Section):
     keep: int = Field(2, ge=1, description="newest checkpoints that are kept, over all attempts")
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """When and how the rows of `data.eval` are judged: every so many steps, and always at the end."""
 
     every: int | None = Field(None, ge=1, description="steps; null: at the end only")
@@ -199,13 +132,13 @@ class Evaluation(_Section):
     )
 
 
-class Output(_Section):
+class Output(Section):
     """What is left at the end: the adapter, or the model where a method trains the base itself."""
 
     merge: bool = Field(False, description="also leave a model with the adapter in its weights, in output/merged")
 
 
-class Tracking(_Section):
+class Tracking(Section):
     """Where the metrics go: one MLflow run for each run of Fleetune."""
 
     uri: str | None = Field(None, description="MLflow's tracking URI; null: SQLite beside the runs")
@@ -214,7 +147,7 @@ class Tracking(_Section):
     )
 
 
-class Job(_Section):
+class Job(Section):
     """One training run, as a user writes it in job.yaml."""
 
     name: str = Field(

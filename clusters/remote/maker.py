@@ -22,17 +22,17 @@ def main() -> None:
         shutil.rmtree(abandoned)
     made = tempfile.mkdtemp(prefix=prefix, dir=folder)
     python = str(Path(made, "bin", "python"))
-    _step("python -m venv (on Debian it needs python3-venv)", [sys.executable, "-m", "venv", made])
+    _make_step("python -m venv (on Debian it needs python3-venv)", [sys.executable, "-m", "venv", made])
     files = ["--requirement", str(folder / "requirements.txt"), "--constraint", str(folder / "constraints.txt")]
     options = ["--no-input", "--progress-bar=off", "--disable-pip-version-check"]
-    _step("pip", [python, "-m", "pip", "install", *options, *files])
+    _make_step("pip", [python, "-m", "pip", "install", *options, *files])
     name = Path(made).name
     link = folder / f"link-{name}"
     link.symlink_to(name)
     link.replace(folder / "ready")
 
 
-def _step(step: str, command: list[str]) -> None:
+def _make_step(step: str, command: list[str]) -> None:
     """Run a step, and end where it fails; what a cluster's modules put on PYTHONPATH is not for the environment."""
     environment = {**os.environ, "DS_BUILD_OPS": "0"}  # DeepSpeed's operators are built on the nodes that use them
     environment.pop("PYTHONPATH", None)
