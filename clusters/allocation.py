@@ -10,28 +10,24 @@ its name in RUN_DIR/starts.
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from clusters.allocated_nodes import AllocatedNodes, allocated_nodes, end_session
 from clusters.controllers import REQUEUE, REQUEUED, controller_command, on_nodes
-from clusters.ray_head import Backoff, answers
-from clusters.ray_start import ray_environment, write_token
+from clusters.ray_head import Backoff
 from runfolder.chain import result
 from runfolder.files import list_names, refresh
 from runfolder.record import load_job
 
-_RAY_S = 300.0  # until a node's Ray answers
 _NODE_LOSS_S = 30.0  # that a controller has to notice the loss of a node
-_NODES_S = 20.0  # until nodes whose work is done have cleaned up
 _ALLOCATION_POLL_S = 0.2
 _TERM_CAME = 64
 _AWAIT_TERM = f"trap 'exit {_TERM_CAME}' TERM; while :; do sleep 3600 & wait $!; done"
@@ -46,12 +42,11 @@ def main(run_dir: Path, name: str) -> int:
     start = JobStart.of_this_job(run_dir, name)
     start.note()
     told = threading.Event()
-    with warnings(told), ray_nodes() as nodes:
+    with warnings(told), allocated_nodes() as nodes:
         code = keep_controller(start, nodes, told)
     if code == REQUEUE:
         print("back to the queue", flush=True)
-        subprocess.run(["scontrol", "requeue", job_id], check=False)
-        return 0
+        return subprocess.run(["scontrol", "requeue", job_id], check=False).returncode
     return code
 
 
@@ -124,22 +119,7 @@ def warnings(told: threading.Event) -> Iterator[None]:
         end_session(waiting)
 
 
-@dataclass
-class RayNodes:
-    """Ray's nodes: the address of their head, the process that keeps it, and the steps that keep the others."""
-
-    address: str
-    head: subprocess.Popen[bytes]
-    others: list[subprocess.Popen[bytes]]
-
-    def count(self) -> int:
-        """How many of the nodes are there; none without the head."""
-        if self.head.poll() is not None or not answers(self.address):
-            return 0
-        return 1 + sum(step.poll() is None for step in self.others)
-
-
-def keep_controller(start: JobStart, nodes: RayNodes, told: threading.Event) -> int:
+def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Event) -> int:
     """Start the controller until the run has its result, or cannot go on here; gives 0 or REQUEUE."""
     backoff = Backoff()
     fewest = load_job(start.run_dir).resources.fewest_nodes
@@ -150,13 +130,13 @@ def keep_controller(start: JobStart, nodes: RayNodes, told: threading.Event) -> 
         code = run_controller(start.run_dir, nodes, told)
         if code == 0 or result(start.run_dir) is not None:
             return 0
-        if start.is_latest() and (code == REQUEUE or told.is_set() or nodes.count() < fewest):
+        if start.is_latest() and (code == REQUEUE or told.is_set() or nodes.settled_count() < fewest):
             return REQUEUE
     print("the run was started again elsewhere; nothing to do", flush=True)
     return 0
 
 
-def run_controller(run_dir: Path, nodes: RayNodes, told: threading.Event) -> int:
+def run_controller(run_dir: Path, nodes: AllocatedNodes, told: threading.Event) -> int:
     """Run the controller once; a warning is passed to it, once. Gives its exit code.
 
     One that does not end by itself after a node is lost is killed: it may wait for that node to start its workers.
@@ -177,64 +157,6 @@ def run_controller(run_dir: Path, nodes: RayNodes, told: threading.Event) -> int
             controller.kill()
         time.sleep(_ALLOCATION_POLL_S)
     return controller.returncode
-
-
-@contextmanager
-def ray_nodes() -> Iterator[RayNodes]:
-    """Ray on all nodes of the allocation while the block runs."""
-    folder = Path(tempfile.mkdtemp(prefix=".ray-", dir=os.environ["FLEETUNE_HOME"]))
-    token = folder / "token"
-    write_token(token)
-    os.environ.update(ray_environment(token))
-    processes = []
-    try:
-        head = start_node(folder, "head", [])
-        processes.append(head)
-        address = await_head(folder, head)
-        for node in other_nodes():
-            step = ["srun", "--overlap", "--no-kill", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--export=ALL"]
-            processes.append(start_node(folder, address, step))
-        yield RayNodes(address, head, processes[1:])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # by which the nodes see that their work is done
-        deadline = time.monotonic() + _NODES_S
-        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
-            time.sleep(_ALLOCATION_POLL_S)
-        for process in processes:
-            end_session(process)
-
-
-def other_nodes() -> list[str]:
-    """The nodes of the allocation but this one, the first."""
-    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [node for node in said.split() if node != os.environ["SLURMD_NODENAME"]]
-
-
-def start_node(folder: Path, address: str, step: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start Ray here, or by a step on the other nodes."""
-    command = [*step, sys.executable, "-P", "-m", "clusters.ray_node", str(folder), address]
-    return subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
-
-
-def await_head(folder: Path, head: subprocess.Popen[bytes]) -> str:
-    """The head's address, once it answers; raises RuntimeError where it ends, or takes too long."""
-    deadline = time.monotonic() + _RAY_S
-    path = folder / "address"
-    while time.monotonic() < deadline:
-        if head.poll() is not None:
-            raise RuntimeError(f"Ray's head ended with code {head.returncode}")
-        if path.exists() and answers(path.read_text()):
-            return path.read_text()
-        time.sleep(_ALLOCATION_POLL_S)
-    raise RuntimeError(f"Ray's head does not answer after {_RAY_S:.0f} s")
-
-
-def end_session(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process with its session."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 if __name__ == "__main__":

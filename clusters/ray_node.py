@@ -1,4 +1,4 @@
-"""One Ray node of an allocation: `python -m clusters.ray_node FOLDER ADDRESS|head`, as long as FOLDER is there.
+"""One Ray node of an allocation: `python -m clusters.ray_node FOLDER NAME`, as long as FOLDER is there.
 
 SLURM sends SIGTERM to the processes of a step when it preempts a job. Ray would end at once, and with it the workers
 that are still to save; so the signal is blocked in what starts here. Who keeps the allocation removes FOLDER. What
@@ -18,35 +18,54 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from clusters.allocated_nodes import HEAD, LOST_S
+from clusters.ray_head import answers
 from clusters.ray_start import free_ports, head_options, node_options, ray_command, write_whole
 
 _PARENT = Path("/tmp")  # short: the path of a socket has 107 bytes
 _PREFIX = "ft-ray-"
-_NODE_POLL_S = 0.5
+_NODE_POLL_S = 1.0
 
 
-def main(folder: Path, address: str) -> int:
-    """Keep a Ray node: a head that writes its address into `folder`/address, or one that joins an address."""
+def main(folder: Path, name: str) -> int:
+    """Keep the Ray node `name`, the head or one that joins it; its address is in `folder`/`name` then."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     os.umask(0o077)
     remove_left_folders()
     ip = own_address()
+    port, manager_port = free_ports(2, ip)
     with own_folder() as temporary:
-        options = node_options(ip, temporary) | {"memory": node_memory()}
+        options = node_options(ip, temporary) | {"memory": node_memory(), "node-manager-port": manager_port}
         flags = ["--disable-usage-stats"]
-        if address == "head":
-            (port,) = free_ports(1, ip)
+        if name == HEAD:
             options |= head_options(ip, port)
             flags += ["--head", "--no-monitor"]
-            write_whole(folder / "address", f"{ip}:{port}")
+            write_whole(folder / name, f"{ip}:{port}")
         else:
-            options["address"] = address
+            options["address"] = (folder / HEAD).read_text()
+            write_whole(folder / name, f"{ip}:{manager_port}")
         ray = subprocess.Popen(ray_command(options, flags), start_new_session=True)
-        while ray.poll() is None and folder.exists():
-            time.sleep(_NODE_POLL_S)
-        with suppress(ProcessLookupError):
-            os.killpg(ray.pid, signal.SIGKILL)
+        try:
+            keep(ray, folder)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(ray.pid, signal.SIGKILL)
         return ray.wait()
+
+
+def keep(ray: subprocess.Popen[bytes], folder: Path) -> None:
+    """Wait until Ray ends, or the folder is gone; where its head is lost, send the job back to the queue."""
+    answered_at = time.monotonic()
+    address = (folder / HEAD).read_text()
+    while ray.poll() is None and folder.exists():
+        if answers(address):
+            answered_at = time.monotonic()
+        elif time.monotonic() - answered_at > LOST_S:
+            break
+        time.sleep(_NODE_POLL_S)
+    if folder.exists() and not answers(address):
+        print("the head of this job is lost: back to the queue", flush=True)
+        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
 
 
 @contextmanager

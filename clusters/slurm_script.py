@@ -30,7 +30,10 @@ def batch_script(batch: BatchJob, config: SlurmConfig, python: str) -> str:
     lines = ["#!/bin/bash"]
     for option, value in _options(batch, config).items():
         lines.append(f"#SBATCH --{option}={value}")
-    lines += ["#SBATCH --requeue", "#SBATCH --no-kill", "set -u", *config.setup]
+    lines.append("#SBATCH --requeue")
+    if batch.job.resources.is_elastic:
+        lines.append("#SBATCH --no-kill")
+    lines += ["set -u", *config.setup]
     for name, value in batch.environment.items():
         lines.append(f"export {name}={shlex.quote(value)}")
     lines.append(f"exec {shlex.join(allocation_command(python, batch.run_dir, batch.name))}")

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from runfolder.folders import library_folders
 from runfolder.job import Job
 from runfolder.record import load_job
 
+_NODES_JOIN_S = 30.0  # until Ray knows of all nodes that answer
 _TEXT_LENGTH = 4000  # characters kept of a failure, from its end
 
 
@@ -58,7 +60,11 @@ def usable_nodes(fewest: int) -> int:
         return fewest
     import ray
 
-    alive = sum(1 for node in ray.nodes() if node["Alive"])
+    deadline = time.monotonic() + _NODES_JOIN_S
+    alive = 0
+    while alive < allocated and time.monotonic() < deadline:
+        alive = sum(1 for node in ray.nodes() if node["Alive"])
+        time.sleep(0.1)
     nodes = min(alive, allocated)
     if nodes < fewest:
         raise RuntimeError(f"{nodes} nodes are there; the run needs {fewest}")

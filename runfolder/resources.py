@@ -67,6 +67,11 @@ class Resources(Section):
         return int(str(self.nodes).partition("-")[0])
 
     @property
+    def is_elastic(self) -> bool:
+        """Whether the run goes on with the nodes that are left where some are lost."""
+        return isinstance(self.nodes, str)
+
+    @property
     def workers_on_node(self) -> int:
         """How many workers each node has."""
         return self.gpus_per_node or self.workers_per_node or 1

@@ -13,7 +13,6 @@
 #SBATCH --partition=gpu
 #SBATCH --account=ml
 #SBATCH --requeue
-#SBATCH --no-kill
 set -u
 module load cuda
 export QUOTED='a '"'"'b'"'"' $(c)

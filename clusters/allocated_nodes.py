@@ -1,0 +1,147 @@
+"""Ray on all nodes of an allocation, as its first node keeps it: `clusters.ray_node` on each, by a step of its own.
+
+A folder that the nodes share has the address of each. A node is lost when its step has ended, or nobody answers at
+its address for some time: SLURM itself may take minutes to notice. In turn a node whose head does not answer any more
+sends the job back to the queue.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clusters.ray_head import answers
+from clusters.ray_start import ray_environment, write_token
+
+HEAD = "head"
+LOST_S = 20.0  # a node that does not answer for so long is lost
+_ANSWER_POLL_S = 2.0  # between two looks at whether a node answers
+_READY_S = 300.0  # until all nodes answer
+_CLEAN_UP_S = 20.0  # that nodes whose work is done have to clean up
+
+
+@dataclass
+class KeptNode:
+    """A node of the allocation: the process that keeps its Ray, here or by a step, and when it last answered."""
+
+    name: str
+    folder: Path
+    process: subprocess.Popen[bytes]
+    _answered_at: float = field(default_factory=time.monotonic)
+    _looked_at: float = 0.0
+
+    def address(self) -> str | None:
+        """Where its Ray listens, as it has written down; None before that."""
+        with suppress(FileNotFoundError):
+            return (self.folder / self.name).read_text()
+        return None
+
+    def answers_now(self) -> bool:
+        """Whether its Ray answers."""
+        address = self.address()
+        return self.process.poll() is None and address is not None and answers(address)
+
+    def unanswered_s(self) -> float:
+        """For how long it has not answered; infinite where it has ended."""
+        if self.process.poll() is not None:
+            return float("inf")
+        if time.monotonic() - self._looked_at >= _ANSWER_POLL_S:
+            if self.answers_now():
+                self._answered_at = time.monotonic()
+            self._looked_at = time.monotonic()
+        return self._looked_at - self._answered_at
+
+
+@dataclass(frozen=True)
+class AllocatedNodes:
+    """The nodes, the head first."""
+
+    nodes: list[KeptNode]
+
+    @property
+    def address(self) -> str:
+        """Where Ray's head listens."""
+        address = self.nodes[0].address()
+        assert address
+        return address
+
+    def count(self) -> int:
+        """How many nodes are not lost; none without the head."""
+        head, *others = self.nodes
+        if head.unanswered_s() > LOST_S:
+            return 0
+        return 1 + sum(node.unanswered_s() <= LOST_S for node in others)
+
+    def settled_count(self) -> int:
+        """How many are not lost, once each either answers or is."""
+        while any(0 < node.unanswered_s() <= LOST_S for node in self.nodes):
+            time.sleep(_ANSWER_POLL_S)
+        return self.count()
+
+
+@contextmanager
+def allocated_nodes() -> Iterator[AllocatedNodes]:
+    """Ray on all nodes of this job's allocation while the block runs; raises RuntimeError where that fails."""
+    folder = Path(tempfile.mkdtemp(prefix=".ray-", dir=os.environ["FLEETUNE_HOME"]))
+    token = folder / "token"
+    write_token(token)
+    os.environ.update(ray_environment(token))
+    nodes = []
+    try:
+        head = _start_node(folder, HEAD, [])
+        nodes.append(head)
+        _await_nodes(nodes)
+        for name in _other_names():
+            step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={name}", "--export=ALL"]
+            nodes.append(_start_node(folder, name, step))
+        _await_nodes(nodes)
+        yield AllocatedNodes(nodes)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # by which the nodes see that their work is done
+        deadline = time.monotonic() + _CLEAN_UP_S
+        while time.monotonic() < deadline and any(node.process.poll() is None for node in nodes):
+            time.sleep(0.2)
+        for node in nodes:
+            end_session(node.process)
+
+
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process with its session."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _other_names() -> list[str]:
+    """The names of the allocation's nodes but this one, the first."""
+    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [name for name in said.split() if name != os.environ["SLURMD_NODENAME"]]
+
+
+def _start_node(folder: Path, name: str, step: Sequence[str]) -> KeptNode:
+    """Start Ray here, or by a step on another node."""
+    command = [*step, sys.executable, "-P", "-m", "clusters.ray_node", str(folder), name]
+    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+    return KeptNode(name, folder, process)
+
+
+def _await_nodes(nodes: list[KeptNode]) -> None:
+    """Wait until all answer; raises RuntimeError where one ends, or takes too long."""
+    deadline = time.monotonic() + _READY_S
+    waiting = nodes
+    while waiting := [node for node in waiting if not node.answers_now()]:
+        for node in waiting:
+            if node.process.poll() is not None:
+                raise RuntimeError(f"Ray on {node.name} ended with code {node.process.returncode}")
+        if time.monotonic() > deadline:
+            names = ", ".join(node.name for node in waiting)
+            raise RuntimeError(f"Ray does not answer after {_READY_S:.0f} s on {names}")
+        time.sleep(0.2)
