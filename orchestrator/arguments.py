@@ -13,6 +13,7 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the job: train.lr=3e-4.")
 ]
 ClusterOption = Annotated[
-    str | None, typer.Option("--cluster", metavar="NAME", help="A cluster of the clusters file, or local.")
+    str | None,
+    typer.Option("--cluster", metavar="NAME", help="A cluster of the clusters file, or local; submit: also a,b."),
 ]
 YesOption = Annotated[bool, typer.Option("--yes", help="Install the packages of the cluster without asking.")]

@@ -13,12 +13,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clusters.base import Cluster, SubmissionRefused
 from clusters.environment import secret_values
 from orchestrator.backends import expected_start, make_request, open_cluster
+from orchestrator.choice import chosen_cluster
 from orchestrator.clusters_file import default_cluster
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import JobSource, Sent, brought, frozen_record, input_digests, read_job
@@ -33,13 +35,17 @@ from runfolder.site import Site
 
 @dataclass(frozen=True)
 class Submission:
-    """What was submitted. `adopted`: an earlier submission of the same run was found and gone on with."""
+    """What was submitted. `adopted`: an earlier submission of the same run was found and gone on with.
+
+    `why`: why this cluster was chosen, where there was a choice.
+    """
 
     run_id: str
     run_dir: Path
     cluster: str
     adopted: bool
     warnings: tuple[str, ...]
+    why: str | None = None
 
 
 def submit(
@@ -54,13 +60,33 @@ def submit(
 ) -> Submission:
     """Check a job and hand it to a cluster; raises InputError (nothing was started) or Unreachable (repeat it).
 
+    Of several clusters, `a,b`, the one that would start it first gets it.
     `progress` is called with a data source and the number of its rows that are looked at; `sent` with a file or base
     that goes to another machine, the bytes of it that are there, and their number. `announce` is called while a
     repetition still finds this submission: print the run id there.
     """
-    cluster = cluster or default_cluster()
-    backend = open_cluster(cluster)
+    names = (cluster or default_cluster()).split(",")
     job, folder = read_job(source, overrides)
+    submit_to = partial(_submit_to, job, folder, run_id=run_id, progress=progress, sent=sent, announce=announce)
+    if len(names) == 1:
+        return submit_to(names[0], why=None)
+    with chosen_cluster(names, job, run_id) as choice:
+        return submit_to(choice.cluster, why=choice.why)
+
+
+def _submit_to(
+    job: Job,
+    folder: Path,
+    cluster: str,
+    *,
+    why: str | None,
+    run_id: str | None,
+    progress: SourceProgress,
+    sent: Sent,
+    announce: Callable[[Submission], None],
+) -> Submission:
+    """Check a job, whose paths are meant from a folder, and hand it to one cluster."""
+    backend = open_cluster(cluster)
     checked = _checked(job, backend, progress)
     if writes_date(checked.model):
         job = with_date(job)
@@ -77,7 +103,7 @@ def submit(
             backend.submit(request)
         except SubmissionRefused as error:
             raise _withdrawn(backend, chosen_id, adopted, str(error)) from None
-        submission = Submission(chosen_id, Path(request.run_dir), cluster, adopted, checked.warnings)
+        submission = Submission(chosen_id, Path(request.run_dir), cluster, adopted, checked.warnings, why)
         announce(submission)
     return submission
 

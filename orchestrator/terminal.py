@@ -18,6 +18,8 @@ def announce_submission(submission: "Submission") -> None:
     clear_count()
     for warning in submission.warnings:
         warn(warning)
+    if submission.why:
+        print(f"cluster {submission.cluster} was chosen ({submission.why})", file=sys.stderr)
     if submission.adopted:
         print("this run was submitted before; going on with it", file=sys.stderr)
     print(submission.run_id, flush=True)
@@ -34,6 +36,7 @@ def announce_json(submission: "Submission") -> None:
         {
             "run_id": submission.run_id,
             "run_dir": str(submission.run_dir),
+            "cluster": submission.cluster,
             "adopted": submission.adopted,
             "warnings": submission.warnings,
         }

@@ -1,0 +1,108 @@
+"""Which of several clusters gets a run: the one that would start it first.
+
+The choice is written down before anything is made on the cluster, in FLEETUNE_HOME/choices, until the submission is
+known to have come through: who repeats it after a cut, or after the client was killed, goes on with the same cluster.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from clusters.base import Unreachable
+from orchestrator.backends import expected_start, make_request, open_cluster
+from orchestrator.errors import InputError
+from orchestrator.runs import new_id
+from runfolder.folders import home
+from runfolder.job import Job
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A cluster for a run, and why that one, in one line."""
+
+    cluster: str
+    why: str
+
+
+@contextmanager
+def chosen_cluster(names: Sequence[str], job: Job, run_id: str | None) -> Iterator[Choice]:
+    """The cluster of these that gets a job, kept for repetitions until the block ends well, or the job is refused.
+
+    A run whose id is given stays where it is. Raises InputError where no cluster takes the job, Unreachable where it
+    cannot be known.
+    """
+    if run_id is not None and (cluster := _cluster_with(names, run_id)):
+        yield Choice(cluster, "it has this run already")
+        return
+    identity = json.dumps([names, job.dump(), run_id], sort_keys=True, default=str)
+    note = home() / "choices" / hashlib.sha256(identity.encode()).hexdigest()[:20]
+    if not note.exists():
+        _write_once(note, _first_to_start(names, job))
+    cluster, _, why = note.read_text().partition("\n")
+    try:
+        yield Choice(cluster, why)
+        note.unlink(missing_ok=True)
+    except InputError:
+        note.unlink(missing_ok=True)  # refused: there is nothing to go on with
+        raise
+
+
+def _cluster_with(names: Sequence[str], run_id: str) -> str | None:
+    """The cluster that has a run; None where none of them has it. Each must answer, or it might."""
+    for name in names:
+        if open_cluster(name).site.snapshots([run_id]):
+            return name
+    return None
+
+
+def _first_to_start(names: Sequence[str], job: Job) -> Choice:
+    """The cluster that would start a job first; of those that do not say, the first that is named."""
+    starts: dict[str, float] = {}
+    answers: dict[str, str] = {}
+    refused: list[str] = []
+    for name in names:
+        try:
+            cluster = open_cluster(name)
+            start = expected_start(cluster, make_request(cluster, job, new_id(job.name)))
+        except (InputError, Unreachable) as error:
+            answers[name] = str(error)
+            if isinstance(error, InputError):
+                refused.append(name)
+            continue
+        starts[name] = math.inf if start is None else start
+        answers[name] = _in_words(start)
+    reasons = "; ".join(f"{name}: {answer}" for name, answer in answers.items())
+    if starts:
+        return Choice(min(starts, key=lambda name: starts[name]), reasons)
+    if len(refused) == len(names):
+        raise InputError(f"--cluster: no cluster takes this job: {reasons}")
+    raise Unreachable(f"no cluster can be asked that would take this job: {reasons}")
+
+
+def _in_words(start: float | None) -> str:
+    if start is None:
+        return "does not say when it would start"
+    if start <= time.time() + 60:
+        return "would start now"
+    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(start))
+    return f"would start at {at}"
+
+
+def _write_once(note: Path, choice: Choice) -> None:
+    """Write a choice down, unless another client of this machine has chosen meanwhile."""
+    note.parent.mkdir(parents=True, exist_ok=True)
+    new = note.with_name(f".{uuid.uuid4().hex}")
+    new.write_text(f"{choice.cluster}\n{choice.why}")
+    try:
+        os.link(new, note)
+    except FileExistsError:
+        pass
+    finally:
+        new.unlink()

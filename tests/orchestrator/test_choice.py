@@ -1,0 +1,112 @@
+"""A run for whichever of several clusters would start it first. The homes are real; when each starts is said here."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from jobs import make_job, only_queued
+
+import fleetune
+from clusters.base import ClusterRequest, SubmissionRefused, Unreachable
+from clusters.local import Local
+from fleetune import InputError
+from orchestrator import backends
+
+
+@dataclass(frozen=True)
+class Promising(Local):
+    """A local cluster that says when it would start a run, or why it does not."""
+
+    promise: float | Exception | None = None
+    fails: bool = False  # to answer that it has a run
+
+    def forecast(self, request: ClusterRequest) -> float | None:  # noqa: ARG002
+        """What was promised."""
+        if isinstance(self.promise, Exception):
+            raise self.promise
+        return self.promise
+
+    def submit(self, request: ClusterRequest) -> None:
+        """Queue it, and perhaps let nobody know."""
+        super().submit(request)
+        if self.fails:
+            raise Unreachable("cut in the answer")
+
+
+Offer = Callable[..., None]
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Offer]:  # noqa: ARG001
+    """Have a cluster of this name, with a home of its own, promise something."""
+    with ExitStack() as stack:
+        for name in ("early", "late"):
+            (tmp_path / name).mkdir()
+            stack.enter_context(only_queued(tmp_path / name))
+
+        def promise(name: str, start: float | Exception | None, fails: bool = False) -> None:
+            cluster = Promising(tmp_path / name, promise=start, fails=fails)
+            monkeypatch.setitem(backends.CLUSTERS, name, lambda: cluster)
+
+        yield promise
+
+
+def runs_on(tmp_path: Path, name: str) -> list[str]:
+    return [path.name for path in (tmp_path / name / "runs").glob("[!.]*")]
+
+
+def test_the_first_to_start_gets_it(offer: Offer, tmp_path: Path) -> None:
+    offer("late", time.time() + 7200)
+    offer("early", time.time())
+    done = fleetune.submit(make_job(tmp_path), cluster="late,early")
+    assert done.cluster == "early"
+    assert str(done.why).startswith("late: would start at ") and "early: would start now" in str(done.why)
+    assert runs_on(tmp_path, "early") == [done.run_id] and not runs_on(tmp_path, "late")
+
+
+def test_one_that_says_nothing_comes_last(offer: Offer, tmp_path: Path) -> None:
+    offer("late", None)
+    offer("early", time.time() + 7200)
+    assert fleetune.submit(make_job(tmp_path), cluster="late,early").cluster == "early"
+    offer("early", None)
+    assert fleetune.submit(make_job(tmp_path), cluster="late,early").cluster == "late"
+
+
+def test_a_repetition_goes_on_with_the_same(offer: Offer, tmp_path: Path) -> None:
+    offer("late", time.time() + 7200)
+    offer("early", time.time(), fails=True)
+    with pytest.raises(Unreachable, match="cut in the answer"):
+        fleetune.submit(make_job(tmp_path), cluster="late,early")
+    offer("early", time.time() + 9000)
+    done = fleetune.submit(make_job(tmp_path), cluster="late,early")
+    assert done.adopted and done.cluster == "early"
+    assert runs_on(tmp_path, "early") == [done.run_id] and not runs_on(tmp_path, "late")
+    again = fleetune.submit(make_job(tmp_path), cluster="late,early")
+    assert not again.adopted and again.cluster == "late"  # the one before came through
+
+
+def test_a_run_with_an_id_stays_where_it_is(offer: Offer, tmp_path: Path) -> None:
+    offer("late", None)
+    offer("early", time.time())
+    run_id = fleetune.submit(make_job(tmp_path), cluster="late,early").run_id
+    offer("late", time.time() - 60)
+    offer("early", None)
+    again = fleetune.submit(make_job(tmp_path), cluster="late,early", run_id=run_id)
+    assert again.adopted and again.cluster == "early"
+
+
+def test_one_that_does_not_take_it_is_passed_over(offer: Offer, tmp_path: Path) -> None:
+    offer("early", SubmissionRefused("too many nodes"))
+    offer("late", time.time())
+    done = fleetune.submit(make_job(tmp_path), cluster="early,late")
+    assert done.cluster == "late" and "early: too many nodes" in str(done.why)
+    offer("late", Unreachable("no route"))
+    with pytest.raises(Unreachable, match="early: too many nodes; late: no route"):
+        fleetune.submit(make_job(tmp_path), cluster="early,late")
+    offer("late", SubmissionRefused("no GPUs"))
+    with pytest.raises(InputError, match="no cluster takes this job: early: too many nodes; late: no GPUs"):
+        fleetune.submit(make_job(tmp_path), cluster="early,late")
+    assert len(runs_on(tmp_path, "late")) == 1 and not runs_on(tmp_path, "early")
