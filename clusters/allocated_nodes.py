@@ -53,10 +53,11 @@ class KeptNode:
         if self.process.poll() is not None:
             return float("inf")
         if time.monotonic() - self._looked_at >= _ANSWER_POLL_S:
-            if self.answers_now():
-                self._answered_at = time.monotonic()
+            answered = self.answers_now()
             self._looked_at = time.monotonic()
-        return self._looked_at - self._answered_at
+            if answered:
+                self._answered_at = self._looked_at
+        return max(0.0, self._looked_at - self._answered_at)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def warnings(told: threading.Event) -> Iterator[None]:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: told.set())
     here = f"--nodelist={os.environ['SLURMD_NODENAME']}"
-    step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", here, "--export=NONE", "bash", "-c", _AWAIT_TERM]
+    step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", here, "--export=ALL", "/bin/bash", "-c", _AWAIT_TERM]
     waiting = subprocess.Popen(step, start_new_session=True, stdin=subprocess.DEVNULL)
 
     def watch() -> None:
