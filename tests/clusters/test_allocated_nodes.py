@@ -13,11 +13,11 @@ from clusters.allocated_nodes import AllocatedNodes, KeptNode, end_session
 
 @pytest.fixture
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[AllocatedNodes, list[socket.socket]]]:
-    """Two nodes that answer, and what listens at their addresses; they are looked at every time."""
-    monkeypatch.setattr(allocated_nodes, "_ANSWER_POLL_S", 0.0)
+    """Two nodes that answer, and what listens at their addresses; they are looked at often."""
+    monkeypatch.setattr(allocated_nodes, "_ANSWER_POLL_S", 0.01)
     listeners, kept = [], []
     for name in ("head", "node2"):
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = socket.create_server(("127.0.0.1", 0), backlog=1000)
         (tmp_path / name).write_text(f"127.0.0.1:{listener.getsockname()[1]}")
         step = subprocess.Popen(["sleep", "60"], start_new_session=True)
         listeners.append(listener)
