@@ -31,6 +31,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "houlsby": {"kind": "bottleneck", "size": 6, "placement": "houlsby", "activation": "gelu"},
     "longlora": {"kind": "longlora", "rank": 4},
 }
+# A method of the project that leaves an adapter of a base in 16 bits and is not above is here with its defaults.
+LISTED = {description["kind"] for description in ADAPTERS.values()}
+for kind, options in KINDS.items():
+    leaves_adapter = not options.makes_model and not options(kind=kind).quantises
+    if leaves_adapter and options.implementation.startswith("methods.") and kind not in LISTED:
+        ADAPTERS[kind] = {"kind": kind}
 
 
 @dataclass(frozen=True)
