@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from methods.options.base import WIDTH
 from orchestrator.cluster_views import ClusterView
 from orchestrator.comparison.measure import format_bytes
 from orchestrator.describe import CAPABILITIES, support
@@ -46,6 +47,7 @@ def show_runs(runs: Iterable[Status]) -> None:
 def show_run(run: Status) -> None:
     """Show a run, one line for each fact about it."""
     fields = run.dump()
+    fields["state"] = run.shown_state
     fields["submitted"] = _local_time(run.submitted)
     fields["data"] = summary_line(run.data) if run.data else None
     show_fields(fields)
@@ -91,6 +93,10 @@ def show_clusters(views: Iterable[ClusterView]) -> None:
 def show_methods(methods: list[dict[str, Any]]) -> None:
     """Show one line per option; then what was seen to work, and why the rest is refused."""
     print_markup(_option_table(methods))
+    if any(method["lr_width"] for method in methods):
+        print_markup(f"* on a base of hidden size {WIDTH}; it falls with the width: fleetune plan says a job's own")
+    if len(methods) == 1:
+        print_markup(escape(methods[0]["when_to_take"]))
     capabilities = _table("method", *CAPABILITIES)
     for method in methods:
         capabilities.add_row(method["kind"], *support(method))
@@ -107,6 +113,8 @@ def _option_table(methods: list[dict[str, Any]]) -> Table:
     for method in methods:
         kind = f"[bold]{method['kind']}[/]"
         rate = f"lr {method['lr']:g}"
+        if method["lr_width"]:
+            rate += " *"
         summary = escape(method["summary"])
         table.add_row(kind, "", rate, summary)
         for name, option in method["options"].items():
@@ -147,6 +155,7 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
         "layout": f"{workers}, ZeRO {plan.zero}, {plan.precision}",
         "data": f"{_number(plan.rows)} rows to train on, {_number(plan.eval_rows)} to evaluate",
         "batch": f"{plan.batch_tokens:,} tokens, about {passes} per worker",
+        "learning rate": f"{plan.lr:.4g} at its peak ({plan.lr_source})",
         "steps": _steps_text(plan),
     }
     if plan.sizes is None:
