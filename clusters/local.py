@@ -247,7 +247,7 @@ class Local:
             return ClusterStatus("queued", trouble, stuck=True)
         if lock.exists() and process.owner(self.supervisor_lock):
             return ClusterStatus("starting")
-        return ClusterStatus("queued", f"needs {capacity_needed(entry.workers)}, {wait}")
+        return ClusterStatus("queued", f"needs {_needs(entry.workers)}, {wait}")
 
     def _trouble(self) -> str | None:
         """Why no run can start until somebody fixes it; None while there is hope."""
@@ -280,6 +280,15 @@ def _has_ended(run_dir: Path) -> bool:
         return result(run_dir) is not None
     except (Damaged, LookupError):
         return False
+
+
+def _needs(workers: int) -> str:
+    """The capacity that a run takes, in words."""
+    kind, _ = total_capacity()
+    number = capacity_needed(workers)
+    if number == 1:
+        return f"1 {kind}"
+    return f"{number} {kind}s"
 
 
 def capacity_needed(workers: int) -> int:

@@ -1,4 +1,8 @@
-"""The command line. Exit codes: 0 done, 1 the job failed, 2 the input is wrong, 3 the cluster cannot be reached."""
+"""The command line.
+
+Exit codes: 0 done, 1 the job failed, 2 the input is wrong, 3 the cluster cannot be reached, 4 the job was cancelled
+or paused.
+"""
 
 import sys
 from functools import partial
@@ -55,7 +59,7 @@ def main() -> None:
 def _user_error(error: Exception) -> tuple[int, str] | None:
     """Exit code and message for what a user can fix; None for a bug."""
     from clusters.base import Unreachable
-    from orchestrator.errors import InputError, JobFailed
+    from orchestrator.errors import InputError, JobFailed, JobStopped
     from runfolder.files import Damaged
 
     match error:
@@ -65,6 +69,8 @@ def _user_error(error: Exception) -> tuple[int, str] | None:
             return 2, str(error)
         case Unreachable() | ConnectionError():
             return 3, str(error)
+        case JobStopped():
+            return 4, str(error)
         case OSError() if error.filename:
             return 2, f"{error.filename}: {error.strerror}"
         case OSError():
@@ -201,7 +207,7 @@ def pause_command(
 
 @app.command("resume")
 def resume_command(run: RunArgument, cluster: ClusterOption = None) -> None:
-    """Let a failed or cancelled run go on from its checkpoint."""
+    """Let a run that failed, was cancelled or paused go on from its newest checkpoint."""
     from orchestrator.control import resume
 
     print(resume(run, cluster))
@@ -222,12 +228,16 @@ def fetch_command(
 
 
 def _follow(run: "Handle", reader: "LogReader | None") -> None:
-    """Show a run until it has ended; raises JobFailed unless it succeeded."""
-    from orchestrator.errors import JobFailed
+    """Show a run until it has ended; raises JobFailed where it failed, JobStopped where somebody ended it."""
+    from orchestrator.errors import JobFailed, JobStopped
     from orchestrator.progress import follow
 
     ended = follow(run, reader)
-    if ended.state != "succeeded":
-        reason = ended.reason or "no reason was given"
-        raise JobFailed(f"{ended.run_id} {ended.state}: {reason}\nsee: fleetune logs {ended.run_id}")
+    reason = ended.reason or "no reason was given"
+    message = f"{ended.run_id} {ended.shown_state}: {reason}"
+    if ended.state == "cancelled":
+        raise JobStopped(message)
+    if ended.state == "failed":
+        look = "status" if reader else "logs"  # what was not shown yet
+        raise JobFailed(f"{message}\nsee: fleetune {look} {ended.run_id}")
     print(f"{ended.run_id} succeeded: {ended.output_dir}", file=sys.stderr)

@@ -5,13 +5,17 @@ from importlib.resources import files
 from typing import Any
 
 from methods.options import KINDS, Options
+from methods.options.base import WIDTH
 from orchestrator.errors import InputError
 
 CAPABILITIES = ("train", "accumulate", "packed", "resume", "reshard", "merge", "export")
 
 
 def methods(kind: str | None = None) -> list[dict[str, Any]]:
-    """One record per method: kind, what it does, default learning rate, options, support; raises InputError."""
+    """One record per method: kind, what it does, default learning rate, options, support; raises InputError.
+
+    `lr_width` is the hidden size of the bases that `lr` is for; None where it is for bases of all widths.
+    """
     if kind not in (None, *KINDS):
         allowed = ", ".join(KINDS)
         raise InputError(f"found the method {kind!r}; allowed: {allowed}")
@@ -51,7 +55,9 @@ def _method_record(options: type[Options], seen: dict[str, Any]) -> dict[str, An
     return {
         "kind": options.model_fields["kind"].default,
         "summary": docstring.split("\n")[0],
+        "when_to_take": options.when_to_take,
         "lr": options.default_lr,
+        "lr_width": WIDTH if options.width_exponent else None,
         "options": _option_records(options),
         "support": _support_records(options, seen["stages"]),
         "support_commit": seen["commit"],

@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class JobFailed(RuntimeError):
     """A job that was waited for did not succeed (exit code 1)."""
+
+
+class JobStopped(RuntimeError):
+    """A job that was waited for was cancelled or paused by somebody (exit code 4)."""

@@ -106,7 +106,7 @@ def _bar_display() -> Iterator[ShowStatus]:
                 progress.console.print(log, end="", markup=False, highlight=False, soft_wrap=True)
             progress.update(
                 task,
-                description=status.state,
+                description=status.shown_state,
                 completed=status.step,
                 total=status.steps,
                 metrics=_metrics_text(metrics),
@@ -147,7 +147,7 @@ def _line_display(quiet: bool) -> Iterator[ShowStatus]:
 
 
 def _status_line(status: Status, metrics: dict[str, float]) -> str:
-    state: str = status.state
+    state = status.shown_state
     if status.reason:
         state = f"{state} ({status.reason})"
     steps = status.steps or "?"

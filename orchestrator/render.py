@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clusters.checks import Check
+from methods.options.base import WIDTH
 from orchestrator.cluster_views import ClusterView
 from orchestrator.comparison.measure import format_bytes
 from orchestrator.describe import CAPABILITIES, support
@@ -57,7 +58,7 @@ def run_view(run: Status) -> Group:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(width=_LABEL_WIDTH)
     facts.add_row("run", run.run_id)
-    facts.add_row("state", _coloured(run.state))
+    facts.add_row("state", _coloured(run.shown_state))
     for label, fact in status_lines(run):
         facts.add_row(label, escape(fact))
     whole = []
@@ -111,6 +112,10 @@ def show_clusters(views: Sequence[ClusterView]) -> None:
 def show_methods(methods: list[dict[str, Any]]) -> None:
     """Show one line per option; then what was seen to work, and why the rest is refused."""
     print_markup(_option_table(methods))
+    if any(method["lr_width"] for method in methods):
+        print_markup(f"* on a base of hidden size {WIDTH}; it falls with the width: fleetune plan says a job's own")
+    if len(methods) == 1:
+        print_markup(escape(methods[0]["when_to_take"]))
     capabilities = _table("method", *CAPABILITIES)
     for method in methods:
         capabilities.add_row(method["kind"], *support(method))
@@ -127,6 +132,8 @@ def _option_table(methods: list[dict[str, Any]]) -> Table:
     for method in methods:
         kind = f"[bold]{method['kind']}[/]"
         rate = f"lr {method['lr']:g}"
+        if method["lr_width"]:
+            rate += " *"
         summary = escape(method["summary"])
         table.add_row(kind, "", rate, summary)
         for name, option in method["options"].items():
@@ -167,6 +174,7 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
         "layout": f"{workers}, ZeRO {plan.zero}, {plan.precision}",
         "data": f"{_number(plan.rows)} rows to train on, {_number(plan.eval_rows)} to evaluate",
         "batch": f"{plan.batch_tokens:,} tokens, about {passes} per worker",
+        "learning rate": f"{plan.lr:.4g} at its peak ({plan.lr_source})",
         "steps": _steps_text(plan),
     }
     if plan.sizes is None:

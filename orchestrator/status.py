@@ -50,6 +50,13 @@ class Status:
     remaining_s: float | None = None
     loading: tuple[str, ...] = ()
 
+    @property
+    def shown_state(self) -> str:
+        """The state as people read it, which says of a cancelled run that it was paused."""
+        if self.state == "cancelled" and self.verdict == "paused":
+            return "cancelled (paused)"
+        return self.state
+
     def dump(self) -> dict[str, Any]:
         """The status as plain data, for JSON."""
         return asdict(self)

@@ -233,10 +233,8 @@ def card_summary(run: Run) -> str:
     base = run.job.base
     method = run.job.method
     options = []
-    dumped = method.model_dump()
-    for key, value in dumped.items():
-        if key != "kind":
-            options.append(f"{key} {value}")
+    for key, value in method.in_use().items():
+        options.append(f"{key} {value}")
     sentence = f"`{base.model}` tuned with **{method.kind}**"
     if options:
         joined = ", ".join(options)
@@ -258,7 +256,8 @@ def card_table(run: Run) -> dict[str, str]:
     }
     digests = record.get("digests", {})
     for name, digest in digests.items():
-        table[f"sha256 of {name}"] = f"`{digest}`"
+        if digest is not None:
+            table[f"sha256 of {name}"] = f"`{digest}`"
     table["steps"] = f"{run.batches.steps} of {settings.batch_tokens} tokens"
     table["learning rate"] = f"{job.lr:g}, {settings.schedule}"
     for name, value in results(run_dir).items():

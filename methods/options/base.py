@@ -53,6 +53,11 @@ class Options(BaseModel):
         rate = self.default_lr * factor
         return float(rate)
 
+    def in_use(self) -> dict[str, Any]:
+        """The options as they are used, by name; those that are empty are left out."""
+        values = self.model_dump(exclude={"kind"})
+        return {name: value for name, value in values.items() if value not in (None, ())}
+
     def optimizer_bytes(self, linears: Linears, others: Others) -> Footprint:
         """Bytes of the optimizer's state (two fp32 moments per weight): what ZeRO shares, and what it does not."""
         trained = self.trained_parameters(linears, others)

@@ -1,7 +1,7 @@
 """What the options of the LoRA family share: rank, scale, dropout and LoRA+."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from pydantic import Field
 
@@ -23,11 +23,20 @@ class LowRankOptions(Targeted):
     lr_ratio: Positive = Field(1.0, description="LoRA+: learning rate of B over that of A; 1: both have train.lr")
 
     @property
-    def scale_numerator(self) -> float:
+    def alpha_in_use(self) -> float:
         """Alpha, with its default of twice the rank."""
         if self.alpha is not None:
             return self.alpha
         return 2.0 * self.rank
+
+    @property
+    def scale_numerator(self) -> float:
+        """What PEFT divides by the rank (by its root, with `use_rslora`) for the scale of the update: alpha."""
+        return self.alpha_in_use
+
+    def in_use(self) -> dict[str, Any]:
+        """The options as they are used, with the number that alpha stands for."""
+        return super().in_use() | {"alpha": self.alpha_in_use}
 
     def added_parameters(self, linears: Linears, others: Others) -> int:
         """A in R^{r x in} and B in R^{out x r} for every target."""

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orchestrator.comparison.label import RunGroup, labels_of
+from orchestrator.comparison.group import SEED, groups_of
+from orchestrator.comparison.label import labels_of
 from orchestrator.comparison.measure import MEASURES, Measure
 from orchestrator.comparison.run import TrackedRun, load_runs
 from orchestrator.errors import InputError
@@ -16,11 +17,8 @@ from orchestrator.tracking.password import without_password
 from orchestrator.tracking.store import client, resolve, sqlite_file
 from orchestrator.tracking.trouble import diagnose, is_of_mlflow
 
-SEED = "train.seed"
 _NOT_COMPARED = {SEED, "name"}
 _DIGEST_SHOWN = 12  # characters
-
-Configuration = tuple[str | None, ...]  # status and params of a run
 
 
 def display_value(param: str, value: str) -> str:
@@ -221,7 +219,7 @@ def _compared_params(runs: list[TrackedRun]) -> list[str]:
 
 def _comparison_rows(runs: list[TrackedRun], columns: list[str]) -> list[ComparisonRow]:
     """A row for each group of runs that are alike, in the order of the runs."""
-    groups = _groups(runs, columns)
+    groups = groups_of(runs, columns)
     labels = labels_of(groups, columns)
     rows = []
     for label, group in zip(labels, groups, strict=True):
@@ -233,17 +231,6 @@ def _comparison_rows(runs: list[TrackedRun], columns: list[str]) -> list[Compari
         row = ComparisonRow(label, first.status, differences, group_runs)
         rows.append(row)
     return rows
-
-
-def _groups(runs: list[TrackedRun], columns: list[str]) -> list[RunGroup]:
-    """The runs that are alike in status and in all columns, together."""
-    groups: dict[Configuration, RunGroup] = {}
-    for run in runs:
-        values = map(run.params.get, columns)
-        configuration = (run.status, *values)
-        group = groups.setdefault(configuration, [])
-        group.append(run)
-    return list(groups.values())
 
 
 def _last_part(param: str) -> str:

@@ -2,9 +2,9 @@
 
 from collections import Counter
 
+from orchestrator.comparison.group import RunGroup
 from orchestrator.comparison.run import TrackedRun
 
-RunGroup = list[TrackedRun]  # runs that are alike
 _LONGEST_LABEL = 60  # characters
 
 

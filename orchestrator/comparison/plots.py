@@ -6,7 +6,8 @@ from html import escape
 
 from orchestrator.comparison import chart, svg
 from orchestrator.comparison.chart import FormatValue, Line
-from orchestrator.comparison.compare import SEED, Comparison, ComparisonRow, Metric
+from orchestrator.comparison.compare import Comparison, ComparisonRow, Metric
+from orchestrator.comparison.group import SEED
 from orchestrator.comparison.measure import MEASURES, Measure
 from orchestrator.comparison.run import TrackedRun
 from orchestrator.comparison.scatter import Dot, scatter

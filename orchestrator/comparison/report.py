@@ -8,7 +8,8 @@ from pathlib import Path
 from string import Template
 
 from orchestrator.comparison import chart, plots, svg
-from orchestrator.comparison.compare import SEED, Comparison, ComparisonRow, display_value
+from orchestrator.comparison.compare import Comparison, ComparisonRow, display_value
+from orchestrator.comparison.group import SEED
 from orchestrator.comparison.measure import Measure
 from orchestrator.comparison.run import TrackedRun
 from orchestrator.comparison.table import cell

@@ -82,14 +82,13 @@ def brought(job: Job, model: Model, site: Site, sent: Sent) -> Job:
 def frozen_record(job: Job, model: Model, cluster: str, folder: Path, of_inputs: Digests) -> dict[str, Any]:
     """What RUN_DIR/job.yaml says beside the run id; nothing in it is secret."""
     submitted = time.time()
-    hidden_size = model.config.get("hidden_size")
     return {
         "cluster": cluster,
         "submitted": submitted,
         "versions": versions(),
         "digests": of_inputs,
         "git": git_state(folder),
-        "job": without_secrets(job).at_width(hidden_size).dump(),
+        "job": without_secrets(job).at_width(model.hidden_size).dump(),
     }
 
 

@@ -43,6 +43,12 @@ class Model:
     embedding_rows: int | None = None  # of the embeddings, where the job has them made longer
 
     @property
+    def hidden_size(self) -> int | None:
+        """The width that a default learning rate goes by; None when its config.json does not say."""
+        hidden_size: int | None = self.config.get("hidden_size")
+        return hidden_size
+
+    @property
     def embeddings(self) -> int | None:
         """How many token ids it has an embedding for; None when its config.json does not say."""
         if self.embedding_rows:

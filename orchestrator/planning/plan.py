@@ -49,6 +49,8 @@ class Plan:
     workers: int
     zero: int
     precision: str
+    lr: float  # at its peak
+    lr_source: str  # where it comes from, in words
     rows: int | None
     eval_rows: int | None
     batch_tokens: int
@@ -72,6 +74,7 @@ def plan(
     """
     job, _ = read_job(source, overrides)
     findings = check_job(job, progress)
+    hidden_size = findings.model.hidden_size
     return Plan(
         name=job.name,
         base=job.base.model,
@@ -79,6 +82,8 @@ def plan(
         workers=job.resources.world_size,
         zero=job.sharding.zero,
         precision=planned_precision(job),
+        lr=job.at_width(hidden_size).lr,
+        lr_source=_rate_source(job, hidden_size),
         rows=_count(findings.train),
         eval_rows=_count(findings.eval),
         batch_tokens=job.train.batch_tokens,
@@ -88,6 +93,19 @@ def plan(
         sizes=sizes(job, findings.model),
         warnings=findings.warnings,
     )
+
+
+def _rate_source(job: Job, hidden_size: int | None) -> str:
+    """Where a job's learning rate comes from."""
+    if job.train.lr is not None:
+        return "train.lr"
+    method = job.method
+    source = f"default of {method.kind}"
+    if method.width_exponent == 0:
+        return source
+    if hidden_size is None:
+        return f"{source}, as the base's width is not known"
+    return f"{source} at hidden size {hidden_size}"
 
 
 def _count(rows: SourceRows | None) -> int | None:

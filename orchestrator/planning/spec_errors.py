@@ -160,7 +160,9 @@ def _unknown_key(path: FieldPath, plain: Any, root: ModelType) -> str:
     siblings: list[str] = []
     if model:
         siblings += model.model_fields
-    hint = did_you_mean(key, siblings) or _namesake(key, plain, root)
+    hint = did_you_mean(key, siblings)
+    if not hint and len(path) == 1:  # as if the key of a section stood above the sections
+        hint = _namesake(key, plain, root)
     allowed = ", ".join(siblings)
     return f"unknown key; {hint}allowed: {allowed}"
 

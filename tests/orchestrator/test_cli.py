@@ -31,7 +31,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ho
     return run
 
 
-def finished(home: Path, state: str, reason: str | None, ranks: int = 0) -> str:
+def finished(home: Path, state: str, reason: str | None, ranks: int = 0, verdict: str | None = None) -> str:
     run_dir = make_run(home / "runs", runs.new_id("fake"), None)
     attempt = claim(run_dir)
     plan(attempt)
@@ -41,6 +41,8 @@ def finished(home: Path, state: str, reason: str | None, ranks: int = 0) -> str:
     logs.mkdir()
     for rank in range(ranks):
         (logs / f"rank-{rank}.log").write_text(f"pid {rank}\n")
+    if verdict:
+        attempt.write_verdict({"kind": verdict})
     close(run_dir, {"state": state, "reason": reason})
     return run_dir.name
 
@@ -89,7 +91,12 @@ def test_people_get_tables(call: Call, tmp_path: Path, home: Path) -> None:
     four_bits = call("plan", str(make_job(tmp_path)), "--set", "method=qlora")[1]
     assert "of the weights, which each worker holds at every ZeRO stage" in four_bits
     assert "rsLoRA" not in call("methods")[1]
-    assert "rank-stabilised" in call("methods")[1]
+    listing = call("methods")[1]
+    assert "rank-stabilised" in listing and "lr 0.0002 *" in listing
+    assert "* on a base of hidden size 2048" in listing
+    assert "Take it for ranks of 64 and more" not in listing
+    assert "Take it for ranks of 64 and more" in call("methods", "rslora")[1]
+    assert "*" not in call("methods", "prompt")[1]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +139,19 @@ def test_waiting_tells_success_and_failure(call: Call, home: Path) -> None:
     assert call("logs", "-f", good)[0] == 0
     code, _, err = call("logs", "-f", bad)
     assert code == 1
-    assert err.startswith(f"{bad} failed: rank 0: boom\n")
+    assert err == f"{bad} failed: rank 0: boom\nsee: fleetune status {bad}\n"
+
+
+def test_a_pause_and_a_cancellation_are_no_failures(call: Call, home: Path) -> None:
+    paused = finished(home, "cancelled", "paused at step 100; fleetune resume goes on from there", verdict="paused")
+    assert call("logs", "-f", paused)[::2] == (
+        4,
+        f"{paused} cancelled (paused): paused at step 100; fleetune resume goes on from there\n",
+    )
+    assert "cancelled (paused)" in call("status", paused)[1]
+    assert json.loads(call("status", paused, "--json")[1])["state"] == "cancelled"
+    cancelled = finished(home, "cancelled", "cancelled by request", verdict="cancelled")
+    assert call("logs", "-f", cancelled)[::2] == (4, f"{cancelled} cancelled: cancelled by request\n")
 
 
 def test_a_run_that_nobody_knows_is_exit_code_3(call: Call, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +180,7 @@ def test_a_cluster_that_cannot_start_is_told_everywhere_and_not_waited_for(
     (check,) = doctor._cluster()
     assert (check.level, check.found) == ("fail", told)
     failure.unlink()
-    assert json.loads(call("status", run_id, "--json")[1])["reason"] == "needs 2, Ray is starting"
+    assert json.loads(call("status", run_id, "--json")[1])["reason"] == "needs 2 cpus, Ray is starting"
 
 
 HEAVY = ["torch", "ray", "mlflow", "transformers", "datasets", "numpy", "pandas", "psutil", "deepspeed", "peft"]

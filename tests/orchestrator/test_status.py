@@ -40,7 +40,7 @@ def test_a_submitted_run_waits_with_a_reason(home: Path, tmp_path: Path) -> None
     run_id = fleetune.submit(make_job(tmp_path)).run_id
     found = fleetune.status(run_id)
     assert (found.run_id, found.name, found.cluster, found.state) == (run_id, "sums", "local", "queued")
-    assert found.reason == "needs 2, Ray is starting"
+    assert found.reason == "needs 2 cpus, Ray is starting"
     assert (found.step, found.steps, found.attempt, found.verdict, found.output_dir) == (0, 7, 0, None, None)
     assert found.run_dir == str(home / "runs" / run_id)
 

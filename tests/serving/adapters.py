@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from methods.base import Setup
 from methods.options import KINDS
+from methods.options.lora_family import LowRankOptions
 from methods.registry import create
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": True}
@@ -31,6 +32,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "houlsby": {"kind": "bottleneck", "size": 6, "placement": "houlsby", "activation": "gelu"},
     "longlora": {"kind": "longlora", "rank": 4},
 }
+# A method of the project that leaves an adapter of a base in 16 bits and is not above is here with few options.
+LISTED = {description["kind"] for description in ADAPTERS.values()}
+for kind, options in KINDS.items():
+    leaves_adapter = not options.makes_model and not options(kind=kind).quantises
+    if leaves_adapter and options.implementation.startswith("methods.") and kind not in LISTED:
+        small = {"rank": 4} if issubclass(options, LowRankOptions) else {}
+        ADAPTERS[kind] = {"kind": kind, **small}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from adapters import ADAPTERS, Exported, loaded
 
-from methods.options import KINDS
 from serving.engine import Engine
 from serving.sequence import Request
 
@@ -44,15 +43,6 @@ def continued(model: Any, prompt: tuple[int, ...]) -> list[int]:
     options = {"do_sample": False, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "pad_token_id": 0}
     given: torch.Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     return given[0, -TOKENS:].tolist()
-
-
-def test_every_method_that_leaves_an_adapter_is_here() -> None:
-    leave = {
-        kind
-        for kind, options in KINDS.items()
-        if not options.makes_model and options.__module__.startswith("methods")
-    }
-    assert {description["kind"] for description in ADAPTERS.values()} | {"qlora"} == leave
 
 
 @pytest.mark.parametrize("name", NAMES)

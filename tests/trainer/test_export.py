@@ -45,6 +45,8 @@ def test_plain_libraries_load_what_was_trained(
         assert loss_gap(AutoModelForCausalLM.from_pretrained(tiny_base), run_dir, cache) > 1e-4
         assert len(AutoTokenizer.from_pretrained(output)) == len(AutoTokenizer.from_pretrained(tiny_base))
         card = (output / "README.md").read_text()
+        assert "None" not in card and "()" not in card
+        assert name != "lora" or "alpha 8.0" in card
         assert f"**{name}**" in card and str(tiny_base) in card and f"{said['eval_loss']:.4f}" in card
 
 

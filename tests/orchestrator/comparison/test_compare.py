@@ -48,6 +48,15 @@ def test_only_differences_are_columns_and_seeds_are_grouped() -> None:
     assert (figure.mean, figure.std, figure.n) == (pytest.approx(0.59), pytest.approx(0.01), 3)
 
 
+def test_runs_of_one_seed_are_rows_of_their_own_and_show_no_spread() -> None:
+    runs = [tracked("a", quality, train__seed=seed) for quality, seed in ((0.5, "0"), (0.6, "0"), (0.7, "1"))]
+    runs[1] = dataclasses.replace(runs[1], run_id="a-0000000009")
+    found = arrange(runs, "e", "uri")
+    assert [(row.label, row.seeds) for row in found.rows] == [("a-0000000009", ["0"]), ("a-0000000000", ["0", "1"])]
+    metric = found.rows[0].metric("eval_exact_match")
+    assert metric and (metric.mean, metric.std, metric.n) == (0.6, 0.0, 1)
+
+
 def test_a_failed_run_is_not_averaged_with_one_that_finished() -> None:
     found = arrange([tracked("a", 0.9, "FAILED"), tracked("a", 0.5, train__seed="1")], "e", "uri")
     assert [(row.status, len(row.runs)) for row in found.rows] == [("FINISHED", 1), ("FAILED", 1)]

@@ -9,6 +9,7 @@ from jobs import CONFIG, make_base, make_job, write_weights
 from llamas import LLAMA_3B
 
 from methods.options.low_rank import Dora, Lora
+from methods.options.subspace import Galore
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import read_job
 from orchestrator.planning.model import Model, parameter_count, read_header, weight_files
@@ -115,6 +116,20 @@ def test_a_plan_counts_what_would_run(tmp_path: Path) -> None:
     assert found.sizes is not None
     assert found.sizes.trained == found.sizes.parameters
     assert found.sizes.memory.total == 4 * found.sizes.trained + (4 + 12) * found.sizes.trained // 2
+
+
+def test_a_plan_says_the_learning_rate_and_where_it_comes_from(tmp_path: Path) -> None:
+    def rate(**changes: Any) -> tuple[float, str]:
+        found = plan(a_job(tmp_path, **changes))
+        return found.lr, found.lr_source
+
+    steps = {"steps": 3, "batch_tokens": 20}
+    width = CONFIG["hidden_size"]
+    default = Lora().rate(width)
+    assert default > Lora.default_lr
+    assert rate(method="lora", train=steps) == (default, f"default of lora at hidden size {width}")
+    assert rate(method="galore", train=steps) == (Galore.default_lr, "default of galore")
+    assert rate(method="lora", train={**steps, "lr": 0.5}) == (0.5, "train.lr")
 
 
 def test_a_sequence_longer_than_the_base_knows(tmp_path: Path) -> None:

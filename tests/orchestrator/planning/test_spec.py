@@ -50,11 +50,12 @@ def test_overrides_reach_any_key_and_spell_out_short_forms() -> None:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("method=lorra", "job.yaml: method.kind: found 'lorra'; did you mean 'lora'? allowed: 'full', 'lora', "),
+        ("method=lorra", "job.yaml: method.kind: found 'lorra'; did you mean 'lora'? allowed: '"),
         ("train.lr=abc", "job.yaml: train.lr: found 'abc'; allowed: a valid number"),
         ("train.lr=.inf", "job.yaml: train.lr: found inf; allowed: a finite number"),
         ("train.step=3", "job.yaml: train.step: unknown key; did you mean 'steps'? allowed: steps, epochs, "),
         ("lr=3", "job.yaml: lr: unknown key; did you mean 'train.lr'? allowed: name, base, "),
+        ("train.rank=3", "job.yaml: train.rank: unknown key; allowed: steps, "),  # not that of another section
         ("sharding.zero=4", "job.yaml: sharding.zero: found 4; allowed: 0, 1, 2 or 3"),
         ("checkpoint.every=often", "job.yaml: checkpoint.every: found 'often'; allowed: 'auto' or a valid integer"),
         ("train.precision=bf61", "job.yaml: train.precision: found 'bf61'; did you mean 'bf16'? allowed: 'auto', "),
@@ -63,7 +64,7 @@ def test_overrides_reach_any_key_and_spell_out_short_forms() -> None:
         ("name=null", "job.yaml: name: found null; allowed: a valid string"),
         ("train.epochs=1", "job.yaml: train: give either steps or epochs"),
         ("train.betas=[0.9]", "job.yaml: train.betas.1: missing"),
-        ("method={rank: 3}", "job.yaml: method.kind: missing; allowed: 'full', "),
+        ("method={rank: 3}", "job.yaml: method.kind: missing; allowed: '"),
         ("method={kind: lora, target: [1, 2]}", "job.yaml: method.target: found [1, 2]; allowed: 'all-linear' or a "),
         ("train=3", "job.yaml: train: found 3; allowed: a mapping"),
         ("name", "--set name: write key=value"),
