@@ -4,7 +4,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lint chaos gpu matrix soak docs clean
+# Beside Python, some tests need a SLURM, an SSH server and FUSE. They are installed where that starts no service and asks
+# nobody (as root in a container of Debian); elsewhere these tests are skipped, and say what to install.
+PACKAGES := slurmctld slurmd slurm-client munge iproute2 openssh-server libfuse3-3
+
+.PHONY: packages install demo test lint chaos gpu matrix soak docs clean
 
 install: $(STAMP)
 
@@ -18,7 +22,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python -P examples/demo.py
 
-test: lint
+packages:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ ! -d /run/systemd/system ] && \
+	    ! dpkg-query --show $(PACKAGES) >/dev/null 2>&1; then \
+	    export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1; \
+	    { apt-get update -qq && apt-get install -qq -y --no-install-recommends $(PACKAGES); } >/dev/null 2>&1 || \
+	    echo "not installed: $(PACKAGES); tests that need them are skipped"; \
+	fi
+
+test: lint packages
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 lint: install
