@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from clusters.ray_start import free_port, head_options, node_options, ray_command, write_whole
+from clusters.ray_start import free_ports, head_options, node_options, ray_command, write_whole
 
 
 def main(folder: Path, address: str) -> None:
@@ -24,7 +24,7 @@ def main(folder: Path, address: str) -> None:
     options = node_options(ip, Path(temporary)) | {"memory": node_memory()}
     flags = ["--disable-usage-stats"]
     if address == "head":
-        port = free_port(ip)
+        (port,) = free_ports(1, ip)
         options |= head_options(ip, port)
         flags += ["--head", "--no-monitor"]
         write_whole(folder / "address", f"{ip}:{port}")
