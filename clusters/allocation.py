@@ -23,6 +23,7 @@ from clusters.controllers import REQUEUE, REQUEUED, controller_command
 from clusters.ray_head import Backoff, answers
 from clusters.ray_start import ray_environment, write_token
 from runfolder.chain import result
+from runfolder.files import list_names, sync_folder
 
 _RAY_S = 300.0  # until a node's Ray answers
 _POLL_S = 0.2
@@ -48,16 +49,18 @@ def main(run_dir: Path, name: str) -> int:
 
 def claim(run_dir: Path, name: str, job_id: str) -> bool:
     """Take a submission for a job; whether it has it, then or before (a requeued job keeps its id)."""
-    path = run_dir / "submissions" / name
-    path.parent.mkdir(exist_ok=True)
+    taken = run_dir / "submissions" / name
+    taken.parent.mkdir(exist_ok=True)
+    prepared = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=taken.parent))
+    (prepared / job_id).touch()
     try:
-        with path.open("x") as stream:
-            stream.write(job_id)
-            stream.flush()
-            os.fsync(stream.fileno())
-        return True
-    except FileExistsError:
-        return path.read_text() in ("", job_id)
+        prepared.rename(taken)  # with the id in it, so that nobody finds it taken by nobody
+    except OSError:
+        shutil.rmtree(prepared)
+        if not list_names(taken):
+            raise
+    sync_folder(taken.parent)
+    return list_names(taken) == [job_id]
 
 
 @dataclass

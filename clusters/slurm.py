@@ -8,6 +8,8 @@ and what it printed before there was an attempt to write to.
 import fcntl
 import json
 import os
+import re
+import reprlib
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -21,10 +23,17 @@ from clusters.controllers import controller_command
 from clusters.environment import can_be_variable, settings
 from clusters.slurm_script import BatchJob, batch_script
 from runfolder.chain import result
+from runfolder.files import list_names
 from runfolder.job import Job
 from runfolder.site import LocalSite
 
 _TIMEOUT_S = 60.0
+# Variables that bash keeps for itself, whatever a script exports, and those by which a job knows what it is.
+_NOT_OURS = re.compile(
+    "BASHOPTS|BASHPID|BASH_(ARGV0|COMMAND|SUBSHELL|VERSINFO)|DIRSTACK|EPOCH(REALTIME|SECONDS)|EUID|FUNCNAME|GROUPS"
+    "|HISTCMD|LINENO|PPID|S?RANDOM|SECONDS|SHELLOPTS|SHLVL|UID|_|SLURM.*"
+)
+_PATH = re.compile(r"/[\w/.,:@+=~-]*")  # what sbatch takes for a path as it is
 _LONGEST_ENVIRONMENT = 1 << 20  # characters: slurmctld keeps every script, and takes 4 MiB
 
 # SLURM's states; what is not here has ended, or is not known.
@@ -55,6 +64,27 @@ _REASONS = {
     "JobHeldAdmin": "held by an administrator",
     "launch failed requeued held": "could not be started, and is held: see the site's administrators",
 }
+# Of the errors of sbatch (slurm_errno.c), those by which SLURM has looked at a job and does not take it.
+_REFUSALS = (
+    "No partition specified or system default partition",
+    "Invalid partition name specified",
+    "Invalid account or account/partition combination specified",
+    "Invalid qos specification",
+    "Invalid feature specification",
+    "Invalid generic resource (gres) specification",
+    "Invalid Trackable RESource (TRES) specification",
+    "Requested reservation is invalid",
+    "Access denied to requested reservation",
+    "User's group not permitted to use this partition",
+    "Requested node configuration is not available",
+    "Requested time limit is invalid",
+    "More processors requested than permitted",
+    "Requested more tasks than available processors",
+    "Node count specification invalid",
+    "CPU count specification invalid",
+    "Memory required by task is not available",
+    "Job violates accounting/QOS policy",
+)
 
 
 @dataclass(frozen=True)
@@ -104,6 +134,9 @@ class Slurm:
         """What would be submitted: the whole batch script. Raises SubmissionRefused."""
         environment = {**self.config.env, **settings(job, {}), "FLEETUNE_HOME": str(self.home)}
         _check_environment(environment)
+        if not _PATH.fullmatch(str(self.home)):
+            allowed = "an absolute path of letters, digits and _ / . , : @ + = ~ -"
+            raise SubmissionRefused(f"root: found {reprlib.repr(str(self.home))}; allowed on SLURM: {allowed}")
         name = f"{run_id}-s{submission}"
         run_dir = str(self.site.root / run_id)
         log = str(self.folder / f"{name}.log")
@@ -112,16 +145,15 @@ class Slurm:
         return ClusterRequest(run_id, submission, run_dir, text, secrets)
 
     def submit(self, request: ClusterRequest) -> None:
-        """Queue a batch job, unless the submission has one; raises Unreachable where it is not known to be queued."""
+        """Queue a batch job, unless the submission has one; raises Unreachable where it is not known to be queued.
+
+        Raises SubmissionRefused where SLURM does not take it.
+        """
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._submitting(request.name):
-            if self._is_submitted(request.name):
-                return
-            script = self.folder / f"{request.name}.sh"
-            script.write_text(request.text)
-            said = self._run(["sbatch", "--parsable", str(script)])
-            job_id = said.strip().partition(";")[0]
-            self._note(request.name).write_text(job_id)
+            if not self._is_submitted(request):
+                job_id = self._sbatch(self.folder / f"{request.name}.sh", request.text)
+                self._note(request.name).write_text(job_id)
 
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
         """The state of each run: its newest submission's, as squeue tells it for all of them at once."""
@@ -175,9 +207,26 @@ class Slurm:
             return ClusterStatus("queued", job.why_queued, stuck="held" in job.reason.lower())
         return ClusterStatus(job.state or "unknown", f"SLURM job {job.id}")
 
-    def _is_submitted(self, name: str) -> bool:
-        """Whether a submission has a job, wherever that has got to."""
-        return self._note(name).exists() or any(job.name == name for job in self._jobs())
+    def _sbatch(self, script: Path, text: str) -> str:
+        """Have SLURM take a script; gives the job's id. Raises SubmissionRefused where it certainly has not."""
+        is_first = not script.exists()  # what SLURM was asked before, it may have taken, or take yet
+        script.write_text(text)
+        try:
+            said = self._run(["sbatch", "--parsable", str(script)])
+        except Unreachable as error:
+            if not is_first or not any(refusal in str(error) for refusal in _REFUSALS):
+                raise
+            script.unlink()
+            raise SubmissionRefused(str(error)) from None
+        return said.strip().partition(";")[0]
+
+    def _is_submitted(self, request: ClusterRequest) -> bool:
+        """Whether a submission has a job that will work, does or did; one that ended before it began counts for none.
+
+        SLURM may take a job later than it was asked: of two, one works.
+        """
+        has_job = any(job.name == request.name and job.state for job in self._jobs())
+        return has_job or request.name in list_names(Path(request.run_dir) / "submissions")
 
     def _jobs(self) -> list[QueuedJob]:
         """This user's jobs that SLURM knows of, those that ended lately too."""
@@ -189,7 +238,7 @@ class Slurm:
         return jobs
 
     def _note(self, name: str) -> Path:
-        """Where the job id of a submission is written down."""
+        """Where the id of a submission's newest job is written down, once it is known."""
         return self.folder / f"{name}.job"
 
     @contextmanager
@@ -210,11 +259,14 @@ class Slurm:
         """What a command of SLURM prints; raises Unreachable where it fails, as a repetition may not."""
         try:
             ran = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Unreachable(f"SLURM: {command[0]}: {error}") from None
+        except subprocess.TimeoutExpired:
+            raise Unreachable(f"SLURM: {command[0]}: no answer within {_TIMEOUT_S:.0f} s") from None
+        except OSError as error:
+            raise Unreachable(f"SLURM: {command[0]}: {error.strerror}") from None
         if ran.returncode:
             lines = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
-            raise Unreachable(f"SLURM: {command[0]}: {lines[-1]}")
+            last = lines[-1].removeprefix(f"{command[0]}: error: ")
+            raise Unreachable(f"SLURM: {command[0]}: {last}")
         return ran.stdout
 
 
@@ -225,11 +277,12 @@ def _live_jobs(run_id: str, jobs: list[QueuedJob]) -> list[QueuedJob]:
 
 
 def _check_environment(environment: dict[str, str]) -> None:
-    """Raise Refused for variables that no script can export."""
+    """Raise SubmissionRefused for variables that no script can export."""
     for name, value in environment.items():
-        if not can_be_variable(name, value):
+        if not can_be_variable(name, value) or _NOT_OURS.fullmatch(name):
+            names = "names of letters, digits and _ that are not SLURM's or bash's own"
             raise SubmissionRefused(
-                f"env: found {name!r}; allowed: names of letters, digits and _, and values without NUL"
+                f"env: found {reprlib.repr(name)}; allowed: {names}, and values of at most 128 KiB without NUL"
             )
     size = len(json.dumps(environment))
     if size > _LONGEST_ENVIRONMENT:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clusters.base import Cluster
+from clusters.base import Cluster, SubmissionRefused, Unreachable
 from clusters.environment import secret_values
 from orchestrator.backends import make_request, open_cluster
 from orchestrator.clusters_file import default_cluster
@@ -28,7 +28,7 @@ from orchestrator.runs import RUN_ID, name_of, new_id, remember
 from orchestrator.tracking.password import secrets_of
 from runfolder.folders import home
 from runfolder.job import Job
-from runfolder.site import Site
+from runfolder.site import Refused, Site
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,19 @@ class Submission:
     warnings: tuple[str, ...]
 
 
+@contextmanager
+def _clear_ending() -> Iterator[None]:
+    """Have what goes wrong say whether there is a submission: there is none, or nobody knows."""
+    try:
+        yield
+    except (SubmissionRefused, Refused) as error:
+        raise InputError(f"{error}; nothing was submitted") from None
+    except Unreachable as error:
+        unknown = "whether it was submitted is not known; the same command again is safe, and makes one run"
+        raise Unreachable(f"{error}\n{unknown}") from None
+
+
+@_clear_ending()
 def submit(
     source: JobSource,
     *,

@@ -12,6 +12,7 @@ from methods.options.full import Full
 from runfolder import objectives
 
 JOB_NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -39,6 +40,15 @@ def _as_mapping(key: str) -> BeforeValidator:
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_unicode(cls, value: object) -> object:
+        texts = [*value, *value.values()] if isinstance(value, dict) else [value]
+        for text in texts:
+            if isinstance(text, str) and _SURROGATE.search(text):  # no file of the run could hold it
+                raise ValueError("must be Unicode text, without halves of surrogate pairs")
+        return value
 
 
 class Base(_Section):

@@ -27,7 +27,7 @@ NO_CODE = 97  # exit code: this version of Fleetune is not there yet
 _START_S = 90.0  # until the far side is ready: a cold file system takes long to load Python
 _ANSWER_S = 120.0
 _SEND_S = 300.0
-_CUT = "the connection ended before the answer; repeating is safe"
+_CUT = "the connection ended before the answer"
 _LAST_LINES = 3  # of what the far side printed, in a message
 
 # Arguments: root ("" for the default), digest of the code, python. The setup lines come first, as they may put Python
@@ -82,6 +82,9 @@ class FarSide:
                 reply = json.loads(self._line(timeout_s))
             except (OSError, ValueError) as error:
                 raise self._broken(str(error)) from None
+            except BaseException:
+                self.close()  # or the answer would be taken for that of the next request
+                raise
         if "error" in reply:
             raise _ERRORS[reply["error"]](reply["message"])
         return reply["answer"]

@@ -1,17 +1,28 @@
 """SLURM for real, on nodes of namespaces: a run is submitted once, trains over two nodes, and survives their loss."""
 
+import os
+import random
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
+from cut_proxy import CutProxy, cut_somewhere
+from jobs import make_job as make_queued_job
+from sampling import SEED
 from slurm_site import WHY_NOT, SlurmSite, can_serve
+from ssh_server import WHY_NOT as WHY_NO_SSH
+from ssh_server import can_serve as can_serve_ssh
+from ssh_server import ssh_server
 
 import fleetune
+from clusters.base import Unreachable
 from clusters.config import SlurmConfig
+from clusters.remote.link import sockets_folder
 from clusters.slurm import Slurm
 from orchestrator import backends
 from runfolder.chain import attempts
@@ -42,13 +53,29 @@ def site() -> Iterator[SlurmSite]:
         yield site
 
 
+def write_clusters(folder: Path, **changes: object) -> None:
+    """A clusters file with that site."""
+    config = {"kind": "slurm", "root": str(folder / "hpc"), "partition": "low", "cpus_per_worker": 1, **changes}
+    (folder / "clusters.yaml").write_text(yaml.safe_dump({"hpc": config}))
+
+
+@contextmanager
+def drained(site: SlurmSite) -> Iterator[None]:
+    """Let the site's jobs wait."""
+    site.run("scontrol", "update", "nodename=node[1-2]", "state=drain", "reason=test")
+    try:
+        yield
+    finally:
+        site.run("scancel", "--user=root")
+        site.run("scontrol", "update", "nodename=node[1-2]", "state=resume")
+
+
 @pytest.fixture
 def hpc(site: SlurmSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clusters file with that site; gives the FLEETUNE_HOME of its runs."""
+    """The FLEETUNE_HOME of that site's runs."""
     root = tmp_path / "hpc"
     root.mkdir()
-    config = {"kind": "slurm", "root": str(root), "partition": "low", "cpus_per_worker": 1}
-    (tmp_path / "clusters.yaml").write_text(yaml.safe_dump({"hpc": config}))
+    write_clusters(tmp_path)
     monkeypatch.setenv("FLEETUNE_CLUSTERS", str(tmp_path / "clusters.yaml"))
     monkeypatch.setenv("SLURM_CONF", str(site.environment["SLURM_CONF"]))
     return root
@@ -109,13 +136,68 @@ def test_a_run_over_two_nodes_that_loses_one_finishes(
 
 
 def test_a_queued_run_is_cancelled(hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path) -> None:
-    site.run("scontrol", "update", "nodename=node[1-2]", "state=drain", "reason=test")
-    try:
+    with drained(site):
         done = fleetune.submit(make_job(tmp_path, tiny_base, sums), cluster="hpc")
         status = wait_for(done.run_id, ("queued",), 10)
         assert "SLURM job" in str(status.reason)
         fleetune.cancel(done.run_id)
         assert wait_for(done.run_id, ("cancelled",), 30).state == "cancelled"
-    finally:
-        site.run("scontrol", "update", "nodename=node[1-2]", "state=resume")
     assert site.run("squeue", "--noheader") == "" and hpc.exists()
+
+
+def test_a_job_that_slurm_refuses_is_not_submitted_and_goes_on_once_that_is_mended(
+    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hf_secret")
+    job = make_job(tmp_path, tiny_base, sums)
+    with drained(site):
+        write_clusters(tmp_path, constraint="nowhere")
+        refusal = "^SLURM: sbatch: Batch job submission failed: Invalid feature specification; nothing was submitted$"
+        with pytest.raises(fleetune.InputError, match=refusal):
+            fleetune.submit(job, cluster="hpc")
+        (run_id,) = [run.run_id for run in fleetune.list_runs("hpc")]
+        write_clusters(tmp_path)
+        assert fleetune.submit(job, cluster="hpc").run_id == run_id
+        assert site.run("squeue", "--noheader", "-o", "%j").split() == [f"{run_id}-s1"]
+        site.run("scontrol", "write", "batch_script", site.run("squeue", "-ho", "%A").strip(), str(hpc / "taken.sh"))
+        (hpc / "shown").write_text(site.run("scontrol", "show", "job", "--details", "--details"))
+    holders = [
+        path.name for path in (*hpc.rglob("*"), *site.folder.rglob("*")) if path.is_file() and has_secret(path)
+    ]
+    assert holders == ["secrets.json"]
+
+
+def has_secret(path: Path) -> bool:
+    """Whether a file has the secret of the test in it."""
+    return b"hf_secret" in path.read_bytes()
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(0)
+@pytest.mark.usefixtures("hpc")
+@pytest.mark.skipif(not can_serve_ssh(), reason=WHY_NO_SSH)
+def test_a_link_that_is_cut_somewhere_makes_one_job_of_a_repeated_command(
+    site: SlurmSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(SEED)
+    number = int(os.environ.get("CHAOS_CUTS", "100"))
+    make_queued_job(tmp_path)
+    setup = [f"export SLURM_CONF={site.environment['SLURM_CONF']}"]
+    write_clusters(tmp_path, link={"ssh": "far"}, python=sys.executable, setup=setup)
+    with tempfile.TemporaryDirectory(prefix="ft-") as folder, ssh_server(Path(folder) / "s") as server, drained(site):
+        proxy = CutProxy(server.port)
+        server.alias("far", proxy.port)
+        monkeypatch.setenv("PATH", f"{server.binaries}:{os.environ['PATH']}")
+        done = [fleetune.submit(tmp_path / "job.yaml", cluster="hpc").run_id]
+        for cut in range(number):
+            began = time.monotonic()
+            cut_somewhere(proxy, rng, lambda: server.kill_connection("far", sockets_folder()))
+            with pytest.raises(Unreachable, match="the same command again is safe, and makes one run$") as said:
+                while not proxy.was_cut:
+                    done.append(fleetune.submit(tmp_path / "job.yaml", cluster="hpc").run_id)
+            done.append(fleetune.submit(tmp_path / "job.yaml", cluster="hpc").run_id)
+            names = site.run("squeue", "--noheader", "-o", "%j").split()
+            assert sorted(names) == sorted(f"{run_id}-s1" for run_id in done)
+            print(f"cut {cut}: {str(said.value).splitlines()[0]}; {time.monotonic() - began:.1f} s", flush=True)
+        proxy.close()
