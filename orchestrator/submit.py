@@ -18,7 +18,7 @@ from typing import Any
 
 from clusters.base import Cluster, SubmissionRefused, Unreachable
 from clusters.environment import secret_values
-from orchestrator.backends import make_request, open_cluster
+from orchestrator.backends import expected_start, make_request, open_cluster
 from orchestrator.clusters_file import default_cluster
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import JobSource, Sent, brought, frozen_record, input_digests, read_job
@@ -29,6 +29,7 @@ from orchestrator.tracking.password import secrets_of
 from runfolder.folders import home
 from runfolder.job import Job
 from runfolder.site import Refused, Site
+from runfolder.snapshot import ASKED_TO_END
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def _clear_ending() -> Iterator[None]:
     """Have what goes wrong say whether there is a submission: there is none, or nobody knows."""
     try:
         yield
-    except (SubmissionRefused, Refused) as error:
+    except Refused as error:
         raise InputError(f"{error}; nothing was submitted") from None
     except Unreachable as error:
         unknown = "whether it was submitted is not known; the same command again is safe, and makes one run"
@@ -82,12 +83,14 @@ def submit(
     frozen = frozen_record(job, checked.model, cluster, folder, of_inputs)
     with _chosen_id(job, frozen, run_id) as chosen_id:
         request = make_request(backend, job, chosen_id)
-        if backend.site.is_here:  # else it was asked for the checks
-            backend.capacity()  # where there is no cluster, nothing is made
+        expected_start(backend, request)  # where the cluster would never start it, nothing is made
         remember(chosen_id, cluster)
         adopted = _create_or_adopt(backend.site, chosen_id, frozen)
         backend.site.write_secrets(chosen_id, secret_values(request.secrets) | secrets_of(job))
-        backend.submit(request)
+        try:
+            backend.submit(request)
+        except SubmissionRefused as error:
+            raise _withdrawn(backend, chosen_id, adopted, str(error)) from None
         submission = Submission(chosen_id, Path(request.run_dir), cluster, adopted, checked.warnings)
         announce(submission)
     return submission
@@ -139,6 +142,15 @@ def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> Itera
         raise
     finally:
         os.close(descriptor)
+
+
+def _withdrawn(cluster: Cluster, run_id: str, adopted: bool, why: str) -> InputError:
+    """The error of a run that its cluster does not take, whose folder is there already: it is closed as cancelled."""
+    if adopted:
+        return InputError(why)
+    cluster.site.ask(run_id, "cancel")
+    cluster.cancel(run_id)
+    return InputError(f"{why}; {run_id} is cancelled")
 
 
 def _identity(frozen: Mapping[str, Any]) -> str:
@@ -199,4 +211,7 @@ def _create_or_adopt(site: Site, run_id: str, frozen: Mapping[str, Any]) -> bool
         return False
     if _identity(earlier) != _identity(frozen):
         raise InputError(f"--run-id: {run_id} is taken by another job")
+    found = site.snapshots([run_id])[run_id]
+    if found.asked == ASKED_TO_END or (found.result or {}).get("state") == "cancelled":
+        raise InputError(f"run {run_id}: it is cancelled; go on with it: fleetune resume {run_id}; or submit it anew")
     return True

@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from typing import Any
 from clusters import allocation
 
 TimeoutExpired = subprocess.TimeoutExpired
-REFUSAL = "Batch job submission failed: Invalid partition name specified"
+REFUSAL = "Invalid partition name specified"
 # What sbatch may do, beside taking the job and saying so.
 MISHAPS = ("away", "timeout", "slow", "late", "killed", "no answer", "lost answer", "restart")
 _AWAY = "Unable to contact slurm controller (connect failure)"
@@ -40,8 +41,9 @@ class SlurmModel:
     def begin(self, **plan: object) -> None:
         """Start with `mishaps`, what happens to each sbatch in turn, and `starts`, the ticks at which a job starts.
 
-        A job that is taken late is so by `lateness` ticks; where it `refuses`, none is ever taken. At `failures` a
-        job is lost before it begins.
+        A job that is taken late is so by `lateness` ticks. At `failures` a job is lost before it begins. SLURM may
+        have a reason to take none ever (`refuses`), which sbatch --test-only tells (`tells`) or not, or to take no
+        second one (`takes_one`).
         """
         self.work.unlink(missing_ok=True)
         state = {"tick": 0, "away": 0, "jobs": [], "late": [], "taken": 0, **plan}
@@ -55,9 +57,18 @@ class SlurmModel:
                 return _failed(command, _AWAY)
             if command[0] == "sinfo":
                 return _said(command, "idle (null) gpu:0 0/4/0/4\n")
+            full = state["takes_one"] and state["taken"] > 0
+            if command[0] == sys.executable:
+                return _said(command, "")  # no controller, which would close a run that is cancelled
+            if command == ["sbatch", "--test-only"]:
+                if (state["refuses"] and state["tells"]) or full:
+                    return _failed(command, f"allocation failure: {REFUSAL}")
+                return subprocess.CompletedProcess(command, 0, "", "sbatch: Job 1 to start at 2026-01-01T00:00:00\n")
             if command[0] == "squeue":
                 return _said(command, "".join(f"{_row(job)}\n" for job in state["jobs"]))
             mishap = state["mishaps"].pop(0) if state["mishaps"] else ""
+            if mishap == "refused" or full:
+                return _failed(command, f"Batch job submission failed: {REFUSAL}")
             script = Path(command[-1]).read_text()
             accept = not state["refuses"] and mishap in ("", "slow", "no answer", "lost answer")
             if accept:
@@ -148,7 +159,7 @@ def _answer(command: list[str], mishap: str, job_id: int, refuses: bool) -> "sub
         time.sleep(_SLOW_S)
     if mishap == "lost answer":
         return _failed(command, _LOST)
-    return _failed(command, REFUSAL) if refuses else _said(command, f"{job_id}\n")
+    return _failed(command, f"Batch job submission failed: {REFUSAL}") if refuses else _said(command, f"{job_id}\n")
 
 
 def _said(command: list[str], text: str) -> "subprocess.CompletedProcess[str]":

@@ -97,13 +97,24 @@ class Trial:
         self.run_id = runs.new_id(self.name) if self.rng.random() < 0.5 else None
         self.refuses = self.rng.random() < 0.1
         self.happened: Counter[str] = Counter()
-        mishaps = [self.rng.choice(["", "", *MISHAPS]) for _ in range(self.rng.randrange(3))]
+        # What one of two laptops is refused, the other may not be: then it is cancelled.
+        kinds = ["", "", *MISHAPS, "late", "killed"] + ([] if self.run_id else ["refused"])
+        mishaps = [self.rng.choice(kinds) for _ in range(self.rng.randrange(3))]
         failures = [self.rng.randrange(12) for _ in range(self.rng.choice([0, 0, 0, 1]))]
         starts = [self.rng.randrange(40) for _ in range(self.rng.choice([0, 0, 1, 8]))]
         self.happened.update(mishap for mishap in mishaps if mishap)
-        lateness = self.rng.randrange(1, 8)
+        lateness = self.rng.randrange(1, 12)
+        takes_one = not failures and self.rng.random() < 0.2
         self.happened["lost"] += len(failures)
-        self.slurm.begin(mishaps=mishaps, starts=starts, failures=failures, lateness=lateness, refuses=self.refuses)
+        self.slurm.begin(
+            mishaps=mishaps,
+            starts=starts,
+            failures=failures,
+            lateness=lateness,
+            refuses=self.refuses,
+            tells=self.rng.random() < 0.5,
+            takes_one=takes_one,
+        )
 
     def run(self) -> Plan:
         """Submit until it answers, and have all jobs run; gives what came of it."""
@@ -229,10 +240,11 @@ class Trial:
         kinds = {kind for kind, _ in endings}
         assert kinds <= {"submitted", "refused", "unknown", "killed"}, endings
         folders = [name for name in LocalSite(self.there / "runs").ids() if runs.name_of(name) == self.name]
-        if self.refuses:
-            assert endings[-1][0] in ("refused", "unknown") and self.slurm.taken == 0, endings
+        if self.refuses or "refused" in kinds:
+            assert "submitted" not in kinds and self.slurm.taken == 0, endings
+            assert not self.slurm.drain(self.work_together), endings
             return
-        assert "submitted" in kinds and "refused" not in kinds, endings
+        assert "submitted" in kinds, endings
         told = {run_id for kind, run_id in endings if kind == "submitted"}
         assert told == set(folders), (told, folders)
         (run_id,) = told

@@ -235,13 +235,16 @@ def _arrow_stream(shard: Shard) -> pa.Buffer:
 
 
 def _arrow_array(array: Array) -> pa.Array:
-    """A numpy array as Arrow has it.
-
-    Arrow's own conversions, here and in `_shard_of`, would import pandas: 0.4 s in every worker.
-    """
+    """A numpy array as Arrow has it. The conversions of Arrow itself would import pandas: 0.4 s in every worker."""
     type_ = pa.from_numpy_dtype(array.dtype)
     content = np.ascontiguousarray(array)
     return pa.Array.from_buffers(type_, len(array), [None, pa.py_buffer(content)])
+
+
+def _numpy_array(array: pa.Array) -> Array:
+    """A view of an Arrow array."""
+    view: Array = np.from_dlpack(array)
+    return view
 
 
 def _map_shard(path: Path) -> Shard | None:
@@ -267,9 +270,9 @@ def _shard_of(batch: pa.RecordBatch) -> Shard:
     rows = batch.column("row")
     counts = json.loads(batch.schema.metadata[b"counts"])
     return Shard(
-        ids=np.from_dlpack(ids.values),
-        target=np.from_dlpack(target.values).view(np.bool_),
-        offsets=np.from_dlpack(ids.offsets),
-        rows=np.from_dlpack(rows),
+        ids=_numpy_array(ids.values),
+        target=_numpy_array(target.values).view(np.bool_),
+        offsets=_numpy_array(ids.offsets),
+        rows=_numpy_array(rows),
         counts=Counts(**counts),
     )
