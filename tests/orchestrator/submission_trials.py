@@ -145,7 +145,7 @@ class Trial:
         plan: Plan = {"two": kind == "two"}
         if kind in ("request", "answer") or (kind == "two" and self.rng.random() < 0.5):
             way = kind if kind != "two" else "answer"
-            plan["cut"] = {"way": way, "line": self.rng.randrange(13), "share": self.rng.choice([0, 0.3, 0.9, 1])}
+            plan["cut"] = {"way": way, "line": self.rng.randrange(15), "share": self.rng.choice([0, 0.3, 0.9, 1])}
         if kind == "client":
             plan["kill client"] = self.rng.randrange(1, 1200)
         if kind == "far side":
