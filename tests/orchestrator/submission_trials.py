@@ -10,7 +10,9 @@ import io
 import json
 import os
 import random
+import select
 import signal
+import socket
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType, SimpleNamespace
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import yaml
 from slurm_model import MISHAPS, SlurmModel, TimeoutExpired
@@ -208,25 +210,6 @@ class Trial:
             KEPT.append(side)
         return side
 
-    def answer(self, plan: Plan) -> NoReturn:
-        """Be the far side: `python -m clusters.answer` on input and output."""
-        os.environ["FLEETUNE_HOME"] = str(self.there)
-        os.environ.pop("HF_TOKEN", None)
-        clusters.slurm.subprocess = SimpleNamespace(  # type: ignore[attr-defined]
-            run=self.slurm.run, TimeoutExpired=TimeoutExpired
-        )
-        sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
-        if cut := plan.get("cut"):
-            cut_lines = partial(CutLines, line=cut["line"], share=cut["share"])
-            if cut["way"] == "request":
-                sys.stdin = cut_lines(sys.stdin)  # type: ignore[assignment]
-            else:
-                sys.stdout = cut_lines(sys.stdout)  # type: ignore[assignment]
-        if "kill far side" in plan:
-            kill_at_line(plan["kill far side"], THERE)
-        answer.main()
-        os._exit(0)
-
     def await_all(self) -> None:
         """Wait until no process of the trial is left."""
         os.close(self.held)
@@ -288,16 +271,18 @@ class Connection:
         self._status: int | None = None
         asked, ask = os.pipe()
         said, say = os.pipe()
-        kept = [asked, say, stderr.fileno(), *([trial.held] if plan else [])]
-        self._pid = forked(partial(connected, trial, plan, (asked, say, stderr.fileno())), *kept)
-        self._is_cut = "cut" in plan
+        descriptors = [asked, say, stderr.fileno(), *([trial.held] if plan else [])]
+        is_pooled = os.getpid() == POOL.owner and "kill far side" not in plan and POOL.serve(plan, descriptors)
+        if not is_pooled:
+            self._pid = forked(partial(answer_on, trial.root, plan, descriptors), *descriptors)
+        self._is_awaited = not is_pooled and "cut" not in plan
         os.close(asked)
         os.close(say)
         self.stdin, self.stdout = os.fdopen(ask, "wb"), os.fdopen(said, "rb")
 
     def wait(self, timeout: float | None = None) -> int:  # noqa: ARG002
-        """The exit code, once the process has ended; that of a broken link, whose far side may go on."""
-        if self._is_cut:
+        """The exit code, once the process has ended, or that of a broken link, whose far side may go on."""
+        if not self._is_awaited:
             return far_side.BROKEN
         if self._status is None:
             self._status = os.waitpid(self._pid, 0)[1]
@@ -307,12 +292,72 @@ class Connection:
         """End the link, not the far side: that ends with its input."""
 
 
-def connected(trial: Trial, plan: Plan, descriptors: tuple[int, int, int]) -> None:
-    """Be the far side on these descriptors."""
+def answer_on(root: Path, plan: Plan, descriptors: list[int]) -> None:
+    """Be the far side, `python -m clusters.answer`, on these descriptors, and close them."""
     for number, descriptor in enumerate(descriptors):
-        os.dup2(descriptor, number)
-        os.close(descriptor)
-    trial.answer(plan)
+        if number < 3:
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+    os.environ["FLEETUNE_HOME"] = str(root / "there")
+    os.environ.pop("HF_TOKEN", None)
+    clusters.slurm.subprocess = SimpleNamespace(  # type: ignore[attr-defined]
+        run=SlurmModel(root).run, TimeoutExpired=TimeoutExpired
+    )
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    if cut := plan.get("cut"):
+        cut_lines = partial(CutLines, line=cut["line"], share=cut["share"])
+        if cut["way"] == "request":
+            sys.stdin = cut_lines(sys.stdin)  # type: ignore[assignment]
+        else:
+            sys.stdout = cut_lines(sys.stdout)  # type: ignore[assignment]
+    if "kill far side" in plan:
+        kill_at_line(plan["kill far side"], THERE)
+    with suppress(SystemExit, BrokenPipeError):
+        answer.main()
+
+
+class Pool:
+    """Far sides that serve one connection after the other, as a fork costs more than all that it does."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self.root = Path()
+        self._idle: list[socket.socket] = []
+        self._busy: list[socket.socket] = []
+
+    def serve(self, plan: Plan, descriptors: list[int]) -> bool:
+        """Have a connection served."""
+        for asking in list(self._busy):
+            if select.select([asking], [], [], 0)[0]:
+                self._busy.remove(asking)
+                if asking.recv(1):  # else it was killed
+                    self._idle.append(asking)
+        if not self._idle:
+            ours, theirs = socket.socketpair()
+            forked(partial(self._answer, theirs), theirs.fileno())
+            theirs.close()
+            self._idle.append(ours)
+        asking = self._idle.pop()
+        socket.send_fds(asking, [json.dumps(plan).encode()], descriptors)
+        self._busy.append(asking)
+        return True
+
+    def _answer(self, asked: socket.socket) -> None:
+        answer.os = SimpleNamespace(_exit=sys.exit)  # type: ignore[attr-defined]
+        nothing = os.open(os.devnull, os.O_RDWR)
+        while True:
+            text, descriptors, _, _ = socket.recv_fds(asked, 1 << 16, 4)
+            if not text:
+                return
+            answer_on(self.root, json.loads(text), descriptors)
+            for number in range(3):
+                os.dup2(nothing, number)
+            for descriptor in descriptors[3:]:
+                os.close(descriptor)
+            asked.send(b".")
+
+
+POOL = Pool()
 
 
 class CutLines(io.TextIOBase):
@@ -370,6 +415,7 @@ def main(root: Path) -> None:
     """Run the trials whose seeds come in, one after the other."""
     os.environ |= {"PATH": "/nowhere", "HF_TOKEN": "hf_secret"}  # no git
     os.environ["FLEETUNE_HOME"] = str(root / "home")
+    POOL.root = root
     job, _ = freeze.read_job(root / "job.yaml")
     model, _ = preflight._checked_base(job)
     assert model
