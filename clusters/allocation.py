@@ -10,9 +10,11 @@ its name in RUN_DIR/starts.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from clusters.allocated_nodes import AllocatedNodes, allocated_nodes, end_sessio
 from clusters.controllers import REQUEUE, REQUEUED, controller_command, on_nodes
 from clusters.ray_head import Backoff
 from runfolder.chain import result
-from runfolder.files import list_names, refresh
+from runfolder.files import list_names, refresh, sync_folder
 from runfolder.record import load_job
 
 _NODE_LOSS_S = 30.0  # that a controller has to notice the loss of a node
@@ -52,16 +54,18 @@ def main(run_dir: Path, name: str) -> int:
 
 def claim(run_dir: Path, name: str, job_id: str) -> bool:
     """Take a submission for a job; whether it has it, then or before (a requeued job keeps its id)."""
-    path = run_dir / "submissions" / name
-    path.parent.mkdir(exist_ok=True)
+    taken = run_dir / "submissions" / name
+    taken.parent.mkdir(exist_ok=True)
+    prepared = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=taken.parent))
+    (prepared / job_id).touch()
     try:
-        with path.open("x") as stream:
-            stream.write(job_id)
-            stream.flush()
-            os.fsync(stream.fileno())
-        return True
-    except FileExistsError:
-        return path.read_text() in ("", job_id)
+        prepared.rename(taken)  # with the id in it, so that nobody finds it taken by nobody
+    except OSError:
+        shutil.rmtree(prepared)
+        if not list_names(taken):
+            raise
+    sync_folder(taken.parent)
+    return list_names(taken) == [job_id]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ FLEETUNE_HOME/runs. A request is {"verb": ..., its arguments}; the answer is {"a
 """
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +26,10 @@ from runfolder.site import PlainData, answer_request
 def main() -> None:
     """Answer requests until the input ends."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
-    first = json.loads(sys.stdin.readline())
-    plain = first["cluster"]
+    first = sys.stdin.readline()
+    if not first.endswith("\n"):
+        return  # the link was cut, as below
+    plain = json.loads(first)["cluster"]
     config = CLUSTER_KINDS[plain["kind"]].model_validate(plain)
     code = Path(fleetune_start.__file__).parent  # runs go on with the code that submitted them
     env = {**config.env, "PYTHONPATH": str(code)}
@@ -34,8 +37,13 @@ def main() -> None:
     shelf = Shelf(home() / "files")
     print(READY, file=answers, flush=True)
     for line in sys.stdin:
+        if not line.endswith("\n"):
+            break  # the link was cut in the middle of a request
         reply = reply_to(cluster, shelf, json.loads(line))
-        print(json.dumps(reply), file=answers, flush=True)
+        try:
+            print(json.dumps(reply), file=answers, flush=True)
+        except BrokenPipeError:
+            os._exit(0)  # nobody is there to hear it
 
 
 def reply_to(cluster: Cluster, shelf: Shelf, request: PlainData) -> dict[str, Any]:

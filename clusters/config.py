@@ -1,15 +1,27 @@
 """What the clusters file says of a cluster. Unknown keys are errors, as in a job."""
 
 import re
+import reprlib
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from clusters.environment import can_be_variable
 
 _DESTINATION = re.compile(r"[A-Za-z0-9_][\w.@:%+\[\]-]*")
-_OPTION = r"[A-Za-z0-9_][\w.,:@%+&|*()\[\]-]*"
-Option = Annotated[str | None, Field(max_length=256, pattern=f"^{_OPTION}$")]
+_OPTION = re.compile(r"[A-Za-z0-9_][\w.,:@%+&|*()\[\]-]{0,255}")
+_PLACE = re.compile(r"[^-\x00-\x1f\x7f][^\x00-\x1f\x7f]{0,4095}")
+
+
+def _sbatch_value(value: str | None) -> str | None:
+    if value is not None and not _OPTION.fullmatch(value):
+        raise ValueError(
+            "allowed: at most 256 letters, digits and _ . , : @ % + & | * ( ) [ ] -, not beginning with -"
+        )
+    return value
+
+
+Option = Annotated[str | None, AfterValidator(_sbatch_value)]
 
 
 class _ConfigSection(BaseModel):
@@ -34,22 +46,34 @@ class _ClusterConfig(_ConfigSection):
 
     link: Literal["local"] | SshLink = Field("local", description="local, or {ssh: user@host} for another machine")
     root: str | None = Field(
-        None, min_length=1, description="the FLEETUNE_HOME there, for runs and code; null: ~/.fleetune of that user"
+        None, description="the FLEETUNE_HOME there, for runs and code; null: ~/.fleetune of that user"
     )
     python: str | None = Field(
-        None,
-        min_length=1,
-        description="a Python there that has Fleetune's packages; null: Fleetune makes an environment for them",
+        None, description="a Python there that has Fleetune's packages; null: Fleetune makes an environment for them"
     )
     setup: tuple[str, ...] = Field((), description="shell lines before Python starts, like `module load python/3.12`")
     env: dict[str, str] = Field({}, description="variables for every run there; those of the job come before them")
+
+    @field_validator("root", "python")
+    @classmethod
+    def _is_place(cls, place: str | None) -> str | None:
+        if place is not None and not _PLACE.fullmatch(place):
+            raise ValueError("must be one line of at most 4096 characters that does not begin with -")
+        return place
+
+    @field_validator("setup")
+    @classmethod
+    def _are_lines(cls, lines: tuple[str, ...]) -> tuple[str, ...]:
+        if any("\0" in line for line in lines):
+            raise ValueError("must be shell lines without NUL")
+        return lines
 
     @field_validator("env")
     @classmethod
     def _are_variables(cls, env: dict[str, str]) -> dict[str, str]:
         for name, value in env.items():
             if not can_be_variable(name, value):
-                raise ValueError(f"{name!r} is no variable that a process can have")
+                raise ValueError(f"{reprlib.repr(name)} is no variable that a process can have, or too long")
         return env
 
 

@@ -24,7 +24,8 @@ SECRETS = (
 # Of variables that a run may bring along, in `env:` too. The supervisor serves runs of many shells: it gives none of
 # them what the shell had that happened to start it.
 _PREFIXES = ("FLEETUNE_", "HF_", "HUGGING_FACE_", "MLFLOW_", "NCCL_", "AWS_")
-_VARIABLE = re.compile(r"[A-Za-z_]\w*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MOST_BYTES = 128 << 10  # bytes of name=value with its NUL: Linux's MAX_ARG_STRLEN
 _FOLDERS = ("FLEETUNE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 
 
@@ -61,7 +62,11 @@ def secret_values(names: Iterable[str]) -> dict[str, str]:
 
 def can_be_variable(name: str, value: str) -> bool:
     """Whether every process and every shell can have a variable of this name with this value."""
-    return bool(_VARIABLE.fullmatch(name)) and "\0" not in value
+    try:
+        size = len(f"{name}={value}".encode()) + 1
+    except UnicodeEncodeError:
+        return False
+    return bool(_VARIABLE.fullmatch(name)) and "\0" not in value and size <= _MOST_BYTES
 
 
 def without_carried(environment: Mapping[str, str]) -> dict[str, str]:

@@ -8,6 +8,8 @@ and what it printed before there was an attempt to write to.
 import fcntl
 import json
 import os
+import re
+import reprlib
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -32,11 +34,18 @@ from clusters.slurm_answers import (
 )
 from clusters.slurm_script import BatchJob, batch_script
 from runfolder.chain import last_slot, result
+from runfolder.files import list_names
 from runfolder.job import Job
 from runfolder.requests import last_reopened
 from runfolder.site import LocalSite
 
 _TIMEOUT_S = 60.0
+# Variables that bash keeps for itself, whatever a script exports, and those by which a job knows what it is.
+_NOT_OURS = re.compile(
+    "BASHOPTS|BASHPID|BASH_(ARGV0|COMMAND|SUBSHELL|VERSINFO)|DIRSTACK|EPOCH(REALTIME|SECONDS)|EUID|FUNCNAME|GROUPS"
+    "|HISTCMD|LINENO|PPID|S?RANDOM|SECONDS|SHELLOPTS|SHLVL|UID|_|SLURM.*"
+)
+_PATH = re.compile(r"/[\w/.,:@+=~-]*")  # what sbatch takes for a path as it is
 _LONGEST_ENVIRONMENT = 1 << 20  # characters: slurmctld keeps every script, and takes 4 MiB
 
 
@@ -64,6 +73,9 @@ class Slurm:
         submission = submission or self._next_submission(run_id)
         environment = {**self.config.env, **settings(job, {}), "FLEETUNE_HOME": str(self.home)}
         _check_environment(environment)
+        if not _PATH.fullmatch(str(self.home)):
+            allowed = "an absolute path of letters, digits and _ / . , : @ + = ~ -"
+            raise SubmissionRefused(f"root: found {reprlib.repr(str(self.home))}; allowed on SLURM: {allowed}")
         name = f"{run_id}-s{submission}"
         run_dir = str(self.site.root / run_id)
         log = str(self.folder / f"{name}.log")
@@ -72,23 +84,16 @@ class Slurm:
         return ClusterRequest(run_id, submission, run_dir, text, secrets)
 
     def submit(self, request: ClusterRequest) -> None:
-        """Queue a batch job, unless the submission has one.
+        """Queue a batch job, unless the submission has one, or the run goes on.
 
         Raises Unreachable where it is not known to be queued, and SubmissionRefused where SLURM does not take it.
         """
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._submitting(request.run_id):
             jobs = self._jobs()
-            note = self._note(request.name)
-            if note.exists() or any(job.name == request.name for job in jobs) or self._goes_on(request.run_id, jobs):
-                return
-            script = self.folder / f"{request.name}.sh"
-            script.write_text(request.text)
-            ran = self._call(["sbatch", "--parsable", str(script)])
-            if ran.returncode and (words := refusal_in(ran.stderr)):
-                raise SubmissionRefused(f"SLURM does not take this job: {words}")
-            job_id = _answer_of(ran).strip().partition(";")[0]
-            note.write_text(job_id)
+            if not self._is_submitted(request, jobs) and not self._goes_on(request.run_id, jobs):
+                job_id = self._sbatch(self._script(request.name), request.text)
+                self._note(request.name).write_text(job_id)
 
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
         """The state of each run: its newest submission's, as squeue tells it for all of them at once."""
@@ -122,7 +127,8 @@ class Slurm:
         ran = self._call(["sbatch", "--test-only"], request.text)
         if ran.returncode == 0:
             return start_in(ran.stderr)
-        if words := refusal_in(ran.stderr, is_test=True):
+        words = refusal_in(ran.stderr, is_test=True)
+        if words and not self._script(request.name).exists():  # else SLURM may have it, and take no second one
             raise SubmissionRefused(f"SLURM does not take this job: {words}")
         return None
 
@@ -136,6 +142,30 @@ class Slurm:
         if job.state == "queued":
             return ClusterStatus("queued", job.why_queued, stuck="held" in job.reason.lower())
         return ClusterStatus(job.state or "unknown", f"SLURM job {job.id}")
+
+    def _sbatch(self, script: Path, text: str) -> str:
+        """Have SLURM take a script; gives the job's id. Raises SubmissionRefused where it certainly has not."""
+        is_first = not script.exists()  # what SLURM was asked before, it may have taken, or take yet
+        script.write_text(text)
+        ran = self._call(["sbatch", "--parsable", str(script)])
+        words = refusal_in(ran.stderr)
+        if ran.returncode and words and is_first:
+            script.unlink()
+            raise SubmissionRefused(f"SLURM does not take this job: {words}")
+        return _answer_of(ran).strip().partition(";")[0]
+
+    def _is_submitted(self, request: ClusterRequest, jobs: list[QueuedJob]) -> bool:
+        """Whether a submission has a job that will work, does or did; one that ended before it began counts for none.
+
+        SLURM may take a job later than it was asked: of two, one works.
+        """
+        has_job = any(job.name == request.name and job.state for job in jobs)
+        return has_job or bool(self._takers(request.name))
+
+    def _takers(self, name: str) -> list[str]:
+        """The id of the job that has begun a submission's work, if any has."""
+        run_id = name.rpartition("-s")[0]
+        return list_names(self.site.root / run_id / "submissions" / name)
 
     def _last_ending(self, run_id: str) -> str:
         """How the newest job of a run that has no job now ended, as SLURM's accounting has it."""
@@ -155,8 +185,12 @@ class Slurm:
         run_dir = self.site.root / run_id
         slot = last_slot(run_dir)
         is_just_reopened = slot > 0 and slot == last_reopened(run_dir)  # what runs has closed it, and is at its end
-        live = _live_jobs(run_id, jobs)
-        return any(job.state == "queued" or not is_just_reopened for job in live)
+        for job in _live_jobs(run_id, jobs):
+            takers = self._takers(job.name)
+            is_redundant = bool(takers) and job.id not in takers  # it will find that, and end
+            if not is_redundant and (job.state == "queued" or not is_just_reopened):
+                return True
+        return False
 
     def _next_submission(self, run_id: str) -> int:
         """The number after those of the run's submissions so far."""
@@ -169,8 +203,12 @@ class Slurm:
         """This user's jobs that SLURM knows of, those that ended lately too."""
         return queued_jobs(self._run(SQUEUE))
 
+    def _script(self, name: str) -> Path:
+        """Where a submission's script is written down, before SLURM is asked to take it."""
+        return self.folder / f"{name}.sh"
+
     def _note(self, name: str) -> Path:
-        """Where the job id of a submission is written down."""
+        """Where the id of a submission's newest job is written down, once it is known."""
         return self.folder / f"{name}.job"
 
     @contextmanager
@@ -197,15 +235,18 @@ class Slurm:
             return subprocess.run(
                 command, input=text, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Unreachable(f"SLURM: {command[0]}: {error}") from None
+        except subprocess.TimeoutExpired:
+            raise Unreachable(f"SLURM: {command[0]}: no answer within {_TIMEOUT_S:.0f} s") from None
+        except OSError as error:
+            raise Unreachable(f"SLURM: {command[0]}: {error.strerror}") from None
 
 
 def _answer_of(ran: subprocess.CompletedProcess[str]) -> str:
     """What a command of SLURM printed; raises Unreachable where it failed."""
     if ran.returncode:
         lines = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
-        raise Unreachable(f"SLURM: {ran.args[0]}: {lines[-1]}")
+        last = lines[-1].removeprefix(f"{ran.args[0]}: error: ")
+        raise Unreachable(f"SLURM: {ran.args[0]}: {last}")
     return ran.stdout
 
 
@@ -216,11 +257,12 @@ def _live_jobs(run_id: str, jobs: list[QueuedJob]) -> list[QueuedJob]:
 
 
 def _check_environment(environment: dict[str, str]) -> None:
-    """Raise Refused for variables that no script can export."""
+    """Raise SubmissionRefused for variables that no script can export."""
     for name, value in environment.items():
-        if not can_be_variable(name, value):
+        if not can_be_variable(name, value) or _NOT_OURS.fullmatch(name):
+            names = "names of letters, digits and _ that are not SLURM's or bash's own"
             raise SubmissionRefused(
-                f"env: found {name!r}; allowed: names of letters, digits and _, and values without NUL"
+                f"env: found {reprlib.repr(name)}; allowed: {names}, and values of at most 128 KiB without NUL"
             )
     size = len(json.dumps(environment))
     if size > _LONGEST_ENVIRONMENT:

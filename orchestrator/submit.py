@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clusters.base import Cluster, SubmissionRefused
+from clusters.base import Cluster, SubmissionRefused, Unreachable
 from clusters.environment import secret_values
 from orchestrator.backends import expected_start, make_request, open_cluster
 from orchestrator.choice import chosen_cluster
@@ -30,7 +30,8 @@ from orchestrator.runs import RUN_ID, name_of, new_id, remember
 from orchestrator.tracking.password import secrets_of
 from runfolder.folders import home
 from runfolder.job import Job
-from runfolder.site import Site
+from runfolder.site import Refused, Site
+from runfolder.snapshot import ASKED_TO_END
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,19 @@ class Submission:
     why: str | None = None
 
 
+@contextmanager
+def _clear_ending() -> Iterator[None]:
+    """Have what goes wrong say whether there is a submission: there is none, or nobody knows."""
+    try:
+        yield
+    except Refused as error:
+        raise InputError(f"{error}; nothing was submitted") from None
+    except Unreachable as error:
+        unknown = "whether it was submitted is not known; the same command again is safe, and makes one run"
+        raise Unreachable(f"{error}\n{unknown}") from None
+
+
+@_clear_ending()
 def submit(
     source: JobSource,
     *,
@@ -223,4 +237,7 @@ def _create_or_adopt(site: Site, run_id: str, frozen: Mapping[str, Any]) -> bool
         return False
     if _identity(earlier) != _identity(frozen):
         raise InputError(f"--run-id: {run_id} is taken by another job")
+    found = site.snapshots([run_id])[run_id]
+    if found.asked == ASKED_TO_END or (found.result or {}).get("state") == "cancelled":
+        raise InputError(f"run {run_id}: it is cancelled; go on with it: fleetune resume {run_id}; or submit it anew")
     return True

@@ -20,6 +20,7 @@ from runfolder.job import Job
 RECORD_FORMAT = 1
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _BRIEF = "run.json"
+_LINE_BREAKS = "\x85\u2028\u2029"  # PyYAML writes them as letters, and reads them as ends of lines
 
 
 def create_run_folder(run_dir: Path, record: Mapping[str, Any]) -> Record | None:
@@ -29,8 +30,7 @@ def create_run_folder(run_dir: Path, record: Mapping[str, Any]) -> Record | None
     prepared.mkdir(parents=True)
     path = prepared / "job.yaml"
     with path.open("w") as stream:
-        formatted = {"format": RECORD_FORMAT, **record}
-        yaml.safe_dump(formatted, stream, sort_keys=False, allow_unicode=True)
+        stream.write(_as_yaml({"format": RECORD_FORMAT, **record}))
         stream.flush()
         os.fsync(stream.fileno())
     brief = _brief(record)
@@ -91,6 +91,14 @@ def job_in(record: Mapping[str, Any], path: str) -> Job:
         field = ".".join(map(str, first["loc"]))
         where = field or "job"
         raise Damaged(f"{path}: {where}: {first['msg']} (is it of another version?)") from None
+
+
+def _as_yaml(record: Mapping[str, Any]) -> str:
+    """A record as YAML that is read back as it is; letters of all scripts stand in it as they are."""
+    text: str = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
+    if any(line_break in text for line_break in _LINE_BREAKS):
+        text = yaml.safe_dump(record, sort_keys=False)
+    return text
 
 
 def _brief(record: Mapping[str, Any]) -> Record:

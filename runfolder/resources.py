@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -23,6 +24,15 @@ class Section(BaseModel):
     """A part of a job: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_unicode(cls, value: object) -> object:
+        texts = [*value, *value.values()] if isinstance(value, dict) else [value]
+        for text in texts:
+            if isinstance(text, str) and _SURROGATE.search(text):  # no file of the run could hold it
+                raise ValueError("must be Unicode text, without halves of surrogate pairs")
+        return value
 
 
 class Resources(Section):

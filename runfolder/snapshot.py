@@ -14,6 +14,7 @@ from runfolder.loading import loading_lines
 from runfolder.record import read_brief
 from runfolder.requests import cancel_requested, pause_step
 
+ASKED_TO_END = "asked to end"
 _METRICS_TAIL_BYTES = 1 << 14  # bytes at the end of metrics.jsonl that hold its last whole line
 _EVENTS_HEAD_BYTES = 1 << 16  # bytes at the start of events.jsonl that hold the plan
 
@@ -76,7 +77,7 @@ def snapshot(run_dir: Path, in_full: bool = False) -> Snapshot:
 def _pending_request(run_dir: Path) -> str | None:
     """What somebody asked of a run, in words."""
     if cancel_requested(run_dir):
-        return "asked to end"
+        return ASKED_TO_END
     pause = pause_step(run_dir)
     if pause is None:
         return None

@@ -25,7 +25,7 @@ from runfolder.site import Refused as RunRefused
 READY = "fleetune-answers"  # begins the line by which the far side says that it is there
 _START_S = 90.0  # until the far side is ready: a cold file system takes long to load Python
 _ANSWER_S = 120.0
-_CUT = "the connection ended before the answer; repeating is safe"
+_CUT = "the connection ended before the answer"
 
 _ERRORS: dict[str, type[Exception]] = {
     "run_refused": RunRefused,
@@ -65,6 +65,9 @@ class FarSide:
                 reply = json.loads(self._line(timeout_s))
             except (OSError, ValueError) as error:
                 raise self._broken(str(error)) from None
+            except BaseException:
+                self.close()  # or the answer would be taken for that of the next request
+                raise
         if "error" in reply:
             raise _ERRORS[reply["error"]](reply["message"])
         return reply["answer"]

@@ -53,16 +53,19 @@ class Shelf:
             return str(path)
         arriving = self._arriving(digest)
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        arriving.touch()  # nothing came of an empty file
-        found = sha256(arriving)
-        if found != digest:
-            arriving.unlink()
-            raise Refused(
-                f"{name}: it did not come whole (sha256 {found[:12]}, announced {digest[:12]}); send it again"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.link(arriving, path)
-        arriving.unlink()
+        with arriving.open("ab") as stream:  # nothing came of an empty file
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if path.exists():  # another client brought it meanwhile, and this one an end that nobody needs
+                arriving.unlink(missing_ok=True)
+                return str(path)
+            found = sha256(arriving)
+            if found != digest:
+                arriving.unlink()
+                raise Refused(
+                    f"{name}: it did not come whole (sha256 {found[:12]}, announced {digest[:12]}); send it again"
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            arriving.rename(path)
         return str(path)
 
     def folder(self, files: Mapping[str, str]) -> str:

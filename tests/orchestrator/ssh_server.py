@@ -1,7 +1,9 @@
 """A real sshd on loopback: another machine as far as ssh can tell, with keys and a HOME of its own."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ class SshServer:
 
     process: subprocess.Popen[bytes]
     folder: Path
+    port: int
 
     @property
     def home(self) -> Path:
@@ -38,6 +41,19 @@ class SshServer:
     def binaries(self) -> Path:
         """A folder with the ssh that reads our configuration instead of the user's."""
         return self.folder / "bin"
+
+    def alias(self, name: str, port: int) -> None:
+        """Let a host alias be the same server behind another port."""
+        known = f" HostKeyAlias [127.0.0.1]:{self.port}\n"
+        config = self.folder / "ssh_config"
+        config.write_text(f"Host {name}\n Port {port}\n{known}{config.read_text().replace('Host there', 'Host *')}")
+
+    def kill_connection(self, alias: str, sockets: Path) -> None:
+        """Kill the process on this side that has the shared connection to an alias."""
+        check = [self.binaries / "ssh", "-o", f"ControlPath={sockets}/%C", "-O", "check", alias]
+        said = subprocess.run(check, capture_output=True, text=True).stderr  # Master running (pid=123)
+        if found := re.search(r"pid=(\d+)", said):
+            os.kill(int(found[1]), signal.SIGKILL)
 
     def end(self) -> None:
         """End the server and every connection of it."""
@@ -80,7 +96,7 @@ def ssh_server(folder: Path) -> Iterator[SshServer]:
     Path("/run/sshd").mkdir(exist_ok=True, mode=0o755)
     command = [str(shutil.which("sshd")), "-D", "-e", "-f", str(folder / "sshd_config")]
     with (folder / "log").open("wb") as log:
-        server = SshServer(subprocess.Popen(command, stderr=log), folder)
+        server = SshServer(subprocess.Popen(command, stderr=log), folder, port)
     try:
         _wait_until_it_listens(server, port)
         yield server

@@ -1,6 +1,7 @@
 """A cluster of another machine over a real sshd: its code is sent, its connection reused, and a cut is no failure."""
 
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cut_proxy import CutProxy, cut_somewhere
 from jobs import make_job, only_queued
+from sampling import SEED
 from ssh_server import WHY_NOT, SshServer, can_serve, close_far_sides, ssh_server
 
 import fleetune
 from clusters.base import Unreachable
+from clusters.local import Local
 from clusters.remote.code import installed_code
 from clusters.remote.link import sockets_folder
 from orchestrator import backends
@@ -30,17 +34,33 @@ def server() -> Iterator[SshServer]:
         yield server
 
 
-@pytest.fixture
-def there(server: SshServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+@contextmanager
+def other_machine(alias: str, server: SshServer, folder: Path) -> Iterator[Path]:
     """A clusters file with the local cluster of another machine; gives the FLEETUNE_HOME there."""
-    root = tmp_path / "there"
-    clusters = {"there": {"kind": "local", "link": {"ssh": "there"}, "root": str(root), "python": sys.executable}}
-    (tmp_path / "clusters.yaml").write_text(yaml.safe_dump(clusters))
-    monkeypatch.setenv("FLEETUNE_CLUSTERS", str(tmp_path / "clusters.yaml"))
-    monkeypatch.setenv("PATH", f"{server.binaries}:{os.environ['PATH']}")
-    with only_queued(root):
+    root = folder / "there"
+    clusters = {"there": {"kind": "local", "link": {"ssh": alias}, "root": str(root), "python": sys.executable}}
+    (folder / "clusters.yaml").write_text(yaml.safe_dump(clusters))
+    with pytest.MonkeyPatch.context() as patch, only_queued(root):
+        patch.setenv("FLEETUNE_CLUSTERS", str(folder / "clusters.yaml"))
+        patch.setenv("PATH", f"{server.binaries}:{os.environ['PATH']}")
         yield root
     close_far_sides()
+
+
+@pytest.fixture
+def there(server: SshServer, tmp_path: Path) -> Iterator[Path]:
+    """The other machine, over a network that works."""
+    with other_machine("there", server, tmp_path) as root:
+        yield root
+
+
+@pytest.fixture
+def proxy(server: SshServer) -> Iterator[CutProxy]:
+    """A network to it that can be cut: the host alias `far`."""
+    proxy = CutProxy(server.port)
+    server.alias("far", proxy.port)
+    yield proxy
+    proxy.close()
 
 
 def test_a_job_is_submitted_found_again_and_cancelled(there: Path, tmp_path: Path) -> None:
@@ -78,6 +98,39 @@ def test_a_cut_says_unknown_and_what_is_asked_next_goes_through(tmp_path: Path) 
     found = fleetune.status(done.run_id)
     assert found.state == "unknown" and "cluster there" in str(found.reason)
     assert fleetune.status(done.run_id).state == "queued"
+
+
+def test_a_network_that_is_cut_somewhere_makes_one_run_of_a_repeated_command(
+    server: SshServer, proxy: CutProxy, tmp_path: Path
+) -> None:
+    rng = random.Random(SEED)
+    make_job(tmp_path)
+    with other_machine("far", server, tmp_path) as root:
+        done = [fleetune.submit(tmp_path / "job.yaml", cluster="there").run_id]
+        for number in range(3):
+            cut_somewhere(proxy, rng, lambda: server.kill_connection("far", sockets_folder()))
+            with pytest.raises(Unreachable, match="the same command again is safe, and makes one run$"):
+                while not proxy.was_cut:
+                    done.append(fleetune.submit(tmp_path / "job.yaml", cluster="there").run_id)
+            done.append(fleetune.submit(tmp_path / "job.yaml", cluster="there").run_id)
+            assert sorted(entry.run_id for entry in Local(root).queue.list()) == sorted(done), number
+
+
+def test_the_command_says_that_it_does_not_know_and_may_be_repeated(
+    server: SshServer, proxy: CutProxy, tmp_path: Path
+) -> None:
+    submit = [sys.executable, "-P", "-m", "orchestrator", "submit", str(make_job(tmp_path)), "--cluster", "there"]
+    with other_machine("far", server, tmp_path) as root:
+        fleetune.list_runs("there")
+        proxy.cut_after("answer", 2_000)
+        cut = subprocess.run(submit, capture_output=True, text=True)
+        assert (cut.returncode, cut.stdout) == (3, ""), cut
+        first, second = cut.stderr.splitlines()
+        assert first.startswith("cluster there: ")
+        assert second == "whether it was submitted is not known; the same command again is safe, and makes one run"
+        done = subprocess.run(submit, capture_output=True, text=True)
+        (entry,) = Local(root).queue.list()
+        assert (done.returncode, done.stdout) == (0, f"{entry.run_id}\n"), done
 
 
 @contextmanager

@@ -1,21 +1,32 @@
 """SLURM for real, on nodes of namespaces: a run is submitted once, trains over two nodes, and survives their loss."""
 
+import os
+import random
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cut_proxy import CutProxy, cut_somewhere
+from jobs import make_job as make_queued_job
+from sampling import SEED
 from slurm_site import WHY_NOT, SlurmSite, can_serve
+from ssh_server import WHY_NOT as WHY_NO_SSH
+from ssh_server import can_serve as can_serve_ssh
+from ssh_server import ssh_server
 from waiting import until
 
 import fleetune
+from clusters.base import Unreachable
 from clusters.checks import Check
 from clusters.config import SlurmConfig
+from clusters.remote.link import sockets_folder
 from clusters.slurm import Slurm
 from orchestrator import backends
 from orchestrator.errors import InputError
@@ -49,21 +60,32 @@ def site() -> Iterator[SlurmSite]:
         yield site
 
 
+def write_clusters(folder: Path, **changes: object) -> None:
+    """A clusters file with that site."""
+    config = {"kind": "slurm", "root": str(folder / "hpc"), "partition": "low", "cpus_per_worker": 1, **changes}
+    (folder / "clusters.yaml").write_text(yaml.safe_dump({"hpc": config}))
+
+
+@contextmanager
+def drained(site: SlurmSite) -> Iterator[None]:
+    """Let the site's jobs wait."""
+    site.run("scontrol", "update", "nodename=node[1-2]", "state=drain", "reason=test")
+    try:
+        yield
+    finally:
+        site.run("scancel", "--user=root")
+        site.run("scontrol", "update", "nodename=node[1-2]", "state=resume")
+
+
 @pytest.fixture
 def hpc(site: SlurmSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clusters file with that site; gives the FLEETUNE_HOME of its runs."""
+    """The FLEETUNE_HOME of that site's runs."""
     root = tmp_path / "hpc"
     root.mkdir(mode=0o700)
-    write_site(root)
+    write_clusters(tmp_path)
     monkeypatch.setenv("FLEETUNE_CLUSTERS", str(tmp_path / "clusters.yaml"))
     monkeypatch.setenv("SLURM_CONF", str(site.environment["SLURM_CONF"]))
     return root
-
-
-def write_site(root: Path, **changes: object) -> None:
-    """Write the clusters file of a site whose runs are in `root`."""
-    config = {"kind": "slurm", "root": str(root), "partition": "low", "cpus_per_worker": 1, **changes}
-    (root.parent / "clusters.yaml").write_text(yaml.safe_dump({"hpc": config}))
 
 
 def wait_for(run_id: str, states: tuple[str, ...], timeout_s: float) -> fleetune.Status:
@@ -146,6 +168,7 @@ def test_a_run_over_two_nodes_that_loses_one_finishes(
 def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(
     hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
 ) -> None:
+    until(lambda: site.run("sinfo", "-hN", "-p", "low", "-o", "%t").split() == ["idle", "idle"])  # else it takes one
     resources = {"nodes": "1-2", "workers_per_node": 1}
     run_dir = begin(hpc, make_job(tmp_path, tiny_base, sums, **LONG, resources=resources))
     first = attempts(run_dir)[0]
@@ -271,15 +294,12 @@ def test_a_run_whose_job_is_gone_is_submitted_again(
 
 
 def test_a_queued_run_is_cancelled(hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path) -> None:
-    site.run("scontrol", "update", "nodename=node[1-2]", "state=drain", "reason=test")
-    try:
+    with drained(site):
         done = fleetune.submit(make_job(tmp_path, tiny_base, sums), cluster="hpc")
         status = wait_for(done.run_id, ("queued",), 10)
         assert "SLURM job" in str(status.reason)
         fleetune.cancel(done.run_id)
         assert wait_for(done.run_id, ("cancelled",), 30).state == "cancelled"
-    finally:
-        site.run("scontrol", "update", "nodename=node[1-2]", "state=resume")
     assert site.run("squeue", "--noheader") == "" and hpc.exists()
 
 
@@ -292,12 +312,12 @@ def test_the_doctor_asks_slurm(hpc: Path, site: SlurmSite, monkeypatch: pytest.M
     assert [*checks] == ["run root", "disk", "python", "packages", "slurm", "partition", "options"]
     assert (wrong(), checks["partition"].found) == ([], "low")
     assert "slurm" in checks["slurm"].found
-    write_site(hpc, partition=None)
+    write_clusters(hpc.parent, partition=None)
     assert (wrong(), fleetune.doctor("hpc")[-2].found) == ([], "main")
-    write_site(hpc, partition="gpu")
+    write_clusters(hpc.parent, partition="gpu")
     assert wrong() == [("partition", "no 'gpu'; there are: main, low")]
     for option in ({"constraint": "h100"}, {"gpu_type": "h100"}, {"reservation": "mine"}):
-        write_site(hpc, **option)
+        write_clusters(hpc.parent, **option)
         ((name, found),) = wrong()
         assert name == "options", found
     monkeypatch.setenv("PATH", "/nowhere")
@@ -307,3 +327,52 @@ def test_the_doctor_asks_slurm(hpc: Path, site: SlurmSite, monkeypatch: pytest.M
 @pytest.mark.chaos
 def test_a_test_job_says_what_torch_sees(hpc: Path) -> None:
     assert fleetune.doctor("hpc", test_job=True)[-1] == Check("test job", "ok", "CPU only"), hpc
+
+
+def test_secrets_are_in_one_file_of_mode_0600_and_nowhere_else(
+    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hf_secret")
+    job = make_job(tmp_path, tiny_base, sums)
+    with drained(site):
+        run_dir = fleetune.submit(job, cluster="hpc").run_dir
+        site.run("scontrol", "write", "batch_script", site.run("squeue", "-ho", "%A").strip(), str(hpc / "taken.sh"))
+        (hpc / "shown").write_text(site.run("scontrol", "show", "job", "--details", "--details"))
+    holders = [
+        path.name for path in (*hpc.rglob("*"), *site.folder.rglob("*")) if path.is_file() and has_secret(path)
+    ]
+    assert holders == ["secrets.json"] and (run_dir / "secrets.json").stat().st_mode & 0o777 == 0o600
+
+
+def has_secret(path: Path) -> bool:
+    """Whether a file has the secret of the test in it."""
+    return b"hf_secret" in path.read_bytes()
+
+
+@pytest.mark.usefixtures("hpc")
+@pytest.mark.skipif(not can_serve_ssh(), reason=WHY_NO_SSH)
+@pytest.mark.parametrize("number", [3, pytest.param(100, marks=[pytest.mark.chaos, pytest.mark.timeout(0)])])
+def test_a_link_that_is_cut_somewhere_makes_one_job_of_a_repeated_command(
+    number: int, site: SlurmSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(SEED)
+    make_queued_job(tmp_path)
+    setup = [f"export SLURM_CONF={site.environment['SLURM_CONF']}"]
+    write_clusters(tmp_path, link={"ssh": "far"}, python=sys.executable, setup=setup)
+    with tempfile.TemporaryDirectory(prefix="ft-") as folder, ssh_server(Path(folder) / "s") as server, drained(site):
+        proxy = CutProxy(server.port)
+        server.alias("far", proxy.port)
+        monkeypatch.setenv("PATH", f"{server.binaries}:{os.environ['PATH']}")
+        done = [fleetune.submit(tmp_path / "job.yaml", cluster="hpc").run_id]
+        for cut in range(number):
+            began = time.monotonic()
+            cut_somewhere(proxy, rng, lambda: server.kill_connection("far", sockets_folder()))
+            with pytest.raises(Unreachable, match="the same command again is safe, and makes one run$") as said:
+                while not proxy.was_cut:
+                    done.append(fleetune.submit(tmp_path / "job.yaml", cluster="hpc").run_id)
+            done.append(fleetune.submit(tmp_path / "job.yaml", cluster="hpc").run_id)
+            names = site.run("squeue", "--noheader", "-o", "%j").split()
+            assert sorted(names) == sorted(f"{run_id}-s1" for run_id in done)
+            print(f"cut {cut}: {str(said.value).splitlines()[0]}; {time.monotonic() - began:.1f} s", flush=True)
+        proxy.close()
