@@ -17,14 +17,14 @@ from typing import Any
 from clusters import process
 from clusters.base import Capacity, ClusterRequest, ClusterStatus, Logs, SubmissionRefused, Unreachable
 from clusters.controllers import controller_command
-from clusters.entry import ENTRY_FORMAT, Queue, QueueEntry
+from clusters.entry import Queue, QueueEntry, queued_run
 from clusters.environment import settings, without_carried
 from clusters.machine import total_capacity
 from clusters.ray_head import Head
-from runfolder.chain import result
-from runfolder.files import Damaged
+from runfolder.files import FORMAT
 from runfolder.job import Job
 from runfolder.site import LocalSite
+from runfolder.snapshot import has_ended
 
 _WORKERS_PER_CORE = 4  # each takes a gigabyte of memory, and starts for seconds
 _HOPELESS = 3  # starts of Ray that failed in a row: more are tried, but somebody should look
@@ -139,7 +139,7 @@ class Local:
 
     def cancel(self, run_id: str) -> None:
         """Queue the run if it is not, and see to it that the supervisor runs: it starts who closes the run."""
-        if result(self.site.root / run_id) is None:
+        if not has_ended(self.site.root / run_id):
             environment = {"FLEETUNE_HOME": str(self.home)}
             text = self._entry(run_id, 1, environment)
             self.queue.add(run_id, text)
@@ -152,11 +152,11 @@ class Local:
 
     def taken_workers(self) -> int:
         """Workers of the runs that had their turn and have no result."""
-        admitted = []
+        taken = 0
         for entry in self.queue.list():
-            if self.controller_lock(entry.run_id).exists() and not entry.finished:
-                admitted.append(entry)
-        return sum(capacity_needed(entry.workers) for entry in admitted)
+            if self.controller_lock(entry.run_id).exists() and self._takes_workers(entry):
+                taken += capacity_needed(entry.workers)
+        return taken
 
     def start(self) -> None:
         """See to it that the supervisor runs; it adopts what is there. Repeating it changes nothing."""
@@ -178,8 +178,8 @@ class Local:
         self.check_here()
         process.end(self.supervisor_lock)
         with process.hold_lock(self.supervisor_lock):  # nobody starts another one meanwhile
-            for entry in self.queue.list():
-                process.end(self.controller_lock(entry.run_id))
+            for lock in (self.folder / "controllers").glob("*"):
+                process.end(lock)
             head = Head(self.folder)
             head.end()
             head.forget()
@@ -214,6 +214,13 @@ class Local:
             "capacity": self._capacity(),
         }
 
+    def _takes_workers(self, entry: QueueEntry) -> bool:
+        """Whether a run that had its turn keeps its workers: not one that has ended, or is damaged and dead."""
+        queued = queued_run(entry)
+        if queued.damaged:
+            return process.owner(self.controller_lock(entry.run_id)) is not None
+        return not queued.finished
+
     def _capacity(self) -> Capacity:
         kind, total = total_capacity()
         return Capacity(kind, total, total - min(total, self.taken_workers()))
@@ -223,7 +230,7 @@ class Local:
         run_dir = str(self.site.root / run_id)
         command = controller_command(run_dir)
         entry = {
-            "format": ENTRY_FORMAT,
+            "format": FORMAT,
             "run_id": run_id,
             "run_dir": run_dir,
             "command": command,
@@ -234,7 +241,7 @@ class Local:
         return json.dumps(entry, indent=1)
 
     def _status(self, run_id: str, entry: QueueEntry | str | None, trouble: str | None, wait: str) -> ClusterStatus:
-        if _has_ended(self.site.root / run_id):
+        if has_ended(self.site.root / run_id):
             return ClusterStatus("ended")
         if entry is None:
             return ClusterStatus("unknown", "this cluster has not got the run")
@@ -272,14 +279,6 @@ class Local:
     def _check_installed(self) -> None:
         if importlib.util.find_spec("ray") is None:
             raise Unreachable("cluster local: Ray is not installed here; pip install 'fleetune[train]'")
-
-
-def _has_ended(run_dir: Path) -> bool:
-    """Whether a run has its final word; one that is damaged has none, as its snapshot says."""
-    try:
-        return result(run_dir) is not None
-    except (Damaged, LookupError):
-        return False
 
 
 def capacity_needed(workers: int) -> int:

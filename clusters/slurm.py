@@ -31,10 +31,11 @@ from clusters.slurm_answers import (
     start_in,
 )
 from clusters.slurm_script import BatchJob, batch_script
-from runfolder.chain import last_slot, result
+from runfolder.chain import last_slot
 from runfolder.job import Job
 from runfolder.requests import last_reopened
 from runfolder.site import LocalSite
+from runfolder.snapshot import has_ended
 
 _TIMEOUT_S = 60.0
 _LONGEST_ENVIRONMENT = 1 << 20  # characters: slurmctld keeps every script, and takes 4 MiB
@@ -125,7 +126,7 @@ class Slurm:
         raise SubmissionRefused(f"SLURM would never start this job: {words}")
 
     def _status(self, run_id: str, jobs: list[QueuedJob]) -> ClusterStatus:
-        if result(self.site.root / run_id) is not None:
+        if has_ended(self.site.root / run_id):
             return ClusterStatus("ended")
         live = _live_jobs(run_id, jobs)
         if not live:

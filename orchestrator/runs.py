@@ -98,7 +98,9 @@ def _remembered_clusters() -> dict[str, str]:
     folder = home() / "known"
     clusters = {}
     for run_id in list_names(folder):
-        clusters[run_id] = (folder / run_id).read_text()
+        path = folder / run_id
+        if path.is_file():
+            clusters[run_id] = path.read_text(errors="replace")
     return clusters
 
 

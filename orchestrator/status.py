@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from clusters.base import ClusterStatus, Unreachable
 from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, find, handles, name_of
-from orchestrator.tracking.trouble import parse_trouble
+from orchestrator.tracking.trouble import trouble_in
 from runfolder.snapshot import Snapshot
 
 RunState = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
@@ -98,8 +97,7 @@ def join_status(run: Snapshot, on_cluster: ClusterStatus) -> Status:
     has_output = run.has_output or state == "succeeded"
     tracking = None
     if run.undelivered:
-        trouble = parse_trouble(Path(run.run_dir), run.undelivered)
-        tracking = str(trouble)
+        tracking = str(trouble_in(run.undelivered))
     return Status(
         run_id=run.run_id,
         name=name_of(run.run_id),

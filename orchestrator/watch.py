@@ -23,6 +23,7 @@ from runfolder.requests import (
     request_stop,
     stop_requested,
 )
+from runfolder.shapes import OUTCOME
 from trainer.omissions import omissions_line
 
 _DRIVER_POLL_S = 0.25  # between two looks at the driver process
@@ -149,7 +150,7 @@ class Watch:
             end = f"the driver ended with exit code {self._driver.exit_code}"
             tail = self._tail("controller")
             return {-1: Failure(f"{end}\n{tail}")}
-        outcome = read_json(path)
+        outcome = read_json(path, OUTCOME)
         failures = {}
         for rank, record in outcome["failures"].items():
             failures[int(rank)] = load_failure(record)

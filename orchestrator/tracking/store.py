@@ -27,6 +27,7 @@ from runfolder.files import Record, read_json, write_json
 from runfolder.folders import home
 from runfolder.record import load_job, read_record
 from runfolder.secrets import read_secrets
+from runfolder.shapes import MLFLOW_RUN
 
 RUN_ID_TAG = "fleetune.run_id"
 SERVERS = ("http", "https", "databricks", "postgresql", "mysql", "mssql")
@@ -132,7 +133,7 @@ def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) ->
         oldest = mlflow_run_ids[0]
         claim = {"mlflow_run_id": oldest, "uri": public(uri), "experiment_id": experiment}
         _claim_mlflow_run(run_dir, claim)
-    record = read_json(run_dir / "mlflow" / "run.json")
+    record = read_json(run_dir / "mlflow" / "run.json", MLFLOW_RUN)
     write_json(run_dir / "mlflow.json", record)
     counting = record["mlflow_run_id"]
     for other in set(mlflow_run_ids) - {counting}:
@@ -173,7 +174,7 @@ def counting_run(run_dir: Path) -> Record | None:
     path = run_dir / "mlflow" / "run.json"
     if not path.exists():
         return None
-    return read_json(path)
+    return read_json(path, MLFLOW_RUN)
 
 
 def describe_run(client: Any, run_dir: Path, mlflow_run_id: str, here: bool) -> None:

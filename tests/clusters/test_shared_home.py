@@ -20,7 +20,7 @@ from clusters.ray_head import Head
 def test_what_is_no_entry_stands_in_nobodys_way(cluster: Local, capsys: pytest.CaptureFixture[str]) -> None:
     good = json.loads(text("bad", run_dir=str(cluster.home)))
     texts: list[tuple[str, object]] = [
-        ("found format None", {}),
+        ("run_id: found NoneType", {}),
         ("found list", []),
         ("found format 7; allowed: format 1", {**good, "format": 7}),
         ("workers: found str", {**good, "workers": "2"}),
