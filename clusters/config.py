@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from clusters.environment import can_be_variable
+from runfolder.variables import Variables, is_secret
 
 _DESTINATION = re.compile(r"[A-Za-z0-9_][\w.@:%+\[\]-]*")
 _OPTION = r"[A-Za-z0-9_][\w.,:@%+&|*()\[\]-]*"
@@ -40,14 +40,14 @@ class _ClusterConfig(_ConfigSection):
         "python3", min_length=1, description="the Python there that has Fleetune's packages, 3.11 or newer"
     )
     setup: tuple[str, ...] = Field((), description="shell lines before Python starts, like `module load python/3.12`")
-    env: dict[str, str] = Field({}, description="variables for every run there; those of the job come before them")
+    env: Variables = Field({}, description="variables for every run there; those of the job come before them")
 
     @field_validator("env")
     @classmethod
-    def _are_variables(cls, env: dict[str, str]) -> dict[str, str]:
+    def _are_public(cls, env: dict[str, str]) -> dict[str, str]:
         for name, value in env.items():
-            if not can_be_variable(name, value):
-                raise ValueError(f"{name!r} is no variable that a process can have")
+            if is_secret(name, value):
+                raise ValueError(f"{name} is a secret, and would stand in every script; export it where you submit")
         return env
 
 

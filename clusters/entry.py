@@ -11,10 +11,10 @@ from typing import Any
 
 from runfolder.files import FORMAT
 from runfolder.snapshot import Snapshot, snapshot
+from runfolder.variables import flaw_of_variable
 
 _DELIVERY_S = 600.0  # for so long after its end a run gets a controller again, to deliver the rest
 _FIELD_TYPES: dict[str, Any] = {"run_id": str, "run_dir": str, "command": list, "workers": int, "environment": dict}
-_LONGEST_VARIABLE = 1 << 17  # characters of one value of an environment, on Linux
 
 
 class DamagedEntry(ValueError):
@@ -63,7 +63,7 @@ class QueuedRun:
     @property
     def damaged(self) -> str | None:
         """Why its folder cannot be read, in one line: then nothing is done with the run until somebody mends that."""
-        return self.run and self.run.damaged
+        return self.run.damaged if self.run else None
 
 
 def queued_run(entry: QueueEntry) -> QueuedRun:
@@ -159,10 +159,13 @@ def _parse_entry(text: str, run_id: str, timestamp_ns: int) -> QueueEntry:
         fields[name] = value
     if plain["run_id"] != run_id:
         raise ValueError(f"run_id: found {plain['run_id']!r}; allowed: the name of the file")
-    variables = plain["environment"]
-    for argument in [*variables.values(), *plain["command"]]:
-        if not isinstance(argument, str) or "\0" in argument or len(argument) >= _LONGEST_VARIABLE:
+    for argument in [*plain["environment"].values(), *plain["command"]]:
+        if not isinstance(argument, str) or "\0" in argument:
             raise ValueError("environment or command: found a value that no process can have")
+    for name, value in plain["environment"].items():
+        flaw = flaw_of_variable(name, value)
+        if flaw:
+            raise ValueError(f"environment: {flaw}")
     fields["run_dir"] = Path(plain["run_dir"])
     return QueueEntry(**fields, text=text, time=timestamp_ns)
 

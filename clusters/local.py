@@ -18,7 +18,7 @@ from clusters import process
 from clusters.base import Capacity, ClusterRequest, ClusterStatus, Logs, SubmissionRefused, Unreachable
 from clusters.controllers import controller_command
 from clusters.entry import Queue, QueueEntry, queued_run
-from clusters.environment import settings, without_carried
+from clusters.environment import machine_variables, settings
 from clusters.machine import total_capacity
 from clusters.ray_head import Head
 from runfolder.files import FORMAT
@@ -168,7 +168,7 @@ class Local:
         command = [sys.executable, "-P", "-m", "clusters.supervisor", str(self.home)]
         log = self.folder / "supervisor.log"
         # Ray's workers have what its head, and so the supervisor, was started with.
-        environment = without_carried(os.environ) | {"FLEETUNE_HOME": str(self.home)}
+        environment = machine_variables(os.environ) | {"FLEETUNE_HOME": str(self.home)}
         process.spawn(self.supervisor_lock, command, environment, log)
 
     def stop(self) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from clusters import process
 from clusters.base import Unreachable
 from clusters.entry import QueueEntry, queued_run
-from clusters.environment import without_carried
+from clusters.environment import machine_variables
 from clusters.local import Local, capacity_needed
 from clusters.machine import total_capacity
 from clusters.ray_head import Backoff, Head
@@ -103,11 +103,14 @@ class Supervisor:
         backoff.began()
         carried = {"FLEETUNE_HOME": str(self._local.home)} | entry.environment
         ray = self._head.environment() | {"RAY_ADDRESS": address}
-        environment = without_carried(os.environ) | carried | ray
+        environment = machine_variables(os.environ) | carried | ray
+        had_its_turn = lock.exists()
         try:
             process.spawn(lock, entry.command, environment, self._local.log(entry.run_id))
         except (OSError, ValueError) as error:  # of an environment that no process can have, say
             print(f"{entry.run_id} cannot be started: {error}", flush=True)
+            if not had_its_turn:
+                lock.unlink(missing_ok=True)  # else it would hold its place
 
     def _forget(self, entry: QueueEntry) -> None:
         lock = self._local.controller_lock(entry.run_id)

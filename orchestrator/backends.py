@@ -17,6 +17,7 @@ from clusters.remote.link import Link, Ssh, ThisHost
 from orchestrator.clusters_file import clusters_path, read_clusters
 from orchestrator.errors import InputError
 from orchestrator.planning.spec_errors import did_you_mean
+from orchestrator.tracking.password import secrets_of, without_secrets
 from runfolder.job import Job
 
 # Clusters that need no file, by name; others are in the clusters file.
@@ -64,7 +65,8 @@ def _open(name: str, config: ClusterConfig) -> Cluster:
 def make_request(cluster: Cluster, job: Job, run_id: str, submission: int | None = 1) -> ClusterRequest:
     """What would be submitted, None: as the run's next; raises InputError for what the cluster can never serve."""
     with _refused():
-        return cluster.request(job, run_id, submission, secret_names(os.environ))
+        names = dict.fromkeys((*secret_names(os.environ), *secrets_of(job)))
+        return cluster.request(without_secrets(job), run_id, submission, tuple(names))
 
 
 def expected_start(cluster: Cluster, request: ClusterRequest) -> float | None:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clusters.controllers import REQUEUE, is_requeued
-from clusters.environment import SECRETS
 from orchestrator.verdict import Again, Final, Kind, Verdict, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
@@ -24,6 +23,7 @@ from runfolder.record import load_job
 from runfolder.requests import cancel_requested, last_reopened
 from runfolder.secrets import read_secrets
 from runfolder.snapshot import snapshot
+from runfolder.variables import flaw_of_variable
 from trainer.checkpoint.lineage import claim_from_newest, finished, step_of
 
 TRACKING_TIMEOUT_S = 600.0  # how long it stays to deliver what an outage of MLflow held up
@@ -49,11 +49,10 @@ def main(run_dir: Path) -> int:
 
 
 def take_secrets(run_dir: Path) -> None:
-    """Take the secrets of a run into the environment."""
-    secrets = read_secrets(run_dir)
-    for name in SECRETS:
-        if name in secrets:
-            os.environ[name] = secrets[name]
+    """Take those secrets of a run that are variables into the environment."""
+    for name, value in read_secrets(run_dir).items():
+        if flaw_of_variable(name, value) is None:
+            os.environ[name] = value
 
 
 def take_further(run_dir: Path) -> int:

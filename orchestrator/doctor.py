@@ -19,9 +19,9 @@ from clusters.base import Unreachable
 from clusters.local import Local
 from methods.options import UNUSABLE
 from orchestrator.tracking.delivery import troubles, undelivered
-from orchestrator.tracking.password import without_password
 from orchestrator.tracking.store import resolve, sqlite_file
 from runfolder.folders import cache_folder, home, library_folders, nearest_existing, writable
+from runfolder.variables import without_password
 from trainer.versions import unknown
 
 Level = Literal["ok", "warn", "fail"]

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from methods.options import KINDS, AnyOptions
 from methods.options.full import Full
 from runfolder import objectives
+from runfolder.variables import Variables
 
 JOB_NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -212,7 +213,10 @@ class Job(_Section):
     evaluation: Evaluation = Evaluation()
     output: Output = Output()
     tracking: Tracking = Tracking()
-    env: dict[str, str] = Field({}, description="variables for controller and workers, like NCCL_DEBUG: INFO")
+    env: Variables = Field(
+        {},
+        description="variables for controller and workers, like NCCL_DEBUG: INFO; secret ones are kept apart",
+    )
 
     @field_validator("name")
     @classmethod

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from orchestrator.errors import InputError
 from orchestrator.tracking.environment import environment
 from orchestrator.tracking.facts import datasets, job_params, job_tags
-from orchestrator.tracking.password import TRACKING_URI, public
+from orchestrator.tracking.password import TRACKING_URI
 from orchestrator.tracking.trouble import DeliveryRefused
 from runfolder.chain import Attempt, attempts
 from runfolder.files import Record, read_json, write_json
@@ -28,6 +28,7 @@ from runfolder.folders import home
 from runfolder.record import load_job, read_record
 from runfolder.secrets import read_secrets
 from runfolder.shapes import MLFLOW_RUN
+from runfolder.variables import public
 
 RUN_ID_TAG = "fleetune.run_id"
 SERVERS = ("http", "https", "databricks", "postgresql", "mysql", "mssql")

@@ -13,9 +13,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator.errors import InputError
-from orchestrator.tracking.password import without_password
 from runfolder.files import Damaged, Record, read_json, write_json
 from runfolder.shapes import UNDELIVERED
+from runfolder.variables import without_password
 
 _UNDELIVERED_FILE = "undelivered.json"
 _REASON_LENGTH = 300  # characters at most
