@@ -8,6 +8,7 @@ is there is told by listing its folder (`list_names`). Where even a listing from
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,26 @@ def checked_record(record: Any, path: Path, shape: Shape) -> Record:
 def write_json(path: Path, record: Record, mode: int = 0o666) -> None:
     """Write a JSON file whole or not at all; `mode` is what it has at most, as for any new file."""
     temporary = _write_beside(path, record, mode)
-    temporary.replace(path)
+    try:
+        temporary.replace(path)
+    except FileNotFoundError:
+        if not _was_renamed(temporary) or path.name not in list_names(path.parent):
+            raise
     sync_folder(path.parent)
+
+
+def take_name(prepared: Path, target: Path) -> bool:
+    """Rename a prepared folder onto a name; False where another one has it, and this one is removed."""
+    try:
+        prepared.rename(target)
+    except OSError:
+        if not _was_renamed(prepared):
+            shutil.rmtree(prepared, ignore_errors=True)
+            if target.name not in list_names(target.parent):
+                raise
+            return False
+    sync_folder(target.parent)
+    return True
 
 
 def sync_folder(folder: Path) -> None:
@@ -90,6 +109,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _was_renamed(path: Path) -> bool:
+    """Whether what only this process renames is gone: the answer to a rename can be lost, and repeating it fails."""
+    refresh(path.parent)
+    return path.name not in list_names(path.parent)
 
 
 def _write_beside(path: Path, record: Record, mode: int) -> Path:

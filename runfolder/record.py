@@ -4,7 +4,6 @@ The record is {format, run_id, cluster, submitted, versions, digests, git, job}.
 """
 
 import os
-import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from runfolder.files import FORMAT, Damaged, Record, checked_record, list_names, read_json, sync_folder, write_json
+from runfolder.files import FORMAT, Damaged, Record, checked_record, list_names, read_json, take_name, write_json
 from runfolder.job import Job
 from runfolder.shapes import BRIEF, SUBMITTED
 
@@ -34,15 +33,9 @@ def create_run_folder(run_dir: Path, record: Mapping[str, Any]) -> Record | None
         os.fsync(stream.fileno())
     brief = _brief(record)
     write_json(prepared / _BRIEF, brief)
-    try:
-        prepared.rename(run_dir)
-    except OSError:
-        shutil.rmtree(prepared)
-        if run_dir.name not in list_names(run_dir.parent):
-            raise
-        return read_record(run_dir)
-    sync_folder(run_dir.parent)
-    return None
+    if take_name(prepared, run_dir):
+        return None
+    return read_record(run_dir)
 
 
 def read_record(run_dir: Path) -> Record:

@@ -8,7 +8,6 @@ everybody removes runs of that run id that do not count. Nothing is ever deliver
 import getpass
 import logging
 import os
-import shutil
 import socket
 import sys
 import uuid
@@ -23,7 +22,7 @@ from orchestrator.tracking.facts import datasets, job_params, job_tags
 from orchestrator.tracking.password import TRACKING_URI
 from orchestrator.tracking.trouble import DeliveryRefused
 from runfolder.chain import Attempt, attempts
-from runfolder.files import Record, read_json, write_json
+from runfolder.files import Record, read_json, take_name, write_json
 from runfolder.folders import home
 from runfolder.record import load_job, read_record
 from runfolder.secrets import read_secrets
@@ -242,12 +241,7 @@ def _claim_mlflow_run(run_dir: Path, record: Record) -> None:
     prepared = run_dir / f".mlflow-{uuid.uuid4().hex}"
     prepared.mkdir()
     write_json(prepared / "run.json", record)
-    try:
-        prepared.rename(run_dir / "mlflow")
-    except OSError:
-        shutil.rmtree(prepared)
-        if not (run_dir / "mlflow").exists():
-            raise
+    take_name(prepared, run_dir / "mlflow")
 
 
 def _machine_tags() -> dict[str, str]:
