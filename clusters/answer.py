@@ -13,7 +13,7 @@ from typing import Any
 
 import fleetune_start
 from clusters.backends import open_backend
-from clusters.base import Cluster, ClusterRequest
+from clusters.base import Cluster, ClusterRequest, Standing
 from clusters.config import CLUSTER_KINDS
 from clusters.remote.far_side import READY, kind_of
 from clusters.remote.shelf import Shelf
@@ -64,6 +64,9 @@ def answer(cluster: Cluster, shelf: Shelf, request: PlainData) -> Any:
         case "status":
             statuses = cluster.status(request["run_ids"])
             return {run_id: asdict(status) for run_id, status in statuses.items()}
+        case "look":
+            standings = cluster.look(request["run_ids"])
+            return {run_id: _plain_standing(standing) for run_id, standing in standings.items()}
         case "logs":
             return asdict(cluster.logs(request["run_id"], request["offset"]))
         case "cancel":
@@ -80,6 +83,10 @@ def answer(cluster: Cluster, shelf: Shelf, request: PlainData) -> Any:
             return shelf.folder(request["files"])
     root = home() / "runs"
     return answer_request(root, request)
+
+
+def _plain_standing(standing: Standing) -> dict[str, Any]:
+    return {"folder": standing.folder.dump(), "on_cluster": asdict(standing.on_cluster)}
 
 
 if __name__ == "__main__":

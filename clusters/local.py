@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from clusters import process
-from clusters.base import Capacity, ClusterRequest, ClusterStatus, Logs, SubmissionRefused, Unreachable
+from clusters.base import (
+    Capacity,
+    ClusterRequest,
+    ClusterStatus,
+    Logs,
+    Standing,
+    SubmissionRefused,
+    Unreachable,
+    look_at,
+)
 from clusters.controllers import controller_command
 from clusters.entry import Queue, QueueEntry, queued_run
 from clusters.environment import machine_variables, settings
@@ -125,6 +134,10 @@ class Local:
         for run_id in run_ids:
             statuses[run_id] = self._status(run_id, entries.get(run_id), trouble, wait)
         return statuses
+
+    def look(self, run_ids: Iterable[str] | None = None) -> dict[str, Standing]:
+        """How runs stand, None: all of this home."""
+        return look_at(self, run_ids)
 
     def logs(self, run_id: str, offset: int = 0) -> Logs:
         """What the run's controllers printed before they had an attempt to write to."""

@@ -15,7 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from clusters.base import Capacity, ClusterRequest, ClusterStatus, Logs, SubmissionRefused, Unreachable
+from clusters.base import (
+    Capacity,
+    ClusterRequest,
+    ClusterStatus,
+    Logs,
+    Standing,
+    SubmissionRefused,
+    Unreachable,
+    look_at,
+)
 from clusters.config import SlurmConfig
 from clusters.controllers import controller_command
 from clusters.environment import settings
@@ -90,6 +99,10 @@ class Slurm:
         """The state of each run: its newest submission's, as squeue tells it for all of them at once."""
         jobs = self._jobs()
         return {run_id: self._status(run_id, jobs) for run_id in run_ids}
+
+    def look(self, run_ids: Iterable[str] | None = None) -> dict[str, Standing]:
+        """How runs stand, None: all of this site."""
+        return look_at(self, run_ids)
 
     def logs(self, run_id: str, offset: int = 0) -> Logs:
         """What the run's batch jobs printed, the newest submission's after the others'."""

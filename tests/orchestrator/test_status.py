@@ -13,6 +13,7 @@ from run_folders import claim, make_run, plan, step_row, steps
 
 import fleetune
 from clusters.base import ClusterStatus as View
+from clusters.base import Standing
 from clusters.local import Local
 from fleetune import InputError
 from orchestrator import progress, runs, status
@@ -85,7 +86,7 @@ def test_a_run_that_is_about_to_succeed_is_not_preempted(run: Path) -> None:
     steps(attempt, 1, 9)
     for verdict, state in (("success", "running"), ("node_lost", "preempted")):
         attempt.write_verdict({"kind": verdict, "reason": "gone"})
-        assert status.join_status(snapshot(run), View("running")).state == state
+        assert status.join_status(Standing(snapshot(run), View("running"))).state == state
 
 
 CLOSER = """
