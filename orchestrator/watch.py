@@ -127,9 +127,14 @@ class Watch:
         walltime = self._resources.walltime
         if is_requeued():
             walltime = None  # that of each allocation, of which its scheduler warns
-        if walltime and time.time() > self._opened_at + walltime - grace:
-            reason = f"resources.walltime of {walltime} s is over"
-            return Stop("walltime", reason, max(deadline - grace, self._opened_at + walltime))
+        if walltime is None:
+            return None
+        end = self._opened_at + walltime
+        reason = f"resources.walltime of {walltime} s is over"
+        if time.time() > end:  # it was over when the attempt began: that has its grace all the same
+            return Stop("walltime", reason, deadline)
+        if time.time() > end - min(grace, walltime / 2):
+            return Stop("walltime", reason, end)
         return None
 
     def _verdict_after_driver(self) -> Verdict:

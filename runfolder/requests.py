@@ -27,6 +27,8 @@ class Stop:
 
 def request_cancel(run_dir: Path, save: bool = False) -> None:
     """Ask for the end of a run, with `save` after a checkpoint; its controller closes it as cancelled."""
+    if save and cancel_requested(run_dir) and not cancel_saves(run_dir):
+        return  # it is to end at once already
     _request(run_dir, "cancel", {"save": save})
 
 

@@ -149,7 +149,7 @@ def test_what_cannot_be_reached_is_unknown_and_nothing_else(far_home: Path, monk
 
 
 def test_five_hundred_runs_are_looked_at_in_one_trip(
-    far_home: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    far_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = make_run(far_home / "runs", runs.new_id("fake"), None)
     for number in range(5):
