@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import fleetune_start
-from clusters.backends import open_backend
+from clusters.backends import backend_of, open_backend
 from clusters.base import Cluster, ClusterRequest, Standing
-from clusters.config import CLUSTER_KINDS
 from clusters.remote.far_side import READY, kind_of
 from clusters.remote.shelf import Shelf
 from runfolder.folders import home
@@ -27,7 +26,7 @@ def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
     first = json.loads(sys.stdin.readline())
     plain = first["cluster"]
-    config = CLUSTER_KINDS[plain["kind"]].model_validate(plain)
+    config = backend_of(plain["kind"]).Config.model_validate(plain)
     code = Path(fleetune_start.__file__).parent  # runs go on with the code that submitted them
     env = {**config.env, "PYTHONPATH": str(code)}
     cluster = open_backend(config.model_copy(update={"env": env}), home())

@@ -1,15 +1,13 @@
-"""What the clusters file says of a cluster. Unknown keys are errors, as in a job."""
+"""What the clusters file says of a cluster of any kind. Unknown keys are errors, as in a job."""
 
 import re
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from runfolder.variables import Variables, is_secret
 
 _DESTINATION = re.compile(r"[A-Za-z0-9_][\w.@:%+\[\]-]*")
-_OPTION = r"[A-Za-z0-9_][\w.,:@%+&|*()\[\]-]*"
-Option = Annotated[str | None, Field(max_length=256, pattern=f"^{_OPTION}$")]
 
 
 class _ConfigSection(BaseModel):
@@ -29,9 +27,10 @@ class SshLink(_ConfigSection):
         return destination
 
 
-class _ClusterConfig(_ConfigSection):
-    """What clusters of all kinds have."""
+class ClusterConfig(_ConfigSection):
+    """What clusters of all kinds have; a backend adds its own fields, and its `kind`."""
 
+    kind: str
     link: Literal["local"] | SshLink = Field("local", description="local, or {ssh: user@host} for another machine")
     root: str | None = Field(
         None, min_length=1, description="the FLEETUNE_HOME there, for runs and code; null: ~/.fleetune of that user"
@@ -49,28 +48,3 @@ class _ClusterConfig(_ConfigSection):
             if is_secret(name, value):
                 raise ValueError(f"{name} is a secret, and would stand in every script; export it where you submit")
         return env
-
-
-class LocalConfig(_ClusterConfig):
-    """A machine with a queue of its own, which Fleetune keeps: this one, or another one over a link."""
-
-    kind: Literal["local"]
-
-
-class SlurmConfig(_ClusterConfig):
-    """A SLURM site. Each field is the option of sbatch that has its name."""
-
-    kind: Literal["slurm"]
-    partition: Option = None
-    account: Option = None
-    qos: Option = None
-    constraint: Option = None
-    reservation: Option = None
-    gpu_type: Option = Field(None, description="the type in --gres=gpu:TYPE:COUNT; null: any GPU")
-    cpus_per_worker: int = Field(4, ge=1, description="cores for each worker")
-    memory_per_worker: int | None = Field(None, ge=1, description="GiB for each worker; null: the site's default")
-    walltime: Option = Field(None, description="--time of jobs that say none; null: the site's default")
-
-
-ClusterConfig = LocalConfig | SlurmConfig
-CLUSTER_KINDS: dict[str, type[LocalConfig] | type[SlurmConfig]] = {"local": LocalConfig, "slurm": SlurmConfig}

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from clusters import process
 from clusters.base import (
@@ -25,18 +25,24 @@ from clusters.base import (
     Unreachable,
     look_at,
 )
+from clusters.config import ClusterConfig
 from clusters.controllers import controller_command
 from clusters.entry import Queue, QueueEntry, queued_run
 from clusters.environment import machine_variables, settings
-from clusters.machine import total_capacity
+from clusters.machine import misfit_of, total_capacity
 from clusters.ray_head import Head
 from runfolder.files import FORMAT
 from runfolder.job import Job
 from runfolder.site import LocalSite
 from runfolder.snapshot import has_ended
 
-_WORKERS_PER_CORE = 4  # each takes a gigabyte of memory, and starts for seconds
 _HOPELESS = 3  # starts of Ray that failed in a row: more are tried, but somebody should look
+
+
+class LocalConfig(ClusterConfig):
+    """A machine with a queue of its own, which Fleetune keeps: this one, or another one over a link."""
+
+    kind: Literal["local"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,12 @@ class Local:
 
     home: Path
     env: Mapping[str, str] = field(default_factory=dict)
+    Config: ClassVar[type[LocalConfig]] = LocalConfig
+
+    @staticmethod
+    def open(config: LocalConfig, home: Path) -> "Local":
+        """The one of a machine that the clusters file describes."""
+        return Local(home, config.env)
 
     @staticmethod
     def here() -> "Local":
@@ -92,22 +104,11 @@ class Local:
 
         The queue has a run once, whatever the number of its submission.
         """
-        kind, total = total_capacity()
-        wanted = job.resources.world_size
-        if kind == "cpu" and job.resources.gpus_per_node:
-            raise SubmissionRefused(
-                f"resources.gpus_per_node: found {job.resources.gpus_per_node}; "
-                "this machine has no GPU: allowed is workers_per_node"
-            )
-        if kind == "gpu" and wanted > total:
-            raise SubmissionRefused(f"resources: found {wanted} workers of one GPU each; this machine has {total}")
-        if kind == "cpu" and wanted > _WORKERS_PER_CORE * total:
-            raise SubmissionRefused(
-                f"resources: found {wanted} workers; this machine has {total} cores: "
-                f"allowed are at most {_WORKERS_PER_CORE * total}, which share them"
-            )
+        misfit = misfit_of(job.resources, *total_capacity())
+        if misfit:
+            raise SubmissionRefused(misfit)
         environment = {**self.env, **settings(job, os.environ), "FLEETUNE_HOME": str(self.home)}
-        text = self._entry(run_id, wanted, environment, secrets)
+        text = self._entry(run_id, job.resources.world_size, environment, secrets)
         run_dir = self.site.root / run_id
         return ClusterRequest(run_id, submission or 1, str(run_dir), text, secrets)
 
@@ -296,5 +297,4 @@ class Local:
 
 def capacity_needed(workers: int) -> int:
     """The capacity that a run takes: on cores more workers than there are take them all, and share."""
-    _, total = total_capacity()
-    return min(workers, total)
+    return min(workers, total_capacity()[1])

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from clusters.base import (
     Capacity,
@@ -25,7 +26,6 @@ from clusters.base import (
     Unreachable,
     look_at,
 )
-from clusters.config import SlurmConfig
 from clusters.controllers import controller_command
 from clusters.environment import settings
 from clusters.slurm_answers import (
@@ -39,7 +39,7 @@ from clusters.slurm_answers import (
     queued_jobs,
     start_in,
 )
-from clusters.slurm_script import BatchJob, batch_script
+from clusters.slurm_script import BatchJob, SlurmConfig, batch_script
 from runfolder.chain import last_slot
 from runfolder.job import Job
 from runfolder.requests import last_reopened
@@ -56,6 +56,12 @@ class Slurm:
 
     config: SlurmConfig
     home: Path
+    Config: ClassVar[type[SlurmConfig]] = SlurmConfig
+
+    @staticmethod
+    def open(config: SlurmConfig, home: Path) -> "Slurm":
+        """The site that the clusters file describes."""
+        return Slurm(config, home)
 
     @property
     def site(self) -> LocalSite:

@@ -61,11 +61,9 @@ def without_password(text: str, uri: str) -> str:
         quoted = authority["password"]
         for password in {quoted, unquote(quoted)} - {""}:
             text = text.replace(f":{password}@", f":{_HIDDEN}@")
-    user = _WEB_USER.match(_IN_AUTHORITY.sub(r"\g<before>@", uri))
-    if user and user["password"]:
-        text = text.replace(f"//{user['password']}@", f"//{_HIDDEN}@").replace(
-            f"//{user['password']}:", f"//{_HIDDEN}:"
-        )
+    token = None if authority else _WEB_USER.match(uri)
+    if token and token["password"]:
+        text = text.replace(f"//{token['password']}@", f"//{_HIDDEN}@")
     for option in _IN_OPTIONS.finditer(uri):
         name = option["name"]
         password = option["password"]

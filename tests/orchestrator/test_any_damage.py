@@ -14,10 +14,10 @@ from run_folders import claim, make_run, plan, steps
 
 import fleetune
 from clusters import answer
-from clusters.config import SlurmConfig
 from clusters.local import Local
 from clusters.remote.shelf import Shelf
 from clusters.slurm import Slurm
+from clusters.slurm_script import SlurmConfig
 from clusters.supervisor import Supervisor
 from fleetune import InputError
 from orchestrator import controller, render, runs

@@ -19,8 +19,8 @@ from run_folders import claim, make_run, plan, step_row, steps
 
 import fleetune
 from clusters.base import Unreachable
-from clusters.config import LocalConfig, SshLink
-from clusters.local import Local
+from clusters.config import SshLink
+from clusters.local import Local, LocalConfig
 from clusters.remote.cluster import RemoteCluster
 from clusters.remote.code import installed_code
 from clusters.remote.far_side import FarSide

@@ -13,8 +13,8 @@ import yaml
 from slurm_site import WHY_NOT, SlurmSite, can_serve
 
 import fleetune
-from clusters.config import SlurmConfig
 from clusters.slurm import Slurm
+from clusters.slurm_script import SlurmConfig
 from orchestrator import backends
 from orchestrator.errors import InputError
 from orchestrator.tracking.history import history
