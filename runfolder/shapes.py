@@ -110,12 +110,12 @@ class _Outcome(_Fields):
 
 
 class _Row(_Fields):
-    step: WholeNumber
+    step: Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]  # of system.jsonl seconds, which a clock may turn back
     time: UnixTime
 
 
 class _DataSummary(_Fields):
-    unused: list[str] = []
+    unused: dict[str, WholeNumber] = {}
 
 
 class _Plan(_Fields):
