@@ -73,7 +73,8 @@ def without_password(text: str, uri: str) -> str:
 
 def split_secrets(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """Variables as two parts: those that others may read, and those that are secret."""
-    shown, secret = {}, {}
+    shown: dict[str, str] = {}
+    secret: dict[str, str] = {}
     for name, value in variables.items():
         part = secret if is_secret(name, value) else shown
         part[name] = value
