@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import fleetune_start
-from clusters.backends import open_backend
-from clusters.base import Cluster, ClusterRequest
-from clusters.config import CLUSTER_KINDS
+from clusters.backends import backend_of, open_backend
+from clusters.base import Cluster, ClusterRequest, Standing
 from clusters.remote.far_side import READY, kind_of
 from clusters.remote.shelf import Shelf
 from runfolder.folders import home
@@ -30,7 +29,7 @@ def main() -> None:
     if not first.endswith("\n"):
         return  # the link was cut, as below
     plain = json.loads(first)["cluster"]
-    config = CLUSTER_KINDS[plain["kind"]].model_validate(plain)
+    config = backend_of(plain["kind"]).Config.model_validate(plain)
     code = Path(fleetune_start.__file__).parent  # runs go on with the code that submitted them
     env = {**config.env, "PYTHONPATH": str(code)}
     cluster = open_backend(config.model_copy(update={"env": env}), home())
@@ -72,6 +71,9 @@ def answer(cluster: Cluster, shelf: Shelf, request: PlainData) -> Any:
         case "status":
             statuses = cluster.status(request["run_ids"])
             return {run_id: asdict(status) for run_id, status in statuses.items()}
+        case "look":
+            standings = cluster.look(request["run_ids"], request["in_full"])
+            return {run_id: _plain_standing(standing) for run_id, standing in standings.items()}
         case "logs":
             return asdict(cluster.logs(request["run_id"], request["offset"]))
         case "cancel":
@@ -88,6 +90,10 @@ def answer(cluster: Cluster, shelf: Shelf, request: PlainData) -> Any:
             return shelf.folder(request["files"])
     root = home() / "runs"
     return answer_request(root, request)
+
+
+def _plain_standing(standing: Standing) -> dict[str, Any]:
+    return {"folder": standing.folder.dump(), "on_cluster": asdict(standing.on_cluster)}
 
 
 if __name__ == "__main__":

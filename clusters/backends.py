@@ -1,17 +1,31 @@
-"""The kinds of clusters: how each is opened on the machine where its run folders are."""
+"""The kinds of clusters: a backend is one file, and one line here."""
 
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, Protocol
 
 from clusters.base import Cluster
 from clusters.config import ClusterConfig
-from clusters.local import Local
-from clusters.slurm import Slurm
+
+BACKENDS = {"local": "clusters.local:Local", "slurm": "clusters.slurm:Slurm"}  # by `kind` in the clusters file
+
+
+class Backend(Protocol):
+    """The class of a backend: what the clusters file says of such a cluster, and how one is opened."""
+
+    Config: type[ClusterConfig]
+
+    def open(self, config: Any, home: Path) -> Cluster:
+        """The cluster whose machine this is, with its run folders in `home`/runs."""
+        ...
+
+
+def backend_of(kind: str) -> Backend:
+    """The backend of a kind of clusters."""
+    backend: Backend = resolve_name(BACKENDS[kind])
+    return backend
 
 
 def open_backend(config: ClusterConfig, home: Path) -> Cluster:
-    """The backend of a cluster whose machine this is, with its run folders in `home`/runs."""
-    match config.kind:
-        case "local":
-            return Local(home, config.env)
-        case "slurm":
-            return Slurm(config, home)
+    """The cluster that a configuration describes, whose machine this is, with its run folders in `home`/runs."""
+    return backend_of(config.kind).open(config, home)

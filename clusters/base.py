@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 from runfolder.job import Job
 from runfolder.site import Site
+from runfolder.snapshot import Snapshot
 
 ClusterState = Literal["queued", "starting", "running", "ended", "unknown"]
 
@@ -47,6 +48,14 @@ class ClusterStatus:
     state: ClusterState
     reason: str = ""
     stuck: bool = False
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run stands: what its folder says, and what its cluster says."""
+
+    folder: Snapshot
+    on_cluster: ClusterStatus
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,13 @@ class Cluster(Protocol):
         """The state of each run, by one look for all of them."""
         ...
 
+    def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
+        """How runs stand, None: all of its site, in one trip; one whose folder is not there is left out.
+
+        What runs have measured is in full views alone.
+        """
+        ...
+
     def logs(self, run_id: str, offset: int = 0) -> Logs:
         """What the run's controller printed before it had an attempt to write to."""
         ...
@@ -113,3 +129,17 @@ class Cluster(Protocol):
     def capacity(self) -> Capacity:
         """What the cluster has for workers; raises Unreachable where it could start none."""
         ...
+
+
+def look_at(cluster: Cluster, run_ids: Iterable[str] | None, in_full: bool) -> dict[str, Standing]:
+    """How runs of a cluster stand whose folders are on this machine; None: all of them.
+
+    The cluster is asked about those alone that have no result.
+    """
+    if run_ids is None:
+        run_ids = cluster.site.ids()
+    snapshots = cluster.site.snapshots(run_ids, in_full)
+    open_runs = [run_id for run_id, run in snapshots.items() if run.result is None]
+    statuses = cluster.status(open_runs)
+    ended = ClusterStatus("ended")
+    return {run_id: Standing(run, statuses.get(run_id, ended)) for run_id, run in snapshots.items()}

@@ -1,27 +1,14 @@
-"""What the clusters file says of a cluster. Unknown keys are errors, as in a job."""
+"""What the clusters file says of a cluster of any kind. Unknown keys are errors, as in a job."""
 
 import re
-import reprlib
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from clusters.environment import can_be_variable
+from runfolder.variables import Variables, is_secret
 
 _DESTINATION = re.compile(r"[A-Za-z0-9_][\w.@:%+\[\]-]*")
-_OPTION = re.compile(r"[A-Za-z0-9_][\w.,:@%+&|*()\[\]-]{0,255}")
 _PLACE = re.compile(r"[^-\x00-\x1f\x7f][^\x00-\x1f\x7f]{0,4095}")
-
-
-def _sbatch_value(value: str | None) -> str | None:
-    if value is not None and not _OPTION.fullmatch(value):
-        raise ValueError(
-            "allowed: at most 256 letters, digits and _ . , : @ % + & | * ( ) [ ] -, not beginning with -"
-        )
-    return value
-
-
-Option = Annotated[str | None, AfterValidator(_sbatch_value)]
 
 
 class _ConfigSection(BaseModel):
@@ -41,9 +28,10 @@ class SshLink(_ConfigSection):
         return destination
 
 
-class _ClusterConfig(_ConfigSection):
-    """What clusters of all kinds have."""
+class ClusterConfig(_ConfigSection):
+    """What clusters of all kinds have; a backend adds its own fields, and its `kind`."""
 
+    kind: str
     link: Literal["local"] | SshLink = Field("local", description="local, or {ssh: user@host} for another machine")
     root: str | None = Field(
         None, description="the FLEETUNE_HOME there, for runs and code; null: ~/.fleetune of that user"
@@ -52,7 +40,7 @@ class _ClusterConfig(_ConfigSection):
         None, description="a Python there that has Fleetune's packages; null: Fleetune makes an environment for them"
     )
     setup: tuple[str, ...] = Field((), description="shell lines before Python starts, like `module load python/3.12`")
-    env: dict[str, str] = Field({}, description="variables for every run there; those of the job come before them")
+    env: Variables = Field({}, description="variables for every run there; those of the job come before them")
 
     @field_validator("root", "python")
     @classmethod
@@ -70,33 +58,8 @@ class _ClusterConfig(_ConfigSection):
 
     @field_validator("env")
     @classmethod
-    def _are_variables(cls, env: dict[str, str]) -> dict[str, str]:
+    def _are_public(cls, env: dict[str, str]) -> dict[str, str]:
         for name, value in env.items():
-            if not can_be_variable(name, value):
-                raise ValueError(f"{reprlib.repr(name)} is no variable that a process can have, or too long")
+            if is_secret(name, value):
+                raise ValueError(f"{name} is a secret, and would stand in every script; export it where you submit")
         return env
-
-
-class LocalConfig(_ClusterConfig):
-    """A machine with a queue of its own, which Fleetune keeps: this one, or another one over a link."""
-
-    kind: Literal["local"]
-
-
-class SlurmConfig(_ClusterConfig):
-    """A SLURM site. Each field is the option of sbatch that has its name."""
-
-    kind: Literal["slurm"]
-    partition: Option = None
-    account: Option = None
-    qos: Option = None
-    constraint: Option = None
-    reservation: Option = None
-    gpu_type: Option = Field(None, description="the type in --gres=gpu:TYPE:COUNT; null: any GPU")
-    cpus_per_worker: int = Field(4, ge=1, description="cores for each worker")
-    memory_per_worker: int | None = Field(None, ge=1, description="GiB for each worker; null: the site's default")
-    walltime: Option = Field(None, description="--time of jobs that say none; null: the site's default")
-
-
-ClusterConfig = LocalConfig | SlurmConfig
-CLUSTER_KINDS: dict[str, type[LocalConfig] | type[SlurmConfig]] = {"local": LocalConfig, "slurm": SlurmConfig}

@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runfolder.chain import Attempt, last_slot, result
-from runfolder.delivered import is_delivered
-from runfolder.files import Damaged, Record
-from runfolder.requests import cancel_requested
+from runfolder.files import FORMAT
+from runfolder.snapshot import Snapshot, snapshot
+from runfolder.variables import flaw_of_variable
 
-ENTRY_FORMAT = 1
 _DELIVERY_S = 600.0  # for so long after its end a run gets a controller again, to deliver the rest
 _FIELD_TYPES: dict[str, Any] = {"run_id": str, "run_dir": str, "command": list, "workers": int, "environment": dict}
-_LONGEST_VARIABLE = 1 << 17  # characters of one value of an environment, on Linux
 
 
 class DamagedEntry(ValueError):
@@ -36,39 +33,44 @@ class QueueEntry:
     text: str
     time: int  # when it came, in ns
 
+
+@dataclass(frozen=True)
+class QueuedRun:
+    """An entry, and how its run stands; None: its folder was removed."""
+
+    entry: QueueEntry
+    run: Snapshot | None
+
     @property
     def finished(self) -> bool:
         """Whether the run has its final word, or its folder was removed."""
-        if not self.run_dir.exists():
-            return True
-        return self._result is not None
+        return self.run is None or self.run.result is not None
 
     @property
     def settled(self) -> bool:
         """Whether nothing is left to do: MLflow has all of the finished run, or had its time to take it."""
-        if not self.run_dir.exists():
+        if self.run is None:
             return True
-        if self._result is None:
+        if self.run.closed is None:
             return False
-        closing = Attempt(self.run_dir, last_slot(self.run_dir))
-        closed: float = closing.claim["time"]
-        return is_delivered(self.run_dir) or time.time() - closed > _DELIVERY_S
+        return self.run.delivered or time.time() - self.run.closed > _DELIVERY_S
 
     @property
     def cancelled(self) -> bool:
         """Whether the end of the run was requested since it was last opened."""
-        try:
-            return cancel_requested(self.run_dir)
-        except (Damaged, LookupError):
-            return False
+        return self.run is not None and self.run.cancelled
 
     @property
-    def _result(self) -> Record | None:
-        """The final word; a run that is damaged has none."""
-        try:
-            return result(self.run_dir)
-        except (Damaged, LookupError):
-            return None
+    def damaged(self) -> str | None:
+        """Why its folder cannot be read, in one line: then nothing is done with the run until somebody mends that."""
+        return self.run.damaged if self.run else None
+
+
+def queued_run(entry: QueueEntry) -> QueuedRun:
+    """How the run of an entry stands now."""
+    if not entry.run_dir.exists():
+        return QueuedRun(entry, None)
+    return QueuedRun(entry, snapshot(entry.run_dir))
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Queue:
     def remove(self, entry: QueueEntry) -> None:
         """Take out the entry of a finished run; it stays when the run was reopened meanwhile."""
         self._path(entry.run_id).unlink(missing_ok=True)
-        if not entry.finished:
+        if not queued_run(entry).finished:
             self.add(entry.run_id, entry.text)
 
     def get(self, run_id: str) -> QueueEntry | None:
@@ -157,10 +159,13 @@ def _parse_entry(text: str, run_id: str, timestamp_ns: int) -> QueueEntry:
         fields[name] = value
     if plain["run_id"] != run_id:
         raise ValueError(f"run_id: found {plain['run_id']!r}; allowed: the name of the file")
-    variables = plain["environment"]
-    for argument in [*variables.values(), *plain["command"]]:
-        if not isinstance(argument, str) or "\0" in argument or len(argument) >= _LONGEST_VARIABLE:
+    for argument in [*plain["environment"].values(), *plain["command"]]:
+        if not isinstance(argument, str) or "\0" in argument:
             raise ValueError("environment or command: found a value that no process can have")
+    for name, value in plain["environment"].items():
+        flaw = flaw_of_variable(name, value)
+        if flaw:
+            raise ValueError(f"environment: {flaw}")
     fields["run_dir"] = Path(plain["run_dir"])
     return QueueEntry(**fields, text=text, time=timestamp_ns)
 
@@ -169,8 +174,8 @@ def _require_format(plain: object) -> None:
     """Raise ValueError where what a file holds is of another format."""
     if not isinstance(plain, dict):
         kind = type(plain).__name__
-    elif plain.get("format") != ENTRY_FORMAT:
-        kind = f"format {plain.get('format')}"
+    elif plain.get("format", FORMAT) != FORMAT:
+        kind = f"format {plain['format']}"
     else:
         return
-    raise ValueError(f"found {kind}; allowed: format {ENTRY_FORMAT} (is it of another version?)")
+    raise ValueError(f"found {kind}; allowed: format {FORMAT} (is it of another version?)")

@@ -1,40 +1,44 @@
 """What a run takes along from the environment that it is submitted in: these names, and nothing else of it.
 
 Other variables are for the job to say (`env:`). Secrets travel by name: their values go by a file that its owner
-alone can read (runfolder/secrets.py), never in the text of a request.
+alone can read (runfolder/secrets.py), never in the text of a request. A setting with a password in it is one, too.
 """
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from runfolder.job import Job
+from runfolder.variables import split_secrets
 
 SETTINGS = (
-    *("FLEETUNE_CACHE", "FLEETUNE_HANG_AFTER"),
+    *("FLEETUNE_CACHE", "FLEETUNE_HANG_AFTER", "OMP_NUM_THREADS"),
     *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE"),
-    *("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "MLFLOW_HTTP_REQUEST_TIMEOUT"),
+    *("TRANSFORMERS_OFFLINE", "MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "MLFLOW_HTTP_REQUEST_TIMEOUT"),
+    *("DATABRICKS_HOST", "DATABRICKS_CONFIG_FILE", "DATABRICKS_CONFIG_PROFILE"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
 )
 SECRETS = (
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
     *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    *("DATABRICKS_TOKEN", "DATABRICKS_USERNAME", "DATABRICKS_PASSWORD"),
+    *("DATABRICKS_CLIENT_ID", "DATABRICKS_CLIENT_SECRET"),
 )
-# Of variables that a run may bring along, in `env:` too. The supervisor serves runs of many shells: it gives none of
-# them what the shell had that happened to start it.
-_PREFIXES = ("FLEETUNE_", "HF_", "HUGGING_FACE_", "MLFLOW_", "NCCL_", "AWS_")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_MOST_BYTES = 128 << 10  # bytes of name=value with its NUL: Linux's MAX_ARG_STRLEN
+# What the supervisor, Ray and all controllers have of the shell that happened to start them: facts of the machine,
+# the same for every run. CUDA_VISIBLE_DEVICES says which devices the cluster has.
+_MACHINE = (
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ", "TMPDIR", "XDG_CACHE_HOME"),
+    *("PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "CC", "CXX"),
+    *("CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+)
 _FOLDERS = ("FLEETUNE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 
 
 def settings(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
     """What a run of this job gets of an environment, beside its secrets; folders as absolute paths."""
-    carried = {}
-    for name in SETTINGS:
-        if name in environment:
-            carried[name] = environment[name]
+    carried, _ = split_secrets(_set_in(environment, SETTINGS))
     for name in _FOLDERS:
         if carried.get(name):
             folder = Path(carried[name]).expanduser()
@@ -44,41 +48,22 @@ def settings(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
 
 def secret_names(environment: Mapping[str, str]) -> tuple[str, ...]:
     """The secrets that an environment has."""
-    secrets = []
-    for name in SECRETS:
-        if environment.get(name):
-            secrets.append(name)
-    return tuple(secrets)
+    _, secret_settings = split_secrets(_set_in(environment, SETTINGS))
+    secrets = [name for name in SECRETS if environment.get(name)]
+    return (*secrets, *secret_settings)
 
 
 def secret_values(names: Iterable[str]) -> dict[str, str]:
     """The secrets of these names that this process's environment has."""
-    secrets = {}
-    for name in names:
-        if name in os.environ:
-            secrets[name] = os.environ[name]
-    return secrets
+    return _set_in(os.environ, names)
 
 
-def can_be_variable(name: str, value: str) -> bool:
-    """Whether every process and every shell can have a variable of this name with this value."""
-    try:
-        size = len(f"{name}={value}".encode()) + 1
-    except UnicodeEncodeError:
-        return False
-    return bool(_VARIABLE.fullmatch(name)) and "\0" not in value and size <= _MOST_BYTES
+def machine_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of an environment is true of the machine, whoever's it is."""
+    of_language = [name for name in environment if name.startswith("LC_")]
+    return _set_in(environment, (*_MACHINE, *of_language))
 
 
-def without_carried(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment for runs of anybody: without what each run brings along."""
-    shared = {}
-    for name, value in environment.items():
-        if not _is_carried(name):
-            shared[name] = value
-    return shared
-
-
-def _is_carried(name: str) -> bool:
-    if name in SETTINGS or name in SECRETS:
-        return True
-    return name.startswith(_PREFIXES)
+def _set_in(environment: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """The variables of these names that an environment has."""
+    return {name: environment[name] for name in names if name in environment}

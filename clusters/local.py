@@ -12,22 +12,37 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from clusters import process
-from clusters.base import Capacity, ClusterRequest, ClusterStatus, Logs, SubmissionRefused, Unreachable
+from clusters.base import (
+    Capacity,
+    ClusterRequest,
+    ClusterStatus,
+    Logs,
+    Standing,
+    SubmissionRefused,
+    Unreachable,
+    look_at,
+)
+from clusters.config import ClusterConfig
 from clusters.controllers import controller_command
-from clusters.entry import ENTRY_FORMAT, Queue, QueueEntry
-from clusters.environment import settings, without_carried
-from clusters.machine import total_capacity
+from clusters.entry import Queue, QueueEntry, queued_run
+from clusters.environment import machine_variables, settings
+from clusters.machine import misfit_of, total_capacity
 from clusters.ray_head import Head
-from runfolder.chain import result
-from runfolder.files import Damaged
+from runfolder.files import FORMAT
 from runfolder.job import Job
 from runfolder.site import LocalSite
+from runfolder.snapshot import has_ended
 
-_WORKERS_PER_CORE = 4  # each takes a gigabyte of memory, and starts for seconds
 _HOPELESS = 3  # starts of Ray that failed in a row: more are tried, but somebody should look
+
+
+class LocalConfig(ClusterConfig):
+    """A machine with a queue of its own, which Fleetune keeps: this one, or another one over a link."""
+
+    kind: Literal["local"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,12 @@ class Local:
 
     home: Path
     env: Mapping[str, str] = field(default_factory=dict)
+    Config: ClassVar[type[LocalConfig]] = LocalConfig
+
+    @staticmethod
+    def open(config: LocalConfig, home: Path) -> "Local":
+        """The one of a machine that the clusters file describes."""
+        return Local(home, config.env)
 
     @staticmethod
     def here() -> "Local":
@@ -83,22 +104,11 @@ class Local:
 
         The queue has a run once, whatever the number of its submission.
         """
-        kind, total = total_capacity()
-        wanted = job.resources.world_size
-        if kind == "cpu" and job.resources.gpus_per_node:
-            raise SubmissionRefused(
-                f"resources.gpus_per_node: found {job.resources.gpus_per_node}; "
-                "this machine has no GPU: allowed is workers_per_node"
-            )
-        if kind == "gpu" and wanted > total:
-            raise SubmissionRefused(f"resources: found {wanted} workers of one GPU each; this machine has {total}")
-        if kind == "cpu" and wanted > _WORKERS_PER_CORE * total:
-            raise SubmissionRefused(
-                f"resources: found {wanted} workers; this machine has {total} cores: "
-                f"allowed are at most {_WORKERS_PER_CORE * total}, which share them"
-            )
+        misfit = misfit_of(job.resources, *total_capacity())
+        if misfit:
+            raise SubmissionRefused(misfit)
         environment = {**self.env, **settings(job, os.environ), "FLEETUNE_HOME": str(self.home)}
-        text = self._entry(run_id, wanted, environment, secrets)
+        text = self._entry(run_id, job.resources.world_size, environment, secrets)
         run_dir = self.site.root / run_id
         return ClusterRequest(run_id, submission or 1, str(run_dir), text, secrets)
 
@@ -126,6 +136,10 @@ class Local:
             statuses[run_id] = self._status(run_id, entries.get(run_id), trouble, wait)
         return statuses
 
+    def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
+        """How runs stand, None: all of this home."""
+        return look_at(self, run_ids, in_full)
+
     def logs(self, run_id: str, offset: int = 0) -> Logs:
         """What the run's controllers printed before they had an attempt to write to."""
         path = self.log(run_id)
@@ -139,7 +153,7 @@ class Local:
 
     def cancel(self, run_id: str) -> None:
         """Queue the run if it is not, and see to it that the supervisor runs: it starts who closes the run."""
-        if result(self.site.root / run_id) is None:
+        if not has_ended(self.site.root / run_id):
             environment = {"FLEETUNE_HOME": str(self.home)}
             text = self._entry(run_id, 1, environment)
             self.queue.add(run_id, text)
@@ -152,11 +166,11 @@ class Local:
 
     def taken_workers(self) -> int:
         """Workers of the runs that had their turn and have no result."""
-        admitted = []
+        taken = 0
         for entry in self.queue.list():
-            if self.controller_lock(entry.run_id).exists() and not entry.finished:
-                admitted.append(entry)
-        return sum(capacity_needed(entry.workers) for entry in admitted)
+            if self.controller_lock(entry.run_id).exists() and self._takes_workers(entry):
+                taken += capacity_needed(entry.workers)
+        return taken
 
     def start(self) -> None:
         """See to it that the supervisor runs; it adopts what is there. Repeating it changes nothing."""
@@ -168,7 +182,7 @@ class Local:
         command = [sys.executable, "-P", "-m", "clusters.supervisor", str(self.home)]
         log = self.folder / "supervisor.log"
         # Ray's workers have what its head, and so the supervisor, was started with.
-        environment = without_carried(os.environ) | {"FLEETUNE_HOME": str(self.home)}
+        environment = machine_variables(os.environ) | {"FLEETUNE_HOME": str(self.home)}
         process.spawn(self.supervisor_lock, command, environment, log)
 
     def stop(self) -> None:
@@ -178,8 +192,8 @@ class Local:
         self.check_here()
         process.end(self.supervisor_lock)
         with process.hold_lock(self.supervisor_lock):  # nobody starts another one meanwhile
-            for entry in self.queue.list():
-                process.end(self.controller_lock(entry.run_id))
+            for lock in (self.folder / "controllers").glob("*"):
+                process.end(lock)
             head = Head(self.folder)
             head.end()
             head.forget()
@@ -214,6 +228,13 @@ class Local:
             "capacity": self._capacity(),
         }
 
+    def _takes_workers(self, entry: QueueEntry) -> bool:
+        """Whether a run that had its turn keeps its workers: not one that has ended, or is damaged and dead."""
+        queued = queued_run(entry)
+        if queued.damaged:
+            return process.owner(self.controller_lock(entry.run_id)) is not None
+        return not queued.finished
+
     def _capacity(self) -> Capacity:
         kind, total = total_capacity()
         return Capacity(kind, total, total - min(total, self.taken_workers()))
@@ -223,7 +244,7 @@ class Local:
         run_dir = str(self.site.root / run_id)
         command = controller_command(run_dir)
         entry = {
-            "format": ENTRY_FORMAT,
+            "format": FORMAT,
             "run_id": run_id,
             "run_dir": run_dir,
             "command": command,
@@ -234,7 +255,7 @@ class Local:
         return json.dumps(entry, indent=1)
 
     def _status(self, run_id: str, entry: QueueEntry | str | None, trouble: str | None, wait: str) -> ClusterStatus:
-        if _has_ended(self.site.root / run_id):
+        if has_ended(self.site.root / run_id):
             return ClusterStatus("ended")
         if entry is None:
             return ClusterStatus("unknown", "this cluster has not got the run")
@@ -274,14 +295,6 @@ class Local:
             raise Unreachable("cluster local: Ray is not installed here; pip install 'fleetune[train]'")
 
 
-def _has_ended(run_dir: Path) -> bool:
-    """Whether a run has its final word; one that is damaged has none, as its snapshot says."""
-    try:
-        return result(run_dir) is not None
-    except (Damaged, LookupError):
-        return False
-
-
 def _needs(workers: int) -> str:
     """The capacity that a run takes, in words."""
     kind, _ = total_capacity()
@@ -293,5 +306,4 @@ def _needs(workers: int) -> str:
 
 def capacity_needed(workers: int) -> int:
     """The capacity that a run takes: on cores more workers than there are take them all, and share."""
-    _, total = total_capacity()
-    return min(workers, total)
+    return min(workers, total_capacity()[1])

@@ -5,6 +5,10 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from runfolder.resources import Resources
+
+_WORKERS_PER_CORE = 4  # each takes a gigabyte of memory, and starts for seconds
+
 
 def cores() -> int:
     """Processor cores that this process may use."""
@@ -32,3 +36,18 @@ def total_capacity() -> tuple[Literal["gpu", "cpu"], int]:
     if number:
         return "gpu", number
     return "cpu", cores()
+
+
+def misfit_of(resources: Resources, kind: Literal["gpu", "cpu"], total: int) -> str | None:
+    """Why workers can never fit on a machine with so many GPUs, or cores and no GPU; None where they do."""
+    wanted = resources.world_size
+    if kind == "cpu" and resources.gpus_per_node:
+        found = f"resources.gpus_per_node: found {resources.gpus_per_node}"
+        return f"{found}; this machine has no GPU: allowed is workers_per_node"
+    if kind == "gpu" and wanted > total:
+        return f"resources: found {wanted} workers of one GPU each; this machine has {total}"
+    most = _WORKERS_PER_CORE * total
+    if kind == "cpu" and wanted > most:
+        found = f"resources: found {wanted} workers; this machine has {total} cores"
+        return f"{found}: allowed are at most {most}, which share them"
+    return None

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from clusters import holder
 from clusters.base import Unreachable
@@ -101,8 +102,8 @@ def end(lock: Path) -> None:
         return
     is_held = owner(lock) is not None
     leader = _last_holder(lock)
-    # The system gives no number to a new process while a session of that number has members: members without a
-    # leader are ours. A leader that lives and let go of its lock ends by itself.
+    # The system gives no number to a new process while a session of that number has members. So members without a
+    # leader are ours, unless all of ours ended unseen. A leader that lives and let go of its lock ends by itself.
     if leader is None or not leader.here or leader.replaced or (leader.lives and not is_held):
         return
     deadline = time.monotonic() + _KILL_S
@@ -190,11 +191,24 @@ def _session(leader: int) -> list[int]:
     members = []
     for process in psutil.process_iter(["status"]):
         try:
-            if os.getsid(process.pid) == leader and process.info["status"] != psutil.STATUS_ZOMBIE:
-                members.append(process.pid)
+            is_member = os.getsid(process.pid) == leader
         except ProcessLookupError:
             continue
+        if is_member and process.info["status"] != psutil.STATUS_ZOMBIE and not _is_stranger(process):
+            members.append(process.pid)
     return members
+
+
+def _is_stranger(process: Any) -> bool:
+    """Whether a process is certainly of no session of ours: it would have inherited the mark of our processes."""
+    import psutil
+
+    try:
+        environment = process.environ()
+    except (psutil.Error, OSError):
+        return False
+    # A process that has set its title has overwritten what can be read of its environment, as Ray's do.
+    return bool(environment) and _LOCK_VARIABLE not in environment
 
 
 def _kill(pid: int) -> None:

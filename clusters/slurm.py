@@ -16,11 +16,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from clusters.base import Capacity, ClusterRequest, ClusterStatus, Logs, SubmissionRefused, Unreachable
-from clusters.config import SlurmConfig
+from clusters.base import (
+    Capacity,
+    ClusterRequest,
+    ClusterStatus,
+    Logs,
+    Standing,
+    SubmissionRefused,
+    Unreachable,
+    look_at,
+)
 from clusters.controllers import controller_command
-from clusters.environment import can_be_variable, settings
+from clusters.environment import settings
 from clusters.slurm_answers import (
     SACCT,
     SINFO,
@@ -32,12 +41,13 @@ from clusters.slurm_answers import (
     refusal_in,
     start_in,
 )
-from clusters.slurm_script import BatchJob, batch_script
-from runfolder.chain import last_slot, result
+from clusters.slurm_script import BatchJob, SlurmConfig, batch_script
+from runfolder.chain import last_slot
 from runfolder.files import list_names
 from runfolder.job import Job
 from runfolder.requests import last_reopened
 from runfolder.site import LocalSite
+from runfolder.snapshot import has_ended
 
 _TIMEOUT_S = 60.0
 # Variables that bash keeps for itself, whatever a script exports, and those by which a job knows what it is.
@@ -55,6 +65,12 @@ class Slurm:
 
     config: SlurmConfig
     home: Path
+    Config: ClassVar[type[SlurmConfig]] = SlurmConfig
+
+    @staticmethod
+    def open(config: SlurmConfig, home: Path) -> "Slurm":
+        """The site that the clusters file describes."""
+        return Slurm(config, home)
 
     @property
     def site(self) -> LocalSite:
@@ -100,6 +116,10 @@ class Slurm:
         jobs = self._jobs()
         return {run_id: self._status(run_id, jobs) for run_id in run_ids}
 
+    def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
+        """How runs stand, None: all of this site."""
+        return look_at(self, run_ids, in_full)
+
     def logs(self, run_id: str, offset: int = 0) -> Logs:
         """What the run's batch jobs printed, the newest submission's after the others'."""
         texts = []
@@ -133,7 +153,7 @@ class Slurm:
         return None
 
     def _status(self, run_id: str, jobs: list[QueuedJob]) -> ClusterStatus:
-        if result(self.site.root / run_id) is not None:
+        if has_ended(self.site.root / run_id):
             return ClusterStatus("ended")
         live = _live_jobs(run_id, jobs)
         if not live:
@@ -257,13 +277,10 @@ def _live_jobs(run_id: str, jobs: list[QueuedJob]) -> list[QueuedJob]:
 
 
 def _check_environment(environment: dict[str, str]) -> None:
-    """Raise SubmissionRefused for variables that no script can export."""
-    for name, value in environment.items():
-        if not can_be_variable(name, value) or _NOT_OURS.fullmatch(name):
-            names = "names of letters, digits and _ that are not SLURM's or bash's own"
-            raise SubmissionRefused(
-                f"env: found {reprlib.repr(name)}; allowed: {names}, and values of at most 128 KiB without NUL"
-            )
+    """Raise SubmissionRefused for variables that a job cannot have, and for more of them than a script can hold."""
+    for name in environment:
+        if _NOT_OURS.fullmatch(name):
+            raise SubmissionRefused(f"env: found {name!r}, which is SLURM's or bash's own; allowed: other names")
     size = len(json.dumps(environment))
     if size > _LONGEST_ENVIRONMENT:
         raise SubmissionRefused(f"env: found {size} characters; allowed: {_LONGEST_ENVIRONMENT}")

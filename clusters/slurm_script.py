@@ -4,14 +4,46 @@ Values stand in the script only where it cannot take them for anything else: opt
 own, paths and variables are quoted once, here.
 """
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from clusters.config import SlurmConfig
+from pydantic import AfterValidator, Field
+
+from clusters.config import ClusterConfig
 from runfolder.job import Job
 
 _WARNING_S = 60  # how long before the walltime a job is warned, beside the grace that it asks for
+
+_OPTION = re.compile(r"[A-Za-z0-9_][\w.,:@%+&|*()\[\]-]{0,255}")
+
+
+def _sbatch_value(value: str | None) -> str | None:
+    if value is not None and not _OPTION.fullmatch(value):
+        raise ValueError(
+            "allowed: at most 256 letters, digits and _ . , : @ % + & | * ( ) [ ] -, not beginning with -"
+        )
+    return value
+
+
+SbatchOption = Annotated[str | None, AfterValidator(_sbatch_value)]
+
+
+class SlurmConfig(ClusterConfig):
+    """A SLURM site. Each field is the option of sbatch that has its name."""
+
+    kind: Literal["slurm"]
+    partition: SbatchOption = None
+    account: SbatchOption = None
+    qos: SbatchOption = None
+    constraint: SbatchOption = None
+    reservation: SbatchOption = None
+    gpu_type: SbatchOption = Field(None, description="the type in --gres=gpu:TYPE:COUNT; null: any GPU")
+    cpus_per_worker: int = Field(4, ge=1, description="cores for each worker")
+    memory_per_worker: int | None = Field(None, ge=1, description="GiB for each worker; null: the site's default")
+    walltime: SbatchOption = Field(None, description="--time of jobs that say none; null: the site's default")
 
 
 @dataclass(frozen=True)

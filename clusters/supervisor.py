@@ -16,8 +16,8 @@ from pathlib import Path
 
 from clusters import process
 from clusters.base import Unreachable
-from clusters.entry import QueueEntry
-from clusters.environment import without_carried
+from clusters.entry import QueueEntry, queued_run
+from clusters.environment import machine_variables
 from clusters.local import Local, capacity_needed
 from clusters.machine import total_capacity
 from clusters.ray_head import Backoff, Head
@@ -51,25 +51,31 @@ class Supervisor:
     def tick(self) -> None:
         """Bring what runs in line with what is queued."""
         entries, damaged = self._local.queue.read()
+        running, leaving, waiting = 0, [], []
+        for queued in map(queued_run, entries):
+            if self._is_running(queued.entry):
+                running += 1
+            elif queued.damaged:
+                damaged[queued.entry.run_id] = queued.damaged
+            elif queued.settled:
+                self._forget(queued.entry)
+            elif queued.finished or queued.cancelled:
+                leaving.append(queued.entry)
+            else:
+                waiting.append(queued.entry)
         self._report_damaged(damaged)
-        for entry in entries:
-            if entry.settled and not self._is_running(entry):
-                self._forget(entry)
-        entries = self._local.queue.list()
-        if entries:
+        has_work = bool(running or leaving or waiting)
+        if has_work:
             self._busy = time.monotonic()
-        address = self._head.keep() if entries else None
-        dead = [entry for entry in entries if not self._is_running(entry)]
-        leaving = [entry for entry in dead if entry.finished or entry.cancelled]
+        address = self._head.keep() if has_work else None
         for entry in leaving:
             self._start(entry, address or "")  # only to close it or to deliver the rest: that needs no capacity
-        waiting = [entry for entry in dead if entry not in leaving]
         if address:
             for entry in self._due(waiting):
                 self._start(entry, address)
 
     def _report_damaged(self, damaged: dict[str, str]) -> None:
-        """Print once of each file in the queue that cannot be read why it cannot."""
+        """Print once of each run that cannot be served why it cannot."""
         before = self._damaged
         self._damaged = damaged
         for run_id, reason in damaged.items():
@@ -97,11 +103,14 @@ class Supervisor:
         backoff.began()
         carried = {"FLEETUNE_HOME": str(self._local.home)} | entry.environment
         ray = self._head.environment() | {"RAY_ADDRESS": address}
-        environment = without_carried(os.environ) | carried | ray
+        environment = machine_variables(os.environ) | carried | ray
+        had_its_turn = lock.exists()
         try:
             process.spawn(lock, entry.command, environment, self._local.log(entry.run_id))
         except (OSError, ValueError) as error:  # of an environment that no process can have, say
             print(f"{entry.run_id} cannot be started: {error}", flush=True)
+            if not had_its_turn:
+                lock.unlink(missing_ok=True)  # else it would hold its place
 
     def _forget(self, entry: QueueEntry) -> None:
         lock = self._local.controller_lock(entry.run_id)
@@ -140,7 +149,7 @@ def main() -> None:
         sys.exit(str(error))
     process.release()
     # Who submitted just before found the lock held and started nobody: look once more without it.
-    if local.queue.list():
+    if not all(queued_run(entry).damaged for entry in local.queue.list()):
         local.start()
 
 

@@ -19,6 +19,7 @@ from clusters.remote.machine import FarMachine
 from orchestrator.clusters_file import clusters_path, read_clusters
 from orchestrator.errors import InputError
 from orchestrator.planning.spec_errors import did_you_mean
+from orchestrator.tracking.password import secrets_of, without_secrets
 from runfolder.job import Job
 
 # Clusters that need no file, by name; others are in the clusters file.
@@ -76,7 +77,8 @@ def far_machine(name: str, config: ClusterConfig) -> FarMachine:
 def make_request(cluster: Cluster, job: Job, run_id: str, submission: int | None = 1) -> ClusterRequest:
     """What would be submitted, None: as the run's next; raises InputError for what the cluster can never serve."""
     with _refused():
-        return cluster.request(job, run_id, submission, secret_names(os.environ))
+        names = dict.fromkeys((*secret_names(os.environ), *secrets_of(job)))
+        return cluster.request(without_secrets(job), run_id, submission, tuple(names))
 
 
 def expected_start(cluster: Cluster, request: ClusterRequest) -> float | None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from clusters.config import CLUSTER_KINDS, ClusterConfig
+from clusters.backends import BACKENDS, backend_of
+from clusters.config import ClusterConfig
 from orchestrator.errors import InputError
 from orchestrator.planning.spec import load_yaml
 from orchestrator.planning.spec_errors import did_you_mean, explain
@@ -73,11 +74,11 @@ def _settings_folder() -> Path:
 def _config(plain: Any) -> ClusterConfig:
     """A cluster in plain data; raises InputError with a line per field that is wrong, which begins with its name."""
     kind = plain.get("kind") if isinstance(plain, dict) else None
-    if kind not in CLUSTER_KINDS:
-        hint = did_you_mean(kind, CLUSTER_KINDS)
-        allowed = " or ".join(CLUSTER_KINDS)
+    if kind not in BACKENDS:
+        hint = did_you_mean(kind, BACKENDS)
+        allowed = " or ".join(BACKENDS)
         raise InputError(f"kind: found {reprlib.repr(kind)}; {hint}allowed: {allowed}")
-    model = CLUSTER_KINDS[kind]
+    model = backend_of(kind).Config
     try:
         return model.model_validate(plain)
     except ValidationError as error:

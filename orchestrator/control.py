@@ -1,5 +1,7 @@
 """Ending a run, and letting one go on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from clusters.environment import secret_values
@@ -57,12 +59,20 @@ def fetch(reference: str, to: Path | None = None, cluster: str | None = None) ->
     Raises InputError where there is no such run. What is there and whole already is not brought again.
     """
     run = find(reference, cluster)
-    return run.site.fetch(run.run_id, to or Path(run.run_id))
+    with _run_refused():
+        return run.site.fetch(run.run_id, to or Path(run.run_id))
 
 
 def _ask(run: Handle, what: Ask, step: int | None = None) -> Record | None:
     """Ask something of a run; gives the result that it had. Raises InputError."""
-    try:
+    with _run_refused():
         return run.site.ask(run.run_id, what, step)
+
+
+@contextmanager
+def _run_refused() -> Iterator[None]:
+    """Within it, what a run cannot do is an error of the input."""
+    try:
+        yield
     except Refused as error:
         raise InputError(str(error)) from None

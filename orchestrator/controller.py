@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clusters.controllers import REQUEUE, is_requeued
-from clusters.environment import SECRETS
 from orchestrator.verdict import Again, Final, Kind, Verdict, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
@@ -23,6 +22,8 @@ from runfolder.files import Damaged, Record
 from runfolder.record import load_job
 from runfolder.requests import cancel_requested, last_reopened
 from runfolder.secrets import read_secrets
+from runfolder.snapshot import snapshot
+from runfolder.variables import flaw_of_variable
 from trainer.checkpoint.lineage import claim_from_newest, finished, step_of
 
 TRACKING_TIMEOUT_S = 600.0  # how long it stays to deliver what an outage of MLflow held up
@@ -32,9 +33,33 @@ _CANCELLED = Final("cancelled", "cancelled by request")
 
 
 def main(run_dir: Path) -> int:
-    """Bring a run one attempt further; gives the exit code."""
+    """Bring a run one attempt further; gives the exit code.
+
+    A run that is damaged is closed, rather than to keep its workers from others for ever; where not even its newest
+    slot can be read, it stays as it is: raises Damaged.
+    """
+    try:
+        take_secrets(run_dir)
+        return take_further(run_dir)
+    except Damaged as damage:
+        close(
+            run_dir, _final_word("failed", str(damage), Verdict("user_error", "").dump(), snapshot(run_dir).attempt)
+        )
+        return 0
+
+
+def take_secrets(run_dir: Path) -> None:
+    """Take those secrets of a run that are variables into the environment."""
+    for name, value in read_secrets(run_dir).items():
+        if flaw_of_variable(name, value) is None:
+            os.environ[name] = value
+
+
+def take_further(run_dir: Path) -> int:
+    """Make the next attempt of a run, or close it; gives the exit code."""
     if settle(run_dir) is None:
-        decision = unreadable(run_dir) or next_step(run_dir)
+        load_job(run_dir)
+        decision = next_step(run_dir)
         if not isinstance(decision, Final) and cancelled_within(run_dir, decision.delay_s):
             decision = _CANCELLED
         if not isinstance(decision, Final):
@@ -43,15 +68,6 @@ def main(run_dir: Path) -> int:
             return run_attempt(run_dir)
         close(run_dir, result_of(run_dir, decision))
     return deliver_rest(run_dir)
-
-
-def unreadable(run_dir: Path) -> Final | None:
-    """The end of a run whose job cannot be read: it would only keep its place from others."""
-    try:
-        load_job(run_dir)
-    except Damaged as error:
-        return Final("failed", str(error))
-    return None
 
 
 def run_attempt(run_dir: Path) -> int:
@@ -65,7 +81,7 @@ def run_attempt(run_dir: Path) -> int:
         redirect(attempt.folder / "logs" / "controller.log")
         with Pump(attempt):
             driver.begin(attempt)
-            verdict = Watch(attempt, driver, stop).until_end()
+            verdict = watched(attempt, driver, stop)
             driver.kill()
         attempt.check()
     attempt.write_verdict(verdict.dump())
@@ -77,6 +93,14 @@ def run_attempt(run_dir: Path) -> int:
     if not attempt.close(result_of(run_dir, decision)):
         return 1
     return deliver_rest(run_dir)
+
+
+def watched(attempt: Attempt, driver: Driver, stop: threading.Event) -> Verdict:
+    """How an attempt ended; raises Fenced when another one took over."""
+    try:
+        return Watch(attempt, driver, stop).until_end()
+    except Damaged as damage:
+        return Verdict("user_error", str(damage))
 
 
 def cancelled_within(run_dir: Path, delay_s: float) -> bool:
@@ -130,16 +154,18 @@ def result_of(run_dir: Path, decision: Final) -> Record:
     attempt = 0
     if tried:
         attempt = tried[-1].number
-    output_dir = None
-    if decision.state == "succeeded":
-        output_dir = "output"
+    return _final_word(decision.state, reason, verdict, attempt)
+
+
+def _final_word(state: str, reason: str, verdict: Record, attempt: int) -> Record:
+    """The final word as claim.json and result.json have it."""
     return {
-        "state": decision.state,
+        "state": state,
         "reason": reason or None,
         "verdict": verdict["kind"],
         "evidence": verdict["evidence"],
         "attempt": attempt,
-        "output_dir": output_dir,
+        "output_dir": "output" if state == "succeeded" else None,
         "time": time.time(),
     }
 
@@ -161,7 +187,8 @@ def deliver_rest(run_dir: Path) -> int:
     """Stay until MLflow has all of a closed run, but not for ever: any later command can do it too."""
     from orchestrator.tracking.delivery import replay
 
-    if attempts(run_dir) and unreadable(run_dir) is None:
+    load_job(run_dir)
+    if attempts(run_dir):
         replay(run_dir, TRACKING_TIMEOUT_S)
     return 0
 
@@ -194,7 +221,10 @@ class Pump(threading.Thread):
 def _verdict_of(attempt: Attempt) -> Record:
     """How an attempt ended; one without a verdict had its controller killed."""
     lost = Verdict("node_lost", "", f"attempts/{attempt.number} has no verdict")
-    return attempt.verdict or lost.dump()
+    written = attempt.verdict
+    if written is None:
+        return lost.dump()
+    return {"reason": "", "evidence": "", **written}
 
 
 def _start_step(attempt: Attempt) -> int:
@@ -214,15 +244,10 @@ def _last_saved_step(attempt: Attempt) -> int:
 
 if __name__ == "__main__":
     try:
-        run_dir = Path(sys.argv[1])
-        secrets = read_secrets(run_dir)
-        for name in SECRETS:
-            if name in secrets:
-                os.environ[name] = secrets[name]
-        code = main(run_dir)
-    except Fenced as fenced:
+        code = main(Path(sys.argv[1]))
+    except (Fenced, Damaged) as error:
         code = 1
-        print(fenced, file=sys.stderr)
+        print(error, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # without waiting for a thread that waits for MLflow

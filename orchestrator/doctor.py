@@ -20,9 +20,9 @@ from methods.options import UNUSABLE
 from orchestrator.cluster_doctor import cluster_checks
 from orchestrator.errors import InputError
 from orchestrator.tracking.delivery import troubles, undelivered
-from orchestrator.tracking.password import without_password
 from orchestrator.tracking.store import resolve, sqlite_file
 from runfolder.folders import cache_folder, home, library_folders, writable
+from runfolder.variables import without_password
 from trainer.versions import unknown
 
 _TRAIN = ("torch", "deepspeed", "transformers", "peft", "ray", "mlflow", "datasets", "safetensors")

@@ -9,7 +9,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from clusters.controllers import nodes_here
@@ -21,6 +21,7 @@ from runfolder.files import write_json
 from runfolder.folders import library_folders
 from runfolder.job import Job
 from runfolder.record import load_job
+from runfolder.secrets import read_secrets
 
 _NODES_JOIN_S = 30.0  # until Ray knows of all nodes that answer
 _TEXT_LENGTH = 4000  # characters kept of a failure, from its end
@@ -115,7 +116,8 @@ def run_workers(attempt: Attempt, job: Job, resources: dict[str, float]) -> None
     else:
         backend, per_worker = "gloo", {"CPU": min(1.0, cpus / world_size)}
     threads = int(max(1, cpus // world_size))
-    environment = worker_environment(gpu, threads, job.env)
+    secrets = read_secrets(attempt.run_dir)
+    environment = worker_environment(gpu, threads, job.env, secrets)
     storage = attempt.folder / "ray"
     no_retries = FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)
     name = f"{attempt.run_dir.name}-a{attempt.number}"
@@ -131,10 +133,10 @@ def run_workers(attempt: Attempt, job: Job, resources: dict[str, float]) -> None
     shutil.rmtree(storage, ignore_errors=True)
 
 
-def worker_environment(gpu: bool, threads: int, env: Mapping[str, str]) -> dict[str, str]:
+def worker_environment(gpu: bool, threads: int, env: Mapping[str, str], secrets: Iterable[str]) -> dict[str, str]:
     """What the workers get beside Ray's environment."""
     variables = library_folders()
-    for name in (*SETTINGS, *SECRETS, "FLEETUNE_HOME"):
+    for name in (*SETTINGS, *SECRETS, *secrets, "FLEETUNE_HOME"):
         if name in os.environ:
             variables[name] = os.environ[name]
     variables.update(env)

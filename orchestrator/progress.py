@@ -88,7 +88,7 @@ def _metrics_spool(run: Handle) -> Spool:
         by_file = site.read(run.run_id, {file: position})
         return by_file[file]
 
-    return Spool(read_since)
+    return Spool(file, read_since)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import re
 import secrets
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,10 +81,16 @@ def handles(cluster_name: str | None = None) -> list[Handle]:
     else:
         clusters = _remembered_clusters() | _clusters_of_runs_on("local")
     runs = []
-    for run_id, cluster in clusters.items():
-        if RUN_ID.fullmatch(run_id):
-            runs.append(Handle(run_id, cluster))
-    return sorted(runs, key=lambda run: run.run_id[-10:])
+    for run_id in by_age(clusters):
+        cluster = clusters[run_id]
+        runs.append(Handle(run_id, cluster))
+    return runs
+
+
+def by_age(names: Iterable[str]) -> list[str]:
+    """Those of these names that are run ids, oldest first."""
+    run_ids = filter(RUN_ID.fullmatch, names)
+    return sorted(run_ids, key=lambda run_id: run_id[-10:])
 
 
 def _clusters_of_runs_on(cluster_name: str) -> dict[str, str]:
@@ -98,7 +105,9 @@ def _remembered_clusters() -> dict[str, str]:
     folder = home() / "known"
     clusters = {}
     for run_id in list_names(folder):
-        clusters[run_id] = (folder / run_id).read_text()
+        path = folder / run_id
+        if path.is_file():
+            clusters[run_id] = path.read_text(errors="replace")
     return clusters
 
 

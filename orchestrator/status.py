@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from clusters.base import ClusterStatus, Unreachable
+from clusters.base import ClusterStatus, Standing, Unreachable
 from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
-from orchestrator.runs import Handle, find, handles, name_of
-from orchestrator.tracking.trouble import parse_trouble
+from orchestrator.runs import Handle, by_age, find, handles, name_of
+from orchestrator.tracking.trouble import trouble_in
 from runfolder.figures import Figures
 from runfolder.snapshot import Snapshot
 
@@ -70,7 +69,14 @@ def status(reference: str, cluster: str | None = None) -> Status:
 
 def list_runs(cluster: str | None = None) -> list[Status]:
     """The status of the runs of a cluster, or of all that this machine has or knows of; newest first."""
-    return statuses(reversed(handles(cluster)))
+    if cluster is None:
+        return statuses(reversed(handles()))
+    standings = open_cluster(cluster).look()
+    newest_first = []
+    for run_id in reversed(by_age(standings)):
+        standing = standings[run_id]
+        newest_first.append(join_status(standing))
+    return newest_first
 
 
 def statuses(runs: Iterable[Handle], in_full: bool = False) -> list[Status]:
@@ -89,27 +95,24 @@ def statuses(runs: Iterable[Handle], in_full: bool = False) -> list[Status]:
 def _statuses_on(cluster_name: str, runs: list[Handle], in_full: bool) -> dict[Handle, Status]:
     """How the runs of one cluster stand: what their folders say, joined with what the cluster says."""
     run_ids = [run.run_id for run in runs]
-    on_cluster: dict[str, ClusterStatus] = {}
-    snapshots: dict[str, Snapshot] = {}
+    standings: dict[str, Standing] = {}
     why_unknown = "its folder is not there"
     try:
-        cluster = open_cluster(cluster_name)
-        snapshots = cluster.site.snapshots(run_ids, in_full)
-        on_cluster = cluster.status(run_ids)
+        standings = open_cluster(cluster_name).look(run_ids, in_full)
     except (Unreachable, InputError) as error:
         why_unknown = str(error)
     unknown = ClusterStatus("unknown", why_unknown)
     by_run = {}
     for run in runs:
         no_folder = Snapshot(run.run_id, "", cluster_name, damaged=why_unknown)
-        snapshot = snapshots.get(run.run_id, no_folder)
-        cluster_status = on_cluster.get(run.run_id, unknown)
-        by_run[run] = join_status(snapshot, cluster_status)
+        standing = standings.get(run.run_id, Standing(no_folder, unknown))
+        by_run[run] = join_status(standing)
     return by_run
 
 
-def join_status(run: Snapshot, on_cluster: ClusterStatus) -> Status:
+def join_status(standing: Standing) -> Status:
     """What a folder says and what its cluster says, as one; a pure function."""
+    run, on_cluster = standing.folder, standing.on_cluster
     state, reason = _state_and_reason(run, on_cluster)
     has_output = run.has_output or state == "succeeded"
     verdict = run.verdict or {}
@@ -118,8 +121,7 @@ def join_status(run: Snapshot, on_cluster: ClusterStatus) -> Status:
         remaining_s = _remaining(run)
     tracking = None
     if run.undelivered:
-        trouble = parse_trouble(Path(run.run_dir), run.undelivered)
-        tracking = str(trouble)
+        tracking = str(trouble_in(run.undelivered))
     return Status(
         run_id=run.run_id,
         name=name_of(run.run_id),

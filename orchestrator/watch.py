@@ -23,6 +23,7 @@ from runfolder.requests import (
     request_stop,
     stop_requested,
 )
+from runfolder.shapes import OUTCOME
 from trainer.omissions import omissions_line
 
 _DRIVER_POLL_S = 0.25  # between two looks at the driver process
@@ -126,9 +127,14 @@ class Watch:
         walltime = self._resources.walltime
         if is_requeued():
             walltime = None  # that of each allocation, of which its scheduler warns
-        if walltime and time.time() > self._opened_at + walltime - grace:
-            reason = f"resources.walltime of {walltime} s is over"
-            return Stop("walltime", reason, max(deadline - grace, self._opened_at + walltime))
+        if walltime is None:
+            return None
+        end = self._opened_at + walltime
+        reason = f"resources.walltime of {walltime} s is over"
+        if time.time() > end:  # it was over when the attempt began: that has its grace all the same
+            return Stop("walltime", reason, deadline)
+        if time.time() > end - min(grace, walltime / 2):
+            return Stop("walltime", reason, end)
         return None
 
     def _verdict_after_driver(self) -> Verdict:
@@ -149,7 +155,7 @@ class Watch:
             end = f"the driver ended with exit code {self._driver.exit_code}"
             tail = self._tail("controller")
             return {-1: Failure(f"{end}\n{tail}")}
-        outcome = read_json(path)
+        outcome = read_json(path, OUTCOME)
         failures = {}
         for rank, record in outcome["failures"].items():
             failures[int(rank)] = load_failure(record)

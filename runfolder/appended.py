@@ -1,13 +1,15 @@
 """Appended files of attempts (metrics, events, logs): one way to read them, up to their seals, as they grow."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from runfolder.chain import Attempt, slots
-from runfolder.files import Record, list_names
+from runfolder.files import Damaged, Record, list_names
 from runfolder.seals import read_seal
+from runfolder.shapes import EVENT, ROW, Shape, flaw_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def appended_files(run_dir: Path) -> list[str]:
 def read_lines(attempt: Attempt, file: str) -> list[Record]:
     """The records of an appended file, up to its seal; a torn last line is dropped."""
     data = read_beginning(attempt, file)
-    return parse_lines(data)
+    return parse_lines(data, file)
 
 
 def read_beginning(attempt: Attempt, file: str, size: int | None = None) -> bytes:
@@ -114,11 +116,25 @@ def read_ending(attempt: Attempt, file: str, size: int) -> bytes:
     return _read_range(path, start, stop)
 
 
-def parse_lines(data: bytes) -> list[Record]:
-    """The records in whole lines of JSON."""
+def parse_lines(data: bytes, file: str) -> list[Record]:
+    """The records in whole lines of a file of JSON lines; raises Damaged."""
+    shape = EVENT if file == "events.jsonl" else ROW
     whole = _whole_lines(data)
     lines = whole.split(b"\n")
-    return [json.loads(line) for line in lines if line]
+    return [_parse_line(line, file, shape) for line in lines if line]
+
+
+def _parse_line(line: bytes, file: str, shape: Shape) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{file}: a line is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise Damaged(f"{file}: a line holds {type(record).__name__}; allowed: an object")
+    flaw = flaw_of(record, shape)
+    if flaw:
+        raise Damaged(f"{file}: in a line: {flaw}")
+    return record
 
 
 def sealed_size(attempt: Attempt, file: str) -> int | None:
@@ -142,9 +158,13 @@ def _exists(path: Path) -> bool:
 
 
 def _read_range(path: Path, start: int, stop: int | None) -> bytes:
-    size = -1  # up to the end of the file
-    if stop is not None:
-        size = max(stop - start, 0)
-    with path.open("rb") as stream:
-        stream.seek(start)
-        return stream.read(size)
+    """The bytes of a file from `start` to `stop`, or to its end where that comes first; raises Damaged."""
+    try:
+        with path.open("rb") as stream:
+            end = os.fstat(stream.fileno()).st_size
+            if stop is not None:
+                end = min(end, stop)
+            stream.seek(start)
+            return stream.read(max(end - start, 0))
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise Damaged(f"{path}: {error.strerror}") from None

@@ -31,6 +31,7 @@ from runfolder.claims import prepare_claim, read_claim
 from runfolder.files import Record, list_names, read_json, refresh, sync_folder, write_json
 from runfolder.outcome import move_output, remove_result, write_result
 from runfolder.seals import appended, write_seals
+from runfolder.shapes import VERDICT
 
 
 class Fenced(RuntimeError):
@@ -69,7 +70,7 @@ class Attempt:
         start = self.claim["start"]
         if not start:
             return None
-        return Start(**start)
+        return Start(start["attempt"], start["step"])
 
     @property
     def kind(self) -> str:
@@ -82,7 +83,7 @@ class Attempt:
         """How this attempt ended, once that is known."""
         if "verdict.json" not in list_names(self.folder):
             return None
-        return read_json(self.folder / "verdict.json")
+        return read_json(self.folder / "verdict.json", VERDICT)
 
     def is_live(self) -> bool:
         """Whether no later slot is taken, as far as this host knows: a client of NFS may learn it a minute late."""
@@ -244,7 +245,7 @@ def _slot_numbers(run_dir: Path) -> list[int]:
     """The numbers of all slots that are taken."""
     numbers = []
     for name in list_names(run_dir / "attempts"):
-        if name.isdigit():
+        if name.isdecimal() and name == str(int(name)):
             numbers.append(int(name))
     return numbers
 

@@ -1,4 +1,7 @@
-"""claim.json, the claim of a slot: written into a prepared folder, which then becomes the slot, and never changed."""
+"""claim.json, the claim of a slot: written into a prepared folder, which then becomes the slot, and never changed.
+
+Its `format` is that of the whole slot.
+"""
 
 import os
 import socket
@@ -6,7 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from runfolder.files import Record, list_names, read_json, write_json
+from runfolder.files import FORMAT, Damaged, Record, list_names, read_json, write_json
+from runfolder.shapes import CLAIM
 
 _CLAIM_FILE = "claim.json"
 
@@ -17,14 +21,14 @@ def prepare_claim(slots_dir: Path, token: str, record: Record) -> Path:
     prepared = slots_dir / f".claim-{token}"
     prepared.mkdir()
     claimer = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-    write_json(prepared / _CLAIM_FILE, {**record, **claimer})
+    write_json(prepared / _CLAIM_FILE, {"format": FORMAT, **record, **claimer})
     return prepared
 
 
 def read_claim(slot_dir: Path) -> Record:
-    """The claim of a slot that is taken; raises FileNotFoundError for one that is not."""
+    """The claim of a slot that is taken; raises FileNotFoundError for one that is not, and Damaged."""
     try:
-        return read_json(slot_dir / _CLAIM_FILE)
+        return read_json(slot_dir / _CLAIM_FILE, CLAIM)
     except FileNotFoundError:
         if slot_dir.name not in list_names(slot_dir.parent):
             raise
@@ -32,4 +36,7 @@ def read_claim(slot_dir: Path) -> Record:
     # The server refuses to make what is there, and with that the client forgets it.
     with suppress(FileExistsError):
         slot_dir.mkdir()
-    return read_json(slot_dir / _CLAIM_FILE)
+    try:
+        return read_json(slot_dir / _CLAIM_FILE, CLAIM)
+    except FileNotFoundError:
+        raise Damaged(f"{slot_dir}: found no {_CLAIM_FILE}, which every slot has from the start") from None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from runfolder.chain import last_slot
 from runfolder.files import list_names, read_json, write_json
+from runfolder.shapes import TRACKED
 
 _TRACKED_FILE = "tracked.json"
 
@@ -19,5 +20,5 @@ def is_delivered(run_dir: Path) -> bool:
     """Whether MLflow has all of a closed run; what came before it was reopened does not count."""
     if _TRACKED_FILE not in list_names(run_dir):
         return False
-    delivered = read_json(run_dir / _TRACKED_FILE)
+    delivered = read_json(run_dir / _TRACKED_FILE, TRACKED)
     return bool(delivered["slot"] == last_slot(run_dir))

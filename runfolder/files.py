@@ -8,11 +8,15 @@ is there is told by listing its folder (`list_names`). Where even a listing from
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
+from runfolder.shapes import ANYTHING, Shape, flaw_of
+
 Record = dict[str, Any]
+FORMAT = 1  # of all that is written here; what says none is of before there were formats, and read as this one
 
 
 class Damaged(ValueError):
@@ -20,11 +24,13 @@ class Damaged(ValueError):
 
 
 def list_names(folder: Path) -> list[str]:
-    """The names of what a folder holds; none where there is no such folder."""
+    """The names of what a folder holds; none where there is no such folder. Raises Damaged for a file."""
     try:
         return os.listdir(folder)  # noqa: PTH208 (ten times faster than iterdir)
     except FileNotFoundError:
         return []
+    except NotADirectoryError:
+        raise Damaged(f"{folder}: found a file; allowed: a folder") from None
 
 
 def refresh(folder: Path) -> None:
@@ -46,23 +52,54 @@ def sha256(path: Path) -> str:
         return digest.hexdigest()
 
 
-def read_json(path: Path) -> Record:
-    """Read a JSON file that holds an object; raises Damaged."""
+def read_json(path: Path, shape: Shape = ANYTHING) -> Record:
+    """Read a JSON file that holds an object of this shape; raises Damaged."""
     try:
         text = path.read_text()
         record = json.loads(text)
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise Damaged(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path}: not JSON: {error}") from None
+    return checked_record(record, path, shape)
+
+
+def checked_record(record: Any, path: Path, shape: Shape) -> Record:
+    """What a file holds, if that is an object of this shape, and of a format that is known; raises Damaged."""
     if not isinstance(record, dict):
         raise Damaged(f"{path}: found {type(record).__name__}; allowed: an object")
+    version = record.get("format", FORMAT)
+    if version != FORMAT:
+        raise Damaged(f"{path}: found format {version}; allowed: {FORMAT}: use the Fleetune that has written it")
+    flaw = flaw_of(record, shape)
+    if flaw:
+        raise Damaged(f"{path}: {flaw}")
     return record
 
 
 def write_json(path: Path, record: Record, mode: int = 0o666) -> None:
     """Write a JSON file whole or not at all; `mode` is what it has at most, as for any new file."""
     temporary = _write_beside(path, record, mode)
-    temporary.replace(path)
+    try:
+        temporary.replace(path)
+    except FileNotFoundError:
+        if not _was_renamed(temporary) or path.name not in list_names(path.parent):
+            raise
     sync_folder(path.parent)
+
+
+def take_name(prepared: Path, target: Path) -> bool:
+    """Rename a prepared folder onto a name; False where another one has it, and this one is removed."""
+    try:
+        prepared.rename(target)
+    except OSError:
+        if not _was_renamed(prepared):
+            shutil.rmtree(prepared, ignore_errors=True)
+            if target.name not in list_names(target.parent):
+                raise
+            return False
+    sync_folder(target.parent)
+    return True
 
 
 def sync_folder(folder: Path) -> None:
@@ -72,6 +109,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _was_renamed(path: Path) -> bool:
+    """Whether what only this process renames is gone: the answer to a rename can be lost, and repeating it fails."""
+    refresh(path.parent)
+    return path.name not in list_names(path.parent)
 
 
 def _write_beside(path: Path, record: Record, mode: int) -> Path:

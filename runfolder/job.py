@@ -11,6 +11,7 @@ from methods.options import KINDS, AnyOptions
 from methods.options.full import Full
 from runfolder import objectives
 from runfolder.resources import Resources, Section
+from runfolder.variables import Variables
 
 JOB_NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
 
@@ -165,7 +166,10 @@ class Job(Section):
     evaluation: Evaluation = Evaluation()
     output: Output = Output()
     tracking: Tracking = Tracking()
-    env: dict[str, str] = Field({}, description="variables for controller and workers, like NCCL_DEBUG: INFO")
+    env: Variables = Field(
+        {},
+        description="variables for controller and workers, like NCCL_DEBUG: INFO; secret ones are kept apart",
+    )
 
     @field_validator("name")
     @classmethod

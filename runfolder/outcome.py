@@ -6,7 +6,7 @@ The chain is the truth; both follow what its last closing slot says, and `chain.
 from contextlib import suppress
 from pathlib import Path
 
-from runfolder.files import Record, list_names, read_json, write_json
+from runfolder.files import Damaged, Record, list_names, read_json, write_json
 
 _RESULT = "result.json"
 
@@ -33,6 +33,6 @@ def _is_written(run_dir: Path, ended: Record) -> bool:
     """Whether result.json is there, and says how the run ended."""
     if _RESULT not in list_names(run_dir):
         return False
-    with suppress(FileNotFoundError):  # somebody writes it anew just now, or this client does not know it yet
+    with suppress(FileNotFoundError, Damaged):  # somebody writes it anew just now, or has to
         return read_json(run_dir / _RESULT) == ended
     return False

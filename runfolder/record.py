@@ -1,11 +1,9 @@
 """RUN_DIR/job.yaml: what was submitted, frozen; and beside it run.json, the few fields of it that every look needs.
 
-The record is {format, run_id, cluster, submitted, versions, digests, git, job}. `format` is 1; what has none was
-written before there were formats, and is read as 1. A newer one is refused by name: nobody guesses at it.
+The record is {format, run_id, cluster, submitted, versions, digests, git, job}.
 """
 
 import os
-import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +12,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from runfolder.files import Damaged, Record, list_names, read_json, sync_folder, write_json
+from runfolder.files import FORMAT, Damaged, Record, checked_record, list_names, read_json, take_name, write_json
 from runfolder.job import Job
+from runfolder.shapes import BRIEF, SUBMITTED
 
-RECORD_FORMAT = 1
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _BRIEF = "run.json"
 _LINE_BREAKS = "\x85\u2028\u2029"  # PyYAML writes them as letters, and reads them as ends of lines
@@ -30,20 +28,14 @@ def create_run_folder(run_dir: Path, record: Mapping[str, Any]) -> Record | None
     prepared.mkdir(parents=True)
     path = prepared / "job.yaml"
     with path.open("w") as stream:
-        stream.write(_as_yaml({"format": RECORD_FORMAT, **record}))
+        stream.write(_as_yaml({"format": FORMAT, **record}))
         stream.flush()
         os.fsync(stream.fileno())
     brief = _brief(record)
     write_json(prepared / _BRIEF, brief)
-    try:
-        prepared.rename(run_dir)
-    except OSError:
-        shutil.rmtree(prepared)
-        if run_dir.name not in list_names(run_dir.parent):
-            raise
-        return read_record(run_dir)
-    sync_folder(run_dir.parent)
-    return None
+    if take_name(prepared, run_dir):
+        return None
+    return read_record(run_dir)
 
 
 def read_record(run_dir: Path) -> Record:
@@ -57,19 +49,16 @@ def read_record(run_dir: Path) -> Record:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise Damaged(f"{path}: not YAML: {reason}") from None
-    return _checked_record(path, record)
+    return checked_record(record, path, SUBMITTED)
 
 
 def read_brief(run_dir: Path) -> Record:
     """{cluster, submitted, steps} of a run: `steps` as its job says, None where it says epochs; raises Damaged."""
     path = run_dir / _BRIEF
     if _BRIEF not in list_names(run_dir):
-        try:
-            record = read_record(run_dir)
-            return _brief(record)
-        except (KeyError, TypeError) as error:
-            raise Damaged(f"{run_dir / 'job.yaml'}: {type(error).__name__}: {error}") from None
-    return _checked_record(path, read_json(path))
+        record = read_record(run_dir)
+        return checked_record(_brief(record), run_dir / "job.yaml", BRIEF)
+    return read_json(path, BRIEF)
 
 
 def load_job(run_dir: Path) -> Job:
@@ -81,11 +70,8 @@ def load_job(run_dir: Path) -> Job:
 
 def job_in(record: Mapping[str, Any], path: str) -> Job:
     """The frozen spec in a record, which is that of the file `path`; raises Damaged."""
-    job = record.get("job")
-    if not isinstance(job, dict):
-        raise Damaged(f"{path}: found no job in it")
     try:
-        return Job.model_validate(job)
+        return Job.model_validate(record["job"])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
@@ -102,20 +88,6 @@ def _as_yaml(record: Mapping[str, Any]) -> str:
 
 
 def _brief(record: Mapping[str, Any]) -> Record:
-    train = record["job"]["train"]
-    steps = train["steps"]
-    cluster = record["cluster"]
-    submitted = record["submitted"]
-    return {"format": RECORD_FORMAT, "cluster": cluster, "submitted": submitted, "steps": steps}
-
-
-def _checked_record(path: Path, record: Any) -> Record:
-    """A record of a format that is known; raises Damaged."""
-    if not isinstance(record, dict):
-        raise Damaged(f"{path}: found {type(record).__name__}; allowed: a mapping")
-    version = record.get("format", 1)
-    if version != RECORD_FORMAT:
-        raise Damaged(
-            f"{path}: found format {version}; allowed: {RECORD_FORMAT}: use the Fleetune that has written it"
-        )
-    return record
+    train = record["job"].get("train")
+    steps = train.get("steps") if isinstance(train, dict) else None
+    return {"format": FORMAT, "cluster": record.get("cluster"), "submitted": record.get("submitted"), "steps": steps}

@@ -3,6 +3,7 @@
 A stop is a save request with a deadline: the trainer saves and returns; only who does not answer in time is killed.
 """
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Literal
 
 from runfolder.chain import Attempt, last_slot, slots
 from runfolder.files import Record, list_names, read_json, write_json
+from runfolder.shapes import CANCEL, PAUSE, STOP, Shape
 
 StopCause = Literal["preemption", "walltime", "cancelled"]
 
@@ -25,18 +27,19 @@ class Stop:
 
 def request_cancel(run_dir: Path, save: bool = False) -> None:
     """Ask for the end of a run, with `save` after a checkpoint; its controller closes it as cancelled."""
+    if save and cancel_requested(run_dir) and not cancel_saves(run_dir):
+        return  # it is to end at once already
     _request(run_dir, "cancel", {"save": save})
 
 
 def cancel_requested(run_dir: Path) -> bool:
     """Whether somebody asked for the end of the run since it was last (re)opened."""
-    requests = _requests(run_dir, "cancel")
-    return bool(requests)
+    return bool(_current_files(run_dir, "cancel"))
 
 
 def cancel_saves(run_dir: Path) -> bool:
     """Whether all who asked for the end of the run want a checkpoint first."""
-    requests = _requests(run_dir, "cancel")
+    requests = _requests(run_dir, "cancel", CANCEL)
     if not requests:
         return False
     return all(request.get("save") for request in requests)
@@ -49,8 +52,8 @@ def request_pause(run_dir: Path, step: int) -> None:
 
 def pause_step(run_dir: Path) -> int | None:
     """The first step after which somebody wants the run to pause; None where nobody does."""
-    requests = _requests(run_dir, "pause")
-    steps = [int(request["step"]) for request in requests]
+    requests = _requests(run_dir, "pause", PAUSE)
+    steps = [request["step"] for request in requests]
     return min(steps, default=None)
 
 
@@ -65,7 +68,7 @@ def stop_requested(attempt: Attempt) -> Stop | None:
     """The request to this attempt to save and end; None while there is none."""
     if "stop.json" not in list_names(attempt.folder):
         return None
-    record = read_json(attempt.folder / "stop.json")
+    record = read_json(attempt.folder / "stop.json", STOP)
     return Stop(record["why"], record["reason"], deadline=record["by"])
 
 
@@ -85,23 +88,20 @@ def _request(run_dir: Path, kind: str, record: Record) -> None:
     write_json(path, {"time": time.time(), **record})
 
 
-def _requests(run_dir: Path, kind: str) -> list[Record]:
+def _requests(run_dir: Path, kind: str, shape: Shape) -> list[Record]:
     """The requests of a kind that came since the run was last (re)opened."""
+    return [read_json(path, shape) for path in _current_files(run_dir, kind)]
+
+
+def _current_files(run_dir: Path, kind: str) -> list[Path]:
+    """The files of these requests: `<kind>-<slot>.json`, by the newest slot when they were made."""
     folder = run_dir / "requests"
-    prefix = f"{kind}-"
-    files = []
+    slot_of = {}
     for name in list_names(folder):
-        if name.startswith(prefix) and name.endswith(".json"):
-            files.append(name)
-    if not files:
+        match = re.fullmatch(rf"{kind}-(\d{{1,9}})\.json", name)
+        if match:
+            slot_of[name] = int(match[1])
+    if not slot_of:
         return []
     reopened = last_reopened(run_dir)
-    current = [name for name in files if _slot_of(name) >= reopened]
-    paths = [folder / name for name in current]
-    return [read_json(path) for path in paths]
-
-
-def _slot_of(name: str) -> int:
-    """The newest slot when a request was made, which its file's name ends with: `<kind>-<slot>.json`."""
-    stem = Path(name).stem
-    return int(stem.rpartition("-")[2])
+    return [folder / name for name, slot in slot_of.items() if slot >= reopened]

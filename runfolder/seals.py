@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from runfolder.files import list_names, read_json, write_json
+from runfolder.shapes import SEALS
 
 _SEALS_FILE = "seals.json"
 
@@ -38,7 +39,7 @@ def read_seal(folder: Path, number: int, file: str) -> int | None:
     """How many bytes of a file of slot `number` count, as a later slot's folder says; None where it does not say."""
     if _SEALS_FILE not in list_names(folder):
         return None
-    seals = read_json(folder / _SEALS_FILE)
+    seals = read_json(folder / _SEALS_FILE, SEALS)
     sizes = seals.get(str(number))
     if sizes is None:
         return None

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runfolder.files import list_names, read_json, write_json
+from runfolder.shapes import SECRET_VALUES
 
 _SECRETS_FILE = "secrets.json"
 
@@ -19,4 +20,4 @@ def read_secrets(run_dir: Path) -> dict[str, str]:
     """The secrets of a run by name; empty where it has none."""
     if _SECRETS_FILE not in list_names(run_dir):
         return {}
-    return read_json(run_dir / _SECRETS_FILE)
+    return read_json(run_dir / _SECRETS_FILE, SECRET_VALUES)

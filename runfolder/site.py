@@ -142,12 +142,11 @@ class LocalSite:
 
     def write_secrets(self, run_id: str, secrets: Mapping[str, str]) -> None:
         """Keep secrets of a run by name, in place of older ones, for its owner alone."""
-        run_dir = self.root / run_id
-        write_secrets(run_dir, secrets)
+        write_secrets(self._existing(run_id), secrets)
 
     def ask(self, run_id: str, what: Ask, step: int | None = None) -> Ended:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""
-        run_dir = self.root / run_id
+        run_dir = self._existing(run_id)
         ended = result(run_dir)
         if what == "reopen":
             _reopen(run_dir, ended)
@@ -159,14 +158,27 @@ class LocalSite:
 
     def fetch(self, run_id: str, to: Path) -> Path:
         """Copy the output, the result and the job of a run into a folder `to`."""
+        run_dir = self._existing(run_id)
         to.mkdir(parents=True, exist_ok=True)
-        for path in _paths_to_fetch(self.root / run_id):
+        for path in _paths_to_fetch(run_dir):
             copy = to / path.name
             if path.is_dir():
                 shutil.copytree(path, copy, dirs_exist_ok=True)
             else:
                 shutil.copy2(path, copy)
         return to
+
+    def listing(self, run_id: str) -> list[Record]:
+        """The files that `fetch` brings: {path, size, sha256} each."""
+        run_dir = self._existing(run_id)
+        files = []
+        for top in _paths_to_fetch(run_dir):
+            inner = sorted(top.rglob("*")) if top.is_dir() else [top]
+            for path in inner:
+                if path.is_file():
+                    relative = path.relative_to(run_dir)
+                    files.append({"path": str(relative), "size": path.stat().st_size, "sha256": sha256(path)})
+        return files
 
     def bring(self, path: Path, progress: Progress) -> Path:  # noqa: ARG002
         """The file as it is: it is here already."""
@@ -178,6 +190,12 @@ class LocalSite:
             return sha256(path)
         except OSError:
             return None
+
+    def _existing(self, run_id: str) -> Path:
+        """The folder of a run; raises Refused where there is none."""
+        if run_id not in list_names(self.root):
+            raise Refused(f"run {run_id}: its folder is not there any more")
+        return self.root / run_id
 
 
 def _request_end(run_dir: Path, what: Ask, step: int | None) -> None:
@@ -224,18 +242,6 @@ def _paths_to_fetch(run_dir: Path) -> list[Path]:
     return [run_dir / name for name in _FETCHED if name in existing]
 
 
-def listing(run_dir: Path) -> list[Record]:
-    """The files that `fetch` brings: {path, size, sha256} each."""
-    files = []
-    for top in _paths_to_fetch(run_dir):
-        inner = sorted(top.rglob("*")) if top.is_dir() else [top]
-        for path in inner:
-            if path.is_file():
-                relative = path.relative_to(run_dir)
-                files.append({"path": str(relative), "size": path.stat().st_size, "sha256": sha256(path)})
-    return files
-
-
 def part(run_dir: Path, path: str, offset: int, length: int) -> bytes:
     """Bytes of a file that `fetch` brings, from an offset on; raises Refused for any other."""
     parts = Path(path).parts
@@ -275,7 +281,7 @@ def answer_request(root: Path, request: PlainData) -> Any:
         case "digest":
             return site.digest(Path(request["path"]))
         case "listing":
-            return listing(root / request["run_id"])
+            return site.listing(request["run_id"])
         case "part":
             data = part(root / request["run_id"], request["path"], request["offset"], request["length"])
             return b64encode(data).decode()

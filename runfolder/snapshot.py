@@ -1,18 +1,25 @@
-"""How a run stands, as its folder tells it at one point in time: plain data that goes through JSON and back."""
+"""How a run stands, as its folder tells it at one point in time: plain data that goes through JSON and back.
+
+This is the way by which everybody looks at a run that is not theirs: `list` and `status`, the far side, backends, the
+supervisor, `compare`. It never raises: whatever is wrong with a folder makes that one run `damaged`, and holds up no
+other.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from runfolder.appended import parse_lines, read_beginning, read_ending
-from runfolder.chain import Attempt, newest_attempt, settle, slots
+from runfolder.chain import Attempt, newest_attempt, result, settle, slots
+from runfolder.delivered import is_delivered
 from runfolder.figures import Figures, read_figures
 from runfolder.files import Damaged, Record, list_names, read_json
 from runfolder.loading import loading_lines
 from runfolder.record import read_brief
 from runfolder.requests import cancel_requested, pause_step
+from runfolder.shapes import MLFLOW_RUN, UNDELIVERED, VERDICT, Shape
 
 ASKED_TO_END = "asked to end"
 _METRICS_TAIL_BYTES = 1 << 14  # bytes at the end of metrics.jsonl that hold its last whole line
@@ -21,13 +28,14 @@ _EVENTS_HEAD_BYTES = 1 << 16  # bytes at the start of events.jsonl that hold the
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One run. Where `damaged` says why its record cannot be read, nothing else is known.
+    """One run. Where `damaged` says why its folder cannot be read, in one line, nothing else is known.
 
     `steps` is None until it is known. `attempt` is the number of the newest attempt, 0 before the first; `step`,
-    `begun` (whether it has reported a step) and `verdict` are that attempt's. `result` is the final word. `mlflow`
-    says which MLflow run it has, `undelivered` what holds its rows up, `data` what the trainer counted of its rows,
-    `asked` what somebody asked of a run that has not ended. What costs more to read is there in full views alone:
-    its figures, and the lines of Python that load its output.
+    `begun` (whether it has reported a step) and `verdict` are that attempt's. `result` is the final word, of the time
+    `closed`. `mlflow` says which MLflow run it has, `delivered` whether that has all of a closed run, `undelivered`
+    what holds its rows up, `data` what the trainer counted of its rows, `asked` what somebody asked of a run that has
+    not ended, and `cancelled` whether that is to end. What costs more to read is there in full views alone: its
+    figures, and the lines of Python that load its output.
     """
 
     run_id: str
@@ -40,18 +48,24 @@ class Snapshot:
     begun: bool = False
     verdict: Record | None = None
     result: Record | None = None
+    closed: float | None = None
     has_output: bool = False
     mlflow: Record | None = None
+    delivered: bool = False
     undelivered: Record | None = None
     data: Record | None = None
     asked: str | None = None
+    cancelled: bool = False
     damaged: str | None = None
     figures: Figures | None = None
     loading: tuple[str, ...] = ()
 
     def dump(self) -> dict[str, Any]:
         """The snapshot as plain data, which JSON can hold."""
-        return asdict(self)
+        plain = dict(vars(self))
+        if self.figures is not None:
+            plain["figures"] = asdict(self.figures)
+        return plain
 
     @classmethod
     def load(cls, plain: Mapping[str, Any]) -> "Snapshot":
@@ -68,15 +82,24 @@ def snapshot(run_dir: Path, in_full: bool = False) -> Snapshot:
     try:
         glance = _read_snapshot(run_dir)
         return _with_figures(glance) if in_full else glance
-    except Damaged as error:
-        return Snapshot(run_dir.name, str(run_dir), damaged=str(error))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return Snapshot(run_dir.name, str(run_dir), damaged=f"{run_dir}: {type(error).__name__}: {error}")
+    except Exception as error:  # a bug of ours included: other runs are looked at in the same breath
+        words = " ".join(str(error).split())
+        kind = "" if isinstance(error, Damaged) else f"{type(error).__name__}: "
+        where = "" if str(run_dir) in words else f"{run_dir}: "
+        return Snapshot(run_dir.name, str(run_dir), damaged=f"{where}{kind}{words}")
 
 
-def _pending_request(run_dir: Path) -> str | None:
+def has_ended(run_dir: Path) -> bool:
+    """Whether a run has its final word; one that is damaged has none, as its snapshot says."""
+    try:
+        return result(run_dir) is not None
+    except (Damaged, OSError):
+        return False
+
+
+def _pending_request(run_dir: Path, cancelled: bool) -> str | None:
     """What somebody asked of a run, in words."""
-    if cancel_requested(run_dir):
+    if cancelled:
         return ASKED_TO_END
     pause = pause_step(run_dir)
     if pause is None:
@@ -86,8 +109,9 @@ def _pending_request(run_dir: Path) -> str | None:
 
 def read_plan(attempt: Attempt) -> Record:
     """What the trainer announced at the start of an attempt: steps, parameters, ...; empty while it has not."""
-    data = read_beginning(attempt, "events.jsonl", _EVENTS_HEAD_BYTES)
-    for event in parse_lines(data):
+    file = "events.jsonl"
+    data = read_beginning(attempt, file, _EVENTS_HEAD_BYTES)
+    for event in parse_lines(data, file):
         if event["event"] == "plan":
             return {key: value for key, value in event.items() if key not in ("event", "time")}
     return {}
@@ -102,6 +126,7 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
     plan = read_plan(newest) if "events.jsonl" in attempt_files else {}
     begun = "metrics.jsonl" in attempt_files
     ended = _final_result(taken[-1], files) if taken else None
+    cancelled = ended is None and "requests" in files and cancel_requested(run_dir)
     return Snapshot(
         run_id=run_dir.name,
         run_dir=str(run_dir),
@@ -111,13 +136,16 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
         attempt=newest.number,
         step=_last_step(newest, begun),
         begun=begun,
-        verdict=_read_listed(newest.folder, "verdict.json", attempt_files),
+        verdict=_read_listed(newest.folder, "verdict.json", attempt_files, VERDICT),
         result=ended,
+        closed=taken[-1].claim["time"] if ended else None,
         has_output="output" in files,
-        mlflow=_read_listed(run_dir, "mlflow.json", files),
-        undelivered=_read_listed(run_dir, "undelivered.json", files),
+        mlflow=_read_listed(run_dir, "mlflow.json", files, MLFLOW_RUN),
+        delivered=ended is not None and is_delivered(run_dir),
+        undelivered=_read_listed(run_dir, "undelivered.json", files, UNDELIVERED),
         data=plan.get("data"),
-        asked=_pending_request(run_dir) if ended is None and "requests" in files else None,
+        asked=_pending_request(run_dir, cancelled) if ended is None and "requests" in files else None,
+        cancelled=cancelled,
     )
 
 
@@ -129,11 +157,11 @@ def _with_figures(run: Snapshot) -> Snapshot:
     return replace(run, figures=figures, loading=tuple(loading))
 
 
-def _read_listed(folder: Path, file: str, listing: Sequence[str]) -> Record | None:
+def _read_listed(folder: Path, file: str, listing: Sequence[str], shape: Shape) -> Record | None:
     """The JSON file of a folder; None where the folder's listing does not have it."""
     if file not in listing:
         return None
-    return read_json(folder / file)
+    return read_json(folder / file, shape)
 
 
 def _final_result(newest: Attempt, files: Sequence[str]) -> Record | None:
@@ -154,7 +182,7 @@ def _last_step(attempt: Attempt, begun: bool) -> int:
         tail = read_ending(attempt, "metrics.jsonl", _METRICS_TAIL_BYTES)
         whole_lines = tail[: tail.rfind(b"\n") + 1]
         last_line = whole_lines[whole_lines.rfind(b"\n", 0, -1) + 1 :]
-        rows = parse_lines(last_line)
+        rows = parse_lines(last_line, "metrics.jsonl")
         if rows:
             return int(rows[0]["step"])
     if attempt.number == 0:

@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import asdict
 
-from clusters.base import Capacity, ClusterRequest, ClusterStatus, Logs
+from clusters.base import Capacity, ClusterRequest, ClusterStatus, Logs, Standing
 from clusters.remote.far_side import FarSide
 from clusters.remote.site import RemoteSite
 from runfolder.job import Job
+from runfolder.snapshot import Snapshot
 
 
 class RemoteCluster:
@@ -40,6 +41,16 @@ class RemoteCluster:
         for run_id, plain in answer.items():
             statuses[run_id] = ClusterStatus(**plain)
         return statuses
+
+    def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
+        """How runs stand, None: all of them: one trip for what their folders and the cluster say."""
+        wanted = None if run_ids is None else list(run_ids)
+        answer = self.far_side.ask({"verb": "look", "run_ids": wanted, "in_full": in_full})
+        standings = {}
+        for run_id, plain in answer.items():
+            status = ClusterStatus(**plain["on_cluster"])
+            standings[run_id] = Standing(Snapshot.load(plain["folder"]), status)
+        return standings
 
     def logs(self, run_id: str, offset: int = 0) -> Logs:
         """What the run's controller printed before it had an attempt to write to."""

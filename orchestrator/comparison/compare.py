@@ -13,9 +13,9 @@ from orchestrator.comparison.measure import MEASURES, Measure
 from orchestrator.comparison.run import TrackedRun, load_runs
 from orchestrator.errors import InputError
 from orchestrator.tracking.delivery import deliver_held_up, troubles
-from orchestrator.tracking.password import without_password
 from orchestrator.tracking.store import client, resolve, sqlite_file
 from orchestrator.tracking.trouble import diagnose, is_of_mlflow
+from runfolder.variables import without_password
 
 _NOT_COMPARED = {SEED, "name"}
 _DIGEST_SHOWN = 12  # characters

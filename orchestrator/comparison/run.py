@@ -10,8 +10,9 @@ from operator import attrgetter
 from typing import Any
 
 from orchestrator.errors import InputError
-from orchestrator.tracking.password import TRACKING_URI, public
+from orchestrator.tracking.password import TRACKING_URI
 from orchestrator.tracking.store import RUN_ID_TAG
+from runfolder.variables import public
 
 CurvePoint = tuple[int, float]  # step and value
 Curve = tuple[CurvePoint, ...]

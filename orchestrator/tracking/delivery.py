@@ -52,6 +52,7 @@ class Delivery:
         self._wait_s = 0.0
         self._next_try = -math.inf
         self._trouble: Trouble | None = None
+        self._uri = ""  # that MLflow was asked by
         self._start_over()
 
     def _start_over(self) -> None:
@@ -59,8 +60,9 @@ class Delivery:
         self._spools: dict[str, Spool] = {}
         for file in DELIVERED_FILES:
             source = partial(read_from, self._run_dir, file)
-            self._spools[file] = Spool(source, self._attempt.number)
+            self._spools[file] = Spool(file, source, self._attempt.number)
         self._outbox = Outbox()
+        self._damage: Damaged | None = None  # why no more rows can be read
         self._client: Any = None
         self._mlflow_run_id: str | None = None
 
@@ -106,6 +108,8 @@ class Delivery:
             note_delivered(self._run_dir, self._mlflow_run_id)
 
     def _deliver(self) -> None:
+        if self._damage:
+            raise self._damage
         self._open()
         # A row that a crash of the machine takes back must not have been reported.
         for file, number in self._outbox.sources():
@@ -117,8 +121,9 @@ class Delivery:
         """Open the MLflow run, unless it is open, and drop the rows that it has."""
         if self._mlflow_run_id:
             return
-        self._client = client(self.uri)
-        run = open_run(self._client, self._run_dir, self.uri, self._fence)
+        self._uri = self.uri
+        self._client = client(self._uri)
+        run = open_run(self._client, self._run_dir, self._uri, self._fence)
         mlflow_run_id = run.info.run_id
         self._fence()
         describe_run(self._client, self._run_dir, mlflow_run_id, here=self._ran_here())
@@ -155,6 +160,12 @@ class Delivery:
 
     def _read(self) -> None:
         """Queue the rows that are new, and compare those of this attempt with what they repeat."""
+        try:
+            self._read_spools()
+        except Damaged as damage:
+            self._damage = damage
+
+    def _read_spools(self) -> None:
         for file, spool in self._spools.items():
             compared = self._compared.get(file, 0)
             for row in spool.read():
@@ -190,7 +201,7 @@ class Delivery:
         except Fenced:
             return False
         except Exception as error:
-            self._hold_up(diagnose(error, self.uri))
+            self._hold_up(diagnose(error, self._uri))
             return False
         if self._trouble:
             self._event("tracking_restored")
@@ -248,14 +259,22 @@ def deliver_held_up(timeout_s: float = 10.0) -> None:
     """Deliver what was held up of the closed runs of this home, newest first; a store that is down is tried once."""
     down: set[str] = set()
     for run_dir in undelivered():
-        delivery = Delivery(run_dir, last_attempt(run_dir).number)
-        if delivery.uri in down:
-            continue
-        ended = result(run_dir) or {}
-        if not delivery.finish(str(ended["state"]), timeout_s):
-            trouble = trouble_of_run(run_dir)
-            if trouble is None or not trouble.lasting:
-                down.add(delivery.uri)
+        try:
+            _deliver_held_up(run_dir, down, timeout_s)
+        except Damaged as damage:
+            note_trouble(run_dir, diagnose(damage, ""))
+
+
+def _deliver_held_up(run_dir: Path, down: set[str], timeout_s: float) -> None:
+    """Deliver what was held up of one closed run, unless its store is down; raises Damaged."""
+    delivery = Delivery(run_dir, last_attempt(run_dir).number)
+    if delivery.uri in down:
+        return
+    ended = result(run_dir) or {}
+    if not delivery.finish(str(ended["state"]), timeout_s):
+        trouble = trouble_of_run(run_dir)
+        if trouble is None or not trouble.lasting:
+            down.add(delivery.uri)
 
 
 def undelivered() -> Iterator[Path]:
@@ -263,17 +282,8 @@ def undelivered() -> Iterator[Path]:
     for run_id in reversed(run_ids()):
         run_dir = runs_folder() / run_id
         run = snapshot(run_dir)
-        if run.result and run.attempt and not is_delivered(run_dir) and _has_job(run_dir):
+        if run.result and run.attempt and not run.delivered:
             yield run_dir
-
-
-def _has_job(run_dir: Path) -> bool:
-    """Whether a run can be delivered: not one that is damaged, as `status` and `resume` say."""
-    try:
-        load_job(run_dir)
-    except Damaged:
-        return False
-    return True
 
 
 def troubles() -> dict[str, Trouble]:

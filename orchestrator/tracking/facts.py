@@ -30,6 +30,7 @@ def job_params(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     # In jobs made by hand, or by an earlier version. Left out, not changed: MLflow refuses another value of a param.
     for secret in secrets_of(job):
         params.pop(secret, None)
+        params.pop(f"env.{secret}", None)
     return params
 
 

@@ -31,7 +31,8 @@ class AppendedRow:
 class Spool:
     """One appended file of a run, joined over the attempts up to `number`; read it as often as it grows."""
 
-    def __init__(self, source: ChunkSource, number: float = inf) -> None:
+    def __init__(self, file: str, source: ChunkSource, number: float = inf) -> None:
+        self._file = file
         self._source = source
         self._follower = Follower()
         self._last_attempt = number
@@ -45,7 +46,7 @@ class Spool:
         for attempt, data in self._follower.take(chunks):
             if attempt > self._last_attempt:
                 break
-            for record in parse_lines(data):
+            for record in parse_lines(data, self._file):
                 rows.append(self._row(attempt, record))
         return rows
 
@@ -72,8 +73,8 @@ def history(run_dir: Path) -> list[Record]:
     `attempt` and `time` are those of the first row of that step.
     """
     records: dict[tuple[int, str], Record] = {}
-    source = partial(read_from, run_dir, "metrics.jsonl")
-    spool = Spool(source)
+    file = "metrics.jsonl"
+    spool = Spool(file, partial(read_from, run_dir, file))
     for row in spool.read():
         if row.fresh:
             kind = _kind_of_row(row)

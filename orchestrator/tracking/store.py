@@ -8,7 +8,6 @@ everybody removes runs of that run id that do not count. Nothing is ever deliver
 import getpass
 import logging
 import os
-import shutil
 import socket
 import sys
 import uuid
@@ -20,13 +19,15 @@ from urllib.parse import urlsplit
 from orchestrator.errors import InputError
 from orchestrator.tracking.environment import environment
 from orchestrator.tracking.facts import datasets, job_params, job_tags
-from orchestrator.tracking.password import TRACKING_URI, public
+from orchestrator.tracking.password import TRACKING_URI
 from orchestrator.tracking.trouble import DeliveryRefused
 from runfolder.chain import Attempt, attempts
-from runfolder.files import Record, read_json, write_json
+from runfolder.files import Record, read_json, take_name, write_json
 from runfolder.folders import home
 from runfolder.record import load_job, read_record
 from runfolder.secrets import read_secrets
+from runfolder.shapes import MLFLOW_RUN
+from runfolder.variables import public
 
 RUN_ID_TAG = "fleetune.run_id"
 SERVERS = ("http", "https", "databricks", "postgresql", "mysql", "mssql")
@@ -132,7 +133,7 @@ def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) ->
         oldest = mlflow_run_ids[0]
         claim = {"mlflow_run_id": oldest, "uri": public(uri), "experiment_id": experiment}
         _claim_mlflow_run(run_dir, claim)
-    record = read_json(run_dir / "mlflow" / "run.json")
+    record = read_json(run_dir / "mlflow" / "run.json", MLFLOW_RUN)
     write_json(run_dir / "mlflow.json", record)
     counting = record["mlflow_run_id"]
     for other in set(mlflow_run_ids) - {counting}:
@@ -173,7 +174,7 @@ def counting_run(run_dir: Path) -> Record | None:
     path = run_dir / "mlflow" / "run.json"
     if not path.exists():
         return None
-    return read_json(path)
+    return read_json(path, MLFLOW_RUN)
 
 
 def describe_run(client: Any, run_dir: Path, mlflow_run_id: str, here: bool) -> None:
@@ -240,12 +241,7 @@ def _claim_mlflow_run(run_dir: Path, record: Record) -> None:
     prepared = run_dir / f".mlflow-{uuid.uuid4().hex}"
     prepared.mkdir()
     write_json(prepared / "run.json", record)
-    try:
-        prepared.rename(run_dir / "mlflow")
-    except OSError:
-        shutil.rmtree(prepared)
-        if not (run_dir / "mlflow").exists():
-            raise
+    take_name(prepared, run_dir / "mlflow")
 
 
 def _machine_tags() -> dict[str, str]:

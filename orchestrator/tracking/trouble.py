@@ -5,7 +5,7 @@ latest trouble of a run lies in RUN_DIR/undelivered.json until its rows have bee
 """
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator.errors import InputError
-from orchestrator.tracking.password import without_password
-from runfolder.files import Damaged, read_json, write_json
+from runfolder.files import Damaged, Record, read_json, write_json
+from runfolder.shapes import UNDELIVERED
+from runfolder.variables import without_password
 
 _UNDELIVERED_FILE = "undelivered.json"
 _REASON_LENGTH = 300  # characters at most
@@ -105,20 +106,15 @@ def trouble_of_run(run_dir: Path) -> Trouble | None:
     if not path.exists():
         return None
     try:
-        record = read_json(path)
+        record = read_json(path, UNDELIVERED)
     except Damaged:
-        record = {}
-    return parse_trouble(run_dir, record)
+        return Trouble(True, f"{path} cannot be read", "remove it")
+    return trouble_in(record)
 
 
-def parse_trouble(run_dir: Path, record: Mapping[str, Any]) -> Trouble:
-    """The trouble that a record tells of; one that cannot be read is trouble, too."""
-    fields = dict(record)
-    fix = fields.pop("mend", "")
-    try:
-        return Trouble(fix=fix, **fields)
-    except TypeError:
-        return Trouble(True, f"{run_dir / _UNDELIVERED_FILE} cannot be read", "remove it")
+def trouble_in(record: Record) -> Trouble:
+    """The trouble that a record of it tells of."""
+    return Trouble(record["lasting"], record["reason"], record["mend"])
 
 
 def _fix_of(error: BaseException) -> str | None:
@@ -128,6 +124,8 @@ def _fix_of(error: BaseException) -> str | None:
         return _SQLITE_FIXES.get(code & 0xFF, "")
     if isinstance(error, DeliveryRefused):
         return error.fix
+    if isinstance(error, Damaged):
+        return "mend that file"
     if isinstance(error, InputError):
         return "install it where the rows are to be delivered from"
     if isinstance(error, ModuleNotFoundError):

@@ -7,6 +7,7 @@ from clusters.entry import QueueEntry
 from clusters.local import Local
 from clusters.supervisor import Supervisor
 from runfolder.job import Job
+from runfolder.record import create_run_folder
 
 
 def job(**resources: int) -> Job:
@@ -24,9 +25,16 @@ def entry(run_id: str, workers: int) -> QueueEntry:
 
 
 def submit(cluster: Local, run_id: str, workers: int = 1) -> Path:
-    run_dir = cluster.home / "runs" / run_id
-    run_dir.mkdir(parents=True)
-    cluster.submit(cluster.request(job(workers_per_node=workers), run_id))
+    wanted = job(workers_per_node=workers)
+    run_dir = make_run_dir(cluster.home / "runs" / run_id, wanted)
+    cluster.submit(cluster.request(wanted, run_id))
+    return run_dir
+
+
+def make_run_dir(run_dir: Path, wanted: Job) -> Path:
+    """The folder of a run that was just submitted."""
+    record = {"run_id": run_dir.name, "cluster": "local", "submitted": 1e9, "job": wanted.dump()}
+    assert create_run_folder(run_dir, record) is None
     return run_dir
 
 

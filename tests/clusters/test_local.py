@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from local_cluster import entry, job, running, serve, submit, text
+from local_cluster import entry, job, make_run_dir, running, serve, submit, text
 from waiting import until
 
 from clusters import environment, process, ray_head, ray_start
 from clusters import local as local_module
 from clusters.base import SubmissionRefused, Unreachable
-from clusters.entry import Queue
+from clusters.entry import Queue, queued_run
 from clusters.local import Local
 from clusters.ray_head import Backoff, Head
 from clusters.supervisor import Supervisor, fitting
@@ -88,11 +88,12 @@ def test_an_entry_can_be_read_by_its_owner_alone(tmp_path: Path) -> None:
 
 def test_a_reopened_run_stays_queued(tmp_path: Path) -> None:
     queue = Queue(tmp_path / "queue")
-    queue.add("a", text("a", run_dir=str(tmp_path)))
-    assert chain.close(tmp_path, {"state": "failed"})
-    seen = queue.list()[0]
-    assert seen.finished and not seen.settled
-    assert chain.reopen(tmp_path)
+    run_dir = make_run_dir(tmp_path / "a", job())
+    queue.add("a", text("a", run_dir=str(run_dir)))
+    assert chain.close(run_dir, {"state": "failed"})
+    (seen,) = queue.list()
+    assert queued_run(seen).finished and not queued_run(seen).settled
+    assert chain.reopen(run_dir)
     queue.remove(seen)
     assert [e.run_id for e in queue.list()] == ["a"]
 

@@ -148,3 +148,17 @@ def test_nobody_starts_while_the_lock_is_held(lock: Path) -> None:
     with process.hold_lock(lock):
         assert not spawn(lock)
     assert spawn(lock)
+
+
+def test_a_session_of_strangers_whose_leader_ended_is_left_alone(lock: Path) -> None:
+    """The number of a holder of this boot came to lead a daemon's session, and that leader has ended, as they do."""
+    daemon = ["sh", "-c", "sleep 60 >/dev/null & echo $!"]
+    leader = subprocess.Popen(daemon, stdout=subprocess.PIPE, start_new_session=True)
+    stranger = int(leader.communicate()[0])
+    try:
+        gone = holder.Holder("here", holder.boot_id(), leader.pid, "1")
+        lock.write_bytes(gone.dump())
+        process.end(lock)
+        assert lives(stranger)
+    finally:
+        os.kill(stranger, signal.SIGKILL)

@@ -20,7 +20,7 @@ from clusters.ray_head import Head
 def test_what_is_no_entry_stands_in_nobodys_way(cluster: Local, capsys: pytest.CaptureFixture[str]) -> None:
     good = json.loads(text("bad", run_dir=str(cluster.home)))
     texts: list[tuple[str, object]] = [
-        ("found format None", {}),
+        ("run_id: found NoneType", {}),
         ("found list", []),
         ("found format 7; allowed: format 1", {**good, "format": 7}),
         ("workers: found str", {**good, "workers": "2"}),
@@ -28,10 +28,15 @@ def test_what_is_no_entry_stands_in_nobodys_way(cluster: Local, capsys: pytest.C
         ("File name too long", {**good, "run_id": "x", "run_dir": "/" + "x" * 300}),
         *(
             (
-                "environment or command: found a value that no process can have",
-                {**good, "run_id": "x", "environment": {"A": value}},
+                why,
+                {**good, "run_id": "x", "environment": environment},
             )
-            for value in (1, "a\0b", "x" * 200_000)
+            for why, environment in (
+                ("environment or command: found a value that no process can have", {"A": 1}),
+                ("environment or command: found a value that no process can have", {"A": "a\0b"}),
+                ("environment: A: found 200,000 characters", {"A": "x" * 200_000}),
+                ("environment: 'A=B' is no name of a variable", {"A=B": "x"}),
+            )
         ),
     ]
     submit(cluster, "fine")
@@ -66,12 +71,14 @@ def test_a_run_that_cannot_be_started_stands_in_nobodys_way(
     cluster.log("first").mkdir()
     serve(cluster).tick()
     assert list(running(cluster)) == ["second"]
+    assert cluster.taken_workers() == 1
     assert capsys.readouterr().out.startswith("first cannot be started: ")
 
 
 def test_a_run_gets_its_own_environment_alone(cluster: Local, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the shell that the supervisor was started from, in which another run was submitted."""
     names = ("HF_HUB_OFFLINE", "MLFLOW_TRACKING_TOKEN", "NCCL_DEBUG", "FLEETUNE_HANG_AFTER", "FLEETUNE_HOME")
+    names += ("DATABRICKS_TOKEN", "PGPASSWORD", "LD_PRELOAD", "TRANSFORMERS_OFFLINE")
     shows = "import os, sys; sys.stdout.write(repr([os.environ.get(name) for name in sys.argv[1:]]))"
     monkeypatch.setattr(local_module, "controller_command", lambda _: [sys.executable, "-c", shows, *names])
     monkeypatch.setenv("HF_HUB_OFFLINE", "own")
@@ -80,7 +87,7 @@ def test_a_run_gets_its_own_environment_alone(cluster: Local, monkeypatch: pytes
         monkeypatch.setenv(name, "of the first shell")
     serve(cluster).tick()
     until(lambda: cluster.logs("one").text.endswith("]"))
-    assert cluster.logs("one").text == repr(["own", None, None, None, str(cluster.home)])
+    assert cluster.logs("one").text == repr(["own", None, None, None, str(cluster.home), *[None] * 4])
 
 
 def test_a_supervisor_keeps_nothing_of_the_shell_that_it_was_started_from(

@@ -8,6 +8,7 @@ from runfolder.chain import Attempt, Start
 from runfolder.digests import digests
 from runfolder.job import Job
 from runfolder.record import create_run_folder
+from trainer.data.counts import Counts
 
 T0 = 1_700_000_000.0
 
@@ -71,7 +72,8 @@ def eval_row(attempt: Attempt, step: int, **figures: float) -> None:
 
 def plan(attempt: Attempt, trained: int = 1234) -> None:
     """What the trainer announces."""
-    attempt.event("plan", steps=100, parameters=99999, trained=trained)
+    data = Counts(rows=3, examples=3, longest=9).summary()
+    attempt.event("plan", steps=100, parameters=99999, trained=trained, data=data)
 
 
 def expected(*parts: tuple[int, int, int]) -> list[tuple[int, float, int]]:

@@ -24,7 +24,10 @@ def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("hpc: {kind: slrum}", "hpc.kind: found 'slrum'; did you mean 'slurm'? allowed: local or slurm"),
         ("hpc: 3", "hpc.kind: found None; allowed: local or slurm"),
         ("hpc: {kind: slurm, partitoin: gpu}", "hpc.partitoin: unknown key; did you mean 'partition'? allowed: "),
-        ("tower: {kind: local, partition: gpu}", "tower.partition: unknown key; allowed: link, root, python, setup"),
+        (
+            "tower: {kind: local, partition: gpu}",
+            "tower.partition: unknown key; allowed: kind, link, root, python, setup",
+        ),
         ("hpc: {kind: slurm, cpus_per_worker: 0}", "hpc.cpus_per_worker: found 0; allowed: greater than"),
         (
             "tower: {kind: local, link: {ssh: '-oProxyCommand=x'}}",

@@ -17,21 +17,26 @@ from runfolder.chain import result
 from runfolder.files import Damaged
 
 FILES: dict[str, tuple[str, str | bytes]] = {
-    "job.yaml: found NoneType; allowed: a mapping": ("job.yaml", ""),
-    "job.yaml: found list; allowed: a mapping": ("job.yaml", "- 1"),
+    "job.yaml: found NoneType; allowed: an object": ("job.yaml", ""),
+    "job.yaml: found list; allowed: an object": ("job.yaml", "- 1"),
     "job.yaml: found format 7; allowed: 1": ("job.yaml", "format: 7"),
     "job.yaml: not YAML: while parsing": ("job.yaml", "{"),
     "job.yaml: not YAML": ("job.yaml", b"\xff\xfe\x00"),
-    "KeyError: 'cluster'": ("job.yaml", "job: {train: {steps: 1}}"),
-    "KeyError: 'train'": ("job.yaml", "{cluster: local, submitted: 1, job: {}}"),
+    "job.yaml: submitted: Input should be a valid number": ("job.yaml", "job: {train: {steps: 1}}"),
+    "job.yaml: steps: Input should be": ("job.yaml", "{cluster: local, submitted: 1, job: {train: {steps: -3}}}"),
+    "job.yaml: job: Input should be": ("job.yaml", "{cluster: local, submitted: 1, job: 3}"),
     "run.json: not JSON": ("run.json", "{torn"),
-    "TypeError": ("job.yaml", "{cluster: local, submitted: 1, job: {train: 3}}"),
+    "run.json: submitted: Input should be less": ("run.json", '{"cluster": null, "submitted": 1e30, "steps": 1}'),
     "claim.json: not JSON": ("attempts/1/claim.json", ""),
     "claim.json: found list": ("attempts/1/claim.json", "[]"),
-    "KeyError: 'kind'": ("attempts/1/claim.json", "{}"),
+    "claim.json: Unable to extract tag using discriminator 'kind'": ("attempts/1/claim.json", "{}"),
+    "attempts/7: found no claim.json": ("attempts/7/other", ""),
     "verdict.json: not JSON": ("attempts/1/verdict.json", "{torn"),
+    "verdict.json: kind: Field required": ("attempts/1/verdict.json", '{"x": 1}'),
     "mlflow.json: not JSON": ("mlflow.json", "{torn"),
-    "JSONDecodeError": ("attempts/1/events.jsonl", "no JSON\n"),
+    "mlflow.json: mlflow_run_id: Field required": ("mlflow.json", '{"x": 1}'),
+    "events.jsonl: a line is not JSON": ("attempts/1/events.jsonl", "no JSON\n"),
+    "metrics.jsonl: in a line: step: Input should be": ("attempts/1/metrics.jsonl", '{"step": "x", "time": 1}\n'),
 }
 
 
@@ -42,6 +47,7 @@ def test_a_damaged_folder_is_unknown_with_the_reason_and_others_are_listed(home:
         steps(claim(run_dir), 1, 3)
         if name == "job.yaml":
             (run_dir / "run.json").unlink()  # as in folders of before there was one
+        (run_dir / name).parent.mkdir(exist_ok=True)
         (run_dir / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         found = fleetune.status(run_dir.name)
         assert (found.run_id, found.state) == (run_dir.name, "unknown")
@@ -68,6 +74,29 @@ def test_a_folder_of_another_version_is_listed_and_resumed_by_none(home: Path) -
     assert "train.orbit" in ended["reason"]
 
 
+@pytest.mark.parametrize("name", ["secrets.json", "attempts/1/verdict.json", "attempts/1/claim.json"])
+def test_the_controller_closes_a_run_that_is_damaged(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    run_dir = make_run(home / "runs", runs.new_id("bad"), None)
+    for start in (None, 2):
+        claim(run_dir, start).write_verdict({"kind": "node_lost"})
+    (run_dir / name).write_text("{torn")
+    assert main(run_dir) == 0
+    ended = result(run_dir)
+    assert ended and ended["state"] == "failed"
+    assert ended["reason"].startswith(f"{run_dir / name}: not JSON")
+    assert main(run_dir) == 0  # as the supervisor asks while MLflow has not got it
+
+
+def test_a_run_whose_newest_slot_is_damaged_stays_as_it_is(home: Path) -> None:
+    run_dir = make_run(home / "runs", runs.new_id("bad"), None)
+    claim(run_dir)
+    (run_dir / "attempts" / "1" / "claim.json").write_text("{torn")
+    with pytest.raises(Damaged, match=r"claim\.json: not JSON"):
+        main(run_dir)
+    assert [path.name for path in (run_dir / "attempts").iterdir()] == ["1"]
+
+
 def test_what_is_asked_of_a_damaged_run_is_answered_in_a_line(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +116,6 @@ def test_word_of_trouble_that_cannot_be_read(home: Path) -> None:
         (run_dir / "undelivered.json").write_text(text)
         trouble = trouble_of_run(run_dir)
         assert trouble and trouble.reason == f"{run_dir}/undelivered.json cannot be read"
-        assert fleetune.status(run_dir.name).state == "unknown"  # the cluster has not got it
+        assert fleetune.status(run_dir.name).state == "unknown"
         with pytest.raises(InputError, match="nothing was tracked yet"):
             fleetune.compare(None, None)

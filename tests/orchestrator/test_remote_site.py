@@ -4,9 +4,11 @@ It has another HOME, another FLEETUNE_HOME and another current folder. The proce
 one of that home: a queue that nobody serves.
 """
 
+import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +19,8 @@ from run_folders import claim, make_run, plan, step_row, steps
 
 import fleetune
 from clusters.base import Unreachable
-from clusters.config import LocalConfig, SshLink
-from clusters.local import Local
+from clusters.config import SshLink
+from clusters.local import Local, LocalConfig
 from clusters.remote.cluster import RemoteCluster
 from clusters.remote.code import installed_code
 from clusters.remote.far_side import FarSide
@@ -200,6 +202,46 @@ def test_what_cannot_be_reached_is_unknown_and_nothing_else(far_home: Path, monk
     with pytest.raises(Unreachable, match="no route"):
         fleetune.cancel(run_dir.name)
     assert result(run_dir) is None
+
+
+def test_five_hundred_runs_are_looked_at_in_one_trip(
+    far_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = make_run(far_home / "runs", runs.new_id("fake"), None)
+    for number in range(5):
+        attempt = claim(first, 10 * number or None)
+        plan(attempt)
+        steps(attempt, 10 * number + 1, 10 * number + 12)
+        attempt.write_verdict({"kind": "node_lost", "reason": "", "evidence": ""})
+    run_ids = [first.name] + [f"fake-{runs.new_id('x')[2:10]}{number:02d}" for number in range(10, 99)]
+    run_ids += [f"more-{runs.new_id('x')[2:8]}{number:04d}" for number in range(410)]
+    for run_id in run_ids[1:]:
+        shutil.copytree(first, far_home / "runs" / run_id, copy_function=os.link)
+    far = Local(far_home)
+    for run_id in run_ids[:250]:
+        far.queue.add(run_id, far._entry(run_id, 1, {}))
+    for run_id in run_ids:
+        runs.remember(run_id, "elsewhere")
+    asked = []
+    ask = FarSide.ask
+    monkeypatch.setattr(
+        FarSide, "ask", lambda far_side, request: asked.append(request["verb"]) or ask(far_side, request)
+    )
+    runs.find(first.name)
+    assert asked == []
+    fleetune.status(first.name)  # starts the process there
+    for look in (fleetune.list_runs, lambda: fleetune.list_runs("elsewhere")):
+        asked.clear()
+        began = time.monotonic()
+        found = look()
+        with capsys.disabled():
+            print(f"\n{len(found)} runs of 5 attempts, over a far process: {time.monotonic() - began:.2f} s")
+        assert asked == ["look"]
+        assert len(found) == len(set(run_ids)) == 500
+        assert {(status.state, status.attempt, status.step) for status in found} == {
+            ("preempted", 5, 52),
+            ("unknown", 5, 52),
+        }
 
 
 def test_a_damaged_run_is_named_and_holds_nobody_up(far_home: Path) -> None:

@@ -25,9 +25,9 @@ from waiting import until
 import fleetune
 from clusters.base import Unreachable
 from clusters.checks import Check
-from clusters.config import SlurmConfig
 from clusters.remote.link import sockets_folder
 from clusters.slurm import Slurm
+from clusters.slurm_script import SlurmConfig
 from orchestrator import backends
 from orchestrator.errors import InputError
 from orchestrator.tracking.history import history

@@ -1,6 +1,7 @@
 """Where runs stand, and their logs, on folders as trainer and controller leave them."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,12 +14,13 @@ from run_folders import claim, eval_row, make_run, plan, step_row, steps
 
 import fleetune
 from clusters.base import ClusterStatus as View
+from clusters.base import Standing
 from clusters.local import Local
 from fleetune import InputError
 from orchestrator import progress, runs, status
 from orchestrator.logs import LogReader
 from runfolder.chain import Attempt, claim_next, close
-from runfolder.requests import request_cancel
+from runfolder.requests import cancel_requested, cancel_saves, request_cancel
 from runfolder.site import LocalSite
 from runfolder.snapshot import snapshot
 
@@ -103,7 +105,7 @@ def test_a_run_that_is_about_to_succeed_is_not_preempted(run: Path) -> None:
     steps(attempt, 1, 9)
     for verdict, state in (("success", "running"), ("node_lost", "preempted")):
         attempt.write_verdict({"kind": verdict, "reason": "gone"})
-        assert status.join_status(snapshot(run), View("running")).state == state
+        assert status.join_status(Standing(snapshot(run), View("running"))).state == state
 
 
 CLOSER = """
@@ -295,3 +297,20 @@ def test_what_failed_is_queued_again(run: Path) -> None:
     found = fleetune.status(run.name)
     assert (found.state, found.attempt) == ("preempted", 1)
     assert claim_next(run, None)
+
+
+def test_what_is_asked_of_a_run_whose_folder_was_removed_makes_nothing(home: Path, tmp_path: Path) -> None:
+    run_dir = make_run(home / "runs", runs.new_id("gone"), None)
+    runs.remember(run_dir.name, "local")
+    shutil.rmtree(run_dir)
+    for ask in (fleetune.pause, fleetune.cancel, lambda run: fleetune.fetch(run, tmp_path / "to")):
+        with pytest.raises(InputError, match="its folder is not there any more"):
+            ask(run_dir.name)
+    assert not run_dir.exists()
+
+
+def test_who_wants_the_end_at_once_is_not_overruled_by_who_would_wait(home: Path) -> None:
+    run_dir = make_run(home / "runs", runs.new_id("fake"), None)
+    request_cancel(run_dir)
+    request_cancel(run_dir, save=True)
+    assert cancel_requested(run_dir) and not cancel_saves(run_dir)

@@ -1,5 +1,6 @@
 """Submission: what is frozen, and that a repeated one is one job."""
 
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import fleetune
 from clusters.local import Local
 from fleetune import InputError
 from orchestrator import runs, submit
+from runfolder import chain
 from runfolder.record import load_job, read_record
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -188,3 +190,42 @@ def test_a_dry_run_makes_nothing(home: Path, tmp_path: Path) -> None:
 def test_unknown_clusters_are_told_with_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--cluster: found 'locale'; did you mean 'local'\\? allowed: local"):
         fleetune.submit(make_job(tmp_path), cluster="locale")
+
+
+def test_a_secret_in_env_or_in_an_address_is_in_one_file_for_its_owner(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = {
+        "HF_TOKEN": "hf_0",
+        "MY_API_KEY": "hf_1",
+        "HTTPS_PROXY": "http://bob:hf_2@proxy:3128",
+        "NCCL_DEBUG": "INFO",
+    }
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://hf_3@tracking")
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror/?api_key=hf_4")
+    job = make_job(tmp_path, env=env)
+    assert "hf_" not in fleetune.dry_run(job)
+    run_dir = fleetune.submit(job).run_dir
+    telling = [path for path in home.rglob("*") if path.is_file() and b"hf_" in path.read_bytes()]
+    assert telling == [run_dir / "secrets.json"]
+    assert telling[0].stat().st_mode & 0o077 == 0
+    kept = json.loads(telling[0].read_text())
+    assert kept == {name: value for name, value in env.items() if name != "NCCL_DEBUG"} | {
+        "MLFLOW_TRACKING_URI": "https://hf_3@tracking",
+        "HF_ENDPOINT": "https://mirror/?api_key=hf_4",
+    }
+    assert load_job(run_dir).env == {"NCCL_DEBUG": "INFO"}
+    entry = json.loads((home / "local" / "queue" / f"{run_dir.name}.json").read_text())
+    assert set(entry["secrets"]) == set(kept)
+    chain.close(run_dir, {"state": "failed"})
+    fleetune.resume(run_dir.name)
+    assert json.loads(telling[0].read_text()) == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("A=B", "x"), ("", "x"), ("1A", "x"), ("A", "x\0"), ("A", "x" * 200_000)]
+)
+def test_what_is_no_variable_is_refused(home: Path, tmp_path: Path, name: str, value: str) -> None:
+    with pytest.raises(InputError, match="env"):
+        fleetune.dry_run(make_job(tmp_path, env={name: value}))
+    assert not (home / "runs").exists()

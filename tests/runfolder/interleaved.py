@@ -47,7 +47,7 @@ class Actor:
         if self._mine is None:
             return None
         self._step += 1
-        self._mine.append("metrics.jsonl", {"step": self._step})
+        self._mine.append("metrics.jsonl", {"step": self._step, "time": time.time()})
         return self._step
 
     def _deliver(self) -> list[int] | None:

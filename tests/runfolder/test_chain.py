@@ -50,18 +50,18 @@ def test_a_paused_attempt_cannot_close_a_run_that_went_on(tmp_path: Path) -> Non
 
 def test_what_a_ghost_appends_is_not_read(tmp_path: Path) -> None:
     ghost = claim(tmp_path)
-    ghost.append("metrics.jsonl", {"step": 1})
+    ghost.append("metrics.jsonl", {"step": 1, "time": 1.0})
     claim(tmp_path)
-    ghost.append("metrics.jsonl", {"step": 2})
-    assert read_lines(ghost, "metrics.jsonl") == [{"step": 1}]
+    ghost.append("metrics.jsonl", {"step": 2, "time": 2.0})
+    assert read_lines(ghost, "metrics.jsonl") == [{"step": 1, "time": 1.0}]
 
 
 def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     attempt = claim(tmp_path)
-    attempt.append("metrics.jsonl", {"step": 1})
+    attempt.append("metrics.jsonl", {"step": 1, "time": 1.0})
     with (attempt.folder / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 2, "lo')
-    assert read_lines(attempt, "metrics.jsonl") == [{"step": 1}]
+    assert read_lines(attempt, "metrics.jsonl") == [{"step": 1, "time": 1.0}]
 
 
 def test_work_counts_up_to_the_start_of_the_successor(tmp_path: Path) -> None:

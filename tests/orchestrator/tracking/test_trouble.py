@@ -16,8 +16,8 @@ import fleetune
 from fleetune import InputError
 from orchestrator import doctor, runs
 from orchestrator.tracking import store
-from orchestrator.tracking.delivery import Delivery
-from orchestrator.tracking.trouble import diagnose
+from orchestrator.tracking.delivery import Delivery, deliver_held_up
+from orchestrator.tracking.trouble import diagnose, trouble_of_run
 from runfolder.appended import read_lines
 from runfolder.chain import Attempt
 from runfolder.delivered import is_delivered
@@ -203,3 +203,23 @@ def test_what_passes_by_itself(home: Path, server: Server) -> None:
     locked.sqlite_errorcode = 5
     assert not diagnose(locked, "sqlite:////x").lasting
     assert diagnose(KeyError("x"), server.uri).reason == "KeyError: 'x'"
+
+
+@pytest.mark.parametrize(
+    "name", ["mlflow/run.json", "secrets.json", "attempts/1/metrics.jsonl", "attempts/1/system.jsonl"]
+)
+@pytest.mark.parametrize("text", ["", "[]\n", '{"x": 1}\n', "{torn\n"])
+def test_a_damaged_run_holds_up_no_other(home: Path, name: str, text: str) -> None:
+    good, delivery = begun(home, "fine", None)
+    assert Attempt(good, 1).close({"state": "succeeded"})
+    bad, _ = begun(home, "bad", None)
+    assert Attempt(bad, 1).close({"state": "succeeded"})
+    steps(Attempt(bad, 1), 4, 4)
+    (bad / name).parent.mkdir(exist_ok=True)
+    (bad / name).write_text(text)
+    deliver_held_up(0.0)
+    assert is_delivered(good)
+    trouble = trouble_of_run(bad)
+    told = trouble.fix if trouble else fleetune.status(bad.name).reason
+    assert is_delivered(bad) or "mend that file" in str(told) or Path(name).name in str(told)
+    assert delivery.uri

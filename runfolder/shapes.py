@@ -1,0 +1,180 @@
+"""What the files of a run folder hold: at least these fields, with these types. Anything else in them is damage.
+
+A file is checked where it is read (`files.read_json`, `appended.parse_lines`). So no reader asks whether a field is
+there or what its type is, and all damage, whatever it looks like, is one kind of error: Damaged.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+
+WholeNumber = Annotated[int, Field(ge=0, le=1 << 53)]  # of bytes, steps or slots: what every reader of JSON can hold
+UnixTime = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]  # seconds since 1970
+Shape = TypeAdapter[Any]
+
+
+class _Fields(BaseModel):
+    """Fields that must be there; others may be there too, as versions of one format add some."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Submitted(_Fields):
+    cluster: str | None = None
+    submitted: UnixTime | None = None
+    digests: dict[str, str | None] | None = None
+    job: dict[str, Any]
+
+
+class _Brief(_Fields):
+    cluster: str | None
+    submitted: UnixTime
+    steps: WholeNumber | None
+
+
+class _Start(_Fields):
+    attempt: WholeNumber
+    step: WholeNumber
+
+
+class _Result(_Fields):
+    state: Literal["succeeded", "failed", "cancelled"]
+    reason: str | None = None
+
+
+class _Claim(_Fields):
+    time: UnixTime
+    host: str
+    token: str
+
+
+class _AttemptClaim(_Claim):
+    kind: Literal["attempt"]
+    start: _Start | None
+
+
+class _CloseClaim(_Claim):
+    kind: Literal["close"]
+    closes: WholeNumber
+    result: _Result
+
+
+class _ReopenClaim(_Claim):
+    kind: Literal["reopen"]
+
+
+class _Verdict(_Fields):
+    kind: str
+    reason: str = ""
+    evidence: str = ""
+
+
+class _CancelRequest(_Fields):
+    save: bool = False
+
+
+class _PauseRequest(_Fields):
+    step: WholeNumber
+
+
+class _StopRequest(_Fields):
+    why: str
+    reason: str
+    by: UnixTime
+
+
+class _MlflowRun(_Fields):
+    mlflow_run_id: str
+    uri: str
+
+
+class _Undelivered(_Fields):
+    lasting: bool
+    reason: str
+    mend: str
+
+
+class _Delivered(_Fields):
+    slot: WholeNumber
+
+
+class _Failure(_Fields):
+    text: str
+    types: list[str]
+    preempted: bool
+
+
+class _Outcome(_Fields):
+    failures: dict[Annotated[str, Field(pattern=r"^-?\d{1,9}$")], _Failure]
+
+
+class _Row(_Fields):
+    step: Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]  # of system.jsonl seconds, which a clock may turn back
+    time: UnixTime
+
+
+class _DataSummary(_Fields):
+    unused: dict[str, WholeNumber] = {}
+
+
+class _Plan(_Fields):
+    steps: WholeNumber | None = None
+    data: _DataSummary | None = None
+
+
+class _Stopped(_Fields):
+    step: WholeNumber
+
+
+class _Missing(_Fields):
+    what: str
+    why: str
+
+
+class _OtherEvent(_Fields):
+    event: str
+
+
+def _kind_of_event(record: Mapping[str, Any]) -> str:
+    kind = record.get("event")
+    return kind if kind in ("plan", "stopped", "missing") else "other"
+
+
+_Event = Annotated[
+    Annotated[_Plan, Tag("plan")]
+    | Annotated[_Stopped, Tag("stopped")]
+    | Annotated[_Missing, Tag("missing")]
+    | Annotated[_OtherEvent, Tag("other")],
+    Discriminator(_kind_of_event),
+]
+
+
+ANYTHING: Shape = TypeAdapter(dict[str, Any])
+SUBMITTED: Shape = TypeAdapter(_Submitted)  # job.yaml
+BRIEF: Shape = TypeAdapter(_Brief)  # run.json
+CLAIM: Shape = TypeAdapter(Annotated[_AttemptClaim | _CloseClaim | _ReopenClaim, Field(discriminator="kind")])
+VERDICT: Shape = TypeAdapter(_Verdict)
+RESULT: Shape = TypeAdapter(_Result)
+SEALS: Shape = TypeAdapter(dict[str, dict[str, WholeNumber]], config=ConfigDict(strict=True))
+SECRET_VALUES: Shape = TypeAdapter(dict[str, str], config=ConfigDict(strict=True))
+CANCEL: Shape = TypeAdapter(_CancelRequest)  # requests/cancel-N.json
+PAUSE: Shape = TypeAdapter(_PauseRequest)  # requests/pause-N.json
+STOP: Shape = TypeAdapter(_StopRequest)
+MLFLOW_RUN: Shape = TypeAdapter(_MlflowRun)  # mlflow.json, mlflow/run.json
+UNDELIVERED: Shape = TypeAdapter(_Undelivered)
+TRACKED: Shape = TypeAdapter(_Delivered)  # tracked.json
+OUTCOME: Shape = TypeAdapter(_Outcome)
+ROW: Shape = TypeAdapter(_Row)  # a line of metrics.jsonl or system.jsonl
+EVENT: Shape = TypeAdapter(_Event)  # a line of events.jsonl
+
+
+def flaw_of(record: Mapping[str, Any], shape: Shape) -> str | None:
+    """The first thing in a record that is not as its shape says, in one line; None where nothing is."""
+    try:
+        shape.validate_python(record)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        return f"{field}: {first['msg']}" if field else str(first["msg"])
+    return None
