@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runfolder.chain import Attempt, last_slot, slots
+from runfolder.chain import Attempt, last_slot, see_slots, slots
 from runfolder.files import Record, list_names, read_json, write_json
 
 StopCause = Literal["preemption", "walltime", "cancelled"]
@@ -80,6 +80,7 @@ def last_reopened(run_dir: Path) -> int:
 def _request(run_dir: Path, kind: str, record: Record) -> None:
     folder = run_dir / "requests"
     folder.mkdir(parents=True, exist_ok=True)
+    see_slots(run_dir)  # a request counts from the slot on that it names: after a reopening that this host has missed
     newest = last_slot(run_dir)
     path = folder / f"{kind}-{newest}.json"
     write_json(path, {"time": time.time(), **record})
