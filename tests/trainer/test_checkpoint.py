@@ -1,6 +1,7 @@
 """Checkpoints: resume at the same and at another layout, and what a broken one does."""
 
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from finished_runs import curve, difference, interrupted, rows
+from mounts import two_clients
 from safetensors.torch import load_file
 from sampling import each_sampled
 
@@ -129,6 +131,46 @@ def test_a_start_that_was_removed_before_it_was_claimed_says_so(first: chain.Att
     assert second
     with pytest.raises(CheckpointGone, match=r"step 15 of attempt 1: .*No such file"):
         open_start(second, alone)
+
+
+def test_a_save_of_two_clients_does_not_wait_for_their_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 writes its shard once rank 0 has seen that it is not there, which its client believes for an hour."""
+    (tmp_path / "real").mkdir()
+    with two_clients(tmp_path / "real", tmp_path, kept_s=3600) as (a, b):
+        attempt = chain.claim_next(a, None)
+        assert attempt
+        saves = Checkpoints(attempt, World(0, 2, torch.device("cpu")), 5, 2)
+        looked = threading.Event()
+        monkeypatch.setattr(chain.Attempt, "check", lambda *_, **__: looked.set())
+        tensors = {"weight/w/0": torch.zeros(4)}
+        saving = threading.Thread(target=saves._write, args=({"step": 5}, tensors), daemon=True)
+        saving.start()
+        assert looked.wait(60)
+        write_shard(checkpoint_folder(chain.Attempt(b, 1), 5), 1, {"weight/w/4": torch.ones(4)})
+        saving.join(60)
+        assert not saving.is_alive()
+        saves.wait()
+        assert newest(b) == chain.Start(1, 5)
+        reader = CheckpointReader(checkpoint_folder(chain.Attempt(b, 1), 5))
+        assert reader.read("weight", "w", 0, 8).tolist() == [0.0] * 4 + [1.0] * 4
+
+
+def test_the_newest_checkpoint_is_claimed_by_a_client_that_has_looked_before(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    with two_clients(tmp_path / "real", tmp_path) as (a, b):
+        attempt = chain.claim_next(a, None)
+        assert attempt and newest(b) is None
+        save(attempt, 10)
+        assert newest(b) == chain.Start(1, 10)
+        unfinished = checkpoint_folder(attempt, 20)
+        unfinished.mkdir()
+        assert newest(b) == chain.Start(1, 10)
+        unfinished.rmdir()
+        save(attempt, 20)
+        second = claim_from_newest(b)
+        assert second and second.start == chain.Start(1, 20)
 
 
 def test_any_range_can_be_read(new_run: Any, launch: Any) -> None:
