@@ -1,5 +1,7 @@
 """Checkpoints: resume at the same and at another layout, and what a broken one does."""
 
+import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -9,16 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from finished_runs import curve, difference, interrupted, rows
 from mounts import two_clients
+from ports import free_port
 from safetensors.torch import load_file
 from sampling import each_sampled
 
 from runfolder import chain
 from runfolder.files import read_json
+from trainer import speed
 from trainer.checkpoint.lineage import checkpoint_folder, claim_from_newest, newest, write_manifest
 from trainer.checkpoint.reading import CheckpointGone, CheckpointReader, open_start
 from trainer.checkpoint.saving import Checkpoints, write_shard
+from trainer.loop import prepare_run
 from trainer.world import World
 
 HALF = {"checkpoint": {"every": 5, "keep": 9}}
@@ -48,6 +54,39 @@ def test_resume_is_bitwise_at_the_same_layout(zero: int, new_run: Any, launch: A
     one, other = (load_file(run / "output" / "adapter_model.safetensors") for run in (whole, again))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.usefixtures("workers")  # it makes forks cheap
+def test_at_stage_3_no_rank_reads_weights_that_it_does_not_keep(new_run: Any, launch: Any, tmp_path: Path) -> None:
+    whole = new_run("whole", method={"kind": "full"}, sharding={"zero": 3}, train={"steps": 5}, **HALF)
+    launch(2, whole)
+    again = interrupted(whole, "again", 5)
+    assert claim_from_newest(again)
+    arguments = (str(again), str(tmp_path), free_port())
+    torch.multiprocessing.start_processes(count_elements_read, arguments, 2, start_method="forkserver")
+    counts = [read_json(tmp_path / f"read-{rank}.json") for rank in range(2)]
+    for count in counts:
+        assert count["read"] == count["held"]
+    assert sum(count["held"] for count in counts) == counts[0]["trained"]
+
+
+def count_elements_read(rank: int, run_dir: str, folder: str, port: int) -> None:
+    """One of two workers that loads the second attempt: elements of weights that it reads, and that it holds then."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    read, count = CheckpointReader.read, 0
+
+    def counted(self: CheckpointReader, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        nonlocal count
+        count += (stop - start) * (kind == "weight")
+        return read(self, kind, name, start, stop)
+
+    CheckpointReader.read = counted  # type: ignore[method-assign]
+    run, _ = prepare_run(chain.Attempt(Path(run_dir), 2))
+    held = sum(fragment.stop - fragment.start for fragment in run.shards.fragments())
+    trained = speed.count_trained(run.model)
+    (Path(folder) / f"read-{rank}.json").write_text(json.dumps({"read": count, "held": held, "trained": trained}))
+    dist.destroy_process_group()
 
 
 def save(attempt: chain.Attempt, *steps: int) -> None:
