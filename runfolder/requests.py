@@ -6,7 +6,7 @@ A stop is a save request with a deadline: the trainer saves and returns; only wh
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from runfolder.chain import Attempt, last_slot, see_slots, slots
 from runfolder.files import Record, list_names, read_json, write_json
@@ -21,6 +21,13 @@ class Stop:
     why: StopCause
     reason: str
     deadline: float
+
+
+class Pause(NamedTuple):
+    """That a run is to save and end after a step, and its newest slot when somebody asked for that."""
+
+    step: int
+    slot: int
 
 
 def request_cancel(run_dir: Path, save: bool = False) -> None:
@@ -49,9 +56,14 @@ def request_pause(run_dir: Path, step: int) -> None:
 
 def pause_step(run_dir: Path) -> int | None:
     """The first step after which somebody wants the run to pause; None where nobody does."""
-    requests = _requests(run_dir, "pause")
-    steps = [int(request["step"]) for request in requests]
+    steps = [pause.step for pause in pauses(run_dir)]
     return min(steps, default=None)
+
+
+def pauses(run_dir: Path) -> list[Pause]:
+    """The pauses that somebody wants of a run, those that it has made since it was last (re)opened too."""
+    requests = _requests(run_dir, "pause")
+    return [Pause(int(request["step"]), request["slot"]) for request in requests]
 
 
 def request_stop(attempt: Attempt, stop: Stop) -> None:
@@ -87,7 +99,7 @@ def _request(run_dir: Path, kind: str, record: Record) -> None:
 
 
 def _requests(run_dir: Path, kind: str) -> list[Record]:
-    """The requests of a kind that came since the run was last (re)opened."""
+    """The requests of a kind that came since the run was last (re)opened, each with its newest slot then."""
     folder = run_dir / "requests"
     prefix = f"{kind}-"
     files = []
@@ -97,9 +109,13 @@ def _requests(run_dir: Path, kind: str) -> list[Record]:
     if not files:
         return []
     reopened = last_reopened(run_dir)
-    current = [name for name in files if _slot_of(name) >= reopened]
-    paths = [folder / name for name in current]
-    return [read_json(path) for path in paths]
+    requests = []
+    for name in files:
+        slot = _slot_of(name)
+        if slot >= reopened:
+            request = read_json(folder / name)
+            requests.append({**request, "slot": slot})
+    return requests
 
 
 def _slot_of(name: str) -> int:
