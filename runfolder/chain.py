@@ -142,6 +142,13 @@ class Attempt:
         return True
 
 
+def see_slots(run_dir: Path) -> None:
+    """See to it that the next look at a run's slots shows those of all hosts, for those who go on from the newest."""
+    folder = run_dir / "attempts"
+    folder.mkdir(exist_ok=True)  # where this client believes that there is none, only the server can tell
+    refresh(folder)
+
+
 def slots(run_dir: Path) -> list[Attempt]:
     """Every slot that is taken, oldest first: attempts, closing slots, and those that reopen the run."""
     numbers = sorted(_slot_numbers(run_dir))
@@ -161,6 +168,7 @@ def attempts(run_dir: Path) -> list[Attempt]:
 
 def claim_next(run_dir: Path, start: Start | None) -> Attempt | None:
     """Claim the slot after the last one taken; None when the run is closed or somebody was faster."""
+    see_slots(run_dir)
     newest = _newest_slot(run_dir)
     if _is_closing(newest):
         return None
@@ -171,6 +179,7 @@ def claim_next(run_dir: Path, start: Start | None) -> Attempt | None:
 
 def close(run_dir: Path, ended: Record) -> bool:
     """End a run from outside its attempts; False when it is closed or somebody was faster."""
+    see_slots(run_dir)
     newest = _newest_slot(run_dir)
     if _is_closing(newest):
         return False
@@ -211,6 +220,7 @@ def result(run_dir: Path) -> Record | None:
 
 def reopen(run_dir: Path) -> bool:
     """Let a run that failed or was cancelled go on; False when it is not closed, or succeeded."""
+    see_slots(run_dir)
     closing = _newest_slot(run_dir)
     if not _is_closing(closing) or closing.claim["result"]["state"] == "succeeded":
         return False
@@ -229,6 +239,7 @@ def settle(run_dir: Path) -> Record | None:
     In a run that goes on, a result.json that somebody wrote too late goes away. Idempotent, and any number of
     processes may do it at once: the next call corrects what two concurrent ones have mixed up.
     """
+    see_slots(run_dir)
     newest = _newest_slot(run_dir)
     if not _is_closing(newest):
         remove_result(run_dir)
@@ -273,7 +284,8 @@ def _take_slot(run_dir: Path, number: int, record: Record) -> Attempt | None:
     try:
         prepared.rename(attempt.folder)
     except OSError:
-        if not _is_taken(attempt):
+        see_slots(run_dir)
+        if number not in _slot_numbers(run_dir):
             shutil.rmtree(prepared, ignore_errors=True)
             raise
         # The answer to a rename that was done can be lost, and repeating it fails: what counts is whose claim it is.
@@ -281,20 +293,6 @@ def _take_slot(run_dir: Path, number: int, record: Record) -> Attempt | None:
             shutil.rmtree(prepared, ignore_errors=True)
             return None
     sync_folder(folder)
-    _seal_predecessors(attempt)
-    return attempt
-
-
-def _is_taken(slot: Attempt) -> bool:
-    """Whether the server has a slot."""
-    refresh(slot.folder.parent)
-    return slot.number in _slot_numbers(slot.run_dir)
-
-
-def _seal_predecessors(attempt: Attempt) -> None:
-    """Write down how many bytes of each appended file count."""
-    predecessors = []
-    for slot in slots(attempt.run_dir):
-        if slot.number < attempt.number:
-            predecessors.append(slot.folder)
+    predecessors = [slot.folder for slot in slots(run_dir) if slot.number < number]
     write_seals(attempt.folder, predecessors)
+    return attempt

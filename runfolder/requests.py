@@ -7,9 +7,9 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from runfolder.chain import Attempt, last_slot, slots
+from runfolder.chain import Attempt, last_slot, see_slots, slots
 from runfolder.files import Record, list_names, read_json, write_json
 from runfolder.shapes import CANCEL, PAUSE, STOP, Shape
 
@@ -23,6 +23,13 @@ class Stop:
     why: StopCause
     reason: str
     deadline: float
+
+
+class Pause(NamedTuple):
+    """That a run is to save and end after a step, and its newest slot when somebody asked for that."""
+
+    step: int
+    slot: int
 
 
 def request_cancel(run_dir: Path, save: bool = False) -> None:
@@ -42,7 +49,7 @@ def cancel_saves(run_dir: Path) -> bool:
     requests = _requests(run_dir, "cancel", CANCEL)
     if not requests:
         return False
-    return all(request.get("save") for request in requests)
+    return all(request.get("save") for _, request in requests)
 
 
 def request_pause(run_dir: Path, step: int) -> None:
@@ -52,9 +59,13 @@ def request_pause(run_dir: Path, step: int) -> None:
 
 def pause_step(run_dir: Path) -> int | None:
     """The first step after which somebody wants the run to pause; None where nobody does."""
-    requests = _requests(run_dir, "pause", PAUSE)
-    steps = [request["step"] for request in requests]
+    steps = [pause.step for pause in pauses(run_dir)]
     return min(steps, default=None)
+
+
+def pauses(run_dir: Path) -> list[Pause]:
+    """The pauses that somebody wants of a run, those that it has made since it was last (re)opened too."""
+    return [Pause(request["step"], slot) for slot, request in _requests(run_dir, "pause", PAUSE)]
 
 
 def request_stop(attempt: Attempt, stop: Stop) -> None:
@@ -83,17 +94,18 @@ def last_reopened(run_dir: Path) -> int:
 def _request(run_dir: Path, kind: str, record: Record) -> None:
     folder = run_dir / "requests"
     folder.mkdir(parents=True, exist_ok=True)
+    see_slots(run_dir)  # a request counts from the slot on that it names: after a reopening that this host has missed
     newest = last_slot(run_dir)
     path = folder / f"{kind}-{newest}.json"
     write_json(path, {"time": time.time(), **record})
 
 
-def _requests(run_dir: Path, kind: str, shape: Shape) -> list[Record]:
-    """The requests of a kind that came since the run was last (re)opened."""
-    return [read_json(path, shape) for path in _current_files(run_dir, kind)]
+def _requests(run_dir: Path, kind: str, shape: Shape) -> list[tuple[int, Record]]:
+    """The requests of a kind that came since the run was last (re)opened, each with its newest slot then."""
+    return [(slot, read_json(path, shape)) for slot, path in _current_files(run_dir, kind)]
 
 
-def _current_files(run_dir: Path, kind: str) -> list[Path]:
+def _current_files(run_dir: Path, kind: str) -> list[tuple[int, Path]]:
     """The files of these requests: `<kind>-<slot>.json`, by the newest slot when they were made."""
     folder = run_dir / "requests"
     slot_of = {}
@@ -104,4 +116,4 @@ def _current_files(run_dir: Path, kind: str) -> list[Path]:
     if not slot_of:
         return []
     reopened = last_reopened(run_dir)
-    return [folder / name for name, slot in slot_of.items() if slot >= reopened]
+    return [(slot, folder / name) for name, slot in slot_of.items() if slot >= reopened]

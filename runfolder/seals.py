@@ -1,37 +1,49 @@
 """The seals of a slot: how many bytes of each appended file of its predecessors count.
 
 `seals.json` is the first file that is written into a slot once it is taken. What a paused predecessor appends later
-lies behind the seal, and readers stop there.
+lies behind the seal, and readers stop there. Seals are handed on from slot to slot: the newest one has all of them.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
-from runfolder.files import list_names, read_json, write_json
+from runfolder.files import list_names, read_json, refresh, write_json
 from runfolder.shapes import SEALS
 
 _SEALS_FILE = "seals.json"
+_LOGS = "logs"
+
+Seals = dict[str, dict[str, int]]  # bytes of each file, by slot
 
 
 def appended(folder: Path) -> list[str]:
     """The files that are appended to in an attempt's folder: rows, events, and the logs of its workers."""
-    logs = [f"logs/{name}" for name in list_names(folder / "logs")]
-    files = []
-    for file in [*list_names(folder), *logs]:
-        if file.endswith((".jsonl", ".log")):
-            files.append(file)
+    names = list_names(folder)
+    if _LOGS in names:
+        names += [f"{_LOGS}/{name}" for name in list_names(folder / _LOGS)]
+    files = [name for name in names if name.endswith((".jsonl", ".log"))]
     return sorted(files)
 
 
-def write_seals(folder: Path, predecessors: Iterable[Path]) -> None:
-    """Write down in a slot's folder how many bytes of each appended file in its predecessors' folders count."""
-    seals: dict[str, dict[str, int]] = {}
-    for earlier in predecessors:
+def write_seals(folder: Path, predecessors: Sequence[Path]) -> None:
+    """Write down in a slot's folder how many bytes of each appended file in its predecessors' folders count.
+
+    They come oldest first. What was sealed before stays; whoever took the slot before this may have died before that.
+    """
+    seals: Seals = {}
+    for earlier in reversed(predecessors):
+        refresh(earlier)
+        names = list_names(earlier)
+        if _LOGS in names:
+            refresh(earlier / _LOGS)
         sizes = {}
         for file in appended(earlier):
             sizes[file] = _size(earlier / file)
         seals[earlier.name] = sizes
+        if _SEALS_FILE in names:
+            seals |= read_json(earlier / _SEALS_FILE, SEALS)
+            break
     write_json(folder / _SEALS_FILE, seals)
 
 

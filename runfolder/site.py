@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from runfolder.appended import Chunk, Position, appended_files, read_from
-from runfolder.chain import reopen, result
+from runfolder.chain import reopen, result, see_slots
 from runfolder.digests import changes
 from runfolder.files import Record, list_names, sha256
 from runfolder.record import create_run_folder, job_in, read_record
@@ -147,6 +147,7 @@ class LocalSite:
     def ask(self, run_id: str, what: Ask, step: int | None = None) -> Ended:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""
         run_dir = self._existing(run_id)
+        see_slots(run_dir)
         ended = result(run_dir)
         if what == "reopen":
             _reopen(run_dir, ended)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from runfolder.chain import Attempt, attempts
+from runfolder.requests import stop_requested
 from trainer.checkpoint.lineage import claim_from_newest
 from trainer.loop import train
 from trainer.omissions import omissions_line
@@ -19,10 +20,12 @@ def main(run_dirs: Iterable[Path]) -> None:
     for run_dir in run_dirs:
         number = _claimed_number(run_dir, world)
         finished = train(run_dir, number)
+        attempt = Attempt(run_dir, number)
         if not finished:
+            if world.leads and stop_requested(attempt) is None:
+                attempt.write_verdict({"kind": "paused", "reason": "", "evidence": ""})
             print(f"{run_dir} has stopped as it was asked to; started again, it goes on", flush=True)
             continue
-        attempt = Attempt(run_dir, number)
         missing = omissions_line(attempt)
         result = {"state": "succeeded", "attempt": number, "reason": missing or None}
         if world.leads and not attempt.close(result):

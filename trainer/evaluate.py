@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from methods.options.base import known_positions
+from trainer.answers import matches
 from trainer.data.batches import Batches, layout_of
 from trainer.data.examples import GlobalBatch
 from trainer.data.tokens import EvaluationPrompt, virtual_ids
@@ -61,17 +62,22 @@ class Evaluator:
         return cls(run.world, batches, prompts[:rows], new_tokens)
 
     def evaluate(self, run: Run, step: int) -> None:
-        """Judge the model after a step and append the metrics to metrics.jsonl; every rank calls it."""
+        """Judge the model after a step and append the metrics to metrics.jsonl; every rank calls it.
+
+        Raises Stopped where there is no time left for that; the next attempt does it then.
+        """
         batches = self.batches
         if batches is None:
             return
         model = run.model
         model.eval()
-        with torch.no_grad():
-            metrics = self._metrics(run, batches)
-            if self.prompts:
-                metrics["eval_exact_match"] = self._exact_match(run, step)
-        model.train()
+        try:
+            with torch.no_grad():
+                metrics = self._metrics(run, step, batches)
+                if self.prompts:
+                    metrics["eval_exact_match"] = self._exact_match(run, step)
+        finally:
+            model.train()
         if self.world.leads:
             row = {"step": step, "time": time.time(), **metrics}
             run.attempt.append("metrics.jsonl", row)
@@ -80,11 +86,11 @@ class Evaluator:
                 words.append(f"{name} {value:.4f}")
             print("  ".join(words), flush=True)
 
-    def _metrics(self, run: Run, batches: Batches) -> dict[str, float]:
+    def _metrics(self, run: Run, step: int, batches: Batches) -> dict[str, float]:
         """The objective's loss over all held-out rows, and what it logs beside it."""
         attempt = run.attempt
         objective = run.objective
-        held_out = self._held_out(run, batches)
+        held_out = self._held_out(run, step, batches)
         totals = added(map(objective.totals, held_out))
         # One of the totals divides the sums at their end, in fp64, instead of every share.
         unit = next(iter(totals.values()))
@@ -94,6 +100,7 @@ class Evaluator:
         sums: NamedSums = {}
         for batch in held_out:
             attempt.note_progress()
+            run.stops.leave_if_warned(step)
             for shares in self._shares(run, batch, relative):
                 add_shares(sums, shares)
         summed = reduced(sums)
@@ -102,13 +109,14 @@ class Evaluator:
             metrics[f"eval_{name}"] = float(value / unit)
         return metrics
 
-    def _held_out(self, run: Run, batches: Batches) -> list[GlobalBatch]:
+    def _held_out(self, run: Run, step: int, batches: Batches) -> list[GlobalBatch]:
         """The held-out batches; what the model writes for them where the objective learns from that."""
         objective = run.objective
         held_out = []
         for k in range(batches.steps):
             batch = batches.batch(k)
             if objective.generates:
+                run.stops.leave_if_warned(step)
                 rollout = objective.rollout(run.model, batch, 0)
                 batch = objective.rolled_out(batch, rollout)
             held_out.append(batch)
@@ -140,6 +148,7 @@ class Evaluator:
         matched = torch.zeros((), device=world.device)
         dealt = rounds(continued, world.size)
         for number, round_ in enumerate(dealt):
+            run.stops.leave_if_warned(step)
             answers = self._answers(run, round_, rows)
             matched += self._count_matched(answers)
             if number == 0 and world.leads:
@@ -276,18 +285,3 @@ def greedily(model: Any, new_tokens: int, ends: Sequence[int], pad: int) -> Iter
         yield
     finally:
         base.generation_config = of_base
-
-
-def matches(written: str, answer: str) -> bool:
-    """Whether a text is the answer, spaces at its ends aside; where the answer has `#### x`, whether x is equal."""
-    if "####" in answer:
-        return _final(written) == _final(answer)
-    return written.strip() == answer.strip()
-
-
-def _final(text: str) -> str | None:
-    """What stands behind the last `####`, without spaces at its ends and commas; None where there is none."""
-    _, mark, final = text.rpartition("####")
-    if not mark:
-        return None
-    return final.strip().replace(",", "")

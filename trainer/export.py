@@ -14,11 +14,13 @@ from methods.base import MergeRefused
 from runfolder.appended import read_lines
 from runfolder.chain import Attempt, attempts
 from runfolder.files import read_json, write_json
+from runfolder.requests import stop_requested
 from trainer.data.survey import summary_line
 from trainer.omissions import dispensable, note_omission, omissions
 from trainer.progress import noting_progress
 from trainer.reload import load_base, load_output, load_whole_model
 from trainer.run import Run
+from trainer.stop import Stopped
 from trainer.verify import Observation, OutputDiffers, compare_loaded, observe
 
 CHECK, MERGED = "the check of the output", "the merged model"
@@ -30,11 +32,14 @@ def export(run: Run) -> None:
     """Deliver the adapter or model, see that it is what was trained, then merge; every rank calls it, rank 0 writes.
 
     From the moment that the weights are written they are delivered, whatever happens then: what cannot be made is
-    left out and said (trainer/omissions.py). Raises OutputDiffers where the output is another model than the trained.
+    left out and said (trainer/omissions.py). Raises OutputDiffers where the output is another model than the trained,
+    and Stopped where there is no time left for all of this.
     """
     attempt = run.attempt
     job = run.job
     leads = run.world.leads
+    steps = run.batches.steps
+    run.stops.leave_if_warned(steps)
     weights = dict(run.shards.whole_weights())
     if leads:
         write_output(run, weights)
@@ -45,6 +50,8 @@ def export(run: Run) -> None:
     dist.barrier()
     if not leads:
         return
+    if run.stops.warned():
+        raise Stopped(steps)
     output = attempt.folder / "output"
     if go_on:
         with noting_progress(attempt):
@@ -58,11 +65,11 @@ def export(run: Run) -> None:
 
 
 def deaths(attempt: Attempt) -> int:
-    """How many earlier attempts delivered their output and ended all the same: in its check, or in the merge."""
+    """How many earlier attempts delivered their output and died all the same: in its check, or in the merge."""
     count = 0
     for earlier in attempts(attempt.run_dir):
         output = earlier.folder / "output"
-        if earlier != attempt and output.exists():
+        if earlier != attempt and output.exists() and stop_requested(earlier) is None:
             count += 1
     return count
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from methods.base import Method, Setup
 from methods.registry import create
-from runfolder.chain import Attempt
+from runfolder.appended import read_lines
+from runfolder.chain import Attempt, attempts
 from runfolder.digests import InputChanged, changes, frozen_digests
 from runfolder.folders import cache
 from runfolder.job import Job
@@ -34,7 +35,7 @@ from trainer.progress import noting_progress
 from trainer.run import Run
 from trainer.schedule import learning_rate
 from trainer.step import feed, take_step
-from trainer.stop import StopRequests
+from trainer.stop import Stopped, StopRequests
 from trainer.world import World, join_process_group
 from trainer.zero import gather
 from trainer.zero.shards import Shards
@@ -47,20 +48,28 @@ def train(run_dir: Path, attempt: int) -> bool:
     caller's to judge.
     """
     claimed = Attempt(run_dir, attempt)
-    run, first = prepare_run(claimed)
-    settings = run.job.checkpoint
-    saves = Checkpoints(run.attempt, run.world, settings.every, settings.keep)
-    evaluator = Evaluator.create(run)
-    finished = take_steps(run, first, saves, evaluator)
-    if finished:
+    try:
+        run, first = prepare_run(claimed)
+        settings = run.job.checkpoint
+        saves = Checkpoints(run.attempt, run.world, settings.every, settings.keep)
+        evaluator = Evaluator.create(run)
+        take_steps(run, first, saves, evaluator)
         export(run)
-    return finished
+    except Stopped as stopped:
+        if dist.get_rank() == 0:
+            claimed.event("stopped", step=stopped.step)
+        return False
+    return True
 
 
 def prepare_run(attempt: Attempt) -> tuple[Run, int]:
-    """Load data and model, shard them, and take back the start checkpoint; gives the number of steps done."""
+    """Load data and model, shard them, and take back the start checkpoint; gives the number of steps done.
+
+    Raises Stopped where no step is to be taken.
+    """
     job = load_job(attempt.run_dir)
     world = join_process_group()
+    stops = StopRequests(attempt, world)
     check_inputs(attempt, job, world)
     width = getattr(load_config(job.base), "hidden_size", None)
     job = job.at_width(width)
@@ -74,15 +83,13 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     objective_setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.note_progress())
     objective = create_objective(job.objective, objective_setup)
     examples = objective.read(data.train)
+    stops.leave_if_warned(stops.first)
     batches = Batches.of(job, examples)
-    setup = Setup(batches.steps, job.train.seed, data.seq_len, tokenizer, gather)
-    method = create(job.method, setup)
+    saved = open_start(attempt, world)
+    stops.leave_if_warned(stops.first)
+    method = create_method(job, batches, tokenizer, saved)
     objective.method = method
     dtype = forward_dtype(job, device)
-    saved = open_start(attempt, world)
-    if saved:
-        state = saved.method_state()
-        method.load_state(state)
     with noting_progress(attempt):
         model = load_model(job, method, dtype, device)
     embeddings = vocabulary(model.config)
@@ -93,10 +100,22 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
         method.initialise(model, documents(batches, device))
     shards = shard(job, model, method, saved)
     schedule = method.schedule(lambda step: learning_rate(job, step, batches.steps))
-    run = Run(job, attempt, world, method, tokenizer, reading, objective, examples, batches, shards, dtype, schedule)
+    run = Run(
+        job, attempt, world, stops, method, tokenizer, reading, objective, examples, batches, shards, dtype, schedule
+    )
     check_documents_apart(run)
     announce_plan(run)
     return run, saved.step if saved else 0
+
+
+def create_method(job: Job, batches: Batches, tokenizer: Any, saved: CheckpointReader | None) -> Method[Any]:
+    """The method of a job, with its state of a checkpoint where there is one."""
+    setup = Setup(batches.steps, job.train.seed, job.data.seq_len, tokenizer, gather)
+    method = create(job.method, setup)
+    if saved:
+        state = saved.method_state()
+        method.load_state(state)
+    return method
 
 
 def shard(job: Job, model: nn.Module, method: Method[Any], saved: CheckpointReader | None) -> Shards:
@@ -151,44 +170,84 @@ def announce_plan(run: Run) -> None:
         )
 
 
-def take_steps(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
-    """Take the steps after `first`, evaluate and save between them; False when the run is to stop before its end.
+def take_steps(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> None:
+    """Take the steps after `first`, evaluate and save between them, until all is on disk.
 
-    All that was saved is on disk then.
+    Raises Stopped, with as much on disk, where the run is to stop before its end.
     """
     attempt = run.attempt
     world = run.world
+    stops = run.stops
     evaluation = run.job.evaluation
     steps = run.batches.steps
     peak = speed.peak_flops(world.device, run.dtype)
     flops_per_token = speed.flops_per_token(run.model)
     meter = Meter(attempt, world, steps, flops_per_token, peak)
-    if first == 0 and evaluation.before:
-        evaluator.evaluate(run, 0)
-    meter.pause()
     every = evaluation.every
+    evaluate_first(run, first, evaluator)
+    meter.pause()
     micro_batches_of = feed(run, first)
-    stops = StopRequests(attempt, world)
     for step in range(first + 1, steps + 1):
         save_here = saves.overdue()
         stop_here = stops.wanted(step)
         request_here = SaveRequest(save_here, stop_here)
         requested = take_step(run, step, micro_batches_of, meter, request_here)
         last = step == steps
-        at_interval = every is not None and step % every == 0
-        evaluation_due = last or at_interval
+        evaluation_due = last or is_multiple(step, every)
         save_due = last or requested.save or requested.stop or saves.due(step)
+        stopped = requested.stop and not last
         if evaluation_due or save_due:
             meter.flush()
             if evaluation_due:
-                evaluator.evaluate(run, step)
-            if save_due:
+                stopped |= not evaluated(run, step, evaluator)
+            if save_due or stopped:
                 saves.save(run.shards, run.method, step)
             meter.pause()
-        if requested.stop and not last:
+        if stopped:
             saves.wait()
-            if world.leads:
-                attempt.event("stopped", step=step)
-            return False
+            raise Stopped(step)
     saves.wait()
+
+
+def evaluate_first(run: Run, first: int, evaluator: Evaluator) -> None:
+    """Evaluate before the first step where the job says so, or where an earlier attempt had to leave it.
+
+    Raises Stopped where no step is to be taken.
+    """
+    evaluation = run.job.evaluation
+    unfinished = first < run.batches.steps
+    if unfinished:
+        run.stops.leave_before_first()
+    due = evaluation.before
+    if first:
+        due = not unfinished or is_multiple(first, evaluation.every)
+        due = due and not is_reported(run, first)
+    if due:
+        evaluator.evaluate(run, first)
+
+
+def is_reported(run: Run, step: int) -> bool:
+    """Whether an attempt has reported an evaluation after a step, or there is none; every rank calls it."""
+    if run.job.data.eval is None:
+        return True
+    found = False
+    if run.world.leads:
+        for attempt in attempts(run.attempt.run_dir):
+            for row in read_lines(attempt, "metrics.jsonl"):
+                of_step = row["step"] == step
+                found |= of_step and "eval_loss" in row
+    return run.world.told(found)
+
+
+def evaluated(run: Run, step: int, evaluator: Evaluator) -> bool:
+    """Evaluate after a step; False where there was no time left for that."""
+    try:
+        evaluator.evaluate(run, step)
+    except Stopped:
+        return False
     return True
+
+
+def is_multiple(step: int, every: int | None) -> bool:
+    """Whether what is done every so many steps, if at all, is done after this one."""
+    return every is not None and step % every == 0

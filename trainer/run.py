@@ -14,6 +14,7 @@ from trainer.data.encode import Reading
 from trainer.data.examples import Examples
 from trainer.data.tokens import Tokens
 from trainer.objectives.base import Objective
+from trainer.stop import StopRequests
 from trainer.world import World
 from trainer.zero.shards import Shards
 
@@ -25,6 +26,7 @@ class Run:
     job: Job
     attempt: Attempt
     world: World
+    stops: StopRequests
     method: Method[Any]
     tokenizer: Any
     reading: Reading

@@ -1,41 +1,85 @@
 """Whether an attempt is to save and return: its controller was warned, or somebody wants a pause."""
 
 import time
+from functools import cached_property
 
-from runfolder.chain import Attempt
+from runfolder.chain import Attempt, attempts
 from runfolder.files import refresh
-from runfolder.requests import pause_step, stop_requested
+from runfolder.requests import Pause, pauses, stop_requested
 from trainer.world import World
 
 _PERIOD_S = 1.0
 
 
+class Stopped(Exception):
+    """This attempt leaves its work, as it was asked to, for another one that goes on after `step`."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
 class StopRequests:
-    """Looks into the run folder once a second, on rank 0 alone; the meter tells the others."""
+    """Looks into the run folder once a second, on rank 0 alone; the others are told."""
 
     def __init__(self, attempt: Attempt, world: World) -> None:
         self._attempt = attempt
         self._world = world
-        self._first = attempt.start.step if attempt.start else 0
+        start = attempt.start
+        self.first = start.step if start else 0
         self._next_look = 0.0
         self._stop = False
         self._pause: int | None = None
 
     def wanted(self, step: int) -> bool:
-        """Whether to save and return after this step."""
+        """Whether to save and return after this step, as rank 0 knows; the meter tells the others."""
+        warned = self.warned()
+        paused = self._pause is not None and self._pause <= step
+        return warned or paused
+
+    def warned(self) -> bool:
+        """Whether there is a deadline, so that what is no step has to be left too, as rank 0 knows."""
         if not self._world.leads:
             return False
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _PERIOD_S
             self._look()
-        if self._stop:
-            return True
-        # An attempt that starts from where the run was paused goes on.
-        return self._pause is not None and self._first < self._pause <= step
+        return self._stop
+
+    def leave_if_warned(self, step: int) -> None:
+        """Raise Stopped on every rank where there is a deadline; between the parts of long work, a collective."""
+        if self._world.told(self.warned()):
+            raise Stopped(step)
+
+    def leave_before_first(self) -> None:
+        """Raise Stopped on every rank where no step is to be taken at all; a collective.
+
+        So is a run that was to pause after a step, and whose worker died once that was saved.
+        """
+        if self._world.told(self.wanted(self.first)):
+            raise Stopped(self.first)
 
     def _look(self) -> None:
         """Read what is asked for from the run folder."""
         attempt = self._attempt
         refresh(attempt.folder)  # the controller may be on another host
         self._stop = stop_requested(attempt) is not None
-        self._pause = pause_step(attempt.run_dir)
+        steps = []
+        for pause in pauses(attempt.run_dir):
+            if not self._is_made(pause):
+                steps.append(pause.step)
+        self._pause = min(steps, default=None)
+
+    def _is_made(self, pause: Pause) -> bool:
+        """Whether an earlier attempt has paused for this, and this one goes on."""
+        return pause.step <= self.first and pause.slot <= self._last_paused
+
+    @cached_property
+    def _last_paused(self) -> int:
+        """The newest earlier attempt whose verdict is that it has paused; -1 where there is none."""
+        for earlier in reversed(attempts(self._attempt.run_dir)):
+            if earlier.number < self._attempt.number:
+                verdict = earlier.verdict
+                if verdict is not None and verdict["kind"] == "paused":
+                    return earlier.number
+        return -1  # before slot 0, in which a pause can be asked for

@@ -27,6 +27,14 @@ class World:
         """Whether this is the worker that writes what is written once."""
         return self.rank == 0
 
+    def told(self, flag: bool) -> bool:
+        """What rank 0 says, on every rank; a collective."""
+        if self.size == 1:
+            return flag
+        said = torch.tensor(float(flag), device=self.device)
+        dist.broadcast(said, 0)
+        return said.item() > 0
+
 
 def join_process_group() -> World:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.

@@ -106,3 +106,12 @@ class Slow(Supervised):
     def totals(self, batch: GlobalBatch) -> Totals:
         time.sleep(2)
         return super().totals(batch)
+
+
+class SlowlyJudged(Supervised):
+    """Supervised fine-tuning that takes half a second for each micro-batch that it judges."""
+
+    def loss(self, model: Any, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:
+        if not torch.is_grad_enabled():
+            time.sleep(0.5)
+        return super().loss(model, batch, totals, prelude)

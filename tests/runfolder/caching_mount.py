@@ -1,18 +1,18 @@
-"""A folder mounted as a client of NFS sees it: `python caching_mount.py FOLDER MOUNTPOINT`.
+"""A folder mounted as a client of NFS sees it: `python caching_mount.py FOLDER MOUNTPOINT SECONDS`.
 
-A pass-through of FUSE whose kernel keeps for 60 s what it was told of names, of names that are not there, and of
-attributes. Mounted twice, one folder has two clients, and neither learns by itself what the other has changed. As on
-NFS, a file that is opened is read as it is then (`direct_io`).
+A pass-through of FUSE whose kernel keeps so long what it was told of names, of names that are not there, and of
+attributes; listings are kept here, until this client itself changes their folder. Mounted twice, one folder has two
+clients, and neither learns by itself what the other has changed. As on NFS, a file that is opened is read as it is
+then (`direct_io`).
 """
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from mfusepy import FUSE, Operations
-
-KEPT_S = 60
 
 
 class PassThrough(Operations):
@@ -20,8 +20,10 @@ class PassThrough(Operations):
 
     use_ns = True
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, kept_s: float) -> None:
         self._root = root
+        self._kept_s = kept_s
+        self._listings: dict[str, tuple[float, list[str]]] = {}  # of a folder, and since when
 
     def _real(self, path: str) -> str:
         return f"{self._root}{path}"
@@ -33,22 +35,38 @@ class PassThrough(Operations):
         return {name: getattr(found, name) for name in names} | times
 
     def readdir(self, path: str, fh: int) -> list[str]:
-        return [".", "..", *os.listdir(self._real(path))]
+        now = time.monotonic()
+        since, names = self._listings.get(path, (-self._kept_s, []))
+        if now - since >= self._kept_s:
+            names = os.listdir(self._real(path))
+            self._listings[path] = now, names
+        return [".", "..", *names]
+
+    def _forget_listing_with(self, path: str) -> None:
+        """Forget the listing of the folder that a path is in, and those below the path."""
+        self._listings.pop(os.path.dirname(path), None)
+        for folder in [folder for folder in self._listings if f"{folder}/".startswith(f"{path}/")]:
+            del self._listings[folder]
 
     def mkdir(self, path: str, mode: int) -> int:
         os.mkdir(self._real(path), mode)
+        self._forget_listing_with(path)
         return 0
 
     def rmdir(self, path: str) -> int:
         os.rmdir(self._real(path))
+        self._forget_listing_with(path)
         return 0
 
     def unlink(self, path: str) -> int:
         os.unlink(self._real(path))
+        self._forget_listing_with(path)
         return 0
 
     def rename(self, old: str, new: str) -> int:
         os.rename(self._real(old), self._real(new))
+        self._forget_listing_with(old)
+        self._forget_listing_with(new)
         return 0
 
     def chmod(self, path: str, mode: int) -> int:
@@ -61,7 +79,9 @@ class PassThrough(Operations):
 
     def create(self, path: str, mode: int, fi: Any = None) -> int:
         # Exclusive creation reaches us as creation of a name that the kernel believes is not there.
-        return os.open(self._real(path), os.O_RDWR | os.O_CREAT, mode)
+        descriptor = os.open(self._real(path), os.O_RDWR | os.O_CREAT, mode)
+        self._forget_listing_with(path)
+        return descriptor
 
     def open(self, path: str, flags: int) -> int:
         return os.open(self._real(path), flags & ~os.O_APPEND)
@@ -92,5 +112,7 @@ class PassThrough(Operations):
 
 
 if __name__ == "__main__":
-    kept = {f"{what}_timeout": KEPT_S for what in ("entry", "negative", "attr")}
-    FUSE(PassThrough(Path(sys.argv[1])), sys.argv[2], foreground=True, direct_io=True, nothreads=True, **kept)
+    folder, mountpoint, kept_s = sys.argv[1:]
+    kept = {f"{what}_timeout": int(kept_s) for what in ("entry", "negative", "attr")}
+    served = PassThrough(Path(folder), int(kept_s))
+    FUSE(served, mountpoint, foreground=True, direct_io=True, nothreads=True, **kept)

@@ -1,7 +1,8 @@
 """One of several processes that do what they like to one run: `python interleaved.py RUNS SINK SEED`.
 
 For each line on standard input, the name of a run, it does some operations in an order that chance chooses, and
-answers with a line of JSON: what came of them. What it delivers goes to SINK, which stands for MLflow.
+answers with a line of JSON: each with what came of it, and when it began and ended. What it delivers goes to SINK,
+which stands for MLflow.
 """
 
 import json
@@ -15,7 +16,8 @@ from runfolder import chain
 from runfolder.appended import read_lines
 from runfolder.requests import cancel_requested, request_cancel
 
-OPERATIONS = ("claim", "claim", "report", "report", "report", "deliver", "deliver", "close", "cancel", "reopen")
+ANYBODY = ("claim", "claim", "close", "cancel", "reopen", "look", "look")
+ATTEMPT = ("report", "report", "deliver")  # of those who hold one, more often than not
 
 
 class Actor:
@@ -25,16 +27,18 @@ class Actor:
         self._run_dir, self._sink, self._rng = run_dir, sink, rng
         self._mine: chain.Attempt | None = None
         self._step = 0
-        self.done: list[tuple[str, Any]] = []
+        self.done: list[tuple[str, Any, float, float]] = []
 
     def act(self) -> None:
         """Do one operation."""
-        operation = self._rng.choice(OPERATIONS)
+        works = self._mine is not None and self._rng.random() < 0.7
+        operation = self._rng.choice(ATTEMPT if works else ANYBODY)
+        began = time.time()
         try:
             came = getattr(self, f"_{operation}")()
         except chain.Fenced:
             came, self._mine = "fenced", None
-        self.done.append((operation, came))
+        self.done.append((operation, came, began, time.time()))
         time.sleep(self._rng.random() * 0.005)
 
     def _claim(self) -> int | None:
@@ -43,17 +47,22 @@ class Actor:
         self._mine = chain.claim_next(self._run_dir, start) or self._mine
         return self._mine.number if self._mine else None
 
-    def _report(self) -> int | None:
-        if self._mine is None:
-            return None
+    def _look(self) -> None:
+        """See all that is there, as whoever asks for the status: a client of NFS keeps that."""
+        cancel_requested(self._run_dir)
+        for slot in chain.slots(self._run_dir):
+            read_lines(slot, "metrics.jsonl")
+            slot.appended()
+
+    def _report(self) -> tuple[int, int]:
+        assert self._mine
         self._step += 1
         self._mine.append("metrics.jsonl", {"step": self._step, "time": time.time()})
-        return self._step
+        return self._mine.number, self._step
 
-    def _deliver(self) -> list[int] | None:
+    def _deliver(self) -> list[int]:
         """Read, then look at the fence, then send: as delivery to MLflow does."""
-        if self._mine is None:
-            return None
+        assert self._mine
         rows = [row["step"] for row in read_lines(self._mine, "metrics.jsonl")]
         time.sleep(self._rng.random() * 0.005)
         self._mine.check()

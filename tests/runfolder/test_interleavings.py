@@ -1,63 +1,36 @@
 """Four processes on two clients of one folder claim, close, reopen, cancel, seal and deliver as chance has it."""
 
-import ctypes.util
 import json
 import os
 import random
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+from mounts import two_clients
 
 from runfolder import chain
-from runfolder.appended import sealed_size
+from runfolder.appended import read_lines, sealed_size
 from runfolder.files import read_json
+from runfolder.requests import cancel_requested
 
 HERE = Path(__file__).parent
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 
 
-@contextmanager
-def mounted(folder: Path, at: Path) -> Iterator[Path]:
-    """A folder as one client sees it that keeps what it was told (see caching_mount.py)."""
-    at.mkdir()
-    server = subprocess.Popen([sys.executable, HERE / "caching_mount.py", folder, at])
-    try:
-        deadline = time.monotonic() + 60
-        while not at.is_mount():
-            assert server.poll() is None and time.monotonic() < deadline, "no mount"
-            time.sleep(0.05)
-        yield at
-    finally:
-        server.terminate()
-        server.wait()
-        subprocess.run(["umount", "-l", at], capture_output=True)
-
-
-def can_mount() -> bool:
-    """Whether this process may mount, and has what it takes."""
-    library = ctypes.util.find_library("fuse3") or ctypes.util.find_library("fuse")
-    return library is not None and os.geteuid() == 0 and Path("/dev/fuse").exists()
-
-
 @pytest.mark.parametrize("clients", ["one", "two"])
 @pytest.mark.parametrize("times", [50, pytest.param(1000, marks=pytest.mark.chaos)])
 def test_whatever_comes_first_there_is_one_truth(clients: str, times: int, tmp_path: Path) -> None:
-    if clients == "two" and not can_mount():
-        pytest.skip("needs root, /dev/fuse and libfuse")
     real, sink = tmp_path / "real", tmp_path / "sink"
     real.mkdir()
     sink.mkdir()
     with ExitStack() as stack:
-        places = [real]
-        if clients == "two":
-            places = [stack.enter_context(mounted(real, tmp_path / name)) for name in ("a", "b")]
-        actors = [actor(places[number % len(places)], sink, SEED * 4 + number) for number in range(4)]
+        places = (real, real) if clients == "one" else stack.enter_context(two_clients(real, tmp_path))
+        actors = [actor(places[number % 2], sink, SEED * 4 + number) for number in range(4)]
         for process in actors:
             stack.callback(process.kill)
         for number in range(times):
@@ -67,7 +40,7 @@ def test_whatever_comes_first_there_is_one_truth(clients: str, times: int, tmp_p
                 assert process.stdin
                 process.stdin.write(f"{name}\n")
                 process.stdin.flush()
-            check(real / name, sink / name, [answer(process) for process in actors])
+            check(real / name, sink / name, [done for process in actors for done in answer(process)])
 
 
 def actor(place: Path, sink: Path, seed: int) -> "subprocess.Popen[str]":
@@ -76,24 +49,35 @@ def actor(place: Path, sink: Path, seed: int) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def answer(process: "subprocess.Popen[str]") -> list[tuple[str, object]]:
+class Done(NamedTuple):
+    """One operation of an actor: what came of it, and when it began and ended (seconds since 1970)."""
+
+    operation: str
+    came: Any
+    began: float
+    ended: float
+
+
+def answer(process: "subprocess.Popen[str]") -> list[Done]:
     """What an actor did."""
     assert process.stdout
     line = process.stdout.readline()
     assert line, "an actor has died"
-    return [(operation, came) for operation, came in json.loads(line)]
+    return [Done(*done) for done in json.loads(line)]
 
 
-def check(run_dir: Path, sink: Path, done: list[list[tuple[str, object]]]) -> None:
+def check(run_dir: Path, sink: Path, done: list[Done]) -> None:
     """One result, no lost row, no stranded run."""
     slots = chain.slots(run_dir)
     assert [slot.number for slot in slots] == list(range(1, len(slots) + 1)), done
     # A reopening follows a closing slot, and nothing else does.
     kinds = [slot.claim["kind"] for slot in slots]
     assert all((first == "close") == (then == "reopen") for first, then in pairwise(kinds)), done
-    claimed = [came for actions in done for operation, came in actions if operation == "claim" and came]
-    assert {slot.number for slot in chain.attempts(run_dir)} == set(claimed), done
+    claimed = {one.came for one in done if one.operation == "claim" and one.came}
+    assert {slot.number for slot in chain.attempts(run_dir)} == claimed, done
     assert not list((run_dir / "attempts").glob(".claim-*")), done
+    check_rows(run_dir, sink, done)
+    check_cancelled(run_dir, done)
 
     ended = chain.settle(run_dir)
     assert (ended is not None) == (kinds[-1:] == ["close"]), done
@@ -105,10 +89,29 @@ def check(run_dir: Path, sink: Path, done: list[list[tuple[str, object]]]) -> No
         made = chain.Attempt(run_dir, slots[-1].claim["closes"]).folder / "output"
         # A ghost may make one after its own was delivered.
         assert not made.exists() or (run_dir / "output").exists(), done
-    for number, step in sent(sink):
-        attempt = chain.Attempt(run_dir, number)
-        whole = (attempt.folder / "metrics.jsonl").read_bytes()[: sealed_size(attempt, "metrics.jsonl")]
-        assert step in [json.loads(line)["step"] for line in whole.splitlines()], (number, step, done)
+
+
+def check_rows(run_dir: Path, sink: Path, done: list[Done]) -> None:
+    """What was reported before a successor came counts, and nothing else was delivered."""
+    counted: set[tuple[int, int]] = set()
+    for attempt in chain.attempts(run_dir):
+        is_last = attempt.number == chain.last_slot(run_dir)
+        assert is_last or sealed_size(attempt, "metrics.jsonl") is not None, (attempt.number, done)
+        counted |= {(attempt.number, row["step"]) for row in read_lines(attempt, "metrics.jsonl")}
+    for report in done:
+        if report.operation == "report":
+            number, step = report.came
+            successor = chain.Attempt(run_dir, number + 1)
+            before = not successor.folder.exists() or report.ended < successor.claim["time"]
+            assert not before or (number, step) in counted, (number, step, done)
+    assert sent(sink) <= counted, (sent(sink) - counted, done)
+
+
+def check_cancelled(run_dir: Path, done: list[Done]) -> None:
+    """Whoever asked for the end after the run was last reopened is heard."""
+    reopened = max((one.ended for one in done if one.operation == "reopen" and one.came), default=0.0)
+    asked = any(one.operation == "cancel" and one.began > reopened for one in done)
+    assert not asked or cancel_requested(run_dir), done
 
 
 def sent(sink: Path) -> set[tuple[int, int]]:

@@ -1,6 +1,9 @@
 """Checkpoints: resume at the same and at another layout, and what a broken one does."""
 
+import json
+import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,15 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from finished_runs import curve, difference, interrupted, rows
+from mounts import two_clients
+from ports import free_port
 from safetensors.torch import load_file
 from sampling import each_sampled
 
 from runfolder import chain
 from runfolder.files import read_json
+from trainer import speed
 from trainer.checkpoint.lineage import checkpoint_folder, claim_from_newest, newest, write_manifest
 from trainer.checkpoint.reading import CheckpointGone, CheckpointReader, open_start
 from trainer.checkpoint.saving import Checkpoints, write_shard
+from trainer.loop import prepare_run
 from trainer.world import World
 
 HALF = {"checkpoint": {"every": 5, "keep": 9}}
@@ -46,6 +54,39 @@ def test_resume_is_bitwise_at_the_same_layout(zero: int, new_run: Any, launch: A
     one, other = (load_file(run / "output" / "adapter_model.safetensors") for run in (whole, again))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.usefixtures("workers")  # it makes forks cheap
+def test_at_stage_3_no_rank_reads_weights_that_it_does_not_keep(new_run: Any, launch: Any, tmp_path: Path) -> None:
+    whole = new_run("whole", method={"kind": "full"}, sharding={"zero": 3}, train={"steps": 5}, **HALF)
+    launch(2, whole)
+    again = interrupted(whole, "again", 5)
+    assert claim_from_newest(again)
+    arguments = (str(again), str(tmp_path), free_port())
+    torch.multiprocessing.start_processes(count_elements_read, arguments, 2, start_method="forkserver")
+    counts = [read_json(tmp_path / f"read-{rank}.json") for rank in range(2)]
+    for count in counts:
+        assert count["read"] == count["held"]
+    assert sum(count["held"] for count in counts) == counts[0]["trained"]
+
+
+def count_elements_read(rank: int, run_dir: str, folder: str, port: int) -> None:
+    """One of two workers that loads the second attempt: elements of weights that it reads, and that it holds then."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    read, count = CheckpointReader.read, 0
+
+    def counted(self: CheckpointReader, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        nonlocal count
+        count += (stop - start) * (kind == "weight")
+        return read(self, kind, name, start, stop)
+
+    CheckpointReader.read = counted  # type: ignore[method-assign]
+    run, _ = prepare_run(chain.Attempt(Path(run_dir), 2))
+    held = sum(fragment.stop - fragment.start for fragment in run.shards.fragments())
+    trained = speed.count_trained(run.model)
+    (Path(folder) / f"read-{rank}.json").write_text(json.dumps({"read": count, "held": held, "trained": trained}))
+    dist.destroy_process_group()
 
 
 def save(attempt: chain.Attempt, *steps: int) -> None:
@@ -129,6 +170,46 @@ def test_a_start_that_was_removed_before_it_was_claimed_says_so(first: chain.Att
     assert second
     with pytest.raises(CheckpointGone, match=r"step 15 of attempt 1: .*No such file"):
         open_start(second, alone)
+
+
+def test_a_save_of_two_clients_does_not_wait_for_their_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 writes its shard once rank 0 has seen that it is not there, which its client believes for an hour."""
+    (tmp_path / "real").mkdir()
+    with two_clients(tmp_path / "real", tmp_path, kept_s=3600) as (a, b):
+        attempt = chain.claim_next(a, None)
+        assert attempt
+        saves = Checkpoints(attempt, World(0, 2, torch.device("cpu")), 5, 2)
+        looked = threading.Event()
+        monkeypatch.setattr(chain.Attempt, "check", lambda *_, **__: looked.set())
+        tensors = {"weight/w/0": torch.zeros(4)}
+        saving = threading.Thread(target=saves._write, args=({"step": 5}, tensors), daemon=True)
+        saving.start()
+        assert looked.wait(60)
+        write_shard(checkpoint_folder(chain.Attempt(b, 1), 5), 1, {"weight/w/4": torch.ones(4)})
+        saving.join(60)
+        assert not saving.is_alive()
+        saves.wait()
+        assert newest(b) == chain.Start(1, 5)
+        reader = CheckpointReader(checkpoint_folder(chain.Attempt(b, 1), 5))
+        assert reader.read("weight", "w", 0, 8).tolist() == [0.0] * 4 + [1.0] * 4
+
+
+def test_the_newest_checkpoint_is_claimed_by_a_client_that_has_looked_before(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    with two_clients(tmp_path / "real", tmp_path) as (a, b):
+        attempt = chain.claim_next(a, None)
+        assert attempt and newest(b) is None
+        save(attempt, 10)
+        assert newest(b) == chain.Start(1, 10)
+        unfinished = checkpoint_folder(attempt, 20)
+        unfinished.mkdir()
+        assert newest(b) == chain.Start(1, 10)
+        unfinished.rmdir()
+        save(attempt, 20)
+        second = claim_from_newest(b)
+        assert second and second.start == chain.Start(1, 20)
 
 
 def test_any_range_can_be_read(new_run: Any, launch: Any) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from runfolder.chain import Attempt, Start, attempts, claim_next, step_bounds
-from runfolder.files import Record, read_json, sync_folder, write_json
+from runfolder.chain import Attempt, Start, attempts, claim_next, see_slots, step_bounds
+from runfolder.files import Record, list_names, read_json, refresh, sync_folder, write_json
 
 MANIFEST = "manifest.json"
 
@@ -18,6 +18,7 @@ def claim_from_newest(run_dir: Path) -> Attempt | None:
     The attempt takes that checkpoint into its own folder. Its predecessor, who may live and not know that it has
     a successor, removes old checkpoints where it left them.
     """
+    see_slots(run_dir)
     attempt = claim_next(run_dir, newest(run_dir))
     if attempt is None or attempt.start is None:
         return attempt
@@ -38,16 +39,16 @@ def newest(run_dir: Path) -> Start | None:
 
     Its manifest holds and its shards have their sizes. Their hashes are for those who load them, many at a time.
     """
-    for start, folder in lineage(run_dir):
+    for start, folder in lineage(run_dir, fresh=True):
         if is_whole(folder):
             return start
     return None
 
 
-def lineage(run_dir: Path) -> Iterator[tuple[Start, Path]]:
-    """Checkpoints with a manifest that count, newest first."""
+def lineage(run_dir: Path, fresh: bool = False) -> Iterator[tuple[Start, Path]]:
+    """Checkpoints with a manifest that count, newest first; `fresh`: also what another host has just saved."""
     for attempt, bound in step_bounds(run_dir):
-        steps = map(step_of, finished(attempt))
+        steps = map(step_of, finished(attempt, fresh))
         newest_first = sorted(steps, reverse=True)
         for step in newest_first:
             if step <= bound:
@@ -66,11 +67,25 @@ def unused(attempt: Attempt) -> list[Path]:
     return folders + finished(attempt)
 
 
-def finished(attempt: Attempt) -> list[Path]:
-    """The checkpoints in an attempt's folder that have a manifest."""
+def finished(attempt: Attempt, fresh: bool = False) -> list[Path]:
+    """The checkpoints in an attempt's folder that have a manifest; `fresh`: also what another host has just saved."""
+    if "checkpoints" not in _listing(attempt.folder, fresh):
+        return []
     checkpoints = attempt.folder / "checkpoints"
-    manifests = checkpoints.glob(f"step-*/{MANIFEST}")
-    return [path.parent for path in manifests]
+    whole = []
+    for name in _listing(checkpoints, fresh):
+        folder = checkpoints / name
+        if name.startswith("step-") and MANIFEST in _listing(folder, fresh):
+            whole.append(folder)
+    return whole
+
+
+def _listing(folder: Path, fresh: bool) -> list[str]:
+    """What a folder holds, as the server has it where that is wanted `fresh`."""
+    if fresh:
+        with suppress(FileNotFoundError):  # removed just now
+            refresh(folder)
+    return list_names(folder)
 
 
 def checkpoint_folder(attempt: Attempt, step: int) -> Path:

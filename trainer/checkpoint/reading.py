@@ -15,7 +15,7 @@ from runfolder.files import Record, read_json, sha256
 from trainer.checkpoint.lineage import MANIFEST, checkpoint_folder
 from trainer.checkpoint.saving import METHOD, WEIGHT
 from trainer.world import World
-from trainer.zero.gather import assign, shape
+from trainer.zero.layout import held_piece
 from trainer.zero.shards import Shards
 
 
@@ -50,9 +50,8 @@ class CheckpointReader:
         manifest = read_json(folder / MANIFEST)
         self.step = int(manifest["step"])
         self._stored: dict[Key, list[_Stored]] = defaultdict(list)
-        shards = folder.glob("shard-*.safetensors")
-        for path in sorted(shards):
-            file: Any = safe_open(path, framework="pt")
+        for shard in sorted(manifest["files"]):
+            file: Any = safe_open(folder / shard, framework="pt")
             for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 kind, name, start = key.split("/")
                 offset = int(start)
@@ -111,14 +110,15 @@ class CheckpointReader:
         return not part.get_shape()
 
     def load_weights(self, model: nn.Module, method: Method[Any]) -> None:
-        """Set every trained or changed parameter of a model that has no engine yet; every rank calls it."""
+        """Set what this rank holds of every trained or changed parameter of a model that has no engine yet."""
         changed = set(method.changed_frozen(model))
         for name, parameter in model.named_parameters():
             saved = parameter.requires_grad or name in changed
-            if saved:
-                size = shape(parameter)
-                elements = size.numel()
-                assign(model, name, self.read(WEIGHT, name, 0, elements))
+            held = held_piece(name, parameter) if saved else None
+            if held is not None:
+                weight = held.tensors[WEIGHT]
+                stop = held.start + len(weight)
+                weight.copy_(self.read(WEIGHT, name, held.start, stop))
 
     def load_optimizer(self, shards: Shards) -> None:
         """Set the optimizer's state of what this rank holds, and the method's pieces."""

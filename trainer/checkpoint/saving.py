@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 
 from methods.base import Method
 from runfolder.chain import Attempt
-from runfolder.files import Record, read_json, sync_folder, write_json
+from runfolder.files import Record, list_names, read_json, refresh, sync_folder, write_json
 from trainer.checkpoint.lineage import checkpoint_folder, lineage, unused, write_manifest
 from trainer.world import World
 from trainer.zero.shards import Shards
 
 MEAN_TIME_BETWEEN_FAILURES = 4 * 3600.0  # seconds; of one job, as spot machines and large clusters have it
+_SHORT_WAIT_S, _LONG_WAIT_S = 0.01, 0.5  # between two looks for the shards of other ranks: at first, and at the most
 WEIGHT, METHOD = "weight", "method"
 ShardTensors = dict[str, torch.Tensor]  # of a shard, by kind/parameter/start
 
@@ -106,9 +107,14 @@ class Checkpoints:
         """Wait for the shards of all ranks, then write the manifest; raises Fenced where there is a successor."""
         attempt = self.attempt
         digest_files = [_digest_file(folder, rank) for rank in range(self.world.size)]
-        while not all(path.exists() for path in digest_files):
+        names = {path.name for path in digest_files}
+        wait_s = _SHORT_WAIT_S
+        while not names.issubset(list_names(folder)):
             attempt.check(cached=True)
-            time.sleep(0.02)
+            time.sleep(wait_s)
+            refresh(folder)  # other ranks may be on other hosts
+            longer = 2 * wait_s
+            wait_s = min(longer, _LONG_WAIT_S)
         attempt.check()  # one that was paused and has a successor ends at its first save
         files = {}
         for path in digest_files:

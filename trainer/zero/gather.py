@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 
@@ -23,7 +22,7 @@ def gathered(parameters: Iterable[nn.Parameter], modified: bool = False) -> Abst
 
     A collective over all ranks. Weights that are not sharded are whole already, and keep what each rank writes.
     """
-    sharded = list(filter(_is_sharded, parameters))
+    sharded = list(filter(is_sharded, parameters))
     if not sharded:
         return nullcontext()
     import deepspeed
@@ -42,7 +41,7 @@ def gathered_in_turn(model: nn.Module) -> Iterator[None]:
     hooks = []
     for module in model.modules():
         of_module = module.parameters(recurse=False)
-        sharded = list(filter(_is_sharded, of_module))
+        sharded = list(filter(is_sharded, of_module))
         if sharded:
             hooks += _gathering_hooks(module, sharded)
     try:
@@ -52,18 +51,7 @@ def gathered_in_turn(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Set a parameter, sharded or not, before the engine exists; at stage 3 every rank calls it."""
-    parameter = model.get_parameter(name)
-    everywhere = not _is_sharded(parameter)
-    with torch.no_grad(), gathered([parameter], modified=True):
-        writes = everywhere or dist.get_rank() == 0
-        if writes:
-            shaped = value.view(parameter.shape)
-            parameter.copy_(shaped.to(parameter.device))
-
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
+def is_sharded(parameter: nn.Parameter) -> bool:
     """Whether ZeRO 3 has this parameter in slices; a plain one has no id of DeepSpeed."""
     return hasattr(parameter, "ds_id")
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from methods.base import Piece
+from trainer.zero.gather import is_sharded
 
 ParameterNames = dict[nn.Parameter, str]  # of the trained parameters
 
@@ -60,9 +61,9 @@ def fragments(engine: Any, names: ParameterNames, stage: int) -> Iterator[OwnedF
     return _slice_of_all(engine.optimizer, names)
 
 
-def held_piece(name: str, parameter: Any, stage: int) -> Piece | None:
-    """The part of a frozen parameter that this rank holds under an engine; None where it holds nothing."""
-    if stage != 3:
+def held_piece(name: str, parameter: Any) -> Piece | None:
+    """The part of a parameter that this rank holds, where no engine trains it; None where it holds nothing."""
+    if not is_sharded(parameter):
         flat: torch.Tensor = parameter.data.view(-1)
         return Piece(name, 0, {"weight": flat}, True)
     start, stop = _slice_of_rank(parameter)

@@ -183,6 +183,6 @@ class Shards:
         model = self.model
         for name in self.method.changed_frozen(model):
             parameter = model.get_parameter(name)
-            piece = layout.held_piece(name, parameter, self.stage)
+            piece = layout.held_piece(name, parameter)
             if piece is not None:
                 yield piece
