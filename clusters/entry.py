@@ -4,17 +4,32 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clusters.controllers import controller_command
 from runfolder.files import FORMAT
 from runfolder.snapshot import Snapshot, snapshot
 from runfolder.variables import flaw_of_variable
 
 _DELIVERY_S = 600.0  # for so long after its end a run gets a controller again, to deliver the rest
 _FIELD_TYPES: dict[str, Any] = {"run_id": str, "run_dir": str, "command": list, "workers": int, "environment": dict}
+
+
+def entry_text(run_dir: Path, workers: int, environment: Mapping[str, str], secrets: Sequence[str] = ()) -> str:
+    """The text of an entry: the controller's command, how many workers it needs, what it takes along."""
+    entry = {
+        "format": FORMAT,
+        "run_id": run_dir.name,
+        "run_dir": str(run_dir),
+        "command": controller_command(str(run_dir)),
+        "workers": workers,
+        "environment": environment,
+        "secrets": secrets,
+    }
+    return json.dumps(entry, indent=1)
 
 
 class DamagedEntry(ValueError):

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,12 +26,10 @@ from clusters.base import (
     look_at,
 )
 from clusters.config import ClusterConfig
-from clusters.controllers import controller_command
-from clusters.entry import Queue, QueueEntry, queued_run
+from clusters.entry import Queue, QueueEntry, entry_text, queued_run
 from clusters.environment import machine_variables, settings
 from clusters.machine import misfit_of, total_capacity
 from clusters.ray_head import Head
-from runfolder.files import FORMAT
 from runfolder.job import Job
 from runfolder.site import LocalSite
 from runfolder.snapshot import has_ended
@@ -108,7 +106,7 @@ class Local:
         if misfit:
             raise SubmissionRefused(misfit)
         environment = {**self.env, **settings(job, os.environ), "FLEETUNE_HOME": str(self.home)}
-        text = self._entry(run_id, job.resources.world_size, environment, secrets)
+        text = entry_text(self.site.root / run_id, job.resources.world_size, environment, secrets)
         run_dir = self.site.root / run_id
         return ClusterRequest(run_id, submission or 1, str(run_dir), text, secrets)
 
@@ -155,7 +153,7 @@ class Local:
         """Queue the run if it is not, and see to it that the supervisor runs: it starts who closes the run."""
         if not has_ended(self.site.root / run_id):
             environment = {"FLEETUNE_HOME": str(self.home)}
-            text = self._entry(run_id, 1, environment)
+            text = entry_text(self.site.root / run_id, 1, environment)
             self.queue.add(run_id, text)
             self.start()
 
@@ -238,21 +236,6 @@ class Local:
     def _capacity(self) -> Capacity:
         kind, total = total_capacity()
         return Capacity(kind, total, total - min(total, self.taken_workers()))
-
-    def _entry(self, run_id: str, workers: int, environment: Mapping[str, str], secrets: Sequence[str] = ()) -> str:
-        """The text of a queue's entry: the controller's command, how many workers it needs, what it takes along."""
-        run_dir = str(self.site.root / run_id)
-        command = controller_command(run_dir)
-        entry = {
-            "format": FORMAT,
-            "run_id": run_id,
-            "run_dir": run_dir,
-            "command": command,
-            "workers": workers,
-            "environment": environment,
-            "secrets": secrets,
-        }
-        return json.dumps(entry, indent=1)
 
     def _status(self, run_id: str, entry: QueueEntry | str | None, trouble: str | None, wait: str) -> ClusterStatus:
         if has_ended(self.site.root / run_id):

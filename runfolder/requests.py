@@ -65,7 +65,11 @@ def pause_step(run_dir: Path) -> int | None:
 
 def pauses(run_dir: Path) -> list[Pause]:
     """The pauses that somebody wants of a run, those that it has made since it was last (re)opened too."""
-    return [Pause(request["step"], slot) for slot, request in _requests(run_dir, "pause", PAUSE)]
+    wanted = []
+    for slot, request in _requests(run_dir, "pause", PAUSE):
+        pause = Pause(request["step"], slot)
+        wanted.append(pause)
+    return wanted
 
 
 def request_stop(attempt: Attempt, stop: Stop) -> None:
@@ -102,7 +106,11 @@ def _request(run_dir: Path, kind: str, record: Record) -> None:
 
 def _requests(run_dir: Path, kind: str, shape: Shape) -> list[tuple[int, Record]]:
     """The requests of a kind that came since the run was last (re)opened, each with its newest slot then."""
-    return [(slot, read_json(path, shape)) for slot, path in _current_files(run_dir, kind)]
+    requests = []
+    for slot, path in _current_files(run_dir, kind):
+        request = read_json(path, shape)
+        requests.append((slot, request))
+    return requests
 
 
 def _current_files(run_dir: Path, kind: str) -> list[tuple[int, Path]]:

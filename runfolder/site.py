@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 from runfolder.appended import Chunk, Position, appended_files, read_from
 from runfolder.chain import reopen, result, see_slots
 from runfolder.digests import changes
+from runfolder.fetched import FETCHED, is_fetched, part, paths_to_fetch
 from runfolder.files import Record, list_names, sha256
 from runfolder.record import create_run_folder, job_in, read_record
 from runfolder.requests import cancel_requested, pause_step, request_cancel, request_pause
@@ -26,7 +27,6 @@ Appended = dict[str, list[Chunk]]  # what was appended to each file since
 Ended = Record | None  # the result of a run; None while it goes on
 PlainData = Mapping[str, Any]  # what JSON can hold
 Progress = Callable[[int, int], None]  # bytes that are there, and how many there will be
-_FETCHED = ("output", "result.json", "job.yaml")  # what `fetch` brings
 
 
 class Refused(ValueError):
@@ -161,7 +161,7 @@ class LocalSite:
         """Copy the output, the result and the job of a run into a folder `to`."""
         run_dir = self._existing(run_id)
         to.mkdir(parents=True, exist_ok=True)
-        for path in _paths_to_fetch(run_dir):
+        for path in paths_to_fetch(run_dir):
             copy = to / path.name
             if path.is_dir():
                 shutil.copytree(path, copy, dirs_exist_ok=True)
@@ -173,7 +173,7 @@ class LocalSite:
         """The files that `fetch` brings: {path, size, sha256} each."""
         run_dir = self._existing(run_id)
         files = []
-        for top in _paths_to_fetch(run_dir):
+        for top in paths_to_fetch(run_dir):
             inner = sorted(top.rglob("*")) if top.is_dir() else [top]
             for path in inner:
                 if path.is_file():
@@ -238,22 +238,6 @@ def is_ending(run_dir: Path) -> bool:
     return pause <= next_step
 
 
-def _paths_to_fetch(run_dir: Path) -> list[Path]:
-    existing = list_names(run_dir)
-    return [run_dir / name for name in _FETCHED if name in existing]
-
-
-def part(run_dir: Path, path: str, offset: int, length: int) -> bytes:
-    """Bytes of a file that `fetch` brings, from an offset on; raises Refused for any other."""
-    parts = Path(path).parts
-    if ".." in parts or not parts or parts[0] not in _FETCHED:
-        allowed = ", ".join(_FETCHED)
-        raise Refused(f"path: found {path!r}; allowed: files of {allowed}")
-    with (run_dir / path).open("rb") as stream:
-        stream.seek(offset)
-        return stream.read(length)
-
-
 def answer_request(root: Path, request: PlainData) -> Any:
     """Do what a request asks, as plain data that goes through JSON: {verb, ...its arguments}."""
     site = LocalSite(root)
@@ -284,6 +268,9 @@ def answer_request(root: Path, request: PlainData) -> Any:
         case "listing":
             return site.listing(request["run_id"])
         case "part":
+            if not is_fetched(request["path"]):
+                allowed = ", ".join(FETCHED)
+                raise Refused(f"path: found {request['path']!r}; allowed: files of {allowed}")
             data = part(root / request["run_id"], request["path"], request["offset"], request["length"])
             return b64encode(data).decode()
     raise Refused(f"verb: found {request['verb']!r}; this Fleetune does not know it")

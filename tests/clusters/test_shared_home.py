@@ -11,7 +11,6 @@ import pytest
 from local_cluster import job, running, serve, submit, text
 from waiting import until
 
-from clusters import local as local_module
 from clusters.base import Unreachable
 from clusters.local import Local
 from clusters.ray_head import Head
@@ -80,7 +79,7 @@ def test_a_run_gets_its_own_environment_alone(cluster: Local, monkeypatch: pytes
     names = ("HF_HUB_OFFLINE", "MLFLOW_TRACKING_TOKEN", "NCCL_DEBUG", "FLEETUNE_HANG_AFTER", "FLEETUNE_HOME")
     names += ("DATABRICKS_TOKEN", "PGPASSWORD", "LD_PRELOAD", "TRANSFORMERS_OFFLINE")
     shows = "import os, sys; sys.stdout.write(repr([os.environ.get(name) for name in sys.argv[1:]]))"
-    monkeypatch.setattr(local_module, "controller_command", lambda _: [sys.executable, "-c", shows, *names])
+    monkeypatch.setattr(entry, "controller_command", lambda _: [sys.executable, "-c", shows, *names])
     monkeypatch.setenv("HF_HUB_OFFLINE", "own")
     submit(cluster, "one")
     for name in names:

@@ -1,0 +1,26 @@
+"""What `fetch` brings of a run: its output, its result and its job, whole or in parts."""
+
+from pathlib import Path
+
+from runfolder.files import list_names
+
+FETCHED = ("output", "result.json", "job.yaml")
+
+
+def paths_to_fetch(run_dir: Path) -> list[Path]:
+    """Those of them that are there."""
+    existing = list_names(run_dir)
+    return [run_dir / name for name in FETCHED if name in existing]
+
+
+def is_fetched(path: str) -> bool:
+    """Whether a path in a run folder is one of them, or below one."""
+    parts = Path(path).parts
+    return bool(parts) and parts[0] in FETCHED and ".." not in parts
+
+
+def part(run_dir: Path, path: str, offset: int, length: int) -> bytes:
+    """Bytes of a file from an offset on."""
+    with (run_dir / path).open("rb") as stream:
+        stream.seek(offset)
+        return stream.read(length)
