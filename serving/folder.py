@@ -78,7 +78,8 @@ class Folder:
     def refuse(self, key: str, allowed: str) -> AdapterRefused:
         """The error for a value of the config."""
         value = self.config.get(key)
-        return AdapterRefused(f"{self.config_path}: {key}: found {value!r}; allowed: {allowed}")
+        found = f"{self.config_path}: {key}: found {value!r}"
+        return AdapterRefused(f"{found}; allowed: {allowed}")
 
     def only(self, *known: str) -> None:
         """Raise AdapterRefused where the config says something else that could change what is computed."""

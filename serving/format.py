@@ -6,7 +6,6 @@ Shapes: R rank, I inputs, O outputs, V virtual tokens, D width.
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 
 from serving.adapter import ACTIVATIONS, Adapter, Part
@@ -16,20 +15,24 @@ from serving.folder import Folder
 from serving.fourier import read_fourierft
 from serving.lora import read_lora
 from serving.target import listed, module_name, targets
+from serving.vera import read_vera
 
 LIMIT = 8 * 2**30  # bytes of an adapter's weights
 EPSILON = 1e-5  # what PEFT adds to AdaLoRA's number of ranks
 PLACEMENTS = {"houlsby": ("o_proj", "down_proj"), "pfeiffer": ("down_proj",)}  # the layers that have a bottleneck
+UNSHARED = ("o_proj", "down_proj")  # linear layers that share their input with no other
 
 
-def read(path: Path | str, base: Base, limit: int = LIMIT) -> Adapter:
+def read_adapter(path: Path | str, base: Base, limit: int = LIMIT) -> Adapter:
     """The adapter of a folder, for a base; raises AdapterRefused with the file and what is allowed instead."""
     folder = Folder(Path(path), limit)
-    named = folder.config.get("peft_type") or folder.config.get("kind")
+    config = folder.config
+    named = config.get("peft_type") or config.get("kind")
     kind = str(named).upper()
     if kind not in READERS:
         known = ", ".join(name.lower() for name in READERS)
-        raise AdapterRefused(f"{folder.config_path}: found an adapter of kind {kind.lower()}; allowed: {known}")
+        found = f"{folder.config_path}: found an adapter of kind {kind.lower()}"
+        raise AdapterRefused(f"{found}; allowed: {known}")
     reader = READERS[kind]
     adapter = reader(folder, base)
     folder.finish()
@@ -50,10 +53,10 @@ def read_adalora(folder: Folder, base: Base) -> Adapter:
     scale = alpha / (initial_rank + EPSILON)
     parts = {}
     for target in targets(folder, base, "lora_A"):
-        a_RI = folder.take(f"{target.name}.lora_A", None, target.site.inputs)
+        a_RI = folder.take(f"{target.name}.lora_A", None, target.inputs)
         rank = len(a_RI)
         e_R1 = folder.take(f"{target.name}.lora_E", rank, 1)
-        b_OR = folder.take(f"{target.name}.lora_B", target.out, rank)
+        b_OR = folder.take(f"{target.name}.lora_B", target.outputs, rank)
         if rank > 0:
             parts[target.place] = Part(a_RI * e_R1, scale * b_OR.T)
     return Adapter(folder.digest, parts)
@@ -62,39 +65,19 @@ def read_adalora(folder: Folder, base: Base) -> Adapter:
 def read_ia3(folder: Folder, base: Base) -> Adapter:
     """(IA)^3: scales of outputs, or of the inputs of feed-forward layers."""
     folder.only("feedforward_modules", "init_ia3_weights")
-    feedforward = tuple(folder.config.get("feedforward_modules") or ())
+    modules = folder.config.get("feedforward_modules") or ()
+    feedforward = tuple(modules)
     parts = {}
     for target in targets(folder, base, "ia3_l"):
         name = f"{target.name}.ia3_l"
         if not listed(target.module, feedforward):
-            m_O1 = folder.take(name, target.out, 1)
+            m_O1 = folder.take(name, target.outputs, 1)
             parts[target.place] = Part(m_O=m_O1.flatten())
-        elif target.site.name in ("o_proj", "down_proj"):
-            u_1I = folder.take(name, 1, target.site.inputs)
+        elif target.site.name in UNSHARED:
+            u_1I = folder.take(name, 1, target.inputs)
             parts[target.place] = Part(u_I=u_1I.flatten())
         else:
             raise folder.refuse("feedforward_modules", "o_proj, down_proj (the others share their input)")
-    return Adapter(folder.digest, parts)
-
-
-def read_vera(folder: Folder, base: Base) -> Adapter:
-    """VeRA: diag(b) B diag(d) A, with A and B sliced from projections that all modules share."""
-    folder.only("bias", "d_initial", "init_weights", "projection_prng_key", "r", "save_projection")
-    rank = folder.config["r"]
-    adapted = list(targets(folder, base, "vera_lambda_d"))
-    most_inputs = max((target.site.inputs for target in adapted), default=0)
-    most_outputs = max((target.out for target in adapted), default=0)
-    a_RI = folder.take("base_model.vera_A", rank, most_inputs)
-    b_OR = folder.take("base_model.vera_B", most_outputs, rank)
-    # Layers of one size get the same tensors, so that these are packed once.
-    a_of = lru_cache(lambda size: a_RI[:, :size].contiguous())
-    b_of = lru_cache(lambda size: b_OR[:size].T.contiguous())
-    parts = {}
-    for target in adapted:
-        c_R = folder.take(f"{target.name}.vera_lambda_d", rank)
-        v_O = folder.take(f"{target.name}.vera_lambda_b", target.out)
-        a_slice, b_slice = a_of(target.site.inputs), b_of(target.out)
-        parts[target.place] = Part(a_slice, b_slice, c_R=c_R, v_O=v_O)
     return Adapter(folder.digest, parts)
 
 
@@ -104,7 +87,8 @@ def read_prefix(folder: Folder, base: Base) -> Adapter:
     tokens = folder.config["num_virtual_tokens"]
     _check_virtual(folder)
     size_L2HE = (shape.layers, 2, shape.kv_heads, shape.head_size)
-    flat = folder.take("prompt_embeddings", tokens, math.prod(size_L2HE))
+    numbers = math.prod(size_L2HE)
+    flat = folder.take("prompt_embeddings", tokens, numbers)
     prefix_VL2HE = flat.view(tokens, *size_L2HE)
     prefix_L2VHE = prefix_VL2HE.permute(1, 2, 0, 3, 4)
     return Adapter(folder.digest, prefix_L2VHE=prefix_L2VHE.contiguous())
@@ -140,18 +124,20 @@ def read_bottleneck(folder: Folder, base: Base) -> Adapter:
     for layer, site in base.linears():
         if site.name in PLACEMENTS[placement]:
             name = module_name(layer, site)
-            parts[layer, site.name + BEHIND] = bottleneck(folder, name, base.shape.width)
+            place = (layer, site.name + BEHIND)
+            parts[place] = bottleneck(folder, name, base.shape.width)
     return Adapter(folder.digest, parts)
 
 
 def bottleneck(folder: Folder, name: str, width: int) -> Part:
     """One bottleneck, behind the linear layer of this name."""
-    size = folder.config["size"]
+    config = folder.config
+    size = config["size"]
     down_RD = folder.take(f"{name}.down.weight", size, width)
     up_DR = folder.take(f"{name}.up.weight", width, size)
     bias_R = folder.take(f"{name}.down.bias", size)
     beta_O = folder.take(f"{name}.up.bias", width)
-    return Part(down_RD, up_DR.T, bias_R=bias_R, beta_O=beta_O, activation=folder.config["activation"])
+    return Part(down_RD, up_DR.T, bias_R=bias_R, beta_O=beta_O, activation=config["activation"])
 
 
 READERS: dict[str, Callable[[Folder, Base], Adapter]] = {

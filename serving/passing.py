@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from serving.cache import PAGE, padded_pages, place_in, places
-from serving.mix import Mix
-from serving.work import Work
+from serving.cache import PAGE, padded_pages, place_in, places_of
+from serving.grouping import Grouping
+from serving.mix import AdapterBatch
 
 
 @dataclass
@@ -29,9 +29,19 @@ class Span:
         """The position behind its last row's."""
         return self.start + self.count
 
+    @property
+    def last_row(self) -> int:
+        """The number of its last row."""
+        return self.row + self.count - 1
+
+    @property
+    def rows(self) -> slice:
+        """Its rows among those of the pass."""
+        return slice(self.row, self.row + self.count)
+
     def places(self) -> Tensor:
         """Where the keys and values of all positions up to its last row's lie."""
-        return places(self.pages, 0, self.stop)
+        return places_of(self.pages, 0, self.stop)
 
 
 class Runs(NamedTuple):
@@ -48,28 +58,43 @@ class Runs(NamedTuple):
 class Pass:
     """What a forward pass needs beside its rows' embeddings."""
 
-    mix: Mix
+    adapters: AdapterBatch
+    grouping: Grouping
     place_T: Tensor  # where each row's keys and values go
     cos_TF: Tensor
     sin_TF: Tensor
     spans: list[Span] = field(default_factory=list)
-    before: Work | None = None  # updates of linear layers that grouped kernels add
-    behind: Work | None = None  # bottlenecks
     tail: int = 0  # ranks behind each of the base's weights that are computed with it
-    ranks: int = 16  # of the adapters there, at most
+    products: int = 0  # of a row with its narrow adapter's factors, at most
     pages_TP: Tensor | None = None  # where every row is a sequence: its pages,
     position_T: Tensor | None = None  # and its position
     parts: int = 1  # in which its keys are computed side by side
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether every row is a sequence."""
+        return self.pages_TP is not None
+
+    @property
+    def has_products(self) -> bool:
+        """Whether behind the outputs of linear layers are each row's products with the factors of its adapter.
+
+        When decoding these are in a tail; over prompts they are written there if all adapters are narrow.
+        """
+        if self.is_decoding:
+            return self.tail > 0
+        needs = self.adapters.needs
+        return needs.narrow > 0 and needs.wide == 0
 
     @cached_property
     def runs(self) -> Runs:
         """The spans for attention of runs."""
         row_N = boundaries([span.count for span in self.spans])
         key_N = boundaries([span.stop for span in self.spans])
-        rows = int(row_N.diff().max())
-        keys = int(key_N.diff().max())
-        place_S = self.place_T
+        rows = longest(row_N)
+        keys = longest(key_N)
         differ_N = row_N != key_N
+        place_S = self.place_T
         if keys > rows or bool(differ_N.any()):
             place_S = self._key_places()
         device = self.place_T.device
@@ -88,7 +113,14 @@ class Pass:
 def boundaries(lengths: list[int]) -> Tensor:
     """Where runs of these lengths begin, one behind the other, and where the last one ends."""
     length_N = torch.tensor([0, *lengths])
-    return length_N.cumsum(0).int()
+    end_N = length_N.cumsum(0)
+    return end_N.int()
+
+
+def longest(boundary_N: Tensor) -> int:
+    """The length of the longest run between boundaries."""
+    length_N = boundary_N.diff()
+    return int(length_N.max())
 
 
 def positions_and_places(spans: list[Span]) -> tuple[Tensor, Tensor]:
@@ -101,7 +133,8 @@ def positions_and_places(spans: list[Span]) -> tuple[Tensor, Tensor]:
     row_T = torch.arange(len(span_T))
     position_T = row_T + shift_N[span_T]
     page_NP = page_table([span.pages for span in spans])
-    page_T = page_NP[span_T, position_T // PAGE]
+    column_T = position_T // PAGE
+    page_T = page_NP[span_T, column_T]
     return position_T, place_in(page_T, position_T)
 
 

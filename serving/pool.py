@@ -2,21 +2,22 @@
 
 An adapter's identity is its digest. A name leads to a digest when a request is made, and never later, so a name that
 was loaded anew can serve neither the old weights nor keys and values that the old ones made.
+Shapes: K slots and one, L decoder layers, S sites, C columns.
 """
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from serving.arena import Arena
 from serving.base import Base
 from serving.error import AdapterRefused, UnknownAdapter
-from serving.format import read
-from serving.packed import BETA, NOWHERE, UNIT, A, Packed, empty, pack
+from serving.format import read_adapter
+from serving.packed import NOWHERE, UNIT, Column, Packed, empty_table, pack
 
-PIECES = slice(A, BETA + 1)  # the table's columns that are offsets
+OFFSETS = slice(Column.A, Column.BETA + 1)  # the table's columns that are offsets of pieces
 
 
 @dataclass
@@ -35,36 +36,6 @@ class Resident:
     head_VD: Tensor | None = None
 
 
-class Arena:
-    """One tensor on the device in which blocks lie; a block takes the first gap that is large enough."""
-
-    def __init__(self, units: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate so many units of UNIT elements."""
-        self.data = torch.zeros(units * UNIT, dtype=dtype, device=device)
-        self._gaps = [(0, units)]  # start, stop; sorted
-
-    def reserve(self, units: int) -> int | None:
-        """The first unit of a new block of this size, or None where no gap is large enough."""
-        for number, (start, stop) in enumerate(self._gaps):
-            end = start + units
-            if end <= stop:
-                self._gaps[number] = (end, stop)
-                return start
-        return None
-
-    def give_back(self, start: int, units: int) -> None:
-        """Make a block a gap, joined with its neighbours."""
-        freed = (start, start + units)
-        joined: list[tuple[int, int]] = []
-        for begin, end in sorted([*self._gaps, freed]):
-            if joined and joined[-1][1] == begin:
-                before, _ = joined.pop()
-                joined.append((before, end))
-            elif begin < end:
-                joined.append((begin, end))
-        self._gaps = joined or [(0, 0)]
-
-
 class Pool:
     """Loads, finds, places and evicts adapters."""
 
@@ -72,12 +43,16 @@ class Pool:
         """Have at most so many adapters at once on the device, and so many bytes of their weights."""
         self.base = base
         unit_bytes = UNIT * base.dtype.itemsize
-        self.arena = Arena(arena_bytes // unit_bytes, base.dtype, base.device)
-        host_KLSC = empty(base)[None].repeat(slots + 1, 1, 1, 1)
+        units = arena_bytes // unit_bytes
+        self.arena = Arena(units, base.dtype, base.device)
+        empty_KLSC = empty_table(base)[None]
+        host_KLSC = empty_KLSC.repeat(slots + 1, 1, 1, 1)
         self.table_KLSC = host_KLSC.to(base.device)
         if base.on_gpu:
             host_KLSC = host_KLSC.pin_memory()
         self.host_KLSC = host_KLSC
+        self.slot_stride = self.table_KLSC.stride(0)  # numbers of the table from one slot to the next
+        self._entries = entries_of(self.table_KLSC[0], base)
         self._names: dict[str, Packed] = {}
         self._pinned: set[str] = set()  # names
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # by digest, the longest unused first
@@ -93,13 +68,17 @@ class Pool:
         """The digests that are in slots."""
         return set(self._residents)
 
+    def entry(self, layer: int, site: str) -> Tensor:
+        """The table on the device from the entry of a site on, in the first slot."""
+        return self._entries[layer][site]
+
     def prepare(self, folder: Path | str) -> Packed:
         """An adapter from its folder, on the host; raises AdapterRefused where it cannot be computed exactly."""
-        adapter = read(folder, self.base)
+        adapter = read_adapter(folder, self.base)
         packed = pack(adapter, self.base)
+        size = packed.units * UNIT
         capacity = len(self.arena.data)
-        if packed.units > capacity // UNIT:
-            size = packed.units * UNIT
+        if size > capacity:
             raise AdapterRefused(f"{folder}: found an adapter of {size} numbers; allowed: {capacity}")
         return packed
 
@@ -113,11 +92,11 @@ class Pool:
 
     def unload(self, name: str) -> None:
         """Forget a name; requests that were made with it are answered still."""
-        self.find(name)
+        self.packed_of(name)
         del self._names[name]
         self._pinned.discard(name)
 
-    def find(self, name: str) -> Packed:
+    def packed_of(self, name: str) -> Packed:
         """The adapter of a name; raises UnknownAdapter."""
         if name not in self._names:
             known = ", ".join(self.names) or "none"
@@ -139,9 +118,11 @@ class Pool:
         """Say that a sequence has done with an adapter, which may be evicted when nobody uses it."""
         resident.users -= 1
 
-    def idle(self, with_pages: bool = False) -> Resident | None:
+    def evictable(self, with_pages: bool = False) -> Resident | None:
         """The resident (of those with pages, if need be) that was not used for the longest time and may go."""
-        pinned = {self._names[name].digest for name in self._pinned}
+        pinned: set[str] = set()
+        for name in self._pinned:
+            pinned.add(self._names[name].digest)
         for digest, resident in self._residents.items():
             in_use = resident.users != 0 or digest in pinned
             without_pages = with_pages and not resident.pages
@@ -150,10 +131,11 @@ class Pool:
         return None
 
     def evict(self, resident: Resident) -> None:
-        """Free a slot; its pages are the caller's to give back."""
-        del self._residents[resident.packed.digest]
+        """Free a slot; its pages are the caller's to free."""
+        packed = resident.packed
+        del self._residents[packed.digest]
         resident.gone = True
-        self.arena.give_back(resident.start, resident.packed.units)
+        self.arena.free(resident.start, packed.units)
         self._slots.append(resident.slot)
 
     def _place(self, packed: Packed) -> Resident | None:
@@ -166,7 +148,8 @@ class Pool:
         slot = self._slots.pop()
         first = start * UNIT
         end = first + len(packed.block)
-        self.arena.data[first:end].copy_(packed.block, non_blocking=True)
+        place = self.arena.data[first:end]
+        place.copy_(packed.block, non_blocking=True)
         self._write_table(slot, packed, start)
         resident = Resident(slot, packed, start)
         self._residents[packed.digest] = resident
@@ -176,6 +159,18 @@ class Pool:
         """Fill a slot's table, whose offsets count from the arena's begin, not from the block's."""
         table_LSC = self.host_KLSC[slot]
         table_LSC.copy_(packed.table_LSC)
-        offsets = table_LSC[..., PIECES]
-        offsets += (offsets != NOWHERE) * start
+        offsets = table_LSC[..., OFFSETS]
+        is_there = offsets != NOWHERE
+        offsets += is_there * start
         self.table_KLSC[slot].copy_(table_LSC, non_blocking=True)
+
+
+def entries_of(table_LSC: Tensor, base: Base) -> list[dict[str, Tensor]]:
+    """The entries of a slot's table by layer and site, made once: many kernels of a pass are launched with them."""
+    entries: list[dict[str, Tensor]] = []
+    for table_SC in table_LSC:
+        by_site: dict[str, Tensor] = {}
+        for site, number in base.sites.items():
+            by_site[site] = table_SC[number]
+        entries.append(by_site)
+    return entries

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from serving.base import Base
 from serving.error import AdapterRefused
+from serving.mix import Owner
 from serving.packed import Packed
 
 KINDS = 4
@@ -16,6 +17,7 @@ class Rotations:
     """Cosines and sines of every position, for a few kinds of rotary positions; kind 0 is the base's."""
 
     def __init__(self, base: Base, positions: int) -> None:
+        """Have room for KINDS kinds of so many positions."""
         self._base = base
         self._positions = positions
         cos_PF, sin_PF = base.rotation(base.config, positions)
@@ -46,3 +48,10 @@ class Rotations:
         cos_TF = self.cos_KPF[kind_T, position_T]
         sin_TF = self.sin_KPF[kind_T, position_T]
         return cos_TF, sin_TF
+
+
+def rotation_of(owner: Owner) -> int:
+    """The kind of an adapter's rotary positions; 0 for the base."""
+    if owner is None:
+        return 0
+    return owner.rotation

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from serving.adapter import Place
-from serving.base import Base, Site
+from serving.base import Base
 from serving.folder import Folder
+from serving.group import Site
 
 PREFIX = "base_model.model."  # of the names in PEFT's files
 
@@ -19,14 +20,19 @@ class Target:
     site: Site
 
     @property
-    def out(self) -> int:
+    def inputs(self) -> int:
+        """Number of its inputs."""
+        return self.site.inputs
+
+    @property
+    def outputs(self) -> int:
         """Number of its outputs."""
-        return self.site.out
+        return self.site.outputs
 
     @property
     def name(self) -> str:
         """What the names of its tensors in PEFT's files begin with."""
-        return f"{PREFIX}{self.module}"
+        return PREFIX + self.module
 
 
 def targets(folder: Folder, base: Base, suffix: str) -> Iterator[Target]:
@@ -37,18 +43,22 @@ def targets(folder: Folder, base: Base, suffix: str) -> Iterator[Target]:
         wanted = tuple(configured)
     names = set(folder.names)
     for layer, site in base.linears():
-        module = module_name(layer, site)
-        target = Target((layer, site.name), module, site)
-        if f"{target.name}.{suffix}" in names or listed(module, wanted):
+        place = (layer, site.name)
+        target = Target(place, module_name(layer, site), site)
+        tensor = f"{target.name}.{suffix}"
+        if tensor in names or listed(target.module, wanted):
             yield target
 
 
 def module_name(layer: int, site: Site) -> str:
     """The name of a linear layer in the base."""
-    return f"model.layers.{layer}.{site.module}.{site.name}"
+    parent = f"model.layers.{layer}.{site.module}"
+    return f"{parent}.{site.name}"
 
 
 def listed(module: str, wanted: tuple[str, ...]) -> bool:
     """Whether a module has one of these names, whole or behind a dot."""
+    if module in wanted:
+        return True
     endings = tuple(f".{name}" for name in wanted)
-    return module in wanted or module.endswith(endings)
+    return module.endswith(endings)

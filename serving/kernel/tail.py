@@ -5,8 +5,10 @@ Shapes: N inputs of a step.
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
-from serving.kernel.entry import RANK, RANKS, TAIL, A, piece
+from serving.kernel.entry import COLUMNS, RANK, RANKS, TAIL, A, piece
+from serving.kernel.memory import load_masked
 
 
 @triton.jit
@@ -15,31 +17,35 @@ def tail_kernel(
     slot,
     table,
     arena,
-    out,
+    outputs,
     inputs,
+    sections,
     layer_stride,
     slot_stride,
     table_layer,
-    columns,
-    sections,
-    N: tl.constexpr,
+    N: constexpr,
 ):
     """Rows of one adapter, section and layer; those beyond its rank there are zero."""
-    mine = tl.program_id(0)
+    number = tl.program_id(0)
     layer = tl.program_id(1)
-    chosen = tl.load(slot + mine // sections)
-    section = mine % sections
-    entry = table + chosen * slot_stride + layer * table_layer + section * columns
+    section = number % sections
+    adapter = number // sections
+    chosen = tl.load(slot + adapter)
+    slot_entry = table + chosen * slot_stride
+    layer_entry = slot_entry + layer * table_layer
+    entry = layer_entry + section * COLUMNS
     rank = tl.load(entry + RANK)
     rows = tl.load(entry + RANKS)
     first = tl.load(entry + TAIL)
     source = piece(arena, entry, A)
-    target_row = (out + first).to(tl.int64)
-    target = weight + layer.to(tl.int64) * layer_stride + target_row * inputs
+    target_row = (outputs + first).to(tl.int64)
+    layer_weight = weight + layer.to(tl.int64) * layer_stride
+    target = layer_weight + target_row * inputs
     n = tl.arange(0, N)
     for row in range(rows):
         for start in range(0, inputs, N):
             in_N = start + n < inputs
-            at = row * inputs + start + n
-            a_N = tl.load(source + at, mask=(row < rank) & in_N, other=0.0)
-            tl.store(target + at, a_N, mask=in_N)
+            at_N = row * inputs + start + n
+            is_there_N = (row < rank) & in_N
+            a_N = load_masked(source + at_N, is_there_N)
+            tl.store(target + at_N, a_N, mask=in_N)

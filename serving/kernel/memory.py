@@ -1,0 +1,56 @@
+"""Reading, multiplying and writing tiles of memory. Shapes: T rows of a tile, N columns."""
+
+import triton
+import triton.language as tl
+from triton.language import constexpr
+
+
+@triton.jit
+def cells(row_T, column_N):
+    """Each row's address with each column's number added, [T, N]."""
+    return row_T[:, None] + column_N[None, :]
+
+
+@triton.jit
+def cells_in(in_T, in_N):
+    """Which cells are there, [T, N]: those whose row is there, and their column too."""
+    return in_T[:, None] & in_N[None, :]
+
+
+@triton.jit
+def load_masked(address, mask):
+    """The numbers at some addresses; 0 where the mask says no."""
+    return tl.load(address, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_float(address, mask):
+    """The numbers at some addresses, in fp32; 0 where the mask says no."""
+    number = load_masked(address, mask)
+    return number.to(tl.float32)
+
+
+@triton.jit
+def store_rounded(address, number, mask):
+    """Write numbers in the type that memory has at their addresses."""
+    rounded = number.to(address.dtype.element_ty)
+    tl.store(address, rounded, mask=mask)
+
+
+@triton.jit
+def product(left, right):
+    """The product of two matrices in fp32, exact where they are fp32 too."""
+    return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def add_product(left, right, total):
+    """A total in fp32 plus the product of two matrices."""
+    return tl.dot(left, right, total, input_precision="ieee")
+
+
+@triton.jit
+def numbers_of(program, N: constexpr):
+    """The N numbers that are a program's, where each program has as many."""
+    first = program * N
+    return first + tl.arange(0, N)
