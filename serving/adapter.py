@@ -39,6 +39,16 @@ class Part:
             return 0
         return len(self.a_RI)
 
+    @property
+    def has_gain(self) -> bool:
+        """Whether it changes complete outputs."""
+        return self.m_O is not None or self.beta_O is not None
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether it changes inputs."""
+        return self.u_I is not None
+
 
 @dataclass(frozen=True)
 class Adapter:

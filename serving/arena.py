@@ -17,6 +17,11 @@ class Arena:
         whole = (0, units)
         self._gaps: list[Gap] = [whole]  # sorted
 
+    @property
+    def size(self) -> int:
+        """How many numbers all blocks have together at most."""
+        return len(self.data)
+
     def reserve(self, units: int) -> int | None:
         """The first unit of a new block of this size, or None where no gap is large enough."""
         for number, gap in enumerate(self._gaps):

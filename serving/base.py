@@ -16,10 +16,12 @@ from serving.shape import Shape, check
 FIRST_NORM = "input_layernorm"
 SECOND_NORM = "post_attention_layernorm"
 NORMS = (FIRST_NORM, SECOND_NORM)
-HEAD_NORMS = ("q_norm", "k_norm")
+Q_NORM, K_NORM = "q_norm", "k_norm"
+HEAD_NORMS = (Q_NORM, K_NORM)
 LAST_NORM = "norm"
 BEHIND = ".behind"  # a site behind a layer's output, where a bottleneck adapter stands
 Groups = dict[str, Group]  # by name
+Modules = list[Any]
 Norms = dict[str, Tensor]  # weights [L, D] by name
 BOTTLENECKS = (f"o_proj{BEHIND}", f"down_proj{BEHIND}")
 
@@ -29,11 +31,12 @@ class Base:
 
     def __init__(self, model: Any, tail: int = 0) -> None:
         """Take over a model's weights, with space for `tail` ranks of adapters' factors behind each linear layer."""
+        config = model.config
+        self.model = model
+        self.config = config
+        self.shape = Shape.of(config)
         decoder = model.model
         layers = list(decoder.layers)
-        self.model = model
-        self.config = model.config
-        self.shape = Shape.of(model.config)
         self.embed_VD: Tensor = decoder.embed_tokens.weight
         self.head_VD: Tensor = model.lm_head.weight
         self.device: torch.device = self.embed_VD.device
@@ -90,12 +93,15 @@ class Base:
         scaling = rotary.attention_scaling
         frequency_F = rotary.inv_freq.float()
         frequency_F = frequency_F.cpu()
-        position_P = torch.arange(positions).float()
+        position_P = torch.arange(positions)
+        position_P = position_P.float()
         position_P1 = position_P[:, None]
         angle_PF = position_P1 * frequency_F
         cos_PF = angle_PF.cos() * scaling
         sin_PF = angle_PF.sin() * scaling
-        return cos_PF.to(self.device), sin_PF.to(self.device)
+        cos_PF = cos_PF.to(self.device)
+        sin_PF = sin_PF.to(self.device)
+        return cos_PF, sin_PF
 
     def _linear_sites(self) -> Iterator[Site]:
         """The linear layers of a decoder layer."""
@@ -131,18 +137,23 @@ def site_numbers(groups: Groups, norms: Norms) -> dict[str, int]:
             names.append(site.name)
     names += BOTTLENECKS
     names += norms
-    return {name: number for number, name in enumerate(names)}
+    numbers: dict[str, int] = {}
+    for name in names:
+        numbers[name] = len(numbers)
+    return numbers
 
 
 def norms_of(decoder: Any, offset: float) -> Norms:
     """Norm weights [L, D] in fp32 by name, plus Gemma's offset; the last norm's are [1, D]."""
-    layers = list(decoder.layers)
-    attentions = [layer.self_attn for layer in layers]
+    layers: Modules = list(decoder.layers)
+    attentions: Modules = []
+    for layer in layers:
+        attentions.append(layer.self_attn)
     first = attentions[0]
     norms: Norms = {}
     for name in NORMS:
         norms[name] = norm_weights(layers, name)
-    if hasattr(first, HEAD_NORMS[0]):
+    if hasattr(first, Q_NORM):
         for name in HEAD_NORMS:
             norms[name] = norm_weights(attentions, name)
     norms[LAST_NORM] = norm_weights([decoder], LAST_NORM)
@@ -151,7 +162,7 @@ def norms_of(decoder: Any, offset: float) -> Norms:
     return norms
 
 
-def norm_weights(modules: list[Any], name: str) -> Tensor:
+def norm_weights(modules: Modules, name: str) -> Tensor:
     """The weights [L, D] of modules' norms of this name, in fp32."""
     weights: list[Tensor] = []
     for module in modules:

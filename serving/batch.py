@@ -9,6 +9,7 @@ from serving.mix import AdapterBatch
 BUSY = 264  # programs that keep a GPU's multiprocessors busy
 LONG = 512  # positions from which a sequence's keys are computed in parts
 MOST_PARTS = 16
+Kind = tuple[Any, ...]
 
 
 @dataclass
@@ -23,18 +24,12 @@ class Batch:
     is_greedy: bool
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def kind(self) -> Kind:
         """What batches have in common that one graph can compute."""
-        residents = [id(member.resident) for member in self.adapters.members]
-        return (
-            self.rows,
-            self.tail,
-            self.parts,
-            self.is_greedy,
-            self.grouping.size,
-            self.adapters.needs,
-            *residents,
-        )
+        adapters = self.adapters
+        launched = (self.rows, self.tail, self.parts, self.is_greedy)
+        residents = [id(member.resident) for member in adapters.members]
+        return (*launched, self.grouping.size, adapters.needs, *residents)
 
 
 def parts_of(length: int, programs: int) -> int:

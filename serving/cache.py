@@ -18,11 +18,11 @@ class Cache:
         """Allocate the keys and values of `pages` pages, of which all but page 0 can be reserved."""
         self.pages = pages
         places = pages * PAGE
+        numbers = range(1, pages)
         size = (shape.layers, places, shape.kv_heads, shape.head_size)
         self.key_LNHE = torch.zeros(size, dtype=dtype, device=device)
         self.value_LNHE = torch.zeros_like(self.key_LNHE)
-        free = range(1, pages)
-        self._free = list(reversed(free))
+        self._free = list(reversed(numbers))
 
     @property
     def free_pages(self) -> int:
@@ -31,9 +31,13 @@ class Cache:
 
     def reserve(self, count: int) -> list[int] | None:
         """So many pages, or None where fewer are free."""
-        if count > len(self._free):
+        if count > self.free_pages:
             return None
-        return [self._free.pop() for _ in range(count)]
+        reserved: list[int] = []
+        for _ in range(count):
+            page = self._free.pop()
+            reserved.append(page)
+        return reserved
 
     def free(self, pages: list[int]) -> None:
         """Make these pages free for other sequences."""
@@ -41,11 +45,11 @@ class Cache:
 
     def write(self, pages: list[int], prefix_L2VHE: Tensor) -> None:
         """Put keys and values of a document's first tokens into its pages."""
+        _, _, tokens, _, _ = prefix_L2VHE.shape
         prefix_L2VHE = prefix_L2VHE.to(self.key_LNHE)
         key_LVHE, value_LVHE = prefix_L2VHE.unbind(1)
-        tokens = key_LVHE.shape[1]
         place_V = places_of(pages, 0, tokens)
-        place_V = place_V.to(self.key_LNHE.device)
+        place_V = place_V.to(key_LVHE.device)
         self.key_LNHE[:, place_V] = key_LVHE
         self.value_LNHE[:, place_V] = value_LVHE
 

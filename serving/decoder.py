@@ -82,23 +82,23 @@ class Decoder:
         """The residual stream behind a layer's attention, and its norm for the feed-forward layer."""
         residual_TD, normed_TD = stream
         operations = self.operations
+        source = (layer, "o")
+        place = (layer, SECOND_NORM)
         qkv_TO = operations.project(step, "qkv", layer, normed_TD)
         query_THE = operations.rotate(step, layer, qkv_TO)
         attended_TI = operations.attend(step, layer, query_THE)
         out_TD = operations.project(step, "o", layer, attended_TI)
-        place = (layer, SECOND_NORM)
-        source = (layer, "o")
         return operations.norm(step, place, out_TD, residual_TD, source)
 
     def _feed_forward(self, step: Pass, layer: int, stream: Stream) -> Stream:
         """The residual stream behind a layer's feed-forward part, and its norm for what comes next."""
         residual_TD, normed_TD = stream
         operations = self.operations
+        source = (layer, "down")
+        place = self._next_norm(layer)
         gate_up_TO = operations.project(step, "gate_up", layer, normed_TD)
         inner_TI = operations.gate(step, layer, gate_up_TO)
         out_TD = operations.project(step, "down", layer, inner_TI)
-        place = self._next_norm(layer)
-        source = (layer, "down")
         return operations.norm(step, place, out_TD, residual_TD, source)
 
     def _next_norm(self, layer: int) -> Place:

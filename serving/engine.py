@@ -24,7 +24,7 @@ from serving.loading import loaded, tail_ranks
 from serving.packed import Packed
 from serving.passing import Span
 from serving.pool import Pool
-from serving.scheduler import Scheduler
+from serving.scheduler import Scheduler, SequenceSpan
 from serving.score import score
 from serving.sequence import Request, Sequence
 
@@ -118,9 +118,11 @@ class Engine:
         """The logits [T, V] behind each token of a prompt, on an engine that has nothing else to do."""
         sequence = self.add(request)
         self.scheduler.admit()
-        span = Span(0, sequence.uncomputed, sequence.computed, sequence.pages)
+        count = sequence.uncomputed
+        span = Span(0, count, sequence.computed, sequence.pages)
         id_T = torch.tensor(request.prompt)
-        hidden_TD, adapters = self.forward.run([(sequence, span)], id_T)
+        chosen = [(sequence, span)]
+        hidden_TD, adapters = self.forward.run(chosen, id_T)
         logits_TV = self.forward.decoder.logits(hidden_TD, adapters)
         self.scheduler.filled(sequence)
         self.scheduler.finish(sequence)
@@ -150,7 +152,8 @@ class Engine:
         ids: list[int] = []
         for sequence, span in chosen:
             ids += sequence.prompt_tokens(span.start, span.count)
-        hidden_TD, _ = self.forward.run(chosen, torch.tensor(ids))
+        id_T = torch.tensor(ids)
+        hidden_TD, _ = self.forward.run(chosen, id_T)
         score(self.forward, chosen, hidden_TD)
         for sequence, span in chosen:
             sequence.computed += span.count
@@ -165,11 +168,15 @@ class Engine:
         answering: list[Sequence] = []
         rows: list[int] = []
         for sequence, span in chosen:
-            if sequence.uncomputed == 0 and sequence.scored_from is None:
-                answering.append(sequence)
-                rows.append(span.last_row)
+            if sequence.uncomputed > 0:
+                continue
+            if sequence.scored_from is not None:
+                continue
+            answering.append(sequence)
+            rows.append(span.last_row)
         if answering:
-            self._take(answering, hidden_TD[rows])
+            last_TD = hidden_TD[rows]
+            self._take(answering, last_TD)
 
     def _advance(self) -> None:
         """One more token of every running answer; with graphs, the tokens are read one step later."""
@@ -186,15 +193,18 @@ class Engine:
             sequence.computed += 1
         self._drain()
         self._ticket = ticket
-        if any(sequence.is_at_last_token for sequence in ticket.sequences):
-            self._drain()
+        for sequence in ticket.sequences:
+            if sequence.is_at_last_token:
+                self._drain()
+                return
 
     def _drain(self) -> None:
         """Read the tokens that are under way, and finish what they complete."""
         ticket = self._ticket
         self._ticket = None
         if ticket is not None:
-            for sequence, token in zip(ticket.sequences, ticket.tokens(), strict=True):
+            tokens = ticket.tokens()
+            for sequence, token in zip(ticket.sequences, tokens, strict=True):
                 if not sequence.finished:
                     sequence.take(token)
         self._finish()
@@ -202,12 +212,13 @@ class Engine:
     def _advance_plainly(self) -> None:
         """One more token of every running answer, in a pass that is not a graph."""
         running = list(self.scheduler.running)
-        chosen: list[tuple[Sequence, Span]] = []
+        chosen: list[SequenceSpan] = []
         last_tokens: list[int] = []
         for row, sequence in enumerate(running):
+            last_token = sequence.answer[-1]
+            last_tokens.append(last_token)
             span = Span(row, 1, sequence.computed, sequence.pages)
             chosen.append((sequence, span))
-            last_tokens.append(sequence.answer[-1])
         id_T = torch.tensor(last_tokens)
         hidden_TD, _ = self.forward.run(chosen, id_T)
         for sequence in running:

@@ -53,7 +53,7 @@ class Fast:
     def project(self, step: Pass, name: str, layer: int, x_TI: Tensor) -> Tensor:
         """The outputs [T, N] of a group, and behind them the products that complete them."""
         group = self.base.groups[name]
-        if step.adapters.needs.scales and name == "o":
+        if step.needs.scales and name == "o":
             self._scale(step, layer, x_TI)
         if step.is_decoding:
             y_TN = self._decoded(step, group, layer, x_TI)
@@ -90,8 +90,8 @@ class Fast:
 
     def gate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor:
         """What the down projection gets, with what its adapter scales it by."""
-        needs = step.adapters.needs
-        tiles = step.grouping.tiles
+        needs = step.needs
+        tiles = step.tiles
         group = self.base.groups["gate_up"]
         inner = self.shape.mlp
         result_TI = y_TO.new_empty(len(y_TO), inner)
@@ -108,7 +108,6 @@ class Fast:
             inner,
             y_TO.stride(0),
             self.stride,
-            step.products,
             T=tiles.rows,
             N=tile,
             R=step.products,
@@ -124,18 +123,21 @@ class Fast:
 
     def _decoded(self, step: Pass, group: Group, layer: int, x_TI: Tensor) -> Tensor:
         """The outputs when decoding, and behind them the products of all rows with the narrow adapters' A."""
-        rows = group.outputs + group.sections * step.tail
+        grouping = step.grouping
+        tail = group.sections * step.tail
+        rows = group.outputs + tail
         weight_NI = group.weight(layer, rows)
         bias_N = group.bias(layer, rows)
-        shares_HTO = self.grouped.begin(step.grouping, group, layer, x_TI)
+        shares_HTO = self.grouped.begin(grouping, group, layer, x_TI)
         y_TN = linear(x_TI, weight_NI, bias_N)
-        self.grouped.finish(step.grouping, shares_HTO, y_TN)
+        self.grouped.finish(grouping, shares_HTO, y_TN)
         return y_TN
 
     def _prompted(self, step: Pass, group: Group, layer: int, x_TI: Tensor) -> Tensor:
         """The outputs over prompts, complete."""
-        weight_OI = group.weight(layer, group.outputs)
-        bias_O = group.bias(layer, group.outputs)
+        outputs = group.outputs
+        weight_OI = group.weight(layer, outputs)
+        bias_O = group.bias(layer, outputs)
         y_TO = linear(x_TI, weight_OI, bias_O)
         self.grouped.add(step.grouping, group, layer, x_TI, y_TO)
         return y_TO
@@ -145,25 +147,31 @@ class Fast:
 
         They are complete where they go to the residual stream, as a norm has no tiles of rows.
         """
-        weight_OI = group.weight(layer, group.outputs)
-        bias_O = group.bias(layer, group.outputs)
-        products = group.sections * step.products
-        y_TN = x_TI.new_empty(len(x_TI), group.outputs + products)
-        y_TO = y_TN[:, : group.outputs]
+        grouping = step.grouping
+        outputs = group.outputs
+        sections = group.sections
+        weight_OI = group.weight(layer, outputs)
+        bias_O = group.bias(layer, outputs)
+        numbers = outputs + sections * step.products
+        rows = len(x_TI)
+        y_TN = x_TI.new_empty(rows, numbers)
+        y_TO = y_TN[:, :outputs]
+        weight_IO = weight_OI.T
         if bias_O is None:
-            torch.mm(x_TI, weight_OI.T, out=y_TO)
+            torch.mm(x_TI, weight_IO, out=y_TO)
         else:
-            torch.addmm(bias_O, x_TI, weight_OI.T, out=y_TO)
-        h_TSR = y_TN[:, group.outputs :].unflatten(1, (group.sections, step.products))
-        self.grouped.shrink(step.grouping, group, layer, x_TI, h_TSR)
+            torch.addmm(bias_O, x_TI, weight_IO, out=y_TO)
+        h_TR = y_TN[:, outputs:]
+        h_TSR = h_TR.unflatten(1, (sections, step.products))
+        self.grouped.shrink(grouping, group, layer, x_TI, h_TSR)
         if group.is_residual:
-            self.grouped.expand(step.grouping, group, layer, h_TSR, y_TN)
+            self.grouped.expand(grouping, group, layer, h_TSR, y_TN)
         return y_TN
 
     def _normed(self, step: Pass, place: Place, x_TD: Tensor, residual_TD: Tensor | None, origin: Tensor) -> Stream:
         """The sum of x and the residual stream, and its norm; x comes from the linear layer of an entry."""
         layer, name = place
-        needs = step.adapters.needs
+        needs = step.needs
         width = self.shape.width
         stream_TD = x_TD.new_empty(len(x_TD), width)
         normed_TD = torch.empty_like(stream_TD)
@@ -199,5 +207,7 @@ class Fast:
         """Scale the inputs of the attention's output projection in place, with what each row's adapter has."""
         rows, inputs = x_TI.shape
         entry = self.pool.entry(layer, "o_proj")
-        grid = (rows, triton.cdiv(inputs, SCALE_TILE))
-        scale_kernel[grid](x_TI, step.adapters.slot_T, entry, self.arena, inputs, self.stride, N=SCALE_TILE)
+        slot_T = step.adapters.slot_T
+        tiles = triton.cdiv(inputs, SCALE_TILE)
+        grid = (rows, tiles)
+        scale_kernel[grid](x_TI, slot_T, entry, self.arena, inputs, self.stride, N=SCALE_TILE)

@@ -28,11 +28,12 @@ def read_adapter(path: Path | str, base: Base, limit: int = LIMIT) -> Adapter:
     folder = Folder(Path(path), limit)
     config = folder.config
     named = config.get("peft_type") or config.get("kind")
-    kind = str(named).upper()
+    name = str(named)
+    kind = name.upper()
     if kind not in READERS:
-        known = ", ".join(name.lower() for name in READERS)
-        found = f"{folder.config_path}: found an adapter of kind {kind.lower()}"
-        raise AdapterRefused(f"{found}; allowed: {known}")
+        known = ", ".join(READERS)
+        found = f"{folder.config_path}: found an adapter of kind {name.lower()}"
+        raise AdapterRefused(f"{found}; allowed: {known.lower()}")
     reader = READERS[kind]
     adapter = reader(folder, base)
     folder.finish()
@@ -43,9 +44,20 @@ def read_adalora(folder: Folder, base: Base) -> Adapter:
     """AdaLoRA: alpha / (initial rank) B diag(E) A, without the triplets that training has cut."""
     config = folder.config
     folder.only(
-        "bias", "beta1", "beta2", "deltaT", "init_r", "lora_alpha", "orth_reg_weight", "r", "rank_pattern",
-        "target_r", "tfinal", "tinit", "total_step",
-    )  # fmt: skip
+        "bias",
+        "beta1",
+        "beta2",
+        "deltaT",
+        "init_r",
+        "lora_alpha",
+        "orth_reg_weight",
+        "r",
+        "rank_pattern",
+        "target_r",
+        "tfinal",
+        "tinit",
+        "total_step",
+    )
     initial_rank = config["init_r"]
     alpha = config["lora_alpha"]
     if alpha <= 0:
@@ -53,12 +65,15 @@ def read_adalora(folder: Folder, base: Base) -> Adapter:
     scale = alpha / (initial_rank + EPSILON)
     parts = {}
     for target in targets(folder, base, "lora_A"):
-        a_RI = folder.take(f"{target.name}.lora_A", None, target.inputs)
+        name = target.name
+        a_RI = folder.take(f"{name}.lora_A", None, target.inputs)
         rank = len(a_RI)
-        e_R1 = folder.take(f"{target.name}.lora_E", rank, 1)
-        b_OR = folder.take(f"{target.name}.lora_B", target.outputs, rank)
+        e_R1 = folder.take(f"{name}.lora_E", rank, 1)
+        b_OR = folder.take(f"{name}.lora_B", target.outputs, rank)
         if rank > 0:
-            parts[target.place] = Part(a_RI * e_R1, scale * b_OR.T)
+            scaled_RI = a_RI * e_R1
+            scaled_RO = scale * b_OR.T
+            parts[target.place] = Part(scaled_RI, scaled_RO)
     return Adapter(folder.digest, parts)
 
 
@@ -70,12 +85,13 @@ def read_ia3(folder: Folder, base: Base) -> Adapter:
     parts = {}
     for target in targets(folder, base, "ia3_l"):
         name = f"{target.name}.ia3_l"
+        place = target.place
         if not listed(target.module, feedforward):
             m_O1 = folder.take(name, target.outputs, 1)
-            parts[target.place] = Part(m_O=m_O1.flatten())
+            parts[place] = Part(m_O=m_O1.flatten())
         elif target.site.name in UNSHARED:
             u_1I = folder.take(name, 1, target.inputs)
-            parts[target.place] = Part(u_I=u_1I.flatten())
+            parts[place] = Part(u_I=u_1I.flatten())
         else:
             raise folder.refuse("feedforward_modules", "o_proj, down_proj (the others share their input)")
     return Adapter(folder.digest, parts)
@@ -105,27 +121,41 @@ def read_prompt(folder: Folder, base: Base) -> Adapter:
 def _check_virtual(folder: Folder) -> None:
     """Raise AdapterRefused where a config of virtual tokens has keys that are not known."""
     folder.only(
-        "encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type",
-        "num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "prompt_tuning_init",
+        "encoder_dropout",
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_reparameterization_type",
+        "num_attention_heads",
+        "num_layers",
+        "num_transformer_submodules",
+        "num_virtual_tokens",
+        "prompt_tuning_init",
         "token_dim",
-    )  # fmt: skip
+    )
 
 
 def read_bottleneck(folder: Folder, base: Base) -> Adapter:
     """Bottleneck adapters: h + up(f(down h)) behind the sublayers' last linear layers."""
     folder.only("activation", "kind", "placement", "size")
     config = folder.config
-    if config.get("activation") not in ACTIVATIONS:
-        raise folder.refuse("activation", ", ".join(ACTIVATIONS[1:]))
+    width = base.shape.width
+    activation = config.get("activation")
+    if activation not in ACTIVATIONS:
+        functions = ", ".join(ACTIVATIONS[1:])
+        raise folder.refuse("activation", functions)
     placement = config.get("placement")
     if placement not in PLACEMENTS:
-        raise folder.refuse("placement", ", ".join(PLACEMENTS))
+        placements = ", ".join(PLACEMENTS)
+        raise folder.refuse("placement", placements)
+    adapted = PLACEMENTS[placement]
     parts = {}
     for layer, site in base.linears():
-        if site.name in PLACEMENTS[placement]:
-            name = module_name(layer, site)
-            place = (layer, site.name + BEHIND)
-            parts[place] = bottleneck(folder, name, base.shape.width)
+        if site.name not in adapted:
+            continue
+        name = module_name(layer, site)
+        site_behind = site.name + BEHIND
+        place = (layer, site_behind)
+        parts[place] = bottleneck(folder, name, width)
     return Adapter(folder.digest, parts)
 
 
@@ -135,12 +165,17 @@ def bottleneck(folder: Folder, name: str, width: int) -> Part:
     size = config["size"]
     down_RD = folder.take(f"{name}.down.weight", size, width)
     up_DR = folder.take(f"{name}.up.weight", width, size)
-    bias_R = folder.take(f"{name}.down.bias", size)
-    beta_O = folder.take(f"{name}.up.bias", width)
-    return Part(down_RD, up_DR.T, bias_R=bias_R, beta_O=beta_O, activation=config["activation"])
+    return Part(
+        a_RI=down_RD,
+        b_RO=up_DR.T,
+        bias_R=folder.take(f"{name}.down.bias", size),
+        beta_O=folder.take(f"{name}.up.bias", width),
+        activation=config["activation"],
+    )
 
 
-READERS: dict[str, Callable[[Folder, Base], Adapter]] = {
+Reader = Callable[[Folder, Base], Adapter]
+READERS: dict[str, Reader] = {
     "LORA": read_lora,
     "ADALORA": read_adalora,
     "IA3": read_ia3,

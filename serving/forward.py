@@ -44,14 +44,16 @@ class Forward:
             owners.append(sequence.resident)
             spans.append(span)
         step = self._pass(owners, spans)
-        x_TD = self.decoder.embed(id_T.to(self.device), step.adapters)
+        id_T = id_T.to(self.device)
+        x_TD = self.decoder.embed(id_T, step.adapters)
         hidden_TD = self.decoder.forward(x_TD, step)
         return hidden_TD, step.adapters
 
     def next_tokens(self, sequences: Several[Sequence], hidden_TD: Tensor) -> list[int]:
         """The next token of each sequence's answer, from its last row's outputs."""
         owners = [sequence.resident for sequence in sequences]
-        adapters = AdapterBatch.of(owners).to(self.device)
+        adapters = AdapterBatch.of(owners)
+        adapters = adapters.to(self.device)
         logits_TV = self.decoder.logits(hidden_TD, adapters)
         token_T = self._chosen_tokens(sequences, logits_TV)
         tokens: list[int] = token_T.tolist()
@@ -59,14 +61,15 @@ class Forward:
 
     def prepare_resident(self, resident: Resident) -> bool:
         """Make ready what an adapter has beside its block; False where its virtual tokens find no pages."""
-        adapter = resident.packed.adapter
+        packed = resident.packed
+        adapter = packed.adapter
         needed = pages_for(adapter.virtual)
         pages = self.cache.reserve(needed)
         if pages is None:
             return False
         resident.pages = pages
         resident.ready = True
-        resident.rotation = self.rotations.kind(resident.packed)
+        resident.rotation = self.rotations.kind(packed)
         resident.embed_VD = self._on_device(adapter.embed_VD)
         resident.head_VD = self._on_device(adapter.head_VD)
         if adapter.prefix_L2VHE is not None:
@@ -93,7 +96,7 @@ class Forward:
 
     def _fill_prompt(self, resident: Resident, prompt_VD: Tensor) -> None:
         """Compute the keys and values of an adapter's virtual tokens, from their embeddings."""
-        count = resident.packed.adapter.virtual
+        count = len(prompt_VD)
         span = Span(0, count, 0, resident.pages)
         step = self._pass([resident], [span])
         x_VD = prompt_VD.to(self.device)
@@ -133,7 +136,10 @@ def largest_rank(needs: Needs) -> int:
 
 def rotation_kinds(owners: Owners, counts: list[int]) -> Tensor:
     """The kind of rotary positions that each row's adapter has."""
-    kinds = [rotation_of(owner) for owner in owners]
+    kinds: list[int] = []
+    for owner in owners:
+        kind = rotation_of(owner)
+        kinds.append(kind)
     kind_N = torch.tensor(kinds)
     count_N = torch.tensor(counts)
     return kind_N.repeat_interleave(count_N)

@@ -28,8 +28,8 @@ def read_fourierft(folder: Folder, base: Base) -> Adapter:
         a_RI, b_RO = waves(count, seed, outputs, inputs)
         numbers = outputs * inputs
         scale = config["scaling"] / numbers
-        spectrum_R = spectrum_N.repeat(2)
-        c_R = spectrum_R * scale
+        scaled_N = spectrum_N * scale
+        c_R = scaled_N.repeat(2)
         parts[target.place] = Part(a_RI, b_RO, c_R=c_R)
     return Adapter(folder.digest, parts)
 
@@ -49,9 +49,12 @@ def waves(count: int, seed: int, outputs: int, inputs: int) -> Factors:
     row_N = place_N // inputs
     v_NI = phases(column_N, inputs)
     u_NO = phases(row_N, outputs)
+    sin_NO = u_NO.sin()
     a_RI = torch.cat([v_NI.cos(), v_NI.sin()])
-    b_RO = torch.cat([u_NO.cos(), -u_NO.sin()])
-    return a_RI.float(), b_RO.float()
+    b_RO = torch.cat([u_NO.cos(), -sin_NO])
+    a_RI = a_RI.float()
+    b_RO = b_RO.float()
+    return a_RI, b_RO
 
 
 def phases(frequency_N: Tensor, size: int) -> Tensor:

@@ -80,7 +80,11 @@ class Group:
         return self.bias_LN[layer, :rows]
 
 
-def fuse(layers: list[Any], name: str, tail: int) -> Group:
+Layers = list[Any]  # the decoder layers of a model
+Sites = tuple[Site, ...]
+
+
+def fuse(layers: Layers, name: str, tail: int) -> Group:
     """The group of this name, whose linear layers become views of one matrix with `tail` more rows for each."""
     parent, split, fused = GROUPS[name]
     module = getattr(layers[0], parent)
@@ -88,14 +92,16 @@ def fuse(layers: list[Any], name: str, tail: int) -> Group:
     if hasattr(module, split[0]):
         names = split
     sites = sites_of(module, parent, names)
-    outputs = sites[-1].stop
-    rows = outputs + tail * len(sites)
+    last = sites[-1]
+    outputs = last.stop
+    space = tail * len(sites)
+    rows = outputs + space
     weight_LNI = moved_weights(layers, sites, rows)
     bias_LN = moved_biases(layers, sites, rows)
     return Group(name, sites, weight_LNI, bias_LN, outputs)
 
 
-def sites_of(module: Any, parent: str, names: Names) -> tuple[Site, ...]:
+def sites_of(module: Any, parent: str, names: Names) -> Sites:
     """The linear layers of a module, whose outputs lie one behind the other."""
     sites: list[Site] = []
     start = 0
@@ -109,10 +115,12 @@ def sites_of(module: Any, parent: str, names: Names) -> tuple[Site, ...]:
     return tuple(sites)
 
 
-def moved_weights(layers: list[Any], sites: tuple[Site, ...], rows: int) -> Tensor:
+def moved_weights(layers: Layers, sites: Sites, rows: int) -> Tensor:
     """The weights [L, N, I] of all layers, which the model's own layers use from now on."""
-    example = sites[0].linear(layers[0]).weight
-    weight_LNI = empty_like_layers(example, len(layers), rows, sites[0].inputs)
+    first = sites[0]
+    example = first.linear(layers[0]).weight
+    size = (len(layers), rows, first.inputs)
+    weight_LNI = empty_like_layers(example, size)
     for weight_NI, layer in zip(weight_LNI, layers, strict=True):
         for site in sites:
             linear = site.linear(layer)
@@ -120,22 +128,25 @@ def moved_weights(layers: list[Any], sites: tuple[Site, ...], rows: int) -> Tens
     return weight_LNI
 
 
-def moved_biases(layers: list[Any], sites: tuple[Site, ...], rows: int) -> Tensor | None:
+def moved_biases(layers: Layers, sites: Sites, rows: int) -> Tensor | None:
     """The biases [L, N] of all layers, 0 where a linear layer has none; None where no layer has one."""
-    first = layers[0]
-    if all(site.linear(first).bias is None for site in sites):
+    linears = [site.linear(layers[0]) for site in sites]
+    biases = [linear for linear in linears if linear.bias is not None]
+    if not biases:
         return None
-    example = sites[0].linear(first).weight
-    bias_LN = empty_like_layers(example, len(layers), rows)
+    example = linears[0].weight
+    size = (len(layers), rows)
+    bias_LN = empty_like_layers(example, size)
     for bias_N, layer in zip(bias_LN, layers, strict=True):
         for site in sites:
-            linear = site.linear(layer)
-            if linear.bias is not None:
-                bias_N[site.rows] = linear.bias.detach()
+            bias = site.linear(layer).bias
+            if bias is not None:
+                rows_of_site = site.rows
+                bias_N[rows_of_site] = bias.detach()
     return bias_LN
 
 
-def empty_like_layers(example: Tensor, *size: int) -> Tensor:
+def empty_like_layers(example: Tensor, size: tuple[int, ...]) -> Tensor:
     """Zeros of this size, on the device and in the type of an example."""
     return torch.zeros(size, dtype=example.dtype, device=example.device)
 

@@ -48,13 +48,16 @@ class Grouped:
         """Add to the outputs what `begin` has started."""
         work = grouping.before
         tiles = grouping.tiles
-        if work is None or shares_HTO is None:
+        if work is None:
+            return
+        if shares_HTO is None:
             return
         if self.side is not None:
             torch.cuda.current_stream().wait_stream(self.side)
         shares, _, outputs = shares_HTO.shape
         share_stride, row_stride, _ = shares_HTO.stride()
-        grid = (len(work.segment), triton.cdiv(outputs, ADDED))
+        output_tiles = triton.cdiv(outputs, ADDED)
+        grid = (work.segments, output_tiles)
         add_kernel[grid](
             y_TN,
             shares_HTO,
@@ -75,7 +78,8 @@ class Grouped:
         work = grouping.before
         if work is None:
             return
-        h_TSR = x_TI.new_empty(len(x_TI), group.sections, work.rank)
+        size = (len(x_TI), group.sections, work.rank)
+        h_TSR = x_TI.new_empty(size)
         self.shrink(grouping, group, layer, x_TI, h_TSR)
         self.expand(grouping, group, layer, h_TSR, y_TN)
 
@@ -86,9 +90,11 @@ class Grouped:
             return
         site = group.first_site + BEHIND
         entry = self.pool.entry(layer, site)
-        h_TSR = y_TN.new_empty(len(y_TN), 1, work.rank)
-        self._shrink(work, grouping.tiles, entry, y_TN, group.outputs, h_TSR[None])
-        self._expand(work, grouping.tiles, entry, group, h_TSR, y_TN[None], True)
+        size = (len(y_TN), 1, work.rank)
+        h_TSR = y_TN.new_empty(size)
+        tiles = grouping.tiles
+        self._shrink(work, tiles, entry, y_TN, group.outputs, h_TSR[None])
+        self._expand(work, tiles, entry, group, h_TSR, y_TN[None], True)
 
     def shrink(self, grouping: Grouping, group: Group, layer: int, x_TI: Tensor, h_TSR: Tensor) -> None:
         """Write the products of the inputs with the first factors."""
@@ -120,7 +126,8 @@ class Grouped:
         dtype = x_TI.dtype
         if parts > 1:
             dtype = torch.float32
-        h_PTSR = x_TI.new_empty(parts, rows, group.sections, work.rank, dtype=dtype)
+        size = (parts, rows, group.sections, work.rank)
+        h_PTSR = x_TI.new_empty(size, dtype=dtype)
         self._shrink(work, tiles, entry, x_TI, inputs, h_PTSR)
         h_TSR = h_PTSR[0]
         if parts > 1:
@@ -129,7 +136,8 @@ class Grouped:
         shares = SHARES
         if group.outputs > LARGE:
             shares = SHARES // 2
-        shares_HTO = x_TI.new_empty(shares, rows, group.outputs, dtype=torch.float32)
+        shares_size = (shares, rows, group.outputs)
+        shares_HTO = x_TI.new_empty(shares_size, dtype=torch.float32)
         self._expand(work, tiles, entry, group, h_TSR, shares_HTO, False)
         return shares_HTO
 
@@ -141,7 +149,7 @@ class Grouped:
         if tiles.rows == FEW:
             step = 128
         steps = triton.cdiv(inputs, parts * step)
-        grid = (len(work.task), sections, parts)
+        grid = (work.tasks, sections, parts)
         shrink_kernel[grid](
             x_TI,
             h_PTSR,
@@ -174,9 +182,11 @@ class Grouped:
         if h_TSR.shape[1] > 1:
             starts = [site.start for site in group.sites[1:]]
         second, third, *_ = [*starts, NO_SECTION, NO_SECTION]
-        tile = gcd(outputs_of_tile(work, tiles, group), group.outputs, *starts)
+        most = outputs_of_tile(work, tiles, group)
+        tile = gcd(most, group.outputs, *starts)
         shares = len(y_HTN)
-        grid = (len(work.segment), triton.cdiv(group.outputs, tile), shares)
+        output_tiles = triton.cdiv(group.outputs, tile)
+        grid = (work.segments, output_tiles, shares)
         expand_kernel[grid](
             y_HTN,
             h_TSR,
@@ -220,6 +230,6 @@ def ranks_of_step(work: Work, tiles: Tiles) -> int:
     most = 64
     if tiles.rows == FEW:
         most = 128
-    ranks = triton.next_power_of_2(work.rank)
+    ranks: int = triton.next_power_of_2(work.rank)
     ranks = min(most, ranks)
     return max(FEWEST_RANKS, ranks)

@@ -87,17 +87,12 @@ class Work:
     @classmethod
     def of(cls, tiles: Tiles, adapters: AdapterBatch, rank_of: RankOf) -> "Work | None":
         """The work for the adapters that have a rank at all; None where there is none."""
-        ranks: dict[int, int] = {}
-        for resident, _ in adapters.members:
-            ranks[resident.slot] = rank_of(resident.packed.needs)
-        largest = max(ranks.values(), default=0)
+        rank_G = ranks_of_tiles(tiles, adapters, rank_of)
+        largest = int(rank_G.max())
         if largest == 0:
             return None
         share = ranks_of_task(largest, tiles.rows)
-        slots = tiles.slot_G.tolist()
-        rank_G = torch.tensor([ranks.get(slot, 0) for slot in slots])
-        segment_1 = rank_G.nonzero()
-        segment = segment_1[:, 0]
+        segment = rank_G.nonzero().flatten()
         tasks = divided(rank_G[segment], share)
         tile = segment.repeat_interleave(tasks)
         number = torch.arange(len(tile))
@@ -115,8 +110,8 @@ class Work:
 
     def enlarged(self) -> "Work":
         """As many tasks and segments as the next power of two, of which those behind are nobody's."""
-        tasks = power_of_2(len(self.task))
-        segments = power_of_2(len(self.segment))
+        tasks = power_of_2(self.tasks)
+        segments = power_of_2(self.segments)
         task = padded(self.task, tasks, NOBODY)
         segment = padded(self.segment, segments, NOBODY)
         return replace(self, task=task, segment=segment)
@@ -127,11 +122,19 @@ class Work:
         self.segment.copy_(other.segment)
 
     @property
+    def tasks(self) -> int:
+        """The number of tasks."""
+        return len(self.task)
+
+    @property
+    def segments(self) -> int:
+        """The number of segments."""
+        return len(self.segment)
+
+    @property
     def size(self) -> WorkSize:
         """What a graph's kernels are launched for."""
-        tasks = len(self.task)
-        segments = len(self.segment)
-        return tasks, segments, self.rank, self.ranks
+        return self.tasks, self.segments, self.rank, self.ranks
 
 
 @dataclass
@@ -192,6 +195,19 @@ class Grouping:
         if self.behind is not None:
             behind = self.behind.size
         return self.tiles.count, before, behind
+
+
+def ranks_of_tiles(tiles: Tiles, adapters: AdapterBatch, rank_of: RankOf) -> Tensor:
+    """The rank of each tile's adapter; 0 where it is the base."""
+    ranks: dict[int, int] = {}
+    for resident, _ in adapters.members:
+        slot = resident.slot
+        ranks[slot] = rank_of(resident.needs)
+    rank_of_tile: list[int] = []
+    for slot in tiles.slot_G.tolist():
+        rank = ranks.get(slot, 0)
+        rank_of_tile.append(rank)
+    return torch.tensor(rank_of_tile)
 
 
 def ranks_of_task(largest: int, rows: int) -> int:

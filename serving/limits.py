@@ -20,13 +20,15 @@ class Limits:
         request = sequence.request
         length = sequence.length
         last_id = self.vocabulary - 1
-        if not request.prompt or request.new_tokens < 1:
+        prompt = request.prompt
+        if not prompt or request.new_tokens < 1:
             raise RequestRefused("request: found no prompt, or no new tokens; allowed: at least one of each")
         if length > self.positions:
             raise RequestRefused(f"request: found {length} positions; allowed: at most {self.positions}")
-        if min(request.prompt) < 0 or max(request.prompt) > last_id:
+        if min(prompt) < 0 or max(prompt) > last_id:
             raise RequestRefused(f"request.prompt: found an id of no token; allowed: 0 to {last_id}")
-        if pages_for(length + PAGE) >= self.pages:
+        needed = pages_for(length + PAGE)
+        if needed >= self.pages:
             raise RequestRefused(f"request: found {length} positions, for which the cache has no room")
 
 

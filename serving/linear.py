@@ -62,7 +62,8 @@ class Entry:
         bias_R = self.piece(Column.BIAS, rank)
         activation = self.columns[Column.ACTIVATION]
         function = FUNCTIONS[activation]
-        h_TR = function(linear(x_TI, a_RI, bias_R))
+        h_TR = linear(x_TI, a_RI, bias_R)
+        h_TR = function(h_TR)
         if c_R is not None:
             h_TR = h_TR * c_R
         y_TO = h_TR @ b_RO
@@ -104,14 +105,17 @@ class PlainLinears:
     def project(self, adapters: AdapterBatch, name: str, layer: int, x_TI: Tensor) -> Tensor:
         """The outputs [T, O] of a group of linear layers, with all that adapters do there."""
         group = self.base.groups[name]
+        outputs = group.outputs
+        weight_OI = group.weight(layer, outputs)
+        bias_O = group.bias(layer, outputs)
         x_TI = self._scaled(adapters, group, layer, x_TI)
-        weight_OI = group.weight(layer, group.outputs)
-        bias_O = group.bias(layer, group.outputs)
         y_TO = linear(x_TI, weight_OI, bias_O)
         for resident, row_T in adapters.members:
+            slot = resident.slot
             own_TI = x_TI[row_T]
             base_TO = y_TO[row_T]
-            y_TO[row_T] = self._adapted(resident.slot, group, layer, own_TI, base_TO)
+            adapted_TO = self._adapted(slot, group, layer, own_TI, base_TO)
+            y_TO[row_T] = adapted_TO
         return y_TO
 
     def norm(self, adapters: AdapterBatch, place: Place, x_TD: Tensor) -> Tensor:
@@ -119,6 +123,7 @@ class PlainLinears:
         layer, name = place
         weight_LD = self.base.norms[name]
         weight_D = weight_LD[layer]
+        width = len(weight_D)
         exact_TD = x_TD.float()
         square_TD = exact_TD.square()
         mean_T1 = square_TD.mean(-1, keepdim=True)
@@ -126,11 +131,11 @@ class PlainLinears:
         normed_TD = exact_TD * scale_T1
         result_TD = normed_TD * weight_D
         for resident, row_T in adapters.members:
-            entry = self._entry(resident.slot, layer, name, 0, len(weight_D))
-            own_D = entry.piece(Column.M, entry.outputs)
+            entry = self._entry(resident.slot, layer, name, 0, width)
+            own_D = entry.piece(Column.M, width)
             if own_D is not None:
-                own_TD = normed_TD[row_T] * own_D.float()
-                result_TD[row_T] = own_TD
+                own_TD = normed_TD[row_T]
+                result_TD[row_T] = own_TD * own_D.float()
         return result_TD.to(x_TD.dtype)
 
     def _entry(self, slot: int, layer: int, site: str, inputs: int, outputs: int) -> Entry:
@@ -165,7 +170,7 @@ class PlainLinears:
             entry.apply(x_TI, section_TO)
         if not group.is_residual:
             return y_TO
-        name = group.first_site + BEHIND
         outputs = group.outputs
-        bottleneck = self._entry(slot, layer, name, outputs, outputs)
+        site_behind = group.first_site + BEHIND
+        bottleneck = self._entry(slot, layer, site_behind, outputs, outputs)
         return bottleneck.apply_behind(y_TO)

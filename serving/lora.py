@@ -21,9 +21,16 @@ def read_lora(folder: Folder, base: Base) -> Adapter:
     """LoRA, rsLoRA, DoRA and LongLoRA: s B A with s = alpha / r (or alpha / sqrt r), and weights of its own."""
     config = folder.config
     folder.only(
-        "alpha_pattern", "ensure_weight_tying", "lora_alpha", "modules_to_save", "r", "rank_pattern", "use_dora",
-        "use_rslora", "bias",
-    )  # fmt: skip
+        "alpha_pattern",
+        "ensure_weight_tying",
+        "lora_alpha",
+        "modules_to_save",
+        "r",
+        "rank_pattern",
+        "use_dora",
+        "use_rslora",
+        "bias",
+    )
     if config.get("bias", "none") != "none":
         raise folder.refuse("bias", "none")
     parts = {}
@@ -31,7 +38,8 @@ def read_lora(folder: Folder, base: Base) -> Adapter:
         part = factors(folder, target)
         if config.get("use_dora"):
             part = decomposed(folder, base, target, part)
-        parts[target.place] = part
+        place = target.place
+        parts[place] = part
     adapter = Adapter(folder.digest, parts)
     return with_whole_weights(folder, base, adapter)
 
@@ -48,8 +56,9 @@ def factors(folder: Folder, target: Target) -> Part:
     if config.get("use_rslora"):
         divisor = math.sqrt(rank)
     scale = alpha / divisor
-    a_RI = folder.take(f"{target.name}.lora_A.weight", rank, target.inputs)
-    b_OR = folder.take(f"{target.name}.lora_B.weight", target.outputs, rank)
+    name = target.name
+    a_RI = folder.take(f"{name}.lora_A.weight", rank, target.inputs)
+    b_OR = folder.take(f"{name}.lora_B.weight", target.outputs, rank)
     b_RO = scale * b_OR.T
     return Part(a_RI, b_RO)
 
@@ -60,10 +69,12 @@ def decomposed(folder: Folder, base: Base, target: Target, part: Part) -> Part:
     assert part.b_RO is not None
     layer, name = target.place
     weight_OI = base.weight(layer, name)
-    weight_OI = weight_OI.detach().float()
+    weight_OI = weight_OI.detach()
+    weight_OI = weight_OI.float()
     a_RI = part.a_RI.to(weight_OI)
     b_RO = part.b_RO.to(weight_OI)
-    changed_OI = weight_OI + b_RO.T @ a_RI
+    update_OI = b_RO.T @ a_RI
+    changed_OI = weight_OI + update_OI
     norm_O = torch.linalg.norm(changed_OI, dim=1)
     magnitude_O = folder.take(f"{target.name}.lora_magnitude_vector", target.outputs)
     m_O = magnitude_O / norm_O.cpu()
@@ -71,8 +82,9 @@ def decomposed(folder: Folder, base: Base, target: Target, part: Part) -> Part:
     if bias_O is None:
         return replace(part, m_O=m_O)
     bias_O = bias_O.detach().float()
+    bias_O = bias_O.cpu()
     share_O = 1 - m_O
-    beta_O = share_O * bias_O.cpu()
+    beta_O = share_O * bias_O
     return replace(part, m_O=m_O, beta_O=beta_O)
 
 
@@ -85,11 +97,7 @@ def with_whole_weights(folder: Folder, base: Base, adapter: Adapter) -> Adapter:
     if has_only_embedding and base.is_tied:
         raise folder.refuse("modules_to_save", "the head beside the embedding, which are one weight in this base")
     return replace(
-        adapter,
-        parts=adapter.parts | norms,
-        embed_VD=embed_VD,
-        head_VD=head_VD,
-        config=_changed_config(folder, base),
+        adapter, parts=adapter.parts | norms, embed_VD=embed_VD, head_VD=head_VD, config=_changed_config(folder, base)
     )
 
 

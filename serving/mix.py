@@ -39,7 +39,7 @@ class AdapterBatch:
         members = members_of(owners, counts)
         needs = Needs()
         for member in members:
-            needs |= member.resident.packed.needs
+            needs |= member.resident.needs
         slots = [slot_of(owner) for owner in owners]
         slot_N = torch.tensor(slots, dtype=torch.int32)
         count_N = torch.tensor(counts)
@@ -72,13 +72,16 @@ def members_of(owners: Owners, counts: list[int]) -> list[BatchAdapter]:
     for owner, count in zip(owners, counts, strict=True):
         end = start + count
         if owner is not None:
-            residents[owner.slot] = owner
-            runs = rows.setdefault(owner.slot, [])
-            runs.append(torch.arange(start, end))
+            slot = owner.slot
+            residents[slot] = owner
+            runs = rows.setdefault(slot, [])
+            row_T = torch.arange(start, end)
+            runs.append(row_T)
         start = end
     members: list[BatchAdapter] = []
     for slot in sorted(residents):
+        resident = residents[slot]
         row_T = torch.cat(rows[slot])
-        member = BatchAdapter(residents[slot], row_T)
+        member = BatchAdapter(resident, row_T)
         members.append(member)
     return members

@@ -60,6 +60,11 @@ class Needs:
     scales: bool = False
     norms: bool = False
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether there are narrow adapters, and no wide ones."""
+        return self.narrow > 0 and self.wide == 0
+
     def __or__(self, other: "Needs") -> "Needs":
         """The needs of a batch that has both: the larger ranks, and every part that either has."""
         return Needs(
@@ -87,9 +92,14 @@ class Packed:
         return self.adapter.digest
 
     @property
+    def size(self) -> int:
+        """The numbers of its block."""
+        return len(self.block)
+
+    @property
     def units(self) -> int:
-        """The size of its block."""
-        return len(self.block) // UNIT
+        """The units of its block."""
+        return self.size // UNIT
 
 
 class Pieces:
@@ -114,10 +124,12 @@ class Pieces:
         size = self._units * UNIT
         block = torch.zeros(size, dtype=base.dtype, pin_memory=base.on_gpu)
         for tensor in self._tensors:
-            start = self._starts[id(tensor)] * UNIT
+            key = id(tensor)
+            start = self._starts[key] * UNIT
             stop = start + tensor.numel()
             place = block[start:stop]
-            place.view(tensor.shape).copy_(tensor)
+            place = place.view(tensor.shape)
+            place.copy_(tensor)
         return block
 
 
@@ -125,19 +137,23 @@ def pack(adapter: Adapter, base: Base) -> Packed:
     """Lay an adapter's pieces one behind the other, in the base's type; pieces that parts share are laid once."""
     pieces = Pieces()
     table_LSC = empty_table(base)
-    for (layer, name), part in adapter.parts.items():
-        row_C = table_LSC[layer, base.sites[name]]
+    for place, part in adapter.parts.items():
+        layer, name = place
+        site = base.sites[name]
+        row_C = table_LSC[layer, site]
         fill_row(row_C, part, pieces)
     needs = needs_of(adapter)
     table_LSC[..., Column.RANKS] = needs.narrow
     block = pieces.block(base)
-    return Packed(without_parts(adapter, base), block, table_LSC, needs)
+    bare = without_parts(adapter, base)
+    return Packed(bare, block, table_LSC, needs)
 
 
 def empty_table(base: Base) -> Tensor:
     """The table [L, S, C] of no adapter."""
     sites = len(base.sites)
-    table_LSC = torch.full((base.shape.layers, sites, len(Column)), NOWHERE, dtype=torch.int32)
+    size = (base.shape.layers, sites, len(Column))
+    table_LSC = torch.full(size, NOWHERE, dtype=torch.int32)
     for column in (Column.RANK, Column.ACTIVATION, Column.RANKS):
         table_LSC[..., column] = 0
     return table_LSC
@@ -173,9 +189,9 @@ def needs_of(adapter: Adapter) -> Needs:
     is_plain = True
     for part in linears:
         rank = max(rank, part.rank)
-        is_plain = is_plain and part.c_R is None and part.v_O is None
-        has_gain = part.m_O is not None or part.beta_O is not None
-        needs |= Needs(gains=has_gain, scales=part.u_I is not None)
+        if part.c_R is not None or part.v_O is not None:
+            is_plain = False
+        needs |= Needs(gains=part.has_gain, scales=part.has_scale)
     if is_plain and rank <= NARROW:
         return replace(needs, narrow=rank)
     return replace(needs, wide=rank)

@@ -17,6 +17,7 @@ from serving.shape import Shape
 
 KEYS_OF_STEP = 64
 KEY_WARPS = 2
+LEAST_TILE = 16  # that tensor cores take
 FOREVER = 2**30  # a window of attention that leaves nothing out
 
 
@@ -26,10 +27,12 @@ class PagedAttention:
     def __init__(self, shape: Shape, cache: Cache) -> None:
         self.shape = shape
         self.cache = cache
-        self.width = max(16, triton.next_power_of_2(shape.head_size))
+        width = triton.next_power_of_2(shape.head_size)
+        self.width = max(LEAST_TILE, width)
         self.window = shape.window or FOREVER
+        scale = shape.head_size**-0.5
         # The softmax is one of powers of two: exp(x) = exp2(x log2 e).
-        self.scale = shape.head_size**-0.5 * log2(euler)
+        self.scale = scale * log2(euler)
 
     def attend_runs(self, step: Pass, layer: int, query_THE: Tensor) -> Tensor:
         """Attention of runs of rows, with the library's kernel for runs of different lengths."""
@@ -56,12 +59,16 @@ class PagedAttention:
             # Of peak and mass nothing is written where there is one part.
             self._attend_parts(step, layer, query_THE, result_THE, query_THE, query_THE)
             return result_THE.flatten(1)
+        parts = step.parts
         rows, heads, size = query_THE.shape
-        part = query_THE.new_empty(rows, heads, step.parts, size)
-        peak, mass = query_THE.new_empty(2, rows, heads, step.parts, dtype=torch.float32)
+        part_size = (rows, heads, parts)
+        part = query_THE.new_empty(*part_size, size)
+        peak = query_THE.new_empty(part_size, dtype=torch.float32)
+        mass = torch.empty_like(peak)
         self._attend_parts(step, layer, query_THE, part, peak, mass)
         grid = (rows * heads,)
-        join_kernel[grid](part, peak, mass, result_THE, E=size, W=self.width, PARTS=step.parts, num_warps=1)
+        width = self.width
+        join_kernel[grid](part, peak, mass, result_THE, E=size, W=width, PARTS=parts, num_warps=1)
         return result_THE.flatten(1)
 
     def _attend_parts(
@@ -72,8 +79,8 @@ class PagedAttention:
         assert pages_TP is not None
         key_NHE = self.cache.key_LNHE[layer]
         value_NHE = self.cache.value_LNHE[layer]
-        queries_of_key = shape.heads // shape.kv_heads
-        tile = max(16, triton.next_power_of_2(queries_of_key))
+        tile = triton.next_power_of_2(shape.queries_of_key)
+        tile = max(LEAST_TILE, tile)
         grid = (len(query_THE), shape.kv_heads, step.parts)
         attend_kernel[grid](
             query_THE,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from serving.cache import PAGE, padded_pages, place_in, places_of
-from serving.grouping import Grouping
+from serving.grouping import Grouping, Tiles, moved, sum_before
 from serving.mix import AdapterBatch
+from serving.packed import Needs
 
 
 @dataclass
@@ -71,6 +72,16 @@ class Pass:
     parts: int = 1  # in which its keys are computed side by side
 
     @property
+    def needs(self) -> Needs:
+        """What its adapters ask of it."""
+        return self.adapters.needs
+
+    @property
+    def tiles(self) -> Tiles:
+        """Its rows in tiles."""
+        return self.grouping.tiles
+
+    @property
     def is_decoding(self) -> bool:
         """Whether every row is a sequence."""
         return self.pages_TP is not None
@@ -83,24 +94,23 @@ class Pass:
         """
         if self.is_decoding:
             return self.tail > 0
-        needs = self.adapters.needs
-        return needs.narrow > 0 and needs.wide == 0
+        return self.needs.is_narrow
 
     @cached_property
     def runs(self) -> Runs:
         """The spans for attention of runs."""
-        row_N = boundaries([span.count for span in self.spans])
-        key_N = boundaries([span.stop for span in self.spans])
+        spans = self.spans
+        row_N = boundaries([span.count for span in spans])
+        key_N = boundaries([span.stop for span in spans])
         rows = longest(row_N)
         keys = longest(key_N)
-        differ_N = row_N != key_N
         place_S = self.place_T
-        if keys > rows or bool(differ_N.any()):
+        if not torch.equal(row_N, key_N):
             place_S = self._key_places()
         device = self.place_T.device
-        row_N = row_N.to(device, non_blocking=True)
-        key_N = key_N.to(device, non_blocking=True)
-        place_S = place_S.to(device, non_blocking=True)
+        row_N = moved(row_N, device)
+        key_N = moved(key_N, device)
+        place_S = moved(place_S, device)
         return Runs(row_N, key_N, rows, keys, place_S)
 
     def _key_places(self) -> Tensor:
@@ -128,14 +138,16 @@ def positions_and_places(spans: list[Span]) -> tuple[Tensor, Tensor]:
     count_N = torch.tensor([span.count for span in spans])
     start_N = torch.tensor([span.start for span in spans])
     span_T = torch.repeat_interleave(count_N)  # the number of each row's span
-    first_row_N = count_N.cumsum(0) - count_N
+    first_row_N = sum_before(count_N)
     shift_N = start_N - first_row_N
+    shift_T = shift_N[span_T]
     row_T = torch.arange(len(span_T))
-    position_T = row_T + shift_N[span_T]
+    position_T = row_T + shift_T
     page_NP = page_table([span.pages for span in spans])
     column_T = position_T // PAGE
     page_T = page_NP[span_T, column_T]
-    return position_T, place_in(page_T, position_T)
+    place_T = place_in(page_T, position_T)
+    return position_T, place_T
 
 
 def page_table(sequences: list[list[int]]) -> Tensor:

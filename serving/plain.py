@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from serving.adapter import Place
-from serving.base import FIRST_NORM, Base
+from serving.base import FIRST_NORM, K_NORM, Q_NORM, Base
 from serving.cache import Cache
 from serving.decoder import Stream
 from serving.linear import PlainLinears
@@ -24,7 +24,7 @@ class Plain:
         self.shape = base.shape
         self.cache = cache
         self.linears = PlainLinears(base, pool)
-        self.has_head_norms = "q_norm" in base.norms
+        self.has_head_norms = Q_NORM in base.norms
 
     def project(self, step: Pass, name: str, layer: int, x_TI: Tensor) -> Tensor:
         """The outputs of a group of linear layers."""
@@ -53,16 +53,20 @@ class Plain:
         """Queries [T, H, E], rotated; keys, rotated too, and values go to the cache."""
         query_THE, key_TGE, value_TGE = self._heads(y_TO)
         if self.has_head_norms:
-            query_THE = self.linears.norm(step.adapters, (layer, "q_norm"), query_THE)
-            key_TGE = self.linears.norm(step.adapters, (layer, "k_norm"), key_TGE)
+            q_norm = (layer, Q_NORM)
+            k_norm = (layer, K_NORM)
+            query_THE = self.linears.norm(step.adapters, q_norm, query_THE)
+            key_TGE = self.linears.norm(step.adapters, k_norm, key_TGE)
         cos_TF = step.cos_TF
         sin_TF = step.sin_TF
         place_T = step.place_T
+        key_TGE = rotated(key_TGE, cos_TF, sin_TF)
+        query_THE = rotated(query_THE, cos_TF, sin_TF)
         key_NGE = self.cache.key_LNHE[layer]
-        key_NGE[place_T] = rotated(key_TGE, cos_TF, sin_TF)
         value_NGE = self.cache.value_LNHE[layer]
+        key_NGE[place_T] = key_TGE
         value_NGE[place_T] = value_TGE
-        return rotated(query_THE, cos_TF, sin_TF)
+        return query_THE
 
     def attend(self, step: Pass, layer: int, query_THE: Tensor) -> Tensor:
         """Attention [T, H x E] of every sequence's rows over its keys in the cache."""
@@ -75,25 +79,25 @@ class Plain:
             key_SGE = key_NGE[place_S]
             value_SGE = value_NGE[place_S]
             seen_TS = self._seen(span)
-            result_THE[rows] = attention(query_THE[rows], key_SGE, value_SGE, seen_TS)
+            own_THE = query_THE[rows]
+            result_THE[rows] = attention(own_THE, key_SGE, value_SGE, seen_TS)
         return result_THE.flatten(1)
 
     def gate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor:  # noqa: ARG002
         """What the feed-forward layer's down projection gets."""
         gate_TI, up_TI = y_TO.chunk(2, dim=1)
         if self.shape.gelu:
-            gate_TI = gelu(gate_TI, approximate="tanh")
-        else:
-            gate_TI = silu(gate_TI)
-        return gate_TI * up_TI
+            opened_TI = gelu(gate_TI, approximate="tanh")
+            return opened_TI * up_TI
+        opened_TI = silu(gate_TI)
+        return opened_TI * up_TI
 
     def _heads(self, y_TO: Tensor) -> list[Tensor]:
         """The queries [T, H, E], keys and values [T, G, E] of the outputs of their linear layers."""
         shape = self.shape
         size = shape.head_size
-        queries = shape.heads * size
-        keys = shape.kv_heads * size
-        parts = y_TO.split([queries, keys, keys], dim=1)
+        sizes = [shape.query_size, shape.key_size, shape.key_size]
+        parts = y_TO.split(sizes, dim=1)
         return [part_TO.unflatten(1, (-1, size)) for part_TO in parts]
 
     def _seen(self, span: Span) -> Tensor:
@@ -112,27 +116,27 @@ class Plain:
 
 def rotated(x_THE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     """Heads whose first 2 F numbers are turned by their position: pairs are F apart."""
-    half = cos_TF.shape[1]
-    unrotated = x_THE.shape[2] - 2 * half
-    first, second, rest = x_THE.split([half, half, unrotated], dim=2)
-    cos_TF = cos_TF.to(x_THE.dtype)
-    sin_TF = sin_TF.to(x_THE.dtype)
+    _, half = cos_TF.shape
+    _, _, size = x_THE.shape
+    unrotated = size - 2 * half
+    sizes = [half, half, unrotated]
+    first, second, rest = x_THE.split(sizes, dim=2)
     cos_T1F = cos_TF[:, None]
     sin_T1F = sin_TF[:, None]
+    cos_T1F = cos_T1F.to(x_THE.dtype)
+    sin_T1F = sin_T1F.to(x_THE.dtype)
     turned_first = first * cos_T1F - second * sin_T1F
     turned_second = second * cos_T1F + first * sin_T1F
-    return torch.cat([turned_first, turned_second, rest], dim=-1)
+    turned = [turned_first, turned_second, rest]
+    return torch.cat(turned, dim=-1)
 
 
 def attention(query_THE: Tensor, key_SGE: Tensor, value_SGE: Tensor, seen_TS: Tensor) -> Tensor:
     """Attention [T, H, E] of a sequence's queries over the keys that each of them sees."""
-    attended_1HTE = scaled_dot_product_attention(
-        _as_batch(query_THE),
-        _as_batch(key_SGE),
-        _as_batch(value_SGE),
-        attn_mask=seen_TS,
-        enable_gqa=True,
-    )
+    query_1HTE = _as_batch(query_THE)
+    key_1GSE = _as_batch(key_SGE)
+    value_1GSE = _as_batch(value_SGE)
+    attended_1HTE = scaled_dot_product_attention(query_1HTE, key_1GSE, value_1GSE, attn_mask=seen_TS, enable_gqa=True)
     attended_HTE = attended_1HTE[0]
     return attended_HTE.transpose(0, 1)
 

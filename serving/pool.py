@@ -15,8 +15,9 @@ from serving.arena import Arena
 from serving.base import Base
 from serving.error import AdapterRefused, UnknownAdapter
 from serving.format import read_adapter
-from serving.packed import NOWHERE, UNIT, Column, Packed, empty_table, pack
+from serving.packed import NOWHERE, UNIT, Column, Needs, Packed, empty_table, pack
 
+Entries = list[dict[str, Tensor]]  # by layer and site
 OFFSETS = slice(Column.A, Column.BETA + 1)  # the table's columns that are offsets of pieces
 
 
@@ -35,6 +36,21 @@ class Resident:
     embed_VD: Tensor | None = None
     head_VD: Tensor | None = None
 
+    @property
+    def digest(self) -> str:
+        """The sha256 that the adapter is known by."""
+        return self.packed.digest
+
+    @property
+    def needs(self) -> Needs:
+        """What the adapter asks of a forward pass."""
+        return self.packed.needs
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether the adapter has an embedding or a head of its own."""
+        return self.embed_VD is not None or self.head_VD is not None
+
 
 class Pool:
     """Loads, finds, places and evicts adapters."""
@@ -42,21 +58,25 @@ class Pool:
     def __init__(self, base: Base, slots: int, arena_bytes: int) -> None:
         """Have at most so many adapters at once on the device, and so many bytes of their weights."""
         self.base = base
-        unit_bytes = UNIT * base.dtype.itemsize
+        dtype = base.dtype
+        unit_bytes = UNIT * dtype.itemsize
         units = arena_bytes // unit_bytes
-        self.arena = Arena(units, base.dtype, base.device)
-        empty_KLSC = empty_table(base)[None]
-        host_KLSC = empty_KLSC.repeat(slots + 1, 1, 1, 1)
+        self.arena = Arena(units, dtype, base.device)
+        tables = slots + 1  # the base's too
+        empty_LSC = empty_table(base)
+        host_KLSC = empty_LSC.repeat(tables, 1, 1, 1)
         self.table_KLSC = host_KLSC.to(base.device)
         if base.on_gpu:
             host_KLSC = host_KLSC.pin_memory()
         self.host_KLSC = host_KLSC
         self.slot_stride = self.table_KLSC.stride(0)  # numbers of the table from one slot to the next
-        self._entries = entries_of(self.table_KLSC[0], base)
+        table_LSC = self.table_KLSC[0]
+        self._entries = entries_of(table_LSC, base)
         self._names: dict[str, Packed] = {}
         self._pinned: set[str] = set()  # names
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # by digest, the longest unused first
-        self._slots = list(range(slots, 0, -1))
+        numbers = range(1, slots + 1)
+        self._slots = list(reversed(numbers))
 
     @property
     def names(self) -> list[str]:
@@ -70,16 +90,16 @@ class Pool:
 
     def entry(self, layer: int, site: str) -> Tensor:
         """The table on the device from the entry of a site on, in the first slot."""
-        return self._entries[layer][site]
+        entries = self._entries[layer]
+        return entries[site]
 
     def prepare(self, folder: Path | str) -> Packed:
         """An adapter from its folder, on the host; raises AdapterRefused where it cannot be computed exactly."""
         adapter = read_adapter(folder, self.base)
         packed = pack(adapter, self.base)
-        size = packed.units * UNIT
-        capacity = len(self.arena.data)
-        if size > capacity:
-            raise AdapterRefused(f"{folder}: found an adapter of {size} numbers; allowed: {capacity}")
+        capacity = self.arena.size
+        if packed.size > capacity:
+            raise AdapterRefused(f"{folder}: found an adapter of {packed.size} numbers; allowed: {capacity}")
         return packed
 
     def give(self, name: str, packed: Packed, pinned: bool = False) -> None:
@@ -98,20 +118,22 @@ class Pool:
 
     def packed_of(self, name: str) -> Packed:
         """The adapter of a name; raises UnknownAdapter."""
-        if name not in self._names:
+        packed = self._names.get(name)
+        if packed is None:
             known = ", ".join(self.names) or "none"
             raise UnknownAdapter(f"adapter: found {name!r}, which is not loaded; allowed: {known}")
-        return self._names[name]
+        return packed
 
     def acquire(self, packed: Packed) -> Resident | None:
         """The adapter in a slot, for one more user; None where no slot or no space in the arena is free now."""
-        resident = self._residents.get(packed.digest)
+        digest = packed.digest
+        resident = self._residents.get(digest)
         if resident is None:
             resident = self._place(packed)
         if resident is None:
             return None
         resident.users += 1
-        self._residents.move_to_end(packed.digest)
+        self._residents.move_to_end(digest)
         return resident
 
     def release(self, resident: Resident) -> None:
@@ -122,20 +144,24 @@ class Pool:
         """The resident (of those with pages, if need be) that was not used for the longest time and may go."""
         pinned: set[str] = set()
         for name in self._pinned:
-            pinned.add(self._names[name].digest)
+            packed = self._names[name]
+            pinned.add(packed.digest)
         for digest, resident in self._residents.items():
-            in_use = resident.users != 0 or digest in pinned
-            without_pages = with_pages and not resident.pages
-            if not in_use and not without_pages:
-                return resident
+            if resident.users > 0:
+                continue
+            if digest in pinned:
+                continue
+            if with_pages and not resident.pages:
+                continue
+            return resident
         return None
 
     def evict(self, resident: Resident) -> None:
         """Free a slot; its pages are the caller's to free."""
-        packed = resident.packed
-        del self._residents[packed.digest]
+        units = resident.packed.units
+        del self._residents[resident.digest]
         resident.gone = True
-        self.arena.free(resident.start, packed.units)
+        self.arena.free(resident.start, units)
         self._slots.append(resident.slot)
 
     def _place(self, packed: Packed) -> Resident | None:
@@ -146,13 +172,15 @@ class Pool:
         if start is None:
             return None
         slot = self._slots.pop()
+        block = packed.block
         first = start * UNIT
-        end = first + len(packed.block)
+        end = first + len(block)
         place = self.arena.data[first:end]
-        place.copy_(packed.block, non_blocking=True)
+        place.copy_(block, non_blocking=True)
         self._write_table(slot, packed, start)
+        digest = packed.digest
         resident = Resident(slot, packed, start)
-        self._residents[packed.digest] = resident
+        self._residents[digest] = resident
         return resident
 
     def _write_table(self, slot: int, packed: Packed, start: int) -> None:
@@ -162,12 +190,18 @@ class Pool:
         offsets = table_LSC[..., OFFSETS]
         is_there = offsets != NOWHERE
         offsets += is_there * start
-        self.table_KLSC[slot].copy_(table_LSC, non_blocking=True)
+        self.upload(slot)
+
+    def upload(self, slot: int) -> None:
+        """Copy a slot's table from the host to the device."""
+        host_LSC = self.host_KLSC[slot]
+        table_LSC = self.table_KLSC[slot]
+        table_LSC.copy_(host_LSC, non_blocking=True)
 
 
-def entries_of(table_LSC: Tensor, base: Base) -> list[dict[str, Tensor]]:
+def entries_of(table_LSC: Tensor, base: Base) -> Entries:
     """The entries of a slot's table by layer and site, made once: many kernels of a pass are launched with them."""
-    entries: list[dict[str, Tensor]] = []
+    entries: Entries = []
     for table_SC in table_LSC:
         by_site: dict[str, Tensor] = {}
         for site, number in base.sites.items():

@@ -1,9 +1,13 @@
-"""Rotary positions of queries and keys on a GPU. Shapes: T rows, O outputs, H query heads, E head size, N places."""
+"""Rotary positions of queries and keys on a GPU.
 
+Shapes: T rows, O outputs, H query heads, E head size, N places, L layers.
+"""
+
+import torch
 import triton
 from torch import Tensor
 
-from serving.base import HEAD_NORMS, Base
+from serving.base import HEAD_NORMS, LAST_NORM, Q_NORM, Base
 from serving.cache import Cache
 from serving.grouping import FEW, MANY
 from serving.kernel.rotary import rotate_kernel
@@ -23,15 +27,23 @@ class RotaryHeads:
         self.pool = pool
         self.cache = cache
         self.group = base.groups["qkv"]
-        self.heads = base.shape.heads + 2 * base.shape.kv_heads
-        self.has_norms = "q_norm" in base.norms
+        self.has_norms = Q_NORM in base.norms
+        # Where there are no norms over heads, nothing is read of their weights and entries.
+        self.first_norm = LAST_NORM
+        self.weights_LTE = base.embed_VD
+        if self.has_norms:
+            self.first_norm = Q_NORM
+            weights = [base.norms[name] for name in HEAD_NORMS]
+            self.weights_LTE = torch.stack(weights, dim=1)
 
     def rotate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor:
         """Queries [T, H, E], rotated; keys, rotated too, and values go to the cache."""
-        tiles = step.grouping.tiles
-        needs = step.adapters.needs
-        query_THE = y_TO.new_empty(len(y_TO), self.shape.heads, self.shape.head_size)
-        grid = (self.heads, tiles.count)
+        tiles = step.tiles
+        needs = step.needs
+        shape = self.shape
+        size = (len(y_TO), shape.heads, shape.head_size)
+        query_THE = y_TO.new_empty(size)
+        grid = (shape.all_heads, tiles.count)
         rotate_kernel[grid](
             y_TO,
             query_THE,
@@ -43,13 +55,13 @@ class RotaryHeads:
             tiles.slot_G,
             tiles.row_GF,
             self.pool.entry(layer, self.group.first_site),
-            *self._norms(layer),
+            self.weights_LTE[layer],
+            self.pool.entry(layer, self.first_norm),
             self.pool.arena.data,
             y_TO.stride(0),
             self.pool.slot_stride,
-            self.shape.epsilon,
+            shape.epsilon,
             self.group.outputs,
-            step.products,
             *self._sizes(step.cos_TF.shape[1]),
             T=tiles.rows,
             R=step.products,
@@ -62,19 +74,10 @@ class RotaryHeads:
         )
         return query_THE
 
-    def _norms(self, layer: int) -> list[Tensor]:
-        """The base's weights of the norms of queries and keys, and their entries; any, where there are no norms."""
-        if not self.has_norms:
-            entry = self.pool.entry(layer, self.group.first_site)
-            return [entry] * 4
-        weights = [self.base.norms[name][layer] for name in HEAD_NORMS]
-        entries = [self.pool.entry(layer, name) for name in HEAD_NORMS]
-        return weights + entries
-
     def _sizes(self, half: int) -> tuple[int, ...]:
-        """The sizes of a head that rotates by halves: QUERIES, KEYS, SECTIONS, E, HALF, W and REST of the kernel."""
+        """The sizes of a head that rotates by halves: QUERIES, KEYS, SECTIONS, E, HALF and W of the kernel."""
         shape = self.shape
         rest = shape.head_size - 2 * half
         width = max(LEAST_WIDTH, half, rest)
         tile = triton.next_power_of_2(width)
-        return shape.heads, shape.kv_heads, self.group.sections, shape.head_size, half, tile, rest > 0
+        return shape.heads, shape.kv_heads, self.group.sections, shape.head_size, half, tile

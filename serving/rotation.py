@@ -20,25 +20,28 @@ class Rotations:
         """Have room for KINDS kinds of so many positions."""
         self._base = base
         self._positions = positions
-        cos_PF, sin_PF = base.rotation(base.config, positions)
-        self.cos_KPF = cos_PF[None].repeat(KINDS, 1, 1)
-        self.sin_KPF = sin_PF[None].repeat(KINDS, 1, 1)
-        self._kinds = [base.config.rope_parameters]
+        config = base.config
+        cos_PF, sin_PF = base.rotation(config, positions)
+        self.cos_KPF = cos_PF.repeat(KINDS, 1, 1)
+        self.sin_KPF = sin_PF.repeat(KINDS, 1, 1)
+        self._kinds = [config.rope_parameters]
 
     def kind(self, packed: Packed) -> int:
         """The number of an adapter's kind; raises AdapterRefused where there are too many."""
         config = packed.adapter.config
         if config is None:
             return 0
-        if config.rope_parameters not in self._kinds:
-            number = len(self._kinds)
-            if number == KINDS:
-                raise AdapterRefused(f"adapter: found a further kind of rotary positions; allowed: {KINDS} at once")
-            cos_PF, sin_PF = self._base.rotation(config, self._positions)
-            self.cos_KPF[number] = cos_PF
-            self.sin_KPF[number] = sin_PF
-            self._kinds.append(config.rope_parameters)
-        return self._kinds.index(config.rope_parameters)
+        parameters = config.rope_parameters
+        if parameters in self._kinds:
+            return self._kinds.index(parameters)
+        number = len(self._kinds)
+        if number == KINDS:
+            raise AdapterRefused(f"adapter: found a further kind of rotary positions; allowed: {KINDS} at once")
+        cos_PF, sin_PF = self._base.rotation(config, self._positions)
+        self.cos_KPF[number] = cos_PF
+        self.sin_KPF[number] = sin_PF
+        self._kinds.append(parameters)
+        return number
 
     def at(self, kind_T: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, F] of rows."""

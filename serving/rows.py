@@ -13,6 +13,8 @@ from serving.rotation import rotation_of
 from serving.sampler import Choice
 from serving.sequence import Sequence
 
+Numbers = list[int]
+
 
 class Rows:
     """Rows of a batch: each is a sequence, or nobody's, which is the base's at position 0 of nobody's page."""
@@ -20,29 +22,32 @@ class Rows:
     def __init__(self, count: int, positions: int, device: torch.device) -> None:
         """At most so many rows, of so many positions."""
         self.width = pages_for(positions)
-        self.id_T = row_numbers(count, device)
-        self.position_T = row_numbers(count, device)
-        self.kind_T = row_numbers(count, device)
-        self.number_T = row_numbers(count, device)
-        slot_T = row_numbers(count, device)
+        number_5T = torch.zeros((5, count), dtype=torch.int64, device=device)
+        pages_TP = torch.zeros((count, self.width), dtype=torch.int32, device=device)
+        id_T, position_T, kind_T, number_T, slot_T = number_5T
+        self.id_T = id_T
+        self.position_T = position_T
+        self.kind_T = kind_T
+        self.number_T = number_T
         self.slot_T = slot_T.int()
-        size = (count, self.width)
-        self.pages_TP = torch.zeros(size, dtype=torch.int32, device=device)
+        self.pages_TP = pages_TP
         self.choice = Choice.blank(count, device)
 
     def write(self, sequences: Several[Sequence], count: int) -> None:
         """Copy what the first `count` rows are to the device."""
-        ids: list[int] = []
-        positions: list[int] = []
-        kinds: list[int] = []
-        numbers: list[int] = []
-        slots: list[int] = []
-        pages: list[list[int]] = []
+        ids: Numbers = []
+        positions: Numbers = []
+        kinds: Numbers = []
+        numbers: Numbers = []
+        slots: Numbers = []
+        pages: list[Numbers] = []
         for sequence in sequences:
             answer = sequence.answer
-            ids.append(answer[-1])
+            last = answer[-1]
+            kind = rotation_of(sequence.resident)
+            ids.append(last)
             positions.append(sequence.computed)
-            kinds.append(rotation_of(sequence.resident))
+            kinds.append(kind)
             numbers.append(len(answer))
             slots.append(sequence.slot)
             pages.append(sequence.pages)
@@ -54,9 +59,9 @@ class Rows:
         self._write_pages(pages, count)
         self._write_choice(sequences)
 
-    def _write_pages(self, pages: list[list[int]], count: int) -> None:
+    def _write_pages(self, pages: list[Numbers], count: int) -> None:
         """Copy the pages of the first `count` rows to the device."""
-        table: list[list[int]] = []
+        table: list[Numbers] = []
         for sequence_pages in pages:
             row = padded_pages(sequence_pages, self.width)
             table.append(row)
@@ -64,24 +69,22 @@ class Rows:
         while len(table) < count:
             table.append(nobody)
         pages_TP = torch.tensor(table, dtype=torch.int32)
-        self.pages_TP[:count].copy_(pages_TP)
+        first_TP = self.pages_TP[:count]
+        first_TP.copy_(pages_TP)
 
     def _write_choice(self, sequences: Several[Sequence]) -> None:
         """Copy to the device how these sequences' tokens are chosen."""
+        device = self.id_T.device
         requests = [sequence.request for sequence in sequences]
-        choice = Choice.of(requests, self.id_T.device)
+        choice = Choice.of(requests, device)
         self.choice.write(choice)
 
 
-def row_numbers(count: int, device: torch.device) -> Tensor:
-    """A number for each of so many rows, 0 at first."""
-    return torch.zeros(count, dtype=torch.int64, device=device)
-
-
-def fill(target_T: Tensor, values: list[int], count: int) -> None:
+def fill(target_T: Tensor, values: Numbers, count: int) -> None:
     """Copy a number for each row to the device, and 0 for the rows of nobody up to `count`."""
     missing = count - len(values)
     padding = [0] * missing
-    value_T = torch.tensor(values + padding, dtype=target_T.dtype)
+    padded = values + padding
+    value_T = torch.tensor(padded, dtype=target_T.dtype)
     first_T = target_T[:count]
     first_T.copy_(value_T)

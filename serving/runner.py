@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serving.batch import Batch, parts_of
+from serving.batch import Batch, Kind, parts_of
 from serving.cache import PAGE, place_in
-from serving.forward import Forward
+from serving.forward import Forward, largest_rank
 from serving.grouping import FEW, Grouping, products_of_row
-from serving.mix import AdapterBatch, BatchAdapter, Owner
+from serving.mix import AdapterBatch, Owner
 from serving.packed import Needs
 from serving.passing import Pass
 from serving.rows import Rows
@@ -23,6 +23,7 @@ from serving.sampler import are_greedy, sample
 from serving.sequence import Sequence
 from serving.tail import Tail
 
+Action = Callable[[], None]
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -62,15 +63,15 @@ class Runner:
         """At most so many rows, of so many positions."""
         self.decoder = forward.decoder
         self.rotations = forward.rotations
-        self.tail = tail
-        smaller = [count for count in GRAPH_ROWS if count < rows]
-        self.counts = [*smaller, rows]
         self.device = forward.device
+        self.tail = tail
+        self.counts = [count for count in GRAPH_ROWS if count < rows]
+        self.counts.append(rows)
         self.rows = Rows(rows, positions, self.device)
         self.sequences: list[Sequence] = []
         # Tokens on the host, in turn: those of one step are read while those of the next one are written.
-        self._tokens = [pinned_tokens(rows), pinned_tokens(rows)]
-        self._graphs: dict[tuple[Any, ...], Graph] = {}
+        self._tokens = pinned_tokens(rows)
+        self._graphs: dict[Kind, Graph] = {}
         self._current: Graph | None = None
 
     def compose(self, sequences: list[Sequence]) -> None:
@@ -86,9 +87,11 @@ class Runner:
         assert self._current is not None
         self._current.graph.replay()
         count = len(self.sequences)
+        id_T = self.rows.id_T[:count]
         self._tokens.reverse()
-        token_T = self._tokens[0][:count]
-        token_T.copy_(self.rows.id_T[:count], non_blocking=True)
+        tokens = self._tokens[0]
+        token_T = tokens[:count]
+        token_T.copy_(id_T, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
         return Ticket(self.sequences, token_T, done)
@@ -96,33 +99,46 @@ class Runner:
     def _count(self) -> int:
         """The rows of a graph in which all sequences have one."""
         needed = len(self.sequences)
-        return next(count for count in self.counts if count >= needed)
+        for count in self.counts:
+            if count >= needed:
+                return count
+        raise AssertionError(f"found {needed} sequences for {self.counts[-1]} rows")
 
     def _write_rows(self) -> None:
         """Copy what the rows are to the device."""
         self.rows.write(self.sequences, self._count())
 
     def _batch(self) -> Batch:
-        """The sequences as a batch for which there may be a graph; its adapters' factors are where a pass finds them."""
+        """The sequences as a batch for which there may be a graph; adapters' factors are where a pass finds them."""
         count = self._count()
-        missing = count - len(self.sequences)
-        owners: list[Owner] = [sequence.resident for sequence in self.sequences]
-        owners += [None] * missing
-        adapters = AdapterBatch.of(owners)
+        adapters = self._adapters(count)
         residents = [member.resident for member in adapters.members]
-        tail = self.tail.place(residents)
-        grouping = Grouping.of(adapters, FEW, lambda needs: wide_rank(needs, tail))
-        longest = max(sequence.length for sequence in self.sequences)
-        programs = count * self.decoder.base.shape.kv_heads
         requests = [sequence.request for sequence in self.sequences]
+        lengths = [sequence.length for sequence in self.sequences]
+        tail = self.tail.place(residents)
+        rank_of = rank_in_tail
+        if tail == 0:
+            rank_of = largest_rank
+        grouping = Grouping.of(adapters, FEW, rank_of)
+        shape = self.decoder.shape
+        programs = count * shape.kv_heads
         return Batch(
             rows=count,
             adapters=self._static(adapters, tail, count),
             grouping=grouping.enlarged(),
             tail=tail,
-            parts=parts_of(longest, programs),
+            parts=parts_of(max(lengths), programs),
             is_greedy=are_greedy(requests),
         )
+
+    def _adapters(self, count: int) -> AdapterBatch:
+        """The adapters of so many rows, of which those behind the sequences are nobody's."""
+        owners: list[Owner] = []
+        for sequence in self.sequences:
+            owners.append(sequence.resident)
+        while len(owners) < count:
+            owners.append(None)
+        return AdapterBatch.of(owners)
 
     def _static(self, adapters: AdapterBatch, tail: int, count: int) -> AdapterBatch:
         """What a graph knows of a batch's adapters: where their slots are written, embeddings, rounded needs."""
@@ -130,54 +146,67 @@ class Runner:
         if tail:
             products = products_of_row(adapters.needs)
         needs = replace(adapters.needs, narrow=products, wide=0, behind=0)
-        embedded = [member for member in adapters.members if has_embeddings(member)]
-        return AdapterBatch(self.rows.slot_T[:count], embedded, needs)
+        embedded = [member for member in adapters.members if member.resident.has_vocabulary]
+        slot_T = self.rows.slot_T[:count]
+        return AdapterBatch(slot_T, embedded, needs)
 
     def _graph(self, batch: Batch) -> Graph:
         """The graph for a kind of batch, captured if it is new."""
         kind = batch.kind
-        if kind not in self._graphs:
-            self._forget()
-            grouping = batch.grouping.to(self.device)
-            static = replace(batch, grouping=grouping)
-            graph = capture(lambda: self._step(static), self._write_rows)
-            self._graphs[kind] = Graph(graph, static)
-        return self._graphs[kind]
+        known = self._graphs.get(kind)
+        if known is not None:
+            return known
+        self._forget()
+        grouping = batch.grouping.to(self.device)
+        static = replace(batch, grouping=grouping)
+        captured = capture(lambda: self._step(static), self._write_rows)
+        graph = Graph(captured, static)
+        self._graphs[kind] = graph
+        return graph
 
     def _forget(self) -> None:
         """Drop graphs that read the embeddings of adapters that are gone; until then they keep them alive."""
-        for kind, graph in list(self._graphs.items()):
+        kinds = list(self._graphs)
+        for kind in kinds:
+            graph = self._graphs[kind]
             if graph.gone:
                 del self._graphs[kind]
 
     def _step(self, batch: Batch) -> None:
         """One step, as it is captured."""
-        id_T = self.rows.id_T[: batch.rows]
+        count = batch.rows
+        id_T = self.rows.id_T[:count]
+        position_T = self.rows.position_T[:count]
+        number_T = self.rows.number_T[:count]
         step = self._pass(batch)
         x_TD = self.decoder.embed(id_T, batch.adapters)
         hidden_TD = self.decoder.forward(x_TD, step)
         logits_TV = self.decoder.logits(hidden_TD, batch.adapters)
         token_T = self._chosen_tokens(batch, logits_TV)
         id_T.copy_(token_T)
-        self.rows.position_T[: batch.rows].add_(1)
-        self.rows.number_T[: batch.rows].add_(1)
+        position_T.add_(1)
+        number_T.add_(1)
 
     def _chosen_tokens(self, batch: Batch, logits_TV: Tensor) -> Tensor:
         """The next token of each row."""
         if batch.is_greedy:
             return logits_TV.argmax(-1)
-        choice = self.rows.choice.first(batch.rows)
-        number_T = self.rows.number_T[: batch.rows]
+        count = batch.rows
+        choice = self.rows.choice.first(count)
+        number_T = self.rows.number_T[:count]
         return sample(logits_TV, choice, number_T)
 
     def _pass(self, batch: Batch) -> Pass:
         """What a step of these rows needs: each is a sequence, at its position."""
-        position_T = self.rows.position_T[: batch.rows]
-        pages_TP = self.rows.pages_TP[: batch.rows]
-        kind_T = self.rows.kind_T[: batch.rows]
+        count = batch.rows
+        position_T = self.rows.position_T[:count]
+        pages_TP = self.rows.pages_TP[:count]
+        kind_T = self.rows.kind_T[:count]
         column_T = position_T // PAGE
-        page_T1 = pages_TP.gather(1, column_T[:, None])
-        page_T = page_T1[:, 0].long()
+        column_T1 = column_T[:, None]
+        page_T1 = pages_TP.gather(1, column_T1)
+        page_T = page_T1[:, 0]
+        page_T = page_T.long()
         cos_TF, sin_TF = self.rotations.at(kind_T, position_T)
         return Pass(
             adapters=batch.adapters,
@@ -193,31 +222,26 @@ class Runner:
         )
 
 
-def pinned_tokens(count: int) -> Tensor:
-    """Memory on the host for so many tokens, to which the device may copy."""
-    return torch.zeros(count, dtype=torch.int64, pin_memory=True)
+def pinned_tokens(count: int) -> list[Tensor]:
+    """Memory on the host for twice as many tokens, to which the device may copy."""
+    size = (2, count)
+    token_2T = torch.zeros(size, dtype=torch.int64, pin_memory=True)
+    return list(token_2T)
 
 
-def wide_rank(needs: Needs, tail: int) -> int:
-    """The rank that grouped kernels must do: all of it where the adapters' factors do not fit into the tail."""
-    if tail:
-        return needs.wide
-    return max(needs.wide, needs.narrow)
+def rank_in_tail(needs: Needs) -> int:
+    """The rank that grouped kernels compute of an adapter when decoding, where the narrow ones are in the tail."""
+    return needs.wide
 
 
-def has_embeddings(member: BatchAdapter) -> bool:
-    """Whether an adapter has an embedding or a head of its own."""
-    resident = member.resident
-    return resident.embed_VD is not None or resident.head_VD is not None
-
-
-def capture(step: Callable[[], None], restore: Callable[[], None]) -> Any:
+def capture(step: Action, restore: Action) -> Any:
     """A step as a graph; it is tried first, as kernels are compiled and libraries set up then, and undone."""
+    current = torch.cuda.current_stream()
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         step()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

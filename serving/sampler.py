@@ -52,10 +52,14 @@ class Choice:
         requests = [nobody] * rows
         return cls.of(requests, device)
 
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self.seed_T)
+
     def write(self, choice: "Choice") -> None:
         """Overwrite the first rows with these."""
-        rows = len(choice.seed_T)
-        first = self.first(rows)
+        first = self.first(choice.rows)
         first.temperature_T.copy_(choice.temperature_T)
         first.top_k_T.copy_(choice.top_k_T)
         first.top_p_T.copy_(choice.top_p_T)
@@ -63,20 +67,16 @@ class Choice:
 
     def first(self, rows: int) -> "Choice":
         """Views of so many rows."""
-        return Choice(
-            temperature_T=self.temperature_T[:rows],
-            top_k_T=self.top_k_T[:rows],
-            top_p_T=self.top_p_T[:rows],
-            seed_T=self.seed_T[:rows],
-        )
+        temperature_T = self.temperature_T[:rows]
+        top_k_T = self.top_k_T[:rows]
+        top_p_T = self.top_p_T[:rows]
+        seed_T = self.seed_T[:rows]
+        return Choice(temperature_T, top_k_T, top_p_T, seed_T)
 
 
 def are_greedy(requests: Rows[Request]) -> bool:
     """Whether every request takes the likeliest token."""
-    for request in requests:
-        if request.temperature != 0:
-            return False
-    return True
+    return all(request.is_greedy for request in requests)
 
 
 def sample(logits_TV: Tensor, choice: Choice, number_T: Tensor) -> Tensor:
@@ -120,7 +120,8 @@ def _truncated(scaled_TV: Tensor, choice: Choice) -> Tensor:
     top_p_T1 = choice.top_p_T[:, None]
     is_out_TV = mass_before_TV >= top_p_T1
     _, vocabulary = scaled_TV.shape
-    rank_V = torch.arange(vocabulary, device=scaled_TV.device)
+    device = scaled_TV.device
+    rank_V = torch.arange(vocabulary, device=device)
     top_k_T1 = choice.top_k_T[:, None]
     is_limited_T1 = top_k_T1 > 0
     is_behind_TV = rank_V >= top_k_T1
@@ -128,7 +129,8 @@ def _truncated(scaled_TV: Tensor, choice: Choice) -> Tensor:
     is_out_TV[:, 0] = False
     ordered_TV = ordered_TV.masked_fill(is_out_TV, float("-inf"))
     result_TV = torch.empty_like(scaled_TV)
-    return result_TV.scatter_(-1, order_TV, ordered_TV)
+    result_TV.scatter_(-1, order_TV, ordered_TV)
+    return result_TV
 
 
 def _mixed_bits(x: Tensor) -> Tensor:

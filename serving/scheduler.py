@@ -14,6 +14,7 @@ from serving.pool import Pool, Resident
 from serving.sequence import Sequence
 
 Prepare = Callable[[Resident], bool]
+SequenceSpan = tuple[Sequence, Span]  # a sequence, and its rows in a pass
 
 
 class Scheduler:
@@ -54,9 +55,9 @@ class Scheduler:
     def _admitted(self) -> int:
         return len(self.filling) + len(self.running)
 
-    def next_chunk(self) -> list[tuple[Sequence, Span]]:
+    def next_chunk(self) -> list[SequenceSpan]:
         """The sequences whose prompts are computed next, with their rows: at most a chunk of tokens."""
-        chosen: list[tuple[Sequence, Span]] = []
+        chosen: list[SequenceSpan] = []
         row = 0
         for sequence in self.filling:
             space = self.chunk - row
@@ -64,7 +65,8 @@ class Scheduler:
             if count == 0:
                 break
             span = Span(row, count, sequence.computed, sequence.pages)
-            chosen.append((sequence, span))
+            part = (sequence, span)
+            chosen.append(part)
             row += count
         return chosen
 
@@ -88,16 +90,15 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a sequence a slot for its adapter and pages; False where one of them is not to be had now."""
-        if sequence.packed is not None and sequence.resident is None:
-            sequence.resident = self._resident(sequence.packed)
-            if sequence.resident is None:
-                return False
+        if not self._has_adapter(sequence):
+            return False
         adapter_pages: list[int] = []
         if sequence.resident is not None:
             adapter_pages = sequence.resident.pages
         full_pages = sequence.virtual // PAGE
         shared = adapter_pages[:full_pages]
-        needed = pages_for(sequence.length) - full_pages
+        needed = pages_for(sequence.length)
+        needed -= full_pages
         own_pages = self._reserve(needed)
         if own_pages is None:
             return False
@@ -108,6 +109,14 @@ class Scheduler:
             # The adapter's last page is not full: this sequence goes on in a copy of its own.
             self.cache.copy(adapter_pages[-1], own_pages[0])
         return True
+
+    def _has_adapter(self, sequence: Sequence) -> bool:
+        """Whether a sequence's adapter is in a slot, into which it is brought if need be."""
+        if sequence.packed is None:
+            return True
+        if sequence.resident is None:
+            sequence.resident = self._resident(sequence.packed)
+        return sequence.resident is not None
 
     def _resident(self, packed: Packed) -> Resident | None:
         """An adapter in a slot, which others that are not in use may have to leave."""

@@ -32,9 +32,10 @@ def score(forward: Forward, chosen: Chosen, hidden_TD: Tensor) -> None:
     for first in range(0, len(scored), AT_ONCE):
         stop = first + AT_ONCE
         part = scored[first:stop]
-        scores = log_probabilities(forward, part, hidden_TD)
-        for item, value in zip(part, scores, strict=True):
-            item.sequence.scores.append(value)
+        values = log_probabilities(forward, part, hidden_TD)
+        for item, value in zip(part, values, strict=True):
+            scores = item.sequence.scores
+            scores.append(value)
 
 
 def scored_rows(sequence: Sequence, span: Span) -> list[Scored]:
@@ -65,10 +66,12 @@ def log_probabilities(forward: Forward, scored: list[Scored], hidden_TD: Tensor)
         rows.append(item.row)
         tokens.append(item.token)
     device = forward.device
-    adapters = AdapterBatch.of(owners).to(device)
+    adapters = AdapterBatch.of(owners)
+    adapters = adapters.to(device)
     hidden_ND = hidden_TD[rows]
     logits_NV = forward.decoder.logits(hidden_ND, adapters)
-    log_NV = logits_NV.float().log_softmax(-1)
+    logits_NV = logits_NV.float()
+    log_NV = logits_NV.log_softmax(-1)
     token_N = torch.tensor(tokens, device=device)
     token_N1 = token_N[:, None]
     score_N1 = log_NV.gather(1, token_N1)

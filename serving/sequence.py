@@ -23,6 +23,11 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the likeliest token each time."""
+        return self.temperature == 0
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -78,8 +83,11 @@ class Sequence:
             return self.uncomputed == 0
         if not self.answer:
             return False
+        request = self.request
+        if len(self.answer) >= request.new_tokens:
+            return True
         last = self.answer[-1]
-        return len(self.answer) >= self.request.new_tokens or last in self.request.stop
+        return last in request.stop
 
     @property
     def is_at_last_token(self) -> bool:

@@ -8,7 +8,7 @@ from serving.error import BaseRefused
 
 FAMILIES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 ROPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the length
-ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
+GATE_ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,26 @@ class Shape:
     embed_scale: float
     gelu: bool  # tanh-approximated GELU in the place of SiLU
     window: int | None  # tokens that attention sees back, itself included; None: all
+
+    @property
+    def query_size(self) -> int:
+        """Numbers of all queries of a row."""
+        return self.heads * self.head_size
+
+    @property
+    def key_size(self) -> int:
+        """Numbers of all keys of a row, or of all values."""
+        return self.kv_heads * self.head_size
+
+    @property
+    def all_heads(self) -> int:
+        """Heads of queries, keys and values together."""
+        return self.heads + 2 * self.kv_heads
+
+    @property
+    def queries_of_key(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.heads // self.kv_heads
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
@@ -49,7 +69,7 @@ class Shape:
             epsilon=config.rms_norm_eps,
             norm_offset=norm_offset,
             embed_scale=embed_scale,
-            gelu=ACTIVATIONS[activation(config)],
+            gelu=GATE_ACTIVATIONS[activation(config)],
             window=window(config),
         )
 
@@ -58,7 +78,7 @@ def check(config: Any) -> None:
     """Raise BaseRefused where a config asks for what the forward pass does not have."""
     _check_value("model type", config.model_type, FAMILIES)
     _check_value("rotary positions of type", rope_type(config), ROPES)
-    _check_value("activation", activation(config), ACTIVATIONS)
+    _check_value("activation", activation(config), GATE_ACTIVATIONS)
     layer_types = getattr(config, "layer_types", None) or ["full_attention"]
     kinds = sorted(set(layer_types))
     if len(kinds) > 1:

@@ -14,6 +14,7 @@ from serving.packed import Column
 from serving.pool import Pool, Resident
 
 INPUTS_OF_STEP = 1024
+Placed = tuple[Resident, int]  # with the first rank
 
 
 class Tail:
@@ -24,29 +25,35 @@ class Tail:
         self.base = base
         self.pool = pool
         self.capacity = capacity
-        self._placed: dict[int, tuple[Resident, int]] = {}  # by slot, with the first rank
+        self._placed: dict[int, Placed] = {}  # by slot
 
     def place(self, residents: list[Resident]) -> int:
         """Make these adapters' factors lie there; how many ranks a pass must compute, or 0 where they do not fit."""
         narrow: list[Resident] = []
         ranks = 0
         for resident in residents:
-            ranks += narrow_rank(resident)
-            if narrow_rank(resident):
+            rank = resident.needs.narrow
+            ranks += rank
+            if rank:
                 narrow.append(resident)
         needed = rounded(ranks)
         if needed > self.capacity or not narrow:
             return 0
-        if not all(self._is_within(resident, needed) for resident in narrow):
-            self._place_anew(narrow)
+        for resident in narrow:
+            if not self._is_within(resident, needed):
+                self._place_anew(narrow)
+                break
         return needed
 
     def _is_within(self, resident: Resident, end: int) -> bool:
         """Whether an adapter's factors lie in the first ranks, up to `end`."""
-        holder, start = self._placed.get(resident.slot, (None, 0))
+        placed = self._placed.get(resident.slot)
+        if placed is None:
+            return False
+        holder, start = placed
         if holder is not resident:
             return False
-        stop = start + narrow_rank(resident)
+        stop = start + resident.needs.narrow
         return stop <= end
 
     def _place_anew(self, residents: list[Resident]) -> None:
@@ -58,8 +65,9 @@ class Tail:
             self._placed[resident.slot] = resident, start
             self._note(resident.slot, start)
             slots.append(resident.slot)
-            start += narrow_rank(resident)
-        slot_N = torch.tensor(slots, dtype=torch.int32, device=self.base.device)
+            start += resident.needs.narrow
+        device = self.base.device
+        slot_N = torch.tensor(slots, dtype=torch.int32, device=device)
         for group in self.base.groups.values():
             self._copy_factors(group, slot_N)
 
@@ -71,9 +79,10 @@ class Tail:
             for section, site in enumerate(group.sites):
                 number = self.base.sites[site.name]
                 columns_LC = table_LSC[:, number]
-                offset_L = section * columns_LC[:, Column.RANKS]
+                ranks_L = columns_LC[:, Column.RANKS]
+                offset_L = section * ranks_L
                 columns_LC[:, Column.TAIL] = first + offset_L
-        self.pool.table_KLSC[slot].copy_(table_LSC, non_blocking=True)
+        self.pool.upload(slot)
 
     def _copy_factors(self, group: Group, slot_N: Tensor) -> None:
         """Copy the factors of some slots' adapters behind the weights of a group."""
@@ -81,7 +90,8 @@ class Tail:
         layers, _, inputs = weight.shape
         table = self.pool.table_KLSC
         entry = self.pool.entry(0, group.first_site)
-        grid = (len(slot_N) * group.sections, layers)
+        rows = len(slot_N) * group.sections
+        grid = (rows, layers)
         tail_kernel[grid](
             weight,
             slot_N,
@@ -96,11 +106,6 @@ class Tail:
             N=INPUTS_OF_STEP,
             num_warps=4,
         )
-
-
-def narrow_rank(resident: Resident) -> int:
-    """The ranks that an adapter takes behind the base's weights."""
-    return resident.packed.needs.narrow
 
 
 def rounded(ranks: int) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from serving.adapter import Place
 from serving.base import Base
 from serving.folder import Folder
-from serving.group import Site
+from serving.group import Names, Site
 
 PREFIX = "base_model.model."  # of the names in PEFT's files
 
@@ -37,17 +37,23 @@ class Target:
 
 def targets(folder: Folder, base: Base, suffix: str) -> Iterator[Target]:
     """The linear layers that have a tensor whose name ends so, and those that the config lists."""
-    configured = folder.config.get("target_modules")
-    wanted: tuple[str, ...] = ()
-    if isinstance(configured, list):
-        wanted = tuple(configured)
     names = set(folder.names)
+    wanted = wanted_modules(folder)
     for layer, site in base.linears():
         place = (layer, site.name)
-        target = Target(place, module_name(layer, site), site)
+        module = module_name(layer, site)
+        target = Target(place, module, site)
         tensor = f"{target.name}.{suffix}"
-        if tensor in names or listed(target.module, wanted):
+        if tensor in names or listed(module, wanted):
             yield target
+
+
+def wanted_modules(folder: Folder) -> Names:
+    """The names of linear layers that a config lists, if it lists any."""
+    configured = folder.config.get("target_modules")
+    if isinstance(configured, list):
+        return tuple(configured)
+    return ()
 
 
 def module_name(layer: int, site: Site) -> str:
@@ -56,7 +62,7 @@ def module_name(layer: int, site: Site) -> str:
     return f"{parent}.{site.name}"
 
 
-def listed(module: str, wanted: tuple[str, ...]) -> bool:
+def listed(module: str, wanted: Names) -> bool:
     """Whether a module has one of these names, whole or behind a dot."""
     if module in wanted:
         return True

@@ -43,8 +43,10 @@ class Projections:
 def read_vera(folder: Folder, base: Base) -> Adapter:
     """VeRA: diag(b) B diag(d) A, with A and B sliced from projections that all modules share."""
     folder.only("bias", "d_initial", "init_weights", "projection_prng_key", "r", "save_projection")
-    rank = folder.config["r"]
-    adapted = list(targets(folder, base, "vera_lambda_d"))
+    config = folder.config
+    rank = config["r"]
+    found = targets(folder, base, "vera_lambda_d")
+    adapted = list(found)
     projections = Projections(folder, rank, adapted)
     parts = {}
     for target in adapted:

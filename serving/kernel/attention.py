@@ -8,17 +8,30 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from serving.kernel.memory import cells, cells_in, load_float, load_masked, product, store_rounded
+from serving.kernel.memory import (
+    cells,
+    cells_in,
+    column,
+    load_float,
+    load_masked,
+    numbers_of,
+    product,
+    store_rounded,
+)
 
 
 @triton.jit
 def key_range(length, window, part, S: constexpr, PARTS: constexpr):
     """The positions [low, high) of one part of the keys that a query sees; a part has whole steps of S keys."""
-    begin = tl.maximum(length - window, 0)
-    keys = tl.cdiv(length - begin, PARTS)
-    share = tl.cdiv(keys, S) * S
+    begin = length - window
+    begin = tl.maximum(begin, 0)
+    seen = length - begin
+    keys = tl.cdiv(seen, PARTS)
+    steps = tl.cdiv(keys, S)
+    share = steps * S
     low = begin + part * share
-    high = tl.minimum(low + share, length)
+    high = low + share
+    high = tl.minimum(high, length)
     return low, high
 
 
@@ -29,8 +42,9 @@ def keys_of(pages, position_S, seen_S, head, KEYS: constexpr, E: constexpr, PAGE
     offset_S = position_S % PAGE
     page_S = tl.load(pages + column_S, mask=seen_S, other=0)
     place_S = page_S * PAGE + offset_S
-    row_S = place_S.to(tl.int64) * KEYS + head
-    return row_S * E
+    place_S = place_S.to(tl.int64)
+    head_S = place_S * KEYS + head
+    return head_S * E
 
 
 @triton.jit
@@ -66,12 +80,12 @@ def attention_of(
         score_GS = tl.where(seen_S[None, :], score_GS, float("-inf"))
         next_G = tl.maximum(peak_G, tl.max(score_GS, axis=1))
         shrink_G = tl.exp2(peak_G - next_G)
-        weight_GS = tl.exp2(score_GS - next_G[:, None])
+        weight_GS = tl.exp2(score_GS - column(next_G))
         mass_G = mass_G * shrink_G + tl.sum(weight_GS, axis=1)
         value_SE = load_masked(values + cells(at_S, e), cells_in(seen_S, in_E))
         weight_GS = weight_GS.to(value_SE.dtype)
         update_GE = product(weight_GS, value_SE)
-        sum_GE = sum_GE * shrink_G[:, None] + update_GE
+        sum_GE = sum_GE * column(shrink_G) + update_GE
         peak_G = next_G
     return sum_GE, peak_G, mass_G
 
@@ -137,10 +151,12 @@ def store_part(
     PARTS: constexpr,
 ):
     """Write the attention of a part; where there are several, what joins them too."""
-    whole_G = tl.where(mass_G > 0, mass_G, 1.0)
-    out_GE = sum_GE / whole_G[:, None]
+    has_mass_G = mass_G > 0
+    whole_G = tl.where(has_mass_G, mass_G, 1.0)
+    out_GE = sum_GE / column(whole_G)
     cell_G = head_G * PARTS + part
-    at_GE = cells(cell_G * E, e)
+    first_G = cell_G * E
+    at_GE = cells(first_G, e)
     store_rounded(result + at_GE, out_GE, mask_GE)
     if PARTS > 1:
         tl.store(peak + cell_G, peak_G, mask=in_G)
@@ -148,23 +164,32 @@ def store_part(
 
 
 @triton.jit
+def weights_of_parts(peak_at_P, mass_at_P):
+    """What the values of each part are weighted with, from the peak and mass of its softmax."""
+    peak_P = tl.load(peak_at_P)
+    mass_P = tl.load(mass_at_P)
+    has_mass_P = mass_P > 0
+    peak = tl.max(peak_P, axis=0)
+    shrink_P = tl.exp2(peak_P - peak)
+    return tl.where(has_mass_P, mass_P * shrink_P, 0.0)
+
+
+@triton.jit
 def join_kernel(part, peak, mass, result, E: constexpr, W: constexpr, PARTS: constexpr):
     """The attention of one query head from its parts."""
     cell = tl.program_id(0).to(tl.int64)
-    p = tl.arange(0, PARTS)
     e = tl.arange(0, W)
     in_E = e < E
-    cell_P = cell * PARTS + p
-    peak_P = tl.load(peak + cell_P)
-    mass_P = tl.load(mass + cell_P)
-    peak_all = tl.max(peak_P, axis=0)
-    shrink_P = tl.exp2(peak_P - peak_all)
-    weight_P = tl.where(mass_P > 0, mass_P * shrink_P, 0.0)
-    at_PE = cells(cell_P * E, e)
-    part_PE = load_float(part + at_PE, in_E[None, :])
-    weighted_PE = part_PE * weight_P[:, None]
+    cell_P = numbers_of(cell, PARTS)
+    weight_P = weights_of_parts(peak + cell_P, mass + cell_P)
+    first_P = cell_P * E
+    at_PE = cells(first_P, e)
+    mask_1E = in_E[None, :]
+    weight_P1 = column(weight_P)
+    part_PE = load_float(part + at_PE, mask_1E)
+    weighted_PE = part_PE * weight_P1
     sum_E = tl.sum(weighted_PE, axis=0)
     whole = tl.sum(weight_P, axis=0)
     out_E = sum_E / whole
-    result_E = result + cell * E + e
-    store_rounded(result_E, out_E, in_E)
+    first = result + cell * E
+    store_rounded(first + e, out_E, in_E)

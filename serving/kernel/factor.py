@@ -16,14 +16,16 @@ from serving.kernel.tile import rows_of
 @triton.jit
 def activated(x, code):
     """none, relu, gelu or silu, by number."""
+    is_relu, is_gelu, is_silu = code == 1, code == 2, code == 3
     relu = tl.maximum(x, 0.0)
     scaled = x * 0.7071067811865476
-    gelu = 0.5 * x * (1.0 + tl.erf(scaled))
+    error = tl.erf(scaled)
+    gelu = 0.5 * x * (1.0 + error)
     power = tl.exp(-x)
     silu = x / (1.0 + power)
-    x = tl.where(code == 1, relu, x)
-    x = tl.where(code == 2, gelu, x)
-    return tl.where(code == 3, silu, x)
+    x = tl.where(is_relu, relu, x)
+    x = tl.where(is_gelu, gelu, x)
+    return tl.where(is_silu, silu, x)
 
 
 @triton.jit
@@ -42,13 +44,15 @@ def first_products(
 ):
     """x A^T [T, R] over one part of the inputs, in fp32."""
     low = part * share
-    high = tl.minimum(low + share, inputs)
+    high = low + share
+    high = tl.minimum(high, inputs)
     k = tl.arange(0, K)
     x_TK = cells(x_T, k)
     a_KR = cells(k, a_R)
     sum_TR = tl.zeros((T, R), tl.float32)
     for start in range(low, high, K):
-        in_K = start + k < inputs
+        position_K = start + k
+        in_K = position_K < inputs
         in_R = r < rank
         mask_TK = cells_in(in_T, in_K)
         mask_KR = cells_in(in_K, in_R)
@@ -121,8 +125,9 @@ def shrink_kernel(
     sum_TR = first_products(x_T, in_T, a_R, r, rank, part, share, inputs, T, R, K)
     in_R = r < rank  # anew, not from the loop: what is stored lies in other threads' registers
     sum_TR = finished(sum_TR, entry, arena, r, in_R)
-    h_T = h + part * h_part + section * h_section + row_T * h_stride
-    store_rounded(cells(h_T, r), sum_TR, cells_in(in_T, in_R))
+    h_section_T = h + section * h_section + row_T * h_stride
+    at_TR = cells(h_section_T + part * h_part, r)
+    store_rounded(at_TR, sum_TR, cells_in(in_T, in_R))
 
 
 @triton.jit
@@ -132,11 +137,13 @@ def section_of_output(n, out, second, third):
     is_behind_second = n >= third
     section = is_behind_first.to(tl.int32)
     section += is_behind_second.to(tl.int32)
-    begin = tl.where(section == 1, second, 0)
-    begin = tl.where(section == 2, third, begin)
-    end = tl.where(section == 1, third, second)
+    is_second = section == 1
+    is_third = section == 2
+    begin = tl.where(is_second, second, 0)
+    begin = tl.where(is_third, third, begin)
+    end = tl.where(is_second, third, second)
     end = tl.minimum(end, out)
-    end = tl.where(section == 2, out, end)
+    end = tl.where(is_third, out, end)
     return section, begin, end
 
 
@@ -144,9 +151,11 @@ def section_of_output(n, out, second, third):
 def ranks_of_share(rank, share, R: constexpr, SHARES: constexpr):
     """The ranks from low to high of one share, which are whole steps of R."""
     ranks = tl.cdiv(rank, SHARES)
-    size = tl.cdiv(ranks, R) * R
+    steps = tl.cdiv(ranks, R)
+    size = steps * R
     low = share * size
-    high = tl.minimum(low + size, rank)
+    high = low + size
+    high = tl.minimum(high, rank)
     return low, high
 
 
@@ -171,11 +180,13 @@ def second_products(
     b_RN = cells(r * outputs, b_N)
     sum_TN = tl.zeros((T, N), tl.float32)
     for start in range(low, high, R):
-        in_R = start + r < high
+        rank_R = start + r
+        in_R = rank_R < high
+        b_start = start * outputs
         mask_TR = cells_in(in_T, in_R)
         mask_RN = cells_in(in_R, in_N)
         h_tile = load_masked(h_TR + start, mask_TR)
-        b_tile = load_masked(b_RN + start * outputs, mask_RN)
+        b_tile = load_masked(b_RN + b_start, mask_RN)
         sum_TN = add_product(h_tile, b_tile, sum_TN)
     return sum_TN
 
@@ -272,8 +283,10 @@ def add_kernel(
     share_T = shares + row_T * share_stride
     at_TN = cells(y_T, n)
     share_TN = cells(share_T, n)
-    mask_TN = cells_in(in_T, n < out)
+    in_N = n < out
+    mask_TN = cells_in(in_T, in_N)
     sum_TN = load_float(at_TN, mask_TN)
     for share in tl.static_range(SHARES):
-        sum_TN += load_float(share_TN + share * share_part, mask_TN)
+        at_share_TN = share_TN + share * share_part
+        sum_TN += load_float(at_share_TN, mask_TN)
     store_rounded(at_TN, sum_TN, mask_TN)

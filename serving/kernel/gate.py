@@ -16,7 +16,8 @@ from serving.kernel.tile import load_factor, load_products, products_of, rows_of
 def gate_function(x, GELU: constexpr):
     """GELU by its approximation with tanh, or SiLU."""
     if GELU:
-        cube = 0.044715 * x * x * x
+        square = x * x
+        cube = 0.044715 * square * x
         z = 0.7978845608028654 * (x + cube)
         power = tl.exp(-2.0 * z)
     else:
@@ -60,7 +61,6 @@ def gate_kernel(
     inner,
     y_stride,
     slot_stride,
-    products,
     T: constexpr,
     N: constexpr,
     R: constexpr,
@@ -79,9 +79,7 @@ def gate_kernel(
     mine = tl.load(slot + tile) * slot_stride
     entry = table + mine
     y_T = y + row_T * y_stride
-    gate_TN, up_TN = completed_gate(
-        y_T, in_T, n, in_N, entry, arena, inner, products, R, SECTIONS, TAIL, PLACED, GAIN
-    )
+    gate_TN, up_TN = completed_gate(y_T, in_T, n, in_N, entry, arena, inner, R, SECTIONS, TAIL, PLACED, GAIN)
     x_TN = gate_function(gate_TN, GELU) * up_TN
     if SCALE:
         x_TN = apply_scale(x_TN, scales + mine, arena, n, in_N)
@@ -100,7 +98,6 @@ def completed_gate(
     entry,
     arena,
     inner,
-    products,
     R: constexpr,
     SECTIONS: constexpr,
     TAIL: constexpr,
@@ -110,8 +107,8 @@ def completed_gate(
     """The outputs n of gate and up, complete, in fp32. What is read is read before the first product."""
     up_entry, column, outputs = up_of(entry, n, inner, SECTIONS)
     if TAIL:
-        gate_first, gate_rank = products_of(entry, 0, products, PLACED)
-        up_first, up_rank = products_of(up_entry, SECTIONS - 1, products, PLACED)
+        gate_first, gate_rank = products_of(entry, 0, R, PLACED)
+        up_first, up_rank = products_of(up_entry, SECTIONS - 1, R, PLACED)
         gate_RN = load_factor(arena, entry, gate_rank, n, in_N, outputs, R)
         up_RN = load_factor(arena, up_entry, up_rank, column, in_N, outputs, R)
     mask_TN = cells_in(in_T, in_N)
@@ -134,12 +131,14 @@ def completed_gate(
 def scale_kernel(x, slot, table, arena, inputs, slot_stride, N: constexpr):
     """x * U in place, for one row."""
     row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     mine = tl.load(slot + row) * slot_stride
     entry = table + mine
     if has(entry, U):
-        n = numbers_of(tl.program_id(1), N)
+        n = numbers_of(part, N)
         in_N = n < inputs
         x_row = x + row * inputs
-        x_N = load_float(x_row + n, in_N)
+        at_N = x_row + n
+        x_N = load_float(at_N, in_N)
         x_N = apply_scale(x_N, entry, arena, n, in_N)
-        store_rounded(x_row + n, x_N, in_N)
+        store_rounded(at_N, x_N, in_N)

@@ -8,13 +8,21 @@ from triton.language import constexpr
 @triton.jit
 def cells(row_T, column_N):
     """Each row's address with each column's number added, [T, N]."""
-    return row_T[:, None] + column_N[None, :]
+    row_T1 = row_T[:, None]
+    return row_T1 + column_N
 
 
 @triton.jit
 def cells_in(in_T, in_N):
     """Which cells are there, [T, N]: those whose row is there, and their column too."""
-    return in_T[:, None] & in_N[None, :]
+    in_T1 = in_T[:, None]
+    return in_T1 & in_N
+
+
+@triton.jit
+def column(number_T):
+    """Numbers as a column, [T, 1]."""
+    return number_T[:, None]
 
 
 @triton.jit

@@ -37,14 +37,25 @@ def add_tail(y_D, y_row, entry, arena, d, in_D, width, R: constexpr):
     for r in tl.static_range(R):
         in_rank = r < rank
         mask_D = in_D & in_rank
+        at_D = b_D + r * width
         h_r = load_float(h + r, in_rank)
-        b_r = load_float(b_D + r * width, mask_D)
+        b_r = load_float(at_D, mask_D)
         y_D += h_r * b_r
     return y_D
 
 
 @triton.jit
-def completed_row(y_row, entry, arena, d, in_D, width, R: constexpr, TAIL: constexpr, GAIN: constexpr):
+def completed_row(
+    y_row,
+    entry,
+    arena,
+    d,
+    in_D,
+    width,
+    R: constexpr,
+    TAIL: constexpr,
+    GAIN: constexpr,
+):
     """The outputs of a row, complete, in fp32."""
     y_D = load_float(y_row + d, in_D)
     if TAIL:

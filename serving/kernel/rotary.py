@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.language import constexpr
 
 from serving.kernel.entry import COLUMNS, apply_gain
-from serving.kernel.memory import cells, cells_in, load_float, product, store_rounded
+from serving.kernel.memory import cells, cells_in, column, load_float, load_masked, product, store_rounded
 from serving.kernel.norm import norm_weight
 from serving.kernel.tile import load_factor, load_products, products_of, rows_of
 
@@ -20,14 +20,15 @@ def squares(x_TW):
     """The sum of squares of each row, in a column."""
     square_TW = x_TW * x_TW
     sum_T = tl.sum(square_TW, axis=1)
-    return sum_T[:, None]
+    return column(sum_T)
 
 
 @triton.jit
 def scaled(x_TW, scale_T1, weight, own, arena, w, in_W, OWN: constexpr):
     """A part of a head, times its scale and the norm's weights."""
     weight_W = norm_weight(weight, own, arena, w, in_W, OWN)
-    return x_TW * scale_T1 * weight_W[None, :]
+    x_TW *= scale_T1
+    return x_TW * weight_W
 
 
 @triton.jit
@@ -48,27 +49,19 @@ def normed_head(
     OWN: constexpr,
 ):
     """The halves and the rest of a head, which is normed as a whole."""
-    sum_T1 = squares(a_TW) + squares(b_TW)
+    sum_T1 = squares(a_TW)
+    sum_T1 += squares(b_TW)
     if REST:
         sum_T1 += squares(c_TW)
     mean_T1 = sum_T1 / E
     scale_T1 = tl.rsqrt(mean_T1 + epsilon)
     a_TW = scaled(a_TW, scale_T1, weight, own, arena, w, in_W, OWN)
-    b_TW = scaled(b_TW, scale_T1, weight, own, arena, HALF + w, in_W, OWN)
+    second_w = HALF + w
+    b_TW = scaled(b_TW, scale_T1, weight, own, arena, second_w, in_W, OWN)
     if REST:
-        c_TW = scaled(c_TW, scale_T1, weight, own, arena, 2 * HALF + w, in_rest, OWN)
+        rest_w = 2 * HALF + w
+        c_TW = scaled(c_TW, scale_T1, weight, own, arena, rest_w, in_rest, OWN)
     return a_TW, b_TW, c_TW
-
-
-@triton.jit
-def norm_of(part, q_weight, k_weight, q_own, k_own):
-    """The base's weight of the norm of queries or keys, and the norm's entry."""
-    weight = q_weight
-    own = q_own
-    if part == 1:
-        weight = k_weight
-        own = k_own
-    return weight, own
 
 
 @triton.jit
@@ -97,47 +90,86 @@ def section_of(part, begin, out, QUERIES: constexpr, KEYS: constexpr, SECTIONS: 
 
 
 @triton.jit
-def destination(place, row_T, in_T, head, part, QUERIES: constexpr, KEYS: constexpr, E: constexpr):
+def destination(
+    place,
+    row_T,
+    in_T,
+    head,
+    w,
+    part,
+    QUERIES: constexpr,
+    KEYS: constexpr,
+    E: constexpr,
+):
     """Where a head of these rows goes among the queries, or to each row's place among the keys or the values."""
-    first_T = row_T * QUERIES
+    head_T = row_T * QUERIES + head
     if part > 0:
         place_T = tl.load(place + row_T, mask=in_T, other=0)
         place_T = place_T.to(tl.int64)
-        first_T = place_T * KEYS
-    return (first_T + head) * E
+        head_T = place_T * KEYS + head
+    first_T = head_T * E
+    return cells(first_T, w)
 
 
 @triton.jit
-def turned(a_TW, b_TW, cos, sin, row_T, w, part, mask_TW, HALF: constexpr):
+def turned(
+    a_TW,
+    b_TW,
+    cos,
+    sin,
+    row_T,
+    w,
+    part,
+    mask_TW,
+    HALF: constexpr,
+):
     """The two halves of a head, turned into each other; values are not turned, which is an angle of 0."""
-    angle_TW = cells(row_T * HALF, w)
-    turned_TW = mask_TW & (part < 2)
+    angle_T = row_T * HALF
+    angle_TW = cells(angle_T, w)
+    is_turned = part < 2
+    turned_TW = mask_TW & is_turned
     cos_TW = tl.load(cos + angle_TW, mask=turned_TW, other=1.0)
-    sin_TW = tl.load(sin + angle_TW, mask=turned_TW, other=0.0)
-    first_TW = a_TW * cos_TW - b_TW * sin_TW
-    second_TW = b_TW * cos_TW + a_TW * sin_TW
+    sin_TW = load_masked(sin + angle_TW, turned_TW)
+    first_TW = a_TW * cos_TW
+    first_TW -= b_TW * sin_TW
+    second_TW = b_TW * cos_TW
+    second_TW += a_TW * sin_TW
     return first_TW, second_TW
 
 
 @triton.jit
-def store_head(target, at_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF: constexpr, REST: constexpr):
+def store_head(
+    target,
+    at_TW,
+    a_TW,
+    b_TW,
+    c_TW,
+    mask_TW,
+    rest_TW,
+    HALF: constexpr,
+    REST: constexpr,
+):
     """Write the halves and the rest of a head."""
     first_TW = target + at_TW
+    second_TW = first_TW + HALF
     store_rounded(first_TW, a_TW, mask_TW)
-    store_rounded(first_TW + HALF, b_TW, mask_TW)
+    store_rounded(second_TW, b_TW, mask_TW)
     if REST:
-        store_rounded(first_TW + 2 * HALF, c_TW, rest_TW)
+        store_rounded(second_TW + HALF, c_TW, rest_TW)
 
 
 @triton.jit
 def rotate_kernel(
-    y, query, keys, values, place, cos, sin, slot, row, table, q_weight, k_weight, q_own, k_own, arena,
-    y_stride, slot_stride, epsilon, out, products,
-    QUERIES: constexpr, KEYS: constexpr, SECTIONS: constexpr, E: constexpr, HALF: constexpr, W: constexpr,
-    REST: constexpr, T: constexpr, R: constexpr, TAIL: constexpr, PLACED: constexpr, GAIN: constexpr,
-    NORM: constexpr, OWN: constexpr,
+    y, query, keys, values, place, cos, sin, slot, row, table, weights, own, arena, y_stride, slot_stride, epsilon,
+    out, QUERIES: constexpr, KEYS: constexpr, SECTIONS: constexpr, E: constexpr, HALF: constexpr, W: constexpr,
+    T: constexpr, R: constexpr, TAIL: constexpr, PLACED: constexpr, GAIN: constexpr, NORM: constexpr,
+    OWN: constexpr,
 ):  # fmt: skip
-    """One head of a tile's rows: norm where the base has one, rotate, and store as query or into the cache."""
+    """One head of a tile's rows: norm where the base has one, rotate, and store as query or into the cache.
+
+    `weights` are those of the norms of queries and of keys, `own` the entry of the first of these norms.
+    """
+    REST: constexpr = E > 2 * HALF
     head = tl.program_id(0)
     tile = tl.program_id(1)
     row_T, in_T = rows_of(row, tile, T)
@@ -146,44 +178,44 @@ def rotate_kernel(
     mine = tl.load(slot + tile) * slot_stride
     entry = table + mine + section * COLUMNS
     w = tl.arange(0, W)
+    n = head * E + w
     in_W = w < HALF
     in_rest = w < E - 2 * HALF
-    n = head * E + w
     y_T = y + row_T * y_stride
     a_TW, b_TW, c_TW = completed_head(
-        y_T, in_T, n, n - first, in_W, in_rest, entry, arena, out, outputs, section, products,
+        y_T, in_T, n, n - first, in_W, in_rest, entry, arena, out, outputs, section,
         HALF, REST, R, TAIL, PLACED, GAIN,
     )  # fmt: skip
     if NORM:
         if part < 2:
-            weight, own = norm_of(part, q_weight, k_weight, q_own, k_own)
-            own += mine
+            weight = weights + part * E
+            own += mine + part * COLUMNS
             a_TW, b_TW, c_TW = normed_head(
                 a_TW, b_TW, c_TW, weight, own, arena, w, in_W, in_rest, epsilon, E, HALF, REST, OWN
             )
     mask_TW = cells_in(in_T, in_W)
     rest_TW = cells_in(in_T, in_rest)
     a_TW, b_TW = turned(a_TW, b_TW, cos, sin, row_T, w, part, mask_TW, HALF)
-    at_T = destination(place, row_T, in_T, head - begin, part, QUERIES, KEYS, E)
-    at_TW = cells(at_T, w)
-    if part == 0:  # not one pointer for all three, whose alignment Triton would not know
+    at_TW = destination(place, row_T, in_T, head - begin, w, part, QUERIES, KEYS, E)
+    # Not one pointer for all three, whose alignment Triton would not know.
+    if part == 0:
         store_head(query, at_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF, REST)
-    elif part == 1:
+    if part == 1:
         store_head(keys, at_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF, REST)
-    else:
+    if part == 2:
         store_head(values, at_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF, REST)
 
 
 @triton.jit
 def completed_head(
-    y_T, in_T, n, column_W, in_W, in_rest, entry, arena, tail, outputs, section, products,
+    y_T, in_T, n, column_W, in_W, in_rest, entry, arena, tail, outputs, section,
     HALF: constexpr, REST: constexpr, R: constexpr, TAIL: constexpr, PLACED: constexpr, GAIN: constexpr,
 ):  # fmt: skip
     """The halves and the rest of a head, complete, in fp32. What is read is read before the first product."""
     second_W = column_W + HALF
     rest_W = column_W + 2 * HALF
     if TAIL:
-        first, rank = products_of(entry, section, products, PLACED)
+        first, rank = products_of(entry, section, R, PLACED)
         a_RW = load_factor(arena, entry, rank, column_W, in_W, outputs, R)
         b_RW = load_factor(arena, entry, rank, second_W, in_W, outputs, R)
         if REST:

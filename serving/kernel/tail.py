@@ -27,7 +27,7 @@ def tail_kernel(
 ):
     """Rows of one adapter, section and layer; those beyond its rank there are zero."""
     number = tl.program_id(0)
-    layer = tl.program_id(1)
+    layer = tl.program_id(1).to(tl.int64)
     section = number % sections
     adapter = number // sections
     chosen = tl.load(slot + adapter)
@@ -38,14 +38,23 @@ def tail_kernel(
     rows = tl.load(entry + RANKS)
     first = tl.load(entry + TAIL)
     source = piece(arena, entry, A)
-    target_row = (outputs + first).to(tl.int64)
-    layer_weight = weight + layer.to(tl.int64) * layer_stride
+    target_row = outputs + first
+    target_row = target_row.to(tl.int64)
+    layer_weight = weight + layer * layer_stride
     target = layer_weight + target_row * inputs
-    n = tl.arange(0, N)
     for row in range(rows):
-        for start in range(0, inputs, N):
-            in_N = start + n < inputs
-            at_N = row * inputs + start + n
-            is_there_N = (row < rank) & in_N
-            a_N = load_masked(source + at_N, is_there_N)
-            tl.store(target + at_N, a_N, mask=in_N)
+        first_number = row * inputs
+        has_row = row < rank
+        copy_row(source + first_number, target + first_number, has_row, inputs, N)
+
+
+@triton.jit
+def copy_row(source, target, is_there, inputs, N: constexpr):
+    """Copy a row of A, or zeros."""
+    n = tl.arange(0, N)
+    for start in range(0, inputs, N):
+        at_N = start + n
+        in_N = at_N < inputs
+        mask_N = is_there & in_N
+        a_N = load_masked(source + at_N, mask_N)
+        tl.store(target + at_N, a_N, mask=in_N)

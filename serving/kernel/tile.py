@@ -22,13 +22,13 @@ def rows_of(row, tile, T: constexpr):
 
 
 @triton.jit
-def products_of(entry, section, products, PLACED: constexpr):
+def products_of(entry, section, R: constexpr, PLACED: constexpr):
     """Where behind the outputs a row's products with its A begin, and how many they are.
 
-    PLACED: where the entry says, or nowhere; otherwise each section has so many `products`.
+    PLACED: where the entry says, or nowhere; otherwise each section has R.
     """
     rank = tl.load(entry + RANK)
-    first = section * products
+    first = section * R
     if PLACED:
         first = tl.load(entry + TAIL)
         rank = tl.where(first < 0, 0, rank)
