@@ -15,7 +15,7 @@ from torch import Tensor
 
 from serving.base import BEHIND, Base
 from serving.group import Group
-from serving.grouping import FEW, FEWEST_RANKS, Grouping, Tiles, Work
+from serving.grouping import FEWEST_RANKS, MANY, Grouping, Tiles, Work
 from serving.kernel.factor import add_kernel, expand_kernel, shrink_kernel
 from serving.pool import Pool
 
@@ -146,7 +146,7 @@ class Grouped:
         parts, _, sections, _ = h_PTSR.shape
         part_stride, row_stride, section_stride, _ = h_PTSR.stride()
         step = 64
-        if tiles.rows == FEW:
+        if tiles.rows < MANY:
             step = 128
         steps = triton.cdiv(inputs, parts * step)
         grid = (work.tasks, sections, parts)
@@ -215,7 +215,7 @@ class Grouped:
 
 def outputs_of_tile(work: Work, tiles: Tiles, group: Group) -> int:
     """How many outputs a program of the second factor computes at most."""
-    is_few = tiles.rows == FEW
+    is_few = tiles.rows < MANY
     if is_few and group.outputs > LARGE:
         return 64
     if is_few:
@@ -228,7 +228,7 @@ def outputs_of_tile(work: Work, tiles: Tiles, group: Group) -> int:
 def ranks_of_step(work: Work, tiles: Tiles) -> int:
     """How many ranks a program of the second factor takes at a time."""
     most = 64
-    if tiles.rows == FEW:
+    if tiles.rows < MANY:
         most = 128
     ranks: int = triton.next_power_of_2(work.rank)
     ranks = min(most, ranks)

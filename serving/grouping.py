@@ -13,7 +13,7 @@ from torch import Tensor
 from serving.mix import AdapterBatch
 from serving.packed import Needs
 
-FEW, MANY = 16, 64  # rows of a tile: when decoding the fewest that tensor cores take, and over prompts
+FEW, SOME, MANY = 8, 16, 64  # rows of a tile: when decoding, by how many share an adapter, and over prompts
 FEWEST_RANKS = 16  # that tensor cores take
 NOBODY = -1  # the row that fills up a tile, and the tile that fills up a list
 RankOf = Callable[[Needs], int]
@@ -194,7 +194,7 @@ class Grouping:
             before = self.before.size
         if self.behind is not None:
             behind = self.behind.size
-        return self.tiles.count, before, behind
+        return self.tiles.count, self.tiles.rows, before, behind
 
 
 def ranks_of_tiles(tiles: Tiles, adapters: AdapterBatch, rank_of: RankOf) -> Tensor:
@@ -214,9 +214,17 @@ def ranks_of_task(largest: int, rows: int) -> int:
     """How many ranks a task has at most, where the largest rank is this and a tile has so many rows."""
     if largest <= FEWEST_RANKS:
         return FEWEST_RANKS
-    if rows == FEW or largest <= 32:
+    if rows < MANY or largest <= 32:
         return 32
     return 64
+
+
+def rows_of_tile(adapters: AdapterBatch) -> int:
+    """How many rows a tile of a decoding step has at most."""
+    for _, row_T in adapters.members:
+        if len(row_T) > FEW:
+            return SOME
+    return FEW
 
 
 def products_of_row(needs: Needs) -> int:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from serving.base import HEAD_NORMS, LAST_NORM, Q_NORM, Base
 from serving.cache import Cache
-from serving.grouping import FEW, MANY
+from serving.grouping import FEW, MANY, SOME
 from serving.kernel.rotary import rotate_kernel
 from serving.passing import Pass
 from serving.pool import Pool
 
-ROTATE_WARPS = {FEW: 2, MANY: 4}  # measured on an H200, by the rows of a tile
+ROTATE_WARPS = {FEW: 1, SOME: 2, MANY: 4}  # measured on an H200, by the rows of a tile
 LEAST_WIDTH = 16  # of a tile of half a head
 
 
@@ -22,7 +22,6 @@ class RotaryHeads:
     """Launches the kernel that completes, norms, rotates and stores heads."""
 
     def __init__(self, base: Base, pool: Pool, cache: Cache) -> None:
-        self.base = base
         self.shape = base.shape
         self.pool = pool
         self.cache = cache

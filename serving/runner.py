@@ -14,7 +14,7 @@ from torch import Tensor
 from serving.batch import Batch, Kind, parts_of
 from serving.cache import PAGE, place_in
 from serving.forward import Forward, largest_rank
-from serving.grouping import FEW, Grouping, products_of_row
+from serving.grouping import Grouping, products_of_row, rows_of_tile
 from serving.mix import AdapterBatch, Owner
 from serving.packed import Needs
 from serving.passing import Pass
@@ -119,7 +119,8 @@ class Runner:
         rank_of = rank_in_tail
         if tail == 0:
             rank_of = largest_rank
-        grouping = Grouping.of(adapters, FEW, rank_of)
+        rows = rows_of_tile(adapters)
+        grouping = Grouping.of(adapters, rows, rank_of)
         shape = self.decoder.shape
         programs = count * shape.kv_heads
         return Batch(
