@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from orchestrator.comparison.compare import Comparison as Comparison
     from orchestrator.comparison.compare import compare as compare
     from orchestrator.control import cancel as cancel
+    from orchestrator.control import fetch as fetch
     from orchestrator.control import pause as pause
     from orchestrator.control import resume as resume
     from orchestrator.describe import methods as methods
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.planning.plan import Plan as Plan
     from orchestrator.planning.plan import plan as plan
     from orchestrator.progress import wait as wait
-    from orchestrator.rows import Look as Look
+    from orchestrator.rows import RowsView as RowsView
     from orchestrator.rows import rows as rows
     from orchestrator.status import Status as Status
     from orchestrator.status import list_runs as list_runs
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "clusters.base": ("Unreachable",),
     "orchestrator.comparison.compare": ("Comparison", "compare"),
-    "orchestrator.control": ("cancel", "pause", "resume"),
+    "orchestrator.control": ("cancel", "fetch", "pause", "resume"),
     "orchestrator.describe": ("methods",),
     "orchestrator.doctor": ("Check", "doctor"),
     "orchestrator.errors": ("InputError",),
@@ -50,7 +51,7 @@ _MODULES = {
     "orchestrator.logs": ("logs",),
     "orchestrator.planning.plan": ("Plan", "plan"),
     "orchestrator.progress": ("wait",),
-    "orchestrator.rows": ("Look", "rows"),
+    "orchestrator.rows": ("RowsView", "rows"),
     "orchestrator.status": ("Status", "list_runs", "status"),
     "orchestrator.submit": ("Submission", "dry_run", "submit"),
 }

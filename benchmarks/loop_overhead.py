@@ -25,12 +25,12 @@ from methods.registry import create
 from runfolder.chain import claim_next
 from trainer.base import load_model
 from trainer.checkpoint.saving import Checkpoints
-from trainer.loop import prepare
-from trainer.meter import Meter, Wish
+from trainer.loop import prepare_run
+from trainer.meter import Meter, SaveRequest
 from trainer.objectives.base import Totals
 from trainer.run import Run
 from trainer.speed import flops_per_token, peak_flops
-from trainer.step import Batch, feed, micro_batches, take_step
+from trainer.step import BatchTensors, feed, micro_batches, take_step
 from trainer.zero import gather
 from trainer.zero.engine import config as deepspeed_config
 
@@ -52,7 +52,7 @@ def main() -> None:
         run_dir = layouts.make_run(place, "ours", arguments.method, arguments.zero, steps, BATCH_TOKENS)
         attempt = claim_next(run_dir, None)
         assert attempt is not None
-        run, _ = prepare(attempt)
+        run, _ = prepare_run(attempt)
         ours, bare = Ours(run), Bare(run)
         pairs = [round_(run, ours, bare, number % 2 == 0) for number in range(ROUNDS + 2)][2:]
     ratios = [a / b for a, b in pairs]
@@ -111,7 +111,7 @@ class Ours:
     def __call__(self) -> None:
         for _ in range(STEPS):
             self.step += 1
-            take_step(self.run, self.step, self.feed, self.meter, Wish(self.saves.overdue()))
+            take_step(self.run, self.step, self.feed, self.meter, SaveRequest(self.saves.overdue()))
 
 
 class Bare:
@@ -129,7 +129,7 @@ class Bare:
         config["gradient_clipping"] = 1.0
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        self.steps: list[tuple[Totals, list[Batch]]] = []
+        self.steps: list[tuple[Totals, list[BatchTensors]]] = []
         self.done = 0
 
     def load(self) -> None:

@@ -7,19 +7,19 @@ from typing import Literal, Protocol
 from runfolder.job import Job
 from runfolder.site import Site
 
-State = Literal["queued", "starting", "running", "ended", "unknown"]
+ClusterState = Literal["queued", "starting", "running", "ended", "unknown"]
 
 
 class Unreachable(RuntimeError):
     """The cluster cannot be reached, or is not there; repeating the command later is safe."""
 
 
-class Refused(ValueError):
+class SubmissionRefused(ValueError):
     """A request that this cluster can never serve: one line with field, what was found, what is allowed."""
 
 
 @dataclass(frozen=True)
-class Request:
+class ClusterRequest:
     """What is submitted, whole: the `text` that a dry run prints, and secrets, by the names of their variables.
 
     `run_dir` is a path where the run folder is. One submission may carry several attempts.
@@ -38,13 +38,13 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Status:
+class ClusterStatus:
     """How the cluster sees a run: facts about processes alone; how a run ended is told by its folder.
 
     `stuck`: the cluster tries again and again, but somebody has to fix what `reason` says.
     """
 
-    state: State
+    state: ClusterState
     reason: str = ""
     stuck: bool = False
 
@@ -74,15 +74,15 @@ class Cluster(Protocol):
         """Where the run folders of its runs are."""
         ...
 
-    def request(self, job: Job, run_id: str, submission: int = 1) -> Request:
-        """What would be submitted, without any effect; raises Refused."""
+    def request(self, job: Job, run_id: str, submission: int = 1, secrets: tuple[str, ...] = ()) -> ClusterRequest:
+        """What would be submitted, with secrets of these names, without any effect; raises SubmissionRefused."""
         ...
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: ClusterRequest) -> None:
         """Hand a request over, once however often it is repeated. The run folder exists already."""
         ...
 
-    def status(self, run_ids: Iterable[str]) -> dict[str, Status]:
+    def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
         """The state of each run, by one look for all of them."""
         ...
 

@@ -11,22 +11,21 @@ from typing import Any
 
 from runfolder.chain import Attempt, last_slot, result
 from runfolder.delivered import is_delivered
-from runfolder.files import Damaged as DamagedFile
-from runfolder.files import Record
+from runfolder.files import Damaged, Record
 from runfolder.requests import cancel_requested
 
-FORMAT = 1
+ENTRY_FORMAT = 1
 _DELIVERY_S = 600.0  # for so long after its end a run gets a controller again, to deliver the rest
-_TYPES: dict[str, Any] = {"run_id": str, "run_dir": str, "command": list, "workers": int, "environment": dict}
-_LONGEST = 1 << 17  # characters of one value of an environment, on Linux
+_FIELD_TYPES: dict[str, Any] = {"run_id": str, "run_dir": str, "command": list, "workers": int, "environment": dict}
+_LONGEST_VARIABLE = 1 << 17  # characters of one value of an environment, on Linux
 
 
-class Damaged(ValueError):
+class DamagedEntry(ValueError):
     """A file of the queue that is no entry, or one of another version: what is wrong, in one line."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class QueueEntry:
     """A submitted run, as the text of its request says: where it is, what it wants, what it takes along."""
 
     run_id: str
@@ -60,7 +59,7 @@ class Entry:
         """Whether the end of the run was requested since it was last opened."""
         try:
             return cancel_requested(self.run_dir)
-        except (DamagedFile, LookupError):
+        except (Damaged, LookupError):
             return False
 
     @property
@@ -68,7 +67,7 @@ class Entry:
         """The final word; a run that is damaged has none."""
         try:
             return result(self.run_dir)
-        except (DamagedFile, LookupError):
+        except (Damaged, LookupError):
             return None
 
 
@@ -96,39 +95,39 @@ class Queue:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def remove(self, entry: Entry) -> None:
+    def remove(self, entry: QueueEntry) -> None:
         """Take out the entry of a finished run; it stays when the run was reopened meanwhile."""
         self._path(entry.run_id).unlink(missing_ok=True)
         if not entry.finished:
             self.add(entry.run_id, entry.text)
 
-    def get(self, run_id: str) -> Entry | None:
-        """The entry of a run; raises Damaged."""
+    def get(self, run_id: str) -> QueueEntry | None:
+        """The entry of a run; raises DamagedEntry."""
         path = self._path(run_id)
         try:
             text = path.read_text()
-            entry = _parsed(text, run_id, path.stat().st_mtime_ns)
+            entry = _parse_entry(text, run_id, path.stat().st_mtime_ns)
             entry.run_dir.exists()  # raises for a path that the system refuses, as one that is too long
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
             reason = str(error) or type(error).__name__
-            raise Damaged(f"{path}: {reason}") from None
+            raise DamagedEntry(f"{path}: {reason}") from None
         return entry
 
-    def list(self) -> list[Entry]:
+    def list(self) -> list[QueueEntry]:
         """All entries, in the order of submission."""
         entries, _ = self.read()
         return [*entries]
 
-    def read(self) -> tuple[Sequence[Entry], dict[str, str]]:
+    def read(self) -> tuple[Sequence[QueueEntry], dict[str, str]]:
         """All entries, in the order of submission; and what is no entry: the name of the file -> why, in one line."""
         entries = []
         damaged = {}
         for path in self.folder.glob("[!.]*.json"):
             try:
                 entry = self.get(path.stem)
-            except Damaged as error:
+            except DamagedEntry as error:
                 damaged[path.stem] = str(error)
                 continue
             if entry:
@@ -139,19 +138,19 @@ class Queue:
     def _readable(self, run_id: str) -> bool:
         try:
             return self.get(run_id) is not None
-        except Damaged:
+        except DamagedEntry:
             return False
 
     def _path(self, run_id: str) -> Path:
         return self.folder / f"{run_id}.json"
 
 
-def _parsed(text: str, run_id: str, timestamp_ns: int) -> Entry:
+def _parse_entry(text: str, run_id: str, timestamp_ns: int) -> QueueEntry:
     """The entry in the text of a run's file, submitted at a time in ns; raises ValueError."""
     plain = json.loads(text)
-    _check_format(plain)
+    _require_format(plain)
     fields = {}
-    for name, type_ in _TYPES.items():
+    for name, type_ in _FIELD_TYPES.items():
         value = plain.get(name)
         if not isinstance(value, type_):
             raise ValueError(f"{name}: found {type(value).__name__}; allowed: {type_.__name__}")
@@ -160,18 +159,18 @@ def _parsed(text: str, run_id: str, timestamp_ns: int) -> Entry:
         raise ValueError(f"run_id: found {plain['run_id']!r}; allowed: the name of the file")
     variables = plain["environment"]
     for argument in [*variables.values(), *plain["command"]]:
-        if not isinstance(argument, str) or "\0" in argument or len(argument) >= _LONGEST:
+        if not isinstance(argument, str) or "\0" in argument or len(argument) >= _LONGEST_VARIABLE:
             raise ValueError("environment or command: found a value that no process can have")
     fields["run_dir"] = Path(plain["run_dir"])
-    return Entry(**fields, text=text, time=timestamp_ns)
+    return QueueEntry(**fields, text=text, time=timestamp_ns)
 
 
-def _check_format(plain: object) -> None:
+def _require_format(plain: object) -> None:
     """Raise ValueError where what a file holds is of another format."""
     if not isinstance(plain, dict):
         kind = type(plain).__name__
-    elif plain.get("format") != FORMAT:
+    elif plain.get("format") != ENTRY_FORMAT:
         kind = f"format {plain.get('format')}"
     else:
         return
-    raise ValueError(f"found {kind}; allowed: format {FORMAT} (is it of another version?)")
+    raise ValueError(f"found {kind}; allowed: format {ENTRY_FORMAT} (is it of another version?)")

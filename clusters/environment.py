@@ -5,6 +5,7 @@ alone can read (runfolder/secrets.py), never in the text of a request.
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ SECRETS = (
 # Of variables that a run may bring along, in `env:` too. The supervisor serves runs of many shells: it gives none of
 # them what the shell had that happened to start it.
 _PREFIXES = ("FLEETUNE_", "HF_", "HUGGING_FACE_", "MLFLOW_", "NCCL_", "AWS_")
+_VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _FOLDERS = ("FLEETUNE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 
 
@@ -48,13 +50,18 @@ def secret_names(environment: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(secrets)
 
 
-def values(names: Iterable[str]) -> dict[str, str]:
+def secret_values(names: Iterable[str]) -> dict[str, str]:
     """The secrets of these names that this process's environment has."""
     secrets = {}
     for name in names:
         if name in os.environ:
             secrets[name] = os.environ[name]
     return secrets
+
+
+def can_be_variable(name: str, value: str) -> bool:
+    """Whether every process and every shell can have a variable of this name with this value."""
+    return bool(_VARIABLE.fullmatch(name)) and "\0" not in value
 
 
 def without_carried(environment: Mapping[str, str]) -> dict[str, str]:

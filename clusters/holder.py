@@ -30,7 +30,7 @@ class Holder:
 
     @property
     def lives(self) -> bool:
-        """Whether the process runs here."""
+        """Whether the process runs on this system."""
         if not self.here:
             return False
         return start_of(self.pid) == self.started
@@ -44,18 +44,18 @@ class Holder:
         return started is not None and started != self.started
 
     def dump(self) -> bytes:
-        """As bytes that `load` reads."""
+        """The holder as bytes of JSON, which `parse_holder` reads."""
         return json.dumps(asdict(self)).encode()
 
 
-def me() -> Holder:
+def current_holder() -> Holder:
     """The holder that this process would be."""
     pid = os.getpid()
     started = start_of(pid) or ""
     return Holder(socket.gethostname(), boot_id(), pid, started)
 
 
-def load(data: bytes) -> Holder | None:
+def parse_holder(data: bytes) -> Holder | None:
     """The holder that a lock file names; None when it names none."""
     try:
         fields = json.loads(data)

@@ -9,20 +9,21 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clusters import process
-from clusters.base import Capacity, Logs, Refused, Request, Status, Unreachable
-from clusters.entry import FORMAT, Entry, Queue
-from clusters.environment import secret_names, settings, without_carried
-from clusters.machine import room
+from clusters.base import Capacity, ClusterRequest, ClusterStatus, Logs, SubmissionRefused, Unreachable
+from clusters.controllers import controller_command
+from clusters.entry import ENTRY_FORMAT, Queue, QueueEntry
+from clusters.environment import settings, without_carried
+from clusters.machine import total_capacity
 from clusters.ray_head import Head
 from runfolder.chain import result
 from runfolder.files import Damaged
 from runfolder.job import Job
-from runfolder.site import Here
+from runfolder.site import LocalSite
 
 _WORKERS_PER_CORE = 4  # each takes a gigabyte of memory, and starts for seconds
 _HOPELESS = 3  # starts of Ray that failed in a row: more are tried, but somebody should look
@@ -30,9 +31,10 @@ _HOPELESS = 3  # starts of Ray that failed in a row: more are tried, but somebod
 
 @dataclass(frozen=True)
 class Local:
-    """The local cluster of one FLEETUNE_HOME."""
+    """The local cluster of one FLEETUNE_HOME; `env` is for all of its runs."""
 
     home: Path
+    env: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def here() -> "Local":
@@ -69,42 +71,41 @@ class Local:
         return self.folder / "logs" / f"{run_id}.log"
 
     @property
-    def site(self) -> Here:
+    def site(self) -> LocalSite:
         """The run folders of this home."""
-        return Here(self.home / "runs")
+        return LocalSite(self.home / "runs")
 
-    def request(self, job: Job, run_id: str, submission: int = 1) -> Request:
+    def request(self, job: Job, run_id: str, submission: int = 1, secrets: tuple[str, ...] = ()) -> ClusterRequest:
         """What would be queued: the controller's command, and how many workers it needs capacity for."""
-        kind, total = room()
-        wanted = job.resources.world
+        kind, total = total_capacity()
+        wanted = job.resources.world_size
         if kind == "cpu" and job.resources.gpus_per_node:
-            raise Refused(
+            raise SubmissionRefused(
                 f"resources.gpus_per_node: found {job.resources.gpus_per_node}; "
                 "this machine has no GPU: allowed is workers_per_node"
             )
         if kind == "gpu" and wanted > total:
-            raise Refused(f"resources: found {wanted} workers of one GPU each; this machine has {total}")
+            raise SubmissionRefused(f"resources: found {wanted} workers of one GPU each; this machine has {total}")
         if kind == "cpu" and wanted > _WORKERS_PER_CORE * total:
-            raise Refused(
+            raise SubmissionRefused(
                 f"resources: found {wanted} workers; this machine has {total} cores: "
                 f"allowed are at most {_WORKERS_PER_CORE * total}, which share them"
             )
-        environment = settings(job, os.environ) | {"FLEETUNE_HOME": str(self.home)}
-        secrets = secret_names(os.environ)
+        environment = {**self.env, **settings(job, os.environ), "FLEETUNE_HOME": str(self.home)}
         text = self._entry(run_id, wanted, environment, secrets)
         run_dir = self.site.root / run_id
-        return Request(run_id, submission, str(run_dir), text, secrets)
+        return ClusterRequest(run_id, submission, str(run_dir), text, secrets)
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: ClusterRequest) -> None:
         """Queue a run, and see to it that the supervisor runs."""
         self._check_installed()
         self.queue.add(request.run_id, request.text)
         self.start()
 
-    def status(self, run_ids: Iterable[str]) -> dict[str, Status]:
+    def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
         """The state of each run, as files and locks tell it."""
         queued, damaged = self.queue.read()
-        entries: dict[str, Entry | str] = {**damaged}
+        entries: dict[str, QueueEntry | str] = {**damaged}
         for entry in queued:
             entries[entry.run_id] = entry
         trouble = self._trouble()
@@ -138,13 +139,13 @@ class Local:
         self._check_installed()
         return self._capacity()
 
-    def taken(self) -> int:
+    def taken_workers(self) -> int:
         """Workers of the runs that had their turn and have no result."""
         admitted = []
         for entry in self.queue.list():
             if self.controller_lock(entry.run_id).exists() and not entry.finished:
                 admitted.append(entry)
-        return sum(needs(entry.workers) for entry in admitted)
+        return sum(capacity_needed(entry.workers) for entry in admitted)
 
     def start(self) -> None:
         """See to it that the supervisor runs; it adopts what is there. Repeating it changes nothing."""
@@ -165,7 +166,7 @@ class Local:
             return
         self.check_here()
         process.end(self.supervisor_lock)
-        with process.held(self.supervisor_lock):  # nobody starts another one meanwhile
+        with process.hold_lock(self.supervisor_lock):  # nobody starts another one meanwhile
             for entry in self.queue.list():
                 process.end(self.controller_lock(entry.run_id))
             head = Head(self.folder)
@@ -203,15 +204,15 @@ class Local:
         }
 
     def _capacity(self) -> Capacity:
-        kind, total = room()
-        return Capacity(kind, total, total - min(total, self.taken()))
+        kind, total = total_capacity()
+        return Capacity(kind, total, total - min(total, self.taken_workers()))
 
     def _entry(self, run_id: str, workers: int, environment: Mapping[str, str], secrets: Sequence[str] = ()) -> str:
         """The text of a queue's entry: the controller's command, how many workers it needs, what it takes along."""
         run_dir = str(self.site.root / run_id)
         command = controller_command(run_dir)
         entry = {
-            "format": FORMAT,
+            "format": ENTRY_FORMAT,
             "run_id": run_id,
             "run_dir": run_dir,
             "command": command,
@@ -221,31 +222,31 @@ class Local:
         }
         return json.dumps(entry, indent=1)
 
-    def _status(self, run_id: str, entry: Entry | str | None, trouble: str | None, wait: str) -> Status:
+    def _status(self, run_id: str, entry: QueueEntry | str | None, trouble: str | None, wait: str) -> ClusterStatus:
         if _has_ended(self.site.root / run_id):
-            return Status("ended")
+            return ClusterStatus("ended")
         if entry is None:
-            return Status("unknown", "this cluster has not got the run")
+            return ClusterStatus("unknown", "this cluster has not got the run")
         if isinstance(entry, str):  # why it cannot be read
-            return Status("unknown", f"{entry}; queue it anew with: fleetune resume {run_id}")
+            return ClusterStatus("unknown", f"{entry}; queue it anew with: fleetune resume {run_id}")
         lock = self.controller_lock(run_id)
         if process.owner(lock):
-            return Status("running")
+            return ClusterStatus("running")
         if trouble:
-            return Status("queued", trouble, stuck=True)
+            return ClusterStatus("queued", trouble, stuck=True)
         if lock.exists() and process.owner(self.supervisor_lock):
-            return Status("starting")
-        return Status("queued", f"needs {needs(entry.workers)}, {wait}")
+            return ClusterStatus("starting")
+        return ClusterStatus("queued", f"needs {capacity_needed(entry.workers)}, {wait}")
 
     def _trouble(self) -> str | None:
         """Why no run can start until somebody fixes it; None while there is hope."""
         head = Head(self.folder)
-        failure = head.failure()
-        if failure is None or failure.starts < _HOPELESS:
+        failed = head.failed_starts()
+        if failed is None or failed.starts < _HOPELESS:
             return None
         if process.owner(self.supervisor_lock) is None:
             return None
-        return f"Ray did not start, {failure.starts} times in a row: {failure.reason} (see {head.log})"
+        return f"Ray did not start, {failed.starts} times in a row: {failed.reason} (see {head.log})"
 
     def _wait_reason(self) -> str:
         """What keeps a queued run waiting."""
@@ -270,12 +271,7 @@ def _has_ended(run_dir: Path) -> bool:
         return False
 
 
-def controller_command(run_dir: str) -> list[str]:
-    """How the controller of a run is started; -P keeps files of the user off the front of sys.path."""
-    return [sys.executable, "-P", "-m", "orchestrator.controller", run_dir]
-
-
-def needs(workers: int) -> int:
+def capacity_needed(workers: int) -> int:
     """The capacity that a run takes: on cores more workers than there are take them all, and share."""
-    _, total = room()
+    _, total = total_capacity()
     return min(workers, total)

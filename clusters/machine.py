@@ -26,7 +26,7 @@ def gpus() -> int:
     return min(present, len(named))
 
 
-def room() -> tuple[Literal["gpu", "cpu"], int]:
+def total_capacity() -> tuple[Literal["gpu", "cpu"], int]:
     """What a worker takes one of here, and how many of them there are."""
     number = gpus()
     if number:

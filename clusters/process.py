@@ -23,8 +23,8 @@ from fleetune_start import unshadowed
 
 _LOCK_VARIABLE = "FLEETUNE_LOCK_DESCRIPTOR"
 _KILL_S = 10.0  # a process that is stuck in a driver does not die; nobody waits for it for ever
-_TIMEOUT_S = 0.3  # others probe the lock, or start the process, for milliseconds
-_LONGEST = 4096  # bytes of what a lock file says
+_LOCK_TIMEOUT_S = 0.3  # others probe the lock, or start the process, for milliseconds
+_LOCK_FILE_BYTES = 4096  # bytes of what a lock file says
 
 
 def spawn(lock: Path, command: Sequence[str], environment: Mapping[str, str], log: Path) -> bool:
@@ -32,7 +32,7 @@ def spawn(lock: Path, command: Sequence[str], environment: Mapping[str, str], lo
 
     Raises Unreachable when that one is on another host.
     """
-    holder.me()  # what it imports and looks up once is there before the fork
+    holder.current_holder()  # what it imports and looks up once is there before the fork
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if not _acquire(descriptor, lock):
@@ -49,7 +49,7 @@ def spawn(lock: Path, command: Sequence[str], environment: Mapping[str, str], lo
                 start_new_session=True,
                 pass_fds=[descriptor],
                 # Written by the child itself: who dies between fork and a note of the parent leaves no gap.
-                preexec_fn=lambda: os.pwrite(descriptor, holder.me().dump(), 0),
+                preexec_fn=lambda: os.pwrite(descriptor, holder.current_holder().dump(), 0),
             )
             child.returncode = 0  # nobody waits for it: it outlives us, or `reap` collects it
         return True
@@ -58,7 +58,7 @@ def spawn(lock: Path, command: Sequence[str], environment: Mapping[str, str], lo
 
 
 @contextmanager
-def held(lock: Path) -> Iterator[None]:
+def hold_lock(lock: Path) -> Iterator[None]:
     """Hold a lock that was set free; raises BlockingIOError when somebody took it."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -82,7 +82,7 @@ def owner(lock: Path) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        current = _current_holder(descriptor)
+        current = _holder_of(descriptor)
     finally:
         os.close(descriptor)
     if current is None:
@@ -115,7 +115,7 @@ def end(lock: Path) -> None:
 
 
 def reap() -> None:
-    """Collect the children that ended."""
+    """Collect the child processes that have ended."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -125,7 +125,7 @@ def reap() -> None:
 
 def _acquire(descriptor: int, lock: Path) -> bool:
     """Lock a file for the process to be; others that only probe it are waited for."""
-    deadline = time.monotonic() + _TIMEOUT_S
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
     while not _try_lock(descriptor, fcntl.LOCK_EX):
         recorded = _recorded(descriptor)
         if recorded and recorded.lives:
@@ -138,9 +138,9 @@ def _acquire(descriptor: int, lock: Path) -> bool:
     return True
 
 
-def _current_holder(descriptor: int) -> Holder | None:
+def _holder_of(descriptor: int) -> Holder | None:
     """Who holds a lock; None when nobody does, or whoever takes it just now has not said so."""
-    deadline = time.monotonic() + _TIMEOUT_S
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
     while not _try_lock(descriptor, fcntl.LOCK_SH):
         recorded = _recorded(descriptor)
         if recorded and recorded.lives:
@@ -161,12 +161,12 @@ def _try_lock(descriptor: int, operation: int) -> bool:
 
 
 def _recorded(descriptor: int) -> Holder | None:
-    data = os.pread(descriptor, _LONGEST, 0)
-    return holder.load(data)
+    data = os.pread(descriptor, _LOCK_FILE_BYTES, 0)
+    return holder.parse_holder(data)
 
 
 def _last_holder(lock: Path) -> Holder | None:
-    """Who held a lock last."""
+    """Who held a lock last, as its file says."""
     with lock.open("rb") as stream:
         return _recorded(stream.fileno())
 

@@ -3,11 +3,9 @@
 import json
 import os
 import re
-import secrets
 import shutil
 import socket
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from clusters import process
-from clusters.machine import cores, gpus
+from clusters.ray_start import head_options, node_options, ray_command, ray_environment, write_token, write_whole
 
 START_S = 180.0  # after this long without an answer a head is taken for dead
-_OBJECT_STORE = 128 << 20  # bytes; nothing large goes through it
+_LOOPBACK = "127.0.0.1"
 _SHORT_PARENTS = ("/tmp", "/var/tmp", "/dev/shm")  # where a path leaves space for the names of Ray's sockets
 # The path of a socket may have 107 bytes (103 on macOS), and multiprocessing adds some 35 to TMPDIR.
 _LONGEST_TMPDIR = 60
@@ -26,7 +24,7 @@ _REASON = re.compile(r"\w(Error|Exception)\b|Check failed|[Cc]annot|[Ff]ailed|No
 
 
 @dataclass
-class Patience:
+class Backoff:
     """Backoff of a process that keeps dying: started again after 1, 2, 4 ... 30 s, at once when it lived for long."""
 
     quick_s: float = 5.0
@@ -63,7 +61,7 @@ class Patience:
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedStarts:
     """Starts in a row that came to nothing, and the last words of the latest."""
 
     starts: int
@@ -75,7 +73,7 @@ class Head:
     """One Ray head per state folder. `keep` is called again and again."""
 
     folder: Path
-    _backoff: Patience = field(default_factory=lambda: Patience(START_S))
+    _backoff: Backoff = field(default_factory=lambda: Backoff(START_S))
     _answered: float = field(default_factory=time.monotonic)
     _starting: bool = False  # one was started that has not answered yet
     _log_offset: int = 0  # where the output of that one begins
@@ -91,7 +89,7 @@ class Head:
         return self.folder / "ray.log"
 
     @property
-    def place(self) -> Path | None:
+    def short_folder(self) -> Path | None:
         """A folder of ours alone with a short path, under a name that nobody can guess and take; None before it."""
         try:
             folder = Path((self.folder / "ray.folder").read_text())
@@ -103,14 +101,14 @@ class Head:
         return folder
 
     @property
-    def temporary(self) -> Path | None:
+    def ray_folder(self) -> Path | None:
         """The folder that Ray keeps all of its files in."""
-        place = self.place
-        return place and place / "ray"
+        folder = self.short_folder
+        return folder and folder / "ray"
 
     def address(self) -> str | None:
         """Where the head says that it is; None while it has not said so."""
-        folder = self.temporary
+        folder = self.ray_folder
         if folder is None:
             return None
         try:
@@ -119,13 +117,13 @@ class Head:
             return None
         return address.strip() or None
 
-    def failure(self) -> Failure | None:
+    def failed_starts(self) -> FailedStarts | None:
         """The starts that failed since a head last answered; None when there is none."""
         try:
             text = (self.folder / "ray.failed").read_text()
         except FileNotFoundError:
             return None
-        return Failure(**json.loads(text))
+        return FailedStarts(**json.loads(text))
 
     def keep(self) -> str | None:
         """The address of a head that answers; None while one starts."""
@@ -153,18 +151,15 @@ class Head:
     def end(self) -> None:
         """Kill the head and all of its processes."""
         process.end(self.lock)
-        if self.place:
-            shutil.rmtree(self.place, ignore_errors=True)
+        if self.short_folder:
+            shutil.rmtree(self.short_folder, ignore_errors=True)
 
     def environment(self) -> dict[str, str]:
         """What Ray's processes and those that connect to the head need."""
         return {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self._token()),
-            "RAY_USAGE_STATS_ENABLED": "0",
+            **ray_environment(self._token()),
             # Without this Ray turns 127.0.0.1 into the machine's own address, and listens there.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            "RAY_worker_niceness": "0",
             **self._short_tmpdir(),
         }
 
@@ -174,8 +169,8 @@ class Head:
         self._answered = time.monotonic()
         self._log_offset = self.log.stat().st_size if self.log.exists() else 0
         try:
-            temporary = self._empty_folder()
-            process.spawn(self.lock, self._command(temporary), os.environ | self.environment(), self.log)
+            ray_folder = self._empty_folder()
+            process.spawn(self.lock, self._command(ray_folder), os.environ | self.environment(), self.log)
         except OSError as error:
             self._note_failure(str(error))
         else:
@@ -183,24 +178,24 @@ class Head:
 
     def _empty_folder(self) -> Path:
         """An empty folder for Ray; raises OSError where there is no place for one."""
-        if self.place is None:
+        if self.short_folder is None:
             writable = [parent for parent in _SHORT_PARENTS if os.access(parent, os.W_OK | os.X_OK)]
             parent = writable[0] if writable else None
-            place = tempfile.mkdtemp(prefix="fleetune-", dir=parent)
-            _write_whole(self.folder / "ray.folder", place)
-        temporary = self.temporary
-        assert temporary
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(mode=0o700)
-        return temporary
+            short_folder = tempfile.mkdtemp(prefix="fleetune-", dir=parent)
+            write_whole(self.folder / "ray.folder", short_folder)
+        ray_folder = self.ray_folder
+        assert ray_folder
+        shutil.rmtree(ray_folder, ignore_errors=True)
+        ray_folder.mkdir(mode=0o700)
+        return ray_folder
 
     def _note_failure(self, reason: str) -> None:
         """Note a start that came to nothing."""
         self._starting = False
-        before = self.failure()
+        before = self.failed_starts()
         starts = before.starts + 1 if before else 1
-        failure = Failure(starts, reason)
-        _write_whole(self.folder / "ray.failed", json.dumps(asdict(failure)))
+        failure = FailedStarts(starts, reason)
+        write_whole(self.folder / "ray.failed", json.dumps(asdict(failure)))
 
     def _death_reason(self) -> str:
         """Of all that a head which died has written, the last line that looks like a reason, else the last line."""
@@ -216,7 +211,7 @@ class Head:
         if self.log.exists():
             data = self.log.read_bytes()
             yield data[self._log_offset :].decode(errors="replace")
-        folder = self.temporary
+        folder = self.ray_folder
         if folder is None:
             return
         logs = folder / "session_latest" / "logs"
@@ -226,68 +221,30 @@ class Head:
     def _short_tmpdir(self) -> dict[str, str]:
         """TMPDIR by a short name where its own is too long for the path of a socket in it."""
         tmpdir = os.environ.get("TMPDIR", "")
-        place = self.place
-        if len(os.fsencode(tmpdir)) <= _LONGEST_TMPDIR or place is None:
+        folder = self.short_folder
+        if len(os.fsencode(tmpdir)) <= _LONGEST_TMPDIR or folder is None:
             return {}
-        link = place / "tmp"
+        link = folder / "tmp"
         if not link.is_symlink():
             link.symlink_to(tmpdir)
         return {"TMPDIR": str(link)}
 
-    def _command(self, temporary: Path) -> list[str]:
-        dashboard, client = free_ports(2)
-        options = {
-            "node-ip-address": "127.0.0.1",
-            "port": 0,
-            "dashboard-host": "127.0.0.1",
-            "dashboard-port": dashboard,
-            "dashboard-agent-listen-port": 0,
-            "ray-client-server-port": client,
-            # Ray Train frees the capacity of a killed driver by asking the dashboard.
-            "include-dashboard": "true",
-            "include-log-monitor": "false",
-            "temp-dir": temporary,
-            "num-cpus": cores(),
-            "num-gpus": gpus(),
-            "object-store-memory": _OBJECT_STORE,
-        }
-        flags = ["--head", "--block", "--no-monitor", "--disable-usage-stats"]
-        values = [f"--{key}={value}" for key, value in options.items()]
-        return [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *flags, *values]
+    def _command(self, ray_folder: Path) -> list[str]:
+        options = node_options(_LOOPBACK, ray_folder) | head_options(_LOOPBACK, 0)
+        return ray_command(options, ["--head", "--no-monitor", "--disable-usage-stats"])
 
     def _token(self) -> Path:
         path = self.folder / "ray_token"
         if not path.exists():
-            temporary = path.with_suffix(f".{os.getpid()}")
-            temporary.touch(mode=0o600)
-            temporary.write_text(secrets.token_hex(32))
-            temporary.replace(path)
+            write_token(path)
         return path
 
 
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".new")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def answers(address: str) -> bool:
-    """Whether somebody listens at host:port."""
+    """Whether somebody listens at an address host:port."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=2):
             return True
     except OSError:
         return False
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports of loopback that nobody listens at now."""
-    probes = [socket.socket() for _ in range(number)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

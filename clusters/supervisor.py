@@ -16,11 +16,11 @@ from pathlib import Path
 
 from clusters import process
 from clusters.base import Unreachable
-from clusters.entry import Entry
+from clusters.entry import QueueEntry
 from clusters.environment import without_carried
-from clusters.local import Local, needs
-from clusters.machine import room
-from clusters.ray_head import Head, Patience
+from clusters.local import Local, capacity_needed
+from clusters.machine import total_capacity
+from clusters.ray_head import Backoff, Head
 
 TICK_S = 0.5
 IDLE_S = 600.0
@@ -32,7 +32,7 @@ class Supervisor:
     def __init__(self, local: Local) -> None:
         self._local = local
         self._head = Head(local.folder)
-        self._backoffs: dict[str, Patience] = defaultdict(Patience)
+        self._backoffs: dict[str, Backoff] = defaultdict(Backoff)
         self._busy = time.monotonic()
         self._damaged: dict[str, str] = {}
 
@@ -76,7 +76,7 @@ class Supervisor:
             if before.get(run_id) != reason:
                 print(f"left alone: {reason}", flush=True)
 
-    def _due(self, dead: list[Entry]) -> list[Entry]:
+    def _due(self, dead: list[QueueEntry]) -> list[QueueEntry]:
         """Runs whose controller died, then those whose turn has come."""
         admitted, waiting = [], []
         for entry in dead:
@@ -84,11 +84,11 @@ class Supervisor:
                 admitted.append(entry)
             else:
                 waiting.append(entry)
-        _, total = room()
-        free = total - self._local.taken()
+        _, total = total_capacity()
+        free = total - self._local.taken_workers()
         return admitted + fitting(waiting, free)
 
-    def _start(self, entry: Entry, address: str) -> None:
+    def _start(self, entry: QueueEntry, address: str) -> None:
         backoff = self._backoffs[entry.run_id]
         if not backoff.ready():
             return
@@ -103,27 +103,27 @@ class Supervisor:
         except (OSError, ValueError) as error:  # of an environment that no process can have, say
             print(f"{entry.run_id} cannot be started: {error}", flush=True)
 
-    def _forget(self, entry: Entry) -> None:
+    def _forget(self, entry: QueueEntry) -> None:
         lock = self._local.controller_lock(entry.run_id)
         process.end(lock)
         lock.unlink(missing_ok=True)
         self._backoffs.pop(entry.run_id, None)
         self._local.queue.remove(entry)
 
-    def _is_running(self, entry: Entry) -> bool:
+    def _is_running(self, entry: QueueEntry) -> bool:
         lock = self._local.controller_lock(entry.run_id)
         return process.owner(lock) is not None
 
-    def _is_admitted(self, entry: Entry) -> bool:
+    def _is_admitted(self, entry: QueueEntry) -> bool:
         lock = self._local.controller_lock(entry.run_id)
         return lock.exists()
 
 
-def fitting(waiting: Iterable[Entry], free: int) -> list[Entry]:
+def fitting(waiting: Iterable[QueueEntry], free: int) -> list[QueueEntry]:
     """The first of the waiting runs that fit; nobody overtakes one that has to wait."""
     chosen = []
     for entry in waiting:
-        free -= needs(entry.workers)
+        free -= capacity_needed(entry.workers)
         if free < 0:
             break
         chosen.append(entry)

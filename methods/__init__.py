@@ -1,1 +1,1 @@
-"""One file per fine-tuning method."""
+"""Fine-tuning methods, one file each: what is trained of a base, how it is moved, and what is written in the end."""

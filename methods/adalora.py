@@ -19,14 +19,13 @@ import torch
 import torch.distributed as dist
 from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
-from methods.base import Setup, Tensors, View, part_of
+from methods.base import Fragment, Setup, Tensors, View, part_of
 from methods.options.low_rank import AdaLora
 from methods.parts.peft_adapter import ADAPTER, PeftAdapter
 from methods.parts.ranks import largest
-
-IMPORTANCE, UNCERTAINTY = "importance", "uncertainty"  # as the optimizer's state names them
+from methods.parts.sensitivity import average_sensitivity, forget_sensitivity, sensitivity_scores
 
 
 class AdaLoraTuning(PeftAdapter[AdaLora]):
@@ -36,10 +35,12 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         super().__init__(options, setup)
         steps = setup.steps
         warmup = round(options.warmup * steps)
-        self._begin = min(warmup, steps - 1)
+        last_step = steps - 1
+        self._begin = min(warmup, last_step)
         final = round(options.final * steps)
-        longest_final = steps - 1 - self._begin
-        self._end = steps - min(final, longest_final)
+        longest_final = last_step - self._begin
+        final = min(final, longest_final)
+        self._end = steps - final
         self._done = 0  # steps
         self._kept_MR = torch.empty(0, 0, dtype=torch.bool)
         self._modules: dict[str, int] = {}  # by name, the row of a module in kept_MR
@@ -47,6 +48,8 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
     def peft_config(self, targets: list[str]) -> peft.PeftConfig:
         """Ranks, scale and the schedule of cuts, in steps."""
         options = self.options
+        steps = self.setup.steps
+        final = steps - self._end
         return peft.AdaLoraConfig(
             init_r=options.initial_rank,
             target_r=options.rank,
@@ -54,12 +57,12 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
             lora_dropout=options.dropout,
             target_modules=targets,
             tinit=self._begin,
-            tfinal=self.setup.steps - self._end,
+            tfinal=final,
             deltaT=options.every,
             beta1=options.beta1,
             beta2=options.beta2,
             orth_reg_weight=options.orthogonality,
-            total_step=self.setup.steps,
+            total_step=steps,
             task_type="CAUSAL_LM",
         )
 
@@ -72,48 +75,56 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         self._modules = {}
         for name, module in adapted.named_modules():
             if isinstance(module, AdaLoraLayer):
-                self._modules[name] = len(self._modules)
-        if not self._kept_MR.numel():
-            count = len(self._modules)
-            self._kept_MR = torch.ones(count, self.options.initial_rank, dtype=torch.bool)
+                row = len(self._modules)
+                self._modules[name] = row
+        is_new_run = self._kept_MR.numel() == 0
+        if is_new_run:
+            modules = len(self._modules)
+            rank = self.options.initial_rank
+            self._kept_MR = torch.ones(modules, rank, dtype=torch.bool)
         return adapted
 
     def penalty(self, view: View) -> None:
-        """Add the gradient of the orthogonality term."""
-        if self.options.orthogonality == 0:
+        """Add the gradient of the orthogonality term to those of all A and B."""
+        gamma = self.options.orthogonality
+        if gamma == 0:
             return
         names = []
         for module in self._modules:
             names.append(f"{module}.lora_A.{ADAPTER}")
             names.append(f"{module}.lora_B.{ADAPTER}")
         factors = _assembled(view, names)
-        weight = self.options.orthogonality / len(names)
+        weight = gamma / len(names)
         for fragment in view.fragments():
+            name = fragment.name
             grad = fragment.parameter.grad
-            if fragment.name not in factors or grad is None:
+            if name not in factors or grad is None:
                 continue
-            _, kind = _split(fragment.name)
-            slope = _slope(factors[fragment.name], kind)
-            held = part_of(slope.reshape(-1), fragment)
+            _, kind = _split(name)
+            factor = factors[name]
+            penalty_grad = _penalty_gradient(factor, kind)
+            flat = penalty_grad.reshape(-1)
+            held = part_of(flat, fragment)
             grad.add_(held, alpha=weight)
 
     def after_step(self, view: View) -> None:
         """Average the sensitivities; choose ranks when it is time, and keep to the last choice afterwards."""
         self._done += 1
-        if self._done < self._end:
+        done = self._done
+        if done < self._end:
             self._average(view)
-        if self._cuts(self._done):
+        cuts = self._cuts(done)
+        if cuts:
             scores_MR = self._scores(view)
-            count = self.budget(self._done)
+            count = self.budget(done)
             kept_MR = largest(scores_MR, count)
             self._kept_MR = kept_MR.cpu()
-        if self._cuts(self._done) or self._done > self._end:
+        if cuts or done > self._end:
             self._mask(view)
-        if self._done == self._end:
+        if done == self._end:
             for fragment in view.fragments():
                 state = view.state(fragment)
-                state.pop(IMPORTANCE, None)
-                state.pop(UNCERTAINTY, None)
+                forget_sensitivity(state)
 
     def budget(self, step: int) -> int:
         """Triplets that are kept over all modules after a step, from 1."""
@@ -122,11 +133,14 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         last = modules * self.options.rank
         duration = self._end - self._begin
         passed = step - self._begin
-        left = 1 - passed / duration
+        progress = passed / duration
+        left = 1 - progress
         left = max(0.0, left)
         left = min(1.0, left)
-        excess = (first - last) * left**3
-        return int(excess + last)
+        surplus = first - last
+        kept_surplus = surplus * left**3
+        kept = kept_surplus + last
+        return int(kept)
 
     def state(self) -> Tensors:
         """Steps done, and the triplets of the last choice."""
@@ -141,11 +155,11 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
     def export(self, model: peft.PeftModel, weights: Tensors, folder: Path) -> None:
         """Write the adapter without the triplets that were cut."""
         pattern = {}
-        rows = self._kept_MR.tolist()
-        for name, row in zip(self._modules, rows, strict=True):
+        kept_rows = self._kept_MR.tolist()
+        for name, row in self._modules.items():
             module = name.removeprefix("base_model.model.")
             factor = f"{module}.lora_E.{ADAPTER}"
-            pattern[factor] = row
+            pattern[factor] = kept_rows[row]
         config = model.peft_config[ADAPTER]
         config.rank_pattern = pattern
         super().export(model, weights, folder)
@@ -154,41 +168,31 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         """Whether triplets are chosen after a step, from 1."""
         if step == self._end:
             return True
-        return self._begin < step < self._end and step % self.options.every == 0
+        if step <= self._begin or step > self._end:
+            return False
+        since_last = step % self.options.every
+        return since_last == 0
 
     def _average(self, view: View) -> None:
         """Take the sensitivities of this step into their averages."""
-        beta1 = self.options.beta1
-        beta2 = self.options.beta2
+        options = self.options
         for fragment in view.fragments():
             state = view.state(fragment)
-            weight = fragment.parameter.data
-            sensitivity = _sensitivity(fragment.parameter)
-            importance = state.setdefault(IMPORTANCE, torch.zeros_like(weight))
-            uncertainty = state.setdefault(UNCERTAINTY, torch.zeros_like(weight))
-            importance.mul_(beta1)
-            importance.add_(sensitivity, alpha=1 - beta1)
-            deviation = (sensitivity - importance).abs()
-            uncertainty.mul_(beta2)
-            uncertainty.add_(deviation, alpha=1 - beta2)
+            average_sensitivity(fragment.parameter, state, options.beta1, options.beta2)
 
     def _scores(self, view: View) -> Tensor:
         """The score of every triplet [M, R], in fp64, the same on every rank."""
         device = _device(view)
-        scores_MR = torch.zeros(self._kept_MR.shape, dtype=torch.float64, device=device)
+        shape = self._kept_MR.shape
+        scores_MR = torch.zeros(shape, dtype=torch.float64, device=device)
         for fragment in view.fragments():
             state = view.state(fragment)
-            if IMPORTANCE not in state:  # a run of one step: nothing was averaged before its cut
+            held_scores = sensitivity_scores(state)
+            if held_scores is None:  # a run of one step: nothing was averaged before its cut
                 continue
-            shape = view.shape(fragment.name)
-            whole = torch.zeros(shape.numel(), dtype=torch.float64, device=device)
-            importance = state[IMPORTANCE].double()
-            uncertainty = state[UNCERTAINTY].double()
-            held = part_of(whole, fragment)
-            held.copy_(importance * uncertainty)
-            scores = whole.view(shape)
             module, factor = _split(fragment.name)
             row = self._modules[module]
+            scores = _zeros_around(held_scores, fragment, view)
             scores_MR[row] += _mean_by_rank(scores, factor)
         if not view.replicated:
             dist.all_reduce(scores_MR)
@@ -198,11 +202,14 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         """Set E to zero in the triplets that are not kept."""
         for fragment in view.fragments():
             module, factor = _split(fragment.name)
-            if factor == "E":
-                row = self._modules[module]
-                kept = part_of(self._kept_MR[row], fragment)
-                values = fragment.parameter.data
-                values.mul_(kept.to(values.device))
+            if factor != "E":
+                continue
+            row = self._modules[module]
+            kept_R = self._kept_MR[row]
+            kept = part_of(kept_R, fragment)
+            values = fragment.parameter.data
+            kept = kept.to(values.device)
+            values.mul_(kept)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -213,13 +220,14 @@ def _split(name: str) -> tuple[str, str]:
     return module, factor
 
 
-def _sensitivity(parameter: Parameter) -> Tensor:
-    """|w dL/dw| of every weight w; zero where there is no gradient."""
-    weight = parameter.data
-    if parameter.grad is None:
-        return torch.zeros_like(weight)
-    product = weight * parameter.grad
-    return product.abs()
+def _zeros_around(held: Tensor, fragment: Fragment, view: View) -> Tensor:
+    """What this rank holds of a parameter, fp64, in the parameter's shape, with zeros for the rest."""
+    shape = view.shape(fragment.name)
+    elements = shape.numel()
+    flat = torch.zeros(elements, dtype=torch.float64, device=_device(view))
+    part = part_of(flat, fragment)
+    part.copy_(held)
+    return flat.view(shape)
 
 
 def _mean_by_rank(scores: Tensor, factor: str) -> Tensor:
@@ -237,36 +245,41 @@ def _device(view: View) -> torch.device:
 
 def _assembled(view: View, names: list[str]) -> Tensors:
     """The masters of these parameters, whole; one collective, as a model has hundreds of small factors."""
-    shapes = [view.shape(name) for name in names]
+    shapes = list(map(view.shape, names))
     sizes = [shape.numel() for shape in shapes]
     total = sum(sizes)
     device = _device(view)
     flat = torch.zeros(total, device=device)
-    parts = flat.split(sizes)
-    parts_by_name = dict(zip(names, parts, strict=True))
+    wholes: Tensors = {}
+    start = 0
+    for name, shape, size in zip(names, shapes, sizes, strict=True):
+        stop = start + size
+        part = flat[start:stop]
+        wholes[name] = part.view(shape)  # of the same memory, which is filled below
+        start = stop
     for fragment in view.fragments():
-        part = parts_by_name.get(fragment.name)
-        if part is not None:
+        whole = wholes.get(fragment.name)
+        if whole is not None:
+            part = whole.view(-1)
             held = part_of(part, fragment)
             held.copy_(fragment.parameter.data)
     if not view.replicated:
         dist.all_reduce(flat)
-    wholes: Tensors = {}
-    for name, part, shape in zip(names, parts, shapes, strict=True):
-        wholes[name] = part.view(shape)
     return wholes
 
 
-def _slope(factor: Tensor, kind: str) -> Tensor:
+def _penalty_gradient(factor: Tensor, kind: str) -> Tensor:
     """The gradient 2 (P P^T - I) P / ||P P^T - I||_F of the norm, for A = P or B = P^T."""
     if kind == "B":
-        slope_RN = _slope(factor.T, "A")
-        return slope_RN.T
+        slope_RN = _penalty_gradient(factor.T, "A")
+        return slope_RN.T  # [N, R], as B is
     gram_RR = factor @ factor.T
-    identity_RR = torch.eye(len(factor), device=factor.device)
+    rank = len(factor)
+    identity_RR = torch.eye(rank, device=factor.device)
     excess_RR = gram_RR - identity_RR
-    tiny = torch.finfo(factor.dtype).tiny
-    norm = excess_RR.norm()
-    norm = norm.clamp_min(tiny)
-    slope: Tensor = 2 * excess_RR @ factor / norm
-    return slope
+    precision = torch.finfo(factor.dtype)
+    norm: Tensor = excess_RR.norm()
+    norm = norm.clamp_min(precision.tiny)
+    doubled_RR = 2 * excess_RR
+    slope = doubled_RR @ factor
+    return slope / norm

@@ -26,7 +26,7 @@ class Gather(Protocol):
     """
 
     def shape(self, parameter: Parameter) -> torch.Size:
-        """The whole shape of a parameter."""
+        """The whole shape of a parameter, sharded or not."""
         ...
 
     def gathered(self, parameters: Iterable[Parameter], modified: bool = False) -> AbstractContextManager[None]:
@@ -63,7 +63,7 @@ UNSHARDED = Unsharded()
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method knows of its run."""
+    """What a method knows of its run: steps, seed, tokens of a row, tokenizer, and how weights are gathered."""
 
     steps: int = 1
     seed: int = 0
@@ -76,24 +76,41 @@ class Setup:
 class Piece:
     """Part [start, ...) of flattened tensors that this rank holds: 1-D, of one length, or 0-d scalars for the whole.
 
-    `whole` says that every rank holds all of it; else every element is on one rank.
+    `replicated` says that every rank holds all of it; else every element is on one rank.
     """
 
     name: str
     start: int
     tensors: Tensors
-    whole: bool
+    replicated: bool
+
+
+StatePieces = Sequence[Piece]
+
+
+def replicated_piece(name: str, tensors: Tensors) -> Piece:
+    """The piece of flattened tensors that every rank holds whole."""
+    return Piece(name, 0, tensors, True)
 
 
 class Fragment(Protocol):
     """The part [start, stop) of one flattened trained parameter that this rank holds."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name of the parameter in the model."""
+        ...
+
     @property
-    def start(self) -> int: ...
+    def start(self) -> int:
+        """The first element that this rank holds."""
+        ...
+
     @property
-    def stop(self) -> int: ...
+    def stop(self) -> int:
+        """The element behind the last that this rank holds."""
+        ...
+
     @property
     def parameter(self) -> Parameter:
         """The fp32 master, 1-D; in a step its `grad` is the gradient summed over ranks and micro-batches."""
@@ -126,7 +143,7 @@ class View(Protocol):
 
     @property
     def model(self) -> Module:
-        """The model as `attach` gave it."""
+        """The model as the method's `attach` gave it."""
         ...
 
     @property
@@ -160,7 +177,7 @@ class ReferenceRefused(RuntimeError):
 
 
 class Method(Generic[O]):
-    """A fine-tuning method with its options."""
+    """A fine-tuning method with its options; its hooks are called in the order in which they stand here."""
 
     # What the last merge found, by module: how much it changed beside the update, over the update.
     merge_report: Mapping[str, float] = MappingProxyType({})
@@ -184,7 +201,7 @@ class Method(Generic[O]):
     def initialise(self, model: Module, examples: Iterable[Tensor]) -> None:
         """Set a start that depends on data, once per run; every rank gets the same examples, token ids [1, T]."""
 
-    def changed(self, model: Module) -> list[str]:  # noqa: ARG002
+    def changed_frozen(self, model: Module) -> list[str]:  # noqa: ARG002
         """Names of frozen parameters that training changes all the same; checkpoints hold them too."""
         return []
 
@@ -198,7 +215,7 @@ class Method(Generic[O]):
         group = {"params": parameters}
         return torch.optim.AdamW([group], lr=lr, **adam)
 
-    def pieces(self) -> Sequence[Piece]:
+    def pieces(self) -> StatePieces:
         """State of the method's own that checkpoints hold and loading writes into, in whatever layout it is."""
         return []
 

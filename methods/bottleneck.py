@@ -39,8 +39,10 @@ class Adapter(Module):
         self.up = nn.Linear(size, width)
         self.activation = ACTIVATIONS[activation]
         self.enabled = True
-        nn.init.kaiming_normal_(self.down.weight, nonlinearity="relu")
-        for zero in (self.down.bias, self.up.weight, self.up.bias):
+        down = self.down
+        up = self.up
+        nn.init.kaiming_normal_(down.weight, nonlinearity="relu")
+        for zero in (down.bias, up.weight, up.bias):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,16 +50,19 @@ class Adapter(Module):
         h: Tensor = self.base(x)
         if not self.enabled:
             return h
-        narrow = self.down(h.to(self.down.weight.dtype))
-        update: Tensor = self.up(self.activation(narrow))
-        return h + update.to(h.dtype)
+        x = h.to(self.down.weight.dtype)
+        narrow = self.down(x)
+        activated = self.activation(narrow)
+        update: Tensor = self.up(activated)
+        update = update.to(h.dtype)
+        return h + update
 
 
 class BottleneckTuning(Method[Bottleneck]):
     """Adapters in the places that the options name."""
 
     def attach(self, model: Module) -> Module:
-        """Freeze the base and add adapters."""
+        """Freeze the base, and put adapters behind its sublayers."""
         model.requires_grad_(False)
         insert(model, self.options)
         return model
@@ -97,7 +102,7 @@ def insert(model: Module, options: Bottleneck) -> None:
     places = []
     missing = set(options.sublayer_ends)
     for name, _ in model.named_modules():
-        last_part = name.rpartition(".")[2]
+        _, _, last_part = name.rpartition(".")
         if last_part in options.sublayer_ends:
             places.append(name)
             missing.discard(last_part)
@@ -112,7 +117,8 @@ def insert(model: Module, options: Bottleneck) -> None:
 
 def load(model: Module, folder: Path) -> Module:
     """A plain transformers model with the adapters of a folder, in evaluation mode."""
-    text = (folder / CONFIG).read_text()
+    config_file = folder / CONFIG
+    text = config_file.read_text()
     config: dict[str, Any] = json.loads(text)
     config.pop("base_model_name_or_path")
     options = Bottleneck(**config)
@@ -121,13 +127,14 @@ def load(model: Module, folder: Path) -> Module:
     weights = load_file(file)
     if _weight_names(model) != weights.keys():
         raise ValueError(f"{file}: its weights are not those of this base's adapters")
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict(weights, strict=False)  # as the base's own weights are there already
     parameter = next(model.parameters())
-    return model.to(parameter.device).eval()
+    model.to(parameter.device)
+    return model.eval()
 
 
 def _adapters(model: Module) -> Iterator[tuple[str, Adapter]]:
-    """The adapters in a model, by name."""
+    """The adapters that a model has, by name."""
     for name, module in model.named_modules():
         if isinstance(module, Adapter):
             yield name, module

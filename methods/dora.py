@@ -13,5 +13,5 @@ class DoraTuning(LowRank[Dora]):
     """LoRA on weights that are decomposed into magnitude and direction."""
 
     def config(self) -> Keywords:
-        """Ask PEFT for the decomposition."""
+        """Ask PEFT to decompose weights into magnitude and direction."""
         return {"use_dora": True}

@@ -16,7 +16,7 @@ class FourierFtTuning(PeftAdapter[FourierFt]):
     """Updates whose spectrum is sparse and trained."""
 
     def peft_config(self, targets: list[str]) -> peft.PeftConfig:
-        """Number, scale and seed of the entries."""
+        """How many entries each spectrum has, their scale, and the seed of their places."""
         return peft.FourierFTConfig(
             n_frequency=self.options.frequencies,
             scaling=self.options.scale,

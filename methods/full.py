@@ -26,7 +26,7 @@ _STREAM = 0x115A  # keeps the draws apart from other generators of the same seed
 
 
 class FullTuning(Method[Full]):
-    """AdamW on the weights themselves."""
+    """AdamW on the base's weights themselves, all or some at a time."""
 
     def __init__(self, options: Full, setup: Setup) -> None:
         super().__init__(options, setup)
@@ -63,23 +63,23 @@ class FullTuning(Method[Full]):
         return set(layers.tolist())
 
     def after_step(self, view: View) -> None:  # noqa: ARG002
-        """Count the steps that are done."""
+        """Count the optimizer's steps, by which LISA draws."""
         self._done += 1
 
     def state(self) -> Tensors:
-        """Steps done, where LISA needs them."""
+        """The number of steps done, where LISA draws by it."""
         if self.options.lisa_layers is None:
             return {}
         step = torch.tensor(self._done)
         return {"step": step}
 
     def load_state(self, state: Tensors) -> None:
-        """Take back the steps done."""
+        """Go on from the number of steps that `state` gave."""
         step = state.get("step", 0)
         self._done = int(step)
 
     def export(self, model: "PreTrainedModel", weights: Tensors, folder: Path) -> None:
-        """Write the model as `from_pretrained` loads it."""
+        """Write the model as transformers' `from_pretrained` loads it."""
         model.save_pretrained(folder, state_dict=weights)
 
     def merge(self, model: Module) -> Module:

@@ -20,7 +20,7 @@ The gradient norm, and so clipping, is that of the low-rank gradients and the ot
 the full gradients): ||P^T G|| <= ||G||, and ||G|| is not known between refreshes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from methods.base import Fragment, Fragments, Method, Piece, Setup, Tensors, View, gradient
+from methods.base import Fragment, Fragments, Method, Setup, StatePieces, Tensors, View, gradient
 from methods.options.subspace import Galore
+from methods.parts.targets import Matrices
 from methods.parts.weights import shapes
 from methods.subspace.apollo import Scaler
 from methods.subspace.bases import Bases
@@ -56,9 +57,12 @@ class GaloreTuning(Method[Galore]):
     def attach(self, model: Module) -> Module:
         """Make every weight fp32 and trained, and remember the shapes."""
         options = self.options
-        linears, others = shapes(model, self.setup.gather)
+        gather = self.setup.gather
+        linears, others = shapes(model, gather)
         projected = options.projected(linears, others)
-        weights = {f"{name}.weight": shape for name, shape in projected.items()}
+        weights: Matrices = {}
+        for name, shape in projected.items():
+            weights[f"{name}.weight"] = shape
         self._matrices = lay_out(weights, options.rank)
         model.float()
         return model.requires_grad_(True)
@@ -109,27 +113,31 @@ class GaloreTuning(Method[Galore]):
         group = self._adam.param_groups[0]
         lr = group["lr"]
         scaled_lr = lr * self.options.scale
-        kept = 1 - lr * group["weight_decay"]
-        for name, direction in self._directions(low, step):
+        decay = lr * group["weight_decay"]
+        kept = 1 - decay
+        directions = self._directions(low, step)
+        for name, direction in directions:
             fragment = self._targets[name]
             weight = fragment.parameter.data
             weight.sub_(direction, alpha=scaled_lr)
             weight.mul_(kept)  # after the step, as the authors do
 
-    def pieces(self) -> Sequence[Piece]:
+    def pieces(self) -> StatePieces:
         """The moments of this rank's slice, and the bases."""
-        owned = self.exchange.owned
-        pieces = self._bases.pieces()
+        exchange = self.exchange
+        owned = exchange.owned
+        pieces = [*self._bases.pieces()]
         for matrix in self._matrices:
-            end = matrix.offset + matrix.padded
-            common = overlap(owned, matrix.offset, end)
+            offset = matrix.offset
+            end = offset + matrix.padded
+            common = overlap(owned, offset, end)
             if not common:
                 continue
-            start = common.start - matrix.offset
+            start = common.start - offset
             begin = common.start - owned.start
             stop = common.stop - owned.start
             part = slice(begin, stop)
-            pieces += self._moments.pieces(matrix.name, start, part, self.exchange.replicated)
+            pieces += self._moments.pieces(matrix.name, start, part, exchange.replicated)
         return pieces
 
     def state(self) -> Tensors:
@@ -143,11 +151,12 @@ class GaloreTuning(Method[Galore]):
 
     def load_state(self, state: Tensors) -> None:
         """Take back the number of steps; the rest waits until there is a place for it."""
-        self._step = int(state["steps"])
+        steps = state["steps"]
+        self._step = int(steps)
         self._loaded = state
 
     def export(self, model: "PreTrainedModel", weights: Tensors, folder: Path) -> None:
-        """Write the model as `from_pretrained` loads it."""
+        """Write the model as transformers' `from_pretrained` loads it."""
         model.save_pretrained(folder, state_dict=weights)
 
     def merge(self, model: Module) -> Module:
@@ -155,23 +164,26 @@ class GaloreTuning(Method[Galore]):
         return model
 
     def _allocate(self, device: torch.device, replicated: bool) -> None:
-        """Make the state of this rank's slice."""
-        length = sum(matrix.padded for matrix in self._matrices)
+        """Make moments, bases and norms for this rank's slice, and fill in what was loaded."""
+        matrices = self._matrices
+        lengths = (matrix.padded for matrix in matrices)
+        length = sum(lengths)
         grads_are_partial = replicated and self.reduces
         exchange = Exchange(length, replicated, grads_are_partial)
         self.exchange = exchange
         self._moments = self._new_moments(device)
         seed = self.setup.seed
-        self._bases = Bases(self.options, seed, self._matrices, exchange, device)
-        self._scaler = Scaler(self._matrices, exchange, device)
+        self._bases = Bases(self.options, seed, matrices, exchange, device)
+        self._scaler = Scaler(matrices, exchange, device)
         loaded = self._loaded
         if loaded:
             self._bases.load_state(loaded)
-            norms = self._scaler.norms
-            norms.copy_(loaded.get("norms", norms))
+        if "norms" in loaded:
+            norms = loaded["norms"]
+            self._scaler.norms.copy_(norms)
 
     def _new_moments(self, device: torch.device) -> Moments:
-        """Moments of zero for this rank's slice."""
+        """Moments of zero for this rank's slice, in fp32 or in 8 bits."""
         size = self.exchange.owned_length
         defaults = self._adam.defaults
         betas = defaults["betas"]
@@ -181,10 +193,11 @@ class GaloreTuning(Method[Galore]):
         return Adam(size, betas, eps, device)
 
     def _live(self) -> Fragments:
-        """The targets' fragments that have a gradient."""
+        """The targets' fragments that have a gradient in this step, by name."""
         live = {}
         for name, fragment in self._targets.items():
-            if fragment.parameter.grad is not None:
+            grad = fragment.parameter.grad
+            if grad is not None:
                 live[name] = fragment
         return live
 
@@ -192,18 +205,21 @@ class GaloreTuning(Method[Galore]):
         """This rank's slice of the low-rank gradients, in bases that are new where that is due."""
         live = self._live()
         self._bases.refresh(self._step, live)
+        exchange = self.exchange
         device = self._scaler.norms.device
-        flat = torch.zeros(self.exchange.length, device=device)
+        flat = torch.zeros(exchange.length, device=device)
         for index, matrix in enumerate(self._matrices):
-            if fragment := live.get(matrix.name):
-                basis_SR = self._bases[index]
-                grad = gradient(fragment)
-                low = matrix.low(flat)
-                project(matrix, basis_SR, grad, fragment.start, low)
-        return self.exchange.reduce_scatter(flat)
+            fragment = live.get(matrix.name)
+            if fragment is None:
+                continue
+            basis_SR = self._bases[index]
+            grad = gradient(fragment)
+            low = matrix.low(flat)
+            project(matrix, basis_SR, grad, fragment.start, low)
+        return exchange.reduce_scatter(flat)
 
     def _directions(self, low: Tensor, step: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """What the targets' fragments move against."""
+        """What the targets' fragments move against, by name; `step` is the normalised step for `low`."""
         if not self.reduces:
             betas = self._adam.defaults["betas"]
             corrected = correction(betas, self._step)
@@ -213,8 +229,11 @@ class GaloreTuning(Method[Galore]):
             return
         flat = self.exchange.all_gather(step)
         for index, matrix in enumerate(self._matrices):
-            if fragment := self._targets.get(matrix.name):
-                basis_SR = self._bases[index]
-                low_step = matrix.low(flat)
-                direction = lift(matrix, basis_SR, low_step, fragment.start, fragment.stop)
-                yield matrix.name, direction
+            name = matrix.name
+            fragment = self._targets.get(name)
+            if fragment is None:
+                continue
+            basis_SR = self._bases[index]
+            low_step = matrix.low(flat)
+            direction = lift(matrix, basis_SR, low_step, fragment.start, fragment.stop)
+            yield name, direction

@@ -24,6 +24,6 @@ class Ia3Tuning(PeftAdapter[Ia3]):
         return peft.IA3Config(target_modules=targets, feedforward_modules=scaled_by_input, task_type="CAUSAL_LM")
 
     def optimizer(self, view: View, lr: float, **adam: Any) -> torch.optim.Optimizer:
-        """AdamW without decay of weights."""
+        """AdamW without decay of weights, which would pull l to zero."""
         without_decay = adam | {"weight_decay": 0.0}
         return super().optimizer(view, lr, **without_decay)

@@ -28,7 +28,7 @@ from torch.nn import Module
 
 from methods.base import Keywords, Tensors
 from methods.lora import LowRank
-from methods.options.low_rank import LongLora
+from methods.options.low_rank_long import LongLora
 from methods.parts import attention
 from methods.parts.shifted_attention import NAME, sparse_in_training
 from methods.parts.weights import shapes
@@ -44,12 +44,12 @@ class LongLoraTuning(LowRank[LongLora]):
 
     @property
     def group(self) -> int:
-        """Number of positions that see each other."""
+        """Number of positions that see each other: seq_len over the number of groups, rounded up."""
         size = self.setup.seq_len / self.options.groups
         return ceil(size)
 
     def load_options(self, config: Any) -> Keywords:
-        """Let the config reach seq_len."""
+        """Let the base's config reach seq_len; raises ValueError where it cannot."""
         self.options.check(config.to_dict(), self.setup.seq_len)
         self._extend(config)
         return {}
@@ -73,7 +73,7 @@ class LongLoraTuning(LowRank[LongLora]):
         return super().attach(model)
 
     def config(self) -> Keywords:
-        """The modules of which copies are trained."""
+        """Name the modules of which PEFT trains copies."""
         return self._extras
 
     def export(self, model: peft.PeftModel, weights: Tensors, folder: Path) -> None:

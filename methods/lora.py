@@ -32,7 +32,7 @@ START = "start."  # a checkpoint has these names for the weights as they are now
 
 
 class LowRank(PeftAdapter[L]):
-    """The LoRA family, as PEFT has it."""
+    """The LoRA family: PEFT's modules and file format, with LoRA+ and embeddings of new tokens."""
 
     _tokens: Mapping[str, list[int]] = MappingProxyType({})  # by module: the rows of it that are trained
 
@@ -60,7 +60,7 @@ class LowRank(PeftAdapter[L]):
         )
 
     def optimizer(self, view: View, lr: float, **adam: Any) -> torch.optim.Optimizer:
-        """AdamW, with LoRA+'s rate for B."""
+        """AdamW with two groups: B and DoRA's magnitude have `lr_ratio` times the learning rate of A."""
         slow: list[Parameter] = []
         fast: list[Parameter] = []
         for fragment in view.fragments():
@@ -88,7 +88,7 @@ def vocabulary_modules(model: Any) -> list[str]:
 
 
 class LoraTuning(LowRank[Lora]):
-    """Plain LoRA, with its starts."""
+    """Plain LoRA, with all the starts that its A and B may have."""
 
     def __init__(self, options: Lora, setup: Setup) -> None:
         super().__init__(options, setup)
@@ -100,7 +100,7 @@ class LoraTuning(LowRank[Lora]):
         return self.options.init in ("pissa", "olora")
 
     def config(self) -> Keywords:
-        """The starts that PEFT draws itself."""
+        """Name the start to PEFT where PEFT draws it."""
         init = self.options.init
         if init in ("gaussian", "orthogonal"):
             return {"init_lora_weights": init}

@@ -31,13 +31,15 @@ class PrefixTuning(Method[Prefix]):
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
         """Freeze the base and give its attention modules a prefix."""
-        self.options.check(model.config.to_dict(), self.setup.seq_len)
+        options = self.options
+        config = model.config.to_dict()
+        options.check(config, self.setup.seq_len)
         model.requires_grad_(False)
         modules = _attentions(model)
         starts = self._starts(model, modules)
         for module, start_2HVD in zip(modules, starts, strict=True):
             module.prefix = Parameter(start_2HVD)
-        attention.replace(model, ATTENTION, self.options.kind, "prompt")
+        attention.replace(model, ATTENTION, options.kind, "prompt")
         model.register_forward_pre_hook(self._shift, with_kwargs=True)
         return model
 
@@ -46,7 +48,8 @@ class PrefixTuning(Method[Prefix]):
         prefixes = []
         for name, module in model.named_modules():
             if hasattr(module, "prefix"):
-                prefixes.append(weights[f"{name}.prefix"])
+                prefix_2HVD = weights[f"{name}.prefix"]
+                prefixes.append(prefix_2HVD)
         prefix_L2HVD = torch.stack(prefixes)
         layers, _, heads, tokens, size = prefix_L2HVD.shape
         width = heads * size
@@ -60,8 +63,9 @@ class PrefixTuning(Method[Prefix]):
         """Each module's prefix at the start: what the base computes for a text, or noise, as PEFT has it."""
         text = self.options.init_text
         if text is None:
-            return [self._noise(module) for module in modules]
-        ids = text_ids(self.setup.tokenizer, text, self.options.tokens)
+            return list(map(self._noise, modules))
+        tokenizer = self.setup.tokenizer
+        ids = text_ids(tokenizer, text, self.options.tokens)
         cache = self._cache(model, ids)
         starts = []
         for module in modules:
@@ -74,8 +78,10 @@ class PrefixTuning(Method[Prefix]):
     def _noise(self, module: Any) -> Tensor:
         """A normal prefix [2, H, V, D] for an attention module."""
         size = module.head_dim
-        heads = module.k_proj.out_features // size
-        return torch.randn(2, heads, self.options.tokens, size)
+        width = module.k_proj.out_features
+        heads = width // size
+        tokens = self.options.tokens
+        return torch.randn(2, heads, tokens, size)
 
     def _cache(self, model: Module, ids: Tensor) -> Any:
         """The keys and values that the base computes for a text."""
@@ -83,8 +89,10 @@ class PrefixTuning(Method[Prefix]):
         ids = ids.to(parameter.device)
         training = model.training
         model.eval()  # gradient checkpointing, if it is on, drops caches in training
-        with torch.no_grad(), self.setup.gather.gathered_in_turn(model):
-            output = model(input_ids=ids[None], use_cache=True, logits_to_keep=1)
+        ids_1T = ids[None]
+        gather = self.setup.gather
+        with torch.no_grad(), gather.gathered_in_turn(model):
+            output = model(input_ids=ids_1T, use_cache=True, logits_to_keep=1)
         model.train(training)
         return output.past_key_values
 
@@ -96,7 +104,8 @@ class PrefixTuning(Method[Prefix]):
             cache = kwargs.get("past_key_values")
             positions = _positions(ids, cache)
         shifted = positions + self.options.tokens
-        return args, kwargs | {"position_ids": shifted}
+        replaced = {"position_ids": shifted}
+        return args, kwargs | replaced
 
 
 def _positions(ids: Tensor, cache: Any) -> Tensor:
@@ -104,7 +113,8 @@ def _positions(ids: Tensor, cache: Any) -> Tensor:
     past = 0
     if cache is not None:
         past = cache.get_seq_length()
-    end = past + ids.shape[1]
+    length = ids.shape[1]
+    end = past + length
     positions = torch.arange(past, end, device=ids.device)
     return positions[None]
 
@@ -113,7 +123,8 @@ def _attentions(model: Module) -> list[Any]:
     """The attention modules of a base; raises ValueError where it has none that are known."""
     attentions = []
     for module in model.modules():
-        if hasattr(module, "k_proj") and hasattr(module, "layer_idx"):
+        is_attention = hasattr(module, "k_proj")
+        if is_attention and hasattr(module, "layer_idx"):
             attentions.append(module)
     if not attentions:
         raise ValueError("prefix tuning needs a base whose attention has k_proj and v_proj")
@@ -131,12 +142,14 @@ def _attend(
     """Attention over the prefix and what the mask shows."""
     rows = len(key_BHSD)
     prefix_2HVD = module.prefix.to(key_BHSD.dtype)
-    prefix_2BHVD = prefix_2HVD[:, None].expand(-1, rows, -1, -1, -1)
+    prefix_21HVD = prefix_2HVD[:, None]
+    prefix_2BHVD = prefix_21HVD.expand(-1, rows, -1, -1, -1)
     prefix_key, prefix_value = prefix_2BHVD
     key = torch.cat((prefix_key, key_BHSD), dim=2)
     value = torch.cat((prefix_value, value_BHSD), dim=2)
-    tokens = prefix_2BHVD.shape[3]
-    mask = nn.functional.pad(mask_BHTS, (tokens, 0), value=True)
+    tokens = prefix_key.shape[2]
+    in_front = (tokens, 0)
+    mask = nn.functional.pad(mask_BHTS, in_front, value=True)
     attended: tuple[Tensor, None] = sdpa_attention_forward(module, query_BHTD, key, value, mask, **options)
     return attended
 

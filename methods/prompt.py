@@ -24,7 +24,7 @@ class PromptTuning(Embedded[Prompt]):
         return peft.PromptTuningConfig(**shared)
 
     def encoder(self, config: Any) -> Module:
-        """The encoder that holds P."""
+        """PEFT's encoder, whose one weight is P."""
         encoder: Module = peft.PromptEmbedding(config, None)
         return encoder
 

@@ -27,7 +27,7 @@ class PTuningTuning(Embedded[PTuning]):
         return peft.PromptEncoderConfig(**shared, encoder_hidden_size=options.hidden)
 
     def encoder(self, config: Any) -> Module:
-        """The encoder that holds Z and f."""
+        """PEFT's encoder, which holds Z and the network f."""
         encoder: Module = peft.PromptEncoder(config)
         return encoder
 

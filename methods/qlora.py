@@ -31,7 +31,7 @@ MERGE_BOUND = 10.0  # ||q|| over ||s B A|| of a layer
 
 
 class QLoraTuning(LowRank[QLora]):
-    """LoRA over a base in 4 bits."""
+    """LoRA over a base whose linear layers are in 4 bits."""
 
     def __init__(self, options: QLora, setup: Setup) -> None:
         super().__init__(options, setup)
@@ -43,7 +43,7 @@ class QLoraTuning(LowRank[QLora]):
         return quantised.load_options(options.quant, options.double_quant, config.dtype)
 
     def config(self) -> Keywords:
-        """The start that PEFT draws itself."""
+        """Name the start to PEFT where PEFT draws it."""
         if self.options.init == "gaussian":
             return {"init_lora_weights": "gaussian"}
         return {}
@@ -59,7 +59,7 @@ class QLoraTuning(LowRank[QLora]):
         tuned = super().attach(model)
         if self.options.init == "loftq" and not self._resumed:
             start_from_loss(tuned)
-        quantised.hide(tuned)
+        quantised.register_as_buffers(tuned)
         return tuned
 
     def reference(self, model: Module) -> AbstractContextManager[None]:
@@ -86,7 +86,7 @@ class QLoraTuning(LowRank[QLora]):
         options = self.options
         base = layer.get_base_layer()
         weight_OI = quantised.oriented(base, base.weight.data)
-        lost_OI = quantised.lost(weight_OI, options.quant, options.double_quant)
+        lost_OI = quantised.quantisation_error(weight_OI, options.quant, options.double_quant)
         if options.init == "loftq":
             weight_OI.sub_(lost_OI)
             return 0.0
@@ -107,7 +107,7 @@ def start_from_loss(model: Module) -> None:
         weight = original(f"{base_name}.weight")
         weight_OI = quantised.oriented(base, weight)
         weight_OI = weight_OI.to(a_RI.device).float()
-        lost_OI = weight_OI - quantised.restored(base.weight)
+        lost_OI = weight_OI - quantised.dequantised(base.weight)
         rank = len(a_RI)
         scale = layer.scaling[ADAPTER]
         start_a_RI, start_b_OR = principal_factors(lost_OI, rank, scale)

@@ -27,8 +27,6 @@ codes may fall to either side in another layout or on another processor; so curv
 happens, and then to about 1e-5. Whatever rule rounds a number has such edges.
 """
 
-import hashlib
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -38,17 +36,32 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Module
 
-from methods.base import Fragment, Fragments, Keywords, Method, Piece, Schedule, Setup, Tensors, View, master, part_of
+from methods.base import (
+    Fragment,
+    Fragments,
+    Keywords,
+    Method,
+    Schedule,
+    Setup,
+    StatePieces,
+    Tensors,
+    View,
+    master,
+    part_of,
+    replicated_piece,
+)
 from methods.lora import LowRank
-from methods.options.low_rank import ReLora
+from methods.options.low_rank_merged import ReLora
 from methods.parts import quantised
 from methods.parts.initial import adapted, factor_names
 from methods.parts.peft_adapter import ADAPTER, name_in_base
-from methods.parts.ranks import largest
+from methods.parts.restarts import RestartSchedule, keep_largest, new_start
 from methods.parts.weights import shapes
+
+NamedTensors = Iterator[tuple[str, Tensor]]
 
 
 class ReLoraTuning(LowRank[ReLora]):
@@ -56,13 +69,8 @@ class ReLoraTuning(LowRank[ReLora]):
 
     def __init__(self, options: ReLora, setup: Setup) -> None:
         super().__init__(options, setup)
-        steps = setup.steps
-        every = round(options.every * steps)
-        self._every = max(1, every)
-        self._rewarmup = round(options.rewarmup * steps)
-        self._full = round(options.full_rank * steps)
-        self._base: Schedule = lambda step: 1.0  # noqa: ARG005
-        self._done = 0
+        self.restarts = RestartSchedule(options, setup.steps)
+        self._done = 0  # steps
         self._layers: dict[str, LoraLayer] = {}
         self._first: set[str] = set()  # what is trained in the first phase alone
 
@@ -74,33 +82,32 @@ class ReLoraTuning(LowRank[ReLora]):
 
     def attach(self, model: Module) -> Module:
         """Freeze the linear layers and add adapters; the rest is trained if `others` says so."""
+        options = self.options
         gather = self.setup.gather
-        if self.options.quantised:
+        if options.quantised:
             quantised.require(model, gather)
         linears, others = shapes(model, gather)
         trained = []
-        first = set()  # identities, as PEFT gives other names
-        if self.options.others:
+        trained_first = []
+        if options.others:
             for name in others:
-                trained.append(model.get_parameter(name))
-        if self._full:
+                weight = model.get_parameter(name)
+                trained.append(weight)
+        if self.restarts.full_rank:
             for name in linears:
                 weight = model.get_parameter(f"{name}.weight")
-                trained.append(weight)
-                first.add(id(weight))
+                trained_first.append(weight)
         tuned = super().attach(model)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        self._first = set()
-        for name, parameter in tuned.named_parameters():
-            if id(parameter) in first:
-                self._first.add(name)
-        if self.options.quantised:
-            quantised.hide(tuned)
-        self._layers = dict(adapted(tuned))
+        for weight in trained + trained_first:
+            weight.requires_grad_(True)
+        self._first = _names(tuned, trained_first)
+        if options.quantised:
+            quantised.register_as_buffers(tuned)
+        layers = adapted(tuned)
+        self._layers = dict(layers)
         return tuned
 
-    def changed(self, model: Module) -> list[str]:
+    def changed_frozen(self, model: Module) -> list[str]:
         """Every weight that is not trained: most change by merges, and the output holds them all."""
         frozen = []
         for name, parameter in model.named_parameters():
@@ -108,70 +115,47 @@ class ReLoraTuning(LowRank[ReLora]):
                 frozen.append(name)
         return frozen
 
-    def pieces(self) -> Sequence[Piece]:
+    def pieces(self) -> StatePieces:
         """The weights in 4 bits, which every rank holds."""
         if not self.options.quantised:
             return []
         pieces = []
         for name, layer in self._layers.items():
             base = layer.get_base_layer()
-            for kind, value in quantised.state(base).items():
-                tensors = {kind: value}
-                piece = Piece(f"{name}.{kind}", 0, tensors, True)
+            state = quantised.state(base)
+            for kind, value in state.items():
+                piece = replicated_piece(f"{name}.{kind}", {kind: value})
                 pieces.append(piece)
         return pieces
 
     def schedule(self, base: Schedule) -> Schedule:
         """The job's schedule with a warm-up after every restart."""
-        self._base = base
-        return self._rate
-
-    def restarts(self, done: int) -> bool:
-        """Whether there is a restart after so many steps, before the last; the first factors come with one."""
-        if done <= 0 or done < self._full:
-            return False
-        since_full = done - self._full
-        if since_full % self._every:
-            return False
-        if done + self._rewarmup >= self.setup.steps:
-            return False
-        rate = self._base(done)
-        last_rate = self._base(done - 1)
-        return rate <= last_rate * (1 + 1e-9)  # else the job warms up
-
-    def start(self, name: str, shape: torch.Size, done: int) -> Tensor:
-        """The new start of a factor after so many steps, on the host."""
-        start = torch.zeros(shape)
-        if ".lora_A." in name:
-            identity = f"{self.setup.seed}/{done}/{name}"
-            message = identity.encode()
-            digest = hashlib.sha256(message).digest()
-            number = int.from_bytes(digest[:7], "big")
-            generator = torch.Generator()
-            generator.manual_seed(number)
-            slope = math.sqrt(5)  # as LoRA's A has it
-            nn.init.kaiming_uniform_(start, a=slope, generator=generator)
-        return start
+        self.restarts.base = base
+        return self.restarts.rate
 
     def gradients(self, view: View) -> list[Tensor]:
         """The gradients of what this phase trains: AdamW passes over weights without one."""
-        if self._full:
+        if self.restarts.full_rank:
             for fragment in view.fragments():
                 if self._waits(fragment.name):
-                    view.state(fragment).clear()
+                    state = view.state(fragment)
+                    state.clear()
                     fragment.parameter.grad = None
         return super().gradients(view)
 
     def after_step(self, view: View) -> None:
         """Merge and start anew where it is time."""
         self._done += 1
-        if self._done <= self._full:
+        done = self._done
+        if done <= self.restarts.full_rank:
             return
-        is_last = self._done == self.setup.steps
-        whole_at_end = is_last and not self.options.quantised
-        if not self.restarts(self._done) and not whole_at_end:
+        is_last = done == self.setup.steps
+        merges_at_end = is_last and not self.options.quantised
+        if not merges_at_end and not self.restarts.due(done):
             return
-        fragments = {fragment.name: fragment for fragment in view.fragments()}
+        fragments: dict[str, Fragment] = {}
+        for fragment in view.fragments():
+            fragments[fragment.name] = fragment
         losses = []
         for name in self._layers:
             lost = self._merge(view, name, fragments)
@@ -179,24 +163,25 @@ class ReLoraTuning(LowRank[ReLora]):
         if self.options.quantised:
             middle = statistics.median(losses)
             most = max(losses)
-            report = f"merged after step {self._done}: 4 bits lost {middle:.2g} times the update"
+            report = f"merged after step {done}: 4 bits lost {middle:.2g} times the update"
             print(f"{report} (median of layers; at most {most:.2g})", flush=True)
 
     def state(self) -> Tensors:
-        """The number of steps done."""
+        """The number of steps done, by which restarts are due."""
         step = torch.tensor(self._done)
         return {"step": step}
 
     def load_state(self, state: Tensors) -> None:
-        """Take back the number of steps done."""
-        self._done = int(state["step"])
+        """Go on from the number of steps that `state` gave."""
+        step = state["step"]
+        self._done = int(step)
 
     def reference(self, model: Module) -> AbstractContextManager[None]:
         """Refused, as what the method learns goes into the base."""
         return Method.reference(self, model)
 
     def export(self, model: peft.PeftModel, weights: Tensors, folder: Path) -> None:
-        """Write the model as `from_pretrained` loads it."""
+        """Write the model as transformers' `from_pretrained` loads it, without factors."""
         base = model.get_base_model()
         plain: Tensors = {}
         for name, value in weights.items():
@@ -205,7 +190,8 @@ class ReLoraTuning(LowRank[ReLora]):
                 plain[plain_name] = value
         if self.options.quantised:
             base = quantised.twin(base)
-            for name, value in self._restored(model, weights):
+            dequantised = self._dequantised(model, weights)
+            for name, value in dequantised:
                 plain_name = name_in_base(name)
                 plain[f"{plain_name}.weight"] = value
         base.save_pretrained(folder, state_dict=plain)
@@ -214,31 +200,20 @@ class ReLoraTuning(LowRank[ReLora]):
         """The model itself: all is in its weights."""
         return model
 
-    def _rate(self, step: int) -> float:
-        """The learning rate of the step after so many."""
-        since_full = step - self._full
-        since_restart = since_full % self._every
-        start = step - since_restart
-        end = start + self._rewarmup
-        if step >= end or not self.restarts(start):
-            return self._base(step)
-        goal = self._base(end)
-        return goal * (since_restart + 1) / self._rewarmup
-
     def _waits(self, name: str) -> bool:
         """Whether a weight that may be trained is not trained in this phase."""
-        if self._done < self._full:
+        if self._done < self.restarts.full_rank:
             return ".lora_" in name
         return name in self._first
 
     def _merge(self, view: View, name: str, fragments: Fragments) -> float:
         """Put the factors of a layer into its weight, and start them anew; gives what 4 bits lost of the update."""
         layer = self._layers[name]
-        a, b = factor_names(name)
+        names = factor_names(name)
+        a, b = names
         a_RI = view.whole(a, master)
         b_OR = view.whole(b, master)
-        scale = layer.scaling[ADAPTER]
-        delta_OI = scale * (b_OR @ a_RI)
+        delta_OI = _update(layer, a_RI, b_OR)
         if layer.fan_in_fan_out:
             delta_OI = delta_OI.T
         base = layer.get_base_layer()
@@ -246,14 +221,13 @@ class ReLoraTuning(LowRank[ReLora]):
         if self.options.quantised:
             lost = quantised.add(base, delta_OI)
         elif base.weight.requires_grad:
-            if fragment := fragments.get(f"{name}.base_layer.weight"):
-                delta = delta_OI.reshape(-1)
-                values = fragment.parameter.data
-                values.add_(part_of(delta, fragment))
+            fragment = fragments.get(f"{name}.base_layer.weight")
+            _add_part(fragment, delta_OI)
         else:
-            with self.setup.gather.gathered([base.weight], modified=True):
-                base.weight.data.add_(delta_OI)
-        for factor in (a, b):
+            weight = base.weight
+            with self.setup.gather.gathered([weight], modified=True):
+                weight.data.add_(delta_OI)
+        for factor in names:
             held = fragments.get(factor)
             self._reset(view, factor, held)
         return lost
@@ -262,35 +236,58 @@ class ReLoraTuning(LowRank[ReLora]):
         """Give this rank's part of a factor its new start, and what its state may keep."""
         if fragment is not None:
             shape = view.shape(name)
-            start = self.start(name, shape, self._done).view(-1)
+            start = new_start(name, shape, self.setup.seed, self._done)
+            flat = start.view(-1)
+            part = part_of(flat, fragment)
             values = fragment.parameter.data
-            values.copy_(part_of(start, fragment))
-        if self.options.keep == 0:
-            if fragment is not None:
-                view.state(fragment).clear()
-            return
-        moment = view.whole(name, lambda held: view.state(held)["exp_avg"])
-        share = self.options.keep * moment.numel()
-        kept = largest(moment.abs(), int(share))
-        kept = kept.view(-1)
-        if fragment is not None:
+            values.copy_(part)
+        share = self.options.keep
+        if share > 0:
+            keep_largest(view, name, fragment, share)
+        elif fragment is not None:
             state = view.state(fragment)
-            part = part_of(kept, fragment)
-            state["exp_avg"].mul_(part)
-            state["exp_avg_sq"].mul_(part)
+            state.clear()
 
-    def _restored(self, model: peft.PeftModel, weights: Tensors) -> Iterator[tuple[str, Tensor]]:
+    def _dequantised(self, model: peft.PeftModel, weights: Tensors) -> NamedTensors:
         """What the layers in 4 bits stand for, with the factors' updates, on the host."""
-        for name, base in quantised.layers(model):
-            weight_OI = quantised.restored(base.weight)
+        dtype = model.config.dtype
+        for name, base in quantised.four_bit_layers(model):
+            weight_OI = quantised.dequantised(base.weight)
             weight_OI = weight_OI.cpu()
             module = name.removesuffix(".base_layer")
-            if layer := self._layers.get(module):
+            layer = self._layers.get(module)
+            if layer is not None:
                 a, b = factor_names(module)
                 a_RI = weights[a].float()
                 b_OR = weights[b].float()
-                scale = layer.scaling[ADAPTER]
-                weight_OI += scale * (b_OR @ a_RI)
+                weight_OI += _update(layer, a_RI, b_OR)
             weight = quantised.oriented(base, weight_OI)
             weight = weight.contiguous()
-            yield name, weight.to(model.config.dtype)
+            yield name, weight.to(dtype)
+
+
+def _names(model: Module, parameters: Sequence[Tensor]) -> set[str]:
+    """The names in a model of these of its parameters, which PEFT may have given others than the base did."""
+    identities = set(map(id, parameters))
+    names = set()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in identities:
+            names.add(name)
+    return names
+
+
+def _update(layer: LoraLayer, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+    """s B A of a layer, [out, in]."""
+    scale: float = layer.scaling[ADAPTER]
+    product_OI = b_OR @ a_RI
+    return scale * product_OI
+
+
+def _add_part(fragment: Fragment | None, delta_OI: Tensor) -> None:
+    """Add to a master what this rank holds of an update; nothing where it holds none of it."""
+    if fragment is None:
+        return
+    flat = delta_OI.reshape(-1)
+    part = part_of(flat, fragment)
+    values = fragment.parameter.data
+    values.add_(part)

@@ -6,8 +6,8 @@ from methods.options.low_rank import RsLora
 
 
 class RsLoraTuning(LowRank[RsLora]):
-    """LoRA with the rank-stabilised scale."""
+    """LoRA with the rank-stabilised scale alpha / sqrt(r)."""
 
     def config(self) -> Keywords:
-        """Ask PEFT for the other scale."""
+        """Ask PEFT to divide alpha by the root of the rank."""
         return {"use_rslora": True}

@@ -17,10 +17,10 @@ from methods.parts.peft_adapter import ADAPTER, PeftAdapter
 
 
 class VeraTuning(PeftAdapter[Vera]):
-    """Scales of shared random projections."""
+    """Trained scales of two random projections that all modules share."""
 
     def peft_config(self, targets: list[str]) -> peft.PeftConfig:
-        """Rank, start and seed."""
+        """Rank and seed of the shared projections, and what the scales d start from."""
         return peft.VeraConfig(
             r=self.options.rank,
             d_initial=self.options.d_initial,
@@ -32,7 +32,7 @@ class VeraTuning(PeftAdapter[Vera]):
         )
 
     def export(self, model: Module, weights: Tensors, folder: Path) -> None:
-        """Write the adapter with its projections."""
+        """Write the adapter together with the projections that it scales."""
         with_projections = dict(weights)
         for side in "AB":
             name = f"base_model.vera_{side}.{ADAPTER}"

@@ -1,32 +1,68 @@
 """The clusters by the names that `--cluster` takes."""
 
-import difflib
+import os
 from collections.abc import Callable
+from pathlib import Path
 
-from clusters.base import Cluster, Refused, Request
+from clusters.backends import open_backend
+from clusters.base import Cluster, ClusterRequest, SubmissionRefused
+from clusters.config import ClusterConfig, SshLink
+from clusters.environment import secret_names
 from clusters.local import Local
+from clusters.remote.cluster import RemoteCluster
+from clusters.remote.code import installed_code
+from clusters.remote.far_side import FarSide
+from clusters.remote.link import Link, Ssh, ThisHost
+from orchestrator.clusters_file import clusters_path, read_clusters
 from orchestrator.errors import InputError
+from orchestrator.planning.spec_errors import did_you_mean
 from runfolder.job import Job
 
-# One line for each backend: its name, and how the one that is meant is opened.
+# Clusters that need no file, by name; others are in the clusters file.
 CLUSTERS: dict[str, Callable[[], Cluster]] = {"local": Local.here}
+_opened: dict[tuple[str, str], Cluster] = {}  # of this process: a far side is started once
 
 
 def open_cluster(name: str) -> Cluster:
     """The cluster of a name; raises InputError for an unknown one."""
     if name in CLUSTERS:
         return CLUSTERS[name]()
-    hint = ""
-    nearest = difflib.get_close_matches(name, CLUSTERS, n=1)
-    if nearest:
-        hint = f"did you mean {nearest[0]!r}? "
-    allowed = ", ".join(CLUSTERS)
-    raise InputError(f"--cluster: found {name!r}; {hint}allowed: {allowed}")
+    config = config_of(name)
+    key = (name, config.model_dump_json())
+    if key not in _opened:
+        _opened[key] = _open(name, config)
+    return _opened[key]
 
 
-def make_request(cluster: Cluster, job: Job, run_id: str, submission: int = 1) -> Request:
+def config_of(name: str) -> ClusterConfig:
+    """What the clusters file says of a cluster; raises InputError for an unknown one."""
+    configs = read_clusters()
+    if name not in configs:
+        known = [*CLUSTERS, *configs]
+        allowed = ", ".join(known)
+        hint = did_you_mean(name, known)
+        raise InputError(f"--cluster: found {name!r}; {hint}allowed: {allowed} (others: in {clusters_path()})")
+    return configs[name]
+
+
+def link_of(name: str, config: ClusterConfig) -> Link:
+    """The link to a cluster's machine."""
+    if isinstance(config.link, SshLink):
+        return Ssh(config.link.ssh, f"fleetune clusters connect {name}")
+    return ThisHost()
+
+
+def _open(name: str, config: ClusterConfig) -> Cluster:
+    """A cluster of this machine in this process; one of another machine over its link."""
+    if config.link == "local":
+        root = config.root or "~/.fleetune"
+        return open_backend(config, Path(root).expanduser().absolute())
+    return RemoteCluster(FarSide(name, link_of(name, config), config, installed_code()))
+
+
+def make_request(cluster: Cluster, job: Job, run_id: str, submission: int = 1) -> ClusterRequest:
     """What would be submitted; raises InputError for what the cluster can never serve."""
     try:
-        return cluster.request(job, run_id, submission)
-    except Refused as error:
+        return cluster.request(job, run_id, submission, secret_names(os.environ))
+    except SubmissionRefused as error:
         raise InputError(str(error)) from None

@@ -6,8 +6,18 @@ from typing import Annotated
 
 import typer
 
-from orchestrator import cluster_commands
-from orchestrator.terminal import Json, announce, announce_json, clear_count, count_rows, print_json, warn
+from orchestrator import cluster_commands, clusters_commands, look_commands
+from orchestrator.arguments import ClusterOption, JobArgument, RunArgument, SetOption
+from orchestrator.terminal import (
+    Json,
+    announce_json,
+    announce_submission,
+    clear_count,
+    count_bytes,
+    count_rows,
+    print_json,
+    warn,
+)
 
 app = typer.Typer(
     name="fleetune",
@@ -16,14 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # half of the time of --help
 )
-app.add_typer(cluster_commands.app, name="cluster")
-
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.YAML", help="The job.")]
-Run = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run id, the start of one, or a job's name (its latest run).")
-]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the job: train.lr=3e-4.")]
-Cluster = Annotated[str, typer.Option("--cluster", help="Where to run.")]
+app.add_typer(cluster_commands.cluster_app, name="cluster")
+app.add_typer(clusters_commands.clusters_app, name="clusters")
+app.add_typer(look_commands.look_app)
 
 
 def main() -> None:
@@ -62,11 +67,11 @@ def _user_error(error: Exception) -> tuple[int, str] | None:
     return None
 
 
-@app.command()
-def submit(
-    file: JobFile,
-    cluster: Cluster = "local",
-    sets: Sets = None,
+@app.command("submit")
+def submit_command(
+    file: JobArgument,
+    cluster: ClusterOption = None,
+    sets: SetOption = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Stay until the run has ended, and show its progress.")
     ] = False,
@@ -88,18 +93,19 @@ def submit(
         overrides=sets or (),
         run_id=run_id,
         progress=count_rows,
-        announce=announce_json if as_json else announce,
+        sent=count_bytes,
+        announce=announce_json if as_json else announce_submission,
     )
     if wait:
         _follow(submitted.run_id, None)
 
 
 @app.command("list")
-def list_(as_json: Json = False) -> None:
-    """List the runs, newest first."""
+def list_command(cluster: ClusterOption = None, as_json: Json = False) -> None:
+    """List the runs of a cluster, or all that this machine has or knows of; newest first."""
     from orchestrator.status import list_runs
 
-    runs = list_runs()
+    runs = list_runs(cluster)
     if as_json:
         return print_json([run.dump() for run in runs])
     from orchestrator.render import show_runs
@@ -107,12 +113,12 @@ def list_(as_json: Json = False) -> None:
     return show_runs(runs)
 
 
-@app.command()
-def status(run: Run, as_json: Json = False) -> None:
+@app.command("status")
+def status_command(run: RunArgument, cluster: ClusterOption = None, as_json: Json = False) -> None:
     """Show where a run stands."""
-    from orchestrator.status import status as read_status
+    from orchestrator.status import status
 
-    run_status = read_status(run)
+    run_status = status(run, cluster)
     if as_json:
         return print_json(run_status.dump())
     from orchestrator.render import show_run
@@ -120,169 +126,85 @@ def status(run: Run, as_json: Json = False) -> None:
     return show_run(run_status)
 
 
-@app.command()
-def logs(
-    run: Run,
+@app.command("logs")
+def logs_command(
+    run: RunArgument,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
     rank: Annotated[int, typer.Option("--rank", min=0, help="Which worker.")] = 0,
+    cluster: ClusterOption = None,
     as_json: Json = False,
 ) -> None:
     """Print the log of a worker, all attempts after each other."""
-    from orchestrator.logs import logs as read_logs
+    from orchestrator.logs import logs
     from orchestrator.runs import find
 
     if follow:
-        _follow(run, rank)
+        _follow(run, rank, cluster)
     elif as_json:
-        run_id = find(run).run_id
-        print_json({"run_id": run_id, "rank": rank, "text": read_logs(run, rank)})
+        run_id = find(run, cluster).run_id
+        print_json({"run_id": run_id, "rank": rank, "text": logs(run, rank, cluster)})
     else:
-        text = read_logs(run, rank)
+        text = logs(run, rank, cluster)
         sys.stdout.write(text)
         if not text:
             print("no worker has written anything yet", file=sys.stderr)
 
 
-@app.command()
-def cancel(
-    run: Run, save: Annotated[bool, typer.Option("--save", help="Let it save a checkpoint first.")] = False
+@app.command("cancel", help="End a run.")
+def cancel_command(
+    run: RunArgument,
+    save: Annotated[bool, typer.Option("--save", help="Let it save a checkpoint first.")] = False,
+    cluster: ClusterOption = None,
 ) -> None:
-    """End a run."""
-    from orchestrator.control import cancel as cancel_run
+    """Ask for the end of a run, and print its id."""
+    from orchestrator.control import cancel
 
-    print(cancel_run(run, save))
+    print(cancel(run, save, cluster))
 
 
-@app.command()
-def pause(
-    run: Run,
+@app.command("pause")
+def pause_command(
+    run: RunArgument,
     at: Annotated[
         int | None, typer.Option("--at", min=1, metavar="STEP", help="After this step; the current one without it.")
     ] = None,
+    cluster: ClusterOption = None,
 ) -> None:
     """Let a run save and end; resume goes on from there."""
-    from orchestrator.control import pause as pause_run
+    from orchestrator.control import pause
 
-    print(pause_run(run, at))
+    print(pause(run, at, cluster))
 
 
-@app.command()
-def resume(run: Run) -> None:
+@app.command("resume")
+def resume_command(run: RunArgument, cluster: ClusterOption = None) -> None:
     """Let a failed or cancelled run go on from its checkpoint."""
-    from orchestrator.control import resume as resume_run
+    from orchestrator.control import resume
 
-    print(resume_run(run))
-
-
-@app.command()
-def plan(file: JobFile, sets: Sets = None, as_json: Json = False) -> None:
-    """Show what would run: layout, batches, sizes."""
-    from orchestrator.planning.plan import plan as make_plan
-
-    job_plan = make_plan(file, sets or (), count_rows)
-    clear_count()
-    if as_json:
-        return print_json(job_plan.dump())
-    from orchestrator.render import show_plan
-
-    return show_plan(job_plan)
+    print(resume(run, cluster))
 
 
-@app.command()
-def rows(
-    file: JobFile,
-    row: Annotated[int | None, typer.Option("--row", min=1, help="Show this row; the first ones without it.")] = None,
-    evaluation: Annotated[bool, typer.Option("--eval", help="Show the evaluation rows.")] = False,
-    sets: Sets = None,
-    as_json: Json = False,
+@app.command("fetch")
+def fetch_command(
+    run: RunArgument,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="The folder to bring it into; the run id without it.")
+    ] = None,
+    cluster: ClusterOption = None,
 ) -> None:
-    """Show rows of the data as the trainer sees them: text, tokens, and what is learned."""
-    from orchestrator.rows import rows as look_at_rows
+    """Bring the output of a run, its result and its job here; repeated, it brings what lacks."""
+    from orchestrator.control import fetch
 
-    look = look_at_rows(file, overrides=sets or (), row=row, evaluation=evaluation, progress=count_rows)
-    clear_count()
-    if as_json:
-        return print_json(look.dump())
-    from orchestrator.row_text import show_rows
-
-    return show_rows(look)
+    print(fetch(run, to, cluster))
 
 
-@app.command()
-def compare(
-    experiment: Annotated[str | None, typer.Option("--experiment", help="Only runs of this experiment.")] = None,
-    uri: Annotated[str | None, typer.Option("--uri", help="Another MLflow than the default one.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a report to this file.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Show what runs differ in, and what came of it."""
-    from orchestrator.comparison.compare import compare as compare_runs
-
-    comparison = compare_runs(experiment, uri)
-    for run_id, why in comparison.undelivered.items():
-        print(f"warning: {run_id} is not, or not wholly, in MLflow: {why}", file=sys.stderr)
-    if html:
-        from orchestrator.comparison.report import write
-
-        write(comparison, html)
-    if as_json:
-        return print_json(comparison.to_json())
-    from orchestrator.comparison.table import table
-    from orchestrator.render import show
-
-    return show(table(comparison))
-
-
-@app.command()
-def methods(
-    kind: Annotated[str | None, typer.Argument(help="one method; all without it")] = None, as_json: Json = False
-) -> None:
-    """Show the methods with their options and defaults, and at which ZeRO stages they were seen to work."""
-    from orchestrator.describe import methods as describe_methods
-
-    descriptions = describe_methods(kind)
-    if as_json:
-        return print_json(descriptions)
-    from orchestrator.render import show_methods
-
-    return show_methods(descriptions)
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Show what of this machine is usable, and how to mend what is not."""
-    from dataclasses import asdict
-
-    from orchestrator.doctor import doctor as examine
-
-    checks = examine()
-    if as_json:
-        return print_json([asdict(check) for check in checks])
-    from orchestrator.render import show_checks
-
-    return show_checks(checks)
-
-
-@app.command()
-def mlflow(
-    uri: Annotated[str | None, typer.Option("--uri", help="Another store than the default one.")] = None,
-) -> None:
-    """Open the pages of MLflow; end them with Ctrl-C."""
-    import os
-
-    from orchestrator.tracking.store import ui_command
-
-    command, settings = ui_command(uri)
-    os.execvpe(command[0], command, {**os.environ, **settings})
-
-
-def _follow(run: str, rank: int | None) -> None:
+def _follow(run: str, rank: int | None, cluster: str | None = None) -> None:
     """Show a run until it has ended; raises JobFailed unless it succeeded."""
     from orchestrator.errors import JobFailed
     from orchestrator.progress import follow
     from orchestrator.runs import find
 
-    ended = follow(find(run), rank)
+    ended = follow(find(run, cluster), rank)
     if ended.state != "succeeded":
         reason = ended.reason or "no reason was given"
         raise JobFailed(f"{ended.run_id} {ended.state}: {reason}\nsee: fleetune logs {ended.run_id}")

@@ -4,27 +4,27 @@ import typer
 
 from orchestrator.terminal import Json, print_json
 
-app = typer.Typer(help="Start, stop and look at the cluster on this machine.", no_args_is_help=True)
+cluster_app = typer.Typer(help="Start, stop and look at the cluster on this machine.", no_args_is_help=True)
 
 
-@app.command("start")
-def start() -> None:
+@cluster_app.command("start")
+def start_command() -> None:
     """Start the supervisor of this machine; a job that is submitted does so too."""
     from clusters.local import Local
 
     Local.here().start()
 
 
-@app.command("stop")
-def stop() -> None:
+@cluster_app.command("stop")
+def stop_command() -> None:
     """End supervisor, controllers and Ray; runs that are not done go on at the next start."""
     from clusters.local import Local
 
     Local.here().stop()
 
 
-@app.command("status")
-def status(as_json: Json = False) -> None:
+@cluster_app.command("status")
+def cluster_status_command(as_json: Json = False) -> None:
     """Show what of the cluster on this machine is alive."""
     from dataclasses import asdict
 

@@ -1,6 +1,8 @@
 """Ending a run, and letting one go on."""
 
-from clusters.environment import values
+from pathlib import Path
+
+from clusters.environment import secret_values
 from orchestrator.backends import make_request
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, find
@@ -9,12 +11,12 @@ from runfolder.record import job_in
 from runfolder.site import Ask, Refused
 
 
-def cancel(reference: str, save: bool = False) -> str:
+def cancel(reference: str, save: bool = False, cluster: str | None = None) -> str:
     """Ask for the end of a run, with `save` after a checkpoint, and give its id.
 
     Raises InputError when it has ended otherwise.
     """
-    run = find(reference)
+    run = find(reference, cluster)
     ending: Ask = "cancel_saved" if save else "cancel"
     result = _ask(run, ending)
     if result is None:
@@ -22,32 +24,41 @@ def cancel(reference: str, save: bool = False) -> str:
     return run.run_id
 
 
-def pause(reference: str, step: int | None = None) -> str:
+def pause(reference: str, step: int | None = None, cluster: str | None = None) -> str:
     """Have a run save and end after a step, None: after the one that it is at, and give its id; `resume` goes on.
 
     Raises InputError for a run that has ended.
     """
-    run = find(reference)
+    run = find(reference, cluster)
     if _ask(run, "pause", step) is not None:
         raise InputError(f"run {run.run_id}: it has ended already")
     return run.run_id
 
 
-def resume(reference: str) -> str:
+def resume(reference: str, cluster: str | None = None) -> str:
     """Let a run that has no success go on from its newest checkpoint, and give its id; repeat it safely.
 
     Raises InputError for a run that has succeeded, or whose data or base are not those of its submission any more.
     """
-    run = find(reference)
-    cluster = run.cluster
+    run = find(reference, cluster)
+    backend = run.cluster
     job = job_in(run.site.record(run.run_id), f"run {run.run_id}: job.yaml")
     submission = run.snapshot().attempt + 1
-    request = make_request(cluster, job, run.run_id, submission)
-    cluster.capacity()  # where there is no cluster, the run stays as it is
+    request = make_request(backend, job, run.run_id, submission)
+    backend.capacity()  # where there is no cluster, the run stays as it is
     _ask(run, "reopen")
-    run.site.entrust(run.run_id, values(request.secrets))
-    cluster.submit(request)
+    run.site.write_secrets(run.run_id, secret_values(request.secrets))
+    backend.submit(request)
     return run.run_id
+
+
+def fetch(reference: str, to: Path | None = None, cluster: str | None = None) -> Path:
+    """Bring the output of a run, its result and its job into a folder, by default one of its id; gives the folder.
+
+    Raises InputError where there is no such run. What is there and whole already is not brought again.
+    """
+    run = find(reference, cluster)
+    return run.site.fetch(run.run_id, to or Path(run.run_id))
 
 
 def _ask(run: Handle, what: Ask, step: int | None = None) -> Record | None:

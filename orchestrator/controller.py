@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from clusters.controllers import REQUEUE, is_requeued
 from clusters.environment import SECRETS
 from orchestrator.verdict import Again, Final, Kind, Verdict, decide
 from orchestrator.watch import Driver, Watch
@@ -26,7 +27,6 @@ from trainer.checkpoint.lineage import claim_from_newest, finished, step_of
 
 TRACKING_TIMEOUT_S = 600.0  # how long it stays to deliver what an outage of MLflow held up
 DELIVERED = "the output is there, but the worker ended before it was checked (and merged, if that was asked for)"
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h
 _PUMP_S = 1.0
 _CANCELLED = Final("cancelled", "cancelled by request")
 
@@ -40,7 +40,7 @@ def main(run_dir: Path) -> int:
         if not isinstance(decision, Final):
             if not os.environ.get("RAY_ADDRESS"):
                 return 1  # started to close a cancelled run that was reopened meanwhile: it has no Ray to go to
-            return attend(run_dir)
+            return run_attempt(run_dir)
         close(run_dir, result_of(run_dir, decision))
     return deliver_rest(run_dir)
 
@@ -54,7 +54,7 @@ def unreadable(run_dir: Path) -> Final | None:
     return None
 
 
-def attend(run_dir: Path) -> int:
+def run_attempt(run_dir: Path) -> int:
     """Claim an attempt, see it through, and close the run if that was its last one."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -71,7 +71,7 @@ def attend(run_dir: Path) -> int:
     attempt.write_verdict(verdict.dump())
     decision = next_step(run_dir)
     if not isinstance(decision, Final):
-        if requeued() and verdict.kind in ("preemption", "walltime"):
+        if is_requeued() and verdict.kind in ("preemption", "walltime"):
             return REQUEUE
         return 1
     if not attempt.close(result_of(run_dir, decision)):
@@ -89,49 +89,57 @@ def cancelled_within(run_dir: Path, delay_s: float) -> bool:
     return True
 
 
-def history(run_dir: Path) -> list[tuple[Kind, int]]:
+def attempt_endings(run_dir: Path) -> list[tuple[Kind, int]]:
     """How each attempt since the run was last (re)opened ended, and the steps its checkpoints took it further."""
     reopened = last_reopened(run_dir)
-    tried = [attempt for attempt in attempts(run_dir) if attempt.number > reopened]
-    starts = [_start_step(attempt) for attempt in tried]
+    tried = []
+    starts = []
+    for attempt in attempts(run_dir):
+        if attempt.number > reopened:
+            tried.append(attempt)
+            starts.append(_start_step(attempt))
     ends = starts[1:]  # a successor starts from the newest checkpoint
     if tried:
-        ends.append(_last_saved_step(tried[-1]))
+        newest = tried[-1]
+        ends.append(_last_saved_step(newest))
     endings: list[tuple[Kind, int]] = []
     for attempt, start, end in zip(tried, starts, ends, strict=True):
-        verdict = _verdict_of(attempt)
+        kind: Kind = _verdict_of(attempt)["kind"]
         steps = end - start
-        endings.append((verdict["kind"], steps))
+        endings.append((kind, steps))
     return endings
 
 
 def next_step(run_dir: Path) -> Again | Final:
     """What follows the attempts so far; a run whose last one delivered the output has not failed."""
-    decision = decide(history(run_dir), requeued())
+    decision = decide(attempt_endings(run_dir), is_requeued())
     if isinstance(decision, Final) and decision.state == "failed":
-        output = attempts(run_dir)[-1].folder / "output"
+        newest = attempts(run_dir)[-1]
+        output = newest.folder / "output"
         if output.exists():
             return Final("succeeded", DELIVERED)
     return decision
-
-
-def requeued() -> bool:
-    """Whether a scheduler starts the run again that it has ended."""
-    return bool(os.environ.get("FLEETUNE_REQUEUED"))
 
 
 def result_of(run_dir: Path, decision: Final) -> Record:
     """The final word on a run."""
     tried = attempts(run_dir)
     verdict = _deciding_verdict(tried, decision)
-    reasons = [decision.reason, verdict["reason"], decision.mend]
+    reasons = filter(None, [decision.reason, verdict["reason"], decision.hint])
+    reason = "; ".join(reasons)
+    attempt = 0
+    if tried:
+        attempt = tried[-1].number
+    output_dir = None
+    if decision.state == "succeeded":
+        output_dir = "output"
     return {
         "state": decision.state,
-        "reason": "; ".join(filter(None, reasons)) or None,
+        "reason": reason or None,
         "verdict": verdict["kind"],
         "evidence": verdict["evidence"],
-        "attempt": tried[-1].number if tried else 0,
-        "output_dir": "output" if decision.state == "succeeded" else None,
+        "attempt": attempt,
+        "output_dir": output_dir,
         "time": time.time(),
     }
 
@@ -191,7 +199,10 @@ def _verdict_of(attempt: Attempt) -> Record:
 
 def _start_step(attempt: Attempt) -> int:
     """The step of the checkpoint that an attempt starts from; 0 when there is none."""
-    return attempt.start.step if attempt.start else 0
+    start = attempt.start
+    if start is None:
+        return 0
+    return start.step
 
 
 def _last_saved_step(attempt: Attempt) -> int:

@@ -21,7 +21,7 @@ def methods(kind: str | None = None) -> list[dict[str, Any]]:
     descriptions = []
     for name, options in KINDS.items():
         if kind in (None, name):
-            descriptions.append(_description(options, seen.get(name, unseen)))
+            descriptions.append(_method_record(options, seen.get(name, unseen)))
     return descriptions
 
 
@@ -45,7 +45,7 @@ def _cell(seen: dict[str, Any]) -> str:
     return f"ZeRO {', '.join(map(str, stages))}"
 
 
-def _description(options: type[Options], seen: dict[str, Any]) -> dict[str, Any]:
+def _method_record(options: type[Options], seen: dict[str, Any]) -> dict[str, Any]:
     """The record of one method, from its options and from what support.json says was seen of it."""
     docstring = (options.__doc__ or "").strip()
     return {

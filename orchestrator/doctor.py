@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 from clusters.base import Unreachable
 from clusters.local import Local
 from methods.options import UNUSABLE
-from orchestrator.tracking.delivery import all_held_up, undelivered
+from orchestrator.tracking.delivery import troubles, undelivered
 from orchestrator.tracking.password import without_password
 from orchestrator.tracking.store import resolve, sqlite_file
-from runfolder.folders import cache_folder, home, library_folders, nearest, writable
+from runfolder.folders import cache_folder, home, library_folders, nearest_existing, writable
 from trainer.versions import unknown
 
 Level = Literal["ok", "warn", "fail"]
@@ -57,7 +57,7 @@ def doctor() -> list[Check]:
         _caches,
         _disk,
         _memory,
-        _files,
+        _open_files,
         _build_lock,
         _cluster,
         _mlflow,
@@ -70,7 +70,9 @@ def doctor() -> list[Check]:
 
 
 def _level(usable: bool, otherwise: Level) -> Level:
-    return "ok" if usable else otherwise
+    if usable:
+        return "ok"
+    return otherwise
 
 
 def _python() -> Iterator[Check]:
@@ -135,7 +137,7 @@ def _caches() -> Iterator[Check]:
     level = _level(writable(folder), "fail")
     variable = "FLEETUNE_CACHE" if os.environ.get("FLEETUNE_CACHE") else "FLEETUNE_HOME"
     yield Check("token cache", level, str(folder), f"set {variable} to a folder that you can write")
-    for library in (_extensions(), _hub()):
+    for library in (_extensions(), _hub_folder()):
         if not writable(library):
             fix = "set TORCH_EXTENSIONS_DIR, HF_HOME or XDG_CACHE_HOME to a folder that you can write"
             yield Check("library cache", "warn", f"{library} cannot be written", fix)
@@ -149,7 +151,7 @@ def _extensions() -> Path:
     return _library_cache() / "torch_extensions"
 
 
-def _hub() -> Path:
+def _hub_folder() -> Path:
     """Where workers keep what they download from the hub."""
     folder = _worker_variable("HF_HOME")
     if folder:
@@ -171,7 +173,7 @@ def _worker_variable(name: str) -> str | None:
 
 
 def _disk() -> Iterator[Check]:
-    usage = shutil.disk_usage(nearest(home()))
+    usage = shutil.disk_usage(nearest_existing(home()))
     level: Level = "fail"
     if usage.free > 20 * _GIB:
         level = "ok"
@@ -191,7 +193,7 @@ def _memory() -> Iterator[Check]:
     yield Check("/dev/shm", level, f"{free / _GIB:.1f} GiB free", fix)
 
 
-def _files() -> Iterator[Check]:
+def _open_files() -> Iterator[Check]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     level = _level(soft >= 4096, "warn")
     fix = f"ulimit -n 65536 (at most {hard} here)"
@@ -264,18 +266,21 @@ def _can_write(database: Path | None) -> bool:
 
 def _deliveries() -> Iterator[Check]:
     """What MLflow has not got of runs that go on or are closed."""
-    held_up = all_held_up()
-    for trouble in dict.fromkeys(held_up.values()):
-        run_ids = [run_id for run_id in held_up if held_up[run_id] == trouble]
+    by_run_id = troubles()
+    for trouble in dict.fromkeys(by_run_id.values()):
+        run_ids = []
+        for run_id, its_trouble in by_run_id.items():
+            if its_trouble == trouble:
+                run_ids.append(run_id)
         reason = f"{_shortened(run_ids)}: {trouble.reason}"
         if trouble.lasting:
-            yield Check("deliveries", "fail", reason, f"{trouble.mend}; then: fleetune compare")
+            yield Check("deliveries", "fail", reason, f"{trouble.fix}; then: fleetune compare")
         else:
             yield Check("deliveries", "warn", reason, "it is delivered when MLflow answers")
-    others = [path.name for path in undelivered() if path.name not in held_up]
+    others = [path.name for path in undelivered() if path.name not in by_run_id]
     if others:
         yield Check("deliveries", "warn", f"{_shortened(others)}: not all in MLflow yet", "fleetune compare")
-    if not held_up and not others:
+    if not by_run_id and not others:
         yield Check("deliveries", "ok", "MLflow has all of the runs that have ended")
 
 

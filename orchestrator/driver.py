@@ -17,6 +17,7 @@ from orchestrator.worker import WorkerFailed, redirect, work
 from runfolder.chain import Attempt
 from runfolder.files import write_json
 from runfolder.folders import library_folders
+from runfolder.job import Job
 from runfolder.record import load_job
 
 _TEXT_LENGTH = 4000  # characters kept of a failure, from its end
@@ -32,8 +33,10 @@ def main() -> None:
     threading.Thread(target=_die_with_controller, daemon=True).start()
     attempt = Attempt(run_dir, int(number))
     redirect(attempt.folder / "logs" / "controller.log")
-    failures = outcome(lambda: fit(attempt, load_job(run_dir).resources.world, resources))
-    records = {str(rank): failure.dump() for rank, failure in failures.items()}
+    failures = failures_of(lambda: run_workers(attempt, load_job(run_dir), resources))
+    records = {}
+    for rank, failure in failures.items():
+        records[str(rank)] = failure.dump()
     write_json(attempt.folder / "outcome.json", {"failures": records})
 
 
@@ -47,20 +50,20 @@ def connect() -> dict[str, float]:
     return resources
 
 
-def outcome(fit_once: Callable[[], None]) -> dict[int, Failure]:
+def failures_of(run_once: Callable[[], None]) -> dict[int, Failure]:
     """What the workers raised, by rank; empty when all went well, rank -1 for what concerns no single worker."""
     from ray.train import WorkerGroupError
 
     try:
-        fit_once()
+        run_once()
     except WorkerGroupError as error:
-        return {rank: describe(failure) for rank, failure in error.worker_failures.items()}
+        return {rank: failure_of(failure) for rank, failure in error.worker_failures.items()}
     except Exception as error:
-        return {-1: describe(error)}
+        return {-1: failure_of(error)}
     return {}
 
 
-def describe(error: BaseException) -> Failure:
+def failure_of(error: BaseException) -> Failure:
     """A failure with what Ray says was its cause."""
     if isinstance(error, WorkerFailed):
         return Failure(error.text[-_TEXT_LENGTH:], error.types)
@@ -69,33 +72,37 @@ def describe(error: BaseException) -> Failure:
     preempted = getattr(error, "preempted", False)  # of Ray's errors about actors
     cause = getattr(error, "health_check_failure", None) or getattr(error, "controller_failure", None)
     if cause is not None:
-        cause_failure = describe(cause)
+        cause_failure = failure_of(cause)
         text = f"{text}\n{cause_failure.text}"
         types += cause_failure.types
         preempted = preempted or cause_failure.preempted
     return Failure(text[-_TEXT_LENGTH:], types, preempted)
 
 
-def fit(attempt: Attempt, world: int, resources: dict[str, float]) -> None:
+def run_workers(attempt: Attempt, job: Job, resources: dict[str, float]) -> None:
     """Start one worker per GPU, or per process where there is none, and wait for their end."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    world_size = job.resources.world_size
+    placement = "PACK" if job.resources.nodes == 1 else "SPREAD"  # as many workers on each node
     gpu = resources.get("GPU", 0) > 0
     cpus = resources["CPU"]
     if gpu:
         backend, per_worker = "nccl", {"GPU": 1.0}
     else:
-        backend, per_worker = "gloo", {"CPU": min(1.0, cpus / world)}
-    threads = int(max(1, cpus // world))
-    environment = worker_environment(gpu, threads, load_job(attempt.run_dir).env)
+        backend, per_worker = "gloo", {"CPU": min(1.0, cpus / world_size)}
+    threads = int(max(1, cpus // world_size))
+    environment = worker_environment(gpu, threads, job.env)
     storage = attempt.folder / "ray"
     no_retries = FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)
     name = f"{attempt.run_dir.name}-a{attempt.number}"
     trainer = TorchTrainer(
         lambda: work(str(attempt.run_dir), attempt.number, environment),
         torch_config=TorchConfig(backend=backend),
-        scaling_config=ScalingConfig(num_workers=world, use_gpu=gpu, resources_per_worker=per_worker),
+        scaling_config=ScalingConfig(
+            num_workers=world_size, use_gpu=gpu, resources_per_worker=per_worker, placement_strategy=placement
+        ),
         run_config=RunConfig(name=name, storage_path=str(storage), failure_config=no_retries),
     )
     trainer.fit()

@@ -20,11 +20,11 @@ class Failure:
     preempted: bool = False
 
     def dump(self) -> dict[str, Any]:
-        """The failure as plain data, which `load` reads."""
+        """The failure as plain data, which `load_failure` reads."""
         return asdict(self)
 
 
-def load(record: dict[str, Any]) -> Failure:
+def load_failure(record: dict[str, Any]) -> Failure:
     """The failure in plain data, as `dump` made it."""
     text: str = record["text"]
     types: Sequence[str] = record["types"]

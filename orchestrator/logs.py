@@ -43,12 +43,12 @@ class LogReader:
         return text
 
 
-def logs(reference: str, rank: int = 0) -> str:
+def logs(reference: str, rank: int = 0, cluster: str | None = None) -> str:
     """The whole log of a rank of a run, or what its controllers said before an attempt began.
 
     Raises InputError for a run or a rank that is not there.
     """
-    run = find(reference)
+    run = find(reference, cluster)
     text = LogReader(run, rank).read(final=True)
     if text:
         return text

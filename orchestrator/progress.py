@@ -14,16 +14,16 @@ from orchestrator.tracking.history import Spool
 from runfolder.appended import Chunk, Position
 
 _PAUSE_S = 0.5  # between two looks at a run
-_PATIENCE_S = 60.0  # for a run whose cluster says nothing, or does not get further
+_FOLLOW_TIMEOUT_S = 60.0  # for a run whose cluster says nothing, or does not get further
 _LINE_S = 10.0  # between two lines about the same state, where there is no terminal
 
-_FORMS = {  # of the metrics that are shown
+_METRIC_FORMATS = {  # of the metrics that are shown
     "loss": "loss {:.4f}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "eval_exact_match": "exact match {:.1%}",
 }
 
-Show = Callable[[Status, dict[str, float], str], None]
+ShowStatus = Callable[[Status, dict[str, float], str], None]
 
 
 def follow(run: Handle, rank: int | None) -> Status:
@@ -32,7 +32,7 @@ def follow(run: Handle, rank: int | None) -> Status:
     Raises Unreachable when nobody knows the run, or its cluster cannot start it, for a minute; it may go on later.
     """
     reader = None if rank is None else LogReader(run, rank)
-    display = _bar() if sys.stdout.isatty() else _lines(quiet=reader is not None)
+    display = _bar_display() if sys.stdout.isatty() else _line_display(quiet=reader is not None)
     with display as show:
         for status, metrics in _watch(run):
             log = ""
@@ -63,7 +63,7 @@ def _watch(run: Handle) -> Iterator[tuple[Status, dict[str, float]]]:
             return
         if status.state != "unknown" and not status.stuck:
             last_well = time.monotonic()
-        elif time.monotonic() - last_well > _PATIENCE_S:
+        elif time.monotonic() - last_well > _FOLLOW_TIMEOUT_S:
             raise Unreachable(f"run {run.run_id}: {status.reason}; look again with: fleetune status")
         time.sleep(_PAUSE_S)
 
@@ -81,7 +81,7 @@ def _metrics_spool(run: Handle) -> Spool:
 
 
 @contextmanager
-def _bar() -> Iterator[Show]:
+def _bar_display() -> Iterator[ShowStatus]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     state = TextColumn("{task.description}")
@@ -131,7 +131,7 @@ class _Lines:
 
 
 @contextmanager
-def _lines(quiet: bool) -> Iterator[Show]:
+def _line_display(quiet: bool) -> Iterator[ShowStatus]:
     yield _Lines(quiet)
 
 
@@ -147,7 +147,7 @@ def _status_line(status: Status, metrics: dict[str, float]) -> str:
 
 def _metrics_text(metrics: dict[str, float]) -> str:
     texts = []
-    for name, form in _FORMS.items():
+    for name, form in _METRIC_FORMATS.items():
         if name in metrics:
             texts.append(form.format(metrics[name]))
     return "  ".join(texts)

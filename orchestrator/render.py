@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from orchestrator.comparison.measure import size
+from orchestrator.cluster_views import ClusterView
+from orchestrator.comparison.measure import format_bytes
 from orchestrator.describe import CAPABILITIES, support
 from orchestrator.doctor import Check
 from orchestrator.planning.plan import Plan, Sizes
 from orchestrator.status import Status
-from trainer.data.survey import described
+from trainer.data.survey import summary_line
 
 _COLOURS = {
     "succeeded": "green",
@@ -37,15 +38,16 @@ def show_runs(runs: Iterable[Status]) -> None:
         attempt = escape(str(run.attempt))
         submitted = escape(_local_time(run.submitted))
         reason = escape(run.reason or "")
-        table.add_row(run.run_id, run.cluster, _coloured(run.state), step, attempt, submitted, reason)
-    show(table)
+        state = _coloured(run.state)
+        table.add_row(run.run_id, run.cluster, state, step, attempt, submitted, reason)
+    print_markup(table)
 
 
 def show_run(run: Status) -> None:
     """Show a run, one line for each fact about it."""
     fields = run.dump()
     fields["submitted"] = _local_time(run.submitted)
-    fields["data"] = described(run.data) if run.data else None
+    fields["data"] = summary_line(run.data) if run.data else None
     show_fields(fields)
 
 
@@ -60,7 +62,7 @@ def show_fields(fields: Mapping[str, Any]) -> None:
         else:
             text = escape(str(value))
         table.add_row(name, text)
-    show(table)
+    print_markup(table)
 
 
 def show_checks(checks: Iterable[Check]) -> None:
@@ -69,23 +71,35 @@ def show_checks(checks: Iterable[Check]) -> None:
     for check in checks:
         level = _coloured(check.level)
         found = escape(check.found)
-        fix = "" if check.level == "ok" else escape(check.mend)
+        fix = ""
+        if check.level != "ok":
+            fix = escape(check.mend)
         table.add_row(level, check.name, found, fix)
-    show(table)
+    print_markup(table)
+
+
+def show_clusters(views: Iterable[ClusterView]) -> None:
+    """Show clusters, one line for each; the default one is marked."""
+    table = _table("", "cluster", "kind", "where", "workers", "what is wrong")
+    for view in views:
+        mark = "*" if view.is_default else ""
+        capacity = view.capacity or "unknown"
+        table.add_row(mark, view.name, view.kind, escape(view.link), capacity, escape(view.trouble or ""))
+    print_markup(table)
 
 
 def show_methods(methods: list[dict[str, Any]]) -> None:
     """Show one line per option; then what was seen to work, and why the rest is refused."""
-    show(_option_table(methods))
+    print_markup(_option_table(methods))
     capabilities = _table("method", *CAPABILITIES)
     for method in methods:
         capabilities.add_row(method["kind"], *support(method))
-    show(capabilities)
+    print_markup(capabilities)
     for method in methods:
         for name, seen in method["support"].items():
             if "refused" in seen:
                 reason = f"{method['kind']}, {name}: {seen['refused']}"
-                show(escape(reason))
+                print_markup(escape(reason))
 
 
 def _option_table(methods: list[dict[str, Any]]) -> Table:
@@ -93,7 +107,8 @@ def _option_table(methods: list[dict[str, Any]]) -> Table:
     for method in methods:
         kind = f"[bold]{method['kind']}[/]"
         rate = f"lr {method['lr']:g}"
-        table.add_row(kind, "", rate, escape(method["summary"]))
+        summary = escape(method["summary"])
+        table.add_row(kind, "", rate, summary)
         for name, option in method["options"].items():
             default = escape(_yaml(option["default"]))
             description = escape(option["description"] or "")
@@ -121,7 +136,7 @@ def show_plan(plan: Plan) -> None:
     """Show what would run, and the warnings below it."""
     show_fields(_plan_fields(plan))
     for warning in plan.warnings:
-        show(f"[yellow]warning[/]: {escape(warning)}")
+        print_markup(f"[yellow]warning[/]: {escape(warning)}")
 
 
 def _plan_fields(plan: Plan) -> dict[str, str]:
@@ -151,13 +166,18 @@ def _steps_text(plan: Plan) -> str:
 def _size_fields(sizes: Sizes) -> dict[str, str]:
     memory = sizes.memory
     share = 100 * sizes.trained / sizes.parameters
-    kinds = f"weights {size(memory.weights)}, gradients {size(memory.gradients)}, optimizer {size(memory.optimizer)}"
+    weights = format_bytes(memory.weights)
+    gradients = format_bytes(memory.gradients)
+    optimizer = format_bytes(memory.optimizer)
+    total = format_bytes(memory.total)
+    kinds = f"weights {weights}, gradients {gradients}, optimizer {optimizer}"
     fields = {
         "parameters": f"{sizes.parameters:,}, trained {sizes.trained:,} ({share:.3g} %)",
-        "each worker": f"{size(memory.total)} without activations: {kinds}",
+        "each worker": f"{total} without activations: {kinds}",
     }
     if sizes.held:
-        fields["in 4 bits"] = f"{size(sizes.held)} of the weights, which each worker holds at every ZeRO stage"
+        held = format_bytes(sizes.held)
+        fields["in 4 bits"] = f"{held} of the weights, which each worker holds at every ZeRO stage"
     return fields
 
 
@@ -185,7 +205,7 @@ def _number(rows: int | None) -> str:
     return f"{rows:,}"
 
 
-def show(renderable: Any) -> None:
+def print_markup(renderable: Any) -> None:
     """Print a table, or a text with markup."""
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.text import Text
 
-from orchestrator.render import show, show_fields
-from orchestrator.rows import Look, PackedSequence, ShownExample
+from orchestrator.render import print_markup, show_fields
+from orchestrator.rows import PackedSequence, RowsView, ShownExample
 
 if TYPE_CHECKING:
     from trainer.data.survey import Survey
@@ -15,29 +15,31 @@ if TYPE_CHECKING:
 _FATES = {"truncated": ", longer than data.seq_len: its end is cut", "dropped": ", left out: it is too long"}
 
 
-def show_rows(look: Look) -> None:
+def show_rows(view: RowsView) -> None:
     """Examples with what is learned in green, how they are packed, and the numbers of all rows."""
-    for example in look.examples:
+    for example in view.examples:
         _show_example(example)
-    for number, sequence in enumerate(look.sequences, 1):
+    for number, sequence in enumerate(view.sequences, 1):
         _show_sequence(number, sequence)
-    show("")
-    fields = _survey_fields(look.survey)
-    fields["source"] = look.source
+    print_markup("")
+    fields = _survey_fields(view.survey)
+    fields["source"] = view.source
     show_fields(fields)
-    for warning in look.warnings:
-        show(f"[yellow]warning[/]: {escape(warning)}")
+    for warning in view.warnings:
+        print_markup(f"[yellow]warning[/]: {escape(warning)}")
 
 
 def _show_example(example: ShownExample) -> None:
     trained_on = example.tokens[: example.kept]
-    learned = sum(token.learned for token in trained_on)
+    learned = 0
+    for token in trained_on:
+        learned += token.learned
     tokens = len(example.tokens)
     fate = _FATES.get(example.fate or "", "")
-    show(f"[bold]row {example.row}[/]  {tokens} tokens, {learned} learned{fate}")
-    show(_coloured_text(example))
-    show(_coloured_tokens(example))
-    show("")
+    print_markup(f"[bold]row {example.row}[/]  {tokens} tokens, {learned} learned{fate}")
+    print_markup(_coloured_text(example))
+    print_markup(_coloured_tokens(example))
+    print_markup("")
 
 
 def _show_sequence(number: int, sequence: PackedSequence) -> None:
@@ -45,7 +47,7 @@ def _show_sequence(number: int, sequence: PackedSequence) -> None:
     for row, start, stop in sequence.examples:
         places.append(f"row {row} [{start}, {stop})")
     shown_places = escape("  ".join(places))
-    show(f"[bold]sequence {number} of step 1[/]  {shown_places}  padding {sequence.padding}")
+    print_markup(f"[bold]sequence {number} of step 1[/]  {shown_places}  padding {sequence.padding}")
 
 
 def _coloured_text(example: ShownExample) -> Text:
@@ -73,7 +75,8 @@ def _coloured_tokens(example: ShownExample) -> Text:
     for index, token in enumerate(example.tokens):
         kept = index < example.kept
         style = _style(token.learned, kept)
-        text.append(f"{token.id}:{token.text!r}", style=style)
+        word = f"{token.id}:{token.text!r}"
+        text.append(word, style=style)
         text.append(" ")
     return text
 
@@ -97,7 +100,10 @@ def _survey_fields(survey: "Survey") -> dict[str, str]:
         "duplicates": f"{survey.duplicates:,}",
         "cut, left out": f"{truncated:,}, {dropped:,}",
     }
-    if survey.unused:
-        columns = [f"{name} ({count:,} rows)" for name, (count, _) in survey.unused.items()]
+    columns = []
+    for name, seen in survey.unused.items():
+        count, _ = seen
+        columns.append(f"{name} ({count:,} rows)")
+    if columns:
         fields["not used"] = ", ".join(columns)
     return fields

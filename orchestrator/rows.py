@@ -2,20 +2,20 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import InputError
 from orchestrator.planning import base
-from orchestrator.planning.freeze import Source, read
+from orchestrator.planning.freeze import JobSource, read_job
 from orchestrator.planning.model import Model
 from orchestrator.planning.preflight import few_steps
-from orchestrator.planning.survey import Progress, missing, with_date
+from orchestrator.planning.survey import SourceProgress, missing_packages, with_date
 from runfolder.folders import cache
 from runfolder.job import Job
-from trainer.data.rows import Row
-from trainer.data.rows import rows as read_rows
-from trainer.data.survey import Survey, survey, unknown_id, warnings
+from trainer.data.rows import Row, read_rows
+from trainer.data.survey import Survey, row_warnings, survey, unknown_id
 from trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class PackedSequence:
 
 
 @dataclass(frozen=True)
-class Look:
+class RowsView:
     """A data source of a job, as its trainer sees it."""
 
     source: str
@@ -84,22 +84,27 @@ class Look:
 
 
 def rows(
-    source: Source,
+    source: JobSource,
     *,
     overrides: Iterable[str] = (),
     row: int | None = None,
     evaluation: bool = False,
-    progress: Progress = lambda _source, _rows: None,
-) -> Look:
+    progress: SourceProgress = lambda _source, _rows: None,
+) -> RowsView:
     """Look at a job's training rows, or at its evaluation rows; with `row` at this one, by its number from 1.
 
     The base's tokenizer is fetched from the hub where it is not here. Raises InputError.
     """
-    job, _ = read(source, overrides)
-    if absent := missing():
-        packages = ", ".join(absent)
+    job, _ = read_job(source, overrides)
+    missing = missing_packages()
+    if missing:
+        packages = ", ".join(missing)
         raise InputError(f"rows: needs {packages}; allowed: pip install 'fleetune[data]'")
-    key, data = ("eval", job.data.eval) if evaluation else ("train", job.data.train)
+    key = "train"
+    data: str | None = job.data.train
+    if evaluation:
+        key = "eval"
+        data = job.data.eval
     if data is None:
         raise InputError("data.eval: missing; the job names no evaluation rows")
     try:
@@ -112,7 +117,7 @@ def rows(
         raise InputError(f"data.{key}: {error}") from error
 
 
-def _look_at(job: Job, source: str, model: Model, row_number: int | None, progress: Progress) -> Look:
+def _look_at(job: Job, source: str, model: Model, row_number: int | None, progress: SourceProgress) -> RowsView:
     """Look at one data source of a job, whose date is fixed, with the tokenizer of its base."""
     from trainer.data.encode import Encoder, Reading
     from trainer.data.tokens import tokenise
@@ -122,20 +127,24 @@ def _look_at(job: Job, source: str, model: Model, row_number: int | None, progre
     reading = Reading.of(job, ends)
     encoder = Encoder(source, tokenizer, reading)
     chosen = _chosen_rows(job, source, row_number)
-    examples = []
-    for row, encoded in encoder.examples(chosen):
-        for example in encoded:
-            examples.append(_shown_example(example, row.number, tokenizer, reading))
-    tokens = tokenise(source, tokenizer, reading, cache(), lambda done: progress(source, done))
+    shown = []
+    for row, examples in encoder.examples(chosen):
+        for example in examples:
+            shown_example = _shown_example(example, row.number, tokenizer, reading)
+            shown.append(shown_example)
+    report_done = partial(progress, source)
+    tokens = tokenise(source, tokenizer, reading, cache(), report_done)
     counts = survey(tokens, tokenizer)
-    warned = []
-    if unknown := unknown_id(counts, model.embeddings):
-        warned.append(unknown)
-    warned.extend(warnings(counts, job.data.seq_len))
-    if source != job.data.train:  # what is evaluated on is in no step
-        return Look(source, counts, warned, examples, [])
-    warned.extend(few_steps(job, counts.tokens))
-    return Look(source, counts, warned, examples, _first_sequences(job, tokens))
+    warnings = []
+    unknown = unknown_id(counts, model.embeddings)
+    if unknown:
+        warnings.append(unknown)
+    warnings += row_warnings(counts, job.data.seq_len)
+    sequences: list[PackedSequence] = []
+    if source == job.data.train:  # what is evaluated on is in no step
+        warnings += few_steps(job, counts.tokens)
+        sequences = _first_sequences(job, tokens)
+    return RowsView(source, counts, warnings, shown, sequences)
 
 
 def _chosen_rows(job: Job, source: str, number: int | None) -> list[Row]:
@@ -160,8 +169,11 @@ def _shown_example(example: "Encoded", row: int, tokenizer: Any, reading: "Readi
     learned = example.target.tolist()
     tokens = []
     for token_id, text, is_learned in zip(ids, texts, learned, strict=True):
-        tokens.append(Token(token_id, text, is_learned))
-    kept = 0 if fate == "dropped" else min(capacity, len(ids))
+        token = Token(token_id, text, is_learned)
+        tokens.append(token)
+    kept = min(capacity, len(ids))
+    if fate == "dropped":
+        kept = 0
     return ShownExample(row, tokens, kept, fate)
 
 
@@ -207,5 +219,7 @@ def _packed_sequence(job: Job, tokens: "Tokens", documents: tuple[int, ...]) -> 
         stop += int(tokens.lengths[document])
         row = int(tokens.rows[document])
         places.append((row, start, stop))
-    padding = job.data.seq_len - stop if job.data.packing else 0
+    padding = 0
+    if job.data.packing:
+        padding = job.data.seq_len - stop
     return PackedSequence(places, padding)

@@ -9,7 +9,7 @@ from pathlib import Path
 from clusters.base import Cluster
 from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
-from runfolder.files import names
+from runfolder.files import list_names
 from runfolder.folders import home
 from runfolder.site import Site
 from runfolder.snapshot import Snapshot
@@ -78,7 +78,7 @@ def handles(cluster_name: str | None = None) -> list[Handle]:
     if cluster_name is not None:
         clusters = _clusters_of_runs_on(cluster_name)
     else:
-        clusters = _remembered() | _clusters_of_runs_on("local")
+        clusters = _remembered_clusters() | _clusters_of_runs_on("local")
     runs = []
     for run_id, cluster in clusters.items():
         if RUN_ID.fullmatch(run_id):
@@ -93,11 +93,11 @@ def _clusters_of_runs_on(cluster_name: str) -> dict[str, str]:
     return dict.fromkeys(ids, cluster_name)
 
 
-def _remembered() -> dict[str, str]:
+def _remembered_clusters() -> dict[str, str]:
     """What `remember` noted: run id -> name of the cluster."""
     folder = home() / "known"
     clusters = {}
-    for run_id in names(folder):
+    for run_id in list_names(folder):
         clusters[run_id] = (folder / run_id).read_text()
     return clusters
 
@@ -112,17 +112,26 @@ def find(reference: str, cluster_name: str | None = None) -> Handle:
     runs = {run.run_id: run for run in handles(cluster_name)}
     if reference in runs:
         return runs[reference]
-    with_name = [run_id for run_id in runs if name_of(run_id) == reference]
+    with_name = []
+    with_prefix = []
+    for run_id in runs:
+        if name_of(run_id) == reference:
+            with_name.append(run_id)
+        if run_id.startswith(reference):
+            with_prefix.append(run_id)
     if with_name:
-        return runs[with_name[-1]]
-    with_prefix = [run_id for run_id in runs if run_id.startswith(reference)]
-    if len(with_prefix) == 1:
-        return runs[with_prefix[0]]
+        latest = with_name[-1]
+        return runs[latest]
+    number = len(with_prefix)
+    if number == 1:
+        only = with_prefix[0]
+        return runs[only]
+    problem = f"run {reference!r}: "
     if with_prefix:
         examples = ", ".join(with_prefix[-3:])
-        raise InputError(f"run {reference!r}: found {len(with_prefix)} runs, like {examples}; give more")
+        raise InputError(f"{problem}found {number} runs, like {examples}; give more")
     if runs:
-        latest = ", ".join(list(runs)[-3:])
-        raise InputError(f"run {reference!r}: no such run; the latest are {latest}")
+        newest_ids = ", ".join(list(runs)[-3:])
+        raise InputError(f"{problem}no such run; the latest are {newest_ids}")
     place = cluster_name or f"this machine ({runs_folder()})"
-    raise InputError(f"run {reference!r}: no such run; there are none on {place}")
+    raise InputError(f"{problem}no such run; there are none on {place}")

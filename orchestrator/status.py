@@ -5,15 +5,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from clusters.base import Status as ClusterStatus
-from clusters.base import Unreachable
+from clusters.base import ClusterStatus, Unreachable
 from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, find, handles, name_of
-from orchestrator.tracking.trouble import trouble_of
+from orchestrator.tracking.trouble import parse_trouble
 from runfolder.snapshot import Snapshot
 
-State = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
+RunState = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
 ENDED = ("succeeded", "failed", "cancelled")
 
 
@@ -29,7 +28,7 @@ class Status:
     run_id: str
     name: str
     cluster: str
-    state: State
+    state: RunState
     reason: str | None
     step: int
     steps: int | None
@@ -48,14 +47,14 @@ class Status:
         return asdict(self)
 
 
-def status(reference: str) -> Status:
+def status(reference: str, cluster: str | None = None) -> Status:
     """The status of one run; raises InputError where there is none."""
-    return statuses([find(reference)])[0]
+    return statuses([find(reference, cluster)])[0]
 
 
-def list_runs() -> list[Status]:
-    """The status of every run, newest first."""
-    return statuses(reversed(handles()))
+def list_runs(cluster: str | None = None) -> list[Status]:
+    """The status of the runs of a cluster, or of all that this machine has or knows of; newest first."""
+    return statuses(reversed(handles(cluster)))
 
 
 def statuses(runs: Iterable[Handle]) -> list[Status]:
@@ -63,7 +62,8 @@ def statuses(runs: Iterable[Handle]) -> list[Status]:
     wanted = list(runs)
     by_cluster: dict[str, list[Handle]] = {}
     for run in wanted:
-        by_cluster.setdefault(run.cluster_name, []).append(run)
+        its_runs = by_cluster.setdefault(run.cluster_name, [])
+        its_runs.append(run)
     by_run: dict[Handle, Status] = {}
     for cluster_name, its_runs in by_cluster.items():
         by_run |= _statuses_on(cluster_name, its_runs)
@@ -87,17 +87,19 @@ def _statuses_on(cluster_name: str, runs: list[Handle]) -> dict[Handle, Status]:
     for run in runs:
         no_folder = Snapshot(run.run_id, "", cluster_name, damaged=why_unknown)
         snapshot = snapshots.get(run.run_id, no_folder)
-        by_run[run] = join(snapshot, on_cluster.get(run.run_id, unknown))
+        cluster_status = on_cluster.get(run.run_id, unknown)
+        by_run[run] = join_status(snapshot, cluster_status)
     return by_run
 
 
-def join(run: Snapshot, on_cluster: ClusterStatus) -> Status:
+def join_status(run: Snapshot, on_cluster: ClusterStatus) -> Status:
     """What a folder says and what its cluster says, as one; a pure function."""
     state, reason = _state_and_reason(run, on_cluster)
     has_output = run.has_output or state == "succeeded"
     tracking = None
     if run.undelivered:
-        tracking = str(trouble_of(Path(run.run_dir), run.undelivered))
+        trouble = parse_trouble(Path(run.run_dir), run.undelivered)
+        tracking = str(trouble)
     return Status(
         run_id=run.run_id,
         name=name_of(run.run_id),
@@ -118,7 +120,7 @@ def join(run: Snapshot, on_cluster: ClusterStatus) -> Status:
     )
 
 
-def _state_and_reason(run: Snapshot, on_cluster: ClusterStatus) -> tuple[State, str | None]:
+def _state_and_reason(run: Snapshot, on_cluster: ClusterStatus) -> tuple[RunState, str | None]:
     """The state, and why: a run that had an attempt and waits for the next one is preempted."""
     if run.damaged:
         return "unknown", run.damaged
@@ -126,13 +128,16 @@ def _state_and_reason(run: Snapshot, on_cluster: ClusterStatus) -> tuple[State, 
         return run.result["state"], run.result.get("reason")
     if on_cluster.state in ("unknown", "ended"):
         return "unknown", on_cluster.reason or "the run has ended, and its result is not there yet"
-    reason = "; ".join(filter(None, [on_cluster.reason, run.asked]))
+    reasons = filter(None, [on_cluster.reason, run.asked])
+    reason = "; ".join(reasons)
     if run.attempt == 0:
-        state: State = "queued" if on_cluster.state == "queued" else "starting"
-        return state, reason
+        if on_cluster.state == "queued":
+            return "queued", reason
+        return "starting", reason
     verdict = run.verdict or {}
     has_failed = bool(verdict) and verdict["kind"] != "success"
     if has_failed or on_cluster.state != "running":
         return "preempted", reason or verdict.get("reason")
-    state = "running" if run.begun else "starting"
-    return state, reason
+    if run.begun:
+        return "running", reason
+    return "starting", reason

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clusters.environment import values
+from clusters.base import Cluster
+from clusters.environment import secret_values
 from orchestrator.backends import make_request, open_cluster
+from orchestrator.clusters_file import default_cluster
 from orchestrator.errors import InputError
-from orchestrator.planning.freeze import Source, read, record
-from orchestrator.planning.preflight import check
-from orchestrator.planning.survey import Progress, with_date, writes_date
+from orchestrator.planning.freeze import JobSource, Sent, brought, frozen_record, input_digests, read_job
+from orchestrator.planning.preflight import Findings, check_job
+from orchestrator.planning.survey import SourceProgress, with_date, writes_date
 from orchestrator.runs import RUN_ID, name_of, new_id, remember
 from orchestrator.tracking.password import secrets_of
 from runfolder.folders import home
@@ -41,31 +43,37 @@ class Submission:
 
 
 def submit(
-    source: Source,
+    source: JobSource,
     *,
-    cluster: str = "local",
+    cluster: str | None = None,
     overrides: Iterable[str] = (),
     run_id: str | None = None,
-    progress: Progress = lambda _source, _rows: None,
+    progress: SourceProgress = lambda _source, _rows: None,
+    sent: Sent = lambda _file, _bytes, _total: None,
     announce: Callable[[Submission], None] = lambda _: None,
 ) -> Submission:
     """Check a job and hand it to a cluster; raises InputError (nothing was started) or Unreachable (repeat it).
 
-    `progress` is called with a data source and the number of its rows that are looked at. `announce` is called while
-    a repetition still finds this submission: print the run id there.
+    `progress` is called with a data source and the number of its rows that are looked at; `sent` with a file or base
+    that goes to another machine, the bytes of it that are there, and their number. `announce` is called while a
+    repetition still finds this submission: print the run id there.
     """
+    cluster = cluster or default_cluster()
     backend = open_cluster(cluster)
-    job, folder = read(source, overrides)
-    checked = check(job, progress)
+    job, folder = read_job(source, overrides)
+    checked = _checked(job, backend, progress)
     if writes_date(checked.model):
         job = with_date(job)
-    frozen = record(job, checked.model, cluster, folder)
+    of_inputs = input_digests(job, checked.model, backend.site)
+    job = brought(job, checked.model, backend.site, sent)
+    frozen = frozen_record(job, checked.model, cluster, folder, of_inputs)
     with _chosen_id(job, frozen, run_id) as chosen_id:
         request = make_request(backend, job, chosen_id)
-        backend.capacity()  # where there is no cluster, nothing is made
+        if backend.site.is_here:  # else it was asked for the checks
+            backend.capacity()  # where there is no cluster, nothing is made
         remember(chosen_id, cluster)
-        adopted = _create(backend.site, chosen_id, frozen)
-        backend.site.entrust(chosen_id, values(request.secrets) | secrets_of(job))
+        adopted = _create_or_adopt(backend.site, chosen_id, frozen)
+        backend.site.write_secrets(chosen_id, secret_values(request.secrets) | secrets_of(job))
         backend.submit(request)
         submission = Submission(chosen_id, Path(request.run_dir), cluster, adopted, checked.warnings)
         announce(submission)
@@ -73,9 +81,9 @@ def submit(
 
 
 def dry_run(
-    source: Source,
+    source: JobSource,
     *,
-    cluster: str = "local",
+    cluster: str | None = None,
     overrides: Iterable[str] = (),
     warn: Callable[[str], None] = lambda _: None,
 ) -> str:
@@ -83,11 +91,19 @@ def dry_run(
 
     `warn` is called with each warning.
     """
+    cluster = cluster or default_cluster()
     backend = open_cluster(cluster)
-    job, _ = read(source, overrides)
-    for warning in check(job).warnings:
+    job, _ = read_job(source, overrides)
+    for warning in _checked(job, backend, lambda _source, _rows: None).warnings:
         warn(warning)
     return make_request(backend, job, new_id(job.name)).text
+
+
+def _checked(job: Job, cluster: Cluster, progress: SourceProgress) -> Findings:
+    """What the checks of a job found, for the place where it will run."""
+    if cluster.site.is_here:
+        return check_job(job, progress)
+    return check_job(job, progress, cluster.capacity(), is_here=False)
 
 
 @contextmanager
@@ -101,7 +117,7 @@ def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> Itera
         yield run_id
         return
     identity = _identity(frozen)
-    path, descriptor = _abandoned(identity) or _note(identity, new_id(job.name))
+    path, descriptor = _abandoned(identity) or _note_beginning(identity, new_id(job.name))
     try:
         yield path.name.partition(".")[2]
         path.unlink()
@@ -142,7 +158,7 @@ def _has_name(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _note(identity: str, run_id: str) -> tuple[Path, int]:
+def _note_beginning(identity: str, run_id: str) -> tuple[Path, int]:
     """Note that a submission begins; the name appears with the lock on it."""
     folder = home() / "submitting"
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +179,7 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _create(site: Site, run_id: str, frozen: Mapping[str, Any]) -> bool:
+def _create_or_adopt(site: Site, run_id: str, frozen: Mapping[str, Any]) -> bool:
     """Make the run folder whole or not at all; gives whether the same one was there already."""
     earlier = site.create(run_id, frozen)
     if earlier is None:

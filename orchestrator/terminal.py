@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def announce(submission: "Submission") -> None:
+def announce_submission(submission: "Submission") -> None:
     """Print the run id of a submission, and what it warns of."""
     clear_count()
     for warning in submission.warnings:
@@ -45,6 +45,14 @@ def count_rows(source: str, rows: int) -> None:
     if sys.stderr.isatty():
         name = Path(source).name
         line = f"\x1b[2K{name}: {rows:,} rows"
+        print(line, end="\r", file=sys.stderr, flush=True)
+
+
+def count_bytes(file: str, done: int, total: int) -> None:
+    """Show how far a file has come on its way to another machine, where somebody watches."""
+    if sys.stderr.isatty():
+        share = 100 * done // max(1, total)
+        line = f"\x1b[2K{file}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {share} %"
         print(line, end="\r", file=sys.stderr, flush=True)
 
 

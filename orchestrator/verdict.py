@@ -26,7 +26,7 @@ Kind = Literal[
 
 _GONE = "trainer.checkpoint.reading.CheckpointGone"
 # By the class that was raised, one of its bases, or what Ray names as the cause.
-_TYPES: Mapping[str, Kind] = {
+_KIND_OF_TYPE: Mapping[str, Kind] = {
     "builtins.MemoryError": "out_of_memory",
     "torch.OutOfMemoryError": "out_of_memory",
     "ray.exceptions.OutOfMemoryError": "out_of_memory",
@@ -48,7 +48,7 @@ _TYPES: Mapping[str, Kind] = {
 _PLAIN = ("builtins.RuntimeError", "builtins.OSError", "torch.AcceleratorError")
 _NCCL = "torch.distributed.DistBackendError"
 # Of exactly these classes, by what the library writes: torch's allocators, gloo, NCCL.
-_FORMS: tuple[tuple[Kind, tuple[str, ...], str], ...] = (
+_MESSAGE_FORMS: tuple[tuple[Kind, tuple[str, ...], str], ...] = (
     ("out_of_memory", (*_PLAIN, _NCCL), r"out of memory|allocate memory|STATUS_ALLOC_FAILED"),
     ("hang", (*_PLAIN, _NCCL), r"Watchdog caught collective operation timeout"),
     ("hang", _PLAIN, r"\[\S*gloo/transport/\S*\] Timed out waiting \d+ms"),
@@ -111,7 +111,7 @@ class Final:
 
     state: Literal["succeeded", "failed", "cancelled"]
     reason: str | None
-    mend: str | None = None  # how to go on; it follows the last attempt's own reason
+    hint: str | None = None  # how to go on; it follows the last attempt's own reason
 
 
 def classify(failures: Mapping[int, Failure], tails: Mapping[int, str] | None = None) -> Verdict:
@@ -126,7 +126,8 @@ def classify(failures: Mapping[int, Failure], tails: Mapping[int, str] | None = 
     reason = _reason(kind, failure)
     evidence = ""
     if tails:
-        evidence = _evidence(kind, tails.get(rank, ""))
+        tail = tails.get(rank, "")
+        evidence = _evidence(kind, tail)
     if not evidence:
         evidence = _evidence(kind, failure.text) or reason
     if rank < 0:
@@ -184,7 +185,9 @@ def _kind_on_rank(rank: int, failure: Failure) -> Kind:
     known = _known_kind(failure)
     if known is not None:
         return known
-    return "user_error" if rank >= 0 else "node_lost"
+    if rank >= 0:
+        return "user_error"
+    return "node_lost"
 
 
 def _known_kind(failure: Failure) -> Kind | None:
@@ -193,13 +196,17 @@ def _known_kind(failure: Failure) -> Kind | None:
     if failure.preempted:
         kinds.add("preemption")
     for name in failure.types:
-        if name in _TYPES:
-            kinds.add(_TYPES[name])
-    raised = failure.types[0] if failure.types else ""
-    for kind, types, form in _FORMS:
+        if name in _KIND_OF_TYPE:
+            kinds.add(_KIND_OF_TYPE[name])
+    raised = ""
+    if failure.types:
+        raised = failure.types[0]
+    for kind, types, form in _MESSAGE_FORMS:
         if raised in types and re.search(form, failure.text):
             kinds.add(kind)
-    return _first_cause(kinds) if kinds else None
+    if not kinds:
+        return None
+    return _first_cause(kinds)
 
 
 def _first_cause(kinds: Collection[Kind]) -> Kind:

@@ -7,10 +7,11 @@ import threading
 import time
 from pathlib import Path
 
+from clusters.controllers import is_requeued
 from clusters.ray_head import answers
-from orchestrator.failure import Failure, load
+from orchestrator.failure import Failure, load_failure
 from orchestrator.verdict import Verdict, classify
-from runfolder.appended import ending, read_lines
+from runfolder.appended import read_ending, read_lines
 from runfolder.chain import Attempt, slots
 from runfolder.files import read_json
 from runfolder.record import load_job
@@ -22,9 +23,9 @@ from runfolder.requests import (
     request_stop,
     stop_requested,
 )
-from trainer import missing
+from trainer.omissions import omissions_line
 
-_POLL_S = 0.25  # between two looks at the driver process
+_DRIVER_POLL_S = 0.25  # between two looks at the driver process
 _LOOK_S = 1.0  # between two looks at the run folder, which may be on a file system that many share
 _TAIL_BYTES = 16_384  # at the end of a log, in which evidence is looked for
 _UNANSWERED_LIMIT = 3  # looks in a row at which Ray's head does not answer
@@ -97,19 +98,19 @@ class Watch:
                 looked_at = time.monotonic()
                 if verdict := self._must_end_now():
                     return verdict
-            time.sleep(_POLL_S)
+            time.sleep(_DRIVER_POLL_S)
         self._attempt.check()
         return self._verdict_after_driver()
 
     def _must_end_now(self) -> Verdict | None:
         """The verdict on an attempt that must be ended now, else None; asks it to save and end if that can wait."""
-        self._attempt.check(here=True)
+        self._attempt.check(cached=True)
         if cancel_requested(self._attempt.run_dir) and not cancel_saves(self._attempt.run_dir):
             return Verdict("cancelled", "")
         if stop := self._stop_to_request():
             request_stop(self._attempt, stop)
         requested = stop_requested(self._attempt)
-        if requested and time.time() > requested.by:
+        if requested and time.time() > requested.deadline:
             late = f"no checkpoint within {self._resources.grace} s"
             return _verdict_on_stop(requested, late)
         return self._head_lost() or self._hung()
@@ -117,22 +118,24 @@ class Watch:
     def _stop_to_request(self) -> Stop | None:
         """Whether the attempt is to save and end, and why."""
         grace = self._resources.grace
-        by = time.time() + grace
+        deadline = time.time() + grace
         if self._told.is_set():
-            return Stop("preemption", "the controller was told to end", by)
+            return Stop("preemption", "the controller was told to end", deadline)
         if cancel_saves(self._attempt.run_dir):
-            return Stop("cancelled", "", by)
+            return Stop("cancelled", "", deadline)
         walltime = self._resources.walltime
+        if is_requeued():
+            walltime = None  # that of each allocation, of which its scheduler warns
         if walltime and time.time() > self._opened_at + walltime - grace:
             reason = f"resources.walltime of {walltime} s is over"
-            return Stop("walltime", reason, max(by - grace, self._opened_at + walltime))
+            return Stop("walltime", reason, max(deadline - grace, self._opened_at + walltime))
         return None
 
     def _verdict_after_driver(self) -> Verdict:
         """The verdict once the driver has ended."""
         failures = self._failures()
         if not failures:
-            return self._verdict_on_saved() or Verdict("success", missing.reason(self._attempt))
+            return self._verdict_on_saved() or Verdict("success", omissions_line(self._attempt))
         if not answers(os.environ["RAY_ADDRESS"]):
             first = next(iter(failures.values()))
             return Verdict("node_lost", "the Ray head is gone", first.text[-1000:])
@@ -149,7 +152,7 @@ class Watch:
         outcome = read_json(path)
         failures = {}
         for rank, record in outcome["failures"].items():
-            failures[int(rank)] = load(record)
+            failures[int(rank)] = load_failure(record)
         return failures
 
     def _verdict_on_saved(self) -> Verdict | None:
@@ -199,7 +202,7 @@ class Watch:
 
     def _tail(self, name: str) -> str:
         """The end of a log of this attempt."""
-        data = ending(self._attempt, f"logs/{name}.log", _TAIL_BYTES)
+        data = read_ending(self._attempt, f"logs/{name}.log", _TAIL_BYTES)
         return data.decode(errors="replace")
 
 
@@ -214,5 +217,6 @@ def _opened_at(run_dir: Path) -> float:
     """When the first attempt since the run was last (re)opened was claimed (seconds since 1970)."""
     reopened = last_reopened(run_dir)
     later = (slot for slot in slots(run_dir) if slot.number > reopened)
-    claim = next(later).claim
+    first = next(later)
+    claim = first.claim
     return float(claim["time"])

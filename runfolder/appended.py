@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runfolder.chain import Attempt, slots
-from runfolder.files import Record, names
+from runfolder.files import Record, list_names
 from runfolder.seals import read_seal
 
 
@@ -38,13 +38,13 @@ class Chunk:
         return Chunk(data, after, self.sealed)
 
 
-Source = Callable[[Position], Iterable[Chunk]]  # what was appended to some file since a position
+ChunkSource = Callable[[Position], Iterable[Chunk]]  # what was appended to some file since a position
 
 
 class Follower:
     """Follows an appended file over all attempts of a run as it grows; gives every byte that counts once."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ChunkSource) -> None:
         self._source = source
         self._since = Position()
 
@@ -72,7 +72,7 @@ def read_from(run_dir: Path, file: str, since: Position) -> Iterator[Chunk]:
         if slot.number == since.attempt:
             offset = since.offset
         seal = sealed_size(slot, file)
-        data = _read(path, offset, seal)
+        data = _read_range(path, offset, seal)
         after = Position(slot.number, offset + len(data))
         yield Chunk(data, after, sealed=seal is not None)
         if seal is None:
@@ -89,11 +89,11 @@ def appended_files(run_dir: Path) -> list[str]:
 
 def read_lines(attempt: Attempt, file: str) -> list[Record]:
     """The records of an appended file, up to its seal; a torn last line is dropped."""
-    data = beginning(attempt, file)
-    return parsed(data)
+    data = read_beginning(attempt, file)
+    return parse_lines(data)
 
 
-def beginning(attempt: Attempt, file: str, size: int | None = None) -> bytes:
+def read_beginning(attempt: Attempt, file: str, size: int | None = None) -> bytes:
     """The first bytes of a file that count: all, or as many as `size`; nothing where there is no such file."""
     path = attempt.folder / file
     if not _exists(path):
@@ -101,10 +101,10 @@ def beginning(attempt: Attempt, file: str, size: int | None = None) -> bytes:
     stop = sealed_size(attempt, file)
     if size is not None and (stop is None or size < stop):
         stop = size
-    return _read(path, 0, stop)
+    return _read_range(path, 0, stop)
 
 
-def ending(attempt: Attempt, file: str, size: int) -> bytes:
+def read_ending(attempt: Attempt, file: str, size: int) -> bytes:
     """The last `size` bytes of a file that count; nothing where there is no such file."""
     path = attempt.folder / file
     if not _exists(path):
@@ -113,10 +113,10 @@ def ending(attempt: Attempt, file: str, size: int) -> bytes:
     if stop is None:
         stop = path.stat().st_size
     start = max(0, stop - size)
-    return _read(path, start, stop)
+    return _read_range(path, start, stop)
 
 
-def parsed(data: bytes) -> list[Record]:
+def parse_lines(data: bytes) -> list[Record]:
     """The records in whole lines of JSON."""
     whole = _whole_lines(data)
     lines = whole.split(b"\n")
@@ -140,10 +140,10 @@ def _whole_lines(data: bytes) -> bytes:
 
 
 def _exists(path: Path) -> bool:
-    return path.name in names(path.parent)
+    return path.name in list_names(path.parent)
 
 
-def _read(path: Path, start: int, stop: int | None) -> bytes:
+def _read_range(path: Path, start: int, stop: int | None) -> bytes:
     size = -1  # up to the end of the file
     if stop is not None:
         size = max(stop - start, 0)

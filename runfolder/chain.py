@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from runfolder.claims import prepare_claim, read_claim
-from runfolder.files import Record, names, read_json, refresh, sync_folder, write_json
+from runfolder.files import Record, list_names, read_json, refresh, sync_folder, write_json
 from runfolder.outcome import move_output, remove_result, write_result
 from runfolder.seals import appended, write_seals
 
@@ -80,7 +80,7 @@ class Attempt:
     @property
     def verdict(self) -> Record | None:
         """How this attempt ended, once that is known."""
-        if "verdict.json" not in names(self.folder):
+        if "verdict.json" not in list_names(self.folder):
             return None
         return read_json(self.folder / "verdict.json")
 
@@ -88,12 +88,12 @@ class Attempt:
         """Whether no later slot is taken, as far as this host knows: a client of NFS may learn it a minute late."""
         return last_slot(self.run_dir) <= self.number
 
-    def check(self, here: bool = False) -> None:
+    def check(self, cached: bool = False) -> None:
         """Raise Fenced when a later slot is taken on any host; to be called before what only a live attempt may do.
 
-        `here`: as far as this host knows, which costs the file system little; enough for those who wait.
+        `cached`: as far as this host knows, which costs the file system little; enough for those who wait.
         """
-        if not here:
+        if not cached:
             refresh(self.folder.parent)
         if not self.is_live():
             raise Fenced(f"attempt {self.number} of {self.run_dir.name} has a successor")
@@ -114,8 +114,8 @@ class Attempt:
         event = {"time": time.time(), "event": kind, **fields}
         self.append("events.jsonl", event)
 
-    def alive(self) -> None:
-        """Show that work goes on where nothing is written for long; to be called by that work, as it gets further."""
+    def note_progress(self) -> None:
+        """Touch the file `alive`, as a sign that work goes on which writes nothing for long; that work calls it."""
         (self.folder / "alive").touch()
 
     def sync(self, file: str) -> None:
@@ -126,7 +126,7 @@ class Attempt:
                 os.fsync(stream.fileno())
 
     def write_verdict(self, verdict: Record) -> None:
-        """Say how this attempt ended."""
+        """Write down how this attempt ended, in verdict.json."""
         write_json(self.folder / "verdict.json", verdict)
 
     def close(self, result: Record) -> bool:
@@ -135,7 +135,7 @@ class Attempt:
         Returns False, and changes nothing, when the next slot is taken: this attempt has a successor.
         """
         record = {"kind": "close", "closes": self.number, "result": result}
-        if _claim(self.run_dir, self.number + 1, record) is None:
+        if _take_slot(self.run_dir, self.number + 1, record) is None:
             return False
         settle(self.run_dir)
         return True
@@ -143,13 +143,13 @@ class Attempt:
 
 def slots(run_dir: Path) -> list[Attempt]:
     """Every slot that is taken, oldest first: attempts, closing slots, and those that reopen the run."""
-    numbers = sorted(_numbers(run_dir))
+    numbers = sorted(_slot_numbers(run_dir))
     return [Attempt(run_dir, number) for number in numbers]
 
 
 def last_slot(run_dir: Path) -> int:
     """The number of the newest slot; 0 when none is taken."""
-    return max(_numbers(run_dir), default=0)
+    return max(_slot_numbers(run_dir), default=0)
 
 
 def attempts(run_dir: Path) -> list[Attempt]:
@@ -165,7 +165,7 @@ def claim_next(run_dir: Path, start: Start | None) -> Attempt | None:
         return None
     origin = asdict(start) if start else None
     record = {"kind": "attempt", "start": origin}
-    return _claim(run_dir, newest.number + 1, record)
+    return _take_slot(run_dir, newest.number + 1, record)
 
 
 def close(run_dir: Path, ended: Record) -> bool:
@@ -176,7 +176,7 @@ def close(run_dir: Path, ended: Record) -> bool:
     return newest.close(ended)
 
 
-def last(run_dir: Path) -> Attempt:
+def last_attempt(run_dir: Path) -> Attempt:
     """The newest attempt; number 0, which has no folder, when there is none yet."""
     return newest_attempt(run_dir, slots(run_dir))
 
@@ -189,7 +189,7 @@ def newest_attempt(run_dir: Path, taken: Sequence[Attempt]) -> Attempt:
     return Attempt(run_dir, 0)
 
 
-def bounds(run_dir: Path) -> Iterator[tuple[Attempt, float]]:
+def step_bounds(run_dir: Path) -> Iterator[tuple[Attempt, float]]:
     """Each attempt, newest first, with the last step up to which its work counts."""
     bound = float("inf")
     for attempt in reversed(attempts(run_dir)):
@@ -214,9 +214,9 @@ def reopen(run_dir: Path) -> bool:
     if not _is_closing(closing) or closing.claim["result"]["state"] == "succeeded":
         return False
     settle(run_dir)  # so that its closer, who may be late, finds nothing left to move
-    if _claim(run_dir, closing.number + 1, {"kind": "reopen"}) is None:
+    if _take_slot(run_dir, closing.number + 1, {"kind": "reopen"}) is None:
         return False
-    if "output" in names(run_dir):  # an attempt had delivered it, and ended badly all the same
+    if "output" in list_names(run_dir):  # an attempt had delivered it, and ended badly all the same
         move_output(run_dir, closing.folder)
     settle(run_dir)
     return True
@@ -234,16 +234,16 @@ def settle(run_dir: Path) -> Record | None:
         return None
     claim = newest.claim
     closed = Attempt(run_dir, claim["closes"])
-    if closed.number and "output" in names(closed.folder) and "output" not in names(run_dir):
+    if closed.number and "output" in list_names(closed.folder) and "output" not in list_names(run_dir):
         move_output(closed.folder, run_dir)
     write_result(run_dir, claim["result"])
     return result(run_dir)
 
 
-def _numbers(run_dir: Path) -> list[int]:
+def _slot_numbers(run_dir: Path) -> list[int]:
     """The numbers of all slots that are taken."""
     numbers = []
-    for name in names(run_dir / "attempts"):
+    for name in list_names(run_dir / "attempts"):
         if name.isdigit():
             numbers.append(int(name))
     return numbers
@@ -263,7 +263,7 @@ def _is_closing(slot: Attempt) -> bool:
     return slot.number > 0 and slot.kind == "close"
 
 
-def _claim(run_dir: Path, number: int, record: Record) -> Attempt | None:
+def _take_slot(run_dir: Path, number: int, record: Record) -> Attempt | None:
     """Take slot `number` by renaming a folder that already holds its claim; None when it is taken."""
     folder = run_dir / "attempts"
     token = uuid.uuid4().hex
@@ -287,7 +287,7 @@ def _claim(run_dir: Path, number: int, record: Record) -> Attempt | None:
 def _is_taken(slot: Attempt) -> bool:
     """Whether the server has a slot."""
     refresh(slot.folder.parent)
-    return slot.number in _numbers(slot.run_dir)
+    return slot.number in _slot_numbers(slot.run_dir)
 
 
 def _seal_predecessors(attempt: Attempt) -> None:

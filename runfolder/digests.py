@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import yaml
 
 from runfolder.files import sha256
 from runfolder.job import Job
-from runfolder.sources import file_of
+from runfolder.sources import ClusterFile, SubmitterFile, file_of, parse_source
 
 _LOADED = re.compile(r"\.(json|safetensors|model|jinja)$|^(vocab|merges)\.txt$")
 _WHOLE_BYTES = 64 << 20  # bytes up to which a file of the base is hashed whole
@@ -24,24 +24,32 @@ class InputChanged(ValueError):
     """Data or base are not those of the submission; nothing but their owner can fix that."""
 
 
-def digests(job: Job, base: Path | None) -> Digests:
-    """sha256 of the data files, and of the base in folder `base`; None for what is on the hub."""
-    train = file_digest(job.data.train)
+def digests(job: Job, base: Path | None, digest_there: Callable[[Path], str | None] = sha256) -> Digests:
+    """sha256 of the data files, and of the base in folder `base`; None for what is on the hub.
+
+    `digest_there` gives that of a file that the cluster has.
+    """
+    train = file_digest(job.data.train, digest_there)
     evaluated = model = None
     if job.data.eval:
-        evaluated = file_digest(job.data.eval)
+        evaluated = file_digest(job.data.eval, digest_there)
     if base:
         scratch = job.base.init == "scratch"
         model = folder_digest(base, scratch)
     return {"data.train": train, "data.eval": evaluated, "base": model}
 
 
-def file_digest(source: str) -> str | None:
-    """sha256 of a file; None for a data set on the hub."""
-    file = file_of(source)
-    if file is None:
-        return None
-    return sha256(file)
+def file_digest(source: str, digest_there: Callable[[Path], str | None] = sha256) -> str | None:
+    """sha256 of a file; None for a data set on the hub. Raises ValueError for a file that the cluster has not got."""
+    match parse_source(source):
+        case SubmitterFile(path):
+            return sha256(path)
+        case ClusterFile(path):
+            digest = digest_there(path)
+            if digest is None:
+                raise ValueError(f"{source}: the cluster has no such file, or it cannot be read there")
+            return digest
+    return None
 
 
 def folder_digest(folder: Path, scratch: bool) -> str:
@@ -51,8 +59,7 @@ def folder_digest(folder: Path, scratch: bool) -> str:
     weights of the same shapes differ everywhere.
     """
     total = hashlib.sha256()
-    loaded = sorted(path for path in folder.iterdir() if _LOADED.search(path.name))
-    for path in loaded:
+    for path in loaded_files(folder):
         if scratch and path.suffix == ".safetensors":
             continue
         size = path.stat().st_size
@@ -64,6 +71,11 @@ def folder_digest(folder: Path, scratch: bool) -> str:
         else:
             total.update(_sample(path))
     return total.hexdigest()
+
+
+def loaded_files(folder: Path) -> list[Path]:
+    """The files of a base's folder that are loaded, in the order of their names."""
+    return sorted(path for path in folder.iterdir() if _LOADED.search(path.name) and path.is_file())
 
 
 def _sample(path: Path) -> bytes:
@@ -79,7 +91,7 @@ def _sample(path: Path) -> bytes:
     return b"".join(parts)
 
 
-def frozen(run_dir: Path) -> Digests:
+def frozen_digests(run_dir: Path) -> Digests:
     """The digests of a run's submission, by field; {} in a folder that was not submitted."""
     path = run_dir / "job.yaml"
     record: dict[str, Any] = yaml.safe_load(path.read_text())

@@ -1,8 +1,8 @@
 """Files of a run folder: JSON that is written whole or not at all, and listings that show what other hosts have done.
 
 A client of NFS keeps for up to a minute that a name is not there. So nobody asks for a name that may be missing: what
-is there is told by listing its folder (`names`). Where even a listing from this client's cache will not do, `refresh`
-comes first.
+is there is told by listing its folder (`list_names`). Where even a listing from this client's cache will not do,
+`refresh` comes first.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ class Damaged(ValueError):
     """A file of a run folder that is not what it should be: the file and what was found, in one line."""
 
 
-def names(folder: Path) -> list[str]:
-    """What a folder holds; nothing where there is no such folder."""
+def list_names(folder: Path) -> list[str]:
+    """The names of what a folder holds; none where there is no such folder."""
     try:
         return os.listdir(folder)  # noqa: PTH208 (ten times faster than iterdir)
     except FileNotFoundError:

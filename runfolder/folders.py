@@ -54,13 +54,13 @@ def library_folders() -> dict[str, str]:
 
 def writable(folder: Path) -> bool:
     """Whether a folder can be written, or created where it is missing."""
-    existing = nearest(folder)
+    existing = nearest_existing(folder)
     if not existing.is_dir():
         return False
     return os.access(existing, os.W_OK | os.X_OK)
 
 
-def nearest(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
     """The folder, or the first of its parents that exists."""
     existing = (path for path in (folder, *folder.parents) if path.exists())
     return next(existing)

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from methods.options import KINDS, Method
+from methods.options import KINDS, AnyOptions
 from methods.options.full import Full
 from runfolder import objectives
 
-NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
+JOB_NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -42,25 +42,27 @@ class _Section(BaseModel):
 
 
 class Base(_Section):
-    """The model that is tuned: a hub id or a folder with config, tokenizer and weights."""
+    """The model that is tuned. A bare text stands for `model` alone."""
 
-    model: str = Field(min_length=1)
-    init: Literal["pretrained", "scratch"] = "pretrained"
-    revision: str | None = None
+    model: str = Field(min_length=1, description="a hub id, or a folder with config, tokenizer and safetensors")
+    init: Literal["pretrained", "scratch"] = Field(
+        "pretrained", description="its own weights, or random ones of its shape; scratch has no use in 4 bits"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id; null: main")
     resize_embeddings: bool = Field(
         False, description="give the base an embedding for every id of its tokenizer, and train those that are new"
     )
 
 
 class Data(_Section):
-    """Where the examples come from and how they become sequences of at most `seq_len` tokens."""
+    """Where the examples come from, and how they become sequences. A bare text stands for `train` alone."""
 
     train: str = Field(min_length=1, description="a file, cluster:/path, or a hub dataset owner/name:config:split")
-    eval: str | None = None
+    eval: str | None = Field(None, description="held-out rows, named like those of train; null: none are judged")
     columns: dict[str, str] | None = Field(
         None, min_length=1, description="which column, or template with {column}s, is the prompt, the completion, ..."
     )
-    seq_len: int = Field(1024, ge=8)
+    seq_len: int = Field(1024, ge=8, description="tokens of a row, and so of the longest example")
     too_long: Literal["drop", "cut", "refuse"] | None = Field(
         None, description="rows longer than seq_len; null: cut their end, but refuse when that hits more than a tenth"
     )
@@ -68,26 +70,44 @@ class Data(_Section):
     date: datetime.date | None = Field(
         None, description="what a chat template takes for today; null: the day of submission"
     )
-    packing: bool = True
+    packing: bool = Field(
+        True, description="several examples in a row of seq_len, which do not see each other; false: one and padding"
+    )
 
 
 class Train(_Section):
-    """The optimisation. `batch_tokens` is the size of the global batch in tokens."""
+    """How it is optimised: for how long, in steps of which size, and at which learning rate."""
 
-    steps: int | None = Field(None, ge=1)
-    epochs: float | None = Field(None, gt=0)
-    batch_tokens: int = Field(16384, ge=1)
+    steps: int | None = Field(None, ge=1, description="steps of the optimizer; null: as many as epochs needs")
+    epochs: float | None = Field(
+        None, gt=0, description="passes over the examples, instead of steps; 0.5 is half of them"
+    )
+    batch_tokens: int = Field(
+        16384, ge=1, description="tokens of the global batch, which all workers share; at least data.seq_len"
+    )
     micro_batch: int = Field(1, ge=1, description="sequences of seq_len per forward pass and worker")
-    lr: float | None = Field(None, gt=0, description="null: the method's default, at the base's width")
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = Field(0.03, ge=0, le=1, description="share of the steps")
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    clip: float | None = Field(1.0, gt=0, description="largest global gradient norm")
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    gradient_checkpointing: bool = False
-    seed: int = Field(0, ge=0)
+    lr: float | None = Field(
+        None, gt=0, description="peak learning rate; null: the method's default, at the base's width"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how lr goes after the warm-up: down to zero by the last step, or not at all"
+    )
+    warmup: float = Field(0.03, ge=0, le=1, description="share of the steps in which lr rises linearly to its peak")
+    weight_decay: float = Field(
+        0.0, ge=0, description="AdamW's decoupled decay: a step takes lr times it off a weight"
+    )
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="AdamW's decay rates of the first and of the second moment"
+    )
+    eps: float = Field(1e-8, gt=0, description="what AdamW adds to the root of the second moment")
+    clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: nothing is clipped")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the forward pass, trained weights are fp32 always; auto: bf16 on a GPU, else fp32"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    seed: int = Field(0, ge=0, description="what new weights, the order of examples and all else random come from")
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> "Train":
@@ -97,21 +117,29 @@ class Train(_Section):
 
 
 class Sharding(_Section):
-    """ZeRO stage. World size = data parallel x sequence parallel."""
+    """What the workers share among each other. World size = data parallel x sequence parallel."""
 
-    zero: Literal[0, 1, 2, 3] = 0
-    offload: Literal["none"] = "none"
-    sequence: Literal[1] = 1
+    zero: Literal[0, 1, 2, 3] = Field(
+        0, description="ZeRO stage; 1: workers share the optimizer's state; 2: gradients too; 3: weights too"
+    )
+    offload: Literal["none"] = Field("none", description="what leaves the device's memory between uses: nothing yet")
+    sequence: Literal[1] = Field(1, description="workers that share one sequence: one, as it is not split yet")
 
 
 class Resources(_Section):
     """What the workers need. A worker is one GPU, or one process where there is none."""
 
-    nodes: int = Field(1, ge=1)
-    gpus_per_node: int | None = Field(None, ge=1)
-    workers_per_node: int | None = Field(None, ge=1)
+    nodes: int = Field(1, ge=1, description="machines that the workers are spread over")
+    gpus_per_node: int | None = Field(
+        None, ge=1, description="GPUs on each node, a worker for each; null: as workers_per_node says"
+    )
+    workers_per_node: int | None = Field(
+        None,
+        ge=1,
+        description="workers on each node, where there is no GPU; null: one, unless gpus_per_node says more",
+    )
     walltime: Annotated[int | None, BeforeValidator(_seconds)] = Field(
-        None, ge=1, description="seconds, or like 90s, 30m, 8h, 2d"
+        None, ge=1, description="seconds, or like 90s, 30m, 8h, 2d, after which an attempt must end; null: no limit"
     )
     grace: Annotated[int, BeforeValidator(_seconds)] = Field(
         30, ge=0, description="how long a run that must end has to save: seconds, or like 2m"
@@ -124,48 +152,58 @@ class Resources(_Section):
         return self
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         """The world size: how many workers the run has."""
         per_node = self.gpus_per_node or self.workers_per_node or 1
         return self.nodes * per_node
 
 
 class Checkpoint(_Section):
-    """How often the run saves (in steps; auto: from the measured cost) and how many it keeps."""
+    """How often a run saves what it can go on from, and how much of that it keeps."""
 
-    every: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    keep: int = Field(2, ge=1)
+    every: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="steps between two checkpoints; auto: so seldom that saving costs little, by measured time",
+    )
+    keep: int = Field(2, ge=1, description="newest checkpoints that are kept, over all attempts")
 
 
 class Evaluation(_Section):
-    """When and how held-out rows are judged: every so many steps, and always at the end."""
+    """When and how the rows of `data.eval` are judged: every so many steps, and always at the end."""
 
     every: int | None = Field(None, ge=1, description="steps; null: at the end only")
-    rows: int | None = Field(None, ge=1, description="null: all")
+    rows: int | None = Field(None, ge=1, description="how many of them, from the first; null: all")
     before: bool = Field(True, description="also judge the untuned base, before the first step")
-    max_new_tokens: int = Field(256, ge=0, description="0: loss only, no generation")
+    max_new_tokens: int = Field(
+        256, ge=0, description="longest answer that is generated, for exact match; 0: loss only, no generation"
+    )
 
 
 class Output(_Section):
-    """What is left at the end: the adapter (or model), and with `merge` a merged model beside it."""
+    """What is left at the end: the adapter, or the model where a method trains the base itself."""
 
-    merge: bool = False
+    merge: bool = Field(False, description="also leave a model with the adapter in its weights, in output/merged")
 
 
 class Tracking(_Section):
-    """Which MLflow server (null: SQLite beside the runs) and which experiment."""
+    """Where the metrics go: one MLflow run for each run of Fleetune."""
 
-    uri: str | None = None
-    experiment: str = Field("fleetune", min_length=1)
+    uri: str | None = Field(None, description="MLflow's tracking URI; null: SQLite beside the runs")
+    experiment: str = Field(
+        "fleetune", min_length=1, description="name of the MLflow experiment, made if it is missing"
+    )
 
 
 class Job(_Section):
     """One training run, as a user writes it in job.yaml."""
 
-    name: str = "job"
+    name: str = Field(
+        "job",
+        description="what run ids begin with: at most 32 of a-z, 0-9 and -, from a letter on, not ending with -",
+    )
     base: Annotated[Base, _as_mapping("model")]
-    objective: str = "sft"
-    method: Annotated[Method, _as_mapping("kind")] = Full()
+    objective: str = Field("sft", description="what is learned from a row; sft: its answer, by cross-entropy")
+    method: Annotated[AnyOptions, _as_mapping("kind")] = Full()
     data: Annotated[Data, _as_mapping("train")]
     train: Train
     sharding: Sharding = Sharding()
@@ -179,7 +217,7 @@ class Job(_Section):
     @field_validator("name")
     @classmethod
     def _dns_label(cls, name: str) -> str:
-        if not NAME.fullmatch(name):
+        if not JOB_NAME.fullmatch(name):
             raise ValueError(
                 "must be at most 32 characters: a-z, 0-9 and -, starting with a letter, not ending with -"
             )

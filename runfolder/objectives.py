@@ -6,7 +6,7 @@ Another package adds one by an entry point of the group `fleetune.objectives`: i
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 
-GROUP = "fleetune.objectives"
+OBJECTIVES_GROUP = "fleetune.objectives"
 OBJECTIVES: Mapping[str, str] = {
     "sft": "trainer.objectives.sft:Supervised",
 }
@@ -15,7 +15,7 @@ OBJECTIVES: Mapping[str, str] = {
 def known() -> dict[str, str]:
     """Every objective by its name, as `module:Class`; those of Fleetune cannot be replaced from outside."""
     outside = {}
-    for point in entry_points(group=GROUP):
+    for point in entry_points(group=OBJECTIVES_GROUP):
         outside[point.name] = point.value
     return {**outside, **OBJECTIVES}
 
@@ -27,7 +27,7 @@ def is_known(name: str) -> bool:
     return name in known()
 
 
-def place(name: str) -> str:
+def implementation_of(name: str) -> str:
     """Where an objective that is known is written, as `module:Class`."""
     if name in OBJECTIVES:
         return OBJECTIVES[name]

@@ -6,7 +6,7 @@ The chain is the truth; both follow what its last closing slot says, and `chain.
 from contextlib import suppress
 from pathlib import Path
 
-from runfolder.files import Record, names, read_json, write_json
+from runfolder.files import Record, list_names, read_json, write_json
 
 _RESULT = "result.json"
 
@@ -25,13 +25,13 @@ def write_result(run_dir: Path, ended: Record) -> None:
 
 def remove_result(run_dir: Path) -> None:
     """Remove a result.json that somebody wrote too late."""
-    if _RESULT in names(run_dir):
+    if _RESULT in list_names(run_dir):
         (run_dir / _RESULT).unlink(missing_ok=True)
 
 
 def _is_written(run_dir: Path, ended: Record) -> bool:
     """Whether result.json is there, and says how the run ended."""
-    if _RESULT not in names(run_dir):
+    if _RESULT not in list_names(run_dir):
         return False
     with suppress(FileNotFoundError):  # somebody writes it anew just now, or this client does not know it yet
         return read_json(run_dir / _RESULT) == ended

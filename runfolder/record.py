@@ -14,22 +14,22 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from runfolder.files import Damaged, Record, names, read_json, sync_folder, write_json
+from runfolder.files import Damaged, Record, list_names, read_json, sync_folder, write_json
 from runfolder.job import Job
 
-FORMAT = 1
+RECORD_FORMAT = 1
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _BRIEF = "run.json"
 
 
-def create(run_dir: Path, record: Mapping[str, Any]) -> Record | None:
+def create_run_folder(run_dir: Path, record: Mapping[str, Any]) -> Record | None:
     """Make a run folder whole or not at all; gives the record of the one that was there already, else None."""
     token = uuid.uuid4().hex
     prepared = run_dir.parent / f".new-{token}"
     prepared.mkdir(parents=True)
     path = prepared / "job.yaml"
     with path.open("w") as stream:
-        formatted = {"format": FORMAT, **record}
+        formatted = {"format": RECORD_FORMAT, **record}
         yaml.safe_dump(formatted, stream, sort_keys=False, allow_unicode=True)
         stream.flush()
         os.fsync(stream.fileno())
@@ -39,7 +39,7 @@ def create(run_dir: Path, record: Mapping[str, Any]) -> Record | None:
         prepared.rename(run_dir)
     except OSError:
         shutil.rmtree(prepared)
-        if run_dir.name not in names(run_dir.parent):
+        if run_dir.name not in list_names(run_dir.parent):
             raise
         return read_record(run_dir)
     sync_folder(run_dir.parent)
@@ -57,19 +57,19 @@ def read_record(run_dir: Path) -> Record:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise Damaged(f"{path}: not YAML: {reason}") from None
-    return _check_format(path, record)
+    return _checked_record(path, record)
 
 
 def read_brief(run_dir: Path) -> Record:
     """{cluster, submitted, steps} of a run: `steps` as its job says, None where it says epochs; raises Damaged."""
     path = run_dir / _BRIEF
-    if _BRIEF not in names(run_dir):
+    if _BRIEF not in list_names(run_dir):
         try:
             record = read_record(run_dir)
             return _brief(record)
         except (KeyError, TypeError) as error:
             raise Damaged(f"{run_dir / 'job.yaml'}: {type(error).__name__}: {error}") from None
-    return _check_format(path, read_json(path))
+    return _checked_record(path, read_json(path))
 
 
 def load_job(run_dir: Path) -> Job:
@@ -98,14 +98,16 @@ def _brief(record: Mapping[str, Any]) -> Record:
     steps = train["steps"]
     cluster = record["cluster"]
     submitted = record["submitted"]
-    return {"format": FORMAT, "cluster": cluster, "submitted": submitted, "steps": steps}
+    return {"format": RECORD_FORMAT, "cluster": cluster, "submitted": submitted, "steps": steps}
 
 
-def _check_format(path: Path, record: Any) -> Record:
+def _checked_record(path: Path, record: Any) -> Record:
     """A record of a format that is known; raises Damaged."""
     if not isinstance(record, dict):
         raise Damaged(f"{path}: found {type(record).__name__}; allowed: a mapping")
     version = record.get("format", 1)
-    if version != FORMAT:
-        raise Damaged(f"{path}: found format {version}; allowed: {FORMAT}: use the Fleetune that has written it")
+    if version != RECORD_FORMAT:
+        raise Damaged(
+            f"{path}: found format {version}; allowed: {RECORD_FORMAT}: use the Fleetune that has written it"
+        )
     return record

@@ -4,23 +4,23 @@ A stop is a save request with a deadline: the trainer saves and returns; only wh
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from runfolder.chain import Attempt, last_slot, slots
-from runfolder.files import Record, names, read_json, write_json
+from runfolder.files import Record, list_names, read_json, write_json
 
-Why = Literal["preemption", "walltime", "cancelled"]
+StopCause = Literal["preemption", "walltime", "cancelled"]
 
 
 @dataclass(frozen=True)
 class Stop:
-    """That an attempt is to save and end: why, the reason in words, and by when (seconds since 1970)."""
+    """That an attempt is to save and end: why, the reason in words, and the deadline (seconds since 1970)."""
 
-    why: Why
+    why: StopCause
     reason: str
-    by: float
+    deadline: float
 
 
 def request_cancel(run_dir: Path, save: bool = False) -> None:
@@ -57,17 +57,16 @@ def pause_step(run_dir: Path) -> int | None:
 def request_stop(attempt: Attempt, stop: Stop) -> None:
     """Ask an attempt to save and end; the first who asks sets the deadline."""
     if stop_requested(attempt) is None:
-        path = attempt.folder / "stop.json"
-        write_json(path, asdict(stop))
+        record = {"why": stop.why, "reason": stop.reason, "by": stop.deadline}
+        write_json(attempt.folder / "stop.json", record)
 
 
 def stop_requested(attempt: Attempt) -> Stop | None:
     """The request to this attempt to save and end; None while there is none."""
-    if "stop.json" not in names(attempt.folder):
+    if "stop.json" not in list_names(attempt.folder):
         return None
-    path = attempt.folder / "stop.json"
-    stop = read_json(path)
-    return Stop(**stop)
+    record = read_json(attempt.folder / "stop.json")
+    return Stop(record["why"], record["reason"], deadline=record["by"])
 
 
 def last_reopened(run_dir: Path) -> int:
@@ -91,7 +90,7 @@ def _requests(run_dir: Path, kind: str) -> list[Record]:
     folder = run_dir / "requests"
     prefix = f"{kind}-"
     files = []
-    for name in names(folder):
+    for name in list_names(folder):
         if name.startswith(prefix) and name.endswith(".json"):
             files.append(name)
     if not files:

@@ -8,16 +8,16 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from runfolder.files import names, read_json, write_json
+from runfolder.files import list_names, read_json, write_json
 
-_FILE = "seals.json"
+_SEALS_FILE = "seals.json"
 
 
 def appended(folder: Path) -> list[str]:
     """The files that are appended to in an attempt's folder: rows, events, and the logs of its workers."""
-    logs = [f"logs/{name}" for name in names(folder / "logs")]
+    logs = [f"logs/{name}" for name in list_names(folder / "logs")]
     files = []
-    for file in [*names(folder), *logs]:
+    for file in [*list_names(folder), *logs]:
         if file.endswith((".jsonl", ".log")):
             files.append(file)
     return sorted(files)
@@ -31,14 +31,14 @@ def write_seals(folder: Path, predecessors: Iterable[Path]) -> None:
         for file in appended(earlier):
             sizes[file] = _size(earlier / file)
         seals[earlier.name] = sizes
-    write_json(folder / _FILE, seals)
+    write_json(folder / _SEALS_FILE, seals)
 
 
 def read_seal(folder: Path, number: int, file: str) -> int | None:
     """How many bytes of a file of slot `number` count, as a later slot's folder says; None where it does not say."""
-    if _FILE not in names(folder):
+    if _SEALS_FILE not in list_names(folder):
         return None
-    seals = read_json(folder / _FILE)
+    seals = read_json(folder / _SEALS_FILE)
     sizes = seals.get(str(number))
     if sizes is None:
         return None

@@ -1,22 +1,21 @@
 """Where run folders are: the run-folder half of every verb, in process for this machine.
 
-For another machine the same code runs there: `python -m runfolder ROOT` takes a request and gives an answer, for many
-runs in one trip (see `answer`), and `clusters/far.py` is the end that asks.
+For another machine the same code runs there: `answer_request` does what a request asks, for many runs in one trip
+(`clusters/answer.py`), and `clusters/remote/site.py` is the end that asks.
 """
 
 import shutil
-import tarfile
 from base64 import b64encode
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from runfolder.appended import Chunk, Position, appended_files, read_from
 from runfolder.chain import reopen, result
 from runfolder.digests import changes
-from runfolder.files import Record, names
-from runfolder.record import create, job_in, read_record
+from runfolder.files import Record, list_names, sha256
+from runfolder.record import create_run_folder, job_in, read_record
 from runfolder.requests import cancel_requested, pause_step, request_cancel, request_pause
 from runfolder.secrets import write_secrets
 from runfolder.snapshot import Snapshot, snapshot
@@ -25,7 +24,8 @@ Ask = Literal["cancel", "cancel_saved", "pause", "reopen"]
 Positions = Mapping[str, Position]  # of each file, how far it was read
 Appended = dict[str, list[Chunk]]  # what was appended to each file since
 Ended = Record | None  # the result of a run; None while it goes on
-Plain = Mapping[str, Any]  # what JSON can hold
+PlainData = Mapping[str, Any]  # what JSON can hold
+Progress = Callable[[int, int], None]  # bytes that are there, and how many there will be
 _FETCHED = ("output", "result.json", "job.yaml")  # what `fetch` brings
 
 
@@ -36,16 +36,21 @@ class Refused(ValueError):
 class Site(Protocol):
     """The run folders of one place. Every method may raise Unreachable, and is safe to repeat."""
 
+    @property
+    def is_here(self) -> bool:
+        """Whether files of this machine are at the same paths where the runs are."""
+        ...
+
     def ids(self) -> list[str]:
         """The names of all run folders, damaged ones too."""
         ...
 
-    def create(self, run_id: str, record: Plain) -> Record | None:
+    def create(self, run_id: str, record: PlainData) -> Record | None:
         """Make a run folder whole or not at all; gives the record of the one that was there already, else None."""
         ...
 
     def record(self, run_id: str) -> Record:
-        """What was submitted; raises Damaged."""
+        """The record of what was submitted; raises Damaged."""
         ...
 
     def snapshots(self, run_ids: Iterable[str]) -> dict[str, Snapshot]:
@@ -60,7 +65,7 @@ class Site(Protocol):
         """The files that a run's attempts append to, like `metrics.jsonl` and `logs/rank-0.log`."""
         ...
 
-    def entrust(self, run_id: str, secrets: Mapping[str, str]) -> None:
+    def write_secrets(self, run_id: str, secrets: Mapping[str, str]) -> None:
         """Keep secrets of a run by name, in place of older ones, for its owner alone."""
         ...
 
@@ -73,35 +78,48 @@ class Site(Protocol):
         ...
 
     def fetch(self, run_id: str, to: Path) -> Path:
-        """Bring the output, the result and the job of a run into a new folder `to`."""
+        """Bring the output, the result and the job of a run into a folder `to`."""
+        ...
+
+    def bring(self, path: Path, progress: Progress) -> Path:
+        """Have a file of this machine, or the files of a folder, where the runs are; gives the path there.
+
+        `progress` is called with the bytes that are there, and how many there will be.
+        """
+        ...
+
+    def digest(self, path: Path) -> str | None:
+        """sha256 of a file that is where the runs are; None where it cannot be read."""
         ...
 
 
-class Here:
+class LocalSite:
     """The run folders below `root` on this machine."""
+
+    is_here = True
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def ids(self) -> list[str]:
         """The names of all run folders, damaged ones too."""
-        folders = names(self.root)
+        folders = list_names(self.root)
         return [name for name in folders if not name.startswith(".")]
 
-    def create(self, run_id: str, record: Plain) -> Record | None:
+    def create(self, run_id: str, record: PlainData) -> Record | None:
         """Make a run folder whole or not at all; gives the record of the one that was there already, else None."""
         run_dir = self.root / run_id
         whole_record = {"run_id": run_id, **record}
-        return create(run_dir, whole_record)
+        return create_run_folder(run_dir, whole_record)
 
     def record(self, run_id: str) -> Record:
-        """What was submitted; raises Damaged."""
+        """The record of what was submitted; raises Damaged."""
         run_dir = self.root / run_id
         return read_record(run_dir)
 
     def snapshots(self, run_ids: Iterable[str]) -> dict[str, Snapshot]:
         """How runs stand; a run that is not there is left out."""
-        existing = set(names(self.root))
+        existing = set(list_names(self.root))
         snapshots = {}
         for run_id in run_ids:
             if run_id in existing:
@@ -122,7 +140,7 @@ class Here:
         run_dir = self.root / run_id
         return appended_files(run_dir)
 
-    def entrust(self, run_id: str, secrets: Mapping[str, str]) -> None:
+    def write_secrets(self, run_id: str, secrets: Mapping[str, str]) -> None:
         """Keep secrets of a run by name, in place of older ones, for its owner alone."""
         run_dir = self.root / run_id
         write_secrets(run_dir, secrets)
@@ -140,15 +158,26 @@ class Here:
         return ended
 
     def fetch(self, run_id: str, to: Path) -> Path:
-        """Copy the output, the result and the job of a run into a new folder `to`."""
-        to.mkdir(parents=True)
+        """Copy the output, the result and the job of a run into a folder `to`."""
+        to.mkdir(parents=True, exist_ok=True)
         for path in _paths_to_fetch(self.root / run_id):
             copy = to / path.name
             if path.is_dir():
-                shutil.copytree(path, copy)
+                shutil.copytree(path, copy, dirs_exist_ok=True)
             else:
                 shutil.copy2(path, copy)
         return to
+
+    def bring(self, path: Path, progress: Progress) -> Path:  # noqa: ARG002
+        """The file as it is: it is here already."""
+        return path
+
+    def digest(self, path: Path) -> str | None:
+        """sha256 of a file; None where it cannot be read."""
+        try:
+            return sha256(path)
+        except OSError:
+            return None
 
 
 def _request_end(run_dir: Path, what: Ask, step: int | None) -> None:
@@ -191,35 +220,65 @@ def is_ending(run_dir: Path) -> bool:
 
 
 def _paths_to_fetch(run_dir: Path) -> list[Path]:
-    existing = names(run_dir)
+    existing = list_names(run_dir)
     return [run_dir / name for name in _FETCHED if name in existing]
 
 
-def answer(root: Path, request: Plain) -> Any:
+def listing(run_dir: Path) -> list[Record]:
+    """The files that `fetch` brings: {path, size, sha256} each."""
+    files = []
+    for top in _paths_to_fetch(run_dir):
+        inner = sorted(top.rglob("*")) if top.is_dir() else [top]
+        for path in inner:
+            if path.is_file():
+                relative = path.relative_to(run_dir)
+                files.append({"path": str(relative), "size": path.stat().st_size, "sha256": sha256(path)})
+    return files
+
+
+def part(run_dir: Path, path: str, offset: int, length: int) -> bytes:
+    """Bytes of a file that `fetch` brings, from an offset on; raises Refused for any other."""
+    parts = Path(path).parts
+    if ".." in parts or not parts or parts[0] not in _FETCHED:
+        allowed = ", ".join(_FETCHED)
+        raise Refused(f"path: found {path!r}; allowed: files of {allowed}")
+    with (run_dir / path).open("rb") as stream:
+        stream.seek(offset)
+        return stream.read(length)
+
+
+def answer_request(root: Path, request: PlainData) -> Any:
     """Do what a request asks, as plain data that goes through JSON: {verb, ...its arguments}."""
-    here = Here(root)
+    site = LocalSite(root)
     match request["verb"]:
         case "ids":
-            return here.ids()
+            return site.ids()
         case "create":
-            return here.create(request["run_id"], request["record"])
+            return site.create(request["run_id"], request["record"])
         case "record":
-            return here.record(request["run_id"])
+            return site.record(request["run_id"])
         case "snapshots":
-            snapshots = here.snapshots(request["run_ids"])
+            snapshots = site.snapshots(request["run_ids"])
             return {run_id: view.dump() for run_id, view in snapshots.items()}
         case "read":
             since = {}
             for file, position in request["since"].items():
                 since[file] = Position(*position)
-            appended = here.read(request["run_id"], since)
+            appended = site.read(request["run_id"], since)
             return _plain(appended)
         case "files":
-            return here.files(request["run_id"])
-        case "entrust":
-            return here.entrust(request["run_id"], request["secrets"])
+            return site.files(request["run_id"])
+        case "write_secrets":
+            return site.write_secrets(request["run_id"], request["secrets"])
         case "ask":
-            return here.ask(request["run_id"], request["what"], request["step"])
+            return site.ask(request["run_id"], request["what"], request["step"])
+        case "digest":
+            return site.digest(Path(request["path"]))
+        case "listing":
+            return listing(root / request["run_id"])
+        case "part":
+            data = part(root / request["run_id"], request["path"], request["offset"], request["length"])
+            return b64encode(data).decode()
     raise Refused(f"verb: found {request['verb']!r}; this Fleetune does not know it")
 
 
@@ -233,11 +292,3 @@ def _plain(appended: Appended) -> dict[str, list[Record]]:
             position = astuple(chunk.after)
             plain[file].append({"data": data, "after": position, "sealed": chunk.sealed})
     return plain
-
-
-def send(root: Path, run_id: str, stream: IO[bytes]) -> None:
-    """Write what `fetch` brings to a stream, as a tar archive."""
-    with tarfile.open(fileobj=stream, mode="w|") as archive:
-        run_dir = root / run_id
-        for path in _paths_to_fetch(run_dir):
-            archive.add(path, path.name)

@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from runfolder.appended import beginning, ending, parsed
+from runfolder.appended import parse_lines, read_beginning, read_ending
 from runfolder.chain import Attempt, newest_attempt, settle, slots
-from runfolder.files import Damaged, Record, names, read_json
+from runfolder.files import Damaged, Record, list_names, read_json
 from runfolder.record import read_brief
 from runfolder.requests import cancel_requested, pause_step
 
-_TAIL = 1 << 14  # bytes at the end of metrics.jsonl that hold its last whole line
-_HEAD = 1 << 16  # bytes at the start of events.jsonl that hold the plan
+_METRICS_TAIL_BYTES = 1 << 14  # bytes at the end of metrics.jsonl that hold its last whole line
+_EVENTS_HEAD_BYTES = 1 << 16  # bytes at the start of events.jsonl that hold the plan
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ def _pending_request(run_dir: Path) -> str | None:
     return f"asked to pause after step {pause}"
 
 
-def planned(attempt: Attempt) -> Record:
+def read_plan(attempt: Attempt) -> Record:
     """What the trainer announced at the start of an attempt: steps, parameters, ...; empty while it has not."""
-    data = beginning(attempt, "events.jsonl", _HEAD)
-    for event in parsed(data):
+    data = read_beginning(attempt, "events.jsonl", _EVENTS_HEAD_BYTES)
+    for event in parse_lines(data):
         if event["event"] == "plan":
             return {key: value for key, value in event.items() if key not in ("event", "time")}
     return {}
@@ -86,9 +86,9 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
     brief = read_brief(run_dir)
     taken = slots(run_dir)
     newest = newest_attempt(run_dir, taken)
-    files = names(run_dir)
-    attempt_files = names(newest.folder)
-    plan = planned(newest) if "events.jsonl" in attempt_files else {}
+    files = list_names(run_dir)
+    attempt_files = list_names(newest.folder)
+    plan = read_plan(newest) if "events.jsonl" in attempt_files else {}
     begun = "metrics.jsonl" in attempt_files
     ended = _final_result(taken[-1], files) if taken else None
     return Snapshot(
@@ -132,10 +132,10 @@ def _final_result(newest: Attempt, files: Sequence[str]) -> Record | None:
 def _last_step(attempt: Attempt, begun: bool) -> int:
     """The last step that an attempt reported, else the one that it starts from."""
     if begun:
-        tail = ending(attempt, "metrics.jsonl", _TAIL)
+        tail = read_ending(attempt, "metrics.jsonl", _METRICS_TAIL_BYTES)
         whole_lines = tail[: tail.rfind(b"\n") + 1]
         last_line = whole_lines[whole_lines.rfind(b"\n", 0, -1) + 1 :]
-        rows = parsed(last_line)
+        rows = parse_lines(last_line)
         if rows:
             return int(rows[0]["step"])
     if attempt.number == 0:

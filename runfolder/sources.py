@@ -6,25 +6,25 @@ from pathlib import Path
 
 _ON_CLUSTER = "cluster:"
 _HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.*)?")
-_FILE = re.compile(r"\.(jsonl|json|csv|parquet|txt)(\.gz)?$")
+_DATA_FILE = re.compile(r"\.(jsonl|json|csv|parquet|txt)(\.gz)?$")
 
 
 @dataclass(frozen=True)
-class Here:
+class SubmitterFile:
     """A file of the machine that submits."""
 
     path: Path
 
 
 @dataclass(frozen=True)
-class There:
+class ClusterFile:
     """A file that the cluster has: `cluster:/path`."""
 
     path: Path
 
 
 @dataclass(frozen=True)
-class Hub:
+class HubDataset:
     """A data set on the hub: `owner/name`, or `owner/name:config:split`."""
 
     name: str
@@ -32,24 +32,24 @@ class Hub:
     split: str
 
 
-Source = Here | There | Hub
+Source = SubmitterFile | ClusterFile | HubDataset
 
 
-def parse(text: str) -> Source:
+def parse_source(text: str) -> Source:
     """What a source is by its form alone; a relative path with the suffix of a data file is none of the hub's."""
     if text.startswith(f"{_ON_CLUSTER}/"):
         path = text.removeprefix(_ON_CLUSTER)
-        return There(Path(path))
-    if _HUB.fullmatch(text) and not _FILE.search(text):
+        return ClusterFile(Path(path))
+    if _HUB.fullmatch(text) and not _DATA_FILE.search(text):
         name, _, selection = text.partition(":")
         config, _, split = selection.partition(":")
-        return Hub(name, config or None, split or "train")
-    return Here(Path(text))
+        return HubDataset(name, config or None, split or "train")
+    return SubmitterFile(Path(text))
 
 
 def file_of(text: str) -> Path | None:
     """The file that a source is where a run works; None for a data set on the hub."""
-    source = parse(text)
-    if isinstance(source, Hub):
+    source = parse_source(text)
+    if isinstance(source, HubDataset):
         return None
     return source.path

@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from runfolder.record import load_job
-from trainer.checkpoint.reading import Reader
+from trainer.checkpoint.reading import CheckpointReader
 from trainer.data.encode import Reading
 from trainer.data.tokenizer import load_tokenizer
 from trainer.data.tokens import tokenise
@@ -47,10 +47,10 @@ def difference(a: Curve, b: Curve) -> float:
     return max(found)
 
 
-def saved(run_dir: Path, step: int) -> Reader:
+def saved(run_dir: Path, step: int) -> CheckpointReader:
     """A run's checkpoint of a step, of the last attempt that has one."""
     folders = sorted(run_dir.glob(f"attempts/*/checkpoints/step-{step}"))
-    return Reader(folders[-1])
+    return CheckpointReader(folders[-1])
 
 
 def interrupted(whole: Path, name: str, step: int, **parts: Any) -> Path:

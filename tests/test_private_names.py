@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.versions import KNOWN, check, unknown
+from trainer.versions import KNOWN, check_versions, unknown
 
 ROOT = Path(__file__).parent.parent
 # What DeepSpeed hangs on parameters, and what it keeps in its optimizers.
@@ -33,7 +33,7 @@ def test_the_packages_that_have_them_are_bounded_and_checked() -> None:
         line for name in ("data", "train", "serve") for line in extras[name] if re.split("[><=]", line)[0] in KNOWN
     }
     assert wanted == bounds
-    check()
+    check_versions()
     with pytest.raises(RuntimeError, match=r"^peft [\d.]+ is installed, .*; allowed: pip install 'peft>=0.1,<0.2'$"):
-        check({"peft": ("0.1", "0.2"), "a-package-that-is-nowhere": ("1", "2")})
+        check_versions({"peft": ("0.1", "0.2"), "a-package-that-is-nowhere": ("1", "2")})
     assert len(unknown({"peft": ("0.1", "0.2"), "transformers": ("5.9999", "6.0")})) == 2

@@ -9,28 +9,28 @@ import torch.distributed as dist
 from runfolder.chain import Attempt, attempts
 from trainer.checkpoint.lineage import claim_from_newest
 from trainer.loop import train
-from trainer.missing import reason
-from trainer.world import World, join
+from trainer.omissions import omissions_line
+from trainer.world import World, join_process_group
 
 
 def main(run_dirs: Iterable[Path]) -> None:
     """For each run: claim the next attempt from the newest checkpoint, train, and close the run."""
-    world = join()
+    world = join_process_group()
     for run_dir in run_dirs:
-        number = _claim(run_dir, world)
+        number = _claimed_number(run_dir, world)
         finished = train(run_dir, number)
         if not finished:
             print(f"{run_dir} has stopped as it was asked to; started again, it goes on", flush=True)
             continue
         attempt = Attempt(run_dir, number)
-        missing = reason(attempt)
+        missing = omissions_line(attempt)
         result = {"state": "succeeded", "attempt": number, "reason": missing or None}
         if world.leads and not attempt.close(result):
             sys.exit(f"{run_dir} went on without attempt {number}")
     dist.destroy_process_group()
 
 
-def _claim(run_dir: Path, world: World) -> int:
+def _claimed_number(run_dir: Path, world: World) -> int:
     """The number of the attempt that rank 0 claims for all; every rank exits where it could not, and sent 0."""
     numbers = [0]
     if world.leads:

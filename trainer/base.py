@@ -16,7 +16,7 @@ from trainer.zero.engine import partitioned_loading
 _NOWHERE = "no-adapter"
 
 
-def precision(job: Job, device: torch.device) -> torch.dtype:
+def forward_dtype(job: Job, device: torch.device) -> torch.dtype:
     """The dtype of the forward pass: bf16 on a GPU and fp32 elsewhere, unless the job says otherwise."""
     name = job.train.precision
     if name == "auto":
@@ -117,7 +117,7 @@ def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.
         on_device = model.to(device)
         tuned = method.attach(on_device)
         if in_4_bits:
-            quantised.hide(tuned)
+            quantised.register_as_buffers(tuned)
         return tuned.train().to(device)  # transformers loads for evaluation
 
 

@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from methods.options.base import positions
+from methods.options.base import known_positions
 from trainer.data.batches import Batches, layout_of
 from trainer.data.examples import GlobalBatch
-from trainer.data.tokens import Prompt, virtual_ids
-from trainer.ends import until_end
-from trainer.generation import Group, groups, rounds
-from trainer.objectives.base import Tensors, Totals
+from trainer.data.tokens import EvaluationPrompt, virtual_ids
+from trainer.end_tokens import until_end
+from trainer.generation import PromptGroup, groups, rounds
+from trainer.objectives.base import TensorsByName, Totals
 from trainer.run import Run
-from trainer.step import NamedSums, add, micro_batches, prepared, reduced
+from trainer.step import NamedSums, add_shares, micro_batches, prepared, reduced
 from trainer.world import World
 
 SAMPLES = 5
-Rows = list[list[int]]  # token ids
+TokenRows = list[list[int]]  # token ids
 
 
 class Answer(NamedTuple):
@@ -38,7 +38,7 @@ class Evaluator:
 
     world: World
     batches: Batches | None
-    prompts: list[Prompt]
+    prompts: list[EvaluationPrompt]
     max_new_tokens: int
 
     @classmethod
@@ -55,7 +55,7 @@ class Evaluator:
         layout = layout_of(job)
         batches = Batches(examples, layout, seed=0, batch_tokens=job.train.batch_tokens, epochs=1)
         new_tokens = job.evaluation.max_new_tokens
-        prompts: list[Prompt] = []
+        prompts: list[EvaluationPrompt] = []
         if new_tokens:
             prompts = objective.prompts(source)
         return cls(run.world, batches, prompts[:rows], new_tokens)
@@ -93,9 +93,9 @@ class Evaluator:
             relative[name] = total / unit
         sums: NamedSums = {}
         for batch in held_out:
-            attempt.alive()
+            attempt.note_progress()
             for shares in self._shares(run, batch, relative):
-                add(sums, shares)
+                add_shares(sums, shares)
         summed = reduced(sums)
         metrics = {}
         for name, value in summed.items():
@@ -114,8 +114,8 @@ class Evaluator:
             held_out.append(batch)
         return held_out
 
-    def _shares(self, run: Run, batch: GlobalBatch, divisors: Totals) -> Iterator[Tensors]:
-        """What each of this rank's micro-batches adds to the sums, by name: loss and figures, over the divisors."""
+    def _shares(self, run: Run, batch: GlobalBatch, divisors: Totals) -> Iterator[TensorsByName]:
+        """What each of this rank's micro-batches adds to the sums, by name: loss and metrics, over the divisors."""
         model = run.model
         objective = run.objective
         totals = objective.totals(batch)
@@ -123,7 +123,7 @@ class Evaluator:
         passes, known = prepared(run, stream, totals)
         for micro_batch in passes:
             shares = objective.loss(model, micro_batch, divisors, known)
-            yield {**shares.figures, "loss": shares.loss}
+            yield {**shares.metrics, "loss": shares.loss}
 
     def _exact_match(self, run: Run, step: int) -> float:
         """The share of all prompts whose greedy continuation is the answer; one that fills all positions has none."""
@@ -157,7 +157,7 @@ class Evaluator:
                 count += 1
         return count
 
-    def _answers(self, run: Run, round_: list[Group], rows: Rows) -> list[Answer]:
+    def _answers(self, run: Run, round_: list[PromptGroup], rows: TokenRows) -> list[Answer]:
         """What the model writes in a round for this rank's group."""
         rank = self.world.rank
         idle = rank >= len(round_)
@@ -171,7 +171,7 @@ class Evaluator:
         numbered = zip(group.prompts, texts, strict=True)
         return list(starmap(Answer, numbered))
 
-    def _tell_limits(self, run: Run, step: int, continued: list[Group], positions: int | None) -> None:
+    def _tell_limits(self, run: Run, step: int, continued: list[PromptGroup], positions: int | None) -> None:
         """Say of how many prompts the base's positions leave too little, or nothing."""
         fitting = short = 0
         for group in continued:
@@ -188,9 +188,9 @@ class Evaluator:
                 flush=True,
             )
 
-    def _generate(self, run: Run, rows: Rows, new_tokens: int) -> list[str]:
+    def _generate(self, run: Run, rows: TokenRows, new_tokens: int) -> list[str]:
         """What the model writes after each row of ids, greedily, without the token that ends it."""
-        run.attempt.alive()
+        run.attempt.note_progress()
         tokenizer = run.tokenizer
         pad = tokenizer.pad_token_id
         ids, mask = left_padded(rows, pad)
@@ -223,7 +223,7 @@ class Evaluator:
             run.attempt.event("sample", step=step, **sample)
 
 
-def left_padded(rows: Rows, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(rows: TokenRows, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of ids as one [rows, longest] with padding in front, and the mask of what is no padding."""
     longest = max(map(len, rows))
     ids = []
@@ -250,7 +250,7 @@ def added(totals: Iterable[Totals]) -> dict[str, float]:
 def positions_left(run: Run) -> int | None:
     """The positions of the base that a document may fill under this method; None where there is no limit."""
     config = run.model.config.get_text_config()
-    known = positions(config.to_dict())
+    known = known_positions(config.to_dict())
     if known is None:
         return None
     method = run.job.method

@@ -14,12 +14,12 @@ from methods.base import MergeRefused
 from runfolder.appended import read_lines
 from runfolder.chain import Attempt, attempts
 from runfolder.files import read_json, write_json
-from trainer.data.survey import described
-from trainer.missing import dispensable, missing, note
-from trainer.progress import shown
-from trainer.reload import load_base, load_model, load_output
+from trainer.data.survey import summary_line
+from trainer.omissions import dispensable, note_omission, omissions
+from trainer.progress import noting_progress
+from trainer.reload import load_base, load_output, load_whole_model
 from trainer.run import Run
-from trainer.verify import OutputDiffers, Seen, compare, observe
+from trainer.verify import Observation, OutputDiffers, compare_loaded, observe
 
 CHECK, MERGED = "the check of the output", "the merged model"
 DEATHS = 2  # attempts that may end between the export and the end before it is left at the export
@@ -30,29 +30,29 @@ def export(run: Run) -> None:
     """Deliver the adapter or model, see that it is what was trained, then merge; every rank calls it, rank 0 writes.
 
     From the moment that the weights are written they are delivered, whatever happens then: what cannot be made is
-    left out and said (trainer/missing.py). Raises OutputDiffers where the output is another model than the trained.
+    left out and said (trainer/omissions.py). Raises OutputDiffers where the output is another model than the trained.
     """
     attempt = run.attempt
     job = run.job
     leads = run.world.leads
     weights = dict(run.shards.whole_weights())
     if leads:
-        write(run, weights)
+        write_output(run, weights)
     weights.clear()
     died = deaths(attempt)
     go_on = died < DEATHS
-    seen = observed(run) if go_on else None
+    observation = observed(run) if go_on else None
     dist.barrier()
     if not leads:
         return
     output = attempt.folder / "output"
     if go_on:
-        with shown(attempt):
-            accept(run, output, seen)
+        with noting_progress(attempt):
+            accept(run, output, observation)
             if job.output.merge and not job.method.makes_model:
-                save_merged(run, output, seen)
+                save_merged(run, output, observation)
     else:
-        note(attempt, "what follows the export", f"{died} workers ended in it: its check, or the merge")
+        note_omission(attempt, "what follows the export", f"{died} workers ended in it: its check, or the merge")
     with dispensable(attempt, "the model card"):
         (output / "README.md").write_text(card(run, output))
 
@@ -67,7 +67,7 @@ def deaths(attempt: Attempt) -> int:
     return count
 
 
-def write(run: Run, weights: dict[str, torch.Tensor]) -> None:
+def write_output(run: Run, weights: dict[str, torch.Tensor]) -> None:
     """Write attempts/N/output: the weights whole or not at all, and beside them what belongs to them."""
     attempt = run.attempt
     model = run.model
@@ -117,7 +117,7 @@ def write_ends(run: Run, folder: Path) -> None:
     write_json(path, generation | {"eos_token_id": value})
 
 
-def observed(run: Run) -> Seen | None:
+def observed(run: Run) -> Observation | None:
     """What the trained model says of a few rows; None where that fails, as the output is delivered all the same."""
     leads = run.world.leads
     guard = dispensable(run.attempt, CHECK) if leads else suppress(Exception)
@@ -126,13 +126,13 @@ def observed(run: Run) -> Seen | None:
     return None
 
 
-def accept(run: Run, output: Path, seen: Seen | None) -> None:
+def accept(run: Run, output: Path, observation: Observation | None) -> None:
     """Raise OutputDiffers, and put the output aside, where plain libraries load another model than the trained."""
-    if seen is None:
+    if observation is None:
         return
     finding = None
     with dispensable(run.attempt, CHECK):
-        finding = compare(run, lambda place: load_output(run, output, place), seen)
+        finding = compare_loaded(run, lambda placement: load_output(run, output, placement), observation)
     if finding is None or finding.holds:
         return
     aside = output.with_name("output.rejected")
@@ -144,7 +144,7 @@ def accept(run: Run, output: Path, seen: Seen | None) -> None:
     )
 
 
-def save_merged(run: Run, output: Path, seen: Seen | None) -> None:
+def save_merged(run: Run, output: Path, observation: Observation | None) -> None:
     """Write the merged model beside its adapter, where it can be made and is the trained one."""
     method = run.method
     attempt = run.attempt
@@ -152,7 +152,7 @@ def save_merged(run: Run, output: Path, seen: Seen | None) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     with dispensable(attempt, MERGED):
         try:
-            write_merged(run, output, seen, unfinished)
+            write_merged(run, output, observation, unfinished)
             unfinished.rename(output / "merged")
         except MergeRefused as refusal:
             attempt.event("merge_refused", reason=str(refusal))
@@ -166,7 +166,7 @@ def save_merged(run: Run, output: Path, seen: Seen | None) -> None:
             (output / "merge_report.json").write_text(text)
 
 
-def write_merged(run: Run, output: Path, seen: Seen | None, folder: Path) -> None:
+def write_merged(run: Run, output: Path, observation: Observation | None, folder: Path) -> None:
     """Write the merged model; raises OutputDiffers where it is another model than the trained."""
     method = run.method
     merged = merge(run, output)
@@ -175,9 +175,9 @@ def write_merged(run: Run, output: Path, seen: Seen | None, folder: Path) -> Non
     write_ends(run, folder)
     run.tokenizer.save_pretrained(folder)
     # A merge that changes more than the update says how much, and has a bound of its own.
-    if seen is None or any(method.merge_report.values()):
+    if observation is None or any(method.merge_report.values()):
         return
-    finding = compare(run, lambda place: load_model(run, folder, place), seen)
+    finding = compare_loaded(run, lambda placement: load_whole_model(run, folder, placement), observation)
     allowed = MERGED_ROUNDING * finding.allowed
     if not finding.gap <= allowed:  # so that a gap that is not a number raises
         raise OutputDiffers(f"its logits differ from the trained model's by {finding.gap:.3g}")
@@ -199,7 +199,7 @@ def card(run: Run, output: Path) -> str:
     for name, value in table.items():
         rows.append(f"| {name} | {value} |")
     notes = []
-    for line in missing(run.attempt):
+    for line in omissions(run.attempt):
         notes.append(f"**Note:** {line}\n")
     lines = [
         "---",
@@ -254,7 +254,7 @@ def card_table(run: Run) -> dict[str, str]:
     table = {
         "run": f"`{run_dir.name}`",
         "data": f"`{job.data.train}`",
-        "rows": described(run.tokens.counts.summary()),
+        "rows": summary_line(run.tokens.counts.summary()),
     }
     digests = record.get("digests", {})
     for name, digest in digests.items():

@@ -11,14 +11,14 @@ TOKENS_AT_ONCE = 16_384  # that the caches of a group hold at the end, unless a 
 
 
 @dataclass(frozen=True)
-class Group:
+class PromptGroup:
     """Prompts that are continued together, by their numbers, and the most tokens that each of them gets."""
 
     prompts: tuple[int, ...]
     new_tokens: int
 
 
-def groups(lengths: Sequence[int], new_tokens: int, positions: int | None) -> list[Group]:
+def groups(lengths: Sequence[int], new_tokens: int, positions: int | None) -> list[PromptGroup]:
     """Prompts of these lengths in groups, from the shortest on; one that fills all positions of the base is in none.
 
     `positions` None means that the base has no limit. All prompts of a group may get the same number of tokens: a
@@ -38,17 +38,17 @@ def groups(lengths: Sequence[int], new_tokens: int, positions: int | None) -> li
     parted = []
     for limit, numbers in by_limit.items():
         for part in _small_parts(numbers, lengths, limit):
-            group = Group(tuple(part), limit)
+            group = PromptGroup(tuple(part), limit)
             parted.append(group)
     return parted
 
 
-def rounds(made: Sequence[Group], workers: int) -> Iterator[list[Group]]:
+def rounds(made: Sequence[PromptGroup], workers: int) -> Iterator[list[PromptGroup]]:
     """Groups that workers generate from at the same time, one for each; in a last round perhaps not for all.
 
     Those of a round have one limit: at ZeRO 3 whoever is done takes part until all are, and needs positions for it.
     """
-    by_limit: dict[int, list[Group]] = {}
+    by_limit: dict[int, list[PromptGroup]] = {}
     for group in made:
         alike = by_limit.setdefault(group.new_tokens, [])
         alike.append(group)

@@ -11,30 +11,31 @@ from torch import nn
 from methods.base import Method, Setup
 from methods.registry import create
 from runfolder.chain import Attempt
-from runfolder.digests import InputChanged, changes, frozen
+from runfolder.digests import InputChanged, changes, frozen_digests
 from runfolder.folders import cache
 from runfolder.job import Job
 from runfolder.record import load_job
-from trainer import apart, speed
-from trainer.base import load_config, load_model, precision
-from trainer.checkpoint.reading import Reader, open_start
+from trainer import speed
+from trainer.base import forward_dtype, load_config, load_model
+from trainer.checkpoint.reading import CheckpointReader, open_start
 from trainer.checkpoint.saving import Checkpoints
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
 from trainer.data.survey import check_ids
 from trainer.data.tokenizer import end_ids, load_tokenizer
+from trainer.document_leak import check_documents_apart
 from trainer.embeddings import vocabulary
 from trainer.evaluate import Evaluator
 from trainer.export import export
-from trainer.meter import Meter, Wish
-from trainer.objectives.base import Setup as ObjectiveSetup
-from trainer.objectives.registry import create as create_objective
-from trainer.progress import shown
+from trainer.meter import Meter, SaveRequest
+from trainer.objectives.base import ObjectiveSetup
+from trainer.objectives.registry import create_objective
+from trainer.progress import noting_progress
 from trainer.run import Run
 from trainer.schedule import learning_rate
 from trainer.step import feed, take_step
 from trainer.stop import StopRequests
-from trainer.world import World, join
+from trainer.world import World, join_process_group
 from trainer.zero import gather
 from trainer.zero.shards import Shards
 
@@ -46,46 +47,46 @@ def train(run_dir: Path, attempt: int) -> bool:
     caller's to judge.
     """
     claimed = Attempt(run_dir, attempt)
-    run, first = prepare(claimed)
+    run, first = prepare_run(claimed)
     settings = run.job.checkpoint
     saves = Checkpoints(run.attempt, run.world, settings.every, settings.keep)
     evaluator = Evaluator.create(run)
-    finished = fit(run, first, saves, evaluator)
+    finished = take_steps(run, first, saves, evaluator)
     if finished:
         export(run)
     return finished
 
 
-def prepare(attempt: Attempt) -> tuple[Run, int]:
+def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     """Load data and model, shard them, and take back the start checkpoint; gives the number of steps done."""
     job = load_job(attempt.run_dir)
-    world = join()
+    world = join_process_group()
     check_inputs(attempt, job, world)
     width = getattr(load_config(job.base), "hidden_size", None)
     job = job.at_width(width)
     base = job.base
     data = job.data
     device = world.device
-    with shown(attempt):
+    with noting_progress(attempt):
         tokenizer = load_tokenizer(base)
     ends = end_ids(tokenizer, base)
     reading = Reading.of(job, ends)
-    objective_setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.alive())
+    objective_setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.note_progress())
     objective = create_objective(job.objective, objective_setup)
     examples = objective.read(data.train)
     batches = Batches.of(job, examples)
     setup = Setup(batches.steps, job.train.seed, data.seq_len, tokenizer, gather)
     method = create(job.method, setup)
     objective.method = method
-    dtype = precision(job, device)
+    dtype = forward_dtype(job, device)
     saved = open_start(attempt, world)
     if saved:
         state = saved.method_state()
         method.load_state(state)
-    with shown(attempt):
+    with noting_progress(attempt):
         model = load_model(job, method, dtype, device)
-    embedded = vocabulary(model.config)
-    check_ids(examples.tokens, tokenizer, embedded, data.train)
+    embeddings = vocabulary(model.config)
+    check_ids(examples.tokens, tokenizer, embeddings, data.train)
     if saved:
         saved.load_weights(model, method)
     else:
@@ -93,12 +94,12 @@ def prepare(attempt: Attempt) -> tuple[Run, int]:
     shards = shard(job, model, method, saved)
     schedule = method.schedule(lambda step: learning_rate(job, step, batches.steps))
     run = Run(job, attempt, world, method, tokenizer, reading, objective, examples, batches, shards, dtype, schedule)
-    apart.check(run)
-    announce(run)
+    check_documents_apart(run)
+    announce_plan(run)
     return run, saved.step if saved else 0
 
 
-def shard(job: Job, model: nn.Module, method: Method[Any], saved: Reader | None) -> Shards:
+def shard(job: Job, model: nn.Module, method: Method[Any], saved: CheckpointReader | None) -> Shards:
     """The model under DeepSpeed's engine, with the optimizer's state of a checkpoint where there is one."""
     settings = job.train
     adam = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
@@ -112,7 +113,7 @@ def check_inputs(attempt: Attempt, job: Job, world: World) -> None:
     """Raise InputChanged on every worker unless data and base are still those that were submitted."""
     messages = [""]
     if world.leads:  # large files are read once, not by each worker
-        digests = frozen(attempt.run_dir)
+        digests = frozen_digests(attempt.run_dir)
         changed = changes(job, digests)
         messages = ["; ".join(changed)]
     dist.broadcast_object_list(messages, device=world.device)
@@ -131,7 +132,7 @@ def documents(batches: Batches, device: torch.device) -> Iterator[torch.Tensor]:
             yield row[None]
 
 
-def announce(run: Run) -> None:
+def announce_plan(run: Run) -> None:
     """Tell readers what will happen: number of steps, sizes, and what of the data was cut."""
     model = run.model
     tokens = run.tokens
@@ -140,7 +141,7 @@ def announce(run: Run) -> None:
         run.attempt.event(
             "plan",
             steps=run.batches.steps,
-            parameters=speed.count(model),
+            parameters=speed.count_weights(model),
             trained=speed.count_trained(model),
             examples=len(run.examples),
             truncated=tokens.truncated,
@@ -150,7 +151,7 @@ def announce(run: Run) -> None:
         )
 
 
-def fit(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
+def take_steps(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
     """Take the steps after `first`, evaluate and save between them; False when the run is to stop before its end.
 
     All that was saved is on disk then.
@@ -171,12 +172,12 @@ def fit(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
     for step in range(first + 1, steps + 1):
         save_here = saves.overdue()
         stop_here = stops.wanted(step)
-        asked_here = Wish(save_here, stop_here)
-        asked = take_step(run, step, micro_batches_of, meter, asked_here)
+        request_here = SaveRequest(save_here, stop_here)
+        requested = take_step(run, step, micro_batches_of, meter, request_here)
         last = step == steps
         at_interval = every is not None and step % every == 0
         evaluation_due = last or at_interval
-        save_due = last or asked.save or asked.stop or saves.due(step)
+        save_due = last or requested.save or requested.stop or saves.due(step)
         if evaluation_due or save_due:
             meter.flush()
             if evaluation_due:
@@ -184,7 +185,7 @@ def fit(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> bool:
             if save_due:
                 saves.save(run.shards, run.method, step)
             meter.pause()
-        if asked.stop and not last:
+        if requested.stop and not last:
             saves.wait()
             if world.leads:
                 attempt.event("stopped", step=step)

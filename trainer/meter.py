@@ -21,12 +21,12 @@ OURS = frozenset(
 )
 
 
-def checked(figures: Iterable[str]) -> list[str]:
+def checked(names: Iterable[str]) -> list[str]:
     """The names of an objective's metrics, sorted; raises ValueError where one is a name of our own."""
-    for name in figures:
+    for name in names:
         if name in OURS or name.startswith("eval_"):
             raise ValueError(f"figure {name!r} of the objective; allowed: a name of its own, without eval_ in front")
-    return sorted(figures)
+    return sorted(names)
 
 
 class Timestamp:
@@ -52,8 +52,8 @@ class Timestamp:
         return self._time - earlier._time
 
 
-class Wish(NamedTuple):
-    """What is asked for after a step, by one rank or any of them: to save; to stop, after a save."""
+class SaveRequest(NamedTuple):
+    """A save request after a step, of one rank or any of them: to save; to stop, after a save."""
 
     save: bool = False
     stop: bool = False
@@ -91,15 +91,15 @@ class Meter:
         lr: float,
         tokens: int,
         wait_s: float,
-        wish: Wish,
-    ) -> Wish:
+        request: SaveRequest,
+    ) -> SaveRequest:
         """Report a step; gives what any rank asks for, on a GPU that of the step before.
 
         The loss and what the objective logs beside it, by name, are this rank's shares of sums over all ranks.
         """
         device = self.world.device
         names = checked(beside)
-        flags = [torch.full_like(loss, float(flag)) for flag in wish]
+        flags = [torch.full_like(loss, float(flag)) for flag in request]
         logged = [beside[name] for name in names]
         sums = torch.stack([loss, *flags, *logged])
         dist.all_reduce(sums)
@@ -113,10 +113,10 @@ class Meter:
             return earlier
         return self.flush()
 
-    def flush(self) -> Wish:
+    def flush(self) -> SaveRequest:
         """Write the step that is still open; gives what any rank asks for. Raises when loss or norm is not finite."""
         if self._pending is None:
-            return Wish()
+            return SaveRequest()
         pending = self._pending
         self._pending = None
         end = pending.end
@@ -132,7 +132,7 @@ class Meter:
         if self.world.leads:
             beside = dict(zip(pending.names, logged, strict=True))
             self._write(pending, loss, norm, seconds, beside)
-        return Wish(save > 0, stop > 0)
+        return SaveRequest(save > 0, stop > 0)
 
     def pause(self) -> None:
         """Leave the time since the last report out of the speed (evaluations, saves)."""

@@ -12,7 +12,7 @@ LEAST_BYTES = 1 << 20  # in a period; what idle threads exchange stays far below
 
 
 @contextmanager
-def shown(attempt: Attempt) -> Iterator[None]:
+def noting_progress(attempt: Attempt) -> Iterator[None]:
     """Within it the attempt is alive as long as this process reads or writes: from disk, a network file or the hub.
 
     A process that hangs moves no bytes, so it is found as anywhere else.
@@ -24,17 +24,17 @@ def shown(attempt: Attempt) -> Iterator[None]:
         while not ended.wait(PERIOD_S):
             now = moved_bytes()
             if now - before >= LEAST_BYTES:
-                attempt.alive()
+                attempt.note_progress()
             before = now
 
-    attempt.alive()
+    attempt.note_progress()
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
-        attempt.alive()
+        attempt.note_progress()
 
 
 def moved_bytes() -> int:

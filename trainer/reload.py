@@ -15,10 +15,10 @@ from trainer.base import load_config, load_pretrained
 from trainer.run import Run
 
 SPARE = 1.2  # memory that a model takes, over that of its weights
-Place = dict[str, Any]  # keyword arguments of `from_pretrained` that say where the weights go
+Placement = dict[str, Any]  # keyword arguments of `from_pretrained` that say where the weights go
 
 
-def load_base(run: Run, adapter: Path, place: Place) -> Any:
+def load_base(run: Run, adapter: Path, placement: Placement) -> Any:
     """The base as an adapter's users load it; a method that changes the base's config leaves it in the adapter."""
     from transformers import AutoConfig
 
@@ -30,21 +30,21 @@ def load_base(run: Run, adapter: Path, place: Place) -> Any:
     config = None
     if (adapter / "config.json").exists():
         config = AutoConfig.from_pretrained(adapter)
-    return load_pretrained(base, run.dtype, config, **place)
+    return load_pretrained(base, run.dtype, config, **placement)
 
 
-def load_output(run: Run, folder: Path, place: Place) -> nn.Module:
+def load_output(run: Run, folder: Path, placement: Placement) -> nn.Module:
     """What a run left: a model, or an adapter on its base, in 4 bits where it was trained on that."""
     if run.job.method.makes_model:
-        return load_model(run, folder, place)
-    options = place | _quantisation(run)
+        return load_whole_model(run, folder, placement)
+    options = placement | _quantisation(run)
     base = load_base(run, folder, options)
-    quantised.exact(base)
+    quantised.disable_cpu_repacking(base)
     model = run.method.load(base, folder)
     return model.eval()
 
 
-def _quantisation(run: Run) -> Place:
+def _quantisation(run: Run) -> Placement:
     """What puts the base in 4 bits for the method as it is loaded; nothing where it is in 4 bits already."""
     config = load_config(run.job.base)
     config.dtype = run.dtype
@@ -54,21 +54,21 @@ def _quantisation(run: Run) -> Place:
     return run.method.load_options(config)
 
 
-def load_model(run: Run, folder: Path, place: Place) -> nn.Module:
-    """A whole model."""
+def load_whole_model(run: Run, folder: Path, placement: Placement) -> nn.Module:
+    """A model from a folder that holds all of its weights, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=run.dtype, **place)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=run.dtype, **placement)
     return model.eval()
 
 
 @contextmanager
-def room(run: Run) -> Iterator[Place]:
+def space_for_copy(run: Run) -> Iterator[Placement]:
     """Where one more copy of the model fits: this rank's device, the host, or layer by layer from disk.
 
     Raises RuntimeError where an adapter's base does not fit.
     """
-    weights = speed.count(run.model)
+    weights = speed.count_weights(run.model)
     size = weights * run.dtype.itemsize * SPARE
     device = run.world.device
     if device.type == "cuda":

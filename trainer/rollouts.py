@@ -24,13 +24,13 @@ def rolled_out(run: Run, step: int, batch: GlobalBatch) -> GlobalBatch:
     world = run.world
     known: list[Arrays | None] = [None]
     if world.leads:
-        known = [recorded(run.attempt, step)]
+        known = [recorded_rollout(run.attempt, step)]
     dist.broadcast_object_list(known, device=world.device)
     rollout = known[0]
     if rollout is None:
         rollout = written(run, step, batch)
     if world.leads:  # the others cannot finish the update, a collective, before it is on disk
-        record(run.attempt, step, rollout)
+        write_rollout(run.attempt, step, rollout)
     return run.objective.rolled_out(batch, rollout)
 
 
@@ -44,21 +44,21 @@ def written(run: Run, step: int, batch: GlobalBatch) -> Arrays:
     return rollout
 
 
-def recorded(attempt: Attempt, step: int) -> Arrays | None:
+def recorded_rollout(attempt: Attempt, step: int) -> Arrays | None:
     """What this attempt, or the newest one before it that came so far, has recorded of a step."""
     oldest_first = attempts(attempt.run_dir)
     newest_first = reversed(oldest_first)
     for other in newest_first:
-        path = _path(other, step)
+        path = _rollout_path(other, step)
         if other.number <= attempt.number and path.exists():
             arrays: Arrays = load_file(path)
             return arrays
     return None
 
 
-def record(attempt: Attempt, step: int, rollout: Arrays) -> None:
+def write_rollout(attempt: Attempt, step: int, rollout: Arrays) -> None:
     """Write a step's rollout, whole or not at all."""
-    path = _path(attempt, step)
+    path = _rollout_path(attempt, step)
     folder = path.parent
     folder.mkdir(exist_ok=True)
     unique = uuid.uuid4().hex
@@ -70,7 +70,7 @@ def record(attempt: Attempt, step: int, rollout: Arrays) -> None:
     sync_folder(folder)
 
 
-def _path(attempt: Attempt, step: int) -> Path:
+def _rollout_path(attempt: Attempt, step: int) -> Path:
     """Where an attempt's rollout of a step lies."""
     folder = attempt.folder / "rollouts"
     return folder / f"step-{step}.safetensors"

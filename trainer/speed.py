@@ -26,7 +26,7 @@ def flops_per_token(model: Any) -> float:
     embedding = model.get_input_embeddings().weight
     tied = getattr(model.config, "tie_word_embeddings", False)
     lookup = 0 if tied else numel(embedding)  # weights that are looked up, not multiplied
-    weights = count(model) - lookup
+    weights = count_weights(model) - lookup
     trained = count_trained(model)
     if embedding.requires_grad:
         trained -= lookup
@@ -34,11 +34,11 @@ def flops_per_token(model: Any) -> float:
     return 4.0 * weights + 2.0 * trained
 
 
-def count(model: nn.Module) -> int:
+def count_weights(model: nn.Module) -> int:
     """Weights of a model; a 4-bit layer keeps its own in a buffer, two to a byte."""
     sizes = map(numel, model.parameters())
     weights = sum(sizes)
-    for _, layer in quantised.layers(model):
+    for _, layer in quantised.four_bit_layers(model):
         packed = layer.in_features * layer.out_features
         weights += int(packed)
     return weights

@@ -12,17 +12,17 @@ import torch.distributed as dist
 
 from trainer import rollouts
 from trainer.data.examples import GlobalBatch
-from trainer.meter import Meter, Wish
-from trainer.objectives.base import Shares, Tensors, Totals
+from trainer.meter import Meter, SaveRequest
+from trainer.objectives.base import Shares, TensorsByName, Totals
 from trainer.run import Run
 
-T = TypeVar("T")
-Batch = dict[str, torch.Tensor]
+ItemT = TypeVar("ItemT")
+BatchTensors = dict[str, torch.Tensor]
 NamedSums = dict[str, torch.Tensor]  # over micro-batches; each 0-d
-Feed = Callable[[GlobalBatch], Iterator[Batch]]  # from a step's global batch to this rank's micro-batches
+Feed = Callable[[GlobalBatch], Iterator[BatchTensors]]  # from a step's global batch to this rank's micro-batches
 
 
-def take_step(run: Run, step: int, feed: Feed, meter: Meter, wish: Wish) -> Wish:
+def take_step(run: Run, step: int, feed: Feed, meter: Meter, request: SaveRequest) -> SaveRequest:
     """Accumulate the micro-batches of one global batch and apply them; gives what all ranks ask for, perhaps late."""
     objective = run.objective
     shards = run.shards
@@ -47,10 +47,12 @@ def take_step(run: Run, step: int, feed: Feed, meter: Meter, wish: Wish) -> Wish
     norm = shards.step(lr, settings.clip)
     tokens = global_batch.tokens
     wait_s = timed.seconds
-    return meter.record(step, sums.loss, sums.figures, norm, lr, tokens, wait_s, wish)
+    return meter.record(step, sums.loss, sums.metrics, norm, lr, tokens, wait_s, request)
 
 
-def prepared(run: Run, passes: Iterable[Batch], totals: Totals) -> tuple[Iterable[Batch], Tensors]:
+def prepared(
+    run: Run, passes: Iterable[BatchTensors], totals: Totals
+) -> tuple[Iterable[BatchTensors], TensorsByName]:
     """The micro-batches of a global batch, and what the loss needs to know of all of them; every rank calls it."""
     objective = run.objective
     if not objective.has_prelude:
@@ -60,7 +62,7 @@ def prepared(run: Run, passes: Iterable[Batch], totals: Totals) -> tuple[Iterabl
     with torch.no_grad():
         for batch in batches:
             shares = objective.prelude(run.model, batch, totals)
-            add(sums, shares)
+            add_shares(sums, shares)
     return batches, reduced(sums)
 
 
@@ -69,16 +71,16 @@ class Sums:
 
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), device=device, dtype=torch.float64)
-        self.figures: NamedSums = {}
+        self.metrics: NamedSums = {}
 
     def add(self, shares: Shares) -> None:
-        """Add those of another micro-batch."""
+        """Add the shares of another micro-batch, without their gradients."""
         loss = shares.loss.detach()
         self.loss += loss
-        add(self.figures, shares.figures)
+        add_shares(self.metrics, shares.metrics)
 
 
-def add(sums: NamedSums, shares: Tensors) -> None:
+def add_shares(sums: NamedSums, shares: TensorsByName) -> None:
     """Add shares to sums by name, in fp64."""
     for name, share in shares.items():
         so_far = sums.get(name, 0)
@@ -86,7 +88,7 @@ def add(sums: NamedSums, shares: Tensors) -> None:
         sums[name] = so_far + value.double()
 
 
-def reduced(sums: Tensors) -> NamedSums:
+def reduced(sums: TensorsByName) -> NamedSums:
     """The sums of all ranks by name; a collective, in which all have the same names."""
     names = sorted(sums)
     values = [sums[name] for name in names]
@@ -104,13 +106,13 @@ def feed(run: Run, first: int) -> Feed:
     stream = prefetch(micro_batches_of_rank)
     take = partial(next, stream)
 
-    def until_step_ends(_: GlobalBatch) -> Iterator[Batch]:
+    def until_step_ends(_: GlobalBatch) -> Iterator[BatchTensors]:
         return iter(take, None)
 
     return until_step_ends
 
 
-def micro_batches(run: Run, global_batch: GlobalBatch) -> Iterator[Batch]:
+def micro_batches(run: Run, global_batch: GlobalBatch) -> Iterator[BatchTensors]:
     """This rank's micro-batches of a global batch."""
     world = run.world
     objective = run.objective
@@ -134,9 +136,9 @@ def to_device(array: Any, device: torch.device) -> torch.Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def prefetch(stream: Iterator[Batch | None], ahead: int = 4) -> Iterator[Batch | None]:
+def prefetch(stream: Iterator[BatchTensors | None], ahead: int = 4) -> Iterator[BatchTensors | None]:
     """The same stream, made ahead in a thread; raises what the thread raised."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(ahead)
+    ready: queue.Queue[BatchTensors | BaseException | None] = queue.Queue(ahead)
 
     def work() -> None:
         try:
@@ -154,17 +156,17 @@ def prefetch(stream: Iterator[Batch | None], ahead: int = 4) -> Iterator[Batch |
         yield item
 
 
-class TimedIterator(Generic[T]):
+class TimedIterator(Generic[ItemT]):
     """An iterator that knows for how many seconds its user has waited for items."""
 
-    def __init__(self, items: Iterator[T]) -> None:
+    def __init__(self, items: Iterator[ItemT]) -> None:
         self._items = items
         self.seconds = 0.0
 
-    def __iter__(self) -> "TimedIterator[T]":
+    def __iter__(self) -> "TimedIterator[ItemT]":
         return self
 
-    def __next__(self) -> T:
+    def __next__(self) -> ItemT:
         began = time.monotonic()
         try:
             return next(self._items)
@@ -173,7 +175,7 @@ class TimedIterator(Generic[T]):
             self.seconds += waited
 
 
-def _micro_batches_after(run: Run, first: int) -> Iterator[Batch | None]:
+def _micro_batches_after(run: Run, first: int) -> Iterator[BatchTensors | None]:
     """This rank's micro-batches of all steps after `first`; None ends a step."""
     batches = run.batches
     for k in range(first, batches.steps):

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from trainer import speed
-from trainer.reload import Place, room
+from trainer.reload import Placement, space_for_copy
 from trainer.run import Run
 
-ROWS, TOKENS = 4, 64  # at most; of the training data
+OBSERVED_ROWS, OBSERVED_TOKENS = 4, 64  # at most; of the training data
 LARGE = 10**9  # parameters, above which the log says that the check takes a while
 # Of logits, relative to the largest: what another order of the same sums makes of them, at the least.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -28,7 +28,7 @@ class OutputDiffers(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """The token ids [T] of a few rows, without virtual tokens, and the trained model's logits [T, V] after each."""
 
     ids: list[torch.Tensor]
@@ -48,16 +48,16 @@ class Finding:
         return self.gap <= self.allowed
 
 
-def observe(run: Run) -> Seen:
+def observe(run: Run) -> Observation:
     """What the trained model says of the first rows of its data; every rank calls it, as all hold its parts."""
     model = run.model
     tokens = run.tokens
     device = run.world.device
     virtual = run.job.method.virtual_tokens
-    length = virtual + TOKENS
+    length = virtual + OBSERVED_TOKENS
     rows = []
     written = []
-    count = min(ROWS, len(tokens))
+    count = min(OBSERVED_ROWS, len(tokens))
     for number in range(count):
         document = tokens.document(number)
         ids = document.ids[:length]
@@ -71,18 +71,18 @@ def observe(run: Run) -> Seen:
         of_row = _logits(model, on_device)
         logits.append(of_row[virtual:])
     model.train()
-    return Seen(written, logits)
+    return Observation(written, logits)
 
 
-def compare(run: Run, load: Callable[[Place], nn.Module], seen: Seen) -> Finding:
+def compare_loaded(run: Run, load: Callable[[Placement], nn.Module], observation: Observation) -> Finding:
     """Load a model where it fits, and compare it with what was seen of the trained one; rank 0 alone."""
-    if speed.count(run.model) > LARGE:
+    if speed.count_weights(run.model) > LARGE:
         print("loading the output once more, to compare it with the trained model", flush=True)
     device = run.world.device
     began = time.monotonic()
-    with room(run) as place:
-        model = load(place)
-        finding = _compared(model, seen, run.dtype, device)
+    with space_for_copy(run) as placement:
+        model = load(placement)
+        finding = _compared(model, observation, run.dtype, device)
         del model
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -92,16 +92,16 @@ def compare(run: Run, load: Callable[[Place], nn.Module], seen: Seen) -> Finding
     return finding
 
 
-def _compared(model: nn.Module, seen: Seen, dtype: torch.dtype, trained_on: torch.device) -> Finding:
+def _compared(model: nn.Module, observation: Observation, dtype: torch.dtype, trained_on: torch.device) -> Finding:
     """The gap to the nearer one of two passes: in the model's own dtypes, and under autocast, as it was trained.
 
     Their distance shows how far rounding reaches. In fp32 the second pass has the row twice, so it sums in another
     order.
     """
-    device = _device(model)
+    device = _computing_device(model)
     lower = dtype != torch.float32
     largest = spread = plain_gap = autocast_gap = 0.0
-    for ids, expected in zip(seen.ids, seen.logits, strict=True):
+    for ids, expected in zip(observation.ids, observation.logits, strict=True):
         row = ids.to(device)
         plain = _logits(model, row)
         with torch.autocast(device.type, dtype, enabled=lower):
@@ -121,7 +121,7 @@ def _compared(model: nn.Module, seen: Seen, dtype: torch.dtype, trained_on: torc
     return Finding(gap, max(of_dtype, of_passes))
 
 
-def _device(model: nn.Module) -> torch.device:
+def _computing_device(model: nn.Module) -> torch.device:
     """Where a loaded model computes; what lies on disk is on `meta`, and computed on the host."""
     for parameter in model.parameters():
         if parameter.device.type != "meta":

@@ -9,22 +9,22 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 # From the first version on, and below the second; pyproject.toml says the same.
-Bounds = Mapping[str, tuple[str, str]]
-KNOWN: Bounds = {
+VersionBounds = Mapping[str, tuple[str, str]]
+KNOWN: VersionBounds = {
     "bitsandbytes": ("0.49", "0.51"),  # how a 4-bit weight keeps its constants (methods/parts/quantised.py)
     "peft": ("0.19", "0.22"),  # the SVD of EVA, and the insides of LoRA's layers (methods/parts/)
     "transformers": ("5.10", "5.24"),  # attention functions and masks, whether a base takes them, files of a hub id
 }
 
 
-def unknown(known: Bounds = KNOWN) -> list[str]:
+def unknown(known: VersionBounds = KNOWN) -> list[str]:
     """What is installed in a version that is not known: one line each, with how to fix it."""
     lines = []
     for name, (first, beyond) in known.items():
         installed = _installed(name)
         if not installed:
             continue
-        inside = _numbers(first) <= _numbers(installed) < _numbers(beyond)
+        inside = _major_and_minor(first) <= _major_and_minor(installed) < _major_and_minor(beyond)
         if not inside:
             lines.append(
                 f"{name} {installed} is installed, whose private names are not known; "
@@ -33,7 +33,7 @@ def unknown(known: Bounds = KNOWN) -> list[str]:
     return lines
 
 
-def check(known: Bounds = KNOWN) -> None:
+def check_versions(known: VersionBounds = KNOWN) -> None:
     """Raise RuntimeError where a package is installed in a version that is not known."""
     lines = unknown(known)
     if lines:
@@ -49,7 +49,7 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _major_and_minor(version: str) -> tuple[int, ...]:
     """Major and minor number; `5.24.0.dev0` counts as 5.24, whose names it may have already."""
     parts = re.findall(r"\d+", version)
     numbers = map(int, parts[:2])

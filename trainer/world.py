@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from runfolder.folders import library_folders
 from trainer.libraries import import_lean
-from trainer.versions import check
-from trainer.zero.engine import prepare
+from trainer.versions import check_versions
+from trainer.zero.engine import prepare_deepspeed
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class World:
         return self.rank == 0
 
 
-def join() -> World:
+def join_process_group() -> World:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
 
     A group that a launcher has already made is taken as it is. Alone, no variable is needed.
@@ -49,9 +49,9 @@ def join() -> World:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _quieten()
-    check()
+    check_versions()
     import_lean()
-    prepare()
+    prepare_deepspeed()
     import deepspeed
 
     deepspeed.init_distributed(dist_backend=backend, verbose=False)

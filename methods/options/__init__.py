@@ -15,8 +15,8 @@ _REGISTERED, UNUSABLE = registered(_BUILT_IN)  # UNUSABLE: by kind, why a regist
 KINDS: dict[str, type[Options]] = _BUILT_IN | _REGISTERED
 
 if TYPE_CHECKING:
-    Method = Options
+    AnyOptions = Options
 else:
-    Method = Annotated[Union[tuple(KINDS.values())], Field(discriminator="kind")]  # noqa: UP007 (as many as there are)
+    AnyOptions = Annotated[Union[tuple(KINDS.values())], Field(discriminator="kind")]  # noqa: UP007 (as many as there are)
 
-__all__ = ["KINDS", "UNUSABLE", "Method", "Options"]
+__all__ = ["KINDS", "UNUSABLE", "AnyOptions", "Options"]

@@ -1,4 +1,4 @@
-"""What the options of all methods share."""
+"""What the options of all methods share: what a method costs, what it refuses, and which modules it takes."""
 
 from collections.abc import Mapping
 from math import prod
@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from methods.parts.targets import Linears, Matrices, Others, Target, choose
+from methods.parts.targets import Linears, Matrices, Others, Target, choose_targets
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
@@ -35,32 +35,36 @@ class Options(BaseModel):
     on_4_bits: ClassVar[bool] = False  # whether it works on a base whose linear layers are in 4 bits already
     trains_new_tokens: ClassVar[bool] = False  # whether it trains embeddings that a base was given for new tokens
     refusals: ClassVar[Mapping[str, str]] = {}  # what it cannot do (merge, export, reference), and why
+    when_to_take: ClassVar[str] = ""  # sentences for its page: when it is the right choice, and when LoRA is
 
-    def adds(self, linears: Linears, others: Others) -> int:
+    def added_parameters(self, linears: Linears, others: Others) -> int:
         """How many parameters the method adds to a base of these shapes; raises ValueError for a bad target."""
         raise NotImplementedError
 
-    def trained(self, linears: Linears, others: Others) -> int:
+    def trained_parameters(self, linears: Linears, others: Others) -> int:
         """How many parameters the method trains on a base of these shapes; raises ValueError for a bad target."""
-        return self.adds(linears, others)
+        return self.added_parameters(linears, others)
 
     def rate(self, hidden: int | None) -> float:
         """The default peak learning rate on a base of this hidden size."""
         width = hidden or WIDTH
         ratio = WIDTH / width
-        return float(self.default_lr * ratio**self.width_exponent)
+        factor = ratio**self.width_exponent
+        rate = self.default_lr * factor
+        return float(rate)
 
     def optimizer_bytes(self, linears: Linears, others: Others) -> Footprint:
         """Bytes of the optimizer's state (two fp32 moments per weight): what ZeRO shares, and what it does not."""
-        trained = self.trained(linears, others)
+        trained = self.trained_parameters(linears, others)
         return 8 * trained, 0
 
     def frozen_bytes(self, linears: Linears, others: Others, element: int) -> Footprint:
         """Bytes of the frozen weights of `element` bytes each: those that ZeRO 3 shares, those that it does not."""
-        base = size(linears) + size(others)
-        added = self.adds(linears, others)
-        trained = self.trained(linears, others)
-        frozen = base + added - trained
+        base = element_count(linears) + element_count(others)
+        added = self.added_parameters(linears, others)
+        trained = self.trained_parameters(linears, others)
+        total = base + added
+        frozen = total - trained
         return frozen * element, 0
 
     @property
@@ -80,10 +84,9 @@ class Options(BaseModel):
 
     def check(self, config: BaseConfig, seq_len: int) -> None:
         """Raise ValueError where a base with this config.json cannot be tuned on sequences of this length."""
-        known = positions(config)
-        if known is None or seq_len <= known:
-            return
-        raise ValueError(f"data.seq_len: found {seq_len}; allowed: at most {known} (positions of the base)")
+        known = known_positions(config)
+        if known is not None and seq_len > known:
+            raise ValueError(f"data.seq_len: found {seq_len}; allowed: at most {known} (positions of the base)")
 
     def check_in_4_bits(self, quantization: BaseConfig) -> None:
         """Raise ValueError where the options do not fit a base in 4 bits of this quantization_config."""
@@ -105,15 +108,14 @@ class Targeted(ModuleOptions):
 
     def targets(self, linears: Linears, others: Others) -> Matrices:
         """The modules that get an adapter, with their (out, in); a name stands for every module that ends with it."""
-        target = self.target
-        return choose(target, self.exclude, linears, others)
+        return choose_targets(self.target, self.exclude, linears, others)
 
     def linear_targets(self, linears: Linears) -> Matrices:
         """The same of linear layers alone, for methods that cannot adapt embeddings and head."""
-        return choose(self.target, self.exclude, linears, {})
+        return choose_targets(self.target, self.exclude, linears, {})
 
 
-def positions(config: BaseConfig) -> int | None:
+def known_positions(config: BaseConfig) -> int | None:
     """How many positions a base knows, by its config.json; None when that does not say."""
     count = config.get("n_positions")
     count = config.get("max_position_embeddings", count)
@@ -137,16 +139,19 @@ def window(config: BaseConfig) -> int | None:
     return None
 
 
-def packed(linears: Linears, double: bool) -> int:
+def four_bit_bytes(linears: Linears, double: bool) -> int:
     """Bytes of matrices in 4 bits, with a constant for 64 weights: fp32, or a byte and an fp32 for 256 of them."""
     constant = 4.0
     if double:
         constant = 1 + 4 / 256
-    bytes_per_weight = 1 / 2 + constant / 64
-    return round(size(linears) * bytes_per_weight)
+    share_of_constant = constant / 64
+    bytes_per_weight = 1 / 2 + share_of_constant
+    weights = element_count(linears)
+    total = weights * bytes_per_weight
+    return round(total)
 
 
-def size(shapes: Linears | Others) -> int:
+def element_count(shapes: Linears | Others) -> int:
     """Number of elements of all these weights together."""
     counts = map(prod, shapes.values())
     return sum(counts)

@@ -13,40 +13,40 @@ from typing import TypeGuard
 from methods.options.base import Options
 
 GROUP = "fleetune.methods"
-
-
 Kinds = dict[str, type[Options]]  # a method's kind -> the class of its options
+Reasons = dict[str, str]  # a method's kind -> why it cannot be used
 
 
 def defined_in(package: str) -> Kinds:
     """The options of each kind that the modules of a package define, module by module."""
-    path = import_module(package).__path__
-    modules = []
-    for info in pkgutil.iter_modules(path):
-        module = import_module(f"{package}.{info.name}")
-        modules.append(module)
+    folder = import_module(package)
     kinds: Kinds = {}
-    for module in modules:
+    for info in pkgutil.iter_modules(folder.__path__):
+        module = import_module(f"{package}.{info.name}")
         for value in vars(module).values():
-            if _is_method(value) and value.__module__ == module.__name__:
-                kinds[_kind(value)] = value
+            if not _is_method(value):
+                continue
+            if value.__module__ == module.__name__:  # and was not imported from another
+                kind = _kind(value)
+                kinds[kind] = value
     return kinds
 
 
-def registered(taken: Kinds) -> tuple[Kinds, dict[str, str]]:
+def registered(taken: Kinds) -> tuple[Kinds, Reasons]:
     """The options that other packages register, by kind; and by kind why some of them cannot be used."""
     usable: Kinds = {}
-    unusable: dict[str, str] = {}
+    unusable: Reasons = {}
     points = entry_points(group=GROUP)
     for point in sorted(points, key=attrgetter("name", "value")):
+        name = point.name
         try:
             names = taken.keys() | usable.keys()
-            usable[point.name] = _loaded(point, names)
+            usable[name] = _loaded(point, names)
         except Exception as error:  # whatever a stranger's module raises, the other methods are there
             package = "a package"
             if point.dist:
                 package = point.dist.name
-            unusable[point.name] = f"{package} registers {point.value}: {error}"
+            unusable[name] = f"{package} registers {point.value}: {error}"
     return usable, unusable
 
 
@@ -71,7 +71,9 @@ def _kind(options: type[Options]) -> str:
 
 def _is_method(value: object) -> TypeGuard[type[Options]]:
     """Whether something is a class of options that stands for a method, and not what several have in common."""
-    if not isinstance(value, type) or not issubclass(value, Options):
+    if not isinstance(value, type):
+        return False
+    if not issubclass(value, Options):
         return False
     kind = value.model_fields["kind"]
     return not kind.is_required()

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from methods.options.base import NO_SECOND_MODEL, WEIGHTS_EXPONENT, Count, Options
-from methods.parts.targets import Linears, Others, is_any_named, is_named
+from methods.parts.targets import Dimensions, Linears, Others, is_any_named, is_named
 
 
 class Full(Options):
@@ -20,19 +20,30 @@ class Full(Options):
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
     makes_model: ClassVar[bool] = True
     trains_new_tokens: ClassVar[bool] = True
+    when_to_take: ClassVar[str] = (
+        "Take it where there is much new text to learn, as in continued pretraining, code or a new language: "
+        "there LoRA stays behind (Biderman et al. 2024, arXiv 2405.09673), and where there are 16 bytes of memory "
+        "for each weight. On some ten thousand rows of instructions it is seldom better than LoRA, it forgets "
+        "more of what the base knew, and every task leaves a model of its own instead of a small adapter."
+    )
 
     freeze: tuple[str, ...] = Field((), description="patterns of weights that stay as they are, like *embed_tokens*")
-    lisa_layers: int | None = Field(None, ge=1, description="layers trained at a time, drawn at random; null: all")
-    lisa_every: Count = Field(20, description="steps between two draws of lisa_layers")
+    lisa_layers: int | None = Field(
+        None, ge=1, description="layers trained at a time, drawn at random; null: all layers"
+    )
+    lisa_every: Count = Field(
+        20, description="steps between two draws of layers; without lisa_layers it has no effect"
+    )
 
-    def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
-        """Full fine-tuning adds no parameters."""
+    def added_parameters(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
+        """None: full fine-tuning adds no parameters to the base."""
         return 0
 
-    def trained(self, linears: Linears, others: Others) -> int:
-        """Every weight that is not frozen."""
-        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in linears.items()}
-        shapes |= others
+    def trained_parameters(self, linears: Linears, others: Others) -> int:
+        """The number of weights that `freeze` does not name; raises ValueError where that is none."""
+        shapes: dict[str, Dimensions] = dict(others)
+        for module, matrix_shape in linears.items():
+            shapes[f"{module}.weight"] = matrix_shape
         self._check_patterns(shapes)
         self._check_layers(shapes)
         trained = 0
@@ -48,17 +59,22 @@ class Full(Options):
         return is_any_named(name, self.freeze)
 
     def _check_patterns(self, names: Iterable[str]) -> None:
+        """Raise ValueError where a pattern in `freeze` matches none of these names."""
         for pattern in self.freeze:
-            if not any(is_named(name, pattern) for name in names):
+            matches = (is_named(name, pattern) for name in names)
+            if not any(matches):
                 raise ValueError(f"found the pattern {pattern!r} in freeze, which no weight of the base matches")
 
     def _check_layers(self, names: Iterable[str]) -> None:
-        if self.lisa_layers is None:
+        """Raise ValueError where `lisa_layers` is more than the layers of a base with these names."""
+        wanted = self.lisa_layers
+        if wanted is None:
             return
-        layers = set(map(layer_of, names)) - {None}
+        layers = set(map(layer_of, names))
+        layers.discard(None)
         count = len(layers)
-        if self.lisa_layers > count:
-            raise ValueError(f"found lisa_layers {self.lisa_layers}; allowed: up to the base's {count} layers")
+        if wanted > count:
+            raise ValueError(f"found lisa_layers {wanted}; allowed: up to the base's {count} layers")
 
 
 def layer_of(name: str) -> int | None:

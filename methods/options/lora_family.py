@@ -1,4 +1,4 @@
-"""What the options of the LoRA family share."""
+"""What the options of the LoRA family share: rank, scale, dropout and LoRA+."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Protocol
@@ -8,17 +8,19 @@ from pydantic import Field
 from methods.options.base import WEIGHTS_EXPONENT, BaseConfig, Count, Fraction, Positive, Targeted
 from methods.parts.targets import Linears, Others, inputs, outputs
 
+STARTS_FROM_DIRECTIONS = ("pissa", "olora", "eva", "loftq")
+
 
 class LowRankOptions(Targeted):
-    """What the LoRA family shares."""
+    """Options of methods that train factors A in R^{r x in} and B in R^{out x r} for each target."""
 
     default_lr: ClassVar[float] = 2e-4
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
 
-    rank: Count = Field(16, description="rank r of the update B A")
+    rank: Count = Field(16, description="rank r of the update B A, the same for every module")
     alpha: float | None = Field(None, gt=0, description="numerator of the update's scale; null: 2 x rank")
-    dropout: Fraction = Field(0.0, description="dropout on the adapter's input")
-    lr_ratio: Positive = Field(1.0, description="LoRA+: learning rate of B over that of A")
+    dropout: Fraction = Field(0.0, description="probability with which an entry of the adapter's input is dropped")
+    lr_ratio: Positive = Field(1.0, description="LoRA+: learning rate of B over that of A; 1: both have train.lr")
 
     @property
     def scale_numerator(self) -> float:
@@ -27,7 +29,7 @@ class LowRankOptions(Targeted):
             return self.alpha
         return 2.0 * self.rank
 
-    def adds(self, linears: Linears, others: Others) -> int:
+    def added_parameters(self, linears: Linears, others: Others) -> int:
         """A in R^{r x in} and B in R^{out x r} for every target."""
         chosen = self.targets(linears, others)
         features = outputs(chosen) + inputs(chosen)
@@ -38,26 +40,36 @@ class Started(Protocol):
     """Options that have a rank and say how A and B start."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """The inner dimension of the update."""
+        ...
+
     @property
-    def init(self) -> str: ...
+    def init(self) -> str:
+        """The name of the start of A and B."""
+        ...
 
 
 def check_directions(options: Started, chosen: Linears) -> None:
     """Raise ValueError where a start from singular vectors asks for more than a matrix has."""
-    if options.init not in ("pissa", "olora", "eva", "loftq"):
+    rank = options.rank
+    init = options.init
+    if init not in STARTS_FROM_DIRECTIONS:
         return
     for name, shape in chosen.items():
         available = min(shape)
-        if options.rank > available:
-            raise ValueError(f"found rank {options.rank} for init {options.init}; {name} has {available} directions")
+        if rank > available:
+            raise ValueError(f"found rank {rank} for init {init}; {name} has {available} directions")
 
 
 def is_scaled(config: BaseConfig) -> bool:
     """Whether a base's config.json scales rotary frequencies, or has several kinds of them."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        return True
+    rope = config.get("rope_parameters")
+    if not rope:
+        rope = config.get("rope_scaling") or {}
+    for value in rope.values():
+        if isinstance(value, Mapping):  # one kind of frequencies among several
+            return True
     kind = rope.get("type", "default")  # the key's older name
     kind = rope.get("rope_type", kind)
     return bool(kind != "default")

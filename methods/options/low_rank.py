@@ -1,7 +1,5 @@
 """The LoRA family: updates that are products of two narrow matrices."""
 
-from collections.abc import Mapping
-from math import ceil, prod
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -14,14 +12,11 @@ from methods.options.base import (
     Fraction,
     Positive,
     Targeted,
-    packed,
-    plain_attention,
-    positions,
-    size,
-    window,
+    element_count,
+    four_bit_bytes,
 )
-from methods.options.lora_family import LowRankOptions, check_directions, is_scaled
-from methods.parts.targets import Linears, Matrices, Others, Target, inputs, outputs
+from methods.options.lora_family import LowRankOptions, check_directions
+from methods.parts.targets import Linears, Matrices, Others, inputs, outputs
 
 
 class Lora(LowRankOptions):
@@ -31,9 +26,16 @@ class Lora(LowRankOptions):
     implementation: ClassVar[str] = "methods.lora:LoraTuning"
     on_4_bits: ClassVar[bool] = True
     trains_new_tokens: ClassVar[bool] = True
+    when_to_take: ClassVar[str] = (
+        "Take it first: it is what the other methods are measured by, and at tuned learning rates its variants "
+        "were within 1 or 2 % of it (arXiv 2602.04998). Raise the rank before you change the method. Take qlora "
+        "where the base does not fit in 16 bits, and full where there is more to learn than a narrow update "
+        "holds."
+    )
 
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"] = Field(
-        "default", description="how A and B start: Kaiming and zero, or from the base's (eva: the data's) directions"
+        "default",
+        description="how A and B start: Kaiming and zero, or from the base's (eva: the data's) directions",
     )
 
     @model_validator(mode="after")
@@ -63,6 +65,12 @@ class RsLora(LowRankOptions):
     implementation: ClassVar[str] = "methods.rslora:RsLoraTuning"
     on_4_bits: ClassVar[bool] = True
     trains_new_tokens: ClassVar[bool] = True
+    when_to_take: ClassVar[str] = (
+        "Take it for ranks of 64 and more, where LoRA with a fixed alpha learns too slowly. At equal alpha its "
+        "update is sqrt(r) times LoRA's, which acts like a higher learning rate: compare the two at rates of "
+        "their own, or the gain that you see is that of the rate. At rank 16 and below LoRA at a higher rate does "
+        "the same."
+    )
 
 
 class Dora(LowRankOptions):
@@ -71,14 +79,19 @@ class Dora(LowRankOptions):
     kind: Literal["dora"] = "dora"
     implementation: ClassVar[str] = "methods.dora:DoraTuning"
     trains_new_tokens: ClassVar[bool] = True
+    when_to_take: ClassVar[str] = (
+        "Take it where adapters must be of a low rank (4 to 8), and training may take longer. At tuned learning "
+        "rates LoRA's variants were within 1 or 2 % of it (arXiv 2602.04998), and a step here takes one and a "
+        "half times as long, at a peak of memory that is half as high again. Not on a base in 4 bits."
+    )
 
     def targets(self, linears: Linears, others: Others) -> Matrices:  # noqa: ARG002
         """The linear layers that get an adapter, with their (out, in)."""
         return self.linear_targets(linears)
 
-    def adds(self, linears: Linears, others: Others) -> int:
+    def added_parameters(self, linears: Linears, others: Others) -> int:
         """What LoRA adds, and a magnitude in R^{out} for every target."""
-        factors = super().adds(linears, others)
+        factors = super().added_parameters(linears, others)
         chosen = self.targets(linears, others)
         magnitudes = outputs(chosen)
         return factors + magnitudes
@@ -91,9 +104,17 @@ class QLora(LowRankOptions):
     implementation: ClassVar[str] = "methods.qlora:QLoraTuning"
     on_4_bits: ClassVar[bool] = True
     trains_new_tokens: ClassVar[bool] = True
+    when_to_take: ClassVar[str] = (
+        "Take it where the base in 16 bits leaves no memory for activations: its linear layers need about a "
+        "quarter of the bytes. Where 16 bits fit, take LoRA: the base in 4 bits is a slightly worse model, steps "
+        "are no faster, and a merge into 16-bit weights is refused where quantisation changed a layer ten times "
+        "as much as training."
+    )
 
-    quant: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type of the base")
-    double_quant: bool = Field(True, description="quantise the quantisation constants too")
+    quant: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type of the base's linear layers")
+    double_quant: bool = Field(
+        True, description="quantise the constants of quantisation too: 0.37 bits less for each weight"
+    )
     init: Literal["default", "gaussian", "loftq"] = Field(
         "default", description="how A and B start; loftq: from what quantisation lost"
     )
@@ -111,8 +132,8 @@ class QLora(LowRankOptions):
 
     def frozen_bytes(self, linears: Linears, others: Others, element: int) -> Footprint:
         """Every worker holds the linear layers in 4 bits; ZeRO 3 shares the rest."""
-        shared = size(others) * element
-        replicated = packed(linears, self.double_quant)
+        shared = element_count(others) * element
+        replicated = four_bit_bytes(linears, self.double_quant)
         return shared, replicated
 
     def check_in_4_bits(self, quantization: BaseConfig) -> None:
@@ -132,17 +153,25 @@ class AdaLora(Targeted):
     default_lr: ClassVar[float] = 5e-4
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
     on_4_bits: ClassVar[bool] = True
+    when_to_take: ClassVar[str] = (
+        "Take it where the size of the adapter is fixed and modules may need it unequally: it moves a budget of "
+        "ranks to those where they count. The schedule of cuts must suit the number of steps, and the best "
+        "learning rate is not LoRA's: at LoRA's rate it was ten points behind it in PEFT's method_comparison. In "
+        "doubt take LoRA."
+    )
 
-    rank: Count = Field(8, description="average rank at the end")
+    rank: Count = Field(8, description="average rank of a module at the end, at most initial_rank")
     initial_rank: Count = Field(12, description="rank of every module at the start")
     alpha: Positive = Field(32.0, description="numerator of the update's scale")
-    dropout: Fraction = Field(0.0, description="dropout on the adapter's input")
+    dropout: Fraction = Field(0.0, description="probability with which an entry of the adapter's input is dropped")
     warmup: Fraction = Field(0.1, description="share of the steps before ranks are cut")
     final: Fraction = Field(0.3, description="share of the steps after the last cut")
-    every: Count = Field(10, description="steps between two cuts")
-    beta1: float = Field(0.85, gt=0, lt=1, description="averaging of the importance")
-    beta2: float = Field(0.85, gt=0, lt=1, description="averaging of its uncertainty")
-    orthogonality: float = Field(0.5, ge=0, description="weight of the penalty that keeps A and B orthogonal")
+    every: Count = Field(10, description="steps between two cuts of ranks")
+    beta1: float = Field(0.85, gt=0, lt=1, description="decay rate of the average importance of a weight")
+    beta2: float = Field(0.85, gt=0, lt=1, description="decay rate of the average uncertainty of that importance")
+    orthogonality: float = Field(
+        0.5, ge=0, description="weight of the penalty that keeps A and B orthogonal; 0: none"
+    )
 
     @model_validator(mode="after")
     def _check_schedule(self) -> "AdaLora":
@@ -156,135 +185,9 @@ class AdaLora(Targeted):
         """The linear layers that get an adapter, with their (out, in)."""
         return self.linear_targets(linears)
 
-    def adds(self, linears: Linears, others: Others) -> int:
+    def added_parameters(self, linears: Linears, others: Others) -> int:
         """A in R^{r x in}, B in R^{out x r} and E in R^r for every target, at the initial rank."""
         chosen = self.targets(linears, others)
         features = outputs(chosen) + inputs(chosen)
         width = features + len(chosen)
         return self.initial_rank * width
-
-
-class LongLora(LowRankOptions):
-    """LoRA with shifted sparse attention for long sequences; embeddings and norms are trained too."""
-
-    kind: Literal["longlora"] = "longlora"
-    implementation: ClassVar[str] = "methods.longlora:LongLoraTuning"
-    on_4_bits: ClassVar[bool] = True
-
-    target: Target = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj"), description="modules that get an adapter by name, or all-linear"
-    )
-    rank: Count = Field(8, description="rank r of the update B A")
-    groups: Count = Field(4, description="parts of seq_len within which heads attend; 1: dense attention")
-    rope: Literal["linear", "yarn"] = Field("linear", description="how positions beyond the base's are reached")
-
-    def targets(self, linears: Linears, others: Others) -> Matrices:  # noqa: ARG002
-        """The linear layers that get an adapter: embeddings are trained themselves."""
-        return self.linear_targets(linears)
-
-    def adds(self, linears: Linears, others: Others) -> int:
-        """What LoRA adds, and a trained copy of each embedding and norm."""
-        total = super().adds(linears, others)
-        for name, shape in others.items():
-            if self.copies(name):
-                total += prod(shape)
-        return total
-
-    def copies(self, name: str) -> bool:
-        """Whether a copy of this weight, which is no linear layer's, is trained."""
-        return "embed" in name or "norm" in name
-
-    def check(self, config: BaseConfig, seq_len: int) -> None:
-        """Beyond the base's positions it goes where nothing scales the rotary frequencies yet."""
-        if self.groups > 1:
-            plain_attention(config, self.kind, "lora")
-            self._check_window(config, seq_len)
-        known = positions(config)
-        if known is None or seq_len <= known:
-            return
-        if is_scaled(config):
-            raise ValueError(
-                f"data.seq_len: found {seq_len}; allowed: at most {known} (the base's positions are scaled already)"
-            )
-
-    def _check_window(self, config: BaseConfig, seq_len: int) -> None:
-        """Raise ValueError where a group is longer than what the base's attention sees."""
-        visible = window(config)
-        if visible is None:
-            return
-        group = ceil(seq_len / self.groups)
-        if group > visible:
-            most = visible * self.groups
-            allowed = f"at most {most}, in {self.groups} groups of the {visible} tokens"
-            raise ValueError(f"data.seq_len: found {seq_len}; allowed: {allowed} that the base's attention sees")
-
-
-class ReLora(LowRankOptions):
-    """LoRA that is merged into the base and started anew, again and again; leaves a whole model."""
-
-    kind: Literal["relora"] = "relora"
-    implementation: ClassVar[str] = "methods.relora:ReLoraTuning"
-    makes_model: ClassVar[bool] = True
-    refusals: ClassVar[Mapping[str, str]] = {"reference": "what it learns goes into the base; nearest: lora"}
-
-    every: float = Field(0.25, gt=0, le=1, description="share of the steps between two merges")
-    rewarmup: Fraction = Field(0.02, description="share of the steps of warm-up after a merge")
-    keep: Fraction = Field(0.0, description="share of the optimizer's state that outlives a merge")
-    others: bool = Field(True, description="train embeddings, norms, biases and head too, as the paper does")
-    full_rank: Fraction = Field(0.0, description="share of the steps that train the weights themselves first")
-    quantised: bool = Field(False, description="keep linear layers in 4 bits (NF4); a merge quantises them anew")
-
-    @model_validator(mode="after")
-    def _check_phases(self) -> "ReLora":
-        if self.rewarmup >= self.every:
-            raise ValueError(f"found rewarmup {self.rewarmup}; allowed: less than every ({self.every})")
-        if self.full_rank and self.quantised:
-            raise ValueError(
-                "found full_rank with quantised, but weights in 4 bits cannot be trained themselves; "
-                "nearest: a job of kind full whose output is the base of this one"
-            )
-        return self
-
-    @property
-    def quantises(self) -> bool:
-        """Whether the job asks for a base in 4 bits."""
-        return self.quantised
-
-    def targets(self, linears: Linears, others: Others) -> Matrices:  # noqa: ARG002
-        """As for LoRA, but linear layers alone."""
-        return self.linear_targets(linears)
-
-    def trained(self, linears: Linears, others: Others) -> int:
-        """The factors, every weight that is no linear layer's, and those too where they are trained first."""
-        factors = self.adds(linears, others)
-        directly = self._trained_others(others)
-        first = self._trained_first(linears)
-        return factors + directly + first
-
-    def optimizer_bytes(self, linears: Linears, others: Others) -> Footprint:
-        """Two moments of what is trained at a time: factors, or before them the linear layers' weights."""
-        factors = self.adds(linears, others)
-        first = self._trained_first(linears)
-        directly = self._trained_others(others)
-        trained_at_a_time = max(factors, first) + directly
-        return 8 * trained_at_a_time, 0
-
-    def frozen_bytes(self, linears: Linears, others: Others, element: int) -> Footprint:
-        """As for LoRA; where it quantises, every worker holds the linear layers in 4 bits."""
-        if not self.quantised:
-            return super().frozen_bytes(linears, others, element)
-        frozen_others = size(others) - self._trained_others(others)
-        replicated = packed(linears, double=True)
-        return frozen_others * element, replicated
-
-    def _trained_others(self, others: Others) -> int:
-        """Weights beside the linear layers that are trained themselves."""
-        if self.others:
-            return size(others)
-        return 0
-
-    def _trained_first(self, linears: Linears) -> int:
-        """Weights of linear layers that are trained before the first factors."""
-        if self.full_rank:
-            return size(linears)
-        return 0

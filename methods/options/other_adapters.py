@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from methods.options.base import WEIGHTS_EXPONENT, Count, Fraction, ModuleOptions, Options, Positive, Seed, Targeted
-from methods.parts.targets import Linears, Matrices, Others, choose, is_any_named, outputs
+from methods.parts.targets import Linears, Matrices, Others, choose_targets, is_any_named, outputs
 
 
 class Ia3(ModuleOptions):
@@ -18,15 +18,23 @@ class Ia3(ModuleOptions):
     default_lr: ClassVar[float] = 5e-3  # PEFT's comparison: 46 % on GSM8K, 31 % at 1e-4
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
     on_4_bits: ClassVar[bool] = True
+    when_to_take: ClassVar[str] = (
+        "Take it for very many tasks that are near to what the base can do: an adapter is some hundred thousand "
+        "weights, and a merge or a batch of many adapters costs almost nothing. It learns less than LoRA (31 to "
+        "46 % on GSM8K where LoRA had 47 to 49 %, in PEFT's method_comparison), and only at rates far above "
+        "LoRA's."
+    )
 
     target: tuple[str, ...] = Field(
-        ("k_proj", "v_proj", "down_proj"), min_length=1, description="modules whose output (or input) is scaled"
+        ("k_proj", "v_proj", "down_proj"),
+        min_length=1,
+        description="names of modules whose output (or input) is scaled",
     )
-    feedforward: tuple[str, ...] = Field(("down_proj",), description="those of them whose input is scaled")
+    feedforward: tuple[str, ...] = Field(("down_proj",), description="names of those of them whose input is scaled")
 
     def targets(self, linears: Linears, others: Others) -> Matrices:  # noqa: ARG002
         """The linear layers that are scaled, with their (out, in)."""
-        return choose(self.target, (), linears, {})
+        return choose_targets(self.target, (), linears, {})
 
     def fed(self, targets: Iterable[str]) -> list[str]:
         """Those of the targets whose input is scaled."""
@@ -36,7 +44,7 @@ class Ia3(ModuleOptions):
                 scaled_by_input.append(name)
         return scaled_by_input
 
-    def adds(self, linears: Linears, others: Others) -> int:
+    def added_parameters(self, linears: Linears, others: Others) -> int:
         """One scale per output of a target, per input where it is a feed-forward module."""
         chosen = self.targets(linears, others)
         fed = self.fed(chosen)
@@ -57,17 +65,24 @@ class Vera(Targeted):
     default_lr: ClassVar[float] = 5e-3
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
     on_4_bits: ClassVar[bool] = True
+    when_to_take: ClassVar[str] = (
+        "Take it where very many adapters must be kept in memory together: they share their matrices, and each "
+        "trains a seventieth of what LoRA does. A step is no faster, as the shared rank is high, and it was "
+        "twelve points behind LoRA in PEFT's method_comparison. For one adapter, or a few, take LoRA."
+    )
 
     rank: Count = Field(256, description="rank r of the shared projections")
-    d_initial: float = Field(0.1, description="start of the trained scales d")
-    dropout: Fraction = Field(0.0, description="dropout on the adapter's input")
-    projection_seed: Seed = Field(0, description="seed of the shared projections")
+    d_initial: float = Field(0.1, description="what all entries of the trained scales d start from")
+    dropout: Fraction = Field(0.0, description="probability with which an entry of the adapter's input is dropped")
+    projection_seed: Seed = Field(
+        0, description="seed of the shared projections, the same for adapters that are to share them"
+    )
 
     def targets(self, linears: Linears, others: Others) -> Matrices:  # noqa: ARG002
         """The linear layers that get an adapter, with their (out, in)."""
         return self.linear_targets(linears)
 
-    def adds(self, linears: Linears, others: Others) -> int:
+    def added_parameters(self, linears: Linears, others: Others) -> int:
         """d in R^r and b in R^{out} for every target."""
         chosen = self.targets(linears, others)
         ds = self.rank * len(chosen)
@@ -82,9 +97,19 @@ class FourierFt(Targeted):
     implementation: ClassVar[str] = "methods.fourierft:FourierFtTuning"
     default_lr: ClassVar[float] = 3e-2
     on_4_bits: ClassVar[bool] = True
+    when_to_take: ClassVar[str] = (
+        "Take it where a file of some kilobytes for each task is what counts: a thousand numbers change a whole "
+        "matrix. Otherwise take LoRA: the update is built as a dense matrix in every pass, which costs memory and "
+        "time, and it needs a rate a hundred times LoRA's: at LoRA's it learned nothing in PEFT's "
+        "method_comparison."
+    )
 
-    frequencies: Count = Field(1000, description="trained entries of each module's spectrum")
-    scale: Positive = Field(150.0, description="factor of the update")
+    frequencies: Count = Field(
+        1000, description="trained entries of each module's spectrum, at most as many as its weights"
+    )
+    scale: Positive = Field(
+        150.0, description="factor of the inverse transform, which divides by the number of weights"
+    )
     location_seed: Seed = Field(777, description="seed of the entries' places")
 
     def targets(self, linears: Linears, others: Others) -> Matrices:  # noqa: ARG002
@@ -96,8 +121,8 @@ class FourierFt(Targeted):
                 raise ValueError(f"found frequencies {self.frequencies}; {name} has {entries} entries")
         return chosen
 
-    def adds(self, linears: Linears, others: Others) -> int:
-        """The trained entries of every target."""
+    def added_parameters(self, linears: Linears, others: Others) -> int:
+        """The trained entries of the spectra of all targets."""
         chosen = self.targets(linears, others)
         return self.frequencies * len(chosen)
 
@@ -110,6 +135,12 @@ class Bottleneck(Options):
     default_lr: ClassVar[float] = 1e-3
     width_exponent: ClassVar[float] = WEIGHTS_EXPONENT
     on_4_bits: ClassVar[bool] = True
+    when_to_take: ClassVar[str] = (
+        "Take it where an update should not be linear, or to compare with work on adapters of this kind. Training "
+        "is faster than LoRA's, as it is in fewer places. But it can never be merged, so it costs time for every "
+        "token that is served, neither PEFT nor transformers load it, and it learned no more than LoRA on the "
+        "tiny base."
+    )
     refusals: ClassVar[Mapping[str, str]] = {
         "merge": "there is a nonlinearity in it, which no weight of the base can stand for; nearest: lora",
         "export": "neither PEFT nor transformers has it; methods.bottleneck.load puts it on a base",
@@ -118,12 +149,12 @@ class Bottleneck(Options):
     placement: Literal["houlsby", "pfeiffer"] = Field(
         "pfeiffer", description="behind attention and feed-forward, or behind feed-forward alone"
     )
-    size: Count = Field(64, description="width of the bottleneck")
-    activation: Literal["relu", "gelu", "silu"] = Field("relu", description="what stands between down and up")
+    size: Count = Field(64, description="width m of the bottleneck, in features")
+    activation: Literal["relu", "gelu", "silu"] = Field("relu", description="the nonlinearity f between down and up")
 
-    def adds(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
+    def added_parameters(self, linears: Linears, others: Others) -> int:  # noqa: ARG002
         """The matrices down and up with their biases, for every adapter."""
-        chosen = choose(self.sublayer_ends, (), linears, {})
+        chosen = choose_targets(self.sublayer_ends, (), linears, {})
         width = outputs(chosen)
         matrices = 2 * width * self.size
         biases = width + self.size * len(chosen)

@@ -18,14 +18,17 @@ from methods.base import Gather, Tensors
 from methods.parts.initial import adapted
 from methods.parts.peft_adapter import ADAPTER
 
+Fits = dict[str, IncrementalPCA]  # by a target's name
+Recorded = dict[str, list[Tensor]]  # by a target's name, its inputs [T, in]
+
 TOKENS = 8192  # after which directions of a few dozen have settled
-AT_ONCE = 512  # tokens whose inputs are held for a step of the SVD
+TOKENS_PER_UPDATE = 512  # tokens whose inputs are held for a step of the SVD
 PEFTS_SEED = 42  # of the sketch in it: where no direction stands out, it decides
 
 
 def start_from_inputs(model: Module, examples: Iterable[Tensor], rank: int, gather: Gather) -> None:
     """Set A of every target from what it is fed for these examples, token ids [1, T]; on every rank at once."""
-    starts = directions(model, examples, rank, gather)
+    starts = input_directions(model, examples, rank, gather)
     with torch.no_grad():
         for name, layer in adapted(model):
             a_RI = layer.lora_A[ADAPTER].weight
@@ -34,62 +37,70 @@ def start_from_inputs(model: Module, examples: Iterable[Tensor], rank: int, gath
             b_OR.zero_()
 
 
-def directions(model: Module, examples: Iterable[Tensor], rank: int, gather: Gather) -> Tensors:
+def input_directions(model: Module, examples: Iterable[Tensor], rank: int, gather: Gather) -> Tensors:
     """The first principal directions [rank, in] of every target's inputs, by its name."""
-    fits: dict[str, IncrementalPCA] = {}
+    fits: Fits = {}
     for name, _ in adapted(model):
         fits[name] = IncrementalPCA(rank, lowrank=True, lowrank_seed=PEFTS_SEED)
-    enough = max(AT_ONCE, 2 * rank)
+    least = 2 * rank
+    enough = max(TOKENS_PER_UPDATE, least)
     seen = 0  # tokens whose inputs the SVD has taken in
     waiting = 0  # tokens whose inputs wait for it
     model.eval()
-    with torch.no_grad(), listening(model) as heard, gather.gathered_in_turn(model):
+    with torch.no_grad(), recorded_inputs(model) as recorded, gather.gathered_in_turn(model):
         for ids in examples:
             model(input_ids=ids, use_cache=False, logits_to_keep=1)
             waiting += ids.numel()
             if waiting >= enough:
-                fit(fits, heard)
+                update_fits(fits, recorded)
                 seen += waiting
                 waiting = 0
             if seen >= TOKENS:
                 break
         if waiting > rank or not seen:
-            fit(fits, heard)
+            update_fits(fits, recorded)
     model.train()
-    return {name: fitted.components_ for name, fitted in fits.items()}
+    components: Tensors = {}
+    for name, fit in fits.items():
+        components[name] = fit.components_
+    return components
 
 
-def fit(fits: dict[str, IncrementalPCA], heard: dict[str, list[Tensor]]) -> None:
-    """Update each target's SVD with the inputs that were heard, and forget them."""
-    for name, inputs in heard.items():
+def update_fits(fits: Fits, recorded: Recorded) -> None:
+    """Update each target's SVD with the inputs that were recorded, and forget them."""
+    for name, inputs in recorded.items():
         together = torch.cat(inputs)
-        fitted = fits[name]
-        fitted.partial_fit(together)
+        fit = fits[name]
+        fit.partial_fit(together)
         inputs.clear()
 
 
 @contextmanager
-def listening(model: Module) -> Iterator[dict[str, list[Tensor]]]:
+def recorded_inputs(model: Module) -> Iterator[Recorded]:
     """Within it, every target's inputs are kept, fp32 [T, in]."""
-    heard: dict[str, list[Tensor]] = {}
+    recorded: Recorded = {}
     handles = []
     for name, layer in adapted(model):
-        heard[name] = []
-        handle = layer.register_forward_pre_hook(_keeping(heard[name]))
+        inputs: list[Tensor] = []
+        recorded[name] = inputs
+        hook = _appending_to(inputs)
+        handle = layer.register_forward_pre_hook(hook)
         handles.append(handle)
     try:
-        yield heard
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _keeping(inputs_heard: list[Tensor]) -> Callable[..., None]:
+def _appending_to(recorded: list[Tensor]) -> Callable[..., None]:
     """A hook that appends a module's input to a list, fp32 [T, in]."""
 
-    def keep(_: Module, inputs: tuple[Tensor]) -> None:
+    def append(_: Module, inputs: tuple[Tensor]) -> None:
+        """Append the first of the inputs, flattened to [T, in]."""
         input_TI = inputs[0]
-        input_TI = input_TI.flatten(0, -2).float()
-        inputs_heard.append(input_TI)
+        input_TI = input_TI.flatten(0, -2)
+        input_TI = input_TI.float()
+        recorded.append(input_TI)
 
-    return keep
+    return append

@@ -23,6 +23,7 @@ from methods.base import Gather, Tensors
 from methods.parts.peft_adapter import ADAPTER
 
 Factors = Tensors  # A0 and B0 by the names of A and B
+FactorPair = tuple[Tensor, Tensor]  # A [rank, in] and B [out, rank]
 
 
 def move_base(model: Module, start: str, known: Factors, gather: Gather) -> Factors:
@@ -31,24 +32,33 @@ def move_base(model: Module, start: str, known: Factors, gather: Gather) -> Fact
     for name, layer in adapted(model):
         A = layer.lora_A[ADAPTER].weight
         B = layer.lora_B[ADAPTER].weight
-        weight = layer.get_base_layer().weight
+        base = layer.get_base_layer()
+        weight = base.weight
+        device = weight.device
         scale = layer.scaling[ADAPTER]
         a, b = factor_names(name)
         with torch.no_grad(), gather.gathered([weight], modified=True):
             if known:
-                A0 = known[a].to(weight.device)
-                B0 = known[b].to(weight.device)
+                A0 = known[a].to(device)
+                B0 = known[b].to(device)
             else:
                 rank = len(A)
                 A0, B0 = directions(weight, start, rank, scale)
             A.copy_(A0)
             B.copy_(B0)
-            principal = scale * B @ A
+            scaled_B = scale * B
+            principal = scaled_B @ A
             residual = weight.float() - principal
             weight.copy_(residual)
-        moved[a] = A0.cpu().contiguous()
-        moved[b] = B0.cpu().contiguous()
+        moved[a] = _factor_on_host(A0)
+        moved[b] = _factor_on_host(B0)
     return moved
+
+
+def _factor_on_host(factor: Tensor) -> Tensor:
+    """A factor in the host's memory, row by row."""
+    factor = factor.cpu()
+    return factor.contiguous()
 
 
 @contextmanager
@@ -64,7 +74,8 @@ def restored(model: Module, start: Factors) -> Iterator[None]:
         device = base.weight.device
         A0 = start[a].to(device)
         B0 = start[b].to(device)
-        hook = _adding(A0, B0, layer.scaling[ADAPTER])
+        scale = layer.scaling[ADAPTER]
+        hook = _adding(A0, B0, scale)
         handle = layer.register_forward_hook(hook)
         handles.append(handle)
     try:
@@ -78,17 +89,19 @@ def _adding(A0: Tensor, B0: Tensor, scale: float) -> Callable[..., Tensor]:
     """A hook that adds s B0 A0 x, in the order of PEFT's own forward pass."""
 
     def add(_: Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        """Add it in the factors' dtype, and give the sum in the output's."""
         x = inputs[0]
         x = x.to(A0.dtype)
         narrow = linear(x, A0)
         update = linear(narrow, B0)
-        total = output + update * scale
+        scaled = update * scale
+        total = output + scaled
         return total.to(output.dtype)
 
     return add
 
 
-def directions(weight: Tensor, start: str, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def directions(weight: Tensor, start: str, rank: int, scale: float) -> FactorPair:
     """A0 [rank, in] and B0 [out, rank] of a weight [out, in]."""
     weight = weight.float()
     if start == "olora":
@@ -99,14 +112,16 @@ def directions(weight: Tensor, start: str, rank: int, scale: float) -> tuple[Ten
     return principal_factors(weight, rank, scale)
 
 
-def principal_factors(matrix: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def principal_factors(matrix: Tensor, rank: int, scale: float) -> FactorPair:
     """A [rank, in] and B [out, rank] for which scale B A is the best approximation of an fp32 matrix [out, in]."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    values = S[:rank] / scale
+    leading = S[:rank]
+    values = leading / scale
     root = values.sqrt()
+    column = root[:, None]
     rights = Vh[:rank]
-    A = root[:, None] * rights
     lefts = U[:, :rank]
+    A = column * rights
     B = lefts * root
     return A, B
 
@@ -115,13 +130,15 @@ def differences(weights: Mapping[str, Tensor], start: Factors) -> Factors:
     """`[A; A0]` and `[B, -B0]` for every A and B; what else is trained (embeddings of new tokens) as it is."""
     differences: Factors = {}
     for name, value in weights.items():
-        if name not in start:
-            differences[name] = value
+        first = start.get(name)
+        if first is None:
+            joined = value
         elif ".lora_A." in name:
-            differences[name] = torch.cat([value, start[name]], 0)
+            joined = torch.cat([value, first], 0)
         else:
-            negative = -start[name]
-            differences[name] = torch.cat([value, negative], 1)
+            negative = -first
+            joined = torch.cat([value, negative], 1)
+        differences[name] = joined
     return differences
 
 

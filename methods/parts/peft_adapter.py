@@ -41,7 +41,7 @@ class PeftAdapter(Method[T]):
         return without
 
     def export(self, model: peft.PeftModel, weights: Tensors, folder: Path) -> None:
-        """Write adapter_config.json and adapter_model.safetensors."""
+        """Write adapter_config.json and adapter_model.safetensors, as PEFT reads them."""
         # "auto" would save the base's embeddings beside a factor of theirs, and ask the hub about them.
         model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
 

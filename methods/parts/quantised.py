@@ -33,8 +33,8 @@ def load_options(quant: str, double: bool, dtype: torch.dtype) -> Keywords:
     return {"quantization_config": config}
 
 
-def layers(model: Module) -> Iterator[tuple[str, Any]]:
-    """The layers in 4 bits, by name."""
+def four_bit_layers(model: Module) -> Iterator[tuple[str, Any]]:
+    """The layers whose weight is in 4 bits, by name."""
     if "bitsandbytes" not in sys.modules:
         return
     from bitsandbytes.nn.modules import Linear4bit
@@ -46,7 +46,7 @@ def layers(model: Module) -> Iterator[tuple[str, Any]]:
 
 def require(model: Module, gather: Gather) -> None:
     """Raise ValueError where bitsandbytes left a linear layer of a base as it was."""
-    in_4_bits = {name for name, _ in layers(model)}
+    in_4_bits = {name for name, _ in four_bit_layers(model)}
     linears, _ = shapes(model, gather)
     for name in linears:
         if name not in in_4_bits:
@@ -55,21 +55,21 @@ def require(model: Module, gather: Gather) -> None:
             raise ValueError(f"method: bitsandbytes cannot keep {name}, a {kind}, in 4 bits; nearest: lora")
 
 
-def hide(model: Module) -> None:
+def register_as_buffers(model: Module) -> None:
     """Make buffers of the 4-bit weights: they move with the model, and no ZeRO stage partitions or trains them.
 
     Those that are hidden already stay so.
     """
-    for _, layer in layers(model):
+    for _, layer in four_bit_layers(model):
         if "weight" in layer._parameters:
             weight = layer._parameters.pop("weight")
             layer.register_buffer("weight", weight, persistent=False)
-    exact(model)
+    disable_cpu_repacking(model)
 
 
-def exact(model: Module) -> None:
+def disable_cpu_repacking(model: Module) -> None:
     """Let 4-bit layers compute in the dtype they are told: on some CPUs an evaluation repacks the weight in bf16."""
-    for _, layer in layers(model):
+    for _, layer in four_bit_layers(model):
         layer.support_avx512bf16_for_cpu = False
 
 
@@ -97,7 +97,7 @@ def oriented(layer: Any, weight: Tensor) -> Tensor:
     return weight
 
 
-def restored(weight: Any) -> Tensor:
+def dequantised(weight: Any) -> Tensor:
     """What a 4-bit weight stands for, fp32 [out, in]."""
     from bitsandbytes.functional import dequantize_4bit
 
@@ -123,7 +123,7 @@ def add(layer: Any, update: Tensor) -> float:
     from bitsandbytes.functional import quantize_4bit
 
     weight = layer.weight
-    target = restored(weight) + update
+    target = dequantised(weight) + update
     quant_type = weight.quant_state.quant_type
     packed, constants = quantize_4bit(target, quant_type=quant_type, compress_statistics=True)
     new_values = (packed.view(-1), constants.absmax, constants.state2.absmax, constants.offset)
@@ -132,7 +132,7 @@ def add(layer: Any, update: Tensor) -> float:
         if dist.is_initialized():
             dist.broadcast(new, 0)
         old.copy_(new)
-    error = restored(weight) - target
+    error = dequantised(weight) - target
     ratio = error.norm() / update.norm()
     return float(ratio)
 
@@ -147,7 +147,7 @@ def twin(model: Any) -> Any:
     return plain
 
 
-def lost(weight: Tensor, quant: str, double: bool) -> Tensor:
+def quantisation_error(weight: Tensor, quant: str, double: bool) -> Tensor:
     """What quantisation takes from a weight [out, in], fp32."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -163,6 +163,7 @@ def originals(config: Any) -> Callable[[str], Tensor]:
     files = _files(config)
 
     def read(name: str) -> Tensor:
+        """Read the weight of this name; raises ValueError where no file has it."""
         if name not in files:
             raise ValueError(f"{config._name_or_path}: its safetensors files have no {name}, which this start needs")
         with safe_open(files[name], framework="pt") as tensors:

@@ -10,23 +10,26 @@ import torch
 from torch import Tensor
 
 _DROPPED = 52 - 12  # bits of an fp64's mantissa
+_HALF = 1 << (_DROPPED - 1)  # of the last bit that is kept: what is added so that cutting rounds
 
 
 def rounded(scores: Tensor) -> Tensor:
     """Scores, which must not be negative, to 12 bits of mantissa, as fp64."""
-    values = scores.double().contiguous()
+    values = scores.double()
+    values = values.contiguous()
     bits = values.view(torch.int64)
-    half = 1 << (_DROPPED - 1)
-    kept = (bits + half) >> _DROPPED
+    raised = bits + _HALF
+    kept = raised >> _DROPPED
     bits = kept << _DROPPED
     return bits.view(torch.float64)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
     """True at the `count` largest of the scores, of any shape; of equal ones at the first."""
-    flat = rounded(scores).flatten()
+    comparable = rounded(scores)
+    flat = comparable.flatten()
     order = torch.sort(flat, descending=True, stable=True)
     first = order.indices[:count]
-    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
     chosen[first] = True
     return chosen.view(scores.shape)

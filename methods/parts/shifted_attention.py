@@ -45,14 +45,15 @@ class Runs:
         place_in_group_BT = (position_BT + shift) % group
         is_first_BT = place_in_group_BT == 0
         is_first_BT[:, 0] = True
-        is_first_BT[:, 1:] |= position_BT.diff() != 1
+        step = position_BT.diff()
+        is_first_BT[:, 1:] |= step != 1
         is_first_N = is_first_BT.flatten()
         index_N = torch.arange(len(is_first_N), device=is_first_N.device)
         run_N = is_first_N.cumsum(0) - 1
         first_index_N = torch.where(is_first_N, index_N, 0)
         run_start_N = first_index_N.cummax(0).values
         place_N = index_N - run_start_N
-        last_run_and_place = torch.stack([run_N[-1], place_N.max()])
+        last_run_and_place = torch.stack([run_N[-1], place_N.max()])  # together: one wait for the device
         last_run, last_place = last_run_and_place.tolist()
         count = last_run + 1
         longest = last_place + 1
@@ -140,16 +141,20 @@ def forward(
         )
         return dense
     _refuse(pattern, kwargs)
-    repeats = query.shape[1] // key.shape[1]
+    heads = query.shape[1]
+    kv_heads = key.shape[1]
+    repeats = heads // kv_heads
     key = repeat_kv(key, repeats)  # before the split: the halves may share a head
     value = repeat_kv(value, repeats)
-    return attend(query, key, value, pattern, dropout, scaling), None
+    attended = attend(query, key, value, pattern, dropout, scaling)
+    return attended, None
 
 
 def sparse_in_training(decoder: Module, group: int) -> None:
     """Let every forward pass in training mode be sparse; the pattern is found once and handed to all layers."""
 
     def prepare(module: Module, args: Any, kwargs: Keywords) -> tuple[Any, Keywords] | None:
+        """Put the pattern of a batch among the arguments; leave them alone in evaluation."""
         if not module.training:
             return None
         position_BT = kwargs.get("position_ids")
@@ -158,7 +163,8 @@ def sparse_in_training(decoder: Module, group: int) -> None:
         # transformers hands a mask of four dimensions on as it is, and so makes none of T x T.
         unread = position_BT.new_zeros(1, 1, 1, 1)
         pattern = Pattern.of(position_BT, group)
-        return args, kwargs | {"attention_mask": unread, "pattern": pattern}
+        replaced = {"attention_mask": unread, "pattern": pattern}
+        return args, kwargs | replaced
 
     decoder.register_forward_pre_hook(prepare, with_kwargs=True)
 

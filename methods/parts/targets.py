@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
+Dimensions = tuple[int, ...]  # of a weight
 MatrixShape = tuple[int, int]  # (out_features, in_features)
 Linears = Mapping[str, MatrixShape]  # by module name
 Matrices = dict[str, MatrixShape]  # the same, of modules that need not be linear layers
-Others = Mapping[str, tuple[int, ...]]  # every other weight: parameter name -> shape
+Others = Mapping[str, Dimensions]  # every other weight: parameter name -> shape
 Target = Literal["all-linear"] | tuple[str, ...]
 _EMBEDDINGS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head)\.weight$")
 # Files have a matrix for each expert; a model in memory has one block of all, and a router that is no linear layer.
@@ -24,7 +25,9 @@ def is_linear(name: str, shape: Sequence[int]) -> bool:
 
 def is_named(module: str, pattern: str) -> bool:
     """Whether a module has this name, or ends with it after a dot; a pattern may hold * and ?."""
-    return fnmatchcase(f".{module}", f"*.{pattern}")
+    dotted = f".{module}"
+    ending = f"*.{pattern}"
+    return fnmatchcase(dotted, ending)
 
 
 def is_any_named(module: str, patterns: Iterable[str]) -> bool:
@@ -33,7 +36,7 @@ def is_any_named(module: str, patterns: Iterable[str]) -> bool:
     return any(matches)
 
 
-def choose(target: Target, exclude: Sequence[str], linears: Linears, others: Others) -> Matrices:
+def choose_targets(target: Target, exclude: Sequence[str], linears: Linears, others: Others) -> Matrices:
     """The matrices [out, in] that a target means, less those excluded; raises ValueError where a name finds none."""
     candidates = dict(linears)
     if target == "all-linear":
@@ -76,7 +79,8 @@ def _modules(others: Others) -> Matrices:
     for name, shape in others.items():
         if _is_module(name, shape):
             module = name.removesuffix(".weight")
-            modules[module] = (shape[0], shape[1])
+            rows, columns = shape
+            modules[module] = (rows, columns)
     return modules
 
 
@@ -86,8 +90,11 @@ def _matching(pattern: str, candidates: Linears) -> Matrices:
     for name, shape in candidates.items():
         if is_named(name, pattern):
             matches[name] = shape
-    if not matches:
-        names = {name.rpartition(".")[2] for name in candidates}
-        allowed = ", ".join(sorted(names))
-        raise ValueError(f"found {pattern!r}, which the base does not have; allowed: {allowed}")
-    return matches
+    if matches:
+        return matches
+    endings = set()
+    for name in candidates:
+        _, _, ending = name.rpartition(".")
+        endings.add(ending)
+    allowed = ", ".join(sorted(endings))
+    raise ValueError(f"found {pattern!r}, which the base does not have; allowed: {allowed}")

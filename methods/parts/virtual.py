@@ -39,7 +39,7 @@ class VirtualEmbedding(Module):
         return weight
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        """The vectors [B, T, D] of ids."""
+        """The vectors [B, T, D] of ids [B, T], virtual or of the vocabulary."""
         is_virtual_BT = ids_BT < 0
         vocabulary_ids_BT = ids_BT.masked_fill(is_virtual_BT, 0)
         vocabulary_BTD = self.base(vocabulary_ids_BT)
@@ -66,7 +66,7 @@ class Embedded(Method[E]):
         raise NotImplementedError
 
     def encoder(self, config: Any) -> Module:
-        """PEFT's encoder, as PEFT draws it."""
+        """PEFT's encoder for its config, with weights as PEFT draws them."""
         raise NotImplementedError
 
     def start(self, encoder: Any, model: "PreTrainedModel") -> None:
@@ -76,7 +76,7 @@ class Embedded(Method[E]):
     def attach(self, model: "PreTrainedModel") -> "PreTrainedModel":
         """Freeze the base and put the encoder into its input embedding."""
         model.requires_grad_(False)
-        config = self.config(_hidden(model))
+        config = self.config(_hidden_size(model))
         encoder = self.encoder(config)
         self.start(encoder, model)
         base = model.get_input_embeddings()
@@ -86,7 +86,7 @@ class Embedded(Method[E]):
 
     def export(self, model: "PreTrainedModel", weights: Tensors, folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors with the encoder's output."""
-        config = self.config(_hidden(model))
+        config = self.config(_hidden_size(model))
         encoder = self.encoder(config)
         state: Tensors = {}
         for name, value in weights.items():
@@ -141,7 +141,7 @@ def embedded(model: "PreTrainedModel", ids: Tensor, gather: Gather) -> Tensor:
     return vectors.clone()
 
 
-def _hidden(model: "PreTrainedModel") -> int:
-    """The hidden size of a base."""
+def _hidden_size(model: "PreTrainedModel") -> int:
+    """The hidden size D of a base."""
     config = model.config.get_text_config()
     return int(config.hidden_size)

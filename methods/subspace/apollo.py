@@ -32,29 +32,32 @@ class Scaler:
         """What fragments move against, from this rank's slices of R and of N = `corrected` times AdamW's ratio."""
         scales = self._scales(low, step)
         scaled: Tensors = {}
-        for matrix, scale in zip(self._matrices, scales, strict=True):
+        for index, matrix in enumerate(self._matrices):
             name = matrix.name
-            if name in fragments:
-                scaled[name] = scale_channels(matrix, scale, fragments[name])
+            fragment = fragments.get(name)
+            if fragment is not None:
+                scaled[name] = scale_channels(matrix, scales[index], fragment)
         limits = self._limits(scaled, corrected)
         limited: Tensors = {}
         for index, matrix in enumerate(self._matrices):
             name = matrix.name
-            if name in scaled:
-                limited[name] = scaled[name] * limits[index]
+            elements = scaled.get(name)
+            if elements is not None:
+                limited[name] = elements * limits[index]
         return limited
 
     def _scales(self, low: Tensor, step: Tensor) -> list[Tensor]:
         """s_j = ||N_j|| / ||R_j|| of every channel, matrix by matrix; a collective."""
         squares = self._channel_squares(low, step)
-        norms = [matrix_squares.sqrt() for matrix_squares in squares]
         count = len(self._matrices)
-        low_norms = norms[:count]
-        step_norms = norms[count:]
         scales = []
-        for low_norm, step_norm in zip(low_norms, step_norms, strict=True):
-            scale = step_norm / (low_norm + TINY)
-            scales.append(scale.float())
+        for index in range(count):
+            low_norm = squares[index].sqrt()
+            step_norm = squares[count + index].sqrt()
+            divisor = low_norm + TINY
+            scale = step_norm / divisor
+            scale = scale.float()
+            scales.append(scale)
         return scales
 
     def _limits(self, scaled: Mapping[str, Tensor], corrected: float) -> Tensor:
@@ -67,38 +70,45 @@ class Scaler:
                 norm = torch.linalg.vector_norm(elements, dtype=torch.float64)
                 squares[index] = norm**2
         squares = self._exchange.all_reduce_slices(squares)
-        norms = squares.sqrt() / corrected
-        growth = norms / (last_norms + TINY)
+        norms = squares.sqrt()
+        norms = norms / corrected
+        divisor = last_norms + TINY
+        growth = norms / divisor
         growth = growth.clamp(min=GROWTH)
         excess = growth / GROWTH
-        limits = torch.where(last_norms > 0, 1 / excess, 1.0)
+        is_known = last_norms > 0
+        limits = torch.where(is_known, 1 / excess, 1.0)
         limited = norms * limits
         last_norms.copy_(limited)
         return limits.float()
 
     def _channel_squares(self, *slices: Tensor) -> list[Tensor]:
         """The squared norm of each channel, per matrix of one flat vector after another."""
+        exchange = self._exchange
         parts = []
         for flat in slices:
             for matrix in self._matrices:
-                part = _squares(matrix, self._exchange.owned, flat)
+                part = _squares(matrix, exchange.owned, flat)
                 parts.append(part)
         together = torch.cat(parts)
-        together = self._exchange.all_reduce_slices(together)
+        together = exchange.all_reduce_slices(together)
         lengths = list(map(len, parts))
-        return list(together.split(lengths))
+        reduced = together.split(lengths)
+        return list(reduced)
 
 
 def scale_channels(matrix: Matrix, scale: Tensor, fragment: Fragment) -> Tensor:
-    """A fragment's gradient with its channels scaled."""
+    """A fragment's gradient, flat, each of its channels times that channel's scale."""
     grad = gradient(fragment)
-    rows, first = whole_rows(grad, fragment.start, matrix.columns)
+    width = matrix.columns
+    rows, first = whole_rows(grad, fragment.start, width)
     if matrix.right:
         last = first + len(rows)
-        scale = scale[first:last, None]
+        scale = scale[first:last]
+        scale = scale[:, None]
     scaled = rows * scale
     elements = scaled.view(-1)
-    above = first * matrix.columns  # elements in the rows before
+    above = first * width  # elements in the rows before
     begin = fragment.start - above
     stop = fragment.stop - above
     return elements[begin:stop]
@@ -108,17 +118,19 @@ def _squares(matrix: Matrix, owned: slice, flat: Tensor) -> Tensor:
     """What this rank's slice of a flat vector gives to the squared norms of a matrix's channels."""
     channels = max(matrix.rows, matrix.columns)
     totals = flat.new_zeros(channels, dtype=torch.float64)
-    end = matrix.offset + matrix.size
-    common = overlap(owned, matrix.offset, end)
+    offset = matrix.offset
+    end = offset + matrix.size
+    common = overlap(owned, offset, end)
     if not common:
         return totals
     begin = common.start - owned.start
     stop = common.stop - owned.start
     part = flat[begin:stop]
-    start = common.start - matrix.offset
+    start = common.start - offset
     _, width = matrix.low_shape
     rows, first = whole_rows(part, start, width)
-    squares = rows.double() ** 2
+    rows = rows.double()
+    squares = rows**2
     if matrix.right:
         last = first + len(rows)
         totals[first:last] = squares.sum(1)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from methods.base import Fragments, Piece, Tensors, gradient
+from methods.base import Fragments, Piece, StatePieces, Tensors, gradient, part_of
 from methods.options.subspace import Galore
 from methods.subspace.exchange import Exchange
 from methods.subspace.matrix import Matrix, exact_basis, fast_basis, generator, random_basis
-from methods.subspace.projector import Calendar, Fp32Projector, Int4Projector, Projector
+from methods.subspace.projector import Fp32Projector, Int4Projector, Projector, RefreshSchedule
 
 
 class Bases:
@@ -28,7 +28,8 @@ class Bases:
             projector = _projector(matrix, options.is_lazy, device)
             self._projectors.append(projector)
         sides = [matrix.side for matrix in matrices]
-        self._calendar = Calendar(options.refresh_every, options.is_lazy, sides, device)
+        every = options.refresh_every
+        self._refresh_schedule = RefreshSchedule(every, options.is_lazy, sides, device)
 
     def __getitem__(self, index: int) -> Tensor:
         """The basis of a matrix, in R^{S x R}."""
@@ -37,7 +38,7 @@ class Bases:
 
     def refresh(self, step: int, fragments: Fragments) -> None:
         """Choose the bases that are due after so many steps, from the gradients in the fragments; a collective."""
-        due = self._calendar.due(step)
+        due = self._refresh_schedule.due(step)
         if self._options.variant == "apollo":
             for index in due:
                 matrix = self._matrices[index]
@@ -45,37 +46,41 @@ class Bases:
                 self._keep(index, basis_SR)
             return
         world_size = self._exchange.world_size
-        for first in range(0, len(due), world_size):
-            turn = due[first : first + world_size]
+        count = len(due)
+        for first in range(0, count, world_size):
+            last = first + world_size
+            turn = due[first:last]
             self._choose(turn, step, fragments)
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> StatePieces:
         """The bases, and the directions that lazy refreshing goes by."""
         names = [matrix.name for matrix in self._matrices]
         pieces: list[Piece] = []
         for name, projector in zip(names, self._projectors, strict=True):
             pieces += projector.pieces(name)
-        pieces += self._calendar.pieces(names)
+        directions = self._refresh_schedule.pieces(names)
+        pieces += directions
         return pieces
 
     def state(self) -> Tensors:
-        """What the schedule of refreshes goes by."""
-        return self._calendar.state()
+        """What the schedule of refreshes goes by, equal on every rank."""
+        return self._refresh_schedule.state()
 
     def load_state(self, state: Tensors) -> None:
-        """Take back what `state` gave."""
-        self._calendar.load_state(state)
+        """Go on with the schedule of refreshes that `state` gave."""
+        self._refresh_schedule.load_state(state)
 
     def _choose(self, turn: list[int], step: int, fragments: Fragments) -> None:
         """Choose the bases of up to as many matrices as there are ranks; each rank owns one of the matrices."""
-        matrices = [self._matrices[index] for index in turn]
         grads = []
-        for owner, matrix in enumerate(matrices):
+        for owner, index in enumerate(turn):
+            matrix = self._matrices[index]
             grad_MN = self._reduced(matrix, owner, fragments)
             grads.append(grad_MN)
         bases = []
-        for matrix, grad_MN in zip(matrices, grads, strict=True):
-            basis_SR = self._chosen(step, matrix, grad_MN)
+        for owner, index in enumerate(turn):
+            matrix = self._matrices[index]
+            basis_SR = self._chosen(step, matrix, grads[owner])
             bases.append(basis_SR)
         for owner, index in enumerate(turn):
             basis_SR = bases[owner]
@@ -84,32 +89,36 @@ class Bases:
 
     def _keep(self, index: int, basis_SR: Tensor) -> None:
         """Note that a matrix has a new basis, and store it."""
-        self._calendar.note(index, basis_SR)
+        self._refresh_schedule.note(index, basis_SR)
         projector = self._projectors[index]
         projector.set(basis_SR)
 
     def _reduced(self, matrix: Matrix, owner: int, fragments: Fragments) -> Tensor | None:
         """The whole gradient of a matrix, on its owner alone."""
-        size = matrix.rows * matrix.columns
+        rows = matrix.rows
+        columns = matrix.columns
+        size = rows * columns
         grad = torch.zeros(size, device=self._device)
         fragment = fragments.get(matrix.name)
         if fragment is not None:
-            grad[fragment.start : fragment.stop] = gradient(fragment)
+            held = part_of(grad, fragment)
+            held.copy_(gradient(fragment))
         exchange = self._exchange
         exchange.reduce_to(owner, grad)
         if owner != exchange.rank:
             return None
-        return grad.view(matrix.rows, matrix.columns)
+        return grad.view(rows, columns)
 
     def _chosen(self, step: int, matrix: Matrix, grad_MN: Tensor | None) -> Tensor:
         """The basis on the owner; elsewhere memory for it."""
+        rank = matrix.rank
         if grad_MN is None:
-            return torch.empty(matrix.side, matrix.rank, device=self._device)
+            return torch.empty(matrix.side, rank, device=self._device)
         if self._options.refresh == "fast":
             sketcher = generator(self._seed, step, matrix.name)
-            basis_SR = fast_basis(grad_MN, matrix.rank, sketcher)
+            basis_SR = fast_basis(grad_MN, rank, sketcher)
         else:
-            basis_SR = exact_basis(grad_MN, matrix.rank)
+            basis_SR = exact_basis(grad_MN, rank)
         return basis_SR.contiguous()  # what is broadcast is memory, and LAPACK's is column by column
 
     def _drawn(self, step: int, matrix: Matrix) -> Tensor:
@@ -120,7 +129,9 @@ class Bases:
 
 
 def _projector(matrix: Matrix, in_4_bits: bool, device: torch.device) -> Projector:
-    """Memory for the basis of a matrix."""
+    """Memory of zeros for the basis of a matrix."""
+    side = matrix.side
+    rank = matrix.rank
     if in_4_bits:
-        return Int4Projector(matrix.side, matrix.rank, device)
-    return Fp32Projector(matrix.side, matrix.rank, device)
+        return Int4Projector(side, rank, device)
+    return Fp32Projector(side, rank, device)

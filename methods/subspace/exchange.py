@@ -38,7 +38,7 @@ class Exchange:
 
     @property
     def is_single(self) -> bool:
-        """Whether there is no other rank."""
+        """Whether this rank is alone, and nothing is exchanged."""
         return self.world_size == 1
 
     @property

@@ -15,13 +15,15 @@ Shapes: M rows, N columns, R rank, S = min(M, N), L = max(M, N), F elements of a
 
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from methods.parts.ranks import rounded
+from methods.parts.targets import Linears, MatrixShape
+
+RowBlock = tuple[Tensor, int]  # whole rows of a matrix, and the number of the first of them
 
 BLOCK = 256  # elements; low-rank matrices start at its multiples, so that 8-bit blocks are the same in every layout
 NOISE = 2.0**-16  # singular values below this share of the largest are rounding errors
@@ -45,19 +47,19 @@ class Matrix:
 
     @property
     def side(self) -> int:
-        """S, the length of a basis vector."""
+        """S, the length of a basis vector: the shorter side."""
         return min(self.rows, self.columns)
 
     @property
-    def low_shape(self) -> tuple[int, int]:
-        """Shape of the low-rank gradient."""
+    def low_shape(self) -> MatrixShape:
+        """Shape of the low-rank gradient: [M, R] or [R, N]."""
         if self.right:
             return (self.rows, self.rank)
         return (self.rank, self.columns)
 
     @property
     def size(self) -> int:
-        """Elements of the low-rank gradient."""
+        """Number of elements of the low-rank gradient, L x R."""
         return math.prod(self.low_shape)
 
     @property
@@ -85,27 +87,30 @@ def overlap(owned: slice, start: int, stop: int) -> range:
     return range(first, last)
 
 
-def lay_out(shapes: Mapping[str, tuple[int, int]], rank: int) -> list[Matrix]:
-    """The matrices one after another; all have more rows and columns than the rank."""
+def lay_out(shapes: Linears, rank: int) -> list[Matrix]:
+    """The matrices of these names and shapes one after another; all have more rows and columns than the rank."""
     matrices: list[Matrix] = []
     offset = 0
-    for name, (rows, columns) in shapes.items():
+    for name, shape in shapes.items():
+        rows, columns = shape
         matrix = Matrix(name, rows, columns, rank, offset)
         matrices.append(matrix)
         offset += matrix.padded
     return matrices
 
 
-def whole_rows(part_F: Tensor, start: int, width: int) -> tuple[Tensor, int]:
+def whole_rows(part_F: Tensor, start: int, width: int) -> RowBlock:
     """Elements [start, start + F) of a flattened matrix as whole rows, zeros around them; and the first row."""
     stop = start + part_F.numel()
     first = start // width
-    is_whole = start % width == 0 and stop % width == 0
-    if is_whole:
-        return part_F.view(-1, width), first
     last = ceil_div(stop, width)
-    rows = part_F.new_zeros(last - first, width)
     above = first * width  # elements in the rows before
+    count = last - first
+    elements_of_rows = count * width
+    if elements_of_rows == part_F.numel():
+        rows = part_F.view(-1, width)
+        return rows, first
+    rows = part_F.new_zeros(count, width)
     elements = rows.view(-1)
     begin = start - above
     end = stop - above
@@ -122,7 +127,8 @@ def project(matrix: Matrix, basis_SR: Tensor, grad_F: Tensor, start: int, low: T
         low_rows.addmm_(rows, basis_SR)
     else:
         basis_rows = basis_SR[first:last]
-        low.addmm_(basis_rows.T, rows)
+        transposed = basis_rows.T
+        low.addmm_(transposed, rows)
 
 
 def lift(matrix: Matrix, basis_SR: Tensor, low: Tensor, start: int, stop: int) -> Tensor:
@@ -161,20 +167,26 @@ def fast_basis(grad_MN: Tensor, rank: int, generator: torch.Generator) -> Tensor
     K directions are sketched, and the leading R of them are taken.
     """
     wide_SL = _wide(grad_MN)
+    tall_LS = wide_SL.T
     side, length = wide_SL.shape
-    width = min(rank + OVERSAMPLING, side)
+    width = rank + OVERSAMPLING
+    width = min(width, side)
     sketch = torch.randn(length, width, generator=generator)
     sketch_LK = sketch.to(grad_MN)
-    range_SK = _orthonormal(wide_SL @ sketch_LK)
+    image_SK = wide_SL @ sketch_LK
+    range_SK = _orthonormal(image_SK)
     for _ in range(2):
-        corange_LK = _orthonormal(wide_SL.T @ range_SK)
-        range_SK = _orthonormal(wide_SL @ corange_LK)
+        image_LK = tall_LS @ range_SK
+        corange_LK = _orthonormal(image_LK)
+        image_SK = wide_SL @ corange_LK
+        range_SK = _orthonormal(image_SK)
     small_KL = range_SK.T @ wide_SL
     small_KL = small_KL.double()
     gram_KK = small_KL @ small_KL.T
     leading_KR = _leading(gram_KK, rank)
     leading_KR = leading_KR.to(grad_MN.dtype)
-    return canonical(range_SK @ leading_KR)
+    basis_SR = range_SK @ leading_KR
+    return canonical(basis_SR)
 
 
 def random_basis(side: int, rank: int, generator: torch.Generator) -> Tensor:
@@ -189,11 +201,14 @@ def canonical(basis_SR: Tensor) -> Tensor:
 
     Of entries that are equal but for rounding errors the first counts.
     """
-    magnitude_SR = rounded(basis_SR.abs())
+    magnitude_SR = basis_SR.abs()
+    magnitude_SR = rounded(magnitude_SR)
     place_1R = magnitude_SR.argmax(0, keepdim=True)
     entry_1R = basis_SR.gather(0, place_1R)
-    sign_1R = torch.where(entry_1R < 0, -1.0, 1.0)
-    return basis_SR * sign_1R.to(basis_SR.dtype)
+    is_negative_1R = entry_1R < 0
+    sign_1R = torch.where(is_negative_1R, -1.0, 1.0)
+    sign_1R = sign_1R.to(basis_SR.dtype)
+    return basis_SR * sign_1R
 
 
 def generator(seed: int, step: int, name: str) -> torch.Generator:
@@ -201,9 +216,11 @@ def generator(seed: int, step: int, name: str) -> torch.Generator:
     identity = f"{seed}/{step}/{name}"
     message = identity.encode()
     digest = hashlib.sha256(message).digest()
-    number = int.from_bytes(digest[:8], "big")
+    first_bytes = digest[:8]
+    number = int.from_bytes(first_bytes, "big")
+    positive = number >> 1  # a seed has 63 bits
     generator = torch.Generator()
-    return generator.manual_seed(number >> 1)
+    return generator.manual_seed(positive)
 
 
 def _wide(grad_MN: Tensor) -> Tensor:
@@ -228,8 +245,10 @@ def _leading(gram: Tensor, rank: int) -> Tensor:
         return gram.new_full(shape, math.nan)
     values, vectors = torch.linalg.eigh(gram)  # smallest first
     last_vectors = vectors[:, -rank:]
-    leading = canonical(last_vectors.flip(1))
-    leading_values = values[-rank:].flip(0)
+    leading = last_vectors.flip(1)
+    leading = canonical(leading)
+    last_values = values[-rank:]
+    leading_values = last_values.flip(0)
     largest = values[-1]
     noise = NOISE**2 * largest
     is_signal: Tensor = leading_values > noise

@@ -10,16 +10,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from methods.base import Piece
+from methods.base import Piece, StatePieces
 from methods.subspace.matrix import BLOCK
 
+Betas = tuple[float, float]  # decay rates of the first and of the second moment
 
-def correction(betas: tuple[float, float], step: int) -> float:
+
+def correction(betas: Betas, step: int) -> float:
     """c_t, the bias correction of step t = 1, 2, ..."""
     beta1, beta2 = betas
-    second = math.sqrt(1 - beta2**step)
-    first = 1 - beta1**step
-    return second / first
+    second_weight = 1 - beta2**step
+    first_weight = 1 - beta1**step
+    return math.sqrt(second_weight) / first_weight
 
 
 class Moments(Protocol):
@@ -29,15 +31,15 @@ class Moments(Protocol):
         """Take in the gradient of step t = 1, 2, ... and give N."""
         ...
 
-    def pieces(self, name: str, start: int, part: slice, whole: bool) -> list[Piece]:
+    def pieces(self, name: str, start: int, part: slice, whole: bool) -> StatePieces:
         """A part of the state as a checkpoint holds it; it begins at `start` of the matrix `name`."""
         ...
 
 
 class Adam:
-    """First and second moments in fp32."""
+    """First and second moments of a flat vector in fp32 (Kingma and Ba 2014, arXiv 1412.6980, algorithm 1)."""
 
-    def __init__(self, size: int, betas: tuple[float, float], eps: float, device: torch.device) -> None:
+    def __init__(self, size: int, betas: Betas, eps: float, device: torch.device) -> None:
         self.betas = betas
         self.eps = eps
         moments = torch.zeros(2, size, device=device)
@@ -46,18 +48,20 @@ class Adam:
     def normalise(self, grad: Tensor, step: int) -> Tensor:
         """Take in the gradient of a step and give N."""
         beta1, beta2 = self.betas
+        new_share = 1 - beta1
         self.exp_avg.mul_(beta1)
-        self.exp_avg.add_(grad, alpha=1 - beta1)
+        self.exp_avg.add_(grad, alpha=new_share)
+        new_share = 1 - beta2
         self.exp_avg_sq.mul_(beta2)
-        self.exp_avg_sq.addcmul_(grad, grad, value=1 - beta2)
+        self.exp_avg_sq.addcmul_(grad, grad, value=new_share)
         deviation = self.exp_avg_sq.sqrt()
         deviation.add_(self.eps)
         ratio: Tensor = self.exp_avg / deviation
         corrected = correction(self.betas, step)
         return ratio.mul_(corrected)
 
-    def pieces(self, name: str, start: int, part: slice, whole: bool) -> list[Piece]:
-        """Both moments of a part, by element."""
+    def pieces(self, name: str, start: int, part: slice, whole: bool) -> StatePieces:
+        """Both moments of a part of the vector, element by element."""
         first = self.exp_avg[part]
         second = self.exp_avg_sq[part]
         tensors = {"exp_avg": first, "exp_avg_sq": second}
@@ -68,18 +72,20 @@ class Adam:
 class Adam8Bit:
     """Moments in 8 bits with a scale per block of 256 (Dettmers et al. 2022, arXiv 2110.02861), by bitsandbytes."""
 
-    def __init__(self, size: int, betas: tuple[float, float], eps: float, device: torch.device) -> None:
+    def __init__(self, size: int, betas: Betas, eps: float, device: torch.device) -> None:
         from bitsandbytes import functional
 
         new_map: Any = functional.create_dynamic_map
+        blocks = size // BLOCK
         self.betas = betas
         self.eps = eps
         self.states = torch.zeros(2, size, dtype=torch.uint8, device=device)
-        blocks = size // BLOCK
         self.absmax = torch.zeros(2, blocks, device=device)
-        signed = new_map(signed=True)
-        unsigned = new_map(signed=False)
-        self.maps: list[Any] = [signed.to(device), unsigned.to(device)]
+        self.maps: list[Any] = []  # of the first moment, which has a sign, and of the second
+        for signed in (True, False):
+            codes = new_map(signed=signed)
+            codes = codes.to(device)
+            self.maps.append(codes)
 
     def normalise(self, grad: Tensor, step: int) -> Tensor:
         """Take in the gradient of a step and give N: what AdamW with learning rate 1 takes off a zero."""
@@ -111,15 +117,16 @@ class Adam8Bit:
             )
         return zero.neg_()
 
-    def pieces(self, name: str, start: int, part: slice, whole: bool) -> list[Piece]:
+    def pieces(self, name: str, start: int, part: slice, whole: bool) -> StatePieces:
         """The codes of a part by element, and its scales by block."""
-        state1, state2 = self.states[:, part]
+        states = self.states[:, part]
+        state1, state2 = states
         codes = {"state1": state1, "state2": state2}
         by_element = Piece(f"{name}.subspace", start, codes, whole)
         first = part.start // BLOCK
         last = part.stop // BLOCK
-        blocks = self.absmax[:, first:last]
-        absmax1, absmax2 = blocks
+        blocks = slice(first, last)
+        absmax1, absmax2 = self.absmax[:, blocks]
         scales = {"absmax1": absmax1, "absmax2": absmax2}
         start_block = start // BLOCK
         by_block = Piece(f"{name}.blocks", start_block, scales, whole)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
-from methods.base import Piece, Tensors
+from methods.base import StatePieces, Tensors, replicated_piece
 from methods.subspace.matrix import BLOCK, ceil_div
 
 LEVELS = 15  # largest 4-bit code
+LEAST_SPAN = 1e-5  # of a block: where all its entries are one, the scale is not zero
 SIMILAR = 0.4  # mean cosine from which an interval doubles
 REMEMBERED = 5  # cosines in that mean
 
@@ -26,16 +27,16 @@ class Projector(Protocol):
         ...
 
     def set(self, basis_SR: Tensor) -> None:
-        """Store a basis instead of the last."""
+        """Store a basis in R^{S x R} in place of the last."""
         ...
 
-    def pieces(self, name: str) -> list[Piece]:
+    def pieces(self, name: str) -> StatePieces:
         """What a checkpoint holds of it; every rank has it whole."""
         ...
 
 
 class Fp32Projector:
-    """Memory for a basis as it is."""
+    """Memory for a basis in fp32, as it is."""
 
     def __init__(self, side: int, rank: int, device: torch.device) -> None:
         basis_SR = torch.zeros(side, rank, device=device)
@@ -46,14 +47,13 @@ class Fp32Projector:
         return self._basis_SR
 
     def set(self, basis_SR: Tensor) -> None:
-        """Store a basis instead of the last."""
+        """Store a basis in R^{S x R} in place of the last."""
         self._basis_SR.copy_(basis_SR)
 
-    def pieces(self, name: str) -> list[Piece]:
-        """The basis, flattened, as one piece."""
+    def pieces(self, name: str) -> StatePieces:
+        """The basis, flattened row by row, as one piece."""
         elements = self._basis_SR.view(-1)
-        tensors = {"basis": elements}
-        piece = Piece(f"{name}.basis", 0, tensors, True)
+        piece = replicated_piece(f"{name}.basis", {"basis": elements})
         return [piece]
 
 
@@ -65,59 +65,72 @@ class Int4Projector:
         self._rank = rank
         size = side * rank
         blocks = ceil_div(size, BLOCK)
-        pairs = blocks * BLOCK // 2
+        padded = blocks * BLOCK
+        pairs = padded // 2
         self._codes = torch.zeros(pairs, dtype=torch.uint8, device=device)
         self._scales = torch.zeros(blocks, device=device)
         self._zeros = torch.zeros(blocks, device=device)
 
     def get(self) -> Tensor:
-        """The basis that the codes stand for."""
+        """The basis in R^{S x R} that the codes stand for, in fp32."""
+        side = self._side
+        rank = self._rank
         even = self._codes & LEVELS
         odd = self._codes >> 4
         pairs = torch.stack([even, odd], 1)
         codes = pairs.view(-1, BLOCK)
         zeros = self._zeros[:, None]
         scales = self._scales[:, None]
-        values = scales * (codes - zeros)
+        levels = codes - zeros
+        values = scales * levels
         elements = values.view(-1)
-        size = self._side * self._rank
+        size = side * rank
         unpadded = elements[:size]
-        return unpadded.view(self._side, self._rank)
+        return unpadded.view(side, rank)
 
     def set(self, basis_SR: Tensor) -> None:
-        """Round a basis to codes."""
+        """Round a basis in R^{S x R} to codes, block by block, and store them."""
         elements = basis_SR.reshape(-1)
-        padded = 2 * len(self._codes)
-        padding = padded - basis_SR.numel()
+        pairs = len(self._codes)
+        padding = 2 * pairs - len(elements)
         elements = pad(elements, (0, padding))
         values = elements.view(-1, BLOCK)
         low = values.amin(1, keepdim=True)
         high = values.amax(1, keepdim=True)
         span = high - low
-        span = span.clamp(min=1e-5)
+        span = span.clamp(min=LEAST_SPAN)
         scale = span / LEVELS
-        zero = -torch.round(low / scale)
+        zero = low / scale
+        zero = -torch.round(zero)
         zero = zero.clamp(0, LEVELS)
-        levels = torch.round(values / scale)
+        levels = values / scale
+        levels = torch.round(levels)
         levels = levels + zero
         levels = levels.clamp(0, LEVELS)
         codes = levels.to(torch.uint8)
-        even, odd = codes.view(-1, 2).T
-        pairs = even | odd << 4
-        self._codes.copy_(pairs)
-        self._scales.copy_(scale[:, 0])
-        self._zeros.copy_(zero[:, 0])
+        self._store(codes, scale, zero)
 
-    def pieces(self, name: str) -> list[Piece]:
+    def _store(self, codes: Tensor, scale: Tensor, zero: Tensor) -> None:
+        """Pack codes two to a byte; scale and zero point are [blocks, 1]."""
+        pairs = codes.view(-1, 2)
+        even, odd = pairs.T
+        high = odd << 4
+        packed = even | high
+        self._codes.copy_(packed)
+        scales = scale[:, 0]
+        zeros = zero[:, 0]
+        self._scales.copy_(scales)
+        self._zeros.copy_(zeros)
+
+    def pieces(self, name: str) -> StatePieces:
         """Pairs of codes, and by block their scale and zero point."""
         blocks = {"scale": self._scales, "zero": self._zeros}
-        pairs = {"codes": self._codes}
-        by_pair = Piece(f"{name}.basis", 0, pairs, True)
-        by_block = Piece(f"{name}.basis.blocks", 0, blocks, True)
+        by_pair = replicated_piece(f"{name}.basis", {"codes": self._codes})
+        by_block = replicated_piece(f"{name}.basis.blocks", blocks)
         return [by_pair, by_block]
 
 
-class Calendar:
+class RefreshSchedule:
     """When each matrix is refreshed: every so many steps, and if lazy, half as often while its direction stays.
 
     A gradient of zeros, as that of an expert without tokens, gives no basis; then every step looks again until there
@@ -126,17 +139,17 @@ class Calendar:
     """
 
     def __init__(self, every: int, lazy: bool, sides: list[int], device: torch.device) -> None:
-        self._lazy = lazy
         count = len(sides)
+        unknown = torch.nan
+        self._lazy = lazy
         self._intervals = torch.full((count,), every)
         self._empty = torch.zeros(count, dtype=torch.bool)
-        self._cosines = torch.full((count, REMEMBERED), torch.nan, dtype=torch.float64)
+        self._cosines = torch.full((count, REMEMBERED), unknown, dtype=torch.float64)
         self._directions = []
+        if not lazy:
+            return
         for side in sides:
-            length = side
-            if not lazy:
-                length = 0
-            direction = torch.zeros(length, device=device)
+            direction = torch.zeros(side, device=device)
             self._directions.append(direction)
 
     def due(self, step: int) -> list[int]:
@@ -145,29 +158,35 @@ class Calendar:
         empty = self._empty.tolist()
         due = []
         for index, interval in enumerate(intervals):
-            if empty[index] or step % interval == 0:
+            since_refresh = step % interval
+            if since_refresh == 0 or empty[index]:
                 due.append(index)
         return due
 
     def note(self, index: int, basis_SR: Tensor) -> None:
         """Know that a matrix has a new basis; a lazy schedule may double the matrix's interval."""
-        self._empty[index] = not basis_SR.any()
-        if not self._lazy or self._empty[index]:
+        has_basis = bool(basis_SR.any())
+        self._empty[index] = not has_basis
+        if not self._lazy or not has_basis:
             return
-        old = self._directions[index]
-        new = basis_SR[:, 0]
-        if old.any():
-            cosine = cosine_similarity(old.double(), new.double(), dim=0)
+        direction = self._directions[index]
+        new_direction = basis_SR[:, 0]
+        if direction.any():
+            old = direction.double()
+            new = new_direction.double()
+            cosine = cosine_similarity(old, new, dim=0)
             magnitude = cosine.abs()
             self._note_cosine(index, magnitude)
-        old.copy_(new)
+        direction.copy_(new_direction)
 
     def _note_cosine(self, index: int, cosine: Tensor) -> None:
         """Forget the oldest of a matrix's cosines for a new one, and double its interval where they are large."""
         cosines = self._cosines[index]
-        cosines[:-1] = cosines[1:].clone()
+        last = cosines[1:]
+        cosines[:-1] = last.clone()
         cosines[-1] = cosine
-        if cosines.mean() >= SIMILAR:  # NaN until enough are known
+        mean = cosines.mean()  # NaN until enough are known
+        if mean >= SIMILAR:
             self._intervals[index] *= 2
 
     def state(self) -> Tensors:
@@ -179,18 +198,21 @@ class Calendar:
         return state
 
     def load_state(self, state: Tensors) -> None:
-        """Take back what `state` gave."""
-        self._empty.copy_(state["empty"])
+        """Go on with the intervals and cosines that `state` gave."""
+        empty = state["empty"]
+        self._empty.copy_(empty)
         if self._lazy:
-            self._intervals.copy_(state["intervals"])
-            self._cosines.copy_(state["cosines"])
+            intervals = state["intervals"]
+            cosines = state["cosines"]
+            self._intervals.copy_(intervals)
+            self._cosines.copy_(cosines)
 
-    def pieces(self, names: list[str]) -> list[Piece]:
-        """The leading direction of every matrix at its last refresh."""
+    def pieces(self, names: list[str]) -> StatePieces:
+        """The leading direction of every matrix at its last refresh; none where the schedule is not lazy."""
         if not self._lazy:
             return []
         pieces = []
-        for name, vector in zip(names, self._directions, strict=True):
-            piece = Piece(f"{name}.direction", 0, {"direction": vector}, True)
+        for name, direction in zip(names, self._directions, strict=True):
+            piece = replicated_piece(f"{name}.direction", {"direction": direction})
             pieces.append(piece)
         return pieces

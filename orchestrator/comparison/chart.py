@@ -8,11 +8,11 @@ from operator import itemgetter
 
 from orchestrator.comparison import svg
 
-WIDTH, WIDE, HEIGHT = 560, 1140, 300
+HALF_WIDTH, FULL_WIDTH, HEIGHT = 560, 1140, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
 _MOST_POINTS = 400  # of a line
 _MOST_TICKS = 12
-_MARGIN = 0.04  # of the range of values, on each side
+_AXIS_MARGIN = 0.04  # of the range of values, on each side
 
 _FIGURE = (
     '<figure><figcaption>{title}</figcaption><svg class="chart" role="img" aria-label="{title}" '
@@ -23,10 +23,10 @@ Point = tuple[float, float]
 Points = Sequence[Point]
 Values = Sequence[float]
 Bounds = tuple[float, float]  # the least and the most that a value can be
-Show = Callable[[float], str]  # a value as text
+FormatValue = Callable[[float], str]  # a value as text
 EVERYTHING: Bounds = (-math.inf, math.inf)
-_STEP = itemgetter(0)  # of a point of a line
-_VALUE = itemgetter(1)
+_POINT_STEP = itemgetter(0)  # of a point of a line
+_POINT_VALUE = itemgetter(1)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Axis:
     high: float
     start: float
     end: float
-    show: Show
+    show: FormatValue
     unit: float = 1.0
     bounds: Bounds = EVERYTHING
 
@@ -63,7 +63,7 @@ class Axis:
         return f"{values} {pixels}"
 
     def at(self, value: float) -> float:
-        """The pixel of a value."""
+        """The pixel at which a value lies."""
         pixels = self.end - self.start
         values = self.high - self.low
         fraction = (value - self.low) / values
@@ -88,7 +88,9 @@ class Axis:
         return ticks
 
 
-def line_chart(title: str, lines: Sequence[Line], x_title: str, y_show: Show, bounds: Bounds, width: int) -> str:
+def line_chart(
+    title: str, lines: Sequence[Line], x_title: str, y_show: FormatValue, bounds: Bounds, width: int
+) -> str:
     """Lines over steps; a value that is not finite breaks its line, far outliers leave the frame."""
     steps = []
     values = []
@@ -165,13 +167,13 @@ def _extremes(stretch: Points) -> list[Point]:
         kind.append(point)
     kept = broken[:1]
     if finite:
-        lowest = min(finite, key=_VALUE)
-        highest = max(finite, key=_VALUE)
+        lowest = min(finite, key=_POINT_VALUE)
+        highest = max(finite, key=_POINT_VALUE)
         kept = [*{lowest, highest}, *kept]
-    return sorted(kept, key=_STEP)
+    return sorted(kept, key=_POINT_STEP)
 
 
-def x_axis(values: Values, width: int, show: Show, margin: float = _MARGIN) -> Axis:
+def x_axis(values: Values, width: int, show: FormatValue, margin: float = _AXIS_MARGIN) -> Axis:
     """The scale from left to right that holds all values, in a chart of a width."""
     low, high = _limits(values, margin)
     start = LEFT
@@ -179,7 +181,7 @@ def x_axis(values: Values, width: int, show: Show, margin: float = _MARGIN) -> A
     return Axis(low, high, start, end, show)
 
 
-def y_axis(values: Values, show: Show, bounds: Bounds, margin: float = _MARGIN) -> Axis:
+def y_axis(values: Values, show: FormatValue, bounds: Bounds, margin: float = _AXIS_MARGIN) -> Axis:
     """The scale from bottom to top that holds all values."""
     low, high = _limits(values, margin)
     start = HEIGHT - BOTTOM
@@ -221,15 +223,15 @@ def _series(line: Line, x: Axis, y: Axis) -> str:
     drawn = ""
     for piece in pieces:
         if piece:
-            drawn += svg.piece(piece)
+            drawn += svg.polyline(piece)
     return svg.series(line.label, line.group, drawn)
 
 
 def frame(title: str, x: Axis, y: Axis, x_title: str, drawn: str) -> str:
     """A chart with its axes; the report's script finds values by the scales that the element holds."""
-    content = _rows(y, x.end)
-    content += _columns(x)
-    content += _base(x, x_title)
+    content = _y_ticks(y, x.end)
+    content += _x_ticks(x)
+    content += _x_axis_line(x, x_title)
     content += drawn
     scales = {"x": x.scale, "y": y.scale}
     size = {"width": x.end + RIGHT, "height": HEIGHT}
@@ -237,7 +239,7 @@ def frame(title: str, x: Axis, y: Axis, x_title: str, drawn: str) -> str:
     return _FIGURE.format(title=title, content=content, **size, **scales)
 
 
-def _base(x: Axis, title: str) -> str:
+def _x_axis_line(x: Axis, title: str) -> str:
     """The horizontal axis and its title."""
     bottom = str(HEIGHT - BOTTOM)
     line = svg.horizontal("base", LEFT, x.end, bottom)
@@ -247,7 +249,7 @@ def _base(x: Axis, title: str) -> str:
     return line + text
 
 
-def _rows(y: Axis, right: float) -> str:
+def _y_ticks(y: Axis, right: float) -> str:
     """A line and a text for each tick of the vertical axis."""
     rows = ""
     text_x = str(LEFT - 8)
@@ -261,7 +263,7 @@ def _rows(y: Axis, right: float) -> str:
     return rows
 
 
-def _columns(x: Axis) -> str:
+def _x_ticks(x: Axis) -> str:
     """A text for each tick of the horizontal axis."""
     columns = ""
     text_y = str(HEIGHT - BOTTOM + 18)

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orchestrator.comparison.label import Group, labels_of
+from orchestrator.comparison.label import RunGroup, labels_of
 from orchestrator.comparison.measure import MEASURES, Measure
-from orchestrator.comparison.run import Run, load
+from orchestrator.comparison.run import TrackedRun, load_runs
 from orchestrator.errors import InputError
-from orchestrator.tracking.delivery import all_held_up, deliver_late
+from orchestrator.tracking.delivery import deliver_held_up, troubles
 from orchestrator.tracking.password import without_password
 from orchestrator.tracking.store import client, resolve, sqlite_file
 from orchestrator.tracking.trouble import diagnose, is_of_mlflow
@@ -23,7 +23,7 @@ _DIGEST_SHOWN = 12  # characters
 Configuration = tuple[str | None, ...]  # status and params of a run
 
 
-def shown(param: str, value: str) -> str:
+def display_value(param: str, value: str) -> str:
     """A param's value as it is shown; of a digest the first characters are enough."""
     if param.endswith("_digest"):
         return value[:_DIGEST_SHOWN]
@@ -31,7 +31,7 @@ def shown(param: str, value: str) -> str:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """A measure over the runs of a row; std is the sample's, 0 for one run."""
 
     mean: float
@@ -39,50 +39,50 @@ class Figure:
     n: int
 
     def to_json(self) -> dict[str, float | None]:
-        """The figure as plain data; a value that is not finite is null."""
+        """The metric as plain data; a value that is not finite is null."""
         mean = _finite(self.mean)
         std = _finite(self.std)
         return {"mean": mean, "std": std, "n": self.n}
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """Runs that differ in nothing but the seed."""
 
     label: str
     status: str
     differences: dict[str, str]
-    runs: tuple[Run, ...]
+    runs: tuple[TrackedRun, ...]
 
     @property
     def seeds(self) -> list[str]:
-        """The seeds, in numeric order."""
+        """The seeds of its runs, in numeric order."""
         seeds = []
         for run in self.runs:
             seed = run.params.get(SEED, "?")
             seeds.append(seed)
         return sorted(seeds, key=_numeric)
 
-    def figure(self, key: str) -> Figure | None:
+    def metric(self, key: str) -> Metric | None:
         """Mean and spread of a measure; None where no run has it."""
         values = []
         for run in self.runs:
-            if key in run.figures:
-                values.append(run.figures[key])
+            if key in run.metrics:
+                values.append(run.metrics[key])
         if not values:
             return None
         std = _standard_deviation(values)
         number = len(values)
         mean = math.fsum(values) / number
-        return Figure(mean, std, number)
+        return Metric(mean, std, number)
 
     def to_json(self) -> dict[str, Any]:
-        """The row as plain data."""
-        figures = {}
+        """The row as plain data, for JSON."""
+        metrics = {}
         for measure in MEASURES:
-            figure = self.figure(measure.key)
-            if figure is not None:
-                figures[measure.key] = figure.to_json()
+            metric = self.metric(measure.key)
+            if metric is not None:
+                metrics[measure.key] = metric.to_json()
         run_ids = []
         mlflow_run_ids = []
         for run in self.runs:
@@ -96,7 +96,7 @@ class Row:
             "run_ids": run_ids,
             "mlflow_run_ids": mlflow_run_ids,
             "differences": self.differences,
-            "figures": figures,
+            "figures": metrics,
         }
 
 
@@ -111,13 +111,13 @@ class Comparison:
     uri: str
     constant: dict[str, str]
     columns: list[str]
-    rows: list[Row]
+    rows: list[ComparisonRow]
     undelivered: dict[str, str] = field(default_factory=dict)
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[TrackedRun]:
         """All runs, in the order of the rows."""
-        runs: list[Run] = []
+        runs: list[TrackedRun] = []
         for row in self.rows:
             runs += row.runs
         return runs
@@ -164,9 +164,9 @@ def compare(experiment: str | None, uri: str | None) -> Comparison:
     Raises InputError for an experiment that is not there and where MLflow refuses to answer, ConnectionError where it
     cannot be reached.
     """
-    deliver_late()
+    deliver_held_up()
     undelivered = {}
-    for run_id, trouble in all_held_up().items():
+    for run_id, trouble in troubles().items():
         undelivered[run_id] = str(trouble)
     uri = resolve(uri)
     shown_uri = without_password(uri, uri)
@@ -174,7 +174,7 @@ def compare(experiment: str | None, uri: str | None) -> Comparison:
     if file and not file.exists():
         raise InputError(f"nothing was tracked yet: there is no {file}")
     try:
-        runs = load(client(uri), experiment, shown_uri)
+        runs = load_runs(client(uri), experiment, shown_uri)
     except InputError as error:
         lines = [str(error)]
         for run_id, reason in undelivered.items():
@@ -187,14 +187,14 @@ def compare(experiment: str | None, uri: str | None) -> Comparison:
         diagnosis = diagnose(error, uri)
         problem = f"MLflow at {shown_uri}: {diagnosis.reason}"
         if diagnosis.lasting:
-            raise InputError(f"{problem}; {diagnosis.mend}") from error
+            raise InputError(f"{problem}; {diagnosis.fix}") from error
         raise ConnectionError(problem) from error
     title = experiment or "all experiments"
     comparison = arrange(runs, title, shown_uri)
     return replace(comparison, undelivered=undelivered)
 
 
-def arrange(runs: list[Run], title: str, uri: str) -> Comparison:
+def arrange(runs: list[TrackedRun], title: str, uri: str) -> Comparison:
     """Group runs that differ in the seed alone, and sort the groups, best first."""
     columns = []
     constant = {}
@@ -205,13 +205,13 @@ def arrange(runs: list[Run], title: str, uri: str) -> Comparison:
             continue
         first = runs[0]
         constant[param] = first.params[param]
-    rows = _rows(runs, columns)
+    rows = _comparison_rows(runs, columns)
     quality = _quality(runs)
-    rows.sort(key=lambda row: _rank(row, quality))
+    rows.sort(key=lambda row: _sort_key(row, quality))
     return Comparison(title, uri, constant, columns, rows)
 
 
-def _compared_params(runs: list[Run]) -> list[str]:
+def _compared_params(runs: list[TrackedRun]) -> list[str]:
     """The params of all runs but those in which equal configurations may differ, by name."""
     params: set[str] = set()
     for run in runs:
@@ -219,7 +219,7 @@ def _compared_params(runs: list[Run]) -> list[str]:
     return sorted(params - _NOT_COMPARED)
 
 
-def _rows(runs: list[Run], columns: list[str]) -> list[Row]:
+def _comparison_rows(runs: list[TrackedRun], columns: list[str]) -> list[ComparisonRow]:
     """A row for each group of runs that are alike, in the order of the runs."""
     groups = _groups(runs, columns)
     labels = labels_of(groups, columns)
@@ -230,14 +230,14 @@ def _rows(runs: list[Run], columns: list[str]) -> list[Row]:
         for param in columns:
             differences[param] = first.params.get(param, "")
         group_runs = tuple(group)
-        row = Row(label, first.status, differences, group_runs)
+        row = ComparisonRow(label, first.status, differences, group_runs)
         rows.append(row)
     return rows
 
 
-def _groups(runs: list[Run], columns: list[str]) -> list[Group]:
+def _groups(runs: list[TrackedRun], columns: list[str]) -> list[RunGroup]:
     """The runs that are alike in status and in all columns, together."""
-    groups: dict[Configuration, Group] = {}
+    groups: dict[Configuration, RunGroup] = {}
     for run in runs:
         values = map(run.params.get, columns)
         configuration = (run.status, *values)
@@ -253,7 +253,7 @@ def _last_part(param: str) -> str:
     return last
 
 
-def _quality(runs: Iterable[Run]) -> Measure:
+def _quality(runs: Iterable[TrackedRun]) -> Measure:
     """The first of the three measures of quality that some run has, else the last."""
     reported = _reported(runs)
     for measure in MEASURES[:2]:
@@ -262,21 +262,21 @@ def _quality(runs: Iterable[Run]) -> Measure:
     return MEASURES[2]
 
 
-def _reported(runs: Iterable[Run]) -> set[str]:
+def _reported(runs: Iterable[TrackedRun]) -> set[str]:
     """The keys of the measures that some run has."""
     keys: set[str] = set()
     for run in runs:
-        keys.update(run.figures)
+        keys.update(run.metrics)
     return keys
 
 
-def _rank(row: Row, quality: Measure) -> tuple[bool, bool, float]:
+def _sort_key(row: ComparisonRow, quality: Measure) -> tuple[bool, bool, float]:
     """What rows are sorted by: first those that finished, of them those with a finite quality, the best first."""
     unfinished = row.status != "FINISHED"
-    figure = row.figure(quality.key)
-    if figure is None:
+    metric = row.metric(quality.key)
+    if metric is None:
         return unfinished, True, 0.0
-    badness = figure.mean
+    badness = metric.mean
     if not math.isfinite(badness):
         return unfinished, True, 0.0
     if quality.more_is_better:

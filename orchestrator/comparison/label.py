@@ -2,13 +2,13 @@
 
 from collections import Counter
 
-from orchestrator.comparison.run import Run
+from orchestrator.comparison.run import TrackedRun
 
-Group = list[Run]  # runs that are alike
-_LONGEST = 60  # characters
+RunGroup = list[TrackedRun]  # runs that are alike
+_LONGEST_LABEL = 60  # characters
 
 
-def labels_of(groups: list[Group], columns: list[str]) -> list[str]:
+def labels_of(groups: list[RunGroup], columns: list[str]) -> list[str]:
     """A name for each group: the job's; where several share it, with what differs, else with the run id."""
     names = [_job_names(group) for group in groups]
     name_counts = Counter(names)
@@ -22,7 +22,7 @@ def labels_of(groups: list[Group], columns: list[str]) -> list[str]:
         if name_counts[name] == 1:
             labels.append(name)
             continue
-        is_short = len(long_name) <= _LONGEST
+        is_short = len(long_name) <= _LONGEST_LABEL
         if is_short and long_name_counts[long_name] == 1:
             labels.append(long_name)
         else:
@@ -31,13 +31,13 @@ def labels_of(groups: list[Group], columns: list[str]) -> list[str]:
     return labels
 
 
-def _job_names(group: Group) -> str:
+def _job_names(group: RunGroup) -> str:
     """The name of the job, or the names of all jobs, of which the runs of a group are."""
     names = {run.name for run in group}
     return " / ".join(sorted(names))
 
 
-def _with_differences(name: str, run: Run, columns: list[str]) -> str:
+def _with_differences(name: str, run: TrackedRun, columns: list[str]) -> str:
     """A name with the values in which its runs differ from others."""
     if not columns:
         return name

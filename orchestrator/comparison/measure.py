@@ -20,7 +20,7 @@ class Measure:
 _COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
-def count(value: float) -> str:
+def format_count(value: float) -> str:
     """A number of things with three digits: 950, 1.23 M, 8.03 B."""
     for unit_size, unit in _COUNT_UNITS:
         if abs(value) >= unit_size:
@@ -28,8 +28,8 @@ def count(value: float) -> str:
     return f"{value:.3g}"
 
 
-def size(value: float) -> str:
-    """Bytes, in binary units."""
+def format_bytes(value: float) -> str:
+    """A number of bytes in binary units: 512 B, 3 MiB, 2.50 GiB."""
     for unit in ("B", "KiB", "MiB"):
         if abs(value) < 999.5:
             return f"{value:.3g} {unit}"
@@ -37,7 +37,7 @@ def size(value: float) -> str:
     return f"{value:.2f} GiB"
 
 
-def duration(value: float) -> str:
+def format_duration(value: float) -> str:
     """Seconds, as 4.2 s, 3 m 05 s or 2 h 10 m."""
     if value < 60:
         return f"{value:.1f} s"
@@ -59,8 +59,8 @@ MEASURES = (
     Measure("eval_loss", "eval loss", _decimals),
     Measure("loss", "loss", _decimals),
     Measure("best_loss", "best loss", _decimals),
-    Measure("trained", "trained", count, None),
-    Measure("peak_memory_bytes", "peak memory", size),
-    Measure("train_s", "train time", duration),
-    Measure("tokens_per_second", "tokens/s", count, True),
+    Measure("trained", "trained", format_count, None),
+    Measure("peak_memory_bytes", "peak memory", format_bytes),
+    Measure("train_s", "train time", format_duration),
+    Measure("tokens_per_second", "tokens/s", format_count, True),
 )

@@ -5,10 +5,10 @@ from dataclasses import replace
 from html import escape
 
 from orchestrator.comparison import chart, svg
-from orchestrator.comparison.chart import Line, Show
-from orchestrator.comparison.compare import SEED, Comparison, Figure, Row
+from orchestrator.comparison.chart import FormatValue, Line
+from orchestrator.comparison.compare import SEED, Comparison, ComparisonRow, Metric
 from orchestrator.comparison.measure import MEASURES, Measure
-from orchestrator.comparison.run import Run
+from orchestrator.comparison.run import TrackedRun
 from orchestrator.comparison.scatter import Dot, scatter
 
 _TITLES = {"loss": "Training loss", "eval_loss": "Evaluation loss", "eval_exact_match": "Exact match"}
@@ -24,13 +24,13 @@ def curves(comparison: Comparison) -> str:
     for key in _TITLES:
         if _is_reported(comparison, key):
             keys.append(key)
-    width = chart.WIDTH
+    width = chart.HALF_WIDTH
     if len(keys) % 2:  # the first has a row for itself
-        width = chart.WIDE
+        width = chart.FULL_WIDTH
     charts = ""
     for key in keys:
         charts += _curve_chart(comparison, key, width)
-        width = chart.WIDTH
+        width = chart.HALF_WIDTH
     if not charts:
         return ""
     legend = _legend(comparison)
@@ -55,13 +55,13 @@ def _curve_chart(comparison: Comparison, key: str, width: int) -> str:
             lines.append(Line(label, group, curve))
     title = _TITLES[key]
     measure = _measure(key)
-    show: Show = "{:.4g}".format
+    show: FormatValue = "{:.4g}".format
     if key == "eval_exact_match":
         show = "{:.0%}".format
     return chart.line_chart(title, lines, "step", show, measure.bounds, width)
 
 
-def _run_label(row: Row, run: Run) -> str:
+def _run_label(row: ComparisonRow, run: TrackedRun) -> str:
     if len(row.runs) == 1:
         return row.label
     seed = run.params.get(SEED)
@@ -99,8 +99,8 @@ def _front_chart(comparison: Comparison, cost: Measure) -> str:
     quality = comparison.quality
     dots = []
     for group, row in enumerate(comparison.rows):
-        x = _figure_if_finished(row, cost)
-        y = _figure_if_finished(row, quality)
+        x = _metric_if_finished(row, cost)
+        y = _metric_if_finished(row, quality)
         if x is None or y is None:
             continue
         if math.isfinite(y.mean):
@@ -118,10 +118,10 @@ def _front_chart(comparison: Comparison, cost: Measure) -> str:
     return scatter(title, dots, cost.title, unit, shows, quality.bounds)
 
 
-def _figure_if_finished(row: Row, measure: Measure) -> Figure | None:
+def _metric_if_finished(row: ComparisonRow, measure: Measure) -> Metric | None:
     if row.status != "FINISHED":
         return None
-    return row.figure(measure.key)
+    return row.metric(measure.key)
 
 
 def _with_front(dots: list[Dot], more_is_better: bool) -> list[Dot]:

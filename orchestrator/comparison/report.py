@@ -8,16 +8,16 @@ from pathlib import Path
 from string import Template
 
 from orchestrator.comparison import chart, plots, svg
-from orchestrator.comparison.compare import SEED, Comparison, Row, shown
+from orchestrator.comparison.compare import SEED, Comparison, ComparisonRow, display_value
 from orchestrator.comparison.measure import Measure
-from orchestrator.comparison.run import Run
+from orchestrator.comparison.run import TrackedRun
 from orchestrator.comparison.table import cell
 
 _SHOWN_TAGS = ("mlflow.source.git.commit", "mlflow.user", "fleetune.version", "fleetune.run_dir")
 _ENVIRONMENT = "fleetune.env."  # tags that begin so are shown too
 
-BestRows = dict[str, Row | None]  # by the key of a measure
-_HEAD = '<h1>{title}</h1><p class="soft">{about}, {now}</p>{best}'
+BestRows = dict[str, ComparisonRow | None]  # by the key of a measure
+_HEADER = '<h1>{title}</h1><p class="soft">{about}, {now}</p>{best}'
 _BEST = '<p class="best">Best {measure}: <strong>{value}</strong> by <strong>{label}</strong>{others}</p>'
 _RESULTS = '<h2>Differences and results</h2><div class="wide"><table>{rows}</table></div>'
 _MEASURE_CELL = '<td class="{style}">{value}</td>'
@@ -28,13 +28,13 @@ _STATUS = '<span class="status {style}">{text}</span>'
 _PLOT_AREA = 'x="{x}" y="{y}" width="{width}" height="{height}"'
 
 
-def write(comparison: Comparison, path: Path) -> None:
-    """Write the report."""
+def write_report(comparison: Comparison, path: Path) -> None:
+    """Write the report of a comparison into a file."""
     path.write_text(page(comparison), encoding="utf-8")
 
 
 def page(comparison: Comparison) -> str:
-    """The report as HTML."""
+    """The report of a comparison as HTML."""
     sections = [
         _head(comparison),
         _constants(comparison),
@@ -56,7 +56,7 @@ def _plot_area() -> str:
     margins = chart.TOP + chart.BOTTOM
     height = chart.HEIGHT - margins
     place = {"x": chart.LEFT, "y": chart.TOP}
-    size = {"width": chart.WIDE, "height": height}
+    size = {"width": chart.FULL_WIDTH, "height": height}
     return _PLOT_AREA.format(**place, **size)
 
 
@@ -69,7 +69,7 @@ def _head(comparison: Comparison) -> str:
     about = f"{runs} in {configurations}, from {comparison.uri}"
     about = escape(about)
     best = _best_of_all(comparison)
-    return _HEAD.format(title=title, about=about, now=now, best=best)
+    return _HEADER.format(title=title, about=about, now=now, best=best)
 
 
 def _best_of_all(comparison: Comparison) -> str:
@@ -95,12 +95,12 @@ def _best_of_all(comparison: Comparison) -> str:
     return _BEST.format(measure=measure, value=value, label=label, others=others)
 
 
-def _finite_mean(row: Row, measure: Measure) -> float | None:
+def _finite_mean(row: ComparisonRow, measure: Measure) -> float | None:
     """A measure of a row; None where it did not finish, has none, or one that is not finite."""
-    figure = row.figure(measure.key)
-    if row.status != "FINISHED" or figure is None:
+    metric = row.metric(measure.key)
+    if row.status != "FINISHED" or metric is None:
         return None
-    mean = figure.mean
+    mean = metric.mean
     return mean if math.isfinite(mean) else None
 
 
@@ -127,14 +127,14 @@ def _results(comparison: Comparison) -> str:
     return _RESULTS.format(rows=rows)
 
 
-def _result(comparison: Comparison, row: Row, best: BestRows) -> str:
+def _result(comparison: Comparison, row: ComparisonRow, best: BestRows) -> str:
     """A row of the table; a value that is the best of all is marked."""
     label = escape(row.label)
     status = _status(row.status)
     cells = f"<td>{label}</td><td>{status}</td>"
     for param in comparison.columns:
         difference = row.differences[param]
-        value = shown(param, difference) or "-"
+        value = display_value(param, difference) or "-"
         cells += f"<td>{escape(value)}</td>"
     for measure in comparison.measures:
         style = "n"
@@ -148,7 +148,7 @@ def _result(comparison: Comparison, row: Row, best: BestRows) -> str:
     return f"<tr>{cells}</tr>"
 
 
-def _best(comparison: Comparison, measure: Measure) -> Row | None:
+def _best(comparison: Comparison, measure: Measure) -> ComparisonRow | None:
     """The best finished row in a measure; None where nothing is to be compared."""
     if measure.more_is_better is None:
         return None
@@ -178,7 +178,7 @@ def _details(comparison: Comparison) -> str:
     return f"<h2>Each run</h2>{rows}"
 
 
-def _run(comparison: Comparison, run: Run) -> str:
+def _run(comparison: Comparison, run: TrackedRun) -> str:
     """The facts of a run: where it is in MLflow, its params that differ, its measures, where it ran."""
     seed = run.params.get(SEED, "?")
     facts = {"MLflow run": run.mlflow_run_id, "seed": seed}
@@ -186,23 +186,24 @@ def _run(comparison: Comparison, run: Run) -> str:
         if param in run.params:
             facts[param] = run.params[param]
     for measure in comparison.measures:
-        figure = run.figures.get(measure.key)
-        if figure is not None:
-            facts[measure.title] = measure.show(figure)
+        metric = run.metrics.get(measure.key)
+        if metric is not None:
+            facts[measure.title] = measure.show(metric)
     for tag, value in sorted(run.tags.items()):
         is_environment = tag.startswith(_ENVIRONMENT)
         if is_environment or tag in _SHOWN_TAGS:
             name = tag.removeprefix("fleetune.").removeprefix("mlflow.")
             facts[name] = value
     title = escape(run.run_id)
-    return f"<h3>{title}</h3>{_list(facts)}"
+    definitions = _list(facts)
+    return f"<h3>{title}</h3>{definitions}"
 
 
 def _list(facts: Mapping[str, str]) -> str:
     """Facts by their names, as a list of definitions."""
     entries = ""
     for name, text in facts.items():
-        value = escape(shown(name, text))
+        value = escape(display_value(name, text))
         name = escape(name)
         entries += _FACT.format(name=name, value=value)
     return f"<dl>{entries}</dl>"

@@ -11,21 +11,21 @@ from typing import Any
 
 from orchestrator.errors import InputError
 from orchestrator.tracking.password import TRACKING_URI, public
-from orchestrator.tracking.store import RUN_ID
+from orchestrator.tracking.store import RUN_ID_TAG
 
-Point = tuple[int, float]  # step and value
-Curve = tuple[Point, ...]
+CurvePoint = tuple[int, float]  # step and value
+Curve = tuple[CurvePoint, ...]
 Curves = dict[str, Curve]
 CURVES = ("loss", "eval_loss", "eval_exact_match", "tokens_per_second", "peak_memory_bytes")
 _LAST_COUNTS = ("loss", "eval_loss", "eval_exact_match")  # curves of which the last value is a measure
-_STEP = attrgetter("step")  # of a point that MLflow has
-_STEP_AND_VALUE = attrgetter("step", "value")
+_METRIC_STEP = attrgetter("step")  # of a point that MLflow has
+_METRIC_STEP_AND_VALUE = attrgetter("step", "value")
 _TRAINED = "fleetune.plan.trained"
 
 
 @dataclass(frozen=True)
-class Run:
-    """One MLflow run. `figures` has a value for each measure that the run reported."""
+class TrackedRun:
+    """One MLflow run. `metrics` has a value for each measure that the run reported."""
 
     run_id: str
     mlflow_run_id: str
@@ -33,18 +33,18 @@ class Run:
     params: dict[str, str]
     tags: dict[str, str]
     curves: Curves
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
     @property
     def name(self) -> str:
-        """The job's name."""
+        """The name of the job that was run."""
         return self.params.get("name", self.run_id)
 
 
-def load(mlflow: Any, experiment: str | None, uri: str) -> list[Run]:
+def load_runs(mlflow: Any, experiment: str | None, uri: str) -> list[TrackedRun]:
     """The runs of an experiment (None: of all); raises InputError where there is no such experiment or no run."""
     ids = _experiment_ids(mlflow, experiment, uri)
-    query = f"tags.`{RUN_ID}` LIKE '%'"
+    query = f"tags.`{RUN_ID_TAG}` LIKE '%'"
     order = ["start_time"]
     tracked: list[Any] = []
     token: str | None = ""
@@ -57,7 +57,7 @@ def load(mlflow: Any, experiment: str | None, uri: str) -> list[Run]:
         raise InputError(f"experiment {name!r} at {uri} has no runs of Fleetune")
     runs = []
     for run in tracked:
-        runs.append(_read(mlflow, run))
+        runs.append(_read_run(mlflow, run))
     return runs
 
 
@@ -77,7 +77,7 @@ def _experiment_ids(mlflow: Any, experiment: str | None, uri: str) -> list[str]:
     return [ids[experiment]]
 
 
-def _read(mlflow: Any, run: Any) -> Run:
+def _read_run(mlflow: Any, run: Any) -> TrackedRun:
     """A run with its curves and measures; `run` is what a search gave, which lacks the curves."""
     mlflow_run_id = run.info.run_id
     curves: Curves = {}
@@ -86,47 +86,47 @@ def _read(mlflow: Any, run: Any) -> Run:
         if key not in run.data.metrics:
             continue
         points = mlflow.get_metric_history(mlflow_run_id, key)
-        points = sorted(points, key=_STEP)
-        curves[key] = tuple(map(_STEP_AND_VALUE, points))
+        points = sorted(points, key=_METRIC_STEP)
+        curves[key] = tuple(map(_METRIC_STEP_AND_VALUE, points))
         if key == "loss":
             timestamps = [point.timestamp / 1000 for point in points]
-    figures = _figures(curves, timestamps)
+    metrics = _metrics_of_curves(curves, timestamps)
     tags = dict(run.data.tags)
     trained = tags.get(_TRAINED)
     if trained:
-        figures["trained"] = float(trained)
+        metrics["trained"] = float(trained)
     params = dict(run.data.params)
     uri = params.get(TRACKING_URI)
     if uri:  # an earlier version may have told MLflow the password
         params[TRACKING_URI] = public(uri)
-    run_id = tags[RUN_ID]
+    run_id = tags[RUN_ID_TAG]
     status = run.info.status
-    return Run(run_id, mlflow_run_id, status, params, tags, curves, figures)
+    return TrackedRun(run_id, mlflow_run_id, status, params, tags, curves, metrics)
 
 
-def _figures(curves: Curves, timestamps: list[float]) -> dict[str, float]:
+def _metrics_of_curves(curves: Curves, timestamps: list[float]) -> dict[str, float]:
     """The measures of one run, by their keys; `timestamps` are the seconds at which steps were reported."""
-    figures = {}
+    metrics = {}
     for key in _LAST_COUNTS:
         if key in curves:
             last_point = curves[key][-1]
-            _, figures[key] = last_point
-    losses = _values(curves, "loss")
+            _, metrics[key] = last_point
+    losses = _curve_values(curves, "loss")
     losses = list(filter(math.isfinite, losses))
     if losses:
-        figures["best_loss"] = min(losses)
-    memory = _values(curves, "peak_memory_bytes")
+        metrics["best_loss"] = min(losses)
+    memory = _curve_values(curves, "peak_memory_bytes")
     if memory:
-        figures["peak_memory_bytes"] = max(memory)
-    speeds = _values(curves, "tokens_per_second")
+        metrics["peak_memory_bytes"] = max(memory)
+    speeds = _curve_values(curves, "tokens_per_second")
     if speeds:
-        figures["tokens_per_second"] = statistics.median(speeds)
+        metrics["tokens_per_second"] = statistics.median(speeds)
     if len(timestamps) > 1:
-        figures["train_s"] = _undisturbed_time(timestamps)
-    return figures
+        metrics["train_s"] = _undisturbed_time(timestamps)
+    return metrics
 
 
-def _values(curves: Curves, key: str) -> list[float]:
+def _curve_values(curves: Curves, key: str) -> list[float]:
     """The values of a curve without their steps; none where there is no such curve."""
     values = []
     for _, value in curves.get(key, ()):

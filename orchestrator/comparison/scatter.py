@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.comparison import svg
-from orchestrator.comparison.chart import WIDTH, Axis, Bounds, Point, Points, Show, frame, x_axis, y_axis
+from orchestrator.comparison.chart import HALF_WIDTH, Axis, Bounds, FormatValue, Point, Points, frame, x_axis, y_axis
 
-_MARGIN = 0.12  # of the range of values, on each side
+_SCATTER_MARGIN = 0.12  # of the range of values, on each side
 # More dots than these get no labels, or those on the front alone: there is no space for them.
 _MOST_LABELLED_ON_FRONT = 12
 _MOST_LABELLED = 8
-_LONGEST_LABEL = 30  # characters
+_LONGEST_DOT_LABEL = 30  # characters
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,18 @@ class Dot:
 
 
 def scatter(
-    title: str, dots: Sequence[Dot], x_title: str, unit: float, shows: tuple[Show, Show], bounds: Bounds
+    title: str, dots: Sequence[Dot], x_title: str, unit: float, shows: tuple[FormatValue, FormatValue], bounds: Bounds
 ) -> str:
     """Points, those on the front filled and joined; labels where there is space."""
     x_show, y_show = shows
-    costs = [dot.x for dot in dots]
-    qualities = [dot.y for dot in dots]
-    x = x_axis(costs, WIDTH, x_show, _MARGIN)
+    costs = []
+    qualities = []
+    for dot in dots:
+        costs.append(dot.x)
+        qualities.append(dot.y)
+    x = x_axis(costs, HALF_WIDTH, x_show, _SCATTER_MARGIN)
     x = replace(x, unit=unit)
-    y = y_axis(qualities, y_show, bounds, _MARGIN)
+    y = y_axis(qualities, y_show, bounds, _SCATTER_MARGIN)
     front = _front(dots)
     drawn = _joined(front, x, y)
     for dot in dots:
@@ -91,13 +94,17 @@ def _labelled(dots: Sequence[Dot]) -> Sequence[Dot]:
 def _label(dot: Dot, x: Axis, y: Axis, is_falling: bool) -> str:
     """The label of a dot, on the side where the front does not pass."""
     text = dot.label
-    if len(text) > _LONGEST_LABEL:
-        text = text[: _LONGEST_LABEL - 1] + "…"
+    if len(text) > _LONGEST_DOT_LABEL:
+        shown = _LONGEST_DOT_LABEL - 1
+        text = text[:shown] + "…"
     at_x = x.at(dot.x)
     at_y = y.at(dot.y)
     is_right = at_x > x.middle
     is_below = is_right == is_falling
-    at_y += 14 if is_below else -7
+    if is_below:
+        at_y += 14
+    else:
+        at_y -= 7
     if is_right:
         return svg.name(at_x - 9, at_y, "end", text)
     return svg.name(at_x + 9, at_y, "start", text)

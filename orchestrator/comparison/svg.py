@@ -48,7 +48,7 @@ def series(label: str, group: int, drawn: str) -> str:
     return _SERIES.format(label=label, group=group, stroke=stroke, drawn=drawn)
 
 
-def piece(points: list[str]) -> str:
+def polyline(points: list[str]) -> str:
     """An unbroken piece of a line through points "x,y", of which there may be one alone."""
     if len(points) > 1:
         joined = " ".join(points)

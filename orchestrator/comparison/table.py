@@ -4,13 +4,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from orchestrator.comparison.compare import Comparison, Row, shown
+from orchestrator.comparison.compare import Comparison, ComparisonRow, display_value
 from orchestrator.comparison.measure import Measure
 
 _LEFT_OUT = {"best_loss", "tokens_per_second"}  # in the report and the JSON; a terminal is narrow
 _MOST_COLUMNS = 3  # more differences than this share one column
 _MOST_SEEDS = 3  # of more, only the number is shown
-_LONGEST = 28  # characters of a param's value
+_LONGEST_VALUE_SHOWN = 28  # characters of a param's value
 _STYLES = {"FINISHED": "", "FAILED": "red", "KILLED": "yellow", "RUNNING": "cyan"}
 
 
@@ -50,15 +50,15 @@ def table(comparison: Comparison) -> Table:
     return grid
 
 
-def cell(row: Row, measure: Measure, joint: str = " ") -> str:
+def cell(row: ComparisonRow, measure: Measure, joint: str = " ") -> str:
     """A measure of a row, with its spread when the row has several runs that differ in it."""
-    figure = row.figure(measure.key)
-    if figure is None:
+    metric = row.metric(measure.key)
+    if metric is None:
         return "-"
-    mean = measure.show(figure.mean)
-    if not figure.std:
+    mean = measure.show(metric.mean)
+    if not metric.std:
         return mean
-    spread = measure.show(figure.std)
+    spread = measure.show(metric.std)
     return f"{mean}{joint}± {spread}"
 
 
@@ -86,7 +86,7 @@ def _headings(comparison: Comparison) -> list[str]:
     return ["differences"]
 
 
-def _differences(comparison: Comparison, row: Row) -> list[str]:
+def _differences(comparison: Comparison, row: ComparisonRow) -> list[str]:
     """The cells of a row in the columns with differences."""
     cells = []
     by_heading = {}
@@ -103,10 +103,10 @@ def _differences(comparison: Comparison, row: Row) -> list[str]:
 
 def _value(param: str, value: str) -> str:
     """A param's value, short enough for a terminal."""
-    return _clipped(shown(param, value))
+    return _clipped(display_value(param, value))
 
 
-def _seeds(comparison: Comparison, row: Row) -> str:
+def _seeds(comparison: Comparison, row: ComparisonRow) -> str:
     """The seeds, below the name, where there are several."""
     number = len(row.runs)
     if number > _MOST_SEEDS:
@@ -125,8 +125,8 @@ def _seeds(comparison: Comparison, row: Row) -> str:
 
 def _clipped(text: str) -> str:
     """A long text without its middle: of a path the end says more."""
-    if len(text) <= _LONGEST:
+    if len(text) <= _LONGEST_VALUE_SHOWN:
         return text
     begin = text[:8]
-    end = text[9 - _LONGEST :]
+    end = text[9 - _LONGEST_VALUE_SHOWN :]
     return f"{begin}…{end}"

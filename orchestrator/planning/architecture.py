@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
-_ALLOWED = "allowed: a ...ForCausalLM model"
+_ALLOWED_MODELS = "allowed: a ...ForCausalLM model"
 # Attention that sees the whole text at once, unless config.json says is_decoder.
 _ENCODERS = {
     *("albert", "bert", "bert-generation", "big_bird", "camembert", "convbert", "data2vec-text", "deberta"),
@@ -39,14 +39,14 @@ def unfit(config: Mapping[str, Any]) -> str | None:
     senses = list(filter(config.get, _SENSES))
     if senses:
         keys = ", ".join(senses)
-        return f"found {found}, which reads more than text ({keys}); {_ALLOWED} that reads text alone"
+        return f"found {found}, which reads more than text ({keys}); {_ALLOWED_MODELS} that reads text alone"
     known_with_decoder = kind in _ENCODER_DECODERS and not is_causal
     if known_with_decoder or config.get("is_encoder_decoder"):
-        return f"found {found}, an encoder with a decoder; {_ALLOWED}"
+        return f"found {found}, an encoder with a decoder; {_ALLOWED_MODELS}"
     if kind in _ENCODERS and not config.get("is_decoder"):
-        return f"found {found}, an encoder: every token sees the whole text; {_ALLOWED}"
+        return f"found {found}, an encoder: every token sees the whole text; {_ALLOWED_MODELS}"
     if names and not is_causal:
-        return f"found {found}; {_ALLOWED}"
+        return f"found {found}; {_ALLOWED_MODELS}"
     return None
 
 

@@ -12,17 +12,17 @@ from methods.parts.targets import is_named
 from orchestrator.errors import InputError
 from orchestrator.planning import base_folder, quantised, vocabulary
 from orchestrator.planning.architecture import foreign_code, unfit
-from orchestrator.planning.model import ADAPTER, Model, folder_of, locate
+from orchestrator.planning.model import ADAPTER_CONFIG, Model, folder_of_base, locate
 from runfolder.job import Base, Job
 
-# Bases known to let the documents of a packed row see each other; the trainer finds others (see trainer/apart.py).
+# Bases known to let the documents of a packed row see each other; trainer/document_leak.py finds others.
 _SEE_EACH_OTHER = {"bloom", "falcon", "mamba", "mpt", "opt"}
 _UNQUANTISED = "take the unquantised base, and method qlora"
 
 
 def find_model(job: Job) -> Model:
     """The base, in its folder, the cache, or on the hub; raises InputError when it could not be loaded."""
-    folder = folder_of(job.base)
+    folder = folder_of_base(job.base)
     if folder is not None and not (folder / "config.json").exists():
         reason = base_folder.without_config(folder)
         raise InputError(f"base.model: {folder}: {reason}")
@@ -66,8 +66,9 @@ def misfits(job: Job, model: Model) -> list[str]:
     if model.in_4_bits:
         problems += _in_4_bits(job, model)
     if not job.method.makes_model and _holds_adapter(model):
-        beside = f"it holds an adapter too ({ADAPTER}), which whoever loads the base for this run's adapter would get"
-        problems.append(f"base.model: {model.folder}: {beside} with it; move that away")
+        beside = f"it holds an adapter too ({ADAPTER_CONFIG})"
+        consequence = "which whoever loads the base for this run's adapter would get with it"
+        problems.append(f"base.model: {model.folder}: {beside}, {consequence}; move that away")
     problems += _new_tokens(job, model)
     problems += _refused_by_method(job, model)
     return problems
@@ -82,7 +83,7 @@ def _refused_by_method(job: Job, model: Model) -> Iterator[str]:
     if not model.shapes:
         return
     try:
-        job.method.trained(model.linears, model.others)
+        job.method.trained_parameters(model.linears, model.other_shapes)
     except ValueError as error:
         yield f"method: {error}"
 
@@ -91,10 +92,10 @@ def _holds_adapter(model: Model) -> bool:
     """Whether an adapter lies in the folder of the base."""
     if model.folder is None:
         return False
-    return (model.folder / ADAPTER).exists()
+    return (model.folder / ADAPTER_CONFIG).exists()
 
 
-def warnings(job: Job, model: Model) -> list[str]:
+def base_warnings(job: Job, model: Model) -> list[str]:
     """What is no reason to stop, but should be known of a base."""
     texts = []
     kind = model.config["model_type"]
@@ -102,12 +103,13 @@ def warnings(job: Job, model: Model) -> list[str]:
     if "auto_map" in model.config:
         texts.append(f"its own code (auto_map) is not run; transformers' own {kind} is")
     if _holds_adapter(model):
-        texts.append(f"it holds an adapter too ({ADAPTER}), which is left out")
+        texts.append(f"it holds an adapter too ({ADAPTER_CONFIG}), which is left out")
     if model.unread:
         texts.append(_about_unread(model.unread))
-    new = vocabulary.outside(model)
+    new = vocabulary.tokens_without_embedding(model)
     if new:
-        token, id_ = next(iter(new.items()))
+        first = next(iter(new.items()))
+        token, id_ = first
         number = len(new)
         rows = f"the base has {model.embeddings} embeddings, its tokenizer {number} tokens beyond them"
         texts.append(f"{rows}, like {token!r} (id {id_}); base.resize_embeddings adds them")
@@ -186,7 +188,7 @@ def _longer_weights(model: Model) -> list[str]:
     """The weights that get new rows."""
     longer = []
     for name, shape in model.shapes.items():
-        if shape != model.own_shapes[name]:
+        if shape != model.base_shapes[name]:
             longer.append(name)
     return longer
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.planning.llama import LLAMA_LIKE
-from orchestrator.planning.model import ADAPTER, Model
+from orchestrator.planning.model import ADAPTER_CONFIG, Model
 from orchestrator.planning.safetensors import Shapes, weight_files
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -16,7 +16,7 @@ _NO_WEIGHTS = {"training_args.bin", "optimizer.pt", "scheduler.pt", "adapter_mod
 
 def without_config(folder: Path) -> str:
     """What a folder is that has no config.json."""
-    if (folder / ADAPTER).exists():
+    if (folder / ADAPTER_CONFIG).exists():
         return _an_adapter(folder)
     for inside in ("merged", "output", "output/merged"):
         if (folder / inside / "config.json").exists():
@@ -43,13 +43,13 @@ def _an_adapter(folder: Path) -> str:
     merged = folder / "merged"
     if (merged / "config.json").exists():
         fix = f"name {named_base}, or the merged model in {merged}"
-    return f"found an adapter ({ADAPTER}) and no base; {fix}"
+    return f"found an adapter ({ADAPTER_CONFIG}) and no base; {fix}"
 
 
 def _base_of_adapter(folder: Path) -> object:
     """The base that an adapter names; None where it names none."""
     try:
-        config = json.loads((folder / ADAPTER).read_text())
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
         return config["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -71,7 +71,7 @@ def lacks(model: Model, folder: Path) -> str | None:
 
 def _without_weights(folder: Path, has_tokenizer: bool) -> str:
     """What a folder with config.json holds instead of the weights that are read."""
-    if (folder / ADAPTER).exists():
+    if (folder / ADAPTER_CONFIG).exists():
         return _an_adapter(folder)
     weights = _other_weights(folder)
     if not weights:

@@ -4,25 +4,28 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import InputError
 from orchestrator.planning import spec
 from orchestrator.planning.model import Model
 from orchestrator.tracking.environment import PACKAGES
 from orchestrator.tracking.password import without_secrets
-from runfolder.digests import digests
+from runfolder.digests import Digests, digests
 from runfolder.job import Job
-from runfolder.sources import Here, parse
+from runfolder.site import Site
+from runfolder.sources import SubmitterFile, parse_source
 
-Source = str | Path | Mapping[str, Any] | Job
+JobSource = str | Path | Mapping[str, Any] | Job
+Sent = Callable[[str, int, int], None]  # a file, the bytes of it that are there, and their number
 
 _GIT_TIMEOUT_S = 5.0
 
 
-def read(source: Source, overrides: Iterable[str] = ()) -> tuple[Job, Path]:
+def read_job(source: JobSource, overrides: Iterable[str] = ()) -> tuple[Job, Path]:
     """A job with absolute paths, and the folder that it was written in; raises InputError."""
     folder = Path.cwd()
     if isinstance(source, Job):
@@ -31,7 +34,7 @@ def read(source: Source, overrides: Iterable[str] = ()) -> tuple[Job, Path]:
         job = spec.validate(dict(source), overrides)
     else:
         folder = Path(source).absolute().parent
-        job = spec.read(Path(source), overrides)
+        job = spec.read_job_file(Path(source), overrides)
     return absolute(job, folder), folder
 
 
@@ -50,7 +53,33 @@ def absolute(job: Job, folder: Path) -> Job:
     return job.model_copy(update={"data": data, "base": base})
 
 
-def record(job: Job, model: Model, cluster: str, folder: Path) -> dict[str, Any]:
+def input_digests(job: Job, model: Model, site: Site) -> Digests:
+    """The digests of a job's data and base; `site` knows those of the cluster's own files. Raises InputError."""
+    try:
+        return digests(job, model.folder, site.digest)
+    except ValueError as error:
+        raise InputError(f"data: {error}") from None
+
+
+def brought(job: Job, model: Model, site: Site, sent: Sent) -> Job:
+    """The job with its files where the runs are, as paths there; `sent` is told how far each has come."""
+
+    def bring(path: Path) -> str:
+        there = site.bring(path, lambda done, total: sent(path.name, done, total))
+        return str(there)
+
+    sources = {"train": job.data.train, "eval": job.data.eval}
+    for key, source in sources.items():
+        if source and isinstance(parse_source(source), SubmitterFile):
+            sources[key] = bring(Path(source))
+    data = job.data.model_copy(update=sources)
+    base = job.base
+    if model.folder is not None and Path(base.model).is_dir():
+        base = base.model_copy(update={"model": bring(model.folder)})
+    return job.model_copy(update={"data": data, "base": base})
+
+
+def frozen_record(job: Job, model: Model, cluster: str, folder: Path, of_inputs: Digests) -> dict[str, Any]:
     """What RUN_DIR/job.yaml says beside the run id; nothing in it is secret."""
     submitted = time.time()
     hidden_size = model.config.get("hidden_size")
@@ -58,7 +87,7 @@ def record(job: Job, model: Model, cluster: str, folder: Path) -> dict[str, Any]
         "cluster": cluster,
         "submitted": submitted,
         "versions": versions(),
-        "digests": digests(job, model.folder),
+        "digests": of_inputs,
         "git": git_state(folder),
         "job": without_secrets(job).at_width(hidden_size).dump(),
     }
@@ -90,7 +119,7 @@ def _absolute_source(source: str, folder: Path) -> str:
     path = _existing(source, folder)
     if path is not None:
         return str(path)
-    if isinstance(parse(source), Here):
+    if isinstance(parse_source(source), SubmitterFile):
         return str(_absolute_path(source, folder))
     return source
 

@@ -12,7 +12,7 @@ from orchestrator.errors import InputError
 from orchestrator.planning.model import HUB_ID
 from runfolder.job import Base
 
-_TIMEOUT_S = 3.0  # submitting must not hang on a dead network
+_HUB_TIMEOUT_S = 3.0  # submitting must not hang on a dead network
 
 
 class _TokenStays(HTTPRedirectHandler):
@@ -45,7 +45,7 @@ def fetch_config(base: Base) -> dict[str, Any]:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     try:
         request = _config_request(endpoint, base)
-        with build_opener(_TokenStays).open(request, timeout=_TIMEOUT_S) as answer:
+        with build_opener(_TokenStays).open(request, timeout=_HUB_TIMEOUT_S) as answer:
             config = json.loads(answer.read())
     except HTTPError as error:
         refusal = _refusal(error.code)

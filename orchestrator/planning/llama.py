@@ -6,16 +6,16 @@ Names of dimensions: V vocabulary, H hidden size, F feed-forward size, Q and K s
 from collections.abc import Iterator
 from typing import Any
 
-from orchestrator.planning.safetensors import Shape
+from orchestrator.planning.safetensors import TensorShape
 
 Config = dict[str, Any]  # what config.json holds
-Parameters = Iterator[tuple[str, Shape]]  # names and shapes
+Parameters = Iterator[tuple[str, TensorShape]]  # names and shapes
 
 # Values of model_type whose shapes follow from their config.
 LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3"}
 
 
-def shapes(config: Config) -> dict[str, Shape]:
+def llama_shapes(config: Config) -> dict[str, TensorShape]:
     """Parameter name -> shape; raises KeyError, TypeError or ZeroDivisionError for a wrong config."""
     found = dict(_parameters(config))
     for name, shape in found.items():
@@ -53,7 +53,7 @@ def _layer_parameters(config: Config) -> Parameters:
     yield "post_attention_layernorm.weight", (H,)
 
 
-def _layer_linears(config: Config) -> list[tuple[str, Shape, bool]]:
+def _layer_linears(config: Config) -> list[tuple[str, TensorShape, bool]]:
     """Name, shape [out, in] and whether there is a bias, of every linear layer of one layer."""
     H = config["hidden_size"]
     F = config["intermediate_size"]

@@ -12,16 +12,16 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 
-from methods.options.base import packed, size
+from methods.options.base import element_count, four_bit_bytes
 from methods.parts.targets import Linears, is_linear
 from orchestrator.errors import InputError
 from orchestrator.planning import llama, quantised
 from orchestrator.planning.llama import Config
-from orchestrator.planning.safetensors import Shape, Shapes, Tensor, read_header, weight_files
+from orchestrator.planning.safetensors import Shapes, Tensor, TensorShape, read_header, weight_files
 from runfolder.job import Base
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-ADAPTER = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 TRANSPOSED = {"gpt2", "openai-gpt"}  # bases whose linear layers hold their weight as [in, out]
 # Weights with a row for each token: embeddings, though not those of positions, and the head with its bias.
 _VOCABULARY = re.compile(r"(^|\.)(?!\w*position)(\w*embed(d?ings?|_tokens|_in|_out)|wte|lm_head)\.(weight|bias)$")
@@ -40,13 +40,13 @@ class Model:
     config: Config
     folder: Path | None = None
     scratch: bool = False
-    rows: int | None = None  # of the embeddings, where the job has them made longer
+    embedding_rows: int | None = None  # of the embeddings, where the job has them made longer
 
     @property
     def embeddings(self) -> int | None:
         """How many token ids it has an embedding for; None when its config.json does not say."""
-        if self.rows:
-            return self.rows
+        if self.embedding_rows:
+            return self.embedding_rows
         text_config = self.config.get("text_config")
         config = text_config if isinstance(text_config, dict) else self.config
         vocab_size = config.get("vocab_size")
@@ -55,29 +55,29 @@ class Model:
     @cached_property
     def shapes(self) -> Shapes:
         """Parameter name -> shape, the embeddings as long as the job wants them; {} when unknown."""
-        shapes = dict(self.own_shapes)
-        if self.rows is None:
+        shapes = dict(self.base_shapes)
+        if self.embedding_rows is None:
             return shapes
-        V = replace(self, rows=None).embeddings
-        for name, shape in self.own_shapes.items():
+        V = replace(self, embedding_rows=None).embeddings
+        for name, shape in self.base_shapes.items():
             if _VOCABULARY.search(name) and shape[0] == V:
-                shapes[name] = (self.rows, *shape[1:])
+                shapes[name] = (self.embedding_rows, *shape[1:])
         return shapes
 
     @property
     def added(self) -> int:
         """How many weights the job has added to embeddings and head."""
-        return count(self.shapes) - count(self.own_shapes)
+        return parameter_count(self.shapes) - parameter_count(self.base_shapes)
 
     @cached_property
-    def own_shapes(self) -> Shapes:
+    def base_shapes(self) -> Shapes:
         """As the base comes: from the weights where there are some, else from the config."""
         if self.tensors:
             return self._shapes_in_files()
         if self.config.get("model_type") not in llama.LLAMA_LIKE:
             return {}
         try:
-            return llama.shapes(self.config)
+            return llama.llama_shapes(self.config)
         except (KeyError, TypeError, ZeroDivisionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"base: its config.json gives no shapes ({reason})") from None
@@ -88,7 +88,7 @@ class Model:
         for name in self.unread:
             del tensors[name]
         if self.in_4_bits:
-            return quantised.shapes(tensors)
+            return quantised.unpacked_shapes(tensors)
         shapes: Shapes = {}
         for name, tensor in tensors.items():
             shapes[name] = tensor.shape
@@ -133,7 +133,7 @@ class Model:
         return linears
 
     @property
-    def others(self) -> Shapes:
+    def other_shapes(self) -> Shapes:
         """The shape of every other weight, by parameter name."""
         others: Shapes = {}
         for name, shape in self.shapes.items():
@@ -150,12 +150,12 @@ class Model:
 
     def frozen_bytes(self, element: int) -> tuple[int, int]:
         """Bytes of a base that is in 4 bits already: what ZeRO 3 shares, of `element` bytes each, and the packed."""
-        matrices = quantised.packed(self.config, self.linears)
+        matrices = quantised.packed_linears(self.config, self.linears)
         settings = self.config["quantization_config"]
         double = bool(settings.get("bnb_4bit_use_double_quant"))
-        unpacked = count(self.shapes) - size(matrices)
+        unpacked = parameter_count(self.shapes) - element_count(matrices)
         shared = unpacked * element
-        held = packed(matrices, double)
+        held = four_bit_bytes(matrices, double)
         return shared, held
 
     @cached_property
@@ -172,21 +172,21 @@ class Model:
 
 def locate(base: Base) -> Model | None:
     """The base in its folder, or in the local cache of the hub; None when it is a hub id that is not there."""
-    folder = folder_of(base)
+    folder = folder_of_base(base)
     if folder is None:
         return None
     config = _read_config(folder / "config.json")
     return Model(config, folder, base.init == "scratch")
 
 
-def folder_of(base: Base) -> Path | None:
+def folder_of_base(base: Base) -> Path | None:
     """The folder that a base names, or where the local cache of the hub has it; None when it is not there."""
     folder = Path(base.model)
     return folder if folder.is_dir() else _cached_snapshot(base)
 
 
-def count(shapes: Mapping[str, Shape]) -> int:
-    """The number of parameters."""
+def parameter_count(shapes: Mapping[str, TensorShape]) -> int:
+    """The number of parameters that have these shapes."""
     sizes = map(prod, shapes.values())
     return sum(sizes)
 
@@ -214,7 +214,7 @@ def _cached_snapshot(base: Base) -> Path | None:
     if not commit:
         return None
     snapshot = repository / "snapshots" / commit
-    for name in ("config.json", ADAPTER):
+    for name in ("config.json", ADAPTER_CONFIG):
         if (snapshot / name).exists():
             return snapshot
     return None

@@ -5,13 +5,14 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
-from orchestrator.planning.freeze import Source, read
-from orchestrator.planning.model import Model, count
-from orchestrator.planning.preflight import check, has_gpus
-from orchestrator.planning.survey import Progress, Rows
+from clusters.machine import total_capacity
+from orchestrator.planning.freeze import JobSource, read_job
+from orchestrator.planning.model import Model, parameter_count
+from orchestrator.planning.preflight import check_job, has_gpus
+from orchestrator.planning.survey import SourceProgress, SourceRows
 from runfolder.job import Job
 
-State = tuple[int, int]  # bytes of the optimizer's state: what ZeRO shares, and what it does not
+OptimizerBytes = tuple[int, int]  # bytes of the optimizer's state: what ZeRO shares, and what it does not
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The bytes of all of them together."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -58,24 +59,26 @@ class Plan:
     warnings: tuple[str, ...]
 
     def dump(self) -> dict[str, Any]:
-        """As plain data."""
+        """The plan as plain data, for JSON."""
         return asdict(self)
 
 
-def plan(source: Source, overrides: Iterable[str] = (), progress: Progress = lambda _source, _rows: None) -> Plan:
+def plan(
+    source: JobSource, overrides: Iterable[str] = (), progress: SourceProgress = lambda _source, _rows: None
+) -> Plan:
     """The plan of a job; raises InputError when it could not run.
 
     `progress` is called with a data source and the number of its rows that are looked at.
     """
-    job, _ = read(source, overrides)
-    findings = check(job, progress)
+    job, _ = read_job(source, overrides)
+    findings = check_job(job, progress)
     return Plan(
         name=job.name,
         base=job.base.model,
         method=job.method.kind,
-        workers=job.resources.world,
+        workers=job.resources.world_size,
         zero=job.sharding.zero,
-        precision=precision(job),
+        precision=planned_precision(job),
         rows=_count(findings.train),
         eval_rows=_count(findings.eval),
         batch_tokens=job.train.batch_tokens,
@@ -87,23 +90,23 @@ def plan(source: Source, overrides: Iterable[str] = (), progress: Progress = lam
     )
 
 
-def _count(rows: Rows | None) -> int | None:
+def _count(rows: SourceRows | None) -> int | None:
     return rows.count if rows else None
 
 
 def _micro_batches(job: Job) -> int:
     """Forward passes per worker and step, when every batch is full."""
-    sequences = job.resources.world * job.train.micro_batch
+    sequences = job.resources.world_size * job.train.micro_batch
     tokens_per_pass = sequences * job.data.seq_len
     passes = job.train.batch_tokens / tokens_per_pass
     return ceil(passes)
 
 
-def precision(job: Job) -> str:
+def planned_precision(job: Job) -> str:
     """bf16 or fp32, as the job says or as its workers have GPUs."""
     if job.train.precision != "auto":
         return job.train.precision
-    return "bf16" if has_gpus(job) else "fp32"
+    return "bf16" if has_gpus(job, total_capacity()[0]) else "fp32"
 
 
 def sizes(job: Job, model: Model) -> Sizes | None:
@@ -112,16 +115,18 @@ def sizes(job: Job, model: Model) -> Sizes | None:
         return None
     method = job.method
     linears = model.linears
-    others = model.others
-    new_rows = 0 if method.makes_model else model.added
-    added = method.adds(linears, others) + new_rows
-    trained = method.trained(linears, others) + new_rows
+    others = model.other_shapes
+    new_rows = model.added
+    if method.makes_model:  # its weights have them already
+        new_rows = 0
+    added = method.added_parameters(linears, others) + new_rows
+    trained = method.trained_parameters(linears, others) + new_rows
     shared, held = _frozen_bytes(job, model)
     state = method.optimizer_bytes(linears, others)
     zero = job.sharding.zero
-    workers = job.resources.world
+    workers = job.resources.world_size
     per_worker = memory(shared, held, trained, state, zero, workers)
-    parameters = count(model.shapes) + added
+    parameters = parameter_count(model.shapes) + added
     return Sizes(parameters, trained, per_worker, held)
 
 
@@ -129,16 +134,16 @@ def _frozen_bytes(job: Job, model: Model) -> tuple[int, int]:
     """Bytes of the frozen weights: those that ZeRO 3 shares, those that every worker holds."""
     # Frozen weights keep the dtype of the forward pass; those of a method that leaves a model are fp32 throughout.
     element = 4
-    if precision(job) == "bf16" and not job.method.makes_model:
+    if planned_precision(job) == "bf16" and not job.method.makes_model:
         element = 2
     if model.in_4_bits:
         return model.frozen_bytes(element)
     linears = model.linears
-    others = model.others
+    others = model.other_shapes
     return job.method.frozen_bytes(linears, others, element)
 
 
-def memory(shared: int, held: int, trained: int, state: State, zero: int, world: int) -> Memory:
+def memory(shared: int, held: int, trained: int, state: OptimizerBytes, zero: int, world_size: int) -> Memory:
     """Bytes per worker, from the number of trained parameters and the bytes of frozen weights and optimizer `state`.
 
     Trained weights and gradients are fp32. ZeRO 1 and 2 keep an fp32 copy of each worker's part; ZeRO 3 shares the
@@ -146,9 +151,9 @@ def memory(shared: int, held: int, trained: int, state: State, zero: int, world:
     """
     state_shared, state_held = state
     whole = 4 * trained
-    part = 4 * ceil(trained / world)
+    part = 4 * ceil(trained / world_size)
     weights = held + shared + whole
-    state_part = ceil(state_shared / world) + state_held
+    state_part = ceil(state_shared / world_size) + state_held
     optimizer = part + state_part
     match zero:
         case 0:
@@ -157,12 +162,12 @@ def memory(shared: int, held: int, trained: int, state: State, zero: int, world:
             return Memory(weights, whole, optimizer)
         case 2:
             return Memory(weights, part, optimizer)
-    shared_part = ceil(shared / world)
+    shared_part = ceil(shared / world_size)
     weights = held + shared_part + part
     return Memory(weights, part, optimizer)
 
 
-def _estimated_steps(job: Job, train: Rows | None) -> int | None:
+def _estimated_steps(job: Job, train: SourceRows | None) -> int | None:
     if train is None or job.train.epochs is None:
         return None
     tokens = job.train.epochs * train.tokens

@@ -4,15 +4,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from clusters.machine import room
+from clusters.base import Capacity
+from clusters.machine import total_capacity
 from orchestrator.errors import InputError
 from orchestrator.planning import base
 from orchestrator.planning.model import Model
-from orchestrator.planning.survey import Looked, Progress, Rows, look, missing, writes_date
+from orchestrator.planning.survey import Looked, SourceProgress, SourceRows, look, missing_packages, writes_date
 from orchestrator.tracking.store import check_uri
 from runfolder.job import Job
-from trainer.data.survey import Survey, unknown_id
-from trainer.data.survey import warnings as row_warnings
+from runfolder.sources import ClusterFile, parse_source
+from trainer.data.survey import Survey, row_warnings, unknown_id
 
 _FEW_STEPS = 20  # below these, warm-up and schedule are a matter of chance
 _ENOUGH_STEPS = 100
@@ -23,18 +24,27 @@ class Findings:
     """What the checks learned on their way. Rows are None for a source that cannot be read from here."""
 
     model: Model
-    train: Rows | None
-    eval: Rows | None
+    train: SourceRows | None
+    eval: SourceRows | None
     warnings: tuple[str, ...]
 
 
-def check(job: Job, progress: Progress = lambda _source, _rows: None) -> Findings:
+def check_job(
+    job: Job,
+    progress: SourceProgress = lambda _source, _rows: None,
+    capacity: Capacity | None = None,
+    is_here: bool = True,
+) -> Findings:
     """Look at data, base, batch and tracking; raises InputError with one line per problem.
 
-    `progress` is called with a source and the number of its rows that are done.
+    `progress` is called with a source and the number of its rows that are done. `capacity` is what the workers will
+    find, by default this machine's; `is_here` says whether the cluster's files are this machine's.
     """
-    model, base_problems = _base(job)
-    looked = look(job, model, progress)
+    if capacity is None:
+        kind, total = total_capacity()
+        capacity = Capacity(kind, total, total)
+    model, base_problems = _checked_base(job)
+    looked = look(job, model, progress, is_here)
     problems = list(looked.problems)
     if model is not None:
         problems += _unknown_ids(model, looked)
@@ -44,15 +54,15 @@ def check(job: Job, progress: Progress = lambda _source, _rows: None) -> Finding
     if problems or model is None:
         lines = dict.fromkeys(problems)  # each once
         raise InputError("\n".join(lines))
-    warnings = _layout_warnings(job)
-    warnings += base.warnings(job, model)
-    warnings += _row_warnings(job, model, looked)
+    warnings = _layout_warnings(job, capacity)
+    warnings += base.base_warnings(job, model)
+    warnings += _data_warnings(job, model, looked)
     train = looked.rows["train"]
     evaluation = looked.rows["eval"]
     return Findings(model, train, evaluation, tuple(warnings))
 
 
-def _base(job: Job) -> tuple[Model | None, list[str]]:
+def _checked_base(job: Job) -> tuple[Model | None, list[str]]:
     """The base, and what is wrong with it for this job."""
     try:
         model = base.find_model(job)
@@ -89,22 +99,18 @@ def _tracking_problems(job: Job) -> list[str]:
     return []
 
 
-def has_gpus(job: Job) -> bool:
-    """Whether the workers of this job get GPUs: as it says, else as this machine has them."""
-    if job.resources.gpus_per_node is not None:
-        return True
-    kind, _ = room()
-    return kind == "gpu"
+def has_gpus(job: Job, kind: str) -> bool:
+    """Whether the workers of this job get GPUs: as it says, else as its cluster's kind of capacity is."""
+    return job.resources.gpus_per_node is not None or kind == "gpu"
 
 
-def _layout_warnings(job: Job) -> list[str]:
+def _layout_warnings(job: Job, capacity: Capacity) -> list[str]:
     """What a user should know of the machine and the layout that the job asks for, and of its method on them."""
     warnings = []
-    kind, total = room()
-    workers = job.resources.world
-    if kind == "cpu" and workers > total:
-        warnings.append(f"resources: {workers} workers share the {total} cores of this machine")
-    if job.train.precision == "bf16" and not has_gpus(job):
+    workers = job.resources.world_size
+    if capacity.kind == "cpu" and workers > capacity.total:
+        warnings.append(f"resources: {workers} workers share the {capacity.total} cores of this machine")
+    if job.train.precision == "bf16" and not has_gpus(job, capacity.kind):
         warnings.append("train.precision: bf16 on a CPU can be twenty times slower than fp32")
     holds_all_state = job.sharding.zero == 0 and workers > 1
     if job.method.makes_model and holds_all_state:
@@ -116,7 +122,7 @@ def _layout_warnings(job: Job) -> list[str]:
     return warnings
 
 
-def _row_warnings(job: Job, model: Model, looked: Looked) -> Iterator[str]:
+def _data_warnings(job: Job, model: Model, looked: Looked) -> Iterator[str]:
     """What a user should know of the rows before they are trained on."""
     for key, rows in looked.rows.items():
         if rows is None or not rows.survey:
@@ -126,7 +132,10 @@ def _row_warnings(job: Job, model: Model, looked: Looked) -> Iterator[str]:
             yield f"data.{key}: {text}"
     train = looked.rows["train"]
     if train is None:
-        yield "data.train: a hub dataset; its rows are first looked at by the workers"
+        source = "a hub dataset"
+        if isinstance(parse_source(job.data.train), ClusterFile):
+            source = "a file of the cluster"
+        yield f"data.train: {source}; its rows are first looked at by the workers"
         return
     if train.survey is None:
         reason = looked.failure or _why_not_looked_at(model)
@@ -145,7 +154,7 @@ def _writes_todays_date(job: Job, model: Model, survey: Survey) -> bool:
 
 def _why_not_looked_at(model: Model) -> str:
     """Why the rows were not looked at as tokens, where nothing failed."""
-    packages = missing()
+    packages = missing_packages()
     if packages:
         names = ", ".join(packages)
         return f"{names} not installed: pip install 'fleetune[data]'"

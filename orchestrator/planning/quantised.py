@@ -12,7 +12,7 @@ from typing import Any
 
 from methods.parts.targets import Linears
 from orchestrator.errors import InputError
-from orchestrator.planning.safetensors import Shape, Shapes, Tensor
+from orchestrator.planning.safetensors import Shapes, Tensor, TensorShape
 
 FOUR_BITS = "bitsandbytes, 4 bits"
 _UNKNOWN_METHOD = "an unknown method"
@@ -27,10 +27,10 @@ def method(config: Mapping[str, Any]) -> str | None:
         return None
     if not isinstance(settings, Mapping):
         return _UNKNOWN_METHOD
-    name = settings.get("quant_method")
-    if not name:
-        name = "bitsandbytes" if "load_in_4bit" in settings else _UNKNOWN_METHOD
-    name = str(name)
+    by_default = _UNKNOWN_METHOD
+    if "load_in_4bit" in settings:
+        by_default = "bitsandbytes"
+    name = str(settings.get("quant_method") or by_default)
     if name != "bitsandbytes":
         return name
     if settings.get("load_in_4bit"):
@@ -44,7 +44,7 @@ def are_packed(names: Iterable[str]) -> bool:
     return any(matches)
 
 
-def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+def unpacked_shapes(tensors: Mapping[str, Tensor]) -> Shapes:
     """The shape of every weight in files of a base in 4 bits: what the packed ones stand for, and of the others."""
     unpacked: Shapes = {}
     for name, tensor in tensors.items():
@@ -58,7 +58,7 @@ def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
     return stored | unpacked
 
 
-def packed(config: Mapping[str, Any], linears: Linears) -> Linears:
+def packed_linears(config: Mapping[str, Any], linears: Linears) -> Linears:
     """Those of a base's linear layers that are in 4 bits: all but the ones that its config.json leaves out."""
     settings = config["quantization_config"]
     left_out = settings.get("llm_int8_skip_modules") or ()
@@ -78,7 +78,7 @@ def _is_beside(name: str, packed: Iterable[str]) -> bool:
     return weight in packed
 
 
-def _shape_in_state(state: Tensor) -> Shape:
+def _shape_in_state(state: Tensor) -> TensorShape:
     """The shape of a weight, as its quantisation state holds it."""
     with state.file.open("rb") as stream:
         stream.seek(state.begin)

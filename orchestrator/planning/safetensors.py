@@ -11,9 +11,9 @@ from typing import Any
 
 from orchestrator.errors import InputError
 
-Shape = tuple[int, ...]
-Shapes = dict[str, Shape]  # by parameter name
-Entry = dict[str, Any]  # what a header says of a tensor
+TensorShape = tuple[int, ...]
+Shapes = dict[str, TensorShape]  # by parameter name
+HeaderEntry = dict[str, Any]  # what a header says of a tensor
 
 _LENGTH_BYTES = 8  # in front of the header, its length
 _LARGEST_HEADER = 100_000_000  # bytes, as safetensors itself limits it
@@ -24,7 +24,7 @@ class Tensor:
     """Where a tensor lies: `size` bytes from byte `begin` of a file."""
 
     name: str
-    shape: Shape
+    shape: TensorShape
     file: Path
     begin: int
     size: int
@@ -80,14 +80,14 @@ def read_header(path: Path) -> Iterator[Tensor]:
     yield from tensors
 
 
-def _entries(header: bytes) -> dict[str, Entry]:
+def _entries(header: bytes) -> dict[str, HeaderEntry]:
     """What a header says of each tensor, by its name."""
     entries = dict(json.loads(header).items())
     entries.pop("__metadata__", None)
     return entries
 
 
-def _tensor(path: Path, data_begin: int, name: str, entry: Entry) -> Tensor:
+def _tensor(path: Path, data_begin: int, name: str, entry: HeaderEntry) -> Tensor:
     """A tensor by its entry in the header of a file whose data begins at the byte `data_begin`."""
     offsets = entry["data_offsets"]
     begin, end = map(int, offsets)

@@ -19,7 +19,7 @@ SHORT = {"base": "model", "data": "train", "method": "kind"}
 _DOTTED_KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
 _EXPONENT_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
-Plain = dict[str, Any]  # a job as YAML has it, before it is validated
+PlainJob = dict[str, Any]  # a job as YAML has it, before it is validated
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,13 +51,13 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT_FLOAT, list("-+.0123456789"))
 
 
-def read(path: Path, overrides: Iterable[str] = ()) -> Job:
+def read_job_file(path: Path, overrides: Iterable[str] = ()) -> Job:
     """The job in a file, with `key=value` overrides applied; raises InputError."""
-    plain = load(path)
+    plain = load_yaml(path)
     return validate(plain, overrides, str(path))
 
 
-def validate(plain: Plain, overrides: Iterable[str] = (), source: str = "job") -> Job:
+def validate(plain: PlainJob, overrides: Iterable[str] = (), source: str = "job") -> Job:
     """The job in plain data, with overrides applied; raises InputError with one line per error."""
     plain = _spelled_out(plain)
     for override in overrides:
@@ -71,17 +71,17 @@ def validate(plain: Plain, overrides: Iterable[str] = (), source: str = "job") -
         raise InputError("\n".join(lines)) from None
 
 
-def load(path: Path) -> Plain:
+def load_yaml(path: Path) -> PlainJob:
     """The mapping in a YAML file, unvalidated."""
     text = _read_text(path)
-    plain = parse(text, str(path))
+    plain = parse_yaml(text, str(path))
     if not isinstance(plain, dict):
         kind = "nothing" if plain is None else type(plain).__name__
         raise InputError(f"{path}: found {kind}; allowed: a mapping of keys like name, base, method, data, train")
     return plain
 
 
-def parse(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
     """The value of a YAML text; raises InputError with the line."""
     try:
         return yaml.load(text, Loader=_Loader)
@@ -110,7 +110,7 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
-def _spelled_out(plain: Plain) -> Plain:
+def _spelled_out(plain: PlainJob) -> PlainJob:
     """Bare strings as the mappings that they stand for."""
     spelled_out = dict(plain)
     for key, inner_key in SHORT.items():
@@ -120,13 +120,13 @@ def _spelled_out(plain: Plain) -> Plain:
     return spelled_out
 
 
-def _override(plain: Plain, text: str) -> Plain:
+def _override(plain: PlainJob, text: str) -> PlainJob:
     """A copy with one dotted key set; the mappings on its way are made."""
     key, equals, value_text = text.partition("=")
     source = f"--set {text}"
     if not equals or not _DOTTED_KEY.fullmatch(key):
         raise InputError(f"{source}: write key=value, like train.lr=3e-4")
-    value = parse(value_text, source)
+    value = parse_yaml(value_text, source)
     *parents, last = key.split(".")
     overridden = dict(plain)
     mapping = overridden

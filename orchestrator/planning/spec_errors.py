@@ -11,29 +11,30 @@ from pydantic import BaseModel, ValidationError
 from methods.options import KINDS, UNUSABLE
 from runfolder.job import Job
 
-Path = tuple[str | int, ...]
+FieldPath = tuple[str | int, ...]
 ModelType = type[BaseModel]
 _LONGEST_WORD = 80  # characters: what is longer is no typing error of a name
 _LONGEST_VALUE = 200  # characters of a value in a message
 
 
-def explain(error: ValidationError, plain: Any) -> list[str]:
-    """One line per field that is wrong; `plain` is the data that was validated."""
-    problems_by_path: dict[Path, list[Any]] = {}
+def explain(error: ValidationError, plain: Any, root: ModelType = Job) -> list[str]:
+    """One line per field that is wrong; `plain` is the data that was validated, as the model `root`."""
+    problems_by_path: dict[FieldPath, list[Any]] = {}
     for problem in error.errors(include_url=False):
-        path = _path(problem["loc"], plain)
+        path = _field_path(problem["loc"], plain, root)
         if problem["type"].startswith("union_tag"):
             path = (*path, "kind")
-        problems_by_path.setdefault(path, []).append(problem)
+        problems = problems_by_path.setdefault(path, [])
+        problems.append(problem)
     lines = []
     for path, problems in problems_by_path.items():
         field = ".".join(map(str, path)) or "job"
-        explanation = _explanation(path, problems, plain)
+        explanation = _explanation(path, problems, plain, root)
         lines.append(f"{field}: {explanation}")
     return lines
 
 
-def nearest(word: object, among: Iterable[str]) -> str:
+def did_you_mean(word: object, among: Iterable[str]) -> str:
     """`did you mean 'lora'? `, or nothing."""
     if not isinstance(word, str) or len(word) > _LONGEST_WORD:
         return ""
@@ -43,24 +44,26 @@ def nearest(word: object, among: Iterable[str]) -> str:
     return f"did you mean {matches[0]!r}? "
 
 
-def _explanation(path: Path, problems: list[Any], plain: Any) -> str:
+def _explanation(path: FieldPath, problems: list[Any], plain: Any, root: ModelType) -> str:
     """What was found in a field and what is allowed there, from all that pydantic says of it."""
     kind = problems[0]["type"]
     if kind == "extra_forbidden":
-        return _unknown_key(path, plain)
+        return _unknown_key(path, plain, root)
     value = _value_at(plain, path)
     seen = _seen(kind, value)
     if kind == "value_error":
         message = str(problems[0]["msg"])
         message = message.removeprefix("Value error, ")
-        return seen + message if isinstance(value, str) else message
+        if isinstance(value, str):
+            return seen + message
+        return message
     alternatives = dict.fromkeys(map(_allowed, problems))  # each once
     allowed = " or ".join(filter(None, alternatives))
     if not allowed:
         return "missing"
     names = re.findall(r"'([^']+)'", allowed)
-    hint = nearest(value, names)
-    description = _description(path, plain)
+    hint = did_you_mean(value, names)
+    description = _field_description(path, plain, root)
     return f"{seen}{hint}allowed: {allowed}{description}"
 
 
@@ -83,9 +86,9 @@ def _short(value: object) -> str:
     return f"{text[:_LONGEST_VALUE]}..."
 
 
-def _description(path: Path, plain: Any) -> str:
+def _field_description(path: FieldPath, plain: Any, root: ModelType) -> str:
     """The description of a field in parentheses, or nothing."""
-    model = _model_at(path[:-1], plain)
+    model = _model_at(path[:-1], plain, root)
     if not model or not path:
         return ""
     name = str(path[-1])
@@ -109,10 +112,10 @@ def _allowed(problem: Any) -> str:
     return re.sub(r"^Input should (be )?|, (unable|got) .*", "", problem["msg"])
 
 
-def _path(loc: Path, plain: Any) -> Path:
+def _field_path(loc: FieldPath, plain: Any, root: ModelType) -> FieldPath:
     """A pydantic location without the labels of union branches, and nothing below such a label."""
     path: list[str | int] = []
-    model: ModelType | None = Job
+    model: ModelType | None = root
     steps = list(loc)
     while steps:
         step = steps.pop(0)
@@ -127,9 +130,9 @@ def _path(loc: Path, plain: Any) -> Path:
     return tuple(path)
 
 
-def _model_at(path: Path, plain: Any) -> ModelType | None:
+def _model_at(path: FieldPath, plain: Any, root: ModelType) -> ModelType | None:
     """The model of the mapping at a path, when it has one."""
-    model: ModelType | None = Job
+    model: ModelType | None = root
     for step in path:
         if model is None:
             return None
@@ -150,31 +153,31 @@ def _model_of(model: ModelType, key: str | int, plain: Any) -> ModelType | None:
     return None
 
 
-def _unknown_key(path: Path, plain: Any) -> str:
+def _unknown_key(path: FieldPath, plain: Any, root: ModelType) -> str:
     """What to write instead of a key that no field has."""
     key = path[-1]
-    model = _model_at(path[:-1], plain)
+    model = _model_at(path[:-1], plain, root)
     siblings: list[str] = []
     if model:
         siblings += model.model_fields
-    hint = nearest(key, siblings) or _namesake(key, plain)
+    hint = did_you_mean(key, siblings) or _namesake(key, plain, root)
     allowed = ", ".join(siblings)
     return f"unknown key; {hint}allowed: {allowed}"
 
 
-def _namesake(key: str | int, plain: Any) -> str:
-    """`did you mean 'train.lr'? ` for the first key elsewhere in the job that has this name, or nothing."""
-    for dotted in _dotted_keys(plain):
+def _namesake(key: str | int, plain: Any, root: ModelType) -> str:
+    """`did you mean 'train.lr'? ` for the first key elsewhere below the root that has this name, or nothing."""
+    for dotted in _dotted_keys(plain, root):
         *_, name = dotted.split(".")
         if name == key:
             return f"did you mean {dotted!r}? "
     return ""
 
 
-def _dotted_keys(plain: Any) -> Iterator[str]:
-    """Every key that the job knows, as in `--set`."""
-    for name in Job.model_fields:
-        model = _model_of(Job, name, plain)
+def _dotted_keys(plain: Any, root: ModelType) -> Iterator[str]:
+    """Every key that the root knows, as in `--set`."""
+    for name in root.model_fields:
+        model = _model_of(root, name, plain)
         if model is None:
             yield name
             continue
@@ -185,7 +188,7 @@ def _dotted_keys(plain: Any) -> Iterator[str]:
 _NOTHING = object()
 
 
-def _value_at(plain: Any, path: Path) -> Any:
+def _value_at(plain: Any, path: FieldPath) -> Any:
     """The value at a path, or `_NOTHING`."""
     value = plain
     for step in path:

@@ -23,10 +23,10 @@ from fleetune_start import unshadowed
 from orchestrator.planning.model import Model
 from runfolder.folders import cache_folder
 from runfolder.job import Job
-from runfolder.sources import file_of
+from runfolder.sources import ClusterFile, file_of, parse_source
 from trainer.data.date import asks_for_date
 from trainer.data.files import digest
-from trainer.data.rows import Row, rows
+from trainer.data.rows import Row, read_rows
 from trainer.data.survey import Survey
 
 _NEEDED = ("transformers", "pyarrow", "numpy", "jinja2")
@@ -34,14 +34,14 @@ _LARGEST = 256 << 20  # bytes of a file that is looked at as tokens before a run
 _CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English, for estimates alone
 _TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-_FORMAT = 2  # of the surveys that are remembered
+_SURVEY_FORMAT = 2  # of the surveys that are remembered
 
 Answers = dict[str, Survey | str]  # by the key of a source: its survey, or what is wrong with it
-Progress = Callable[[str, int], None]  # a source, and the number of its rows that are done
+SourceProgress = Callable[[str, int], None]  # a source, and the number of its rows that are done
 
 
 @dataclass(frozen=True)
-class Rows:
+class SourceRows:
     """What a data source holds: rows, and their tokens, which are an estimate where there is no `survey`."""
 
     count: int
@@ -49,7 +49,7 @@ class Rows:
     survey: Survey | None = None
 
 
-RowsByKey = dict[str, Rows | None]  # by the key of a source
+RowsByKey = dict[str, SourceRows | None]  # by the key of a source
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Looked:
     failure: str | None
 
 
-def look(job: Job, model: Model | None, progress: Progress) -> Looked:
-    """Look at what `train` and `eval` of a job hold."""
+def look(job: Job, model: Model | None, progress: SourceProgress, is_here: bool = True) -> Looked:
+    """Look at what `train` and `eval` of a job hold; `is_here`: the cluster's files are this machine's."""
     rows_by_key: RowsByKey = {"train": None, "eval": None}
     problems = []
     failure = None
@@ -81,17 +81,19 @@ def look(job: Job, model: Model | None, progress: Progress) -> Looked:
         if isinstance(answer, str):
             problems.append(answer)
             continue
+        if not is_here and isinstance(parse_source(source), ClusterFile):
+            continue
         try:
-            rows_by_key[key] = _rows_of(job, source, answer)
+            rows_by_key[key] = _source_rows(job, source, answer)
         except ValueError as error:
             problems.append(f"data.{key}: {error}")
     return Looked(rows_by_key, problems, failure)
 
 
-def _rows_of(job: Job, source: str, survey: Survey | None) -> Rows | None:
+def _source_rows(job: Job, source: str, survey: Survey | None) -> SourceRows | None:
     """What a source holds, by its survey or as an estimate; None for a hub dataset that nothing here can read."""
     if survey:
-        return Rows(survey.rows, survey.tokens, survey)
+        return SourceRows(survey.rows, survey.tokens, survey)
     if file_of(source) or importlib.util.find_spec("datasets"):
         return _estimate(job, source)
     return None
@@ -105,7 +107,7 @@ def sources(job: Job) -> dict[str, str]:
     return by_key
 
 
-def missing() -> list[str]:
+def missing_packages() -> list[str]:
     """What is not installed of the packages that look at rows as tokens."""
     names = []
     for name in _NEEDED:
@@ -137,9 +139,9 @@ def writes_date(model: Model) -> bool:
     return False
 
 
-def _as_tokens(job: Job, model: Model, progress: Progress) -> Answers:
+def _as_tokens(job: Job, model: Model, progress: SourceProgress) -> Answers:
     """The survey of each source that can be looked at as tokens from here, or what is wrong with it."""
-    if model.folder is None or missing():
+    if model.folder is None or missing_packages():
         return {}
     job = with_date(job)
     answers: Answers = {}
@@ -148,9 +150,9 @@ def _as_tokens(job: Job, model: Model, progress: Progress) -> Answers:
     for key, source in sources(job).items():
         if not _is_quick(source):
             continue
-        note = _note(job, source, model.folder)
+        note = _note_path(job, source, model.folder)
         notes[key] = note
-        remembered = _remembered(note)
+        remembered = _remembered_survey(note)
         if remembered:
             answers[key] = remembered
         else:
@@ -171,7 +173,7 @@ def _is_quick(source: str) -> bool:
     return file.stat().st_size <= _LARGEST
 
 
-def _remembered(note: Path) -> Survey | None:
+def _remembered_survey(note: Path) -> Survey | None:
     """The survey of an earlier look; None where there is none, or it was written by half."""
     try:
         plain = json.loads(note.read_text())
@@ -188,23 +190,25 @@ def _remember(note: Path, survey: Survey) -> None:
         note.write_text(text)
 
 
-def _note(job: Job, source: str, folder: Path) -> Path:
+def _note_path(job: Job, source: str, folder: Path) -> Path:
     """Where the survey of a source is remembered, by a digest of all that it depends on."""
     surveys = cache_folder() / "surveys"
     data = job.data.model_dump(mode="json", exclude={"train", "eval", "packing"})
     virtual_tokens = job.method.virtual_tokens
-    facts = (_FORMAT, digest(source), data, virtual_tokens)
+    facts = (_SURVEY_FORMAT, digest(source), data, virtual_tokens)
+    transformers_version = version("transformers")
     total = hashlib.sha256(repr(facts).encode())
-    total.update(version("transformers").encode())
+    total.update(transformers_version.encode())
     for path in sorted(folder.iterdir()):
         if path.suffix in _TOKENIZER_FILES:
-            total.update(path.name.encode())
-            total.update(path.read_bytes())
+            name = path.name.encode()
+            content = path.read_bytes()
+            total.update(name + content)
     key = total.hexdigest()[:32]
     return surveys / f"{key}.json"
 
 
-def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: Progress) -> Answers:
+def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: SourceProgress) -> Answers:
     """Have a child process look at sources: a survey, or what is wrong, for those that it came to.
 
     Raises ChildProcessError with its last line where it fails.
@@ -247,15 +251,15 @@ def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: Prog
     return answers
 
 
-def _estimate(job: Job, source: str) -> Rows:
+def _estimate(job: Job, source: str) -> SourceRows:
     """The rows of a source, and their tokens by the characters that they have."""
     count = 0
     tokens = 0
-    for row in rows(source, job.data.columns):
+    for row in read_rows(source, job.data.columns):
         count += 1
         row_tokens = ceil(_characters(row) / _CHARACTERS_PER_TOKEN)
         tokens += min(job.data.seq_len, row_tokens)
-    return Rows(count, tokens)
+    return SourceRows(count, tokens)
 
 
 def _characters(row: Row) -> int:

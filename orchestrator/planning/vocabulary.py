@@ -23,7 +23,7 @@ _SPECIAL = (
 Settings = dict[str, Any]  # an object in a file of JSON
 
 
-def outside(model: Model) -> dict[str, int]:
+def tokens_without_embedding(model: Model) -> dict[str, int]:
     """Token -> id of what the tokenizer in a base's folder has and the base has no embedding for, by id.
 
     Empty where the folder or the ids cannot be known from here: a base on the hub, or a tokenizer in a binary file
@@ -42,11 +42,11 @@ def outside(model: Model) -> dict[str, int]:
 
 def resized(model: Model) -> Model:
     """The base with an embedding for every id of its tokenizer, as far as the ids are known from here."""
-    new = outside(model)
+    new = tokens_without_embedding(model)
     if not new:
         return model
     largest = max(new.values())
-    return replace(model, rows=1 + largest)
+    return replace(model, embedding_rows=1 + largest)
 
 
 def token_ids(folder: Path) -> dict[str, int]:
@@ -58,10 +58,10 @@ def token_ids(folder: Path) -> dict[str, int]:
         ids[token] = int(id_)
     decoder = settings.get("added_tokens_decoder", {})
     for id_, token in decoder.items():
-        ids.setdefault(_content(token), int(id_))
-    special = list(_special_tokens(settings))
+        ids.setdefault(_token_text(token), int(id_))
+    special = list(_named_special_tokens(settings))
     special_settings = _read_object(folder / "special_tokens_map.json")
-    special += _special_tokens(special_settings)
+    special += _named_special_tokens(special_settings)
     if not ids:
         return ids
     for token in special:
@@ -97,12 +97,12 @@ def _of_tokenizer_json(tokenizer: Settings) -> Iterator[tuple[str, int]]:
         yield token["content"], token["id"]
 
 
-def _special_tokens(settings: Settings) -> Iterator[str]:
+def _named_special_tokens(settings: Settings) -> Iterator[str]:
     """The special tokens that settings name."""
     for key in _SPECIAL:
         for token in _named(key, settings):
             if token:
-                yield _content(token)
+                yield _token_text(token)
 
 
 def _named(key: str, settings: Settings) -> Iterable[Any]:
@@ -116,7 +116,7 @@ def _named(key: str, settings: Settings) -> Iterable[Any]:
     return tokens
 
 
-def _content(token: Any) -> str:
+def _token_text(token: Any) -> str:
     """The text of a token, which files have as a string or with its properties."""
     if isinstance(token, Mapping):
         token = token["content"]

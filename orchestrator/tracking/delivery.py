@@ -20,20 +20,20 @@ from typing import Any
 from orchestrator.runs import run_ids, runs_folder
 from orchestrator.tracking.artifacts import upload
 from orchestrator.tracking.environment import Sampler
-from orchestrator.tracking.history import Row, Spool
+from orchestrator.tracking.history import AppendedRow, Spool
 from orchestrator.tracking.outbox import FileRow, Outbox
 from orchestrator.tracking.redone import COMPARED, differ, relative_tolerance
-from orchestrator.tracking.store import address, client, describe, open_run
-from orchestrator.tracking.trouble import Trouble, diagnose, held_up, note
+from orchestrator.tracking.store import address, client, describe_run, open_run
+from orchestrator.tracking.trouble import Trouble, diagnose, note_trouble, trouble_of_run
 from runfolder.appended import read_from
-from runfolder.chain import Attempt, Fenced, attempts, last, last_slot, result
+from runfolder.chain import Attempt, Fenced, attempts, last_attempt, last_slot, result
 from runfolder.delivered import is_delivered, note_delivered
 from runfolder.files import Damaged
 from runfolder.record import load_job
 from runfolder.snapshot import snapshot
 
 STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
-FILES = ("metrics.jsonl", "system.jsonl")
+DELIVERED_FILES = ("metrics.jsonl", "system.jsonl")
 CURSOR = "fleetune.delivered"
 SAMPLE_S = 10.0
 _LONGEST_WAIT_S = 30.0
@@ -57,7 +57,7 @@ class Delivery:
     def _start_over(self) -> None:
         """Know nothing of MLflow yet, and have all rows before us."""
         self._spools: dict[str, Spool] = {}
-        for file in FILES:
+        for file in DELIVERED_FILES:
             source = partial(read_from, self._run_dir, file)
             self._spools[file] = Spool(source, self._attempt.number)
         self._outbox = Outbox()
@@ -95,7 +95,7 @@ class Delivery:
         ended = result(self._run_dir)
         if ended:
             state = ended["state"]
-        describe(self._client, self._run_dir, mlflow_run_id, here=False)  # the plan is known by now
+        describe_run(self._client, self._run_dir, mlflow_run_id, here=False)  # the plan is known by now
         self._fence()
         closing = Attempt(self._run_dir, last_slot(self._run_dir))
         end = closing.claim["time"] if ended else time.time()
@@ -121,7 +121,7 @@ class Delivery:
         run = open_run(self._client, self._run_dir, self.uri, self._fence)
         mlflow_run_id = run.info.run_id
         self._fence()
-        describe(self._client, self._run_dir, mlflow_run_id, here=self._ran_here())
+        describe_run(self._client, self._run_dir, mlflow_run_id, here=self._ran_here())
         if self._attempt.is_live() and run.info.status != "RUNNING":
             self._client.update_run(mlflow_run_id, status="RUNNING")
         cursor = run.data.tags.get(CURSOR, "{}")
@@ -164,7 +164,7 @@ class Delivery:
                     self._compare(row)
             self._compared[file] = max(compared, spool.count)
 
-    def _compare(self, row: Row) -> None:
+    def _compare(self, row: AppendedRow) -> None:
         """Say in the log where a step that was done again came out otherwise; the first value stays."""
         tolerance = relative_tolerance(load_job(self._run_dir))
         for metric in COMPARED:
@@ -194,7 +194,7 @@ class Delivery:
             return False
         if self._trouble:
             self._event("tracking_restored")
-        note(self._run_dir, None)
+        note_trouble(self._run_dir, None)
         self._wait_s = 0.0
         self._trouble = None
         return True
@@ -208,7 +208,7 @@ class Delivery:
             kind = "tracking_refused" if trouble.lasting else "tracking_outage"
             self._event(kind, error=trouble.reason)
         if self._may_end() and trouble != before:
-            note(self._run_dir, trouble)
+            note_trouble(self._run_dir, trouble)
         reopen_soon = another and self._mlflow_run_id
         if trouble.lasting and not reopen_soon:
             self._wait_s = _LONGEST_WAIT_S
@@ -226,7 +226,7 @@ class Delivery:
     def _may_end(self) -> bool:
         """Whether this attempt leads the run, or is the last one of a run that is closed."""
         if result(self._run_dir) is not None:
-            newest = last(self._run_dir)
+            newest = last_attempt(self._run_dir)
             if newest.number == self._attempt.number:
                 return True
         return self._attempt.is_live()
@@ -241,19 +241,19 @@ def replay(run_dir: Path, timeout_s: float = 60.0) -> bool:
     ended = result(run_dir)
     if ended is None:
         return False
-    return is_delivered(run_dir) or Delivery(run_dir, last(run_dir).number).finish(ended["state"], timeout_s)
+    return is_delivered(run_dir) or Delivery(run_dir, last_attempt(run_dir).number).finish(ended["state"], timeout_s)
 
 
-def deliver_late(timeout_s: float = 10.0) -> None:
+def deliver_held_up(timeout_s: float = 10.0) -> None:
     """Deliver what was held up of the closed runs of this home, newest first; a store that is down is tried once."""
     down: set[str] = set()
     for run_dir in undelivered():
-        delivery = Delivery(run_dir, last(run_dir).number)
+        delivery = Delivery(run_dir, last_attempt(run_dir).number)
         if delivery.uri in down:
             continue
         ended = result(run_dir) or {}
         if not delivery.finish(str(ended["state"]), timeout_s):
-            trouble = held_up(run_dir)
+            trouble = trouble_of_run(run_dir)
             if trouble is None or not trouble.lasting:
                 down.add(delivery.uri)
 
@@ -276,11 +276,11 @@ def _has_job(run_dir: Path) -> bool:
     return True
 
 
-def all_held_up() -> dict[str, Trouble]:
+def troubles() -> dict[str, Trouble]:
     """What keeps the rows of runs of this home from MLflow, by run id."""
-    troubles = {}
+    by_run_id = {}
     for run_id in run_ids():
-        trouble = held_up(runs_folder() / run_id)
+        trouble = trouble_of_run(runs_folder() / run_id)
         if trouble:
-            troubles[run_id] = trouble
-    return troubles
+            by_run_id[run_id] = trouble
+    return by_run_id

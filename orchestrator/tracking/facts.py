@@ -8,7 +8,7 @@ from orchestrator.tracking.password import secrets_of
 from runfolder.chain import attempts
 from runfolder.files import Record
 from runfolder.record import load_job
-from runfolder.snapshot import planned
+from runfolder.snapshot import read_plan
 
 # Facts under the names by which MLflow's pages look for them.
 _MLFLOW_TAGS = {
@@ -40,7 +40,9 @@ def job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     for name in ("job", "digests", "run_id"):
         facts.pop(name, None)
     facts["plan"] = _plan(run_dir)
-    tags = {f"fleetune.{name}": text for name, text in _flat(facts)}
+    tags = {}
+    for name, text in _flat(facts):
+        tags[f"fleetune.{name}"] = text
     tags["fleetune.name"] = job.name
     tags["fleetune.method"] = job.method.kind
     tags["fleetune.run_dir"] = str(run_dir)
@@ -52,7 +54,7 @@ def job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
 
 def _plan(run_dir: Path) -> Record:
     """The plan of the first attempt that has one."""
-    plans = map(planned, attempts(run_dir))
+    plans = map(read_plan, attempts(run_dir))
     return next(filter(None, plans), {})
 
 

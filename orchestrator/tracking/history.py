@@ -12,12 +12,12 @@ from functools import partial
 from math import inf
 from pathlib import Path
 
-from runfolder.appended import Follower, Source, parsed, read_from
+from runfolder.appended import ChunkSource, Follower, parse_lines, read_from
 from runfolder.files import Record
 
 
 @dataclass(frozen=True)
-class Row:
+class AppendedRow:
     """One appended row: the values that count, and those that repeat what counts already as (first, now)."""
 
     index: int  # position in the file joined over all attempts
@@ -31,23 +31,23 @@ class Row:
 class Spool:
     """One appended file of a run, joined over the attempts up to `number`; read it as often as it grows."""
 
-    def __init__(self, source: Source, number: float = inf) -> None:
+    def __init__(self, source: ChunkSource, number: float = inf) -> None:
         self._follower = Follower(source)
         self._last_attempt = number
         self._values_of_step: dict[int, dict[str, float]] = {}  # those that count
         self.count = 0
 
-    def read(self) -> list[Row]:
+    def read(self) -> list[AppendedRow]:
         """The rows that were appended since the last call, oldest first."""
         rows = []
         for attempt, data in self._follower.read():
             if attempt > self._last_attempt:
                 break
-            for record in parsed(data):
+            for record in parse_lines(data):
                 rows.append(self._row(attempt, record))
         return rows
 
-    def _row(self, attempt: int, record: Record) -> Row:
+    def _row(self, attempt: int, record: Record) -> AppendedRow:
         """The next row: each of its values counts, unless an earlier row of that step had one for that metric."""
         step = record["step"]
         counted = self._values_of_step.setdefault(step, {})
@@ -58,7 +58,7 @@ class Spool:
                 again[metric] = (counted[metric], value)
             else:
                 fresh[metric] = value
-        row = Row(self.count, attempt, step, record["time"], fresh, again)
+        row = AppendedRow(self.count, attempt, step, record["time"], fresh, again)
         counted.update(fresh)
         self.count += 1
         return row
@@ -70,10 +70,11 @@ def history(run_dir: Path) -> list[Record]:
     `attempt` and `time` are those of the first row of that step.
     """
     records: dict[tuple[int, str], Record] = {}
-    spool = Spool(partial(read_from, run_dir, "metrics.jsonl"))
+    source = partial(read_from, run_dir, "metrics.jsonl")
+    spool = Spool(source)
     for row in spool.read():
         if row.fresh:
-            kind = _kind(row)
+            kind = _kind_of_row(row)
             key = (row.step, kind)
             head = {"step": row.step, "kind": kind, "attempt": row.attempt, "time": row.time}
             record = records.setdefault(key, head)
@@ -87,9 +88,11 @@ def _place(record: Record) -> tuple[int, bool]:
     return record["step"], is_eval
 
 
-def _kind(row: Row) -> str:
-    is_eval = any(metric.startswith("eval_") for metric in row.fresh)
-    return "eval" if is_eval else "train"
+def _kind_of_row(row: AppendedRow) -> str:
+    for metric in row.fresh:
+        if metric.startswith("eval_"):
+            return "eval"
+    return "train"
 
 
 def _metrics(record: Record) -> dict[str, float]:

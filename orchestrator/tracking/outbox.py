@@ -2,12 +2,12 @@
 
 from collections import deque
 
-from orchestrator.tracking.history import Row
+from orchestrator.tracking.history import AppendedRow
 
 _BATCH = 900  # MLflow takes at most 1000 metrics, params and tags at once
 
 
-FileRow = tuple[str, Row]  # a row, and the file that it comes from
+FileRow = tuple[str, AppendedRow]  # a row, and the file that it comes from
 
 
 class Outbox:
@@ -20,7 +20,7 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, file: str, row: Row) -> None:
+    def add(self, file: str, row: AppendedRow) -> None:
         """Let a row wait behind all others."""
         self._waiting.append((file, row))
 

@@ -21,14 +21,14 @@ from orchestrator.errors import InputError
 from orchestrator.tracking.environment import environment
 from orchestrator.tracking.facts import datasets, job_params, job_tags
 from orchestrator.tracking.password import TRACKING_URI, public
-from orchestrator.tracking.trouble import Refused
+from orchestrator.tracking.trouble import DeliveryRefused
 from runfolder.chain import Attempt, attempts
 from runfolder.files import Record, read_json, write_json
 from runfolder.folders import home
 from runfolder.record import load_job, read_record
 from runfolder.secrets import read_secrets
 
-RUN_ID = "fleetune.run_id"
+RUN_ID_TAG = "fleetune.run_id"
 SERVERS = ("http", "https", "databricks", "postgresql", "mysql", "mssql")
 ALLOWED = "null, sqlite:////ABSOLUTE/FILE.db, http(s)://HOST:PORT, postgresql://..., mysql://..., mssql://..."
 _SETTINGS = {
@@ -107,7 +107,7 @@ def address(run_dir: Path) -> str:
     """The URI of the MLflow that gets a run, with its password: of the one that has it, else of the one asked for."""
     secrets = read_secrets(run_dir)
     requested = secrets.get(TRACKING_URI) or resolve(load_job(run_dir).tracking.uri)
-    record = recorded(run_dir)
+    record = counting_run(run_dir)
     if record is None:
         return requested
     if public(record["uri"]) == public(requested):
@@ -118,16 +118,20 @@ def address(run_dir: Path) -> str:
 def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) -> Any:
     """Open or adopt the one MLflow run of a run folder; `fence` is called before anything is made.
 
-    Raises Refused where the run or its experiment was deleted in MLflow: what somebody deleted is not brought back,
-    and not made anew beside it, without being asked. The rows stay in the run folder.
+    Raises DeliveryRefused where the run or its experiment was deleted in MLflow: what somebody deleted is not brought
+    back, and not made anew beside it, without being asked. The rows stay in the run folder.
     """
-    experiment = _experiment(client, load_job(run_dir).tracking.experiment, uri)
+    experiment_name = load_job(run_dir).tracking.experiment
+    experiment = _experiment(client, experiment_name, uri)
     mlflow_run_ids = _tagged_runs(client, experiment, run_dir.name)
     if not (run_dir / "mlflow").exists():
         fence()
         if not mlflow_run_ids:
-            mlflow_run_ids = [_create(client, experiment, run_dir)]
-        _claim(run_dir, {"mlflow_run_id": mlflow_run_ids[0], "uri": public(uri), "experiment_id": experiment})
+            created = _create_mlflow_run(client, experiment, run_dir)
+            mlflow_run_ids = [created]
+        oldest = mlflow_run_ids[0]
+        claim = {"mlflow_run_id": oldest, "uri": public(uri), "experiment_id": experiment}
+        _claim_mlflow_run(run_dir, claim)
     record = read_json(run_dir / "mlflow" / "run.json")
     write_json(run_dir / "mlflow.json", record)
     counting = record["mlflow_run_id"]
@@ -138,7 +142,7 @@ def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) ->
 
 def _tagged_runs(client: Any, experiment: str, run_id: str) -> list[str]:
     """The ids of the MLflow runs that were made for a run, the first one first."""
-    runs = client.search_runs([experiment], f"tags.`{RUN_ID}` = '{run_id}'")
+    runs = client.search_runs([experiment], f"tags.`{RUN_ID_TAG}` = '{run_id}'")
     by_age = []
     for run in runs:
         by_age.append((run.info.start_time, run.info.run_id))
@@ -157,14 +161,14 @@ def _get_run(client: Any, run_dir: Path, mlflow_run_id: str) -> Any:
         if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
             raise
         fix = f"look whether this is its MLflow; for a new MLflow run with all rows: rm -r {run_dir / 'mlflow'}"
-        raise Refused(f"MLflow run {mlflow_run_id} is not there", fix) from None
+        raise DeliveryRefused(f"MLflow run {mlflow_run_id} is not there", fix) from None
     if run.info.lifecycle_stage == "deleted":
         fix = f"restore it: mlflow runs restore --run-id {mlflow_run_id}"
-        raise Refused(f"MLflow run {mlflow_run_id} was deleted", fix)
+        raise DeliveryRefused(f"MLflow run {mlflow_run_id} was deleted", fix)
     return run
 
 
-def recorded(run_dir: Path) -> Record | None:
+def counting_run(run_dir: Path) -> Record | None:
     """The MLflow run that counts; None while there is none."""
     path = run_dir / "mlflow" / "run.json"
     if not path.exists():
@@ -172,22 +176,27 @@ def recorded(run_dir: Path) -> Record | None:
     return read_json(path)
 
 
-def describe(client: Any, run_dir: Path, mlflow_run_id: str, here: bool) -> None:
+def describe_run(client: Any, run_dir: Path, mlflow_run_id: str, here: bool) -> None:
     """Log the job as params, the data as inputs, the rest as tags; with `here` this machine too, as where it runs."""
     from mlflow.entities import Param, RunTag
 
     record = read_record(run_dir)
-    params = [Param(key, value) for key, value in job_params(run_dir, record).items()]
+    params = []
+    for key, value in job_params(run_dir, record).items():
+        params.append(Param(key, value))
     for start in range(0, len(params), _PARAMS_PER_BATCH):
-        batch = params[start : start + _PARAMS_PER_BATCH]
-        client.log_batch(mlflow_run_id, params=batch)
+        stop = start + _PARAMS_PER_BATCH
+        client.log_batch(mlflow_run_id, params=params[start:stop])
     texts = job_tags(run_dir, record)
-    texts[RUN_ID] = run_dir.name
+    texts[RUN_ID_TAG] = run_dir.name
     if here:
         texts.update(_machine_tags())
-    tags = [RunTag(name, text) for name, text in texts.items()]
+    tags = []
+    for name, text in texts.items():
+        tags.append(RunTag(name, text))
     client.log_batch(mlflow_run_id, tags=tags)
-    client.log_inputs(mlflow_run_id, datasets=datasets(record))
+    inputs = datasets(record)
+    client.log_inputs(mlflow_run_id, datasets=inputs)
 
 
 def _artifact_root(uri: str) -> str | None:
@@ -198,7 +207,7 @@ def _artifact_root(uri: str) -> str | None:
 
 
 def _experiment(client: Any, name: str, uri: str) -> str:
-    """The id of an experiment, which is made where there is none; raises Refused where it was deleted."""
+    """The id of an experiment, which is made where there is none; raises DeliveryRefused where it was deleted."""
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
@@ -211,22 +220,22 @@ def _experiment(client: Any, name: str, uri: str) -> str:
                 raise
     if experiment.lifecycle_stage == "deleted":
         restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
-        raise Refused(f"experiment {name!r} was deleted", f"restore it: {restore}")
+        raise DeliveryRefused(f"experiment {name!r} was deleted", f"restore it: {restore}")
     return str(experiment.experiment_id)
 
 
-def _create(client: Any, experiment: str, run_dir: Path) -> str:
+def _create_mlflow_run(client: Any, experiment: str, run_dir: Path) -> str:
     """Make an MLflow run that begins when the first attempt did; gives its id."""
     tried = attempts(run_dir) or [Attempt(run_dir, 1)]
     began = tried[0].claim["time"]
     start_ms = int(began * 1000)
     name = run_dir.name
-    tags = {RUN_ID: name}
+    tags = {RUN_ID_TAG: name}
     run = client.create_run(experiment, start_time=start_ms, tags=tags, run_name=name)
     return str(run.info.run_id)
 
 
-def _claim(run_dir: Path, record: Record) -> None:
+def _claim_mlflow_run(run_dir: Path, record: Record) -> None:
     """Make the MLflow run of a record the one that counts, unless another one does."""
     prepared = run_dir / f".mlflow-{uuid.uuid4().hex}"
     prepared.mkdir()

@@ -1,4 +1,4 @@
-"""Why MLflow does not take what a run reported: an outage, which passes by itself, or what somebody has to mend.
+"""Why MLflow does not take what a run reported: an outage, which passes by itself, or what somebody has to fix.
 
 They are told apart by types, codes of SQLite and of the system, and HTTP status; never by what a message says. The
 latest trouble of a run lies in RUN_DIR/undelivered.json until its rows have been delivered.
@@ -7,7 +7,7 @@ latest trouble of a run lies in RUN_DIR/undelivered.json until its rows have bee
 import errno
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +16,7 @@ from orchestrator.errors import InputError
 from orchestrator.tracking.password import without_password
 from runfolder.files import Damaged, read_json, write_json
 
-_FILE = "undelivered.json"
+_UNDELIVERED_FILE = "undelivered.json"
 _REASON_LENGTH = 300  # characters at most
 _PASSING_STATUSES = (408, 409, 425, 429, 499)  # of the 4xx: conflicts, limits, and what was given up
 _CREDENTIALS = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, as it wants them"
@@ -41,7 +41,7 @@ _SYSTEM_FIXES = {
 }
 
 
-class Refused(Exception):
+class DeliveryRefused(Exception):
     """MLflow cannot take a run as things are; `fix` says what to do."""
 
     def __init__(self, reason: str, fix: str) -> None:
@@ -55,11 +55,11 @@ class Trouble:
 
     lasting: bool
     reason: str
-    mend: str = ""
+    fix: str = ""
 
     def __str__(self) -> str:
         if self.lasting:
-            return f"MLflow refuses: {self.reason}; {self.mend}; then: fleetune compare"
+            return f"MLflow refuses: {self.reason}; {self.fix}; then: fleetune compare"
         return f"MLflow does not answer: {self.reason}; what waits is delivered when it does"
 
 
@@ -69,7 +69,8 @@ def diagnose(error: Exception, uri: str) -> Trouble:
     for cause in reversed(causes):  # the first cause knows best
         fix = _fix_of(cause)
         if fix is not None:
-            return Trouble(bool(fix), _first_line(cause, uri), fix)
+            lasting = bool(fix)
+            return Trouble(lasting, _first_line(cause, uri), fix)
     line = _first_line(error, uri)
     if len(causes) == 1 and is_of_mlflow(error) and not _is_server(uri):
         # MLflow's own words about a database that it could read: one of another version of MLflow.
@@ -88,33 +89,36 @@ def is_of_mlflow(error: BaseException) -> bool:
     return False
 
 
-def note(run_dir: Path, trouble: Trouble | None) -> None:
-    """Write down for `held_up` what the trouble is; None: there is none any more."""
+def note_trouble(run_dir: Path, trouble: Trouble | None) -> None:
+    """Write down for `trouble_of_run` what the trouble is; None: there is none any more."""
     with suppress(OSError):  # of a full disk, say: nothing that matters is lost
         if trouble is None:
-            (run_dir / _FILE).unlink(missing_ok=True)
+            (run_dir / _UNDELIVERED_FILE).unlink(missing_ok=True)
         else:
-            write_json(run_dir / _FILE, asdict(trouble))
+            record = {"lasting": trouble.lasting, "reason": trouble.reason, "mend": trouble.fix}
+            write_json(run_dir / _UNDELIVERED_FILE, record)
 
 
-def held_up(run_dir: Path) -> Trouble | None:
+def trouble_of_run(run_dir: Path) -> Trouble | None:
     """What keeps the rows of a run from MLflow; None where nothing is known to."""
-    path = run_dir / _FILE
+    path = run_dir / _UNDELIVERED_FILE
     if not path.exists():
         return None
     try:
         record = read_json(path)
     except Damaged:
         record = {}
-    return trouble_of(run_dir, record)
+    return parse_trouble(run_dir, record)
 
 
-def trouble_of(run_dir: Path, record: Mapping[str, Any]) -> Trouble:
+def parse_trouble(run_dir: Path, record: Mapping[str, Any]) -> Trouble:
     """The trouble that a record tells of; one that cannot be read is trouble, too."""
+    fields = dict(record)
+    fix = fields.pop("mend", "")
     try:
-        return Trouble(**record)
+        return Trouble(fix=fix, **fields)
     except TypeError:
-        return Trouble(True, f"{run_dir / _FILE} cannot be read", "remove it")
+        return Trouble(True, f"{run_dir / _UNDELIVERED_FILE} cannot be read", "remove it")
 
 
 def _fix_of(error: BaseException) -> str | None:
@@ -122,7 +126,7 @@ def _fix_of(error: BaseException) -> str | None:
     code = getattr(error, "sqlite_errorcode", None)
     if code is not None:
         return _SQLITE_FIXES.get(code & 0xFF, "")
-    if isinstance(error, Refused):
+    if isinstance(error, DeliveryRefused):
         return error.fix
     if isinstance(error, InputError):
         return "install it where the rows are to be delivered from"
@@ -130,7 +134,9 @@ def _fix_of(error: BaseException) -> str | None:
         return f"pip install {error.name}"
     if isinstance(error, OSError) and error.errno in _SYSTEM_FIXES:
         return _SYSTEM_FIXES[error.errno]
-    return _fix_of_status(error) if is_of_mlflow(error) else None
+    if is_of_mlflow(error):
+        return _fix_of_status(error)
+    return None
 
 
 def _fix_of_status(error: Any) -> str | None:

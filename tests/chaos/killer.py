@@ -12,7 +12,7 @@ import psutil
 from scene import lives, rows, signal_all, unfinished_saves, until, workers
 
 from clusters.local import Local
-from runfolder.chain import last, result
+from runfolder.chain import last_attempt, result
 
 HEAD = ("head", "gcs_server", "raylet", "everything")
 SPARED = ("supervisor",)  # the attempt survives the death of these
@@ -68,12 +68,12 @@ class Killer:
     def _went_on(self, steps: int) -> bool:
         """Whether the run came so many steps further since the last kill."""
         assert result(self._run_dir) is None, "the job ended before all kills: it has too few steps"
-        newest = last(self._run_dir).number
+        newest = last_attempt(self._run_dir).number
         known = self._rows if self._spared and newest == self._attempt else 0
         return (newest > self._attempt or self._spared) and len(rows(self._run_dir)) >= known + steps
 
     def _note(self, kill: Kill) -> None:
-        self._attempt, self._rows = last(self._run_dir).number, len(rows(self._run_dir))
+        self._attempt, self._rows = last_attempt(self._run_dir).number, len(rows(self._run_dir))
         self._spared = kill.victim in SPARED
         if kill.victim in ("supervisor", "everything"):
             self._cluster.start()  # as the next command of a user, or cron, would
@@ -87,7 +87,7 @@ class Killer:
         if victim == "everything":
             return [pid for pid in pids.values() if pid]
         if victim == "worker":
-            living = [pid for pid in workers(last(self._run_dir)) if lives(pid)]
+            living = [pid for pid in workers(last_attempt(self._run_dir)) if lives(pid)]
             return [self._rng.choice(living)] if living else []
         if victim == "driver":
             return _children(pids["controller"], "orchestrator.driver")
@@ -98,7 +98,7 @@ class Killer:
     def _kill_saving_worker(self) -> bool:
         """Kill a worker between the begin of its save and the end of it; False when there was no such moment."""
         for folder in unfinished_saves(self._run_dir):
-            pids = workers(last(self._run_dir))
+            pids = workers(last_attempt(self._run_dir))
             rank = self._rng.randrange(len(pids))
             os.kill(pids[rank], signal.SIGSTOP)
             if not (folder / f"shard-{rank}.json").exists():

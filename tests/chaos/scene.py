@@ -14,7 +14,7 @@ from waiting import Found
 from orchestrator.tracking import store
 from orchestrator.tracking.history import history
 from runfolder.appended import read_lines
-from runfolder.chain import Attempt, last
+from runfolder.chain import Attempt, last_attempt
 
 REPORTED = ("loss", "lr", "grad_norm")
 
@@ -71,13 +71,13 @@ def workers(attempt: Attempt) -> list[int]:
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """What the newest attempt reported."""
-    newest = last(run_dir)
+    newest = last_attempt(run_dir)
     return read_lines(newest, "metrics.jsonl") if newest.number else []
 
 
 def unfinished_saves(run_dir: Path) -> Iterator[Path]:
     """Checkpoints of the newest attempt that have no manifest."""
-    for folder in (last(run_dir).folder / "checkpoints").glob("step-*"):
+    for folder in (last_attempt(run_dir).folder / "checkpoints").glob("step-*"):
         if not (folder / "manifest.json").exists():
             yield folder
 

@@ -1,6 +1,6 @@
-"""One job that is killed again and again ends as if nobody had touched it.
+"""One job that is killed again and again ends as if nobody had touched it. CHAOS_SEED=n chooses other kills.
 
-CHAOS_SEED=n chooses other kills, and with them the ZeRO stage of the short version.
+In `make test`, tests/orchestrator/test_controller.py kills a worker, and test_fencing.py has trainers that wake.
 """
 
 import os
@@ -27,12 +27,12 @@ STEPS_PER_KILL, BATCH_TOKENS = {2: 30, 3: 20}, {2: 512, 3: 128}
 REST_S = 900.0  # for the steps that are left after the last kill
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     ("kills", "zero"),
     [
-        pytest.param(1, 2 + SEED % 2, id="short", marks=pytest.mark.timeout(600)),
-        pytest.param(50, 2, id="zero2", marks=pytest.mark.chaos),
-        pytest.param(50, 3, id="zero3", marks=pytest.mark.chaos),
+        pytest.param(50, 2, id="zero2"),
+        pytest.param(50, 3, id="zero3"),
     ],
 )
 def test_kills_change_nothing(

@@ -18,11 +18,11 @@ from mlflow_server import Proxy, Server
 from run_folders import make_run
 from scene import delivered, lives, mlflow_run, reported, rows, session, signal_all, unfinished_saves, until, workers
 
-from clusters.local import controller_command
+from clusters.controllers import controller_command
 from clusters.ray_head import Head
 from orchestrator.tracking.history import history
 from runfolder.appended import Follower, read_from
-from runfolder.chain import Attempt, attempts, last, result
+from runfolder.chain import Attempt, attempts, last_attempt, result
 from runfolder.delivered import is_delivered
 from trainer.checkpoint.lineage import newest
 
@@ -91,14 +91,14 @@ def test_trainers_that_wake_change_nothing(new_run: Any) -> None:
     enough = random.Random(0).randint(4, 20)
 
     def at_random() -> bool:
-        return last(run_dir).number == 1 and len(rows(run_dir)) >= enough
+        return last_attempt(run_dir).number == 1 and len(rows(run_dir)) >= enough
 
     def saving() -> bool:
-        return last(run_dir).number == 2 and any(unfinished_saves(run_dir))
+        return last_attempt(run_dir).number == 2 and any(unfinished_saves(run_dir))
 
     def exporting() -> bool:
         third = Attempt(run_dir, 3)
-        return last(run_dir) == third and any(third.folder.glob("output*")) and result(run_dir) is None
+        return last_attempt(run_dir) == third and any(third.folder.glob("output*")) and result(run_dir) is None
 
     ghosts: list[BaseProcess] = []
     try:
@@ -180,7 +180,7 @@ def test_a_machine_that_wakes_changes_nothing(server: Server, home: Path, tiny_b
         machines[0].signal(signal.SIGSTOP)
         proxy.holding = False
         ghost = Attempt(run_dir, 1)
-        assert result(run_dir) is None and last(run_dir) == ghost
+        assert result(run_dir) is None and last_attempt(run_dir) == ghost
         machines.append(Machine(home / "second", run_dir))
         assert machines[1].controller.wait(200) == 0
         before = readable(run_dir)

@@ -10,7 +10,7 @@ from scene import REPORTED, delivered, mlflow_run, reported, rows, until
 from orchestrator.control import cancel
 from orchestrator.submit import submit
 from runfolder.appended import read_lines
-from runfolder.chain import attempts, last, result
+from runfolder.chain import attempts, last_attempt, result
 from runfolder.delivered import is_delivered
 
 
@@ -58,7 +58,7 @@ def test_training_goes_on_without_mlflow(server: Server, tiny_base: Path, sums: 
 
 def said(run_dir: Path) -> list[str]:
     """What the only attempt noted about MLflow."""
-    noted = [event["event"] for event in read_lines(last(run_dir), "events.jsonl")]
+    noted = [event["event"] for event in read_lines(last_attempt(run_dir), "events.jsonl")]
     return [kind for kind in noted if kind.startswith("tracking")]
 
 

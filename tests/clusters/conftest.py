@@ -14,8 +14,8 @@ from clusters.local import Local
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
     """A cluster with room for two workers, whose supervisor is ours to tick and whose controllers sleep."""
-    monkeypatch.setattr(local_module, "room", lambda: ("cpu", 2))
-    monkeypatch.setattr(supervisor, "room", lambda: ("cpu", 2))
+    monkeypatch.setattr(local_module, "total_capacity", lambda: ("cpu", 2))
+    monkeypatch.setattr(supervisor, "total_capacity", lambda: ("cpu", 2))
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(local_module, "controller_command", lambda _: sleeper)
     monkeypatch.setattr(Local, "start", lambda self: (self.folder / "controllers").mkdir(parents=True, exist_ok=True))

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from clusters.entry import Entry
+from clusters.entry import QueueEntry
 from clusters.local import Local
 from clusters.supervisor import Supervisor
 from runfolder.job import Job
@@ -19,8 +19,8 @@ def text(run_id: str, workers: int = 1, run_dir: str = "/") -> str:
     return json.dumps({**plan, "command": [], "environment": {}})
 
 
-def entry(run_id: str, workers: int) -> Entry:
-    return Entry(run_id, Path("/"), [], workers, {}, "", 0)
+def entry(run_id: str, workers: int) -> QueueEntry:
+    return QueueEntry(run_id, Path("/"), [], workers, {}, "", 0)
 
 
 def submit(cluster: Local, run_id: str, workers: int = 1) -> Path:

@@ -13,21 +13,22 @@ import pytest
 from local_cluster import entry, job, running, serve, submit, text
 from waiting import until
 
-from clusters import environment, process, ray_head
+from clusters import environment, process, ray_head, ray_start
 from clusters import local as local_module
-from clusters.base import Refused, Unreachable
+from clusters.base import SubmissionRefused, Unreachable
 from clusters.entry import Queue
 from clusters.local import Local
-from clusters.ray_head import Head, Patience
+from clusters.ray_head import Backoff, Head
 from clusters.supervisor import Supervisor, fitting
 from runfolder import chain
 from runfolder.delivered import note_delivered
 from runfolder.requests import request_cancel
 
 SUBMIT = (
-    "import sys; from clusters.local import Local; from clusters.base import Request; from pathlib import Path;"
+    "import sys; from pathlib import Path;"
+    "from clusters.base import ClusterRequest; from clusters.local import Local;"
     "home, run_id, text = Path(sys.argv[1]), *sys.argv[2:];"
-    "Local(home).submit(Request(run_id, 1, str(home / 'runs' / run_id), text))"
+    "Local(home).submit(ClusterRequest(run_id, 1, str(home / 'runs' / run_id), text))"
 )
 
 
@@ -39,8 +40,9 @@ def test_a_request_is_pure_and_all_that_is_queued(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("NCCL_DEBUG", "of the shell")
     wanted = job(workers_per_node=2).model_copy(update={"env": {"NCCL_DEBUG": "WARN"}})
     cluster = Local(tmp_path / "home")
-    request = cluster.request(wanted, "a-1")
-    assert request == cluster.request(wanted, "a-1")
+    secrets = environment.secret_names(os.environ)
+    request = cluster.request(wanted, "a-1", 1, secrets)
+    assert request == cluster.request(wanted, "a-1", 1, secrets)
     assert list(tmp_path.iterdir()) == []
     assert (request.name, request.secrets) == ("a-1-s1", ("HF_TOKEN",))
     shown = request.text.replace(str(cluster.home), "HOME").replace(sys.executable, "PYTHON")
@@ -51,14 +53,14 @@ def test_a_request_is_pure_and_all_that_is_queued(tmp_path: Path, monkeypatch: p
 
 
 def test_what_never_fits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_module, "room", lambda: ("gpu", 2))
-    with pytest.raises(Refused, match="found 4 workers of one GPU each; this machine has 2"):
+    monkeypatch.setattr(local_module, "total_capacity", lambda: ("gpu", 2))
+    with pytest.raises(SubmissionRefused, match="found 4 workers of one GPU each; this machine has 2"):
         Local(tmp_path).request(job(gpus_per_node=4), "a-1")
     assert json.loads(Local(tmp_path).request(job(gpus_per_node=2), "a-1").text)["workers"] == 2
-    monkeypatch.setattr(local_module, "room", lambda: ("cpu", 2))
-    with pytest.raises(Refused, match=r"found 64 workers; this machine has 2 cores: allowed are at most 8"):
+    monkeypatch.setattr(local_module, "total_capacity", lambda: ("cpu", 2))
+    with pytest.raises(SubmissionRefused, match=r"found 64 workers; this machine has 2 cores: allowed are at most 8"):
         Local(tmp_path).request(job(workers_per_node=64), "a-1")
-    with pytest.raises(Refused, match=r"resources\.gpus_per_node: found 4; this machine has no GPU"):
+    with pytest.raises(SubmissionRefused, match=r"resources\.gpus_per_node: found 4; this machine has no GPU"):
         Local(tmp_path).request(job(gpus_per_node=4), "a-1")
     assert json.loads(Local(tmp_path).request(job(workers_per_node=4), "a-1").text)["workers"] == 4
 
@@ -96,7 +98,7 @@ def test_a_reopened_run_stays_queued(tmp_path: Path) -> None:
 
 
 def test_nobody_overtakes_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_module, "room", lambda: ("cpu", 4))
+    monkeypatch.setattr(local_module, "total_capacity", lambda: ("cpu", 4))
     line = [entry("a", 2), entry("b", 3), entry("c", 1)]
     assert [e.run_id for e in fitting(line, 4)] == ["a"]
     assert [e.run_id for e in fitting(line, 6)] == ["a", "b", "c"]
@@ -159,23 +161,23 @@ def test_a_cancelled_run_gets_its_controller_without_waiting(cluster: Local) -> 
 def test_what_keeps_dying_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    patience = Patience()
+    backoff = Backoff()
     delays = []
     for _ in range(7):
-        assert patience.ready()
-        patience.began()
+        assert backoff.ready()
+        backoff.began()
         now[0] += 1
         died = now[0]
-        while not patience.ready():
+        while not backoff.ready():
             now[0] += 0.5
         delays.append(now[0] - died)
     assert delays == [1, 2, 4, 8, 16, 30, 30]
-    patience.began()
+    backoff.began()
     now[0] += 100
-    assert patience.ready()
-    patience.began()
-    patience.succeeded()
-    assert patience.ready()
+    assert backoff.ready()
+    backoff.began()
+    backoff.succeeded()
+    assert backoff.ready()
 
 
 def test_a_head_that_dies_at_each_start_is_told_and_tried_again(
@@ -183,7 +185,7 @@ def test_a_head_that_dies_at_each_start_is_told_and_tried_again(
 ) -> None:
     """With the real Ray, whose command line is wrong for a while."""
     submit(cluster, "one", 1)
-    monkeypatch.setattr(ray_head, "_OBJECT_STORE", "much")
+    monkeypatch.setattr(ray_start, "OBJECT_STORE_BYTES", "much")
     monkeypatch.setattr(process, "owner", lambda lock, real=process.owner: real(lock) or _supervisor(cluster, lock))
     served = Supervisor(cluster)
     until(lambda: served.tick() or cluster.status(["one"])["one"].stuck, 60)
@@ -213,23 +215,23 @@ def test_the_heads_folder_is_short_and_nobodys_else(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Head, "_command", lambda *_: ["true"])
     head = Head(tmp_path)
     head.keep()
-    place = head.place
-    assert place and place.stat().st_mode & 0o077 == 0
-    assert len(str(head.temporary)) < 40
+    folder = head.short_folder
+    assert folder and folder.stat().st_mode & 0o077 == 0
+    assert len(str(head.ray_folder)) < 40
     short = Path(head.environment()["TMPDIR"])
     assert len(str(short)) < 60
     (short / "file").touch()
     assert (named / "file").exists()
-    until(lambda: head.keep() or head.failure(), 60)
-    assert head.place == place  # controllers of this cluster use it, too
+    until(lambda: head.keep() or head.failed_starts(), 60)
+    assert head.short_folder == folder  # controllers of this cluster use it, too
     head.end()
-    assert not place.exists() and (named / "file").exists()
-    place.symlink_to(named)  # what a stranger does to a name that is free again
-    until(lambda: head.keep() or head.place)
-    assert head.place != place
+    assert not folder.exists() and (named / "file").exists()
+    folder.symlink_to(named)  # what a stranger does to a name that is free again
+    until(lambda: head.keep() or head.short_folder)
+    assert head.short_folder != folder
     head.end()
-    assert place.is_symlink() and (named / "file").exists()
-    place.unlink()
+    assert folder.is_symlink() and (named / "file").exists()
+    folder.unlink()
 
 
 def test_a_client_that_is_killed_anywhere_and_repeats_submits_once(tmp_path: Path) -> None:

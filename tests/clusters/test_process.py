@@ -112,7 +112,7 @@ def held_by(lock: Path, said: str) -> Iterator[None]:
 
 def said(stranger: subprocess.Popen[bytes], **changed: object) -> str:
     """What a lock file says of a holder whose number the stranger has."""
-    true = {**asdict(holder.me()), "pid": stranger.pid, "started": holder.start_of(stranger.pid)}
+    true = {**asdict(holder.current_holder()), "pid": stranger.pid, "started": holder.start_of(stranger.pid)}
     return json.dumps({**true, **changed})
 
 
@@ -145,6 +145,6 @@ def test_a_lock_that_another_host_holds_is_told_and_nothing_is_done(
 
 
 def test_nobody_starts_while_the_lock_is_held(lock: Path) -> None:
-    with process.held(lock):
+    with process.hold_lock(lock):
         assert not spawn(lock)
     assert spawn(lock)

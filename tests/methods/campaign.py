@@ -146,7 +146,7 @@ def reload(kind: str, base: str, output: Path) -> torch.nn.Module:
     if kind == "longlora":
         options["config"] = AutoConfig.from_pretrained(output)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
-    for _, layer in quantised.layers(model):
+    for _, layer in quantised.four_bit_layers(model):
         # In evaluation bitsandbytes computes in bf16 on some CPUs, and fails there for layers as narrow as these.
         layer.support_avx512bf16_for_cpu = False
     adapted: torch.nn.Module = PeftModel.from_pretrained(model, output)

@@ -9,7 +9,7 @@ import torch
 from by_hand import adamw, base, train
 from finished_runs import curve, difference, interrupted, loss_gap
 from safetensors.torch import load_file
-from sampling import sampled
+from sampling import method_sampled
 from transformers import AutoModelForCausalLM
 
 from methods.parts.ranks import largest, rounded
@@ -35,14 +35,14 @@ def by_peft(run_dir: Path, cache: Path) -> tuple[Any, Any]:
 
 
 def test_term_is_peft_s() -> None:
-    from methods.adalora import _slope
+    from methods.adalora import _penalty_gradient
 
     for shape, kind in (((4, 9), "A"), ((9, 4), "B")):
         factor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
         gram = factor @ factor.T if kind == "A" else factor.T @ factor
         torch.norm(gram - torch.eye(4), p="fro").backward()
-        torch.testing.assert_close(_slope(factor.detach(), kind), factor.grad)
-    assert not _slope(torch.eye(4, 9), "A").any()
+        torch.testing.assert_close(_penalty_gradient(factor.detach(), kind), factor.grad)
+    assert not _penalty_gradient(torch.eye(4, 9), "A").any()
 
 
 def test_ties_go_by_position_and_rounding_hides_noise() -> None:
@@ -55,7 +55,7 @@ def test_ties_go_by_position_and_rounding_hides_noise() -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("stages", sampled([(0, 18), (2, 6), (3, 24)]))
+@pytest.mark.parametrize("stages", method_sampled("adalora", [(0, 18), (2, 6), (3, 24)]))
 def test_layouts_resume_and_export(
     stages: list[tuple[int, int]], new_run: Any, launch: Any, cache: Path, held_out: Path
 ) -> None:

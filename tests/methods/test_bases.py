@@ -107,7 +107,7 @@ def test_what_was_trained_is_counted_and_loads(
     assert model
     for kind, run in runs.items():
         (plan,) = (event for event in events(run) if event["event"] == "plan")
-        assert plan["trained"] == load_job(run).method.trained(model.linears, model.others), kind
+        assert plan["trained"] == load_job(run).method.trained_parameters(model.linears, model.other_shapes), kind
         gaps = output_gaps(kind, run, cache)
         assert max(gaps.values(), default=0.0) < 1e-5, (kind, gaps)
 

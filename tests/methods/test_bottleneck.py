@@ -7,7 +7,7 @@ import pytest
 import torch
 from by_hand import base
 from finished_runs import curve, difference, interrupted, loss_gap
-from sampling import sampled
+from sampling import method_sampled
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -83,7 +83,7 @@ def test_starts_as_the_base_and_counts_what_it_adds(placement: str, tiny_base: P
     model = attached(tiny_base, placement=placement)
     assert torch.equal(model(IDS[None]).logits, expected)
     count = sum(p.numel() for p in trained(model).values())
-    assert count == Bottleneck(size=SIZE, placement=placement).adds(linears, {})
+    assert count == Bottleneck(size=SIZE, placement=placement).added_parameters(linears, {})
     downs = [m.down.weight for m in model.modules() if isinstance(m, Adapter)]
     starts = torch.cat([d.flatten() for d in downs])
     assert starts.std().item() == pytest.approx((2 / downs[0].shape[1]) ** 0.5, rel=0.2)
@@ -108,7 +108,7 @@ def test_a_base_without_the_places_is_refused() -> None:
         create(Bottleneck(placement="houlsby")).attach(nn.Sequential(nn.Linear(2, 2)))
 
 
-@pytest.mark.parametrize("layouts", sampled([(2, 3, False), (3, 2, False)]))
+@pytest.mark.parametrize("layouts", method_sampled("bottleneck", [(2, 3, False), (3, 2, False)]))
 def test_layouts_resume_and_export(
     layouts: list[tuple[int, int, bool]], new_run: Any, launch: Any, cache: Path, held_out: Path
 ) -> None:

@@ -36,7 +36,7 @@ PUBLISHED: list[tuple[Options, float, int]] = [
 @pytest.mark.parametrize(("options", "millions", "digits"), PUBLISHED, ids=lambda x: getattr(x, "kind", None))
 def test_published_counts(options: Options, millions: float, digits: int) -> None:
     model = Model(LLAMA_3B)
-    count = options.trained(model.linears, model.others)
+    count = options.trained_parameters(model.linears, model.other_shapes)
     assert math.isclose(count / 1e6, millions, abs_tol=0.51 * 10**-digits)
 
 
@@ -62,4 +62,4 @@ def test_real_counts(options: Options) -> None:
     linears, others = shapes(base, UNSHARDED)
     _, model = attached(options, base)
     real = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert options.trained(linears, others) == real
+    assert options.trained_parameters(linears, others) == real

@@ -9,13 +9,13 @@ import torch
 from by_hand import adamw, base, train
 from finished_runs import curve, difference, interrupted, loss_gap
 from safetensors.torch import load_file
-from sampling import sampled
+from sampling import method_sampled
 from transformers import AutoModelForCausalLM
 
 from methods.base import Setup
 from methods.full import FullTuning
 from methods.options.full import Full, layer_of
-from trainer.checkpoint.reading import Reader
+from trainer.checkpoint.reading import CheckpointReader
 
 LISA = {
     "kind": "full",
@@ -44,7 +44,7 @@ def by_hand(run_dir: Path, cache: Path) -> Any:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("stages", sampled([0, 2, 3]))
+@pytest.mark.parametrize("stages", method_sampled("full", [0, 2, 3]))
 def test_lisa_at_every_layout(stages: list[int], new_run: Any, launch: Any, cache: Path, held_out: Path) -> None:
     parts: dict[str, Any] = {
         "method": LISA,
@@ -61,7 +61,7 @@ def test_lisa_at_every_layout(stages: list[int], new_run: Any, launch: Any, cach
     worst = {run.name: difference(curve(run), expected) for run in runs}
     print(worst)
     assert max(worst.values()) < 1e-6
-    reader = Reader(runs[-1] / "attempts" / "1" / "checkpoints" / "step-20")
+    reader = CheckpointReader(runs[-1] / "attempts" / "1" / "checkpoints" / "step-20")
     state = {layer: reader.kinds(f"model.layers.{layer}.mlp.down_proj.weight") for layer in (0, 1)}
     assert all(bool(kinds) == (layer in draws[19]) for layer, kinds in state.items())
     again = [interrupted(run, f"{run.name}-again", 10) for run in runs]
@@ -83,11 +83,11 @@ def test_lisa_at_every_layout(stages: list[int], new_run: Any, launch: Any, cach
 def test_bad_options_say_what_is_allowed() -> None:
     linears = {f"model.layers.{i}.mlp.up_proj": (8, 8) for i in range(3)}
     others = {"model.embed_tokens.weight": (10, 8)}
-    assert Full(freeze=("layers.[01].*",)).trained(linears, others) == 64 + 80
+    assert Full(freeze=("layers.[01].*",)).trained_parameters(linears, others) == 64 + 80
     for options, said in (
         (Full(lisa_layers=4), "allowed: up to the base's 3 layers"),
         (Full(freeze=("*wte*",)), "no weight of the base matches"),
         (Full(freeze=("*",)), "match every weight"),
     ):
         with pytest.raises(ValueError, match=said):
-            options.trained(linears, others)
+            options.trained_parameters(linears, others)

@@ -19,7 +19,7 @@ from methods.base import Setup
 from methods.galore import GaloreTuning
 from methods.options.subspace import Galore
 from methods.subspace.matrix import canonical, exact_basis, fast_basis, generator, lay_out
-from methods.subspace.projector import Calendar, Int4Projector
+from methods.subspace.projector import Int4Projector, RefreshSchedule
 from trainer.export import results
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
@@ -353,22 +353,22 @@ def test_a_four_bit_basis_is_near_and_an_eighth_as_large() -> None:
 
 
 def test_a_matrix_whose_direction_stays_is_refreshed_half_as_often() -> None:
-    calendar = Calendar(10, True, [8, 8], torch.device("cpu"))
+    schedule = RefreshSchedule(10, True, [8, 8], torch.device("cpu"))
     turning = torch.eye(8)
     for k in range(6):
-        calendar.note(0, torch.ones(8, 1) * (-1) ** k)
-        calendar.note(1, turning[:, k : k + 1])
-    assert calendar.due(10) == [1]
-    assert calendar.due(20) == [0, 1]
+        schedule.note(0, torch.ones(8, 1) * (-1) ** k)
+        schedule.note(1, turning[:, k : k + 1])
+    assert schedule.due(10) == [1]
+    assert schedule.due(20) == [0, 1]
 
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_a_matrix_without_a_basis_is_due_at_every_step_also_after_a_restart(lazy: bool) -> None:
-    calendar, again = (Calendar(10, lazy, [8, 8], torch.device("cpu")) for _ in range(2))
-    calendar.note(0, torch.zeros(8, 1))
-    calendar.note(1, torch.ones(8, 1))
-    again.load_state(calendar.state())
-    assert calendar.due(3) == again.due(3) == [0]
+    schedule, again = (RefreshSchedule(10, lazy, [8, 8], torch.device("cpu")) for _ in range(2))
+    schedule.note(0, torch.zeros(8, 1))
+    schedule.note(1, torch.ones(8, 1))
+    again.load_state(schedule.state())
+    assert schedule.due(3) == again.due(3) == [0]
     again.note(0, torch.ones(8, 1))
     assert again.due(3) == [] and again.due(10) == [0, 1]
 

@@ -17,7 +17,7 @@ from by_hand import adamw, base, train
 from finished_runs import Curve, curve, difference, interrupted, saved
 from ports import free_port
 from safetensors.torch import load_file
-from sampling import sampled
+from sampling import method_sampled
 from torch import nn
 
 from methods.base import UNSHARDED, Setup
@@ -25,7 +25,7 @@ from methods.galore import GaloreTuning
 from methods.options.subspace import Galore
 from methods.parts.weights import shapes
 from methods.subspace.matrix import Matrix, canonical, lay_out
-from methods.subspace.projector import Calendar, Int4Projector
+from methods.subspace.projector import Int4Projector, RefreshSchedule
 from runfolder.record import load_job
 
 TUNED = {"kind": "galore", "rank": 4, "refresh_every": 7}
@@ -60,7 +60,7 @@ def test_states_of_a_7b_are_a_third() -> None:
         linears[f"{layer}.down_proj"] = (hidden, wide)
         others |= {f"{layer}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
     options = Galore(rank=1024)
-    galore, adamw = sum(options.optimizer_bytes(linears, others)), 8 * options.trained(linears, others)
+    galore, adamw = sum(options.optimizer_bytes(linears, others)), 8 * options.trained_parameters(linears, others)
     assert round(galore / 2 / giga, 2) == 8.76  # the paper's moments are bf16
     assert round(adamw / 2 / giga, 2) == 25.10
     assert round(100 * (1 - galore / adamw), 1) == 65.1
@@ -96,10 +96,10 @@ def measure(rank: int, folder: str, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch.distributed as dist
 
-    from trainer.world import join
+    from trainer.world import join_process_group
     from trainer.zero.shards import Shards
 
-    join()
+    join_process_group()
     torch.set_num_threads(1)
     moved = 0
     all_reduce = dist.all_reduce
@@ -201,12 +201,12 @@ def transcription(run_dir: Path, cache: Path) -> Curve:
     optimizer = adamw(model)
     matrices = lay_out(targets, method.rank)
     subspaces = [Subspace(matrix, model) for matrix in matrices]
-    calendar = Calendar(method.refresh_every, True, [matrix.side for matrix in matrices], torch.device("cpu"))
+    schedule = RefreshSchedule(method.refresh_every, True, [matrix.side for matrix in matrices], torch.device("cpu"))
 
     @torch.no_grad()
     def before(k: int) -> None:
-        for index in calendar.due(k):
-            calendar.note(index, subspaces[index].choose(run_dir, k + method.refresh_every))
+        for index in schedule.due(k):
+            schedule.note(index, subspaces[index].choose(run_dir, k + method.refresh_every))
         for subspace in subspaces:
             subspace.project()
 
@@ -223,7 +223,7 @@ RESTARTED = [("fast", 1, 1), ("q-galore", 2, 3), ("apollo", 3, 3), ("deficient",
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("cases", sampled([*LAYOUTS, *RESTARTED], 2))
+@pytest.mark.parametrize("cases", method_sampled("galore", [*LAYOUTS, *RESTARTED], 2))
 def test_curves_and_restarts_over_layouts(
     cases: list[tuple[str, int, int]], new_run: Any, launch: Any, cache: Path, tmp_path: Path
 ) -> None:

@@ -10,16 +10,16 @@ import peft
 import pytest
 import torch
 from finished_runs import Curve, curve, difference, interrupted, loss_gap
-from sampling import sampled
+from sampling import method_sampled
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from methods.base import UNSHARDED, Setup
 from methods.longlora import LongLoraTuning
-from methods.options.low_rank import LongLora
+from methods.options.low_rank_long import LongLora
 from methods.parts.weights import shapes
 from orchestrator.errors import InputError
 from orchestrator.planning.model import Model
-from orchestrator.planning.preflight import check
+from orchestrator.planning.preflight import check_job
 from runfolder.job import Job
 from runfolder.record import load_job
 
@@ -122,7 +122,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("layouts", sampled(list(LAYOUTS)))
+@pytest.mark.parametrize("layouts", method_sampled("longlora", list(LAYOUTS)))
 def test_every_layout_equals_peft_alone_and_its_output_loads(
     layouts: list[str], long_run: Any, launch: Any, bases: dict[str, Path], cache: Path
 ) -> None:
@@ -135,9 +135,10 @@ def test_every_layout_equals_peft_alone_and_its_output_loads(
         points, trained = expected[base[name]]
         assert difference(curve(run), points) < 1e-6, name
         options = load_job(run).method
-        assert options.trained(*shapes(AutoModelForCausalLM.from_pretrained(base[name]), UNSHARDED)) == trained
+        model = AutoModelForCausalLM.from_pretrained(base[name])
+        assert options.trained_parameters(*shapes(model, UNSHARDED)) == trained
         header = Model(json.loads((base[name] / "config.json").read_text()), base[name])
-        assert options.trained(header.linears, header.others) == trained
+        assert options.trained_parameters(header.linears, header.other_shapes) == trained
         check_output(run, base[name], cache)
     again = {name: interrupted(runs[name], f"again-{name}", 5) for name in layouts}
     launch(2, *again.values())
@@ -203,6 +204,6 @@ def test_preflight_lets_it_go_beyond_the_base(tiny_base: Path, long_sums: Path) 
         data = {"train": str(long_sums), "seq_len": SEQ_LEN}
         return Job.model_validate({"base": str(tiny_base), "method": method, "data": data, "train": {"steps": 1}})
 
-    check(job(kind="longlora"))
+    check_job(job(kind="longlora"))
     with pytest.raises(InputError, match="data.seq_len: found 320; allowed: at most 256"):
-        check(job(kind="lora"))
+        check_job(job(kind="lora"))

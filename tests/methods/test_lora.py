@@ -74,7 +74,7 @@ def test_export_fits_the_untouched_base(options: Options, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("at_once", [10_000, 100])
 def test_eva_finds_the_principal_directions_of_the_inputs(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eva, "AT_ONCE", at_once)
+    monkeypatch.setattr(eva, "TOKENS_PER_UPDATE", at_once)
     method, model = attached(Lora(rank=4, init="eva"), llama())
     examples = random_examples(*range(20, 40))
     inputs: list[torch.Tensor] = []
@@ -121,7 +121,7 @@ def starts(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def directions_at_once(model: nn.Module, examples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Four principal directions of the inputs of every target, by one SVD of all of them in fp64."""
-    with torch.no_grad(), eva.listening(model) as heard:
+    with torch.no_grad(), eva.recorded_inputs(model) as heard:
         for ids in examples:
             model(input_ids=ids)
         inputs = {name: torch.cat(parts).double() for name, parts in heard.items()}
@@ -146,7 +146,7 @@ def test_eva_is_pefts(case: str, limit: float, monkeypatch: pytest.MonkeyPatch) 
     examples = random_examples(*(20, 44, 24, 40, 28, 36, 30, 34) * 4)
     batches = [padded(examples)] if case == "one batch" else [padded(examples[:16]), padded(examples[16:])]
     if case == "one batch":
-        monkeypatch.setattr(eva, "AT_ONCE", 10_000)
+        monkeypatch.setattr(eva, "TOKENS_PER_UPDATE", 10_000)
 
     method, model = attached(Lora(rank=4, init="eva"), prepared(llama()))
     method.initialise(model, examples)

@@ -62,9 +62,9 @@ def test_what_is_trained_is_what_the_plan_says_and_fp32(precision: str, tiny_bas
         method = create(job.method, Setup(20, 0, 64, load_tokenizer(job.base)))
         model, planned = load_model(job, method, dtype, cpu), sizes(job, base)
         # AdaLoRA has a counter per module on top, which the plan leaves out.
-        assert planned and speed.count(model) == pytest.approx(planned.parameters, rel=1e-3), kind
+        assert planned and speed.count_weights(model) == pytest.approx(planned.parameters, rel=1e-3), kind
         trained = [p for p in model.parameters() if p.requires_grad]
-        assert sum(p.numel() for p in trained) == job.method.trained(base.linears, base.others), kind
+        assert sum(p.numel() for p in trained) == job.method.trained_parameters(base.linears, base.other_shapes), kind
         assert {p.dtype for p in trained} == {torch.float32}, kind
 
 

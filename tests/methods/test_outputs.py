@@ -12,8 +12,8 @@ from safetensors import safe_open
 from sampling import sampled
 from transformers import AutoTokenizer
 
-from runfolder.chain import last
-from trainer.missing import missing
+from runfolder.chain import last_attempt
+from trainer.omissions import omissions
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "pissa": {"kind": "lora", "rank": 4, "init": "pissa"},
@@ -49,7 +49,7 @@ def test_every_method_passes(new_run: Any, launch: Any, names: list[str], precis
         merges = not options.makes_model and "merge" not in options.refusals
         assert len(compared) == (2 if merges else 1), name
         assert all(event["gap"] <= event["allowed"] for event in compared), (name, compared)
-        assert missing(last(run)) == [], name
+        assert omissions(last_attempt(run)) == [], name
 
 
 TIED: dict[str, dict[str, Any]] = {  # on a base whose head is its embedding, and whether the output's still is
@@ -75,7 +75,7 @@ def test_a_head_stays_tied_unless_an_adapter_parts_it(
     runs = {name: new_run(name, **common, **parts) for name, parts in TIED.items()}
     launch(2, *runs.values())
     for name, run in runs.items():
-        assert missing(last(run)) == [], name
+        assert omissions(last_attempt(run)) == [], name
         model = run / "output" if KINDS[TIED[name]["method"]["kind"]].makes_model else run / "output" / "merged"
         tied = name not in ("embedding", "rslora")
         assert json.loads((model / "config.json").read_text())["tie_word_embeddings"] == tied, name

@@ -14,7 +14,7 @@ from alone import attached, llama, logits, losses, optimizer_of, trained
 from by_hand import adamw
 from finished_runs import curve, difference, interrupted
 from llamas import random_llama
-from sampling import sampled
+from sampling import method_sampled
 from transformers import AutoModelForCausalLM
 
 from methods.base import MergeRefused
@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_4_bits(folder: Path, options: QLora) -> Any:
     loading = quantised.load_options(options.quant, options.double_quant, torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **loading)
-    for _, layer in quantised.layers(model):
+    for _, layer in quantised.four_bit_layers(model):
         layer.support_avx512bf16_for_cpu = False  # else plain PEFT computes in bf16 on such a CPU
     torch.manual_seed(1)
     return model.train()
@@ -121,7 +121,7 @@ def test_loftq_restores_what_rank_r_can(folder: Path) -> None:
     for name, layer in model.named_modules():
         if not isinstance(layer, peft.tuners.lora.LoraLayer):
             continue
-        lost = originals[name.removeprefix("base_model.model.") + ".weight"] - quantised.restored(layer.weight)
+        lost = originals[name.removeprefix("base_model.model.") + ".weight"] - quantised.dequantised(layer.weight)
         update = layer.get_delta_weight("default").detach()
         S = torch.linalg.svdvals(lost)
         assert torch.linalg.matrix_norm(lost - update).item() == pytest.approx(
@@ -162,7 +162,7 @@ def test_a_merge_reports_and_refuses(folder: Path, tmp_path: Path) -> None:
     q_proj = "model.layers.0.self_attn.q_proj.weight"
     ratio = method.merge_report["base_model.model." + q_proj.removesuffix(".weight")]
     update = merged.get_parameter(q_proj) - llama().get_parameter(q_proj)
-    lost = quantised.lost(llama().get_parameter(q_proj).detach(), "nf4", True)
+    lost = quantised.quantisation_error(llama().get_parameter(q_proj).detach(), "nf4", True)
     assert ratio == pytest.approx((lost.norm() / update.norm()).item(), rel=1e-4)
     small = {name: value * (1e-4 if "lora_B" in name else 1) for name, value in trained(model).items()}
     method.export(model, small, tmp_path / "small")
@@ -170,7 +170,7 @@ def test_a_merge_reports_and_refuses(folder: Path, tmp_path: Path) -> None:
         method.merge(peft.PeftModel.from_pretrained(llama(), tmp_path / "small"))
 
 
-@pytest.mark.parametrize("stages", sampled([2, 3]))
+@pytest.mark.parametrize("stages", method_sampled("qlora", [2, 3]))
 def test_layouts_agree_resume_is_exact_and_a_refusal_keeps_the_adapter(
     stages: list[int], new_run: Any, launch: Any
 ) -> None:

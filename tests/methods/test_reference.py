@@ -10,7 +10,9 @@ from torch import nn
 from methods.base import ReferenceRefused, Setup
 from methods.options import KINDS, Options
 from methods.options.full import Full
-from methods.options.low_rank import AdaLora, Dora, LongLora, Lora, QLora, ReLora, RsLora
+from methods.options.low_rank import AdaLora, Dora, Lora, QLora, RsLora
+from methods.options.low_rank_long import LongLora
+from methods.options.low_rank_merged import ReLora
 from methods.options.other_adapters import Bottleneck, FourierFt, Ia3, Vera
 from methods.options.subspace import Galore
 from methods.options.virtual import Prefix, Prompt, PTuning

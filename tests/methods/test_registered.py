@@ -25,10 +25,10 @@ class Norms(Options):
     default_lr: ClassVar[float] = 1e-2
     makes_model: ClassVar[bool] = True
 
-    def adds(self, linears, others):
+    def added_parameters(self, linears, others):
         return 0
 
-    def trained(self, linears, others):
+    def trained_parameters(self, linears, others):
         return sum(shape[0] for name, shape in others.items() if "norm" in name)
 
 class Taken(Norms):

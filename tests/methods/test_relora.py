@@ -18,12 +18,13 @@ from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bi
 from by_hand import adamw, base, train
 from finished_runs import Curve, curve, difference, interrupted, loss_gap, saved
 from safetensors.torch import load_file
-from sampling import sampled
+from sampling import method_sampled
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from methods.base import Setup
-from methods.options.low_rank import ReLora
+from methods.options.low_rank_merged import ReLora
+from methods.parts.restarts import new_start
 from methods.relora import ReLoraTuning
 from runfolder.job import Job
 from runfolder.record import load_job
@@ -140,7 +141,7 @@ def transcription(run_dir: Path, cache: Path, keep: float = 0, full: int = 0, qu
                 layer = factor.name.removesuffix(".lora_A.default.weight")
                 merged = as_in_the_run(run_dir, k + 1, layer, merged)
             factor.linear.weight.copy_(merged)
-            factor.a.copy_(method.start(factor.name, factor.a.shape, k + 1))
+            factor.a.copy_(new_start(factor.name, factor.a.shape, method.setup.seed, k + 1))
             factor.b.zero_()
             for parameter in (factor.a, factor.b):
                 if keep == 0:
@@ -167,7 +168,7 @@ VARIANTS: dict[str, tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]] = { 
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("variants", sampled(list(VARIANTS)))
+@pytest.mark.parametrize("variants", method_sampled("relora", list(VARIANTS)))
 def test_layouts_resume_and_output(
     variants: list[str], new_run: Any, launch: Any, cache: Path, held_out: Path
 ) -> None:
@@ -214,7 +215,7 @@ def test_learning_rate_warms_up_after_each_restart_and_not_before_the_job_has() 
         return (step + 1) / 30 if step < 30 else 0.5 * (1 + math.cos(math.pi * (step - 30) / 70))
 
     rate = method.schedule(base_rate)
-    assert [step for step in range(101) if method.restarts(step)] == [30, 40, 50, 60, 70, 80, 90]
+    assert [step for step in range(101) if method.restarts.due(step)] == [30, 40, 50, 60, 70, 80, 90]
     assert [rate(step) for step in range(30)] == [base_rate(step) for step in range(30)]
     assert [rate(40 + i) for i in range(4)] == pytest.approx([base_rate(45) * (i + 1) / 5 for i in range(4)])
     assert rate(44) == pytest.approx(base_rate(45)) and rate(45) == base_rate(45)
@@ -222,10 +223,10 @@ def test_learning_rate_warms_up_after_each_restart_and_not_before_the_job_has() 
 
 def test_what_is_trained() -> None:
     linears, others = {"layers.0.q_proj": (8, 8)}, {"embed_tokens.weight": (10, 8), "norm.weight": (8,)}
-    assert ReLora(rank=2).trained(linears, others) == 2 * 16 + 88
-    assert ReLora(rank=2, others=False).trained(linears, others) == 2 * 16
+    assert ReLora(rank=2).trained_parameters(linears, others) == 2 * 16 + 88
+    assert ReLora(rank=2, others=False).trained_parameters(linears, others) == 2 * 16
     warm = ReLora(rank=2, full_rank=0.1)
-    assert warm.trained(linears, others) == 2 * 16 + 88 + 64
+    assert warm.trained_parameters(linears, others) == 2 * 16 + 88 + 64
     assert warm.optimizer_bytes(linears, others) == (8 * (64 + 88), 0)
     assert ReLora(rank=2, quantised=True).frozen_bytes(linears, others, 4) == (0, 33)  # 64 half bytes, a constant
 

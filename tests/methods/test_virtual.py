@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from finished_runs import curve, difference, interrupted, loss_gap
-from sampling import sampled
+from sampling import method_sampled
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -99,7 +99,8 @@ def test_twenty_steps_equal_peft(kind: str, tiny_base: Path) -> None:
     put_start(kind, model, twin)
     ours, theirs = (torch.optim.AdamW(trained(m), lr=1e-2) for m in (model, twin))
     count = sum(p.numel() for p in trained(model))
-    assert count == sum(p.numel() for p in trained(twin)) == method.options.adds(*shapes(base(tiny_base), UNSHARDED))
+    assert count == sum(p.numel() for p in trained(twin))
+    assert count == method.options.added_parameters(*shapes(base(tiny_base), UNSHARDED))
     for step in range(20):
         document = IDS[step : step + 15]
         mine = cross_entropy(logits(method, model, document)[0][:-1], document[1:])
@@ -191,7 +192,7 @@ def test_a_window_that_hides_the_prefix_is_refused(tiny_base: Path) -> None:
         Prefix(tokens=70).check({"sliding_window": 70}, 64)
 
 
-@pytest.mark.parametrize("kinds", sampled(list(KINDS)))
+@pytest.mark.parametrize("kinds", method_sampled("virtual", list(KINDS)))
 def test_layouts_resume_and_export(kinds: list[str], new_run: Any, launch: Any, cache: Path, held_out: Path) -> None:
     layouts = {"a": (0, 1, True), "b": (2, 3, False), "d": (3, 2, False)}
     runs = {

@@ -13,7 +13,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from clusters import holder
-from orchestrator.planning.model import Model, count
+from orchestrator.planning.model import Model, parameter_count
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -52,7 +52,7 @@ def write_weights(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """A safetensors file of zeros."""
     header, end = {}, 0
     for name, shape in shapes.items():
-        size = 4 * count({name: shape})
+        size = 4 * parameter_count({name: shape})
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()
@@ -85,7 +85,7 @@ def only_queued(home: Path) -> Iterator[None]:
     folder.mkdir(parents=True)
     descriptor = os.open(folder / "supervisor.lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    os.pwrite(descriptor, holder.me().dump(), 0)
+    os.pwrite(descriptor, holder.current_holder().dump(), 0)
     try:
         yield
     finally:

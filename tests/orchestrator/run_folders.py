@@ -7,7 +7,7 @@ from runfolder import chain
 from runfolder.chain import Attempt, Start
 from runfolder.digests import digests
 from runfolder.job import Job
-from runfolder.record import create
+from runfolder.record import create_run_folder
 
 T0 = 1_700_000_000.0
 
@@ -36,13 +36,13 @@ def make_run(root: Path, run_id: str, uri: str | None, **job: Any) -> Path:
         "git": {"commit": "c0ffee", "dirty": True},
         "digests": digests(made, Path(made.base.model)) if there else invented,
     }
-    assert create(root / run_id, record) is None
+    assert create_run_folder(root / run_id, record) is None
     return root / run_id
 
 
 def claim(run_dir: Path, start: int | None = None) -> Attempt:
     """The next attempt, from a checkpoint of its predecessor at step `start`."""
-    begin = Start(chain.last(run_dir).number, start) if start is not None else None
+    begin = Start(chain.last_attempt(run_dir).number, start) if start is not None else None
     attempt = chain.claim_next(run_dir, begin)
     assert attempt
     return attempt

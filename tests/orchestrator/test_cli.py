@@ -122,7 +122,7 @@ def test_waiting_tells_success_and_failure(call: Call, home: Path) -> None:
 
 
 def test_a_run_that_nobody_knows_is_exit_code_3(call: Call, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(progress, "_FOLLOW_TIMEOUT_S", 0.0)
     run_dir = make_run(home / "runs", runs.new_id("fake"), None)
     code, _, err = call("logs", "-f", run_dir.name)
     assert code == 3
@@ -132,7 +132,7 @@ def test_a_run_that_nobody_knows_is_exit_code_3(call: Call, home: Path, monkeypa
 def test_a_cluster_that_cannot_start_is_told_everywhere_and_not_waited_for(
     call: Call, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(progress, "_FOLLOW_TIMEOUT_S", 0.0)
     failure = home / "local" / "ray.failed"
     failure.write_text(json.dumps({"starts": 3, "reason": "OSError: no space"}))
     told = f"Ray did not start, 3 times in a row: OSError: no space (see {home}/local/ray.log)"

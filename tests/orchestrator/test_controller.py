@@ -18,7 +18,7 @@ from orchestrator.control import cancel, resume
 from orchestrator.errors import InputError
 from orchestrator.submit import submit
 from runfolder.appended import read_lines
-from runfolder.chain import Attempt, Start, attempts, last, result
+from runfolder.chain import Attempt, Start, attempts, last_attempt, result
 from runfolder.files import Record, read_json
 from trainer.checkpoint.lineage import finished, step_of
 
@@ -145,11 +145,11 @@ def test_a_run_goes_on_whatever_is_killed(cluster: Local, start: Callable[..., P
     assert (run_dir / "output" / "adapter_model.safetensors").exists()
 
 
-def test_a_bug_is_final_a_warned_run_goes_on_and_a_cancelled_one_is_closed(
+def test_a_bug_is_final_a_killed_or_warned_run_goes_on_and_a_cancelled_one_is_closed(
     cluster: Local, start: Callable[..., Path], sums: Path
 ) -> None:
-    """Room for two: a run whose data changed, one that is warned and cancelled, one that is cancelled as it waits."""
-    long = {"train": {"steps": 100_000, "batch_tokens": 512, "lr": 1e-3}, "checkpoint": {"every": 100_000}}
+    """Room for two: a run whose data changed; one killed, warned and cancelled; one cancelled before its turn."""
+    long = {"train": {"steps": 100_000, "batch_tokens": 512, "lr": 1e-3}, "checkpoint": {"every": 5}}
     bad = sums.with_name("soon-changed.jsonl")
     bad.write_text(sums.read_text())
     buggy = start(data={"train": str(bad), "seq_len": 64})
@@ -166,16 +166,25 @@ def test_a_bug_is_final_a_warned_run_goes_on_and_a_cancelled_one_is_closed(
     assert f"data.train: {bad} has changed since the submission: sha256 " in found["evidence"]
     assert found["reason"].endswith("put the old one back and resume the run, or submit the job anew")
 
-    until(lambda: attempts(running) and len(read_lines(last(running), "metrics.jsonl")) > 5)
-    os.kill(cluster.state()["controllers"][running.name], signal.SIGTERM)
-    until(lambda: len(attempts(running)) == 2 and read_lines(last(running), "metrics.jsonl"))
+    until(lambda: saved(running, 1))
+    kill(workers(running, 1)[0])
+    until(lambda: len(attempts(running)) == 2 and len(read_lines(last_attempt(running), "metrics.jsonl")) > 2)
     first, second = attempts(running)
-    reported = [row["step"] for row in read_lines(first, "metrics.jsonl") if "loss" in row]
-    assert first.verdict and first.verdict["reason"].endswith(f"; saved at step {reported[-1]}")
-    assert (first.verdict["kind"], second.start) == ("preemption", Start(1, reported[-1]))
-    assert read_lines(second, "metrics.jsonl")[0]["step"] == reported[-1] + 1
+    assert first.verdict and (first.verdict["kind"], first.verdict["rank"]) == ("node_lost", 0)
+    assert second.start and second.start.step % 5 == 0
+    losses = {row["step"]: row["loss"] for row in read_lines(first, "metrics.jsonl") if "loss" in row}
+    again = {row["step"]: row["loss"] for row in read_lines(second, "metrics.jsonl") if "loss" in row}
+    assert min(again) == second.start.step + 1 and all(losses.get(step, loss) == loss for step, loss in again.items())
 
-    before = workers(running, 2)
+    os.kill(cluster.state()["controllers"][running.name], signal.SIGTERM)
+    until(lambda: len(attempts(running)) == 3 and read_lines(last_attempt(running), "metrics.jsonl"))
+    _, second, third = attempts(running)
+    reported = [row["step"] for row in read_lines(second, "metrics.jsonl") if "loss" in row]
+    assert second.verdict and second.verdict["reason"].endswith(f"; saved at step {reported[-1]}")
+    assert (second.verdict["kind"], third.start) == ("preemption", Start(2, reported[-1]))
+    assert read_lines(third, "metrics.jsonl")[0]["step"] == reported[-1] + 1
+
+    before = workers(running, 3)
     cancel(running.name)
     found = ended(running)
     assert (found["state"], found["verdict"]) == ("cancelled", "cancelled")
@@ -188,7 +197,8 @@ def test_a_bug_is_final_a_warned_run_goes_on_and_a_cancelled_one_is_closed(
     bad.write_text(sums.read_text())
     resume(buggy.name)
     assert list((cluster.home / "cache").glob("*/manifest.json"))
-    assert (ended(buggy)["state"], last(buggy).number) == ("succeeded", 4)  # slot 2 closed it, slot 3 reopened it
+    # Slot 2 closed it, slot 3 reopened it.
+    assert (ended(buggy)["state"], last_attempt(buggy).number) == ("succeeded", 4)
 
 
 @pytest.mark.chaos

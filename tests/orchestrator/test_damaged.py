@@ -12,7 +12,7 @@ from fleetune import InputError
 from orchestrator import cli, runs
 from orchestrator.controller import main
 from orchestrator.tracking.delivery import undelivered
-from orchestrator.tracking.trouble import held_up
+from orchestrator.tracking.trouble import trouble_of_run
 from runfolder.chain import result
 from runfolder.files import Damaged
 
@@ -85,7 +85,7 @@ def test_word_of_trouble_that_cannot_be_read(home: Path) -> None:
     run_dir = make_run(home / "runs", runs.new_id("bad"), None)
     for text in ("{torn", '{"of": "another version"}'):
         (run_dir / "undelivered.json").write_text(text)
-        trouble = held_up(run_dir)
+        trouble = trouble_of_run(run_dir)
         assert trouble and trouble.reason == f"{run_dir}/undelivered.json cannot be read"
         assert fleetune.status(run_dir.name).state == "unknown"  # the cluster has not got it
         with pytest.raises(InputError, match="nothing was tracked yet"):

@@ -120,7 +120,7 @@ def test_too_few_steps_are_told_with_a_batch_that_gives_enough(
 ) -> None:
     """Forty short rows, three epochs and the default batch: one step with each row several times in it."""
     if not tokens:
-        monkeypatch.setattr(looking, "missing", lambda: ["transformers"])
+        monkeypatch.setattr(looking, "missing_packages", lambda: ["transformers"])
     path = job(tmp_path, *[{"prompt": "Sort: red cat dog", "completion": " cat dog red"}] * 40)
     found = plan(path, ["train={epochs: 3}"])
     assert found.steps == 1
@@ -136,11 +136,11 @@ def test_too_few_steps_are_told_with_a_batch_that_gives_enough(
 @pytest.mark.usefixtures("base", "home")
 def test_without_a_tokenizer_plan_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = job(tmp_path, *[{"prompt": "a" * 40, "completion": " b"}] * 8)
-    monkeypatch.setattr(looking, "missing", lambda: ["transformers", "pyarrow"])
-    monkeypatch.setattr("orchestrator.planning.preflight.missing", lambda: ["transformers", "pyarrow"])
+    monkeypatch.setattr(looking, "missing_packages", lambda: ["transformers", "pyarrow"])
+    monkeypatch.setattr("orchestrator.planning.preflight.missing_packages", lambda: ["transformers", "pyarrow"])
     (warning,) = plan(path).warnings
     assert warning.startswith("data: rows were not looked at as tokens (transformers, pyarrow not installed: pip")
-    monkeypatch.setattr("orchestrator.rows.missing", lambda: ["transformers"])
+    monkeypatch.setattr("orchestrator.rows.missing_packages", lambda: ["transformers"])
     with pytest.raises(InputError, match=r"rows: needs transformers; allowed: pip install 'fleetune\[data\]'"):
         rows(path)
 

@@ -12,14 +12,14 @@ from jobs import make_job
 from run_folders import claim, make_run, plan, step_row, steps
 
 import fleetune
-from clusters.base import Status as View
+from clusters.base import ClusterStatus as View
 from clusters.local import Local
 from fleetune import InputError
 from orchestrator import progress, runs, status
 from orchestrator.logs import LogReader
 from runfolder.chain import Attempt, claim_next, close
 from runfolder.requests import request_cancel
-from runfolder.site import Here
+from runfolder.site import LocalSite
 from runfolder.snapshot import snapshot
 
 
@@ -85,7 +85,7 @@ def test_a_run_that_is_about_to_succeed_is_not_preempted(run: Path) -> None:
     steps(attempt, 1, 9)
     for verdict, state in (("success", "running"), ("node_lost", "preempted")):
         attempt.write_verdict({"kind": verdict, "reason": "gone"})
-        assert status.join(snapshot(run), View("running")).state == state
+        assert status.join_status(snapshot(run), View("running")).state == state
 
 
 CLOSER = """
@@ -143,8 +143,10 @@ def test_many_runs_are_looked_at_in_one_trip(home: Path, tmp_path: Path, monkeyp
         if number % 2:
             close(run_dir, {"state": "succeeded", "reason": None})
     trips = []
-    snapshots = Here.snapshots
-    monkeypatch.setattr(Here, "snapshots", lambda site, ids: trips.append(list(ids)) or snapshots(site, trips[-1]))
+    snapshots = LocalSite.snapshots
+    monkeypatch.setattr(
+        LocalSite, "snapshots", lambda site, ids: trips.append(list(ids)) or snapshots(site, trips[-1])
+    )
     found = fleetune.list_runs()
     assert len(found) == 21 and len(trips) == 1
     assert [status.state for status in found if status.name == "many"].count("succeeded") == 10

@@ -10,8 +10,8 @@ from ray.exceptions import OutOfMemoryError as RayOutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import ControllerError
 
-from orchestrator.driver import describe
-from orchestrator.failure import Failure, load
+from orchestrator.driver import failure_of
+from orchestrator.failure import Failure, load_failure
 from orchestrator.verdict import Again, Final, Kind, classify, decide
 from orchestrator.worker import WorkerFailed
 from runfolder.digests import InputChanged
@@ -26,13 +26,13 @@ WORDS = (
 
 def raised(error: BaseException) -> Failure:
     """What the verdict gets of an exception in a worker."""
-    travelled = describe(pickle.loads(pickle.dumps(WorkerFailed.by(error))))
-    return load(travelled.dump())
+    travelled = failure_of(pickle.loads(pickle.dumps(WorkerFailed.by(error))))
+    return load_failure(travelled.dump())
 
 
 def of_ray(error: Exception) -> Failure:
     """What the verdict gets of a worker that Ray finds ill or dead."""
-    return load(describe(WorkerHealthCheckFailedError("A worker health check failed.", error)).dump())
+    return load_failure(failure_of(WorkerHealthCheckFailedError("A worker health check failed.", error)).dump())
 
 
 def actor_died() -> ActorDiedError:
@@ -130,8 +130,8 @@ def test_the_evidence_is_the_line_that_proves_it() -> None:
 
 def test_what_concerns_no_worker_is_nobodys_bug() -> None:
     assert classify({-1: Failure("the driver ended with exit code 1\nRuntimeError: odd")}).kind == "node_lost"
-    assert classify({-1: describe(ConnectionError("refused"))}).kind == "network"
-    assert classify({-1: describe(ControllerError(ValueError("odd")))}).kind == "node_lost"
+    assert classify({-1: failure_of(ConnectionError("refused"))}).kind == "network"
+    assert classify({-1: failure_of(ControllerError(ValueError("odd")))}).kind == "node_lost"
 
 
 def test_bugs_and_lack_of_memory_are_final() -> None:

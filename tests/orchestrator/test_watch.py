@@ -11,8 +11,8 @@ import pytest
 import yaml
 from waiting import until
 
-from orchestrator.controller import cancelled_within, history, main, next_step, result_of
-from orchestrator.driver import outcome
+from orchestrator.controller import attempt_endings, cancelled_within, main, next_step, result_of
+from orchestrator.driver import failures_of
 from orchestrator.failure import Failure
 from orchestrator.verdict import Again, Final, Kind
 from orchestrator.watch import Watch
@@ -180,20 +180,20 @@ def test_what_is_nobodys_has_no_rank() -> None:
         raise ConnectionError("refused")
 
     types = ("builtins.ConnectionError", "builtins.OSError")
-    assert outcome(fails) == {-1: Failure("ConnectionError: refused", types)}
-    assert outcome(lambda: None) == {}
+    assert failures_of(fails) == {-1: Failure("ConnectionError: refused", types)}
+    assert failures_of(lambda: None) == {}
 
 
 def test_history_counts_steps_by_checkpoints(run_dir: Path) -> None:
     first = claim(run_dir)
-    assert history(run_dir) == [("node_lost", 0)]
+    assert attempt_endings(run_dir) == [("node_lost", 0)]
     save(first, 10)
     first.write_verdict({"kind": "network"})
-    assert history(run_dir) == [("network", 10)]
+    assert attempt_endings(run_dir) == [("network", 10)]
     claim(run_dir, Start(1, 10))
-    assert history(run_dir) == [("network", 10), ("node_lost", 0)]
+    assert attempt_endings(run_dir) == [("network", 10), ("node_lost", 0)]
     claim(run_dir, Start(1, 5))  # the checkpoint of step 10 turned out to be damaged
-    assert history(run_dir) == [("network", 10), ("node_lost", -5), ("node_lost", 0)]
+    assert attempt_endings(run_dir) == [("network", 10), ("node_lost", -5), ("node_lost", 0)]
 
 
 def test_history_begins_anew_when_a_run_is_reopened(run_dir: Path) -> None:
@@ -201,9 +201,9 @@ def test_history_begins_anew_when_a_run_is_reopened(run_dir: Path) -> None:
     assert close(run_dir, result_of(run_dir, Final("failed", None)))
     assert result(run_dir) == {**(result(run_dir) or {}), "state": "failed", "reason": "boom", "attempt": 1}
     assert reopen(run_dir)
-    assert history(run_dir) == []
+    assert attempt_endings(run_dir) == []
     claim(run_dir)
-    assert history(run_dir) == [("node_lost", 0)]
+    assert attempt_endings(run_dir) == [("node_lost", 0)]
 
 
 def test_a_run_that_is_cancelled_before_its_first_attempt_is_closed_without_one(run_dir: Path) -> None:
@@ -241,7 +241,7 @@ def test_work_that_shows_it_is_alive_is_no_hang_until_it_stops(
 
     def evaluate() -> None:
         while time.monotonic() - began < 2.5:
-            attempt.alive()
+            attempt.note_progress()
             time.sleep(0.1)
 
     threading.Thread(target=evaluate).start()

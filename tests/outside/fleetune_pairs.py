@@ -1,6 +1,6 @@
 """Objectives of another package: of a pair of documents the first one is to become the likelier; and a slow one.
 
-The first uses all that an objective may: examples of two documents, two totals, a prelude, the reference, figures
+The first uses all that an objective may: examples of two documents, two totals, a prelude, the reference, metrics
 and (in the second class) what the model writes. With h the log-likelihood of the first document less that of the
 second, and z and z_0 the means of h over the global batch for the policy and for the reference, its loss is the mean
 of softplus(-(h - z / 2 - z_0 / 2)) over pairs, plus the mean cross entropy of all labels.
@@ -18,10 +18,10 @@ from torch.nn.functional import cross_entropy, softplus
 
 from trainer.data.examples import Examples, GlobalBatch
 from trainer.data.layout import IGNORED, MicroBatch
-from trainer.data.shards import Counts, join
+from trainer.data.shards import Counts, join_examples
 from trainer.data.tokens import Tokens, tokenise
 from trainer.objectives import labels
-from trainer.objectives.base import Arrays, Objective, Shares, Tensors, Totals
+from trainer.objectives.base import Arrays, Objective, Shares, TensorsByName, Totals
 from trainer.objectives.sft import Supervised
 
 
@@ -38,7 +38,7 @@ class Pairs(Objective):
         return {"pairs": len(batch.chosen), "labels": batch.targets}
 
     def arrays(self, examples: Examples, micro: MicroBatch) -> Arrays:
-        made = labels.arrays(micro.rows, examples.tokens, self.setup.tokenizer.pad_token_id)
+        made = labels.label_arrays(micro.rows, examples.tokens, self.setup.tokenizer.pad_token_id)
         lengths = [[len(examples.tokens.document(i).ids) for i in row] for row in micro.rows]
         before = np.cumsum([0, *map(len, lengths)])
         document = [
@@ -53,21 +53,21 @@ class Pairs(Objective):
             "second": np.ascontiguousarray(second),
         }
 
-    def prelude(self, model: Any, batch: Tensors, totals: Totals) -> Tensors:
+    def prelude(self, model: Any, batch: TensorsByName, totals: Totals) -> TensorsByName:
         policy, _ = margins(model, batch)
         with self.method.reference(model):
             reference, _ = margins(model, batch)
         return {"policy": policy.sum() / totals["pairs"], "reference": reference.sum() / totals["pairs"]}
 
-    def loss(self, model: Any, batch: Tensors, totals: Totals, prelude: Tensors) -> Shares:
+    def loss(self, model: Any, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:
         h_P, entropy = margins(model, batch)
         known = (prelude["policy"] / 2 + prelude["reference"] / 2).float()
         losses_P = softplus(-(h_P - known))
-        figures = {"margin": h_P.sum() / totals["pairs"], "likelier": (h_P > 0).float().sum() / totals["pairs"]}
-        return Shares(losses_P.sum() / totals["pairs"] + entropy / totals["labels"], figures)
+        metrics = {"margin": h_P.sum() / totals["pairs"], "likelier": (h_P > 0).float().sum() / totals["pairs"]}
+        return Shares(losses_P.sum() / totals["pairs"] + entropy / totals["labels"], metrics)
 
 
-def margins(model: Any, batch: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+def margins(model: Any, batch: TensorsByName) -> tuple[torch.Tensor, torch.Tensor]:
     """h of every pair [P], and the summed cross entropy of all labels."""
     logits_NV = labels.logits(model, batch).float()
     entropy_N = cross_entropy(logits_NV, batch["label"], ignore_index=IGNORED, reduction="none")
@@ -96,7 +96,7 @@ class WrittenPairs(Pairs):
     def rolled_out(self, batch: GlobalBatch, rollout: Arrays) -> GlobalBatch:
         ends = rollout["ends"][:-1]
         written = list(zip(np.split(rollout["ids"], ends), np.split(rollout["target"], ends), strict=True))
-        tokens = Tokens([join(written, range(len(written)), Counts())])
+        tokens = Tokens([join_examples(written, range(len(written)), Counts())])
         return GlobalBatch(Examples.of_each(tokens, 2), np.arange(len(batch.chosen)))
 
 

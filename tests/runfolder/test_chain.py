@@ -24,7 +24,7 @@ def test_a_slot_is_taken_once_however_many_try(tmp_path: Path) -> None:
 
     def attempt() -> None:
         barrier.wait()
-        if made := chain._claim(tmp_path, 1, {"kind": "attempt", "start": None}):
+        if made := chain._take_slot(tmp_path, 1, {"kind": "attempt", "start": None}):
             won.append(made)
 
     threads = [threading.Thread(target=attempt) for _ in range(8)]
@@ -68,7 +68,7 @@ def test_work_counts_up_to_the_start_of_the_successor(tmp_path: Path) -> None:
     claim(tmp_path)
     claim(tmp_path, Start(1, 40))
     claim(tmp_path, Start(1, 30))
-    assert [(a.number, bound) for a, bound in chain.bounds(tmp_path)] == [(3, float("inf")), (2, 30), (1, 30)]
+    assert [(a.number, bound) for a, bound in chain.step_bounds(tmp_path)] == [(3, float("inf")), (2, 30), (1, 30)]
 
 
 def test_closing_moves_the_output_once(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_closing_moves_the_output_once(tmp_path: Path) -> None:
 def test_a_close_that_was_cut_off_is_settled_by_the_next_reader(tmp_path: Path) -> None:
     attempt = claim(tmp_path)
     (attempt.folder / "output").mkdir()
-    chain._claim(tmp_path, 2, {"kind": "close", "closes": 1, "result": {"state": "succeeded"}})
+    chain._take_slot(tmp_path, 2, {"kind": "close", "closes": 1, "result": {"state": "succeeded"}})
     assert not (tmp_path / "result.json").exists()
     assert chain.settle(tmp_path) == {"state": "succeeded"}
     assert (tmp_path / "output").is_dir() and (tmp_path / "result.json").exists()

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from methods.options import KINDS
 from methods.parts import quantised
-from orchestrator.planning.model import count, locate
+from orchestrator.planning.model import locate, parameter_count
 from runfolder.job import Base
 from runfolder.record import load_job
 from trainer.base import load_config, load_pretrained
@@ -155,9 +155,11 @@ def test_a_base_in_4_bits_is_trained(
     assert difference(curve(alone), curve(pair)) < 1e-6
     method = load_job(pair).method
     (plan,) = (event for event in events(pair) if event["event"] == "plan")
-    assert plan["trained"] == method.trained(model.linears, model.others)
+    assert plan["trained"] == method.trained_parameters(model.linears, model.other_shapes)
     if kind != "adalora":  # PEFT keeps the ranks of its modules as parameters
-        assert plan["parameters"] == count(model.shapes) + method.adds(model.linears, model.others)
+        assert plan["parameters"] == parameter_count(model.shapes) + method.added_parameters(
+            model.linears, model.other_shapes
+        )
     losses = [loss for loss, _ in curve(pair)]
     assert losses[-1] < losses[0]
     if "export" not in method.refusals:
@@ -170,7 +172,7 @@ def reload(base: Path, run: Path) -> Any:
     config.quantization_config["bnb_4bit_compute_dtype"] = "float32"
     packed = AutoModelForCausalLM.from_pretrained(base, config=config)
     quantised.cast_others(packed, torch.float32)  # saved in bf16
-    for _, layer in quantised.layers(packed):
+    for _, layer in quantised.four_bit_layers(packed):
         # In evaluation bitsandbytes computes in bf16 on some CPUs, and fails there for layers as narrow as these.
         layer.support_avx512bf16_for_cpu = False
     return PeftModel.from_pretrained(packed, run / "output")

@@ -14,8 +14,8 @@ from sampling import each_sampled
 
 from runfolder import chain
 from runfolder.files import read_json
-from trainer.checkpoint.lineage import claim_from_newest, folder_of, newest, write_manifest
-from trainer.checkpoint.reading import CheckpointGone, Reader, open_start
+from trainer.checkpoint.lineage import checkpoint_folder, claim_from_newest, newest, write_manifest
+from trainer.checkpoint.reading import CheckpointGone, CheckpointReader, open_start
 from trainer.checkpoint.saving import Checkpoints, write_shard
 from trainer.world import World
 
@@ -51,7 +51,7 @@ def test_resume_is_bitwise_at_the_same_layout(zero: int, new_run: Any, launch: A
 def save(attempt: chain.Attempt, *steps: int) -> None:
     """Leave checkpoints of two ranks in an attempt's folder."""
     for step in steps:
-        folder = folder_of(attempt, step)
+        folder = checkpoint_folder(attempt, step)
         folder.mkdir(parents=True)
         for rank in range(2):
             write_shard(folder, rank, {f"weight/w/{4 * rank}": torch.full((4,), float(step))})
@@ -84,20 +84,20 @@ def alone() -> Iterator[World]:
 
 def test_what_is_not_whole_is_passed_over(first: chain.Attempt) -> None:
     assert newest(first.run_dir) == chain.Start(1, 30)
-    manifest = folder_of(first, 30) / "manifest.json"
+    manifest = checkpoint_folder(first, 30) / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"step": 30', '"step": 31'))
     assert newest(first.run_dir) == chain.Start(1, 20)
-    with (folder_of(first, 20) / "shard-1.safetensors").open("ab") as stream:
+    with (checkpoint_folder(first, 20) / "shard-1.safetensors").open("ab") as stream:
         stream.write(b" ")
     assert newest(first.run_dir) == chain.Start(1, 10)
-    (folder_of(first, 10) / "shard-0.safetensors").unlink()
+    (checkpoint_folder(first, 10) / "shard-0.safetensors").unlink()
     assert newest(first.run_dir) is None
 
 
 def test_a_damaged_checkpoint_is_found_by_those_who_load_it_and_not_taken_again(
     first: chain.Attempt, alone: World
 ) -> None:
-    flip_a_bit(folder_of(first, 30) / "shard-1.safetensors")
+    flip_a_bit(checkpoint_folder(first, 30) / "shard-1.safetensors")
     second = claim_from_newest(first.run_dir)
     assert second and second.start == chain.Start(1, 30)
     with pytest.raises(CheckpointGone, match=r"step 30 of attempt 1: shard-1.safetensors: not what was written"):
@@ -112,8 +112,8 @@ def test_a_predecessor_that_lives_cannot_remove_what_its_successor_starts_from(
     first: chain.Attempt, alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It looks, is paused, and wakes to remove an older one, while the newest turned out to be damaged."""
-    shutil.rmtree(folder_of(first, 10))
-    (folder_of(first, 30) / "shard-0.safetensors").unlink()
+    shutil.rmtree(checkpoint_folder(first, 10))
+    (checkpoint_folder(first, 30) / "shard-0.safetensors").unlink()
     successors: list[chain.Attempt | None] = []
     monkeypatch.setattr(chain.Attempt, "check", lambda _: successors.append(claim_from_newest(first.run_dir)))
     with pytest.raises(FileNotFoundError, match="step-20"):
@@ -134,7 +134,7 @@ def test_a_start_that_was_removed_before_it_was_claimed_says_so(first: chain.Att
 def test_any_range_can_be_read(new_run: Any, launch: Any) -> None:
     run = new_run("run", sharding={"zero": 3}, **HALF)
     launch(2, run)
-    reader = Reader(run / "attempts" / "1" / "checkpoints" / "step-10")
+    reader = CheckpointReader(run / "attempts" / "1" / "checkpoints" / "step-10")
     exported = load_file(run / "output" / "adapter_model.safetensors")
     key = next(iter(exported))
     name, whole = key.replace(".weight", ".default.weight"), exported[key].flatten()

@@ -107,7 +107,7 @@ def outputs(run: Path, base: Path, rows: int) -> list[Any]:
     in_4_bits = quantised.load_options("nf4", True, torch.float32) if load_job(run).method.quantises else {}
     longer = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **in_4_bits)
     longer.resize_token_embeddings(rows)
-    for _, layer in quantised.layers(longer):
+    for _, layer in quantised.four_bit_layers(longer):
         layer.support_avx512bf16_for_cpu = False  # else an evaluation computes in bf16 on some CPUs
     return [
         PeftModel.from_pretrained(longer, run / "output"),

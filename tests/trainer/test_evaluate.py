@@ -11,7 +11,7 @@ from llamas import random_llama
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from trainer.export import results
-from trainer.generation import PROMPTS_AT_ONCE, TOKENS_AT_ONCE, Group, groups, rounds
+from trainer.generation import PROMPTS_AT_ONCE, TOKENS_AT_ONCE, PromptGroup, groups, rounds
 
 POSITIONS = 64
 
@@ -30,7 +30,7 @@ def test_groups_are_bounded_by_tokens_and_rows() -> None:
 
 def test_no_prompt_goes_beyond_the_positions_of_the_base() -> None:
     made = groups([10, 500, 512, 400, 600, 500], 256, 512)
-    assert made == [Group((0,), 256), Group((3,), 112), Group((1, 5), 12)]
+    assert made == [PromptGroup((0,), 256), PromptGroup((3,), 112), PromptGroup((1, 5), 12)]
 
 
 def test_a_round_has_one_limit() -> None:

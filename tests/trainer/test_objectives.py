@@ -27,7 +27,7 @@ from trainer.data.examples import Examples
 from trainer.data.tokenizer import load_tokenizer
 from trainer.data.tokens import Document, tokenise
 from trainer.meter import checked
-from trainer.rollouts import recorded
+from trainer.rollouts import recorded_rollout
 from trainer.schedule import learning_rate
 
 OUTSIDE = Path(__file__).parent.parent / "outside"
@@ -134,7 +134,7 @@ def test_what_the_model_writes_is_recorded_before_the_update(pairs_run: Any, lau
     """Here it never writes the same twice: a resumed run is the same only by what was recorded."""
     run = pairs_run("written", "written_pairs", 3, 1, True)
     launch(2, run)
-    assert all(recorded(Attempt(run, 1), step) for step in range(1, STEPS + 1))
+    assert all(recorded_rollout(Attempt(run, 1), step) for step in range(1, STEPS + 1))
     again, anew = (interrupted(run, name, HALF) for name in ("again", "anew"))
     lost = anew / "attempts" / "1" / "rollouts" / f"step-{STEPS}.safetensors"
     lost.unlink()
@@ -143,7 +143,7 @@ def test_what_the_model_writes_is_recorded_before_the_update(pairs_run: Any, lau
     assert figures(anew, 2)[:-1] == figures(run)[HALF:-1] and figures(anew, 2)[-1] != figures(run)[-1]
 
 
-def test_a_figure_has_a_name_of_its_own() -> None:
+def test_a_metric_has_a_name_of_its_own() -> None:
     assert checked(["reward", "margin"]) == ["margin", "reward"]
     for name in ("loss", "mfu", "eval_margin"):
         with pytest.raises(ValueError, match=f"figure '{name}' of the objective; allowed: "):
@@ -157,5 +157,6 @@ def test_an_unknown_objective_is_refused_with_what_is_allowed(new_run: Any) -> N
         with pytest.raises(ValidationError) as refused:
             Job.model_validate(job | {"objective": found})
         allowed = "'pairs', 'sft', 'slow', 'written_pairs'"
-        line = f"objective: found '{found}'; {hint}allowed: {allowed}"
+        description = Job.model_fields["objective"].description
+        line = f"objective: found '{found}'; {hint}allowed: {allowed} ({description})"
         assert explain(refused.value, job | {"objective": found}) == [line]

@@ -15,7 +15,7 @@ from methods.lora import LoraTuning
 from runfolder.chain import Attempt, claim_next
 from trainer import export, reload
 from trainer.__main__ import main
-from trainer.missing import dispensable, reason
+from trainer.omissions import dispensable, omissions_line
 from trainer.verify import Finding, OutputDiffers
 
 OTHER_END = "!"
@@ -150,10 +150,10 @@ def test_reasons_come_from_the_events_of_the_attempt(tmp_path: Path) -> None:
     attempt = claim_next(tmp_path, None)
     assert attempt
     attempt.event("checkpoint", step=1)
-    assert reason(attempt) == ""
+    assert omissions_line(attempt) == ""
     attempt.event("missing", what="this", why="that")
     attempt.event("missing", what="the card", why="full")
-    assert reason(Attempt(tmp_path, 1)) == "this is missing: that; the card is missing: full"
+    assert omissions_line(Attempt(tmp_path, 1)) == "this is missing: that; the card is missing: full"
 
 
 def test_a_note_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:

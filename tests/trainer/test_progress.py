@@ -15,7 +15,7 @@ def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Attempt
     monkeypatch.setattr(progress, "PERIOD_S", 0.05)
     made = claim_next(tmp_path / "run", None)
     assert made
-    with progress.shown(made):
+    with progress.noting_progress(made):
         yield made
 
 

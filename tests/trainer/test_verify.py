@@ -28,29 +28,29 @@ def test_a_model_that_fits_nowhere_is_compared_layer_by_layer(
 ) -> None:
     model = random_llama(tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "model")
-    seen = verify.Seen(IDS, [verify._logits(model, ids) for ids in IDS])
+    seen = verify.Observation(IDS, [verify._logits(model, ids) for ids in IDS])
     places: list[Any] = []
 
     def load(place: Any) -> Any:
-        loaded = reload.load_model(run, tmp_path / "model", place)
+        loaded = reload.load_whole_model(run, tmp_path / "model", place)
         places.append({str(parameter.device) for parameter in loaded.parameters()})
         return loaded
 
     run = run_of(model, tmp_path, Full())
-    assert verify.compare(run, load, seen).holds
+    assert verify.compare_loaded(run, load, seen).holds
     monkeypatch.setattr(reload, "free_bytes", lambda: 60_000)
-    assert verify.compare(run, load, seen).holds
+    assert verify.compare_loaded(run, load, seen).holds
     assert places == [{"cpu"}, {"meta"}]
     with torch.no_grad():
         model.model.norm.weight.mul_(1.001)
     model.save_pretrained(tmp_path / "model")
-    assert not verify.compare(run, load, seen).holds
+    assert not verify.compare_loaded(run, load, seen).holds
 
 
 def test_an_adapter_whose_base_fits_nowhere_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reload, "free_bytes", lambda: 60_000)
     run = run_of(random_llama(), tmp_path, Lora())
-    with pytest.raises(RuntimeError, match="one more copy of the model takes"), reload.room(run):
+    with pytest.raises(RuntimeError, match="one more copy of the model takes"), reload.space_for_copy(run):
         pass
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from runfolder.chain import Attempt, Start, attempts, bounds, claim_next
+from runfolder.chain import Attempt, Start, attempts, claim_next, step_bounds
 from runfolder.files import Record, read_json, sync_folder, write_json
 
 MANIFEST = "manifest.json"
@@ -23,8 +23,8 @@ def claim_from_newest(run_dir: Path) -> Attempt | None:
         return attempt
     start = attempt.start
     predecessor = Attempt(run_dir, start.attempt)
-    source = folder_of(predecessor, start.step)
-    target = folder_of(attempt, start.step)
+    source = checkpoint_folder(predecessor, start.step)
+    target = checkpoint_folder(attempt, start.step)
     target.parent.mkdir()
     with suppress(FileNotFoundError):  # removed just before the claim: the workers will say so
         source.rename(target)
@@ -46,13 +46,13 @@ def newest(run_dir: Path) -> Start | None:
 
 def lineage(run_dir: Path) -> Iterator[tuple[Start, Path]]:
     """Checkpoints with a manifest that count, newest first."""
-    for attempt, bound in bounds(run_dir):
+    for attempt, bound in step_bounds(run_dir):
         steps = map(step_of, finished(attempt))
         newest_first = sorted(steps, reverse=True)
         for step in newest_first:
             if step <= bound:
                 start = Start(attempt.number, step)
-                yield start, folder_of(attempt, step)
+                yield start, checkpoint_folder(attempt, step)
 
 
 def unused(attempt: Attempt) -> list[Path]:
@@ -73,7 +73,7 @@ def finished(attempt: Attempt) -> list[Path]:
     return [path.parent for path in manifests]
 
 
-def folder_of(attempt: Attempt, step: int) -> Path:
+def checkpoint_folder(attempt: Attempt, step: int) -> Path:
     """Where an attempt's checkpoint of a step lies."""
     checkpoints = attempt.folder / "checkpoints"
     return checkpoints / f"step-{step}"

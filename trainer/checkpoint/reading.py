@@ -12,7 +12,7 @@ from torch import nn
 from methods.base import Fragment, Method
 from runfolder.chain import Attempt
 from runfolder.files import Record, read_json, sha256
-from trainer.checkpoint.lineage import MANIFEST, folder_of
+from trainer.checkpoint.lineage import MANIFEST, checkpoint_folder
 from trainer.checkpoint.saving import METHOD, WEIGHT
 from trainer.world import World
 from trainer.zero.gather import assign, shape
@@ -38,12 +38,12 @@ class _Stored(NamedTuple):
         return self.file.get_slice(self.key)
 
     def tensor(self) -> torch.Tensor:
-        """The tensor, whole."""
+        """The whole tensor, read now."""
         tensor: torch.Tensor = self.file.get_tensor(self.key)
         return tensor
 
 
-class Reader:
+class CheckpointReader:
     """Random access to a checkpoint's fragments by kind, parameter and range."""
 
     def __init__(self, folder: Path) -> None:
@@ -112,7 +112,7 @@ class Reader:
 
     def load_weights(self, model: nn.Module, method: Method[Any]) -> None:
         """Set every trained or changed parameter of a model that has no engine yet; every rank calls it."""
-        changed = set(method.changed(model))
+        changed = set(method.changed_frozen(model))
         for name, parameter in model.named_parameters():
             saved = parameter.requires_grad or name in changed
             if saved:
@@ -153,7 +153,7 @@ class Reader:
         return state
 
 
-def open_start(attempt: Attempt, world: World) -> Reader | None:
+def open_start(attempt: Attempt, world: World) -> CheckpointReader | None:
     """The checkpoint that an attempt starts from, None for the beginning; a collective, which raises CheckpointGone.
 
     Each rank hashes its share of the shards. A damaged checkpoint is set aside, so that nobody takes it again.
@@ -161,14 +161,14 @@ def open_start(attempt: Attempt, world: World) -> Reader | None:
     start = attempt.start
     if start is None:
         return None
-    folder = folder_of(attempt, start.step)
+    folder = checkpoint_folder(attempt, start.step)
     damages: list[str] = [""] * world.size
     of_rank = _damage(folder, world)
     dist.all_gather_object(damages, of_rank)
     damaged = filter(None, damages)
     damage = "; ".join(damaged)
     if not damage:
-        return Reader(folder)
+        return CheckpointReader(folder)
     if world.leads and folder.exists():
         aside = folder.with_name(f".damaged-{folder.name}")
         folder.rename(aside)

@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from methods.base import Method
 from runfolder.chain import Attempt
 from runfolder.files import Record, read_json, sync_folder, write_json
-from trainer.checkpoint.lineage import folder_of, lineage, unused, write_manifest
+from trainer.checkpoint.lineage import checkpoint_folder, lineage, unused, write_manifest
 from trainer.world import World
 from trainer.zero.shards import Shards
 
 MEAN_TIME_BETWEEN_FAILURES = 4 * 3600.0  # seconds; of one job, as spot machines and large clusters have it
 WEIGHT, METHOD = "weight", "method"
-Tensors = dict[str, torch.Tensor]  # of a shard, by kind/parameter/start
+ShardTensors = dict[str, torch.Tensor]  # of a shard, by kind/parameter/start
 
 
 class Checkpoints:
@@ -70,7 +70,7 @@ class Checkpoints:
         self.wait()
         world = self.world
         began = time.monotonic()
-        tensors = snapshot(shards, method, world)
+        tensors = copy_to_host(shards, method, world)
         self._stall_s = time.monotonic() - began
         record = {"step": step, "world": world.size, "stage": shards.stage}
         thread = threading.Thread(target=self._write, args=(record, tensors), daemon=True)
@@ -85,13 +85,13 @@ class Checkpoints:
         if self._error is not None:
             raise self._error
 
-    def _write(self, record: Record, tensors: Tensors) -> None:
+    def _write(self, record: Record, tensors: ShardTensors) -> None:
         """Write this rank's shard, and on rank 0 the manifest; what the thread of a save does."""
         world = self.world
         began = time.monotonic()
         try:
             step = record["step"]
-            folder = folder_of(self.attempt, step)
+            folder = checkpoint_folder(self.attempt, step)
             folder.mkdir(parents=True, exist_ok=True)
             write_shard(folder, world.rank, tensors)
             if world.leads:
@@ -107,7 +107,7 @@ class Checkpoints:
         attempt = self.attempt
         digest_files = [_digest_file(folder, rank) for rank in range(self.world.size)]
         while not all(path.exists() for path in digest_files):
-            attempt.check(here=True)
+            attempt.check(cached=True)
             time.sleep(0.02)
         attempt.check()  # one that was paused and has a successor ends at its first save
         files = {}
@@ -137,15 +137,15 @@ class Checkpoints:
                 shutil.rmtree(trash)
 
 
-def snapshot(shards: Shards, method: Method[Any], world: World) -> Tensors:
+def copy_to_host(shards: Shards, method: Method[Any], world: World) -> ShardTensors:
     """This rank's part of weights, optimizer and method state, on the host."""
-    tensors: Tensors = {}
+    tensors: ShardTensors = {}
     pieces = shards.pieces()
     for piece in pieces:
         for kind, held in piece.tensors.items():
             start = 0
             part = held
-            if piece.whole and held.dim():
+            if piece.replicated and held.dim():
                 elements = held.numel()
                 start, stop = _owned_range(elements, world)
                 part = held[start:stop]
@@ -172,7 +172,7 @@ def _owned_range(elements: int, world: World) -> tuple[int, int]:
     return start, stop
 
 
-def write_shard(folder: Path, rank: int, tensors: Tensors) -> None:
+def write_shard(folder: Path, rank: int, tensors: ShardTensors) -> None:
     """Write one rank's tensors, then their hash."""
     name = f"shard-{rank}.safetensors"
     path = folder / name

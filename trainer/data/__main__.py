@@ -30,19 +30,19 @@ def main(request: Mapping[str, Any]) -> None:
             reading = Reading.of(job, ends)
             tokens = tokenise(source, tokenizer, reading, cache(), partial(report_progress, key))
             survey_of_rows = survey(tokens, tokenizer)
-            answer(key, survey=survey_of_rows.dump())
+            print_answer(key, survey=survey_of_rows.dump())
         except TokenizerError as error:
-            answer(key, problem=str(error))
+            print_answer(key, problem=str(error))
         except ValueError as error:  # a RowError, or a cache that cannot be written
-            answer(key, problem=f"data.{key}: {error}")
+            print_answer(key, problem=f"data.{key}: {error}")
 
 
 def report_progress(key: str, done: int) -> None:
     """Say how many rows of the source under `key` are tokens by now."""
-    answer(key, done=done)
+    print_answer(key, done=done)
 
 
-def answer(key: str, **content: Any) -> None:
+def print_answer(key: str, **content: Any) -> None:
     """Write an answer about the source under `key`: one line of JSON, at once."""
     line = json.dumps({"key": key, **content})
     print(line, flush=True)

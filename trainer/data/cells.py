@@ -1,6 +1,6 @@
 """Cells of a record: whether they say anything, and the text that they are."""
 
-from trainer.data.files import reject, show
+from trainer.data.files import describe_value, reject
 
 
 def is_empty(value: object) -> bool:
@@ -13,7 +13,7 @@ def is_empty(value: object) -> bool:
 def text_of(value: object, where: str) -> str:
     """A cell that must be text, as UTF-8 can write it. Raises RowError."""
     if not isinstance(value, str):
-        reject(where, show(value), "text")
+        reject(where, describe_value(value), "text")
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.data.cells import is_empty, text_of
-from trainer.data.files import reject, show
+from trainer.data.files import describe_value, reject
 
 Message = dict[str, str]
 Messages = tuple[Message, ...]
@@ -35,13 +35,13 @@ _SHAREGPT = _Form(
         **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot"), "assistant"),
     },
 )
-_FORMS = {"messages": _OPENAI, "conversations": _SHAREGPT}  # by the column that has the chat
+_CHAT_FORMS = {"messages": _OPENAI, "conversations": _SHAREGPT}  # by the column that has the chat
 
 
 def messages(column: str, record: Mapping[str, Any], where: str) -> Messages:
     """The turns of the chat in a column of a record, behind the turn of its column `system`. Raises RowError."""
     where_chat = f"{where}, field {column}"
-    form = _FORMS[column]
+    form = _CHAT_FORMS[column]
     value = record.get(column)
     turns = _turns(value, form, where_chat)
     prompt = record.get("system")
@@ -52,7 +52,7 @@ def messages(column: str, record: Mapping[str, Any], where: str) -> Messages:
     for turn in turns:
         roles.append(turn["role"])
     if roles[0] == "assistant":
-        reject(f"{where_chat}[0].role", show("assistant"), "system, user: somebody asks first")
+        reject(f"{where_chat}[0].role", describe_value("assistant"), "system, user: somebody asks first")
     if "assistant" not in roles:
         reject(where_chat, "no assistant turn", "at least one, as it is what is learned")
     return turns
@@ -61,7 +61,7 @@ def messages(column: str, record: Mapping[str, Any], where: str) -> Messages:
 def _turns(value: object, form: _Form, where: str) -> Messages:
     if not isinstance(value, list) or not value:
         allowed = f"a list of {{{form.fields}}}"
-        reject(where, show(value), allowed)
+        reject(where, describe_value(value), allowed)
     turns = []
     for index, turn in enumerate(value):
         where_turn = f"{where}[{index}]"
@@ -73,7 +73,7 @@ def _turns(value: object, form: _Form, where: str) -> Messages:
 def _system(value: object, turns: Messages, where: str) -> Message:
     first = turns[0]
     if first["role"] == "system":
-        reject(where, show(value), "nothing beside a system turn")
+        reject(where, describe_value(value), "nothing beside a system turn")
     content = text_of(value, where)
     return {"role": "system", "content": content}
 
@@ -82,7 +82,7 @@ def _turn(turn: object, form: _Form, where: str) -> Message:
     """One turn as {role, content}, from an object in a form."""
     if not isinstance(turn, Mapping):
         allowed = f"an object {{{form.fields}}}"
-        reject(where, show(turn), allowed)
+        reject(where, describe_value(turn), allowed)
     _refuse_other_fields(turn, form, where)
     where_content = f"{where}.{form.content}"
     where_speaker = f"{where}.{form.speaker}"
@@ -99,7 +99,7 @@ def _role(speaker: object, form: _Form, where: str) -> str:
     roles = form.roles
     if not isinstance(speaker, str) or speaker not in roles:
         allowed = ", ".join(roles)
-        reject(where, show(speaker), allowed)
+        reject(where, describe_value(speaker), allowed)
     return roles[speaker]
 
 

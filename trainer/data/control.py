@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 # Private characters that no text has: in place of a name in the data, and of a special token of the template.
 _IN_DATA, _IN_TEMPLATE, _FILLER = 0xF0000, 0xF8000, "\U0010fffd"
 
-Pattern = re.Pattern[str]
+NamePattern = re.Pattern[str]  # what matches names of special tokens
 
 
 class ControlTokens:
     """The special tokens of a tokenizer, and a way to read text in which their names are only text."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        names = _special_tokens(tokenizer)
+        names = _special_token_ids(tokenizer)
         self._names = names
         longest_first = sorted(names, key=len, reverse=True)
         escaped = map(re.escape, longest_first)
@@ -150,7 +150,7 @@ class ControlTokens:
         return copy
 
 
-def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+def _special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     """The names of the special tokens, with their ids, by which they are ordered."""
     special = {}
     added = sorted(tokenizer.added_tokens_decoder.items())
@@ -161,7 +161,7 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     return special
 
 
-def _any_of(patterns: Iterable[str]) -> Pattern:
+def _any_of(patterns: Iterable[str]) -> NamePattern:
     """What matches where one of some patterns does; nowhere where there are none."""
     alternatives = "|".join(patterns)
     return re.compile(alternatives or r"(?!)")
@@ -178,7 +178,7 @@ def _stand_ins(names: Iterable[str], first: int) -> dict[str, str]:
     return stand_ins
 
 
-def _replaced(pattern: Pattern, replacements: Mapping[str, str], text: str) -> str:
+def _replaced(pattern: NamePattern, replacements: Mapping[str, str], text: str) -> str:
     """A text with the replacement of each match of a pattern in its place."""
 
     def replacement(match: re.Match[str]) -> str:

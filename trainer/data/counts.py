@@ -59,8 +59,8 @@ class Counts:
             "rows": self.rows,
             "examples": self.examples,
             "longest": self.longest,
-            **_numbers(self.of_examples()),
-            "unused": _numbers(self.unused()),
+            **_count_by_kind(self.of_examples()),
+            "unused": _count_by_kind(self.unused()),
         }
 
     def add(self, later: "Counts") -> None:
@@ -73,7 +73,7 @@ class Counts:
             self.notice(kind, first, count)
 
 
-def _numbers(noticed: Noticed) -> dict[str, int]:
+def _count_by_kind(noticed: Noticed) -> dict[str, int]:
     """How often each kind was seen."""
     numbers = {}
     for kind, seen in noticed.items():

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from trainer.data.control import ControlTokens
 from trainer.data.files import RowError, SourceName
-from trainer.data.offsets import IdList, IdsAndOffsets, Offsets, bounds, end_of_text, untrimmed
+from trainer.data.offsets import IdList, IdsAndOffsets, Offsets, end_of_text, starts_and_stops, untrimmed
 from trainer.data.rows import Row
 from trainer.data.text import Renderer, Text
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TextsByPlace = dict[int, Text]
 Ids = npt.NDArray[np.int32]
-Target = npt.NDArray[np.bool_]  # by token: whether it is a label
+LabelMask = npt.NDArray[np.bool_]  # by token: whether it is a label
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Encoded:
     """
 
     ids: Ids
-    target: Target
+    target: LabelMask
     straddles: bool
     hidden: bool
 
@@ -246,9 +246,9 @@ class Encoder:
         ids_of_example = np.array(ids, np.int32)
         return Encoded(ids_of_example, target, straddles, text.hidden)
 
-    def _target(self, text: Text, ids: IdList, offsets: Offsets) -> Target:
+    def _target(self, text: Text, ids: IdList, offsets: Offsets) -> LabelMask:
         """Which tokens stand for a character of an answer, or follow the text."""
-        starts, stops = bounds(offsets)
+        starts, stops = starts_and_stops(offsets)
         is_text = stops > starts
         is_command = np.isin(ids, self._commands)
         target = np.zeros_like(is_text)
@@ -267,7 +267,7 @@ class Encoder:
         """The ids of prompts without what the tokenizer puts behind a text: the answer goes on there."""
         opened = []
         for ids, offsets in self._read(prompts):
-            starts, stops = bounds(offsets)
+            starts, stops = starts_and_stops(offsets)
             is_text = stops > starts
             end = self._leading
             if is_text.any():

@@ -43,7 +43,7 @@ class Examples:
         return self._sums(self.tokens.targets)
 
     def documents(self, example: int) -> range:
-        """The documents of an example."""
+        """The numbers of the documents that an example owns."""
         start = int(self.starts[example])
         stop = int(self.starts[example + 1])
         return range(start, stop)
@@ -79,11 +79,11 @@ class GlobalBatch:
 
     @property
     def targets(self) -> int:
-        """Number of its labels."""
+        """Number of labels in its documents."""
         targets = self.examples.targets[self.chosen]
         return int(targets.sum())
 
     def documents(self) -> Iterator[int]:
-        """Its documents, example by example."""
+        """The documents of its examples, one example after the other."""
         for example in self.chosen:
             yield from self.examples.documents(int(example))

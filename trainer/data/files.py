@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from runfolder.files import sha256
-from runfolder.sources import Hub, file_of, parse
+from runfolder.sources import HubDataset, file_of, parse_source
 
 SourceName = str | Path  # a file or a hub dataset, as a job names it
 Records = Iterator[tuple[int, Any]]  # a record's number, from 1 (in .jsonl: its line), and the record
-Reader = Callable[[Path], Records]
+RecordReader = Callable[[Path], Records]
 
-_ALLOWED = "a file, cluster:/path, or a hub dataset as owner/name or owner/name:config:split"
+_ALLOWED_SOURCES = "a file, cluster:/path, or a hub dataset as owner/name or owner/name:config:split"
 
 
 class RowError(ValueError):
@@ -30,19 +30,19 @@ def records(source: str) -> Records:
 
     Raises RowError.
     """
-    parsed = parse(source)
-    if isinstance(parsed, Hub):
-        return _hub(source, parsed)
+    parsed = parse_source(source)
+    if isinstance(parsed, HubDataset):
+        return _hub_records(source, parsed)
     path = parsed.path
     file_type = path.suffix
     if file_type == ".gz":
         file_type = Path(path.stem).suffix + ".gz"
     if not path.exists():
-        reject(source, "no such file", _ALLOWED)
+        reject(source, "no such file", _ALLOWED_SOURCES)
     if file_type not in _READERS:
         allowed = ", ".join(_READERS)
         reject(source, f"the file type {file_type or '(none)'}", allowed)
-    return _read(path, _READERS[file_type])
+    return _read_records(path, _READERS[file_type])
 
 
 def digest(source: SourceName) -> str:
@@ -70,7 +70,7 @@ def reject(where: str, found: str, allowed: str) -> NoReturn:
     raise RowError(message)
 
 
-def show(value: object) -> str:
+def describe_value(value: object) -> str:
     """A value as an error names it: at most 40 characters, and its type."""
     if value is None:
         return "nothing"
@@ -92,7 +92,7 @@ def _unreadable(source: str, error: Exception) -> NoReturn:
     raise RowError(f"{source}: cannot be read: {reason}") from error
 
 
-def _read(path: Path, reader: Reader) -> Records:
+def _read_records(path: Path, reader: RecordReader) -> Records:
     """Stream the records of a file by the reader of its type."""
     try:
         yield from reader(path)
@@ -100,7 +100,7 @@ def _read(path: Path, reader: Reader) -> Records:
         _unreadable(str(path), error)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Stream the lines of a text file, gzipped or not, and their numbers from 1."""
     is_gzipped = path.suffix == ".gz"
     with gzip.open(path) if is_gzipped else path.open("rb") as stream:
@@ -117,24 +117,24 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _jsonl(path: Path) -> Records:
-    for number, line in _lines(path):
+    for number, line in _numbered_lines(path):
         if line.strip():
             where = f"{path}, row {number}"
-            yield number, _parsed(line.rstrip(), where, "one JSON object per line")
+            yield number, _parse_json(line.rstrip(), where, "one JSON object per line")
 
 
 def _json(path: Path) -> Records:
     where = str(path)
     allowed = "a list of objects"
-    lines = [line for _, line in _lines(path)]
+    lines = [line for _, line in _numbered_lines(path)]
     text = "".join(lines)
-    value = _parsed(text, where, allowed)
+    value = _parse_json(text, where, allowed)
     if not isinstance(value, list):
-        reject(where, show(value), allowed)
+        reject(where, describe_value(value), allowed)
     yield from enumerate(value, 1)
 
 
-def _parsed(text: str, where: str, allowed: str) -> Any:
+def _parse_json(text: str, where: str, allowed: str) -> Any:
     """The value of a JSON text; rejects what is no JSON, and what Python's reader does not take."""
     try:
         return json.loads(text, object_pairs_hook=_unique_fields)
@@ -185,7 +185,7 @@ def _csv(path: Path) -> Records:
     csv.field_size_limit(sys.maxsize)
     number = 0
     try:
-        lines = (line for _, line in _lines(path))
+        lines = (line for _, line in _numbered_lines(path))
         reader = csv.DictReader(lines, strict=True)
         columns = reader.fieldnames or []
         _require_different(columns, str(path))
@@ -218,7 +218,7 @@ def _parquet(path: Path) -> Records:
         _unreadable(where, error)
 
 
-def _hub(source: str, hub: Hub) -> Records:
+def _hub_records(source: str, hub: HubDataset) -> Records:
     datasets = _need("datasets", source)
     try:
         split = hub.split
@@ -239,7 +239,7 @@ def _need(module: str, source: SourceName) -> Any:
         raise RowError(f"{source}: reading it needs {package}: install fleetune[{extra}]") from error
 
 
-_READERS: dict[str, Reader] = {
+_READERS: dict[str, RecordReader] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,

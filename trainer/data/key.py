@@ -13,7 +13,7 @@ from trainer.data.shapes import SHAPES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 2
+_TOKENS_FORMAT = 2
 
 
 def key_of(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Reading, shard_rows: int) -> str:
@@ -21,7 +21,7 @@ def key_of(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Re
     import transformers
 
     version = transformers.__version__
-    data = (_FORMAT, shard_rows, SHAPES, version, digest(source))
+    data = (_TOKENS_FORMAT, shard_rows, SHAPES, version, digest(source))
     drop = reading.too_long == "drop"
     max_tokens = reading.max_tokens
     choices = (max_tokens, reading.ends, reading.parse_special, drop)

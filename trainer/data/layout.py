@@ -21,24 +21,24 @@ IGNORED = -100
 _MULTIPLE = 8
 
 
-class Place(NamedTuple):
+class OwnedDocument(NamedTuple):
     """A document, and the place in the global batch of the example that owns it."""
 
     example: int
     document: int
 
 
-Row = list[Place]  # documents that share one sequence
+PackedRow = list[OwnedDocument]  # documents that share one sequence
 Numbered = tuple[int, int]  # a document, and its place in a micro-batch
-Group = list[Row]  # rows that stay in one micro-batch, as an example has documents in several of them
+RowGroup = list[PackedRow]  # rows that stay in one micro-batch, as an example has documents in several of them
 
 
-def _documents(row: Row) -> list[int]:
+def _document_numbers(row: PackedRow) -> list[int]:
     """The documents of a row, in its order."""
-    documents = []
-    for place in row:
-        documents.append(place.document)
-    return documents
+    numbers = []
+    for owned in row:
+        numbers.append(owned.document)
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class MicroBatch:
     examples: list[list[int]]
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> "MicroBatch":
-        """The micro-batch of these rows."""
+    def of(cls, rows: Sequence[PackedRow]) -> "MicroBatch":
+        """The micro-batch that is made of these rows."""
         numbered: dict[int, list[Numbered]] = {}  # by the example that owns the documents
-        places = chain.from_iterable(rows)
-        for number, place in enumerate(places):
-            documents = numbered.setdefault(place.example, [])
-            documents.append((place.document, number))
+        owned_documents = chain.from_iterable(rows)
+        for number, owned in enumerate(owned_documents):
+            documents = numbered.setdefault(owned.example, [])
+            documents.append((owned.document, number))
         examples = []
         for documents in numbered.values():
             documents.sort()
@@ -66,8 +66,8 @@ class MicroBatch:
             for _, number in documents:
                 numbers.append(number)
             examples.append(numbers)
-        documents_of_rows = list(map(_documents, rows))
-        return cls(documents_of_rows, examples)
+        numbers_of_rows = list(map(_document_numbers, rows))
+        return cls(numbers_of_rows, examples)
 
 
 @dataclass(frozen=True)
@@ -100,32 +100,32 @@ class Layout:
             passes_of_rank.append([])
         return [MicroBatch.of(rows) for rows in passes_of_rank]
 
-    def _groups(self, batch: GlobalBatch) -> list[Group]:
+    def _groups(self, batch: GlobalBatch) -> list[RowGroup]:
         """The rows of a batch, in groups that stay together; the longest first."""
         examples = batch.examples
         lengths = examples.lengths[batch.chosen]
         longest_first = np.argsort(-lengths, kind="stable")
-        owned = []
+        documents_by_example = []
         for place in longest_first.tolist():
             example = int(batch.chosen[place])
-            documents = examples.documents(example)
-            places = []
-            for document in documents:
-                places.append(Place(place, document))
-            owned.append(places)
+            numbers = examples.documents(example)
+            documents = []
+            for number in numbers:
+                documents.append(OwnedDocument(place, number))
+            documents_by_example.append(documents)
         if self.packing:
             lengths_of_documents = examples.tokens.lengths
-            return _pack(owned, lengths_of_documents, self.seq_len)
+            return _pack(documents_by_example, lengths_of_documents, self.seq_len)
         groups = []
-        for places in owned:
-            group = [[place] for place in places]
+        for documents in documents_by_example:
+            group = [[document] for document in documents]
             groups.append(group)
         return groups
 
 
-def _dealt(groups: Iterable[Group], world_size: int) -> list[list[Group]]:
+def _dealt(groups: Iterable[RowGroup], world_size: int) -> list[list[RowGroup]]:
     """The groups of each rank: ranks 0, 1, ... take one each in this order, then in the opposite one, and so on."""
-    dealt: list[list[Group]] = []
+    dealt: list[list[RowGroup]] = []
     while len(dealt) < world_size:
         dealt.append([])
     for index, group in enumerate(groups):
@@ -138,9 +138,9 @@ def _dealt(groups: Iterable[Group], world_size: int) -> list[list[Group]]:
     return dealt
 
 
-def _cut(groups: Iterable[Group], micro_batch: int) -> list[list[Row]]:
+def _cut(groups: Iterable[RowGroup], micro_batch: int) -> list[list[PackedRow]]:
     """The rows of each forward pass: whole groups, as many as fit into `micro_batch` rows, and at least one."""
-    passes: list[list[Row]] = []
+    passes: list[list[PackedRow]] = []
     for group in groups:
         rows = len(group)
         if passes:
@@ -155,23 +155,23 @@ class _Rows:
     """Rows that are being filled, of which no more than `most` will be opened."""
 
     def __init__(self, lengths: Indices, seq_len: int, most: int) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[PackedRow] = []
         self._seq_len = seq_len
         self._free = np.full(most, seq_len)  # tokens that still fit into each row, opened or not
         self._lengths = lengths  # of documents
 
-    def put_example(self, places: Row) -> list[int]:
+    def put_example(self, documents: PackedRow) -> list[int]:
         """Put an example into the first row that has space for all of it; gives the numbers of the rows it opens.
 
         An example that no row could hold begins rows of its own.
         """
         opened = len(self.rows)
-        if self._tokens(places) <= self._seq_len:
-            self._put(places, 0)
+        if self._tokens(documents) <= self._seq_len:
+            self._put(documents, 0)
         else:
-            longest_first = sorted(places, key=self._length, reverse=True)
-            for place in longest_first:
-                self._put([place], opened)
+            longest_first = sorted(documents, key=self._length, reverse=True)
+            for document in longest_first:
+                self._put([document], opened)
         numbers = range(opened, len(self.rows))
         return list(numbers)
 
@@ -181,19 +181,19 @@ class _Rows:
         used = self._seq_len - free
         return int(used.sum())
 
-    def _length(self, place: Place) -> int:
-        length = self._lengths[place.document]
+    def _length(self, owned: OwnedDocument) -> int:
+        length = self._lengths[owned.document]
         return int(length)
 
-    def _tokens(self, places: Row) -> int:
-        """The tokens of some documents."""
-        documents = _documents(places)
-        lengths = self._lengths[documents]
+    def _tokens(self, documents: PackedRow) -> int:
+        """How many tokens some documents have together."""
+        numbers = _document_numbers(documents)
+        lengths = self._lengths[numbers]
         return int(lengths.sum())
 
-    def _put(self, places: Row, first: int) -> None:
+    def _put(self, documents: PackedRow, first: int) -> None:
         """Put documents together into the first row, not before row `first`, that has space for all of them."""
-        tokens = self._tokens(places)
+        tokens = self._tokens(documents)
         opened = len(self.rows)
         free = self._free[first : opened + 1]
         fits = free >= tokens
@@ -202,20 +202,20 @@ class _Rows:
         rows = self.rows
         if row == opened:
             rows.append([])
-        rows[row] += places
+        rows[row] += documents
         self._free[row] -= tokens
 
 
-def _pack(owned: Sequence[Row], lengths: Indices, seq_len: int) -> list[Group]:
+def _pack(documents_by_example: Sequence[PackedRow], lengths: Indices, seq_len: int) -> list[RowGroup]:
     """Put each example into the first row that has space for all of it; the groups of rows, longest first.
 
     The rows that an example begins because no row could hold it stay together; others may follow into them.
     """
-    most = sum(map(len, owned))
+    most = sum(map(len, documents_by_example))
     filled = _Rows(lengths, seq_len, most)
     groups: list[list[int]] = []  # of each, the numbers of its rows
-    for places in owned:
-        opened = filled.put_example(places)
+    for documents in documents_by_example:
+        opened = filled.put_example(documents)
         if opened:
             groups.append(opened)
     used_by_groups = list(map(filled.used, groups))

@@ -16,7 +16,7 @@ Offsets = list[tuple[int, int]]  # of each id, the characters [start, stop) that
 IdsAndOffsets = tuple[IdList, Offsets]
 
 
-def bounds(offsets: Offsets) -> tuple[Indices, Indices]:
+def starts_and_stops(offsets: Offsets) -> tuple[Indices, Indices]:
     """Where the characters of each token start and stop."""
     characters = np.array(offsets, np.int64)
     pairs = characters.reshape(-1, 2)  # also of no token

@@ -6,12 +6,12 @@ from typing import Any, NoReturn
 
 from trainer.data.cells import is_empty, shown_in_template, text_of
 from trainer.data.chats import Messages, messages
-from trainer.data.files import SourceName, records, reject, show
-from trainer.data.shapes import REFUSED, SHAPES, Shape, fill, names_in, with_columns
+from trainer.data.files import SourceName, describe_value, records, reject
+from trainer.data.shapes import REFUSED, SHAPES, RowShape, fill_template, names_in, with_columns
 
 Columns = Mapping[str, str]
-Record = Mapping[str, Any]
-Names = tuple[str, ...]
+DataRecord = Mapping[str, Any]
+ColumnNames = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,10 @@ class Row:
     prompt: str
     completion: str
     messages: Messages = ()
-    unused: Names = field(default=(), compare=False)
+    unused: ColumnNames = field(default=(), compare=False)
 
 
-def rows(source: SourceName, columns: Columns | None = None) -> Iterator[Row]:
+def read_rows(source: SourceName, columns: Columns | None = None) -> Iterator[Row]:
     """Stream the rows of a file, or of a hub dataset (`owner/name`, `owner/name:config:split`).
 
     `columns` says which column, or which template of columns, stands for one of the names in SHAPES. The first row
@@ -40,7 +40,7 @@ def rows(source: SourceName, columns: Columns | None = None) -> Iterator[Row]:
     for number, record in records(name):
         where = f"{source}, row {number}"
         if not isinstance(record, Mapping):
-            reject(where, show(record), "an object with named fields")
+            reject(where, describe_value(record), "an object with named fields")
         given = record
         if columns:
             given = _mapped(columns, record, where)
@@ -74,7 +74,7 @@ def columns_used(columns: Columns | None) -> list[str]:
     return used
 
 
-def _unused(record: Record, used: set[str]) -> Names:
+def _unused(record: DataRecord, used: set[str]) -> ColumnNames:
     """The columns that have a value in a record and are not used."""
     unused = []
     for name, value in record.items():
@@ -88,23 +88,23 @@ def _unused(record: Record, used: set[str]) -> Names:
 # From records to rows
 
 
-def _refuse_what_nobody_reads(record: Record, where: str) -> None:
+def _refuse_what_nobody_reads(record: DataRecord, where: str) -> None:
     for name in REFUSED:
         value = record.get(name)
         if not is_empty(value):
             field_ = f"{where}, field {name}"
             allowed = "nothing there, as training would not see it; data.columns says which columns to read"
-            reject(field_, show(value), allowed)
+            reject(field_, describe_value(value), allowed)
 
 
-def _require_answer(template: str, record: Record, where: str) -> None:
+def _require_answer(template: str, record: DataRecord, where: str) -> None:
     """Raise RowError where a column that makes the answer is empty: what is around it is nothing to learn."""
     for name in names_in(template):
         if is_empty(record[name]):
             reject(f"{where}, field {name}", "nothing", "text, as it makes the answer")
 
 
-def _mapped(columns: Columns, record: Record, where: str) -> Record:
+def _mapped(columns: Columns, record: DataRecord, where: str) -> DataRecord:
     """A record under the names of a shape, by the job's `data.columns`."""
     for name in columns_used(columns):
         if name not in record:
@@ -120,16 +120,16 @@ def _mapped(columns: Columns, record: Record, where: str) -> Record:
     return mapped
 
 
-def _filled(template: str, record: Record, where: str) -> str:
+def _filled(template: str, record: DataRecord, where: str) -> str:
     values = {}
     for name in names_in(template):
         value = record[name]
         field_ = f"{where}, field {name}"
         values[name] = shown_in_template(value, field_)
-    return fill(template, values)
+    return fill_template(template, values)
 
 
-def _recognise(record: Record, where: str, *, exact: bool) -> Shape:
+def _recognise(record: DataRecord, where: str, *, exact: bool) -> RowShape:
     """The shape of a record; with `exact`, one that has a use for each of its fields."""
     filled = []
     for name, value in record.items():
@@ -147,7 +147,7 @@ def _recognise(record: Record, where: str, *, exact: bool) -> Shape:
     return shape
 
 
-def _refuse_shape(record: Record, where: str) -> NoReturn:
+def _refuse_shape(record: DataRecord, where: str) -> NoReturn:
     names = []
     for name in record:
         printable = str(name).encode("ascii", "backslashreplace")
@@ -158,18 +158,18 @@ def _refuse_shape(record: Record, where: str) -> NoReturn:
     reject(where, f"the fields {fields}", allowed)
 
 
-def _row(shape: Shape, number: int, record: Record, where: str, unused: Names) -> Row:
+def _row(shape: RowShape, number: int, record: DataRecord, where: str, unused: ColumnNames) -> Row:
     if shape.is_chat:
         (column,) = shape.columns
         turns = messages(column, record, where)
         return Row(number, "", "", turns, unused)
-    values = _values(shape, record, where)
-    prompt = fill(shape.prompt, values)
-    completion = fill(shape.completion, values)
+    values = _column_values(shape, record, where)
+    prompt = fill_template(shape.prompt, values)
+    completion = fill_template(shape.completion, values)
     return Row(number, prompt, completion, unused=unused)
 
 
-def _values(shape: Shape, record: Record, where: str) -> dict[str, str]:
+def _column_values(shape: RowShape, record: DataRecord, where: str) -> dict[str, str]:
     """The text that a shape's templates have for each of its columns."""
     values = {}
     for name in shape.columns:
@@ -187,7 +187,7 @@ def _values(shape: Shape, record: Record, where: str) -> dict[str, str]:
     return values
 
 
-def _companion(shape: Shape, name: str, value: object, where: str) -> str:
+def _companion(shape: RowShape, name: str, value: object, where: str) -> str:
     """What a companion column adds to the prompt: its text in its template, nothing where it is empty."""
     if is_empty(value):
         return ""
@@ -197,19 +197,19 @@ def _companion(shape: Shape, name: str, value: object, where: str) -> str:
     if not text:
         return ""
     template = shape.companions[name]
-    return fill(template, {name: text})
+    return fill_template(template, {name: text})
 
 
-def _history(shape: Shape, value: object, where: str) -> str:
+def _history(shape: RowShape, value: object, where: str) -> str:
     """Earlier pairs of question and answer, in the shape's own words."""
     allowed = "a list of pairs [question, answer]"
     if not isinstance(value, list):
-        reject(where, show(value), allowed)
+        reject(where, describe_value(value), allowed)
     pairs = []
     for index, pair in enumerate(value):
         where_pair = f"{where}[{index}]"
         if not isinstance(pair, list) or len(pair) != 2:
-            reject(where_pair, show(pair), allowed)
+            reject(where_pair, describe_value(pair), allowed)
         question = text_of(pair[0], where_pair)
         answer = text_of(pair[1], where_pair)
         earlier = _earlier(shape, question, answer)
@@ -217,7 +217,7 @@ def _history(shape: Shape, value: object, where: str) -> str:
     return "".join(pairs)
 
 
-def _earlier(shape: Shape, question: str, answer: str) -> str:
+def _earlier(shape: RowShape, question: str, answer: str) -> str:
     """An earlier question and its answer as a row of this shape has them, without companions."""
     columns = shape.columns
     asked = columns[0]
@@ -225,6 +225,6 @@ def _earlier(shape: Shape, question: str, answer: str) -> str:
     values = dict.fromkeys(shape.companions, "")
     values[asked] = question
     values[learned] = answer
-    prompt = fill(shape.prompt, values)
-    completion = fill(shape.completion, values)
+    prompt = fill_template(shape.prompt, values)
+    completion = fill_template(shape.completion, values)
     return f"{prompt}{completion}\n\n"

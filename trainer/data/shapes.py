@@ -16,7 +16,7 @@ _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
 @dataclass(frozen=True)
-class Shape:
+class RowShape:
     """Columns of a row, the learned one last, and the templates that make prompt and completion of them.
 
     A companion is a column that a row may have beside them: it enters the prompt by a template of its own, and leaves
@@ -47,31 +47,31 @@ class Shape:
         return f"{columns} (and {companions})"
 
 
-_INSTRUCTION = Shape(
+_INSTRUCTION = RowShape(
     ("instruction", "output"),
     "{system}{history}Instruction: {instruction}\n{context}{input}Response:",
     " {output}",
     {"input": "Input: {input}\n", **CONTEXT, **SYSTEM, **HISTORY},
 )
 SHAPES = (
-    Shape(("messages",), companions={"system": ""}),
-    Shape(("conversations",), companions={"system": ""}),  # as ShareGPT has them: from, value
-    Shape(
+    RowShape(("messages",), companions={"system": ""}),
+    RowShape(("conversations",), companions={"system": ""}),  # as ShareGPT has them: from, value
+    RowShape(
         ("prompt", "completion"), "{system}{context}{prompt}", "{completion}", {**SYSTEM, "context": "{context}\n\n"}
     ),
-    Shape(
+    RowShape(
         ("question", "answer"),
         "{system}{history}{context}Question: {question}\nAnswer:",
         " {answer}",
         {**CONTEXT, **SYSTEM, **HISTORY},
     ),
     _INSTRUCTION,
-    Shape(("instruction", "response"), _INSTRUCTION.prompt, " {response}", _INSTRUCTION.companions),
-    Shape(("text",), "", "{text}"),
+    RowShape(("instruction", "response"), _INSTRUCTION.prompt, " {response}", _INSTRUCTION.companions),
+    RowShape(("text",), "", "{text}"),
 )
 
 
-def fill(template: str, values: Mapping[str, str]) -> str:
+def fill_template(template: str, values: Mapping[str, str]) -> str:
     """A template with its `{name}`s replaced; `{{` and `}}` are braces. Raises KeyError for a name without value."""
 
     def value(placeholder: re.Match[str]) -> str:
@@ -90,7 +90,7 @@ def names_in(template: str) -> list[str]:
     return [name for name in names if name]
 
 
-def with_columns(columns: Iterable[str]) -> Shape | None:
+def with_columns(columns: Iterable[str]) -> RowShape | None:
     """The shape of a row that has values in these columns, by the order of SHAPES."""
     filled = set(columns)
     for shape in SHAPES:

@@ -23,12 +23,12 @@ import pyarrow as pa
 from runfolder.files import read_json, sync_folder, write_json
 from trainer.data.counts import Counts
 
-Chunk = TypeVar("Chunk")
+ChunkT = TypeVar("ChunkT")
 Array = npt.NDArray[Any]
-Progress = Callable[[int], None]  # called with the number of rows that are done
+RowProgress = Callable[[int], None]  # called with the number of rows that are done
 
-_POLL_S = 0.05
-_PATIENCE_S = 2.0  # at least; and five times what the slowest shard took here
+_SHARD_POLL_S = 0.05
+_SHARD_TIMEOUT_S = 2.0  # at least; and five times what the slowest shard took here
 _HASH_BYTES = 32
 
 
@@ -46,7 +46,7 @@ class Shard:
     counts: Counts
 
 
-def join(examples: Sequence[tuple[Array, Array]], rows: Sequence[int], counts: Counts) -> Shard:
+def join_examples(examples: Sequence[tuple[Array, Array]], rows: Sequence[int], counts: Counts) -> Shard:
     """Lay the ids and labels of examples end to end."""
     ids = [np.zeros(0, np.int32)]
     target = [np.zeros(0, np.bool_)]
@@ -66,9 +66,9 @@ def join(examples: Sequence[tuple[Array, Array]], rows: Sequence[int], counts: C
 
 def load_or_make(
     folder: Path,
-    chunks: Callable[[], Iterable[Chunk]],
-    make: Callable[[Chunk], Shard],
-    progress: Progress = lambda _: None,
+    chunks: Callable[[], Iterable[ChunkT]],
+    make: Callable[[ChunkT], Shard],
+    progress: RowProgress = lambda _: None,
 ) -> list[Shard]:
     """The shards of `folder`, one for each chunk: mapped if they are there, else made together with other ranks.
 
@@ -79,15 +79,15 @@ def load_or_make(
     return cache.load() or cache.make_together()
 
 
-class _Cache(Generic[Chunk]):
+class _Cache(Generic[ChunkT]):
     """A folder of shards as one rank sees it; `shards` are those that it has mapped so far."""
 
     def __init__(
         self,
         folder: Path,
-        chunks: Callable[[], Iterable[Chunk]],
-        make: Callable[[Chunk], Shard],
-        progress: Progress,
+        chunks: Callable[[], Iterable[ChunkT]],
+        make: Callable[[ChunkT], Shard],
+        progress: RowProgress,
     ) -> None:
         self.folder = folder
         self.chunks = chunks
@@ -96,7 +96,7 @@ class _Cache(Generic[Chunk]):
         self.manifest = folder / "manifest.json"
         self.shards: dict[int, Shard] = {}
         self.rows = 0  # in the shards that are mapped
-        self.timeout_s = _PATIENCE_S
+        self.timeout_s = _SHARD_TIMEOUT_S
 
     def load(self) -> list[Shard]:
         """All shards when the folder is whole, else nothing."""
@@ -110,7 +110,7 @@ class _Cache(Generic[Chunk]):
             if not self.has(number):
                 return []
         shards = self.first(count)
-        if _rows_of(shards) != rows:
+        if _count_rows(shards) != rows:
             return []
         return shards
 
@@ -121,7 +121,7 @@ class _Cache(Generic[Chunk]):
             if not self.wait_for_any(missing):
                 self.make_missing(steal=True)
         shards = self.first(count)
-        manifest = {"shards": count, "rows": _rows_of(shards)}
+        manifest = {"shards": count, "rows": _count_rows(shards)}
         write_json(self.manifest, manifest)
         return shards
 
@@ -175,14 +175,14 @@ class _Cache(Generic[Chunk]):
             for number in missing:
                 if self.has(number):
                     return True
-            time.sleep(_POLL_S)
+            time.sleep(_SHARD_POLL_S)
         return False
 
     def has(self, number: int) -> bool:
         """Whether a shard is there and whole; it is mapped, and its rows reported, when it is first seen."""
         if number in self.shards:
             return True
-        shard = _read(self.path(number))
+        shard = _map_shard(self.path(number))
         if shard is None:
             return False
         self.shards[number] = shard
@@ -191,11 +191,11 @@ class _Cache(Generic[Chunk]):
         return True
 
     def path(self, number: int) -> Path:
-        """Where a shard lies."""
+        """Where a shard of this number lies."""
         return self.folder / f"{number:05}.arrow"
 
 
-def _rows_of(shards: Iterable[Shard]) -> int:
+def _count_rows(shards: Iterable[Shard]) -> int:
     rows = 0
     for shard in shards:
         rows += shard.counts.rows
@@ -204,7 +204,7 @@ def _rows_of(shards: Iterable[Shard]) -> int:
 
 def _write(draft: BinaryIO, shard: Shard, path: Path) -> None:
     """Write a shard as an Arrow stream (its readers stop at its end) and its sha256; then give it its name."""
-    content = _content(shard)
+    content = _arrow_stream(shard)
     digest = hashlib.sha256(content).digest()
     with draft:
         draft.write(content)
@@ -215,7 +215,7 @@ def _write(draft: BinaryIO, shard: Shard, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def _content(shard: Shard) -> pa.Buffer:
+def _arrow_stream(shard: Shard) -> pa.Buffer:
     """A shard as an Arrow stream of one batch: a row for each example, the counts in the metadata."""
     ids = pa.array(shard.ids)
     target_bytes = shard.target.view(np.uint8)
@@ -234,7 +234,7 @@ def _content(shard: Shard) -> pa.Buffer:
     return sink.getvalue()
 
 
-def _read(path: Path) -> Shard | None:
+def _map_shard(path: Path) -> Shard | None:
     """Map a shard; None when it is missing or damaged."""
     if not path.exists():
         return None

@@ -69,7 +69,7 @@ def _as_tuples(plain: Mapping[str, Any]) -> Noticed:
 
 
 def survey(tokens: "Tokens", tokenizer: Any) -> Survey:
-    """What tokenised data has, counted."""
+    """The survey of tokenised data: what is in it, counted."""
     counts = tokens.counts
     lengths = tokens.lengths
     largest, row = tokens.largest()
@@ -89,7 +89,7 @@ def survey(tokens: "Tokens", tokenizer: Any) -> Survey:
     )
 
 
-def described(summary: Mapping[str, Any]) -> str:
+def summary_line(summary: Mapping[str, Any]) -> str:
     """What a trainer counted of its rows (see Counts.summary), in one line."""
     names = {"truncated": "cut", "dropped": "left out", "longest": "tokens in the longest", "split": "chats split up"}
     parts = []
@@ -128,7 +128,7 @@ def _beyond(id_: int, token: str, row: int, embeddings: int) -> str:
     )
 
 
-def warnings(found: Survey, seq_len: int) -> Iterator[str]:
+def row_warnings(found: Survey, seq_len: int) -> Iterator[str]:
     """What a user should know of the rows, a line each."""
     if found.unused:
         columns = []

@@ -17,7 +17,7 @@ from trainer.data.rows import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Span = tuple[int, int]  # characters [start, stop)
+CharacterSpan = tuple[int, int]  # characters [start, stop)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Text:
 
     where: str
     text: str
-    learned: tuple[Span, ...] = ()
+    learned: tuple[CharacterSpan, ...] = ()
     rendered: bool = False
     closed: bool = False
     hidden: bool = False

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from runfolder.job import Base
-from trainer.ends import end_tokens
+from trainer.end_tokens import end_tokens
 
 
 class TokenizerError(ValueError):

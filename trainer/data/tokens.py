@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainer.data.counts import UNUSED, Counts
-from trainer.data.encode import Encoded, Encoder, Ids, Reading, Target
+from trainer.data.encode import Encoded, Encoder, Ids, LabelMask, Reading
 from trainer.data.files import RowError, SourceName
 from trainer.data.key import key_of
-from trainer.data.rows import Row, rows
-from trainer.data.shards import Progress, Shard, join, load_or_make
+from trainer.data.rows import Row, read_rows
+from trainer.data.shards import RowProgress, Shard, join_examples, load_or_make
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ class Document:
     """Token ids [length], and which of them are labels: predicted from the token before, so never the first."""
 
     ids: Ids
-    target: Target
+    target: LabelMask
 
 
 def virtual_ids(count: int) -> list[int]:
@@ -41,7 +41,7 @@ def virtual_ids(count: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EvaluationPrompt:
     """What a model is asked, as ids that end where it goes on, and the answer that the data has."""
 
     ids: list[int]
@@ -138,7 +138,7 @@ def tokenise(
     tokenizer: "PreTrainedTokenizerBase",
     reading: Reading,
     folder: Path,
-    progress: Progress = lambda _: None,
+    progress: RowProgress = lambda _: None,
 ) -> Tokens:
     """The examples of a file or hub dataset; every rank calls this.
 
@@ -152,7 +152,7 @@ def tokenise(
     encoder = cache(partial(Encoder, source, tokenizer, reading))  # it takes a while, and what is cached needs none
 
     def chunks() -> Iterator[list[Row]]:
-        stream = rows(source, reading.columns)
+        stream = read_rows(source, reading.columns)
         while chunk := list(islice(stream, _SHARD_ROWS)):
             yield chunk
 
@@ -166,11 +166,13 @@ def tokenise(
     return tokens
 
 
-def prompts(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Reading) -> list[Prompt]:
+def read_prompts(
+    source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Reading
+) -> list[EvaluationPrompt]:
     """What to generate from, for each row that has a prompt; of a chat, all before its last assistant turn."""
     encoder = Encoder(source, tokenizer, reading)
     with_prompt = []
-    for row in rows(source, reading.columns):
+    for row in read_rows(source, reading.columns):
         if row.prompt.strip() or row.messages:
             with_prompt.append(row)
     ids_of_prompts = encoder.prompts(with_prompt)
@@ -178,7 +180,7 @@ def prompts(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: R
     asked = []
     for row, ids in together:
         answer = _answer(row)
-        prompt = Prompt(ids, answer.strip())
+        prompt = EvaluationPrompt(ids, answer.strip())
         asked.append(prompt)
     return asked
 
@@ -211,7 +213,7 @@ def _shard(encoder: Encoder, chunk: list[Row], reading: Reading) -> Shard:
             target = example.target[:max_tokens]
             kept.append((ids, target))
             numbers.append(row.number)
-    return join(kept, numbers, counts)
+    return join_examples(kept, numbers, counts)
 
 
 def fate_of(example: Encoded, max_tokens: int, drop: bool) -> str | None:

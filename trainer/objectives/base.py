@@ -28,17 +28,16 @@ from runfolder.job import Job
 from trainer.data.encode import Reading
 from trainer.data.examples import Examples, GlobalBatch
 from trainer.data.layout import MicroBatch
-from trainer.data.tokens import Prompt
+from trainer.data.tokens import EvaluationPrompt
 
-Array = npt.NDArray[Any]
-Arrays = dict[str, Array]
+Arrays = dict[str, npt.NDArray[Any]]
 HostArrays = Mapping[str, npt.NDArray[np.generic]]
-Tensors = Mapping[str, torch.Tensor]  # in a prelude and in figures: 0-d
+TensorsByName = Mapping[str, torch.Tensor]  # in a prelude and in metrics: 0-d
 Totals = Mapping[str, float]  # by name; sums over the examples of a global batch, so those of two batches add up
 
 
 @dataclass(frozen=True)
-class Setup:
+class ObjectiveSetup:
     """What an objective knows of its run: among it how rows become tokens, and in which folder those are kept.
 
     `progress` is called now and then while rows are read.
@@ -53,13 +52,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class Shares:
-    """What a micro-batch adds to the loss of its step and to figures that are logged beside it; each 0-d.
+    """What a micro-batch adds to the loss of its step and to metrics that are logged beside it; each 0-d.
 
-    The names of the figures are the same for every micro-batch, also for one without examples.
+    The names of the metrics are the same for every micro-batch, also for one without examples.
     """
 
     loss: torch.Tensor
-    figures: Tensors = field(default_factory=dict)
+    metrics: TensorsByName = field(default_factory=dict)
 
 
 class Objective(ABC):
@@ -72,14 +71,14 @@ class Objective(ABC):
         Any
     ]  # of the run, there before its model is; `method.reference(model)` is for `prelude` and `loss`
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: ObjectiveSetup) -> None:
         self.setup = setup
 
     @abstractmethod
     def read(self, source: str) -> Examples:
         """The examples of a file or hub dataset, as tokens; every rank calls it. Raises RowError."""
 
-    def prompts(self, source: str) -> list[Prompt]:  # noqa: ARG002
+    def prompts(self, source: str) -> list[EvaluationPrompt]:  # noqa: ARG002
         """What the model is asked in evaluations, to see whether it writes the answer; nothing here."""
         return []
 
@@ -106,13 +105,13 @@ class Objective(ABC):
         A micro-batch without examples is a row of padding, so that all ranks run as many forward passes.
         """
 
-    def prelude(self, model: nn.Module, batch: Tensors, totals: Totals) -> Tensors:
+    def prelude(self, model: nn.Module, batch: TensorsByName, totals: Totals) -> TensorsByName:
         """A micro-batch's shares of what `loss` needs to know of the whole global batch; without gradient."""
         raise NotImplementedError
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Tensors, totals: Totals, prelude: Tensors) -> Shares:
-        """A micro-batch's shares of the step's loss and figures: its sums, divided by the totals.
+    def loss(self, model: nn.Module, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:
+        """A micro-batch's shares of the step's loss and metrics: its sums, divided by the totals.
 
         One without examples gives zero, with zero gradients for all that others reach, so that collectives stay in
         step. `prelude` has the sums over all shares of the global batch, fp64; nothing where there is no prelude.

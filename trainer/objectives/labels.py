@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trainer.data.tokens import Tokens
 
 
-def arrays(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dict[str, Indices]:
+def label_arrays(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dict[str, Indices]:
     """What `logits` reads of a micro-batch's rows, made on the host: a GPU is never asked where the labels are.
 
     `input_ids` and `position_ids` [B, T]. `kept` [K] are the positions whose logits are needed, one before a label;

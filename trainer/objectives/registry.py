@@ -2,13 +2,13 @@
 
 from importlib import import_module
 
-from runfolder.objectives import place
-from trainer.objectives.base import Objective, Setup
+from runfolder.objectives import implementation_of
+from trainer.objectives.base import Objective, ObjectiveSetup
 
 
-def create(name: str, setup: Setup) -> Objective:
+def create_objective(name: str, setup: ObjectiveSetup) -> Objective:
     """The objective of a job; its module is imported now."""
-    module_name, _, class_name = place(name).partition(":")
+    module_name, _, class_name = implementation_of(name).partition(":")
     module = import_module(module_name)
     kind = getattr(module, class_name)
     objective: Objective = kind(setup)

@@ -7,9 +7,9 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.data.examples import Examples, GlobalBatch, Indices
 from trainer.data.layout import IGNORED, MicroBatch
-from trainer.data.tokens import Prompt, prompts, tokenise
+from trainer.data.tokens import EvaluationPrompt, read_prompts, tokenise
 from trainer.objectives import labels
-from trainer.objectives.base import Objective, Shares, Tensors, Totals
+from trainer.objectives.base import Objective, Shares, TensorsByName, Totals
 
 CHUNK = 1024  # labels whose logits are held in fp32 at a time
 
@@ -25,10 +25,10 @@ class Supervised(Objective):
         tokens = tokenise(source, tokenizer, reading, setup.folder, setup.progress)
         return Examples.of_each(tokens)
 
-    def prompts(self, source: str) -> list[Prompt]:
+    def prompts(self, source: str) -> list[EvaluationPrompt]:
         """The rows of a source without their last answer."""
         setup = self.setup
-        return prompts(source, setup.tokenizer, setup.reading)
+        return read_prompts(source, setup.tokenizer, setup.reading)
 
     def totals(self, batch: GlobalBatch) -> Totals:
         """The number of labels in a global batch."""
@@ -39,9 +39,9 @@ class Supervised(Objective):
         tokens = examples.tokens
         tokenizer = self.setup.tokenizer
         pad_id = tokenizer.pad_token_id
-        return labels.arrays(micro.rows, tokens, pad_id)
+        return labels.label_arrays(micro.rows, tokens, pad_id)
 
-    def loss(self, model: nn.Module, batch: Tensors, totals: Totals, prelude: Tensors) -> Shares:  # noqa: ARG002
+    def loss(self, model: nn.Module, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:  # noqa: ARG002
         """The cross entropy of the labels of a micro-batch, summed in fp32, over the labels of the global batch."""
         count = totals["labels"]
         logits_NV = labels.logits(model, batch)
@@ -53,19 +53,19 @@ class Supervised(Objective):
 def summed(logits_NV: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
     """The cross entropy of labels in fp32, summed; zero where all are ignored."""
     if len(label_N) <= CHUNK:
-        return _chunk(logits_NV, label_N)
+        return _chunk_loss(logits_NV, label_N)
     logits_chunks = logits_NV.split(CHUNK)
     label_chunks = label_N.split(CHUNK)
     chunks = zip(logits_chunks, label_chunks, strict=True)
     losses = []
     for logits, label in chunks:
-        loss = checkpoint(_chunk, logits, label, use_reentrant=False)
+        loss = checkpoint(_chunk_loss, logits, label, use_reentrant=False)
         losses.append(loss)
     stacked = torch.stack(losses)
     return stacked.sum()
 
 
-def _chunk(logits_NV: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
+def _chunk_loss(logits_NV: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
     """The summed cross entropy of a chunk, whose logits are held in fp32 only here."""
     fp32_NV = logits_NV.float()
     return cross_entropy(fp32_NV, label_N, ignore_index=IGNORED, reduction="sum")

@@ -19,7 +19,7 @@ ONE_GROUP = 10**15  # elements; more than any model has, so that stage 3 keeps a
 
 
 class Placeholder(torch.optim.Optimizer):
-    """The optimizer that DeepSpeed gets: its step calls `on_step`, once per step and with all gradients reduced."""
+    """The placeholder optimizer that DeepSpeed gets: its step calls `on_step`, with all gradients reduced."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         group = {"params": parameters}
@@ -27,12 +27,12 @@ class Placeholder(torch.optim.Optimizer):
         self.on_step: Callable[[], None] = lambda: None
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Call `on_step`."""
+        """Call `on_step`, without recording gradients."""
         with torch.no_grad():
             self.on_step()
 
 
-def prepare() -> None:
+def prepare_deepspeed() -> None:
     """Check DeepSpeed's version and keep it from compiling its shared-memory op, before distributed starts.
 
     The op is built at the first `init_distributed`, and a lock that a killed process left makes the next one hang
@@ -69,7 +69,7 @@ def config(stage: int, trained: int) -> dict[str, Any]:
     }
 
 
-def start(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> Any:
+def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> Any:
     """DeepSpeed's engine around a model whose trained parameters the optimizer has."""
     import deepspeed
 

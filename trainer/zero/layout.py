@@ -14,11 +14,11 @@ from torch import nn
 
 from methods.base import Piece
 
-Names = dict[nn.Parameter, str]  # of the trained parameters
+ParameterNames = dict[nn.Parameter, str]  # of the trained parameters
 
 
 @dataclass(frozen=True, eq=False)
-class Fragment:
+class OwnedFragment:
     """The part [start, stop) of one flattened trained parameter that this rank holds: `owner` from `offset` on."""
 
     name: str
@@ -29,7 +29,7 @@ class Fragment:
     parameter: nn.Parameter
 
     @classmethod
-    def of(cls, name: str, start: int, stop: int, owner: torch.Tensor, offset: int) -> "Fragment":
+    def of(cls, name: str, start: int, stop: int, owner: torch.Tensor, offset: int) -> "OwnedFragment":
         """The elements of `owner` from `offset` on, as a parameter of their own that shares their memory."""
         values = owner.data
         flat = values.view(-1)
@@ -51,7 +51,7 @@ class Fragment:
         self.parameter.grad = flat[self.offset : end]
 
 
-def fragments(engine: Any, names: Names, stage: int) -> Iterator[Fragment]:
+def fragments(engine: Any, names: ParameterNames, stage: int) -> Iterator[OwnedFragment]:
     """The fragments of the named trained parameters that this rank holds under an engine."""
     if stage == 0:
         return _whole_parameters(names)
@@ -60,7 +60,7 @@ def fragments(engine: Any, names: Names, stage: int) -> Iterator[Fragment]:
     return _slice_of_all(engine.optimizer, names)
 
 
-def held(name: str, parameter: Any, stage: int) -> Piece | None:
+def held_piece(name: str, parameter: Any, stage: int) -> Piece | None:
     """The part of a frozen parameter that this rank holds under an engine; None where it holds nothing."""
     if stage != 3:
         flat: torch.Tensor = parameter.data.view(-1)
@@ -74,14 +74,14 @@ def held(name: str, parameter: Any, stage: int) -> Piece | None:
     return Piece(name, start, {"weight": weight}, False)
 
 
-def _whole_parameters(names: Names) -> Iterator[Fragment]:
+def _whole_parameters(names: ParameterNames) -> Iterator[OwnedFragment]:
     """Stage 0: every parameter, whole on every rank."""
     for parameter, name in names.items():
         elements = parameter.numel()
-        yield Fragment.of(name, 0, elements, parameter, 0)
+        yield OwnedFragment.of(name, 0, elements, parameter, 0)
 
 
-def _slice_of_all(zero: Any, names: Names) -> Iterator[Fragment]:
+def _slice_of_all(zero: Any, names: ParameterNames) -> Iterator[OwnedFragment]:
     """Stages 1 and 2: the parameters' parts that lie in this rank's slice [left, right) of the vector of all."""
     (owner,) = zero.single_partition_of_fp32_groups
     parameters = zero.round_robin_bit16_groups[0]
@@ -99,10 +99,10 @@ def _slice_of_all(zero: Any, names: Names) -> Iterator[Fragment]:
             first = start - offset
             last = stop - offset
             inside = start - left
-            yield Fragment.of(name, first, last, owner, inside)
+            yield OwnedFragment.of(name, first, last, owner, inside)
 
 
-def _slices_of_each(zero: Any, names: Names) -> Iterator[Fragment]:
+def _slices_of_each(zero: Any, names: ParameterNames) -> Iterator[OwnedFragment]:
     """Stage 3: this rank's slice of each parameter, one behind the other in the vector that it owns."""
     (owner,) = zero.fp32_partitioned_groups_flat
     offset = 0
@@ -111,7 +111,7 @@ def _slices_of_each(zero: Any, names: Names) -> Iterator[Fragment]:
         start, stop = _slice_of_rank(parameter)
         if start < stop:
             name = names[parameter]
-            yield Fragment.of(name, start, stop, owner, offset)
+            yield OwnedFragment.of(name, start, stop, owner, offset)
         offset += parameter.partition_numel()
 
 

@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from methods.base import Fragment as AnyFragment
-from methods.base import Method, Piece
+from methods.base import Fragment, Method, Piece
 from trainer.zero import engine, layout
 from trainer.zero.gather import gathered, shape
-from trainer.zero.layout import Fragment
+from trainer.zero.layout import OwnedFragment
 
 
 class Shards:
@@ -42,13 +41,13 @@ class Shards:
         self._shapes = shapes
         trained = list(names)
         placeholder = engine.Placeholder(trained)
-        self.engine = engine.start(model, placeholder, stage)
+        self.engine = engine.start_engine(model, placeholder, stage)
         # A method that sums gradients itself gets each rank's own share, where DeepSpeed would sum whole ones.
         averaged = stage != 0 or not method.reduces
         self._averaged = averaged
         self.engine.enable_backward_allreduce = averaged
-        self._fragments: list[Fragment] = []
-        self._by_name: dict[str, Fragment] = {}
+        self._fragments: list[OwnedFragment] = []
+        self._by_name: dict[str, OwnedFragment] = {}
         fragments = layout.fragments(self.engine, names, stage)
         for fragment in fragments:
             self._fragments.append(fragment)
@@ -59,15 +58,15 @@ class Shards:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that the weights are on."""
         parameters = self.model.parameters()
         return next(parameters).device
 
-    def fragments(self) -> Sequence[Fragment]:
-        """What this rank holds."""
+    def fragments(self) -> Sequence[OwnedFragment]:
+        """The fragments of trained parameters that this rank holds."""
         return self._fragments
 
-    def state(self, fragment: AnyFragment) -> dict[str, Any]:
+    def state(self, fragment: Fragment) -> dict[str, Any]:
         """What the optimizer keeps of a fragment, to be read and changed; empty before its first step."""
         parameter = fragment.parameter
         state: dict[str, Any] = self.optimizer.state[parameter]
@@ -77,7 +76,7 @@ class Shards:
         """The whole shape of a trained parameter."""
         return self._shapes[name]
 
-    def whole(self, name: str, part: Callable[[AnyFragment], torch.Tensor]) -> torch.Tensor:
+    def whole(self, name: str, part: Callable[[Fragment], torch.Tensor]) -> torch.Tensor:
         """What all ranks' parts of a trained parameter make, in its shape, on every rank; a collective."""
         size = self.shape(name)
         fragment = self._by_name.get(name)
@@ -127,7 +126,7 @@ class Shards:
         """
         model = self.model
         method = self.method
-        changed = set(method.changed(model))
+        changed = set(method.changed_frozen(model))
         whole_model = method.options.makes_model
         for name, parameter in model.named_parameters():
             delivered = whole_model or parameter.requires_grad or name in changed
@@ -170,7 +169,7 @@ class Shards:
             dist.all_reduce(square)
         return square.sqrt()
 
-    def _piece(self, fragment: Fragment) -> Piece:
+    def _piece(self, fragment: OwnedFragment) -> Piece:
         """A fragment's weight and the tensors that the optimizer keeps of it."""
         tensors = {"weight": fragment.parameter.data}
         state = self.state(fragment)
@@ -182,8 +181,8 @@ class Shards:
     def _changed(self) -> Iterator[Piece]:
         """What this rank holds of the frozen parameters that training changes all the same."""
         model = self.model
-        for name in self.method.changed(model):
+        for name in self.method.changed_frozen(model):
             parameter = model.get_parameter(name)
-            piece = layout.held(name, parameter, self.stage)
+            piece = layout.held_piece(name, parameter, self.stage)
             if piece is not None:
                 yield piece

@@ -13,7 +13,7 @@ from run_folders import claim, eval_row, make_run, plan, steps
 from tracked_runs import tracked
 
 from orchestrator.comparison.compare import Comparison, arrange, compare
-from orchestrator.comparison.measure import count, duration, size
+from orchestrator.comparison.measure import format_bytes, format_count, format_duration
 from orchestrator.comparison.table import table
 from orchestrator.tracking.delivery import replay
 
@@ -43,7 +43,7 @@ def test_only_differences_are_columns_and_seeds_are_grouped() -> None:
     assert found.constant["method.rank"] == "16"
     assert "train.seed" not in found.constant
     assert [(row.label, row.seeds) for row in found.rows] == [("dora", ["0"]), ("lora", ["0", "1", "2"])]
-    figure = found.rows[1].figure("eval_exact_match")
+    figure = found.rows[1].metric("eval_exact_match")
     assert figure
     assert (figure.mean, figure.std, figure.n) == (pytest.approx(0.59), pytest.approx(0.01), 3)
 
@@ -82,16 +82,16 @@ def test_names_are_not_markup() -> None:
 
 def test_json_has_no_value_that_json_does_not_know() -> None:
     run = tracked("a", 0.5)
-    run = dataclasses.replace(run, figures={**run.figures, "loss": float("nan")})
+    run = dataclasses.replace(run, metrics={**run.metrics, "loss": float("nan")})
     found = json.loads(json.dumps(arrange([run], "e", "uri").to_json(), allow_nan=False))
     assert found["rows"][0]["figures"]["loss"] == {"mean": None, "std": 0.0, "n": 1}
     assert found["rows"][0]["run_ids"] == ["a-0000000000"]
 
 
 def test_units() -> None:
-    assert [count(v) for v in (950, 1234, 8.03e9)] == ["950", "1.23 k", "8.03 B"]
-    assert [size(v) for v in (512, 3 << 20, 5 << 29)] == ["512 B", "3 MiB", "2.50 GiB"]
-    assert [duration(v) for v in (4.24, 185, 7800)] == ["4.2 s", "3 m 05 s", "2 h 10 m"]
+    assert [format_count(v) for v in (950, 1234, 8.03e9)] == ["950", "1.23 k", "8.03 B"]
+    assert [format_bytes(v) for v in (512, 3 << 20, 5 << 29)] == ["512 B", "3 MiB", "2.50 GiB"]
+    assert [format_duration(v) for v in (4.24, 185, 7800)] == ["4.2 s", "3 m 05 s", "2 h 10 m"]
 
 
 def test_nothing_tracked_yet_and_an_unknown_experiment(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_nothing_tracked_yet_and_an_unknown_experiment(tmp_path: Path) -> None:
     assert compare(None, None).rows == found.rows
     assert [(row.status, row.seeds) for row in found.rows] == [("FINISHED", ["0", "1"]), ("FAILED", ["2"])]
     best = found.rows[0]
-    figures = {key: best.figure(key) for key in ("eval_loss", "trained", "train_s", "peak_memory_bytes", "best_loss")}
+    figures = {key: best.metric(key) for key in ("eval_loss", "trained", "train_s", "peak_memory_bytes", "best_loss")}
     assert {key: figure.mean for key, figure in figures.items() if figure} == {
         "eval_loss": 1.5,
         "trained": 4321,

@@ -14,7 +14,7 @@ from tracked_runs import tracked
 
 from orchestrator.comparison import chart, report
 from orchestrator.comparison.chart import Line
-from orchestrator.comparison.compare import Run, arrange
+from orchestrator.comparison.compare import TrackedRun, arrange
 
 HOSTILE = "<script>alert('x')</script>\"&' ${plot} $title"
 VOID = {"meta", "link", "br", "rect", "path", "circle"}
@@ -50,13 +50,13 @@ class Page(HTMLParser):
         return sum(t == tag and attributes.items() <= a.items() for t, a in self.seen)
 
 
-def page_of(*runs: Run, title: str = "gsm8k") -> Page:
+def page_of(*runs: TrackedRun, title: str = "gsm8k") -> Page:
     return Page(report.page(arrange(list(runs), title, "sqlite:////home/ada/mlflow.db")))
 
 
 def test_a_comparison_of_methods(tmp_path: Path) -> None:
     runs = [tracked("lora", 0.6, train__seed=s) for s in "012"] + [tracked("full", 0.9, method__kind="full")]
-    report.write(arrange(runs, "gsm8k", "uri"), tmp_path / "report.html")
+    report.write_report(arrange(runs, "gsm8k", "uri"), tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.count("svg", **{"class": "chart"}) == 5  # three kinds of curves, two costs
     assert page.count("g", **{"class": "series"}) == 3 * 4
@@ -88,11 +88,11 @@ def test_hostile_names_stay_text() -> None:
         ([tracked("one", 0.5)], 5),
         ([tracked("a", 0.5, evals=False), tracked("b", 0.6, evals=False, train__lr="1")], 3),
         ([tracked("a", 0.5, "FAILED", evals=False)], 1),
-        ([dataclasses.replace(tracked("a", 0.5, "FAILED"), curves={}, figures={})], 0),
+        ([dataclasses.replace(tracked("a", 0.5, "FAILED"), curves={}, metrics={})], 0),
         ([tracked(f"r{i}", 0.2 + i / 100, train__lr=str(i)) for i in range(50)], 5),
     ],
 )
-def test_any_set_of_runs(runs: list[Run], charts: int) -> None:
+def test_any_set_of_runs(runs: list[TrackedRun], charts: int) -> None:
     page = page_of(*runs)
     assert page.count("svg", **{"class": "chart"}) == charts
     assert page.count("details") == len(runs)
@@ -100,7 +100,7 @@ def test_any_set_of_runs(runs: list[Run], charts: int) -> None:
 
 def test_a_line_breaks_at_nan_and_outliers_leave_the_frame() -> None:
     curve = tuple((step, math.nan if step == 50 else 1e9 if step == 20 else 3 - step / 100) for step in range(1, 101))
-    drawn = chart.line_chart("loss", [Line("a", 0, curve)], "step", str, chart.EVERYTHING, chart.WIDTH)
+    drawn = chart.line_chart("loss", [Line("a", 0, curve)], "step", str, chart.EVERYTHING, chart.HALF_WIDTH)
     figure = ElementTree.fromstring(drawn)
     lines = [[tuple(map(float, p.split(","))) for p in e.attrib["points"].split()] for e in figure.iter("polyline")]
     assert [len(line) for line in lines] == [49, 50]
@@ -112,7 +112,7 @@ def test_a_line_breaks_at_nan_and_outliers_leave_the_frame() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.995, 1.0])
 def test_no_tick_stands_where_no_value_can_be(value: float) -> None:
     curve = ((1, value), (2, value))
-    drawn = chart.line_chart("match", [Line("a", 0, curve)], "step", "{:.0%}".format, (0.0, 1.0), chart.WIDTH)
+    drawn = chart.line_chart("match", [Line("a", 0, curve)], "step", "{:.0%}".format, (0.0, 1.0), chart.HALF_WIDTH)
     ticks = [int(e.text[:-1]) for e in ElementTree.fromstring(drawn).iter("text") if (e.text or "").endswith("%")]
     assert ticks and min(ticks) >= 0 and max(ticks) <= 100
 
@@ -140,7 +140,7 @@ def test_nice_numbers(rough: float, expected: float) -> None:
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 def test_a_browser_runs_it_without_errors(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    report.write(arrange([tracked(HOSTILE, 0.5), tracked("b", 0.6, train__lr="1")], "e", "uri"), path)
+    report.write_report(arrange([tracked(HOSTILE, 0.5), tracked("b", 0.6, train__lr="1")], "e", "uri"), path)
     script = "onerror=m=>document.title='broken '+m;"
     check = "<script>document.querySelector('.legend li').dispatchEvent(new Event('mouseenter'));</script></body>"
     text = path.read_text().replace("<script>", f"<script>{script}</script><script>").replace("</body>", check)

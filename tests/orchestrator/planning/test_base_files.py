@@ -8,7 +8,7 @@ import pytest
 from jobs import CONFIG, make_base, make_job, write_weights
 
 from orchestrator.errors import InputError
-from orchestrator.planning.freeze import read
+from orchestrator.planning.freeze import read_job
 from orchestrator.planning.model import Model
 from orchestrator.planning.plan import plan
 
@@ -18,7 +18,7 @@ NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_typ
 def refusal(folder: Path, **changes: Any) -> str:
     """The one line that a job on the base in a folder is refused with, less the folder's name."""
     with pytest.raises(InputError) as error:
-        plan(read(make_job(folder, **changes))[0])
+        plan(read_job(make_job(folder, **changes))[0])
     (line,) = str(error.value).splitlines()
     assert "scratch" not in line
     return line.removeprefix(f"base.model: {folder / 'base'}: ")
@@ -144,21 +144,21 @@ def test_what_is_no_causal_model_of_transformers(
 )
 def test_configs_that_are_a_base(folder: Path, config: dict[str, Any]) -> None:
     configure(folder, **config)
-    assert not plan(read(make_job(folder))[0]).warnings
+    assert not plan(read_job(make_job(folder))[0]).warnings
 
 
 def test_code_that_is_not_needed_is_not_run(folder: Path) -> None:
     configure(folder, auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
-    (warning,) = plan(read(make_job(folder))[0]).warnings
+    (warning,) = plan(read_job(make_job(folder))[0]).warnings
     assert warning.endswith("its own code (auto_map) is not run; transformers' own llama is")
 
 
 def test_an_adapter_beside_a_base_is_told(folder: Path) -> None:
     (folder / "base" / "adapter_config.json").write_text("{}")
-    (warning,) = plan(read(make_job(folder, method="full", resources={}))[0]).warnings
+    (warning,) = plan(read_job(make_job(folder, method="full", resources={}))[0]).warnings
     assert warning.endswith("it holds an adapter too (adapter_config.json), which is left out")
     with pytest.raises(InputError, match=r"it holds an adapter too .* with it; move that away"):  # beside another one
-        plan(read(make_job(folder))[0])
+        plan(read_job(make_job(folder))[0])
 
 
 def test_weights_of_another_config(folder: Path) -> None:
@@ -185,7 +185,7 @@ def test_quantised_bases_are_refused_by_name(folder: Path, quantisation: dict[st
     configure(folder, quantization_config=quantisation)
     mend = "take the unquantised base, and method qlora"
     assert refusal(folder) == f"it is quantised already ({name}); {mend}"
-    assert plan(read(make_job(folder, base={"model": "base", "init": "scratch"}))[0]).sizes is not None
+    assert plan(read_job(make_job(folder, base={"model": "base", "init": "scratch"}))[0]).sizes is not None
 
 
 @pytest.mark.parametrize(
@@ -206,10 +206,10 @@ def test_what_a_base_in_4_bits_cannot_do(folder: Path, changes: dict[str, Any], 
 
 
 def test_a_base_in_4_bits_is_counted_by_its_own_shapes(folder: Path) -> None:
-    whole = plan(read(make_job(folder))[0]).sizes
+    whole = plan(read_job(make_job(folder))[0]).sizes
     pack(folder / "base" / "model.safetensors")
     configure(folder, quantization_config=NF4)
-    found = plan(read(make_job(folder))[0]).sizes
+    found = plan(read_job(make_job(folder))[0]).sizes
     assert whole is not None and found is not None
     assert (found.parameters, found.trained) == (whole.parameters, whole.trained)
     matrices = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)
@@ -224,7 +224,7 @@ def pack(path: Path) -> None:
         state = f"{name}.weight.quant_state.bitsandbytes__nf4"
         states[state] = json.dumps({"quant_type": "nf4", "shape": [out, in_]}).encode().ljust(64)
         tensors |= {f"{name}.weight": (out * in_ // 2, 1), f"{name}.weight.absmax": (out * in_ // 64,), state: (16,)}
-    write_weights(path, model.others | tensors)
+    write_weights(path, model.other_shapes | tensors)
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     data = bytearray(content)
@@ -241,11 +241,11 @@ def sum_of(header: dict[str, Any]) -> int:
 
 
 def test_weights_of_layers_that_the_config_does_not_have_are_named_and_not_counted(folder: Path) -> None:
-    before = plan(read(make_job(folder))[0])
-    shapes = Model(CONFIG, folder / "base").own_shapes
+    before = plan(read_job(make_job(folder))[0])
+    shapes = Model(CONFIG, folder / "base").base_shapes
     more = {name.replace("layers.0", f"layers.{CONFIG['num_hidden_layers']}"): shapes[name] for name in shapes}
     write_weights(folder / "base" / "model.safetensors", shapes | more)
-    after = plan(read(make_job(folder))[0])
+    after = plan(read_job(make_job(folder))[0])
     (warning,) = after.warnings
     assert (
         f"layers that config.json does not have are left out: model.layers.{CONFIG['num_hidden_layers']}." in warning

@@ -11,7 +11,7 @@ from jobs import CONFIG, make_base
 
 from orchestrator.errors import InputError
 from orchestrator.planning.base import find_model
-from orchestrator.planning.model import count
+from orchestrator.planning.model import parameter_count
 from runfolder.job import Job
 
 PAGES = {
@@ -79,7 +79,7 @@ def refusal(base: str) -> str:
 def test_shapes_come_from_the_config_on_the_hub() -> None:
     whole, half = find_model(job("good/base")), find_model(job("good/base", "v2"))
     assert whole.folder is None and whole.config["max_position_embeddings"] == 64
-    assert count(whole.shapes) > count(half.shapes)
+    assert parameter_count(whole.shapes) > parameter_count(half.shapes)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from llamas import LLAMA_3B
 
 from methods.options.low_rank import Dora, Lora
 from orchestrator.errors import InputError
-from orchestrator.planning.freeze import read
-from orchestrator.planning.model import Model, count, read_header, weight_files
+from orchestrator.planning.freeze import read_job
+from orchestrator.planning.model import Model, parameter_count, read_header, weight_files
 from orchestrator.planning.plan import Memory, memory, plan, sizes
 from runfolder.job import Job
 
@@ -27,7 +27,7 @@ def test_llama_3b_with_lora_on_two_projections() -> None:
     model = Model(LLAMA_3B)
     found = sizes(job(method={"kind": "lora", "rank": 32, "target": ["q_proj", "v_proj"]}), model)
     assert found is not None
-    assert count(model.shapes) == 3_212_749_824
+    assert parameter_count(model.shapes) == 3_212_749_824
     assert found.trained == 9_175_040
     assert found.parameters == 3_212_749_824 + 9_175_040
 
@@ -67,27 +67,27 @@ def test_trained_parameters_are_those_of_peft(options: Any, target: Any) -> None
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     adapted = create(chosen).attach(base.to_empty(device="cpu"))
     model = Model(config)
-    assert chosen.trained(model.linears, model.others) == sum(
+    assert chosen.trained_parameters(model.linears, model.other_shapes) == sum(
         p.numel() for p in adapted.parameters() if p.requires_grad
     )
 
 
 def test_bytes_per_worker_fall_with_the_stage() -> None:
     def found(zero: int, held: int = 0) -> Memory:
-        return memory(shared=1000, held=held, trained=8, state=(64, 0), zero=zero, world=4)
+        return memory(shared=1000, held=held, trained=8, state=(64, 0), zero=zero, world_size=4)
 
     assert found(0) == Memory(1032, 32, 64)
     assert found(1) == Memory(1032, 32, 24)
     assert found(2) == Memory(1032, 8, 24)
     assert found(3) == Memory(258, 8, 24)
     assert found(3, held=500) == Memory(758, 8, 24)
-    assert memory(shared=0, held=0, trained=9, state=(72, 5), zero=1, world=2).optimizer == 4 * 5 + 36 + 5
+    assert memory(shared=0, held=0, trained=9, state=(72, 5), zero=1, world_size=2).optimizer == 4 * 5 + 36 + 5
 
 
 def test_frozen_weights_are_bf16_on_gpus_and_fp32_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     model = Model({**SMALL, "model_type": "llama"})
-    frozen = 4 * count(model.shapes)
+    frozen = 4 * parameter_count(model.shapes)
     lora = {"kind": "lora", "rank": 1}
     on_cpu = sizes(job(method=lora, resources={"workers_per_node": 2}), model)
     on_gpu = sizes(job(method=lora, resources={"gpus_per_node": 2}), model)
@@ -98,7 +98,7 @@ def test_frozen_weights_are_bf16_on_gpus_and_fp32_elsewhere(monkeypatch: pytest.
 
 def a_job(tmp_path: Path, **changes: Any) -> Job:
     """A job that would run, with absolute paths."""
-    return read(make_job(tmp_path, **changes))[0]
+    return read_job(make_job(tmp_path, **changes))[0]
 
 
 def problems(job: Job) -> list[str]:

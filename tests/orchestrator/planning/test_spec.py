@@ -24,7 +24,7 @@ def in_file(tmp_path: Path, content: str | bytes) -> Path:
 
 def test_reads_a_file(tmp_path: Path) -> None:
     path = in_file(tmp_path, "base: a/b\nmethod: {kind: dora, rank: 4}\ndata: x.jsonl\ntrain: {steps: 5, lr: 1e-4}\n")
-    job = spec.read(path)
+    job = spec.read_job_file(path)
     assert (job.base.model, job.method.kind, job.data.train, job.lr) == ("a/b", "dora", "x.jsonl", 1e-4)
 
 
@@ -108,7 +108,7 @@ def test_every_error_is_told_at_once() -> None:
 def test_files_that_are_no_job(tmp_path: Path, content: str | bytes, problem: str) -> None:
     path = in_file(tmp_path, content)
     with pytest.raises(InputError) as error:
-        spec.read(path)
+        spec.read_job_file(path)
     assert str(error.value).startswith(f"{path}: ")
     assert problem in str(error.value)
     assert len(str(error.value).splitlines()) == 1
@@ -128,6 +128,6 @@ def test_a_large_value_is_told_in_a_short_line() -> None:
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing\.yaml: No such file"):
-        spec.read(tmp_path / "nothing.yaml")
+        spec.read_job_file(tmp_path / "nothing.yaml")
     with pytest.raises(InputError, match="Is a directory"):
-        spec.read(tmp_path)
+        spec.read_job_file(tmp_path)

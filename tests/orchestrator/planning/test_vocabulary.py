@@ -8,10 +8,10 @@ import pytest
 from jobs import CONFIG, make_base, make_job, write_tokenizer
 
 from orchestrator.errors import InputError
-from orchestrator.planning.freeze import read
+from orchestrator.planning.freeze import read_job
 from orchestrator.planning.model import Model
 from orchestrator.planning.plan import Plan, plan
-from orchestrator.planning.vocabulary import outside, token_ids
+from orchestrator.planning.vocabulary import token_ids, tokens_without_embedding
 
 
 def model_of(kind: str) -> Any:
@@ -42,9 +42,9 @@ def test_ids_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<pad>"}))
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert token_ids(tmp_path) == loaded.get_vocab()
-    assert outside(Model({"vocab_size": 7}, tmp_path)) == {"<pad>": 7}
-    assert outside(Model({"text_config": {"vocab_size": 6}}, tmp_path)) == {"<tool>": 6, "<pad>": 7}
-    assert outside(Model({}, tmp_path)) == {}
+    assert tokens_without_embedding(Model({"vocab_size": 7}, tmp_path)) == {"<pad>": 7}
+    assert tokens_without_embedding(Model({"text_config": {"vocab_size": 6}}, tmp_path)) == {"<tool>": 6, "<pad>": 7}
+    assert tokens_without_embedding(Model({}, tmp_path)) == {}
 
 
 def test_older_files_are_read(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def planned(folder: Path, resize: bool, **changes: Any) -> Plan:
-    return plan(read(make_job(folder, base={"model": "base", "resize_embeddings": resize}, **changes))[0])
+    return plan(read_job(make_job(folder, base={"model": "base", "resize_embeddings": resize}, **changes))[0])
 
 
 def test_more_ids_than_embeddings_are_told_or_added(folder: Path) -> None:

@@ -216,7 +216,7 @@ def test_delivery_stops_between_batches_when_a_successor_appears(
 
     def log_batch(*arguments: Any, metrics: Any = (), **others: Any) -> None:
         send(*arguments, metrics=metrics, **others)
-        if metrics and chain.last(run_dir).number == 1:
+        if metrics and chain.last_attempt(run_dir).number == 1:
             claim(run_dir, start=0)  # while the first attempt was paused in its first delivery
 
     monkeypatch.setattr(client, "log_batch", log_batch)
@@ -262,7 +262,7 @@ def test_a_run_made_by_a_killed_controller_is_adopted(server: Server, tmp_path: 
     run_dir = make_run(tmp_path, "run-orphan", server.uri)
     claim(run_dir)
     client = store.client(server.uri)
-    orphan = store._create(client, store._experiment(client, "fakes", server.uri), run_dir)
+    orphan = store._create_mlflow_run(client, store._experiment(client, "fakes", server.uri), run_dir)
     Delivery(run_dir, 1).pump()
     assert [run.info.run_id for run in runs_of(server.uri, run_dir)] == [orphan]
 

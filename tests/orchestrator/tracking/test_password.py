@@ -17,7 +17,7 @@ from run_folders import claim, make_run, steps
 
 import fleetune
 from fleetune import InputError
-from orchestrator.comparison.report import write
+from orchestrator.comparison.report import write_report
 from orchestrator.tracking import store
 from orchestrator.tracking.delivery import Delivery
 from orchestrator.tracking.password import public, without_password
@@ -97,7 +97,7 @@ def test_a_password_is_in_one_file_for_its_owner_and_reaches_mlflow_from_any_pro
     compared = fleetune.compare("secret", uri)
     (run,) = compared.runs
     assert run.params["tracking.uri"] == guard.uri.replace("//", "//ada@")
-    write(compared, tmp_path / "report.html")
+    write_report(compared, tmp_path / "report.html")
     assert PASSWORD not in (tmp_path / "report.html").read_text() + repr(compared)
     guard.stop()
 

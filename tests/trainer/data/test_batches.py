@@ -62,7 +62,7 @@ def gradients(texts: Texts, micro_batches: list[MicroBatch]) -> tuple[float, int
     """Loss, weight and gradient of all micro-batches together."""
     model, total, weight = random_llama(), 0.0, 0
     for micro in micro_batches:
-        batch = {name: torch.from_numpy(array) for name, array in labels.arrays(micro.rows, texts, 2).items()}
+        batch = {name: torch.from_numpy(array) for name, array in labels.label_arrays(micro.rows, texts, 2).items()}
         part = sft.summed(labels.logits(model, batch), batch["label"])
         part.backward()
         total, weight = total + part.item(), weight + int((batch["label"] != IGNORED).sum())
@@ -268,7 +268,7 @@ def test_chunks_of_the_cross_entropy_change_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_a_model_without_logits_to_keep_gives_the_same() -> None:
     texts, model = Texts.create(10), random_llama()
-    batch = {name: torch.from_numpy(array) for name, array in labels.arrays([[0, 1], [2]], texts, 2).items()}
+    batch = {name: torch.from_numpy(array) for name, array in labels.label_arrays([[0, 1], [2]], texts, 2).items()}
 
     def whole(logits_to_keep: Any, **inputs: Any) -> Any:  # noqa: ARG001
         return model(**inputs)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from trainer.data.encode import Encoded, Encoder, Reading
 from trainer.data.files import RowError
 from trainer.data.rows import Row
-from trainer.data.tokens import prompts, tokenise
+from trainer.data.tokens import read_prompts, tokenise
 
 WORDS = [
     "the",
@@ -104,7 +104,7 @@ def test_prompts_are_what_a_server_is_sent(tmp_path: Path, kind: str) -> None:
         rows = [{"prompt": phrase(rng, False) + ":", "completion": " yes"} for _ in range(50)]
         path = written(tmp_path, *rows)
         sent = [tok(row["prompt"])["input_ids"] for row in rows]
-        assert [prompt.ids for prompt in prompts(path, tok, Reading(64))] == [
+        assert [prompt.ids for prompt in read_prompts(path, tok, Reading(64))] == [
             ids[:-1] if eos else ids for ids in sent
         ]
         chats = [random_chat(rng, number) for number in range(50)]
@@ -113,7 +113,7 @@ def test_prompts_are_what_a_server_is_sent(tmp_path: Path, kind: str) -> None:
             tok.apply_chat_template(list(chat.messages[:-1]), add_generation_prompt=True)["input_ids"]
             for chat in chats
         ]
-        assert [prompt.ids for prompt in prompts(path, tok, Reading(64))] == sent
+        assert [prompt.ids for prompt in read_prompts(path, tok, Reading(64))] == sent
 
 
 def written(folder: Path, *rows: Any) -> Path:
@@ -199,7 +199,7 @@ def test_the_date_is_the_jobs(tmp_path: Path) -> None:
     for day in days:
         tokens = tokenise(path, tok, Reading(256, date=day), tmp_path / "cache")
         texts.append(tok.decode(tokens.document(0).ids))
-        (prompt,) = prompts(path, tok, Reading(256, date=day))
+        (prompt,) = read_prompts(path, tok, Reading(256, date=day))
         assert texts[-1].startswith(tok.decode(prompt.ids))
     assert [text[:11] for text in texts] == ["26 Jul 2024", "27 Jul 2024"]
     assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 2

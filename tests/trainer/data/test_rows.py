@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from trainer.data.files import RowError, digest
-from trainer.data.rows import Row, columns_used, rows
+from trainer.data.rows import Row, columns_used, read_rows
 
 DATA = Path(__file__).parents[2] / "data"
 GOOD = {"question": "1 + 1?", "answer": "2"}
@@ -26,7 +26,7 @@ def jsonl(folder: Path, *records: Any) -> Path:
 
 def check(source: Any) -> int:
     """Read all rows and count them."""
-    return sum(1 for _ in rows(source))
+    return sum(1 for _ in read_rows(source))
 
 
 @pytest.mark.parametrize(
@@ -42,12 +42,12 @@ def check(source: Any) -> int:
     ],
 )
 def test_shapes(tmp_path: Path, record: dict[str, Any], prompt: str, completion: str) -> None:
-    assert list(rows(jsonl(tmp_path, record))) == [Row(1, prompt, completion)]
+    assert list(read_rows(jsonl(tmp_path, record))) == [Row(1, prompt, completion)]
 
 
 def test_messages(tmp_path: Path) -> None:
     spare = [{**turn, "name": None} for turn in CHAT]  # as a union of schemas leaves them
-    assert list(rows(jsonl(tmp_path, {"messages": spare}))) == [Row(1, "", "", tuple(CHAT))]
+    assert list(read_rows(jsonl(tmp_path, {"messages": spare}))) == [Row(1, "", "", tuple(CHAT))]
 
 
 def test_every_file_type_gives_the_same_rows(tmp_path: Path) -> None:
@@ -64,16 +64,16 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path) -> None:
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(source.read_bytes()))
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
-    expected = list(rows(source))
+    expected = list(read_rows(source))
     assert [row.number for row in expected] == [1, 2, 3]
     for path in tmp_path.iterdir():
-        assert list(rows(path)) == expected, path.name
+        assert list(read_rows(path)) == expected, path.name
 
 
 def test_row_numbers_are_lines(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(GOOD)}\n")
-    assert [row.number for row in rows(path)] == [1, 3]
+    assert [row.number for row in read_rows(path)] == [1, 3]
     assert check(path) == 2
 
 
@@ -237,7 +237,7 @@ def test_digest_follows_the_content(tmp_path: Path) -> None:
 
 def test_needs_the_standard_library_only() -> None:
     heavy = "{'torch', 'numpy', 'pyarrow', 'datasets', 'transformers', 'pydantic'}"
-    read = f"len(list(r.rows({str(DATA / 'chat.jsonl')!r})))"
+    read = f"len(list(r.read_rows({str(DATA / 'chat.jsonl')!r})))"
     code = f"import sys, trainer.data.rows as r; print({read}, {heavy} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown == "2 set()\n"
@@ -270,7 +270,7 @@ TOLD = {"instruction": "Add", "input": "1, 1", "output": "2"}
     ],
 )
 def test_companions_enter_the_prompt(tmp_path: Path, record: dict[str, Any], prompt: str) -> None:
-    (row,) = rows(jsonl(tmp_path, record))
+    (row,) = read_rows(jsonl(tmp_path, record))
     assert (row.prompt, row.completion.strip()) == (prompt, "2")
     assert row.unused == tuple(name for name in record if name == "category")
 
@@ -293,7 +293,7 @@ def test_bad_history(tmp_path: Path, history: Any, message: str) -> None:
 def test_columns_that_nobody_reads_are_named(tmp_path: Path) -> None:
     empty: dict[str, Any] = {"id": None, "note": "", "tags": [], "score": float("nan")}
     path = jsonl(tmp_path, {**GOOD, **empty}, {**GOOD, "id": 0, "note": "x", "tags": ["y"], "score": 0.5})
-    assert [row.unused for row in rows(path)] == [(), ("id", "note", "tags", "score")]
+    assert [row.unused for row in read_rows(path)] == [(), ("id", "note", "tags", "score")]
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_columns_that_would_change_the_meaning_are_refused(tmp_path: Path, colum
         check(path)
     assert str(error.value).startswith(f"{path}, row 2, field {column}: found ")
     assert "data.columns" in str(error.value)
-    mapped = list(rows(path, {"question": "question", "answer": "answer"}))  # who maps has decided
+    mapped = list(read_rows(path, {"question": "question", "answer": "answer"}))  # who maps has decided
     assert mapped[1].unused == (column,)
     assert check(jsonl(tmp_path, {**GOOD, column: None})) == 1
 
@@ -329,7 +329,7 @@ TABLE = {"query": "How many?", "sql": "SELECT 1", "schema": {"a": 1}, "n": 3, "e
     ],
 )
 def test_any_table_can_be_mapped(tmp_path: Path, columns: dict[str, str], prompt: str, completion: str) -> None:
-    (row,) = rows(jsonl(tmp_path, TABLE), columns)
+    (row,) = read_rows(jsonl(tmp_path, TABLE), columns)
     assert (row.prompt, row.completion) == (prompt, completion)
     read = set(columns_used(columns))
     assert row.unused == tuple(name for name, value in TABLE.items() if value is not None and name not in read)
@@ -350,13 +350,13 @@ def test_any_table_can_be_mapped(tmp_path: Path, columns: dict[str, str], prompt
 )
 def test_a_mapping_that_does_not_fit(tmp_path: Path, columns: dict[str, str], message: str) -> None:
     with pytest.raises(RowError) as error:
-        list(rows(jsonl(tmp_path, TABLE), columns))
+        list(read_rows(jsonl(tmp_path, TABLE), columns))
     assert message in str(error.value)
 
 
 def test_sharegpt(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
-    (row,) = rows(jsonl(tmp_path, {"id": "a", "system": "Be brief.", "conversations": turns}))
+    (row,) = read_rows(jsonl(tmp_path, {"id": "a", "system": "Be brief.", "conversations": turns}))
     assert row.messages == ({"role": "system", "content": "Be brief."}, *CHAT)
     assert row.unused == ("id",)
     path = jsonl(tmp_path, {"conversations": [turns[0], {"from": "observation", "value": "2"}]})
@@ -413,4 +413,4 @@ def test_a_parquet_value_that_python_cannot_take(tmp_path: Path) -> None:
 def test_an_answer_must_be_there_also_in_a_mapping(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"q": "x", "a": "y"}, {"q": None, "a": "y"}, {"q": "x", "a": None})
     with pytest.raises(RowError, match="row 3, field a: found nothing, allowed: text, as it makes the answer"):
-        list(rows(path, {"prompt": "Q {q}", "completion": " A: {a}"}))
+        list(read_rows(path, {"prompt": "Q {q}", "completion": " A: {a}"}))

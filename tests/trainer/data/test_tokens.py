@@ -16,7 +16,7 @@ import trainer.data.tokens
 from trainer.data import shards
 from trainer.data.encode import Reading
 from trainer.data.files import RowError
-from trainer.data.tokens import Tokens, prompts, tokenise
+from trainer.data.tokens import Tokens, read_prompts, tokenise
 
 DATA = Path(__file__).parents[2] / "data"
 HERE = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def test_prompts_are_the_beginning_of_what_was_trained(tmp_path: Path) -> None:
         ("chat", tokenizer(chat=CHAT)),
     ):
         tokens = tokenise(DATA / f"{name}.jsonl", tok, Reading(256), tmp_path)
-        asked = prompts(DATA / f"{name}.jsonl", tok, Reading(256))
+        asked = read_prompts(DATA / f"{name}.jsonl", tok, Reading(256))
         assert len(asked) == len(tokens)
         for i, prompt in enumerate(asked):
             example = tokens.document(i)
@@ -94,7 +94,7 @@ def test_text_is_learned_but_for_its_first_token(tmp_path: Path, bos: bool) -> N
     example = tokenise(source, tok, Reading(64), tmp_path).document(0)
     assert tok.decode(example.ids) == ("<s>" if bos else "") + "a dog has legs</s>"
     assert example.target.tolist() == [False] + [True] * (len(example.ids) - 1)
-    assert prompts(source, tok, Reading(64)) == []
+    assert read_prompts(source, tok, Reading(64)) == []
 
 
 def test_neither_bos_nor_eos_is_doubled(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_damaged_cache_is_mended(tmp_path: Path, large: Path, damage: str) -> 
 def test_a_dead_makers_shards_are_made_by_others(
     tmp_path: Path, large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(shards, "_SHARD_TIMEOUT_S", 0.2)
     tokenise(large, tokenizer(), CUT, tmp_path)
     (folder,) = tmp_path.iterdir()
     for path in [folder / "manifest.json", *folder.glob("0000[246].arrow")]:

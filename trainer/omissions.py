@@ -8,7 +8,7 @@ from runfolder.appended import read_lines
 from runfolder.chain import Attempt
 
 
-def missing(attempt: Attempt) -> list[str]:
+def omissions(attempt: Attempt) -> list[str]:
     """A line for each thing that this attempt could not deliver."""
     lines = []
     for event in read_lines(attempt, "events.jsonl"):
@@ -17,12 +17,12 @@ def missing(attempt: Attempt) -> list[str]:
     return lines
 
 
-def reason(attempt: Attempt) -> str:
+def omissions_line(attempt: Attempt) -> str:
     """What is missing in one line; empty where all is there."""
-    return "; ".join(missing(attempt))
+    return "; ".join(omissions(attempt))
 
 
-def note(attempt: Attempt, what: str, why: str) -> None:
+def note_omission(attempt: Attempt, what: str, why: str) -> None:
     """Keep in the attempt's events that something is missing, and say it in the log.
 
     Where not even that can be written, as on a full disk, what there is must be delivered all the same.
@@ -44,4 +44,4 @@ def dispensable(attempt: Attempt, what: str) -> Iterator[None]:
         kind = type(error).__name__
         words = f"{kind}: {error}".split()
         text = " ".join(words)
-        note(attempt, what, text[:1000])
+        note_omission(attempt, what, text[:1000])

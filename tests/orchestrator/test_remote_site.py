@@ -4,12 +4,12 @@ It has another HOME, another FLEETUNE_HOME and another current folder. The proce
 one of that home: a queue that nobody serves.
 """
 
+import shutil
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from jobs import make_job, only_queued
@@ -17,32 +17,42 @@ from run_folders import claim, make_run, plan, step_row, steps
 
 import fleetune
 from clusters.base import Unreachable
-from clusters.far import Far
+from clusters.config import LocalConfig, SshLink
 from clusters.local import Local
+from clusters.remote.cluster import RemoteCluster
+from clusters.remote.code import installed_code
+from clusters.remote.far_side import FarSide
+from clusters.remote.link import ThisHost
+from clusters.remote.site import RemoteSite
 from fleetune import InputError
 from orchestrator import backends, progress, runs
 from orchestrator.logs import LogReader
 from runfolder.appended import Position
 from runfolder.chain import close, result
+from runfolder.digests import folder_digest
+from runfolder.files import sha256
 from runfolder.requests import cancel_requested
 from runfolder.secrets import read_secrets
+from runfolder.site import Refused
 
 
 @dataclass(frozen=True)
-class Elsewhere:
-    """The local cluster of another home, whose run folders are reached through another process."""
+class AnotherHome(ThisHost):
+    """A link to this host as somebody else: with another HOME, in another current folder."""
 
-    home: Path
-    command: tuple[str, ...]
+    folder: Path
 
-    @property
-    def site(self) -> Far:
-        """Where the run folders are."""
-        return Far("elsewhere", self.command)
+    def process(self, command: Sequence[str]) -> list[str]:
+        """The command, without what tests set in our environment."""
+        return ["env", "-C", str(self.folder), "-u", "FLEETUNE_CACHE", f"HOME={self.folder / 'nobody'}", *command]
 
-    def __getattr__(self, name: str) -> Any:
-        """All about processes is the local cluster's."""
-        return getattr(Local(self.home), name)
+
+class NoRoute(ThisHost):
+    """A link that is down."""
+
+    def process(self, command: Sequence[str]) -> list[str]:  # noqa: ARG002
+        """What ssh does where nobody answers."""
+        return ["sh", "-c", "echo no route >&2; exit 255"]
 
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -53,11 +63,13 @@ def far_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The FLEETUNE_HOME of the other machine."""
     there = tmp_path / "there"
     there.mkdir()
-    settings = [f"HOME={there / 'nobody'}", f"FLEETUNE_HOME={there / 'fleetune'}"]
-    command = ("env", "-C", str(there), *settings, sys.executable, "-P", "-m", "runfolder", "-")
-    monkeypatch.setitem(backends.CLUSTERS, "elsewhere", lambda: Elsewhere(there / "fleetune", command))
+    root = str(there / "fleetune")
+    config = LocalConfig(kind="local", link=SshLink(ssh="elsewhere"), root=root, python=sys.executable)
+    far_side = FarSide("elsewhere", AnotherHome(there), config, installed_code())
+    monkeypatch.setitem(backends.CLUSTERS, "elsewhere", lambda: RemoteCluster(far_side))
     with only_queued(there / "fleetune"):
         yield there / "fleetune"
+    far_side.close()
 
 
 def test_a_submitted_run_is_there_and_not_here(
@@ -124,7 +136,8 @@ def make_changed(run_dir: Path) -> None:
 def test_what_cannot_be_reached_is_unknown_and_nothing_else(far_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = make_run(far_home / "runs", runs.new_id("fake"), None)
     runs.remember(run_dir.name, "elsewhere")
-    down = replace(backends.CLUSTERS["elsewhere"](), command=("sh", "-c", "echo no route >&2; exit 255"))
+    config = LocalConfig(kind="local", link=SshLink(ssh="elsewhere"))
+    down = RemoteCluster(FarSide("elsewhere", NoRoute(), config, installed_code()))
     monkeypatch.setitem(backends.CLUSTERS, "elsewhere", lambda: down)
     found = fleetune.status(run_dir.name)
     assert (found.state, found.reason) == ("unknown", "cluster elsewhere: no route")
@@ -143,6 +156,73 @@ def test_a_damaged_run_is_named_and_holds_nobody_up(far_home: Path) -> None:
         found = {status.run_id: status for status in fleetune.list_runs()}
         assert found[good.name].reason == "this cluster has not got the run"
         assert (found[bad.name].state, str(bad) in str(found[bad.name].reason)) == ("unknown", True), text
+
+
+def test_files_and_bases_are_sent_once_and_go_on_where_they_were_cut(far_home: Path, tmp_path: Path) -> None:
+    site = backends.open_cluster("elsewhere").site
+    assert isinstance(site, RemoteSite)
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(bytes(range(256)) * 40_000)
+    heard: list[tuple[int, int]] = []
+    there = site.bring(file, lambda done, total: heard.append((done, total)))
+    assert there.is_relative_to(far_home / "files") and there.read_bytes() == file.read_bytes()
+    assert heard[-1] == (file.stat().st_size, file.stat().st_size) and len(heard) > 2
+    stamp = there.stat().st_mtime_ns
+    assert site.bring(file, lambda *_: None) == there and there.stat().st_mtime_ns == stamp
+    shutil.rmtree(there.parent)
+    (far_home / "files" / f".{there.parent.name}").write_bytes(file.read_bytes()[:1000])  # of a client that was cut
+    assert site.bring(file, lambda *_: None).read_bytes() == file.read_bytes()
+    shutil.rmtree(there.parent)
+    (far_home / "files" / f".{there.parent.name}").write_bytes(b"something else")
+    with pytest.raises(Refused, match="did not come whole"):
+        site.bring(file, lambda *_: None)
+    assert site.bring(file, lambda *_: None).read_bytes() == file.read_bytes()
+
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    assert site.bring(empty, lambda *_: None).read_bytes() == b""
+
+    make_job(tmp_path)
+    base = site.bring(tmp_path / "base", lambda *_: None)
+    assert folder_digest(base, scratch=False) == folder_digest(tmp_path / "base", scratch=False)
+    assert site.bring(tmp_path / "base", lambda *_: None) == base
+
+
+def test_a_file_of_the_cluster_is_looked_for_there(far_home: Path, tmp_path: Path) -> None:
+    rows = far_home.parent / "there.jsonl"
+    job = make_job(tmp_path, data={"train": f"cluster:{rows}", "seq_len": 16})
+    with pytest.raises(InputError, match=r"data: cluster:/.*there\.jsonl: the cluster has no such file"):
+        fleetune.submit(job, cluster="elsewhere")
+    assert runs.handles("elsewhere") == []
+    rows.write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    done = fleetune.submit(job, cluster="elsewhere")
+    record = runs.find(done.run_id, "elsewhere").site.record(done.run_id)
+    assert record["job"]["data"]["train"] == f"cluster:{rows}"
+    assert record["digests"]["data.train"] == sha256(rows)
+
+
+def test_an_output_is_fetched_and_fetched_on(far_home: Path, tmp_path: Path) -> None:
+    run_dir = make_run(far_home / "runs", runs.new_id("fake"), None)
+    output = run_dir / "output" / "merged"
+    output.mkdir(parents=True)
+    (output / "weights").write_bytes(b"w" * 9_000_000)
+    runs.remember(run_dir.name, "elsewhere")
+    to = tmp_path / "here"
+    (to / "output" / "merged").mkdir(parents=True)
+    (to / "output" / "merged" / ".weights.part").write_bytes(b"w" * 5_000_000)
+    assert fleetune.fetch(run_dir.name, to) == to
+    assert (to / "output" / "merged" / "weights").read_bytes() == (output / "weights").read_bytes()
+    assert not list(to.rglob("*.part")) and (to / "job.yaml").exists()
+    (to / "output" / "merged" / ".weights.part").write_bytes(b"x" * 5_000_000)
+    (to / "output" / "merged" / "weights").unlink()
+    with pytest.raises(Unreachable, match="did not come whole"):
+        fleetune.fetch(run_dir.name, to)
+    fleetune.fetch(run_dir.name, to)
+    assert (to / "output" / "merged" / "weights").read_bytes() == (output / "weights").read_bytes()
+    site = runs.find(run_dir.name).site
+    for path in ("secrets.json", "output/../secrets.json", "/etc/passwd"):
+        with pytest.raises(Refused, match="allowed: files of output"):
+            site._ask("part", run_id=run_dir.name, path=path, offset=0, length=1)  # type: ignore[attr-defined]
 
 
 def test_a_file_is_read_from_where_it_was_left(far_home: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from trainer.apart import ROUNDING, leak
+from trainer.document_leak import LEAK_ROUNDING, leak
 
 OPT = OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32)
 KEEP_APART = [
@@ -44,13 +44,13 @@ def found(config: PreTrainedConfig, dtype: torch.dtype) -> float:
     return leak(model, 48, 300, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("dtype", LEAK_ROUNDING)
 @pytest.mark.parametrize("config", [*KEEP_APART, *DO_NOT], ids=lambda config: config.model_type)
 def test_what_documents_see_of_each_other(config: PreTrainedConfig, dtype: torch.dtype) -> None:
     if config in KEEP_APART:
         assert found(config, dtype) == 0
     else:
-        assert found(config, dtype) > 5 * ROUNDING[dtype]
+        assert found(config, dtype) > 5 * LEAK_ROUNDING[dtype]
 
 
 def test_a_tokenizer_may_have_more_tokens_than_the_base(

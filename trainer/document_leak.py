@@ -6,11 +6,11 @@ from torch import nn
 from trainer.run import Run
 
 # Relative to the largest logit. A leak moves logits by some percent, even with random weights; rounding by less.
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+LEAK_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 FIRST, SECOND = 48, 2  # tokens of the document that changes, at the most, and of the one behind it
 
 
-def check(run: Run) -> None:
+def check_documents_apart(run: Run) -> None:
     """Raise ValueError where a job packs and its base does not keep documents apart; every rank calls it."""
     data = run.job.data
     if not data.packing:
@@ -23,7 +23,7 @@ def check(run: Run) -> None:
     engine = run.shards.engine
     moved = leak(engine, first, vocabulary, run.world.device)
     model.train()
-    if moved > ROUNDING[run.dtype]:
+    if moved > LEAK_ROUNDING[run.dtype]:
         kind = config.model_type
         raise ValueError(f"data.packing: documents in a row see each other in a base of type {kind}; allowed: false")
 

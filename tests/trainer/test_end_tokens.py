@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from trainer.ends import end_tokens, until_end
+from trainer.end_tokens import end_tokens, until_end
 
 
 def test_every_end_that_anybody_names_counts() -> None:

@@ -1,0 +1,18 @@
+"""How the controller of a run is started, and what its exit code says, for all who start one."""
+
+import os
+import sys
+
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run goes on elsewhere, where its scheduler starts it again
+# What a controller's environment has where a scheduler starts the run again that it has ended.
+REQUEUED = {"FLEETUNE_REQUEUED": "1"}
+
+
+def controller_command(run_dir: str) -> list[str]:
+    """How the controller of a run is started; -P keeps files of the user off the front of sys.path."""
+    return [sys.executable, "-P", "-m", "orchestrator.controller", run_dir]
+
+
+def is_requeued() -> bool:
+    """Whether this process is for a run that a scheduler starts again when it has ended it."""
+    return any(os.environ.get(name) for name in REQUEUED)

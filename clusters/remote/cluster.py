@@ -1,0 +1,49 @@
+"""A cluster of another machine: its backend runs there, and all that is asked of it goes over one link."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from clusters.base import Capacity, ClusterRequest, ClusterStatus, Logs
+from clusters.remote.far_side import FarSide
+from clusters.remote.site import RemoteSite
+from runfolder.job import Job
+
+
+class RemoteCluster:
+    """A cluster whose far side answers for it. Every method may raise Unreachable; repeating it is safe."""
+
+    def __init__(self, far_side: FarSide) -> None:
+        self.far_side = far_side
+        self.site = RemoteSite(far_side)
+
+    def request(self, job: Job, run_id: str, submission: int = 1, secrets: tuple[str, ...] = ()) -> ClusterRequest:
+        """What would be submitted, as the backend there makes it; raises SubmissionRefused."""
+        arguments = {"job": job.dump(), "run_id": run_id, "submission": submission, "secrets": secrets}
+        made = self.far_side.ask({"verb": "request", **arguments})
+        return ClusterRequest(**made | {"secrets": secrets})
+
+    def submit(self, request: ClusterRequest) -> None:
+        """Hand a request over, once however often it is repeated."""
+        self.far_side.ask({"verb": "submit", "request": asdict(request)})
+
+    def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
+        """The state of each run, by one look for all of them."""
+        answer = self.far_side.ask({"verb": "status", "run_ids": list(run_ids)})
+        statuses = {}
+        for run_id, plain in answer.items():
+            statuses[run_id] = ClusterStatus(**plain)
+        return statuses
+
+    def logs(self, run_id: str, offset: int = 0) -> Logs:
+        """What the run's controller printed before it had an attempt to write to."""
+        answer = self.far_side.ask({"verb": "logs", "run_id": run_id, "offset": offset})
+        return Logs(**answer)
+
+    def cancel(self, run_id: str) -> None:
+        """Make sure that a controller will see the cancel request that is in the run folder."""
+        self.far_side.ask({"verb": "cancel", "run_id": run_id})
+
+    def capacity(self) -> Capacity:
+        """What the cluster has for workers."""
+        answer = self.far_side.ask({"verb": "capacity"})
+        return Capacity(**answer)

@@ -1,0 +1,38 @@
+"""`fleetune clusters`: the clusters of the clusters file, and the connections to them."""
+
+import subprocess
+from typing import Annotated
+
+import typer
+
+from orchestrator.terminal import Json, print_json
+
+clusters_app = typer.Typer(help="Show the clusters of the clusters file, and connect to one.", no_args_is_help=True)
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A cluster of the clusters file.")]
+
+
+@clusters_app.command("list")
+def list_clusters(as_json: Json = False) -> None:
+    """Show the clusters with kind, capacity, and what is wrong."""
+    from orchestrator.cluster_views import cluster_views
+
+    views = cluster_views()
+    if as_json:
+        return print_json([view.dump() for view in views])
+    from orchestrator.render import show_clusters
+
+    return show_clusters(views)
+
+
+@clusters_app.command("connect")
+def connect_command(name: NameArgument) -> None:
+    """Open the connection to a cluster in the foreground, which may ask for a password or a second factor."""
+    from orchestrator.backends import config_of, link_of
+    from orchestrator.errors import InputError
+
+    link = link_of(name, config_of(name))
+    command = link.foreground()
+    if not command:
+        raise InputError(f"cluster {name}: it is on this machine; there is nothing to connect to")
+    ended = subprocess.run(command, check=False)
+    raise typer.Exit(3 if ended.returncode else 0)

@@ -1,0 +1,114 @@
+"""Commands that look and change nothing: a job's plan and rows, comparison, methods, this machine, MLflow's pages."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.arguments import JobArgument, SetOption
+from orchestrator.terminal import Json, clear_count, count_rows, print_json
+
+look_app = typer.Typer()
+
+
+@look_app.command("plan")
+def plan_command(file: JobArgument, sets: SetOption = None, as_json: Json = False) -> None:
+    """Show what would run: layout, batches, sizes."""
+    from orchestrator.planning.plan import plan
+
+    job_plan = plan(file, sets or (), count_rows)
+    clear_count()
+    if as_json:
+        return print_json(job_plan.dump())
+    from orchestrator.render import show_plan
+
+    return show_plan(job_plan)
+
+
+@look_app.command("rows")
+def rows_command(
+    file: JobArgument,
+    row: Annotated[int | None, typer.Option("--row", min=1, help="Show this row; the first ones without it.")] = None,
+    evaluation: Annotated[bool, typer.Option("--eval", help="Show the evaluation rows.")] = False,
+    sets: SetOption = None,
+    as_json: Json = False,
+) -> None:
+    """Show rows of the data as the trainer sees them: text, tokens, and what is learned."""
+    from orchestrator.rows import rows
+
+    view = rows(file, overrides=sets or (), row=row, evaluation=evaluation, progress=count_rows)
+    clear_count()
+    if as_json:
+        return print_json(view.dump())
+    from orchestrator.row_text import show_rows
+
+    return show_rows(view)
+
+
+@look_app.command("compare")
+def compare_command(
+    experiment: Annotated[str | None, typer.Option("--experiment", help="Only runs of this experiment.")] = None,
+    uri: Annotated[str | None, typer.Option("--uri", help="Another MLflow than the default one.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a report to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what runs differ in, and what came of it."""
+    from orchestrator.comparison.compare import compare
+
+    comparison = compare(experiment, uri)
+    for run_id, why in comparison.undelivered.items():
+        print(f"warning: {run_id} is not, or not wholly, in MLflow: {why}", file=sys.stderr)
+    if html:
+        from orchestrator.comparison.report import write_report
+
+        write_report(comparison, html)
+    if as_json:
+        return print_json(comparison.to_json())
+    from orchestrator.comparison.table import table
+    from orchestrator.render import print_markup
+
+    return print_markup(table(comparison))
+
+
+@look_app.command("methods")
+def methods_command(
+    kind: Annotated[str | None, typer.Argument(help="one method; all without it")] = None, as_json: Json = False
+) -> None:
+    """Show the methods with their options and defaults, and at which ZeRO stages they were seen to work."""
+    from orchestrator.describe import methods
+
+    descriptions = methods(kind)
+    if as_json:
+        return print_json(descriptions)
+    from orchestrator.render import show_methods
+
+    return show_methods(descriptions)
+
+
+@look_app.command("doctor")
+def doctor_command(as_json: Json = False) -> None:
+    """Show what of this machine is usable, and how to mend what is not."""
+    from dataclasses import asdict
+
+    from orchestrator.doctor import doctor
+
+    checks = doctor()
+    if as_json:
+        return print_json([asdict(check) for check in checks])
+    from orchestrator.render import show_checks
+
+    return show_checks(checks)
+
+
+@look_app.command("mlflow")
+def mlflow_command(
+    uri: Annotated[str | None, typer.Option("--uri", help="Another store than the default one.")] = None,
+) -> None:
+    """Open the pages of MLflow; end them with Ctrl-C."""
+    import os
+
+    from orchestrator.tracking.store import ui_command
+
+    command, settings = ui_command(uri)
+    os.execvpe(command[0], command, {**os.environ, **settings})
