@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-ACTIVATIONS = ("none", "relu", "gelu", "silu")
+ACTIVATION_NAMES = ("none", "relu", "gelu", "silu")
 Place = tuple[int, str]  # a decoder layer, and the name of a site in it
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from serving.error import BaseRefused
-from serving.group import GROUPS, Group, Site, fuse
+from serving.group import GROUPS, Group, LinearLayer, fuse
 from serving.shape import Shape, check
 
 FIRST_NORM = "input_layernorm"
@@ -26,7 +26,7 @@ Norms = dict[str, Tensor]  # weights [L, D] by name
 BOTTLENECKS = (f"o_proj{BEHIND}", f"down_proj{BEHIND}")
 
 
-class Base:
+class FrozenBase:
     """A model's weights by place. The model goes on working: its parameters are views of the same memory."""
 
     def __init__(self, model: Any, tail: int = 0) -> None:
@@ -62,7 +62,7 @@ class Base:
         """Whether its weights are on a GPU."""
         return self.device.type == "cuda"
 
-    def linears(self) -> Iterator[tuple[int, Site]]:
+    def linears(self) -> Iterator[tuple[int, LinearLayer]]:
         """Every linear layer that an adapter may change, with its decoder layer."""
         for layer in range(self.shape.layers):
             for site in self._linear_sites():
@@ -103,7 +103,7 @@ class Base:
         sin_PF = sin_PF.to(self.device)
         return cos_PF, sin_PF
 
-    def _linear_sites(self) -> Iterator[Site]:
+    def _linear_sites(self) -> Iterator[LinearLayer]:
         """The linear layers of a decoder layer."""
         for group in self.groups.values():
             yield from group.sites
@@ -112,7 +112,7 @@ class Base:
         """A number in the base's type, on its device."""
         return torch.tensor(number, dtype=self.dtype, device=self.device)
 
-    def _find(self, name: str) -> tuple[Group, Site]:
+    def _find(self, name: str) -> tuple[Group, LinearLayer]:
         """The linear layer of a name, and its group."""
         for group in self.groups.values():
             for site in group.sites:

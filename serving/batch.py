@@ -9,7 +9,7 @@ from serving.mix import AdapterBatch
 BUSY = 264  # programs that keep a GPU's multiprocessors busy
 LONG = 512  # positions from which a sequence's keys are computed in parts
 MOST_PARTS = 16
-Kind = tuple[Any, ...]
+GraphKind = tuple[Any, ...]
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Batch:
     is_greedy: bool
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> GraphKind:
         """What batches have in common that one graph can compute."""
         adapters = self.adapters
         launched = (self.rows, self.tail, self.parts, self.is_greedy)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from serving.adapter import Place
-from serving.base import FIRST_NORM, LAST_NORM, SECOND_NORM, Base
+from serving.base import FIRST_NORM, LAST_NORM, SECOND_NORM, FrozenBase
 from serving.mix import AdapterBatch
 from serving.passing import Pass
 
@@ -42,7 +42,7 @@ class Operations(Protocol):
 class Decoder:
     """A base with the operations that run it."""
 
-    def __init__(self, base: Base, operations: Operations) -> None:
+    def __init__(self, base: FrozenBase, operations: Operations) -> None:
         self.base = base
         self.shape = base.shape
         self.operations = operations

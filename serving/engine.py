@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from serving.base import Base
+from serving.base import FrozenBase
 from serving.cache import Cache, pages_for
 from serving.error import RequestRefused
 from serving.forward import Chosen, Forward
@@ -54,7 +54,7 @@ class Engine:
         if isinstance(model, str | Path):
             model = loaded(model)
         tail = tail_ranks(model, slots)
-        base = Base(model, tail)
+        base = FrozenBase(model, tail)
         self.base = base
         shape = base.shape
         self.positions = min(positions, shape.positions)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from serving.adapter import Place
-from serving.base import FIRST_NORM, LAST_NORM, Base
+from serving.base import FIRST_NORM, LAST_NORM, FrozenBase
 from serving.cache import Cache
 from serving.decoder import Stream
 from serving.group import Group
@@ -37,7 +37,7 @@ SCALE_TILE = 1024
 class Fast:
     """The operations of a decoder layer."""
 
-    def __init__(self, base: Base, pool: Pool, cache: Cache) -> None:
+    def __init__(self, base: FrozenBase, pool: Pool, cache: Cache) -> None:
         self.base = base
         self.shape = base.shape
         self.pool = pool

@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from serving.adapter import ACTIVATIONS, Adapter, Part
-from serving.base import BEHIND, Base
+from serving.adapter import ACTIVATION_NAMES, Adapter, Part
+from serving.base import BEHIND, FrozenBase
 from serving.error import AdapterRefused
 from serving.folder import Folder
 from serving.fourier import read_fourierft
@@ -23,7 +23,7 @@ PLACEMENTS = {"houlsby": ("o_proj", "down_proj"), "pfeiffer": ("down_proj",)}  #
 UNSHARED = ("o_proj", "down_proj")  # linear layers that share their input with no other
 
 
-def read_adapter(path: Path | str, base: Base, limit: int = LIMIT) -> Adapter:
+def read_adapter(path: Path | str, base: FrozenBase, limit: int = LIMIT) -> Adapter:
     """The adapter of a folder, for a base; raises AdapterRefused with the file and what is allowed instead."""
     folder = Folder(Path(path), limit)
     config = folder.config
@@ -40,7 +40,7 @@ def read_adapter(path: Path | str, base: Base, limit: int = LIMIT) -> Adapter:
     return adapter
 
 
-def read_adalora(folder: Folder, base: Base) -> Adapter:
+def read_adalora(folder: Folder, base: FrozenBase) -> Adapter:
     """AdaLoRA: alpha / (initial rank) B diag(E) A, without the triplets that training has cut."""
     config = folder.config
     folder.only(
@@ -77,7 +77,7 @@ def read_adalora(folder: Folder, base: Base) -> Adapter:
     return Adapter(folder.digest, parts)
 
 
-def read_ia3(folder: Folder, base: Base) -> Adapter:
+def read_ia3(folder: Folder, base: FrozenBase) -> Adapter:
     """(IA)^3: scales of outputs, or of the inputs of feed-forward layers."""
     folder.only("feedforward_modules", "init_ia3_weights")
     modules = folder.config.get("feedforward_modules") or ()
@@ -97,7 +97,7 @@ def read_ia3(folder: Folder, base: Base) -> Adapter:
     return Adapter(folder.digest, parts)
 
 
-def read_prefix(folder: Folder, base: Base) -> Adapter:
+def read_prefix(folder: Folder, base: FrozenBase) -> Adapter:
     """Prefix tuning: keys and values [V, L x 2 x H x E] in front of every layer's own."""
     shape = base.shape
     tokens = folder.config["num_virtual_tokens"]
@@ -110,7 +110,7 @@ def read_prefix(folder: Folder, base: Base) -> Adapter:
     return Adapter(folder.digest, prefix_L2VHE=prefix_L2VHE.contiguous())
 
 
-def read_prompt(folder: Folder, base: Base) -> Adapter:
+def read_prompt(folder: Folder, base: FrozenBase) -> Adapter:
     """Prompt tuning and p-tuning: embeddings [V, D] in front of every document's own."""
     _check_virtual(folder)
     tokens = folder.config["num_virtual_tokens"]
@@ -134,14 +134,14 @@ def _check_virtual(folder: Folder) -> None:
     )
 
 
-def read_bottleneck(folder: Folder, base: Base) -> Adapter:
+def read_bottleneck(folder: Folder, base: FrozenBase) -> Adapter:
     """Bottleneck adapters: h + up(f(down h)) behind the sublayers' last linear layers."""
     folder.only("activation", "kind", "placement", "size")
     config = folder.config
     width = base.shape.width
     activation = config.get("activation")
-    if activation not in ACTIVATIONS:
-        functions = ", ".join(ACTIVATIONS[1:])
+    if activation not in ACTIVATION_NAMES:
+        functions = ", ".join(ACTIVATION_NAMES[1:])
         raise folder.refuse("activation", functions)
     placement = config.get("placement")
     if placement not in PLACEMENTS:
@@ -174,7 +174,7 @@ def bottleneck(folder: Folder, name: str, width: int) -> Part:
     )
 
 
-Reader = Callable[[Folder, Base], Adapter]
+Reader = Callable[[Folder, FrozenBase], Adapter]
 READERS: dict[str, Reader] = {
     "LORA": read_lora,
     "ADALORA": read_adalora,

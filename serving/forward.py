@@ -8,7 +8,7 @@ from collections.abc import Sequence as Several
 import torch
 from torch import Tensor
 
-from serving.base import Base
+from serving.base import FrozenBase
 from serving.cache import Cache, pages_for
 from serving.decoder import Decoder, Operations
 from serving.grouping import MANY, Grouping, products_of_row
@@ -27,7 +27,7 @@ Chosen = Several[tuple[Sequence, Span]]
 class Forward:
     """A base with its adapters and its cache, ready to compute."""
 
-    def __init__(self, base: Base, pool: Pool, cache: Cache, positions: int) -> None:
+    def __init__(self, base: FrozenBase, pool: Pool, cache: Cache, positions: int) -> None:
         """Sequences have at most so many positions."""
         self.base = base
         self.pool = pool

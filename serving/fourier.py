@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from serving.adapter import Adapter, Part
-from serving.base import Base
+from serving.base import FrozenBase
 from serving.folder import Folder
 from serving.target import targets
 
 
-def read_fourierft(folder: Folder, base: Base) -> Adapter:
+def read_fourierft(folder: Folder, base: FrozenBase) -> Adapter:
     """FourierFT: a real sparse spectrum S is a sum of 2 N products of waves, scale S_n / (O I) each.
 
     Re ifft2(S)[o, i] = 1 / (O I) sum_n S_n (cos(2 pi u o / O) cos(2 pi v i / I) - sin(..) sin(..)).
@@ -34,11 +34,11 @@ def read_fourierft(folder: Folder, base: Base) -> Adapter:
     return Adapter(folder.digest, parts)
 
 
-Factors = tuple[Tensor, Tensor]  # A, and B transposed
+Waves = tuple[Tensor, Tensor]  # A, and B transposed
 
 
 @lru_cache(maxsize=64)
-def waves(count: int, seed: int, outputs: int, inputs: int) -> Factors:
+def waves(count: int, seed: int, outputs: int, inputs: int) -> Waves:
     """The waves [2 N, I] and [2 N, O] of a spectrum's places, which a seed draws as PEFT draws them."""
     generator = torch.Generator()
     generator.manual_seed(seed)

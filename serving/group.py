@@ -19,7 +19,7 @@ RESIDUAL = ("o", "down")  # groups whose outputs go to the residual stream
 
 
 @dataclass(frozen=True)
-class Site:
+class LinearLayer:
     """One linear layer of a group, in every decoder layer: its outputs are [start, stop) of the group's."""
 
     name: str
@@ -49,7 +49,7 @@ class Group:
     """Linear layers that share their input; behind the weights is space for the factors of adapters in use."""
 
     name: str
-    sites: tuple[Site, ...]
+    sites: tuple[LinearLayer, ...]
     weight_LNI: Tensor
     bias_LN: Tensor | None
     outputs: int
@@ -81,7 +81,7 @@ class Group:
 
 
 Layers = list[Any]  # the decoder layers of a model
-Sites = tuple[Site, ...]
+LinearLayers = tuple[LinearLayer, ...]
 
 
 def fuse(layers: Layers, name: str, tail: int) -> Group:
@@ -101,21 +101,21 @@ def fuse(layers: Layers, name: str, tail: int) -> Group:
     return Group(name, sites, weight_LNI, bias_LN, outputs)
 
 
-def sites_of(module: Any, parent: str, names: Names) -> Sites:
+def sites_of(module: Any, parent: str, names: Names) -> LinearLayers:
     """The linear layers of a module, whose outputs lie one behind the other."""
-    sites: list[Site] = []
+    sites: list[LinearLayer] = []
     start = 0
     for name in names:
         linear = getattr(module, name)
         outputs, inputs = linear.weight.shape
         stop = start + outputs
-        site = Site(name, parent, inputs, start, stop)
+        site = LinearLayer(name, parent, inputs, start, stop)
         sites.append(site)
         start = stop
     return tuple(sites)
 
 
-def moved_weights(layers: Layers, sites: Sites, rows: int) -> Tensor:
+def moved_weights(layers: Layers, sites: LinearLayers, rows: int) -> Tensor:
     """The weights [L, N, I] of all layers, which the model's own layers use from now on."""
     first = sites[0]
     example = first.linear(layers[0]).weight
@@ -128,7 +128,7 @@ def moved_weights(layers: Layers, sites: Sites, rows: int) -> Tensor:
     return weight_LNI
 
 
-def moved_biases(layers: Layers, sites: Sites, rows: int) -> Tensor | None:
+def moved_biases(layers: Layers, sites: LinearLayers, rows: int) -> Tensor | None:
     """The biases [L, N] of all layers, 0 where a linear layer has none; None where no layer has one."""
     linears = [site.linear(layers[0]) for site in sites]
     biases = [linear for linear in linears if linear.bias is not None]

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from serving.base import BEHIND, Base
+from serving.base import BEHIND, FrozenBase
 from serving.group import Group
 from serving.grouping import FEWEST_RANKS, MANY, Grouping, Tiles, Work
 from serving.kernel.factor import add_kernel, expand_kernel, shrink_kernel
@@ -22,14 +22,14 @@ from serving.pool import Pool
 NO_SECTION = 2**30  # where a section begins that is not there
 INPUTS = 2048  # that one program sums where there are few rows
 SHARES = 4  # programs that share the ranks of a tile of outputs then
-LARGE = 4096  # outputs from which on tiles are larger
+LARGE_OUTPUTS = 4096  # outputs from which on tiles are larger
 ADDED = 128  # outputs that one program adds
 
 
 class Grouped:
     """Launches the grouped kernels."""
 
-    def __init__(self, base: Base, pool: Pool) -> None:
+    def __init__(self, base: FrozenBase, pool: Pool) -> None:
         self.pool = pool
         self.arena = pool.arena.data
         self.stride = pool.slot_stride
@@ -134,7 +134,7 @@ class Grouped:
             sum_TSR = h_PTSR.sum(0)
             h_TSR = sum_TSR.to(x_TI.dtype)
         shares = SHARES
-        if group.outputs > LARGE:
+        if group.outputs > LARGE_OUTPUTS:
             shares = SHARES // 2
         shares_size = (shares, rows, group.outputs)
         shares_HTO = x_TI.new_empty(shares_size, dtype=torch.float32)
@@ -216,7 +216,7 @@ class Grouped:
 def outputs_of_tile(work: Work, tiles: Tiles, group: Group) -> int:
     """How many outputs a program of the second factor computes at most."""
     is_few = tiles.rows < MANY
-    if is_few and group.outputs > LARGE:
+    if is_few and group.outputs > LARGE_OUTPUTS:
         return 64
     if is_few:
         return 32

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, relu, silu
 
 from serving.adapter import Place
-from serving.base import BEHIND, Base
+from serving.base import BEHIND, FrozenBase
 from serving.group import Group
 from serving.mix import AdapterBatch
 from serving.packed import NOWHERE, UNIT, Column
 from serving.pool import Pool
 
-FUNCTIONS = (lambda x: x, relu, gelu, silu)  # by number, as serving.adapter.ACTIVATIONS
+FUNCTIONS = (lambda x: x, relu, gelu, silu)  # by number, as serving.adapter.ACTIVATION_NAMES
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Entry:
 class PlainLinears:
     """Linear layers and norms of a mixed batch, in plain torch."""
 
-    def __init__(self, base: Base, pool: Pool) -> None:
+    def __init__(self, base: FrozenBase, pool: Pool) -> None:
         self.base = base
         self.pool = pool
         self.arena = pool.arena.data

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from serving.adapter import Adapter, Part, Place
-from serving.base import HEAD_NORMS, LAST_NORM, Base
+from serving.base import HEAD_NORMS, LAST_NORM, FrozenBase
 from serving.error import AdapterRefused
 from serving.folder import Folder, pattern
-from serving.target import PREFIX, Target, targets
+from serving.target import PREFIX, AdaptedLinear, targets
 
 
-def read_lora(folder: Folder, base: Base) -> Adapter:
+def read_lora(folder: Folder, base: FrozenBase) -> Adapter:
     """LoRA, rsLoRA, DoRA and LongLoRA: s B A with s = alpha / r (or alpha / sqrt r), and weights of its own."""
     config = folder.config
     folder.only(
@@ -44,7 +44,7 @@ def read_lora(folder: Folder, base: Base) -> Adapter:
     return with_whole_weights(folder, base, adapter)
 
 
-def factors(folder: Folder, target: Target) -> Part:
+def factors(folder: Folder, target: AdaptedLinear) -> Part:
     """A and s B of one linear layer."""
     config = folder.config
     module = target.module
@@ -63,7 +63,7 @@ def factors(folder: Folder, target: Target) -> Part:
     return Part(a_RI, b_RO)
 
 
-def decomposed(folder: Folder, base: Base, target: Target, part: Part) -> Part:
+def decomposed(folder: Folder, base: FrozenBase, target: AdaptedLinear, part: Part) -> Part:
     """DoRA: m = magnitude / ||W + s B A|| by output row, once; a bias of the base stays as it is."""
     assert part.a_RI is not None
     assert part.b_RO is not None
@@ -88,7 +88,7 @@ def decomposed(folder: Folder, base: Base, target: Target, part: Part) -> Part:
     return replace(part, m_O=m_O, beta_O=beta_O)
 
 
-def with_whole_weights(folder: Folder, base: Base, adapter: Adapter) -> Adapter:
+def with_whole_weights(folder: Folder, base: FrozenBase, adapter: Adapter) -> Adapter:
     """An adapter with the norms, embedding and head that its folder holds whole, and the config beside them."""
     norms = _norms(folder, base)
     embed_VD = _vocabulary_weight(folder, base, "model.embed_tokens")
@@ -101,7 +101,7 @@ def with_whole_weights(folder: Folder, base: Base, adapter: Adapter) -> Adapter:
     )
 
 
-def _norms(folder: Folder, base: Base) -> dict[Place, Part]:
+def _norms(folder: Folder, base: FrozenBase) -> dict[Place, Part]:
     """The weights of norms in a folder, Gemma's offset included; the last norm is in layer 0."""
     offset = base.shape.norm_offset
     names = set(folder.names)
@@ -127,7 +127,7 @@ def norm_module(layer: int, name: str) -> str:
     return f"model.layers.{layer}.{name}"
 
 
-def _vocabulary_weight(folder: Folder, base: Base, module: str) -> Tensor | None:
+def _vocabulary_weight(folder: Folder, base: FrozenBase, module: str) -> Tensor | None:
     """An embedding or a head [V, D], if the folder has it."""
     key = f"{PREFIX}{module}.weight"
     if key not in folder.names:
@@ -136,7 +136,7 @@ def _vocabulary_weight(folder: Folder, base: Base, module: str) -> Tensor | None
     return folder.take(key, shape.vocabulary, shape.width)
 
 
-def _changed_config(folder: Folder, base: Base) -> Any:
+def _changed_config(folder: Folder, base: FrozenBase) -> Any:
     """The base's config as the adapter wants it; None where rotary positions are the same."""
     path = folder.path / "config.json"
     if not path.exists():

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serving.adapter import ACTIVATIONS, Adapter, Part
-from serving.base import BEHIND, HEAD_NORMS, LAST_NORM, NORMS, Base
+from serving.adapter import ACTIVATION_NAMES, Adapter, Part
+from serving.base import BEHIND, HEAD_NORMS, LAST_NORM, NORMS, FrozenBase
 
 UNIT = 8  # elements: 16 bytes in 16 bits, so that kernels may load four words at once
 NARROW = 64  # ranks up to which decoding takes the factors from behind the base's weights
@@ -119,7 +119,7 @@ class Pieces:
             self._units += units_for(tensor)
         return self._starts[key]
 
-    def block(self, base: Base) -> Tensor:
+    def block(self, base: FrozenBase) -> Tensor:
         """All tensors in the base's type, in one block on the host."""
         size = self._units * UNIT
         block = torch.zeros(size, dtype=base.dtype, pin_memory=base.on_gpu)
@@ -133,7 +133,7 @@ class Pieces:
         return block
 
 
-def pack(adapter: Adapter, base: Base) -> Packed:
+def pack(adapter: Adapter, base: FrozenBase) -> Packed:
     """Lay an adapter's pieces one behind the other, in the base's type; pieces that parts share are laid once."""
     pieces = Pieces()
     table_LSC = empty_table(base)
@@ -149,7 +149,7 @@ def pack(adapter: Adapter, base: Base) -> Packed:
     return Packed(bare, block, table_LSC, needs)
 
 
-def empty_table(base: Base) -> Tensor:
+def empty_table(base: FrozenBase) -> Tensor:
     """The table [L, S, C] of no adapter."""
     sites = len(base.sites)
     size = (base.shape.layers, sites, len(Column))
@@ -162,7 +162,7 @@ def empty_table(base: Base) -> Tensor:
 def fill_row(row_C: Tensor, part: Part, pieces: Pieces) -> None:
     """Write into an entry of the table what a part has, and lay its tensors behind the other pieces."""
     row_C[Column.RANK] = part.rank
-    row_C[Column.ACTIVATION] = ACTIVATIONS.index(part.activation)
+    row_C[Column.ACTIVATION] = ACTIVATION_NAMES.index(part.activation)
     for column, field in PIECES.items():
         tensor = getattr(part, field)
         if tensor is not None:
@@ -197,7 +197,7 @@ def needs_of(adapter: Adapter) -> Needs:
     return replace(needs, wide=rank)
 
 
-def without_parts(adapter: Adapter, base: Base) -> Adapter:
+def without_parts(adapter: Adapter, base: FrozenBase) -> Adapter:
     """An adapter without its parts, whose other tensors are in the base's type."""
     changed: dict[str, Any] = {"parts": {}}
     for field in ("prefix_L2VHE", "prompt_VD", "embed_VD", "head_VD"):
@@ -207,7 +207,7 @@ def without_parts(adapter: Adapter, base: Base) -> Adapter:
     return replace(adapter, **changed)
 
 
-def on_host(tensor: Tensor, base: Base) -> Tensor:
+def on_host(tensor: Tensor, base: FrozenBase) -> Tensor:
     """A tensor in the base's type, pinned where the base is on a GPU."""
     tensor = tensor.to(base.dtype)
     if base.on_gpu:

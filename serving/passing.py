@@ -45,7 +45,7 @@ class Span:
         return places_of(self.pages, 0, self.stop)
 
 
-class Runs(NamedTuple):
+class AttentionRuns(NamedTuple):
     """Spans, one behind the other, as attention of runs of different lengths takes them; on the device."""
 
     row_N: Tensor  # where each one's rows begin, and the last one's end
@@ -97,7 +97,7 @@ class Pass:
         return self.needs.is_narrow
 
     @cached_property
-    def runs(self) -> Runs:
+    def runs(self) -> AttentionRuns:
         """The spans for attention of runs."""
         spans = self.spans
         row_N = boundaries([span.count for span in spans])
@@ -111,7 +111,7 @@ class Pass:
         row_N = moved(row_N, device)
         key_N = moved(key_N, device)
         place_S = moved(place_S, device)
-        return Runs(row_N, key_N, rows, keys, place_S)
+        return AttentionRuns(row_N, key_N, rows, keys, place_S)
 
     def _key_places(self) -> Tensor:
         """Where all keys of the spans lie, those that were computed by earlier passes included."""

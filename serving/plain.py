@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from serving.adapter import Place
-from serving.base import FIRST_NORM, K_NORM, Q_NORM, Base
+from serving.base import FIRST_NORM, K_NORM, Q_NORM, FrozenBase
 from serving.cache import Cache
 from serving.decoder import Stream
 from serving.linear import PlainLinears
@@ -19,7 +19,7 @@ from serving.pool import Pool
 class Plain:
     """The operations of a decoder layer."""
 
-    def __init__(self, base: Base, pool: Pool, cache: Cache) -> None:
+    def __init__(self, base: FrozenBase, pool: Pool, cache: Cache) -> None:
         self.base = base
         self.shape = base.shape
         self.cache = cache

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from serving.arena import Arena
-from serving.base import Base
+from serving.base import FrozenBase
 from serving.error import AdapterRefused, UnknownAdapter
 from serving.format import read_adapter
 from serving.packed import NOWHERE, UNIT, Column, Needs, Packed, empty_table, pack
@@ -55,7 +55,7 @@ class Resident:
 class Pool:
     """Loads, finds, places and evicts adapters."""
 
-    def __init__(self, base: Base, slots: int, arena_bytes: int) -> None:
+    def __init__(self, base: FrozenBase, slots: int, arena_bytes: int) -> None:
         """Have at most so many adapters at once on the device, and so many bytes of their weights."""
         self.base = base
         dtype = base.dtype
@@ -199,7 +199,7 @@ class Pool:
         table_LSC.copy_(host_LSC, non_blocking=True)
 
 
-def entries_of(table_LSC: Tensor, base: Base) -> Entries:
+def entries_of(table_LSC: Tensor, base: FrozenBase) -> Entries:
     """The entries of a slot's table by layer and site, made once: many kernels of a pass are launched with them."""
     entries: Entries = []
     for table_SC in table_LSC:

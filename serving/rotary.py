@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from serving.base import HEAD_NORMS, LAST_NORM, Q_NORM, Base
+from serving.base import HEAD_NORMS, LAST_NORM, Q_NORM, FrozenBase
 from serving.cache import Cache
 from serving.grouping import FEW, MANY, SOME
 from serving.kernel.rotary import rotate_kernel
@@ -21,7 +21,7 @@ LEAST_WIDTH = 16  # of a tile of half a head
 class RotaryHeads:
     """Launches the kernel that completes, norms, rotates and stores heads."""
 
-    def __init__(self, base: Base, pool: Pool, cache: Cache) -> None:
+    def __init__(self, base: FrozenBase, pool: Pool, cache: Cache) -> None:
         self.shape = base.shape
         self.pool = pool
         self.cache = cache

@@ -5,25 +5,25 @@ Shapes: K kinds, P positions, T rows, F half of the rotary size.
 
 from torch import Tensor
 
-from serving.base import Base
+from serving.base import FrozenBase
 from serving.error import AdapterRefused
 from serving.mix import Owner
 from serving.packed import Packed
 
-KINDS = 4
+ROTATION_KINDS = 4
 
 
 class Rotations:
     """Cosines and sines of every position, for a few kinds of rotary positions; kind 0 is the base's."""
 
-    def __init__(self, base: Base, positions: int) -> None:
-        """Have room for KINDS kinds of so many positions."""
+    def __init__(self, base: FrozenBase, positions: int) -> None:
+        """Have room for ROTATION_KINDS kinds of so many positions."""
         self._base = base
         self._positions = positions
         config = base.config
         cos_PF, sin_PF = base.rotation(config, positions)
-        self.cos_KPF = cos_PF.repeat(KINDS, 1, 1)
-        self.sin_KPF = sin_PF.repeat(KINDS, 1, 1)
+        self.cos_KPF = cos_PF.repeat(ROTATION_KINDS, 1, 1)
+        self.sin_KPF = sin_PF.repeat(ROTATION_KINDS, 1, 1)
         self._kinds = [config.rope_parameters]
 
     def kind(self, packed: Packed) -> int:
@@ -35,8 +35,10 @@ class Rotations:
         if parameters in self._kinds:
             return self._kinds.index(parameters)
         number = len(self._kinds)
-        if number == KINDS:
-            raise AdapterRefused(f"adapter: found a further kind of rotary positions; allowed: {KINDS} at once")
+        if number == ROTATION_KINDS:
+            raise AdapterRefused(
+                f"adapter: found a further kind of rotary positions; allowed: {ROTATION_KINDS} at once"
+            )
         cos_PF, sin_PF = self._base.rotation(config, self._positions)
         self.cos_KPF[number] = cos_PF
         self.sin_KPF[number] = sin_PF

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serving.batch import Batch, Kind, parts_of
+from serving.batch import Batch, GraphKind, parts_of
 from serving.cache import PAGE, place_in
 from serving.forward import Forward, largest_rank
 from serving.grouping import Grouping, products_of_row, rows_of_tile
@@ -71,7 +71,7 @@ class Runner:
         self.sequences: list[Sequence] = []
         # Tokens on the host, in turn: those of one step are read while those of the next one are written.
         self._tokens = pinned_tokens(rows)
-        self._graphs: dict[Kind, Graph] = {}
+        self._graphs: dict[GraphKind, Graph] = {}
         self._current: Graph | None = None
 
     def compose(self, sequences: list[Sequence]) -> None:

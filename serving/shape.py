@@ -70,7 +70,7 @@ class Shape:
             norm_offset=norm_offset,
             embed_scale=embed_scale,
             gelu=GATE_ACTIVATIONS[activation(config)],
-            window=window(config),
+            window=attention_window(config),
         )
 
 
@@ -105,7 +105,7 @@ def activation(config: Any) -> str:
     return name
 
 
-def window(config: Any) -> int | None:
+def attention_window(config: Any) -> int | None:
     """How many tokens attention sees back."""
     if not getattr(config, "use_sliding_window", True):
         return None

@@ -7,7 +7,7 @@ Shapes: L decoder layers, S sites, C columns, N adapters.
 import torch
 from torch import Tensor
 
-from serving.base import Base
+from serving.base import FrozenBase
 from serving.group import Group
 from serving.kernel.tail import tail_kernel
 from serving.packed import Column
@@ -20,7 +20,7 @@ Placed = tuple[Resident, int]  # with the first rank
 class Tail:
     """The adapters of the current batch, one behind the other from the first rank on."""
 
-    def __init__(self, base: Base, pool: Pool, capacity: int) -> None:
+    def __init__(self, base: FrozenBase, pool: Pool, capacity: int) -> None:
         """Use so many ranks behind the base's weights."""
         self.base = base
         self.pool = pool
@@ -36,7 +36,7 @@ class Tail:
             ranks += rank
             if rank:
                 narrow.append(resident)
-        needed = rounded(ranks)
+        needed = rounded_ranks(ranks)
         if needed > self.capacity or not narrow:
             return 0
         for resident in narrow:
@@ -108,7 +108,7 @@ class Tail:
         )
 
 
-def rounded(ranks: int) -> int:
+def rounded_ranks(ranks: int) -> int:
     """The next number of ranks for which there is a graph: 16, 32, and then 2 or 3 times a power of two."""
     step = 16
     while step * 4 < ranks:

@@ -4,20 +4,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from serving.adapter import Place
-from serving.base import Base
+from serving.base import FrozenBase
 from serving.folder import Folder
-from serving.group import Names, Site
+from serving.group import LinearLayer, Names
 
 PREFIX = "base_model.model."  # of the names in PEFT's files
 
 
 @dataclass(frozen=True)
-class Target:
+class AdaptedLinear:
     """A linear layer of the base that an adapter changes."""
 
     place: Place
     module: str  # its name in the base
-    site: Site
+    site: LinearLayer
 
     @property
     def inputs(self) -> int:
@@ -35,14 +35,14 @@ class Target:
         return PREFIX + self.module
 
 
-def targets(folder: Folder, base: Base, suffix: str) -> Iterator[Target]:
+def targets(folder: Folder, base: FrozenBase, suffix: str) -> Iterator[AdaptedLinear]:
     """The linear layers that have a tensor whose name ends so, and those that the config lists."""
     names = set(folder.names)
     wanted = wanted_modules(folder)
     for layer, site in base.linears():
         place = (layer, site.name)
         module = module_name(layer, site)
-        target = Target(place, module, site)
+        target = AdaptedLinear(place, module, site)
         tensor = f"{target.name}.{suffix}"
         if tensor in names or listed(module, wanted):
             yield target
@@ -56,7 +56,7 @@ def wanted_modules(folder: Folder) -> Names:
     return ()
 
 
-def module_name(layer: int, site: Site) -> str:
+def module_name(layer: int, site: LinearLayer) -> str:
     """The name of a linear layer in the base."""
     parent = f"model.layers.{layer}.{site.module}"
     return f"{parent}.{site.name}"

@@ -3,15 +3,15 @@
 from torch import Tensor
 
 from serving.adapter import Adapter, Part
-from serving.base import Base
+from serving.base import FrozenBase
 from serving.folder import Folder
-from serving.target import Target, targets
+from serving.target import AdaptedLinear, targets
 
 
 class Projections:
     """A and B that all modules share, sliced to the sizes of layers, each slice once so that it is packed once."""
 
-    def __init__(self, folder: Folder, rank: int, adapted: list[Target]) -> None:
+    def __init__(self, folder: Folder, rank: int, adapted: list[AdaptedLinear]) -> None:
         """Take the projections of a folder, which are as large as the largest layer needs."""
         inputs = 0
         outputs = 0
@@ -40,7 +40,7 @@ class Projections:
         return slices[outputs]
 
 
-def read_vera(folder: Folder, base: Base) -> Adapter:
+def read_vera(folder: Folder, base: FrozenBase) -> Adapter:
     """VeRA: diag(b) B diag(d) A, with A and B sliced from projections that all modules share."""
     folder.only("bias", "d_initial", "init_weights", "projection_prng_key", "r", "save_projection")
     config = folder.config

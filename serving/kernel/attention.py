@@ -8,16 +8,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from serving.kernel.memory import (
-    cells,
-    cells_in,
-    column,
-    load_float,
-    load_masked,
-    numbers_of,
-    product,
-    store_rounded,
-)
+from serving.kernel.memory import cells, cells_in, column, load_float, load_masked, numbers_of, product, store_rounded
 
 
 @triton.jit
@@ -136,19 +127,7 @@ def attend_kernel(
 
 @triton.jit
 def store_part(
-    result,
-    peak,
-    mass,
-    head_G,
-    part,
-    sum_GE,
-    peak_G,
-    mass_G,
-    e,
-    in_G,
-    mask_GE,
-    E: constexpr,
-    PARTS: constexpr,
+    result, peak, mass, head_G, part, sum_GE, peak_G, mass_G, e, in_G, mask_GE, E: constexpr, PARTS: constexpr
 ):
     """Write the attention of a part; where there are several, what joins them too."""
     has_mass_G = mass_G > 0

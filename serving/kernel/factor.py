@@ -29,19 +29,7 @@ def activated(x, code):
 
 
 @triton.jit
-def first_products(
-    x_T,
-    in_T,
-    a_R,
-    r,
-    rank,
-    part,
-    share,
-    inputs,
-    T: constexpr,
-    R: constexpr,
-    K: constexpr,
-):
+def first_products(x_T, in_T, a_R, r, rank, part, share, inputs, T: constexpr, R: constexpr, K: constexpr):
     """x A^T [T, R] over one part of the inputs, in fp32."""
     low = part * share
     high = low + share
@@ -71,7 +59,7 @@ def entry_of(table, slot, tile, slot_stride, section):
 
 
 @triton.jit
-def finished(sum_TR, entry, arena, r, in_R):
+def finished_products(sum_TR, entry, arena, r, in_R):
     """c * f(h + bias), with what the entry has."""
     if has(entry, BIAS):
         bias_R = load_piece(arena, entry, BIAS, r, in_R, 0.0)
@@ -124,7 +112,7 @@ def shrink_kernel(
     a_R = piece(arena, entry, A) + r * inputs
     sum_TR = first_products(x_T, in_T, a_R, r, rank, part, share, inputs, T, R, K)
     in_R = r < rank  # anew, not from the loop: what is stored lies in other threads' registers
-    sum_TR = finished(sum_TR, entry, arena, r, in_R)
+    sum_TR = finished_products(sum_TR, entry, arena, r, in_R)
     h_section_T = h + section * h_section + row_T * h_stride
     at_TR = cells(h_section_T + part * h_part, r)
     store_rounded(at_TR, sum_TR, cells_in(in_T, in_R))
@@ -161,17 +149,7 @@ def ranks_of_share(rank, share, R: constexpr, SHARES: constexpr):
 
 @triton.jit
 def second_products(
-    h_T,
-    in_T,
-    b_N,
-    in_N,
-    rank,
-    share,
-    outputs,
-    T: constexpr,
-    N: constexpr,
-    R: constexpr,
-    SHARES: constexpr,
+    h_T, in_T, b_N, in_N, rank, share, outputs, T: constexpr, N: constexpr, R: constexpr, SHARES: constexpr
 ):
     """h B [T, N] over one share of the ranks, in fp32."""
     low, high = ranks_of_share(rank, share, R, SHARES)
@@ -261,17 +239,7 @@ def store_sum(at_TN, sum_TN, mask_TN, ADD: constexpr):
 
 @triton.jit
 def add_kernel(
-    y,
-    shares,
-    segment,
-    row,
-    out,
-    y_stride,
-    share_stride,
-    share_part,
-    T: constexpr,
-    N: constexpr,
-    SHARES: constexpr,
+    y, shares, segment, row, out, y_stride, share_stride, share_part, T: constexpr, N: constexpr, SHARES: constexpr
 ):
     """y += the shares that `expand_kernel` wrote, for one tile's rows and some outputs."""
     tile = tl.load(segment + tl.program_id(0))

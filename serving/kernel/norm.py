@@ -45,17 +45,7 @@ def add_tail(y_D, y_row, entry, arena, d, in_D, width, R: constexpr):
 
 
 @triton.jit
-def completed_row(
-    y_row,
-    entry,
-    arena,
-    d,
-    in_D,
-    width,
-    R: constexpr,
-    TAIL: constexpr,
-    GAIN: constexpr,
-):
+def completed_row(y_row, entry, arena, d, in_D, width, R: constexpr, TAIL: constexpr, GAIN: constexpr):
     """The outputs of a row, complete, in fp32."""
     y_D = load_float(y_row + d, in_D)
     if TAIL:

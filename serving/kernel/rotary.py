@@ -65,7 +65,7 @@ def normed_head(
 
 
 @triton.jit
-def part_of(head, QUERIES: constexpr, KEYS: constexpr):
+def part_of_head(head, QUERIES: constexpr, KEYS: constexpr):
     """Whether a head is one of the queries (0), keys (1) or values (2), and the first head of these."""
     values: constexpr = QUERIES + KEYS
     is_behind_queries = head >= QUERIES
@@ -90,17 +90,7 @@ def section_of(part, begin, out, QUERIES: constexpr, KEYS: constexpr, SECTIONS: 
 
 
 @triton.jit
-def destination(
-    place,
-    row_T,
-    in_T,
-    head,
-    w,
-    part,
-    QUERIES: constexpr,
-    KEYS: constexpr,
-    E: constexpr,
-):
+def destination(place, row_T, in_T, head, w, part, QUERIES: constexpr, KEYS: constexpr, E: constexpr):
     """Where a head of these rows goes among the queries, or to each row's place among the keys or the values."""
     head_T = row_T * QUERIES + head
     if part > 0:
@@ -112,17 +102,7 @@ def destination(
 
 
 @triton.jit
-def turned(
-    a_TW,
-    b_TW,
-    cos,
-    sin,
-    row_T,
-    w,
-    part,
-    mask_TW,
-    HALF: constexpr,
-):
+def turned(a_TW, b_TW, cos, sin, row_T, w, part, mask_TW, HALF: constexpr):
     """The two halves of a head, turned into each other; values are not turned, which is an angle of 0."""
     angle_T = row_T * HALF
     angle_TW = cells(angle_T, w)
@@ -138,17 +118,7 @@ def turned(
 
 
 @triton.jit
-def store_head(
-    target,
-    at_TW,
-    a_TW,
-    b_TW,
-    c_TW,
-    mask_TW,
-    rest_TW,
-    HALF: constexpr,
-    REST: constexpr,
-):
+def store_head(target, at_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF: constexpr, REST: constexpr):
     """Write the halves and the rest of a head."""
     first_TW = target + at_TW
     second_TW = first_TW + HALF
@@ -160,11 +130,37 @@ def store_head(
 
 @triton.jit
 def rotate_kernel(
-    y, query, keys, values, place, cos, sin, slot, row, table, weights, own, arena, y_stride, slot_stride, epsilon,
-    out, QUERIES: constexpr, KEYS: constexpr, SECTIONS: constexpr, E: constexpr, HALF: constexpr, W: constexpr,
-    T: constexpr, R: constexpr, TAIL: constexpr, PLACED: constexpr, GAIN: constexpr, NORM: constexpr,
+    y,
+    query,
+    keys,
+    values,
+    place,
+    cos,
+    sin,
+    slot,
+    row,
+    table,
+    weights,
+    own,
+    arena,
+    y_stride,
+    slot_stride,
+    epsilon,
+    out,
+    QUERIES: constexpr,
+    KEYS: constexpr,
+    SECTIONS: constexpr,
+    E: constexpr,
+    HALF: constexpr,
+    W: constexpr,
+    T: constexpr,
+    R: constexpr,
+    TAIL: constexpr,
+    PLACED: constexpr,
+    GAIN: constexpr,
+    NORM: constexpr,
     OWN: constexpr,
-):  # fmt: skip
+):
     """One head of a tile's rows: norm where the base has one, rotate, and store as query or into the cache.
 
     `weights` are those of the norms of queries and of keys, `own` the entry of the first of these norms.
@@ -173,7 +169,7 @@ def rotate_kernel(
     head = tl.program_id(0)
     tile = tl.program_id(1)
     row_T, in_T = rows_of(row, tile, T)
-    part, begin = part_of(head, QUERIES, KEYS)
+    part, begin = part_of_head(head, QUERIES, KEYS)
     section, first, outputs = section_of(part, begin, out, QUERIES, KEYS, SECTIONS, E)
     mine = tl.load(slot + tile) * slot_stride
     entry = table + mine + section * COLUMNS
@@ -183,9 +179,8 @@ def rotate_kernel(
     in_rest = w < E - 2 * HALF
     y_T = y + row_T * y_stride
     a_TW, b_TW, c_TW = completed_head(
-        y_T, in_T, n, n - first, in_W, in_rest, entry, arena, out, outputs, section,
-        HALF, REST, R, TAIL, PLACED, GAIN,
-    )  # fmt: skip
+        y_T, in_T, n, n - first, in_W, in_rest, entry, arena, out, outputs, section, HALF, REST, R, TAIL, PLACED, GAIN
+    )
     if NORM:
         if part < 2:
             weight = weights + part * E
@@ -208,9 +203,24 @@ def rotate_kernel(
 
 @triton.jit
 def completed_head(
-    y_T, in_T, n, column_W, in_W, in_rest, entry, arena, tail, outputs, section,
-    HALF: constexpr, REST: constexpr, R: constexpr, TAIL: constexpr, PLACED: constexpr, GAIN: constexpr,
-):  # fmt: skip
+    y_T,
+    in_T,
+    n,
+    column_W,
+    in_W,
+    in_rest,
+    entry,
+    arena,
+    tail,
+    outputs,
+    section,
+    HALF: constexpr,
+    REST: constexpr,
+    R: constexpr,
+    TAIL: constexpr,
+    PLACED: constexpr,
+    GAIN: constexpr,
+):
     """The halves and the rest of a head, complete, in fp32. What is read is read before the first product."""
     second_W = column_W + HALF
     rest_W = column_W + 2 * HALF

@@ -13,17 +13,7 @@ from serving.kernel.memory import load_masked
 
 @triton.jit
 def tail_kernel(
-    weight,
-    slot,
-    table,
-    arena,
-    outputs,
-    inputs,
-    sections,
-    layer_stride,
-    slot_stride,
-    table_layer,
-    N: constexpr,
+    weight, slot, table, arena, outputs, inputs, sections, layer_stride, slot_stride, table_layer, N: constexpr
 ):
     """Rows of one adapter, section and layer; those beyond its rank there are zero."""
     number = tl.program_id(0)
