@@ -18,7 +18,7 @@ from serving.cache import Cache
 from serving.decoder import Stream
 from serving.group import Group
 from serving.grouped import Grouped
-from serving.grouping import FEW, MANY, SOME
+from serving.grouping import FEW, MANY, ONE, SOME
 from serving.kernel.gate import gate_kernel, scale_kernel
 from serving.kernel.norm import norm_kernel
 from serving.paged import PagedAttention
@@ -28,8 +28,8 @@ from serving.pool import Pool
 from serving.rotary import RotaryHeads
 
 # Measured on an H200, by the rows of a tile.
-GATE_TILE = {FEW: 128, SOME: 128, MANY: 64}  # outputs of a gate's tile
-GATE_WARPS = {FEW: 4, SOME: 8, MANY: 4}
+GATE_TILE = {ONE: 1024, FEW: 128, SOME: 128, MANY: 64}  # outputs of a gate's tile
+GATE_WARPS = {ONE: 4, FEW: 4, SOME: 8, MANY: 4}
 NORM_WARPS = {True: 16, False: 4}  # by whether there is a tail behind the outputs
 SCALE_TILE = 1024
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from serving.base import BEHIND, FrozenBase
 from serving.group import Group
-from serving.grouping import FEWEST_RANKS, MANY, Grouping, Tiles, Work
+from serving.grouping import FEWEST_RANKS, MANY, Grouping, Tiles, Work, inputs_of_share
 from serving.kernel.factor import add_kernel, expand_kernel, shrink_kernel
 from serving.pool import Pool
 
 NO_SECTION = 2**30  # where a section begins that is not there
 INPUTS = 2048  # that one program sums where there are few rows
 SHARES = 4  # programs that share the ranks of a tile of outputs then
-LARGE_OUTPUTS = 4096  # outputs from which on tiles are larger
+LARGE_OUTPUTS = 4096  # outputs from which on half as many do
 ADDED = 128  # outputs that one program adds
 
 
@@ -148,7 +148,7 @@ class Grouped:
         step = 64
         if tiles.rows < MANY:
             step = 128
-        steps = triton.cdiv(inputs, parts * step)
+        share = inputs_of_share(inputs, parts, step)
         grid = (work.tasks, sections, parts)
         shrink_kernel[grid](
             x_TI,
@@ -159,7 +159,7 @@ class Grouped:
             entry,
             self.arena,
             inputs,
-            steps * step,
+            share,
             x_TI.stride(0),
             part_stride,
             row_stride,
@@ -182,7 +182,7 @@ class Grouped:
         if h_TSR.shape[1] > 1:
             starts = [site.start for site in group.sites[1:]]
         second, third, *_ = [*starts, NO_SECTION, NO_SECTION]
-        most = outputs_of_tile(work, tiles, group)
+        most = outputs_of_tile(work, tiles)
         tile = gcd(most, group.outputs, *starts)
         shares = len(y_HTN)
         output_tiles = triton.cdiv(group.outputs, tile)
@@ -213,13 +213,10 @@ class Grouped:
         )
 
 
-def outputs_of_tile(work: Work, tiles: Tiles, group: Group) -> int:
+def outputs_of_tile(work: Work, tiles: Tiles) -> int:
     """How many outputs a program of the second factor computes at most."""
-    is_few = tiles.rows < MANY
-    if is_few and group.outputs > LARGE_OUTPUTS:
+    if tiles.rows < MANY:
         return 64
-    if is_few:
-        return 32
     if work.rank > 64:
         return 256
     return 128

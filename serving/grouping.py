@@ -13,7 +13,7 @@ from torch import Tensor
 from serving.mix import AdapterBatch
 from serving.packed import Needs
 
-FEW, SOME, MANY = 8, 16, 64  # rows of a tile: when decoding, by how many share an adapter, and over prompts
+ONE, FEW, SOME, MANY = 1, 8, 16, 64  # rows of a tile: when decoding, by how many share an adapter, and over prompts
 FEWEST_RANKS = 16  # that tensor cores take
 NOBODY = -1  # the row that fills up a tile, and the tile that fills up a list
 RankOf = Callable[[Needs], int]
@@ -219,12 +219,21 @@ def ranks_of_task(largest: int, rows: int) -> int:
     return 64
 
 
+def inputs_of_share(inputs: int, shares: int, step: int) -> int:
+    """How many inputs each of some programs sums, in whole steps: none is summed by two of them."""
+    inputs_of_steps = shares * step
+    steps = -(-inputs // inputs_of_steps)
+    return steps * step
+
+
 def rows_of_tile(adapters: AdapterBatch) -> int:
     """How many rows a tile of a decoding step has at most."""
-    for _, row_T in adapters.members:
-        if len(row_T) > FEW:
-            return SOME
-    return FEW
+    counts = [len(row_T) for _, row_T in adapters.members]
+    most = max(counts, default=FEW)
+    for rows in (ONE, FEW):
+        if most <= rows:
+            return rows
+    return SOME
 
 
 def products_of_row(needs: Needs) -> int:

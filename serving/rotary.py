@@ -9,12 +9,12 @@ from torch import Tensor
 
 from serving.base import HEAD_NORMS, LAST_NORM, Q_NORM, FrozenBase
 from serving.cache import Cache
-from serving.grouping import FEW, MANY, SOME
+from serving.grouping import FEW, MANY, ONE, SOME
 from serving.kernel.rotary import rotate_kernel
 from serving.passing import Pass
 from serving.pool import Pool
 
-ROTATE_WARPS = {FEW: 1, SOME: 2, MANY: 4}  # measured on an H200, by the rows of a tile
+ROTATE_WARPS = {ONE: 1, FEW: 1, SOME: 2, MANY: 4}  # measured on an H200, by the rows of a tile
 LEAST_WIDTH = 16  # of a tile of half a head
 
 

@@ -102,14 +102,19 @@ def destination(place, row_T, in_T, head, w, part, QUERIES: constexpr, KEYS: con
 
 
 @triton.jit
-def turned(a_TW, b_TW, cos, sin, row_T, w, part, mask_TW, HALF: constexpr):
-    """The two halves of a head, turned into each other; values are not turned, which is an angle of 0."""
-    angle_T = row_T * HALF
-    angle_TW = cells(angle_T, w)
-    is_turned = part < 2
-    turned_TW = mask_TW & is_turned
-    cos_TW = tl.load(cos + angle_TW, mask=turned_TW, other=1.0)
-    sin_TW = load_masked(sin + angle_TW, turned_TW)
+def angles(cos, sin, row_T, in_T, w, in_W, part, HALF: constexpr):
+    """Cosines and sines of the positions of these rows; values are not turned, which is an angle of 0."""
+    is_turned = in_T & (part < 2)
+    mask_TW = cells_in(is_turned, in_W)
+    angle_TW = cells(row_T * HALF, w)
+    cos_TW = tl.load(cos + angle_TW, mask=mask_TW, other=1.0)
+    sin_TW = load_masked(sin + angle_TW, mask_TW)
+    return cos_TW, sin_TW
+
+
+@triton.jit
+def turned(a_TW, b_TW, cos_TW, sin_TW):
+    """The two halves of a head, turned into each other."""
     first_TW = a_TW * cos_TW
     first_TW -= b_TW * sin_TW
     second_TW = b_TW * cos_TW
@@ -178,6 +183,9 @@ def rotate_kernel(
     in_W = w < HALF
     in_rest = w < E - 2 * HALF
     y_T = y + row_T * y_stride
+    # Read before the first product, behind which all threads wait for each other.
+    cos_TW, sin_TW = angles(cos, sin, row_T, in_T, w, in_W, part, HALF)
+    at_TW = destination(place, row_T, in_T, head - begin, w, part, QUERIES, KEYS, E)
     a_TW, b_TW, c_TW = completed_head(
         y_T, in_T, n, n - first, in_W, in_rest, entry, arena, out, outputs, section, HALF, REST, R, TAIL, PLACED, GAIN
     )
@@ -190,8 +198,7 @@ def rotate_kernel(
             )
     mask_TW = cells_in(in_T, in_W)
     rest_TW = cells_in(in_T, in_rest)
-    a_TW, b_TW = turned(a_TW, b_TW, cos, sin, row_T, w, part, mask_TW, HALF)
-    at_TW = destination(place, row_T, in_T, head - begin, w, part, QUERIES, KEYS, E)
+    a_TW, b_TW = turned(a_TW, b_TW, cos_TW, sin_TW)
     # Not one pointer for all three, whose alignment Triton would not know.
     if part == 0:
         store_head(query, at_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF, REST)

@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
-from serving.grouping import NOBODY, Tiles, Work
+from serving.grouping import NOBODY, Tiles, Work, inputs_of_share
 from serving.packed import Needs
 
 
@@ -30,3 +31,14 @@ def test_tasks_cover_the_ranks_of_each_tile() -> None:
     assert work.segment.tolist() == [1, 2, 3]  # tile 0 is the base's
     assert work.task.tolist() == [[1, 0], [1, 32], [2, 0], [2, 32], [3, 0], [3, 32], [3, 64]]
     assert Work.of(tiles, adapters, lambda needs: needs.narrow) is None
+
+
+@pytest.mark.parametrize("inputs", [64, 2048, 8192, 11008, 14336])
+def test_shares_count_each_input_once(inputs: int) -> None:
+    step, shares = 128, max(1, inputs // 2048)
+    size = inputs_of_share(inputs, shares, step)
+    counted = torch.zeros(inputs)
+    for first in range(0, shares * size, size):
+        for start in range(first, min(first + size, inputs), step):
+            counted[start : start + step] += 1
+    assert counted.tolist() == [1] * inputs
