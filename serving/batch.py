@@ -26,10 +26,10 @@ class Batch:
     @property
     def kind(self) -> GraphKind:
         """What batches have in common that one graph can compute."""
-        adapters = self.adapters
-        launched = (self.rows, self.tail, self.parts, self.is_greedy)
-        residents = [id(member.resident) for member in adapters.members]
-        return (*launched, self.grouping.size, adapters.needs, *residents)
+        needs = self.adapters.needs
+        grouped = self.grouping.size
+        residents = [id(member.resident) for member in self.adapters.members]
+        return self.rows, self.tail, self.parts, self.is_greedy, needs, grouped, *residents
 
 
 def parts_of(length: int, programs: int) -> int:

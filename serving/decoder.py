@@ -3,8 +3,6 @@
 Shapes: T rows, D width, V vocabulary.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
@@ -13,36 +11,13 @@ from serving.adapter import Place
 from serving.base import FIRST_NORM, LAST_NORM, SECOND_NORM, FrozenBase
 from serving.mix import AdapterBatch
 from serving.passing import Pass
-
-Stream = tuple[Tensor, Tensor]  # [T, D] each: the residual stream, and its norm
-
-
-class Operations(Protocol):
-    """What a decoder layer is made of: in plain torch, or as kernels that fuse."""
-
-    def project(self, step: Pass, name: str, layer: int, x_TI: Tensor) -> Tensor:
-        """The outputs of a group of linear layers."""
-
-    def first_norm(self, step: Pass, x_TD: Tensor) -> Stream:
-        """The residual stream that embeddings begin, with the norm of the first layer."""
-
-    def norm(self, step: Pass, place: Place, x_TD: Tensor, stream_TD: Tensor, source: Place) -> Stream:
-        """The residual stream with x, which comes from the group `source`, and the stream's norm of this place."""
-
-    def rotate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor:
-        """Queries, rotated; keys and values go to the cache."""
-
-    def attend(self, step: Pass, layer: int, query_THE: Tensor) -> Tensor:
-        """Attention of the rows over the keys in the cache."""
-
-    def gate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor:
-        """What the down projection gets."""
+from serving.plain import Plain, Stream
 
 
 class Decoder:
     """A base with the operations that run it."""
 
-    def __init__(self, base: FrozenBase, operations: Operations) -> None:
+    def __init__(self, base: FrozenBase, operations: Plain) -> None:
         self.base = base
         self.shape = base.shape
         self.operations = operations

@@ -63,7 +63,8 @@ class Engine:
         self.pool = Pool(base, slots, adapter_bytes)
         self.cache = Cache(shape, pages, base.dtype, base.device)
         self.forward = Forward(base, self.pool, self.cache, self.positions)
-        self.scheduler = Scheduler(self.pool, self.cache, rows, chunk, self.forward.prepare_resident)
+        prepare_resident = self.forward.prepare_resident
+        self.scheduler = Scheduler(self.pool, self.cache, rows, chunk, prepare_resident)
         self.runner: Runner | None = None
         if base.on_gpu:
             self.runner = self._runner(rows, tail)

@@ -15,7 +15,6 @@ from torch.nn.functional import linear
 from serving.adapter import Place
 from serving.base import FIRST_NORM, LAST_NORM, FrozenBase
 from serving.cache import Cache
-from serving.decoder import Stream
 from serving.group import Group
 from serving.grouped import Grouped
 from serving.grouping import FEW, MANY, ONE, SOME
@@ -23,7 +22,7 @@ from serving.kernel.gate import gate_kernel, scale_kernel
 from serving.kernel.norm import norm_kernel
 from serving.paged import PagedAttention
 from serving.passing import Pass
-from serving.plain import Plain
+from serving.plain import Plain, Stream
 from serving.pool import Pool
 from serving.rotary import RotaryHeads
 
@@ -34,14 +33,12 @@ NORM_WARPS = {True: 16, False: 4}  # by whether there is a tail behind the outpu
 SCALE_TILE = 1024
 
 
-class Fast:
+class Fast(Plain):
     """The operations of a decoder layer."""
 
     def __init__(self, base: FrozenBase, pool: Pool, cache: Cache) -> None:
-        self.base = base
-        self.shape = base.shape
+        super().__init__(base, pool, cache)
         self.pool = pool
-        self.plain = Plain(base, pool, cache)
         self.paged = PagedAttention(base.shape, cache)
         self.rotary = RotaryHeads(base, pool, cache)
         self.grouped = Grouped(base, pool)
@@ -85,7 +82,7 @@ class Fast:
             return self.paged.attend_rows(step, layer, query_THE)
         if self.has_varlen:
             return self.paged.attend_runs(step, layer, query_THE)
-        return self.plain.attend(step, layer, query_THE)
+        return super().attend(step, layer, query_THE)
 
     def gate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor:
         """What the down projection gets, with what its adapter scales it by."""

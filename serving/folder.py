@@ -67,7 +67,8 @@ class Folder:
 
     def finish(self) -> None:
         """Raise AdapterRefused where tensors are left that nobody has taken."""
-        left = sorted(self._tensors.keys() - self._taken)
+        not_taken = self._tensors.keys() - self._taken
+        left = sorted(not_taken)
         if not left:
             return
         names = left[0]
@@ -150,7 +151,8 @@ def _find_files(path: Path) -> tuple[Path, Path]:
             continue
         if weights.is_file():
             return config, weights
-        raise AdapterRefused(f"{path}: found {_instead_of_weights(path)}; allowed: {weights_name}")
+        found = _instead_of_weights(path)
+        raise AdapterRefused(f"{path}: found {found}; allowed: {weights_name}")
     if (path / "config.json").is_file():
         raise AdapterRefused(
             f"{path}: found a whole model; allowed: an adapter. A model that was trained in full is a base of its own"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from serving.base import FrozenBase
 from serving.cache import Cache, pages_for
-from serving.decoder import Decoder, Operations
+from serving.decoder import Decoder
 from serving.grouping import MANY, Grouping, products_of_row
 from serving.mix import AdapterBatch, Owner, Owners
 from serving.packed import Needs
@@ -102,7 +102,7 @@ class Forward:
         x_VD = prompt_VD.to(self.device)
         self.decoder.forward(x_VD, step)
 
-    def _operations(self) -> Operations:
+    def _operations(self) -> Plain:
         """The operations for this device."""
         if not self.base.on_gpu:
             return Plain(self.base, self.pool, self.cache)

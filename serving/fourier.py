@@ -23,7 +23,8 @@ def read_fourierft(folder: Folder, base: FrozenBase) -> Adapter:
     seed = config["random_loc_seed"]
     parts = {}
     for target in targets(folder, base, "fourierft_spectrum"):
-        outputs, inputs = target.outputs, target.inputs
+        outputs = target.outputs
+        inputs = target.inputs
         spectrum_N = folder.take(f"{target.name}.fourierft_spectrum", count)
         a_RI, b_RO = waves(count, seed, outputs, inputs)
         numbers = outputs * inputs
@@ -49,12 +50,13 @@ def waves(count: int, seed: int, outputs: int, inputs: int) -> Waves:
     row_N = place_N // inputs
     v_NI = phases(column_N, inputs)
     u_NO = phases(row_N, outputs)
+    cos_NI = v_NI.cos()
+    sin_NI = v_NI.sin()
+    cos_NO = u_NO.cos()
     sin_NO = u_NO.sin()
-    a_RI = torch.cat([v_NI.cos(), v_NI.sin()])
-    b_RO = torch.cat([u_NO.cos(), -sin_NO])
-    a_RI = a_RI.float()
-    b_RO = b_RO.float()
-    return a_RI, b_RO
+    a_RI = torch.cat([cos_NI, sin_NI])
+    b_RO = torch.cat([cos_NO, -sin_NO])
+    return a_RI.float(), b_RO.float()
 
 
 def phases(frequency_N: Tensor, size: int) -> Tensor:

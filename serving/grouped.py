@@ -41,8 +41,9 @@ class Grouped:
         """Start the updates of few rows; gives what is to be added to the outputs by `finish`, if anything is."""
         if grouping.before is None:
             return None
+        tiles = grouping.tiles
         with self._aside():
-            return self._shares(grouping.before, grouping.tiles, group, layer, x_TI)
+            return self._shares(grouping.before, tiles, group, layer, x_TI)
 
     def finish(self, grouping: Grouping, shares_HTO: Tensor | None, y_TN: Tensor) -> None:
         """Add to the outputs what `begin` has started."""
@@ -93,23 +94,29 @@ class Grouped:
         size = (len(y_TN), 1, work.rank)
         h_TSR = y_TN.new_empty(size)
         tiles = grouping.tiles
-        self._shrink(work, tiles, entry, y_TN, group.outputs, h_TSR[None])
-        self._expand(work, tiles, entry, group, h_TSR, y_TN[None], True)
+        h_1TSR = h_TSR[None]
+        y_1TN = y_TN[None]
+        self._shrink(work, tiles, entry, y_TN, group.outputs, h_1TSR)
+        self._expand(work, tiles, entry, group, h_TSR, y_1TN, True)
 
     def shrink(self, grouping: Grouping, group: Group, layer: int, x_TI: Tensor, h_TSR: Tensor) -> None:
         """Write the products of the inputs with the first factors."""
         work = grouping.before
         assert work is not None
+        tiles = grouping.tiles
         entry = self.pool.entry(layer, group.first_site)
         inputs = x_TI.shape[1]
-        self._shrink(work, grouping.tiles, entry, x_TI, inputs, h_TSR[None])
+        h_1TSR = h_TSR[None]
+        self._shrink(work, tiles, entry, x_TI, inputs, h_1TSR)
 
     def expand(self, grouping: Grouping, group: Group, layer: int, h_TSR: Tensor, y_TN: Tensor) -> None:
         """Add the products of h with the second factors to the outputs."""
         work = grouping.before
         assert work is not None
+        tiles = grouping.tiles
         entry = self.pool.entry(layer, group.first_site)
-        self._expand(work, grouping.tiles, entry, group, h_TSR, y_TN[None], False)
+        y_1TN = y_TN[None]
+        self._expand(work, tiles, entry, group, h_TSR, y_1TN, False)
 
     def _aside(self) -> AbstractContextManager[Any]:
         """Run kernels on the stream of their own, behind what was launched before."""

@@ -13,7 +13,11 @@ from torch import Tensor
 from serving.mix import AdapterBatch
 from serving.packed import Needs
 
-ONE, FEW, SOME, MANY = 1, 8, 16, 64  # rows of a tile: when decoding, by how many share an adapter, and over prompts
+# Rows of a tile: when decoding, by how many share an adapter, and over prompts.
+ONE = 1
+FEW = 8
+SOME = 16
+MANY = 64
 FEWEST_RANKS = 16  # that tensor cores take
 NOBODY = -1  # the row that fills up a tile, and the tile that fills up a list
 RankOf = Callable[[Needs], int]

@@ -25,7 +25,9 @@ class Limits:
             raise RequestRefused("request: found no prompt, or no new tokens; allowed: at least one of each")
         if length > self.positions:
             raise RequestRefused(f"request: found {length} positions; allowed: at most {self.positions}")
-        if min(prompt) < 0 or max(prompt) > last_id:
+        lowest = min(prompt)
+        highest = max(prompt)
+        if lowest < 0 or highest > last_id:
             raise RequestRefused(f"request.prompt: found an id of no token; allowed: 0 to {last_id}")
         needed = pages_for(length + PAGE)
         if needed >= self.pages:

@@ -111,10 +111,9 @@ class PlainLinears:
         x_TI = self._scaled(adapters, group, layer, x_TI)
         y_TO = linear(x_TI, weight_OI, bias_O)
         for resident, row_T in adapters.members:
-            slot = resident.slot
             own_TI = x_TI[row_T]
             base_TO = y_TO[row_T]
-            adapted_TO = self._adapted(slot, group, layer, own_TI, base_TO)
+            adapted_TO = self._adapted(resident.slot, group, layer, own_TI, base_TO)
             y_TO[row_T] = adapted_TO
         return y_TO
 
@@ -131,15 +130,16 @@ class PlainLinears:
         normed_TD = exact_TD * scale_T1
         result_TD = normed_TD * weight_D
         for resident, row_T in adapters.members:
-            entry = self._entry(resident.slot, layer, name, 0, width)
+            entry = self._entry(resident.slot, place, 0, width)
             own_D = entry.piece(Column.M, width)
             if own_D is not None:
                 own_TD = normed_TD[row_T]
                 result_TD[row_T] = own_TD * own_D.float()
         return result_TD.to(x_TD.dtype)
 
-    def _entry(self, slot: int, layer: int, site: str, inputs: int, outputs: int) -> Entry:
-        """What the adapter of a slot does at a site of a layer."""
+    def _entry(self, slot: int, place: Place, inputs: int, outputs: int) -> Entry:
+        """What the adapter of a slot does at a place."""
+        layer, site = place
         number = self.base.sites[site]
         table_SC = self.pool.host_KLSC[slot, layer]
         row_C = table_SC[number]
@@ -152,11 +152,12 @@ class PlainLinears:
             return x_TI
         if not adapters.needs.scales:
             return x_TI
-        site = group.first_site
+        place = (layer, group.first_site)
         inputs = x_TI.shape[1]
+        outputs = group.outputs
         x_TI = x_TI.clone()
         for resident, row_T in adapters.members:
-            entry = self._entry(resident.slot, layer, site, inputs, group.outputs)
+            entry = self._entry(resident.slot, place, inputs, outputs)
             u_I = entry.piece(Column.U, inputs)
             if u_I is not None:
                 x_TI[row_T] *= u_I
@@ -165,12 +166,13 @@ class PlainLinears:
     def _adapted(self, slot: int, group: Group, layer: int, x_TI: Tensor, y_TO: Tensor) -> Tensor:
         """The outputs of one adapter's rows, of which those of the base are changed in place."""
         for site in group.sites:
-            entry = self._entry(slot, layer, site.name, site.inputs, site.outputs)
+            place = (layer, site.name)
+            entry = self._entry(slot, place, site.inputs, site.outputs)
             section_TO = y_TO[:, site.rows]
             entry.apply(x_TI, section_TO)
         if not group.is_residual:
             return y_TO
         outputs = group.outputs
-        site_behind = group.first_site + BEHIND
-        bottleneck = self._entry(slot, layer, site_behind, outputs, outputs)
+        behind = (layer, group.first_site + BEHIND)
+        bottleneck = self._entry(slot, behind, outputs, outputs)
         return bottleneck.apply_behind(y_TO)

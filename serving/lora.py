@@ -76,7 +76,8 @@ def decomposed(folder: Folder, base: FrozenBase, target: AdaptedLinear, part: Pa
     update_OI = b_RO.T @ a_RI
     changed_OI = weight_OI + update_OI
     norm_O = torch.linalg.norm(changed_OI, dim=1)
-    magnitude_O = folder.take(f"{target.name}.lora_magnitude_vector", target.outputs)
+    name_of_magnitude = f"{target.name}.lora_magnitude_vector"
+    magnitude_O = folder.take(name_of_magnitude, target.outputs)
     m_O = magnitude_O / norm_O.cpu()
     bias_O = base.bias(layer, name)
     if bias_O is None:
@@ -96,9 +97,9 @@ def with_whole_weights(folder: Folder, base: FrozenBase, adapter: Adapter) -> Ad
     has_only_embedding = embed_VD is not None and head_VD is None
     if has_only_embedding and base.is_tied:
         raise folder.refuse("modules_to_save", "the head beside the embedding, which are one weight in this base")
-    return replace(
-        adapter, parts=adapter.parts | norms, embed_VD=embed_VD, head_VD=head_VD, config=_changed_config(folder, base)
-    )
+    parts = adapter.parts | norms
+    config = _changed_config(folder, base)
+    return replace(adapter, parts=parts, embed_VD=embed_VD, head_VD=head_VD, config=config)
 
 
 def _norms(folder: Folder, base: FrozenBase) -> dict[Place, Part]:
@@ -114,7 +115,8 @@ def _norms(folder: Folder, base: FrozenBase) -> dict[Place, Part]:
             if key in names:
                 weight_D = folder.take(key, width)
                 place = (layer, name)
-                parts[place] = Part(m_O=weight_D + offset)
+                m_O = weight_D + offset
+                parts[place] = Part(m_O=m_O)
     return parts
 
 

@@ -35,7 +35,8 @@ class AdapterBatch:
     @classmethod
     def of(cls, owners: Owners, counts: list[int] | None = None) -> "AdapterBatch":
         """The adapters of a batch whose runs of rows (`counts`, or one row each) have these owners; on the host."""
-        counts = counts or [1] * len(owners)
+        if counts is None:
+            counts = [1] * len(owners)
         members = members_of(owners, counts)
         needs = Needs()
         for member in members:

@@ -189,7 +189,9 @@ def needs_of(adapter: Adapter) -> Needs:
     is_plain = True
     for part in linears:
         rank = max(rank, part.rank)
-        if part.c_R is not None or part.v_O is not None:
+        if part.c_R is not None:
+            is_plain = False
+        if part.v_O is not None:
             is_plain = False
         needs |= Needs(gains=part.has_gain, scales=part.has_scale)
     if is_plain and rank <= NARROW:

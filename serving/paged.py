@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from serving.cache import PAGE, Cache
+from serving.cache import Cache
 from serving.kernel.attention import attend_kernel, join_kernel
 from serving.passing import Pass
 from serving.shape import Shape
@@ -75,7 +75,8 @@ class PagedAttention:
         self, step: Pass, layer: int, query_THE: Tensor, part: Tensor, peak: Tensor, mass: Tensor
     ) -> None:
         """Write the attention of each part of the keys, and its softmax's peak and mass."""
-        shape, pages_TP = self.shape, step.pages_TP
+        shape = self.shape
+        pages_TP = step.pages_TP
         assert pages_TP is not None
         key_NHE = self.cache.key_LNHE[layer]
         value_NHE = self.cache.value_LNHE[layer]
@@ -100,7 +101,6 @@ class PagedAttention:
             E=shape.head_size,
             W=self.width,
             S=KEYS_OF_STEP,
-            PAGE=PAGE,
             PARTS=step.parts,
             num_warps=KEY_WARPS,
         )

@@ -38,7 +38,8 @@ class Span:
     @property
     def rows(self) -> slice:
         """Its rows among those of the pass."""
-        return slice(self.row, self.row + self.count)
+        stop = self.row + self.count
+        return slice(self.row, stop)
 
     def places(self) -> Tensor:
         """Where the keys and values of all positions up to its last row's lie."""
@@ -115,7 +116,10 @@ class Pass:
 
     def _key_places(self) -> Tensor:
         """Where all keys of the spans lie, those that were computed by earlier passes included."""
-        whole = [Span(0, span.stop, 0, span.pages) for span in self.spans]
+        whole: list[Span] = []
+        for span in self.spans:
+            from_start = Span(0, span.stop, 0, span.pages)
+            whole.append(from_start)
         _, place_S = positions_and_places(whole)
         return place_S
 

@@ -10,14 +10,15 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 from serving.adapter import Place
 from serving.base import FIRST_NORM, K_NORM, Q_NORM, FrozenBase
 from serving.cache import Cache
-from serving.decoder import Stream
 from serving.linear import PlainLinears
 from serving.passing import Pass, Span
 from serving.pool import Pool
 
+Stream = tuple[Tensor, Tensor]  # [T, D] each: the residual stream, and its norm
+
 
 class Plain:
-    """The operations of a decoder layer."""
+    """The operations of a decoder layer; on a GPU, kernels that fuse take the place of most."""
 
     def __init__(self, base: FrozenBase, pool: Pool, cache: Cache) -> None:
         self.base = base
@@ -53,10 +54,11 @@ class Plain:
         """Queries [T, H, E], rotated; keys, rotated too, and values go to the cache."""
         query_THE, key_TGE, value_TGE = self._heads(y_TO)
         if self.has_head_norms:
+            adapters = step.adapters
             q_norm = (layer, Q_NORM)
             k_norm = (layer, K_NORM)
-            query_THE = self.linears.norm(step.adapters, q_norm, query_THE)
-            key_TGE = self.linears.norm(step.adapters, k_norm, key_TGE)
+            query_THE = self.linears.norm(adapters, q_norm, query_THE)
+            key_TGE = self.linears.norm(adapters, k_norm, key_TGE)
         cos_TF = step.cos_TF
         sin_TF = step.sin_TF
         place_T = step.place_T
@@ -97,8 +99,11 @@ class Plain:
         shape = self.shape
         size = shape.head_size
         sizes = [shape.query_size, shape.key_size, shape.key_size]
-        parts = y_TO.split(sizes, dim=1)
-        return [part_TO.unflatten(1, (-1, size)) for part_TO in parts]
+        heads: list[Tensor] = []
+        for part_TO in y_TO.split(sizes, dim=1):
+            part_THE = part_TO.unflatten(1, (-1, size))
+            heads.append(part_THE)
+        return heads
 
     def _seen(self, span: Span) -> Tensor:
         """Which positions [T, S] from the first on each row of a span sees: none behind it, nor before the window."""
@@ -125,8 +130,10 @@ def rotated(x_THE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     sin_T1F = sin_TF[:, None]
     cos_T1F = cos_T1F.to(x_THE.dtype)
     sin_T1F = sin_T1F.to(x_THE.dtype)
-    turned_first = first * cos_T1F - second * sin_T1F
-    turned_second = second * cos_T1F + first * sin_T1F
+    turned_first = first * cos_T1F
+    turned_first -= second * sin_T1F
+    turned_second = second * cos_T1F
+    turned_second += first * sin_T1F
     turned = [turned_first, turned_second, rest]
     return torch.cat(turned, dim=-1)
 

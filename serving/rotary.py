@@ -76,7 +76,9 @@ class RotaryHeads:
     def _sizes(self, half: int) -> tuple[int, ...]:
         """The sizes of a head that rotates by halves: QUERIES, KEYS, SECTIONS, E, HALF and W of the kernel."""
         shape = self.shape
-        rest = shape.head_size - 2 * half
+        size = shape.head_size
+        sections = self.group.sections
+        rest = size - 2 * half
         width = max(LEAST_WIDTH, half, rest)
         tile = triton.next_power_of_2(width)
-        return shape.heads, shape.kv_heads, self.group.sections, shape.head_size, half, tile
+        return shape.heads, shape.kv_heads, sections, size, half, tile

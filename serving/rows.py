@@ -22,8 +22,10 @@ class Rows:
     def __init__(self, count: int, positions: int, device: torch.device) -> None:
         """At most so many rows, of so many positions."""
         self.width = pages_for(positions)
-        number_5T = torch.zeros((5, count), dtype=torch.int64, device=device)
-        pages_TP = torch.zeros((count, self.width), dtype=torch.int32, device=device)
+        numbers_size = (5, count)
+        pages_size = (count, self.width)
+        number_5T = torch.zeros(numbers_size, dtype=torch.int64, device=device)
+        pages_TP = torch.zeros(pages_size, dtype=torch.int32, device=device)
         id_T, position_T, kind_T, number_T, slot_T = number_5T
         self.id_T = id_T
         self.position_T = position_T

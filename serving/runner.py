@@ -6,6 +6,7 @@ first seen: its number of rows (rounded up), and what its adapters and requests 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,7 +103,8 @@ class Runner:
         for count in self.counts:
             if count >= needed:
                 return count
-        raise AssertionError(f"found {needed} sequences for {self.counts[-1]} rows")
+        most = self.counts[-1]
+        raise AssertionError(f"found {needed} sequences for {most} rows")
 
     def _write_rows(self) -> None:
         """Copy what the rows are to the device."""
@@ -160,7 +162,8 @@ class Runner:
         self._forget()
         grouping = batch.grouping.to(self.device)
         static = replace(batch, grouping=grouping)
-        captured = capture(lambda: self._step(static), self._write_rows)
+        step = partial(self._step, static)
+        captured = capture(step, self._write_rows)
         graph = Graph(captured, static)
         self._graphs[kind] = graph
         return graph

@@ -107,7 +107,8 @@ class Scheduler:
         sequence.computed = sequence.virtual
         if sequence.virtual % PAGE:
             # The adapter's last page is not full: this sequence goes on in a copy of its own.
-            self.cache.copy(adapter_pages[-1], own_pages[0])
+            last_page = adapter_pages[-1]
+            self.cache.copy(last_page, own_pages[0])
         return True
 
     def _has_adapter(self, sequence: Sequence) -> bool:
@@ -123,7 +124,9 @@ class Scheduler:
         while (resident := self.pool.acquire(packed)) is None:
             if not self._evict():
                 return None
-        while not resident.ready and not self.prepare_resident(resident):
+        while not resident.ready:
+            if self.prepare_resident(resident):
+                break
             if not self._evict(with_pages=True):
                 self.pool.release(resident)
                 return None

@@ -92,7 +92,8 @@ class Sequence:
     @property
     def is_at_last_token(self) -> bool:
         """Whether its answer has all tokens with the one that is under way."""
-        return len(self.answer) + 1 >= self.request.new_tokens
+        tokens = len(self.answer) + 1
+        return tokens >= self.request.new_tokens
 
     def prompt_tokens(self, start: int, count: int) -> tuple[int, ...]:
         """The ids of so many tokens of the prompt, from the one at position `start` on."""

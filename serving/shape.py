@@ -53,7 +53,8 @@ class Shape:
     def of(cls, config: Any) -> "Shape":
         """The shape of a config; raises BaseRefused where the engine has no such forward pass."""
         check(config)
-        width, heads = config.hidden_size, config.num_attention_heads
+        width = config.hidden_size
+        heads = config.num_attention_heads
         norm_offset, embed_scale = 0.0, 1.0
         if config.model_type == "gemma":
             norm_offset, embed_scale = 1.0, width**0.5

@@ -8,7 +8,20 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from serving.kernel.memory import cells, cells_in, column, load_float, load_masked, numbers_of, product, store_rounded
+from serving.cache import PAGE
+from serving.kernel.memory import (
+    cells,
+    cells_in,
+    column,
+    load_cells,
+    load_float,
+    load_masked,
+    numbers_of,
+    product,
+    store_rounded,
+)
+
+PAGE_TOKENS = constexpr(PAGE)
 
 
 @triton.jit
@@ -27,12 +40,12 @@ def key_range(length, window, part, S: constexpr, PARTS: constexpr):
 
 
 @triton.jit
-def keys_of(pages, position_S, seen_S, head, KEYS: constexpr, E: constexpr, PAGE: constexpr):
+def keys_of(pages, position_S, seen_S, head, KEYS: constexpr, E: constexpr):
     """Where in the cache a head's keys, and its values, of these positions begin."""
-    column_S = position_S // PAGE
-    offset_S = position_S % PAGE
+    column_S = position_S // PAGE_TOKENS
+    offset_S = position_S % PAGE_TOKENS
     page_S = tl.load(pages + column_S, mask=seen_S, other=0)
-    place_S = page_S * PAGE + offset_S
+    place_S = page_S * PAGE_TOKENS + offset_S
     place_S = place_S.to(tl.int64)
     head_S = place_S * KEYS + head
     return head_S * E
@@ -55,7 +68,6 @@ def attention_of(
     E: constexpr,
     W: constexpr,
     S: constexpr,
-    PAGE: constexpr,
 ):
     """The sums of the values [G, W] over positions, each weighted, and the softmax's peaks and masses so far."""
     s = tl.arange(0, S)
@@ -65,20 +77,31 @@ def attention_of(
     for start in range(low, high, S):
         position_S = start + s
         seen_S = position_S < high
-        at_S = keys_of(pages, position_S, seen_S, head, KEYS, E, PAGE)
-        key_ES = load_masked(keys + cells(e, at_S), cells_in(in_E, seen_S))
-        score_GS = product(query_GE, key_ES) * scale
+        at_S = keys_of(pages, position_S, seen_S, head, KEYS, E)
+        key_E = keys + e
+        value_S = values + at_S
+        key_ES = load_cells(key_E, at_S, in_E, seen_S)
+        score_GS = product(query_GE, key_ES)
+        score_GS *= scale
         score_GS = tl.where(seen_S[None, :], score_GS, float("-inf"))
-        next_G = tl.maximum(peak_G, tl.max(score_GS, axis=1))
-        shrink_G = tl.exp2(peak_G - next_G)
-        weight_GS = tl.exp2(score_GS - column(next_G))
-        mass_G = mass_G * shrink_G + tl.sum(weight_GS, axis=1)
-        value_SE = load_masked(values + cells(at_S, e), cells_in(seen_S, in_E))
+        weight_GS, shrink_G, peak_G, mass_G = softmax_weights(score_GS, peak_G, mass_G)
+        value_SE = load_cells(value_S, e, seen_S, in_E)
         weight_GS = weight_GS.to(value_SE.dtype)
-        update_GE = product(weight_GS, value_SE)
-        sum_GE = sum_GE * column(shrink_G) + update_GE
-        peak_G = next_G
+        sum_GE *= column(shrink_G)
+        sum_GE += product(weight_GS, value_SE)
     return sum_GE, peak_G, mass_G
+
+
+@triton.jit
+def softmax_weights(score_GS, peak_G, mass_G):
+    """The weights of scores, what sums before them shrink by, and the softmax's peak and mass with them."""
+    largest_G = tl.max(score_GS, axis=1)
+    next_G = tl.maximum(peak_G, largest_G)
+    shrink_G = tl.exp2(peak_G - next_G)
+    weight_GS = tl.exp2(score_GS - column(next_G))
+    mass_G *= shrink_G
+    mass_G += tl.sum(weight_GS, axis=1)
+    return weight_GS, shrink_G, next_G, mass_G
 
 
 @triton.jit
@@ -100,7 +123,6 @@ def attend_kernel(
     E: constexpr,
     W: constexpr,
     S: constexpr,
-    PAGE: constexpr,
     PARTS: constexpr,
 ):
     """One sequence, key-value head and part of its keys: the part's attention, and its softmax's peak and mass."""
@@ -115,12 +137,13 @@ def attend_kernel(
     in_G = g < queries
     in_E = e < E
     mask_GE = cells_in(in_G, in_E)
-    head_G = row * HEADS + head * queries + g
+    first_head = row * HEADS + head * queries
+    head_G = first_head + g
     at_GE = cells(head_G * E, e)
     query_GE = load_masked(query + at_GE, mask_GE)
     pages = table + row * table_stride
     sum_GE, peak_G, mass_G = attention_of(
-        query_GE, keys, values, pages, low, high, head, scale, e, in_E, KEYS, G, E, W, S, PAGE
+        query_GE, keys, values, pages, low, high, head, scale, e, in_E, KEYS, G, E, W, S
     )
     store_part(result, peak, mass, head_G, part, sum_GE, peak_G, mass_G, e, in_G, mask_GE, E, PARTS)
 

@@ -23,16 +23,31 @@ RANKS = constexpr(Column.RANKS.value)
 
 
 @triton.jit
+def number_of(entry, column):
+    """One of an entry's numbers, which every step reads: the device's cache is to keep it."""
+    at = entry + column
+    return tl.load(at, eviction_policy="evict_last")
+
+
+@triton.jit
+def entry_offset(slot, row, slot_stride):
+    """Where in the table the entries of a row's (or a tile's) adapter begin."""
+    at = slot + row
+    number = tl.load(at, eviction_policy="evict_last")
+    return number * slot_stride
+
+
+@triton.jit
 def has(entry, column):
     """Whether an entry has one of its pieces."""
-    unit = tl.load(entry + column)
+    unit = number_of(entry, column)
     return unit >= 0
 
 
 @triton.jit
 def piece(arena, entry, column):
     """The address of one of an entry's pieces."""
-    unit = tl.load(entry + column)
+    unit = number_of(entry, column)
     unit = unit.to(tl.int64)
     return arena + unit * ELEMENTS
 
@@ -41,7 +56,8 @@ def piece(arena, entry, column):
 def load_piece(arena, entry, column, n_N, mask_N, other):
     """The numbers n of one of an entry's pieces, in fp32."""
     first = piece(arena, entry, column)
-    number_N = tl.load(first + n_N, mask=mask_N, other=other)
+    at_N = first + n_N
+    number_N = tl.load(at_N, mask=mask_N, other=other)
     return number_N.to(tl.float32)
 
 

@@ -8,24 +8,35 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from serving.kernel.entry import ACTIVATION, BETA, BIAS, COLUMNS, RANK, A, B, C, V, has, load_piece, piece
-from serving.kernel.memory import add_product, cells, cells_in, load_float, load_masked, numbers_of, store_rounded
+from serving.kernel.activation import activated
+from serving.kernel.entry import (
+    ACTIVATION,
+    BETA,
+    BIAS,
+    COLUMNS,
+    RANK,
+    A,
+    B,
+    C,
+    V,
+    entry_offset,
+    has,
+    load_piece,
+    number_of,
+    piece,
+)
+from serving.kernel.memory import (
+    add_product,
+    cells,
+    cells_in,
+    load_cells,
+    load_float,
+    load_masked,
+    numbers_of,
+    store_cells,
+    store_rounded,
+)
 from serving.kernel.tile import rows_of
-
-
-@triton.jit
-def activated(x, code):
-    """none, relu, gelu or silu, by number."""
-    is_relu, is_gelu, is_silu = code == 1, code == 2, code == 3
-    relu = tl.maximum(x, 0.0)
-    scaled = x * 0.7071067811865476
-    error = tl.erf(scaled)
-    gelu = 0.5 * x * (1.0 + error)
-    power = tl.exp(-x)
-    silu = x / (1.0 + power)
-    x = tl.where(is_relu, relu, x)
-    x = tl.where(is_gelu, gelu, x)
-    return tl.where(is_silu, silu, x)
 
 
 @triton.jit
@@ -53,8 +64,7 @@ def first_products(x_T, in_T, a_R, r, rank, part, share, inputs, T: constexpr, R
 @triton.jit
 def entry_of(table, slot, tile, slot_stride, section):
     """The entry of a tile's adapter for a section; the table starts at a group's first site."""
-    mine = tl.load(slot + tile) * slot_stride
-    first = table + mine
+    first = table + entry_offset(slot, tile, slot_stride)
     return first + section * COLUMNS
 
 
@@ -63,7 +73,7 @@ def finished_products(sum_TR, entry, arena, r, in_R):
     """c * f(h + bias), with what the entry has."""
     if has(entry, BIAS):
         bias_R = load_piece(arena, entry, BIAS, r, in_R, 0.0)
-        code = tl.load(entry + ACTIVATION)
+        code = number_of(entry, ACTIVATION)
         sum_TR = activated(sum_TR + bias_R, code)
     if has(entry, C):
         c_R = load_piece(arena, entry, C, r, in_R, 0.0)
@@ -102,7 +112,7 @@ def shrink_kernel(
     if tile < 0:
         return
     entry = entry_of(table, slot, tile, slot_stride, section)
-    rank = tl.load(entry + RANK)
+    rank = number_of(entry, RANK)
     first = tl.load(mine + 1)
     if first >= rank:
         return
@@ -113,9 +123,9 @@ def shrink_kernel(
     sum_TR = first_products(x_T, in_T, a_R, r, rank, part, share, inputs, T, R, K)
     in_R = r < rank  # anew, not from the loop: what is stored lies in other threads' registers
     sum_TR = finished_products(sum_TR, entry, arena, r, in_R)
-    h_section_T = h + section * h_section + row_T * h_stride
-    at_TR = cells(h_section_T + part * h_part, r)
-    store_rounded(at_TR, sum_TR, cells_in(in_T, in_R))
+    first_h = h + part * h_part + section * h_section
+    h_T = first_h + row_T * h_stride
+    store_cells(h_T, r, in_T, in_R, sum_TR)
 
 
 @triton.jit
@@ -170,13 +180,13 @@ def second_products(
 
 
 @triton.jit
-def gained(sum_TN, entry, arena, n, column_N, in_N, BEHIND: constexpr):
-    """v * y, where the entry has it, or y + beta of a bottleneck."""
+def gained(sum_TN, entry, arena, column_N, in_N, BEHIND: constexpr):
+    """v * y, where the entry has it; + beta of a bottleneck."""
     if has(entry, V):
         v_N = load_piece(arena, entry, V, column_N, in_N, 0.0)
         sum_TN *= v_N
     if BEHIND:
-        beta_N = load_piece(arena, entry, BETA, n, in_N, 0.0)
+        beta_N = load_piece(arena, entry, BETA, column_N, in_N, 0.0)
         sum_TN += beta_N
     return sum_TN
 
@@ -216,25 +226,45 @@ def expand_kernel(
     n = first + tl.arange(0, N)
     section, begin, end = section_of_output(first, out, second, third)
     entry = entry_of(table, slot, tile, slot_stride, section)
-    rank = tl.load(entry + RANK)
+    rank = number_of(entry, RANK)
     if (rank == 0) & (SHARES == 1):
         return
     row_T, in_T = rows_of(row, tile, T)
     h_T = h + section * h_section + row_T * h_stride
-    b_N = piece(arena, entry, B) + n - begin
-    sum_TN = second_products(h_T, in_T, b_N, n < end, rank, share, end - begin, T, N, R, SHARES)
-    # What is there is computed anew, as in `shrink_kernel`.
-    sum_TN = gained(sum_TN, entry, arena, n, n - begin, n < end, BEHIND)
     y_T = y + share * y_share + row_T * y_stride
-    store_sum(cells(y_T, n), sum_TN, cells_in(in_T, n < end), SHARES == 1)
+    store_update(y_T, h_T, in_T, n, begin, end, entry, arena, rank, share, T, R, N, SHARES, BEHIND)
 
 
 @triton.jit
-def store_sum(at_TN, sum_TN, mask_TN, ADD: constexpr):
-    """Write a sum, or add it to what is there."""
-    if ADD:
-        sum_TN += load_float(at_TN, mask_TN)
-    store_rounded(at_TN, sum_TN, mask_TN)
+def store_update(
+    y_T,
+    h_T,
+    in_T,
+    n,
+    begin,
+    end,
+    entry,
+    arena,
+    rank,
+    share,
+    T: constexpr,
+    R: constexpr,
+    N: constexpr,
+    SHARES: constexpr,
+    BEHIND: constexpr,
+):
+    """Add a tile's update of the outputs n to y, or write one of several shares of it; a section is [begin, end)."""
+    outputs = end - begin
+    column_N = n - begin
+    in_N = n < end
+    b_N = piece(arena, entry, B) + column_N
+    sum_TN = second_products(h_T, in_T, b_N, in_N, rank, share, outputs, T, N, R, SHARES)
+    in_N = n < end  # anew, as in `shrink_kernel`
+    sum_TN = gained(sum_TN, entry, arena, column_N, in_N, BEHIND)
+    if SHARES == 1:
+        there_TN = load_cells(y_T, n, in_T, in_N)
+        sum_TN += there_TN.to(tl.float32)
+    store_cells(y_T, n, in_T, in_N, sum_TN)
 
 
 @triton.jit
@@ -242,7 +272,8 @@ def add_kernel(
     y, shares, segment, row, out, y_stride, share_stride, share_part, T: constexpr, N: constexpr, SHARES: constexpr
 ):
     """y += the shares that `expand_kernel` wrote, for one tile's rows and some outputs."""
-    tile = tl.load(segment + tl.program_id(0))
+    number = tl.program_id(0)
+    tile = tl.load(segment + number)
     if tile < 0:
         return
     n = numbers_of(tl.program_id(1), N)

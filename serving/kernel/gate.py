@@ -7,22 +7,18 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from serving.kernel.entry import COLUMNS, U, apply_gain, has, load_piece
-from serving.kernel.memory import cells, cells_in, load_float, numbers_of, product, store_rounded
+from serving.kernel.activation import gate_function
+from serving.kernel.entry import COLUMNS, U, apply_gain, entry_offset, has, load_piece
+from serving.kernel.memory import (
+    cells,
+    cells_in,
+    load_float,
+    numbers_of,
+    product,
+    store_cells,
+    store_rounded,
+)
 from serving.kernel.tile import load_factor, load_products, products_of, rows_of
-
-
-@triton.jit
-def gate_function(x, GELU: constexpr):
-    """GELU by its approximation with tanh, or SiLU."""
-    if GELU:
-        square = x * x
-        cube = 0.044715 * square * x
-        z = 0.7978845608028654 * (x + cube)
-        power = tl.exp(-2.0 * z)
-    else:
-        power = tl.exp(-x)
-    return x / (1.0 + power)
 
 
 @triton.jit
@@ -76,17 +72,16 @@ def gate_kernel(
     row_T, in_T = rows_of(row, tile, T)
     n = numbers_of(tl.program_id(0), N)
     in_N = n < inner
-    mine = tl.load(slot + tile) * slot_stride
+    mine = entry_offset(slot, tile, slot_stride)
     entry = table + mine
     y_T = y + row_T * y_stride
     gate_TN, up_TN = completed_gate(y_T, in_T, n, in_N, entry, arena, inner, R, SECTIONS, TAIL, PLACED, GAIN)
     x_TN = gate_function(gate_TN, GELU) * up_TN
     if SCALE:
-        x_TN = apply_scale(x_TN, scales + mine, arena, n, in_N)
+        scales += mine
+        x_TN = apply_scale(x_TN, scales, arena, n, in_N)
     result_T = result + row_T * inner
-    at_TN = cells(result_T, n)
-    mask_TN = cells_in(in_T, in_N)
-    store_rounded(at_TN, x_TN, mask_TN)
+    store_cells(result_T, n, in_T, in_N, x_TN)
 
 
 @triton.jit
@@ -117,8 +112,10 @@ def completed_gate(
     up_TN = load_float(at_TN + inner, mask_TN)
     if TAIL:
         h_T = y_T + 2 * inner
-        gate_TR = load_products(h_T + gate_first, in_T, gate_rank, R)
-        up_TR = load_products(h_T + up_first, in_T, up_rank, R)
+        gate_h_T = h_T + gate_first
+        up_h_T = h_T + up_first
+        gate_TR = load_products(gate_h_T, in_T, gate_rank, R)
+        up_TR = load_products(up_h_T, in_T, up_rank, R)
         gate_TN += product(gate_TR, gate_RN)
         up_TN += product(up_TR, up_RN)
     if GAIN:
@@ -132,7 +129,7 @@ def scale_kernel(x, slot, table, arena, inputs, slot_stride, N: constexpr):
     """x * U in place, for one row."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    mine = tl.load(slot + row) * slot_stride
+    mine = entry_offset(slot, row, slot_stride)
     entry = table + mine
     if has(entry, U):
         n = numbers_of(part, N)

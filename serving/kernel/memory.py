@@ -39,6 +39,22 @@ def load_float(address, mask):
 
 
 @triton.jit
+def load_cells(row_T, column_N, in_T, in_N):
+    """The numbers [T, N] at each row's address with each column's number added; 0 where one of them is not there."""
+    at_TN = cells(row_T, column_N)
+    mask_TN = cells_in(in_T, in_N)
+    return load_masked(at_TN, mask_TN)
+
+
+@triton.jit
+def store_cells(row_T, column_N, in_T, in_N, number_TN):
+    """Write numbers [T, N] at each row's address with each column's number added, in the type of memory there."""
+    at_TN = cells(row_T, column_N)
+    mask_TN = cells_in(in_T, in_N)
+    store_rounded(at_TN, number_TN, mask_TN)
+
+
+@triton.jit
 def store_rounded(address, number, mask):
     """Write numbers in the type that memory has at their addresses."""
     rounded = number.to(address.dtype.element_ty)

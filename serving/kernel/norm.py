@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from serving.kernel.entry import RANK, TAIL, B, M, apply_gain, has, load_piece, piece
+from serving.kernel.entry import RANK, TAIL, B, M, apply_gain, entry_offset, has, load_piece, number_of, piece
 from serving.kernel.memory import load_float, load_masked, store_rounded
 
 
@@ -28,8 +28,8 @@ def add_tail(y_D, y_row, entry, arena, d, in_D, width, R: constexpr):
 
     Unrolled over R ranks, so that all loads are under way at once; an adapter of fewer ranks skips the others.
     """
-    first = tl.load(entry + TAIL)
-    rank = tl.load(entry + RANK)
+    first = number_of(entry, TAIL)
+    rank = number_of(entry, RANK)
     rank = tl.where(first < 0, 0, rank)
     h = y_row + width + first
     b = piece(arena, entry, B)
@@ -90,14 +90,15 @@ def norm_kernel(
     d = tl.arange(0, D)
     in_D = d < width
     at_D = row * width + d
-    mine = tl.load(slot + row) * slot_stride
+    mine = entry_offset(slot, row, slot_stride)
     y_row = y + row * y_stride
     weight_D = norm_weight(weight, own + mine, arena, d, in_D, OWN)
     y_D = completed_row(y_row, source + mine, arena, d, in_D, width, R, TAIL, GAIN)
     dtype = y.dtype.element_ty
     x_D = y_D.to(dtype).to(tl.float32)
     if ADD:
-        sum_D = x_D + load_float(residual + at_D, in_D)
+        residual_D = load_float(residual + at_D, in_D)
+        sum_D = x_D + residual_D
         x_D = sum_D.to(dtype).to(tl.float32)
     store_rounded(stream + at_D, x_D, in_D)
     scale = rms_scale(x_D, width, epsilon)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from serving.kernel.entry import COLUMNS, apply_gain
+from serving.kernel.entry import COLUMNS, apply_gain, entry_offset
 from serving.kernel.memory import cells, cells_in, column, load_float, load_masked, product, store_rounded
 from serving.kernel.norm import norm_weight
 from serving.kernel.tile import load_factor, load_products, products_of, rows_of
@@ -123,9 +123,8 @@ def turned(a_TW, b_TW, cos_TW, sin_TW):
 
 
 @triton.jit
-def store_head(target, at_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF: constexpr, REST: constexpr):
-    """Write the halves and the rest of a head."""
-    first_TW = target + at_TW
+def store_head(first_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF: constexpr, REST: constexpr):
+    """Write the halves and the rest of a head, of which the first half lies there."""
     second_TW = first_TW + HALF
     store_rounded(first_TW, a_TW, mask_TW)
     store_rounded(second_TW, b_TW, mask_TW)
@@ -135,37 +134,11 @@ def store_head(target, at_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF: constexp
 
 @triton.jit
 def rotate_kernel(
-    y,
-    query,
-    keys,
-    values,
-    place,
-    cos,
-    sin,
-    slot,
-    row,
-    table,
-    weights,
-    own,
-    arena,
-    y_stride,
-    slot_stride,
-    epsilon,
-    out,
-    QUERIES: constexpr,
-    KEYS: constexpr,
-    SECTIONS: constexpr,
-    E: constexpr,
-    HALF: constexpr,
-    W: constexpr,
-    T: constexpr,
-    R: constexpr,
-    TAIL: constexpr,
-    PLACED: constexpr,
-    GAIN: constexpr,
-    NORM: constexpr,
+    y, query, keys, values, place, cos, sin, slot, row, table, weights, own, arena, y_stride, slot_stride, epsilon,
+    out, QUERIES: constexpr, KEYS: constexpr, SECTIONS: constexpr, E: constexpr, HALF: constexpr, W: constexpr,
+    T: constexpr, R: constexpr, TAIL: constexpr, PLACED: constexpr, GAIN: constexpr, NORM: constexpr,
     OWN: constexpr,
-):
+):  # fmt: skip
     """One head of a tile's rows: norm where the base has one, rotate, and store as query or into the cache.
 
     `weights` are those of the norms of queries and of keys, `own` the entry of the first of these norms.
@@ -176,7 +149,7 @@ def rotate_kernel(
     row_T, in_T = rows_of(row, tile, T)
     part, begin = part_of_head(head, QUERIES, KEYS)
     section, first, outputs = section_of(part, begin, out, QUERIES, KEYS, SECTIONS, E)
-    mine = tl.load(slot + tile) * slot_stride
+    mine = entry_offset(slot, tile, slot_stride)
     entry = table + mine + section * COLUMNS
     w = tl.arange(0, W)
     n = head * E + w
@@ -196,38 +169,23 @@ def rotate_kernel(
             a_TW, b_TW, c_TW = normed_head(
                 a_TW, b_TW, c_TW, weight, own, arena, w, in_W, in_rest, epsilon, E, HALF, REST, OWN
             )
+    a_TW, b_TW = turned(a_TW, b_TW, cos_TW, sin_TW)
     mask_TW = cells_in(in_T, in_W)
     rest_TW = cells_in(in_T, in_rest)
-    a_TW, b_TW = turned(a_TW, b_TW, cos_TW, sin_TW)
     # Not one pointer for all three, whose alignment Triton would not know.
     if part == 0:
-        store_head(query, at_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF, REST)
+        store_head(query + at_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF, REST)
     if part == 1:
-        store_head(keys, at_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF, REST)
+        store_head(keys + at_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF, REST)
     if part == 2:
-        store_head(values, at_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF, REST)
+        store_head(values + at_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF, REST)
 
 
 @triton.jit
 def completed_head(
-    y_T,
-    in_T,
-    n,
-    column_W,
-    in_W,
-    in_rest,
-    entry,
-    arena,
-    tail,
-    outputs,
-    section,
-    HALF: constexpr,
-    REST: constexpr,
-    R: constexpr,
-    TAIL: constexpr,
-    PLACED: constexpr,
-    GAIN: constexpr,
-):
+    y_T, in_T, n, column_W, in_W, in_rest, entry, arena, tail, outputs, section,
+    HALF: constexpr, REST: constexpr, R: constexpr, TAIL: constexpr, PLACED: constexpr, GAIN: constexpr,
+):  # fmt: skip
     """The halves and the rest of a head, complete, in fp32. What is read is read before the first product."""
     second_W = column_W + HALF
     rest_W = column_W + 2 * HALF

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from serving.kernel.entry import COLUMNS, RANK, RANKS, TAIL, A, piece
+from serving.kernel.entry import COLUMNS, RANK, RANKS, TAIL, A, entry_offset, number_of, piece
 from serving.kernel.memory import load_masked
 
 
@@ -20,22 +20,23 @@ def tail_kernel(
     layer = tl.program_id(1).to(tl.int64)
     section = number % sections
     adapter = number // sections
-    chosen = tl.load(slot + adapter)
-    slot_entry = table + chosen * slot_stride
+    slot_entry = table + entry_offset(slot, adapter, slot_stride)
     layer_entry = slot_entry + layer * table_layer
     entry = layer_entry + section * COLUMNS
-    rank = tl.load(entry + RANK)
-    rows = tl.load(entry + RANKS)
-    first = tl.load(entry + TAIL)
+    rank = number_of(entry, RANK)
+    rows = number_of(entry, RANKS)
+    first = number_of(entry, TAIL)
     source = piece(arena, entry, A)
-    target_row = outputs + first
-    target_row = target_row.to(tl.int64)
+    first_row = outputs + first
+    first_row = first_row.to(tl.int64)
     layer_weight = weight + layer * layer_stride
-    target = layer_weight + target_row * inputs
+    target = layer_weight + first_row * inputs
     for row in range(rows):
         first_number = row * inputs
         has_row = row < rank
-        copy_row(source + first_number, target + first_number, has_row, inputs, N)
+        source_row = source + first_number
+        target_row = target + first_number
+        copy_row(source_row, target_row, has_row, inputs, N)
 
 
 @triton.jit

@@ -8,15 +8,15 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from serving.kernel.entry import RANK, TAIL, B, piece
-from serving.kernel.memory import cells, cells_in, load_masked, numbers_of
+from serving.kernel.entry import RANK, TAIL, B, number_of, piece
+from serving.kernel.memory import load_cells, numbers_of
 
 
 @triton.jit
 def rows_of(row, tile, T: constexpr):
     """The numbers in the batch of a tile's rows, and which of them are there: the others are negative."""
     t = numbers_of(tile, T)
-    row_T = tl.load(row + t)
+    row_T = tl.load(row + t, eviction_policy="evict_last")
     row_T = row_T.to(tl.int64)
     return row_T, row_T >= 0
 
@@ -27,10 +27,10 @@ def products_of(entry, section, R: constexpr, PLACED: constexpr):
 
     PLACED: where the entry says, or nowhere; otherwise each section has R.
     """
-    rank = tl.load(entry + RANK)
+    rank = number_of(entry, RANK)
     first = section * R
     if PLACED:
-        first = tl.load(entry + TAIL)
+        first = number_of(entry, TAIL)
         rank = tl.where(first < 0, 0, rank)
     return first, rank
 
@@ -42,9 +42,7 @@ def load_factor(arena, entry, rank, column_N, in_N, outputs, R: constexpr):
     in_R = r < rank
     b = piece(arena, entry, B)
     row_R = b + r * outputs
-    at_RN = cells(row_R, column_N)
-    mask_RN = cells_in(in_R, in_N)
-    return load_masked(at_RN, mask_RN)
+    return load_cells(row_R, column_N, in_R, in_N)
 
 
 @triton.jit
@@ -52,6 +50,4 @@ def load_products(h_T, in_T, rank, R: constexpr):
     """The products [T, R] of a tile's rows, which begin at h; those beyond the adapter's rank are 0."""
     r = tl.arange(0, R)
     in_R = r < rank
-    at_TR = cells(h_T, r)
-    mask_TR = cells_in(in_T, in_R)
-    return load_masked(at_TR, mask_TR)
+    return load_cells(h_T, r, in_T, in_R)
