@@ -57,6 +57,8 @@ def answer(cluster: Cluster, shelf: Shelf, request: PlainData) -> Any:
             secrets = tuple(request["secrets"])
             made = cluster.request(job, request["run_id"], request["submission"], secrets)
             return asdict(made)
+        case "forecast":
+            return cluster.forecast(ClusterRequest(**request["request"]))
         case "submit":
             return cluster.submit(ClusterRequest(**request["request"]))
         case "status":

@@ -74,12 +74,28 @@ class Cluster(Protocol):
         """Where the run folders of its runs are."""
         ...
 
-    def request(self, job: Job, run_id: str, submission: int = 1, secrets: tuple[str, ...] = ()) -> ClusterRequest:
-        """What would be submitted, with secrets of these names, without any effect; raises SubmissionRefused."""
+    def request(
+        self, job: Job, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
+    ) -> ClusterRequest:
+        """What would be submitted, with secrets of these names, without any effect; raises SubmissionRefused.
+
+        A `submission` of None is the one after all that the cluster had of the run.
+        """
+        ...
+
+    def forecast(self, request: ClusterRequest) -> float | None:
+        """When it would start, in seconds since 1970; None where the cluster does not say. Nothing is submitted.
+
+        Raises SubmissionRefused where it never would.
+        """
         ...
 
     def submit(self, request: ClusterRequest) -> None:
-        """Hand a request over, once however often it is repeated. The run folder exists already."""
+        """Hand a request over, once however often it is repeated. The run folder exists already.
+
+        A run that goes on by an earlier submission is left to that. Raises SubmissionRefused where the cluster does
+        not take it: then nothing is queued.
+        """
         ...
 
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,8 +76,13 @@ class Local:
         """The run folders of this home."""
         return LocalSite(self.home / "runs")
 
-    def request(self, job: Job, run_id: str, submission: int = 1, secrets: tuple[str, ...] = ()) -> ClusterRequest:
-        """What would be queued: the controller's command, and how many workers it needs capacity for."""
+    def request(
+        self, job: Job, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
+    ) -> ClusterRequest:
+        """What would be queued: the controller's command, and how many workers it needs capacity for.
+
+        The queue has a run once, whatever the number of its submission.
+        """
         kind, total = total_capacity()
         wanted = job.resources.world_size
         if kind == "cpu" and job.resources.gpus_per_node:
@@ -94,7 +100,12 @@ class Local:
         environment = {**self.env, **settings(job, os.environ), "FLEETUNE_HOME": str(self.home)}
         text = self._entry(run_id, wanted, environment, secrets)
         run_dir = self.site.root / run_id
-        return ClusterRequest(run_id, submission, str(run_dir), text, secrets)
+        return ClusterRequest(run_id, submission or 1, str(run_dir), text, secrets)
+
+    def forecast(self, request: ClusterRequest) -> float | None:
+        """Now, where there is capacity for it; else nobody knows."""
+        workers: int = json.loads(request.text)["workers"]
+        return time.time() if self.capacity().free >= capacity_needed(workers) else None
 
     def submit(self, request: ClusterRequest) -> None:
         """Queue a run, and see to it that the supervisor runs."""

@@ -1,36 +1,73 @@
-"""One Ray node of an allocation: `python -m clusters.ray_node FOLDER ADDRESS|head`, until it is killed.
+"""One Ray node of an allocation: `python -m clusters.ray_node FOLDER ADDRESS|head`, as long as FOLDER is there.
 
 SLURM sends SIGTERM to the processes of a step when it preempts a job. Ray would end at once, and with it the workers
-that are still to save; so the signal is blocked in what starts here. Who keeps the allocation ends it, or SLURM does
-by SIGKILL when the grace time is over.
+that are still to save; so the signal is blocked in what starts here. Who keeps the allocation removes FOLDER. What
+SIGKILL leaves behind in /tmp, when the grace time is over, is removed by the next node that starts there.
 """
 
+import fcntl
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from clusters.ray_start import free_ports, head_options, node_options, ray_command, write_whole
 
+_PARENT = Path("/tmp")  # short: the path of a socket has 107 bytes
+_PREFIX = "ft-ray-"
+_NODE_POLL_S = 0.5
 
-def main(folder: Path, address: str) -> None:
-    """Become the Ray node: a head that writes its address into `folder`/address, or one that joins an address."""
+
+def main(folder: Path, address: str) -> int:
+    """Keep a Ray node: a head that writes its address into `folder`/address, or one that joins an address."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     os.umask(0o077)
-    temporary = tempfile.mkdtemp(prefix="ft-ray-", dir="/tmp")  # short: sockets lie in it
+    remove_left_folders()
     ip = own_address()
-    options = node_options(ip, Path(temporary)) | {"memory": node_memory()}
-    flags = ["--disable-usage-stats"]
-    if address == "head":
-        (port,) = free_ports(1, ip)
-        options |= head_options(ip, port)
-        flags += ["--head", "--no-monitor"]
-        write_whole(folder / "address", f"{ip}:{port}")
-    else:
-        options["address"] = address
-    os.execv(sys.executable, ray_command(options, flags))
+    with own_folder() as temporary:
+        options = node_options(ip, temporary) | {"memory": node_memory()}
+        flags = ["--disable-usage-stats"]
+        if address == "head":
+            (port,) = free_ports(1, ip)
+            options |= head_options(ip, port)
+            flags += ["--head", "--no-monitor"]
+            write_whole(folder / "address", f"{ip}:{port}")
+        else:
+            options["address"] = address
+        ray = subprocess.Popen(ray_command(options, flags), start_new_session=True)
+        while ray.poll() is None and folder.exists():
+            time.sleep(_NODE_POLL_S)
+        with suppress(ProcessLookupError):
+            os.killpg(ray.pid, signal.SIGKILL)
+        return ray.wait()
+
+
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """A folder of this node for Ray's files, which is locked, and removed behind the block."""
+    hidden = Path(tempfile.mkdtemp(prefix=".", dir=_PARENT))
+    with (hidden / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = hidden.rename(_PARENT / f"{_PREFIX}{hidden.name[1:]}")
+        try:
+            yield folder / "ray"
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_left_folders() -> None:
+    """Remove the folders of nodes of this user that were killed here: their locks are free."""
+    for path in _PARENT.glob(f"{_PREFIX}*/lock"):
+        with suppress(OSError), path.open() as lock:  # another user's, or just removed
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def own_address() -> str:
@@ -47,4 +84,4 @@ def node_memory() -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

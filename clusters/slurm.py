@@ -15,72 +15,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from clusters.base import Capacity, ClusterRequest, ClusterState, ClusterStatus, Logs, SubmissionRefused, Unreachable
+from clusters.base import Capacity, ClusterRequest, ClusterStatus, Logs, SubmissionRefused, Unreachable
 from clusters.config import SlurmConfig
 from clusters.controllers import controller_command
 from clusters.environment import can_be_variable, settings
+from clusters.slurm_answers import (
+    SACCT,
+    SINFO,
+    SQUEUE,
+    QueuedJob,
+    capacity_of,
+    endings,
+    queued_jobs,
+    refusal_in,
+    start_in,
+)
 from clusters.slurm_script import BatchJob, batch_script
-from runfolder.chain import result
+from runfolder.chain import last_slot, result
 from runfolder.job import Job
+from runfolder.requests import last_reopened
 from runfolder.site import LocalSite
 
 _TIMEOUT_S = 60.0
 _LONGEST_ENVIRONMENT = 1 << 20  # characters: slurmctld keeps every script, and takes 4 MiB
-
-# SLURM's states; what is not here has ended, or is not known.
-_STATES: dict[str, ClusterState] = {
-    "PENDING": "queued",
-    "REQUEUED": "queued",
-    "REQUEUE_HOLD": "queued",
-    "SPECIAL_EXIT": "queued",
-    "CONFIGURING": "starting",
-    "RUNNING": "running",
-    "SUSPENDED": "running",
-    "COMPLETING": "running",
-    "STAGE_OUT": "running",
-}
-_REASONS = {
-    "Priority": "others have a higher priority",
-    "Resources": "waits for free nodes",
-    "BeginTime": "was requeued, and may start again in a moment",
-    "Dependency": "waits for another job",
-    "PartitionDown": "the partition is down",
-    "PartitionTimeLimit": "asks for more time than the partition allows",
-    "ReqNodeNotAvail": "nodes that it needs are down or reserved",
-    "QOSMaxJobsPerUserLimit": "you have as many jobs running as your quality of service allows",
-    "QOSMaxGRESPerUser": "you have as many GPUs as your quality of service allows",
-    "AssocGrpGRES": "your account has as many GPUs as it may",
-    "AssocMaxJobsLimit": "your account has as many jobs running as it may",
-    "JobHeldUser": "held: scontrol release lets it go on",
-    "JobHeldAdmin": "held by an administrator",
-    "launch failed requeued held": "could not be started, and is held: see the site's administrators",
-}
-
-
-@dataclass(frozen=True)
-class QueuedJob:
-    """A job as squeue tells of it."""
-
-    id: str
-    name: str
-    state: ClusterState | None  # None where it has ended
-    reason: str
-    start: str  # when SLURM expects it to start
-
-    @property
-    def run_id(self) -> str:
-        """The run whose submission the job is."""
-        run_id, _, _ = self.name.rpartition("-s")
-        return run_id
-
-    @property
-    def why_queued(self) -> str:
-        """Why it waits, in words, and when SLURM expects it to start."""
-        reason = _REASONS.get(self.reason, self.reason)
-        forecast = ""
-        if self.start not in ("", "N/A", "NULL"):
-            forecast = f"; SLURM expects its start at {self.start}"
-        return f"SLURM job {self.id}: {reason}{forecast}"
 
 
 @dataclass(frozen=True)
@@ -100,8 +57,11 @@ class Slurm:
         """Scripts and outputs of submissions."""
         return self.home / "slurm"
 
-    def request(self, job: Job, run_id: str, submission: int = 1, secrets: tuple[str, ...] = ()) -> ClusterRequest:
+    def request(
+        self, job: Job, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
+    ) -> ClusterRequest:
         """What would be submitted: the whole batch script. Raises SubmissionRefused."""
+        submission = submission or self._next_submission(run_id)
         environment = {**self.config.env, **settings(job, {}), "FLEETUNE_HOME": str(self.home)}
         _check_environment(environment)
         name = f"{run_id}-s{submission}"
@@ -112,16 +72,23 @@ class Slurm:
         return ClusterRequest(run_id, submission, run_dir, text, secrets)
 
     def submit(self, request: ClusterRequest) -> None:
-        """Queue a batch job, unless the submission has one; raises Unreachable where it is not known to be queued."""
+        """Queue a batch job, unless the submission has one.
+
+        Raises Unreachable where it is not known to be queued, and SubmissionRefused where SLURM does not take it.
+        """
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self._submitting(request.name):
-            if self._is_submitted(request.name):
+        with self._submitting(request.run_id):
+            jobs = self._jobs()
+            note = self._note(request.name)
+            if note.exists() or any(job.name == request.name for job in jobs) or self._goes_on(request.run_id, jobs):
                 return
             script = self.folder / f"{request.name}.sh"
             script.write_text(request.text)
-            said = self._run(["sbatch", "--parsable", str(script)])
-            job_id = said.strip().partition(";")[0]
-            self._note(request.name).write_text(job_id)
+            ran = self._call(["sbatch", "--parsable", str(script)])
+            if ran.returncode and (words := refusal_in(ran.stderr)):
+                raise SubmissionRefused(f"SLURM does not take this job: {words}")
+            job_id = _answer_of(ran).strip().partition(";")[0]
+            note.write_text(job_id)
 
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
         """The state of each run: its newest submission's, as squeue tells it for all of them at once."""
@@ -147,55 +114,69 @@ class Slurm:
 
     def capacity(self) -> Capacity:
         """GPUs of the partition's nodes that are up, or their cores where they have none."""
-        command = ["sinfo", "--noheader", "--Node", "-O", "StateCompact:20,Gres:200,GresUsed:200,CPUsState:60"]
-        if self.config.partition:
-            command += ["-p", self.config.partition]
-        total_gpus = used_gpus = total_cores = idle_cores = 0
-        for line in self._run(command).splitlines():
-            state, gres, used, cores = line.split()
-            if state.rstrip("*~#%$@+-") not in ("idle", "mix", "alloc", "comp", "resv"):
-                continue
-            total_gpus += _gpus_in(gres)
-            used_gpus += _gpus_in(used)
-            _, idle, _, all_cores = map(int, cores.split("/"))
-            total_cores += all_cores
-            idle_cores += idle
-        if total_gpus:
-            return Capacity("gpu", total_gpus, total_gpus - used_gpus)
-        return Capacity("cpu", total_cores, idle_cores)
+        partition = ["-p", self.config.partition] if self.config.partition else []
+        return capacity_of(self._run([*SINFO, *partition]))
+
+    def forecast(self, request: ClusterRequest) -> float | None:
+        """When SLURM would start a request; raises SubmissionRefused, in SLURM's words, where it never would."""
+        ran = self._call(["sbatch", "--test-only"], request.text)
+        if ran.returncode == 0:
+            return start_in(ran.stderr)
+        if words := refusal_in(ran.stderr, is_test=True):
+            raise SubmissionRefused(f"SLURM does not take this job: {words}")
+        return None
 
     def _status(self, run_id: str, jobs: list[QueuedJob]) -> ClusterStatus:
         if result(self.site.root / run_id) is not None:
             return ClusterStatus("ended")
         live = _live_jobs(run_id, jobs)
         if not live:
-            return ClusterStatus("unknown", "SLURM has no job of this run; fleetune resume submits it again")
+            return ClusterStatus("unknown", f"{self._last_ending(run_id)}; fleetune resume submits it again")
         job = live[-1]
         if job.state == "queued":
             return ClusterStatus("queued", job.why_queued, stuck="held" in job.reason.lower())
         return ClusterStatus(job.state or "unknown", f"SLURM job {job.id}")
 
-    def _is_submitted(self, name: str) -> bool:
-        """Whether a submission has a job, wherever that has got to."""
-        return self._note(name).exists() or any(job.name == name for job in self._jobs())
+    def _last_ending(self, run_id: str) -> str:
+        """How the newest job of a run that has no job now ended, as SLURM's accounting has it."""
+        notes = sorted(self.folder.glob(f"{run_id}-s*.job"), key=lambda note: note.stat().st_mtime)
+        if not notes:
+            return "SLURM has no job of this run"
+        job_id = notes[-1].read_text()
+        for source in ([], ["--completion"]):  # a site without accounting may write down what ended
+            ran = self._call([*SACCT, *source, "-j", job_id])
+            ended = endings(ran.stdout) if ran.returncode == 0 else {}
+            if job_id in ended:
+                return f"SLURM job {job_id} ended: {ended[job_id]}"
+        return f"SLURM has no job {job_id} any more"
+
+    def _goes_on(self, run_id: str, jobs: list[QueuedJob]) -> bool:
+        """Whether a job of an earlier submission takes a run on: one that waits, or one that runs it now."""
+        run_dir = self.site.root / run_id
+        slot = last_slot(run_dir)
+        is_just_reopened = slot > 0 and slot == last_reopened(run_dir)  # what runs has closed it, and is at its end
+        live = _live_jobs(run_id, jobs)
+        return any(job.state == "queued" or not is_just_reopened for job in live)
+
+    def _next_submission(self, run_id: str) -> int:
+        """The number after those of the run's submissions so far."""
+        numbers = [0]
+        for script in self.folder.glob(f"{run_id}-s*.sh"):
+            numbers.append(int(script.stem.rpartition("-s")[2]))
+        return max(numbers) + 1
 
     def _jobs(self) -> list[QueuedJob]:
         """This user's jobs that SLURM knows of, those that ended lately too."""
-        said = self._run(["squeue", "--me", "--noheader", "--states=all", "-o", "%i|%T|%r|%S|%j"])
-        jobs = []
-        for line in said.splitlines():
-            id_, state, reason, start, name = line.split("|", 4)  # a name may have any character
-            jobs.append(QueuedJob(id_, name, _STATES.get(state), reason, start))
-        return jobs
+        return queued_jobs(self._run(SQUEUE))
 
     def _note(self, name: str) -> Path:
         """Where the job id of a submission is written down."""
         return self.folder / f"{name}.job"
 
     @contextmanager
-    def _submitting(self, name: str) -> Iterator[None]:
-        """One client at a time for a submission; the lock falls with its process."""
-        with (self.folder / f"{name}.lock").open("w") as lock:
+    def _submitting(self, run_id: str) -> Iterator[None]:
+        """One client at a time for a run; the lock falls with its process."""
+        with (self.folder / f"{run_id}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
@@ -208,14 +189,24 @@ class Slurm:
 
     def _run(self, command: list[str]) -> str:
         """What a command of SLURM prints; raises Unreachable where it fails, as a repetition may not."""
+        return _answer_of(self._call(command))
+
+    def _call(self, command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
+        """Run a command of SLURM, with a text as its input; raises Unreachable where it does not end."""
         try:
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+            return subprocess.run(
+                command, input=text, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Unreachable(f"SLURM: {command[0]}: {error}") from None
-        if ran.returncode:
-            lines = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
-            raise Unreachable(f"SLURM: {command[0]}: {lines[-1]}")
-        return ran.stdout
+
+
+def _answer_of(ran: subprocess.CompletedProcess[str]) -> str:
+    """What a command of SLURM printed; raises Unreachable where it failed."""
+    if ran.returncode:
+        lines = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
+        raise Unreachable(f"SLURM: {ran.args[0]}: {lines[-1]}")
+    return ran.stdout
 
 
 def _live_jobs(run_id: str, jobs: list[QueuedJob]) -> list[QueuedJob]:
@@ -234,13 +225,3 @@ def _check_environment(environment: dict[str, str]) -> None:
     size = len(json.dumps(environment))
     if size > _LONGEST_ENVIRONMENT:
         raise SubmissionRefused(f"env: found {size} characters; allowed: {_LONGEST_ENVIRONMENT}")
-
-
-def _gpus_in(gres: str) -> int:
-    """The GPUs in what sinfo says of a node's resources, like `gpu:a100:4(S:0-1),tmpdisk:1`."""
-    total = 0
-    for part in gres.split(","):
-        fields = part.partition("(")[0].split(":")
-        if fields[0] == "gpu" and fields[-1].isdigit():
-            total += int(fields[-1])
-    return total

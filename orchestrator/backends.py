@@ -1,7 +1,8 @@
 """The clusters by the names that `--cluster` takes."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from clusters.backends import open_backend
@@ -60,9 +61,22 @@ def _open(name: str, config: ClusterConfig) -> Cluster:
     return RemoteCluster(FarSide(name, link_of(name, config), config, installed_code()))
 
 
-def make_request(cluster: Cluster, job: Job, run_id: str, submission: int = 1) -> ClusterRequest:
-    """What would be submitted; raises InputError for what the cluster can never serve."""
-    try:
+def make_request(cluster: Cluster, job: Job, run_id: str, submission: int | None = 1) -> ClusterRequest:
+    """What would be submitted, None: as the run's next; raises InputError for what the cluster can never serve."""
+    with _refused():
         return cluster.request(job, run_id, submission, secret_names(os.environ))
+
+
+def expected_start(cluster: Cluster, request: ClusterRequest) -> float | None:
+    """When a request would start, in seconds since 1970, if that is known; raises InputError where it never would."""
+    with _refused():
+        return cluster.forecast(request)
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Within it, what a cluster refuses is an error of the input."""
+    try:
+        yield
     except SubmissionRefused as error:
         raise InputError(str(error)) from None

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from clusters.environment import secret_values
-from orchestrator.backends import make_request
+from orchestrator.backends import expected_start, make_request
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, find
 from runfolder.files import Record
@@ -43,9 +43,8 @@ def resume(reference: str, cluster: str | None = None) -> str:
     run = find(reference, cluster)
     backend = run.cluster
     job = job_in(run.site.record(run.run_id), f"run {run.run_id}: job.yaml")
-    submission = run.snapshot().attempt + 1
-    request = make_request(backend, job, run.run_id, submission)
-    backend.capacity()  # where there is no cluster, the run stays as it is
+    request = make_request(backend, job, run.run_id, submission=None)
+    expected_start(backend, request)  # where the cluster would never start it, the run stays as it is
     _ask(run, "reopen")
     run.site.write_secrets(run.run_id, secret_values(request.secrets))
     backend.submit(request)

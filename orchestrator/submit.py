@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clusters.base import Cluster
+from clusters.base import Cluster, SubmissionRefused
 from clusters.environment import secret_values
-from orchestrator.backends import make_request, open_cluster
+from orchestrator.backends import expected_start, make_request, open_cluster
 from orchestrator.clusters_file import default_cluster
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import JobSource, Sent, brought, frozen_record, input_digests, read_job
@@ -69,12 +69,14 @@ def submit(
     frozen = frozen_record(job, checked.model, cluster, folder, of_inputs)
     with _chosen_id(job, frozen, run_id) as chosen_id:
         request = make_request(backend, job, chosen_id)
-        if backend.site.is_here:  # else it was asked for the checks
-            backend.capacity()  # where there is no cluster, nothing is made
+        expected_start(backend, request)  # where the cluster would never start it, nothing is made
         remember(chosen_id, cluster)
         adopted = _create_or_adopt(backend.site, chosen_id, frozen)
         backend.site.write_secrets(chosen_id, secret_values(request.secrets) | secrets_of(job))
-        backend.submit(request)
+        try:
+            backend.submit(request)
+        except SubmissionRefused as error:
+            raise _withdrawn(backend, chosen_id, adopted, str(error)) from None
         submission = Submission(chosen_id, Path(request.run_dir), cluster, adopted, checked.warnings)
         announce(submission)
     return submission
@@ -126,6 +128,15 @@ def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> Itera
         raise
     finally:
         os.close(descriptor)
+
+
+def _withdrawn(cluster: Cluster, run_id: str, adopted: bool, why: str) -> InputError:
+    """The error of a run that its cluster does not take, whose folder is there already: it is closed as cancelled."""
+    if adopted:
+        return InputError(why)
+    cluster.site.ask(run_id, "cancel")
+    cluster.cancel(run_id)
+    return InputError(f"{why}; {run_id} is cancelled")
 
 
 def _identity(frozen: Mapping[str, Any]) -> str:

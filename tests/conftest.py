@@ -3,6 +3,9 @@
 import json
 import os
 import random
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
@@ -27,6 +30,26 @@ def _no_home(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[
         patch.setenv("FLEETUNE_HOME", str(tmp_path_factory.mktemp("fleetune")))
         patch.setenv("FLEETUNE_CACHE", str(cache))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Have readers of rows forked, not started: two seconds for each of some sixty."""
+    from orchestrator.planning import survey
+
+    script = str(Path(__file__).with_name("forked_reader.py"))
+    address = str(tmp_path_factory.mktemp("readers") / "socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        serve = [sys.executable, script, "serve", str(listener.fileno())]
+        environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+        server = subprocess.Popen(serve, pass_fds=[listener.fileno()], env=environment, stdin=subprocess.DEVNULL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(survey, "READER", [sys.executable, "-I", "-S", script, address])
+        yield
+    server.kill()
+    server.wait()
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,18 @@ class RemoteCluster:
         self.far_side = far_side
         self.site = RemoteSite(far_side)
 
-    def request(self, job: Job, run_id: str, submission: int = 1, secrets: tuple[str, ...] = ()) -> ClusterRequest:
+    def request(
+        self, job: Job, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
+    ) -> ClusterRequest:
         """What would be submitted, as the backend there makes it; raises SubmissionRefused."""
         arguments = {"job": job.dump(), "run_id": run_id, "submission": submission, "secrets": secrets}
         made = self.far_side.ask({"verb": "request", **arguments})
         return ClusterRequest(**made | {"secrets": secrets})
+
+    def forecast(self, request: ClusterRequest) -> float | None:
+        """When it would start there; raises SubmissionRefused where it never would."""
+        start: float | None = self.far_side.ask({"verb": "forecast", "request": asdict(request)})
+        return start
 
     def submit(self, request: ClusterRequest) -> None:
         """Hand a request over, once however often it is repeated."""

@@ -29,6 +29,7 @@ from trainer.data.files import digest
 from trainer.data.rows import Row, read_rows
 from trainer.data.survey import Survey
 
+READER = [sys.executable, "-P", "-m", "trainer.data"]  # the child, which gets a request and prints answers
 _NEEDED = ("transformers", "pyarrow", "numpy", "jinja2")
 _LARGEST = 256 << 20  # bytes of a file that is looked at as tokens before a run: a minute or two
 _CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English, for estimates alone
@@ -220,7 +221,7 @@ def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: Sour
     answers: Answers = {}
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "trainer.data"],
+            READER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

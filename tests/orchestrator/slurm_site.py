@@ -105,6 +105,14 @@ class SlurmSite:
         self._end("slurmctld")
         self._start_controller()
 
+    def signal_user_at_preemption(self, signals: bool) -> None:
+        """Whether a preemption sends the signal of --signal, as sites may choose."""
+        path = self.folder / "slurm.conf"
+        kept = [line for line in path.read_text().splitlines() if not line.startswith("SlurmctldParameters")]
+        chosen = ["SlurmctldParameters=preempt_send_user_signal"] if signals else []
+        path.write_text("\n".join([*kept, *chosen]) + "\n")
+        self.restart_controller()
+
     def run(self, *command: str) -> str:
         """What a command of SLURM prints."""
         return _run(*command, env=os.environ | self.environment)
@@ -237,6 +245,7 @@ MinJobAge=300
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_interval=2
 JobRequeue=1
+EnforcePartLimits=ALL
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal

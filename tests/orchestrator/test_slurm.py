@@ -1,10 +1,12 @@
 """SLURM for real, on nodes of namespaces: a run is submitted once, trains over two nodes, and survives their loss."""
 
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +16,10 @@ import fleetune
 from clusters.config import SlurmConfig
 from clusters.slurm import Slurm
 from orchestrator import backends
-from runfolder.chain import attempts
+from orchestrator.errors import InputError
+from orchestrator.tracking.history import history
+from runfolder.appended import read_lines
+from runfolder.chain import attempts, claim_next
 from runfolder.job import Job
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -83,29 +88,160 @@ def make_job(tmp_path: Path, base: Path, rows: Path, **changes: object) -> Path:
     return path
 
 
-@pytest.mark.chaos
+def begin(hpc: Path, job: Path, steps: int = 8) -> Path:
+    """Submit a run, and wait until it has done so many steps; gives its folder."""
+    done = fleetune.submit(job, cluster="hpc")
+    while fleetune.status(done.run_id).step < steps:
+        wait_for(done.run_id, ("queued", "starting", "running", "preempted"), 300)
+        time.sleep(0.2)
+    return hpc / "runs" / done.run_id
+
+
+def assert_undisturbed(run_dir: Path, launch: Any, timeout_s: float = 600) -> None:
+    """Wait for the success of a run, whose every step has the loss of the same job undisturbed, without SLURM."""
+    ended = wait_for(run_dir.name, ("succeeded", "failed", "cancelled"), timeout_s)
+    assert ended.state == "succeeded", (ended, fleetune.logs(run_dir.name)[-3000:])
+    assert (run_dir / "output" / "adapter_model.safetensors").exists()
+    alone = run_dir.with_name(f"{run_dir.name}-alone")
+    alone.mkdir()
+    for name in ("job.yaml", "run.json"):
+        shutil.copy(run_dir / name, alone)
+    claim_next(alone, None)
+    launch(2, alone)
+    steps = [row["step"] for row in history(run_dir)]
+    assert steps == list(range(1, steps[-1] + 1))
+    expected = [row["loss"] for row in history(alone)]
+    assert [row["loss"] for row in history(run_dir)] == pytest.approx(expected, rel=1e-5)
+
+
+LONG = {"train": {"steps": 60, "batch_tokens": 128}, "checkpoint": {"every": 5}}
+
+
 @pytest.mark.timeout(900)
 def test_a_run_over_two_nodes_that_loses_one_finishes(
-    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path
+    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
 ) -> None:
-    train = {"steps": 60, "batch_tokens": 128}
-    job = make_job(tmp_path, tiny_base, sums, train=train, checkpoint={"every": 5})
-    done = fleetune.submit(job, cluster="hpc")
-    run_dir = hpc / "runs" / done.run_id
-    again = fleetune.submit(job, cluster="hpc", run_id=done.run_id)
+    job = make_job(tmp_path, tiny_base, sums, **LONG)
+    run_dir = begin(hpc, job)
+    again = fleetune.submit(job, cluster="hpc", run_id=run_dir.name)
     assert again.adopted
     names = site.run("squeue", "--noheader", "-o", "%j").split()
-    assert names == [f"{done.run_id}-s1"]
-    while fleetune.status(done.run_id).step < 8:
-        wait_for(done.run_id, ("queued", "starting", "running", "preempted"), 200)
-        time.sleep(0.2)
+    assert names == [f"{run_dir.name}-s1"]
     site.kill("node2")
     time.sleep(1)
     site.boot("node2")
-    ended = wait_for(done.run_id, ("succeeded", "failed", "cancelled"), 400)
-    assert ended.state == "succeeded", (ended, fleetune.logs(done.run_id)[-3000:])
-    assert len(attempts(run_dir)) >= 2 and attempts(run_dir)[1].start is not None
-    assert (run_dir / "output" / "adapter_model.safetensors").exists()
+    assert_undisturbed(run_dir, launch)
+    assert attempts(run_dir)[1].start is not None
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_run_whose_first_node_dies_finishes(
+    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+) -> None:
+    run_dir = begin(hpc, make_job(tmp_path, tiny_base, sums, **LONG))
+    site.kill("node1")
+    time.sleep(1)
+    site.boot("node1")
+    assert_undisturbed(run_dir, launch)
+    assert attempts(run_dir)[1].start is not None
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("node", ["node1", "node2"])
+def test_a_node_that_was_cut_off_and_comes_back_changes_nothing(
+    node: str, hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+) -> None:
+    run_dir = begin(hpc, make_job(tmp_path, tiny_base, sums, **LONG))
+    site.cut(node)
+    time.sleep(45)  # SLURM gives it up after some 26 s
+    site.heal(node)
+    assert_undisturbed(run_dir, launch)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_run_does_not_notice_that_slurmctld_was_restarted(
+    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+) -> None:
+    run_dir = begin(hpc, make_job(tmp_path, tiny_base, sums, **LONG))
+    site.restart_controller()
+    assert_undisturbed(run_dir, launch)
+    assert len(attempts(run_dir)) == 1
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("signals_user", [True, False])
+def test_a_preempted_run_saves_and_goes_on_later(
+    signals_user: bool, hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+) -> None:
+    site.signal_user_at_preemption(signals_user)
+    run_dir = begin(hpc, make_job(tmp_path, tiny_base, sums, train={"steps": 600, "batch_tokens": 128}))
+    site.run("sbatch", "-p", "main", "-N2", "--ntasks-per-node=1", "--cpus-per-task=4", "--wrap", "sleep 5")
+    assert_undisturbed(run_dir, launch)
+    first, second = attempts(run_dir)
+    assert first.verdict and first.verdict["kind"] == "preemption"
+    rows = read_lines(first, "metrics.jsonl")
+    assert second.start and second.start.step >= rows[-1]["step"] - 1
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3000)
+def test_a_job_longer_than_its_walltime_is_a_chain(
+    hpc: Path, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+) -> None:
+    resources = {"nodes": 2, "workers_per_node": 1, "walltime": "3m", "grace": 20}
+    train = {"steps": 6000, "batch_tokens": 128}
+    run_dir = begin(hpc, make_job(tmp_path, tiny_base, sums, train=train, resources=resources))
+    assert_undisturbed(run_dir, launch, 2400)
+    saved = [attempt.verdict["kind"] for attempt in attempts(run_dir)[:-1] if attempt.verdict]
+    assert saved and set(saved) == {"preemption"}
+
+
+def test_what_would_never_start_is_refused_before_anything_is_made(
+    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path
+) -> None:
+    config = {"kind": "slurm", "root": str(hpc), "partition": "none"}
+    (tmp_path / "clusters.yaml").write_text(yaml.safe_dump({"hpc": config}))
+    with pytest.raises(InputError, match="SLURM does not take this job: Invalid partition name specified"):
+        fleetune.submit(make_job(tmp_path, tiny_base, sums), cluster="hpc")
+    assert not list((hpc / "runs").glob("*")) and site.run("squeue", "--noheader") == ""
+
+
+def test_what_slurm_does_not_take_is_cancelled(
+    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path
+) -> None:
+    # More memory than a node has: a test says of it what it says of nodes that are down.
+    config = {"kind": "slurm", "root": str(hpc), "memory_per_worker": 900}
+    (tmp_path / "clusters.yaml").write_text(yaml.safe_dump({"hpc": config}))
+    job = make_job(tmp_path, tiny_base, sums)
+    with pytest.raises(InputError, match="Requested node configuration is not available; sums-.* is cancelled"):
+        fleetune.submit(job, cluster="hpc")
+    (run_dir,) = (hpc / "runs").glob("sums-*")
+    assert fleetune.status(run_dir.name).state == "cancelled" and site.run("squeue", "--noheader") == ""
+
+
+@pytest.mark.usefixtures("hpc")
+def test_a_run_whose_job_is_gone_is_submitted_again(
+    site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path
+) -> None:
+    site.run("scontrol", "update", "nodename=node[1-2]", "state=drain", "reason=test")
+    try:
+        done = fleetune.submit(make_job(tmp_path, tiny_base, sums), cluster="hpc")
+        wait_for(done.run_id, ("queued",), 10)
+        (job_id,) = site.run("squeue", "--noheader", "-o", "%i").split()
+        site.run("scancel", job_id)
+        status = wait_for(done.run_id, ("unknown",), 10)
+        assert f"SLURM job {job_id}" in str(status.reason) and "fleetune resume" in str(status.reason)
+        for _ in range(2):
+            fleetune.resume(done.run_id)
+        assert site.run("squeue", "--noheader", "-o", "%j").split() == [f"{done.run_id}-s2"]
+        fleetune.cancel(done.run_id)
+        assert wait_for(done.run_id, ("cancelled",), 30).state == "cancelled"
+    finally:
+        site.run("scontrol", "update", "nodename=node[1-2]", "state=resume")
 
 
 def test_a_queued_run_is_cancelled(hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path) -> None:

@@ -217,13 +217,13 @@ def _write(draft: BinaryIO, shard: Shard, path: Path) -> None:
 
 def _arrow_stream(shard: Shard) -> pa.Buffer:
     """A shard as an Arrow stream of one batch: a row for each example, the counts in the metadata."""
-    ids = pa.array(shard.ids)
-    target_bytes = shard.target.view(np.uint8)
-    target = pa.array(target_bytes)
+    offsets = _arrow_array(shard.offsets)
+    ids = _arrow_array(shard.ids)
+    target = _arrow_array(shard.target.view(np.uint8))
     columns = {
-        "ids": pa.LargeListArray.from_arrays(shard.offsets, ids),
-        "target": pa.LargeListArray.from_arrays(shard.offsets, target),
-        "row": pa.array(shard.rows),
+        "ids": pa.LargeListArray.from_arrays(offsets, ids),
+        "target": pa.LargeListArray.from_arrays(offsets, target),
+        "row": _arrow_array(shard.rows),
     }
     counts = json.dumps(asdict(shard.counts))
     metadata = {"counts": counts}
@@ -232,6 +232,19 @@ def _arrow_stream(shard: Shard) -> pa.Buffer:
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
     return sink.getvalue()
+
+
+def _arrow_array(array: Array) -> pa.Array:
+    """A numpy array as Arrow has it. The conversions of Arrow itself would import pandas: 0.4 s in every worker."""
+    type_ = pa.from_numpy_dtype(array.dtype)
+    content = np.ascontiguousarray(array)
+    return pa.Array.from_buffers(type_, len(array), [None, pa.py_buffer(content)])
+
+
+def _numpy_array(array: pa.Array) -> Array:
+    """A view of an Arrow array."""
+    view: Array = np.from_dlpack(array)
+    return view
 
 
 def _map_shard(path: Path) -> Shard | None:
@@ -257,9 +270,9 @@ def _shard_of(batch: pa.RecordBatch) -> Shard:
     rows = batch.column("row")
     counts = json.loads(batch.schema.metadata[b"counts"])
     return Shard(
-        ids=ids.values.to_numpy(),
-        target=target.values.to_numpy().view(np.bool_),
-        offsets=ids.offsets.to_numpy(),
-        rows=rows.to_numpy(),
+        ids=_numpy_array(ids.values),
+        target=_numpy_array(target.values).view(np.bool_),
+        offsets=_numpy_array(ids.offsets),
+        rows=_numpy_array(rows),
         counts=Counts(**counts),
     )
