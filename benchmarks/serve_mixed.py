@@ -176,10 +176,10 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def floor(engine: Engine, count: int, names: list[str | None], speeds: tuple[float, float]) -> float:
     """The fewest seconds of a whole call."""
-    matrices = sum(group.out * group.weight_LNI.shape[2] for group in engine.base.groups.values())
+    matrices = sum(group.outputs * group.weight_LNI.shape[2] for group in engine.base.groups.values())
     weights = 2 * (matrices * SHAPE["num_hidden_layers"] + SHAPE["vocab_size"] * SHAPE["hidden_size"])
     used = {name for name in names[:count] if name is not None}
-    adapters = sum(engine.pool.find(name).block.numel() * 2 for name in used)
+    adapters = sum(engine.pool.packed_of(name).block.numel() * 2 for name in used)
     cache = count * (PROMPT + NEW / 2) * CACHE_BYTES
     prefill = 2 * matrices * SHAPE["num_hidden_layers"] * count * PROMPT / speeds[1]
     return (NEW - 1) * (weights + adapters + cache) / speeds[0] + prefill
@@ -192,8 +192,8 @@ def load_times(engine: Engine, folders: list[Path]) -> dict[str, float]:
         begin = time.perf_counter()
         engine.load(f"timed-{number}", folder)
         read.append(time.perf_counter() - begin)
-        packed = engine.pool.find(f"timed-{number}")
-        while (idle := engine.pool.idle()) is not None and idle.packed.digest != packed.digest:
+        packed = engine.pool.packed_of(f"timed-{number}")
+        while (idle := engine.pool.evictable()) is not None and idle.packed.digest != packed.digest:
             engine.pool.evict(idle)
         torch.cuda.synchronize()
         begin = time.perf_counter()

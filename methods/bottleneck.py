@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Adapter(Module):
+class WithBottleneck(Module):
     """A sublayer's last linear layer with an adapter behind it."""
 
     def __init__(self, base: Any, size: int, activation: str) -> None:
@@ -111,7 +111,7 @@ def insert(model: Module, options: Bottleneck) -> None:
         raise ValueError(f"{options.placement} adapters need a base with modules named {names}")
     for place in places:
         base = model.get_submodule(place)
-        adapter = Adapter(base, options.size, options.activation)
+        adapter = WithBottleneck(base, options.size, options.activation)
         model.set_submodule(place, adapter)
 
 
@@ -133,10 +133,10 @@ def load(model: Module, folder: Path) -> Module:
     return model.eval()
 
 
-def _adapters(model: Module) -> Iterator[tuple[str, Adapter]]:
+def _adapters(model: Module) -> Iterator[tuple[str, WithBottleneck]]:
     """The adapters that a model has, by name."""
     for name, module in model.named_modules():
-        if isinstance(module, Adapter):
+        if isinstance(module, WithBottleneck):
             yield name, module
 
 

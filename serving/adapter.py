@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-ACTIVATIONS = ("none", "relu", "gelu", "silu")
+ACTIVATION_NAMES = ("none", "relu", "gelu", "silu")
 Place = tuple[int, str]  # a decoder layer, and the name of a site in it
 
 
@@ -38,6 +38,16 @@ class Part:
         if self.a_RI is None:
             return 0
         return len(self.a_RI)
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether it changes complete outputs."""
+        return self.m_O is not None or self.beta_O is not None
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether it changes inputs."""
+        return self.u_I is not None
 
 
 @dataclass(frozen=True)

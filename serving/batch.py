@@ -3,38 +3,33 @@
 from dataclasses import dataclass
 from typing import Any
 
-from serving.mix import Mix
-from serving.work import Work
+from serving.grouping import Grouping
+from serving.mix import AdapterBatch
 
 BUSY = 264  # programs that keep a GPU's multiprocessors busy
 LONG = 512  # positions from which a sequence's keys are computed in parts
+MOST_PARTS = 16
+GraphKind = tuple[Any, ...]
 
 
 @dataclass
 class Batch:
     """What a step computes, and a graph of it depends on."""
 
-    size: int  # rows, those of no sequence included
-    mix: Mix
+    rows: int  # those of no sequence included
+    adapters: AdapterBatch
+    grouping: Grouping
     tail: int  # ranks behind the base's weights
-    before: Work | None
-    behind: Work | None
     parts: int  # in which keys are computed
-    greedy: bool
+    is_greedy: bool
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def kind(self) -> GraphKind:
         """What batches have in common that one graph can compute."""
-        works = (work_size(self.before), work_size(self.behind))
-        residents = tuple(id(tenant.resident) for tenant in self.mix.tenants)
-        return self.size, self.tail, works, self.parts, self.greedy, self.mix.needs, residents
-
-
-def work_size(work: Work | None) -> tuple[int, ...] | None:
-    """What a graph's kernels are launched for."""
-    if work is None:
-        return None
-    return len(work.task), len(work.segment), work.rank, work.ranks
+        needs = self.adapters.needs
+        grouped = self.grouping.size
+        residents = [id(member.resident) for member in self.adapters.members]
+        return self.rows, self.tail, self.parts, self.is_greedy, needs, grouped, *residents
 
 
 def parts_of(length: int, programs: int) -> int:
@@ -43,4 +38,5 @@ def parts_of(length: int, programs: int) -> int:
         return 1
     share = BUSY // programs
     parts = 1 << share.bit_length()
-    return max(1, min(16, parts))
+    parts = min(MOST_PARTS, parts)
+    return max(1, parts)

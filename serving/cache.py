@@ -16,49 +16,57 @@ class Cache:
 
     def __init__(self, shape: Shape, pages: int, dtype: torch.dtype, device: torch.device) -> None:
         """Allocate the keys and values of `pages` pages, of which all but page 0 can be reserved."""
-        count = pages * PAGE
-        size = (shape.layers, count, shape.kv_heads, shape.head_size)
-        self.key_LNHE = torch.zeros(size, dtype=dtype, device=device)
-        self.value_LNHE = torch.zeros(size, dtype=dtype, device=device)
         self.pages = pages
-        self._free = list(range(pages - 1, 0, -1))
+        places = pages * PAGE
+        numbers = range(1, pages)
+        size = (shape.layers, places, shape.kv_heads, shape.head_size)
+        self.key_LNHE = torch.zeros(size, dtype=dtype, device=device)
+        self.value_LNHE = torch.zeros_like(self.key_LNHE)
+        self._free = list(reversed(numbers))
 
     @property
-    def free(self) -> int:
+    def free_pages(self) -> int:
         """Number of pages that are free."""
         return len(self._free)
 
     def reserve(self, count: int) -> list[int] | None:
         """So many pages, or None where fewer are free."""
-        if count > len(self._free):
+        if count > self.free_pages:
             return None
-        return [self._free.pop() for _ in range(count)]
+        reserved: list[int] = []
+        for _ in range(count):
+            page = self._free.pop()
+            reserved.append(page)
+        return reserved
 
-    def give_back(self, pages: list[int]) -> None:
+    def free(self, pages: list[int]) -> None:
         """Make these pages free for other sequences."""
         self._free += pages
 
     def write(self, pages: list[int], prefix_L2VHE: Tensor) -> None:
         """Put keys and values of a document's first tokens into its pages."""
+        _, _, tokens, _, _ = prefix_L2VHE.shape
+        prefix_L2VHE = prefix_L2VHE.to(self.key_LNHE)
         key_LVHE, value_LVHE = prefix_L2VHE.unbind(1)
-        tokens = key_LVHE.shape[1]
-        place_V = places(pages, 0, tokens)
-        place_V = place_V.to(self.key_LNHE.device)
-        self.key_LNHE[:, place_V] = key_LVHE.to(self.key_LNHE)
-        self.value_LNHE[:, place_V] = value_LVHE.to(self.value_LNHE)
+        place_V = places_of(pages, 0, tokens)
+        place_V = place_V.to(key_LVHE.device)
+        self.key_LNHE[:, place_V] = key_LVHE
+        self.value_LNHE[:, place_V] = value_LVHE
 
     def copy(self, source: int, target: int) -> None:
         """Copy the keys and values of all layers from one page to another."""
         sources = page_places(source)
         targets = page_places(target)
         for cached_LNHE in (self.key_LNHE, self.value_LNHE):
-            cached_LNHE[:, targets] = cached_LNHE[:, sources]
+            page_LNHE = cached_LNHE[:, sources]
+            cached_LNHE[:, targets] = page_LNHE
 
 
 def page_places(page: int) -> slice:
     """The places of a page's tokens."""
     start = page * PAGE
-    return slice(start, start + PAGE)
+    stop = start + PAGE
+    return slice(start, stop)
 
 
 def pages_for(tokens: int) -> int:
@@ -66,18 +74,20 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
-def places(pages: list[int], start: int, stop: int) -> Tensor:
+def places_of(pages: list[int], start: int, stop: int) -> Tensor:
     """Where the tokens [start, stop) of a sequence with these pages lie."""
     position = torch.arange(start, stop)
+    number = position // PAGE
     page_of = torch.tensor(pages)
-    page = page_of[position // PAGE]
+    page = page_of[number]
     return place_in(page, position)
 
 
 def place_in(page: Tensor, position: Tensor) -> Tensor:
     """The places of positions that lie in these pages."""
+    first = page * PAGE
     offset = position % PAGE
-    return page * PAGE + offset
+    return first + offset
 
 
 def padded_pages(pages: list[int], count: int) -> list[int]:

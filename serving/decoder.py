@@ -3,92 +3,82 @@
 Shapes: T rows, D width, V vocabulary.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from serving.adapter import Place
-from serving.base import Base
-from serving.mix import Mix
+from serving.base import FIRST_NORM, LAST_NORM, SECOND_NORM, FrozenBase
+from serving.mix import AdapterBatch
 from serving.passing import Pass
-
-
-class Operations(Protocol):
-    """What a decoder layer is made of: in plain torch, or as kernels that fuse."""
-
-    def project(self, step: Pass, name: str, layer: int, x_TI: Tensor) -> Tensor: ...
-    def norm(
-        self, step: Pass, place: Place, x_TD: Tensor, residual_TD: Tensor | None, source: Place | None
-    ) -> tuple[Tensor, Tensor]: ...
-    def rotate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor: ...
-    def attend(self, step: Pass, layer: int, query_THE: Tensor) -> Tensor: ...
-    def gate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor: ...
+from serving.plain import Plain, Stream
 
 
 class Decoder:
     """A base with the operations that run it."""
 
-    def __init__(self, base: Base, operations: Operations) -> None:
+    def __init__(self, base: FrozenBase, operations: Plain) -> None:
         self.base = base
-        self.ops = operations
+        self.shape = base.shape
+        self.operations = operations
 
-    def embed(self, id_T: Tensor, mix: Mix) -> Tensor:
+    def embed(self, id_T: Tensor, adapters: AdapterBatch) -> Tensor:
         """The rows' embeddings [T, D], as the first layer gets them."""
         x_TD = embedding(id_T, self.base.embed_VD)
-        for tenant in mix.tenants:
-            own_VD = tenant.resident.embed_VD
-            if own_VD is not None:
-                is_own_T1 = (mix.slot_T == tenant.resident.slot)[:, None]
-                own_TD = embedding(id_T, own_VD)
+        for resident, _ in adapters.members:
+            if resident.embed_VD is not None:
+                own_TD = embedding(id_T, resident.embed_VD)
+                is_own_T1 = adapters.is_of(resident)
                 x_TD = torch.where(is_own_T1, own_TD, x_TD)
-        if self.base.shape.embed_scale == 1:
+        if self.shape.embed_scale == 1:
             return x_TD
         return x_TD * self.base.embed_scale
 
     def forward(self, x_TD: Tensor, step: Pass) -> Tensor:
         """The normed outputs [T, D] of the last layer; keys and values are in the cache then."""
-        first = (0, "input_layernorm")
-        residual_TD, normed_TD = self.ops.norm(step, first, x_TD, None, None)
-        for layer in range(self.base.shape.layers):
-            residual_TD, normed_TD = self._attention(step, layer, residual_TD, normed_TD)
-            residual_TD, normed_TD = self._feed_forward(step, layer, residual_TD, normed_TD)
+        stream = self.operations.first_norm(step, x_TD)
+        for layer in range(self.shape.layers):
+            stream = self._attention(step, layer, stream)
+            stream = self._feed_forward(step, layer, stream)
+        _, normed_TD = stream
         return normed_TD
 
-    def logits(self, x_TD: Tensor, mix: Mix) -> Tensor:
+    def logits(self, x_TD: Tensor, adapters: AdapterBatch) -> Tensor:
         """The logits [T, V] of normed outputs."""
         logits_TV = linear(x_TD, self.base.head_VD)
-        for tenant in mix.tenants:
-            own_VD = tenant.resident.head_VD
-            if own_VD is not None:
-                is_own_T1 = (mix.slot_T == tenant.resident.slot)[:, None]
-                own_TV = linear(x_TD, own_VD)
+        for resident, _ in adapters.members:
+            if resident.head_VD is not None:
+                own_TV = linear(x_TD, resident.head_VD)
+                is_own_T1 = adapters.is_of(resident)
                 logits_TV = torch.where(is_own_T1, own_TV, logits_TV)
         return logits_TV
 
-    def _attention(self, step: Pass, layer: int, residual_TD: Tensor, normed_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def _attention(self, step: Pass, layer: int, stream: Stream) -> Stream:
         """The residual stream behind a layer's attention, and its norm for the feed-forward layer."""
-        ops = self.ops
-        qkv_TO = ops.project(step, "qkv", layer, normed_TD)
-        query_THE = ops.rotate(step, layer, qkv_TO)
-        attended_TI = ops.attend(step, layer, query_THE)
-        out_TD = ops.project(step, "o", layer, attended_TI)
-        place = (layer, "post_attention_layernorm")
-        return ops.norm(step, place, out_TD, residual_TD, (layer, "o"))
+        residual_TD, normed_TD = stream
+        operations = self.operations
+        source = (layer, "o")
+        place = (layer, SECOND_NORM)
+        qkv_TO = operations.project(step, "qkv", layer, normed_TD)
+        query_THE = operations.rotate(step, layer, qkv_TO)
+        attended_TI = operations.attend(step, layer, query_THE)
+        out_TD = operations.project(step, "o", layer, attended_TI)
+        return operations.norm(step, place, out_TD, residual_TD, source)
 
-    def _feed_forward(self, step: Pass, layer: int, residual_TD: Tensor, normed_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def _feed_forward(self, step: Pass, layer: int, stream: Stream) -> Stream:
         """The residual stream behind a layer's feed-forward part, and its norm for what comes next."""
-        ops = self.ops
-        gate_up_TO = ops.project(step, "gate_up", layer, normed_TD)
-        inner_TI = ops.gate(step, layer, gate_up_TO)
-        out_TD = ops.project(step, "down", layer, inner_TI)
+        residual_TD, normed_TD = stream
+        operations = self.operations
+        source = (layer, "down")
         place = self._next_norm(layer)
-        return ops.norm(step, place, out_TD, residual_TD, (layer, "down"))
+        gate_up_TO = operations.project(step, "gate_up", layer, normed_TD)
+        inner_TI = operations.gate(step, layer, gate_up_TO)
+        out_TD = operations.project(step, "down", layer, inner_TI)
+        return operations.norm(step, place, out_TD, residual_TD, source)
 
     def _next_norm(self, layer: int) -> Place:
         """The norm behind a layer's output: the next layer's first one, or the last of all."""
         following = layer + 1
-        if following == self.base.shape.layers:
-            return 0, "norm"
-        return following, "input_layernorm"
+        if following == self.shape.layers:
+            return 0, LAST_NORM
+        return following, FIRST_NORM

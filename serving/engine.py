@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from serving.base import Base
-from serving.cache import PAGE, Cache, pages_for
+from serving.base import FrozenBase
+from serving.cache import Cache, pages_for
 from serving.error import RequestRefused
 from serving.forward import Chosen, Forward
+from serving.limits import Limits, check_start
+from serving.loading import loaded, tail_ranks
 from serving.packed import Packed
 from serving.passing import Span
 from serving.pool import Pool
-from serving.scheduler import Scheduler
+from serving.scheduler import Scheduler, SequenceSpan
 from serving.score import score
 from serving.sequence import Request, Sequence
 
 if TYPE_CHECKING:
     from serving.runner import Runner, Ticket
-
-TAIL = 16  # ranks for each slot behind the base's weights
 
 
 class Engine:
@@ -54,14 +54,17 @@ class Engine:
         if isinstance(model, str | Path):
             model = loaded(model)
         tail = tail_ranks(model, slots)
-        base = Base(model, tail)
+        base = FrozenBase(model, tail)
         self.base = base
-        self.positions = min(positions, base.shape.positions)
-        self.pool = Pool(base, slots, adapter_bytes)
+        shape = base.shape
+        self.positions = min(positions, shape.positions)
         pages = pages_for(tokens) + 1  # page 0 is nobody's
-        self.cache = Cache(base.shape, pages, base.dtype, base.device)
+        self.limits = Limits(self.positions, pages, shape.vocabulary)
+        self.pool = Pool(base, slots, adapter_bytes)
+        self.cache = Cache(shape, pages, base.dtype, base.device)
         self.forward = Forward(base, self.pool, self.cache, self.positions)
-        self.scheduler = Scheduler(self.pool, self.cache, rows, chunk, self.forward.settle)
+        prepare_resident = self.forward.prepare_resident
+        self.scheduler = Scheduler(self.pool, self.cache, rows, chunk, prepare_resident)
         self.runner: Runner | None = None
         if base.on_gpu:
             self.runner = self._runner(rows, tail)
@@ -92,11 +95,9 @@ class Engine:
 
     def log_likelihoods(self, requests: Iterable[Request], starts: Iterable[int]) -> list[list[float]]:
         """The log-probability of each token of the requests' prompts, from the token number `start` > 0 on."""
-        sequences = []
+        sequences: list[Sequence] = []
         for request, start in zip(requests, starts, strict=True):
-            last = len(request.prompt) - 1
-            if not 0 < start <= last:
-                raise RequestRefused(f"start: found {start}; allowed: 1 to {last}")
+            check_start(start, request)
             sequence = self._sequence(request)
             sequence.scored_from = start
             sequences.append(sequence)
@@ -118,10 +119,12 @@ class Engine:
         """The logits [T, V] behind each token of a prompt, on an engine that has nothing else to do."""
         sequence = self.add(request)
         self.scheduler.admit()
-        span = Span(0, sequence.left, sequence.computed, sequence.pages)
+        count = sequence.uncomputed
+        span = Span(0, count, sequence.computed, sequence.pages)
         id_T = torch.tensor(request.prompt)
-        hidden_TD, mix = self.forward.run([(sequence, span)], id_T)
-        logits_TV = self.forward.decoder.logits(hidden_TD, mix)
+        chosen = [(sequence, span)]
+        hidden_TD, adapters = self.forward.run(chosen, id_T)
+        logits_TV = self.forward.decoder.logits(hidden_TD, adapters)
         self.scheduler.filled(sequence)
         self.scheduler.finish(sequence)
         return logits_TV
@@ -137,9 +140,9 @@ class Engine:
         """A request on its way; raises UnknownAdapter or RequestRefused."""
         packed: Packed | None = None
         if request.adapter is not None:
-            packed = self.pool.find(request.adapter)
+            packed = self.pool.packed_of(request.adapter)
         sequence = Sequence(request, packed)
-        self._check(sequence)
+        self.limits.check(sequence)
         return sequence
 
     def _fill(self) -> None:
@@ -149,14 +152,15 @@ class Engine:
             return
         ids: list[int] = []
         for sequence, span in chosen:
-            ids += prompt_part(sequence, span)
-        hidden_TD, _ = self.forward.run(chosen, torch.tensor(ids))
+            ids += sequence.prompt_tokens(span.start, span.count)
+        id_T = torch.tensor(ids)
+        hidden_TD, _ = self.forward.run(chosen, id_T)
         score(self.forward, chosen, hidden_TD)
         for sequence, span in chosen:
             sequence.computed += span.count
         self._begin_answers(chosen, hidden_TD)
         for sequence, _ in chosen:
-            if sequence.left == 0:
+            if sequence.uncomputed == 0:
                 self.scheduler.filled(sequence)
         self._finish()
 
@@ -165,11 +169,15 @@ class Engine:
         answering: list[Sequence] = []
         rows: list[int] = []
         for sequence, span in chosen:
-            if sequence.left == 0 and sequence.scored_from is None:
-                answering.append(sequence)
-                rows.append(span.row + span.count - 1)
+            if sequence.uncomputed > 0:
+                continue
+            if sequence.scored_from is not None:
+                continue
+            answering.append(sequence)
+            rows.append(span.last_row)
         if answering:
-            self._take(answering, hidden_TD[rows])
+            last_TD = hidden_TD[rows]
+            self._take(answering, last_TD)
 
     def _advance(self) -> None:
         """One more token of every running answer; with graphs, the tokens are read one step later."""
@@ -186,30 +194,34 @@ class Engine:
             sequence.computed += 1
         self._drain()
         self._ticket = ticket
-        if any(is_last_token(sequence) for sequence in ticket.sequences):
-            self._drain()
+        for sequence in ticket.sequences:
+            if sequence.is_at_last_token:
+                self._drain()
+                return
 
     def _drain(self) -> None:
         """Read the tokens that are under way, and finish what they complete."""
         ticket = self._ticket
+        self._ticket = None
         if ticket is not None:
-            ticket.done.synchronize()
-            tokens = ticket.token_T.tolist()
+            tokens = ticket.tokens()
             for sequence, token in zip(ticket.sequences, tokens, strict=True):
                 if not sequence.finished:
                     sequence.take(token)
-        self._ticket = None
         self._finish()
 
     def _advance_plainly(self) -> None:
         """One more token of every running answer, in a pass that is not a graph."""
         running = list(self.scheduler.running)
-        chosen: list[tuple[Sequence, Span]] = []
+        chosen: list[SequenceSpan] = []
+        last_tokens: list[int] = []
         for row, sequence in enumerate(running):
+            last_token = sequence.answer[-1]
+            last_tokens.append(last_token)
             span = Span(row, 1, sequence.computed, sequence.pages)
             chosen.append((sequence, span))
-        last_tokens = [sequence.answer[-1] for sequence in running]
-        hidden_TD, _ = self.forward.run(chosen, torch.tensor(last_tokens))
+        id_T = torch.tensor(last_tokens)
+        hidden_TD, _ = self.forward.run(chosen, id_T)
         for sequence in running:
             sequence.computed += 1
         self._take(running, hidden_TD)
@@ -228,60 +240,15 @@ class Engine:
             if sequence.finished:
                 self.scheduler.finish(sequence)
 
-    def _check(self, sequence: Sequence) -> None:
-        """Raise RequestRefused where a request can never be answered."""
-        request = sequence.request
-        most = self.base.shape.vocabulary - 1
-        if not request.prompt or request.new_tokens < 1:
-            raise RequestRefused("request: found no prompt, or no new tokens; allowed: at least one of each")
-        if sequence.length > self.positions:
-            raise RequestRefused(f"request: found {sequence.length} positions; allowed: at most {self.positions}")
-        if min(request.prompt) < 0 or max(request.prompt) > most:
-            raise RequestRefused(f"request.prompt: found an id of no token; allowed: 0 to {most}")
-        needed = pages_for(sequence.length + PAGE)
-        if needed >= self.cache.pages:
-            raise RequestRefused(f"request: found {sequence.length} positions, for which the cache has no room")
-
     def _refuse(self, sequence: Sequence) -> None:
         """Give up a request that does not fit though nothing else runs: pinned adapters have all slots or pages."""
         self.scheduler.drop(sequence)
         raise RequestRefused("request: found no slot for its adapter, or no pages, beside those that are pinned")
 
     def _runner(self, rows: int, ranks: int) -> "Runner":
+        """What decodes on a GPU, with so many rows and so many ranks behind the base's weights."""
         from serving.runner import Runner
         from serving.tail import Tail
 
         tail = Tail(self.base, self.pool, ranks)
         return Runner(self.forward, tail, rows, self.positions)
-
-
-def tail_ranks(model: Any, slots: int) -> int:
-    """Ranks behind the base's weights: some for each slot on a GPU, where kernels use them, and none on the CPU."""
-    weight = next(model.parameters())
-    if weight.device.type != "cuda":
-        return 0
-    return slots * TAIL
-
-
-def is_last_token(sequence: Sequence) -> bool:
-    """Whether an answer has all its tokens with the one that is under way."""
-    count = len(sequence.answer) + 1
-    return count >= sequence.request.new_tokens
-
-
-def prompt_part(sequence: Sequence, span: Span) -> tuple[int, ...]:
-    """The token ids of a span's rows."""
-    prompt = sequence.request.prompt
-    first = span.start - sequence.virtual
-    stop = first + span.count
-    return prompt[first:stop]
-
-
-def loaded(folder: str | Path) -> Any:
-    """A model from its folder, on the GPU if there is one."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    return model.eval()

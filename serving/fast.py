@@ -1,13 +1,11 @@
 """The operations of a decoder layer as dense products of the library and a few fused kernels, on a GPU.
 
-A pass over prompts adds adapters' updates with grouped kernels (`grouped.py`). A decoding pass takes the first
-product of narrow adapters from rows behind the base's weights, in the same dense product as the base's outputs, and
-the second one in the kernel that reads those outputs next: so it has no launch of its own for them.
-Shapes: T rows, I inputs, O outputs, H query heads, E head size, D width, S keys.
+Behind a row's outputs lie its products with the first factors of its adapter. When decoding, the factors of narrow
+adapters are rows behind the base's weights, so that one dense product computes both; over prompts a grouped kernel
+writes these products there (`grouped.py`). The kernel that reads the outputs next adds the second product: it has no
+launch of its own. Wide adapters' updates are added by grouped kernels alone.
+Shapes: T rows, I inputs, O outputs, N outputs and what lies behind, S sections, R products of a section, D width.
 """
-
-from math import e as euler
-from math import gcd, log2
 
 import torch
 import triton
@@ -15,199 +13,197 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from serving.adapter import Place
-from serving.base import Base
-from serving.cache import PAGE, Cache
+from serving.base import FIRST_NORM, LAST_NORM, FrozenBase
+from serving.cache import Cache
+from serving.group import Group
 from serving.grouped import Grouped
-from serving.kernel.attention import attend_kernel, join_kernel
-from serving.kernel.layer import gate_kernel, norm_kernel, rotate_kernel, scale_kernel
+from serving.grouping import FEW, MANY, ONE, SOME
+from serving.kernel.gate import gate_kernel, scale_kernel
+from serving.kernel.norm import norm_kernel
+from serving.paged import PagedAttention
 from serving.passing import Pass
-from serving.plain import Plain
+from serving.plain import Plain, Stream
 from serving.pool import Pool
+from serving.rotary import RotaryHeads
 
-# Measured on an H200, by whether adapters' factors lie behind the base's weights.
-GATE_TILE = {True: 512, False: 1024}  # outputs of a gate's tile
-NORM_WARPS = {True: 16, False: 4}
-GATE_WARPS = 4
-KEYS = 64  # that attention takes at a time
-KEY_WARPS = 2
+# Measured on an H200, by the rows of a tile.
+GATE_TILE = {ONE: 1024, FEW: 128, SOME: 128, MANY: 64}  # outputs of a gate's tile
+GATE_WARPS = {ONE: 4, FEW: 4, SOME: 8, MANY: 4}
+NORM_WARPS = {True: 16, False: 4}  # by whether there is a tail behind the outputs
 SCALE_TILE = 1024
-FOREVER = 2**30  # a window of attention that leaves nothing out
 
 
-class Fast:
+class Fast(Plain):
     """The operations of a decoder layer."""
 
-    def __init__(self, base: Base, pool: Pool, cache: Cache) -> None:
-        self.base = base
-        self.shape = base.shape
+    def __init__(self, base: FrozenBase, pool: Pool, cache: Cache) -> None:
+        super().__init__(base, pool, cache)
         self.pool = pool
-        self.cache = cache
-        self.plain = Plain(base, pool, cache)
-        self.arena = pool.arena.data
-        self.stride = pool.table_KLSC.stride(0)
-        self.width = max(16, triton.next_power_of_2(self.shape.head_size))
-        self.heads = gcd(self.shape.heads, self.shape.kv_heads, 8)
-        self.varlen = base.dtype != torch.float32
+        self.paged = PagedAttention(base.shape, cache)
+        self.rotary = RotaryHeads(base, pool, cache)
         self.grouped = Grouped(base, pool)
-
-    def entry(self, layer: int, site: str) -> Tensor:
-        """The table from an entry on."""
-        number = self.base.sites[site]
-        return self.pool.table_KLSC[0, layer, number]
+        self.arena = pool.arena.data
+        self.stride = pool.slot_stride
+        self.has_varlen = base.dtype != torch.float32
 
     def project(self, step: Pass, name: str, layer: int, x_TI: Tensor) -> Tensor:
-        """The outputs of a group, and behind them what decoding needs of narrow adapters."""
+        """The outputs [T, N] of a group, and behind them the products that complete them."""
         group = self.base.groups[name]
-        if step.mix.needs.scales and name == "o":
+        if step.needs.scales and name == "o":
             self._scale(step, layer, x_TI)
-        rows = group.out + len(group.sites) * step.tail
-        weight_OI = group.weight(layer, rows)
-        bias_O = group.bias(layer, rows)
-        with self.grouped.meanwhile(step, group, layer, x_TI) as add_updates:
-            y_TO = linear(x_TI, weight_OI, bias_O)
-        add_updates(y_TO)
-        if step.behind is not None and name in ("o", "down"):
-            self.grouped.behind(step.behind, group, layer, y_TO)
-        return y_TO
+        if step.is_decoding:
+            y_TN = self._decoded(step, group, layer, x_TI)
+        elif step.has_products:
+            y_TN = self._with_products(step, group, layer, x_TI)
+        else:
+            y_TN = self._prompted(step, group, layer, x_TI)
+        if group.is_residual:
+            self.grouped.add_bottlenecks(step.grouping, group, layer, y_TN)
+        return y_TN
 
-    def norm(
-        self, step: Pass, place: Place, x_TD: Tensor, residual_TD: Tensor | None, source: Place | None
-    ) -> tuple[Tensor, Tensor]:
+    def first_norm(self, step: Pass, x_TD: Tensor) -> Stream:
+        """The residual stream that embeddings begin, with the norm of the first layer."""
+        anywhere = self.pool.entry(0, LAST_NORM)  # no linear layer's entry, of which nothing is read
+        return self._normed(step, (0, FIRST_NORM), x_TD, None, anywhere)
+
+    def norm(self, step: Pass, place: Place, x_TD: Tensor, stream_TD: Tensor, source: Place) -> Stream:
         """The residual stream with x, which is completed, and the stream's norm."""
-        layer, name = place
-        needs, has_tail, width = step.mix.needs, step.tail > 0, self.shape.width
-        stream_TD = x_TD.new_empty(len(x_TD), width)
-        normed_TD = torch.empty_like(stream_TD)
-        weight_D = self.base.norms[name][layer]
-        own = self.entry(layer, name)
-        adds = residual_TD is not None
-        if residual_TD is None:
-            residual_TD = x_TD  # of which nothing is read
-        is_layer = source is not None  # and not the embedding, which no adapter of a linear layer changes
-        origin = self._origin(source)
-        norm_kernel[(len(x_TD),)](
-            x_TD, residual_TD, stream_TD, normed_TD, weight_D, step.mix.slot_T, origin, own, self.arena, width,
-            x_TD.stride(0), self.stride, self.shape.epsilon, D=triton.next_power_of_2(width), R=step.ranks, ADD=adds,
-            TAIL=is_layer and has_tail, GAIN=is_layer and needs.gains, OWN=needs.norms,
-            num_warps=NORM_WARPS[has_tail],
-        )  # fmt: skip
-        return stream_TD, normed_TD
-
-    def _origin(self, source: Place | None) -> Tensor:
-        """The entry of the linear layer that a norm's input comes from; of none, any entry, which is not read."""
-        if source is None:
-            return self.entry(0, "norm")
         layer, name = source
-        return self.entry(layer, f"{name}_proj")
+        origin = self.pool.entry(layer, f"{name}_proj")
+        return self._normed(step, place, x_TD, stream_TD, origin)
 
     def rotate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor:
         """Queries; keys and values go to the cache."""
-        shape = self.shape
-        rows = len(y_TO)
-        query_THE = y_TO.new_empty(rows, shape.heads, shape.head_size)
-        key_NHE = self.cache.key_LNHE[layer]
-        value_NHE = self.cache.value_LNHE[layer]
-        group = self.base.groups["qkv"]
-        first = self.entry(layer, group.sites[0].name)
-        has_norms = "q_norm" in self.base.norms
-        q_weight = k_weight = step.cos_TF  # of which nothing is read where there are no norms
-        q_own = k_own = first
-        if has_norms:
-            q_weight, q_own = self._head_norm(layer, "q_norm")
-            k_weight, k_own = self._head_norm(layer, "k_norm")
-        half = step.cos_TF.shape[1]
-        rest = shape.head_size - 2 * half
-        tile_width = triton.next_power_of_2(max(half, rest))
-        heads = shape.heads + 2 * shape.kv_heads
-        mix, needs = step.mix, step.mix.needs
-        rotate_kernel[(rows, heads // self.heads)](
-            y_TO, query_THE, key_NHE, value_NHE, step.place_T, step.cos_TF, step.sin_TF, mix.slot_T, first, q_weight,
-            k_weight, q_own, k_own, self.arena, y_TO.stride(0), self.stride, shape.epsilon, group.out,
-            QUERIES=shape.heads, KEYS=shape.kv_heads, SECTIONS=len(group.sites), H=self.heads, E=shape.head_size,
-            HALF=half, W=tile_width, REST=rest > 0, R=step.ranks, TAIL=step.tail > 0, GAIN=needs.gains,
-            NORM=has_norms, OWN=needs.norms, num_warps=1,
-        )  # fmt: skip
-        return query_THE
-
-    def _head_norm(self, layer: int, name: str) -> tuple[Tensor, Tensor]:
-        """The base's weight of a norm over heads, and the norm's entry."""
-        weight_LE = self.base.norms[name]
-        return weight_LE[layer], self.entry(layer, name)
+        return self.rotary.rotate(step, layer, y_TO)
 
     def attend(self, step: Pass, layer: int, query_THE: Tensor) -> Tensor:
         """Attention: over pages where every row is a sequence, else of runs of rows."""
-        if step.pages_TP is not None:
-            return self._decode(step, layer, query_THE)
-        if not self.varlen:
-            return self.plain.attend(step, layer, query_THE)
-        return self._attend_runs(step, layer, query_THE)
-
-    def _attend_runs(self, step: Pass, layer: int, query_THE: Tensor) -> Tensor:
-        """Attention of runs of rows, with the library's kernel for runs of different lengths."""
-        from torch.nn.attention.varlen import varlen_attn
-
-        runs = step.runs
-        key_SHE = self.cache.key_LNHE[layer].index_select(0, runs.place_S)
-        value_SHE = self.cache.value_LNHE[layer].index_select(0, runs.place_S)
-        seen_back = -1  # all
-        if self.shape.window is not None:
-            seen_back = self.shape.window - 1
-        attended_THE = varlen_attn(
-            query_THE, key_SHE, value_SHE, runs.row_N, runs.key_N, runs.rows, runs.keys, window_size=(seen_back, 0)
-        )
-        assert isinstance(attended_THE, Tensor)
-        return attended_THE.flatten(1)
+        if step.is_decoding:
+            return self.paged.attend_rows(step, layer, query_THE)
+        if self.has_varlen:
+            return self.paged.attend_runs(step, layer, query_THE)
+        return super().attend(step, layer, query_THE)
 
     def gate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor:
         """What the down projection gets, with what its adapter scales it by."""
+        needs = step.needs
+        tiles = step.tiles
+        group = self.base.groups["gate_up"]
         inner = self.shape.mlp
         result_TI = y_TO.new_empty(len(y_TO), inner)
-        sites = self.base.groups["gate_up"].sites
-        first = self.entry(layer, sites[0].name)
-        scales = self.entry(layer, "down_proj")
-        mix, needs = step.mix, step.mix.needs
-        has_tail = step.tail > 0
-        tile = GATE_TILE[has_tail]
-        grid = (len(y_TO), triton.cdiv(inner, tile))
+        tile = GATE_TILE[tiles.rows]
+        grid = (triton.cdiv(inner, tile), tiles.count)
         gate_kernel[grid](
-            y_TO, result_TI, mix.slot_T, first, scales, self.arena, inner, y_TO.stride(0), self.stride, N=tile,
-            R=step.ranks, SECTIONS=len(sites), GELU=self.shape.gelu, TAIL=has_tail, GAIN=needs.gains,
-            SCALE=needs.scales, num_warps=GATE_WARPS,
-        )  # fmt: skip
+            y_TO,
+            result_TI,
+            tiles.slot_G,
+            tiles.row_GF,
+            self.pool.entry(layer, group.first_site),
+            self.pool.entry(layer, "down_proj"),
+            self.arena,
+            inner,
+            y_TO.stride(0),
+            self.stride,
+            T=tiles.rows,
+            N=tile,
+            R=step.products,
+            SECTIONS=group.sections,
+            GELU=self.shape.gelu,
+            TAIL=step.has_products,
+            PLACED=step.is_decoding,
+            GAIN=needs.gains,
+            SCALE=needs.scales,
+            num_warps=GATE_WARPS[tiles.rows],
+        )
         return result_TI
 
-    def _decode(self, step: Pass, layer: int, query_THE: Tensor) -> Tensor:
-        """Attention of one query per sequence over pages; the parts of long sequences are joined afterwards."""
-        assert step.pages_TP is not None
-        shape, parts = self.shape, step.parts
-        rows = len(query_THE)
-        result_THE = torch.empty_like(query_THE)
-        part = result_THE
-        peak = mass = query_THE  # which nothing is written to where there is one part
-        if parts > 1:
-            part = query_THE.new_empty(rows, shape.heads, parts, shape.head_size)
-            peak, mass = query_THE.new_empty(2, rows, shape.heads, parts, dtype=torch.float32)
-        key_NHE = self.cache.key_LNHE[layer]
-        value_NHE = self.cache.value_LNHE[layer]
-        # The softmax is one of powers of two: exp(x) = exp2(x log2 e).
-        scale = shape.head_size**-0.5 * log2(euler)
-        window = shape.window or FOREVER
-        heads = shape.heads // shape.kv_heads
-        tile = max(16, triton.next_power_of_2(heads))
-        attend_kernel[(rows, shape.kv_heads, parts)](
-            query_THE, key_NHE, value_NHE, step.pages_TP, step.position_T, part, peak, mass, step.pages_TP.stride(0),
-            scale, window, HEADS=shape.heads, KEYS=shape.kv_heads, G=tile, E=shape.head_size, W=self.width, S=KEYS,
-            PAGE=PAGE, PARTS=parts, num_warps=KEY_WARPS,
-        )  # fmt: skip
-        if parts > 1:
-            join_kernel[(rows * shape.heads,)](
-                part, peak, mass, result_THE, E=shape.head_size, W=self.width, PARTS=parts, num_warps=1
-            )
-        return result_THE.flatten(1)
+    def _decoded(self, step: Pass, group: Group, layer: int, x_TI: Tensor) -> Tensor:
+        """The outputs when decoding, and behind them the products of all rows with the narrow adapters' A."""
+        grouping = step.grouping
+        tail = group.sections * step.tail
+        rows = group.outputs + tail
+        weight_NI = group.weight(layer, rows)
+        bias_N = group.bias(layer, rows)
+        shares_HTO = self.grouped.begin(grouping, group, layer, x_TI)
+        y_TN = linear(x_TI, weight_NI, bias_N)
+        self.grouped.finish(grouping, shares_HTO, y_TN)
+        return y_TN
+
+    def _prompted(self, step: Pass, group: Group, layer: int, x_TI: Tensor) -> Tensor:
+        """The outputs over prompts, complete."""
+        outputs = group.outputs
+        weight_OI = group.weight(layer, outputs)
+        bias_O = group.bias(layer, outputs)
+        y_TO = linear(x_TI, weight_OI, bias_O)
+        self.grouped.add(step.grouping, group, layer, x_TI, y_TO)
+        return y_TO
+
+    def _with_products(self, step: Pass, group: Group, layer: int, x_TI: Tensor) -> Tensor:
+        """The outputs over prompts, and behind them each row's products with its own A.
+
+        They are complete where they go to the residual stream, as a norm has no tiles of rows.
+        """
+        grouping = step.grouping
+        outputs = group.outputs
+        sections = group.sections
+        weight_OI = group.weight(layer, outputs)
+        bias_O = group.bias(layer, outputs)
+        numbers = outputs + sections * step.products
+        rows = len(x_TI)
+        y_TN = x_TI.new_empty(rows, numbers)
+        y_TO = y_TN[:, :outputs]
+        weight_IO = weight_OI.T
+        if bias_O is None:
+            torch.mm(x_TI, weight_IO, out=y_TO)
+        else:
+            torch.addmm(bias_O, x_TI, weight_IO, out=y_TO)
+        h_TR = y_TN[:, outputs:]
+        h_TSR = h_TR.unflatten(1, (sections, step.products))
+        self.grouped.shrink(grouping, group, layer, x_TI, h_TSR)
+        if group.is_residual:
+            self.grouped.expand(grouping, group, layer, h_TSR, y_TN)
+        return y_TN
+
+    def _normed(self, step: Pass, place: Place, x_TD: Tensor, residual_TD: Tensor | None, origin: Tensor) -> Stream:
+        """The sum of x and the residual stream, and its norm; x comes from the linear layer of an entry."""
+        layer, name = place
+        needs = step.needs
+        width = self.shape.width
+        stream_TD = x_TD.new_empty(len(x_TD), width)
+        normed_TD = torch.empty_like(stream_TD)
+        weight_LD = self.base.norms[name]
+        adds = residual_TD is not None  # otherwise x are embeddings, which no linear layer's adapter changes
+        has_tail = step.tail > 0
+        grid = (len(x_TD),)
+        norm_kernel[grid](
+            x_TD,
+            residual_TD,
+            stream_TD,
+            normed_TD,
+            weight_LD[layer],
+            step.adapters.slot_T,
+            origin,
+            self.pool.entry(layer, name),
+            self.arena,
+            width,
+            x_TD.stride(0),
+            self.stride,
+            self.shape.epsilon,
+            D=triton.next_power_of_2(width),
+            R=step.products,
+            ADD=adds,
+            TAIL=adds and has_tail,
+            GAIN=adds and needs.gains,
+            OWN=needs.norms,
+            num_warps=NORM_WARPS[has_tail],
+        )
+        return stream_TD, normed_TD
 
     def _scale(self, step: Pass, layer: int, x_TI: Tensor) -> None:
         """Scale the inputs of the attention's output projection in place, with what each row's adapter has."""
         rows, inputs = x_TI.shape
-        entry = self.entry(layer, "o_proj")
-        grid = (rows, triton.cdiv(inputs, SCALE_TILE))
-        scale_kernel[grid](x_TI, step.mix.slot_T, entry, self.arena, inputs, self.stride, N=SCALE_TILE)
+        entry = self.pool.entry(layer, "o_proj")
+        slot_T = step.adapters.slot_T
+        tiles = triton.cdiv(inputs, SCALE_TILE)
+        grid = (rows, tiles)
+        scale_kernel[grid](x_TI, slot_T, entry, self.arena, inputs, self.stride, N=SCALE_TILE)

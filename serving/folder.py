@@ -67,18 +67,21 @@ class Folder:
 
     def finish(self) -> None:
         """Raise AdapterRefused where tensors are left that nobody has taken."""
-        left = sorted(self._tensors.keys() - self._taken)
+        not_taken = self._tensors.keys() - self._taken
+        left = sorted(not_taken)
         if not left:
             return
         names = left[0]
-        if len(left) > 1:
-            names += f" and {len(left) - 1} more"
+        more = len(left) - 1
+        if more:
+            names += f" and {more} more"
         raise AdapterRefused(f"{self.weights_path}: found {names}, which has no place on this base")
 
     def refuse(self, key: str, allowed: str) -> AdapterRefused:
         """The error for a value of the config."""
         value = self.config.get(key)
-        return AdapterRefused(f"{self.config_path}: {key}: found {value!r}; allowed: {allowed}")
+        found = f"{self.config_path}: {key}: found {value!r}"
+        return AdapterRefused(f"{found}; allowed: {allowed}")
 
     def only(self, *known: str) -> None:
         """Raise AdapterRefused where the config says something else that could change what is computed."""
@@ -91,20 +94,41 @@ class Folder:
 # What a config says of how an adapter was made or found, and what its tensors' names say again.
 HARMLESS = frozenset(
     (
-        "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode",
-        "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
-        "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision",
-        "runtime_config", "target_modules", "task_type", "vera_dropout",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "megatron_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "vera_dropout",
     )
-)  # fmt: skip
+)
 
 
 def _fits(actual: torch.Size, allowed: tuple[int | None, ...]) -> bool:
     """Whether a tensor has the shape that is allowed (None: any size)."""
     if len(actual) != len(allowed):
         return False
-    pairs = zip(actual, allowed, strict=True)
-    return all(wanted in (None, size) for size, wanted in pairs)
+    for size, wanted in zip(actual, allowed, strict=True):
+        if wanted is None:
+            continue
+        if wanted != size:
+            return False
+    return True
 
 
 def _product(shape: Iterable[int | None]) -> str:
@@ -123,10 +147,12 @@ def _find_files(path: Path) -> tuple[Path, Path]:
     for config_name, weights_name in FILES.items():
         config = path / config_name
         weights = path / weights_name
-        if config.is_file():
-            if weights.is_file():
-                return config, weights
-            raise AdapterRefused(f"{path}: found {_instead_of_weights(path)}; allowed: {weights_name}")
+        if not config.is_file():
+            continue
+        if weights.is_file():
+            return config, weights
+        found = _instead_of_weights(path)
+        raise AdapterRefused(f"{path}: found {found}; allowed: {weights_name}")
     if (path / "config.json").is_file():
         raise AdapterRefused(
             f"{path}: found a whole model; allowed: an adapter. A model that was trained in full is a base of its own"

@@ -6,43 +6,58 @@ Shapes: R rank, I inputs, O outputs, V virtual tokens, D width.
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 
-from serving.adapter import ACTIVATIONS, Adapter, Part
-from serving.base import BEHIND, Base
+from serving.adapter import ACTIVATION_NAMES, Adapter, Part
+from serving.base import BEHIND, FrozenBase
 from serving.error import AdapterRefused
 from serving.folder import Folder
 from serving.fourier import read_fourierft
 from serving.lora import read_lora
 from serving.target import listed, module_name, targets
+from serving.vera import read_vera
 
 LIMIT = 8 * 2**30  # bytes of an adapter's weights
 EPSILON = 1e-5  # what PEFT adds to AdaLoRA's number of ranks
 PLACEMENTS = {"houlsby": ("o_proj", "down_proj"), "pfeiffer": ("down_proj",)}  # the layers that have a bottleneck
+UNSHARED = ("o_proj", "down_proj")  # linear layers that share their input with no other
 
 
-def read(path: Path | str, base: Base, limit: int = LIMIT) -> Adapter:
+def read_adapter(path: Path | str, base: FrozenBase, limit: int = LIMIT) -> Adapter:
     """The adapter of a folder, for a base; raises AdapterRefused with the file and what is allowed instead."""
     folder = Folder(Path(path), limit)
-    named = folder.config.get("peft_type") or folder.config.get("kind")
-    kind = str(named).upper()
+    config = folder.config
+    named = config.get("peft_type") or config.get("kind")
+    name = str(named)
+    kind = name.upper()
     if kind not in READERS:
-        known = ", ".join(name.lower() for name in READERS)
-        raise AdapterRefused(f"{folder.config_path}: found an adapter of kind {kind.lower()}; allowed: {known}")
+        known = ", ".join(READERS)
+        found = f"{folder.config_path}: found an adapter of kind {name.lower()}"
+        raise AdapterRefused(f"{found}; allowed: {known.lower()}")
     reader = READERS[kind]
     adapter = reader(folder, base)
     folder.finish()
     return adapter
 
 
-def read_adalora(folder: Folder, base: Base) -> Adapter:
+def read_adalora(folder: Folder, base: FrozenBase) -> Adapter:
     """AdaLoRA: alpha / (initial rank) B diag(E) A, without the triplets that training has cut."""
     config = folder.config
     folder.only(
-        "bias", "beta1", "beta2", "deltaT", "init_r", "lora_alpha", "orth_reg_weight", "r", "rank_pattern",
-        "target_r", "tfinal", "tinit", "total_step",
-    )  # fmt: skip
+        "bias",
+        "beta1",
+        "beta2",
+        "deltaT",
+        "init_r",
+        "lora_alpha",
+        "orth_reg_weight",
+        "r",
+        "rank_pattern",
+        "target_r",
+        "tfinal",
+        "tinit",
+        "total_step",
+    )
     initial_rank = config["init_r"]
     alpha = config["lora_alpha"]
     if alpha <= 0:
@@ -50,67 +65,52 @@ def read_adalora(folder: Folder, base: Base) -> Adapter:
     scale = alpha / (initial_rank + EPSILON)
     parts = {}
     for target in targets(folder, base, "lora_A"):
-        a_RI = folder.take(f"{target.name}.lora_A", None, target.site.inputs)
+        name = target.name
+        a_RI = folder.take(f"{name}.lora_A", None, target.inputs)
         rank = len(a_RI)
-        e_R1 = folder.take(f"{target.name}.lora_E", rank, 1)
-        b_OR = folder.take(f"{target.name}.lora_B", target.out, rank)
+        e_R1 = folder.take(f"{name}.lora_E", rank, 1)
+        b_OR = folder.take(f"{name}.lora_B", target.outputs, rank)
         if rank > 0:
-            parts[target.place] = Part(a_RI * e_R1, scale * b_OR.T)
+            scaled_RI = a_RI * e_R1
+            scaled_RO = scale * b_OR.T
+            parts[target.place] = Part(scaled_RI, scaled_RO)
     return Adapter(folder.digest, parts)
 
 
-def read_ia3(folder: Folder, base: Base) -> Adapter:
+def read_ia3(folder: Folder, base: FrozenBase) -> Adapter:
     """(IA)^3: scales of outputs, or of the inputs of feed-forward layers."""
     folder.only("feedforward_modules", "init_ia3_weights")
-    feedforward = tuple(folder.config.get("feedforward_modules") or ())
+    modules = folder.config.get("feedforward_modules") or ()
+    feedforward = tuple(modules)
     parts = {}
     for target in targets(folder, base, "ia3_l"):
         name = f"{target.name}.ia3_l"
+        place = target.place
         if not listed(target.module, feedforward):
-            m_O1 = folder.take(name, target.out, 1)
-            parts[target.place] = Part(m_O=m_O1.flatten())
-        elif target.site.name in ("o_proj", "down_proj"):
-            u_1I = folder.take(name, 1, target.site.inputs)
-            parts[target.place] = Part(u_I=u_1I.flatten())
+            m_O1 = folder.take(name, target.outputs, 1)
+            parts[place] = Part(m_O=m_O1.flatten())
+        elif target.site.name in UNSHARED:
+            u_1I = folder.take(name, 1, target.inputs)
+            parts[place] = Part(u_I=u_1I.flatten())
         else:
             raise folder.refuse("feedforward_modules", "o_proj, down_proj (the others share their input)")
     return Adapter(folder.digest, parts)
 
 
-def read_vera(folder: Folder, base: Base) -> Adapter:
-    """VeRA: diag(b) B diag(d) A, with A and B sliced from projections that all modules share."""
-    folder.only("bias", "d_initial", "init_weights", "projection_prng_key", "r", "save_projection")
-    rank = folder.config["r"]
-    adapted = list(targets(folder, base, "vera_lambda_d"))
-    most_inputs = max((target.site.inputs for target in adapted), default=0)
-    most_outputs = max((target.out for target in adapted), default=0)
-    a_RI = folder.take("base_model.vera_A", rank, most_inputs)
-    b_OR = folder.take("base_model.vera_B", most_outputs, rank)
-    # Layers of one size get the same tensors, so that these are packed once.
-    a_of = lru_cache(lambda size: a_RI[:, :size].contiguous())
-    b_of = lru_cache(lambda size: b_OR[:size].T.contiguous())
-    parts = {}
-    for target in adapted:
-        c_R = folder.take(f"{target.name}.vera_lambda_d", rank)
-        v_O = folder.take(f"{target.name}.vera_lambda_b", target.out)
-        a_slice, b_slice = a_of(target.site.inputs), b_of(target.out)
-        parts[target.place] = Part(a_slice, b_slice, c_R=c_R, v_O=v_O)
-    return Adapter(folder.digest, parts)
-
-
-def read_prefix(folder: Folder, base: Base) -> Adapter:
+def read_prefix(folder: Folder, base: FrozenBase) -> Adapter:
     """Prefix tuning: keys and values [V, L x 2 x H x E] in front of every layer's own."""
     shape = base.shape
     tokens = folder.config["num_virtual_tokens"]
     _check_virtual(folder)
     size_L2HE = (shape.layers, 2, shape.kv_heads, shape.head_size)
-    flat = folder.take("prompt_embeddings", tokens, math.prod(size_L2HE))
+    numbers = math.prod(size_L2HE)
+    flat = folder.take("prompt_embeddings", tokens, numbers)
     prefix_VL2HE = flat.view(tokens, *size_L2HE)
     prefix_L2VHE = prefix_VL2HE.permute(1, 2, 0, 3, 4)
     return Adapter(folder.digest, prefix_L2VHE=prefix_L2VHE.contiguous())
 
 
-def read_prompt(folder: Folder, base: Base) -> Adapter:
+def read_prompt(folder: Folder, base: FrozenBase) -> Adapter:
     """Prompt tuning and p-tuning: embeddings [V, D] in front of every document's own."""
     _check_virtual(folder)
     tokens = folder.config["num_virtual_tokens"]
@@ -121,40 +121,61 @@ def read_prompt(folder: Folder, base: Base) -> Adapter:
 def _check_virtual(folder: Folder) -> None:
     """Raise AdapterRefused where a config of virtual tokens has keys that are not known."""
     folder.only(
-        "encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type",
-        "num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "prompt_tuning_init",
+        "encoder_dropout",
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_reparameterization_type",
+        "num_attention_heads",
+        "num_layers",
+        "num_transformer_submodules",
+        "num_virtual_tokens",
+        "prompt_tuning_init",
         "token_dim",
-    )  # fmt: skip
+    )
 
 
-def read_bottleneck(folder: Folder, base: Base) -> Adapter:
+def read_bottleneck(folder: Folder, base: FrozenBase) -> Adapter:
     """Bottleneck adapters: h + up(f(down h)) behind the sublayers' last linear layers."""
     folder.only("activation", "kind", "placement", "size")
     config = folder.config
-    if config.get("activation") not in ACTIVATIONS:
-        raise folder.refuse("activation", ", ".join(ACTIVATIONS[1:]))
+    width = base.shape.width
+    activation = config.get("activation")
+    if activation not in ACTIVATION_NAMES:
+        functions = ", ".join(ACTIVATION_NAMES[1:])
+        raise folder.refuse("activation", functions)
     placement = config.get("placement")
     if placement not in PLACEMENTS:
-        raise folder.refuse("placement", ", ".join(PLACEMENTS))
+        placements = ", ".join(PLACEMENTS)
+        raise folder.refuse("placement", placements)
+    adapted = PLACEMENTS[placement]
     parts = {}
     for layer, site in base.linears():
-        if site.name in PLACEMENTS[placement]:
-            name = module_name(layer, site)
-            parts[layer, site.name + BEHIND] = bottleneck(folder, name, base.shape.width)
+        if site.name not in adapted:
+            continue
+        name = module_name(layer, site)
+        site_behind = site.name + BEHIND
+        place = (layer, site_behind)
+        parts[place] = bottleneck(folder, name, width)
     return Adapter(folder.digest, parts)
 
 
 def bottleneck(folder: Folder, name: str, width: int) -> Part:
     """One bottleneck, behind the linear layer of this name."""
-    size = folder.config["size"]
+    config = folder.config
+    size = config["size"]
     down_RD = folder.take(f"{name}.down.weight", size, width)
     up_DR = folder.take(f"{name}.up.weight", width, size)
-    bias_R = folder.take(f"{name}.down.bias", size)
-    beta_O = folder.take(f"{name}.up.bias", width)
-    return Part(down_RD, up_DR.T, bias_R=bias_R, beta_O=beta_O, activation=folder.config["activation"])
+    return Part(
+        a_RI=down_RD,
+        b_RO=up_DR.T,
+        bias_R=folder.take(f"{name}.down.bias", size),
+        beta_O=folder.take(f"{name}.up.bias", width),
+        activation=config["activation"],
+    )
 
 
-READERS: dict[str, Callable[[Folder, Base], Adapter]] = {
+Reader = Callable[[Folder, FrozenBase], Adapter]
+READERS: dict[str, Reader] = {
     "LORA": read_lora,
     "ADALORA": read_adalora,
     "IA3": read_ia3,

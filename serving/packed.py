@@ -5,29 +5,48 @@ Shapes: L decoder layers, S sites, C columns.
 """
 
 from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from serving.adapter import ACTIVATIONS, Adapter, Part
-from serving.base import BEHIND, HEAD_NORMS, NORMS, Base
+from serving.adapter import ACTIVATION_NAMES, Adapter, Part
+from serving.base import BEHIND, HEAD_NORMS, LAST_NORM, NORMS, FrozenBase
 
 UNIT = 8  # elements: 16 bytes in 16 bits, so that kernels may load four words at once
 NARROW = 64  # ranks up to which decoding takes the factors from behind the base's weights
-COLUMNS = ("rank", "a", "b", "c", "v", "m", "u", "bias", "beta", "activation", "tail", "ranks")
-RANK, A, B, C, V, M, U, BIAS, BETA, ACTIVATION, TAIL, RANKS = range(len(COLUMNS))
-TENSORS = (
-    (A, "a_RI"),
-    (B, "b_RO"),
-    (C, "c_R"),
-    (V, "v_O"),
-    (M, "m_O"),
-    (U, "u_I"),
-    (BIAS, "bias_R"),
-    (BETA, "beta_O"),
-)
-NORM_SITES = (*NORMS, *HEAD_NORMS, "norm")
-NOWHERE = -1
+NOWHERE = -1  # the offset of a piece that is not there
+NORM_SITES = (*NORMS, *HEAD_NORMS, LAST_NORM)
+
+
+class Column(IntEnum):
+    """What an entry of the table says; A to BETA are offsets of pieces."""
+
+    RANK = 0
+    A = 1
+    B = 2
+    C = 3
+    V = 4
+    M = 5
+    U = 6
+    BIAS = 7
+    BETA = 8
+    ACTIVATION = 9
+    TAIL = 10
+    RANKS = 11
+
+
+PIECES = {  # the column of a piece, and the field of a part that it holds
+    Column.A: "a_RI",
+    Column.B: "b_RO",
+    Column.C: "c_R",
+    Column.V: "v_O",
+    Column.M: "m_O",
+    Column.U: "u_I",
+    Column.BIAS: "bias_R",
+    Column.BETA: "beta_O",
+}
 
 
 @dataclass(frozen=True)
@@ -41,15 +60,20 @@ class Needs:
     scales: bool = False
     norms: bool = False
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether there are narrow adapters, and no wide ones."""
+        return self.narrow > 0 and self.wide == 0
+
     def __or__(self, other: "Needs") -> "Needs":
         """The needs of a batch that has both: the larger ranks, and every part that either has."""
         return Needs(
-            max(self.narrow, other.narrow),
-            max(self.wide, other.wide),
-            max(self.behind, other.behind),
-            self.gains or other.gains,
-            self.scales or other.scales,
-            self.norms or other.norms,
+            narrow=max(self.narrow, other.narrow),
+            wide=max(self.wide, other.wide),
+            behind=max(self.behind, other.behind),
+            gains=self.gains or other.gains,
+            scales=self.scales or other.scales,
+            norms=self.norms or other.norms,
         )
 
 
@@ -68,9 +92,14 @@ class Packed:
         return self.adapter.digest
 
     @property
+    def size(self) -> int:
+        """The numbers of its block."""
+        return len(self.block)
+
+    @property
     def units(self) -> int:
-        """The size of its block."""
-        return len(self.block) // UNIT
+        """The units of its block."""
+        return self.size // UNIT
 
 
 class Pieces:
@@ -87,87 +116,101 @@ class Pieces:
         if key not in self._starts:
             self._starts[key] = self._units
             self._tensors.append(tensor)
-            self._units += -(-tensor.numel() // UNIT)
+            self._units += units_for(tensor)
         return self._starts[key]
 
-    def block(self, base: Base) -> Tensor:
+    def block(self, base: FrozenBase) -> Tensor:
         """All tensors in the base's type, in one block on the host."""
-        block = torch.zeros(self._units * UNIT, dtype=base.dtype, pin_memory=base.on_gpu)
+        size = self._units * UNIT
+        block = torch.zeros(size, dtype=base.dtype, pin_memory=base.on_gpu)
         for tensor in self._tensors:
-            start = self._starts[id(tensor)] * UNIT
+            key = id(tensor)
+            start = self._starts[key] * UNIT
             stop = start + tensor.numel()
-            block[start:stop].view(tensor.shape).copy_(tensor)
+            place = block[start:stop]
+            place = place.view(tensor.shape)
+            place.copy_(tensor)
         return block
 
 
-def pack(adapter: Adapter, base: Base) -> Packed:
+def pack(adapter: Adapter, base: FrozenBase) -> Packed:
     """Lay an adapter's pieces one behind the other, in the base's type; pieces that parts share are laid once."""
     pieces = Pieces()
-    table_LSC = empty(base)
-    for (layer, name), part in adapter.parts.items():
-        row_C = table_LSC[layer, base.sites[name]]
-        row_C[RANK] = part.rank
-        row_C[ACTIVATION] = ACTIVATIONS.index(part.activation)
-        for column, field in TENSORS:
-            tensor = getattr(part, field)
-            if tensor is not None:
-                row_C[column] = pieces.place(tensor)
+    table_LSC = empty_table(base)
+    for place, part in adapter.parts.items():
+        layer, name = place
+        site = base.sites[name]
+        row_C = table_LSC[layer, site]
+        fill_row(row_C, part, pieces)
+    needs = needs_of(adapter)
+    table_LSC[..., Column.RANKS] = needs.narrow
     block = pieces.block(base)
-    bare = replace(
-        adapter,
-        parts={},
-        prefix_L2VHE=_on_host(adapter.prefix_L2VHE, base),
-        prompt_VD=_on_host(adapter.prompt_VD, base),
-        embed_VD=_on_host(adapter.embed_VD, base),
-        head_VD=_on_host(adapter.head_VD, base),
-    )
-    return Packed(bare, block, table_LSC, needs(adapter, table_LSC))
+    bare = without_parts(adapter, base)
+    return Packed(bare, block, table_LSC, needs)
 
 
-def empty(base: Base) -> Tensor:
+def empty_table(base: FrozenBase) -> Tensor:
     """The table [L, S, C] of no adapter."""
-    size = (base.shape.layers, len(base.sites), len(COLUMNS))
+    sites = len(base.sites)
+    size = (base.shape.layers, sites, len(Column))
     table_LSC = torch.full(size, NOWHERE, dtype=torch.int32)
-    for column in (RANK, ACTIVATION, RANKS):
+    for column in (Column.RANK, Column.ACTIVATION, Column.RANKS):
         table_LSC[..., column] = 0
     return table_LSC
 
 
-def needs(adapter: Adapter, table_LSC: Tensor) -> Needs:
-    """What an adapter's parts ask of a forward pass; notes in the table how many rows its factors take at most."""
-    before: list[Part] = []  # linear layers
-    behind = 0
-    norms = False
+def fill_row(row_C: Tensor, part: Part, pieces: Pieces) -> None:
+    """Write into an entry of the table what a part has, and lay its tensors behind the other pieces."""
+    row_C[Column.RANK] = part.rank
+    row_C[Column.ACTIVATION] = ACTIVATION_NAMES.index(part.activation)
+    for column, field in PIECES.items():
+        tensor = getattr(part, field)
+        if tensor is not None:
+            row_C[column] = pieces.place(tensor)
+
+
+def units_for(tensor: Tensor) -> int:
+    """The number of units that a tensor takes, of which the last one may have space left."""
+    return -(-tensor.numel() // UNIT)
+
+
+def needs_of(adapter: Adapter) -> Needs:
+    """What an adapter's parts ask of a forward pass."""
+    needs = Needs()
+    linears: list[Part] = []
     for (_, name), part in adapter.parts.items():
         if name in NORM_SITES:
-            norms = True
+            needs |= Needs(norms=True)
         elif name.endswith(BEHIND):
-            behind = max(behind, part.rank)
+            needs |= Needs(behind=part.rank)
         else:
-            before.append(part)
-    gains = any(_has_gain(part) for part in before)
-    scales = any(part.u_I is not None for part in before)
-    common = Needs(behind=behind, gains=gains, scales=scales, norms=norms)
-    rank = max((part.rank for part in before), default=0)
-    if rank > NARROW or not all(_is_plain(part) for part in before):
-        table_LSC[..., RANKS] = 0
-        return replace(common, wide=rank)
-    table_LSC[..., RANKS] = rank
-    return replace(common, narrow=rank)
+            linears.append(part)
+    rank = 0
+    is_plain = True
+    for part in linears:
+        rank = max(rank, part.rank)
+        if part.c_R is not None:
+            is_plain = False
+        if part.v_O is not None:
+            is_plain = False
+        needs |= Needs(gains=part.has_gain, scales=part.has_scale)
+    if is_plain and rank <= NARROW:
+        return replace(needs, narrow=rank)
+    return replace(needs, wide=rank)
 
 
-def _has_gain(part: Part) -> bool:
-    return part.m_O is not None or part.beta_O is not None
+def without_parts(adapter: Adapter, base: FrozenBase) -> Adapter:
+    """An adapter without its parts, whose other tensors are in the base's type."""
+    changed: dict[str, Any] = {"parts": {}}
+    for field in ("prefix_L2VHE", "prompt_VD", "embed_VD", "head_VD"):
+        tensor = getattr(adapter, field)
+        if tensor is not None:
+            changed[field] = on_host(tensor, base)
+    return replace(adapter, **changed)
 
 
-def _is_plain(part: Part) -> bool:
-    return part.c_R is None and part.v_O is None
-
-
-def _on_host(tensor: Tensor | None, base: Base) -> Tensor | None:
+def on_host(tensor: Tensor, base: FrozenBase) -> Tensor:
     """A tensor in the base's type, pinned where the base is on a GPU."""
-    if tensor is None:
-        return None
     tensor = tensor.to(base.dtype)
     if base.on_gpu:
         return tensor.pin_memory()

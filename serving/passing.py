@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from serving.cache import PAGE, padded_pages, place_in, places
-from serving.mix import Mix
-from serving.work import Work
+from serving.cache import PAGE, padded_pages, place_in, places_of
+from serving.grouping import Grouping, Tiles, moved, sum_before
+from serving.mix import AdapterBatch
+from serving.packed import Needs
 
 
 @dataclass
@@ -29,12 +30,23 @@ class Span:
         """The position behind its last row's."""
         return self.start + self.count
 
+    @property
+    def last_row(self) -> int:
+        """The number of its last row."""
+        return self.row + self.count - 1
+
+    @property
+    def rows(self) -> slice:
+        """Its rows among those of the pass."""
+        stop = self.row + self.count
+        return slice(self.row, stop)
+
     def places(self) -> Tensor:
         """Where the keys and values of all positions up to its last row's lie."""
-        return places(self.pages, 0, self.stop)
+        return places_of(self.pages, 0, self.stop)
 
 
-class Runs(NamedTuple):
+class AttentionRuns(NamedTuple):
     """Spans, one behind the other, as attention of runs of different lengths takes them; on the device."""
 
     row_N: Tensor  # where each one's rows begin, and the last one's end
@@ -48,39 +60,66 @@ class Runs(NamedTuple):
 class Pass:
     """What a forward pass needs beside its rows' embeddings."""
 
-    mix: Mix
+    adapters: AdapterBatch
+    grouping: Grouping
     place_T: Tensor  # where each row's keys and values go
     cos_TF: Tensor
     sin_TF: Tensor
     spans: list[Span] = field(default_factory=list)
-    before: Work | None = None  # updates of linear layers that grouped kernels add
-    behind: Work | None = None  # bottlenecks
     tail: int = 0  # ranks behind each of the base's weights that are computed with it
-    ranks: int = 16  # of the adapters there, at most
+    products: int = 0  # of a row with its narrow adapter's factors, at most
     pages_TP: Tensor | None = None  # where every row is a sequence: its pages,
     position_T: Tensor | None = None  # and its position
     parts: int = 1  # in which its keys are computed side by side
 
+    @property
+    def needs(self) -> Needs:
+        """What its adapters ask of it."""
+        return self.adapters.needs
+
+    @property
+    def tiles(self) -> Tiles:
+        """Its rows in tiles."""
+        return self.grouping.tiles
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether every row is a sequence."""
+        return self.pages_TP is not None
+
+    @property
+    def has_products(self) -> bool:
+        """Whether behind the outputs of linear layers are each row's products with the factors of its adapter.
+
+        When decoding these are in a tail; over prompts they are written there if all adapters are narrow.
+        """
+        if self.is_decoding:
+            return self.tail > 0
+        return self.needs.is_narrow
+
     @cached_property
-    def runs(self) -> Runs:
+    def runs(self) -> AttentionRuns:
         """The spans for attention of runs."""
-        row_N = boundaries([span.count for span in self.spans])
-        key_N = boundaries([span.stop for span in self.spans])
-        rows = int(row_N.diff().max())
-        keys = int(key_N.diff().max())
+        spans = self.spans
+        row_N = boundaries([span.count for span in spans])
+        key_N = boundaries([span.stop for span in spans])
+        rows = longest(row_N)
+        keys = longest(key_N)
         place_S = self.place_T
-        differ_N = row_N != key_N
-        if keys > rows or bool(differ_N.any()):
+        if not torch.equal(row_N, key_N):
             place_S = self._key_places()
         device = self.place_T.device
-        row_N = row_N.to(device, non_blocking=True)
-        key_N = key_N.to(device, non_blocking=True)
-        place_S = place_S.to(device, non_blocking=True)
-        return Runs(row_N, key_N, rows, keys, place_S)
+        row_N = moved(row_N, device)
+        key_N = moved(key_N, device)
+        place_S = moved(place_S, device)
+        return AttentionRuns(row_N, key_N, rows, keys, place_S)
 
     def _key_places(self) -> Tensor:
         """Where all keys of the spans lie, those that were computed by earlier passes included."""
-        whole = [Span(0, span.stop, 0, span.pages) for span in self.spans]
+        whole: list[Span] = []
+        for span in self.spans:
+            from_start = Span(0, span.stop, 0, span.pages)
+            whole.append(from_start)
         _, place_S = positions_and_places(whole)
         return place_S
 
@@ -88,7 +127,14 @@ class Pass:
 def boundaries(lengths: list[int]) -> Tensor:
     """Where runs of these lengths begin, one behind the other, and where the last one ends."""
     length_N = torch.tensor([0, *lengths])
-    return length_N.cumsum(0).int()
+    end_N = length_N.cumsum(0)
+    return end_N.int()
+
+
+def longest(boundary_N: Tensor) -> int:
+    """The length of the longest run between boundaries."""
+    length_N = boundary_N.diff()
+    return int(length_N.max())
 
 
 def positions_and_places(spans: list[Span]) -> tuple[Tensor, Tensor]:
@@ -96,13 +142,16 @@ def positions_and_places(spans: list[Span]) -> tuple[Tensor, Tensor]:
     count_N = torch.tensor([span.count for span in spans])
     start_N = torch.tensor([span.start for span in spans])
     span_T = torch.repeat_interleave(count_N)  # the number of each row's span
-    first_row_N = count_N.cumsum(0) - count_N
+    first_row_N = sum_before(count_N)
     shift_N = start_N - first_row_N
+    shift_T = shift_N[span_T]
     row_T = torch.arange(len(span_T))
-    position_T = row_T + shift_N[span_T]
+    position_T = row_T + shift_T
     page_NP = page_table([span.pages for span in spans])
-    page_T = page_NP[span_T, position_T // PAGE]
-    return position_T, place_in(page_T, position_T)
+    column_T = position_T // PAGE
+    page_T = page_NP[span_T, column_T]
+    place_T = place_in(page_T, position_T)
+    return position_T, place_T
 
 
 def page_table(sequences: list[list[int]]) -> Tensor:

@@ -2,21 +2,23 @@
 
 An adapter's identity is its digest. A name leads to a digest when a request is made, and never later, so a name that
 was loaded anew can serve neither the old weights nor keys and values that the old ones made.
+Shapes: K slots and one, L decoder layers, S sites, C columns.
 """
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from serving.base import Base
+from serving.arena import Arena
+from serving.base import FrozenBase
 from serving.error import AdapterRefused, UnknownAdapter
-from serving.format import read
-from serving.packed import BETA, NOWHERE, UNIT, A, Packed, empty, pack
+from serving.format import read_adapter
+from serving.packed import NOWHERE, UNIT, Column, Needs, Packed, empty_table, pack
 
-PIECES = slice(A, BETA + 1)  # the table's columns that are offsets
+Entries = list[dict[str, Tensor]]  # by layer and site
+OFFSETS = slice(Column.A, Column.BETA + 1)  # the table's columns that are offsets of pieces
 
 
 @dataclass
@@ -34,54 +36,47 @@ class Resident:
     embed_VD: Tensor | None = None
     head_VD: Tensor | None = None
 
+    @property
+    def digest(self) -> str:
+        """The sha256 that the adapter is known by."""
+        return self.packed.digest
 
-class Arena:
-    """One tensor on the device in which blocks lie; a block takes the first gap that is large enough."""
+    @property
+    def needs(self) -> Needs:
+        """What the adapter asks of a forward pass."""
+        return self.packed.needs
 
-    def __init__(self, units: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate so many units of UNIT elements."""
-        self.data = torch.zeros(units * UNIT, dtype=dtype, device=device)
-        self._gaps = [(0, units)]  # start, stop; sorted
-
-    def reserve(self, units: int) -> int | None:
-        """The first unit of a new block of this size, or None where no gap is large enough."""
-        for number, (start, stop) in enumerate(self._gaps):
-            end = start + units
-            if end <= stop:
-                self._gaps[number] = (end, stop)
-                return start
-        return None
-
-    def give_back(self, start: int, units: int) -> None:
-        """Make a block a gap, joined with its neighbours."""
-        freed = (start, start + units)
-        joined: list[tuple[int, int]] = []
-        for begin, end in sorted([*self._gaps, freed]):
-            if joined and joined[-1][1] == begin:
-                before, _ = joined.pop()
-                joined.append((before, end))
-            elif begin < end:
-                joined.append((begin, end))
-        self._gaps = joined or [(0, 0)]
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether the adapter has an embedding or a head of its own."""
+        return self.embed_VD is not None or self.head_VD is not None
 
 
 class Pool:
     """Loads, finds, places and evicts adapters."""
 
-    def __init__(self, base: Base, slots: int, arena_bytes: int) -> None:
+    def __init__(self, base: FrozenBase, slots: int, arena_bytes: int) -> None:
         """Have at most so many adapters at once on the device, and so many bytes of their weights."""
         self.base = base
-        unit_bytes = UNIT * base.dtype.itemsize
-        self.arena = Arena(arena_bytes // unit_bytes, base.dtype, base.device)
-        host_KLSC = empty(base)[None].repeat(slots + 1, 1, 1, 1)
+        dtype = base.dtype
+        unit_bytes = UNIT * dtype.itemsize
+        units = arena_bytes // unit_bytes
+        self.arena = Arena(units, dtype, base.device)
+        tables = slots + 1  # the base's too
+        empty_LSC = empty_table(base)
+        host_KLSC = empty_LSC.repeat(tables, 1, 1, 1)
         self.table_KLSC = host_KLSC.to(base.device)
         if base.on_gpu:
             host_KLSC = host_KLSC.pin_memory()
         self.host_KLSC = host_KLSC
+        self.slot_stride = self.table_KLSC.stride(0)  # numbers of the table from one slot to the next
+        table_LSC = self.table_KLSC[0]
+        self._entries = entries_of(table_LSC, base)
         self._names: dict[str, Packed] = {}
         self._pinned: set[str] = set()  # names
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # by digest, the longest unused first
-        self._slots = list(range(slots, 0, -1))
+        numbers = range(1, slots + 1)
+        self._slots = list(reversed(numbers))
 
     @property
     def names(self) -> list[str]:
@@ -93,14 +88,18 @@ class Pool:
         """The digests that are in slots."""
         return set(self._residents)
 
+    def entry(self, layer: int, site: str) -> Tensor:
+        """The table on the device from the entry of a site on, in the first slot."""
+        entries = self._entries[layer]
+        return entries[site]
+
     def prepare(self, folder: Path | str) -> Packed:
         """An adapter from its folder, on the host; raises AdapterRefused where it cannot be computed exactly."""
-        adapter = read(folder, self.base)
+        adapter = read_adapter(folder, self.base)
         packed = pack(adapter, self.base)
-        capacity = len(self.arena.data)
-        if packed.units > capacity // UNIT:
-            size = packed.units * UNIT
-            raise AdapterRefused(f"{folder}: found an adapter of {size} numbers; allowed: {capacity}")
+        capacity = self.arena.size
+        if packed.size > capacity:
+            raise AdapterRefused(f"{folder}: found an adapter of {packed.size} numbers; allowed: {capacity}")
         return packed
 
     def give(self, name: str, packed: Packed, pinned: bool = False) -> None:
@@ -113,47 +112,56 @@ class Pool:
 
     def unload(self, name: str) -> None:
         """Forget a name; requests that were made with it are answered still."""
-        self.find(name)
+        self.packed_of(name)
         del self._names[name]
         self._pinned.discard(name)
 
-    def find(self, name: str) -> Packed:
+    def packed_of(self, name: str) -> Packed:
         """The adapter of a name; raises UnknownAdapter."""
-        if name not in self._names:
+        packed = self._names.get(name)
+        if packed is None:
             known = ", ".join(self.names) or "none"
             raise UnknownAdapter(f"adapter: found {name!r}, which is not loaded; allowed: {known}")
-        return self._names[name]
+        return packed
 
     def acquire(self, packed: Packed) -> Resident | None:
         """The adapter in a slot, for one more user; None where no slot or no space in the arena is free now."""
-        resident = self._residents.get(packed.digest)
+        digest = packed.digest
+        resident = self._residents.get(digest)
         if resident is None:
             resident = self._place(packed)
         if resident is None:
             return None
         resident.users += 1
-        self._residents.move_to_end(packed.digest)
+        self._residents.move_to_end(digest)
         return resident
 
     def release(self, resident: Resident) -> None:
         """Say that a sequence has done with an adapter, which may be evicted when nobody uses it."""
         resident.users -= 1
 
-    def idle(self, with_pages: bool = False) -> Resident | None:
+    def evictable(self, with_pages: bool = False) -> Resident | None:
         """The resident (of those with pages, if need be) that was not used for the longest time and may go."""
-        pinned = {self._names[name].digest for name in self._pinned}
+        pinned: set[str] = set()
+        for name in self._pinned:
+            packed = self._names[name]
+            pinned.add(packed.digest)
         for digest, resident in self._residents.items():
-            in_use = resident.users != 0 or digest in pinned
-            without_pages = with_pages and not resident.pages
-            if not in_use and not without_pages:
-                return resident
+            if resident.users > 0:
+                continue
+            if digest in pinned:
+                continue
+            if with_pages and not resident.pages:
+                continue
+            return resident
         return None
 
     def evict(self, resident: Resident) -> None:
-        """Free a slot; its pages are the caller's to give back."""
-        del self._residents[resident.packed.digest]
+        """Free a slot; its pages are the caller's to free."""
+        units = resident.packed.units
+        del self._residents[resident.digest]
         resident.gone = True
-        self.arena.give_back(resident.start, resident.packed.units)
+        self.arena.free(resident.start, units)
         self._slots.append(resident.slot)
 
     def _place(self, packed: Packed) -> Resident | None:
@@ -164,18 +172,39 @@ class Pool:
         if start is None:
             return None
         slot = self._slots.pop()
+        block = packed.block
         first = start * UNIT
-        end = first + len(packed.block)
-        self.arena.data[first:end].copy_(packed.block, non_blocking=True)
+        end = first + len(block)
+        place = self.arena.data[first:end]
+        place.copy_(block, non_blocking=True)
         self._write_table(slot, packed, start)
+        digest = packed.digest
         resident = Resident(slot, packed, start)
-        self._residents[packed.digest] = resident
+        self._residents[digest] = resident
         return resident
 
     def _write_table(self, slot: int, packed: Packed, start: int) -> None:
         """Fill a slot's table, whose offsets count from the arena's begin, not from the block's."""
         table_LSC = self.host_KLSC[slot]
         table_LSC.copy_(packed.table_LSC)
-        offsets = table_LSC[..., PIECES]
-        offsets += (offsets != NOWHERE) * start
-        self.table_KLSC[slot].copy_(table_LSC, non_blocking=True)
+        offsets = table_LSC[..., OFFSETS]
+        is_there = offsets != NOWHERE
+        offsets += is_there * start
+        self.upload(slot)
+
+    def upload(self, slot: int) -> None:
+        """Copy a slot's table from the host to the device."""
+        host_LSC = self.host_KLSC[slot]
+        table_LSC = self.table_KLSC[slot]
+        table_LSC.copy_(host_LSC, non_blocking=True)
+
+
+def entries_of(table_LSC: Tensor, base: FrozenBase) -> Entries:
+    """The entries of a slot's table by layer and site, made once: many kernels of a pass are launched with them."""
+    entries: Entries = []
+    for table_SC in table_LSC:
+        by_site: dict[str, Tensor] = {}
+        for site, number in base.sites.items():
+            by_site[site] = table_SC[number]
+        entries.append(by_site)
+    return entries

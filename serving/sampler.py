@@ -28,30 +28,38 @@ class Choice:
     @classmethod
     def of(cls, requests: Rows[Request], device: torch.device) -> "Choice":
         """How these requests want their tokens chosen."""
-        temperatures, limits, masses, seeds = [], [], [], []
+        temperatures: list[float] = []
+        limits: list[int] = []
+        masses: list[float] = []
+        seeds: list[int] = []
         for request in requests:
             temperatures.append(request.temperature)
             limits.append(request.top_k)
             masses.append(request.top_p)
-            seeds.append(request.seed & _MASK)
-        temperature_T = torch.tensor(temperatures, dtype=torch.float32, device=device)
-        top_k_T = torch.tensor(limits, device=device)
-        top_p_T = torch.tensor(masses, dtype=torch.float32, device=device)
-        seed_T = torch.tensor(seeds, device=device)
-        return cls(temperature_T, top_k_T, top_p_T, seed_T)
+            seed = request.seed & _MASK
+            seeds.append(seed)
+        return cls(
+            temperature_T=torch.tensor(temperatures, dtype=torch.float32, device=device),
+            top_k_T=torch.tensor(limits, device=device),
+            top_p_T=torch.tensor(masses, dtype=torch.float32, device=device),
+            seed_T=torch.tensor(seeds, device=device),
+        )
 
     @classmethod
     def blank(cls, rows: int, device: torch.device) -> "Choice":
         """Rows that all take the likeliest token, to be overwritten."""
-        temperature_T = torch.zeros(rows, device=device)
-        top_k_T = torch.zeros(rows, dtype=torch.int64, device=device)
-        top_p_T = torch.ones(rows, device=device)
-        seed_T = torch.zeros(rows, dtype=torch.int64, device=device)
-        return cls(temperature_T, top_k_T, top_p_T, seed_T)
+        nobody = Request(())
+        requests = [nobody] * rows
+        return cls.of(requests, device)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self.seed_T)
 
     def write(self, choice: "Choice") -> None:
         """Overwrite the first rows with these."""
-        first = self.first(len(choice.seed_T))
+        first = self.first(choice.rows)
         first.temperature_T.copy_(choice.temperature_T)
         first.top_k_T.copy_(choice.top_k_T)
         first.top_p_T.copy_(choice.top_p_T)
@@ -59,58 +67,79 @@ class Choice:
 
     def first(self, rows: int) -> "Choice":
         """Views of so many rows."""
-        return Choice(self.temperature_T[:rows], self.top_k_T[:rows], self.top_p_T[:rows], self.seed_T[:rows])
+        temperature_T = self.temperature_T[:rows]
+        top_k_T = self.top_k_T[:rows]
+        top_p_T = self.top_p_T[:rows]
+        seed_T = self.seed_T[:rows]
+        return Choice(temperature_T, top_k_T, top_p_T, seed_T)
 
 
-def greedy(requests: Rows[Request]) -> bool:
+def are_greedy(requests: Rows[Request]) -> bool:
     """Whether every request takes the likeliest token."""
-    return all(request.temperature == 0 for request in requests)
+    return all(request.is_greedy for request in requests)
 
 
 def sample(logits_TV: Tensor, choice: Choice, number_T: Tensor) -> Tensor:
     """A token for each row: the `number`-th of its answer. Rows of temperature 0 get the likeliest."""
     likeliest_T = logits_TV.argmax(-1)
-    warm_T = choice.temperature_T > 0
-    temperature_T = torch.where(warm_T, choice.temperature_T, 1.0)
-    scaled_TV = logits_TV.float() / temperature_T[:, None]
+    _, vocabulary = logits_TV.shape
+    temperature_T = choice.temperature_T
+    is_warm_T = temperature_T > 0
+    divisor_T = torch.where(is_warm_T, temperature_T, 1.0)
+    divisor_T1 = divisor_T[:, None]
+    scaled_TV = logits_TV.float() / divisor_T1
     truncated_TV = _truncated(scaled_TV, choice)
-    noise_TV = noise(choice.seed_T, number_T, logits_TV.shape[1])
+    noise_TV = noise(choice.seed_T, number_T, vocabulary)
     drawn_TV = truncated_TV + noise_TV
-    return torch.where(warm_T, drawn_TV.argmax(-1), likeliest_T)
+    drawn_T = drawn_TV.argmax(-1)
+    return torch.where(is_warm_T, drawn_T, likeliest_T)
 
 
 def noise(seed_T: Tensor, number_T: Tensor, vocabulary: int) -> Tensor:
     """Gumbel noise [T, V] for the `number`-th tokens of answers with these seeds."""
+    device = seed_T.device
     number_T = _mixed_bits(number_T + 1)
     row_T = _mixed_bits(seed_T ^ number_T)
-    id_V = torch.arange(vocabulary, device=seed_T.device)
+    row_T1 = row_T[:, None]
+    id_V = torch.arange(vocabulary, device=device)
     token_V = _mixed_bits(id_V)
-    bits_TV = _mixed_bits(token_V[None] ^ row_T[:, None])
-    uniform_TV = (bits_TV.double() + 0.5) / 2.0**32
+    bits_TV = _mixed_bits(row_T1 ^ token_V)
+    middle_TV = bits_TV.double() + 0.5
+    uniform_TV = middle_TV / 2.0**32
     exponential_TV = -torch.log(uniform_TV)
-    return -torch.log(exponential_TV).float()
+    noise_TV = -torch.log(exponential_TV)
+    return noise_TV.float()
 
 
 def _truncated(scaled_TV: Tensor, choice: Choice) -> Tensor:
     """Logits with those outside of top k and top p at minus infinity; the likeliest always stays."""
     ordered_TV, order_TV = scaled_TV.sort(dim=-1, descending=True, stable=True)
     mass_TV = ordered_TV.softmax(-1)
-    before_TV = mass_TV.cumsum(-1) - mass_TV
-    out_TV = before_TV >= choice.top_p_T[:, None]
-    rank_V = torch.arange(scaled_TV.shape[1], device=scaled_TV.device)
+    mass_up_to_TV = mass_TV.cumsum(-1)
+    mass_before_TV = mass_up_to_TV - mass_TV
+    top_p_T1 = choice.top_p_T[:, None]
+    is_out_TV = mass_before_TV >= top_p_T1
+    _, vocabulary = scaled_TV.shape
+    device = scaled_TV.device
+    rank_V = torch.arange(vocabulary, device=device)
     top_k_T1 = choice.top_k_T[:, None]
-    out_TV |= (top_k_T1 > 0) & (rank_V >= top_k_T1)
-    out_TV[:, 0] = False
-    ordered_TV = ordered_TV.masked_fill(out_TV, float("-inf"))
+    is_limited_T1 = top_k_T1 > 0
+    is_behind_TV = rank_V >= top_k_T1
+    is_out_TV |= is_behind_TV & is_limited_T1
+    is_out_TV[:, 0] = False
+    ordered_TV = ordered_TV.masked_fill(is_out_TV, float("-inf"))
     result_TV = torch.empty_like(scaled_TV)
-    return result_TV.scatter_(-1, order_TV, ordered_TV)
+    result_TV.scatter_(-1, order_TV, ordered_TV)
+    return result_TV
 
 
 def _mixed_bits(x: Tensor) -> Tensor:
     """32 bits, mixed so that each depends on all (the finaliser of MurmurHash3; Appleby, public domain)."""
     x = x & _MASK
     x = x ^ (x >> 16)
-    x = (x * 0x85EBCA6B) & _MASK
+    x = x * 0x85EBCA6B
+    x = x & _MASK
     x = x ^ (x >> 13)
-    x = (x * 0xC2B2AE35) & _MASK
+    x = x * 0xC2B2AE35
+    x = x & _MASK
     return x ^ (x >> 16)

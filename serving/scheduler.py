@@ -8,24 +8,28 @@ from collections import deque
 from collections.abc import Callable
 
 from serving.cache import PAGE, Cache, pages_for
+from serving.packed import Packed
 from serving.passing import Span
 from serving.pool import Pool, Resident
 from serving.sequence import Sequence
+
+Prepare = Callable[[Resident], bool]
+SequenceSpan = tuple[Sequence, Span]  # a sequence, and its rows in a pass
 
 
 class Scheduler:
     """Queues of sequences: waiting, filling (their prompts are computed in chunks), and running."""
 
-    def __init__(self, pool: Pool, cache: Cache, rows: int, chunk: int, settle: Callable[[Resident], bool]) -> None:
+    def __init__(self, pool: Pool, cache: Cache, rows: int, chunk: int, prepare_resident: Prepare) -> None:
         """At most `rows` sequences at a time and `chunk` tokens of prompts in one pass.
 
-        `settle` makes an adapter in a new slot ready, and says whether there were pages for its virtual tokens.
+        `prepare_resident` makes an adapter in a new slot ready, and says whether its virtual tokens had pages.
         """
         self.pool = pool
         self.cache = cache
         self.rows = rows
         self.chunk = chunk
-        self.settle = settle
+        self.prepare_resident = prepare_resident
         self.waiting: deque[Sequence] = deque()
         self.filling: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -51,16 +55,18 @@ class Scheduler:
     def _admitted(self) -> int:
         return len(self.filling) + len(self.running)
 
-    def next_chunk(self) -> list[tuple[Sequence, Span]]:
+    def next_chunk(self) -> list[SequenceSpan]:
         """The sequences whose prompts are computed next, with their rows: at most a chunk of tokens."""
-        chosen: list[tuple[Sequence, Span]] = []
+        chosen: list[SequenceSpan] = []
         row = 0
         for sequence in self.filling:
-            count = min(sequence.left, self.chunk - row)
+            space = self.chunk - row
+            count = min(sequence.uncomputed, space)
             if count == 0:
                 break
             span = Span(row, count, sequence.computed, sequence.pages)
-            chosen.append((sequence, span))
+            part = (sequence, span)
+            chosen.append(part)
             row += count
         return chosen
 
@@ -72,7 +78,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Free what a finished sequence held."""
         self.running.remove(sequence)
-        self.cache.give_back(sequence.own_pages)
+        self.cache.free(sequence.own_pages)
         if sequence.resident is not None:
             self.pool.release(sequence.resident)
 
@@ -84,15 +90,15 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a sequence a slot for its adapter and pages; False where one of them is not to be had now."""
-        if sequence.packed is not None and sequence.resident is None:
-            sequence.resident = self._resident(sequence)
-            if sequence.resident is None:
-                return False
+        if not self._has_adapter(sequence):
+            return False
         adapter_pages: list[int] = []
         if sequence.resident is not None:
             adapter_pages = sequence.resident.pages
-        shared = adapter_pages[: sequence.virtual // PAGE]
-        needed = pages_for(sequence.length) - len(shared)
+        full_pages = sequence.virtual // PAGE
+        shared = adapter_pages[:full_pages]
+        needed = pages_for(sequence.length)
+        needed -= full_pages
         own_pages = self._reserve(needed)
         if own_pages is None:
             return False
@@ -101,16 +107,26 @@ class Scheduler:
         sequence.computed = sequence.virtual
         if sequence.virtual % PAGE:
             # The adapter's last page is not full: this sequence goes on in a copy of its own.
-            self.cache.copy(adapter_pages[-1], own_pages[0])
+            last_page = adapter_pages[-1]
+            self.cache.copy(last_page, own_pages[0])
         return True
 
-    def _resident(self, sequence: Sequence) -> Resident | None:
-        """A sequence's adapter in a slot, which others that are not in use may have to leave."""
-        assert sequence.packed is not None
-        while (resident := self.pool.acquire(sequence.packed)) is None:
+    def _has_adapter(self, sequence: Sequence) -> bool:
+        """Whether a sequence's adapter is in a slot, into which it is brought if need be."""
+        if sequence.packed is None:
+            return True
+        if sequence.resident is None:
+            sequence.resident = self._resident(sequence.packed)
+        return sequence.resident is not None
+
+    def _resident(self, packed: Packed) -> Resident | None:
+        """An adapter in a slot, which others that are not in use may have to leave."""
+        while (resident := self.pool.acquire(packed)) is None:
             if not self._evict():
                 return None
-        while not resident.ready and not self.settle(resident):
+        while not resident.ready:
+            if self.prepare_resident(resident):
+                break
             if not self._evict(with_pages=True):
                 self.pool.release(resident)
                 return None
@@ -125,9 +141,9 @@ class Scheduler:
 
     def _evict(self, with_pages: bool = False) -> bool:
         """Evict the adapter that was not used for the longest time; False where there is none to evict."""
-        resident = self.pool.idle(with_pages)
+        resident = self.pool.evictable(with_pages)
         if resident is None:
             return False
-        self.cache.give_back(resident.pages)
+        self.cache.free(resident.pages)
         self.pool.evict(resident)
         return True

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from serving.forward import Chosen, Forward
-from serving.mix import Mix
+from serving.mix import AdapterBatch, Owner
 from serving.passing import Span
 from serving.sequence import Sequence
 
-ROWS = 1024  # of logits at a time, where there are many
+AT_ONCE = 1024  # rows of logits, where there are many
 
 
 class Scored(NamedTuple):
@@ -29,11 +29,13 @@ def score(forward: Forward, chosen: Chosen, hidden_TD: Tensor) -> None:
     scored: list[Scored] = []
     for sequence, span in chosen:
         scored += scored_rows(sequence, span)
-    for first in range(0, len(scored), ROWS):
-        part = scored[first : first + ROWS]
-        scores = log_probabilities(forward, part, hidden_TD)
-        for item, value in zip(part, scores, strict=True):
-            item.sequence.scores.append(value)
+    for first in range(0, len(scored), AT_ONCE):
+        stop = first + AT_ONCE
+        part = scored[first:stop]
+        values = log_probabilities(forward, part, hidden_TD)
+        for item, value in zip(part, values, strict=True):
+            scores = item.sequence.scores
+            scores.append(value)
 
 
 def scored_rows(sequence: Sequence, span: Span) -> list[Scored]:
@@ -41,24 +43,38 @@ def scored_rows(sequence: Sequence, span: Span) -> list[Scored]:
     if sequence.scored_from is None:
         return []
     prompt = sequence.request.prompt
-    first = span.start - sequence.virtual
-    low = max(sequence.scored_from, first + 1)
-    high = min(len(prompt), first + span.count + 1)
-    scored = []
+    first = span.start - sequence.virtual + 1  # the token behind the first row
+    stop = first + span.count
+    low = max(sequence.scored_from, first)
+    high = min(len(prompt), stop)
+    scored: list[Scored] = []
     for number in range(low, high):
-        row = span.row + number - 1 - first
-        scored.append(Scored(sequence, row, prompt[number]))
+        row = span.row + number - first
+        token = prompt[number]
+        item = Scored(sequence, row, token)
+        scored.append(item)
     return scored
 
 
 def log_probabilities(forward: Forward, scored: list[Scored], hidden_TD: Tensor) -> list[float]:
     """The log-probability of the token behind each of these rows."""
-    residents = [item.sequence.resident for item in scored]
-    rows = [item.row for item in scored]
-    tokens = [item.token for item in scored]
-    mix = Mix.of(residents, forward.device)
-    logits_NV = forward.decoder.logits(hidden_TD[rows], mix).float()
-    token_N = torch.tensor(tokens, device=logits_NV.device)
+    owners: list[Owner] = []
+    rows: list[int] = []
+    tokens: list[int] = []
+    for item in scored:
+        owners.append(item.sequence.resident)
+        rows.append(item.row)
+        tokens.append(item.token)
+    device = forward.device
+    adapters = AdapterBatch.of(owners)
+    adapters = adapters.to(device)
+    hidden_ND = hidden_TD[rows]
+    logits_NV = forward.decoder.logits(hidden_ND, adapters)
+    logits_NV = logits_NV.float()
     log_NV = logits_NV.log_softmax(-1)
-    score_N1 = log_NV.gather(1, token_N[:, None])
-    return score_N1[:, 0].tolist()
+    token_N = torch.tensor(tokens, device=device)
+    token_N1 = token_N[:, None]
+    score_N1 = log_NV.gather(1, token_N1)
+    score_N = score_N1.flatten()
+    scores: list[float] = score_N.tolist()
+    return scores

@@ -23,6 +23,11 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the likeliest token each time."""
+        return self.temperature == 0
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -63,7 +68,7 @@ class Sequence:
         return self.prompted + self.request.new_tokens
 
     @property
-    def left(self) -> int:
+    def uncomputed(self) -> int:
         """Tokens of the prompt that are not computed yet."""
         return self.prompted - self.computed
 
@@ -75,7 +80,23 @@ class Sequence:
     def finished(self) -> bool:
         """Whether the answer is complete; where a prompt is scored, whether all of it is computed."""
         if self.scored_from is not None:
-            return self.left == 0
-        if len(self.answer) >= self.request.new_tokens:
+            return self.uncomputed == 0
+        if not self.answer:
+            return False
+        request = self.request
+        if len(self.answer) >= request.new_tokens:
             return True
-        return bool(self.answer) and self.answer[-1] in self.request.stop
+        last = self.answer[-1]
+        return last in request.stop
+
+    @property
+    def is_at_last_token(self) -> bool:
+        """Whether its answer has all tokens with the one that is under way."""
+        tokens = len(self.answer) + 1
+        return tokens >= self.request.new_tokens
+
+    def prompt_tokens(self, start: int, count: int) -> tuple[int, ...]:
+        """The ids of so many tokens of the prompt, from the one at position `start` on."""
+        first = start - self.virtual
+        stop = first + count
+        return self.request.prompt[first:stop]

@@ -8,7 +8,7 @@ from serving.error import BaseRefused
 
 FAMILIES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 ROPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the length
-ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
+GATE_ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,32 @@ class Shape:
     gelu: bool  # tanh-approximated GELU in the place of SiLU
     window: int | None  # tokens that attention sees back, itself included; None: all
 
+    @property
+    def query_size(self) -> int:
+        """Numbers of all queries of a row."""
+        return self.heads * self.head_size
+
+    @property
+    def key_size(self) -> int:
+        """Numbers of all keys of a row, or of all values."""
+        return self.kv_heads * self.head_size
+
+    @property
+    def all_heads(self) -> int:
+        """Heads of queries, keys and values together."""
+        return self.heads + 2 * self.kv_heads
+
+    @property
+    def queries_of_key(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.heads // self.kv_heads
+
     @classmethod
     def of(cls, config: Any) -> "Shape":
         """The shape of a config; raises BaseRefused where the engine has no such forward pass."""
         check(config)
-        width, heads = config.hidden_size, config.num_attention_heads
+        width = config.hidden_size
+        heads = config.num_attention_heads
         norm_offset, embed_scale = 0.0, 1.0
         if config.model_type == "gemma":
             norm_offset, embed_scale = 1.0, width**0.5
@@ -49,8 +70,8 @@ class Shape:
             epsilon=config.rms_norm_eps,
             norm_offset=norm_offset,
             embed_scale=embed_scale,
-            gelu=ACTIVATIONS[activation(config)],
-            window=window(config),
+            gelu=GATE_ACTIVATIONS[activation(config)],
+            window=attention_window(config),
         )
 
 
@@ -58,7 +79,7 @@ def check(config: Any) -> None:
     """Raise BaseRefused where a config asks for what the forward pass does not have."""
     _check_value("model type", config.model_type, FAMILIES)
     _check_value("rotary positions of type", rope_type(config), ROPES)
-    _check_value("activation", activation(config), ACTIVATIONS)
+    _check_value("activation", activation(config), GATE_ACTIVATIONS)
     layer_types = getattr(config, "layer_types", None) or ["full_attention"]
     kinds = sorted(set(layer_types))
     if len(kinds) > 1:
@@ -85,7 +106,7 @@ def activation(config: Any) -> str:
     return name
 
 
-def window(config: Any) -> int | None:
+def attention_window(config: Any) -> int | None:
     """How many tokens attention sees back."""
     if not getattr(config, "use_sliding_window", True):
         return None

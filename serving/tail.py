@@ -1,54 +1,73 @@
 """Which narrow adapters have their A behind the base's weights, where the base's own product computes them too.
 
 A place is a range of ranks, the same in every layer; a group of several linear layers has as many rows for each rank.
+Shapes: L decoder layers, S sites, C columns, N adapters.
 """
 
 import torch
 from torch import Tensor
 
-from serving.base import Base, Group
+from serving.base import FrozenBase
+from serving.group import Group
 from serving.kernel.tail import tail_kernel
-from serving.packed import COLUMNS, RANKS, TAIL
+from serving.packed import Column
 from serving.pool import Pool, Resident
+
+INPUTS_OF_STEP = 1024
+Placed = tuple[Resident, int]  # with the first rank
 
 
 class Tail:
     """The adapters of the current batch, one behind the other from the first rank on."""
 
-    def __init__(self, base: Base, pool: Pool, capacity: int) -> None:
+    def __init__(self, base: FrozenBase, pool: Pool, capacity: int) -> None:
         """Use so many ranks behind the base's weights."""
         self.base = base
         self.pool = pool
         self.capacity = capacity
-        self._placed: dict[int, tuple[Resident, int]] = {}  # by slot, with the first rank
+        self._placed: dict[int, Placed] = {}  # by slot
 
     def place(self, residents: list[Resident]) -> int:
         """Make these adapters' factors lie there; how many ranks a pass must compute, or 0 where they do not fit."""
-        narrow = [resident for resident in residents if _rank(resident)]
-        needed = rounded(sum(_rank(resident) for resident in narrow))
+        narrow: list[Resident] = []
+        ranks = 0
+        for resident in residents:
+            rank = resident.needs.narrow
+            ranks += rank
+            if rank:
+                narrow.append(resident)
+        needed = rounded_ranks(ranks)
         if needed > self.capacity or not narrow:
             return 0
-        if not all(self._is_within(resident, needed) for resident in narrow):
-            self._place_anew(narrow)
+        for resident in narrow:
+            if not self._is_within(resident, needed):
+                self._place_anew(narrow)
+                break
         return needed
 
     def _is_within(self, resident: Resident, end: int) -> bool:
         """Whether an adapter's factors lie in the first ranks, up to `end`."""
-        holder, start = self._placed.get(resident.slot, (None, 0))
+        placed = self._placed.get(resident.slot)
+        if placed is None:
+            return False
+        holder, start = placed
         if holder is not resident:
             return False
-        return start + _rank(resident) <= end
+        stop = start + resident.needs.narrow
+        return stop <= end
 
     def _place_anew(self, residents: list[Resident]) -> None:
         """Lay these adapters' factors from the first rank on, and forget all others."""
         self._placed = {}
+        slots: list[int] = []
         start = 0
         for resident in residents:
             self._placed[resident.slot] = resident, start
             self._note(resident.slot, start)
-            start += _rank(resident)
-        slots = [resident.slot for resident in residents]
-        slot_N = torch.tensor(slots, dtype=torch.int32, device=self.base.device)
+            slots.append(resident.slot)
+            start += resident.needs.narrow
+        device = self.base.device
+        slot_N = torch.tensor(slots, dtype=torch.int32, device=device)
         for group in self.base.groups.values():
             self._copy_factors(group, slot_N)
 
@@ -56,35 +75,43 @@ class Tail:
         """Write into a slot's table at which row of each group the factors of each site begin."""
         table_LSC = self.pool.host_KLSC[slot]
         for group in self.base.groups.values():
-            first = len(group.sites) * start
-            for number, site in enumerate(group.sites):
-                columns_LC = table_LSC[:, self.base.sites[site.name]]
-                columns_LC[:, TAIL] = first + number * columns_LC[:, RANKS]
-        self.pool.table_KLSC[slot].copy_(table_LSC, non_blocking=True)
+            first = group.sections * start
+            for section, site in enumerate(group.sites):
+                number = self.base.sites[site.name]
+                columns_LC = table_LSC[:, number]
+                ranks_L = columns_LC[:, Column.RANKS]
+                offset_L = section * ranks_L
+                columns_LC[:, Column.TAIL] = first + offset_L
+        self.pool.upload(slot)
 
     def _copy_factors(self, group: Group, slot_N: Tensor) -> None:
+        """Copy the factors of some slots' adapters behind the weights of a group."""
         weight = group.weight_LNI
         layers, _, inputs = weight.shape
-        sections = len(group.sites)
         table = self.pool.table_KLSC
-        slot_stride, layer_stride = table.stride(0), table.stride(1)
-        entry = table[0, 0, self.base.sites[group.sites[0].name]]
-        arena = self.pool.arena.data
-        grid = (len(slot_N) * sections, layers)
+        entry = self.pool.entry(0, group.first_site)
+        rows = len(slot_N) * group.sections
+        grid = (rows, layers)
         tail_kernel[grid](
-            weight, slot_N, entry, arena, group.out, inputs, weight.stride(0), slot_stride, layer_stride,
-            len(COLUMNS), sections, N=1024, num_warps=4,
-        )  # fmt: skip
+            weight,
+            slot_N,
+            entry,
+            self.pool.arena.data,
+            group.outputs,
+            inputs,
+            group.sections,
+            weight.stride(0),
+            table.stride(0),
+            table.stride(1),
+            N=INPUTS_OF_STEP,
+            num_warps=4,
+        )
 
 
-def _rank(resident: Resident) -> int:
-    """The ranks that an adapter takes behind the base's weights."""
-    return resident.packed.needs.narrow
-
-
-def rounded(ranks: int) -> int:
+def rounded_ranks(ranks: int) -> int:
     """The next number of ranks for which there is a graph: 16, 32, and then 2 or 3 times a power of two."""
     step = 16
     while step * 4 < ranks:
         step *= 2
-    return -(-ranks // step) * step
+    steps = -(-ranks // step)
+    return steps * step

@@ -4,51 +4,67 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from serving.adapter import Place
-from serving.base import Base, Site
+from serving.base import FrozenBase
 from serving.folder import Folder
+from serving.group import LinearLayer, Names
 
 PREFIX = "base_model.model."  # of the names in PEFT's files
 
 
 @dataclass(frozen=True)
-class Target:
+class AdaptedLinear:
     """A linear layer of the base that an adapter changes."""
 
     place: Place
     module: str  # its name in the base
-    site: Site
+    site: LinearLayer
 
     @property
-    def out(self) -> int:
+    def inputs(self) -> int:
+        """Number of its inputs."""
+        return self.site.inputs
+
+    @property
+    def outputs(self) -> int:
         """Number of its outputs."""
-        return self.site.out
+        return self.site.outputs
 
     @property
     def name(self) -> str:
         """What the names of its tensors in PEFT's files begin with."""
-        return f"{PREFIX}{self.module}"
+        return PREFIX + self.module
 
 
-def targets(folder: Folder, base: Base, suffix: str) -> Iterator[Target]:
+def targets(folder: Folder, base: FrozenBase, suffix: str) -> Iterator[AdaptedLinear]:
     """The linear layers that have a tensor whose name ends so, and those that the config lists."""
-    configured = folder.config.get("target_modules")
-    wanted: tuple[str, ...] = ()
-    if isinstance(configured, list):
-        wanted = tuple(configured)
     names = set(folder.names)
+    wanted = wanted_modules(folder)
     for layer, site in base.linears():
+        place = (layer, site.name)
         module = module_name(layer, site)
-        target = Target((layer, site.name), module, site)
-        if f"{target.name}.{suffix}" in names or listed(module, wanted):
+        target = AdaptedLinear(place, module, site)
+        tensor = f"{target.name}.{suffix}"
+        if tensor in names or listed(module, wanted):
             yield target
 
 
-def module_name(layer: int, site: Site) -> str:
+def wanted_modules(folder: Folder) -> Names:
+    """The names of linear layers that a config lists, if it lists any."""
+    configured = folder.config.get("target_modules")
+    if isinstance(configured, list):
+        return tuple(configured)
+    return ()
+
+
+def module_name(layer: int, site: LinearLayer) -> str:
     """The name of a linear layer in the base."""
-    return f"model.layers.{layer}.{site.module}.{site.name}"
+    parent = f"model.layers.{layer}.{site.module}"
+    return f"{parent}.{site.name}"
 
 
-def listed(module: str, wanted: tuple[str, ...]) -> bool:
+def listed(module: str, wanted: Names) -> bool:
     """Whether a module has one of these names, whole or behind a dot."""
+    if module in wanted:
+        return True
     endings = tuple(f".{name}" for name in wanted)
-    return module in wanted or module.endswith(endings)
+    return module.endswith(endings)

@@ -11,9 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("runfolder", "clusters", "orchestrator", "trainer", "methods", "serving", "k8s")
-# serving/ has not been brought there yet: its lines are too dense, and names of it have another meaning elsewhere.
-DENSE = pytest.param("serving", marks=pytest.mark.xfail(strict=True))
-DONE = tuple(room for room in ROOMS if room != "serving")
 # Names that several modules may define, and why.
 SHARED_NAMES = {"main": "what a module does that is run as a process"}
 
@@ -81,7 +78,7 @@ def defined(body: list[ast.stmt]) -> Iterator[str]:
 
 def test_each_name_has_one_meaning() -> None:
     definitions: dict[str, set[str]] = defaultdict(set)
-    for room in DONE:
+    for room in ROOMS:
         for path in modules(room):
             for name in defined(parse(path).body):
                 definitions[name].add(str(path.relative_to(ROOT)))
@@ -111,7 +108,7 @@ def test_docstrings_say_something(room: str) -> None:
     assert not short, "\n".join(short)
 
 
-@pytest.mark.parametrize("room", [*DONE, DENSE])
+@pytest.mark.parametrize("room", ROOMS)
 def test_lines_hold_one_idea(room: str) -> None:
     lines = nodes = comprehensions = 0
     for path in modules(room):

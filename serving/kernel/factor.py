@@ -1,174 +1,291 @@
-"""Low-rank products of many adapters in one launch: rows are sorted by adapter, and a tile has rows of one alone.
+"""Low-rank products of many adapters in one launch, over tiles of rows that share an adapter.
 
-`shrink`: h = c * f(x A^T + bias);  `expand`: y += v * (h B) (+ beta). A task is (slot, first rank, first row, rows).
-Shapes: T rows of a tile, R ranks of a tile, K inputs of a step, N outputs of a tile.
+`shrink`: h = c * f(x A^T + bias);  `expand`: y += v * (h B) (+ beta). A task is a tile and the first of some ranks;
+tiles below 0 are not there. Shapes: T rows of a tile, R ranks of a step, K inputs of a step, N outputs of a tile.
 """
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
-from serving.kernel.entry import ACTIVATION, BETA, BIAS, RANK, A, B, C, V, load_piece, piece
+from serving.kernel.activation import activated
+from serving.kernel.entry import (
+    ACTIVATION,
+    BETA,
+    BIAS,
+    COLUMNS,
+    RANK,
+    A,
+    B,
+    C,
+    V,
+    entry_offset,
+    has,
+    load_piece,
+    number_of,
+    piece,
+)
+from serving.kernel.memory import (
+    add_product,
+    cells,
+    cells_in,
+    load_cells,
+    load_float,
+    load_masked,
+    numbers_of,
+    store_cells,
+    store_rounded,
+)
+from serving.kernel.tile import rows_of
 
 
 @triton.jit
-def activated(x, code):
-    """none, relu, gelu or silu, by number."""
-    relu = tl.maximum(x, 0.0)
-    gelu = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    silu = x / (1.0 + tl.exp(-x))
-    x = tl.where(code == 1, relu, x)
-    x = tl.where(code == 2, gelu, x)
-    return tl.where(code == 3, silu, x)
+def first_products(x_T, in_T, a_R, r, rank, part, share, inputs, T: constexpr, R: constexpr, K: constexpr):
+    """x A^T [T, R] over one part of the inputs, in fp32."""
+    low = part * share
+    high = low + share
+    high = tl.minimum(high, inputs)
+    k = tl.arange(0, K)
+    x_TK = cells(x_T, k)
+    a_KR = cells(k, a_R)
+    sum_TR = tl.zeros((T, R), tl.float32)
+    for start in range(low, high, K):
+        position_K = start + k
+        in_K = position_K < inputs
+        in_R = r < rank
+        mask_TK = cells_in(in_T, in_K)
+        mask_KR = cells_in(in_K, in_R)
+        x_tile = load_masked(x_TK + start, mask_TK)
+        a_tile = load_masked(a_KR + start, mask_KR)
+        sum_TR = add_product(x_tile, a_tile, sum_TR)
+    return sum_TR
 
 
 @triton.jit
-def rows_of(order, task, t, in_T):
-    """The numbers in the batch of the rows of a task or a segment."""
-    first = tl.load(task + 2)
-    row_T = tl.load(order + first + t, mask=in_T, other=0)
-    return row_T.to(tl.int64)
+def entry_of(table, slot, tile, slot_stride, section):
+    """The entry of a tile's adapter for a section; the table starts at a group's first site."""
+    first = table + entry_offset(slot, tile, slot_stride)
+    return first + section * COLUMNS
+
+
+@triton.jit
+def finished_products(sum_TR, entry, arena, r, in_R):
+    """c * f(h + bias), with what the entry has."""
+    if has(entry, BIAS):
+        bias_R = load_piece(arena, entry, BIAS, r, in_R, 0.0)
+        code = number_of(entry, ACTIVATION)
+        sum_TR = activated(sum_TR + bias_R, code)
+    if has(entry, C):
+        c_R = load_piece(arena, entry, C, r, in_R, 0.0)
+        sum_TR *= c_R
+    return sum_TR
 
 
 @triton.jit
 def shrink_kernel(
-    x, h, task, order, table, arena, inputs, share, x_stride, h_stride, h_section, h_part, slot_stride, columns,
-    T: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
-    """h [rows, section, part, ranks] of one task, section and share of the inputs; the table starts at a group's
-    first site. A bias and an activation need all inputs in one part."""
-    mine = task + tl.program_id(0) * 4
-    count = tl.load(mine + 3)
-    if count == 0:
-        return
+    x,
+    h,
+    task,
+    slot,
+    row,
+    table,
+    arena,
+    inputs,
+    share,
+    x_stride,
+    h_part,
+    h_stride,
+    h_section,
+    slot_stride,
+    T: constexpr,
+    R: constexpr,
+    K: constexpr,
+):
+    """h [part, rows, section, ranks] of one task, section and share of the inputs.
+
+    A bias and an activation need all inputs in one part.
+    """
+    mine = task + tl.program_id(0) * 2
     section = tl.program_id(1)
     part = tl.program_id(2)
-    entry = table + tl.load(mine) * slot_stride + section * columns
-    rank = tl.load(entry + RANK)
+    tile = tl.load(mine)
+    if tile < 0:
+        return
+    entry = entry_of(table, slot, tile, slot_stride, section)
+    rank = number_of(entry, RANK)
     first = tl.load(mine + 1)
     if first >= rank:
         return
-    t = tl.arange(0, T)
     r = first + tl.arange(0, R)
-    k = tl.arange(0, K)
-    in_T = t < count
-    row_T = rows_of(order, mine, t, in_T)
-    x_TK = x + row_T[:, None] * x_stride + k[None, :]
-    a_KR = piece(arena, entry, A) + r[None, :] * inputs + k[:, None]
-    sum_TR = tl.zeros((T, R), tl.float32)
-    low = part * share
-    high = tl.minimum(low + share, inputs)
-    for start in range(low, high, K):
-        in_K = start + k < inputs
-        in_R = r < rank
-        x_tile = tl.load(x_TK + start, mask=in_T[:, None] & in_K[None, :], other=0.0)
-        a_tile = tl.load(a_KR + start, mask=in_R[None, :] & in_K[:, None], other=0.0)
-        sum_TR = tl.dot(x_tile, a_tile, sum_TR, input_precision="ieee")
+    row_T, in_T = rows_of(row, tile, T)
+    x_T = x + row_T * x_stride
+    a_R = piece(arena, entry, A) + r * inputs
+    sum_TR = first_products(x_T, in_T, a_R, r, rank, part, share, inputs, T, R, K)
     in_R = r < rank  # anew, not from the loop: what is stored lies in other threads' registers
-    if tl.load(entry + BIAS) >= 0:
-        sum_TR += load_piece(arena, entry, BIAS, r, in_R, 0.0)[None, :]
-        sum_TR = activated(sum_TR, tl.load(entry + ACTIVATION))
-    if tl.load(entry + C) >= 0:
-        sum_TR *= load_piece(arena, entry, C, r, in_R, 0.0)[None, :]
-    at_TR = h + row_T[:, None] * h_stride + section * h_section + part * h_part + r[None, :]
-    tl.store(at_TR, sum_TR.to(h.dtype.element_ty), mask=in_T[:, None] & in_R[None, :])
+    sum_TR = finished_products(sum_TR, entry, arena, r, in_R)
+    first_h = h + part * h_part + section * h_section
+    h_T = first_h + row_T * h_stride
+    store_cells(h_T, r, in_T, in_R, sum_TR)
 
 
 @triton.jit
-def section_of(n, out, second, third):
+def section_of_output(n, out, second, third):
     """The section of an output, where it begins and where it ends; sections begin at 0, `second` and `third`."""
-    is_behind_first = (n >= second).to(tl.int32)
-    is_behind_second = (n >= third).to(tl.int32)
-    section = is_behind_first + is_behind_second
-    begin = tl.where(section == 1, second, 0)
-    begin = tl.where(section == 2, third, begin)
-    end = tl.where(section == 1, third, second)
-    end = tl.where(section == 2, out, tl.minimum(end, out))
+    is_behind_first = n >= second
+    is_behind_second = n >= third
+    section = is_behind_first.to(tl.int32)
+    section += is_behind_second.to(tl.int32)
+    is_second = section == 1
+    is_third = section == 2
+    begin = tl.where(is_second, second, 0)
+    begin = tl.where(is_third, third, begin)
+    end = tl.where(is_second, third, second)
+    end = tl.minimum(end, out)
+    end = tl.where(is_third, out, end)
     return section, begin, end
 
 
 @triton.jit
-def expand_kernel(
-    y, h, segment, order, table, arena, out, second, third, y_stride, y_share, h_stride, h_section, slot_stride,
-    columns, T: tl.constexpr, R: tl.constexpr, N: tl.constexpr, SHARES: tl.constexpr, BEHIND: tl.constexpr,
-):  # fmt: skip
-    """y of one segment's rows, one tile of outputs and one share of the ranks.
-
-    Sections begin at the outputs 0, `second` and `third`. With one share, y += the products; with several, each share
-    is written to a y of its own, for `add_kernel`.
-    """
-    mine = segment + tl.program_id(0) * 4
-    count = tl.load(mine + 3)
-    if count == 0:
-        return
-    first = tl.program_id(1) * N
-    part = tl.program_id(2)
-    section, begin, end = section_of(first, out, second, third)
-    entry = table + tl.load(mine) * slot_stride + section * columns
-    rank = tl.load(entry + RANK)
-    if (rank == 0) & (SHARES == 1):
-        return
-    t = tl.arange(0, T)
-    n = first + tl.arange(0, N)
-    in_T = t < count
-    row_T = rows_of(order, mine, t, in_T)
-    sum_TN = products(
-        h, arena, entry, row_T, n, section, begin, end, rank, part, in_T, h_stride, h_section, T, R, N, SHARES
-    )
-    in_N = n < end  # anew, as in `shrink_kernel`
-    if tl.load(entry + V) >= 0:
-        v_N = tl.load(piece(arena, entry, V) + n - begin, mask=in_N, other=0.0)
-        sum_TN *= v_N.to(tl.float32)[None, :]
-    if BEHIND:
-        sum_TN += load_piece(arena, entry, BETA, n, in_N, 0.0)[None, :]
-    at_TN = y + part * y_share + row_T[:, None] * y_stride + n[None, :]
-    mask_TN = in_T[:, None] & in_N[None, :]
-    if SHARES == 1:
-        sum_TN += tl.load(at_TN, mask=mask_TN, other=0.0).to(tl.float32)
-    tl.store(at_TN, sum_TN.to(y.dtype.element_ty), mask=mask_TN)
+def ranks_of_share(rank, share, R: constexpr, SHARES: constexpr):
+    """The ranks from low to high of one share, which are whole steps of R."""
+    ranks = tl.cdiv(rank, SHARES)
+    steps = tl.cdiv(ranks, R)
+    size = steps * R
+    low = share * size
+    high = low + size
+    high = tl.minimum(high, rank)
+    return low, high
 
 
 @triton.jit
-def products(
-    h, arena, entry, row_T, n, section, begin, end, rank, part, in_T, h_stride, h_section,
-    T: tl.constexpr, R: tl.constexpr, N: tl.constexpr, SHARES: tl.constexpr,
-):  # fmt: skip
-    """h B for one share of the ranks, in fp32."""
-    outputs = end - begin
+def second_products(
+    h_T, in_T, b_N, in_N, rank, share, outputs, T: constexpr, N: constexpr, R: constexpr, SHARES: constexpr
+):
+    """h B [T, N] over one share of the ranks, in fp32."""
+    low, high = ranks_of_share(rank, share, R, SHARES)
     r = tl.arange(0, R)
-    b_RN = piece(arena, entry, B) + r[:, None] * outputs + (n - begin)[None, :]
-    h_TR = h + row_T[:, None] * h_stride + section * h_section + r[None, :]
-    ranks = tl.cdiv(rank, SHARES)
-    share = tl.cdiv(ranks, R) * R
-    low = part * share
-    high = tl.minimum(low + share, rank)
+    h_TR = cells(h_T, r)
+    b_RN = cells(r * outputs, b_N)
     sum_TN = tl.zeros((T, N), tl.float32)
     for start in range(low, high, R):
-        in_R = start + r < rank
-        in_N = n < end
-        h_tile = tl.load(h_TR + start, mask=in_T[:, None] & in_R[None, :], other=0.0)
-        b_tile = tl.load(b_RN + start * outputs, mask=in_R[:, None] & in_N[None, :], other=0.0)
-        sum_TN = tl.dot(h_tile, b_tile, sum_TN, input_precision="ieee")
+        rank_R = start + r
+        in_R = rank_R < high
+        b_start = start * outputs
+        mask_TR = cells_in(in_T, in_R)
+        mask_RN = cells_in(in_R, in_N)
+        h_tile = load_masked(h_TR + start, mask_TR)
+        b_tile = load_masked(b_RN + b_start, mask_RN)
+        sum_TN = add_product(h_tile, b_tile, sum_TN)
     return sum_TN
 
 
 @triton.jit
-def add_kernel(
-    y, shares, segment, order, out, y_stride, share_stride, share_part,
-    T: tl.constexpr, N: tl.constexpr, SHARES: tl.constexpr,
-):  # fmt: skip
-    """y += the shares that `expand_kernel` wrote, for one segment's rows and one tile of outputs."""
-    mine = segment + tl.program_id(0) * 4
-    count = tl.load(mine + 3)
-    if count == 0:
+def gained(sum_TN, entry, arena, column_N, in_N, BEHIND: constexpr):
+    """v * y, where the entry has it; + beta of a bottleneck."""
+    if has(entry, V):
+        v_N = load_piece(arena, entry, V, column_N, in_N, 0.0)
+        sum_TN *= v_N
+    if BEHIND:
+        beta_N = load_piece(arena, entry, BETA, column_N, in_N, 0.0)
+        sum_TN += beta_N
+    return sum_TN
+
+
+@triton.jit
+def expand_kernel(
+    y,
+    h,
+    segment,
+    slot,
+    row,
+    table,
+    arena,
+    out,
+    second,
+    third,
+    y_share,
+    y_stride,
+    h_stride,
+    h_section,
+    slot_stride,
+    T: constexpr,
+    R: constexpr,
+    N: constexpr,
+    SHARES: constexpr,
+    BEHIND: constexpr,
+):
+    """y of one tile's rows, some outputs and one share of the ranks; sections begin at 0, `second` and `third`.
+
+    With one share, y += the products; with several, each is written to a y of its own, for `add_kernel`.
+    """
+    tile = tl.load(segment + tl.program_id(0))
+    if tile < 0:
         return
-    t = tl.arange(0, T)
-    n = tl.program_id(1) * N + tl.arange(0, N)
-    in_T, in_N = t < count, n < out
-    row_T = rows_of(order, mine, t, in_T)
-    mask_TN = in_T[:, None] & in_N[None, :]
-    at_TN = y + row_T[:, None] * y_stride + n[None, :]
-    sum_TN = tl.load(at_TN, mask=mask_TN, other=0.0).to(tl.float32)
-    share_TN = shares + row_T[:, None] * share_stride + n[None, :]
+    first = tl.program_id(1) * N
+    share = tl.program_id(2)
+    n = first + tl.arange(0, N)
+    section, begin, end = section_of_output(first, out, second, third)
+    entry = entry_of(table, slot, tile, slot_stride, section)
+    rank = number_of(entry, RANK)
+    if (rank == 0) & (SHARES == 1):
+        return
+    row_T, in_T = rows_of(row, tile, T)
+    h_T = h + section * h_section + row_T * h_stride
+    y_T = y + share * y_share + row_T * y_stride
+    store_update(y_T, h_T, in_T, n, begin, end, entry, arena, rank, share, T, R, N, SHARES, BEHIND)
+
+
+@triton.jit
+def store_update(
+    y_T,
+    h_T,
+    in_T,
+    n,
+    begin,
+    end,
+    entry,
+    arena,
+    rank,
+    share,
+    T: constexpr,
+    R: constexpr,
+    N: constexpr,
+    SHARES: constexpr,
+    BEHIND: constexpr,
+):
+    """Add a tile's update of the outputs n to y, or write one of several shares of it; a section is [begin, end)."""
+    outputs = end - begin
+    column_N = n - begin
+    in_N = n < end
+    b_N = piece(arena, entry, B) + column_N
+    sum_TN = second_products(h_T, in_T, b_N, in_N, rank, share, outputs, T, N, R, SHARES)
+    in_N = n < end  # anew, as in `shrink_kernel`
+    sum_TN = gained(sum_TN, entry, arena, column_N, in_N, BEHIND)
+    if SHARES == 1:
+        there_TN = load_cells(y_T, n, in_T, in_N)
+        sum_TN += there_TN.to(tl.float32)
+    store_cells(y_T, n, in_T, in_N, sum_TN)
+
+
+@triton.jit
+def add_kernel(
+    y, shares, segment, row, out, y_stride, share_stride, share_part, T: constexpr, N: constexpr, SHARES: constexpr
+):
+    """y += the shares that `expand_kernel` wrote, for one tile's rows and some outputs."""
+    number = tl.program_id(0)
+    tile = tl.load(segment + number)
+    if tile < 0:
+        return
+    n = numbers_of(tl.program_id(1), N)
+    row_T, in_T = rows_of(row, tile, T)
+    y_T = y + row_T * y_stride
+    share_T = shares + row_T * share_stride
+    at_TN = cells(y_T, n)
+    share_TN = cells(share_T, n)
+    in_N = n < out
+    mask_TN = cells_in(in_T, in_N)
+    sum_TN = load_float(at_TN, mask_TN)
     for share in tl.static_range(SHARES):
-        sum_TN += tl.load(share_TN + share * share_part, mask=mask_TN, other=0.0)
-    tl.store(at_TN, sum_TN.to(y.dtype.element_ty), mask=mask_TN)
+        at_share_TN = share_TN + share * share_part
+        sum_TN += load_float(at_share_TN, mask_TN)
+    store_rounded(at_TN, sum_TN, mask_TN)

@@ -5,41 +5,47 @@ Shapes: N inputs of a step.
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
-from serving.kernel.entry import RANK, RANKS, TAIL, A, piece
+from serving.kernel.entry import COLUMNS, RANK, RANKS, TAIL, A, entry_offset, number_of, piece
+from serving.kernel.memory import load_masked
 
 
 @triton.jit
 def tail_kernel(
-    weight,
-    slot,
-    table,
-    arena,
-    out,
-    inputs,
-    layer_stride,
-    slot_stride,
-    table_layer,
-    columns,
-    sections,
-    N: tl.constexpr,
+    weight, slot, table, arena, outputs, inputs, sections, layer_stride, slot_stride, table_layer, N: constexpr
 ):
     """Rows of one adapter, section and layer; those beyond its rank there are zero."""
-    mine = tl.program_id(0)
-    layer = tl.program_id(1)
-    chosen = tl.load(slot + mine // sections)
-    section = mine % sections
-    entry = table + chosen * slot_stride + layer * table_layer + section * columns
-    rank = tl.load(entry + RANK)
-    rows = tl.load(entry + RANKS)
-    first = tl.load(entry + TAIL)
+    number = tl.program_id(0)
+    layer = tl.program_id(1).to(tl.int64)
+    section = number % sections
+    adapter = number // sections
+    slot_entry = table + entry_offset(slot, adapter, slot_stride)
+    layer_entry = slot_entry + layer * table_layer
+    entry = layer_entry + section * COLUMNS
+    rank = number_of(entry, RANK)
+    rows = number_of(entry, RANKS)
+    first = number_of(entry, TAIL)
     source = piece(arena, entry, A)
-    target_row = (out + first).to(tl.int64)
-    target = weight + layer.to(tl.int64) * layer_stride + target_row * inputs
-    n = tl.arange(0, N)
+    first_row = outputs + first
+    first_row = first_row.to(tl.int64)
+    layer_weight = weight + layer * layer_stride
+    target = layer_weight + first_row * inputs
     for row in range(rows):
-        for start in range(0, inputs, N):
-            in_N = start + n < inputs
-            at = row * inputs + start + n
-            a_N = tl.load(source + at, mask=(row < rank) & in_N, other=0.0)
-            tl.store(target + at, a_N, mask=in_N)
+        first_number = row * inputs
+        has_row = row < rank
+        source_row = source + first_number
+        target_row = target + first_number
+        copy_row(source_row, target_row, has_row, inputs, N)
+
+
+@triton.jit
+def copy_row(source, target, is_there, inputs, N: constexpr):
+    """Copy a row of A, or zeros."""
+    n = tl.arange(0, N)
+    for start in range(0, inputs, N):
+        at_N = start + n
+        in_N = at_N < inputs
+        mask_N = is_there & in_N
+        a_N = load_masked(source + at_N, mask_N)
+        tl.store(target + at_N, a_N, mask=in_N)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from methods.base import Setup
-from methods.bottleneck import Adapter, load
+from methods.bottleneck import WithBottleneck, load
 from methods.options.other_adapters import Bottleneck
 from methods.registry import create
 
@@ -84,7 +84,7 @@ def test_starts_as_the_base_and_counts_what_it_adds(placement: str, tiny_base: P
     assert torch.equal(model(IDS[None]).logits, expected)
     count = sum(p.numel() for p in trained(model).values())
     assert count == Bottleneck(size=SIZE, placement=placement).added_parameters(linears, {})
-    downs = [m.down.weight for m in model.modules() if isinstance(m, Adapter)]
+    downs = [m.down.weight for m in model.modules() if isinstance(m, WithBottleneck)]
     starts = torch.cat([d.flatten() for d in downs])
     assert starts.std().item() == pytest.approx((2 / downs[0].shape[1]) ** 0.5, rel=0.2)
 

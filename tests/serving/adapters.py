@@ -18,6 +18,7 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": True}
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4},
     "high rank": {"kind": "lora", "rank": 24, "target": ["q_proj", "down_proj"]},
+    "wide": {"kind": "lora", "rank": 72, "target": ["down_proj"]},
     "pissa": {"kind": "lora", "rank": 2, "init": "pissa"},
     "rslora": {"kind": "rslora", "rank": 8},
     "dora": {"kind": "dora", "rank": 4},

@@ -37,7 +37,7 @@ def test_an_answer_ends_with_a_stop_token_or_at_its_length(base: Path) -> None:
     (whole,) = engine.generate([Request(PROMPT, new_tokens=10)])
     (stopped,) = engine.generate([Request(PROMPT, new_tokens=10, stop=(whole[4],))])
     assert len(whole) == 10 and stopped == whole[: whole.index(whole[4]) + 1]
-    assert engine.cache.free == engine.cache.pages - 1
+    assert engine.cache.free_pages == engine.cache.pages - 1
 
 
 def test_a_draw_depends_on_its_seed_and_its_limits(base: Path) -> None:
@@ -84,7 +84,7 @@ def test_more_adapters_than_slots_take_turns(base: Path, exported: dict[str, Exp
         small.load(name, exported[name].folder, pinned=name == "dora")
     asked = [Request(PROMPT[:7], name, new_tokens=3) for name in (*names, *names)]
     assert small.generate(asked) == large.generate(asked)
-    assert small.pool.find("dora").digest in small.pool.resident
+    assert small.pool.packed_of("dora").digest in small.pool.resident
 
 
 def test_idle_adapters_give_their_pages_to_who_needs_them(base: Path, exported: dict[str, Exported]) -> None:
@@ -95,7 +95,7 @@ def test_idle_adapters_give_their_pages_to_who_needs_them(base: Path, exported: 
     for name in ("prefix", "prompt", "ptuning", "prefix"):
         asked = [Request(PROMPT[:20], name, new_tokens=4), Request(PROMPT[:20], new_tokens=4)]
         assert engine.generate(asked) == large.generate(asked)
-    assert engine.cache.free == engine.cache.pages - 2 == 3
+    assert engine.cache.free_pages == engine.cache.pages - 2 == 3
 
 
 def test_patterns_of_ranks_and_scales_are_those_of_peft(base: Path, tmp_path: Path) -> None:

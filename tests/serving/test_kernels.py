@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import ADAPTERS, Exported, loaded
+from adapters import ADAPTERS, Exported, export, loaded, make_base
 from test_families import FAMILIES, PROMPTS, random_model
 
 from serving.engine import Engine
@@ -70,4 +70,11 @@ def test_long_sequences_whose_keys_are_read_in_parts() -> None:
     sizes = {"tokens": 4096, "adapter_bytes": 2**16, "chunk": 256}
     plain, fast = (Engine(deepcopy(model).to(device), **sizes) for device in ("cpu", "cuda"))
     asked = [Request(tuple((7 * i + n) % 320 for i in range(900 + n)), new_tokens=10) for n in range(2)]
+    assert fast.generate(asked) == plain.generate(asked)
+
+
+def test_no_input_is_counted_twice_where_programs_share_them(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", intermediate_size=11008)
+    plain, fast = pair(base, {"wide": export(base, "wide", tmp_path / "wide")})
+    asked = [Request(PROMPT[: 3 + row], "wide", new_tokens=24) for row in range(16)]
     assert fast.generate(asked) == plain.generate(asked)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from serving.engine import Engine
 from serving.error import AdapterRefused, UnknownAdapter
-from serving.format import read
+from serving.format import read_adapter
 from serving.sequence import Request
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -108,7 +108,7 @@ def test_a_broken_adapter_is_refused_and_the_others_serve_on(
 
 def test_more_bytes_than_allowed_are_not_even_read(engine: Engine, exported: dict[str, Exported]) -> None:
     with pytest.raises(AdapterRefused, match=r"found \d+ bytes; allowed: at most 100"):
-        read(exported["lora"].folder, engine.base, limit=100)
+        read_adapter(exported["lora"].folder, engine.base, limit=100)
     small = Engine(engine.base.model, tokens=64, adapter_bytes=2**10)
     with pytest.raises(AdapterRefused, match=r"found an adapter of \d+ numbers; allowed: 256"):
         small.load("large", exported["lora"].folder)

@@ -1,0 +1,26 @@
+"""A model from its folder, and the space that an engine gives it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TAIL_OF_SLOT = 16  # ranks behind the base's weights
+
+
+def loaded(folder: str | Path) -> Any:
+    """A model from its folder, on the GPU if there is one."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    return model.eval()
+
+
+def tail_ranks(model: Any, slots: int) -> int:
+    """Ranks behind the base's weights: some for each slot on a GPU, where kernels use them, and none on the CPU."""
+    weight = next(model.parameters())
+    if weight.device.type != "cuda":
+        return 0
+    return slots * TAIL_OF_SLOT

@@ -1,0 +1,92 @@
+"""What the rows of a decoding graph are, in memory of the device that the graph reads.
+
+Shapes: T rows, P pages.
+"""
+
+from collections.abc import Sequence as Several
+
+import torch
+from torch import Tensor
+
+from serving.cache import padded_pages, pages_for
+from serving.rotation import rotation_of
+from serving.sampler import Choice
+from serving.sequence import Sequence
+
+Numbers = list[int]
+
+
+class Rows:
+    """Rows of a batch: each is a sequence, or nobody's, which is the base's at position 0 of nobody's page."""
+
+    def __init__(self, count: int, positions: int, device: torch.device) -> None:
+        """At most so many rows, of so many positions."""
+        self.width = pages_for(positions)
+        numbers_size = (5, count)
+        pages_size = (count, self.width)
+        number_5T = torch.zeros(numbers_size, dtype=torch.int64, device=device)
+        pages_TP = torch.zeros(pages_size, dtype=torch.int32, device=device)
+        id_T, position_T, kind_T, number_T, slot_T = number_5T
+        self.id_T = id_T
+        self.position_T = position_T
+        self.kind_T = kind_T
+        self.number_T = number_T
+        self.slot_T = slot_T.int()
+        self.pages_TP = pages_TP
+        self.choice = Choice.blank(count, device)
+
+    def write(self, sequences: Several[Sequence], count: int) -> None:
+        """Copy what the first `count` rows are to the device."""
+        ids: Numbers = []
+        positions: Numbers = []
+        kinds: Numbers = []
+        numbers: Numbers = []
+        slots: Numbers = []
+        pages: list[Numbers] = []
+        for sequence in sequences:
+            answer = sequence.answer
+            last = answer[-1]
+            kind = rotation_of(sequence.resident)
+            ids.append(last)
+            positions.append(sequence.computed)
+            kinds.append(kind)
+            numbers.append(len(answer))
+            slots.append(sequence.slot)
+            pages.append(sequence.pages)
+        fill(self.id_T, ids, count)
+        fill(self.position_T, positions, count)
+        fill(self.kind_T, kinds, count)
+        fill(self.number_T, numbers, count)
+        fill(self.slot_T, slots, count)
+        self._write_pages(pages, count)
+        self._write_choice(sequences)
+
+    def _write_pages(self, pages: list[Numbers], count: int) -> None:
+        """Copy the pages of the first `count` rows to the device."""
+        table: list[Numbers] = []
+        for sequence_pages in pages:
+            row = padded_pages(sequence_pages, self.width)
+            table.append(row)
+        nobody = padded_pages([], self.width)
+        while len(table) < count:
+            table.append(nobody)
+        pages_TP = torch.tensor(table, dtype=torch.int32)
+        first_TP = self.pages_TP[:count]
+        first_TP.copy_(pages_TP)
+
+    def _write_choice(self, sequences: Several[Sequence]) -> None:
+        """Copy to the device how these sequences' tokens are chosen."""
+        device = self.id_T.device
+        requests = [sequence.request for sequence in sequences]
+        choice = Choice.of(requests, device)
+        self.choice.write(choice)
+
+
+def fill(target_T: Tensor, values: Numbers, count: int) -> None:
+    """Copy a number for each row to the device, and 0 for the rows of nobody up to `count`."""
+    missing = count - len(values)
+    padding = [0] * missing
+    padded = values + padding
+    value_T = torch.tensor(padded, dtype=target_T.dtype)
+    first_T = target_T[:count]
+    first_T.copy_(value_T)
