@@ -11,6 +11,7 @@ import pytest
 from local_cluster import job, running, serve, submit, text
 from waiting import until
 
+from clusters import entry
 from clusters.base import Unreachable
 from clusters.local import Local
 from clusters.ray_head import Head
