@@ -24,7 +24,7 @@ from runfolder.job import Job
 
 
 @dataclass(frozen=True)
-class Choice:
+class ClusterChoice:
     """A cluster for a run, and why that one, in one line."""
 
     cluster: str
@@ -32,14 +32,14 @@ class Choice:
 
 
 @contextmanager
-def chosen_cluster(names: Sequence[str], job: Job, run_id: str | None) -> Iterator[Choice]:
+def chosen_cluster(names: Sequence[str], job: Job, run_id: str | None) -> Iterator[ClusterChoice]:
     """The cluster of these that gets a job, kept for repetitions until the block ends well, or the job is refused.
 
     A run whose id is given stays where it is. Raises InputError where no cluster takes the job, Unreachable where it
     cannot be known.
     """
     if run_id is not None and (cluster := _cluster_with(names, run_id)):
-        yield Choice(cluster, "it has this run already")
+        yield ClusterChoice(cluster, "it has this run already")
         return
     identity = json.dumps([names, job.dump(), run_id], sort_keys=True, default=str)
     note = home() / "choices" / hashlib.sha256(identity.encode()).hexdigest()[:20]
@@ -47,7 +47,7 @@ def chosen_cluster(names: Sequence[str], job: Job, run_id: str | None) -> Iterat
         _write_once(note, _first_to_start(names, job))
     cluster, _, why = note.read_text().partition("\n")
     try:
-        yield Choice(cluster, why)
+        yield ClusterChoice(cluster, why)
         note.unlink(missing_ok=True)
     except InputError:
         note.unlink(missing_ok=True)  # refused: there is nothing to go on with
@@ -62,7 +62,7 @@ def _cluster_with(names: Sequence[str], run_id: str) -> str | None:
     return None
 
 
-def _first_to_start(names: Sequence[str], job: Job) -> Choice:
+def _first_to_start(names: Sequence[str], job: Job) -> ClusterChoice:
     """The cluster that would start a job first; of those that do not say, the first that is named."""
     starts: dict[str, float] = {}
     answers: dict[str, str] = {}
@@ -80,7 +80,7 @@ def _first_to_start(names: Sequence[str], job: Job) -> Choice:
         answers[name] = _in_words(start)
     reasons = "; ".join(f"{name}: {answer}" for name, answer in answers.items())
     if starts:
-        return Choice(min(starts, key=lambda name: starts[name]), reasons)
+        return ClusterChoice(min(starts, key=lambda name: starts[name]), reasons)
     if len(refused) == len(names):
         raise InputError(f"--cluster: no cluster takes this job: {reasons}")
     raise Unreachable(f"no cluster can be asked that would take this job: {reasons}")
@@ -95,7 +95,7 @@ def _in_words(start: float | None) -> str:
     return f"would start at {at}"
 
 
-def _write_once(note: Path, choice: Choice) -> None:
+def _write_once(note: Path, choice: ClusterChoice) -> None:
     """Write a choice down, unless another client of this machine has chosen meanwhile."""
     note.parent.mkdir(parents=True, exist_ok=True)
     new = note.with_name(f".{uuid.uuid4().hex}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from runfolder.chain import Attempt, slots
 from runfolder.files import Damaged, Record, list_names
 from runfolder.seals import read_seal
-from runfolder.shapes import EVENT, ROW, Shape, flaw_of
+from runfolder.shapes import EVENT, ROW, FileShape, flaw_of
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def parse_lines(data: bytes, file: str) -> list[Record]:
     return [_parse_line(line, file, shape) for line in lines if line]
 
 
-def _parse_line(line: bytes, file: str, shape: Shape) -> Record:
+def _parse_line(line: bytes, file: str, shape: FileShape) -> Record:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:

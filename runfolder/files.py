@@ -13,7 +13,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from runfolder.shapes import ANYTHING, Shape, flaw_of
+from runfolder.shapes import ANYTHING, FileShape, flaw_of
 
 Record = dict[str, Any]
 FORMAT = 1  # of all that is written here; what says none is of before there were formats, and read as this one
@@ -52,7 +52,7 @@ def sha256(path: Path) -> str:
         return digest.hexdigest()
 
 
-def read_json(path: Path, shape: Shape = ANYTHING) -> Record:
+def read_json(path: Path, shape: FileShape = ANYTHING) -> Record:
     """Read a JSON file that holds an object of this shape; raises Damaged."""
     try:
         text = path.read_text()
@@ -64,7 +64,7 @@ def read_json(path: Path, shape: Shape = ANYTHING) -> Record:
     return checked_record(record, path, shape)
 
 
-def checked_record(record: Any, path: Path, shape: Shape) -> Record:
+def checked_record(record: Any, path: Path, shape: FileShape) -> Record:
     """What a file holds, if that is an object of this shape, and of a format that is known; raises Damaged."""
     if not isinstance(record, dict):
         raise Damaged(f"{path}: found {type(record).__name__}; allowed: an object")

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from runfolder.chain import Attempt, last_slot, see_slots, slots
 from runfolder.files import Record, list_names, read_json, write_json
-from runfolder.shapes import CANCEL, PAUSE, STOP, Shape
+from runfolder.shapes import CANCEL, PAUSE, STOP, FileShape
 
 StopCause = Literal["preemption", "walltime", "cancelled"]
 
@@ -104,7 +104,7 @@ def _request(run_dir: Path, kind: str, record: Record) -> None:
     write_json(path, {"time": time.time(), **record})
 
 
-def _requests(run_dir: Path, kind: str, shape: Shape) -> list[tuple[int, Record]]:
+def _requests(run_dir: Path, kind: str, shape: FileShape) -> list[tuple[int, Record]]:
     """The requests of a kind that came since the run was last (re)opened, each with its newest slot then."""
     requests = []
     for slot, path in _current_files(run_dir, kind):

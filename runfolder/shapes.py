@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapt
 
 WholeNumber = Annotated[int, Field(ge=0, le=1 << 53)]  # of bytes, steps or slots: what every reader of JSON can hold
 UnixTime = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]  # seconds since 1970
-Shape = TypeAdapter[Any]
+FileShape = TypeAdapter[Any]
 
 
 class _Fields(BaseModel):
@@ -150,26 +150,26 @@ _Event = Annotated[
 ]
 
 
-ANYTHING: Shape = TypeAdapter(dict[str, Any])
-SUBMITTED: Shape = TypeAdapter(_Submitted)  # job.yaml
-BRIEF: Shape = TypeAdapter(_Brief)  # run.json
-CLAIM: Shape = TypeAdapter(Annotated[_AttemptClaim | _CloseClaim | _ReopenClaim, Field(discriminator="kind")])
-VERDICT: Shape = TypeAdapter(_Verdict)
-RESULT: Shape = TypeAdapter(_Result)
-SEALS: Shape = TypeAdapter(dict[str, dict[str, WholeNumber]], config=ConfigDict(strict=True))
-SECRET_VALUES: Shape = TypeAdapter(dict[str, str], config=ConfigDict(strict=True))
-CANCEL: Shape = TypeAdapter(_CancelRequest)  # requests/cancel-N.json
-PAUSE: Shape = TypeAdapter(_PauseRequest)  # requests/pause-N.json
-STOP: Shape = TypeAdapter(_StopRequest)
-MLFLOW_RUN: Shape = TypeAdapter(_MlflowRun)  # mlflow.json, mlflow/run.json
-UNDELIVERED: Shape = TypeAdapter(_Undelivered)
-TRACKED: Shape = TypeAdapter(_Delivered)  # tracked.json
-OUTCOME: Shape = TypeAdapter(_Outcome)
-ROW: Shape = TypeAdapter(_Row)  # a line of metrics.jsonl or system.jsonl
-EVENT: Shape = TypeAdapter(_Event)  # a line of events.jsonl
+ANYTHING: FileShape = TypeAdapter(dict[str, Any])
+SUBMITTED: FileShape = TypeAdapter(_Submitted)  # job.yaml
+BRIEF: FileShape = TypeAdapter(_Brief)  # run.json
+CLAIM: FileShape = TypeAdapter(Annotated[_AttemptClaim | _CloseClaim | _ReopenClaim, Field(discriminator="kind")])
+VERDICT: FileShape = TypeAdapter(_Verdict)
+RESULT: FileShape = TypeAdapter(_Result)
+SEALS: FileShape = TypeAdapter(dict[str, dict[str, WholeNumber]], config=ConfigDict(strict=True))
+SECRET_VALUES: FileShape = TypeAdapter(dict[str, str], config=ConfigDict(strict=True))
+CANCEL: FileShape = TypeAdapter(_CancelRequest)  # requests/cancel-N.json
+PAUSE: FileShape = TypeAdapter(_PauseRequest)  # requests/pause-N.json
+STOP: FileShape = TypeAdapter(_StopRequest)
+MLFLOW_RUN: FileShape = TypeAdapter(_MlflowRun)  # mlflow.json, mlflow/run.json
+UNDELIVERED: FileShape = TypeAdapter(_Undelivered)
+TRACKED: FileShape = TypeAdapter(_Delivered)  # tracked.json
+OUTCOME: FileShape = TypeAdapter(_Outcome)
+ROW: FileShape = TypeAdapter(_Row)  # a line of metrics.jsonl or system.jsonl
+EVENT: FileShape = TypeAdapter(_Event)  # a line of events.jsonl
 
 
-def flaw_of(record: Mapping[str, Any], shape: Shape) -> str | None:
+def flaw_of(record: Mapping[str, Any], shape: FileShape) -> str | None:
     """The first thing in a record that is not as its shape says, in one line; None where nothing is."""
     try:
         shape.validate_python(record)

@@ -19,7 +19,7 @@ from runfolder.files import Damaged, Record, list_names, read_json
 from runfolder.loading import loading_lines
 from runfolder.record import read_brief
 from runfolder.requests import cancel_requested, pause_step
-from runfolder.shapes import MLFLOW_RUN, UNDELIVERED, VERDICT, Shape
+from runfolder.shapes import MLFLOW_RUN, UNDELIVERED, VERDICT, FileShape
 
 ASKED_TO_END = "asked to end"
 _METRICS_TAIL_BYTES = 1 << 14  # bytes at the end of metrics.jsonl that hold its last whole line
@@ -157,7 +157,7 @@ def _with_figures(run: Snapshot) -> Snapshot:
     return replace(run, figures=figures, loading=tuple(loading))
 
 
-def _read_listed(folder: Path, file: str, listing: Sequence[str], shape: Shape) -> Record | None:
+def _read_listed(folder: Path, file: str, listing: Sequence[str], shape: FileShape) -> Record | None:
     """The JSON file of a folder; None where the folder's listing does not have it."""
     if file not in listing:
         return None
