@@ -19,6 +19,7 @@ from typing import Any
 
 from clusters.base import Cluster, SubmissionRefused, Unreachable
 from clusters.environment import secret_values
+from clusters.remote.machine import EnvironmentMissing
 from orchestrator.backends import expected_start, make_request, open_cluster
 from orchestrator.choice import chosen_cluster
 from orchestrator.clusters_file import default_cluster
@@ -56,6 +57,8 @@ def _clear_ending() -> Iterator[None]:
         yield
     except Refused as error:
         raise InputError(f"{error}; nothing was submitted") from None
+    except EnvironmentMissing:
+        raise  # who is asked to install it may do so, and submit then
     except Unreachable as error:
         unknown = "whether it was submitted is not known; the same command again is safe, and makes one run"
         raise Unreachable(f"{error}\n{unknown}") from None

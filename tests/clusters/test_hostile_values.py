@@ -17,12 +17,13 @@ import yaml
 from sampling import SEED
 
 from clusters.base import SubmissionRefused
-from clusters.config import SlurmConfig
 from clusters.environment import SECRETS
 from clusters.remote.code import Code
-from clusters.remote.far_side import FarSide
 from clusters.remote.link import Ssh
+from clusters.remote.lock import installed_lock
+from clusters.remote.machine import FarMachine
 from clusters.slurm import Slurm
+from clusters.slurm_script import SlurmConfig
 from orchestrator.clusters_file import read_clusters
 from orchestrator.errors import InputError
 from orchestrator.planning import spec
@@ -138,10 +139,10 @@ def check(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def check_far_command(config: SlurmConfig, folder: Path) -> None:
     """The command for the far machine has there the arguments that it has here."""
-    side = FarSide("hpc", Ssh("there"), config, Code({}, "0123"))
-    line = side._command("printf '%s\\0' \"$@\"")[-1]
+    machine = FarMachine("hpc", Ssh("there"), config, Code({}, "0123"), installed_lock())
+    line = machine.command("printf '%s\\0' \"$@\"")[-1]
     assert run(["sh", "-c", line], folder).split(b"\0") == [
-        *(value.encode() for value in (config.root or "", "0123", config.python)),
+        *(value.encode() for value in (config.root or "", "0123", config.python or "", machine.lock.digest)),
         b"",
     ]
 

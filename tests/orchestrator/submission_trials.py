@@ -28,12 +28,15 @@ from slurm_model import MISHAPS, SlurmModel, TimeoutExpired
 import clusters.slurm
 from clusters import allocation, answer
 from clusters.base import Unreachable
-from clusters.config import SlurmConfig, SshLink
+from clusters.config import SshLink
 from clusters.remote import cluster as remote_cluster
 from clusters.remote import far_side
 from clusters.remote import site as remote_site
 from clusters.remote.code import Code
 from clusters.remote.link import ThisHost
+from clusters.remote.lock import installed_lock
+from clusters.remote.machine import FarMachine
+from clusters.slurm_script import SlurmConfig
 from orchestrator import backends, runs, submit
 from orchestrator.errors import InputError
 from orchestrator.planning import freeze, preflight
@@ -205,7 +208,7 @@ class Trial:
         if not plan and KEPT:
             return KEPT[0]
         config = SlurmConfig(kind="slurm", link=SshLink(ssh="there"), root=str(self.there), partition="low")
-        side = far_side.FarSide("hpc", ThisHost(), config, Code({}, "0"))
+        side = far_side.FarSide(FarMachine("hpc", ThisHost(), config, Code({}, "0"), installed_lock()))
         if not plan:
             KEPT.append(side)
         return side

@@ -14,6 +14,7 @@ from run_folders import claim, make_run, plan, steps
 
 import fleetune
 from clusters import answer
+from clusters.entry import entry_text
 from clusters.local import Local
 from clusters.remote.shelf import Shelf
 from clusters.slurm import Slurm
@@ -157,7 +158,8 @@ def check_everybody(local: Local, good: Path, bad: Path) -> None:
         render.show_runs(by_run.values())
         render.show_run(fleetune.status(bad.name))
     assert fleetune.status(good.name).reason
-    far = answer.reply_to(local, Shelf(local.home / "files"), {"verb": "snapshots", "run_ids": [bad.name, good.name]})
+    request = {"verb": "snapshots", "run_ids": [bad.name, good.name], "in_full": False}
+    far = answer.reply_to(local, Shelf(local.home / "files"), request)
     assert set(json.loads(json.dumps(far))["answer"]) == {good.name, bad.name}
     assert set(Slurm(SlurmConfig(kind="slurm"), local.home).status([bad.name, good.name])) == {good.name, bad.name}
     assert list(undelivered()) in ([], [bad])
@@ -191,7 +193,7 @@ def test_any_damage_is_that_runs_own(closed: bool, home: Path, monkeypatch: pyte
     for _ in range(CASES):
         shutil.copytree(whole, bad)
         for run_dir in (good, bad):
-            local.queue.add(run_dir.name, local._entry(run_dir.name, 1, {}))
+            local.queue.add(run_dir.name, entry_text(run_dir, 1, {}))
         done = added(rng, bad) if rng.random() < 0.1 else damage(rng, bad)
         try:
             check_everybody(local, good, bad)

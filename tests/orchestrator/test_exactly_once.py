@@ -14,10 +14,13 @@ from jobs import make_job
 from sampling import SEED
 from slurm_model import MISHAPS, REFUSAL
 
-from clusters.config import SlurmConfig, SshLink
+from clusters.config import SshLink
 from clusters.remote.code import Code
 from clusters.remote.far_side import FarSide
 from clusters.remote.link import ThisHost
+from clusters.remote.lock import installed_lock
+from clusters.remote.machine import FarMachine
+from clusters.slurm_script import SlurmConfig
 
 ROOT = Path(__file__).parents[2]
 TRIALS = 10_000
@@ -60,7 +63,7 @@ def test_a_request_that_was_interrupted_leaves_no_answer_to_the_next(
 ) -> None:
     make_job(tmp_path)
     config = SlurmConfig(kind="slurm", link=SshLink(ssh="there"), root=str(tmp_path), python=sys.executable)
-    side = FarSide("hpc", ThisHost(), config, Code({}, "here"))
+    side = FarSide(FarMachine("hpc", ThisHost(), config, Code({}, "here"), installed_lock()))
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "here").symlink_to(ROOT)
     try:

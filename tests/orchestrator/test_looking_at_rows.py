@@ -151,6 +151,7 @@ def test_modules_of_a_user_do_not_stand_in_the_way(tmp_path: Path, monkeypatch: 
     hostile.mkdir()
     (hostile / "trainer.py").write_text("raise SystemExit('the trainer of a user')\n")
     monkeypatch.setenv("PYTHONPATH", str(hostile))
+    monkeypatch.setattr(looking, "READER", [sys.executable, "-P", "-m", "trainer.data"])
     path = job(tmp_path, *[{"prompt": "Answer:", "completion": " yes"}] * 40)
     assert plan(path).warnings == ()
     (hostile / "pyarrow.py").write_text("raise ImportError('no arrows')\n")

@@ -20,6 +20,7 @@ from run_folders import claim, make_run, plan, step_row, steps
 import fleetune
 from clusters.base import Unreachable
 from clusters.config import SshLink
+from clusters.entry import entry_text
 from clusters.local import Local, LocalConfig
 from clusters.remote.cluster import RemoteCluster
 from clusters.remote.code import installed_code
@@ -219,7 +220,7 @@ def test_five_hundred_runs_are_looked_at_in_one_trip(
         shutil.copytree(first, far_home / "runs" / run_id, copy_function=os.link)
     far = Local(far_home)
     for run_id in run_ids[:250]:
-        far.queue.add(run_id, far._entry(run_id, 1, {}))
+        far.queue.add(run_id, entry_text(far.site.root / run_id, 1, {}))
     for run_id in run_ids:
         runs.remember(run_id, "elsewhere")
     asked = []

@@ -85,8 +85,8 @@ def test_one_run_is_looked_at_in_full(run: Path) -> None:
     assert found.loading[1] == f"model = PeftModel.from_pretrained(model, '{output}')"
     assert found.remaining_s is None  # its cluster does not say that it runs
     full = snapshot(run, in_full=True)
-    assert status.join_status(full, View("running")).remaining_s == 91.0
-    assert status.join_status(snapshot(run), View("running")).remaining_s is None
+    assert status.join_status(Standing(full, View("running"))).remaining_s == 91.0
+    assert status.join_status(Standing(snapshot(run), View("running"))).remaining_s is None
     assert [(view.figures, view.loading) for view in fleetune.list_runs()] == [(None, ())]
 
 

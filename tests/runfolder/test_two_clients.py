@@ -1,5 +1,6 @@
 """What one client of a shared folder decides, another acts on that has looked before and keeps what it was told."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,9 @@ def claim(run_dir: Path) -> chain.Attempt:
     return made
 
 
+ROWS = [{"step": 1, "time": 1.0}, {"step": 2, "time": 2.0}]
+
+
 def test_a_first_attempt_is_followed_by_a_second(clients: tuple[Path, Path]) -> None:
     a, b = clients
     look(b)
@@ -44,27 +48,27 @@ def test_what_was_appended_since_is_sealed(clients: tuple[Path, Path]) -> None:
     a, b = clients
     first = claim(a)
     look(b)
-    first.append("metrics.jsonl", {"step": 1})
+    first.append("metrics.jsonl", ROWS[0])
     (first.folder / "logs").mkdir()
     (first.folder / "logs" / "rank-0.log").write_text("one\n")
     claim(b)
-    first.append("metrics.jsonl", {"step": 2})
+    first.append("metrics.jsonl", ROWS[1])
     sealed = chain.Attempt(b, 1)
-    assert read_lines(sealed, "metrics.jsonl") == [{"step": 1}]
+    assert read_lines(sealed, "metrics.jsonl") == [ROWS[0]]
     assert sealed_size(sealed, "logs/rank-0.log") == 4
 
 
 def test_what_a_slot_did_not_live_to_seal_is_sealed_by_the_next(clients: tuple[Path, Path]) -> None:
     a, b = clients
     first = claim(a)
-    first.append("metrics.jsonl", {"step": 1})
+    first.append("metrics.jsonl", ROWS[0])
     second = claim(a)
     (second.folder / "seals.json").unlink()
     claim(b)
-    first.append("metrics.jsonl", {"step": 2})
+    first.append("metrics.jsonl", ROWS[1])
     fourth = claim(a)
-    assert read_json(fourth.folder / "seals.json")["1"] == {"metrics.jsonl": 12}
-    assert read_lines(chain.Attempt(b, 1), "metrics.jsonl") == [{"step": 1}]
+    assert read_json(fourth.folder / "seals.json")["1"] == {"metrics.jsonl": len(json.dumps(ROWS[0])) + 1}
+    assert read_lines(chain.Attempt(b, 1), "metrics.jsonl") == [ROWS[0]]
 
 
 def test_a_run_that_was_closed_is_reopened_and_claimed(clients: tuple[Path, Path]) -> None:
