@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from clusters.ray_start import free_port, head_options, node_options, ray_command, write_whole
+from clusters.ray_start import free_ports, head_options, node_options, ray_command, write_whole
 
 _PARENT = Path("/tmp")  # short: the path of a socket has 107 bytes
 _PREFIX = "ft-ray-"
@@ -35,7 +35,7 @@ def main(folder: Path, address: str) -> int:
         options = node_options(ip, temporary) | {"memory": node_memory()}
         flags = ["--disable-usage-stats"]
         if address == "head":
-            port = free_port(ip)
+            (port,) = free_ports(1, ip)
             options |= head_options(ip, port)
             flags += ["--head", "--no-monitor"]
             write_whole(folder / "address", f"{ip}:{port}")

@@ -26,11 +26,12 @@ def node_options(address: str, folder: Path) -> dict[str, object]:
 
 def head_options(address: str, port: int) -> dict[str, object]:
     """What a head is told beside that; port 0 is any."""
+    dashboard, client = free_ports(2, address)
     return {
         "port": port,
         "dashboard-host": address,
-        "dashboard-port": free_port(address),
-        "ray-client-server-port": 0,  # none
+        "dashboard-port": dashboard,
+        "ray-client-server-port": client,
         # Ray Train frees the capacity of a killed driver by asking the dashboard.
         "include-dashboard": "true",
         "include-log-monitor": "false",
@@ -68,9 +69,13 @@ def write_whole(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def free_port(address: str) -> int:
-    """A port of an address of this host that nobody listens at now."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        port: int = probe.getsockname()[1]
-    return port
+def free_ports(number: int, address: str) -> list[int]:
+    """Ports of an address of this host that nobody listens at now."""
+    probes = [socket.socket() for _ in range(number)]
+    try:
+        for probe in probes:
+            probe.bind((address, 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
