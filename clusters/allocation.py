@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from clusters.controllers import REQUEUE, REQUEUED, controller_command
+from clusters.controllers import COLLECTED, REQUEUE, REQUEUED, controller_command
 from clusters.ray_head import Backoff, answers
 from clusters.ray_start import ray_environment, write_token
 from runfolder.chain import result
@@ -137,7 +137,7 @@ class RayNodes:
 def keep_controller(start: JobStart, nodes: RayNodes, told: threading.Event) -> int:
     """Start the controller until the run has its result, or cannot go on here; gives 0 or REQUEUE."""
     backoff = Backoff()
-    environment = os.environ | {"RAY_ADDRESS": nodes.address} | REQUEUED
+    environment = os.environ | {"RAY_ADDRESS": nodes.address} | REQUEUED | COLLECTED
     while start.is_latest():
         while not backoff.ready():
             time.sleep(_ALLOCATION_POLL_S)

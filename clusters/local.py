@@ -140,7 +140,7 @@ class Local:
     def cancel(self, run_id: str) -> None:
         """Queue the run if it is not, and see to it that the supervisor runs: it starts who closes the run."""
         if result(self.site.root / run_id) is None:
-            environment = {"FLEETUNE_HOME": str(self.home)}
+            environment = {**self.env, "FLEETUNE_HOME": str(self.home)}
             text = self._entry(run_id, 1, environment)
             self.queue.add(run_id, text)
             self.start()

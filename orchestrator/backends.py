@@ -8,6 +8,7 @@ from pathlib import Path
 from clusters.backends import open_backend
 from clusters.base import Cluster, ClusterRequest, SubmissionRefused
 from clusters.config import ClusterConfig, SshLink
+from clusters.controllers import COLLECTED
 from clusters.environment import secret_names
 from clusters.local import Local
 from clusters.remote.cluster import RemoteCluster
@@ -17,6 +18,7 @@ from clusters.remote.link import Link, Ssh, ThisHost
 from orchestrator.clusters_file import clusters_path, read_clusters
 from orchestrator.errors import InputError
 from orchestrator.planning.spec_errors import did_you_mean
+from runfolder.folders import home
 from runfolder.job import Job
 
 # Clusters that need no file, by name; others are in the clusters file.
@@ -56,8 +58,10 @@ def link_of(name: str, config: ClusterConfig) -> Link:
 def _open(name: str, config: ClusterConfig) -> Cluster:
     """A cluster of this machine in this process; one of another machine over its link."""
     if config.link == "local":
-        root = config.root or "~/.fleetune"
-        return open_backend(config, Path(root).expanduser().absolute())
+        root = Path(config.root or "~/.fleetune").expanduser().absolute()
+        if root != home():  # with an MLflow of its own
+            config = config.model_copy(update={"env": config.env | COLLECTED})
+        return open_backend(config, root)
     return RemoteCluster(FarSide(name, link_of(name, config), config, installed_code()))
 
 

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 from clusters.base import Unreachable
 from clusters.local import Local
 from methods.options import UNUSABLE
-from orchestrator.tracking.delivery import troubles, undelivered
+from orchestrator.tracking.collect import troubles
+from orchestrator.tracking.delivery import undelivered
 from orchestrator.tracking.password import without_password
 from orchestrator.tracking.store import resolve, sqlite_file
 from runfolder.folders import cache_folder, home, library_folders, nearest_existing, writable

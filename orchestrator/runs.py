@@ -78,7 +78,7 @@ def handles(cluster_name: str | None = None) -> list[Handle]:
     if cluster_name is not None:
         clusters = _clusters_of_runs_on(cluster_name)
     else:
-        clusters = _remembered_clusters() | _clusters_of_runs_on("local")
+        clusters = _clusters_of_runs_on("local") | _remembered_clusters()
     runs = []
     for run_id, cluster in clusters.items():
         if RUN_ID.fullmatch(run_id):

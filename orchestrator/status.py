@@ -1,7 +1,7 @@
 """Where runs stand: what their folders say, joined with what their cluster says."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, find, handles, name_of
 from orchestrator.tracking.trouble import parse_trouble
+from runfolder.mirror import Mirror
 from runfolder.snapshot import Snapshot
 
 RunState = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
@@ -83,10 +84,13 @@ def _statuses_on(cluster_name: str, runs: list[Handle]) -> dict[Handle, Status]:
     except (Unreachable, InputError) as error:
         why_unknown = str(error)
     unknown = ClusterStatus("unknown", why_unknown)
+    mirror = Mirror.of_cluster(cluster_name)
     by_run = {}
     for run in runs:
         no_folder = Snapshot(run.run_id, "", cluster_name, damaged=why_unknown)
         snapshot = snapshots.get(run.run_id, no_folder)
+        if snapshot.mlflow is None:
+            snapshot = replace(snapshot, mlflow=mirror.mlflow_run(run.run_id))
         cluster_status = on_cluster.get(run.run_id, unknown)
         by_run[run] = join_status(snapshot, cluster_status)
     return by_run
