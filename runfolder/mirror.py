@@ -5,6 +5,7 @@ says where the real one is. It is a cache: it may be removed at any time, and co
 brings it up to date.
 """
 
+import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from runfolder.chain import last_slot
 from runfolder.delivered import is_delivered
-from runfolder.files import Damaged, Record, read_json, write_json
+from runfolder.files import Damaged, Record, list_names, read_json
 from runfolder.folders import home
 from runfolder.news import UNREADABLE, Known, Part, RunNews, mirrored_files, state_of
 from runfolder.site import Site
@@ -23,7 +24,7 @@ _MARK = "mirror.json"
 
 def mirrored_from(run_dir: Path) -> str | None:
     """The run folder that this one is a mirror of; None where it is none."""
-    if not (run_dir / _MARK).exists():
+    if _MARK not in list_names(run_dir):
         return None
     origin: str = read_json(run_dir / _MARK)["run_dir"]
     return origin
@@ -104,8 +105,8 @@ class Mirror:
                 _remove(run_dir / file)
             for part in news.parts:
                 self._write(run_dir / part.path, part)
-            if mirrored_from(run_dir) != news.run_dir:
-                write_json(run_dir / _MARK, {"run_dir": news.run_dir})
+            mark = json.dumps({"run_dir": news.run_dir})
+            self._place(run_dir / _MARK, mark.encode())
         except (OSError, ValueError) as error:
             return f"{run_dir}: {error}"
         return None
@@ -114,14 +115,18 @@ class Mirror:
         """Write a part of a file; raises ValueError where it does not belong there."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if part.offset is None:
-            arriving = self.folder / ".arriving"
-            arriving.write_bytes(part.content)
-            arriving.replace(path)
+            self._place(path, part.content)
             return
         with path.open("ab") as stream:
             if stream.tell() != part.offset:
                 raise Damaged(f"{part.path}: found {stream.tell()} bytes, and a part from {part.offset} on")
             stream.write(part.content)
+
+    def _place(self, path: Path, data: bytes) -> None:
+        """Write a file whole or not at all; what a crash of the machine takes of it comes again."""
+        arriving = self.folder / ".arriving"
+        arriving.write_bytes(data)
+        arriving.replace(path)
 
 
 def _remove(path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow_runs import series
 from slurm_site import WHY_NOT, SlurmSite, can_serve
 
 import fleetune
@@ -17,6 +18,7 @@ from clusters.config import SlurmConfig
 from clusters.slurm import Slurm
 from orchestrator import backends
 from orchestrator.errors import InputError
+from orchestrator.tracking.collect import deliver_all
 from orchestrator.tracking.history import history
 from runfolder.appended import read_lines
 from runfolder.chain import attempts, claim_next
@@ -112,6 +114,10 @@ def assert_undisturbed(run_dir: Path, launch: Any, timeout_s: float = 600) -> No
     assert steps == list(range(1, steps[-1] + 1))
     expected = [row["loss"] for row in history(alone)]
     assert [row["loss"] for row in history(run_dir)] == pytest.approx(expected, rel=1e-5)
+    assert not list(run_dir.parents[1].glob("*.db"))
+    assert deliver_all() == {}
+    reported = [(row["step"], row["loss"]) for row in history(run_dir)]
+    assert [(step, loss) for step, loss, _ in series(None, run_dir)] == reported
 
 
 LONG = {"train": {"steps": 60, "batch_tokens": 128}, "checkpoint": {"every": 5}}

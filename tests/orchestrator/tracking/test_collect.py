@@ -210,6 +210,7 @@ def test_a_mirror_that_is_lost_or_spoiled_comes_again(far_home: Path) -> None:
     assert deliver_all() == {}
     (mirror_of(run_dir) / "mlflow" / "run.json").write_text("[]")
     (mirror_of(run_dir) / "attempts" / "1" / "claim.json").write_text("{}")
+    (mirror_of(run_dir) / "mirror.json").write_text("{}")
     steps(first, 6, 9)
     assert deliver_all() == {}
     assert series(None, run_dir) == expected((1, 1, 9))
@@ -446,6 +447,7 @@ def test_runs_of_another_root_of_this_machine_are_read_in_place(
 ) -> None:
     (tmp_path / "clusters.yaml").write_text(f"beside: {{kind: local, root: {tmp_path / 'beside'}}}\n")
     monkeypatch.setenv("FLEETUNE_CLUSTERS", str(tmp_path / "clusters.yaml"))
+    monkeypatch.setattr(backends, "_opened", {})
     run_dir = make_run(tmp_path / "beside" / "runs", runs.new_id("beside"), None)
     runs.remember(run_dir.name, "beside")
     first = claim(run_dir)
@@ -460,6 +462,18 @@ def test_runs_of_another_root_of_this_machine_are_read_in_place(
     assert (
         not (home / "mirrors" / "beside" / run_dir.name).exists() and not (tmp_path / "beside" / "mlflow.db").exists()
     )
+
+
+def test_what_somebody_there_has_in_a_database_comes_here_all_the_same(far_home: Path) -> None:
+    run_dir = far_run(far_home, "both")
+    first = claim(run_dir)
+    steps(first, 1, 3)
+    assert first.close({"state": "failed"})
+    store._claim_mlflow_run(run_dir, {"mlflow_run_id": "theirs", "uri": "sqlite:////nowhere/mlflow.db"})
+    note_delivered(run_dir, "theirs")
+    assert deliver_all() == {}
+    assert series(None, run_dir) == expected((1, 1, 3))
+    assert tracked_run(run_dir) == "theirs"
 
 
 def test_who_compares_on_the_other_machine_gets_what_laptops_submitted(home: Path) -> None:

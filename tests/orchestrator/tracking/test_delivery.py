@@ -139,6 +139,7 @@ def test_system_metrics_go_through_the_spool(tmp_path: Path, monkeypatch: pytest
 
 
 def test_server_down_from_the_start_then_up_then_killed_in_the_middle(stopped: Server, tmp_path: Path) -> None:
+    stopped.kill()  # another test may have started it
     run_dir = make_run(tmp_path, "run-outage", stopped.uri)
     attempt = claim(run_dir)
     delivery = Delivery(run_dir, 1)
