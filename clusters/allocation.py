@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clusters.allocated_nodes import AllocatedNodes, allocated_nodes, end_session
-from clusters.controllers import REQUEUE, REQUEUED, controller_command, on_nodes
+from clusters.controllers import COLLECTED, REQUEUE, REQUEUED, controller_command, on_nodes
 from clusters.ray_head import Backoff
 from runfolder.chain import result
 from runfolder.files import list_names, refresh, sync_folder
@@ -147,7 +147,7 @@ def run_controller(run_dir: Path, nodes: AllocatedNodes, told: threading.Event) 
     """
     command = controller_command(str(run_dir))
     count = nodes.count()
-    environment = os.environ | {"RAY_ADDRESS": nodes.address} | REQUEUED | on_nodes(count)
+    environment = os.environ | {"RAY_ADDRESS": nodes.address} | REQUEUED | COLLECTED | on_nodes(count)
     controller = subprocess.Popen(command, env=environment, start_new_session=True)
     is_told = False
     whole_at = time.monotonic()

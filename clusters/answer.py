@@ -15,11 +15,13 @@ from typing import Any
 import fleetune_start
 from clusters.backends import backend_of, open_backend
 from clusters.base import Cluster, ClusterRequest, Standing
+from clusters.controllers import COLLECTED
 from clusters.remote.far_side import READY, kind_of
 from clusters.remote.shelf import Shelf
 from runfolder.folders import home
 from runfolder.job import Job
-from runfolder.site import PlainData, answer_request
+from runfolder.requested import answer_request
+from runfolder.site import PlainData
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
     plain = json.loads(first)["cluster"]
     config = backend_of(plain["kind"]).Config.model_validate(plain)
     code = Path(fleetune_start.__file__).parent  # runs go on with the code that submitted them
-    env = {**config.env, "PYTHONPATH": str(code)}
+    env = {**config.env, **COLLECTED, "PYTHONPATH": str(code)}
     cluster = open_backend(config.model_copy(update={"env": env}), home())
     shelf = Shelf(home() / "files")
     print(READY, file=answers, flush=True)

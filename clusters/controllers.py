@@ -6,6 +6,8 @@ import sys
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run goes on elsewhere, where its scheduler starts it again
 # What a controller's environment has where a scheduler starts the run again that it has ended.
 REQUEUED = {"FLEETUNE_REQUEUED": "1"}
+# What it has where the runs of a job without `tracking.uri` belong to the MLflow of whoever compares, elsewhere.
+COLLECTED = {"FLEETUNE_COLLECTED": "1"}
 _NODES = "FLEETUNE_NODES"
 
 
@@ -28,3 +30,8 @@ def controller_command(run_dir: str) -> list[str]:
 def is_requeued() -> bool:
     """Whether this process is for a run that a scheduler starts again when it has ended it."""
     return any(os.environ.get(name) for name in REQUEUED)
+
+
+def is_collected() -> bool:
+    """Whether this process is for a run whose rows whoever compares takes to an MLflow elsewhere."""
+    return any(os.environ.get(name) for name in COLLECTED)

@@ -152,7 +152,7 @@ class Local:
     def cancel(self, run_id: str) -> None:
         """Queue the run if it is not, and see to it that the supervisor runs: it starts who closes the run."""
         if not has_ended(self.site.root / run_id):
-            environment = {"FLEETUNE_HOME": str(self.home)}
+            environment = {**self.env, "FLEETUNE_HOME": str(self.home)}
             text = entry_text(self.site.root / run_id, 1, environment)
             self.queue.add(run_id, text)
             self.start()

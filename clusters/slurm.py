@@ -28,7 +28,7 @@ from clusters.base import (
     Unreachable,
     look_at,
 )
-from clusters.controllers import controller_command
+from clusters.controllers import COLLECTED, controller_command
 from clusters.environment import settings
 from clusters.slurm_answers import (
     SACCT,
@@ -241,7 +241,7 @@ class Slurm:
     def _close(self, run_id: str) -> None:
         """Have a controller close a cancelled run: that needs no allocation."""
         command = controller_command(str(self.site.root / run_id))
-        environment = dict(os.environ)
+        environment = os.environ | COLLECTED
         environment.pop("RAY_ADDRESS", None)
         subprocess.run(command, env=environment, capture_output=True, timeout=_TIMEOUT_S, check=False)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from clusters.backends import open_backend
 from clusters.base import Cluster, ClusterRequest, SubmissionRefused
 from clusters.config import ClusterConfig, SshLink
+from clusters.controllers import COLLECTED
 from clusters.environment import secret_names
 from clusters.local import Local
 from clusters.remote.cluster import RemoteCluster
@@ -20,6 +21,7 @@ from orchestrator.clusters_file import clusters_path, read_clusters
 from orchestrator.errors import InputError
 from orchestrator.planning.spec_errors import did_you_mean
 from orchestrator.tracking.password import secrets_of, without_secrets
+from runfolder.folders import home
 from runfolder.job import Job
 
 # Clusters that need no file, by name; others are in the clusters file.
@@ -59,7 +61,10 @@ def link_of(name: str, config: ClusterConfig) -> Link:
 def _open(name: str, config: ClusterConfig) -> Cluster:
     """A cluster of this machine in this process; one of another machine over its link."""
     if config.link == "local":
-        return open_backend(config, root_of(config))
+        root = root_of(config)
+        if root != home():  # with an MLflow of its own
+            config = config.model_copy(update={"env": config.env | COLLECTED})
+        return open_backend(config, root)
     return RemoteCluster(FarSide(far_machine(name, config)))
 
 

@@ -18,6 +18,7 @@ from orchestrator.verdict import Again, Final, Kind, Verdict, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
 from runfolder.chain import Attempt, Fenced, attempts, close, settle
+from runfolder.delivered import note_delivered
 from runfolder.files import Damaged, Record
 from runfolder.record import load_job
 from runfolder.requests import cancel_requested, last_reopened
@@ -186,10 +187,14 @@ def _deciding_verdict(tried: Sequence[Attempt], decision: Final) -> Record:
 def deliver_rest(run_dir: Path) -> int:
     """Stay until MLflow has all of a closed run, but not for ever: any later command can do it too."""
     from orchestrator.tracking.delivery import replay
+    from orchestrator.tracking.store import is_left_to_others
 
     load_job(run_dir)
     if attempts(run_dir):
-        replay(run_dir, TRACKING_TIMEOUT_S)
+        if is_left_to_others(run_dir):
+            note_delivered(run_dir, None)
+        else:
+            replay(run_dir, TRACKING_TIMEOUT_S)
     return 0
 
 

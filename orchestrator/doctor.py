@@ -19,7 +19,8 @@ from clusters.local import Local
 from methods.options import UNUSABLE
 from orchestrator.cluster_doctor import cluster_checks
 from orchestrator.errors import InputError
-from orchestrator.tracking.delivery import troubles, undelivered
+from orchestrator.tracking.collect import troubles
+from orchestrator.tracking.delivery import undelivered
 from orchestrator.tracking.store import resolve, sqlite_file
 from runfolder.folders import cache_folder, home, library_folders, writable
 from runfolder.variables import without_password

@@ -1,13 +1,12 @@
 """Commands that look and change nothing: a job's plan and rows, comparison, methods, this machine, MLflow's pages."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from orchestrator.arguments import ClusterOption, JobArgument, SetOption
-from orchestrator.terminal import Json, clear_count, count_rows, print_json
+from orchestrator.terminal import Json, clear_count, count_delivered, count_rows, print_json, warn_of_undelivered
 
 look_app = typer.Typer()
 
@@ -51,14 +50,14 @@ def compare_command(
     experiment: Annotated[str | None, typer.Option("--experiment", help="Only runs of this experiment.")] = None,
     uri: Annotated[str | None, typer.Option("--uri", help="Another MLflow than the default one.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a report to this file.")] = None,
+    cluster: ClusterOption = None,
     as_json: Json = False,
 ) -> None:
     """Show what runs differ in, and what came of it."""
     from orchestrator.comparison.compare import compare
 
-    comparison = compare(experiment, uri)
-    for run_id, why in comparison.undelivered.items():
-        print(f"warning: {run_id} is not, or not wholly, in MLflow: {why}", file=sys.stderr)
+    comparison = compare(experiment, uri, cluster, count_delivered)
+    warn_of_undelivered(comparison.undelivered)
     if html:
         from orchestrator.comparison.report import write_report
 
@@ -111,11 +110,14 @@ def doctor_command(
 @look_app.command("mlflow")
 def mlflow_command(
     uri: Annotated[str | None, typer.Option("--uri", help="Another store than the default one.")] = None,
+    cluster: ClusterOption = None,
 ) -> None:
     """Open the pages of MLflow; end them with Ctrl-C."""
     import os
 
+    from orchestrator.tracking.collect import deliver_all
     from orchestrator.tracking.store import ui_command
 
     command, settings = ui_command(uri)
+    warn_of_undelivered(deliver_all(cluster, count_delivered))
     os.execvpe(command[0], command, {**os.environ, **settings})

@@ -79,7 +79,7 @@ def handles(cluster_name: str | None = None) -> list[Handle]:
     if cluster_name is not None:
         clusters = _clusters_of_runs_on(cluster_name)
     else:
-        clusters = _remembered_clusters() | _clusters_of_runs_on("local")
+        clusters = _clusters_of_runs_on("local") | _remembered_clusters()
     runs = []
     for run_id in by_age(clusters):
         cluster = clusters[run_id]

@@ -1,7 +1,7 @@
 """Where runs stand: what their folders say, joined with what their cluster says."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from clusters.base import ClusterStatus, Standing, Unreachable
@@ -10,6 +10,7 @@ from orchestrator.errors import InputError
 from orchestrator.runs import Handle, by_age, find, handles, name_of
 from orchestrator.tracking.trouble import trouble_in
 from runfolder.figures import Figures
+from runfolder.mirror import Mirror
 from runfolder.snapshot import Snapshot
 
 RunState = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
@@ -102,10 +103,14 @@ def _statuses_on(cluster_name: str, runs: list[Handle], in_full: bool) -> dict[H
     except (Unreachable, InputError) as error:
         why_unknown = str(error)
     unknown = ClusterStatus("unknown", why_unknown)
+    mirror = Mirror.of_cluster(cluster_name)
     by_run = {}
     for run in runs:
         no_folder = Snapshot(run.run_id, "", cluster_name, damaged=why_unknown)
         standing = standings.get(run.run_id, Standing(no_folder, unknown))
+        if standing.folder.mlflow is None:
+            folder = replace(standing.folder, mlflow=mirror.mlflow_run(run.run_id))
+            standing = Standing(folder, standing.on_cluster)
         by_run[run] = join_status(standing)
     return by_run
 

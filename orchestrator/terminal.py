@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +58,20 @@ def count_bytes(file: str, done: int, total: int) -> None:
         share = 100 * done // max(1, total)
         line = f"\x1b[2K{file}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {share} %"
         print(line, end="\r", file=sys.stderr, flush=True)
+
+
+def count_delivered(cluster: str, runs: int) -> None:
+    """Show how many runs of a cluster MLflow was brought, where somebody watches."""
+    if sys.stderr.isatty():
+        line = f"\x1b[2K{cluster}: {runs:,} runs brought to MLflow"
+        print(line, end="\r", file=sys.stderr, flush=True)
+
+
+def warn_of_undelivered(undelivered: Mapping[str, str]) -> None:
+    """Print what of runs and clusters is not in MLflow, and why."""
+    clear_count()
+    for name, why in undelivered.items():
+        warn(f"{name} is not, or not wholly, in MLflow: {why}")
 
 
 def clear_count() -> None:

@@ -97,6 +97,7 @@ class _Undelivered(_Fields):
 
 class _Delivered(_Fields):
     slot: WholeNumber
+    mlflow_run_id: str | None = None
 
 
 class _Failure(_Fields):

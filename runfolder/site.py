@@ -1,21 +1,20 @@
 """Where run folders are: the run-folder half of every verb, in process for this machine.
 
-For another machine the same code runs there: `answer_request` does what a request asks, for many runs in one trip
+For another machine the same code runs there: `requested.py` does what a request asks, for many runs in one trip
 (`clusters/answer.py`), and `clusters/remote/site.py` is the end that asks.
 """
 
 import shutil
-from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from runfolder.appended import Chunk, Position, appended_files, read_from
 from runfolder.chain import reopen, result, see_slots
 from runfolder.digests import changes
-from runfolder.fetched import FETCHED, is_fetched, part, paths_to_fetch
+from runfolder.fetched import paths_to_fetch
 from runfolder.files import Record, list_names, sha256
+from runfolder.news import Known, News, news_of_runs
 from runfolder.record import create_run_folder, job_in, read_record
 from runfolder.requests import cancel_requested, pause_step, request_cancel, request_pause
 from runfolder.secrets import write_secrets
@@ -75,6 +74,10 @@ class Site(Protocol):
         With `cancel_saved` and `pause` it saves first; it pauses after `step`, or after the one that it is at. Gives
         the result that the run had before, None where it had none. Raises Refused.
         """
+        ...
+
+    def news(self, known: Mapping[str, Known]) -> News:
+        """What a mirror of runs lacks, beside what is known of each: one trip for all of them (see news.py)."""
         ...
 
     def fetch(self, run_id: str, to: Path) -> Path:
@@ -157,6 +160,10 @@ class LocalSite:
             raise Refused(f"run {run_id}: it has {ended['state']} already")
         return ended
 
+    def news(self, known: Mapping[str, Known]) -> News:
+        """What a mirror of runs lacks, beside what is known of each."""
+        return news_of_runs(self.root, known)
+
     def fetch(self, run_id: str, to: Path) -> Path:
         """Copy the output, the result and the job of a run into a folder `to`."""
         run_dir = self._existing(run_id)
@@ -236,53 +243,3 @@ def is_ending(run_dir: Path) -> bool:
         return False
     next_step = snapshot(run_dir).step + 1
     return pause <= next_step
-
-
-def answer_request(root: Path, request: PlainData) -> Any:
-    """Do what a request asks, as plain data that goes through JSON: {verb, ...its arguments}."""
-    site = LocalSite(root)
-    match request["verb"]:
-        case "ids":
-            return site.ids()
-        case "create":
-            return site.create(request["run_id"], request["record"])
-        case "record":
-            return site.record(request["run_id"])
-        case "snapshots":
-            snapshots = site.snapshots(request["run_ids"], request["in_full"])
-            return {run_id: view.dump() for run_id, view in snapshots.items()}
-        case "read":
-            since = {}
-            for file, position in request["since"].items():
-                since[file] = Position(*position)
-            appended = site.read(request["run_id"], since)
-            return _plain(appended)
-        case "files":
-            return site.files(request["run_id"])
-        case "write_secrets":
-            return site.write_secrets(request["run_id"], request["secrets"])
-        case "ask":
-            return site.ask(request["run_id"], request["what"], request["step"])
-        case "digest":
-            return site.digest(Path(request["path"]))
-        case "listing":
-            return site.listing(request["run_id"])
-        case "part":
-            if not is_fetched(request["path"]):
-                allowed = ", ".join(FETCHED)
-                raise Refused(f"path: found {request['path']!r}; allowed: files of {allowed}")
-            data = part(root / request["run_id"], request["path"], request["offset"], request["length"])
-            return b64encode(data).decode()
-    raise Refused(f"verb: found {request['verb']!r}; this Fleetune does not know it")
-
-
-def _plain(appended: Appended) -> dict[str, list[Record]]:
-    """Chunks as JSON can hold them: any bytes may be in a log."""
-    plain: dict[str, list[Record]] = {}
-    for file, chunks in appended.items():
-        plain[file] = []
-        for chunk in chunks:
-            data = b64encode(chunk.data).decode()
-            position = astuple(chunk.after)
-            plain[file].append({"data": data, "after": position, "sealed": chunk.sealed})
-    return plain

@@ -7,11 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from clusters.base import Unreachable
 from clusters.remote.far_side import FarSide
 from runfolder.appended import Chunk, Position
 from runfolder.digests import loaded_files
-from runfolder.files import Record, sha256
+from runfolder.files import Damaged, Record, sha256
+from runfolder.news import Known, News
 from runfolder.site import Appended, Ask, Ended, PlainData, Positions, Progress
 from runfolder.snapshot import Snapshot
 
@@ -71,6 +74,15 @@ class RemoteSite:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""
         ended: Ended = self._ask("ask", run_id=run_id, what=what, step=step)
         return ended
+
+    def news(self, known: Mapping[str, Known]) -> News:
+        """What a mirror of runs lacks, beside what is known of each; raises Damaged where it may not have that."""
+        answer = self._ask("news", known=known)
+        try:
+            return News.model_validate(answer)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise Damaged(f"cluster {self.far_side.name}: what it sent is refused: {first['msg']}") from None
 
     def fetch(self, run_id: str, to: Path) -> Path:
         """Bring the output, the result and the job of a run into a folder `to`; repeated, it goes on with what lacks.

@@ -12,7 +12,7 @@ from orchestrator.comparison.label import labels_of
 from orchestrator.comparison.measure import MEASURES, Measure
 from orchestrator.comparison.run import TrackedRun, load_runs
 from orchestrator.errors import InputError
-from orchestrator.tracking.delivery import deliver_held_up, troubles
+from orchestrator.tracking.collect import CollectProgress, deliver_all, with_reasons
 from orchestrator.tracking.store import client, resolve, sqlite_file
 from orchestrator.tracking.trouble import diagnose, is_of_mlflow
 from runfolder.variables import without_password
@@ -102,7 +102,7 @@ class ComparisonRow:
 class Comparison:
     """Rows, best first; `constant` holds what all runs share, `columns` the params in which they differ.
 
-    `undelivered`: run id -> why MLflow has not got all of it; such runs are not here, or not with all that they did.
+    `undelivered`: run id or cluster -> why MLflow has not got all of it; such runs are not here, or not wholly.
     """
 
     title: str
@@ -156,28 +156,27 @@ class Comparison:
         }
 
 
-def compare(experiment: str | None, uri: str | None) -> Comparison:
-    """Read the runs of an experiment (None: of all) from MLflow, which first gets what an outage held up.
+def compare(
+    experiment: str | None,
+    uri: str | None,
+    cluster: str | None = None,
+    progress: CollectProgress = lambda _cluster, _runs: None,
+) -> Comparison:
+    """Read the runs of an experiment (None: of all) from MLflow, which first gets what it lacks of runs.
 
-    Raises InputError for an experiment that is not there and where MLflow refuses to answer, ConnectionError where it
-    cannot be reached.
+    Of those that this machine has or knows of, that is, and of a cluster's. Raises InputError for an experiment that
+    is not there and where MLflow refuses to answer, ConnectionError where it cannot be reached.
     """
-    deliver_held_up()
-    undelivered = {}
-    for run_id, trouble in troubles().items():
-        undelivered[run_id] = str(trouble)
+    undelivered = deliver_all(cluster, progress)
     uri = resolve(uri)
     shown_uri = without_password(uri, uri)
     file = sqlite_file(uri)
     if file and not file.exists():
-        raise InputError(f"nothing was tracked yet: there is no {file}")
+        raise InputError(with_reasons(f"nothing was tracked yet: there is no {file}", undelivered))
     try:
         runs = load_runs(client(uri), experiment, shown_uri)
     except InputError as error:
-        lines = [str(error)]
-        for run_id, reason in undelivered.items():
-            lines.append(f"{run_id}: {reason}")
-        raise InputError("\n".join(lines)) from None
+        raise InputError(with_reasons(str(error), undelivered)) from None
     except Exception as error:
         is_of_system = isinstance(error, OSError | ImportError)
         if not is_of_system and not is_of_mlflow(error):

@@ -19,14 +19,15 @@ from typing import Any
 
 from orchestrator.runs import run_ids, runs_folder
 from orchestrator.tracking.artifacts import upload
-from orchestrator.tracking.environment import Sampler
+from orchestrator.tracking.environment import Utilisation, machine_tags
+from orchestrator.tracking.facts import MACHINE
 from orchestrator.tracking.history import AppendedRow, Spool
 from orchestrator.tracking.outbox import FileRow, Outbox
 from orchestrator.tracking.redone import COMPARED, differ, relative_tolerance
-from orchestrator.tracking.store import address, client, describe_run, open_run
+from orchestrator.tracking.store import address, client, describe_run, is_left_to_others, open_run, sqlite_file
 from orchestrator.tracking.trouble import Trouble, diagnose, note_trouble, trouble_of_run
 from runfolder.appended import read_from
-from runfolder.chain import Attempt, Fenced, attempts, last_attempt, last_slot, result
+from runfolder.chain import Attempt, Fenced, last_attempt, last_slot, result
 from runfolder.delivered import is_delivered, note_delivered
 from runfolder.files import Damaged
 from runfolder.record import load_job
@@ -35,20 +36,21 @@ from runfolder.snapshot import snapshot
 STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 DELIVERED_FILES = ("metrics.jsonl", "system.jsonl")
 CURSOR = "fleetune.delivered"
-SAMPLE_S = 10.0
 _LONGEST_WAIT_S = 30.0
 
 
 class Delivery:
     """Brings what an attempt, and those before it, wrote to MLflow. For one thread at a time."""
 
-    def __init__(self, run_dir: Path, attempt: int) -> None:
+    def __init__(self, run_dir: Path, attempt: int, leads: bool = True) -> None:
+        """`leads`: this process takes the attempt further; one that does not writes nothing into its folder."""
         self._run_dir = run_dir
+        self._leads = leads
         self._attempt = Attempt(run_dir, attempt)
         self._fence: Callable[[], None] = self._attempt.check
         self._compared: dict[str, int] = {}  # by file, how many of its rows were looked at by `_compare`
-        self._sampler: Sampler | None = None
-        self._sampled_at = -math.inf
+        self._utilisation = Utilisation(self._attempt)
+        self._is_described = False  # in an event, what machine this is
         self._wait_s = 0.0
         self._next_try = -math.inf
         self._trouble: Trouble | None = None
@@ -70,10 +72,27 @@ class Delivery:
         """Deliver what is new; in trouble return and try again at a later call, and when fenced do nothing."""
         if not self._attempt.is_live():
             return
-        self._sample()
+        self._utilisation.sample()
         self._read()
-        if time.monotonic() >= self._next_try:
+        if is_left_to_others(self._run_dir):
+            self._leave()
+        elif time.monotonic() >= self._next_try:
             self._succeeds(self._deliver)
+
+    def _leave(self) -> None:
+        """Leave the rows to whoever compares, with what only this machine can say of itself."""
+        self._outbox = Outbox()
+        if not self._is_described:
+            self._event(MACHINE, tags=machine_tags())
+            self._is_described = True
+
+    def catch_up(self, timeout_s: float) -> bool:
+        """Deliver what there is of a run that another process leads, its end too; whether MLflow took it."""
+        ended = result(self._run_dir)
+        if ended:
+            return self.finish(ended["state"], timeout_s)
+        self._read()
+        return self._succeeds(self._deliver)
 
     def finish(self, state: str, timeout_s: float) -> bool:
         """Deliver the rest, upload the artifacts and set the terminal status, after the run was closed.
@@ -127,11 +146,15 @@ class Delivery:
         mlflow_run_id = run.info.run_id
         self._fence()
         describe_run(self._client, self._run_dir, mlflow_run_id, here=self._ran_here())
-        if self._attempt.is_live() and run.info.status != "RUNNING":
+        if self._attempt.is_live() and self._says_status() and run.info.status != "RUNNING":
             self._client.update_run(mlflow_run_id, status="RUNNING")
         cursor = run.data.tags.get(CURSOR, "{}")
         self._outbox.go_on_from(json.loads(cursor))
         self._mlflow_run_id = mlflow_run_id
+
+    def _says_status(self) -> bool:
+        """Whether nobody else may have said meanwhile, in the same MLflow, that the run has ended."""
+        return self._leads or sqlite_file(self.uri) is not None
 
     @property
     def uri(self) -> str:
@@ -139,7 +162,7 @@ class Delivery:
         return address(self._run_dir)
 
     def _ran_here(self) -> bool:
-        if not (self._attempt.folder / "claim.json").exists():
+        if not self._leads or not (self._attempt.folder / "claim.json").exists():
             return False
         host: str = self._attempt.claim["host"]
         return host == socket.gethostname()
@@ -183,17 +206,6 @@ class Delivery:
             if differ(first, now, tolerance):
                 self._event("redone_step_differs", step=row.step, key=metric, reported=first, found=now)
 
-    def _sample(self) -> None:
-        """Append the utilisation of this machine, now and then; its step is the age of the run in seconds."""
-        if time.monotonic() - self._sampled_at < SAMPLE_S:
-            return
-        self._sampled_at = time.monotonic()
-        self._sampler = self._sampler or Sampler()
-        now = time.time()
-        first = attempts(self._run_dir)[0]
-        age_s = int(now - first.claim["time"])
-        self._attempt.append("system.jsonl", {"step": age_s, "time": now, **self._sampler.sample()})
-
     def _succeeds(self, action: Callable[[], None]) -> bool:
         """Do something with MLflow; False where that failed, after which `_next_try` and `_wait_s` say when again."""
         try:
@@ -231,7 +243,7 @@ class Delivery:
         self._next_try = time.monotonic() + self._wait_s
 
     def _event(self, kind: str, **fields: Any) -> None:
-        if self._attempt.is_live():
+        if self._leads and self._attempt.is_live():
             self._attempt.event(kind, **fields)
 
     def _may_end(self) -> bool:
@@ -284,13 +296,3 @@ def undelivered() -> Iterator[Path]:
         run = snapshot(run_dir)
         if run.result and run.attempt and not run.delivered:
             yield run_dir
-
-
-def troubles() -> dict[str, Trouble]:
-    """What keeps the rows of runs of this home from MLflow, by run id."""
-    by_run_id = {}
-    for run_id in run_ids():
-        trouble = trouble_of_run(runs_folder() / run_id)
-        if trouble:
-            by_run_id[run_id] = trouble
-    return by_run_id

@@ -1,11 +1,18 @@
 """The machine under a controller: what is installed, which GPUs, and how busy they are."""
 
+import getpass
+import math
+import os
 import platform
 import shutil
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from runfolder.chain import Attempt, attempts
+
+SAMPLE_S = 10.0
 PACKAGES = ("fleetune", "torch", "deepspeed", "transformers", "peft", "ray", "mlflow")
 
 
@@ -21,14 +28,40 @@ def environment() -> dict[str, str]:
     return facts
 
 
-class Sampler:
-    """Utilisation of this machine, under the names that MLflow gives them."""
+def machine_tags() -> dict[str, str]:
+    """This machine and its user, as tags of the run that is here."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # in a container the number of a user may have no name
+        user = str(os.getuid())
+    tags = {"mlflow.user": user}
+    for name, text in environment().items():
+        tags[f"fleetune.env.{name}"] = text
+    return tags
 
-    def __init__(self) -> None:
-        self._monitors = _monitors()
 
-    def sample(self) -> dict[str, float]:
+class Utilisation:
+    """How busy this machine is while an attempt runs, under the names that MLflow gives it."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._monitors: list[Any] | None = None
+        self._sampled_at = -math.inf
+
+    def sample(self) -> None:
+        """Append the utilisation to the attempt's rows, now and then; its step is the age of the run in seconds."""
+        if time.monotonic() - self._sampled_at < SAMPLE_S:
+            return
+        self._sampled_at = time.monotonic()
+        now = time.time()
+        first = attempts(self._attempt.run_dir)[0]
+        age_s = int(now - first.claim["time"])
+        self._attempt.append("system.jsonl", {"step": age_s, "time": now, **self._read()})
+
+    def _read(self) -> dict[str, float]:
         """One reading of CPU, memory, disk and (where there are some) GPUs."""
+        if self._monitors is None:
+            self._monitors = _monitors()
         metrics: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.collect_metrics()

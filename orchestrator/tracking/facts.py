@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.tracking.password import secrets_of
+from runfolder.appended import read_lines
 from runfolder.chain import attempts
 from runfolder.files import Record
+from runfolder.mirror import mirrored_from
 from runfolder.record import load_job
 from runfolder.snapshot import read_plan
 
@@ -15,6 +17,7 @@ _MLFLOW_TAGS = {
     "fleetune.git.commit": "mlflow.source.git.commit",
     "fleetune.versions.fleetune": "fleetune.version",
 }
+MACHINE = "machine"  # the event that says what machine an attempt runs on
 _CONTEXTS = {"train": "training", "eval": "evaluation"}
 
 
@@ -41,16 +44,25 @@ def job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     for name in ("job", "digests", "run_id"):
         facts.pop(name, None)
     facts["plan"] = _plan(run_dir)
-    tags = {}
+    tags = _machine_there(run_dir)
     for name, text in _flat(facts):
         tags[f"fleetune.{name}"] = text
     tags["fleetune.name"] = job.name
     tags["fleetune.method"] = job.method.kind
-    tags["fleetune.run_dir"] = str(run_dir)
+    tags["fleetune.run_dir"] = mirrored_from(run_dir) or str(run_dir)
     for fact, mlflow_name in _MLFLOW_TAGS.items():
         if fact in tags:
             tags[mlflow_name] = tags[fact]
     return tags
+
+
+def _machine_there(run_dir: Path) -> dict[str, str]:
+    """What the controller of the newest attempt said of its machine, where it left the delivery to others."""
+    for attempt in reversed(attempts(run_dir)):
+        for event in read_lines(attempt, "events.jsonl"):
+            if event["event"] == MACHINE:
+                return dict(event["tags"])
+    return {}
 
 
 def _plan(run_dir: Path) -> Record:

@@ -3,9 +3,9 @@
 MLflow cannot create a run exclusively, so the run folder decides: an MLflow run counts once its id is in
 RUN_DIR/mlflow/, a folder that is taken by a rename that only one can win. Whoever loses adopts the winner's, and
 everybody removes runs of that run id that do not count. Nothing is ever delivered to those, so they are empty.
+In a mirror (runfolder/mirror.py) only a claim that came from the run folder itself counts for all.
 """
 
-import getpass
 import logging
 import os
 import socket
@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from clusters.controllers import is_collected
 from orchestrator.errors import InputError
-from orchestrator.tracking.environment import environment
+from orchestrator.tracking.environment import machine_tags
 from orchestrator.tracking.facts import datasets, job_params, job_tags
 from orchestrator.tracking.password import TRACKING_URI
 from orchestrator.tracking.trouble import DeliveryRefused
 from runfolder.chain import Attempt, attempts
 from runfolder.files import Record, read_json, take_name, write_json
 from runfolder.folders import home
+from runfolder.mirror import mirrored_from
 from runfolder.record import load_job, read_record
 from runfolder.secrets import read_secrets
 from runfolder.shapes import MLFLOW_RUN
@@ -116,6 +118,11 @@ def address(run_dir: Path) -> str:
     return str(record["uri"])
 
 
+def is_left_to_others(run_dir: Path) -> bool:
+    """Whether this process delivers nothing of a run: the MLflow that gets it is that of whoever compares."""
+    return is_collected() and load_job(run_dir).tracking.uri is None
+
+
 def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) -> Any:
     """Open or adopt the one MLflow run of a run folder; `fence` is called before anything is made.
 
@@ -125,6 +132,7 @@ def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) ->
     experiment_name = load_job(run_dir).tracking.experiment
     experiment = _experiment(client, experiment_name, uri)
     mlflow_run_ids = _tagged_runs(client, experiment, run_dir.name)
+    counts_for_all = (run_dir / "mlflow").exists() or mirrored_from(run_dir) is None
     if not (run_dir / "mlflow").exists():
         fence()
         if not mlflow_run_ids:
@@ -136,8 +144,9 @@ def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) ->
     record = read_json(run_dir / "mlflow" / "run.json", MLFLOW_RUN)
     write_json(run_dir / "mlflow.json", record)
     counting = record["mlflow_run_id"]
-    for other in set(mlflow_run_ids) - {counting}:
-        client.delete_run(other)
+    if counts_for_all:
+        for other in set(mlflow_run_ids) - {counting}:
+            client.delete_run(other)
     return _get_run(client, run_dir, counting)
 
 
@@ -191,7 +200,7 @@ def describe_run(client: Any, run_dir: Path, mlflow_run_id: str, here: bool) -> 
     texts = job_tags(run_dir, record)
     texts[RUN_ID_TAG] = run_dir.name
     if here:
-        texts.update(_machine_tags())
+        texts.update(machine_tags())
     tags = []
     for name, text in texts.items():
         tags.append(RunTag(name, text))
@@ -242,17 +251,6 @@ def _claim_mlflow_run(run_dir: Path, record: Record) -> None:
     prepared.mkdir()
     write_json(prepared / "run.json", record)
     take_name(prepared, run_dir / "mlflow")
-
-
-def _machine_tags() -> dict[str, str]:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # in a container the number of a user may have no name
-        user = str(os.getuid())
-    tags = {"mlflow.user": user}
-    for name, text in environment().items():
-        tags[f"fleetune.env.{name}"] = text
-    return tags
 
 
 def _free_port(wanted: int) -> int:

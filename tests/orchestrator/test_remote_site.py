@@ -1,33 +1,23 @@
-"""Every verb, on runs whose folders only another process can see: it stands for another machine.
-
-It has another HOME, another FLEETUNE_HOME and another current folder. The process half of the cluster is the local
-one of that home: a queue that nobody serves.
-"""
+"""Every verb, on runs whose folders only another process can see, with a queue that nobody serves."""
 
 import os
 import shutil
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from another_home import AnotherHome, NoRoute, far_cluster
 from jobs import make_job, only_queued
 from run_folders import claim, make_run, plan, step_row, steps
 
 import fleetune
 from clusters.base import Unreachable
-from clusters.config import SshLink
 from clusters.entry import entry_text
-from clusters.local import Local, LocalConfig
+from clusters.local import Local
 from clusters.remote.cluster import RemoteCluster
-from clusters.remote.code import installed_code
 from clusters.remote.far_side import FarSide
-from clusters.remote.link import ThisHost
-from clusters.remote.lock import installed_lock
-from clusters.remote.machine import FarMachine
 from clusters.remote.site import RemoteSite
 from fleetune import InputError
 from orchestrator import backends, progress, runs
@@ -40,26 +30,6 @@ from runfolder.requests import cancel_requested
 from runfolder.secrets import read_secrets
 from runfolder.site import Refused
 
-
-@dataclass(frozen=True)
-class AnotherHome(ThisHost):
-    """A link to this host as somebody else: with another HOME, in another current folder."""
-
-    folder: Path
-
-    def process(self, command: Sequence[str]) -> list[str]:
-        """The command, without what tests set in our environment."""
-        return ["env", "-C", str(self.folder), "-u", "FLEETUNE_CACHE", f"HOME={self.folder / 'nobody'}", *command]
-
-
-class NoRoute(ThisHost):
-    """A link that is down."""
-
-    def process(self, command: Sequence[str]) -> list[str]:  # noqa: ARG002
-        """What ssh does where nobody answers."""
-        return ["sh", "-c", "echo no route >&2; exit 255"]
-
-
 pytestmark = pytest.mark.usefixtures("home")
 
 
@@ -68,13 +38,11 @@ def far_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The FLEETUNE_HOME of the other machine."""
     there = tmp_path / "there"
     there.mkdir()
-    root = str(there / "fleetune")
-    config = LocalConfig(kind="local", link=SshLink(ssh="elsewhere"), root=root, python=sys.executable)
-    far_side = FarSide(FarMachine("elsewhere", AnotherHome(there), config, installed_code(), installed_lock()))
-    monkeypatch.setitem(backends.CLUSTERS, "elsewhere", lambda: RemoteCluster(far_side))
+    cluster = far_cluster("elsewhere", AnotherHome(there), there / "fleetune")
+    monkeypatch.setitem(backends.CLUSTERS, "elsewhere", lambda: cluster)
     with only_queued(there / "fleetune"):
         yield there / "fleetune"
-    far_side.close()
+    cluster.far_side.close()
 
 
 def test_a_submitted_run_is_there_and_not_here(
@@ -195,8 +163,7 @@ def make_changed(run_dir: Path) -> None:
 def test_what_cannot_be_reached_is_unknown_and_nothing_else(far_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = make_run(far_home / "runs", runs.new_id("fake"), None)
     runs.remember(run_dir.name, "elsewhere")
-    config = LocalConfig(kind="local", link=SshLink(ssh="elsewhere"))
-    down = RemoteCluster(FarSide(FarMachine("elsewhere", NoRoute(), config, installed_code(), installed_lock())))
+    down = far_cluster("elsewhere", NoRoute(), far_home)
     monkeypatch.setitem(backends.CLUSTERS, "elsewhere", lambda: down)
     found = fleetune.status(run_dir.name)
     assert (found.state, found.reason) == ("unknown", "cluster elsewhere: no route")

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from cut_proxy import CutProxy, cut_somewhere
 from jobs import make_job as make_queued_job
+from mlflow_runs import series
 from sampling import SEED
 from slurm_site import WHY_NOT, SlurmSite, can_serve
 from ssh_server import WHY_NOT as WHY_NO_SSH
@@ -30,6 +31,7 @@ from clusters.slurm import Slurm
 from clusters.slurm_script import SlurmConfig
 from orchestrator import backends
 from orchestrator.errors import InputError
+from orchestrator.tracking.collect import deliver_all
 from orchestrator.tracking.history import history
 from runfolder.appended import read_lines
 from runfolder.chain import attempts, claim_next
@@ -141,6 +143,10 @@ def assert_undisturbed(run_dir: Path, launch: Any, timeout_s: float = 600) -> No
     assert steps == list(range(1, steps[-1] + 1))
     expected = [row["loss"] for row in history(alone)]
     assert [row["loss"] for row in history(run_dir)] == pytest.approx(expected, rel=1e-5)
+    assert not list(run_dir.parents[1].glob("*.db"))
+    assert deliver_all() == {}
+    reported = [(row["step"], row["loss"]) for row in history(run_dir)]
+    assert [(step, loss) for step, loss, _ in series(None, run_dir)] == reported
 
 
 LONG = {"train": {"steps": 60, "batch_tokens": 128}, "checkpoint": {"every": 5}}

@@ -15,7 +15,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("FLEETUNE_HOME", str(folder))
         patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
         patch.chdir(folder)
-        patch.setattr("orchestrator.tracking.delivery.SAMPLE_S", 1e9)
+        patch.setattr("orchestrator.tracking.environment.SAMPLE_S", 1e9)
         yield folder
     assert not (folder / "mlruns").exists(), "MLflow left a folder where the user happened to be"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow_runs import runs_of, series
 from mlflow_server import Proxy, Server
 from ports import free_port
 from run_folders import claim, eval_row, expected, make_run, plan, step_row, steps
@@ -20,19 +21,6 @@ from runfolder.appended import read_lines
 from runfolder.delivered import is_delivered
 from runfolder.files import read_json
 from runfolder.record import load_job
-
-
-def runs_of(uri: str | None, run_dir: Path) -> list[Any]:
-    client = store.client(store.resolve(uri))
-    ids = [e.experiment_id for e in client.search_experiments()]
-    return list(client.search_runs(ids, f"tags.`fleetune.run_id` = '{run_dir.name}'"))
-
-
-def series(uri: str | None, run_dir: Path, key: str = "loss") -> list[tuple[int, float, int]]:
-    """Everything that MLflow holds of one metric of the one run of a run id."""
-    (run,) = runs_of(uri, run_dir)
-    found = store.client(store.resolve(uri)).get_metric_history(run.info.run_id, key)
-    return sorted((m.step, m.value, m.timestamp) for m in found)
 
 
 def events(run_dir: Path, number: int) -> list[str]:
@@ -140,7 +128,7 @@ def test_not_a_number_is_delivered_once(tmp_path: Path) -> None:
 
 
 def test_system_metrics_go_through_the_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.tracking.delivery.SAMPLE_S", 10.0)
+    monkeypatch.setattr("orchestrator.tracking.environment.SAMPLE_S", 10.0)
     run_dir = make_run(tmp_path, "run-system", None)
     claim(run_dir)
     delivery = Delivery(run_dir, 1)
@@ -151,6 +139,7 @@ def test_system_metrics_go_through_the_spool(tmp_path: Path, monkeypatch: pytest
 
 
 def test_server_down_from_the_start_then_up_then_killed_in_the_middle(stopped: Server, tmp_path: Path) -> None:
+    stopped.kill()  # another test may have started it
     run_dir = make_run(tmp_path, "run-outage", stopped.uri)
     attempt = claim(run_dir)
     delivery = Delivery(run_dir, 1)

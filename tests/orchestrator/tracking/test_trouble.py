@@ -15,7 +15,7 @@ from run_folders import claim, expected, make_run, steps
 import fleetune
 from fleetune import InputError
 from orchestrator import doctor, runs
-from orchestrator.tracking import store
+from orchestrator.tracking import environment, store
 from orchestrator.tracking.delivery import Delivery, deliver_held_up
 from orchestrator.tracking.trouble import diagnose, trouble_of_run
 from runfolder.appended import read_lines
@@ -188,7 +188,7 @@ def test_a_user_whose_number_has_no_name_is_tracked(monkeypatch: pytest.MonkeyPa
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
-    assert store._machine_tags()["mlflow.user"] == str(os.getuid())
+    assert environment.machine_tags()["mlflow.user"] == str(os.getuid())
 
 
 def test_what_passes_by_itself(home: Path, server: Server) -> None:
