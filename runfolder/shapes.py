@@ -151,7 +151,6 @@ _Event = Annotated[
 ]
 
 
-ANYTHING: FileShape = TypeAdapter(dict[str, Any])
 SUBMITTED: FileShape = TypeAdapter(_Submitted)  # job.yaml
 BRIEF: FileShape = TypeAdapter(_Brief)  # run.json
 CLAIM: FileShape = TypeAdapter(Annotated[_AttemptClaim | _CloseClaim | _ReopenClaim, Field(discriminator="kind")])

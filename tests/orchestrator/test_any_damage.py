@@ -23,7 +23,8 @@ from clusters.supervisor import Supervisor
 from fleetune import InputError
 from orchestrator import controller, render, runs
 from orchestrator.status import ENDED
-from orchestrator.tracking.delivery import troubles, undelivered
+from orchestrator.tracking.collect import troubles
+from orchestrator.tracking.delivery import undelivered
 from orchestrator.tracking.trouble import Trouble, note_trouble
 from runfolder import chain
 from runfolder.delivered import note_delivered

@@ -149,7 +149,7 @@ def assert_undisturbed(run_dir: Path, launch: Any, timeout_s: float = 600) -> No
     assert [(step, loss) for step, loss, _ in series(None, run_dir)] == reported
 
 
-LONG = {"train": {"steps": 60, "batch_tokens": 128}, "checkpoint": {"every": 5}}
+LONG = {"train": {"steps": 30, "batch_tokens": 128}, "checkpoint": {"every": 5}}
 
 
 @pytest.mark.timeout(900)

@@ -13,6 +13,7 @@ from trainer import progress
 @pytest.fixture
 def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Attempt]:
     monkeypatch.setattr(progress, "PERIOD_S", 0.05)
+    (tmp_path / "run").mkdir()
     made = claim_next(tmp_path / "run", None)
     assert made
     with progress.noting_progress(made):
