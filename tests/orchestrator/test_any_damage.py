@@ -3,11 +3,13 @@
 import contextlib
 import io
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from run_folders import claim, make_run, plan, steps
@@ -180,6 +182,7 @@ def check_everybody(local: Local, good: Path, bad: Path) -> None:
         fleetune.fetch(bad.name, local.home / "fetched")
 
 
+@patch.dict(os.environ)  # the controller takes secrets into it
 @pytest.mark.parametrize("closed", [False, True])
 def test_any_damage_is_that_runs_own(closed: bool, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Slurm, "_run", lambda *_: "")
