@@ -19,6 +19,8 @@ from typing import Any
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
+# What a site does with namespaces, in some of its own.
+_TRIAL = "mount -t tmpfs tmpfs /dev/shm && ip link add br0 type bridge && ip link add a type veth peer name b"
 WHY_NOT = f"needs root, Linux namespaces, and SLURM: apt-get install {' '.join(PACKAGES)}"
 
 # The first process of a node: it gives it a name and waits for its cable, starts slurmd, and reaps what that leaves.
@@ -35,7 +37,8 @@ def can_serve() -> bool:
     """Whether a site can be started here."""
     if os.geteuid() != 0 or not all(map(shutil.which, _PROGRAMS)):
         return False
-    return subprocess.run(["unshare", "--net", "--uts", "--pid", "--fork", "true"], check=False).returncode == 0
+    isolated = ["unshare", "--net", "--uts", "--mount", "--ipc", "--pid", "--fork", "--mount-proc"]
+    return _works(*isolated, "sh", "-c", _TRIAL)
 
 
 class SlurmSite:
