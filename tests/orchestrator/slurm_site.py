@@ -20,7 +20,9 @@ from typing import Any
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
 # What a site does with namespaces, in some of its own.
-_TRIAL = "mount -t tmpfs tmpfs /dev/shm && ip link add br0 type bridge && ip link add a type veth peer name b"
+_TRIAL = (
+    "mount -t tmpfs tmpfs /dev/shm && ip link add br0 type bridge && ip link add name port0 type veth peer name port1"
+)
 WHY_NOT = f"needs root, Linux namespaces, and SLURM: apt-get install {' '.join(PACKAGES)}"
 
 # The first process of a node: it gives it a name and waits for its cable, starts slurmd, and reaps what that leaves.
