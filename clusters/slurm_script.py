@@ -86,13 +86,14 @@ def _options(batch: BatchJob, config: SlurmConfig) -> dict[str, str]:
         "job-name": batch.name,
         "comment": f"fleetune:{batch.name}",
         "nodes": str(resources.nodes),
-        "ntasks-per-node": "1",
         "cpus-per-task": str(workers * config.cpus_per_worker),
         "output": batch.log,
         "open-mode": "append",
         "export": "NONE",
         "signal": f"B:USR1@{grace_s}",
     }
+    if not resources.is_elastic:  # with it, SLURM gives the fewest of a range
+        options["ntasks-per-node"] = "1"
     if resources.gpus_per_node:
         kind = f"{config.gpu_type}:" if config.gpu_type else ""
         options["gres"] = f"gpu:{kind}{workers}"

@@ -53,6 +53,13 @@ def test_the_script_is_a_pure_function(tmp_path: Path, monkeypatch: pytest.Monke
     assert "hf_secret" not in request.text
 
 
+def test_an_elastic_job_asks_for_a_range_and_keeps_what_is_left(tmp_path: Path) -> None:
+    plain = {"base": "b", "data": "d.jsonl", "train": {"steps": 1}, "resources": {"nodes": "2-4"}}
+    text = Slurm(SlurmConfig(kind="slurm"), tmp_path).request(Job.model_validate(plain), "a-1").text
+    assert {"#SBATCH --nodes=2-4", "#SBATCH --no-kill"} < set(text.splitlines())
+    assert "ntasks-per-node" not in text
+
+
 @pytest.fixture(scope="module")
 def site() -> Iterator[SlurmSite]:
     """Two nodes of four cores."""

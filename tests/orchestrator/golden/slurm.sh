@@ -2,12 +2,12 @@
 #SBATCH --job-name=a-1-s1
 #SBATCH --comment=fleetune:a-1-s1
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=16
 #SBATCH --output=HOME/slurm/a-1-s1.log
 #SBATCH --open-mode=append
 #SBATCH --export=NONE
 #SBATCH --signal=B:USR1@90
+#SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:h100:4
 #SBATCH --time=180
 #SBATCH --partition=gpu
