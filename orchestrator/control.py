@@ -44,11 +44,14 @@ def resume(reference: str, cluster: str | None = None) -> str:
     """
     run = find(reference, cluster)
     backend = run.cluster
-    job = job_in(run.site.record(run.run_id), f"run {run.run_id}: job.yaml")
+    record = run.site.record(run.run_id)
+    job = job_in(record, f"run {run.run_id}: job.yaml")
     request = make_request(backend, job, run.run_id, submission=None)
     expected_start(backend, request)  # where the cluster would never start it, the run stays as it is
     _ask(run, "reopen")
-    run.site.write_secrets(run.run_id, secret_values(request.secrets))
+    of_the_job = record.get("secrets", [])  # which come before those of the shell
+    renewed = secret_values(name for name in request.secrets if name not in of_the_job)
+    run.site.write_secrets(run.run_id, renewed)
     backend.submit(request)
     return run.run_id
 

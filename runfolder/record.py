@@ -1,6 +1,6 @@
 """RUN_DIR/job.yaml: what was submitted, frozen; and beside it run.json, the few fields of it that every look needs.
 
-The record is {format, run_id, cluster, submitted, versions, digests, git, job}.
+The record is {format, run_id, cluster, submitted, versions, digests, git, secrets (names alone), job}.
 """
 
 import os

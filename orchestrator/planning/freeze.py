@@ -13,7 +13,7 @@ from orchestrator.errors import InputError
 from orchestrator.planning import spec
 from orchestrator.planning.model import Model
 from orchestrator.tracking.environment import PACKAGES
-from orchestrator.tracking.password import without_secrets
+from orchestrator.tracking.password import secrets_of, without_secrets
 from runfolder.digests import Digests, digests
 from runfolder.job import Job
 from runfolder.site import Site
@@ -88,6 +88,7 @@ def frozen_record(job: Job, model: Model, cluster: str, folder: Path, of_inputs:
         "versions": versions(),
         "digests": of_inputs,
         "git": git_state(folder),
+        "secrets": sorted(secrets_of(job)),  # names of those that the job itself has
         "job": without_secrets(job).at_width(model.hidden_size).dump(),
     }
 

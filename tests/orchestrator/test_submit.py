@@ -218,8 +218,10 @@ def test_a_secret_in_env_or_in_an_address_is_in_one_file_for_its_owner(
     entry = json.loads((home / "local" / "queue" / f"{run_dir.name}.json").read_text())
     assert set(entry["secrets"]) == set(kept)
     chain.close(run_dir, {"state": "failed"})
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_shell")  # the job's comes before it
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror/?api_key=hf_5")  # the shell's is renewed
     fleetune.resume(run_dir.name)
-    assert json.loads(telling[0].read_text()) == kept
+    assert json.loads(telling[0].read_text()) == {**kept, "HF_ENDPOINT": "https://mirror/?api_key=hf_5"}
 
 
 @pytest.mark.parametrize(
