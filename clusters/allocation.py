@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,8 @@ from runfolder.record import load_job
 _NODE_LOSS_S = 30.0  # that a controller has to notice the loss of a node
 _ALLOCATION_POLL_S = 0.2
 _TERM_CAME = 64
-_AWAIT_TERM = f"trap 'exit {_TERM_CAME}' TERM; while :; do sleep 3600 & wait $!; done"
+_AWAIT_TERM = f"trap 'kill $!; exit {_TERM_CAME}' TERM; sleep infinity & wait $!"
+_STEP_END_S = 10.0  # until a step that is told to end has ended
 
 
 def main(run_dir: Path, name: str) -> int:
@@ -120,6 +121,9 @@ def warnings(told: threading.Event) -> Iterator[None]:
     try:
         yield
     finally:
+        waiting.terminate()  # which srun tells the step
+        with suppress(subprocess.TimeoutExpired):
+            waiting.wait(_STEP_END_S)
         end_session(waiting)
 
 
