@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clusters.allocated_nodes import AllocatedNodes, allocated_nodes, end_session
+from clusters.base import number_of_submission
 from clusters.controllers import COLLECTED, REQUEUE, REQUEUED, controller_command, on_nodes
 from clusters.ray_head import Backoff
 from runfolder.chain import result
@@ -80,8 +81,8 @@ class JobStart:
     @staticmethod
     def of_this_job(run_dir: Path, name: str) -> "JobStart":
         """The start that this process is."""
-        number = name.rpartition("-s")[2]
-        return JobStart(run_dir, int(number), int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+        number = number_of_submission(name)
+        return JobStart(run_dir, number, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
 
     def note(self) -> None:
         """Let earlier starts, which may live on, know of this one."""

@@ -19,6 +19,21 @@ class SubmissionRefused(ValueError):
     """A request that this cluster can never serve: one line with field, what was found, what is allowed."""
 
 
+def submission_name(run_id: str, submission: int) -> str:
+    """The name that makes a submission unique: `<run_id>-s<submission>`."""
+    return f"{run_id}-s{submission}"
+
+
+def run_of_submission(name: str) -> str:
+    """The run id in the name of a submission; empty where the name is none."""
+    return name.rpartition("-s")[0]
+
+
+def number_of_submission(name: str) -> int:
+    """The number in the name of a submission."""
+    return int(name.rpartition("-s")[2])
+
+
 @dataclass(frozen=True)
 class ClusterRequest:
     """What is submitted, whole: the `text` that a dry run prints, and secrets, by the names of their variables.
@@ -34,8 +49,8 @@ class ClusterRequest:
 
     @property
     def name(self) -> str:
-        """The name that makes a submission unique: `<run_id>-s<submission>`."""
-        return f"{self.run_id}-s{self.submission}"
+        """The name of the submission."""
+        return submission_name(self.run_id, self.submission)
 
 
 @dataclass(frozen=True)

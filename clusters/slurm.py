@@ -27,6 +27,9 @@ from clusters.base import (
     SubmissionRefused,
     Unreachable,
     look_at,
+    number_of_submission,
+    run_of_submission,
+    submission_name,
 )
 from clusters.controllers import COLLECTED, controller_command
 from clusters.environment import settings
@@ -92,7 +95,7 @@ class Slurm:
         if not _PATH.fullmatch(str(self.home)):
             allowed = "an absolute path of letters, digits and _ / . , : @ + = ~ -"
             raise SubmissionRefused(f"root: found {reprlib.repr(str(self.home))}; allowed on SLURM: {allowed}")
-        name = f"{run_id}-s{submission}"
+        name = submission_name(run_id, submission)
         run_dir = str(self.site.root / run_id)
         log = str(self.folder / f"{name}.log")
         batch = BatchJob(name, run_dir, log, job, environment)
@@ -184,8 +187,7 @@ class Slurm:
 
     def _takers(self, name: str) -> list[str]:
         """The id of the job that has begun a submission's work, if any has."""
-        run_id = name.rpartition("-s")[0]
-        return list_names(self.site.root / run_id / "submissions" / name)
+        return list_names(self.site.root / run_of_submission(name) / "submissions" / name)
 
     def _last_ending(self, run_id: str) -> str:
         """How the newest job of a run that has no job now ended, as SLURM's accounting has it."""
@@ -216,7 +218,7 @@ class Slurm:
         """The number after those of the run's submissions so far."""
         numbers = [0]
         for script in self.folder.glob(f"{run_id}-s*.sh"):
-            numbers.append(int(script.stem.rpartition("-s")[2]))
+            numbers.append(number_of_submission(script.stem))
         return max(numbers) + 1
 
     def _jobs(self) -> list[QueuedJob]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from clusters.base import Capacity, ClusterState
+from clusters.base import Capacity, ClusterState, run_of_submission
 
 SQUEUE = ["squeue", "--me", "--noheader", "--states=all", "-o", "%i|%T|%r|%S|%j"]
 SINFO = ["sinfo", "--noheader", "--Node", "-O", "StateCompact:20,Gres:200,GresUsed:200,CPUsState:60"]
@@ -65,8 +65,7 @@ class QueuedJob:
     @property
     def run_id(self) -> str:
         """The run whose submission the job is."""
-        run_id, _, _ = self.name.rpartition("-s")
-        return run_id
+        return run_of_submission(self.name)
 
     @property
     def why_queued(self) -> str:

@@ -11,7 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,8 +101,7 @@ def _write_once(note: Path, choice: ClusterChoice) -> None:
     new = note.with_name(f".{uuid.uuid4().hex}")
     new.write_text(f"{choice.cluster}\n{choice.why}")
     try:
-        os.link(new, note)
-    except FileExistsError:
-        pass
+        with suppress(FileExistsError):
+            os.link(new, note)
     finally:
         new.unlink()
