@@ -30,7 +30,7 @@ def status_lines(run: Status) -> Iterator[Fact]:
     yield "attempt", _attempt(run)
     yield "progress", _progress(run)
     if _is_silent(run):
-        yield "silent", "an evaluation, a save, or it hangs: see \"It hangs\" in the docs, Debugging"
+        yield "silent", 'an evaluation, a save, or it hangs: see "It hangs" in the docs, Debugging'
     if run.remaining_s is not None:
         duration = format_duration(run.remaining_s)
         yield "remaining", f"about {duration}"
