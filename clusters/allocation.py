@@ -46,10 +46,10 @@ def main(run_dir: Path, name: str) -> int:
     told = threading.Event()
     with warnings(told), allocated_nodes(run_dir, name) as nodes:
         code = keep_controller(start, nodes, told)
-    if code == REQUEUE:
+        if code != REQUEUE:
+            return code
         print("back to the queue", flush=True)
-        return start.requeue()
-    return code
+        return start.requeue()  # if this node is cut off, the others do, whose head is lost: they must still be there
 
 
 def claim(run_dir: Path, name: str, job_id: str) -> bool:

@@ -253,7 +253,7 @@ def test_a_job_that_waits_for_the_node_that_was_cut_off_goes_on(
 ) -> None:
     run_dir = begin(hpc, make_job(tmp_path, tiny_base, sums, **LONG))
     site.cut("node1")
-    until(lambda: fleetune.status(run_dir.name).state == "queued", 300)
+    until(lambda: fleetune.status(run_dir.name).state == "preempted", 300)
     site.heal("node1")
     with administrator(site):
         assert_undisturbed(run_dir, launch)
