@@ -185,16 +185,18 @@ def _deciding_verdict(tried: Sequence[Attempt], decision: Final) -> Record:
 
 
 def deliver_rest(run_dir: Path) -> int:
-    """Stay until MLflow has all of a closed run, but not for ever: any later command can do it too."""
+    """Stay until MLflow has all of a closed run, but not for ever: any later command can do it too.
+
+    Of a run without an attempt there is nothing to deliver.
+    """
     from orchestrator.tracking.delivery import replay
     from orchestrator.tracking.store import is_left_to_others
 
     load_job(run_dir)
-    if attempts(run_dir):
-        if is_left_to_others(run_dir):
-            note_delivered(run_dir, None)
-        else:
-            replay(run_dir, TRACKING_TIMEOUT_S)
+    if not attempts(run_dir) or is_left_to_others(run_dir):
+        note_delivered(run_dir, None)
+    else:
+        replay(run_dir, TRACKING_TIMEOUT_S)
     return 0
 
 
