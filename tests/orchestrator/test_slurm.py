@@ -193,6 +193,8 @@ def test_a_preempted_run_saves_and_goes_on_later(
     assert first.verdict and first.verdict["kind"] == "preemption"
     rows = read_lines(first, "metrics.jsonl")
     assert second.start and second.start.step >= rows[-1]["step"] - 1
+    figures = fleetune.status(run_dir.name).figures
+    assert figures and figures.goodput.queued > 5  # seconds that the other job takes
 
 
 @pytest.mark.chaos
