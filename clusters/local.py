@@ -241,7 +241,7 @@ class Local:
         if has_ended(self.site.root / run_id):
             return ClusterStatus("ended")
         if entry is None:
-            return ClusterStatus("unknown", "this cluster has not got the run")
+            return ClusterStatus("unknown", "this cluster has not got the run; fleetune resume submits it again")
         if isinstance(entry, str):  # why it cannot be read
             return ClusterStatus("unknown", f"{entry}; queue it anew with: fleetune resume {run_id}")
         lock = self.controller_lock(run_id)

@@ -30,6 +30,7 @@ from trainer.checkpoint.lineage import claim_from_newest, finished, step_of
 TRACKING_TIMEOUT_S = 600.0  # how long it stays to deliver what an outage of MLflow held up
 DELIVERED = "the output is there, but the worker ended before it was checked (and merged, if that was asked for)"
 _PUMP_S = 1.0
+_BEGAN = time.time()  # when this process did
 _CANCELLED = Final("cancelled", "cancelled by request")
 
 
@@ -79,6 +80,7 @@ def run_attempt(run_dir: Path) -> int:
         attempt = claim_from_newest(run_dir)
         if attempt is None:
             return 1
+        attempt.event("claimed", controller_began=_BEGAN)
         redirect(attempt.folder / "logs" / "controller.log")
         with Pump(attempt):
             driver.begin(attempt)
@@ -185,16 +187,18 @@ def _deciding_verdict(tried: Sequence[Attempt], decision: Final) -> Record:
 
 
 def deliver_rest(run_dir: Path) -> int:
-    """Stay until MLflow has all of a closed run, but not for ever: any later command can do it too."""
+    """Stay until MLflow has all of a closed run, but not for ever: any later command can do it too.
+
+    Of a run without an attempt there is nothing to deliver.
+    """
     from orchestrator.tracking.delivery import replay
     from orchestrator.tracking.store import is_left_to_others
 
     load_job(run_dir)
-    if attempts(run_dir):
-        if is_left_to_others(run_dir):
-            note_delivered(run_dir, None)
-        else:
-            replay(run_dir, TRACKING_TIMEOUT_S)
+    if not attempts(run_dir) or is_left_to_others(run_dir):
+        note_delivered(run_dir, None)
+    else:
+        replay(run_dir, TRACKING_TIMEOUT_S)
     return 0
 
 

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isnan
 from pathlib import Path
 from statistics import median
 
 from runfolder.appended import read_lines
 from runfolder.chain import Attempt, slots
-from runfolder.files import Record
+from runfolder.files import Record, list_names
 from runfolder.goodput import Goodput, SlotTimes, StepTime, goodput
 
 _RECENT = 100  # steps that the speed is taken from
@@ -41,16 +41,21 @@ class Figures:
 
 def read_figures(run_dir: Path, submitted: float) -> Figures:
     """The figures of a run now; it reads all of its rows."""
-    times = []
+    times: list[SlotTimes] = []
     rows: list[Record] = []
     newest: list[Record] = []
+    starts = _job_starts(run_dir)
+    before = 0.0
     for slot in slots(run_dir):
         of_slot = []
         if slot.kind == "attempt":
             of_slot = read_lines(slot, "metrics.jsonl")
             newest = of_slot
             rows.extend(of_slot)
-        times.append(_times(slot, of_slot))
+        of_times = _times(slot, of_slot)
+        fresh = [start for start in starts if before < start < of_times.taken]
+        times.append(replace(of_times, granted=max(fresh, default=None)))
+        before = of_times.taken
     now = time.time()
     spent = goodput(submitted, times, now)
     return figures_of(spent, rows, newest, now)
@@ -77,6 +82,16 @@ def figures_of(spent: Goodput, rows: Iterable[Record], newest: Iterable[Record],
         last,
         best,
     )
+
+
+def _job_starts(run_dir: Path) -> list[float]:
+    """When batch jobs of a run began, each of which leaves a file."""
+    starts = []
+    folder = run_dir / "starts"
+    for name in list_names(folder):
+        status = (folder / name).stat()
+        starts.append(status.st_mtime)
+    return starts
 
 
 def _times(slot: Attempt, rows: Sequence[Record]) -> SlotTimes:

@@ -15,9 +15,9 @@ _IN_ORDER = ("success", "paused", "cancelled", "preemption", "walltime")
 class Goodput:
     """Seconds of a run by what it did; between its end and a reopen it does nothing.
 
-    `queued`: without an attempt. `starting`: from the claim of an attempt to the end of its first step. `training`:
-    in steps, evaluations, saves and the export. `repeated`: in steps that an earlier attempt had done. `stalled`:
-    after the last row of an attempt that broke, until that was known.
+    `queued`: without an attempt, and without nodes where a scheduler grants them. `starting`: from there to the end
+    of the attempt's first step. `training`: in steps, evaluations, saves and the export. `repeated`: in steps that
+    an earlier attempt had done. `stalled`: after the last row of an attempt that broke, until that was known.
     """
 
     queued: float = 0.0
@@ -44,6 +44,7 @@ class SlotTimes:
     """When a slot was taken, and what an attempt did then; times are in seconds since 1970.
 
     `last_row` is the time of its last row, of a step or an evaluation; `verdict` is None where nobody wrote one.
+    `granted` is when a scheduler gave it the nodes that its predecessor had not.
     """
 
     kind: str
@@ -51,6 +52,14 @@ class SlotTimes:
     steps: Sequence[StepTime] = ()
     last_row: float | None = None
     verdict: Record | None = None
+    granted: float | None = None
+
+    @property
+    def begun(self) -> float:
+        """When its start began."""
+        if self.granted is None:
+            return self.taken
+        return self.granted
 
     @property
     def furthest(self) -> int:
@@ -59,11 +68,11 @@ class SlotTimes:
             return 0
         return self.steps[-1].step
 
-    def ended(self, next_taken: float) -> float:
-        """When an attempt had ended, at the latest as the next slot was taken."""
+    def ended(self, next_begun: float) -> float:
+        """When an attempt had ended, at the latest as the start of the next slot began."""
         if self.verdict is None:
-            return next_taken
-        told: float = self.verdict.get("time", next_taken)
+            return next_begun
+        told: float = self.verdict.get("time", next_begun)
         return told
 
     def broke(self, is_last: bool) -> bool:
@@ -94,15 +103,15 @@ def _intervals(submitted: float, slots: Sequence[SlotTimes], now: float) -> Iter
     """The time of a run in order, in parts that each count in one field."""
     waiting_since: float | None = submitted
     done = 0  # steps, by all attempts so far
-    later = [slot.taken for slot in slots[1:]]
-    for slot, next_taken in zip(slots, [*later, now], strict=False):
+    later = [slot.begun for slot in slots[1:]]
+    for slot, next_begun in zip(slots, [*later, now], strict=False):
         if waiting_since is not None:
-            yield Interval("queued", waiting_since, slot.taken)
-        waiting_since = slot.taken
+            yield Interval("queued", waiting_since, slot.begun)
+        waiting_since = slot.begun
         if slot.kind == "close":
             waiting_since = None
         elif slot.kind == "attempt":
-            ended = slot.ended(next_taken)
+            ended = slot.ended(next_begun)
             is_last = slot is slots[-1]
             quiet_from = slot.last_row if slot.broke(is_last) else ended
             yield from _intervals_of_attempt(slot, ended, quiet_from, done)
@@ -117,11 +126,11 @@ def _intervals_of_attempt(
 ) -> Iterator[Interval]:
     """The time of an attempt that nothing came from any more since `quiet_from`; others had done so many steps."""
     if not attempt.steps or quiet_from is None:
-        yield Interval("starting", attempt.taken, ended)
+        yield Interval("starting", attempt.begun, ended)
         return
     first = attempt.steps[0]
     last = attempt.steps[-1]
-    yield Interval("starting", attempt.taken, first.time)
+    yield Interval("starting", attempt.begun, first.time)
     for before, after in pairwise(attempt.steps):
         phase = "training"
         if after.step <= done:

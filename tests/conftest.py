@@ -16,6 +16,7 @@ import pytest
 import yaml
 from ports import free_port
 
+pytest.register_assert_rewrite("contract", "training_runs")
 # Before anything imports torch: where tests run side by side, threads that wait for each other cost most.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -69,6 +69,7 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     """
     job = load_job(attempt.run_dir)
     world = join_process_group()
+    announce(attempt, world, "workers_up")
     stops = StopRequests(attempt, world)
     check_inputs(attempt, job, world)
     width = getattr(load_config(job.base), "hidden_size", None)
@@ -90,8 +91,7 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     method = create_method(job, batches, tokenizer, saved)
     objective.method = method
     dtype = forward_dtype(job, device)
-    with noting_progress(attempt):
-        model = load_model(job, method, dtype, device)
+    model = base_model(attempt, job, method, dtype, world)
     embeddings = vocabulary(model.config)
     check_ids(examples.tokens, tokenizer, embeddings, data.train)
     if saved:
@@ -108,6 +108,20 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     return run, saved.step if saved else 0
 
 
+def announce(attempt: Attempt, world: World, kind: str) -> None:
+    """Tell readers, once for all workers, how far an attempt has got."""
+    if world.leads:
+        attempt.event(kind)
+
+
+def base_model(attempt: Attempt, job: Job, method: Method[Any], dtype: torch.dtype, world: World) -> nn.Module:
+    """The model of a job with the weights of its base; that may take long."""
+    with noting_progress(attempt):
+        model = load_model(job, method, dtype, world.device)
+    announce(attempt, world, "base_loaded")
+    return model
+
+
 def create_method(job: Job, batches: Batches, tokenizer: Any, saved: CheckpointReader | None) -> Method[Any]:
     """The method of a job, with its state of a checkpoint where there is one."""
     setup = Setup(batches.steps, job.train.seed, job.data.seq_len, tokenizer, gather)
@@ -121,7 +135,11 @@ def create_method(job: Job, batches: Batches, tokenizer: Any, saved: CheckpointR
 def shard(job: Job, model: nn.Module, method: Method[Any], saved: CheckpointReader | None) -> Shards:
     """The model under DeepSpeed's engine, with the optimizer's state of a checkpoint where there is one."""
     settings = job.train
-    adam = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+    adam = {
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
     shards = Shards(model, method, job.sharding.zero, job.lr, adam)
     if saved:
         saved.load_optimizer(shards)

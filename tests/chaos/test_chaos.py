@@ -1,6 +1,6 @@
 """One job that is killed again and again ends as if nobody had touched it. CHAOS_SEED=n chooses other kills.
 
-In `make test`, tests/orchestrator/test_controller.py kills a worker, and test_fencing.py has trainers that wake.
+In `make test`, tests/clusters/contract.py kills a worker, and test_fencing.py has trainers that wake.
 """
 
 import os

@@ -135,6 +135,10 @@ class SlurmSite:
         """What a command of SLURM prints."""
         return _run(*command, env=os.environ | self.environment)
 
+    def run_on(self, node: str, *command: str) -> str:
+        """What a command prints among the processes of a node."""
+        return _run("nsenter", "-t", self._children(node)[0], "-p", "-m", "--", *command)
+
     def _start(self) -> None:
         key = self.folder / "munge.key"
         key.touch(mode=0o600)

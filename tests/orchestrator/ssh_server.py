@@ -50,10 +50,17 @@ class SshServer:
 
     def kill_connection(self, alias: str, sockets: Path) -> None:
         """Kill the process on this side that has the shared connection to an alias."""
-        check = [self.binaries / "ssh", "-o", f"ControlPath={sockets}/%C", "-O", "check", alias]
-        said = subprocess.run(check, capture_output=True, text=True).stderr  # Master running (pid=123)
+        said = self._control("check", alias, sockets)  # Master running (pid=123)
         if found := re.search(r"pid=(\d+)", said):
             os.kill(int(found[1]), signal.SIGKILL)
+
+    def close_connection(self, alias: str, sockets: Path) -> None:
+        """End the shared connection to an alias, and no other one."""
+        self._control("exit", alias, sockets)
+
+    def _control(self, what: str, alias: str, sockets: Path) -> str:
+        command = [self.binaries / "ssh", "-o", f"ControlPath={sockets}/%C", "-O", what, alias]
+        return subprocess.run(command, capture_output=True, text=True).stderr
 
     def end(self) -> None:
         """End the server and every connection of it."""

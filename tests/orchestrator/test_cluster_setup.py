@@ -3,7 +3,6 @@
 import io
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -109,13 +108,14 @@ def test_two_at_once_make_one_and_runs_use_it(root: Path, index: PackageIndex, t
     assert index.downloads == 1
 
 
-def test_it_goes_on_when_the_link_is_cut_and_is_found_again(root: Path, index: PackageIndex) -> None:
+def test_it_goes_on_when_the_link_is_cut_and_is_found_again(
+    root: Path, index: PackageIndex, server: SshServer
+) -> None:
     lines: list[str] = []
     with ThreadPoolExecutor() as pool, index.held():
         cut: Future[None] = pool.submit(set_up, [])
         assert index.asked.wait(60)
-        for socket in sockets_folder().iterdir():
-            subprocess.run(["ssh", "-o", f"ControlPath={socket}", "-O", "exit", "there"], capture_output=True)
+        server.close_connection("there", sockets_folder())
         with pytest.raises(Unreachable, match="cluster there: "):
             cut.result(60)
         again = pool.submit(set_up, lines)

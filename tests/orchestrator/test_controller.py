@@ -11,46 +11,27 @@ from typing import Any
 import psutil
 import pytest
 import waiting
+from trapped import CAN_TRAP, WHY_NOT, trapped_cluster
 
 from clusters import process
 from clusters.local import Local
-from orchestrator.control import cancel, resume
-from orchestrator.errors import InputError
 from orchestrator.submit import submit
 from runfolder.appended import read_lines
-from runfolder.chain import Attempt, Start, attempts, last_attempt, result
-from runfolder.files import Record, read_json
+from runfolder.chain import Attempt, attempts, result
+from runfolder.files import Record
 from trainer.checkpoint.lineage import finished, step_of
 
 pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the room is made by processor affinity"),
+    pytest.mark.skipif(not CAN_TRAP, reason=WHY_NOT),
     pytest.mark.timeout(900),
 ]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
-    """A local cluster with room for two workers, in an environment full of traps."""
-    folder, before = Path.cwd(), os.sched_getaffinity(0)
-    traps = tmp_path_factory.mktemp("traps")
-    for name in ("trainer", "orchestrator", "methods", "clusters", "torch"):
-        (traps / f"{name}.py").write_text("raise SystemExit('a file of the user shadows ours')")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLEETUNE_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.delenv("FLEETUNE_CACHE", raising=False)
-        patch.setenv("HOME", str(traps / "trainer.py" / "home"))  # below a file: nobody can make it
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", str(traps))
-        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("x" * 120)))  # too long for the paths of sockets
-        os.sched_setaffinity(0, set(sorted(before)[:2]))
-        os.chdir(traps)
-        found = Local.here()
-        try:
-            yield found
-        finally:
-            found.stop()
-            os.chdir(folder)
-            os.sched_setaffinity(0, before)
+    """A local cluster with room for two workers."""
+    with trapped_cluster(tmp_path_factory) as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -143,62 +124,6 @@ def test_a_run_goes_on_whatever_is_killed(cluster: Local, start: Callable[..., P
     assert all(attempt.start for attempt in attempts(run_dir)[1:])
     assert {row["step"] for a in attempts(run_dir) for row in read_lines(a, "metrics.jsonl")} == set(range(1, 301))
     assert (run_dir / "output" / "adapter_model.safetensors").exists()
-
-
-def test_a_bug_is_final_a_killed_or_warned_run_goes_on_and_a_cancelled_one_is_closed(
-    cluster: Local, start: Callable[..., Path], sums: Path
-) -> None:
-    """Room for two: a run whose data changed; one killed, warned and cancelled; one cancelled before its turn."""
-    long = {"train": {"steps": 100_000, "batch_tokens": 512, "lr": 1e-3}, "checkpoint": {"every": 5}}
-    bad = sums.with_name("soon-changed.jsonl")
-    bad.write_text(sums.read_text())
-    buggy = start(data={"train": str(bad), "seq_len": 64})
-    bad.write_text(sums.read_text() * 2)
-    running = start(**long)
-    waiting = start(**long, resources={"workers_per_node": 2})
-
-    assert cluster.status([waiting.name])[waiting.name].state == "queued"
-    cancel(waiting.name)
-    assert ended(waiting) == {**ended(waiting), "state": "cancelled", "attempt": 0}
-
-    found = ended(buggy)
-    assert (found["state"], found["verdict"], found["attempt"]) == ("failed", "user_error", 1)
-    assert f"data.train: {bad} has changed since the submission: sha256 " in found["evidence"]
-    assert found["reason"].endswith("put the old one back and resume the run, or submit the job anew")
-
-    until(lambda: saved(running, 1))
-    kill(workers(running, 1)[0])
-    until(lambda: len(attempts(running)) == 2 and len(read_lines(last_attempt(running), "metrics.jsonl")) > 2)
-    first, second = attempts(running)
-    assert first.verdict and (first.verdict["kind"], first.verdict["rank"]) == ("node_lost", 0)
-    assert second.start and second.start.step % 5 == 0
-    losses = {row["step"]: row["loss"] for row in read_lines(first, "metrics.jsonl") if "loss" in row}
-    again = {row["step"]: row["loss"] for row in read_lines(second, "metrics.jsonl") if "loss" in row}
-    assert min(again) == second.start.step + 1 and all(losses.get(step, loss) == loss for step, loss in again.items())
-
-    os.kill(cluster.state()["controllers"][running.name], signal.SIGTERM)
-    until(lambda: len(attempts(running)) == 3 and read_lines(last_attempt(running), "metrics.jsonl"))
-    _, second, third = attempts(running)
-    reported = [row["step"] for row in read_lines(second, "metrics.jsonl") if "loss" in row]
-    assert second.verdict and second.verdict["reason"].endswith(f"; saved at step {reported[-1]}")
-    assert (second.verdict["kind"], third.start) == ("preemption", Start(2, reported[-1]))
-    assert read_lines(third, "metrics.jsonl")[0]["step"] == reported[-1] + 1
-
-    before = workers(running, 3)
-    cancel(running.name)
-    found = ended(running)
-    assert (found["state"], found["verdict"]) == ("cancelled", "cancelled")
-    until(lambda: not any(map(lives, before)), 60)
-    until((running / "result.json").exists)  # the copy comes after the slot that counts
-    assert read_json(running / "result.json") == found
-
-    with pytest.raises(InputError, match="data.train: .* has changed"):
-        resume(buggy.name)
-    bad.write_text(sums.read_text())
-    resume(buggy.name)
-    assert list((cluster.home / "cache").glob("*/manifest.json"))
-    # Slot 2 closed it, slot 3 reopened it.
-    assert (ended(buggy)["state"], last_attempt(buggy).number) == ("succeeded", 4)
 
 
 @pytest.mark.chaos

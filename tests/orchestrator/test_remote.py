@@ -13,8 +13,10 @@ import pytest
 import yaml
 from cut_proxy import CutProxy, cut_somewhere
 from jobs import make_job, only_queued
+from readable import files_with, leaks, submit_unseen
 from sampling import SEED
 from ssh_server import WHY_NOT, SshServer, can_serve, close_far_sides, ssh_server
+from waiting import until
 
 import fleetune
 from clusters.base import Unreachable
@@ -22,7 +24,6 @@ from clusters.local import Local
 from clusters.remote.code import installed_code
 from clusters.remote.link import sockets_folder
 from orchestrator import backends
-from runfolder.requests import cancel_requested
 
 pytestmark = [pytest.mark.skipif(not can_serve(), reason=WHY_NOT), pytest.mark.usefixtures("home")]
 
@@ -63,7 +64,7 @@ def proxy(server: SshServer) -> Iterator[CutProxy]:
     proxy.close()
 
 
-def test_a_job_is_submitted_found_again_and_cancelled(there: Path, tmp_path: Path) -> None:
+def test_a_job_is_there_as_it_was_submitted_with_its_files_and_the_code(there: Path, tmp_path: Path) -> None:
     job = make_job(tmp_path, env={"QUOTED": "a 'b' $(c) `d` \\ ü\n"})
     done = fleetune.submit(job, cluster="there")
     run_dir = there / "runs" / done.run_id
@@ -71,11 +72,23 @@ def test_a_job_is_submitted_found_again_and_cancelled(there: Path, tmp_path: Pat
     assert Path(record["job"]["data"]["train"]).is_relative_to(there / "files")
     assert record["job"]["env"] == {"QUOTED": "a 'b' $(c) `d` \\ ü\n"}
     assert [path.name for path in (there / "code").iterdir()] == [installed_code().digest]
-    found = fleetune.status(done.run_id)
-    assert (found.cluster, found.state) == ("there", "queued")
-    assert fleetune.submit(job, cluster="there", run_id=done.run_id).adopted
-    fleetune.cancel(done.run_id)
-    assert cancel_requested(run_dir)
+
+
+def test_nobody_sees_the_secrets_of_a_submission(there: Path, tmp_path: Path) -> None:
+    told = {
+        "environment of sleep": ["env", "A=hf_told", "sleep", "9"],
+        "command line of sh": ["sh", "-c", "cat", "hf_told"],
+    }
+    with leaks(b"hf_told", set()) as seen:
+        for where, command in told.items():
+            child = subprocess.Popen(command, stdin=subprocess.PIPE)
+            until(lambda where=where: where in seen)
+            child.kill()
+            child.wait()
+    secret = f"hf_{random.getrandbits(64)}"
+    run_id = submit_unseen(make_job(tmp_path), "there", secret)
+    (holder,) = files_with(secret, there, Path(os.environ["FLEETUNE_HOME"]))
+    assert holder == there / "runs" / run_id / "secrets.json" and holder.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.usefixtures("there")
@@ -148,8 +161,7 @@ def emptied(file: Path) -> Iterator[None]:
 def test_what_is_wrong_with_a_link_is_said_with_what_to_do(
     server: SshServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for socket in sockets_folder().iterdir():
-        subprocess.run(["ssh", "-o", f"ControlPath={socket}", "-O", "exit", "there"], capture_output=True)
+    server.close_connection("there", sockets_folder())
     refused = r"Permission denied.*fleetune clusters connect there"
     with emptied(server.folder / "authorized_keys"), pytest.raises(Unreachable, match=refused):
         fleetune.list_runs("there")

@@ -220,7 +220,7 @@ def test_a_damaged_run_is_named_and_holds_nobody_up(far_home: Path) -> None:
     for text in ("", "[]", "{", "format: 2", "a: &a [*a]", "cluster: local"):
         (bad / "job.yaml").write_text(text)
         found = {status.run_id: status for status in fleetune.list_runs()}
-        assert found[good.name].reason == "this cluster has not got the run"
+        assert found[good.name].reason == "this cluster has not got the run; fleetune resume submits it again"
         assert (found[bad.name].state, str(bad) in str(found[bad.name].reason)) == ("unknown", True), text
 
 

@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 import sys
 import tempfile
 import threading
@@ -14,14 +13,18 @@ from typing import Any
 
 import pytest
 import yaml
+from contract import NodeContract, QueueContract, RunContract
 from cut_proxy import CutProxy, cut_somewhere
 from jobs import make_job as make_queued_job
-from mlflow_runs import series
+from place import Place
+from readable import files_with, submit_unseen
 from sampling import SEED
+from slurm_place import SlurmPlace
 from slurm_site import WHY_NOT, SlurmSite, can_serve
 from ssh_server import WHY_NOT as WHY_NO_SSH
 from ssh_server import can_serve as can_serve_ssh
 from ssh_server import ssh_server
+from training_runs import LONG, assert_undisturbed, begin, train_job
 from waiting import until
 
 import fleetune
@@ -30,12 +33,9 @@ from clusters.checks import Check
 from clusters.remote.link import sockets_folder
 from clusters.slurm import Slurm
 from clusters.slurm_script import SlurmConfig
-from orchestrator import backends
 from orchestrator.errors import InputError
-from orchestrator.tracking.collect import deliver_all
-from orchestrator.tracking.history import history
 from runfolder.appended import read_lines
-from runfolder.chain import attempts, claim_next
+from runfolder.chain import attempts
 from runfolder.job import Job
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -119,93 +119,39 @@ def administrator(site: SlurmSite) -> Iterator[None]:
         thread.join()
 
 
-def wait_for(run_id: str, states: tuple[str, ...], timeout_s: float) -> fleetune.Status:
-    """The status of a run, once it is in one of these states."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        status = fleetune.status(run_id)
-        if status.state in states:
-            return status
-        assert time.monotonic() < deadline, f"{status}\n{backends.open_cluster('hpc').logs(run_id).text[-3000:]}"
-        time.sleep(0.5)
+@pytest.fixture
+def place(hpc: Path, site: SlurmSite) -> Place:
+    """That site for the contract of clusters."""
+    return SlurmPlace("hpc", site, hpc)
+
+
+class TestQueue(QueueContract):
+    """Runs that wait."""
+
+
+@pytest.mark.chaos
+class TestRuns(RunContract):
+    """Runs on one node."""
+
+
+class TestNodes(NodeContract):
+    """Runs over both nodes."""
 
 
 def make_job(tmp_path: Path, base: Path, rows: Path, **changes: object) -> Path:
     """A job over two nodes."""
-    job = {
-        "name": "sums",
-        "base": str(base),
-        "method": {"kind": "lora", "rank": 2},
-        "data": {"train": str(rows), "seq_len": 64},
-        "train": {"steps": 12, "batch_tokens": 256},
-        "sharding": {"zero": 3},
-        "resources": {"nodes": 2, "workers_per_node": 1},
-        "evaluation": {"max_new_tokens": 0},
-        **changes,
-    }
-    path = tmp_path / "job.yaml"
-    path.write_text(yaml.safe_dump(job))
-    return path
-
-
-def begin(hpc: Path, job: Path, steps: int = 8) -> Path:
-    """Submit a run, and wait until it has done so many steps; gives its folder."""
-    done = fleetune.submit(job, cluster="hpc")
-    while fleetune.status(done.run_id).step < steps:
-        wait_for(done.run_id, ("queued", "starting", "running", "preempted"), 300)
-        time.sleep(0.2)
-    return hpc / "runs" / done.run_id
-
-
-def assert_undisturbed(run_dir: Path, launch: Any, timeout_s: float = 600) -> None:
-    """Wait for the success of a run, whose every step has the loss of the same job undisturbed, without SLURM."""
-    ended = wait_for(run_dir.name, ("succeeded", "failed", "cancelled"), timeout_s)
-    assert ended.state == "succeeded", (ended, fleetune.logs(run_dir.name)[-3000:])
-    assert (run_dir / "output" / "adapter_model.safetensors").exists()
-    alone = run_dir.with_name(f"{run_dir.name}-alone")
-    alone.mkdir()
-    for name in ("job.yaml", "run.json"):
-        shutil.copy(run_dir / name, alone)
-    claim_next(alone, None)
-    launch(2, alone)
-    steps = [row["step"] for row in history(run_dir)]
-    assert steps == list(range(1, steps[-1] + 1))
-    expected = [row["loss"] for row in history(alone)]
-    assert [row["loss"] for row in history(run_dir)] == pytest.approx(expected, rel=1e-5)
-    assert not list(run_dir.parents[1].glob("*.db"))
-    assert deliver_all() == {}
-    reported = [(row["step"], row["loss"]) for row in history(run_dir)]
-    assert [(step, loss) for step, loss, _ in series(None, run_dir)] == reported
-
-
-LONG = {"train": {"steps": 30, "batch_tokens": 128}, "checkpoint": {"every": 5}}
-
-
-@pytest.mark.timeout(900)
-def test_a_run_over_two_nodes_that_loses_one_finishes(
-    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
-) -> None:
-    job = make_job(tmp_path, tiny_base, sums, **LONG)
-    run_dir = begin(hpc, job)
-    again = fleetune.submit(job, cluster="hpc", run_id=run_dir.name)
-    assert again.adopted
-    names = site.run("squeue", "--noheader", "-o", "%j").split()
-    assert names == [f"{run_dir.name}-s1"]
-    site.kill("node2")
-    time.sleep(1)
-    site.boot("node2")
-    assert_undisturbed(run_dir, launch)
-    assert attempts(run_dir)[1].start is not None
+    both = {"sharding": {"zero": 3}, "resources": {"nodes": 2, "workers_per_node": 1}}
+    return train_job(tmp_path, base, rows, **{**both, **changes})
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(
-    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+    place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
 ) -> None:
     until(lambda: site.run("sinfo", "-hN", "-p", "low", "-o", "%t").split() == ["idle", "idle"])  # else it takes one
     resources = {"nodes": "1-2", "workers_per_node": 1}
-    run_dir = begin(hpc, make_job(tmp_path, tiny_base, sums, **LONG, resources=resources))
+    run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, **LONG, resources=resources))
     first = attempts(run_dir)[0]
     assert len(list((first.folder / "logs").glob("rank-*.log"))) == 2
     site.kill("node2")
@@ -221,9 +167,9 @@ def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_run_whose_first_node_dies_finishes(
-    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+    place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
 ) -> None:
-    run_dir = begin(hpc, make_job(tmp_path, tiny_base, sums, **LONG))
+    run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, **LONG))
     site.kill("node1")
     time.sleep(1)
     site.boot("node1")
@@ -235,9 +181,9 @@ def test_a_run_whose_first_node_dies_finishes(
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("node", ["node1", "node2"])
 def test_a_node_that_was_cut_off_and_comes_back_changes_nothing(
-    node: str, hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+    node: str, place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
 ) -> None:
-    run_dir = begin(hpc, make_job(tmp_path, tiny_base, sums, **LONG))
+    run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, **LONG))
     with site.spare_node():
         site.cut(node)
         until(lambda: (run_dir / "starts" / "1.1").exists(), 300)  # on the other two, while what was cut off lives on
@@ -249,9 +195,9 @@ def test_a_node_that_was_cut_off_and_comes_back_changes_nothing(
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_job_that_waits_for_the_node_that_was_cut_off_goes_on(
-    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+    place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
 ) -> None:
-    run_dir = begin(hpc, make_job(tmp_path, tiny_base, sums, **LONG))
+    run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, **LONG))
     site.cut("node1")
     until(lambda: fleetune.status(run_dir.name).state == "preempted", 300)
     site.heal("node1")
@@ -262,9 +208,9 @@ def test_a_job_that_waits_for_the_node_that_was_cut_off_goes_on(
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_run_does_not_notice_that_slurmctld_was_restarted(
-    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+    place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
 ) -> None:
-    run_dir = begin(hpc, make_job(tmp_path, tiny_base, sums, **LONG))
+    run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, **LONG))
     site.restart_controller()
     assert_undisturbed(run_dir, launch)
     assert len(attempts(run_dir)) == 1
@@ -274,26 +220,28 @@ def test_a_run_does_not_notice_that_slurmctld_was_restarted(
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("signals_user", [True, False])
 def test_a_preempted_run_saves_and_goes_on_later(
-    signals_user: bool, hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+    signals_user: bool, place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
 ) -> None:
     site.signal_user_at_preemption(signals_user)
-    run_dir = begin(hpc, make_job(tmp_path, tiny_base, sums, train={"steps": 600, "batch_tokens": 128}))
-    site.run("sbatch", "-p", "main", "-N2", "--ntasks-per-node=1", "--cpus-per-task=4", "--wrap", "sleep 5")
+    run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, train={"steps": 600, "batch_tokens": 128}))
+    place.warn(run_dir.name)
     assert_undisturbed(run_dir, launch)
     first, second = attempts(run_dir)
     assert first.verdict and first.verdict["kind"] == "preemption"
     rows = read_lines(first, "metrics.jsonl")
     assert second.start and second.start.step >= rows[-1]["step"] - 1
+    figures = fleetune.status(run_dir.name).figures
+    assert figures and figures.goodput.queued > 5  # seconds that the other job takes
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3000)
 def test_a_job_longer_than_its_walltime_is_a_chain(
-    hpc: Path, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+    place: Place, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
 ) -> None:
     resources = {"nodes": 2, "workers_per_node": 1, "walltime": "3m", "grace": 20}
     train = {"steps": 6000, "batch_tokens": 128}
-    run_dir = begin(hpc, make_job(tmp_path, tiny_base, sums, train=train, resources=resources))
+    run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, train=train, resources=resources))
     assert_undisturbed(run_dir, launch, 2400)
     saved = [attempt.verdict["kind"] for attempt in attempts(run_dir)[:-1] if attempt.verdict]
     assert saved and set(saved) == {"preemption"}
@@ -320,37 +268,6 @@ def test_what_slurm_does_not_take_is_cancelled(
         fleetune.submit(job, cluster="hpc")
     (run_dir,) = (hpc / "runs").glob("sums-*")
     assert fleetune.status(run_dir.name).state == "cancelled" and site.run("squeue", "--noheader") == ""
-
-
-@pytest.mark.usefixtures("hpc")
-def test_a_run_whose_job_is_gone_is_submitted_again(
-    site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path
-) -> None:
-    site.run("scontrol", "update", "nodename=node[1-2]", "state=drain", "reason=test")
-    try:
-        done = fleetune.submit(make_job(tmp_path, tiny_base, sums), cluster="hpc")
-        wait_for(done.run_id, ("queued",), 10)
-        (job_id,) = site.run("squeue", "--noheader", "-o", "%i").split()
-        site.run("scancel", job_id)
-        status = wait_for(done.run_id, ("unknown",), 10)
-        assert f"SLURM job {job_id}" in str(status.reason) and "fleetune resume" in str(status.reason)
-        for _ in range(2):
-            fleetune.resume(done.run_id)
-        assert site.run("squeue", "--noheader", "-o", "%j").split() == [f"{done.run_id}-s2"]
-        fleetune.cancel(done.run_id)
-        assert wait_for(done.run_id, ("cancelled",), 30).state == "cancelled"
-    finally:
-        site.run("scontrol", "update", "nodename=node[1-2]", "state=resume")
-
-
-def test_a_queued_run_is_cancelled(hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path) -> None:
-    with drained(site):
-        done = fleetune.submit(make_job(tmp_path, tiny_base, sums), cluster="hpc")
-        status = wait_for(done.run_id, ("queued",), 10)
-        assert "SLURM job" in str(status.reason)
-        fleetune.cancel(done.run_id)
-        assert wait_for(done.run_id, ("cancelled",), 30).state == "cancelled"
-    assert site.run("squeue", "--noheader") == "" and hpc.exists()
 
 
 def test_the_doctor_asks_slurm(hpc: Path, site: SlurmSite, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,24 +297,15 @@ def test_a_test_job_says_what_torch_sees(hpc: Path) -> None:
 
 
 def test_secrets_are_in_one_file_of_mode_0600_and_nowhere_else(
-    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+    hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path
 ) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hf_secret")
-    job = make_job(tmp_path, tiny_base, sums)
+    secret = f"hf_{random.getrandbits(64)}"
     with drained(site):
-        run_dir = fleetune.submit(job, cluster="hpc").run_dir
+        run_id = submit_unseen(make_job(tmp_path, tiny_base, sums), "hpc", secret)
         site.run("scontrol", "write", "batch_script", site.run("squeue", "-ho", "%A").strip(), str(hpc / "taken.sh"))
         (hpc / "shown").write_text(site.run("scontrol", "show", "job", "--details", "--details"))
-    holders = [
-        path.name for path in (*hpc.rglob("*"), *site.folder.rglob("*")) if path.is_file() and has_secret(path)
-    ]
-    assert holders == ["secrets.json"] and (run_dir / "secrets.json").stat().st_mode & 0o777 == 0o600
-
-
-def has_secret(path: Path) -> bool:
-    """Whether a file has the secret of the test in it."""
-    return b"hf_secret" in path.read_bytes()
+    (holder,) = files_with(secret, hpc, site.folder)
+    assert holder == hpc / "runs" / run_id / "secrets.json" and holder.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.usefixtures("hpc")

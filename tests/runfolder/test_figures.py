@@ -1,6 +1,8 @@
 """What a run has measured, and where its time went: exact figures of small invented runs."""
 
 import json
+import os
+import time
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,19 @@ def ended(kind: str, time: float) -> dict[str, Any]:
         (
             [attempt(10, 1, [20, 30]), attempt(50, 3, [60])],
             Goodput(queued=10, starting=20, training=50, stalled=20),
+        ),
+        # A scheduler gave it nodes at 10, took them for others at 40, and gave it nodes again at 65.
+        (
+            [
+                attempt(15, 1, [20, 30], verdict=ended("preemption", 40), granted=10),
+                attempt(70, 3, [80], granted=65),
+            ],
+            Goodput(queued=35, starting=25, training=40),
+        ),
+        # The node of the controller died, and the job was started again.
+        (
+            [attempt(15, 1, [20, 30], granted=10), attempt(60, 3, [80], granted=50)],
+            Goodput(queued=10, starting=40, training=30, stalled=20),
         ),
         # It failed before its first step, was closed, and reopened much later.
         (
@@ -136,6 +151,26 @@ def test_a_full_view_has_what_a_glance_leaves_out(run: Path) -> None:
     assert found.figures.seconds_per_step == 1.0
     assert found.figures.goodput.repeated == 1.0  # step 4, as step 3 is the first that the attempt reported
     assert found.figures.goodput.queued > 0 and found.submitted == T0
+
+
+def test_a_run_is_queued_until_its_batch_job_begins(tmp_path: Path) -> None:
+    now = time.time()
+    run_dir = make_run(tmp_path, "fake-0000000001", None)
+    (run_dir / "starts").mkdir()
+    (run_dir / "starts" / "1.0").touch()
+    os.utime(run_dir / "starts" / "1.0", (now, now - 100))
+    claim(run_dir)
+    figures = snapshot(run_dir, in_full=True).figures
+    assert (
+        figures
+        and figures.goodput.queued == pytest.approx(now - 100 - T0, rel=1e-12)
+        and figures.goodput.starting >= 100
+    )
+    close(run_dir, {"state": "failed", "reason": "boom"})
+    reopen(run_dir)
+    claim(run_dir)  # by the same job
+    again = snapshot(run_dir, in_full=True).figures
+    assert again and again.goodput.starting < figures.goodput.starting + 100
 
 
 def test_a_snapshot_goes_through_json(run: Path) -> None:
