@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 # nobody (as root in a container of Debian); elsewhere these tests are skipped, and say what to install.
 PACKAGES := slurmctld slurmd slurm-client munge iproute2 openssh-server libfuse3-3
 
-.PHONY: packages install demo test lint chaos gpu matrix soak docs clean
+.PHONY: packages install demo test suite lint style types chaos gpu matrix soak docs clean
 
 install: $(STAMP)
 
@@ -30,14 +30,22 @@ packages:
 	    echo "not installed: $(PACKAGES); tests that need them are skipped"; \
 	fi
 
-test: lint packages
+# Types are checked beside the tests, which leave a core idle now and then: what mypy knows of torch takes minutes at first.
+test: style packages
+	$(MAKE) --no-print-directory --jobs=2 types suite
+
+suite: install
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
-lint: install
+lint: style types
+
+style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+types: install
+	$(BIN)/mypy
 
 # The whole of what `make test` runs a seeded sample of; `gpu` needs two of them.
 chaos gpu matrix soak: install

@@ -129,9 +129,12 @@ class Local:
             entries[entry.run_id] = entry
         trouble = self._trouble()
         wait = self._wait_reason()
+        waits = {}
+        for workers in {entry.workers for entry in queued}:
+            waits[workers] = f"needs {_needs(workers)}, {wait}"
         statuses = {}
         for run_id in run_ids:
-            statuses[run_id] = self._status(run_id, entries.get(run_id), trouble, wait)
+            statuses[run_id] = self._status(run_id, entries.get(run_id), trouble, waits)
         return statuses
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
@@ -237,7 +240,10 @@ class Local:
         kind, total = total_capacity()
         return Capacity(kind, total, total - min(total, self.taken_workers()))
 
-    def _status(self, run_id: str, entry: QueueEntry | str | None, trouble: str | None, wait: str) -> ClusterStatus:
+    def _status(
+        self, run_id: str, entry: QueueEntry | str | None, trouble: str | None, waits: Mapping[int, str]
+    ) -> ClusterStatus:
+        """The state of a run; `waits` says why one waits that needs so many workers."""
         if has_ended(self.site.root / run_id):
             return ClusterStatus("ended")
         if entry is None:
@@ -251,7 +257,7 @@ class Local:
             return ClusterStatus("queued", trouble, stuck=True)
         if lock.exists() and process.owner(self.supervisor_lock):
             return ClusterStatus("starting")
-        return ClusterStatus("queued", f"needs {_needs(entry.workers)}, {wait}")
+        return ClusterStatus("queued", waits[entry.workers])
 
     def _trouble(self) -> str | None:
         """Why no run can start until somebody fixes it; None while there is hope."""

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,23 +93,31 @@ def read_lines(attempt: Attempt, file: str) -> list[Record]:
     return parse_lines(data, file)
 
 
-def read_beginning(attempt: Attempt, file: str, size: int | None = None) -> bytes:
-    """The first bytes of a file that count: all, or as many as `size`; nothing where there is no such file."""
+def read_beginning(
+    attempt: Attempt, file: str, size: int | None = None, later: Sequence[Attempt] | None = None
+) -> bytes:
+    """The first bytes of a file that count: all, or as many as `size`; nothing where there is no such file.
+
+    `later`: as for `sealed_size`.
+    """
     path = attempt.folder / file
     if not _exists(path):
         return b""
-    stop = sealed_size(attempt, file)
+    stop = sealed_size(attempt, file, later)
     if size is not None and (stop is None or size < stop):
         stop = size
     return _read_range(path, 0, stop)
 
 
-def read_ending(attempt: Attempt, file: str, size: int) -> bytes:
-    """The last `size` bytes of a file that count; nothing where there is no such file."""
+def read_ending(attempt: Attempt, file: str, size: int, later: Sequence[Attempt] | None = None) -> bytes:
+    """The last `size` bytes of a file that count; nothing where there is no such file.
+
+    `later`: as for `sealed_size`.
+    """
     path = attempt.folder / file
     if not _exists(path):
         return b""
-    stop = sealed_size(attempt, file)
+    stop = sealed_size(attempt, file, later)
     if stop is None:
         stop = path.stat().st_size
     start = max(0, stop - size)
@@ -137,15 +145,27 @@ def _parse_line(line: bytes, file: str, shape: FileShape) -> Record:
     return record
 
 
-def sealed_size(attempt: Attempt, file: str) -> int | None:
-    """How many bytes of an appended file count; None while no later slot (a closing one, too) has sealed it."""
-    for later in slots(attempt.run_dir):
-        if later.number <= attempt.number:
-            continue
-        seal = read_seal(later.folder, attempt.number, file)
+def sealed_size(attempt: Attempt, file: str, later: Sequence[Attempt] | None = None) -> int | None:
+    """How many bytes of an appended file count; None while no later slot (a closing one, too) has sealed it.
+
+    `later`: the slots behind this one, oldest first, where the caller has just listed them.
+    """
+    if later is None:
+        later = slots_behind(attempt, slots(attempt.run_dir))
+    for slot in later:
+        seal = read_seal(slot.folder, attempt.number, file)
         if seal is not None:
             return seal
     return None
+
+
+def slots_behind(attempt: Attempt, taken: Iterable[Attempt]) -> list[Attempt]:
+    """Those of some slots that were taken after an attempt."""
+    behind = []
+    for slot in taken:
+        if slot.number > attempt.number:
+            behind.append(slot)
+    return behind
 
 
 def _whole_lines(data: bytes) -> bytes:

@@ -227,8 +227,7 @@ def reopen(run_dir: Path) -> bool:
     settle(run_dir)  # so that its closer, who may be late, finds nothing left to move
     if _take_slot(run_dir, closing.number + 1, {"kind": "reopen"}) is None:
         return False
-    if "output" in list_names(run_dir):  # an attempt had delivered it, and ended badly all the same
-        move_output(run_dir, closing.folder)
+    move_output(run_dir, closing.folder)  # that of an attempt which had delivered it, and ended badly all the same
     settle(run_dir)
     return True
 
@@ -237,18 +236,20 @@ def settle(run_dir: Path) -> Record | None:
     """Finish what a closing slot promised: move the output into place, write result.json; gives the result.
 
     In a run that goes on, a result.json that somebody wrote too late goes away. Idempotent, and any number of
-    processes may do it at once: the next call corrects what two concurrent ones have mixed up.
+    processes may do it at once. Who was paused in here may have done what a later slot has overtaken: so it looks
+    again, and follows that.
     """
     see_slots(run_dir)
     newest = _newest_slot(run_dir)
-    if not _is_closing(newest):
-        remove_result(run_dir)
-        return None
-    claim = newest.claim
-    closed = Attempt(run_dir, claim["closes"])
-    if closed.number and "output" in list_names(closed.folder) and "output" not in list_names(run_dir):
+    if _is_closing(newest):
+        closed = Attempt(run_dir, newest.claim["closes"])
         move_output(closed.folder, run_dir)
-    write_result(run_dir, claim["result"])
+        write_result(run_dir, newest.claim["result"])
+    else:
+        remove_result(run_dir)
+    see_slots(run_dir)
+    if last_slot(run_dir) != newest.number:
+        return settle(run_dir)
     return result(run_dir)
 
 

@@ -56,7 +56,7 @@ def sha256(path: Path) -> str:
 def read_json(path: Path, shape: "FileShape | None" = None) -> Record:
     """Read a JSON file that holds an object, of this shape where one is given; raises Damaged."""
     try:
-        text = path.read_text()
+        text = path.read_bytes().decode()
         record = json.loads(text)
     except (IsADirectoryError, NotADirectoryError) as error:
         raise Damaged(f"{path}: {error.strerror}") from None

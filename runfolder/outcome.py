@@ -12,9 +12,10 @@ _RESULT = "result.json"
 
 
 def move_output(source: Path, target: Path) -> None:
-    """Move the output from one folder into another; nothing is done where somebody else moved it just now."""
-    with suppress(FileNotFoundError):
-        (source / "output").rename(target / "output")
+    """Move the output from one folder into another, where it is in that one alone."""
+    if "output" in list_names(source) and "output" not in list_names(target):
+        with suppress(FileNotFoundError):  # somebody else moved it just now
+            (source / "output").rename(target / "output")
 
 
 def write_result(run_dir: Path, ended: Record) -> None:

@@ -5,14 +5,14 @@ The record is {format, run_id, cluster, submitted, versions, digests, git, secre
 
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from runfolder.files import FORMAT, Damaged, Record, checked_record, list_names, read_json, take_name, write_json
+from runfolder.files import FORMAT, Damaged, Record, checked_record, read_json, take_name, write_json
 from runfolder.job import Job
 from runfolder.shapes import BRIEF, SUBMITTED
 
@@ -52,10 +52,13 @@ def read_record(run_dir: Path) -> Record:
     return checked_record(record, path, SUBMITTED)
 
 
-def read_brief(run_dir: Path) -> Record:
-    """{cluster, submitted, steps} of a run: `steps` as its job says, None where it says epochs; raises Damaged."""
+def read_brief(run_dir: Path, listing: Sequence[str]) -> Record:
+    """{cluster, submitted, steps} of a run: `steps` as its job says, None where it says epochs; raises Damaged.
+
+    `listing` is what the run's folder holds.
+    """
     path = run_dir / _BRIEF
-    if _BRIEF not in list_names(run_dir):
+    if _BRIEF not in listing:
         record = read_record(run_dir)
         return checked_record(_brief(record), run_dir / "job.yaml", BRIEF)
     return read_json(path, BRIEF)

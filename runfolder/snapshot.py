@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runfolder.appended import parse_lines, read_beginning, read_ending
+from runfolder.appended import parse_lines, read_beginning, read_ending, slots_behind
 from runfolder.chain import Attempt, newest_attempt, result, settle, slots
 from runfolder.delivered import is_delivered
 from runfolder.figures import Figures, read_figures
@@ -107,23 +107,29 @@ def _pending_request(run_dir: Path, cancelled: bool) -> str | None:
     return f"asked to pause after step {pause}"
 
 
-def read_plan(attempt: Attempt) -> Record:
-    """What the trainer announced at the start of an attempt: steps, parameters, ...; empty while it has not."""
+def read_plan(attempt: Attempt, later: Sequence[Attempt] | None = None) -> Record:
+    """What the trainer announced at the start of an attempt: steps, parameters, ...; empty while it has not.
+
+    `later`: the slots behind it, where the caller has just listed them.
+    """
     file = "events.jsonl"
-    data = read_beginning(attempt, file, _EVENTS_HEAD_BYTES)
+    data = read_beginning(attempt, file, _EVENTS_HEAD_BYTES, later)
     for event in parse_lines(data, file):
         if event["event"] == "plan":
-            return {key: value for key, value in event.items() if key not in ("event", "time")}
+            event.pop("event")
+            event.pop("time", None)
+            return event
     return {}
 
 
 def _read_snapshot(run_dir: Path) -> Snapshot:
-    brief = read_brief(run_dir)
     taken = slots(run_dir)
+    files = list_names(run_dir)  # after the slots: what a closing one promises is there, or still to be moved
+    brief = read_brief(run_dir, files)
     newest = newest_attempt(run_dir, taken)
-    files = list_names(run_dir)
+    later = slots_behind(newest, taken)
     attempt_files = list_names(newest.folder)
-    plan = read_plan(newest) if "events.jsonl" in attempt_files else {}
+    plan = read_plan(newest, later) if "events.jsonl" in attempt_files else {}
     begun = "metrics.jsonl" in attempt_files
     ended = _final_result(taken[-1], files) if taken else None
     cancelled = ended is None and "requests" in files and cancel_requested(run_dir)
@@ -134,7 +140,7 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
         submitted=brief["submitted"],
         steps=plan.get("steps") or brief["steps"],
         attempt=newest.number,
-        step=_last_step(newest, begun),
+        step=_last_step(newest, begun, later),
         begun=begun,
         verdict=_read_listed(newest.folder, "verdict.json", attempt_files, VERDICT),
         result=ended,
@@ -176,10 +182,10 @@ def _final_result(newest: Attempt, files: Sequence[str]) -> Record | None:
     return ended
 
 
-def _last_step(attempt: Attempt, begun: bool) -> int:
+def _last_step(attempt: Attempt, begun: bool, later: Sequence[Attempt]) -> int:
     """The last step that an attempt reported, else the one that it starts from."""
     if begun:
-        tail = read_ending(attempt, "metrics.jsonl", _METRICS_TAIL_BYTES)
+        tail = read_ending(attempt, "metrics.jsonl", _METRICS_TAIL_BYTES, later)
         whole_lines = tail[: tail.rfind(b"\n") + 1]
         last_line = whole_lines[whole_lines.rfind(b"\n", 0, -1) + 1 :]
         rows = parse_lines(last_line, "metrics.jsonl")

@@ -7,10 +7,14 @@ from typing import TypeVar
 Found = TypeVar("Found")
 
 
-def until(true: Callable[[], Found], timeout_s: float = 60, every_s: float = 0.02) -> Found:
-    """Wait for something that is true, and give it; fails when it does not come."""
-    deadline = time.monotonic() + timeout_s
+def until(true: Callable[[], Found], timeout_s: float = 60, every_s: float | None = None) -> Found:
+    """Wait for something that is true, and give it; fails when it does not come.
+
+    Unless it is asked for at fixed times, it is asked for less and less often: what takes long needs the processor.
+    """
+    began = time.monotonic()
     while not (found := true()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(every_s)
+        waited_s = time.monotonic() - began
+        assert waited_s < timeout_s, "waited in vain"
+        time.sleep(every_s or min(max(waited_s / 20, 0.02), 0.25))
     return found

@@ -81,7 +81,7 @@ def test_silence_is_a_hang(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("head")
 def test_walltime_cancellation_and_sigterm_end_an_attempt(tmp_path: Path, run_dir: Path) -> None:
-    limited = claim(make(tmp_path / "limited", walltime=1))
+    limited = claim(make(tmp_path / "limited", walltime=1, grace=0))
     assert watch(limited).until_end().kind == "walltime"
     hasty = claim(make(tmp_path / "hasty", grace=0))
     ended = watch(hasty, stop=True).until_end()
@@ -136,6 +136,43 @@ def test_an_attempt_that_saves_in_time_has_ended_as_it_was_asked(
             "success": Final("succeeded", None),
         }[kind]
     )
+
+
+def asked_to_stop(run_dir: Path, opened_s_ago: float) -> tuple[str, float] | None:
+    """Why an attempt is asked to save and end, and its seconds to do so, of a run that was opened so long ago."""
+    attempt = claim(run_dir)
+    claimed = attempt.folder / "claim.json"
+    write_json(claimed, {**attempt.claim, "time": time.time() - opened_s_ago})
+    assert watch(attempt)._must_end_now() is None
+    stop = stop_requested(attempt)
+    return stop and (stop.reason, stop.deadline - time.time())
+
+
+@pytest.mark.usefixtures("head")
+@pytest.mark.parametrize(
+    ("walltime", "grace", "opened_s_ago", "left_s"),
+    [
+        (1000, 100, 800, None),
+        (1000, 100, 950, 50),  # to save is a part of the walltime
+        (1000, 100, 1e6, 100),  # over before the attempt began, as after a long way to its end: not killed at once
+        (1000, 900, 400, None),  # a grace of nearly all of the walltime leaves half of that to train
+        (1000, 900, 600, 400),
+    ],
+)
+def test_a_walltime_leaves_time_to_train_and_to_save(
+    tmp_path: Path, walltime: int, grace: int, opened_s_ago: float, left_s: float | None
+) -> None:
+    asked = asked_to_stop(make(tmp_path / "limited", walltime=walltime, grace=grace), opened_s_ago)
+    if left_s is None:
+        assert asked is None
+    else:
+        assert asked == (f"resources.walltime of {walltime} s is over", pytest.approx(left_s, abs=20))
+
+
+@pytest.mark.usefixtures("head")
+def test_the_walltime_of_an_allocation_is_its_schedulers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEETUNE_REQUEUED", "1")
+    assert asked_to_stop(make(tmp_path / "limited", walltime=1000), 1e6) is None
 
 
 def test_a_pause_counts_for_the_attempts_that_come_to_it(run_dir: Path) -> None:

@@ -1,7 +1,10 @@
 """The chain of attempts: one claim per slot, fencing, closing, sealing, reopening."""
 
 import json
+import os
+import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from runfolder import chain
 from runfolder.appended import read_lines
 from runfolder.chain import Attempt, Fenced, Start
+from runfolder.files import read_json
 from runfolder.requests import cancel_requested, request_cancel
 
 
@@ -99,3 +103,58 @@ def test_a_cancelled_run_can_be_reopened_and_a_succeeded_one_cannot(tmp_path: Pa
     assert not (tmp_path / "result.json").exists()
     assert claim(tmp_path).close({"state": "succeeded"})
     assert not chain.reopen(tmp_path)
+
+
+def paused_at_the_result(run_dir: Path, act: Callable[[], object]) -> int:
+    """Have a process do something, which is paused as it is about to write or remove result.json; gives its id."""
+    pid = os.fork()
+    if pid == 0:
+        pauses = [signal.SIGSTOP]
+        for name in ("replace", "unlink"):
+            change = getattr(Path, name)
+            setattr(Path, name, pausing(change, run_dir / "result.json", pauses))
+        try:
+            act()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    return pid
+
+
+def pausing(change: Callable[..., object], target: Path, pauses: list[int]) -> Callable[..., object]:
+    """A change of files that pauses its process first, as often as there are pauses, where it is the target's."""
+
+    def paused(*paths: Path, **options: object) -> object:
+        if target in paths and pauses:
+            os.kill(os.getpid(), pauses.pop())
+        return change(*paths, **options)
+
+    return paused
+
+
+def wake(pid: int) -> None:
+    """Let a paused process go on to its end."""
+    os.kill(pid, signal.SIGCONT)
+    os.waitpid(pid, 0)
+
+
+def test_a_closer_that_was_paused_does_not_bring_its_result_back(tmp_path: Path) -> None:
+    attempt = claim(tmp_path)
+    first = paused_at_the_result(tmp_path, lambda: attempt.close({"state": "failed"}))
+    second = paused_at_the_result(tmp_path, lambda: chain.settle(tmp_path))
+    assert chain.reopen(tmp_path)
+    wake(first)
+    assert not (tmp_path / "result.json").exists()  # the run goes on
+    assert claim(tmp_path).close({"state": "succeeded"})
+    wake(second)
+    assert read_json(tmp_path / "result.json") == {"state": "succeeded"}
+
+
+def test_who_was_paused_as_a_run_went_on_does_not_take_its_result_away(tmp_path: Path) -> None:
+    assert claim(tmp_path).close({"state": "failed"}) and chain.reopen(tmp_path)
+    (tmp_path / "result.json").write_text("{}")  # of a closer that died behind its last look
+    late = paused_at_the_result(tmp_path, lambda: chain.settle(tmp_path))
+    assert claim(tmp_path).close({"state": "succeeded"})
+    wake(late)
+    assert read_json(tmp_path / "result.json") == {"state": "succeeded"}
