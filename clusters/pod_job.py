@@ -76,8 +76,8 @@ class PodJob:
             while not backoff.ready():
                 self.told.wait(_POD_POLL_S)
             backoff.began()
-            code = self._run_controller()
-            if code == 0 or result(self.start.run_dir) is not None:
+            self._run_controller()
+            if result(self.start.run_dir) is not None:  # one that was resumed while the rest was delivered has none
                 return 0
             if self.told.is_set():
                 return _TRY_AGAIN
@@ -103,8 +103,8 @@ class PodJob:
                 return False
         return not self.told.is_set()
 
-    def _run_controller(self) -> int:
-        """Run the controller once, and tell it once when a pod must end; gives its exit code.
+    def _run_controller(self) -> None:
+        """Run the controller once, and tell it once when a pod must end.
 
         One that does not end by itself after a pod is lost is killed: it may wait for that pod to start its workers.
         """
@@ -115,7 +115,7 @@ class PodJob:
             self._watch(controller)
         finally:
             controller.kill()
-        return controller.wait()
+            controller.wait()
 
     def _watch(self, controller: subprocess.Popen[bytes]) -> None:
         """Wait for the end of a controller, or bring it about."""

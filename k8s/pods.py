@@ -38,7 +38,7 @@ def worker_template(pods: PlannedPods, settings: KubernetesSettings) -> PodPart:
 
 def variables_of(pods: PlannedPods, settings: KubernetesSettings) -> list[PodPart]:
     """The variables of a container; secrets by reference, and those of the pod by its own fields."""
-    variables = []
+    variables: list[PodPart] = []
     for name, value in pods.environment.items():
         variables.append({"name": name, "value": unexpanded(value)})
     for name, text in settings.secrets.items():

@@ -124,7 +124,7 @@ def test_a_run_that_was_started_again_is_left_alone(run_dir: Path, controllers: 
 
 
 def test_the_controller_is_started_until_the_run_has_its_result(run_dir: Path, controllers: Controllers) -> None:
-    controllers.programs = [FAILS, FAILS, CLOSES]
+    controllers.programs = [FAILS, DONE, CLOSES]
     assert PodJob(begin_start(run_dir, NAME), Nodes(), 2).keep() == 0
     assert controllers.started == 3
     assert chain.result(run_dir) == RESULT
@@ -142,7 +142,7 @@ def test_what_has_lost_a_pod_for_long_goes_to_a_new_cluster(
 
 
 def test_it_waits_for_the_pod_that_replaces_a_lost_one(run_dir: Path, controllers: Controllers) -> None:
-    controllers.programs = [DONE]
+    controllers.programs = [CLOSES]
     nodes = Nodes(alive=1)
     waiting = in_thread(PodJob(begin_start(run_dir, NAME), nodes, 2).keep)
     until(lambda: nodes.asked > 3)
@@ -156,7 +156,7 @@ def test_a_controller_that_waits_for_a_lost_pod_is_killed(
     run_dir: Path, controllers: Controllers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pod_job, "_POD_LOSS_S", 0.0)
-    controllers.programs = ["import time; time.sleep(60)", DONE]
+    controllers.programs = ["import time; time.sleep(60)", CLOSES]
     nodes = Nodes()
     keeping = in_thread(PodJob(begin_start(run_dir, NAME), nodes, 2).keep)
     until(lambda: controllers.started == 1)
@@ -169,7 +169,7 @@ def test_a_controller_that_waits_for_a_lost_pod_is_killed(
 
 
 def test_a_pod_that_must_end_has_the_run_saved_and_goes(run_dir: Path, controllers: Controllers) -> None:
-    controllers.programs = [WAITS, DONE]
+    controllers.programs = [WAITS, CLOSES]
     nodes = Nodes()
     job = PodJob(begin_start(run_dir, NAME), nodes, 2)
     keeping = in_thread(job.keep)
