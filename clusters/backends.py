@@ -7,7 +7,11 @@ from typing import Any, Protocol
 from clusters.base import Cluster
 from clusters.config import ClusterConfig
 
-BACKENDS = {"local": "clusters.local:Local", "slurm": "clusters.slurm:Slurm"}  # by `kind` in the clusters file
+BACKENDS = {  # by `kind` in the clusters file
+    "local": "clusters.local:Local",
+    "slurm": "clusters.slurm:Slurm",
+    "kubernetes": "clusters.kubernetes:Kubernetes",
+}
 
 
 class Backend(Protocol):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator import cluster_commands, clusters_commands, look_commands
+from orchestrator import cluster_commands, clusters_commands, k8s_commands, look_commands
 from orchestrator.arguments import ClusterOption, JobArgument, RunArgument, SetOption, YesOption
 from orchestrator.terminal import (
     Json,
@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(cluster_commands.cluster_app, name="cluster")
 app.add_typer(clusters_commands.clusters_app, name="clusters")
+app.add_typer(k8s_commands.k8s_app, name="k8s")
 app.add_typer(look_commands.look_app)
 
 

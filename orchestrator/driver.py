@@ -14,6 +14,7 @@ from pathlib import Path
 
 from clusters.controllers import nodes_here
 from clusters.environment import SECRETS, SETTINGS
+from clusters.ray_nodes import nodes_with_cores
 from orchestrator.failure import Failure, types_of
 from orchestrator.worker import WorkerFailed, redirect, work
 from runfolder.chain import Attempt
@@ -59,12 +60,10 @@ def usable_nodes(fewest: int) -> int:
     allocated = nodes_here()
     if allocated is None:
         return fewest
-    import ray
-
     deadline = time.monotonic() + _NODES_JOIN_S
     alive = 0
     while alive < allocated and time.monotonic() < deadline:
-        alive = sum(1 for node in ray.nodes() if node["Alive"])
+        alive = nodes_with_cores()
         time.sleep(0.1)
     nodes = min(alive, allocated)
     if nodes < fewest:

@@ -99,6 +99,8 @@ def test_data_files_are_packed(plain: Path) -> None:
         "orchestrator/comparison/report.html",
         "methods/support.json",
         "clusters/remote/constraints.txt",
+        "k8s/image/Dockerfile",
+        "k8s/manifests/base/kustomization.yaml",
         *(f"{room}/py.typed" for room in ROOMS),
     ]
     for data in files:

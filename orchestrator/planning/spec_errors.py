@@ -28,10 +28,18 @@ def explain(error: ValidationError, plain: Any, root: ModelType = Job) -> list[s
         problems.append(problem)
     lines = []
     for path, problems in problems_by_path.items():
-        field = ".".join(map(str, path)) or "job"
+        field = ".".join(map(_step_text, path)) or "job"
         explanation = _explanation(path, problems, plain, root)
         lines.append(f"{field}: {explanation}")
     return lines
+
+
+def _step_text(step: str | int) -> str:
+    """A key or index of a path; a key that would not fit into a line is cut, and quoted."""
+    text = str(step)
+    if len(text) <= _LONGEST_WORD and text.isprintable():
+        return text
+    return reprlib.repr(text)
 
 
 def did_you_mean(word: object, among: Iterable[str]) -> str:

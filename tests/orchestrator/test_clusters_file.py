@@ -1,8 +1,10 @@
 """The clusters file: what is wrong in it is said with path, what was found, and what is allowed."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from orchestrator.clusters_file import default_cluster, read_clusters
 from orchestrator.errors import InputError
@@ -21,8 +23,11 @@ def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("hpc: {kind: slrum}", "hpc.kind: found 'slrum'; did you mean 'slurm'? allowed: local or slurm"),
-        ("hpc: 3", "hpc.kind: found None; allowed: local or slurm"),
+        (
+            "hpc: {kind: slrum}",
+            "hpc.kind: found 'slrum'; did you mean 'slurm'? allowed: local or slurm or kubernetes",
+        ),
+        ("hpc: 3", "hpc.kind: found None; allowed: local or slurm or kubernetes"),
         ("hpc: {kind: slurm, partitoin: gpu}", "hpc.partitoin: unknown key; did you mean 'partition'? allowed: "),
         (
             "tower: {kind: local, partition: gpu}",
@@ -44,6 +49,54 @@ def test_what_is_wrong_is_one_line(clusters: Path, text: str, problem: str) -> N
         read_clusters()
     (line,) = str(refused.value).splitlines()
     assert line.startswith(f"{clusters}: {problem}")
+
+
+IMAGE = f"registry.example.org:5000/team/fleetune@sha256:{'0' * 64}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"image": "fleetune:latest"}, "image: found 'fleetune:latest'; must end with its digest"),
+        ({"image": "fleetune latest"}, "image: found 'fleetune latest'; must be an image"),
+        ({"quue": "a"}, "quue: unknown key; did you mean 'queue'?"),
+        ({"link": {"ssh": "there"}}, "link: found {'ssh': 'there'}; allowed: 'local'"),
+        ({"setup": ["module load cuda"]}, "setup: no shell comes before Python in a pod"),
+        ({"root": "runs"}, "root: found 'runs'; must be an absolute path"),
+        ({"root": "/a/../etc"}, "root: found '/a/../etc'; must be an absolute path"),
+        ({"root": "/usr/runs"}, "root: found '/usr/runs'; would hide /usr of the image"),
+        ({"namespace": "A.b"}, "namespace: found 'A.b'; must be a name of at most 63"),
+        ({"claim": "a_b"}, "claim: found 'a_b'; must be a name of Kubernetes"),
+        ({"user": 0}, "user: found 0; allowed: greater than or equal to 1"),
+        ({"node_selector": {"a b": "c"}}, "node_selector: found 'a b'; allowed: a label"),
+        ({"node_selector": {"gpu": ["h100", "-"]}}, "node_selector: found '-'; allowed: a label's value"),
+        ({"tolerations": ["gpu:Never"]}, "tolerations.0: found 'gpu:Never'; a taint must be like"),
+        ({"head": {"tolerations": ["="]}}, "head.tolerations.0: found '='; a taint must be like"),
+        ({"gpu_resource": "gpu"}, "gpu_resource: found 'gpu'; must be a resource of a device plugin"),
+        ({"gpu_resource": "node.kubernetes.io/gpu"}, "gpu_resource: found 'node.kubernetes.io/gpu'; must be"),
+        ({"secrets": {"HF_TOKEN": "hf"}}, "secrets: found 'hf'; allowed: like hf/token"),
+        ({"secrets": {"A B": "hf/token"}}, "secrets: 'A B' is no name of a variable"),
+        ({"secrets": {"RAY_ADDRESS": "a/b"}}, "secrets: 'RAY_ADDRESS' is set in every pod by KubeRay"),
+        ({"secrets": {"A": "a/b"}, "env": {"A": "b"}}, "secrets: A is in env, too"),
+        ({"env": {"FLEETUNE_POD": "a"}}, "env: 'FLEETUNE_POD' is set in every pod by KubeRay"),
+        ({"env": {"HF_TOKEN": "a"}}, "env: HF_TOKEN is a secret"),
+        ({"memory_per_worker": 4}, "shared_memory: found 4; allowed: less than memory_per_worker, 4"),
+        ({"shared_memory": 8}, "head: memory: found 8; allowed: more than shared_memory, 8"),
+        ({"queue_priority": "high"}, "queue_priority: found 'high'; Kueue's priorities are for what has a queue"),
+        ({"queue": "a", "gang_scheduling": True}, "gang_scheduling: found beside queue"),
+    ],
+)
+def test_what_kubernetes_would_not_take_is_one_line(clusters: Path, changes: dict[str, Any], problem: str) -> None:
+    plain = {"kind": "kubernetes", "image": IMAGE, "queue": "team-a", "node_selector": {"gpu": ["h100", "h200"]}}
+    clusters.write_text(yaml.safe_dump({"k8s": plain}))
+    assert read_clusters()["k8s"].kind == "kubernetes"
+    if "queue_priority" in changes:
+        del plain["queue"]
+    clusters.write_text(yaml.safe_dump({"k8s": plain | changes}))
+    with pytest.raises(InputError) as refused:
+        read_clusters()
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(f"{clusters}: k8s.{problem}")
 
 
 def test_the_default_is_of_the_environment_then_of_the_settings(

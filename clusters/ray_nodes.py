@@ -1,0 +1,9 @@
+"""What Ray knows of its nodes, for a process that has joined it."""
+
+
+def nodes_with_cores() -> int:
+    """How many nodes are alive that have cores for workers; a head on Kubernetes has none."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return sum(1 for node in alive if node["Resources"].get("CPU", 0) > 0)

@@ -1,0 +1,72 @@
+"""What is applied to a cluster once, before its first run: the base in `manifests/`, under the names of a cluster."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from k8s.names import is_object_name
+from k8s.settings import KubernetesSettings
+
+BASE = Path(__file__).parent / "manifests" / "base"
+_QUANTITY = re.compile(r"[1-9]\d{0,5}([KMGTP]i?)?")
+_POD_SECURITY = "pod-security.kubernetes.io/enforce"
+
+BaseObject = dict[str, Any]
+
+
+def install_manifests(
+    settings: KubernetesSettings, storage: str | None = None, storage_class: str | None = None
+) -> list[BaseObject]:
+    """The objects of the base, in the order in which they are applied, under the names that the settings have.
+
+    `storage` is the size of the claim, `storage_class` its class; without them they are the base's, and the cluster's
+    default. Raises ValueError for what is no size or no name.
+    """
+    if storage is not None and not _QUANTITY.fullmatch(storage):
+        raise ValueError(f"--storage: found {storage!r}; allowed: a size like 500Gi or 2Ti")
+    if storage_class is not None and not is_object_name(storage_class):
+        raise ValueError(f"--storage-class: found {storage_class!r}; allowed: the name of a StorageClass")
+    objects = []
+    for each in base_objects(BASE):
+        adapted = _renamed(each, settings)
+        if adapted["kind"] == "PersistentVolumeClaim":
+            _store(adapted["spec"], storage, storage_class)
+        objects.append(adapted)
+    return objects
+
+
+def base_objects(folder: Path) -> Iterator[BaseObject]:
+    """The objects in the files that a kustomization names, in its order."""
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    for name in kustomization["resources"]:
+        yield from yaml.safe_load_all((folder / name).read_text())
+
+
+def _store(claim: BaseObject, storage: str | None, storage_class: str | None) -> None:
+    """Give the spec of a claim its size and its class, where they are said."""
+    if storage:
+        claim["resources"]["requests"]["storage"] = storage
+    if storage_class:
+        claim["storageClassName"] = storage_class
+
+
+def _renamed(base: BaseObject, settings: KubernetesSettings) -> BaseObject:
+    """An object of the base, which has the default names, under those of the settings."""
+    metadata = base["metadata"]
+    kind = base["kind"]
+    if kind == "Namespace":
+        metadata["name"] = settings.namespace
+        if settings.host_network:
+            metadata["labels"][_POD_SECURITY] = "privileged"
+        return base
+    metadata["namespace"] = settings.namespace
+    if kind == "PersistentVolumeClaim":
+        metadata["name"] = settings.claim
+    if kind == "ServiceAccount" and metadata["name"] == "fleetune-run":
+        metadata["name"] = settings.service_account
+    for subject in base.get("subjects", ()):
+        subject["namespace"] = settings.namespace
+    return base

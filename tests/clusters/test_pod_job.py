@@ -1,0 +1,255 @@
+"""What runs in the pods of a RayJob: small processes stand for controllers, and a list for Ray's nodes."""
+
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from waiting import until
+
+from clusters import pod_job, pod_leaving
+from clusters.allocation import JobStart
+from clusters.pod_job import PodJob
+from clusters.pod_starts import begin_start, leaving_pods, note_leaving, works_now
+from clusters.ray_head import Backoff
+from clusters.ray_nodes import nodes_with_cores
+from runfolder import chain
+
+NAME = "a-0123456789-s1"
+# A controller: it claims an attempt, says so, and waits for SIGTERM, after which the attempt has its verdict.
+WAITS = """
+import signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from runfolder import chain
+run_dir = Path(sys.argv[1])
+attempt = chain.claim_next(run_dir, None)
+def end(*_):
+    attempt.write_verdict({"kind": "preemption"})
+    sys.exit(1)
+signal.signal(signal.SIGTERM, end)
+(run_dir / f"ready-{attempt.number}").touch()
+time.sleep(60)
+"""
+CLOSES = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from runfolder import chain
+chain.close(Path(sys.argv[1]), {"state": "succeeded"})
+"""
+FAILS = "import sys; sys.exit(1)"
+DONE = "pass"
+RESULT = {"state": "succeeded"}
+
+
+@dataclass
+class Nodes:
+    """Nodes whose number the test sets."""
+
+    alive: int = 2
+    asked: int = 0
+
+    def count(self) -> int:
+        self.asked += 1
+        return self.alive
+
+
+@dataclass
+class Controllers:
+    """The programs of a run's controllers, one after the other; the last again and again."""
+
+    programs: list[str] = field(default_factory=list)
+    started: int = 0
+
+    def command(self, run_dir: str) -> list[str]:
+        program = self.programs[min(self.started, len(self.programs) - 1)]
+        self.started += 1
+        return [sys.executable, "-c", program, run_dir]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run's folder, seen from a worker pod of the cluster `one`; what is waited for comes soon or never."""
+    be_in("one", monkeypatch)
+    monkeypatch.setattr(pod_job, "_POD_POLL_S", 0.02)
+    folder = tmp_path / "runs" / "a-0123456789"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def controllers(monkeypatch: pytest.MonkeyPatch) -> Controllers:
+    """Controllers that are started again at once, however soon they end."""
+    programs = Controllers()
+    monkeypatch.setattr(pod_job, "Backoff", partial(Backoff, 0.0))
+    monkeypatch.setattr(pod_job, "controller_command", programs.command)
+    return programs
+
+
+def be_in(cluster: str, monkeypatch: pytest.MonkeyPatch, pod: str = "worker-1") -> None:
+    """Have this process be in a pod of a cluster of Ray."""
+    monkeypatch.setenv("FLEETUNE_RAY_CLUSTER", cluster)
+    monkeypatch.setenv("FLEETUNE_POD", pod)
+
+
+def in_thread(work: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_the_latest_start_of_a_run_works(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = begin_start(run_dir, NAME)
+    assert first.is_latest() and works_now(run_dir)
+    be_in("two", monkeypatch)
+    second = begin_start(run_dir, NAME)
+    assert second == JobStart(run_dir, 1, 1)
+    assert second.is_latest() and not first.is_latest() and works_now(run_dir)
+    be_in("one", monkeypatch)
+    assert not works_now(run_dir)
+    third = begin_start(run_dir, "a-0123456789-s2")
+    assert third.is_latest() and not second.is_latest() and works_now(run_dir)
+
+
+def test_a_run_that_was_started_again_is_left_alone(run_dir: Path, controllers: Controllers) -> None:
+    earlier = begin_start(run_dir, NAME)
+    begin_start(run_dir, NAME)
+    assert PodJob(earlier, Nodes(), 2).keep() == 0
+    assert controllers.started == 0
+
+
+def test_the_controller_is_started_until_the_run_has_its_result(run_dir: Path, controllers: Controllers) -> None:
+    controllers.programs = [FAILS, DONE, CLOSES]
+    assert PodJob(begin_start(run_dir, NAME), Nodes(), 2).keep() == 0
+    assert controllers.started == 3
+    assert chain.result(run_dir) == RESULT
+
+
+def test_what_has_lost_a_pod_for_long_goes_to_a_new_cluster(
+    run_dir: Path, controllers: Controllers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pod_job, "_REPLACED_S", 0.0)
+    job = PodJob(begin_start(run_dir, NAME), Nodes(alive=1), 2)
+    assert job.keep() == 1
+    assert controllers.started == 0
+    job.told.set()
+    job.rest()
+
+
+def test_it_waits_for_the_pod_that_replaces_a_lost_one(run_dir: Path, controllers: Controllers) -> None:
+    controllers.programs = [CLOSES]
+    nodes = Nodes(alive=1)
+    waiting = in_thread(PodJob(begin_start(run_dir, NAME), nodes, 2).keep)
+    until(lambda: nodes.asked > 3)
+    assert controllers.started == 0
+    nodes.alive = 2
+    waiting.join(30)
+    assert controllers.started == 1
+
+
+def test_a_controller_that_waits_for_a_lost_pod_is_killed(
+    run_dir: Path, controllers: Controllers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pod_job, "_POD_LOSS_S", 0.0)
+    controllers.programs = ["import time; time.sleep(60)", CLOSES]
+    nodes = Nodes()
+    keeping = in_thread(PodJob(begin_start(run_dir, NAME), nodes, 2).keep)
+    until(lambda: controllers.started == 1)
+    nodes.alive = 1
+    asked = nodes.asked
+    until(lambda: nodes.asked > asked + 3)
+    nodes.alive = 2
+    keeping.join(30)
+    assert controllers.started == 2
+
+
+def test_a_pod_that_must_end_has_the_run_saved_and_goes(run_dir: Path, controllers: Controllers) -> None:
+    controllers.programs = [WAITS, CLOSES]
+    nodes = Nodes()
+    job = PodJob(begin_start(run_dir, NAME), nodes, 2)
+    keeping = in_thread(job.keep)
+    until((run_dir / "ready-1").exists)
+    pod_leaving.main(run_dir, 30)
+    verdict = chain.last_attempt(run_dir).verdict
+    assert verdict and verdict["kind"] == "preemption"
+    assert leaving_pods(run_dir) == {"worker-1"}
+    asked = nodes.asked
+    until(lambda: nodes.asked > asked + 50)
+    assert controllers.started == 1  # the pod is still there, and the next attempt would lose it
+    nodes.alive = 1
+    until(lambda: not job.awaits_end)
+    nodes.alive = 2
+    keeping.join(30)
+    assert controllers.started == 2
+
+
+def test_a_pod_that_has_ended_is_no_warning_to_the_next_controller(run_dir: Path, controllers: Controllers) -> None:
+    controllers.programs = [WAITS, WAITS]
+    nodes = Nodes()
+    job = PodJob(begin_start(run_dir, NAME), nodes, 2)
+    keeping = in_thread(job.keep)
+    until((run_dir / "ready-1").exists)
+    note_leaving(run_dir)
+    until(lambda: job.awaits_end)
+    nodes.alive = 1
+    until(lambda: not job.awaits_end)
+    nodes.alive = 2
+    until((run_dir / "ready-2").exists)
+    asked = nodes.asked
+    until(lambda: nodes.asked > asked + 20)
+    assert chain.last_attempt(run_dir).verdict is None
+    job.told.set()
+    keeping.join(30)
+    assert not keeping.is_alive() and controllers.started == 2
+
+
+def test_an_entrypoint_that_is_told_to_end_passes_it_on(run_dir: Path, controllers: Controllers) -> None:
+    controllers.programs = [WAITS]
+    job = PodJob(begin_start(run_dir, NAME), Nodes(), 2)
+    codes: list[int] = []
+    keeping = in_thread(lambda: codes.append(job.keep()))
+    until((run_dir / "ready-1").exists)
+    job.told.set()
+    keeping.join(30)
+    assert codes == [1]
+    assert chain.last_attempt(run_dir).verdict is not None
+
+
+@pytest.mark.parametrize("state", ["no attempt", "verdict", "result", "another cluster", "no start"])
+def test_a_pod_ends_at_once_where_there_is_nothing_to_save(
+    state: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if state != "no start":
+        begin_start(run_dir, NAME)
+    attempt = None if state == "no attempt" else chain.claim_next(run_dir, None)
+    if state == "verdict" and attempt:
+        attempt.write_verdict({"kind": "node_lost"})
+    if state == "result" and attempt:
+        attempt.close(RESULT)
+    if state == "another cluster":
+        be_in("two", monkeypatch)
+    pod_leaving.main(run_dir, 3600)
+    assert leaving_pods(run_dir) == set()
+
+
+def test_a_pod_waits_no_longer_than_it_may(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pod_leaving, "_VERDICT_S", 0.0)
+    begin_start(run_dir, NAME)
+    chain.claim_next(run_dir, None)
+    pod_leaving.main(run_dir, 0)
+    assert leaving_pods(run_dir) == {"worker-1"}
+
+
+def test_a_head_without_cores_is_no_node_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"memory": 1.0}},
+        {"Alive": True, "Resources": {"CPU": 16.0}},
+        {"Alive": False, "Resources": {"CPU": 16.0}},
+    ]
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(nodes=lambda: nodes))
+    assert nodes_with_cores() == 1

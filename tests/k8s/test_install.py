@@ -1,0 +1,196 @@
+"""What `fleetune k8s` makes: the manifests of the base, under other names too, and the image's recipe."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_rayjob import IMAGE, SHORT_JOB, manifest
+from typer.testing import CliRunner
+
+import k8s
+from k8s.install import BASE, base_objects, install_manifests
+from k8s.settings import KubernetesSettings
+from orchestrator.cli import app
+from orchestrator.errors import InputError
+
+ROOM = Path(k8s.__file__).parent
+OVERLAYS = sorted((BASE.parent / "overlays").iterdir())
+CLUSTER_WIDE = ("Namespace", "ClusterQueue", "ResourceFlavor")
+# What each rule of the role is for; the role has nothing beside.
+NEEDED = {
+    ("ray.io", "rayjobs"): {"create", "delete", "get", "list"},
+    ("", "pods"): {"list"},
+    ("", "events"): {"list"},
+    ("", "pods/exec"): {"create", "get"},
+    ("kueue.x-k8s.io", "workloads"): {"list"},
+}
+
+
+def settings(**changes: Any) -> KubernetesSettings:
+    return KubernetesSettings.model_validate({"image": IMAGE, **changes})
+
+
+def of_kind(objects: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [each for each in objects if each["kind"] == kind]
+
+
+def test_the_base_has_the_names_that_a_cluster_has_by_default() -> None:
+    assert install_manifests(settings()) == list(base_objects(BASE))
+
+
+def test_other_names_are_other_names_everywhere() -> None:
+    changed = settings(namespace="research", claim="runs", service_account="trainer")
+    objects = install_manifests(changed, "2Ti", "nfs")
+    assert [each["metadata"]["name"] for each in of_kind(objects, "Namespace")] == ["research"]
+    assert {each["metadata"]["namespace"] for each in objects if each["kind"] != "Namespace"} == {"research"}
+    (claim,) = of_kind(objects, "PersistentVolumeClaim")
+    assert claim["metadata"]["name"] == "runs"
+    assert claim["spec"]["storageClassName"] == "nfs"
+    assert claim["spec"]["resources"]["requests"]["storage"] == "2Ti"
+    accounts = {each["metadata"]["name"] for each in of_kind(objects, "ServiceAccount")}
+    assert accounts == {"trainer", "fleetune-client"}
+    (binding,) = of_kind(objects, "RoleBinding")
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "fleetune-client", "namespace": "research"}]
+
+
+def test_pods_on_the_network_of_their_nodes_are_let_in() -> None:
+    (restricted,) = of_kind(install_manifests(settings()), "Namespace")
+    (privileged,) = of_kind(install_manifests(settings(host_network=True)), "Namespace")
+    key = "pod-security.kubernetes.io/enforce"
+    assert restricted["metadata"]["labels"][key] == "restricted"
+    assert privileged["metadata"]["labels"][key] == "privileged"
+
+
+@pytest.mark.parametrize(("storage", "storage_class"), [("5 Gi", None), ("0Gi", None), (None, "a_b")])
+def test_a_size_that_is_none_is_refused(storage: str | None, storage_class: str | None) -> None:
+    with pytest.raises(ValueError, match="found '.*'; allowed: "):
+        install_manifests(settings(), storage, storage_class)
+
+
+@pytest.mark.parametrize("folder", [BASE, *OVERLAYS], ids=lambda folder: folder.name)
+def test_a_kustomization_names_what_is_there(folder: Path) -> None:
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    files = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"}
+    names = kustomization["resources"]
+    assert files == {name for name in names if name.endswith(".yaml")}
+    assert all((folder / name).exists() for name in names)
+    for name in files:
+        for each in yaml.safe_load_all((folder / name).read_text()):
+            assert {"apiVersion", "kind", "metadata"} <= each.keys()
+            in_namespace = each["metadata"].get("namespace")
+            assert in_namespace == (None if each["kind"] in CLUSTER_WIDE else kustomization["namespace"])
+
+
+def test_clients_may_do_what_they_need_and_pods_nothing() -> None:
+    objects = install_manifests(settings())
+    assert not of_kind(objects, "ClusterRole") and not of_kind(objects, "ClusterRoleBinding")
+    (role,) = of_kind(objects, "Role")
+    allowed: dict[tuple[str, str], set[str]] = {}
+    for rule in role["rules"]:
+        assert rule.keys() == {"apiGroups", "resources", "verbs"}
+        for group in rule["apiGroups"]:
+            for resource in rule["resources"]:
+                allowed[group, resource] = set(rule["verbs"])
+    assert allowed == NEEDED
+    (binding,) = of_kind(objects, "RoleBinding")
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert all(account["automountServiceAccountToken"] is False for account in of_kind(objects, "ServiceAccount"))
+
+
+def test_network_policies_are_about_the_pods_of_runs() -> None:
+    head = manifest(SHORT_JOB)["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"]["labels"]
+    labels = head | {"ray.io/node-type": "head"}  # which KubeRay sets
+    policies = of_kind(install_manifests(settings()), "NetworkPolicy")
+    for policy in policies:
+        assert policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+    (deny,) = [policy for policy in policies if not policy["spec"].keys() & {"ingress", "egress"}]
+    assert deny["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    assert deny["spec"]["podSelector"]["matchLabels"].items() <= head.items()
+    ports = {
+        port["port"]
+        for policy in policies
+        for rule in policy["spec"].get("ingress", [])
+        for port in rule.get("ports", [])
+    }
+    assert ports == {8265}
+
+
+def write_clusters(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clusters = {"k8s": {"kind": "kubernetes", "image": IMAGE, "namespace": "research"}, "hpc": {"kind": "slurm"}}
+    (folder / "clusters.yaml").write_text(yaml.safe_dump(clusters))
+    monkeypatch.setenv("FLEETUNE_CLUSTERS", str(folder / "clusters.yaml"))
+
+
+def test_the_command_prints_what_kubectl_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_clusters(tmp_path, monkeypatch)
+    shown = CliRunner().invoke(app, ["k8s", "manifests", "--cluster", "k8s", "--storage", "1Ti"])
+    assert shown.exit_code == 0
+    objects = list(yaml.safe_load_all(shown.stdout))
+    assert objects == install_manifests(settings(namespace="research"), "1Ti")
+    planned = CliRunner().invoke(app, ["k8s", "install", "--cluster", "k8s", "--dry-run"]).stdout.splitlines()
+    assert planned[0] == "Namespace research"
+    assert planned[-1] == "Secret research/fleetune-ray (a new token, where there is none)"
+    assert len(planned) == len(objects) + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["manifests", "--cluster", "hpc"], "--cluster: found 'hpc', of kind slurm; allowed: one of kind kubernetes"),
+        (["manifests", "--cluster", "kate"], "--cluster: found 'kate'; "),
+        (["install", "--cluster", "k8s", "--storage", "big"], "--storage: found 'big'; allowed: a size"),
+        (["install", "--cluster", "k8s"], "fleetune k8s install: found no --dry-run"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    arguments: list[str], error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_clusters(tmp_path, monkeypatch)
+    ended = CliRunner().invoke(app, ["k8s", *arguments])
+    assert isinstance(ended.exception, InputError)
+    assert str(ended.exception).startswith(error)
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The instructions of the image's recipe, each with its arguments in one line."""
+    text = (ROOM / "image" / "Dockerfile").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
+    return [(line.partition(" ")[0], line.partition(" ")[2]) for line in joined.splitlines()]
+
+
+def test_the_image_runs_as_the_pods_do_and_has_what_they_need() -> None:
+    recipe = instructions()
+    first, second = (number for number, (word, _) in enumerate(recipe) if word == "FROM")
+    bases = [arguments.split()[0] for word, arguments in recipe if word == "FROM"]
+    assert all(re.fullmatch(r"[\w./-]+:(?!latest)[\w.-]+", base) for base in bases)
+    final = recipe[second:]
+    assert [arguments for word, arguments in final if word == "USER"] == [f"{settings().user}:{settings().user}"]
+    commands = [arguments for word, arguments in recipe if word == "RUN"]
+    assert any("pip install -c constraints.txt" in command for command in commands)
+    assert not any(word in ("ADD", "ENTRYPOINT") for word, _ in recipe)
+    (packages,) = [command for command in commands if "apt-get install" in command]
+    assert "--no-install-recommends" in packages and "rm -rf /var/lib/apt/lists/*" in packages
+    assert "wget" in shlex.split(packages)  # by which KubeRay asks how Ray is
+    assert not any(word == "COPY" and "--from" not in arguments for word, arguments in recipe[second:])
+    assert first == 0
+
+
+def test_the_image_gets_all_that_is_installed_and_nothing_else() -> None:
+    root = ROOM.parent
+    pyproject = (root / "pyproject.toml").read_text()
+    (packages,) = re.findall(r"^include = \[(.*)\]", pyproject, re.MULTILINE)
+    (modules,) = re.findall(r"^py-modules = \[(.*)\]", pyproject, re.MULTILINE)
+    copied: set[str] = set()
+    for word, arguments in instructions():
+        if word == "COPY" and not arguments.startswith("--from"):
+            *sources, _ = arguments.split()
+            copied.update(sources)
+    assert {name.strip(' "*') for name in packages.split(",")} <= copied
+    assert {name.strip(' "') + ".py" for name in modules.split(",")} <= copied
+    assert all((root / name).exists() for name in copied)
+    let_in = (ROOM / "image" / "Dockerfile.dockerignore").read_text().split()
+    assert {line.removeprefix("!") for line in let_in if line.startswith("!")} == copied
