@@ -53,8 +53,8 @@ def read_figures(run_dir: Path, submitted: float) -> Figures:
             newest = of_slot
             rows.extend(of_slot)
         of_times = _times(slot, of_slot)
-        fresh = [start for start in starts if before < start < of_times.taken]
-        times.append(replace(of_times, granted=max(fresh, default=None)))
+        granted = _last_between(before, of_times.taken, starts)
+        times.append(replace(of_times, granted=granted))
         before = of_times.taken
     now = time.time()
     spent = goodput(submitted, times, now)
@@ -84,13 +84,23 @@ def figures_of(spent: Goodput, rows: Iterable[Record], newest: Iterable[Record],
     )
 
 
+def _last_between(begin: float, end: float, sorted_times: Iterable[float]) -> float | None:
+    """The last of some times that is between two; None where none is."""
+    last = None
+    for moment in sorted_times:
+        if begin < moment < end:
+            last = moment
+    return last
+
+
 def _job_starts(run_dir: Path) -> list[float]:
-    """When batch jobs of a run began, each of which leaves a file."""
+    """When batch jobs of a run began, each of which leaves a file; oldest first."""
     starts = []
     folder = run_dir / "starts"
     for name in list_names(folder):
         status = (folder / name).stat()
         starts.append(status.st_mtime)
+    starts.sort()
     return starts
 
 
