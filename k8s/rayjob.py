@@ -36,7 +36,7 @@ def rayjob(pods: PlannedPods, settings: KubernetesSettings) -> Manifest:
         "backoffLimit": _RETRIES,
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": _STAYS_S,
-        **_patience(settings),
+        **_readiness_limit(settings),
         "rayClusterSpec": _ray_cluster(pods, settings),
     }
     return {
@@ -58,7 +58,7 @@ def digest_of(spec: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _patience(settings: KubernetesSettings) -> dict[str, int]:
+def _readiness_limit(settings: KubernetesSettings) -> dict[str, int]:
     """How long pods may take to be ready: where Kueue keeps runs apart, those that do not fit are tried anew."""
     if settings.queue is None:
         return {}
