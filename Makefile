@@ -30,7 +30,7 @@ packages:
 	    echo "not installed: $(PACKAGES); tests that need them are skipped"; \
 	fi
 
-# Types are checked beside the tests, which leave a core idle now and then: what mypy knows of torch takes minutes at first.
+# Types are checked beside the tests, which leave a core idle now and then: the first check takes minutes.
 test: style packages
 	$(MAKE) --no-print-directory --jobs=2 types suite
 

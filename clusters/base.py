@@ -38,7 +38,9 @@ def number_of_submission(name: str) -> int:
 class ClusterRequest:
     """What is submitted, whole: the `text` that a dry run prints, and secrets, by the names of their variables.
 
-    `run_dir` is a path where the run folder is. One submission may carry several attempts.
+    `run_dir` is a path where the run folder is, which the text names: job.yaml in it, made before, has the digests of
+    the files that the run reads; what was sent of them lies there by its digest. One submission may carry several
+    attempts.
     """
 
     run_id: str
