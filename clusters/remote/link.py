@@ -6,7 +6,6 @@ shell lines from values.
 
 import os
 import shlex
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +103,7 @@ def sockets_folder() -> Path:
     """Where the sockets of shared connections are: in FLEETUNE_HOME, or where its path is too long, in /tmp."""
     folder = home() / "links"
     if len(os.fsencode(folder)) > _LONGEST_SOCKET:
-        folder = Path(tempfile.gettempdir()) / f"fleetune-{os.getuid()}"
+        folder = Path("/tmp") / f"fleetune-{os.getuid()}"  # TMPDIR may be as long
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     owner = folder.stat()
     if owner.st_uid != os.getuid() or owner.st_mode & 0o077:

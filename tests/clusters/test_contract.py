@@ -24,7 +24,7 @@ def write_clusters(file: Path, name: str, root: Path, **changes: object) -> None
     file.write_text(yaml.safe_dump({name: {"kind": "local", "root": str(root), **changes}}))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
     """The local cluster of this machine."""
     with trapped_cluster(tmp_path_factory) as cluster:
