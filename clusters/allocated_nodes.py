@@ -88,20 +88,24 @@ class AllocatedNodes:
 
 
 @contextmanager
-def allocated_nodes() -> Iterator[AllocatedNodes]:
-    """Ray on all nodes of this job's allocation while the block runs; raises RuntimeError where that fails."""
+def allocated_nodes(run_dir: Path, submission: str) -> Iterator[AllocatedNodes]:
+    """Ray on all nodes of this job's allocation while the block runs, for a submission of a run.
+
+    Raises RuntimeError where that fails.
+    """
     folder = Path(tempfile.mkdtemp(prefix=".ray-", dir=os.environ["FLEETUNE_HOME"]))
     token = folder / "token"
     write_token(token)
     os.environ.update(ray_environment(token))
     nodes = []
     try:
-        head = _start_node(folder, HEAD, [])
+        command = [sys.executable, "-P", "-m", "clusters.ray_node", str(folder), str(run_dir), submission]
+        head = _start_node(folder, HEAD, command)
         nodes.append(head)
         _await_nodes(nodes)
         for name in _other_names():
             step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={name}", "--export=ALL"]
-            nodes.append(_start_node(folder, name, step))
+            nodes.append(_start_node(folder, name, [*step, *command]))
         _await_nodes(nodes)
         yield AllocatedNodes(nodes)
     finally:
@@ -127,10 +131,9 @@ def _other_names() -> list[str]:
     return [name for name in said.split() if name != os.environ["SLURMD_NODENAME"]]
 
 
-def _start_node(folder: Path, name: str, step: Sequence[str]) -> KeptNode:
-    """Start Ray here, or by a step on another node."""
-    command = [*step, sys.executable, "-P", "-m", "clusters.ray_node", str(folder), name]
-    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+def _start_node(folder: Path, name: str, command: Sequence[str]) -> KeptNode:
+    """Start what keeps a node's Ray, here or by a step on that node."""
+    process = subprocess.Popen([*command, name], start_new_session=True, stdin=subprocess.DEVNULL)
     return KeptNode(name, folder, process)
 
 

@@ -4,9 +4,8 @@ It starts Ray on every node of the allocation, and the controller until the run 
 the controller, which has the trainer save; then the job goes back to the queue. One job carries as many attempts as
 that takes.
 
-Of two jobs of one submission, the one whose id is in RUN_DIR/submissions/NAME works. Of two starts of a run (a node
-that was cut off lives on while its job was requeued, or the run was submitted again) the later one works: each leaves
-its name in RUN_DIR/starts.
+Of two jobs of one submission, the one whose id is in RUN_DIR/submissions/NAME works; of two starts of a run, the
+later one (`JobStart`).
 """
 
 import os
@@ -19,22 +18,21 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from clusters.allocated_nodes import AllocatedNodes, allocated_nodes, end_session
-from clusters.base import number_of_submission
 from clusters.controllers import COLLECTED, REQUEUE, REQUEUED, controller_command, on_nodes
+from clusters.job_start import JobStart
 from clusters.ray_head import Backoff
 from runfolder.chain import result
-from runfolder.files import list_names, refresh, sync_folder
+from runfolder.files import list_names, sync_folder
 from runfolder.record import load_job
 
 _NODE_LOSS_S = 30.0  # that a controller has to notice the loss of a node
 _ALLOCATION_POLL_S = 0.2
 _TERM_CAME = 64
-_AWAIT_TERM = f"trap 'kill $!; exit {_TERM_CAME}' TERM; sleep infinity & wait $!"
-_STEP_END_S = 10.0  # until a step that is told to end has ended
+_AWAIT_TERM = f"trap 'kill $!; exit {_TERM_CAME}' TERM; cat \"$0\" & wait $!"  # until nobody holds its pipe
+_STEP_END_S = 10.0  # until that step has ended
 
 
 def main(run_dir: Path, name: str) -> int:
@@ -46,12 +44,12 @@ def main(run_dir: Path, name: str) -> int:
     start = JobStart.of_this_job(run_dir, name)
     start.note()
     told = threading.Event()
-    with warnings(told), allocated_nodes() as nodes:
+    with warnings(told), allocated_nodes(run_dir, name) as nodes:
         code = keep_controller(start, nodes, told)
-    if code == REQUEUE:
+        if code != REQUEUE:
+            return code
         print("back to the queue", flush=True)
-        return subprocess.run(["scontrol", "requeue", job_id], check=False).returncode
-    return code
+        return start.requeue()  # if this node is cut off, the others do, whose head is lost: they must still be there
 
 
 def claim(run_dir: Path, name: str, job_id: str) -> bool:
@@ -70,48 +68,23 @@ def claim(run_dir: Path, name: str, job_id: str) -> bool:
     return list_names(taken) == [job_id]
 
 
-@dataclass(frozen=True)
-class JobStart:
-    """One start of a batch job of a run: by its submission, and by how often its job was requeued."""
-
-    run_dir: Path
-    submission: int
-    requeues: int
-
-    @staticmethod
-    def of_this_job(run_dir: Path, name: str) -> "JobStart":
-        """The start that this process is."""
-        number = number_of_submission(name)
-        return JobStart(run_dir, number, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
-
-    def note(self) -> None:
-        """Let earlier starts, which may live on, know of this one."""
-        folder = self.run_dir / "starts"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{self.submission}.{self.requeues}").touch()
-
-    def is_latest(self) -> bool:
-        """Whether the run was not started again since."""
-        folder = self.run_dir / "starts"
-        refresh(folder)
-        for name in list_names(folder):
-            submission, _, requeues = name.partition(".")
-            if submission.isdigit() and (int(submission), int(requeues)) > (self.submission, self.requeues):
-                return False
-        return True
-
-
 @contextmanager
 def warnings(told: threading.Event) -> Iterator[None]:
     """Set the event when SLURM says that the end is near, while the block runs.
 
     That is SIGUSR1 to this process, before the walltime and, where the site has preempt_send_user_signal, at a
-    preemption. Elsewhere a preemption sends SIGTERM to the steps of the job alone: one of them waits for that.
+    preemption. Elsewhere a preemption sends SIGTERM to the steps of the job alone: one of them waits for that. It
+    ends when this process lets go of a pipe, as SLURM tells no step anything on a node that is cut off.
     """
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: told.set())
     here = f"--nodelist={os.environ['SLURMD_NODENAME']}"
-    step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", here, "--export=ALL", "/bin/bash", "-c", _AWAIT_TERM]
+    folder = Path(tempfile.mkdtemp(prefix="ft-warned-"))
+    pipe = folder / "pipe"
+    os.mkfifo(pipe, 0o600)
+    held = os.open(pipe, os.O_RDWR)
+    step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", here, "--export=ALL"]
+    step += ["/bin/bash", "-c", _AWAIT_TERM, str(pipe)]
     waiting = subprocess.Popen(step, start_new_session=True, stdin=subprocess.DEVNULL)
 
     def watch() -> None:
@@ -122,10 +95,11 @@ def warnings(told: threading.Event) -> Iterator[None]:
     try:
         yield
     finally:
-        waiting.terminate()  # which srun tells the step
+        os.close(held)
         with suppress(subprocess.TimeoutExpired):
             waiting.wait(_STEP_END_S)
         end_session(waiting)
+        shutil.rmtree(folder)
 
 
 def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Event) -> int:

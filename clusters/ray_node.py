@@ -1,4 +1,4 @@
-"""One Ray node of an allocation: `python -m clusters.ray_node FOLDER NAME`, as long as FOLDER is there.
+"""One Ray node of an allocation: `python -m clusters.ray_node FOLDER RUN_DIR SUBMISSION NAME`, while FOLDER is there.
 
 SLURM sends SIGTERM to the processes of a step when it preempts a job. Ray would end at once, and with it the workers
 that are still to save; so the signal is blocked in what starts here. Who keeps the allocation removes FOLDER. What
@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from clusters.allocated_nodes import HEAD, LOST_S
+from clusters.job_start import JobStart
 from clusters.ray_head import answers
 from clusters.ray_start import free_ports, head_options, node_options, ray_command, write_whole
 
@@ -27,7 +28,7 @@ _PREFIX = "ft-ray-"
 _NODE_POLL_S = 1.0
 
 
-def main(folder: Path, name: str) -> int:
+def main(folder: Path, start: JobStart, name: str) -> int:
     """Keep the Ray node `name`, the head or one that joins it; its address is in `folder`/`name` then."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     os.umask(0o077)
@@ -46,14 +47,14 @@ def main(folder: Path, name: str) -> int:
             write_whole(folder / name, f"{ip}:{manager_port}")
         ray = subprocess.Popen(ray_command(options, flags), start_new_session=True)
         try:
-            keep(ray, folder)
+            keep(ray, folder, start)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(ray.pid, signal.SIGKILL)
         return ray.wait()
 
 
-def keep(ray: subprocess.Popen[bytes], folder: Path) -> None:
+def keep(ray: subprocess.Popen[bytes], folder: Path, start: JobStart) -> None:
     """Wait until Ray ends, or the folder is gone; where its head is lost, send the job back to the queue."""
     answered_at = time.monotonic()
     address = (folder / HEAD).read_text()
@@ -65,7 +66,7 @@ def keep(ray: subprocess.Popen[bytes], folder: Path) -> None:
         time.sleep(_NODE_POLL_S)
     if folder.exists() and not answers(address):
         print("the head of this job is lost: back to the queue", flush=True)
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+        start.requeue()
 
 
 @contextmanager
@@ -103,4 +104,5 @@ def node_memory() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    _, _folder, _run_dir, _submission, _name = sys.argv
+    sys.exit(main(Path(_folder), JobStart.of_this_job(Path(_run_dir), _submission), _name))

@@ -34,6 +34,7 @@ from clusters.base import (
 from clusters.controllers import COLLECTED, controller_command
 from clusters.environment import settings
 from clusters.slurm_answers import (
+    LAUNCH_FAILED,
     SACCT,
     SINFO,
     SQUEUE,
@@ -162,6 +163,9 @@ class Slurm:
         if not live:
             return ClusterStatus("unknown", f"{self._last_ending(run_id)}; fleetune resume submits it again")
         job = live[-1]
+        if job.reason == LAUNCH_FAILED:
+            self._call(["scontrol", "release", job.id])
+            return ClusterStatus("queued", job.why_queued)
         if job.state == "queued":
             return ClusterStatus("queued", job.why_queued, stuck="held" in job.reason.lower())
         return ClusterStatus(job.state or "unknown", f"SLURM job {job.id}")

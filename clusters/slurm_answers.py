@@ -34,6 +34,8 @@ _REFUSALS = re.compile(
     re.IGNORECASE,
 )
 _AMBIGUOUS = "Requested node configuration is not available"  # so says a test also where nodes are only down
+_UNREACHABLE = re.compile(r"Unable to contact|timed out")  # slurmctld is away, or slow: it may have heard
+LAUNCH_FAILED = "launch failed requeued held"  # so a node that still has a job's last start answers its next one
 _REASONS = {
     "Priority": "others have a higher priority",
     "Resources": "waits for free nodes",
@@ -48,7 +50,7 @@ _REASONS = {
     "AssocMaxJobsLimit": "your account has as many jobs running as it may",
     "JobHeldUser": "held: scontrol release lets it go on",
     "JobHeldAdmin": "held by an administrator",
-    "launch failed requeued held": "could not be started, and is held: see the site's administrators",
+    LAUNCH_FAILED: "a node could not start it, and SLURM held it; it is let go on",
 }
 
 
@@ -110,6 +112,11 @@ def capacity_of(said: str) -> Capacity:
     if total_gpus:
         return Capacity("gpu", total_gpus, total_gpus - used_gpus)
     return Capacity("cpu", total_cores, idle_cores)
+
+
+def is_unreachable(said: str) -> bool:
+    """Whether the errors of a command of SLURM are about reaching slurmctld."""
+    return bool(_UNREACHABLE.search(said))
 
 
 def start_in(said: str) -> float | None:

@@ -11,6 +11,8 @@ from runfolder.goodput import Goodput
 from trainer.data.survey import summary_line
 
 Fact = tuple[str, str]  # a label, and what there is to say
+_SILENT_S = 60.0  # without a step, and
+_SILENT_STEPS = 10  # times what one takes: what status points out
 _PHASES = ("training", "starting", "queued", "stalled", "repeated")  # of Goodput, as they are shown
 
 
@@ -27,6 +29,8 @@ def status_lines(run: Status) -> Iterator[Fact]:
     yield "submitted", _local_time(run.submitted)
     yield "attempt", _attempt(run)
     yield "progress", _progress(run)
+    if _is_silent(run):
+        yield "silent", 'an evaluation, a save, or it hangs: see "It hangs" in the docs, Debugging'
     if run.remaining_s is not None:
         duration = format_duration(run.remaining_s)
         yield "remaining", f"about {duration}"
@@ -83,6 +87,14 @@ def _progress(run: Status) -> str:
         return step
     silence = format_duration(run.figures.since_last_step_s)
     return f"{step}, the last one {silence} ago"
+
+
+def _is_silent(run: Status) -> bool:
+    """Whether a run that trains has not taken a step for far longer than its steps take."""
+    figures = run.figures
+    if run.state != "running" or figures is None or figures.since_last_step_s is None:
+        return False
+    return figures.since_last_step_s > max(_SILENT_S, _SILENT_STEPS * (figures.seconds_per_step or 0.0))
 
 
 def _step(run: Status) -> str:

@@ -184,8 +184,8 @@ class Job(Section):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if not objectives.is_known(name):
-            known = sorted(objectives.known())
-            allowed = ", ".join(map(repr, known))
+            known = ", ".join(map(repr, sorted(objectives.known())))
+            allowed = f"{known}, or one of a package that is installed here"
             raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": allowed})
         return name
 

@@ -20,7 +20,7 @@ def test_jobs_of_squeue() -> None:
     assert waits.why_queued == (
         "SLURM job 11: others have a higher priority; SLURM expects its start at 2026-11-29T12:00:00"
     )
-    assert held.why_queued == "SLURM job 12: could not be started, and is held: see the site's administrators"
+    assert held.why_queued == "SLURM job 12: a node could not start it, and SLURM held it; it is let go on"
     assert (odd.name, odd.state) == ("a|name with | in it", "running")
 
 

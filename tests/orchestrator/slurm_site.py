@@ -2,7 +2,7 @@
 
 A node is a set of Linux namespaces: an address, a host name, processes and shared memory of its own. Killing its
 first process is a power failure; its cable can be cut and healed. The nodes hang on a bridge in a namespace of its
-own, which reaches nothing outside.
+own, which reaches nothing outside. A spare node is off until it is lent.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,11 @@ def can_serve() -> bool:
 
 
 class SlurmSite:
-    """A site with so many nodes, called node1, node2, ..."""
+    """A site with so many nodes, called node1, node2, ..., and a spare one behind them."""
 
     def __init__(self, folder: Path, nodes: int, cpus: int = 4, gpus: int = 0, settings: str = "") -> None:
         self.folder = folder
-        self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
+        *self.nodes, self.spare = [f"node{number}" for number in range(1, nodes + 2)]
         self.interface = f"ft{os.getpid() % 100_000}"
         self.network = f"10.213.{os.getpid() % 250 + 1}"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -69,7 +69,7 @@ class SlurmSite:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for node in self.nodes:
+        for node in (*self.nodes, self.spare):
             self._end(node)
         for name in ("slurmctld", "munged", "switch"):
             self._end(name)
@@ -91,11 +91,24 @@ class SlurmSite:
         self._in_switch("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", inner)
         self._in_switch("ip", "link", "set", port, "master", "br0", "up")
         inside = ["nsenter", "-t", inner, "-n"]
-        address = f"{self.network}.{self.nodes.index(node) + 1}/24"
+        address = f"{self.network}.{self._number(node)}/24"
         for arguments in (["link", "set", "lo", "up"], ["addr", "add", address, "dev", "eth0"]):
             _run(*inside, "ip", *arguments)
         _run(*inside, "ip", "link", "set", "eth0", "up")
         (self.folder / f"{node}.cable").touch()
+
+    @contextlib.contextmanager
+    def spare_node(self) -> Iterator[None]:
+        """A node more in the partition `low`, while the block runs."""
+        self.boot(self.spare)
+        self.run("scontrol", "update", "partitionname=low", f"nodes={','.join([*self.nodes, self.spare])}")
+        states = ["sinfo", "-h", "-n", self.spare, "-p", "low", "-o", "%t"]
+        self._await(lambda: self.run(*states).strip() == "idle", f"{self.spare} does not become idle", 60)
+        try:
+            yield
+        finally:
+            self.run("scontrol", "update", "partitionname=low", f"nodes={','.join(self.nodes)}")
+            self.kill(self.spare)
 
     def cut(self, node: str) -> None:
         """Pull a node's cable; its processes run on."""
@@ -162,7 +175,10 @@ class SlurmSite:
         return len(set(states)) == len(self.nodes) and all(line.endswith(" idle") for line in states)
 
     def _port(self, node: str) -> str:
-        return f"p{self.nodes.index(node) + 1}"
+        return f"p{self._number(node)}"
+
+    def _number(self, node: str) -> int:
+        return [*self.nodes, self.spare].index(node) + 1
 
     def _children(self, name: str) -> list[str]:
         pid = self._processes[name].pid
@@ -214,12 +230,13 @@ class SlurmSite:
                 _run("mknod", "-m", "666", str(folder / "devices" / f"nvidia{number}"), "c", "1", "3")
             devices = f"{folder}/devices/nvidia[0-{gpus - 1}]"
             (folder / "gres.conf").write_text(f"Name=gpu File={devices} Flags=nvidia_gpu_env\n")
-        for number, node in enumerate(self.nodes, 1):
+        for number, node in enumerate([*self.nodes, self.spare], 1):
             hosts.append(f"{self.network}.{number} {node}")
             lines.append(
                 f"NodeName={node} NodeAddr={self.network}.{number} CPUs={cpus} RealMemory=6000{gres} State=UNKNOWN"
             )
-        lines += _PARTITIONS + settings.splitlines()
+        nodes = ",".join(self.nodes)
+        lines += [line.format(n=nodes) for line in _PARTITIONS] + settings.splitlines()
         (folder / "hosts").write_text("\n".join(hosts) + "\n")
         (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
 
@@ -261,8 +278,8 @@ SlurmctldParameters=preempt_send_user_signal
 JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/jobcomp.txt"""
 _PARTITIONS = [
-    "PartitionName=main Nodes=ALL Default=YES MaxTime=60 DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP",
-    "PartitionName=low Nodes=ALL MaxTime=60 DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 State=UP",
+    "PartitionName=main Nodes={n} Default=YES MaxTime=60 DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP",
+    "PartitionName=low Nodes={n} MaxTime=60 DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 State=UP",
 ]
 
 

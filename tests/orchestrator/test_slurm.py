@@ -4,6 +4,7 @@ import os
 import random
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +72,8 @@ def site() -> Iterator[SlurmSite]:
 
 def write_clusters(folder: Path, **changes: object) -> None:
     """A clusters file with that site."""
-    config = {"kind": "slurm", "root": str(folder / "hpc"), "partition": "low", "cpus_per_worker": 1, **changes}
+    options = {"partition": "low", "cpus_per_worker": 1, "walltime": "60", **changes}
+    config = {"kind": "slurm", "root": str(folder / "hpc"), **options}
     (folder / "clusters.yaml").write_text(yaml.safe_dump({"hpc": config}))
 
 
@@ -95,6 +97,26 @@ def hpc(site: SlurmSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.setenv("FLEETUNE_CLUSTERS", str(tmp_path / "clusters.yaml"))
     monkeypatch.setenv("SLURM_CONF", str(site.environment["SLURM_CONF"]))
     return root
+
+
+@contextmanager
+def administrator(site: SlurmSite) -> Iterator[None]:
+    """Have somebody give nodes back that SLURM drained, as it does where a job's last start still ran."""
+    done = threading.Event()
+
+    def resume_nodes() -> None:
+        while not done.wait(2):
+            for node, state in map(str.split, site.run("sinfo", "-hN", "-p", "low", "-o", "%N %t").splitlines()):
+                if state == "drain":
+                    site.run("scontrol", "update", f"nodename={node}", "state=resume")
+
+    thread = threading.Thread(target=resume_nodes)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.fixture
@@ -162,10 +184,25 @@ def test_a_node_that_was_cut_off_and_comes_back_changes_nothing(
     node: str, place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
 ) -> None:
     run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, **LONG))
-    site.cut(node)
-    time.sleep(45)  # SLURM gives it up after some 26 s
-    site.heal(node)
-    assert_undisturbed(run_dir, launch)
+    with site.spare_node():
+        site.cut(node)
+        until(lambda: (run_dir / "starts" / "1.1").exists(), 300)  # on the other two, while what was cut off lives on
+        site.heal(node)
+        assert_undisturbed(run_dir, launch)
+    assert [path.name for path in sorted((run_dir / "starts").iterdir())] == ["1.0", "1.1"]
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_job_that_waits_for_the_node_that_was_cut_off_goes_on(
+    place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+) -> None:
+    run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, **LONG))
+    site.cut("node1")
+    until(lambda: fleetune.status(run_dir.name).state == "preempted", 300)
+    site.heal("node1")
+    with administrator(site):
+        assert_undisturbed(run_dir, launch)
 
 
 @pytest.mark.chaos

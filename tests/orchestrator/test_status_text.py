@@ -104,6 +104,16 @@ def test_a_status_at_80_columns() -> None:
     assert "\n".join(texts) == GOLDEN.read_text()
 
 
+@pytest.mark.parametrize(
+    ("state", "pause_s", "step_s", "silent"),
+    [("running", 70, 4, True), ("running", 50, 0.1, False), ("running", 70, 30, False), ("succeeded", 70, 1, False)],
+)
+def test_a_run_that_takes_no_step_for_long_is_silent(state: str, pause_s: float, step_s: float, silent: bool) -> None:
+    assert RUN.figures
+    figures = replace(RUN.figures, since_last_step_s=pause_s, seconds_per_step=step_s)
+    assert ("silent" in shown(replace(RUN, state=state, figures=figures), 80)) == silent
+
+
 def test_what_is_copied_is_in_one_line() -> None:
     lines = shown(ENDED, 40).splitlines()
     assert f"output       {ENDED.output_dir}" in lines
