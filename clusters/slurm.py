@@ -12,7 +12,7 @@ import re
 import reprlib
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ from clusters.slurm_answers import (
     queued_jobs,
     refusal_in,
     start_in,
+    words_of_ending,
 )
 from clusters.slurm_script import BatchJob, SlurmConfig, batch_script
 from runfolder.chain import last_slot
@@ -118,7 +119,10 @@ class Slurm:
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
         """The state of each run: its newest submission's, as squeue tells it for all of them at once."""
         jobs = self._jobs()
-        return {run_id: self._status(run_id, jobs) for run_id in run_ids}
+        with_job = {job.run_id for job in jobs if job.state}
+        wanted = list(run_ids)
+        lost = self._last_endings(run_id for run_id in wanted if run_id not in with_job)
+        return {run_id: self._status(run_id, jobs, lost) for run_id in wanted}
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
         """How runs stand, None: all of this site."""
@@ -156,13 +160,12 @@ class Slurm:
             raise SubmissionRefused(f"SLURM does not take this job: {words}")
         return None
 
-    def _status(self, run_id: str, jobs: list[QueuedJob]) -> ClusterStatus:
+    def _status(self, run_id: str, jobs: list[QueuedJob], lost: Mapping[str, str]) -> ClusterStatus:
         if has_ended(self.site.root / run_id):
             return ClusterStatus("ended")
-        live = _live_jobs(run_id, jobs)
-        if not live:
-            return ClusterStatus("unknown", f"{self._last_ending(run_id)}; fleetune resume submits it again")
-        job = live[-1]
+        if run_id in lost:
+            return ClusterStatus("unknown", f"{lost[run_id]}; fleetune resume submits it again")
+        job = _live_jobs(run_id, jobs)[-1]
         if job.reason == LAUNCH_FAILED:
             self._call(["scontrol", "release", job.id])
             return ClusterStatus("queued", job.why_queued)
@@ -193,18 +196,19 @@ class Slurm:
         """The id of the job that has begun a submission's work, if any has."""
         return list_names(self.site.root / run_of_submission(name) / "submissions" / name)
 
-    def _last_ending(self, run_id: str) -> str:
-        """How the newest job of a run that has no job now ended, as SLURM's accounting has it."""
-        notes = sorted(self.folder.glob(f"{run_id}-s*.job"), key=lambda note: note.stat().st_mtime)
-        if not notes:
-            return "SLURM has no job of this run"
-        job_id = notes[-1].read_text()
+    def _last_endings(self, run_ids: Iterable[str]) -> dict[str, str]:
+        """How the newest jobs of runs that have none now ended, as SLURM's accounting has it, in one question."""
+        newest = {}
+        for run_id in run_ids:
+            notes = sorted(self.folder.glob(f"{run_id}-s*.job"), key=lambda note: note.stat().st_mtime)
+            newest[run_id] = notes[-1].read_text() if notes else ""
+        ended: dict[str, str] = {}
         for source in ([], ["--completion"]):  # a site without accounting may write down what ended
-            ran = self._call([*SACCT, *source, "-j", job_id])
-            ended = endings(ran.stdout) if ran.returncode == 0 else {}
-            if job_id in ended:
-                return f"SLURM job {job_id} ended: {ended[job_id]}"
-        return f"SLURM has no job {job_id} any more"
+            asked = sorted(set(newest.values()) - {"", *ended})
+            if asked:
+                ran = self._call([*SACCT, *source, "-j", ",".join(asked)])
+                ended |= endings(ran.stdout) if ran.returncode == 0 else {}
+        return {run_id: words_of_ending(job_id, ended) for run_id, job_id in newest.items()}
 
     def _goes_on(self, run_id: str, jobs: list[QueuedJob]) -> bool:
         """Whether a job of an earlier submission takes a run on: one that waits, or one that runs it now."""

@@ -97,6 +97,15 @@ def endings(said: str) -> dict[str, str]:
     return ended
 
 
+def words_of_ending(job_id: str, ended: Mapping[str, str]) -> str:
+    """What became of a run whose newest job, if there was one, is in the queue no more."""
+    if not job_id:
+        return "SLURM has no job of this run"
+    if job_id not in ended:
+        return f"SLURM has no job {job_id} any more"
+    return f"SLURM job {job_id} ended: {ended[job_id]}"
+
+
 def capacity_of(said: str) -> Capacity:
     """GPUs of the nodes in the answer of SINFO that are up, or their cores where they have none."""
     total_gpus = used_gpus = total_cores = idle_cores = 0

@@ -3,7 +3,7 @@
 import pytest
 
 from clusters.base import Capacity
-from clusters.slurm_answers import QueuedJob, capacity_of, endings, queued_jobs, refusal_in, start_in
+from clusters.slurm_answers import QueuedJob, capacity_of, endings, queued_jobs, refusal_in, start_in, words_of_ending
 
 JOBS = """\
 10|COMPLETED|None|2026-11-29T10:59:52|sums-0123456789-s1
@@ -31,6 +31,9 @@ def test_endings_of_sacct() -> None:
         "11": "NODE_FAIL at 2026-11-29T11:00:00",
     }
     assert endings("") == {}
+    assert words_of_ending("11", endings(said)) == "SLURM job 11 ended: NODE_FAIL at 2026-11-29T11:00:00"
+    assert words_of_ending("12", endings(said)) == "SLURM has no job 12 any more"
+    assert words_of_ending("", {}) == "SLURM has no job of this run"
 
 
 def test_a_forecast_of_sbatch() -> None:

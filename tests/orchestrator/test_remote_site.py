@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from clusters.entry import entry_text
 from clusters.local import Local
 from clusters.remote.cluster import RemoteCluster
 from clusters.remote.far_side import FarSide
+from clusters.remote.link import sockets_folder
 from clusters.remote.site import RemoteSite
 from fleetune import InputError
 from orchestrator import backends, progress, runs
@@ -307,3 +309,14 @@ def test_a_file_is_read_from_where_it_was_left(far_home: Path) -> None:
         (1, 1, True),
         (2, 1, False),
     ]
+
+
+def test_the_sockets_of_connections_have_short_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    for home in (long, Path(tempfile.mkdtemp(prefix="ft-", dir="/tmp"))):
+        monkeypatch.setenv("FLEETUNE_HOME", str(home))
+        assert len(str(sockets_folder() / ("c" * 40))) < 104
+    assert sockets_folder() == home / "links"
+    shutil.rmtree(home)
