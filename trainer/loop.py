@@ -1,6 +1,6 @@
 """The training loop of one worker."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from trainer.document_leak import check_documents_apart
 from trainer.embeddings import vocabulary
 from trainer.evaluate import Evaluator
 from trainer.export import export
+from trainer.kernels.fast import make_fast
 from trainer.meter import Meter, SaveRequest
 from trainer.objectives.base import ObjectiveSetup
 from trainer.objectives.registry import create_objective
@@ -98,13 +99,29 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
         saved.load_weights(model, method)
     else:
         method.initialise(model, documents(batches, device))
-    shards = shard(job, model, method, saved)
+    with noting_progress(attempt):
+        kernels, problems = make_fast(job, model, dtype, device)
+    objective.kernels = kernels
+    shards = shard(job, model, method, saved, kernels.fused_step)
     schedule = method.schedule(lambda step: learning_rate(job, step, batches.steps))
     run = Run(
-        job, attempt, world, stops, method, tokenizer, reading, objective, examples, batches, shards, dtype, schedule
+        job,
+        attempt,
+        world,
+        stops,
+        method,
+        tokenizer,
+        reading,
+        objective,
+        examples,
+        batches,
+        shards,
+        dtype,
+        schedule,
+        kernels,
     )
     check_documents_apart(run)
-    announce_plan(run)
+    announce_plan(run, problems)
     return run, saved.step if saved else 0
 
 
@@ -118,10 +135,12 @@ def create_method(job: Job, batches: Batches, tokenizer: Any, saved: CheckpointR
     return method
 
 
-def shard(job: Job, model: nn.Module, method: Method[Any], saved: CheckpointReader | None) -> Shards:
+def shard(job: Job, model: nn.Module, method: Method[Any], saved: CheckpointReader | None, fused: bool) -> Shards:
     """The model under DeepSpeed's engine, with the optimizer's state of a checkpoint where there is one."""
     settings = job.train
-    adam = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+    adam: dict[str, Any] = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+    if fused:
+        adam["fused"] = True
     shards = Shards(model, method, job.sharding.zero, job.lr, adam)
     if saved:
         saved.load_optimizer(shards)
@@ -151,8 +170,8 @@ def documents(batches: Batches, device: torch.device) -> Iterator[torch.Tensor]:
             yield row[None]
 
 
-def announce_plan(run: Run) -> None:
-    """Tell readers what will happen: number of steps, sizes, and what of the data was cut."""
+def announce_plan(run: Run, problems: Sequence[str]) -> None:
+    """Tell readers what will happen: number of steps, sizes, kernels and `problems` with others, what data was cut."""
     model = run.model
     tokens = run.tokens
     world = run.world
@@ -167,6 +186,8 @@ def announce_plan(run: Run) -> None:
             dropped=tokens.dropped,
             data=tokens.counts.summary(),
             device=str(world.device),
+            kernels=run.kernels.names,
+            kernels_left_out=list(problems),
         )
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from trainer import rollouts
 from trainer.data.examples import GlobalBatch
+from trainer.data.layout import starts_of_documents
 from trainer.meter import Meter, SaveRequest
 from trainer.objectives.base import Shares, TensorsByName, Totals
 from trainer.run import Run
@@ -120,7 +121,11 @@ def micro_batches(run: Run, global_batch: GlobalBatch) -> Iterator[BatchTensors]
     layout = run.batches.layout
     dealt = layout.deal(global_batch, world.rank, world.size)
     for micro in dealt:
-        arrays = objective.arrays(examples, micro)
+        if run.kernels.in_one_row:
+            micro = micro.in_one_row()
+        arrays = dict(objective.arrays(examples, micro))
+        if run.kernels.in_one_row and "position_ids" in arrays:
+            arrays["documents"] = starts_of_documents(arrays["position_ids"])
         batch = {}
         for name, array in arrays.items():
             batch[name] = to_device(array, world.device)
