@@ -4,11 +4,11 @@
     python benchmarks/train_step.py --base meta-llama/Llama-3.2-1B --method dora --rows plain fast --check
 
 All variants run on this machine in turn, each in a process of its own, with the same weights and the same batches:
-random words, four rows of 2,048 tokens a step, without padding. `floor` is the frozen base with Liger's kernels that
-computes the loss and the gradients of activations alone: no adapter can be faster. Peers train LoRA of the same rank on
-all linear layers with fused AdamW and no clipping. Those that are not installed are left out. Figures are medians over
-the steps after the warm-up, by the device's own clock. `short` and `padded` are documents of GSM8K's lengths, packed
-and one to a row; of them only what is not padding counts.
+random words, four rows of 2,048 tokens a step, without padding. `floor` is the frozen base with Liger's kernels
+that computes the loss and the gradients of activations alone: no adapter can be faster. Peers train LoRA of the
+same rank on all linear layers with fused AdamW and no clipping. Those that are not installed are left out. Figures
+are medians over the steps after the warm-up, by the device's own clock. `short` and `padded` are documents of
+GSM8K's lengths, packed and one to a row; of them only what is not padding counts.
 
 --check trains plain and fast from one start, and compares losses and gradients: in fp32 with each other, in bf16 both
 with the plain path in fp32, which the fast one must be as near to.
@@ -27,7 +27,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,7 +87,7 @@ def preload() -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import deepspeed  # noqa: F401
     import peft  # noqa: F401
-    import transformers.models.llama.modeling_llama
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import trainer.loop  # noqa: F401
 
@@ -239,7 +238,7 @@ def our_steps(inputs: Inputs, kernels: str, data: str) -> Figures:
         "utilisation": statistics.median(row["mfu"] for row in rows),
         "peak_gib": rows[-1]["peak_memory_bytes"] / 2**30,
         "seconds_to_first_step": round(first, 1),
-        "kernels": run.kernels.names,
+        "kernels": run.objective.kernels.names,
     }
 
 

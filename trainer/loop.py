@@ -1,6 +1,6 @@
 """The training loop of one worker."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +74,14 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     check_inputs(attempt, job, world)
     width = getattr(load_config(job.base), "hidden_size", None)
     job = job.at_width(width)
-    base = job.base
-    data = job.data
     device = world.device
     with noting_progress(attempt):
-        tokenizer = load_tokenizer(base)
-    ends = end_ids(tokenizer, base)
+        tokenizer = load_tokenizer(job.base)
+    ends = end_ids(tokenizer, job.base)
     reading = Reading.of(job, ends)
     objective_setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.note_progress())
     objective = create_objective(job.objective, objective_setup)
-    examples = objective.read(data.train)
+    examples = objective.read(job.data.train)
     stops.leave_if_warned(stops.first)
     batches = Batches.of(job, examples)
     saved = open_start(attempt, world)
@@ -94,34 +92,20 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     with noting_progress(attempt):
         model = load_model(job, method, dtype, device)
     embeddings = vocabulary(model.config)
-    check_ids(examples.tokens, tokenizer, embeddings, data.train)
+    check_ids(examples.tokens, tokenizer, embeddings, job.data.train)
     if saved:
         saved.load_weights(model, method)
     else:
         method.initialise(model, documents(batches, device))
     with noting_progress(attempt):
-        kernels, problems = make_fast(job, model, dtype, device)
-    objective.kernels = kernels
-    shards = shard(job, model, method, saved, kernels.fused_step)
+        objective.kernels = make_fast(job, model, dtype, device)
+    shards = shard(job, model, method, saved, objective.kernels.fused_step)
     schedule = method.schedule(lambda step: learning_rate(job, step, batches.steps))
     run = Run(
-        job,
-        attempt,
-        world,
-        stops,
-        method,
-        tokenizer,
-        reading,
-        objective,
-        examples,
-        batches,
-        shards,
-        dtype,
-        schedule,
-        kernels,
+        job, attempt, world, stops, method, tokenizer, reading, objective, examples, batches, shards, dtype, schedule
     )
     check_documents_apart(run)
-    announce_plan(run, problems)
+    announce_plan(run)
     return run, saved.step if saved else 0
 
 
@@ -170,11 +154,12 @@ def documents(batches: Batches, device: torch.device) -> Iterator[torch.Tensor]:
             yield row[None]
 
 
-def announce_plan(run: Run, problems: Sequence[str]) -> None:
-    """Tell readers what will happen: number of steps, sizes, kernels and `problems` with others, what data was cut."""
+def announce_plan(run: Run) -> None:
+    """Tell readers what will happen: number of steps, sizes, kernels, and what of the data was cut."""
     model = run.model
     tokens = run.tokens
     world = run.world
+    kernels = run.objective.kernels
     if world.leads:
         run.attempt.event(
             "plan",
@@ -186,8 +171,8 @@ def announce_plan(run: Run, problems: Sequence[str]) -> None:
             dropped=tokens.dropped,
             data=tokens.counts.summary(),
             device=str(world.device),
-            kernels=run.kernels.names,
-            kernels_left_out=list(problems),
+            kernels=kernels.names,
+            kernel_problems=kernels.problems,
         )
 
 

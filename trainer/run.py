@@ -13,7 +13,6 @@ from trainer.data.batches import Batches
 from trainer.data.encode import Reading
 from trainer.data.examples import Examples
 from trainer.data.tokens import Tokens
-from trainer.kernels import Kernels
 from trainer.objectives.base import Objective
 from trainer.stop import StopRequests
 from trainer.world import World
@@ -37,7 +36,6 @@ class Run:
     shards: Shards
     dtype: torch.dtype
     schedule: Callable[[int], float]  # the learning rate of a step, from 0
-    kernels: Kernels
 
     @property
     def model(self) -> Any:

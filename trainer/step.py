@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from trainer import rollouts
-from trainer.data.examples import GlobalBatch
-from trainer.data.layout import starts_of_documents
+from trainer.data.examples import Examples, GlobalBatch
+from trainer.data.layout import MicroBatch
+from trainer.data.one_row import EVERY_ROW, in_one_row, is_even, starts_of_documents
 from trainer.meter import Meter, SaveRequest
-from trainer.objectives.base import Shares, TensorsByName, Totals
+from trainer.objectives.base import HostArrays, Shares, TensorsByName, Totals
 from trainer.run import Run
 
 ItemT = TypeVar("ItemT")
@@ -116,20 +117,33 @@ def feed(run: Run, first: int) -> Feed:
 def micro_batches(run: Run, global_batch: GlobalBatch) -> Iterator[BatchTensors]:
     """This rank's micro-batches of a global batch."""
     world = run.world
-    objective = run.objective
     examples = global_batch.examples
     layout = run.batches.layout
     dealt = layout.deal(global_batch, world.rank, world.size)
     for micro in dealt:
-        if run.kernels.in_one_row:
-            micro = micro.in_one_row()
-        arrays = dict(objective.arrays(examples, micro))
-        if run.kernels.in_one_row and "position_ids" in arrays:
-            arrays["documents"] = starts_of_documents(arrays["position_ids"])
+        arrays = _arrays(run, examples, micro)
         batch = {}
         for name, array in arrays.items():
             batch[name] = to_device(array, world.device)
         yield batch
+
+
+def _arrays(run: Run, examples: Examples, micro: MicroBatch) -> HostArrays:
+    """What the objective reads of a micro-batch, and where its documents start, if attention is to know."""
+    objective = run.objective
+    if not objective.kernels.in_one_row:
+        return objective.arrays(examples, micro)
+    lengths = examples.tokens.lengths
+    if is_even(micro, lengths):
+        arrays = objective.arrays(examples, micro)
+        return {**arrays, "documents": EVERY_ROW}
+    flat = in_one_row(micro)
+    arrays = objective.arrays(examples, flat)
+    position_BT = arrays.get("position_ids")
+    if position_BT is None:
+        return arrays
+    starts = starts_of_documents(position_BT)
+    return {**arrays, "documents": starts}
 
 
 def to_device(array: Any, device: torch.device) -> torch.Tensor:

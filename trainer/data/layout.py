@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trainer.data.tokens import Document, Tokens
 
 IGNORED = -100
-_MULTIPLE = 8
+MULTIPLE = 8
 
 
 class OwnedDocument(NamedTuple):
@@ -68,12 +68,6 @@ class MicroBatch:
             examples.append(numbers)
         numbers_of_rows = list(map(_document_numbers, rows))
         return cls(numbers_of_rows, examples)
-
-    def in_one_row(self) -> "MicroBatch":
-        """The same documents in the same order, one behind the other in one row: nothing between them is padded."""
-        row = list(chain.from_iterable(self.rows))
-        rows = [row] if row else []
-        return MicroBatch(rows, self.examples)
 
 
 @dataclass(frozen=True)
@@ -286,15 +280,5 @@ def _padded_length(rows: Iterable[Iterable["Document"]]) -> int:
         for document in documents:
             length += len(document.ids)
         longest = max(longest, length)
-    multiples = math.ceil(longest / _MULTIPLE)
-    return multiples * _MULTIPLE
-
-
-def starts_of_documents(position_BT: Indices) -> Indices:
-    """Where documents start in flattened rows, and where the last ends, by positions that restart: int32."""
-    before_BT = np.roll(position_BT, 1, axis=1)
-    is_start_BT = position_BT != before_BT + 1
-    is_start_BT[:, 0] = True
-    starts = np.flatnonzero(is_start_BT)
-    with_end = np.append(starts, position_BT.size)
-    return with_end.astype(np.int32)
+    multiples = math.ceil(longest / MULTIPLE)
+    return multiples * MULTIPLE

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils import deterministic
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as dense
 from transformers.masking_utils import sdpa_mask
 
 DOCUMENT_ATTENTION = "documents"  # what `attn_implementation` calls it
@@ -145,20 +145,20 @@ def attend_within_documents(
     longest: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer: [B, T, H, D], dense where `tell_documents` gave no starts."""
+    """What transformers calls in every layer: [B, T, H, D], dense where `tell_documents` told nothing."""
     if starts is None:
-        dense: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return dense
+        return dense(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     for name in UNKNOWN:
         if kwargs.get(name) is not None:
             raise ValueError(f"the base's attention has {name}, which attention within documents has not")
+    if not len(starts):
+        return dense(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
     rows, _, positions, size = query.shape
+    dtype = torch.get_autocast_dtype(query.device.type)  # rotated by fp32 positions they may be fp32
     flat = []
     for heads_BHTD in (query, key, value):
         heads_BTHD = heads_BHTD.transpose(1, 2)
-        flat.append(heads_BTHD.flatten(0, 1))
+        flat.append(heads_BTHD.flatten(0, 1).to(dtype))
     query_NHD, key_NHD, value_NHD = flat
     scale = size**-0.5 if scaling is None else scaling
     attended_NHD, _ = document_attention(query_NHD, key_NHD, value_NHD, starts, longest, scale)
@@ -166,39 +166,22 @@ def attend_within_documents(
 
 
 def tell_documents(decoder: Module, longest: int) -> torch.utils.hooks.RemovableHandle:
-    """Tell all layers where documents of at most `longest` tokens start, in passes that have positions and no mask.
+    """Tell all layers where documents of at most `longest` tokens start, in passes that have `documents`.
 
-    They come as the argument `documents`; where that is missing, they are read off the positions, which waits for the
-    device.
+    No starts at all say that each row is one document. Passes without this argument get masks as ever.
     """
 
     def prepare(module: Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:  # noqa: ARG001
-        """Put the starts among the arguments of a pass without mask and cache; leave others alone."""
+        """Put the starts among the arguments that the layers get, and leave out their mask."""
         starts_S = kwargs.pop("documents", None)
-        position_BT = kwargs.get("position_ids")
-        unmasked = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
-        if position_BT is None or kwargs.get("use_cache") or not unmasked:
-            return args, kwargs
         if starts_S is None:
-            starts_S = document_starts(position_BT)
+            return None
         # transformers hands a mask of four dimensions on as it is, and so makes none of T x T.
-        unread = position_BT.new_zeros(1, 1, 1, 1)
+        unread = starts_S.new_zeros(1, 1, 1, 1)
         told = {"attention_mask": unread, "starts": starts_S, "longest": longest}
         return args, kwargs | told
 
     return decoder.register_forward_pre_hook(prepare, with_kwargs=True)
-
-
-def document_starts(position_BT: Tensor) -> Tensor:
-    """Where documents start in flattened rows, and where the last ends, by positions that restart: int32."""
-    position_N = position_BT.flatten()
-    is_start_N = torch.ones_like(position_N, dtype=torch.bool)
-    is_start_N[1:] = position_N.diff() != 1
-    is_start_BT = is_start_N.view_as(position_BT)
-    is_start_BT[:, 0] = True
-    (start_S,) = is_start_BT.flatten().nonzero(as_tuple=True)
-    end = start_S.new_tensor([position_BT.numel()])
-    return torch.cat([start_S, end]).int()
 
 
 AttentionInterface.register(DOCUMENT_ATTENTION, attend_within_documents)

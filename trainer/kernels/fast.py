@@ -9,6 +9,7 @@ pass alone, between hooks that cannot be compiled.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,11 @@ from transformers import PreTrainedModel
 
 from methods.parts import attention
 from runfolder.job import Job
-from trainer.data.layout import starts_of_documents
+from trainer.data.one_row import starts_of_documents
 from trainer.data.tokens import virtual_ids
 from trainer.kernels import Kernels
 from trainer.kernels.documents import DOCUMENT_ATTENTION, LARGEST_HEAD, tell_documents
-from trainer.kernels.head import Head
+from trainer.kernels.head import LinearHead
 from trainer.kernels.layers import compile_layers, uncompile_layers
 from trainer.objectives import labels
 
@@ -30,6 +31,7 @@ PROBE_LENGTHS = (40, 24)  # tokens of the probe's documents, beside virtual ones
 PROBE_PARAMETERS = 8  # trained parameters whose gradient is compared
 # Of a loss and of a gradient norm, relative to the plain path's; a mistake changes them by far more.
 PROBE_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+ProbeBatch = dict[str, Tensor]
 
 
 class Probed(NamedTuple):
@@ -47,23 +49,23 @@ def is_fast(job: Job, device: torch.device) -> bool:
     return wanted == "fast"
 
 
-def make_fast(job: Job, model: nn.Module, dtype: torch.dtype, device: torch.device) -> tuple[Kernels, list[str]]:
-    """Put a model that has no engine yet on the fast path; gives what it uses, and what was found against more."""
+def make_fast(job: Job, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Kernels:
+    """Put a model that has no engine yet on the fast path, as far as it can be; gives what it uses."""
     if not is_fast(job, device):
-        return Kernels(), []
+        return Kernels()
     batch = _probe(job, model, device)
-    problems = []
+    problems: list[str] = []
     with _without_dropout(model):
         expected = _probed(model, batch, Kernels())
         for compiled in (True, False):
             with ExitStack() as undo:
                 kernels = _changed(job, model, dtype, device, compiled, undo)
-                problem = _compared(model, batch, kernels, expected, dtype)
+                problem = _problem(model, batch, kernels, expected, PROBE_ROUNDING[dtype])
                 if problem is None:
                     undo.pop_all()
-                    return kernels, problems
+                    return replace(kernels, problems=problems)
                 problems.append(problem)
-    return Kernels(), problems
+    return Kernels(problems=problems)
 
 
 def _changed(
@@ -71,36 +73,46 @@ def _changed(
 ) -> Kernels:
     """Give a model all parts that it is made for, and `undo` what takes them back."""
     lower = dtype != torch.float32
+    on_gpu = device.type == "cuda"
+    in_one_row = False
     if lower:
         _leave_casts(model, undo)
-    in_one_row = lower and device.type == "cuda" and _attends_within_documents(job, model, undo)
+    if lower and on_gpu:
+        in_one_row = _attends_within_documents(job, model, undo)
     if compiled:
         compile_layers(model)
         undo.callback(uncompile_layers, model)
-    return Kernels(_head(model, dtype), in_one_row, compiled, device.type == "cuda")
+    head = linear_head(model, dtype)
+    return Kernels(head, in_one_row, compiled, fused_step=on_gpu)
 
 
 def _leave_casts(model: nn.Module, undo: ExitStack) -> None:
     """Let adapters of PEFT take inputs as they are: autocast gives products their dtype, so casts are in vain."""
+    name = "cast_input_dtype_enabled"
     for module in model.modules():
-        if getattr(module, "cast_input_dtype_enabled", False):
-            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
-            undo.callback(setattr, module, "cast_input_dtype_enabled", True)
+        if getattr(module, name, False):
+            setattr(module, name, False)
+            undo.callback(setattr, module, name, True)
 
 
 def _attends_within_documents(job: Job, model: nn.Module, undo: ExitStack) -> bool:
     """Change a base's dense attention to one within documents; False where it has another, or heads too large."""
     base = _base(model)
     config = base.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if base.config._attn_implementation != "sdpa" or size > LARGEST_HEAD or size % 8:
+    size = getattr(config, "head_dim", None)
+    if size is None:
+        size = config.hidden_size // config.num_attention_heads
+    fits = size <= LARGEST_HEAD and size % 8 == 0
+    if base.config._attn_implementation != "sdpa" or not fits:
         return False
+    kind = job.method.kind
     try:
-        attention.replace(base, DOCUMENT_ATTENTION, job.method.kind, job.method.kind)
+        attention.replace(base, DOCUMENT_ATTENTION, kind, nearest=kind)
     except ValueError:  # it calls an attention of its own
         return False
-    hook = tell_documents(base.get_decoder(), job.data.seq_len)
     undo.callback(base.set_attn_implementation, "sdpa")
+    decoder = base.get_decoder()
+    hook = tell_documents(decoder, job.data.seq_len)
     undo.callback(hook.remove)
     return True
 
@@ -113,46 +125,58 @@ def _base(model: nn.Module) -> Any:
     raise ValueError("there is no base of transformers in the model")
 
 
-def _head(model: nn.Module, dtype: torch.dtype) -> Head | None:
+def linear_head(model: nn.Module, dtype: torch.dtype) -> LinearHead | None:
     """The head, where logits are the products of hidden states with its weight and nothing else."""
     base = _base(model)
     module = base.get_output_embeddings()
     if type(module) is not nn.Linear or module.bias is not None:
         return None
-    head = Head(module, dtype)
+    head = LinearHead(module, dtype)
+    device = module.weight.device
     given: list[Tensor] = []
     hook = module.register_forward_hook(lambda _module, _inputs, output: given.append(output))
-    row = torch.zeros(1, 1, dtype=torch.long, device=module.weight.device)
+    row = torch.zeros(1, 1, dtype=torch.long, device=device)
     with torch.no_grad(), head.left_out():
-        logits = base(input_ids=row, position_ids=row, use_cache=False).logits
+        output = base(input_ids=row, position_ids=row, use_cache=False)
     hook.remove()
-    is_last = any(output is logits for output in given)
-    return head if is_last else None
+    for tensor in given:
+        if tensor is output.logits:
+            return head
+    return None
 
 
-def _probe(job: Job, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+def _probe(job: Job, model: nn.Module, device: torch.device) -> ProbeBatch:
     """A micro-batch of two documents of random tokens in one row, in which nearly every token is a label."""
-    vocabulary = _base(model).config.get_text_config().vocab_size
+    config = _base(model).config.get_text_config()
     virtual = virtual_ids(job.method.virtual_tokens)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator()
+    generator.manual_seed(0)
     ids: list[int] = []
     positions: list[int] = []
     for length in PROBE_LENGTHS:
-        drawn = torch.randint(vocabulary, (length,), generator=generator)
+        size = (length,)
+        drawn = torch.randint(config.vocab_size, size, generator=generator)
         document = [*virtual, *drawn.tolist()]
         document = document[: job.data.seq_len]
         ids += document
         positions += range(len(document))
-    input_ids = torch.tensor([ids])
+    input_ids = torch.tensor([ids], device=device)
     position_ids = torch.tensor([positions])
-    kept = torch.arange(len(virtual), len(ids) - 1)
-    label = input_ids[0, 1:][kept].clamp_min(0)
-    starts = torch.from_numpy(starts_of_documents(position_ids.numpy()))
-    batch = {"input_ids": input_ids, "position_ids": position_ids, "documents": starts, "kept": kept, "label": label}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    starts = starts_of_documents(position_ids.numpy())
+    first = len(virtual)
+    last = len(ids) - 1
+    kept = torch.arange(first, last, device=device)
+    next_ids = input_ids[0, 1:]
+    label = next_ids[kept]
+    batch = {"input_ids": input_ids, "kept": kept}
+    batch["position_ids"] = position_ids.to(device)
+    batch["label"] = label.clamp_min(0)  # virtual tokens are none
+    documents = torch.from_numpy(starts)
+    batch["documents"] = documents.to(device)
+    return batch
 
 
-def _probed(model: nn.Module, batch: dict[str, Tensor], kernels: Kernels) -> Probed:
+def _probed(model: nn.Module, batch: ProbeBatch, kernels: Kernels) -> Probed:
     """What a model makes of the probe, in training."""
     batch = dict(batch)
     if not kernels.in_one_row:
@@ -161,40 +185,52 @@ def _probed(model: nn.Module, batch: dict[str, Tensor], kernels: Kernels) -> Pro
         losses_N = labels.losses(model, batch, kernels.head)
     else:
         logits_NV = labels.logits(model, batch)
-        losses_N = cross_entropy(logits_NV.float(), batch["label"], reduction="none")
+        fp32_NV = logits_NV.float()
+        losses_N = cross_entropy(fp32_NV, batch["label"], reduction="none")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found = torch.autograd.grad(losses_N.sum(), trained[:PROBE_PARAMETERS], allow_unused=True)
-    norms = [grad.float().norm() for grad in found if grad is not None]
-    return Probed(losses_N.detach(), torch.stack(norms).norm())
+    compared = trained[:PROBE_PARAMETERS]
+    total = losses_N.sum()
+    gradients = torch.autograd.grad(total, compared, allow_unused=True)
+    norms = []
+    for gradient in gradients:
+        if gradient is not None:
+            norm = gradient.float().norm()
+            norms.append(norm)
+    losses = losses_N.detach()
+    stacked = torch.stack(norms)
+    return Probed(losses, stacked.norm())
 
 
-def _compared(
-    model: nn.Module, batch: dict[str, Tensor], kernels: Kernels, expected: Probed, dtype: torch.dtype
-) -> str | None:
+def _problem(model: nn.Module, batch: ProbeBatch, kernels: Kernels, expected: Probed, rounding: float) -> str | None:
     """What is wrong with a model on the fast path; None where nothing is."""
+    names = ", ".join(kernels.names)
     try:
         found = _probed(model, batch, kernels)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a compiler or a base of another kind raises
-        return f"{', '.join(kernels.names)}: {type(error).__name__}: {error}"
-    allowed = PROBE_ROUNDING[dtype]
+    except Exception as error:  # whatever a compiler, or a base of another kind, raises
+        kind = type(error).__name__
+        return f"{names}: {kind}: {error}"
     for name, value, truth in zip(Probed._fields, found, expected, strict=True):
-        gap = (value - truth).abs().max() / truth.abs().max()
-        if not float(gap) <= allowed:
-            return f"{', '.join(kernels.names)}: the probe's {name} differ by {float(gap):.1e}"
+        difference = value - truth
+        gap = difference.abs().max()
+        largest = truth.abs().max()
+        relative = float(gap / largest)
+        if not relative <= rounding:  # also where it is NaN
+            return f"{names}: the probe's {name} differ by {relative:.1e}"
     return None
 
 
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
     """Within it, nothing is dropped, so that two passes are alike."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    shares = [layer.p for layer in layers]
-    for layer in layers:
-        layer.p = 0.0
+    shares: dict[nn.Dropout, float] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            shares[module] = module.p
+            module.p = 0.0
     try:
         yield
     finally:
-        for layer, share in zip(layers, shares, strict=True):
-            layer.p = share
+        for module, share in shares.items():
+            module.p = share

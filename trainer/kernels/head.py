@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from trainer.data.layout import IGNORED
 
 LABELS_AT_ONCE = 2048
 
 
-class Head:
+class LinearHead:
     """A linear head without bias, which the loss takes over: the model then gives what the head would get."""
 
     def __init__(self, module: nn.Linear, dtype: torch.dtype) -> None:
@@ -45,50 +46,23 @@ def _as_it_is(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _chunk_losses(hidden_CD: Tensor, weight_VD: Tensor, label_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses [C] of a chunk, its logits [C, V], and the logarithms [C] of the sums of their exponentials."""
-    logits_CV = hidden_CD @ weight_VD.T
+def chunk_losses(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor | None) -> Tensor:
+    """The losses [C] of a chunk, fp32; with scales, the gradients of scaled losses take the place of the logits."""
+    if logits_CV.is_cuda:
+        from trainer.kernels.cross_entropy import fused_losses
+
+        return fused_losses(logits_CV, label_C, scale_C, IGNORED)
     fp32_CV = logits_CV.float()
-    sums_C = fp32_CV.logsumexp(1)
-    known_C = label_C.clamp_min(0)
-    picked_C1 = fp32_CV.gather(1, known_C[:, None])
-    losses_C = sums_C - picked_C1[:, 0]
-    losses_C = torch.where(label_C == IGNORED, 0.0, losses_C)
-    return losses_C, logits_CV, sums_C
-
-
-def _slopes(logits_CV: Tensor, sums_C: Tensor, label_C: Tensor, scale_C: Tensor) -> Tensor:
-    """The gradients [C, V] of losses that are each multiplied by a scale, in the dtype of the logits."""
-    token_V = torch.arange(logits_CV.shape[1], device=logits_CV.device)
-    is_label_CV = token_V == label_C[:, None]
-    share_CV = (logits_CV.float() - sums_C[:, None]).exp()
-    slope_CV = torch.where(is_label_CV, share_CV - 1, share_CV)
-    weight_C = torch.where(label_C == IGNORED, 0.0, scale_C)
-    slope_CV = slope_CV * weight_C[:, None]
-    return slope_CV.to(logits_CV.dtype)
-
-
-@torch.compile(dynamic=True)
-def _losses_alone(hidden_CD: Tensor, weight_VD: Tensor, label_C: Tensor) -> Tensor:
-    """The losses of a chunk."""
-    losses_C, *_ = _chunk_losses(hidden_CD, weight_VD, label_C)
+    losses_C = cross_entropy(fp32_CV, label_C, ignore_index=IGNORED, reduction="none")
+    if scale_C is not None:
+        counts_C = label_C != IGNORED
+        slope_CV = fp32_CV.softmax(1)
+        counted = label_C[counts_C]
+        slope_CV[counts_C, counted] -= 1
+        weight_C = torch.where(counts_C, scale_C, 0.0)
+        slope_CV *= weight_C[:, None]
+        logits_CV.copy_(slope_CV)
     return losses_C
-
-
-@torch.compile(dynamic=True)
-def _losses_and_gradient(hidden_CD: Tensor, weight_VD: Tensor, label_C: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses of a chunk, and the gradient of their sum for its hidden states."""
-    losses_C, logits_CV, sums_C = _chunk_losses(hidden_CD, weight_VD, label_C)
-    slope_CV = _slopes(logits_CV, sums_C, label_C, torch.ones_like(sums_C))
-    return losses_C, slope_CV @ weight_VD
-
-
-@torch.compile(dynamic=True)
-def _gradients(hidden_CD: Tensor, weight_VD: Tensor, label_C: Tensor, scale_C: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of a chunk's scaled losses for its hidden states and for the weight."""
-    _, logits_CV, sums_C = _chunk_losses(hidden_CD, weight_VD, label_C)
-    slope_CV = _slopes(logits_CV, sums_C, label_C, scale_C)
-    return slope_CV @ weight_VD, slope_CV.T @ hidden_CD
 
 
 class _LabelLosses(torch.autograd.Function):
@@ -99,22 +73,24 @@ class _LabelLosses(torch.autograd.Function):
         """The losses; where only hidden states need a gradient, that of the losses' sum is kept too."""
         hidden_needed, weight_needed, _ = ctx.needs_input_grad
         ahead = hidden_needed and not weight_needed
-        losses = []
-        gradients = []
-        chunks = zip(hidden_ND.split(LABELS_AT_ONCE), label_N.split(LABELS_AT_ONCE), strict=True)
-        for hidden_CD, label_C in chunks:
-            if ahead:
-                losses_C, gradient_CD = _losses_and_gradient(hidden_CD, weight_VD, label_C)
-                gradients.append(gradient_CD)
-            else:
-                losses_C = _losses_alone(hidden_CD, weight_VD, label_C)
-            losses.append(losses_C)
-        if ahead:
-            ctx.save_for_backward(torch.cat(gradients))
-        else:
-            ctx.save_for_backward(hidden_ND, weight_VD, label_N)
         ctx.ahead = ahead
-        return torch.cat(losses)
+        count = len(label_N)
+        losses_N = torch.empty(count, dtype=torch.float32, device=label_N.device)
+        if not ahead:
+            for part in _chunks(count):
+                logits_CV = hidden_ND[part] @ weight_VD.T
+                losses_N[part] = chunk_losses(logits_CV, label_N[part], None)
+            ctx.save_for_backward(hidden_ND, weight_VD, label_N)
+            return losses_N
+        ones_N = torch.ones_like(losses_N)
+        gradient_ND = torch.empty_like(hidden_ND)
+        for part in _chunks(count):
+            logits_CV = hidden_ND[part] @ weight_VD.T
+            losses_N[part] = chunk_losses(logits_CV, label_N[part], ones_N[part])
+            gradient_CD = gradient_ND[part]
+            torch.mm(logits_CV, weight_VD, out=gradient_CD)
+        ctx.save_for_backward(gradient_ND)
+        return losses_N
 
     @staticmethod
     def backward(ctx: Any, scale_N: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
@@ -122,13 +98,24 @@ class _LabelLosses(torch.autograd.Function):
         if ctx.ahead:
             (gradient_ND,) = ctx.saved_tensors
             scaled_ND = gradient_ND * scale_N[:, None]
-            return scaled_ND.to(gradient_ND.dtype), None, None
+            scaled_ND = scaled_ND.to(gradient_ND.dtype)
+            return scaled_ND, None, None
         hidden_ND, weight_VD, label_N = ctx.saved_tensors
-        weight_gradient = torch.zeros_like(weight_VD, dtype=torch.float32)
-        gradients = []
-        parts = (hidden_ND.split(LABELS_AT_ONCE), label_N.split(LABELS_AT_ONCE), scale_N.split(LABELS_AT_ONCE))
-        for hidden_CD, label_C, scale_C in zip(*parts, strict=True):
-            gradient_CD, of_weight_VD = _gradients(hidden_CD, weight_VD, label_C, scale_C)
-            gradients.append(gradient_CD)
-            weight_gradient += of_weight_VD
-        return torch.cat(gradients), weight_gradient.to(weight_VD.dtype), None
+        scale_N = scale_N.contiguous()
+        gradient_ND = torch.empty_like(hidden_ND)
+        gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        for part in _chunks(len(label_N)):
+            hidden_CD = hidden_ND[part]
+            logits_CV = hidden_CD @ weight_VD.T
+            chunk_losses(logits_CV, label_N[part], scale_N[part])
+            gradient_CD = gradient_ND[part]
+            torch.mm(logits_CV, weight_VD, out=gradient_CD)
+            gradient_VD += logits_CV.T @ hidden_CD
+        gradient_VD = gradient_VD.to(weight_VD.dtype)
+        return gradient_ND, gradient_VD, None
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    """The parts in which so many labels are taken."""
+    for first in range(0, count, LABELS_AT_ONCE):
+        yield slice(first, first + LABELS_AT_ONCE)

@@ -12,7 +12,7 @@ from trainer.data.layout import IGNORED, collate
 
 if TYPE_CHECKING:
     from trainer.data.tokens import Tokens
-    from trainer.kernels.head import Head
+    from trainer.kernels.head import LinearHead
 
 
 def label_arrays(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dict[str, Indices]:
@@ -64,8 +64,9 @@ def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return logits_BKV[row_N, column_N]
 
 
-def losses(model: nn.Module, batch: Mapping[str, torch.Tensor], head: "Head") -> torch.Tensor:
+def losses(model: nn.Module, batch: Mapping[str, torch.Tensor], head: "LinearHead") -> torch.Tensor:
     """The cross entropy [N] of each label of a micro-batch, fp32, without holding the logits of all of them."""
+    label_N = batch["label"]
     with head.left_out():
         hidden_ND = logits(model, batch)
-    return head.losses(hidden_ND, batch["label"])
+    return head.losses(hidden_ND, label_N)

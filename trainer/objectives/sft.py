@@ -46,7 +46,8 @@ class Supervised(Objective):
         count = totals["labels"]
         if self.kernels.head:
             losses_N = labels.losses(model, batch, self.kernels.head)
-            return Shares(losses_N.sum() / count)
+            total = losses_N.sum()
+            return Shares(total / count)
         logits_NV = labels.logits(model, batch)
         label_N = batch["label"]
         loss = summed(logits_NV, label_N) / count

@@ -157,7 +157,8 @@ class Shards:
         if grads and self._clip is not None:
             ratio = self._clip / (norm + 1e-6)
             scale = torch.clamp(ratio, max=1.0)
-            torch._foreach_mul_(grads, scale.float())
+            scale = scale.float()
+            torch._foreach_mul_(grads, scale)
         method.before_step(self)
         self.optimizer.step()
         method.after_step(self)
@@ -168,7 +169,8 @@ class Shards:
         norms = [zero]  # a rank may hold nothing
         if grads:
             norms += torch._foreach_norm(grads, 2, torch.float64)
-        square = (torch.stack(norms) ** 2).sum()
+        stacked = torch.stack(norms)
+        square = (stacked**2).sum()
         if not self.replicated:
             dist.all_reduce(square)
         return square.sqrt()
