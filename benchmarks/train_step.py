@@ -43,7 +43,7 @@ CHECKED_STEPS = 5
 WORDS = ["red", "blue", "cat", "dog", "one", "two", "three", "is", "in", "the", "box"]
 PEERS = ["floor", "peft-liger", "peft-compile", "unsloth"]
 OURS = ["plain", "fast"]
-DATA = ["full", "short", "padded"]
+BATCH_TOKENS = {"full": ROWS * SEQ_LEN, "short": 4 * ROWS * SEQ_LEN, "padded": 4 * ROWS * SEQ_LEN}
 # How much farther from the plain path in fp32 than the plain path in bf16, and from it in fp32.
 AS_NEAR, EXACT = 1.25, 1e-5
 LONGEST = 300  # seconds that a variant may take
@@ -59,8 +59,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=llama_1b.SHAPE["num_hidden_layers"])
     parser.add_argument("--method", default="lora")
     parser.add_argument("--rows", nargs="*", default=[*PEERS, *OURS], choices=[*PEERS, *OURS])
-    parser.add_argument("--data", nargs="*", default=["full"], choices=DATA)
-    parser.add_argument("--batch-tokens", type=int, default=ROWS * SEQ_LEN)
+    parser.add_argument("--data", nargs="*", default=["full"], choices=BATCH_TOKENS)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -98,7 +97,6 @@ class Inputs:
     def __init__(self, place: Path, arguments: argparse.Namespace) -> None:
         self.place = place
         self.method = arguments.method
-        self.batch_tokens = arguments.batch_tokens
         os.environ.setdefault("FLEETUNE_CACHE", str(place / "cache"))
         os.environ.setdefault("FLEETUNE_HOME", str(place / "home"))
         self.base = arguments.base or str(place / "base")
@@ -126,7 +124,7 @@ class Inputs:
             },
             "train": {
                 "steps": WARMUP + STEPS,
-                "batch_tokens": self.batch_tokens,
+                "batch_tokens": BATCH_TOKENS[data],
                 "micro_batch": 32 if data == "padded" else ROWS,
                 "precision": "bf16",
                 "lr": 1e-4,
@@ -239,6 +237,7 @@ def our_steps(inputs: Inputs, kernels: str, data: str) -> Figures:
         "peak_gib": rows[-1]["peak_memory_bytes"] / 2**30,
         "seconds_to_first_step": round(first, 1),
         "kernels": run.objective.kernels.names,
+        "problems": run.objective.kernels.problems,
     }
 
 
@@ -404,7 +403,7 @@ def write(arguments: argparse.Namespace, rows: list[Figures], checks: list[Figur
         "versions": {name: found for name in names if (found := installed(name))},
         "base": arguments.base or f"Llama-3.2-1B's shape, {arguments.layers} layers, random",
         "method": arguments.method,
-        "batch_tokens": arguments.batch_tokens,
+        "batch_tokens": BATCH_TOKENS,
         "rows": rows,
         "checks": checks,
     }

@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 
 from trainer import rollouts
-from trainer.data.examples import Examples, GlobalBatch
-from trainer.data.layout import MicroBatch
-from trainer.data.one_row import EVERY_ROW, in_one_row, is_even, starts_of_documents
+from trainer.data.examples import GlobalBatch
+from trainer.data.one_row import deal_in_one_row, starts_of_documents
 from trainer.meter import Meter, SaveRequest
-from trainer.objectives.base import HostArrays, Shares, TensorsByName, Totals
+from trainer.objectives.base import Shares, TensorsByName, Totals
 from trainer.run import Run
 
 ItemT = TypeVar("ItemT")
@@ -119,31 +118,22 @@ def micro_batches(run: Run, global_batch: GlobalBatch) -> Iterator[BatchTensors]
     world = run.world
     examples = global_batch.examples
     layout = run.batches.layout
-    dealt = layout.deal(global_batch, world.rank, world.size)
+    objective = run.objective
+    in_one_row = objective.kernels.in_one_row
+    if in_one_row:
+        dealt = deal_in_one_row(layout, global_batch, world.rank, world.size)
+    else:
+        dealt = layout.deal(global_batch, world.rank, world.size)
     for micro in dealt:
-        arrays = _arrays(run, examples, micro)
+        of_objective = objective.arrays(examples, micro)
+        arrays = dict(of_objective)
+        if in_one_row and "position_ids" in arrays:
+            position_BT = arrays["position_ids"]
+            arrays["documents"] = starts_of_documents(position_BT)
         batch = {}
         for name, array in arrays.items():
             batch[name] = to_device(array, world.device)
         yield batch
-
-
-def _arrays(run: Run, examples: Examples, micro: MicroBatch) -> HostArrays:
-    """What the objective reads of a micro-batch, and where its documents start, if attention is to know."""
-    objective = run.objective
-    if not objective.kernels.in_one_row:
-        return objective.arrays(examples, micro)
-    lengths = examples.tokens.lengths
-    if is_even(micro, lengths):
-        arrays = objective.arrays(examples, micro)
-        return {**arrays, "documents": EVERY_ROW}
-    flat = in_one_row(micro)
-    arrays = objective.arrays(examples, flat)
-    position_BT = arrays.get("position_ids")
-    if position_BT is None:
-        return arrays
-    starts = starts_of_documents(position_BT)
-    return {**arrays, "documents": starts}
 
 
 def to_device(array: Any, device: torch.device) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """The fast path computes what the plain one does, and leaves out what a model is not made for."""
 
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import peft
@@ -18,8 +20,9 @@ from torch.nn.functional import cross_entropy
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from runfolder.job import Job
-from trainer.data.layout import IGNORED, MicroBatch
-from trainer.data.one_row import in_one_row, is_even, starts_of_documents
+from trainer.data.examples import Examples, GlobalBatch
+from trainer.data.layout import IGNORED, Layout
+from trainer.data.one_row import deal_in_one_row, starts_of_documents
 from trainer.kernels import fast, head, layers
 
 CPU = torch.device("cpu")
@@ -102,21 +105,39 @@ def test_only_a_head_that_is_the_last_and_linear_is_taken_over(model: Any, taken
     assert (fast.linear_head(model(), torch.float32) is not None) == taken
 
 
-def test_documents_of_a_micro_batch_in_one_row() -> None:
-    micro = MicroBatch([[3, 5], [4], [7]], [[0], [1], [2], [3]])
-    assert in_one_row(micro) == MicroBatch([[3, 5, 4, 7]], micro.examples)
-    assert in_one_row(MicroBatch([], [])) == MicroBatch([], [])
-    lengths = np.array([0, 0, 0, 8, 16, 8, 9, 16])
-    assert not is_even(micro, lengths), "two documents in a row"
-    assert is_even(MicroBatch([[4], [7]], []), lengths)
-    assert not is_even(MicroBatch([[4], [3]], []), lengths), "the second row is padded"
-    assert not is_even(MicroBatch([[6]], []), lengths), "padded to a multiple"
-    assert not is_even(MicroBatch([], []), lengths)
+def a_batch(lengths: list[int]) -> GlobalBatch:
+    """Documents of these lengths, each an example."""
+    tokens = cast(Any, SimpleNamespace(lengths=np.array(lengths), targets=np.array(lengths)))
+    return GlobalBatch(Examples.of_each(tokens), np.arange(len(lengths)))
+
+
+def test_micro_batches_of_one_row_are_even_and_hold_all_documents() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 64, 50).tolist()
+    layout = Layout(seq_len=64, packing=False, micro_batch=4)
+    ranks = [deal_in_one_row(layout, a_batch(lengths), rank, 2) for rank in range(2)]
+    micros = [micro for rank in ranks for micro in rank]
+    assert [len(rank) for rank in ranks] == [math.ceil(sum(lengths) / 2 / 256)] * 2
+    assert all(len(micro.rows) == 1 for micro in micros)
+    assert sorted(number for micro in micros for number in micro.rows[0]) == list(range(50))
+    filled = [sum(lengths[number] for number in micro.rows[0]) for micro in micros]
+    assert max(filled) - min(filled) < min(lengths) + 1
+
+
+def test_documents_that_fill_their_rows_keep_them() -> None:
+    layout = Layout(seq_len=64, packing=True, micro_batch=4)
+    (first, second) = deal_in_one_row(layout, a_batch([64] * 8), 0, 1)
+    assert sorted(first.rows + second.rows) == [[number] for number in range(8)]
+    (only,) = deal_in_one_row(layout, a_batch([63, 63]), 0, 1)
+    assert only.rows == [[0, 1]], "a row of 63 is padded to 64"
+    (nothing,) = deal_in_one_row(layout, a_batch([]), 0, 1)
+    assert nothing.rows == []
 
 
 def test_starts_are_where_positions_begin_anew() -> None:
     position = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
     assert starts_of_documents(position).tolist() == [0, 3, 5, 6, 12]
+    assert not len(starts_of_documents(position[1:]))
 
 
 def test_a_fast_job_at_zero_3_is_refused() -> None:

@@ -1,48 +1,84 @@
-"""Documents of a micro-batch one behind the other in one row, which needs no padding, and where each of them starts.
+"""Global batches whose documents lie one behind the other in one row for each micro-batch, and so need no padding.
 
-Shape suffixes: B rows, T positions.
+All of it is a pure function, equal on every rank. Shape suffixes: B rows, T positions.
 """
 
-from itertools import chain
+import heapq
+from math import ceil
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainer.data.examples import Indices
-from trainer.data.layout import MULTIPLE, MicroBatch
+from trainer.data.examples import Examples, GlobalBatch, Indices
+from trainer.data.layout import MULTIPLE, Layout, MicroBatch, OwnedDocument, PackedRow
+
+if TYPE_CHECKING:
+    from trainer.data.tokens import Tokens
 
 EVERY_ROW = np.zeros(0, np.int32)  # in the place of starts: each row is one document, without padding
 
 
-def in_one_row(micro: MicroBatch) -> MicroBatch:
-    """The same documents in the same order, in one row."""
-    documents = chain.from_iterable(micro.rows)
-    row = list(documents)
-    rows = []
-    if row:
-        rows.append(row)
-    return MicroBatch(rows, micro.examples)
+def deal_in_one_row(layout: Layout, batch: GlobalBatch, rank: int, world_size: int) -> list[MicroBatch]:
+    """The micro-batches of one rank: the same number on every rank, of about as many tokens, some perhaps empty.
+
+    There are as many as the layout's rows would make if they were full. From the longest on, each example goes to the
+    one with the fewest tokens so far. Documents that are all of one length keep a row each.
+    """
+    examples = batch.examples
+    tokens_at_once = layout.micro_batch * layout.seq_len
+    tokens_of_round = tokens_at_once * world_size
+    rounds = ceil(batch.tokens / tokens_of_round)
+    rounds = max(1, rounds)
+    count = rounds * world_size
+    passes: list[PackedRow] = []
+    least_filled = []
+    for number in range(count):
+        passes.append([])
+        least_filled.append((0, number))
+    lengths = examples.lengths[batch.chosen]
+    longest_first = np.argsort(-lengths, kind="stable")
+    for place in longest_first.tolist():
+        tokens, number = least_filled[0]
+        documents = _owned(examples, batch, place)
+        passes[number] += documents
+        tokens += int(lengths[place])
+        heapq.heapreplace(least_filled, (tokens, number))
+    dealt = []
+    for row in passes[rank::world_size]:
+        rows = _rows(row, examples.tokens)
+        micro = MicroBatch.of(rows)
+        dealt.append(micro)
+    return dealt
 
 
-def is_even(micro: MicroBatch, lengths: Indices) -> bool:
-    """Whether each row is one document and none is padded, by the lengths of all documents."""
-    lengths_of_rows = set()
-    for row in micro.rows:
-        if len(row) != 1:
-            return False
-        (document,) = row
-        length = int(lengths[document])
-        lengths_of_rows.add(length)
-    if len(lengths_of_rows) != 1:
-        return False
-    (length,) = lengths_of_rows
-    return bool(length % MULTIPLE == 0)
+def _owned(examples: Examples, batch: GlobalBatch, place: int) -> PackedRow:
+    """The documents of the example at a place of the batch."""
+    example = int(batch.chosen[place])
+    numbers = examples.documents(example)
+    return [OwnedDocument(place, number) for number in numbers]
+
+
+def _rows(documents: PackedRow, tokens: "Tokens") -> list[PackedRow]:
+    """All documents in one row; each in its own where none would be padded."""
+    if not documents:
+        return []
+    lengths = {int(tokens.lengths[owned.document]) for owned in documents}
+    shortest = min(lengths)
+    if len(lengths) == 1 and shortest % MULTIPLE == 0:
+        return [[owned] for owned in documents]
+    return [documents]
 
 
 def starts_of_documents(position_BT: Indices) -> Indices:
-    """Where documents start in flattened rows, and where the last ends, by positions that restart: int32."""
+    """Where documents start in flattened rows, and where the last ends, by positions that restart: int32.
+
+    None where each row is one document, which needs no more than causal attention.
+    """
     before_BT = np.roll(position_BT, 1, axis=1)
     is_start_BT = position_BT != before_BT + 1
     is_start_BT[:, 0] = True
     starts = np.flatnonzero(is_start_BT)
+    if len(starts) == len(position_BT):
+        return EVERY_ROW
     with_end = np.append(starts, position_BT.size)
     return with_end.astype(np.int32)

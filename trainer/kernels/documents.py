@@ -162,7 +162,8 @@ def attend_within_documents(
     query_NHD, key_NHD, value_NHD = flat
     scale = size**-0.5 if scaling is None else scaling
     attended_NHD, _ = document_attention(query_NHD, key_NHD, value_NHD, starts, longest, scale)
-    return attended_NHD.unflatten(0, (rows, positions)), None
+    attended_BTHD = attended_NHD.unflatten(0, (rows, positions))
+    return attended_BTHD, None
 
 
 def tell_documents(decoder: Module, longest: int) -> torch.utils.hooks.RemovableHandle:

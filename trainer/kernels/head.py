@@ -34,10 +34,18 @@ class LinearHead:
         finally:
             del module.forward
 
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """What the model would give of hidden states, in the dtype of its forward pass."""
+        hidden_ND = hidden_ND.to(self._dtype)
+        weight_VD = self._module.weight
+        weight_VD = weight_VD.to(self._dtype)
+        return hidden_ND @ weight_VD.T
+
     def losses(self, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
         """The cross entropy of each label [N], fp32; zero for an ignored one."""
         hidden_ND = hidden_ND.to(self._dtype)
-        weight_VD = self._module.weight.to(self._dtype)
+        weight_VD = self._module.weight
+        weight_VD = weight_VD.to(self._dtype)
         losses_N: Tensor = _LabelLosses.apply(hidden_ND, weight_VD, label_N)
         return losses_N
 
@@ -78,15 +86,20 @@ class _LabelLosses(torch.autograd.Function):
         losses_N = torch.empty(count, dtype=torch.float32, device=label_N.device)
         if not ahead:
             for part in _chunks(count):
-                logits_CV = hidden_ND[part] @ weight_VD.T
-                losses_N[part] = chunk_losses(logits_CV, label_N[part], None)
+                hidden_CD = hidden_ND[part]
+                label_C = label_N[part]
+                logits_CV = hidden_CD @ weight_VD.T
+                losses_N[part] = chunk_losses(logits_CV, label_C, None)
             ctx.save_for_backward(hidden_ND, weight_VD, label_N)
             return losses_N
         ones_N = torch.ones_like(losses_N)
         gradient_ND = torch.empty_like(hidden_ND)
         for part in _chunks(count):
-            logits_CV = hidden_ND[part] @ weight_VD.T
-            losses_N[part] = chunk_losses(logits_CV, label_N[part], ones_N[part])
+            hidden_CD = hidden_ND[part]
+            label_C = label_N[part]
+            ones_C = ones_N[part]
+            logits_CV = hidden_CD @ weight_VD.T
+            losses_N[part] = chunk_losses(logits_CV, label_C, ones_C)
             gradient_CD = gradient_ND[part]
             torch.mm(logits_CV, weight_VD, out=gradient_CD)
         ctx.save_for_backward(gradient_ND)
@@ -106,8 +119,10 @@ class _LabelLosses(torch.autograd.Function):
         gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         for part in _chunks(len(label_N)):
             hidden_CD = hidden_ND[part]
+            label_C = label_N[part]
+            scale_C = scale_N[part]
             logits_CV = hidden_CD @ weight_VD.T
-            chunk_losses(logits_CV, label_N[part], scale_N[part])
+            chunk_losses(logits_CV, label_C, scale_C)
             gradient_CD = gradient_ND[part]
             torch.mm(logits_CV, weight_VD, out=gradient_CD)
             gradient_VD += logits_CV.T @ hidden_CD
@@ -118,4 +133,5 @@ class _LabelLosses(torch.autograd.Function):
 def _chunks(count: int) -> Iterator[slice]:
     """The parts in which so many labels are taken."""
     for first in range(0, count, LABELS_AT_ONCE):
-        yield slice(first, first + LABELS_AT_ONCE)
+        end = first + LABELS_AT_ONCE
+        yield slice(first, end)
