@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     preload()
+    rows: list[Figures] = []
+    checks: list[Figures] = []
     with tempfile.TemporaryDirectory() as folder:
         inputs = Inputs(Path(folder), arguments)
-        rows = [row for data in arguments.data for row in measured(inputs, arguments.rows, data)]
-        checks = list(checked(inputs)) if arguments.check else []
-    floor = [row["tokens_per_second"] for row in rows if row["row"] == "floor"]
-    for row in rows:
-        if floor and "tokens_per_second" in row:
-            row["of_floor"] = row["tokens_per_second"] / floor[0]
-    if arguments.out:
-        write(arguments, rows, checks)
+        for row in chain(*(measured(inputs, arguments.rows, data) for data in arguments.data)):
+            rows.append(row)
+            compare(rows)
+            write(arguments, rows, checks)
+        for check in checked(inputs) if arguments.check else []:
+            checks.append(check)
+            write(arguments, rows, checks)
+            print(json.dumps(check), flush=True)
     print(table(rows))
-    for check in checks:
-        print(json.dumps(check))
     if not all(check["holds"] for check in checks):
         sys.exit("the fast path differs from the plain one")
 
@@ -350,9 +351,12 @@ def checked(inputs: Inputs) -> Iterator[Figures]:
     """How far fast is from plain: in fp32 from each other, in bf16 how far each is from the plain path in fp32."""
     for data in ("full", "short"):
         found = {}
-        for precision in ("fp32", "bf16"):
-            for kernels in OURS:
-                found[precision, kernels] = forked(checked_steps, inputs, kernels, data, precision)
+        for precision, kernels in product(("fp32", "bf16"), OURS):
+            found[precision, kernels] = forked(checked_steps, inputs, kernels, data, precision)
+        failed = [answer["error"] for answer in found.values() if "error" in answer]
+        if failed:
+            yield {"data": data, "error": failed[0], "holds": False}
+            continue
         truth = found["fp32", "plain"]
         for kind in ("losses", "gradients"):
             exact = apart(found["fp32", "fast"][kind], truth[kind])
@@ -376,7 +380,7 @@ def checked_steps(inputs: Inputs, kernels: str, data: str, precision: str) -> Fi
     from trainer.meter import SaveRequest
     from trainer.step import take_step
 
-    train = {"precision": precision, "steps": CHECKED_STEPS, "lr": 1e-4}
+    train = {"precision": precision, "steps": CHECKED_STEPS, "batch_tokens": BATCH_TOKENS["full"]}
     run_dir = inputs.run(f"check-{kernels}-{data}-{precision}", kernels, data, **train)
     gradients = []
     with started(run_dir) as (run, micro_batches, meter):
@@ -394,12 +398,22 @@ def checked_steps(inputs: Inputs, kernels: str, data: str, precision: str) -> Fi
     return {"losses": [row["loss"] for row in layouts.metrics(run_dir, 1)], "gradients": gradients}
 
 
+def compare(rows: list[Figures]) -> None:
+    """Say of each row what share of the floor it is, once there is one."""
+    floors = [row.get("tokens_per_second") for row in rows if row["row"] == "floor"]
+    for row in rows:
+        if floors and floors[0] and "tokens_per_second" in row:
+            row["of_floor"] = row["tokens_per_second"] / floors[0]
+
+
 def write(arguments: argparse.Namespace, rows: list[Figures], checks: list[Figures]) -> None:
-    """Write the figures with what they were measured on."""
+    """Write the figures so far, with what they were measured on, where they are to be kept."""
+    if not arguments.out:
+        return
     names = ["torch", "triton", "transformers", "peft", "deepspeed", "liger-kernel", "unsloth"]
     result = {
         "commit": os.environ.get("FLEETUNE_COMMIT") or layouts.commit(),
-        "device": layouts.device(),
+        "device": forked(layouts.device),
         "versions": {name: found for name in names if (found := installed(name))},
         "base": arguments.base or f"Llama-3.2-1B's shape, {arguments.layers} layers, random",
         "method": arguments.method,
