@@ -10,12 +10,13 @@ from finished_runs import curve, difference, events, interrupted
 
 STEPS = 6
 LIMITS = {"fp32": 1e-5, "bf16": 5e-3}  # of losses; of gradient norms too in fp32
+CASES = [(kind, precision, 0) for kind in METHODS for precision in LIMITS]
+CASES += [(kind, "bf16", zero) for kind in ("lora", "full") for zero in (1, 2)]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", LIMITS)
-@pytest.mark.parametrize("kind", METHODS)
-def test_fast_is_plain(kind: str, precision: str, new_run: Any, launch: Any) -> None:
+@pytest.mark.parametrize(("kind", "precision", "zero"), CASES)
+def test_fast_is_plain(kind: str, precision: str, zero: int, new_run: Any, launch: Any) -> None:
     assert torch.cuda.is_available(), "a GPU is needed"
 
     def run(kernels: str) -> Path:
@@ -23,6 +24,7 @@ def test_fast_is_plain(kind: str, precision: str, new_run: Any, launch: Any) -> 
             kernels,
             method=METHODS[kind],
             train={"steps": STEPS, "micro_batch": 4, "precision": precision, "kernels": kernels, **TRAIN[kind]},
+            sharding={"zero": zero},
             checkpoint={"every": STEPS // 2, "keep": 9},
         )
         return made
@@ -30,7 +32,7 @@ def test_fast_is_plain(kind: str, precision: str, new_run: Any, launch: Any) -> 
     plain, whole = run("plain"), run("fast")
     launch(1, plain, whole)
     (plan,) = (event for event in events(whole) if event["event"] == "plan")
-    print(kind, precision, plan["kernels"], plan["kernel_problems"])
+    print(kind, precision, zero, plan["kernels"], plan["kernel_problems"])
     assert plan["kernels"]
     found, expected = curve(whole), curve(plain)
     if precision == "bf16":
