@@ -171,7 +171,7 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
     passes = _counted(plan.micro_batches, "pass", "passes")
     fields = {
         "job": f"{plan.name}: {plan.method} on {plan.base}",
-        "layout": f"{workers}, ZeRO {plan.zero}, {plan.precision}",
+        "layout": f"{workers}, ZeRO {plan.zero}, {plan.precision}, {plan.kernels} kernels",
         "data": f"{_number(plan.rows)} rows to train on, {_number(plan.eval_rows)} to evaluate",
         "batch": f"{plan.batch_tokens:,} tokens, about {passes} per worker",
         "learning rate": f"{plan.lr:.4g} at its peak ({plan.lr_source})",

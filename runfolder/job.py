@@ -90,6 +90,11 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the forward pass, trained weights are fp32 always; auto: bf16 on a GPU, else fp32"
     )
+    kernels: Literal["auto", "fast", "plain"] = Field(
+        "auto",
+        description="fast: fused losses, attention without padding, compiled layers; plain: none of these; "
+        "auto: fast on a GPU at sharding.zero 0 to 2, else plain",
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )
@@ -210,6 +215,15 @@ class Job(Section):
         virtual = self.method.virtual_tokens
         if self.data.seq_len <= virtual:
             raise ValueError(f"data.seq_len {self.data.seq_len} has no room beside method.tokens {virtual}")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_fast(self) -> "Job":
+        if self.train.kernels == "fast" and self.sharding.zero == 3:
+            raise ValueError(
+                "train.kernels fast at sharding.zero 3, where weights are whole for moments alone; "
+                "allowed: train.kernels auto or plain, or sharding.zero 0, 1 or 2"
+            )
         return self
 
     @model_validator(mode="after")

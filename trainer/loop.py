@@ -28,6 +28,7 @@ from trainer.document_leak import check_documents_apart
 from trainer.embeddings import vocabulary
 from trainer.evaluate import Evaluator
 from trainer.export import export
+from trainer.kernels.fast import make_fast
 from trainer.meter import Meter, SaveRequest
 from trainer.objectives.base import ObjectiveSetup
 from trainer.objectives.registry import create_objective
@@ -74,16 +75,14 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     check_inputs(attempt, job, world)
     width = getattr(load_config(job.base), "hidden_size", None)
     job = job.at_width(width)
-    base = job.base
-    data = job.data
     device = world.device
     with noting_progress(attempt):
-        tokenizer = load_tokenizer(base)
-    ends = end_ids(tokenizer, base)
+        tokenizer = load_tokenizer(job.base)
+    ends = end_ids(tokenizer, job.base)
     reading = Reading.of(job, ends)
     objective_setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.note_progress())
     objective = create_objective(job.objective, objective_setup)
-    examples = objective.read(data.train)
+    examples = objective.read(job.data.train)
     stops.leave_if_warned(stops.first)
     batches = Batches.of(job, examples)
     saved = open_start(attempt, world)
@@ -93,12 +92,14 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     dtype = forward_dtype(job, device)
     model = base_model(attempt, job, method, dtype, world)
     embeddings = vocabulary(model.config)
-    check_ids(examples.tokens, tokenizer, embeddings, data.train)
+    check_ids(examples.tokens, tokenizer, embeddings, job.data.train)
     if saved:
         saved.load_weights(model, method)
     else:
         method.initialise(model, documents(batches, device))
-    shards = shard(job, model, method, saved)
+    with noting_progress(attempt):
+        objective.kernels = make_fast(job, model, dtype, device)
+    shards = shard(job, model, method, saved, objective.kernels.fused_step)
     schedule = method.schedule(lambda step: learning_rate(job, step, batches.steps))
     run = Run(
         job, attempt, world, stops, method, tokenizer, reading, objective, examples, batches, shards, dtype, schedule
@@ -132,14 +133,12 @@ def create_method(job: Job, batches: Batches, tokenizer: Any, saved: CheckpointR
     return method
 
 
-def shard(job: Job, model: nn.Module, method: Method[Any], saved: CheckpointReader | None) -> Shards:
+def shard(job: Job, model: nn.Module, method: Method[Any], saved: CheckpointReader | None, fused: bool) -> Shards:
     """The model under DeepSpeed's engine, with the optimizer's state of a checkpoint where there is one."""
     settings = job.train
-    adam = {
-        "betas": settings.betas,
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-    }
+    adam: dict[str, Any] = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+    if fused:
+        adam["fused"] = True
     shards = Shards(model, method, job.sharding.zero, job.lr, adam)
     if saved:
         saved.load_optimizer(shards)
@@ -170,10 +169,11 @@ def documents(batches: Batches, device: torch.device) -> Iterator[torch.Tensor]:
 
 
 def announce_plan(run: Run) -> None:
-    """Tell readers what will happen: number of steps, sizes, and what of the data was cut."""
+    """Tell readers what will happen: number of steps, sizes, kernels, and what of the data was cut."""
     model = run.model
     tokens = run.tokens
     world = run.world
+    kernels = run.objective.kernels
     if world.leads:
         run.attempt.event(
             "plan",
@@ -185,6 +185,8 @@ def announce_plan(run: Run) -> None:
             dropped=tokens.dropped,
             data=tokens.counts.summary(),
             device=str(world.device),
+            kernels=kernels.names,
+            kernel_problems=kernels.problems,
         )
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from trainer import rollouts
 from trainer.data.examples import GlobalBatch
+from trainer.data.one_row import deal_in_one_row, starts_of_documents
 from trainer.meter import Meter, SaveRequest
 from trainer.objectives.base import Shares, TensorsByName, Totals
 from trainer.run import Run
@@ -115,12 +116,20 @@ def feed(run: Run, first: int) -> Feed:
 def micro_batches(run: Run, global_batch: GlobalBatch) -> Iterator[BatchTensors]:
     """This rank's micro-batches of a global batch."""
     world = run.world
-    objective = run.objective
     examples = global_batch.examples
     layout = run.batches.layout
-    dealt = layout.deal(global_batch, world.rank, world.size)
+    objective = run.objective
+    in_one_row = objective.kernels.in_one_row
+    if in_one_row:
+        dealt = deal_in_one_row(layout, global_batch, world.rank, world.size)
+    else:
+        dealt = layout.deal(global_batch, world.rank, world.size)
     for micro in dealt:
-        arrays = objective.arrays(examples, micro)
+        of_objective = objective.arrays(examples, micro)
+        arrays = dict(of_objective)
+        if in_one_row and "position_ids" in arrays:
+            position_BT = arrays["position_ids"]
+            arrays["documents"] = starts_of_documents(position_BT)
         batch = {}
         for name, array in arrays.items():
             batch[name] = to_device(array, world.device)

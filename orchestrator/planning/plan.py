@@ -49,6 +49,7 @@ class Plan:
     workers: int
     zero: int
     precision: str
+    kernels: str
     lr: float  # at its peak
     lr_source: str  # where it comes from, in words
     rows: int | None
@@ -82,6 +83,7 @@ def plan(
         workers=job.resources.world_size,
         zero=job.sharding.zero,
         precision=planned_precision(job),
+        kernels=planned_kernels(job),
         lr=job.at_width(hidden_size).lr,
         lr_source=_rate_source(job, hidden_size),
         rows=_count(findings.train),
@@ -125,6 +127,14 @@ def planned_precision(job: Job) -> str:
     if job.train.precision != "auto":
         return job.train.precision
     return "bf16" if has_gpus(job, total_capacity()[0]) else "fp32"
+
+
+def planned_kernels(job: Job) -> str:
+    """Fast or plain, as the job says or as its workers have GPUs and its layout allows."""
+    if job.train.kernels != "auto":
+        return job.train.kernels
+    on_gpus = has_gpus(job, total_capacity()[0])
+    return "fast" if on_gpus and job.sharding.zero != 3 else "plain"
 
 
 def sizes(job: Job, model: Model) -> Sizes | None:

@@ -127,7 +127,7 @@ class CheckpointReader:
             state = shards.state(fragment)
             kinds = self.kinds(fragment.name)
             for kind in kinds:
-                state[kind] = self._state(kind, fragment)
+                state[kind] = self._state(kind, fragment, shards.is_fused)
         pieces = shards.method.pieces()
         for piece in pieces:
             start = piece.start
@@ -135,14 +135,15 @@ class CheckpointReader:
                 stop = start + len(tensor)
                 tensor.copy_(self.read(kind, piece.name, start, stop))
 
-    def _state(self, kind: str, fragment: Fragment) -> torch.Tensor:
-        """The optimizer's state of one kind for a fragment: a scalar on the host, or its range on its device."""
+    def _state(self, kind: str, fragment: Fragment, fused: bool) -> torch.Tensor:
+        """The optimizer's state of one kind for a fragment: a scalar where the optimizer has it, or its range."""
         name = fragment.name
-        if self.is_scalar(kind, name):
-            return self.scalar(kind, name)
-        part = self.read(kind, name, fragment.start, fragment.stop)
         device = fragment.parameter.device
-        return part.to(device)
+        if not self.is_scalar(kind, name):
+            part = self.read(kind, name, fragment.start, fragment.stop)
+            return part.to(device)
+        scalar = self.scalar(kind, name)
+        return scalar.to(device) if fused else scalar
 
     def method_state(self) -> dict[str, torch.Tensor]:
         """What the method asked to keep, by name."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trainer.data.tokens import Document, Tokens
 
 IGNORED = -100
-_MULTIPLE = 8
+MULTIPLE = 8
 
 
 class OwnedDocument(NamedTuple):
@@ -280,5 +280,5 @@ def _padded_length(rows: Iterable[Iterable["Document"]]) -> int:
         for document in documents:
             length += len(document.ids)
         longest = max(longest, length)
-    multiples = math.ceil(longest / _MULTIPLE)
-    return multiples * _MULTIPLE
+    multiples = math.ceil(longest / MULTIPLE)
+    return multiples * MULTIPLE

@@ -29,6 +29,7 @@ from trainer.data.encode import Reading
 from trainer.data.examples import Examples, GlobalBatch
 from trainer.data.layout import MicroBatch
 from trainer.data.tokens import EvaluationPrompt
+from trainer.kernels import Kernels
 
 Arrays = dict[str, npt.NDArray[Any]]
 HostArrays = Mapping[str, npt.NDArray[np.generic]]
@@ -70,6 +71,8 @@ class Objective(ABC):
     method: Method[
         Any
     ]  # of the run, there before its model is; `method.reference(model)` is for `prelude` and `loss`
+
+    kernels = Kernels()  # of the run, from its first step on
 
     def __init__(self, setup: ObjectiveSetup) -> None:
         self.setup = setup

@@ -12,6 +12,7 @@ from trainer.data.layout import IGNORED, collate
 
 if TYPE_CHECKING:
     from trainer.data.tokens import Tokens
+    from trainer.kernels.head import LinearHead
 
 
 def label_arrays(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dict[str, Indices]:
@@ -44,11 +45,15 @@ def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     No others are computed, where the model can do without.
     """
     kept_K = batch["kept"]
+    documents = {}
+    if "documents" in batch:
+        documents["documents"] = batch["documents"]
     logits_BKV: torch.Tensor = model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
         use_cache=False,  # with a cache, transformers would not look for documents in position_ids
         logits_to_keep=kept_K,
+        **documents,
     ).logits
     if logits_BKV.shape[1] != len(kept_K):  # a model that does not know logits_to_keep
         logits_BKV = logits_BKV[:, kept_K]
@@ -57,3 +62,11 @@ def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     row_N = batch["row"]
     column_N = batch["column"]
     return logits_BKV[row_N, column_N]
+
+
+def losses(model: nn.Module, batch: Mapping[str, torch.Tensor], head: "LinearHead") -> torch.Tensor:
+    """The cross entropy [N] of each label of a micro-batch, fp32, without holding the logits of all of them."""
+    label_N = batch["label"]
+    with head.left_out():
+        hidden_ND = logits(model, batch)
+    return head.losses(hidden_ND, label_N)

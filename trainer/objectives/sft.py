@@ -44,6 +44,10 @@ class Supervised(Objective):
     def loss(self, model: nn.Module, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:  # noqa: ARG002
         """The cross entropy of the labels of a micro-batch, summed in fp32, over the labels of the global batch."""
         count = totals["labels"]
+        if self.kernels.head:
+            losses_N = labels.losses(model, batch, self.kernels.head)
+            total = losses_N.sum()
+            return Shares(total / count)
         logits_NV = labels.logits(model, batch)
         label_N = batch["label"]
         loss = summed(logits_NV, label_N) / count

@@ -65,6 +65,7 @@ def config(stage: int, trained: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a step
         "zero_optimization": sharding,
     }
 

@@ -43,7 +43,9 @@ class Shards:
         placeholder = engine.Placeholder(trained)
         self.engine = engine.start_engine(model, placeholder, stage)
         # A method that sums gradients itself gets each rank's own share, where DeepSpeed would sum whole ones.
-        averaged = stage != 0 or not method.reduces
+        # A rank alone has nothing to average; at other stages DeepSpeed also moves gradients then.
+        alone = stage == 0 and dist.get_world_size() == 1
+        averaged = not alone and (stage != 0 or not method.reduces)
         self._averaged = averaged
         self.engine.enable_backward_allreduce = averaged
         self._fragments: list[OwnedFragment] = []
@@ -61,6 +63,11 @@ class Shards:
         """The device that the weights are on."""
         parameters = self.model.parameters()
         return next(parameters).device
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the optimizer's step is one kernel, which wants scalars of its state on the device."""
+        return bool(self.optimizer.defaults.get("fused"))
 
     def fragments(self) -> Sequence[OwnedFragment]:
         """The fragments of trained parameters that this rank holds."""
@@ -147,12 +154,11 @@ class Shards:
         grads = method.gradients(self)
         norm = self._norm(grads)
         self._grad_norm = norm
-        if self._clip is not None:
+        if grads and self._clip is not None:
             ratio = self._clip / (norm + 1e-6)
             scale = torch.clamp(ratio, max=1.0)
-            for grad in grads:
-                factor = scale.to(grad.dtype)
-                grad.mul_(factor)
+            scale = scale.float()
+            torch._foreach_mul_(grads, scale)
         method.before_step(self)
         self.optimizer.step()
         method.after_step(self)
@@ -160,11 +166,11 @@ class Shards:
     def _norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
         """The global norm of gradients, a 0-d fp64 tensor; a collective where ranks hold different elements."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        squares = [zero]  # a rank may hold nothing
-        for grad in grads:
-            norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
-            squares.append(norm**2)
-        square = torch.stack(squares).sum()
+        norms = [zero]  # a rank may hold nothing
+        if grads:
+            norms += torch._foreach_norm(grads, 2, torch.float64)
+        stacked = torch.stack(norms)
+        square = (stacked**2).sum()
         if not self.replicated:
             dist.all_reduce(square)
         return square.sqrt()

@@ -1,0 +1,84 @@
+"""Global batches whose documents lie one behind the other in one row for each micro-batch, and so need no padding.
+
+All of it is a pure function, equal on every rank. Shape suffixes: B rows, T positions.
+"""
+
+import heapq
+from math import ceil
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trainer.data.examples import Examples, GlobalBatch, Indices
+from trainer.data.layout import MULTIPLE, Layout, MicroBatch, OwnedDocument, PackedRow
+
+if TYPE_CHECKING:
+    from trainer.data.tokens import Tokens
+
+EVERY_ROW = np.zeros(0, np.int32)  # in the place of starts: each row is one document, without padding
+
+
+def deal_in_one_row(layout: Layout, batch: GlobalBatch, rank: int, world_size: int) -> list[MicroBatch]:
+    """The micro-batches of one rank: the same number on every rank, of about as many tokens, some perhaps empty.
+
+    There are as many as the layout's rows would make if they were full. From the longest on, each example goes to the
+    one with the fewest tokens so far. Documents that are all of one length keep a row each.
+    """
+    examples = batch.examples
+    tokens_at_once = layout.micro_batch * layout.seq_len
+    tokens_of_round = tokens_at_once * world_size
+    rounds = ceil(batch.tokens / tokens_of_round)
+    rounds = max(1, rounds)
+    count = rounds * world_size
+    passes: list[PackedRow] = []
+    least_filled = []
+    for number in range(count):
+        passes.append([])
+        least_filled.append((0, number))
+    lengths = examples.lengths[batch.chosen]
+    longest_first = np.argsort(-lengths, kind="stable")
+    for place in longest_first.tolist():
+        tokens, number = least_filled[0]
+        documents = _owned(examples, batch, place)
+        passes[number] += documents
+        tokens += int(lengths[place])
+        heapq.heapreplace(least_filled, (tokens, number))
+    dealt = []
+    for row in passes[rank::world_size]:
+        rows = _rows(row, examples.tokens)
+        micro = MicroBatch.of(rows)
+        dealt.append(micro)
+    return dealt
+
+
+def _owned(examples: Examples, batch: GlobalBatch, place: int) -> PackedRow:
+    """The documents of the example at a place of the batch."""
+    example = int(batch.chosen[place])
+    numbers = examples.documents(example)
+    return [OwnedDocument(place, number) for number in numbers]
+
+
+def _rows(documents: PackedRow, tokens: "Tokens") -> list[PackedRow]:
+    """All documents in one row; each in its own where none would be padded."""
+    if not documents:
+        return []
+    lengths = {int(tokens.lengths[owned.document]) for owned in documents}
+    shortest = min(lengths)
+    if len(lengths) == 1 and shortest % MULTIPLE == 0:
+        return [[owned] for owned in documents]
+    return [documents]
+
+
+def starts_of_documents(position_BT: Indices) -> Indices:
+    """Where documents start in flattened rows, and where the last ends, by positions that restart: int32.
+
+    None where each row is one document, which needs no more than causal attention.
+    """
+    before_BT = np.roll(position_BT, 1, axis=1)
+    is_start_BT = position_BT != before_BT + 1
+    is_start_BT[:, 0] = True
+    starts = np.flatnonzero(is_start_BT)
+    if len(starts) == len(position_BT):
+        return EVERY_ROW
+    with_end = np.append(starts, position_BT.size)
+    return with_end.astype(np.int32)

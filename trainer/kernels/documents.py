@@ -1,0 +1,189 @@
+"""Attention within documents of different lengths, by flash attention: no mask is made, and padding costs nothing.
+
+Documents lie one behind another in the flattened rows; `starts_S` has where each begins, and the end of the last.
+Their backward pass adds in a fixed order, so a run that is resumed goes on bit for bit.
+Shapes: B rows, T positions, N = B T tokens, H heads, D head size, S documents + 1.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.utils import deterministic
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as dense
+from transformers.masking_utils import sdpa_mask
+
+DOCUMENT_ATTENTION = "documents"  # what `attn_implementation` calls it
+LARGEST_HEAD = 256
+UNKNOWN = ("sliding_window", "softcap", "s_aux", "position_bias")  # what a base's attention may do, and this does not
+
+
+@torch.library.custom_op("fleetune::document_attention", mutates_args=())
+def document_attention(
+    query_NHD: Tensor, key_NHD: Tensor, value_NHD: Tensor, starts_S: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Causal attention [N, H, D] within documents of at most `longest` tokens, and the logarithms of its sums."""
+    attended, sums, *_ = torch.ops.aten._flash_attention_forward(
+        query_NHD, key_NHD, value_NHD, starts_S, starts_S, longest, longest, 0.0, True, False, scale=scale
+    )
+    return attended, sums
+
+
+@document_attention.register_fake
+def _(
+    query_NHD: Tensor,
+    key_NHD: Tensor,  # noqa: ARG001
+    value_NHD: Tensor,  # noqa: ARG001
+    starts_S: Tensor,  # noqa: ARG001
+    longest: int,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    tokens, heads, _ = query_NHD.shape
+    sums_HN = query_NHD.new_empty(heads, tokens, dtype=torch.float32)
+    return torch.empty_like(query_NHD, memory_format=torch.contiguous_format), sums_HN
+
+
+@torch.library.custom_op("fleetune::document_attention_backward", mutates_args=())
+def document_attention_backward(
+    slope_NHD: Tensor,
+    query_NHD: Tensor,
+    key_NHD: Tensor,
+    value_NHD: Tensor,
+    attended_NHD: Tensor,
+    sums: Tensor,
+    starts_S: Tensor,
+    longest: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, each added up in a fixed order."""
+    without_dropout = torch.zeros(2, dtype=torch.uint64, device=query_NHD.device)
+    unused = torch.empty(0, device=query_NHD.device)
+    with _fixed_order():
+        query, key, value = torch.ops.aten._flash_attention_backward(
+            slope_NHD.contiguous(),
+            query_NHD,
+            key_NHD,
+            value_NHD,
+            attended_NHD,
+            sums,
+            starts_S,
+            starts_S,
+            longest,
+            longest,
+            0.0,
+            True,
+            without_dropout,
+            unused,
+            scale=scale,
+        )
+    return query, key, value
+
+
+@document_attention_backward.register_fake
+def _(
+    slope_NHD: Tensor,  # noqa: ARG001
+    query_NHD: Tensor,
+    key_NHD: Tensor,
+    value_NHD: Tensor,
+    attended_NHD: Tensor,  # noqa: ARG001
+    sums: Tensor,  # noqa: ARG001
+    starts_S: Tensor,  # noqa: ARG001
+    longest: int,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = []
+    for tensor in (query_NHD, key_NHD, value_NHD):
+        gradients.append(torch.empty_like(tensor, memory_format=torch.contiguous_format))
+    query, key, value = gradients
+    return query, key, value
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, longest, scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.longest = longest
+    ctx.scale = scale
+
+
+def _backward(ctx: Any, slope_NHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, starts, attended, sums = ctx.saved_tensors
+    gradients = document_attention_backward(
+        slope_NHD, query, key, value, attended, sums, starts, ctx.longest, ctx.scale
+    )
+    return (*gradients, None, None, None)
+
+
+document_attention.register_autograd(_backward, setup_context=_save)
+
+
+@contextmanager
+def _fixed_order() -> Iterator[None]:
+    """Within it, operations that have a deterministic form use it."""
+    fill = deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
+
+
+def attend_within_documents(
+    module: Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    starts: Tensor | None = None,
+    longest: int = 0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer: [B, T, H, D], dense where `tell_documents` told nothing."""
+    if starts is None:
+        return dense(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    for name in UNKNOWN:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"the base's attention has {name}, which attention within documents has not")
+    if not len(starts):
+        return dense(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
+    rows, _, positions, size = query.shape
+    dtype = torch.get_autocast_dtype(query.device.type)  # rotated by fp32 positions they may be fp32
+    flat = []
+    for heads_BHTD in (query, key, value):
+        heads_BTHD = heads_BHTD.transpose(1, 2)
+        flat.append(heads_BTHD.flatten(0, 1).to(dtype))
+    query_NHD, key_NHD, value_NHD = flat
+    scale = size**-0.5 if scaling is None else scaling
+    attended_NHD, _ = document_attention(query_NHD, key_NHD, value_NHD, starts, longest, scale)
+    attended_BTHD = attended_NHD.unflatten(0, (rows, positions))
+    return attended_BTHD, None
+
+
+def tell_documents(decoder: Module, longest: int) -> torch.utils.hooks.RemovableHandle:
+    """Tell all layers where documents of at most `longest` tokens start, in passes that have `documents`.
+
+    No starts at all say that each row is one document. Passes without this argument get masks as ever.
+    """
+
+    def prepare(module: Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:  # noqa: ARG001
+        """Put the starts among the arguments that the layers get, and leave out their mask."""
+        starts_S = kwargs.pop("documents", None)
+        if starts_S is None:
+            return None
+        # transformers hands a mask of four dimensions on as it is, and so makes none of T x T.
+        unread = starts_S.new_zeros(1, 1, 1, 1)
+        told = {"attention_mask": unread, "starts": starts_S, "longest": longest}
+        return args, kwargs | told
+
+    return decoder.register_forward_pre_hook(prepare, with_kwargs=True)
+
+
+AttentionInterface.register(DOCUMENT_ATTENTION, attend_within_documents)
+AttentionMaskInterface.register(DOCUMENT_ATTENTION, sdpa_mask)
