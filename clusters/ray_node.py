@@ -104,5 +104,4 @@ def node_memory() -> int:
 
 
 if __name__ == "__main__":
-    _, _folder, _run_dir, _submission, _name = sys.argv
-    sys.exit(main(Path(_folder), JobStart.of_this_job(Path(_run_dir), _submission), _name))
+    sys.exit(main(Path(sys.argv[1]), JobStart.of_this_job(Path(sys.argv[2]), sys.argv[3]), sys.argv[4]))

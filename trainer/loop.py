@@ -136,7 +136,11 @@ def create_method(job: Job, batches: Batches, tokenizer: Any, saved: CheckpointR
 def shard(job: Job, model: nn.Module, method: Method[Any], saved: CheckpointReader | None, fused: bool) -> Shards:
     """The model under DeepSpeed's engine, with the optimizer's state of a checkpoint where there is one."""
     settings = job.train
-    adam: dict[str, Any] = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+    adam: dict[str, Any] = {
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
     if fused:
         adam["fused"] = True
     shards = Shards(model, method, job.sharding.zero, job.lr, adam)
