@@ -23,6 +23,7 @@ from pathlib import Path
 from clusters.allocated_nodes import AllocatedNodes, allocated_nodes, end_session
 from clusters.controllers import COLLECTED, REQUEUE, REQUEUED, controller_command, on_nodes
 from clusters.job_start import JobStart
+from clusters.requeue import requeue, start_of_this_job
 from clusters.ray_head import Backoff
 from runfolder.chain import result
 from runfolder.files import list_names, sync_folder
@@ -41,7 +42,7 @@ def main(run_dir: Path, name: str) -> int:
     if not claim(run_dir, name, job_id):
         print(f"another job has the submission {name}; nothing to do", flush=True)
         return 0
-    start = JobStart.of_this_job(run_dir, name)
+    start = start_of_this_job(run_dir, name)
     start.note()
     told = threading.Event()
     with warnings(told), allocated_nodes(run_dir, name) as nodes:
@@ -49,7 +50,7 @@ def main(run_dir: Path, name: str) -> int:
         if code != REQUEUE:
             return code
         print("back to the queue", flush=True)
-        return start.requeue()  # if this node is cut off, the others do, whose head is lost: they must still be there
+        return requeue(start)  # if this node is cut off, the others do, whose head is lost: they must still be there
 
 
 def claim(run_dir: Path, name: str, job_id: str) -> bool:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from clusters.allocation import JobStart
 from clusters.controllers import COLLECTED, controller_command, on_nodes
+from clusters.job_start import JobStart
 from clusters.pod_starts import begin_start, leaving_pods
 from clusters.ray_head import Backoff
 from runfolder.chain import result

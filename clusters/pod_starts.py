@@ -8,8 +8,8 @@ RUN_DIR/leaving.
 import os
 from pathlib import Path
 
-from clusters.allocation import JobStart
 from clusters.base import number_of_submission
+from clusters.job_start import JobStart
 from runfolder.files import list_names, refresh
 
 

@@ -22,6 +22,7 @@ from clusters.allocated_nodes import HEAD, LOST_S
 from clusters.job_start import JobStart
 from clusters.ray_head import answers
 from clusters.ray_start import free_ports, head_options, node_options, ray_command, write_whole
+from clusters.requeue import requeue, start_of_this_job
 
 _PARENT = Path("/tmp")  # short: the path of a socket has 107 bytes
 _PREFIX = "ft-ray-"
@@ -66,7 +67,7 @@ def keep(ray: subprocess.Popen[bytes], folder: Path, start: JobStart) -> None:
         time.sleep(_NODE_POLL_S)
     if folder.exists() and not answers(address):
         print("the head of this job is lost: back to the queue", flush=True)
-        start.requeue()
+        requeue(start)
 
 
 @contextmanager
@@ -104,4 +105,4 @@ def node_memory() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), JobStart.of_this_job(Path(sys.argv[2]), sys.argv[3]), sys.argv[4]))
+    sys.exit(main(Path(sys.argv[1]), start_of_this_job(Path(sys.argv[2]), sys.argv[3]), sys.argv[4]))

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from clusters import job_start
+from clusters import requeue as requeueing
 from clusters.job_start import JobStart
+from clusters.requeue import requeue
 from clusters.slurm import Slurm
 from clusters.slurm_script import SlurmConfig
 
@@ -19,7 +20,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that gets what scontrol is asked; programs are looked for in `tmp_path`/bin first."""
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.setenv("SLURM_JOB_ID", "4")
-    monkeypatch.setattr(job_start, "_REQUEUE_POLL_S", 0.01)
+    monkeypatch.setattr(requeueing, "_REPEAT_S", 0.01)
     (tmp_path / "bin").mkdir()
     return tmp_path / "asked"
 
@@ -49,21 +50,21 @@ def test_a_later_requeue_and_a_later_submission_are_later_starts(tmp_path: Path)
 
 def test_a_node_asks_until_slurm_hears_it(tmp_path: Path, asked: Path) -> None:
     program(asked, "scontrol", f'[ "$(wc -l < {asked})" -ge 3 ] || {{ {AWAY}; }}')
-    assert start(tmp_path, 0).requeue() == 0
+    assert requeue(start(tmp_path, 0)) == 0
     assert asked.read_text().splitlines() == ["requeue 4"] * 3
 
 
 def test_what_slurm_refuses_is_told(tmp_path: Path, asked: Path, capfd: pytest.CaptureFixture[str]) -> None:
     program(asked, "scontrol", 'echo "Job is pending execution for job 4" >&2; exit 1')
-    assert start(tmp_path, 0).requeue() == 1
+    assert requeue(start(tmp_path, 0)) == 1
     assert "Job is pending execution" in capfd.readouterr().out
 
 
 def test_a_node_that_slurm_does_not_hear_stops_once_the_run_was_started_again(tmp_path: Path, asked: Path) -> None:
     program(asked, "scontrol", f'touch "{tmp_path}/starts/1.1"; {AWAY}')
-    assert start(tmp_path, 0).requeue() == 0
+    assert requeue(start(tmp_path, 0)) == 0
     assert asked.read_text().splitlines() == ["requeue 4"]
-    assert start(tmp_path, 0).requeue() == 0
+    assert requeue(start(tmp_path, 0)) == 0
     assert asked.read_text().splitlines() == ["requeue 4"]
 
 

@@ -1,0 +1,37 @@
+"""How a batch job of SLURM, of which this process is a part, goes back to the queue."""
+
+import os
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from clusters.base import number_of_submission
+from clusters.job_start import JobStart
+from clusters.slurm_answers import is_unreachable
+
+_ANSWER_S = 10.0  # for one question to slurmctld
+_REPEAT_S = 1.0  # between two
+
+
+def start_of_this_job(run_dir: Path, name: str) -> JobStart:
+    """The start that this process belongs to, of the submission `name`."""
+    number = number_of_submission(name)
+    return JobStart(run_dir, number, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+
+
+def requeue(start: JobStart) -> int:
+    """Send this job back to the queue, unless the run was started again since; gives scontrol's exit code.
+
+    A node that is cut off asks until it is heard. What it asks must not end the next start of the same job, so it
+    looks for that before each try, and no try lasts.
+    """
+    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    while start.is_latest():
+        with suppress(subprocess.TimeoutExpired):
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
+            if not is_unreachable(ran.stderr):
+                print(ran.stderr, end="", flush=True)
+                return ran.returncode
+        time.sleep(_REPEAT_S)
+    return 0
