@@ -23,8 +23,8 @@ from pathlib import Path
 from clusters.allocated_nodes import AllocatedNodes, allocated_nodes, end_session
 from clusters.controllers import COLLECTED, REQUEUE, REQUEUED, controller_command, on_nodes
 from clusters.job_start import JobStart
-from clusters.requeue import requeue, start_of_this_job
 from clusters.ray_head import Backoff
+from clusters.requeue import requeue, start_of_this_job
 from runfolder.chain import result
 from runfolder.files import list_names, sync_folder
 from runfolder.record import load_job

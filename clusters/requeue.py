@@ -10,7 +10,7 @@ from clusters.base import number_of_submission
 from clusters.job_start import JobStart
 from clusters.slurm_answers import is_unreachable
 
-_ANSWER_S = 10.0  # for one question to slurmctld
+_QUESTION_S = 10.0  # for one question to slurmctld
 _REPEAT_S = 1.0  # between two
 
 
@@ -29,7 +29,7 @@ def requeue(start: JobStart) -> int:
     command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
     while start.is_latest():
         with suppress(subprocess.TimeoutExpired):
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=_QUESTION_S, check=False)
             if not is_unreachable(ran.stderr):
                 print(ran.stderr, end="", flush=True)
                 return ran.returncode
