@@ -42,7 +42,13 @@ def test_kills_change_nothing(
     undisturbed = new_run(
         "undisturbed",
         method={"kind": "lora", "rank": 4, "dropout": 0.1},
-        train={"steps": steps, "batch_tokens": BATCH_TOKENS[zero], "lr": 1e-2, "precision": "fp32"},
+        train={
+            "steps": steps,
+            "batch_tokens": BATCH_TOKENS[zero],
+            "micro_batch": 1,
+            "lr": 1e-2,
+            "precision": "fp32",
+        },
         sharding={"zero": zero},
         checkpoint={"every": 3},
         resources={"workers_per_node": 2},

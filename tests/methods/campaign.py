@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finished_runs import Curve, curve, difference, interrupted, loss_gap
+from finished_runs import Curve, curve, difference, events, interrupted, loss_gap
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from methods.options import KINDS
 from methods.options.lora_family import LowRankOptions
 from methods.parts import quantised
+from runfolder.chain import last_attempt
 from runfolder.record import load_job
+from trainer.omissions import omissions
 
 # Small enough for a random model of two layers; each refreshes, cuts or merges within the first 20 steps and after.
 LORA_FAMILY = [kind for kind, options in KINDS.items() if issubclass(options, LowRankOptions)]
@@ -71,7 +73,7 @@ class Campaign:
             sharding={"zero": zero},
             checkpoint={"every": STEPS // 2, "keep": 9},
             evaluation={"max_new_tokens": 0, "before": False},
-            output={"merge": "merge" not in KINDS[kind].refusals},
+            output={"merge": merges(kind)},
         )
         return made
 
@@ -109,9 +111,23 @@ def output_gaps(kind: str, run: Path, cache: Path) -> Cells:
     found: Cells = {}
     if "export" not in options.refusals:
         found["export"] = loss_gap(reload(kind, load_job(run).base.model, output), run, cache)
-    if "merge" not in options.refusals:
+    if merges(kind):
         found["merge"] = loss_gap(plain(output if options.makes_model else output / "merged"), run, cache)
     return found
+
+
+def merges(kind: str) -> bool:
+    """Whether a run of a method can leave a merged model."""
+    return "merge" not in KINDS[kind].refusals
+
+
+def assert_output_passed(kind: str, run: Path) -> None:
+    """The check at the end of a run compared all of its output, also the merged model, and found nothing missing."""
+    compared = [event for event in events(run) if event["event"] == "compared"]
+    has_both = merges(kind) and not KINDS[kind].makes_model
+    assert len(compared) == (2 if has_both else 1), run.name
+    assert all(event["gap"] <= event["allowed"] for event in compared), (run.name, compared)
+    assert omissions(last_attempt(run)) == [], run.name
 
 
 def apart(found: Curve, truth: Curve) -> float:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from methods.parts.ranks import largest, rounded
 
 METHOD = {"kind": "adalora", "rank": 2, "initial_rank": 4, "every": 4, "warmup": 0.1, "final": 0.3}
-TRAIN = {"steps": 32, "lr": 1e-2}  # cuts at 4, 8, ..., 20 and 22; the choice is fixed from then on
+TRAIN = {"steps": 32, "lr": 1e-2, "micro_batch": 2}  # cuts at 4, 8, ..., 20 and 22; the choice is fixed from then on
 
 
 def by_peft(run_dir: Path, cache: Path) -> tuple[Any, Any]:

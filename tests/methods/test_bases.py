@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from campaign import KINDS, METHODS, TRAIN, output_gaps
+from campaign import METHODS, TRAIN, merges, output_gaps
 from finished_runs import events
 from llamas import TWO_LAYERS
 from sampling import sampled
@@ -98,7 +98,7 @@ def test_what_was_trained_is_counted_and_loads(
             train={"steps": 4, **TRAIN[kind]},
             sharding={"zero": 3},
             evaluation={"max_new_tokens": 0, "before": False},
-            output={"merge": "merge" not in KINDS[kind].refusals},
+            output={"merge": merges(kind)},
         )
         for kind in kinds
     }

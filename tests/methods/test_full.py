@@ -23,7 +23,7 @@ LISA = {
     "lisa_every": 3,
     "freeze": ["*embed_tokens*", "layers.*.mlp.up_proj.weight"],
 }
-TRAIN = {"steps": 20, "lr": 1e-3, "weight_decay": 0.1}
+TRAIN = {"steps": 20, "lr": 1e-3, "weight_decay": 0.1, "micro_batch": 2}
 
 
 def by_hand(run_dir: Path, cache: Path) -> Any:

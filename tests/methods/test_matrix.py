@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from campaign import KINDS, LIMITS, METHODS, STAGES, TRAIN, Campaign
+from campaign import KINDS, LIMITS, METHODS, STAGES, TRAIN, Campaign, assert_output_passed, merges
 from finished_runs import curve, difference
 from sampling import SEED, sampled
 
@@ -39,6 +39,7 @@ def test_every_method_is_the_same_on_two_workers(kinds: list[str], new_run: Any,
             data={"packing": packing},
             train={"micro_batch": micro, **TRAIN[kind]},
             sharding={"zero": zero},
+            output={"merge": merges(kind)},
         )
         return made
 
@@ -49,6 +50,8 @@ def test_every_method_is_the_same_on_two_workers(kinds: list[str], new_run: Any,
     worst = {kind: difference(curve(pair[kind], 1), curve(alone[kind], 1)) for kind in kinds}
     print(json.dumps(worst, indent=1))
     assert max(worst.values()) < 1e-6
+    for kind, made in pair.items():
+        assert_output_passed(kind, made)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

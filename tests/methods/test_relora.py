@@ -173,7 +173,7 @@ def test_layouts_resume_and_output(
     variants: list[str], new_run: Any, launch: Any, cache: Path, held_out: Path
 ) -> None:
     parts: dict[str, Any] = {
-        "train": {"steps": STEPS, "lr": 1e-2},
+        "train": {"steps": STEPS, "lr": 1e-2, "micro_batch": 2},
         "data": {"eval": str(held_out)},
         "evaluation": {"max_new_tokens": 0},
         "checkpoint": {"every": 6, "keep": 9},

@@ -132,7 +132,7 @@ def test_an_objective_of_pairs_is_the_same_in_every_layout_and_resumes(
 
 def test_what_the_model_writes_is_recorded_before_the_update(pairs_run: Any, launch: Any) -> None:
     """Here it never writes the same twice: a resumed run is the same only by what was recorded."""
-    run = pairs_run("written", "written_pairs", 3, 1, True)
+    run = pairs_run("written", "written_pairs", 2, 1, True)
     launch(2, run)
     assert all(recorded_rollout(Attempt(run, 1), step) for step in range(1, STEPS + 1))
     again, anew = (interrupted(run, name, HALF) for name in ("again", "anew"))

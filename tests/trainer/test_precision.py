@@ -20,7 +20,7 @@ def losses(run_dir: Path) -> list[float]:
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_is_near_fp32_at_every_stage(method: str, stages: list[int], new_run: Any, launch: Any) -> None:
     def run(name: str, zero: int, precision: str) -> Path:
-        train = {"precision": precision, "lr": RATES[method], "steps": 8}
+        train = {"precision": precision, "lr": RATES[method], "steps": 8, "micro_batch": 1}
         made: Path = new_run(name, method=METHODS[method], sharding={"zero": zero}, train=train)
         return made
 
