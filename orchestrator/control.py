@@ -1,6 +1,6 @@
 """Ending a run, and letting one go on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from clusters.environment import secret_values
 from orchestrator.backends import expected_start, make_request
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, find
+from orchestrator.tracking.password import TRACKING_URI
 from runfolder.files import Record
 from runfolder.record import job_in
 from runfolder.site import Ask, Refused
@@ -48,12 +49,29 @@ def resume(reference: str, cluster: str | None = None) -> str:
     job = job_in(record, f"run {run.run_id}: job.yaml")
     request = make_request(backend, job, run.run_id, submission=None)
     expected_start(backend, request)  # where the cluster would never start it, the run stays as it is
+    renewed = _renewed_secrets(run, record.get("secrets", []), request.secrets)
     _ask(run, "reopen")
-    of_the_job = record.get("secrets", [])  # which come before those of the shell
-    renewed = secret_values(name for name in request.secrets if name not in of_the_job)
     run.site.write_secrets(run.run_id, renewed)
     backend.submit(request)
     return run.run_id
+
+
+def _renewed_secrets(run: Handle, of_the_job: Iterable[str], of_the_shell: Iterable[str]) -> dict[str, str]:
+    """The secrets of this shell that a resumed run gets: those that its job does not have, or that it has no more.
+
+    Raises InputError where the run lacks a variable that its job had.
+    """
+    kept = run.site.kept_secrets(run.run_id)
+    removed = [name for name in of_the_job if name not in kept and name != TRACKING_URI]
+    given = secret_values(removed)
+    missing = [name for name in removed if name not in given]
+    if missing:
+        names = ", ".join(missing)
+        raise InputError(
+            f"run {run.run_id}: {names} was removed when it ended; set it in this shell, and resume again"
+        )
+    others = secret_values(name for name in of_the_shell if name not in of_the_job)
+    return given | others
 
 
 def fetch(reference: str, to: Path | None = None, cluster: str | None = None) -> Path:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from clusters.controllers import REQUEUE, is_requeued
+from clusters.controllers import REQUEUE, is_collected, is_requeued
 from orchestrator.verdict import Again, Final, Kind, Verdict, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
@@ -22,7 +22,7 @@ from runfolder.delivered import note_delivered
 from runfolder.files import Damaged, Record
 from runfolder.record import load_job
 from runfolder.requests import cancel_requested, last_reopened
-from runfolder.secrets import read_secrets
+from runfolder.secrets import read_secrets, remove_secrets
 from runfolder.snapshot import snapshot
 from runfolder.variables import flaw_of_variable
 from trainer.checkpoint.lineage import claim_from_newest, finished, step_of
@@ -199,6 +199,8 @@ def deliver_rest(run_dir: Path) -> int:
         note_delivered(run_dir, None)
     else:
         replay(run_dir, TRACKING_TIMEOUT_S)
+    if is_collected():
+        remove_secrets(run_dir)
     return 0
 
 

@@ -34,6 +34,8 @@ def answer_request(root: Path, request: PlainData) -> Any:
             return site.files(request["run_id"])
         case "write_secrets":
             return site.write_secrets(request["run_id"], request["secrets"])
+        case "kept_secrets":
+            return site.kept_secrets(request["run_id"])
         case "ask":
             return site.ask(request["run_id"], request["what"], request["step"])
         case "digest":

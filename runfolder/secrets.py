@@ -1,8 +1,14 @@
-"""RUN_DIR/secrets.json: what a run needs and nobody else may read, by name (mode 0600). No other file has secrets."""
+"""RUN_DIR/secrets.json: what a run needs and nobody else may read, by name (mode 0600). No other file has secrets.
 
+On a cluster it is removed when its run has ended, as the machine is others' too.
+"""
+
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from runfolder.chain import result, see_slots
 from runfolder.files import list_names, read_json, write_json
 from runfolder.shapes import SECRET_VALUES
 
@@ -21,3 +27,17 @@ def read_secrets(run_dir: Path) -> dict[str, str]:
     if _SECRETS_FILE not in list_names(run_dir):
         return {}
     return read_json(run_dir / _SECRETS_FILE, SECRET_VALUES)
+
+
+def remove_secrets(run_dir: Path) -> None:
+    """Remove the secrets of a run that has ended; those of one that was just reopened stay."""
+    aside = run_dir / f".{_SECRETS_FILE}-{uuid.uuid4().hex}"
+    with suppress(FileNotFoundError):
+        (run_dir / _SECRETS_FILE).rename(aside)
+    see_slots(run_dir)
+    has_ended = result(run_dir) is not None
+    for path in run_dir.glob(f".{_SECRETS_FILE}-*"):  # also of one who died in here
+        if not has_ended:
+            older = read_json(path, SECRET_VALUES)
+            write_secrets(run_dir, {**older, **read_secrets(run_dir)})
+        path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from runfolder.files import Record, list_names, sha256
 from runfolder.news import Known, News, news_of_runs
 from runfolder.record import create_run_folder, job_in, read_record
 from runfolder.requests import cancel_requested, pause_step, request_cancel, request_pause
-from runfolder.secrets import write_secrets
+from runfolder.secrets import read_secrets, write_secrets
 from runfolder.snapshot import Snapshot, snapshot
 
 Ask = Literal["cancel", "cancel_saved", "pause", "reopen"]
@@ -65,7 +65,11 @@ class Site(Protocol):
         ...
 
     def write_secrets(self, run_id: str, secrets: Mapping[str, str]) -> None:
-        """Keep secrets of a run by name, in place of older ones, for its owner alone."""
+        """Keep secrets of a run that goes on by name, in place of older ones, for its owner alone."""
+        ...
+
+    def kept_secrets(self, run_id: str) -> list[str]:
+        """The names of the secrets that a run has."""
         ...
 
     def ask(self, run_id: str, what: Ask, step: int | None = None) -> Ended:
@@ -144,8 +148,14 @@ class LocalSite:
         return appended_files(run_dir)
 
     def write_secrets(self, run_id: str, secrets: Mapping[str, str]) -> None:
-        """Keep secrets of a run by name, in place of older ones, for its owner alone."""
-        write_secrets(self._existing(run_id), secrets)
+        """Keep secrets of a run that goes on by name, in place of older ones, for its owner alone."""
+        run_dir = self._existing(run_id)
+        if result(run_dir) is None:
+            write_secrets(run_dir, secrets)
+
+    def kept_secrets(self, run_id: str) -> list[str]:
+        """The names of the secrets that a run has."""
+        return list(read_secrets(self._existing(run_id)))
 
     def ask(self, run_id: str, what: Ask, step: int | None = None) -> Ended:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""

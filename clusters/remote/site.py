@@ -66,9 +66,14 @@ class RemoteSite:
         return files
 
     def write_secrets(self, run_id: str, secrets: Mapping[str, str]) -> None:
-        """Keep secrets of a run by name, in place of older ones, for its owner alone."""
+        """Keep secrets of a run that goes on by name, in place of older ones, for its owner alone."""
         if secrets:
             self._ask("write_secrets", run_id=run_id, secrets=dict(secrets))
+
+    def kept_secrets(self, run_id: str) -> list[str]:
+        """The names of the secrets that a run has."""
+        names: list[str] = self._ask("kept_secrets", run_id=run_id)
+        return names
 
     def ask(self, run_id: str, what: Ask, step: int | None = None) -> Ended:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""

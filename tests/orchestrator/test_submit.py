@@ -19,6 +19,7 @@ from fleetune import InputError
 from orchestrator import runs, submit
 from runfolder import chain
 from runfolder.record import load_job, read_record
+from runfolder.secrets import read_secrets, remove_secrets
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -222,6 +223,23 @@ def test_a_secret_in_env_or_in_an_address_is_in_one_file_for_its_owner(
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror/?api_key=hf_5")  # the shell's is renewed
     fleetune.resume(run_dir.name)
     assert json.loads(telling[0].read_text()) == {**kept, "HF_ENDPOINT": "https://mirror/?api_key=hf_5"}
+
+
+def test_a_run_whose_secrets_were_removed_gets_those_of_the_shell_or_stays_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, env={"MY_API_KEY": "k1"}, tracking={"uri": "http://me:k2@tracking:5000"})
+    run_dir = fleetune.submit(job).run_dir
+    chain.close(run_dir, {"state": "failed"})
+    remove_secrets(run_dir)
+    with pytest.raises(
+        InputError, match=f"{run_dir.name}: MY_API_KEY was removed when it ended; set it in this shell"
+    ):
+        fleetune.resume(run_dir.name)
+    assert chain.result(run_dir)
+    monkeypatch.setenv("MY_API_KEY", "k3")
+    fleetune.resume(run_dir.name)
+    assert chain.result(run_dir) is None and read_secrets(run_dir) == {"MY_API_KEY": "k3"}
 
 
 @pytest.mark.parametrize(
