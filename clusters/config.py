@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from runfolder.variables import Variables, is_secret
 
 _DESTINATION = re.compile(r"[A-Za-z0-9_][\w.@:%+\[\]-]*")
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=[\"']?([^\s\"'$`;&|]+)")  # of a text, not of what a command prints
 _PLACE = re.compile(r"[^-\x00-\x1f\x7f][^\x00-\x1f\x7f]{0,4095}")
 
 
@@ -54,6 +55,9 @@ class ClusterConfig(_ConfigSection):
     def _are_lines(cls, lines: tuple[str, ...]) -> tuple[str, ...]:
         if any("\0" in line for line in lines):
             raise ValueError("must be shell lines without NUL")
+        for name, value in _ASSIGNMENT.findall("\n".join(lines)):
+            if is_secret(name, value):
+                raise ValueError(f"{name} is a secret, and would stand in every script; export it where you submit")
         return lines
 
     @field_validator("env")

@@ -36,6 +36,18 @@ _MACHINE = (
 _FOLDERS = ("FLEETUNE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 
 
+def run_settings(of_cluster: Mapping[str, str], job: Job, environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a cluster, and in their place those that a run gets by `settings`.
+
+    What both say of PYTHONPATH is joined, the cluster's first: on other machines Fleetune's own code is there.
+    """
+    of_run = settings(job, environment)
+    name = "PYTHONPATH"
+    if name in of_cluster and name in of_run:
+        of_run[name] = f"{of_cluster[name]}:{of_run[name]}"
+    return {**of_cluster, **of_run}
+
+
 def settings(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
     """What a run of this job gets of an environment, beside its secrets; folders as absolute paths."""
     carried, _ = split_secrets(_set_in(environment, SETTINGS))

@@ -32,7 +32,7 @@ from clusters.base import (
     submission_name,
 )
 from clusters.controllers import COLLECTED, controller_command
-from clusters.environment import settings
+from clusters.environment import run_settings
 from clusters.slurm_answers import (
     LAUNCH_FAILED,
     SACCT,
@@ -92,7 +92,7 @@ class Slurm:
     ) -> ClusterRequest:
         """What would be submitted: the whole batch script. Raises SubmissionRefused."""
         submission = submission or self._next_submission(run_id)
-        environment = {**self.config.env, **settings(job, {}), "FLEETUNE_HOME": str(self.home)}
+        environment = run_settings(self.config.env, job, {}) | {"FLEETUNE_HOME": str(self.home)}
         _check_environment(environment)
         if not _PATH.fullmatch(str(self.home)):
             allowed = "an absolute path of letters, digits and _ / . , : @ + = ~ -"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from clusters.controllers import is_requeued
@@ -87,7 +88,8 @@ class Watch:
         self._told = told
         self._resources = load_job(attempt.run_dir).resources
         self._hang_after_s = float(os.environ.get("FLEETUNE_HANG_AFTER", "1800"))
-        self._began_at = time.monotonic()
+        self._signs = self._signs_of_life()
+        self._moved_at = time.monotonic()
         self._opened_at = _opened_at(attempt.run_dir)
         self._unanswered = 0
 
@@ -185,26 +187,29 @@ class Watch:
         return None
 
     def _hung(self) -> Verdict | None:
-        """The verdict where nothing has moved for long."""
-        watched_s = time.monotonic() - self._began_at
-        since_sign_s = time.time() - self._last_sign()
-        silent_s = min(watched_s, since_sign_s)
+        """The verdict where nothing has moved for long, by this process's clock: the file server's may differ."""
+        signs = self._signs_of_life()
+        if signs != self._signs:
+            self._signs = signs
+            self._moved_at = time.monotonic()
+        silent_s = time.monotonic() - self._moved_at
         if silent_s > self._hang_after_s:
             lines = self._tail("rank-0").strip().splitlines()
             last_line = lines[-1] if lines else ""
             return Verdict("hang", f"nothing was written for {silent_s:.0f} s", last_line)
         return None
 
-    def _last_sign(self) -> float:
-        """When the workers last wrote something, or showed that they are alive (seconds since 1970)."""
+    def _signs_of_life(self) -> dict[Path, tuple[int, int]]:
+        """What changes when workers write something, or show that they are alive: times and sizes of files."""
         folder = self._attempt.folder
-        signs = [folder / name for name in ("metrics.jsonl", "events.jsonl", "alive")]
-        signs.extend(folder.glob("logs/rank-*.log"))
-        last = 0.0
-        for path in signs:
-            if path.exists():
-                last = max(last, path.stat().st_mtime)
-        return last
+        paths = [folder / name for name in ("metrics.jsonl", "events.jsonl", "alive")]
+        paths.extend(folder.glob("logs/rank-*.log"))
+        signs = {}
+        for path in paths:
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                signs[path] = (status.st_mtime_ns, status.st_size)
+        return signs
 
     def _tail(self, name: str) -> str:
         """The end of a log of this attempt."""

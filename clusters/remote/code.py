@@ -22,6 +22,11 @@ class Code:
     files: Mapping[str, bytes]
     digest: str
 
+    @property
+    def modules(self) -> int:
+        """How many of the files are Python's."""
+        return sum(path.endswith(".py") for path in self.files)
+
     def archive(self) -> bytes:
         """All files as a tar archive (gzip)."""
         stream = io.BytesIO()

@@ -1,5 +1,6 @@
 """The machine of a cluster behind its link: scripts that run there, with Fleetune's code sent where it is missing."""
 
+import base64
 import json
 import subprocess
 import tempfile
@@ -71,8 +72,10 @@ class FarMachine:
         """The process on this machine that runs a script there, behind the site's own lines."""
         config = self.config
         lines = "\n".join([*config.setup, script])
+        in_one_line = base64.b64encode(lines.encode()).decode()  # a login shell like tcsh takes no others
         arguments = [config.root or "", self.code.digest, config.python or "", self.lock.digest]
-        return self.link.process(["bash", "-c", lines, "fleetune", *arguments])
+        arguments.append(str(self.code.modules))
+        return self.link.process(["bash", "-c", scripts.DECODE, "fleetune", in_one_line, *arguments])
 
     def send_code(self) -> None:
         """Have this version of Fleetune there."""

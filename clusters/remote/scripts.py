@@ -1,7 +1,8 @@
 """What the shell of a cluster's machine is asked to do there: find code and Python, and start a module of Fleetune.
 
 Arguments of each script: root ("" for the default), digest of the code, python ("" where Fleetune makes the
-environment), digest of the lock. The cluster's own setup lines come before, as they may put Python on the path.
+environment), digest of the lock, and how many modules the code has. The cluster's own setup lines come before, as
+they may put Python on the path. A script travels in one word.
 """
 
 NO_CODE = 97  # exit code: this version of Fleetune is not there yet
@@ -10,7 +11,8 @@ NO_PYTHON = 99  # exit code: no Python there is new enough
 
 _ROOT = 'root=${1:-${FLEETUNE_HOME:-$HOME/.fleetune}}; case $root in "~/"*) root=$HOME/${root#"~/"};; esac\n'
 _CODE = _ROOT + (
-    f'code=$root/code/$2; [ -d "$code" ] || exit {NO_CODE}\n'
+    'code=$root/code/$2; modules=$(find "$code" -name "*.py" 2>/dev/null | wc -l)\n'  # old files may be purged there
+    f'[ "$modules" -eq "$5" ] || exit {NO_CODE}\n'
     "export FLEETUNE_HOME=$root PYTHONPATH=$code PYTHONUNBUFFERED=1\n"
 )
 # It sets `base`, a Python that is new enough; `python`, the one of runs; and `environment`, "" for a named Python.
@@ -30,10 +32,13 @@ _PYTHON = _CODE + (
     "fi\n"
 )
 
+DECODE = 'script=$1; shift; eval "$(printf %s "$script" | base64 -d)"'
+# Where the folder is there already, another client was first, or files of it are gone.
 RECEIVE = _ROOT + (
     'umask 077; mkdir -p "$root/code" && new=$(mktemp -d "$root/code/.new-XXXXXX") && '
-    'tar -xzf - -C "$new" && '
-    '{ mv -T "$new" "$root/code/$2" 2>/dev/null || { rm -rf "$new"; [ -d "$root/code/$2" ]; }; }'  # another was first
+    'tar -xzmf - -C "$new" && '
+    '{ mv -T "$new" "$root/code/$2" 2>/dev/null || '
+    '{ cp -rn "$new/." "$root/code/$2"; rm -rf "$new"; [ -d "$root/code/$2" ]; }; }'
 )
 ANSWER = _PYTHON + (
     f'[ -z "$environment" ] || [ -x "$python" ] || exit {NO_ENVIRONMENT}\nexec "$python" -P -m clusters.answer'

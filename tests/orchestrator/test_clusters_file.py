@@ -80,6 +80,8 @@ IMAGE = f"registry.example.org:5000/team/fleetune@sha256:{'0' * 64}"
         ({"secrets": {"A": "a/b"}, "env": {"A": "b"}}, "secrets: A is in env, too"),
         ({"env": {"FLEETUNE_POD": "a"}}, "env: 'FLEETUNE_POD' is set in every pod by KubeRay"),
         ({"env": {"HF_TOKEN": "a"}}, "env: HF_TOKEN is a secret"),
+        ({"setup": ["true", "export A=b HF_TOKEN=a"]}, "setup: HF_TOKEN is a secret"),
+        ({"setup": ["HTTPS_PROXY='http://me:pw@proxy' curl x"]}, "setup: HTTPS_PROXY is a secret"),
         ({"memory_per_worker": 4}, "shared_memory: found 4; allowed: less than memory_per_worker, 4"),
         ({"shared_memory": 8}, "head: memory: found 8; allowed: more than shared_memory, 8"),
         ({"queue_priority": "high"}, "queue_priority: found 'high'; Kueue's priorities are for what has a queue"),

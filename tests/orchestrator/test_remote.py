@@ -2,9 +2,11 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +74,18 @@ def test_a_job_is_there_as_it_was_submitted_with_its_files_and_the_code(there: P
     assert Path(record["job"]["data"]["train"]).is_relative_to(there / "files")
     assert record["job"]["env"] == {"QUOTED": "a 'b' $(c) `d` \\ ü\n"}
     assert [path.name for path in (there / "code").iterdir()] == [installed_code().digest]
+
+
+def test_code_of_which_a_file_was_purged_is_sent_again(there: Path) -> None:
+    assert fleetune.list_runs("there") == []
+    code = there / "code" / installed_code().digest
+    purged = code / "runfolder" / "appended.py"
+    assert time.time() - purged.stat().st_mtime < 3600  # not that of 1970, the first that a purge would take
+    purged.unlink()
+    shutil.rmtree(code / "methods")
+    close_far_sides()
+    assert fleetune.list_runs("there") == []
+    assert purged.exists() and {path.name for path in (there / "code").iterdir()} == {code.name}
 
 
 def test_nobody_sees_the_secrets_of_a_submission(there: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What ends an attempt beside its workers, and what the history of a run is. A sleeping process stands for Ray's."""
 
+import os
 import socket
 import threading
 import time
@@ -77,6 +78,24 @@ def test_silence_is_a_hang(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     verdict = watch(attempt).until_end()
     assert (verdict.kind, verdict.evidence) == ("hang", "step 2")
     assert time.monotonic() - began >= 1
+
+
+@pytest.mark.usefixtures("head")
+def test_what_is_written_is_a_sign_of_life_whatever_the_clock_of_the_file_server(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLEETUNE_HANG_AFTER", "0.5")
+    attempt = claim(run_dir)
+    alive = attempt.folder / "alive"
+    watching = watch(attempt)
+    began = time.monotonic()
+    while time.monotonic() - began < 1:
+        alive.touch()
+        os.utime(alive, (1000, 1000 + 60 * (time.monotonic() - began)))  # an hour's clock that stands in 1970
+        assert watching._hung() is None
+        time.sleep(0.01)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert watching.until_end().kind == "hang"
 
 
 @pytest.mark.usefixtures("head")
