@@ -26,6 +26,7 @@ from ssh_server import can_serve as can_serve_ssh
 from ssh_server import ssh_server
 from training_runs import LONG, assert_undisturbed, begin, train_job
 from waiting import until
+from worker import OUTSIDE
 
 import fleetune
 from clusters.base import Unreachable
@@ -138,6 +139,16 @@ class TestNodes(NodeContract):
     """Runs over both nodes."""
 
 
+Slow = dict[str, Any]
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    """What makes a job's steps take two seconds and more, on any machine."""
+    monkeypatch.syspath_prepend(OUTSIDE)
+    return {"objective": "slow", "env": {"PYTHONPATH": OUTSIDE}}
+
+
 def make_job(tmp_path: Path, base: Path, rows: Path, **changes: object) -> Path:
     """A job over two nodes."""
     both = {"sharding": {"zero": 3}, "resources": {"nodes": 2, "workers_per_node": 1}}
@@ -217,15 +228,23 @@ def test_a_run_does_not_notice_that_slurmctld_was_restarted(
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("signals_user", [True, False])
 def test_a_preempted_run_saves_and_goes_on_later(
-    signals_user: bool, place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+    signals_user: bool,
+    place: Place,
+    site: SlurmSite,
+    tmp_path: Path,
+    tiny_base: Path,
+    sums: Path,
+    launch: Any,
+    slow: Slow,
 ) -> None:
     site.signal_user_at_preemption(signals_user)
-    run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, train={"steps": 600, "batch_tokens": 128}))
+    job = make_job(tmp_path, tiny_base, sums, train={"steps": 20, "batch_tokens": 128}, **slow)
+    run_dir = begin(place.name, job, steps=3)
     place.warn(run_dir.name)
-    assert_undisturbed(run_dir, launch, 2400)
+    assert_undisturbed(run_dir, launch)
     first, second = attempts(run_dir)
     assert first.verdict and first.verdict["kind"] == "preemption"
     rows = read_lines(first, "metrics.jsonl")
@@ -237,11 +256,13 @@ def test_a_preempted_run_saves_and_goes_on_later(
 @pytest.mark.chaos
 @pytest.mark.timeout(3000)
 def test_a_job_longer_than_its_walltime_is_a_chain(
-    place: Place, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+    place: Place, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any, slow: Slow
 ) -> None:
     resources = {"nodes": 2, "workers_per_node": 1, "walltime": "3m", "grace": 20}
-    train = {"steps": 6000, "batch_tokens": 128}
-    run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, train=train, resources=resources))
+    train = {"steps": 60, "batch_tokens": 128}  # which take two minutes and more; one allocation has less
+    run_dir = begin(
+        place.name, make_job(tmp_path, tiny_base, sums, train=train, resources=resources, **slow), steps=3
+    )
     assert_undisturbed(run_dir, launch, 2400)
     saved = [attempt.verdict["kind"] for attempt in attempts(run_dir)[:-1] if attempt.verdict]
     assert saved and set(saved) == {"preemption"}
