@@ -21,15 +21,12 @@ EVERY_ROW = np.zeros(0, np.int32)  # in the place of starts: each row is one doc
 def deal_in_one_row(layout: Layout, batch: GlobalBatch, rank: int, world_size: int) -> list[MicroBatch]:
     """The micro-batches of one rank: the same number on every rank, of about as many tokens, some perhaps empty.
 
-    There are as many as the layout's rows would make if they were full. From the longest on, each example goes to the
-    one with the fewest tokens so far. Documents that are all of one length keep a row each.
+    There are as many as the layout's rows would make if they were full, or held a document each where nothing is to be
+    packed. From the longest on, each example goes to the one with the fewest tokens so far. Documents that are all of
+    one length keep a row each.
     """
     examples = batch.examples
-    tokens_at_once = layout.micro_batch * layout.seq_len
-    tokens_of_round = tokens_at_once * world_size
-    rounds = ceil(batch.tokens / tokens_of_round)
-    rounds = max(1, rounds)
-    count = rounds * world_size
+    count = _rounds(layout, batch, world_size) * world_size
     passes: list[PackedRow] = []
     least_filled = []
     for number in range(count):
@@ -49,6 +46,17 @@ def deal_in_one_row(layout: Layout, batch: GlobalBatch, rank: int, world_size: i
         micro = MicroBatch.of(rows)
         dealt.append(micro)
     return dealt
+
+
+def _rounds(layout: Layout, batch: GlobalBatch, world_size: int) -> int:
+    """How many micro-batches each rank has."""
+    rows_at_once = layout.micro_batch * world_size
+    rows = batch.tokens / layout.seq_len
+    if not layout.packing:
+        documents = list(batch.documents())
+        rows = len(documents)
+    rounds = ceil(rows / rows_at_once)
+    return max(1, rounds)
 
 
 def _owned(examples: Examples, batch: GlobalBatch, place: int) -> PackedRow:
