@@ -21,12 +21,13 @@ EVERY_ROW = np.zeros(0, np.int32)  # in the place of starts: each row is one doc
 def deal_in_one_row(layout: Layout, batch: GlobalBatch, rank: int, world_size: int) -> list[MicroBatch]:
     """The micro-batches of one rank: the same number on every rank, of about as many tokens, some perhaps empty.
 
-    There are as many as the layout's rows would make if they were full, or held a document each where nothing is to be
-    packed. From the longest on, each example goes to the one with the fewest tokens so far. Documents that are all of
-    one length keep a row each.
+    There are as many as the layout's rows would make if they were full, or held a document each without packing. From
+    the longest on, each example goes to the one with the fewest tokens so far. Documents that are all of one length
+    keep a row each.
     """
     examples = batch.examples
-    count = _rounds(layout, batch, world_size) * world_size
+    rounds = _rounds(layout, batch, world_size)
+    count = rounds * world_size
     passes: list[PackedRow] = []
     least_filled = []
     for number in range(count):
