@@ -73,9 +73,11 @@ def _rows(documents: PackedRow, tokens: "Tokens") -> list[PackedRow]:
         return []
     lengths = {int(tokens.lengths[owned.document]) for owned in documents}
     shortest = min(lengths)
-    if len(lengths) == 1 and shortest % MULTIPLE == 0:
-        return [[owned] for owned in documents]
-    return [documents]
+    unlike = len(lengths) > 1
+    padded = shortest % MULTIPLE > 0
+    if unlike or padded:
+        return [documents]
+    return [[owned] for owned in documents]
 
 
 def starts_of_documents(position_BT: Indices) -> Indices:
@@ -89,5 +91,6 @@ def starts_of_documents(position_BT: Indices) -> Indices:
     starts = np.flatnonzero(is_start_BT)
     if len(starts) == len(position_BT):
         return EVERY_ROW
-    with_end = np.append(starts, position_BT.size)
+    end = position_BT.size
+    with_end = np.append(starts, end)
     return with_end.astype(np.int32)

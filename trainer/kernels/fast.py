@@ -252,8 +252,8 @@ def _problem(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler, or a base of another kind, raises
-        kind = type(error).__name__
-        return f"{names}: {kind}: {error}"
+        kind = type(error)
+        return f"{names}: {kind.__name__}: {error}"
     for name, value, truth in zip(Probed._fields, found, expected, strict=True):
         difference = value - truth
         gap = difference.abs().max()
