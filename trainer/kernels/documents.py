@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 DOCUMENT_ATTENTION = "documents"  # what `attn_implementation` calls it
 LARGEST_HEAD = 256
+UNREAD = 1  # columns of a mask that stands where none is needed
 UNKNOWN = ("sliding_window", "softcap", "s_aux", "position_bias")  # what a base's attention may do, and this does not
 
 
@@ -147,6 +148,8 @@ def attend_within_documents(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: [B, T, H, D], dense where `tell_documents` told nothing."""
     if starts is None:
+        if attention_mask is not None and attention_mask.shape[-1] == UNREAD < key.shape[-2]:
+            raise ValueError("this base does not hand its decoder's arguments on to its attention")
         return dense(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     for name in UNKNOWN:
         if kwargs.get(name) is not None:
@@ -178,7 +181,7 @@ def tell_documents(decoder: Module, longest: int) -> torch.utils.hooks.Removable
         if starts_S is None:
             return None
         # transformers hands a mask of four dimensions on as it is, and so makes none of T x T.
-        unread = starts_S.new_zeros(1, 1, 1, 1)
+        unread = starts_S.new_zeros(1, 1, 1, UNREAD)
         told = {"attention_mask": unread, "starts": starts_S, "longest": longest}
         return args, kwargs | told
 
