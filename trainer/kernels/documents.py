@@ -148,8 +148,7 @@ def attend_within_documents(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: [B, T, H, D], dense where `tell_documents` told nothing."""
     if starts is None:
-        if attention_mask is not None and attention_mask.shape[-1] == UNREAD < key.shape[-2]:
-            raise ValueError("this base does not hand its decoder's arguments on to its attention")
+        _refuse_unread(attention_mask, key)
         return dense(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     for name in UNKNOWN:
         if kwargs.get(name) is not None:
@@ -167,6 +166,16 @@ def attend_within_documents(
     attended_NHD, _ = document_attention(query_NHD, key_NHD, value_NHD, starts, longest, scale)
     attended_BTHD = attended_NHD.unflatten(0, (rows, positions))
     return attended_BTHD, None
+
+
+def _refuse_unread(mask: Tensor | None, key: Tensor) -> None:
+    """Raise ValueError where the mask is the one that nobody reads, but no starts came with it."""
+    if mask is None:
+        return
+    columns = mask.shape[-1]
+    keys = key.shape[-2]
+    if columns == UNREAD and keys > UNREAD:
+        raise ValueError("this base does not hand its decoder's arguments on to its attention")
 
 
 def tell_documents(decoder: Module, longest: int) -> torch.utils.hooks.RemovableHandle:
