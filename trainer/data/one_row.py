@@ -5,11 +5,12 @@ All of it is a pure function, equal on every rank. Shape suffixes: B rows, T pos
 
 import heapq
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from trainer.data.examples import Examples, GlobalBatch, Indices
+from trainer.data.examples import Examples, GlobalBatch
 from trainer.data.layout import MULTIPLE, Layout, MicroBatch, OwnedDocument, PackedRow
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _rows(documents: PackedRow, tokens: "Tokens") -> list[PackedRow]:
     return [[owned] for owned in documents]
 
 
-def starts_of_documents(position_BT: Indices) -> Indices:
+def starts_of_documents(position_BT: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     """Where documents start in flattened rows, and where the last ends, by positions that restart: int32.
 
     None where each row is one document, which needs no more than causal attention.

@@ -124,14 +124,15 @@ document_attention.register_autograd(_backward, setup_context=_save)
 @contextmanager
 def _fixed_order() -> Iterator[None]:
     """Within it, operations that have a deterministic form use it."""
-    fill = deterministic.fill_uninitialized_memory
-    deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+    settings: Any = deterministic
+    fill = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
+        settings.fill_uninitialized_memory = fill
 
 
 def attend_within_documents(
@@ -147,14 +148,17 @@ def attend_within_documents(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: [B, T, H, D], dense where `tell_documents` told nothing."""
+    attended: tuple[Tensor, None]
     if starts is None:
         _refuse_unread(attention_mask, key)
-        return dense(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        attended = dense(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return attended
     for name in UNKNOWN:
         if kwargs.get(name) is not None:
             raise ValueError(f"the base's attention has {name}, which attention within documents has not")
     if not len(starts):
-        return dense(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
+        attended = dense(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
+        return attended
     rows, _, positions, size = query.shape
     dtype = torch.get_autocast_dtype(query.device.type)  # rotated by fp32 positions they may be fp32
     flat = []
