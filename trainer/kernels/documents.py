@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 DOCUMENT_ATTENTION = "documents"  # what `attn_implementation` calls it
 LARGEST_HEAD = 256
 UNREAD = 1  # columns of a mask that stands where none is needed
-UNKNOWN = ("sliding_window", "softcap", "s_aux", "position_bias")  # what a base's attention may do, and this does not
+UNKNOWN = ("softcap", "s_aux", "position_bias")  # what a base's attention may do, and this does not
 
 
 @torch.library.custom_op("fleetune::document_attention", mutates_args=())
@@ -153,9 +153,7 @@ def attend_within_documents(
         _refuse_unread(attention_mask, key)
         attended = dense(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return attended
-    for name in UNKNOWN:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"the base's attention has {name}, which attention within documents has not")
+    _refuse_arguments(longest, kwargs)
     if not len(starts):
         attended = dense(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
         return attended
@@ -164,12 +162,25 @@ def attend_within_documents(
     flat = []
     for heads_BHTD in (query, key, value):
         heads_BTHD = heads_BHTD.transpose(1, 2)
-        flat.append(heads_BTHD.flatten(0, 1).to(dtype))
+        heads_NHD = heads_BTHD.flatten(0, 1)
+        flat.append(heads_NHD.to(dtype))
     query_NHD, key_NHD, value_NHD = flat
-    scale = size**-0.5 if scaling is None else scaling
+    scale = scaling
+    if scale is None:
+        scale = size**-0.5
     attended_NHD, _ = document_attention(query_NHD, key_NHD, value_NHD, starts, longest, scale)
     attended_BTHD = attended_NHD.unflatten(0, (rows, positions))
     return attended_BTHD, None
+
+
+def _refuse_arguments(longest: int, arguments: dict[str, Any]) -> None:
+    """Raise ValueError where a base's attention does what attention within documents does not."""
+    window = arguments.get("sliding_window")
+    if window is not None and longest > window:
+        raise ValueError(f"the base's attention sees {window} tokens back, and documents may be longer")
+    for name in UNKNOWN:
+        if arguments.get(name) is not None:
+            raise ValueError(f"the base's attention has {name}, which attention within documents has not")
 
 
 def _refuse_unread(mask: Tensor | None, key: Tensor) -> None:
