@@ -1,7 +1,7 @@
 """One training step of an adapter: peers and Fleetune's own path, each as a share of what a frozen base allows.
 
     python benchmarks/train_step.py --out benchmarks/results/train-step.json
-    python benchmarks/train_step.py --base meta-llama/Llama-3.2-1B --method dora --rows plain fast --check
+    python benchmarks/train_step.py --base meta-llama/Llama-3.2-1B --method dora --rows plain fast --check full short
 
 All variants run on this machine in turn, each in a process of its own, with the same weights and the same batches:
 random words, four rows of 2,048 tokens a step, without padding. `floor` is the frozen base with Liger's kernels
@@ -46,7 +46,7 @@ PEERS = ["floor", "peft-liger", "peft-compile", "unsloth"]
 OURS = ["plain", "fast"]
 BATCH_TOKENS = {"full": ROWS * SEQ_LEN, "short": 4 * ROWS * SEQ_LEN, "padded": 4 * ROWS * SEQ_LEN}
 # How much farther from the plain path in fp32 than the plain path in bf16, and from it in fp32.
-AS_NEAR, EXACT = 1.25, 1e-5
+AS_NEAR, EXACT = 1.5, 1e-5
 LONGEST = 300  # seconds that a variant may take
 PROCESSES = multiprocessing.get_context("fork")
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--method", default="lora")
     parser.add_argument("--rows", nargs="*", default=[*PEERS, *OURS], choices=[*PEERS, *OURS])
     parser.add_argument("--data", nargs="*", default=["full"], choices=BATCH_TOKENS)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", nargs="*", default=[], choices=BATCH_TOKENS)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     preload()
@@ -73,7 +73,7 @@ def main() -> None:
             rows.append(row)
             compare(rows)
             write(arguments, rows, checks)
-        for check in checked(inputs) if arguments.check else []:
+        for check in checked(inputs, arguments.check):
             checks.append(check)
             write(arguments, rows, checks)
             print(json.dumps(check), flush=True)
@@ -347,9 +347,9 @@ def unsloth(base: str) -> Any:
 PEER_MODELS = {"floor": floor, "peft-liger": peft_liger, "peft-compile": peft_compile, "unsloth": unsloth}
 
 
-def checked(inputs: Inputs) -> Iterator[Figures]:
+def checked(inputs: Inputs, kinds: list[str]) -> Iterator[Figures]:
     """How far fast is from plain: in fp32 from each other, in bf16 how far each is from the plain path in fp32."""
-    for data in ("full", "short"):
+    for data in kinds:
         found = {}
         for precision, kernels in product(("fp32", "bf16"), OURS):
             found[precision, kernels] = forked(checked_steps, inputs, kernels, data, precision)

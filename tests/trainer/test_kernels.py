@@ -114,7 +114,7 @@ def a_batch(lengths: list[int]) -> GlobalBatch:
 def test_micro_batches_of_one_row_are_even_and_hold_all_documents() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 64, 50).tolist()
-    layout = Layout(seq_len=64, packing=False, micro_batch=4)
+    layout = Layout(seq_len=64, packing=True, micro_batch=4)
     ranks = [deal_in_one_row(layout, a_batch(lengths), rank, 2) for rank in range(2)]
     micros = [micro for rank in ranks for micro in rank]
     assert [len(rank) for rank in ranks] == [math.ceil(sum(lengths) / 2 / 256)] * 2
@@ -122,6 +122,10 @@ def test_micro_batches_of_one_row_are_even_and_hold_all_documents() -> None:
     assert sorted(number for micro in micros for number in micro.rows[0]) == list(range(50))
     filled = [sum(lengths[number] for number in micro.rows[0]) for micro in micros]
     assert max(filled) - min(filled) < min(lengths) + 1
+    unpacked = Layout(seq_len=64, packing=False, micro_batch=4)
+    assert len(deal_in_one_row(unpacked, a_batch(lengths), 0, 2)) == math.ceil(50 / 4 / 2), (
+        "a row each, as memory allows"
+    )
 
 
 def test_documents_that_fill_their_rows_keep_them() -> None:

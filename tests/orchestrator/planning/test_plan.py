@@ -13,7 +13,7 @@ from methods.options.subspace import Galore
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import read_job
 from orchestrator.planning.model import Model, parameter_count, read_header, weight_files
-from orchestrator.planning.plan import Memory, memory, plan, sizes
+from orchestrator.planning.plan import Memory, memory, plan, planned_kernels, sizes
 from runfolder.job import Job
 
 SMALL = {key: value for key, value in CONFIG.items() if key not in ("architectures", "model_type")}
@@ -95,6 +95,24 @@ def test_frozen_weights_are_bf16_on_gpus_and_fp32_elsewhere(monkeypatch: pytest.
     assert on_cpu is not None and on_gpu is not None
     assert on_cpu.memory.weights == frozen + 4 * on_cpu.trained
     assert on_gpu.memory.weights == frozen // 2 + 4 * on_cpu.trained
+
+
+@pytest.mark.parametrize(
+    ("resources", "zero", "wanted", "expected"),
+    [
+        ({"workers_per_node": 2}, 0, "auto", "plain"),
+        ({"workers_per_node": 2}, 0, "fast", "fast"),
+        ({"gpus_per_node": 2}, 2, "auto", "fast"),
+        ({"gpus_per_node": 2}, 2, "plain", "plain"),
+        ({"gpus_per_node": 2}, 3, "auto", "plain"),
+    ],
+)
+def test_kernels_are_fast_on_gpus_below_zero_3(
+    resources: Any, zero: int, wanted: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = job(resources=resources, sharding={"zero": zero}, train={"steps": 3, "kernels": wanted})
+    assert planned_kernels(found) == expected
 
 
 def a_job(tmp_path: Path, **changes: Any) -> Job:
