@@ -40,6 +40,7 @@ from clusters.slurm_answers import (
     queued_jobs,
     refusal_in,
     start_in,
+    taken_job,
     words_of_ending,
 )
 from clusters.slurm_commands import ask_slurm, call_slurm, printed
@@ -181,7 +182,7 @@ class Slurm:
         if ran.returncode and words and is_first:
             script.unlink()
             raise SubmissionRefused(f"SLURM does not take this job: {words}")
-        return printed(ran).strip().partition(";")[0]
+        return taken_job(printed(ran))
 
     def _is_submitted(self, request: ClusterRequest, jobs: list[QueuedJob]) -> bool:
         """Whether a submission has a job that will work, does or did; one that ended before it began counts for none.

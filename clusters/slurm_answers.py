@@ -106,9 +106,15 @@ def queued_jobs(said: str) -> list[QueuedJob]:
         fields = line.split("|", 4)  # a name may have any character
         if len(fields) == 5 and fields[0].isdecimal():
             id_, state, reason, start, name = fields
-            live = _STATES.get(state, "running")
+            live: ClusterState = _STATES.get(state, "running")
             jobs.append(QueuedJob(id_, name, None if state in _ENDED else live, reason, start))
     return jobs
+
+
+def taken_job(said: str) -> str:
+    """The id in the answer of `sbatch --parsable`, whatever a wrapper prints beside; empty where there is none."""
+    found = re.search(r"^(\d+)(;\S*)?$", said, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def endings(said: str) -> dict[str, str]:

@@ -56,7 +56,7 @@ def run_test_job(config: dict[str, Any]) -> Check:
     said = _said_by_slurm(["srun", *options, "bash", "-c", script], _JOB_S)
     if said.problem:
         return Check("test job", "fail", said.problem, "where no node was free, try again later")
-    devices = said.output.strip().splitlines()[-1]
+    devices = said.output.strip().rpartition("\n")[2]
     if has_gpus and devices == "CPU only":
         return Check("test job", "fail", "torch sees no GPU in a job that has one", "look at nvidia-smi on that node")
     return Check("test job", "ok", devices)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,23 @@ def test_a_walltime_that_a_warning_takes_up_is_refused(
     else:
         with pytest.raises(SubmissionRefused, match=field):
             slurm.request(wanted, RUN_ID)
+
+
+def test_a_script_is_utf8_whatever_the_locale(tmp_path: Path, asked: Path) -> None:
+    program(asked, "squeue", ":")
+    program(asked, "sbatch", f'cp "$2" {asked}.script; echo 4')
+    program_text = f"""
+from pathlib import Path
+from clusters.slurm import Slurm
+from clusters.slurm_script import SlurmConfig
+from runfolder.job import Job
+home = Path({str(tmp_path)!r})
+slurm = Slurm(SlurmConfig(kind="slurm", env={{"CITY": "\\u65e5\\u672c"}}), home)
+slurm.submit(slurm.request(Job.model_validate({PLAIN!r}), {RUN_ID!r}))
+"""
+    variables = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", program_text], env=variables, check=True, cwd=Path(__file__).parents[2])
+    assert "export CITY=\u65e5\u672c\n".encode() in Path(f"{asked}.script").read_bytes().replace(b"'", b"")
 
 
 def test_one_client_submits_a_run_at_a_time(slurm: Slurm, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
