@@ -13,7 +13,7 @@ _ROOT = 'root=${1:-${FLEETUNE_HOME:-$HOME/.fleetune}}; case $root in "~/"*) root
 _CODE = _ROOT + (
     'code=$root/code/$2; modules=$(find "$code" -name "*.py" 2>/dev/null | wc -l)\n'  # old files may be purged there
     f'[ "$modules" -eq "$5" ] || exit {NO_CODE}\n'
-    "export FLEETUNE_HOME=$root PYTHONPATH=$code PYTHONUNBUFFERED=1\n"
+    "export FLEETUNE_HOME=$root PYTHONPATH=$code PYTHONUNBUFFERED=1 PYTHONUTF8=1\n"
 )
 # It sets `base`, a Python that is new enough; `python`, the one of runs; and `environment`, "" for a named Python.
 _PYTHON = _CODE + (
