@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +16,11 @@ import yaml
 from jobs import make_job
 
 import fleetune
+from clusters.base import Unreachable
 from clusters.local import Local
 from fleetune import InputError
 from orchestrator import runs, submit
+from orchestrator.planning import survey
 from runfolder import chain
 from runfolder.record import load_job, read_record
 
@@ -106,6 +110,28 @@ def test_two_submissions_are_two_jobs(tmp_path: Path) -> None:
     path = make_job(tmp_path)
     assert len({fleetune.submit(path).run_id for _ in range(2)}) == 2
     assert len(queued()) == 2
+
+
+def test_the_same_command_on_the_next_day_is_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_job(tmp_path)
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ strftime_now('%d %B %Y') }}")
+
+    def submit_on(day: int, **options: Any) -> submit.Submission:
+        today = SimpleNamespace(today=lambda: date(2026, 11, day))
+        monkeypatch.setattr(survey, "datetime", SimpleNamespace(date=today))
+        return submit.submit(path, **options)
+
+    def lose_answer(_: object) -> None:
+        raise Unreachable("cut in the answer")
+
+    with pytest.raises(Unreachable):
+        submit_on(28, announce=lose_answer)
+    done = submit_on(29)
+    assert done.adopted and queued() == runs.run_ids() == [done.run_id]
+    assert load_job(done.run_dir).data.date == date(2026, 11, 28)
+    assert submit_on(30, run_id=done.run_id).adopted
+    with pytest.raises(InputError, match="is taken by another job"):
+        submit_on(30, run_id=done.run_id, overrides=["data.date=2026-11-28"])
 
 
 CALLS = ("rename", "fsync", "link", "open", "mkdir", "unlink", "close")
