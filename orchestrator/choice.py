@@ -31,7 +31,7 @@ class ClusterChoice:
     why: str
 
 
-def names_in(clusters: str) -> list[str]:
+def cluster_names(clusters: str) -> list[str]:
     """The names in `a,b`; raises InputError for one that is not known, whichever of them would get a run."""
     names = [name.strip() for name in clusters.split(",")]
     for name in names:

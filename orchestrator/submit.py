@@ -13,18 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clusters.base import Cluster, SubmissionRefused, Unreachable
+from clusters.base import Cluster, ClusterRequest, SubmissionRefused, Unreachable
 from clusters.environment import secret_values
+from clusters.remote.far_side import FarFileError
 from clusters.remote.machine import EnvironmentMissing
 from orchestrator.backends import expected_start, make_request, open_cluster
 from orchestrator.begun import id_of_begun
-from orchestrator.choice import chosen_cluster, names_in, planned_cluster
+from orchestrator.choice import chosen_cluster, cluster_names, planned_cluster
 from orchestrator.clusters_file import default_cluster
+from orchestrator.control import withdrawn
 from orchestrator.errors import InputError, RunEnded
 from orchestrator.planning.freeze import JobSource, Sent, brought, frozen_record, input_digests, read_job
 from orchestrator.planning.preflight import Findings, check_job
 from orchestrator.planning.survey import SourceProgress, with_date, writes_date
-from orchestrator.runs import RUN_ID, name_of, new_id, remember
+from orchestrator.runs import RUN_ID, name_of, new_id, remember, remembered_cluster
 from orchestrator.tracking.password import secrets_of
 from runfolder.job import Job
 from runfolder.site import Refused, Site
@@ -55,6 +57,8 @@ def _clear_ending() -> Iterator[None]:
         raise InputError(f"{error}; nothing was submitted") from None
     except EnvironmentMissing:
         raise  # who is asked to install it may do so, and submit then
+    except FarFileError as error:
+        raise FarFileError(f"{error}\nthe same command again is safe, and makes one run") from None
     except Unreachable as error:
         unknown = "whether it was submitted is not known; the same command again is safe, and makes one run"
         raise Unreachable(f"{error}\n{unknown}") from None
@@ -78,7 +82,7 @@ def submit(
     that goes to another machine, the bytes of it that are there, and their number. `announce` is called while a
     repetition still finds this submission: print the run id there.
     """
-    names = names_in(cluster or default_cluster())
+    names = cluster_names(cluster or default_cluster())
     job, folder = read_job(source, overrides)
     submit_to = partial(_submit_to, job, folder, run_id=run_id, progress=progress, sent=sent, announce=announce)
     if len(names) == 1:
@@ -113,10 +117,7 @@ def _submit_to(
         remember(chosen_id, cluster)
         adopted = _create_or_adopt(backend.site, chosen_id, frozen)
         backend.site.write_secrets(chosen_id, secret_values(request.secrets) | secrets_of(job))
-        try:
-            backend.submit(request)
-        except SubmissionRefused as error:
-            raise _withdrawn(backend, chosen_id, adopted, str(error)) from None
+        _hand_over(backend, request, adopted)
         submission = Submission(chosen_id, Path(request.run_dir), cluster, adopted, checked.warnings, why)
         announce(submission)
     return submission
@@ -133,7 +134,7 @@ def dry_run(
 
     `warn` is called with each warning.
     """
-    names = names_in(cluster or default_cluster())
+    names = cluster_names(cluster or default_cluster())
     job, _ = read_job(source, overrides)
     name = names[0]
     if len(names) > 1:
@@ -159,16 +160,32 @@ def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> Abstr
         return id_of_begun(_identity(frozen), job.name)
     if not RUN_ID.fullmatch(run_id) or name_of(run_id) != job.name:
         raise InputError(f"--run-id: found {run_id!r}; allowed: {job.name}-<10 characters>, like {new_id(job.name)}")
+    cluster = remembered_cluster(run_id) or frozen["cluster"]
+    if cluster != frozen["cluster"]:
+        raise InputError(
+            f"--run-id: {run_id} is on cluster {cluster}; allowed: --cluster {cluster}, or another run id"
+        )
     return nullcontext(run_id)
 
 
-def _withdrawn(cluster: Cluster, run_id: str, adopted: bool, why: str) -> InputError:
-    """The error of a run that its cluster does not take, whose folder is there already: it is closed as cancelled."""
+def _hand_over(cluster: Cluster, request: ClusterRequest, adopted: bool) -> None:
+    """Submit a request; raises InputError where the cluster does not take it, and closes a run that was made for it.
+
+    Raises Unreachable, too, where an earlier submission has no job any more: only who knows why can let it go on.
+    """
+    run_id = request.run_id
+    try:
+        cluster.submit(request)
+    except SubmissionRefused as error:
+        raise InputError(str(error)) if adopted else withdrawn(cluster, run_id, str(error)) from None
+    except Unreachable as error:
+        if not adopted:
+            raise
+        raise Unreachable(f"{error}\nrun {run_id} waits for it; give it up: fleetune cancel {run_id}") from None
     if adopted:
-        return InputError(why)
-    cluster.site.ask(run_id, "cancel")
-    cluster.cancel(run_id)
-    return RunEnded(f"{why}; {run_id} is cancelled")
+        status = cluster.status([run_id])[run_id]
+        if status.state == "unknown":
+            raise Unreachable(f"run {run_id}: {status.reason}")
 
 
 def _identity(frozen: Mapping[str, Any]) -> str:
@@ -191,6 +208,11 @@ def _create_or_adopt(site: Site, run_id: str, frozen: Mapping[str, Any]) -> bool
     if _identity(earlier) != _identity(frozen):
         raise InputError(f"--run-id: {run_id} is taken by another job")
     found = site.snapshots([run_id])[run_id]
-    if found.asked == ASKED_TO_END or (found.result or {}).get("state") == "cancelled":
-        raise RunEnded(f"run {run_id}: it is cancelled; go on with it: fleetune resume {run_id}; or submit it anew")
-    return True
+    state = (found.result or {}).get("state")
+    if found.asked == ASKED_TO_END or state == "cancelled":
+        ending = "is cancelled"
+    elif state == "failed":
+        ending = "has failed"
+    else:
+        return True
+    raise RunEnded(f"run {run_id}: it {ending}; go on with it: fleetune resume {run_id}; or submit it anew")
