@@ -16,7 +16,7 @@ import fleetune_start
 from clusters.backends import backend_of, open_backend
 from clusters.base import Cluster, ClusterRequest, Standing
 from clusters.controllers import COLLECTED
-from clusters.remote.far_side import READY, kind_of
+from clusters.remote.far_side import READY, kind_of, words_of
 from clusters.remote.shelf import Shelf
 from runfolder.folders import home
 from runfolder.job import Job
@@ -55,7 +55,7 @@ def reply_to(cluster: Cluster, shelf: Shelf, request: PlainData) -> dict[str, An
         kind = kind_of(error)
         if kind is None:
             raise
-        return {"error": kind, "message": str(error)}
+        return {"error": kind, "message": words_of(error)}
 
 
 def answer(cluster: Cluster, shelf: Shelf, request: PlainData) -> Any:

@@ -11,13 +11,13 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from clusters.base import Unreachable
-from orchestrator.backends import expected_start, make_request, open_cluster
-from orchestrator.errors import InputError
+from orchestrator.backends import CLUSTERS, config_of, expected_start, make_request, open_cluster
+from orchestrator.errors import InputError, RunEnded
 from orchestrator.runs import new_id
 from runfolder.folders import home
 from runfolder.job import Job
@@ -31,26 +31,43 @@ class ClusterChoice:
     why: str
 
 
+def cluster_names(clusters: str) -> list[str]:
+    """The names in `a,b`; raises InputError for one that is not known, whichever of them would get a run."""
+    names = [name.strip() for name in clusters.split(",")]
+    for name in names:
+        if name not in CLUSTERS:
+            config_of(name)
+    return names
+
+
+def planned_cluster(names: Sequence[str], job: Job) -> ClusterChoice:
+    """The cluster of these that would get a job now; nothing is kept."""
+    note = _note_of(names, job, None)
+    return _written_choice(note) if note.exists() else _first_to_start(names, job)
+
+
 @contextmanager
 def chosen_cluster(names: Sequence[str], job: Job, run_id: str | None) -> Iterator[ClusterChoice]:
     """The cluster of these that gets a job, kept for repetitions until the block ends well, or the job is refused.
 
+    A refusal where an earlier try may have been taken forgets nothing: another cluster would make a second run.
     A run whose id is given stays where it is. Raises InputError where no cluster takes the job, Unreachable where it
     cannot be known.
     """
     if run_id is not None and (cluster := _cluster_with(names, run_id)):
         yield ClusterChoice(cluster, "it has this run already")
         return
-    identity = json.dumps([names, job.dump(), run_id], sort_keys=True, default=str)
-    note = home() / "choices" / hashlib.sha256(identity.encode()).hexdigest()[:20]
-    if not note.exists():
-        _write_once(note, _first_to_start(names, job))
-    cluster, _, why = note.read_text().partition("\n")
+    note = _note_of(names, job, run_id)
+    is_new = not note.exists() and _write_once(note, _first_to_start(names, job))
+    choice = _written_choice(note)
     try:
-        yield ClusterChoice(cluster, why)
+        yield choice
         note.unlink(missing_ok=True)
-    except InputError:
-        note.unlink(missing_ok=True)  # refused: there is nothing to go on with
+    except InputError as error:
+        if not is_new and not isinstance(error, RunEnded):
+            kept = f"cluster {choice.cluster} may have taken an earlier try of this; on another one it is another run"
+            raise InputError(f"{error}\n{kept}") from None
+        note.unlink(missing_ok=True)
         raise
 
 
@@ -95,13 +112,28 @@ def _in_words(start: float | None) -> str:
     return f"would start at {at}"
 
 
-def _write_once(note: Path, choice: ClusterChoice) -> None:
-    """Write a choice down, unless another client of this machine has chosen meanwhile."""
+def _note_of(names: Sequence[str], job: Job, run_id: str | None) -> Path:
+    """Where the choice for a job is written down."""
+    identity = json.dumps([names, job.dump(), run_id], sort_keys=True, default=str)
+    digest = hashlib.sha256(identity.encode()).hexdigest()
+    return home() / "choices" / digest[:20]
+
+
+def _written_choice(note: Path) -> ClusterChoice:
+    """The choice that was written down."""
+    cluster, _, why = note.read_text().partition("\n")
+    return ClusterChoice(cluster, why)
+
+
+def _write_once(note: Path, choice: ClusterChoice) -> bool:
+    """Write a choice down; False where another client of this machine has chosen meanwhile."""
     note.parent.mkdir(parents=True, exist_ok=True)
     new = note.with_name(f".{uuid.uuid4().hex}")
     new.write_text(f"{choice.cluster}\n{choice.why}")
     try:
-        with suppress(FileExistsError):
-            os.link(new, note)
+        os.link(new, note)
+    except FileExistsError:
+        return False
     finally:
         new.unlink()
+    return True

@@ -1,12 +1,15 @@
 """Ending a run, and letting one go on."""
 
+import fcntl
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from clusters.base import Cluster, SubmissionRefused
 from clusters.environment import secret_values
 from orchestrator.backends import expected_start, make_request
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, RunEnded
 from orchestrator.runs import Handle, find
 from orchestrator.tracking.password import TRACKING_URI
 from runfolder.files import Record
@@ -50,9 +53,12 @@ def resume(reference: str, cluster: str | None = None) -> str:
     request = make_request(backend, job, run.run_id, submission=None)
     expected_start(backend, request)  # where the cluster would never start it, the run stays as it is
     renewed = _renewed_secrets(run, record.get("secrets", []), request.secrets)
-    _ask(run, "reopen")
+    ended = _ask(run, "reopen")
     run.site.write_secrets(run.run_id, renewed)
-    backend.submit(request)
+    try:
+        backend.submit(request)
+    except SubmissionRefused as error:
+        raise withdrawn(backend, run.run_id, str(error)) if ended else InputError(str(error)) from None
     return run.run_id
 
 
@@ -74,14 +80,26 @@ def _renewed_secrets(run: Handle, of_the_job: Iterable[str], of_the_shell: Itera
     return given | others
 
 
+def withdrawn(cluster: Cluster, run_id: str, why: str) -> RunEnded:
+    """Close a run that its cluster does not take, as cancelled; gives the error that says so."""
+    cluster.site.ask(run_id, "cancel")
+    cluster.cancel(run_id)
+    return RunEnded(f"{why}; {run_id} is cancelled")
+
+
 def fetch(reference: str, to: Path | None = None, cluster: str | None = None) -> Path:
     """Bring the output of a run, its result and its job into a folder, by default one of its id; gives the folder.
 
-    Raises InputError where there is no such run. What is there and whole already is not brought again.
+    Raises InputError where there is no such run, or nothing of it yet. What is there and whole already is not brought
+    again; another fetch into the folder is waited for.
     """
     run = find(reference, cluster)
-    with _run_refused():
-        return run.site.fetch(run.run_id, to or Path(run.run_id))
+    folder = run.snapshot()
+    if folder.damaged is None and folder.result is None and not folder.has_output:
+        raise InputError(f"run {run.run_id}: it has not ended, and has no output yet; fleetune status {run.run_id}")
+    target = to or Path(run.run_id)
+    with _run_refused(), _alone_in(target):
+        return run.site.fetch(run.run_id, target)
 
 
 def _ask(run: Handle, what: Ask, step: int | None = None) -> Record | None:
@@ -97,3 +115,16 @@ def _run_refused() -> Iterator[None]:
         yield
     except Refused as error:
         raise InputError(str(error)) from None
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Within it, no other fetch brings files into a folder, as far as its file system has locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -5,6 +5,10 @@ class InputError(ValueError):
     """What the user gave is wrong (exit code 2). One line per problem: where, what was found, what is allowed."""
 
 
+class RunEnded(InputError):
+    """The run that a submission made or would go on with has ended: who submits the job anew gets another one."""
+
+
 class JobFailed(RuntimeError):
     """A job that was waited for did not succeed (exit code 1)."""
 

@@ -74,6 +74,11 @@ def remember(run_id: str, cluster_name: str) -> None:
     (folder / run_id).write_text(cluster_name)
 
 
+def remembered_cluster(run_id: str) -> str | None:
+    """The cluster that this machine knows to have a run."""
+    return _remembered_clusters().get(run_id)
+
+
 def handles(cluster_name: str | None = None) -> list[Handle]:
     """All runs of a cluster, or all that this machine has or knows of; oldest first."""
     if cluster_name is not None:

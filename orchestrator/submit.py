@@ -1,35 +1,33 @@
 """Submission: a frozen job becomes a run folder, made once, and a request to a cluster.
 
-A client may be killed at any point and the submission repeated: with the same run id, or as the same command. For the
-latter, a submission that has begun lies in FLEETUNE_HOME/submitting, locked by the client that makes it. The lock
-falls with the client, and who then submits the same job goes on with that run id instead of a new one.
+A client may be killed at any point and the submission repeated: with the same run id, or as the same command
+(begun.py).
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clusters.base import Cluster, SubmissionRefused, Unreachable
+from clusters.base import Cluster, ClusterRequest, SubmissionRefused, Unreachable
 from clusters.environment import secret_values
+from clusters.remote.far_side import FarFileError
 from clusters.remote.machine import EnvironmentMissing
 from orchestrator.backends import expected_start, make_request, open_cluster
-from orchestrator.choice import chosen_cluster
+from orchestrator.begun import id_of_begun
+from orchestrator.choice import chosen_cluster, cluster_names, planned_cluster
 from orchestrator.clusters_file import default_cluster
-from orchestrator.errors import InputError
+from orchestrator.control import withdrawn
+from orchestrator.errors import InputError, RunEnded
 from orchestrator.planning.freeze import JobSource, Sent, brought, frozen_record, input_digests, read_job
 from orchestrator.planning.preflight import Findings, check_job
 from orchestrator.planning.survey import SourceProgress, with_date, writes_date
-from orchestrator.runs import RUN_ID, name_of, new_id, remember
+from orchestrator.runs import RUN_ID, name_of, new_id, remember, remembered_cluster
 from orchestrator.tracking.password import secrets_of
-from runfolder.folders import home
 from runfolder.job import Job
 from runfolder.site import Refused, Site
 from runfolder.snapshot import ASKED_TO_END
@@ -59,6 +57,8 @@ def _clear_ending() -> Iterator[None]:
         raise InputError(f"{error}; nothing was submitted") from None
     except EnvironmentMissing:
         raise  # who is asked to install it may do so, and submit then
+    except FarFileError as error:
+        raise FarFileError(f"{error}\nthe same command again is safe, and makes one run") from None
     except Unreachable as error:
         unknown = "whether it was submitted is not known; the same command again is safe, and makes one run"
         raise Unreachable(f"{error}\n{unknown}") from None
@@ -82,7 +82,7 @@ def submit(
     that goes to another machine, the bytes of it that are there, and their number. `announce` is called while a
     repetition still finds this submission: print the run id there.
     """
-    names = (cluster or default_cluster()).split(",")
+    names = cluster_names(cluster or default_cluster())
     job, folder = read_job(source, overrides)
     submit_to = partial(_submit_to, job, folder, run_id=run_id, progress=progress, sent=sent, announce=announce)
     if len(names) == 1:
@@ -105,21 +105,19 @@ def _submit_to(
     """Check a job, whose paths are meant from a folder, and hand it to one cluster."""
     backend = open_cluster(cluster)
     checked = _checked(job, backend, progress)
-    if writes_date(checked.model):
+    is_dated = job.data.date is None and writes_date(checked.model)
+    if is_dated:
         job = with_date(job)
     of_inputs = input_digests(job, checked.model, backend.site)
     job = brought(job, checked.model, backend.site, sent)
-    frozen = frozen_record(job, checked.model, cluster, folder, of_inputs)
+    frozen = frozen_record(job, checked.model, cluster, folder, of_inputs) | {"dated": is_dated}
     with _chosen_id(job, frozen, run_id) as chosen_id:
         request = make_request(backend, job, chosen_id)
         expected_start(backend, request)  # where the cluster would never start it, nothing is made
         remember(chosen_id, cluster)
         adopted = _create_or_adopt(backend.site, chosen_id, frozen)
         backend.site.write_secrets(chosen_id, secret_values(request.secrets) | secrets_of(job))
-        try:
-            backend.submit(request)
-        except SubmissionRefused as error:
-            raise _withdrawn(backend, chosen_id, adopted, str(error)) from None
+        _hand_over(backend, request, adopted)
         submission = Submission(chosen_id, Path(request.run_dir), cluster, adopted, checked.warnings, why)
         announce(submission)
     return submission
@@ -136,9 +134,14 @@ def dry_run(
 
     `warn` is called with each warning.
     """
-    cluster = cluster or default_cluster()
-    backend = open_cluster(cluster)
+    names = cluster_names(cluster or default_cluster())
     job, _ = read_job(source, overrides)
+    name = names[0]
+    if len(names) > 1:
+        choice = planned_cluster(names, job)
+        name = choice.cluster
+        warn(f"cluster {name} would get it now ({choice.why})")
+    backend = open_cluster(name)
     for warning in _checked(job, backend, lambda _source, _rows: None).warnings:
         warn(warning)
     return make_request(backend, job, new_id(job.name)).text
@@ -151,86 +154,50 @@ def _checked(job: Job, cluster: Cluster, progress: SourceProgress) -> Findings:
     return check_job(job, progress, cluster.capacity(), is_here=False)
 
 
-@contextmanager
-def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> Iterator[str]:
-    """The run id of a submission, kept for repetitions until the block ends well."""
-    if run_id is not None:
-        if not RUN_ID.fullmatch(run_id) or name_of(run_id) != job.name:
-            raise InputError(
-                f"--run-id: found {run_id!r}; allowed: {job.name}-<10 characters>, like {new_id(job.name)}"
-            )
-        yield run_id
-        return
-    identity = _identity(frozen)
-    path, descriptor = _abandoned(identity) or _note_beginning(identity, new_id(job.name))
+def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> AbstractContextManager[str]:
+    """The run id of a submission: the one that somebody gave it, or one that is kept for repetitions."""
+    if run_id is None:
+        return id_of_begun(_identity(frozen), job.name)
+    if not RUN_ID.fullmatch(run_id) or name_of(run_id) != job.name:
+        raise InputError(f"--run-id: found {run_id!r}; allowed: {job.name}-<10 characters>, like {new_id(job.name)}")
+    cluster = remembered_cluster(run_id) or frozen["cluster"]
+    if cluster != frozen["cluster"]:
+        raise InputError(
+            f"--run-id: {run_id} is on cluster {cluster}; allowed: --cluster {cluster}, or another run id"
+        )
+    return nullcontext(run_id)
+
+
+def _hand_over(cluster: Cluster, request: ClusterRequest, adopted: bool) -> None:
+    """Submit a request; raises InputError where the cluster does not take it, and closes a run that was made for it.
+
+    Raises Unreachable, too, where an earlier submission has no job any more: only who knows why can let it go on.
+    """
+    run_id = request.run_id
     try:
-        yield path.name.partition(".")[2]
-        path.unlink()
-    except InputError:
-        path.unlink()  # refused: there is nothing to go on with
-        raise
-    finally:
-        os.close(descriptor)
-
-
-def _withdrawn(cluster: Cluster, run_id: str, adopted: bool, why: str) -> InputError:
-    """The error of a run that its cluster does not take, whose folder is there already: it is closed as cancelled."""
+        cluster.submit(request)
+    except SubmissionRefused as error:
+        raise InputError(str(error)) if adopted else withdrawn(cluster, run_id, str(error)) from None
+    except Unreachable as error:
+        if not adopted:
+            raise
+        raise Unreachable(f"{error}\nrun {run_id} waits for it; give it up: fleetune cancel {run_id}") from None
     if adopted:
-        return InputError(why)
-    cluster.site.ask(run_id, "cancel")
-    cluster.cancel(run_id)
-    return InputError(f"{why}; {run_id} is cancelled")
+        status = cluster.status([run_id])[run_id]
+        if status.state == "unknown":
+            raise Unreachable(f"run {run_id}: {status.reason}")
 
 
 def _identity(frozen: Mapping[str, Any]) -> str:
-    """What makes two submissions the same: cluster, job and data."""
+    """What makes two submissions the same: cluster, job and data, on whatever day."""
     same = {key: frozen[key] for key in ("cluster", "job", "digests")}
+    if frozen.get("dated"):  # by us: the same command says another date tomorrow
+        undated = same["job"]["data"] | {"date": None}
+        same["job"] = same["job"] | {"data": undated}
     text = json.dumps(same, sort_keys=True)
     digest = hashlib.sha256(text.encode())
     hexadecimal = digest.hexdigest()
     return hexadecimal[:20]
-
-
-def _abandoned(identity: str) -> tuple[Path, int] | None:
-    """The note of a submission of the same that its client did not end, locked for us."""
-    for path in sorted((home() / "submitting").glob(f"{identity}.*")):
-        try:
-            descriptor = os.open(path, os.O_RDWR)
-        except FileNotFoundError:
-            continue  # its client was done just now
-        if _lock(descriptor) and _has_name(descriptor, path):
-            return path, descriptor
-        os.close(descriptor)
-    return None
-
-
-def _has_name(descriptor: int, path: Path) -> bool:
-    """Whether the locked file still has its name: its client may have been done before our lock."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _note_beginning(identity: str, run_id: str) -> tuple[Path, int]:
-    """Note that a submission begins; the name appears with the lock on it."""
-    folder = home() / "submitting"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{identity}.{run_id}"
-    hidden = folder / f".{uuid.uuid4().hex}"
-    descriptor = os.open(hidden, os.O_CREAT | os.O_RDWR)
-    _lock(descriptor)
-    hidden.rename(path)
-    return path, descriptor
-
-
-def _lock(descriptor: int) -> bool:
-    """Lock an open file for this process; False when another one has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _create_or_adopt(site: Site, run_id: str, frozen: Mapping[str, Any]) -> bool:
@@ -241,6 +208,11 @@ def _create_or_adopt(site: Site, run_id: str, frozen: Mapping[str, Any]) -> bool
     if _identity(earlier) != _identity(frozen):
         raise InputError(f"--run-id: {run_id} is taken by another job")
     found = site.snapshots([run_id])[run_id]
-    if found.asked == ASKED_TO_END or (found.result or {}).get("state") == "cancelled":
-        raise InputError(f"run {run_id}: it is cancelled; go on with it: fleetune resume {run_id}; or submit it anew")
-    return True
+    state = (found.result or {}).get("state")
+    if found.asked == ASKED_TO_END or state == "cancelled":
+        ending = "is cancelled"
+    elif state == "failed":
+        ending = "has failed"
+    else:
+        return True
+    raise RunEnded(f"run {run_id}: it {ending}; go on with it: fleetune resume {run_id}; or submit it anew")

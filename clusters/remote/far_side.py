@@ -27,11 +27,17 @@ _START_S = 90.0  # until the far side is ready: a cold file system takes long to
 _ANSWER_S = 120.0
 _CUT = "the connection ended before the answer"
 
+
+class FarFileError(Unreachable):
+    """A file on the machine of a cluster could not be read or written: its disk is full, or somebody else's."""
+
+
 _ERRORS: dict[str, type[Exception]] = {
     "run_refused": RunRefused,
     "request_refused": SubmissionRefused,
     "damaged": Damaged,
     "unreachable": Unreachable,
+    "file": OSError,
 }
 
 
@@ -41,6 +47,13 @@ def kind_of(error: Exception) -> str | None:
         if isinstance(error, type_):
             return name
     return None
+
+
+def words_of(error: Exception) -> str:
+    """An error in the words that go over the link: of a file, its path and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 class FarSide:
@@ -68,6 +81,8 @@ class FarSide:
             except BaseException:
                 self.close()  # or the answer would be taken for that of the next request
                 raise
+        if reply.get("error") == "file":
+            raise FarFileError(f"cluster {self.name}: {reply['message']}")
         if "error" in reply:
             raise _ERRORS[reply["error"]](reply["message"])
         return reply["answer"]

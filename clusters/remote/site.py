@@ -13,6 +13,7 @@ from clusters.base import Unreachable
 from clusters.remote.far_side import FarSide
 from runfolder.appended import Chunk, Position
 from runfolder.digests import loaded_files
+from runfolder.fetched import is_fetched
 from runfolder.files import Damaged, Record, sha256
 from runfolder.news import Known, News
 from runfolder.site import Appended, Ask, Ended, PlainData, Positions, Progress
@@ -95,7 +96,7 @@ class RemoteSite:
         Each file is verified by its digest, and has its name only when it is whole.
         """
         for file in self._ask("listing", run_id=run_id):
-            self._fetch_file(run_id, file, to / file["path"])
+            self._fetch_file(run_id, file, to)
         return to
 
     def bring(self, path: Path, progress: Progress) -> Path:
@@ -140,8 +141,11 @@ class RemoteSite:
         progress(path.stat().st_size)
         return str(state["path"])
 
-    def _fetch_file(self, run_id: str, file: Record, path: Path) -> None:
-        """Bring one file {path, size, sha256}, unless it is here already."""
+    def _fetch_file(self, run_id: str, file: Record, to: Path) -> None:
+        """Bring one file {path, size, sha256}, unless it is here already; raises Damaged for one that is no part."""
+        if not is_fetched(file["path"]):
+            raise Damaged(f"cluster {self.far_side.name}: what it sent is refused: the path {file['path']!r}")
+        path = to / file["path"]
         if path.exists() and sha256(path) == file["sha256"]:
             return
         path.parent.mkdir(parents=True, exist_ok=True)

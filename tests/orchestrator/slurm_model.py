@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters import allocation
-from runfolder.chain import close
+from runfolder import chain
 
 TimeoutExpired = subprocess.TimeoutExpired
 CANCELLED = {"state": "cancelled", "reason": "cancelled by request"}
@@ -60,9 +60,11 @@ class SlurmModel:
                 return _failed(command, _AWAY)
             if command[0] == "sinfo":
                 return _said(command, "idle (null) gpu:0 0/4/0/4\n")
+            if command[0] == "sacct":
+                return _said(command, "")  # a site without accounting
             full = state["takes_one"] and state["taken"] > 0
             if command[0] == sys.executable:
-                close(Path(command[-1]), CANCELLED)  # as a controller does
+                chain.close(Path(command[-1]), CANCELLED)  # as a controller does
                 return _said(command, "")
             if command == ["sbatch", "--test-only"]:
                 if (state["refuses"] and state["tells"]) or full:
@@ -104,10 +106,12 @@ class SlurmModel:
         return taken
 
     def do(self, job: dict[str, Any]) -> None:
-        """What a batch job does: work, if it has its submission."""
-        if allocation.claim(Path(job["run_dir"]), job["name"], job["id"]):
+        """What a batch job does: work, if it has its submission, and close the run."""
+        run_dir = Path(job["run_dir"])
+        if allocation.claim(run_dir, job["name"], job["id"]):
             with self.work.open("a") as stream:
                 stream.write(f"{job['id']}\n")
+            chain.close(run_dir, {"state": "succeeded"})
 
     @contextmanager
     def _ticking(self) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ A line of the input is the seed of a trial, a line of the output what came of it
 message. SLURM's commands alone stand in for something (slurm_model.py).
 """
 
+import datetime
 import gc
 import io
 import json
@@ -37,9 +38,9 @@ from clusters.remote.link import ThisHost
 from clusters.remote.lock import installed_lock
 from clusters.remote.machine import FarMachine
 from clusters.slurm_script import SlurmConfig
-from orchestrator import backends, runs, submit
+from orchestrator import backends, begun, runs, submit
 from orchestrator.errors import InputError
-from orchestrator.planning import freeze, preflight
+from orchestrator.planning import freeze, preflight, survey
 from runfolder import files, record, secrets
 from runfolder.site import LocalSite
 
@@ -47,7 +48,7 @@ Plan = dict[str, Any]
 Ending = tuple[str, str]  # how a client ended, and what it said
 MOST_TRIES = 12
 REFUSED_TRIES = 4  # where an earlier one may have been taken, a refusal leaves that open
-CLIENT = [module.__file__ for module in (submit, far_side, remote_cluster, remote_site)]
+CLIENT = [module.__file__ for module in (submit, begun, far_side, remote_cluster, remote_site)]
 KEPT: list[far_side.FarSide] = []
 THERE = [module.__file__ for module in (clusters.slurm, slurm_commands, record, secrets, files)]
 
@@ -101,6 +102,7 @@ class Trial:
         self.alive, self.held = os.pipe()  # every process of the trial holds the writing end
         self.run_id = runs.new_id(self.name) if self.rng.random() < 0.5 else None
         self.refuses = self.rng.random() < 0.1
+        self.day = 0  # of the month: each try is made on another one
         self.happened: Counter[str] = Counter()
         # What one of two laptops is refused, the other may not be: then it is cancelled.
         kinds = ["", "", *MISHAPS, "late", "killed"] + ([] if self.run_id else ["refused"])
@@ -159,6 +161,7 @@ class Trial:
 
     def attempts(self, plan: Plan) -> list[Ending]:
         """A try by one laptop, or by two at once."""
+        self.day += 1
         if plan.get("two"):
             pipes = [os.pipe() for _ in range(2)]
             for number, (_, told) in enumerate(pipes):
@@ -187,6 +190,7 @@ class Trial:
     def client(self, plan: Plan, laptop: int, announce: Callable[[submit.Submission], None]) -> Ending:
         """Submit as the command does; gives how it ended."""
         os.environ["FLEETUNE_HOME"] = str(self.root / f"laptop-{laptop}")
+        survey.datetime = SimpleNamespace(date=SimpleNamespace(today=self.today))  # type: ignore[attr-defined]
         side = self.far_side(plan)
         backends.CLUSTERS["hpc"] = lambda: remote_cluster.RemoteCluster(side)
         try:
@@ -199,6 +203,10 @@ class Trial:
         finally:
             if plan:
                 side.close()
+
+    def today(self) -> datetime.date:
+        """The date of the try that is made."""
+        return datetime.date(2026, 11, self.day)
 
     def far_side(self, plan: Plan) -> far_side.FarSide:
         """A connection to where the runs are; the same one for all clients for which nothing breaks."""

@@ -110,3 +110,47 @@ def test_one_that_does_not_take_it_is_passed_over(offer: Offer, tmp_path: Path) 
     with pytest.raises(InputError, match="no cluster takes this job: early: too many nodes; late: no GPUs"):
         fleetune.submit(make_job(tmp_path), cluster="early,late")
     assert len(runs_on(tmp_path, "late")) == 1 and not runs_on(tmp_path, "early")
+
+
+def test_a_refusal_after_a_cut_forgets_neither_cluster_nor_run(offer: Offer, tmp_path: Path) -> None:
+    offer("late", time.time() + 7200)
+    offer("early", time.time(), fails=True)
+    with pytest.raises(Unreachable, match="cut in the answer"):
+        fleetune.submit(make_job(tmp_path), cluster="late,early")
+    offer("early", SubmissionRefused("no such partition"))
+    refused = (
+        "no such partition\ncluster early may have taken an earlier try of this; on another one it is another run"
+    )
+    with pytest.raises(InputError, match=refused):
+        fleetune.submit(make_job(tmp_path), cluster="late,early")
+    offer("early", time.time() + 9000)
+    done = fleetune.submit(make_job(tmp_path), cluster="late,early")
+    assert done.adopted and runs_on(tmp_path, "early") == [done.run_id] and not runs_on(tmp_path, "late")
+
+
+def test_a_refusal_before_anything_was_made_is_forgotten(offer: Offer, tmp_path: Path, home: Path) -> None:
+    offer("early", SubmissionRefused("no such partition"))
+    with pytest.raises(InputError, match="no such partition"):
+        fleetune.submit(make_job(tmp_path), cluster="early")
+    assert not list((home / "submitting").iterdir())
+
+
+def test_names_are_checked_before_anything_and_may_have_spaces(offer: Offer, tmp_path: Path, home: Path) -> None:
+    offer("early", time.time())
+    offer("late", None)
+    for wrong in ("early,lat", "lat,early", "early,"):
+        for command in (fleetune.submit, fleetune.dry_run):
+            with pytest.raises(InputError, match="--cluster: found"):
+                command(make_job(tmp_path), cluster=wrong)
+    assert not runs_on(tmp_path, "early") and not (home / "choices").exists()
+    assert fleetune.submit(make_job(tmp_path), cluster="late, early").cluster == "early"
+
+
+def test_a_dry_run_is_of_the_cluster_that_would_get_it(offer: Offer, tmp_path: Path, home: Path) -> None:
+    offer("early", time.time())
+    offer("late", time.time() + 7200)
+    warnings: list[str] = []
+    text = fleetune.dry_run(make_job(tmp_path), cluster="late,early", warn=warnings.append)
+    assert str(tmp_path / "early" / "runs") in text
+    assert warnings[0].startswith("cluster early would get it now (late: would start at ")
+    assert not (home / "choices").exists() and not runs_on(tmp_path, "early")

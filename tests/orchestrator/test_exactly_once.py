@@ -36,6 +36,7 @@ def test_whatever_breaks_one_job_does_the_work(number: int, tmp_path: Path) -> N
     seeds = random.Random(SEED).sample(range(TRIALS), number)
     script = Path(__file__).with_name("submission_trials.py")
     make_job(tmp_path)
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ strftime_now('%d %B %Y') }}")  # which fixes the day
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(script.parent)])}
     text = "".join(f"{seed}\n" for seed in seeds)
     ran = subprocess.run(

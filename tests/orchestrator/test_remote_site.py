@@ -6,6 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import fleetune
 from clusters.base import Unreachable
 from clusters.entry import entry_text
 from clusters.local import Local
+from clusters.remote import site as remote_site
 from clusters.remote.cluster import RemoteCluster
 from clusters.remote.far_side import FarSide
 from clusters.remote.link import sockets_folder
@@ -27,7 +29,7 @@ from orchestrator.logs import LogReader
 from runfolder.appended import Position
 from runfolder.chain import close, result
 from runfolder.digests import folder_digest
-from runfolder.files import sha256
+from runfolder.files import Damaged, sha256
 from runfolder.requests import cancel_requested
 from runfolder.secrets import read_secrets
 from runfolder.site import Refused
@@ -291,6 +293,52 @@ def test_an_output_is_fetched_and_fetched_on(far_home: Path, tmp_path: Path) -> 
     for path in ("secrets.json", "output/../secrets.json", "/etc/passwd"):
         with pytest.raises(Refused, match="allowed: files of output"):
             site._ask("part", run_id=run_dir.name, path=path, offset=0, length=1)  # type: ignore[attr-defined]
+
+
+def test_two_who_fetch_into_one_folder_get_it_whole(
+    far_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = make_run(far_home / "runs", runs.new_id("fake"), None)
+    (run_dir / "output").mkdir()
+    weights = bytes(range(256)) * 256
+    (run_dir / "output" / "weights").write_bytes(weights)
+    runs.remember(run_dir.name, "elsewhere")
+    monkeypatch.setattr(remote_site, "_MESSAGE_BYTES", 1 << 10)
+    with ThreadPoolExecutor(2) as pool:
+        fetches = [pool.submit(fleetune.fetch, run_dir.name, tmp_path / "here") for _ in range(2)]
+        assert {fetch.result() for fetch in fetches} == {tmp_path / "here"}
+    assert (tmp_path / "here" / "output" / "weights").read_bytes() == weights
+
+
+def test_there_is_nothing_to_fetch_of_a_run_that_waits(far_home: Path, tmp_path: Path) -> None:
+    run_dir = make_run(far_home / "runs", runs.new_id("fake"), None)
+    with pytest.raises(InputError, match="it has not ended, and has no output yet"):
+        fleetune.fetch(run_dir.name, tmp_path / "here", cluster="elsewhere")
+    assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize("path", ["output/../../outside", "/tmp/outside", "../outside"])
+def test_a_far_side_writes_nothing_outside_of_the_folder(
+    far_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    run_dir = make_run(far_home / "runs", runs.new_id("fake"), None)
+    site = runs.find(run_dir.name, "elsewhere").site
+    listed = {"path": path, "size": 0, "sha256": ""}
+    monkeypatch.setattr(RemoteSite, "_ask", lambda *_, **__: [listed])
+    with pytest.raises(Damaged, match="cluster elsewhere: what it sent is refused: the path"):
+        site.fetch(run_dir.name, tmp_path / "here")
+
+
+def test_a_file_that_cannot_be_written_there_is_told_in_one_line(far_home: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    (far_home / "runs").write_text("no folder")
+    with pytest.raises(Unreachable) as error:
+        fleetune.submit(job, cluster="elsewhere")
+    told, again = str(error.value).splitlines()
+    assert told.startswith(f"cluster elsewhere: {far_home}/runs") and "Traceback" not in told
+    assert again == "the same command again is safe, and makes one run"
+    (far_home / "runs").unlink()
+    assert fleetune.submit(job, cluster="elsewhere").cluster == "elsewhere"
 
 
 def test_a_file_is_read_from_where_it_was_left(far_home: Path) -> None:

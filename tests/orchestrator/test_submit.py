@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +16,14 @@ import yaml
 from jobs import make_job
 
 import fleetune
+from clusters.base import ClusterStatus, SubmissionRefused, Unreachable
 from clusters.local import Local
 from fleetune import InputError
-from orchestrator import runs, submit
+from orchestrator import backends, runs, submit
+from orchestrator.planning import survey
 from runfolder import chain
 from runfolder.record import load_job, read_record
+from runfolder.requests import cancel_requested
 from runfolder.secrets import read_secrets, remove_secrets
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -107,6 +112,89 @@ def test_two_submissions_are_two_jobs(tmp_path: Path) -> None:
     path = make_job(tmp_path)
     assert len({fleetune.submit(path).run_id for _ in range(2)}) == 2
     assert len(queued()) == 2
+
+
+def test_the_same_command_on_the_next_day_is_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_job(tmp_path)
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ strftime_now('%d %B %Y') }}")
+
+    def submit_on(day: int, **options: Any) -> submit.Submission:
+        today = SimpleNamespace(today=lambda: date(2026, 11, day))
+        monkeypatch.setattr(survey, "datetime", SimpleNamespace(date=today))
+        return submit.submit(path, **options)
+
+    def lose_answer(_: object) -> None:
+        raise Unreachable("cut in the answer")
+
+    with pytest.raises(Unreachable):
+        submit_on(28, announce=lose_answer)
+    done = submit_on(29)
+    assert done.adopted and queued() == runs.run_ids() == [done.run_id]
+    assert load_job(done.run_dir).data.date == date(2026, 11, 28)
+    assert submit_on(30, run_id=done.run_id).adopted
+    with pytest.raises(InputError, match="is taken by another job"):
+        submit_on(30, run_id=done.run_id, overrides=["data.date=2026-11-28"])
+
+
+def test_a_run_that_has_failed_is_not_gone_on_with(tmp_path: Path) -> None:
+    path, run_id = make_job(tmp_path), runs.new_id("sums")
+    chain.close(fleetune.submit(path, run_id=run_id).run_dir, {"state": "failed"})
+    with pytest.raises(
+        InputError, match=f"it has failed; go on with it: fleetune resume {run_id}; or submit it anew"
+    ):
+        fleetune.submit(path, run_id=run_id)
+
+
+def test_a_run_that_its_cluster_has_lost_is_told_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run_id = make_job(tmp_path), runs.new_id("sums")
+    fleetune.submit(path, run_id=run_id)
+    lost = ClusterStatus("unknown", "SLURM job 7 ended: FAILED; fleetune resume submits it again")
+    monkeypatch.setattr(Local, "status", lambda *_: {run_id: lost})
+    with pytest.raises(Unreachable, match=f"run {run_id}: {lost.reason}"):
+        fleetune.submit(path, run_id=run_id)
+
+
+def test_a_run_id_stays_on_its_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, run_id = make_job(tmp_path), runs.new_id("sums")
+    monkeypatch.setitem(backends.CLUSTERS, "other", lambda: Local(tmp_path / "other"))
+    fleetune.submit(path, run_id=run_id)
+    with pytest.raises(InputError, match=f"--run-id: {run_id} is on cluster local; allowed: --cluster local"):
+        fleetune.submit(path, run_id=run_id, cluster="other")
+    assert not (tmp_path / "other" / "runs").exists()
+
+
+def test_a_repetition_whose_answer_is_lost_names_how_to_give_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run_id = make_job(tmp_path), runs.new_id("sums")
+
+    def refuse(*_: object) -> None:
+        raise Unreachable("SLURM: sbatch: Unspecified error")
+
+    monkeypatch.setattr(Local, "submit", refuse)
+    with pytest.raises(Unreachable) as first:
+        fleetune.submit(path, run_id=run_id)
+    assert "cancel" not in str(first.value)
+    with pytest.raises(Unreachable, match=f"give it up: fleetune cancel {run_id}\nwhether it was"):
+        fleetune.submit(path, run_id=run_id)
+
+
+def test_a_resumption_that_is_refused_is_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = fleetune.submit(make_job(tmp_path)).run_dir
+
+    def refuse(*_: object) -> None:
+        raise SubmissionRefused("Job violates accounting/QOS policy")
+
+    monkeypatch.setattr(Local, "submit", refuse)
+    with pytest.raises(InputError, match="^Job violates accounting/QOS policy$"):
+        fleetune.resume(run_dir.name)  # which goes on as it did
+    assert not cancel_requested(run_dir)
+    chain.close(run_dir, {"state": "failed"})
+    with pytest.raises(InputError, match=f"policy; {run_dir.name} is cancelled"):
+        fleetune.resume(run_dir.name)
+    assert cancel_requested(run_dir)
 
 
 CALLS = ("rename", "fsync", "link", "open", "mkdir", "unlink", "close")
