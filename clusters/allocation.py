@@ -23,9 +23,13 @@ from pathlib import Path
 from clusters.allocated_nodes import AllocatedNodes, allocated_nodes, end_session
 from clusters.controllers import COLLECTED, REQUEUE, REQUEUED, controller_command, on_nodes
 from clusters.job_start import JobStart
+from clusters.probe import probe
 from clusters.ray_head import Backoff
 from clusters.requeue import requeue, start_of_this_job
-from runfolder.chain import result
+from clusters.slurm_answers import seconds_of
+from clusters.slurm_environment import slurm_environment
+from clusters.slurm_walltime import warning_s
+from runfolder.chain import last_slot, result
 from runfolder.files import list_names, sync_folder
 from runfolder.record import load_job
 
@@ -33,19 +37,32 @@ _NODE_LOSS_S = 30.0  # that a controller has to notice the loss of a node
 _ALLOCATION_POLL_S = 0.2
 _TERM_CAME = 64
 _AWAIT_TERM = f"trap 'kill $!; exit {_TERM_CAME}' TERM; cat \"$0\" & wait $!"  # until nobody holds its pipe
+_END_QUESTION_S = 10.0  # for SLURM to say when this job ends
+_FRUITLESS_STARTS = 5  # in a row, until somebody has to look
+_FRUITLESS_CONTROLLERS = 5  # in a row, until others get the nodes
 _STEP_END_S = 10.0  # until that step has ended
 
 
 def main(run_dir: Path, name: str) -> int:
     """Take the run as far as this allocation lasts; gives the exit code of the job."""
     job_id = os.environ["SLURM_JOB_ID"]
-    if not claim(run_dir, name, job_id):
-        print(f"another job has the submission {name}; nothing to do", flush=True)
-        return 0
     start = start_of_this_job(run_dir, name)
-    start.note()
+    try:
+        if not claim(run_dir, name, job_id):
+            print(f"another job has the submission {name}; nothing to do", flush=True)
+            return 0
+        start.note()
+        fruitless = start.fruitless()
+    except OSError as error:
+        print(f"the run folder cannot be used: {error}", flush=True)
+        return 1
+    if fruitless >= _FRUITLESS_STARTS:
+        todo = f"what they printed is above; then: fleetune resume {run_dir.name}"
+        print(f"{fruitless} starts in a row made no attempt at the run: {todo}", flush=True)
+        return 1
     told = threading.Event()
-    with warnings(told), allocated_nodes(run_dir, name) as nodes:
+    before_end_s = warning_s(load_job(run_dir))
+    with warnings(told, before_end_s), allocated_nodes(run_dir, name) as nodes:
         code = keep_controller(start, nodes, told)
         if code != REQUEUE:
             return code
@@ -70,15 +87,19 @@ def claim(run_dir: Path, name: str, job_id: str) -> bool:
 
 
 @contextmanager
-def warnings(told: threading.Event) -> Iterator[None]:
-    """Set the event when SLURM says that the end is near, while the block runs.
+def warnings(told: threading.Event, before_end_s: float) -> Iterator[None]:
+    """Set the event when SLURM says that the end is near, while the block runs, or when it is by SLURM's own plan.
 
-    That is SIGUSR1 to this process, before the walltime and, where the site has preempt_send_user_signal, at a
-    preemption. Elsewhere a preemption sends SIGTERM to the steps of the job alone: one of them waits for that. It
-    ends when this process lets go of a pipe, as SLURM tells no step anything on a node that is cut off.
+    What SLURM says before this process listens is lost. It says it by SIGUSR1 to this process, before the walltime
+    and, where the site has preempt_send_user_signal, at a preemption. Elsewhere a preemption sends SIGTERM to the
+    steps of the job alone: one of them waits for that. It ends when this process lets go of a pipe, as SLURM tells no
+    step anything on a node that is cut off.
     """
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: told.set())
+    timer = threading.Timer(max(0.0, seconds_left() - before_end_s), told.set)
+    timer.daemon = True
+    timer.start()
     here = f"--nodelist={os.environ['SLURMD_NODENAME']}"
     folder = Path(tempfile.mkdtemp(prefix="ft-warned-"))
     pipe = folder / "pipe"
@@ -96,6 +117,7 @@ def warnings(told: threading.Event) -> Iterator[None]:
     try:
         yield
     finally:
+        timer.cancel()
         os.close(held)
         with suppress(subprocess.TimeoutExpired):
             waiting.wait(_STEP_END_S)
@@ -103,17 +125,31 @@ def warnings(told: threading.Event) -> Iterator[None]:
         shutil.rmtree(folder)
 
 
+def seconds_left() -> float:
+    """How long until SLURM ends this job; very long where it does not say."""
+    question = ["squeue", "--noheader", "--format=%e", f"--jobs={os.environ['SLURM_JOB_ID']}"]
+    said = probe(question, _END_QUESTION_S, slurm_environment())
+    end = seconds_of(said.output.strip())
+    return threading.TIMEOUT_MAX if end is None else end - time.time()
+
+
 def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Event) -> int:
     """Start the controller until the run has its result, or cannot go on here; gives 0 or REQUEUE."""
     backoff = Backoff()
     fewest = load_job(start.run_dir).resources.fewest_nodes
+    fruitless = 0
     while start.is_latest():
         while not backoff.ready():
             time.sleep(_ALLOCATION_POLL_S)
         backoff.began()
+        slot = last_slot(start.run_dir)
         code = run_controller(start.run_dir, nodes, told)
         if code == 0 or result(start.run_dir) is not None:
             return 0
+        fruitless = fruitless + 1 if last_slot(start.run_dir) == slot else 0
+        if fruitless >= _FRUITLESS_CONTROLLERS:
+            print(f"{fruitless} controllers in a row made no attempt at the run", flush=True)
+            return REQUEUE
         if start.is_latest() and (code == REQUEUE or told.is_set() or nodes.settled_count() < fewest):
             return REQUEUE
     print("the run was started again elsewhere; nothing to do", flush=True)

@@ -1,8 +1,10 @@
 """One start of the job of a run, of several that may live at the same time."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from runfolder.chain import last_slot, see_slots
 from runfolder.files import list_names, refresh
 
 
@@ -19,15 +21,33 @@ class JobStart:
     requeues: int
 
     def note(self) -> None:
-        """Let earlier starts, which may live on, know of this one."""
+        """Let earlier starts, which may live on, know of this one, and later ones which slot was the last then."""
         folder = self.run_dir / "starts"
         folder.mkdir(exist_ok=True)
-        (folder / f"{self.submission}.{self.requeues}").touch()
+        see_slots(self.run_dir)
+        slot = last_slot(self.run_dir)
+        (folder / f"{self.submission}.{self.requeues}").write_text(str(slot))
+
+    def fruitless(self) -> int:
+        """How many starts of the submission in a row, right before this one, took the run no attempt further."""
+        folder = self.run_dir / "starts"
+        slot = str(last_slot(self.run_dir))
+        noted = list_names(folder)
+        count = 0
+        for requeues in reversed(range(self.requeues)):
+            name = f"{self.submission}.{requeues}"
+            if name not in noted:  # its node could not start it
+                continue
+            if (folder / name).read_text() != slot:
+                break
+            count += 1
+        return count
 
     def is_latest(self) -> bool:
         """Whether the run was not started again since."""
         folder = self.run_dir / "starts"
-        refresh(folder)
+        with suppress(OSError):  # on a full disk, what this host knows has to do
+            refresh(folder)
         for name in list_names(folder):
             submission, _, requeues = name.partition(".")
             if submission.isdigit() and (int(submission), int(requeues)) > (self.submission, self.requeues):

@@ -2,7 +2,7 @@
 
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _SRUN = re.compile(r"srun: error: \S+: task \S+: Exited")  # after what the program itself said
@@ -16,11 +16,17 @@ class Probe:
     problem: str = ""
 
 
-def probe(command: Sequence[str], timeout_s: float) -> Probe:
-    """Run a command for at most so long."""
+def probe(command: Sequence[str], timeout_s: float, environment: Mapping[str, str] | None = None) -> Probe:
+    """Run a command for at most so long, in this environment, None: that of this process."""
     try:
         ended = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout_s
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=environment,
+            timeout=timeout_s,
         )
     except subprocess.TimeoutExpired:
         return Probe("", f"{command[0]} did not answer within {timeout_s:.0f} s")

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from ipaddress import ip_address
 from pathlib import Path
 
 from clusters.allocated_nodes import HEAD, LOST_S
@@ -35,6 +36,7 @@ def main(folder: Path, start: JobStart, name: str) -> int:
     os.umask(0o077)
     remove_left_folders()
     ip = own_address()
+    require_reachable(ip)
     port, manager_port = free_ports(2, ip)
     with own_folder() as temporary:
         options = node_options(ip, temporary) | {"memory": node_memory(), "node-manager-port": manager_port}
@@ -94,6 +96,14 @@ def remove_left_folders() -> None:
 def own_address() -> str:
     """The address of this node that others reach it at: the one that its host name has."""
     return socket.gethostbyname(socket.gethostname())
+
+
+def require_reachable(address: str) -> None:
+    """Raise SystemExit for a node of several with an address for itself alone, as Debian's /etc/hosts has it."""
+    if ip_address(address).is_loopback and os.environ.get("SLURM_JOB_NUM_NODES", "1") != "1":
+        node = socket.gethostname()
+        problem = f"{node}: found {address} as its address, where no other node reaches it"
+        raise SystemExit(f"{problem}: have the site put the one that others know into /etc/hosts")
 
 
 def node_memory() -> int:

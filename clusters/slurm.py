@@ -5,15 +5,11 @@ By it a job is found again, whatever became of the answer of sbatch. ROOT/slurm/
 and what it printed before there was an attempt to write to.
 """
 
-import fcntl
 import json
-import os
 import re
 import reprlib
-import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -25,14 +21,14 @@ from clusters.base import (
     Logs,
     Standing,
     SubmissionRefused,
-    Unreachable,
     look_at,
     number_of_submission,
     run_of_submission,
     submission_name,
 )
-from clusters.controllers import COLLECTED, controller_command
+from clusters.closing import close_cancelled
 from clusters.environment import settings
+from clusters.shared_lock import shared_lock
 from clusters.slurm_answers import (
     LAUNCH_FAILED,
     SACCT,
@@ -44,9 +40,13 @@ from clusters.slurm_answers import (
     queued_jobs,
     refusal_in,
     start_in,
+    taken_job,
     words_of_ending,
 )
+from clusters.slurm_commands import ask_slurm, call_slurm, printed
+from clusters.slurm_releases import let_go_on
 from clusters.slurm_script import BatchJob, SlurmConfig, batch_script
+from clusters.slurm_walltime import check_walltime
 from runfolder.chain import last_slot
 from runfolder.files import list_names
 from runfolder.job import Job
@@ -54,7 +54,6 @@ from runfolder.requests import last_reopened
 from runfolder.site import LocalSite
 from runfolder.snapshot import has_ended
 
-_TIMEOUT_S = 60.0
 # Variables that bash keeps for itself, whatever a script exports, and those by which a job knows what it is.
 _NOT_OURS = re.compile(
     "BASHOPTS|BASHPID|BASH_(ARGV0|COMMAND|SUBSHELL|VERSINFO)|DIRSTACK|EPOCH(REALTIME|SECONDS)|EUID|FUNCNAME|GROUPS"
@@ -94,6 +93,7 @@ class Slurm:
         submission = submission or self._next_submission(run_id)
         environment = {**self.config.env, **settings(job, {}), "FLEETUNE_HOME": str(self.home)}
         _check_environment(environment)
+        check_walltime(job, self.config.walltime)
         if not _PATH.fullmatch(str(self.home)):
             allowed = "an absolute path of letters, digits and _ / . , : @ + = ~ -"
             raise SubmissionRefused(f"root: found {reprlib.repr(str(self.home))}; allowed on SLURM: {allowed}")
@@ -110,7 +110,7 @@ class Slurm:
         Raises Unreachable where it is not known to be queued, and SubmissionRefused where SLURM does not take it.
         """
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self._submitting(request.run_id):
+        with shared_lock(self.folder / f"{request.run_id}.lock"):
             jobs = self._jobs()
             if not self._is_submitted(request, jobs) and not self._goes_on(request.run_id, jobs):
                 job_id = self._sbatch(self._script(request.name), request.text)
@@ -122,7 +122,9 @@ class Slurm:
         with_job = {job.run_id for job in jobs if job.state}
         wanted = list(run_ids)
         lost = self._last_endings(run_id for run_id in wanted if run_id not in with_job)
-        return {run_id: self._status(run_id, jobs, lost) for run_id in wanted}
+        held = [job for job in jobs if job.reason == LAUNCH_FAILED and job.state and job.run_id in wanted]
+        released = let_go_on(held, self.folder)
+        return {run_id: self._status(run_id, jobs, lost, released) for run_id in wanted}
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
         """How runs stand, None: all of this site."""
@@ -140,19 +142,19 @@ class Slurm:
         """Take the run's jobs out of the queue, and close it here where no controller runs that would."""
         for job in _live_jobs(run_id, self._jobs()):
             if job.state == "queued":
-                self._run(["scancel", job.id])
+                ask_slurm(["scancel", job.id])
         left = _live_jobs(run_id, self._jobs())  # one may have started meanwhile
         if all(job.state == "queued" for job in left):
-            self._close(run_id)
+            close_cancelled(self.site.root / run_id)
 
     def capacity(self) -> Capacity:
         """GPUs of the partition's nodes that are up, or their cores where they have none."""
         partition = ["-p", self.config.partition] if self.config.partition else []
-        return capacity_of(self._run([*SINFO, *partition]))
+        return capacity_of(ask_slurm([*SINFO, *partition]))
 
     def forecast(self, request: ClusterRequest) -> float | None:
         """When SLURM would start a request; raises SubmissionRefused, in SLURM's words, where it never would."""
-        ran = self._call(["sbatch", "--test-only"], request.text)
+        ran = call_slurm(["sbatch", "--test-only"], request.text)
         if ran.returncode == 0:
             return start_in(ran.stderr)
         words = refusal_in(ran.stderr, is_test=True)
@@ -160,29 +162,32 @@ class Slurm:
             raise SubmissionRefused(f"SLURM does not take this job: {words}")
         return None
 
-    def _status(self, run_id: str, jobs: list[QueuedJob], lost: Mapping[str, str]) -> ClusterStatus:
+    def _status(
+        self, run_id: str, jobs: list[QueuedJob], lost: Mapping[str, str], released: set[str]
+    ) -> ClusterStatus:
         if has_ended(self.site.root / run_id):
             return ClusterStatus("ended")
         if run_id in lost:
             return ClusterStatus("unknown", f"{lost[run_id]}; fleetune resume submits it again")
         job = _live_jobs(run_id, jobs)[-1]
         if job.reason == LAUNCH_FAILED:
-            self._call(["scontrol", "release", job.id])
-            return ClusterStatus("queued", job.why_queued)
+            if job.id in released:
+                return ClusterStatus("queued", job.why_queued)
+            return ClusterStatus("queued", job.why_held, stuck=True)
         if job.state == "queued":
-            return ClusterStatus("queued", job.why_queued, stuck="held" in job.reason.lower())
+            return ClusterStatus("queued", job.why_queued, job.is_stuck)
         return ClusterStatus(job.state or "unknown", f"SLURM job {job.id}")
 
     def _sbatch(self, script: Path, text: str) -> str:
         """Have SLURM take a script; gives the job's id. Raises SubmissionRefused where it certainly has not."""
         is_first = not script.exists()  # what SLURM was asked before, it may have taken, or take yet
-        script.write_text(text)
-        ran = self._call(["sbatch", "--parsable", str(script)])
+        script.write_text(text, encoding="utf-8")
+        ran = call_slurm(["sbatch", "--parsable", str(script)])
         words = refusal_in(ran.stderr)
         if ran.returncode and words and is_first:
             script.unlink()
             raise SubmissionRefused(f"SLURM does not take this job: {words}")
-        return _answer_of(ran).strip().partition(";")[0]
+        return taken_job(printed(ran))
 
     def _is_submitted(self, request: ClusterRequest, jobs: list[QueuedJob]) -> bool:
         """Whether a submission has a job that will work, does or did; one that ended before it began counts for none.
@@ -198,15 +203,15 @@ class Slurm:
 
     def _last_endings(self, run_ids: Iterable[str]) -> dict[str, str]:
         """How the newest jobs of runs that have none now ended, as SLURM's accounting has it, in one question."""
-        newest = {}
-        for run_id in run_ids:
-            notes = sorted(self.folder.glob(f"{run_id}-s*.job"), key=lambda note: note.stat().st_mtime)
-            newest[run_id] = notes[-1].read_text() if notes else ""
+        newest = dict.fromkeys(run_ids, "")
+        notes = [note for note in self.folder.glob("*.job") if run_of_submission(note.stem) in newest]
+        for note in sorted(notes, key=lambda note: note.stat().st_mtime):
+            newest[run_of_submission(note.stem)] = note.read_text()
         ended: dict[str, str] = {}
         for source in ([], ["--completion"]):  # a site without accounting may write down what ended
             asked = sorted(set(newest.values()) - {"", *ended})
             if asked:
-                ran = self._call([*SACCT, *source, "-j", ",".join(asked)])
+                ran = call_slurm([*SACCT, *source, "-j", ",".join(asked)])
                 ended |= endings(ran.stdout) if ran.returncode == 0 else {}
         return {run_id: words_of_ending(job_id, ended) for run_id, job_id in newest.items()}
 
@@ -231,7 +236,7 @@ class Slurm:
 
     def _jobs(self) -> list[QueuedJob]:
         """This user's jobs that SLURM knows of, those that ended lately too."""
-        return queued_jobs(self._run(SQUEUE))
+        return queued_jobs(ask_slurm(SQUEUE))
 
     def _script(self, name: str) -> Path:
         """Where a submission's script is written down, before SLURM is asked to take it."""
@@ -240,44 +245,6 @@ class Slurm:
     def _note(self, name: str) -> Path:
         """Where the id of a submission's newest job is written down, once it is known."""
         return self.folder / f"{name}.job"
-
-    @contextmanager
-    def _submitting(self, run_id: str) -> Iterator[None]:
-        """One client at a time for a run; the lock falls with its process."""
-        with (self.folder / f"{run_id}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    def _close(self, run_id: str) -> None:
-        """Have a controller close a cancelled run: that needs no allocation."""
-        command = controller_command(str(self.site.root / run_id))
-        environment = os.environ | COLLECTED
-        environment.pop("RAY_ADDRESS", None)
-        subprocess.run(command, env=environment, capture_output=True, timeout=_TIMEOUT_S, check=False)
-
-    def _run(self, command: list[str]) -> str:
-        """What a command of SLURM prints; raises Unreachable where it fails, as a repetition may not."""
-        return _answer_of(self._call(command))
-
-    def _call(self, command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
-        """Run a command of SLURM, with a text as its input; raises Unreachable where it does not end."""
-        try:
-            return subprocess.run(
-                command, input=text, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-            )
-        except subprocess.TimeoutExpired:
-            raise Unreachable(f"SLURM: {command[0]}: no answer within {_TIMEOUT_S:.0f} s") from None
-        except OSError as error:
-            raise Unreachable(f"SLURM: {command[0]}: {error.strerror}") from None
-
-
-def _answer_of(ran: subprocess.CompletedProcess[str]) -> str:
-    """What a command of SLURM printed; raises Unreachable where it failed."""
-    if ran.returncode:
-        lines = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
-        last = lines[-1].removeprefix(f"{ran.args[0]}: error: ")
-        raise Unreachable(f"SLURM: {ran.args[0]}: {last}")
-    return ran.stdout
 
 
 def _live_jobs(run_id: str, jobs: list[QueuedJob]) -> list[QueuedJob]:

@@ -5,28 +5,34 @@ Pure functions of text, as SLURM 22.05 to 25.x print it.
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
 from clusters.base import Capacity, ClusterState, run_of_submission
 
 SQUEUE = ["squeue", "--me", "--noheader", "--states=all", "-o", "%i|%T|%r|%S|%j"]
-SINFO = ["sinfo", "--noheader", "--Node", "-O", "StateCompact:20,Gres:200,GresUsed:200,CPUsState:60"]
+SINFO = ["sinfo", "--noheader", "--Node", "-O", "StateCompact:20,Gres:500,GresUsed:500,CPUsState:60"]
 SACCT = ["sacct", "-X", "--noheader", "--parsable2", "--format=JobID,State,End"]
 
-# SLURM's states; what is not here has ended, or is not known.
+# SLURM's states; in one that is not here a job has not ended, so as not to have it twice.
 _STATES: Mapping[str, ClusterState] = {
     "PENDING": "queued",
     "REQUEUED": "queued",
+    "REQUEUE_FED": "queued",
     "REQUEUE_HOLD": "queued",
+    "RESV_DEL_HOLD": "queued",
     "SPECIAL_EXIT": "queued",
+    "EXPEDITING": "queued",
     "CONFIGURING": "starting",
-    "RUNNING": "running",
-    "SUSPENDED": "running",
-    "COMPLETING": "running",
-    "STAGE_OUT": "running",
+    "POWER_UP_NODE": "starting",
 }
-_UP = ("idle", "mix", "alloc", "comp", "resv")
+_ENDED = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("REVOKED", "TIMEOUT"),
+)
+_NODE = re.compile(r"^(\S+) +(\S+) +(\S+) +(\d+/\d+/\d+/\d+) *$", re.MULTILINE)  # of the answer of SINFO
+_UP = ("idle", "mix", "alloc", "comp", "resv", "plnd")
 # What SLURM says of a job that it does not take; all else may be about reaching SLURM, and pass.
 _REFUSALS = re.compile(
     r"invalid|denied|not permitted|no partition|more processors|too many|violates|node (count|configuration)"
@@ -37,6 +43,7 @@ _AMBIGUOUS = "Requested node configuration is not available"  # so says a test a
 _UNREACHABLE = re.compile(r"Unable to contact|timed out")  # slurmctld is away, or slow: it may have heard
 LAUNCH_FAILED = "launch failed requeued held"  # so a node that still has a job's last start answers its next one
 _REASONS = {
+    "None": "SLURM has not looked at it yet",
     "Priority": "others have a higher priority",
     "Resources": "waits for free nodes",
     "BeginTime": "was requeued, and may start again in a moment",
@@ -50,8 +57,10 @@ _REASONS = {
     "AssocMaxJobsLimit": "your account has as many jobs running as it may",
     "JobHeldUser": "held: scontrol release lets it go on",
     "JobHeldAdmin": "held by an administrator",
+    "JobHoldMaxRequeue": "was requeued as often as the site allows, and is held: scontrol release lets it go on",
     LAUNCH_FAILED: "a node could not start it, and SLURM held it; it is let go on",
 }
+_NEVER_BY_ITSELF = {"PartitionTimeLimit", "JobHoldMaxRequeue"}  # beside all that is held
 
 
 @dataclass(frozen=True)
@@ -74,26 +83,48 @@ class QueuedJob:
         """Why it waits, in words, and when SLURM expects it to start."""
         reason = _REASONS.get(self.reason, self.reason)
         forecast = ""
-        if self.start not in ("", "N/A", "NULL"):
+        if seconds_of(self.start) is not None:
             forecast = f"; SLURM expects its start at {self.start}"
         return f"SLURM job {self.id}: {reason}{forecast}"
 
+    @property
+    def why_held(self) -> str:
+        """Why a job waits that is not let go on any more, as nodes could not start it."""
+        what_to_do = f"have the site look at its nodes, then: scontrol release {self.id}"
+        return f"SLURM job {self.id}: nodes could not start it, again and again, and SLURM holds it; {what_to_do}"
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it waits for somebody to do something, not for SLURM."""
+        return "held" in self.reason.lower() or self.reason in _NEVER_BY_ITSELF
+
 
 def queued_jobs(said: str) -> list[QueuedJob]:
-    """The jobs in the answer of SQUEUE, those that ended lately too."""
+    """The jobs in the answer of SQUEUE, those that ended lately too; no arrays, nor what wrappers print beside."""
     jobs = []
-    for line in said.splitlines():
-        id_, state, reason, start, name = line.split("|", 4)  # a name may have any character
-        jobs.append(QueuedJob(id_, name, _STATES.get(state), reason, start))
+    for line in said.split("\n"):
+        fields = line.split("|", 4)  # a name may have any character
+        if len(fields) == 5 and fields[0].isdecimal():
+            id_, state, reason, start, name = fields
+            live: ClusterState = _STATES.get(state, "running")
+            jobs.append(QueuedJob(id_, name, None if state in _ENDED else live, reason, start))
     return jobs
+
+
+def taken_job(said: str) -> str:
+    """The id in the answer of `sbatch --parsable`, whatever a wrapper prints beside; empty where there is none."""
+    found = re.search(r"^(\d+)(;\S*)?$", said, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def endings(said: str) -> dict[str, str]:
     """By job id, how the jobs in the answer of SACCT ended, like `CANCELLED by 1000 at 2026-11-29T10:59:52`."""
     ended = {}
     for line in said.splitlines():
-        id_, state, end = line.split("|")
-        ended[id_] = f"{state} at {end}"
+        fields = line.split("|")
+        if len(fields) == 3 and fields[1].partition(" ")[0] in _ENDED:
+            id_, state, end = fields
+            ended[id_] = f"{state} at {end}"
     return ended
 
 
@@ -109,8 +140,8 @@ def words_of_ending(job_id: str, ended: Mapping[str, str]) -> str:
 def capacity_of(said: str) -> Capacity:
     """GPUs of the nodes in the answer of SINFO that are up, or their cores where they have none."""
     total_gpus = used_gpus = total_cores = idle_cores = 0
-    for line in said.splitlines():
-        state, gres, used, cores = line.split()
+    for node in _NODE.finditer(said):
+        state, gres, used, cores = node.groups()
         if state.rstrip("*~#%$@+-") not in _UP:
             continue
         total_gpus += _gpus_in(gres)
@@ -133,7 +164,14 @@ def start_in(said: str) -> float | None:
     start = re.search(r"to start at (\S+)", said)
     if start is None:
         return None
-    return datetime.fromisoformat(start[1]).timestamp()
+    return seconds_of(start[1])
+
+
+def seconds_of(moment: str) -> float | None:
+    """A moment as SLURM prints it, in seconds since 1970; None where it is not known, or printed in another way."""
+    with suppress(ValueError):
+        return datetime.fromisoformat(moment).timestamp()
+    return None
 
 
 def refusal_in(said: str, is_test: bool = False) -> str | None:

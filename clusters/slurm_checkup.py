@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from clusters.checks import DEVICES, Check
-from clusters.probe import probe
+from clusters.probe import Probe, probe
+from clusters.slurm_environment import slurm_environment
 
 _SLURM_S = 30.0
 _FREE_S = 60  # for so long a test job waits for a free node
@@ -26,16 +27,16 @@ _OPTIONS = {
 
 def check_slurm(config: dict[str, Any]) -> Iterator[Check]:
     """SLURM's version, the partition, and whether a job with the cluster's options would be taken."""
-    said = probe(["sinfo", "--version"], _SLURM_S)
+    said = _said_by_slurm(["sinfo", "--version"], _SLURM_S)
     if said.problem:
         yield Check("slurm", "fail", said.problem, _LOAD)
         return
     yield Check("slurm", "ok", said.output.strip())
-    found = probe(["sinfo", "--noheader", "--format=%P|%a"], _SLURM_S)
+    found = _said_by_slurm(["sinfo", "--noheader", "--format=%P|%a"], _SLURM_S)
     if found.problem:
         yield Check("partition", "fail", found.problem, "ask again; if it stays, tell the site's administrators")
         return
-    rows = [line.strip().split("|") for line in found.output.splitlines()]
+    rows = [line.strip().split("|") for line in found.output.splitlines() if line.count("|") == 1]
     partition = _partition_check(config["partition"], rows)
     yield partition
     if partition.level != "fail":
@@ -45,17 +46,17 @@ def check_slurm(config: dict[str, Any]) -> Iterator[Check]:
 def run_test_job(config: dict[str, Any]) -> Check:
     """What torch sees in a job of one minute, behind the site's setup lines."""
     options = [*_job_options({**config, "walltime": "1"}), "--ntasks=1", f"--immediate={_FREE_S}"]
-    gres = probe(["sinfo", "--noheader", "--format=%G", *_partition_option(config)], _SLURM_S).output
+    gres = _said_by_slurm(["sinfo", "--noheader", "--format=%G", *_partition_option(config)], _SLURM_S).output
     has_gpus = "gpu" in gres
     if has_gpus:
         kind = f"{config['gpu_type']}:" if config["gpu_type"] else ""
         options.append(f"--gres=gpu:{kind}1")
     program = shlex.join([sys.executable, "-P", "-c", DEVICES])
     script = "\n".join([*config["setup"], f"exec {program}"])
-    said = probe(["srun", *options, "bash", "-c", script], _JOB_S)
+    said = _said_by_slurm(["srun", *options, "bash", "-c", script], _JOB_S)
     if said.problem:
         return Check("test job", "fail", said.problem, "where no node was free, try again later")
-    devices = said.output.strip().splitlines()[-1]
+    devices = said.output.strip().rpartition("\n")[2]
     if has_gpus and devices == "CPU only":
         return Check("test job", "fail", "torch sees no GPU in a job that has one", "look at nvidia-smi on that node")
     return Check("test job", "ok", devices)
@@ -69,11 +70,19 @@ def _partition_check(named: str | None, rows: list[list[str]]) -> Check:
     if named is None and not defaults:
         return Check("partition", "fail", f"none is the default; there are: {there_are}", "say `partition`")
     chosen = named or defaults[0]
-    if chosen not in states:
-        return Check("partition", "fail", f"no {chosen!r}; there are: {there_are}", _CHANGE)
-    if states[chosen] != "up":
-        return Check("partition", "warn", f"{chosen} is {states[chosen]}", "wait, or name another one")
+    of_chosen = []  # a job may name several, and starts in the first that has nodes
+    for name in chosen.split(","):
+        if name not in states:
+            return Check("partition", "fail", f"no {name!r}; there are: {there_are}", _CHANGE)
+        of_chosen.append(states[name])
+    if "up" not in of_chosen:
+        return Check("partition", "warn", f"{chosen} is {of_chosen[0]}", "wait, or name another one")
     return Check("partition", "ok", chosen)
+
+
+def _said_by_slurm(command: list[str], timeout_s: float) -> Probe:
+    """What a command of SLURM says, whatever the shell has for its options."""
+    return probe(command, timeout_s, slurm_environment())
 
 
 def _options_check(config: dict[str, Any]) -> Check:
@@ -81,7 +90,7 @@ def _options_check(config: dict[str, Any]) -> Check:
     options = _job_options(config)
     if config["gpu_type"]:
         options.append(f"--gres=gpu:{config['gpu_type']}:1")
-    said = probe(["sbatch", "--test-only", *options, "--wrap=true"], _SLURM_S)
+    said = _said_by_slurm(["sbatch", "--test-only", *options, "--wrap=true"], _SLURM_S)
     shown = " ".join(options) or "none"
     if said.problem:
         mend = f"{_CHANGE} (you may use: sacctmgr show associations user=$USER), or wait if nodes are down: sinfo"

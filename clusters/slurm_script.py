@@ -13,9 +13,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from clusters.config import ClusterConfig
+from clusters.slurm_walltime import walltime_option, warning_s
 from runfolder.job import Job
-
-_WARNING_S = 60  # how long before the walltime a job is warned, beside the grace that it asks for
 
 _OPTION = re.compile(r"[A-Za-z0-9_][\w.,:@%+&|*()\[\]-]{0,255}")
 
@@ -65,7 +64,8 @@ def batch_script(batch: BatchJob, config: SlurmConfig, python: str) -> str:
     lines.append("#SBATCH --requeue")
     if batch.job.resources.is_elastic:
         lines.append("#SBATCH --no-kill")
-    lines += ["set -u", *config.setup]
+    lines.append("trap '' USR1")  # until Python listens: a warning would end the job
+    lines += config.setup
     for name, value in batch.environment.items():
         lines.append(f"export {name}={shlex.quote(value)}")
     lines.append(f"exec {shlex.join(allocation_command(python, batch.run_dir, batch.name))}")
@@ -81,7 +81,6 @@ def _options(batch: BatchJob, config: SlurmConfig) -> dict[str, str]:
     """The options of sbatch, in the order in which they are printed."""
     resources = batch.job.resources
     workers = resources.workers_on_node
-    grace_s = resources.grace + _WARNING_S
     options = {
         "job-name": batch.name,
         "comment": f"fleetune:{batch.name}",
@@ -90,16 +89,15 @@ def _options(batch: BatchJob, config: SlurmConfig) -> dict[str, str]:
         "output": batch.log,
         "open-mode": "append",
         "export": "NONE",
-        "signal": f"B:USR1@{grace_s}",
+        "signal": f"B:USR1@{warning_s(batch.job)}",
     }
     if not resources.is_elastic:  # with it, SLURM gives the fewest of a range
         options["ntasks-per-node"] = "1"
     if resources.gpus_per_node:
         kind = f"{config.gpu_type}:" if config.gpu_type else ""
         options["gres"] = f"gpu:{kind}{workers}"
-    walltime = _walltime(batch.job, config)
     chosen = {
-        "time": walltime,
+        "time": walltime_option(batch.job, config.walltime),
         "mem": _node_memory(config, workers),
         "partition": config.partition,
         "account": config.account,
@@ -111,14 +109,6 @@ def _options(batch: BatchJob, config: SlurmConfig) -> dict[str, str]:
         if value is not None:
             options[option] = shlex.quote(value)
     return options
-
-
-def _walltime(job: Job, config: SlurmConfig) -> str | None:
-    """--time in minutes, rounded up: what the job says, else the site's."""
-    if job.resources.walltime is None:
-        return config.walltime
-    minutes = -(-job.resources.walltime // 60)
-    return str(minutes)
 
 
 def _node_memory(config: SlurmConfig, workers: int) -> str | None:

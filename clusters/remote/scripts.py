@@ -11,7 +11,7 @@ NO_PYTHON = 99  # exit code: no Python there is new enough
 _ROOT = 'root=${1:-${FLEETUNE_HOME:-$HOME/.fleetune}}; case $root in "~/"*) root=$HOME/${root#"~/"};; esac\n'
 _CODE = _ROOT + (
     f'code=$root/code/$2; [ -d "$code" ] || exit {NO_CODE}\n'
-    "export FLEETUNE_HOME=$root PYTHONPATH=$code PYTHONUNBUFFERED=1\n"
+    "export FLEETUNE_HOME=$root PYTHONPATH=$code PYTHONUNBUFFERED=1 PYTHONUTF8=1\n"
 )
 # It sets `base`, a Python that is new enough; `python`, the one of runs; and `environment`, "" for a named Python.
 _PYTHON = _CODE + (

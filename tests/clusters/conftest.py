@@ -1,4 +1,4 @@
-"""A local cluster without Ray: a sleeping process stands for a controller."""
+"""A local cluster without Ray, where a sleeping process stands for a controller; and programs in place of SLURM's."""
 
 import sys
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ import pytest
 
 from clusters import entry, supervisor
 from clusters import local as local_module
+from clusters import requeue as requeueing
 from clusters.local import Local
 
 
@@ -23,3 +24,13 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
     (found.folder / "logs").mkdir(parents=True)
     yield found
     found.stop()
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that gets what scontrol is asked; programs are looked for in `tmp_path`/bin first."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "4")
+    monkeypatch.setattr(requeueing, "_REPEAT_S", 0.01)
+    (tmp_path / "bin").mkdir()
+    return tmp_path / "asked"

@@ -152,7 +152,7 @@ def check_script(text: str, environment: dict[str, str], run_dir: str, folder: P
     path = folder / "script.sh"
     path.write_text(text)
     run(["bash", "-n", str(path)], folder)
-    head = text.partition("\nset -u\n")[0].splitlines()[1:]
+    head = text.partition("\ntrap ")[0].splitlines()[1:]
     assert all(re.fullmatch(r"#SBATCH --[a-z-]+(=([^\s'\"\\#%]+|'[^\s'\"\\]+'))?", line) for line in head), head
     command, _, variables = run(["bash", "-c", _PRINTED, "bash", str(path)], folder).partition(b"\0\0")
     expected = [sys.executable, "-P", "-m", "clusters.allocation", run_dir, "a-0123456789-s1"]

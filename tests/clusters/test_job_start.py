@@ -1,35 +1,27 @@
-"""Which start of a batch job works, and what SLURM is asked. A script stands for SLURM's commands, which says what no
-real slurmctld says on demand."""
+"""Which start of a batch job works, and when it has to stop; programs stand for SLURM's commands."""
 
+import os
+import signal
+import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import yaml
+from programs import program
+from waiting import until
 
-from clusters import requeue as requeueing
+from clusters import allocation, job_start
+from clusters.allocated_nodes import AllocatedNodes
+from clusters.allocation import keep_controller, warnings
+from clusters.controllers import REQUEUE
 from clusters.job_start import JobStart
+from clusters.ray_node import require_reachable
 from clusters.requeue import requeue
-from clusters.slurm import Slurm
-from clusters.slurm_script import SlurmConfig
+from runfolder.chain import claim_next
 
-RUN_ID = "sums-0123456789"
 AWAY = 'echo "slurm_requeue error: Unable to contact slurm controller (connect failure)" >&2; exit 1'
-
-
-@pytest.fixture
-def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that gets what scontrol is asked; programs are looked for in `tmp_path`/bin first."""
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    monkeypatch.setenv("SLURM_JOB_ID", "4")
-    monkeypatch.setattr(requeueing, "_REPEAT_S", 0.01)
-    (tmp_path / "bin").mkdir()
-    return tmp_path / "asked"
-
-
-def program(asked: Path, name: str, script: str) -> None:
-    """Make a program that writes down its arguments, and then does what a line of sh says."""
-    path = asked.parent / "bin" / name
-    path.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n{script}\n')
-    path.chmod(0o755)
 
 
 def start(tmp_path: Path, requeues: int) -> JobStart:
@@ -68,11 +60,111 @@ def test_a_node_that_slurm_does_not_hear_stops_once_the_run_was_started_again(tm
     assert asked.read_text().splitlines() == ["requeue 4"]
 
 
-def test_a_job_that_slurm_holds_since_a_node_could_not_start_it_is_let_go_on(tmp_path: Path, asked: Path) -> None:
-    program(asked, "squeue", f"echo '4|PENDING|launch failed requeued held|N/A|{RUN_ID}-s1'")
+def test_a_full_disk_keeps_no_job_from_the_queue(
+    tmp_path: Path, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(job_start, "refresh", full)
     program(asked, "scontrol", ":")
-    slurm = Slurm(SlurmConfig(kind="slurm", root=str(tmp_path)), tmp_path)
-    status = slurm.status([RUN_ID])[RUN_ID]
-    assert (status.state, status.stuck) == ("queued", False)
-    assert status.reason == "SLURM job 4: a node could not start it, and SLURM held it; it is let go on"
-    assert asked.read_text().splitlines()[-1] == "release 4"
+    assert requeue(start(tmp_path, 0)) == 0
+    assert asked.read_text() == "requeue 4\n"
+
+
+def test_starts_that_make_no_attempt_are_counted(tmp_path: Path) -> None:
+    claim_next(tmp_path, None)
+    counts = [start(tmp_path, requeues).fruitless() for requeues in (0, 1, 3)]  # SLURM could not start one
+    assert counts == [0, 1, 2]
+    claim_next(tmp_path, None)
+    assert start(tmp_path, 4).fruitless() == 0
+    assert start(tmp_path, 5).fruitless() == 1
+    noted = JobStart(tmp_path, 2, 0)
+    noted.note()
+    assert noted.fruitless() == 0
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run of one node."""
+    job = {"base": "b", "data": "d.jsonl", "train": {"steps": 1}}
+    folder = tmp_path / "sums-0123456789"
+    folder.mkdir()
+    (folder / "job.yaml").write_text(yaml.safe_dump({"cluster": "hpc", "submitted": 0.0, "job": job}))
+    return folder
+
+
+def test_a_job_whose_starts_make_no_attempt_ends(
+    run_dir: Path, asked: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program(asked, "srun", "exit 1")
+    for requeues in range(5):
+        start(run_dir, requeues)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
+    assert allocation.main(run_dir, f"{run_dir.name}-s1") == 1
+    said = capsys.readouterr().out
+    assert "5 starts in a row made no attempt" in said and f"fleetune resume {run_dir.name}" in said
+
+
+def test_a_run_folder_that_is_no_folder_is_told(
+    run_dir: Path, asked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not asked.exists()
+    (run_dir / "submissions").write_text("")
+    assert allocation.main(run_dir, f"{run_dir.name}-s1") == 1
+    assert capsys.readouterr().out.startswith("the run folder cannot be used: ")
+
+
+def test_controllers_that_make_no_attempt_give_the_nodes_back(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = iter([1] * 100)
+    monkeypatch.setattr(allocation, "run_controller", lambda *_: next(codes))
+    monkeypatch.setattr(allocation, "Backoff", ReadyAtOnce)
+    monkeypatch.setattr(AllocatedNodes, "settled_count", lambda _: 1)
+    assert keep_controller(start(run_dir, 0), AllocatedNodes([]), threading.Event()) == REQUEUE
+    assert "5 controllers in a row made no attempt" in capsys.readouterr().out
+    assert len(list(codes)) == 95
+
+
+class ReadyAtOnce:
+    """A backoff that waits for nothing."""
+
+    def ready(self) -> bool:
+        """Whether it may be started now."""
+        return True
+
+    def began(self) -> None:
+        """Take note of nothing."""
+
+
+def test_a_warning_before_python_listens_is_not_lost(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "node1")
+    monkeypatch.setenv("SQUEUE_FORMAT", "%i")
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 3600))
+    program(asked, "srun", "cat >/dev/null")
+    program(asked, "squeue", f'[ -z "$SQUEUE_FORMAT" ] && echo {end}')
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    try:
+        for before_end_s, is_told in ((3000, False), (3700, True)):
+            told = threading.Event()
+            with warnings(told, before_end_s):
+                assert told.wait(10 if is_told else 0) == is_told
+        told = threading.Event()
+        program(asked, "squeue", "echo NONE")
+        with warnings(told, 90):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            until(told.is_set)
+            ignored = subprocess.run(["grep", "SigIgn", "/proc/self/status"], capture_output=True, text=True).stdout
+            assert int(ignored.split()[1], 16) & 1 << signal.SIGUSR1 - 1 == 0  # what starts here hears it
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_a_node_of_several_whose_address_is_its_own_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_reachable("127.0.1.1")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    require_reachable("10.0.0.1")
+    with pytest.raises(SystemExit, match="127.0.1.1 as its address, where no other node reaches it: .*/etc/hosts"):
+        require_reachable("127.0.1.1")

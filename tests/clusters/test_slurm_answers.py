@@ -3,7 +3,16 @@
 import pytest
 
 from clusters.base import Capacity
-from clusters.slurm_answers import QueuedJob, capacity_of, endings, queued_jobs, refusal_in, start_in, words_of_ending
+from clusters.slurm_answers import (
+    QueuedJob,
+    capacity_of,
+    endings,
+    queued_jobs,
+    refusal_in,
+    start_in,
+    taken_job,
+    words_of_ending,
+)
 
 JOBS = """\
 10|COMPLETED|None|2026-11-29T10:59:52|sums-0123456789-s1
@@ -22,6 +31,11 @@ def test_jobs_of_squeue() -> None:
     )
     assert held.why_queued == "SLURM job 12: a node could not start it, and SLURM held it; it is let go on"
     assert (odd.name, odd.state) == ("a|name with | in it", "running")
+
+
+def test_the_job_that_sbatch_names() -> None:
+    assert taken_job("77\n") == taken_job("77;cluster2\n") == taken_job("You have 3 hours left\n77\n") == "77"
+    assert taken_job("") == ""
 
 
 def test_endings_of_sacct() -> None:

@@ -1,7 +1,8 @@
 """SLURM's commands as a small model, for trials by the thousand: what slurmctld takes, loses, delays and forgets.
 
-It stands in for `subprocess.run` in clusters/slurm.py. Its state is a file, so that it outlives who asks. A tick is a
-command: jobs start, end and are forgotten by ticks, so a trial's seed decides what happens.
+It stands in for `subprocess.run` where clusters/ runs a command of SLURM, or a controller. Its state is a file, so
+that it outlives who asks. A tick is a command: jobs start, end and are forgotten by ticks, so a trial's seed decides
+what happens.
 """
 
 import fcntl
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from clusters import allocation
-from runfolder import chain
+from runfolder.chain import close
 
 TimeoutExpired = subprocess.TimeoutExpired
+CANCELLED = {"state": "cancelled", "reason": "cancelled by request"}
 REFUSAL = "Invalid partition name specified"
 # What sbatch may do, beside taking the job and saying so.
 MISHAPS = ("away", "timeout", "slow", "late", "killed", "no answer", "lost answer", "restart")
@@ -62,7 +64,8 @@ class SlurmModel:
                 return _said(command, "")  # a site without accounting
             full = state["takes_one"] and state["taken"] > 0
             if command[0] == sys.executable:
-                return _said(command, "")  # no controller, which would close a run that is cancelled
+                close(Path(command[-1]), CANCELLED)  # as a controller does
+                return _said(command, "")
             if command == ["sbatch", "--test-only"]:
                 if (state["refuses"] and state["tells"]) or full:
                     return _failed(command, f"allocation failure: {REFUSAL}")
@@ -108,7 +111,7 @@ class SlurmModel:
         if allocation.claim(run_dir, job["name"], job["id"]):
             with self.work.open("a") as stream:
                 stream.write(f"{job['id']}\n")
-            chain.close(run_dir, {"state": "succeeded"})
+            close(run_dir, {"state": "succeeded"})
 
     @contextmanager
     def _ticking(self) -> Iterator[dict[str, Any]]:

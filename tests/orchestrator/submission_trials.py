@@ -27,7 +27,7 @@ import yaml
 from slurm_model import MISHAPS, SlurmModel, TimeoutExpired
 
 import clusters.slurm
-from clusters import allocation, answer
+from clusters import allocation, answer, closing, slurm_commands
 from clusters.base import Unreachable
 from clusters.config import SshLink
 from clusters.remote import cluster as remote_cluster
@@ -50,7 +50,7 @@ MOST_TRIES = 12
 REFUSED_TRIES = 4  # where an earlier one may have been taken, a refusal leaves that open
 CLIENT = [module.__file__ for module in (submit, begun, far_side, remote_cluster, remote_site)]
 KEPT: list[far_side.FarSide] = []
-THERE = [module.__file__ for module in (clusters.slurm, record, secrets, files)]
+THERE = [module.__file__ for module in (clusters.slurm, slurm_commands, record, secrets, files)]
 
 
 def kill_at_line(number: int, modules: list[str | None]) -> None:
@@ -311,9 +311,10 @@ def answer_on(root: Path, plan: Plan, descriptors: list[int]) -> None:
             os.close(descriptor)
     os.environ["FLEETUNE_HOME"] = str(root / "there")
     os.environ.pop("HF_TOKEN", None)
-    clusters.slurm.subprocess = SimpleNamespace(  # type: ignore[attr-defined]
-        run=SlurmModel(root).run, TimeoutExpired=TimeoutExpired
-    )
+    for module in (slurm_commands, closing):
+        module.subprocess = SimpleNamespace(  # type: ignore[attr-defined]
+            run=SlurmModel(root).run, TimeoutExpired=TimeoutExpired
+        )
     sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
     if cut := plan.get("cut"):
         cut_lines = partial(CutLines, line=cut["line"], share=cut["share"])

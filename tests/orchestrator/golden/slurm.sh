@@ -13,7 +13,7 @@
 #SBATCH --partition=gpu
 #SBATCH --account=ml
 #SBATCH --requeue
-set -u
+trap '' USR1
 module load cuda
 export QUOTED='a '"'"'b'"'"' $(c)
 `d`'

@@ -1,0 +1,42 @@
+"""SLURM's commands, as they are run on this machine."""
+
+import subprocess
+
+from clusters.base import Unreachable
+from clusters.slurm_environment import slurm_environment
+
+_TIMEOUT_S = 60.0
+Ran = subprocess.CompletedProcess[str]
+
+
+def call_slurm(command: list[str], text: str = "", timeout_s: float = _TIMEOUT_S) -> Ran:
+    """Run a command of SLURM, with a text as its input; raises Unreachable where it does not end."""
+    try:
+        return subprocess.run(
+            command,
+            input=text,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=slurm_environment(),
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise Unreachable(f"SLURM: {command[0]}: no answer within {timeout_s:.0f} s") from None
+    except OSError as error:
+        raise Unreachable(f"SLURM: {command[0]}: {error.strerror}") from None
+
+
+def printed(ran: Ran) -> str:
+    """What a command of SLURM printed; raises Unreachable where it failed, as a repetition may not."""
+    if ran.returncode:
+        lines = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
+        last = lines[-1].removeprefix(f"{ran.args[0]}: error: ")
+        raise Unreachable(f"SLURM: {ran.args[0]}: {last}")
+    return ran.stdout
+
+
+def ask_slurm(command: list[str]) -> str:
+    """What a command of SLURM prints; raises Unreachable."""
+    return printed(call_slurm(command))

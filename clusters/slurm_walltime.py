@@ -1,0 +1,46 @@
+"""How long before its walltime a job is warned, and walltimes that leave no time before that."""
+
+from clusters.base import SubmissionRefused
+from runfolder.job import Job
+
+_WARNING_S = 60  # beside the grace that a job asks for
+
+
+def warning_s(job: Job) -> int:
+    """How many seconds before its walltime a job is warned."""
+    return job.resources.grace + _WARNING_S
+
+
+def walltime_option(job: Job, default: str | None) -> str | None:
+    """--time in minutes, rounded up: what the job says, else the site's."""
+    if job.resources.walltime is None:
+        return default
+    minutes = -(-job.resources.walltime // 60)
+    return str(minutes)
+
+
+def check_walltime(job: Job, default: str | None) -> None:
+    """Raise SubmissionRefused for a walltime of which nothing is left before the warning, which would never end."""
+    option = walltime_option(job, default)
+    seconds = seconds_in(option) if option else None
+    if seconds is not None and seconds <= warning_s(job):
+        field = "walltime of the cluster" if job.resources.walltime is None else "resources.walltime"
+        allowed = f"more than {warning_s(job)} s, as the job is warned its grace and {_WARNING_S} s before the end"
+        raise SubmissionRefused(f"{field}: found {seconds} s; allowed on SLURM: {allowed}")
+
+
+def seconds_in(option: str) -> int | None:
+    """The seconds that SLURM makes of --time, whole minutes; None for no limit, and for what is no time.
+
+    It is minutes[:seconds], hours:minutes:seconds or days-hours[:minutes[:seconds]] (sbatch(1)).
+    """
+    days, _, clock = option.rpartition("-")
+    fields = clock.split(":")
+    if len(fields) > 3 or not all(field.isdecimal() for field in [days or "0", *fields]):
+        return None
+    numbers = [int(field) for field in fields]
+    if not days and len(numbers) < 3:
+        numbers.insert(0, 0)
+    hours, minutes, seconds = [*numbers, 0, 0][:3]
+    total_minutes = int(days or 0) * 1440 + hours * 60 + minutes + -(-seconds // 60)
+    return total_minutes * 60 or None

@@ -1,0 +1,246 @@
+"""What SLURM's commands are asked for a run, and what is made of their answers; programs stand for them."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from programs import program
+
+from clusters import closing, shared_lock, slurm_releases
+from clusters.base import Capacity, SubmissionRefused, Unreachable
+from clusters.slurm import Slurm
+from clusters.slurm_checkup import check_slurm
+from clusters.slurm_script import SlurmConfig
+from runfolder.job import Job
+
+RUN_ID = "sums-0123456789"
+PLAIN = {"base": "b", "data": "d.jsonl", "train": {"steps": 1}}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Slurm:
+    """A site whose run root is `tmp_path`."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "runs" / RUN_ID).mkdir(parents=True)
+    return Slurm(SlurmConfig(kind="slurm", root=str(tmp_path)), tmp_path)
+
+
+def test_a_login_shells_variables_do_not_come_before_the_script(
+    slurm: Slurm, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SBATCH_PARTITION", "SQUEUE_FORMAT", "SACCT_FORMAT", "SINFO_PARTITION", "SLURM_TIME_FORMAT"):
+        monkeypatch.setenv(name, "other")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    for name in ("squeue", "sinfo", "sacct", "sbatch"):
+        program(asked, name, f"env >> {asked}.env")
+    slurm.submit(slurm.request(Job.model_validate(PLAIN), RUN_ID))
+    slurm.status([RUN_ID])
+    slurm.capacity()
+    config = dict.fromkeys(("account", "qos", "constraint", "reservation", "walltime", "gpu_type"))
+    assert [check.name for check in check_slurm({**config, "partition": None})] == ["slurm", "partition"]
+    said = Path(f"{asked}.env").read_text()
+    assert "other" not in said and said.count("SLURM_CONF=/etc/slurm.conf") >= 5
+
+
+def test_a_warning_during_the_setup_lines_ends_no_job(tmp_path: Path) -> None:
+    lines = ("kill -USR1 $$", "echo set up $UNKNOWN_HERE")
+    site = Slurm(SlurmConfig(kind="slurm", root=str(tmp_path), setup=lines), tmp_path)
+    text = site.request(Job.model_validate(PLAIN), RUN_ID).text
+    script = tmp_path / "script.sh"
+    script.write_text(text.replace("\nexec ", "\nexec echo "))
+    ran = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.startswith("set up\n") and "clusters.allocation" in ran.stdout
+
+
+@pytest.mark.parametrize("state", ["RESV_DEL_HOLD", "SIGNALING", "STOPPED", "RESIZING", "UPDATE_DB", "OF_LATER"])
+def test_a_job_in_a_state_that_is_not_known_has_not_ended(state: str, slurm: Slurm, asked: Path) -> None:
+    (slurm.folder / f"{RUN_ID}-s1.job").write_text("77")
+    program(asked, "squeue", f"echo '77|{state}|None|N/A|{RUN_ID}-s1'")
+    program(asked, "sacct", "echo '77|RUNNING|Unknown'")
+    assert slurm.status([RUN_ID])[RUN_ID].state in ("queued", "running")
+    program(asked, "squeue", ":")
+    assert slurm.status([RUN_ID])[RUN_ID].reason == "SLURM has no job 77 any more; fleetune resume submits it again"
+
+
+def test_what_is_no_answer_of_squeue_is_passed_over(slurm: Slurm, asked: Path) -> None:
+    lines = [b"Welcome to the", b"partition", b"5_[1-3]|PENDING|None|N/A|sums-0123456789-s1"]
+    lines += [b"6|RUNNING|None|N/A|Z\xfcrich", b"7|RUNNING|None|N/A|a", b"b"]
+    lines.append(b"8|PENDING|Priority|Unknown|sums-0123456789-s1")
+    said = asked.with_name("said")
+    said.write_bytes(b"\n".join(lines))
+    program(asked, "squeue", f"cat {said}")
+    status = slurm.status([RUN_ID])[RUN_ID]
+    assert (status.state, status.reason) == ("queued", "SLURM job 8: others have a higher priority")
+
+
+def test_what_is_no_answer_of_sinfo_is_passed_over(slurm: Slurm, asked: Path) -> None:
+    full = "gpu:h100:4," + "x" * 489
+    lines = ["sinfo: use slurminfo instead", f"idle {full}(null) 0/4/0/4", "plnd (null) (null) 0/4/0/4"]
+    program(asked, "sinfo", "".join(f"echo '{line}'\n" for line in lines))
+    assert slurm.capacity() == Capacity("cpu", 4, 4)
+
+
+def test_a_doctor_reads_what_names_partitions(asked: Path) -> None:
+    keys = ("account", "qos", "constraint", "reservation", "walltime", "gpu_type")
+    config: dict[str, object] = dict.fromkeys(keys)
+    program(asked, "sinfo", "printf 'Welcome\\ngpu|up\\ncpu*|down\\n'")
+    program(asked, "sbatch", ":")
+    found = [(check.level, check.found) for check in check_slurm({**config, "partition": "gpu,cpu"})][1]
+    assert found == ("ok", "gpu,cpu")
+    found = [(check.level, check.found) for check in check_slurm({**config, "partition": "gpu,other"})][1]
+    assert found == ("fail", "no 'other'; there are: gpu, cpu")
+
+
+@pytest.mark.parametrize("said", ["to start at 14:35", "to start at Unknown"])
+def test_a_forecast_that_says_no_time_is_none(said: str, slurm: Slurm, asked: Path) -> None:
+    program(asked, "sbatch", f"echo 'sbatch: Job 1 {said} using 2 processors' >&2")
+    assert slurm.forecast(slurm.request(Job.model_validate(PLAIN), RUN_ID)) is None
+
+
+def held(asked: Path, job_id: int = 4) -> None:
+    """Have a job that SLURM holds since a node could not start it."""
+    program(asked, "squeue", f"echo '{job_id}|PENDING|launch failed requeued held|N/A|{RUN_ID}-s1'")
+
+
+def releases(asked: Path) -> int:
+    """How often scontrol was asked to release a job."""
+    return asked.read_text().count("release 4\n")
+
+
+def test_a_job_that_slurm_holds_is_let_go_on_twice(
+    slurm: Slurm, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held(asked)
+    program(asked, "scontrol", ":")
+    for _ in range(3):
+        status = slurm.status([RUN_ID])[RUN_ID]
+        assert (status.state, status.stuck) == ("queued", False)
+        assert status.reason == "SLURM job 4: a node could not start it, and SLURM held it; it is let go on"
+        assert releases(asked) == 1
+    monkeypatch.setattr(slurm_releases, "_APART_S", 0.0)
+    assert not slurm.status([RUN_ID])[RUN_ID].stuck and releases(asked) == 2
+    status = slurm.status([RUN_ID])[RUN_ID]
+    assert (status.state, status.stuck, releases(asked)) == ("queued", True, 2)
+    assert "scontrol release 4" in status.reason
+
+
+def test_jobs_that_slurm_holds_are_let_go_on_by_one_question(slurm: Slurm, asked: Path) -> None:
+    row = "PENDING|launch failed requeued held|N/A"
+    program(asked, "squeue", f"echo '4|{row}|{RUN_ID}-s1'; echo '5|{row}|b-0123456789-s1'; echo '6|{row}|other'")
+    program(asked, "scontrol", ":")
+    slurm.status([RUN_ID, "b-0123456789"])
+    assert asked.read_text().splitlines()[-1] == "release 4,5"
+
+
+def test_a_status_does_not_wait_for_a_release(slurm: Slurm, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held(asked)
+    program(asked, "scontrol", "exec sleep 60")
+    monkeypatch.setattr(slurm_releases, "_RELEASE_S", 0.2)
+    assert slurm.status([RUN_ID])[RUN_ID].state == "queued"
+
+
+@pytest.mark.parametrize("reason", ["JobHoldMaxRequeue", "PartitionTimeLimit", "JobHeldUser"])
+def test_a_job_that_goes_on_by_nothing_of_slurm_is_stuck(reason: str, slurm: Slurm, asked: Path) -> None:
+    program(asked, "squeue", f"echo '4|PENDING|{reason}|N/A|{RUN_ID}-s1'")
+    status = slurm.status([RUN_ID])[RUN_ID]
+    assert status.stuck and reason not in status.reason
+
+
+def test_endings_of_many_runs_are_two_questions(slurm: Slurm, asked: Path) -> None:
+    run_ids = [f"r{number}-0123456789" for number in range(300)]
+    for number, run_id in enumerate(run_ids):
+        (slurm.folder / f"{run_id}-s1.job").write_text(str(number))
+    program(asked, "squeue", ":")
+    program(asked, "sacct", "echo '7|FAILED|2026-11-29T10:59:52'")
+    statuses = slurm.status(run_ids)
+    assert statuses[run_ids[7]].reason.startswith("SLURM job 7 ended: FAILED")
+    assert statuses[run_ids[8]].reason.startswith("SLURM has no job 8 any more")
+    assert len(asked.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("job", "site", "field"),
+    [
+        ("90s", None, None),
+        ("2m", None, "resources.walltime: found 120 s; allowed on SLURM: more than 160 s"),
+        ("3m", "1", None),
+        (None, "2", "walltime of the cluster: found 120 s"),
+        (None, "0:02:30", None),
+        (None, "1-0", None),
+        (None, "0", None),
+        (None, "UNLIMITED", None),
+    ],
+)
+def test_a_walltime_that_a_warning_takes_up_is_refused(
+    job: str | None, site: str | None, field: str | None, tmp_path: Path
+) -> None:
+    grace = 20 if job == "90s" else 100
+    slurm = Slurm(SlurmConfig(kind="slurm", root=str(tmp_path), walltime=site), tmp_path)
+    wanted = Job.model_validate(PLAIN | {"resources": {"walltime": job, "grace": grace}})
+    if field is None:
+        assert f"#SBATCH --signal=B:USR1@{grace + 60}\n" in slurm.request(wanted, RUN_ID).text
+    else:
+        with pytest.raises(SubmissionRefused, match=field):
+            slurm.request(wanted, RUN_ID)
+
+
+def test_a_script_is_utf8_whatever_the_locale(tmp_path: Path, asked: Path) -> None:
+    program(asked, "squeue", ":")
+    program(asked, "sbatch", f'cp "$2" {asked}.script; echo 4')
+    program_text = f"""
+from pathlib import Path
+from clusters.slurm import Slurm
+from clusters.slurm_script import SlurmConfig
+from runfolder.job import Job
+home = Path({str(tmp_path)!r})
+slurm = Slurm(SlurmConfig(kind="slurm", env={{"CITY": "\\u65e5\\u672c"}}), home)
+slurm.submit(slurm.request(Job.model_validate({PLAIN!r}), {RUN_ID!r}))
+"""
+    variables = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", program_text], env=variables, check=True, cwd=Path(__file__).parents[2])
+    assert "export CITY=\u65e5\u672c\n".encode() in Path(f"{asked}.script").read_bytes().replace(b"'", b"")
+
+
+def test_one_client_submits_a_run_at_a_time(slurm: Slurm, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(asked, "squeue", ":")
+    program(asked, "sbatch", "echo 4")
+    monkeypatch.setattr(shared_lock, "_WAIT_S", 0.2)
+    request = slurm.request(Job.model_validate(PLAIN), RUN_ID)
+    path = slurm.folder / f"{RUN_ID}.lock"
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(Unreachable, match=f"another command has held {path}"):
+            slurm.submit(request)
+    slurm.submit(request)
+    assert (slurm.folder / f"{RUN_ID}-s1.job").read_text() == "4"
+
+
+def test_a_file_system_without_locks_takes_submissions(
+    slurm: Slurm, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    program(asked, "squeue", ":")
+    program(asked, "sbatch", "echo 4")
+    monkeypatch.setattr(fcntl, "flock", without)
+    slurm.submit(slurm.request(Job.model_validate(PLAIN), RUN_ID))
+    assert (slurm.folder / f"{RUN_ID}-s1.job").read_text() == "4"
+
+
+def test_a_cancel_that_closes_nothing_says_so(slurm: Slurm, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(asked, "squeue", ":")
+    monkeypatch.setattr(closing, "_CLOSE_S", 0.2)
+    monkeypatch.setattr(closing, "controller_command", lambda _: ["sleep", "60"])
+    with pytest.raises(Unreachable, match=f"did not close {RUN_ID}: it took more than 0 s; repeat this"):
+        slurm.cancel(RUN_ID)
+    monkeypatch.setattr(closing, "controller_command", lambda _: ["sh", "-c", "echo the disk is full >&2; exit 1"])
+    with pytest.raises(Unreachable, match=f"did not close {RUN_ID}: the disk is full"):
+        slurm.cancel(RUN_ID)
+    monkeypatch.setattr(closing, "has_ended", lambda _: True)
+    slurm.cancel(RUN_ID)
