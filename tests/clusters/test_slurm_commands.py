@@ -244,3 +244,12 @@ def test_a_cancel_that_closes_nothing_says_so(slurm: Slurm, asked: Path, monkeyp
         slurm.cancel(RUN_ID)
     monkeypatch.setattr(closing, "has_ended", lambda _: True)
     slurm.cancel(RUN_ID)
+
+
+def test_a_sites_own_words_are_in_an_error(slurm: Slurm, asked: Path) -> None:
+    program(asked, "squeue", ":")
+    lines = ["sbatch: error: say which project pays", "sbatch: error: Batch job submission failed: Unspecified error"]
+    program(asked, "sbatch", "".join(f"echo '{line}' >&2\n" for line in lines) + "exit 1")
+    words = "SLURM: sbatch: say which project pays; Batch job submission failed: Unspecified error"
+    with pytest.raises(Unreachable, match=words):
+        slurm.submit(slurm.request(Job.model_validate(PLAIN), RUN_ID))
