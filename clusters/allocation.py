@@ -52,16 +52,17 @@ def main(run_dir: Path, name: str) -> int:
             print(f"another job has the submission {name}; nothing to do", flush=True)
             return 0
         start.note()
+        fruitless = start.fruitless()
     except OSError as error:
         print(f"the run folder cannot be used: {error}", flush=True)
         return 1
-    if start.fruitless() >= _FRUITLESS_STARTS:
+    if fruitless >= _FRUITLESS_STARTS:
         todo = f"what they printed is above; then: fleetune resume {run_dir.name}"
-        print(f"{_FRUITLESS_STARTS} starts in a row made no attempt at the run: {todo}", flush=True)
+        print(f"{fruitless} starts in a row made no attempt at the run: {todo}", flush=True)
         return 1
     told = threading.Event()
-    grace_s = warning_s(load_job(run_dir))
-    with warnings(told, grace_s), allocated_nodes(run_dir, name) as nodes:
+    before_end_s = warning_s(load_job(run_dir))
+    with warnings(told, before_end_s), allocated_nodes(run_dir, name) as nodes:
         code = keep_controller(start, nodes, told)
         if code != REQUEUE:
             return code

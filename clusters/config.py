@@ -3,8 +3,9 @@
 import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
+from runfolder.resources import Section
 from runfolder.variables import Variables, is_secret
 
 _DESTINATION = re.compile(r"[A-Za-z0-9_][\w.@:%+\[\]-]*")
@@ -12,11 +13,7 @@ _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=[\"']?([^\s\"'$`;&|]+)")  # of a text,
 _PLACE = re.compile(r"[^-\x00-\x1f\x7f][^\x00-\x1f\x7f]{0,4095}")
 
 
-class _ConfigSection(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SshLink(_ConfigSection):
+class SshLink(Section):
     """An OpenSSH destination, like `me@login.example.org` or a host of ~/.ssh/config."""
 
     ssh: str = Field(min_length=1, max_length=255, description="user@host, or a host alias of ~/.ssh/config")
@@ -29,7 +26,7 @@ class SshLink(_ConfigSection):
         return destination
 
 
-class ClusterConfig(_ConfigSection):
+class ClusterConfig(Section):
     """What clusters of all kinds have; a backend adds its own fields, and its `kind`."""
 
     kind: str
@@ -48,7 +45,16 @@ class ClusterConfig(_ConfigSection):
     def _is_place(cls, place: str | None) -> str | None:
         if place is not None and not _PLACE.fullmatch(place):
             raise ValueError("must be one line of at most 4096 characters that does not begin with -")
+        if place is not None and "$" in place:  # no shell ever sees it as more than a value
+            raise ValueError("must be written out, without $; ~/ is the home there")
         return place
+
+    @field_validator("root")
+    @classmethod
+    def _is_absolute(cls, root: str | None) -> str | None:
+        if root is not None and not root.startswith(("/", "~/")):
+            raise ValueError("must be an absolute path, or one that begins with ~/, the home there")
+        return root
 
     @field_validator("setup")
     @classmethod

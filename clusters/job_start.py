@@ -4,7 +4,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from runfolder.chain import last_slot
+from runfolder.chain import last_slot, see_slots
 from runfolder.files import list_names, refresh
 
 
@@ -24,6 +24,7 @@ class JobStart:
         """Let earlier starts, which may live on, know of this one, and later ones which slot was the last then."""
         folder = self.run_dir / "starts"
         folder.mkdir(exist_ok=True)
+        see_slots(self.run_dir)
         slot = last_slot(self.run_dir)
         (folder / f"{self.submission}.{self.requeues}").write_text(str(slot))
 

@@ -122,7 +122,9 @@ class Slurm:
         with_job = {job.run_id for job in jobs if job.state}
         wanted = list(run_ids)
         lost = self._last_endings(run_id for run_id in wanted if run_id not in with_job)
-        return {run_id: self._status(run_id, jobs, lost) for run_id in wanted}
+        held = [job for job in jobs if job.reason == LAUNCH_FAILED and job.state and job.run_id in wanted]
+        released = let_go_on(held, self.folder)
+        return {run_id: self._status(run_id, jobs, lost, released) for run_id in wanted}
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
         """How runs stand, None: all of this site."""
@@ -160,15 +162,18 @@ class Slurm:
             raise SubmissionRefused(f"SLURM does not take this job: {words}")
         return None
 
-    def _status(self, run_id: str, jobs: list[QueuedJob], lost: Mapping[str, str]) -> ClusterStatus:
+    def _status(
+        self, run_id: str, jobs: list[QueuedJob], lost: Mapping[str, str], released: set[str]
+    ) -> ClusterStatus:
         if has_ended(self.site.root / run_id):
             return ClusterStatus("ended")
         if run_id in lost:
             return ClusterStatus("unknown", f"{lost[run_id]}; fleetune resume submits it again")
         job = _live_jobs(run_id, jobs)[-1]
         if job.reason == LAUNCH_FAILED:
-            is_let_go_on = let_go_on(job.id, self.folder / f"{job.name}.{job.id}.releases")
-            return ClusterStatus("queued", job.why_queued if is_let_go_on else job.why_held, not is_let_go_on)
+            if job.id in released:
+                return ClusterStatus("queued", job.why_queued)
+            return ClusterStatus("queued", job.why_held, stuck=True)
         if job.state == "queued":
             return ClusterStatus("queued", job.why_queued, job.is_stuck)
         return ClusterStatus(job.state or "unknown", f"SLURM job {job.id}")

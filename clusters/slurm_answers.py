@@ -80,11 +80,13 @@ class QueuedJob:
 
     @property
     def why_queued(self) -> str:
-        """Why it waits, in words, and when SLURM expects it to start."""
+        """Why it waits, in words, and when SLURM expects it to start, with the zone of this machine."""
         reason = _REASONS.get(self.reason, self.reason)
         forecast = ""
-        if seconds_of(self.start) is not None:
-            forecast = f"; SLURM expects its start at {self.start}"
+        start = seconds_of(self.start)
+        if start is not None:
+            moment = datetime.fromtimestamp(start).astimezone()
+            forecast = f"; SLURM expects its start at {moment:%Y-%m-%d %H:%M %z}"
         return f"SLURM job {self.id}: {reason}{forecast}"
 
     @property

@@ -6,6 +6,7 @@ from clusters.base import Unreachable
 from clusters.slurm_environment import slurm_environment
 
 _TIMEOUT_S = 60.0
+_ERROR_LINES = 3  # of an error: a site's own words come before SLURM's
 Ran = subprocess.CompletedProcess[str]
 
 
@@ -32,8 +33,9 @@ def printed(ran: Ran) -> str:
     """What a command of SLURM printed; raises Unreachable where it failed, as a repetition may not."""
     if ran.returncode:
         lines = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
-        last = lines[-1].removeprefix(f"{ran.args[0]}: error: ")
-        raise Unreachable(f"SLURM: {ran.args[0]}: {last}")
+        name = ran.args[0]
+        said = [line.removeprefix(f"{name}: ").removeprefix("error: ") for line in lines[-_ERROR_LINES:]]
+        raise Unreachable(f"SLURM: {name}: {'; '.join(said)}")
     return ran.stdout
 
 

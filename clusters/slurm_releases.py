@@ -4,10 +4,12 @@ A node whose prolog fails is drained with each try, and so would be all nodes of
 """
 
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from clusters.base import Unreachable
+from clusters.slurm_answers import QueuedJob
 from clusters.slurm_commands import call_slurm
 
 _MOST_RELEASES = 2  # of a job
@@ -15,21 +17,31 @@ _APART_S = 60.0  # seconds between two
 _RELEASE_S = 10.0  # for scontrol to answer
 
 
-def let_go_on(job_id: str, note: Path) -> bool:
-    """Have SLURM release a job, unless it was just asked; False where that was done as often as may help.
+def let_go_on(held: Iterable[QueuedJob], folder: Path) -> set[str]:
+    """Have SLURM release jobs, all at once; gives the ids of those that it is asked for now, or was just asked for.
 
-    `note` has the time of each release, in seconds since 1970.
+    A file of `folder` for each job has the times of its releases, in seconds since 1970.
     """
-    times = note.read_text().split() if note.exists() else []
-    if times and time.time() - float(times[-1]) < _APART_S:
-        return True
-    if len(times) >= _MOST_RELEASES:
-        return False
+    released = set()
+    due = []
+    for job in held:
+        note = folder / f"{job.name}.{job.id}.releases"
+        times = note.read_text().split() if note.exists() else []
+        if times and time.time() - float(times[-1]) < _APART_S:
+            released.add(job.id)
+        elif len(times) < _MOST_RELEASES and _is_noted(note):
+            due.append(job.id)
+    if due:
+        with suppress(Unreachable):
+            call_slurm(["scontrol", "release", ",".join(due)], timeout_s=_RELEASE_S)
+    return released | {*due}
+
+
+def _is_noted(note: Path) -> bool:
+    """Write down a release of now; False where that fails: what cannot be counted could be done for ever."""
     try:
         with note.open("a") as stream:
             stream.write(f"{time.time()}\n")
-    except OSError:  # what cannot be counted could be done for ever
+    except OSError:
         return False
-    with suppress(Unreachable):
-        call_slurm(["scontrol", "release", job_id], timeout_s=_RELEASE_S)
     return True

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the job failed, 2 the input is wrong, 3 the cluster cannot
 or paused.
 """
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="fleetune",
-    help="Fine-tune language models with any method on any cluster, from one job.yaml.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # half of the time of --help
@@ -39,6 +39,18 @@ app.add_typer(cluster_commands.cluster_app, name="cluster")
 app.add_typer(clusters_commands.clusters_app, name="clusters")
 app.add_typer(k8s_commands.k8s_app, name="k8s")
 app.add_typer(look_commands.look_app)
+
+
+@app.callback()
+def general_options(
+    clusters: Annotated[
+        Path | None,
+        typer.Option("--clusters", metavar="FILE", help="The clusters file; FLEETUNE_CLUSTERS says the same."),
+    ] = None,
+) -> None:
+    """Fine-tune language models with any method on any cluster, from one job.yaml."""
+    if clusters:
+        os.environ["FLEETUNE_CLUSTERS"] = str(clusters)
 
 
 def main() -> None:

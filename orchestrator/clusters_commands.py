@@ -9,10 +9,15 @@ import typer
 from orchestrator.arguments import YesOption
 from orchestrator.terminal import Json, print_json
 
-clusters_app = typer.Typer(
-    help="List the clusters of the clusters file, connect to one, set one up.", no_args_is_help=True
-)
+clusters_app = typer.Typer()
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A cluster of the clusters file.")]
+
+
+@clusters_app.callback(invoke_without_command=True)
+def clusters_command(context: typer.Context) -> None:
+    """List the clusters of the clusters file, connect to one, set one up."""
+    if context.invoked_subcommand is None:
+        list_clusters()
 
 
 @clusters_app.command("list")

@@ -1,7 +1,7 @@
 """The clusters file: which clusters there are beside `local`, by the names that `--cluster` takes.
 
-It is FLEETUNE_CLUSTERS, or ~/.config/fleetune/clusters.yaml. The cluster that is meant without
-`--cluster` is FLEETUNE_CLUSTER, or `cluster:` in ~/.config/fleetune/config.yaml, or `local`.
+It is that of `--clusters`, or FLEETUNE_CLUSTERS, or ~/.config/fleetune/clusters.yaml. The cluster that is meant
+without `--cluster` is FLEETUNE_CLUSTER, or `cluster:` in ~/.config/fleetune/config.yaml, or `local`.
 """
 
 import os
@@ -32,7 +32,7 @@ def read_clusters() -> dict[str, ClusterConfig]:
     path = clusters_path()
     if not path.exists():
         if os.environ.get("FLEETUNE_CLUSTERS"):
-            raise InputError(f"FLEETUNE_CLUSTERS: {path}: no such file")
+            raise InputError(f"--clusters or FLEETUNE_CLUSTERS: {path}: no such file")
         return {}
     configs = {}
     problems = []
@@ -74,7 +74,7 @@ def _settings_folder() -> Path:
 def _config(plain: Any) -> ClusterConfig:
     """A cluster in plain data; raises InputError with a line per field that is wrong, which begins with its name."""
     kind = plain.get("kind") if isinstance(plain, dict) else None
-    if kind not in BACKENDS:
+    if not isinstance(kind, str) or kind not in BACKENDS:
         hint = did_you_mean(kind, BACKENDS)
         allowed = " or ".join(BACKENDS)
         raise InputError(f"kind: found {reprlib.repr(kind)}; {hint}allowed: {allowed}")

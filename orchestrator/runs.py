@@ -63,7 +63,7 @@ class Handle:
         """How it stands, as its folder says; raises InputError where there is none."""
         snapshots = self.site.snapshots([self.run_id])
         if self.run_id not in snapshots:
-            raise InputError(f"run {self.run_id!r}: no such run on cluster {self.cluster_name}")
+            raise InputError(f"run {self.run_id}: its folder is not there any more, on cluster {self.cluster_name}")
         return snapshots[self.run_id]
 
 

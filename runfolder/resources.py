@@ -1,6 +1,7 @@
 """What the workers of a job need, and what every section of a job has."""
 
 import re
+from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -21,14 +22,18 @@ def _seconds(value: object) -> object:
 
 
 class Section(BaseModel):
-    """A part of a job: frozen, and unknown keys are errors."""
+    """A part of a job, or of the clusters file: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*")
     @classmethod
     def _is_unicode(cls, value: object) -> object:
-        texts = [*value, *value.values()] if isinstance(value, dict) else [value]
+        texts: Iterable[object] = [value]
+        if isinstance(value, dict):
+            texts = [*value, *value.values()]
+        elif isinstance(value, tuple):
+            texts = value
         for text in texts:
             if isinstance(text, str) and _SURROGATE.search(text):  # no file of the run could hold it
                 raise ValueError("must be Unicode text, without halves of surrogate pairs")

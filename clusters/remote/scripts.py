@@ -22,8 +22,9 @@ _PYTHON = _CODE + (
     "sys.exit(sys.version_info < (3, 11))' 2>/dev/null)\n"
     "}\n"
     'if [ -n "$3" ]; then\n'
-    "  base=$3 python=$3 environment=\n"
-    f'  version_of "$3" || {{ echo "$3 there is ${{version:-no Python}}" >&2; exit {NO_PYTHON}; }}\n'
+    """  base=$3; case $base in "~/"*) base=$HOME/${base#"~/"};; esac\n"""
+    "  python=$base environment=\n"
+    f'  version_of "$base" || {{ echo "$3 there is ${{version:-no Python}}" >&2; exit {NO_PYTHON}; }}\n'
     "else\n"
     "  for base in python3.11 python3.12 python3.13 python3; do\n"
     '    version_of "$base" && break\n'

@@ -142,7 +142,7 @@ def check_far_command(config: SlurmConfig, folder: Path) -> None:
     machine = FarMachine("hpc", Ssh("there"), config, Code({}, "0123"), installed_lock())
     line = machine.command("printf '%s\\0' \"$@\"")[-1]
     assert run(["sh", "-c", line], folder).split(b"\0") == [
-        *(value.encode() for value in (config.root or "", "0123", config.python or "", machine.lock.digest)),
+        *(value.encode() for value in (config.root or "", "0123", config.python or "", machine.lock.digest, "0")),
         b"",
     ]
 

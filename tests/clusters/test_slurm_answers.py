@@ -1,5 +1,8 @@
 """What SLURM prints, as it was recorded from 22.05, and from the manuals of later versions where that is said."""
 
+import time
+from collections.abc import Iterator
+
 import pytest
 
 from clusters.base import Capacity
@@ -22,12 +25,23 @@ JOBS = """\
 """
 
 
+@pytest.fixture
+def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The zone of the machine is an hour before UTC, as it is in winter."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "CET-1")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("berlin")
 def test_jobs_of_squeue() -> None:
     ended, waits, held, odd = queued_jobs(JOBS)
     assert (ended.run_id, ended.state) == ("sums-0123456789", None)
     assert waits == QueuedJob("11", "sums-1123456789-s2", "queued", "Priority", "2026-11-29T12:00:00")
     assert waits.why_queued == (
-        "SLURM job 11: others have a higher priority; SLURM expects its start at 2026-11-29T12:00:00"
+        "SLURM job 11: others have a higher priority; SLURM expects its start at 2026-11-29 12:00 +0100"
     )
     assert held.why_queued == "SLURM job 12: a node could not start it, and SLURM held it; it is let go on"
     assert (odd.name, odd.state) == ("a|name with | in it", "running")

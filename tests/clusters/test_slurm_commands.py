@@ -129,6 +129,14 @@ def test_a_job_that_slurm_holds_is_let_go_on_twice(
     assert "scontrol release 4" in status.reason
 
 
+def test_jobs_that_slurm_holds_are_let_go_on_by_one_question(slurm: Slurm, asked: Path) -> None:
+    row = "PENDING|launch failed requeued held|N/A"
+    program(asked, "squeue", f"echo '4|{row}|{RUN_ID}-s1'; echo '5|{row}|b-0123456789-s1'; echo '6|{row}|other'")
+    program(asked, "scontrol", ":")
+    slurm.status([RUN_ID, "b-0123456789"])
+    assert asked.read_text().splitlines()[-1] == "release 4,5"
+
+
 def test_a_status_does_not_wait_for_a_release(slurm: Slurm, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held(asked)
     program(asked, "scontrol", "exec sleep 60")
@@ -236,3 +244,12 @@ def test_a_cancel_that_closes_nothing_says_so(slurm: Slurm, asked: Path, monkeyp
         slurm.cancel(RUN_ID)
     monkeypatch.setattr(closing, "has_ended", lambda _: True)
     slurm.cancel(RUN_ID)
+
+
+def test_a_sites_own_words_are_in_an_error(slurm: Slurm, asked: Path) -> None:
+    program(asked, "squeue", ":")
+    lines = ["sbatch: error: say which project pays", "sbatch: error: Batch job submission failed: Unspecified error"]
+    program(asked, "sbatch", "".join(f"echo '{line}' >&2\n" for line in lines) + "exit 1")
+    words = "SLURM: sbatch: say which project pays; Batch job submission failed: Unspecified error"
+    with pytest.raises(Unreachable, match=words):
+        slurm.submit(slurm.request(Job.model_validate(PLAIN), RUN_ID))

@@ -99,6 +99,18 @@ def test_people_get_tables(call: Call, tmp_path: Path, home: Path) -> None:
     assert "*" not in call("methods", "prompt")[1]
 
 
+def test_the_clusters_file_is_named_and_listed_in_few_words(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLEETUNE_CLUSTERS", "none")
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"tower: {{kind: local, root: {tmp_path}/tower}}")
+    assert "tower" in call("--clusters", str(path), "clusters")[1]
+    listed = json.loads(call("--clusters", str(path), "clusters", "list", "--json")[1])
+    assert [cluster["name"] for cluster in listed] == ["local", "tower"]
+    assert call("--clusters", "none.yaml", "clusters")[0] == 2
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -108,6 +120,7 @@ def test_people_get_tables(call: Call, tmp_path: Path, home: Path) -> None:
         ["submit", "{job}", "--set", "data.train=none.jsonl"],
         ["submit", "{job}", "--cluster", "moon"],
         ["submit", "{job}", "--dry-run", "--set", "base=./none"],
+        ["submit", "{job}", "--cluster", "local,moon"],
         ["plan", "{job}", "--set", "method=lorra"],
         ["status", "none"],
         ["logs", "none"],

@@ -3,6 +3,7 @@
 import io
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import fleetune
 from clusters.base import Unreachable
 from clusters.checks import Check
 from clusters.local import Local
+from clusters.remote import scripts
 from clusters.remote.link import sockets_folder
 from clusters.remote.lock import installed_lock
 from orchestrator import backends, cli, cluster_doctor
@@ -186,6 +188,15 @@ def test_what_cannot_be_set_up_is_said(root: Path, tmp_path: Path) -> None:
     write_clusters(tmp_path, link="local")
     with pytest.raises(fleetune.InputError, match="it is on this machine"):
         set_up_cluster("there", yes=True)
+
+
+def test_a_python_below_the_home_is_found(tmp_path: Path) -> None:
+    (tmp_path / "code" / "0123").mkdir(parents=True)
+    write_pythons(tmp_path / "bin", "echo it runs")
+    arguments = [str(tmp_path), "0123", "~/bin/python3", "0"]
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    command = ["bash", "-c", scripts.ANSWER, "fleetune", *arguments]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "it runs\n"
 
 
 def test_the_doctor_looks_there(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,11 @@ def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "tower.link: found {'ssh': '-oPr",
         ),
         ("hpc: {kind: slurm, partition: '$(id)'}", "hpc.partition: found '$(id)'; allowed: "),
+        ("hpc: {kind: [slurm]}", "hpc.kind: found ['slurm']; allowed: local or slurm or kubernetes"),
+        ('hpc: {kind: slurm, setup: ["a\\ud800"]}', "hpc.setup: must be Unicode text, without halves of"),
+        ("hpc: {kind: slurm, root: $SCRATCH/x}", "hpc.root: found '$SCRATCH/x'; must be written out, without $"),
+        ("hpc: {kind: slurm, root: runs}", "hpc.root: found 'runs'; must be an absolute path, or one that begins"),
+        ("hpc: {kind: slurm, python: $HOME/python}", "hpc.python: found '$HOME/python'; must be written out"),
         ("local: {kind: local}", "'local': allowed as a cluster's name"),
     ],
 )
