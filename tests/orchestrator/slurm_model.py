@@ -20,11 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters import allocation
-<<<<<<< HEAD
 from runfolder import chain
-=======
-from runfolder.chain import close
->>>>>>> mendB
 
 TimeoutExpired = subprocess.TimeoutExpired
 CANCELLED = {"state": "cancelled", "reason": "cancelled by request"}
@@ -115,7 +111,7 @@ class SlurmModel:
         if allocation.claim(run_dir, job["name"], job["id"]):
             with self.work.open("a") as stream:
                 stream.write(f"{job['id']}\n")
-            close(run_dir, {"state": "succeeded"})
+            chain.close(run_dir, {"state": "succeeded"})
 
     @contextmanager
     def _ticking(self) -> Iterator[dict[str, Any]]:
