@@ -94,7 +94,9 @@ def fetch(reference: str, to: Path | None = None, cluster: str | None = None) ->
     again; another fetch into the folder is waited for.
     """
     run = find(reference, cluster)
-    folder = run.snapshot()
+    folder = run.site.snapshots([run.run_id]).get(run.run_id)
+    if folder is None:
+        raise InputError(f"run {run.run_id}: its folder is not there any more")
     if folder.damaged is None and folder.result is None and not folder.has_output:
         raise InputError(f"run {run.run_id}: it has not ended, and has no output yet; fleetune status {run.run_id}")
     target = to or Path(run.run_id)

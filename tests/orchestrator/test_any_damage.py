@@ -15,7 +15,7 @@ import pytest
 from run_folders import claim, make_run, plan, steps
 
 import fleetune
-from clusters import answer
+from clusters import answer, slurm
 from clusters.entry import entry_text
 from clusters.local import Local
 from clusters.remote.shelf import Shelf
@@ -185,8 +185,8 @@ def check_everybody(local: Local, good: Path, bad: Path) -> None:
 @patch.dict(os.environ)  # the controller takes secrets into it
 @pytest.mark.parametrize("closed", [False, True])
 def test_any_damage_is_that_runs_own(closed: bool, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Slurm, "_run", lambda *_: "")
-    monkeypatch.setattr(Slurm, "_call", lambda *_: None)
+    monkeypatch.setattr(slurm, "ask_slurm", lambda *_: "")
+    monkeypatch.setattr(slurm, "call_slurm", lambda *_: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(controller, "deliver_rest", lambda _: 0)  # MLflow takes seconds
     local = Local.here()
