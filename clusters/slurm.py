@@ -7,7 +7,6 @@ and what it printed before there was an attempt to write to.
 
 import fcntl
 import json
-import os
 import re
 import reprlib
 import subprocess
@@ -31,8 +30,8 @@ from clusters.base import (
     run_of_submission,
     submission_name,
 )
-from clusters.controllers import COLLECTED, controller_command
 from clusters.environment import settings
+from clusters.run_files import close_by_controller, joined_logs
 from clusters.slurm_answers import (
     SACCT,
     SINFO,
@@ -125,11 +124,7 @@ class Slurm:
 
     def logs(self, run_id: str, offset: int = 0) -> Logs:
         """What the run's batch jobs printed, the newest submission's after the others'."""
-        texts = []
-        for path in sorted(self.folder.glob(f"{run_id}-s*.log"), key=lambda path: path.stat().st_mtime):
-            texts.append(path.read_bytes())
-        data = b"".join(texts)[offset:]
-        return Logs(data.decode(errors="replace"), offset + len(data))
+        return joined_logs(self.folder.glob(f"{run_id}-s*.log"), offset)
 
     def cancel(self, run_id: str) -> None:
         """Take the run's jobs out of the queue, and close it here where no controller runs that would."""
@@ -138,7 +133,7 @@ class Slurm:
                 self._run(["scancel", job.id])
         left = _live_jobs(run_id, self._jobs())  # one may have started meanwhile
         if all(job.state == "queued" for job in left):
-            self._close(run_id)
+            close_by_controller(self.site.root / run_id)
 
     def capacity(self) -> Capacity:
         """GPUs of the partition's nodes that are up, or their cores where they have none."""
@@ -239,13 +234,6 @@ class Slurm:
         with (self.folder / f"{run_id}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-
-    def _close(self, run_id: str) -> None:
-        """Have a controller close a cancelled run: that needs no allocation."""
-        command = controller_command(str(self.site.root / run_id))
-        environment = os.environ | COLLECTED
-        environment.pop("RAY_ADDRESS", None)
-        subprocess.run(command, env=environment, capture_output=True, timeout=_TIMEOUT_S, check=False)
 
     def _run(self, command: list[str]) -> str:
         """What a command of SLURM prints; raises Unreachable where it fails, as a repetition may not."""
