@@ -1,22 +1,53 @@
-"""Kubernetes, through a kubeconfig alone: a submission is a RayJob of KubeRay, in the namespace of the runs."""
+"""Kubernetes, through a kubeconfig alone: a submission is a RayJob of KubeRay, in the namespace of the runs.
+
+The API is asked from this machine. Run folders are on a claim, which the pod of the reader has: it answers for them
+with this same class, in `FLEETUNE_HOME` there.
+"""
 
 import json
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from clusters.base import Cluster, ClusterRequest, SubmissionRefused, Unreachable, submission_name
-from clusters.environment import settings
+from clusters.base import (
+    Capacity,
+    ClusterRequest,
+    ClusterStatus,
+    Logs,
+    Standing,
+    SubmissionRefused,
+    Unreachable,
+    look_at,
+    number_of_submission,
+    submission_name,
+)
+from clusters.closing import close_cancelled
+from clusters.environment import run_settings
+from clusters.kubernetes_answers import capacity_of_nodes, goes_on, runs_now, status_of
+from clusters.kubernetes_api import KubernetesApi, Rejected
 from clusters.kubernetes_config import KubernetesConfig, flaw_of_name
+from clusters.pod_link import PodLink
+from clusters.remote.code import installed_code
+from clusters.remote.far_side import FarSide
 from clusters.remote.lock import installed_lock
-from k8s.planned import PlannedPods
-from k8s.rayjob import rayjob
-from k8s.text import manifest_text
+from clusters.remote.machine import FarMachine
+from clusters.remote.site import RemoteSite
+from clusters.run_files import joined_logs
+from k8s.planned import RUN_LABEL, PlannedPods
+from k8s.rayjob import DIGEST_ANNOTATION, rayjob
+from k8s.text import manifest_in, manifest_text
 from runfolder.job import Job
+from runfolder.site import LocalSite
 
 _LONGEST_VARIABLES = 1 << 17  # characters: an object may have 1.5 MiB, and each variable is twice in it
+_SUBMISSION = re.compile(r"[a-z].*-s[1-9]\d*", re.ASCII)
+_OURS = "app.kubernetes.io/managed-by=fleetune"
+
+RayJob = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,13 +58,28 @@ class Kubernetes:
     home: Path
     Config: ClassVar[type[KubernetesConfig]] = KubernetesConfig
 
-    @staticmethod
-    def open(config: KubernetesConfig, home: Path) -> Cluster:
-        """The cluster that the clusters file describes; raises Unreachable, as nothing can be submitted there yet."""
-        raise Unreachable(f"Kubernetes, namespace {config.namespace}: nothing can be submitted there yet ({home})")
+    @cached_property
+    def api(self) -> KubernetesApi:
+        """The API server, which is asked with the first look at it."""
+        return KubernetesApi(self.config.context, self.config.namespace)
 
-    def request(self, job: Job, run_id: str, submission: int = 1, secrets: tuple[str, ...] = ()) -> ClusterRequest:
+    @staticmethod
+    def open(config: KubernetesConfig, home: Path) -> "Kubernetes":
+        """The cluster that the clusters file describes."""
+        return Kubernetes(config, home)
+
+    @property
+    def site(self) -> LocalSite | RemoteSite:
+        """The run folders on the claim; a pod has it, and others ask the reader's."""
+        if is_pod():
+            return LocalSite(self.home / "runs")
+        return RemoteSite(self._reader)
+
+    def request(
+        self, job: Job, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
+    ) -> ClusterRequest:
         """What would be submitted: the whole manifest. Raises SubmissionRefused."""
+        submission = submission or self._next_submission(run_id)
         name = submission_name(run_id, submission)
         run_dir = str(self.home / "runs" / run_id)
         python = [self.config.python or "python", "-P", "-m"]
@@ -59,10 +105,107 @@ class Kubernetes:
             raise SubmissionRefused(f"submission: {error}") from None
         return ClusterRequest(run_id, submission, run_dir, text, secrets)
 
+    def forecast(self, request: ClusterRequest) -> float | None:
+        """None: no start is known. Raises SubmissionRefused, in the server's words, where it takes no such RayJob."""
+        try:
+            self.api.create(manifest_in(request.text), is_trial=True)
+        except Rejected as rejected:
+            if rejected.status != 409:
+                raise _raised_for(rejected) from None
+        return None
+
+    def submit(self, request: ClusterRequest) -> None:
+        """Have the RayJob made, unless the submission has one, or the run goes on by an earlier one.
+
+        Raises Unreachable where it is not known to be made, and SubmissionRefused where the server does not take it.
+        """
+        manifest = manifest_in(request.text)
+        for existing in self._rayjobs_of(request.run_id):
+            if existing["metadata"]["name"] == request.name or goes_on(existing):
+                return _check_ours(existing, manifest)
+        try:
+            self.api.create(manifest)
+        except Rejected as rejected:
+            made = self.api.rayjob(request.name)  # a quota may be used up by this very submission
+            if made is None:
+                raise _raised_for(rejected) from None
+            _check_ours(made, manifest)
+        return None
+
+    def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
+        """The state of each run: its newest RayJob's, by one list, and one of pods where some do not run yet."""
+        newest: dict[str, RayJob] = {}
+        for found in _submissions(self.api.rayjobs(_OURS)):
+            run_id = found["metadata"]["labels"].get(RUN_LABEL, "")
+            if run_id not in newest or _submission_in(found) > _submission_in(newest[run_id]):
+                newest[run_id] = found
+        wanted = {run_id: newest.get(run_id) for run_id in run_ids}
+        waiting = [found for found in wanted.values() if found and goes_on(found) and not runs_now(found)]
+        pods = self._pods_by_run() if waiting else {}
+        workloads = self.api.workloads() if waiting and self.config.queue else []
+        statuses = {}
+        for run_id, newest_one in wanted.items():
+            if newest_one is None:
+                why = f"namespace {self.config.namespace} has no RayJob of it; fleetune resume submits it again"
+                statuses[run_id] = ClusterStatus("unknown", why)
+            else:
+                statuses[run_id] = status_of(newest_one, pods.get(run_id, []), workloads)
+        return statuses
+
+    def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
+        """How runs stand, None: all of the claim."""
+        return look_at(self, run_ids, in_full)
+
+    def logs(self, run_id: str, offset: int = 0) -> Logs:
+        """What the run's entrypoints printed, the newest submission's after the others'."""
+        if not is_pod():
+            return Logs(**self._reader.ask({"verb": "logs", "run_id": run_id, "offset": offset}))
+        return joined_logs((self.home / "kubernetes").glob(f"{run_id}-s*.log"), offset)
+
+    def cancel(self, run_id: str) -> None:
+        """Remove the run's RayJobs that do not run yet, and close it where no controller runs that would."""
+        if is_pod():
+            return close_cancelled(self.home / "runs" / run_id)
+        for found in self._rayjobs_of(run_id):
+            if goes_on(found) and not runs_now(found):
+                self.api.delete(found)
+        if not any(map(runs_now, self._rayjobs_of(run_id))):  # one may have started meanwhile
+            self._reader.ask({"verb": "cancel", "run_id": run_id})
+        return None
+
+    def capacity(self) -> Capacity:
+        """GPUs of the nodes, or their cores; free is what the runs of this namespace leave of them."""
+        return capacity_of_nodes(self.api.nodes(), self.api.pods(_OURS), self.config.gpu_resource)
+
+    @cached_property
+    def _reader(self) -> FarSide:
+        """What answers for run folders in the reader's pod, by this version of Fleetune."""
+        config = self.config.model_copy(update={"python": self.config.python or "python"})
+        link = PodLink(config.context, config.namespace)
+        name = f"of kind kubernetes, namespace {config.namespace}"
+        return FarSide(FarMachine(name, link, config, installed_code(), installed_lock()))
+
+    def _pods_by_run(self) -> dict[str, list[dict[str, Any]]]:
+        by_run: dict[str, list[dict[str, Any]]] = {}
+        for pod in self.api.pods(_OURS):
+            run_id = pod["metadata"]["labels"].get(RUN_LABEL, "")
+            by_run.setdefault(run_id, []).append(pod)
+        return by_run
+
+    def _next_submission(self, run_id: str) -> int:
+        """The number after those of the run's RayJobs that are still there."""
+        return 1 + max(map(_submission_in, self._rayjobs_of(run_id)), default=0)
+
+    def _rayjobs_of(self, run_id: str) -> list[RayJob]:
+        """The RayJobs of a run that are still there."""
+        return _submissions(self.api.rayjobs(f"{_OURS},{RUN_LABEL}={run_id}"))
+
     def _variables(self, job: Job) -> dict[str, str]:
         """What head and workers have in their environment; raises SubmissionRefused for what no pod can have."""
         hub = f"{self.home}/cache/huggingface"  # not in a pod, which each of them would fill anew
-        variables = {"HF_HOME": hub, **self.config.env, **settings(job, {}), "FLEETUNE_HOME": str(self.home)}
+        code = f"{self.home}/code/{installed_code().digest}"
+        variables = run_settings({"HF_HOME": hub, **self.config.env, "PYTHONPATH": code}, job, {})
+        variables["FLEETUNE_HOME"] = str(self.home)
         for name in job.env:
             flaw = flaw_of_name(name)
             if flaw:
@@ -73,9 +216,42 @@ class Kubernetes:
         return variables
 
 
+def is_pod() -> bool:
+    """Whether this process is in a pod that Fleetune has made."""
+    return bool(os.environ.get("FLEETUNE_POD"))
+
+
 @cache
 def locked_ray() -> str:
     """The version of Ray that runs have."""
     pinned = re.search(r"^ray==(\S+)", installed_lock().constraints, re.MULTILINE)
     assert pinned
     return pinned[1]
+
+
+def _submissions(rayjobs: Iterable[RayJob]) -> list[RayJob]:
+    """Those of some RayJobs that have the name of a submission."""
+    return [found for found in rayjobs if _SUBMISSION.fullmatch(found["metadata"]["name"])]
+
+
+def _submission_in(found: RayJob) -> int:
+    """The number of a RayJob among the submissions of its run."""
+    return number_of_submission(found["metadata"]["name"])
+
+
+def _check_ours(existing: RayJob, manifest: RayJob) -> None:
+    """Raise SubmissionRefused for an object that has the name of a submission and is none of this run."""
+    metadata = existing["metadata"]
+    labels = metadata.get("labels", {})
+    is_ours = labels.get(RUN_LABEL) == manifest["metadata"]["labels"][RUN_LABEL]
+    if not is_ours or DIGEST_ANNOTATION not in metadata.get("annotations", {}):
+        raise SubmissionRefused(f"RayJob {metadata['name']} is there already, and is not of this run")
+
+
+def _raised_for(rejected: Rejected) -> Exception:
+    """What to raise for what a server refused: that nobody knows, where a try before may have been taken."""
+    if not rejected.is_first:
+        return rejected
+    if rejected.status == 404:
+        return Unreachable(f"{rejected}: are KubeRay and the namespace there? fleetune k8s manifests")
+    return SubmissionRefused(f"Kubernetes does not take this job: {rejected.message}")

@@ -142,8 +142,9 @@ class PodJob:
 
 def main(run_dir: Path, name: str, wanted: int) -> int:
     """Take the run as far as this cluster lasts; gives the exit code."""
-    nodes = NodesOfRay()
     try:
+        print_to(entrypoint_log(run_dir.parent.parent, name))
+        nodes = NodesOfRay()
         job = PodJob(begin_start(run_dir, name), nodes, wanted)
         signal.signal(signal.SIGTERM, lambda *_: job.told.set())  # behind ray.init, which sets one of its own
         code = job.keep()
@@ -154,6 +155,19 @@ def main(run_dir: Path, name: str, wanted: int) -> int:
     if code == _TRY_AGAIN:
         job.rest()
     return code
+
+
+def entrypoint_log(home: Path, name: str) -> Path:
+    """Where the entrypoints of a submission print, one after the other: its pods' own logs go with them."""
+    return home / "kubernetes" / f"{name}.log"
+
+
+def print_to(log: Path) -> None:
+    """Have this process and those that it starts print to the end of a file."""
+    log.parent.mkdir(exist_ok=True, mode=0o700)
+    with log.open("ab") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
 
 
 if __name__ == "__main__":

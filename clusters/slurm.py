@@ -28,6 +28,7 @@ from clusters.base import (
 )
 from clusters.closing import close_cancelled
 from clusters.environment import run_settings
+from clusters.run_files import joined_logs
 from clusters.shared_lock import shared_lock
 from clusters.slurm_answers import (
     LAUNCH_FAILED,
@@ -132,11 +133,7 @@ class Slurm:
 
     def logs(self, run_id: str, offset: int = 0) -> Logs:
         """What the run's batch jobs printed, the newest submission's after the others'."""
-        texts = []
-        for path in sorted(self.folder.glob(f"{run_id}-s*.log"), key=lambda path: path.stat().st_mtime):
-            texts.append(path.read_bytes())
-        data = b"".join(texts)[offset:]
-        return Logs(data.decode(errors="replace"), offset + len(data))
+        return joined_logs(self.folder.glob(f"{run_id}-s*.log"), offset)
 
     def cancel(self, run_id: str) -> None:
         """Take the run's jobs out of the queue, and close it here where no controller runs that would."""

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from k8s.names import is_object_name
+from k8s.pods import placement
 from k8s.settings import KubernetesSettings
 
 BASE = Path(__file__).parent / "manifests" / "base"
@@ -18,12 +19,12 @@ BaseObject = dict[str, Any]
 
 
 def install_manifests(
-    settings: KubernetesSettings, storage: str | None = None, storage_class: str | None = None
+    settings: KubernetesSettings, home: str, storage: str | None = None, storage_class: str | None = None
 ) -> list[BaseObject]:
     """The objects of the base, in the order in which they are applied, under the names that the settings have.
 
-    `storage` is the size of the claim, `storage_class` its class; without them they are the base's, and the cluster's
-    default. Raises ValueError for what is no size or no name.
+    `home` is where pods have the claim, `storage` the claim's size, `storage_class` its class; without them they are
+    the base's, and the cluster's default. Raises ValueError for what is no size or no name.
     """
     if storage is not None and not _QUANTITY.fullmatch(storage):
         raise ValueError(f"--storage: found {storage!r}; allowed: a size like 500Gi or 2Ti")
@@ -34,6 +35,8 @@ def install_manifests(
         adapted = _renamed(each, settings)
         if adapted["kind"] == "PersistentVolumeClaim":
             _store(adapted["spec"], storage, storage_class)
+        if adapted["kind"] == "Deployment":
+            _run_as(adapted["spec"]["template"]["spec"], settings, home)
         objects.append(adapted)
     return objects
 
@@ -53,6 +56,20 @@ def _store(claim: BaseObject, storage: str | None, storage_class: str | None) ->
         claim["storageClassName"] = storage_class
 
 
+def _run_as(pod: BaseObject, settings: KubernetesSettings, home: str) -> None:
+    """Have the pod of the reader be like those of runs: of their image, user and account, with their claim."""
+    pod["serviceAccountName"] = settings.service_account
+    pod["securityContext"] |= dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), settings.user)
+    if settings.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": secret} for secret in settings.image_pull_secrets]
+    (container,) = pod["containers"]
+    container["image"] = settings.image
+    container["volumeMounts"][0]["mountPath"] = home
+    pod["volumes"][0]["persistentVolumeClaim"]["claimName"] = settings.claim
+    head = settings.head
+    pod |= placement(head.node_selector, head.tolerations)
+
+
 def _renamed(base: BaseObject, settings: KubernetesSettings) -> BaseObject:
     """An object of the base, which has the default names, under those of the settings."""
     metadata = base["metadata"]
@@ -62,7 +79,8 @@ def _renamed(base: BaseObject, settings: KubernetesSettings) -> BaseObject:
         if settings.host_network:
             metadata["labels"][_POD_SECURITY] = "privileged"
         return base
-    metadata["namespace"] = settings.namespace
+    if "namespace" in metadata:
+        metadata["namespace"] = settings.namespace
     if kind == "PersistentVolumeClaim":
         metadata["name"] = settings.claim
     if kind == "ServiceAccount" and metadata["name"] == "fleetune-run":

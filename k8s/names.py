@@ -26,7 +26,7 @@ _REPOSITORY = re.compile(
     re.ASCII,
 )
 _LONGEST_IMAGE = 400
-_FOLDERS_OF_IMAGES = re.compile("s?bin|boot|dev|etc|home|lib(64)?|opt|proc|root|run|sys|tmp|usr|var")
+_OF_THE_IMAGE = re.compile(r"/(s?bin|boot|dev|etc|lib(64)?|proc|sys)(/.*)?|/(home|opt|root|run|tmp|usr|var)")
 
 
 class Taint(NamedTuple):
@@ -113,9 +113,8 @@ def _path_in_pod(path: str) -> str:
 
 
 def _mount_path(path: str) -> str:
-    first = _path_in_pod(path).split("/")[1]
-    if _FOLDERS_OF_IMAGES.fullmatch(first):
-        raise ValueError(f"would hide /{first} of the image; allowed: another place, like /fleetune")
+    if _OF_THE_IMAGE.fullmatch(_path_in_pod(path)):
+        raise ValueError("would hide what the image has there; allowed: another place, like /fleetune")
     return path
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 RUN_LABEL = "fleetune/run"
 SUBMISSION_LABEL = "fleetune/submission"
+READER_LABEL = "fleetune/reader"  # of the pod that answers for run folders
 
 
 @dataclass(frozen=True)

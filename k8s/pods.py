@@ -18,7 +18,7 @@ def head_template(pods: PlannedPods, settings: KubernetesSettings) -> PodPart:
     head = settings.head
     resources = {"cpu": str(head.cpus), "memory": f"{head.memory}Gi"}
     spec = _pod_spec(pods, settings, "ray-head", resources)
-    return _template(pods, spec | _placement(head.node_selector, head.tolerations))
+    return _template(pods, spec | placement(head.node_selector, head.tolerations))
 
 
 def worker_template(pods: PlannedPods, settings: KubernetesSettings) -> PodPart:
@@ -33,7 +33,7 @@ def worker_template(pods: PlannedPods, settings: KubernetesSettings) -> PodPart:
     for name, count in settings.extended_resources.items():
         resources[name] = str(count)
     spec = _pod_spec(pods, settings, "ray-worker", resources)
-    return _template(pods, spec | _placement(settings.node_selector, settings.tolerations))
+    return _template(pods, spec | placement(settings.node_selector, settings.tolerations))
 
 
 def variables_of(pods: PlannedPods, settings: KubernetesSettings) -> list[PodPart]:
@@ -119,7 +119,7 @@ def _container(pods: PlannedPods, settings: KubernetesSettings, name: str, resou
     }
 
 
-def _placement(selector: Selector, tolerations: tuple[str, ...]) -> PodPart:
+def placement(selector: Selector, tolerations: tuple[str, ...]) -> PodPart:
     """Where a pod may be: on nodes whose labels have one of these values each, and these taints at most."""
     placement: PodPart = {}
     fixed = {key: values[0] for key, values in selector.items() if len(values) == 1}

@@ -33,3 +33,9 @@ def manifest_text(manifest: Mapping[str, Any]) -> str:
 def manifests_text(manifests: Iterable[Mapping[str, Any]]) -> str:
     """Several manifests, as one stream of documents."""
     return "---\n".join(map(manifest_text, manifests))
+
+
+def manifest_in(text: str) -> dict[str, Any]:
+    """The manifest that a text of one has."""
+    manifest: dict[str, Any] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return manifest

@@ -6,14 +6,21 @@ from clusters.base import Unreachable
 from clusters.checks import Check
 from clusters.checkup import check_cluster
 from clusters.config import SshLink
+from clusters.kubernetes_checkup import kubernetes_checks
+from clusters.kubernetes_config import KubernetesConfig
 from clusters.remote.lock import installed_lock
 from clusters.remote.machine import PythonMissing
 from orchestrator.backends import config_of, far_machine, root_of
+from orchestrator.errors import InputError
 
 
 def cluster_checks(name: str, test_job: bool) -> list[Check]:
     """Look at a cluster: over its link by one command there. Raises InputError for an unknown one."""
     config = config_of(name)
+    if isinstance(config, KubernetesConfig):
+        if test_job:
+            raise InputError(f"--test-job: found cluster {name!r}, of kind kubernetes; allowed: one of kind slurm")
+        return kubernetes_checks(name, config, root_of(config))
     wanted = {
         "name": name,
         "cluster": config.model_dump(mode="json"),

@@ -5,6 +5,7 @@ import sys
 import typer
 
 from clusters.config import SshLink
+from clusters.kubernetes_config import KubernetesConfig
 from clusters.remote.cluster import RemoteCluster
 from clusters.remote.machine import EnvironmentMissing
 from orchestrator.backends import config_of, far_machine, open_cluster
@@ -14,6 +15,8 @@ from orchestrator.errors import InputError
 def set_up_cluster(name: str, yes: bool) -> bool:
     """Have the environment of a cluster made, unless it is there; gives whether it was not."""
     config = config_of(name)
+    if isinstance(config, KubernetesConfig):
+        raise InputError(f"cluster {name}: its image has the packages; prepare it: fleetune k8s manifests --help")
     if not isinstance(config.link, SshLink):
         raise InputError(f"cluster {name}: it is on this machine; install here: pip install 'fleetune[train]'")
     if config.python:

@@ -5,6 +5,7 @@ from typing import Any
 
 from clusters.base import Unreachable
 from clusters.config import SshLink
+from clusters.kubernetes_config import KubernetesConfig
 from orchestrator.backends import CLUSTERS, open_cluster
 from orchestrator.clusters_file import default_cluster, read_clusters
 
@@ -31,6 +32,8 @@ def cluster_views() -> list[ClusterView]:
     kinds = {name: (name, "this machine") for name in CLUSTERS}
     for name, config in read_clusters().items():
         link = config.link.ssh if isinstance(config.link, SshLink) else "this machine"
+        if isinstance(config, KubernetesConfig):
+            link = f"context {config.context}" if config.context else "the kubeconfig's context"
         kinds[name] = (config.kind, link)
     views = []
     for name, (kind, link) in kinds.items():

@@ -9,7 +9,8 @@ from orchestrator.errors import InputError
 def manifests_for(name: str, storage: str | None, storage_class: str | None) -> list[BaseObject]:
     """The objects for a cluster by its name; raises InputError for one of another kind, or a wrong size."""
     try:
-        return install_manifests(_kubernetes(name), storage, storage_class)
+        config = _kubernetes(name)
+        return install_manifests(config, config.root, storage, storage_class)
     except ValueError as error:
         raise InputError(str(error)) from None
 

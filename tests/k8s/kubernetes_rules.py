@@ -13,22 +13,37 @@ SCHEMA = Path(__file__).with_name("rayjob_schema.json.gz")  # ray.io/v1 RayJob o
 
 
 @cache
+def plain_schema() -> Any:
+    """The schema of a RayJob, with what may be a number or a text said in the words of JSON Schema."""
+    return worded(json.loads(gzip.decompress(SCHEMA.read_bytes())))
+
+
+@cache
 def rayjob_validator() -> Draft4Validator:
     """What the API server checks with strict validation: types, required fields, and that all fields are known."""
-    schema = json.loads(gzip.decompress(SCHEMA.read_bytes()))
-    return Draft4Validator(strict(schema))
+    return Draft4Validator(strict(plain_schema()))
+
+
+def worded(schema: Any) -> Any:
+    """A structural schema of Kubernetes in the words of JSON Schema."""
+    if isinstance(schema, list):
+        return [worded(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    changed = {key: worded(part) for key, part in schema.items()}
+    if changed.pop("x-kubernetes-int-or-string", False):
+        changed.pop("type", None)
+        changed |= {"anyOf": [{"type": "integer"}, {"type": "string"}]}
+    return changed
 
 
 def strict(schema: Any) -> Any:
-    """A structural schema whose objects take known fields alone, in the words of JSON Schema."""
+    """A schema whose objects take known fields alone."""
     if isinstance(schema, list):
         return [strict(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
     changed = {key: strict(part) for key, part in schema.items()}
-    if changed.pop("x-kubernetes-int-or-string", False):
-        changed.pop("type", None)
-        changed |= {"anyOf": [{"type": "integer"}, {"type": "string"}]}
     is_open = "additionalProperties" in changed or changed.get("x-kubernetes-preserve-unknown-fields")
     if isinstance(schema.get("properties"), dict) and not is_open and "type" in schema:
         changed["additionalProperties"] = False

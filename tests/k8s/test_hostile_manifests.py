@@ -115,7 +115,7 @@ def check_manifest(whole: dict[str, Any], config: KubernetesConfig, environment:
         assert {name: variables[name] for name in environment} == environment
         assert variables["FLEETUNE_HOME"] == config.root
         assert all(re.fullmatch(r"[\w./-]+", option) for option in group["rayStartParams"].values())
-        assert len(variables) <= len(environment) + 4
+        assert len(variables) <= len(environment) + 5
 
 
 def is_text(value: object) -> bool:

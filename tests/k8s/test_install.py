@@ -7,26 +7,22 @@ from typing import Any
 
 import pytest
 import yaml
-from test_rayjob import IMAGE, SHORT_JOB, manifest
+from pod_security import broken_rules
+from small_cluster import IMAGE, NEEDED
+from test_rayjob import SHORT_JOB, manifest
 from typer.testing import CliRunner
 
 import k8s
 from k8s.install import BASE, base_objects, install_manifests
+from k8s.planned import READER_LABEL
 from k8s.settings import KubernetesSettings
 from orchestrator.cli import app
 from orchestrator.errors import InputError
 
 ROOM = Path(k8s.__file__).parent
 OVERLAYS = sorted((BASE.parent / "overlays").iterdir())
-CLUSTER_WIDE = ("Namespace", "ClusterQueue", "ResourceFlavor")
-# What each rule of the role is for; the role has nothing beside.
-NEEDED = {
-    ("ray.io", "rayjobs"): {"create", "delete", "get", "list"},
-    ("", "pods"): {"list"},
-    ("", "events"): {"list"},
-    ("", "pods/exec"): {"create", "get"},
-    ("kueue.x-k8s.io", "workloads"): {"list"},
-}
+HOME = "/fleetune"
+CLUSTER_WIDE = ("ClusterQueue", "ClusterRole", "ClusterRoleBinding", "Namespace", "ResourceFlavor")
 
 
 def settings(**changes: Any) -> KubernetesSettings:
@@ -38,27 +34,51 @@ def of_kind(objects: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def test_the_base_has_the_names_that_a_cluster_has_by_default() -> None:
-    assert install_manifests(settings()) == list(base_objects(BASE))
+    base = list(base_objects(BASE))
+    (reader,) = of_kind(base, "Deployment")
+    reader["spec"]["template"]["spec"]["containers"][0]["image"] = IMAGE
+    assert install_manifests(settings(), HOME) == base
 
 
 def test_other_names_are_other_names_everywhere() -> None:
     changed = settings(namespace="research", claim="runs", service_account="trainer")
-    objects = install_manifests(changed, "2Ti", "nfs")
+    objects = install_manifests(changed, HOME, "2Ti", "nfs")
     assert [each["metadata"]["name"] for each in of_kind(objects, "Namespace")] == ["research"]
-    assert {each["metadata"]["namespace"] for each in objects if each["kind"] != "Namespace"} == {"research"}
+    assert {each["metadata"].get("namespace") for each in objects if each["kind"] not in CLUSTER_WIDE} == {"research"}
     (claim,) = of_kind(objects, "PersistentVolumeClaim")
     assert claim["metadata"]["name"] == "runs"
     assert claim["spec"]["storageClassName"] == "nfs"
     assert claim["spec"]["resources"]["requests"]["storage"] == "2Ti"
     accounts = {each["metadata"]["name"] for each in of_kind(objects, "ServiceAccount")}
     assert accounts == {"trainer", "fleetune-client"}
-    (binding,) = of_kind(objects, "RoleBinding")
-    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "fleetune-client", "namespace": "research"}]
+    (binding,), (to_nodes,) = of_kind(objects, "RoleBinding"), of_kind(objects, "ClusterRoleBinding")
+    assert (
+        binding["subjects"]
+        == to_nodes["subjects"]
+        == [{"kind": "ServiceAccount", "name": "fleetune-client", "namespace": "research"}]
+    )
+
+
+def test_the_reader_is_like_the_pods_of_runs() -> None:
+    changed = settings(
+        claim="runs", service_account="trainer", user=1234, image_pull_secrets=["ghcr"], head={"tolerations": ["cpu"]}
+    )
+    (reader,) = of_kind(install_manifests(changed, "/data"), "Deployment")
+    pod = reader["spec"]["template"]["spec"]
+    assert broken_rules(pod) == set()
+    head = manifest(SHORT_JOB, **changed.model_dump(exclude={"image"}), root="/data")
+    of_head = head["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    for name in ("serviceAccountName", "securityContext", "imagePullSecrets", "tolerations"):
+        assert pod[name] == of_head[name]
+    assert pod["volumes"][0] == of_head["volumes"][0]
+    assert pod["containers"][0]["volumeMounts"][:2] == of_head["containers"][0]["volumeMounts"][:2]
+    assert reader["spec"]["selector"]["matchLabels"] == {READER_LABEL: "true"}
+    assert reader["spec"]["template"]["metadata"]["labels"][READER_LABEL] == "true"
 
 
 def test_pods_on_the_network_of_their_nodes_are_let_in() -> None:
-    (restricted,) = of_kind(install_manifests(settings()), "Namespace")
-    (privileged,) = of_kind(install_manifests(settings(host_network=True)), "Namespace")
+    (restricted,) = of_kind(install_manifests(settings(), HOME), "Namespace")
+    (privileged,) = of_kind(install_manifests(settings(host_network=True), HOME), "Namespace")
     key = "pod-security.kubernetes.io/enforce"
     assert restricted["metadata"]["labels"][key] == "restricted"
     assert privileged["metadata"]["labels"][key] == "privileged"
@@ -67,7 +87,7 @@ def test_pods_on_the_network_of_their_nodes_are_let_in() -> None:
 @pytest.mark.parametrize(("storage", "storage_class"), [("5 Gi", None), ("0Gi", None), (None, "a_b")])
 def test_a_size_that_is_none_is_refused(storage: str | None, storage_class: str | None) -> None:
     with pytest.raises(ValueError, match="found '.*'; allowed: "):
-        install_manifests(settings(), storage, storage_class)
+        install_manifests(settings(), HOME, storage, storage_class)
 
 
 @pytest.mark.parametrize("folder", [BASE, *OVERLAYS], ids=lambda folder: folder.name)
@@ -85,11 +105,10 @@ def test_a_kustomization_names_what_is_there(folder: Path) -> None:
 
 
 def test_clients_may_do_what_they_need_and_pods_nothing() -> None:
-    objects = install_manifests(settings())
-    assert not of_kind(objects, "ClusterRole") and not of_kind(objects, "ClusterRoleBinding")
-    (role,) = of_kind(objects, "Role")
+    objects = install_manifests(settings(), HOME)
+    (role,), (of_nodes,) = of_kind(objects, "Role"), of_kind(objects, "ClusterRole")
     allowed: dict[tuple[str, str], set[str]] = {}
-    for rule in role["rules"]:
+    for rule in (*role["rules"], *of_nodes["rules"]):
         assert rule.keys() == {"apiGroups", "resources", "verbs"}
         for group in rule["apiGroups"]:
             for resource in rule["resources"]:
@@ -103,7 +122,7 @@ def test_clients_may_do_what_they_need_and_pods_nothing() -> None:
 def test_network_policies_are_about_the_pods_of_runs() -> None:
     head = manifest(SHORT_JOB)["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"]["labels"]
     labels = head | {"ray.io/node-type": "head"}  # which KubeRay sets
-    policies = of_kind(install_manifests(settings()), "NetworkPolicy")
+    policies = of_kind(install_manifests(settings(), HOME), "NetworkPolicy")
     for policy in policies:
         assert policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
     (deny,) = [policy for policy in policies if not policy["spec"].keys() & {"ingress", "egress"}]
@@ -129,7 +148,7 @@ def test_the_command_prints_what_kubectl_takes(tmp_path: Path, monkeypatch: pyte
     shown = CliRunner().invoke(app, ["k8s", "manifests", "--cluster", "k8s", "--storage", "1Ti"])
     assert shown.exit_code == 0
     objects = list(yaml.safe_load_all(shown.stdout))
-    assert objects == install_manifests(settings(namespace="research"), "1Ti")
+    assert objects == install_manifests(settings(namespace="research"), HOME, "1Ti")
     planned = CliRunner().invoke(app, ["k8s", "install", "--cluster", "k8s", "--dry-run"]).stdout.splitlines()
     assert planned[0] == "Namespace research"
     assert planned[-1] == "Secret research/fleetune-ray (a new token, where there is none)"

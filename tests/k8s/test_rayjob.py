@@ -3,6 +3,7 @@
 import copy
 import json
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import yaml
 from kubernetes_rules import expanded, schema_errors, variables_in
 from pod_security import RULES, broken_rules
 
-from clusters.base import SubmissionRefused
+from clusters import kubernetes
+from clusters.base import SubmissionRefused, Unreachable
 from clusters.kubernetes import Kubernetes
 from clusters.kubernetes_config import KubernetesConfig
+from clusters.remote.code import Code
 from k8s.pods import unexpanded
 from k8s.rayjob import DIGEST_ANNOTATION, digest_of
 from runfolder.job import Job
@@ -75,6 +78,7 @@ def pods_of(whole: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", CASES)
 def test_the_whole_manifest_is_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(kubernetes, "installed_code", lambda: Code({}, "of-this-code"))
     job, changes = CASES[name]
     request = cluster(**changes).request(Job.model_validate(job), RUN_ID, 1, ("HF_TOKEN",))
     assert request == cluster(**changes).request(Job.model_validate(job), RUN_ID, 1, ("HF_TOKEN",))
@@ -217,3 +221,9 @@ def test_a_value_comes_through_what_kubernetes_expands() -> None:
     for value in ("$", "$$", "$(A)", "$$(A)", "$(", "a$", "$)(", "$(A", "$$$(A)$", ""):
         assert expanded(unexpanded(value), {"A": "x"}) == value
     assert expanded("$(A) $$(A) $(B)", {"A": "x"}) == "x $(A) $(B)"
+
+
+def test_without_the_client_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    with pytest.raises(Unreachable, match=r"its client is not installed here; .* 'fleetune\[k8s\]'"):
+        cluster().status([RUN_ID])

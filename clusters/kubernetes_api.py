@@ -1,0 +1,267 @@
+"""The API of Kubernetes as runs need it, over the official client and the user's kubeconfig.
+
+What the server says for good (`Rejected`) is told from what is worth another try: a lost connection, 429, 5xx,
+and a 403 of what is not ready yet. Tries are repeated with pauses that grow; then nobody knows: Unreachable.
+"""
+
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+from clusters.base import Unreachable
+
+_TRIES = 5
+_FIRST_PAUSE_S = 0.25  # it doubles with each try
+_LONGEST_PAUSE_S = 8.0  # also of those that a server asks for
+_API_CONNECT_S = 5.0
+_ANSWER_OF_API_S = 30.0
+_PAGE = 250  # objects of a list in one answer
+_LATER = frozenset({408, 429, 500, 502, 503, 504})  # statuses of what may succeed a little later
+_NOT_READY = (
+    "status unknown for quota",
+    "no API token found for service account",
+    "error looking up service account",
+)
+
+_LIMITS = {"_request_timeout": (_API_CONNECT_S, _ANSWER_OF_API_S)}
+
+ApiObject = dict[str, Any]
+ApiCall = Callable[[], Any]
+
+
+class Rejected(Unreachable):
+    """A request that the server refuses for good, by its status and in its words; for a look, it is out of reach.
+
+    `is_first`: no try before may have been taken without our knowing.
+    """
+
+    def __init__(self, status: int, message: str, is_first: bool) -> None:
+        super().__init__(f"Kubernetes: {message}")
+        self.status = status
+        self.message = message
+        self.is_first = is_first
+
+
+@dataclass(frozen=True)
+class KubernetesApi:
+    """The objects of one namespace. Every method may raise Unreachable; all are safe to repeat."""
+
+    context: str | None
+    namespace: str
+    _group: dict[str, str] = field(default_factory=lambda: {"group": "ray.io", "version": "v1", "plural": "rayjobs"})
+
+    def create(self, manifest: ApiObject, is_trial: bool = False) -> None:
+        """Have a RayJob made; a trial changes nothing. Raises Rejected, also where the name is taken (409)."""
+        options = {"dry_run": "All"} if is_trial else {}
+        self._ask(
+            lambda: self._custom.create_namespaced_custom_object(
+                **self._group,
+                namespace=self.namespace,
+                body=manifest,
+                field_validation="Strict",
+                **options,
+                **_LIMITS,
+            )
+        )
+
+    def rayjob(self, name: str) -> ApiObject | None:
+        """The RayJob of a name; None where there is none."""
+        try:
+            found: ApiObject = self._ask(
+                lambda: self._custom.get_namespaced_custom_object(
+                    **self._group, namespace=self.namespace, name=name, **_LIMITS
+                )
+            )
+        except Rejected as rejected:
+            if rejected.status != 404:
+                raise
+            return None
+        return found
+
+    def delete(self, rayjob: ApiObject) -> None:
+        """Remove a RayJob, which is no other one of its name; one that is gone is removed."""
+        metadata = rayjob["metadata"]
+        body = self._models.V1DeleteOptions(preconditions={"uid": metadata["uid"]}, propagation_policy="Background")
+        try:
+            self._ask(
+                lambda: self._custom.delete_namespaced_custom_object(
+                    **self._group, namespace=self.namespace, name=metadata["name"], body=body, **_LIMITS
+                )
+            )
+        except Rejected as rejected:
+            if rejected.status not in (404, 409):
+                raise
+
+    def rayjobs(self, selector: str) -> list[ApiObject]:
+        """The RayJobs with these labels."""
+        return self._custom_objects(self._group, selector)
+
+    def workloads(self) -> list[ApiObject]:
+        """What Kueue knows of the namespace; nothing where it is not there, or may not be asked."""
+        group = {"group": "kueue.x-k8s.io", "version": "v1beta1", "plural": "workloads"}
+        try:
+            return self._custom_objects(group, "")
+        except Rejected as rejected:
+            if rejected.status in (403, 404):
+                return []
+            raise
+
+    def pods(self, selector: str) -> list[ApiObject]:
+        """The pods with these labels."""
+        return self._all_pages(
+            lambda page: self._core.list_namespaced_pod(
+                self.namespace, label_selector=selector, _preload_content=False, **page, **_LIMITS
+            )
+        )
+
+    def nodes(self) -> list[ApiObject]:
+        """The nodes of the cluster."""
+        return self._all_pages(lambda page: self._core.list_node(_preload_content=False, **page, **_LIMITS))
+
+    def session(self, pod: str, command: Sequence[str]) -> Any:
+        """A command in a pod, with all of its streams; what is printed there is for the caller to take."""
+        from kubernetes.stream import stream
+
+        return self._ask(
+            lambda: stream(
+                self._core.connect_get_namespaced_pod_exec,
+                pod,
+                self.namespace,
+                command=[*command],
+                stdin=True,
+                stdout=True,
+                stderr=True,
+                tty=False,
+                binary=True,
+                _preload_content=False,
+            )
+        )
+
+    @cached_property
+    def _models(self) -> Any:
+        try:
+            import kubernetes.client
+        except ImportError:
+            raise Unreachable(
+                "Kubernetes: its client is not installed here; install it: pip install 'fleetune[k8s]'"
+            ) from None
+        return kubernetes.client
+
+    @cached_property
+    def _client(self) -> Any:
+        """A client by the user's kubeconfig, which tries nothing again by itself."""
+        models = self._models
+        from kubernetes import config
+
+        settings = models.Configuration()
+        try:
+            config.load_kube_config(os.environ.get("KUBECONFIG"), self.context, client_configuration=settings)
+        except (config.ConfigException, OSError, TypeError, ValueError) as error:
+            raise Unreachable(f"Kubernetes: kubeconfig: {error}") from None
+        settings.retries = False
+        return models.ApiClient(settings)
+
+    @cached_property
+    def _custom(self) -> Any:
+        return self._models.CustomObjectsApi(self._client)
+
+    @cached_property
+    def _core(self) -> Any:
+        return self._models.CoreV1Api(self._client)
+
+    def _custom_objects(self, group: dict[str, str], selector: str) -> list[ApiObject]:
+        return self._all_pages(
+            lambda page: self._custom.list_namespaced_custom_object(
+                **group, namespace=self.namespace, label_selector=selector, **page, **_LIMITS
+            )
+        )
+
+    def _all_pages(self, ask_page: Callable[[dict[str, Any]], Any]) -> list[ApiObject]:
+        """All items of a list that comes in pages; from its beginning where it was too old to go on."""
+        items: list[ApiObject] = []
+        page: dict[str, Any] = {"limit": _PAGE}
+        while True:
+            try:
+                answer = _as_object(self._ask(partial(ask_page, page)))
+            except Rejected as rejected:
+                if rejected.status != 410:
+                    raise
+                items.clear()
+                page = {"limit": _PAGE}
+                continue
+            items += answer["items"]
+            token = answer["metadata"].get("continue")
+            if not token:
+                return items
+            page["_continue"] = token
+
+    def _ask(self, call: ApiCall) -> Any:
+        """What the server answers, after some tries; raises Rejected for its refusal, Unreachable for none."""
+        client = self._custom  # before what comes with it; raises Unreachable
+        from urllib3.exceptions import HTTPError
+
+        reason = ""
+        is_first = True
+        for number in range(_TRIES):
+            try:
+                return call()
+            except self._models.ApiException as error:
+                message = _message_in(error.body) or str(error.reason)
+                if error.status == 401:
+                    raise Unreachable(f"Kubernetes: {message}: log in again, as for kubectl") from None
+                if not _is_worth_a_try(error.status, message):
+                    raise Rejected(error.status, message, is_first) from None
+                reason = f"{error.status} {message}"
+                pause_s = _wanted_pause(error.headers)
+                is_first = is_first and error.status == 429
+            except (HTTPError, OSError) as error:
+                reason = str(error).splitlines()[0]
+                pause_s = 0.0
+                is_first = False
+            if number + 1 < _TRIES:
+                _rest(number, pause_s)
+        raise Unreachable(f"Kubernetes: {client.api_client.configuration.host}: {reason}")
+
+
+def _is_worth_a_try(status: int, message: str) -> bool:
+    """Whether a request that was refused so may be taken a little later."""
+    if status == 0:  # a WebSocket that was not opened
+        return not re.search(r"Handshake status 4(?!29)\d\d", message)
+    is_not_ready = status == 403 and any(words in message for words in _NOT_READY)
+    return status in _LATER or is_not_ready
+
+
+def _message_in(body: str | bytes | None) -> str:
+    """The message of a Status that a server answered with; empty where it answered with something else."""
+    try:
+        status = json.loads(body or "")
+    except ValueError:
+        return ""
+    message = status.get("message") if isinstance(status, dict) else None
+    return " ".join(message.split()) if isinstance(message, str) else ""
+
+
+def _wanted_pause(headers: Any) -> float:
+    """For how long a server wants no other try, in seconds; 0 where it says nothing."""
+    wanted = (headers or {}).get("Retry-After", "0")
+    return float(wanted) if str(wanted).isdigit() else 0.0
+
+
+def _rest(number: int, pause_s: float) -> None:
+    """Wait before the next try: longer each time, and not as long as others who wait."""
+    backoff_s = _FIRST_PAUSE_S * 2.0**number * random.uniform(0.5, 1.5)
+    time.sleep(min(_LONGEST_PAUSE_S, max(pause_s, backoff_s)))
+
+
+def _as_object(answer: Any) -> ApiObject:
+    """An answer as plain data, which it is already or is the text of."""
+    if isinstance(answer, dict):
+        return answer
+    parsed: ApiObject = json.loads(answer.data)
+    return parsed

@@ -1,0 +1,133 @@
+"""What an API server says of an object that it does not take, in its words."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from jsonschema import Draft4Validator
+from kubernetes_rules import plain_schema
+
+NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+REST = (
+    "<nil>: Invalid value: null: some validation rules were not checked because the object was invalid; "
+    "correct the existing errors to complete validation"
+)
+Causes = tuple[tuple[str, str], ...]
+
+
+@dataclass
+class Status(Exception):
+    """An answer that is no success."""
+
+    code: int
+    reason: str
+    message: str
+    causes: Causes = field(default=())
+
+    def dump(self) -> dict[str, Any]:
+        """The answer's body."""
+        causes = [{"reason": reason, "field": name} for reason, name in self.causes]
+        return {
+            "kind": "Status",
+            "apiVersion": "v1",
+            "status": "Failure",
+            "reason": self.reason,
+            "message": self.message,
+            "details": {"causes": causes},
+            "code": self.code,
+        }
+
+
+def admit(body: Mapping[str, Any], is_strict: bool) -> None:
+    """Raise Status for a RayJob that is not taken."""
+    name = body["metadata"].get("name", "")
+    if is_strict:
+        unknown = sorted(unknown_fields(body, plain_schema()))
+        if unknown:
+            words = ", ".join(f'unknown field "{path}"' for path in unknown)
+            raise Status(
+                400,
+                "BadRequest",
+                f'RayJob in version "v1" cannot be handled as a RayJob: strict decoding error: {words}',
+            )
+    invalid = f'RayJob.ray.io "{name}" is invalid: '
+    if not NAME.fullmatch(name) or len(name) > 253:
+        words = f'metadata.name: Invalid value: "{name}": a lowercase RFC 1123 subdomain must consist of lower case'
+        raise Status(422, "Invalid", invalid + words, (("FieldValueInvalid", "metadata.name"),))
+    for value in body["metadata"].get("labels", {}).values():
+        if len(value) > 63:
+            words = f'metadata.labels: Invalid value: "{value}": must be no more than 63 bytes'
+            raise Status(422, "Invalid", invalid + words, (("FieldValueInvalid", "metadata.labels"),))
+    problem = first_problem(json.dumps({**body, "metadata": {}}))
+    if problem is not None:
+        raise broken_schema(invalid, problem)
+
+
+@cache
+def first_problem(text: str) -> Any:
+    """What the schema of a RayJob first finds in the JSON of one; None where it finds nothing."""
+    return next(Draft4Validator(plain_schema()).iter_errors(json.loads(text)), None)
+
+
+def broken_schema(invalid: str, problem: Any) -> Status:
+    """The answer to an object that its schema does not fit."""
+    path = problem.json_path.removeprefix("$.")
+    if problem.validator == "required":
+        missing = re.sub(r"^'(\w+)'.*", r"\1", problem.message)
+        path = f"{path}.{missing}"
+        kind, words = "FieldValueRequired", "Required value"
+    elif problem.validator == "enum":
+        supported = ", ".join(f'"{value}"' for value in problem.validator_value)
+        kind, words = (
+            "FieldValueNotSupported",
+            f'Unsupported value: "{problem.instance}": supported values: {supported}',
+        )
+    else:
+        kind = "FieldValueTypeInvalid"
+        words = f'Invalid value: "integer": {path} in body must be of type {problem.validator_value}: "integer"'
+    return Status(
+        422, "Invalid", f"{invalid}[{path}: {words}, {REST}]", ((kind, path), ("FieldValueInvalid", "<nil>"))
+    )
+
+
+def exceeded_quota(name: str, most: int) -> Status:
+    """The answer to one RayJob more than a quota has."""
+    count = "count/rayjobs.ray.io"
+    words = f"exceeded quota: q, requested: {count}=1, used: {count}={most}, limited: {count}={most}"
+    return Status(403, "Forbidden", f'rayjobs.ray.io "{name}" is forbidden: {words}')
+
+
+def unknown_fields(value: Any, schema: Any, path: str = "") -> set[str]:
+    """The paths of fields that a schema does not have; metadata has one of its own."""
+    if isinstance(value, list):
+        return set().union(*(unknown_fields(item, schema.get("items", {}), f"{path}[]") for item in value))
+    properties = schema.get("properties")
+    if not isinstance(value, dict) or properties is None:
+        return set()
+    unknown: set[str] = set()
+    for key, item in value.items():
+        inner = f"{path}.{key}".removeprefix(".")
+        if inner == "metadata":
+            continue
+        if key not in properties:
+            unknown.add(inner)
+        else:
+            unknown |= unknown_fields(item, properties[key], inner)
+    return unknown
+
+
+def without_unknown(value: Any, schema: Any, path: str = "") -> Any:
+    """A value without the fields that its schema does not have."""
+    if isinstance(value, list):
+        return [without_unknown(item, schema.get("items", {}), f"{path}[]") for item in value]
+    properties = schema.get("properties")
+    if not isinstance(value, dict) or properties is None or path == ".metadata":
+        return value
+    return {
+        key: without_unknown(item, properties[key], f"{path}.{key}")
+        for key, item in value.items()
+        if key in properties
+    }

@@ -1,0 +1,32 @@
+"""What there is in the clusters of these tests: a node, a pod of the reader, and what a client may do."""
+
+from pathlib import Path
+from typing import Any
+
+from k8s.planned import READER_LABEL
+
+ROOT = Path(__file__).parents[2]
+IMAGE = f"registry.example.org/team/fleetune@sha256:{'0' * 64}"
+# What a client may do: what each rule of its role is for; it has nothing beside.
+NEEDED = {
+    ("ray.io", "rayjobs"): {"create", "delete", "get", "list"},
+    ("", "pods"): {"list"},
+    ("", "nodes"): {"list"},
+    ("", "pods/exec"): {"create", "get"},
+    ("kueue.x-k8s.io", "workloads"): {"list"},
+}
+NODE = {
+    "metadata": {"name": "gpu-1"},
+    "spec": {},
+    "status": {
+        "allocatable": {"cpu": "32", "nvidia.com/gpu": "8"},
+        "conditions": [{"type": "Ready", "status": "True"}],
+    },
+}
+
+
+def reader(name: str, ready: bool) -> dict[str, Any]:
+    """A pod of the reader."""
+    labels = {READER_LABEL: "true", "app.kubernetes.io/managed-by": "fleetune"}
+    status = {"phase": "Running", "containerStatuses": [{"ready": ready}]}
+    return {"metadata": {"name": name, "labels": labels}, "spec": {"containers": []}, "status": status}

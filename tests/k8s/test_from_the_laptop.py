@@ -1,0 +1,76 @@
+"""Commands of a laptop against a cluster of kind kubernetes, as the account that `fleetune k8s` makes may use it."""
+
+from pathlib import Path
+
+import pytest
+from api_server import Cluster
+from jobs import make_job
+
+pytest.importorskip("kubernetes", reason="the client of Kubernetes is not installed: pip install 'fleetune[k8s]'")
+
+import fleetune
+from k8s.planned import RUN_LABEL
+from k8s.text import manifest_in
+from orchestrator import submit as submission
+from orchestrator.cluster_doctor import cluster_checks
+from orchestrator.cluster_setup import set_up_cluster
+from orchestrator.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("laptop")
+
+
+def test_a_job_is_submitted_looked_at_and_cancelled(
+    laptop: Path, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    job = make_job(tmp_path, resources={"nodes": 2, "gpus_per_node": 4})
+    dry = manifest_in(submission.dry_run(job, cluster="k8s"))
+    assert not cluster.created
+    submitted = fleetune.submit(job, cluster="k8s")
+    run_id = submitted.run_id
+    assert cluster.created == [f"{run_id}-s1"]
+    stored = cluster.objects["rayjobs", f"{run_id}-s1"]
+    assert stored["metadata"]["labels"][RUN_LABEL] == run_id
+    assert dry["spec"].keys() == stored["spec"].keys()
+    run_dir = laptop / "runs" / run_id
+    assert "hf_secret" in (run_dir / "secrets.json").read_text()
+    assert "hf_secret" not in str(cluster.objects) + "".join(cluster.requests)
+    status = fleetune.status(run_id)
+    assert (status.state, status.cluster) == ("queued", "k8s")
+    assert "KubeRay's operator has not taken it up" in (status.reason or "")
+    stored["status"] = {"jobDeploymentStatus": "Running"}
+    assert fleetune.status(run_id).state in ("starting", "running")
+    stored["status"] = {"jobDeploymentStatus": "Failed", "reason": "AppFailed"}
+    failed = fleetune.status(run_id)
+    assert failed.state == "unknown" and "fleetune resume submits it again" in (failed.reason or "")
+    fleetune.resume(run_id)
+    assert cluster.created == [f"{run_id}-s1", f"{run_id}-s2"]
+    fleetune.cancel(run_id)
+    assert fleetune.status(run_id).state == "cancelled"
+    assert ("rayjobs", f"{run_id}-s2") not in cluster.objects
+
+
+def test_a_job_that_the_server_does_not_take_is_closed(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.quota = 0
+    with pytest.raises(InputError, match="Kubernetes does not take this job: .* exceeded quota"):
+        fleetune.submit(make_job(tmp_path), cluster="k8s")
+    assert cluster.created == []
+
+
+def test_the_doctor_asks_for_what_runs_ask_for(cluster: Cluster) -> None:
+    levels = {check.name: (check.level, check.found) for check in cluster_checks("k8s", test_job=False)}
+    assert {name: level for name, (level, _) in levels.items()} == dict.fromkeys(
+        ("operator", "nodes", "reader", "claim"), "ok"
+    )
+    assert levels["nodes"][1] == "8 of nvidia.com/gpu, 8 not asked for here"
+    cluster.objects.clear()
+    cluster.tokens["client"] = set()
+    failed = cluster_checks("k8s", test_job=False)
+    assert all(check.level == "fail" and check.mend for check in failed)
+    with pytest.raises(InputError, match="--test-job: found cluster 'k8s'"):
+        cluster_checks("k8s", test_job=True)
+
+
+def test_its_image_has_the_packages() -> None:
+    with pytest.raises(InputError, match="its image has the packages"):
+        set_up_cluster("k8s", yes=True)
