@@ -1,6 +1,7 @@
 """RUN_DIR/job.yaml: what was submitted, frozen; and beside it run.json, the few fields of it that every look needs.
 
-The record is {format, run_id, cluster, submitted, versions, digests, git, secrets (names alone), job}.
+The record is {format, run_id, cluster, submitted, versions, digests, git, secrets (names alone), job, dated}; `dated`
+says whether the date in the job is that of its submission, as the job itself said none.
 """
 
 import os

@@ -138,8 +138,9 @@ def test_a_refusal_before_anything_was_made_is_forgotten(offer: Offer, tmp_path:
 def test_names_are_checked_before_anything_and_may_have_spaces(offer: Offer, tmp_path: Path, home: Path) -> None:
     offer("early", time.time())
     offer("late", None)
+    commands: list[Callable[..., object]] = [fleetune.submit, fleetune.dry_run]
     for wrong in ("early,lat", "lat,early", "early,"):
-        for command in (fleetune.submit, fleetune.dry_run):
+        for command in commands:
             with pytest.raises(InputError, match="--cluster: found"):
                 command(make_job(tmp_path), cluster=wrong)
     assert not runs_on(tmp_path, "early") and not (home / "choices").exists()
