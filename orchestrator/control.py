@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from clusters.base import Cluster, SubmissionRefused
+from clusters.base import Cluster, SubmissionRefused, Unreachable
 from clusters.environment import secret_values
 from orchestrator.backends import expected_start, make_request
 from orchestrator.errors import InputError, RunEnded
@@ -81,9 +81,15 @@ def _renewed_secrets(run: Handle, of_the_job: Iterable[str], of_the_shell: Itera
 
 
 def withdrawn(cluster: Cluster, run_id: str, why: str) -> RunEnded:
-    """Close a run that its cluster does not take, as cancelled; gives the error that says so."""
-    cluster.site.ask(run_id, "cancel")
-    cluster.cancel(run_id)
+    """Close a run that its cluster does not take, as cancelled; gives the error that says so.
+
+    Raises Unreachable where that is not known to be done: what is repeated then does it.
+    """
+    try:
+        cluster.site.ask(run_id, "cancel")
+        cluster.cancel(run_id)
+    except Unreachable as error:
+        raise Unreachable(f"{why}; whether {run_id} is closed is not known: {error}") from None
     return RunEnded(f"{why}; {run_id} is cancelled")
 
 

@@ -192,6 +192,17 @@ def test_a_resumption_that_is_refused_is_closed_again(tmp_path: Path, monkeypatc
         fleetune.resume(run_dir.name)  # which goes on as it did
     assert not cancel_requested(run_dir)
     chain.close(run_dir, {"state": "failed"})
+
+    def away(*_: object) -> None:
+        raise Unreachable("no route")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Unreachable, match="policy; whether .* is closed .*: no route"),
+    ):
+        patch.setattr(Local, "cancel", away)
+        fleetune.resume(run_dir.name)
+    chain.close(run_dir, {"state": "cancelled"})
     with pytest.raises(InputError, match=f"policy; {run_dir.name} is cancelled"):
         fleetune.resume(run_dir.name)
     assert cancel_requested(run_dir)
