@@ -193,7 +193,7 @@ def test_what_cannot_be_set_up_is_said(root: Path, tmp_path: Path) -> None:
 def test_a_python_below_the_home_is_found(tmp_path: Path) -> None:
     (tmp_path / "code" / "0123").mkdir(parents=True)
     write_pythons(tmp_path / "bin", "echo it runs")
-    arguments = [str(tmp_path), "0123", "~/bin/python3", "0"]
+    arguments = [str(tmp_path), "0123", "~/bin/python3", "4567", "0"]
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
     command = ["bash", "-c", scripts.ANSWER, "fleetune", *arguments]
     assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "it runs\n"
