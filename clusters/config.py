@@ -1,6 +1,7 @@
 """What the clusters file says of a cluster of any kind. Unknown keys are errors, as in a job."""
 
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -11,6 +12,13 @@ from runfolder.variables import Variables, is_secret
 _DESTINATION = re.compile(r"[A-Za-z0-9_][\w.@:%+\[\]-]*")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=[\"']?([^\s\"'$`;&|]+)")  # of a text, not of what a command prints
 _PLACE = re.compile(r"[^-\x00-\x1f\x7f][^\x00-\x1f\x7f]{0,4095}")
+
+
+def _refuse_secrets(variables: Iterable[tuple[str, str]]) -> None:
+    """Raise ValueError for a variable that is a secret."""
+    for name, value in variables:
+        if is_secret(name, value):
+            raise ValueError(f"{name} is a secret, and would stand in every script; export it where you submit")
 
 
 class SshLink(Section):
@@ -61,15 +69,11 @@ class ClusterConfig(Section):
     def _are_lines(cls, lines: tuple[str, ...]) -> tuple[str, ...]:
         if any("\0" in line for line in lines):
             raise ValueError("must be shell lines without NUL")
-        for name, value in _ASSIGNMENT.findall("\n".join(lines)):
-            if is_secret(name, value):
-                raise ValueError(f"{name} is a secret, and would stand in every script; export it where you submit")
+        _refuse_secrets(_ASSIGNMENT.findall("\n".join(lines)))
         return lines
 
     @field_validator("env")
     @classmethod
     def _are_public(cls, env: dict[str, str]) -> dict[str, str]:
-        for name, value in env.items():
-            if is_secret(name, value):
-                raise ValueError(f"{name} is a secret, and would stand in every script; export it where you submit")
+        _refuse_secrets(env.items())
         return env

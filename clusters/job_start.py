@@ -48,8 +48,14 @@ class JobStart:
         folder = self.run_dir / "starts"
         with suppress(OSError):  # on a full disk, what this host knows has to do
             refresh(folder)
-        for name in list_names(folder):
-            submission, _, requeues = name.partition(".")
-            if submission.isdigit() and (int(submission), int(requeues)) > (self.submission, self.requeues):
-                return False
-        return True
+        return latest_noted(folder) <= (self.submission, self.requeues)
+
+
+def latest_noted(folder: Path) -> tuple[int, int]:
+    """The submission of the latest start that left its name in a folder, and its number; (0, 0) where none did."""
+    latest = (0, 0)
+    for name in list_names(folder):
+        submission, _, number = name.partition(".")
+        if submission.isdigit() and number.isdigit():
+            latest = max(latest, (int(submission), int(number)))
+    return latest

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from clusters.base import number_of_submission
-from clusters.job_start import JobStart
+from clusters.job_start import JobStart, latest_noted
 from runfolder.files import list_names, refresh
 
 
@@ -40,12 +40,8 @@ def works_now(run_dir: Path) -> bool:
     if not folder.exists():
         return False
     refresh(folder)
-    latest = (0, 0)
-    for name in list_names(folder):
-        submission, _, number = name.partition(".")
-        if submission.isdigit() and number.isdigit():
-            latest = max(latest, (int(submission), int(number)))
-    path = folder / f"{latest[0]}.{latest[1]}"
+    submission, number = latest_noted(folder)
+    path = folder / f"{submission}.{number}"
     return path.exists() and path.read_text() == own_cluster()
 
 
