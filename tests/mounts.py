@@ -18,7 +18,7 @@ SERVER = Path(__file__).parent / "runfolder" / "caching_mount.py"
 def two_clients(folder: Path, beside: Path, kept_s: int = 60) -> Iterator[tuple[Path, Path]]:
     """A folder mounted twice, at `a` and `b` in another one; either keeps so long what it was told."""
     if not can_mount():
-        pytest.skip("needs root, /dev/fuse and libfuse")
+        pytest.skip("needs root, /dev/fuse and libfuse3")
     with mounted(folder, beside / "a", kept_s) as a, mounted(folder, beside / "b", kept_s) as b:
         yield a, b
 
@@ -44,5 +44,4 @@ def mounted(folder: Path, at: Path, kept_s: int) -> Iterator[Path]:
 
 def can_mount() -> bool:
     """Whether this process may mount, and has what it takes."""
-    library = ctypes.util.find_library("fuse3") or ctypes.util.find_library("fuse")
-    return library is not None and os.geteuid() == 0 and Path("/dev/fuse").exists()
+    return ctypes.util.find_library("fuse3") is not None and os.geteuid() == 0 and Path("/dev/fuse").exists()

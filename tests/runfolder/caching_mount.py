@@ -2,17 +2,18 @@
 
 A pass-through of FUSE whose kernel keeps so long what it was told of names, of names that are not there, and of
 attributes; listings are kept here, until this client itself changes their folder. Mounted twice, one folder has two
-clients, and neither learns by itself what the other has changed. As on NFS, a file that is opened is read as it is
-then (`direct_io`).
+clients, and neither learns by itself what the other has changed. As on NFS, a file that is opened has the size and is
+read as it is then (close-to-open consistency: RFC 1813, section 4.11).
 """
 
+import ctypes
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from mfusepy import FUSE, Operations
+from mfusepy import FUSE, Operations, _libfuse
 
 
 class PassThrough(Operations):
@@ -84,6 +85,8 @@ class PassThrough(Operations):
         return descriptor
 
     def open(self, path: str, flags: int) -> int:
+        fuse = ctypes.c_void_p(_libfuse.fuse_get_context().contents.fuse)
+        _libfuse.fuse_invalidate_path(fuse, path.encode())  # its attributes in the kernel, so that it asks again
         return os.open(self._real(path), flags & ~os.O_APPEND)
 
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:

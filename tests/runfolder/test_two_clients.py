@@ -58,6 +58,16 @@ def test_what_was_appended_since_is_sealed(clients: tuple[Path, Path]) -> None:
     assert sealed_size(sealed, "logs/rank-0.log") == 4
 
 
+def test_what_was_seen_empty_is_sealed_with_what_came_since(clients: tuple[Path, Path]) -> None:
+    a, b = clients
+    first = claim(a)
+    (first.folder / "metrics.jsonl").touch()
+    assert read_lines(chain.Attempt(b, 1), "metrics.jsonl") == []
+    first.append("metrics.jsonl", ROWS[0])
+    claim(b)
+    assert read_lines(chain.Attempt(b, 1), "metrics.jsonl") == [ROWS[0]]
+
+
 def test_what_a_slot_did_not_live_to_seal_is_sealed_by_the_next(clients: tuple[Path, Path]) -> None:
     a, b = clients
     first = claim(a)
