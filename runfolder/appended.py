@@ -11,7 +11,7 @@ from runfolder.files import Damaged, Record, list_names
 from runfolder.seals import read_seal
 from runfolder.shapes import EVENT, ROW, FileShape, flaw_of
 
-AT_ONCE = 2 << 20  # bytes of a file that are read at once, at most
+READ_AT_ONCE = 2 << 20  # bytes of a file that are read at once, at most
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Chunk:
     @property
     def is_full(self) -> bool:
         """Whether more of the file may be there already."""
-        return len(self.data) == AT_ONCE
+        return len(self.data) == READ_AT_ONCE
 
     def whole_lines(self) -> "Chunk":
         """The same without a last line that is not whole; the position is before that line.
@@ -84,12 +84,12 @@ def read_from(run_dir: Path, file: str, since: Position) -> Iterator[Chunk]:
         if slot.number == since.attempt:
             offset = since.offset
         seal = sealed_size(slot, file)
-        stop = offset + AT_ONCE
+        stop = offset + READ_AT_ONCE
         if seal is not None:
             stop = min(stop, seal)
         data = _read_range(path, offset, stop)
         after = Position(slot.number, offset + len(data))
-        chunk = Chunk(data, after, sealed=seal is not None and len(data) < AT_ONCE)
+        chunk = Chunk(data, after, sealed=seal is not None and len(data) < READ_AT_ONCE)
         yield chunk
         if not chunk.sealed:
             return
