@@ -88,10 +88,10 @@ class AllocatedNodes:
 
 
 @contextmanager
-def allocated_nodes(run_dir: Path, submission: str) -> Iterator[AllocatedNodes]:
+def allocated_nodes(run_dir: Path, submission: str, python: Sequence[str]) -> Iterator[AllocatedNodes]:
     """Ray on all nodes of this job's allocation while the block runs, for a submission of a run.
 
-    Raises RuntimeError where that fails.
+    `python` is the command of the Python that has Ray. Raises RuntimeError where that fails.
     """
     folder = Path(tempfile.mkdtemp(prefix=".ray-", dir=os.environ["FLEETUNE_HOME"]))
     token = folder / "token"
@@ -100,12 +100,12 @@ def allocated_nodes(run_dir: Path, submission: str) -> Iterator[AllocatedNodes]:
     nodes = []
     try:
         command = [sys.executable, "-P", "-m", "clusters.ray_node", str(folder), str(run_dir), submission]
-        head = _start_node(folder, HEAD, command)
+        head = _start_node(folder, HEAD, [*command, HEAD, *python])
         nodes.append(head)
         _await_nodes(nodes)
         for name in _other_names():
             step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={name}", "--export=ALL"]
-            nodes.append(_start_node(folder, name, [*step, *command]))
+            nodes.append(_start_node(folder, name, [*step, *command, name, *python]))
         _await_nodes(nodes)
         yield AllocatedNodes(nodes)
     finally:
@@ -133,7 +133,7 @@ def _other_names() -> list[str]:
 
 def _start_node(folder: Path, name: str, command: Sequence[str]) -> KeptNode:
     """Start what keeps a node's Ray, here or by a step on that node."""
-    process = subprocess.Popen([*command, name], start_new_session=True, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
     return KeptNode(name, folder, process)
 
 

@@ -1,8 +1,8 @@
-"""What a batch job runs on its first node: `python -m clusters.allocation RUN_DIR NAME`.
+"""What a batch job runs on its first node: `python -m clusters.allocation RUN_DIR NAME [PYTHON...]`.
 
 It starts Ray on every node of the allocation, and the controller until the run has its result. A warning is passed to
 the controller, which has the trainer save; then the job goes back to the queue. One job carries as many attempts as
-that takes.
+that takes. PYTHON... is the command of the Python that has Ray and trains, where that is in a container.
 
 Of two jobs of one submission, the one whose id is in RUN_DIR/submissions/NAME works; of two starts of a run, the
 later one (`JobStart`).
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,7 +43,7 @@ _FRUITLESS_CONTROLLERS = 5  # in a row, until others get the nodes
 _STEP_END_S = 10.0  # until that step has ended
 
 
-def main(run_dir: Path, name: str) -> int:
+def main(run_dir: Path, name: str, python: Sequence[str]) -> int:
     """Take the run as far as this allocation lasts; gives the exit code of the job."""
     job_id = os.environ["SLURM_JOB_ID"]
     start = start_of_this_job(run_dir, name)
@@ -62,8 +62,8 @@ def main(run_dir: Path, name: str) -> int:
         return 1
     told = threading.Event()
     before_end_s = warning_s(load_job(run_dir))
-    with warnings(told, before_end_s), allocated_nodes(run_dir, name) as nodes:
-        code = keep_controller(start, nodes, told)
+    with warnings(told, before_end_s), allocated_nodes(run_dir, name, python) as nodes:
+        code = keep_controller(start, nodes, told, controller_command(str(run_dir), python))
         if code != REQUEUE:
             return code
         print("back to the queue", flush=True)
@@ -133,7 +133,7 @@ def seconds_left() -> float:
     return threading.TIMEOUT_MAX if end is None else end - time.time()
 
 
-def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Event) -> int:
+def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Event, command: Sequence[str]) -> int:
     """Start the controller until the run has its result, or cannot go on here; gives 0 or REQUEUE."""
     backoff = Backoff()
     fewest = load_job(start.run_dir).resources.fewest_nodes
@@ -143,7 +143,7 @@ def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Even
             time.sleep(_ALLOCATION_POLL_S)
         backoff.began()
         slot = last_slot(start.run_dir)
-        code = run_controller(start.run_dir, nodes, told)
+        code = run_controller(start.run_dir, nodes, told, command)
         if code == 0 or result(start.run_dir) is not None:
             return 0
         fruitless = fruitless + 1 if last_slot(start.run_dir) == slot else 0
@@ -156,12 +156,11 @@ def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Even
     return 0
 
 
-def run_controller(run_dir: Path, nodes: AllocatedNodes, told: threading.Event) -> int:
+def run_controller(run_dir: Path, nodes: AllocatedNodes, told: threading.Event, command: Sequence[str]) -> int:
     """Run the controller once; a warning is passed to it, once. Gives its exit code.
 
     One that does not end by itself after a node is lost is killed: it may wait for that node to start its workers.
     """
-    command = controller_command(str(run_dir))
     count = nodes.count()
     environment = os.environ | {"RAY_ADDRESS": nodes.address} | REQUEUED | COLLECTED | on_nodes(count)
     controller = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -174,10 +173,10 @@ def run_controller(run_dir: Path, nodes: AllocatedNodes, told: threading.Event) 
         if nodes.count() >= count:
             whole_at = time.monotonic()
         elif time.monotonic() - whole_at > _NODE_LOSS_S and result(run_dir) is None:
-            controller.kill()
+            end_session(controller)  # with what hands signals on to it, where it is in a container
         time.sleep(_ALLOCATION_POLL_S)
     return controller.returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or [sys.executable]))

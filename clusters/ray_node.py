@@ -1,7 +1,8 @@
-"""One Ray node of an allocation: `python -m clusters.ray_node FOLDER RUN_DIR SUBMISSION NAME`, while FOLDER is there.
+"""One Ray node of an allocation, `python -m clusters.ray_node FOLDER RUN_DIR SUBMISSION NAME PYTHON...`, while FOLDER
+is there. PYTHON... is the command of the Python that has Ray, which may be in a container.
 
 SLURM sends SIGTERM to the processes of a step when it preempts a job. Ray would end at once, and with it the workers
-that are still to save; so the signal is blocked in what starts here. Who keeps the allocation removes FOLDER. What
+that are still to save; so the signal is blocked here and in Ray. Who keeps the allocation removes FOLDER. What
 SIGKILL leaves behind in /tmp, when the grace time is over, is removed by the next node that starts there.
 """
 
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -30,7 +31,7 @@ _PREFIX = "ft-ray-"
 _NODE_POLL_S = 1.0
 
 
-def main(folder: Path, start: JobStart, name: str) -> int:
+def main(folder: Path, start: JobStart, name: str, python: Sequence[str]) -> int:
     """Keep the Ray node `name`, the head or one that joins it; its address is in `folder`/`name` then."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     os.umask(0o077)
@@ -48,7 +49,8 @@ def main(folder: Path, start: JobStart, name: str) -> int:
         else:
             options["address"] = (folder / HEAD).read_text()
             write_whole(folder / name, f"{ip}:{manager_port}")
-        ray = subprocess.Popen(ray_command(options, flags), start_new_session=True)
+        command = ray_command(options, flags, "clusters.ray_process", python)
+        ray = subprocess.Popen(command, start_new_session=True)
         try:
             keep(ray, folder, start)
         finally:
@@ -115,4 +117,5 @@ def node_memory() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), start_of_this_job(Path(sys.argv[2]), sys.argv[3]), sys.argv[4]))
+    own_start = start_of_this_job(Path(sys.argv[2]), sys.argv[3])
+    sys.exit(main(Path(sys.argv[1]), own_start, sys.argv[4], sys.argv[5:]))

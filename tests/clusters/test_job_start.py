@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_a_job_whose_starts_make_no_attempt_ends(
     for requeues in range(5):
         start(run_dir, requeues)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
-    assert allocation.main(run_dir, f"{run_dir.name}-s1") == 1
+    assert allocation.main(run_dir, f"{run_dir.name}-s1", [sys.executable]) == 1
     said = capsys.readouterr().out
     assert "5 starts in a row made no attempt" in said and f"fleetune resume {run_dir.name}" in said
 
@@ -111,7 +112,7 @@ def test_a_run_folder_that_is_no_folder_is_told(
 ) -> None:
     assert not asked.exists()
     (run_dir / "submissions").write_text("")
-    assert allocation.main(run_dir, f"{run_dir.name}-s1") == 1
+    assert allocation.main(run_dir, f"{run_dir.name}-s1", [sys.executable]) == 1
     assert capsys.readouterr().out.startswith("the run folder cannot be used: ")
 
 
@@ -122,7 +123,7 @@ def test_controllers_that_make_no_attempt_give_the_nodes_back(
     monkeypatch.setattr(allocation, "run_controller", lambda *_: next(codes))
     monkeypatch.setattr(allocation, "Backoff", ReadyAtOnce)
     monkeypatch.setattr(AllocatedNodes, "settled_count", lambda _: 1)
-    assert keep_controller(start(run_dir, 0), AllocatedNodes([]), threading.Event()) == REQUEUE
+    assert keep_controller(start(run_dir, 0), AllocatedNodes([]), threading.Event(), ["true"]) == REQUEUE
     assert "5 controllers in a row made no attempt" in capsys.readouterr().out
     assert len(list(codes)) == 95
 

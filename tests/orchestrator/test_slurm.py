@@ -31,6 +31,7 @@ from worker import OUTSIDE
 import fleetune
 from clusters.base import Unreachable
 from clusters.checks import Check
+from clusters.remote.code import installed_code
 from clusters.remote.link import sockets_folder
 from clusters.slurm import Slurm
 from clusters.slurm_script import SlurmConfig
@@ -53,6 +54,27 @@ def test_the_script_is_a_pure_function(tmp_path: Path, monkeypatch: pytest.Monke
     text = request.text.replace(str(tmp_path), "HOME").replace(sys.executable, "PYTHON")
     assert text == GOLDEN.read_text()
     assert "hf_secret" not in request.text
+
+
+def test_the_script_of_a_container_is_a_pure_function(tmp_path: Path) -> None:
+    container = {
+        "image": "/images/fleetune.sif",
+        "python": "/opt/fleetune/bin/python",
+        "mounts": ["/scratch", "/a:/b:ro"],
+    }
+    config = SlurmConfig.model_validate({"kind": "slurm", "container": container, "setup": ["module load apptainer"]})
+    plain = {
+        "base": "b",
+        "data": "cluster:/data/d.jsonl",
+        "train": {"steps": 1},
+        "env": {"PYTHONPATH": "/scratch/mine"},
+    }
+    job = Job.model_validate(plain | {"resources": {"gpus_per_node": 1}})
+    text = Slurm(config, tmp_path).request(job, "a-1", 1).text
+    text = (
+        text.replace(str(tmp_path), "HOME").replace(sys.executable, "PYTHON").replace(installed_code().digest, "CODE")
+    )
+    assert text == GOLDEN.with_name("slurm_container.sh").read_text()
 
 
 def test_an_elastic_job_asks_for_a_range_and_keeps_what_is_left(tmp_path: Path) -> None:
