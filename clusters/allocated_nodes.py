@@ -19,6 +19,7 @@ from pathlib import Path
 
 from clusters.ray_head import answers
 from clusters.ray_start import ray_environment, write_token
+from clusters.slurm_commands import ask_slurm
 
 HEAD = "head"
 LOST_S = 20.0  # a node that does not answer for so long is lost
@@ -126,8 +127,7 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
 
 def _other_names() -> list[str]:
     """The names of the allocation's nodes but this one, the first."""
-    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    said = ask_slurm(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]])
     return [name for name in said.split() if name != os.environ["SLURMD_NODENAME"]]
 
 

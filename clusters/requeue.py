@@ -1,7 +1,6 @@
 """How a batch job of SLURM, of which this process is a part, goes back to the queue."""
 
 import os
-import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from clusters.base import number_of_submission
 from clusters.job_start import JobStart
 from clusters.slurm_answers import is_unreachable
+from clusters.slurm_commands import NoAnswer, call_slurm
 
 _QUESTION_S = 10.0  # for one question to slurmctld
 _REPEAT_S = 1.0  # between two
@@ -24,12 +24,13 @@ def requeue(start: JobStart) -> int:
     """Send this job back to the queue, unless the run was started again since; gives scontrol's exit code.
 
     A node that is cut off asks until it is heard. What it asks must not end the next start of the same job, so it
-    looks for that before each try, and no try lasts.
+    looks for that before each try, and no try lasts. Raises Unreachable where there is no scontrol: no repetition
+    changes that.
     """
     command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
     while start.is_latest():
-        with suppress(subprocess.TimeoutExpired):
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=_QUESTION_S, check=False)
+        with suppress(NoAnswer):
+            ran = call_slurm(command, timeout_s=_QUESTION_S)
             if not is_unreachable(ran.stderr):
                 print(ran.stderr, end="", flush=True)
                 return ran.returncode

@@ -14,8 +14,10 @@ from programs import program
 from waiting import until
 
 from clusters import allocation, job_start
+from clusters import requeue as requeueing
 from clusters.allocated_nodes import AllocatedNodes
 from clusters.allocation import keep_controller, warnings
+from clusters.base import Unreachable
 from clusters.controllers import REQUEUE
 from clusters.job_start import JobStart
 from clusters.ray_node import require_reachable
@@ -45,6 +47,22 @@ def test_a_node_asks_until_slurm_hears_it(tmp_path: Path, asked: Path) -> None:
     program(asked, "scontrol", f'[ "$(wc -l < {asked})" -ge 3 ] || {{ {AWAY}; }}')
     assert requeue(start(tmp_path, 0)) == 0
     assert asked.read_text().splitlines() == ["requeue 4"] * 3
+
+
+def test_a_node_asks_again_where_slurm_does_not_answer(
+    tmp_path: Path, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requeueing, "_QUESTION_S", 2.0)
+    program(asked, "scontrol", f'[ "$(wc -l < {asked})" -ge 2 ] || exec sleep 60')
+    assert requeue(start(tmp_path, 0)) == 0
+    assert asked.read_text().count("requeue 4\n") > 1
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_node_without_scontrol_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(Unreachable, match="scontrol: No such file or directory"):
+        requeue(start(tmp_path, 0))
 
 
 def test_what_slurm_refuses_is_told(tmp_path: Path, asked: Path, capfd: pytest.CaptureFixture[str]) -> None:

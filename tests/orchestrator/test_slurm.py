@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -175,6 +177,52 @@ def make_job(tmp_path: Path, base: Path, rows: Path, **changes: object) -> Path:
     """A job over two nodes."""
     both = {"sharding": {"zero": 3}, "resources": {"nodes": 2, "workers_per_node": 1}}
     return train_job(tmp_path, base, rows, **{**both, **changes})
+
+
+@pytest.fixture
+def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The options of a site whose runs are in a container that has this Python, and of Fleetune nothing."""
+    runtime, image = tmp_path / "bin" / "apptainer", tmp_path / "image"
+    runtime.parent.mkdir()
+    shutil.copy(Path(__file__).with_name("apptainer_stand_in.sh"), runtime)
+    image.mkdir()
+    paths = dict.fromkeys(["/usr", "/etc", sys.base_prefix, sys.prefix])
+    (image / "paths").write_text("\n".join(paths))
+    monkeypatch.setenv("PATH", f"{runtime.parent}:{os.environ['PATH']}")
+    return {
+        "container": {"image": str(image), "python": sys.executable},
+        "setup": [f"export PATH={runtime.parent}:$PATH"],
+    }
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_run_in_a_container_is_preempted_and_goes_on(
+    container: dict[str, Any],
+    place: Place,
+    tmp_path: Path,
+    tiny_base: Path,
+    sums: Path,
+    launch: Any,
+) -> None:
+    write_clusters(tmp_path, **container)
+    checks = {check.name: check for check in fleetune.doctor("hpc", test_job=True)}
+    assert [(name, check.found) for name, check in checks.items() if check.level != "ok"] == []
+    assert "torch" in checks["in the image"].found and checks["test job"].found == "CPU only"
+    before = len(commands_in(container))
+    run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, **LONG))
+    place.warn(run_dir.name)
+    assert_undisturbed(run_dir, launch)
+    assert attempts(run_dir)[0].verdict and attempts(run_dir)[0].verdict["kind"] == "preemption"
+    modules = [re.search(r" -P -m (\S+)", line) for line in commands_in(container)[before:]]
+    assert sorted(found[1] for found in modules if found) == (
+        ["clusters.ray_process"] * 4 + ["orchestrator.controller"] * 2
+    )
+
+
+def commands_in(container: dict[str, Any]) -> list[str]:
+    """What the stand-in for Apptainer was asked, line by line."""
+    return Path(container["container"]["image"]).with_name("bin").joinpath("apptainer.asked").read_text().splitlines()
 
 
 @pytest.mark.chaos
