@@ -10,13 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clusters.node_folder import make_node_folder
 from clusters.ray_head import answers
 from clusters.ray_start import ray_environment, write_token
 from clusters.slurm_commands import ask_slurm
@@ -94,7 +94,7 @@ def allocated_nodes(run_dir: Path, submission: str, python: Sequence[str]) -> It
 
     `python` is the command of the Python that has Ray. Raises RuntimeError where that fails.
     """
-    folder = Path(tempfile.mkdtemp(prefix=".ray-", dir=os.environ["FLEETUNE_HOME"]))
+    folder = make_node_folder(Path(os.environ["FLEETUNE_HOME"]))
     token = folder / "token"
     write_token(token)
     os.environ.update(ray_environment(token))

@@ -23,6 +23,8 @@ from pathlib import Path
 from clusters.allocated_nodes import AllocatedNodes, allocated_nodes, end_session
 from clusters.controllers import COLLECTED, REQUEUE, REQUEUED, controller_command, on_nodes
 from clusters.job_start import JobStart
+from clusters.node_folder import remove_folders_of_job
+from clusters.own_folder import own_folder
 from clusters.probe import probe
 from clusters.ray_head import Backoff
 from clusters.requeue import requeue, start_of_this_job
@@ -64,10 +66,14 @@ def main(run_dir: Path, name: str, python: Sequence[str]) -> int:
     before_end_s = warning_s(load_job(run_dir))
     with warnings(told, before_end_s), allocated_nodes(run_dir, name, python) as nodes:
         code = keep_controller(start, nodes, told, controller_command(str(run_dir), python))
-        if code != REQUEUE:
-            return code
-        print("back to the queue", flush=True)
-        return requeue(start)  # if this node is cut off, the others do, whose head is lost: they must still be there
+        if code == REQUEUE:
+            print("back to the queue", flush=True)
+            return requeue(
+                start
+            )  # where this node is cut off, the others do, whose head is lost: they must still be there
+    if start.is_latest():
+        remove_folders_of_job(Path(os.environ["FLEETUNE_HOME"]), job_id)
+    return code
 
 
 def claim(run_dir: Path, name: str, job_id: str) -> bool:
@@ -92,19 +98,29 @@ def warnings(told: threading.Event, before_end_s: float) -> Iterator[None]:
 
     What SLURM says before this process listens is lost. It says it by SIGUSR1 to this process, before the walltime
     and, where the site has preempt_send_user_signal, at a preemption. Elsewhere a preemption sends SIGTERM to the
-    steps of the job alone: one of them waits for that. It ends when this process lets go of a pipe, as SLURM tells no
-    step anything on a node that is cut off.
+    steps of the job alone: one of them waits for that.
     """
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: told.set())
     timer = threading.Timer(max(0.0, seconds_left() - before_end_s), told.set)
     timer.daemon = True
     timer.start()
-    here = f"--nodelist={os.environ['SLURMD_NODENAME']}"
-    folder = Path(tempfile.mkdtemp(prefix="ft-warned-"))
-    pipe = folder / "pipe"
+    try:
+        with own_folder("ft-warned-") as folder, step_that_awaits_term(folder / "pipe", told):
+            yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def step_that_awaits_term(pipe: Path, told: threading.Event) -> Iterator[None]:
+    """A step of this job that waits for SIGTERM while the block runs; the event is set where that came.
+
+    It ends when this process lets go of a pipe, as SLURM tells no step anything on a node that is cut off.
+    """
     os.mkfifo(pipe, 0o600)
     held = os.open(pipe, os.O_RDWR)
+    here = f"--nodelist={os.environ['SLURMD_NODENAME']}"
     step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", here, "--export=ALL"]
     step += ["/bin/bash", "-c", _AWAIT_TERM, str(pipe)]
     waiting = subprocess.Popen(step, start_new_session=True, stdin=subprocess.DEVNULL)
@@ -117,12 +133,10 @@ def warnings(told: threading.Event, before_end_s: float) -> Iterator[None]:
     try:
         yield
     finally:
-        timer.cancel()
         os.close(held)
         with suppress(subprocess.TimeoutExpired):
             waiting.wait(_STEP_END_S)
         end_session(waiting)
-        shutil.rmtree(folder)
 
 
 def seconds_left() -> float:

@@ -43,4 +43,5 @@ def command_in(container: dict[str, Any], has_gpus: bool = False) -> list[str]:
     """The command of Python in a container, for a look at it."""
     options = ["--nv"] if has_gpus else []
     image = str(Path(container["image"]).expanduser())
-    return [container["runtime"], "exec", "--env", "PYTHONNOUSERSITE=1", *options, image, container["python"]]
+    options += ["--env", "PYTHONNOUSERSITE=1", "--bind", "/tmp"]
+    return [container["runtime"], "exec", *options, image, container["python"]]

@@ -256,6 +256,8 @@ def test_a_run_whose_first_node_dies_finishes(
     site.boot("node1")
     assert_undisturbed(run_dir, launch)
     assert attempts(run_dir)[1].start is not None
+    until(place.is_idle)
+    assert not list(place.root.glob(".ray-*"))
 
 
 @pytest.mark.chaos
