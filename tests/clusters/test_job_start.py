@@ -24,7 +24,19 @@ from clusters.ray_node import require_reachable
 from clusters.requeue import requeue
 from runfolder.chain import claim_next
 
+pytestmark = pytest.mark.usefixtures("running")
 AWAY = 'echo "slurm_requeue error: Unable to contact slurm controller (connect failure)" >&2; exit 1'
+
+
+@pytest.fixture
+def running(asked: Path) -> None:
+    """SLURM says that the job runs."""
+    in_state(asked, "RUNNING|None")
+
+
+def in_state(asked: Path, said: str) -> None:
+    """Have squeue say what state the job is in, and why."""
+    program(asked.with_name("asked.squeue"), "squeue", f"echo '{said}'")
 
 
 def start(tmp_path: Path, requeues: int) -> JobStart:
@@ -58,10 +70,22 @@ def test_a_node_asks_again_where_slurm_does_not_answer(
     assert asked.read_text().count("requeue 4\n") > 1
 
 
-@pytest.mark.usefixtures("asked")
-def test_a_node_without_scontrol_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("said", "is_asked"),
+    [("COMPLETING|None", False), ("CANCELLED|None", False), ("COMPLETING|TimeLimit", True), ("", True)],
+)
+def test_a_job_that_was_cancelled_by_hand_does_not_come_back(
+    said: str, is_asked: bool, tmp_path: Path, asked: Path
+) -> None:
+    program(asked, "scontrol", ":")
+    in_state(asked, said)
+    assert requeue(start(tmp_path, 0)) == 0
+    assert asked.exists() == is_asked
+
+
+def test_a_node_without_the_commands_of_slurm_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(Unreachable, match="scontrol: No such file or directory"):
+    with pytest.raises(Unreachable, match="SLURM: squeue: No such file or directory"):
         requeue(start(tmp_path, 0))
 
 

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Stands in for Apptainer, which Debian and PyPI do not have: `exec` of an image that is a folder, as root. The image has
-# what its file `paths` names of this machine, to be read; beside that there is what --bind says, and nothing else.
+# what its file `paths` names of this machine, to be read; beside that there is what --bind says, and what Apptainer
+# binds by itself where nobody has forbidden it: /proc, /dev, /sys and /etc/hosts.
 set -eu
 echo "$@" >> "$0.asked"
 [ "$1" = exec ]
@@ -30,9 +31,9 @@ for path in $(cat "$image/paths"); do
   mkdir -p "/mnt$path"
   mount --bind -o ro "$path" "/mnt$path"
 done
-for bind in /proc /dev /sys "${binds[@]}"; do
+for bind in /proc /dev /sys /etc/hosts "${binds[@]}"; do
   IFS=: read -r from to _ <<< "$bind"
-  mkdir -p "/mnt${to:-$from}"
+  [ -f "$from" ] || mkdir -p "/mnt${to:-$from}"
   mount --rbind "$from" "/mnt${to:-$from}"
 done
 mount -o remount,ro /mnt

@@ -26,7 +26,7 @@ from slurm_site import WHY_NOT, SlurmSite, can_serve
 from ssh_server import WHY_NOT as WHY_NO_SSH
 from ssh_server import can_serve as can_serve_ssh
 from ssh_server import ssh_server
-from training_runs import LONG, assert_undisturbed, begin, train_job
+from training_runs import LONG, assert_undisturbed, begin, train_job, wait_for
 from waiting import until
 from worker import OUTSIDE
 
@@ -323,6 +323,21 @@ def test_a_preempted_run_saves_and_goes_on_later(
     assert second.start and second.start.step >= rows[-1]["step"] - 1
     figures = fleetune.status(run_dir.name).figures
     assert figures and figures.goodput.queued > 5  # seconds that the other job takes
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_run_whose_job_was_cancelled_by_hand_waits_for_somebody_to_resume_it(
+    place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+) -> None:
+    run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, **LONG))
+    site.run("scancel", "--name", f"{run_dir.name}-s1")
+    status = wait_for(run_dir.name, "unknown")
+    assert re.match(r"SLURM job \d+ ended: CANCELLED .*; fleetune resume submits it again", str(status.reason))
+    assert place.is_idle() and status.step >= 8
+    fleetune.resume(run_dir.name)
+    assert_undisturbed(run_dir, launch)
+    assert [path.name for path in sorted((run_dir / "starts").iterdir())] == ["1.0", "2.0"]
 
 
 @pytest.mark.chaos
