@@ -9,6 +9,7 @@ import json
 import re
 import reprlib
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,10 +159,11 @@ class Slurm:
         return capacity_of(ask_slurm([*SINFO, *partition]))
 
     def forecast(self, request: ClusterRequest) -> float | None:
-        """When SLURM would start a request; raises SubmissionRefused, in SLURM's words, where it never would."""
+        """In how many seconds SLURM would start it; raises SubmissionRefused in its words, where it never would."""
         ran = call_slurm(["sbatch", "--test-only"], request.text)
         if ran.returncode == 0:
-            return start_in(ran.stderr)
+            start = start_in(ran.stderr)
+            return None if start is None else start - time.time()
         words = refusal_in(ran.stderr, is_test=True)
         if words and not self._script(request.name).exists():  # else SLURM may have it, and take no second one
             raise SubmissionRefused(f"SLURM does not take this job: {words}")

@@ -92,7 +92,7 @@ def make_request(cluster: Cluster, job: Job, run_id: str, submission: int | None
 
 
 def expected_start(cluster: Cluster, request: ClusterRequest) -> float | None:
-    """When a request would start, in seconds since 1970, if that is known; raises InputError where it never would."""
+    """In how many seconds a request would start, if that is known; raises InputError where it never would."""
     with _refused():
         return cluster.forecast(request)
 

@@ -148,6 +148,12 @@ def test_a_forecast_that_says_no_time_is_none(said: str, slurm: Slurm, asked: Pa
     assert slurm.forecast(slurm.request(Job.model_validate(PLAIN), RUN_ID)) is None
 
 
+def test_a_forecast_is_how_long_it_takes(slurm: Slurm, asked: Path) -> None:
+    program(asked, "sbatch", "date -d '+2 hours' '+sbatch: Job 1 to start at %Y-%m-%dT%H:%M:%S using 2' >&2")
+    wait_s = slurm.forecast(slurm.request(Job.model_validate(PLAIN), RUN_ID))
+    assert wait_s is not None and 7200 - 600 < wait_s <= 7200
+
+
 def held(asked: Path, job_id: int = 4) -> None:
     """Have a job that SLURM holds since a node could not start it."""
     program(asked, "squeue", f"echo '{job_id}|PENDING|launch failed requeued held|N/A|{RUN_ID}-s1'")
