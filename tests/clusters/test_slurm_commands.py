@@ -131,6 +131,9 @@ def test_a_container_gets_the_code_that_is_installed_here(tmp_path: Path, asked:
     (code,) = (tmp_path / "code").iterdir()
     assert f"export PYTHONPATH={code}\n" in request.text
     assert (code / "clusters" / "slurm.py").read_bytes() == Path(slurm_module.__file__).read_bytes()
+    question = "from clusters.remote.code import installed_code; print(installed_code().digest)"
+    told = subprocess.check_output([sys.executable, "-P", "-c", question], env={"PYTHONPATH": str(code)}, text=True)
+    assert told.strip() == code.name  # as it is on the machine of a cluster
 
 
 def test_beside_a_container_plain_packages_are_enough() -> None:
