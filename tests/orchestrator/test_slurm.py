@@ -200,11 +200,13 @@ def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
 def test_a_run_in_a_container_is_preempted_and_goes_on(
     container: dict[str, Any],
     place: Place,
+    site: SlurmSite,
     tmp_path: Path,
     tiny_base: Path,
     sums: Path,
     launch: Any,
 ) -> None:
+    site.signal_user_at_preemption(False)  # then SIGTERM comes to all that is in steps, and so in the container
     write_clusters(tmp_path, **container)
     checks = {check.name: check for check in fleetune.doctor("hpc", test_job=True)}
     assert [(name, check.found) for name, check in checks.items() if check.level != "ok"] == []
