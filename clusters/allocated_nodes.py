@@ -10,15 +10,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clusters.node_folder import make_node_folder
 from clusters.ray_head import answers
 from clusters.ray_start import ray_environment, write_token
+from clusters.slurm_commands import ask_slurm
 
 HEAD = "head"
 LOST_S = 20.0  # a node that does not answer for so long is lost
@@ -88,24 +89,24 @@ class AllocatedNodes:
 
 
 @contextmanager
-def allocated_nodes(run_dir: Path, submission: str) -> Iterator[AllocatedNodes]:
+def allocated_nodes(run_dir: Path, submission: str, python: Sequence[str]) -> Iterator[AllocatedNodes]:
     """Ray on all nodes of this job's allocation while the block runs, for a submission of a run.
 
-    Raises RuntimeError where that fails.
+    `python` is the command of the Python that has Ray. Raises RuntimeError where that fails.
     """
-    folder = Path(tempfile.mkdtemp(prefix=".ray-", dir=os.environ["FLEETUNE_HOME"]))
+    folder = make_node_folder(Path(os.environ["FLEETUNE_HOME"]))
     token = folder / "token"
     write_token(token)
     os.environ.update(ray_environment(token))
     nodes = []
     try:
         command = [sys.executable, "-P", "-m", "clusters.ray_node", str(folder), str(run_dir), submission]
-        head = _start_node(folder, HEAD, command)
+        head = _start_node(folder, HEAD, [*command, HEAD, *python])
         nodes.append(head)
         _await_nodes(nodes)
         for name in _other_names():
             step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={name}", "--export=ALL"]
-            nodes.append(_start_node(folder, name, [*step, *command]))
+            nodes.append(_start_node(folder, name, [*step, *command, name, *python]))
         _await_nodes(nodes)
         yield AllocatedNodes(nodes)
     finally:
@@ -126,14 +127,13 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
 
 def _other_names() -> list[str]:
     """The names of the allocation's nodes but this one, the first."""
-    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    said = ask_slurm(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]])
     return [name for name in said.split() if name != os.environ["SLURMD_NODENAME"]]
 
 
 def _start_node(folder: Path, name: str, command: Sequence[str]) -> KeptNode:
     """Start what keeps a node's Ray, here or by a step on that node."""
-    process = subprocess.Popen([*command, name], start_new_session=True, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
     return KeptNode(name, folder, process)
 
 

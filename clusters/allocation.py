@@ -1,8 +1,8 @@
-"""What a batch job runs on its first node: `python -m clusters.allocation RUN_DIR NAME`.
+"""What a batch job runs on its first node: `python -m clusters.allocation RUN_DIR NAME [PYTHON...]`.
 
 It starts Ray on every node of the allocation, and the controller until the run has its result. A warning is passed to
 the controller, which has the trainer save; then the job goes back to the queue. One job carries as many attempts as
-that takes.
+that takes. PYTHON... is the command of the Python that has Ray and trains, where that is in a container.
 
 Of two jobs of one submission, the one whose id is in RUN_DIR/submissions/NAME works; of two starts of a run, the
 later one (`JobStart`).
@@ -16,13 +16,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from clusters.allocated_nodes import AllocatedNodes, allocated_nodes, end_session
 from clusters.controllers import COLLECTED, REQUEUE, REQUEUED, controller_command, on_nodes
 from clusters.job_start import JobStart
+from clusters.node_folder import remove_folders_of_job
+from clusters.own_folder import own_folder
 from clusters.probe import probe
 from clusters.ray_head import Backoff
 from clusters.requeue import requeue, start_of_this_job
@@ -43,7 +45,7 @@ _FRUITLESS_CONTROLLERS = 5  # in a row, until others get the nodes
 _STEP_END_S = 10.0  # until that step has ended
 
 
-def main(run_dir: Path, name: str) -> int:
+def main(run_dir: Path, name: str, python: Sequence[str]) -> int:
     """Take the run as far as this allocation lasts; gives the exit code of the job."""
     job_id = os.environ["SLURM_JOB_ID"]
     start = start_of_this_job(run_dir, name)
@@ -62,12 +64,16 @@ def main(run_dir: Path, name: str) -> int:
         return 1
     told = threading.Event()
     before_end_s = warning_s(load_job(run_dir))
-    with warnings(told, before_end_s), allocated_nodes(run_dir, name) as nodes:
-        code = keep_controller(start, nodes, told)
-        if code != REQUEUE:
-            return code
-        print("back to the queue", flush=True)
-        return requeue(start)  # if this node is cut off, the others do, whose head is lost: they must still be there
+    with warnings(told, before_end_s), allocated_nodes(run_dir, name, python) as nodes:
+        code = keep_controller(start, nodes, told, controller_command(str(run_dir), python))
+        if code == REQUEUE:
+            print("back to the queue", flush=True)
+            return requeue(
+                start
+            )  # where this node is cut off, the others do, whose head is lost: they must still be there
+    if start.is_latest():
+        remove_folders_of_job(Path(os.environ["FLEETUNE_HOME"]), job_id)
+    return code
 
 
 def claim(run_dir: Path, name: str, job_id: str) -> bool:
@@ -92,19 +98,29 @@ def warnings(told: threading.Event, before_end_s: float) -> Iterator[None]:
 
     What SLURM says before this process listens is lost. It says it by SIGUSR1 to this process, before the walltime
     and, where the site has preempt_send_user_signal, at a preemption. Elsewhere a preemption sends SIGTERM to the
-    steps of the job alone: one of them waits for that. It ends when this process lets go of a pipe, as SLURM tells no
-    step anything on a node that is cut off.
+    steps of the job alone: one of them waits for that.
     """
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: told.set())
     timer = threading.Timer(max(0.0, seconds_left() - before_end_s), told.set)
     timer.daemon = True
     timer.start()
-    here = f"--nodelist={os.environ['SLURMD_NODENAME']}"
-    folder = Path(tempfile.mkdtemp(prefix="ft-warned-"))
-    pipe = folder / "pipe"
+    try:
+        with own_folder("ft-warned-") as folder, step_that_awaits_term(folder / "pipe", told):
+            yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def step_that_awaits_term(pipe: Path, told: threading.Event) -> Iterator[None]:
+    """A step of this job that waits for SIGTERM while the block runs; the event is set where that came.
+
+    It ends when this process lets go of a pipe, as SLURM tells no step anything on a node that is cut off.
+    """
     os.mkfifo(pipe, 0o600)
     held = os.open(pipe, os.O_RDWR)
+    here = f"--nodelist={os.environ['SLURMD_NODENAME']}"
     step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", here, "--export=ALL"]
     step += ["/bin/bash", "-c", _AWAIT_TERM, str(pipe)]
     waiting = subprocess.Popen(step, start_new_session=True, stdin=subprocess.DEVNULL)
@@ -117,12 +133,10 @@ def warnings(told: threading.Event, before_end_s: float) -> Iterator[None]:
     try:
         yield
     finally:
-        timer.cancel()
         os.close(held)
         with suppress(subprocess.TimeoutExpired):
             waiting.wait(_STEP_END_S)
         end_session(waiting)
-        shutil.rmtree(folder)
 
 
 def seconds_left() -> float:
@@ -133,7 +147,7 @@ def seconds_left() -> float:
     return threading.TIMEOUT_MAX if end is None else end - time.time()
 
 
-def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Event) -> int:
+def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Event, command: Sequence[str]) -> int:
     """Start the controller until the run has its result, or cannot go on here; gives 0 or REQUEUE."""
     backoff = Backoff()
     fewest = load_job(start.run_dir).resources.fewest_nodes
@@ -143,7 +157,7 @@ def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Even
             time.sleep(_ALLOCATION_POLL_S)
         backoff.began()
         slot = last_slot(start.run_dir)
-        code = run_controller(start.run_dir, nodes, told)
+        code = run_controller(start.run_dir, nodes, told, command)
         if code == 0 or result(start.run_dir) is not None:
             return 0
         fruitless = fruitless + 1 if last_slot(start.run_dir) == slot else 0
@@ -156,12 +170,11 @@ def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Even
     return 0
 
 
-def run_controller(run_dir: Path, nodes: AllocatedNodes, told: threading.Event) -> int:
+def run_controller(run_dir: Path, nodes: AllocatedNodes, told: threading.Event, command: Sequence[str]) -> int:
     """Run the controller once; a warning is passed to it, once. Gives its exit code.
 
     One that does not end by itself after a node is lost is killed: it may wait for that node to start its workers.
     """
-    command = controller_command(str(run_dir))
     count = nodes.count()
     environment = os.environ | {"RAY_ADDRESS": nodes.address} | REQUEUED | COLLECTED | on_nodes(count)
     controller = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -174,10 +187,10 @@ def run_controller(run_dir: Path, nodes: AllocatedNodes, told: threading.Event) 
         if nodes.count() >= count:
             whole_at = time.monotonic()
         elif time.monotonic() - whole_at > _NODE_LOSS_S and result(run_dir) is None:
-            controller.kill()
+            end_session(controller)  # with what hands signals on to it, where it is in a container
         time.sleep(_ALLOCATION_POLL_S)
     return controller.returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or [sys.executable]))

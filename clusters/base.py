@@ -110,7 +110,7 @@ class Cluster(Protocol):
         ...
 
     def forecast(self, request: ClusterRequest) -> float | None:
-        """When it would start, in seconds since 1970; None where the cluster does not say. Nothing is submitted.
+        """In how many seconds it would start; None where the cluster does not say. Nothing is submitted.
 
         Raises SubmissionRefused where it never would.
         """

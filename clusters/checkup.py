@@ -1,7 +1,8 @@
 """`python -m clusters.checkup FOLDER`: look at the machine of a cluster, where it is, and print the checks as JSON.
 
 FOLDER is that of the environment; "" where the cluster names a Python. Standard input says what the cluster is to be:
-{name, cluster: its section of the clusters file, requirements, test_job}. It needs Python alone.
+{name, cluster: its section of the clusters file, requirements: of this Python, in_image: of the one in its container,
+test_job}. It needs Python alone.
 """
 
 import json
@@ -12,12 +13,13 @@ import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from clusters import slurm_checkup
 from clusters.checks import DEVICES, Check, disk_check
+from clusters.container_checkup import check_container
+from clusters.package_checks import installed_here, packages_check
 from clusters.probe import probe
 from clusters.remote.setup import is_ready
 from runfolder.folders import home, writable
@@ -42,11 +44,14 @@ def check_cluster(wanted: dict[str, Any], root: Path, environment: Path | None) 
     has_packages = environment is None or is_ready(environment)
     if environment:
         yield _environment_check(environment, wanted["name"])
-    if has_packages:
-        yield _packages_check(wanted["requirements"], environment)
     config = wanted["cluster"]
+    if has_packages:
+        mend = _mend_packages(environment, config)
+        yield packages_check("packages", wanted["requirements"], installed_here(wanted["requirements"]), mend)
     if config["kind"] == "slurm":
         yield from slurm_checkup.check_slurm(config)
+        if config["container"]:
+            yield from check_container(config["container"], wanted["in_image"])
     if wanted["test_job"] and has_packages:
         yield _test_job(config)
 
@@ -79,43 +84,12 @@ def _environment_check(environment: Path, name: str) -> Check:
     return Check("environment", "fail", "not made yet", f"fleetune clusters setup {name}")
 
 
-def _packages_check(requirements: list[str], environment: Path | None) -> Check:
-    """Whether this Python has what runs need, in versions that Fleetune takes."""
+def _mend_packages(environment: Path | None, config: dict[str, Any]) -> str:
+    """How the Python of a cluster gets the packages that it is to have."""
     if environment:
-        mend = f"rm -r {shlex.quote(str(environment))} there, then have it made again"
-    else:
-        mend = "pip install 'fleetune[train]' there, or remove `python` from the cluster: then Fleetune installs them"
-    problems = []
-    installed = []
-    for requirement in requirements:
-        name = _name_in(requirement)
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            problems.append(f"no {requirement}")
-            continue
-        installed.append(f"{name} {found}")
-        if not _is_met(requirement, found):
-            problems.append(f"{name} {found}, wanted: {requirement}")
-    if problems:
-        return Check("packages", "fail", "; ".join(problems), mend)
-    return Check("packages", "ok", ", ".join(installed))
-
-
-def _name_in(requirement: str) -> str:
-    """The package in a requirement like `ray[default,train]==2.60.0`."""
-    for sign in "[<>=!~; ":
-        requirement = requirement.partition(sign)[0]
-    return requirement
-
-
-def _is_met(requirement: str, found: str) -> bool:
-    """Whether a version fits a requirement; without the package that compares versions, any does."""
-    try:
-        from packaging.requirements import Requirement
-    except ImportError:
-        return True
-    return Requirement(requirement).specifier.contains(found, prereleases=True)
+        return f"rm -r {shlex.quote(str(environment))} there, then have it made again"
+    package = "fleetune" if config.get("container") else "'fleetune[train]'"
+    return f"pip install {package} there, or remove `python` from the cluster: then Fleetune installs them"
 
 
 def _test_job(config: dict[str, Any]) -> Check:

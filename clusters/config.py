@@ -51,6 +51,11 @@ class ClusterConfig(Section):
     setup: tuple[str, ...] = Field((), description="shell lines before Python starts, like `module load python/3.12`")
     env: Variables = Field({}, description="variables for every run there; those of the job come before them")
 
+    @property
+    def trains_with_python(self) -> bool:
+        """Whether `python`, or the environment in its place, trains, and so needs the packages of runs."""
+        return True
+
     @field_validator("root", "python")
     @classmethod
     def _is_place(cls, place: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run goes on elsewhere, where its scheduler starts it again
 # What a controller's environment has where a scheduler starts the run again that it has ended.
@@ -22,9 +23,9 @@ def nodes_here() -> int | None:
     return int(count) if count else None
 
 
-def controller_command(run_dir: str) -> list[str]:
+def controller_command(run_dir: str, python: Sequence[str] = (sys.executable,)) -> list[str]:
     """How the controller of a run is started; -P keeps files of the user off the front of sys.path."""
-    return [sys.executable, "-P", "-m", "orchestrator.controller", run_dir]
+    return [*python, "-P", "-m", "orchestrator.controller", run_dir]
 
 
 def is_requeued() -> bool:

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,7 +113,7 @@ class Local:
     def forecast(self, request: ClusterRequest) -> float | None:
         """Now, where there is capacity for it; else nobody knows."""
         workers: int = json.loads(request.text)["workers"]
-        return time.time() if self.capacity().free >= capacity_needed(workers) else None
+        return 0.0 if self.capacity().free >= capacity_needed(workers) else None
 
     def submit(self, request: ClusterRequest) -> None:
         """Queue a run, and see to it that the supervisor runs."""

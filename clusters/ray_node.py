@@ -1,45 +1,40 @@
-"""One Ray node of an allocation: `python -m clusters.ray_node FOLDER RUN_DIR SUBMISSION NAME`, while FOLDER is there.
+"""One Ray node of an allocation, `python -m clusters.ray_node FOLDER RUN_DIR SUBMISSION NAME PYTHON...`, while FOLDER
+is there. PYTHON... is the command of the Python that has Ray, which may be in a container.
 
 SLURM sends SIGTERM to the processes of a step when it preempts a job. Ray would end at once, and with it the workers
-that are still to save; so the signal is blocked in what starts here. Who keeps the allocation removes FOLDER. What
-SIGKILL leaves behind in /tmp, when the grace time is over, is removed by the next node that starts there.
+that are still to save; so the signal is blocked here and in Ray. Who keeps the allocation removes FOLDER.
 """
 
-import fcntl
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
 from clusters.allocated_nodes import HEAD, LOST_S
 from clusters.job_start import JobStart
+from clusters.own_folder import own_folder
 from clusters.ray_head import answers
 from clusters.ray_start import free_ports, head_options, node_options, ray_command, write_whole
 from clusters.requeue import requeue, start_of_this_job
 
-_PARENT = Path("/tmp")  # short: the path of a socket has 107 bytes
-_PREFIX = "ft-ray-"
 _NODE_POLL_S = 1.0
 
 
-def main(folder: Path, start: JobStart, name: str) -> int:
+def main(folder: Path, start: JobStart, name: str, python: Sequence[str]) -> int:
     """Keep the Ray node `name`, the head or one that joins it; its address is in `folder`/`name` then."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     os.umask(0o077)
-    remove_left_folders()
     ip = own_address()
     require_reachable(ip)
     port, manager_port = free_ports(2, ip)
-    with own_folder() as temporary:
-        options = node_options(ip, temporary) | {"memory": node_memory(), "node-manager-port": manager_port}
+    with own_folder("ft-ray-") as temporary:
+        options = node_options(ip, temporary / "ray") | {"memory": node_memory(), "node-manager-port": manager_port}
         flags = ["--disable-usage-stats"]
         if name == HEAD:
             options |= head_options(ip, port)
@@ -48,7 +43,8 @@ def main(folder: Path, start: JobStart, name: str) -> int:
         else:
             options["address"] = (folder / HEAD).read_text()
             write_whole(folder / name, f"{ip}:{manager_port}")
-        ray = subprocess.Popen(ray_command(options, flags), start_new_session=True)
+        command = ray_command(options, flags, "clusters.ray_process", python)
+        ray = subprocess.Popen(command, start_new_session=True)
         try:
             keep(ray, folder, start)
         finally:
@@ -70,27 +66,6 @@ def keep(ray: subprocess.Popen[bytes], folder: Path, start: JobStart) -> None:
     if folder.exists() and not answers(address):
         print("the head of this job is lost: back to the queue", flush=True)
         requeue(start)
-
-
-@contextmanager
-def own_folder() -> Iterator[Path]:
-    """A folder of this node for Ray's files, which is locked, and removed behind the block."""
-    hidden = Path(tempfile.mkdtemp(prefix=".", dir=_PARENT))
-    with (hidden / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        folder = hidden.rename(_PARENT / f"{_PREFIX}{hidden.name[1:]}")
-        try:
-            yield folder / "ray"
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_left_folders() -> None:
-    """Remove the folders of nodes of this user that were killed here: their locks are free."""
-    for path in _PARENT.glob(f"{_PREFIX}*/lock"):
-        with suppress(OSError), path.open() as lock:  # another user's, or just removed
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def own_address() -> str:
@@ -115,4 +90,5 @@ def node_memory() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), start_of_this_job(Path(sys.argv[2]), sys.argv[3]), sys.argv[4]))
+    own_start = start_of_this_job(Path(sys.argv[2]), sys.argv[3])
+    sys.exit(main(Path(sys.argv[1]), own_start, sys.argv[4], sys.argv[5:]))

@@ -38,10 +38,15 @@ def head_options(address: str, port: int) -> dict[str, object]:
     }
 
 
-def ray_command(options: Mapping[str, object], flags: Sequence[str] = ()) -> list[str]:
-    """The command that becomes a node, and ends when that ends."""
+def ray_command(
+    options: Mapping[str, object],
+    flags: Sequence[str] = (),
+    module: str = "ray.scripts.scripts",
+    python: Sequence[str] = (sys.executable,),
+) -> list[str]:
+    """The command that becomes a node, and ends when that ends; `module` has Ray's command line."""
     values = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *flags, "--block", *values]
+    return [*python, "-P", "-m", module, "start", *flags, "--block", *values]
 
 
 def ray_environment(token: Path) -> dict[str, str]:

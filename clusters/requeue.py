@@ -1,14 +1,14 @@
 """How a batch job of SLURM, of which this process is a part, goes back to the queue."""
 
 import os
-import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from clusters.base import number_of_submission
 from clusters.job_start import JobStart
-from clusters.slurm_answers import is_unreachable
+from clusters.slurm_answers import STATE_AND_REASON, is_ended_by_others, is_unreachable
+from clusters.slurm_commands import NoAnswer, call_slurm
 
 _QUESTION_S = 10.0  # for one question to slurmctld
 _REPEAT_S = 1.0  # between two
@@ -24,12 +24,20 @@ def requeue(start: JobStart) -> int:
     """Send this job back to the queue, unless the run was started again since; gives scontrol's exit code.
 
     A node that is cut off asks until it is heard. What it asks must not end the next start of the same job, so it
-    looks for that before each try, and no try lasts.
+    looks for that before each try, and no try lasts. Raises Unreachable where there are no such commands: no
+    repetition changes that.
+
+    A job that somebody cancelled by hand stays cancelled: SLURM would take its requeue as long as it has not ended.
     """
-    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    job_id = os.environ["SLURM_JOB_ID"]
+    command = ["scontrol", "requeue", job_id]
     while start.is_latest():
-        with suppress(subprocess.TimeoutExpired):
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=_QUESTION_S, check=False)
+        with suppress(NoAnswer):
+            asked = call_slurm([*STATE_AND_REASON, "-j", job_id], timeout_s=_QUESTION_S)
+            if is_ended_by_others(asked.stdout):
+                print("SLURM ends this job: it does not go back to the queue by itself", flush=True)
+                return 0
+            ran = call_slurm(command, timeout_s=_QUESTION_S)
             if not is_unreachable(ran.stderr):
                 print(ran.stderr, end="", flush=True)
                 return ran.returncode

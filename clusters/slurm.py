@@ -9,6 +9,7 @@ import json
 import re
 import reprlib
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,9 @@ from clusters.base import (
     submission_name,
 )
 from clusters.closing import close_cancelled
+from clusters.container import python_in
 from clusters.environment import run_settings
+from clusters.remote.code import installed_code
 from clusters.run_files import joined_logs
 from clusters.shared_lock import shared_lock
 from clusters.slurm_answers import (
@@ -98,10 +101,14 @@ class Slurm:
         if not _PATH.fullmatch(str(self.home)):
             allowed = "an absolute path of letters, digits and _ / . , : @ + = ~ -"
             raise SubmissionRefused(f"root: found {reprlib.repr(str(self.home))}; allowed on SLURM: {allowed}")
+        python: list[str] = []
+        if self.config.container:
+            python = python_in(self.config.container, self.home, job)
+            environment["PYTHONPATH"] = _first_on_path(self._code, environment.get("PYTHONPATH", ""))
         name = submission_name(run_id, submission)
         run_dir = str(self.site.root / run_id)
         log = str(self.folder / f"{name}.log")
-        batch = BatchJob(name, run_dir, log, job, environment)
+        batch = BatchJob(name, run_dir, log, job, environment, python)
         text = batch_script(batch, self.config, sys.executable)
         return ClusterRequest(run_id, submission, run_dir, text, secrets)
 
@@ -111,6 +118,8 @@ class Slurm:
         Raises Unreachable where it is not known to be queued, and SubmissionRefused where SLURM does not take it.
         """
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self.config.container:
+            installed_code().unpack(self._code)
         with shared_lock(self.folder / f"{request.run_id}.lock"):
             jobs = self._jobs()
             if not self._is_submitted(request, jobs) and not self._goes_on(request.run_id, jobs):
@@ -150,10 +159,11 @@ class Slurm:
         return capacity_of(ask_slurm([*SINFO, *partition]))
 
     def forecast(self, request: ClusterRequest) -> float | None:
-        """When SLURM would start a request; raises SubmissionRefused, in SLURM's words, where it never would."""
+        """In how many seconds SLURM would start it; raises SubmissionRefused in its words, where it never would."""
         ran = call_slurm(["sbatch", "--test-only"], request.text)
         if ran.returncode == 0:
-            return start_in(ran.stderr)
+            start = start_in(ran.stderr)
+            return None if start is None else start - time.time()
         words = refusal_in(ran.stderr, is_test=True)
         if words and not self._script(request.name).exists():  # else SLURM may have it, and take no second one
             raise SubmissionRefused(f"SLURM does not take this job: {words}")
@@ -174,6 +184,11 @@ class Slurm:
         if job.state == "queued":
             return ClusterStatus("queued", job.why_queued, job.is_stuck)
         return ClusterStatus(job.state or "unknown", f"SLURM job {job.id}")
+
+    @property
+    def _code(self) -> Path:
+        """Fleetune's code for what runs in a container, where it is for the clusters of other machines."""
+        return self.home / "code" / installed_code().digest
 
     def _sbatch(self, script: Path, text: str) -> str:
         """Have SLURM take a script; gives the job's id. Raises SubmissionRefused where it certainly has not."""
@@ -248,6 +263,12 @@ def _live_jobs(run_id: str, jobs: list[QueuedJob]) -> list[QueuedJob]:
     """The jobs of a run's submissions that have not ended, oldest first."""
     live = [job for job in jobs if job.run_id == run_id and job.state]
     return sorted(live, key=lambda job: int(job.id))
+
+
+def _first_on_path(folder: Path, others: str) -> str:
+    """A search path that begins with a folder."""
+    folders = dict.fromkeys([str(folder), *filter(None, others.split(":"))])
+    return ":".join(folders)
 
 
 def _check_environment(environment: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ from datetime import datetime
 from clusters.base import Capacity, ClusterState, run_of_submission
 
 SQUEUE = ["squeue", "--me", "--noheader", "--states=all", "-o", "%i|%T|%r|%S|%j"]
+STATE_AND_REASON = ["squeue", "--noheader", "--states=all", "-o", "%T|%r"]  # and -j with a job
 SINFO = ["sinfo", "--noheader", "--Node", "-O", "StateCompact:20,Gres:500,GresUsed:500,CPUsState:60"]
 SACCT = ["sacct", "-X", "--noheader", "--parsable2", "--format=JobID,State,End"]
 
@@ -154,6 +155,15 @@ def capacity_of(said: str) -> Capacity:
     if total_gpus:
         return Capacity("gpu", total_gpus, total_gpus - used_gpus)
     return Capacity("cpu", total_cores, idle_cores)
+
+
+def is_ended_by_others(said: str) -> bool:
+    """Whether SLURM ends a job, in the answer of STATE_AND_REASON, as somebody cancelled it, or to start it again.
+
+    At a walltime it ends the job too, but nobody wants that.
+    """
+    state, _, reason = said.strip().partition("|")
+    return state in ("COMPLETING", "CANCELLED") and reason != "TimeLimit"
 
 
 def is_unreachable(said: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from clusters.checks import DEVICES, Check
+from clusters.container_checkup import command_in
 from clusters.probe import Probe, probe
 from clusters.slurm_environment import slurm_environment
 
@@ -51,7 +52,9 @@ def run_test_job(config: dict[str, Any]) -> Check:
     if has_gpus:
         kind = f"{config['gpu_type']}:" if config["gpu_type"] else ""
         options.append(f"--gres=gpu:{kind}1")
-    program = shlex.join([sys.executable, "-P", "-c", DEVICES])
+    container = config["container"]
+    python = command_in(container, has_gpus) if container else [sys.executable]
+    program = shlex.join([*python, "-P", "-c", DEVICES])
     script = "\n".join([*config["setup"], f"exec {program}"])
     said = _said_by_slurm(["srun", *options, "bash", "-c", script], _JOB_S)
     if said.problem:

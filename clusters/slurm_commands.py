@@ -10,8 +10,15 @@ _ERROR_LINES = 3  # of an error: a site's own words come before SLURM's
 Ran = subprocess.CompletedProcess[str]
 
 
+class NoAnswer(Unreachable):
+    """A command of SLURM did not end in time: slurmctld may have heard it, and may hear the next one."""
+
+
 def call_slurm(command: list[str], text: str = "", timeout_s: float = _TIMEOUT_S) -> Ran:
-    """Run a command of SLURM, with a text as its input; raises Unreachable where it does not end."""
+    """Run a command of SLURM, with a text as its input.
+
+    Raises NoAnswer where it does not end, and Unreachable where it cannot be started: it is not here.
+    """
     try:
         return subprocess.run(
             command,
@@ -24,7 +31,7 @@ def call_slurm(command: list[str], text: str = "", timeout_s: float = _TIMEOUT_S
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise Unreachable(f"SLURM: {command[0]}: no answer within {timeout_s:.0f} s") from None
+        raise NoAnswer(f"SLURM: {command[0]}: no answer within {timeout_s:.0f} s") from None
     except OSError as error:
         raise Unreachable(f"SLURM: {command[0]}: {error.strerror}") from None
 

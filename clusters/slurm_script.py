@@ -6,15 +6,17 @@ own, paths and variables are quoted once, here.
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from clusters.config import ClusterConfig
+from clusters.container import Container
 from clusters.slurm_walltime import walltime_option, warning_s
 from runfolder.job import Job
+from runfolder.resources import as_mapping
 
 _OPTION = re.compile(r"[A-Za-z0-9_][\w.,:@%+&|*()\[\]-]{0,255}")
 
@@ -31,7 +33,7 @@ SbatchOption = Annotated[str | None, AfterValidator(_sbatch_value)]
 
 
 class SlurmConfig(ClusterConfig):
-    """A SLURM site. Each field is the option of sbatch that has its name."""
+    """A SLURM site. Each field but `container` is the option of sbatch that has its name."""
 
     kind: Literal["slurm"]
     partition: SbatchOption = None
@@ -43,17 +45,29 @@ class SlurmConfig(ClusterConfig):
     cpus_per_worker: int = Field(4, ge=1, description="cores for each worker")
     memory_per_worker: int | None = Field(None, ge=1, description="GiB for each worker; null: the site's default")
     walltime: SbatchOption = Field(None, description="--time of jobs that say none; null: the site's default")
+    container: Annotated[Container | None, as_mapping("image")] = Field(
+        None, description="the image that has the packages of runs; null: `python` has them"
+    )
+
+    @property
+    def trains_with_python(self) -> bool:
+        """Whether runs need packages outside of a container."""
+        return self.container is None
 
 
 @dataclass(frozen=True)
 class BatchJob:
-    """What a script is for: a submission by name, its run folder, and what it takes along."""
+    """What a script is for: a submission by name, its run folder, and what it takes along.
+
+    `python_of_runs` is the command of the Python that has Ray and trains; empty: the one that runs the script.
+    """
 
     name: str
     run_dir: str
     log: str
     job: Job
     environment: Mapping[str, str]
+    python_of_runs: Sequence[str] = ()
 
 
 def batch_script(batch: BatchJob, config: SlurmConfig, python: str) -> str:
@@ -68,13 +82,13 @@ def batch_script(batch: BatchJob, config: SlurmConfig, python: str) -> str:
     lines += config.setup
     for name, value in batch.environment.items():
         lines.append(f"export {name}={shlex.quote(value)}")
-    lines.append(f"exec {shlex.join(allocation_command(python, batch.run_dir, batch.name))}")
+    lines.append(f"exec {shlex.join(allocation_command(python, batch))}")
     return "\n".join(lines) + "\n"
 
 
-def allocation_command(python: str, run_dir: str, name: str) -> list[str]:
+def allocation_command(python: str, batch: BatchJob) -> list[str]:
     """What runs on the first node of the allocation."""
-    return [python, "-P", "-m", "clusters.allocation", run_dir, name]
+    return [python, "-P", "-m", "clusters.allocation", batch.run_dir, batch.name, *batch.python_of_runs]
 
 
 def _options(batch: BatchJob, config: SlurmConfig) -> dict[str, str]:

@@ -15,7 +15,7 @@ from clusters.remote.cluster import RemoteCluster
 from clusters.remote.code import installed_code
 from clusters.remote.far_side import FarSide
 from clusters.remote.link import Link, Ssh, ThisHost
-from clusters.remote.lock import installed_lock
+from clusters.remote.lock import Lock, installed_lock, plain_lock
 from clusters.remote.machine import FarMachine
 from orchestrator.clusters_file import clusters_path, read_clusters
 from orchestrator.errors import InputError
@@ -76,7 +76,12 @@ def root_of(config: ClusterConfig) -> Path:
 
 def far_machine(name: str, config: ClusterConfig) -> FarMachine:
     """The machine of a cluster over its link, with the code and the packages of this installation."""
-    return FarMachine(name, link_of(name, config), config, installed_code(), installed_lock())
+    return FarMachine(name, link_of(name, config), config, installed_code(), lock_for(config))
+
+
+def lock_for(config: ClusterConfig) -> Lock:
+    """The packages that the Python of a cluster is to have."""
+    return installed_lock() if config.trains_with_python else plain_lock()
 
 
 def make_request(cluster: Cluster, job: Job, run_id: str, submission: int | None = 1) -> ClusterRequest:
@@ -87,7 +92,7 @@ def make_request(cluster: Cluster, job: Job, run_id: str, submission: int | None
 
 
 def expected_start(cluster: Cluster, request: ClusterRequest) -> float | None:
-    """When a request would start, in seconds since 1970, if that is known; raises InputError where it never would."""
+    """In how many seconds a request would start, if that is known; raises InputError where it never would."""
     with _refused():
         return cluster.forecast(request)
 

@@ -81,34 +81,34 @@ def _cluster_with(names: Sequence[str], run_id: str) -> str | None:
 
 def _first_to_start(names: Sequence[str], job: Job) -> ClusterChoice:
     """The cluster that would start a job first; of those that do not say, the first that is named."""
-    starts: dict[str, float] = {}
+    waits: dict[str, float] = {}  # in seconds: clocks of several machines differ
     answers: dict[str, str] = {}
     refused: list[str] = []
     for name in names:
         try:
             cluster = open_cluster(name)
-            start = expected_start(cluster, make_request(cluster, job, new_id(job.name)))
+            wait_s = expected_start(cluster, make_request(cluster, job, new_id(job.name)))
         except (InputError, Unreachable) as error:
             answers[name] = str(error)
             if isinstance(error, InputError):
                 refused.append(name)
             continue
-        starts[name] = math.inf if start is None else start
-        answers[name] = _in_words(start)
+        waits[name] = math.inf if wait_s is None else wait_s
+        answers[name] = _in_words(wait_s)
     reasons = "; ".join(f"{name}: {answer}" for name, answer in answers.items())
-    if starts:
-        return ClusterChoice(min(starts, key=lambda name: starts[name]), reasons)
+    if waits:
+        return ClusterChoice(min(waits, key=lambda name: waits[name]), reasons)
     if len(refused) == len(names):
         raise InputError(f"--cluster: no cluster takes this job: {reasons}")
     raise Unreachable(f"no cluster can be asked that would take this job: {reasons}")
 
 
-def _in_words(start: float | None) -> str:
-    if start is None:
+def _in_words(wait_s: float | None) -> str:
+    if wait_s is None:
         return "does not say when it would start"
-    if start <= time.time() + 60:
+    if wait_s <= 60:
         return "would start now"
-    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(start))
+    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + wait_s))
     return f"would start at {at}"
 
 

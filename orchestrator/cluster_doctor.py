@@ -10,7 +10,7 @@ from clusters.kubernetes_checkup import kubernetes_checks
 from clusters.kubernetes_config import KubernetesConfig
 from clusters.remote.lock import installed_lock
 from clusters.remote.machine import PythonMissing
-from orchestrator.backends import config_of, far_machine, root_of
+from orchestrator.backends import config_of, far_machine, lock_for, root_of
 from orchestrator.errors import InputError
 
 
@@ -24,7 +24,8 @@ def cluster_checks(name: str, test_job: bool) -> list[Check]:
     wanted = {
         "name": name,
         "cluster": config.model_dump(mode="json"),
-        "requirements": installed_lock().requirements.splitlines(),
+        "requirements": lock_for(config).requirements.splitlines(),
+        "in_image": installed_lock().requirements.splitlines(),
         "test_job": test_job,
     }
     if not isinstance(config.link, SshLink):

@@ -37,10 +37,12 @@ def set_up_cluster(name: str, yes: bool) -> bool:
 def make_environment(missing: EnvironmentMissing, yes: bool) -> None:
     """Make what is missing, with its log on the terminal; raises it where nobody agrees."""
     name = missing.cluster
-    question = f"cluster {name}: the packages that runs need are not there yet (about 6 GB). Install them now?"
+    config = config_of(name)
+    size = "about 6 GB" if config.trains_with_python else "about 30 MB beside the container"
+    question = f"cluster {name}: the packages that runs need are not there yet ({size}). Install them now?"
     if not yes and not (sys.stdin.isatty() and typer.confirm(question, err=True)):
         raise missing
-    far_machine(name, config_of(name)).set_up(_show)
+    far_machine(name, config).set_up(_show)
 
 
 def _show(line: str) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +39,7 @@ def show_runs(runs: Sequence[Status]) -> None:
         print("no runs yet", file=sys.stderr)
         return
     console = _console()
-    for line in list_lines(runs, console.width, time.time()):
+    for line in list_lines(runs, console.width):
         text = Text(line)
         for state, colour in _COLOURS.items():
             pattern = rf"^\S+{GAP}(?P<{colour}>{state})\b"

@@ -12,13 +12,13 @@ _DISPENSABLE = ("cluster", "attempt", "age")  # columns, in the order in which t
 _AGES = ((86_400, "d"), (3600, "h"), (60, "m"))
 
 
-def list_lines(runs: Sequence[Status], width: int, now: float) -> Iterator[str]:
+def list_lines(runs: Sequence[Status], width: int) -> Iterator[str]:
     """The heading and the lines of a list of runs; a pure function.
 
     No run id is cut. Columns for which there is no room are left out. A reason stands beside its run where there is
     room, else below it; `status` has the whole of it.
     """
-    rows = [_cells(run, now) for run in runs]
+    rows = [_cells(run) for run in runs]
     widths = _widths(rows)
     for name in _DISPENSABLE:
         if _total(widths) > width:
@@ -47,12 +47,12 @@ def age(seconds: float) -> str:
     return "0 m"
 
 
-def _cells(run: Status, now: float) -> Cells:
+def _cells(run: Status) -> Cells:
     steps = run.steps or "?"
     words = (run.reason or "").split()
     since = "?"  # where its folder cannot be read
     if run.submitted:
-        since = age(now - run.submitted)
+        since = age(run.looked_at - run.submitted)
     return {
         "run": run.run_id,
         "state": run.state,

@@ -21,6 +21,7 @@ ENDED = ("succeeded", "failed", "cancelled")
 class Status:
     """One run. `step` is the last one of the newest attempt; `steps` is None until it is known.
 
+    `submitted` and `looked_at` (when its folder was read) are by the clock of its cluster.
     `stuck`: its cluster tries again and again, but somebody has to fix what `reason` says.
     `tracking`: why MLflow has not got all that it could have, and how to fix it. `data`: what the trainer counted of
     its rows: how many, how many examples they made, how many of these were cut (truncated) or left out (dropped), ...
@@ -42,6 +43,7 @@ class Status:
     run_dir: str
     output_dir: str | None
     submitted: float
+    looked_at: float
     stuck: bool = False
     tracking: str | None = None
     data: dict[str, Any] | None = None
@@ -141,6 +143,7 @@ def join_status(standing: Standing) -> Status:
         run_dir=run.run_dir,
         output_dir=f"{run.run_dir}/output" if has_output else None,
         submitted=run.submitted,
+        looked_at=run.looked_at,
         stuck=run.result is None and on_cluster.stuck,
         tracking=tracking,
         data=run.data,

@@ -4,27 +4,16 @@ import datetime
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from methods.options import KINDS, AnyOptions
 from methods.options.full import Full
 from runfolder import objectives
-from runfolder.resources import Resources, Section
+from runfolder.resources import Resources, Section, as_mapping
 from runfolder.variables import Variables
 
 JOB_NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
-
-
-def _as_mapping(key: str) -> BeforeValidator:
-    """Let a bare string stand for a mapping with one key."""
-
-    def wrap(value: object) -> object:
-        if isinstance(value, str):
-            return {key: value}
-        return value
-
-    return BeforeValidator(wrap)
 
 
 class Base(Section):
@@ -160,10 +149,10 @@ class Job(Section):
         "job",
         description="what run ids begin with: at most 32 of a-z, 0-9 and -, from a letter on, not ending with -",
     )
-    base: Annotated[Base, _as_mapping("model")]
+    base: Annotated[Base, as_mapping("model")]
     objective: str = Field("sft", description="what is learned from a row; sft: its answer, by cross-entropy")
-    method: Annotated[AnyOptions, _as_mapping("kind")] = Full()
-    data: Annotated[Data, _as_mapping("train")]
+    method: Annotated[AnyOptions, as_mapping("kind")] = Full()
+    data: Annotated[Data, as_mapping("train")]
     train: Train
     sharding: Sharding = Sharding()
     resources: Resources = Resources()

@@ -1,5 +1,6 @@
 """What another machine asks of the run folders of this one, as plain data that goes through JSON."""
 
+import time
 from base64 import b64encode
 from dataclasses import astuple
 from pathlib import Path
@@ -18,7 +19,8 @@ def answer_request(root: Path, request: PlainData) -> Any:
         case "ids":
             return site.ids()
         case "create":
-            return site.create(request["run_id"], request["record"])
+            record = request["record"] | {"submitted": time.time()}  # by the clock that the run's other times have
+            return site.create(request["run_id"], record)
         case "record":
             return site.record(request["run_id"])
         case "snapshots":

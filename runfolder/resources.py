@@ -21,6 +21,17 @@ def _seconds(value: object) -> object:
     return int(float(amount) * _UNITS[unit])
 
 
+def as_mapping(key: str) -> BeforeValidator:
+    """Let a bare string stand for a mapping with one key."""
+
+    def wrap(value: object) -> object:
+        if isinstance(value, str):
+            return {key: value}
+        return value
+
+    return BeforeValidator(wrap)
+
+
 class Section(BaseModel):
     """A part of a job, or of the clusters file: frozen, and unknown keys are errors."""
 

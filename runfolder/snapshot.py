@@ -5,6 +5,7 @@ supervisor, `compare`. It never raises: whatever is wrong with a folder makes th
 other.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +35,8 @@ class Snapshot:
     `begun` (whether it has reported a step) and `verdict` are that attempt's. `result` is the final word, of the time
     `closed`. `mlflow` says which MLflow run it has, `delivered` whether that has all of a closed run, `undelivered`
     what holds its rows up, `data` what the trainer counted of its rows, `asked` what somebody asked of a run that has
-    not ended, and `cancelled` whether that is to end. What costs more to read is there in full views alone: its
+    not ended, and `cancelled` whether that is to end. `looked_at` is when this was read, by the clock of the machine
+    that has the folder, as all times are. What costs more to read is there in full views alone: its
     figures, and the lines of Python that load its output.
     """
 
@@ -42,6 +44,7 @@ class Snapshot:
     run_dir: str
     cluster: str | None = None
     submitted: float = 0.0
+    looked_at: float = 0.0
     steps: int | None = None
     attempt: int = 0
     step: int = 0
@@ -138,6 +141,7 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
         run_dir=str(run_dir),
         cluster=brief["cluster"],
         submitted=brief["submitted"],
+        looked_at=time.time(),
         steps=plan.get("steps") or brief["steps"],
         attempt=newest.number,
         step=_last_step(newest, begun, later),

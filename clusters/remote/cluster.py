@@ -26,9 +26,9 @@ class RemoteCluster:
         return ClusterRequest(**made | {"secrets": secrets})
 
     def forecast(self, request: ClusterRequest) -> float | None:
-        """When it would start there; raises SubmissionRefused where it never would."""
-        start: float | None = self.far_side.ask({"verb": "forecast", "request": asdict(request)})
-        return start
+        """In how many seconds it would start there; raises SubmissionRefused where it never would."""
+        wait_s: float | None = self.far_side.ask({"verb": "forecast", "request": asdict(request)})
+        return wait_s
 
     def submit(self, request: ClusterRequest) -> None:
         """Hand a request over, once however often it is repeated."""

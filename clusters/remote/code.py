@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import shutil
 import tarfile
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +39,23 @@ class Code:
                 entry.mode = 0o644
                 archive.addfile(entry, io.BytesIO(data))
         return stream.getvalue()
+
+    def unpack(self, folder: Path) -> None:
+        """Have all files in a folder of this machine, whole; nothing is done where it is there."""
+        if folder.exists():
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+        for path, data in self.files.items():
+            file = new / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+        try:
+            new.rename(folder)
+        except OSError:  # another client was first
+            shutil.rmtree(new)
+            if not folder.exists():
+                raise
 
 
 @cache

@@ -1,12 +1,13 @@
 """The lock: which packages, and which versions of them, the environment of a cluster has."""
 
 import hashlib
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import requires
 from pathlib import Path
 
-_MARKERS = ("", 'extra == "data"', 'extra == "train"')  # of what a run needs
+_MARKERS = ("", 'extra == "data"', 'extra == "train"')  # of what a run needs; the first is of what everybody does
 _LOCK_DIGITS = 16  # of the digest in the name of a folder
 
 
@@ -27,11 +28,22 @@ class Lock:
 
 @cache
 def installed_lock() -> Lock:
-    """The lock of the Fleetune that is installed here."""
+    """The lock of the Fleetune that is installed here, with what runs need."""
+    return _lock_of(_MARKERS)
+
+
+@cache
+def plain_lock() -> Lock:
+    """The lock of the Fleetune that is installed here, without what runs need: they have it elsewhere."""
+    return _lock_of(_MARKERS[:1])
+
+
+def _lock_of(markers: Container[str]) -> Lock:
+    """The lock of the requirements that have one of these markers."""
     requirements = []
     for line in requires("fleetune") or ():
         requirement, _, marker = line.partition(";")
-        if marker.strip() in _MARKERS and not requirement.startswith("fleetune["):
+        if marker.strip() in markers and not requirement.startswith("fleetune["):
             requirements.append(f"{requirement}\n")
     constraints = Path(__file__).with_name("constraints.txt")
     return Lock("".join(requirements), constraints.read_text())

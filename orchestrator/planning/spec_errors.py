@@ -4,7 +4,8 @@ import difflib
 import re
 import reprlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -156,6 +157,9 @@ def _model_of(model: ModelType, key: str | int, plain: Any) -> ModelType | None:
     if key not in model.model_fields:
         return None
     annotation = model.model_fields[str(key)].annotation
+    alternatives = get_args(annotation)
+    if alternatives[1:] == (NoneType,):  # a section that may be left out
+        annotation = alternatives[0]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return None
@@ -199,9 +203,11 @@ _NOTHING = object()
 
 
 def _value_at(plain: Any, path: FieldPath) -> Any:
-    """The value at a path, or `_NOTHING`."""
+    """The value at a path, or `_NOTHING`; a bare text stands for a mapping of one key."""
     value = plain
     for step in path:
+        if isinstance(value, str):
+            return value
         try:
             value = value[step]
         except (KeyError, IndexError, TypeError):

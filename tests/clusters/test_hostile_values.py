@@ -17,8 +17,9 @@ import yaml
 from sampling import SEED
 
 from clusters.base import SubmissionRefused
+from clusters.container import Container, python_in
 from clusters.environment import SECRETS
-from clusters.remote.code import Code
+from clusters.remote.code import Code, installed_code
 from clusters.remote.link import Ssh
 from clusters.remote.lock import installed_lock
 from clusters.remote.machine import FarMachine
@@ -27,6 +28,7 @@ from clusters.slurm_script import SlurmConfig
 from orchestrator.clusters_file import read_clusters
 from orchestrator.errors import InputError
 from orchestrator.planning import spec
+from runfolder.job import Job
 from runfolder.record import load_job
 from runfolder.site import LocalSite
 
@@ -89,7 +91,7 @@ class Case:
 
     def __post_init__(self) -> None:
         for _ in range(self.rng.choice([1, 1, 2])):
-            where = self.rng.randrange(8)
+            where = self.rng.randrange(9)
             if where < 3:
                 name = self.rng.choice([self.text(), *_NAMES, "PLAIN", "PLAIN2", "PLAIN3"])
                 self.job.setdefault("env", {})[name] = self.text()
@@ -99,9 +101,24 @@ class Case:
                 self.job["name"] = self.text()
             elif where == 5:
                 self.job["data"] = self.rng.choice(["", "cluster:/", "/"]) + self.text()
+                if self.rng.random() < 0.5:
+                    self.cluster["container"] = "/images/a.sif"
+            elif where == 6:
+                self.cluster["container"] = self.container()
             else:
                 keys = ["partition", "account", "qos", "constraint", "reservation", "gpu_type", "walltime"]
                 self.cluster[self.rng.choice([*keys, "root", "root", "python", "python", "link"])] = self.text()
+
+    def container(self) -> object:
+        """A container with a hostile value in it."""
+        container: dict[str, Any] = {"image": f"/images/{self.text()}"}
+        key = self.rng.choice(["image", "python", "mounts", "runtime", None])
+        if key is None:
+            return self.text()
+        if key != "image":
+            container["image"] = "/images/a.sif"
+            container[key] = [f"/a{self.text()}"] if key == "mounts" else self.text()
+        return container
 
     def text(self) -> str:
         """A few pieces in a row."""
@@ -133,8 +150,24 @@ def check(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     except (InputError, SubmissionRefused) as error:
         return str(error)
     assert "hf_secret" not in request.text
-    check_script(request.text, {**config.env, **job.env, "FLEETUNE_HOME": str(home)}, request.run_dir, folder)
+    environment = {**config.env, **job.env, "FLEETUNE_HOME": str(home)}
+    inside: list[str] = []
+    if config.container:
+        paths = [str(home / "code" / installed_code().digest), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = ":".join(filter(None, paths))
+        inside = check_container(config.container, job.data.train, home)
+    check_script(request.text, environment, [request.run_dir, "a-0123456789-s1", *inside], folder)
     return ""
+
+
+def check_container(container: Container, source: str, home: Path) -> list[str]:
+    """The command of Python in a container, whose options are one path each; gives it."""
+    command = python_in(container, home, Job.model_validate({"base": "b", "data": source, "train": {"steps": 1}}))
+    *options, image, python = command[4:]
+    assert all(option == "--bind" for option in options[::2])
+    assert all(re.fullmatch(r"/[^\s,'\"$`;&|<>(){}*!#%\\~]+", value) for value in (*options[1::2], image)), command
+    assert python and not python.startswith("-")
+    return command
 
 
 def check_far_command(config: SlurmConfig, folder: Path) -> None:
@@ -147,7 +180,7 @@ def check_far_command(config: SlurmConfig, folder: Path) -> None:
     ]
 
 
-def check_script(text: str, environment: dict[str, str], run_dir: str, folder: Path) -> None:
+def check_script(text: str, environment: dict[str, str], arguments: list[str], folder: Path) -> None:
     """The batch script has nothing but these variables and this command, and options that are one word each."""
     path = folder / "script.sh"
     path.write_text(text)
@@ -155,7 +188,7 @@ def check_script(text: str, environment: dict[str, str], run_dir: str, folder: P
     head = text.partition("\ntrap ")[0].splitlines()[1:]
     assert all(re.fullmatch(r"#SBATCH --[a-z-]+(=([^\s'\"\\#%]+|'[^\s'\"\\]+'))?", line) for line in head), head
     command, _, variables = run(["bash", "-c", _PRINTED, "bash", str(path)], folder).partition(b"\0\0")
-    expected = [sys.executable, "-P", "-m", "clusters.allocation", run_dir, "a-0123456789-s1"]
+    expected = [sys.executable, "-P", "-m", "clusters.allocation", *arguments]
     assert command.decode().split("\0") == expected
     found = dict(line.split("=", 1) for line in variables.decode().split("\0") if line)
     assert {name: found.get(name) for name in environment} == environment

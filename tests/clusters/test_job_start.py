@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,15 +14,29 @@ from programs import program
 from waiting import until
 
 from clusters import allocation, job_start
+from clusters import requeue as requeueing
 from clusters.allocated_nodes import AllocatedNodes
 from clusters.allocation import keep_controller, warnings
+from clusters.base import Unreachable
 from clusters.controllers import REQUEUE
 from clusters.job_start import JobStart
 from clusters.ray_node import require_reachable
 from clusters.requeue import requeue
 from runfolder.chain import claim_next
 
+pytestmark = pytest.mark.usefixtures("running")
 AWAY = 'echo "slurm_requeue error: Unable to contact slurm controller (connect failure)" >&2; exit 1'
+
+
+@pytest.fixture
+def running(asked: Path) -> None:
+    """SLURM says that the job runs."""
+    in_state(asked, "RUNNING|None")
+
+
+def in_state(asked: Path, said: str) -> None:
+    """Have squeue say what state the job is in, and why."""
+    program(asked.with_name("asked.squeue"), "squeue", f"echo '{said}'")
 
 
 def start(tmp_path: Path, requeues: int) -> JobStart:
@@ -44,6 +59,34 @@ def test_a_node_asks_until_slurm_hears_it(tmp_path: Path, asked: Path) -> None:
     program(asked, "scontrol", f'[ "$(wc -l < {asked})" -ge 3 ] || {{ {AWAY}; }}')
     assert requeue(start(tmp_path, 0)) == 0
     assert asked.read_text().splitlines() == ["requeue 4"] * 3
+
+
+def test_a_node_asks_again_where_slurm_does_not_answer(
+    tmp_path: Path, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requeueing, "_QUESTION_S", 2.0)
+    program(asked, "scontrol", f'[ "$(wc -l < {asked})" -ge 2 ] || exec sleep 60')
+    assert requeue(start(tmp_path, 0)) == 0
+    assert asked.read_text().count("requeue 4\n") > 1
+
+
+@pytest.mark.parametrize(
+    ("said", "is_asked"),
+    [("COMPLETING|None", False), ("CANCELLED|None", False), ("COMPLETING|TimeLimit", True), ("", True)],
+)
+def test_a_job_that_was_cancelled_by_hand_does_not_come_back(
+    said: str, is_asked: bool, tmp_path: Path, asked: Path
+) -> None:
+    program(asked, "scontrol", ":")
+    in_state(asked, said)
+    assert requeue(start(tmp_path, 0)) == 0
+    assert asked.exists() == is_asked
+
+
+def test_a_node_without_the_commands_of_slurm_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(Unreachable, match="SLURM: squeue: No such file or directory"):
+        requeue(start(tmp_path, 0))
 
 
 def test_what_slurm_refuses_is_told(tmp_path: Path, asked: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +144,7 @@ def test_a_job_whose_starts_make_no_attempt_ends(
     for requeues in range(5):
         start(run_dir, requeues)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
-    assert allocation.main(run_dir, f"{run_dir.name}-s1") == 1
+    assert allocation.main(run_dir, f"{run_dir.name}-s1", [sys.executable]) == 1
     said = capsys.readouterr().out
     assert "5 starts in a row made no attempt" in said and f"fleetune resume {run_dir.name}" in said
 
@@ -111,7 +154,7 @@ def test_a_run_folder_that_is_no_folder_is_told(
 ) -> None:
     assert not asked.exists()
     (run_dir / "submissions").write_text("")
-    assert allocation.main(run_dir, f"{run_dir.name}-s1") == 1
+    assert allocation.main(run_dir, f"{run_dir.name}-s1", [sys.executable]) == 1
     assert capsys.readouterr().out.startswith("the run folder cannot be used: ")
 
 
@@ -122,7 +165,7 @@ def test_controllers_that_make_no_attempt_give_the_nodes_back(
     monkeypatch.setattr(allocation, "run_controller", lambda *_: next(codes))
     monkeypatch.setattr(allocation, "Backoff", ReadyAtOnce)
     monkeypatch.setattr(AllocatedNodes, "settled_count", lambda _: 1)
-    assert keep_controller(start(run_dir, 0), AllocatedNodes([]), threading.Event()) == REQUEUE
+    assert keep_controller(start(run_dir, 0), AllocatedNodes([]), threading.Event(), ["true"]) == REQUEUE
     assert "5 controllers in a row made no attempt" in capsys.readouterr().out
     assert len(list(codes)) == 95
 

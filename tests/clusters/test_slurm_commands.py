@@ -11,10 +11,14 @@ import pytest
 from programs import program
 
 from clusters import closing, shared_lock, slurm_releases
+from clusters import slurm as slurm_module
 from clusters.base import Capacity, SubmissionRefused, Unreachable
+from clusters.container_checkup import check_container
+from clusters.package_checks import package_in
 from clusters.slurm import Slurm
 from clusters.slurm_checkup import check_slurm
 from clusters.slurm_script import SlurmConfig
+from orchestrator.backends import lock_for
 from runfolder.job import Job
 
 RUN_ID = "sums-0123456789"
@@ -96,10 +100,61 @@ def test_a_doctor_reads_what_names_partitions(asked: Path) -> None:
     assert found == ("fail", "no 'other'; there are: gpu, cpu")
 
 
+def test_a_doctor_looks_into_the_container(tmp_path: Path, asked: Path) -> None:
+    def found(requirements: list[str]) -> list[tuple[str, str, str]]:
+        container = {"image": str(tmp_path / "a.sif"), "python": "python3", "runtime": "apptainer"}
+        return [(check.name, check.level, check.found) for check in check_container(container, requirements)]
+
+    assert found([]) == [("image", "fail", f"{tmp_path}/a.sif is not there, or cannot be read")]
+    (tmp_path / "a.sif").touch()
+    assert found([])[1:] == [("container", "warn", "apptainer is not on PATH here")]
+    program(asked, "apptainer", """echo 'INFO: a banner'; echo '{"torch": "2.11.0"}'""")
+    inside = [found([requirement])[2] for requirement in ("torch>=2.8", "torch>=3", "ray[train]==2.60.0")]
+    assert inside == [
+        ("in the image", "ok", "torch 2.11.0"),
+        ("in the image", "fail", "torch 2.11.0, wanted: torch>=3"),
+        ("in the image", "fail", "no ray[train]==2.60.0"),
+    ]
+    assert asked.read_text().split()[-1] == "ray"
+    program(asked, "apptainer", "echo 'FATAL: no user namespaces' >&2; exit 255")
+    assert found([])[1:] == [("container", "fail", "FATAL: no user namespaces")]
+
+
+def test_a_container_gets_the_code_that_is_installed_here(tmp_path: Path, asked: Path) -> None:
+    program(asked, "squeue", ":")
+    program(asked, "sbatch", "echo 4")
+    site = Slurm(SlurmConfig.model_validate({"kind": "slurm", "container": "/images/a.sif"}), tmp_path)
+    request = site.request(Job.model_validate(PLAIN), RUN_ID)
+    assert not (tmp_path / "code").exists()
+    for _ in range(2):
+        site.submit(request)
+    (code,) = (tmp_path / "code").iterdir()
+    assert f"export PYTHONPATH={code}\n" in request.text
+    assert (code / "clusters" / "slurm.py").read_bytes() == Path(slurm_module.__file__).read_bytes()
+    question = "from clusters.remote.code import installed_code; print(installed_code().digest)"
+    told = subprocess.check_output([sys.executable, "-P", "-c", question], env={"PYTHONPATH": str(code)}, text=True)
+    assert told.strip() == code.name  # as it is on the machine of a cluster
+
+
+def test_beside_a_container_plain_packages_are_enough() -> None:
+    names = []
+    for container in (None, "/images/a.sif"):
+        config = SlurmConfig.model_validate({"kind": "slurm", "container": container})
+        names.append({package_in(line) for line in lock_for(config).requirements.splitlines()})
+    of_runs, plain = names
+    assert "pydantic" in plain < of_runs and {"torch", "ray"} <= of_runs - plain
+
+
 @pytest.mark.parametrize("said", ["to start at 14:35", "to start at Unknown"])
 def test_a_forecast_that_says_no_time_is_none(said: str, slurm: Slurm, asked: Path) -> None:
     program(asked, "sbatch", f"echo 'sbatch: Job 1 {said} using 2 processors' >&2")
     assert slurm.forecast(slurm.request(Job.model_validate(PLAIN), RUN_ID)) is None
+
+
+def test_a_forecast_is_how_long_it_takes(slurm: Slurm, asked: Path) -> None:
+    program(asked, "sbatch", "date -d '+2 hours' '+sbatch: Job 1 to start at %Y-%m-%dT%H:%M:%S using 2' >&2")
+    wait_s = slurm.forecast(slurm.request(Job.model_validate(PLAIN), RUN_ID))
+    assert wait_s is not None and 7200 - 600 < wait_s <= 7200
 
 
 def held(asked: Path, job_id: int = 4) -> None:

@@ -1,6 +1,5 @@
 """A run for whichever of several clusters would start it first. The homes are real; when each starts is said here."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -59,8 +58,8 @@ def runs_on(tmp_path: Path, name: str) -> list[str]:
 
 
 def test_the_first_to_start_gets_it(offer: Offer, tmp_path: Path) -> None:
-    offer("late", time.time() + 7200)
-    offer("early", time.time())
+    offer("late", 7200.0)
+    offer("early", 0.0)
     done = fleetune.submit(make_job(tmp_path), cluster="late,early")
     assert done.cluster == "early"
     assert str(done.why).startswith("late: would start at ") and "early: would start now" in str(done.why)
@@ -69,18 +68,18 @@ def test_the_first_to_start_gets_it(offer: Offer, tmp_path: Path) -> None:
 
 def test_one_that_says_nothing_comes_last(offer: Offer, tmp_path: Path) -> None:
     offer("late", None)
-    offer("early", time.time() + 7200)
+    offer("early", 7200.0)
     assert fleetune.submit(make_job(tmp_path), cluster="late,early").cluster == "early"
     offer("early", None)
     assert fleetune.submit(make_job(tmp_path), cluster="late,early").cluster == "late"
 
 
 def test_a_repetition_goes_on_with_the_same(offer: Offer, tmp_path: Path) -> None:
-    offer("late", time.time() + 7200)
-    offer("early", time.time(), fails=True)
+    offer("late", 7200.0)
+    offer("early", 0.0, fails=True)
     with pytest.raises(Unreachable, match="cut in the answer"):
         fleetune.submit(make_job(tmp_path), cluster="late,early")
-    offer("early", time.time() + 9000)
+    offer("early", 9000.0)
     done = fleetune.submit(make_job(tmp_path), cluster="late,early")
     assert done.adopted and done.cluster == "early"
     assert runs_on(tmp_path, "early") == [done.run_id] and not runs_on(tmp_path, "late")
@@ -90,9 +89,9 @@ def test_a_repetition_goes_on_with_the_same(offer: Offer, tmp_path: Path) -> Non
 
 def test_a_run_with_an_id_stays_where_it_is(offer: Offer, tmp_path: Path) -> None:
     offer("late", None)
-    offer("early", time.time())
+    offer("early", 0.0)
     run_id = fleetune.submit(make_job(tmp_path), cluster="late,early").run_id
-    offer("late", time.time() - 60)
+    offer("late", -60.0)
     offer("early", None)
     again = fleetune.submit(make_job(tmp_path), cluster="late,early", run_id=run_id)
     assert again.adopted and again.cluster == "early"
@@ -100,7 +99,7 @@ def test_a_run_with_an_id_stays_where_it_is(offer: Offer, tmp_path: Path) -> Non
 
 def test_one_that_does_not_take_it_is_passed_over(offer: Offer, tmp_path: Path) -> None:
     offer("early", SubmissionRefused("too many nodes"))
-    offer("late", time.time())
+    offer("late", 0.0)
     done = fleetune.submit(make_job(tmp_path), cluster="early,late")
     assert done.cluster == "late" and "early: too many nodes" in str(done.why)
     offer("late", Unreachable("no route"))
@@ -113,8 +112,8 @@ def test_one_that_does_not_take_it_is_passed_over(offer: Offer, tmp_path: Path) 
 
 
 def test_a_refusal_after_a_cut_forgets_neither_cluster_nor_run(offer: Offer, tmp_path: Path) -> None:
-    offer("late", time.time() + 7200)
-    offer("early", time.time(), fails=True)
+    offer("late", 7200.0)
+    offer("early", 0.0, fails=True)
     with pytest.raises(Unreachable, match="cut in the answer"):
         fleetune.submit(make_job(tmp_path), cluster="late,early")
     offer("early", SubmissionRefused("no such partition"))
@@ -123,7 +122,7 @@ def test_a_refusal_after_a_cut_forgets_neither_cluster_nor_run(offer: Offer, tmp
     )
     with pytest.raises(InputError, match=refused):
         fleetune.submit(make_job(tmp_path), cluster="late,early")
-    offer("early", time.time() + 9000)
+    offer("early", 9000.0)
     done = fleetune.submit(make_job(tmp_path), cluster="late,early")
     assert done.adopted and runs_on(tmp_path, "early") == [done.run_id] and not runs_on(tmp_path, "late")
 
@@ -136,7 +135,7 @@ def test_a_refusal_before_anything_was_made_is_forgotten(offer: Offer, tmp_path:
 
 
 def test_names_are_checked_before_anything_and_may_have_spaces(offer: Offer, tmp_path: Path, home: Path) -> None:
-    offer("early", time.time())
+    offer("early", 0.0)
     offer("late", None)
     commands: list[Callable[..., object]] = [fleetune.submit, fleetune.dry_run]
     for wrong in ("early,lat", "lat,early", "early,"):
@@ -148,8 +147,8 @@ def test_names_are_checked_before_anything_and_may_have_spaces(offer: Offer, tmp
 
 
 def test_a_dry_run_is_of_the_cluster_that_would_get_it(offer: Offer, tmp_path: Path, home: Path) -> None:
-    offer("early", time.time())
-    offer("late", time.time() + 7200)
+    offer("early", 0.0)
+    offer("late", 7200.0)
     warnings: list[str] = []
     text = fleetune.dry_run(make_job(tmp_path), cluster="late,early", warn=warnings.append)
     assert str(tmp_path / "early" / "runs") in text

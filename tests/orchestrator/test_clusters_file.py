@@ -44,6 +44,26 @@ def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("hpc: {kind: slurm, root: $SCRATCH/x}", "hpc.root: found '$SCRATCH/x'; must be written out, without $"),
         ("hpc: {kind: slurm, root: runs}", "hpc.root: found 'runs'; must be an absolute path, or one that begins"),
         ("hpc: {kind: slurm, python: $HOME/python}", "hpc.python: found '$HOME/python'; must be written out"),
+        (
+            "hpc: {kind: slurm, container: ft.sif}",
+            "hpc.container.image: found 'ft.sif'; must be an absolute path",
+        ),
+        ("hpc: {kind: slurm, container: {}}", "hpc.container.image: missing"),
+        ("hpc: {kind: slurm, container: 3}", "hpc.container: found 3; allowed: a mapping"),
+        ("hpc: {kind: slurm, container: {image: /a, mount: [/b]}}", "hpc.container.mount: unknown key; did you mean"),
+        (
+            "hpc: {kind: slurm, container: {image: /a, runtime: docker}}",
+            "hpc.container.runtime: found 'docker'; allowed: 'apptainer' or 'singularity'",
+        ),
+        (
+            "hpc: {kind: slurm, container: {image: /a, mounts: [/b, '/c,/d']}}",
+            "hpc.container.mounts.1: found '/c,/d'; must be like /data",
+        ),
+        (
+            "hpc: {kind: slurm, container: {image: /a, python: -c}}",
+            "hpc.container.python: found '-c'; must be a command",
+        ),
+        ("tower: {kind: local, container: /a}", "tower.container: unknown key; allowed: kind"),
         ("local: {kind: local}", "'local': allowed as a cluster's name"),
     ],
 )

@@ -1,6 +1,7 @@
 """Every verb, on runs whose folders only another process can see, with a queue that nobody serves."""
 
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -26,6 +27,7 @@ from clusters.remote.site import RemoteSite
 from fleetune import InputError
 from orchestrator import backends, progress, runs
 from orchestrator.logs import LogReader
+from orchestrator.run_list import age, list_lines
 from runfolder.appended import Position
 from runfolder.chain import close, result
 from runfolder.digests import folder_digest
@@ -47,6 +49,22 @@ def far_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with only_queued(there / "fleetune"):
         yield there / "fleetune"
     cluster.far_side.close()
+
+
+@pytest.mark.usefixtures("far_home")
+@pytest.mark.parametrize("ahead_s", [-10_000.0, 10_000.0])
+def test_a_laptop_with_a_wrong_clock_measures_by_that_of_the_cluster(
+    ahead_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, clock = time.time(), time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + ahead_s)
+    run_id = fleetune.submit(make_job(tmp_path), cluster="elsewhere").run_id
+    (status,) = fleetune.list_runs("elsewhere")
+    assert begin <= status.submitted <= status.looked_at <= clock()
+    figures = fleetune.status(run_id).figures
+    assert figures and 0 < figures.goodput.queued == figures.goodput.total <= clock() - begin
+    (_, line) = list_lines([status], 160)
+    assert re.split(" {2,}", line)[4] == age(status.looked_at - status.submitted)
 
 
 def test_a_submitted_run_is_there_and_not_here(

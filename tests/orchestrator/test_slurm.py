@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -24,13 +26,14 @@ from slurm_site import WHY_NOT, SlurmSite, can_serve
 from ssh_server import WHY_NOT as WHY_NO_SSH
 from ssh_server import can_serve as can_serve_ssh
 from ssh_server import ssh_server
-from training_runs import LONG, assert_undisturbed, begin, train_job
+from training_runs import LONG, assert_undisturbed, begin, train_job, wait_for
 from waiting import until
 from worker import OUTSIDE
 
 import fleetune
 from clusters.base import Unreachable
 from clusters.checks import Check
+from clusters.remote.code import installed_code
 from clusters.remote.link import sockets_folder
 from clusters.slurm import Slurm
 from clusters.slurm_script import SlurmConfig
@@ -53,6 +56,27 @@ def test_the_script_is_a_pure_function(tmp_path: Path, monkeypatch: pytest.Monke
     text = request.text.replace(str(tmp_path), "HOME").replace(sys.executable, "PYTHON")
     assert text == GOLDEN.read_text()
     assert "hf_secret" not in request.text
+
+
+def test_the_script_of_a_container_is_a_pure_function(tmp_path: Path) -> None:
+    container = {
+        "image": "/images/fleetune.sif",
+        "python": "/opt/fleetune/bin/python",
+        "mounts": ["/scratch", "/a:/b:ro"],
+    }
+    config = SlurmConfig.model_validate({"kind": "slurm", "container": container, "setup": ["module load apptainer"]})
+    plain = {
+        "base": "b",
+        "data": "cluster:/data/d.jsonl",
+        "train": {"steps": 1},
+        "env": {"PYTHONPATH": "/scratch/mine"},
+    }
+    job = Job.model_validate(plain | {"resources": {"gpus_per_node": 1}})
+    text = Slurm(config, tmp_path).request(job, "a-1", 1).text
+    text = (
+        text.replace(str(tmp_path), "HOME").replace(sys.executable, "PYTHON").replace(installed_code().digest, "CODE")
+    )
+    assert text == GOLDEN.with_name("slurm_container.sh").read_text()
 
 
 def test_an_elastic_job_asks_for_a_range_and_keeps_what_is_left(tmp_path: Path) -> None:
@@ -155,6 +179,54 @@ def make_job(tmp_path: Path, base: Path, rows: Path, **changes: object) -> Path:
     return train_job(tmp_path, base, rows, **{**both, **changes})
 
 
+@pytest.fixture
+def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The options of a site whose runs are in a container that has this Python, and of Fleetune nothing."""
+    runtime, image = tmp_path / "bin" / "apptainer", tmp_path / "image"
+    runtime.parent.mkdir()
+    shutil.copy(Path(__file__).with_name("apptainer_stand_in.sh"), runtime)
+    image.mkdir()
+    paths = dict.fromkeys(["/usr", "/etc", sys.base_prefix, sys.prefix])
+    (image / "paths").write_text("\n".join(paths))
+    monkeypatch.setenv("PATH", f"{runtime.parent}:{os.environ['PATH']}")
+    return {
+        "container": {"image": str(image), "python": sys.executable},
+        "setup": [f"export PATH={runtime.parent}:$PATH"],
+    }
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_run_in_a_container_is_preempted_and_goes_on(
+    container: dict[str, Any],
+    place: Place,
+    site: SlurmSite,
+    tmp_path: Path,
+    tiny_base: Path,
+    sums: Path,
+    launch: Any,
+) -> None:
+    site.signal_user_at_preemption(False)  # then SIGTERM comes to all that is in steps, and so in the container
+    write_clusters(tmp_path, **container)
+    checks = {check.name: check for check in fleetune.doctor("hpc", test_job=True)}
+    assert [(name, check.found) for name, check in checks.items() if check.level != "ok"] == []
+    assert "torch" in checks["in the image"].found and checks["test job"].found == "CPU only"
+    before = len(commands_in(container))
+    run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, **LONG))
+    place.warn(run_dir.name)
+    assert_undisturbed(run_dir, launch)
+    assert attempts(run_dir)[0].verdict and attempts(run_dir)[0].verdict["kind"] == "preemption"
+    modules = [re.search(r" -P -m (\S+)", line) for line in commands_in(container)[before:]]
+    assert sorted(found[1] for found in modules if found) == (
+        ["clusters.ray_process"] * 4 + ["orchestrator.controller"] * 2
+    )
+
+
+def commands_in(container: dict[str, Any]) -> list[str]:
+    """What the stand-in for Apptainer was asked, line by line."""
+    return Path(container["container"]["image"]).with_name("bin").joinpath("apptainer.asked").read_text().splitlines()
+
+
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(
@@ -186,6 +258,8 @@ def test_a_run_whose_first_node_dies_finishes(
     site.boot("node1")
     assert_undisturbed(run_dir, launch)
     assert attempts(run_dir)[1].start is not None
+    until(place.is_idle)
+    assert not list(place.root.glob(".ray-*"))
 
 
 @pytest.mark.chaos
@@ -251,6 +325,21 @@ def test_a_preempted_run_saves_and_goes_on_later(
     assert second.start and second.start.step >= rows[-1]["step"] - 1
     figures = fleetune.status(run_dir.name).figures
     assert figures and figures.goodput.queued > 5  # seconds that the other job takes
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_run_whose_job_was_cancelled_by_hand_waits_for_somebody_to_resume_it(
+    place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+) -> None:
+    run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, **LONG))
+    site.run("scancel", "--name", f"{run_dir.name}-s1")
+    status = wait_for(run_dir.name, "unknown")
+    assert re.match(r"SLURM job \d+ ended: CANCELLED .*; fleetune resume submits it again", str(status.reason))
+    assert place.is_idle() and status.step >= 8
+    fleetune.resume(run_dir.name)
+    assert_undisturbed(run_dir, launch)
+    assert [path.name for path in sorted((run_dir / "starts").iterdir())] == ["1.0", "2.0"]
 
 
 @pytest.mark.chaos

@@ -36,6 +36,7 @@ RUN = Status(
     run_dir="/lustre/projects/a-team/fleetune/runs/sql-1r3vg4ggs1",
     output_dir=None,
     submitted=T0,
+    looked_at=T0 + 7300,
     data={"rows": 8000, "examples": 7998, "dropped": 2, "longest": 512, "unused": ["id", "source"]},
     figures=Figures(
         goodput=Goodput(queued=600, starting=300, training=7200, repeated=180, stalled=720),
@@ -77,6 +78,7 @@ QUEUED = Status(
     run_dir="/home/me/.fleetune/runs/sql-1r3vg4ggs1",
     output_dir=None,
     submitted=T0,
+    looked_at=T0 + 7300,
 )
 
 
@@ -127,14 +129,14 @@ RUNS = [replace(LONGEST, steps=100_000), ENDED, QUEUED]
 
 @pytest.mark.parametrize("width", [80, 100, 160])
 def test_a_list_fits_and_cuts_no_run_id(width: int) -> None:
-    lines = list(list_lines(RUNS, width, now=T0 + 7300))
+    lines = list(list_lines(RUNS, width))
     assert max(map(len, lines)) <= width
     assert all(any(run.run_id in line for line in lines) for run in RUNS)
     assert any("rank 1: the output was kept in output.rejected" in line for line in lines)
 
 
 def test_a_list_at_80_columns() -> None:
-    assert list(list_lines(RUNS[1:], 80, now=T0 + 7300)) == [
+    assert list(list_lines(RUNS[1:], 80)) == [
         "run             state   step       attempt  age  cluster",
         "sql-1r3vg4ggs1  failed  4000/4000  2        2 h  hpc",
         "    rank 1: the output was kept in output.rejected: its logits differ from the …",
@@ -144,12 +146,12 @@ def test_a_list_at_80_columns() -> None:
 
 
 def test_what_cannot_be_reached_has_no_age() -> None:
-    (_, line, _) = list_lines([LOST], 80, now=T0)
+    (_, line, _) = list_lines([LOST], 80)
     assert line.split() == ["sql-1r3vg4ggs1", "unknown", "0/?", "0", "?", "hpc"]
 
 
 def test_a_list_at_160_columns_has_one_line_a_run() -> None:
-    heading, first, second = list_lines(RUNS[1:], 160, now=T0 + 7300)
+    heading, first, second = list_lines(RUNS[1:], 160)
     assert heading.endswith("age  cluster  reason")
     assert first.endswith("2 h  hpc      " + " ".join(str(ENDED.reason).split()))
     assert second.endswith("2 h  local    needs 2, 0 of 2 cpus are free")
