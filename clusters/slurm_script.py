@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 
 from clusters.config import ClusterConfig
 from clusters.container import Container
-from clusters.slurm_walltime import walltime_option, warning_s
+from clusters.slurm_walltime import Walltime, walltime_option, warning_s
 from runfolder.job import Job
 from runfolder.resources import as_mapping
 
@@ -44,7 +44,7 @@ class SlurmConfig(ClusterConfig):
     gpu_type: SbatchOption = Field(None, description="the type in --gres=gpu:TYPE:COUNT; null: any GPU")
     cpus_per_worker: int = Field(4, ge=1, description="cores for each worker")
     memory_per_worker: int | None = Field(None, ge=1, description="GiB for each worker; null: the site's default")
-    walltime: SbatchOption = Field(None, description="--time of jobs that say none; null: the site's default")
+    walltime: Walltime = Field(None, description="--time of jobs that say none; null: the site's default")
     container: Annotated[Container | None, as_mapping("image")] = Field(
         None, description="the image that has the packages of runs; null: `python` has them"
     )
