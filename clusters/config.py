@@ -72,6 +72,12 @@ class ClusterConfig(Section):
             raise ValueError("must be an absolute path, or one that begins with ~/, the home there")
         return root
 
+    @field_validator("setup", mode="before")
+    @classmethod
+    def _as_lines(cls, lines: object) -> object:
+        """A text stands for its lines."""
+        return tuple(lines.splitlines()) if isinstance(lines, str) else lines
+
     @field_validator("setup")
     @classmethod
     def _are_lines(cls, lines: tuple[str, ...]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from clusters.config import ClusterConfig
 from clusters.container import Container
@@ -34,6 +34,8 @@ SbatchOption = Annotated[str | None, AfterValidator(_sbatch_value)]
 
 class SlurmConfig(ClusterConfig):
     """A SLURM site. Each field but `container` is the option of sbatch that has its name."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # an account may be a number
 
     kind: Literal["slurm"]
     partition: SbatchOption = None

@@ -89,6 +89,16 @@ def test_a_walltime_is_written_as_in_a_job_or_as_for_sbatch(clusters: Path, writ
     assert isinstance(config, SlurmConfig) and config.walltime == option
 
 
+def test_what_a_person_would_write_is_taken(clusters: Path) -> None:
+    clusters.write_text("hpc: {kind: slurm, account: 123, setup: module load cuda}")
+    config = read_clusters()["hpc"]
+    assert isinstance(config, SlurmConfig)
+    assert (config.account, config.setup) == ("123", ("module load cuda",))
+    clusters.write_text("hpc: {kind: slurm, cpus: 1}")
+    with pytest.raises(InputError, match=r"hpc\.cpus: unknown key"):
+        read_clusters()
+
+
 IMAGE = f"registry.example.org:5000/team/fleetune@sha256:{'0' * 64}"
 
 
