@@ -206,12 +206,13 @@ def test_a_run_in_a_container_is_preempted_and_goes_on(
     sums: Path,
     launch: Any,
 ) -> None:
-    site.signal_user_at_preemption(False)  # then SIGTERM comes to all that is in steps, and so in the container
+    until(lambda: "*" not in site.run("sinfo", "--noheader", "--Node", "-o", "%t"))  # all nodes answer
     write_clusters(tmp_path, **container)
     checks = {check.name: check for check in fleetune.doctor("hpc", test_job=True)}
     assert [(name, check.found) for name, check in checks.items() if check.level != "ok"] == []
     assert "torch" in checks["in the image"].found and checks["test job"].found == "CPU only"
     before = len(commands_in(container))
+    site.signal_user_at_preemption(False)  # then SIGTERM comes to all that is in steps, and so in the container
     run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, **LONG))
     place.warn(run_dir.name)
     assert_undisturbed(run_dir, launch)
