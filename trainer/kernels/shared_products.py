@@ -37,7 +37,7 @@ def share_products(graph: Graph) -> None:
     for node in graph.nodes:
         if _is_narrow_product(node):
             value, weight = node.args[:2]
-            dtype = _stand_in(weight).dtype
+            dtype = _traced(weight).dtype
             groups[value, dtype].append(node)
     for products in groups.values():
         if len(products) > 1:
@@ -57,7 +57,7 @@ def _is_narrow_product(node: Node) -> bool:
     comes_first = weight.op in ("placeholder", "get_attr")
     if not comes_first:
         return False
-    tensor = _stand_in(weight)
+    tensor = _traced(weight)
     outputs, inputs = tensor.shape
     return tensor.requires_grad and outputs * INPUTS_TO_OUTPUTS <= inputs
 
@@ -71,7 +71,7 @@ def _join(graph: Graph, products: list[Node]) -> None:
     for product in products:
         weight = product.args[1]
         weights.append(weight)
-        outputs = len(_stand_in(weight))
+        outputs = len(_traced(weight))
         widths.append(outputs)
     with graph.inserting_before(first):
         joined = graph.call_function(torch.cat, (weights,))
@@ -84,7 +84,7 @@ def _join(graph: Graph, products: list[Node]) -> None:
         graph.erase_node(product)
 
 
-def _stand_in(node: Any) -> Tensor:
+def _traced(node: Any) -> Tensor:
     """The tensor without values that Dynamo keeps for a node."""
     tensor: Tensor = node.meta["example_value"]
     return tensor
