@@ -5,7 +5,6 @@ The magnitude m in R^{out} starts as ||W||_c, so the first step leaves from the 
 """
 
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
@@ -64,21 +63,21 @@ class _FromFactors:
     ) -> Tensor:
         """(m / norm - 1) W x + m / norm s B A x, to be added to what the base gave of x before dropout."""
         norm_O = self._norms(base_layer.weight, lora_A.weight, lora_B.weight, scaling)
-        share_O = self._magnitude.weight / norm_O
+        share_O: Tensor = self._magnitude.weight / norm_O
         if base_result is None:  # x has gone through dropout
             base_result = linear(x, base_layer.weight)
         elif base_layer.bias is not None:
             base_result = base_result - base_layer.bias
-        update = lora_B(lora_A(x))
+        update: Tensor = lora_B(lora_A(x))
         return (share_O - 1) * base_result + share_O * update * scaling
 
     @torch.no_grad()
     def _norms(self, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
         """The norms [out] of the rows of W + s B A, fp32."""
-        along_OR: Any = linear(weight_OI, a_RI)
+        along_OR = linear(weight_OI, a_RI)
         gram_RR = linear(a_RI, a_RI)
         both_OR = linear(b_OR, gram_RR)
         cross_O = (along_OR * b_OR).sum(1)
         update_O = (both_OR * b_OR).sum(1)
-        square_O = self._squares_O + 2 * scale * cross_O + scale**2 * update_O
+        square_O: Tensor = self._squares_O + 2 * scale * cross_O + scale**2 * update_O
         return square_O.clamp_min(0).sqrt()

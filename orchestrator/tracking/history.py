@@ -41,7 +41,7 @@ class Spool:
 
     def read(self) -> list[AppendedRow]:
         """The rows that were appended since the last call, oldest first."""
-        rows = []
+        rows: list[AppendedRow] = []
         is_behind = True
         while is_behind:
             chunks = list(self._source(self._follower.since))
