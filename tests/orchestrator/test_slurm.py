@@ -212,7 +212,7 @@ def test_a_run_in_a_container_is_preempted_and_goes_on(
     assert [(name, check.found) for name, check in checks.items() if check.level != "ok"] == []
     assert "torch" in checks["in the image"].found and checks["test job"].found == "CPU only"
     before = len(commands_in(container))
-    site.signal_user_at_preemption(False)  # then SIGTERM comes to all that is in steps, and so in the container
+    site.signal_user_at_preemption(True)
     run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, **LONG))
     place.warn(run_dir.name)
     assert_undisturbed(run_dir, launch)
