@@ -55,7 +55,7 @@ def _remove_folders_of_the_dead(home: Path) -> None:
 
 def _is_dead_here(folder: Path) -> bool | None:
     """Whether the owner of a folder is dead; None where that is not for this host to know."""
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # it has none yet, or was just removed
         owner = parse_holder((folder / _OWNER).read_bytes())
         if owner and owner.here:
             return not owner.lives

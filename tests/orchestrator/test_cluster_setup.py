@@ -206,7 +206,7 @@ def test_the_doctor_looks_there(root: Path, tmp_path: Path, monkeypatch: pytest.
     assert checks["run root"] == Check("run root", "warn", f"{root} is open to others (0755)", f"chmod 700 {root}")
     assert checks["environment"] == Check("environment", "fail", "not made yet", "fleetune clusters setup there")
     root.chmod(0o700)
-    monkeypatch.setattr(cluster_doctor, "installed_lock", installed_lock)
+    monkeypatch.setattr(backends, "installed_lock", installed_lock)
     write_clusters(tmp_path, python=sys.executable)
     checks = {check.name: check for check in fleetune.doctor("there")}
     assert {check.level for check in checks.values()} <= {"ok", "warn"}, checks

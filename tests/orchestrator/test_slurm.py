@@ -200,16 +200,19 @@ def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
 def test_a_run_in_a_container_is_preempted_and_goes_on(
     container: dict[str, Any],
     place: Place,
+    site: SlurmSite,
     tmp_path: Path,
     tiny_base: Path,
     sums: Path,
     launch: Any,
 ) -> None:
+    until(lambda: "*" not in site.run("sinfo", "--noheader", "--Node", "-o", "%t"))  # all nodes answer
     write_clusters(tmp_path, **container)
     checks = {check.name: check for check in fleetune.doctor("hpc", test_job=True)}
     assert [(name, check.found) for name, check in checks.items() if check.level != "ok"] == []
     assert "torch" in checks["in the image"].found and checks["test job"].found == "CPU only"
     before = len(commands_in(container))
+    site.signal_user_at_preemption(True)
     run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, **LONG))
     place.warn(run_dir.name)
     assert_undisturbed(run_dir, launch)
