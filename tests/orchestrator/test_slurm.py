@@ -250,6 +250,45 @@ def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_an_elastic_run_that_loses_its_first_node_as_it_starts_goes_back_to_the_queue(
+    is_watched: bool, place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+) -> None:
+    until(lambda: site.run("sinfo", "-hN", "-p", "low", "-o", "%t").split() == ["idle", "idle"])
+    resources = {"nodes": "1-2", "workers_per_node": 1}
+    run_id = fleetune.submit(make_job(tmp_path, tiny_base, sums, resources=resources), cluster="hpc").run_id
+    run_dir = place.root / "runs" / run_id
+    until((run_dir / "starts" / "1.0").exists, 300)
+    if is_watched:
+        until(lambda: "clusters.ray_node" in site.run_on("node2", "ps", "-eo", "args"))
+    site.kill("node1")
+    try:  # else who looks at the run sends it back, once SLURM has given the node up
+        until(lambda: (run_dir / "starts" / "1.1").exists() or (not is_watched and not fleetune.status(run_id)), 300)
+        assert_undisturbed(run_dir, launch)
+    finally:
+        site.boot("node1")
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_an_elastic_run_that_loses_another_node_as_it_starts_goes_on_without_it(
+    place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+) -> None:
+    until(lambda: site.run("sinfo", "-hN", "-p", "low", "-o", "%t").split() == ["idle", "idle"])
+    resources = {"nodes": "1-2", "workers_per_node": 1}
+    run_id = fleetune.submit(make_job(tmp_path, tiny_base, sums, resources=resources), cluster="hpc").run_id
+    run_dir = place.root / "runs" / run_id
+    until((run_dir / "starts" / "1.0").exists, 300)
+    site.kill("node2")
+    try:
+        assert_undisturbed(run_dir, launch)
+    finally:
+        site.boot("node2")
+    assert [path.name for path in (run_dir / "starts").glob("*")] == ["1.0"]
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
 def test_a_run_whose_first_node_dies_finishes(
     place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
 ) -> None:
