@@ -1,8 +1,8 @@
 """Ray on all nodes of an allocation, as its first node keeps it: `clusters.ray_node` on each, by a step of its own.
 
-A folder that the nodes share has the address of each. A node is lost when its step has ended, or nobody answers at
-its address for some time: SLURM itself may take minutes to notice. In turn a node whose head does not answer any more
-sends the job back to the queue.
+All start at once: from then on each sees to it that the first one is not lost (`clusters.ray_node`). A folder that
+they share has the address of each. A node is lost when its step has ended, or nobody answers at its address for some
+time: SLURM itself may take minutes to notice.
 """
 
 import os
@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clusters.first_node import first_node_here
 from clusters.node_folder import make_node_folder
 from clusters.ray_head import answers
 from clusters.ray_start import ray_environment, write_token
@@ -24,7 +25,7 @@ from clusters.slurm_commands import ask_slurm
 HEAD = "head"
 LOST_S = 20.0  # a node that does not answer for so long is lost
 _ANSWER_POLL_S = 2.0  # between two looks at whether a node answers
-_READY_S = 300.0  # until all nodes answer
+_READY_S = 300.0  # until all nodes answer, or the run goes on without those that do not
 _CLEAN_UP_S = 20.0  # that nodes whose work is done have to clean up
 
 
@@ -47,17 +48,18 @@ class KeptNode:
     def answers_now(self) -> bool:
         """Whether its Ray answers."""
         address = self.address()
-        return self.process.poll() is None and address is not None and answers(address)
+        answered = self.process.poll() is None and address is not None and answers(address)
+        if answered:
+            self._answered_at = time.monotonic()
+        return answered
 
     def unanswered_s(self) -> float:
         """For how long it has not answered; infinite where it has ended."""
         if self.process.poll() is not None:
             return float("inf")
         if time.monotonic() - self._looked_at >= _ANSWER_POLL_S:
-            answered = self.answers_now()
             self._looked_at = time.monotonic()
-            if answered:
-                self._answered_at = self._looked_at
+            self.answers_now()
         return max(0.0, self._looked_at - self._answered_at)
 
 
@@ -92,30 +94,31 @@ class AllocatedNodes:
 def allocated_nodes(run_dir: Path, submission: str, python: Sequence[str]) -> Iterator[AllocatedNodes]:
     """Ray on all nodes of this job's allocation while the block runs, for a submission of a run.
 
-    `python` is the command of the Python that has Ray. Raises RuntimeError where that fails.
+    `python` is the command of the Python that has Ray. Nodes where it does not start are lost ones. Raises SystemExit
+    where other nodes cannot reach this one.
     """
-    folder = make_node_folder(Path(os.environ["FLEETUNE_HOME"]))
-    token = folder / "token"
-    write_token(token)
-    os.environ.update(ray_environment(token))
-    nodes = []
-    try:
+    with first_node_here() as first:
+        folder = make_node_folder(Path(os.environ["FLEETUNE_HOME"]))
+        token = folder / "token"
+        write_token(token)
+        os.environ.update(ray_environment(token))
         command = [sys.executable, "-P", "-m", "clusters.ray_node", str(folder), str(run_dir), submission]
-        head = _start_node(folder, HEAD, [*command, HEAD, *python])
-        nodes.append(head)
-        _await_nodes(nodes)
-        for name in _other_names():
-            step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={name}", "--export=ALL"]
-            nodes.append(_start_node(folder, name, [*step, *command, name, *python]))
-        _await_nodes(nodes)
-        yield AllocatedNodes(nodes)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # by which the nodes see that their work is done
-        deadline = time.monotonic() + _CLEAN_UP_S
-        while time.monotonic() < deadline and any(node.process.poll() is None for node in nodes):
-            time.sleep(0.2)
-        for node in nodes:
-            end_session(node.process)
+        command += [first.keeper, first.ray]
+        nodes = []
+        try:
+            for name in _other_names():
+                step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={name}", "--export=ALL"]
+                nodes.append(_start_node(folder, name, [*step, *command, name, *python]))
+            nodes.insert(0, _start_node(folder, HEAD, [*command, HEAD, *python]))
+            _await_nodes(nodes)
+            yield AllocatedNodes(nodes)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # by which the nodes see that their work is done
+            deadline = time.monotonic() + _CLEAN_UP_S
+            while time.monotonic() < deadline and any(node.process.poll() is None for node in nodes):
+                time.sleep(0.2)
+            for node in nodes:
+                end_session(node.process)
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
@@ -138,14 +141,14 @@ def _start_node(folder: Path, name: str, command: Sequence[str]) -> KeptNode:
 
 
 def _await_nodes(nodes: list[KeptNode]) -> None:
-    """Wait until all answer; raises RuntimeError where one ends, or takes too long."""
+    """Wait until each has answered or ended, the head first; say which do not answer."""
     deadline = time.monotonic() + _READY_S
     waiting = nodes
-    while waiting := [node for node in waiting if not node.answers_now()]:
-        for node in waiting:
-            if node.process.poll() is not None:
-                raise RuntimeError(f"Ray on {node.name} ended with code {node.process.returncode}")
-        if time.monotonic() > deadline:
-            names = ", ".join(node.name for node in waiting)
-            raise RuntimeError(f"Ray does not answer after {_READY_S:.0f} s on {names}")
+    while waiting and nodes[0].process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
+        waiting = [node for node in waiting if node.process.poll() is None and not node.answers_now()]
+    for node in nodes:
+        if not node.answers_now():
+            code = node.process.poll()
+            end = "" if code is None else f": what keeps it ended with code {code}"
+            print(f"Ray does not answer on {node.name}{end}", flush=True)

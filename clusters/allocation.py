@@ -68,9 +68,8 @@ def main(run_dir: Path, name: str, python: Sequence[str]) -> int:
         code = keep_controller(start, nodes, told, controller_command(str(run_dir), python))
         if code == REQUEUE:
             print("back to the queue", flush=True)
-            return requeue(
-                start
-            )  # where this node is cut off, the others do, whose head is lost: they must still be there
+            # Where this node is cut off, the others do, who have lost it: they must still be there.
+            return requeue(start)
     if start.is_latest():
         remove_folders_of_job(Path(os.environ["FLEETUNE_HOME"]), job_id)
     return code
@@ -153,6 +152,8 @@ def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Even
     fewest = load_job(start.run_dir).resources.fewest_nodes
     fruitless = 0
     while start.is_latest():
+        if nodes.settled_count() < fewest:
+            return REQUEUE
         while not backoff.ready():
             time.sleep(_ALLOCATION_POLL_S)
         backoff.began()
@@ -164,7 +165,7 @@ def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Even
         if fruitless >= _FRUITLESS_CONTROLLERS:
             print(f"{fruitless} controllers in a row made no attempt at the run", flush=True)
             return REQUEUE
-        if start.is_latest() and (code == REQUEUE or told.is_set() or nodes.settled_count() < fewest):
+        if start.is_latest() and (code == REQUEUE or told.is_set()):
             return REQUEUE
     print("the run was started again elsewhere; nothing to do", flush=True)
     return 0

@@ -151,12 +151,15 @@ class Cluster(Protocol):
 def look_at(cluster: Cluster, run_ids: Iterable[str] | None, in_full: bool) -> dict[str, Standing]:
     """How runs of a cluster stand whose folders are on this machine; None: all of them.
 
-    The cluster is asked about those alone that have no result.
+    The cluster is asked about those alone that have no result. Where it does not answer, they are unknown.
     """
     if run_ids is None:
         run_ids = cluster.site.ids()
     snapshots = cluster.site.snapshots(run_ids, in_full)
     open_runs = [run_id for run_id, run in snapshots.items() if run.result is None]
-    statuses = cluster.status(open_runs)
+    try:
+        statuses = cluster.status(open_runs)
+    except Unreachable as error:
+        statuses = dict.fromkeys(open_runs, ClusterStatus("unknown", str(error)))
     ended = ClusterStatus("ended")
     return {run_id: Standing(run, statuses.get(run_id, ended)) for run_id, run in snapshots.items()}

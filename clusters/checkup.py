@@ -53,7 +53,7 @@ def check_cluster(wanted: dict[str, Any], root: Path, environment: Path | None) 
         if config["container"]:
             yield from check_container(config["container"], wanted["in_image"])
     if wanted["test_job"] and has_packages:
-        yield _test_job(config)
+        yield _test_job(config, root)
 
 
 def _root_check(root: Path) -> Check:
@@ -92,10 +92,10 @@ def _mend_packages(environment: Path | None, config: dict[str, Any]) -> str:
     return f"pip install {package} there, or remove `python` from the cluster: then Fleetune installs them"
 
 
-def _test_job(config: dict[str, Any]) -> Check:
+def _test_job(config: dict[str, Any], root: Path) -> Check:
     """What torch sees where workers run."""
     if config["kind"] == "slurm":
-        return slurm_checkup.run_test_job(config)
+        return slurm_checkup.run_test_job(config, root)
     said = probe([sys.executable, "-P", "-c", DEVICES], _TORCH_S)
     if said.problem:
         return Check("test job", "fail", said.problem, "look at nvidia-smi there")

@@ -53,9 +53,14 @@ class JobStart:
 
 def latest_noted(folder: Path) -> tuple[int, int]:
     """The submission of the latest start that left its name in a folder, and its number; (0, 0) where none did."""
-    latest = (0, 0)
+    return max(noted_starts(folder), default=(0, 0))
+
+
+def noted_starts(folder: Path) -> list[tuple[int, int]]:
+    """The starts that left their names in a folder: the number of the submission, and that of the start."""
+    noted = []
     for name in list_names(folder):
         submission, _, number = name.partition(".")
         if submission.isdigit() and number.isdigit():
-            latest = max(latest, (int(submission), int(number)))
-    return latest
+            noted.append((int(submission), int(number)))
+    return noted

@@ -16,8 +16,13 @@ class Probe:
     problem: str = ""
 
 
-def probe(command: Sequence[str], timeout_s: float, environment: Mapping[str, str] | None = None) -> Probe:
-    """Run a command for at most so long, in this environment, None: that of this process."""
+def probe(
+    command: Sequence[str], timeout_s: float, environment: Mapping[str, str] | None = None, error_lines: int = 1
+) -> Probe:
+    """Run a command for at most so long, in this environment, None: that of this process.
+
+    Its problem has at most so many of the last lines of its errors.
+    """
     try:
         ended = subprocess.run(
             command,
@@ -34,7 +39,6 @@ def probe(command: Sequence[str], timeout_s: float, environment: Mapping[str, st
         return Probe("", f"{command[0]}: {error.strerror}")
     problem = ""
     if ended.returncode:
-        lines = [f"{command[0]}: exit code {ended.returncode}"]
-        lines += [line for line in ended.stderr.splitlines() if line.strip() and not _SRUN.match(line)]
-        problem = lines[-1].strip()
+        lines = [line.strip() for line in ended.stderr.splitlines() if line.strip() and not _SRUN.match(line)]
+        problem = "; ".join(lines[-error_lines:]) or f"{command[0]}: exit code {ended.returncode}"
     return Probe(ended.stdout, problem)

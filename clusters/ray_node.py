@@ -1,22 +1,27 @@
-"""One Ray node of an allocation, `python -m clusters.ray_node FOLDER RUN_DIR SUBMISSION NAME PYTHON...`, while FOLDER
-is there. PYTHON... is the command of the Python that has Ray, which may be in a container.
+"""One Ray node of an allocation, while FOLDER is there:
+
+    python -m clusters.ray_node FOLDER RUN_DIR SUBMISSION KEEPER RAY NAME PYTHON...
+
+KEEPER and RAY are the addresses of the first node, PYTHON... is the command of the Python that has Ray, which may be
+in a container. Who keeps the allocation removes FOLDER. Where that is lost with its node, at whatever point, the job
+goes back to the queue: SLURM keeps a job of several nodes that may lose one, also when that is the first.
 
 SLURM sends SIGTERM to the processes of a step when it preempts a job. Ray would end at once, and with it the workers
-that are still to save; so the signal is blocked here and in Ray. Who keeps the allocation removes FOLDER.
+that are still to save; so the signal is blocked here and in Ray.
 """
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from ipaddress import ip_address
+from functools import partial
 from pathlib import Path
 
 from clusters.allocated_nodes import HEAD, LOST_S
+from clusters.first_node import FirstNode, reachable_address
 from clusters.job_start import JobStart
 from clusters.own_folder import own_folder
 from clusters.ray_head import answers
@@ -26,69 +31,72 @@ from clusters.requeue import requeue, start_of_this_job
 _NODE_POLL_S = 1.0
 
 
-def main(folder: Path, start: JobStart, name: str, python: Sequence[str]) -> int:
+def main(folder: Path, start: JobStart, first: FirstNode, name: str, python: Sequence[str]) -> int:
     """Keep the Ray node `name`, the head or one that joins it; its address is in `folder`/`name` then."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     os.umask(0o077)
-    ip = own_address()
-    require_reachable(ip)
-    port, manager_port = free_ports(2, ip)
+    ip = reachable_address()
+    (manager_port,) = free_ports(1, ip)
     with own_folder("ft-ray-") as temporary:
         options = node_options(ip, temporary / "ray") | {"memory": node_memory(), "node-manager-port": manager_port}
         flags = ["--disable-usage-stats"]
         if name == HEAD:
-            options |= head_options(ip, port)
+            options |= head_options(ip, int(first.ray.rpartition(":")[2]))
             flags += ["--head", "--no-monitor"]
-            write_whole(folder / name, f"{ip}:{port}")
+            address = first.ray
         else:
-            options["address"] = (folder / HEAD).read_text()
-            write_whole(folder / name, f"{ip}:{manager_port}")
+            options["address"] = first.ray
+            address = f"{ip}:{manager_port}"
+        write_whole(folder / name, address)
         command = ray_command(options, flags, "clusters.ray_process", python)
-        ray = subprocess.Popen(command, start_new_session=True)
-        try:
-            keep(ray, folder, start)
-        finally:
+        start_ray = partial(subprocess.Popen, command, start_new_session=True)
+        code = keep(folder, first, start_ray, name == HEAD)
+    if code is None and folder.exists():
+        print("the first node of this job is lost: back to the queue", flush=True)
+        return requeue(start)
+    return code or 0
+
+
+def keep(
+    folder: Path, first: FirstNode, start_ray: Callable[[], subprocess.Popen[bytes]], is_head: bool
+) -> int | None:
+    """Have Ray here, once its head answers, until the folder is gone or the first node is lost: None.
+
+    Where it ends before, its exit code.
+    """
+    ray: subprocess.Popen[bytes] | None = None
+    answered_at = time.monotonic()
+    try:
+        while folder.exists() and time.monotonic() - answered_at <= LOST_S:
+            if answers(first.keeper):
+                answered_at = time.monotonic()
+            if ray is None and (is_head or answers(first.ray)):
+                ray = start_ray()
+            if ray is not None and ray.poll() is not None:
+                return ray.returncode
+            time.sleep(_NODE_POLL_S)
+        return None
+    finally:
+        if ray is not None:
             with suppress(ProcessLookupError):
                 os.killpg(ray.pid, signal.SIGKILL)
-        return ray.wait()
-
-
-def keep(ray: subprocess.Popen[bytes], folder: Path, start: JobStart) -> None:
-    """Wait until Ray ends, or the folder is gone; where its head is lost, send the job back to the queue."""
-    answered_at = time.monotonic()
-    address = (folder / HEAD).read_text()
-    while ray.poll() is None and folder.exists():
-        if answers(address):
-            answered_at = time.monotonic()
-        elif time.monotonic() - answered_at > LOST_S:
-            break
-        time.sleep(_NODE_POLL_S)
-    if folder.exists() and not answers(address):
-        print("the head of this job is lost: back to the queue", flush=True)
-        requeue(start)
-
-
-def own_address() -> str:
-    """The address of this node that others reach it at: the one that its host name has."""
-    return socket.gethostbyname(socket.gethostname())
-
-
-def require_reachable(address: str) -> None:
-    """Raise SystemExit for a node of several with an address for itself alone, as Debian's /etc/hosts has it."""
-    if ip_address(address).is_loopback and os.environ.get("SLURM_JOB_NUM_NODES", "1") != "1":
-        node = socket.gethostname()
-        problem = f"{node}: found {address} as its address, where no other node reaches it"
-        raise SystemExit(f"{problem}: have the site put the one that others know into /etc/hosts")
+            ray.wait()
 
 
 def node_memory() -> int:
     """Bytes that this node may use of the allocation: as SLURM says, else what the machine has."""
-    per_node = os.environ.get("SLURM_MEM_PER_NODE")
-    if per_node and per_node.isdigit() and int(per_node):
-        return int(per_node) << 20
+    mib = _number_of("SLURM_MEM_PER_NODE") or _number_of("SLURM_MEM_PER_CPU") * _number_of("SLURM_CPUS_ON_NODE")
+    if mib:
+        return mib << 20
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _number_of(variable: str) -> int:
+    """The number that a variable of SLURM has; 0 where it has none."""
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdecimal() else 0
 
 
 if __name__ == "__main__":
     own_start = start_of_this_job(Path(sys.argv[2]), sys.argv[3])
-    sys.exit(main(Path(sys.argv[1]), own_start, sys.argv[4], sys.argv[5:]))
+    sys.exit(main(Path(sys.argv[1]), own_start, FirstNode(*sys.argv[4:6]), sys.argv[6], sys.argv[7:]))

@@ -1,9 +1,13 @@
 """What jobs of a scheduler printed, which is in a file for each submission."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from clusters.base import Logs
+
+_ENDING_BYTES = 4096
+_LONGEST_LINE = 300  # characters
 
 
 def joined_logs(paths: Iterable[Path], offset: int) -> Logs:
@@ -13,3 +17,15 @@ def joined_logs(paths: Iterable[Path], offset: int) -> Logs:
         texts.append(path.read_bytes())
     data = b"".join(texts)[offset:]
     return Logs(data.decode(errors="replace"), offset + len(data))
+
+
+def last_line(path: Path) -> str:
+    """The last line that has anything in a file of words; empty where there is none."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _ENDING_BYTES))
+            text = stream.read().decode(errors="replace")
+    except OSError:
+        return ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][-_LONGEST_LINE:] if lines else ""

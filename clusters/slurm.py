@@ -5,7 +5,6 @@ By it a job is found again, whatever became of the answer of sbatch. ROOT/slurm/
 and what it printed before there was an attempt to write to.
 """
 
-import json
 import re
 import reprlib
 import sys
@@ -24,7 +23,6 @@ from clusters.base import (
     SubmissionRefused,
     Unreachable,
     look_at,
-    number_of_submission,
     run_of_submission,
     submission_name,
 )
@@ -49,23 +47,16 @@ from clusters.slurm_answers import (
     words_of_ending,
 )
 from clusters.slurm_commands import ask_slurm, call_slurm, printed
-from clusters.slurm_releases import let_go_on
+from clusters.slurm_jobs import before_any_attempt, is_at_work, is_taken_on, live_jobs, next_submission, way_on
+from clusters.slurm_releases import let_go_on, send_back
 from clusters.slurm_script import BatchJob, SlurmConfig, batch_script
+from clusters.slurm_variables import check_variables, first_on_path
 from clusters.slurm_walltime import check_walltime
-from runfolder.chain import last_slot
-from runfolder.files import list_names
 from runfolder.job import Job
-from runfolder.requests import last_reopened
 from runfolder.site import LocalSite
 from runfolder.snapshot import has_ended
 
-# Variables that bash keeps for itself, whatever a script exports, and those by which a job knows what it is.
-_NOT_OURS = re.compile(
-    "BASHOPTS|BASHPID|BASH_(ARGV0|COMMAND|SUBSHELL|VERSINFO)|DIRSTACK|EPOCH(REALTIME|SECONDS)|EUID|FUNCNAME|GROUPS"
-    "|HISTCMD|LINENO|PPID|S?RANDOM|SECONDS|SHELLOPTS|SHLVL|UID|_|SLURM.*"
-)
 _PATH = re.compile(r"/[\w/.,:@+=~-]*")  # what sbatch takes for a path as it is
-_LONGEST_ENVIRONMENT = 1 << 20  # characters: slurmctld keeps every script, and takes 4 MiB
 
 
 @dataclass(frozen=True)
@@ -95,9 +86,9 @@ class Slurm:
         self, job: Job, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
     ) -> ClusterRequest:
         """What would be submitted: the whole batch script. Raises SubmissionRefused."""
-        submission = submission or self._next_submission(run_id)
+        submission = submission or next_submission(self.site.root / run_id, self.folder)
         environment = run_settings(self.config.env, job, {}) | {"FLEETUNE_HOME": str(self.home)}
-        _check_environment(environment)
+        check_variables(environment)
         check_walltime(job, self.config.walltime)
         if not _PATH.fullmatch(str(self.home)):
             allowed = "an absolute path of letters, digits and _ / . , : @ + = ~ -"
@@ -105,7 +96,7 @@ class Slurm:
         python: list[str] = []
         if self.config.container:
             python = python_in(self.config.container, self.home, job)
-            environment["PYTHONPATH"] = _first_on_path(self._code, environment.get("PYTHONPATH", ""))
+            environment["PYTHONPATH"] = first_on_path(str(self._code), environment.get("PYTHONPATH", ""))
         name = submission_name(run_id, submission)
         run_dir = str(self.site.root / run_id)
         log = str(self.folder / f"{name}.log")
@@ -122,20 +113,22 @@ class Slurm:
         if self.config.container:
             installed_code().unpack(self._code)
         with shared_lock(self.folder / f"{request.run_id}.lock"):
-            jobs = self._jobs()
-            if not self._is_submitted(request, jobs) and not self._goes_on(request.run_id, jobs):
+            if not is_taken_on(self.site.root / request.run_id, request.name, self._jobs()):
                 job_id = self._sbatch(self._script(request.name), request.text)
                 self._note(request.name).write_text(job_id)
 
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
         """The state of each run: its newest submission's, as squeue tells it for all of them at once."""
-        jobs = self._jobs()
-        with_job = {job.run_id for job in jobs if job.state}
-        wanted = list(run_ids)
+        wanted = dict.fromkeys(run_ids)
+        if not wanted:
+            return {}
+        live = [job for job in self._jobs() if job.state]
+        with_job = {job.run_id for job in live}
         lost = self._last_endings(run_id for run_id in wanted if run_id not in with_job)
-        held = [job for job in jobs if job.reason == LAUNCH_FAILED and job.state and job.run_id in wanted]
-        released = let_go_on(held, self.folder)
-        return {run_id: self._status(run_id, jobs, lost, released) for run_id in wanted}
+        ours = [job for job in live if job.run_id in wanted]
+        released = let_go_on([job for job in ours if job.reason == LAUNCH_FAILED], self.folder)
+        released |= send_back([job for job in ours if job.has_lost_first_node])
+        return {run_id: self._status(run_id, live, lost, released) for run_id in wanted}
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
         """How runs stand, None: all of this site."""
@@ -146,13 +139,14 @@ class Slurm:
         return joined_logs(self.folder.glob(f"{run_id}-s*.log"), offset)
 
     def cancel(self, run_id: str) -> None:
-        """Take the run's jobs out of the queue, and close it here where no controller runs that would."""
-        for job in _live_jobs(run_id, self._jobs()):
-            if job.state == "queued":
+        """End the run's jobs, and close it here, but where a controller is at work, which does it."""
+        run_dir = self.site.root / run_id
+        for job in live_jobs(run_id, self._jobs()):
+            if not job.is_ending and not is_at_work(run_dir, job):
                 ask_slurm(["scancel", job.id])
-        left = _live_jobs(run_id, self._jobs())  # one may have started meanwhile
-        if all(job.state == "queued" for job in left):
-            close_cancelled(self.site.root / run_id)
+        left = live_jobs(run_id, self._jobs())  # one may have begun meanwhile
+        if not any(is_at_work(run_dir, job) for job in left):
+            close_cancelled(run_dir)
 
     def capacity(self) -> Capacity:
         """GPUs of the partition's nodes that are up, or their cores where they have none."""
@@ -179,15 +173,17 @@ class Slurm:
         if has_ended(self.site.root / run_id):
             return ClusterStatus("ended")
         if run_id in lost:
-            return ClusterStatus("unknown", f"{lost[run_id]}; fleetune resume submits it again")
-        job = _live_jobs(run_id, jobs)[-1]
+            return ClusterStatus("unknown", lost[run_id])
+        job = live_jobs(run_id, jobs)[-1]
         if job.reason == LAUNCH_FAILED:
             if job.id in released:
                 return ClusterStatus("queued", job.why_queued)
             return ClusterStatus("queued", job.why_held, stuck=True)
         if job.state == "queued":
             return ClusterStatus("queued", job.why_queued, job.is_stuck)
-        return ClusterStatus(job.state or "unknown", f"SLURM job {job.id}")
+        if job.id in released:
+            return ClusterStatus("queued", f"SLURM job {job.id}: its first node is lost; it goes back to the queue")
+        return ClusterStatus(job.state or "unknown", f"SLURM job {job.id}{' is at its end' * job.is_ending}")
 
     @property
     def _code(self) -> Path:
@@ -205,50 +201,28 @@ class Slurm:
             raise SubmissionRefused(f"SLURM does not take this job: {words}")
         return taken_job(printed(ran))
 
-    def _is_submitted(self, request: ClusterRequest, jobs: list[QueuedJob]) -> bool:
-        """Whether a submission has a job that will work, does or did; one that ended before it began counts for none.
-
-        SLURM may take a job later than it was asked: of two, one works.
-        """
-        has_job = any(job.name == request.name and job.state for job in jobs)
-        return has_job or bool(self._takers(request.name))
-
-    def _takers(self, name: str) -> list[str]:
-        """The id of the job that has begun a submission's work, if any has."""
-        return list_names(self.site.root / run_of_submission(name) / "submissions" / name)
-
     def _last_endings(self, run_ids: Iterable[str]) -> dict[str, str]:
-        """How the newest jobs of runs that have none now ended, as SLURM's accounting has it, in one question."""
-        newest = dict.fromkeys(run_ids, "")
+        """How the newest jobs of runs that have none now ended, as SLURM's accounting has it, in one question.
+
+        What they printed last proves it, where there was no attempt yet; and what to do then.
+        """
+        newest: dict[str, Path | None] = dict.fromkeys(run_ids)
         notes = [note for note in self.folder.glob("*.job") if run_of_submission(note.stem) in newest]
         for note in sorted(notes, key=lambda note: note.stat().st_mtime):
-            newest[run_of_submission(note.stem)] = note.read_text()
+            newest[run_of_submission(note.stem)] = note
+        ids = {run_id: note.read_text() if note else "" for run_id, note in newest.items()}
         ended: dict[str, str] = {}
         for source in ([], ["--completion"]):  # a site without accounting may write down what ended
-            asked = sorted(set(newest.values()) - {"", *ended})
+            asked = sorted(set(ids.values()) - {"", *ended})
             if asked:
                 ran = call_slurm([*SACCT, *source, "-j", ",".join(asked)])
                 ended |= endings(ran.stdout) if ran.returncode == 0 else {}
-        return {run_id: words_of_ending(job_id, ended) for run_id, job_id in newest.items()}
-
-    def _goes_on(self, run_id: str, jobs: list[QueuedJob]) -> bool:
-        """Whether a job of an earlier submission takes a run on: one that waits, or one that runs it now."""
-        run_dir = self.site.root / run_id
-        slot = last_slot(run_dir)
-        is_just_reopened = slot > 0 and slot == last_reopened(run_dir)  # what runs has closed it, and is at its end
-        for job in _live_jobs(run_id, jobs):
-            takers = self._takers(job.name)
-            is_redundant = bool(takers) and job.id not in takers  # it will find that, and end
-            if not is_redundant and (job.state == "queued" or not is_just_reopened):
-                return True
-        return False
-
-    def _next_submission(self, run_id: str) -> int:
-        """The number after those of the run's submissions so far."""
-        numbers = [0]
-        for script in self.folder.glob(f"{run_id}-s*.sh"):
-            numbers.append(number_of_submission(script.stem))
-        return max(numbers) + 1
+        told = {}
+        for run_id, job_id in ids.items():
+            run_dir, note = self.site.root / run_id, newest[run_id]
+            words = [words_of_ending(job_id, ended), *before_any_attempt(run_dir, note, ended.get(job_id, ""))]
+            told[run_id] = "; ".join([*words, way_on(run_dir)])
+        return told
 
     def _jobs(self) -> list[QueuedJob]:
         """This user's jobs that SLURM knows of, those that ended lately too."""
@@ -261,25 +235,3 @@ class Slurm:
     def _note(self, name: str) -> Path:
         """Where the id of a submission's newest job is written down, once it is known."""
         return self.folder / f"{name}.job"
-
-
-def _live_jobs(run_id: str, jobs: list[QueuedJob]) -> list[QueuedJob]:
-    """The jobs of a run's submissions that have not ended, oldest first."""
-    live = [job for job in jobs if job.run_id == run_id and job.state]
-    return sorted(live, key=lambda job: int(job.id))
-
-
-def _first_on_path(folder: Path, others: str) -> str:
-    """A search path that begins with a folder."""
-    folders = dict.fromkeys([str(folder), *filter(None, others.split(":"))])
-    return ":".join(folders)
-
-
-def _check_environment(environment: dict[str, str]) -> None:
-    """Raise SubmissionRefused for variables that a job cannot have, and for more of them than a script can hold."""
-    for name in environment:
-        if _NOT_OURS.fullmatch(name):
-            raise SubmissionRefused(f"env: found {name!r}, which is SLURM's or bash's own; allowed: other names")
-    size = len(json.dumps(environment))
-    if size > _LONGEST_ENVIRONMENT:
-        raise SubmissionRefused(f"env: found {size} characters; allowed: {_LONGEST_ENVIRONMENT}")

@@ -11,7 +11,7 @@ from datetime import datetime
 
 from clusters.base import Capacity, ClusterState, run_of_submission
 
-SQUEUE = ["squeue", "--me", "--noheader", "--states=all", "-o", "%i|%T|%r|%S|%j"]
+SQUEUE = ["squeue", "--me", "--noheader", "--states=all", "-o", "%i|%T|%r|%S|%B|%N|%j"]
 STATE_AND_REASON = ["squeue", "--noheader", "--states=all", "-o", "%T|%r"]  # and -j with a job
 SINFO = ["sinfo", "--noheader", "--Node", "-O", "StateCompact:20,Gres:500,GresUsed:500,CPUsState:60"]
 SACCT = ["sacct", "-X", "--noheader", "--parsable2", "--format=JobID,State,End"]
@@ -37,9 +37,11 @@ _UP = ("idle", "mix", "alloc", "comp", "resv", "plnd")
 # What SLURM says of a job that it does not take; all else may be about reaching SLURM, and pass.
 _REFUSALS = re.compile(
     r"invalid|denied|not permitted|no partition|more processors|too many|violates|node (count|configuration)"
-    r"|not available",
+    r"|not available|unspecified error|can ?not be satisfied",
     re.IGNORECASE,
 )
+_SITES_LINES = 3
+_UNSPECIFIED = "Unspecified error"  # what SLURM says where a site refuses a job in words of its own, before it
 _AMBIGUOUS = "Requested node configuration is not available"  # so says a test also where nodes are only down
 _UNREACHABLE = re.compile(r"Unable to contact|timed out")  # slurmctld is away, or slow: it may have heard
 LAUNCH_FAILED = "launch failed requeued held"  # so a node that still has a job's last start answers its next one
@@ -52,6 +54,7 @@ _REASONS = {
     "PartitionDown": "the partition is down",
     "PartitionTimeLimit": "asks for more time than the partition allows",
     "ReqNodeNotAvail": "nodes that it needs are down or reserved",
+    "Nodes required for job are DOWN": "nodes that it needs are down, drained, or for jobs before it",
     "QOSMaxJobsPerUserLimit": "you have as many jobs running as your quality of service allows",
     "QOSMaxGRESPerUser": "you have as many GPUs as your quality of service allows",
     "AssocGrpGRES": "your account has as many GPUs as it may",
@@ -72,7 +75,10 @@ class QueuedJob:
     name: str
     state: ClusterState | None  # None where it has ended
     reason: str
-    start: str  # when SLURM expects it to start
+    start: str  # when SLURM expects it to start, or when it did
+    first_node: str = ""  # where its script runs
+    nodes: str = ""  # those that it has, as SLURM writes lists of them
+    is_ending: bool = False  # its processes are being ended: it goes back to the queue then, or does not
 
     @property
     def run_id(self) -> str:
@@ -82,7 +88,10 @@ class QueuedJob:
     @property
     def why_queued(self) -> str:
         """Why it waits, in words, and when SLURM expects it to start, with the zone of this machine."""
-        reason = _REASONS.get(self.reason, self.reason)
+        told, _, tail = self.reason.partition(",")
+        reason = _REASONS.get(told, self.reason)
+        if told in _REASONS and ":" in tail:  # which nodes
+            reason += f" ({tail.partition(':')[2]})"
         forecast = ""
         start = seconds_of(self.start)
         if start is not None:
@@ -97,6 +106,11 @@ class QueuedJob:
         return f"SLURM job {self.id}: nodes could not start it, again and again, and SLURM holds it; {what_to_do}"
 
     @property
+    def has_lost_first_node(self) -> bool:
+        """Whether it goes on without the node that its script was on, as a job that may lose nodes does."""
+        return self.state == "running" and bool(self.nodes) and not _is_among(self.nodes, self.first_node)
+
+    @property
     def is_stuck(self) -> bool:
         """Whether it waits for somebody to do something, not for SLURM."""
         return "held" in self.reason.lower() or self.reason in _NEVER_BY_ITSELF
@@ -106,11 +120,11 @@ def queued_jobs(said: str) -> list[QueuedJob]:
     """The jobs in the answer of SQUEUE, those that ended lately too; no arrays, nor what wrappers print beside."""
     jobs = []
     for line in said.split("\n"):
-        fields = line.split("|", 4)  # a name may have any character
-        if len(fields) == 5 and fields[0].isdecimal():
-            id_, state, reason, start, name = fields
-            live: ClusterState = _STATES.get(state, "running")
-            jobs.append(QueuedJob(id_, name, None if state in _ENDED else live, reason, start))
+        fields = line.split("|", 6)  # a name may have any character
+        if len(fields) == 7 and fields[0].isdecimal():
+            id_, state, reason, start, node, nodes, name = fields
+            live = None if state in _ENDED else _STATES.get(state, "running")
+            jobs.append(QueuedJob(id_, name, live, reason, start, node, nodes, state == "COMPLETING"))
     return jobs
 
 
@@ -188,11 +202,27 @@ def seconds_of(moment: str) -> float | None:
 
 def refusal_in(said: str, is_test: bool = False) -> str | None:
     """Why SLURM does not take a job, in its words; None where its error is not about the job, or may pass."""
-    last = said.strip().splitlines()[-1:]
-    words = re.sub(r"^((sbatch|error|allocation failure|Batch job submission failed): )*", "", "".join(last))
+    prefix = r"^((sbatch|error|allocation failure|Batch job submission failed): )*"
+    *before, words = [re.sub(prefix, "", line) for line in said.strip().splitlines()] or [""]
     if not _REFUSALS.search(words) or (is_test and words == _AMBIGUOUS):
         return None
-    return words
+    return "; ".join([*before[-_SITES_LINES:], words]) if words == _UNSPECIFIED else words
+
+
+def _is_among(nodes: str, node: str) -> bool:
+    """Whether a list of nodes, like `a[1-3,07],b`, has one; also where it is written in a way that is not known."""
+    for part in re.split(r",(?![^\[]*\])", nodes):
+        found = re.fullmatch(r"([^\[\]]*)(?:\[([\d,-]+)\]([^\[\]]*))?", part)
+        if found is None or part == node:
+            return True
+        prefix, ranges, suffix = found.groups()
+        inner = node.removeprefix(prefix).removesuffix(suffix or "")
+        if not ranges or not inner.isdecimal() or node != f"{prefix}{inner}{suffix}":
+            continue
+        for first, _, last in (numbers.partition("-") for numbers in ranges.split(",")):
+            if len(first) <= len(inner) and int(first) <= int(inner) <= int(last or first):
+                return True
+    return False
 
 
 def _gpus_in(gres: str) -> int:

@@ -2,7 +2,9 @@
 
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from clusters.checks import DEVICES, Check
@@ -13,7 +15,9 @@ from clusters.slurm_environment import slurm_environment
 _SLURM_S = 30.0
 _FREE_S = 60  # for so long a test job waits for a free node
 _JOB_S = 240.0  # until it has ended
+_REFUSAL_LINES = 3  # of a refusal: a site's own words come before SLURM's
 _LOAD = "load it in `setup` of the cluster, like `module load slurm`, or name a login node in `link`"
+_UNSEEN = "no-run-root"  # what the test job prints where its node does not have that
 _CHANGE = "change it in the clusters file"
 # Keys of the cluster, and the options of sbatch and srun that they are.
 _OPTIONS = {
@@ -44,8 +48,8 @@ def check_slurm(config: dict[str, Any]) -> Iterator[Check]:
         yield _options_check(config)
 
 
-def run_test_job(config: dict[str, Any]) -> Check:
-    """What torch sees in a job of one minute, behind the site's setup lines."""
+def run_test_job(config: dict[str, Any], root: Path) -> Check:
+    """What torch sees in a job of one minute, behind the site's setup lines, where the node has the run root."""
     options = [*_job_options({**config, "walltime": "1"}), "--ntasks=1", f"--immediate={_FREE_S}"]
     gres = _said_by_slurm(["sinfo", "--noheader", "--format=%G", *_partition_option(config)], _SLURM_S).output
     has_gpus = "gpu" in gres
@@ -55,10 +59,12 @@ def run_test_job(config: dict[str, Any]) -> Check:
     container = config["container"]
     python = command_in(container, has_gpus) if container else [sys.executable]
     program = shlex.join([*python, "-P", "-c", DEVICES])
-    script = "\n".join([*config["setup"], f"exec {program}"])
-    said = _said_by_slurm(["srun", *options, "bash", "-c", script], _JOB_S)
+    said = _said_in_job(options, [*config["setup"], f"exec {program}"], root)
     if said.problem:
         return Check("test job", "fail", said.problem, "where no node was free, try again later")
+    if said.output.strip() == _UNSEEN:
+        mend = "name a `root` that nodes and login nodes share"
+        return Check("test job", "fail", f"its node does not have what is in {root} here", mend)
     devices = said.output.strip().rpartition("\n")[2]
     if has_gpus and devices == "CPU only":
         return Check("test job", "fail", "torch sees no GPU in a job that has one", "look at nvidia-smi on that node")
@@ -83,9 +89,20 @@ def _partition_check(named: str | None, rows: list[list[str]]) -> Check:
     return Check("partition", "ok", chosen)
 
 
-def _said_by_slurm(command: list[str], timeout_s: float) -> Probe:
+def _said_by_slurm(command: list[str], timeout_s: float, error_lines: int = 1) -> Probe:
     """What a command of SLURM says, whatever the shell has for its options."""
-    return probe(command, timeout_s, slurm_environment())
+    return probe(command, timeout_s, slurm_environment(), error_lines)
+
+
+def _said_in_job(options: list[str], lines: list[str], root: Path) -> Probe:
+    """What lines of bash print in a job whose node has the run root of this machine, else `_UNSEEN`."""
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile(prefix=".seen-by-nodes-", dir=root) as marker:
+            first = f"[ -e {shlex.quote(marker.name)} ] || {{ echo {_UNSEEN}; exit 0; }}"
+            return _said_by_slurm(["srun", *options, "bash", "-c", "\n".join([first, *lines])], _JOB_S)
+    except OSError as error:
+        return Probe("", f"{root}: {error.strerror}")
 
 
 def _options_check(config: dict[str, Any]) -> Check:
@@ -93,7 +110,10 @@ def _options_check(config: dict[str, Any]) -> Check:
     options = _job_options(config)
     if config["gpu_type"]:
         options.append(f"--gres=gpu:{config['gpu_type']}:1")
-    said = _said_by_slurm(["sbatch", "--test-only", *options, "--wrap=true"], _SLURM_S)
+    options.append(f"--cpus-per-task={config['cpus_per_worker']}")
+    if config["memory_per_worker"]:
+        options.append(f"--mem={config['memory_per_worker']}G")
+    said = _said_by_slurm(["sbatch", "--test-only", *options, "--wrap=true"], _SLURM_S, _REFUSAL_LINES)
     shown = " ".join(options) or "none"
     if said.problem:
         mend = f"{_CHANGE} (you may use: sacctmgr show associations user=$USER), or wait if nodes are down: sinfo"

@@ -1,6 +1,8 @@
-"""Jobs that SLURM holds since a node could not start them: each is let go on, but not for ever.
+"""Jobs that go on by nothing of SLURM's own: who looks at the queue lets them go on.
 
-A node whose prolog fails is drained with each try, and so would be all nodes of a site, one after the other.
+Those that SLURM holds since a node could not start them, but not for ever: a node whose prolog fails is drained with
+each try, and so would be all nodes of a site, one after the other. And those of several nodes that have lost the
+first one before any other had a step of the run, and would have the others without a process until their walltime.
 """
 
 import time
@@ -35,6 +37,15 @@ def let_go_on(held: Iterable[QueuedJob], folder: Path) -> set[str]:
         with suppress(Unreachable):
             call_slurm(["scontrol", "release", ",".join(due)], timeout_s=_RELEASE_S)
     return released | {*due}
+
+
+def send_back(lost: Iterable[QueuedJob]) -> set[str]:
+    """Have SLURM start running jobs again, all at once; gives the ids of those that it is asked for."""
+    ids = {job.id for job in lost}
+    if ids:
+        with suppress(Unreachable):
+            call_slurm(["scontrol", "requeue", ",".join(sorted(ids))], timeout_s=_RELEASE_S)
+    return ids
 
 
 def _is_noted(note: Path) -> bool:

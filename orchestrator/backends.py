@@ -18,7 +18,7 @@ from clusters.remote.link import Link, Ssh, ThisHost
 from clusters.remote.lock import Lock, installed_lock, plain_lock
 from clusters.remote.machine import FarMachine
 from orchestrator.clusters_file import clusters_path, read_clusters
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, JobRefused
 from orchestrator.planning.spec_errors import did_you_mean
 from orchestrator.tracking.password import secrets_of, without_secrets
 from runfolder.folders import home
@@ -85,14 +85,14 @@ def lock_for(config: ClusterConfig) -> Lock:
 
 
 def make_request(cluster: Cluster, job: Job, run_id: str, submission: int | None = 1) -> ClusterRequest:
-    """What would be submitted, None: as the run's next; raises InputError for what the cluster can never serve."""
+    """What would be submitted, None: as the run's next; raises JobRefused for what the cluster can never serve."""
     with _refused():
         names = dict.fromkeys((*secret_names(os.environ), *secrets_of(job)))
         return cluster.request(without_secrets(job), run_id, submission, tuple(names))
 
 
 def expected_start(cluster: Cluster, request: ClusterRequest) -> float | None:
-    """In how many seconds a request would start, if that is known; raises InputError where it never would."""
+    """In how many seconds a request would start, if that is known; raises JobRefused where it never would."""
     with _refused():
         return cluster.forecast(request)
 
@@ -103,4 +103,4 @@ def _refused() -> Iterator[None]:
     try:
         yield
     except SubmissionRefused as error:
-        raise InputError(str(error)) from None
+        raise JobRefused(str(error)) from None

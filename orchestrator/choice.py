@@ -10,17 +10,19 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from clusters.base import Unreachable
 from orchestrator.backends import CLUSTERS, config_of, expected_start, make_request, open_cluster
-from orchestrator.errors import InputError, RunEnded
+from orchestrator.errors import InputError, JobRefused, RunEnded
 from orchestrator.runs import new_id
 from runfolder.folders import home
 from runfolder.job import Job
+
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -43,32 +45,39 @@ def cluster_names(clusters: str) -> list[str]:
 def planned_cluster(names: Sequence[str], job: Job) -> ClusterChoice:
     """The cluster of these that would get a job now; nothing is kept."""
     note = _note_of(names, job, None)
-    return _written_choice(note) if note.exists() else _first_to_start(names, job)
+    return _written_choice(note) if note.exists() else _first_to_start(names, job, {})
 
 
-@contextmanager
-def chosen_cluster(names: Sequence[str], job: Job, run_id: str | None) -> Iterator[ClusterChoice]:
-    """The cluster of these that gets a job, kept for repetitions until the block ends well, or the job is refused.
+def on_chosen_cluster(
+    names: Sequence[str], job: Job, run_id: str | None, submit_to: Callable[[ClusterChoice], Done]
+) -> Done:
+    """Submit a job to the cluster of these that gets it, which is kept for repetitions until that has come through.
 
-    A refusal where an earlier try may have been taken forgets nothing: another cluster would make a second run.
-    A run whose id is given stays where it is. Raises InputError where no cluster takes the job, Unreachable where it
-    cannot be known.
+    Where it refuses the job, the next one gets it. A refusal where an earlier try may have been taken forgets
+    nothing: another cluster would make a second run. A run whose id is given stays where it is. Raises InputError
+    where no cluster takes the job, Unreachable where it cannot be known.
     """
     if run_id is not None and (cluster := _cluster_with(names, run_id)):
-        yield ClusterChoice(cluster, "it has this run already")
-        return
+        return submit_to(ClusterChoice(cluster, "it has this run already"))
     note = _note_of(names, job, run_id)
-    is_new = not note.exists() and _write_once(note, _first_to_start(names, job))
-    choice = _written_choice(note)
-    try:
-        yield choice
-        note.unlink(missing_ok=True)
-    except InputError as error:
-        if not is_new and not isinstance(error, RunEnded):
-            kept = f"cluster {choice.cluster} may have taken an earlier try of this; on another one it is another run"
-            raise InputError(f"{error}\n{kept}") from None
-        note.unlink(missing_ok=True)
-        raise
+    refusals: dict[str, str] = {}
+    while True:
+        is_new = not note.exists() and _write_once(note, _first_to_start(names, job, refusals))
+        choice = _written_choice(note)
+        try:
+            done = submit_to(choice)
+        except InputError as error:
+            if not is_new and not isinstance(error, RunEnded):
+                kept = f"cluster {choice.cluster} may have taken an earlier try of this"
+                kept += "; on another one it is another run"
+                raise InputError(f"{error}\n{kept}") from None
+            note.unlink(missing_ok=True)
+            if run_id is not None or not isinstance(error, JobRefused):
+                raise
+            refusals[choice.cluster] = str(error)
+        else:
+            note.unlink(missing_ok=True)
+            return done
 
 
 def _cluster_with(names: Sequence[str], run_id: str) -> str | None:
@@ -79,12 +88,17 @@ def _cluster_with(names: Sequence[str], run_id: str) -> str | None:
     return None
 
 
-def _first_to_start(names: Sequence[str], job: Job) -> ClusterChoice:
-    """The cluster that would start a job first; of those that do not say, the first that is named."""
+def _first_to_start(names: Sequence[str], job: Job, refusals: Mapping[str, str]) -> ClusterChoice:
+    """The cluster that would start a job first; of those that do not say, the first that is named.
+
+    `refusals`: what clusters said that have refused it when it was submitted.
+    """
     waits: dict[str, float] = {}  # in seconds: clocks of several machines differ
-    answers: dict[str, str] = {}
-    refused: list[str] = []
+    answers = dict(refusals)
+    refused = list(refusals)
     for name in names:
+        if name in refusals:
+            continue
         try:
             cluster = open_cluster(name)
             wait_s = expected_start(cluster, make_request(cluster, job, new_id(job.name)))

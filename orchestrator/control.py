@@ -9,7 +9,7 @@ from pathlib import Path
 from clusters.base import Cluster, SubmissionRefused, Unreachable
 from clusters.environment import secret_values
 from orchestrator.backends import expected_start, make_request
-from orchestrator.errors import InputError, RunEnded
+from orchestrator.errors import InputError, RunRefused
 from orchestrator.planning.spec import load_yaml
 from orchestrator.runs import Handle, find
 from orchestrator.tracking.password import TRACKING_URI
@@ -81,7 +81,7 @@ def _renewed_secrets(run: Handle, of_the_job: Iterable[str], of_the_shell: Itera
     return given | others
 
 
-def withdrawn(cluster: Cluster, run_id: str, why: str) -> RunEnded:
+def withdrawn(cluster: Cluster, run_id: str, why: str) -> RunRefused:
     """Close a run that its cluster does not take, as cancelled; gives the error that says so.
 
     Raises Unreachable where that is not known to be done: what is repeated then does it.
@@ -91,7 +91,7 @@ def withdrawn(cluster: Cluster, run_id: str, why: str) -> RunEnded:
         cluster.cancel(run_id)
     except Unreachable as error:
         raise Unreachable(f"{why}; whether {run_id} is closed is not known: {error}") from None
-    return RunEnded(f"{why}; {run_id} is cancelled")
+    return RunRefused(f"{why}; {run_id} is cancelled")
 
 
 def fetch(reference: str, to: Path | None = None, cluster: str | None = None) -> Path:

@@ -9,6 +9,14 @@ class RunEnded(InputError):
     """The run that a submission made or would go on with has ended: who submits the job anew gets another one."""
 
 
+class JobRefused(InputError):
+    """A job that its cluster does not take: it certainly has nothing of it, and another one may take it."""
+
+
+class RunRefused(RunEnded, JobRefused):
+    """The same, where a run was made for it before: that is closed."""
+
+
 class JobFailed(RuntimeError):
     """A job that was waited for did not succeed (exit code 1)."""
 

@@ -19,10 +19,10 @@ from clusters.remote.far_side import FarFileError
 from clusters.remote.machine import EnvironmentMissing
 from orchestrator.backends import expected_start, make_request, open_cluster
 from orchestrator.begun import id_of_begun
-from orchestrator.choice import chosen_cluster, cluster_names, planned_cluster
+from orchestrator.choice import cluster_names, on_chosen_cluster, planned_cluster
 from orchestrator.clusters_file import default_cluster
 from orchestrator.control import withdrawn
-from orchestrator.errors import InputError, RunEnded
+from orchestrator.errors import InputError, JobRefused, RunEnded
 from orchestrator.planning.freeze import JobSource, Sent, brought, frozen_record, input_digests, read_job
 from orchestrator.planning.preflight import Findings, check_job
 from orchestrator.planning.survey import SourceProgress, with_date, writes_date
@@ -48,20 +48,26 @@ class Submission:
     why: str | None = None
 
 
+class _NotKnown(Unreachable):
+    """A submission of which nobody knows whether it came through."""
+
+
 @contextmanager
 def _clear_ending() -> Iterator[None]:
-    """Have what goes wrong say whether there is a submission: there is none, or nobody knows."""
+    """Have what goes wrong say whether there is a submission: there is none by this try, or nobody knows."""
+    again = "the same command again is safe, and makes one run"
     try:
         yield
     except Refused as error:
         raise InputError(f"{error}; nothing was submitted") from None
     except EnvironmentMissing:
         raise  # who is asked to install it may do so, and submit then
+    except _NotKnown as error:
+        raise Unreachable(f"{error}\nwhether it was submitted is not known; {again}") from None
     except FarFileError as error:
-        raise FarFileError(f"{error}\nthe same command again is safe, and makes one run") from None
+        raise FarFileError(f"{error}\n{again}") from None
     except Unreachable as error:
-        unknown = "whether it was submitted is not known; the same command again is safe, and makes one run"
-        raise Unreachable(f"{error}\n{unknown}") from None
+        raise Unreachable(f"{error}\nthis try has submitted nothing; {again}") from None
 
 
 @_clear_ending()
@@ -87,8 +93,7 @@ def submit(
     submit_to = partial(_submit_to, job, folder, run_id=run_id, progress=progress, sent=sent, announce=announce)
     if len(names) == 1:
         return submit_to(names[0], why=None)
-    with chosen_cluster(names, job, run_id) as choice:
-        return submit_to(choice.cluster, why=choice.why)
+    return on_chosen_cluster(names, job, run_id, lambda choice: submit_to(choice.cluster, why=choice.why))
 
 
 def _submit_to(
@@ -118,7 +123,12 @@ def _submit_to(
         remember(chosen_id, cluster)
         adopted = _create_or_adopt(backend.site, chosen_id, frozen)
         backend.site.write_secrets(chosen_id, secret_values(request.secrets) | secrets_of(job))
-        _hand_over(backend, request, adopted)
+        try:
+            _hand_over(backend, request, adopted)
+        except (FarFileError, EnvironmentMissing):
+            raise
+        except Unreachable as error:
+            raise _NotKnown(str(error)) from None
         submission = Submission(chosen_id, Path(request.run_dir), cluster, adopted, checked.warnings, why)
         announce(submission)
     return submission
@@ -178,7 +188,7 @@ def _hand_over(cluster: Cluster, request: ClusterRequest, adopted: bool) -> None
     try:
         cluster.submit(request)
     except SubmissionRefused as error:
-        raise InputError(str(error)) if adopted else withdrawn(cluster, run_id, str(error)) from None
+        raise JobRefused(str(error)) if adopted else withdrawn(cluster, run_id, str(error)) from None
     except Unreachable as error:
         if not adopted:
             raise

@@ -232,7 +232,8 @@ def _reopen(run_dir: Path, ended: Ended) -> None:
     if ended is not None and ended["state"] == "succeeded":
         raise Refused(f"run {run_dir.name}: it has succeeded, there is nothing to go on with")
     if ended is None and is_ending(run_dir):
-        raise Refused(f"run {run_dir.name}: it was asked to end and has not yet; resume it when it has")
+        way_out = f"where nothing runs it any more, end it with: fleetune cancel {run_dir.name}"
+        raise Refused(f"run {run_dir.name}: it was asked to end and has not yet; resume it when it has; {way_out}")
     record = read_record(run_dir)
     path = run_dir / "job.yaml"
     job = job_in(record, str(path))

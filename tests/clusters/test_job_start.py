@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,8 +20,8 @@ from clusters.allocated_nodes import AllocatedNodes
 from clusters.allocation import keep_controller, warnings
 from clusters.base import Unreachable
 from clusters.controllers import REQUEUE
+from clusters.first_node import reachable_address
 from clusters.job_start import JobStart
-from clusters.ray_node import require_reachable
 from clusters.requeue import requeue
 from runfolder.chain import claim_next
 
@@ -206,8 +207,10 @@ def test_a_warning_before_python_listens_is_not_lost(asked: Path, monkeypatch: p
 
 
 def test_a_node_of_several_whose_address_is_its_own_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_reachable("127.0.1.1")
+    addresses = iter(["127.0.1.1", "10.0.0.1", "127.0.1.1"])
+    monkeypatch.setattr(socket, "gethostbyname", lambda _: next(addresses))
+    assert reachable_address() == "127.0.1.1"
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    require_reachable("10.0.0.1")
+    assert reachable_address() == "10.0.0.1"
     with pytest.raises(SystemExit, match="127.0.1.1 as its address, where no other node reaches it: .*/etc/hosts"):
-        require_reachable("127.0.1.1")
+        reachable_address()

@@ -18,10 +18,10 @@ from clusters.slurm_answers import (
 )
 
 JOBS = """\
-10|COMPLETED|None|2026-11-29T10:59:52|sums-0123456789-s1
-11|PENDING|Priority|2026-11-29T12:00:00|sums-1123456789-s2
-12|PENDING|launch failed requeued held|N/A|sums-2123456789-s1
-13|RUNNING|None|2026-11-29T10:59:52|a|name with | in it
+10|COMPLETED|None|2026-11-29T10:59:52|node1|node1|sums-0123456789-s1
+11|PENDING|Priority|2026-11-29T12:00:00|n/a||sums-1123456789-s2
+12|PENDING|launch failed requeued held|N/A|n/a||sums-2123456789-s1
+13|RUNNING|None|2026-11-29T10:59:52|node1|node1|a|name with | in it
 """
 
 
@@ -39,12 +39,44 @@ def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_jobs_of_squeue() -> None:
     ended, waits, held, odd = queued_jobs(JOBS)
     assert (ended.run_id, ended.state) == ("sums-0123456789", None)
-    assert waits == QueuedJob("11", "sums-1123456789-s2", "queued", "Priority", "2026-11-29T12:00:00")
+    assert waits == QueuedJob("11", "sums-1123456789-s2", "queued", "Priority", "2026-11-29T12:00:00", "n/a")
     assert waits.why_queued == (
         "SLURM job 11: others have a higher priority; SLURM expects its start at 2026-11-29 12:00 +0100"
     )
     assert held.why_queued == "SLURM job 12: a node could not start it, and SLURM held it; it is let go on"
     assert (odd.name, odd.state) == ("a|name with | in it", "running")
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("ReqNodeNotAvail, UnavailableNodes:node[1-2]", "nodes that it needs are down or reserved (node[1-2])"),
+        (
+            "Nodes required for job are DOWN, DRAINED or reserved",
+            "nodes that it needs are down, drained",
+        ),
+        ("Of a later version, with a tail", "Of a later version, with a tail"),
+    ],
+)
+def test_reasons_with_a_tail_are_in_words(reason: str, words: str) -> None:
+    assert QueuedJob("7", "a-s1", "queued", reason, "N/A").why_queued.startswith(f"SLURM job 7: {words}")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "has_it"),
+    [
+        ("node07", True),
+        ("node[1-6,8],node07", True),
+        ("a[1-3],node[05-10]", True),
+        ("node[05-10]x", False),
+        ("node[8-10],gpu07", False),
+        ("node7", False),
+        ("rack[0-1]node[0-9]", True),  # in a way that is not known: it may be there
+    ],
+)
+def test_the_first_node_of_a_job_is_among_its_nodes(nodes: str, has_it: bool) -> None:
+    job = QueuedJob("7", "a-s1", "running", "None", "N/A", "node07", nodes)
+    assert job.has_lost_first_node != has_it
 
 
 def test_the_job_that_sbatch_names() -> None:
@@ -96,6 +128,7 @@ def test_errors_of_the_way_to_slurm_may_pass(said: str) -> None:
         "sbatch: error: Invalid --time specification",
         "allocation failure: Invalid account or account/partition combination specified",
         "allocation failure: Invalid qos specification",
+        "sbatch: error: Batch job submission failed: Memory specification can not be satisfied",
         "allocation failure: Requested time limit is invalid (missing or exceeds some limit)",
     ],
 )

@@ -5,6 +5,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,17 @@ from programs import program
 
 from clusters import closing, shared_lock, slurm_releases
 from clusters import slurm as slurm_module
-from clusters.base import Capacity, SubmissionRefused, Unreachable
+from clusters.base import Capacity, ClusterStatus, SubmissionRefused, Unreachable
 from clusters.container_checkup import check_container
+from clusters.job_start import JobStart
 from clusters.package_checks import package_in
 from clusters.slurm import Slurm
 from clusters.slurm_checkup import check_slurm
 from clusters.slurm_script import SlurmConfig
 from orchestrator.backends import lock_for
+from runfolder.chain import claim_next, close, reopen
 from runfolder.job import Job
+from runfolder.requests import request_cancel
 
 RUN_ID = "sums-0123456789"
 PLAIN = {"base": "b", "data": "d.jsonl", "train": {"steps": 1}}
@@ -44,8 +48,7 @@ def test_a_login_shells_variables_do_not_come_before_the_script(
     slurm.submit(slurm.request(Job.model_validate(PLAIN), RUN_ID))
     slurm.status([RUN_ID])
     slurm.capacity()
-    config = dict.fromkeys(("account", "qos", "constraint", "reservation", "walltime", "gpu_type"))
-    assert [check.name for check in check_slurm({**config, "partition": None})] == ["slurm", "partition"]
+    assert [check.name for check in check_slurm(slurm.config.model_dump())] == ["slurm", "partition"]
     said = Path(f"{asked}.env").read_text()
     assert "other" not in said and said.count("SLURM_CONF=/etc/slurm.conf") >= 5
 
@@ -64,7 +67,7 @@ def test_a_warning_during_the_setup_lines_ends_no_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize("state", ["RESV_DEL_HOLD", "SIGNALING", "STOPPED", "RESIZING", "UPDATE_DB", "OF_LATER"])
 def test_a_job_in_a_state_that_is_not_known_has_not_ended(state: str, slurm: Slurm, asked: Path) -> None:
     (slurm.folder / f"{RUN_ID}-s1.job").write_text("77")
-    program(asked, "squeue", f"echo '77|{state}|None|N/A|{RUN_ID}-s1'")
+    program(asked, "squeue", f"echo '77|{state}|None|N/A|n/a||{RUN_ID}-s1'")
     program(asked, "sacct", "echo '77|RUNNING|Unknown'")
     assert slurm.status([RUN_ID])[RUN_ID].state in ("queued", "running")
     program(asked, "squeue", ":")
@@ -72,9 +75,9 @@ def test_a_job_in_a_state_that_is_not_known_has_not_ended(state: str, slurm: Slu
 
 
 def test_what_is_no_answer_of_squeue_is_passed_over(slurm: Slurm, asked: Path) -> None:
-    lines = [b"Welcome to the", b"partition", b"5_[1-3]|PENDING|None|N/A|sums-0123456789-s1"]
-    lines += [b"6|RUNNING|None|N/A|Z\xfcrich", b"7|RUNNING|None|N/A|a", b"b"]
-    lines.append(b"8|PENDING|Priority|Unknown|sums-0123456789-s1")
+    lines = [b"Welcome to the", b"partition", b"5_[1-3]|PENDING|None|N/A|n/a||sums-0123456789-s1"]
+    lines += [b"6|RUNNING|None|N/A|n/a||Z\xfcrich", b"7|RUNNING|None|N/A|n/a||a", b"b"]
+    lines.append(b"8|PENDING|Priority|Unknown|n/a||sums-0123456789-s1")
     said = asked.with_name("said")
     said.write_bytes(b"\n".join(lines))
     program(asked, "squeue", f"cat {said}")
@@ -90,8 +93,7 @@ def test_what_is_no_answer_of_sinfo_is_passed_over(slurm: Slurm, asked: Path) ->
 
 
 def test_a_doctor_reads_what_names_partitions(asked: Path) -> None:
-    keys = ("account", "qos", "constraint", "reservation", "walltime", "gpu_type")
-    config: dict[str, object] = dict.fromkeys(keys)
+    config = SlurmConfig(kind="slurm").model_dump()
     program(asked, "sinfo", "printf 'Welcome\\ngpu|up\\ncpu*|down\\n'")
     program(asked, "sbatch", ":")
     found = [(check.level, check.found) for check in check_slurm({**config, "partition": "gpu,cpu"})][1]
@@ -159,7 +161,7 @@ def test_a_forecast_is_how_long_it_takes(slurm: Slurm, asked: Path) -> None:
 
 def held(asked: Path, job_id: int = 4) -> None:
     """Have a job that SLURM holds since a node could not start it."""
-    program(asked, "squeue", f"echo '{job_id}|PENDING|launch failed requeued held|N/A|{RUN_ID}-s1'")
+    program(asked, "squeue", f"echo '{job_id}|PENDING|launch failed requeued held|N/A|n/a||{RUN_ID}-s1'")
 
 
 def releases(asked: Path) -> int:
@@ -185,7 +187,7 @@ def test_a_job_that_slurm_holds_is_let_go_on_twice(
 
 
 def test_jobs_that_slurm_holds_are_let_go_on_by_one_question(slurm: Slurm, asked: Path) -> None:
-    row = "PENDING|launch failed requeued held|N/A"
+    row = "PENDING|launch failed requeued held|N/A|n/a|"
     program(asked, "squeue", f"echo '4|{row}|{RUN_ID}-s1'; echo '5|{row}|b-0123456789-s1'; echo '6|{row}|other'")
     program(asked, "scontrol", ":")
     slurm.status([RUN_ID, "b-0123456789"])
@@ -201,7 +203,7 @@ def test_a_status_does_not_wait_for_a_release(slurm: Slurm, asked: Path, monkeyp
 
 @pytest.mark.parametrize("reason", ["JobHoldMaxRequeue", "PartitionTimeLimit", "JobHeldUser"])
 def test_a_job_that_goes_on_by_nothing_of_slurm_is_stuck(reason: str, slurm: Slurm, asked: Path) -> None:
-    program(asked, "squeue", f"echo '4|PENDING|{reason}|N/A|{RUN_ID}-s1'")
+    program(asked, "squeue", f"echo '4|PENDING|{reason}|N/A|n/a||{RUN_ID}-s1'")
     status = slurm.status([RUN_ID])[RUN_ID]
     assert status.stuck and reason not in status.reason
 
@@ -251,7 +253,9 @@ def test_a_script_is_utf8_whatever_the_locale(tmp_path: Path, asked: Path) -> No
 from pathlib import Path
 from clusters.slurm import Slurm
 from clusters.slurm_script import SlurmConfig
+from runfolder.chain import claim_next, close, reopen
 from runfolder.job import Job
+from runfolder.requests import request_cancel
 home = Path({str(tmp_path)!r})
 slurm = Slurm(SlurmConfig(kind="slurm", env={{"CITY": "\\u65e5\\u672c"}}), home)
 slurm.submit(slurm.request(Job.model_validate({PLAIN!r}), {RUN_ID!r}))
@@ -305,6 +309,143 @@ def test_a_sites_own_words_are_in_an_error(slurm: Slurm, asked: Path) -> None:
     program(asked, "squeue", ":")
     lines = ["sbatch: error: say which project pays", "sbatch: error: Batch job submission failed: Unspecified error"]
     program(asked, "sbatch", "".join(f"echo '{line}' >&2\n" for line in lines) + "exit 1")
-    words = "SLURM: sbatch: say which project pays; Batch job submission failed: Unspecified error"
-    with pytest.raises(Unreachable, match=words):
-        slurm.submit(slurm.request(Job.model_validate(PLAIN), RUN_ID))
+    request = slurm.request(Job.model_validate(PLAIN), RUN_ID)
+    for ask in (slurm.forecast, slurm.submit):
+        with pytest.raises(SubmissionRefused, match="not take this job: say which project pays; Unspecified error"):
+            ask(request)
+    program(asked, "sinfo", "printf 'gpu*|up\n'")
+    options = [*check_slurm({**slurm.config.model_dump(), "memory_per_worker": 8})][-1]
+    assert options.level == "fail" and "say which project pays" in options.found
+    assert asked.read_text().splitlines()[-1] == "--test-only --cpus-per-task=4 --mem=8G --wrap=true"
+
+
+def submitted(asked: Path) -> int:
+    """How many jobs sbatch was given."""
+    return asked.read_text().count("--parsable")
+
+
+def test_a_resumption_is_a_submission_of_its_own_whatever_was_purged(slurm: Slurm, asked: Path) -> None:
+    run_dir = slurm.site.root / RUN_ID
+    program(asked, "squeue", ":")
+    program(asked, "sbatch", "echo 4")
+    job = Job.model_validate(PLAIN)
+    slurm.submit(slurm.request(job, RUN_ID))
+    (run_dir / "submissions" / f"{RUN_ID}-s1").mkdir(parents=True)
+    (run_dir / "submissions" / f"{RUN_ID}-s1" / "4").touch()
+    for path in slurm.folder.iterdir():
+        path.unlink()
+    again = slurm.request(job, RUN_ID, None)
+    slurm.submit(again)
+    assert (again.submission, submitted(asked)) == (2, 2)
+    (run_dir / "submissions").rename(run_dir / "elsewhere")
+    (run_dir / "starts").mkdir()
+    (run_dir / "starts" / "3.1").write_text("0")
+    assert slurm.request(job, RUN_ID, None).submission == 4
+
+
+def test_what_follows_a_job_at_its_end_is_not_known_yet(slurm: Slurm, asked: Path) -> None:
+    program(asked, "sbatch", "echo 4")
+    program(asked, "squeue", f"echo '7|COMPLETING|None|2026-11-29T10:59:52|node1|node1|{RUN_ID}-s1'")
+    assert slurm.status([RUN_ID])[RUN_ID].reason == "SLURM job 7 is at its end"
+    job = Job.model_validate(PLAIN)
+    for submission in (1, 2):
+        with pytest.raises(Unreachable, match="SLURM job 7 of this run is at its end, .* squeue -j 7 .* repeat this"):
+            slurm.submit(slurm.request(job, RUN_ID, submission))
+    program(asked, "squeue", f"echo '7|FAILED|NonZeroExitCode|2026-11-29T10:59:52|node1|node1|{RUN_ID}-s1'")
+    slurm.submit(slurm.request(job, RUN_ID, 2))
+    assert submitted(asked) == 1
+
+
+def test_a_run_that_was_reopened_does_not_wait_for_the_end_of_what_closed_it(slurm: Slurm, asked: Path) -> None:
+    run_dir = slurm.site.root / RUN_ID
+    program(asked, "sbatch", "echo 8")
+    job = Job.model_validate(PLAIN)
+    JobStart(run_dir, 1, 0).note()
+    close(run_dir, {"state": "failed"})
+    reopen(run_dir)
+    for state in ("RUNNING", "COMPLETING"):
+        program(asked, "squeue", f"echo '7|{state}|None|2026-11-29T10:59:52|node1|node1|{RUN_ID}-s1'")
+        slurm.submit(slurm.request(job, RUN_ID, None))
+    assert submitted(asked) == 2
+    started = f"echo '8|RUNNING|None|2026-11-29T11:59:52|node1|node1|{RUN_ID}-s2'"
+    program(asked, "squeue", started)
+    slurm.submit(slurm.request(job, RUN_ID, None))
+    JobStart(run_dir, 2, 0).note()  # it has begun, and has no attempt yet
+    slurm.submit(slurm.request(job, RUN_ID, None))
+    assert submitted(asked) == 2
+
+
+def runs_now(asked: Path, since: float) -> None:
+    """Have squeue say that the run's job has run since then."""
+    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since))
+    program(asked, "squeue", f"echo '7|RUNNING|None|{moment}|node1|node[1-2]|{RUN_ID}-s1'")
+
+
+def test_a_cancel_ends_a_job_that_has_no_controller_yet(
+    slurm: Slurm, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = slurm.site.root / RUN_ID
+    closed = []
+    monkeypatch.setattr(slurm_module, "close_cancelled", closed.append)
+    program(asked, "scancel", ":")
+    runs_now(asked, time.time() - 3600)
+    slurm.cancel(RUN_ID)
+    assert asked.read_text().splitlines().count("7") == len(closed) == 1
+    attempt = claim_next(run_dir, None)
+    assert attempt
+    slurm.cancel(RUN_ID)
+    assert len(closed) == 1  # by its controller
+    runs_now(asked, time.time() + 3600)  # a later start of the job, whose attempt was lost with its node
+    slurm.cancel(RUN_ID)
+    runs_now(asked, time.time() - 3600)
+    attempt.write_verdict({"kind": "node_lost"})
+    slurm.cancel(RUN_ID)
+    assert asked.read_text().splitlines().count("7") == len(closed) == 3
+
+
+def test_a_job_that_lost_its_first_node_goes_back_to_the_queue(slurm: Slurm, asked: Path) -> None:
+    program(asked, "scontrol", ":")
+    lost = f"echo '7|RUNNING|None|2026-11-29T10:59:52|node1|node[2-3,05],other|{RUN_ID}-s1'"
+    program(asked, "squeue", lost)
+    status = slurm.status([RUN_ID])[RUN_ID]
+    assert (status.state, status.reason) == (
+        "queued",
+        "SLURM job 7: its first node is lost; it goes back to the queue",
+    )
+    assert asked.read_text().splitlines()[-1] == "requeue 7"
+    program(asked, "squeue", lost.replace("|node1|", "|node05|"))
+    assert slurm.status([RUN_ID])[RUN_ID].state == "running"
+    assert asked.read_text().count("requeue") == 1
+
+
+def test_what_a_job_printed_before_any_attempt_is_told(slurm: Slurm, asked: Path) -> None:
+    program(asked, "squeue", ":")
+    program(asked, "sacct", "echo '7|FAILED|2026-11-29T10:59:52'")
+    (slurm.folder / f"{RUN_ID}-s1.job").write_text("7")
+    ended = "SLURM job 7 ended: FAILED at 2026-11-29T10:59:52; "
+    again = "; fleetune resume submits it again"
+    root = f"it printed nothing: fleetune doctor --test-job tells whether nodes have {slurm.home}"
+    assert slurm.status([RUN_ID])[RUN_ID].reason == ended + root + again
+    (slurm.folder / f"{RUN_ID}-s1.log").write_text("hello\nmodule: command not found\n\n")
+    line = "the last line that it printed: module: command not found"
+    assert slurm.status([RUN_ID])[RUN_ID].reason == ended + line + again
+    request_cancel(slurm.site.root / RUN_ID)
+    assert slurm.status([RUN_ID])[RUN_ID].reason == f"{ended}{line}; it is to end: fleetune cancel closes it"
+    claim_next(slurm.site.root / RUN_ID, None)
+    assert line not in slurm.status([RUN_ID])[RUN_ID].reason
+
+
+def test_runs_that_have_ended_are_not_unknown_where_slurm_does_not_answer(slurm: Slurm, asked: Path) -> None:
+    record = {"cluster": "hpc", "submitted": 0.0, "job": PLAIN}
+    for run_id in ("done-0123456789", "open-0123456789"):
+        slurm.site.create(run_id, record)
+    close(slurm.site.root / "done-0123456789", {"state": "succeeded", "reason": None})
+    program(asked, "squeue", "echo 'squeue: error: Unable to contact slurm controller' >&2; exit 1")
+    standings = slurm.look(["done-0123456789", "open-0123456789"])
+    assert standings["done-0123456789"].on_cluster.state == "ended"
+    assert standings["open-0123456789"].on_cluster == ClusterStatus(
+        "unknown", "SLURM: squeue: Unable to contact slurm controller"
+    )
+    before = asked.read_text()
+    assert slurm.look(["done-0123456789"])["done-0123456789"].folder.result
+    assert asked.read_text() == before  # there is nothing to ask about

@@ -49,7 +49,7 @@ class SlurmModel:
         second one (`takes_one`).
         """
         self.work.unlink(missing_ok=True)
-        state = {"tick": 0, "away": 0, "jobs": [], "late": [], "taken": 0, **plan}
+        state = {"tick": 0, "away": 0, "jobs": [], "late": [], "asked": 0, "taken": 0, **plan}
         self._state.write_text(json.dumps(state))
 
     def run(self, command: list[str], **_: Any) -> "subprocess.CompletedProcess[str]":
@@ -72,6 +72,7 @@ class SlurmModel:
                 return subprocess.CompletedProcess(command, 0, "", "sbatch: Job 1 to start at 2026-01-01T00:00:00\n")
             if command[0] == "squeue":
                 return _said(command, "".join(f"{_row(job)}\n" for job in state["jobs"]))
+            state["asked"] += 1
             mishap = state["mishaps"].pop(0) if state["mishaps"] else ""
             if mishap == "refused" or full:
                 return _failed(command, f"Batch job submission failed: {REFUSAL}")
@@ -98,6 +99,12 @@ class SlurmModel:
     def worked(self) -> list[str]:
         """The ids of the jobs that did work, in the order in which they did."""
         return self.work.read_text().split() if self.work.exists() else []
+
+    @property
+    def asked(self) -> int:
+        """How often it was asked to take a job."""
+        asked: int = json.loads(self._state.read_text())["asked"]
+        return asked
 
     @property
     def taken(self) -> int:
@@ -152,7 +159,7 @@ def _accept(state: dict[str, Any], script: str) -> None:
 
 
 def _row(job: dict[str, Any]) -> str:
-    return f"{job['id']}|{job['state']}|None|N/A|{job['name']}"
+    return f"{job['id']}|{job['state']}|None|N/A|n/a||{job['name']}"
 
 
 def _answer(command: list[str], mishap: str, job_id: int, refuses: bool) -> "subprocess.CompletedProcess[str]":

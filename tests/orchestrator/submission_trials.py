@@ -160,8 +160,15 @@ class Trial:
         return plan
 
     def attempts(self, plan: Plan) -> list[Ending]:
-        """A try by one laptop, or by two at once."""
+        """A try by one laptop, or by two at once; the first that says it has submitted nothing has not."""
         self.day += 1
+        endings = self.endings_of(plan)
+        if self.day == 1 and all("this try has submitted nothing" in said for _, said in endings):
+            assert self.slurm.asked == 0, endings
+        return endings
+
+    def endings_of(self, plan: Plan) -> list[Ending]:
+        """How a try of one laptop ends, or those of two at once."""
         if plan.get("two"):
             pipes = [os.pipe() for _ in range(2)]
             for number, (_, told) in enumerate(pipes):

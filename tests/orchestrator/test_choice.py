@@ -21,6 +21,7 @@ class Promising(Local):
 
     promise: float | Exception | None = None
     fails: bool = False  # to answer that it has a run
+    refuses: bool = False  # what it said that it would start
 
     def forecast(self, request: ClusterRequest) -> float | None:  # noqa: ARG002
         """What was promised."""
@@ -29,7 +30,9 @@ class Promising(Local):
         return self.promise
 
     def submit(self, request: ClusterRequest) -> None:
-        """Queue it, and perhaps let nobody know."""
+        """Queue it, and perhaps let nobody know, or do not."""
+        if self.refuses:
+            raise SubmissionRefused("not with this much memory")
         super().submit(request)
         if self.fails:
             raise Unreachable("cut in the answer")
@@ -46,8 +49,8 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterat
             (tmp_path / name).mkdir()
             stack.enter_context(only_queued(tmp_path / name))
 
-        def promise(name: str, start: float | Exception | None, fails: bool = False) -> None:
-            cluster = Promising(tmp_path / name, promise=start, fails=fails)
+        def promise(name: str, start: float | Exception | None, **does: bool) -> None:
+            cluster = Promising(tmp_path / name, promise=start, **does)
             monkeypatch.setitem(backends.CLUSTERS, name, lambda: cluster)
 
         yield promise
@@ -109,6 +112,25 @@ def test_one_that_does_not_take_it_is_passed_over(offer: Offer, tmp_path: Path) 
     with pytest.raises(InputError, match="no cluster takes this job: early: too many nodes; late: no GPUs"):
         fleetune.submit(make_job(tmp_path), cluster="early,late")
     assert len(runs_on(tmp_path, "late")) == 1 and not runs_on(tmp_path, "early")
+
+
+def test_after_a_refusal_the_next_one_gets_it(offer: Offer, tmp_path: Path, home: Path) -> None:
+    offer("early", 0.0, refuses=True)
+    offer("late", None, fails=True)
+    with pytest.raises(Unreachable, match="cut in the answer"):
+        fleetune.submit(make_job(tmp_path), cluster="early,late")
+    offer("early", 0.0)
+    offer("late", None)
+    done = fleetune.submit(make_job(tmp_path), cluster="early,late")  # late may have it
+    assert done.adopted and runs_on(tmp_path, "late") == [done.run_id]
+    assert "early: not with this much memory; sums-" in str(done.why)
+    (refused,) = runs_on(tmp_path, "early")
+    assert "asked to end" in str(fleetune.status(refused, cluster="early").reason)
+    offer("early", 0.0, refuses=True)
+    offer("late", None, refuses=True)
+    with pytest.raises(InputError, match="no cluster takes this job: early: not with this much .*; late: not with"):
+        fleetune.submit(make_job(tmp_path), cluster="early,late")
+    assert not list((home / "choices").iterdir())
 
 
 def test_a_refusal_after_a_cut_forgets_neither_cluster_nor_run(offer: Offer, tmp_path: Path) -> None:

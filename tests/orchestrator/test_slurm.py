@@ -212,7 +212,7 @@ def test_a_run_in_a_container_is_preempted_and_goes_on(
     assert [(name, check.found) for name, check in checks.items() if check.level != "ok"] == []
     assert "torch" in checks["in the image"].found and checks["test job"].found == "CPU only"
     before = len(commands_in(container))
-    site.signal_user_at_preemption(False)  # then SIGTERM comes to all that is in steps, and so in the container
+    site.signal_user_at_preemption(True)
     run_dir = begin(place.name, make_job(tmp_path, tiny_base, sums, **LONG))
     place.warn(run_dir.name)
     assert_undisturbed(run_dir, launch)
@@ -246,6 +246,45 @@ def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(
     last = attempts(run_dir)[-1]
     assert len(list((last.folder / "logs").glob("rank-*.log"))) == 1
     assert [path.name for path in (run_dir / "starts").glob("*")] == ["1.0"]  # in the same allocation
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_an_elastic_run_that_loses_its_first_node_as_it_starts_goes_back_to_the_queue(
+    is_watched: bool, place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+) -> None:
+    until(lambda: site.run("sinfo", "-hN", "-p", "low", "-o", "%t").split() == ["idle", "idle"])
+    resources = {"nodes": "1-2", "workers_per_node": 1}
+    run_id = fleetune.submit(make_job(tmp_path, tiny_base, sums, resources=resources), cluster="hpc").run_id
+    run_dir = place.root / "runs" / run_id
+    until((run_dir / "starts" / "1.0").exists, 300)
+    if is_watched:
+        until(lambda: "clusters.ray_node" in site.run_on("node2", "ps", "-eo", "args"))
+    site.kill("node1")
+    try:  # else who looks at the run sends it back, once SLURM has given the node up
+        until(lambda: (run_dir / "starts" / "1.1").exists() or (not is_watched and not fleetune.status(run_id)), 300)
+        assert_undisturbed(run_dir, launch)
+    finally:
+        site.boot("node1")
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_an_elastic_run_that_loses_another_node_as_it_starts_goes_on_without_it(
+    place: Place, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path, launch: Any
+) -> None:
+    until(lambda: site.run("sinfo", "-hN", "-p", "low", "-o", "%t").split() == ["idle", "idle"])
+    resources = {"nodes": "1-2", "workers_per_node": 1}
+    run_id = fleetune.submit(make_job(tmp_path, tiny_base, sums, resources=resources), cluster="hpc").run_id
+    run_dir = place.root / "runs" / run_id
+    until((run_dir / "starts" / "1.0").exists, 300)
+    site.kill("node2")
+    try:
+        assert_undisturbed(run_dir, launch)
+    finally:
+        site.boot("node2")
+    assert [path.name for path in (run_dir / "starts").glob("*")] == ["1.0"]
 
 
 @pytest.mark.chaos
