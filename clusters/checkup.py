@@ -11,7 +11,7 @@ import shlex
 import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from clusters.remote.setup import is_ready
 from runfolder.folders import home, writable
 
 _TORCH_S = 90.0  # importing torch from a cold disk takes long
+_BUILD = "have the image made anew, from this version: docker build -f k8s/image/Dockerfile ."
 _OTHER_ROOT = "name another `root` in the clusters file"
 
 
@@ -36,15 +37,17 @@ def main() -> None:
 
 def check_cluster(wanted: dict[str, Any], root: Path, environment: Path | None) -> Iterator[Check]:
     """All checks of the cluster of this machine; `environment` is its folder where Fleetune makes one."""
-    yield _root_check(root)
+    config = wanted["cluster"]
+    is_pod = config["kind"] == "kubernetes"
+    yield _mounted_check(root) if is_pod else _root_check(root)
     yield disk_check(root, f"free some space, or {_OTHER_ROOT}")
     yield Check("python", "ok", f"{platform.python_version()} at {sys.executable}")
     has_packages = environment is None or is_ready(environment)
     if environment:
         yield _environment_check(environment, wanted["name"])
     if has_packages:
-        yield _packages_check(wanted["requirements"], environment)
-    config = wanted["cluster"]
+        found = _packages_check(wanted["requirements"], environment)
+        yield replace(found, mend=_BUILD) if is_pod else found
     if config["kind"] == "slurm":
         yield from slurm_checkup.check_slurm(config)
     if wanted["test_job"] and has_packages:
@@ -70,6 +73,14 @@ def _root_check(root: Path) -> Check:
     if mode & 0o077:
         return Check("run root", "warn", f"{root} is open to others ({mode:04o})", mend)
     return Check("run root", "ok", str(root))
+
+
+def _mounted_check(root: Path) -> Check:
+    """Whether the user of a pod can write to the claim, which is its cluster's."""
+    if writable(root):
+        return Check("claim", "ok", f"{root} can be written")
+    mend = "its storage must let the group of the pods (`user`) write: fsGroup, or the export's own settings"
+    return Check("claim", "fail", f"{root} cannot be written by user {os.geteuid()}", mend)
 
 
 def _environment_check(environment: Path, name: str) -> Check:

@@ -27,9 +27,11 @@ from clusters.base import (
 )
 from clusters.closing import close_cancelled
 from clusters.environment import run_settings
-from clusters.kubernetes_answers import capacity_of_nodes, goes_on, runs_now, status_of
+from clusters.kubernetes_answers import goes_on, runs_now, status_of
 from clusters.kubernetes_api import KubernetesApi, Rejected
 from clusters.kubernetes_config import KubernetesConfig, flaw_of_name
+from clusters.kubernetes_nodes import capacity_of_nodes
+from clusters.kueue import look_at_queue
 from clusters.pod_link import PodLink
 from clusters.remote.code import installed_code
 from clusters.remote.far_side import FarSide
@@ -133,7 +135,10 @@ class Kubernetes:
         return None
 
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
-        """The state of each run: its newest RayJob's, by one list, and one of pods where some do not run yet."""
+        """The state of each run, by one list of RayJobs: its newest one's.
+
+        Where some wait, pods are listed too, and what Kueue has of its queue.
+        """
         newest: dict[str, RayJob] = {}
         for found in _submissions(self.api.rayjobs(_OURS)):
             run_id = found["metadata"]["labels"].get(RUN_LABEL, "")
@@ -142,14 +147,14 @@ class Kubernetes:
         wanted = {run_id: newest.get(run_id) for run_id in run_ids}
         waiting = [found for found in wanted.values() if found and goes_on(found) and not runs_now(found)]
         pods = self._pods_by_run() if waiting else {}
-        workloads = self.api.workloads() if waiting and self.config.queue else []
+        queue = look_at_queue(self.api, self.config.queue) if waiting and self.config.queue else None
         statuses = {}
         for run_id, newest_one in wanted.items():
             if newest_one is None:
                 why = f"namespace {self.config.namespace} has no RayJob of it; fleetune resume submits it again"
                 statuses[run_id] = ClusterStatus("unknown", why)
             else:
-                statuses[run_id] = status_of(newest_one, pods.get(run_id, []), workloads)
+                statuses[run_id] = status_of(newest_one, pods.get(run_id, []), queue)
         return statuses
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
@@ -176,6 +181,11 @@ class Kubernetes:
     def capacity(self) -> Capacity:
         """GPUs of the nodes, or their cores; free is what the runs of this namespace leave of them."""
         return capacity_of_nodes(self.api.nodes(), self.api.pods(_OURS), self.config.gpu_resource)
+
+    @property
+    def machine(self) -> FarMachine:
+        """The reader's pod, as a machine that runs scripts."""
+        return self._reader.machine
 
     @cached_property
     def _reader(self) -> FarSide:

@@ -1,5 +1,6 @@
 """`fleetune k8s`: what a Kubernetes cluster has before its first run."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -31,10 +32,11 @@ def install_command(
     storage_class: ClassOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be applied, in order.")] = False,
 ) -> None:
-    """Apply what `manifests` prints, and make the token that the processes of Ray share."""
+    """Apply what `manifests` prints, and make the token that the processes of Ray share; repeating it is safe."""
     from orchestrator.k8s_install import install, plan_of_install
 
     if dry_run:
         print("\n".join(plan_of_install(cluster, storage, storage_class)))
         return
-    install(cluster, storage, storage_class)
+    install(cluster, storage, storage_class, print)
+    print(f"look at it with: fleetune doctor --cluster {cluster}", file=sys.stderr)

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 from api_server import Cluster, served, write_kubeconfig
-from small_cluster import IMAGE, NEEDED, NODE, ROOT, reader
+from small_cluster import IMAGE, NODE, ROOT, install_as_admin, reader
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Cluster:
-    """A cluster whose client has the rights of the role, and nothing else."""
-    allowed = {(verb, resource) for (_, resource), verbs in NEEDED.items() for verb in verbs}
-    cluster = Cluster(tokens={"client": allowed}, nodes=[NODE])
+    """A cluster in which `fleetune k8s install` was run, and whose client has the account that it makes."""
+    cluster = Cluster(nodes=[NODE])
+    install_as_admin(cluster)
     cluster.objects["pods", "reader-1"] = reader("reader-1", True)
     cluster.environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "FLEETUNE_POD": "reader-1"}
     return cluster

@@ -3,7 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from api_server import Cluster
+
+from clusters.kubernetes_install import path_of
+from k8s.install import install_manifests
 from k8s.planned import READER_LABEL
+from k8s.settings import KubernetesSettings
 
 ROOT = Path(__file__).parents[2]
 IMAGE = f"registry.example.org/team/fleetune@sha256:{'0' * 64}"
@@ -13,7 +18,10 @@ NEEDED = {
     ("", "pods"): {"list"},
     ("", "nodes"): {"list"},
     ("", "pods/exec"): {"create", "get"},
+    ("", "persistentvolumeclaims"): {"get"},
+    ("", "resourcequotas"): {"list"},
     ("kueue.x-k8s.io", "workloads"): {"list"},
+    ("visibility.kueue.x-k8s.io", "localqueues/pendingworkloads"): {"get"},
 }
 NODE = {
     "metadata": {"name": "gpu-1"},
@@ -29,4 +37,19 @@ def reader(name: str, ready: bool) -> dict[str, Any]:
     """A pod of the reader."""
     labels = {READER_LABEL: "true", "app.kubernetes.io/managed-by": "fleetune"}
     status = {"phase": "Running", "containerStatuses": [{"ready": ready}]}
-    return {"metadata": {"name": name, "labels": labels}, "spec": {"containers": []}, "status": status}
+    spec = {"containers": [{"image": IMAGE}]}
+    return {"metadata": {"name": name, "labels": labels}, "spec": spec, "status": status}
+
+
+def install_as_admin(cluster: Cluster, **changes: Any) -> None:
+    """Have in a cluster what `fleetune k8s install` makes, a claim that is bound, and one client of its account."""
+    cluster.tokens["admin"] = None
+    settings = KubernetesSettings.model_validate({"image": IMAGE, **changes})
+    for manifest in install_manifests(settings, "/fleetune"):
+        path = path_of(manifest)
+        assert cluster.answer("PATCH", path, {"fieldManager": "fleetune"}, manifest, "admin")[0] == 201
+        if manifest["kind"] == "PersistentVolumeClaim":
+            claim = cluster.general.stored[path]
+            claim["spec"]["storageClassName"] = "nfs"
+            claim["status"] = {"phase": "Bound", "capacity": {"storage": "2Ti"}}
+    cluster.tokens = {"client": cluster.general.rights("fleetune-client")}
