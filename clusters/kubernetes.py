@@ -7,7 +7,7 @@ with this same class, in `FLEETUNE_HOME` there.
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -140,7 +140,7 @@ class Kubernetes:
         Where some wait, pods are listed too, and what Kueue has of its queue.
         """
         newest: dict[str, RayJob] = {}
-        for found in _submissions(self.api.rayjobs(_OURS)):
+        for found in submissions(self.api.rayjobs(_OURS)):
             run_id = found["metadata"]["labels"].get(RUN_LABEL, "")
             if run_id not in newest or _submission_in(found) > _submission_in(newest[run_id]):
                 newest[run_id] = found
@@ -182,6 +182,10 @@ class Kubernetes:
         """GPUs of the nodes, or their cores; free is what the runs of this namespace leave of them."""
         return capacity_of_nodes(self.api.nodes(), self.api.pods(_OURS), self.config.gpu_resource)
 
+    def ask_reader(self, request: Mapping[str, Any]) -> Any:
+        """What the reader's pod answers to a request (clusters/answer.py)."""
+        return self._reader.ask(request)
+
     @property
     def machine(self) -> FarMachine:
         """The reader's pod, as a machine that runs scripts."""
@@ -203,12 +207,14 @@ class Kubernetes:
         return by_run
 
     def _next_submission(self, run_id: str) -> int:
-        """The number after those of the run's RayJobs that are still there."""
-        return 1 + max(map(_submission_in, self._rayjobs_of(run_id)), default=0)
+        """The number after those of the run's RayJobs that are there, and of those that have started it before."""
+        started: int = self.ask_reader({"verb": "latest_start", "run_id": run_id})
+        numbers = [_submission_in(found) for found in self._rayjobs_of(run_id)]
+        return 1 + max([started, *numbers])
 
     def _rayjobs_of(self, run_id: str) -> list[RayJob]:
         """The RayJobs of a run that are still there."""
-        return _submissions(self.api.rayjobs(f"{_OURS},{RUN_LABEL}={run_id}"))
+        return submissions(self.api.rayjobs(f"{_OURS},{RUN_LABEL}={run_id}"))
 
     def _variables(self, job: Job) -> dict[str, str]:
         """What head and workers have in their environment; raises SubmissionRefused for what no pod can have."""
@@ -239,7 +245,7 @@ def locked_ray() -> str:
     return pinned[1]
 
 
-def _submissions(rayjobs: Iterable[RayJob]) -> list[RayJob]:
+def submissions(rayjobs: Iterable[RayJob]) -> list[RayJob]:
     """Those of some RayJobs that have the name of a submission."""
     return [found for found in rayjobs if _SUBMISSION.fullmatch(found["metadata"]["name"])]
 
