@@ -46,6 +46,7 @@ class Cluster:
     quota: int | None = None
     created: list[str] = field(default_factory=list)  # names of all RayJobs that ever were
     requests: list[str] = field(default_factory=list)
+    sent: list[bytes] = field(default_factory=list)  # the bodies of requests
     accepted: list[tuple[str, str]] = field(default_factory=list)  # of requests, the path and what it takes
     fault: Callable[[str], str | None] = lambda _: None
     late: list[Callable[[], object]] = field(default_factory=list)  # writes that were cut off, and come yet
@@ -186,7 +187,9 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(url.query).items()}
         length = int(self.headers.get("Content-Length") or 0)
-        body = json.loads(self.rfile.read(length)) if length else None
+        raw = self.rfile.read(length)
+        cluster.sent.append(raw)
+        body = json.loads(raw) if length else None
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         cluster.requests.append(f"{method} {self.path}")
         cluster.accepted.append((url.path, self.headers.get("Accept") or ""))
