@@ -269,5 +269,5 @@ def _raised_for(rejected: Rejected) -> Exception:
     if not rejected.is_first:
         return rejected
     if rejected.status == 404:
-        return Unreachable(f"{rejected}: are KubeRay and the namespace there? fleetune k8s manifests")
+        return Unreachable(f"{rejected}: are KubeRay and the namespace there? see: fleetune doctor --cluster NAME")
     return SubmissionRefused(f"Kubernetes does not take this job: {rejected.message}")

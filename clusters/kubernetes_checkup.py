@@ -29,18 +29,23 @@ class KubernetesLook(NamespaceLook):
     """A look at a cluster by its name in the clusters file, and at the namespace of its runs."""
 
     def checks(self) -> Iterator[Check]:
-        """All checks; those after one that fails do not need it. A server that is away is the only one."""
+        """All checks; what needs one that failed is left out. A server that is away is the only one."""
         try:
             yield self._server()
         except Unreachable as error:
             mend = "see: kubectl cluster-info, with the same kubeconfig"
             yield Check("server", "fail", str(error), mend)
             return
+        has_reader = True
         for name, look in self._looks().items():
+            if name == "packages" and not has_reader:
+                continue
             try:
-                yield look()
+                check = look()
             except Unreachable as error:
-                yield Check(name, "fail", str(error), self.install)
+                check = Check(name, "fail", str(error), self.install)
+            has_reader = has_reader and not (name == "reader" and check.level == "fail")
+            yield check
 
     def _looks(self) -> dict[str, Look]:
         """What is looked at behind the server, by name, in order."""

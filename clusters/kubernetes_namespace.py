@@ -15,6 +15,7 @@ from clusters.remote.lock import installed_lock
 from k8s.names import parse_secret_key
 from k8s.planned import READER_LABEL
 
+_SHOWN_DIGITS = 12  # of a digest
 _WITHOUT_VALUES = {**JSON, "Accept": "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"}
 
 
@@ -101,7 +102,8 @@ class NamespaceLook:
         if self.config.image not in images:
             text = "the reader has another one than runs will have"
             return Check("image", "warn", text, self.install)
-        return Check("image", "ok", self.config.image)
+        name, _, digest = self.config.image.partition("@sha256:")
+        return Check("image", "ok", f"{name}, sha256 {digest[:_SHOWN_DIGITS]}...")
 
     def reader(self) -> Check:
         """Whether the reader's pod answers for the run folders."""
@@ -116,7 +118,6 @@ class NamespaceLook:
 
     def packages(self) -> Check:
         """Whether the image has what runs need, in the versions of this installation, and can write to the claim."""
-        reader_pod(self.cluster.api)
         wanted = {
             "name": self.name,
             "cluster": self.config.model_dump(mode="json"),

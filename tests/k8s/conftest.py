@@ -1,6 +1,7 @@
 """A cluster behind a server of the tests, and a laptop that is set up for it."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import yaml
 from api_server import Cluster, served, write_kubeconfig
 from small_cluster import IMAGE, NODE, ROOT, install_as_admin, reader
+
+from clusters.remote.code import installed_code
 
 
 @pytest.fixture
@@ -21,11 +24,23 @@ def cluster(tmp_path: Path) -> Cluster:
     return cluster
 
 
+@pytest.fixture(scope="session")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fleetune's code as it lies on a claim to which it was sent; that it is sent is seen in test_reader.py."""
+    code = installed_code()
+    folder = tmp_path_factory.mktemp("code") / code.digest
+    for name, data in code.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder
+
+
 @pytest.fixture
-def laptop(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def laptop(cluster: Cluster, code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A laptop with a kubeconfig and a clusters file; gives the folder that stands for the claim."""
     claim = tmp_path / "claim"
-    claim.mkdir()
+    shutil.copytree(code, claim / "code" / code.name, copy_function=os.link)
     plain = {"kind": "kubernetes", "image": IMAGE, "root": str(claim), "python": sys.executable}
     (tmp_path / "clusters.yaml").write_text(yaml.safe_dump({"k8s": plain}))
     monkeypatch.setenv("FLEETUNE_CLUSTERS", str(tmp_path / "clusters.yaml"))

@@ -48,8 +48,13 @@ def install_as_admin(cluster: Cluster, **changes: Any) -> None:
     for manifest in install_manifests(settings, "/fleetune"):
         path = path_of(manifest)
         assert cluster.answer("PATCH", path, {"fieldManager": "fleetune"}, manifest, "admin")[0] == 201
-        if manifest["kind"] == "PersistentVolumeClaim":
-            claim = cluster.general.stored[path]
-            claim["spec"]["storageClassName"] = "nfs"
-            claim["status"] = {"phase": "Bound", "capacity": {"storage": "2Ti"}}
+    bind_claim(cluster)
     cluster.tokens = {"client": cluster.general.rights("fleetune-client")}
+
+
+def bind_claim(cluster: Cluster) -> None:
+    """Have a claim get its storage."""
+    for stored in cluster.general.stored.values():
+        if stored["kind"] == "PersistentVolumeClaim":
+            stored["spec"]["storageClassName"] = "nfs"
+            stored["status"] = {"phase": "Bound", "capacity": {"storage": "2Ti"}}

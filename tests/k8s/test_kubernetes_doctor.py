@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from api_server import Cluster
-from small_cluster import IMAGE, NODE
+from small_cluster import NODE
 
 pytest.importorskip("kubernetes", reason="the client of Kubernetes is not installed: pip install 'fleetune[k8s]'")
 
@@ -62,7 +62,7 @@ def test_all_is_well(change: Callable[..., None], cluster: Cluster) -> None:
     assert found["nodes"] == "8 of nvidia.com/gpu, 8 not asked for here; 1 of 1 nodes fit"
     assert found["claim"] == "fleetune has 2Ti (class nfs, ReadWriteMany)"
     assert found["secrets"] == "fleetune-ray: this account may not see whether they are there"
-    assert found["image"] == IMAGE
+    assert found["image"] == "registry.example.org/team/fleetune, sha256 000000000000..."
     assert found["reader"].startswith("pod reader-1 has 0 runs in ")
     assert "can be written" in found["packages"] and "deepspeed" in found["packages"]
     assert found["quota"] == "none" and found["queue"] == "0 wait in team-a"
@@ -178,7 +178,8 @@ def test_what_is_wrong_is_named_with_what_mends_it(
 ) -> None:
     stop_reader(cluster)
     breaks(cluster)
-    check = look()[name]
+    checks = look()
+    check = checks[name]
     assert check.level == level and found in check.found and mend in check.mend, check
 
 

@@ -21,8 +21,8 @@ from orchestrator.backends import open_cluster
 from runfolder.chain import close
 
 RUN_ID = "a-0123456789"
-SIZE = 3_000_000
-MESSAGE = 200_000
+SIZE = 1_000_000
+MESSAGE = 100_000
 
 
 @pytest.fixture
