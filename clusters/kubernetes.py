@@ -47,7 +47,7 @@ from runfolder.site import LocalSite
 
 _LONGEST_VARIABLES = 1 << 17  # characters: an object may have 1.5 MiB, and each variable is twice in it
 _SUBMISSION = re.compile(r"[a-z].*-s[1-9]\d*", re.ASCII)
-_OURS = "app.kubernetes.io/managed-by=fleetune"
+OUR_OBJECTS = "app.kubernetes.io/managed-by=fleetune"
 
 RayJob = dict[str, Any]
 
@@ -140,7 +140,7 @@ class Kubernetes:
         Where some wait, pods are listed too, and what Kueue has of its queue.
         """
         newest: dict[str, RayJob] = {}
-        for found in submissions(self.api.rayjobs(_OURS)):
+        for found in submissions(self.api.rayjobs(OUR_OBJECTS)):
             run_id = found["metadata"]["labels"].get(RUN_LABEL, "")
             if run_id not in newest or _submission_in(found) > _submission_in(newest[run_id]):
                 newest[run_id] = found
@@ -180,7 +180,7 @@ class Kubernetes:
 
     def capacity(self) -> Capacity:
         """GPUs of the nodes, or their cores; free is what the runs of this namespace leave of them."""
-        return capacity_of_nodes(self.api.nodes(), self.api.pods(_OURS), self.config.gpu_resource)
+        return capacity_of_nodes(self.api.nodes(), self.api.pods(OUR_OBJECTS), self.config.gpu_resource)
 
     def ask_reader(self, request: Mapping[str, Any]) -> Any:
         """What the reader's pod answers to a request (clusters/answer.py)."""
@@ -201,7 +201,7 @@ class Kubernetes:
 
     def _pods_by_run(self) -> dict[str, list[dict[str, Any]]]:
         by_run: dict[str, list[dict[str, Any]]] = {}
-        for pod in self.api.pods(_OURS):
+        for pod in self.api.pods(OUR_OBJECTS):
             run_id = pod["metadata"]["labels"].get(RUN_LABEL, "")
             by_run.setdefault(run_id, []).append(pod)
         return by_run
@@ -214,7 +214,7 @@ class Kubernetes:
 
     def _rayjobs_of(self, run_id: str) -> list[RayJob]:
         """The RayJobs of a run that are still there."""
-        return submissions(self.api.rayjobs(f"{_OURS},{RUN_LABEL}={run_id}"))
+        return submissions(self.api.rayjobs(f"{OUR_OBJECTS},{RUN_LABEL}={run_id}"))
 
     def _variables(self, job: Job) -> dict[str, str]:
         """What head and workers have in their environment; raises SubmissionRefused for what no pod can have."""

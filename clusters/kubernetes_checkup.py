@@ -33,7 +33,7 @@ class KubernetesLook(NamespaceLook):
         try:
             yield self._server()
         except Unreachable as error:
-            mend = "see: kubectl cluster-info, with the same kubeconfig"
+            mend = "mend what this says; then see: kubectl cluster-info, with the same kubeconfig"
             yield Check("server", "fail", str(error), mend)
             return
         has_reader = True

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clusters.base import number_of_submission
-from clusters.kubernetes import Kubernetes, submissions
+from clusters.kubernetes import OUR_OBJECTS, Kubernetes, submissions
 from clusters.kubernetes_answers import goes_on, runs_now
 from clusters.kueue import Answered
 from clusters.remote.leftovers import HomeLeftover
@@ -17,7 +17,6 @@ from k8s.planned import RUN_LABEL
 from runfolder.snapshot import Snapshot
 
 _CLUSTER_LABEL = "ray.io/cluster"
-_OURS = "app.kubernetes.io/managed-by=fleetune"
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Leftover:
 
 def leftovers_of(cluster: Kubernetes) -> list[Leftover]:
     """All that is left over on a cluster. Raises Unreachable, and nothing is known then."""
-    pods = cluster.api.pods(_OURS)  # before their RayJobs: those of a pod are listed after it
-    rayjobs = submissions(cluster.api.rayjobs(_OURS))
+    pods = cluster.api.pods(OUR_OBJECTS)  # before their RayJobs: those of a pod are listed after it
+    rayjobs = submissions(cluster.api.rayjobs(OUR_OBJECTS))
     run_ids = cluster.site.ids()
     snapshots = cluster.site.snapshots(run_ids)
     found = [*_rayjobs(rayjobs, snapshots), *_without_rayjob(cluster, pods, rayjobs)]

@@ -13,6 +13,7 @@ from k8s.settings import KubernetesSettings
 
 BASE = Path(__file__).parent / "manifests" / "base"
 _QUANTITY = re.compile(r"[1-9]\d{0,5}([KMGTP]i?)?")
+_OF_BASE = "fleetune"  # the namespace that the base names
 _POD_SECURITY = "pod-security.kubernetes.io/enforce"
 
 BaseObject = dict[str, Any]
@@ -85,6 +86,8 @@ def _renamed(base: BaseObject, settings: KubernetesSettings) -> BaseObject:
         metadata["name"] = settings.claim
     if kind == "ServiceAccount" and metadata["name"] == "fleetune-run":
         metadata["name"] = settings.service_account
+    if kind == "ClusterRoleBinding" and settings.namespace != _OF_BASE:
+        metadata["name"] += f"-{settings.namespace}"  # every namespace has one of its own
     for subject in base.get("subjects", ()):
         subject["namespace"] = settings.namespace
     return base

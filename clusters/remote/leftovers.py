@@ -14,7 +14,7 @@ from runfolder.files import list_names
 from runfolder.secrets import holds_secrets, remove_secrets
 from runfolder.snapshot import has_ended
 
-_STALE_S = 86_400.0  # since the last change, after which nobody goes on with what came in part
+_ABANDONED_S = 86_400.0  # since the last change, after which nobody goes on with what came in part
 _IN_PART = {  # by folder of FLEETUNE_HOME: what begins with a dot there came in part
     "code": "Fleetune's code",
     "files": "a file that a job brought along",
@@ -59,12 +59,12 @@ def remove_leftovers(home: Path, paths: Collection[str]) -> list[HomeLeftover]:
 
 def _come_in_part(home: Path) -> Iterator[HomeLeftover]:
     """Files and folders that came in part, and that nobody has gone on with for a day."""
-    oldest = time.time() - _STALE_S
+    oldest = time.time() - _ABANDONED_S
     for folder, what in _IN_PART.items():
         for name in sorted(list_names(home / folder)):
             path = home / folder / name
             if name.startswith(".") and _last_change(path) < oldest:
-                size = _size(path)
+                size = _bytes_below(path)
                 yield HomeLeftover(f"{folder}/{name}", f"{what} that came in part, more than a day ago", size)
 
 
@@ -84,7 +84,7 @@ def _last_change(path: Path) -> float:
         return time.time()
 
 
-def _size(path: Path) -> int:
+def _bytes_below(path: Path) -> int:
     """The bytes of a file, or of the files below a folder."""
     total = 0
     for each in (path, *path.rglob("*")):

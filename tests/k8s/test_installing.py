@@ -31,7 +31,8 @@ def cluster() -> Cluster:
 @pytest.fixture(autouse=True)
 def laptop(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The laptop of an administrator."""
-    clusters = {"k8s": {"kind": "kubernetes", "image": IMAGE, "namespace": "research"}}
+    plain = {"kind": "kubernetes", "image": IMAGE}
+    clusters = {"k8s": plain | {"namespace": "research"}, "second": plain | {"namespace": "teaching"}}
     (tmp_path / "clusters.yaml").write_text(yaml.safe_dump(clusters))
     monkeypatch.setenv("FLEETUNE_CLUSTERS", str(tmp_path / "clusters.yaml"))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
@@ -82,6 +83,14 @@ def test_it_says_what_it_changes_and_leaves_what_is_others(cluster: Cluster) -> 
     assert install("--storage", "3Ti")["PersistentVolumeClaim research/fleetune"] == (
         "changed (spec.resources.requests.storage)"
     )
+
+
+def test_two_namespaces_leave_each_other_alone(cluster: Cluster) -> None:
+    install()
+    before = {path: stored(cluster, path) for path in cluster.general.stored}
+    CliRunner().invoke(app, ["k8s", "install", "--cluster", "second"], catch_exceptions=False)
+    after = {path: stored(cluster, path) for path in before}
+    assert after == before and len(cluster.general.stored) == 2 * len(before) - 1  # a role of the cluster is shared
 
 
 def test_what_is_refused_is_said_and_the_rest_is_there() -> None:

@@ -52,7 +52,8 @@ def claim(laptop: Path, cluster: Cluster) -> Path:
     submit(cluster, "failed", 1, "Failed")
     submit(cluster, "waiting", 1, "Suspended")
     submit(cluster, "gone", 1, "Failed")
-    submit(cluster, "damaged", 1, "Complete")
+    submit(cluster, "damaged", 1, "Failed")
+    submit(cluster, "damaged", 2, "Failed")
     stored = cluster.objects["rayjobs", f"{RUNS['ended']}-s1"]
     cluster.objects["rayjobs", "mine"] = stored | {"metadata": stored["metadata"] | {"name": "mine"}}
     labels = {
