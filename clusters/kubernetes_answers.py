@@ -15,6 +15,7 @@ _STUCK = (
     "ImagePullBackOff",
     "InvalidImageName",
 )
+_NO_NODES = "its pods have no nodes yet"
 _SUSPENDED = ("Suspended", "Suspending")
 _OVER = ("Complete", "Failed", "ValidationFailed")
 
@@ -95,7 +96,9 @@ def _starting(name: str, pods: list[Answered]) -> ClusterStatus:
     for pod in pods:
         for condition in pod["status"].get("conditions", []):
             if condition["type"] == "PodScheduled" and condition["status"] == "False":
-                return ClusterStatus("queued", str(condition.get("message") or "its pods have no nodes yet"))
+                return ClusterStatus("queued", str(condition.get("message") or _NO_NODES))
+    if not pods or not all(pod["spec"].get("nodeName") for pod in pods):
+        return ClusterStatus("queued", f"RayJob {name}: {_NO_NODES}")
     ready = 0
     for pod in pods:
         containers = pod["status"].get("containerStatuses", [])

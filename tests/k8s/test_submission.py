@@ -195,9 +195,13 @@ def test_a_list_that_is_too_old_begins_again(
     assert len(backend.api.rayjobs("")) == 5
 
 
-def pod(name: str, **status: Any) -> dict[str, Any]:
+def pod(name: str, node: str = "gpu-1", **status: Any) -> dict[str, Any]:
     labels = {"app.kubernetes.io/managed-by": "fleetune", RUN_LABEL: RUN_ID}
-    return {"metadata": {"name": name, "labels": labels}, "spec": {"containers": []}, "status": status}
+    return {
+        "metadata": {"name": name, "labels": labels},
+        "spec": {"containers": [], "nodeName": node},
+        "status": status,
+    }
 
 
 UNSCHEDULABLE = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
@@ -220,6 +224,13 @@ WORKLOAD = {
             [pod("head"), pod("w", conditions=[NO_NODE])],
             "queued",
             UNSCHEDULABLE,
+        ),
+        ({"jobDeploymentStatus": "Initializing"}, [], "queued", "its pods have no nodes yet"),
+        (
+            {"jobDeploymentStatus": "Initializing"},
+            [pod("head"), pod("w", "")],
+            "queued",
+            "its pods have no nodes yet",
         ),
         (
             {"jobDeploymentStatus": "Initializing"},
