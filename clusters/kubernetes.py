@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ from clusters.environment import run_settings
 from clusters.kubernetes_answers import capacity_of_nodes, goes_on, runs_now, status_of
 from clusters.kubernetes_api import KubernetesApi, Rejected
 from clusters.kubernetes_config import KubernetesConfig, flaw_of_name
+from clusters.kubernetes_keeper import submit_again
 from clusters.pod_link import PodLink
 from clusters.remote.code import installed_code
 from clusters.remote.far_side import FarSide
@@ -133,13 +135,11 @@ class Kubernetes:
         return None
 
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
-        """The state of each run: its newest RayJob's, by one list, and one of pods where some do not run yet."""
-        newest: dict[str, RayJob] = {}
-        for found in _submissions(self.api.rayjobs(_OURS)):
-            run_id = found["metadata"]["labels"].get(RUN_LABEL, "")
-            if run_id not in newest or _submission_in(found) > _submission_in(newest[run_id]):
-                newest[run_id] = found
-        wanted = {run_id: newest.get(run_id) for run_id in run_ids}
+        """The state of each run: its newest RayJob's, by one list, and one of pods where some do not run yet.
+
+        An open run that no RayJob carries is submitted again (kubernetes_keeper.py).
+        """
+        wanted = self.newest_rayjobs(run_ids)
         waiting = [found for found in wanted.values() if found and goes_on(found) and not runs_now(found)]
         pods = self._pods_by_run() if waiting else {}
         workloads = self.api.workloads() if waiting and self.config.queue else []
@@ -150,7 +150,18 @@ class Kubernetes:
                 statuses[run_id] = ClusterStatus("unknown", why)
             else:
                 statuses[run_id] = status_of(newest_one, pods.get(run_id, []), workloads)
+        with suppress(Unreachable):  # what the API says is known
+            statuses |= submit_again(self, wanted)
         return statuses
+
+    def newest_rayjobs(self, run_ids: Iterable[str]) -> dict[str, RayJob | None]:
+        """The RayJob of each run's newest submission, None where there is none, by one list."""
+        newest: dict[str, RayJob] = {}
+        for found in _submissions(self.api.rayjobs(_OURS)):
+            run_id = found["metadata"]["labels"].get(RUN_LABEL, "")
+            if run_id not in newest or _submission_in(found) > _submission_in(newest[run_id]):
+                newest[run_id] = found
+        return {run_id: newest.get(run_id) for run_id in run_ids}
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
         """How runs stand, None: all of the claim."""

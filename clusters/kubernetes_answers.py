@@ -31,6 +31,11 @@ def runs_now(rayjob: Answered) -> bool:
     return goes_on(rayjob) and _deployment(rayjob) == "Running"
 
 
+def is_invalid(rayjob: Answered) -> bool:
+    """Whether KubeRay refuses a RayJob for what it says."""
+    return _deployment(rayjob) == "ValidationFailed"
+
+
 def status_of(rayjob: Answered, pods: Iterable[Answered], workloads: Iterable[Answered]) -> ClusterStatus:
     """How the cluster sees the run of a RayJob; `pods` are those of its run, `workloads` all of the namespace."""
     name = rayjob["metadata"]["name"]
