@@ -59,7 +59,9 @@ def _submit(cluster: Cluster, run_id: str, number: int, earlier: Any) -> Cluster
     name = submission_name(run_id, number)
     try:
         job = job_in(cluster.site.record(run_id), f"run {run_id}: job.yaml")
-        if earlier and _digest(earlier) != _digest(manifest_in(cluster.request(job, run_id, number - 1).text)):
+        if earlier and _annotated_digest(earlier) != _annotated_digest(
+            manifest_in(cluster.request(job, run_id, number - 1).text)
+        ):
             why = "it was submitted by another version of Fleetune or of the clusters file"
             return ClusterStatus("unknown", f"its RayJob has ended, and {why}; fleetune resume submits it again")
         cluster.submit(cluster.request(job, run_id, number))
@@ -68,5 +70,5 @@ def _submit(cluster: Cluster, run_id: str, number: int, earlier: Any) -> Cluster
     return ClusterStatus("queued", f"its RayJob has ended, and it was submitted again: RayJob {name}")
 
 
-def _digest(manifest: Any) -> str:
+def _annotated_digest(manifest: Any) -> str:
     return str(manifest["metadata"].get("annotations", {}).get(DIGEST_ANNOTATION, ""))

@@ -13,7 +13,7 @@ from clusters.kubernetes_keeper import submit_again
 from runfolder.folders import home
 
 
-def keeper_command(config: KubernetesConfig) -> list[str]:
+def pass_command(config: KubernetesConfig) -> list[str]:
     """How the pass is started for a cluster, as its runs are submitted from this machine."""
     of_runs = config.model_copy(update={"context": None, "env": config.env | COLLECTED})
     return [config.python or "python", "-P", "-m", "clusters.pod_keeper", of_runs.model_dump_json()]

@@ -1,7 +1,7 @@
 """What is applied to the namespace of a cluster of the clusters file."""
 
 from clusters.kubernetes_config import KubernetesConfig
-from clusters.pod_keeper import keeper_command
+from clusters.pod_keeper import pass_command
 from clusters.remote.code import installed_code
 from k8s.install import BaseObject, install_manifests
 from k8s.keeper import keeper_manifests
@@ -22,7 +22,7 @@ def keeper_for(name: str) -> list[BaseObject]:
     """The objects of a cluster's keeper, which runs this version of Fleetune; raises InputError."""
     config = _kubernetes(name)
     code = f"{config.root}/code/{installed_code().digest}"
-    return keeper_manifests(config, config.root, code, keeper_command(config))
+    return keeper_manifests(config, config.root, code, pass_command(config))
 
 
 def plan_of_install(name: str, storage: str | None, storage_class: str | None) -> list[str]:

@@ -60,7 +60,7 @@ def numbers(cluster: Cluster) -> list[str]:
 def test_an_open_run_whose_rayjob_has_ended_is_submitted_again_once(backend: Kubernetes, cluster: Cluster) -> None:
     for deployment in ("", "Initializing", "Running", "Retrying", "Suspended"):
         end(cluster, 1, deployment)
-        look(backend)
+        assert "submitted again" not in look(backend).reason
     assert numbers(cluster) == ["s1"]
     end(cluster, 1)
     status = look(backend)
