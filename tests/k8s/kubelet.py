@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -32,8 +32,8 @@ class Pod:
     command: Sequence[str]
     environment: Mapping[str, str]
     probes: Sequence[str]
+    folder: Path  # what it has at /tmp
     may_start: Callable[[], bool] = lambda: True  # what its init container waits for
-    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="ft-pod-", dir="/tmp")))
     process: subprocess.Popen[bytes] | None = None
     hook: subprocess.Popen[bytes] | None = None
     deadline: float = 0.0  # when the container of a pod that was told to end is killed
@@ -76,7 +76,18 @@ class Kubelet:
         self.pods: dict[str, Pod] = {}
         self.is_full = False  # whether no node has room for another pod
         self.made = 0
+        self.folders = Path(tempfile.mkdtemp(prefix="ft-pods-", dir="/tmp"))  # short: a socket's path has 107 bytes
         self._logs = logs
+
+    def new_folder(self) -> Path:
+        """A folder for a pod."""
+        return Path(tempfile.mkdtemp(dir=self.folders))
+
+    def close(self) -> None:
+        """Lose all pods."""
+        for name in list(self.pods):
+            self.lose(name)
+        shutil.rmtree(self.folders)
 
     def create(self, pod: Pod) -> None:
         """Have a pod that waits for a node."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -63,7 +64,7 @@ class RayCluster:
             there = [pod for pod in self.pods(kubelet) if _kind(pod) == kind and not pod.is_leaving]
             for _ in range(number - len(there)):
                 self.count += 1
-                kubelet.create(self._pod(kind, group))
+                kubelet.create(self._pod(kind, group, kubelet.new_folder()))
         ready = [pod for pod in self.pods(kubelet) if pod.is_ready and not pod.is_leaving]
         return len(ready) == sum(wanted.values())
 
@@ -76,11 +77,12 @@ class RayCluster:
         with urlopen(request, timeout=_DASHBOARD_S) as answer:
             return json.load(answer)
 
-    def _pod(self, kind: str, group: Stored) -> Pod:
+    def _pod(self, kind: str, group: Stored, folder: Path) -> Pod:
         template = copy.deepcopy(group["template"])
         labels = {**template["metadata"]["labels"], "ray.io/cluster": self.name, "ray.io/node-type": kind}
         metadata = {"name": f"{self.name}-{kind}-{self.count}", "labels": labels}
-        pod = Pod({"metadata": metadata, "spec": template["spec"], "status": {"phase": "Pending"}}, [], {}, [])
+        stored = {"metadata": metadata, "spec": template["spec"], "status": {"phase": "Pending"}}
+        pod = Pod(stored, [], {}, [], folder)
         agent = free_port()
         health = f"http://{_HOST}:{agent}/api/local_raylet_healthz"
         pod.probes = [health, f"http://{_HOST}:{self.dashboard}/api/gcs_healthz"] if kind == "head" else [health]
@@ -144,8 +146,7 @@ class KubeRay:
         """End everything."""
         self._done.set()
         self._thread.join()
-        for name in list(self.kubelet.pods):
-            self.kubelet.lose(name)
+        self.kubelet.close()
 
     def _run(self) -> None:
         while not self._done.wait(_TICK_S):

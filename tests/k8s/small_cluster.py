@@ -1,7 +1,10 @@
 """What there is in the clusters of these tests: a node, a pod of the reader, and what a client may do."""
 
+import os
 from pathlib import Path
 from typing import Any
+
+from api_server import Cluster
 
 from k8s.planned import READER_LABEL
 
@@ -30,3 +33,12 @@ def reader(name: str, ready: bool) -> dict[str, Any]:
     labels = {READER_LABEL: "true", "app.kubernetes.io/managed-by": "fleetune"}
     status = {"phase": "Running", "containerStatuses": [{"ready": ready}]}
     return {"metadata": {"name": name, "labels": labels}, "spec": {"containers": []}, "status": status}
+
+
+def small_cluster(folder: Path) -> Cluster:
+    """A cluster whose client has the rights of the role, and nothing else; pods have a folder as HOME."""
+    allowed = {(verb, resource) for (_, resource), verbs in NEEDED.items() for verb in verbs}
+    cluster = Cluster(tokens={"client": allowed}, nodes=[NODE])
+    cluster.objects["pods", "reader-1"] = reader("reader-1", True)
+    cluster.environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "FLEETUNE_POD": "reader-1"}
+    return cluster

@@ -15,7 +15,7 @@ from sampling import SEED
 
 pytest.importorskip("kubernetes", reason="the client of Kubernetes is not installed: pip install 'fleetune[k8s]'")
 
-from clusters import kubernetes_api
+from clusters import kubernetes, kubernetes_api
 from clusters.base import ClusterRequest, SubmissionRefused, Unreachable
 from clusters.kubernetes import Kubernetes
 from clusters.kubernetes_config import KubernetesConfig
@@ -36,7 +36,8 @@ def cluster() -> Cluster:
 
 @pytest.fixture
 def address(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of its server, which the kubeconfig has; nobody waits between two tries."""
+    """The address of its server, which the kubeconfig has; nobody waits between two tries, or submits runs again."""
+    monkeypatch.setattr(kubernetes, "submit_again", lambda *_: {})
     monkeypatch.setattr(kubernetes_api, "_FIRST_PAUSE_S", 0.0)
     monkeypatch.setattr(kubernetes_api, "_LONGEST_PAUSE_S", 0.0)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))

@@ -1,17 +1,24 @@
 """Runs on Kubernetes that really train: the pods of a RayJob are processes here, with real Ray in them."""
 
+import json
+import random
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-import yaml
-from api_server import Cluster
+from api_server import served
 from contract import NodeContract, QueueContract, RunContract
 from kubelet import Kubelet
 from kuberay import KubeRay
 from kubernetes_place import KubernetesPlace
-from training_runs import assert_undisturbed, begin, train_job
+from laptop import configure, use_laptop, write_laptop
+from sampling import SEED
+from small_cluster import small_cluster
+from training_runs import LONG, assert_undisturbed, begin, train_job, wait_for
 from waiting import until
 from worker import OUTSIDE
 
@@ -22,24 +29,32 @@ from runfolder.appended import read_lines
 from runfolder.chain import attempts
 
 
+@pytest.fixture(scope="module")
+def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeRay]:
+    """A cluster with an operator, whose reader's environment finds this installation."""
+    folder = tmp_path_factory.mktemp("kubernetes")
+    cluster = small_cluster(folder)
+    found = KubeRay(cluster, Kubelet(cluster, folder), time_scale=0.02)
+    yield found
+    found.stop()
+    assert found.error is None
+
+
+@pytest.fixture(scope="module")
+def site(operator: KubeRay, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a kubeconfig and a clusters file for it, and the claim."""
+    with served(operator.cluster) as address:
+        folder = tmp_path_factory.mktemp("laptop")
+        write_laptop(folder, address)
+        yield folder
+
+
 @pytest.fixture
-def place(laptop: Path, cluster: Cluster, tmp_path: Path) -> Iterator[KubernetesPlace]:
-    """The cluster of the laptop, with an operator."""
-    configure(tmp_path)
-    logs = tmp_path / "pods"
-    logs.mkdir()
-    operator = KubeRay(cluster, Kubelet(cluster, logs), time_scale=0.02)
-    yield KubernetesPlace("k8s", laptop, operator)
-    operator.stop()
-    assert operator.error is None
-
-
-def configure(folder: Path, **changes: Any) -> None:
-    """Have pods be small, and with one thread."""
-    path = folder / "clusters.yaml"
-    plain = yaml.safe_load(path.read_text())["k8s"]
-    plain |= {"cpus_per_worker": 1, "env": {"OMP_NUM_THREADS": "1"}, **changes}
-    path.write_text(yaml.safe_dump({"k8s": plain}))
+def place(operator: KubeRay, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KubernetesPlace:
+    """The cluster, as a laptop has it that knows no run."""
+    configure(site, cpus_per_worker=1, env={"OMP_NUM_THREADS": "1"}, queue=None)
+    use_laptop(site, tmp_path / "home", monkeypatch)
+    return KubernetesPlace("k8s", site / "claim", operator)
 
 
 class TestQueue(QueueContract):
@@ -56,17 +71,19 @@ class TestNodes(NodeContract):
 
 
 Begin = Callable[..., Path]
+CHEAP = ("waiting", "starting")  # endings before Ray is up
+ENDINGS = (*CHEAP, "running", "deleted", "succeeded", "failed")
 
 
 @pytest.fixture
 def begin_on_both(
-    place: KubernetesPlace, tmp_path: Path, tiny_base: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+    place: KubernetesPlace, site: Path, tmp_path: Path, tiny_base: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Begin:
     """Submit a run over both nodes whose steps take two seconds and more, and wait for the third."""
     monkeypatch.syspath_prepend(OUTSIDE)
 
     def submitted(**settings: Any) -> Path:
-        configure(tmp_path, **settings)
+        configure(site, **settings)
         both = {"sharding": {"zero": 3}, "resources": place.resources, "checkpoint": {"every": 5}}
         slow = {"objective": "slow", "env": {"PYTHONPATH": OUTSIDE}, "train": {"steps": 20, "batch_tokens": 128}}
         return begin(place.name, train_job(tmp_path, tiny_base, sums, **both, **slow), steps=3)
@@ -78,11 +95,11 @@ def assert_goes_on(run_dir: Path, place: KubernetesPlace, launch: Any, *, saved:
     """Wait for the end of a run that was disturbed once; where it was `saved`, no step was lost."""
     assert_undisturbed(run_dir, launch, 1200)
     first, second = attempts(run_dir)
-    assert first.verdict and first.verdict["kind"] != "success"
+    assert second.start
     if saved:
-        assert first.verdict["kind"] == "preemption"
-        assert second.start and second.start.step == read_lines(first, "metrics.jsonl")[-1]["step"]
-    assert place.operator.cluster.created == [f"{run_dir.name}-s1"]
+        assert first.verdict and first.verdict["kind"] == "preemption"
+        assert second.start.step == read_lines(first, "metrics.jsonl")[-1]["step"]
+    assert place.operator.cluster.created[-1] == f"{run_dir.name}-s1"
     until(place.is_idle, 120)
 
 
@@ -154,3 +171,60 @@ def test_a_run_does_not_notice_that_the_api_is_away(
     assert_undisturbed(run_dir, launch, 1200)
     assert len(attempts(run_dir)) == 1
     until(place.is_idle, 120)
+
+
+def submit_and_end(ending: str, place: KubernetesPlace, job: Callable[..., Path]) -> None:
+    """Submit a run, and see it to an ending of this kind."""
+    state = "cancelled"
+    if ending == "waiting":
+        with place.filled():
+            run_id = fleetune.submit(job(), cluster=place.name).run_id
+            wait_for(run_id, "queued")
+            fleetune.cancel(run_id)
+    elif ending == "starting":
+        run_id = fleetune.submit(job(**LONG), cluster=place.name).run_id
+        wait_for(run_id, "starting")
+        fleetune.cancel(run_id)
+    elif ending in ("running", "deleted"):
+        run_id = begin(place.name, job(train={"steps": 100_000, "batch_tokens": 512}), steps=2).name
+        if ending == "deleted":
+            place.forget(run_id)
+        fleetune.cancel(run_id)
+    elif ending == "succeeded":
+        run_id, state = fleetune.submit(job(), cluster=place.name).run_id, "succeeded"
+    else:
+        rows = place.root / "rows.jsonl"
+        rows.write_text(json.dumps({"prompt": "1 + 1 =", "completion": " 2"}) * 50)
+        with place.filled():
+            run_id, state = fleetune.submit(job(f"cluster:{rows}"), cluster=place.name).run_id, "failed"
+            rows.write_text("")
+    wait_for(run_id, state)
+
+
+def left_processes(place: KubernetesPlace) -> list[str]:
+    """The commands of processes that are of some run or pod."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or ())
+        if str(place.root / "runs") in command or str(place.kubelet.folders) in command:
+            found.append(command)
+    return found
+
+
+@pytest.mark.parametrize("number", [2, pytest.param(50, marks=[pytest.mark.chaos, pytest.mark.timeout(0)])])
+def test_no_pod_outlives_its_run(
+    number: int, place: KubernetesPlace, tmp_path: Path, tiny_base: Path, sums: Path
+) -> None:
+    job = partial(train_job, tmp_path, tiny_base)
+    before = set(place.operator.cluster.objects)
+    rng = random.Random(SEED)
+    for count in range(number):
+        ending = CHEAP[count] if number == len(CHEAP) else rng.choice(ENDINGS)
+        began = time.monotonic()
+        submit_and_end(ending, place, lambda rows=sums, **changes: job(rows, **changes))
+        until(place.is_idle, 180)
+        assert left_processes(place) == []
+        after = {(kind, name) for kind, name in place.operator.cluster.objects if kind != "rayjobs"}
+        assert after == before
+        print(f"{count}: {ending}, {place.kubelet.made} pods so far; {time.monotonic() - began:.0f} s", flush=True)
+    assert place.kubelet.made >= number
