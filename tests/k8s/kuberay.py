@@ -134,6 +134,8 @@ class KubeRay:
         self.kubelet = kubelet
         self.ray_clusters: dict[str, RayCluster] = {}
         self.is_up = True
+        self.admits = True  # whether Kueue lets RayJobs go that have a queue
+        self.gives_up_s = _STATUS_CHECK_TIMEOUT_S
         self._time_scale = time_scale  # of the time that a finished cluster stays
         self._ended: dict[str, float] = {}
         self._silent_since: dict[str, float] = {}
@@ -173,6 +175,9 @@ class KubeRay:
             self._delete(name)
 
     def _reconcile(self, rayjob: Stored) -> None:
+        if "kueue.x-k8s.io/queue-name" in rayjob["metadata"]["labels"]:
+            with self.cluster.lock:
+                rayjob["spec"] = rayjob["spec"] | {"suspend": not self.admits}
         status = rayjob.get("status") or {}
         cluster = self.ray_clusters.get(status.get("rayClusterName", ""))
         is_whole = bool(cluster) and cluster.reconcile(self.kubelet)
@@ -218,7 +223,7 @@ class KubeRay:
             return
         except OSError:
             since = self._silent_since.setdefault(name, time.monotonic())
-            if time.monotonic() - since > _STATUS_CHECK_TIMEOUT_S:
+            if time.monotonic() - since > self.gives_up_s:
                 self._write(rayjob, jobDeploymentStatus="Failed", reason="JobStatusCheckTimeoutExceeded")
             return
         self._silent_since.pop(name, None)

@@ -132,13 +132,30 @@ def test_a_run_that_kueue_suspends_saves_and_goes_on_later(
 ) -> None:
     run_dir = begin_on_both(queue="team-a")
     rayjob = place.operator.cluster.objects["rayjobs", f"{run_dir.name}-s1"]
-    rayjob["spec"]["suspend"] = True
+    place.operator.admits = False
     until(lambda: rayjob["status"]["jobDeploymentStatus"] == "Suspended" and not place.kubelet.pods, 300)
     status = fleetune.status(run_dir.name)
     assert (status.state, status.reason) == ("preempted", "it waits for Kueue to admit it")
-    rayjob["spec"]["suspend"] = False
+    place.operator.admits = True
     assert_goes_on(run_dir, place, launch, saved=True)
     assert "failed" not in rayjob["status"]
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+def test_a_run_that_kuberay_gives_up_goes_on_by_its_next_submission(
+    place: KubernetesPlace, begin_on_both: Begin, launch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = begin_on_both()
+    monkeypatch.setattr(place.operator, "gives_up_s", 5.0)
+    with place.filled():  # no node for another head
+        place.kubelet.lose(place.pods("head")[0].name)
+        status = wait_for(run_dir.name, "preempted")  # who looks submits it again
+        assert str(status.reason) == f"its RayJob has ended, and it was submitted again: RayJob {run_dir.name}-s2"
+    assert_undisturbed(run_dir, launch, 1200)
+    assert place.operator.cluster.created[-2:] == [f"{run_dir.name}-s1", f"{run_dir.name}-s2"]
+    assert [path.name for path in sorted((run_dir / "starts").iterdir())] == ["1.0", "2.0"]
+    until(place.is_idle, 120)
 
 
 @pytest.mark.chaos
