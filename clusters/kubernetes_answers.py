@@ -43,7 +43,9 @@ def status_of(rayjob: Answered, pods: Iterable[Answered], workloads: Iterable[An
     if not goes_on(rayjob):
         return _ended(rayjob)
     if deployment == "Running":
-        return ClusterStatus("running", f"RayJob {name}")
+        since = rayjob["status"].get("jobStatusCheckFailureStartTime")
+        silence = f": its head has not answered since {since}" if since else ""
+        return ClusterStatus("running", f"RayJob {name}{silence}")
     if rayjob["spec"].get("suspend") or deployment in _SUSPENDED:
         return ClusterStatus("queued", _why_suspended(name, workloads))
     if not deployment:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -78,6 +79,7 @@ class Kubelet:
         self.made = 0
         self.folders = Path(tempfile.mkdtemp(prefix="ft-pods-", dir="/tmp"))  # short: a socket's path has 107 bytes
         self._logs = logs
+        self._lock = threading.RLock()  # of the pods, to which a test and the operator's thread do something
 
     def new_folder(self) -> Path:
         """A folder for a pod."""
@@ -99,19 +101,16 @@ class Kubelet:
     def tick(self) -> None:
         """Take every pod one step further."""
         for pod in list(self.pods.values()):
-            if pod.is_leaving:
-                self._end(pod)
-            elif pod.process is None:
-                self._start(pod)
-            elif pod.process.poll() is not None:
-                self._write(pod, status={"phase": "Failed" if pod.process.returncode else "Succeeded"})
-            elif not pod.is_ready and all(map(_answers, pod.probes)):
-                self._write(pod, status=_running(is_ready=True))
+            with self._lock:
+                if pod.name in self.pods:
+                    self._step(pod)
 
     def delete(self, name: str) -> None:
         """Tell a pod to end, as an eviction does, too: its hook runs, then it gets SIGTERM, and at last SIGKILL."""
         pod = self.pods[name]
-        if not pod.is_leaving:
+        with self._lock:
+            if pod.is_leaving:
+                return
             self._write(pod, metadata=pod.stored["metadata"] | {"deletionTimestamp": "2026-11-22T02:50:53Z"})
             pod.deadline = time.monotonic() + pod.stored["spec"]["terminationGracePeriodSeconds"]
             if pod.process and pod.process.poll() is None:
@@ -120,14 +119,20 @@ class Kubelet:
 
     def lose(self, name: str) -> None:
         """Lose a pod without a warning, as with its node, which is back at once."""
-        pod = self.pods.pop(name)
-        pod.kill()
-        with self.cluster.lock:
-            self.cluster.objects.pop(("pods", name), None)
+        with self._lock:
+            self.pods.pop(name).kill()
+            with self.cluster.lock:
+                self.cluster.objects.pop(("pods", name), None)
 
-    def processes(self) -> list[int]:
-        """The containers that run."""
-        return [pod.process.pid for pod in self.pods.values() if pod.process and pod.process.poll() is None]
+    def _step(self, pod: Pod) -> None:
+        if pod.is_leaving:
+            self._end(pod)
+        elif pod.process is None:
+            self._start(pod)
+        elif pod.process.poll() is not None:
+            self._write(pod, status={"phase": "Failed" if pod.process.returncode else "Succeeded"})
+        elif not pod.is_ready and all(map(_answers, pod.probes)):
+            self._write(pod, status=_running(is_ready=True))
 
     def _start(self, pod: Pod) -> None:
         if self.is_full:

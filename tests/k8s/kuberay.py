@@ -223,11 +223,12 @@ class KubeRay:
             return
         except OSError:
             since = self._silent_since.setdefault(name, time.monotonic())
+            self._write(rayjob, jobStatusCheckFailureStartTime="2026-11-22T02:50:53Z")
             if time.monotonic() - since > self.gives_up_s:
                 self._write(rayjob, jobDeploymentStatus="Failed", reason="JobStatusCheckTimeoutExceeded")
             return
         self._silent_since.pop(name, None)
-        self._write(rayjob, jobStatus=found["status"])
+        self._write(rayjob, jobStatus=found["status"], jobStatusCheckFailureStartTime=None)
         if found["status"] in ("SUCCEEDED", "STOPPED"):
             self._write(rayjob, jobDeploymentStatus="Complete")
         elif found["status"] == "FAILED":

@@ -247,6 +247,12 @@ WORKLOAD = {
         ),
         ({"jobDeploymentStatus": "Running", "jobStatus": "Failure"}, [], "running", f"RayJob {RUN_ID}-s1"),
         ({"jobDeploymentStatus": "Running", "jobStatus": "SUCCEEDED"}, [], "running", f"RayJob {RUN_ID}-s1"),
+        (
+            {"jobDeploymentStatus": "Running", "jobStatusCheckFailureStartTime": "2026-11-22T02:50:53Z"},
+            [],
+            "running",
+            f"RayJob {RUN_ID}-s1: its head has not answered since 2026-11-22T02:50:53Z",
+        ),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, [], "ended", ""),
         (
             {"jobDeploymentStatus": "Failed", "reason": "AppFailed", "message": "exit\ncode 1"},

@@ -111,6 +111,8 @@ def test_a_run_whose_pod_is_lost_goes_on(
 ) -> None:
     run_dir = begin_on_both()
     place.kubelet.lose(place.pods(kind)[0].name)
+    if kind == "head":
+        until(lambda: "its head has not answered since" in str(fleetune.status(run_dir.name).reason))
     assert_goes_on(run_dir, place, launch, saved=False)
 
 
