@@ -61,8 +61,11 @@ class RayCluster:
         wanted = {"head": 1, "worker": workers["replicas"]}
         for kind, number in wanted.items():
             group = self.spec["headGroupSpec"] if kind == "head" else workers
-            there = [pod for pod in self.pods(kubelet) if _kind(pod) == kind and not pod.is_leaving]
-            for _ in range(number - len(there)):
+            there = [pod for pod in self.pods(kubelet) if _kind(pod) == kind]
+            staying = [
+                pod for pod in there if kind == "head" or not pod.is_leaving
+            ]  # a second head waits for its end
+            for _ in range(number - len(staying)):
                 self.count += 1
                 kubelet.create(self._pod(kind, group, kubelet.new_folder()))
         ready = [pod for pod in self.pods(kubelet) if pod.is_ready and not pod.is_leaving]
