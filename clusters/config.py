@@ -10,7 +10,7 @@ from runfolder.resources import Section
 from runfolder.variables import Variables, is_secret
 
 _DESTINATION = re.compile(r"[A-Za-z0-9_][\w.@:%+\[\]-]*")
-_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=[\"']?([^\s\"'$`;&|]+)")  # of a text, not of what a command prints
+_ASSIGNMENT = re.compile(r"\b(\w++)=[\"']?([^\s\"'$`;&|]+)")  # of a text, not of what a command prints
 _PLACE = re.compile(r"[^-\x00-\x1f\x7f][^\x00-\x1f\x7f]{0,4095}")
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -27,9 +28,11 @@ from clusters.base import (
 )
 from clusters.closing import close_cancelled
 from clusters.environment import run_settings
+from clusters.job_start import latest_noted
 from clusters.kubernetes_answers import goes_on, runs_now, status_of
 from clusters.kubernetes_api import KubernetesApi, Rejected
 from clusters.kubernetes_config import KubernetesConfig, flaw_of_name
+from clusters.kubernetes_keeper import submit_again
 from clusters.kubernetes_nodes import capacity_of_nodes
 from clusters.kueue import look_at_queue
 from clusters.pod_link import PodLink
@@ -137,14 +140,10 @@ class Kubernetes:
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
         """The state of each run, by one list of RayJobs: its newest one's.
 
-        Where some wait, pods are listed too, and what Kueue has of its queue.
+        Where some wait, pods are listed too, and what Kueue has of its queue. An open run that no RayJob carries is
+        submitted again (kubernetes_keeper.py).
         """
-        newest: dict[str, RayJob] = {}
-        for found in submissions(self.api.rayjobs(OUR_OBJECTS)):
-            run_id = found["metadata"]["labels"].get(RUN_LABEL, "")
-            if run_id not in newest or _submission_in(found) > _submission_in(newest[run_id]):
-                newest[run_id] = found
-        wanted = {run_id: newest.get(run_id) for run_id in run_ids}
+        wanted = self.newest_rayjobs(run_ids)
         waiting = [found for found in wanted.values() if found and goes_on(found) and not runs_now(found)]
         pods = self._pods_by_run() if waiting else {}
         queue = look_at_queue(self.api, self.config.queue) if waiting and self.config.queue else None
@@ -155,7 +154,18 @@ class Kubernetes:
                 statuses[run_id] = ClusterStatus("unknown", why)
             else:
                 statuses[run_id] = status_of(newest_one, pods.get(run_id, []), queue)
+        with suppress(Unreachable):  # what the API says is known
+            statuses |= submit_again(self, wanted)
         return statuses
+
+    def newest_rayjobs(self, run_ids: Iterable[str]) -> dict[str, RayJob | None]:
+        """The RayJob of each run's newest submission, None where there is none, by one list."""
+        newest: dict[str, RayJob] = {}
+        for found in submissions(self.api.rayjobs(OUR_OBJECTS)):
+            run_id = found["metadata"]["labels"].get(RUN_LABEL, "")
+            if run_id not in newest or _submission_in(found) > _submission_in(newest[run_id]):
+                newest[run_id] = found
+        return {run_id: newest.get(run_id) for run_id in run_ids}
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
         """How runs stand, None: all of the claim."""
@@ -208,7 +218,10 @@ class Kubernetes:
 
     def _next_submission(self, run_id: str) -> int:
         """The number after those of the run's RayJobs that are there, and of those that have started it before."""
-        started: int = self.ask_reader({"verb": "latest_start", "run_id": run_id})
+        if is_pod():
+            started, _ = latest_noted(self.home / "runs" / run_id / "starts")
+        else:
+            started = self.ask_reader({"verb": "latest_start", "run_id": run_id})
         numbers = [_submission_in(found) for found in self._rayjobs_of(run_id)]
         return 1 + max([started, *numbers])
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from clusters.base import ClusterState, ClusterStatus
+from clusters.base import ClusterStatus
 from clusters.kueue import Answered, QueueView
 
 # Why a container waits that will not start before somebody fixes something.
@@ -13,6 +13,7 @@ _STUCK = (
     "ImagePullBackOff",
     "InvalidImageName",
 )
+_NO_NODES = "its pods have no nodes yet"
 _SUSPENDED = ("Suspended", "Suspending")
 _OVER = ("Complete", "Failed", "ValidationFailed")
 
@@ -28,6 +29,11 @@ def runs_now(rayjob: Answered) -> bool:
     return goes_on(rayjob) and _deployment(rayjob) == "Running"
 
 
+def is_invalid(rayjob: Answered) -> bool:
+    """Whether KubeRay refuses a RayJob for what it says."""
+    return _deployment(rayjob) == "ValidationFailed"
+
+
 def status_of(rayjob: Answered, pods: Iterable[Answered], queue: QueueView | None) -> ClusterStatus:
     """How the cluster sees the run of a RayJob; `pods` are those of its run, `queue` is what waits in Kueue's."""
     name = rayjob["metadata"]["name"]
@@ -35,7 +41,9 @@ def status_of(rayjob: Answered, pods: Iterable[Answered], queue: QueueView | Non
     if not goes_on(rayjob):
         return _ended(rayjob)
     if deployment == "Running":
-        return ClusterStatus("running", f"RayJob {name}")
+        since = rayjob["status"].get("jobStatusCheckFailureStartTime")
+        silence = f": its head has not answered since {since}" if since else ""
+        return ClusterStatus("running", f"RayJob {name}{silence}")
     if rayjob["spec"].get("suspend") or deployment in _SUSPENDED:
         if queue is None:
             return ClusterStatus("queued", f"RayJob {name} is suspended, and no queue is named that would admit it")
@@ -65,13 +73,16 @@ def _ended(rayjob: Answered) -> ClusterStatus:
 
 def _starting(rayjob: Answered, pods: list[Answered]) -> ClusterStatus:
     """The status of a run whose pods are not all there: queued where one has no node, else starting."""
+    name = rayjob["metadata"]["name"]
     without_pod = _why_no_pod(rayjob["status"].get("rayClusterStatus") or {})
     if without_pod:
         return without_pod
     for pod in pods:
         for condition in pod["status"].get("conditions", []):
             if condition["type"] == "PodScheduled" and condition["status"] == "False":
-                return ClusterStatus("queued", str(condition.get("message") or "its pods have no nodes yet"))
+                return ClusterStatus("queued", str(condition.get("message") or _NO_NODES))
+    if not pods or not all(pod["spec"].get("nodeName") for pod in pods):
+        return ClusterStatus("queued", f"RayJob {name}: {_NO_NODES}")
     ready = 0
     for pod in pods:
         containers = pod["status"].get("containerStatuses", [])
@@ -81,7 +92,6 @@ def _starting(rayjob: Answered, pods: list[Answered]) -> ClusterStatus:
                 words = f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
                 return ClusterStatus("starting", f"pod {pod['metadata']['name']}: {words}", stuck=True)
         ready += bool(containers) and all(container.get("ready") for container in containers)
-    name = rayjob["metadata"]["name"]
     return ClusterStatus("starting", f"RayJob {name}: {ready} of {len(pods)} pods are ready")
 
 
@@ -89,8 +99,10 @@ def _why_no_pod(ray_cluster: Answered) -> ClusterStatus | None:
     """The status of a run for which KubeRay cannot make a pod; None where it can. A quota may be free later."""
     for condition in ray_cluster.get("conditions", []):
         if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
-            message = " ".join(str(condition.get("message") or condition.get("reason")).split())
-            is_quota = "exceeded quota" in message
-            state: ClusterState = "queued" if is_quota else "starting"
-            return ClusterStatus(state, f"KubeRay cannot make a pod: {message[:300]}", not is_quota)
+            words = str(condition.get("message") or condition.get("reason"))
+            message = " ".join(words.split())
+            reason = f"KubeRay cannot make a pod: {message[:300]}"
+            if "exceeded quota" in message:
+                return ClusterStatus("queued", reason)
+            return ClusterStatus("starting", reason, stuck=True)
     return None

@@ -26,16 +26,20 @@ class QueueView:
 
     def status(self, name: str) -> ClusterStatus:
         """Why a RayJob of this name is not admitted; stuck where that is for somebody to fix."""
-        words = [self._place(name)] if name in self.places else []
-        workload = self.workloads.get(name)
+        words = []
+        if name in self.places:
+            words.append(self._place(name))
         is_stuck = False
-        if workload:
-            reason, is_stuck = _pending_reason(workload)
-            words.append(reason)
-        words = [*filter(None, words)] or [f"it waits for queue {self.queue} to admit it"]
+        if name in self.workloads:
+            reason, is_stuck = _pending_reason(self.workloads[name])
+            if reason:
+                words.append(reason)
+        if not words:
+            words.append(f"it waits for queue {self.queue} to admit it")
         if self.trouble:
             words.append(self.trouble)
-        return ClusterStatus("queued", f"Kueue: {'; '.join(words)}", is_stuck)
+        text = "; ".join(words)
+        return ClusterStatus("queued", f"Kueue: {text}", is_stuck)
 
     def _place(self, name: str) -> str:
         """The place of a RayJob in the queue, as people count."""
@@ -100,15 +104,19 @@ def _pending_reason(workload: Answered) -> tuple[str, bool]:
     words = []
     is_stuck = False
     conditions = {}
-    for condition in (workload.get("status") or {}).get("conditions", []):
+    status = workload.get("status") or {}
+    for condition in status.get("conditions", []):
         conditions[condition["type"]] = condition
     evicted = conditions.get("Evicted", {})
     if evicted.get("status") == "True":
-        words.append(f"it was evicted ({evicted.get('reason') or 'no reason given'})")
+        reason = evicted.get("reason") or "no reason given"
+        words.append(f"it was evicted ({reason})")
     for name in ("QuotaReserved", "Admitted"):
         condition = conditions.get(name, {})
-        if condition.get("status") == "False" and condition.get("message"):
-            words.append(" ".join(condition["message"].split()))
+        message = condition.get("message")
+        if condition.get("status") == "False" and message:
+            in_one_line = " ".join(message.split())
+            words.append(in_one_line)
             is_stuck = condition.get("reason") == "Inadmissible"
             break
     return "; ".join(words), is_stuck

@@ -37,7 +37,7 @@ def install_manifests(
         if adapted["kind"] == "PersistentVolumeClaim":
             _store(adapted["spec"], storage, storage_class)
         if adapted["kind"] == "Deployment":
-            _run_as(adapted["spec"]["template"]["spec"], settings, home)
+            run_as(adapted["spec"]["template"]["spec"], settings, home)
         objects.append(adapted)
     return objects
 
@@ -57,8 +57,8 @@ def _store(claim: BaseObject, storage: str | None, storage_class: str | None) ->
         claim["storageClassName"] = storage_class
 
 
-def _run_as(pod: BaseObject, settings: KubernetesSettings, home: str) -> None:
-    """Have the pod of the reader be like those of runs: of their image, user and account, with their claim."""
+def run_as(pod: BaseObject, settings: KubernetesSettings, home: str) -> None:
+    """Have a pod that has the claim be like those of runs: of their image, user and account, with their claim."""
     pod["serviceAccountName"] = settings.service_account
     pod["securityContext"] |= dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), settings.user)
     if settings.image_pull_secrets:

@@ -25,6 +25,15 @@ def manifests_command(cluster: EntryOption, storage: SizeOption = None, storage_
     print(manifests_text(manifests_for(cluster, storage, storage_class)), end="")
 
 
+@k8s_app.command("keeper")
+def keeper_command(cluster: EntryOption) -> None:
+    """Print a CronJob that submits open runs again that nothing carries any more, for whoever wants one."""
+    from k8s.text import manifests_text
+    from orchestrator.k8s_install import keeper_for
+
+    print(manifests_text(keeper_for(cluster)), end="")
+
+
 @k8s_app.command("install")
 def install_command(
     cluster: EntryOption,

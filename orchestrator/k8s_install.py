@@ -5,7 +5,10 @@ from collections.abc import Callable
 from clusters.kubernetes_api import KubernetesApi
 from clusters.kubernetes_config import KubernetesConfig
 from clusters.kubernetes_install import Applied, apply_all, ensure_token, place_of
+from clusters.pod_keeper import pass_command
+from clusters.remote.code import installed_code
 from k8s.install import BaseObject, install_manifests
+from k8s.keeper import keeper_manifests
 from orchestrator.backends import config_of
 from orchestrator.errors import InputError
 
@@ -17,6 +20,13 @@ def manifests_for(name: str, storage: str | None, storage_class: str | None) -> 
         return install_manifests(config, config.root, storage, storage_class)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def keeper_for(name: str) -> list[BaseObject]:
+    """The objects of a cluster's keeper, which runs this version of Fleetune; raises InputError."""
+    config = kubernetes_config(name)
+    code = f"{config.root}/code/{installed_code().digest}"
+    return keeper_manifests(config, config.root, code, pass_command(config))
 
 
 def plan_of_install(name: str, storage: str | None, storage_class: str | None) -> list[str]:

@@ -205,7 +205,8 @@ class Handler(BaseHTTPRequestHandler):
         except Cut:
             self.close_connection = True
             return
-        data = answer if isinstance(answer, str) else json.dumps(answer)
+        with cluster.lock:  # an object of the cluster may change
+            data = answer if isinstance(answer, str) else json.dumps(answer)
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data.encode())))

@@ -1,5 +1,6 @@
 """What there is in the clusters of these tests: a node, a pod of the reader, and what a client may do."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,12 @@ def bind_claim(cluster: Cluster) -> None:
         if stored["kind"] == "PersistentVolumeClaim":
             stored["spec"]["storageClassName"] = "nfs"
             stored["status"] = {"phase": "Bound", "capacity": {"storage": "2Ti"}}
+
+
+def small_cluster(folder: Path) -> Cluster:
+    """A cluster in which `fleetune k8s install` was run; pods have a folder as HOME."""
+    cluster = Cluster(nodes=[NODE])
+    install_as_admin(cluster)
+    cluster.objects["pods", "reader-1"] = reader("reader-1", True)
+    cluster.environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "FLEETUNE_POD": "reader-1"}
+    return cluster
