@@ -108,6 +108,17 @@ def test_a_run_that_should_not_go_on_does_not(why: str, backend: Kubernetes, clu
     assert numbers(cluster) == ["s1"]
 
 
+def test_a_run_whose_rayjobs_were_deleted_goes_on_behind_its_last_start(
+    backend: Kubernetes, cluster: Cluster
+) -> None:
+    starts = backend.home / "runs" / RUN_ID / "starts"
+    starts.mkdir()
+    (starts / "2.1").touch()
+    cluster.objects.clear()
+    assert "was submitted again" in look(backend).reason
+    assert numbers(cluster) == ["s1", "s3"]
+
+
 def test_a_run_without_a_rayjob_is_lost_after_a_while(
     backend: Kubernetes, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
