@@ -11,6 +11,7 @@ from typing import Any
 
 from clusters.base import (
     Cluster,
+    ClusterRequest,
     ClusterStatus,
     SubmissionRefused,
     Unreachable,
@@ -62,9 +63,7 @@ def _submit(cluster: Cluster, run_id: str, number: int, earlier: Any) -> Cluster
     name = submission_name(run_id, number)
     try:
         job = job_in(cluster.site.record(run_id), f"run {run_id}: job.yaml")
-        if earlier and _annotated_digest(earlier) != _annotated_digest(
-            manifest_in(cluster.request(job, run_id, number - 1).text)
-        ):
+        if earlier and not _is_as_submitted(earlier, cluster.request(job, run_id, number - 1)):
             why = "it was submitted by another version of Fleetune or of the clusters file"
             return ClusterStatus("unknown", f"its RayJob has ended, and {why}; fleetune resume submits it again")
         request = cluster.request(job, run_id, number if earlier else None)
@@ -75,5 +74,10 @@ def _submit(cluster: Cluster, run_id: str, number: int, earlier: Any) -> Cluster
     return ClusterStatus("queued", f"its RayJob has ended, and it was submitted again: RayJob {name}")
 
 
-def _annotated_digest(manifest: Any) -> str:
-    return str(manifest["metadata"].get("annotations", {}).get(DIGEST_ANNOTATION, ""))
+def _is_as_submitted(rayjob: Any, request: ClusterRequest) -> bool:
+    """Whether a RayJob was submitted as this installation would submit it."""
+    annotations = rayjob["metadata"].get("annotations", {})
+    manifest = manifest_in(request.text)
+    of_ours = manifest["metadata"]["annotations"]
+    digest = annotations.get(DIGEST_ANNOTATION)
+    return bool(digest == of_ours[DIGEST_ANNOTATION])

@@ -142,7 +142,8 @@ class PodJob:
         """Whether this process is told to end, or a pod is that it has not heard of before."""
         leaving = leaving_pods(self.start.run_dir)
         if not leaving <= self._leaving:
-            self.awaits_end = len(leaving - self._leaving)
+            others = leaving - self._leaving
+            self.awaits_end = len(others)
             self._told_among = self.nodes.ids()
             self._leaving = leaving
         return bool(self.awaits_end) or self.told.is_set()

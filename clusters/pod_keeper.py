@@ -24,7 +24,9 @@ def main(text: str) -> None:
     cluster = Kubernetes.open(KubernetesConfig.model_validate_json(text), home())
     snapshots = cluster.site.snapshots(cluster.site.ids())
     still_open = [run_id for run_id, run in snapshots.items() if run.result is None]
-    for run_id, status in submit_again(cluster, cluster.newest_rayjobs(still_open)).items():
+    newest = cluster.newest_rayjobs(still_open)
+    statuses = submit_again(cluster, newest)
+    for run_id, status in statuses.items():
         print(f"{run_id}: {status.reason}", flush=True)
 
 

@@ -10,5 +10,9 @@ def ids_with_cores() -> set[str]:
     """The ids of the nodes that are alive and have cores for workers; a head on Kubernetes has none."""
     import ray
 
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return {node["NodeID"] for node in alive if node["Resources"].get("CPU", 0) > 0}
+    ids = set()
+    for node in ray.nodes():
+        cores = node["Resources"].get("CPU", 0)
+        if node["Alive"] and cores > 0:
+            ids.add(node["NodeID"])
+    return ids

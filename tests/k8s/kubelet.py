@@ -120,9 +120,10 @@ class Kubelet:
     def lose(self, name: str) -> None:
         """Lose a pod without a warning, as with its node, which is back at once."""
         with self._lock:
-            self.pods.pop(name).kill()
+            self.pods[name].kill()
             with self.cluster.lock:
                 self.cluster.objects.pop(("pods", name), None)
+            del self.pods[name]  # last: whoever finds no pods finds nothing of them
 
     def _step(self, pod: Pod) -> None:
         if pod.is_leaving:

@@ -79,14 +79,16 @@ ENDINGS = (*CHEAP, "running", "deleted", "succeeded", "failed")
 def begin_on_both(
     place: KubernetesPlace, site: Path, tmp_path: Path, tiny_base: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Begin:
-    """Submit a run over both nodes whose steps take two seconds and more, and wait for the third."""
+    """Submit a run over both nodes whose steps take two seconds and more, and wait for its first checkpoint."""
     monkeypatch.syspath_prepend(OUTSIDE)
 
     def submitted(**settings: Any) -> Path:
         configure(site, **settings)
-        both = {"sharding": {"zero": 3}, "resources": place.resources, "checkpoint": {"every": 5}}
+        both = {"sharding": {"zero": 3}, "resources": place.resources, "checkpoint": {"every": 3}}
         slow = {"objective": "slow", "env": {"PYTHONPATH": OUTSIDE}, "train": {"steps": 20, "batch_tokens": 128}}
-        return begin(place.name, train_job(tmp_path, tiny_base, sums, **both, **slow), steps=3)
+        run_dir = begin(place.name, train_job(tmp_path, tiny_base, sums, **both, **slow), steps=3)
+        until(lambda: list(run_dir.glob("attempts/1/checkpoints/*/manifest.json")), 300)
+        return run_dir
 
     return submitted
 
