@@ -21,7 +21,7 @@ from clusters.slurm import Slurm
 from clusters.slurm_checkup import check_slurm
 from clusters.slurm_script import SlurmConfig
 from orchestrator.backends import lock_for
-from runfolder.chain import claim_next, close, reopen
+from runfolder.chain import claim_next, close, reopen, result
 from runfolder.job import Job
 from runfolder.requests import request_cancel
 
@@ -253,7 +253,7 @@ def test_a_script_is_utf8_whatever_the_locale(tmp_path: Path, asked: Path) -> No
 from pathlib import Path
 from clusters.slurm import Slurm
 from clusters.slurm_script import SlurmConfig
-from runfolder.chain import claim_next, close, reopen
+from runfolder.chain import claim_next, close, reopen, result
 from runfolder.job import Job
 from runfolder.requests import request_cancel
 home = Path({str(tmp_path)!r})
@@ -401,6 +401,19 @@ def test_a_cancel_ends_a_job_that_has_no_controller_yet(
     attempt.write_verdict({"kind": "node_lost"})
     slurm.cancel(RUN_ID)
     assert asked.read_text().splitlines().count("7") == len(closed) == 3
+
+
+def test_a_cancel_between_two_jobs_of_a_chain_is_none_of_its_failures(slurm: Slurm, asked: Path) -> None:
+    program(asked, "squeue", ":")
+    run_dir = slurm.site.root / "sums-1123456789"
+    slurm.site.create(run_dir.name, {"cluster": "hpc", "submitted": 0.0, "job": PLAIN})
+    attempt = claim_next(run_dir, None)
+    assert attempt
+    attempt.write_verdict({"kind": "walltime"})
+    request_cancel(run_dir)
+    slurm.cancel(run_dir.name)
+    ended = result(run_dir)
+    assert ended and (ended["state"], ended["reason"]) == ("cancelled", "cancelled by request")
 
 
 def test_a_job_that_lost_its_first_node_goes_back_to_the_queue(slurm: Slurm, asked: Path) -> None:
