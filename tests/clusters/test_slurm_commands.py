@@ -18,7 +18,7 @@ from clusters.container_checkup import check_container
 from clusters.job_start import JobStart
 from clusters.package_checks import package_in
 from clusters.slurm import Slurm
-from clusters.slurm_checkup import check_slurm
+from clusters.slurm_checkup import check_slurm, run_test_job
 from clusters.slurm_script import SlurmConfig
 from orchestrator.backends import lock_for
 from runfolder.chain import claim_next, close, reopen, result
@@ -100,6 +100,18 @@ def test_a_doctor_reads_what_names_partitions(asked: Path) -> None:
     assert found == ("ok", "gpu,cpu")
     found = [(check.level, check.found) for check in check_slurm({**config, "partition": "gpu,other"})][1]
     assert found == ("fail", "no 'other'; there are: gpu, cpu")
+
+
+def test_a_test_job_looks_for_the_run_root_on_its_node(tmp_path: Path, asked: Path) -> None:
+    config = SlurmConfig(kind="slurm", setup=("echo set up",)).model_dump()
+    root = tmp_path / "root"
+    program(asked, "sinfo", ":")
+    program(asked, "srun", f'shift 3; mv {root} {root}.away; "$@"; mv {root}.away {root}')
+    check = run_test_job(config, root)
+    assert (check.level, check.found) == ("fail", f"its node does not have what is in {root} here")
+    program(asked, "srun", "echo CPU only")
+    assert run_test_job(config, root).level == "ok"
+    assert not list(root.iterdir())
 
 
 def test_a_doctor_looks_into_the_container(tmp_path: Path, asked: Path) -> None:
