@@ -30,7 +30,7 @@ MISHAPS = ("away", "timeout", "slow", "late", "killed", "no answer", "lost answe
 _AWAY = "Unable to contact slurm controller (connect failure)"
 _LOST = "Batch job submission failed: Socket timed out on send/recv operation"
 _FORGOTTEN_AFTER = 4  # ticks after its start; it has ended after two
-_ENDING_TICKS = 6  # of a job that is lost
+_ENDING_TICKS = 12  # of a job that is lost
 _SLOW_S = 0.02  # long enough for who asked to be gone, and to ask again
 
 
@@ -104,7 +104,9 @@ class SlurmModel:
     @property
     def asked(self) -> int:
         """How often it was asked to take a job."""
-        asked: int = json.loads(self._state.read_text())["asked"]
+        with self._lock.open("w") as lock:  # a far side whose link was cut may go on
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            asked: int = json.loads(self._state.read_text())["asked"]
         return asked
 
     @property
