@@ -2,30 +2,39 @@
 
 The first line says which cluster is meant, as the clusters file of the one who asks describes it; run folders are in
 FLEETUNE_HOME/runs. A request is {"verb": ..., its arguments}; the answer is {"answer": ...}, or {"error": its kind,
-"message": one line}. The end of the input ends it.
+"message": one line}. What takes long, like the digest of a large file, has lines that say so before its answer. The
+end of the input ends it.
 """
 
 import json
 import os
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import fleetune_start
 from clusters.backends import backend_of, open_backend
 from clusters.base import Cluster, ClusterRequest, Standing
 from clusters.controllers import COLLECTED
-from clusters.remote.far_side import READY, kind_of, words_of
+from clusters.remote.far_side import AT_WORK, READY, kind_of, words_of
 from clusters.remote.shelf import Shelf
 from runfolder.folders import home
 from runfolder.job import Job
 from runfolder.requested import answer_request
 from runfolder.site import PlainData
 
+_SIGN_S = 10.0  # between two signs of work
+_WORK_S = 0.001  # of processor time in between that counts as work, beside what a look takes
+
 
 def main() -> None:
     """Answer requests until the input ends."""
+    os.umask(os.umask(0) | 0o002)  # whatever the site's own lines set: a run is not for everybody to write
     answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
     first = sys.stdin.readline()
     if not first.endswith("\n"):
@@ -40,11 +49,40 @@ def main() -> None:
     for line in sys.stdin:
         if not line.endswith("\n"):
             break  # the link was cut in the middle of a request
-        reply = reply_to(cluster, shelf, json.loads(line))
-        try:
-            print(json.dumps(reply), file=answers, flush=True)
-        except BrokenPipeError:
-            os._exit(0)  # nobody is there to hear it
+        with _signs_of_work(answers):
+            reply = reply_to(cluster, shelf, json.loads(line))
+        _say(json.dumps(reply), answers)
+
+
+def _say(line: str, answers: TextIO) -> None:
+    """Send a line to the one who asks."""
+    try:
+        print(line, file=answers, flush=True)
+    except BrokenPipeError:
+        os._exit(0)  # nobody is there to hear it
+
+
+@contextmanager
+def _signs_of_work(answers: TextIO) -> Iterator[None]:
+    """Within it, a line now and then says that this process works; not where it waits for a dead file system."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_give_signs, args=(ended, answers), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _give_signs(ended: threading.Event, answers: TextIO) -> None:
+    """After each interval in which this process did something, say so, until the work has ended."""
+    before_s = time.process_time()
+    while not ended.wait(_SIGN_S):
+        worked_s = time.process_time() - before_s
+        if worked_s > _WORK_S:
+            _say(AT_WORK, answers)
+        before_s = time.process_time()
 
 
 def reply_to(cluster: Cluster, shelf: Shelf, request: PlainData) -> dict[str, Any]:

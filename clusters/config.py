@@ -10,6 +10,7 @@ from runfolder.resources import Section
 from runfolder.variables import Variables, is_secret
 
 _DESTINATION = re.compile(r"[A-Za-z0-9_][\w.@:%+\[\]-]*")
+_WITH_PORT = re.compile(r"^[^:]*:\d+$")  # an address of IPv6 has more colons
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=[\"']?([^\s\"'$`;&|]+)")  # of a text, not of what a command prints
 _PLACE = re.compile(r"[^-\x00-\x1f\x7f][^\x00-\x1f\x7f]{0,4095}")
 
@@ -31,6 +32,8 @@ class SshLink(Section):
     def _is_destination(cls, destination: str) -> str:
         if not _DESTINATION.fullmatch(destination):
             raise ValueError("must be user@host or a host alias: letters, digits and . _ - @ : only")
+        if _WITH_PORT.search(destination):
+            raise ValueError("must be without a port; say `Port` of the host in ~/.ssh/config")
         return destination
 
 
@@ -68,6 +71,12 @@ class ClusterConfig(Section):
         if root is not None and not root.startswith(("/", "~/")):
             raise ValueError("must be an absolute path, or one that begins with ~/, the home there")
         return root
+
+    @field_validator("setup", mode="before")
+    @classmethod
+    def _as_lines(cls, lines: object) -> object:
+        """A text stands for its lines."""
+        return tuple(lines.splitlines()) if isinstance(lines, str) else lines
 
     @field_validator("setup")
     @classmethod

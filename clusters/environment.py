@@ -59,10 +59,14 @@ def settings(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def secret_names(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """The secrets that an environment has."""
-    _, secret_settings = split_secrets(_set_in(environment, SETTINGS))
-    secrets = [name for name in SECRETS if environment.get(name)]
-    return (*secrets, *secret_settings)
+    """The secrets that an environment has, which a run takes along wherever it goes."""
+    return tuple(name for name in SECRETS if environment.get(name))
+
+
+def secret_settings(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The settings that hold a secret, like a proxy with a password: they are for runs on the same machine alone."""
+    _, secret = split_secrets(_set_in(environment, SETTINGS))
+    return tuple(secret)
 
 
 def secret_values(names: Iterable[str]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from clusters.base import (
 )
 from clusters.config import ClusterConfig
 from clusters.entry import Queue, QueueEntry, entry_text, queued_run
-from clusters.environment import machine_variables, run_settings
+from clusters.environment import machine_variables, run_settings, secret_settings
 from clusters.machine import misfit_of, total_capacity
 from clusters.ray_head import Head
 from runfolder.job import Job
@@ -105,6 +105,7 @@ class Local:
         if misfit:
             raise SubmissionRefused(misfit)
         environment = run_settings(self.env, job, os.environ) | {"FLEETUNE_HOME": str(self.home)}
+        secrets = tuple(dict.fromkeys((*secrets, *secret_settings(os.environ))))
         text = entry_text(self.site.root / run_id, job.resources.world_size, environment, secrets)
         run_dir = self.site.root / run_id
         return ClusterRequest(run_id, submission or 1, str(run_dir), text, secrets)

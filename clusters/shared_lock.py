@@ -3,7 +3,6 @@
 It spares work, and nothing relies on it: some file systems have no locks.
 """
 
-import errno
 import fcntl
 import time
 from collections.abc import Iterator
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import TextIO
 
 from clusters.base import Unreachable
+from clusters.file_locks import NO_LOCKS
 
 _WAIT_S = 60.0
 _LOCK_POLL_S = 0.1
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
@@ -37,6 +36,6 @@ def _is_taken(stream: TextIO) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
     return True

@@ -21,6 +21,7 @@ from clusters.base import (
     Logs,
     Standing,
     SubmissionRefused,
+    Unreachable,
     look_at,
     run_of_submission,
     submission_name,
@@ -149,8 +150,11 @@ class Slurm:
 
     def capacity(self) -> Capacity:
         """GPUs of the partition's nodes that are up, or their cores where they have none."""
-        partition = ["-p", self.config.partition] if self.config.partition else []
-        return capacity_of(ask_slurm([*SINFO, *partition]))
+        named = self.config.partition
+        said = ask_slurm([*SINFO, *(["-p", named] if named else [])])
+        if named and not said.strip():
+            raise Unreachable(f"SLURM has no partition {named!r} with nodes")
+        return capacity_of(said)
 
     def forecast(self, request: ClusterRequest) -> float | None:
         """In how many seconds SLURM would start it; raises SubmissionRefused in its words, where it never would."""

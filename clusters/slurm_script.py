@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from clusters.config import ClusterConfig
 from clusters.container import Container
-from clusters.slurm_walltime import walltime_option, warning_s
+from clusters.slurm_walltime import Walltime, walltime_option, warning_s
 from runfolder.job import Job
 from runfolder.resources import as_mapping
 
@@ -35,6 +35,8 @@ SbatchOption = Annotated[str | None, AfterValidator(_sbatch_value)]
 class SlurmConfig(ClusterConfig):
     """A SLURM site. Each field but `container` is the option of sbatch that has its name."""
 
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # an account may be a number
+
     kind: Literal["slurm"]
     partition: SbatchOption = None
     account: SbatchOption = None
@@ -44,7 +46,7 @@ class SlurmConfig(ClusterConfig):
     gpu_type: SbatchOption = Field(None, description="the type in --gres=gpu:TYPE:COUNT; null: any GPU")
     cpus_per_worker: int = Field(4, ge=1, description="cores for each worker")
     memory_per_worker: int | None = Field(None, ge=1, description="GiB for each worker; null: the site's default")
-    walltime: SbatchOption = Field(None, description="--time of jobs that say none; null: the site's default")
+    walltime: Walltime = Field(None, description="--time of jobs that say none; null: the site's default")
     container: Annotated[Container | None, as_mapping("image")] = Field(
         None, description="the image that has the packages of runs; null: `python` has them"
     )

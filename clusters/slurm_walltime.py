@@ -1,8 +1,14 @@
 """How long before its walltime a job is warned, and walltimes that leave no time before that."""
 
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
 from clusters.base import SubmissionRefused
 from runfolder.job import Job
+from runfolder.resources import read_duration
 
+_NO_LIMIT = ("0", "UNLIMITED", "INFINITE")
 _WARNING_S = 60  # beside the grace that a job asks for
 
 
@@ -12,11 +18,31 @@ def warning_s(job: Job) -> int:
 
 
 def walltime_option(job: Job, default: str | None) -> str | None:
-    """--time in minutes, rounded up: what the job says, else the site's."""
+    """--time: what the job says, else the site's."""
     if job.resources.walltime is None:
         return default
-    minutes = -(-job.resources.walltime // 60)
+    return _in_minutes(job.resources.walltime)
+
+
+def _in_minutes(seconds: int) -> str:
+    """--time in minutes, rounded up."""
+    minutes = -(-seconds // 60)
     return str(minutes)
+
+
+def _read_walltime(value: object) -> str | None:
+    """--time of a value in the clusters file: seconds or like 8h, as in a job, or in a form of SLURM's own."""
+    if value is None:
+        return None
+    seconds = read_duration(value)
+    if isinstance(seconds, int) and seconds > 0:
+        return _in_minutes(seconds)
+    if isinstance(value, str) and (value in _NO_LIMIT or seconds_in(value)):
+        return value
+    raise ValueError("allowed: seconds, or like 90s, 30m, 8h, 2d, or like 1-12:00:00, as --time of sbatch")
+
+
+Walltime = Annotated[str | None, BeforeValidator(_read_walltime)]
 
 
 def check_walltime(job: Job, default: str | None) -> None:

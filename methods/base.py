@@ -1,7 +1,7 @@
 """What a fine-tuning method is: hooks that follow the life of a step. A method overrides the few it needs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -200,6 +200,12 @@ class Method(Generic[O]):
 
     def initialise(self, model: Module, examples: Iterable[Tensor]) -> None:
         """Set a start that depends on data, once per run; every rank gets the same examples, token ids [1, T]."""
+
+    def speed_up(self, model: Module, undo: ExitStack) -> None:
+        """On the fast path: have the method's modules compute the same in less time, and `undo` what takes it back.
+
+        Weights are whole (ZeRO 0 to 2). What a module then does must be free of what `torch.compile` cannot trace.
+        """
 
     def changed_frozen(self, model: Module) -> list[str]:  # noqa: ARG002
         """Names of frozen parameters that training changes all the same; checkpoints hold them too."""

@@ -9,7 +9,7 @@ from clusters.config import SshLink
 from clusters.kubernetes_checkup import kubernetes_checks
 from clusters.kubernetes_config import KubernetesConfig
 from clusters.remote.lock import installed_lock
-from clusters.remote.machine import PythonMissing
+from clusters.remote.machine import CodeRefused, PythonMissing
 from orchestrator.backends import config_of, far_machine, lock_for, root_of
 from orchestrator.errors import InputError
 
@@ -35,6 +35,8 @@ def cluster_checks(name: str, test_job: bool) -> list[Check]:
         found = far_machine(name, config).check(wanted)
     except PythonMissing as error:
         return [Check("python", "fail", str(error), "say `setup` or `python` of the cluster")]
+    except CodeRefused as error:
+        return [Check("run root", "fail", str(error), "free some space there, or name another `root` of the cluster")]
     except Unreachable as error:
         mend = f"fleetune clusters connect {name}, or see what this says: ssh {config.link.ssh}"
         return [Check("link", "fail", str(error), mend)]

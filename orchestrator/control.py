@@ -10,6 +10,7 @@ from clusters.base import Cluster, SubmissionRefused, Unreachable
 from clusters.environment import secret_values
 from orchestrator.backends import expected_start, make_request
 from orchestrator.errors import InputError, RunRefused
+from orchestrator.planning.spec import load_yaml
 from orchestrator.runs import Handle, find
 from orchestrator.tracking.password import TRACKING_URI
 from runfolder.files import Record
@@ -107,7 +108,18 @@ def fetch(reference: str, to: Path | None = None, cluster: str | None = None) ->
         raise InputError(f"run {run.run_id}: it has not ended, and has no output yet; fleetune status {run.run_id}")
     target = to or Path(run.run_id)
     with _run_refused(), _alone_in(target):
+        _check_owner(target, run.run_id)
         return run.site.fetch(run.run_id, target)
+
+
+def _check_owner(folder: Path, run_id: str) -> None:
+    """Raise InputError for a folder into which another run was fetched."""
+    path = folder / "job.yaml"
+    if not path.exists():
+        return
+    owner = load_yaml(path).get("run_id", run_id)
+    if owner != run_id:
+        raise InputError(f"{folder}: run {owner} was fetched into it; allowed: another folder, with --to")
 
 
 def _ask(run: Handle, what: Ask, step: int | None = None) -> Record | None:

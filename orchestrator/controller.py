@@ -43,10 +43,16 @@ def main(run_dir: Path) -> int:
         take_secrets(run_dir)
         return take_further(run_dir)
     except Damaged as damage:
-        close(
-            run_dir, _final_word("failed", str(damage), Verdict("user_error", "").dump(), snapshot(run_dir).attempt)
-        )
+        close(run_dir, _end_of_damaged(run_dir, str(damage)))
         return 0
+
+
+def _end_of_damaged(run_dir: Path, damage: str) -> Record:
+    """The final word on a run that cannot be read, perhaps as another version of Fleetune has written it."""
+    attempt = snapshot(run_dir).attempt
+    if cancel_requested(run_dir):
+        return _final_word("cancelled", f"{_CANCELLED.reason}; {damage}", Verdict("cancelled", "").dump(), attempt)
+    return _final_word("failed", damage, Verdict("user_error", "").dump(), attempt)
 
 
 def take_secrets(run_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, find
@@ -26,6 +27,20 @@ class LogReader:
 
     def read(self, final: bool = False) -> str:
         """What is new since the last call, in whole lines; `final` takes a last line without its end too."""
+        return "".join(self.parts(final))
+
+    def parts(self, final: bool = False) -> Iterator[str]:
+        """What is new since the last call as it comes: a long log takes many requests."""
+        is_behind = True
+        while is_behind:
+            text, is_behind = self._ask(torn=False)
+            yield text
+        if final:
+            text, _ = self._ask(torn=True)
+            yield text
+
+    def _ask(self, torn: bool) -> tuple[str, bool]:
+        """What is new, as far as one request gives it, and whether there may be more."""
         files = {}
         since = {}
         for rank in self._ranks_to_read():
@@ -35,10 +50,12 @@ class LogReader:
         run = self._run
         appended = run.site.read(run.run_id, since)
         parts = []
+        is_behind = False
         for rank, file in files.items():
             chunks = appended[file]
+            is_behind |= any(chunk.is_full for chunk in chunks)
             follower = self._followers[rank]
-            for attempt, data in follower.take(chunks, torn=final):
+            for attempt, data in follower.take(chunks, torn):
                 if data:
                     part = (attempt, rank, data)
                     parts.append(part)
@@ -46,7 +63,7 @@ class LogReader:
         for part in sorted(parts):
             text = self._with_header(*part)
             texts.append(text)
-        return "".join(texts)
+        return "".join(texts), is_behind
 
     def _ranks_to_read(self) -> list[int]:
         if self._rank is None:

@@ -35,21 +35,22 @@ def follow(run: Handle, reader: LogReader | None) -> Status:
     display = _bar_display() if sys.stdout.isatty() else _line_display(quiet=reader is not None)
     with display as show:
         for status, metrics in _watch(run):
-            log = _new_lines(reader, ended=status.state in ENDED)
-            show(status, metrics, log)
+            for log in _new_lines(reader, ended=status.state in ENDED):
+                show(status, metrics, log)
     return status
 
 
-def _new_lines(reader: LogReader | None, ended: bool) -> str:
-    """What is new in a log; where the link is cut, the next look has it, so only the last one raises Unreachable."""
+def _new_lines(reader: LogReader | None, ended: bool) -> Iterator[str]:
+    """What is new in a log, in parts; where the link is cut, the next look has it, and only the last one raises."""
     if reader is None:
-        return ""
+        yield ""
+        return
     try:
-        return reader.read(final=ended)
+        yield from reader.parts(final=ended)
     except Unreachable:
         if ended:
             raise
-        return ""
+        yield ""
 
 
 def wait(reference: str) -> Status:

@@ -11,6 +11,8 @@ from runfolder.files import Damaged, Record, list_names
 from runfolder.seals import read_seal
 from runfolder.shapes import EVENT, ROW, FileShape, flaw_of
 
+READ_AT_ONCE = 2 << 20  # bytes of a file that are read at once, at most
+
 
 @dataclass(frozen=True)
 class Position:
@@ -31,9 +33,19 @@ class Chunk:
     after: Position
     sealed: bool
 
+    @property
+    def is_full(self) -> bool:
+        """Whether more of the file may be there already."""
+        return len(self.data) == READ_AT_ONCE
+
     def whole_lines(self) -> "Chunk":
-        """The same without a last line that is not whole; the position is before that line."""
+        """The same without a last line that is not whole; the position is before that line.
+
+        A line that is longer than what is read at once is given in parts.
+        """
         data = _whole_lines(self.data)
+        if self.is_full and not data:
+            return self
         torn_size = len(self.data) - len(data)
         offset = self.after.offset - torn_size
         after = Position(self.after.attempt, offset)
@@ -62,7 +74,7 @@ def read_from(run_dir: Path, file: str, since: Position) -> Iterator[Chunk]:
     """What was appended to a file since a position: one chunk for each attempt that has the file, oldest first.
 
     It ends with the first attempt that is not sealed: nothing of its successors is given before it is known how much
-    of its own counts.
+    of its own counts. It ends with a full chunk too, and who wants more asks again.
     """
     for slot in slots(run_dir):
         path = slot.folder / file
@@ -72,10 +84,14 @@ def read_from(run_dir: Path, file: str, since: Position) -> Iterator[Chunk]:
         if slot.number == since.attempt:
             offset = since.offset
         seal = sealed_size(slot, file)
-        data = _read_range(path, offset, seal)
+        stop = offset + READ_AT_ONCE
+        if seal is not None:
+            stop = min(stop, seal)
+        data = _read_range(path, offset, stop)
         after = Position(slot.number, offset + len(data))
-        yield Chunk(data, after, sealed=seal is not None)
-        if seal is None:
+        chunk = Chunk(data, after, sealed=seal is not None and len(data) < READ_AT_ONCE)
+        yield chunk
+        if not chunk.sealed:
             return
 
 

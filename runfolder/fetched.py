@@ -4,7 +4,7 @@ from pathlib import Path
 
 from runfolder.files import list_names
 
-FETCHED = ("output", "result.json", "job.yaml")
+FETCHED = ("job.yaml", "output", "result.json")  # the job first: it says whose output comes
 
 
 def paths_to_fetch(run_dir: Path) -> list[Path]:

@@ -10,8 +10,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def _seconds(value: object) -> object:
-    """Read `90s`, `30m`, `8h`, `2d` or a number of seconds."""
+def read_duration(value: object) -> object:
+    """Seconds, where a value is like `90s`, `30m`, `8h`, `2d`; any other value as it is."""
     if not isinstance(value, str):
         return value
     duration = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", value)
@@ -65,10 +65,10 @@ class Resources(Section):
         ge=1,
         description="workers on each node, where there is no GPU; null: one, unless gpus_per_node says more",
     )
-    walltime: Annotated[int | None, BeforeValidator(_seconds)] = Field(
+    walltime: Annotated[int | None, BeforeValidator(read_duration)] = Field(
         None, ge=1, description="seconds, or like 90s, 30m, 8h, 2d, after which an attempt must end; null: no limit"
     )
-    grace: Annotated[int, BeforeValidator(_seconds)] = Field(
+    grace: Annotated[int, BeforeValidator(read_duration)] = Field(
         30, ge=0, description="how long a run that must end has to save: seconds, or like 2m"
     )
 

@@ -106,6 +106,8 @@ def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.
     with partitioned_loading(stage, weights):
         torch.manual_seed(settings.seed)
         model = _load_base(job, options, device)
+        if whole:
+            quantised.disable_cpu_repacking(model)
         _autocast_forward(model, dtype, device)
         model.config.use_cache = False
         if settings.gradient_checkpointing:

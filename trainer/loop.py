@@ -98,7 +98,7 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     else:
         method.initialise(model, documents(batches, device))
     with noting_progress(attempt):
-        objective.kernels = make_fast(job, model, dtype, device)
+        objective.kernels = make_fast(job, model, method, dtype, device)
     shards = shard(job, model, method, saved, objective.kernels.fused_step)
     schedule = method.schedule(lambda step: learning_rate(job, step, batches.steps))
     run = Run(

@@ -23,8 +23,9 @@ from runfolder.files import Damaged
 from runfolder.site import Refused as RunRefused
 
 READY = "fleetune-answers"  # begins the line by which the far side says that it is there
+AT_WORK = "fleetune-works"  # the line by which it says that it works on an answer, now and then
 _START_S = 90.0  # until the far side is ready: a cold file system takes long to load Python
-_ANSWER_S = 120.0
+_ANSWER_S = 120.0  # without an answer, or a sign of work on it
 _CUT = "the connection ended before the answer"
 
 
@@ -75,7 +76,10 @@ class FarSide:
                 self._start()
             try:
                 self._write(request)
-                reply = json.loads(self._line(timeout_s))
+                line = self._line(timeout_s)
+                while line == AT_WORK.encode():
+                    line = self._line(timeout_s)
+                reply = json.loads(line)
             except (OSError, ValueError) as error:
                 raise self._broken(str(error)) from None
             except BaseException:
@@ -110,7 +114,10 @@ class FarSide:
         if not self._begin():
             self.machine.send_code()
             if not self._begin():
-                raise Unreachable(f"cluster {self.name}: Fleetune's code was sent there and is not there")
+                code = f"code/{self.machine.code.digest}"
+                raise Unreachable(
+                    f"cluster {self.name}: Fleetune's code was sent there and is not whole; remove {code} of its root"
+                )
 
     def _begin(self) -> bool:
         """Start the process there; False where its code is not there yet."""

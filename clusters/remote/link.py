@@ -78,7 +78,7 @@ class Ssh:
         """The command to type, by what ssh said."""
         if "Host key verification failed" in stderr:
             return f"; look at its host key once with: ssh {self.destination}"
-        if "Permission denied" in stderr and self.connect:
+        if "Permission denied (" in stderr and self.connect:  # ssh's own, with the ways to log in
             return f"; open the connection with: {self.connect}"
         return ""
 
@@ -95,6 +95,7 @@ class Ssh:
                 "ServerAliveCountMax": str(_MISSED),
                 "ClearAllForwardings": "yes",
                 "RequestTTY": "no",
+                "RemoteCommand": "none",
             }
         )
 

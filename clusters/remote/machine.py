@@ -37,6 +37,10 @@ class EnvironmentMissing(Unreachable):
         self.cluster = cluster
 
 
+class CodeRefused(Unreachable):
+    """Fleetune's code could not be written to the root of a cluster."""
+
+
 class PythonMissing(Unreachable):
     """No Python on a cluster's machine is new enough."""
 
@@ -85,7 +89,10 @@ class FarMachine:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Unreachable(f"cluster {self.name}: {error}") from None
         if sent.returncode:
-            raise self.failure(None, sent.stderr, f"code was not taken, exit code {sent.returncode}")
+            failure = self.failure(sent.returncode, sent.stderr, f"code was not taken, exit code {sent.returncode}")
+            if sent.returncode == BROKEN:
+                raise failure
+            raise CodeRefused(str(failure))
 
     def failure(self, code: int | None, stderr: bytes, reason: str) -> Unreachable:
         """What to raise for a script that failed, by its exit code and its words; `reason` where it had none."""

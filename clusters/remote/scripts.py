@@ -12,7 +12,7 @@ NO_PYTHON = 99  # exit code: no Python there is new enough
 _ROOT = 'root=${1:-${FLEETUNE_HOME:-$HOME/.fleetune}}; case $root in "~/"*) root=$HOME/${root#"~/"};; esac\n'
 _CODE = _ROOT + (
     'code=$root/code/$2; modules=$(find "$code" -name "*.py" 2>/dev/null | wc -l)\n'  # old files may be purged there
-    f'[ "$modules" -eq "$5" ] || exit {NO_CODE}\n'
+    f'[ "$modules" -ge "$5" ] || exit {NO_CODE}\n'
     "export FLEETUNE_HOME=$root PYTHONPATH=$code PYTHONUNBUFFERED=1 PYTHONUTF8=1\n"
 )
 # It sets `base`, a Python that is new enough; `python`, the one of runs; and `environment`, "" for a named Python.
@@ -37,7 +37,7 @@ DECODE = 'script=$1; shift; eval "$(printf %s "$script" | base64 -d)"'
 # Where the folder is there already, another client was first, or files of it are gone.
 RECEIVE = _ROOT + (
     'umask 077; mkdir -p "$root/code" && new=$(mktemp -d "$root/code/.new-XXXXXX") && '
-    'tar -xzmf - -C "$new" && '
+    '{ tar -xzmf - -C "$new" || { rm -rf "$new"; exit 1; }; } && '
     '{ mv -T "$new" "$root/code/$2" 2>/dev/null || '
     '{ cp -rn "$new/." "$root/code/$2"; rm -rf "$new"; [ -d "$root/code/$2" ]; }; }'
 )

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from clusters.file_locks import lock_file
+
 _LOOK_AGAIN_S = 0.1  # between two looks at the log
 _INDEX = (
     "; can pip reach its index from there? variables of pip go into `env` of the cluster: "
@@ -41,7 +43,7 @@ def is_ready(folder: Path) -> bool:
 
 def _start_maker(folder: Path, wanted: dict[str, Any]) -> None:
     """Start who makes the environment, unless one lives or was done just now."""
-    with (folder / "lock").open("a") as lock:
+    with lock_file(folder / "lock").open("a") as lock:
         if _is_held(lock.fileno(), fcntl.LOCK_EX) or is_ready(folder):
             return
         (folder / "requirements.txt").write_text(wanted["requirements"])
@@ -62,7 +64,7 @@ def _start_maker(folder: Path, wanted: dict[str, Any]) -> None:
 
 def _show_log(folder: Path) -> None:
     """Print the log as it grows, until who makes the environment has ended."""
-    with (folder / "log").open("rb") as log, (folder / "lock").open() as lock:
+    with (folder / "log").open("rb") as log, lock_file(folder / "lock").open() as lock:
         lives = True
         while lives:
             lives = _is_held(lock.fileno(), fcntl.LOCK_SH)

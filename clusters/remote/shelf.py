@@ -10,11 +10,13 @@ import os
 import shutil
 import uuid
 from base64 import b64decode
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from runfolder.files import sha256
+from clusters.file_locks import lock_file
+from runfolder.files import list_names, sha256
 from runfolder.site import Refused
 
 
@@ -37,13 +39,15 @@ class Shelf:
         """Write bytes (base64) from an offset on; gives how many are there then. What is there already is kept."""
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         content = b64decode(data)
-        with self._arriving(digest).open("ab") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)  # two clients may bring the same file
+        arriving = self._arriving(digest)
+        with _held(arriving), arriving.open("ab", buffering=0) as stream:
             size = os.fstat(stream.fileno()).st_size
             if size < offset:
                 return size
-            stream.write(content[size - offset :])
-            stream.flush()
+            try:
+                stream.write(content[size - offset :])
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(arriving)) from None
             return os.fstat(stream.fileno()).st_size
 
     def accept(self, digest: str, name: str) -> str:
@@ -53,11 +57,11 @@ class Shelf:
             return str(path)
         arriving = self._arriving(digest)
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with arriving.open("ab") as stream:  # nothing came of an empty file
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        with _held(arriving):
             if path.exists():  # another client brought it meanwhile, and this one an end that nobody needs
                 arriving.unlink(missing_ok=True)
                 return str(path)
+            arriving.touch()  # nothing came of an empty file
             found = sha256(arriving)
             if found != digest:
                 arriving.unlink()
@@ -72,19 +76,20 @@ class Shelf:
         """A folder that holds files of the shelf by name -> path; made once for the same files."""
         together = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
         whole = self.root / together / "folder"
-        if whole.exists():
-            return str(whole)
-        new = self.root / f".{together}-{uuid.uuid4().hex}"
-        new.mkdir()
-        for name, path in files.items():
-            digest = Path(path).parent.name
-            os.link(self._path(digest, name), new / name)
-        whole.parent.mkdir(exist_ok=True)
-        try:
-            new.rename(whole)
-        except OSError:  # another client was first
-            shutil.rmtree(new)
+        whole.mkdir(parents=True, exist_ok=True)
+        for name in files.keys() - set(list_names(whole)):  # all of a new one, and what was purged since
+            digest = Path(files[name]).parent.name
+            self._put(self._path(digest, name), whole / name)
         return str(whole)
+
+    def _put(self, file: Path, name: Path) -> None:
+        """Give a file of the shelf another name as well: a hard link, or a copy where there are none."""
+        new = self.root / f".{uuid.uuid4().hex}"
+        try:
+            os.link(file, new)
+        except OSError:
+            shutil.copyfile(file, new)
+        new.replace(name)
 
     def _path(self, digest: str, name: str) -> Path:
         _check(digest, name)
@@ -93,6 +98,14 @@ class Shelf:
     def _arriving(self, digest: str) -> Path:
         _check(digest)
         return self.root / f".{digest}"
+
+
+@contextmanager
+def _held(file: Path) -> Iterator[None]:
+    """Hold the lock of a file that is arriving, as two clients may bring the same one."""
+    with lock_file(file).open("ab") as stream:  # NFS gives this lock to writers alone
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def _check(digest: str, name: str = "file") -> None:

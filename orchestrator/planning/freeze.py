@@ -137,6 +137,11 @@ def _absolute_path(path: str, folder: Path) -> Path:
     """The path from a folder. A link keeps its own name: the reader of a file is chosen by its suffix."""
     expanded = Path(path).expanduser()
     absolute_path = os.path.abspath(folder / expanded)  # noqa: PTH100
+    try:
+        absolute_path.encode()
+    except UnicodeEncodeError:  # no file of the run could hold it
+        shown = os.fsencode(absolute_path).decode(errors="replace")
+        raise InputError(f"{shown}: found a name that is not UTF-8; allowed: UTF-8") from None
     return Path(absolute_path)
 
 

@@ -41,13 +41,16 @@ class Spool:
 
     def read(self) -> list[AppendedRow]:
         """The rows that were appended since the last call, oldest first."""
-        rows = []
-        chunks = self._source(self._follower.since)
-        for attempt, data in self._follower.take(chunks):
-            if attempt > self._last_attempt:
-                break
-            for record in parse_lines(data, self._file):
-                rows.append(self._row(attempt, record))
+        rows: list[AppendedRow] = []
+        is_behind = True
+        while is_behind:
+            chunks = list(self._source(self._follower.since))
+            is_behind = any(chunk.is_full for chunk in chunks)
+            for attempt, data in self._follower.take(chunks):
+                if attempt > self._last_attempt:
+                    return rows
+                for record in parse_lines(data, self._file):
+                    rows.append(self._row(attempt, record))
         return rows
 
     def _row(self, attempt: int, record: Record) -> AppendedRow:

@@ -95,7 +95,7 @@ def ssh_server(folder: Path) -> Iterator[SshServer]:
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {host_key}")
     (folder / "ssh_config").write_text(
         f"Host there\n HostName 127.0.0.1\n Port {port}\n User root\n IdentityFile {folder}/user\n"
-        f" IdentitiesOnly yes\n UserKnownHostsFile {folder}/known_hosts\n"
+        f" IdentitiesOnly yes\n UserKnownHostsFile {folder}/known_hosts\n RemoteCommand tmux new -A\n"
     )
     ssh = folder / "bin" / "ssh"
     ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')

@@ -366,7 +366,7 @@ class Pool:
         return True
 
     def _answer(self, asked: socket.socket) -> None:
-        answer.os = SimpleNamespace(_exit=sys.exit)  # type: ignore[attr-defined]
+        answer.os = SimpleNamespace(_exit=sys.exit, umask=os.umask)  # type: ignore[attr-defined]
         nothing = os.open(os.devnull, os.O_RDWR)
         while True:
             text, descriptors, _, _ = socket.recv_fds(asked, 1 << 16, 4)

@@ -216,6 +216,16 @@ def test_the_doctor_looks_there(root: Path, tmp_path: Path, monkeypatch: pytest.
     assert (link.name, link.level) == ("link", "fail") and "ssh there" in link.mend
 
 
+def test_a_root_without_space_is_told_and_left_as_it_was(root: Path, tmp_path: Path) -> None:
+    tar = tmp_path / "bin" / "tar"
+    tar.write_text("#!/bin/sh\necho 'tar: fleetune.py: Cannot write: No space left on device' >&2\nexit 2\n")
+    tar.chmod(0o755)
+    (check,) = fleetune.doctor("there")
+    assert (check.name, check.level) == ("run root", "fail")
+    assert "No space left on device" in check.found and check.mend.startswith("free some space there")
+    assert [*(root / "code").iterdir()] == []
+
+
 def test_the_lock_has_what_runs_need() -> None:
     lock = installed_lock()
     for package in ("torch>=", "deepspeed==", "transformers<", "pydantic>="):

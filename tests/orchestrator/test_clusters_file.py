@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from clusters.slurm_script import SlurmConfig
 from orchestrator.clusters_file import default_cluster, read_clusters
 from orchestrator.errors import InputError
 
@@ -64,6 +65,8 @@ def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "hpc.container.python: found '-c'; must be a command",
         ),
         ("tower: {kind: local, container: /a}", "tower.container: unknown key; allowed: kind"),
+        ("hpc: {kind: slurm, walltime: soon}", "hpc.walltime: found 'soon'; allowed: seconds, or like 90s, 30m, 8h"),
+        ("tower: {kind: local, link: {ssh: 'me@login:2222'}}", "tower.link: found {'ssh': 'me"),
         ("local: {kind: local}", "'local': allowed as a cluster's name"),
     ],
 )
@@ -74,6 +77,26 @@ def test_what_is_wrong_is_one_line(clusters: Path, text: str, problem: str) -> N
         read_clusters()
     (line,) = str(refused.value).splitlines()
     assert line.startswith(f"{clusters}: {problem}")
+
+
+@pytest.mark.parametrize(
+    ("written", "option"),
+    [("8h", "480"), ("90s", "2"), ("3600", "60"), ("'1-12:00:00'", "1-12:00:00"), ("UNLIMITED", "UNLIMITED")],
+)
+def test_a_walltime_is_written_as_in_a_job_or_as_for_sbatch(clusters: Path, written: str, option: str) -> None:
+    clusters.write_text(f"hpc: {{kind: slurm, walltime: {written}}}")
+    config = read_clusters()["hpc"]
+    assert isinstance(config, SlurmConfig) and config.walltime == option
+
+
+def test_what_a_person_would_write_is_taken(clusters: Path) -> None:
+    clusters.write_text("hpc: {kind: slurm, account: 123, setup: module load cuda}")
+    config = read_clusters()["hpc"]
+    assert isinstance(config, SlurmConfig)
+    assert (config.account, config.setup) == ("123", ("module load cuda",))
+    clusters.write_text("hpc: {kind: slurm, cpus: 1}")
+    with pytest.raises(InputError, match=r"hpc\.cpus: unknown key"):
+        read_clusters()
 
 
 IMAGE = f"registry.example.org:5000/team/fleetune@sha256:{'0' * 64}"

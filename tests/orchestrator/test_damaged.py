@@ -15,6 +15,7 @@ from orchestrator.tracking.delivery import undelivered
 from orchestrator.tracking.trouble import trouble_of_run
 from runfolder.chain import result
 from runfolder.files import Damaged
+from runfolder.requests import request_cancel
 
 FILES: dict[str, tuple[str, str | bytes]] = {
     "job.yaml: found NoneType; allowed: an object": ("job.yaml", ""),
@@ -86,6 +87,18 @@ def test_the_controller_closes_a_run_that_is_damaged(home: Path, name: str, monk
     assert ended and ended["state"] == "failed"
     assert ended["reason"].startswith(f"{run_dir / name}: not JSON")
     assert main(run_dir) == 0  # as the supervisor asks while MLflow has not got it
+
+
+def test_a_run_that_cannot_be_read_ends_as_it_was_asked_to(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    run_dir = make_run(home / "runs", runs.new_id("newer"), None)
+    text = (run_dir / "job.yaml").read_text()
+    (run_dir / "job.yaml").write_text(text.replace("job:\n", "job:\n  orbit: 3\n"))  # of a later version
+    request_cancel(run_dir)
+    assert main(run_dir) == 0
+    ended = result(run_dir)
+    assert ended and ended["state"] == "cancelled"
+    assert "orbit" in ended["reason"]
 
 
 def test_a_run_whose_newest_slot_is_damaged_stays_as_it_is(home: Path) -> None:

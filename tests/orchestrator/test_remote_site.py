@@ -28,13 +28,13 @@ from fleetune import InputError
 from orchestrator import backends, progress, runs
 from orchestrator.logs import LogReader
 from orchestrator.run_list import age, list_lines
-from runfolder.appended import Position
+from runfolder.appended import READ_AT_ONCE, Position
 from runfolder.chain import close, result
 from runfolder.digests import folder_digest
 from runfolder.files import Damaged, sha256
 from runfolder.requests import cancel_requested
 from runfolder.secrets import read_secrets
-from runfolder.site import Refused
+from runfolder.site import Appended, Positions, Refused
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -154,14 +154,14 @@ class CutReader(LogReader):
         self.then = then
         self.reads = self.cuts = 0
 
-    def read(self, final: bool = False) -> str:
+    def parts(self, final: bool = False) -> Iterator[str]:
         """What is new; the process there ends before the second answer."""
         self.reads += 1
         if self.reads == 2:
             assert self.far_side._process
             self.far_side._process.kill()
         try:
-            return super().read(final)
+            yield from super().parts(final)
         except Unreachable:
             self.cuts += 1
             self.then()
@@ -309,8 +309,60 @@ def test_an_output_is_fetched_and_fetched_on(far_home: Path, tmp_path: Path) -> 
     assert (to / "output" / "merged" / "weights").read_bytes() == (output / "weights").read_bytes()
     site = runs.find(run_dir.name).site
     for path in ("secrets.json", "output/../secrets.json", "/etc/passwd"):
-        with pytest.raises(Refused, match="allowed: files of output"):
+        with pytest.raises(Refused, match="allowed: files of job.yaml, output"):
             site._ask("part", run_id=run_dir.name, path=path, offset=0, length=1)  # type: ignore[attr-defined]
+
+
+def test_a_folder_has_what_was_fetched_of_one_run(far_home: Path, tmp_path: Path) -> None:
+    first, second = (make_run(far_home / "runs", runs.new_id("fake"), None) for _ in range(2))
+    for run_dir in (first, second):
+        (run_dir / "output").mkdir()
+        (run_dir / "output" / f"weights-{run_dir.name}").write_bytes(b"w")
+        runs.remember(run_dir.name, "elsewhere")
+    to = fleetune.fetch(first.name, tmp_path / "here")
+    with pytest.raises(InputError, match=f"run {first.name} was fetched into it; allowed: another folder"):
+        fleetune.fetch(second.name, to)
+    assert [path.name for path in (to / "output").iterdir()] == [f"weights-{first.name}"]
+    assert fleetune.fetch(first.name, to) == to
+
+
+def test_a_proxy_of_this_machine_stays_on_it(far_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:password@127.0.0.1:3128")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    done = fleetune.submit(make_job(tmp_path), cluster="elsewhere")
+    assert read_secrets(far_home / "runs" / done.run_id) == {"HF_TOKEN": "hf_secret"}
+
+
+def test_a_job_that_its_cluster_never_takes_sends_nothing(far_home: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path, resources={"workers_per_node": 9999})
+    with pytest.raises(InputError, match="found 9999 workers"):
+        fleetune.submit(job, cluster="elsewhere")
+    assert not (far_home / "files").exists()
+
+
+def test_a_long_log_comes_in_many_answers(far_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = make_run(far_home / "runs", runs.new_id("fake"), None)
+    runs.remember(run_dir.name, "elsewhere")
+    lines = "".join(f"line {number}\n" for number in range(400_000))
+    bar = "\r50 % done" * 300_000  # of a progress bar: a line without an end
+    for number, text in enumerate((lines, f"{bar}\nlast")):
+        attempt = claim(run_dir, start=0 if number else None)
+        (attempt.folder / "logs").mkdir()
+        (attempt.folder / "logs" / "rank-0.log").write_text(text)
+    sizes = []
+    ask = RemoteSite.read
+
+    def noted(site: RemoteSite, run_id: str, since: Positions) -> Appended:
+        answer = ask(site, run_id, since)
+        sizes.append(sum(len(chunk.data) for chunks in answer.values() for chunk in chunks))
+        return answer
+
+    monkeypatch.setattr(RemoteSite, "read", noted)
+    text = fleetune.logs(run_dir.name)
+    assert max(sizes) <= 2 * READ_AT_ONCE and len(sizes) > 4
+    _, of_first, of_second = re.split("=== attempt ., rank 0 ===\n", text)
+    assert of_first == lines
+    assert of_second.replace("\n", "") == f"{bar}last"
 
 
 def test_two_who_fetch_into_one_folder_get_it_whole(

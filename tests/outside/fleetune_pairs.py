@@ -108,6 +108,14 @@ class Slow(Supervised):
         return super().totals(batch)
 
 
+class Steady(Supervised):
+    """Supervised fine-tuning whose steps take half a second and more."""
+
+    def totals(self, batch: GlobalBatch) -> Totals:
+        time.sleep(0.5)
+        return super().totals(batch)
+
+
 class SlowlyJudged(Supervised):
     """Supervised fine-tuning that takes half a second for each micro-batch that it judges."""
 

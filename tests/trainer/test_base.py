@@ -21,7 +21,8 @@ from runfolder.record import load_job
 from trainer.base import load_config, load_pretrained
 from trainer.data.tokenizer import load_tokenizer
 
-SHORT: dict[str, Any] = {"steps": 4, "lr": 5e-3, "eps": 1e-6}
+# Adam divides by sqrt(v) + eps: a small eps makes of the rounding of a gradient that is nearly zero a whole step.
+SHORT: dict[str, Any] = {"steps": 4, "lr": 5e-3, "eps": 1e-4}
 
 
 @pytest.fixture(scope="module")

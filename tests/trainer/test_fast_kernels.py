@@ -19,6 +19,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPTJConfig, GPTJForCausalLM
 
+from methods.base import Setup
+from methods.lora import LoraTuning
+from methods.options.low_rank import Lora
 from runfolder.job import Job
 from trainer.data.examples import Examples, GlobalBatch
 from trainer.data.layout import IGNORED, Layout
@@ -26,6 +29,7 @@ from trainer.data.one_row import deal_in_one_row, starts_of_documents
 from trainer.kernels import fast, head, layers
 
 CPU = torch.device("cpu")
+LORA = LoraTuning(Lora(), Setup())
 ROOT = Path(__file__).parent.parent.parent
 SMALL = {
     "hidden_size": 32,
@@ -156,8 +160,7 @@ def test_one_compilation_serves_all_layers_and_lengths(monkeypatch: pytest.Monke
         graphs.append(graph)
         return graph.forward
 
-    compiler = torch.compile
-    monkeypatch.setattr(layers.torch, "compile", lambda forward: compiler(forward, backend=count))
+    monkeypatch.setattr(layers, "compile_with_shared_products", count)
     model = adapted_llama().train()
     ids = torch.randint(64, (3, 56))
     plain = [model(input_ids=ids[:, :length]).logits for length in (24, 56, 40)]
@@ -171,15 +174,12 @@ def test_one_compilation_serves_all_layers_and_lengths(monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("uncompiled")
 def test_layers_that_cannot_be_compiled_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(forward: Any) -> Any:
-        def compiled(*_: Any, **__: Any) -> Any:
-            raise RuntimeError("no compiler here")
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler here")
 
-        return compiled if forward else forward
-
-    monkeypatch.setattr(layers.torch, "compile", fail)
+    monkeypatch.setattr(layers.torch, "compile", lambda *_, **__: fail)
     model = adapted_llama().train()
-    kernels = fast.make_fast(a_job(kernels="fast"), model, torch.float32, CPU)
+    kernels = fast.make_fast(a_job(kernels="fast"), model, LORA, torch.float32, CPU)
     assert kernels.names == ["losses in chunks"]
     assert kernels.problems == ["losses in chunks, compiled layers: RuntimeError: no compiler here"]
 
@@ -188,7 +188,7 @@ def test_layers_that_cannot_be_compiled_are_left(monkeypatch: pytest.MonkeyPatch
 def test_a_fast_path_that_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head.LinearHead, "losses", lambda _self, hidden, label: 1.01 * hidden.sum(1)[: len(label)])
     model = adapted_llama().train()
-    kernels = fast.make_fast(a_job(kernels="fast"), model, torch.float32, CPU)
+    kernels = fast.make_fast(a_job(kernels="fast"), model, LORA, torch.float32, CPU)
     assert not kernels.names
     assert len(kernels.problems) == 2
     assert all("the probe's losses differ by" in problem for problem in kernels.problems)

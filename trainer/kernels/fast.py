@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from methods.base import Method
 from methods.parts import attention
 from runfolder.job import Job
 from trainer.data.tokens import virtual_ids
@@ -54,7 +55,7 @@ def is_fast(job: Job, device: torch.device) -> bool:
     return wanted == "fast"
 
 
-def make_fast(job: Job, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Kernels:
+def make_fast(job: Job, model: nn.Module, method: Method[Any], dtype: torch.dtype, device: torch.device) -> Kernels:
     """Put a model that has no engine yet on the fast path, as far as it can be; gives what it uses."""
     if not is_fast(job, device):
         return Kernels()
@@ -66,6 +67,7 @@ def make_fast(job: Job, model: nn.Module, dtype: torch.dtype, device: torch.devi
         for wanted in ATTEMPTS:
             with ExitStack() as undo:
                 kernels = _changed(job, model, dtype, wanted, undo)
+                method.speed_up(model, undo)
                 problem = _problem(model, documents, kernels, expected, rounding)
                 if problem is None:
                     undo.pop_all()

@@ -16,6 +16,7 @@ from torch._inductor import config as inductor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from runfolder.folders import cache
+from trainer.kernels.shared_products import compile_with_shared_products
 
 LayerPass = Callable[..., Any]
 # By the number of dimensions, those that are numbers of positions or documents: starts, ids, hidden states, masks.
@@ -49,7 +50,7 @@ def uncompile_layers(model: nn.Module) -> None:
 
 def _in_training(layer: nn.Module, forward: LayerPass) -> LayerPass:
     """A layer's forward pass, compiled where it is for training."""
-    compiled = torch.compile(forward)
+    compiled = torch.compile(forward, backend=compile_with_shared_products)
 
     def choose(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run what was compiled, or the layer as it is."""

@@ -1,0 +1,79 @@
+"""DoRA with norms from its factors, as on the fast path, is PEFT's."""
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from llamas import random_llama
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from methods.base import Setup
+from methods.dora import DoraTuning
+from methods.options.low_rank import Dora
+
+IDS = torch.arange(24).reshape(2, 12)
+
+
+def attached(dropout: float, **base: Any) -> tuple[DoraTuning, nn.Module]:
+    """The method, and a small model with adapters and magnitudes away from their start."""
+    method = DoraTuning(Dora(rank=4, dropout=dropout), Setup())
+    torch.manual_seed(0)
+    model = method.attach(random_llama(**base))
+    for name, weight in model.named_parameters():
+        if "lora_magnitude" in name:
+            weight.data *= torch.rand_like(weight) + 0.5
+        elif weight.requires_grad:
+            nn.init.normal_(weight, std=0.3)
+        elif name.endswith("bias"):
+            nn.init.normal_(weight)
+    return method, model.train()
+
+
+def losses_and_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The loss and the gradients of a pass, with the same dropout each time."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    found = {"loss": loss.detach()}
+    for name, weight in model.named_parameters():
+        if weight.grad is not None:
+            found[name] = weight.grad.clone()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dropout", "base"),
+    [(0.0, {}), (0.2, {}), (0.0, {"attention_bias": True, "mlp_bias": True}), (0.2, {"mlp_bias": True})],
+    ids=["plain", "dropout", "bias", "dropout and bias"],
+)
+def test_norms_from_factors_are_those_of_the_sum(dropout: float, base: dict[str, Any]) -> None:
+    method, model = attached(dropout, **base)
+    expected = losses_and_gradients(model)
+    with ExitStack() as undo:
+        method.speed_up(model, undo)
+        found = losses_and_gradients(model)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    back = losses_and_gradients(model)
+    for name, value in expected.items():
+        assert torch.equal(back[name], value), "undone, it is PEFT's again"
+
+
+def test_a_layer_is_traced_as_one_graph() -> None:
+    method, model = attached(0.0)
+    method.speed_up(model, ExitStack())
+    graphs = []
+
+    def backend(region: Any, inputs: Any) -> Any:  # noqa: ARG001
+        graphs.append(region)
+        return region.forward
+
+    torch._dynamo.reset()
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers[-1].forward = torch.compile(layers[-1].forward, backend=backend)
+    model(input_ids=IDS)
+    assert len(graphs) == 1

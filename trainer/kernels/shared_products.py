@@ -1,0 +1,90 @@
+"""Products of one input with several small trained weights, computed as one product.
+
+A low-rank adapter multiplies the input of each of its targets by a narrow weight. Targets that lie side by side
+(query, key and value, or gate and up) have one input, which each of these products reads whole, once forward and
+twice backward. Here the graph of a compiled region gets one product instead, with the weights below one another. As
+this comes before autograd, the backward pass has one product in the place of several too.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.functional import linear
+
+INPUTS_TO_OUTPUTS = 4  # times as many inputs as outputs has a weight that costs little to copy beside its input
+
+Compiled = Callable[..., Any]
+
+
+def compile_with_shared_products(region: GraphModule, inputs: list[Any]) -> Compiled:
+    """A backend of `torch.compile`: PyTorch's own, after products of one input were joined."""
+    from torch._inductor.compile_fx import compile_fx
+
+    share_products(region.graph)
+    region.recompile()
+    compiled: Compiled = compile_fx(region, inputs)
+    return compiled
+
+
+def share_products(graph: Graph) -> None:
+    """Join the products of each input with narrow trained weights of one dtype, in a graph of Dynamo."""
+    groups: dict[Any, list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if _is_narrow_product(node):
+            value, weight = node.args[:2]
+            dtype = _traced(weight).dtype
+            groups[value, dtype].append(node)
+    for products in groups.values():
+        if len(products) > 1:
+            _join(graph, products)
+
+
+def _is_narrow_product(node: Node) -> bool:
+    """Whether a node multiplies by a trained weight with few outputs, and adds no bias."""
+    if node.target is not linear:
+        return False
+    _, weight, *bias = node.args
+    has_bias = bias not in ([], [None])
+    if has_bias or node.kwargs:
+        return False
+    if not isinstance(weight, Node):
+        return False
+    comes_first = weight.op in ("placeholder", "get_attr")
+    if not comes_first:
+        return False
+    tensor = _traced(weight)
+    outputs, inputs = tensor.shape
+    return tensor.requires_grad and outputs * INPUTS_TO_OUTPUTS <= inputs
+
+
+def _join(graph: Graph, products: list[Node]) -> None:
+    """Put one product in the place of several with the same input."""
+    first = products[0]
+    value = first.args[0]
+    weights = []
+    widths = []
+    for product in products:
+        weight = product.args[1]
+        weights.append(weight)
+        outputs = len(_traced(weight))
+        widths.append(outputs)
+    with graph.inserting_before(first):
+        joined = graph.call_function(torch.cat, (weights,))
+        together = graph.call_function(linear, (value, joined))
+        parts = graph.call_function(torch.split, (together, widths, -1))
+    for number, product in enumerate(products):
+        with graph.inserting_before(product):
+            part = graph.call_function(getitem, (parts, number))
+        product.replace_all_uses_with(part)
+        graph.erase_node(product)
+
+
+def _traced(node: Any) -> Tensor:
+    """The tensor without values that Dynamo keeps for a node."""
+    tensor: Tensor = node.meta["example_value"]
+    return tensor
