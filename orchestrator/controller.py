@@ -51,7 +51,7 @@ def _end_of_damaged(run_dir: Path, damage: str) -> Record:
     """The final word on a run that cannot be read, perhaps as another version of Fleetune has written it."""
     attempt = snapshot(run_dir).attempt
     if cancel_requested(run_dir):
-        return _final_word("cancelled", f"{_CANCELLED.reason}; {damage}", Verdict("cancelled", "").dump(), attempt)
+        return _final_word("cancelled", f"cancelled by request; {damage}", Verdict("cancelled", "").dump(), attempt)
     return _final_word("failed", damage, Verdict("user_error", "").dump(), attempt)
 
 
