@@ -113,13 +113,13 @@ def _submit_to(
     is_dated = job.data.date is None and writes_date(checked.model)
     if is_dated:
         job = with_date(job)
-    # Where the cluster would never start it, nothing is sent and nothing is made.
-    expected_start(backend, make_request(backend, job, new_id(job.name)))
+    make_request(backend, job, new_id(job.name))  # what the cluster can never serve is refused before files are sent
     of_inputs = input_digests(job, checked.model, backend.site)
     job = brought(job, checked.model, backend.site, sent)
     frozen = frozen_record(job, checked.model, cluster, folder, of_inputs) | {"dated": is_dated}
     with _chosen_id(job, frozen, run_id) as chosen_id:
         request = make_request(backend, job, chosen_id)
+        expected_start(backend, request)  # where the cluster would never start it, nothing is made
         remember(chosen_id, cluster)
         adopted = _create_or_adopt(backend.site, chosen_id, frozen)
         backend.site.write_secrets(chosen_id, secret_values(request.secrets) | secrets_of(job))

@@ -16,7 +16,7 @@ from runfolder.chain import last_attempt, result
 
 HEAD = ("head", "gcs_server", "raylet", "everything")
 SPARED = ("supervisor",)  # the attempt survives the death of these
-PATIENCE_S = 150.0
+PATIENCE_S = 1800.0  # for what hangs: a busy machine may take minutes for a step
 
 
 @dataclass(frozen=True)

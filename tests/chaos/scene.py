@@ -19,7 +19,7 @@ from runfolder.chain import Attempt, last_attempt
 REPORTED = ("loss", "lr", "grad_norm")
 
 
-def until(true: Callable[[], Found], timeout_s: float = 240, every_s: float = 0.02) -> Found:
+def until(true: Callable[[], Found], timeout_s: float = 900, every_s: float = 0.02) -> Found:
     """Wait for something that is true, and give it."""
     return waiting.until(true, timeout_s, every_s)
 

@@ -153,7 +153,7 @@ def test_a_refusal_before_anything_was_made_is_forgotten(offer: Offer, tmp_path:
     offer("early", SubmissionRefused("no such partition"))
     with pytest.raises(InputError, match="no such partition"):
         fleetune.submit(make_job(tmp_path), cluster="early")
-    assert not (home / "submitting").exists()
+    assert not list((home / "submitting").iterdir())
 
 
 def test_names_are_checked_before_anything_and_may_have_spaces(offer: Offer, tmp_path: Path, home: Path) -> None:
