@@ -148,6 +148,7 @@ def test_a_node_has_ray_once_the_head_answers_and_notices_the_loss_of_the_first_
         assert answers(first.keeper) and not answers(first.ray)
         silent = FirstNode("127.0.0.1:1", first.ray)
         assert ray_node.keep(tmp_path, silent, start_ray, is_head=False) is None and not started
+        monkeypatch.setattr(ray_node, "LOST_S", -1.0)  # as behind a suspension of the job
         host, _, port = first.ray.rpartition(":")
         with socket.create_server((host, int(port))):
             threading.Timer(1.0, (tmp_path / "here").rmdir).start()

@@ -438,6 +438,8 @@ def test_a_job_that_lost_its_first_node_goes_back_to_the_queue(slurm: Slurm, ask
         "SLURM job 7: its first node is lost; it goes back to the queue",
     )
     assert asked.read_text().splitlines()[-1] == "requeue 7"
+    program(asked, "squeue", lost.replace("RUNNING", "COMPLETING"))  # it has given nodes back, and is over
+    assert slurm.status([RUN_ID])[RUN_ID].reason == "SLURM job 7 is at its end"
     program(asked, "squeue", lost.replace("|node1|", "|node05|"))
     assert slurm.status([RUN_ID])[RUN_ID].state == "running"
     assert asked.read_text().count("requeue") == 1
