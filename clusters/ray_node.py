@@ -67,9 +67,11 @@ def keep(
     ray: subprocess.Popen[bytes] | None = None
     answered_at = time.monotonic()
     try:
-        while folder.exists() and time.monotonic() - answered_at <= LOST_S:
+        while folder.exists():
             if answers(first.keeper):
                 answered_at = time.monotonic()
+            elif time.monotonic() - answered_at > LOST_S:
+                return None
             if ray is None and (is_head or answers(first.ray)):
                 ray = start_ray()
             if ray is not None and ray.poll() is not None:
