@@ -144,9 +144,12 @@ class Kubernetes:
         submitted again (kubernetes_keeper.py).
         """
         wanted = self.newest_rayjobs(run_ids)
-        waiting = [found for found in wanted.values() if found and goes_on(found) and not runs_now(found)]
-        pods = self._pods_by_run() if waiting else {}
-        queue = look_at_queue(self.api, self.config.queue) if waiting and self.config.queue else None
+        pods = {}
+        queue = None
+        if any(rayjob and _waits(rayjob) for rayjob in wanted.values()):
+            pods = self._pods_by_run()
+            if self.config.queue:
+                queue = look_at_queue(self.api, self.config.queue)
         statuses = {}
         for run_id, newest_one in wanted.items():
             if newest_one is None:
@@ -161,10 +164,13 @@ class Kubernetes:
     def newest_rayjobs(self, run_ids: Iterable[str]) -> dict[str, RayJob | None]:
         """The RayJob of each run's newest submission, None where there is none, by one list."""
         newest: dict[str, RayJob] = {}
-        for found in submissions(self.api.rayjobs(OUR_OBJECTS)):
-            run_id = found["metadata"]["labels"].get(RUN_LABEL, "")
-            if run_id not in newest or _submission_in(found) > _submission_in(newest[run_id]):
-                newest[run_id] = found
+        rayjobs = self.api.rayjobs(OUR_OBJECTS)
+        for rayjob in submissions(rayjobs):
+            labels = rayjob["metadata"]["labels"]
+            run_id = labels.get(RUN_LABEL, "")
+            earlier = newest.get(run_id)
+            if earlier is None or _submission_in(rayjob) > _submission_in(earlier):
+                newest[run_id] = rayjob
         return {run_id: newest.get(run_id) for run_id in run_ids}
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
@@ -243,6 +249,11 @@ class Kubernetes:
         if size > _LONGEST_VARIABLES:
             raise SubmissionRefused(f"env: found {size} characters; allowed: {_LONGEST_VARIABLES}")
         return variables
+
+
+def _waits(rayjob: RayJob) -> bool:
+    """Whether a RayJob goes on, and does not run yet."""
+    return goes_on(rayjob) and not runs_now(rayjob)
 
 
 def is_pod() -> bool:

@@ -38,13 +38,13 @@ def submit_again(cluster: Cluster, newest: Mapping[str, Any]) -> dict[str, Clust
     idle = [run_id for run_id, rayjob in newest.items() if rayjob is None or not goes_on(rayjob)]
     folders = cluster.site.snapshots(idle) if idle else {}
     for run_id, run in folders.items():
-        number = next_submission(newest[run_id], run)
+        number = due_submission(newest[run_id], run)
         if number is not None:
             statuses[run_id] = _submit(cluster, run_id, number, newest[run_id])
     return statuses
 
 
-def next_submission(rayjob: Any, run: Snapshot) -> int | None:
+def due_submission(rayjob: Any, run: Snapshot) -> int | None:
     """The number of the submission that a run is due for, by its newest RayJob; None where it is due for none."""
     if run.damaged or run.result or run.cancelled:
         return None
