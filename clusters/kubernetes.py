@@ -146,7 +146,7 @@ class Kubernetes:
         wanted = self.newest_rayjobs(run_ids)
         pods = {}
         queue = None
-        if any(rayjob and _waits(rayjob) for rayjob in wanted.values()):
+        if any(newest and _waits(newest) for newest in wanted.values()):
             pods = self._pods_by_run()
             if self.config.queue:
                 queue = look_at_queue(self.api, self.config.queue)
@@ -165,12 +165,12 @@ class Kubernetes:
         """The RayJob of each run's newest submission, None where there is none, by one list."""
         newest: dict[str, RayJob] = {}
         rayjobs = self.api.rayjobs(OUR_OBJECTS)
-        for rayjob in submissions(rayjobs):
-            labels = rayjob["metadata"]["labels"]
+        for candidate in submissions(rayjobs):
+            labels = candidate["metadata"]["labels"]
             run_id = labels.get(RUN_LABEL, "")
             earlier = newest.get(run_id)
-            if earlier is None or _submission_in(rayjob) > _submission_in(earlier):
-                newest[run_id] = rayjob
+            if earlier is None or _submission_in(candidate) > _submission_in(earlier):
+                newest[run_id] = candidate
         return {run_id: newest.get(run_id) for run_id in run_ids}
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:

@@ -49,12 +49,16 @@ def main(folder: Path, start: JobStart, first: FirstNode, name: str, python: Seq
             address = f"{ip}:{manager_port}"
         write_whole(folder / name, address)
         command = ray_command(options, flags, "clusters.ray_process", python)
-        start_ray = partial(subprocess.Popen, command, start_new_session=True)
-        code = keep(folder, first, start_ray, name == HEAD)
+        code = keep(folder, first, partial(_start_ray, command), name == HEAD)
     if code is None and folder.exists():
         print("the first node of this job is lost: back to the queue", flush=True)
         return requeue(start)
     return code or 0
+
+
+def _start_ray(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start Ray in a session of its own."""
+    return subprocess.Popen(command, start_new_session=True)
 
 
 def keep(
