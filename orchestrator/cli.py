@@ -236,8 +236,12 @@ def fetch_command(
 ) -> None:
     """Bring the output of a run, its result and its job here; repeated, it brings what lacks."""
     from orchestrator.control import fetch
+    from runfolder.loading import loading_lines
 
-    print(fetch(run, to, cluster))
+    folder = fetch(run, to, cluster)
+    print(folder)
+    for line in loading_lines(folder):
+        print(line, file=sys.stderr)
 
 
 def _follow(run: "Handle", reader: "LogReader | None") -> None:

@@ -23,7 +23,15 @@ from orchestrator.choice import cluster_names, on_chosen_cluster, planned_cluste
 from orchestrator.clusters_file import default_cluster
 from orchestrator.control import withdrawn
 from orchestrator.errors import InputError, JobRefused, RunEnded
-from orchestrator.planning.freeze import JobSource, Sent, brought, frozen_record, input_digests, read_job
+from orchestrator.planning.freeze import (
+    JobSource,
+    Sent,
+    brought,
+    frozen_record,
+    input_digests,
+    places_before,
+    read_job,
+)
 from orchestrator.planning.preflight import Findings, check_job
 from orchestrator.planning.survey import SourceProgress, with_date, writes_date
 from orchestrator.runs import RUN_ID, name_of, new_id, remember, remembered_cluster
@@ -115,8 +123,10 @@ def _submit_to(
         job = with_date(job)
     make_request(backend, job, new_id(job.name))  # what the cluster can never serve is refused before files are sent
     of_inputs = input_digests(job, checked.model, backend.site)
+    before = job
     job = brought(job, checked.model, backend.site, sent)
-    frozen = frozen_record(job, checked.model, cluster, folder, of_inputs) | {"dated": is_dated}
+    beside_job = {"dated": is_dated, "sent": places_before(before, job)}
+    frozen = frozen_record(job, checked.model, cluster, folder, of_inputs) | beside_job
     with _chosen_id(job, frozen, run_id) as chosen_id:
         request = make_request(backend, job, chosen_id)
         expected_start(backend, request)  # where the cluster would never start it, nothing is made

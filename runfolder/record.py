@@ -1,7 +1,8 @@
 """RUN_DIR/job.yaml: what was submitted, frozen; and beside it run.json, the few fields of it that every look needs.
 
-The record is {format, run_id, cluster, submitted, versions, digests, git, secrets (names alone), job, dated}; `dated`
-says whether the date in the job is that of its submission, as the job itself said none.
+The record is {format, run_id, cluster, submitted, versions, digests, git, secrets (names alone), job, dated, sent};
+`dated` says whether the date in the job is that of its submission, as the job itself said none, and `sent` where what
+was sent to the cluster lay before, by its field in the job.
 """
 
 import os

@@ -2,8 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
 from operator import attrgetter
@@ -22,6 +22,7 @@ _LAST_COUNTS = ("loss", "eval_loss", "eval_exact_match")  # curves of which the 
 _METRIC_STEP = attrgetter("step")  # of a point that MLflow has
 _METRIC_STEP_AND_VALUE = attrgetter("step", "value")
 _TRAINED = "fleetune.plan.trained"
+_DIGESTS = {"base.model": "base_digest", "data.train": "data.train_digest", "data.eval": "data.eval_digest"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,24 @@ def load_runs(mlflow: Any, experiment: str | None, uri: str) -> list[TrackedRun]
     runs = []
     for run in tracked:
         runs.append(_read_run(mlflow, run))
-    return runs
+    return list(same_inputs(runs))
+
+
+def same_inputs(runs: Sequence[TrackedRun]) -> Iterator[TrackedRun]:
+    """The runs with one path for each base and file: the same one lies elsewhere on another machine."""
+    paths: dict[tuple[str, str], str] = {}  # the shortest, by param and digest
+    for run in runs:
+        for param, digest in _DIGESTS.items():
+            if param in run.params and digest in run.params:
+                key = (param, run.params[digest])
+                known = paths.get(key, run.params[param])
+                paths[key] = min(known, run.params[param], key=len)
+    for run in runs:
+        params = dict(run.params)
+        for param, digest in _DIGESTS.items():
+            if param in params and digest in params:
+                params[param] = paths[param, params[digest]]
+        yield replace(run, params=params)
 
 
 def _experiment_ids(mlflow: Any, experiment: str | None, uri: str) -> list[str]:

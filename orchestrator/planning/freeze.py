@@ -79,6 +79,20 @@ def brought(job: Job, model: Model, site: Site, sent: Sent) -> Job:
     return job.model_copy(update={"data": data, "base": base})
 
 
+def places_before(job: Job, there: Job) -> dict[str, str]:
+    """Where what was sent lay before, by its field in the job; `there` is the job with paths of the cluster."""
+    paths = {
+        "base.model": (job.base.model, there.base.model),
+        "data.train": (job.data.train, there.data.train),
+        "data.eval": (job.data.eval, there.data.eval),
+    }
+    before = {}
+    for field, (path, path_there) in paths.items():
+        if path and path != path_there:
+            before[field] = path
+    return before
+
+
 def frozen_record(job: Job, model: Model, cluster: str, folder: Path, of_inputs: Digests) -> dict[str, Any]:
     """What RUN_DIR/job.yaml says beside the run id; nothing in it is secret."""
     submitted = time.time()

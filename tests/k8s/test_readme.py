@@ -79,5 +79,5 @@ def test_what_the_readme_says_works_as_written(
     assert said["k8s"].count(": created") == 14
     assert "fail" not in said["doctor"] and "warn" not in said["doctor"]
     assert "Kueue: it waits for queue team-a to admit it" in " ".join(said["status"].split())
-    assert (tmp_path / "output" / "output" / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert (tmp_path / "first" / "output" / "adapter_model.safetensors").read_bytes() == b"weights"
     assert f"RayJob {name}: its run has ended" in said["clusters"]

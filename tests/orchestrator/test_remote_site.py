@@ -32,6 +32,7 @@ from runfolder.appended import READ_AT_ONCE, Position
 from runfolder.chain import close, result
 from runfolder.digests import folder_digest
 from runfolder.files import Damaged, sha256
+from runfolder.loading import loading_lines
 from runfolder.requests import cancel_requested
 from runfolder.secrets import read_secrets
 from runfolder.site import Appended, Positions, Refused
@@ -311,6 +312,19 @@ def test_an_output_is_fetched_and_fetched_on(far_home: Path, tmp_path: Path) -> 
     for path in ("secrets.json", "output/../secrets.json", "/etc/passwd"):
         with pytest.raises(Refused, match="allowed: files of job.yaml, output"):
             site._ask("part", run_id=run_dir.name, path=path, offset=0, length=1)  # type: ignore[attr-defined]
+
+
+def test_what_was_fetched_is_loaded_from_here_on_the_base_that_is_here(far_home: Path, tmp_path: Path) -> None:
+    done = fleetune.submit(make_job(tmp_path), cluster="elsewhere")
+    output = far_home / "runs" / done.run_id / "output"
+    output.mkdir()
+    (output / "adapter_config.json").write_text("{}")
+    to = fleetune.fetch(done.run_id, tmp_path / "here")
+    (far_home / "files").rename(tmp_path / "of-another-machine")
+    assert loading_lines(to) == [
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'base')!r})",
+        f"model = PeftModel.from_pretrained(model, {str(to / 'output')!r})",
+    ]
 
 
 def test_a_folder_has_what_was_fetched_of_one_run(far_home: Path, tmp_path: Path) -> None:

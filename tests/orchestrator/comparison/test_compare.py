@@ -14,6 +14,7 @@ from tracked_runs import tracked
 
 from orchestrator.comparison.compare import Comparison, arrange, compare
 from orchestrator.comparison.measure import format_bytes, format_count, format_duration
+from orchestrator.comparison.run import same_inputs
 from orchestrator.comparison.table import table
 from orchestrator.tracking.delivery import replay
 
@@ -46,6 +47,16 @@ def test_only_differences_are_columns_and_seeds_are_grouped() -> None:
     figure = found.rows[1].metric("eval_exact_match")
     assert figure
     assert (figure.mean, figure.std, figure.n) == (pytest.approx(0.59), pytest.approx(0.01), 3)
+
+
+def test_the_same_file_at_another_path_is_no_difference() -> None:
+    here = tracked("a", 0.5)
+    there = tracked("a", 0.5, data__train="/scratch/files/5e5e/train.jsonl", train__seed="1")
+    other = tracked("a", 0.6, data__train="/scratch/files/6f6f/train.jsonl", data__train_digest="6f" * 32)
+    assert arrange(list(same_inputs([there, here])), "e", "uri").columns == []
+    found = arrange(list(same_inputs([there, here, other])), "e", "uri")
+    assert set(found.columns) == {"data.train", "data.train_digest"}
+    assert [row.differences["data.train"] for row in found.rows if len(row.runs) == 2] == ["data/train.jsonl"]
 
 
 def test_runs_of_one_seed_are_rows_of_their_own_and_show_no_spread() -> None:
