@@ -158,8 +158,7 @@ class Meter:
         self.attempt.append("metrics.jsonl", metrics)
         steps_left = self.steps - step.step
         seconds_left = seconds * steps_left
-        clock = time.gmtime(seconds_left)
-        left = time.strftime("%H:%M:%S", clock)
+        left = as_clock(seconds_left)
         words = [
             f"step {step.step}/{self.steps}",
             f"loss {loss:.4f}",
@@ -169,3 +168,10 @@ class Meter:
             f"{left} left",
         ]
         print("  ".join(words), flush=True)
+
+
+def as_clock(seconds: float) -> str:
+    """A duration as hours:minutes:seconds; a day and more is as many hours."""
+    minutes, whole_seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02d}:{minutes:02d}:{whole_seconds:02d}"
