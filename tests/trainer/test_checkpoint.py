@@ -83,7 +83,7 @@ def count_elements_read(rank: int, run_dir: str, folder: str, port: int) -> None
 
     CheckpointReader.read = counted  # type: ignore[method-assign]
     run, _ = prepare_run(chain.Attempt(Path(run_dir), 2))
-    held = sum(fragment.stop - fragment.start for fragment in run.shards.fragments())
+    held = sum(fragment.stop - fragment.start for fragment in run.sharded.fragments())
     trained = speed.count_trained(run.model)
     (Path(folder) / f"read-{rank}.json").write_text(json.dumps({"read": count, "held": held, "trained": trained}))
     dist.destroy_process_group()
