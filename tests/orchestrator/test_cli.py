@@ -11,9 +11,11 @@ import pytest
 from jobs import make_job
 from run_folders import claim, make_run, plan, steps
 
+from methods.options import KINDS
 from orchestrator import cli, doctor, progress, runs
 from runfolder.chain import close
 
+ROOT = Path(__file__).parents[2]
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -90,13 +92,31 @@ def test_people_get_tables(call: Call, tmp_path: Path, home: Path) -> None:
     assert "in 4 bits" not in call("plan", str(make_job(tmp_path)))[1]
     four_bits = call("plan", str(make_job(tmp_path)), "--set", "method=qlora")[1]
     assert "of the weights, which each worker holds at every ZeRO stage" in four_bits
-    assert "rsLoRA" not in call("methods")[1]
     listing = call("methods")[1]
-    assert "rank-stabilised" in listing and "lr 0.0002 *" in listing
+    assert "rank-stabilised" in listing and "0.0002 *" in listing
+    assert len(listing.splitlines()) == len(KINDS) + 2
     assert "* on a base of hidden size 2048" in listing
     assert "Take it for ranks of 64 and more" not in listing
-    assert "Take it for ranks of 64 and more" in call("methods", "rslora")[1]
+    one = call("methods", "rslora")[1]
+    assert "Take it for ranks of 64 and more" in one and "ZeRO 0-3" in one
     assert "*" not in call("methods", "prompt")[1]
+
+
+def test_the_cluster_on_this_machine_is_told_in_sentences(call: Call, home: Path) -> None:
+    queue = home / "local" / "queue"
+    queue.mkdir(parents=True, exist_ok=True)
+    (queue / "broken-0123456789.json").write_text("{")
+    code, out, _ = call("cluster", "status")
+    assert code == 0
+    assert "runs as process" in out and "does not run; the supervisor starts it" in out and "no run waits" in out
+    assert "broken-0123456789: " in out
+    assert not set("{}[]") & set(out) and "None" not in out
+
+
+def test_the_module_of_the_command_line_is_a_program_too() -> None:
+    command = [sys.executable, "-m", "orchestrator.cli", "methods", "lora", "--json"]
+    answered = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(answered.stdout)[0]["kind"] == "lora"
 
 
 def test_the_clusters_file_is_named_and_listed_in_few_words(
