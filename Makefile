@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 # nobody (as root in a container of Debian); elsewhere these tests are skipped, and say what to install.
 PACKAGES := slurmctld slurmd slurm-client munge iproute2 openssh-server libfuse3-3
 
-.PHONY: packages install demo test suite lint style types chaos gpu matrix soak docs clean
+.PHONY: packages install demo test suite lint style words types chaos gpu matrix soak docs clean
 
 install: $(STAMP)
 
@@ -37,7 +37,10 @@ test: style packages
 suite: install
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
-lint: style types
+lint: style words types
+
+words: install
+	$(BIN)/pytest -q --noconftest tests/test_words.py
 
 style: install
 	$(BIN)/ruff check .

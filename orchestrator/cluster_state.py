@@ -17,10 +17,10 @@ def state_lines(state: Mapping[str, Any]) -> Iterator[Fact]:
         yield "trouble", state["trouble"]
     capacity = state["capacity"]
     yield "workers", f"{capacity.free} of {capacity.total} {capacity.kind} free"
-    yield "controllers", _listed(state["controllers"], "none")
+    yield "controllers", _by_run(state["controllers"], "none")
     yield "queued", "\n".join(state["queued"]) or "no run waits"
     if state["damaged"]:
-        yield "damaged", _listed(state["damaged"], "")
+        yield "damaged", _by_run(state["damaged"], "")
 
 
 def _process(pid: int | None, otherwise: str) -> str:
@@ -28,7 +28,7 @@ def _process(pid: int | None, otherwise: str) -> str:
     return f"runs as process {pid}" if pid else otherwise
 
 
-def _listed(by_run: Mapping[str, int | str], otherwise: str) -> str:
+def _by_run(by_run: Mapping[str, int | str], otherwise: str) -> str:
     """A line for each run, with what there is of it: the process of its controller, or what is damaged."""
     lines = []
     for run_id, what in by_run.items():

@@ -19,7 +19,7 @@ from runfolder.record import load_job
 from trainer import speed
 from trainer.base import forward_dtype, load_config, load_model
 from trainer.checkpoint.reading import CheckpointReader, open_start
-from trainer.checkpoint.saving import Checkpoints
+from trainer.checkpoint.saving import CheckpointWriter
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
 from trainer.data.survey import check_ids
@@ -52,7 +52,7 @@ def train(run_dir: Path, attempt: int) -> bool:
     try:
         run, first = prepare_run(claimed)
         settings = run.job.checkpoint
-        saves = Checkpoints(run.attempt, run.world, settings.every, settings.keep)
+        saves = CheckpointWriter(run.attempt, run.world, settings.every, settings.keep)
         evaluator = Evaluator.create(run)
         take_steps(run, first, saves, evaluator)
         export(run)
@@ -196,7 +196,7 @@ def announce_plan(run: Run) -> None:
         )
 
 
-def take_steps(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> None:
+def take_steps(run: Run, first: int, saves: CheckpointWriter, evaluator: Evaluator) -> None:
     """Take the steps after `first`, evaluate and save between them, until all is on disk.
 
     Raises Stopped, with as much on disk, where the run is to stop before its end.

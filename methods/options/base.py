@@ -112,7 +112,7 @@ class Targeted(ModuleOptions):
     exclude: tuple[str, ...] = Field((), description="names of modules that get none")
 
     def targets(self, linears: Linears, others: Others) -> Matrices:
-        """The modules that the job chooses, with their (out, in); a name stands for every module that ends with it."""
+        """The modules of the job, with their (out, in); a name stands for every module that ends with it."""
         return choose_targets(self.target, self.exclude, linears, others)
 
     def linear_targets(self, linears: Linears) -> Matrices:

@@ -30,7 +30,7 @@ WEIGHT, METHOD = "weight", "method"
 ShardTensors = dict[str, torch.Tensor]  # of a shard, by kind/parameter/start
 
 
-class Checkpoints:
+class CheckpointWriter:
     """When this worker saves, and the save under way."""
 
     def __init__(self, attempt: Attempt, world: World, every: int | str, keep: int) -> None:
