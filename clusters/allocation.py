@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from clusters.allocated_nodes import AllocatedNodes, allocated_nodes, end_session
-from clusters.controllers import COLLECTED, REQUEUE, REQUEUED, controller_command, on_nodes
+from clusters.controllers import COLLECTED, REQUEUE, REQUEUED, controller_command, on_nodes, until_moment
 from clusters.job_start import JobStart
 from clusters.node_folder import remove_folders_of_job
 from clusters.own_folder import own_folder
@@ -101,7 +101,9 @@ def warnings(told: threading.Event, before_end_s: float) -> Iterator[None]:
     """
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: told.set())
-    timer = threading.Timer(max(0.0, seconds_left() - before_end_s), told.set)
+    left_s = seconds_left()
+    os.environ.update(until_moment(time.time() + left_s))  # by which the controller knows what it is told for
+    timer = threading.Timer(max(0.0, left_s - before_end_s), told.set)
     timer.daemon = True
     timer.start()
     try:

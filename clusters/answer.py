@@ -21,7 +21,9 @@ import fleetune_start
 from clusters.backends import backend_of, open_backend
 from clusters.base import Cluster, ClusterRequest, Standing
 from clusters.controllers import COLLECTED
+from clusters.job_start import latest_noted
 from clusters.remote.far_side import AT_WORK, READY, kind_of, words_of
+from clusters.remote.leftovers import leftovers_in, remove_leftovers
 from clusters.remote.shelf import Shelf
 from runfolder.folders import home
 from runfolder.job import Job
@@ -120,6 +122,9 @@ def answer(cluster: Cluster, shelf: Shelf, request: PlainData) -> Any:
             return cluster.cancel(request["run_id"])
         case "capacity":
             return asdict(cluster.capacity())
+        case "latest_start":
+            submission, _ = latest_noted(home() / "runs" / request["run_id"] / "starts")
+            return submission
         case "shelf_state":
             return shelf.state(request["digest"], request["name"])
         case "shelf_add":
@@ -128,6 +133,10 @@ def answer(cluster: Cluster, shelf: Shelf, request: PlainData) -> Any:
             return shelf.accept(request["digest"], request["name"])
         case "shelf_folder":
             return shelf.folder(request["files"])
+        case "leftovers":
+            return [leftover.dump() for leftover in leftovers_in(home())]
+        case "remove_leftovers":
+            return [leftover.dump() for leftover in remove_leftovers(home(), request["paths"])]
     root = home() / "runs"
     return answer_request(root, request)
 

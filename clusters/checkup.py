@@ -25,6 +25,7 @@ from clusters.remote.setup import is_ready
 from runfolder.folders import home, writable
 
 _TORCH_S = 90.0  # importing torch from a cold disk takes long
+_BUILD = "have the image made anew, from this version: docker build -f k8s/image/Dockerfile ."
 _OTHER_ROOT = "name another `root` in the clusters file"
 
 
@@ -38,15 +39,16 @@ def main() -> None:
 
 def check_cluster(wanted: dict[str, Any], root: Path, environment: Path | None) -> Iterator[Check]:
     """All checks of the cluster of this machine; `environment` is its folder where Fleetune makes one."""
-    yield _root_check(root)
+    config = wanted["cluster"]
+    is_pod = config["kind"] == "kubernetes"
+    yield _mounted_check(root) if is_pod else _root_check(root)
     yield disk_check(root, f"free some space, or {_OTHER_ROOT}")
     yield Check("python", "ok", f"{platform.python_version()} at {sys.executable}")
     has_packages = environment is None or is_ready(environment)
     if environment:
         yield _environment_check(environment, wanted["name"])
-    config = wanted["cluster"]
     if has_packages:
-        mend = _mend_packages(environment, config)
+        mend = _BUILD if is_pod else _mend_packages(environment, config)
         yield packages_check("packages", wanted["requirements"], installed_here(wanted["requirements"]), mend)
     if config["kind"] == "slurm":
         yield from slurm_checkup.check_slurm(config)
@@ -75,6 +77,14 @@ def _root_check(root: Path) -> Check:
     if mode & 0o077:
         return Check("run root", "warn", f"{root} is open to others ({mode:04o})", mend)
     return Check("run root", "ok", str(root))
+
+
+def _mounted_check(root: Path) -> Check:
+    """Whether the user of a pod can write to the claim, which is its cluster's."""
+    if writable(root):
+        return Check("claim", "ok", f"{root} can be written")
+    mend = "its storage must let the group of the pods (`user`) write: fsGroup, or the export's own settings"
+    return Check("claim", "fail", f"{root} cannot be written by user {os.geteuid()}", mend)
 
 
 def _environment_check(environment: Path, name: str) -> Check:

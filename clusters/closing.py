@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 from clusters.base import Unreachable
-from clusters.controllers import COLLECTED, controller_command
+from clusters.controllers import COLLECTED, REQUEUED, controller_command
 from runfolder.snapshot import has_ended
 
 _CLOSE_S = 60.0
@@ -16,7 +16,7 @@ def close_cancelled(run_dir: Path) -> None:
 
     A controller that stays to deliver what MLflow does not take now is ended: any later command delivers the rest.
     """
-    environment = os.environ | COLLECTED
+    environment = os.environ | COLLECTED | REQUEUED  # a walltime was that of a job, not the end of the run
     environment.pop("RAY_ADDRESS", None)
     command = controller_command(str(run_dir))
     try:

@@ -11,7 +11,7 @@ from runfolder.variables import Variables, is_secret
 
 _DESTINATION = re.compile(r"[A-Za-z0-9_][\w.@:%+\[\]-]*")
 _WITH_PORT = re.compile(r"^[^:]*:\d+$")  # an address of IPv6 has more colons
-_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=[\"']?([^\s\"'$`;&|]+)")  # of a text, not of what a command prints
+_ASSIGNMENT = re.compile(r"\b(\w++)=[\"']?([^\s\"'$`;&|]+)")  # of a text, not of what a command prints
 _PLACE = re.compile(r"[^-\x00-\x1f\x7f][^\x00-\x1f\x7f]{0,4095}")
 
 

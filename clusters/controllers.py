@@ -10,6 +10,17 @@ REQUEUED = {"FLEETUNE_REQUEUED": "1"}
 # What it has where the runs of a job without `tracking.uri` belong to the MLflow of whoever compares, elsewhere.
 COLLECTED = {"FLEETUNE_COLLECTED": "1"}
 _NODES = "FLEETUNE_NODES"
+_END = "FLEETUNE_ALLOCATION_END"
+
+
+def until_moment(end: float) -> dict[str, str]:
+    """What the environment of a controller has where its allocation ends then, in seconds since 1970."""
+    return {_END: str(end)}
+
+
+def end_of_allocation() -> float:
+    """When this process's allocation ends, in seconds since 1970; never where that is not known."""
+    return float(os.environ.get(_END) or "inf")
 
 
 def on_nodes(count: int) -> dict[str, str]:

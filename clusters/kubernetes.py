@@ -7,7 +7,8 @@ with this same class, in `FLEETUNE_HOME` there.
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -27,9 +28,13 @@ from clusters.base import (
 )
 from clusters.closing import close_cancelled
 from clusters.environment import run_settings
-from clusters.kubernetes_answers import capacity_of_nodes, goes_on, runs_now, status_of
+from clusters.job_start import latest_noted
+from clusters.kubernetes_answers import goes_on, runs_now, status_of
 from clusters.kubernetes_api import KubernetesApi, Rejected
 from clusters.kubernetes_config import KubernetesConfig, flaw_of_name
+from clusters.kubernetes_keeper import submit_again
+from clusters.kubernetes_nodes import capacity_of_nodes
+from clusters.kueue import look_at_queue
 from clusters.pod_link import PodLink
 from clusters.remote.code import installed_code
 from clusters.remote.far_side import FarSide
@@ -45,7 +50,7 @@ from runfolder.site import LocalSite
 
 _LONGEST_VARIABLES = 1 << 17  # characters: an object may have 1.5 MiB, and each variable is twice in it
 _SUBMISSION = re.compile(r"[a-z].*-s[1-9]\d*", re.ASCII)
-_OURS = "app.kubernetes.io/managed-by=fleetune"
+OUR_OBJECTS = "app.kubernetes.io/managed-by=fleetune"
 
 RayJob = dict[str, Any]
 
@@ -133,24 +138,40 @@ class Kubernetes:
         return None
 
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
-        """The state of each run: its newest RayJob's, by one list, and one of pods where some do not run yet."""
-        newest: dict[str, RayJob] = {}
-        for found in _submissions(self.api.rayjobs(_OURS)):
-            run_id = found["metadata"]["labels"].get(RUN_LABEL, "")
-            if run_id not in newest or _submission_in(found) > _submission_in(newest[run_id]):
-                newest[run_id] = found
-        wanted = {run_id: newest.get(run_id) for run_id in run_ids}
-        waiting = [found for found in wanted.values() if found and goes_on(found) and not runs_now(found)]
-        pods = self._pods_by_run() if waiting else {}
-        workloads = self.api.workloads() if waiting and self.config.queue else []
+        """The state of each run, by one list of RayJobs: its newest one's.
+
+        Where some wait, pods are listed too, and what Kueue has of its queue. An open run that no RayJob carries is
+        submitted again (kubernetes_keeper.py).
+        """
+        wanted = self.newest_rayjobs(run_ids)
+        pods = {}
+        queue = None
+        if any(newest and _waits(newest) for newest in wanted.values()):
+            pods = self._pods_by_run()
+            if self.config.queue:
+                queue = look_at_queue(self.api, self.config.queue)
         statuses = {}
         for run_id, newest_one in wanted.items():
             if newest_one is None:
                 why = f"namespace {self.config.namespace} has no RayJob of it; fleetune resume submits it again"
                 statuses[run_id] = ClusterStatus("unknown", why)
             else:
-                statuses[run_id] = status_of(newest_one, pods.get(run_id, []), workloads)
+                statuses[run_id] = status_of(newest_one, pods.get(run_id, []), queue)
+        with suppress(Unreachable):  # what the API says is known
+            statuses |= submit_again(self, wanted)
         return statuses
+
+    def newest_rayjobs(self, run_ids: Iterable[str]) -> dict[str, RayJob | None]:
+        """The RayJob of each run's newest submission, None where there is none, by one list."""
+        newest: dict[str, RayJob] = {}
+        rayjobs = self.api.rayjobs(OUR_OBJECTS)
+        for candidate in submissions(rayjobs):
+            labels = candidate["metadata"]["labels"]
+            run_id = labels.get(RUN_LABEL, "")
+            earlier = newest.get(run_id)
+            if earlier is None or _submission_in(candidate) > _submission_in(earlier):
+                newest[run_id] = candidate
+        return {run_id: newest.get(run_id) for run_id in run_ids}
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
         """How runs stand, None: all of the claim."""
@@ -175,7 +196,16 @@ class Kubernetes:
 
     def capacity(self) -> Capacity:
         """GPUs of the nodes, or their cores; free is what the runs of this namespace leave of them."""
-        return capacity_of_nodes(self.api.nodes(), self.api.pods(_OURS), self.config.gpu_resource)
+        return capacity_of_nodes(self.api.nodes(), self.api.pods(OUR_OBJECTS), self.config.gpu_resource)
+
+    def ask_reader(self, request: Mapping[str, Any]) -> Any:
+        """What the reader's pod answers to a request (clusters/answer.py)."""
+        return self._reader.ask(request)
+
+    @property
+    def machine(self) -> FarMachine:
+        """The reader's pod, as a machine that runs scripts."""
+        return self._reader.machine
 
     @cached_property
     def _reader(self) -> FarSide:
@@ -187,18 +217,23 @@ class Kubernetes:
 
     def _pods_by_run(self) -> dict[str, list[dict[str, Any]]]:
         by_run: dict[str, list[dict[str, Any]]] = {}
-        for pod in self.api.pods(_OURS):
+        for pod in self.api.pods(OUR_OBJECTS):
             run_id = pod["metadata"]["labels"].get(RUN_LABEL, "")
             by_run.setdefault(run_id, []).append(pod)
         return by_run
 
     def _next_submission(self, run_id: str) -> int:
-        """The number after those of the run's RayJobs that are still there."""
-        return 1 + max(map(_submission_in, self._rayjobs_of(run_id)), default=0)
+        """The number after those of the run's RayJobs that are there, and of those that have started it before."""
+        if is_pod():
+            started, _ = latest_noted(self.home / "runs" / run_id / "starts")
+        else:
+            started = self.ask_reader({"verb": "latest_start", "run_id": run_id})
+        numbers = [_submission_in(found) for found in self._rayjobs_of(run_id)]
+        return 1 + max([started, *numbers])
 
     def _rayjobs_of(self, run_id: str) -> list[RayJob]:
         """The RayJobs of a run that are still there."""
-        return _submissions(self.api.rayjobs(f"{_OURS},{RUN_LABEL}={run_id}"))
+        return submissions(self.api.rayjobs(f"{OUR_OBJECTS},{RUN_LABEL}={run_id}"))
 
     def _variables(self, job: Job) -> dict[str, str]:
         """What head and workers have in their environment; raises SubmissionRefused for what no pod can have."""
@@ -216,6 +251,11 @@ class Kubernetes:
         return variables
 
 
+def _waits(rayjob: RayJob) -> bool:
+    """Whether a RayJob goes on, and does not run yet."""
+    return goes_on(rayjob) and not runs_now(rayjob)
+
+
 def is_pod() -> bool:
     """Whether this process is in a pod that Fleetune has made."""
     return bool(os.environ.get("FLEETUNE_POD"))
@@ -229,7 +269,7 @@ def locked_ray() -> str:
     return pinned[1]
 
 
-def _submissions(rayjobs: Iterable[RayJob]) -> list[RayJob]:
+def submissions(rayjobs: Iterable[RayJob]) -> list[RayJob]:
     """Those of some RayJobs that have the name of a submission."""
     return [found for found in rayjobs if _SUBMISSION.fullmatch(found["metadata"]["name"])]
 
@@ -253,5 +293,5 @@ def _raised_for(rejected: Rejected) -> Exception:
     if not rejected.is_first:
         return rejected
     if rejected.status == 404:
-        return Unreachable(f"{rejected}: are KubeRay and the namespace there? fleetune k8s manifests")
+        return Unreachable(f"{rejected}: are KubeRay and the namespace there? see: fleetune doctor --cluster NAME")
     return SubmissionRefused(f"Kubernetes does not take this job: {rejected.message}")

@@ -1,11 +1,9 @@
-"""What Kubernetes says of a run, in words: from its RayJob, the pods of that, and Kueue's workloads."""
+"""What Kubernetes says of a run, in words: from its RayJob, the pods of that, and Kueue."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-from clusters.base import Capacity, ClusterStatus
-
-Answered = Mapping[str, Any]  # an object as the API answers it
+from clusters.base import ClusterStatus
+from clusters.kueue import Answered, QueueView
 
 # Why a container waits that will not start before somebody fixes something.
 _STUCK = (
@@ -15,6 +13,7 @@ _STUCK = (
     "ImagePullBackOff",
     "InvalidImageName",
 )
+_NO_NODES = "its pods have no nodes yet"
 _SUSPENDED = ("Suspended", "Suspending")
 _OVER = ("Complete", "Failed", "ValidationFailed")
 
@@ -30,34 +29,28 @@ def runs_now(rayjob: Answered) -> bool:
     return goes_on(rayjob) and _deployment(rayjob) == "Running"
 
 
-def status_of(rayjob: Answered, pods: Iterable[Answered], workloads: Iterable[Answered]) -> ClusterStatus:
-    """How the cluster sees the run of a RayJob; `pods` are those of its run, `workloads` all of the namespace."""
+def is_invalid(rayjob: Answered) -> bool:
+    """Whether KubeRay refuses a RayJob for what it says."""
+    return _deployment(rayjob) == "ValidationFailed"
+
+
+def status_of(rayjob: Answered, pods: Iterable[Answered], queue: QueueView | None) -> ClusterStatus:
+    """How the cluster sees the run of a RayJob; `pods` are those of its run, `queue` is what waits in Kueue's."""
     name = rayjob["metadata"]["name"]
     deployment = _deployment(rayjob)
     if not goes_on(rayjob):
         return _ended(rayjob)
     if deployment == "Running":
-        return ClusterStatus("running", f"RayJob {name}")
+        since = rayjob["status"].get("jobStatusCheckFailureStartTime")
+        silence = f": its head has not answered since {since}" if since else ""
+        return ClusterStatus("running", f"RayJob {name}{silence}")
     if rayjob["spec"].get("suspend") or deployment in _SUSPENDED:
-        return ClusterStatus("queued", _why_suspended(name, workloads))
+        if queue is None:
+            return ClusterStatus("queued", f"RayJob {name} is suspended, and no queue is named that would admit it")
+        return queue.status(name)
     if not deployment:
         return ClusterStatus("queued", f"RayJob {name}: KubeRay's operator has not taken it up yet")
-    return _starting(name, list(pods))
-
-
-def capacity_of_nodes(nodes: Iterable[Answered], pods: Iterable[Answered], gpu_resource: str) -> Capacity:
-    """GPUs of nodes that take pods, or their cores where they have none; free is what these pods do not ask for."""
-    open_nodes = [node for node in nodes if _takes_pods(node)]
-    gpus = sum(_amount(node["status"]["allocatable"].get(gpu_resource, "0")) for node in open_nodes)
-    resource = gpu_resource if gpus else "cpu"
-    total = sum(_amount(node["status"]["allocatable"].get(resource, "0")) for node in open_nodes)
-    used = 0.0
-    for pod in pods:
-        if pod["status"].get("phase") in ("Pending", "Running") and pod["spec"].get("nodeName"):
-            for container in pod["spec"]["containers"]:
-                requests = container.get("resources", {}).get("requests", {})
-                used += _amount(requests.get(resource, "0"))
-    return Capacity("gpu" if gpus else "cpu", int(total), max(0, int(total - used)))
+    return _starting(rayjob, list(pods))
 
 
 def _deployment(rayjob: Answered) -> str:
@@ -78,24 +71,18 @@ def _ended(rayjob: Answered) -> ClusterStatus:
     return ClusterStatus("unknown", f"RayJob {name} failed ({words}); fleetune resume submits it again")
 
 
-def _why_suspended(name: str, workloads: Iterable[Answered]) -> str:
-    """Why Kueue has not admitted a RayJob, in its words."""
-    for workload in workloads:
-        owners = workload["metadata"].get("ownerReferences", [])
-        if any(owner["kind"] == "RayJob" and owner["name"] == name for owner in owners):
-            conditions = (workload.get("status") or {}).get("conditions", [])
-            for condition in conditions:
-                if condition["type"] == "QuotaReserved" and condition["status"] == "False":
-                    return f"Kueue: {condition['message']}"
-    return "it waits for Kueue to admit it"
-
-
-def _starting(name: str, pods: list[Answered]) -> ClusterStatus:
+def _starting(rayjob: Answered, pods: list[Answered]) -> ClusterStatus:
     """The status of a run whose pods are not all there: queued where one has no node, else starting."""
+    name = rayjob["metadata"]["name"]
+    without_pod = _why_no_pod(rayjob["status"].get("rayClusterStatus") or {})
+    if without_pod:
+        return without_pod
     for pod in pods:
         for condition in pod["status"].get("conditions", []):
             if condition["type"] == "PodScheduled" and condition["status"] == "False":
-                return ClusterStatus("queued", str(condition.get("message") or "its pods have no nodes yet"))
+                return ClusterStatus("queued", str(condition.get("message") or _NO_NODES))
+    if not pods or not all(pod["spec"].get("nodeName") for pod in pods):
+        return ClusterStatus("queued", f"RayJob {name}: {_NO_NODES}")
     ready = 0
     for pod in pods:
         containers = pod["status"].get("containerStatuses", [])
@@ -108,14 +95,14 @@ def _starting(name: str, pods: list[Answered]) -> ClusterStatus:
     return ClusterStatus("starting", f"RayJob {name}: {ready} of {len(pods)} pods are ready")
 
 
-def _takes_pods(node: Answered) -> bool:
-    conditions = node["status"].get("conditions", [])
-    is_ready = any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
-    return is_ready and not node["spec"].get("unschedulable")
-
-
-def _amount(quantity: str) -> float:
-    """Cores or devices of a quantity, like `4` or `3920m`."""
-    if quantity.endswith("m"):
-        return float(quantity[:-1]) / 1000
-    return float(quantity)
+def _why_no_pod(ray_cluster: Answered) -> ClusterStatus | None:
+    """The status of a run for which KubeRay cannot make a pod; None where it can. A quota may be free later."""
+    for condition in ray_cluster.get("conditions", []):
+        if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
+            words = str(condition.get("message") or condition.get("reason"))
+            message = " ".join(words.split())
+            reason = f"KubeRay cannot make a pod: {message[:300]}"
+            if "exceeded quota" in message:
+                return ClusterStatus("queued", reason)
+            return ClusterStatus("starting", reason, stuck=True)
+    return None

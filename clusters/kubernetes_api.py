@@ -7,14 +7,14 @@ and a 403 of what is not ready yet. Tries are repeated with pauses that grow; th
 import json
 import os
 import random
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 from clusters.base import Unreachable
+from clusters.kubernetes_refusals import is_worth_a_try, message_of, wanted_pause
 
 _TRIES = 5
 _FIRST_PAUSE_S = 0.25  # it doubles with each try
@@ -22,13 +22,7 @@ _LONGEST_PAUSE_S = 8.0  # also of those that a server asks for
 _API_CONNECT_S = 5.0
 _ANSWER_OF_API_S = 30.0
 _PAGE = 250  # objects of a list in one answer
-_LATER = frozenset({408, 429, 500, 502, 503, 504})  # statuses of what may succeed a little later
-_NOT_READY = (
-    "status unknown for quota",
-    "no API token found for service account",
-    "error looking up service account",
-)
-
+JSON = {"Accept": "application/json", "Content-Type": "application/json"}
 _LIMITS = {"_request_timeout": (_API_CONNECT_S, _ANSWER_OF_API_S)}
 
 ApiObject = dict[str, Any]
@@ -102,15 +96,17 @@ class KubernetesApi:
         """The RayJobs with these labels."""
         return self._custom_objects(self._group, selector)
 
-    def workloads(self) -> list[ApiObject]:
-        """What Kueue knows of the namespace; nothing where it is not there, or may not be asked."""
-        group = {"group": "kueue.x-k8s.io", "version": "v1beta1", "plural": "workloads"}
-        try:
-            return self._custom_objects(group, "")
-        except Rejected as rejected:
-            if rejected.status in (403, 404):
-                return []
-            raise
+    def request(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: ApiObject | None = None,
+        headers: Mapping[str, str] = JSON,
+        tries: int = _TRIES,
+    ) -> ApiObject:
+        """What the server answers to any request by its path. Raises Rejected."""
+        return _as_object(self._ask(partial(self._answer, method, path, query or {}, body, headers), tries))
 
     def pods(self, selector: str) -> list[ApiObject]:
         """The pods with these labels."""
@@ -175,6 +171,25 @@ class KubernetesApi:
     def _core(self) -> Any:
         return self._models.CoreV1Api(self._client)
 
+    def _answer(
+        self, method: str, path: str, query: Mapping[str, str], body: ApiObject | None, headers: Mapping[str, str]
+    ) -> Any:
+        """The response to one try; raises the client's exception for what is no success."""
+        client = self._client
+        made = client.param_serialize(
+            method,
+            path,
+            query_params=[*query.items()],
+            header_params={**headers},
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        response = client.call_api(*made, **_LIMITS)
+        text = response.read().decode()
+        if not 200 <= response.status <= 299:
+            raise self._models.ApiException.from_response(http_resp=response, body=text, data=None)
+        return response
+
     def _custom_objects(self, group: dict[str, str], selector: str) -> list[ApiObject]:
         return self._all_pages(
             lambda page: self._custom.list_namespaced_custom_object(
@@ -201,56 +216,32 @@ class KubernetesApi:
                 return items
             page["_continue"] = token
 
-    def _ask(self, call: ApiCall) -> Any:
+    def _ask(self, call: ApiCall, tries: int = _TRIES) -> Any:
         """What the server answers, after some tries; raises Rejected for its refusal, Unreachable for none."""
         client = self._custom  # before what comes with it; raises Unreachable
         from urllib3.exceptions import HTTPError
 
         reason = ""
         is_first = True
-        for number in range(_TRIES):
+        for number in range(tries):
             try:
                 return call()
             except self._models.ApiException as error:
-                message = _message_in(error.body) or str(error.reason)
+                message = message_of(error.body, str(error.reason))
                 if error.status == 401:
                     raise Unreachable(f"Kubernetes: {message}: log in again, as for kubectl") from None
-                if not _is_worth_a_try(error.status, message):
+                if not is_worth_a_try(error.status, message):
                     raise Rejected(error.status, message, is_first) from None
                 reason = f"{error.status} {message}"
-                pause_s = _wanted_pause(error.headers)
+                pause_s = wanted_pause(error.headers)
                 is_first = is_first and error.status == 429
             except (HTTPError, OSError) as error:
                 reason = str(error).splitlines()[0]
                 pause_s = 0.0
                 is_first = False
-            if number + 1 < _TRIES:
+            if number + 1 < tries:
                 _rest(number, pause_s)
         raise Unreachable(f"Kubernetes: {client.api_client.configuration.host}: {reason}")
-
-
-def _is_worth_a_try(status: int, message: str) -> bool:
-    """Whether a request that was refused so may be taken a little later."""
-    if status == 0:  # a WebSocket that was not opened
-        return not re.search(r"Handshake status 4(?!29)\d\d", message)
-    is_not_ready = status == 403 and any(words in message for words in _NOT_READY)
-    return status in _LATER or is_not_ready
-
-
-def _message_in(body: str | bytes | None) -> str:
-    """The message of a Status that a server answered with; empty where it answered with something else."""
-    try:
-        status = json.loads(body or "")
-    except ValueError:
-        return ""
-    message = status.get("message") if isinstance(status, dict) else None
-    return " ".join(message.split()) if isinstance(message, str) else ""
-
-
-def _wanted_pause(headers: Any) -> float:
-    """For how long a server wants no other try, in seconds; 0 where it says nothing."""
-    wanted = (headers or {}).get("Retry-After", "0")
-    return float(wanted) if str(wanted).isdigit() else 0.0
 
 
 def _rest(number: int, pause_s: float) -> None:

@@ -20,7 +20,7 @@ from k8s.planned import READER_LABEL
 _CHUNK_BYTES = 1 << 15
 _OUTPUTS = (1, 2)  # channels of the protocol, which are descriptors of this process, too
 _ENDING = 3  # the channel by which the server says how the command ended
-_NO_READER = "no pod of the reader is ready; it is applied with: fleetune k8s manifests"
+_NO_READER = "no pod of the reader is ready; it is made by: fleetune k8s install --cluster NAME"
 
 
 def main(context: str, namespace: str, command: Sequence[str]) -> int:

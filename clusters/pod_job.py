@@ -36,8 +36,8 @@ _UNUSABLE_S = 60.0  # between two looks at a run folder that cannot be used
 class JoinedNodes(Protocol):
     """The nodes of workers that Ray's head has."""
 
-    def count(self) -> int:
-        """How many of them are alive."""
+    def ids(self) -> set[str]:
+        """The ids of those that are alive."""
         ...
 
 
@@ -49,11 +49,11 @@ class NodesOfRay:
 
         ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
 
-    def count(self) -> int:
-        """How many nodes with cores for workers are alive."""
-        from clusters.ray_nodes import nodes_with_cores
+    def ids(self) -> set[str]:
+        """The ids of the nodes with cores for workers that are alive."""
+        from clusters.ray_nodes import ids_with_cores
 
-        return nodes_with_cores()
+        return ids_with_cores()
 
 
 @dataclass
@@ -65,7 +65,8 @@ class PodJob:
     wanted: int
     told: threading.Event = field(default_factory=threading.Event)
     _leaving: set[str] = field(default_factory=set)  # pods that must end, or have, of which a controller was told
-    awaits_end: bool = False  # of pods that a controller was just told of
+    awaits_end: int = 0  # how many pods a controller was just told of
+    _told_among: set[str] = field(default_factory=set)  # the nodes that were alive then
 
     def keep(self) -> int:
         """Start the controller until the run has its result, or cannot go on in this cluster; gives the exit code."""
@@ -91,9 +92,15 @@ class PodJob:
     def _are_nodes_there(self) -> bool:
         """Wait until all nodes are there, once those that must end are gone; False where that takes too long."""
         if self.awaits_end:
-            self._wait_for(lambda: self.nodes.count() < self.wanted, _GONE_S)
-            self.awaits_end = False
-        return self._wait_for(lambda: self.nodes.count() >= self.wanted, _REPLACED_S)
+            self._wait_for(self._have_ended, _GONE_S)
+            self.awaits_end = 0
+        return self._wait_for(lambda: len(self.nodes.ids()) >= self.wanted, _REPLACED_S)
+
+    def _have_ended(self) -> bool:
+        """Whether the pods are gone that must end; what replaces them may be there before that."""
+        alive = self.nodes.ids()
+        gone = self._told_among - alive
+        return len(gone) >= self.awaits_end or len(alive) < self.wanted
 
     def _wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         """Whether a condition comes true in time, before this process is told to end."""
@@ -125,7 +132,7 @@ class PodJob:
             if not is_told and self._must_end():
                 controller.send_signal(signal.SIGTERM)
                 is_told = True
-            if self.nodes.count() >= self.wanted:
+            if len(self.nodes.ids()) >= self.wanted:
                 whole_at = time.monotonic()
             elif time.monotonic() - whole_at > _POD_LOSS_S and result(self.start.run_dir) is None:
                 controller.kill()
@@ -135,9 +142,11 @@ class PodJob:
         """Whether this process is told to end, or a pod is that it has not heard of before."""
         leaving = leaving_pods(self.start.run_dir)
         if not leaving <= self._leaving:
+            others = leaving - self._leaving
+            self.awaits_end = len(others)
+            self._told_among = self.nodes.ids()
             self._leaving = leaving
-            self.awaits_end = True
-        return self.awaits_end or self.told.is_set()
+        return bool(self.awaits_end) or self.told.is_set()
 
 
 def main(run_dir: Path, name: str, wanted: int) -> int:

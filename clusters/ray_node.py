@@ -49,12 +49,16 @@ def main(folder: Path, start: JobStart, first: FirstNode, name: str, python: Seq
             address = f"{ip}:{manager_port}"
         write_whole(folder / name, address)
         command = ray_command(options, flags, "clusters.ray_process", python)
-        start_ray = partial(subprocess.Popen, command, start_new_session=True)
-        code = keep(folder, first, start_ray, name == HEAD)
+        code = keep(folder, first, partial(_start_ray, command), name == HEAD)
     if code is None and folder.exists():
         print("the first node of this job is lost: back to the queue", flush=True)
         return requeue(start)
     return code or 0
+
+
+def _start_ray(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start Ray in a session of its own."""
+    return subprocess.Popen(command, start_new_session=True)
 
 
 def keep(
@@ -67,9 +71,11 @@ def keep(
     ray: subprocess.Popen[bytes] | None = None
     answered_at = time.monotonic()
     try:
-        while folder.exists() and time.monotonic() - answered_at <= LOST_S:
+        while folder.exists():
             if answers(first.keeper):
                 answered_at = time.monotonic()
+            elif time.monotonic() - answered_at > LOST_S:
+                return None
             if ray is None and (is_head or answers(first.ray)):
                 ray = start_ray()
             if ray is not None and ray.poll() is not None:

@@ -122,13 +122,16 @@ class Slurm:
         wanted = dict.fromkeys(run_ids)
         if not wanted:
             return {}
-        live = [job for job in self._jobs() if job.state]
+        live = [job for job in self._jobs() if job.state and job.run_id in wanted]
         with_job = {job.run_id for job in live}
         lost = self._last_endings(run_id for run_id in wanted if run_id not in with_job)
-        ours = [job for job in live if job.run_id in wanted]
-        released = let_go_on([job for job in ours if job.reason == LAUNCH_FAILED], self.folder)
-        released |= send_back([job for job in ours if job.has_lost_first_node])
-        return {run_id: self._status(run_id, live, lost, released) for run_id in wanted}
+        held = [job for job in live if job.reason == LAUNCH_FAILED]
+        headless = [job for job in live if job.has_lost_first_node]
+        released = let_go_on(held, self.folder) | send_back(headless)
+        statuses = {}
+        for run_id in wanted:
+            statuses[run_id] = self._status(run_id, live, lost, released)
+        return statuses
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
         """How runs stand, None: all of this site."""
@@ -151,7 +154,10 @@ class Slurm:
     def capacity(self) -> Capacity:
         """GPUs of the partition's nodes that are up, or their cores where they have none."""
         named = self.config.partition
-        said = ask_slurm([*SINFO, *(["-p", named] if named else [])])
+        command = [*SINFO]
+        if named:
+            command += ["-p", named]
+        said = ask_slurm(command)
         if named and not said.strip():
             raise Unreachable(f"SLURM has no partition {named!r} with nodes")
         return capacity_of(said)
@@ -183,7 +189,10 @@ class Slurm:
             return ClusterStatus("queued", job.why_queued, job.is_stuck)
         if job.id in released:
             return ClusterStatus("queued", f"SLURM job {job.id}: its first node is lost; it goes back to the queue")
-        return ClusterStatus(job.state or "unknown", f"SLURM job {job.id}{' is at its end' * job.is_ending}")
+        reason = f"SLURM job {job.id}"
+        if job.is_ending:
+            reason += " is at its end"
+        return ClusterStatus(job.state or "unknown", reason)
 
     @property
     def _code(self) -> Path:
@@ -206,23 +215,30 @@ class Slurm:
 
         What they printed last proves it, where there was no attempt yet; and what to do then.
         """
-        newest: dict[str, Path | None] = dict.fromkeys(run_ids)
-        notes = [note for note in self.folder.glob("*.job") if run_of_submission(note.stem) in newest]
-        for note in sorted(notes, key=lambda note: note.stat().st_mtime):
-            newest[run_of_submission(note.stem)] = note
-        ids = {run_id: note.read_text() if note else "" for run_id, note in newest.items()}
-        ended: dict[str, str] = {}
-        for source in ([], ["--completion"]):  # a site without accounting may write down what ended
-            asked = sorted(set(ids.values()) - {"", *ended})
-            if asked:
-                ran = call_slurm([*SACCT, *source, "-j", ",".join(asked)])
-                ended |= endings(ran.stdout) if ran.returncode == 0 else {}
+        newest = self._newest_notes(run_ids)
+        job_ids = {}
+        for run_id, note in newest.items():
+            job_ids[run_id] = note.read_text() if note else ""
+        ended = _endings_of(job_ids.values())
         told = {}
-        for run_id, job_id in ids.items():
-            run_dir, note = self.site.root / run_id, newest[run_id]
-            words = [words_of_ending(job_id, ended), *before_any_attempt(run_dir, note, ended.get(job_id, ""))]
-            told[run_id] = "; ".join([*words, way_on(run_dir)])
+        for run_id, job_id in job_ids.items():
+            run_dir = self.site.root / run_id
+            ending = ended.get(job_id, "")
+            words = [words_of_ending(job_id, ended)]
+            words += before_any_attempt(run_dir, newest[run_id], ending)
+            words.append(way_on(run_dir))
+            told[run_id] = "; ".join(words)
         return told
+
+    def _newest_notes(self, run_ids: Iterable[str]) -> dict[str, Path | None]:
+        """The note of each run's newest job, which holds its id; None where there is none."""
+        notes = sorted(self.folder.glob("*.job"), key=lambda note: note.stat().st_mtime)
+        newest: dict[str, Path | None] = dict.fromkeys(run_ids)
+        for note in notes:
+            run_id = run_of_submission(note.stem)
+            if run_id in newest:
+                newest[run_id] = note
+        return newest
 
     def _jobs(self) -> list[QueuedJob]:
         """This user's jobs that SLURM knows of, those that ended lately too."""
@@ -235,3 +251,17 @@ class Slurm:
     def _note(self, name: str) -> Path:
         """Where the id of a submission's newest job is written down, once it is known."""
         return self.folder / f"{name}.job"
+
+
+def _endings_of(job_ids: Iterable[str]) -> dict[str, str]:
+    """How jobs ended, by SLURM's accounting, or by the file that a site without one may keep (`--completion`)."""
+    ended: dict[str, str] = {}
+    for source in ([], ["--completion"]):
+        unknown = set(job_ids) - {"", *ended}
+        if not unknown:
+            break
+        joined = ",".join(sorted(unknown))
+        answer = call_slurm([*SACCT, *source, "-j", joined])
+        if answer.returncode == 0:
+            ended |= endings(answer.stdout)
+    return ended

@@ -79,7 +79,7 @@ class QueuedJob:
     start: str  # when SLURM expects it to start, or when it did
     first_node: str = ""  # where its script runs
     nodes: str = ""  # those that it has, as SLURM writes lists of them
-    is_ending: bool = False  # its processes are being ended: it goes back to the queue then, or does not
+    slurm_state: str = ""
 
     @property
     def run_id(self) -> str:
@@ -107,9 +107,14 @@ class QueuedJob:
         return f"SLURM job {self.id}: nodes could not start it, again and again, and SLURM holds it; {what_to_do}"
 
     @property
+    def is_ending(self) -> bool:
+        """Whether its processes are being ended: it goes back to the queue then, or does not."""
+        return self.slurm_state == "COMPLETING"
+
+    @property
     def has_lost_first_node(self) -> bool:
         """Whether it goes on without the node that its script was on, as a job that may lose nodes does."""
-        return self.state == "running" and bool(self.nodes) and not _is_among(self.nodes, self.first_node)
+        return self.slurm_state == "RUNNING" and bool(self.nodes) and not _is_among(self.nodes, self.first_node)
 
     @property
     def is_stuck(self) -> bool:
@@ -125,7 +130,7 @@ def queued_jobs(said: str) -> list[QueuedJob]:
         if len(fields) == 7 and fields[0].isdecimal():
             id_, state, reason, start, node, nodes, name = fields
             live = None if state in _ENDED else _STATES.get(state, "running")
-            jobs.append(QueuedJob(id_, name, live, reason, start, node, nodes, state == "COMPLETING"))
+            jobs.append(QueuedJob(id_, name, live, reason, start, node, nodes, state))
     return jobs
 
 

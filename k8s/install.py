@@ -13,6 +13,7 @@ from k8s.settings import KubernetesSettings
 
 BASE = Path(__file__).parent / "manifests" / "base"
 _QUANTITY = re.compile(r"[1-9]\d{0,5}([KMGTP]i?)?")
+_OF_BASE = "fleetune"  # the namespace that the base names
 _POD_SECURITY = "pod-security.kubernetes.io/enforce"
 
 BaseObject = dict[str, Any]
@@ -36,7 +37,7 @@ def install_manifests(
         if adapted["kind"] == "PersistentVolumeClaim":
             _store(adapted["spec"], storage, storage_class)
         if adapted["kind"] == "Deployment":
-            _run_as(adapted["spec"]["template"]["spec"], settings, home)
+            run_as(adapted["spec"]["template"]["spec"], settings, home)
         objects.append(adapted)
     return objects
 
@@ -56,8 +57,8 @@ def _store(claim: BaseObject, storage: str | None, storage_class: str | None) ->
         claim["storageClassName"] = storage_class
 
 
-def _run_as(pod: BaseObject, settings: KubernetesSettings, home: str) -> None:
-    """Have the pod of the reader be like those of runs: of their image, user and account, with their claim."""
+def run_as(pod: BaseObject, settings: KubernetesSettings, home: str) -> None:
+    """Have a pod that has the claim be like those of runs: of their image, user and account, with their claim."""
     pod["serviceAccountName"] = settings.service_account
     pod["securityContext"] |= dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), settings.user)
     if settings.image_pull_secrets:
@@ -85,6 +86,8 @@ def _renamed(base: BaseObject, settings: KubernetesSettings) -> BaseObject:
         metadata["name"] = settings.claim
     if kind == "ServiceAccount" and metadata["name"] == "fleetune-run":
         metadata["name"] = settings.service_account
+    if kind == "ClusterRoleBinding" and settings.namespace != _OF_BASE:
+        metadata["name"] += f"-{settings.namespace}"  # every namespace has one of its own
     for subject in base.get("subjects", ()):
         subject["namespace"] = settings.namespace
     return base

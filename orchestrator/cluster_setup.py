@@ -16,7 +16,9 @@ def set_up_cluster(name: str, yes: bool) -> bool:
     """Have the environment of a cluster made, unless it is there; gives whether it was not."""
     config = config_of(name)
     if isinstance(config, KubernetesConfig):
-        raise InputError(f"cluster {name}: its image has the packages; prepare it: fleetune k8s manifests --help")
+        raise InputError(
+            f"cluster {name}: its image has the packages; prepare it: fleetune k8s install --cluster {name}"
+        )
     if not isinstance(config.link, SshLink):
         raise InputError(f"cluster {name}: it is on this machine; install here: pip install 'fleetune[train]'")
     if config.python:

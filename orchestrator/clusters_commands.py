@@ -55,3 +55,27 @@ def setup_command(name: NameArgument, yes: YesOption = False) -> None:
     made_now = set_up_cluster(name, yes)
     done = "are there now" if made_now else "were there already"
     print(f"cluster {name}: the packages {done}", file=sys.stderr)
+
+
+@clusters_app.command("prune")
+def prune_command(
+    name: NameArgument,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without this, it is only shown.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what killed clients and ended runs have left on a Kubernetes cluster, and remove it with --yes."""
+    from orchestrator.prune import leftover_line, leftovers, plain_leftover, prune
+
+    found = leftovers(name)
+    removed = prune(name, found) if yes else []
+    gone = {leftover.what for leftover in removed}
+    if as_json:
+        return print_json([plain_leftover(leftover, leftover.what in gone) for leftover in found])
+    for leftover in found:
+        verb = "removed " if leftover.what in gone else ""
+        print(f"{verb}{leftover_line(leftover)}")
+    if not found:
+        print(f"cluster {name}: nothing is left over", file=sys.stderr)
+    elif not yes:
+        print(f"nothing was removed; to remove it: fleetune clusters prune {name} --yes", file=sys.stderr)
+    return None

@@ -87,7 +87,7 @@ def withdrawn(cluster: Cluster, run_id: str, why: str) -> RunRefused:
     Raises Unreachable where that is not known to be done: what is repeated then does it.
     """
     try:
-        cluster.site.ask(run_id, "cancel")
+        cluster.site.ask(run_id, "cancel", why=why)
         cluster.cancel(run_id)
     except Unreachable as error:
         raise Unreachable(f"{why}; whether {run_id} is closed is not known: {error}") from None

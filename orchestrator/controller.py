@@ -21,7 +21,7 @@ from runfolder.chain import Attempt, Fenced, attempts, close, settle
 from runfolder.delivered import note_delivered
 from runfolder.files import Damaged, Record
 from runfolder.record import load_job
-from runfolder.requests import cancel_requested, last_reopened
+from runfolder.requests import cancel_requested, last_reopened, why_cancelled
 from runfolder.secrets import read_secrets, remove_secrets
 from runfolder.snapshot import snapshot
 from runfolder.variables import flaw_of_variable
@@ -31,7 +31,6 @@ TRACKING_TIMEOUT_S = 600.0  # how long it stays to deliver what an outage of MLf
 DELIVERED = "the output is there, but the worker ended before it was checked (and merged, if that was asked for)"
 _PUMP_S = 1.0
 _BEGAN = time.time()  # when this process did
-_CANCELLED = Final("cancelled", "cancelled by request")
 
 
 def main(run_dir: Path) -> int:
@@ -52,7 +51,7 @@ def _end_of_damaged(run_dir: Path, damage: str) -> Record:
     """The final word on a run that cannot be read, perhaps as another version of Fleetune has written it."""
     attempt = snapshot(run_dir).attempt
     if cancel_requested(run_dir):
-        return _final_word("cancelled", f"{_CANCELLED.reason}; {damage}", Verdict("cancelled", "").dump(), attempt)
+        return _final_word("cancelled", f"cancelled by request; {damage}", Verdict("cancelled", "").dump(), attempt)
     return _final_word("failed", damage, Verdict("user_error", "").dump(), attempt)
 
 
@@ -69,7 +68,7 @@ def take_further(run_dir: Path) -> int:
         load_job(run_dir)
         decision = next_step(run_dir)
         if not isinstance(decision, Final) and cancelled_within(run_dir, decision.delay_s):
-            decision = _CANCELLED
+            decision = Final("cancelled", why_cancelled(run_dir))
         if not isinstance(decision, Final):
             if not os.environ.get("RAY_ADDRESS"):
                 return 1  # started to close a cancelled run that was reopened meanwhile: it has no Ray to go to

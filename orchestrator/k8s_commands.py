@@ -1,5 +1,6 @@
 """`fleetune k8s`: what a Kubernetes cluster has before its first run."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -24,6 +25,15 @@ def manifests_command(cluster: EntryOption, storage: SizeOption = None, storage_
     print(manifests_text(manifests_for(cluster, storage, storage_class)), end="")
 
 
+@k8s_app.command("keeper")
+def keeper_command(cluster: EntryOption) -> None:
+    """Print a CronJob that submits open runs again that nothing carries any more, for whoever wants one."""
+    from k8s.text import manifests_text
+    from orchestrator.k8s_install import keeper_for
+
+    print(manifests_text(keeper_for(cluster)), end="")
+
+
 @k8s_app.command("install")
 def install_command(
     cluster: EntryOption,
@@ -31,10 +41,11 @@ def install_command(
     storage_class: ClassOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be applied, in order.")] = False,
 ) -> None:
-    """Apply what `manifests` prints, and make the token that the processes of Ray share."""
+    """Apply what `manifests` prints, and make the token that the processes of Ray share; repeating it is safe."""
     from orchestrator.k8s_install import install, plan_of_install
 
     if dry_run:
         print("\n".join(plan_of_install(cluster, storage, storage_class)))
         return
-    install(cluster, storage, storage_class)
+    install(cluster, storage, storage_class, print)
+    print(f"look at it with: fleetune doctor --cluster {cluster}", file=sys.stderr)

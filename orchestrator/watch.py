@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from clusters.controllers import is_requeued
+from clusters.controllers import end_of_allocation, is_requeued
 from clusters.ray_head import answers
 from orchestrator.failure import Failure, load_failure
 from orchestrator.verdict import Verdict, classify
@@ -30,6 +30,7 @@ from trainer.omissions import omissions_line
 _DRIVER_POLL_S = 0.25  # between two looks at the driver process
 _LOOK_S = 1.0  # between two looks at the run folder, which may be on a file system that many share
 _TAIL_BYTES = 16_384  # at the end of a log, in which evidence is looked for
+_EARLIEST_WARNING_S = 120.0  # before the grace of a job: schedulers warn early rather than late
 _UNANSWERED_LIMIT = 3  # looks in a row at which Ray's head does not answer
 _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -123,6 +124,8 @@ class Watch:
         grace = self._resources.grace
         deadline = time.time() + grace
         if self._told.is_set():
+            if time.time() > end_of_allocation() - grace - _EARLIEST_WARNING_S:
+                return Stop("walltime", "the walltime of the job that it is in is nearly over", deadline)
             return Stop("preemption", "the controller was told to end", deadline)
         if cancel_saves(self._attempt.run_dir):
             return Stop("cancelled", "", deadline)

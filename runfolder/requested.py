@@ -39,7 +39,7 @@ def answer_request(root: Path, request: PlainData) -> Any:
         case "kept_secrets":
             return site.kept_secrets(request["run_id"])
         case "ask":
-            return site.ask(request["run_id"], request["what"], request["step"])
+            return site.ask(request["run_id"], request["what"], request["step"], request["why"])
         case "digest":
             return site.digest(Path(request["path"]))
         case "news":

@@ -32,11 +32,14 @@ class Pause(NamedTuple):
     slot: int
 
 
-def request_cancel(run_dir: Path, save: bool = False) -> None:
-    """Ask for the end of a run, with `save` after a checkpoint; its controller closes it as cancelled."""
+def request_cancel(run_dir: Path, save: bool = False, why: str | None = None) -> None:
+    """Ask for the end of a run, with `save` after a checkpoint; its controller closes it as cancelled.
+
+    `why`: where nobody wants that, but it cannot go on.
+    """
     if save and cancel_requested(run_dir) and not cancel_saves(run_dir):
         return  # it is to end at once already
-    _request(run_dir, "cancel", {"save": save})
+    _request(run_dir, "cancel", {"save": save} | ({"why": why} if why else {}))
 
 
 def cancel_requested(run_dir: Path) -> bool:
@@ -50,6 +53,12 @@ def cancel_saves(run_dir: Path) -> bool:
     if not requests:
         return False
     return all(request.get("save") for _, request in requests)
+
+
+def why_cancelled(run_dir: Path) -> str:
+    """Why the end of a run was asked for, in words."""
+    told = [request.get("why") for _, request in _requests(run_dir, "cancel", CANCEL)]
+    return next(filter(None, told), "cancelled by request")
 
 
 def request_pause(run_dir: Path, step: int) -> None:

@@ -29,6 +29,11 @@ def read_secrets(run_dir: Path) -> dict[str, str]:
     return read_json(run_dir / _SECRETS_FILE, SECRET_VALUES)
 
 
+def holds_secrets(run_dir: Path) -> bool:
+    """Whether a run has secrets, those included that somebody was about to remove."""
+    return any(name.removeprefix(".").startswith(_SECRETS_FILE) for name in list_names(run_dir))
+
+
 def remove_secrets(run_dir: Path) -> None:
     """Remove the secrets of a run that has ended; those of one that was just reopened stay."""
     aside = run_dir / f".{_SECRETS_FILE}-{uuid.uuid4().hex}"

@@ -72,6 +72,7 @@ class _Verdict(_Fields):
 
 class _CancelRequest(_Fields):
     save: bool = False
+    why: str | None = None
 
 
 class _PauseRequest(_Fields):

@@ -72,11 +72,12 @@ class Site(Protocol):
         """The names of the secrets that a run has."""
         ...
 
-    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Ended:
+    def ask(self, run_id: str, what: Ask, step: int | None = None, why: str | None = None) -> Ended:
         """Ask for the end of a run that goes on, or let one go on that has ended otherwise than well.
 
-        With `cancel_saved` and `pause` it saves first; it pauses after `step`, or after the one that it is at. Gives
-        the result that the run had before, None where it had none. Raises Refused.
+        With `cancel_saved` and `pause` it saves first; it pauses after `step`, or after the one that it is at. `why`:
+        where nobody wants a `cancel`, but it cannot go on. Gives the result that the run had before, None where it
+        had none. Raises Refused.
         """
         ...
 
@@ -157,7 +158,7 @@ class LocalSite:
         """The names of the secrets that a run has."""
         return list(read_secrets(self._existing(run_id)))
 
-    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Ended:
+    def ask(self, run_id: str, what: Ask, step: int | None = None, why: str | None = None) -> Ended:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""
         run_dir = self._existing(run_id)
         see_slots(run_dir)
@@ -165,7 +166,7 @@ class LocalSite:
         if what == "reopen":
             _reopen(run_dir, ended)
         elif ended is None:
-            _request_end(run_dir, what, step)
+            _request_end(run_dir, what, step, why)
         elif ended["state"] != "cancelled":
             raise Refused(f"run {run_id}: it has {ended['state']} already")
         return ended
@@ -216,7 +217,7 @@ class LocalSite:
         return self.root / run_id
 
 
-def _request_end(run_dir: Path, what: Ask, step: int | None) -> None:
+def _request_end(run_dir: Path, what: Ask, step: int | None, why: str | None) -> None:
     """Ask for the end of a run that goes on."""
     if what == "pause":
         if not step:
@@ -224,7 +225,7 @@ def _request_end(run_dir: Path, what: Ask, step: int | None) -> None:
         request_pause(run_dir, step)
     else:
         save = what == "cancel_saved"
-        request_cancel(run_dir, save)
+        request_cancel(run_dir, save, why)
 
 
 def _reopen(run_dir: Path, ended: Ended) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import fleetune_start
 
-_SUFFIXES = (".py", ".html", ".json")
+_SUFFIXES = (".py", ".html", ".json", ".txt")
 _MODULES = ("fleetune.py", "fleetune_start.py")
 _DIGEST_DIGITS = 24  # of the digest in the name of a folder
 

@@ -76,9 +76,9 @@ class RemoteSite:
         names: list[str] = self._ask("kept_secrets", run_id=run_id)
         return names
 
-    def ask(self, run_id: str, what: Ask, step: int | None = None) -> Ended:
+    def ask(self, run_id: str, what: Ask, step: int | None = None, why: str | None = None) -> Ended:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""
-        ended: Ended = self._ask("ask", run_id=run_id, what=what, step=step)
+        ended: Ended = self._ask("ask", run_id=run_id, what=what, step=step, why=why)
         return ended
 
     def news(self, known: Mapping[str, Known]) -> News:

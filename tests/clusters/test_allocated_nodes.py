@@ -94,13 +94,12 @@ def controllers_on(run_dir: Path, python: list[str], monkeypatch: pytest.MonkeyP
 def test_a_start_on_which_ray_does_not_come_up_goes_back_to_the_queue(
     two_nodes: Path, asked: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    program(asked, "srun", "exit 1")
+    program(asked, "srun", "exec sleep 60")
     assert controllers_on(two_nodes, ["false"], monkeypatch) == (REQUEUE, [])
     assert "Ray does not answer on head: what keeps it ended with code 1" in capfd.readouterr().out
     assert f"--nodelist=node2 --export=ALL {allocated_nodes.sys.executable}" in asked.read_text()
     monkeypatch.setattr(allocated_nodes, "_READY_S", 1.0)
     monkeypatch.setattr(allocated_nodes, "LOST_S", 0.0)
-    program(asked, "srun", "exec sleep 60")
     assert controllers_on(two_nodes, ["sleep", "60"], monkeypatch) == (REQUEUE, [])
     assert "Ray does not answer on node2\n" in capfd.readouterr().out
 
@@ -149,6 +148,7 @@ def test_a_node_has_ray_once_the_head_answers_and_notices_the_loss_of_the_first_
         assert answers(first.keeper) and not answers(first.ray)
         silent = FirstNode("127.0.0.1:1", first.ray)
         assert ray_node.keep(tmp_path, silent, start_ray, is_head=False) is None and not started
+        monkeypatch.setattr(ray_node, "LOST_S", -1.0)  # as behind a suspension of the job
         host, _, port = first.ray.rpartition(":")
         with socket.create_server((host, int(port))):
             threading.Timer(1.0, (tmp_path / "here").rmdir).start()

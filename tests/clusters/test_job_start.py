@@ -19,7 +19,7 @@ from clusters import requeue as requeueing
 from clusters.allocated_nodes import AllocatedNodes
 from clusters.allocation import keep_controller, warnings
 from clusters.base import Unreachable
-from clusters.controllers import REQUEUE
+from clusters.controllers import REQUEUE, end_of_allocation
 from clusters.first_node import reachable_address
 from clusters.job_start import JobStart
 from clusters.requeue import requeue
@@ -185,6 +185,7 @@ class ReadyAtOnce:
 def test_a_warning_before_python_listens_is_not_lost(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "node1")
     monkeypatch.setenv("SQUEUE_FORMAT", "%i")
+    monkeypatch.setenv("FLEETUNE_ALLOCATION_END", "")  # which is set here
     end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 3600))
     program(asked, "srun", "cat >/dev/null")
     program(asked, "squeue", f'[ -z "$SQUEUE_FORMAT" ] && echo {end}')
@@ -194,6 +195,7 @@ def test_a_warning_before_python_listens_is_not_lost(asked: Path, monkeypatch: p
             told = threading.Event()
             with warnings(told, before_end_s):
                 assert told.wait(10 if is_told else 0) == is_told
+                assert abs(end_of_allocation() - time.time() - 3600) < 60
         told = threading.Event()
         program(asked, "squeue", "echo NONE")
         with warnings(told, 90):

@@ -52,11 +52,12 @@ class Nodes:
     """Nodes whose number the test sets."""
 
     alive: int = 2
+    others: frozenset[str] = frozenset()
     asked: int = 0
 
-    def count(self) -> int:
+    def ids(self) -> set[str]:
         self.asked += 1
-        return self.alive
+        return {*map(str, range(self.alive)), *self.others}
 
 
 @dataclass
@@ -188,6 +189,21 @@ def test_a_pod_that_must_end_has_the_run_saved_and_goes(run_dir: Path, controlle
     assert controllers.started == 2
 
 
+def test_what_replaces_a_pod_may_be_there_before_that_is_gone(run_dir: Path, controllers: Controllers) -> None:
+    controllers.programs = [WAITS, CLOSES]
+    nodes = Nodes()
+    keeping = in_thread(PodJob(begin_start(run_dir, NAME), nodes, 2).keep)
+    until((run_dir / "ready-1").exists)
+    pod_leaving.main(run_dir, 30)
+    nodes.others = frozenset({"another"})
+    asked = nodes.asked
+    until(lambda: nodes.asked > asked + 50)
+    assert controllers.started == 1
+    nodes.alive = 1
+    keeping.join(30)
+    assert controllers.started == 2
+
+
 def test_a_pod_that_has_ended_is_no_warning_to_the_next_controller(run_dir: Path, controllers: Controllers) -> None:
     controllers.programs = [WAITS, WAITS]
     nodes = Nodes()
@@ -247,9 +263,9 @@ def test_a_pod_waits_no_longer_than_it_may(run_dir: Path, monkeypatch: pytest.Mo
 
 def test_a_head_without_cores_is_no_node_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [
-        {"Alive": True, "Resources": {"memory": 1.0}},
-        {"Alive": True, "Resources": {"CPU": 16.0}},
-        {"Alive": False, "Resources": {"CPU": 16.0}},
+        {"NodeID": "head", "Alive": True, "Resources": {"memory": 1.0}},
+        {"NodeID": "worker", "Alive": True, "Resources": {"CPU": 16.0}},
+        {"NodeID": "lost", "Alive": False, "Resources": {"CPU": 16.0}},
     ]
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(nodes=lambda: nodes))
     assert nodes_with_cores() == 1

@@ -39,7 +39,9 @@ def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_jobs_of_squeue() -> None:
     ended, waits, held, odd = queued_jobs(JOBS)
     assert (ended.run_id, ended.state) == ("sums-0123456789", None)
-    assert waits == QueuedJob("11", "sums-1123456789-s2", "queued", "Priority", "2026-11-29T12:00:00", "n/a")
+    assert waits == QueuedJob(
+        "11", "sums-1123456789-s2", "queued", "Priority", "2026-11-29T12:00:00", "n/a", "", "PENDING"
+    )
     assert waits.why_queued == (
         "SLURM job 11: others have a higher priority; SLURM expects its start at 2026-11-29 12:00 +0100"
     )
@@ -75,7 +77,7 @@ def test_reasons_with_a_tail_are_in_words(reason: str, words: str) -> None:
     ],
 )
 def test_the_first_node_of_a_job_is_among_its_nodes(nodes: str, has_it: bool) -> None:
-    job = QueuedJob("7", "a-s1", "running", "None", "N/A", "node07", nodes)
+    job = QueuedJob("7", "a-s1", "running", "None", "N/A", "node07", nodes, "RUNNING")
     assert job.has_lost_first_node != has_it
 
 

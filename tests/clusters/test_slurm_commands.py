@@ -18,10 +18,10 @@ from clusters.container_checkup import check_container
 from clusters.job_start import JobStart
 from clusters.package_checks import package_in
 from clusters.slurm import Slurm
-from clusters.slurm_checkup import check_slurm
+from clusters.slurm_checkup import check_slurm, run_test_job
 from clusters.slurm_script import SlurmConfig
 from orchestrator.backends import lock_for
-from runfolder.chain import claim_next, close, reopen
+from runfolder.chain import claim_next, close, reopen, result
 from runfolder.job import Job
 from runfolder.requests import request_cancel
 
@@ -100,6 +100,18 @@ def test_a_doctor_reads_what_names_partitions(asked: Path) -> None:
     assert found == ("ok", "gpu,cpu")
     found = [(check.level, check.found) for check in check_slurm({**config, "partition": "gpu,other"})][1]
     assert found == ("fail", "no 'other'; there are: gpu, cpu")
+
+
+def test_a_test_job_looks_for_the_run_root_on_its_node(tmp_path: Path, asked: Path) -> None:
+    config = SlurmConfig(kind="slurm", setup=("echo set up",)).model_dump()
+    root = tmp_path / "root"
+    program(asked, "sinfo", ":")
+    program(asked, "srun", f'shift 3; mv {root} {root}.away; "$@"; mv {root}.away {root}')
+    check = run_test_job(config, root)
+    assert (check.level, check.found) == ("fail", f"its node does not have what is in {root} here")
+    program(asked, "srun", "echo CPU only")
+    assert run_test_job(config, root).level == "ok"
+    assert not list(root.iterdir())
 
 
 def test_a_doctor_looks_into_the_container(tmp_path: Path, asked: Path) -> None:
@@ -253,7 +265,7 @@ def test_a_script_is_utf8_whatever_the_locale(tmp_path: Path, asked: Path) -> No
 from pathlib import Path
 from clusters.slurm import Slurm
 from clusters.slurm_script import SlurmConfig
-from runfolder.chain import claim_next, close, reopen
+from runfolder.chain import claim_next, close, reopen, result
 from runfolder.job import Job
 from runfolder.requests import request_cancel
 home = Path({str(tmp_path)!r})
@@ -403,6 +415,19 @@ def test_a_cancel_ends_a_job_that_has_no_controller_yet(
     assert asked.read_text().splitlines().count("7") == len(closed) == 3
 
 
+def test_a_cancel_between_two_jobs_of_a_chain_is_none_of_its_failures(slurm: Slurm, asked: Path) -> None:
+    program(asked, "squeue", ":")
+    run_dir = slurm.site.root / "sums-1123456789"
+    slurm.site.create(run_dir.name, {"cluster": "hpc", "submitted": 0.0, "job": PLAIN})
+    attempt = claim_next(run_dir, None)
+    assert attempt
+    attempt.write_verdict({"kind": "walltime"})
+    request_cancel(run_dir)
+    slurm.cancel(run_dir.name)
+    ended = result(run_dir)
+    assert ended and (ended["state"], ended["reason"]) == ("cancelled", "cancelled by request")
+
+
 def test_a_job_that_lost_its_first_node_goes_back_to_the_queue(slurm: Slurm, asked: Path) -> None:
     program(asked, "scontrol", ":")
     lost = f"echo '7|RUNNING|None|2026-11-29T10:59:52|node1|node[2-3,05],other|{RUN_ID}-s1'"
@@ -413,6 +438,8 @@ def test_a_job_that_lost_its_first_node_goes_back_to_the_queue(slurm: Slurm, ask
         "SLURM job 7: its first node is lost; it goes back to the queue",
     )
     assert asked.read_text().splitlines()[-1] == "requeue 7"
+    program(asked, "squeue", lost.replace("RUNNING", "COMPLETING"))  # it has given nodes back, and is over
+    assert slurm.status([RUN_ID])[RUN_ID].reason == "SLURM job 7 is at its end"
     program(asked, "squeue", lost.replace("|node1|", "|node05|"))
     assert slurm.status([RUN_ID])[RUN_ID].state == "running"
     assert asked.read_text().count("requeue") == 1

@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 from exec_session import PROTOCOL, Session, accept_key
+from general_objects import GeneralObjects
 from kubernetes_rules import plain_schema
 from object_rules import Status, admit, exceeded_quota, without_unknown
 
@@ -45,11 +46,14 @@ class Cluster:
     quota: int | None = None
     created: list[str] = field(default_factory=list)  # names of all RayJobs that ever were
     requests: list[str] = field(default_factory=list)
+    sent: list[bytes] = field(default_factory=list)  # the bodies of requests
+    accepted: list[tuple[str, str]] = field(default_factory=list)  # of requests, the path and what it takes
     fault: Callable[[str], str | None] = lambda _: None
     late: list[Callable[[], object]] = field(default_factory=list)  # writes that were cut off, and come yet
     expired: set[str] = field(default_factory=set)  # tokens of lists that are too old
     environment: dict[str, str] = field(default_factory=dict)  # of commands in pods
     sessions: list[Session] = field(default_factory=list)
+    general: GeneralObjects = field(default_factory=GeneralObjects)
     version: int = 1
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -74,6 +78,8 @@ class Cluster:
         if path == "/api/v1/nodes":
             self._authorize(token, "list", "nodes", "")
             return 200, {"kind": "NodeList", "metadata": {}, "items": self.nodes}
+        if self.general.has(path):
+            return self.general.answer(self, method, path, query, body, token)
         before, _, rest = path.partition("/namespaces/")
         namespace, _, place = rest.partition("/")
         collection, _, name = place.partition("/")
@@ -167,6 +173,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._serve("POST")
 
+    def do_PATCH(self) -> None:
+        self._serve("PATCH")
+
     def do_DELETE(self) -> None:
         self._serve("DELETE")
 
@@ -178,9 +187,12 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(url.query).items()}
         length = int(self.headers.get("Content-Length") or 0)
-        body = json.loads(self.rfile.read(length)) if length else None
+        raw = self.rfile.read(length)
+        cluster.sent.append(raw)
+        body = json.loads(raw) if length else None
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         cluster.requests.append(f"{method} {self.path}")
+        cluster.accepted.append((url.path, self.headers.get("Accept") or ""))
         if url.path.endswith("/exec"):
             self._execute(cluster, url.path.split("/")[-2], parse_qs(url.query)["command"], token)
             return
@@ -193,7 +205,8 @@ class Handler(BaseHTTPRequestHandler):
         except Cut:
             self.close_connection = True
             return
-        data = answer if isinstance(answer, str) else json.dumps(answer)
+        with cluster.lock:  # an object of the cluster may change
+            data = answer if isinstance(answer, str) else json.dumps(answer)
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data.encode())))
@@ -208,7 +221,8 @@ class Handler(BaseHTTPRequestHandler):
         is_allowed = allowed is None or {("get", "pods/exec"), ("create", "pods/exec")} <= allowed
         self.close_connection = True
         if not is_allowed or ("pods", pod) not in cluster.objects:
-            self.send_error(404 if is_allowed else 403)
+            may = {("get", "pods/exec"), ("create", "pods/exec")} - (allowed or set())
+            self._refuse_session(token or "", pod, min(may)[0] if not is_allowed else "")
             return
         self.send_response(101)
         self.send_header("Upgrade", "websocket")
@@ -219,6 +233,19 @@ class Handler(BaseHTTPRequestHandler):
         session = Session(command, cluster.environment, self.rfile, self.wfile)
         cluster.sessions.append(session)
         session.run()
+
+    def _refuse_session(self, user: str, pod: str, verb: str) -> None:
+        """Answer that there is no such pod, or what may not be done in it."""
+        status = Status(404, "NotFound", f'pods "{pod}" not found')
+        if verb:
+            words = f'User "{user}" cannot {verb} resource "pods/exec" in API group "" in the namespace "fleetune"'
+            status = Status(403, "Forbidden", f'pods "{pod}" is forbidden: {words}')
+        data = json.dumps(status.dump()).encode()
+        self.send_response(status.code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
 
 def faulty(cluster: Cluster, method: str, ask: Callable[[], tuple[int, Any]]) -> tuple[int, Any]:

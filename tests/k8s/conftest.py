@@ -1,37 +1,41 @@
 """A cluster behind a server of the tests, and a laptop that is set up for it."""
 
 import os
-import sys
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
-from api_server import Cluster, served, write_kubeconfig
-from small_cluster import IMAGE, NEEDED, NODE, ROOT, reader
+from api_server import Cluster, served
+from laptop import use_laptop, write_laptop
+from small_cluster import small_cluster
+
+from clusters.remote.code import installed_code
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Cluster:
-    """A cluster whose client has the rights of the role, and nothing else."""
-    allowed = {(verb, resource) for (_, resource), verbs in NEEDED.items() for verb in verbs}
-    cluster = Cluster(tokens={"client": allowed}, nodes=[NODE])
-    cluster.objects["pods", "reader-1"] = reader("reader-1", True)
-    cluster.environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "FLEETUNE_POD": "reader-1"}
-    return cluster
+    """A cluster in which `fleetune k8s install` was run, and whose client has the account that it makes."""
+    return small_cluster(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fleetune's code as it lies on a claim to which it was sent; that it is sent is seen in test_reader.py."""
+    code = installed_code()
+    folder = tmp_path_factory.mktemp("code") / code.digest
+    for name, data in code.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder
 
 
 @pytest.fixture
-def laptop(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def laptop(cluster: Cluster, code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A laptop with a kubeconfig and a clusters file; gives the folder that stands for the claim."""
-    claim = tmp_path / "claim"
-    claim.mkdir()
-    plain = {"kind": "kubernetes", "image": IMAGE, "root": str(claim), "python": sys.executable}
-    (tmp_path / "clusters.yaml").write_text(yaml.safe_dump({"k8s": plain}))
-    monkeypatch.setenv("FLEETUNE_CLUSTERS", str(tmp_path / "clusters.yaml"))
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
     with served(cluster) as address:
-        write_kubeconfig(tmp_path / "kubeconfig", address, "client")
+        claim = write_laptop(tmp_path, address)
+        shutil.copytree(code, claim / "code" / code.name, copy_function=os.link)
+        use_laptop(tmp_path, tmp_path / "home", monkeypatch)
         yield claim

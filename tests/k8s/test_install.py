@@ -13,6 +13,7 @@ from test_rayjob import SHORT_JOB, manifest
 from typer.testing import CliRunner
 
 import k8s
+from clusters import kubernetes_access as permissions
 from k8s.install import BASE, base_objects, install_manifests
 from k8s.planned import READER_LABEL
 from k8s.settings import KubernetesSettings
@@ -114,6 +115,10 @@ def test_clients_may_do_what_they_need_and_pods_nothing() -> None:
             for resource in rule["resources"]:
                 allowed[group, resource] = set(rule["verbs"])
     assert allowed == NEEDED
+    by_group: dict[tuple[str, str], set[str]] = {}
+    for permission in (*permissions.NEEDED, *permissions.NEEDED_WITH_QUEUE):
+        by_group.setdefault((permission.group, permission.resource), set()).add(permission.verb)
+    assert by_group == NEEDED
     (binding,) = of_kind(objects, "RoleBinding")
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
     assert all(account["automountServiceAccountToken"] is False for account in of_kind(objects, "ServiceAccount"))
@@ -161,7 +166,6 @@ def test_the_command_prints_what_kubectl_takes(tmp_path: Path, monkeypatch: pyte
         (["manifests", "--cluster", "hpc"], "--cluster: found 'hpc', of kind slurm; allowed: one of kind kubernetes"),
         (["manifests", "--cluster", "kate"], "--cluster: found 'kate'; "),
         (["install", "--cluster", "k8s", "--storage", "big"], "--storage: found 'big'; allowed: a size"),
-        (["install", "--cluster", "k8s"], "fleetune k8s install: found no --dry-run"),
     ],
 )
 def test_what_is_wrong_is_said(

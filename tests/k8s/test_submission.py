@@ -15,7 +15,7 @@ from sampling import SEED
 
 pytest.importorskip("kubernetes", reason="the client of Kubernetes is not installed: pip install 'fleetune[k8s]'")
 
-from clusters import kubernetes_api
+from clusters import kubernetes, kubernetes_api
 from clusters.base import ClusterRequest, SubmissionRefused, Unreachable
 from clusters.kubernetes import Kubernetes
 from clusters.kubernetes_config import KubernetesConfig
@@ -36,7 +36,8 @@ def cluster() -> Cluster:
 
 @pytest.fixture
 def address(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of its server, which the kubeconfig has; nobody waits between two tries."""
+    """The address of its server, which the kubeconfig has; nobody waits between two tries, or submits runs again."""
+    monkeypatch.setattr(kubernetes, "submit_again", lambda *_: {})
     monkeypatch.setattr(kubernetes_api, "_FIRST_PAUSE_S", 0.0)
     monkeypatch.setattr(kubernetes_api, "_LONGEST_PAUSE_S", 0.0)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
@@ -46,8 +47,10 @@ def address(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def backend(address: str) -> Kubernetes:
+def backend(address: str, monkeypatch: pytest.MonkeyPatch) -> Kubernetes:
+    """Without a reader, who would be asked for the latest start of a run; test_prune.py has one."""
     assert address
+    monkeypatch.setattr(Kubernetes, "ask_reader", lambda *_: 0)
     return opened()
 
 
@@ -195,9 +198,13 @@ def test_a_list_that_is_too_old_begins_again(
     assert len(backend.api.rayjobs("")) == 5
 
 
-def pod(name: str, **status: Any) -> dict[str, Any]:
+def pod(name: str, node: str = "gpu-1", **status: Any) -> dict[str, Any]:
     labels = {"app.kubernetes.io/managed-by": "fleetune", RUN_LABEL: RUN_ID}
-    return {"metadata": {"name": name, "labels": labels}, "spec": {"containers": []}, "status": status}
+    return {
+        "metadata": {"name": name, "labels": labels},
+        "spec": {"containers": [], "nodeName": node},
+        "status": status,
+    }
 
 
 UNSCHEDULABLE = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
@@ -221,6 +228,13 @@ WORKLOAD = {
             "queued",
             UNSCHEDULABLE,
         ),
+        ({"jobDeploymentStatus": "Initializing"}, [], "queued", "its pods have no nodes yet"),
+        (
+            {"jobDeploymentStatus": "Initializing"},
+            [pod("head"), pod("w", "")],
+            "queued",
+            "its pods have no nodes yet",
+        ),
         (
             {"jobDeploymentStatus": "Initializing"},
             [pod("head", containerStatuses=[{"ready": True}]), pod("w")],
@@ -235,6 +249,12 @@ WORKLOAD = {
         ),
         ({"jobDeploymentStatus": "Running", "jobStatus": "Failure"}, [], "running", f"RayJob {RUN_ID}-s1"),
         ({"jobDeploymentStatus": "Running", "jobStatus": "SUCCEEDED"}, [], "running", f"RayJob {RUN_ID}-s1"),
+        (
+            {"jobDeploymentStatus": "Running", "jobStatusCheckFailureStartTime": "2026-11-22T02:50:53Z"},
+            [],
+            "running",
+            f"RayJob {RUN_ID}-s1: its head has not answered since 2026-11-22T02:50:53Z",
+        ),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, [], "ended", ""),
         (
             {"jobDeploymentStatus": "Failed", "reason": "AppFailed", "message": "exit\ncode 1"},

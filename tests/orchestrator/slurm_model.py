@@ -30,6 +30,7 @@ MISHAPS = ("away", "timeout", "slow", "late", "killed", "no answer", "lost answe
 _AWAY = "Unable to contact slurm controller (connect failure)"
 _LOST = "Batch job submission failed: Socket timed out on send/recv operation"
 _FORGOTTEN_AFTER = 4  # ticks after its start; it has ended after two
+_ENDING_TICKS = 12  # of a job that is lost
 _SLOW_S = 0.02  # long enough for who asked to be gone, and to ask again
 
 
@@ -44,9 +45,9 @@ class SlurmModel:
     def begin(self, **plan: object) -> None:
         """Start with `mishaps`, what happens to each sbatch in turn, and `starts`, the ticks at which a job starts.
 
-        A job that is taken late is so by `lateness` ticks. At `failures` a job is lost before it begins. SLURM may
-        have a reason to take none ever (`refuses`), which sbatch --test-only tells (`tells`) or not, or to take no
-        second one (`takes_one`).
+        A job that is taken late is so by `lateness` ticks. At `failures` a job is lost before it begins, and is at
+        its end for some ticks. SLURM may have a reason to take none ever (`refuses`), which sbatch --test-only tells
+        (`tells`) or not, or to take no second one (`takes_one`).
         """
         self.work.unlink(missing_ok=True)
         state = {"tick": 0, "away": 0, "jobs": [], "late": [], "asked": 0, "taken": 0, **plan}
@@ -93,7 +94,7 @@ class SlurmModel:
             for _, script in state["late"]:
                 _accept(state, script)
             state["late"] = []
-            work_together([job for job in state["jobs"] if job["started"] is None])
+            work_together([job for job in state["jobs"] if _waits(job)])
         return self.worked()
 
     def worked(self) -> list[str]:
@@ -103,7 +104,9 @@ class SlurmModel:
     @property
     def asked(self) -> int:
         """How often it was asked to take a job."""
-        asked: int = json.loads(self._state.read_text())["asked"]
+        with self._lock.open("w") as lock:  # a far side whose link was cut may go on
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            asked: int = json.loads(self._state.read_text())["asked"]
         return asked
 
     @property
@@ -131,19 +134,15 @@ class SlurmModel:
             for late in [late for late in state["late"] if late[0] <= tick]:
                 state["late"].remove(late)
                 _accept(state, late[1])
-            waiting = [job for job in state["jobs"] if job["started"] is None]
+            waiting = [job for job in state["jobs"] if _waits(job)]
             if tick in state["starts"] and waiting:
                 waiting[0]["started"] = tick
                 self.do(waiting[0])
             if tick in state["failures"] and waiting:
-                state["jobs"].remove(waiting[-1])  # as where it was cancelled, or could not be started
-            kept = [
-                job for job in state["jobs"] if job["started"] is None or tick - job["started"] < _FORGOTTEN_AFTER
-            ]
-            for job in kept:
-                started = job["started"]
-                job["state"] = "PENDING" if started is None else "RUNNING" if tick - started < 2 else "COMPLETED"
-            state["jobs"] = kept
+                waiting[-1]["failed"] = tick  # as where it was cancelled, or could not be started
+            for job in state["jobs"]:
+                job["state"] = _state_of(job, tick)
+            state["jobs"] = [job for job in state["jobs"] if job["state"]]
             yield state
             self._state.write_text(json.dumps(state))
 
@@ -154,8 +153,23 @@ def _accept(state: dict[str, Any], script: str) -> None:
     *_, run_dir, name = shlex.split(script.splitlines()[-1])
     found = re.search("^#SBATCH --job-name=(.*)$", script, re.MULTILINE)
     assert found and found[1] == name
-    job = {"id": str(state["taken"]), "name": name, "run_dir": run_dir, "started": None, "state": "PENDING"}
+    job = {"id": str(state["taken"]), "name": name, "run_dir": run_dir, "state": "PENDING"}
+    job |= {"started": None, "failed": None}
     state["jobs"].append(job)
+
+
+def _waits(job: dict[str, Any]) -> bool:
+    return job["started"] is None and job["failed"] is None
+
+
+def _state_of(job: dict[str, Any], tick: int) -> str:
+    """The state of a job at a tick; empty where it is forgotten."""
+    if job["failed"] is not None:
+        return "COMPLETING" if tick - job["failed"] < _ENDING_TICKS else ""
+    if job["started"] is None:
+        return "PENDING"
+    since = tick - job["started"]
+    return "RUNNING" if since < 2 else "COMPLETED" if since < _FORGOTTEN_AFTER else ""
 
 
 def _row(job: dict[str, Any]) -> str:

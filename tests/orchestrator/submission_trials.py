@@ -252,7 +252,11 @@ class Trial:
         worked = self.slurm.drain(self.work_together)
         if not worked and self.happened["lost"]:  # SLURM lost it afterwards: once more, and it has one again
             self.run_id = run_id
-            assert self.client({}, 0, lambda _: None) == ("submitted", run_id)
+            ending = self.client({}, 0, lambda _: None)
+            for _ in range(MOST_TRIES):  # until it is known what becomes of the one that was lost
+                if ending[0] == "unknown":
+                    ending = self.client({}, 0, lambda _: None)
+            assert ending == ("submitted", run_id)
             worked = self.slurm.drain(self.work_together)
         assert len(set(worked)) == 1, f"jobs that did work: {worked} of {self.slurm.taken}; {endings}"
         run_dir = self.there / "runs" / run_id

@@ -143,7 +143,7 @@ def test_a_network_that_is_cut_somewhere_makes_one_run_of_a_repeated_command(
             assert sorted(entry.run_id for entry in Local(root).queue.list()) == sorted(done), number
 
 
-def test_the_command_says_that_it_does_not_know_and_may_be_repeated(
+def test_the_command_says_that_it_came_to_nothing_and_may_be_repeated(
     server: SshServer, proxy: CutProxy, tmp_path: Path
 ) -> None:
     submit = [sys.executable, "-P", "-m", "orchestrator", "submit", str(make_job(tmp_path)), "--cluster", "there"]
@@ -154,7 +154,7 @@ def test_the_command_says_that_it_does_not_know_and_may_be_repeated(
         assert (cut.returncode, cut.stdout) == (3, ""), cut
         first, second = cut.stderr.splitlines()
         assert first.startswith("cluster there: ")
-        assert second == "whether it was submitted is not known; the same command again is safe, and makes one run"
+        assert second == "this try has submitted nothing; the same command again is safe, and makes one run"
         done = subprocess.run(submit, capture_output=True, text=True)
         (entry,) = Local(root).queue.list()
         assert (done.returncode, done.stdout) == (0, f"{entry.run_id}\n"), done
@@ -173,12 +173,15 @@ def emptied(file: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("there")
 def test_what_is_wrong_with_a_link_is_said_with_what_to_do(
-    server: SshServer, monkeypatch: pytest.MonkeyPatch
+    server: SshServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.close_connection("there", sockets_folder())
     refused = r"Permission denied.*fleetune clusters connect there"
     with emptied(server.folder / "authorized_keys"), pytest.raises(Unreachable, match=refused):
         fleetune.list_runs("there")
+    nothing = "\nthis try has submitted nothing; the same command again is safe, and makes one run$"
+    with emptied(server.folder / "authorized_keys"), pytest.raises(Unreachable, match=nothing):
+        fleetune.submit(make_job(tmp_path), cluster="there")
     unknown = r"Host key verification failed.*ssh there"
     with emptied(server.folder / "known_hosts"), pytest.raises(Unreachable, match=unknown):
         fleetune.list_runs("there")

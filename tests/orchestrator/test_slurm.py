@@ -394,7 +394,7 @@ def test_a_job_longer_than_its_walltime_is_a_chain(
     )
     assert_undisturbed(run_dir, launch, 2400)
     saved = [attempt.verdict["kind"] for attempt in attempts(run_dir)[:-1] if attempt.verdict]
-    assert saved and set(saved) == {"preemption"}
+    assert saved and set(saved) == {"walltime"}
 
 
 def test_what_would_never_start_is_refused_before_anything_is_made(
@@ -417,7 +417,9 @@ def test_what_slurm_does_not_take_is_cancelled(
     with pytest.raises(InputError, match="Requested node configuration is not available; sums-.* is cancelled"):
         fleetune.submit(job, cluster="hpc")
     (run_dir,) = (hpc / "runs").glob("sums-*")
-    assert fleetune.status(run_dir.name).state == "cancelled" and site.run("squeue", "--noheader") == ""
+    status = fleetune.status(run_dir.name)
+    assert status.state == "cancelled" and site.run("squeue", "--noheader") == ""
+    assert "Requested node configuration is not available" in str(status.reason)
 
 
 def test_the_doctor_asks_slurm(hpc: Path, site: SlurmSite, monkeypatch: pytest.MonkeyPatch) -> None:

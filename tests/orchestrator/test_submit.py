@@ -23,7 +23,7 @@ from orchestrator import backends, runs, submit
 from orchestrator.planning import survey
 from runfolder import chain
 from runfolder.record import load_job, read_record
-from runfolder.requests import cancel_requested
+from runfolder.requests import cancel_requested, why_cancelled
 from runfolder.secrets import read_secrets, remove_secrets
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -205,7 +205,7 @@ def test_a_resumption_that_is_refused_is_closed_again(tmp_path: Path, monkeypatc
     chain.close(run_dir, {"state": "cancelled"})
     with pytest.raises(InputError, match=f"policy; {run_dir.name} is cancelled"):
         fleetune.resume(run_dir.name)
-    assert cancel_requested(run_dir)
+    assert cancel_requested(run_dir) and why_cancelled(run_dir) == "Job violates accounting/QOS policy"
 
 
 CALLS = ("rename", "fsync", "link", "open", "mkdir", "unlink", "close")

@@ -99,12 +99,21 @@ def test_what_is_written_is_a_sign_of_life_whatever_the_clock_of_the_file_server
 
 
 @pytest.mark.usefixtures("head")
-def test_walltime_cancellation_and_sigterm_end_an_attempt(tmp_path: Path, run_dir: Path) -> None:
+def test_walltime_cancellation_and_sigterm_end_an_attempt(
+    tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limited = claim(make(tmp_path / "limited", walltime=1, grace=0))
     assert watch(limited).until_end().kind == "walltime"
     hasty = claim(make(tmp_path / "hasty", grace=0))
     ended = watch(hasty, stop=True).until_end()
     assert (ended.kind, ended.reason) == ("preemption", "the controller was told to end; no checkpoint within 0 s")
+    monkeypatch.setenv("FLEETUNE_ALLOCATION_END", str(time.time() + 60))
+    at_its_end = claim(make(tmp_path / "at its end", grace=0))
+    ended = watch(at_its_end, stop=True).until_end()
+    assert (ended.kind, ended.reason.partition(";")[0]) == (
+        "walltime",
+        "the walltime of the job that it is in is nearly over",
+    )
     attempt = claim(run_dir)
     request_cancel(run_dir)
     assert watch(attempt).until_end().kind == "cancelled"
@@ -268,6 +277,12 @@ def test_a_run_that_is_cancelled_before_its_first_attempt_is_closed_without_one(
     assert main(run_dir) == 0
     assert (result(run_dir) or {})["state"] == "cancelled"
     assert main(run_dir) == 0
+
+
+def test_a_run_that_its_cluster_does_not_take_says_why(run_dir: Path) -> None:
+    request_cancel(run_dir, why="SLURM does not take this job: Invalid qos specification")
+    assert main(run_dir) == 0
+    assert (result(run_dir) or {})["reason"] == "SLURM does not take this job: Invalid qos specification"
 
 
 def test_a_controller_without_ray_claims_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

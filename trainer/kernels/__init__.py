@@ -3,6 +3,7 @@
 - `documents.py`: attention within documents of different lengths, without a mask and without padding.
 - `head.py`, `cross_entropy.py`: the cross entropy of labels without holding the logits of all of them.
 - `layers.py`: decoder layers compiled one by one.
+- `shared_products.py`: adapters that have one input multiply it once.
 - `fast.py`: which of these a model gets, and the check that it computes what the plain path does.
 """
 

@@ -1,0 +1,142 @@
+"""Applying what a namespace has before its first run: server-side, so that a repetition changes nothing."""
+
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from clusters.kubernetes_api import JSON, KubernetesApi, Rejected
+
+_MANAGER = "fleetune"  # by which the server knows whose fields are whose
+_APPLY = {**JSON, "Content-Type": "application/apply-patch+yaml"}
+_TOKEN_BYTES = 32
+_RESOURCES = {  # by kind: the plural in its path
+    "ClusterRole": "clusterroles",
+    "ClusterRoleBinding": "clusterrolebindings",
+    "Deployment": "deployments",
+    "Namespace": "namespaces",
+    "NetworkPolicy": "networkpolicies",
+    "PersistentVolumeClaim": "persistentvolumeclaims",
+    "Role": "roles",
+    "RoleBinding": "rolebindings",
+    "Secret": "secrets",
+    "ServiceAccount": "serviceaccounts",
+}
+_OF_SERVER = ("creationTimestamp", "generation", "managedFields", "resourceVersion", "uid")
+
+KubernetesObject = Mapping[str, Any]
+Outcome = Literal["created", "changed", "unchanged", "refused"]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What became of an object: the fields that were changed, or why the server refused it."""
+
+    kind: str
+    place: str  # its name, behind that of its namespace
+    outcome: Outcome
+    detail: str = ""
+
+    def __str__(self) -> str:
+        """The line that people read."""
+        line = f"{self.kind} {self.place}: {self.outcome}"
+        return f"{line} ({self.detail})" if self.detail else line
+
+
+def place_of(manifest: KubernetesObject) -> str:
+    """The name of an object, behind that of its namespace where it is in one."""
+    metadata = manifest["metadata"]
+    namespace = metadata.get("namespace")
+    return f"{namespace}/{metadata['name']}" if namespace else str(metadata["name"])
+
+
+def path_of(manifest: KubernetesObject) -> str:
+    """The path of an object in the API."""
+    version = manifest["apiVersion"]
+    metadata = manifest["metadata"]
+    start = f"/apis/{version}" if "/" in version else f"/api/{version}"
+    if "namespace" in metadata:
+        start += f"/namespaces/{metadata['namespace']}"
+    return f"{start}/{_RESOURCES[manifest['kind']]}/{metadata['name']}"
+
+
+def apply_all(api: KubernetesApi, manifests: Iterable[KubernetesObject], storage: str | None) -> Iterator[Applied]:
+    """Have objects be as these are, in order; of a claim that is there, the size stays unless `storage` is said.
+
+    What the server refuses is told, and the next one is applied. Raises Unreachable.
+    """
+    for manifest in manifests:
+        try:
+            yield _apply(api, manifest, storage)
+        except Rejected as rejected:
+            yield Applied(manifest["kind"], place_of(manifest), "refused", rejected.message)
+
+
+def ensure_token(api: KubernetesApi, name: str) -> Applied:
+    """Have the Secret by which the processes of Ray know each other, a new one where there is none."""
+    path = f"/api/v1/namespaces/{api.namespace}/secrets"
+    place = f"{api.namespace}/{name}"
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name, "labels": {"app.kubernetes.io/managed-by": _MANAGER}},
+        "stringData": {"auth_token": secrets.token_hex(_TOKEN_BYTES)},
+        "type": "Opaque",
+    }
+    try:
+        api.request("POST", path, {"fieldManager": _MANAGER, "fieldValidation": "Strict"}, secret)
+    except Rejected as rejected:
+        if rejected.status == 409:
+            return Applied("Secret", place, "unchanged")
+        return Applied("Secret", place, "refused", rejected.message)
+    return Applied("Secret", place, "created", "a new token")
+
+
+def _apply(api: KubernetesApi, manifest: KubernetesObject, storage: str | None) -> Applied:
+    """Have one object be as the manifest is; raises Rejected."""
+    path = path_of(manifest)
+    before = _object_at(api, path)
+    wanted = manifest
+    if before and manifest["kind"] == "PersistentVolumeClaim":
+        wanted = _with_fixed(manifest, before, storage)
+    query = {"fieldManager": _MANAGER, "fieldValidation": "Strict", "force": "true"}
+    after = api.request("PATCH", path, query, {**wanted}, _APPLY)
+    if before is None:
+        return Applied(manifest["kind"], place_of(manifest), "created")
+    changed = _changed_fields(before, after)
+    outcome: Outcome = "changed" if changed else "unchanged"
+    return Applied(manifest["kind"], place_of(manifest), outcome, ", ".join(changed))
+
+
+def _object_at(api: KubernetesApi, path: str) -> KubernetesObject | None:
+    """The object that is there; None where there is none. Raises Rejected."""
+    try:
+        return api.request("GET", path)
+    except Rejected as rejected:
+        if rejected.status != 404:
+            raise
+        return None
+
+
+def _with_fixed(claim: KubernetesObject, before: KubernetesObject, storage: str | None) -> KubernetesObject:
+    """A claim with what may not change of the one that is there, and its size and class unless others are said."""
+    there = before["spec"]
+    spec = {**claim["spec"], "accessModes": there["accessModes"]}
+    if storage is None:
+        spec["resources"] = {"requests": {"storage": there["resources"]["requests"]["storage"]}}
+    if "storageClassName" in there:
+        spec.setdefault("storageClassName", there["storageClassName"])
+    return {**claim, "spec": spec}
+
+
+def _changed_fields(before: Any, after: Any, path: str = "") -> list[str]:
+    """The paths of fields that differ, but for those that the server keeps for itself."""
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return [] if before == after else [path]
+    changed = []
+    for key in dict.fromkeys((*before, *after)):
+        inner = f"{path}.{key}".removeprefix(".")
+        if inner == "status" or (path == "metadata" and key in _OF_SERVER):
+            continue
+        changed += _changed_fields(before.get(key), after.get(key), inner)
+    return changed

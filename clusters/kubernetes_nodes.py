@@ -1,0 +1,118 @@
+"""What the nodes of a Kubernetes cluster have for runs: how much, what of that is free, and who may not be there."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from clusters.base import Capacity
+from clusters.kueue import Answered
+from k8s.names import Taint, parse_taint
+from k8s.settings import Selector
+
+_QUANTITY_UNITS = {
+    "": 1.0,
+    "m": 1e-3,
+    "k": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "T": 1e12,
+    "P": 1e15,
+    "Ki": 2.0**10,
+    "Mi": 2.0**20,
+    "Gi": 2.0**30,
+    "Ti": 2.0**40,
+    "Pi": 2.0**50,
+}
+_KEEPING_OFF = ("NoSchedule", "NoExecute")
+
+
+def capacity_of_nodes(nodes: Iterable[Answered], pods: Iterable[Answered], gpu_resource: str) -> Capacity:
+    """GPUs of nodes that take pods, or their cores where they have none; free is what these pods do not ask for."""
+    open_nodes = [node for node in nodes if not _why_closed(node)]
+    kind: Literal["gpu", "cpu"] = "gpu"
+    resource = gpu_resource
+    total = _amount_of(open_nodes, resource)
+    if not total:
+        kind = resource = "cpu"
+        total = _amount_of(open_nodes, resource)
+    used = 0.0
+    for pod in pods:
+        is_there = pod["status"].get("phase") in ("Pending", "Running")
+        if is_there and pod["spec"].get("nodeName"):
+            used += _asked_for(pod, resource)
+    free = max(0, int(total - used))
+    return Capacity(kind, int(total), free)
+
+
+def unfit_nodes(nodes: Iterable[Answered], selector: Selector, tolerations: Sequence[str]) -> list[str]:
+    """Nodes on which no worker may be: the name of each, and why."""
+    tolerated = [parse_taint(text) for text in tolerations]
+    unfit = []
+    for node in nodes:
+        why = _why_closed(node) or _why_not_chosen(node, selector) or _why_kept_off(node, tolerated)
+        if why:
+            unfit.append(f"{node['metadata']['name']} {why}")
+    return unfit
+
+
+def quantity(text: str) -> float:
+    """The number of a quantity, like `4`, `3920m` or `2Ti`; raises ValueError for what is none."""
+    number = text.rstrip("KMGTPkmi")
+    suffix = text[len(number) :]
+    return float(number) * _QUANTITY_UNITS[suffix]
+
+
+def _amount_of(nodes: Iterable[Answered], resource: str) -> float:
+    """What nodes have of a resource for pods."""
+    total = 0.0
+    for node in nodes:
+        allocatable = node["status"]["allocatable"]
+        total += quantity(allocatable.get(resource, "0"))
+    return total
+
+
+def _asked_for(pod: Answered, resource: str) -> float:
+    """What a pod asks for of a resource."""
+    total = 0.0
+    for container in pod["spec"]["containers"]:
+        requests = container.get("resources", {}).get("requests", {})
+        total += quantity(requests.get(resource, "0"))
+    return total
+
+
+def _why_closed(node: Answered) -> str:
+    """Why a node takes no pods now; empty where it does."""
+    conditions = node["status"].get("conditions", [])
+    states = {}
+    for condition in conditions:
+        states[condition["type"]] = condition["status"]
+    if states.get("Ready") != "True":
+        return "is not ready"
+    if node["spec"].get("unschedulable"):
+        return "is cordoned"
+    return ""
+
+
+def _why_not_chosen(node: Answered, selector: Selector) -> str:
+    """Which label of a node is none of those that are chosen; empty where all are."""
+    labels = node["metadata"].get("labels", {})
+    for key, values in selector.items():
+        if labels.get(key) not in values:
+            return f"has no label {key}={' or '.join(values)}"
+    return ""
+
+
+def _why_kept_off(node: Answered, tolerated: Sequence[Taint]) -> str:
+    """Which taint of a node is not tolerated; empty where none keeps pods off."""
+    for taint in node["spec"].get("taints", []):
+        is_tolerated = any(_tolerates(each, taint) for each in tolerated)
+        if taint["effect"] in _KEEPING_OFF and not is_tolerated:
+            value = taint.get("value", "")
+            return f"has the taint {taint['key']}={value}:{taint['effect']}"
+    return ""
+
+
+def _tolerates(tolerated: Taint, taint: Answered) -> bool:
+    """Whether a toleration is for a taint."""
+    has_value = tolerated.value is None or tolerated.value == taint.get("value", "")
+    has_effect = tolerated.effect is None or tolerated.effect == taint["effect"]
+    return tolerated.key == taint["key"] and has_value and has_effect

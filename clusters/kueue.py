@@ -1,0 +1,122 @@
+"""What Kueue says of runs that wait for it: why it has not admitted them, and their places in its queue."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from clusters.base import ClusterStatus, Unreachable
+from clusters.kubernetes_api import KubernetesApi, Rejected
+
+_VERSIONS = ("v1beta1", "v1beta2")  # of its API: older ones have the first alone, and newer ones both
+_GROUP = "kueue.x-k8s.io"
+
+Answered = Mapping[str, Any]  # an object as the API answers it
+
+
+@dataclass(frozen=True)
+class QueueView:
+    """What waits in a queue: workloads and places by the name of their RayJob; `trouble` says why they lack."""
+
+    queue: str
+    workloads: Mapping[str, Answered] = field(default_factory=dict)
+    places: Mapping[str, Answered] = field(default_factory=dict)
+    waiting: int = 0
+    trouble: str = ""
+
+    def status(self, name: str) -> ClusterStatus:
+        """Why a RayJob of this name is not admitted; stuck where that is for somebody to fix."""
+        words = []
+        if name in self.places:
+            words.append(self._place(name))
+        is_stuck = False
+        if name in self.workloads:
+            reason, is_stuck = _pending_reason(self.workloads[name])
+            if reason:
+                words.append(reason)
+        if not words:
+            words.append(f"it waits for queue {self.queue} to admit it")
+        if self.trouble:
+            words.append(self.trouble)
+        text = "; ".join(words)
+        return ClusterStatus("queued", f"Kueue: {text}", is_stuck)
+
+    def _place(self, name: str) -> str:
+        """The place of a RayJob in the queue, as people count."""
+        found = self.places[name]
+        here = found["positionInLocalQueue"] + 1
+        among_all = found["positionInClusterQueue"] + 1
+        words = f"place {here} of {self.waiting} in queue {self.queue}, place {among_all} in its cluster queue"
+        if found.get("priority"):
+            words += f", priority {found['priority']}"
+        return words
+
+
+def look_at_queue(api: KubernetesApi, queue: str) -> QueueView:
+    """How the workloads of a namespace stand; where Kueue may not be asked, that is said. Raises Unreachable."""
+    namespace = f"namespaces/{api.namespace}"
+    workloads, refused = _items(api, f"/apis/{_GROUP}", f"{namespace}/workloads")
+    troubles = [f"why is not known ({refused.message})"] if refused else []
+    places: list[Answered] = []
+    with suppress(Unreachable):  # Kueue's own server, which may be away
+        visibility = f"/apis/visibility.{_GROUP}"
+        places, refused = _items(api, visibility, f"{namespace}/localqueues/{queue}/pendingworkloads", tries=1)
+        if refused and (refused.status == 403 or queue in refused.message):
+            troubles.append(f"its place is not known ({refused.message})")
+    trouble = "; ".join(troubles)
+    return QueueView(queue, _by_rayjob(workloads), _by_rayjob(places), len(places), trouble)
+
+
+def _items(api: KubernetesApi, group: str, path: str, **options: Any) -> tuple[list[Answered], Rejected | None]:
+    """A list of Kueue's in the first version of its API that there is, or the refusal where it may not be asked.
+
+    Raises Unreachable.
+    """
+    refused = None
+    for version in _VERSIONS:
+        try:
+            answer = api.request("GET", f"{group}/{version}/{path}", **options)
+        except Rejected as rejected:
+            if rejected.status not in (403, 404):
+                raise
+            refused = rejected
+            if rejected.status == 403:
+                break
+        else:
+            return answer["items"], None
+    return [], refused
+
+
+def _by_rayjob(items: Iterable[Answered]) -> dict[str, Answered]:
+    """Workloads by the names of the RayJobs that own them."""
+    found = {}
+    for item in items:
+        for owner in item["metadata"].get("ownerReferences", []):
+            if owner["kind"] == "RayJob":
+                found[owner["name"]] = item
+    return found
+
+
+def _pending_reason(workload: Answered) -> tuple[str, bool]:
+    """Why a workload is not admitted, in Kueue's words, and whether somebody has to fix that."""
+    if workload.get("spec", {}).get("active") is False:
+        return "its workload was deactivated (spec.active is false)", True
+    words = []
+    is_stuck = False
+    conditions = {}
+    status = workload.get("status") or {}
+    for condition in status.get("conditions", []):
+        conditions[condition["type"]] = condition
+    evicted = conditions.get("Evicted", {})
+    if evicted.get("status") == "True":
+        reason = evicted.get("reason") or "no reason given"
+        words.append(f"it was evicted ({reason})")
+    for name in ("QuotaReserved", "Admitted"):
+        condition = conditions.get(name, {})
+        message = condition.get("message")
+        if condition.get("status") == "False" and message:
+            in_one_line = " ".join(message.split())
+            words.append(in_one_line)
+            is_stuck = condition.get("reason") == "Inadmissible"
+            break
+    return "; ".join(words), is_stuck

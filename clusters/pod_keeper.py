@@ -1,0 +1,34 @@
+"""`python -m clusters.pod_keeper CLUSTER`: one pass over the run folders, from a pod that has them.
+
+CLUSTER is what the clusters file of whoever made the pod says, as JSON. A line is printed for each run that is open
+while no RayJob carries it.
+"""
+
+import sys
+
+from clusters.controllers import COLLECTED
+from clusters.kubernetes import Kubernetes
+from clusters.kubernetes_config import KubernetesConfig
+from clusters.kubernetes_keeper import submit_again
+from runfolder.folders import home
+
+
+def pass_command(config: KubernetesConfig) -> list[str]:
+    """How the pass is started for a cluster, as its runs are submitted from this machine."""
+    of_runs = config.model_copy(update={"context": None, "env": config.env | COLLECTED})
+    return [config.python or "python", "-P", "-m", "clusters.pod_keeper", of_runs.model_dump_json()]
+
+
+def main(text: str) -> None:
+    """Submit again what is due."""
+    cluster = Kubernetes.open(KubernetesConfig.model_validate_json(text), home())
+    snapshots = cluster.site.snapshots(cluster.site.ids())
+    still_open = [run_id for run_id, run in snapshots.items() if run.result is None]
+    newest = cluster.newest_rayjobs(still_open)
+    statuses = submit_again(cluster, newest)
+    for run_id, status in statuses.items():
+        print(f"{run_id}: {status.reason}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

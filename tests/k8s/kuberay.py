@@ -1,0 +1,269 @@
+"""What KubeRay's operator 1.7 does with RayJobs in HTTPMode, as its source says, and with real Ray in the pods.
+
+A RayJob gets a cluster of Ray, whose pods are made again when they are lost. Once all are ready its entrypoint is
+handed to Ray's dashboard, which is asked from then on what became of it. A job that failed is tried with a new
+cluster, up to `backoffLimit` times.
+"""
+
+import copy
+import json
+import random
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from api_server import Cluster, Stored
+from kubelet import Kubelet, Pod, environment_of, image_environment
+from ports import free_port
+
+_TICK_S = 0.1
+_STATUS_CHECK_TIMEOUT_S = 300.0  # RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS
+_DASHBOARD_S = 5.0
+_LETTERS = "bcdfghjklmnpqrstvwxz2456789"
+_FLAGS = ("disable-usage-stats",)  # options of `ray start` without a value
+_HOST = "127.0.0.1"
+TOKEN = "a token that all processes of Ray share"
+
+
+@dataclass
+class RayCluster:
+    """A cluster of Ray: its name, its spec, and the ports of the service that its head is behind."""
+
+    name: str
+    spec: Stored
+    job_id: str
+    gcs: int = field(default_factory=free_port)
+    dashboard: int = field(default_factory=free_port)
+    count: int = 0  # of pods that were ever made
+
+    def pods(self, kubelet: Kubelet) -> list[Pod]:
+        """Its pods."""
+        return [
+            pod
+            for pod in kubelet.pods.values()
+            if pod.stored["metadata"]["labels"].get("ray.io/cluster") == self.name
+        ]
+
+    def reconcile(self, kubelet: Kubelet) -> bool:
+        """Replace the pods that are not there; gives whether all are there and ready."""
+        for pod in self.pods(kubelet):
+            if pod.is_over and not pod.is_leaving:
+                kubelet.lose(pod.name)
+        (workers,) = self.spec["workerGroupSpecs"]
+        wanted = {"head": 1, "worker": workers["replicas"]}
+        for kind, number in wanted.items():
+            group = self.spec["headGroupSpec"] if kind == "head" else workers
+            there = [pod for pod in self.pods(kubelet) if _kind(pod) == kind]
+            staying = [
+                pod for pod in there if kind == "head" or not pod.is_leaving
+            ]  # a second head waits for its end
+            for _ in range(number - len(staying)):
+                self.count += 1
+                kubelet.create(self._pod(kind, group, kubelet.new_folder()))
+        ready = [pod for pod in self.pods(kubelet) if pod.is_ready and not pod.is_leaving]
+        return len(ready) == sum(wanted.values())
+
+    def ask(self, path: str, body: Any = None) -> Any:
+        """What the dashboard answers; raises OSError, which is an HTTPError where it says no."""
+        request = Request(f"http://{_HOST}:{self.dashboard}{path}", headers={"Authorization": f"Bearer {TOKEN}"})
+        if body is not None:
+            request.data = json.dumps(body).encode()
+            request.add_header("Content-Type", "application/json")
+        with urlopen(request, timeout=_DASHBOARD_S) as answer:
+            return json.load(answer)
+
+    def _pod(self, kind: str, group: Stored, folder: Path) -> Pod:
+        template = copy.deepcopy(group["template"])
+        labels = {**template["metadata"]["labels"], "ray.io/cluster": self.name, "ray.io/node-type": kind}
+        metadata = {"name": f"{self.name}-{kind}-{self.count}", "labels": labels}
+        stored = {"metadata": metadata, "spec": template["spec"], "status": {"phase": "Pending"}}
+        pod = Pod(stored, [], {}, [], folder)
+        agent = free_port()
+        health = f"http://{_HOST}:{agent}/api/local_raylet_healthz"
+        pod.probes = [health, f"http://{_HOST}:{self.dashboard}/api/gcs_healthz"] if kind == "head" else [health]
+        pod.command = self._command(kind, {**group["rayStartParams"], "dashboard-agent-listen-port": agent}, pod)
+        given = image_environment(pod.folder) | self._variables(kind)
+        pod.environment = environment_of(pod.stored, given)
+        if kind == "worker":
+            pod.may_start = self._has_head
+        return pod
+
+    def _command(self, kind: str, params: Mapping[str, Any], pod: Pod) -> list[str]:
+        """How Ray is started; and what stands for the pod's own network and /tmp."""
+        own = {"node-ip-address": _HOST, "temp-dir": pod.folder, "min-worker-port": 0, "max-worker-port": 0}
+        own["metrics-export-port"] = free_port()
+        flags = ["--block"]
+        if kind == "head":
+            flags.append("--head")
+            own |= {"port": self.gcs, "dashboard-port": self.dashboard, "ray-client-server-port": free_port()}
+        else:
+            own["address"] = f"{_HOST}:{self.gcs}"
+        options = []
+        for name, value in {**params, **own}.items():
+            options.append(f"--{name}" if name in _FLAGS else f"--{name}={value}")
+        ray = shutil.which("ray", path=image_environment(pod.folder)["PATH"])
+        assert ray
+        return [ray, "start", *flags, *options]
+
+    def _variables(self, kind: str) -> dict[str, str]:
+        return {
+            "RAY_CLUSTER_NAME": self.name,
+            "RAY_NODE_TYPE_NAME": "headgroup" if kind == "head" else "workers",
+            "RAY_ADDRESS": f"{_HOST}:{self.gcs}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+
+    def _has_head(self) -> bool:
+        with suppress(OSError), socket.create_connection((_HOST, self.gcs), timeout=1):
+            return True
+        return False
+
+
+class KubeRay:
+    """The operator, with the kubelet beside it: one thread, which takes everything a step further again and again."""
+
+    def __init__(self, cluster: Cluster, kubelet: Kubelet, time_scale: float = 1.0) -> None:
+        self.cluster = cluster
+        self.kubelet = kubelet
+        self.ray_clusters: dict[str, RayCluster] = {}
+        self.is_up = True
+        self.admits = True  # whether Kueue lets RayJobs go that have a queue
+        self.gives_up_s = _STATUS_CHECK_TIMEOUT_S
+        self._time_scale = time_scale  # of the time that a finished cluster stays
+        self._ended: dict[str, float] = {}
+        self._silent_since: dict[str, float] = {}
+        self._done = threading.Event()
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End everything."""
+        self._done.set()
+        self._thread.join()
+        self.kubelet.close()
+
+    def _run(self) -> None:
+        while not self._done.wait(_TICK_S):
+            try:
+                self.kubelet.tick()
+                if self.is_up:
+                    self._tick()
+            except Exception as error:
+                self.error = error
+                raise
+
+    def _tick(self) -> None:
+        with self.cluster.lock:
+            rayjobs = [stored for (kind, _), stored in self.cluster.objects.items() if kind == "rayjobs"]
+        used = set()
+        for rayjob in rayjobs:
+            self._reconcile(rayjob)
+            used.add(rayjob["status"].get("rayClusterName"))
+        for name in self.ray_clusters.keys() - used:  # their RayJobs were deleted
+            cluster = self.ray_clusters[name]
+            if any(pod.is_ready for pod in cluster.pods(self.kubelet)):
+                with suppress(OSError):
+                    cluster.ask(f"/api/jobs/{cluster.job_id}/stop", {})
+            self._delete(name)
+
+    def _reconcile(self, rayjob: Stored) -> None:
+        if "kueue.x-k8s.io/queue-name" in rayjob["metadata"]["labels"]:
+            with self.cluster.lock:
+                rayjob["spec"] = rayjob["spec"] | {"suspend": not self.admits}
+        status = rayjob.get("status") or {}
+        cluster = self.ray_clusters.get(status.get("rayClusterName", ""))
+        is_whole = bool(cluster) and cluster.reconcile(self.kubelet)
+        match status.get("jobDeploymentStatus", ""):
+            case "":
+                self._begin(rayjob)
+            case "Initializing" | "Running" if rayjob["spec"].get("suspend"):
+                self._write(rayjob, jobDeploymentStatus="Suspending")
+            case "Initializing" if cluster and is_whole:
+                self._submit(rayjob, cluster)
+                self._write(rayjob, jobDeploymentStatus="Running", jobStatus="PENDING")
+            case "Running" if cluster:
+                self._look(rayjob, cluster)
+            case "Suspending":
+                self._let_go(rayjob, "Suspended")
+            case "Suspended" if not rayjob["spec"].get("suspend"):
+                self._write(rayjob, jobDeploymentStatus="")
+            case "Retrying":
+                self._let_go(rayjob, "")
+            case "Complete" | "Failed":
+                self._clean(rayjob)
+
+    def _begin(self, rayjob: Stored) -> None:
+        name = f"{rayjob['metadata']['name']}-{_suffix()}"
+        spec = rayjob["spec"]["rayClusterSpec"]
+        job_id = f"{rayjob['metadata']['name']}-{_suffix()}"
+        self.ray_clusters[name] = RayCluster(name, spec, job_id)
+        self._write(rayjob, jobDeploymentStatus="Initializing", rayClusterName=name, jobId=job_id)
+
+    def _submit(self, rayjob: Stored, cluster: RayCluster) -> None:
+        job = {"entrypoint": rayjob["spec"]["entrypoint"], "submission_id": rayjob["status"]["jobId"]}
+        with suppress(OSError):
+            cluster.ask("/api/jobs/", job)
+
+    def _look(self, rayjob: Stored, cluster: RayCluster) -> None:
+        """Ask what became of a job; one that its head does not know, as it is a new one, is handed over again."""
+        name = rayjob["metadata"]["name"]
+        try:
+            found = cluster.ask(f"/api/jobs/{rayjob['status']['jobId']}")
+        except HTTPError as error:
+            if error.code == 404:
+                self._submit(rayjob, cluster)
+            return
+        except OSError:
+            since = self._silent_since.setdefault(name, time.monotonic())
+            self._write(rayjob, jobStatusCheckFailureStartTime="2026-11-22T02:50:53Z")
+            if time.monotonic() - since > self.gives_up_s:
+                self._write(rayjob, jobDeploymentStatus="Failed", reason="JobStatusCheckTimeoutExceeded")
+            return
+        self._silent_since.pop(name, None)
+        self._write(rayjob, jobStatus=found["status"], jobStatusCheckFailureStartTime=None)
+        if found["status"] in ("SUCCEEDED", "STOPPED"):
+            self._write(rayjob, jobDeploymentStatus="Complete")
+        elif found["status"] == "FAILED":
+            failed = rayjob["status"].get("failed", 0) + 1
+            is_last = failed > rayjob["spec"]["backoffLimit"]
+            words = {"reason": "AppFailed", "message": found["message"], "failed": failed}
+            self._write(rayjob, jobDeploymentStatus="Failed" if is_last else "Retrying", **words)
+
+    def _let_go(self, rayjob: Stored, then: str) -> None:
+        """Delete a RayJob's cluster; what comes then does not wait for its pods."""
+        self._delete(rayjob["status"].get("rayClusterName", ""))
+        self._write(rayjob, jobDeploymentStatus=then, rayClusterName="", jobId="", jobStatus="")
+
+    def _clean(self, rayjob: Stored) -> None:
+        ended = self._ended.setdefault(rayjob["metadata"]["uid"], time.monotonic())
+        if time.monotonic() - ended > rayjob["spec"]["ttlSecondsAfterFinished"] * self._time_scale:
+            self._delete(rayjob["status"]["rayClusterName"])
+
+    def _delete(self, name: str) -> None:
+        cluster = self.ray_clusters.pop(name, None)
+        if cluster:
+            for pod in cluster.pods(self.kubelet):
+                self.kubelet.delete(pod.name)
+
+    def _write(self, rayjob: Stored, **changes: Any) -> None:
+        with self.cluster.lock:
+            rayjob["status"] = {**rayjob.get("status", {}), **changes}
+
+
+def _kind(pod: Pod) -> str:
+    return str(pod.stored["metadata"]["labels"]["ray.io/node-type"])
+
+
+def _suffix() -> str:
+    return "".join(random.choices(_LETTERS, k=5))

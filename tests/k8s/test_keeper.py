@@ -1,0 +1,178 @@
+"""Open runs whose RayJobs have ended or are gone: whoever looks makes the next submission, once.
+
+They are looked at from a pod that has the claim, as its CronJob does; one is from a laptop.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from api_server import Cluster, write_kubeconfig
+from jobs import make_job
+from kubelet import environment_of, image_environment
+from pod_security import broken_rules
+from small_cluster import IMAGE
+
+pytest.importorskip("kubernetes", reason="the client of Kubernetes is not installed: pip install 'fleetune[k8s]'")
+
+import fleetune
+from clusters import kubernetes_keeper
+from clusters.base import ClusterStatus
+from clusters.kubernetes import Kubernetes
+from clusters.kubernetes_config import KubernetesConfig
+from k8s.planned import SUBMISSION_LABEL
+from orchestrator.k8s_install import keeper_for
+from runfolder import chain
+from runfolder.job import Job
+
+JOB = Job.model_validate({"base": "b", "data": "d.jsonl", "train": {"steps": 1}})
+RUN_ID = "a-0123456789"
+
+
+@pytest.fixture
+def backend(laptop: Path, monkeypatch: pytest.MonkeyPatch) -> Kubernetes:
+    """The cluster, seen from a pod, with a run whose RayJob is there."""
+    monkeypatch.setenv("FLEETUNE_POD", "keeper-1")
+    plain = {"kind": "kubernetes", "image": IMAGE, "root": str(laptop), "python": sys.executable}
+    backend = Kubernetes.open(KubernetesConfig.model_validate(plain), laptop)
+    backend.site.create(RUN_ID, {"cluster": "k8s", "submitted": 0.0, "job": JOB.dump()})
+    backend.submit(backend.request(JOB, RUN_ID))
+    return backend
+
+
+def end(cluster: Cluster, number: int, deployment: str = "Failed") -> None:
+    rayjob = cluster.objects["rayjobs", f"{RUN_ID}-s{number}"]
+    rayjob["status"] = {"jobDeploymentStatus": deployment, "reason": "AppFailed"}
+
+
+def look(backend: Kubernetes) -> ClusterStatus:
+    return backend.look([RUN_ID])[RUN_ID].on_cluster
+
+
+def numbers(cluster: Cluster) -> list[str]:
+    """The submissions that were ever made."""
+    return [name.removeprefix(f"{RUN_ID}-") for name in cluster.created]
+
+
+def test_an_open_run_whose_rayjob_has_ended_is_submitted_again_once(backend: Kubernetes, cluster: Cluster) -> None:
+    for deployment in ("", "Initializing", "Running", "Retrying", "Suspended"):
+        end(cluster, 1, deployment)
+        assert "submitted again" not in look(backend).reason
+    assert numbers(cluster) == ["s1"]
+    end(cluster, 1)
+    status = look(backend)
+    assert status.state == "queued"
+    assert status.reason == f"its RayJob has ended, and it was submitted again: RayJob {RUN_ID}-s2"
+    for _ in range(2):
+        assert look(backend).state == "queued"
+    assert numbers(cluster) == ["s1", "s2"]
+    first, second = (cluster.objects["rayjobs", name] for name in cluster.created)
+    as_second = json.loads(json.dumps(first["spec"]).replace(f"{RUN_ID}-s1", f"{RUN_ID}-s2"))
+    for group in (as_second["rayClusterSpec"]["headGroupSpec"], *as_second["rayClusterSpec"]["workerGroupSpecs"]):
+        group["template"]["metadata"]["labels"][SUBMISSION_LABEL] = "2"
+    assert second["spec"] == as_second
+
+
+def test_of_two_who_look_one_submits_again(backend: Kubernetes, cluster: Cluster) -> None:
+    end(cluster, 1)
+    newest = {RUN_ID: cluster.objects["rayjobs", f"{RUN_ID}-s1"]}
+    for _ in range(2):
+        assert kubernetes_keeper.submit_again(backend, newest)[RUN_ID].state == "queued"
+    assert numbers(cluster) == ["s1", "s2"]
+
+
+def test_what_took_no_attempt_further_is_left_to_people(backend: Kubernetes, cluster: Cluster, laptop: Path) -> None:
+    for number in (1, 2, 3):
+        end(cluster, number)
+        state = look(backend).state
+    assert state == "unknown" and numbers(cluster) == ["s1", "s2", "s3"]
+    chain.claim_next(laptop / "runs" / RUN_ID, None)
+    assert look(backend).state == "queued" and numbers(cluster)[-1] == "s4"
+
+
+@pytest.mark.parametrize("why", ["result", "cancelled", "invalid", "other version"])
+def test_a_run_that_should_not_go_on_does_not(why: str, backend: Kubernetes, cluster: Cluster, laptop: Path) -> None:
+    run_dir = laptop / "runs" / RUN_ID
+    end(cluster, 1, "ValidationFailed" if why == "invalid" else "Failed")
+    if why == "result":
+        chain.close(run_dir, {"state": "failed", "reason": None})
+    elif why == "cancelled":
+        backend.site.ask(RUN_ID, "cancel")
+    elif why == "other version":
+        cluster.objects["rayjobs", f"{RUN_ID}-s1"]["metadata"]["annotations"] = {"fleetune/digest": "0" * 64}
+    status = backend.status([RUN_ID])[RUN_ID]
+    assert status.state == "unknown" and "fleetune resume submits it again" in status.reason
+    assert numbers(cluster) == ["s1"]
+
+
+def test_a_run_whose_rayjobs_were_deleted_goes_on_behind_its_last_start(
+    backend: Kubernetes, cluster: Cluster
+) -> None:
+    starts = backend.home / "runs" / RUN_ID / "starts"
+    starts.mkdir()
+    (starts / "2.1").touch()
+    cluster.objects.clear()
+    assert "was submitted again" in look(backend).reason
+    assert numbers(cluster) == ["s1", "s3"]
+
+
+def test_a_run_without_a_rayjob_is_lost_after_a_while(
+    backend: Kubernetes, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.objects.clear()
+    monkeypatch.setattr(kubernetes_keeper, "_LOST_S", 1e12)
+    assert look(backend).state == "unknown"
+    monkeypatch.setattr(kubernetes_keeper, "_LOST_S", 600.0)
+    for _ in range(2):
+        assert look(backend).state == "queued"
+        assert numbers(cluster) == ["s1", "s1"]
+
+
+def test_a_submission_that_fails_is_said(backend: Kubernetes, cluster: Cluster) -> None:
+    end(cluster, 1)
+    cluster.quota = 1
+    status = look(backend)
+    assert status.state == "unknown"
+    assert f"{RUN_ID}-s2 was not submitted: Kubernetes does not take this job" in status.reason
+
+
+@pytest.mark.usefixtures("laptop")
+def test_a_laptop_that_looks_does_so(cluster: Cluster, tmp_path: Path) -> None:
+    run_id = fleetune.submit(make_job(tmp_path), cluster="k8s").run_id
+    cluster.objects["rayjobs", f"{run_id}-s1"]["status"] = {"jobDeploymentStatus": "Failed"}
+    assert [run.state for run in fleetune.list_runs()] == ["queued"]
+    assert cluster.created == [f"{run_id}-s1", f"{run_id}-s2"]
+
+
+@pytest.mark.usefixtures("laptop")
+def test_its_cronjob_does_so_with_all_laptops_closed(cluster: Cluster, tmp_path: Path) -> None:
+    run_id = fleetune.submit(make_job(tmp_path), cluster="k8s").run_id
+    cluster.objects["rayjobs", f"{run_id}-s1"]["status"] = {"jobDeploymentStatus": "Failed"}
+    objects = {each["kind"]: each for each in keeper_for("k8s")}
+    allowed = [(verb, "rayjobs") for rule in objects["Role"]["rules"] for verb in rule["verbs"]]
+    cluster.tokens = {"keeper": {*allowed}}
+    template = objects["CronJob"]["spec"]["jobTemplate"]["spec"]["template"]
+    assert broken_rules(template["spec"]) == set()
+    pod = template | {"metadata": {"name": "keeper-1"}}
+    variables = environment_of(pod, image_environment(tmp_path))
+    kubeconfig = yaml.safe_load(objects["ConfigMap"]["data"]["kubeconfig"])
+    (as_account,) = kubeconfig["users"]
+    assert as_account["user"] == {"tokenFile": "/var/run/secrets/kubernetes.io/serviceaccount/token"}
+    address = yaml.safe_load((tmp_path / "kubeconfig").read_text())["clusters"][0]["cluster"]["server"]
+    write_kubeconfig(tmp_path / "kubeconfig", address, "keeper")
+    (container,) = template["spec"]["containers"]
+    printed = []
+    for _ in range(2):
+        ran = subprocess.run(
+            container["command"],
+            env=variables | {"KUBECONFIG": str(tmp_path / "kubeconfig")},
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+        printed.append(ran.stdout)
+    assert printed == [f"{run_id}: its RayJob has ended, and it was submitted again: RayJob {run_id}-s2\n", ""]
+    assert cluster.created == [f"{run_id}-s1", f"{run_id}-s2"]
