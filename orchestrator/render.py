@@ -108,12 +108,15 @@ def show_clusters(views: Sequence[ClusterView]) -> None:
 def show_methods(methods: list[dict[str, Any]]) -> None:
     """Show a line for each method: its kind, its default learning rate, and what it is."""
     width = max(len(method["kind"]) for method in methods)
+    head = "method".ljust(width)
+    lines = [Text(f"{head}  lr        what it is", style="bold")]
     for method in methods:
         kind = method["kind"].ljust(width)
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(kind, style="bold")
         line.append(f"  {_rate(method):<8}  {method['summary']}")
-        print_markup(line)
+        lines.append(line)
+    print_markup(Group(*lines))
     _explain_rates(methods)
     print_markup("fleetune methods METHOD shows one, with its options and when to take it")
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from jobs import make_job
+from rich.console import Console
 from run_folders import claim, make_run, plan, steps
 
 from methods.options import KINDS
-from orchestrator import cli, doctor, progress, runs
+from orchestrator import cli, describe, doctor, progress, render, runs
 from runfolder.chain import close
 
 ROOT = Path(__file__).parents[2]
@@ -95,12 +96,21 @@ def test_people_get_tables(call: Call, tmp_path: Path, home: Path) -> None:
     assert "of the weights, which each worker holds at every ZeRO stage" in four_bits
     listing = call("methods")[1]
     assert "rank-stabilised" in listing and "0.0002 *" in listing
-    assert len(listing.splitlines()) == len(KINDS) + 2
+    assert len(listing.splitlines()) == len(KINDS) + 3
     assert "* on a base of hidden size 2048" in listing
     assert "Take it for ranks of 64 and more" not in listing
     one = call("methods", "rslora")[1]
     assert "Take it for ranks of 64 and more" in one and "ZeRO 0-3" in one
     assert "*" not in call("methods", "prompt")[1]
+
+
+def test_a_method_takes_a_line_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(render, "_console", lambda: Console(width=80))
+    render.show_methods(describe.methods())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:-2]] == list(KINDS)
 
 
 def test_the_cluster_on_this_machine_is_told_in_sentences(call: Call, home: Path) -> None:
