@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 # nobody (as root in a container of Debian); elsewhere these tests are skipped, and say what to install.
 PACKAGES := slurmctld slurmd slurm-client munge iproute2 openssh-server libfuse3-3
 
-.PHONY: packages install demo test suite lint style types chaos gpu matrix soak docs clean
+.PHONY: packages install demo test suite lint style words types chaos gpu matrix soak docs clean
 
 install: $(STAMP)
 
@@ -37,7 +37,10 @@ test: style packages
 suite: install
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
-lint: style types
+lint: style words types
+
+words: install
+	$(BIN)/pytest -q --noconftest tests/test_words.py
 
 style: install
 	$(BIN)/ruff check .
@@ -51,10 +54,10 @@ types: install
 chaos gpu matrix soak: install
 	$(BIN)/pytest -m $@ -o timeout=0 $(if $(filter chaos,$@),--capture=no)
 
-# The site, in build/docs; a dead link fails.
+# The site, in build/docs; a dead link fails (with --quiet, mkdocs would count no warnings, and so let it pass).
 docs: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
-	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -24,7 +24,7 @@ from methods.base import Setup
 from methods.registry import create
 from runfolder.chain import claim_next
 from trainer.base import load_model
-from trainer.checkpoint.saving import Checkpoints
+from trainer.checkpoint.saving import CheckpointWriter
 from trainer.loop import prepare_run
 from trainer.meter import Meter, SaveRequest
 from trainer.objectives.base import Totals
@@ -104,7 +104,7 @@ class Ours:
         self.run = run
         self.step = 0
         self.feed = feed(run, 0)
-        self.saves = Checkpoints(run.attempt, run.world, 10**9, 1)
+        self.saves = CheckpointWriter(run.attempt, run.world, 10**9, 1)
         peak = peak_flops(run.world.device, run.dtype)
         self.meter = Meter(run.attempt, run.world, run.batches.steps, flops_per_token(run.model), peak)
 

@@ -74,24 +74,11 @@ def _ended(rayjob: Answered) -> ClusterStatus:
 def _starting(rayjob: Answered, pods: list[Answered]) -> ClusterStatus:
     """The status of a run whose pods are not all there: queued where one has no node, else starting."""
     name = rayjob["metadata"]["name"]
-    without_pod = _why_no_pod(rayjob["status"].get("rayClusterStatus") or {})
-    if without_pod:
-        return without_pod
-    for pod in pods:
-        for condition in pod["status"].get("conditions", []):
-            if condition["type"] == "PodScheduled" and condition["status"] == "False":
-                return ClusterStatus("queued", str(condition.get("message") or _NO_NODES))
-    if not pods or not all(pod["spec"].get("nodeName") for pod in pods):
-        return ClusterStatus("queued", f"RayJob {name}: {_NO_NODES}")
-    ready = 0
-    for pod in pods:
-        containers = pod["status"].get("containerStatuses", [])
-        for container in (*pod["status"].get("initContainerStatuses", []), *containers):
-            waiting = container.get("state", {}).get("waiting", {})
-            if waiting.get("reason") in _STUCK:
-                words = f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
-                return ClusterStatus("starting", f"pod {pod['metadata']['name']}: {words}", stuck=True)
-        ready += bool(containers) and all(container.get("ready") for container in containers)
+    ray_cluster = rayjob["status"].get("rayClusterStatus") or {}
+    obstacle = _why_no_pod(ray_cluster) or _why_no_node(name, pods) or _why_stuck(pods)
+    if obstacle:
+        return obstacle
+    ready = sum(_is_ready(pod) for pod in pods)
     return ClusterStatus("starting", f"RayJob {name}: {ready} of {len(pods)} pods are ready")
 
 
@@ -106,3 +93,33 @@ def _why_no_pod(ray_cluster: Answered) -> ClusterStatus | None:
                 return ClusterStatus("queued", reason)
             return ClusterStatus("starting", reason, stuck=True)
     return None
+
+
+def _why_no_node(name: str, pods: list[Answered]) -> ClusterStatus | None:
+    """The status of a run of which a pod has no node, in the scheduler's words; None where all have one."""
+    for pod in pods:
+        for condition in pod["status"].get("conditions", []):
+            if condition["type"] == "PodScheduled" and condition["status"] == "False":
+                return ClusterStatus("queued", str(condition.get("message") or _NO_NODES))
+    if pods and all(pod["spec"].get("nodeName") for pod in pods):
+        return None
+    return ClusterStatus("queued", f"RayJob {name}: {_NO_NODES}")
+
+
+def _why_stuck(pods: list[Answered]) -> ClusterStatus | None:
+    """The status of a run of which a container waits for somebody to fix something; None where none does."""
+    for pod in pods:
+        status = pod["status"]
+        for container in (*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])):
+            waiting = container.get("state", {}).get("waiting", {})
+            reason = waiting.get("reason")
+            if reason in _STUCK:
+                words = f"{reason}: {waiting.get('message', '')}".rstrip(": ")
+                return ClusterStatus("starting", f"pod {pod['metadata']['name']}: {words}", stuck=True)
+    return None
+
+
+def _is_ready(pod: Answered) -> bool:
+    """Whether a pod has containers, and all of them are ready."""
+    containers = pod["status"].get("containerStatuses", [])
+    return bool(containers) and all(container.get("ready") for container in containers)

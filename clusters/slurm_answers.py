@@ -40,6 +40,7 @@ _REFUSALS = re.compile(
     r"|not available|unspecified error|can ?not be satisfied",
     re.IGNORECASE,
 )
+_PREFIXES = re.compile(r"^((sbatch|error|allocation failure|Batch job submission failed): )*")  # of its lines
 _SITES_LINES = 3
 _UNSPECIFIED = "Unspecified error"  # what SLURM says where a site refuses a job in words of its own, before it
 _AMBIGUOUS = "Requested node configuration is not available"  # so says a test also where nodes are only down
@@ -95,8 +96,8 @@ class QueuedJob:
         forecast = ""
         start = seconds_of(self.start)
         if start is not None:
-            moment = datetime.fromtimestamp(start).astimezone()
-            forecast = f"; SLURM expects its start at {moment:%Y-%m-%d %H:%M %z}"
+            timestamp = datetime.fromtimestamp(start).astimezone()
+            forecast = f"; SLURM expects its start at {timestamp:%Y-%m-%d %H:%M %z}"
         return f"SLURM job {self.id}: {reason}{forecast}"
 
     @property
@@ -198,20 +199,25 @@ def start_in(said: str) -> float | None:
     return seconds_of(start[1])
 
 
-def seconds_of(moment: str) -> float | None:
-    """A moment as SLURM prints it, in seconds since 1970; None where it is not known, or printed in another way."""
+def seconds_of(timestamp: str) -> float | None:
+    """A timestamp of SLURM, in seconds since 1970; None where it is not known, or printed in another way."""
     with suppress(ValueError):
-        return datetime.fromisoformat(moment).timestamp()
+        return datetime.fromisoformat(timestamp).timestamp()
     return None
 
 
 def refusal_in(said: str, is_test: bool = False) -> str | None:
     """Why SLURM does not take a job, in its words; None where its error is not about the job, or may pass."""
-    prefix = r"^((sbatch|error|allocation failure|Batch job submission failed): )*"
-    *before, words = [re.sub(prefix, "", line) for line in said.strip().splitlines()] or [""]
-    if not _REFUSALS.search(words) or (is_test and words == _AMBIGUOUS):
+    lines = [_PREFIXES.sub("", line) for line in said.strip().splitlines()]
+    if not lines:
         return None
-    return "; ".join([*before[-_SITES_LINES:], words]) if words == _UNSPECIFIED else words
+    last = lines[-1]
+    if is_test and last == _AMBIGUOUS:
+        return None
+    if last == _UNSPECIFIED:
+        words_of_site = lines[-1 - _SITES_LINES : -1]
+        return "; ".join([*words_of_site, last])
+    return last if _REFUSALS.search(last) else None
 
 
 def _is_among(nodes: str, node: str) -> bool:

@@ -33,16 +33,16 @@ SbatchOption = Annotated[str | None, AfterValidator(_sbatch_value)]
 
 
 class SlurmConfig(ClusterConfig):
-    """A SLURM site. Each field but `container` is the option of sbatch that has its name."""
+    """A SLURM site: options of sbatch for every job there, what a worker gets, and perhaps an image."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # an account may be a number
 
     kind: Literal["slurm"]
-    partition: SbatchOption = None
-    account: SbatchOption = None
-    qos: SbatchOption = None
-    constraint: SbatchOption = None
-    reservation: SbatchOption = None
+    partition: SbatchOption = Field(None, description="--partition of sbatch; null: the site's default")
+    account: SbatchOption = Field(None, description="--account of sbatch; null: the site's default")
+    qos: SbatchOption = Field(None, description="--qos of sbatch; null: the site's default")
+    constraint: SbatchOption = Field(None, description="--constraint of sbatch; null: none")
+    reservation: SbatchOption = Field(None, description="--reservation of sbatch; null: none")
     gpu_type: SbatchOption = Field(None, description="the type in --gres=gpu:TYPE:COUNT; null: any GPU")
     cpus_per_worker: int = Field(4, ge=1, description="cores for each worker")
     memory_per_worker: int | None = Field(None, ge=1, description="GiB for each worker; null: the site's default")

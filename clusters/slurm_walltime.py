@@ -1,5 +1,7 @@
 """How long before its walltime a job is warned, and walltimes that leave no time before that."""
 
+import math
+import re
 from typing import Annotated
 
 from pydantic import BeforeValidator
@@ -9,6 +11,11 @@ from runfolder.job import Job
 from runfolder.resources import read_duration
 
 _NO_LIMIT = ("0", "UNLIMITED", "INFINITE")
+_TIME_FORMS = (  # of --time: sbatch(1)
+    re.compile(r"(?P<minutes>\d+)(:(?P<seconds>\d+))?"),
+    re.compile(r"(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+)"),
+    re.compile(r"(?P<days>\d+)-(?P<hours>\d+)(:(?P<minutes>\d+)(:(?P<seconds>\d+))?)?"),
+)
 _WARNING_S = 60  # beside the grace that a job asks for
 
 
@@ -56,17 +63,13 @@ def check_walltime(job: Job, default: str | None) -> None:
 
 
 def seconds_in(option: str) -> int | None:
-    """The seconds that SLURM makes of --time, whole minutes; None for no limit, and for what is no time.
-
-    It is minutes[:seconds], hours:minutes:seconds or days-hours[:minutes[:seconds]] (sbatch(1)).
-    """
-    days, _, clock = option.rpartition("-")
-    fields = clock.split(":")
-    if len(fields) > 3 or not all(field.isdecimal() for field in [days or "0", *fields]):
-        return None
-    numbers = [int(field) for field in fields]
-    if not days and len(numbers) < 3:
-        numbers.insert(0, 0)
-    hours, minutes, seconds = [*numbers, 0, 0][:3]
-    total_minutes = int(days or 0) * 1440 + hours * 60 + minutes + -(-seconds // 60)
-    return total_minutes * 60 or None
+    """The seconds that SLURM makes of --time, whole minutes; None for no limit, and for what is no time."""
+    for form in _TIME_FORMS:
+        found = form.fullmatch(option)
+        if found:
+            given = {unit: int(number) for unit, number in found.groupdict("0").items()}
+            minutes_of_seconds = math.ceil(given.get("seconds", 0) / 60)
+            hours = given.get("days", 0) * 24 + given.get("hours", 0)
+            minutes = hours * 60 + given.get("minutes", 0) + minutes_of_seconds
+            return minutes * 60 or None
+    return None

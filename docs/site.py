@@ -1,4 +1,4 @@
-"""Pages that are made from the code: every key of a job, every method, and the API; a hook of mkdocs (mkdocs.yml)."""
+"""Pages that are made from the code: the keys of a job and of a cluster, methods, and the API; a hook of mkdocs."""
 
 import ast
 import inspect
@@ -13,12 +13,25 @@ from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+import fleetune
+from clusters.config import ClusterConfig
+from clusters.kubernetes_config import KubernetesConfig
+from clusters.local import LocalConfig
+from clusters.slurm_script import SlurmConfig
 from methods.options import KINDS, Options
 from orchestrator.describe import CAPABILITIES, methods, support
 from runfolder.job import Job
 
 ROOT = Path(__file__).parent.parent
-API = ("fleetune", "runfolder", "orchestrator", "clusters", "trainer", "methods", "serving")
+API = ("runfolder", "orchestrator", "clusters", "trainer", "methods", "serving", "k8s")
+SHOWN_WITH_NAME = (
+    "    options:",
+    "      heading_level: 2",
+    "      show_root_heading: true",
+    "      show_root_full_path: false",
+    "      show_root_toc_entry: true",
+    "      skip_local_inventory: true",  # references go to the page of the package
+)
 OWN_METHODS = [kind for kind, options in KINDS.items() if options.implementation.startswith("methods.")]
 
 
@@ -32,11 +45,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def pages() -> Iterator[tuple[str, str]]:
     """The path of each made page, and its Markdown."""
     yield "job.md", job_page()
+    yield "clusters-file.md", clusters_page()
     yield "methods/index.md", methods_page()
     for kind in OWN_METHODS:
         yield f"methods/{kind}.md", method_page(kind)
-    for room in API:
-        yield f"api/{room}.md", api_page(room)
+    yield "api/fleetune.md", fleetune_page()
+    for package in API:
+        yield f"api/{package}.md", api_page(package)
 
 
 def job_page() -> str:
@@ -57,13 +72,49 @@ def job_page() -> str:
     return "\n".join([*lines, "its bare name for its defaults. Without this key it is `full`.", ""])
 
 
+def clusters_page() -> str:
+    """Every key of the clusters file, by kind of cluster, from the models that check it."""
+    lines = ["# The clusters file", "", "Every key, made from the models that check it. Unknown keys are errors."]
+    lines += ["[Clusters](clusters.md) says where the file is, and has examples.", ""]
+    lines += ["## Clusters of all kinds", "", *options_table(ClusterConfig.model_fields)]
+    lines += part_sections(ClusterConfig.model_fields)
+    for config in (LocalConfig, SlurmConfig, KubernetesConfig):
+        own = {name: field for name, field in config.model_fields.items() if is_own(config, name)}
+        kind = get_args(config.model_fields["kind"].annotation)[0]
+        lines += ["", f"## kind: {kind}", "", *paragraphs(config.__doc__), ""]
+        lines += options_table(own) if own else ["It has no keys of its own."]
+        lines += part_sections(own)
+    return "\n".join([*lines, ""])
+
+
+def part_sections(fields: dict[str, FieldInfo]) -> list[str]:
+    """A section for each key that has, or may have, keys of its own."""
+    lines = []
+    for name, field in fields.items():
+        for choice in (field.annotation, *get_args(field.annotation)):
+            if is_model(choice):
+                lines += ["", f"### {name}", "", *paragraphs(choice.__doc__), "", *options_table(choice.model_fields)]
+    return lines
+
+
+def is_own(config: type[ClusterConfig], name: str) -> bool:
+    """Whether a kind of cluster adds a key, or says something else of it than all kinds do."""
+    general = ClusterConfig.model_fields.get(name)
+    field = config.model_fields[name]
+    return name != "kind" and (general is None or general.description != field.description)
+
+
 def part_of(field: FieldInfo) -> type[BaseModel] | None:
     """The model of a key that has keys of its own; None for a plain value, and for the method."""
     annotation = field.annotation
-    is_part = (
-        isinstance(annotation, type) and issubclass(annotation, BaseModel) and not issubclass(annotation, Options)
-    )
-    return annotation if is_part else None
+    if is_model(annotation) and not issubclass(annotation, Options):
+        return annotation
+    return None
+
+
+def is_model(annotation: Any) -> bool:
+    """Whether a value of this type has keys of its own."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def options_table(fields: dict[str, FieldInfo]) -> list[str]:
@@ -96,11 +147,16 @@ def bounds(constraints: Iterable[object]) -> Iterator[str]:
     for constraint in constraints:
         for attribute, word in words.items():
             if hasattr(constraint, attribute):
-                yield f"{word} {getattr(constraint, attribute):g}"
+                bound = getattr(constraint, attribute)
+                yield f"{word} {bound}" if isinstance(bound, int) else f"{word} {bound:g}"
 
 
 def described(annotation: Any) -> str:
     """A type in words: the choices of a Literal, a number, a text, a list of them."""
+    if hasattr(annotation, "__metadata__"):  # Annotated: what checks a value is not for readers
+        return described(annotation.__origin__)
+    if is_model(annotation):
+        return "a mapping"
     if isinstance(annotation, type) and not get_args(annotation):
         names = {"str": "text", "int": "whole number", "float": "number", "bool": "true, false", "date": "date"}
         return names.get(annotation.__name__, "null" if annotation is type(None) else annotation.__name__)
@@ -111,9 +167,8 @@ def described(annotation: Any) -> str:
         return "a mapping"
     if getattr(annotation, "__origin__", None) is tuple:
         return f"a list of {described(arguments[0])}"
-    return ", ".join(
-        dict.fromkeys(described(argument) for argument in arguments if not isinstance(argument, FieldInfo))
-    )
+    choices = map(described, arguments)
+    return ", ".join(dict.fromkeys(choices))
 
 
 def methods_page() -> str:
@@ -196,21 +251,21 @@ def escaped(text: str) -> str:
     return "`".join(parts)
 
 
-def api_page(room: str) -> str:
-    """The public names of a room, module by module, from their docstrings."""
-    lines = [f"# {room}", ""]
-    for path in modules_of(room):
+def fleetune_page() -> str:
+    """What `import fleetune` gives: its names come from other modules, where they are documented."""
+    lines = ["# fleetune", "", *paragraphs(docstring_of("fleetune")), ""]
+    for name, module in sorted(fleetune._WHERE.items()):
+        lines += [f"::: {module}.{name}", *SHOWN_WITH_NAME, ""]
+    return "\n".join(lines)
+
+
+def api_page(package: str) -> str:
+    """The public names of a package, module by module, from their docstrings."""
+    lines = [f"# {package}", ""]
+    for path in sorted((ROOT / package).rglob("*.py")):
         if path.name.startswith("__") or not path.read_text().strip():
             continue
         parts = path.relative_to(ROOT).with_suffix("").parts
         module = ".".join(parts)
         lines += [f"## {module}", "", f"::: {module}", ""]
     return "\n".join(lines)
-
-
-def modules_of(room: str) -> list[Path]:
-    """The files of a room: of a package, or of the one module that it is."""
-    module = ROOT / f"{room}.py"
-    if module.exists():
-        return [module]
-    return sorted((ROOT / room).rglob("*.py"))

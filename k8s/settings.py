@@ -72,7 +72,9 @@ class KubernetesSettings(KubernetesSection):
 
     node_selector: Selector = Field({}, description="labels of nodes that workers may be on; a list: any of these")
     tolerations: tuple[TaintText, ...] = Field((), description="taints that workers tolerate, as key=value:effect")
-    head: HeadSettings = Field(HeadSettings(), validate_default=True)
+    head: HeadSettings = Field(
+        HeadSettings(), validate_default=True, description="the pod that runs controller and driver"
+    )
     priority_class: ObjectName | None = Field(None, description="the PriorityClass of the pods")
     queue: ObjectName | None = Field(None, description="Kueue's LocalQueue that admits runs whole; null: none")
     queue_priority: ObjectName | None = Field(None, description="Kueue's WorkloadPriorityClass of runs")

@@ -258,3 +258,9 @@ def _follow(run: "Handle", reader: "LogReader | None") -> None:
         look = "status" if reader else "logs"  # what was not shown yet
         raise JobFailed(f"{message}\nsee: fleetune {look} {ended.run_id}")
     print(f"{ended.run_id} succeeded: {ended.output_dir}", file=sys.stderr)
+
+
+if __name__ == "__main__":  # python -m orchestrator.cli
+    from fleetune_start import main as start
+
+    start()

@@ -31,9 +31,9 @@ def cluster_status_command(as_json: Json = False) -> None:
     from clusters.local import Local
 
     state = Local.here().state()
-    fields = {**state, "capacity": asdict(state["capacity"])}
     if as_json:
-        return print_json(fields)
+        return print_json({**state, "capacity": asdict(state["capacity"])})
+    from orchestrator.cluster_state import state_lines
     from orchestrator.render import show_fields
 
-    return show_fields(fields)
+    return show_fields(dict(state_lines(state)))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clusters.controllers import REQUEUE, is_collected, is_requeued
-from orchestrator.verdict import Again, Final, Kind, Verdict, decide
+from orchestrator.verdict import Again, Final, Verdict, VerdictKind, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
 from runfolder.chain import Attempt, Fenced, attempts, close, settle
@@ -121,7 +121,7 @@ def cancelled_within(run_dir: Path, delay_s: float) -> bool:
     return True
 
 
-def attempt_endings(run_dir: Path) -> list[tuple[Kind, int]]:
+def attempt_endings(run_dir: Path) -> list[tuple[VerdictKind, int]]:
     """How each attempt since the run was last (re)opened ended, and the steps its checkpoints took it further."""
     reopened = last_reopened(run_dir)
     tried = []
@@ -134,9 +134,9 @@ def attempt_endings(run_dir: Path) -> list[tuple[Kind, int]]:
     if tried:
         newest = tried[-1]
         ends.append(_last_saved_step(newest))
-    endings: list[tuple[Kind, int]] = []
+    endings: list[tuple[VerdictKind, int]] = []
     for attempt, start, end in zip(tried, starts, ends, strict=True):
-        kind: Kind = _verdict_of(attempt)["kind"]
+        kind: VerdictKind = _verdict_of(attempt)["kind"]
         steps = end - start
         endings.append((kind, steps))
     return endings
@@ -181,7 +181,7 @@ def _final_word(state: str, reason: str, verdict: Record, attempt: int) -> Recor
 def _deciding_verdict(tried: Sequence[Attempt], decision: Final) -> Record:
     """The verdict that a result quotes: the last attempt's, where that has to do with how the run ends."""
     cancelled = decision.state == "cancelled"
-    kind: Kind = "cancelled" if cancelled else "user_error"
+    kind: VerdictKind = "cancelled" if cancelled else "user_error"
     without_attempt = Verdict(kind, "").dump()
     if not tried:
         return without_attempt

@@ -75,15 +75,17 @@ def compare_command(
 def methods_command(
     kind: Annotated[str | None, typer.Argument(help="one method; all without it")] = None, as_json: Json = False
 ) -> None:
-    """Show the methods with their options and defaults, and at which ZeRO stages they were seen to work."""
+    """List the methods; of one show its options and defaults, and at which ZeRO stages it was seen to work."""
     from orchestrator.describe import methods
 
     descriptions = methods(kind)
     if as_json:
         return print_json(descriptions)
-    from orchestrator.render import show_methods
+    from orchestrator.render import show_method, show_methods
 
-    return show_methods(descriptions)
+    if kind is None:
+        return show_methods(descriptions)
+    return show_method(descriptions[0])
 
 
 @look_app.command("doctor")

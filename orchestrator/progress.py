@@ -10,7 +10,7 @@ from clusters.base import Unreachable
 from orchestrator.logs import LogReader
 from orchestrator.runs import Handle, find
 from orchestrator.status import ENDED, Status, statuses
-from orchestrator.tracking.history import Spool
+from orchestrator.tracking.history import RowReader
 from runfolder.appended import Chunk, Position
 
 _PAUSE_S = 0.5  # between two looks at a run
@@ -62,13 +62,13 @@ def wait(reference: str) -> Status:
 
 def _watch(run: Handle) -> Iterator[tuple[Status, dict[str, float]]]:
     """The run's status and its newest metrics, twice a second, until it has ended."""
-    spool = _metrics_spool(run)
+    reader = _metrics_reader(run)
     metrics: dict[str, float] = {}
     last_well = time.monotonic()  # when its cluster knew the run and could get further
     while True:
         (status,) = statuses([run])
         with suppress(Unreachable):
-            for row in spool.read():
+            for row in reader.read():
                 metrics |= row.fresh
         yield status, metrics
         if status.state in ENDED:
@@ -80,7 +80,7 @@ def _watch(run: Handle) -> Iterator[tuple[Status, dict[str, float]]]:
         time.sleep(_PAUSE_S)
 
 
-def _metrics_spool(run: Handle) -> Spool:
+def _metrics_reader(run: Handle) -> RowReader:
     """The metrics of a run, from wherever its folder is."""
     site = run.site
     file = "metrics.jsonl"
@@ -89,7 +89,7 @@ def _metrics_spool(run: Handle) -> Spool:
         by_file = site.read(run.run_id, {file: position})
         return by_file[file]
 
-    return Spool(file, read_since)
+    return RowReader(file, read_since)
 
 
 @contextmanager

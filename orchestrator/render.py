@@ -70,14 +70,11 @@ def run_view(run: Status) -> Group:
     return Group(facts, *whole)
 
 
-def show_fields(fields: Mapping[str, Any]) -> None:
-    """Show a table with one line for each field."""
+def show_fields(fields: Mapping[str, str]) -> None:
+    """Show facts by their labels, in two columns."""
     table = Table.grid(padding=(0, 2))
-    for name, value in fields.items():
-        text = "-"
-        if value is not None:
-            text = escape(str(value))
-        table.add_row(name, text)
+    for name, fact in fields.items():
+        table.add_row(name, escape(fact))
     print_markup(table)
 
 
@@ -109,37 +106,51 @@ def show_clusters(views: Sequence[ClusterView]) -> None:
 
 
 def show_methods(methods: list[dict[str, Any]]) -> None:
+    """Show a line for each method: its kind, its default learning rate, and what it is."""
+    width = max(len(method["kind"]) for method in methods)
+    head = "method".ljust(width)
+    lines = [Text(f"{head}  lr        what it is", style="bold")]
+    for method in methods:
+        kind = method["kind"].ljust(width)
+        line = Text(no_wrap=True, overflow="ellipsis")
+        line.append(kind, style="bold")
+        line.append(f"  {_rate(method):<8}  {method['summary']}")
+        lines.append(line)
+    print_markup(Group(*lines))
+    _explain_rates(methods)
+    print_markup("fleetune methods METHOD shows one, with its options and when to take it")
+
+
+def show_method(method: dict[str, Any]) -> None:
     """Show one line per option; then what was seen to work, and why the rest is refused."""
-    print_markup(_option_table(methods))
-    if any(method["lr_width"] for method in methods):
-        print_markup(f"* on a base of hidden size {WIDTH}; it falls with the width: fleetune plan says a job's own")
-    if len(methods) == 1:
-        print_markup(escape(methods[0]["when_to_take"]))
-    capabilities = _table("method", *CAPABILITIES)
-    for method in methods:
-        capabilities.add_row(method["kind"], *support(method))
-    print_markup(capabilities)
-    for method in methods:
-        for name, seen in method["support"].items():
-            if "refused" in seen:
-                reason = f"{method['kind']}, {name}: {seen['refused']}"
-                print_markup(escape(reason))
-
-
-def _option_table(methods: list[dict[str, Any]]) -> Table:
     table = _table("method", "option", "default", "what it is")
-    for method in methods:
-        kind = f"[bold]{method['kind']}[/]"
-        rate = f"lr {method['lr']:g}"
-        if method["lr_width"]:
-            rate += " *"
-        summary = escape(method["summary"])
-        table.add_row(kind, "", rate, summary)
-        for name, option in method["options"].items():
-            default = escape(_yaml(option["default"]))
-            description = escape(option["description"] or "")
-            table.add_row("", name, default, description)
-    return table
+    table.add_row(f"[bold]{method['kind']}[/]", "", f"lr {_rate(method)}", escape(method["summary"]))
+    for name, option in method["options"].items():
+        default = escape(_yaml(option["default"]))
+        description = escape(option["description"] or "")
+        table.add_row("", name, default, description)
+    print_markup(table)
+    _explain_rates([method])
+    print_markup(escape(method["when_to_take"]))
+    capabilities = _table("method", *CAPABILITIES)
+    capabilities.add_row(method["kind"], *support(method))
+    print_markup(capabilities)
+    for name, seen in method["support"].items():
+        if "refused" in seen:
+            reason = f"{method['kind']}, {name}: {seen['refused']}"
+            print_markup(escape(reason))
+
+
+def _rate(method: dict[str, Any]) -> str:
+    """The default learning rate of a method, with a mark where it is for bases of one width."""
+    mark = " *" if method["lr_width"] else ""
+    return f"{method['lr']:g}{mark}"
+
+
+def _explain_rates(methods: Iterable[dict[str, Any]]) -> None:
+    """Say what the mark at a rate means, where there is one."""
+    if any(method["lr_width"] for method in methods):
+        print_markup(f"* on a base of hidden size {WIDTH}; wider ones have less: see fleetune plan")
 
 
 def _counted(number: float, one: str, more: str) -> str:

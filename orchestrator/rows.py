@@ -27,7 +27,7 @@ _SEQUENCES = 3  # of the first step
 
 
 @dataclass(frozen=True)
-class Token:
+class ShownToken:
     """A token of an example: its id, what it stands for, and whether the loss counts it."""
 
     id: int
@@ -40,7 +40,7 @@ class ShownExample:
     """An example whole. `kept` tokens of it are trained on; `fate` says why not all are: truncated or dropped."""
 
     row: int
-    tokens: list[Token]
+    tokens: list[ShownToken]
     kept: int
     fate: str | None
 
@@ -169,7 +169,7 @@ def _shown_example(example: "Encoded", row: int, tokenizer: Any, reading: "Readi
     learned = example.target.tolist()
     tokens = []
     for token_id, text, is_learned in zip(ids, texts, learned, strict=True):
-        token = Token(token_id, text, is_learned)
+        token = ShownToken(token_id, text, is_learned)
         tokens.append(token)
     kept = min(capacity, len(ids))
     if fate == "dropped":

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from orchestrator.failure import Failure
 
-Kind = Literal[
+VerdictKind = Literal[
     "success",
     "cancelled",
     "paused",
@@ -26,7 +26,7 @@ Kind = Literal[
 
 _GONE = "trainer.checkpoint.reading.CheckpointGone"
 # By the class that was raised, one of its bases, or what Ray names as the cause.
-_KIND_OF_TYPE: Mapping[str, Kind] = {
+_KIND_OF_TYPE: Mapping[str, VerdictKind] = {
     "builtins.MemoryError": "out_of_memory",
     "torch.OutOfMemoryError": "out_of_memory",
     "ray.exceptions.OutOfMemoryError": "out_of_memory",
@@ -48,7 +48,7 @@ _KIND_OF_TYPE: Mapping[str, Kind] = {
 _PLAIN = ("builtins.RuntimeError", "builtins.OSError", "torch.AcceleratorError")
 _NCCL = "torch.distributed.DistBackendError"
 # Of exactly these classes, by what the library writes: torch's allocators, gloo, NCCL.
-_MESSAGE_FORMS: tuple[tuple[Kind, tuple[str, ...], str], ...] = (
+_MESSAGE_FORMS: tuple[tuple[VerdictKind, tuple[str, ...], str], ...] = (
     ("out_of_memory", (*_PLAIN, _NCCL), r"out of memory|allocate memory|STATUS_ALLOC_FAILED"),
     ("hang", (*_PLAIN, _NCCL), r"Watchdog caught collective operation timeout"),
     ("hang", _PLAIN, r"\[\S*gloo/transport/\S*\] Timed out waiting \d+ms"),
@@ -65,7 +65,7 @@ _MESSAGE_FORMS: tuple[tuple[Kind, tuple[str, ...], str], ...] = (
     ),
 )
 # What a log line looks like that shows such an end: to quote it, not to judge by it.
-_SIGNS: Mapping[Kind, str] = {
+_SIGNS: Mapping[VerdictKind, str] = {
     "out_of_memory": r"OutOfMemoryError|out of memory\b(?! killer)|MemoryError|allocate memory|running low on memory"
     r"|STATUS_ALLOC_FAILED",
     "preemption": r"(?i)preempt",
@@ -76,11 +76,11 @@ _SIGNS: Mapping[Kind, str] = {
     r"|nccl(Remote|System)Error|NCCL WARN .*[Cc]onnection|Dist(Network|Store)Error|name resolution",
 }
 # Where workers failed in several ways: what made the others fail comes first. A real bug shows again next time.
-_FIRST: tuple[Kind, ...] = ("out_of_memory", "preemption", "node_lost", "user_error", "hang", "network")
+_FIRST: tuple[VerdictKind, ...] = ("out_of_memory", "preemption", "node_lost", "user_error", "hang", "network")
 
-_NEVER_AGAIN: tuple[Kind, ...] = ("user_error", "out_of_memory")
-_BARREN_LIMIT: Mapping[Kind, int] = {"hang": 3, "network": 3}
-_DEFAULT_BARREN_LIMIT = 5
+_NEVER_AGAIN: tuple[VerdictKind, ...] = ("user_error", "out_of_memory")
+_LIMIT_WITHOUT_PROGRESS: Mapping[VerdictKind, int] = {"hang": 3, "network": 3}
+_DEFAULT_LIMIT = 5
 _LONGEST_DELAY_S = 30.0
 
 
@@ -88,7 +88,7 @@ _LONGEST_DELAY_S = 30.0
 class Verdict:
     """How an attempt ended: in one word, in one line, and with the log line that proves it."""
 
-    kind: Kind
+    kind: VerdictKind
     reason: str
     evidence: str = ""
     rank: int | None = None
@@ -135,7 +135,7 @@ def classify(failures: Mapping[int, Failure], tails: Mapping[int, str] | None = 
     return Verdict(kind, f"rank {rank}: {reason}", evidence, rank)
 
 
-def decide(history: Sequence[tuple[Kind, int]], requeued: bool = False) -> Again | Final:
+def decide(history: Sequence[tuple[VerdictKind, int]], requeued: bool = False) -> Again | Final:
     """What follows attempts that ended so, oldest first, each with the steps its checkpoints took the run further.
 
     `requeued`: a scheduler starts the run again whose time there is over; else its walltime is a limit.
@@ -153,16 +153,16 @@ def decide(history: Sequence[tuple[Kind, int]], requeued: bool = False) -> Again
         return Final("failed", None, "fleetune resume goes on from the newest checkpoint")
     if kind in _NEVER_AGAIN:
         return Final("failed", None)
-    barren = _barren_attempts(history)
-    if barren >= _BARREN_LIMIT.get(kind, _DEFAULT_BARREN_LIMIT):
-        return Final("failed", f"{barren} attempts in a row without progress, the last one ended by {kind}")
-    if barren == 0:
+    without_progress = _attempts_without_progress(history)
+    if without_progress >= _LIMIT_WITHOUT_PROGRESS.get(kind, _DEFAULT_LIMIT):
+        return Final("failed", f"{without_progress} attempts in a row without progress, the last one ended by {kind}")
+    if without_progress == 0:
         return Again(0.0)
-    backoff_s = 2.0 ** (barren - 1)
+    backoff_s = 2.0 ** (without_progress - 1)
     return Again(min(_LONGEST_DELAY_S, backoff_s))
 
 
-def _barren_attempts(history: Sequence[tuple[Kind, int]]) -> int:
+def _attempts_without_progress(history: Sequence[tuple[VerdictKind, int]]) -> int:
     """Number of attempts without progress at the end of a history."""
     count = 0
     for _, steps in reversed(history):
@@ -172,7 +172,7 @@ def _barren_attempts(history: Sequence[tuple[Kind, int]]) -> int:
     return count
 
 
-def _kinds(failures: Mapping[int, Failure]) -> dict[int, Kind]:
+def _kinds(failures: Mapping[int, Failure]) -> dict[int, VerdictKind]:
     """What each failure is, by rank."""
     kinds = {}
     for rank, failure in failures.items():
@@ -180,7 +180,7 @@ def _kinds(failures: Mapping[int, Failure]) -> dict[int, Kind]:
     return kinds
 
 
-def _kind_on_rank(rank: int, failure: Failure) -> Kind:
+def _kind_on_rank(rank: int, failure: Failure) -> VerdictKind:
     """What a failure is: where its types do not tell, a bug of the user in a worker, and elsewhere a lost node."""
     known = _known_kind(failure)
     if known is not None:
@@ -190,9 +190,9 @@ def _kind_on_rank(rank: int, failure: Failure) -> Kind:
     return "node_lost"
 
 
-def _known_kind(failure: Failure) -> Kind | None:
+def _known_kind(failure: Failure) -> VerdictKind | None:
     """What a failure is by its types; None for any other error."""
-    kinds: set[Kind] = set()
+    kinds: set[VerdictKind] = set()
     if failure.preempted:
         kinds.add("preemption")
     for name in failure.types:
@@ -209,12 +209,12 @@ def _known_kind(failure: Failure) -> Kind | None:
     return _first_cause(kinds)
 
 
-def _first_cause(kinds: Collection[Kind]) -> Kind:
+def _first_cause(kinds: Collection[VerdictKind]) -> VerdictKind:
     """The one of some kinds that made the others happen."""
     return min(kinds, key=_FIRST.index)
 
 
-def _reason(kind: Kind, failure: Failure) -> str:
+def _reason(kind: VerdictKind, failure: Failure) -> str:
     if kind == "node_lost" and _GONE not in failure.types:
         return "the worker process was killed, or its node is gone"
     for line in reversed(failure.text.splitlines()):
@@ -223,7 +223,7 @@ def _reason(kind: Kind, failure: Failure) -> str:
     return kind
 
 
-def _evidence(kind: Kind, text: str) -> str:
+def _evidence(kind: VerdictKind, text: str) -> str:
     """The last line that shows this kind of end; for a bug the last line of its traceback."""
     sign = _SIGNS.get(kind, r"^\w[\w.]*(Error|Exception|Interrupt|Exit)\b")
     for line in reversed(text.splitlines()):

@@ -87,9 +87,9 @@ def figures_of(spent: Goodput, rows: Iterable[Record], newest: Iterable[Record],
 def _last_between(begin: float, end: float, sorted_times: Iterable[float]) -> float | None:
     """The last of some times that is between two; None where none is."""
     last = None
-    for moment in sorted_times:
-        if begin < moment < end:
-            last = moment
+    for timestamp in sorted_times:
+        if begin < timestamp < end:
+            last = timestamp
     return last
 
 

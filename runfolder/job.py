@@ -1,4 +1,4 @@
-"""The job spec: plain frozen data that every room may read. Unknown keys are errors."""
+"""The job spec: plain frozen data that every package may read. Unknown keys are errors."""
 
 import datetime
 import re

@@ -21,8 +21,8 @@ def lines(*folders: str) -> Iterator[tuple[str, str]]:
 
 
 def test_deepspeeds_stand_in_one_folder() -> None:
-    rooms = ("orchestrator", "clusters", "runfolder", "k8s", "trainer", "methods", "serving")
-    found = {path for path, line in lines(*rooms) if DEEPSPEED.search(line)}
+    packages = ("orchestrator", "clusters", "runfolder", "k8s", "trainer", "methods", "serving")
+    found = {path for path, line in lines(*packages) if DEEPSPEED.search(line)}
     assert found == {"trainer/zero/gather.py", "trainer/zero/layout.py"}
 
 

@@ -10,13 +10,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("runfolder", "clusters", "orchestrator", "trainer", "methods", "serving", "k8s")
+PACKAGES = ("runfolder", "clusters", "orchestrator", "trainer", "methods", "serving", "k8s")
 # Names that several modules may define, and why.
 SHARED_NAMES = {"main": "what a module does that is run as a process"}
+# Types whose names differ by a plural alone, and why.
+OF_SERVING = "one is of the engine, where words are those of a forward pass"
+PLURALS = {
+    "array": "many of the other one, by name",
+    "base": "a model, and bases of a subspace",
+    "batch": OF_SERVING,
+    "column": OF_SERVING,
+    "count": "an option that is at least 1, and what was counted in the data",
+    "entry": "many of the other one",
+    "group": OF_SERVING,
+    "piece": OF_SERVING,
+    "position": "many of the other one, by file",
+    "record": "many of the other one, with their numbers",
+    "row": OF_SERVING,
+    "shape": OF_SERVING,
+}
 
 FEWEST_WORDS = 4  # of a docstring
-MOST_NODES = 8.5  # of the syntax tree, for each line of code in a room
-MOST_COMPREHENSIONS = 26  # in a thousand lines of code of a room
+MOST_NODES = 8.5  # of the syntax tree, for each line of code in a package
+MOST_COMPREHENSIONS = 26  # in a thousand lines of code of a package
 LONGEST_FUNCTION = 40  # lines of code
 LONGEST_FILE = 300  # lines
 
@@ -24,8 +40,8 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
-def modules(room: str) -> list[Path]:
-    return sorted((ROOT / room).rglob("*.py"))
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
 
 
 @cache
@@ -78,8 +94,8 @@ def defined(body: list[ast.stmt]) -> Iterator[str]:
 
 def test_each_name_has_one_meaning() -> None:
     definitions: dict[str, set[str]] = defaultdict(set)
-    for room in ROOMS:
-        for path in modules(room):
+    for package in PACKAGES:
+        for path in modules(package):
             for name in defined(parse(path).body):
                 definitions[name].add(str(path.relative_to(ROOT)))
     several = {
@@ -91,16 +107,39 @@ def test_each_name_has_one_meaning() -> None:
     assert not lines, "defined in several modules:\n" + "\n".join(lines)
 
 
+def singular(name: str) -> str:
+    """A name in lower case, without the ending of a plural."""
+    name = name.lower()
+    for ending, of_one in (("ies", "y"), ("ches", "ch"), ("s", "")):
+        if name.endswith(ending) and not name.endswith(("ss", "us")):
+            return name.removesuffix(ending) + of_one
+    return name
+
+
+def test_types_differ_by_more_than_a_plural() -> None:
+    """Of `Shard` and `Shards` in two modules nobody knows which one is meant; other names differ by their use."""
+    names: dict[str, dict[str, str]] = defaultdict(dict)
+    for package in PACKAGES:
+        for path in modules(package):
+            for name in defined(parse(path).body):
+                if name[0].isupper() and not name.isupper():
+                    names[singular(name)][name] = str(path.relative_to(ROOT))
+    doubles = {stem for stem, paths in names.items() if len(set(paths.values())) > 1}
+    lines = [f"{name}: {path}" for stem in doubles - PLURALS.keys() for name, path in names[stem].items()]
+    assert not lines, "\n".join(sorted(lines))
+    assert PLURALS.keys() <= doubles, "no doubles any more"
+
+
 def test_names_that_may_be_shared_are() -> None:
     for name in SHARED_NAMES:
-        sharing = [path for room in ROOMS for path in modules(room) if name in defined(parse(path).body)]
+        sharing = [path for package in PACKAGES for path in modules(package) if name in defined(parse(path).body)]
         assert len(sharing) > 1, name
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_docstrings_say_something(room: str) -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_docstrings_say_something(package: str) -> None:
     short = []
-    for path in modules(room):
+    for path in modules(package):
         for node in documented(path):
             docstring = ast.get_docstring(node)
             if docstring is not None and len(docstring.split()) < FEWEST_WORDS:
@@ -108,10 +147,10 @@ def test_docstrings_say_something(room: str) -> None:
     assert not short, "\n".join(short)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_lines_hold_one_idea(room: str) -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_lines_hold_one_idea(package: str) -> None:
     lines = nodes = comprehensions = 0
-    for path in modules(room):
+    for path in modules(package):
         lines += len(code_lines(path))
         for node in ast.walk(parse(path)):
             nodes += 1
@@ -121,10 +160,10 @@ def test_lines_hold_one_idea(room: str) -> None:
         assert 1000 * comprehensions / lines <= MOST_COMPREHENSIONS
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_functions_and_files_are_short(room: str) -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_functions_and_files_are_short(package: str) -> None:
     long = []
-    for path in modules(room):
+    for path in modules(package):
         file_lines = len(path.read_text().splitlines())
         if file_lines > LONGEST_FILE:
             long.append(f"{path.relative_to(ROOT)}: {file_lines} lines")
@@ -146,10 +185,10 @@ def glossary() -> list[str]:
 
 
 def prose() -> str:
-    """The docstrings of all rooms and the pages of docs/ but the glossary, in lower case."""
+    """The docstrings of all packages and the pages of docs/ but the glossary, in lower case."""
     texts = [page.read_text() for page in (ROOT / "docs").glob("*.md") if page.name != "glossary.md"]
-    for room in ROOMS:
-        for path in modules(room):
+    for package in PACKAGES:
+        for path in modules(package):
             texts += [ast.get_docstring(node) or "" for node in documented(path)]
     return " ".join("\n".join(texts).lower().split())
 

@@ -20,7 +20,7 @@ def check_documents_apart(run: Run) -> None:
     model.eval()
     first = min(FIRST, data.seq_len)  # the base may know no more positions
     vocabulary = config.get_text_config().vocab_size  # a tokenizer may have more
-    engine = run.shards.engine
+    engine = run.sharded.engine
     moved = leak(engine, first, vocabulary, run.world.device)
     model.train()
     if moved > LEAK_ROUNDING[run.dtype]:

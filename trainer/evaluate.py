@@ -210,7 +210,7 @@ class Evaluator:
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 use_cache=True,
-                synced_gpus=run.shards.stage == 3,
+                synced_gpus=run.sharded.stage == 3,
             )
         width = ids.shape[1]
         continued = out[:, width:]

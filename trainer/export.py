@@ -40,7 +40,7 @@ def export(run: Run) -> None:
     leads = run.world.leads
     steps = run.batches.steps
     run.stops.leave_if_warned(steps)
-    weights = dict(run.shards.whole_weights())
+    weights = dict(run.sharded.whole_weights())
     if leads:
         write_output(run, weights)
     weights.clear()

@@ -19,7 +19,7 @@ from runfolder.record import load_job
 from trainer import speed
 from trainer.base import forward_dtype, load_config, load_model
 from trainer.checkpoint.reading import CheckpointReader, open_start
-from trainer.checkpoint.saving import Checkpoints
+from trainer.checkpoint.saving import CheckpointWriter
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
 from trainer.data.survey import check_ids
@@ -39,7 +39,7 @@ from trainer.step import feed, take_step
 from trainer.stop import Stopped, StopRequests
 from trainer.world import World, join_process_group
 from trainer.zero import gather
-from trainer.zero.shards import Shards
+from trainer.zero.sharded import ShardedModel
 
 
 def train(run_dir: Path, attempt: int) -> bool:
@@ -52,7 +52,7 @@ def train(run_dir: Path, attempt: int) -> bool:
     try:
         run, first = prepare_run(claimed)
         settings = run.job.checkpoint
-        saves = Checkpoints(run.attempt, run.world, settings.every, settings.keep)
+        saves = CheckpointWriter(run.attempt, run.world, settings.every, settings.keep)
         evaluator = Evaluator.create(run)
         take_steps(run, first, saves, evaluator)
         export(run)
@@ -99,10 +99,10 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
         method.initialise(model, documents(batches, device))
     with noting_progress(attempt):
         objective.kernels = make_fast(job, model, method, dtype, device)
-    shards = shard(job, model, method, saved, objective.kernels.fused_step)
+    sharded = shard(job, model, method, saved, objective.kernels.fused_step)
     schedule = method.schedule(lambda step: learning_rate(job, step, batches.steps))
     run = Run(
-        job, attempt, world, stops, method, tokenizer, reading, objective, examples, batches, shards, dtype, schedule
+        job, attempt, world, stops, method, tokenizer, reading, objective, examples, batches, sharded, dtype, schedule
     )
     check_documents_apart(run)
     announce_plan(run)
@@ -133,7 +133,9 @@ def create_method(job: Job, batches: Batches, tokenizer: Any, saved: CheckpointR
     return method
 
 
-def shard(job: Job, model: nn.Module, method: Method[Any], saved: CheckpointReader | None, fused: bool) -> Shards:
+def shard(
+    job: Job, model: nn.Module, method: Method[Any], saved: CheckpointReader | None, fused: bool
+) -> ShardedModel:
     """The model under DeepSpeed's engine, with the optimizer's state of a checkpoint where there is one."""
     settings = job.train
     adam: dict[str, Any] = {
@@ -143,10 +145,10 @@ def shard(job: Job, model: nn.Module, method: Method[Any], saved: CheckpointRead
     }
     if fused:
         adam["fused"] = True
-    shards = Shards(model, method, job.sharding.zero, job.lr, adam)
+    sharded = ShardedModel(model, method, job.sharding.zero, job.lr, adam)
     if saved:
-        saved.load_optimizer(shards)
-    return shards
+        saved.load_optimizer(sharded)
+    return sharded
 
 
 def check_inputs(attempt: Attempt, job: Job, world: World) -> None:
@@ -194,43 +196,45 @@ def announce_plan(run: Run) -> None:
         )
 
 
-def take_steps(run: Run, first: int, saves: Checkpoints, evaluator: Evaluator) -> None:
+def take_steps(run: Run, first: int, saves: CheckpointWriter, evaluator: Evaluator) -> None:
     """Take the steps after `first`, evaluate and save between them, until all is on disk.
 
     Raises Stopped, with as much on disk, where the run is to stop before its end.
     """
-    attempt = run.attempt
-    world = run.world
-    stops = run.stops
-    evaluation = run.job.evaluation
-    steps = run.batches.steps
-    peak = speed.peak_flops(world.device, run.dtype)
-    flops_per_token = speed.flops_per_token(run.model)
-    meter = Meter(attempt, world, steps, flops_per_token, peak)
-    every = evaluation.every
+    last_step = run.batches.steps
+    every = run.job.evaluation.every
+    meter = create_meter(run)
     evaluate_first(run, first, evaluator)
     meter.pause()
     micro_batches_of = feed(run, first)
-    for step in range(first + 1, steps + 1):
+    for step in range(first + 1, last_step + 1):
         save_here = saves.overdue()
-        stop_here = stops.wanted(step)
+        stop_here = run.stops.wanted(step)
         request_here = SaveRequest(save_here, stop_here)
         requested = take_step(run, step, micro_batches_of, meter, request_here)
-        last = step == steps
-        evaluation_due = last or is_multiple(step, every)
-        save_due = last or requested.save or requested.stop or saves.due(step)
-        stopped = requested.stop and not last
-        if evaluation_due or save_due:
-            meter.flush()
-            if evaluation_due:
-                stopped |= not evaluated(run, step, evaluator)
-            if save_due or stopped:
-                saves.save(run.shards, run.method, step)
-            meter.pause()
-        if stopped:
+        is_last = step == last_step
+        must_stop = requested.stop and not is_last
+        must_save = is_last or requested.save or requested.stop or saves.due(step)
+        if is_last or is_multiple(step, every):
+            with meter.pausing():
+                was_finished = evaluate_in_time(run, step, evaluator)
+            must_stop = must_stop or not was_finished
+        if must_save or must_stop:
+            with meter.pausing():
+                saves.save(run.sharded, run.method, step)
+        if must_stop:
             saves.wait()
             raise Stopped(step)
     saves.wait()
+
+
+def create_meter(run: Run) -> Meter:
+    """What measures the steps of a run on its devices."""
+    world = run.world
+    peak = speed.peak_flops(world.device, run.dtype)
+    flops_per_token = speed.flops_per_token(run.model)
+    steps = run.batches.steps
+    return Meter(run.attempt, world, steps, flops_per_token, peak)
 
 
 def evaluate_first(run: Run, first: int, evaluator: Evaluator) -> None:
@@ -263,8 +267,8 @@ def is_reported(run: Run, step: int) -> bool:
     return run.world.told(found)
 
 
-def evaluated(run: Run, step: int, evaluator: Evaluator) -> bool:
-    """Evaluate after a step; False where there was no time left for that."""
+def evaluate_in_time(run: Run, step: int, evaluator: Evaluator) -> bool:
+    """Evaluate after a step; False where there was no time left to finish that."""
     try:
         evaluator.evaluate(run, step)
     except Stopped:

@@ -5,7 +5,8 @@ They are copied to the host when the step is enqueued, and its duration is what 
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -138,6 +139,13 @@ class Meter:
         """Leave the time since the last report out of the speed (evaluations, saves)."""
         self._last = Timestamp(self.world.device)
 
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Write the step that is still open, and leave what the block takes out of the speed."""
+        self.flush()
+        yield
+        self.pause()
+
     def _write(self, step: _Pending, loss: float, norm: float, seconds: float, beside: dict[str, float]) -> None:
         """Append a step to metrics.jsonl, and show it in the log."""
         speed = step.tokens / seconds
@@ -158,8 +166,7 @@ class Meter:
         self.attempt.append("metrics.jsonl", metrics)
         steps_left = self.steps - step.step
         seconds_left = seconds * steps_left
-        clock = time.gmtime(seconds_left)
-        left = time.strftime("%H:%M:%S", clock)
+        left = as_clock(seconds_left)
         words = [
             f"step {step.step}/{self.steps}",
             f"loss {loss:.4f}",
@@ -169,3 +176,11 @@ class Meter:
             f"{left} left",
         ]
         print("  ".join(words), flush=True)
+
+
+def as_clock(seconds: float) -> str:
+    """A duration as hours:minutes:seconds; a day and more is as many hours."""
+    total = int(seconds)
+    minutes, whole_seconds = divmod(total, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02d}:{minutes:02d}:{whole_seconds:02d}"

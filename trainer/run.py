@@ -16,7 +16,7 @@ from trainer.data.tokens import Tokens
 from trainer.objectives.base import Objective
 from trainer.stop import StopRequests
 from trainer.world import World
-from trainer.zero.shards import Shards
+from trainer.zero.sharded import ShardedModel
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Run:
     objective: Objective
     examples: Examples
     batches: Batches
-    shards: Shards
+    sharded: ShardedModel
     dtype: torch.dtype
     schedule: Callable[[int], float]  # the learning rate of a step, from 0
 
     @property
     def model(self) -> Any:
         """The model under DeepSpeed's engine, of transformers or PEFT: nn.Module has no types for what these add."""
-        return self.shards.engine.module
+        return self.sharded.engine.module
 
     @property
     def tokens(self) -> Tokens:

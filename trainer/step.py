@@ -26,7 +26,7 @@ Feed = Callable[[GlobalBatch], Iterator[BatchTensors]]  # from a step's global b
 def take_step(run: Run, step: int, feed: Feed, meter: Meter, request: SaveRequest) -> SaveRequest:
     """Accumulate the micro-batches of one global batch and apply them; gives what all ranks ask for, perhaps late."""
     objective = run.objective
-    shards = run.shards
+    sharded = run.sharded
     world = run.world
     settings = run.job.train
     number = step - 1
@@ -41,11 +41,11 @@ def take_step(run: Run, step: int, feed: Feed, meter: Meter, request: SaveReques
     passes, known = prepared(run, timed, totals)
     sums = Sums(world.device)
     for batch in passes:
-        shares = objective.loss(shards.engine, batch, totals, known)
-        shards.backward(shares.loss)
+        shares = objective.loss(sharded.engine, batch, totals, known)
+        sharded.backward(shares.loss)
         sums.add(shares)
     lr = run.schedule(number)
-    norm = shards.step(lr, settings.clip)
+    norm = sharded.step(lr, settings.clip)
     tokens = global_batch.tokens
     wait_s = timed.seconds
     return meter.record(step, sums.loss, sums.metrics, norm, lr, tokens, wait_s, request)

@@ -36,7 +36,7 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Finding:
+class LogitsGap:
     """The largest difference of a loaded output's logits from the trained model's, and what rounding explains."""
 
     gap: float
@@ -74,7 +74,7 @@ def observe(run: Run) -> Observation:
     return Observation(written, logits)
 
 
-def compare_loaded(run: Run, load: Callable[[Placement], nn.Module], observation: Observation) -> Finding:
+def compare_loaded(run: Run, load: Callable[[Placement], nn.Module], observation: Observation) -> LogitsGap:
     """Load a model where it fits, and compare it with what was seen of the trained one; rank 0 alone."""
     if speed.count_weights(run.model) > LARGE:
         print("loading the output once more, to compare it with the trained model", flush=True)
@@ -92,7 +92,7 @@ def compare_loaded(run: Run, load: Callable[[Placement], nn.Module], observation
     return finding
 
 
-def _compared(model: nn.Module, observation: Observation, dtype: torch.dtype, trained_on: torch.device) -> Finding:
+def _compared(model: nn.Module, observation: Observation, dtype: torch.dtype, trained_on: torch.device) -> LogitsGap:
     """The gap to the nearer one of two passes: in the model's own dtypes, and under autocast, as it was trained.
 
     Their distance shows how far rounding reaches. In fp32 the second pass has the row twice, so it sums in another
@@ -118,7 +118,7 @@ def _compared(model: nn.Module, observation: Observation, dtype: torch.dtype, tr
     gap = min(plain_gap, autocast_gap)
     of_dtype = rounding * largest
     of_passes = SPREADS * spread
-    return Finding(gap, max(of_dtype, of_passes))
+    return LogitsGap(gap, max(of_dtype, of_passes))
 
 
 def _computing_device(model: nn.Module) -> torch.device:

@@ -101,7 +101,7 @@ class ModuleOptions(Options):
     """Options of methods that work on some of the base's modules."""
 
     def targets(self, linears: Linears, others: Others) -> Matrices:
-        """The modules that get an adapter, with their (out, in); raises ValueError for a bad target."""
+        """The modules that the method works on, with their (out, in); raises ValueError for a bad target."""
         raise NotImplementedError
 
 
@@ -112,7 +112,7 @@ class Targeted(ModuleOptions):
     exclude: tuple[str, ...] = Field((), description="names of modules that get none")
 
     def targets(self, linears: Linears, others: Others) -> Matrices:
-        """The modules that get an adapter, with their (out, in); a name stands for every module that ends with it."""
+        """The modules of the job, with their (out, in); a name stands for every module that ends with it."""
         return choose_targets(self.target, self.exclude, linears, others)
 
     def linear_targets(self, linears: Linears) -> Matrices:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from methods.options.base import NO_SECOND_MODEL, Count, Footprint, Positive, Targeted, element_count
-from methods.parts.targets import Linears, Matrices, Others
+from methods.parts.targets import Linears, Matrices, Others, Target
 
 
 class Galore(Targeted):
@@ -29,6 +29,10 @@ class Galore(Targeted):
         "are there in full, and it leaves a model, not an adapter."
     )
 
+    target: Target = Field(
+        "all-linear", description="names of the modules whose optimizer lives in a subspace, or all-linear"
+    )
+    exclude: tuple[str, ...] = Field((), description="names of modules that have plain AdamW, as all others do")
     variant: Literal["galore", "q-galore", "apollo"] = Field(
         "galore", description="q-galore: 4-bit projector, lazy refresh; apollo: random projection, scaled gradient"
     )

@@ -32,7 +32,7 @@ NAME = "shifted"  # what `attn_implementation` calls it
 
 
 @dataclass(frozen=True)
-class Runs:
+class TokenRuns:
     """Tokens that see each other: `slot_N` is where each of N tokens lies in a table of R x L."""
 
     slot_N: Tensor
@@ -40,7 +40,7 @@ class Runs:
     longest: int
 
     @classmethod
-    def cut(cls, position_BT: Tensor, group: int, shift: int) -> "Runs":
+    def cut(cls, position_BT: Tensor, group: int, shift: int) -> "TokenRuns":
         """Cut rows where a document or a group begins."""
         place_in_group_BT = (position_BT + shift) % group
         is_first_BT = place_in_group_BT == 0
@@ -84,14 +84,14 @@ class Runs:
 class Pattern:
     """The runs of the first and of the second half of the heads."""
 
-    halves: tuple[Runs, Runs]
+    halves: tuple[TokenRuns, TokenRuns]
 
     @classmethod
     def of(cls, position_BT: Tensor, group: int) -> "Pattern":
         """The pattern of rows whose documents are told by their positions."""
-        plain = Runs.cut(position_BT, group, 0)
+        plain = TokenRuns.cut(position_BT, group, 0)
         half = group // 2
-        shifted = Runs.cut(position_BT, group, half)
+        shifted = TokenRuns.cut(position_BT, group, half)
         halves = (plain, shifted)
         return cls(halves)
 

@@ -17,7 +17,7 @@ from methods.parts.targets import Linears, is_linear
 from orchestrator.errors import InputError
 from orchestrator.planning import llama, quantised
 from orchestrator.planning.llama import Config
-from orchestrator.planning.safetensors import Shapes, Tensor, TensorShape, read_header, weight_files
+from orchestrator.planning.safetensors import Shapes, StoredTensor, TensorShape, read_header, weight_files
 from runfolder.job import Base
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -165,9 +165,9 @@ class Model:
         return shared, held
 
     @cached_property
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor in the files of its weights, by name."""
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, StoredTensor] = {}
         if self.folder is None or self.scratch:
             return tensors
         for file in weight_files(self.folder):

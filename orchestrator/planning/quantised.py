@@ -12,7 +12,7 @@ from typing import Any
 
 from methods.parts.targets import Linears
 from orchestrator.errors import InputError
-from orchestrator.planning.safetensors import Shapes, Tensor, TensorShape
+from orchestrator.planning.safetensors import Shapes, StoredTensor, TensorShape
 
 FOUR_BITS = "bitsandbytes, 4 bits"
 _UNKNOWN_METHOD = "an unknown method"
@@ -44,7 +44,7 @@ def are_packed(names: Iterable[str]) -> bool:
     return any(matches)
 
 
-def unpacked_shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+def unpacked_shapes(tensors: Mapping[str, StoredTensor]) -> Shapes:
     """The shape of every weight in files of a base in 4 bits: what the packed ones stand for, and of the others."""
     unpacked: Shapes = {}
     for name, tensor in tensors.items():
@@ -78,7 +78,7 @@ def _is_beside(name: str, packed: Iterable[str]) -> bool:
     return weight in packed
 
 
-def _shape_in_state(state: Tensor) -> TensorShape:
+def _shape_in_state(state: StoredTensor) -> TensorShape:
     """The shape of a weight, as its quantisation state holds it."""
     with state.file.open("rb") as stream:
         stream.seek(state.begin)

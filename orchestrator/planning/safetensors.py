@@ -20,7 +20,7 @@ _LARGEST_HEADER = 100_000_000  # bytes, as safetensors itself limits it
 
 
 @dataclass(frozen=True)
-class Tensor:
+class StoredTensor:
     """Where a tensor lies: `size` bytes from byte `begin` of a file."""
 
     name: str
@@ -56,7 +56,7 @@ def _indexed_names(index: Path) -> list[str]:
         raise InputError(f"{index}: not an index of safetensors files") from None
 
 
-def read_header(path: Path) -> Iterator[Tensor]:
+def read_header(path: Path) -> Iterator[StoredTensor]:
     """Every tensor in a safetensors file, without its values; raises InputError when it is damaged or cut short."""
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -87,11 +87,11 @@ def _entries(header: bytes) -> dict[str, HeaderEntry]:
     return entries
 
 
-def _tensor(path: Path, data_begin: int, name: str, entry: HeaderEntry) -> Tensor:
+def _tensor(path: Path, data_begin: int, name: str, entry: HeaderEntry) -> StoredTensor:
     """A tensor by its entry in the header of a file whose data begins at the byte `data_begin`."""
     offsets = entry["data_offsets"]
     begin, end = map(int, offsets)
     size = end - begin
     begin += data_begin
     shape = tuple(map(int, entry["shape"]))
-    return Tensor(name, shape, path, begin, size)
+    return StoredTensor(name, shape, path, begin, size)

@@ -37,7 +37,7 @@ _TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 _SURVEY_FORMAT = 2  # of the surveys that are remembered
 
-Answers = dict[str, Survey | str]  # by the key of a source: its survey, or what is wrong with it
+SurveyResults = dict[str, Survey | str]  # by the key of a source: its survey, or what is wrong with it
 SourceProgress = Callable[[str, int], None]  # a source, and the number of its rows that are done
 
 
@@ -71,7 +71,7 @@ def look(job: Job, model: Model | None, progress: SourceProgress, is_here: bool 
     rows_by_key: RowsByKey = {"train": None, "eval": None}
     problems = []
     failure = None
-    answers: Answers = {}
+    answers: SurveyResults = {}
     try:
         if model:
             answers = _as_tokens(job, model, progress)
@@ -140,12 +140,12 @@ def writes_date(model: Model) -> bool:
     return False
 
 
-def _as_tokens(job: Job, model: Model, progress: SourceProgress) -> Answers:
+def _as_tokens(job: Job, model: Model, progress: SourceProgress) -> SurveyResults:
     """The survey of each source that can be looked at as tokens from here, or what is wrong with it."""
     if model.folder is None or missing_packages():
         return {}
     job = with_date(job)
-    answers: Answers = {}
+    answers: SurveyResults = {}
     unknown: dict[str, str] = {}
     notes: dict[str, Path] = {}
     for key, source in sources(job).items():
@@ -209,7 +209,7 @@ def _note_path(job: Job, source: str, folder: Path) -> Path:
     return surveys / f"{key}.json"
 
 
-def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: SourceProgress) -> Answers:
+def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: SourceProgress) -> SurveyResults:
     """Have a child process look at sources: a survey, or what is wrong, for those that it came to.
 
     Raises ChildProcessError with its last line where it fails.
@@ -218,7 +218,7 @@ def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: Sour
         return {}
     request = {"job": job.dump(), "folder": str(folder), "sources": wanted}
     request_text = json.dumps(request)
-    answers: Answers = {}
+    answers: SurveyResults = {}
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
             READER,

@@ -24,7 +24,7 @@ from runfolder.site import LocalSite
 
 CollectProgress = Callable[[str, int], None]  # a cluster, and how many of its runs were looked at
 Undelivered = dict[str, str]  # run id or cluster -> why MLflow has not got all of it
-_PATIENCE_S = 10.0  # with an MLflow that does not answer
+_MLFLOW_TIMEOUT_S = 10.0  # with an MLflow that does not answer
 
 
 def deliver_all(cluster: str | None = None, progress: CollectProgress = lambda _cluster, _runs: None) -> Undelivered:
@@ -126,7 +126,7 @@ def _deliver(run_dir: Path, down: dict[str, str]) -> str | None:
     delivery = Delivery(run_dir, newest.number, leads=False)
     if delivery.uri in down:
         return down[delivery.uri]
-    is_done = delivery.catch_up(_PATIENCE_S)
+    is_done = delivery.catch_up(_MLFLOW_TIMEOUT_S)
     trouble = trouble_of_run(run_dir)
     if is_done or trouble is None:
         return None

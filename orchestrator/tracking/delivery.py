@@ -21,7 +21,7 @@ from orchestrator.runs import run_ids, runs_folder
 from orchestrator.tracking.artifacts import upload
 from orchestrator.tracking.environment import Utilisation, machine_tags
 from orchestrator.tracking.facts import MACHINE
-from orchestrator.tracking.history import AppendedRow, Spool
+from orchestrator.tracking.history import AppendedRow, RowReader
 from orchestrator.tracking.outbox import FileRow, Outbox
 from orchestrator.tracking.redone import COMPARED, differ, relative_tolerance
 from orchestrator.tracking.store import address, client, describe_run, is_left_to_others, open_run, sqlite_file
@@ -59,10 +59,10 @@ class Delivery:
 
     def _start_over(self) -> None:
         """Know nothing of MLflow yet, and have all rows before us."""
-        self._spools: dict[str, Spool] = {}
+        self._readers: dict[str, RowReader] = {}
         for file in DELIVERED_FILES:
             source = partial(read_from, self._run_dir, file)
-            self._spools[file] = Spool(file, source, self._attempt.number)
+            self._readers[file] = RowReader(file, source, self._attempt.number)
         self._outbox = Outbox()
         self._damage: Damaged | None = None  # why no more rows can be read
         self._client: Any = None
@@ -189,14 +189,14 @@ class Delivery:
             self._damage = damage
 
     def _read_spools(self) -> None:
-        for file, spool in self._spools.items():
+        for file, reader in self._readers.items():
             compared = self._compared.get(file, 0)
-            for row in spool.read():
+            for row in reader.read():
                 self._outbox.add(file, row)
                 is_own = row.attempt == self._attempt.number
                 if row.again and is_own and row.index >= compared:
                     self._compare(row)
-            self._compared[file] = max(compared, spool.count)
+            self._compared[file] = max(compared, reader.count)
 
     def _compare(self, row: AppendedRow) -> None:
         """Say in the log where a step that was done again came out otherwise; the first value stays."""

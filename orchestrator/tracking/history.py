@@ -28,7 +28,7 @@ class AppendedRow:
     again: dict[str, tuple[float, float]]
 
 
-class Spool:
+class RowReader:
     """One appended file of a run, joined over the attempts up to `number`; read it as often as it grows."""
 
     def __init__(self, file: str, source: ChunkSource, number: float = inf) -> None:
@@ -77,8 +77,8 @@ def history(run_dir: Path) -> list[Record]:
     """
     records: dict[tuple[int, str], Record] = {}
     file = "metrics.jsonl"
-    spool = Spool(file, partial(read_from, run_dir, file))
-    for row in spool.read():
+    reader = RowReader(file, partial(read_from, run_dir, file))
+    for row in reader.read():
         if row.fresh:
             kind = _kind_of_row(row)
             key = (row.step, kind)

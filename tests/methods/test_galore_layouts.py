@@ -97,7 +97,7 @@ def measure(rank: int, folder: str, port: int) -> None:
     import torch.distributed as dist
 
     from trainer.world import join_process_group
-    from trainer.zero.shards import Shards
+    from trainer.zero.sharded import ShardedModel
 
     join_process_group()
     torch.set_num_threads(1)
@@ -113,21 +113,21 @@ def measure(rank: int, folder: str, port: int) -> None:
     for stage in (0, 2):
         torch.manual_seed(0)
         method = GaloreTuning(Galore(rank=16, refresh_every=3), Setup())
-        shards = Shards(method.attach(Small()), method, stage)
+        sharded = ShardedModel(method.attach(Small()), method, stage)
         steps = []
         for step in range(6):
             before, moved = method.exchange.sent.copy(), 0
             dist.all_reduce = counted
-            shards.backward(
-                shards.engine(torch.randn(8, 64, generator=torch.Generator().manual_seed(2 * step + rank)))
+            sharded.backward(
+                sharded.engine(torch.randn(8, 64, generator=torch.Generator().manual_seed(2 * step + rank)))
             )
-            shards.step(1e-3, 1.0)
+            sharded.step(1e-3, 1.0)
             dist.all_reduce = all_reduce
             steps.append({"moved": moved, **(method.exchange.sent - before)})
         found[str(stage)] = {"steps": steps, "bytes": held(method)}
     for name, variant in STATES.items():
         method = GaloreTuning(variant, Setup())
-        Shards(method.attach(Small()), method, 2)
+        ShardedModel(method.attach(Small()), method, 2)
         found[name] = held(method)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

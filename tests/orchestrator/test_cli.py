@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 from jobs import make_job
+from rich.console import Console
 from run_folders import claim, make_run, plan, steps
 
-from orchestrator import cli, doctor, progress, runs
+from methods.options import KINDS
+from orchestrator import cli, describe, doctor, progress, render, runs
 from runfolder.chain import close
 
+ROOT = Path(__file__).parents[2]
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -72,7 +75,8 @@ def test_every_reading_command_speaks_json(call: Call, tmp_path: Path, home: Pat
         f"{status['run_dir']}/output",
     )
     assert status["figures"]["goodput"]["queued"] > 0 and status["figures"]["peak_memory_bytes"] == 1 << 30
-    assert read("list") == [{**status, "figures": None}]
+    (listed,) = read("list")
+    assert listed == {**status, "figures": None, "looked_at": listed["looked_at"]}  # each looks when it is asked
     assert read("logs", run_id) == {"run_id": run_id, "rank": 0, "text": ""}
     assert read("logs", run_id, "--all-ranks") == {"run_id": run_id, "rank": None, "text": ""}
     assert read("plan", path)["sizes"]["trained"] > 0
@@ -90,13 +94,40 @@ def test_people_get_tables(call: Call, tmp_path: Path, home: Path) -> None:
     assert "in 4 bits" not in call("plan", str(make_job(tmp_path)))[1]
     four_bits = call("plan", str(make_job(tmp_path)), "--set", "method=qlora")[1]
     assert "of the weights, which each worker holds at every ZeRO stage" in four_bits
-    assert "rsLoRA" not in call("methods")[1]
     listing = call("methods")[1]
-    assert "rank-stabilised" in listing and "lr 0.0002 *" in listing
+    assert "rank-stabilised" in listing and "0.0002 *" in listing
+    assert len(listing.splitlines()) == len(KINDS) + 3
     assert "* on a base of hidden size 2048" in listing
     assert "Take it for ranks of 64 and more" not in listing
-    assert "Take it for ranks of 64 and more" in call("methods", "rslora")[1]
+    one = call("methods", "rslora")[1]
+    assert "Take it for ranks of 64 and more" in one and "ZeRO 0-3" in one
     assert "*" not in call("methods", "prompt")[1]
+
+
+def test_a_method_takes_a_line_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(render, "_console", lambda: Console(width=80))
+    render.show_methods(describe.methods())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:-2]] == list(KINDS)
+
+
+def test_the_cluster_on_this_machine_is_told_in_sentences(call: Call, home: Path) -> None:
+    queue = home / "local" / "queue"
+    queue.mkdir(parents=True, exist_ok=True)
+    (queue / "broken-0123456789.json").write_text("{")
+    code, out, _ = call("cluster", "status")
+    assert code == 0
+    assert "runs as process" in out and "does not run; the supervisor starts it" in out and "no run waits" in out
+    assert "broken-0123456789: " in out
+    assert not set("{}[]") & set(out) and "None" not in out
+
+
+def test_the_module_of_the_command_line_is_a_program_too() -> None:
+    command = [sys.executable, "-m", "orchestrator.cli", "methods", "lora", "--json"]
+    answered = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(answered.stdout)[0]["kind"] == "lora"
 
 
 def test_the_clusters_file_is_named_and_listed_in_few_words(

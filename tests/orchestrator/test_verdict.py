@@ -12,7 +12,7 @@ from ray.train.v2.api.exceptions import ControllerError
 
 from orchestrator.driver import failure_of
 from orchestrator.failure import Failure, load_failure
-from orchestrator.verdict import Again, Final, Kind, classify, decide
+from orchestrator.verdict import Again, Final, VerdictKind, classify, decide
 from orchestrator.worker import WorkerFailed
 from runfolder.digests import InputChanged
 from trainer.checkpoint.reading import CheckpointGone
@@ -81,7 +81,7 @@ GLOO = raised(RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:534] Connection
         (of_ray(WorkerHealthCheckTimeoutError("no answer for 60 s")), "hang"),
     ],
 )
-def test_a_failure_is_known_by_its_types(failure: Failure, kind: Kind) -> None:
+def test_a_failure_is_known_by_its_types(failure: Failure, kind: VerdictKind) -> None:
     assert classify({1: failure}).kind == kind
 
 
@@ -142,7 +142,7 @@ def test_bugs_and_lack_of_memory_are_final() -> None:
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("node_lost", 5), ("preemption", 5), ("hang", 3), ("network", 3)])
-def test_only_attempts_without_progress_are_counted(kind: Kind, limit: int) -> None:
+def test_only_attempts_without_progress_are_counted(kind: VerdictKind, limit: int) -> None:
     assert decide([(kind, 1)] * 100) == Again(0.0)
     assert isinstance(decide([(kind, 0)] * (limit - 1)), Again)
     assert isinstance(decide([(kind, 0)] * limit), Final)

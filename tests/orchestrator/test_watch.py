@@ -15,7 +15,7 @@ from waiting import until
 from orchestrator.controller import attempt_endings, cancelled_within, main, next_step, result_of
 from orchestrator.driver import failures_of
 from orchestrator.failure import Failure
-from orchestrator.verdict import Again, Final, Kind
+from orchestrator.verdict import Again, Final, VerdictKind
 from orchestrator.watch import Watch
 from runfolder.chain import Attempt, Fenced, Start, claim_next, close, last_slot, reopen, result
 from runfolder.files import write_json
@@ -130,7 +130,7 @@ def test_walltime_cancellation_and_sigterm_end_an_attempt(
     ],
 )
 def test_an_attempt_that_saves_in_time_has_ended_as_it_was_asked(
-    run_dir: Path, told: bool, asked: str | None, kind: Kind, reason: str
+    run_dir: Path, told: bool, asked: str | None, kind: VerdictKind, reason: str
 ) -> None:
     attempt = claim(run_dir)
     if asked == "cancel":

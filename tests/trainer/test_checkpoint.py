@@ -23,7 +23,7 @@ from runfolder.files import read_json
 from trainer import speed
 from trainer.checkpoint.lineage import checkpoint_folder, claim_from_newest, newest, write_manifest
 from trainer.checkpoint.reading import CheckpointGone, CheckpointReader, open_start
-from trainer.checkpoint.saving import Checkpoints, write_shard
+from trainer.checkpoint.saving import CheckpointWriter, write_shard
 from trainer.loop import prepare_run
 from trainer.world import World
 
@@ -83,7 +83,7 @@ def count_elements_read(rank: int, run_dir: str, folder: str, port: int) -> None
 
     CheckpointReader.read = counted  # type: ignore[method-assign]
     run, _ = prepare_run(chain.Attempt(Path(run_dir), 2))
-    held = sum(fragment.stop - fragment.start for fragment in run.shards.fragments())
+    held = sum(fragment.stop - fragment.start for fragment in run.sharded.fragments())
     trained = speed.count_trained(run.model)
     (Path(folder) / f"read-{rank}.json").write_text(json.dumps({"read": count, "held": held, "trained": trained}))
     dist.destroy_process_group()
@@ -158,7 +158,7 @@ def test_a_predecessor_that_lives_cannot_remove_what_its_successor_starts_from(
     successors: list[chain.Attempt | None] = []
     monkeypatch.setattr(chain.Attempt, "check", lambda _: successors.append(claim_from_newest(first.run_dir)))
     with pytest.raises(FileNotFoundError, match="step-20"):
-        Checkpoints(first, alone, 10, keep=1)._clean()
+        CheckpointWriter(first, alone, 10, keep=1)._clean()
     (successor,) = successors
     assert successor and successor.start == chain.Start(1, 20)
     reader = open_start(successor, alone)
@@ -180,7 +180,7 @@ def test_a_save_of_two_clients_does_not_wait_for_their_caches(
     with two_clients(tmp_path / "real", tmp_path, kept_s=3600) as (a, b):
         attempt = chain.claim_next(a, None)
         assert attempt
-        saves = Checkpoints(attempt, World(0, 2, torch.device("cpu")), 5, 2)
+        saves = CheckpointWriter(attempt, World(0, 2, torch.device("cpu")), 5, 2)
         looked = threading.Event()
         monkeypatch.setattr(chain.Attempt, "check", lambda *_, **__: looked.set())
         tensors = {"weight/w/0": torch.zeros(4)}
@@ -229,7 +229,7 @@ def test_any_range_can_be_read(new_run: Any, launch: Any) -> None:
 def test_auto_asks_once_for_each_save_that_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr("trainer.checkpoint.saving.time.monotonic", lambda: now[0])
-    saves = Checkpoints(chain.Attempt(tmp_path, 1), World(0, 1, torch.device("cpu")), "auto", 2)
+    saves = CheckpointWriter(chain.Attempt(tmp_path, 1), World(0, 1, torch.device("cpu")), "auto", 2)
     saves._stall_s = 0.5  # Young: sqrt(2 x 0.5 x 4 h) = 120 s
     asked = []
     for _ in range(300):

@@ -16,7 +16,7 @@ from runfolder.chain import Attempt, claim_next
 from trainer import export, reload
 from trainer.__main__ import main
 from trainer.omissions import dispensable, omissions_line
-from trainer.verify import Finding, OutputDiffers
+from trainer.verify import LogitsGap, OutputDiffers
 
 OTHER_END = "!"
 FULL_DISK = OSError(28, "No space left on device")
@@ -164,6 +164,6 @@ def test_a_note_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
 
 
 def test_what_is_no_number_is_no_match() -> None:
-    assert Finding(0.0, 1e-5).holds
-    assert not Finding(float("inf"), 1e-5).holds
-    assert not Finding(float("nan"), 1e-5).holds
+    assert LogitsGap(0.0, 1e-5).holds
+    assert not LogitsGap(float("inf"), 1e-5).holds
+    assert not LogitsGap(float("nan"), 1e-5).holds

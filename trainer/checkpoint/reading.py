@@ -16,7 +16,7 @@ from trainer.checkpoint.lineage import MANIFEST, checkpoint_folder
 from trainer.checkpoint.saving import METHOD, WEIGHT
 from trainer.world import World
 from trainer.zero.layout import held_piece
-from trainer.zero.shards import Shards
+from trainer.zero.sharded import ShardedModel
 
 
 class CheckpointGone(RuntimeError):
@@ -120,15 +120,15 @@ class CheckpointReader:
                 stop = held.start + len(weight)
                 weight.copy_(self.read(WEIGHT, name, held.start, stop))
 
-    def load_optimizer(self, shards: Shards) -> None:
+    def load_optimizer(self, sharded: ShardedModel) -> None:
         """Set the optimizer's state of what this rank holds, and the method's pieces."""
-        fragments = shards.fragments()
+        fragments = sharded.fragments()
         for fragment in fragments:
-            state = shards.state(fragment)
+            state = sharded.state(fragment)
             kinds = self.kinds(fragment.name)
             for kind in kinds:
-                state[kind] = self._state(kind, fragment, shards.is_fused)
-        pieces = shards.method.pieces()
+                state[kind] = self._state(kind, fragment, sharded.is_fused)
+        pieces = sharded.method.pieces()
         for piece in pieces:
             start = piece.start
             for kind, tensor in piece.tensors.items():

@@ -22,7 +22,7 @@ from runfolder.chain import Attempt
 from runfolder.files import Record, list_names, read_json, refresh, sync_folder, write_json
 from trainer.checkpoint.lineage import checkpoint_folder, lineage, unused, write_manifest
 from trainer.world import World
-from trainer.zero.shards import Shards
+from trainer.zero.sharded import ShardedModel
 
 MEAN_TIME_BETWEEN_FAILURES = 4 * 3600.0  # seconds; of one job, as spot machines and large clusters have it
 _SHORT_WAIT_S, _LONG_WAIT_S = 0.01, 0.5  # between two looks for the shards of other ranks: at first, and at the most
@@ -30,7 +30,7 @@ WEIGHT, METHOD = "weight", "method"
 ShardTensors = dict[str, torch.Tensor]  # of a shard, by kind/parameter/start
 
 
-class Checkpoints:
+class CheckpointWriter:
     """When this worker saves, and the save under way."""
 
     def __init__(self, attempt: Attempt, world: World, every: int | str, keep: int) -> None:
@@ -66,14 +66,14 @@ class Checkpoints:
         self._saved_at = time.monotonic()
         return True
 
-    def save(self, shards: Shards, method: Method[Any], step: int) -> None:
+    def save(self, sharded: ShardedModel, method: Method[Any], step: int) -> None:
         """Copy this rank's part to the host and write it in the background; waits for the save before it."""
         self.wait()
         world = self.world
         began = time.monotonic()
-        tensors = copy_to_host(shards, method, world)
+        tensors = copy_to_host(sharded, method, world)
         self._stall_s = time.monotonic() - began
-        record = {"step": step, "world": world.size, "stage": shards.stage}
+        record = {"step": step, "world": world.size, "stage": sharded.stage}
         thread = threading.Thread(target=self._write, args=(record, tensors), daemon=True)
         self._thread = thread
         thread.start()
@@ -143,10 +143,10 @@ class Checkpoints:
                 shutil.rmtree(trash)
 
 
-def copy_to_host(shards: Shards, method: Method[Any], world: World) -> ShardTensors:
+def copy_to_host(sharded: ShardedModel, method: Method[Any], world: World) -> ShardTensors:
     """This rank's part of weights, optimizer and method state, on the host."""
     tensors: ShardTensors = {}
-    pieces = shards.pieces()
+    pieces = sharded.pieces()
     for piece in pieces:
         for kind, held in piece.tensors.items():
             start = 0

@@ -127,7 +127,7 @@ def test_not_a_number_is_delivered_once(tmp_path: Path) -> None:
     assert "redone_step_differs" not in events(run_dir, 2)
 
 
-def test_system_metrics_go_through_the_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_metrics_are_delivered_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.tracking.environment.SAMPLE_S", 10.0)
     run_dir = make_run(tmp_path, "run-system", None)
     claim(run_dir)

@@ -19,7 +19,7 @@ from trainer.zero.gather import gathered, shape
 from trainer.zero.layout import OwnedFragment
 
 
-class Shards:
+class ShardedModel:
     """A model under DeepSpeed: backward, step, and the trained state by name (a `methods.base.View`)."""
 
     def __init__(
