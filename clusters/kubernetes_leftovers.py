@@ -45,8 +45,13 @@ def leftovers_of(cluster: Kubernetes) -> list[Leftover]:
 
 def remove_found(cluster: Kubernetes, found: Iterable[Leftover]) -> list[Leftover]:
     """Remove what can be removed and is left over still; gives that. Raises Unreachable; repeating it is safe."""
-    paths = [leftover.path for leftover in found if leftover.path]
-    names = [leftover.what for leftover in found if leftover.rayjob]
+    paths = []
+    names = []
+    for leftover in found:
+        if leftover.path:
+            paths.append(leftover.path)
+        if leftover.rayjob:
+            names.append(leftover.what)
     removed = []
     for leftover in leftovers_of(cluster):
         if leftover.rayjob and leftover.what in names:
@@ -88,8 +93,10 @@ def _without_rayjob(cluster: Kubernetes, pods: Iterable[Answered], rayjobs: Iter
         metadata = pod["metadata"]
         name = metadata["labels"].get(_CLUSTER_LABEL)
         run_id = metadata["labels"].get(RUN_LABEL)
-        is_live = pod["status"].get("phase") in ("Pending", "Running") and "deletionTimestamp" not in metadata
-        if name and run_id and is_live and run_id not in there and name not in seen:
+        phase = pod["status"].get("phase")
+        is_live = phase in ("Pending", "Running") and "deletionTimestamp" not in metadata
+        is_known = run_id in there or name in seen
+        if name and run_id and is_live and not is_known:
             seen.add(name)
             command = f"kubectl -n {cluster.config.namespace} delete raycluster {name}"
             yield Leftover(f"RayCluster {name}", f"run {run_id} has no RayJob any more", by_hand=command)

@@ -46,7 +46,7 @@ class QueueView:
         found = self.places[name]
         here = found["positionInLocalQueue"] + 1
         among_all = found["positionInClusterQueue"] + 1
-        words = f"place {here} of {self.waiting} in queue {self.queue}, {among_all} in all that its cluster queue has"
+        words = f"place {here} of {self.waiting} in queue {self.queue}, place {among_all} in its cluster queue"
         if found.get("priority"):
             words += f", priority {found['priority']}"
         return words

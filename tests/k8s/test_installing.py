@@ -121,14 +121,37 @@ def test_no_token_is_shown_or_sent_twice(cluster: Cluster, capsys: pytest.Captur
     assert token not in ran.output + "".join(cluster.requests) + capsys.readouterr().err
 
 
+def of_built_in_kinds() -> Iterator[dict[str, Any]]:
+    """The objects of base and overlays, without those of Kueue, whose kinds are its own."""
+    yield from base_objects(BASE)
+    for overlay in OVERLAYS:
+        for path in sorted(overlay.glob("*.yaml")):
+            for manifest in yaml.safe_load_all(path.read_text()):
+                if not manifest["apiVersion"].startswith(("kueue.", "kustomize.")):
+                    yield manifest
+
+
+def pod_of(manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """The pod that an object makes, if it makes one."""
+    spec = manifest.get("spec", {})
+    if manifest["kind"] == "CronJob":
+        spec = spec["jobTemplate"]["spec"]
+    pod: dict[str, Any] | None = spec.get("template", {}).get("spec")
+    return pod
+
+
 @pytest.mark.parametrize(
-    "manifest", [*base_objects(BASE)], ids=lambda each: f"{each['kind']}-{each['metadata']['name']}"
+    "manifest", [*of_built_in_kinds()], ids=lambda each: f"{each['kind']}-{each['metadata']['name']}"
 )
 def test_manifests_pass_strict_validation_and_restricted_pod_security(manifest: dict[str, Any]) -> None:
     assert strict_problems(manifest) == []
     assert strict_problems({**manifest, "spce": {}}) != []
-    if manifest["kind"] == "Deployment":
-        pod = manifest["spec"]["template"]["spec"]
+    pod = pod_of(manifest)
+    if pod:
         assert broken_rules(pod) == set()
         pod["securityContext"].pop("runAsNonRoot")
         assert broken_rules(pod) == {"is_not_root"}
+
+
+def test_what_makes_pods_is_among_them() -> None:
+    assert {manifest["kind"] for manifest in of_built_in_kinds() if pod_of(manifest)} == {"CronJob", "Deployment"}

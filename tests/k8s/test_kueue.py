@@ -65,7 +65,7 @@ def test_its_place_is_said_with_the_reason(backend: Kubernetes, cluster: Cluster
     found = status(backend)
     assert (found.state, found.stuck) == ("queued", False)
     assert found.reason == (
-        f"Kueue: place 2 of 2 in queue team-a, 8 in all that its cluster queue has, priority 100; {NO_QUOTA}"
+        f"Kueue: place 2 of 2 in queue team-a, place 8 in its cluster queue, priority 100; {NO_QUOTA}"
     )
 
 
