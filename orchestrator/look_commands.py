@@ -1,5 +1,6 @@
 """Commands that look and change nothing: a job's plan and rows, comparison, methods, this machine, MLflow's pages."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -62,6 +63,7 @@ def compare_command(
         from orchestrator.comparison.report import write_report
 
         write_report(comparison, html)
+        print(f"the report is in {html}", file=sys.stderr)
     if as_json:
         return print_json(comparison.to_json())
     from orchestrator.comparison.table import table
