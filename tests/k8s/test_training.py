@@ -234,12 +234,17 @@ def left_processes(place: KubernetesPlace) -> list[str]:
     return found
 
 
+def objects_but_rayjobs(place: KubernetesPlace) -> set[tuple[str, str]]:
+    """The objects of the cluster by kind and name; RayJobs stay for those who look at them."""
+    return {(kind, name) for kind, name in place.operator.cluster.objects if kind != "rayjobs"}
+
+
 @pytest.mark.parametrize("number", [2, pytest.param(50, marks=[pytest.mark.chaos, pytest.mark.timeout(0)])])
 def test_no_pod_outlives_its_run(
     number: int, place: KubernetesPlace, tmp_path: Path, tiny_base: Path, sums: Path
 ) -> None:
     job = partial(train_job, tmp_path, tiny_base)
-    before = set(place.operator.cluster.objects)
+    before = objects_but_rayjobs(place)
     rng = random.Random(SEED)
     for count in range(number):
         ending = CHEAP[count] if number == len(CHEAP) else rng.choice(ENDINGS)
@@ -247,7 +252,6 @@ def test_no_pod_outlives_its_run(
         submit_and_end(ending, place, lambda rows=sums, **changes: job(rows, **changes))
         until(place.is_idle, 180)
         assert left_processes(place) == []
-        after = {(kind, name) for kind, name in place.operator.cluster.objects if kind != "rayjobs"}
-        assert after == before
+        assert objects_but_rayjobs(place) == before
         print(f"{count}: {ending}, {place.kubelet.made} pods so far; {time.monotonic() - began:.0f} s", flush=True)
     assert place.kubelet.made >= number

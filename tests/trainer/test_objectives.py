@@ -156,7 +156,7 @@ def test_an_unknown_objective_is_refused_with_what_is_allowed(new_run: Any) -> N
     for found, hint in (("stf", "did you mean 'sft'? "), ("dpo", "")):
         with pytest.raises(ValidationError) as refused:
             Job.model_validate(job | {"objective": found})
-        known = "'pairs', 'sft', 'slow', 'slowly_judged', 'written_pairs'"
+        known = "'pairs', 'sft', 'slow', 'slowly_judged', 'steady', 'written_pairs'"
         allowed = f"{known}, or one of a package that is installed here"
         description = Job.model_fields["objective"].description
         line = f"objective: found '{found}'; {hint}allowed: {allowed} ({description})"
