@@ -1,7 +1,7 @@
 """One training step of an adapter: peers and Fleetune's own path, each as a share of what a frozen base allows.
 
     python benchmarks/train_step.py --out benchmarks/results/train-step.json
-    python benchmarks/train_step.py --base meta-llama/Llama-3.2-1B --method dora --rows plain fast --check full short
+    python benchmarks/train_step.py --base meta-llama/Llama-3.2-1B --methods lora dora --rows floor fast --check full
 
 All variants run on this machine in turn, each in a process of its own, with the same weights and the same batches:
 random words, four rows of 2,048 tokens a step, without padding. `floor` is the frozen base with Liger's kernels
@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ import yaml
 
 RANK, ROWS, SEQ_LEN = 16, 4, 2048
 WARMUP, STEPS = 8, 12
+METHODS: dict[str, dict[str, Any]] = {"vera": {"rank": 256}}  # other options than a method's own defaults
 CHECKED_STEPS = 5
 WORDS = ["red", "blue", "cat", "dog", "one", "two", "three", "is", "in", "the", "box"]
 PEERS = ["floor", "peft-liger", "peft-compile", "unsloth"]
@@ -58,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="a model id or folder; default: random weights of Llama-3.2-1B's shape")
     parser.add_argument("--layers", type=int, default=llama_1b.SHAPE["num_hidden_layers"])
-    parser.add_argument("--method", default="lora")
+    parser.add_argument("--methods", nargs="+", default=["lora"], help="what Fleetune's own rows train")
     parser.add_argument("--rows", nargs="*", default=[*PEERS, *OURS], choices=[*PEERS, *OURS])
     parser.add_argument("--data", nargs="*", default=["full"], choices=BATCH_TOKENS)
     parser.add_argument("--check", nargs="*", default=[], choices=BATCH_TOKENS)
@@ -69,11 +70,11 @@ def main() -> None:
     checks: list[Figures] = []
     with tempfile.TemporaryDirectory() as folder:
         inputs = Inputs(Path(folder), arguments)
-        for row in chain(*(measured(inputs, arguments.rows, data) for data in arguments.data)):
+        for row in measured(inputs, arguments):
             rows.append(row)
             compare(rows)
             write(arguments, rows, checks)
-        for check in checked(inputs, arguments.check):
+        for check in checked(inputs, arguments):
             checks.append(check)
             write(arguments, rows, checks)
             print(json.dumps(check), flush=True)
@@ -97,7 +98,6 @@ class Inputs:
 
     def __init__(self, place: Path, arguments: argparse.Namespace) -> None:
         self.place = place
-        self.method = arguments.method
         os.environ.setdefault("FLEETUNE_CACHE", str(place / "cache"))
         os.environ.setdefault("FLEETUNE_HOME", str(place / "home"))
         self.base = arguments.base or str(place / "base")
@@ -110,13 +110,14 @@ class Inputs:
             lines = [json.dumps({"text": text}) + "\n" for text in texts]
             (place / f"{name}.jsonl").write_text("".join(lines))
 
-    def run(self, name: str, kernels: str, data: str, **train: Any) -> Path:
-        """A run folder; `data` says of which rows, and whether they are packed."""
+    def run(self, method: str, kernels: str, data: str, **train: Any) -> Path:
+        """A new run folder; `data` says of which rows, and whether they are packed."""
         rows = "full" if data == "full" else "short"
+        options = METHODS.get(method, {})
         job = {
             "name": "step",
             "base": self.base,
-            "method": {"kind": self.method},
+            "method": {"kind": method, **options},
             "data": {
                 "train": str(self.place / f"{rows}.jsonl"),
                 "seq_len": SEQ_LEN,
@@ -133,10 +134,8 @@ class Inputs:
                 **train,
             },
         }
-        run_dir = self.place / name
-        shutil.rmtree(run_dir, ignore_errors=True)
-        run_dir.mkdir()
-        (run_dir / "job.yaml").write_text(yaml.safe_dump({"run_id": name, "job": job}))
+        run_dir = Path(tempfile.mkdtemp(prefix=f"{method}-{kernels}-{data}-", dir=self.place))
+        (run_dir / "job.yaml").write_text(yaml.safe_dump({"run_id": run_dir.name, "job": job}))
         return run_dir
 
     def batches(self) -> Iterator[np.ndarray]:
@@ -149,7 +148,7 @@ class Inputs:
         from trainer.objectives.base import ObjectiveSetup
         from trainer.objectives.registry import create_objective
 
-        job = load_job(self.run("peers", "plain", "full"))
+        job = load_job(self.run("lora", "plain", "full"))
         tokenizer = load_tokenizer(job.base)
         reading = Reading.of(job, end_ids(tokenizer, job.base))
         setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: None)
@@ -180,17 +179,21 @@ def make_base(folder: Path, layers: int) -> None:
         shutil.copy(path, folder)
 
 
-def measured(inputs: Inputs, rows: list[str], data: str) -> Iterator[Figures]:
-    """The figures of each row on one kind of data; peers run on full rows alone."""
-    for row in rows:
+def measured(inputs: Inputs, arguments: argparse.Namespace) -> Iterator[Figures]:
+    """The figures of each row on each kind of data; peers run on full rows alone."""
+    for data, row in product(arguments.data, arguments.rows):
         if row in OURS:
-            figures = forked(our_steps, inputs, row, data)
-        elif data != "full" or (row == "unsloth" and find_spec("unsloth") is None):
-            continue
-        else:
-            figures = forked(peer_steps, inputs, row)
-        yield {"row": row, "data": data, **figures}
-        print(row, data, json.dumps(figures), flush=True)
+            for method in arguments.methods:
+                yield told(row, data, method, forked(our_steps, inputs, method, row, data))
+        elif data == "full" and (row != "unsloth" or find_spec("unsloth")):
+            yield told(row, data, "" if row == "floor" else "lora", forked(peer_steps, inputs, row))
+
+
+def told(row: str, data: str, method: str, figures: Figures) -> Figures:
+    """The figures of a row with what they are of, printed too."""
+    whole = {"row": row, "method": method, "data": data, **figures}
+    print(json.dumps(whole), flush=True)
+    return whole
 
 
 def forked(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -217,13 +220,13 @@ def serve(answers: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) ->
         answers.send({"error": f"{type(error).__name__}: {error}"[:300]})
 
 
-def our_steps(inputs: Inputs, kernels: str, data: str) -> Figures:
+def our_steps(inputs: Inputs, method: str, kernels: str, data: str) -> Figures:
     """The steps of Fleetune's own loop."""
     from trainer.meter import SaveRequest
     from trainer.step import take_step
 
     began = time.monotonic()
-    run_dir = inputs.run(f"{kernels}-{data}", kernels, data)
+    run_dir = inputs.run(method, kernels, data)
     with started(run_dir) as (run, micro_batches, meter):
         for step in range(1, WARMUP + STEPS + 1):
             take_step(run, step, micro_batches, meter, SaveRequest())
@@ -347,15 +350,15 @@ def unsloth(base: str) -> Any:
 PEER_MODELS = {"floor": floor, "peft-liger": peft_liger, "peft-compile": peft_compile, "unsloth": unsloth}
 
 
-def checked(inputs: Inputs, kinds: list[str]) -> Iterator[Figures]:
+def checked(inputs: Inputs, arguments: argparse.Namespace) -> Iterator[Figures]:
     """How far fast is from plain: in fp32 from each other, in bf16 how far each is from the plain path in fp32."""
-    for data in kinds:
+    for data, method in product(arguments.check, arguments.methods):
         found = {}
         for precision, kernels in product(("fp32", "bf16"), OURS):
-            found[precision, kernels] = forked(checked_steps, inputs, kernels, data, precision)
+            found[precision, kernels] = forked(checked_steps, inputs, method, kernels, data, precision)
         failed = [answer["error"] for answer in found.values() if "error" in answer]
         if failed:
-            yield {"data": data, "error": failed[0], "holds": False}
+            yield {"method": method, "data": data, "error": failed[0], "holds": False}
             continue
         truth = found["fp32", "plain"]
         for kind in ("losses", "gradients"):
@@ -363,7 +366,8 @@ def checked(inputs: Inputs, kinds: list[str]) -> Iterator[Figures]:
             plain = apart(found["bf16", "plain"][kind], truth[kind])
             fast = apart(found["bf16", "fast"][kind], truth[kind])
             holds = exact <= EXACT and fast <= AS_NEAR * plain
-            yield {"data": data, "of": kind, "fp32": exact, "bf16 plain": plain, "bf16 fast": fast, "holds": holds}
+            figures = {"fp32": exact, "bf16 plain": plain, "bf16 fast": fast, "holds": holds}
+            yield {"method": method, "data": data, "of": kind, **figures}
 
 
 def apart(found: list[Any], truth: list[Any]) -> float:
@@ -375,13 +379,13 @@ def apart(found: list[Any], truth: list[Any]) -> float:
     return max(distances)
 
 
-def checked_steps(inputs: Inputs, kernels: str, data: str, precision: str) -> Figures:
+def checked_steps(inputs: Inputs, method: str, kernels: str, data: str, precision: str) -> Figures:
     """The loss of each step, and the clipped gradients of its trained weights."""
     from trainer.meter import SaveRequest
     from trainer.step import take_step
 
     train = {"precision": precision, "steps": CHECKED_STEPS, "batch_tokens": BATCH_TOKENS["full"]}
-    run_dir = inputs.run(f"check-{kernels}-{data}-{precision}", kernels, data, **train)
+    run_dir = inputs.run(method, kernels, data, **train)
     gradients = []
     with started(run_dir) as (run, micro_batches, meter):
         before = run.method.before_step
@@ -416,7 +420,6 @@ def write(arguments: argparse.Namespace, rows: list[Figures], checks: list[Figur
         "device": forked(layouts.device),
         "versions": {name: found for name in names if (found := installed(name))},
         "base": arguments.base or f"Llama-3.2-1B's shape, {arguments.layers} layers, random",
-        "method": arguments.method,
         "batch_tokens": BATCH_TOKENS,
         "rows": rows,
         "checks": checks,
@@ -434,14 +437,14 @@ def installed(name: str) -> str | None:
 
 def table(rows: list[Figures]) -> str:
     """The figures as Markdown."""
-    lines = ["| row | data | tokens/s | of floor | peak GiB |", "|---|---|---|---|---|"]
+    lines = ["| row | method | data | tokens/s | of floor | peak GiB |", "|---|---|---|---|---|---|"]
     for row in rows:
+        start = f"| {row['row']} | {row['method']} | {row['data']} |"
         if "error" in row:
-            lines.append(f"| {row['row']} | {row['data']} | {row['error']} | | |")
+            lines.append(f"{start} {row['error']} | | |")
             continue
         share = f"{row['of_floor']:.2f}" if "of_floor" in row else ""
-        start = f"| {row['row']} | {row['data']} | {row['tokens_per_second']:,.0f} |"
-        lines.append(f"{start} {share} | {row['peak_gib']:.1f} |")
+        lines.append(f"{start} {row['tokens_per_second']:,.0f} | {share} | {row['peak_gib']:.1f} |")
     return "\n".join(lines)
 
 

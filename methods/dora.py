@@ -17,6 +17,7 @@ from methods.base import Keywords
 from methods.lora import LowRank
 from methods.options.low_rank import Dora
 from methods.parts.peft_adapter import ADAPTER
+from methods.parts.row_norms import row_norms
 
 
 class DoraTuning(LowRank[Dora]):
@@ -34,23 +35,29 @@ class DoraTuning(LowRank[Dora]):
             base = module.get_base_layer()
             if type(base) is Linear:
                 magnitude = module.lora_magnitude_vector[ADAPTER]
-                magnitude.forward = _FromFactors(magnitude, base)
-                undo.callback(delattr, magnitude, "forward")
+                _find_norms_from_factors(magnitude, base, undo)
 
 
-class _FromFactors:
+def _find_norms_from_factors(magnitude: Module, base: Linear, undo: ExitStack) -> None:
+    """Make PEFT's module of a magnitude one whose norms are from the factors, and `undo` what makes it PEFT's again."""
+    norm_O = torch.linalg.vector_norm(base.weight, dim=1, dtype=torch.float32)
+    square_O = norm_O.square()
+    magnitude.register_buffer("squares", square_O, persistent=False)
+    undo.callback(delattr, magnitude, "squares")
+    # A class, and no attribute of the module: so all layers share one compilation.
+    undo.callback(setattr, magnitude, "__class__", type(magnitude))
+    magnitude.__class__ = _FromFactors
+
+
+class _FromFactors(DoraLinearLayer):
     """What DoRA adds to the output of a linear layer, as PEFT's module does, with norms from the factors.
 
-    ||W_o + s B_o A||^2 = ||W_o||^2 + 2 s B_o (W A^T)_o + s^2 B_o (A A^T) B_o for each output o: products as narrow as
-    the rank, beside the norms of the base's rows, which stay what they are.
+    `squares` are those of the norms of the base's rows, which stay what they are.
     """
 
-    def __init__(self, magnitude: DoraLinearLayer, base: Linear) -> None:
-        self._magnitude = magnitude
-        norm_O = torch.linalg.vector_norm(base.weight, dim=1, dtype=torch.float32)
-        self._squares_O = norm_O.square()
+    squares: Tensor
 
-    def __call__(
+    def forward(
         self,
         x: Tensor,
         *,
@@ -62,22 +69,12 @@ class _FromFactors:
         adapter_name: str = ADAPTER,  # noqa: ARG002
     ) -> Tensor:
         """(m / norm - 1) W x + m / norm s B A x, to be added to what the base gave of x before dropout."""
-        norm_O = self._norms(base_layer.weight, lora_A.weight, lora_B.weight, scaling)
-        share_O: Tensor = self._magnitude.weight / norm_O
+        with torch.no_grad():
+            norm_O = row_norms(base_layer.weight, lora_A.weight, lora_B.weight, self.squares, scaling)
+        share_O: Tensor = self.weight / norm_O
         if base_result is None:  # x has gone through dropout
             base_result = linear(x, base_layer.weight)
         elif base_layer.bias is not None:
             base_result = base_result - base_layer.bias
         update: Tensor = lora_B(lora_A(x))
         return (share_O - 1) * base_result + share_O * update * scaling
-
-    @torch.no_grad()
-    def _norms(self, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-        """The norms [out] of the rows of W + s B A, fp32."""
-        along_OR = linear(weight_OI, a_RI)
-        gram_RR = linear(a_RI, a_RI)
-        both_OR = linear(b_OR, gram_RR)
-        cross_O = (along_OR * b_OR).sum(1)
-        update_O = (both_OR * b_OR).sum(1)
-        square_O: Tensor = self._squares_O + 2 * scale * cross_O + scale**2 * update_O
-        return square_O.clamp_min(0).sqrt()

@@ -63,7 +63,7 @@ def test_norms_from_factors_are_those_of_the_sum(dropout: float, base: dict[str,
         assert torch.equal(back[name], value), "undone, it is PEFT's again"
 
 
-def test_a_layer_is_traced_as_one_graph() -> None:
+def test_layers_share_one_graph() -> None:
     method, model = attached(0.0)
     method.speed_up(model, ExitStack())
     graphs = []
@@ -74,6 +74,12 @@ def test_a_layer_is_traced_as_one_graph() -> None:
 
     torch._dynamo.reset()
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    layers[-1].forward = torch.compile(layers[-1].forward, backend=backend)
-    model(input_ids=IDS)
+    assert len(layers) > 1
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, backend=backend)
+    hidden_BTD = torch.randn(1, IDS.shape[1], model.config.hidden_size, requires_grad=True)
+    head = model.config.hidden_size // model.config.num_attention_heads
+    turn = torch.ones(1, IDS.shape[1], head)
+    for layer in layers:
+        layer(hidden_BTD, position_embeddings=(turn, turn))
     assert len(graphs) == 1

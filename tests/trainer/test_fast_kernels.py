@@ -160,7 +160,7 @@ def test_one_compilation_serves_all_layers_and_lengths(monkeypatch: pytest.Monke
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(layers, "compile_with_shared_products", count)
+    monkeypatch.setattr(layers, "compile_region", count)
     model = adapted_llama().train()
     ids = torch.randint(64, (3, 56))
     plain = [model(input_ids=ids[:, :length]).logits for length in (24, 56, 40)]

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch._inductor import config as inductor
+from torch.fx import GraphModule
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from runfolder.folders import cache
-from trainer.kernels.shared_products import compile_with_shared_products
+from trainer.kernels.gate import fuse_gates
+from trainer.kernels.shared_products import share_products
 
 LayerPass = Callable[..., Any]
 # By the number of dimensions, those that are numbers of positions or documents: starts, ids, hidden states, masks.
@@ -50,7 +52,7 @@ def uncompile_layers(model: nn.Module) -> None:
 
 def _in_training(layer: nn.Module, forward: LayerPass) -> LayerPass:
     """A layer's forward pass, compiled where it is for training."""
-    compiled = torch.compile(forward, backend=compile_with_shared_products)
+    compiled = torch.compile(forward, backend=compile_region)
 
     def choose(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run what was compiled, or the layer as it is."""
@@ -66,6 +68,17 @@ def _in_training(layer: nn.Module, forward: LayerPass) -> LayerPass:
         return compiled(hidden, *args, **kwargs)
 
     return choose
+
+
+def compile_region(region: GraphModule, inputs: list[Any]) -> LayerPass:
+    """A backend of `torch.compile`: PyTorch's own, on a graph in which what adapters do takes fewer passes."""
+    from torch._inductor.compile_fx import compile_fx
+
+    share_products(region.graph)
+    fuse_gates(region.graph)
+    region.recompile()
+    compiled: LayerPass = compile_fx(region, inputs)
+    return compiled
 
 
 def _mark_lengths(value: Any) -> None:

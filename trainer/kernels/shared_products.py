@@ -7,28 +7,15 @@ this comes before autograd, the backward pass has one product in the place of se
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from operator import getitem
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.nn.functional import linear
 
 INPUTS_TO_OUTPUTS = 4  # times as many inputs as outputs has a weight that costs little to copy beside its input
-
-Compiled = Callable[..., Any]
-
-
-def compile_with_shared_products(region: GraphModule, inputs: list[Any]) -> Compiled:
-    """A backend of `torch.compile`: PyTorch's own, after products of one input were joined."""
-    from torch._inductor.compile_fx import compile_fx
-
-    share_products(region.graph)
-    region.recompile()
-    compiled: Compiled = compile_fx(region, inputs)
-    return compiled
 
 
 def share_products(graph: Graph) -> None:
