@@ -39,7 +39,7 @@ class DoraTuning(LowRank[Dora]):
 
 
 def _find_norms_from_factors(magnitude: Module, base: Linear, undo: ExitStack) -> None:
-    """Make PEFT's module of a magnitude one whose norms are from the factors, and `undo` what makes it PEFT's again."""
+    """Let PEFT's module of a magnitude find norms from the factors, and `undo` what makes it PEFT's again."""
     norm_O = torch.linalg.vector_norm(base.weight, dim=1, dtype=torch.float32)
     square_O = norm_O.square()
     magnitude.register_buffer("squares", square_O, persistent=False)
@@ -49,7 +49,7 @@ def _find_norms_from_factors(magnitude: Module, base: Linear, undo: ExitStack) -
     magnitude.__class__ = _FromFactors
 
 
-class _FromFactors(DoraLinearLayer):
+class _FromFactors(DoraLinearLayer):  # type: ignore[misc]
     """What DoRA adds to the output of a linear layer, as PEFT's module does, with norms from the factors.
 
     `squares` are those of the norms of the base's rows, which stay what they are.

@@ -1,14 +1,15 @@
 """The norms of the rows of W + s B A from its factors, without the sum, which is as large as W.
 
-||W_o + s B_o A||^2 = ||W_o||^2 + 2 s B_o (W A^T)_o + s^2 B_o (A A^T) B_o for each output o. Shapes: O outputs, I inputs,
-R rank.
+||W_o + s B_o A||^2 = ||W_o||^2 + 2 s B_o (W A^T)_o + s^2 B_o (A A^T) B_o for each output o.
+
+Shapes: O outputs, I inputs, R rank.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-LARGEST_RANK = 64  # of the kernel
+LARGEST_NORM_RANK = 64  # of the kernel
 
 
 @torch.library.custom_op("fleetune::row_norms", mutates_args=())
@@ -16,7 +17,7 @@ def row_norms(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, square_O: Tensor, s
     """The norms [O], fp32, where `square_O` has the squares of those of W, fp32; factors are taken in W's dtype."""
     a_RI = a_RI.to(weight_OI.dtype)
     b_OR = b_OR.to(weight_OI.dtype)
-    if weight_OI.is_cuda and len(a_RI) <= LARGEST_RANK:
+    if weight_OI.is_cuda and len(a_RI) <= LARGEST_NORM_RANK:
         from methods.parts.row_norms_kernel import added_squares
 
         added_O = added_squares(weight_OI, a_RI, b_OR, scale)
@@ -30,11 +31,5 @@ def row_norms(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, square_O: Tensor, s
 
 
 @row_norms.register_fake
-def _(
-    weight_OI: Tensor,  # noqa: ARG001
-    a_RI: Tensor,  # noqa: ARG001
-    b_OR: Tensor,  # noqa: ARG001
-    square_O: Tensor,
-    scale: float,  # noqa: ARG001
-) -> Tensor:
+def _norm_shapes(_weight: Tensor, _a: Tensor, _b: Tensor, square_O: Tensor, _scale: float) -> Tensor:
     return torch.empty_like(square_O)

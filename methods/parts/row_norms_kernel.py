@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-OUTPUTS, INPUTS, STAGES, WARPS = 16, 256, 3, 4
+NORM_TILING = {"OUTPUTS": 16, "INPUTS": 256, "STAGES": 3, "num_warps": 4}
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def added_squares(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -
     if weight_OI.stride(1) != 1:
         weight_OI = weight_OI.contiguous()
     added_O = torch.empty(outputs, dtype=torch.float32, device=weight_OI.device)
-    rows_at_once = triton.cdiv(outputs, OUTPUTS)
+    rows_at_once = triton.cdiv(outputs, NORM_TILING["OUTPUTS"])
     added_squares_kernel[(rows_at_once,)](
         weight_OI,
         a_RI.contiguous(),
@@ -67,9 +67,6 @@ def added_squares(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -
         rank,
         scale,
         RANK=max(16, triton.next_power_of_2(rank)),
-        OUTPUTS=OUTPUTS,
-        INPUTS=INPUTS,
-        STAGES=STAGES,
-        num_warps=WARPS,
+        **NORM_TILING,
     )
     return added_O

@@ -4,6 +4,7 @@
 - `head.py`, `cross_entropy.py`: the cross entropy of labels without holding the logits of all of them.
 - `layers.py`: decoder layers compiled one by one.
 - `shared_products.py`: adapters that have one input multiply it once.
+- `fused_gates.py`, `gate.py`, `gate_kernels.py`: what lies between the adapters of a gated MLP, as one operation.
 - `fast.py`: which of these a model gets, and the check that it computes what the plain path does.
 """
 

@@ -1,0 +1,159 @@
+"""Each silu(gate) * up of a compiled region, where an adapter of low rank adds to gate and up, as one operation.
+
+Operation by operation, sums as large as the outputs of gate and up go to memory and come back; `gate.py` makes them
+where they are needed. This finds them in a graph of Dynamo, before autograd.
+"""
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.nn.functional import linear, silu
+
+from trainer.kernels.gate import LARGEST_GATE_RANK
+
+
+class LowRankSum(NamedTuple):
+    """The nodes of m (base + s B a), where a are the narrow products A x, and m is DoRA's share, elsewhere 1."""
+
+    base: Node
+    narrow: Node
+    wide: Node
+    scale: float
+    share: Node | None
+
+
+def fuse_gates(graph: Graph) -> None:
+    """Put one operation in the place of each silu(gate) * up in a graph, where both are sums of low rank."""
+    for product in list(graph.nodes):
+        if not _calls(product, operator.mul):
+            continue
+        activated, up = product.args
+        if not _calls(activated, silu):
+            continue
+        gate_sum = _sum_of_low_rank(activated.args[0])
+        up_sum = _sum_of_low_rank(up)
+        if gate_sum is None or up_sum is None:
+            continue
+        both_have_shares = (gate_sum.share is None) == (up_sum.share is None)
+        if both_have_shares:
+            _replace(graph, product, gate_sum, up_sum)
+    graph.eliminate_dead_code()
+
+
+def _replace(graph: Graph, product: Node, gate: LowRankSum, up: LowRankSum) -> None:
+    """Put the operation in the place of a product, and of the next adapter's product with it."""
+    dtype = _dtype(gate.base)
+    next_product = _narrow_product_of(product)
+    with graph.inserting_before(product):
+        gate_narrow = graph.call_function(operator.mul, (gate.narrow, gate.scale))
+        up_narrow = graph.call_function(operator.mul, (up.narrow, up.scale))
+        gate_wide = graph.call_method("to", (gate.wide, dtype))
+        up_wide = graph.call_method("to", (up.wide, dtype))
+        following = None
+        if next_product is not None:
+            following = graph.call_method("to", (next_product.args[1], dtype))
+        tensors = [gate.base, up.base, gate_narrow, up_narrow, gate_wide, up_wide]
+        if gate.share is not None and up.share is not None:
+            tensors += [gate.share, up.share]
+        both = graph.call_function(torch.ops.fleetune.gated.default, (tensors, following))
+        hidden = graph.call_function(operator.getitem, (both, 0))
+        narrow = graph.call_function(operator.getitem, (both, 1))
+    if next_product is not None:
+        next_product.replace_all_uses_with(narrow)
+        graph.erase_node(next_product)
+    product.replace_all_uses_with(hidden)
+
+
+def _sum_of_low_rank(value: Any) -> LowRankSum | None:
+    """The parts of base + (B a) s, as PEFT's LoRA writes it, or of DoRA's sum; None where a value is neither."""
+    node = _before_casts(value)
+    if not _calls(node, operator.add):
+        return None
+    base, added = node.args
+    if not _calls(base, linear):
+        return None
+    share = None
+    if _calls(added, operator.add):  # base + ((m - 1) base + (m (B a)) s)
+        rest_of_base, added = added.args
+        share = _share(rest_of_base, base)
+        if share is None:
+            return None
+    if not _calls(added, operator.mul):
+        return None
+    update, scale = added.args
+    if share is not None:
+        if not _calls(update, operator.mul) or update.args[0] is not share:
+            return None
+        update = update.args[1]
+    if not _is_product(update) or not isinstance(scale, float | int):
+        return None
+    narrow, wide = update.args[:2]
+    rank = _example(wide).shape[1]
+    if rank > LARGEST_GATE_RANK or _dtype(update) != _dtype(base):
+        return None
+    return LowRankSum(base, narrow, wide, scale, share)
+
+
+def _share(value: Any, base: Node) -> Node | None:
+    """The m of (m - 1) base; None where a value is nothing of the kind."""
+    if not _calls(value, operator.mul):
+        return None
+    difference, multiplied = value.args
+    if multiplied is not base or not _calls(difference, operator.sub):
+        return None
+    share: Node
+    share, one = difference.args
+    return share if one == 1 else None
+
+
+def _narrow_product_of(hidden: Node) -> Node | None:
+    """The product of a value with a narrow trained weight; None where there is none, or are several."""
+    found = []
+    for user in list(hidden.users):
+        readers = list(user.users) if _is_cast(user) else [user]
+        for reader in readers:
+            if _is_product(reader) and _is_narrow(reader.args[1]) and _dtype(reader) == _dtype(hidden):
+                found.append(reader)
+    return found[0] if len(found) == 1 else None
+
+
+def _is_narrow(weight: Any) -> bool:
+    """Whether a weight [R, F] is trained, and its rank small."""
+    tensor = _example(weight)
+    return tensor.requires_grad and len(tensor) <= LARGEST_GATE_RANK
+
+
+def _is_product(value: Any) -> bool:
+    """Whether a value is the product with a weight that the graph is given, without a bias."""
+    if not _calls(value, linear) or value.kwargs:
+        return False
+    _, weight, *bias = value.args
+    is_given = weight.op in ("placeholder", "get_attr")
+    return is_given and bias in ([], [None])
+
+
+def _before_casts(value: Any) -> Any:
+    while _is_cast(value):
+        value = value.args[0]
+    return value
+
+
+def _is_cast(value: Any) -> bool:
+    return isinstance(value, Node) and value.op == "call_method" and value.target == "to"
+
+
+def _calls(value: Any, function: Any) -> bool:
+    return isinstance(value, Node) and value.op == "call_function" and value.target is function
+
+
+def _example(node: Node) -> Tensor:
+    """The tensor without values that Dynamo keeps for a node."""
+    tensor: Tensor = node.meta["example_value"]
+    return tensor
+
+
+def _dtype(node: Node) -> torch.dtype:
+    return _example(node).dtype
