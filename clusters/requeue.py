@@ -24,8 +24,8 @@ def requeue(start: JobStart) -> int:
     """Send this job back to the queue, unless the run was started again since; gives scontrol's exit code.
 
     A node that is cut off asks until it is heard. What it asks must not end the next start of the same job, so it
-    looks for that before each try, and no try lasts. Raises Unreachable where there are no such commands: no
-    repetition changes that.
+    looks for that once slurmctld has answered a question, and right before it asks for the requeue. Raises
+    Unreachable where there are no such commands: no repetition changes that.
 
     A job that somebody cancelled by hand stays cancelled: SLURM would take its requeue as long as it has not ended.
     """
@@ -37,9 +37,11 @@ def requeue(start: JobStart) -> int:
             if is_ended_by_others(asked.stdout):
                 print("SLURM ends this job: it does not go back to the queue by itself", flush=True)
                 return 0
-            ran = call_slurm(command, timeout_s=_QUESTION_S)
-            if not is_unreachable(ran.stderr):
-                print(ran.stderr, end="", flush=True)
-                return ran.returncode
+            is_heard = not is_unreachable(asked.stderr)
+            if is_heard and start.is_latest():
+                ran = call_slurm(command, timeout_s=_QUESTION_S)
+                if not is_unreachable(ran.stderr):
+                    print(ran.stderr, end="", flush=True)
+                    return ran.returncode
         time.sleep(_REPEAT_S)
     return 0

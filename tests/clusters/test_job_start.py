@@ -104,6 +104,25 @@ def test_a_node_that_slurm_does_not_hear_stops_once_the_run_was_started_again(tm
     assert asked.read_text().splitlines() == ["requeue 4"]
 
 
+def test_a_node_that_slurm_hears_late_does_not_end_the_next_start(tmp_path: Path, asked: Path) -> None:
+    """It was cut off while it asked about its job, and the run was started again before the answer came."""
+    program(asked, "scontrol", ":")
+    program(asked.with_name("asked.squeue"), "squeue", f'touch "{tmp_path}/starts/1.1"; echo "RUNNING|None"')
+    assert requeue(start(tmp_path, 0)) == 0
+    assert not asked.exists()
+
+
+def test_a_node_asks_for_nothing_before_slurm_hears_it(tmp_path: Path, asked: Path) -> None:
+    """A request that waits for the network to come back may reach SLURM when the next start is under way."""
+    heard = asked.with_name("asked.squeue")
+    program(asked, "scontrol", ":")
+    away = 'echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1'
+    program(heard, "squeue", f'[ "$(wc -l < {heard})" -ge 2 ] || {{ {away}; }}; echo "RUNNING|None"')
+    assert requeue(start(tmp_path, 0)) == 0
+    assert len(heard.read_text().splitlines()) == 2
+    assert asked.read_text() == "requeue 4\n"
+
+
 def test_a_full_disk_keeps_no_job_from_the_queue(
     tmp_path: Path, asked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
