@@ -23,9 +23,10 @@ from torch.nn import Module
 
 from methods.base import Fragment, Setup, Tensors, View, part_of
 from methods.options.low_rank import AdaLora
+from methods.parts.orthogonality import penalty_gradients
 from methods.parts.peft_adapter import ADAPTER, PeftAdapter
 from methods.parts.ranks import largest
-from methods.parts.sensitivity import average_sensitivity, forget_sensitivity, sensitivity_scores
+from methods.parts.sensitivity import average_sensitivities, forget_sensitivity, sensitivity_scores
 
 
 class AdaLoraTuning(PeftAdapter[AdaLora]):
@@ -94,18 +95,19 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
             names.append(f"{module}.lora_A.{ADAPTER}")
             names.append(f"{module}.lora_B.{ADAPTER}")
         factors = _assembled(view, names)
+        slopes = penalty_gradients(factors)
         weight = gamma / len(names)
+        grads = []
+        held_slopes = []
         for fragment in view.fragments():
-            name = fragment.name
             grad = fragment.parameter.grad
-            if name not in factors or grad is None:
-                continue
-            _, kind = _split(name)
-            factor = factors[name]
-            penalty_grad = _penalty_gradient(factor, kind)
-            flat = penalty_grad.reshape(-1)
-            held = part_of(flat, fragment)
-            grad.add_(held, alpha=weight)
+            if fragment.name in slopes and grad is not None:
+                flat = slopes[fragment.name].reshape(-1)
+                held = part_of(flat, fragment)
+                grads.append(grad)
+                held_slopes.append(held)
+        if grads:
+            torch._foreach_add_(grads, held_slopes, alpha=weight)
 
     def after_step(self, view: View) -> None:
         """Average the sensitivities; choose ranks when it is time, and keep to the last choice afterwards."""
@@ -176,9 +178,12 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
     def _average(self, view: View) -> None:
         """Take the sensitivities of this step into their averages."""
         options = self.options
+        parameters = []
+        states = []
         for fragment in view.fragments():
-            state = view.state(fragment)
-            average_sensitivity(fragment.parameter, state, options.beta1, options.beta2)
+            parameters.append(fragment.parameter)
+            states.append(view.state(fragment))
+        average_sensitivities(parameters, states, options.beta1, options.beta2)
 
     def _scores(self, view: View) -> Tensor:
         """The score of every triplet [M, R], in fp64, the same on every rank."""
@@ -200,16 +205,18 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
 
     def _mask(self, view: View) -> None:
         """Set E to zero in the triplets that are not kept."""
+        kept_MR = self._kept_MR.to(_device(view), torch.float32)
+        values = []
+        kept = []
         for fragment in view.fragments():
             module, factor = _split(fragment.name)
-            if factor != "E":
-                continue
-            row = self._modules[module]
-            kept_R = self._kept_MR[row]
-            kept = part_of(kept_R, fragment)
-            values = fragment.parameter.data
-            kept = kept.to(values.device)
-            values.mul_(kept)
+            if factor == "E":
+                row = self._modules[module]
+                held = part_of(kept_MR[row], fragment)
+                values.append(fragment.parameter.data)
+                kept.append(held.view_as(fragment.parameter.data))
+        if values:
+            torch._foreach_mul_(values, kept)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -257,29 +264,16 @@ def _assembled(view: View, names: list[str]) -> Tensors:
         part = flat[start:stop]
         wholes[name] = part.view(shape)  # of the same memory, which is filled below
         start = stop
+    parts = []
+    values = []
     for fragment in view.fragments():
         whole = wholes.get(fragment.name)
         if whole is not None:
-            part = whole.view(-1)
-            held = part_of(part, fragment)
-            held.copy_(fragment.parameter.data)
+            elements = whole.view(-1)
+            parts.append(part_of(elements, fragment))
+            values.append(fragment.parameter.data.view(-1))
+    if parts:
+        torch._foreach_copy_(parts, values)
     if not view.replicated:
         dist.all_reduce(flat)
     return wholes
-
-
-def _penalty_gradient(factor: Tensor, kind: str) -> Tensor:
-    """The gradient 2 (P P^T - I) P / ||P P^T - I||_F of the norm, for A = P or B = P^T."""
-    if kind == "B":
-        slope_RN = _penalty_gradient(factor.T, "A")
-        return slope_RN.T  # [N, R], as B is
-    gram_RR = factor @ factor.T
-    rank = len(factor)
-    identity_RR = torch.eye(rank, device=factor.device)
-    excess_RR = gram_RR - identity_RR
-    precision = torch.finfo(factor.dtype)
-    norm: Tensor = excess_RR.norm()
-    norm = norm.clamp_min(precision.tiny)
-    doubled_RR = 2 * excess_RR
-    slope = doubled_RR @ factor
-    return slope / norm

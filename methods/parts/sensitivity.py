@@ -5,6 +5,8 @@ I U (Zhang et al. 2023, arXiv 2303.10512, section 3.2). The weight is that after
 the clipped one, as in PEFT.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -14,20 +16,29 @@ from methods.base import Keywords
 IMPORTANCE, UNCERTAINTY = "importance", "uncertainty"  # as the optimizer's state names I and U
 
 
-def average_sensitivity(parameter: Parameter, state: Keywords, beta1: float, beta2: float) -> None:
-    """Take the sensitivities of a step into I, which beta1 averages, and U, which beta2 does."""
-    weight = parameter.data
-    sensitivity = _sensitivity(parameter)
-    importance = _average_so_far(state, IMPORTANCE, weight)
-    uncertainty = _average_so_far(state, UNCERTAINTY, weight)
-    new_share = 1 - beta1
-    importance.mul_(beta1)
-    importance.add_(sensitivity, alpha=new_share)
-    difference = sensitivity - importance
-    deviation = difference.abs()
-    new_share = 1 - beta2
-    uncertainty.mul_(beta2)
-    uncertainty.add_(deviation, alpha=new_share)
+def average_sensitivities(
+    parameters: Sequence[Parameter], states: Sequence[Keywords], beta1: float, beta2: float
+) -> None:
+    """Take the sensitivities of a step into I, which beta1 averages, and U, which beta2 does; each in its state.
+
+    A model has hundreds of small factors, so each operation is one for all of them.
+    """
+    if not parameters:
+        return
+    weights = [parameter.data for parameter in parameters]
+    grads = [_gradient(parameter) for parameter in parameters]
+    importances = [_average_so_far(state, IMPORTANCE, weight) for state, weight in zip(states, weights, strict=True)]
+    uncertainties = [
+        _average_so_far(state, UNCERTAINTY, weight) for state, weight in zip(states, weights, strict=True)
+    ]
+    sensitivities = torch._foreach_mul(weights, grads)
+    torch._foreach_abs_(sensitivities)
+    torch._foreach_mul_(importances, beta1)
+    torch._foreach_add_(importances, sensitivities, alpha=1 - beta1)
+    deviations = torch._foreach_sub(sensitivities, importances)
+    torch._foreach_abs_(deviations)
+    torch._foreach_mul_(uncertainties, beta2)
+    torch._foreach_add_(uncertainties, deviations, alpha=1 - beta2)
 
 
 def sensitivity_scores(state: Keywords) -> Tensor | None:
@@ -53,11 +64,9 @@ def _average_so_far(state: Keywords, name: str, weight: Tensor) -> Tensor:
     return so_far
 
 
-def _sensitivity(parameter: Parameter) -> Tensor:
-    """|w dL/dw| of every weight w; zero where there is no gradient."""
-    weight = parameter.data
+def _gradient(parameter: Parameter) -> Tensor:
+    """The gradient of a weight; zeros where there is none."""
     grad = parameter.grad
     if grad is None:
-        return torch.zeros_like(weight)
-    product = weight * grad
-    return product.abs()
+        return torch.zeros_like(parameter.data)
+    return grad

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from sampling import method_sampled
 from transformers import AutoModelForCausalLM
 
+from methods.parts.orthogonality import penalty_gradients
+from methods.parts.peft_adapter import ADAPTER
 from methods.parts.ranks import largest, rounded
 
 METHOD = {"kind": "adalora", "rank": 2, "initial_rank": 4, "every": 4, "warmup": 0.1, "final": 0.3}
@@ -35,14 +37,21 @@ def by_peft(run_dir: Path, cache: Path) -> tuple[Any, Any]:
 
 
 def test_term_is_peft_s() -> None:
-    from methods.adalora import _penalty_gradient
-
-    for shape, kind in (((4, 9), "A"), ((9, 4), "B")):
-        factor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        gram = factor @ factor.T if kind == "A" else factor.T @ factor
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q.lora_A": (4, 9), "k.lora_A": (4, 9), "v.lora_A": (4, 6), "q.lora_B": (9, 4), "k.lora_B": (9, 4)}
+    factors = {
+        f"{name}.{ADAPTER}": torch.randn(shape, generator=generator).requires_grad_()
+        for name, shape in shapes.items()
+    }
+    for name, factor in factors.items():
+        gram = factor @ factor.T if "lora_A" in name else factor.T @ factor
         torch.norm(gram - torch.eye(4), p="fro").backward()
-        torch.testing.assert_close(_penalty_gradient(factor.detach(), kind), factor.grad)
-    assert not _penalty_gradient(torch.eye(4, 9), "A").any()
+    slopes = penalty_gradients({name: factor.detach() for name, factor in factors.items()})
+    assert slopes.keys() == factors.keys()
+    for name, factor in factors.items():
+        torch.testing.assert_close(slopes[name], factor.grad)
+    (at_its_least,) = penalty_gradients({f"q.lora_A.{ADAPTER}": torch.eye(4, 9)}).values()
+    assert not at_its_least.any()
 
 
 def test_ties_go_by_position_and_rounding_hides_noise() -> None:
