@@ -1,14 +1,17 @@
 """What lies between the adapters of a gated MLP becomes one operation, and computes what it did."""
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from llamas import random_llama
 from torch import nn
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch.fx import GraphModule
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from methods.base import Setup
 from methods.dora import DoraTuning
@@ -88,6 +91,20 @@ def test_a_fused_gate_computes_what_it_did(kind: str, options: dict[str, Any], b
     values = found(model)
     assert set(counts) == {1}
     assert values.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(values[name], value, rtol=2e-4, atol=1e-5)
+
+
+def test_a_base_in_4_bits_has_fused_gates_too(tmp_path: Path) -> None:
+    random_llama().save_pretrained(tmp_path)
+    in_4_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=in_4_bits)
+    model = peft.get_peft_model(base, config).train()
+    expected = found(model)
+    counts = operations(model)
+    values = found(model)
+    assert set(counts) == {1}
     for name, value in expected.items():
         torch.testing.assert_close(values[name], value, rtol=2e-4, atol=1e-5)
 

@@ -73,8 +73,9 @@ def _sum_of_low_rank(value: Any) -> LowRankSum | None:
     if not _calls(node, operator.add):
         return None
     base, added = node.args
-    if not _calls(base, linear):
+    if not isinstance(base, Node) or "example_value" not in base.meta:
         return None
+    added = _before_casts(added)
     share = None
     if _calls(added, operator.add):  # base + ((m - 1) base + (m (B a)) s)
         rest_of_base, added = added.args
@@ -92,7 +93,7 @@ def _sum_of_low_rank(value: Any) -> LowRankSum | None:
         return None
     narrow, wide = update.args[:2]
     rank = _example(wide).shape[1]
-    if rank > LARGEST_GATE_RANK or _dtype(update) != _dtype(base):
+    if rank > LARGEST_GATE_RANK or _dtype(update) != _dtype(base) or _example(update).shape != _example(base).shape:
         return None
     return LowRankSum(base, narrow, wide, scale, share)
 
