@@ -56,7 +56,9 @@ def count_bytes(file: str, done: int, total: int) -> None:
     """Show how far a file has come on its way to another machine, where somebody watches."""
     if sys.stderr.isatty():
         share = 100 * done // max(1, total)
-        line = f"\x1b[2K{file}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {share} %"
+        done_mb = done / 1e6
+        total_mb = total / 1e6
+        line = f"\x1b[2K{file}: {done_mb:,.1f} of {total_mb:,.1f} MB, {share} %"
         print(line, end="\r", file=sys.stderr, flush=True)
 
 

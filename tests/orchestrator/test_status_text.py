@@ -8,15 +8,18 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from run_folders import T0, claim, make_run, plan, steps
 
+from orchestrator import progress
 from orchestrator.render import run_view
 from orchestrator.run_list import age, list_lines
 from orchestrator.status import Status
+from runfolder.activity import Activity
 from runfolder.chain import close
 from runfolder.figures import Figures
 from runfolder.goodput import Goodput
@@ -48,6 +51,7 @@ RUN = Status(
         best_evaluation={"step": 800, "eval_loss": 0.4111, "eval_exact_match": 0.62},
     ),
     remaining_s=11900.0,
+    activity=Activity("evaluating after step 1,200: 120 of 500 rows", T0 + 7300 - 185, T0 + 7300 - 3),
 )
 ENDED = replace(
     RUN,
@@ -59,6 +63,7 @@ ENDED = replace(
     output_dir=f"{RUN.run_dir}/output",
     figures=replace(RUN.figures, best_evaluation=RUN.figures.last_evaluation) if RUN.figures else None,
     remaining_s=None,
+    activity=Activity("delivering to MLflow", T0 + 7200, T0 + 7200),
     loading=(
         "model = AutoModelForCausalLM.from_pretrained('meta-llama/Llama-3.2-3B')",
         f"model = PeftModel.from_pretrained(model, '{RUN.run_dir}/output')",
@@ -108,12 +113,30 @@ def test_a_status_at_80_columns() -> None:
 
 @pytest.mark.parametrize(
     ("state", "pause_s", "step_s", "silent"),
-    [("running", 70, 4, True), ("running", 50, 0.1, False), ("running", 70, 30, False), ("succeeded", 70, 1, False)],
+    [
+        ("running", 70, 4, True),
+        ("running", 50, 0.1, False),
+        ("running", 70, 30, False),
+        ("succeeded", 70, 1, False),
+        ("starting", 70, 1, True),
+    ],
 )
-def test_a_run_that_takes_no_step_for_long_is_silent(state: str, pause_s: float, step_s: float, silent: bool) -> None:
+def test_a_run_that_writes_nothing_for_long_is_silent(
+    state: str, pause_s: float, step_s: float, silent: bool
+) -> None:
     assert RUN.figures
     figures = replace(RUN.figures, since_last_step_s=pause_s, seconds_per_step=step_s)
-    assert ("silent" in shown(replace(RUN, state=state, figures=figures), 80)) == silent
+    activity = Activity("exporting the output", T0, RUN.looked_at - pause_s)
+    assert ("silent" in shown(replace(RUN, state=state, figures=figures, activity=activity), 80)) == silent
+
+
+def test_a_run_that_does_something_else_than_steps_is_not_silent() -> None:
+    """It evaluates for an hour, and has said so a moment ago."""
+    assert RUN.figures
+    figures = replace(RUN.figures, since_last_step_s=3600.0)
+    text = shown(replace(RUN, figures=figures), 80)
+    assert "now          evaluating after step 1,200: 120 of 500 rows, for 3 m 05 s" in text
+    assert "silent" not in text
 
 
 def test_what_is_copied_is_in_one_line() -> None:
@@ -199,3 +222,29 @@ def test_colours_are_for_terminals_that_want_them(home: Path) -> None:
             text=True,
         )
         assert "failed" in piped.stdout and "\x1b" not in piped.stdout
+
+
+def test_who_follows_a_run_sees_what_it_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    for display in (progress._bar_display, partial(progress._line_display, quiet=False)):
+        with display() as show:
+            show(RUN, {"loss": 0.5}, "")
+        shown_lines = capsys.readouterr().out
+        assert "evaluating after step 1,200: 120 of 500 rows, for 3 m 05 s" in shown_lines
+        with display() as show:
+            show(ENDED, {}, "")
+        assert "MLflow" not in capsys.readouterr().out
+
+
+def test_a_line_follows_where_something_else_is_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_S", 0.0)
+    with progress._line_display(quiet=False) as show:
+        for doing in ("training step 1,201", "exporting the output", "exporting the output"):
+            show(replace(RUN, activity=Activity(doing, T0, T0)), {}, "")
+    first, second = capsys.readouterr().out.splitlines()
+    assert "training step 1,201" in first and "exporting the output" in second

@@ -94,6 +94,8 @@ class CheckpointWriter:
             step = record["step"]
             folder = checkpoint_folder(self.attempt, step)
             folder.mkdir(parents=True, exist_ok=True)
+            if world.leads:
+                self.attempt.event("saving", step=step)
             write_shard(folder, world.rank, tensors)
             if world.leads:
                 self._commit(folder, record)
