@@ -60,8 +60,8 @@ def _newest_phase(events: Iterable[Record]) -> Activity | None:
     for event in events:
         text = phase_text(event)
         if text:
-            timestamp = event.get("time", 0.0)
-            since = event.get("began", timestamp)
+            timestamp: float = event.get("time", 0.0)
+            since: float = event.get("began", timestamp)
             newest = Activity(text, since, timestamp)
     return newest
 
