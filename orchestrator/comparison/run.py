@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 from orchestrator.errors import InputError
+from orchestrator.tracking.facts import state_in_mlflow
 from orchestrator.tracking.password import TRACKING_URI
 from orchestrator.tracking.store import RUN_ID_TAG
 from runfolder.variables import public
@@ -27,11 +28,11 @@ _DIGESTS = {"base.model": "base_digest", "data.train": "data.train_digest", "dat
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """One MLflow run. `metrics` has a value for each measure that the run reported."""
+    """One MLflow run. `state` is that of `fleetune status`; `metrics` has each measure that the run reported."""
 
     run_id: str
     mlflow_run_id: str
-    status: str
+    state: str
     params: dict[str, str]
     tags: dict[str, str]
     curves: Curves
@@ -119,8 +120,8 @@ def _read_run(mlflow: Any, run: Any) -> TrackedRun:
     if uri:  # an earlier version may have told MLflow the password
         params[TRACKING_URI] = public(uri)
     run_id = tags[RUN_ID_TAG]
-    status = run.info.status
-    return TrackedRun(run_id, mlflow_run_id, status, params, tags, curves, metrics)
+    state = state_in_mlflow(run.info.status)
+    return TrackedRun(run_id, mlflow_run_id, state, params, tags, curves, metrics)
 
 
 def _metrics_of_curves(curves: Curves, timestamps: list[float]) -> dict[str, float]:
