@@ -40,7 +40,9 @@ class Applied:
     def __str__(self) -> str:
         """The line that people read."""
         line = f"{self.kind} {self.place}: {self.outcome}"
-        return f"{line} ({self.detail})" if self.detail else line
+        if self.detail:
+            line += f" ({self.detail})"
+        return line
 
 
 def place_of(manifest: KubernetesObject) -> str:

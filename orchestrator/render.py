@@ -84,8 +84,7 @@ def show_checks(checks: Iterable[Check]) -> None:
     table = _table("", "what", "found")
     for check in checks:
         level = _coloured(check.level)
-        found = escape(check.found)
-        table.add_row(level, check.name, found)
+        table.add_row(level, check.name, WrappedText(check.found))
         if check.level != "ok" and check.mend:
             remedy = escape(check.mend)
             table.add_row("", "", f"[bold]to mend it[/]: {remedy}")

@@ -16,6 +16,7 @@ from runfolder.snapshot import Snapshot
 
 RunState = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
 ENDED = ("succeeded", "failed", "cancelled")
+_LONGEST_DELIVERY_S = 900.0  # seconds; a controller stays for less after the end of its run
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,10 @@ def _current_activity(run: Snapshot, state: RunState) -> Activity | None:
         return run.activity
     if run.closed is None or run.attempt == 0 or run.delivered or run.undelivered:
         return None
-    return Activity("delivering to MLflow", run.closed, run.closed)
+    doing = "delivering to MLflow"
+    if run.looked_at - run.closed > _LONGEST_DELIVERY_S:
+        doing = "not all of it is in MLflow, and nobody delivers it: fleetune compare does"
+    return Activity(doing, run.closed, run.closed)
 
 
 def _remaining(run: Snapshot) -> float | None:

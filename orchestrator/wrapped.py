@@ -1,4 +1,4 @@
-"""Texts in the lines of a terminal: broken between words, and never between a number and its unit."""
+"""Texts in the lines of a terminal: broken between words, but not before a unit or the version of a package."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from rich.measure import Measurement
     from rich.text import Text
 
-_BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:[KMG]iB|B|GB|MB|s|m|h|d|M|k|%|tokens/s|steps/s)\b|%)")
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:[KMG]iB|B|GB|MB|s|m|h|d|M|k|tokens/s|steps/s)\b|%)")
+_BEFORE_VERSION = re.compile(r"(?<=[a-z]) (?=\d+\.\d+\.\d)")
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
@@ -20,6 +21,7 @@ def wrapped_lines(text: str, width: int, indent: str = "") -> list[str]:
     lines = []
     for line in text.splitlines():
         bound = _BEFORE_UNIT.sub(_NO_BREAK, line)
+        bound = _BEFORE_VERSION.sub(_NO_BREAK, bound)
         parts = wrap(bound, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
         lines += [part.replace(_NO_BREAK, " ") for part in parts or [""]]
     return lines

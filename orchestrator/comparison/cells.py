@@ -13,7 +13,11 @@ _LONGEST_VALUE_SHOWN = 28  # characters of a param's value
 
 def shown_measures(comparison: Comparison) -> list[Measure]:
     """The measures that a terminal shows."""
-    return [measure for measure in comparison.measures if measure.key not in _LEFT_OUT]
+    measures = []
+    for measure in comparison.measures:
+        if measure.key not in _LEFT_OUT:
+            measures.append(measure)
+    return measures
 
 
 def has_unfinished(comparison: Comparison) -> bool:
@@ -59,7 +63,9 @@ def caption(comparison: Comparison) -> str | None:
 def differing_values(comparison: Comparison, row: ComparisonRow) -> Iterator[tuple[str, str]]:
     """The heading of each param in which rows differ, and its value in a row; empty where that has none."""
     for param in comparison.columns:
-        yield comparison.heading(param), _value(param, row.differences[param])
+        heading = comparison.heading(param)
+        value = _value(param, row.differences[param])
+        yield heading, value
 
 
 def seeds_text(comparison: Comparison, row: ComparisonRow) -> str:

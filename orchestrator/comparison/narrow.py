@@ -1,6 +1,7 @@
 """The comparison for a terminal that is too narrow for its table: a row has a line for its name, one for measures."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 
 from rich.console import Group
 from rich.text import Text
@@ -62,12 +63,10 @@ def _width(cell_text: str) -> int:
 
 def _aligned(cells: Iterable[str], widths: Sequence[int]) -> Iterator[str]:
     """The lines of cells side by side, each at the right of its column."""
-    parts = [cell_text.split("\n") for cell_text in cells]
-    height = max(map(len, parts))
-    for number in range(height):
+    columns = [cell_text.split("\n") for cell_text in cells]
+    for texts in zip_longest(*columns, fillvalue=""):
         line = ""
-        for part, width in zip(parts, widths, strict=True):
-            text = part[number] if number < len(part) else ""
+        for text, width in zip(texts, widths, strict=True):
             line += _GAP + text.rjust(width)
         yield line.rstrip()
 

@@ -59,8 +59,11 @@ def _grid(comparison: Comparison) -> Table:
 
 def _row_cells(comparison: Comparison, row: ComparisonRow) -> list[str]:
     """The cells of a row, from left to right; the seeds stand below the name."""
-    names = filter(None, [row.label, seeds_text(comparison, row)])
-    cells = ["\n".join(names)]
+    name = row.label
+    seeds = seeds_text(comparison, row)
+    if seeds:
+        name += f"\n{seeds}"
+    cells = [name]
     for _, value in differing_values(comparison, row):
         cells.append(value or "-")
     return cells + measure_cells(comparison, row)

@@ -257,6 +257,8 @@ def test_no_line_ends_between_a_number_and_its_unit() -> None:
         console.print(grid)
         shown_lines = console.file.getvalue().splitlines()
         assert [line[10:].rstrip() for line in shown_lines] == lines
+    packages = "torch 2.13.0+cpu, transformers 5.23.0"
+    assert wrapped_lines(packages, 34) == ["torch 2.13.0+cpu,", "transformers 5.23.0"]
     assert wrapped_lines("see /a/path/that/is/longer/than/a/line\n\nor", 12, "  ") == [
         "see",
         "  /a/path/that/is/longer/than/a/line",
