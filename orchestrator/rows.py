@@ -14,7 +14,8 @@ from orchestrator.planning.preflight import few_steps
 from orchestrator.planning.survey import SourceProgress, missing_packages, with_date
 from runfolder.folders import cache
 from runfolder.job import Job
-from trainer.data.rows import Row, read_rows
+from trainer.data.preferences import read_answers
+from trainer.data.rows import Row
 from trainer.data.survey import Survey, row_warnings, survey, unknown_id
 from trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer
 
@@ -149,7 +150,7 @@ def _look_at(job: Job, source: str, model: Model, row_number: int | None, progre
 
 def _chosen_rows(job: Job, source: str, number: int | None) -> list[Row]:
     """The row of this number, or the first ones."""
-    stream = read_rows(source, job.data.columns)
+    stream = read_answers(job.objective.rows, source, job.data.columns)
     if number is None:
         return list(islice(stream, _EXAMPLES))
     chosen = [row for row in stream if row.number == number]
@@ -159,7 +160,7 @@ def _chosen_rows(job: Job, source: str, number: int | None) -> list[Row]:
 
 
 def _shown_example(example: "Encoded", row: int, tokenizer: Any, reading: "Reading") -> ShownExample:
-    from trainer.data.tokens import fate_of
+    from trainer.data.making import fate_of
 
     capacity = reading.seq_len - reading.virtual
     drops = reading.too_long == "drop"

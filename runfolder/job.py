@@ -5,11 +5,10 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from methods.options import KINDS, AnyOptions
 from methods.options.full import Full
-from runfolder import objectives
+from runfolder.objectives import AnyObjective, SftOptions
 from runfolder.resources import Resources, Section, as_mapping
 from runfolder.variables import Variables
 
@@ -150,7 +149,7 @@ class Job(Section):
         description="what run ids begin with: at most 32 of a-z, 0-9 and -, from a letter on, not ending with -",
     )
     base: Annotated[Base, as_mapping("model")]
-    objective: str = Field("sft", description="what is learned from a row; sft: its answer, by cross-entropy")
+    objective: Annotated[AnyObjective, as_mapping("kind")] = SftOptions()
     method: Annotated[AnyOptions, as_mapping("kind")] = Full()
     data: Annotated[Data, as_mapping("train")]
     train: Train
@@ -172,15 +171,6 @@ class Job(Section):
             raise ValueError(
                 "must be at most 32 characters: a-z, 0-9 and -, starting with a letter, not ending with -"
             )
-        return name
-
-    @field_validator("objective")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        if not objectives.is_known(name):
-            known = ", ".join(map(repr, sorted(objectives.known())))
-            allowed = f"{known}, or one of a package that is installed here"
-            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": allowed})
         return name
 
     @field_validator("output")

@@ -85,6 +85,11 @@ class Batches:
             parts.append(part)
         return np.concatenate(parts)
 
+    def all_examples(self) -> Indices:
+        """Every example of any batch, each once."""
+        parts = [self.examples(k) for k in range(self.steps)]
+        return np.unique(np.concatenate(parts))
+
     def deal(self, k: int, rank: int, world_size: int) -> list[MicroBatch]:
         """The micro-batches of one rank in step k: the same number on every rank, some of them perhaps empty."""
         layout = self.layout

@@ -1,0 +1,120 @@
+"""What objectives on pairs of answers share: the pairs of a micro-batch, and the figures that are logged.
+
+Shapes: D documents, P pairs.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from trainer.data.examples import Examples, GlobalBatch
+from trainer.data.layout import MicroBatch
+from trainer.data.tokens import tokenise
+from trainer.objectives.base import HostArrays, Objective, Shares, TensorsByName, Totals
+from trainer.objectives.likelihood import likelihood_arrays, log_likelihoods
+
+
+@dataclass(frozen=True)
+class AnswerLikelihoods:
+    """One side of some pairs [P], fp64: its log-likelihoods, what the reference gave them, its numbers of labels."""
+
+    policy: torch.Tensor
+    reference: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def change(self) -> torch.Tensor:
+        """By how much the log-likelihoods have grown since before the first step."""
+        return self.policy - self.reference
+
+    @property
+    def per_token(self) -> torch.Tensor:
+        """The log-likelihoods per label."""
+        return self.policy / self.labels
+
+    @property
+    def change_per_token(self) -> torch.Tensor:
+        """The growth of the log-likelihoods per label."""
+        return self.change / self.labels
+
+
+@dataclass(frozen=True)
+class PairLosses:
+    """Of some pairs [P]: what each adds to the loss, and the rewards of both of its answers."""
+
+    losses: torch.Tensor
+    chosen_rewards: torch.Tensor
+    rejected_rewards: torch.Tensor
+
+
+class PairObjective(Objective):
+    """To prefer the chosen answer of each pair; documents 2 i (chosen) and 2 i + 1 (rejected) are a pair."""
+
+    def read(self, source: str) -> Examples:
+        """The rows of a source as pairs of documents."""
+        setup = self.setup
+        tokens = tokenise(source, setup.tokenizer, setup.reading, setup.folder, setup.progress)
+        return Examples.of_each(tokens, 2)
+
+    def totals(self, batch: GlobalBatch) -> Totals:
+        """The pairs of a global batch, and the labels of their chosen answers."""
+        examples = batch.examples
+        chosen = examples.starts[batch.chosen]
+        labels = examples.tokens.targets[chosen]
+        return {"pairs": len(chosen), "chosen_labels": int(labels.sum())}
+
+    def arrays(self, examples: Examples, micro: MicroBatch) -> HostArrays:
+        """The documents of a micro-batch, and where among them each pair has its answers."""
+        pad_id = self.setup.tokenizer.pad_token_id
+        arrays = likelihood_arrays(micro.rows, examples.tokens, pad_id)
+        places = np.array(micro.examples, np.int64)
+        places_P2 = places.reshape(-1, 2)  # also of no pair
+        arrays["chosen"] = places_P2[:, 0].copy()
+        arrays["rejected"] = places_P2[:, 1].copy()
+        return arrays
+
+    def log_likelihoods(self, model: nn.Module, batch: TensorsByName) -> TensorsByName:
+        """Of the documents of a micro-batch, by their numbers; what the reference is made of."""
+        policy_D = log_likelihoods(model, batch, self.kernels)
+        return {"document": batch["document"], "log_likelihood": policy_D}
+
+    def loss(self, model: nn.Module, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:  # noqa: ARG002
+        """The losses of a micro-batch's pairs, over the totals of the global batch; a tie counts one half."""
+        policy_D = log_likelihoods(model, batch, self.kernels)
+        chosen = side(policy_D, batch, "chosen")
+        rejected = side(policy_D, batch, "rejected")
+        found = self.compare(chosen, rejected, totals)
+        # The document that stands in for none is in no pair, but must reach the weights all the same.
+        loss = found.losses.sum() + 0 * policy_D.sum()
+        margins_P = (found.chosen_rewards - found.rejected_rewards).detach()
+        wins_P = (margins_P.sign() + 1) / 2
+        logged = {
+            "accuracy": wins_P,
+            "reward_margin": margins_P,
+            "reward_chosen": found.chosen_rewards,
+            "reward_rejected": found.rejected_rewards,
+            "labels_chosen": chosen.labels,
+            "labels_rejected": rejected.labels,
+        }
+        metrics = {}
+        for name, value_P in logged.items():
+            metrics[name] = value_P.sum() / totals["pairs"]
+        return Shares(loss, metrics)
+
+    @abstractmethod
+    def compare(self, chosen: AnswerLikelihoods, rejected: AnswerLikelihoods, totals: Totals) -> PairLosses:
+        """What each pair adds to the loss of the step, already divided by the totals; and its rewards."""
+
+
+def side(policy_D: torch.Tensor, batch: TensorsByName, name: str) -> AnswerLikelihoods:
+    """One side of a micro-batch's pairs: of the documents, those whose places the batch has under a name."""
+    places_P = batch[name]
+    policy_P = policy_D[places_P]
+    reference_P = torch.zeros_like(policy_P)
+    if "reference" in batch:
+        reference_P = batch["reference"][places_P]
+    labels_P = batch["labels"][places_P].double()
+    return AnswerLikelihoods(policy_P, reference_P, labels_P)
