@@ -56,8 +56,8 @@ def know_reference(run: Run, examples: Examples, wanted: Indices) -> None:
         if run.attempt.start:
             folder = run.attempt.run_dir / "reference"
             raise ReferenceLost(
-                f"what the policy before the first step gave is neither in {folder} nor in the cache, and it has moved "
-                "since: submit the job anew"
+                f"what the policy before the first step gave is neither in {folder} nor in the cache, and it has "
+                "moved since: submit the job anew"
             )
         found = _computed(run, examples, missing)
         tokens.reference = np.where(np.isnan(found), reference, found)

@@ -16,6 +16,8 @@ from trainer.data.tokens import tokenise
 from trainer.objectives.base import HostArrays, Objective, Shares, TensorsByName, Totals
 from trainer.objectives.likelihood import likelihood_arrays, log_likelihoods
 
+TIE = 1e-4  # rewards that differ by less are equal: a policy that has not moved yet differs by rounding
+
 
 @dataclass(frozen=True)
 class AnswerLikelihoods:
@@ -90,7 +92,7 @@ class PairObjective(Objective):
         # The document that stands in for none is in no pair, but must reach the weights all the same.
         loss = found.losses.sum() + 0 * policy_D.sum()
         margins_P = (found.chosen_rewards - found.rejected_rewards).detach()
-        wins_P = (margins_P.sign() + 1) / 2
+        wins_P = wins(margins_P)
         logged = {
             "accuracy": wins_P,
             "reward_margin": margins_P,
@@ -107,6 +109,13 @@ class PairObjective(Objective):
     @abstractmethod
     def compare(self, chosen: AnswerLikelihoods, rejected: AnswerLikelihoods, totals: Totals) -> PairLosses:
         """What each pair adds to the loss of the step, already divided by the totals; and its rewards."""
+
+
+def wins(margins_P: torch.Tensor) -> torch.Tensor:
+    """For each margin 1 where it is above zero, 0 where it is below; one half for a tie."""
+    is_tie_P = margins_P.abs() < TIE
+    won_P = (margins_P > 0).double()
+    return torch.where(is_tie_P, 0.5, won_P)
 
 
 def side(policy_D: torch.Tensor, batch: TensorsByName, name: str) -> AnswerLikelihoods:
