@@ -135,7 +135,7 @@ def _look_at(job: Job, source: str, model: Model, row_number: int | None, progre
             shown.append(shown_example)
     report_done = partial(progress, source)
     tokens = tokenise(source, tokenizer, reading, cache(), report_done)
-    counts = survey(tokens, tokenizer)
+    counts = survey(tokens, tokenizer, reading.documents)
     warnings = []
     unknown = unknown_id(counts, model.embeddings)
     if unknown:
@@ -144,7 +144,7 @@ def _look_at(job: Job, source: str, model: Model, row_number: int | None, progre
     sequences: list[PackedSequence] = []
     if source == job.data.train:  # what is evaluated on is in no step
         warnings += few_steps(job, counts.tokens)
-        sequences = _first_sequences(job, tokens)
+        sequences = _first_sequences(job, tokens, reading.documents)
     return RowsView(source, counts, warnings, shown, sequences)
 
 
@@ -198,12 +198,12 @@ def _token_texts(ids: list[int], tokenizer: Any) -> list[str]:
     return texts
 
 
-def _first_sequences(job: Job, tokens: "Tokens") -> list[PackedSequence]:
+def _first_sequences(job: Job, tokens: "Tokens", documents_of_each: int) -> list[PackedSequence]:
     """The first sequences of the first step that differ, as one worker would be given them."""
     from trainer.data.batches import Batches
     from trainer.data.examples import Examples
 
-    batches = Batches.of(job, Examples.of_each(tokens))
+    batches = Batches.of(job, Examples.of_each(tokens, documents_of_each))
     different: dict[tuple[int, ...], None] = {}  # in the order of the step
     for micro_batch in batches.deal(0, 0, 1):
         for documents in micro_batch.rows:

@@ -25,6 +25,8 @@ def shard_of_preferences(encoder: Encoder, chunk: list[Preference], reading: Rea
             continue
         usable.append(preference)
         rows += preference.answers
+        if preference.answers[0].messages:
+            counts.notice("chat", preference.number)
     encoded = encoder.examples(rows)
     kept: list[tuple[Ids, LabelMask]] = []
     numbers: list[int] = []

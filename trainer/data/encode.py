@@ -66,6 +66,11 @@ class Reading:
         )
 
     @property
+    def documents(self) -> int:
+        """How many documents an example of these rows has."""
+        return 1 if self.rows == "answers" else 2
+
+    @property
     def max_tokens(self) -> int:
         """The tokens of an example that may come from its row."""
         return self.seq_len - self.virtual

@@ -68,8 +68,8 @@ def _as_tuples(plain: Mapping[str, Any]) -> Noticed:
     return pairs
 
 
-def survey(tokens: "Tokens", tokenizer: Any) -> Survey:
-    """The survey of tokenised data: what is in it, counted."""
+def survey(tokens: "Tokens", tokenizer: Any, documents: int = 1) -> Survey:
+    """The survey of tokenised data, so many documents to an example: what is in it, counted."""
     counts = tokens.counts
     lengths = tokens.lengths
     largest, row = tokens.largest()
@@ -82,7 +82,7 @@ def survey(tokens: "Tokens", tokenizer: Any) -> Survey:
         shortest=int(lengths.min()),
         median=int(median(lengths.tolist())),
         longest=counts.longest,
-        duplicates=tokens.duplicates(),
+        duplicates=tokens.duplicates(documents),
         largest_id=(largest, token, row),
         noticed=counts.of_examples(),
         unused=counts.unused(),
@@ -128,6 +128,14 @@ def _beyond(id_: int, token: str, row: int, embeddings: int) -> str:
     )
 
 
+# Why a pair teaches nothing, by the kind under which it is counted.
+_LEFT_OUT = {
+    "identical": "have two answers that are the same",
+    "branched": "have two chats that differ before their last turn",
+    "no_reply": "have a last turn without text",
+}
+
+
 def row_warnings(found: Survey, seq_len: int) -> Iterator[str]:
     """What a user should know of the rows, a line each."""
     if found.unused:
@@ -143,6 +151,9 @@ def row_warnings(found: Survey, seq_len: int) -> Iterator[str]:
         )
     if found.number("empty"):
         yield f"{found.number('empty')} examples (first: row {found.row('empty')}) have nothing to learn: left out"
+    for kind, reason in _LEFT_OUT.items():
+        if found.number(kind):
+            yield f"{found.number(kind)} pairs (first: row {found.row(kind)}) {reason}: left out"
     cut = found.number("truncated")
     lost = found.number("dropped")
     if cut or lost:
