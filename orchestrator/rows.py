@@ -150,7 +150,8 @@ def _look_at(job: Job, source: str, model: Model, row_number: int | None, progre
 
 def _chosen_rows(job: Job, source: str, number: int | None) -> list[Row]:
     """The row of this number, or the first ones."""
-    stream = read_answers(job.objective.rows, source, job.data.columns)
+    rows_read = job.objective.rows
+    stream = read_answers(rows_read, source, job.data.columns)
     if number is None:
         return list(islice(stream, _EXAMPLES))
     chosen = [row for row in stream if row.number == number]

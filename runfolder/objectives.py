@@ -126,15 +126,20 @@ def known() -> list[str]:
 def implementation_of(kind: str) -> str:
     """Where an objective is written, as `module:Class`; raises KeyError for one that is not installed here."""
     if kind in OBJECTIVES:
-        return OBJECTIVES[kind].implementation
+        options = OBJECTIVES[kind]
+        return options.implementation
     return outside()[kind]
 
 
 def _tag_of(value: Any) -> str:
     """Under which tag an objective is validated; what other packages have is read only where it must be."""
-    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    kind = getattr(value, "kind", None)
+    if isinstance(value, Mapping):
+        kind = value.get("kind")
     tag = str(kind)
-    if tag not in OBJECTIVES and tag in outside():
+    if tag in OBJECTIVES:
+        return tag
+    if tag in outside():
         return _FROM_OUTSIDE
     return tag
 
@@ -142,6 +147,9 @@ def _tag_of(value: Any) -> str:
 if TYPE_CHECKING:
     AnyObjective = ObjectiveOptions
 else:
-    _TAGGED = [Annotated[options, Tag(kind)] for kind, options in OBJECTIVES.items()]
+    _TAGGED = []
+    for _kind, _options in OBJECTIVES.items():
+        _TAGGED.append(Annotated[_options, Tag(_kind)])
     _TAGGED.append(Annotated[OutsideOptions, Tag(_FROM_OUTSIDE)])
-    AnyObjective = Annotated[Union[tuple(_TAGGED)], Discriminator(_tag_of)]  # noqa: UP007 (as many as there are)
+    _ANY = Union[tuple(_TAGGED)]  # noqa: UP007 (as many as there are)
+    AnyObjective = Annotated[_ANY, Discriminator(_tag_of)]

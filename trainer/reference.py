@@ -45,11 +45,16 @@ def know_reference(run: Run, examples: Examples, wanted: Indices) -> None:
     if not run.objective.needs_reference:
         return
     tokens = examples.tokens
-    record = ReferenceRecord(run, tokens) if run.world.leads else None
-    known = [record.read() if record else None]
-    dist.broadcast_object_list(known, device=run.world.device)
+    world = run.world
+    record = None
+    known: list[Floats] = []
+    if world.leads:
+        record = ReferenceRecord(run, tokens)
+        known.append(record.read())
+    else:
+        known.append(np.zeros(0))
+    dist.broadcast_object_list(known, device=world.device)
     reference = known[0]
-    assert reference is not None
     tokens.reference = reference
     missing = _missing(examples, wanted, reference)
     if len(missing):
@@ -60,20 +65,24 @@ def know_reference(run: Run, examples: Examples, wanted: Indices) -> None:
                 "moved since: submit the job anew"
             )
         found = _computed(run, examples, missing)
-        tokens.reference = np.where(np.isnan(found), reference, found)
+        is_unknown = np.isnan(found)
+        tokens.reference = np.where(is_unknown, reference, found)
     if record:
         record.write(tokens.reference)
-        documents = int(np.isfinite(tokens.reference).sum())
-        run.attempt.event("reference", documents=documents, computed_examples=len(missing))
+        is_known = np.isfinite(tokens.reference)
+        documents = int(is_known.sum())
+        computed = len(missing)
+        run.attempt.event("reference", documents=documents, computed_examples=computed)
 
 
 def _missing(examples: Examples, wanted: Indices, reference: Floats) -> Indices:
     """Which of the wanted examples have a document without a reference."""
+    is_missing_D = np.isnan(reference)
     missing = []
-    for example in np.unique(wanted).tolist():
+    for example in wanted.tolist():
         documents = examples.documents(example)
-        of_example = reference[documents.start : documents.stop]
-        if np.isnan(of_example).any():
+        of_example = is_missing_D[documents]
+        if of_example.any():
             missing.append(example)
     return np.array(missing, np.int64)
 
@@ -81,28 +90,32 @@ def _missing(examples: Examples, wanted: Indices, reference: Floats) -> Indices:
 def _computed(run: Run, examples: Examples, missing: Indices) -> Floats:
     """What the model gives the documents of some examples now [documents]; NaN for all others."""
     model = run.model
+    stops = run.stops
+    settings = run.job.train
     device = run.world.device
     documents = len(examples.tokens)
     sums_D = torch.zeros(documents, dtype=torch.float64, device=device)
     counts_D = torch.zeros_like(sums_D)
     model.eval()
     with torch.no_grad():
-        for batch in _in_batches(examples, missing, run.job.train.batch_tokens):
+        for batch in _in_batches(examples, missing, settings.batch_tokens):
             run.attempt.note_progress()
-            run.stops.leave_if_warned(run.stops.first)
+            stops.leave_if_warned(stops.first)
             for micro_batch in micro_batches(run, batch):
                 found = run.objective.log_likelihoods(model, micro_batch)
-                numbers = found["document"]
-                is_document = numbers >= 0
-                numbers = numbers[is_document]
-                sums_D[numbers] = found["log_likelihood"][is_document]
+                with_stand_in = found["document"]
+                values = found["log_likelihood"]
+                is_document = with_stand_in >= 0
+                numbers = with_stand_in[is_document]
+                sums_D[numbers] = values[is_document]
                 counts_D[numbers] = 1
     model.train()
     dist.all_reduce(sums_D)
     dist.all_reduce(counts_D)
     unknown_D = counts_D == 0
     sums_D[unknown_D] = torch.nan
-    computed: Floats = sums_D.cpu().numpy()
+    on_host = sums_D.cpu()
+    computed: Floats = on_host.numpy()
     return computed
 
 
@@ -120,9 +133,13 @@ class ReferenceRecord:
     """The files of a reference: in the run folder and in the cache, under the digest of all that it depends on."""
 
     def __init__(self, run: Run, tokens: Tokens) -> None:
-        name = f"{_key(run, tokens)}.safetensors"
+        key = _key(run, tokens)
+        name = f"{key}.safetensors"
+        run_dir = run.attempt.run_dir
+        in_run = run_dir / "reference" / name
+        in_cache = cache() / "references" / name
+        self._paths = (in_run, in_cache)
         self._documents = len(tokens)
-        self._paths = (run.attempt.run_dir / "reference" / name, cache() / "references" / name)
 
     def read(self) -> Floats:
         """What is known of each document [documents]; NaN where nothing is."""
@@ -130,15 +147,19 @@ class ReferenceRecord:
         for path in self._paths:
             found = _read_reference(path)
             if found is not None and len(found) == self._documents:
-                known = np.where(np.isnan(known), found, known)
+                is_unknown = np.isnan(known)
+                known = np.where(is_unknown, found, known)
         return known
 
     def write(self, reference: Floats) -> None:
         """Write what is known to both places, where less is there."""
         for path in self._paths:
             found = _read_reference(path)
-            if found is None or not np.array_equal(found, reference, equal_nan=True):
-                _write_reference(path, reference)
+            if found is not None:
+                is_same = np.array_equal(found, reference, equal_nan=True)
+                if is_same:
+                    continue
+            _write_reference(path, reference)
 
 
 def _key(run: Run, tokens: Tokens) -> str:
@@ -146,9 +167,10 @@ def _key(run: Run, tokens: Tokens) -> str:
     job = run.job
     base = Path(job.base.model)
     scratch = job.base.init == "scratch"
-    base_digest = frozen_digests(run.attempt.run_dir).get("base")
-    if base.is_dir():
-        base_digest = base_digest or folder_digest(base, scratch)
+    frozen = frozen_digests(run.attempt.run_dir)
+    base_digest = frozen.get("base")
+    if base_digest is None and base.is_dir():
+        base_digest = folder_digest(base, scratch)
     commit = getattr(run.model.config, "_commit_hash", None)
     versions = [version(name) for name in _PACKAGES]
     start = (
@@ -173,7 +195,8 @@ def _read_reference(path: Path) -> Floats | None:
             written: Any = file.metadata()
     except (OSError, SafetensorError):
         return None
-    if _sha256(reference) != written["sha256"]:
+    digest = _sha256(reference)
+    if digest != written["sha256"]:
         return None
     return reference
 
@@ -182,8 +205,11 @@ def _write_reference(path: Path, reference: Floats) -> None:
     """Write a reference with the digest of its content, whole or not at all."""
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    save_file({"reference": reference}, draft, metadata={"sha256": _sha256(reference)})
+    unique = uuid.uuid4().hex
+    draft = path.with_name(f".{path.name}.{unique}")
+    arrays = {"reference": reference}
+    digest = _sha256(reference)
+    save_file(arrays, draft, metadata={"sha256": digest})
     with draft.open("rb") as stream:
         os.fsync(stream.fileno())
     draft.replace(path)

@@ -125,10 +125,13 @@ def _allowed(problem: Any) -> str:
 
 def _known_kinds(field: str) -> str:
     """The kinds that a field with options of its own kind may have."""
+    kinds: Iterable[str] = KINDS
+    beside = ""
     if field == "objective":
-        known = ", ".join(map(repr, objectives.known()))
-        return f"{known}, or one of a package that is installed here"
-    return ", ".join(map(repr, KINDS))
+        kinds = objectives.known()
+        beside = ", or one of a package that is installed here"
+    quoted = map(repr, kinds)
+    return ", ".join(quoted) + beside
 
 
 def _field_path(loc: FieldPath, plain: Any, root: ModelType) -> FieldPath:
@@ -162,8 +165,11 @@ def _model_at(path: FieldPath, plain: Any, root: ModelType) -> ModelType | None:
 def _model_of(model: ModelType, key: str | int, plain: Any) -> ModelType | None:
     """The model of a field, when it has one."""
     if model is Job and key in _WITH_KIND:
+        kinds = _WITH_KIND[str(key)]
         kind = _value_at(plain, (key, "kind"))
-        return _WITH_KIND[str(key)].get(kind) if isinstance(kind, str) else None
+        if isinstance(kind, str):
+            return kinds.get(kind)
+        return None
     if key not in model.model_fields:
         return None
     annotation = model.model_fields[str(key)].annotation

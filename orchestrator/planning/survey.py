@@ -197,7 +197,8 @@ def _note_path(job: Job, source: str, folder: Path) -> Path:
     surveys = cache_folder() / "surveys"
     data = job.data.model_dump(mode="json", exclude={"train", "eval", "packing"})
     virtual_tokens = job.method.virtual_tokens
-    facts = (_SURVEY_FORMAT, digest(source), data, virtual_tokens, job.objective.rows)
+    rows_read = job.objective.rows
+    facts = (_SURVEY_FORMAT, digest(source), data, virtual_tokens, rows_read)
     transformers_version = version("transformers")
     total = hashlib.sha256(repr(facts).encode())
     total.update(transformers_version.encode())
@@ -258,7 +259,8 @@ def _estimate(job: Job, source: str) -> SourceRows:
     count = 0
     tokens = 0
     last = 0
-    for row in read_answers(job.objective.rows, source, job.data.columns):
+    rows_read = job.objective.rows
+    for row in read_answers(rows_read, source, job.data.columns):
         count += row.number != last
         last = row.number
         row_tokens = ceil(_characters(row) / _CHARACTERS_PER_TOKEN)

@@ -8,6 +8,7 @@ from trainer.data.counts import Counts
 from trainer.data.encode import Encoded, Encoder, Ids, LabelMask, Reading
 from trainer.data.making import notice_columns, notice_text
 from trainer.data.preferences import Preference
+from trainer.data.rows import Row
 from trainer.data.shards import Array, Shard, join_examples
 
 AnswersToFit = Sequence[Encoded]
@@ -17,7 +18,7 @@ def shard_of_preferences(encoder: Encoder, chunk: list[Preference], reading: Rea
     """The answers of some preferences, two documents each, and what was noticed about them."""
     counts = Counts(rows=len(chunk))
     usable = []
-    rows = []
+    rows: list[Row] = []
     for preference in chunk:
         notice_columns(counts, preference.unused, preference.number)
         if preference.left_out:
@@ -25,7 +26,8 @@ def shard_of_preferences(encoder: Encoder, chunk: list[Preference], reading: Rea
             continue
         usable.append(preference)
         rows += preference.answers
-        if preference.answers[0].messages:
+        first_row = preference.answers[0]
+        if first_row.messages:
             counts.notice("chat", preference.number)
     encoded = encoder.examples(rows)
     kept: list[tuple[Ids, LabelMask]] = []
@@ -33,7 +35,9 @@ def shard_of_preferences(encoder: Encoder, chunk: list[Preference], reading: Rea
     desirable: list[bool] = []
     for preference in usable:
         answers = _next_answers(encoded, preference)
-        fitting = Fitting(answers, encoder.opening(answers[0].ids), reading)
+        first = answers[0]
+        opening = encoder.opening(first.ids)
+        fitting = Fitting(answers, opening, reading)
         fate = fitting.fate
         _notice_answers(counts, fitting.learned, preference.number, fate)
         if fate in ("dropped", "empty"):
@@ -66,7 +70,9 @@ class Fitting:
         self._opening = opening
         self._max_tokens = reading.max_tokens
         self._drops = reading.too_long == "drop"
-        self.learned = answers[:1] if reading.rows == "judged" else answers
+        self.learned = answers
+        if reading.rows == "judged":
+            self.learned = answers[:1]
 
     @property
     def longest(self) -> int:
@@ -88,7 +94,10 @@ class Fitting:
                 return "empty"
         if not self.cut:
             return None
-        first_learned = [int(answer.target.argmax()) for answer in self._answers]
+        first_learned = []
+        for answer in self._answers:
+            place = answer.target.argmax()
+            first_learned.append(int(place))
         staying = max(1, self._opening)  # the first label is predicted from a token in front of it
         removable = min(first_learned) - staying
         if self._drops or self.cut > removable:
@@ -105,10 +114,9 @@ class Fitting:
         return fitted
 
     def _without_cut(self, whole: Array) -> Array:
-        start = self._opening
         if not self.cut:
             return whole[: self._max_tokens]
-        start = max(1, start)
+        start = max(1, self._opening)
         stop = start + self.cut
         opening = whole[:start]
         rest = whole[stop:]

@@ -87,8 +87,12 @@ class Batches:
 
     def all_examples(self) -> Indices:
         """Every example of any batch, each once."""
-        parts = [self.examples(k) for k in range(self.steps)]
-        return np.unique(np.concatenate(parts))
+        parts = []
+        for k in range(self.steps):
+            chosen = self.examples(k)
+            parts.append(chosen)
+        together = np.concatenate(parts)
+        return np.unique(together)
 
     def deal(self, k: int, rank: int, world_size: int) -> list[MicroBatch]:
         """The micro-batches of one rank in step k: the same number on every rank, some of them perhaps empty."""

@@ -136,7 +136,8 @@ class Encoder:
     def opening(self, ids: Ids) -> int:
         """How many control tokens an example begins with."""
         is_command = np.isin(ids, self._commands)
-        return int(np.append(is_command, False).argmin())
+        with_end = np.append(is_command, False)
+        return int(with_end.argmin())
 
     def prompts(self, rows: list[Row]) -> list[IdList]:
         """What a server would be sent for the last answer of each row."""

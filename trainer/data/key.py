@@ -21,7 +21,9 @@ def key_of(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Re
     import transformers
 
     version = transformers.__version__
-    data = (_TOKENS_FORMAT, shard_rows, (ANSWERS, PAIRS, JUDGED), version, digest(source))
+    families = (ANSWERS, PAIRS, JUDGED)
+    content = digest(source)
+    data = (_TOKENS_FORMAT, shard_rows, families, version, content)
     drop = reading.too_long == "drop"
     max_tokens = reading.max_tokens
     choices = (max_tokens, reading.ends, reading.parse_special, drop, reading.rows)

@@ -16,8 +16,7 @@ from trainer.data.files import RowError, SourceName, describe_value, reject
 from trainer.data.rows import ColumnNames, Columns, Row, ShapedRecord, read_rows, row_of, shaped_records
 from trainer.data.shapes import CHOSEN, COMPLETED, JUDGED, PAIRS, REJECTED
 
-_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
-_LABELS: Mapping[object, bool] = {True: True, False: False}  # 1 and 0 are equal to these
+_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,8 @@ def read_judged(source: SourceName, columns: Columns | None = None) -> Iterator[
         before = judged
 
 
-PREFERENCES: Mapping[RowsRead, Callable[[SourceName, Columns | None], Iterator[Preference]]] = {
+PreferenceReader = Callable[[SourceName, Columns | None], Iterator[Preference]]
+PREFERENCES: Mapping[RowsRead, PreferenceReader] = {
     "pairs": read_pairs,
     "judged": read_judged,
 }
@@ -87,9 +87,12 @@ def read_answers(rows: RowsRead, source: SourceName, columns: Columns | None = N
 
 def _has_turns(record: ShapedRecord, column: str) -> bool:
     """Whether a record has its prompt, or an answer in a column, as turns of a chat."""
-    prompt = record.fields.get("prompt")
-    answer = record.fields.get(column)
-    return isinstance(prompt, list) or isinstance(answer, list)
+    fields = record.fields
+    for name in ("prompt", column):
+        value = fields.get(name)
+        if isinstance(value, list):
+            return True
+    return False
 
 
 def _pair(record: ShapedRecord, chosen: Row, rejected: Row) -> Preference:
@@ -105,10 +108,11 @@ def _pair_of_transcripts(record: ShapedRecord) -> Preference:
     chosen = _cut_transcript(record, "chosen")
     rejected = _cut_transcript(record, "rejected")
     pair = _pair(record, chosen, rejected)
+    chosen_reply = chosen.completion.strip()
+    rejected_reply = rejected.completion.strip()
     if chosen.prompt != rejected.prompt:
         return replace(pair, left_out="branched")
-    replies = (chosen.completion, rejected.completion)
-    if not all(map(str.strip, replies)):
+    if not chosen_reply or not rejected_reply:
         return replace(pair, left_out="no_reply")
     return pair
 
@@ -118,28 +122,36 @@ def _cut_transcript(record: ShapedRecord, column: str) -> Row:
     where = f"{record.where}, field {column}"
     value = record.fields.get(column)
     text = text_of(value, where)
-    found = describe_value(text)
-    speakers = list(_SPEAKER.finditer(text))
-    if not speakers or speakers[0].start() > 0:
+    turns = list(_TURN.finditer(text))
+    begins = bool(_TURN.match(text))
+    if not begins:
+        found = describe_value(text)
         allowed = "a transcript that begins with '\\n\\nHuman:'; else give the prompt a column of its own"
         reject(where, found, allowed)
-    last = speakers[-1]
-    if last[1] != "Assistant":
+    last = turns[-1]
+    speaker = last[1]
+    if speaker != "Assistant":
         reject(where, "a last turn of the human", "a transcript whose last turn is the assistant's")
     cut = last.end()
-    return Row(record.number, text[:cut], text[cut:])
+    prompt = text[:cut]
+    reply = text[cut:]
+    return Row(record.number, prompt, reply)
 
 
 def _pair_of_chats(record: ShapedRecord) -> Preference:
     """A pair of chats that are equal up to their last turns."""
     chosen = _chat(record, "chosen")
     rejected = _chat(record, "rejected")
+    *before_chosen, _ = chosen
+    *before_rejected, _ = rejected
     left_out = None
     if chosen == rejected:
         left_out = "identical"
-    elif chosen[:-1] != rejected[:-1]:
+    elif before_chosen != before_rejected:
         left_out = "branched"
-    answers = (_last_turn(record, chosen), _last_turn(record, rejected))
+    better = _last_turn(record, chosen)
+    worse = _last_turn(record, rejected)
+    answers = (better, worse)
     return Preference(record.number, answers, left_out=left_out, unused=record.unused)
 
 
@@ -152,16 +164,20 @@ def _chat(record: ShapedRecord, column: str) -> Messages:
     """The turns of a record's prompt, and behind them those of an answer in a column; a text is one turn of it."""
     where = f"{record.where}, field {column}"
     turns = _turns_of(record, column, "assistant")
-    prompt = record.fields.get("prompt")
+    fields = record.fields
+    prompt = fields.get("prompt")
     if isinstance(prompt, list):
         asked = _turns_of(record, "prompt", "user")
         turns = (*asked, *turns)
     elif "prompt" in record.shape.columns:
         _require_same_question(record, turns)
-    first = turns[0]["role"]
+    first_turn = turns[0]
+    last_turn = turns[-1]
+    first = first_turn["role"]
+    last = last_turn["role"]
     if first == "assistant":
-        reject(f"{where}[0].role", describe_value(first), "system, user: somebody asks first")
-    last = turns[-1]["role"]
+        found = describe_value(first)
+        reject(f"{where}[0].role", found, "system, user: somebody asks first")
     if last != "assistant":
         reject(where, f"a last turn of the role {last}", "a last turn of the assistant, as it is what is learned")
     return turns
@@ -179,13 +195,18 @@ def _turns_of(record: ShapedRecord, column: str, speaker: str) -> Messages:
 def _require_same_question(record: ShapedRecord, turns: Messages) -> None:
     """Raise RowError where a prompt that is a text beside whole chats is not what is asked first in them."""
     where = f"{record.where}, field prompt"
-    prompt = text_of(record.fields.get("prompt"), where)
+    fields = record.fields
+    value = fields.get("prompt")
+    prompt = text_of(value, where)
+    asked = []
     for turn in turns:
         if turn["role"] == "user":
-            if turn["content"] == prompt:
-                return
-            break
-    reject(where, describe_value(prompt), "what the user asks first in the chats beside it, or a list of turns")
+            content = turn["content"]
+            asked.append(content)
+    if asked[:1] == [prompt]:
+        return
+    found = describe_value(prompt)
+    reject(where, found, "what the user asks first in the chats beside it, or a list of turns")
 
 
 # Judged answers
@@ -193,33 +214,44 @@ def _require_same_question(record: ShapedRecord, turns: Messages) -> None:
 
 def _judged(record: ShapedRecord) -> Preference:
     """An answer that was judged, without its neighbour."""
-    where = f"{record.where}, field label"
-    label = record.fields.get("label")
-    desirable = _LABELS.get(label) if isinstance(label, int | float) else None
-    if desirable is None:
-        reject(where, describe_value(label), "true, false: whether the answer is desirable")
-    if "messages" in record.shape.columns:
-        turns = _chat(record, "messages")
-        answer = _last_turn(record, turns)
-    elif _has_turns(record, "completion"):
-        turns = _chat(record, "completion")
+    desirable = _desirable(record)
+    column, *_ = record.shape.columns
+    if column != "messages":
+        column = "completion"
+    if column == "messages" or _has_turns(record, column):
+        turns = _chat(record, column)
         answer = _last_turn(record, turns)
     else:
         answer = row_of(record, COMPLETED)
-    return Preference(record.number, (answer,), desirable, unused=record.unused)
+    answers = (answer,)
+    return Preference(record.number, answers, desirable, unused=record.unused)
+
+
+def _desirable(record: ShapedRecord) -> bool:
+    """Whether an answer was judged desirable; 1 and 0 say it too."""
+    where = f"{record.where}, field label"
+    fields = record.fields
+    label = fields.get("label")
+    is_number = isinstance(label, int | float)
+    if not is_number or label not in (0, 1):
+        found = describe_value(label)
+        reject(where, found, "true, false: whether the answer is desirable")
+    return bool(label)
 
 
 def _beside(judged: Preference, neighbour: Preference) -> Preference:
     """A judged answer, and behind it the neighbour's answer to the same prompt."""
     (own,) = judged.answers
     (others,) = neighbour.answers
-    turns = own.messages
     completion = others.completion
-    if turns and others.messages:
-        turns = (*turns[:-1], others.messages[-1])
-    elif turns:
-        turns = (*turns[:-1], {"role": "assistant", "content": completion})
-    elif others.messages:
-        completion = others.messages[-1]["content"]
-    other = replace(own, completion=completion, messages=turns)
-    return replace(judged, answers=(own, other))
+    if others.messages:
+        last = others.messages[-1]
+        completion = last["content"]
+    other = replace(own, completion=completion)
+    if own.messages:
+        *before, _ = own.messages
+        answer = {"role": "assistant", "content": completion}
+        turns = (*before, answer)
+        other = replace(own, messages=turns)
+    answers = (own, other)
+    return replace(judged, answers=answers)

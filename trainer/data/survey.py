@@ -129,11 +129,20 @@ def _beyond(id_: int, token: str, row: int, embeddings: int) -> str:
 
 
 # Why a pair teaches nothing, by the kind under which it is counted.
-_LEFT_OUT = {
+_WHY_LEFT_OUT = {
     "identical": "have two answers that are the same",
     "branched": "have two chats that differ before their last turn",
     "no_reply": "have a last turn without text",
 }
+
+
+def _left_out(found: Survey) -> Iterator[str]:
+    """Of how many pairs nothing can be learned, and why."""
+    for kind, reason in _WHY_LEFT_OUT.items():
+        count = found.number(kind)
+        if count:
+            first = found.row(kind)
+            yield f"{count} pairs (first: row {first}) {reason}: left out"
 
 
 def row_warnings(found: Survey, seq_len: int) -> Iterator[str]:
@@ -151,9 +160,7 @@ def row_warnings(found: Survey, seq_len: int) -> Iterator[str]:
         )
     if found.number("empty"):
         yield f"{found.number('empty')} examples (first: row {found.row('empty')}) have nothing to learn: left out"
-    for kind, reason in _LEFT_OUT.items():
-        if found.number(kind):
-            yield f"{found.number(kind)} pairs (first: row {found.row(kind)}) {reason}: left out"
+    yield from _left_out(found)
     cut = found.number("truncated")
     lost = found.number("dropped")
     if cut or lost:

@@ -259,8 +259,9 @@ def _refuse_lost(source: SourceName, counts: Counts, reading: Reading) -> None:
 def _refuse_one_label(source: SourceName, tokens: Tokens) -> None:
     """Raise RowError where all answers were judged alike: nothing says which are better."""
     desirable = tokens.desirable
-    if desirable.all() or not desirable.any():
-        label = str(bool(desirable[0])).lower()
+    mixed = desirable.any() and not desirable.all()
+    if not mixed:
+        label = "true" if desirable.all() else "false"
         raise RowError(f"{source}: found label {label} in every row, allowed: both true and false")
 
 

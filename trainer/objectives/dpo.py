@@ -27,14 +27,18 @@ class DirectPreference(PairObjective):
         """The losses of DPO over the number of pairs; a reward is beta times the growth of a log-likelihood."""
         options = self.setup.job.objective
         assert isinstance(options, DpoOptions)
-        chosen_change = chosen.change
-        rejected_change = rejected.change
-        if options.normalised:
-            chosen_change = chosen.change_per_token
-            rejected_change = rejected.change_per_token
-        losses = pair_losses(options, chosen_change - rejected_change)
         beta = options.beta
-        return PairLosses(losses / totals["pairs"], beta * chosen_change, beta * rejected_change)
+        chosen_growth = chosen.growth
+        rejected_growth = rejected.growth
+        if options.normalised:
+            chosen_growth = chosen.growth_per_token
+            rejected_growth = rejected.growth_per_token
+        margin = chosen_growth - rejected_growth
+        losses = pair_losses(options, margin)
+        of_step = losses / totals["pairs"]
+        chosen_rewards = beta * chosen_growth
+        rejected_rewards = beta * rejected_growth
+        return PairLosses(of_step, chosen_rewards, rejected_rewards)
 
 
 def pair_losses(options: DpoOptions, margin: torch.Tensor) -> torch.Tensor:
@@ -42,10 +46,14 @@ def pair_losses(options: DpoOptions, margin: torch.Tensor) -> torch.Tensor:
     beta = options.beta
     if options.loss == "ipo":
         target = 1 / (2 * beta)
-        return (margin - target) ** 2
+        distance = margin - target
+        return distance**2
     scaled = beta * margin
     if options.loss == "hinge":
-        return (1 - scaled).clamp(min=0)
+        missing = 1 - scaled
+        return missing.clamp(min=0)
     wrong = options.label_smoothing
     right = 1 - wrong
-    return -right * logsigmoid(scaled) - wrong * logsigmoid(-scaled)
+    as_labelled = logsigmoid(scaled)
+    the_other_way = logsigmoid(-scaled)
+    return -right * as_labelled - wrong * the_other_way

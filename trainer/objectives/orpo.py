@@ -14,6 +14,8 @@ from runfolder.objectives import OrpoOptions
 from trainer.objectives.base import Totals
 from trainer.objectives.pairs import AnswerLikelihoods, PairLosses, PairObjective
 
+LIKELIEST = -1e-12  # the log of a probability whose odds are still a number
+
 
 class OddsRatio(PairObjective):
     """To write the chosen answer, and to make its odds better than those of the rejected one."""
@@ -23,17 +25,32 @@ class OddsRatio(PairObjective):
         options = self.setup.job.objective
         assert isinstance(options, OrpoOptions)
         weight = options.weight
-        ratio = log_odds(chosen.per_token) - log_odds(rejected.per_token)
-        supervised = -chosen.policy / totals["chosen_labels"]
-        preferring = -weight * logsigmoid(ratio) / totals["pairs"]
-        return PairLosses(supervised + preferring, weight * chosen.per_token, weight * rejected.per_token)
+        chosen_s = chosen.per_token
+        rejected_s = rejected.per_token
+        ratio = log_odds(chosen_s) - log_odds(rejected_s)
+        entropy = -chosen.policy
+        supervised = entropy / totals["chosen_labels"]
+        dislike = -weight * logsigmoid(ratio)
+        preferring = dislike / totals["pairs"]
+        losses = supervised + preferring
+        chosen_rewards = weight * chosen_s
+        rejected_rewards = weight * rejected_s
+        return PairLosses(losses, chosen_rewards, rejected_rewards)
 
 
 def log_odds(log_p: torch.Tensor) -> torch.Tensor:
     """log(p / (1 - p)) from log p: exact for a p near 0, and for one near 1."""
-    near_one = log_p > -log(2)
+    half = -log(2)
+    is_near_one = log_p > half
     # Each branch is given what it can compute, so that the other one's gradient is no NaN.
-    close = torch.where(near_one, log_p, -1.0).clamp(max=-1e-12)
-    far = torch.where(near_one, -1.0, log_p)
-    log_rest = torch.where(near_one, torch.log(-torch.expm1(close)), torch.log1p(-torch.exp(far)))
+    near_one = torch.where(is_near_one, log_p, half)
+    near_one = near_one.clamp(max=LIKELIEST)
+    near_zero = torch.where(is_near_one, half, log_p)
+    rest_of_near_one = -torch.expm1(near_one)
+    rest_of_near_zero = -torch.exp(near_zero)
+    log_rest = torch.where(
+        is_near_one,
+        torch.log(rest_of_near_one),
+        torch.log1p(rest_of_near_zero),
+    )
     return log_p - log_rest

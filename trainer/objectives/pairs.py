@@ -12,9 +12,8 @@ from torch import nn
 
 from trainer.data.examples import Examples, GlobalBatch
 from trainer.data.layout import MicroBatch
-from trainer.data.tokens import tokenise
-from trainer.objectives.base import HostArrays, Objective, Shares, TensorsByName, Totals
-from trainer.objectives.likelihood import likelihood_arrays, log_likelihoods
+from trainer.objectives.answers import AnswerObjective
+from trainer.objectives.base import HostArrays, Shares, TensorsByName, Totals
 
 TIE = 1e-4  # rewards that differ by less are equal: a policy that has not moved yet differs by rounding
 
@@ -28,7 +27,7 @@ class AnswerLikelihoods:
     labels: torch.Tensor
 
     @property
-    def change(self) -> torch.Tensor:
+    def growth(self) -> torch.Tensor:
         """By how much the log-likelihoods have grown since before the first step."""
         return self.policy - self.reference
 
@@ -38,9 +37,9 @@ class AnswerLikelihoods:
         return self.policy / self.labels
 
     @property
-    def change_per_token(self) -> torch.Tensor:
+    def growth_per_token(self) -> torch.Tensor:
         """The growth of the log-likelihoods per label."""
-        return self.change / self.labels
+        return self.growth / self.labels
 
 
 @dataclass(frozen=True)
@@ -52,49 +51,41 @@ class PairLosses:
     rejected_rewards: torch.Tensor
 
 
-class PairObjective(Objective):
-    """To prefer the chosen answer of each pair; documents 2 i (chosen) and 2 i + 1 (rejected) are a pair."""
-
-    def read(self, source: str) -> Examples:
-        """The rows of a source as pairs of documents."""
-        setup = self.setup
-        tokens = tokenise(source, setup.tokenizer, setup.reading, setup.folder, setup.progress)
-        return Examples.of_each(tokens, 2)
+class PairObjective(AnswerObjective):
+    """To prefer the chosen answer of each pair, whose documents are the chosen answer and then the rejected one."""
 
     def totals(self, batch: GlobalBatch) -> Totals:
         """The pairs of a global batch, and the labels of their chosen answers."""
         examples = batch.examples
+        tokens = examples.tokens
         chosen = examples.starts[batch.chosen]
-        labels = examples.tokens.targets[chosen]
-        return {"pairs": len(chosen), "chosen_labels": int(labels.sum())}
+        labels = tokens.targets[chosen]
+        count = len(chosen)
+        chosen_labels = int(labels.sum())
+        return {"pairs": count, "chosen_labels": chosen_labels}
 
     def arrays(self, examples: Examples, micro: MicroBatch) -> HostArrays:
         """The documents of a micro-batch, and where among them each pair has its answers."""
-        pad_id = self.setup.tokenizer.pad_token_id
-        arrays = likelihood_arrays(micro.rows, examples.tokens, pad_id)
+        arrays = self.document_arrays(micro.rows, examples)
         places = np.array(micro.examples, np.int64)
         places_P2 = places.reshape(-1, 2)  # also of no pair
-        arrays["chosen"] = places_P2[:, 0].copy()
-        arrays["rejected"] = places_P2[:, 1].copy()
+        chosen_P, rejected_P = places_P2.T
+        arrays["chosen"] = np.ascontiguousarray(chosen_P)
+        arrays["rejected"] = np.ascontiguousarray(rejected_P)
         return arrays
-
-    def log_likelihoods(self, model: nn.Module, batch: TensorsByName) -> TensorsByName:
-        """Of the documents of a micro-batch, by their numbers; what the reference is made of."""
-        policy_D = log_likelihoods(model, batch, self.kernels)
-        return {"document": batch["document"], "log_likelihood": policy_D}
 
     def loss(self, model: nn.Module, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:  # noqa: ARG002
         """The losses of a micro-batch's pairs, over the totals of the global batch; a tie counts one half."""
-        policy_D = log_likelihoods(model, batch, self.kernels)
+        policy_D = self.policy(model, batch)
         chosen = side(policy_D, batch, "chosen")
         rejected = side(policy_D, batch, "rejected")
         found = self.compare(chosen, rejected, totals)
         # The document that stands in for none is in no pair, but must reach the weights all the same.
-        loss = found.losses.sum() + 0 * policy_D.sum()
-        margins_P = (found.chosen_rewards - found.rejected_rewards).detach()
-        wins_P = wins(margins_P)
+        nothing = 0 * policy_D.sum()
+        loss = found.losses.sum() + nothing
+        margins_P = found.chosen_rewards - found.rejected_rewards
         logged = {
-            "accuracy": wins_P,
+            "accuracy": wins(margins_P),
             "reward_margin": margins_P,
             "reward_chosen": found.chosen_rewards,
             "reward_rejected": found.rejected_rewards,
@@ -103,7 +94,8 @@ class PairObjective(Objective):
         }
         metrics = {}
         for name, value_P in logged.items():
-            metrics[name] = value_P.sum() / totals["pairs"]
+            total = value_P.sum()
+            metrics[name] = total / totals["pairs"]
         return Shares(loss, metrics)
 
     @abstractmethod
@@ -114,7 +106,8 @@ class PairObjective(Objective):
 def wins(margins_P: torch.Tensor) -> torch.Tensor:
     """For each margin 1 where it is above zero, 0 where it is below; one half for a tie."""
     is_tie_P = margins_P.abs() < TIE
-    won_P = (margins_P > 0).double()
+    is_above_P = margins_P > 0
+    won_P = is_above_P.double()
     return torch.where(is_tie_P, 0.5, won_P)
 
 
@@ -124,6 +117,8 @@ def side(policy_D: torch.Tensor, batch: TensorsByName, name: str) -> AnswerLikel
     policy_P = policy_D[places_P]
     reference_P = torch.zeros_like(policy_P)
     if "reference" in batch:
-        reference_P = batch["reference"][places_P]
-    labels_P = batch["labels"][places_P].double()
-    return AnswerLikelihoods(policy_P, reference_P, labels_P)
+        reference_D = batch["reference"]
+        reference_P = reference_D[places_P]
+    labels_D = batch["labels"]
+    labels_P = labels_D[places_P]
+    return AnswerLikelihoods(policy_P, reference_P, labels_P.double())

@@ -20,5 +20,8 @@ class SimplePreference(PairObjective):
         assert isinstance(options, SimpoOptions)
         chosen_rewards = options.beta * chosen.per_token
         rejected_rewards = options.beta * rejected.per_token
-        losses = -logsigmoid(chosen_rewards - rejected_rewards - options.gamma)
-        return PairLosses(losses / totals["pairs"], chosen_rewards, rejected_rewards)
+        margin = chosen_rewards - rejected_rewards
+        lead = margin - options.gamma
+        losses = -logsigmoid(lead)
+        of_step = losses / totals["pairs"]
+        return PairLosses(of_step, chosen_rewards, rejected_rewards)
