@@ -93,6 +93,10 @@ def objective_sections() -> list[str]:
     for kind, options in OBJECTIVES.items():
         lines += ["", f"### {kind}", "", *paragraphs(options.__doc__), ""]
         lines += [*paragraphs(docstring_of(options.implementation)), "", f"It reads {READ[options.rows]}."]
+        if options.rate_factor != 1:
+            lines += [f"Its default learning rate is {options.rate_factor:g} times that of the method."]
+        if options.needs:
+            lines += [f"It needs {options.needs}."]
         if options.model_fields.keys() - {"kind"}:
             lines += ["", *options_table(options.model_fields)]
     return lines

@@ -61,7 +61,7 @@ class Train(Section):
     )
     micro_batch: int = Field(1, ge=1, description="sequences of seq_len per forward pass and worker")
     lr: float | None = Field(
-        None, gt=0, description="peak learning rate; null: the method's default, at the base's width"
+        None, gt=0, description="peak learning rate; null: the default of method and objective, at the base's width"
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="how lr goes after the warm-up: down to zero by the last step, or not at all"
@@ -222,18 +222,23 @@ class Job(Section):
 
     @property
     def lr(self) -> float:
-        """The peak learning rate: the job's, or the method's default."""
+        """The peak learning rate: the job's, or the default of method and objective."""
         if self.train.lr is not None:
             return self.train.lr
-        return self.method.rate(None)
+        return self._default_rate(None)
 
     def at_width(self, hidden: int | None) -> "Job":
         """The job with its learning rate settled, on a base of this hidden size."""
         if self.train.lr is not None:
             return self
-        settled = {"lr": self.method.rate(hidden)}
+        settled = {"lr": self._default_rate(hidden)}
         train = self.train.model_copy(update=settled)
         return self.model_copy(update={"train": train})
+
+    def _default_rate(self, hidden: int | None) -> float:
+        """The method's learning rate on a base of this hidden size, as the objective takes it."""
+        rate = self.method.rate(hidden)
+        return rate * self.objective.rate_factor
 
     def dump(self) -> dict[str, Any]:
         """The job as plain data that `Job.model_validate` reads back."""

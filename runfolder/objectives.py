@@ -14,6 +14,8 @@ from runfolder.resources import Section
 RowsRead = Literal["answers", "pairs", "judged"]
 OBJECTIVES_GROUP = "fleetune.objectives"
 _FROM_OUTSIDE = "another package's"
+_GENTLE = 0.05  # 1e-6 in TRL, where supervised tuning of all weights has 2e-5
+_REFERENCE = "one forward pass over all answers before the first step, kept for jobs with the same start"
 
 
 class ObjectiveOptions(Section):
@@ -22,6 +24,8 @@ class ObjectiveOptions(Section):
     kind: str  # how a job names the objective: a Literal with a default, in each class that stands for one
     implementation: ClassVar[str]  # "module:class" of what is imported where it trains
     rows: ClassVar[RowsRead] = "answers"
+    rate_factor: ClassVar[float] = 1.0  # of the method's default learning rate, which is one for supervised tuning
+    needs: ClassVar[str] = ""  # what it takes beside a forward and a backward pass over its rows, in words
 
 
 class SftOptions(ObjectiveOptions):
@@ -36,7 +40,9 @@ class DpoOptions(ObjectiveOptions):
 
     kind: Literal["dpo"] = "dpo"
     implementation: ClassVar[str] = "trainer.objectives.dpo:DirectPreference"
+    rate_factor: ClassVar[float] = _GENTLE
     rows: ClassVar[RowsRead] = "pairs"
+    needs: ClassVar[str] = _REFERENCE
     loss: Literal["sigmoid", "ipo", "hinge"] = Field(
         "sigmoid", description="what a margin costs: log-sigmoid, distance to 1/(2 beta) squared, or below 1 linear"
     )
@@ -65,6 +71,7 @@ class SimpoOptions(ObjectiveOptions):
 
     kind: Literal["simpo"] = "simpo"
     implementation: ClassVar[str] = "trainer.objectives.simpo:SimplePreference"
+    rate_factor: ClassVar[float] = _GENTLE
     rows: ClassVar[RowsRead] = "pairs"
     beta: float = Field(2.0, gt=0, description="how strongly a log-likelihood per token counts")
     gamma: float = Field(1.0, ge=0, description="by how much the chosen answer's reward is to lead")
@@ -75,6 +82,7 @@ class OrpoOptions(ObjectiveOptions):
 
     kind: Literal["orpo"] = "orpo"
     implementation: ClassVar[str] = "trainer.objectives.orpo:OddsRatio"
+    rate_factor: ClassVar[float] = 0.4  # 8e-6 in the paper
     rows: ClassVar[RowsRead] = "pairs"
     weight: float = Field(0.1, ge=0, description="of the odds, beside the cross-entropy (the paper's lambda)")
 
@@ -84,7 +92,9 @@ class KtoOptions(ObjectiveOptions):
 
     kind: Literal["kto"] = "kto"
     implementation: ClassVar[str] = "trainer.objectives.kto:ProspectTheory"
+    rate_factor: ClassVar[float] = _GENTLE
     rows: ClassVar[RowsRead] = "judged"
+    needs: ClassVar[str] = f"{_REFERENCE}; in each step one more over the answers of neighbours"
     beta: float = Field(0.1, gt=0, description="how strongly a change of log-likelihood counts")
     desirable: float = Field(1.0, ge=0, description="what a desirable answer weighs")
     undesirable: float = Field(1.0, ge=0, description="what an undesirable answer weighs")
