@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,22 +10,34 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from by_hand import adamw, base
 from finished_runs import Curve, curve, difference, events, interrupted, rows
+from llamas import random_llama
 from sampling import sampled
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from methods.base import Setup
 from methods.registry import create
+from runfolder.objectives import DpoOptions
 from runfolder.record import load_job
 from trainer.data.batches import Batches
+from trainer.data.counts import Counts
 from trainer.data.encode import Reading
 from trainer.data.examples import Examples
+from trainer.data.shards import join_examples
 from trainer.data.tokenizer import load_tokenizer
-from trainer.data.tokens import Document, tokenise
+from trainer.data.tokens import Document, Tokens, tokenise
+from trainer.kernels import Kernels
+from trainer.kernels.head import LinearHead
+from trainer.objectives import likelihood
+from trainer.objectives.dpo import pair_losses
+from trainer.objectives.likelihood import likelihood_arrays
+from trainer.objectives.orpo import log_odds
 from trainer.schedule import learning_rate
+from trainer.step import with_starts
 
 STEPS, HALF = 20, 10
 LN_2 = 0.6931471805599453
@@ -266,3 +279,94 @@ def test_a_damaged_reference_is_computed_again_unless_the_policy_has_moved(
     cached.unlink()
     with pytest.raises(AssertionError, match="ReferenceLost: what the policy before the first step gave is neither"):
         launch(1, lost)
+
+
+def judgements(run: Path) -> dict[int, dict[str, float]]:
+    """What was found of the held-out rows, by step."""
+    lines = (run / "attempts" / "1" / "metrics.jsonl").read_text().splitlines()
+    found = [row for row in map(json.loads, lines) if "eval_loss" in row]
+    return {row["step"]: {name: row[name] for name in row if name.startswith("eval_")} for row in found}
+
+
+@pytest.mark.parametrize(("objective", "first"), [(DPO, LN_2), (FIRST["kto"][0], 0.75)])
+def test_held_out_preferences_are_judged_alike_in_every_layout(
+    objective: dict[str, Any], first: float, preference_run: Any, launch: Any, pairs: Path, judged: Path
+) -> None:
+    held_out = str(judged if objective["kind"] == "kto" else pairs)
+    layouts = {"alone": (1, 0, 4, True), "shared": (2, 2, 1, False)}
+    runs = {}
+    for name, (world, zero, micro, packed) in layouts.items():
+        runs[name] = preference_run(
+            name,
+            objective,
+            data={"eval": held_out, "packing": packed},
+            train={"steps": 4, "micro_batch": micro, "lr": 1e-2},
+            sharding={"zero": zero},
+        )
+        launch(world, runs[name])
+    alone, shared = map(judgements, runs.values())
+    assert alone[0]["eval_loss"] == pytest.approx(first, abs=1e-6)
+    assert alone[4]["eval_loss"] < alone[0]["eval_loss"] - 1e-3
+    for step in (0, 4):
+        assert shared[step] == pytest.approx(alone[step], rel=1e-5, abs=1e-6)
+    if objective["kind"] == "dpo":
+        assert (alone[0]["eval_accuracy"], alone[4]["eval_accuracy"] > 0.5) == (0.5, True)
+
+
+@pytest.mark.parametrize("way", ["chunks", "head"])
+def test_log_likelihoods_are_the_same_in_chunks_and_by_the_head(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(3, 60, length).astype(np.int32) for length in (9, 5, 14)]
+    targets = [np.arange(len(row)) > 2 for row in ids]
+    tokens = Tokens([join_examples(list(zip(ids, targets, strict=True)), range(3), Counts())])
+    arrays = likelihood_arrays([[2, 0], [1]], tokens, pad_id=0)
+    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    torch.manual_seed(0)
+    model: Any = random_llama(vocab_size=60)
+
+    def found(kernels: Kernels) -> tuple[torch.Tensor, torch.Tensor]:
+        policy = likelihood.log_likelihoods(model, batch, kernels)
+        (gradient,) = torch.autograd.grad((policy * torch.tensor([1.0, -2.0, 0.5])).sum(), [model.lm_head.weight])
+        return policy, gradient
+
+    expected, of_weight = found(Kernels())
+    for place, number in enumerate((2, 0, 1)):
+        assert expected[place].item() == pytest.approx(
+            log_likelihood(model, tokens.document(number)).item(), rel=1e-6
+        )
+    kernels = Kernels(LinearHead(model.lm_head, torch.float32)) if way == "head" else Kernels()
+    monkeypatch.setattr(likelihood, "CHUNK", 4)
+    policy, gradient = found(kernels)
+    torch.testing.assert_close(policy, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, of_weight, rtol=1e-5, atol=1e-6)
+
+
+def test_documents_in_one_row_are_told_apart_in_both_parts_of_a_batch() -> None:
+    positions = np.array([[0, 1, 2, 0, 1, 0, 1, 2]])
+    found = with_starts({"position_ids": positions, "neighbours_position_ids": positions[:, :5], "label": positions})
+    assert found["documents"].tolist() == [0, 3, 5, 8]
+    assert found["neighbours_documents"].tolist() == [0, 3, 5]
+
+
+@pytest.mark.parametrize("log_p", [-1e-9, -0.1, -0.6931, -0.6932, -3.0, -50.0, -800.0])
+def test_log_odds_are_exact_and_have_a_gradient_everywhere(log_p: float) -> None:
+    value = torch.tensor(log_p, dtype=torch.float64, requires_grad=True)
+    found = log_odds(value)
+    rest = -math.expm1(log_p)
+    assert found.item() == pytest.approx(log_p - math.log(rest), rel=1e-9)
+    found.backward()
+    assert value.grad is not None and value.grad.item() == pytest.approx(1 / rest, rel=1e-6)
+
+
+@pytest.mark.parametrize("margin", [-50.0, -1.0, 0.0, 1.0, 50.0])
+@pytest.mark.parametrize("name", ["sigmoid", "smoothed", "ipo-summed", "hinge"])
+def test_what_a_margin_costs(name: str, margin: float) -> None:
+    options = DpoOptions.model_validate(FIRST[name][0])
+    beta, wrong = options.beta, options.label_smoothing
+    right = math.log1p(math.exp(-beta * margin))
+    expected = {
+        "sigmoid": (1 - wrong) * right + wrong * (right + beta * margin),
+        "ipo": (margin - 1 / (2 * beta)) ** 2,
+        "hinge": max(0.0, 1 - beta * margin),
+    }
+    assert pair_losses(options, torch.tensor(margin)).item() == pytest.approx(expected[options.loss], rel=1e-6)
