@@ -87,6 +87,12 @@ class Fitting:
         return max(0, too_many)
 
     @property
+    def cut_place(self) -> tuple[int, int]:
+        """Which tokens [start, stop) of the prompt are cut."""
+        start = max(1, self._opening)
+        return start, start + self.cut
+
+    @property
     def fate(self) -> str | None:
         """What becomes of the answers: truncated prompts, dropped where an answer would be cut, or empty ones."""
         for answer in self._answers:
@@ -114,10 +120,7 @@ class Fitting:
         return fitted
 
     def _without_cut(self, whole: Array) -> Array:
-        if not self.cut:
-            return whole[: self._max_tokens]
-        start = max(1, self._opening)
-        stop = start + self.cut
+        start, stop = self.cut_place
         opening = whole[:start]
         rest = whole[stop:]
         joined = np.concatenate([opening, rest])
