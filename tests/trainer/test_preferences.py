@@ -195,15 +195,27 @@ def by_hand(run_dir: Path, cache: Path, loss_of: Callable[[Step], torch.Tensor])
     return found
 
 
-@pytest.mark.parametrize("cases", sampled([(name, method) for name in FIRST for method in METHODS], 3))
+@pytest.mark.parametrize("cases", sampled(list(product(FIRST, METHODS, LAYOUTS)), 2))
+@pytest.mark.timeout(3600)
 def test_first_losses_are_known(cases: list[Any], preference_run: Any, launch: Any) -> None:
-    runs = {case: preference_run("-".join(case), FIRST[case[0]][0], method=METHODS[case[1]]) for case in cases}
-    launch(2, *runs.values())
-    for (name, method), run in runs.items():
-        assert rows(run, 1)[1]["loss"] == pytest.approx(FIRST[name][1], abs=1e-6), (name, method)
-        assert rows(run, 1)[2]["loss"] != rows(run, 1)[1]["loss"]
-        if "accuracy" in rows(run, 1)[1]:
-            assert rows(run, 1)[1]["accuracy"] == pytest.approx(0.5, abs=1e-6)
+    runs = {}
+    for case in cases:
+        name, method, (world, zero, micro, packed) = case
+        runs[case] = preference_run(
+            f"{name}-{method}-{world}-{zero}",
+            FIRST[name][0],
+            method=METHODS[method],
+            data={"packing": packed},
+            train={"steps": 2, "micro_batch": micro},
+            sharding={"zero": zero},
+        )
+        launch(world, runs[case])
+    for case, run in runs.items():
+        first, second = rows(run, 1).values()
+        assert first["loss"] == pytest.approx(FIRST[case[0]][1], abs=1e-6), case
+        assert first["loss"] != second["loss"], case
+        if "accuracy" in first:
+            assert first["accuracy"] == pytest.approx(0.5, abs=1e-6), case
 
 
 @pytest.mark.parametrize("cases", sampled(list(product(BY_HAND, LAYOUTS))))
