@@ -22,8 +22,8 @@ def key_of(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Re
 
     version = transformers.__version__
     families = (ANSWERS, PAIRS, JUDGED)
-    content = digest(source)
-    data = (_TOKENS_FORMAT, shard_rows, families, version, content)
+    of_source = digest(source)
+    data = (_TOKENS_FORMAT, shard_rows, families, version, of_source)
     drop = reading.too_long == "drop"
     max_tokens = reading.max_tokens
     choices = (max_tokens, reading.ends, reading.parse_special, drop, reading.rows)
