@@ -65,8 +65,7 @@ def know_reference(run: Run, examples: Examples, wanted: Indices) -> None:
                 "moved since: submit the job anew"
             )
         found = _computed(run, examples, missing)
-        is_unknown = np.isnan(found)
-        tokens.reference = np.where(is_unknown, reference, found)
+        tokens.reference = _completed(reference, found)
     if record:
         record.write(tokens.reference)
         is_known = np.isfinite(tokens.reference)
@@ -143,23 +142,32 @@ class ReferenceRecord:
 
     def read(self) -> Floats:
         """What is known of each document [documents]; NaN where nothing is."""
-        known = np.full(self._documents, np.nan)
-        for path in self._paths:
-            found = _read_reference(path)
-            if found is not None and len(found) == self._documents:
-                is_unknown = np.isnan(known)
-                known = np.where(is_unknown, found, known)
-        return known
+        in_run, in_cache = self._paths
+        of_run = self._known(in_run)
+        of_cache = self._known(in_cache)
+        return _completed(of_run, of_cache)
 
     def write(self, reference: Floats) -> None:
-        """Write what is known to both places, where less is there."""
+        """Add what is known to both places; what is there stays, as a later attempt may have learned from it."""
         for path in self._paths:
-            found = _read_reference(path)
-            if found is not None:
-                is_same = np.array_equal(found, reference, equal_nan=True)
-                if is_same:
-                    continue
-            _write_reference(path, reference)
+            found = self._known(path)
+            together = _completed(found, reference)
+            is_new = not np.array_equal(found, together, equal_nan=True)
+            if is_new:
+                _write_reference(path, together)
+
+    def _known(self, path: Path) -> Floats:
+        """What a file has of each document; NaN where it has nothing, or is missing or damaged."""
+        found = _read_reference(path)
+        if found is None:
+            return np.full(self._documents, np.nan)
+        return found
+
+
+def _completed(known: Floats, other: Floats) -> Floats:
+    """What is known, and where that is nothing what another one has."""
+    is_unknown = np.isnan(known)
+    return np.where(is_unknown, other, known)
 
 
 def _key(run: Run, tokens: Tokens) -> str:
