@@ -152,7 +152,7 @@ class Inputs:
         tokenizer = load_tokenizer(job.base)
         reading = Reading.of(job, end_ids(tokenizer, job.base))
         setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: None)
-        objective = create_objective(job.objective, setup)
+        objective = create_objective(setup)
         examples = objective.read(job.data.train)
         batches = Batches.of(job, examples)
         for k in range(batches.steps):

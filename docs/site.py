@@ -21,6 +21,7 @@ from clusters.slurm_script import SlurmConfig
 from methods.options import KINDS, Options
 from orchestrator.describe import CAPABILITIES, methods, support
 from runfolder.job import Job
+from runfolder.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
 API = ("runfolder", "orchestrator", "clusters", "trainer", "methods", "serving", "k8s")
@@ -32,6 +33,11 @@ SHOWN_WITH_NAME = (
     "      show_root_toc_entry: true",
     "      skip_local_inventory: true",  # references go to the page of the package
 )
+READ = {
+    "answers": "rows with an answer",
+    "pairs": "pairs of a chosen and a rejected answer",
+    "judged": "answers with a `label`",
+}
 OWN_METHODS = [kind for kind, options in KINDS.items() if options.implementation.startswith("methods.")]
 
 
@@ -69,7 +75,31 @@ def job_page() -> str:
         "",
         "One of the [methods](methods/index.md), with its options: `{kind: lora, rank: 16}`, or",
     ]
-    return "\n".join([*lines, "its bare name for its defaults. Without this key it is `full`.", ""])
+    lines += ["its bare name for its defaults. Without this key it is `full`.", *objective_sections()]
+    return "\n".join([*lines, ""])
+
+
+def objective_sections() -> list[str]:
+    """What a job may learn: of each objective its equation and paper, the rows that it reads, and its options."""
+    lines = [
+        "",
+        "## objective",
+        "",
+        "What is learned from the rows: `{kind: dpo, beta: 0.1}`, or its bare name for its",
+    ]
+    lines += [
+        "its defaults. Without this key it is `sft`. [Data](data.md) has the shapes of rows that each one reads."
+    ]
+    for kind, options in OBJECTIVES.items():
+        lines += ["", f"### {kind}", "", *paragraphs(options.__doc__), ""]
+        lines += [*paragraphs(docstring_of(options.implementation)), "", f"It reads {READ[options.rows]}."]
+        if options.rate_factor != 1:
+            lines += [f"Its default learning rate is {options.rate_factor:g} times that of the method."]
+        if options.needs:
+            lines += [f"It needs {options.needs}."]
+        if options.model_fields.keys() - {"kind"}:
+            lines += ["", *options_table(options.model_fields)]
+    return lines
 
 
 def clusters_page() -> str:
@@ -105,7 +135,7 @@ def is_own(config: type[ClusterConfig], name: str) -> bool:
 
 
 def part_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The model of a key that has keys of its own; None for a plain value, and for the method."""
+    """The model of a key that has keys of its own; None for a plain value, and for method and objective."""
     annotation = field.annotation
     if is_model(annotation) and not issubclass(annotation, Options):
         return annotation
@@ -121,7 +151,7 @@ def options_table(fields: dict[str, FieldInfo]) -> list[str]:
     """A table of keys: what they may be, their default, what they mean."""
     lines = ["| key | values | default | meaning |", "|---|---|---|---|"]
     for name, field in fields.items():
-        if name != "method" and name != "kind":
+        if name not in ("method", "objective", "kind"):
             default = "required" if field.is_required() else f"`{shown_default(field)}`"
             lines.append(f"| `{name}` | {values(field)} | {default} | {escaped(field.description or '')} |")
     return lines

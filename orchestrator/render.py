@@ -187,6 +187,10 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
         "learning rate": f"{plan.lr:.4g} at its peak ({plan.lr_source})",
         "steps": _steps_text(plan),
     }
+    if plan.objective != "sft":
+        fields["objective"] = plan.objective
+    if plan.needs:
+        fields["it needs"] = plan.needs
     if plan.sizes is None:
         fields["parameters"] = "unknown: this kind of base tells its shapes by its weights, which are not here"
         return fields

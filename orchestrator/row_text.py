@@ -12,7 +12,14 @@ from orchestrator.rows import PackedSequence, RowsView, ShownExample
 if TYPE_CHECKING:
     from trainer.data.survey import Survey
 
-_FATES = {"truncated": ", longer than data.seq_len: its end is cut", "dropped": ", left out: it is too long"}
+_CUT_PROMPT = ", longer than data.seq_len: the beginning of its prompt is cut"
+_FATES = {
+    "truncated": ", longer than data.seq_len: its end is cut",
+    "dropped": ", left out: it is too long",
+    "identical": ", left out: both answers are the same",
+    "branched": ", left out: the chats differ before their last turn",
+    "no_reply": ", left out: a last turn has no text",
+}
 
 
 def show_rows(view: RowsView) -> None:
@@ -30,12 +37,14 @@ def show_rows(view: RowsView) -> None:
 
 
 def _show_example(example: ShownExample) -> None:
-    trained_on = example.tokens[: example.kept]
     learned = 0
-    for token in trained_on:
-        learned += token.learned
+    for index, token in enumerate(example.tokens):
+        if example.keeps(index):
+            learned += token.learned
     tokens = len(example.tokens)
     fate = _FATES.get(example.fate or "", "")
+    if example.cut_to > example.cut_from and example.kept:
+        fate = _CUT_PROMPT
     print_markup(f"[bold]row {example.row}[/]  {tokens} tokens, {learned} learned{fate}")
     print_markup(_coloured_text(example))
     print_markup(_coloured_tokens(example))
@@ -73,7 +82,7 @@ def _coloured_tokens(example: ShownExample) -> Text:
     """The ids, each with its text as a word without spaces."""
     text = Text("tokens  ", style="dim")
     for index, token in enumerate(example.tokens):
-        kept = index < example.kept
+        kept = example.keeps(index)
         style = _style(token.learned, kept)
         word = f"{token.id}:{token.text!r}"
         text.append(word, style=style)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.errors import InputError
 from orchestrator.planning import base
@@ -14,14 +14,16 @@ from orchestrator.planning.preflight import few_steps
 from orchestrator.planning.survey import SourceProgress, missing_packages, with_date
 from runfolder.folders import cache
 from runfolder.job import Job
+from trainer.data.preferences import PREFERENCES, Preference
 from trainer.data.rows import Row, read_rows
 from trainer.data.survey import Survey, row_warnings, survey, unknown_id
 from trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer
 
 if TYPE_CHECKING:
-    from trainer.data.encode import Encoded, Reading
+    from trainer.data.encode import Encoded, Encoder, Reading
     from trainer.data.tokens import Tokens
 
+RowOrPreference = TypeVar("RowOrPreference", Row, Preference)
 _EXAMPLES = 3  # of the first rows, unless one is asked for
 _SEQUENCES = 3  # of the first step
 
@@ -37,12 +39,22 @@ class ShownToken:
 
 @dataclass(frozen=True)
 class ShownExample:
-    """An example whole. `kept` tokens of it are trained on; `fate` says why not all are: truncated or dropped."""
+    """An example whole, of whose first `kept` tokens all are trained on but those of [cut_from, cut_to).
+
+    `fate` says why not all are: truncated, dropped, or of a pair that teaches nothing, why (as Preference has it).
+    """
 
     row: int
     tokens: list[ShownToken]
     kept: int
     fate: str | None
+    cut_from: int = 0
+    cut_to: int = 0
+
+    def keeps(self, index: int) -> bool:
+        """Whether the token at this place is trained on."""
+        is_cut = self.cut_from <= index < self.cut_to
+        return index < self.kept and not is_cut
 
     @property
     def parts(self) -> Iterator[tuple[str, bool, bool]]:
@@ -50,7 +62,7 @@ class ShownExample:
         text = ""
         state = (False, True)
         for index, token in enumerate(self.tokens):
-            kept = index < self.kept
+            kept = self.keeps(index)
             token_state = (token.learned, kept)
             if token_state != state and text:
                 yield text, *state
@@ -126,15 +138,18 @@ def _look_at(job: Job, source: str, model: Model, row_number: int | None, progre
     ends = end_ids(tokenizer, job.base, model.folder)
     reading = Reading.of(job, ends)
     encoder = Encoder(source, tokenizer, reading)
-    chosen = _chosen_rows(job, source, row_number)
-    shown = []
-    for row, examples in encoder.examples(chosen):
-        for example in examples:
-            shown_example = _shown_example(example, row.number, tokenizer, reading)
-            shown.append(shown_example)
+    if reading.rows == "answers":
+        stream = read_rows(source, job.data.columns)
+        chosen = _chosen_rows(stream, row_number)
+        shown = _shown_examples(chosen, encoder, tokenizer, reading)
+    else:
+        read = PREFERENCES[reading.rows]
+        preferences = read(source, job.data.columns)
+        chosen_preferences = _chosen_rows(preferences, row_number)
+        shown = _shown_answers(chosen_preferences, encoder, tokenizer, reading)
     report_done = partial(progress, source)
     tokens = tokenise(source, tokenizer, reading, cache(), report_done)
-    counts = survey(tokens, tokenizer)
+    counts = survey(tokens, tokenizer, reading.documents)
     warnings = []
     unknown = unknown_id(counts, model.embeddings)
     if unknown:
@@ -143,13 +158,12 @@ def _look_at(job: Job, source: str, model: Model, row_number: int | None, progre
     sequences: list[PackedSequence] = []
     if source == job.data.train:  # what is evaluated on is in no step
         warnings += few_steps(job, counts.tokens)
-        sequences = _first_sequences(job, tokens)
+        sequences = _first_sequences(job, tokens, reading.documents)
     return RowsView(source, counts, warnings, shown, sequences)
 
 
-def _chosen_rows(job: Job, source: str, number: int | None) -> list[Row]:
+def _chosen_rows(stream: Iterator[RowOrPreference], number: int | None) -> list[RowOrPreference]:
     """The row of this number, or the first ones."""
-    stream = read_rows(source, job.data.columns)
     if number is None:
         return list(islice(stream, _EXAMPLES))
     chosen = [row for row in stream if row.number == number]
@@ -158,12 +172,52 @@ def _chosen_rows(job: Job, source: str, number: int | None) -> list[Row]:
     return chosen
 
 
-def _shown_example(example: "Encoded", row: int, tokenizer: Any, reading: "Reading") -> ShownExample:
-    from trainer.data.tokens import fate_of
+def _shown_examples(rows: list[Row], encoder: "Encoder", tokenizer: Any, reading: "Reading") -> list[ShownExample]:
+    """The examples of some rows with an answer."""
+    from trainer.data.making import fate_of
 
-    capacity = reading.seq_len - reading.virtual
     drops = reading.too_long == "drop"
-    fate = fate_of(example, capacity, drops)
+    shown = []
+    for row, examples in encoder.examples(rows):
+        for example in examples:
+            fate = fate_of(example, reading.max_tokens, drops)
+            tokens = _shown_tokens(example, tokenizer)
+            kept = min(reading.max_tokens, len(tokens))
+            if fate == "dropped":
+                kept = 0
+            shown_example = ShownExample(row.number, tokens, kept, fate)
+            shown.append(shown_example)
+    return shown
+
+
+def _shown_answers(
+    preferences: list[Preference], encoder: "Encoder", tokenizer: Any, reading: "Reading"
+) -> list[ShownExample]:
+    """Both answers of some preferences, of which the prompt may have lost its beginning."""
+    from trainer.data.answers import Fitting
+
+    shown = []
+    for preference in preferences:
+        answers = []
+        rows_of_both = list(preference.answers)
+        for _, examples in encoder.examples(rows_of_both):
+            answers += examples
+        opening = encoder.opening(answers[0].ids)
+        fitting = Fitting(answers, opening, reading)
+        fate = preference.left_out or fitting.fate
+        start, stop = fitting.cut_place
+        for answer in answers:
+            tokens = _shown_tokens(answer, tokenizer)
+            capacity = reading.max_tokens + fitting.cut
+            kept = min(capacity, len(tokens))
+            if fate not in (None, "truncated"):
+                kept = 0
+            shown_answer = ShownExample(preference.number, tokens, kept, fate, start, stop)
+            shown.append(shown_answer)
+    return shown
+
+
+def _shown_tokens(example: "Encoded", tokenizer: Any) -> list[ShownToken]:
     ids = example.ids.tolist()
     texts = _token_texts(ids, tokenizer)
     learned = example.target.tolist()
@@ -171,10 +225,7 @@ def _shown_example(example: "Encoded", row: int, tokenizer: Any, reading: "Readi
     for token_id, text, is_learned in zip(ids, texts, learned, strict=True):
         token = ShownToken(token_id, text, is_learned)
         tokens.append(token)
-    kept = min(capacity, len(ids))
-    if fate == "dropped":
-        kept = 0
-    return ShownExample(row, tokens, kept, fate)
+    return tokens
 
 
 def _token_texts(ids: list[int], tokenizer: Any) -> list[str]:
@@ -197,12 +248,12 @@ def _token_texts(ids: list[int], tokenizer: Any) -> list[str]:
     return texts
 
 
-def _first_sequences(job: Job, tokens: "Tokens") -> list[PackedSequence]:
+def _first_sequences(job: Job, tokens: "Tokens", documents_of_each: int) -> list[PackedSequence]:
     """The first sequences of the first step that differ, as one worker would be given them."""
     from trainer.data.batches import Batches
     from trainer.data.examples import Examples
 
-    batches = Batches.of(job, Examples.of_each(tokens))
+    batches = Batches.of(job, Examples.of_each(tokens, documents_of_each))
     different: dict[tuple[int, ...], None] = {}  # in the order of the step
     for micro_batch in batches.deal(0, 0, 1):
         for documents in micro_batch.rows:

@@ -5,11 +5,10 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from methods.options import KINDS, AnyOptions
 from methods.options.full import Full
-from runfolder import objectives
+from runfolder.objectives import AnyObjective, SftOptions
 from runfolder.resources import Resources, Section, as_mapping
 from runfolder.variables import Variables
 
@@ -62,7 +61,7 @@ class Train(Section):
     )
     micro_batch: int = Field(1, ge=1, description="sequences of seq_len per forward pass and worker")
     lr: float | None = Field(
-        None, gt=0, description="peak learning rate; null: the method's default, at the base's width"
+        None, gt=0, description="peak learning rate; null: the default of method and objective, at the base's width"
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="how lr goes after the warm-up: down to zero by the last step, or not at all"
@@ -150,7 +149,7 @@ class Job(Section):
         description="what run ids begin with: at most 32 of a-z, 0-9 and -, from a letter on, not ending with -",
     )
     base: Annotated[Base, as_mapping("model")]
-    objective: str = Field("sft", description="what is learned from a row; sft: its answer, by cross-entropy")
+    objective: Annotated[AnyObjective, as_mapping("kind")] = SftOptions()
     method: Annotated[AnyOptions, as_mapping("kind")] = Full()
     data: Annotated[Data, as_mapping("train")]
     train: Train
@@ -172,15 +171,6 @@ class Job(Section):
             raise ValueError(
                 "must be at most 32 characters: a-z, 0-9 and -, starting with a letter, not ending with -"
             )
-        return name
-
-    @field_validator("objective")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        if not objectives.is_known(name):
-            known = ", ".join(map(repr, sorted(objectives.known())))
-            allowed = f"{known}, or one of a package that is installed here"
-            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": allowed})
         return name
 
     @field_validator("output")
@@ -232,18 +222,23 @@ class Job(Section):
 
     @property
     def lr(self) -> float:
-        """The peak learning rate: the job's, or the method's default."""
+        """The peak learning rate: the job's, or the default of method and objective."""
         if self.train.lr is not None:
             return self.train.lr
-        return self.method.rate(None)
+        return self._default_rate(None)
 
     def at_width(self, hidden: int | None) -> "Job":
         """The job with its learning rate settled, on a base of this hidden size."""
         if self.train.lr is not None:
             return self
-        settled = {"lr": self.method.rate(hidden)}
+        settled = {"lr": self._default_rate(hidden)}
         train = self.train.model_copy(update=settled)
         return self.model_copy(update={"train": train})
+
+    def _default_rate(self, hidden: int | None) -> float:
+        """The method's learning rate on a base of this hidden size, as the objective takes it."""
+        rate = self.method.rate(hidden)
+        return rate * self.objective.rate_factor
 
     def dump(self) -> dict[str, Any]:
         """The job as plain data that `Job.model_validate` reads back."""

@@ -1,34 +1,165 @@
-"""Which objectives there are, and where each is written: names alone, so that a laptop imports no torch.
+"""Which objectives there are, with their options: plain data, so that a laptop imports no torch.
 
 Another package adds one by an entry point of the group `fleetune.objectives`: its name, and `module:Class`.
 """
 
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from runfolder.resources import Section
+
+RowsRead = Literal["answers", "pairs", "judged"]
 OBJECTIVES_GROUP = "fleetune.objectives"
-OBJECTIVES: Mapping[str, str] = {
-    "sft": "trainer.objectives.sft:Supervised",
+_FROM_OUTSIDE = "another package's"
+_GENTLE = 0.05  # 1e-6 in TRL, where supervised tuning of all weights has 2e-5
+_REFERENCE = "one forward pass over all answers before the first step, kept for jobs with the same start"
+
+
+class ObjectiveOptions(Section):
+    """What all objectives share: a kind, and the rows that they read."""
+
+    kind: str  # how a job names the objective: a Literal with a default, in each class that stands for one
+    implementation: ClassVar[str]  # "module:class" of what is imported where it trains
+    rows: ClassVar[RowsRead] = "answers"
+    rate_factor: ClassVar[float] = 1.0  # of the method's default learning rate, which is one for supervised tuning
+    needs: ClassVar[str] = ""  # what it takes beside a forward and a backward pass over its rows, in words
+
+
+class SftOptions(ObjectiveOptions):
+    """Supervised fine-tuning: the cross-entropy of a row's answer."""
+
+    kind: Literal["sft"] = "sft"
+    implementation: ClassVar[str] = "trainer.objectives.sft:Supervised"
+
+
+class DpoOptions(ObjectiveOptions):
+    """Direct preference optimisation: the policy itself is the reward, against the policy before the first step."""
+
+    kind: Literal["dpo"] = "dpo"
+    implementation: ClassVar[str] = "trainer.objectives.dpo:DirectPreference"
+    rate_factor: ClassVar[float] = _GENTLE
+    rows: ClassVar[RowsRead] = "pairs"
+    needs: ClassVar[str] = _REFERENCE
+    loss: Literal["sigmoid", "ipo", "hinge"] = Field(
+        "sigmoid", description="what a margin costs: log-sigmoid, distance to 1/(2 beta) squared, or below 1 linear"
+    )
+    beta: float = Field(0.1, gt=0, description="how strongly a change of log-likelihood counts; of ipo: its tau")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="how many labels are taken to be wrong (sigmoid)")
+    per_token: bool | None = Field(
+        None, description="log-likelihoods per token of the answer, not summed; null: for ipo alone"
+    )
+
+    @model_validator(mode="after")
+    def _smooths_sigmoid_alone(self) -> "DpoOptions":
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing with loss {self.loss}, which has none; allowed: loss sigmoid")
+        return self
+
+    @property
+    def normalised(self) -> bool:
+        """Whether log-likelihoods are taken per token."""
+        if self.per_token is None:
+            return self.loss == "ipo"
+        return self.per_token
+
+
+class SimpoOptions(ObjectiveOptions):
+    """SimPO: the log-likelihood per token is the reward, without a reference; the chosen one leads by `gamma`."""
+
+    kind: Literal["simpo"] = "simpo"
+    implementation: ClassVar[str] = "trainer.objectives.simpo:SimplePreference"
+    rate_factor: ClassVar[float] = _GENTLE
+    rows: ClassVar[RowsRead] = "pairs"
+    beta: float = Field(2.0, gt=0, description="how strongly a log-likelihood per token counts")
+    gamma: float = Field(1.0, ge=0, description="by how much the chosen answer's reward is to lead")
+
+
+class OrpoOptions(ObjectiveOptions):
+    """ORPO: the chosen answer's cross-entropy, and the odds of the chosen against the rejected answer beside it."""
+
+    kind: Literal["orpo"] = "orpo"
+    implementation: ClassVar[str] = "trainer.objectives.orpo:OddsRatio"
+    rate_factor: ClassVar[float] = 0.4  # 8e-6 in the paper
+    rows: ClassVar[RowsRead] = "pairs"
+    weight: float = Field(0.1, ge=0, description="of the odds, beside the cross-entropy (the paper's lambda)")
+
+
+class KtoOptions(ObjectiveOptions):
+    """KTO: answers that were judged one by one, as desirable or not, against the policy before the first step."""
+
+    kind: Literal["kto"] = "kto"
+    implementation: ClassVar[str] = "trainer.objectives.kto:ProspectTheory"
+    rate_factor: ClassVar[float] = _GENTLE
+    rows: ClassVar[RowsRead] = "judged"
+    needs: ClassVar[str] = f"{_REFERENCE}; in each step one more over the answers of neighbours"
+    beta: float = Field(0.1, gt=0, description="how strongly a change of log-likelihood counts")
+    desirable: float = Field(1.0, ge=0, description="what a desirable answer weighs")
+    undesirable: float = Field(1.0, ge=0, description="what an undesirable answer weighs")
+
+
+class OutsideOptions(ObjectiveOptions):
+    """An objective of another package, which has no options here."""
+
+    @field_validator("kind")
+    @classmethod
+    def _is_registered(cls, kind: str) -> str:
+        implementation_of(kind)
+        return kind
+
+
+OBJECTIVES: Mapping[str, type[ObjectiveOptions]] = {
+    "sft": SftOptions,
+    "dpo": DpoOptions,
+    "simpo": SimpoOptions,
+    "orpo": OrpoOptions,
+    "kto": KtoOptions,
 }
 
 
-def known() -> dict[str, str]:
-    """Every objective by its name, as `module:Class`; those of Fleetune cannot be replaced from outside."""
-    outside = {}
+def outside() -> dict[str, str]:
+    """The objectives of other packages by their names, as `module:Class`; none replaces one of Fleetune."""
+    found = {}
     for point in entry_points(group=OBJECTIVES_GROUP):
-        outside[point.name] = point.value
-    return {**outside, **OBJECTIVES}
+        if point.name not in OBJECTIVES:
+            found[point.name] = point.value
+    return found
 
 
-def is_known(name: str) -> bool:
-    """Whether there is an objective of this name; what other packages have is read only where it must be."""
-    if name in OBJECTIVES:
-        return True
-    return name in known()
+def known() -> list[str]:
+    """The name of every objective that is installed here."""
+    return sorted([*OBJECTIVES, *outside()])
 
 
-def implementation_of(name: str) -> str:
-    """Where an objective that is known is written, as `module:Class`."""
-    if name in OBJECTIVES:
-        return OBJECTIVES[name]
-    return known()[name]
+def implementation_of(kind: str) -> str:
+    """Where an objective is written, as `module:Class`; raises KeyError for one that is not installed here."""
+    if kind in OBJECTIVES:
+        options = OBJECTIVES[kind]
+        return options.implementation
+    return outside()[kind]
+
+
+def _tag_of(value: Any) -> str:
+    """Under which tag an objective is validated; what other packages have is read only where it must be."""
+    kind = getattr(value, "kind", None)
+    if isinstance(value, Mapping):
+        kind = value.get("kind")
+    tag = str(kind)
+    if tag in OBJECTIVES:
+        return tag
+    if tag in outside():
+        return _FROM_OUTSIDE
+    return tag
+
+
+if TYPE_CHECKING:
+    AnyObjective = ObjectiveOptions
+else:
+    _TAGGED = []
+    for _kind, _options in OBJECTIVES.items():
+        _TAGGED.append(Annotated[_options, Tag(_kind)])
+    _TAGGED.append(Annotated[OutsideOptions, Tag(_FROM_OUTSIDE)])
+    _ANY = Union[tuple(_TAGGED)]  # noqa: UP007 (as many as there are)
+    AnyObjective = Annotated[_ANY, Discriminator(_tag_of)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import starmap
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -19,6 +20,7 @@ from trainer.end_tokens import until_end
 from trainer.generation import PromptGroup, groups, rounds
 from trainer.objectives.base import TensorsByName, Totals
 from trainer.progress import counted
+from trainer.reference import know_reference
 from trainer.run import Run
 from trainer.step import NamedSums, add_shares, micro_batches, prepared, reduced
 from trainer.world import World
@@ -54,6 +56,7 @@ class Evaluator:
         rows = job.evaluation.rows
         held_out = objective.read(source)
         examples = held_out.first(rows)
+        know_reference(run, examples, np.arange(len(examples)))
         layout = layout_of(job)
         batches = Batches(examples, layout, seed=0, batch_tokens=job.train.batch_tokens, epochs=1)
         new_tokens = job.evaluation.max_new_tokens

@@ -33,6 +33,7 @@ from trainer.meter import Meter, SaveRequest
 from trainer.objectives.base import ObjectiveSetup
 from trainer.objectives.registry import create_objective
 from trainer.progress import announce, noting_progress
+from trainer.reference import know_reference
 from trainer.run import Run
 from trainer.schedule import learning_rate
 from trainer.step import feed, take_step
@@ -51,6 +52,7 @@ def train(run_dir: Path, attempt: int) -> bool:
     claimed = Attempt(run_dir, attempt)
     try:
         run, first = prepare_run(claimed)
+        know_reference(run, run.examples, run.batches.all_examples())
         settings = run.job.checkpoint
         saves = CheckpointWriter(run.attempt, run.world, settings.every, settings.keep)
         evaluator = Evaluator.create(run)
@@ -81,7 +83,7 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     ends = end_ids(tokenizer, job.base)
     reading = Reading.of(job, ends)
     objective_setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.note_progress())
-    objective = create_objective(job.objective, objective_setup)
+    objective = create_objective(objective_setup)
     examples = objective.read(job.data.train)
     stops.leave_if_warned(stops.first)
     batches = Batches.of(job, examples)

@@ -14,7 +14,7 @@ from trainer import rollouts
 from trainer.data.examples import GlobalBatch
 from trainer.data.one_row import deal_in_one_row, starts_of_documents
 from trainer.meter import Meter, SaveRequest
-from trainer.objectives.base import Shares, TensorsByName, Totals
+from trainer.objectives.base import HostArrays, Shares, TensorsByName, Totals
 from trainer.run import Run
 
 ItemT = TypeVar("ItemT")
@@ -125,15 +125,23 @@ def micro_batches(run: Run, global_batch: GlobalBatch) -> Iterator[BatchTensors]
     else:
         dealt = layout.deal(global_batch, world.rank, world.size)
     for micro in dealt:
-        of_objective = objective.arrays(examples, micro)
-        arrays = dict(of_objective)
-        if in_one_row and "position_ids" in arrays:
-            position_BT = arrays["position_ids"]
-            arrays["documents"] = starts_of_documents(position_BT)
+        arrays = objective.arrays(examples, micro)
+        if in_one_row:
+            arrays = with_starts(arrays)
         batch = {}
         for name, array in arrays.items():
             batch[name] = to_device(array, world.device)
         yield batch
+
+
+def with_starts(arrays: HostArrays) -> HostArrays:
+    """Arrays, and beside all position_ids the starts of documents, by which attention keeps them apart in one row."""
+    with_starts = dict(arrays)
+    for name, array in arrays.items():
+        if name.endswith("position_ids"):
+            prefix = name.removesuffix("position_ids")
+            with_starts[prefix + "documents"] = starts_of_documents(array)
+    return with_starts
 
 
 def to_device(array: Any, device: torch.device) -> torch.Tensor:

@@ -46,6 +46,8 @@ class Plan:
     name: str
     base: str
     method: str
+    objective: str
+    needs: str  # what the objective takes beside a forward and a backward pass over its rows
     workers: int
     zero: int
     precision: str
@@ -80,6 +82,8 @@ def plan(
         name=job.name,
         base=job.base.model,
         method=job.method.kind,
+        objective=job.objective.kind,
+        needs=job.objective.needs,
         workers=job.resources.world_size,
         zero=job.sharding.zero,
         precision=planned_precision(job),
@@ -101,6 +105,15 @@ def _rate_source(job: Job, hidden_size: int | None) -> str:
     """Where a job's learning rate comes from."""
     if job.train.lr is not None:
         return "train.lr"
+    source = _default_source(job, hidden_size)
+    objective = job.objective
+    if objective.rate_factor == 1:
+        return source
+    return f"{objective.rate_factor:g} times the {source}, for {objective.kind}"
+
+
+def _default_source(job: Job, hidden_size: int | None) -> str:
+    """Of which method and width the default learning rate is."""
     method = job.method
     source = f"default of {method.kind}"
     if method.width_exponent == 0:

@@ -15,7 +15,7 @@ from runfolder.job import Job
 
 LARGEST = 1 << 20  # bytes of a job.yaml
 # What a bare string stands for in job.yaml.
-SHORT = {"base": "model", "data": "train", "method": "kind"}
+SHORT = {"base": "model", "data": "train", "method": "kind", "objective": "kind"}
 _DOTTED_KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
 _EXPONENT_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 

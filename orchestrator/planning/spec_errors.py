@@ -3,17 +3,19 @@
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import NoneType
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from methods.options import KINDS, UNUSABLE
+from runfolder import objectives
 from runfolder.job import Job
 
 FieldPath = tuple[str | int, ...]
 ModelType = type[BaseModel]
+_WITH_KIND: Mapping[str, Mapping[str, ModelType]] = {"method": KINDS, "objective": objectives.OBJECTIVES}
 _LONGEST_WORD = 80  # characters: what is longer is no typing error of a name
 _LONGEST_VALUE = 200  # characters of a value in a message
 
@@ -113,12 +115,23 @@ def _allowed(problem: Any) -> str:
     if kind == "missing":
         return ""
     if kind.startswith("union_tag"):
-        return ", ".join(map(repr, KINDS))
+        return _known_kinds(problem["loc"][0])
     if kind == "literal_error":
         return str(problem["ctx"]["expected"])
     if kind in ("model_type", "model_attributes_type"):
         return "a mapping"
     return re.sub(r"^Input should (be )?|, (unable|got) .*", "", problem["msg"])
+
+
+def _known_kinds(field: str) -> str:
+    """The kinds that a field with options of its own kind may have."""
+    kinds: Iterable[str] = KINDS
+    beside = ""
+    if field == "objective":
+        kinds = objectives.known()
+        beside = ", or one of a package that is installed here"
+    quoted = map(repr, kinds)
+    return ", ".join(quoted) + beside
 
 
 def _field_path(loc: FieldPath, plain: Any, root: ModelType) -> FieldPath:
@@ -134,7 +147,7 @@ def _field_path(loc: FieldPath, plain: Any, root: ModelType) -> FieldPath:
         path.append(step)
         is_field = model is not None and step in model.model_fields
         model = _model_of(model, step, plain) if is_field and model else None
-        if is_field and step == "method" and steps:
+        if is_field and step in _WITH_KIND and steps:
             steps.pop(0)
     return tuple(path)
 
@@ -151,9 +164,12 @@ def _model_at(path: FieldPath, plain: Any, root: ModelType) -> ModelType | None:
 
 def _model_of(model: ModelType, key: str | int, plain: Any) -> ModelType | None:
     """The model of a field, when it has one."""
-    if model is Job and key == "method":
-        kind = _value_at(plain, ("method", "kind"))
-        return KINDS.get(kind) if isinstance(kind, str) else None
+    if model is Job and key in _WITH_KIND:
+        kinds = _WITH_KIND[str(key)]
+        kind = _value_at(plain, (key, "kind"))
+        if isinstance(kind, str):
+            return kinds.get(kind)
+        return None
     if key not in model.model_fields:
         return None
     annotation = model.model_fields[str(key)].annotation

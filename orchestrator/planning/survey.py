@@ -26,7 +26,8 @@ from runfolder.job import Job
 from runfolder.sources import ClusterFile, file_of, parse_source
 from trainer.data.date import asks_for_date
 from trainer.data.files import digest
-from trainer.data.rows import Row, read_rows
+from trainer.data.preferences import read_answers
+from trainer.data.rows import Row
 from trainer.data.survey import Survey
 
 READER = [sys.executable, "-P", "-m", "trainer.data"]  # the child, which gets a request and prints answers
@@ -196,7 +197,8 @@ def _note_path(job: Job, source: str, folder: Path) -> Path:
     surveys = cache_folder() / "surveys"
     data = job.data.model_dump(mode="json", exclude={"train", "eval", "packing"})
     virtual_tokens = job.method.virtual_tokens
-    facts = (_SURVEY_FORMAT, digest(source), data, virtual_tokens)
+    rows_read = job.objective.rows
+    facts = (_SURVEY_FORMAT, digest(source), data, virtual_tokens, rows_read)
     transformers_version = version("transformers")
     total = hashlib.sha256(repr(facts).encode())
     total.update(transformers_version.encode())
@@ -256,8 +258,11 @@ def _estimate(job: Job, source: str) -> SourceRows:
     """The rows of a source, and their tokens by the characters that they have."""
     count = 0
     tokens = 0
-    for row in read_rows(source, job.data.columns):
-        count += 1
+    last = 0
+    rows_read = job.objective.rows
+    for row in read_answers(rows_read, source, job.data.columns):
+        count += row.number != last
+        last = row.number
         row_tokens = ceil(_characters(row) / _CHARACTERS_PER_TOKEN)
         tokens += min(job.data.seq_len, row_tokens)
     return SourceRows(count, tokens)

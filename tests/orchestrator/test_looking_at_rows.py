@@ -15,6 +15,7 @@ from tokenizer_kinds import CHATML, make
 from orchestrator.errors import InputError
 from orchestrator.planning import survey as looking
 from orchestrator.planning.plan import plan
+from orchestrator.row_text import show_rows
 from orchestrator.rows import rows
 from orchestrator.submit import submit
 from runfolder.record import read_record
@@ -77,6 +78,27 @@ def test_rows_shows_what_is_learned_and_what_is_cut(tmp_path: Path) -> None:
         rows(tmp_path / "job.yaml", row=33)
     with pytest.raises(InputError, match=r"data\.eval: missing"):
         rows(tmp_path / "job.yaml", evaluation=True)
+
+
+@pytest.mark.usefixtures("base", "home")
+def test_rows_shows_both_answers_of_a_pair_and_what_its_prompt_loses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = {"prompt": "Answer:", "chosen": " yes", "rejected": " no no"}
+    long = {"prompt": "first " + "a b " * 40, "chosen": "yes", "rejected": "no"}
+    path = job(tmp_path, short, long, short | {"rejected": " yes"}, too_long="cut")
+    found = rows(path, overrides=["objective=dpo"])
+    assert [example.row for example in found.examples] == [1, 1, 2, 2, 3, 3]
+    assert [text(example, True) for example in found.examples[:2]] == [" yes<|im_end|>", " no no<|im_end|>"]
+    for example in found.examples[2:4]:
+        kept = [index for index in range(len(example.tokens)) if example.keeps(index)]
+        assert example.fate == "truncated" and kept[-1] == len(example.tokens) - 1
+        assert kept[0] == 0 and len(kept) <= 48 and kept[1] > 10
+    assert max(example.cut_to for example in found.examples[2:4]) > 0
+    assert [(example.fate, example.kept) for example in found.examples[4:]] == [("identical", 0)] * 2
+    show_rows(found)
+    said = capsys.readouterr().out
+    assert said.count("the beginning of its prompt is cut") == 2 and said.count("both answers are the same") == 2
 
 
 @pytest.mark.usefixtures("base", "home")

@@ -152,12 +152,12 @@ def test_a_metric_has_a_name_of_its_own() -> None:
 
 def test_an_unknown_objective_is_refused_with_what_is_allowed(new_run: Any) -> None:
     job = yaml.safe_load((new_run("any") / "job.yaml").read_text())["job"]
-    assert Job.model_validate(job).objective == "sft"
-    for found, hint in (("stf", "did you mean 'sft'? "), ("dpo", "")):
+    assert Job.model_validate(job).objective.kind == "sft"
+    for found, hint in (("stf", "did you mean 'sft'? "), ("imitation", "")):
         with pytest.raises(ValidationError) as refused:
             Job.model_validate(job | {"objective": found})
-        known = "'pairs', 'sft', 'slow', 'slowly_judged', 'steady', 'written_pairs'"
+        ours = "'dpo', 'kto', 'orpo', 'pairs', 'sft', 'simpo'"
+        known = f"{ours}, 'slow', 'slowly_judged', 'steady', 'written_pairs'"
         allowed = f"{known}, or one of a package that is installed here"
-        description = Job.model_fields["objective"].description
-        line = f"objective: found '{found}'; {hint}allowed: {allowed} ({description})"
+        line = f"objective.kind: found '{found}'; {hint}allowed: {allowed}"
         assert explain(refused.value, job | {"objective": found}) == [line]

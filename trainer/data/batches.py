@@ -85,6 +85,15 @@ class Batches:
             parts.append(part)
         return np.concatenate(parts)
 
+    def all_examples(self) -> Indices:
+        """Every example of any batch, each once."""
+        parts = []
+        for k in range(self.steps):
+            chosen = self.examples(k)
+            parts.append(chosen)
+        together = np.concatenate(parts)
+        return np.unique(together)
+
     def deal(self, k: int, rank: int, world_size: int) -> list[MicroBatch]:
         """The micro-batches of one rank in step k: the same number on every rank, some of them perhaps empty."""
         layout = self.layout

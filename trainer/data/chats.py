@@ -58,6 +58,11 @@ def messages(column: str, record: Mapping[str, Any], where: str) -> Messages:
     return turns
 
 
+def turns_in(value: object, where: str) -> Messages:
+    """The turns {role, content} that a cell holds, at least one. Raises RowError."""
+    return _turns(value, _OPENAI, where)
+
+
 def _turns(value: object, form: _Form, where: str) -> Messages:
     if not isinstance(value, list) or not value:
         allowed = f"a list of {{{form.fields}}}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
+from runfolder.objectives import RowsRead
 from trainer.data.control import ControlTokens
 from trainer.data.files import RowError, SourceName
 from trainer.data.offsets import IdList, IdsAndOffsets, Offsets, end_of_text, starts_and_stops, untrimmed
@@ -36,8 +37,8 @@ class Reading:
     """How rows become tokens: all that the ids depend on beside data and tokenizer.
 
     An example has at most `seq_len` tokens, of which `virtual` are virtual ones in front. `ends` are the ids at which
-    generation stops; EOS is always one of them. `date` is what a chat template takes for today. For the rest, see
-    `Data` in the job.
+    generation stops; EOS is always one of them. `date` is what a chat template takes for today. `rows` are what the
+    objective learns from. For the rest, see `Data` in the job.
     """
 
     seq_len: int
@@ -47,6 +48,7 @@ class Reading:
     parse_special: bool = False
     ends: tuple[int, ...] = ()
     date: datetime.date | None = None
+    rows: RowsRead = "answers"
 
     @classmethod
     def of(cls, job: "Job", ends: tuple[int, ...] = ()) -> "Reading":
@@ -60,7 +62,13 @@ class Reading:
             parse_special=data.parse_special,
             ends=ends,
             date=data.date,
+            rows=job.objective.rows,
         )
+
+    @property
+    def documents(self) -> int:
+        """How many documents an example of these rows has."""
+        return 1 if self.rows == "answers" else 2
 
     @property
     def max_tokens(self) -> int:
@@ -124,6 +132,12 @@ class Encoder:
         for row, count in rows_and_counts:
             examples_of_row = islice(examples, count)
             yield row, list(examples_of_row)
+
+    def opening(self, ids: Ids) -> int:
+        """How many control tokens an example begins with."""
+        is_command = np.isin(ids, self._commands)
+        with_end = np.append(is_command, False)
+        return int(with_end.argmin())
 
     def prompts(self, rows: list[Row]) -> list[IdList]:
         """What a server would be sent for the last answer of each row."""

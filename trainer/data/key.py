@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from trainer.data.date import asks_for_date
 from trainer.data.encode import Reading
 from trainer.data.files import SourceName, digest
-from trainer.data.shapes import SHAPES
+from trainer.data.shapes import ANSWERS, JUDGED, PAIRS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TOKENS_FORMAT = 2
+_TOKENS_FORMAT = 3
 
 
 def key_of(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Reading, shard_rows: int) -> str:
@@ -21,10 +21,12 @@ def key_of(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Re
     import transformers
 
     version = transformers.__version__
-    data = (_TOKENS_FORMAT, shard_rows, SHAPES, version, digest(source))
+    families = (ANSWERS, PAIRS, JUDGED)
+    of_source = digest(source)
+    data = (_TOKENS_FORMAT, shard_rows, families, version, of_source)
     drop = reading.too_long == "drop"
     max_tokens = reading.max_tokens
-    choices = (max_tokens, reading.ends, reading.parse_special, drop)
+    choices = (max_tokens, reading.ends, reading.parse_special, drop, reading.rows)
     columns = reading.columns or {}
     date = None
     template = str(tokenizer.chat_template)

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from trainer.data.cells import is_empty, shown_in_template, text_of
 from trainer.data.chats import Messages, messages
 from trainer.data.files import SourceName, describe_value, records, reject
-from trainer.data.shapes import REFUSED, SHAPES, RowShape, fill_template, names_in, with_columns
+from trainer.data.shapes import ANSWERS, RowFamily, RowShape, fill_template, names_in
 
 Columns = Mapping[str, str]
 DataRecord = Mapping[str, Any]
@@ -19,7 +19,7 @@ class Row:
     """One example: a prompt (empty for plain text) and the completion that is learned, or the turns of a chat.
 
     `number` counts from 1; in .jsonl it is the number of the line. `unused` names the columns that have a value here
-    and are no part of the example.
+    and are no part of the example. Where `only_last`, no turn but the last is learned.
     """
 
     number: int
@@ -27,6 +27,18 @@ class Row:
     completion: str
     messages: Messages = ()
     unused: ColumnNames = field(default=(), compare=False)
+    only_last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ShapedRecord:
+    """A record under the names of its shape; `where` names its row in errors."""
+
+    shape: RowShape
+    number: int
+    fields: DataRecord
+    where: str
+    unused: ColumnNames
 
 
 def read_rows(source: SourceName, columns: Columns | None = None) -> Iterator[Row]:
@@ -35,6 +47,12 @@ def read_rows(source: SourceName, columns: Columns | None = None) -> Iterator[Ro
     `columns` says which column, or which template of columns, stands for one of the names in SHAPES. The first row
     decides on the shape, all others must have it. Raises RowError.
     """
+    for record in shaped_records(source, columns, ANSWERS):
+        yield row_of(record, record.shape)
+
+
+def shaped_records(source: SourceName, columns: Columns | None, family: RowFamily) -> Iterator[ShapedRecord]:
+    """Stream the records of a source, all of which have the shape of the first one. Raises RowError."""
     shape = None
     name = str(source)
     for number, record in records(name):
@@ -46,7 +64,7 @@ def read_rows(source: SourceName, columns: Columns | None = None) -> Iterator[Ro
             given = _mapped(columns, record, where)
         if shape is None:
             exact = bool(columns)
-            shape = _recognise(given, where, exact=exact)
+            shape = _recognise(given, where, family, exact=exact)
             used = shape.all_columns
             if columns:
                 used = set(columns_used(columns))
@@ -55,9 +73,9 @@ def read_rows(source: SourceName, columns: Columns | None = None) -> Iterator[Ro
             template = columns[learned]
             _require_answer(template, record, where)
         else:
-            _refuse_what_nobody_reads(record, where)
+            _refuse_what_nobody_reads(record, where, family)
         unused = _unused(record, used)
-        yield _row(shape, number, given, where, unused)
+        yield ShapedRecord(shape, number, given, where, unused)
     if shape is None:
         reject(name, "no rows", "at least one")
 
@@ -88,8 +106,8 @@ def _unused(record: DataRecord, used: set[str]) -> ColumnNames:
 # From records to rows
 
 
-def _refuse_what_nobody_reads(record: DataRecord, where: str) -> None:
-    for name in REFUSED:
+def _refuse_what_nobody_reads(record: DataRecord, where: str, family: RowFamily) -> None:
+    for name in family.refused:
         value = record.get(name)
         if not is_empty(value):
             field_ = f"{where}, field {name}"
@@ -129,44 +147,46 @@ def _filled(template: str, record: DataRecord, where: str) -> str:
     return fill_template(template, values)
 
 
-def _recognise(record: DataRecord, where: str, *, exact: bool) -> RowShape:
+def _recognise(record: DataRecord, where: str, family: RowFamily, *, exact: bool) -> RowShape:
     """The shape of a record; with `exact`, one that has a use for each of its fields."""
     filled = []
     for name, value in record.items():
         if value is not None:
             filled.append(name)
-    shape = with_columns(filled)
+    shape = family.with_columns(filled)
     if shape is None:
-        shape = with_columns(record)
+        shape = family.with_columns(record)
     if shape is None:
-        _refuse_shape(record, where)
+        _refuse_shape(record, where, family)
     columns = set(record)
     without_use = columns - shape.all_columns
     if exact and without_use:
-        _refuse_shape(record, where)
+        _refuse_shape(record, where, family)
     return shape
 
 
-def _refuse_shape(record: DataRecord, where: str) -> NoReturn:
+def _refuse_shape(record: DataRecord, where: str, family: RowFamily) -> NoReturn:
     names = []
     for name in record:
         printable = str(name).encode("ascii", "backslashreplace")
         names.append(printable.decode())
     fields = ", ".join(names) or "none"
-    shapes = " | ".join(map(str, SHAPES))
-    allowed = f"{shapes}; or say data.columns"
+    allowed = f"{family}; or say data.columns"
     reject(where, f"the fields {fields}", allowed)
 
 
-def _row(shape: RowShape, number: int, record: DataRecord, where: str, unused: ColumnNames) -> Row:
+def row_of(record: ShapedRecord, shape: RowShape) -> Row:
+    """The row that a record is in a shape, which need not be the one that it was found to have."""
+    fields = record.fields
+    where = record.where
     if shape.is_chat:
         (column,) = shape.columns
-        turns = messages(column, record, where)
-        return Row(number, "", "", turns, unused)
-    values = _column_values(shape, record, where)
+        turns = messages(column, fields, where)
+        return Row(record.number, "", "", turns, record.unused)
+    values = _column_values(shape, fields, where)
     prompt = fill_template(shape.prompt, values)
     completion = fill_template(shape.completion, values)
-    return Row(number, prompt, completion, unused=unused)
+    return Row(record.number, prompt, completion, unused=record.unused)
 
 
 def _column_values(shape: RowShape, record: DataRecord, where: str) -> dict[str, str]:

@@ -8,10 +8,7 @@ SYSTEM = {"system": "{system}\n\n"}
 CONTEXT = {"context": "Context: {context}\n"}
 HISTORY = {"history": "{history}"}
 # Columns that change what an answer means. Nothing here can honour them, and to leave one out would train on a lie.
-REFUSED = (
-    *("tools", "functions", "images", "image", "videos", "video", "audios", "audio"),
-    *("chosen", "rejected", "label", "labels"),
-)
+_UNREAD = ("tools", "functions", "images", "image", "videos", "video", "audios", "audio")
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
@@ -71,6 +68,47 @@ SHAPES = (
 )
 
 
+@dataclass(frozen=True)
+class RowFamily:
+    """The shapes that rows have for an objective, and the columns that are refused beside them."""
+
+    shapes: tuple[RowShape, ...]
+    refused: tuple[str, ...]
+
+    def with_columns(self, columns: Iterable[str]) -> RowShape | None:
+        """The first shape of a row that has values in these columns."""
+        filled = set(columns)
+        for shape in self.shapes:
+            if filled.issuperset(shape.columns):
+                return shape
+        return None
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.shapes))
+
+
+_PROMPT = "{system}{context}{prompt}"
+_BESIDE_PROMPT = {**SYSTEM, "context": "{context}\n\n"}
+ANSWERS = RowFamily(SHAPES, (*_UNREAD, "chosen", "rejected", "label", "labels"))
+CHOSEN = RowShape(("prompt", "chosen"), _PROMPT, "{chosen}", _BESIDE_PROMPT)
+REJECTED = RowShape(("prompt", "rejected"), _PROMPT, "{rejected}", _BESIDE_PROMPT)
+COMPLETED = RowShape(("prompt", "completion"), _PROMPT, "{completion}", _BESIDE_PROMPT)
+PAIRS = RowFamily(
+    (
+        RowShape(("prompt", "chosen", "rejected"), companions=_BESIDE_PROMPT),
+        RowShape(("chosen", "rejected")),
+    ),
+    (*_UNREAD, "label", "labels"),
+)
+JUDGED = RowFamily(
+    (
+        RowShape(("prompt", "completion", "label"), companions=_BESIDE_PROMPT),
+        RowShape(("messages", "label")),
+    ),
+    (*_UNREAD, "chosen", "rejected", "labels"),
+)
+
+
 def fill_template(template: str, values: Mapping[str, str]) -> str:
     """A template with its `{name}`s replaced; `{{` and `}}` are braces. Raises KeyError for a name without value."""
 
@@ -88,12 +126,3 @@ def names_in(template: str) -> list[str]:
     """The names in a template, in order."""
     names = _PLACEHOLDER.findall(template)
     return [name for name in names if name]
-
-
-def with_columns(columns: Iterable[str]) -> RowShape | None:
-    """The shape of a row that has values in these columns, by the order of SHAPES."""
-    filled = set(columns)
-    for shape in SHAPES:
-        if filled.issuperset(shape.columns):
-            return shape
-    return None

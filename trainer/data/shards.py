@@ -36,18 +36,27 @@ _HASH_BYTES = 32
 class Shard:
     """Examples end to end, example i in [offsets[i], offsets[i + 1]): token ids, and which of them are labels.
 
-    `rows` [examples] are the numbers of the rows that they come from.
+    `rows` [examples] are the numbers of the rows that they come from; `desirable` [examples] says of answers that
+    were judged whether they were liked.
     """
 
     ids: npt.NDArray[np.int32]
     target: npt.NDArray[np.bool_]
     offsets: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
+    desirable: npt.NDArray[np.bool_]
     counts: Counts
 
 
-def join_examples(examples: Sequence[tuple[Array, Array]], rows: Sequence[int], counts: Counts) -> Shard:
-    """Lay the ids and labels of examples end to end."""
+def join_examples(
+    examples: Sequence[tuple[Array, Array]],
+    rows: Sequence[int],
+    counts: Counts,
+    desirable: Sequence[bool] | None = None,
+) -> Shard:
+    """Lay the ids and labels of examples end to end; all are desirable unless it is said which of them are."""
+    if desirable is None:
+        desirable = [True] * len(examples)
     ids = [np.zeros(0, np.int32)]
     target = [np.zeros(0, np.bool_)]
     lengths = [0]
@@ -60,6 +69,7 @@ def join_examples(examples: Sequence[tuple[Array, Array]], rows: Sequence[int], 
         target=np.concatenate(target),
         offsets=np.cumsum(lengths, dtype=np.int64),
         rows=np.array(rows, np.int64),
+        desirable=np.array(desirable, np.bool_),
         counts=counts,
     )
 
@@ -224,6 +234,7 @@ def _arrow_stream(shard: Shard) -> pa.Buffer:
         "ids": pa.LargeListArray.from_arrays(offsets, ids),
         "target": pa.LargeListArray.from_arrays(offsets, target),
         "row": _arrow_array(shard.rows),
+        "desirable": _arrow_array(shard.desirable.view(np.uint8)),
     }
     counts = json.dumps(asdict(shard.counts))
     metadata = {"counts": counts}
@@ -268,11 +279,13 @@ def _shard_of(batch: pa.RecordBatch) -> Shard:
     ids = batch.column("ids")
     target = batch.column("target")
     rows = batch.column("row")
+    desirable = batch.column("desirable")
     counts = json.loads(batch.schema.metadata[b"counts"])
     return Shard(
         ids=_numpy_array(ids.values),
         target=_numpy_array(target.values).view(np.bool_),
         offsets=_numpy_array(ids.offsets),
         rows=_numpy_array(rows),
+        desirable=_numpy_array(desirable).view(np.bool_),
         counts=Counts(**counts),
     )

@@ -68,8 +68,8 @@ def _as_tuples(plain: Mapping[str, Any]) -> Noticed:
     return pairs
 
 
-def survey(tokens: "Tokens", tokenizer: Any) -> Survey:
-    """The survey of tokenised data: what is in it, counted."""
+def survey(tokens: "Tokens", tokenizer: Any, documents: int = 1) -> Survey:
+    """The survey of tokenised data, so many documents to an example: what is in it, counted."""
     counts = tokens.counts
     lengths = tokens.lengths
     largest, row = tokens.largest()
@@ -82,7 +82,7 @@ def survey(tokens: "Tokens", tokenizer: Any) -> Survey:
         shortest=int(lengths.min()),
         median=int(median(lengths.tolist())),
         longest=counts.longest,
-        duplicates=tokens.duplicates(),
+        duplicates=tokens.duplicates(documents),
         largest_id=(largest, token, row),
         noticed=counts.of_examples(),
         unused=counts.unused(),
@@ -128,6 +128,23 @@ def _beyond(id_: int, token: str, row: int, embeddings: int) -> str:
     )
 
 
+# Why a pair teaches nothing, by the kind under which it is counted.
+_WHY_LEFT_OUT = {
+    "identical": "have two answers that are the same",
+    "branched": "have two chats that differ before their last turn",
+    "no_reply": "have a last turn without text",
+}
+
+
+def _left_out(found: Survey) -> Iterator[str]:
+    """Of how many pairs nothing can be learned, and why."""
+    for kind, reason in _WHY_LEFT_OUT.items():
+        count = found.number(kind)
+        if count:
+            first = found.row(kind)
+            yield f"{count} pairs (first: row {first}) {reason}: left out"
+
+
 def row_warnings(found: Survey, seq_len: int) -> Iterator[str]:
     """What a user should know of the rows, a line each."""
     if found.unused:
@@ -143,6 +160,7 @@ def row_warnings(found: Survey, seq_len: int) -> Iterator[str]:
         )
     if found.number("empty"):
         yield f"{found.number('empty')} examples (first: row {found.row('empty')}) have nothing to learn: left out"
+    yield from _left_out(found)
     cut = found.number("truncated")
     lost = found.number("dropped")
     if cut or lost:

@@ -89,7 +89,7 @@ class Renderer:
         if row.messages:
             where_chat = f"{where}, field messages"
             empty = Text(where_chat, "", rendered=True, hidden=hidden)
-            examples = self._chat(row.messages, empty)
+            examples = self._chat(row, empty)
             return list(examples)
         prompt = row.prompt
         text = prompt + row.completion
@@ -128,16 +128,19 @@ class Renderer:
             messages.append({**message, "content": content})
         prompt = control.hide(row.prompt)
         completion = control.hide(row.completion)
-        number = row.number
-        hiding = Row(number, prompt, completion, tuple(messages))
+        hiding = replace(row, prompt=prompt, completion=completion, messages=tuple(messages))
         return hiding, True
 
-    def _chat(self, messages: Messages, text: Text) -> Iterator[Text]:
+    def _chat(self, row: Row, text: Text) -> Iterator[Text]:
         """Each answer is learned behind what a server is sent for it; answers share a text while it only grows.
 
         `text` is where that begins: an empty text.
         """
-        for index in _answers(messages):
+        messages = row.messages
+        answers = _answers(messages)
+        if row.only_last:
+            answers = answers[-1:]
+        for index in answers:
             turns = messages[: index + 1]
             asked, whole = self._asked_and_whole(turns, text.where)
             # What a template writes behind the end of a turn is never generated, and perhaps not kept by later turns.

@@ -1,26 +1,36 @@
 """Examples of a source as tokens: made once, by all ranks together, and mapped from files."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from trainer.data.counts import UNUSED, Counts
-from trainer.data.encode import Encoded, Encoder, Ids, LabelMask, Reading
+from runfolder.objectives import RowsRead
+from trainer.data.answers import shard_of_preferences
+from trainer.data.counts import Counts
+from trainer.data.encode import Encoder, Ids, LabelMask, Reading
 from trainer.data.files import RowError, SourceName
 from trainer.data.key import key_of
+from trainer.data.making import shard_of_rows
+from trainer.data.preferences import PREFERENCES
 from trainer.data.rows import Row, read_rows
-from trainer.data.shards import RowProgress, Shard, join_examples, load_or_make
+from trainer.data.shards import RowProgress, Shard, load_or_make
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SHARD_ROWS = 1024
+_BY_ROWS: Mapping[RowsRead, tuple[Callable[..., Iterator[Any]], Callable[..., Shard]]] = {
+    "answers": (read_rows, shard_of_rows),
+    "pairs": (PREFERENCES["pairs"], shard_of_preferences),
+    "judged": (PREFERENCES["judged"], shard_of_preferences),
+}
 TOLERATED = 0.1  # of the examples: more than these may be too long only where data.too_long says so
 
 
@@ -52,8 +62,10 @@ class Tokens:
     """All examples of a source, in its order, each with `virtual` virtual tokens in front.
 
     `lengths` and `targets` [examples] count the tokens and the labels of each; `rows` [examples] are the numbers of
-    their rows. Of the `counts`, `truncated` examples were longer than seq_len and lost their end, `dropped` ones were
-    left out.
+    their rows, and `desirable` [examples] says of answers that were judged whether they were liked. `reference`
+    [examples] is the log-likelihood of the labels of each under the policy before the first step: NaN where it was
+    not asked for, None where nobody needs it. Of the `counts`, `truncated` examples were longer than seq_len and were
+    cut, `dropped` ones were left out.
     """
 
     def __init__(self, shards: list[Shard], virtual: int = 0) -> None:
@@ -65,6 +77,7 @@ class Tokens:
         lengths = []
         targets = []
         rows = []
+        desirable = []
         for shard in shards:
             counts.add(shard.counts)
             offsets = shard.offsets
@@ -76,11 +89,14 @@ class Tokens:
             lengths.append(lengths_of_shard)
             targets.append(targets_of_shard)
             rows.append(shard.rows)
+            desirable.append(shard.desirable)
         self._starts = np.cumsum(examples)
         from_rows = np.concatenate(lengths)
         self.lengths = from_rows + virtual
         self.targets = np.concatenate(targets)
         self.rows = np.concatenate(rows)
+        self.desirable = np.concatenate(desirable)
+        self.reference: npt.NDArray[np.float64] | None = None
         self.counts = counts
         self.truncated = counts.number("truncated")
         self.dropped = counts.number("dropped")
@@ -107,6 +123,15 @@ class Tokens:
             target = np.pad(target, (virtual, 0))
         return Document(ids, target)
 
+    def digest(self) -> str:
+        """The sha256 of all ids and labels, with where each example begins."""
+        total = hashlib.sha256(self._front.tobytes())
+        for shard in self._shards:
+            for array in (shard.ids, shard.target, shard.offsets):
+                content = np.ascontiguousarray(array)
+                total.update(content.tobytes())
+        return total.hexdigest()
+
     def largest(self) -> tuple[int, int]:
         """The largest token id of all examples, and the number of the first row that has it."""
         largest_ids = []
@@ -122,15 +147,18 @@ class Tokens:
         row = shard.rows[behind - 1]
         return largest, int(row)
 
-    def duplicates(self) -> int:
-        """How many examples are equal to an earlier one."""
-        count = len(self)
+    def duplicates(self, documents: int = 1) -> int:
+        """How many are equal to an earlier one, of examples that have so many documents."""
+        starts = range(0, len(self), documents)
         different = set()
-        for index in range(count):
-            ids = self.document(index).ids
-            hashed = hashlib.blake2b(ids.tobytes(), digest_size=12)
+        for start in starts:
+            hashed = hashlib.blake2b(digest_size=12)
+            for index in range(start, start + documents):
+                document = self.document(index)
+                content = document.ids.tobytes()
+                hashed.update(content)
             different.add(hashed.digest())
-        return count - len(different)
+        return len(starts) - len(different)
 
 
 def tokenise(
@@ -149,20 +177,23 @@ def tokenise(
         raise RowError(
             f"data.seq_len: found {reading.seq_len}, all of it taken by {reading.virtual} virtual tokens: raise it"
         )
+    read, shard_of = _BY_ROWS[reading.rows]
     encoder = cache(partial(Encoder, source, tokenizer, reading))  # it takes a while, and what is cached needs none
 
-    def chunks() -> Iterator[list[Row]]:
-        stream = read_rows(source, reading.columns)
+    def chunks() -> Iterator[list[Any]]:
+        stream = read(source, reading.columns)
         while chunk := list(islice(stream, _SHARD_ROWS)):
             yield chunk
 
-    def make(chunk: list[Row]) -> Shard:
-        return _shard(encoder(), chunk, reading)
+    def make(chunk: list[Any]) -> Shard:
+        return shard_of(encoder(), chunk, reading)
 
     folder_of_shards = folder / key_of(source, tokenizer, reading, _SHARD_ROWS)
     shards = load_or_make(folder_of_shards, chunks, make, progress)
     tokens = Tokens(shards, reading.virtual)
     _refuse_lost(source, tokens.counts, reading)
+    if reading.rows == "judged":
+        _refuse_one_label(source, tokens)
     return tokens
 
 
@@ -191,67 +222,6 @@ def _answer(row: Row) -> str:
         if message["role"] == "assistant":
             return message["content"]
     return row.completion
-
-
-def _shard(encoder: Encoder, chunk: list[Row], reading: Reading) -> Shard:
-    """The examples of some rows, each cut to the tokens that it may have, and what was noticed about them."""
-    counts = Counts(rows=len(chunk))
-    max_tokens = reading.max_tokens
-    drop = reading.too_long == "drop"
-    kept = []
-    numbers = []
-    for row, examples in encoder.examples(chunk):
-        _notice_row(counts, row)
-        if len(examples) > 1:
-            counts.notice("split", row.number)
-        for example in examples:
-            fate = fate_of(example, max_tokens, drop)
-            _notice_example(counts, example, row.number, fate)
-            if fate in ("dropped", "empty"):
-                continue
-            ids = example.ids[:max_tokens]
-            target = example.target[:max_tokens]
-            kept.append((ids, target))
-            numbers.append(row.number)
-    return join_examples(kept, numbers, counts)
-
-
-def fate_of(example: Encoded, max_tokens: int, drop: bool) -> str | None:
-    """What becomes of an example that is too long (truncated, or dropped), or has nothing to learn (empty).
-
-    It is left out if that is asked for, or if no label remains.
-    """
-    if not example.target.any():
-        return "empty"
-    if len(example.ids) <= max_tokens:
-        return None
-    remaining = example.target[:max_tokens]
-    if drop or not remaining.any():
-        return "dropped"
-    return "truncated"
-
-
-def _notice_row(counts: Counts, row: Row) -> None:
-    for column in row.unused:
-        kind = UNUSED + column
-        counts.notice(kind, row.number)
-    if row.messages:
-        counts.notice("chat", row.number)
-        last = row.messages[-1]
-        if last["role"] != "assistant":
-            counts.notice("unanswered", row.number)
-
-
-def _notice_example(counts: Counts, example: Encoded, row: int, fate: str | None) -> None:
-    length = len(example.ids)
-    counts.examples += 1
-    counts.longest = max(counts.longest, length)
-    if fate is not None:
-        counts.notice(fate, row)
-    if example.straddles:
-        counts.notice("straddles", row)
-    if example.hidden:
-        counts.notice("control", row)
 
 
 def _refuse_lost(source: SourceName, counts: Counts, reading: Reading) -> None:
@@ -284,6 +254,15 @@ def _refuse_lost(source: SourceName, counts: Counts, reading: Reading) -> None:
             f"{source}: {too_long} of {examples} examples are longer than data.seq_len {seq_len}: "
             f"{truncated} would be cut and {dropped} lost; {fix}"
         )
+
+
+def _refuse_one_label(source: SourceName, tokens: Tokens) -> None:
+    """Raise RowError where all answers were judged alike: nothing says which are better."""
+    desirable = tokens.desirable
+    mixed = desirable.any() and not desirable.all()
+    if not mixed:
+        label = "true" if desirable.all() else "false"
+        raise RowError(f"{source}: found label {label} in every row, allowed: both true and false")
 
 
 def _first_row(counts: Counts, *kinds: str) -> int:

@@ -67,6 +67,7 @@ class Objective(ABC):
 
     generates: ClassVar[bool] = False  # whether the model itself writes what is learned from
     has_prelude: ClassVar[bool] = False  # whether the loss needs sums over the whole global batch
+    needs_reference: ClassVar[bool] = False  # whether `arrays` reads what the policy before the first step gave
 
     method: Method[
         Any
@@ -107,6 +108,13 @@ class Objective(ABC):
 
         A micro-batch without examples is a row of padding, so that all ranks run as many forward passes.
         """
+
+    def log_likelihoods(self, model: nn.Module, batch: TensorsByName) -> TensorsByName:
+        """Where `needs_reference`: of each `document` [D] of a micro-batch, by its number, its `log_likelihood` [D].
+
+        It is called without gradient before the first step; from then on `tokens.reference` has what it gave.
+        """
+        raise NotImplementedError
 
     def prelude(self, model: nn.Module, batch: TensorsByName, totals: Totals) -> TensorsByName:
         """A micro-batch's shares of what `loss` needs to know of the whole global batch; without gradient."""

@@ -1,4 +1,4 @@
-"""From the name in a job to the objective."""
+"""From the options in a job to the objective."""
 
 from importlib import import_module
 
@@ -6,9 +6,11 @@ from runfolder.objectives import implementation_of
 from trainer.objectives.base import Objective, ObjectiveSetup
 
 
-def create_objective(name: str, setup: ObjectiveSetup) -> Objective:
+def create_objective(setup: ObjectiveSetup) -> Objective:
     """The objective of a job; its module is imported now."""
-    module_name, _, class_name = implementation_of(name).partition(":")
+    options = setup.job.objective
+    implementation = implementation_of(options.kind)
+    module_name, _, class_name = implementation.partition(":")
     module = import_module(module_name)
     kind = getattr(module, class_name)
     objective: Objective = kind(setup)

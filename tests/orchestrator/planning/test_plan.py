@@ -150,6 +150,22 @@ def test_a_plan_says_the_learning_rate_and_where_it_comes_from(tmp_path: Path) -
     assert rate(method="lora", train={**steps, "lr": 0.5}) == (0.5, "train.lr")
 
 
+def test_a_plan_says_what_an_objective_needs_and_which_pairs_teach_nothing(tmp_path: Path) -> None:
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    rows = [pair, pair | {"rejected": "b"}, pair]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = {"steps": 3, "batch_tokens": 20}
+    data = {"train": "pairs.jsonl", "seq_len": 16}
+    found = plan(a_job(tmp_path, objective="dpo", method="lora", data=data, train=train))
+    width = CONFIG["hidden_size"]
+    assert (found.objective, found.rows) == ("dpo", 3)
+    assert found.needs.startswith("one forward pass over all answers before the first step")
+    assert found.lr == pytest.approx(0.05 * Lora().rate(width))
+    assert found.lr_source == f"0.05 times the default of lora at hidden size {width}, for dpo"
+    left_out = "data.train: 1 pairs (first: row 2) have two answers that are the same: left out"
+    assert left_out in found.warnings
+
+
 def test_a_sequence_longer_than_the_base_knows(tmp_path: Path) -> None:
     data = {"train": "train.jsonl", "seq_len": 128}
     assert problems(a_job(tmp_path, data=data)) == [
