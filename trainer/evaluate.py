@@ -1,11 +1,10 @@
 """Judging held-out rows: the loss per target token, and exact match of what the model writes by itself."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import starmap
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from trainer.data.examples import GlobalBatch
 from trainer.data.tokens import EvaluationPrompt, virtual_ids
 from trainer.end_tokens import until_end
 from trainer.generation import PromptGroup, groups, rounds
+from trainer.greedy import TokenRows, greedily, left_padded
 from trainer.objectives.base import TensorsByName, Totals
 from trainer.progress import counted
 from trainer.reference import know_reference
@@ -26,7 +26,6 @@ from trainer.step import NamedSums, add_shares, micro_batches, prepared, reduced
 from trainer.world import World
 
 SAMPLES = 5
-TokenRows = list[list[int]]  # token ids
 
 
 class Answer(NamedTuple):
@@ -247,20 +246,6 @@ def _prompts_of(round_: list[PromptGroup]) -> int:
     return sum(len(group.prompts) for group in round_)
 
 
-def left_padded(rows: TokenRows, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids as one [rows, longest] with padding in front, and the mask of what is no padding."""
-    longest = max(map(len, rows))
-    ids = []
-    mask = []
-    for row in rows:
-        length = len(row)
-        padding = longest - length
-        row_mask = [0] * padding + [1] * length
-        ids.append([pad] * padding + row)
-        mask.append(row_mask)
-    return torch.tensor(ids), torch.tensor(mask)
-
-
 def added(totals: Iterable[Totals]) -> dict[str, float]:
     """The totals of several batches together."""
     sums: dict[str, float] = {}
@@ -279,24 +264,3 @@ def positions_left(run: Run) -> int | None:
         return None
     method = run.job.method
     return known - method.positions_before
-
-
-@contextmanager
-def greedily(model: Any, new_tokens: int, ends: Sequence[int], pad: int) -> Iterator[None]:
-    """Within it, a model generates the likeliest token each time, until one of `ends`.
-
-    What the base's own generation config asks for beside is put aside: a penalty, say, is no greedy choice.
-    """
-    from transformers import GenerationConfig
-
-    base = model
-    if hasattr(model, "get_base_model"):
-        base = model.get_base_model()
-    of_base = base.generation_config
-    base.generation_config = GenerationConfig(
-        max_new_tokens=new_tokens, do_sample=False, eos_token_id=list(ends), pad_token_id=pad
-    )
-    try:
-        yield
-    finally:
-        base.generation_config = of_base

@@ -81,7 +81,10 @@ def _slope_of_share(slope: Tensor, value: Tensor) -> Tensor:
 
 @torch.library.custom_op("fleetune::gated_backward", mutates_args=())
 def gated_backward(
-    slope: Tensor, slope_following: Tensor | None, tensors: list[Tensor], following: Tensor | None
+    slope: Tensor,
+    slope_following: Tensor | None,
+    tensors: list[Tensor],
+    following: Tensor | None,
 ) -> list[Tensor]:
     """The gradients of gate and up, the activation again, and the gradients of the shares, where there are any."""
     sides = Sides(*tensors)
@@ -111,7 +114,10 @@ def gated_backward(
 
 @gated_backward.register_fake
 def _slope_shapes(
-    _slope: Tensor, _slope_following: Tensor | None, tensors: list[Tensor], _following: Tensor | None
+    _slope: Tensor,
+    _slope_following: Tensor | None,
+    tensors: list[Tensor],
+    _following: Tensor | None,
 ) -> list[Tensor]:
     sides = Sides(*tensors)
     shapes = [sides.gate, sides.up, sides.gate]
