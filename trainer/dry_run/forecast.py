@@ -9,7 +9,8 @@ from methods.options.base import BaseConfig
 from runfolder.job import Job
 from trainer.dry_run.ledger import Bytes
 from trainer.dry_run.line import whole_base
-from trainer.dry_run.steps import Lengths, Passes
+from trainer.dry_run.longest import Lengths, longest_micro_batch
+from trainer.dry_run.steps import Passes
 from trainer.dry_run.zero import Weights, shared
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -32,15 +33,21 @@ def forecast(job: Job, config: BaseConfig, documents: Sequence[Lengths], precisi
 
 
 def reply(request: Mapping[str, Any]) -> dict[str, Any]:
-    """What a request {job, config, documents: [[tokens, labels]], precision, fast} gets: {bytes}, or {problem}."""
+    """What a request {job, config, sample: [[tokens, labels]], precision, fast} gets: {bytes}, or {problem}.
+
+    The sample has the lengths of some documents, from which the longest micro-batch is dealt.
+    """
     job = Job.model_validate(request["job"])
-    documents = [(tokens, labels) for tokens, labels in request["documents"]]
+    sample = [(tokens, labels) for tokens, labels in request["sample"]]
     try:
+        fast = request["fast"]
         config = request["config"]
         precision = request["precision"]
-        found = forecast(job, config, documents, precision, request["fast"])
+        documents = longest_micro_batch(job, sample, fast)
+        found = forecast(job, config, documents, precision, fast)
     except Exception as error:  # whatever a base or method does without values that nobody has tried
         kind = type(error).__name__
-        lines = str(error).strip().splitlines() or [""]
-        return {"problem": f"{kind}: {lines[0]}"}
+        said = str(error).strip()
+        first, *_ = said.splitlines() or [""]
+        return {"problem": f"{kind}: {first}"}
     return {"bytes": found}

@@ -30,7 +30,11 @@ CALLED = ("mm", "addmm", "bmm", "baddbmm", "attention", "fleetune", "convolution
 
 
 def fast_kernels(
-    job: Job, model: nn.Module, method: Method[Any], dtype: torch.dtype, tracer: "LayerTracer"
+    job: Job,
+    model: nn.Module,
+    method: Method[Any],
+    dtype: torch.dtype,
+    tracer: "LayerTracer",
 ) -> Kernels:
     """Put a model on the fast path, and say what it uses; nothing is taken back."""
     from trainer.kernels import fast, layers

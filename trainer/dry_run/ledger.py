@@ -71,7 +71,8 @@ class Ledger(TorchDispatchMode):
                 self._drop(key)
                 self._add(key, size, part)
             return
-        self._references[key] = weakref.ref(storage, partial(self._forget, key))
+        forget = partial(self._forget, key)
+        self._references[key] = weakref.ref(storage, forget)
         self._add(key, size, part or self._part_of(tensor))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -19,7 +19,9 @@ def whole_base(passes: Passes, config: BaseConfig) -> Tried:
 
     def along(first: int, second: int) -> int:
         """Where the line through two depths is at all layers."""
-        return first + (second - first) * (layers - shallow) // (deep - shallow)
+        grown = second - first
+        beyond = layers - shallow
+        return first + grown * beyond // (deep - shallow)
 
     moments = {}
     for phase, parts in at_shallow.moments.items():
@@ -34,9 +36,11 @@ def whole_base(passes: Passes, config: BaseConfig) -> Tried:
 def depths(config: BaseConfig) -> tuple[int, int]:
     """The numbers of layers that are tried; where kinds of layers take turns, both are whole rounds."""
     kinds = config.get("layer_types")
-    if not isinstance(kinds, list) or len(set(kinds)) == 1:
+    if not isinstance(kinds, list):
         return FIRST_DEPTH, FIRST_DEPTH + 1
     period = _period(kinds)
+    if period == 1:
+        return FIRST_DEPTH, FIRST_DEPTH + 1
     return period, 2 * period
 
 

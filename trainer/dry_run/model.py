@@ -43,10 +43,12 @@ def with_layers(config: BaseConfig, layers: int) -> dict[str, Any]:
 def without_weights(job: Job, config: BaseConfig) -> Iterator[Job]:
     """Within it, there is a folder with this config.json, which is the base of the job that is given."""
     with TemporaryDirectory() as folder:
-        text = json.dumps(dict(config))
+        plain = dict(config)
+        text = json.dumps(plain)
         path = Path(folder) / "config.json"
         path.write_text(text)
-        base = job.base.model_copy(update={"model": folder, "init": "scratch", "resize_embeddings": False})
+        changes = {"model": folder, "init": "scratch", "resize_embeddings": False}
+        base = job.base.model_copy(update=changes)
         yield job.model_copy(update={"base": base})
 
 

@@ -21,15 +21,13 @@ from methods.base import Method, Setup
 from methods.options.base import BaseConfig
 from methods.registry import create
 from runfolder.job import Job
-from trainer.data.counts import Counts
 from trainer.data.encode import Reading
-from trainer.data.examples import Examples, GlobalBatch
+from trainer.data.examples import GlobalBatch
 from trainer.data.layout import Layout
 from trainer.data.one_row import deal_in_one_row, starts_of_documents
-from trainer.data.shards import join_examples
-from trainer.data.tokens import Tokens
 from trainer.dry_run.kernels import LayerTracer, fast_kernels
 from trainer.dry_run.ledger import Bytes, Ledger
+from trainer.dry_run.longest import Lengths, examples_of
 from trainer.dry_run.model import attached, fake_weights
 from trainer.dry_run.stand_ins import stand_ins
 from trainer.embeddings import vocabulary
@@ -42,7 +40,6 @@ from trainer.zero.sharded import ShardedModel
 
 MICRO_BATCHES = (1, 2)  # of each step
 STEPS_OF_RUN = 1000  # more than are tried: what a method does at its end is not
-Lengths = tuple[int, int]  # of a document: its tokens, and how many of them are labels
 
 
 @dataclass(frozen=True)
@@ -105,14 +102,21 @@ class DryRun:
         return Tried(ledger.peaks, trained, weights - trained)
 
 
-def _take_steps(passes: Passes, method: Method[Any], model: nn.Module, ledger: Ledger, kernels: Kernels) -> None:
+def _take_steps(
+    passes: Passes,
+    method: Method[Any],
+    model: nn.Module,
+    ledger: Ledger,
+    kernels: Kernels,
+) -> None:
     """Take the steps, each phase under its name."""
     job = passes.job
     objective = _objective(job, method, kernels)
     arrays = _micro_batch(objective, passes, kernels.in_one_row)
     tensors = {}
     for name, array in arrays.items():
-        tensors[name] = torch.empty(array.shape, dtype=torch.from_numpy(array).dtype)
+        dtype = torch.from_numpy(array).dtype
+        tensors[name] = torch.empty(array.shape, dtype=dtype)
     _watch_gradients(model, ledger)
     # On a GPU, AdamW takes many weights at once by itself.
     implementation = "fused" if kernels.fused_step else "foreach"
@@ -140,7 +144,8 @@ def _objective(job: Job, method: Method[Any], kernels: Kernels) -> Objective:
 
 def _one_pass(sharded: ShardedModel, objective: Objective, tensors: dict[str, torch.Tensor], ledger: Ledger) -> None:
     """One forward and one backward pass."""
-    totals = {"labels": float(len(tensors["label"]))}
+    label_N = tensors["label"]
+    totals = {"labels": float(len(label_N))}
     with ledger.phase("forward", "activations"):
         shares = objective.loss(sharded.engine, tensors, totals, {})
     with ledger.phase("backward", "activations"):
@@ -149,11 +154,12 @@ def _one_pass(sharded: ShardedModel, objective: Objective, tensors: dict[str, to
 
 def _micro_batch(objective: Objective, passes: Passes, in_one_row: bool) -> HostArrays:
     """The arrays of the micro-batch, as the trainer lays it out."""
-    examples = _examples(passes)
+    examples = examples_of(passes.documents, passes.job.method.virtual_tokens)
     chosen = np.arange(len(examples))
     batch = GlobalBatch(examples, chosen)
     data = passes.job.data
-    layout = Layout(data.seq_len, data.packing, max(1, len(examples)))
+    rows = max(1, len(examples))
+    layout = Layout(data.seq_len, data.packing, rows)
     if not in_one_row:
         dealt = layout.deal(batch, 0, 1)
         return objective.arrays(examples, dealt[0])
@@ -162,21 +168,6 @@ def _micro_batch(objective: Objective, passes: Passes, in_one_row: bool) -> Host
     position_BT = of_objective["position_ids"]
     starts = starts_of_documents(position_BT)
     return {**of_objective, "documents": starts}
-
-
-def _examples(passes: Passes) -> Examples:
-    """Documents of these lengths, whose last tokens are labels."""
-    virtual = passes.job.method.virtual_tokens
-    documents = []
-    for length, labels in passes.documents:
-        ids = np.zeros(length - virtual, np.int32)
-        target = np.zeros(length - virtual, np.bool_)
-        target[-labels:] = True
-        target[:1] = False
-        documents.append((ids, target))
-    rows = list(range(len(documents)))
-    shard = join_examples(documents, rows, Counts())
-    return Examples.of_each(Tokens([shard], virtual))
 
 
 def _watch_gradients(model: nn.Module, ledger: Ledger) -> None:
