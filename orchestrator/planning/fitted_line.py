@@ -1,7 +1,9 @@
 """A worker's peak memory without torch: lines that were fitted to dry runs of each method, good for about a fifth.
 
 Activations of a token are in each layer a multiple of the hidden size H and one of the MLP's width F, and once more a
-multiple of H; logits are a multiple of the vocabulary V. What a method keeps of them lies in memory_lines.json.
+multiple of H; logits are a multiple of the vocabulary V. Where the base's own weights are trained, copies of them in
+bf16 stand beside, a multiple of their number; or the gradient of the head is the worst moment, a multiple of V H.
+What a method keeps of them lies in memory_lines.json.
 """
 
 import json
@@ -16,7 +18,7 @@ from trainer.data.survey import Sample
 
 LINES = Path(__file__).parent / "memory_lines.json"
 LABELS_HELD = 4096  # labels whose logits the fast path holds at most
-MemoryLine = tuple[float, float, float, float]  # bytes of a token: by H, F in a layer, by H, V beside
+MemoryLine = tuple[float, float, float, float, float, float]  # bytes by H and F in a layer, H, V, weights, V H
 
 
 def fitted(job: Job, model: Model, sample: Sample | None, precision: str, fast: bool) -> Forecast | None:
@@ -31,15 +33,19 @@ def fitted(job: Job, model: Model, sample: Sample | None, precision: str, fast: 
         return None
     if line is None or known is None or model.embeddings is None:
         return None
-    of_hidden, of_wide, beside, of_vocabulary = line
+    of_hidden, of_wide, beside, of_vocabulary, of_trained, of_head = line
     tokens = _row_positions(job, sample)
     in_layers = layers * (of_hidden * hidden + of_wide * wide)
-    activations = tokens * (in_layers + beside * hidden)
+    activations = tokens * (in_layers + beside * hidden) + of_trained * known.trained
     with_logits = min(tokens, LABELS_HELD) if fast else tokens
     logits = with_logits * of_vocabulary * model.embeddings
     if precision == "fp32":
         activations *= 2
         logits *= 2
+    of_last_gradient = of_head * model.embeddings * hidden
+    if of_last_gradient > activations + logits:
+        activations = of_last_gradient
+        logits = 0.0
     parts = {
         "weights": known.memory.weights,
         "gradients": known.memory.gradients,

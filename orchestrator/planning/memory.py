@@ -53,8 +53,8 @@ class MemoryFit:
         }
 
 
-def fit(job: Job, model: Model, sample: Sample | None, kinds: Numerics, device: int | None) -> MemoryFit | None:
-    """The fit of a job on devices of so many bytes; None where nothing can be said of its base."""
+def fit(job: Job, model: Model, sample: Sample | None, kinds: Numerics, device: int | None) -> MemoryFit:
+    """The fit of a job on devices of so many bytes; raises DryRunFailed where nothing can be said."""
     problem = None
     if not can_dry_run():
         problem = "torch and what belongs to it are not installed: pip install 'fleetune[train]'"
@@ -77,13 +77,13 @@ def fit(job: Job, model: Model, sample: Sample | None, kinds: Numerics, device: 
         precision, fast = kinds(changed)
         found = fitted(changed, model, sample, precision, fast)
         if found is None:
-            raise DryRunFailed("no line was fitted for this")
+            raise DryRunFailed("no line was fitted for this method and base")
         return found
 
     try:
         forecast = on_line(job)
-    except DryRunFailed:
-        return None
+    except DryRunFailed as error:
+        raise DryRunFailed(f"{problem}; {error}") from None
     return _judged(job, forecast, on_line, device, problem)
 
 

@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 from clusters.base import Capacity
 from clusters.machine import total_capacity
 from orchestrator.backends import make_request, open_cluster
+from orchestrator.planning.dry_run import DryRunFailed
 from orchestrator.planning.freeze import JobSource, read_job
 from orchestrator.planning.memory import MemoryFit, device_here, fit
 from orchestrator.planning.preflight import Findings, check_job, has_gpus
@@ -15,6 +16,8 @@ from orchestrator.planning.sizes import Sizes, planned_kernels, planned_precisio
 from orchestrator.planning.survey import SourceProgress, SourceRows
 from orchestrator.runs import new_id
 from runfolder.job import Job
+
+_Foretold = tuple[MemoryFit | None, tuple[str, ...]]  # and what should be known of it
 
 
 @dataclass(frozen=True)
@@ -66,17 +69,12 @@ def plan(
     the GPUs, where they are not this machine's.
     """
     job, _ = read_job(source, overrides)
-    request = None
-    capacity = _capacity_here()
-    is_here = True
-    if cluster is not None:
-        backend = open_cluster(cluster)
-        capacity = backend.capacity()
-        is_here = backend.site.is_here
-        request = make_request(backend, job, new_id(job.name)).text
-    kind = "gpu" if gpu_gib is not None else capacity.kind
-    findings = check_job(job, progress, capacity, is_here)
+    place = _planned_place(job, cluster)
+    kind = "gpu" if gpu_gib is not None else place.capacity.kind
+    findings = check_job(job, progress, place.capacity, place.is_here)
     hidden_size = findings.model.hidden_size
+    device = _gpu_bytes(gpu_gib, place.is_here)
+    memory_fit, unforeseen = _memory_fit(job, findings, kind, device)
     return Plan(
         name=job.name,
         base=job.base.model,
@@ -94,16 +92,28 @@ def plan(
         steps=job.train.steps or _estimated_steps(job, findings.train),
         steps_estimated=job.train.steps is None,
         sizes=sizes(job, findings.model, kind),
-        fit=_memory_fit(job, findings, kind, _gpu_bytes(gpu_gib, is_here)),
-        request=request,
-        warnings=findings.warnings,
+        fit=memory_fit,
+        request=place.request,
+        warnings=findings.warnings + unforeseen,
     )
 
 
-def _capacity_here() -> Capacity:
-    """What this machine has for workers."""
-    kind, total = total_capacity()
-    return Capacity(kind, total, total)
+class _Place(NamedTuple):
+    """Where a job would run: what workers find there, whether its files are this machine's, and what it is given."""
+
+    capacity: Capacity
+    is_here: bool
+    request: str | None
+
+
+def _planned_place(job: Job, cluster: str | None) -> _Place:
+    """The place of a job on a cluster; without one this machine, which is asked nothing."""
+    if cluster is None:
+        kind, total = total_capacity()
+        return _Place(Capacity(kind, total, total), True, None)
+    backend = open_cluster(cluster)
+    request = make_request(backend, job, new_id(job.name))
+    return _Place(backend.capacity(), backend.site.is_here, request.text)
 
 
 def _gpu_bytes(gpu_gib: float | None, is_here: bool) -> int | None:
@@ -113,10 +123,10 @@ def _gpu_bytes(gpu_gib: float | None, is_here: bool) -> int | None:
     return device_here() if is_here else None
 
 
-def _memory_fit(job: Job, findings: Findings, kind: str, device: int | None) -> MemoryFit | None:
-    """Whether a worker fits on its GPU; None where it has none, or nothing can be said."""
+def _memory_fit(job: Job, findings: Findings, kind: str, device: int | None) -> _Foretold:
+    """Whether a worker fits on its GPU, where it has one, or a warning that nothing can be said of it."""
     if not has_gpus(job, kind):
-        return None
+        return None, ()
     train = findings.train
     survey = train.survey if train else None
     sample = survey.sample if survey else None
@@ -125,7 +135,10 @@ def _memory_fit(job: Job, findings: Findings, kind: str, device: int | None) -> 
         precision = planned_precision(changed, kind)
         return precision, planned_kernels(changed, kind) == "fast"
 
-    return fit(job, findings.model, sample, kinds, device)
+    try:
+        return fit(job, findings.model, sample, kinds, device), ()
+    except DryRunFailed as error:
+        return None, (f"memory: not foretold: {error}",)
 
 
 def _rate_source(job: Job, hidden_size: int | None) -> str:

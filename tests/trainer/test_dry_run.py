@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from llamas import random_llama
+from llamas import LLAMA_1B, random_llama
 
 from methods.base import Setup
 from methods.options.full import Full
@@ -25,19 +25,6 @@ FIGURES = Path(__file__).parent / "dry_run_figures.json"
 CELLS = json.loads(FIGURES.read_text())["cells"]
 STORED = 0.03  # how far a dry run may be from what is stored
 MEASURED = 0.05  # how far from what a GPU had
-LLAMA_1B = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-}
 # The documents of a micro-batch: as benchmarks/layouts.py makes them, and as benchmarks/train_step.py does.
 DOCUMENTS = {"padded": [(1726, 1725), (1710, 1709), (1699, 1698), (1681, 1680)], "full": [(2048, 2047)] * 4}
 

@@ -18,6 +18,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def forecast(job: Job, config: BaseConfig, documents: Sequence[Lengths], precision: str, fast: bool) -> Bytes:
     """The bytes that a worker has allocated in its worst moment, by what they are for."""
+    if job.method.quantises or "quantization_config" in config:
+        raise ValueError("a base in 4 bits has no dry run, as its kernels have none")
     dtype = DTYPES[precision]
     passes = Passes(job, documents, dtype, fast)
     found = whole_base(passes, config)
