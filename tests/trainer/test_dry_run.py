@@ -38,7 +38,10 @@ def job_of(method: dict[str, Any], **train: Any) -> Job:
 
 def foretold(cell: dict[str, Any]) -> float:
     """The GiB of a cell."""
-    job = job_of({"kind": cell["method"]}, gradient_checkpointing=cell.get("checkpointing", False))
+    job = job_of({"kind": cell["method"]})
+    stage = job.sharding.model_copy(update={"zero": cell.get("zero", 0)})
+    workers = job.resources.model_copy(update={"gpus_per_node": cell.get("workers", 1)})
+    job = job.model_copy(update={"sharding": stage, "resources": workers})
     fast = cell["kernels"] == "fast"
     found = forecast(job, LLAMA_1B, DOCUMENTS[cell["rows"]], "bf16", fast)
     torch._dynamo.reset()
@@ -48,7 +51,7 @@ def foretold(cell: dict[str, Any]) -> float:
 def parameters() -> Iterator[Any]:
     """The cells, of which `make soak` has those that take long, or are much like others."""
     for cell in CELLS:
-        name = f"{cell['method']}-{cell['kernels']}-{cell['rows']}"
+        name = f"{cell['method']}-{cell['kernels']}-{cell['rows']}-{cell.get('zero', 0)}-{cell.get('workers', 1)}"
         marks = [pytest.mark.soak] if cell.get("soak") else []
         yield pytest.param(cell, id=name, marks=marks)
 

@@ -121,7 +121,7 @@ def _take_steps(
     # On a GPU, AdamW takes many weights at once by itself.
     implementation = "fused" if kernels.fused_step else "foreach"
     adam = {implementation: True}
-    with stand_ins(arrays["position_ids"]):
+    with stand_ins(arrays["position_ids"], job.sharding.zero):
         sharded = ShardedModel(model, method, 0, job.lr, adam, Alone)
         for count in MICRO_BATCHES:
             for _ in range(count):

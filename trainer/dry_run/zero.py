@@ -26,9 +26,7 @@ class Weights:
 def shared(alone: Bytes, weights: Weights, stage: int, workers: int) -> Bytes:
     """The bytes of each of so many workers at a stage, by what they are for."""
     parts = dict(alone)
-    if stage == 0:
-        if workers > 1:
-            parts["gathers"] += weights.trained * FP32
+    if stage == 0:  # gradients are reduced when activations are gone
         return parts
     trained = weights.trained * FP32
     part = -(-trained // workers)
