@@ -148,7 +148,7 @@ def figures(run: Path, attempt: int, workers: int) -> dict[str, Any]:
 def planned(run: Path, workers: int) -> int:
     """What the plan says that a worker holds beside activations, in bytes."""
     from orchestrator.planning.model import locate
-    from orchestrator.planning.plan import sizes
+    from orchestrator.planning.sizes import sizes
     from runfolder.record import load_job
 
     job = load_job(run)

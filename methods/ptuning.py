@@ -38,6 +38,8 @@ class PTuningTuning(Embedded[PTuning]):
             return
         ids = text_ids(self.setup.tokenizer, text, self.options.tokens)
         goal_VD = embedded(model, ids, self.setup.gather)
+        if goal_VD.is_meta:  # weights without values
+            return
         goal_VD = goal_VD.cpu()
         with torch.no_grad():
             _solve_last_layer(encoder, goal_VD)

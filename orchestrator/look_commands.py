@@ -11,13 +11,25 @@ from orchestrator.terminal import Json, clear_count, count_delivered, count_rows
 
 look_app = typer.Typer()
 
+GpuOption = Annotated[
+    float | None, typer.Option("--gpu", metavar="GIB", min=0.0, help="Memory of a GPU, where none is here.")
+]
+
 
 @look_app.command("plan")
-def plan_command(file: JobArgument, sets: SetOption = None, as_json: Json = False) -> None:
-    """Show what would run: layout, batches, sizes."""
+def plan_command(
+    file: JobArgument,
+    cluster: ClusterOption = None,
+    gpu: Annotated[
+        float | None, typer.Option("--gpu", metavar="GIB", help="Memory of a GPU, where none is here.")
+    ] = None,
+    sets: SetOption = None,
+    as_json: Json = False,
+) -> None:
+    """Show what would run: layout, batches, sizes, and whether a worker fits on its GPU."""
     from orchestrator.planning.plan import plan
 
-    job_plan = plan(file, sets or (), count_rows)
+    job_plan = plan(file, sets or (), count_rows, cluster, gpu)
     clear_count()
     if as_json:
         return print_json(job_plan.dump())

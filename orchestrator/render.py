@@ -15,7 +15,9 @@ from methods.options.base import WIDTH
 from orchestrator.cluster_views import ClusterView
 from orchestrator.comparison.measure import format_bytes
 from orchestrator.describe import CAPABILITIES, support
-from orchestrator.planning.plan import Plan, Sizes
+from orchestrator.fit_text import fit_fields
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.sizes import Sizes
 from orchestrator.run_list import GAP, list_lines
 from orchestrator.status import Status
 from orchestrator.status_text import output_lines, status_lines
@@ -193,8 +195,11 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
         fields["it needs"] = plan.needs
     if plan.sizes is None:
         fields["parameters"] = "unknown: this kind of base tells its shapes by its weights, which are not here"
-        return fields
-    return fields | _size_fields(plan.sizes)
+    else:
+        fields |= _size_fields(plan.sizes)
+    if plan.fit is not None:
+        fields |= fit_fields(plan.fit)
+    return fields
 
 
 def _steps_text(plan: Plan) -> str:

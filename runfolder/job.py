@@ -124,6 +124,18 @@ class Evaluation(Section):
     max_new_tokens: int = Field(
         256, ge=0, description="longest answer that is generated, for exact match; 0: loss only, no generation"
     )
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="what the output has: the weights after the last step, or those of the lowest held-out loss",
+    )
+    stop_after: int | None = Field(
+        None, ge=1, description="evaluations without a lower held-out loss after which training ends; null: never"
+    )
+
+    @property
+    def goes_by_loss(self) -> bool:
+        """Whether what comes of training depends on the held-out loss."""
+        return self.keep == "best" or self.stop_after is not None
 
 
 class Output(Section):
@@ -194,6 +206,17 @@ class Job(Section):
         virtual = self.method.virtual_tokens
         if self.data.seq_len <= virtual:
             raise ValueError(f"data.seq_len {self.data.seq_len} has no room beside method.tokens {virtual}")
+        return self
+
+    @model_validator(mode="after")
+    def _can_go_by_loss(self) -> "Job":
+        if not self.evaluation.goes_by_loss:
+            return self
+        if self.data.eval is None or self.evaluation.every is None:
+            raise ValueError(
+                "evaluation.keep best and evaluation.stop_after go by the held-out loss during training; "
+                "allowed: with data.eval and evaluation.every"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Llamas: random ones of two layers, and the shape of a published one."""
+"""Llamas: random ones of two layers, and the shapes of published ones."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,20 @@ LLAMA_3B = {
     "num_attention_heads": 24,
     "num_key_value_heads": 8,
     "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+
+LLAMA_1B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
 

@@ -128,10 +128,11 @@ def _autocast_forward(model: nn.Module, dtype: torch.dtype, device: torch.device
     if dtype == torch.float32:
         return
     forward = model.forward
+    kind = "cpu" if device.type == "meta" else device.type  # a dry run's weights are nowhere, its passes on a CPU
 
     @wraps(forward)
     def autocast(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device.type, dtype):
+        with torch.autocast(kind, dtype):
             return forward(*args, **kwargs)
 
     model.forward = autocast

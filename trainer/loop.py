@@ -18,6 +18,7 @@ from runfolder.job import Job
 from runfolder.record import load_job
 from trainer import speed
 from trainer.base import forward_dtype, load_config, load_model
+from trainer.best import best_so_far, end_by_loss, is_over
 from trainer.checkpoint.reading import CheckpointReader, open_start
 from trainer.checkpoint.saving import CheckpointWriter
 from trainer.data.batches import Batches
@@ -56,7 +57,8 @@ def train(run_dir: Path, attempt: int) -> bool:
         settings = run.job.checkpoint
         saves = CheckpointWriter(run.attempt, run.world, settings.every, settings.keep)
         evaluator = Evaluator.create(run)
-        take_steps(run, first, saves, evaluator)
+        last = take_steps(run, first, saves, evaluator)
+        end_by_loss(run, last)
         export(run)
     except Stopped as stopped:
         if dist.get_rank() == 0:
@@ -193,17 +195,23 @@ def announce_plan(run: Run) -> None:
         )
 
 
-def take_steps(run: Run, first: int, saves: CheckpointWriter, evaluator: Evaluator) -> None:
-    """Take the steps after `first`, evaluate and save between them, until all is on disk.
+def take_steps(run: Run, first: int, saves: CheckpointWriter, evaluator: Evaluator) -> int:
+    """Take the steps after `first`, evaluate and save between them, until all is on disk; gives the last of them.
 
-    Raises Stopped, with as much on disk, where the run is to stop before its end.
+    That is an earlier one than the job's where the held-out loss says so. Raises Stopped, with as much on disk, where
+    the run is to stop before its end.
     """
     last_step = run.batches.steps
     every = run.job.evaluation.every
     meter = create_meter(run)
     evaluate_first(run, first, evaluator)
+    best = best_so_far(run, first)
+    saves.best = best.step
+    if is_over(run, best):
+        return first
     meter.pause()
     micro_batches_of = feed(run, first)
+    step = first
     for step in range(first + 1, last_step + 1):
         save_here = saves.overdue()
         stop_here = run.stops.wanted(step)
@@ -216,13 +224,20 @@ def take_steps(run: Run, first: int, saves: CheckpointWriter, evaluator: Evaluat
             with meter.pausing():
                 was_finished = evaluate_in_time(run, step, evaluator)
             must_stop = must_stop or not was_finished
+            best = best_so_far(run, step)
+            saves.best = best.step
+            is_last = is_last or is_over(run, best)
+            must_save = must_save or is_last or best.step == step
         if must_save or must_stop:
             with meter.pausing():
                 saves.save(run.sharded, run.method, step)
         if must_stop:
             saves.wait()
             raise Stopped(step)
+        if is_last:
+            break
     saves.wait()
+    return step
 
 
 def create_meter(run: Run) -> Meter:

@@ -1,47 +1,32 @@
-"""What a job would run: layout, batches, parameters, and bytes per worker, before anything is started."""
+"""What a job would run: layout, batches, parameters, memory, and what is submitted, before anything is started."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
+from clusters.base import Capacity
 from clusters.machine import total_capacity
+from orchestrator.backends import make_request, open_cluster
+from orchestrator.planning.dry_run import DryRunFailed
 from orchestrator.planning.freeze import JobSource, read_job
-from orchestrator.planning.model import Model, parameter_count
-from orchestrator.planning.preflight import check_job, has_gpus
+from orchestrator.planning.memory import MemoryFit, device_here, fit
+from orchestrator.planning.preflight import Findings, check_job, has_gpus
+from orchestrator.planning.sizes import Sizes, planned_kernels, planned_precision, sizes
 from orchestrator.planning.survey import SourceProgress, SourceRows
+from orchestrator.runs import new_id
 from runfolder.job import Job
 
-OptimizerBytes = tuple[int, int]  # bytes of the optimizer's state: what ZeRO shares, and what it does not
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on each worker, without activations."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        """The bytes of all of them together."""
-        return self.weights + self.gradients + self.optimizer
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Numbers of parameters, with the adapter's, and the bytes of them."""
-
-    parameters: int
-    trained: int
-    memory: Memory
-    held: int  # bytes of weights in 4 bits, which every worker holds at every stage
+_Foretold = tuple[MemoryFit | None, tuple[str, ...]]  # and what should be known of it
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What would run. Sizes are None for a base whose shapes cannot be known from here."""
+    """What would run. Sizes are None for a base whose shapes cannot be known from here.
+
+    `fit` is None where workers have no GPU. `request` is the text that a named cluster would be given; another run id
+    stands in it at every call.
+    """
 
     name: str
     base: str
@@ -61,23 +46,37 @@ class Plan:
     steps: int | None
     steps_estimated: bool
     sizes: Sizes | None
+    fit: MemoryFit | None
+    request: str | None
     warnings: tuple[str, ...]
 
     def dump(self) -> dict[str, Any]:
         """The plan as plain data, for JSON."""
-        return asdict(self)
+        plain = asdict(self)
+        if self.fit is not None:
+            plain["fit"] = self.fit.dump()
+        return plain
 
 
 def plan(
-    source: JobSource, overrides: Iterable[str] = (), progress: SourceProgress = lambda _source, _rows: None
+    source: JobSource,
+    overrides: Iterable[str] = (),
+    progress: SourceProgress = lambda _source, _rows: None,
+    cluster: str | None = None,
+    gpu_gib: float | None = None,
 ) -> Plan:
     """The plan of a job; raises InputError when it could not run.
 
-    `progress` is called with a data source and the number of its rows that are looked at.
+    `progress` is called with a data source and the number of its rows that are looked at. `gpu_gib`: the memory of
+    the GPUs, where they are not this machine's.
     """
     job, _ = read_job(source, overrides)
-    findings = check_job(job, progress)
+    place = _planned_place(job, cluster)
+    kind = "gpu" if gpu_gib is not None else place.capacity.kind
+    findings = check_job(job, progress, place.capacity, place.is_here)
     hidden_size = findings.model.hidden_size
+    device = _gpu_bytes(gpu_gib, place.is_here)
+    memory_fit, unforeseen = _memory_fit(job, findings, kind, device)
     return Plan(
         name=job.name,
         base=job.base.model,
@@ -86,8 +85,8 @@ def plan(
         needs=job.objective.needs,
         workers=job.resources.world_size,
         zero=job.sharding.zero,
-        precision=planned_precision(job),
-        kernels=planned_kernels(job),
+        precision=planned_precision(job, kind),
+        kernels=planned_kernels(job, kind),
         lr=job.at_width(hidden_size).lr,
         lr_source=_rate_source(job, hidden_size),
         rows=_count(findings.train),
@@ -96,9 +95,54 @@ def plan(
         micro_batches=_micro_batches(job),
         steps=job.train.steps or _estimated_steps(job, findings.train),
         steps_estimated=job.train.steps is None,
-        sizes=sizes(job, findings.model),
-        warnings=findings.warnings,
+        sizes=sizes(job, findings.model, kind),
+        fit=memory_fit,
+        request=place.request,
+        warnings=findings.warnings + unforeseen,
     )
+
+
+class _Place(NamedTuple):
+    """Where a job would run: what workers find there, whether its files are this machine's, and what it is given."""
+
+    capacity: Capacity
+    is_here: bool
+    request: str | None
+
+
+def _planned_place(job: Job, cluster: str | None) -> _Place:
+    """The place of a job on a cluster; without one this machine, which is asked nothing."""
+    if cluster is None:
+        kind, total = total_capacity()
+        return _Place(Capacity(kind, total, total), True, None)
+    backend = open_cluster(cluster)
+    request = make_request(backend, job, new_id(job.name))
+    return _Place(backend.capacity(), backend.site.is_here, request.text)
+
+
+def _gpu_bytes(gpu_gib: float | None, is_here: bool) -> int | None:
+    """The bytes of a worker's GPU; None where nobody says."""
+    if gpu_gib is not None:
+        return int(gpu_gib * 2**30)
+    return device_here() if is_here else None
+
+
+def _memory_fit(job: Job, findings: Findings, kind: str, device: int | None) -> _Foretold:
+    """Whether a worker fits on its GPU, where it has one, or a warning that nothing can be said of it."""
+    if not has_gpus(job, kind):
+        return None, ()
+    train = findings.train
+    survey = train.survey if train else None
+    sample = survey.sample if survey else None
+
+    def kinds(changed: Job) -> tuple[str, bool]:
+        precision = planned_precision(changed, kind)
+        return precision, planned_kernels(changed, kind) == "fast"
+
+    try:
+        return fit(job, findings.model, sample, kinds, device), ()
+    except DryRunFailed as error:
+        return None, (f"memory: not foretold: {error}",)
 
 
 def _rate_source(job: Job, hidden_size: int | None) -> str:
@@ -133,79 +177,6 @@ def _micro_batches(job: Job) -> int:
     tokens_per_pass = sequences * job.data.seq_len
     passes = job.train.batch_tokens / tokens_per_pass
     return ceil(passes)
-
-
-def planned_precision(job: Job) -> str:
-    """bf16 or fp32, as the job says or as its workers have GPUs."""
-    if job.train.precision != "auto":
-        return job.train.precision
-    return "bf16" if has_gpus(job, total_capacity()[0]) else "fp32"
-
-
-def planned_kernels(job: Job) -> str:
-    """Fast or plain, as the job says or as its workers have GPUs and its layout allows."""
-    if job.train.kernels != "auto":
-        return job.train.kernels
-    on_gpus = has_gpus(job, total_capacity()[0])
-    return "fast" if on_gpus and job.sharding.zero != 3 else "plain"
-
-
-def sizes(job: Job, model: Model) -> Sizes | None:
-    """Parameters and bytes per worker of a job on a base; None when its shapes are not known."""
-    if not model.shapes:
-        return None
-    method = job.method
-    linears = model.linears
-    others = model.other_shapes
-    new_rows = model.added
-    if method.makes_model:  # its weights have them already
-        new_rows = 0
-    added = method.added_parameters(linears, others) + new_rows
-    trained = method.trained_parameters(linears, others) + new_rows
-    shared, held = _frozen_bytes(job, model)
-    state = method.optimizer_bytes(linears, others)
-    zero = job.sharding.zero
-    workers = job.resources.world_size
-    per_worker = memory(shared, held, trained, state, zero, workers)
-    parameters = parameter_count(model.shapes) + added
-    return Sizes(parameters, trained, per_worker, held)
-
-
-def _frozen_bytes(job: Job, model: Model) -> tuple[int, int]:
-    """Bytes of the frozen weights: those that ZeRO 3 shares, those that every worker holds."""
-    # Frozen weights keep the dtype of the forward pass; those of a method that leaves a model are fp32 throughout.
-    element = 4
-    if planned_precision(job) == "bf16" and not job.method.makes_model:
-        element = 2
-    if model.in_4_bits:
-        return model.frozen_bytes(element)
-    linears = model.linears
-    others = model.other_shapes
-    return job.method.frozen_bytes(linears, others, element)
-
-
-def memory(shared: int, held: int, trained: int, state: OptimizerBytes, zero: int, world_size: int) -> Memory:
-    """Bytes per worker, from the number of trained parameters and the bytes of frozen weights and optimizer `state`.
-
-    Trained weights and gradients are fp32. ZeRO 1 and 2 keep an fp32 copy of each worker's part; ZeRO 3 shares the
-    frozen weights too, but not those `held` by every worker. The second part of `state` is never shared.
-    """
-    state_shared, state_held = state
-    whole = 4 * trained
-    part = 4 * ceil(trained / world_size)
-    weights = held + shared + whole
-    state_part = ceil(state_shared / world_size) + state_held
-    optimizer = part + state_part
-    match zero:
-        case 0:
-            return Memory(weights, whole, state_shared + state_held)
-        case 1:
-            return Memory(weights, whole, optimizer)
-        case 2:
-            return Memory(weights, part, optimizer)
-    shared_part = ceil(shared / world_size)
-    weights = held + shared_part + part
-    return Memory(weights, part, optimizer)
 
 
 def _estimated_steps(job: Job, train: SourceRows | None) -> int | None:

@@ -17,7 +17,7 @@ from methods.base import Setup
 from methods.registry import create
 from orchestrator.describe import CAPABILITIES
 from orchestrator.planning.model import locate
-from orchestrator.planning.plan import sizes
+from orchestrator.planning.sizes import sizes
 from runfolder.job import Base, Job
 from trainer import speed
 from trainer.base import load_model

@@ -38,6 +38,7 @@ class CheckpointWriter:
         self.world = world
         self.keep = keep
         self.every = every
+        self.best: int | None = None  # the step whose checkpoint is kept beside the newest ones
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._stall_s = self._write_s = 0.0
@@ -132,11 +133,17 @@ class CheckpointWriter:
         attempt.event("checkpoint", step=record["step"], stall_s=stall_s)
 
     def _clean(self) -> None:
-        """Remove all but the newest `keep`, of earlier attempts too. The newest is never removed, even by a ghost."""
+        """Remove all but the best and the newest `keep`, of earlier attempts too.
+
+        The newest is never removed, even by a ghost.
+        """
         attempt = self.attempt
         checkpoints = lineage(attempt.run_dir)
         newest = islice(checkpoints, self.keep)
         kept = [folder for _, folder in newest]
+        for start, folder in lineage(attempt.run_dir):
+            if start.step == self.best:
+                kept.append(folder)
         for folder in unused(attempt):
             if folder not in kept:
                 attempt.check()

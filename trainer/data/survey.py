@@ -11,6 +11,9 @@ from trainer.data.files import RowError
 if TYPE_CHECKING:
     from trainer.data.tokens import Tokens
 
+SAMPLED = 128  # examples
+Sample = tuple[tuple[int, int], ...]  # tokens and labels of examples
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -18,7 +21,8 @@ class Survey:
 
     Lengths are in tokens, after cutting; `longest` is before. `noticed` has, by kind, how often something was seen,
     and the first row where it was; `unused` has the same for each column that is no part of the examples.
-    `largest_id` is the largest token id, with its token and the first row that has it.
+    `largest_id` is the largest token id, with its token and the first row that has it. `sample` has the tokens and
+    the labels of examples that stand for all, the longest among them.
     """
 
     rows: int
@@ -32,6 +36,7 @@ class Survey:
     largest_id: tuple[int, str, int]
     noticed: Noticed
     unused: Noticed
+    sample: Sample
 
     def dump(self) -> dict[str, Any]:
         """The survey as plain data, for JSON."""
@@ -43,7 +48,9 @@ class Survey:
         largest_id = tuple(plain["largest_id"])
         noticed = _as_tuples(plain["noticed"])
         unused = _as_tuples(plain["unused"])
-        fields = {**plain, "largest_id": largest_id, "noticed": noticed, "unused": unused}
+        pairs = plain["sample"]
+        sample = tuple((tokens, labels) for tokens, labels in pairs)
+        fields = {**plain, "largest_id": largest_id, "noticed": noticed, "unused": unused, "sample": sample}
         return cls(**fields)
 
     def number(self, kind: str) -> int:
@@ -86,7 +93,25 @@ def survey(tokens: "Tokens", tokenizer: Any, documents: int = 1) -> Survey:
         largest_id=(largest, token, row),
         noticed=counts.of_examples(),
         unused=counts.unused(),
+        sample=_lengths_sample(tokens),
     )
+
+
+def _lengths_sample(tokens: "Tokens") -> Sample:
+    """The tokens and labels of examples at even distances in the order of their lengths, from the longest on."""
+    lengths = tokens.lengths.tolist()
+    targets = tokens.targets.tolist()
+    pairs = list(zip(lengths, targets, strict=True))
+    pairs.sort(reverse=True)
+    last = len(pairs) - 1
+    places = set()
+    for number in range(SAMPLED):
+        place = number * last // (SAMPLED - 1)
+        places.add(place)
+    sample = []
+    for place in sorted(places):
+        sample.append(pairs[place])
+    return tuple(sample)
 
 
 def summary_line(summary: Mapping[str, Any]) -> str:

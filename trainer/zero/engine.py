@@ -83,6 +83,31 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int)
     return engine
 
 
+class Alone:
+    """What an engine is at stage 0 for a worker without others: gradients add up where they are. No DeepSpeed."""
+
+    enable_backward_allreduce = False
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> None:
+        if stage != 0:
+            raise ValueError(f"found stage {stage}; allowed: 0")
+        self.module = model
+        self._optimizer = optimizer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass."""
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor, scale_wrt_gas: bool = False) -> None:  # noqa: ARG002
+        """Add the gradients of a loss."""
+        loss.backward()
+
+    def step(self) -> None:
+        """Have the optimizer step, and free the gradients."""
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
 @contextmanager
 def partitioned_loading(stage: int, dtype: torch.dtype) -> Iterator[None]:
     """Within it, `from_pretrained` at stage 3 keeps only this rank's slices, in `dtype`, and PEFT gathers them."""

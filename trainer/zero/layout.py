@@ -51,6 +51,10 @@ class OwnedFragment:
         end = self.offset + length
         self.parameter.grad = flat[self.offset : end]
 
+    def drop_gradient(self) -> None:
+        """Let go of the gradient, which would live through the next step's passes beside that step's own."""
+        self.parameter.grad = None
+
 
 def fragments(engine: Any, names: ParameterNames, stage: int) -> Iterator[OwnedFragment]:
     """The fragments of the named trained parameters that this rank holds under an engine."""

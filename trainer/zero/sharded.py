@@ -18,12 +18,20 @@ from trainer.zero import engine, layout
 from trainer.zero.gather import gathered, shape
 from trainer.zero.layout import OwnedFragment
 
+EngineStart = Callable[[nn.Module, torch.optim.Optimizer, int], Any]  # from model, optimizer and ZeRO stage
+
 
 class ShardedModel:
     """A model under DeepSpeed: backward, step, and the trained state by name (a `methods.base.View`)."""
 
     def __init__(
-        self, model: nn.Module, method: Method[Any], stage: int, lr: float = 0.0, adam: dict[str, Any] | None = None
+        self,
+        model: nn.Module,
+        method: Method[Any],
+        stage: int,
+        lr: float = 0.0,
+        adam: dict[str, Any] | None = None,
+        start: EngineStart = engine.start_engine,
     ) -> None:
         self.model = model
         self.stage = stage
@@ -41,7 +49,7 @@ class ShardedModel:
         self._shapes = shapes
         trained = list(names)
         placeholder = engine.Placeholder(trained)
-        self.engine = engine.start_engine(model, placeholder, stage)
+        self.engine = start(model, placeholder, stage)
         # A method that sums gradients itself gets each rank's own share, where DeepSpeed would sum whole ones.
         # A rank alone has nothing to average; at other stages DeepSpeed also moves gradients then.
         alone = stage == 0 and dist.get_world_size() == 1
@@ -162,6 +170,8 @@ class ShardedModel:
         method.before_step(self)
         self.optimizer.step()
         method.after_step(self)
+        for fragment in self._fragments:
+            fragment.drop_gradient()
 
     def _norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
         """The global norm of gradients, a 0-d fp64 tensor; a collective where ranks hold different elements."""

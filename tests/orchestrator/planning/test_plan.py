@@ -13,7 +13,8 @@ from methods.options.subspace import Galore
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import read_job
 from orchestrator.planning.model import Model, parameter_count, read_header, weight_files
-from orchestrator.planning.plan import Memory, memory, plan, planned_kernels, sizes
+from orchestrator.planning.plan import plan
+from orchestrator.planning.sizes import Memory, memory, planned_kernels, sizes
 from runfolder.job import Job
 
 SMALL = {key: value for key, value in CONFIG.items() if key not in ("architectures", "model_type")}

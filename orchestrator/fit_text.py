@@ -1,0 +1,41 @@
+"""What a plan says of memory, in words."""
+
+from orchestrator.comparison.measure import format_bytes
+from orchestrator.planning.fit import Change
+from orchestrator.planning.memory import MemoryFit
+
+
+def fit_fields(fit: MemoryFit) -> dict[str, str]:
+    """The lines of a plan that say what a worker takes at most, whether it fits, and what to change."""
+    forecast = fit.forecast
+    parts = []
+    for name, size in forecast.parts.items():
+        if size:
+            parts.append(f"{name} {format_bytes(size)}")
+    named = ", ".join(parts)
+    fields = {"memory": f"{format_bytes(forecast.allocated)} at most, by a {forecast.source}: {named}"}
+    margin = f"{100 * forecast.margin:.0f} % more, and what CUDA takes itself"
+    needed = f"{format_bytes(fit.needed)} with {margin}"
+    if fit.device is None:
+        fields["fits"] = f"unknown, as no GPU is known (--gpu GIB says its memory); it takes {needed}"
+        return fields
+    device = format_bytes(fit.device)
+    fields["fits"] = f"{'yes' if fit.fits else 'no'}: {needed}, of {device}"
+    for change in fit.changes:
+        fields.setdefault("instead", "")
+        fields["instead"] += _change_text(change) + "; "
+    if "instead" in fields:
+        fields["instead"] = fields["instead"].removesuffix("; ")
+    if fit.problem:
+        fields["no dry run"] = fit.problem
+    return fields
+
+
+def _change_text(change: Change) -> str:
+    """What was changed, and what that takes."""
+    settings = []
+    for key, value in change.settings.items():
+        settings.append(f"{key}={value}")
+    verdict = "fits" if change.fits else "does not fit"
+    needed = format_bytes(change.needed)
+    return f"{' and '.join(settings)} {verdict} ({needed})"

@@ -1,0 +1,97 @@
+"""Whether a worker fits on its device, by how much, and which changes of the job would make it fit.
+
+A forecast counts what tensors take. A device holds more: CUDA's own context, buffers of NCCL where there are several
+workers, and memory that the allocator has but cannot use. What is said to fit is the sum, with a margin.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from methods.options.low_rank import Lora
+from orchestrator.planning.dry_run import BytesByPart, DryRunFailed
+from runfolder.job import Job
+
+CUDA_BYTES = 600 * 2**20  # bytes that CUDA takes for itself, as far as is known
+COMMUNICATION = 2**30  # bytes of NCCL's buffers
+DRY_RUN_MARGIN = 0.05  # of what is allocated: how far a dry run has been off, and fragments
+LINE_MARGIN = 0.2
+
+Find = Callable[[Job], "Forecast"]  # the forecast of a job; raises DryRunFailed
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes that a worker has allocated in its worst moment, by what they are for, and how that is known."""
+
+    parts: BytesByPart
+    source: str  # dry run, or fitted line
+    margin: float
+
+    @property
+    def allocated(self) -> int:
+        """The bytes of all parts together."""
+        return sum(self.parts.values())
+
+    def needed(self, workers: int) -> int:
+        """The bytes that a device should have."""
+        beside = CUDA_BYTES
+        if workers > 1:
+            beside += COMMUNICATION
+        return int(self.allocated * (1 + self.margin)) + beside
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings of a job that were changed, one upon the other, and what a device should have then."""
+
+    settings: dict[str, Any]
+    needed: int
+    fits: bool
+
+
+def changes_that_fit(job: Job, find: Find, device: int) -> list[Change]:
+    """Changes that were planned, each with all before it, up to the first with which a worker fits on a device."""
+    tried: list[Change] = []
+    settings: dict[str, Any] = {}
+    for key, value in _candidates(job):
+        changed = with_setting(job, key, value)
+        try:
+            forecast = find(changed)
+        except (DryRunFailed, ValueError):
+            continue
+        job = changed
+        settings = {**settings, key: value}
+        needed = forecast.needed(job.resources.world_size)
+        fits = needed <= device
+        tried.append(Change(settings, needed, fits))
+        if fits:
+            break
+    return tried
+
+
+def with_setting(job: Job, key: str, value: Any) -> Job:
+    """The job with another value of a dotted key; raises ValueError where the job then makes no sense."""
+    dumped = job.dump()
+    section = dumped
+    *path, last = key.split(".")
+    for name in path:
+        section = section[name]
+    section[last] = value
+    return Job.model_validate(dumped)
+
+
+def _candidates(job: Job) -> Iterator[tuple[str, Any]]:
+    """What may be changed, from what costs least on; the results of training stay the same but for the last."""
+    if job.train.kernels == "plain" and job.sharding.zero != 3:
+        yield "train.kernels", "fast"
+    if job.train.micro_batch > 1:
+        yield "train.micro_batch", 1
+    if not job.train.gradient_checkpointing:
+        yield "train.gradient_checkpointing", True
+    if job.resources.world_size > 1:
+        for stage in range(job.sharding.zero + 1, 4):
+            yield "sharding.zero", stage
+    if job.method.makes_model:
+        kind = Lora().kind
+        yield "method", {"kind": kind}

@@ -1,0 +1,109 @@
+"""What a plan says of a worker's memory: the forecast, whether it fits, and what to change where it does not."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.planning.dry_run import DryRunFailed, can_dry_run, dry_runner
+from orchestrator.planning.fit import DRY_RUN_MARGIN, Change, Find, Forecast, changes_that_fit
+from orchestrator.planning.fitted_line import fitted
+from orchestrator.planning.model import Model
+from runfolder.job import Job
+from trainer.data.survey import Sample
+
+_ASK_DEVICE = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+_DRIVER_S = 10.0
+_MIB = 2**20
+
+Numerics = Callable[[Job], tuple[str, bool]]  # the precision of a job, and whether its kernels are fast
+
+
+@dataclass(frozen=True)
+class MemoryFit:
+    """The forecast of a worker's memory, with the bytes that its device should have and those that it has.
+
+    `fits` is None where no device is known. `problem` is why there was no dry run, where there was none.
+    """
+
+    forecast: Forecast
+    needed: int
+    device: int | None
+    fits: bool | None
+    changes: tuple[Change, ...]
+    problem: str | None
+
+    def dump(self) -> dict[str, Any]:
+        """The fit as plain data, for JSON."""
+        forecast = self.forecast
+        tried = []
+        for change in self.changes:
+            tried.append({"settings": change.settings, "needed": change.needed, "fits": change.fits})
+        return {
+            "parts": forecast.parts,
+            "allocated": forecast.allocated,
+            "source": forecast.source,
+            "margin": forecast.margin,
+            "needed": self.needed,
+            "device": self.device,
+            "fits": self.fits,
+            "changes": tried,
+            "problem": self.problem,
+        }
+
+
+def fit(job: Job, model: Model, sample: Sample | None, kinds: Numerics, device: int | None) -> MemoryFit:
+    """The fit of a job on devices of so many bytes; raises DryRunFailed where nothing can be said."""
+    problem = None
+    if not can_dry_run():
+        problem = "torch and what belongs to it are not installed: pip install 'fleetune[train]'"
+    else:
+        with dry_runner(model, sample) as runner:
+
+            def tried(changed: Job) -> Forecast:
+                precision, fast = kinds(changed)
+                parts = runner.parts(changed, precision, fast)
+                return Forecast(parts, "dry run", DRY_RUN_MARGIN)
+
+            try:
+                forecast = tried(job)
+            except DryRunFailed as error:
+                problem = str(error)
+            else:
+                return _judged(job, forecast, tried, device, None)
+
+    def on_line(changed: Job) -> Forecast:
+        precision, fast = kinds(changed)
+        found = fitted(changed, model, sample, precision, fast)
+        if found is None:
+            raise DryRunFailed("no line was fitted for this method and base")
+        return found
+
+    try:
+        forecast = on_line(job)
+    except DryRunFailed as error:
+        raise DryRunFailed(f"{problem}; {error}") from None
+    return _judged(job, forecast, on_line, device, problem)
+
+
+def _judged(job: Job, forecast: Forecast, find: Find, device: int | None, problem: str | None) -> MemoryFit:
+    """The fit of a job by its forecast, and the changes that were tried where it does not fit."""
+    needed = forecast.needed(job.resources.world_size)
+    if device is None:
+        return MemoryFit(forecast, needed, None, None, (), problem)
+    fits = needed <= device
+    tried = [] if fits else changes_that_fit(job, find, device)
+    return MemoryFit(forecast, needed, device, fits, tuple(tried), problem)
+
+
+def device_here() -> int | None:
+    """The bytes of this machine's smallest GPU; None where there is none, or the driver does not say."""
+    if shutil.which(_ASK_DEVICE[0]) is None:
+        return None
+    try:
+        answer = subprocess.run(_ASK_DEVICE, capture_output=True, text=True, timeout=_DRIVER_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    sizes = [int(line) for line in answer.stdout.split() if line.isdigit()]
+    return min(sizes) * _MIB if sizes else None

@@ -1,0 +1,116 @@
+"""Whether a worker fits on its GPU: the sums, the changes that are tried, and a plan that has a dry run made."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import make_base, make_job
+from llamas import LLAMA_1B
+
+from orchestrator.planning import memory
+from orchestrator.planning.dry_run import DryRunFailed
+from orchestrator.planning.fit import LINE_MARGIN, Forecast, changes_that_fit, with_setting
+from orchestrator.planning.fitted_line import fitted
+from orchestrator.planning.model import Model
+from orchestrator.planning.plan import plan
+from runfolder.job import Job
+
+GIB = 2**30
+FIGURES = Path(__file__).parents[2] / "trainer" / "dry_run_figures.json"
+CELLS = [cell for cell in json.loads(FIGURES.read_text())["cells"] if "zero" not in cell]
+WITHOUT_LINE = {"fourierft", "longlora", "relora"}
+
+
+def job(**changes: Any) -> Job:
+    found = {"base": "some/base", "data": "/x.jsonl", "train": {"steps": 3}, **changes}
+    return Job.model_validate(found)
+
+
+def forecast(gib: float) -> Forecast:
+    return Forecast({"weights": int(gib * GIB)}, "dry run", 0.05)
+
+
+def test_a_device_has_more_than_tensors_in_it() -> None:
+    assert forecast(10).needed(1) == int(10.5 * GIB) + 600 * 2**20
+    assert forecast(10).needed(2) == forecast(10).needed(1) + GIB
+
+
+def test_changes_are_tried_upon_each_other_until_one_fits() -> None:
+    asked = []
+
+    def find(changed: Job) -> Forecast:
+        asked.append(changed)
+        smaller = changed.train.gradient_checkpointing
+        return forecast(5 if smaller else 20)
+
+    tried = changes_that_fit(job(train={"steps": 3, "micro_batch": 4}), find, 8 * GIB)
+    assert [change.fits for change in tried] == [False, True]
+    assert tried[-1].settings == {"train.micro_batch": 1, "train.gradient_checkpointing": True}
+    assert asked[-1].train.micro_batch == 1
+
+
+def test_a_change_that_no_dry_run_can_try_is_left_out() -> None:
+    def find(changed: Job) -> Forecast:
+        if changed.train.gradient_checkpointing:
+            raise DryRunFailed("it broke")
+        return forecast(20 if changed.method.makes_model else 5)
+
+    (change,) = changes_that_fit(job(), find, 8 * GIB)
+    assert change.settings == {"method": {"kind": "lora"}}
+    assert change.fits
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell['method']}-{cell['kernels']}-{cell['rows']}")
+def test_fitted_lines_are_within_a_fifth_of_dry_runs(cell: dict[str, Any]) -> None:
+    data = {"train": "/x.jsonl", "seq_len": 2048, "packing": False}
+    train = {"steps": 3, "micro_batch": 4}
+    planned = job(method={"kind": cell["method"]}, data=data, train=train, resources={"gpus_per_node": 1})
+    longest = {"padded": 1728, "full": 2048}[cell["rows"]]
+    found = fitted(planned, Model(LLAMA_1B), ((longest, longest - 1),), "bf16", cell["kernels"] == "fast")
+    if found is None:
+        assert cell["method"] in WITHOUT_LINE
+    else:
+        assert found.allocated / GIB == pytest.approx(cell["foretold"], rel=LINE_MARGIN)
+
+
+def test_a_base_in_4_bits_has_a_line_and_no_dry_run(tmp_path: Path) -> None:
+    source = make_job(tmp_path, method={"kind": "qlora"}, resources={"gpus_per_node": 1})
+    found = plan(source, gpu_gib=80).fit
+    assert found is not None
+    assert found.forecast.source == "fitted line"
+    assert "4 bits" in str(found.problem)
+
+
+def test_what_cannot_be_foretold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "can_dry_run", lambda: False)
+    source = make_job(tmp_path, method={"kind": "fourierft", "frequencies": 4}, resources={"gpus_per_node": 1})
+    found = plan(source, gpu_gib=80)
+    assert found.fit is None
+    assert any(warning.startswith("memory: not foretold: torch") for warning in found.warnings)
+
+
+def test_what_makes_no_sense_together_is_refused() -> None:
+    fast = job(train={"steps": 3, "kernels": "fast"})
+    with pytest.raises(ValueError, match="zero 3"):
+        with_setting(fast, "sharding.zero", 3)
+
+
+def test_a_plan_without_gpus_foretells_no_memory_of_them(tmp_path: Path) -> None:
+    assert plan(make_job(tmp_path)).fit is None
+
+
+def test_a_plan_says_what_a_worker_takes_and_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    make_base(tmp_path / "base")
+    source = make_job(tmp_path, train={"steps": 3, "kernels": "plain", "micro_batch": 2, "batch_tokens": 4096})
+    found = plan(source, gpu_gib=80).fit
+    assert found is not None
+    assert (found.problem, found.fits, found.changes) == (None, True, ())
+    parts = found.forecast.parts
+    assert parts["activations"] > 0
+    monkeypatch.setattr(memory, "can_dry_run", lambda: False)
+    without = plan(source, gpu_gib=80).fit
+    assert without is not None
+    assert without.forecast.source == "fitted line"
+    assert "fleetune[train]" in str(without.problem)

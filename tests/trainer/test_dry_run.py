@@ -1,0 +1,109 @@
+"""Dry runs, against stored figures: a change of the trainer that takes more memory fails here, without a GPU."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llamas import LLAMA_1B, random_llama
+
+from methods.base import Setup
+from methods.options.full import Full
+from methods.registry import create
+from runfolder.job import Job
+from trainer.dry_run.forecast import forecast
+from trainer.dry_run.line import whole_base
+from trainer.dry_run.model import with_layers
+from trainer.dry_run.steps import DryRun, Passes, alone
+from trainer.dry_run.zero import Weights, shared
+from trainer.zero.engine import Alone
+from trainer.zero.sharded import ShardedModel
+
+FIGURES = Path(__file__).parent / "dry_run_figures.json"
+CELLS = json.loads(FIGURES.read_text())["cells"]
+STORED = 0.03  # how far a dry run may be from what is stored
+MEASURED = 0.05  # how far from what a GPU had
+# The documents of a micro-batch: as benchmarks/layouts.py makes them, and as benchmarks/train_step.py does.
+DOCUMENTS = {"padded": [(1726, 1725), (1710, 1709), (1699, 1698), (1681, 1680)], "full": [(2048, 2047)] * 4}
+
+
+def job_of(method: dict[str, Any], **train: Any) -> Job:
+    """A job of rows of 2,048 tokens."""
+    settings = {"steps": 3, "batch_tokens": 8192, **train}
+    data = {"train": "/x.jsonl", "seq_len": 2048}
+    return Job.model_validate({"base": "some/base", "method": method, "data": data, "train": settings})
+
+
+def foretold(cell: dict[str, Any]) -> float:
+    """The GiB of a cell."""
+    job = job_of({"kind": cell["method"]})
+    stage = job.sharding.model_copy(update={"zero": cell.get("zero", 0)})
+    workers = job.resources.model_copy(update={"gpus_per_node": cell.get("workers", 1)})
+    job = job.model_copy(update={"sharding": stage, "resources": workers})
+    fast = cell["kernels"] == "fast"
+    found = forecast(job, LLAMA_1B, DOCUMENTS[cell["rows"]], "bf16", fast)
+    torch._dynamo.reset()
+    return sum(found.values()) / 2**30
+
+
+def parameters() -> Iterator[Any]:
+    """The cells, of which `make soak` has those that take long, or are much like others."""
+    for cell in CELLS:
+        name = f"{cell['method']}-{cell['kernels']}-{cell['rows']}-{cell.get('zero', 0)}-{cell.get('workers', 1)}"
+        marks = [pytest.mark.soak] if cell.get("soak") else []
+        yield pytest.param(cell, id=name, marks=marks)
+
+
+@pytest.mark.parametrize("cell", list(parameters()))
+def test_a_dry_run_foretells_what_it_did(cell: dict[str, Any]) -> None:
+    assert foretold(cell) == pytest.approx(cell["foretold"], rel=STORED)
+
+
+def test_stored_figures_are_near_to_what_a_gpu_had() -> None:
+    measured = [cell for cell in CELLS if "measured" in cell]
+    assert len(measured) > 5
+    for cell in measured:
+        assert cell["foretold"] == pytest.approx(cell["measured"], rel=MEASURED), cell
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_memory_is_a_straight_line_in_the_number_of_layers(kind: str) -> None:
+    passes = Passes(job_of({"kind": kind}), DOCUMENTS["padded"], torch.bfloat16, fast=False)
+    config = with_layers(LLAMA_1B, 6)
+    whole = DryRun(passes).on(config)
+    assert whole_base(passes, config) == whole
+
+
+def test_each_weight_is_counted_once_and_optimizer_and_gradients_are_those_of_full_training() -> None:
+    passes = Passes(job_of({"kind": "full"}), DOCUMENTS["padded"], torch.bfloat16, fast=False)
+    found = whole_base(passes, LLAMA_1B)
+    assert (found.trained, found.frozen) == (1_235_814_400, 0)
+    worst = found.moments["backward"]
+    for part, of_each in {"weights": 4, "gradients": 4, "optimizer": 8}.items():
+        assert worst[part] == pytest.approx(of_each * found.trained, rel=1e-3)
+
+
+def test_zero_shares_what_it_says() -> None:
+    weights = Weights(trained=10**9, frozen=0, element=2)
+    alone_ = {"weights": 4 * 10**9, "gradients": 4 * 10**9, "optimizer": 8 * 10**9, "activations": 7, "gathers": 0}
+    one = shared(alone_, weights, 1, 2)
+    two = shared(alone_, weights, 2, 2)
+    three = shared(alone_, weights, 3, 2)
+    assert shared(alone_, weights, 0, 1) == alone_
+    assert (one["weights"], one["gradients"], one["optimizer"]) == (4 * 10**9, 4 * 10**9, 6 * 10**9)
+    assert two["gradients"] == 2 * 10**9
+    assert three["weights"] == 2 * 10**9
+    assert three["activations"] == 7
+
+
+def test_a_step_lets_go_of_its_gradients() -> None:
+    model = random_llama(vocab_size=64)
+    method = create(Full(), Setup())
+    with alone():
+        sharded = ShardedModel(method.attach(model), method, 0, start=Alone)
+        ids = torch.zeros(1, 8, dtype=torch.long)
+        sharded.backward(sharded.engine(input_ids=ids).logits.sum())
+        sharded.step(1e-3, None)
+    assert all(fragment.parameter.grad is None for fragment in sharded.fragments())

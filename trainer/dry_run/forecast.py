@@ -1,0 +1,55 @@
+"""The peak memory of a worker, from a job, its base's config.json and the documents of its longest micro-batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from methods.options.base import BaseConfig
+from runfolder.job import Job
+from trainer.dry_run.ledger import Bytes
+from trainer.dry_run.line import whole_base
+from trainer.dry_run.longest import Lengths, longest_micro_batch
+from trainer.dry_run.steps import Passes
+from trainer.dry_run.zero import Weights, shared
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def forecast(job: Job, config: BaseConfig, documents: Sequence[Lengths], precision: str, fast: bool) -> Bytes:
+    """The bytes that a worker has allocated in its worst moment, by what they are for."""
+    if job.method.quantises or "quantization_config" in config:
+        raise ValueError("a base in 4 bits has no dry run, as its kernels have none")
+    dtype = DTYPES[precision]
+    passes = Passes(job, documents, dtype, fast)
+    found = whole_base(passes, config)
+    element = torch.float32.itemsize if job.method.makes_model else dtype.itemsize
+    weights = Weights(found.trained, found.frozen, element)
+    stage = job.sharding.zero
+    workers = job.resources.world_size
+    moments = []
+    for moment in found.moments.values():
+        of_worker = shared(moment, weights, stage, workers)
+        moments.append(of_worker)
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def reply(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What a request {job, config, sample: [[tokens, labels]], precision, fast} gets: {bytes}, or {problem}.
+
+    The sample has the lengths of some documents, from which the longest micro-batch is dealt.
+    """
+    job = Job.model_validate(request["job"])
+    sample = [(tokens, labels) for tokens, labels in request["sample"]]
+    try:
+        fast = request["fast"]
+        config = request["config"]
+        precision = request["precision"]
+        documents = longest_micro_batch(job, sample, fast)
+        found = forecast(job, config, documents, precision, fast)
+    except Exception as error:  # whatever a base or method does without values that nobody has tried
+        kind = type(error).__name__
+        said = str(error).strip()
+        first, *_ = said.splitlines() or [""]
+        return {"problem": f"{kind}: {first}"}
+    return {"bytes": found}

@@ -1,0 +1,87 @@
+"""The documents of a run's longest micro-batch, as far as a sample of their lengths tells."""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+
+from runfolder.job import Job
+from trainer.data.batches import layout_of
+from trainer.data.counts import Counts
+from trainer.data.examples import Examples, GlobalBatch
+from trainer.data.layout import MicroBatch
+from trainer.data.one_row import deal_in_one_row
+from trainer.data.shards import join_examples
+from trainer.data.tokens import Tokens
+
+DRAWN = 16  # global batches that are dealt
+
+Lengths = tuple[int, int]  # of a document: its tokens, and how many of them are labels
+
+
+def longest_micro_batch(job: Job, sample: Sequence[Lengths], in_one_row: bool) -> list[Lengths]:
+    """The documents of the micro-batch with the most positions, in global batches that are drawn from a sample.
+
+    Without packing, rows are as long as the longest document among them, which may be the longest of all.
+    """
+    longest_first = sorted(sample, reverse=True)
+    if not job.data.packing and not in_one_row:
+        wanted = job.train.micro_batch
+        repeated = longest_first + [longest_first[-1]] * wanted
+        return repeated[:wanted]
+    examples = examples_of(sample, job.method.virtual_tokens)
+    generator = np.random.default_rng(job.train.seed)
+    most = 0
+    chosen: list[int] = []
+    for _ in range(DRAWN):
+        batch = _drawn(job, examples, generator)
+        dealt = _micro_batches_of(job, batch, in_one_row)
+        for micro in dealt:
+            positions = _padded_positions(micro, examples.tokens)
+            if positions > most:
+                most = positions
+                chosen = list(chain.from_iterable(micro.rows))
+    return [sample[document] for document in chosen]
+
+
+def examples_of(documents: Sequence[Lengths], virtual: int) -> Examples:
+    """Documents of these lengths, whose last tokens are labels."""
+    made = []
+    for length, labels in documents:
+        own = max(1, length - virtual)
+        ids = np.zeros(own, np.int32)
+        target = np.zeros(own, np.bool_)
+        target[-labels:] = True
+        target[:1] = False
+        made.append((ids, target))
+    rows = list(range(len(documents)))
+    shard = join_examples(made, rows, Counts())
+    tokens = Tokens([shard], virtual)
+    return Examples.of_each(tokens)
+
+
+def _micro_batches_of(job: Job, batch: GlobalBatch, in_one_row: bool) -> list[MicroBatch]:
+    """The micro-batches of the first worker, which has the longest."""
+    layout = layout_of(job)
+    workers = job.resources.world_size
+    if in_one_row:
+        return deal_in_one_row(layout, batch, 0, workers)
+    return layout.deal(batch, 0, workers)
+
+
+def _padded_positions(micro: MicroBatch, tokens: Tokens) -> int:
+    """The positions of a micro-batch, with padding."""
+    longest = 0
+    for row in micro.rows:
+        lengths = tokens.lengths[row]
+        length = int(lengths.sum())
+        longest = max(longest, length)
+    return len(micro.rows) * longest
+
+
+def _drawn(job: Job, examples: Examples, generator: np.random.Generator) -> GlobalBatch:
+    """A global batch of the job's size, with examples drawn at random."""
+    mean = float(examples.lengths.mean())
+    count = max(1, int(job.train.batch_tokens / mean))
+    chosen = generator.integers(len(examples), size=count)
+    return GlobalBatch(examples, chosen)

@@ -1,0 +1,195 @@
+"""Two steps, of one and two micro-batches, on tensors without values, and the worst moment of each of their phases.
+
+From the second micro-batch on, gradients stand beside activations; from the second step on, the optimizer's moments
+do too. So the second micro-batch of the second step is the one that counts.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import HashStore
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from methods.base import Method, Setup
+from methods.options.base import BaseConfig
+from methods.registry import create
+from runfolder.job import Job
+from trainer.data.encode import Reading
+from trainer.data.examples import GlobalBatch
+from trainer.data.layout import Layout
+from trainer.data.one_row import deal_in_one_row, starts_of_documents
+from trainer.dry_run.kernels import LayerTracer, fast_kernels
+from trainer.dry_run.ledger import Bytes, Ledger
+from trainer.dry_run.longest import Lengths, examples_of
+from trainer.dry_run.model import attached, fake_weights
+from trainer.dry_run.stand_ins import stand_ins
+from trainer.embeddings import vocabulary
+from trainer.kernels import Kernels
+from trainer.objectives.base import HostArrays, Objective, ObjectiveSetup
+from trainer.objectives.registry import create_objective
+from trainer.speed import count_trained
+from trainer.zero.engine import Alone
+from trainer.zero.sharded import ShardedModel
+
+MICRO_BATCHES = (1, 2)  # of each step
+STEPS_OF_RUN = 1000  # more than are tried: what a method does at its end is not
+
+
+@dataclass(frozen=True)
+class FakeTokenizer:
+    """What methods and objectives ask of a tokenizer where no value matters."""
+
+    pad_token_id: int = 0
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        """An id for each character."""
+        return {"input_ids": [0] * len(text)}
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What is tried: a job on a base of some config, the documents of a micro-batch, and whether it is fast."""
+
+    job: Job
+    documents: Sequence[Lengths]
+    dtype: torch.dtype
+    fast: bool
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What came of it: bytes by what they are for in the worst moment of each phase, and elements of the weights."""
+
+    moments: dict[str, Bytes]
+    trained: int
+    frozen: int
+
+
+class DryRun:
+    """A job's passes, on bases of several depths; what was compiled for the layers of one serves the others."""
+
+    def __init__(self, passes: Passes) -> None:
+        self._passes = passes
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._tracer = LayerTracer()
+
+    def on(self, config: BaseConfig) -> Tried:
+        """What the job holds on a base of this config.json."""
+        passes = self._passes
+        job = passes.job
+        tokenizer = FakeTokenizer()
+        setup = Setup(STEPS_OF_RUN, job.train.seed, job.data.seq_len, tokenizer)
+        method = create(job.method, setup)
+        model = attached(job, config, method, passes.dtype)
+        ledger = Ledger(vocabulary(model.config))
+        with alone(), self._mode, ledger:
+            fake_weights(model)
+            method.initialise(model, iter(()))
+            kernels = Kernels()
+            if passes.fast:
+                self._tracer.ledger = ledger
+                kernels = fast_kernels(job, model, method, passes.dtype, self._tracer)
+            _take_steps(passes, method, model, ledger, kernels)
+        trained = count_trained(model)
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        return Tried(ledger.peaks, trained, weights - trained)
+
+
+def _take_steps(
+    passes: Passes,
+    method: Method[Any],
+    model: nn.Module,
+    ledger: Ledger,
+    kernels: Kernels,
+) -> None:
+    """Take the steps, each phase under its name."""
+    job = passes.job
+    objective = _objective(job, method, kernels)
+    arrays = _micro_batch(objective, passes, kernels.in_one_row)
+    tensors = {}
+    for name, array in arrays.items():
+        dtype = torch.from_numpy(array).dtype
+        tensors[name] = torch.empty(array.shape, dtype=dtype)
+    _watch_gradients(model, ledger)
+    # On a GPU, AdamW takes many weights at once by itself.
+    implementation = "fused" if kernels.fused_step else "foreach"
+    adam = {implementation: True}
+    with stand_ins(arrays["position_ids"], job.sharding.zero):
+        sharded = ShardedModel(model, method, 0, job.lr, adam, Alone)
+        for count in MICRO_BATCHES:
+            for _ in range(count):
+                _one_pass(sharded, objective, tensors, ledger)
+            with ledger.phase("step", "optimizer"):
+                sharded.step(job.lr, job.train.clip)
+
+
+def _objective(job: Job, method: Method[Any], kernels: Kernels) -> Objective:
+    """The job's objective, which reads no data here."""
+    tokenizer = FakeTokenizer()
+    reading = cast(Reading, None)
+    folder = Path()
+    setup = ObjectiveSetup(job, tokenizer, reading, folder, lambda _: None)
+    objective = create_objective(job.objective, setup)
+    objective.method = method
+    objective.kernels = kernels
+    return objective
+
+
+def _one_pass(sharded: ShardedModel, objective: Objective, tensors: dict[str, torch.Tensor], ledger: Ledger) -> None:
+    """One forward and one backward pass."""
+    label_N = tensors["label"]
+    totals = {"labels": float(len(label_N))}
+    with ledger.phase("forward", "activations"):
+        shares = objective.loss(sharded.engine, tensors, totals, {})
+    with ledger.phase("backward", "activations"):
+        sharded.backward(shares.loss)
+
+
+def _micro_batch(objective: Objective, passes: Passes, in_one_row: bool) -> HostArrays:
+    """The arrays of the micro-batch, as the trainer lays it out."""
+    examples = examples_of(passes.documents, passes.job.method.virtual_tokens)
+    chosen = np.arange(len(examples))
+    batch = GlobalBatch(examples, chosen)
+    data = passes.job.data
+    rows = max(1, len(examples))
+    layout = Layout(data.seq_len, data.packing, rows)
+    if not in_one_row:
+        dealt = layout.deal(batch, 0, 1)
+        return objective.arrays(examples, dealt[0])
+    dealt = deal_in_one_row(layout, batch, 0, 1)
+    of_objective = objective.arrays(examples, dealt[0])
+    position_BT = of_objective["position_ids"]
+    starts = starts_of_documents(position_BT)
+    return {**of_objective, "documents": starts}
+
+
+def _watch_gradients(model: nn.Module, ledger: Ledger) -> None:
+    """Have the gradients of trained weights counted as such."""
+
+    def count(parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            ledger.count(parameter.grad, "gradients")
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(count)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it, this process is the only one of its group."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

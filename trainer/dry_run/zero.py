@@ -1,0 +1,50 @@
+"""What each worker holds under ZeRO, from what a worker alone holds at stage 0.
+
+DeepSpeed keeps an fp32 copy of a worker's part of the trained weights at stages 1 to 3, and buckets in which
+gradients lie as they are reduced. At stage 3 weights that were gathered stay for a while, up to a number of elements.
+What is shared is rounded up.
+"""
+
+from dataclasses import dataclass
+
+from trainer.dry_run.ledger import Bytes
+from trainer.zero.engine import config
+
+FP32 = 4  # bytes of an element
+LIVE = 10**9  # elements that DeepSpeed lets stay gathered (stage3_max_live_parameters)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Elements of the weights that are trained, and of those that are frozen, of `element` bytes each."""
+
+    trained: int
+    frozen: int
+    element: int
+
+
+def shared(alone: Bytes, weights: Weights, stage: int, workers: int) -> Bytes:
+    """The bytes of each of so many workers at a stage, by what they are for."""
+    parts = dict(alone)
+    if stage == 0:  # gradients are reduced when activations are gone
+        return parts
+    trained = weights.trained * FP32
+    part = -(-trained // workers)
+    parts["optimizer"] = part + -(-alone["optimizer"] // workers)
+    bucket = config(stage, weights.trained)["zero_optimization"]["reduce_bucket_size"] * FP32
+    parts["gathers"] += bucket
+    if stage >= 2:
+        parts["gradients"] = -(-alone["gradients"] // workers)
+        parts["gathers"] += bucket
+    if stage == 3:
+        parts["weights"] = -(-alone["weights"] // workers)
+        if workers > 1:
+            parts["gathers"] += _gathered(weights)
+    return parts
+
+
+def _gathered(weights: Weights) -> int:
+    """Bytes of weights that stay gathered, at most."""
+    trained = min(weights.trained, LIVE)
+    frozen = min(weights.frozen, LIVE - trained)
+    return trained * FP32 + frozen * weights.element
