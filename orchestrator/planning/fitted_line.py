@@ -22,7 +22,9 @@ MemoryLine = tuple[float, float, float, float, float, float]  # bytes by H and F
 
 
 def fitted(job: Job, model: Model, sample: Sample | None, precision: str, fast: bool) -> Forecast | None:
-    """The forecast by the method's line; None for a base or a method that has none."""
+    """The forecast by the method's line; None for a base, a method or an objective that has none."""
+    if job.objective.kind != "sft":
+        return None
     line = lines().get(line_name(job, fast))
     kind = "gpu" if precision == "bf16" else "cpu"
     known = sizes(job, model, kind)

@@ -71,23 +71,23 @@ def fit(job: Job, model: Model, sample: Sample | None, kinds: Numerics, device: 
             except DryRunFailed as error:
                 problem = str(error)
             else:
-                return _judged(job, forecast, tried, device, None)
+                return _with_changes(job, forecast, tried, device, None)
 
     def on_line(changed: Job) -> Forecast:
         precision, fast = kinds(changed)
         found = fitted(changed, model, sample, precision, fast)
         if found is None:
-            raise DryRunFailed("no line was fitted for this method and base")
+            raise DryRunFailed("no line was fitted for this method, base and objective")
         return found
 
     try:
         forecast = on_line(job)
     except DryRunFailed as error:
         raise DryRunFailed(f"{problem}; {error}") from None
-    return _judged(job, forecast, on_line, device, problem)
+    return _with_changes(job, forecast, on_line, device, problem)
 
 
-def _judged(job: Job, forecast: Forecast, find: Find, device: int | None, problem: str | None) -> MemoryFit:
+def _with_changes(job: Job, forecast: Forecast, find: Find, device: int | None, problem: str | None) -> MemoryFit:
     """The fit of a job by its forecast, and the changes that were tried where it does not fit."""
     needed = forecast.needed(job.resources.world_size)
     if device is None:

@@ -20,6 +20,9 @@ def forecast(job: Job, config: BaseConfig, documents: Sequence[Lengths], precisi
     """The bytes that a worker has allocated in its worst moment, by what they are for."""
     if job.method.quantises or "quantization_config" in config:
         raise ValueError("a base in 4 bits has no dry run, as its kernels have none")
+    objective = job.objective.kind
+    if objective != "sft":
+        raise ValueError(f"objective {objective} has no dry run: lengths alone do not say what its documents are")
     dtype = DTYPES[precision]
     passes = Passes(job, documents, dtype, fast)
     found = whole_base(passes, config)

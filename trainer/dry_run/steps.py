@@ -136,7 +136,7 @@ def _objective(job: Job, method: Method[Any], kernels: Kernels) -> Objective:
     reading = cast(Reading, None)
     folder = Path()
     setup = ObjectiveSetup(job, tokenizer, reading, folder, lambda _: None)
-    objective = create_objective(job.objective, setup)
+    objective = create_objective(setup)
     objective.method = method
     objective.kernels = kernels
     return objective

@@ -93,7 +93,13 @@ def _sum_of_low_rank(value: Any) -> LowRankSum | None:
         return None
     narrow, wide = update.args[:2]
     rank = _example(wide).shape[1]
-    if rank > LARGEST_GATE_RANK or _dtype(update) != _dtype(base) or _example(update).shape != _example(base).shape:
+    if rank > LARGEST_GATE_RANK:
+        return None
+    of_update = _example(update)
+    of_base = _example(base)
+    if of_update.dtype != of_base.dtype:
+        return None
+    if of_update.shape != of_base.shape:
         return None
     return LowRankSum(base, narrow, wide, scale, share)
 
