@@ -19,11 +19,16 @@ def joined_logs(paths: Iterable[Path], offset: int) -> Logs:
     return Logs(data.decode(errors="replace"), offset + len(data))
 
 
-def last_line(path: Path) -> str:
-    """The last line that has anything in a file of words; empty where there is none."""
+def size_of(path: Path) -> int:
+    """How many bytes a file has; 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def last_line(path: Path, since: int = 0) -> str:
+    """The last line that has anything in a file of words, from an offset on; empty where there is none."""
     try:
         with path.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _ENDING_BYTES))
+            stream.seek(max(since, stream.seek(0, os.SEEK_END) - _ENDING_BYTES))
             text = stream.read().decode(errors="replace")
     except OSError:
         return ""
