@@ -36,8 +36,12 @@ def cluster() -> Cluster:
 
 @pytest.fixture
 def address(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of its server, which the kubeconfig has; nobody waits between two tries, or submits runs again."""
+    """The address of its server, which the kubeconfig has; nobody waits between two tries, or submits runs again.
+
+    There is no reader, who would be asked for the latest start of a run, and told of a submission: test_keeper.py.
+    """
     monkeypatch.setattr(kubernetes, "submit_again", lambda *_: {})
+    monkeypatch.setattr(Kubernetes, "ask_reader", lambda *_: 0)
     monkeypatch.setattr(kubernetes_api, "_FIRST_PAUSE_S", 0.0)
     monkeypatch.setattr(kubernetes_api, "_LONGEST_PAUSE_S", 0.0)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
@@ -47,10 +51,9 @@ def address(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def backend(address: str, monkeypatch: pytest.MonkeyPatch) -> Kubernetes:
-    """Without a reader, who would be asked for the latest start of a run; test_prune.py has one."""
+def backend(address: str) -> Kubernetes:
+    """The cluster, as a laptop has it."""
     assert address
-    monkeypatch.setattr(Kubernetes, "ask_reader", lambda *_: 0)
     return opened()
 
 
