@@ -224,7 +224,7 @@ class Kubernetes:
 
     def _next_submission(self, run_id: str) -> int:
         """The number after those of the run's RayJobs that are there, and of those that have started it before."""
-        started = ask_folders(self, {"verb": "latest_start", "run_id": run_id})
+        started: int = ask_folders(self, {"verb": "latest_start", "run_id": run_id})
         numbers = [_submission_in(found) for found in self._rayjobs_of(run_id)]
         return 1 + max([started, *numbers])
 

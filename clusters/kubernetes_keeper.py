@@ -2,7 +2,8 @@
 
 KubeRay gives a RayJob up that has used its retries, or whose head it could not reach for long, and somebody may
 delete one. Two who make the next submission make one, as its name is taken then; and of two starts of a run the later
-one works.
+one works. A submission that was broken off before it was tried is left to who did that, and a run that is to end is
+closed.
 """
 
 from collections.abc import Iterable, Mapping

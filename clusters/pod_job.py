@@ -2,7 +2,8 @@
 
 It starts the controller until the run has its result. KubeRay replaces a worker pod that is lost, in the same
 cluster: the controller is started again once all nodes are there. Exit code 0: the run is closed, for good or ill, or
-was started again elsewhere; 1: KubeRay is to try with a new cluster, after a rest that grows, as it knows none.
+was started again elsewhere, or start after start made no attempt at it, which is left to people; 1: KubeRay is to try
+with a new cluster, after a rest that grows, as it knows none. Whatever it waits for, it closes a run that is to end.
 A pod that must end (clusters/pod_leaving.py) is a warning to the controller, which has the trainer save.
 """
 
