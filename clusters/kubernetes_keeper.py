@@ -33,9 +33,14 @@ def submit_again(cluster: "Kubernetes", newest: Mapping[str, Any]) -> dict[str, 
     Those that are to end are closed. Gives how those stand for which something was done, or why it was not; others
     are left out. Raises Unreachable.
     """
-    statuses = {}
-    idle = [run_id for run_id, rayjob in newest.items() if rayjob is None or not goes_on(rayjob)]
-    folders = cluster.site.snapshots(idle) if idle else {}
+    statuses: dict[str, ClusterStatus] = {}
+    idle = []
+    for run_id, rayjob in newest.items():
+        if rayjob is None or not goes_on(rayjob):
+            idle.append(run_id)
+    if not idle:
+        return statuses
+    folders = cluster.site.snapshots(idle)
     gone = [run_id for run_id in folders if newest[run_id] is None]
     tried = _tried(cluster, gone) if gone else {}
     for run_id, run in folders.items():

@@ -116,8 +116,9 @@ class PodJob:
     def rest(self) -> int:
         """Wait, longer with every start of the submission, unless there is no next one; gives the exit code."""
         run_dir = self.start.run_dir
-        rest_s = min(_LONGEST_REST_S, _SHORTEST_REST_S * 2.0 ** min(self.start.requeues, 16))
-        self._wait_for(lambda: False, rest_s)
+        doublings = min(self.start.requeues, 16)
+        rest_s = _SHORTEST_REST_S * 2.0**doublings
+        self._wait_for(lambda: False, min(_LONGEST_REST_S, rest_s))
         if self.told.is_set():
             return _TRY_AGAIN
         try:
