@@ -21,7 +21,7 @@ import fleetune_start
 from clusters.backends import backend_of, open_backend
 from clusters.base import Cluster, ClusterRequest, Standing
 from clusters.controllers import COLLECTED
-from clusters.job_start import latest_noted
+from clusters.pod_submissions import answer_of_submissions
 from clusters.remote.far_side import AT_WORK, READY, kind_of, words_of
 from clusters.remote.leftovers import leftovers_in, remove_leftovers
 from clusters.remote.shelf import Shelf
@@ -122,9 +122,8 @@ def answer(cluster: Cluster, shelf: Shelf, request: PlainData) -> Any:
             return cluster.cancel(request["run_id"])
         case "capacity":
             return asdict(cluster.capacity())
-        case "latest_start":
-            submission, _ = latest_noted(home() / "runs" / request["run_id"] / "starts")
-            return submission
+        case "latest_start" | "note_try" | "tried":
+            return answer_of_submissions(home() / "runs", request)
         case "shelf_state":
             return shelf.state(request["digest"], request["name"])
         case "shelf_add":

@@ -161,5 +161,9 @@ def look_at(cluster: Cluster, run_ids: Iterable[str] | None, in_full: bool) -> d
         statuses = cluster.status(open_runs)
     except Unreachable as error:
         statuses = dict.fromkeys(open_runs, ClusterStatus("unknown", str(error)))
+    closed = [run_id for run_id, status in statuses.items() if status.state == "ended"]
+    if closed:  # their results may be there by now
+        later = cluster.site.snapshots(closed, in_full)
+        snapshots |= later
     ended = ClusterStatus("ended")
     return {run_id: Standing(run, statuses.get(run_id, ended)) for run_id, run in snapshots.items()}

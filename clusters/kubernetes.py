@@ -5,7 +5,6 @@ with this same class, in `FLEETUNE_HOME` there.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -28,14 +27,14 @@ from clusters.base import (
 )
 from clusters.closing import close_cancelled
 from clusters.environment import run_settings
-from clusters.job_start import latest_noted
 from clusters.kubernetes_answers import goes_on, runs_now, status_of
 from clusters.kubernetes_api import KubernetesApi, Rejected
 from clusters.kubernetes_config import KubernetesConfig, flaw_of_name
-from clusters.kubernetes_keeper import submit_again
+from clusters.kubernetes_keeper import ask_folders, note_try_in, submit_again
 from clusters.kubernetes_nodes import capacity_of_nodes
 from clusters.kueue import look_at_queue
 from clusters.pod_link import PodLink
+from clusters.pod_starts import is_pod
 from clusters.remote.code import installed_code
 from clusters.remote.far_side import FarSide
 from clusters.remote.lock import installed_lock
@@ -128,6 +127,7 @@ class Kubernetes:
         for existing in self._rayjobs_of(request.run_id):
             if existing["metadata"]["name"] == request.name or goes_on(existing):
                 return _check_ours(existing, manifest)
+        note_try_in(self, request)  # before it is made
         try:
             self.api.create(manifest)
         except Rejected as rejected:
@@ -224,10 +224,7 @@ class Kubernetes:
 
     def _next_submission(self, run_id: str) -> int:
         """The number after those of the run's RayJobs that are there, and of those that have started it before."""
-        if is_pod():
-            started, _ = latest_noted(self.home / "runs" / run_id / "starts")
-        else:
-            started = self.ask_reader({"verb": "latest_start", "run_id": run_id})
+        started: int = ask_folders(self, {"verb": "latest_start", "run_id": run_id})
         numbers = [_submission_in(found) for found in self._rayjobs_of(run_id)]
         return 1 + max([started, *numbers])
 
@@ -254,11 +251,6 @@ class Kubernetes:
 def _waits(rayjob: RayJob) -> bool:
     """Whether a RayJob goes on, and does not run yet."""
     return goes_on(rayjob) and not runs_now(rayjob)
-
-
-def is_pod() -> bool:
-    """Whether this process is in a pod that Fleetune has made."""
-    return bool(os.environ.get("FLEETUNE_POD"))
 
 
 @cache

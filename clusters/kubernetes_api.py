@@ -19,6 +19,9 @@ from clusters.kubernetes_refusals import is_worth_a_try, message_of, wanted_paus
 _TRIES = 5
 _FIRST_PAUSE_S = 0.25  # it doubles with each try
 _LONGEST_PAUSE_S = 8.0  # also of those that a server asks for
+_LONGEST_TRIES_S = (
+    40.0  # since the first one, until another one is begun: a server may take a request and say nothing
+)
 _API_CONNECT_S = 5.0
 _ANSWER_OF_API_S = 30.0
 _PAGE = 250  # objects of a list in one answer
@@ -199,17 +202,23 @@ class KubernetesApi:
 
     def _all_pages(self, ask_page: Callable[[dict[str, Any]], Any]) -> list[ApiObject]:
         """All items of a list that comes in pages; from its beginning where it was too old to go on."""
-        items: list[ApiObject] = []
-        page: dict[str, Any] = {"limit": _PAGE}
-        while True:
+        for number in range(_TRIES):
+            if number:
+                _rest(number, 0.0)
             try:
-                answer = _as_object(self._ask(partial(ask_page, page)))
+                return self._listed(ask_page)
             except Rejected as rejected:
                 if rejected.status != 410:
                     raise
-                items.clear()
-                page = {"limit": _PAGE}
-                continue
+                message = rejected.message
+        raise Unreachable(f"Kubernetes: {message}")
+
+    def _listed(self, ask_page: Callable[[dict[str, Any]], Any]) -> list[ApiObject]:
+        """The items of a list, page by page. Raises Rejected, by 410 where it is too old to go on."""
+        items: list[ApiObject] = []
+        page: dict[str, Any] = {"limit": _PAGE}
+        while True:
+            answer = _as_object(self._ask(partial(ask_page, page)))
             items += answer["items"]
             token = answer["metadata"].get("continue")
             if not token:
@@ -223,7 +232,10 @@ class KubernetesApi:
 
         reason = ""
         is_first = True
+        began = time.monotonic()
         for number in range(tries):
+            if time.monotonic() - began > _LONGEST_TRIES_S:
+                break
             try:
                 return call()
             except self._models.ApiException as error:

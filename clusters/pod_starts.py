@@ -12,6 +12,13 @@ from clusters.base import number_of_submission
 from clusters.job_start import JobStart, latest_noted
 from runfolder.files import list_names, refresh
 
+HINDERED_STARTS = 3  # of a submission, in a row, in which no controller made an attempt: then somebody has to look
+
+
+def is_pod() -> bool:
+    """Whether this process is in a pod that Fleetune has made."""
+    return bool(os.environ.get("FLEETUNE_POD"))
+
 
 def own_cluster() -> str:
     """The cluster of Ray that this pod is of."""

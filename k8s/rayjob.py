@@ -2,8 +2,9 @@
 
 One RayJob per submission, in HTTPMode: the operator itself hands the entrypoint to Ray, and hands it over again when
 the head pod was replaced. It has no GPU; controller and driver run in it. The entrypoint exits 0 when the run is
-closed, for good or ill, and 1 when another attempt is due: KubeRay then makes a new cluster, up to `backoffLimit`
-times. `activeDeadlineSeconds` is left out, as it is fatal and counts anew with each of these clusters.
+closed, for good or ill, or when start after start made no attempt, and 1 when another attempt is due: KubeRay then
+makes a new cluster, up to `backoffLimit` times. `activeDeadlineSeconds` is left out, as it is fatal and counts anew
+with each of these clusters.
 """
 
 import hashlib

@@ -20,6 +20,7 @@ from orchestrator.worker import redirect
 from runfolder.chain import Attempt, Fenced, attempts, close, settle
 from runfolder.delivered import note_delivered
 from runfolder.files import Damaged, Record
+from runfolder.outcome import final_word
 from runfolder.record import load_job
 from runfolder.requests import cancel_requested, last_reopened, why_cancelled
 from runfolder.secrets import read_secrets, remove_secrets
@@ -51,8 +52,8 @@ def _end_of_damaged(run_dir: Path, damage: str) -> Record:
     """The final word on a run that cannot be read, perhaps as another version of Fleetune has written it."""
     attempt = snapshot(run_dir).attempt
     if cancel_requested(run_dir):
-        return _final_word("cancelled", f"cancelled by request; {damage}", Verdict("cancelled", "").dump(), attempt)
-    return _final_word("failed", damage, Verdict("user_error", "").dump(), attempt)
+        return final_word("cancelled", f"cancelled by request; {damage}", Verdict("cancelled", "").dump(), attempt)
+    return final_word("failed", damage, Verdict("user_error", "").dump(), attempt)
 
 
 def take_secrets(run_dir: Path) -> None:
@@ -162,20 +163,7 @@ def result_of(run_dir: Path, decision: Final) -> Record:
     attempt = 0
     if tried:
         attempt = tried[-1].number
-    return _final_word(decision.state, reason, verdict, attempt)
-
-
-def _final_word(state: str, reason: str, verdict: Record, attempt: int) -> Record:
-    """The final word as claim.json and result.json have it."""
-    return {
-        "state": state,
-        "reason": reason or None,
-        "verdict": verdict["kind"],
-        "evidence": verdict["evidence"],
-        "attempt": attempt,
-        "output_dir": "output" if state == "succeeded" else None,
-        "time": time.time(),
-    }
+    return final_word(decision.state, reason, verdict, attempt)
 
 
 def _deciding_verdict(tried: Sequence[Attempt], decision: Final) -> Record:

@@ -106,7 +106,17 @@ def logs(reference: str, rank: int | None = 0, cluster: str | None = None) -> st
     if ranks and rank not in (None, *ranks):
         allowed = ", ".join(map(str, ranks))
         raise InputError(f"--rank: found {rank}; allowed: {allowed}")
-    return run.cluster.logs(run.run_id).text
+    return _printed_before(run)
+
+
+def _printed_before(run: Handle) -> str:
+    """What its cluster has of a run that made no attempt, part by part."""
+    parts = []
+    printed = run.cluster.logs(run.run_id)
+    while printed.text:
+        parts.append(printed.text)
+        printed = run.cluster.logs(run.run_id, printed.offset)
+    return "".join(parts)
 
 
 def _ranks(run: Handle) -> list[int]:

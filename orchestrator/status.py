@@ -187,10 +187,13 @@ def _state_and_reason(run: Snapshot, on_cluster: ClusterStatus) -> tuple[RunStat
         return "unknown", run.damaged
     if run.result:
         return run.result["state"], run.result.get("reason")
+    hindrance = run.hindrance or {}
+    reasons = [on_cluster.reason, hindrance.get("why")]
     if on_cluster.state in ("unknown", "ended"):
-        return "unknown", on_cluster.reason or "the run has ended, and its result is not there yet"
-    reasons = filter(None, [on_cluster.reason, run.asked])
-    reason = "; ".join(reasons)
+        reason = "; ".join(filter(None, reasons))
+        return "unknown", reason or "the run has ended, and its result is not there yet"
+    reasons.append(run.asked)
+    reason = "; ".join(filter(None, reasons))
     if run.attempt == 0:
         if on_cluster.state == "queued":
             return "queued", reason

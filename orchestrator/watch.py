@@ -13,14 +13,14 @@ from clusters.ray_head import answers
 from orchestrator.failure import Failure, load_failure
 from orchestrator.verdict import Verdict, classify
 from runfolder.appended import read_ending, read_lines
-from runfolder.chain import Attempt, slots
+from runfolder.chain import Attempt
 from runfolder.files import read_json
 from runfolder.record import load_job
 from runfolder.requests import (
     Stop,
     cancel_requested,
     cancel_saves,
-    last_reopened,
+    opened_at,
     request_stop,
     stop_requested,
 )
@@ -91,7 +91,7 @@ class Watch:
         self._hang_after_s = float(os.environ.get("FLEETUNE_HANG_AFTER", "1800"))
         self._signs = self._signs_of_life()
         self._moved_at = time.monotonic()
-        self._opened_at = _opened_at(attempt.run_dir)
+        self._opened_at = opened_at(attempt.run_dir)
         self._unanswered = 0
 
     def until_end(self) -> Verdict:
@@ -225,12 +225,3 @@ def _verdict_on_stop(stop: Stop, outcome: str) -> Verdict:
     reasons = filter(None, [stop.reason, outcome])
     reason = "; ".join(reasons)
     return Verdict(stop.why, reason)
-
-
-def _opened_at(run_dir: Path) -> float:
-    """When the first attempt since the run was last (re)opened was claimed (seconds since 1970)."""
-    reopened = last_reopened(run_dir)
-    later = (slot for slot in slots(run_dir) if slot.number > reopened)
-    first = next(later)
-    claim = first.claim
-    return float(claim["time"])

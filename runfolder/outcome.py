@@ -3,12 +3,26 @@
 The chain is the truth; both follow what its last closing slot says, and `chain.settle` makes them right.
 """
 
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from runfolder.files import Damaged, Record, list_names, read_json, write_json
 
 _RESULT = "result.json"
+
+
+def final_word(state: str, reason: str, verdict: Record, attempt: int) -> Record:
+    """The final word on a run, as claim.json and result.json have it; a verdict has its kind, and what proves it."""
+    return {
+        "state": state,
+        "reason": reason or None,
+        "verdict": verdict["kind"],
+        "evidence": verdict["evidence"],
+        "attempt": attempt,
+        "output_dir": "output" if state == "succeeded" else None,
+        "time": time.time(),
+    }
 
 
 def move_output(source: Path, target: Path) -> None:

@@ -104,6 +104,16 @@ def last_reopened(run_dir: Path) -> int:
     return 0
 
 
+def opened_at(run_dir: Path) -> float:
+    """When the first attempt since a run was last (re)opened was claimed (seconds since 1970); now before that."""
+    reopened = last_reopened(run_dir)
+    for slot in slots(run_dir):
+        if slot.number > reopened:
+            claim = slot.claim
+            return float(claim["time"])
+    return time.time()
+
+
 def _request(run_dir: Path, kind: str, record: Record) -> None:
     folder = run_dir / "requests"
     folder.mkdir(parents=True, exist_ok=True)

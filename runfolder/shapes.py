@@ -101,6 +101,13 @@ class _Delivered(_Fields):
     mlflow_run_id: str | None = None
 
 
+class _Hindrance(_Fields):
+    slot: WholeNumber
+    submission: WholeNumber
+    starts: WholeNumber
+    why: str
+
+
 class _Failure(_Fields):
     text: str
     types: list[str]
@@ -176,6 +183,7 @@ STOP: FileShape = TypeAdapter(_StopRequest)
 MLFLOW_RUN: FileShape = TypeAdapter(_MlflowRun)  # mlflow.json, mlflow/run.json
 UNDELIVERED: FileShape = TypeAdapter(_Undelivered)
 TRACKED: FileShape = TypeAdapter(_Delivered)  # tracked.json
+HINDRANCE: FileShape = TypeAdapter(_Hindrance)  # hindered.json
 OUTCOME: FileShape = TypeAdapter(_Outcome)
 ROW: FileShape = TypeAdapter(_Row)  # a line of metrics.jsonl or system.jsonl
 EVENT: FileShape = TypeAdapter(_Event)  # a line of events.jsonl

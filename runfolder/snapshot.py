@@ -18,6 +18,7 @@ from runfolder.chain import Attempt, newest_attempt, result, settle, slots
 from runfolder.delivered import is_delivered
 from runfolder.figures import Figures, read_figures
 from runfolder.files import Damaged, Record, list_names, read_json
+from runfolder.hindrance import hindrance
 from runfolder.loading import loading_lines
 from runfolder.record import read_brief
 from runfolder.requests import cancel_requested, pause_step
@@ -37,7 +38,8 @@ class Snapshot:
     `begun` (whether it has reported a step) and `verdict` are that attempt's. `result` is the final word, of the time
     `closed`. `activity` is what a run that goes on does now. `mlflow` says which MLflow run it has, `delivered`
     whether that has all of a closed run, `undelivered` what holds its rows up, `data` what the trainer counted of its
-    rows, `asked` what somebody asked of a run that has not ended, and `cancelled` whether that is to end. `looked_at`
+    rows, `asked` what somebody asked of a run that has not ended, `cancelled` whether that is to end, and `hindrance`
+    what keeps its starts from an attempt. `looked_at`
     is when this was read, by the clock of the machine that has the folder, as all times are. What costs more to read
     is there in full views alone: its figures, and the lines of Python that load its output.
     """
@@ -61,6 +63,7 @@ class Snapshot:
     data: Record | None = None
     asked: str | None = None
     cancelled: bool = False
+    hindrance: Record | None = None
     damaged: str | None = None
     activity: Activity | None = None
     figures: Figures | None = None
@@ -170,6 +173,7 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
         data=plan.get("data"),
         asked=_pending_request(run_dir, cancelled) if ended is None and "requests" in files else None,
         cancelled=cancelled,
+        hindrance=hindrance(run_dir) if ended is None and "hindered.json" in files else None,
         activity=activity,
     )
 

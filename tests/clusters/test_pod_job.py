@@ -1,8 +1,10 @@
 """What runs in the pods of a RayJob: small processes stand for controllers, and a list for Ray's nodes."""
 
+import os
+import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,14 +13,18 @@ from types import SimpleNamespace
 import pytest
 from waiting import until
 
-from clusters import pod_job, pod_leaving
+from clusters import closing, pod_job, pod_leaving
 from clusters.allocation import JobStart
-from clusters.pod_job import PodJob
+from clusters.pod_job import PodJob, entrypoint_log
 from clusters.pod_starts import begin_start, leaving_pods, note_leaving, works_now
 from clusters.ray_head import Backoff
 from clusters.ray_nodes import nodes_with_cores
 from runfolder import chain
+from runfolder.job import Job
+from runfolder.site import LocalSite
+from runfolder.snapshot import snapshot
 
+JOB = Job.model_validate({"base": "b", "data": "d.jsonl", "train": {"steps": 1}})
 NAME = "a-0123456789-s1"
 # A controller: it claims an attempt, says so, and waits for SIGTERM, after which the attempt has its verdict.
 WAITS = """
@@ -43,6 +49,7 @@ from runfolder import chain
 chain.close(Path(sys.argv[1]), {"state": "succeeded"})
 """
 FAILS = "import sys; sys.exit(1)"
+BROKEN = "import a_package_that_the_image_lacks"
 DONE = "pass"
 RESULT = {"state": "succeeded"}
 
@@ -54,9 +61,17 @@ class Nodes:
     alive: int = 2
     others: frozenset[str] = frozenset()
     asked: int = 0
+    refuses: Exception | None = None
+    silent: bool = False
+
+    def join(self) -> None:
+        if self.refuses:
+            raise self.refuses
 
     def ids(self) -> set[str]:
         self.asked += 1
+        if self.silent:
+            raise RuntimeError("the head does not answer")
         return {*map(str, range(self.alive)), *self.others}
 
 
@@ -98,6 +113,18 @@ def be_in(cluster: str, monkeypatch: pytest.MonkeyPatch, pod: str = "worker-1") 
     monkeypatch.setenv("FLEETUNE_POD", pod)
 
 
+def ask_to_end(run_dir: Path, when: Callable[[], bool]) -> None:
+    """Ask for the end of a run once something has come true."""
+    until(when)
+    LocalSite(run_dir.parent).ask(run_dir.name, "cancel")
+
+
+def with_walltime(walltime: int) -> Job:
+    """A job whose walltime is over for a run that began before."""
+    resources = JOB.resources.model_copy(update={"walltime": walltime})
+    return JOB.model_copy(update={"resources": resources})
+
+
 def in_thread(work: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -115,6 +142,143 @@ def test_the_latest_start_of_a_run_works(run_dir: Path, monkeypatch: pytest.Monk
     assert not works_now(run_dir)
     third = begin_start(run_dir, "a-0123456789-s2")
     assert third.is_latest() and not second.is_latest() and works_now(run_dir)
+
+
+@dataclass
+class Entrypoint:
+    """The entrypoint of a submission as it is started in cluster after cluster; it says what it prints."""
+
+    run_dir: Path
+    nodes: Nodes
+    capfd: pytest.CaptureFixture[str]
+
+    def main(self) -> int:
+        return pod_job.main(self.run_dir, NAME, 2)
+
+    def said(self) -> str:
+        log = entrypoint_log(self.run_dir.parent.parent, NAME)
+        return self.capfd.readouterr().out + log.read_text()
+
+
+@pytest.fixture
+def entrypoint(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Entrypoint]:
+    """An entrypoint that rests for no time, and whose run has its job."""
+    nodes = Nodes()
+    monkeypatch.setattr(pod_job, "_SHORTEST_REST_S", 0.0)
+    monkeypatch.setattr(pod_job, "NodesOfRay", lambda: nodes)
+    run_dir.rmdir()
+    LocalSite(run_dir.parent).create(run_dir.name, {"cluster": "k8s", "submitted": 0.0, "job": JOB.dump()})
+    streams = [os.dup(number) for number in (1, 2)]
+    handler = signal.getsignal(signal.SIGTERM)
+    yield Entrypoint(run_dir, nodes, capfd)
+    signal.signal(signal.SIGTERM, handler)
+    for number, stream in zip((1, 2), streams, strict=True):
+        os.dup2(stream, number)
+        os.close(stream)
+
+
+def test_controllers_that_make_no_attempt_are_given_up(entrypoint: Entrypoint, controllers: Controllers) -> None:
+    controllers.programs = [BROKEN]
+    for number in range(1, 4):
+        assert entrypoint.main() == (0 if number == 3 else 1)
+        assert controllers.started == 5 * number
+    hindered = snapshot(entrypoint.run_dir).hindrance
+    lacks = "ModuleNotFoundError: No module named 'a_package_that_the_image_lacks'"
+    assert hindered and hindered["why"] == (
+        "3 starts in a row came to nothing: controllers that made no attempt at the run: 5; "
+        f"the last one said: {lacks}; mend that, then: fleetune resume {entrypoint.run_dir.name}"
+    )
+    chain.claim_next(entrypoint.run_dir, None)
+    assert snapshot(entrypoint.run_dir).hindrance is None
+    assert entrypoint.main() == 1  # an attempt was made since
+
+
+def test_what_a_controller_without_words_ends_with_is_said(
+    entrypoint: Entrypoint, controllers: Controllers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controllers.programs = [BROKEN, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    monkeypatch.setattr(pod_job, "_MOST_FRUITLESS", 2)
+    assert entrypoint.main() == 1
+    hindered = snapshot(entrypoint.run_dir).hindrance
+    assert hindered and hindered["why"].endswith("the last one said: exit code -9")
+
+
+def test_a_cancel_ends_what_no_controller_can(
+    entrypoint: Entrypoint, controllers: Controllers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The controllers cannot start, so the entrypoint itself closes the run."""
+    controllers.programs = [BROKEN]
+    monkeypatch.setattr(closing, "controller_command", controllers.command)
+    monkeypatch.setattr(pod_job, "_SHORTEST_REST_S", 600.0)
+    asking = in_thread(lambda: ask_to_end(entrypoint.run_dir, lambda: controllers.started > 1))
+    assert entrypoint.main() == 0
+    asking.join()
+    ended = chain.result(entrypoint.run_dir)
+    assert ended and ended["state"] == "cancelled"
+    assert "cancelled by request" in ended["reason"] and "a_package_that_the_image_lacks" in ended["reason"]
+
+
+@pytest.mark.parametrize("waits", ["for nodes", "at rest", "for its next controller"])
+def test_a_cancel_ends_what_waits(
+    waits: str, entrypoint: Entrypoint, controllers: Controllers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controllers.programs = [FAILS]
+    if waits == "for nodes":
+        entrypoint.nodes.alive = 1
+    elif waits == "at rest":
+        monkeypatch.setattr(pod_job, "_SHORTEST_REST_S", 600.0)
+        monkeypatch.setattr(pod_job, "_MOST_FRUITLESS", 1)
+    else:
+        monkeypatch.setattr(Backoff, "ready", lambda _: controllers.started == 0)
+    until_it_waits = {"for nodes": lambda: entrypoint.nodes.asked > 2}.get(waits, lambda: controllers.started > 0)
+    asking = in_thread(lambda: ask_to_end(entrypoint.run_dir, until_it_waits))
+    assert entrypoint.main() == 0
+    asking.join()
+    ended = chain.result(entrypoint.run_dir)
+    assert ended and (ended["state"], ended["reason"]) == ("cancelled", "cancelled by request")
+
+
+def test_a_walltime_ends_what_waits_for_nodes(entrypoint: Entrypoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain.claim_next(entrypoint.run_dir, None)
+    entrypoint.nodes.alive = 1
+    monkeypatch.setattr(pod_job, "load_job", lambda _: with_walltime(1))
+    assert entrypoint.main() == 0
+    ended = chain.result(entrypoint.run_dir)
+    assert ended and (ended["state"], ended["verdict"], ended["attempt"]) == ("failed", "walltime", 1)
+    assert ended["reason"].startswith("resources.walltime of 1 s is over")
+
+
+def test_what_ray_raises_is_said_and_rested_for(entrypoint: Entrypoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    rested: list[float] = []
+    monkeypatch.setattr(pod_job, "_SHORTEST_REST_S", 15.0)
+    monkeypatch.setattr(PodJob, "_wait_for", lambda _job, _condition, rest_s: rested.append(rest_s))
+    entrypoint.nodes.refuses = RuntimeError("Version mismatch: Ray: 2.59.0")
+    assert [entrypoint.main() for _ in range(3)] == [1, 1, 0]
+    assert rested == [15.0, 30.0]
+    assert "RuntimeError: Version mismatch: Ray: 2.59.0" in entrypoint.said()
+    entrypoint.nodes.refuses = ConnectionError("no head there")
+    entrypoint.main()
+    said = entrypoint.said()
+    assert "ConnectionError: no head there" in said and "run folder cannot be used" not in said
+
+
+def test_a_question_that_ray_does_not_answer_ends_no_controller(
+    entrypoint: Entrypoint, controllers: Controllers
+) -> None:
+    controllers.programs = [WAITS]
+    job = PodJob(begin_start(entrypoint.run_dir, NAME), entrypoint.nodes, 2)
+    keeping = in_thread(job.keep)
+    until((entrypoint.run_dir / "ready-1").exists)
+    entrypoint.nodes.silent = True
+    asked = entrypoint.nodes.asked
+    until(lambda: entrypoint.nodes.asked > asked + 5 or not keeping.is_alive())
+    assert keeping.is_alive() and controllers.started == 1
+    assert chain.last_attempt(entrypoint.run_dir).verdict is None
+    job.told.set()
+    keeping.join(30)
+    assert chain.last_attempt(entrypoint.run_dir).verdict is not None
 
 
 def test_a_run_that_was_started_again_is_left_alone(run_dir: Path, controllers: Controllers) -> None:
@@ -139,7 +303,7 @@ def test_what_has_lost_a_pod_for_long_goes_to_a_new_cluster(
     assert job.keep() == 1
     assert controllers.started == 0
     job.told.set()
-    job.rest()
+    assert job.rest() == 1
 
 
 def test_it_waits_for_the_pod_that_replaces_a_lost_one(run_dir: Path, controllers: Controllers) -> None:

@@ -22,10 +22,13 @@ import fleetune
 from clusters import kubernetes_keeper
 from clusters.base import ClusterStatus
 from clusters.kubernetes import Kubernetes
+from clusters.kubernetes_api import KubernetesApi
 from clusters.kubernetes_config import KubernetesConfig
+from clusters.pod_starts import HINDERED_STARTS
 from k8s.planned import SUBMISSION_LABEL
 from orchestrator.k8s_install import keeper_for
 from runfolder import chain
+from runfolder.hindrance import note_hindrance
 from runfolder.job import Job
 
 JOB = Job.model_validate({"base": "b", "data": "d.jsonl", "train": {"steps": 1}})
@@ -93,14 +96,15 @@ def test_what_took_no_attempt_further_is_left_to_people(backend: Kubernetes, clu
     assert look(backend).state == "queued" and numbers(cluster)[-1] == "s4"
 
 
-@pytest.mark.parametrize("why", ["result", "cancelled", "invalid", "other version"])
+@pytest.mark.parametrize("why", ["result", "hindered", "invalid", "other version"])
 def test_a_run_that_should_not_go_on_does_not(why: str, backend: Kubernetes, cluster: Cluster, laptop: Path) -> None:
     run_dir = laptop / "runs" / RUN_ID
     end(cluster, 1, "ValidationFailed" if why == "invalid" else "Failed")
     if why == "result":
         chain.close(run_dir, {"state": "failed", "reason": None})
-    elif why == "cancelled":
-        backend.site.ask(RUN_ID, "cancel")
+    elif why == "hindered":
+        for _ in range(HINDERED_STARTS):
+            note_hindrance(run_dir, 1, "ImportError", gives_up=True)
     elif why == "other version":
         cluster.objects["rayjobs", f"{RUN_ID}-s1"]["metadata"]["annotations"] = {"fleetune/digest": "0" * 64}
     status = backend.status([RUN_ID])[RUN_ID]
@@ -129,6 +133,59 @@ def test_a_run_without_a_rayjob_is_lost_after_a_while(
     for _ in range(2):
         assert look(backend).state == "queued"
         assert numbers(cluster) == ["s1", "s1"]
+
+
+@pytest.mark.parametrize("rayjob", ["failed", "gone"])
+def test_a_run_that_is_to_end_is_closed_where_no_controller_is_left(
+    rayjob: str, backend: Kubernetes, cluster: Cluster, laptop: Path
+) -> None:
+    backend.site.ask(RUN_ID, "cancel")
+    end(cluster, 1, "Running")
+    look(backend)
+    assert chain.result(laptop / "runs" / RUN_ID) is None  # its controller does it
+    end(cluster, 1)
+    if rayjob == "gone":
+        cluster.objects.clear()
+    standing = backend.look([RUN_ID])[RUN_ID]
+    assert standing.folder.result and standing.folder.result["state"] == "cancelled"
+    assert numbers(cluster) == ["s1"]
+
+
+def test_a_submission_that_was_broken_off_is_not_made_by_who_looks(
+    backend: Kubernetes, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = "b-0123456789"
+    backend.site.create(other, {"cluster": "k8s", "submitted": 0.0, "job": JOB.dump()})
+    status = backend.look([other])[other].on_cluster
+    assert status.state == "unknown" and "nobody has tried to make a RayJob of it" in status.reason
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(KubernetesApi, "create", interrupted)
+        backend.submit(backend.request(JOB, other))
+    assert backend.look([other])[other].on_cluster.state == "queued"  # whether it was made, nobody knew
+    assert cluster.created == [f"{RUN_ID}-s1", f"{other}-s1"]
+
+
+def test_rayjobs_that_are_gone_again_and_again_are_left_to_people(backend: Kubernetes, cluster: Cluster) -> None:
+    for _ in range(5):
+        cluster.objects.clear()
+        status = look(backend)
+    assert status.state == "unknown" and numbers(cluster) == ["s1", "s1", "s1"]
+    chain.claim_next(backend.home / "runs" / RUN_ID, None)
+    assert look(backend).state == "queued"
+
+
+def test_what_is_gone_is_not_submitted_by_another_image(backend: Kubernetes, cluster: Cluster) -> None:
+    cluster.objects.clear()
+    image = f"registry.example.org/another@sha256:{'1' * 64}"
+    other = Kubernetes.open(backend.config.model_copy(update={"image": image}), backend.home)
+    status = look(other)
+    assert status.state == "unknown" and "another version of Fleetune or of the clusters file" in status.reason
+    assert numbers(cluster) == ["s1"]
+    assert look(backend).state == "queued"
 
 
 def test_a_submission_that_fails_is_said(backend: Kubernetes, cluster: Cluster) -> None:

@@ -9,7 +9,7 @@ from api_server import Cluster
 
 pytest.importorskip("kubernetes", reason="the client of Kubernetes is not installed: pip install 'fleetune[k8s]'")
 
-from clusters import kubernetes_api
+from clusters import kubernetes, kubernetes_api
 from clusters.base import ClusterStatus
 from clusters.kubernetes import Kubernetes
 from clusters.kubernetes_config import KubernetesConfig
@@ -27,6 +27,7 @@ NO_QUOTA = "couldn't assign flavors to pod set workers: insufficient unused quot
 def backend(laptop: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Kubernetes:
     """A cluster with a queue, in which a run waits."""
     monkeypatch.setattr(kubernetes_api, "_FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(kubernetes, "note_try_in", lambda *_: None)  # there is no run folder
     config = config_of("k8s")
     assert isinstance(config, KubernetesConfig)
     queued = config.model_copy(update={"queue": "team-a", "queue_priority": "urgent", "priority_class": "high"})

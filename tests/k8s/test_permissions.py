@@ -8,7 +8,7 @@ from api_server import Cluster
 
 pytest.importorskip("kubernetes", reason="the client of Kubernetes is not installed: pip install 'fleetune[k8s]'")
 
-from clusters import kubernetes_api
+from clusters import kubernetes, kubernetes_api
 from clusters.base import SubmissionRefused, Unreachable
 from clusters.kubernetes import Kubernetes
 from clusters.kubernetes_access import NEEDED, NEEDED_WITH_QUEUE, Permission
@@ -26,6 +26,7 @@ ALL = (*NEEDED, *NEEDED_WITH_QUEUE)
 def backend(laptop: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Kubernetes:
     """The cluster with a queue, a run that waits in it, and no room for another one."""
     monkeypatch.setattr(kubernetes_api, "_FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(kubernetes, "note_try_in", lambda *_: None)  # there is no run folder
     config = config_of("k8s")
     assert isinstance(config, KubernetesConfig)
     backend = Kubernetes(config.model_copy(update={"queue": "team-a"}), laptop)

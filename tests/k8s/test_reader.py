@@ -14,6 +14,7 @@ from small_cluster import IMAGE, NEEDED, ROOT, reader
 
 pytest.importorskip("kubernetes", reason="the client of Kubernetes is not installed: pip install 'fleetune[k8s]'")
 
+from clusters import kubernetes
 from clusters.base import Unreachable
 from clusters.kubernetes import Kubernetes
 from clusters.kubernetes_config import KubernetesConfig
@@ -118,7 +119,10 @@ def test_a_run_that_waits_is_cancelled_and_closed(backend: Kubernetes, cluster: 
     assert (tmp_path / "volume" / "runs" / RUN_ID / "result.json").exists()
 
 
-def test_a_run_that_runs_is_left_to_its_controller(backend: Kubernetes, cluster: Cluster) -> None:
+def test_a_run_that_runs_is_left_to_its_controller(
+    backend: Kubernetes, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kubernetes, "note_try_in", lambda *_: None)
     backend.submit(backend.request(JOB, RUN_ID))
     cluster.objects["rayjobs", f"{RUN_ID}-s1"]["status"] = {"jobDeploymentStatus": "Running"}
     backend.cancel(RUN_ID)

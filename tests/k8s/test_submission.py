@@ -4,8 +4,11 @@ The official client speaks HTTP to a server of the tests (api_server.py), whose 
 """
 
 import random
+import socket
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +39,12 @@ def cluster() -> Cluster:
 
 @pytest.fixture
 def address(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of its server, which the kubeconfig has; nobody waits between two tries, or submits runs again."""
+    """The address of its server, which the kubeconfig has; nobody waits between two tries, or submits runs again.
+
+    There is no reader, who would be asked for the latest start of a run, and told of a submission: test_keeper.py.
+    """
     monkeypatch.setattr(kubernetes, "submit_again", lambda *_: {})
+    monkeypatch.setattr(Kubernetes, "ask_reader", lambda *_: 0)
     monkeypatch.setattr(kubernetes_api, "_FIRST_PAUSE_S", 0.0)
     monkeypatch.setattr(kubernetes_api, "_LONGEST_PAUSE_S", 0.0)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
@@ -47,10 +54,9 @@ def address(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def backend(address: str, monkeypatch: pytest.MonkeyPatch) -> Kubernetes:
-    """Without a reader, who would be asked for the latest start of a run; test_prune.py has one."""
+def backend(address: str) -> Kubernetes:
+    """The cluster, as a laptop has it."""
     assert address
-    monkeypatch.setattr(Kubernetes, "ask_reader", lambda *_: 0)
     return opened()
 
 
@@ -196,6 +202,44 @@ def test_a_list_that_is_too_old_begins_again(
 
     cluster.fault = renew
     assert len(backend.api.rayjobs("")) == 5
+
+
+def test_a_list_that_is_always_too_old_is_given_up(
+    backend: Kubernetes, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[int] = []
+    monkeypatch.setattr(kubernetes_api, "_PAGE", 2)
+    monkeypatch.setattr(kubernetes_api, "_rest", lambda number, _: rests.append(number))
+    for number in range(5):
+        backend.submit(backend.request(JOB, f"a-{number:010}"))
+    cluster.expired.add("4")
+
+    def lasting(_: str) -> None:
+        assert len(cluster.requests) < 100
+
+    cluster.fault = lasting
+    with pytest.raises(Unreachable, match="too old"):
+        backend.api.rayjobs("")
+    assert rests == [1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("address")
+def test_a_server_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubernetes_api, "_LIMITS", {"_request_timeout": (5.0, 0.2)})
+    monkeypatch.setattr(kubernetes_api, "_LONGEST_TRIES_S", 0.3)
+    heard: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def listen() -> None:
+            with suppress(OSError):  # it is closed
+                while True:
+                    heard.append(server.accept()[0])
+
+        threading.Thread(target=listen, daemon=True).start()
+        write_kubeconfig(tmp_path / "kubeconfig", f"http://127.0.0.1:{server.getsockname()[1]}", "client")
+        with pytest.raises(Unreachable, match="Read timed out"):
+            opened().api.rayjobs("")
+    assert 1 <= len(heard) <= 2
 
 
 def pod(name: str, node: str = "gpu-1", **status: Any) -> dict[str, Any]:

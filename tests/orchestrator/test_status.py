@@ -22,6 +22,7 @@ from orchestrator import progress, runs, status
 from orchestrator.logs import LogReader
 from runfolder.chain import Attempt, claim_next, close
 from runfolder.delivered import note_delivered
+from runfolder.hindrance import note_hindrance
 from runfolder.requests import cancel_requested, cancel_saves, request_cancel
 from runfolder.site import LocalSite
 from runfolder.snapshot import snapshot
@@ -52,6 +53,16 @@ def test_a_submitted_run_waits_with_a_reason(home: Path, tmp_path: Path) -> None
 def test_a_run_that_its_cluster_does_not_know_is_unknown(run: Path) -> None:
     found = fleetune.status(run.name)
     assert (found.state, found.steps) == ("unknown", 100)
+
+
+def test_what_keeps_a_run_from_its_first_attempt_is_in_its_status(run: Path) -> None:
+    note_hindrance(run, 1, "ImportError: no torch")
+    running = Standing(snapshot(run), View("running", "RayJob a-s1"))
+    assert status.join_status(running).reason == "RayJob a-s1; ImportError: no torch"
+    over = Standing(snapshot(run), View("ended"))
+    assert (status.join_status(over).state, status.join_status(over).reason) == ("unknown", "ImportError: no torch")
+    claim(run)
+    assert "ImportError" not in str(status.join_status(Standing(snapshot(run), View("running"))).reason)
 
 
 def test_steps_and_verdicts_are_joined_over_attempts(run: Path) -> None:
