@@ -2,12 +2,12 @@
 
 from methods.options.base import BaseConfig
 from trainer.dry_run.model import layer_count, with_layers
-from trainer.dry_run.steps import DryRun, Passes, Tried
+from trainer.dry_run.steps import DryRun, Passes, TriedPasses
 
 FIRST_DEPTH = 2
 
 
-def whole_base(passes: Passes, config: BaseConfig) -> Tried:
+def whole_base(passes: Passes, config: BaseConfig) -> TriedPasses:
     """What a job holds on a base of this config.json, with all of its layers."""
     layers = layer_count(config)
     shallow, deep = depths(config)
@@ -30,7 +30,7 @@ def whole_base(passes: Passes, config: BaseConfig) -> Tried:
             extended[part] = along(size, at_deep.moments[phase][part])
         moments[phase] = extended
     trained = along(at_shallow.trained, at_deep.trained)
-    return Tried(moments, trained, along(at_shallow.frozen, at_deep.frozen))
+    return TriedPasses(moments, trained, along(at_shallow.frozen, at_deep.frozen))
 
 
 def depths(config: BaseConfig) -> tuple[int, int]:

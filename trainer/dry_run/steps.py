@@ -64,7 +64,7 @@ class Passes:
 
 
 @dataclass(frozen=True)
-class Tried:
+class TriedPasses:
     """What came of it: bytes by what they are for in the worst moment of each phase, and elements of the weights."""
 
     moments: dict[str, Bytes]
@@ -80,7 +80,7 @@ class DryRun:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._tracer = LayerTracer()
 
-    def on(self, config: BaseConfig) -> Tried:
+    def on(self, config: BaseConfig) -> TriedPasses:
         """What the job holds on a base of this config.json."""
         passes = self._passes
         job = passes.job
@@ -99,7 +99,7 @@ class DryRun:
             _take_steps(passes, method, model, ledger, kernels)
         trained = count_trained(model)
         weights = sum(parameter.numel() for parameter in model.parameters())
-        return Tried(ledger.peaks, trained, weights - trained)
+        return TriedPasses(ledger.peaks, trained, weights - trained)
 
 
 def _take_steps(
