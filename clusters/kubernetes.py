@@ -33,7 +33,7 @@ from clusters.kubernetes_answers import goes_on, runs_now, status_of
 from clusters.kubernetes_api import KubernetesApi, Rejected
 from clusters.kubernetes_config import KubernetesConfig, flaw_of_name
 from clusters.kubernetes_keeper import submit_again
-from clusters.kubernetes_nodes import capacity_of_nodes
+from clusters.kubernetes_nodes import capacity_of_nodes, nodes_of
 from clusters.kueue import look_at_queue
 from clusters.pod_link import PodLink
 from clusters.remote.code import installed_code
@@ -195,8 +195,8 @@ class Kubernetes:
         return None
 
     def capacity(self) -> Capacity:
-        """GPUs of the nodes, or their cores; free is what the runs of this namespace leave of them."""
-        return capacity_of_nodes(self.api.nodes(), self.api.pods(OUR_OBJECTS), self.config.gpu_resource)
+        """GPUs of the nodes, or their cores; free is what the runs of this namespace leave. Raises CapacityNotTold."""
+        return capacity_of_nodes(nodes_of(self.api), self.api.pods(OUR_OBJECTS), self.config.gpu_resource)
 
     def ask_reader(self, request: Mapping[str, Any]) -> Any:
         """What the reader's pod answers to a request (clusters/answer.py)."""

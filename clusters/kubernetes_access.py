@@ -34,8 +34,9 @@ NEEDED = (
     Permission("create", "pods/exec", "run folders"),
     Permission("get", "persistentvolumeclaims", "doctor"),
     Permission("list", "resourcequotas", "doctor"),
-    Permission("list", "nodes", "submit"),
 )
+# What runs go on without, in fewer words.
+WISHED = (Permission("list", "nodes", "whether a job fits"),)
 NEEDED_WITH_QUEUE = (
     Permission("list", "workloads", "status", _KUEUE),
     Permission("get", "localqueues/pendingworkloads", "status", f"visibility.{_KUEUE}"),

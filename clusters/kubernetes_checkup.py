@@ -1,16 +1,16 @@
 """What a look at a Kubernetes cluster finds: what it is, what this account may do, and what runs will need there."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from clusters.base import SubmissionRefused, Unreachable
+from clusters.base import CapacityNotTold, SubmissionRefused, Unreachable
 from clusters.checks import Check
 from clusters.kubernetes import Kubernetes
-from clusters.kubernetes_access import NEEDED, NEEDED_WITH_QUEUE, denied
+from clusters.kubernetes_access import NEEDED, NEEDED_WITH_QUEUE, WISHED, Permission, denied
 from clusters.kubernetes_api import ApiObject, Rejected
 from clusters.kubernetes_config import KubernetesConfig
 from clusters.kubernetes_namespace import NamespaceLook
-from clusters.kubernetes_nodes import unfit_nodes
+from clusters.kubernetes_nodes import nodes_of, unfit_nodes
 from clusters.kueue import look_at_queue
 from runfolder.job import Job
 
@@ -106,20 +106,39 @@ class KubernetesLook(NamespaceLook):
         """What of all that is asked for this account may not do."""
         needed = (*NEEDED, *NEEDED_WITH_QUEUE) if self.config.queue else NEEDED
         lacking = denied(self.cluster.api, needed)
-        if not lacking:
-            return Check("permissions", "ok", f"all {len(needed)} that are needed")
+        missed = denied(self.cluster.api, WISHED)
+        if not lacking and not missed:
+            return Check("permissions", "ok", f"all {len(needed) + len(WISHED)} that are used")
         words = []
-        for permission in lacking:
+        for permission in (*lacking, *missed):
             words.append(f"{permission} ({permission.what_for})")
         found = ", ".join(words)
-        bind = f"{self.kubectl} create rolebinding NAME --role=fleetune-client --user=YOU"
-        mend = f"have an administrator run: {bind}"
+        mend = f"have an administrator run: {self._binding(lacking, missed)}"
+        if not lacking:
+            return Check("permissions", "warn", f"runs go on without these, which are not allowed: {found}", mend)
         return Check("permissions", "fail", f"not allowed: {found}", mend)
+
+    def _binding(self, lacking: Sequence[Permission], missed: Sequence[Permission]) -> str:
+        """The commands that give an account what it lacks; nodes are no namespace's, and have a role of their own."""
+        commands = []
+        in_namespace = [*lacking]
+        for permission in missed:
+            if permission.resource != "nodes":
+                in_namespace.append(permission)
+        if in_namespace:
+            commands.append(f"{self.kubectl} create rolebinding NAME --role=fleetune-client --user=YOU")
+        if len(in_namespace) < len(lacking) + len(missed):
+            commands.append(f"{self.kubectl} create clusterrolebinding NAME --clusterrole=fleetune-nodes --user=YOU")
+        return " && ".join(commands)
 
     def _nodes(self) -> Check:
         """What there is for workers, on nodes that they may be on."""
         config = self.config
-        nodes = self.cluster.api.nodes()
+        try:
+            nodes = nodes_of(self.cluster.api)
+        except CapacityNotTold:
+            text = "this account may not see them: whether a job fits is not known before it is submitted"
+            return Check("nodes", "warn", text, f"have an administrator run: {self._binding((), WISHED)}")
         unfit = unfit_nodes(nodes, config.node_selector, config.tolerations)
         fit = len(nodes) - len(unfit)
         if fit == 0:

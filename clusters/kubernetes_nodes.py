@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from clusters.base import Capacity
+from clusters.base import Capacity, CapacityNotTold
+from clusters.kubernetes_api import ApiObject, KubernetesApi, Rejected
 from clusters.kueue import Answered
 from k8s.names import Taint, parse_taint
 from k8s.settings import Selector
@@ -23,6 +24,16 @@ _QUANTITY_UNITS = {
     "Pi": 2.0**50,
 }
 _KEEPING_OFF = ("NoSchedule", "NoExecute")
+
+
+def nodes_of(api: KubernetesApi) -> list[ApiObject]:
+    """The nodes of a cluster; raises CapacityNotTold where this account may not see them, as they are no namespace's."""
+    try:
+        return api.nodes()
+    except Rejected as rejected:
+        if rejected.status != 403:
+            raise
+        raise CapacityNotTold(str(rejected)) from None
 
 
 def capacity_of_nodes(nodes: Iterable[Answered], pods: Iterable[Answered], gpu_resource: str) -> Capacity:
@@ -65,7 +76,7 @@ def _amount_of(nodes: Iterable[Answered], resource: str) -> float:
     """What nodes have of a resource for pods."""
     total = 0.0
     for node in nodes:
-        allocatable = node["status"]["allocatable"]
+        allocatable = node["status"].get("allocatable", {})  # a new node has none yet
         total += quantity(allocatable.get(resource, "0"))
     return total
 
