@@ -195,7 +195,7 @@ class Kubernetes:
         return None
 
     def capacity(self) -> Capacity:
-        """GPUs of the nodes, or their cores; free is what the runs of this namespace leave. Raises CapacityNotTold."""
+        """GPUs of the nodes, or their cores; free is what runs here leave of them. Raises CapacityNotTold."""
         return capacity_of_nodes(nodes_of(self.api), self.api.pods(OUR_OBJECTS), self.config.gpu_resource)
 
     def ask_reader(self, request: Mapping[str, Any]) -> Any:

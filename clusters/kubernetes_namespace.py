@@ -15,6 +15,7 @@ from clusters.remote.lock import installed_lock
 from k8s.names import parse_secret_key
 from k8s.planned import READER_LABEL
 
+_SERVER = "kubernetes.default.svc"  # the API server, as pods know it
 _SHOWN_DIGITS = 12  # of a digest
 _WITHOUT_VALUES = {**JSON, "Accept": "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"}
 
@@ -117,11 +118,12 @@ class NamespaceLook:
         return Check("reader", "ok", text)
 
     def packages(self) -> Check:
-        """Whether the image has what runs need, in the versions of this installation, and can write to the claim."""
+        """Whether the image has what runs need, in our versions; whether names are resolved, the claim written."""
         wanted = {
             "name": self.name,
             "cluster": self.config.model_dump(mode="json"),
             "requirements": installed_lock().requirements.splitlines(),
+            "server": _SERVER,
             "test_job": False,
         }
         said = []

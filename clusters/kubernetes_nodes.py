@@ -27,7 +27,7 @@ _KEEPING_OFF = ("NoSchedule", "NoExecute")
 
 
 def nodes_of(api: KubernetesApi) -> list[ApiObject]:
-    """The nodes of a cluster; raises CapacityNotTold where this account may not see them, as they are no namespace's."""
+    """The nodes of a cluster; raises CapacityNotTold where this account may not see them."""
     try:
         return api.nodes()
     except Rejected as rejected:

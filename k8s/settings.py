@@ -70,6 +70,10 @@ class KubernetesSettings(KubernetesSection):
         False, description="pods use the network of their nodes, as some RDMA needs; not `restricted` any more"
     )
 
+    egress_ports: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = Field(
+        (443, 5000), min_length=1, description="TCP ports by which pods reach the hub, MLflow, and a proxy"
+    )
+
     node_selector: Selector = Field({}, description="labels of nodes that workers may be on; a list: any of these")
     tolerations: tuple[TaintText, ...] = Field((), description="taints that workers tolerate, as key=value:effect")
     head: HeadSettings = Field(
@@ -97,6 +101,13 @@ class KubernetesSettings(KubernetesSection):
         if shared >= head.memory:
             raise ValueError(f"memory: found {head.memory}; allowed: more than shared_memory, {shared}, a part of it")
         return head
+
+    @field_validator("egress_ports")
+    @classmethod
+    def _are_different(cls, ports: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(ports)) < len(ports):
+            raise ValueError("found a port twice; allowed: each once")
+        return ports
 
     @field_validator("queue_priority")
     @classmethod

@@ -98,7 +98,7 @@ def test_what_is_refused_is_said_and_the_rest_is_there() -> None:
     with pytest.raises(InputError) as refused:
         install("--storage-class", "other")
     first, line = str(refused.value).splitlines()
-    assert first == "the server refused 1 of 14; what else there is was applied:"
+    assert first == "the server refused 1 of 15; what else there is was applied:"
     assert line.startswith("PersistentVolumeClaim research/fleetune: refused (PersistentVolumeClaim ")
     assert "spec is immutable" in line
 

@@ -12,7 +12,7 @@ from small_cluster import NODE
 
 pytest.importorskip("kubernetes", reason="the client of Kubernetes is not installed: pip install 'fleetune[k8s]'")
 
-from clusters import kubernetes_api
+from clusters import kubernetes_api, kubernetes_namespace
 from clusters.checks import Check
 from orchestrator import render
 from orchestrator.cluster_doctor import cluster_checks
@@ -28,7 +28,8 @@ ALL = (
 
 @pytest.fixture(autouse=True)
 def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits between two tries."""
+    """Nobody waits between two tries, and a pod resolves the names of this machine."""
+    monkeypatch.setattr(kubernetes_namespace, "_SERVER", "localhost")
     monkeypatch.setattr(kubernetes_api, "_FIRST_PAUSE_S", 0.0)
 
 
@@ -64,9 +65,20 @@ def test_all_is_well(change: Callable[..., None], cluster: Cluster) -> None:
     assert found["secrets"] == "fleetune-ray: this account may not see whether they are there"
     assert found["image"] == "registry.example.org/team/fleetune, sha256 000000000000..."
     assert found["reader"].startswith("pod reader-1 has 0 runs in ")
-    assert "can be written" in found["packages"] and "deepspeed" in found["packages"]
+    assert (
+        "can be written; names: localhost is resolved; disk: " in found["packages"]
+        and "deepspeed" in found["packages"]
+    )
     assert found["quota"] == "none" and found["queue"] == "0 wait in team-a"
     assert cluster.created == []
+
+
+@pytest.mark.usefixtures("laptop")
+def test_a_pod_that_cannot_resolve_names_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubernetes_namespace, "_SERVER", "no-such-name.invalid")
+    check = look()["names"]
+    assert (check.name, check.level) == ("names", "fail") and "no-such-name.invalid" in check.found
+    assert check.mend.startswith("fleetune k8s install --cluster k8s")
 
 
 def stop_reader(cluster: Cluster) -> None:
@@ -83,6 +95,10 @@ def node(**changes: Any) -> dict[str, Any]:
 
 def without_gpus(cluster: Cluster) -> None:
     cluster.nodes = [node(status={"allocatable": {"cpu": "4"}})]
+
+
+def of_nodes_unseen(cluster: Cluster) -> None:
+    (cluster.tokens["client"] or set()).remove(("list", "nodes"))
 
 
 def tainted(cluster: Cluster) -> None:
@@ -153,6 +169,7 @@ def with_full_quota(cluster: Cluster) -> None:
         (without_kuberay, "operator", "fail", "older than 1.6", "kubectl apply --server-side -k "),
         (with_kuberay_1_6, "operator", "warn", "KubeRay 1.6", "kubectl apply --server-side -k "),
         (without_gpus, "nodes", "warn", "no node has nvidia.com/gpu", "device plugin"),
+        (of_nodes_unseen, "nodes", "warn", "this account may not see them", "create clusterrolebinding NAME"),
         (tainted, "nodes", "fail", "gpu-1 has the taint gpu=a:NoSchedule", "tolerations"),
         (unbound, "claim", "fail", "fleetune is Pending, not bound", "kubectl -n fleetune describe pvc fleetune"),
         (for_one_node, "claim", "fail", "is for one node alone (class nfs, ReadWriteOnce)", "--storage-class"),
