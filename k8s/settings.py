@@ -10,6 +10,7 @@ from k8s.names import (
     LabelValue,
     NamespaceName,
     ObjectName,
+    QueueName,
     ResourceName,
     SecretKeyText,
     TaintText,
@@ -21,6 +22,7 @@ def _as_choice(values: object) -> object:
     return [values] if isinstance(values, str) else values
 
 
+_OTHER_ACCOUNTS = ("fleetune-client", "fleetune-keeper")
 LabelChoice = Annotated[tuple[LabelValue, ...], BeforeValidator(_as_choice), Field(min_length=1)]
 Selector = dict[LabelKey, LabelChoice]
 
@@ -80,10 +82,14 @@ class KubernetesSettings(KubernetesSection):
         HeadSettings(), validate_default=True, description="the pod that runs controller and driver"
     )
     priority_class: ObjectName | None = Field(None, description="the PriorityClass of the pods")
-    queue: ObjectName | None = Field(None, description="Kueue's LocalQueue that admits runs whole; null: none")
-    queue_priority: ObjectName | None = Field(None, description="Kueue's WorkloadPriorityClass of runs")
+    queue: QueueName | None = Field(None, description="Kueue's LocalQueue that admits runs whole; null: none")
+    queue_priority: QueueName | None = Field(None, description="Kueue's WorkloadPriorityClass of runs")
     gang_scheduling: bool = Field(
         False, description="the batch scheduler that KubeRay was started with places a run's pods together or not"
+    )
+
+    keep_finished: int = Field(
+        30, ge=1, le=3650, description="days that the keeper leaves the RayJobs of runs that have ended"
     )
 
     @field_validator("shared_memory")
@@ -102,12 +108,19 @@ class KubernetesSettings(KubernetesSection):
             raise ValueError(f"memory: found {head.memory}; allowed: more than shared_memory, {shared}, a part of it")
         return head
 
-    @field_validator("egress_ports")
+    @field_validator("service_account")
     @classmethod
-    def _are_different(cls, ports: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(ports)) < len(ports):
-            raise ValueError("found a port twice; allowed: each once")
-        return ports
+    def _is_of_runs(cls, account: str) -> str:
+        if account in _OTHER_ACCOUNTS:
+            raise ValueError(f"found {account!r}, which may make RayJobs; allowed: one that may do nothing")
+        return account
+
+    @field_validator("egress_ports", "image_pull_secrets")
+    @classmethod
+    def _are_different(cls, values: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("found one of them twice; allowed: each once")
+        return values
 
     @field_validator("queue_priority")
     @classmethod
