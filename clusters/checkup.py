@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ def check_cluster(wanted: dict[str, Any], root: Path, environment: Path | None) 
     yield _mounted_check(root) if is_pod else _root_check(root)
     if is_pod:
         yield _names_check(wanted["server"], wanted["name"])
+        yield _ray_check()
     yield disk_check(root, f"free some space, or {_OTHER_ROOT}")
     yield Check("python", "ok", f"{platform.python_version()} at {sys.executable}")
     has_packages = environment is None or is_ready(environment)
@@ -98,6 +100,15 @@ def _names_check(server: str, cluster: str) -> Check:
         return Check("names", "ok", f"{server} is resolved")
     mend = f"fleetune k8s install --cluster {cluster}, whose network policies let pods ask at ports 53 and 5353"
     return Check("names", "fail", f"pods cannot resolve names ({server}: {said.problem}), so no run starts", mend)
+
+
+def _ray_check() -> Check:
+    """Whether KubeRay can start Ray, which it does by that name, whatever Python the runs have."""
+    found = shutil.which("ray")
+    if found:
+        return Check("ray", "ok", found)
+    mend = "have the image's PATH name its folder, as k8s/image/Dockerfile does"
+    return Check("ray", "fail", "no `ray` is on the PATH of the image, so no pod of a run starts", mend)
 
 
 def _environment_check(environment: Path, name: str) -> Check:

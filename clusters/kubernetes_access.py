@@ -36,7 +36,10 @@ NEEDED = (
     Permission("list", "resourcequotas", "doctor"),
 )
 # What runs go on without, in fewer words.
-WISHED = (Permission("list", "nodes", "whether a job fits"),)
+WISHED = (
+    Permission("list", "events", "why a run does not start"),
+    Permission("list", "nodes", "whether a job fits"),
+)
 NEEDED_WITH_QUEUE = (
     Permission("list", "workloads", "status", _KUEUE),
     Permission("get", "localqueues/pendingworkloads", "status", f"visibility.{_KUEUE}"),

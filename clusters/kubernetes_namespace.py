@@ -91,10 +91,19 @@ class NamespaceLook:
             return Check("image", "fail", text, self.install)
         images = set()
         for pod in pods:
-            for container in pod["status"].get("containerStatuses", []):
-                waiting = container.get("state", {}).get("waiting", {})
-                if "Image" in waiting.get("reason", ""):
-                    text = f"{waiting['reason']}: {waiting.get('message', '')}"
+            statuses = pod["status"].get("containerStatuses")
+            if not statuses:
+                pod_name = pod["metadata"]["name"]
+                text = f"pod {pod_name} has not pulled it yet"
+                mend = f"see: {self.kubectl} describe pod {pod_name}"
+                return Check("image", "warn", text, mend)
+            for container in statuses:
+                state = container.get("state", {})
+                waiting = state.get("waiting", {})
+                reason = waiting.get("reason", "")
+                if "Image" in reason:
+                    message = waiting.get("message", "")
+                    text = f"{reason}: {message}"
                     named = ", ".join(self.config.image_pull_secrets) or "none is named"
                     mend = f"image_pull_secrets ({named}): have one that may pull it"
                     return Check("image", "fail", text, mend)

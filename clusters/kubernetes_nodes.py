@@ -77,7 +77,8 @@ def _amount_of(nodes: Iterable[Answered], resource: str) -> float:
     total = 0.0
     for node in nodes:
         allocatable = node["status"].get("allocatable", {})  # a new node has none yet
-        total += quantity(allocatable.get(resource, "0"))
+        amount = allocatable.get(resource, "0")
+        total += quantity(amount)
     return total
 
 
@@ -85,8 +86,10 @@ def _asked_for(pod: Answered, resource: str) -> float:
     """What a pod asks for of a resource."""
     total = 0.0
     for container in pod["spec"]["containers"]:
-        requests = container.get("resources", {}).get("requests", {})
-        total += quantity(requests.get(resource, "0"))
+        resources = container.get("resources", {})
+        requests = resources.get("requests", {})
+        amount = requests.get(resource, "0")
+        total += quantity(amount)
     return total
 
 

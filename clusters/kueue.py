@@ -47,8 +47,9 @@ class QueueView:
         here = found["positionInLocalQueue"] + 1
         among_all = found["positionInClusterQueue"] + 1
         words = f"place {here} of {self.waiting} in queue {self.queue}, place {among_all} in its cluster queue"
-        if found.get("priority"):
-            words += f", priority {found['priority']}"
+        priority = found.get("priority")
+        if priority:
+            words += f", priority {priority}"
         return words
 
 
@@ -61,7 +62,8 @@ def look_at_queue(api: KubernetesApi, queue: str) -> QueueView:
     with suppress(Unreachable):  # Kueue's own server, which may be away
         visibility = f"/apis/visibility.{_GROUP}"
         places, refused = _items(api, visibility, f"{namespace}/localqueues/{queue}/pendingworkloads", tries=1)
-        if refused and (refused.status == 403 or queue in refused.message):
+        is_told = refused and (refused.status == 403 or queue in refused.message)
+        if refused and is_told:
             troubles.append(f"its place is not known ({refused.message})")
     trouble = "; ".join(troubles)
     return QueueView(queue, _by_rayjob(workloads), _by_rayjob(places), len(places), trouble)
@@ -91,9 +93,12 @@ def _by_rayjob(items: Iterable[Answered]) -> dict[str, Answered]:
     """Workloads by the names of the RayJobs that own them."""
     found = {}
     for item in items:
-        for owner in item["metadata"].get("ownerReferences", []):
+        metadata = item["metadata"]
+        owners = metadata.get("ownerReferences", [])
+        for owner in owners:
             if owner["kind"] == "RayJob":
-                found[owner["name"]] = item
+                name = owner["name"]
+                found[name] = item
     return found
 
 

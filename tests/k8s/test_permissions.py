@@ -61,6 +61,7 @@ USES: dict[str, Callable[[Kubernetes], str]] = {
     "get persistentvolumeclaims": doctor,
     "list resourcequotas": doctor,
     "list nodes": lambda backend: str(backend.capacity()),
+    "list events": lambda backend: backend.status([RUN_ID])[RUN_ID].reason,
     "list workloads.kueue.x-k8s.io": lambda backend: backend.status([RUN_ID])[RUN_ID].reason,
     "get localqueues/pendingworkloads.visibility.kueue.x-k8s.io": lambda backend: (
         backend.status([RUN_ID])[RUN_ID].reason
@@ -77,6 +78,8 @@ def test_without_it_something_fails_in_a_line_that_names_it(
     cluster.quota = 1 if permission.verb == "get" and permission.resource == "rayjobs" else None
     if permission.resource != "pods/exec":
         cluster.objects["pods", "reader-1"]["status"]["containerStatuses"][0]["ready"] = False  # nothing needs it
+    if permission.resource == "events":
+        cluster.objects["rayjobs", f"{RUN_ID}-s1"]["status"] = {"jobDeploymentStatus": "Initializing"}
     allowed.remove((permission.verb, permission.resource))
     try:
         said = USES[str(permission)](backend)
@@ -123,7 +126,7 @@ def bind(cluster: Cluster, *commands: str) -> None:
     cluster.tokens["client"] = cluster.general.rights("client")
 
 
-@pytest.mark.parametrize("lacking", [{("list", "nodes")}, {("list", "pods")}, None], ids=str)
+@pytest.mark.parametrize("lacking", [{("list", "nodes")}, {("list", "pods")}, None], ids=["nodes", "pods", "all"])
 def test_what_mends_a_lacking_permission_mends_it(
     lacking: set[tuple[str, str]] | None, backend: Kubernetes, cluster: Cluster
 ) -> None:
