@@ -130,8 +130,11 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
 
 def _other_names() -> list[str]:
     """The names of the allocation's nodes but this one, the first."""
-    said = ask_slurm(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]])
-    return [name for name in said.split() if name != os.environ["SLURMD_NODENAME"]]
+    nodes = os.environ["SLURM_JOB_NODELIST"]
+    said = ask_slurm(["scontrol", "show", "hostnames", nodes])
+    names = said.split()
+    here = os.environ["SLURMD_NODENAME"]
+    return [name for name in names if name != here]
 
 
 def _start_node(folder: Path, name: str, command: Sequence[str]) -> KeptNode:

@@ -142,7 +142,9 @@ def answer(cluster: Cluster, shelf: Shelf, request: PlainData) -> Any:
 
 
 def _plain_standing(standing: Standing) -> dict[str, Any]:
-    return {"folder": standing.folder.dump(), "on_cluster": dict(vars(standing.on_cluster))}
+    folder = standing.folder.dump()
+    on_cluster = dict(vars(standing.on_cluster))
+    return {"folder": folder, "on_cluster": on_cluster}
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ class ClusterConfig(Section):
     @classmethod
     def _as_lines(cls, lines: object) -> object:
         """A text stands for its lines."""
-        return tuple(lines.splitlines()) if isinstance(lines, str) else lines
+        if isinstance(lines, str):
+            return tuple(lines.splitlines())
+        return lines
 
     @field_validator("setup")
     @classmethod

@@ -41,7 +41,9 @@ def check_container(container: dict[str, Any], requirements: list[str]) -> Itera
 
 def command_in(container: dict[str, Any], has_gpus: bool = False) -> list[str]:
     """The command of Python in a container, for a look at it."""
-    options = ["--nv"] if has_gpus else []
-    image = str(Path(container["image"]).expanduser())
-    options += ["--env", "PYTHONNOUSERSITE=1", "--bind", "/tmp"]
-    return [container["runtime"], "exec", *options, image, container["python"]]
+    command = [container["runtime"], "exec"]
+    if has_gpus:
+        command.append("--nv")
+    command += ["--env", "PYTHONNOUSERSITE=1", "--bind", "/tmp"]
+    image = Path(container["image"]).expanduser()
+    return [*command, str(image), container["python"]]

@@ -44,13 +44,16 @@ def run_settings(of_cluster: Mapping[str, str], job: Job, environment: Mapping[s
     of_run = settings(job, environment)
     name = "PYTHONPATH"
     if name in of_cluster and name in of_run:
-        of_run[name] = f"{of_cluster[name]}:{of_run[name]}"
+        first = of_cluster[name]
+        then = of_run[name]
+        of_run[name] = f"{first}:{then}"
     return {**of_cluster, **of_run}
 
 
 def settings(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
     """What a run of this job gets of an environment, beside its secrets; folders as absolute paths."""
-    carried, _ = split_secrets(_set_in(environment, SETTINGS))
+    present = _set_in(environment, SETTINGS)
+    carried, _ = split_secrets(present)
     for name in _FOLDERS:
         if carried.get(name):
             folder = Path(carried[name]).expanduser()
@@ -60,12 +63,14 @@ def settings(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
 
 def secret_names(environment: Mapping[str, str]) -> tuple[str, ...]:
     """The secrets that an environment has, which a run takes along wherever it goes."""
-    return tuple(name for name in SECRETS if environment.get(name))
+    names = filter(environment.get, SECRETS)
+    return tuple(names)
 
 
 def secret_settings(environment: Mapping[str, str]) -> tuple[str, ...]:
     """The settings that hold a secret, like a proxy with a password: they are for runs on the same machine alone."""
-    _, secret = split_secrets(_set_in(environment, SETTINGS))
+    present = _set_in(environment, SETTINGS)
+    _, secret = split_secrets(present)
     return tuple(secret)
 
 
@@ -76,10 +81,17 @@ def secret_values(names: Iterable[str]) -> dict[str, str]:
 
 def machine_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """What of an environment is true of the machine, whoever's it is."""
-    of_language = [name for name in environment if name.startswith("LC_")]
-    return _set_in(environment, (*_MACHINE, *of_language))
+    names = list(_MACHINE)
+    for name in environment:
+        if name.startswith("LC_"):
+            names.append(name)
+    return _set_in(environment, names)
 
 
 def _set_in(environment: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     """The variables of these names that an environment has."""
-    return {name: environment[name] for name in names if name in environment}
+    present = {}
+    for name in names:
+        if name in environment:
+            present[name] = environment[name]
+    return present

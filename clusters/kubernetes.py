@@ -1,6 +1,6 @@
 """Kubernetes, through a kubeconfig alone: a submission is a RayJob of KubeRay, in the namespace of the runs.
 
-The API is asked from this machine. Run folders are on a claim, which the pod of the reader has: it answers for them
+The API is asked from this machine. Run folders are on a volume, which the pod of the reader has: it answers for them
 with this same class, in `FLEETUNE_HOME` there.
 """
 
@@ -56,7 +56,7 @@ RayJob = dict[str, Any]
 
 @dataclass(frozen=True)
 class Kubernetes:
-    """A namespace of a Kubernetes cluster, whose claim is at `home` in its pods."""
+    """A namespace of a Kubernetes cluster, whose volume is at `home` in its pods."""
 
     config: KubernetesConfig
     home: Path
@@ -74,7 +74,7 @@ class Kubernetes:
 
     @property
     def site(self) -> LocalSite | RemoteSite:
-        """The run folders on the claim; a pod has it, and others ask the reader's."""
+        """The run folders on the volume; a pod has it, and others ask the reader's."""
         if is_pod():
             return LocalSite(self.home / "runs")
         return RemoteSite(self._reader)
@@ -161,7 +161,7 @@ class Kubernetes:
         return {run_id: newest.get(run_id) for run_id in run_ids}
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
-        """How runs stand, None: all of the claim."""
+        """How runs stand, None: all of the volume."""
         return look_at(self, run_ids, in_full)
 
     def logs(self, run_id: str, offset: int = 0) -> Logs:
@@ -216,7 +216,7 @@ class Kubernetes:
         return submissions(self.api.rayjobs(f"{OUR_OBJECTS},{RUN_LABEL}={run_id}"))
 
     def _variables(self, job: Job) -> dict[str, str]:
-        """What head and workers have in their environment; raises SubmissionRefused for what no pod can have."""
+        """What all pods have in their environment; raises SubmissionRefused for what no pod can have."""
         hub = f"{self.home}/cache/huggingface"  # not in a pod, which each of them would fill anew
         code = f"{self.home}/code/{installed_code().digest}"
         variables = run_settings({"HF_HOME": hub, **self.config.env, "PYTHONPATH": code}, job, {})

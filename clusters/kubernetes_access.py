@@ -20,7 +20,10 @@ class Permission:
 
     def __str__(self) -> str:
         """As the server names it when it refuses."""
-        return f"{self.verb} {self.resource}.{self.group}" if self.group else f"{self.verb} {self.resource}"
+        text = f"{self.verb} {self.resource}"
+        if self.group:
+            text += f".{self.group}"
+        return text
 
 
 # The role of k8s/manifests/base/access.yaml has these and no other ones.
@@ -48,7 +51,11 @@ NEEDED_WITH_QUEUE = (
 
 def denied(api: KubernetesApi, permissions: Iterable[Permission]) -> list[Permission]:
     """Those that this account has not, by what the server says of each."""
-    return [permission for permission in permissions if not is_allowed(api, permission)]
+    lacking = []
+    for permission in permissions:
+        if not is_allowed(api, permission):
+            lacking.append(permission)
+    return lacking
 
 
 def is_allowed(api: KubernetesApi, permission: Permission) -> bool:

@@ -250,8 +250,10 @@ class KubernetesApi:
 
 def _rest(number: int, pause_s: float) -> None:
     """Wait before the next try: longer each time, and not as long as others who wait."""
-    backoff_s = _FIRST_PAUSE_S * 2.0**number * random.uniform(0.5, 1.5)
-    time.sleep(min(_LONGEST_PAUSE_S, max(pause_s, backoff_s)))
+    spread = random.uniform(0.5, 1.5)
+    backoff_s = _FIRST_PAUSE_S * 2.0**number * spread
+    wanted_s = max(pause_s, backoff_s)
+    time.sleep(min(_LONGEST_PAUSE_S, wanted_s))
 
 
 def _as_object(answer: Any) -> ApiObject:

@@ -55,7 +55,7 @@ class KubernetesLook(NamespaceLook):
             "operator": self._operator,
             "permissions": self._permissions,
             "nodes": self._nodes,
-            "claim": self.claim,
+            "volume": self.volume,
             "secrets": self.secrets,
             "image": self.image,
             "reader": self.reader,

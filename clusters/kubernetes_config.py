@@ -22,7 +22,7 @@ class KubernetesConfig(KubernetesSettings, ClusterConfig):
 
     kind: Literal["kubernetes"]
     link: Literal["local"] = Field("local", description="local: the API is asked from this machine")
-    root: MountPath = Field("/fleetune", description="where pods have the claim, and so the FLEETUNE_HOME there")
+    root: MountPath = Field("/fleetune", description="where pods have the volume, and so the FLEETUNE_HOME there")
     python: PathInPod | None = Field(None, description="the Python of the image; null: the one on its PATH")
 
     @field_validator("setup")

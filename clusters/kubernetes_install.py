@@ -40,7 +40,9 @@ class Applied:
     def __str__(self) -> str:
         """The line that people read."""
         line = f"{self.kind} {self.place}: {self.outcome}"
-        return f"{line} ({self.detail})" if self.detail else line
+        if self.detail:
+            line += f" ({self.detail})"
+        return line
 
 
 def place_of(manifest: KubernetesObject) -> str:
@@ -66,7 +68,7 @@ def apply_all(
     storage: str | None,
     takes_over: bool = False,
 ) -> Iterator[Applied]:
-    """Have objects be as these are, in order; of a claim that is there, the size stays unless `storage` is said.
+    """Have objects be as these are, in order; of a volume that is there, the size stays unless `storage` is said.
 
     What others have made stays as it is, and that is told, unless it is to be taken over.
     What the server refuses is told, and the next one is applied. Raises Unreachable.
@@ -144,15 +146,15 @@ def _object_at(api: KubernetesApi, path: str) -> KubernetesObject | None:
         return None
 
 
-def _with_fixed(claim: KubernetesObject, before: KubernetesObject, storage: str | None) -> KubernetesObject:
-    """A claim with what may not change of the one that is there, and its size and class unless others are said."""
+def _with_fixed(volume: KubernetesObject, before: KubernetesObject, storage: str | None) -> KubernetesObject:
+    """A volume with what may not change of the one that is there, and its size and class unless others are said."""
     there = before["spec"]
-    spec = {**claim["spec"], "accessModes": there["accessModes"]}
+    spec = {**volume["spec"], "accessModes": there["accessModes"]}
     if storage is None:
         spec["resources"] = {"requests": {"storage": there["resources"]["requests"]["storage"]}}
     if "storageClassName" in there:
         spec.setdefault("storageClassName", there["storageClassName"])
-    return {**claim, "spec": spec}
+    return {**volume, "spec": spec}
 
 
 def _changed_fields(before: Any, after: Any, path: str = "") -> list[str]:

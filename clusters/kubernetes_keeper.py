@@ -34,9 +34,14 @@ def submit_again(cluster: Cluster, newest: Mapping[str, Any]) -> dict[str, Clust
 
     Gives how those stand that it was made for, or why it was not; others are left out. Raises Unreachable.
     """
-    statuses = {}
-    idle = [run_id for run_id, rayjob in newest.items() if rayjob is None or not goes_on(rayjob)]
-    folders = cluster.site.snapshots(idle) if idle else {}
+    statuses: dict[str, ClusterStatus] = {}
+    idle = []
+    for run_id, rayjob in newest.items():
+        if rayjob is None or not goes_on(rayjob):
+            idle.append(run_id)
+    if not idle:
+        return statuses
+    folders = cluster.site.snapshots(idle)
     for run_id, run in folders.items():
         number = due_submission(newest[run_id], run)
         if number is not None:

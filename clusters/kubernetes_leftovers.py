@@ -127,5 +127,5 @@ def _without_rayjob(cluster: Kubernetes, pods: Iterable[Answered], rayjobs: Iter
 
 
 def _of_home(cluster: Kubernetes, found: HomeLeftover) -> Leftover:
-    """What is left over below FLEETUNE_HOME, on the claim."""
+    """What is left over below FLEETUNE_HOME, on the volume."""
     return Leftover(f"{cluster.home}/{found.path}", found.why, found.size, path=found.path)

@@ -1,4 +1,4 @@
-"""What a look at the namespace of runs finds: claim, Secrets, the reader's pod with its image, and quotas."""
+"""What a look at the namespace of runs finds: volume, Secrets, the reader's pod with its image, and quotas."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,28 +43,28 @@ class NamespaceLook:
         context = f" --context {self.config.context}" if self.config.context else ""
         return f"kubectl{context} -n {self.config.namespace}"
 
-    def claim(self) -> Check:
-        """Whether the claim has its storage, which many nodes can write."""
-        name = self.config.claim
-        claim = self._found(f"persistentvolumeclaims/{name}")
-        if claim is None:
+    def volume(self) -> Check:
+        """Whether the volume has its storage, which many nodes can write."""
+        name = self.config.volume
+        volume = self._found(f"persistentvolumeclaims/{name}")
+        if volume is None:
             mend = f"{self.install} --storage 2Ti --storage-class CLASS (see: kubectl get storageclass)"
-            return Check("claim", "fail", f"there is no claim {name}", mend)
-        spec = claim["spec"]
-        status = claim.get("status", {})
+            return Check("volume", "fail", f"there is no PersistentVolumeClaim {name}", mend)
+        spec = volume["spec"]
+        status = volume.get("status", {})
         modes = "/".join(spec["accessModes"])
         kind = f"class {spec.get('storageClassName', 'none')}, {modes}"
         phase = status.get("phase", "new")
         if phase != "Bound":
             text = f"{name} is {phase}, not bound ({kind})"
             mend = f"see why: {self.kubectl} describe pvc {name}"
-            return Check("claim", "fail", text, mend)
+            return Check("volume", "fail", text, mend)
         if "ReadWriteMany" not in spec["accessModes"]:
             text = f"{name} is for one node alone ({kind})"
-            mend = f"name another `claim`, then: {self.install} --storage-class CLASS"
-            return Check("claim", "fail", text, mend)
+            mend = f"name another `volume`, then: {self.install} --storage-class CLASS"
+            return Check("volume", "fail", text, mend)
         size = status.get("capacity", {}).get("storage", "?")
-        return Check("claim", "ok", f"{name} has {size} ({kind})")
+        return Check("volume", "ok", f"{name} has {size} ({kind})")
 
     def secrets(self) -> Check:
         """Whether the Secrets are there that pods are to have, where this account may see that; no value is read."""
@@ -127,7 +127,7 @@ class NamespaceLook:
         return Check("reader", "ok", text)
 
     def packages(self) -> Check:
-        """Whether the image has what runs need, in our versions; whether names are resolved, the claim written."""
+        """Whether the image has what runs need, in our versions; whether names are resolved, the volume written."""
         wanted = {
             "name": self.name,
             "cluster": self.config.model_dump(mode="json"),

@@ -127,6 +127,10 @@ def _why_kept_off(node: Answered, tolerated: Sequence[Taint]) -> str:
 
 def _tolerates(tolerated: Taint, taint: Answered) -> bool:
     """Whether a toleration is for a taint."""
-    has_value = tolerated.value is None or tolerated.value == taint.get("value", "")
-    has_effect = tolerated.effect is None or tolerated.effect == taint["effect"]
-    return tolerated.key == taint["key"] and has_value and has_effect
+    if tolerated.key != taint["key"]:
+        return False
+    value = taint.get("value", "")
+    if tolerated.value not in (None, value):
+        return False
+    effect = taint["effect"]
+    return tolerated.effect in (None, effect)

@@ -57,16 +57,21 @@ def look_at_queue(api: KubernetesApi, queue: str) -> QueueView:
     """How the workloads of a namespace stand; where Kueue may not be asked, that is said. Raises Unreachable."""
     namespace = f"namespaces/{api.namespace}"
     workloads, refused = _items(api, f"/apis/{_GROUP}", f"{namespace}/workloads")
-    troubles = [f"why is not known ({refused.message})"] if refused else []
+    troubles = []
+    if refused:
+        troubles.append(f"why is not known ({refused.message})")
     places: list[Answered] = []
     with suppress(Unreachable):  # Kueue's own server, which may be away
         visibility = f"/apis/visibility.{_GROUP}"
-        places, refused = _items(api, visibility, f"{namespace}/localqueues/{queue}/pendingworkloads", tries=1)
+        pending = f"{namespace}/localqueues/{queue}/pendingworkloads"
+        places, refused = _items(api, visibility, pending, tries=1)
         is_told = refused and (refused.status == 403 or queue in refused.message)
         if refused and is_told:
             troubles.append(f"its place is not known ({refused.message})")
     trouble = "; ".join(troubles)
-    return QueueView(queue, _by_rayjob(workloads), _by_rayjob(places), len(places), trouble)
+    workloads_by_name = _by_rayjob(workloads)
+    places_by_name = _by_rayjob(places)
+    return QueueView(queue, workloads_by_name, places_by_name, len(places), trouble)
 
 
 def _items(api: KubernetesApi, group: str, path: str, **options: Any) -> tuple[list[Answered], Rejected | None]:

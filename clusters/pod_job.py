@@ -87,7 +87,9 @@ class PodJob:
 
     def rest(self) -> None:
         """Wait, longer with every start of the submission, unless this process is told to end."""
-        self.told.wait(min(_LONGEST_REST_S, _SHORTEST_REST_S * 2.0 ** min(self.start.requeues, 16)))
+        doublings = min(self.start.requeues, 16)
+        rest_s = _SHORTEST_REST_S * 2.0**doublings
+        self.told.wait(min(_LONGEST_REST_S, rest_s))
 
     def _are_nodes_there(self) -> bool:
         """Wait until all nodes are there, once those that must end are gone; False where that takes too long."""

@@ -16,14 +16,19 @@ from runfolder.folders import home
 
 def pass_command(config: KubernetesConfig) -> list[str]:
     """How the pass is started for a cluster, as its runs are submitted from this machine."""
-    of_runs = config.model_copy(update={"context": None, "env": config.env | COLLECTED})
-    return [config.python or "python", "-P", "-m", "clusters.pod_keeper", of_runs.model_dump_json()]
+    environment = config.env | COLLECTED
+    of_runs = config.model_copy(update={"context": None, "env": environment})
+    python = config.python or "python"
+    text = of_runs.model_dump_json()
+    return [python, "-P", "-m", "clusters.pod_keeper", text]
 
 
 def main(text: str) -> None:
     """Submit again what is due, and remove what is over."""
-    cluster = Kubernetes.open(KubernetesConfig.model_validate_json(text), home())
-    snapshots = cluster.site.snapshots(cluster.site.ids())
+    config = KubernetesConfig.model_validate_json(text)
+    cluster = Kubernetes.open(config, home())
+    run_ids = cluster.site.ids()
+    snapshots = cluster.site.snapshots(run_ids)
     still_open = [run_id for run_id, run in snapshots.items() if run.result is None]
     newest = cluster.newest_rayjobs(still_open)
     statuses = submit_again(cluster, newest)

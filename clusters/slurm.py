@@ -86,23 +86,26 @@ class Slurm:
         self, job: Job, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
     ) -> ClusterRequest:
         """What would be submitted: the whole batch script. Raises SubmissionRefused."""
-        submission = submission or next_submission(self.site.root / run_id, self.folder)
-        environment = run_settings(self.config.env, job, {}) | {"FLEETUNE_HOME": str(self.home)}
+        run_dir = self.site.root / run_id
+        submission = submission or next_submission(run_dir, self.folder)
+        environment = run_settings(self.config.env, job, {})
+        environment["FLEETUNE_HOME"] = str(self.home)
         check_variables(environment)
         check_walltime(job, self.config.walltime)
-        if not _PATH.fullmatch(str(self.home)):
+        root = str(self.home)
+        if not _PATH.fullmatch(root):
             allowed = "an absolute path of letters, digits and _ / . , : @ + = ~ -"
-            raise SubmissionRefused(f"root: found {reprlib.repr(str(self.home))}; allowed on SLURM: {allowed}")
+            raise SubmissionRefused(f"root: found {reprlib.repr(root)}; allowed on SLURM: {allowed}")
         python: list[str] = []
         if self.config.container:
             python = python_in(self.config.container, self.home, job)
-            environment["PYTHONPATH"] = first_on_path(str(self._code), environment.get("PYTHONPATH", ""))
+            path = environment.get("PYTHONPATH", "")
+            environment["PYTHONPATH"] = first_on_path(str(self._code), path)
         name = submission_name(run_id, submission)
-        run_dir = str(self.site.root / run_id)
-        log = str(self.folder / f"{name}.log")
-        batch = BatchJob(name, run_dir, log, job, environment, python)
+        log = self.folder / f"{name}.log"
+        batch = BatchJob(name, str(run_dir), str(log), job, environment, python)
         text = batch_script(batch, self.config, sys.executable)
-        return ClusterRequest(run_id, submission, run_dir, text, secrets)
+        return ClusterRequest(run_id, submission, str(run_dir), text, secrets)
 
     def submit(self, request: ClusterRequest) -> None:
         """Queue a batch job, unless the submission has one, or the run goes on.
@@ -112,10 +115,14 @@ class Slurm:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self.config.container:
             installed_code().unpack(self._code)
+        run_dir = self.site.root / request.run_id
+        name = request.name
         with shared_lock(self.folder / f"{request.run_id}.lock"):
-            if not is_taken_on(self.site.root / request.run_id, request.name, self._jobs()):
-                job_id = self._sbatch(self._script(request.name), request.text)
-                self._note(request.name).write_text(job_id)
+            if is_taken_on(run_dir, name, self._jobs()):
+                return
+            script = self._script(name)
+            job_id = self._sbatch(script, request.text)
+            self._note(name).write_text(job_id)
 
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
         """The state of each run: its newest submission's, as squeue tells it for all of them at once."""

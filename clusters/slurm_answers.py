@@ -114,7 +114,9 @@ class QueuedJob:
     @property
     def has_lost_first_node(self) -> bool:
         """Whether it goes on without the node that its script was on, as a job that may lose nodes does."""
-        return self.slurm_state == "RUNNING" and bool(self.nodes) and not _is_among(self.nodes, self.first_node)
+        if self.slurm_state != "RUNNING" or not self.nodes:
+            return False
+        return not _is_among(self.nodes, self.first_node)
 
     @property
     def is_stuck(self) -> bool:

@@ -131,4 +131,7 @@ def _job_options(config: dict[str, Any]) -> list[str]:
 
 
 def _partition_option(config: dict[str, Any]) -> list[str]:
-    return [f"--partition={config['partition']}"] if config["partition"] else []
+    partition = config["partition"]
+    if not partition:
+        return []
+    return [f"--partition={partition}"]

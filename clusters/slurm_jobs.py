@@ -18,8 +18,12 @@ _CLOCKS_S = 60.0  # by which the clocks of a site's machines may differ
 
 def live_jobs(run_id: str, jobs: Sequence[QueuedJob]) -> list[QueuedJob]:
     """The jobs of a run's submissions that have not ended, oldest first."""
-    live = [job for job in jobs if job.run_id == run_id and job.state]
-    return sorted(live, key=lambda job: int(job.id))
+    live = []
+    for job in jobs:
+        if job.state and job.run_id == run_id:
+            live.append(job)
+    live.sort(key=lambda job: int(job.id))
+    return live
 
 
 def takers(run_dir: Path, name: str) -> list[str]:

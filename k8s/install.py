@@ -24,8 +24,8 @@ def install_manifests(
 ) -> list[BaseObject]:
     """The objects of the base, in the order in which they are applied, under the names that the settings have.
 
-    `home` is where pods have the claim, `storage` the claim's size, `storage_class` its class; without them they are
-    the base's, and the cluster's default. Raises ValueError for what is no size or no name.
+    `home` is where pods have the volume, `storage` its size, `storage_class` its class; without them they are the
+    base's, and the cluster's default. Raises ValueError for what is no size or no name.
     """
     if storage is not None and not _QUANTITY.fullmatch(storage):
         raise ValueError(f"--storage: found {storage!r}; allowed: a size like 500Gi or 2Ti")
@@ -52,16 +52,16 @@ def base_objects(folder: Path) -> Iterator[BaseObject]:
         yield from yaml.safe_load_all((folder / name).read_text())
 
 
-def _store(claim: BaseObject, storage: str | None, storage_class: str | None) -> None:
-    """Give the spec of a claim its size and its class, where they are said."""
+def _store(volume: BaseObject, storage: str | None, storage_class: str | None) -> None:
+    """Give the spec of a volume its size and its class, where they are said."""
     if storage:
-        claim["resources"]["requests"]["storage"] = storage
+        volume["resources"]["requests"]["storage"] = storage
     if storage_class:
-        claim["storageClassName"] = storage_class
+        volume["storageClassName"] = storage_class
 
 
 def run_as(pod: BaseObject, settings: KubernetesSettings, home: str) -> None:
-    """Have a pod that has the claim be like those of runs: of their image, user and account, with their claim."""
+    """Have a pod that has the volume be like those of runs: of their image, user and account, with their volume."""
     pod["serviceAccountName"] = settings.service_account
     pod["securityContext"] |= dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), settings.user)
     if settings.image_pull_secrets:
@@ -69,9 +69,9 @@ def run_as(pod: BaseObject, settings: KubernetesSettings, home: str) -> None:
     (container,) = pod["containers"]
     container["image"] = settings.image
     container["volumeMounts"][0]["mountPath"] = home
-    pod["volumes"][0]["persistentVolumeClaim"]["claimName"] = settings.claim
-    head = settings.head
-    pod |= placement(head.node_selector, head.tolerations)
+    pod["volumes"][0]["persistentVolumeClaim"]["claimName"] = settings.volume
+    head_pod = settings.head_pod
+    pod |= placement(head_pod.node_selector, head_pod.tolerations)
 
 
 def _renamed(base: BaseObject, settings: KubernetesSettings) -> BaseObject:
@@ -86,7 +86,7 @@ def _renamed(base: BaseObject, settings: KubernetesSettings) -> BaseObject:
     if "namespace" in metadata:
         metadata["namespace"] = settings.namespace
     if kind == "PersistentVolumeClaim":
-        metadata["name"] = settings.claim
+        metadata["name"] = settings.volume
     if kind == "ServiceAccount" and metadata["name"] == "fleetune-run":
         metadata["name"] = settings.service_account
     if kind == "ClusterRoleBinding" and settings.namespace != _OF_BASE:

@@ -14,7 +14,7 @@ KEEPER = BASE.parent / "overlays" / "keeper" / "keeper.yaml"
 def keeper_manifests(settings: KubernetesSettings, home: str, code: str, command: Sequence[str]) -> list[BaseObject]:
     """The objects of the keeper, under the names that the settings have.
 
-    `home` is where its pod has the claim, `code` the folder of the code that it runs, `command` what it runs.
+    `home` is where its pod has the volume, `code` the folder of the code that it runs, `command` what it runs.
     """
     objects = list(yaml.safe_load_all(KEEPER.read_text()))
     for each in objects:

@@ -13,14 +13,14 @@ READER_LABEL = "fleetune/reader"  # of the pod that answers for run folders
 class PlannedPods:
     """What a manifest is for: a submission by name, its workers, its commands, and what it takes along.
 
-    `entrypoint` runs on the head. `leaving` runs in a pod that is told to end; it asks for a checkpoint, and waits
-    for that at most `grace_s` seconds and a little.
+    `entrypoint` runs in the head pod. `leaving` runs in a pod that is told to end; it asks for a checkpoint, and
+    waits for that at most `grace_s` seconds and a little.
     """
 
     name: str
     run_id: str
     submission: int
-    home: str  # where the claim is
+    home: str  # where the volume is
     nodes: int
     workers_per_node: int
     has_gpus: bool

@@ -15,10 +15,10 @@ _AFTERWARDS_S = 15  # for the verdict, and for what ends the pod
 
 def head_template(pods: PlannedPods, settings: KubernetesSettings) -> PodPart:
     """The pod of controller and driver."""
-    head = settings.head
-    resources = {"cpu": str(head.cpus), "memory": f"{head.memory}Gi"}
+    head_pod = settings.head_pod
+    resources = {"cpu": str(head_pod.cpus), "memory": f"{head_pod.memory}Gi"}
     spec = _pod_spec(pods, settings, "ray-head", resources)
-    return _template(pods, spec | placement(head.node_selector, head.tolerations))
+    return _template(pods, spec | placement(head_pod.node_selector, head_pod.tolerations))
 
 
 def worker_template(pods: PlannedPods, settings: KubernetesSettings) -> PodPart:
@@ -63,7 +63,7 @@ def _template(pods: PlannedPods, spec: PodPart) -> PodPart:
 
 
 def _pod_spec(pods: PlannedPods, settings: KubernetesSettings, name: str, resources: Mapping[str, str]) -> PodPart:
-    """What head and workers have in common, but for where they may be."""
+    """What the head pod and workers have in common, but for where they may be."""
     spec: PodPart = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": pods.grace_s + _DRAIN_S + _AFTERWARDS_S,
@@ -80,7 +80,7 @@ def _pod_spec(pods: PlannedPods, settings: KubernetesSettings, name: str, resour
         },
         "containers": [_container(pods, settings, name, resources)],
         "volumes": [
-            {"name": "home", "persistentVolumeClaim": {"claimName": settings.claim}},
+            {"name": "home", "persistentVolumeClaim": {"claimName": settings.volume}},
             {"name": "tmp", "emptyDir": {}},
             {
                 "name": "shared-memory",

@@ -1,7 +1,7 @@
 """The RayJob of a submission, as KubeRay's operator takes it (ray.io/v1): a pure function, without a client.
 
 One RayJob per submission, in HTTPMode: the operator itself hands the entrypoint to Ray, and hands it over again when
-the head was replaced. The head has no GPU; controller and driver run on it. The entrypoint exits 0 when the run is
+the head pod was replaced. It has no GPU; controller and driver run in it. The entrypoint exits 0 when the run is
 closed, for good or ill, and 1 when another attempt is due: KubeRay then makes a new cluster, up to `backoffLimit`
 times. `activeDeadlineSeconds` is left out, as it is fatal and counts anew with each of these clusters.
 """

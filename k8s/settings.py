@@ -33,13 +33,15 @@ class KubernetesSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class HeadSettings(KubernetesSection):
+class HeadPodSettings(KubernetesSection):
     """The pod that runs controller and driver, which has no GPU."""
 
-    cpus: int = Field(2, ge=1, le=1024, description="cores of the head")
-    memory: int = Field(8, ge=1, le=65536, description="GiB of the head")
-    node_selector: Selector = Field({}, description="labels of nodes that the head may be on")
-    tolerations: tuple[TaintText, ...] = Field((), description="taints that the head tolerates, as key=value:effect")
+    cpus: int = Field(2, ge=1, le=1024, description="cores of the head pod")
+    memory: int = Field(8, ge=1, le=65536, description="GiB of the head pod")
+    node_selector: Selector = Field({}, description="labels of nodes that the head pod may be on")
+    tolerations: tuple[TaintText, ...] = Field(
+        (), description="taints that the head pod tolerates, as key=value:effect"
+    )
 
 
 class KubernetesSettings(KubernetesSection):
@@ -49,9 +51,11 @@ class KubernetesSettings(KubernetesSection):
         None, min_length=1, max_length=1024, description="the context of the kubeconfig; null: its current one"
     )
     namespace: NamespaceName = Field("fleetune", description="where runs are, with all that `install` makes")
-    image: ImageName = Field(description="the image of head and workers, by its digest")
+    image: ImageName = Field(description="the image of all pods, by its digest")
     image_pull_secrets: tuple[ObjectName, ...] = Field((), description="Secrets for the image's registry")
-    claim: ObjectName = Field("fleetune", description="the ReadWriteMany claim that has the run folders")
+    volume: ObjectName = Field(
+        "fleetune", description="the ReadWriteMany PersistentVolumeClaim that has the run folders"
+    )
     service_account: ObjectName = Field("fleetune-run", description="the account of the pods, which may do nothing")
     ray_token: ObjectName = Field("fleetune-ray", description="the Secret whose key auth_token Ray's processes share")
     secrets: dict[str, SecretKeyText] = Field(
@@ -78,8 +82,8 @@ class KubernetesSettings(KubernetesSection):
 
     node_selector: Selector = Field({}, description="labels of nodes that workers may be on; a list: any of these")
     tolerations: tuple[TaintText, ...] = Field((), description="taints that workers tolerate, as key=value:effect")
-    head: HeadSettings = Field(
-        HeadSettings(), validate_default=True, description="the pod that runs controller and driver"
+    head_pod: HeadPodSettings = Field(
+        HeadPodSettings(), validate_default=True, description="the pod that runs controller and driver"
     )
     priority_class: ObjectName | None = Field(None, description="the PriorityClass of the pods")
     queue: QueueName | None = Field(None, description="Kueue's LocalQueue that admits runs whole; null: none")
@@ -100,13 +104,15 @@ class KubernetesSettings(KubernetesSection):
             raise ValueError(f"found {size}; allowed: less than memory_per_worker, {memory}, which it is a part of")
         return size
 
-    @field_validator("head")
+    @field_validator("head_pod")
     @classmethod
-    def _has_shared_memory(cls, head: HeadSettings, info: ValidationInfo) -> HeadSettings:
+    def _has_shared_memory(cls, head_pod: HeadPodSettings, info: ValidationInfo) -> HeadPodSettings:
         shared = info.data.get("shared_memory", 0)
-        if shared >= head.memory:
-            raise ValueError(f"memory: found {head.memory}; allowed: more than shared_memory, {shared}, a part of it")
-        return head
+        if shared >= head_pod.memory:
+            raise ValueError(
+                f"memory: found {head_pod.memory}; allowed: more than shared_memory, {shared}, a part of it"
+            )
+        return head_pod
 
     @field_validator("service_account")
     @classmethod

@@ -76,7 +76,10 @@ def root_of(config: ClusterConfig) -> Path:
 
 def far_machine(name: str, config: ClusterConfig) -> FarMachine:
     """The machine of a cluster over its link, with the code and the packages of this installation."""
-    return FarMachine(name, link_of(name, config), config, installed_code(), lock_for(config))
+    link = link_of(name, config)
+    code = installed_code()
+    lock = lock_for(config)
+    return FarMachine(name, link, config, code, lock)
 
 
 def lock_for(config: ClusterConfig) -> Lock:
@@ -87,8 +90,11 @@ def lock_for(config: ClusterConfig) -> Lock:
 def make_request(cluster: Cluster, job: Job, run_id: str, submission: int | None = 1) -> ClusterRequest:
     """What would be submitted, None: as the run's next; raises JobRefused for what the cluster can never serve."""
     with _refused():
-        names = dict.fromkeys((*secret_names(os.environ), *secrets_of(job)))
-        return cluster.request(without_secrets(job), run_id, submission, tuple(names))
+        of_environment = secret_names(os.environ)
+        of_job = secrets_of(job)
+        names = dict.fromkeys((*of_environment, *of_job))
+        plain_job = without_secrets(job)
+        return cluster.request(plain_job, run_id, submission, tuple(names))
 
 
 def expected_start(cluster: Cluster, request: ClusterRequest) -> float | None:

@@ -45,7 +45,9 @@ def cluster_names(clusters: str) -> list[str]:
 def planned_cluster(names: Sequence[str], job: Job) -> ClusterChoice:
     """The cluster of these that would get a job now; nothing is kept."""
     note = _note_of(names, job, None)
-    return _written_choice(note) if note.exists() else _first_to_start(names, job, {})
+    if note.exists():
+        return _written_choice(note)
+    return _first_to_start(names, job, {})
 
 
 def on_chosen_cluster(
@@ -128,9 +130,12 @@ def _in_words(wait_s: float | None) -> str:
 
 def _note_of(names: Sequence[str], job: Job, run_id: str | None) -> Path:
     """Where the choice for a job is written down."""
-    identity = json.dumps([names, job.dump(), run_id], sort_keys=True, default=str)
-    digest = hashlib.sha256(identity.encode()).hexdigest()
-    return home() / "choices" / digest[:20]
+    plain = [names, job.dump(), run_id]
+    identity = json.dumps(plain, sort_keys=True, default=str)
+    hashed = hashlib.sha256(identity.encode())
+    digest = hashed.hexdigest()
+    folder = home() / "choices"
+    return folder / digest[:20]
 
 
 def _written_choice(note: Path) -> ClusterChoice:

@@ -22,6 +22,7 @@ from orchestrator.terminal import (
     count_bytes,
     count_rows,
     print_json,
+    tell,
     warn,
 )
 
@@ -65,7 +66,7 @@ def main() -> None:
             raise
         exit_code, message = user_error
         clear_count()
-        print(message, file=sys.stderr)
+        tell(message)
         sys.exit(exit_code)
 
 
@@ -188,7 +189,7 @@ def logs_command(
         return print_json({"run_id": run_id, "rank": worker, "text": text})
     sys.stdout.write(text)
     if not text:
-        print("no worker has written anything yet", file=sys.stderr)
+        tell("no worker has written anything yet")
     return None
 
 

@@ -101,15 +101,18 @@ def fetch(reference: str, to: Path | None = None, cluster: str | None = None) ->
     again; another fetch into the folder is waited for.
     """
     run = find(reference, cluster)
-    folder = run.site.snapshots([run.run_id]).get(run.run_id)
+    run_id = run.run_id
+    snapshots = run.site.snapshots([run_id])
+    folder = snapshots.get(run_id)
     if folder is None:
-        raise InputError(f"run {run.run_id}: its folder is not there any more")
-    if folder.damaged is None and folder.result is None and not folder.has_output:
-        raise InputError(f"run {run.run_id}: it has not ended, and has no output yet; fleetune status {run.run_id}")
-    target = to or Path(run.run_id)
+        raise InputError(f"run {run_id}: its folder is not there any more")
+    goes_on = folder.damaged is None and folder.result is None
+    if goes_on and not folder.has_output:
+        raise InputError(f"run {run_id}: it has not ended, and has no output yet; fleetune status {run_id}")
+    target = to or Path(run_id)
     with _run_refused(), _alone_in(target):
-        _check_owner(target, run.run_id)
-        return run.site.fetch(run.run_id, target)
+        _check_owner(target, run_id)
+        return run.site.fetch(run_id, target)
 
 
 def _check_owner(folder: Path, run_id: str) -> None:

@@ -8,7 +8,7 @@ import typer
 k8s_app = typer.Typer(help="Prepare a namespace of a Kubernetes cluster for runs.", no_args_is_help=True)
 EntryOption = Annotated[str, typer.Option("--cluster", metavar="NAME", help="A cluster of the clusters file.")]
 SizeOption = Annotated[
-    str | None, typer.Option("--storage", metavar="SIZE", help="The size of the claim, like 2Ti; 500Gi without it.")
+    str | None, typer.Option("--storage", metavar="SIZE", help="The size of the volume, like 2Ti; 500Gi without it.")
 ]
 ClassOption = Annotated[
     str | None,
@@ -18,7 +18,7 @@ ClassOption = Annotated[
 
 @k8s_app.command("manifests")
 def manifests_command(cluster: EntryOption, storage: SizeOption = None, storage_class: ClassOption = None) -> None:
-    """Print what is applied once: namespace, accounts, access, claim and network policies."""
+    """Print what is applied once: namespace, accounts, access, volume and network policies."""
     from k8s.text import manifests_text
     from orchestrator.k8s_install import manifests_for
 

@@ -31,7 +31,10 @@ def keeper_for(name: str) -> list[BaseObject]:
 
 def plan_of_install(name: str, storage: str | None, storage_class: str | None) -> list[str]:
     """A line for each object that would be applied, in order, and one for the secret, whose text is shown nowhere."""
-    lines = [f"{each['kind']} {place_of(each)}" for each in manifests_for(name, storage, storage_class)]
+    lines = []
+    for manifest in manifests_for(name, storage, storage_class):
+        place = place_of(manifest)
+        lines.append(f"{manifest['kind']} {place}")
     settings = kubernetes_config(name)
     lines.append(f"Secret {settings.namespace}/{settings.ray_token} (a new token, where there is none)")
     return lines

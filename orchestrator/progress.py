@@ -10,6 +10,7 @@ from clusters.base import Unreachable
 from orchestrator.logs import LogReader
 from orchestrator.runs import Handle, find
 from orchestrator.status import ENDED, Status, statuses
+from orchestrator.status_text import activity_text
 from orchestrator.tracking.history import RowReader
 from runfolder.appended import Chunk, Position
 
@@ -94,17 +95,22 @@ def _metrics_reader(run: Handle) -> RowReader:
 
 @contextmanager
 def _bar_display() -> Iterator[ShowStatus]:
+    """A bar for the steps, and below it what is being done now."""
+    from rich.console import Group
+    from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
     state = TextColumn("{task.description}")
     metrics_column = TextColumn("{task.fields[metrics]}")
     columns = (state, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), metrics_column)
-    with Progress(*columns, speed_estimate_period=120) as progress:
-        task = progress.add_task("", total=None, metrics="")
+    progress = Progress(*columns, speed_estimate_period=120)
+    task = progress.add_task("", total=None, metrics="")
+    with Live(progress) as live:
 
         def show(status: Status, metrics: dict[str, float], log: str) -> None:
             if log:
-                progress.console.print(log, end="", markup=False, highlight=False, soft_wrap=True)
+                live.console.print(log, end="", markup=False, highlight=False, soft_wrap=True)
             progress.update(
                 task,
                 description=status.shown_state,
@@ -112,17 +118,19 @@ def _bar_display() -> Iterator[ShowStatus]:
                 total=status.steps,
                 metrics=_metrics_text(metrics),
             )
+            now = Text(_activity_line(status), no_wrap=True, overflow="ellipsis")
+            live.update(Group(progress, now))
 
         yield show
 
 
 @dataclass
 class _Lines:
-    """A line where state or reason changes, and now and then one about the step; with `quiet` the log alone."""
+    """A line where state or reason changes, and now and then one about what is done; with `quiet` the log alone."""
 
     quiet: bool
     _last_state: tuple[str, str | None] = ("", None)  # with its reason
-    _last_step: int = 0
+    _last_doing: tuple[int, str] = (0, "")  # with the step before
     _time: float = field(default=0.0)
 
     def __call__(self, status: Status, metrics: dict[str, float], log: str) -> None:
@@ -130,16 +138,16 @@ class _Lines:
         if self._is_due(status) and not self.quiet:
             print(_status_line(status, metrics))
             self._last_state = (status.state, status.reason)
-            self._last_step = status.step
+            self._last_doing = _doing(status)
             self._time = time.monotonic()
         sys.stdout.flush()
 
     def _is_due(self, status: Status) -> bool:
-        """Whether state or reason are others than in the last line, or the step is and that line is a while ago."""
+        """Whether state or reason are others than in the last line, or what is done is and that is a while ago."""
         if (status.state, status.reason) != self._last_state:
             return True
         since_line_s = time.monotonic() - self._time
-        return status.step != self._last_step and since_line_s > _LINE_S
+        return _doing(status) != self._last_doing and since_line_s > _LINE_S
 
 
 @contextmanager
@@ -153,8 +161,23 @@ def _status_line(status: Status, metrics: dict[str, float]) -> str:
         state = f"{state} ({status.reason})"
     steps = status.steps or "?"
     step = f"step {status.step}/{steps}"
-    line = "  ".join([state, step, _metrics_text(metrics)])
-    return line.rstrip()
+    parts = filter(None, [state, step, _metrics_text(metrics), _activity_line(status)])
+    return "  ".join(parts)
+
+
+def _doing(status: Status) -> tuple[int, str]:
+    """The last step, and what is being done."""
+    doing = ""
+    if status.activity:
+        doing = status.activity.doing
+    return status.step, doing
+
+
+def _activity_line(status: Status) -> str:
+    """What a run does now and for how long; empty where that is not known, and once it has ended."""
+    if status.activity is None or status.state in ENDED:
+        return ""
+    return activity_text(status, status.activity)
 
 
 def _metrics_text(metrics: dict[str, float]) -> str:

@@ -31,9 +31,13 @@ def plain_leftover(leftover: Leftover, is_removed: bool) -> dict[str, Any]:
 
 def leftover_line(leftover: Leftover) -> str:
     """A leftover in one line."""
-    size = f", {leftover.size / 1e6:,.1f} MB" if leftover.size else ""
-    by_hand = f"; remove it with: {leftover.by_hand}" if leftover.by_hand else ""
-    return f"{leftover.what}: {leftover.why}{size}{by_hand}"
+    line = f"{leftover.what}: {leftover.why}"
+    if leftover.size:
+        megabytes = leftover.size / 1e6
+        line += f", {megabytes:,.1f} MB"
+    if leftover.by_hand:
+        line += f"; remove it with: {leftover.by_hand}"
+    return line
 
 
 def _kubernetes(name: str) -> Kubernetes:

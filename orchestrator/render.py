@@ -19,6 +19,7 @@ from orchestrator.planning.plan import Plan, Sizes
 from orchestrator.run_list import GAP, list_lines
 from orchestrator.status import Status
 from orchestrator.status_text import output_lines, status_lines
+from orchestrator.wrapped import WrappedText
 
 _COLOURS = {
     "succeeded": "green",
@@ -59,7 +60,7 @@ def run_view(run: Status) -> Group:
     facts.add_row("run", run.run_id)
     facts.add_row("state", _coloured(run.shown_state))
     for label, fact in status_lines(run):
-        facts.add_row(label, escape(fact))
+        facts.add_row(label, WrappedText(fact))
     whole = []
     for label, line in output_lines(run):
         label = label.ljust(_LABEL_WIDTH)
@@ -74,7 +75,7 @@ def show_fields(fields: Mapping[str, str]) -> None:
     """Show facts by their labels, in two columns."""
     table = Table.grid(padding=(0, 2))
     for name, fact in fields.items():
-        table.add_row(name, escape(fact))
+        table.add_row(name, WrappedText(fact))
     print_markup(table)
 
 
@@ -83,8 +84,7 @@ def show_checks(checks: Iterable[Check]) -> None:
     table = _table("", "what", "found")
     for check in checks:
         level = _coloured(check.level)
-        found = escape(check.found)
-        table.add_row(level, check.name, found)
+        table.add_row(level, check.name, WrappedText(check.found))
         if check.level != "ok" and check.mend:
             remedy = escape(check.mend)
             table.add_row("", "", f"[bold]to mend it[/]: {remedy}")

@@ -1,13 +1,14 @@
 """Runs as lines of a list that fits the width of a terminal."""
 
 from collections.abc import Iterator, Sequence
+from textwrap import wrap
 
 from orchestrator.status import Status
 
 Cells = dict[str, str]  # what stands in each column, from left to right
 GAP = "  "  # between two columns
-_LEAST_REASON = 30  # columns; where less is left, a reason has a line of its own
 _INDENT = "    "
+_MOST_LINES = 3  # of a reason below its run
 _DISPENSABLE = ("cluster", "attempt", "age")  # columns, in the order in which they make room
 _AGES = ((86_400, "d"), (3600, "h"), (60, "m"))
 
@@ -15,8 +16,8 @@ _AGES = ((86_400, "d"), (3600, "h"), (60, "m"))
 def list_lines(runs: Sequence[Status], width: int) -> Iterator[str]:
     """The heading and the lines of a list of runs; a pure function.
 
-    No run id is cut. Columns for which there is no room are left out. A reason stands beside its run where there is
-    room, else below it; `status` has the whole of it.
+    No run id is cut. Columns for which there is no room are left out. Reasons stand beside their runs where there is
+    room for all of them, else below, in at most three lines each; `status` has the whole of it.
     """
     rows = [_cells(run) for run in runs]
     widths = _widths(rows)
@@ -24,7 +25,8 @@ def list_lines(runs: Sequence[Status], width: int) -> Iterator[str]:
         if _total(widths) > width:
             del widths[name]
     room = width - _total(widths) - len(GAP)
-    beside = room >= _LEAST_REASON
+    widest_reason = _widest_reason(rows)
+    beside = widest_reason > 0 and max(widest_reason, len("reason")) <= room
     heading = {name: name for name in widths}
     if beside:
         heading["reason"] = "reason"
@@ -33,9 +35,27 @@ def list_lines(runs: Sequence[Status], width: int) -> Iterator[str]:
     for cells in rows:
         yield _filled_line(cells, widths)
         reason = cells["reason"]
-        if reason and not beside:
-            room_below = width - len(_INDENT)
-            yield _INDENT + _fitted(reason, room_below)
+        if not beside:
+            yield from _lines_below(reason, width)
+
+
+def _widest_reason(rows: Sequence[Cells]) -> int:
+    """How many columns reasons need."""
+    widths = [len(row["reason"]) for row in rows]
+    return max(widths, default=0)
+
+
+def _lines_below(reason: str, width: int) -> list[str]:
+    """A reason in lines that are indented; words are broken where they are longer than a line alone."""
+    return wrap(
+        reason,
+        width,
+        initial_indent=_INDENT,
+        subsequent_indent=_INDENT,
+        max_lines=_MOST_LINES,
+        placeholder=" …",
+        break_on_hyphens=False,
+    )
 
 
 def age(seconds: float) -> str:
@@ -77,8 +97,10 @@ def _widths(rows: Sequence[Cells]) -> dict[str, int]:
 
 def _total(widths: dict[str, int]) -> int:
     """How wide a line of all columns is."""
-    gaps = len(widths) - 1
-    return sum(widths.values()) + len(GAP) * gaps
+    number = len(widths)
+    in_gaps = len(GAP) * (number - 1)
+    in_cells = sum(widths.values())
+    return in_cells + in_gaps
 
 
 def _filled_line(cells: Cells, widths: dict[str, int]) -> str:

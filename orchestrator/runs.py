@@ -94,8 +94,9 @@ def handles(cluster_name: str | None = None) -> list[Handle]:
 
 def by_age(names: Iterable[str]) -> list[str]:
     """Those of these names that are run ids, oldest first."""
-    run_ids = filter(RUN_ID.fullmatch, names)
-    return sorted(run_ids, key=lambda run_id: run_id[-10:])
+    run_ids = list(filter(RUN_ID.fullmatch, names))
+    run_ids.sort(key=lambda run_id: run_id[-10:])
+    return run_ids
 
 
 def _clusters_of_runs_on(cluster_name: str) -> dict[str, str]:

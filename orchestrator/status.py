@@ -9,12 +9,14 @@ from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, by_age, find, handles, name_of
 from orchestrator.tracking.trouble import trouble_in
+from runfolder.activity import Activity
 from runfolder.figures import Figures
 from runfolder.mirror import Mirror
 from runfolder.snapshot import Snapshot
 
 RunState = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "cancelled", "unknown"]
 ENDED = ("succeeded", "failed", "cancelled")
+_LONGEST_DELIVERY_S = 900.0  # seconds; a controller stays for less after the end of its run
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Status:
     its rows: how many, how many examples they made, how many of these were cut (truncated) or left out (dropped), ...
     `evidence`: the log line that proves the verdict. `figures` are what the run has measured, `loading` the lines of
     Python that load its output; both are for one run alone, not in lists. `remaining_s`: until the last step, for one
-    that is running.
+    that is running. `activity`: what it does now and since when, by the clock of its cluster.
     """
 
     run_id: str
@@ -50,6 +52,7 @@ class Status:
     evidence: str | None = None
     figures: Figures | None = None
     remaining_s: float | None = None
+    activity: Activity | None = None
     loading: tuple[str, ...] = ()
 
     @property
@@ -150,8 +153,21 @@ def join_status(standing: Standing) -> Status:
         evidence=verdict.get("evidence"),
         figures=run.figures,
         remaining_s=remaining_s,
+        activity=_current_activity(run, state),
         loading=run.loading,
     )
+
+
+def _current_activity(run: Snapshot, state: RunState) -> Activity | None:
+    """What a run does now; of one that has ended what follows its end."""
+    if state in ("starting", "running"):
+        return run.activity
+    if run.closed is None or run.attempt == 0 or run.delivered or run.undelivered:
+        return None
+    doing = "delivering to MLflow"
+    if run.looked_at - run.closed > _LONGEST_DELIVERY_S:
+        doing = "not all of it is in MLflow, and nobody delivers it: fleetune compare does"
+    return Activity(doing, run.closed, run.closed)
 
 
 def _remaining(run: Snapshot) -> float | None:

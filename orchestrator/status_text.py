@@ -5,14 +5,15 @@ from collections.abc import Iterator
 
 from orchestrator.comparison.measure import MEASURES, format_bytes, format_duration
 from orchestrator.status import Status
+from runfolder.activity import Activity
 from runfolder.figures import Figures
 from runfolder.files import Record
 from runfolder.goodput import Goodput
 from trainer.data.survey import summary_line
 
 Fact = tuple[str, str]  # a label, and what there is to say
-_SILENT_S = 60.0  # without a step, and
-_SILENT_STEPS = 10  # times what one takes: what status points out
+_SILENT_S = 60.0  # without a sign of life, and
+_SILENT_STEPS = 10  # times what a step takes: what status points out
 _PHASES = ("training", "starting", "queued", "stalled", "repeated")  # of Goodput, as they are shown
 
 
@@ -29,8 +30,11 @@ def status_lines(run: Status) -> Iterator[Fact]:
     yield "submitted", _local_time(run.submitted)
     yield "attempt", _attempt(run)
     yield "progress", _progress(run)
-    if _is_silent(run):
-        yield "silent", 'an evaluation, a save, or it hangs: see "It hangs" in the docs, Debugging'
+    if run.activity:
+        yield "now", activity_text(run, run.activity)
+    if run.activity and _is_silent(run):
+        silence = _since(run, run.activity.moved)
+        yield "silent", f'it last wrote something {silence} ago: see "It hangs" in the docs, Debugging'
     if run.remaining_s is not None:
         duration = format_duration(run.remaining_s)
         yield "remaining", f"about {duration}"
@@ -89,12 +93,30 @@ def _progress(run: Status) -> str:
     return f"{step}, the last one {silence} ago"
 
 
+def activity_text(run: Status, activity: Activity) -> str:
+    """What a run does, and for how long it has."""
+    duration = _since(run, activity.since)
+    return f"{activity.doing}, for {duration}"
+
+
+def _since(run: Status, timestamp: float) -> str:
+    """How long something was ago when a run was looked at."""
+    return format_duration(_seconds_since(run, timestamp))
+
+
+def _seconds_since(run: Status, timestamp: float) -> float:
+    elapsed = run.looked_at - timestamp
+    return max(0.0, elapsed)  # the clocks of several hosts differ a little
+
+
 def _is_silent(run: Status) -> bool:
-    """Whether a run that trains has not taken a step for far longer than its steps take."""
+    """Whether a run that trains has not written anything for far longer than its steps take."""
     figures = run.figures
-    if run.state != "running" or figures is None or figures.since_last_step_s is None:
+    if run.state not in ("starting", "running") or figures is None or run.activity is None:
         return False
-    return figures.since_last_step_s > max(_SILENT_S, _SILENT_STEPS * (figures.seconds_per_step or 0.0))
+    silent_s = _seconds_since(run, run.activity.moved)
+    steps_s = _SILENT_STEPS * (figures.seconds_per_step or 0.0)
+    return silent_s > max(_SILENT_S, steps_s)
 
 
 def _step(run: Status) -> str:

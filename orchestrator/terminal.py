@@ -1,6 +1,7 @@
 """What commands print besides their tables: JSON, warnings, what was submitted, how far a look at rows has come."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestrator.wrapped import wrapped_lines
+
 if TYPE_CHECKING:
     from orchestrator.submit import Submission
 
+_COLUMNS = 80  # of a terminal that does not say how many it has
+_LATER_INDENT = "  "  # of the later lines of a text that is longer than one
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -20,15 +25,24 @@ def announce_submission(submission: "Submission") -> None:
     for warning in submission.warnings:
         warn(warning)
     if submission.why:
-        print(f"cluster {submission.cluster} was chosen ({submission.why})", file=sys.stderr)
+        tell(f"cluster {submission.cluster} was chosen ({submission.why})")
     if submission.adopted:
-        print("this run was submitted before; going on with it", file=sys.stderr)
+        tell("this run was submitted before; going on with it")
     print(submission.run_id, flush=True)
 
 
 def warn(warning: str) -> None:
     """Print a warning where it does not mix with what is asked for."""
-    print(f"warning: {warning}", file=sys.stderr)
+    tell(f"warning: {warning}")
+
+
+def tell(text: str) -> None:
+    """Print a text for people on standard error; where that is a terminal, no line ends within a word."""
+    if sys.stderr.isatty():
+        size = os.get_terminal_size(sys.stderr.fileno())
+        lines = wrapped_lines(text, size.columns or _COLUMNS, _LATER_INDENT)
+        text = "\n".join(lines)
+    print(text, file=sys.stderr, flush=True)
 
 
 def announce_json(submission: "Submission") -> None:
@@ -56,7 +70,9 @@ def count_bytes(file: str, done: int, total: int) -> None:
     """Show how far a file has come on its way to another machine, where somebody watches."""
     if sys.stderr.isatty():
         share = 100 * done // max(1, total)
-        line = f"\x1b[2K{file}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {share} %"
+        done_mb = done / 1e6
+        total_mb = total / 1e6
+        line = f"\x1b[2K{file}: {done_mb:,.1f} of {total_mb:,.1f} MB, {share} %"
         print(line, end="\r", file=sys.stderr, flush=True)
 
 

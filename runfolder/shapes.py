@@ -120,35 +120,46 @@ class _DataSummary(_Fields):
     unused: dict[str, WholeNumber] = {}
 
 
-class _Plan(_Fields):
+class _OtherEvent(_Fields):
+    event: str
+    time: UnixTime = 0.0
+
+
+class _Plan(_OtherEvent):
     steps: WholeNumber | None = None
     data: _DataSummary | None = None
 
 
-class _Stopped(_Fields):
+class _AfterStep(_OtherEvent):
     step: WholeNumber
 
 
-class _Missing(_Fields):
+class _Evaluating(_AfterStep):
+    began: UnixTime
+    what: str
+    done: WholeNumber
+    total: WholeNumber
+
+
+class _Missing(_OtherEvent):
     what: str
     why: str
 
 
-class _OtherEvent(_Fields):
-    event: str
-
-
-def _kind_of_event(record: Mapping[str, Any]) -> str:
+def _shape_of_event(record: Mapping[str, Any]) -> str:
     kind = record.get("event")
-    return kind if kind in ("plan", "stopped", "missing") else "other"
+    if kind in ("stopped", "saving"):
+        return "after step"
+    return kind if kind in ("plan", "evaluating", "missing") else "other"
 
 
 _Event = Annotated[
     Annotated[_Plan, Tag("plan")]
-    | Annotated[_Stopped, Tag("stopped")]
+    | Annotated[_AfterStep, Tag("after step")]
+    | Annotated[_Evaluating, Tag("evaluating")]
     | Annotated[_Missing, Tag("missing")]
     | Annotated[_OtherEvent, Tag("other")],
-    Discriminator(_kind_of_event),
+    Discriminator(_shape_of_event),
 ]
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from runfolder.activity import Activity, activity_of
 from runfolder.appended import parse_lines, read_beginning, read_ending, slots_behind
 from runfolder.chain import Attempt, newest_attempt, result, settle, slots
 from runfolder.delivered import is_delivered
@@ -25,6 +26,7 @@ from runfolder.shapes import MLFLOW_RUN, UNDELIVERED, VERDICT, FileShape
 ASKED_TO_END = "asked to end"
 _METRICS_TAIL_BYTES = 1 << 14  # bytes at the end of metrics.jsonl that hold its last whole line
 _EVENTS_HEAD_BYTES = 1 << 16  # bytes at the start of events.jsonl that hold the plan
+_EVENTS_TAIL_BYTES = 1 << 14  # bytes at the end of events.jsonl that say what is being done
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class Snapshot:
 
     `steps` is None until it is known. `attempt` is the number of the newest attempt, 0 before the first; `step`,
     `begun` (whether it has reported a step) and `verdict` are that attempt's. `result` is the final word, of the time
-    `closed`. `mlflow` says which MLflow run it has, `delivered` whether that has all of a closed run, `undelivered`
-    what holds its rows up, `data` what the trainer counted of its rows, `asked` what somebody asked of a run that has
-    not ended, and `cancelled` whether that is to end. `looked_at` is when this was read, by the clock of the machine
-    that has the folder, as all times are. What costs more to read is there in full views alone: its
-    figures, and the lines of Python that load its output.
+    `closed`. `activity` is what a run that goes on does now. `mlflow` says which MLflow run it has, `delivered`
+    whether that has all of a closed run, `undelivered` what holds its rows up, `data` what the trainer counted of its
+    rows, `asked` what somebody asked of a run that has not ended, and `cancelled` whether that is to end. `looked_at`
+    is when this was read, by the clock of the machine that has the folder, as all times are. What costs more to read
+    is there in full views alone: its figures, and the lines of Python that load its output.
     """
 
     run_id: str
@@ -60,6 +62,7 @@ class Snapshot:
     asked: str | None = None
     cancelled: bool = False
     damaged: str | None = None
+    activity: Activity | None = None
     figures: Figures | None = None
     loading: tuple[str, ...] = ()
 
@@ -68,6 +71,8 @@ class Snapshot:
         plain = dict(vars(self))
         if self.figures is not None:
             plain["figures"] = asdict(self.figures)
+        if self.activity is not None:
+            plain["activity"] = asdict(self.activity)
         return plain
 
     @classmethod
@@ -76,8 +81,11 @@ class Snapshot:
         figures = plain["figures"]
         if figures is not None:
             figures = Figures.load(figures)
+        activity = plain["activity"]
+        if activity is not None:
+            activity = Activity(**activity)
         loading = tuple(plain["loading"])
-        return cls(**{**plain, "figures": figures, "loading": loading})
+        return cls(**{**plain, "figures": figures, "activity": activity, "loading": loading})
 
 
 def snapshot(run_dir: Path, in_full: bool = False) -> Snapshot:
@@ -134,19 +142,25 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
     attempt_files = list_names(newest.folder)
     plan = read_plan(newest, later) if "events.jsonl" in attempt_files else {}
     begun = "metrics.jsonl" in attempt_files
+    row = _last_row(newest, later) if begun else None
+    steps = plan.get("steps") or brief["steps"]
+    verdict = _read_listed(newest.folder, "verdict.json", attempt_files, VERDICT)
     ended = _final_result(taken[-1], files) if taken else None
     cancelled = ended is None and "requests" in files and cancel_requested(run_dir)
+    activity = None
+    if ended is None and verdict is None and not later:
+        activity = _read_activity(newest, attempt_files, row, steps)
     return Snapshot(
         run_id=run_dir.name,
         run_dir=str(run_dir),
         cluster=brief["cluster"],
         submitted=brief["submitted"],
         looked_at=time.time(),
-        steps=plan.get("steps") or brief["steps"],
+        steps=steps,
         attempt=newest.number,
-        step=_last_step(newest, begun, later),
+        step=int(row["step"]) if row else _first_step(newest),
         begun=begun,
-        verdict=_read_listed(newest.folder, "verdict.json", attempt_files, VERDICT),
+        verdict=verdict,
         result=ended,
         closed=taken[-1].claim["time"] if ended else None,
         has_output="output" in files,
@@ -156,6 +170,7 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
         data=plan.get("data"),
         asked=_pending_request(run_dir, cancelled) if ended is None and "requests" in files else None,
         cancelled=cancelled,
+        activity=activity,
     )
 
 
@@ -186,18 +201,35 @@ def _final_result(newest: Attempt, files: Sequence[str]) -> Record | None:
     return ended
 
 
-def _last_step(attempt: Attempt, begun: bool, later: Sequence[Attempt]) -> int:
-    """The last step that an attempt reported, else the one that it starts from."""
-    if begun:
-        tail = read_ending(attempt, "metrics.jsonl", _METRICS_TAIL_BYTES, later)
-        whole_lines = tail[: tail.rfind(b"\n") + 1]
-        last_line = whole_lines[whole_lines.rfind(b"\n", 0, -1) + 1 :]
-        rows = parse_lines(last_line, "metrics.jsonl")
-        if rows:
-            return int(rows[0]["step"])
+def _last_row(attempt: Attempt, later: Sequence[Attempt]) -> Record | None:
+    """The last row of an attempt, of a step or an evaluation; None before it is whole."""
+    tail = read_ending(attempt, "metrics.jsonl", _METRICS_TAIL_BYTES, later)
+    whole_lines = tail[: tail.rfind(b"\n") + 1]
+    last_line = whole_lines[whole_lines.rfind(b"\n", 0, -1) + 1 :]
+    for row in parse_lines(last_line, "metrics.jsonl"):
+        return row
+    return None
+
+
+def _first_step(attempt: Attempt) -> int:
+    """The step that an attempt starts from."""
     if attempt.number == 0:
         return 0
     start = attempt.start
     if start is None:
         return 0
     return start.step
+
+
+def _read_activity(attempt: Attempt, files: Sequence[str], row: Record | None, steps: int | None) -> Activity | None:
+    """What the newest attempt of a run does now; `files` are those of its folder."""
+    if "events.jsonl" not in files:
+        return None
+    tail = read_ending(attempt, "events.jsonl", _EVENTS_TAIL_BYTES, [])
+    if len(tail) == _EVENTS_TAIL_BYTES:
+        _, _, tail = tail.partition(b"\n")  # the end of a line
+    events = parse_lines(tail, "events.jsonl")
+    alive = 0.0
+    if "alive" in files:
+        alive = (attempt.folder / "alive").stat().st_mtime
+    return activity_of(events, row, steps, alive)

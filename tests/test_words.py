@@ -211,3 +211,30 @@ def test_every_term_of_the_glossary_is_used() -> None:
     unused = [term for term in terms if not re.search(rf"\b{re.escape(term)}(s|es)?\b", text)]
     assert not unused, f"in docs/glossary.md alone: {', '.join(unused)}"
     assert len(terms) == len(set(terms)), "a term with two definitions"
+
+
+# Words of the glossary that Kubernetes and models use in another meaning, with what makes their own meaning clear.
+CLEAR = {
+    "claim": r"claims the (next )?attempt|claim\.json",
+    "head": r"\b(Ray|Ray's|attention) heads?|ray-head|ray\.io/node-type: head|\bhead pods?",
+}
+
+
+def pages() -> Iterator[Path]:
+    """What is read without the glossary beside it: the pages, and all that is applied to Kubernetes."""
+    yield ROOT / "README.md"
+    yield from (page for page in (ROOT / "docs").glob("*.md") if page.name != "glossary.md")
+    kinds = {".py", ".yaml", ""}
+    yield from (path for path in (ROOT / "k8s").rglob("*") if path.is_file() and path.suffix in kinds)
+
+
+@pytest.mark.parametrize("word", CLEAR)
+def test_words_of_the_glossary_have_no_second_meaning(word: str) -> None:
+    unclear = []
+    for page in pages():
+        text = page.read_text()
+        rest = re.sub(CLEAR[word], lambda found: "." * len(found[0]), text)
+        for found in re.finditer(rf"\b{word}s?\b", rest):
+            line = text.count("\n", 0, found.start()) + 1
+            unclear.append(f"{page.relative_to(ROOT)}:{line}")
+    assert not unclear, "\n".join(unclear)

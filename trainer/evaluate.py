@@ -18,6 +18,7 @@ from trainer.data.tokens import EvaluationPrompt, virtual_ids
 from trainer.end_tokens import until_end
 from trainer.generation import PromptGroup, groups, rounds
 from trainer.objectives.base import TensorsByName, Totals
+from trainer.progress import counted
 from trainer.run import Run
 from trainer.step import NamedSums, add_shares, micro_batches, prepared, reduced
 from trainer.world import World
@@ -98,7 +99,7 @@ class Evaluator:
         for name, total in totals.items():
             relative[name] = total / unit
         sums: NamedSums = {}
-        for batch in held_out:
+        for batch in counted(attempt, self.world, step, "rows", held_out, _row_count):
             attempt.note_progress()
             run.stops.leave_if_warned(step)
             for shares in self._shares(run, batch, relative):
@@ -112,15 +113,15 @@ class Evaluator:
     def _held_out(self, run: Run, step: int, batches: Batches) -> list[GlobalBatch]:
         """The held-out batches; what the model writes for them where the objective learns from that."""
         objective = run.objective
-        held_out = []
-        for k in range(batches.steps):
-            batch = batches.batch(k)
-            if objective.generates:
-                run.stops.leave_if_warned(step)
-                rollout = objective.rollout(run.model, batch, 0)
-                batch = objective.rolled_out(batch, rollout)
-            held_out.append(batch)
-        return held_out
+        held_out = [batches.batch(k) for k in range(batches.steps)]
+        if not objective.generates:
+            return held_out
+        written = []
+        for batch in counted(run.attempt, self.world, step, "rows written", held_out, _row_count):
+            run.stops.leave_if_warned(step)
+            rollout = objective.rollout(run.model, batch, 0)
+            written.append(objective.rolled_out(batch, rollout))
+        return written
 
     def _shares(self, run: Run, batch: GlobalBatch, divisors: Totals) -> Iterator[TensorsByName]:
         """What each of this rank's micro-batches adds to the sums, by name: loss and metrics, over the divisors."""
@@ -146,8 +147,9 @@ class Evaluator:
         if world.leads:
             self._tell_limits(run, step, continued, positions)
         matched = torch.zeros((), device=world.device)
-        dealt = rounds(continued, world.size)
-        for number, round_ in enumerate(dealt):
+        dealt = list(rounds(continued, world.size))
+        told = counted(run.attempt, world, step, "answers", dealt, _prompts_of)
+        for number, round_ in enumerate(told):
             run.stops.leave_if_warned(step)
             answers = self._answers(run, round_, rows)
             matched += self._count_matched(answers)
@@ -230,6 +232,16 @@ class Evaluator:
                 "written": answer.text,
             }
             run.attempt.event("sample", step=step, **sample)
+
+
+def _row_count(batch: GlobalBatch) -> int:
+    """The number of rows of a batch."""
+    return len(batch.chosen)
+
+
+def _prompts_of(round_: list[PromptGroup]) -> int:
+    """The number of prompts of a round."""
+    return sum(len(group.prompts) for group in round_)
 
 
 def left_padded(rows: TokenRows, pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ from runfolder.files import read_json, write_json
 from runfolder.requests import stop_requested
 from trainer.data.survey import summary_line
 from trainer.omissions import dispensable, note_omission, omissions
-from trainer.progress import noting_progress
+from trainer.progress import announce, noting_progress
 from trainer.reload import load_base, load_output, load_whole_model
 from trainer.run import Run
 from trainer.stop import Stopped
@@ -40,6 +40,7 @@ def export(run: Run) -> None:
     leads = run.world.leads
     steps = run.batches.steps
     run.stops.leave_if_warned(steps)
+    announce(attempt, run.world, "exporting")
     weights = dict(run.sharded.whole_weights())
     if leads:
         write_output(run, weights)
@@ -100,7 +101,7 @@ def write_output(run: Run, weights: dict[str, torch.Tensor]) -> None:
         text = card(run, unfinished)
         (unfinished / "README.md").write_text(text)
     unfinished.rename(folder)
-    attempt.event("exported", output=str(folder))
+    announce(attempt, run.world, "exported", output=str(folder))
 
 
 def write_ends(run: Run, folder: Path) -> None:
@@ -158,6 +159,7 @@ def save_merged(run: Run, output: Path, observation: Observation | None) -> None
     unfinished = attempt.folder / "merged.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     with dispensable(attempt, MERGED):
+        announce(attempt, run.world, "merging")
         try:
             write_merged(run, output, observation, unfinished)
             unfinished.rename(output / "merged")

@@ -32,7 +32,7 @@ from trainer.kernels.fast import make_fast
 from trainer.meter import Meter, SaveRequest
 from trainer.objectives.base import ObjectiveSetup
 from trainer.objectives.registry import create_objective
-from trainer.progress import noting_progress
+from trainer.progress import announce, noting_progress
 from trainer.run import Run
 from trainer.schedule import learning_rate
 from trainer.step import feed, take_step
@@ -109,14 +109,9 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     return run, saved.step if saved else 0
 
 
-def announce(attempt: Attempt, world: World, kind: str) -> None:
-    """Tell readers, once for all workers, how far an attempt has got."""
-    if world.leads:
-        attempt.event(kind)
-
-
 def base_model(attempt: Attempt, job: Job, method: Method[Any], dtype: torch.dtype, world: World) -> nn.Module:
     """The model of a job with the weights of its base; that may take long."""
+    announce(attempt, world, "loading_base")
     with noting_progress(attempt):
         model = load_model(job, method, dtype, world.device)
     announce(attempt, world, "base_loaded")

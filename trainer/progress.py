@@ -1,14 +1,20 @@
-"""Showing that a phase without output goes on: loading and downloading."""
+"""Showing what is being done, and that a phase without output goes on: loading, downloading, evaluating."""
 
+import math
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
+from runfolder.activity import phase_text
 from runfolder.chain import Attempt
+from trainer.world import World
 
 PERIOD_S = 10.0
 LEAST_BYTES = 1 << 20  # in a period; what idle threads exchange stays far below
+Item = TypeVar("Item")
 
 
 @contextmanager
@@ -35,6 +41,36 @@ def noting_progress(attempt: Attempt) -> Iterator[None]:
     finally:
         ended.set()
         attempt.note_progress()
+
+
+def announce(attempt: Attempt, world: World, kind: str, **fields: Any) -> None:
+    """Tell readers, once for all workers, what begins: by an event, and in the log."""
+    if not world.leads:
+        return
+    attempt.event(kind, **fields)
+    text = phase_text({"event": kind, **fields})
+    if text:
+        print(text, flush=True)
+
+
+def counted(
+    attempt: Attempt, world: World, step: int, what: str, items: Sequence[Item], size: Callable[[Item], int]
+) -> Iterator[Item]:
+    """Give items of an evaluation one by one; tell readers of its begin, then now and then how far it has come.
+
+    What is counted is called `what`, and each item has `size(item)` of it.
+    """
+    total = sum(map(size, items))
+    began = time.time()
+    told_at = -math.inf
+    done = 0
+    for item in items:
+        now = time.monotonic()
+        if now - told_at >= PERIOD_S:
+            told_at = now
+            announce(attempt, world, "evaluating", step=step, began=began, what=what, done=done, total=total)
+        yield item
+        done += size(item)
 
 
 def moved_bytes() -> int:

@@ -44,12 +44,15 @@ class RemoteCluster:
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
         """How runs stand, None: all of them: one trip for what their folders and the cluster say."""
-        wanted = None if run_ids is None else list(run_ids)
+        wanted = None
+        if run_ids is not None:
+            wanted = list(run_ids)
         answer = self.far_side.ask({"verb": "look", "run_ids": wanted, "in_full": in_full})
         standings = {}
         for run_id, plain in answer.items():
             status = ClusterStatus(**plain["on_cluster"])
-            standings[run_id] = Standing(Snapshot.load(plain["folder"]), status)
+            folder = Snapshot.load(plain["folder"])
+            standings[run_id] = Standing(folder, status)
         return standings
 
     def logs(self, run_id: str, offset: int = 0) -> Logs:

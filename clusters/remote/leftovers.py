@@ -70,8 +70,9 @@ def _come_in_part(home: Path) -> Iterator[HomeLeftover]:
 
 def _secrets_of_ended(home: Path) -> Iterator[HomeLeftover]:
     """Secrets of runs that have ended, whose controller could not remove them."""
-    for run_id in sorted(list_names(home / "runs")):
-        run_dir = home / "runs" / run_id
+    runs = home / "runs"
+    for run_id in sorted(list_names(runs)):
+        run_dir = runs / run_id
         if not run_id.startswith(".") and holds_secrets(run_dir) and has_ended(run_dir):
             yield HomeLeftover(f"runs/{run_id}/secrets.json", "secrets of a run that has ended", 0)
 

@@ -67,8 +67,10 @@ class Ssh:
 
     def process(self, command: Sequence[str]) -> list[str]:
         """ssh with the command, quoted for the login shell of the other end."""
-        options = [*self._options(), *_pairs({"BatchMode": "yes"})]
-        return ["ssh", "-T", *options, "--", self.destination, shlex.join(command)]
+        unattended = _pairs({"BatchMode": "yes"})
+        options = [*self._options(), *unattended]
+        quoted = shlex.join(command)
+        return ["ssh", "-T", *options, "--", self.destination, quoted]
 
     def foreground(self) -> list[str]:
         """ssh that opens the shared connection, may ask for what it needs, and goes to the background."""

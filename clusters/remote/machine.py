@@ -60,8 +60,13 @@ class FarMachine:
 
         It goes on there when the link is cut; who repeats this waits for it, and gets the log from its beginning.
         """
-        packages = {"requirements": self.lock.requirements, "constraints": self.lock.constraints}
-        self._run(scripts.SET_UP, {**packages, "env": self.config.env}, show)
+        lock = self.lock
+        wanted = {
+            "requirements": lock.requirements,
+            "constraints": lock.constraints,
+            "env": self.config.env,
+        }
+        self._run(scripts.SET_UP, wanted, show)
 
     def check(self, wanted: Mapping[str, Any]) -> list[Check]:
         """What a look at that machine finds, by one command there (clusters/checkup.py)."""
@@ -76,10 +81,14 @@ class FarMachine:
         """The process on this machine that runs a script there, behind the site's own lines."""
         config = self.config
         lines = "\n".join([*config.setup, script])
-        in_one_line = base64.b64encode(lines.encode()).decode()  # a login shell like tcsh takes no others
-        arguments = [config.root or "", self.code.digest, config.python or "", self.lock.digest]
-        arguments.append(str(self.code.modules))
-        return self.link.process(["bash", "-c", scripts.DECODE, "fleetune", in_one_line, *arguments])
+        encoded = base64.b64encode(lines.encode())
+        in_one_line = encoded.decode()  # a login shell like tcsh takes no others
+        root = config.root or ""
+        python = config.python or ""
+        modules = str(self.code.modules)
+        arguments = [root, self.code.digest, python, self.lock.digest, modules]
+        decode = ["bash", "-c", scripts.DECODE, "fleetune", in_one_line]
+        return self.link.process([*decode, *arguments])
 
     def send_code(self) -> None:
         """Have this version of Fleetune there."""

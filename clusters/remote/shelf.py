@@ -74,12 +74,16 @@ class Shelf:
 
     def folder(self, files: Mapping[str, str]) -> str:
         """A folder that holds files of the shelf by name -> path; made once for the same files."""
-        together = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+        listing = json.dumps(files, sort_keys=True)
+        hashed = hashlib.sha256(listing.encode())
+        together = hashed.hexdigest()
         whole = self.root / together / "folder"
         whole.mkdir(parents=True, exist_ok=True)
-        for name in files.keys() - set(list_names(whole)):  # all of a new one, and what was purged since
-            digest = Path(files[name]).parent.name
-            self._put(self._path(digest, name), whole / name)
+        present = set(list_names(whole))
+        for name in files.keys() - present:  # all of a new one, and what was purged since
+            path = Path(files[name])
+            file = self._path(path.parent.name, name)
+            self._put(file, whole / name)
         return str(whole)
 
     def _put(self, file: Path, name: Path) -> None:

@@ -163,7 +163,8 @@ class RemoteSite:
 
     def _part(self, run_id: str, path: str, offset: int) -> bytes:
         """Bytes of a file of a run from an offset on."""
-        return b64decode(self._ask("part", run_id=run_id, path=path, offset=offset, length=_MESSAGE_BYTES))
+        encoded = self._ask("part", run_id=run_id, path=path, offset=offset, length=_MESSAGE_BYTES)
+        return b64decode(encoded)
 
     def _ask(self, verb: str, **arguments: Any) -> Any:
         return self.far_side.ask({"verb": verb, **arguments})

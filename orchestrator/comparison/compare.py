@@ -48,7 +48,7 @@ class ComparisonRow:
     """Runs that differ in nothing but the seed."""
 
     label: str
-    status: str
+    state: str
     differences: dict[str, str]
     runs: tuple[TrackedRun, ...]
 
@@ -88,7 +88,7 @@ class ComparisonRow:
             mlflow_run_ids.append(run.mlflow_run_id)
         return {
             "label": self.label,
-            "status": self.status,
+            "state": self.state,
             "n": len(self.runs),
             "seeds": self.seeds,
             "run_ids": run_ids,
@@ -227,7 +227,7 @@ def _comparison_rows(runs: list[TrackedRun], columns: list[str]) -> list[Compari
         for param in columns:
             differences[param] = first.params.get(param, "")
         group_runs = tuple(group)
-        row = ComparisonRow(label, first.status, differences, group_runs)
+        row = ComparisonRow(label, first.state, differences, group_runs)
         rows.append(row)
     return rows
 
@@ -258,7 +258,7 @@ def _reported(runs: Iterable[TrackedRun]) -> set[str]:
 
 def _sort_key(row: ComparisonRow, quality: Measure) -> tuple[bool, bool, float]:
     """What rows are sorted by: first those that finished, of them those with a finite quality, the best first."""
-    unfinished = row.status != "FINISHED"
+    unfinished = row.state != "succeeded"
     metric = row.metric(quality.key)
     if metric is None:
         return unfinished, True, 0.0

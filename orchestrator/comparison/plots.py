@@ -120,7 +120,7 @@ def _front_chart(comparison: Comparison, cost: Measure) -> str:
 
 
 def _metric_if_finished(row: ComparisonRow, measure: Measure) -> Metric | None:
-    if row.status != "FINISHED":
+    if row.state != "succeeded":
         return None
     return row.metric(measure.key)
 

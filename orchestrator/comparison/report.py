@@ -8,11 +8,11 @@ from pathlib import Path
 from string import Template
 
 from orchestrator.comparison import chart, plots, svg
+from orchestrator.comparison.cells import cell
 from orchestrator.comparison.compare import Comparison, ComparisonRow, display_value
 from orchestrator.comparison.group import SEED
 from orchestrator.comparison.measure import Measure
 from orchestrator.comparison.run import TrackedRun
-from orchestrator.comparison.table import cell
 
 _SHOWN_TAGS = ("mlflow.source.git.commit", "mlflow.user", "fleetune.version", "fleetune.run_dir")
 _ENVIRONMENT = "fleetune.env."  # tags that begin so are shown too
@@ -22,9 +22,9 @@ _HEADER = '<h1>{title}</h1><p class="soft">{about}, {now}</p>{best}'
 _BEST = '<p class="best">Best {measure}: <strong>{value}</strong> by <strong>{label}</strong>{others}</p>'
 _RESULTS = '<h2>Differences and results</h2><div class="wide"><table>{rows}</table></div>'
 _MEASURE_CELL = '<td class="{style}">{value}</td>'
-_DETAILS = "<details><summary>{swatch} {label} · {status}</summary>{runs}</details>"
+_DETAILS = "<details><summary>{swatch} {label} · {state}</summary>{runs}</details>"
 _FACT = "<div><dt>{name}</dt><dd>{value}</dd></div>"
-_STATUS = '<span class="status {style}">{text}</span>'
+_STATE_SPAN = '<span class="state {style}">{text}</span>'
 # The rectangle that lines are clipped to.
 _PLOT_AREA = 'x="{x}" y="{y}" width="{width}" height="{height}"'
 
@@ -99,7 +99,7 @@ def _best_of_all(comparison: Comparison) -> str:
 def _finite_mean(row: ComparisonRow, measure: Measure) -> float | None:
     """A measure of a row; None where it did not finish, has none, or one that is not finite."""
     metric = row.metric(measure.key)
-    if row.status != "FINISHED" or metric is None:
+    if row.state != "succeeded" or metric is None:
         return None
     mean = metric.mean
     return mean if math.isfinite(mean) else None
@@ -113,7 +113,7 @@ def _constants(comparison: Comparison) -> str:
 
 def _results(comparison: Comparison) -> str:
     """The table of all rows: in what they differ, and what came of them."""
-    heads = "<th>run</th><th>status</th>"
+    heads = "<th>run</th><th>state</th>"
     for param in comparison.columns:
         heading = comparison.heading(param)
         heads += f"<th>{escape(heading)}</th>"
@@ -131,8 +131,8 @@ def _results(comparison: Comparison) -> str:
 def _result(comparison: Comparison, row: ComparisonRow, best: BestRows) -> str:
     """A row of the table; a value that is the best of all is marked."""
     label = escape(row.label)
-    status = _status(row.status)
-    cells = f"<td>{label}</td><td>{status}</td>"
+    state = _state(row.state)
+    cells = f"<td>{label}</td><td>{state}</td>"
     for param in comparison.columns:
         difference = row.differences[param]
         value = display_value(param, difference) or "-"
@@ -171,11 +171,11 @@ def _details(comparison: Comparison) -> str:
     for group, row in enumerate(comparison.rows):
         swatch = svg.swatch(group)
         label = escape(row.label)
-        status = _status(row.status)
+        state = _state(row.state)
         runs = ""
         for run in row.runs:
             runs += _run(comparison, run)
-        rows += _DETAILS.format(swatch=swatch, label=label, status=status, runs=runs)
+        rows += _DETAILS.format(swatch=swatch, label=label, state=state, runs=runs)
     return f"<h2>Each run</h2>{rows}"
 
 
@@ -210,11 +210,10 @@ def _list(facts: Mapping[str, str]) -> str:
     return f"<dl>{entries}</dl>"
 
 
-def _status(status: str) -> str:
-    text = status.lower()
-    style = text if status.isalpha() else ""
-    text = escape(text)
-    return _STATUS.format(style=style, text=text)
+def _state(state: str) -> str:
+    style = state if state.isalpha() else ""
+    text = escape(state)
+    return _STATE_SPAN.format(style=style, text=text)
 
 
 def _plural(number: int, noun: str) -> str:

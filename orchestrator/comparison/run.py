@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 from orchestrator.errors import InputError
+from orchestrator.tracking.facts import state_in_mlflow
 from orchestrator.tracking.password import TRACKING_URI
 from orchestrator.tracking.store import RUN_ID_TAG
 from runfolder.variables import public
@@ -17,6 +18,7 @@ from runfolder.variables import public
 CurvePoint = tuple[int, float]  # step and value
 Curve = tuple[CurvePoint, ...]
 Curves = dict[str, Curve]
+Input = tuple[str, str]  # the param that names a base or a file, and its digest
 CURVES = ("loss", "eval_loss", "eval_exact_match", "tokens_per_second", "peak_memory_bytes")
 _LAST_COUNTS = ("loss", "eval_loss", "eval_exact_match")  # curves of which the last value is a measure
 _METRIC_STEP = attrgetter("step")  # of a point that MLflow has
@@ -27,11 +29,11 @@ _DIGESTS = {"base.model": "base_digest", "data.train": "data.train_digest", "dat
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """One MLflow run. `metrics` has a value for each measure that the run reported."""
+    """One MLflow run. `state` is that of `fleetune status`; `metrics` has each measure that the run reported."""
 
     run_id: str
     mlflow_run_id: str
-    status: str
+    state: str
     params: dict[str, str]
     tags: dict[str, str]
     curves: Curves
@@ -65,19 +67,27 @@ def load_runs(mlflow: Any, experiment: str | None, uri: str) -> list[TrackedRun]
 
 def same_inputs(runs: Sequence[TrackedRun]) -> Iterator[TrackedRun]:
     """The runs with one path for each base and file: the same one lies elsewhere on another machine."""
-    paths: dict[tuple[str, str], str] = {}  # the shortest, by param and digest
+    paths: dict[Input, str] = {}  # the shortest
     for run in runs:
-        for param, digest in _DIGESTS.items():
-            if param in run.params and digest in run.params:
-                key = (param, run.params[digest])
-                known = paths.get(key, run.params[param])
-                paths[key] = min(known, run.params[param], key=len)
+        for known_input in _inputs_of(run):
+            param, _ = known_input
+            path = run.params[param]
+            shortest = paths.get(known_input, path)
+            paths[known_input] = min(shortest, path, key=len)
     for run in runs:
         params = dict(run.params)
-        for param, digest in _DIGESTS.items():
-            if param in params and digest in params:
-                params[param] = paths[param, params[digest]]
+        for known_input in _inputs_of(run):
+            param, _ = known_input
+            params[param] = paths[known_input]
         yield replace(run, params=params)
+
+
+def _inputs_of(run: TrackedRun) -> Iterator[Input]:
+    """The base and the files of a run whose digests it says."""
+    params = run.params
+    for param, digest in _DIGESTS.items():
+        if param in params and digest in params:
+            yield param, params[digest]
 
 
 def _experiment_ids(mlflow: Any, experiment: str | None, uri: str) -> list[str]:
@@ -119,8 +129,8 @@ def _read_run(mlflow: Any, run: Any) -> TrackedRun:
     if uri:  # an earlier version may have told MLflow the password
         params[TRACKING_URI] = public(uri)
     run_id = tags[RUN_ID_TAG]
-    status = run.info.status
-    return TrackedRun(run_id, mlflow_run_id, status, params, tags, curves, metrics)
+    state = state_in_mlflow(run.info.status)
+    return TrackedRun(run_id, mlflow_run_id, state, params, tags, curves, metrics)
 
 
 def _metrics_of_curves(curves: Curves, timestamps: list[float]) -> dict[str, float]:

@@ -1,138 +1,69 @@
 """The comparison as a table for a terminal."""
 
 from rich import box
+from rich.console import Console, Group
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
-from orchestrator.comparison.compare import Comparison, ComparisonRow, display_value
-from orchestrator.comparison.measure import Measure
+from orchestrator.comparison.cells import (
+    STYLES,
+    caption,
+    differing_values,
+    has_unfinished,
+    measure_cells,
+    seeds_text,
+    shown_measures,
+)
+from orchestrator.comparison.compare import Comparison, ComparisonRow
+from orchestrator.comparison.narrow import narrow_table
 
-_LEFT_OUT = {"best_loss", "tokens_per_second"}  # in the report and the JSON; a terminal is narrow
-_MOST_COLUMNS = 3  # of differences; more than this stand below the name of the run
-_NARROW = 100  # columns of a terminal; in a narrower one there is room for one difference
-_MOST_SEEDS = 3  # of more, only the number is shown
-_LONGEST_VALUE_SHOWN = 28  # characters of a param's value
-_STYLES = {"FINISHED": "", "FAILED": "red", "KILLED": "yellow", "RUNNING": "cyan"}
+_MOST_COLUMNS = 3  # of differences
 
 
-def table(comparison: Comparison, width: int) -> Table:
-    """One row of a table this wide for each row; differences each in a column, or below the name of the run."""
+def table(comparison: Comparison, width: int) -> Table | Group:
+    """A comparison for a terminal this wide: a line for each row, or several where that has not room for a table."""
+    if len(comparison.columns) <= _MOST_COLUMNS:
+        grid = _grid(comparison)
+        endless = Console(width=10_000)
+        needed = Measurement.get(endless, endless.options, grid)
+        if needed.maximum <= width:
+            return grid
+    return narrow_table(comparison, width)
+
+
+def _grid(comparison: Comparison) -> Table:
+    """One row of a table for each row, with a column for each difference and each measure."""
     title = escape(comparison.title)
-    caption = _caption(comparison)
-    grid = Table(title=title, caption=caption, caption_justify="left")
+    shared = caption(comparison)
+    if shared:
+        shared = escape(shared)
+    grid = Table(title=title, caption=shared, caption_justify="left")
     grid.box = box.SIMPLE_HEAD
     grid.pad_edge = False
     grid.padding = (0, 1, 0, 0)
-    grid.add_column("run", overflow="fold")
-    apart = _are_apart(comparison, width)
-    if apart:
-        for heading in map(comparison.heading, comparison.columns):
-            grid.add_column(escape(heading), overflow="fold")
-    measures = []
-    for measure in comparison.measures:
-        if measure.key in _LEFT_OUT:
-            continue
-        measures.append(measure)
+    headings = map(comparison.heading, comparison.columns)
+    for heading in ("run", *headings):
+        grid.add_column(escape(heading))
+    for measure in shown_measures(comparison):
         heading = measure.title.replace(" ", "\n")
-        grid.add_column(heading, justify="right", no_wrap=True)
-    states = {row.status for row in comparison.rows}
-    unfinished = states - {"FINISHED"}
-    if unfinished:
-        grid.add_column("status", no_wrap=True)
+        grid.add_column(heading, justify="right")
+    if has_unfinished(comparison):
+        grid.add_column("state")
     for row in comparison.rows:
-        seeds = _seeds(comparison, row)
-        name = row.label + seeds
-        cells = [name]
-        if apart:
-            cells += _differences(comparison, row)
-        else:
-            cells[0] += _differences_below(comparison, row)
-        for measure in measures:
-            text = cell(row, measure, "\n")
-            cells.append(text)
-        if unfinished:
-            cells.append(row.status.lower())
-        style = _STYLES.get(row.status)
+        cells = _row_cells(comparison, row)
+        style = STYLES.get(row.state)
         grid.add_row(*map(escape, cells), style=style)
     return grid
 
 
-def cell(row: ComparisonRow, measure: Measure, joint: str = " ") -> str:
-    """A measure of a row, with its spread when the row has several runs that differ in it."""
-    metric = row.metric(measure.key)
-    if metric is None:
-        return "-"
-    mean = measure.show(metric.mean)
-    if not metric.std:
-        return mean
-    spread = measure.show(metric.std)
-    return f"{mean}{joint}± {spread}"
-
-
-def _caption(comparison: Comparison) -> str | None:
-    """What is the same for all rows, where there are several."""
-    if len(comparison.rows) == 1:
-        return None
-    facts = []
-    for param, value in comparison.constant.items():
-        text = _value(param, value)
-        facts.append(f"{param}={text}")
-    joined = ", ".join(facts)
-    return escape(f"the same for all: {joined}")
-
-
-def _are_apart(comparison: Comparison, width: int) -> bool:
-    """Whether each difference has a column of its own."""
-    most = 1 if width < _NARROW else _MOST_COLUMNS
-    return len(comparison.columns) <= most
-
-
-def _differences(comparison: Comparison, row: ComparisonRow) -> list[str]:
-    """The cells of a row in the columns with differences."""
-    cells = []
-    for param in comparison.columns:
-        value = _value(param, row.differences[param])
+def _row_cells(comparison: Comparison, row: ComparisonRow) -> list[str]:
+    """The cells of a row, from left to right; the seeds stand below the name."""
+    name = row.label
+    seeds = seeds_text(comparison, row)
+    if seeds:
+        name += f"\n{seeds}"
+    cells = [name]
+    for _, value in differing_values(comparison, row):
         cells.append(value or "-")
-    return cells
-
-
-def _differences_below(comparison: Comparison, row: ComparisonRow) -> str:
-    """The differences of a row, each in a line of its own."""
-    by_heading = {}
-    for param in comparison.columns:
-        value = _value(param, row.differences[param])
-        if value:
-            heading = comparison.heading(param)
-            by_heading[heading] = f"\n {heading}={value}"
-    return "".join(by_heading.values())
-
-
-def _value(param: str, value: str) -> str:
-    """A param's value, short enough for a terminal."""
-    return _clipped(display_value(param, value))
-
-
-def _seeds(comparison: Comparison, row: ComparisonRow) -> str:
-    """The seeds, below the name, where there are several."""
-    number = len(row.runs)
-    if number > _MOST_SEEDS:
-        return f"\n{number} seeds"
-    if number > 1:
-        seeds = ", ".join(row.seeds)
-        return f"\nseeds {seeds}"
-    single_seeds: set[str] = set()
-    for other in comparison.rows:
-        if len(other.runs) == 1:
-            single_seeds.update(other.seeds)
-    if len(single_seeds) < 2:
-        return ""
-    return f"\nseed {row.seeds[0]}"
-
-
-def _clipped(text: str) -> str:
-    """A long text without its middle: of a path the end says more."""
-    if len(text) <= _LONGEST_VALUE_SHOWN:
-        return text
-    begin = text[:8]
-    end = text[9 - _LONGEST_VALUE_SHOWN :]
-    return f"{begin}…{end}"
+    return cells + measure_cells(comparison, row)

@@ -20,7 +20,7 @@ from typing import Any
 from orchestrator.runs import run_ids, runs_folder
 from orchestrator.tracking.artifacts import upload
 from orchestrator.tracking.environment import Utilisation, machine_tags
-from orchestrator.tracking.facts import MACHINE
+from orchestrator.tracking.facts import MACHINE, STATUSES
 from orchestrator.tracking.history import AppendedRow, RowReader
 from orchestrator.tracking.outbox import FileRow, Outbox
 from orchestrator.tracking.redone import COMPARED, differ, relative_tolerance
@@ -33,7 +33,6 @@ from runfolder.files import Damaged
 from runfolder.record import load_job
 from runfolder.snapshot import snapshot
 
-STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 DELIVERED_FILES = ("metrics.jsonl", "system.jsonl")
 CURSOR = "fleetune.delivered"
 _LONGEST_WAIT_S = 30.0
@@ -121,7 +120,7 @@ class Delivery:
         closing = Attempt(self._run_dir, last_slot(self._run_dir))
         end = closing.claim["time"] if ended else time.time()
         end_ms = int(end * 1000)
-        self._client.set_terminated(mlflow_run_id, STATUS[state], end_ms)
+        self._client.set_terminated(mlflow_run_id, STATUSES[state], end_ms)
         upload(self._client, self._run_dir, mlflow_run_id, state == "succeeded")
         if ended:
             note_delivered(self._run_dir, self._mlflow_run_id)

@@ -19,6 +19,15 @@ _MLFLOW_TAGS = {
 }
 MACHINE = "machine"  # the event that says what machine an attempt runs on
 _CONTEXTS = {"train": "training", "eval": "evaluation"}
+STATUSES = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}  # MLflow's words for ours
+
+
+def state_in_mlflow(status: str) -> str:
+    """Our word for the status of a run in MLflow; one that we have none for is MLflow's own."""
+    for state, word in STATUSES.items():
+        if word == status:
+            return state
+    return status.lower()
 
 
 def job_params(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:

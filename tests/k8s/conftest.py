@@ -21,7 +21,7 @@ def cluster(tmp_path: Path) -> Cluster:
 
 @pytest.fixture(scope="session")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fleetune's code as it lies on a claim to which it was sent; that it is sent is seen in test_reader.py."""
+    """Fleetune's code as it lies on a volume to which it was sent; that it is sent is seen in test_reader.py."""
     code = installed_code()
     folder = tmp_path_factory.mktemp("code") / code.digest
     for name, data in code.files.items():
@@ -33,9 +33,9 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def laptop(cluster: Cluster, code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A laptop with a kubeconfig and a clusters file; gives the folder that stands for the claim."""
+    """A laptop with a kubeconfig and a clusters file; gives the folder that stands for the volume."""
     with served(cluster) as address:
-        claim = write_laptop(tmp_path, address)
-        shutil.copytree(code, claim / "code" / code.name, copy_function=os.link)
+        volume = write_laptop(tmp_path, address)
+        shutil.copytree(code, volume / "code" / code.name, copy_function=os.link)
         use_laptop(tmp_path, tmp_path / "home", monkeypatch)
-        yield claim
+        yield volume

@@ -135,7 +135,7 @@ class GeneralObjects:
         after = _without({}, before or {}, self.owned.get(key, set()) - said.keys())
         for place, value in said.items():
             _set(after, place, value)
-        _refuse_changed_claim(before, after)
+        _refuse_changed_volume(before, after)
         if query.get("dryRun") == "All":
             return 200, after
         self.owned[key] = set(said)
@@ -224,8 +224,8 @@ def _set(into: Stored, path: str, value: Any) -> None:
     into[last] = value
 
 
-def _refuse_changed_claim(before: Stored | None, after: Stored) -> None:
-    """Raise Status for a claim of which something changes that may not."""
+def _refuse_changed_volume(before: Stored | None, after: Stored) -> None:
+    """Raise Status for a volume of which something changes that may not."""
     if before is None or before["kind"] != "PersistentVolumeClaim":
         return
     name = before["metadata"]["name"]

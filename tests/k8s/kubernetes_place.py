@@ -16,7 +16,7 @@ from runfolder.chain import last_attempt
 
 
 class KubernetesPlace:
-    """A namespace, whose claim is the folder `root`."""
+    """A namespace, whose volume is the folder `root`."""
 
     waits = "0/2 nodes are available: 2 Insufficient"
     lost = "namespace fleetune has no RayJob of it"

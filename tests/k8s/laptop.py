@@ -11,13 +11,13 @@ from small_cluster import IMAGE, ROOT
 
 
 def write_laptop(folder: Path, address: str) -> Path:
-    """A kubeconfig, a clusters file, and the folder that stands for the claim, which is given."""
-    claim = folder / "claim"
-    claim.mkdir()
-    plain = {"kind": "kubernetes", "image": IMAGE, "root": str(claim), "python": sys.executable}
+    """A kubeconfig, a clusters file, and the folder that stands for the volume, which is given."""
+    volume = folder / "volume"
+    volume.mkdir()
+    plain = {"kind": "kubernetes", "image": IMAGE, "root": str(volume), "python": sys.executable}
     (folder / "clusters.yaml").write_text(yaml.safe_dump({"k8s": plain}))
     write_kubeconfig(folder / "kubeconfig", address, "client")
-    return claim
+    return volume
 
 
 def configure(folder: Path, **changes: object) -> None:

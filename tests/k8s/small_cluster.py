@@ -45,18 +45,18 @@ def reader(name: str, ready: bool) -> dict[str, Any]:
 
 
 def install_as_admin(cluster: Cluster, **changes: Any) -> None:
-    """Have in a cluster what `fleetune k8s install` makes, a claim that is bound, and one client of its account."""
+    """Have in a cluster what `fleetune k8s install` makes, a volume that is bound, and one client of its account."""
     cluster.tokens["admin"] = None
     settings = KubernetesSettings.model_validate({"image": IMAGE, **changes})
     for manifest in install_manifests(settings, "/fleetune"):
         path = path_of(manifest)
         assert cluster.answer("PATCH", path, {"fieldManager": "fleetune"}, manifest, "admin")[0] == 201
-    bind_claim(cluster)
+    bind_volume(cluster)
     cluster.tokens = {"client": cluster.general.rights("fleetune-client")}
 
 
-def bind_claim(cluster: Cluster) -> None:
-    """Have a claim get its storage."""
+def bind_volume(cluster: Cluster) -> None:
+    """Have a volume get its storage."""
     for stored in cluster.general.stored.values():
         if stored["kind"] == "PersistentVolumeClaim":
             stored["spec"]["storageClassName"] = "nfs"

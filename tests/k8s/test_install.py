@@ -42,14 +42,14 @@ def test_the_base_has_the_names_that_a_cluster_has_by_default() -> None:
 
 
 def test_other_names_are_other_names_everywhere() -> None:
-    changed = settings(namespace="research", claim="runs", service_account="trainer")
+    changed = settings(namespace="research", volume="runs", service_account="trainer")
     objects = install_manifests(changed, HOME, "2Ti", "nfs")
     assert [each["metadata"]["name"] for each in of_kind(objects, "Namespace")] == ["research"]
     assert {each["metadata"].get("namespace") for each in objects if each["kind"] not in CLUSTER_WIDE} == {"research"}
-    (claim,) = of_kind(objects, "PersistentVolumeClaim")
-    assert claim["metadata"]["name"] == "runs"
-    assert claim["spec"]["storageClassName"] == "nfs"
-    assert claim["spec"]["resources"]["requests"]["storage"] == "2Ti"
+    (volume,) = of_kind(objects, "PersistentVolumeClaim")
+    assert volume["metadata"]["name"] == "runs"
+    assert volume["spec"]["storageClassName"] == "nfs"
+    assert volume["spec"]["resources"]["requests"]["storage"] == "2Ti"
     accounts = {each["metadata"]["name"] for each in of_kind(objects, "ServiceAccount")}
     assert accounts == {"trainer", "fleetune-client"}
     (binding,), (to_nodes,) = of_kind(objects, "RoleBinding"), of_kind(objects, "ClusterRoleBinding")
@@ -62,7 +62,11 @@ def test_other_names_are_other_names_everywhere() -> None:
 
 def test_the_reader_is_like_the_pods_of_runs() -> None:
     changed = settings(
-        claim="runs", service_account="trainer", user=1234, image_pull_secrets=["ghcr"], head={"tolerations": ["cpu"]}
+        volume="runs",
+        service_account="trainer",
+        user=1234,
+        image_pull_secrets=["ghcr"],
+        head_pod={"tolerations": ["cpu"]},
     )
     (reader,) = of_kind(install_manifests(changed, "/data"), "Deployment")
     pod = reader["spec"]["template"]["spec"]

@@ -79,8 +79,8 @@ def test_it_says_what_it_changes_and_leaves_what_is_others(cluster: Cluster) -> 
     assert set(changed.values()) == {"unchanged"}
     role = stored(cluster, "/apis/rbac.authorization.k8s.io/v1/namespaces/research/roles/fleetune-client")
     assert len(role["rules"]) > 1 and role["metadata"]["labels"] == {"team": "a"}
-    claim = stored(cluster, CLAIM)["spec"]
-    assert (claim["resources"]["requests"]["storage"], claim["storageClassName"]) == ("2Ti", "nfs")
+    volume = stored(cluster, CLAIM)["spec"]
+    assert (volume["resources"]["requests"]["storage"], volume["storageClassName"]) == ("2Ti", "nfs")
     assert install("--storage", "3Ti")["PersistentVolumeClaim research/fleetune"] == (
         "changed (spec.resources.requests.storage)"
     )

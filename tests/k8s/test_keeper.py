@@ -1,6 +1,6 @@
 """Open runs whose RayJobs have ended or are gone: whoever looks makes the next submission, once.
 
-They are looked at from a pod that has the claim, as its CronJob does; one is from a laptop.
+They are looked at from a pod that has the volume, as its CronJob does; one is from a laptop.
 """
 
 import json

@@ -21,7 +21,7 @@ CLAIM = "/api/v1/namespaces/fleetune/persistentvolumeclaims/fleetune"
 QUOTA = "/api/v1/namespaces/fleetune/resourcequotas/fleetune"
 SECRETS = "/api/v1/namespaces/fleetune/secrets"
 ALL = (
-    *("server", "operator", "permissions", "nodes", "claim", "secrets", "image", "reader", "packages", "quota"),
+    *("server", "operator", "permissions", "nodes", "volume", "secrets", "image", "reader", "packages", "quota"),
     *("queue", "trial"),
 )
 
@@ -61,7 +61,7 @@ def test_all_is_well(change: Callable[..., None], cluster: Cluster) -> None:
     assert found["operator"] == "RayJob of KubeRay 1.7 or newer"
     assert found["permissions"] == "all 13 that are used"
     assert found["nodes"] == "8 of nvidia.com/gpu, 8 not asked for here; 1 of 1 nodes fit"
-    assert found["claim"] == "fleetune has 2Ti (class nfs, ReadWriteMany)"
+    assert found["volume"] == "fleetune has 2Ti (class nfs, ReadWriteMany)"
     assert found["secrets"] == "fleetune-ray: this account may not see whether they are there"
     assert found["image"] == "registry.example.org/team/fleetune, sha256 000000000000..."
     assert found["reader"].startswith("pod reader-1 has 0 runs in ")
@@ -201,13 +201,13 @@ def with_full_quota(cluster: Cluster) -> None:
         (without_gpus, "nodes", "warn", "no node has nvidia.com/gpu", "device plugin"),
         (of_nodes_unseen, "nodes", "warn", "this account may not see them", "create clusterrolebinding NAME"),
         (tainted, "nodes", "fail", "gpu-1 has the taint gpu=a:NoSchedule", "tolerations"),
-        (unbound, "claim", "fail", "fleetune is Pending, not bound", "kubectl -n fleetune describe pvc fleetune"),
-        (for_one_node, "claim", "fail", "is for one node alone (class nfs, ReadWriteOnce)", "--storage-class"),
+        (unbound, "volume", "fail", "fleetune is Pending, not bound", "kubectl -n fleetune describe pvc fleetune"),
+        (for_one_node, "volume", "fail", "is for one node alone (class nfs, ReadWriteOnce)", "--storage-class"),
         (
             without_claim,
-            "claim",
+            "volume",
             "fail",
-            "there is no claim fleetune",
+            "there is no PersistentVolumeClaim fleetune",
             "fleetune k8s install --cluster k8s --storage",
         ),
         (used_up, "quota", "warn", "requests.nvidia.com/gpu 8 of 8", "kubectl -n fleetune describe quota"),

@@ -46,7 +46,7 @@ def submit_one_more(backend: Kubernetes) -> str:
 def doctor(backend: Kubernetes) -> str:
     """What the doctor says of what is not well."""
     checks = KubernetesLook("k8s", backend).checks()
-    found = [check.found for check in checks if check.level != "ok" and check.name in ("claim", "quota")]
+    found = [check.found for check in checks if check.level != "ok" and check.name in ("volume", "quota")]
     return " ".join(found)
 
 

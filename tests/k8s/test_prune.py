@@ -36,8 +36,8 @@ def submit(cluster: Cluster, name: str, submission: int, deployment: str) -> Non
 
 
 @pytest.fixture
-def claim(laptop: Path, cluster: Cluster) -> Path:
-    """A claim with runs of all kinds, and what clients have left that were killed."""
+def volume(laptop: Path, cluster: Cluster) -> Path:
+    """A volume with runs of all kinds, and what clients have left that were killed."""
     for name in ("ended", "live", "failed", "waiting", "damaged"):
         run_dir = make_run(laptop / "runs", RUNS[name], None)
         (run_dir / "secrets.json").write_text('{"HF_TOKEN": "hf_secret"}')
@@ -90,9 +90,9 @@ def rayjobs(cluster: Cluster) -> set[str]:
     return {name for kind, name in cluster.objects if kind == "rayjobs"}
 
 
-def test_it_says_what_it_would_remove_and_removes_it(claim: Path, cluster: Cluster) -> None:
+def test_it_says_what_it_would_remove_and_removes_it(volume: Path, cluster: Cluster) -> None:
     before = rayjobs(cluster)
-    files = {*claim.rglob("*")}
+    files = {*volume.rglob("*")}
     shown = command()
     assert shown == [
         f"RayJob {RUNS['ended']}-s1: its run has ended",
@@ -100,13 +100,13 @@ def test_it_says_what_it_would_remove_and_removes_it(claim: Path, cluster: Clust
         f"RayJob {RUNS['waiting']}-s1: its run has ended, and it waits still",
         f"RayCluster orphan-x2v4t: run {RUNS['orphan']} has no RayJob any more; "
         "remove it with: kubectl -n fleetune delete raycluster orphan-x2v4t",
-        f"{claim}/code/.new-Xy12Za: Fleetune's code that came in part, more than a day ago, 2.0 MB",
-        f"{claim}/files/.{'a' * 64}: a file that a job brought along that came in part, more than a day ago, 2.0 MB",
-        f"{claim}/runs/.new-{'b' * 32}: a run folder that came in part, more than a day ago, 2.0 MB",
-        f"{claim}/runs/{RUNS['ended']}/secrets.json: secrets of a run that has ended",
-        f"{claim}/runs/{RUNS['waiting']}/secrets.json: secrets of a run that has ended",
+        f"{volume}/code/.new-Xy12Za: Fleetune's code that came in part, more than a day ago, 2.0 MB",
+        f"{volume}/files/.{'a' * 64}: a file that a job brought along that came in part, more than a day ago, 2.0 MB",
+        f"{volume}/runs/.new-{'b' * 32}: a run folder that came in part, more than a day ago, 2.0 MB",
+        f"{volume}/runs/{RUNS['ended']}/secrets.json: secrets of a run that has ended",
+        f"{volume}/runs/{RUNS['waiting']}/secrets.json: secrets of a run that has ended",
     ]
-    assert rayjobs(cluster) == before and {*claim.rglob("*")} >= files
+    assert rayjobs(cluster) == before and {*volume.rglob("*")} >= files
     assert not any(request.startswith("DELETE") for request in cluster.requests)
 
     done = command("--yes")
@@ -114,24 +114,24 @@ def test_it_says_what_it_would_remove_and_removes_it(claim: Path, cluster: Clust
     assert [line for line in done if not line.startswith("removed ")] == [shown[3]]
     gone = {f"{RUNS['ended']}-s1", f"{RUNS['live']}-s1", f"{RUNS['waiting']}-s1"}
     assert rayjobs(cluster) == before - gone
-    assert [*claim.glob("files/.*")] == [claim / "files" / f".{'c' * 64}"]
-    assert not [*claim.glob("code/.new-*"), *claim.glob("runs/.new-*")]
-    kept = {path.parent.name for path in claim.glob("runs/*/secrets.json")}
+    assert [*volume.glob("files/.*")] == [volume / "files" / f".{'c' * 64}"]
+    assert not [*volume.glob("code/.new-*"), *volume.glob("runs/.new-*")]
+    kept = {path.parent.name for path in volume.glob("runs/*/secrets.json")}
     assert kept == {RUNS["live"], RUNS["failed"], RUNS["damaged"]}
     assert command() == [shown[3]]
 
 
-def test_what_goes_on_again_meanwhile_is_left(claim: Path, cluster: Cluster) -> None:
+def test_what_goes_on_again_meanwhile_is_left(volume: Path, cluster: Cluster) -> None:
     found = leftovers("k8s")
-    reopen(claim / "runs" / RUNS["waiting"])
+    reopen(volume / "runs" / RUNS["waiting"])
     removed = {leftover.what for leftover in prune("k8s", found)}
     assert f"RayJob {RUNS['waiting']}-s1" not in removed and f"RayJob {RUNS['ended']}-s1" in removed
     assert f"{RUNS['waiting']}-s1" in rayjobs(cluster)
-    assert (claim / "runs" / RUNS["waiting"] / "secrets.json").exists()
+    assert (volume / "runs" / RUNS["waiting"] / "secrets.json").exists()
 
 
-def test_a_run_whose_rayjobs_are_gone_goes_on_behind_them(claim: Path) -> None:
-    starts = claim / "runs" / RUNS["failed"] / "starts"
+def test_a_run_whose_rayjobs_are_gone_goes_on_behind_them(volume: Path) -> None:
+    starts = volume / "runs" / RUNS["failed"] / "starts"
     starts.mkdir()
     (starts / "4.1").touch()
     backend = open_cluster("k8s")

@@ -37,7 +37,7 @@ QUEUED = {
     "secrets": {"HF_TOKEN": "hf/token"},
     "node_selector": {"gpu": ["h100", "h200"], "zone": "a"},
     "tolerations": ["nvidia.com/gpu:NoSchedule", "dedicated=ml:NoExecute", "spot"],
-    "head": {"cpus": 4, "memory": 16, "node_selector": {"pool": "cpu"}},
+    "head_pod": {"cpus": 4, "memory": 16, "node_selector": {"pool": "cpu"}},
     "priority_class": "research",
     "queue": "team-a",
     "queue_priority": "high",

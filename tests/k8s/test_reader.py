@@ -27,11 +27,11 @@ ALLOWED = {(verb, resource) for (_, resource), verbs in NEEDED.items() for verb 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Cluster:
-    """A cluster whose claim is a folder, with two readers, one of which is ready."""
+    """A cluster whose volume is a folder, with two readers, one of which is ready."""
     cluster = Cluster(tokens={"client": set(ALLOWED)})
     for name, ready in (("reader-1", False), ("reader-2", True)):
         cluster.objects["pods", name] = reader(name, ready)
-    (tmp_path / "claim").mkdir()
+    (tmp_path / "volume").mkdir()
     cluster.environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "FLEETUNE_POD": "reader-2"}
     return cluster
 
@@ -48,7 +48,7 @@ def address(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def backend(tmp_path: Path) -> Kubernetes:
-    plain = {"kind": "kubernetes", "image": IMAGE, "root": str(tmp_path / "claim"), "python": sys.executable}
+    plain = {"kind": "kubernetes", "image": IMAGE, "root": str(tmp_path / "volume"), "python": sys.executable}
     config = KubernetesConfig.model_validate(plain)
     return Kubernetes.open(config, Path(config.root))
 
@@ -79,7 +79,7 @@ def test_a_run_lives_on_the_claim(backend: Kubernetes, cluster: Cluster, tmp_pat
     record = {"cluster": "k8s", "submitted": 0.0, "job": JOB.dump()}
     assert backend.site.create(RUN_ID, record) is None
     assert backend.site.create(RUN_ID, record) is not None
-    assert (tmp_path / "claim" / "runs" / RUN_ID / "job.yaml").exists()
+    assert (tmp_path / "volume" / "runs" / RUN_ID / "job.yaml").exists()
     request = backend.request(JOB, RUN_ID)
     backend.submit(request)
     sessions = len(cluster.sessions)
@@ -87,12 +87,12 @@ def test_a_run_lives_on_the_claim(backend: Kubernetes, cluster: Cluster, tmp_pat
     assert (standing.folder.run_id, standing.on_cluster.state) == (RUN_ID, "queued")
     assert backend.look().keys() == {RUN_ID}
     assert len(cluster.sessions) == sessions  # the same process answers
-    log = tmp_path / "claim" / "kubernetes" / f"{RUN_ID}-s1.log"
+    log = tmp_path / "volume" / "kubernetes" / f"{RUN_ID}-s1.log"
     log.parent.mkdir()
     log.write_text("the first line\n")
     assert backend.logs(RUN_ID).text == "the first line\n"
     assert backend.logs(RUN_ID, 4).text == "first line\n"
-    run_dir = tmp_path / "claim" / "runs" / RUN_ID
+    run_dir = tmp_path / "volume" / "runs" / RUN_ID
     code = next(variable for variable in environment_of(request.text) if variable["name"] == "PYTHONPATH")
     assert (Path(code["value"]) / "clusters" / "pod_job.py").exists()
     assert run_dir.exists()
@@ -115,7 +115,7 @@ def test_a_run_that_waits_is_cancelled_and_closed(backend: Kubernetes, cluster: 
     assert ("rayjobs", f"{RUN_ID}-s1") not in cluster.objects
     result = backend.site.snapshots([RUN_ID])[RUN_ID].result
     assert result and result["state"] == "cancelled"
-    assert (tmp_path / "claim" / "runs" / RUN_ID / "result.json").exists()
+    assert (tmp_path / "volume" / "runs" / RUN_ID / "result.json").exists()
 
 
 def test_a_run_that_runs_is_left_to_its_controller(backend: Kubernetes, cluster: Cluster) -> None:

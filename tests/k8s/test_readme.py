@@ -10,7 +10,7 @@ import pytest
 import yaml
 from api_server import Cluster
 from jobs import make_job
-from small_cluster import ROOT, bind_claim, reader
+from small_cluster import ROOT, bind_volume, reader
 from typer.testing import CliRunner
 
 pytest.importorskip("kubernetes", reason="the client of Kubernetes is not installed: pip install 'fleetune[k8s]'")
@@ -64,7 +64,7 @@ def test_what_the_readme_says_works_as_written(
     for command in commands():
         said[command[0]] = typed(command)
         if command[0] == "k8s":
-            bind_claim(cluster)
+            bind_volume(cluster)
             cluster.objects["pods", "reader-1"] = reader("reader-1", True)
         if command[0] == "submit":
             (name,) = cluster.created

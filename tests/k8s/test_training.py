@@ -42,7 +42,7 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeRay]:
 
 @pytest.fixture(scope="module")
 def site(operator: KubeRay, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a kubeconfig and a clusters file for it, and the claim."""
+    """A folder with a kubeconfig and a clusters file for it, and the volume."""
     with served(operator.cluster) as address:
         folder = tmp_path_factory.mktemp("laptop")
         write_laptop(folder, address)
@@ -54,7 +54,7 @@ def place(operator: KubeRay, site: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """The cluster, as a laptop has it that knows no run."""
     configure(site, cpus_per_worker=1, env={"OMP_NUM_THREADS": "1"}, queue=None)
     use_laptop(site, tmp_path / "home", monkeypatch)
-    return KubernetesPlace("k8s", site / "claim", operator)
+    return KubernetesPlace("k8s", site / "volume", operator)
 
 
 class TestQueue(QueueContract):

@@ -1,4 +1,4 @@
-"""Files to the claim and back through the reader's pod, over a network that is cut in the middle."""
+"""Files to the volume and back through the reader's pod, over a network that is cut in the middle."""
 
 import random
 from collections.abc import Iterator

@@ -60,6 +60,8 @@ def every_file_run(root: Path, closed: bool) -> Path:
         attempt = claim(run_dir, start)
         plan(attempt)
         steps(attempt, (start or 0) + 1, (start or 0) + 4)
+        attempt.event("saving", step=1)
+        attempt.event("evaluating", step=1, began=1.0, what="rows", done=0, total=9)
         attempt.append("system.jsonl", {"step": 1, "time": 1.0, "system/cpu": 5.0})
         request_stop(attempt, Stop("walltime", "over", 1e9))
         attempt.write_verdict({"kind": "walltime", "reason": "over", "evidence": ""})

@@ -155,6 +155,8 @@ def test_submit_asks_and_what_fails_says_why(
     assert code == 3 and said.count("\n") == 1 and "fleetune clusters setup there (--yes" in said
     code, said = submit(typed=Terminal("n\n"))
     assert code == 3 and "Install them now? [y/N]" in said
+    for told in (f"in {root}/environments, and changes nothing else", "about 6 GB, which takes 5 to 30 minutes"):
+        assert told in said
     assert not made(root)
     index.is_empty = True
     code, said = submit("--yes", typed=io.StringIO())

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from fleetune import InputError
 from orchestrator import progress, runs, status
 from orchestrator.logs import LogReader
 from runfolder.chain import Attempt, claim_next, close
+from runfolder.delivered import note_delivered
 from runfolder.requests import cancel_requested, cancel_saves, request_cancel
 from runfolder.site import LocalSite
 from runfolder.snapshot import snapshot
@@ -98,6 +100,26 @@ def test_the_result_is_the_last_word(run: Path) -> None:
     found = fleetune.status(run.name)
     assert (found.state, found.reason, found.verdict) == ("failed", "rank 0: ValueError", "user_error")
     assert found.mlflow_run_id == "abc"
+
+
+def test_what_a_run_does_is_said_while_it_does_something(run: Path) -> None:
+    def doing(view: View) -> str | None:
+        activity = status.join_status(Standing(snapshot(run), view)).activity
+        return activity.doing if activity else None
+
+    attempt = claim(run)
+    attempt.event("loading_base")
+    assert doing(View("running")) == "loading the base"
+    assert doing(View("queued")) is None and doing(View("unknown", "no answer")) is None
+    attempt.write_verdict({"kind": "success", "reason": ""})
+    close(run, {"state": "succeeded", "reason": None})
+    assert doing(View("ended")) == "delivering to MLflow"
+    closed = snapshot(run)
+    later = replace(closed, looked_at=closed.looked_at + 86_400)
+    late = status.join_status(Standing(later, View("ended"))).activity
+    assert late and late.doing.endswith("nobody delivers it: fleetune compare does")
+    note_delivered(run, "a" * 32)
+    assert doing(View("ended")) is None
 
 
 def test_a_run_that_is_about_to_succeed_is_not_preempted(run: Path) -> None:

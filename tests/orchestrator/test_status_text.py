@@ -6,17 +6,24 @@ import pty
 import select
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+from jobs import make_job
 from rich.console import Console
+from rich.table import Table
 from run_folders import T0, claim, make_run, plan, steps
 
+from orchestrator import progress
 from orchestrator.render import run_view
 from orchestrator.run_list import age, list_lines
 from orchestrator.status import Status
+from orchestrator.wrapped import WrappedText, wrapped_lines
+from runfolder.activity import Activity
 from runfolder.chain import close
 from runfolder.figures import Figures
 from runfolder.goodput import Goodput
@@ -48,6 +55,7 @@ RUN = Status(
         best_evaluation={"step": 800, "eval_loss": 0.4111, "eval_exact_match": 0.62},
     ),
     remaining_s=11900.0,
+    activity=Activity("evaluating after step 1,200: 120 of 500 rows", T0 + 7300 - 185, T0 + 7300 - 3),
 )
 ENDED = replace(
     RUN,
@@ -59,6 +67,7 @@ ENDED = replace(
     output_dir=f"{RUN.run_dir}/output",
     figures=replace(RUN.figures, best_evaluation=RUN.figures.last_evaluation) if RUN.figures else None,
     remaining_s=None,
+    activity=Activity("delivering to MLflow", T0 + 7200, T0 + 7200),
     loading=(
         "model = AutoModelForCausalLM.from_pretrained('meta-llama/Llama-3.2-3B')",
         f"model = PeftModel.from_pretrained(model, '{RUN.run_dir}/output')",
@@ -108,12 +117,30 @@ def test_a_status_at_80_columns() -> None:
 
 @pytest.mark.parametrize(
     ("state", "pause_s", "step_s", "silent"),
-    [("running", 70, 4, True), ("running", 50, 0.1, False), ("running", 70, 30, False), ("succeeded", 70, 1, False)],
+    [
+        ("running", 70, 4, True),
+        ("running", 50, 0.1, False),
+        ("running", 70, 30, False),
+        ("succeeded", 70, 1, False),
+        ("starting", 70, 1, True),
+    ],
 )
-def test_a_run_that_takes_no_step_for_long_is_silent(state: str, pause_s: float, step_s: float, silent: bool) -> None:
+def test_a_run_that_writes_nothing_for_long_is_silent(
+    state: str, pause_s: float, step_s: float, silent: bool
+) -> None:
     assert RUN.figures
     figures = replace(RUN.figures, since_last_step_s=pause_s, seconds_per_step=step_s)
-    assert ("silent" in shown(replace(RUN, state=state, figures=figures), 80)) == silent
+    activity = Activity("exporting the output", T0, RUN.looked_at - pause_s)
+    assert ("silent" in shown(replace(RUN, state=state, figures=figures, activity=activity), 80)) == silent
+
+
+def test_a_run_that_does_something_else_than_steps_is_not_silent() -> None:
+    """It evaluates for an hour, and has said so a moment ago."""
+    assert RUN.figures
+    figures = replace(RUN.figures, since_last_step_s=3600.0)
+    text = shown(replace(RUN, figures=figures), 80)
+    assert "now          evaluating after step 1,200: 120 of 500 rows, for 3 m 05 s" in text
+    assert "silent" not in text
 
 
 def test_what_is_copied_is_in_one_line() -> None:
@@ -139,15 +166,36 @@ def test_a_list_at_80_columns() -> None:
     assert list(list_lines(RUNS[1:], 80)) == [
         "run             state   step       attempt  age  cluster",
         "sql-1r3vg4ggs1  failed  4000/4000  2        2 h  hpc",
-        "    rank 1: the output was kept in output.rejected: its logits differ from the …",
+        "    rank 1: the output was kept in output.rejected: its logits differ from the",
+        "    trained model's by 0.01",
         "sql-1r3vg4ggs1  queued  0/?        0        2 h  local",
         "    needs 2, 0 of 2 cpus are free",
     ]
 
 
+FORECAST = (
+    "SLURM job 123456: nodes that it needs are down, drained, or for jobs before it; "
+    "SLURM expects its start at 2026-11-29 22:10 +0000"
+)
+
+
+@pytest.mark.parametrize("width", [80, 100, 160, 240])
+def test_a_list_shows_when_a_run_is_expected_to_start(width: int) -> None:
+    lines = list(list_lines([replace(QUEUED, reason=FORECAST), RUN], width))
+    assert max(map(len, lines)) <= width
+    assert FORECAST in " ".join(" ".join(lines).split())
+
+
+def test_a_reason_without_end_is_cut_between_words() -> None:
+    lines = list(list_lines([replace(QUEUED, reason="as before, " * 80)], 80))
+    assert len(lines) == 5 and lines[-1].endswith(" …") and max(map(len, lines)) <= 80
+    (heading, _) = list_lines([RUN], 80)
+    assert heading.split()[-1] == "cluster"  # no column of reasons where there are none
+
+
 def test_what_cannot_be_reached_has_no_age() -> None:
-    (_, line, _) = list_lines([LOST], 80)
-    assert line.split() == ["sql-1r3vg4ggs1", "unknown", "0/?", "0", "?", "hpc"]
+    (_, line) = list_lines([LOST], 80)
+    assert line.split() == ["sql-1r3vg4ggs1", "unknown", "0/?", "0", "?", "hpc", *str(LOST.reason).split()]
 
 
 def test_a_list_at_160_columns_has_one_line_a_run() -> None:
@@ -164,9 +212,10 @@ def test_ages(seconds: float, text: str) -> None:
     assert age(seconds) == text
 
 
-def on_terminal(home: Path, *arguments: str, **environment: str) -> str:
-    """What a command prints on a terminal of 80 columns."""
+def on_terminal(home: Path, *arguments: str, code: int = 0, **environment: str) -> str:
+    """What a command prints on a terminal of 80 columns, before it ends with this exit code."""
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
     command = [sys.executable, "-P", "-m", "orchestrator", *arguments]
     variables = {"PATH": "/usr/bin:/bin", "TERM": "xterm-256color", "COLUMNS": "80", "FLEETUNE_HOME": str(home)}
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=variables | environment)
@@ -178,8 +227,44 @@ def on_terminal(home: Path, *arguments: str, **environment: str) -> str:
         except OSError:  # the other end is closed
             break
     os.close(ours)
-    assert process.wait(timeout=60) == 0, data
+    assert process.wait(timeout=60) == code, data
     return data.decode().replace("\r\n", "\n")
+
+
+def test_an_error_is_broken_between_words(home: Path, tmp_path: Path) -> None:
+    text = on_terminal(home, "plan", str(make_job(tmp_path)), "--set", "train.lrr=1", code=2)
+    message = "unknown key; did you mean 'lr'? allowed: steps, epochs, batch_tokens, micro_batch, lr, schedule"
+    assert message in " ".join(text.split()) and message not in text
+    assert max(map(len, text.splitlines())) <= 80
+    piped = subprocess.run(
+        [sys.executable, "-P", "-m", "orchestrator", "plan", str(tmp_path / "job.yaml"), "--set", "train.lrr=1"],
+        env={"PATH": "/usr/bin:/bin", "FLEETUNE_HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
+    assert message in piped.stderr  # on one line
+
+
+def test_no_line_ends_between_a_number_and_its_unit() -> None:
+    text = "5.83 MiB without activations: weights 3.99 MiB, gradients 628 KiB, 12 m 05 s, trained 15.4 %, at 8 tokens"
+    for width in range(14, 60):
+        lines = wrapped_lines(text, width)
+        assert " ".join(lines) == text and max(map(len, lines)) <= width
+        assert not [line for line in lines if line[-1].isdigit() and not line.endswith(" 8")]
+        console = Console(file=io.StringIO(), width=width + 10)
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row("12345678", WrappedText(text))
+        console.print(grid)
+        shown_lines = console.file.getvalue().splitlines()
+        assert [line[10:].rstrip() for line in shown_lines] == lines
+    packages = "torch 2.13.0+cpu, transformers 5.23.0"
+    assert wrapped_lines(packages, 34) == ["torch 2.13.0+cpu,", "transformers 5.23.0"]
+    assert wrapped_lines("see /a/path/that/is/longer/than/a/line\n\nor", 12, "  ") == [
+        "see",
+        "  /a/path/that/is/longer/than/a/line",
+        "",
+        "or",
+    ]
 
 
 def test_colours_are_for_terminals_that_want_them(home: Path) -> None:
@@ -199,3 +284,29 @@ def test_colours_are_for_terminals_that_want_them(home: Path) -> None:
             text=True,
         )
         assert "failed" in piped.stdout and "\x1b" not in piped.stdout
+
+
+def test_who_follows_a_run_sees_what_it_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    for display in (progress._bar_display, partial(progress._line_display, quiet=False)):
+        with display() as show:
+            show(RUN, {"loss": 0.5}, "")
+        shown_lines = capsys.readouterr().out
+        assert "evaluating after step 1,200: 120 of 500 rows, for 3 m 05 s" in shown_lines
+        with display() as show:
+            show(ENDED, {}, "")
+        assert "MLflow" not in capsys.readouterr().out
+
+
+def test_a_line_follows_where_something_else_is_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_S", 0.0)
+    with progress._line_display(quiet=False) as show:
+        for doing in ("training step 1,201", "exporting the output", "exporting the output"):
+            show(replace(RUN, activity=Activity(doing, T0, T0)), {}, "")
+    first, second = capsys.readouterr().out.splitlines()
+    assert "training step 1,201" in first and "exporting the output" in second

@@ -17,7 +17,7 @@ PARAMS = {
 }
 
 
-def tracked(name: str, quality: float, status: str = "FINISHED", evals: bool = True, **changed: str) -> TrackedRun:
+def tracked(name: str, quality: float, state: str = "succeeded", evals: bool = True, **changed: str) -> TrackedRun:
     """A run with curves that end the better the higher its quality (0 to 1)."""
     params = {**PARAMS, "name": name, **{key.replace("__", "."): value for key, value in changed.items()}}
     seed = int(params["train.seed"])
@@ -35,4 +35,4 @@ def tracked(name: str, quality: float, status: str = "FINISHED", evals: bool = T
         "tokens_per_second": 8123.0,
     }
     tags = {"mlflow.user": "ada", "mlflow.source.git.commit": "c0ffee", "fleetune.env.python": "3.11.7"}
-    return TrackedRun(f"{name}-{seed:010d}", f"{abs(hash((name, seed))):032x}", status, params, tags, curves, figures)
+    return TrackedRun(f"{name}-{seed:010d}", f"{abs(hash((name, seed))):032x}", state, params, tags, curves, figures)

@@ -236,3 +236,32 @@ def test_auto_asks_once_for_each_save_that_is_due(tmp_path: Path, monkeypatch: p
         now[0] += 1
         asked.append(saves.overdue())
     assert [second for second, yes in enumerate(asked, 1) if yes] == [121, 242]
+
+
+class HeldSave(threading.Thread):
+    """A save that goes on until somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.awaited = threading.Event()
+        super().__init__(target=self.awaited.wait, daemon=True)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for it, which ends it."""
+        self.awaited.set()
+        super().join(timeout)
+
+
+def test_the_log_says_that_a_save_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saves = CheckpointWriter(chain.Attempt(tmp_path, 1), World(0, 1, torch.device("cpu")), "auto", 2)
+    saves.wait()
+    assert capsys.readouterr().out == ""
+    saves._thread = HeldSave()
+    saves._thread.start()
+    saves.wait()
+    assert capsys.readouterr().out == "waiting until the checkpoint is on disk\n"
+    ended = threading.Thread()
+    ended.start()
+    ended.join()
+    saves._thread = ended
+    saves.wait()
+    assert capsys.readouterr().out == ""

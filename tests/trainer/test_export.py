@@ -30,6 +30,7 @@ def test_plain_libraries_load_what_was_trained(
     runs = {name: new_run(name, **common, **parts) for name, parts in RUNS.items()}
     launch(2, *runs.values())
     samples_are_kept(runs["lora"])
+    phases_are_told(runs["lora"])
     for name, run_dir in runs.items():
         said = results(run_dir)
         assert {"eval_loss", "eval_exact_match"} <= said.keys()
@@ -55,3 +56,15 @@ def samples_are_kept(run: Path) -> None:
     samples = [event for event in events(run) if event["event"] == "sample"]
     assert {sample["step"] for sample in samples} == {0, 4}
     assert all({"prompt", "answer", "written"} <= sample.keys() for sample in samples)
+
+
+def phases_are_told(run: Path) -> None:
+    """What begins after the last step, and how much of the evaluation there is."""
+    told = events(run)
+    kinds = [event["event"] for event in told if event["event"] not in ("evaluating", "sample", "compared")]
+    assert kinds[:4] == ["workers_up", "loading_base", "base_loaded", "plan"]
+    assert kinds[-3:] == ["exporting", "exported", "merging"]
+    assert kinds.index("saving") < kinds.index("checkpoint") < kinds.index("exporting")
+    evaluations = [event for event in told if event["event"] == "evaluating"]
+    begun = [(event["step"], event["what"], event["total"]) for event in evaluations if not event["done"]]
+    assert begun == [(step, what, 40) for step in (0, 4) for what in ("rows", "answers")]

@@ -79,8 +79,10 @@ class CheckpointWriter:
         thread.start()
 
     def wait(self) -> None:
-        """Wait for the save under way; raises what went wrong in it."""
+        """Wait for the save under way, and say so; raises what went wrong in it."""
         if self._thread is not None:
+            if self._thread.is_alive():
+                print("waiting until the checkpoint is on disk", flush=True)
             self._thread.join()
             self._thread = None
         if self._error is not None:
@@ -94,6 +96,8 @@ class CheckpointWriter:
             step = record["step"]
             folder = checkpoint_folder(self.attempt, step)
             folder.mkdir(parents=True, exist_ok=True)
+            if world.leads:
+                self.attempt.event("saving", step=step)
             write_shard(folder, world.rank, tensors)
             if world.leads:
                 self._commit(folder, record)

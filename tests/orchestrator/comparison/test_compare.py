@@ -17,6 +17,7 @@ from orchestrator.comparison.measure import format_bytes, format_count, format_d
 from orchestrator.comparison.run import same_inputs
 from orchestrator.comparison.table import table
 from orchestrator.tracking.delivery import replay
+from orchestrator.tracking.facts import state_in_mlflow
 
 
 def text(comparison: Comparison, width: int = 100) -> str:
@@ -69,8 +70,8 @@ def test_runs_of_one_seed_are_rows_of_their_own_and_show_no_spread() -> None:
 
 
 def test_a_failed_run_is_not_averaged_with_one_that_finished() -> None:
-    found = arrange([tracked("a", 0.9, "FAILED"), tracked("a", 0.5, train__seed="1")], "e", "uri")
-    assert [(row.status, len(row.runs)) for row in found.rows] == [("FINISHED", 1), ("FAILED", 1)]
+    found = arrange([tracked("a", 0.9, "failed"), tracked("a", 0.5, train__seed="1")], "e", "uri")
+    assert [(row.state, len(row.runs)) for row in found.rows] == [("succeeded", 1), ("failed", 1)]
 
 
 def test_rows_with_the_same_name_are_told_apart() -> None:
@@ -90,11 +91,37 @@ def test_quality_falls_back_to_losses() -> None:
 def test_the_table_fits_and_breaks_no_difference(differences: int, width: int) -> None:
     keys = ["method__kind", "method__rank", "train__lr", "train__steps", "data__train"][:differences]
     runs = [tracked(f"run-{i}", 0.5 + 0.1 * i, **dict.fromkeys(keys, f"value-{i}")) for i in range(3)]
-    runs.append(dataclasses.replace(runs[2], status="FAILED", params={**runs[2].params, "train.seed": "7"}))
+    runs.append(dataclasses.replace(runs[2], state="failed", params={**runs[2].params, "train.seed": "7"}))
     shown = text(arrange(runs, "experiment", "uri"), width)
     assert all(len(line) <= width for line in shown.splitlines())
-    for expected in ("run-2", "value-2", "finished", "failed", "70.0%", "2 m 30 s", "1.5 M", "1.75 GiB"):
+    for expected in ("run-0", "run-2", "value-2", "succeeded", "failed", "70.0%", "2 m 30 s", "1.5 M", "1.75 GiB"):
         assert expected in shown
+
+
+def test_a_row_is_short_and_whole_where_there_is_no_room_for_a_table() -> None:
+    changed = {"method__rank": "32", "train__lr": "0.00017394", "data__train": "data/other-train.jsonl"}
+    runs = [tracked("gsm8k-lora-baseline", 0.6, train__seed=seed) for seed in ("0", "1", "2")]
+    runs += [tracked("gsm8k-dora", 0.8, method__kind="dora", **changed), tracked("gsm8k-full", 0.4, "cancelled")]
+    lines = [line.rstrip() for line in text(arrange(runs, "gsm8k", "uri"), 80).splitlines()]
+    assert [line.split() for line in lines[1:3]] == [
+        ["exact", "eval", "peak", "train"],
+        ["match", "loss", "loss", "trained", "memory", "time", "state"],
+    ]
+    assert lines[3:11] == [
+        "gsm8k-dora  train=data/other-train.jsonl  method=dora  rank=32  lr=0.00017394",
+        "   80.0%    0.9665    0.7517    1.8 M  2.92 GiB  1 m 52 s  succeeded",
+        "gsm8k-lora-baseline  seeds 0, 1, 2  train=data/train.jsonl  method=lora  rank=16",
+        "    lr=0.0001",
+        "   59.0%    1.2113    0.9311    1.6 M  2.08 GiB  2 m 30 s  succeeded",
+        "  ± 1.0%  ± 0.0401  ± 0.0240",
+        "gsm8k-full  train=data/train.jsonl  method=lora  rank=16  lr=0.0001",
+        "   40.0%    1.7899    1.4519    1.4 M  1.48 GiB  3 m 45 s  cancelled",
+    ]
+
+
+def test_states_are_those_of_status() -> None:
+    said = ["FINISHED", "FAILED", "KILLED", "RUNNING", "SCHEDULED"]
+    assert list(map(state_in_mlflow, said)) == ["succeeded", "failed", "cancelled", "running", "scheduled"]
 
 
 def test_names_are_not_markup() -> None:
@@ -130,7 +157,7 @@ def test_nothing_tracked_yet_and_an_unknown_experiment(tmp_path: Path) -> None:
         assert replay(run_dir)
     found = compare("fakes", None)
     assert compare(None, None).rows == found.rows
-    assert [(row.status, row.seeds) for row in found.rows] == [("FINISHED", ["0", "1"]), ("FAILED", ["2"])]
+    assert [(row.state, row.seeds) for row in found.rows] == [("succeeded", ["0", "1"]), ("failed", ["2"])]
     best = found.rows[0]
     figures = {key: best.metric(key) for key in ("eval_loss", "trained", "train_s", "peak_memory_bytes", "best_loss")}
     assert {key: figure.mean for key, figure in figures.items() if figure} == {

@@ -1,0 +1,99 @@
+"""What stands in the lines of a comparison in a terminal: measures, differences, seeds, and what all rows share."""
+
+from collections.abc import Iterator
+
+from orchestrator.comparison.compare import Comparison, ComparisonRow, display_value
+from orchestrator.comparison.measure import Measure
+
+STYLES = {"failed": "red", "cancelled": "yellow", "running": "cyan"}  # of rows, by their state
+_LEFT_OUT = {"best_loss", "tokens_per_second"}  # in the report and the JSON; a terminal is narrow
+_MOST_SEEDS = 3  # of more, only the number is shown
+_LONGEST_VALUE_SHOWN = 28  # characters of a param's value
+
+
+def shown_measures(comparison: Comparison) -> list[Measure]:
+    """The measures that a terminal shows."""
+    measures = []
+    for measure in comparison.measures:
+        if measure.key not in _LEFT_OUT:
+            measures.append(measure)
+    return measures
+
+
+def has_unfinished(comparison: Comparison) -> bool:
+    """Whether some rows have not succeeded, so that states must be shown."""
+    return any(row.state != "succeeded" for row in comparison.rows)
+
+
+def cell(row: ComparisonRow, measure: Measure, joint: str = " ") -> str:
+    """A measure of a row, with its spread when the row has several runs that differ in it."""
+    metric = row.metric(measure.key)
+    if metric is None:
+        return "-"
+    mean = measure.show(metric.mean)
+    if not metric.std:
+        return mean
+    spread = measure.show(metric.std)
+    return f"{mean}{joint}± {spread}"
+
+
+def measure_cells(comparison: Comparison, row: ComparisonRow) -> list[str]:
+    """The measures of a row, each with its spread below; and its state, where states are shown."""
+    cells = []
+    for measure in shown_measures(comparison):
+        text = cell(row, measure, "\n")
+        cells.append(text)
+    if has_unfinished(comparison):
+        cells.append(row.state)
+    return cells
+
+
+def caption(comparison: Comparison) -> str | None:
+    """What is the same for all rows, where there are several."""
+    if len(comparison.rows) == 1:
+        return None
+    facts = []
+    for param, value in comparison.constant.items():
+        text = _value(param, value)
+        facts.append(f"{param}={text}")
+    joined = ", ".join(facts)
+    return f"the same for all: {joined}"
+
+
+def differing_values(comparison: Comparison, row: ComparisonRow) -> Iterator[tuple[str, str]]:
+    """The heading of each param in which rows differ, and its value in a row; empty where that has none."""
+    for param in comparison.columns:
+        heading = comparison.heading(param)
+        value = _value(param, row.differences[param])
+        yield heading, value
+
+
+def seeds_text(comparison: Comparison, row: ComparisonRow) -> str:
+    """The seeds of a row, where there are several in it or among single ones."""
+    number = len(row.runs)
+    if number > _MOST_SEEDS:
+        return f"{number} seeds"
+    if number > 1:
+        seeds = ", ".join(row.seeds)
+        return f"seeds {seeds}"
+    single_seeds: set[str] = set()
+    for other in comparison.rows:
+        if len(other.runs) == 1:
+            single_seeds.update(other.seeds)
+    if len(single_seeds) < 2:
+        return ""
+    return f"seed {row.seeds[0]}"
+
+
+def _value(param: str, value: str) -> str:
+    """A param's value, short enough for a terminal."""
+    return _clipped(display_value(param, value))
+
+
+def _clipped(text: str) -> str:
+    """A long text without its middle: of a path the end says more."""
+    if len(text) <= _LONGEST_VALUE_SHOWN:
+        return text
+    begin = text[:8]
+    end = text[9 - _LONGEST_VALUE_SHOWN :]
+    return f"{begin}…{end}"
