@@ -83,6 +83,10 @@ class Logs:
     offset: int
 
 
+class CapacityNotTold(Unreachable):
+    """What a cluster has for workers is not for this account to know; a job may fit all the same."""
+
+
 @dataclass(frozen=True)
 class Capacity:
     """Workers that fit at once, and how many of them are free now."""

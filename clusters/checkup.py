@@ -2,13 +2,14 @@
 
 FOLDER is that of the environment; "" where the cluster names a Python. Standard input says what the cluster is to be:
 {name, cluster: its section of the clusters file, requirements: of this Python, in_image: of the one in its container,
-test_job}. It needs Python alone.
+server: a name that every pod can resolve, test_job}. It needs Python alone.
 """
 
 import json
 import os
 import platform
 import shlex
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ from clusters.probe import probe
 from clusters.remote.setup import is_ready
 from runfolder.folders import home, writable
 
+_NAMES_S = 20.0  # a packet that nobody answers is sent again several times
 _TORCH_S = 90.0  # importing torch from a cold disk takes long
+_RESOLVE = "import socket, sys; socket.getaddrinfo(sys.argv[1], None)"
 _BUILD = "have the image made anew, from this version: docker build -f k8s/image/Dockerfile ."
 _OTHER_ROOT = "name another `root` in the clusters file"
 
@@ -42,6 +45,9 @@ def check_cluster(wanted: dict[str, Any], root: Path, environment: Path | None) 
     config = wanted["cluster"]
     is_pod = config["kind"] == "kubernetes"
     yield _mounted_check(root) if is_pod else _root_check(root)
+    if is_pod:
+        yield _names_check(wanted["server"], wanted["name"])
+        yield _ray_check()
     yield disk_check(root, f"free some space, or {_OTHER_ROOT}")
     yield Check("python", "ok", f"{platform.python_version()} at {sys.executable}")
     has_packages = environment is None or is_ready(environment)
@@ -85,6 +91,24 @@ def _mounted_check(root: Path) -> Check:
         return Check("claim", "ok", f"{root} can be written")
     mend = "its storage must let the group of the pods (`user`) write: fsGroup, or the export's own settings"
     return Check("claim", "fail", f"{root} cannot be written by user {os.geteuid()}", mend)
+
+
+def _names_check(server: str, cluster: str) -> Check:
+    """Whether pods can resolve names, which network policies may keep them from."""
+    said = probe([sys.executable, "-P", "-c", _RESOLVE, server], _NAMES_S)
+    if not said.problem:
+        return Check("names", "ok", f"{server} is resolved")
+    mend = f"fleetune k8s install --cluster {cluster}, whose network policies let pods ask at ports 53 and 5353"
+    return Check("names", "fail", f"pods cannot resolve names ({server}: {said.problem}), so no run starts", mend)
+
+
+def _ray_check() -> Check:
+    """Whether KubeRay can start Ray, which it does by that name, whatever Python the runs have."""
+    found = shutil.which("ray")
+    if found:
+        return Check("ray", "ok", found)
+    mend = "have the image's PATH name its folder, as k8s/image/Dockerfile does"
+    return Check("ray", "fail", "no `ray` is on the PATH of the image, so no pod of a run starts", mend)
 
 
 def _environment_check(environment: Path, name: str) -> Check:

@@ -27,12 +27,12 @@ from clusters.base import (
 )
 from clusters.closing import close_cancelled
 from clusters.environment import run_settings
-from clusters.kubernetes_answers import goes_on, runs_now, status_of
+from clusters.kubernetes_answers import goes_on, runs_now
 from clusters.kubernetes_api import KubernetesApi, Rejected
 from clusters.kubernetes_config import KubernetesConfig, flaw_of_name
 from clusters.kubernetes_keeper import ask_folders, note_try_in, submit_again
-from clusters.kubernetes_nodes import capacity_of_nodes
-from clusters.kueue import look_at_queue
+from clusters.kubernetes_look import OUR_OBJECTS, statuses_of
+from clusters.kubernetes_nodes import capacity_of_nodes, nodes_of
 from clusters.pod_link import PodLink
 from clusters.pod_starts import is_pod
 from clusters.remote.code import installed_code
@@ -49,7 +49,6 @@ from runfolder.site import LocalSite
 
 _LONGEST_VARIABLES = 1 << 17  # characters: an object may have 1.5 MiB, and each variable is twice in it
 _SUBMISSION = re.compile(r"[a-z].*-s[1-9]\d*", re.ASCII)
-OUR_OBJECTS = "app.kubernetes.io/managed-by=fleetune"
 
 RayJob = dict[str, Any]
 
@@ -140,23 +139,11 @@ class Kubernetes:
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
         """The state of each run, by one list of RayJobs: its newest one's.
 
-        Where some wait, pods are listed too, and what Kueue has of its queue. An open run that no RayJob carries is
-        submitted again (kubernetes_keeper.py).
+        Why one waits is looked for further (kubernetes_look.py). An open run that no RayJob carries is submitted
+        again (kubernetes_keeper.py).
         """
         wanted = self.newest_rayjobs(run_ids)
-        pods = {}
-        queue = None
-        if any(newest and _waits(newest) for newest in wanted.values()):
-            pods = self._pods_by_run()
-            if self.config.queue:
-                queue = look_at_queue(self.api, self.config.queue)
-        statuses = {}
-        for run_id, newest_one in wanted.items():
-            if newest_one is None:
-                why = f"namespace {self.config.namespace} has no RayJob of it; fleetune resume submits it again"
-                statuses[run_id] = ClusterStatus("unknown", why)
-            else:
-                statuses[run_id] = status_of(newest_one, pods.get(run_id, []), queue)
+        statuses = statuses_of(self.api, self.config, wanted)
         with suppress(Unreachable):  # what the API says is known
             statuses |= submit_again(self, wanted)
         return statuses
@@ -195,8 +182,8 @@ class Kubernetes:
         return None
 
     def capacity(self) -> Capacity:
-        """GPUs of the nodes, or their cores; free is what the runs of this namespace leave of them."""
-        return capacity_of_nodes(self.api.nodes(), self.api.pods(OUR_OBJECTS), self.config.gpu_resource)
+        """GPUs of the nodes, or their cores; free is what runs here leave of them. Raises CapacityNotTold."""
+        return capacity_of_nodes(nodes_of(self.api), self.api.pods(OUR_OBJECTS), self.config.gpu_resource)
 
     def ask_reader(self, request: Mapping[str, Any]) -> Any:
         """What the reader's pod answers to a request (clusters/answer.py)."""
@@ -214,13 +201,6 @@ class Kubernetes:
         link = PodLink(config.context, config.namespace)
         name = f"of kind kubernetes, namespace {config.namespace}"
         return FarSide(FarMachine(name, link, config, installed_code(), installed_lock()))
-
-    def _pods_by_run(self) -> dict[str, list[dict[str, Any]]]:
-        by_run: dict[str, list[dict[str, Any]]] = {}
-        for pod in self.api.pods(OUR_OBJECTS):
-            run_id = pod["metadata"]["labels"].get(RUN_LABEL, "")
-            by_run.setdefault(run_id, []).append(pod)
-        return by_run
 
     def _next_submission(self, run_id: str) -> int:
         """The number after those of the run's RayJobs that are there, and of those that have started it before."""
@@ -246,11 +226,6 @@ class Kubernetes:
         if size > _LONGEST_VARIABLES:
             raise SubmissionRefused(f"env: found {size} characters; allowed: {_LONGEST_VARIABLES}")
         return variables
-
-
-def _waits(rayjob: RayJob) -> bool:
-    """Whether a RayJob goes on, and does not run yet."""
-    return goes_on(rayjob) and not runs_now(rayjob)
 
 
 @cache

@@ -37,7 +37,11 @@ NEEDED = (
     Permission("create", "pods/exec", "run folders"),
     Permission("get", "persistentvolumeclaims", "doctor"),
     Permission("list", "resourcequotas", "doctor"),
-    Permission("list", "nodes", "submit"),
+)
+# What runs go on without, in fewer words.
+WISHED = (
+    Permission("list", "events", "why a run does not start"),
+    Permission("list", "nodes", "whether a job fits"),
 )
 NEEDED_WITH_QUEUE = (
     Permission("list", "workloads", "status", _KUEUE),

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from clusters.base import ClusterStatus
 from clusters.kueue import Answered, QueueView
+from k8s.planned import GANG_LABEL
 
 # Why a container waits that will not start before somebody fixes something.
 _STUCK = (
@@ -14,6 +15,9 @@ _STUCK = (
     "InvalidImageName",
 )
 _NO_NODES = "its pods have no nodes yet"
+_NO_PODS = "KubeRay has made no pods of it yet"
+_NO_GANG = "where it runs with scheduler-plugins it makes none of a RayJob: use `queue`, not `gang_scheduling`"
+_NOT_FOUND = (126, 127)  # exit codes of a command that cannot be run
 _SUSPENDED = ("Suspended", "Suspending")
 _OVER = ("Complete", "Failed", "ValidationFailed")
 
@@ -27,6 +31,11 @@ def goes_on(rayjob: Answered) -> bool:
 def runs_now(rayjob: Answered) -> bool:
     """Whether the entrypoint of a RayJob has been handed to Ray."""
     return goes_on(rayjob) and _deployment(rayjob) == "Running"
+
+
+def is_suspended(rayjob: Answered) -> bool:
+    """Whether somebody, who is Kueue mostly, holds a RayJob back."""
+    return bool(rayjob["spec"].get("suspend")) or _deployment(rayjob) in _SUSPENDED
 
 
 def is_invalid(rayjob: Answered) -> bool:
@@ -43,8 +52,9 @@ def status_of(rayjob: Answered, pods: Iterable[Answered], queue: QueueView | Non
     if deployment == "Running":
         since = rayjob["status"].get("jobStatusCheckFailureStartTime")
         silence = f": its head has not answered since {since}" if since else ""
-        return ClusterStatus("running", f"RayJob {name}{silence}")
-    if rayjob["spec"].get("suspend") or deployment in _SUSPENDED:
+        trouble = silence or _why_not_there([*pods])
+        return ClusterStatus("running", f"RayJob {name}{trouble}")
+    if is_suspended(rayjob):
         if queue is None:
             return ClusterStatus("queued", f"RayJob {name} is suspended, and no queue is named that would admit it")
         return queue.status(name)
@@ -74,12 +84,29 @@ def _ended(rayjob: Answered) -> ClusterStatus:
 def _starting(rayjob: Answered, pods: list[Answered]) -> ClusterStatus:
     """The status of a run whose pods are not all there: queued where one has no node, else starting."""
     name = rayjob["metadata"]["name"]
+    pods = _without_leaving(pods)
     ray_cluster = rayjob["status"].get("rayClusterStatus") or {}
-    obstacle = _why_no_pod(ray_cluster) or _why_no_node(name, pods) or _why_stuck(pods)
+    if not pods:
+        labels = rayjob["metadata"].get("labels", {})
+        never = f"; {_NO_GANG}" if GANG_LABEL in labels else ""
+        reason = f"RayJob {name}: {_NO_PODS}{never}"
+        return _why_no_pod(ray_cluster) or ClusterStatus("queued", reason)
+    obstacle = _why_no_pod(ray_cluster) or _why_ended(pods) or _why_no_node(name, pods) or _why_stuck(pods)
     if obstacle:
         return obstacle
     ready = sum(_is_ready(pod) for pod in pods)
-    return ClusterStatus("starting", f"RayJob {name}: {ready} of {len(pods)} pods are ready")
+    waits = _init_container(pods)
+    return ClusterStatus("starting", f"RayJob {name}: {ready} of {len(pods)} pods are ready{waits}")
+
+
+def _without_leaving(pods: list[Answered]) -> list[Answered]:
+    """The pods that nobody has told to end."""
+    staying = []
+    for pod in pods:
+        metadata = pod["metadata"]
+        if "deletionTimestamp" not in metadata:
+            staying.append(pod)
+    return staying
 
 
 def _why_no_pod(ray_cluster: Answered) -> ClusterStatus | None:
@@ -101,16 +128,80 @@ def _why_no_node(name: str, pods: list[Answered]) -> ClusterStatus | None:
         for condition in pod["status"].get("conditions", []):
             if condition["type"] == "PodScheduled" and condition["status"] == "False":
                 return ClusterStatus("queued", str(condition.get("message") or _NO_NODES))
-    if pods and all(pod["spec"].get("nodeName") for pod in pods):
+    if all(pod["spec"].get("nodeName") for pod in pods):
         return None
     return ClusterStatus("queued", f"RayJob {name}: {_NO_NODES}")
+
+
+def _why_not_there(pods: list[Answered]) -> str:
+    """Which pod of a run that runs does not start, and why, as it replaces one; empty where all have started."""
+    for pod in pods:
+        pod_name = pod["metadata"]["name"]
+        for condition in pod["status"].get("conditions", []):
+            is_without = condition["type"] == "PodScheduled" and condition["status"] == "False"
+            if is_without:
+                words = condition.get("message") or condition.get("reason")
+                return f": pod {pod_name} has no node: {words}"
+        if pod["status"].get("phase") == "Pending":
+            stuck = _why_stuck([pod])
+            return f": {stuck.reason}" if stuck else f": pod {pod_name} starts"
+    return ""
+
+
+def _why_ended(pods: list[Answered]) -> ClusterStatus | None:
+    """The status of a run of which a pod has ended before all were there, in the words of who ended it."""
+    for pod in pods:
+        status = pod["status"]
+        pod_name = pod["metadata"]["name"]
+        for container in _containers(pod):
+            state = container.get("state", {})
+            before = container.get("lastState", {})
+            ended = state.get("terminated") or before.get("terminated") or {}
+            code = ended.get("exitCode", 0)
+            if code:
+                container_name = container.get("name")
+                words = _words_of(ended)
+                reason = f"pod {pod_name}: container {container_name} ended with exit code {code} ({words})"
+                is_stuck = code in _NOT_FOUND
+                return ClusterStatus("starting", reason, is_stuck)
+        if status.get("phase") == "Failed":
+            words = _words_of(status)
+            reason = f"pod {pod_name} has failed ({words})"
+            return ClusterStatus("starting", reason)
+    return None
+
+
+def _words_of(ended: Answered) -> str:
+    """Why something is as it is, in one line: the reason, and the end of the message, where there are any."""
+    message = str(ended.get("message") or "")
+    in_one_line = " ".join(message.split())
+    parts = [ended.get("reason"), in_one_line[-300:]]
+    return ": ".join(filter(None, parts)) or "no reason given"
+
+
+def _init_container(pods: list[Answered]) -> str:
+    """Which pod is busy before its containers start, and with what; empty where none is."""
+    for pod in pods:
+        pod_name = pod["metadata"]["name"]
+        status = pod["status"]
+        for container in status.get("initContainerStatuses", []):
+            state = container.get("state", {})
+            container_name = container.get("name")
+            if "running" in state:
+                return f"; pod {pod_name} waits in its init container {container_name}"
+    return ""
+
+
+def _containers(pod: Answered) -> list[Answered]:
+    """How the containers of a pod are, those first that run before the others."""
+    status = pod["status"]
+    return [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
 
 
 def _why_stuck(pods: list[Answered]) -> ClusterStatus | None:
     """The status of a run of which a container waits for somebody to fix something; None where none does."""
     for pod in pods:
-        status = pod["status"]
-        for container in (*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])):
+        for container in _containers(pod):
             waiting = container.get("state", {}).get("waiting", {})
             reason = waiting.get("reason")
             if reason in _STUCK:

@@ -111,11 +111,12 @@ class KubernetesApi:
         """What the server answers to any request by its path. Raises Rejected."""
         return _as_object(self._ask(partial(self._answer, method, path, query or {}, body, headers), tries))
 
-    def pods(self, selector: str) -> list[ApiObject]:
-        """The pods with these labels."""
+    def pods(self, selector: str, fields: str = "") -> list[ApiObject]:
+        """The pods with these labels, and with these fields, where some are said."""
+        chosen = {"field_selector": fields} if fields else {}
         return self._all_pages(
             lambda page: self._core.list_namespaced_pod(
-                self.namespace, label_selector=selector, _preload_content=False, **page, **_LIMITS
+                self.namespace, label_selector=selector, _preload_content=False, **chosen, **page, **_LIMITS
             )
         )
 
@@ -157,12 +158,15 @@ class KubernetesApi:
         """A client by the user's kubeconfig, which tries nothing again by itself."""
         models = self._models
         from kubernetes import config
+        from yaml import YAMLError
 
+        path = os.environ.get("KUBECONFIG") or "~/.kube/config"  # as kubectl takes an empty one
         settings = models.Configuration()
         try:
-            config.load_kube_config(os.environ.get("KUBECONFIG"), self.context, client_configuration=settings)
-        except (config.ConfigException, OSError, TypeError, ValueError) as error:
-            raise Unreachable(f"Kubernetes: kubeconfig: {error}") from None
+            config.load_kube_config(path, self.context, client_configuration=settings)
+        except (config.ConfigException, OSError, TypeError, ValueError, YAMLError) as error:
+            words = " ".join(str(error).split())
+            raise Unreachable(f"Kubernetes: kubeconfig: {words}") from None
         settings.retries = False
         return models.ApiClient(settings)
 

@@ -1,16 +1,16 @@
 """What a look at a Kubernetes cluster finds: what it is, what this account may do, and what runs will need there."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from clusters.base import SubmissionRefused, Unreachable
+from clusters.base import CapacityNotTold, SubmissionRefused, Unreachable
 from clusters.checks import Check
 from clusters.kubernetes import Kubernetes
-from clusters.kubernetes_access import NEEDED, NEEDED_WITH_QUEUE, denied
+from clusters.kubernetes_access import NEEDED, NEEDED_WITH_QUEUE, WISHED, Permission, denied
 from clusters.kubernetes_api import ApiObject, Rejected
 from clusters.kubernetes_config import KubernetesConfig
 from clusters.kubernetes_namespace import NamespaceLook
-from clusters.kubernetes_nodes import unfit_nodes
+from clusters.kubernetes_nodes import nodes_of, unfit_nodes
 from clusters.kueue import look_at_queue
 from runfolder.job import Job
 
@@ -18,6 +18,8 @@ _OLDEST_SERVER = 30  # of 1.30: the input of a command in a pod can end
 _SKEW = 2  # minor versions between client and server
 _KUBERAY = "github.com/ray-project/kuberay/ray-operator/config/default?ref=v1.7.0"
 _INSTALL_KUBERAY = f'kubectl apply --server-side -k "{_KUBERAY}"'
+_VOLCANO = "scheduling.volcano.sh"
+_SCHEDULER_PLUGINS = "scheduling.x-k8s.io"
 _TRIAL = {"base": "trial", "data": "trial.jsonl", "train": {"steps": 1}}
 _TRIAL_RUN = "trial-0000000000"
 
@@ -62,6 +64,8 @@ class KubernetesLook(NamespaceLook):
         }
         if self.config.queue:
             looks["queue"] = self._queue
+        if self.config.gang_scheduling:
+            looks["gang"] = self._gang
         looks["trial"] = self._trial
         return looks
 
@@ -70,8 +74,10 @@ class KubernetesLook(NamespaceLook):
         found = self.cluster.api.request("GET", "/version")
         import kubernetes
 
-        minor = int("".join(filter(str.isdigit, found["minor"])))
-        made_for = int(kubernetes.__version__.partition(".")[0])
+        digits = filter(str.isdigit, found["minor"])
+        minor = int("".join(digits))
+        major, _, _ = kubernetes.__version__.partition(".")
+        made_for = int(major)
         text = f"{found['gitVersion']}; the client here, {kubernetes.__version__}, is made for 1.{made_for}"
         if minor < _OLDEST_SERVER:
             mend = f"upgrade the cluster to 1.{_OLDEST_SERVER} or newer"
@@ -106,20 +112,41 @@ class KubernetesLook(NamespaceLook):
         """What of all that is asked for this account may not do."""
         needed = (*NEEDED, *NEEDED_WITH_QUEUE) if self.config.queue else NEEDED
         lacking = denied(self.cluster.api, needed)
-        if not lacking:
-            return Check("permissions", "ok", f"all {len(needed)} that are needed")
+        missed = denied(self.cluster.api, WISHED)
+        if not lacking and not missed:
+            return Check("permissions", "ok", f"all {len(needed) + len(WISHED)} that are used")
         words = []
-        for permission in lacking:
+        for permission in (*lacking, *missed):
             words.append(f"{permission} ({permission.what_for})")
         found = ", ".join(words)
-        bind = f"{self.kubectl} create rolebinding NAME --role=fleetune-client --user=YOU"
-        mend = f"have an administrator run: {bind}"
+        mend = f"have an administrator run: {self._binding(lacking, missed)}"
+        if not lacking:
+            return Check("permissions", "warn", f"runs go on without these, which are not allowed: {found}", mend)
         return Check("permissions", "fail", f"not allowed: {found}", mend)
+
+    def _binding(self, lacking: Sequence[Permission], missed: Sequence[Permission]) -> str:
+        """The commands that give an account what it lacks; nodes are no namespace's, and have a role of their own."""
+        commands = []
+        in_namespace = [*lacking]
+        for permission in missed:
+            if permission.resource != "nodes":
+                in_namespace.append(permission)
+        if not lacking and in_namespace:
+            commands.append(self.install)  # the role of an older version
+        elif in_namespace:
+            commands.append(f"{self.kubectl} create rolebinding NAME --role=fleetune-client --user=YOU")
+        if len(in_namespace) < len(lacking) + len(missed):
+            commands.append(f"{self.kubectl} create clusterrolebinding NAME --clusterrole=fleetune-nodes --user=YOU")
+        return " && ".join(commands)
 
     def _nodes(self) -> Check:
         """What there is for workers, on nodes that they may be on."""
         config = self.config
-        nodes = self.cluster.api.nodes()
+        try:
+            nodes = nodes_of(self.cluster.api)
+        except CapacityNotTold:
+            text = "this account may not see them: whether a job fits is not known before it is submitted"
+            return Check("nodes", "warn", text, f"have an administrator run: {self._binding((), WISHED[-1:])}")
         unfit = unfit_nodes(nodes, config.node_selector, config.tolerations)
         fit = len(nodes) - len(unfit)
         if fit == 0:
@@ -143,6 +170,19 @@ class KubernetesLook(NamespaceLook):
             mend = f"see: {self.kubectl} get localqueue {queue}"
             return Check("queue", "fail", view.trouble, mend)
         return Check("queue", "ok", f"{view.waiting} wait in {queue}")
+
+    def _gang(self) -> Check:
+        """Which batch schedulers have their API here; which of them KubeRay uses is in its operator's options."""
+        answer = self.cluster.api.request("GET", "/apis")
+        groups = {group["name"] for group in answer["groups"]}
+        if _VOLCANO in groups:
+            return Check("gang", "ok", f"Volcano is here ({_VOLCANO}), if KubeRay's operator was started with it")
+        mend = "name a `queue` of Kueue's, not `gang_scheduling`; or have KubeRay's operator started with Volcano"
+        if _SCHEDULER_PLUGINS in groups:
+            text = f"scheduler-plugins is here ({_SCHEDULER_PLUGINS}): with it KubeRay makes no pods of a RayJob"
+            return Check("gang", "fail", text, mend)
+        text = "no Volcano is here; YuniKorn would need labels (yunikorn.apache.org/app-id) that runs have not"
+        return Check("gang", "warn", text, mend)
 
     def _trial(self) -> Check:
         """Whether the server would take a RayJob: strict validation, quota, and what else looks at new ones."""

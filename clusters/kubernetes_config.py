@@ -11,8 +11,10 @@ from k8s.settings import KubernetesSettings
 from runfolder.variables import flaw_of_variable
 
 # What KubeRay and Ray set for themselves, and by which a pod knows what it is.
-_NOT_OF_USERS = re.compile(r"(RAY_(ADDRESS|AUTH_\w+|CLOUD_INSTANCE_ID|CLUSTER_NAME|IP|NODE_\w+|PORT))|FQ_RAY_IP")
-_OF_OURS = re.compile(r"KUBERAY_\w+|REDIS_PASSWORD|FLEETUNE_(HOME|POD|RAY_CLUSTER|NODES|REQUEUED)")
+_OF_RAY = r"ADDRESS|AUTH_\w+|CLOUD_INSTANCE_ID|CLUSTER_NAME|IP|NODE_\w+|PORT|REDIS_ADDRESS|enable_autoscaler_v2"
+_SET_IN_PODS = r"GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S|worker_niceness"
+_NOT_OF_USERS = re.compile(rf"RAY_({_OF_RAY}|{_SET_IN_PODS})|FQ_RAY_IP|PATH")
+_OF_OURS = re.compile(r"KUBERAY_\w+|REDIS_(PASSWORD|USERNAME)|FLEETUNE_(HOME|POD|RAY_CLUSTER|NODES|REQUEUED)")
 
 
 class KubernetesConfig(KubernetesSettings, ClusterConfig):

@@ -25,7 +25,7 @@ _RESOURCES = {  # by kind: the plural in its path
 _OF_SERVER = ("creationTimestamp", "generation", "managedFields", "resourceVersion", "uid")
 
 KubernetesObject = Mapping[str, Any]
-Outcome = Literal["created", "changed", "unchanged", "refused"]
+Outcome = Literal["created", "changed", "unchanged", "left", "refused"]
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,20 @@ def path_of(manifest: KubernetesObject) -> str:
     return f"{start}/{_RESOURCES[manifest['kind']]}/{metadata['name']}"
 
 
-def apply_all(api: KubernetesApi, manifests: Iterable[KubernetesObject], storage: str | None) -> Iterator[Applied]:
+def apply_all(
+    api: KubernetesApi,
+    manifests: Iterable[KubernetesObject],
+    storage: str | None,
+    takes_over: bool = False,
+) -> Iterator[Applied]:
     """Have objects be as these are, in order; of a volume that is there, the size stays unless `storage` is said.
 
+    What others have made stays as it is, and that is told, unless it is to be taken over.
     What the server refuses is told, and the next one is applied. Raises Unreachable.
     """
     for manifest in manifests:
         try:
-            yield _apply(api, manifest, storage)
+            yield _apply(api, manifest, storage, takes_over)
         except Rejected as rejected:
             yield Applied(manifest["kind"], place_of(manifest), "refused", rejected.message)
 
@@ -94,7 +100,12 @@ def ensure_token(api: KubernetesApi, name: str) -> Applied:
     return Applied("Secret", place, "created", "a new token")
 
 
-def _apply(api: KubernetesApi, manifest: KubernetesObject, storage: str | None) -> Applied:
+def _apply(
+    api: KubernetesApi,
+    manifest: KubernetesObject,
+    storage: str | None,
+    takes_over: bool,
+) -> Applied:
     """Have one object be as the manifest is; raises Rejected."""
     path = path_of(manifest)
     before = _object_at(api, path)
@@ -102,12 +113,27 @@ def _apply(api: KubernetesApi, manifest: KubernetesObject, storage: str | None) 
     if before and manifest["kind"] == "PersistentVolumeClaim":
         wanted = _with_fixed(manifest, before, storage)
     query = {"fieldManager": _MANAGER, "fieldValidation": "Strict", "force": "true"}
+    kind = manifest["kind"]
+    place = place_of(manifest)
+    if before and not takes_over and not _is_ours(before):
+        after = api.request("PATCH", path, {**query, "dryRun": "All"}, {**wanted}, _APPLY)
+        changed = _changed_fields(before, after)
+        if changed:
+            fields = ", ".join(changed)
+            return Applied(kind, place, "left", f"it is of others; --take-over would change {fields}")
+        return Applied(kind, place, "unchanged")
     after = api.request("PATCH", path, query, {**wanted}, _APPLY)
     if before is None:
-        return Applied(manifest["kind"], place_of(manifest), "created")
+        return Applied(kind, place, "created")
     changed = _changed_fields(before, after)
     outcome: Outcome = "changed" if changed else "unchanged"
-    return Applied(manifest["kind"], place_of(manifest), outcome, ", ".join(changed))
+    return Applied(kind, place, outcome, ", ".join(changed))
+
+
+def _is_ours(found: KubernetesObject) -> bool:
+    """Whether an object that is there was applied by this before, as the server remembers."""
+    managers = found["metadata"].get("managedFields", [])
+    return any(manager["manager"] == _MANAGER for manager in managers)
 
 
 def _object_at(api: KubernetesApi, path: str) -> KubernetesObject | None:

@@ -6,11 +6,13 @@ finished RayJob, and not the RayJob.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from clusters.base import number_of_submission
-from clusters.kubernetes import OUR_OBJECTS, Kubernetes, submissions
+from clusters.kubernetes import Kubernetes, submissions
 from clusters.kubernetes_answers import goes_on, runs_now
+from clusters.kubernetes_look import OUR_OBJECTS
 from clusters.kueue import Answered
 from clusters.remote.leftovers import HomeLeftover
 from k8s.planned import RUN_LABEL
@@ -60,6 +62,28 @@ def remove_found(cluster: Kubernetes, found: Iterable[Leftover]) -> list[Leftove
     for plain in cluster.ask_reader({"verb": "remove_leftovers", "paths": paths}):
         removed.append(_of_home(cluster, HomeLeftover(**plain)))
     return removed
+
+
+def remove_finished(cluster: Kubernetes, snapshots: Mapping[str, Snapshot]) -> list[str]:
+    """Remove RayJobs that do nothing any more for longer than the clusters file keeps them, and nobody needs.
+
+    Gives their names. Raises Unreachable; repeating it is safe.
+    """
+    removed = []
+    rayjobs = submissions(cluster.api.rayjobs(OUR_OBJECTS))
+    for leftover in _rayjobs(rayjobs, snapshots):
+        found = leftover.rayjob
+        if found and not goes_on(found) and _ended_days_ago(found) > cluster.config.keep_finished:
+            cluster.api.delete({**found})
+            removed.append(found["metadata"]["name"])
+    return removed
+
+
+def _ended_days_ago(rayjob: Answered) -> float:
+    """For how many days a RayJob has been over, by the server's own times."""
+    ended = rayjob["status"].get("endTime") or rayjob["metadata"]["creationTimestamp"]
+    age = datetime.now(UTC) - datetime.fromisoformat(ended)
+    return age / timedelta(days=1)
 
 
 def _rayjobs(rayjobs: Iterable[Answered], snapshots: Mapping[str, Snapshot]) -> Iterator[Leftover]:

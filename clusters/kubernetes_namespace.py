@@ -15,6 +15,7 @@ from clusters.remote.lock import installed_lock
 from k8s.names import parse_secret_key
 from k8s.planned import READER_LABEL
 
+_SERVER = "kubernetes.default.svc"  # the API server, as pods know it
 _SHOWN_DIGITS = 12  # of a digest
 _WITHOUT_VALUES = {**JSON, "Accept": "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"}
 
@@ -90,10 +91,19 @@ class NamespaceLook:
             return Check("image", "fail", text, self.install)
         images = set()
         for pod in pods:
-            for container in pod["status"].get("containerStatuses", []):
-                waiting = container.get("state", {}).get("waiting", {})
-                if "Image" in waiting.get("reason", ""):
-                    text = f"{waiting['reason']}: {waiting.get('message', '')}"
+            statuses = pod["status"].get("containerStatuses")
+            if not statuses:
+                pod_name = pod["metadata"]["name"]
+                text = f"pod {pod_name} has not pulled it yet"
+                mend = f"see: {self.kubectl} describe pod {pod_name}"
+                return Check("image", "warn", text, mend)
+            for container in statuses:
+                state = container.get("state", {})
+                waiting = state.get("waiting", {})
+                reason = waiting.get("reason", "")
+                if "Image" in reason:
+                    message = waiting.get("message", "")
+                    text = f"{reason}: {message}"
                     named = ", ".join(self.config.image_pull_secrets) or "none is named"
                     mend = f"image_pull_secrets ({named}): have one that may pull it"
                     return Check("image", "fail", text, mend)
@@ -117,11 +127,12 @@ class NamespaceLook:
         return Check("reader", "ok", text)
 
     def packages(self) -> Check:
-        """Whether the image has what runs need, in the versions of this installation, and can write to the volume."""
+        """Whether the image has what runs need, in our versions; whether names are resolved, the volume written."""
         wanted = {
             "name": self.name,
             "cluster": self.config.model_dump(mode="json"),
             "requirements": installed_lock().requirements.splitlines(),
+            "server": _SERVER,
             "test_job": False,
         }
         said = []

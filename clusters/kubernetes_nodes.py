@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from clusters.base import Capacity
+from clusters.base import Capacity, CapacityNotTold
+from clusters.kubernetes_api import ApiObject, KubernetesApi, Rejected
 from clusters.kueue import Answered
 from k8s.names import Taint, parse_taint
 from k8s.settings import Selector
@@ -23,6 +24,16 @@ _QUANTITY_UNITS = {
     "Pi": 2.0**50,
 }
 _KEEPING_OFF = ("NoSchedule", "NoExecute")
+
+
+def nodes_of(api: KubernetesApi) -> list[ApiObject]:
+    """The nodes of a cluster; raises CapacityNotTold where this account may not see them."""
+    try:
+        return api.nodes()
+    except Rejected as rejected:
+        if rejected.status != 403:
+            raise
+        raise CapacityNotTold(str(rejected)) from None
 
 
 def capacity_of_nodes(nodes: Iterable[Answered], pods: Iterable[Answered], gpu_resource: str) -> Capacity:
@@ -65,8 +76,9 @@ def _amount_of(nodes: Iterable[Answered], resource: str) -> float:
     """What nodes have of a resource for pods."""
     total = 0.0
     for node in nodes:
-        allocatable = node["status"]["allocatable"]
-        total += quantity(allocatable.get(resource, "0"))
+        allocatable = node["status"].get("allocatable", {})  # a new node has none yet
+        amount = allocatable.get(resource, "0")
+        total += quantity(amount)
     return total
 
 
@@ -74,8 +86,10 @@ def _asked_for(pod: Answered, resource: str) -> float:
     """What a pod asks for of a resource."""
     total = 0.0
     for container in pod["spec"]["containers"]:
-        requests = container.get("resources", {}).get("requests", {})
-        total += quantity(requests.get(resource, "0"))
+        resources = container.get("resources", {})
+        requests = resources.get("requests", {})
+        amount = requests.get(resource, "0")
+        total += quantity(amount)
     return total
 
 

@@ -47,8 +47,9 @@ class QueueView:
         here = found["positionInLocalQueue"] + 1
         among_all = found["positionInClusterQueue"] + 1
         words = f"place {here} of {self.waiting} in queue {self.queue}, place {among_all} in its cluster queue"
-        if found.get("priority"):
-            words += f", priority {found['priority']}"
+        priority = found.get("priority")
+        if priority:
+            words += f", priority {priority}"
         return words
 
 
@@ -64,7 +65,8 @@ def look_at_queue(api: KubernetesApi, queue: str) -> QueueView:
         visibility = f"/apis/visibility.{_GROUP}"
         pending = f"{namespace}/localqueues/{queue}/pendingworkloads"
         places, refused = _items(api, visibility, pending, tries=1)
-        if refused and (refused.status == 403 or queue in refused.message):
+        is_told = refused and (refused.status == 403 or queue in refused.message)
+        if refused and is_told:
             troubles.append(f"its place is not known ({refused.message})")
     trouble = "; ".join(troubles)
     workloads_by_name = _by_rayjob(workloads)
@@ -96,9 +98,12 @@ def _by_rayjob(items: Iterable[Answered]) -> dict[str, Answered]:
     """Workloads by the names of the RayJobs that own them."""
     found = {}
     for item in items:
-        for owner in item["metadata"].get("ownerReferences", []):
+        metadata = item["metadata"]
+        owners = metadata.get("ownerReferences", [])
+        for owner in owners:
             if owner["kind"] == "RayJob":
-                found[owner["name"]] = item
+                name = owner["name"]
+                found[name] = item
     return found
 
 

@@ -1,7 +1,7 @@
 """`python -m clusters.pod_keeper CLUSTER`: one pass over the run folders, from a pod that has them.
 
 CLUSTER is what the clusters file of whoever made the pod says, as JSON. A line is printed for each run that is open
-while no RayJob carries it.
+while no RayJob carries it, and for each RayJob that is removed, as it has been over for long.
 """
 
 import sys
@@ -10,6 +10,7 @@ from clusters.controllers import COLLECTED
 from clusters.kubernetes import Kubernetes
 from clusters.kubernetes_config import KubernetesConfig
 from clusters.kubernetes_keeper import submit_again
+from clusters.kubernetes_leftovers import remove_finished
 from runfolder.folders import home
 
 
@@ -23,7 +24,7 @@ def pass_command(config: KubernetesConfig) -> list[str]:
 
 
 def main(text: str) -> None:
-    """Submit again what is due."""
+    """Submit again what is due, and remove what is over."""
     config = KubernetesConfig.model_validate_json(text)
     cluster = Kubernetes.open(config, home())
     run_ids = cluster.site.ids()
@@ -33,6 +34,8 @@ def main(text: str) -> None:
     statuses = submit_again(cluster, newest)
     for run_id, status in statuses.items():
         print(f"{run_id}: {status.reason}", flush=True)
+    for name in remove_finished(cluster, snapshots):
+        print(f"RayJob {name}: removed, as it has been over for {cluster.config.keep_finished} days", flush=True)
 
 
 if __name__ == "__main__":

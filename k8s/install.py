@@ -38,6 +38,9 @@ def install_manifests(
             _store(adapted["spec"], storage, storage_class)
         if adapted["kind"] == "Deployment":
             run_as(adapted["spec"]["template"]["spec"], settings, home)
+        if adapted["metadata"]["name"] == "fleetune-outside":
+            (outside,) = adapted["spec"]["egress"]
+            outside["ports"] = [{"protocol": "TCP", "port": port} for port in settings.egress_ports]
         objects.append(adapted)
     return objects
 

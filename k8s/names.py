@@ -26,7 +26,9 @@ _REPOSITORY = re.compile(
     re.ASCII,
 )
 _LONGEST_IMAGE = 400
-_OF_THE_IMAGE = re.compile(r"/(s?bin|boot|dev|etc|lib(64)?|proc|sys)(/.*)?|/(home|opt|root|run|tmp|usr|var)")
+_OF_THE_IMAGE = re.compile(
+    r"/(s?bin|boot|dev|etc|lib(64)?|opt/fleetune|proc|sys|usr)(/.*)?|/(home|opt|root|run|tmp|var)"
+)
 
 
 class Taint(NamedTuple):
@@ -139,6 +141,7 @@ def _secret_key(text: str) -> str:
 
 ObjectName = Annotated[str, AfterValidator(_object_name)]
 NamespaceName = Annotated[str, AfterValidator(_namespace_name)]
+QueueName = Annotated[str, AfterValidator(_object_name), AfterValidator(_label_value)]  # which is in a label, too
 LabelKey = Annotated[str, AfterValidator(_label_key)]
 LabelValue = Annotated[str, AfterValidator(_label_value)]
 ResourceName = Annotated[str, AfterValidator(_resource_name)]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 RUN_LABEL = "fleetune/run"
 SUBMISSION_LABEL = "fleetune/submission"
+GANG_LABEL = "ray.io/gang-scheduling-enabled"
 READER_LABEL = "fleetune/reader"  # of the pod that answers for run folders
 
 

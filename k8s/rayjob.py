@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from k8s.planned import PlannedPods
+from k8s.planned import GANG_LABEL, PlannedPods
 from k8s.pods import head_template, worker_template
 from k8s.settings import KubernetesSettings
 
@@ -21,7 +21,7 @@ LONGEST_NAME = 47  # characters: KubeRay starts nothing with a longer one
 DIGEST_ANNOTATION = "fleetune/digest"
 _RETRIES = 20  # new clusters for one submission; a preemption by Kueue counts for none
 _STAYS_S = 60  # that the pods of a finished RayJob stay, for their logs
-_ALL_READY_S = 1800  # until the pods are ready that Kueue has admitted; then others are tried
+_ALL_READY_S = 1800  # until the pods are ready that are admitted or placed whole; then others are tried
 _OBJECT_STORE_BYTES = 128 << 20  # nothing large goes through it
 
 Manifest = dict[str, Any]
@@ -60,8 +60,8 @@ def digest_of(spec: Mapping[str, Any]) -> str:
 
 
 def _readiness_limit(settings: KubernetesSettings) -> dict[str, int]:
-    """How long pods may take to be ready: where Kueue keeps runs apart, those that do not fit are tried anew."""
-    if settings.queue is None:
+    """How long pods may take to be ready: where somebody keeps runs apart, those that do not fit are tried anew."""
+    if settings.queue is None and not settings.gang_scheduling:
         return {}
     return {"preRunningDeadlineSeconds": _ALL_READY_S}
 
@@ -74,7 +74,7 @@ def _queue_labels(settings: KubernetesSettings) -> dict[str, str]:
     if settings.queue_priority:
         labels["kueue.x-k8s.io/priority-class"] = settings.queue_priority
     if settings.gang_scheduling:
-        labels["ray.io/gang-scheduling-enabled"] = "true"
+        labels[GANG_LABEL] = "true"
     return labels
 
 

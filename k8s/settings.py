@@ -10,6 +10,7 @@ from k8s.names import (
     LabelValue,
     NamespaceName,
     ObjectName,
+    QueueName,
     ResourceName,
     SecretKeyText,
     TaintText,
@@ -21,6 +22,7 @@ def _as_choice(values: object) -> object:
     return [values] if isinstance(values, str) else values
 
 
+_OTHER_ACCOUNTS = ("fleetune-client", "fleetune-keeper")
 LabelChoice = Annotated[tuple[LabelValue, ...], BeforeValidator(_as_choice), Field(min_length=1)]
 Selector = dict[LabelKey, LabelChoice]
 
@@ -74,16 +76,24 @@ class KubernetesSettings(KubernetesSection):
         False, description="pods use the network of their nodes, as some RDMA needs; not `restricted` any more"
     )
 
+    egress_ports: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = Field(
+        (443, 5000), min_length=1, description="TCP ports by which pods reach the hub, MLflow, and a proxy"
+    )
+
     node_selector: Selector = Field({}, description="labels of nodes that workers may be on; a list: any of these")
     tolerations: tuple[TaintText, ...] = Field((), description="taints that workers tolerate, as key=value:effect")
     head_pod: HeadPodSettings = Field(
         HeadPodSettings(), validate_default=True, description="the pod that runs controller and driver"
     )
     priority_class: ObjectName | None = Field(None, description="the PriorityClass of the pods")
-    queue: ObjectName | None = Field(None, description="Kueue's LocalQueue that admits runs whole; null: none")
-    queue_priority: ObjectName | None = Field(None, description="Kueue's WorkloadPriorityClass of runs")
+    queue: QueueName | None = Field(None, description="Kueue's LocalQueue that admits runs whole; null: none")
+    queue_priority: QueueName | None = Field(None, description="Kueue's WorkloadPriorityClass of runs")
     gang_scheduling: bool = Field(
         False, description="the batch scheduler that KubeRay was started with places a run's pods together or not"
+    )
+
+    keep_finished: int = Field(
+        30, ge=1, le=3650, description="days that the keeper leaves the RayJobs of runs that have ended"
     )
 
     @field_validator("shared_memory")
@@ -103,6 +113,20 @@ class KubernetesSettings(KubernetesSection):
                 f"memory: found {head_pod.memory}; allowed: more than shared_memory, {shared}, a part of it"
             )
         return head_pod
+
+    @field_validator("service_account")
+    @classmethod
+    def _is_of_runs(cls, account: str) -> str:
+        if account in _OTHER_ACCOUNTS:
+            raise ValueError(f"found {account!r}, which may make RayJobs; allowed: one that may do nothing")
+        return account
+
+    @field_validator("egress_ports", "image_pull_secrets")
+    @classmethod
+    def _are_different(cls, values: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("found one of them twice; allowed: each once")
+        return values
 
     @field_validator("queue_priority")
     @classmethod

@@ -40,6 +40,7 @@ def install_command(
     storage: SizeOption = None,
     storage_class: ClassOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be applied, in order.")] = False,
+    take_over: Annotated[bool, typer.Option("--take-over", help="Change, too, what others have made.")] = False,
 ) -> None:
     """Apply what `manifests` prints, and make the token that the processes of Ray share; repeating it is safe."""
     from orchestrator.k8s_install import install, plan_of_install
@@ -47,5 +48,5 @@ def install_command(
     if dry_run:
         print("\n".join(plan_of_install(cluster, storage, storage_class)))
         return
-    install(cluster, storage, storage_class, print)
+    install(cluster, storage, storage_class, print, take_over)
     print(f"look at it with: fleetune doctor --cluster {cluster}", file=sys.stderr)

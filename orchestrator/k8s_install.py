@@ -41,17 +41,22 @@ def plan_of_install(name: str, storage: str | None, storage_class: str | None) -
 
 
 def install(
-    name: str, storage: str | None, storage_class: str | None, tell: Callable[[Applied], object] = lambda _: None
+    name: str,
+    storage: str | None,
+    storage_class: str | None,
+    tell: Callable[[Applied], object] = lambda _: None,
+    takes_over: bool = False,
 ) -> list[Applied]:
     """Apply them, and have a token for Ray; `tell` hears of each. Repeated, it changes what differs alone.
 
+    What others have made is left as it is, unless it is to be taken over.
     Raises Unreachable, and InputError where something was refused.
     """
     manifests = manifests_for(name, storage, storage_class)
     settings = kubernetes_config(name)
     api = KubernetesApi(settings.context, settings.namespace)
     done = []
-    for applied in apply_all(api, manifests, storage):
+    for applied in apply_all(api, manifests, storage, takes_over):
         tell(applied)
         done.append(applied)
     token = ensure_token(api, settings.ray_token)

@@ -8,12 +8,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clusters.base import Cluster, ClusterRequest, SubmissionRefused, Unreachable
+from clusters.base import Capacity, CapacityNotTold, Cluster, ClusterRequest, SubmissionRefused, Unreachable
 from clusters.environment import secret_values
 from clusters.remote.far_side import FarFileError
 from clusters.remote.machine import EnvironmentMissing
@@ -172,7 +172,14 @@ def _checked(job: Job, cluster: Cluster, progress: SourceProgress) -> Findings:
     """What the checks of a job found, for the place where it will run."""
     if cluster.site.is_here:
         return check_job(job, progress)
-    return check_job(job, progress, cluster.capacity(), is_here=False)
+    unknown: tuple[str, ...] = ()
+    try:
+        capacity = cluster.capacity()
+    except CapacityNotTold as error:
+        capacity = Capacity("gpu", 0, 0)  # for which nothing is warned of
+        unknown = (f"resources: whether the job fits is not known ({error})",)
+    found = check_job(job, progress, capacity, is_here=False)
+    return replace(found, warnings=found.warnings + unknown)
 
 
 def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> AbstractContextManager[str]:

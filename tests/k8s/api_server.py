@@ -111,10 +111,12 @@ class Cluster:
 
     def _list(self, collection: str, query: Query) -> Stored:
         wanted = dict(pair.split("=") for pair in query.get("labelSelector", "").split(",") if pair)
+        phase = query.get("fieldSelector", "").removeprefix("status.phase=")
         items = [
             stored
             for (kind, _), stored in sorted(self.objects.items())
             if kind == collection and wanted.items() <= stored["metadata"].get("labels", {}).items()
+            if not phase or stored["status"].get("phase") == phase
         ]
         token = query.get("continue")
         if token in self.expired:

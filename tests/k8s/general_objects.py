@@ -21,6 +21,7 @@ KINDS = {  # by plural
     "clusterrolebindings": "ClusterRoleBinding",
     "clusterroles": "ClusterRole",
     "deployments": "Deployment",
+    "events": "Event",
     "namespaces": "Namespace",
     "networkpolicies": "NetworkPolicy",
     "persistentvolumeclaims": "PersistentVolumeClaim",
@@ -53,12 +54,13 @@ class GeneralObjects:
     version: str = "1.36"
     without: set[str] = field(default_factory=set)  # of the fields of a RayJob: those of a later KubeRay
     pending: list[Stored] | None = None  # in Kueue's queue; None: it is not there
+    groups: set[str] = field(default_factory=lambda: {"ray.io"})  # of APIs that are no built-in ones
     queues: set[str] = field(default_factory=lambda: {"team-a"})
     revision: int = 0
 
     def has(self, path: str) -> bool:
         """Whether requests to a path are for these objects."""
-        known = ("/version", "/openapi/v3/apis/ray.io/v1", REVIEWS)
+        known = ("/apis", "/version", "/openapi/v3/apis/ray.io/v1", REVIEWS)
         return path in known or path.startswith("/apis/visibility.") or _collection(path)[0] in KINDS
 
     def answer(self, cluster: Any, method: str, path: str, query: Query, body: Any, token: str) -> tuple[int, Any]:
@@ -66,6 +68,8 @@ class GeneralObjects:
         if path == "/version":
             major, minor = self.version.split(".")
             return 200, {"major": major, "minor": minor, "gitVersion": f"v{self.version}.2"}
+        if path == "/apis":
+            return 200, {"kind": "APIGroupList", "groups": [{"name": name} for name in sorted(self.groups)]}
         if path.startswith("/openapi"):
             return 200, self._openapi()
         if path == REVIEWS:
@@ -132,9 +136,13 @@ class GeneralObjects:
         for place, value in said.items():
             _set(after, place, value)
         _refuse_changed_volume(before, after)
+        if query.get("dryRun") == "All":
+            return 200, after
         self.owned[key] = set(said)
         if before is None:
             after["metadata"]["uid"] = str(uuid.uuid4())
+        managers = [manager for place, manager in self.owned if place == path]
+        after["metadata"]["managedFields"] = [{"manager": manager} for manager in managers]
         if after != before:
             self.revision += 1
             after["metadata"]["resourceVersion"] = str(self.revision)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -61,7 +61,13 @@ def admit(body: Mapping[str, Any], is_strict: bool) -> None:
         if len(value) > 63:
             words = f'metadata.labels: Invalid value: "{value}": must be no more than 63 bytes'
             raise Status(422, "Invalid", invalid + words, (("FieldValueInvalid", "metadata.labels"),))
-    problem = first_problem(json.dumps({**body, "metadata": {}}))
+    text = json.dumps({**body, "metadata": {}})
+    twice = first_duplicate(text)
+    if twice:
+        path, key = twice
+        words = f"{invalid}{path}: Duplicate value: {json.dumps(key)}"
+        raise Status(422, "Invalid", words, (("FieldValueDuplicate", path),))
+    problem = first_problem(text)
     if problem is not None:
         raise broken_schema(invalid, problem)
 
@@ -70,6 +76,30 @@ def admit(body: Mapping[str, Any], is_strict: bool) -> None:
 def first_problem(text: str) -> Any:
     """What the schema of a RayJob first finds in the JSON of one; None where it finds nothing."""
     return next(Draft4Validator(plain_schema()).iter_errors(json.loads(text)), None)
+
+
+@cache
+def first_duplicate(text: str) -> tuple[str, Any] | None:
+    """Where the JSON of a RayJob has two items of one key in a list that is a map by it, and the key."""
+    return next(duplicates(json.loads(text), plain_schema()), None)
+
+
+def duplicates(value: Any, schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The paths of items whose key an item before them has, and the keys."""
+    if isinstance(value, list):
+        names = schema.get("x-kubernetes-list-map-keys", [])
+        seen: list[Any] = []
+        for number, item in enumerate(value):
+            here = f"{path}[{number}]"
+            key = {name: item[name] for name in names if name in item}
+            if key and key in seen:
+                yield here, key
+            seen.append(key)
+            yield from duplicates(item, schema.get("items", {}), here)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            inner = schema.get("properties", {}).get(name, {})
+            yield from duplicates(item, inner, f"{path}.{name}".removeprefix("."))
 
 
 def broken_schema(invalid: str, problem: Any) -> Status:

@@ -1,6 +1,7 @@
 """What there is in the clusters of these tests: a node, a pod of the reader, and what a client may do."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ IMAGE = f"registry.example.org/team/fleetune@sha256:{'0' * 64}"
 NEEDED = {
     ("ray.io", "rayjobs"): {"create", "delete", "get", "list"},
     ("", "pods"): {"list"},
+    ("", "events"): {"list"},
     ("", "nodes"): {"list"},
     ("", "pods/exec"): {"create", "get"},
     ("", "persistentvolumeclaims"): {"get"},
@@ -66,5 +68,6 @@ def small_cluster(folder: Path) -> Cluster:
     cluster = Cluster(nodes=[NODE])
     install_as_admin(cluster)
     cluster.objects["pods", "reader-1"] = reader("reader-1", True)
-    cluster.environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "FLEETUNE_POD": "reader-1"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    cluster.environment = {"PATH": path, "HOME": str(folder), "FLEETUNE_POD": "reader-1"}
     return cluster

@@ -120,7 +120,7 @@ def test_clients_may_do_what_they_need_and_pods_nothing() -> None:
                 allowed[group, resource] = set(rule["verbs"])
     assert allowed == NEEDED
     by_group: dict[tuple[str, str], set[str]] = {}
-    for permission in (*permissions.NEEDED, *permissions.NEEDED_WITH_QUEUE):
+    for permission in (*permissions.NEEDED, *permissions.NEEDED_WITH_QUEUE, *permissions.WISHED):
         by_group.setdefault((permission.group, permission.resource), set()).add(permission.verb)
     assert by_group == NEEDED
     (binding,) = of_kind(objects, "RoleBinding")

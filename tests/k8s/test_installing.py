@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 pytest.importorskip("kubernetes", reason="the client of Kubernetes is not installed: pip install 'fleetune[k8s]'")
 
 from k8s.install import BASE, base_objects
+from k8s.settings import KubernetesSettings
 from orchestrator.cli import app
 from orchestrator.errors import InputError
 
@@ -85,6 +86,40 @@ def test_it_says_what_it_changes_and_leaves_what_is_others(cluster: Cluster) -> 
     )
 
 
+NAMESPACE = "/api/v1/namespaces/research"
+ENFORCE = "pod-security.kubernetes.io/enforce"
+
+
+def test_what_others_have_made_is_left_unless_it_is_to_be_taken_over(cluster: Cluster) -> None:
+    labels = {ENFORCE: "privileged", "owner": "others"}
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "research", "labels": labels}}
+    account = {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": {"name": "fleetune-run", "namespace": "research"},
+    }
+    account_path = f"{NAMESPACE}/serviceaccounts/fleetune-run"
+    for path, manifest in ((NAMESPACE, namespace), (account_path, account)):
+        assert cluster.answer("PATCH", path, {"fieldManager": "kubectl"}, manifest, "admin")[0] == 201
+    done = install()
+    left = {what: outcome for what, outcome in done.items() if outcome != "created"}
+    assert left.pop("Secret research/fleetune-ray") == "created (a new token)"
+    assert left.keys() == {"Namespace research", "ServiceAccount research/fleetune-run"}
+    assert left["Namespace research"].startswith("left (it is of others; --take-over would change metadata.labels.")
+    assert left["ServiceAccount research/fleetune-run"].endswith(" change automountServiceAccountToken)")
+    assert stored(cluster, NAMESPACE)["metadata"]["labels"] == labels
+    assert "automountServiceAccountToken" not in stored(cluster, account_path)
+    assert install("--take-over")["Namespace research"].startswith("changed (metadata.labels.")
+    assert stored(cluster, NAMESPACE)["metadata"]["labels"][ENFORCE] == "restricted"
+    assert set(install().values()) == {"unchanged"}
+
+
+@pytest.mark.parametrize("account", ["fleetune-client", "fleetune-keeper"])
+def test_the_account_of_runs_is_none_that_may_make_them(account: str) -> None:
+    with pytest.raises(ValueError, match=f"found '{account}'"):
+        KubernetesSettings.model_validate({"image": IMAGE, "service_account": account})
+
+
 def test_two_namespaces_leave_each_other_alone(cluster: Cluster) -> None:
     install()
     before = {path: stored(cluster, path) for path in cluster.general.stored}
@@ -98,7 +133,7 @@ def test_what_is_refused_is_said_and_the_rest_is_there() -> None:
     with pytest.raises(InputError) as refused:
         install("--storage-class", "other")
     first, line = str(refused.value).splitlines()
-    assert first == "the server refused 1 of 14; what else there is was applied:"
+    assert first == "the server refused 1 of 15; what else there is was applied:"
     assert line.startswith("PersistentVolumeClaim research/fleetune: refused (PersistentVolumeClaim ")
     assert "spec is immutable" in line
 

@@ -6,6 +6,7 @@ They are looked at from a pod that has the volume, as its CronJob does; one is f
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,14 @@ from small_cluster import IMAGE
 pytest.importorskip("kubernetes", reason="the client of Kubernetes is not installed: pip install 'fleetune[k8s]'")
 
 import fleetune
-from clusters import kubernetes_keeper
+from clusters import kubernetes_keeper, pod_keeper
 from clusters.base import ClusterStatus
 from clusters.kubernetes import Kubernetes
 from clusters.kubernetes_api import KubernetesApi
 from clusters.kubernetes_config import KubernetesConfig
 from clusters.pod_starts import HINDERED_STARTS
 from k8s.planned import SUBMISSION_LABEL
-from orchestrator.k8s_install import keeper_for
+from orchestrator.k8s_install import keeper_for, kubernetes_config
 from runfolder import chain
 from runfolder.hindrance import note_hindrance
 from runfolder.job import Job
@@ -233,3 +234,33 @@ def test_its_cronjob_does_so_with_all_laptops_closed(cluster: Cluster, tmp_path:
         printed.append(ran.stdout)
     assert printed == [f"{run_id}: its RayJob has ended, and it was submitted again: RayJob {run_id}-s2\n", ""]
     assert cluster.created == [f"{run_id}-s1", f"{run_id}-s2"]
+
+
+def test_its_cronjob_removes_rayjobs_that_are_over_for_long(
+    laptop: Path,
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_ids = [fleetune.submit(make_job(tmp_path, name=name), cluster="k8s").run_id for name in ("a", "b", "c", "d")]
+    ended, recent, still_open, waiting = run_ids
+    for run_id in (ended, recent, waiting):
+        chain.close(laptop / "runs" / run_id, {"state": "succeeded", "reason": ""})
+    old = "2026-01-01T00:00:00Z"
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    for run_id, deployment, end in (
+        (ended, "Complete", old),
+        (recent, "Complete", now),
+        (still_open, "Running", old),
+        (waiting, "Suspended", old),
+    ):
+        status = {"jobDeploymentStatus": deployment, "endTime": end}
+        cluster.objects["rayjobs", f"{run_id}-s1"]["status"] = status
+    monkeypatch.setenv("FLEETUNE_HOME", str(laptop))
+    monkeypatch.setenv("FLEETUNE_POD", "keeper-1")
+    for _ in range(2):
+        pod_keeper.main(pod_keeper.pass_command(kubernetes_config("k8s"))[-1])
+    left = {name for kind, name in cluster.objects if kind == "rayjobs"}
+    assert left == {f"{run_id}-s1" for run_id in (recent, still_open, waiting)}
+    assert capsys.readouterr().out == f"RayJob {ended}-s1: removed, as it has been over for 30 days\n"

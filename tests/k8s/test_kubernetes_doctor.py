@@ -12,7 +12,7 @@ from small_cluster import NODE
 
 pytest.importorskip("kubernetes", reason="the client of Kubernetes is not installed: pip install 'fleetune[k8s]'")
 
-from clusters import kubernetes_api
+from clusters import kubernetes_api, kubernetes_namespace
 from clusters.checks import Check
 from orchestrator import render
 from orchestrator.cluster_doctor import cluster_checks
@@ -28,7 +28,8 @@ ALL = (
 
 @pytest.fixture(autouse=True)
 def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits between two tries."""
+    """Nobody waits between two tries, and a pod resolves the names of this machine."""
+    monkeypatch.setattr(kubernetes_namespace, "_SERVER", "localhost")
     monkeypatch.setattr(kubernetes_api, "_FIRST_PAUSE_S", 0.0)
 
 
@@ -58,15 +59,52 @@ def test_all_is_well(change: Callable[..., None], cluster: Cluster) -> None:
     found = {name: check.found for name, check in checks.items()}
     assert found["server"].startswith("v1.36.2; the client here, ")
     assert found["operator"] == "RayJob of KubeRay 1.7 or newer"
-    assert found["permissions"] == "all 12 that are needed"
+    assert found["permissions"] == "all 13 that are used"
     assert found["nodes"] == "8 of nvidia.com/gpu, 8 not asked for here; 1 of 1 nodes fit"
     assert found["volume"] == "fleetune has 2Ti (class nfs, ReadWriteMany)"
     assert found["secrets"] == "fleetune-ray: this account may not see whether they are there"
     assert found["image"] == "registry.example.org/team/fleetune, sha256 000000000000..."
     assert found["reader"].startswith("pod reader-1 has 0 runs in ")
-    assert "can be written" in found["packages"] and "deepspeed" in found["packages"]
+    assert (
+        "can be written; names: localhost is resolved; ray: " in found["packages"]
+        and "deepspeed" in found["packages"]
+    )
     assert found["quota"] == "none" and found["queue"] == "0 wait in team-a"
     assert cluster.created == []
+
+
+@pytest.mark.parametrize(
+    ("group", "level", "found"),
+    [
+        ("scheduling.volcano.sh", "ok", "Volcano is here"),
+        ("scheduling.x-k8s.io", "fail", "scheduler-plugins is here"),
+        ("batch", "warn", "no Volcano is here; YuniKorn would need labels"),
+    ],
+)
+def test_a_batch_scheduler_with_which_no_run_starts_is_named(
+    group: str, level: str, found: str, change: Callable[..., None], cluster: Cluster
+) -> None:
+    stop_reader(cluster)
+    change(gang_scheduling=True)
+    cluster.general.groups.add(group)
+    check = look()["gang"]
+    assert check.level == level and check.found.startswith(found)
+    assert ("queue" in check.mend) == (level != "ok")
+
+
+@pytest.mark.usefixtures("laptop")
+def test_a_pod_that_cannot_resolve_names_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubernetes_namespace, "_SERVER", "no-such-name.invalid")
+    check = look()["names"]
+    assert (check.name, check.level) == ("names", "fail") and "no-such-name.invalid" in check.found
+    assert check.mend.startswith("fleetune k8s install --cluster k8s")
+
+
+@pytest.mark.usefixtures("laptop")
+def test_an_image_whose_path_has_no_ray_is_told_of(cluster: Cluster) -> None:
+    cluster.environment["PATH"] = "/usr/bin:/bin"
+    check = look()["ray"]
+    assert check.level == "fail" and "no `ray` is on the PATH" in check.found
 
 
 def stop_reader(cluster: Cluster) -> None:
@@ -83,6 +121,10 @@ def node(**changes: Any) -> dict[str, Any]:
 
 def without_gpus(cluster: Cluster) -> None:
     cluster.nodes = [node(status={"allocatable": {"cpu": "4"}})]
+
+
+def of_nodes_unseen(cluster: Cluster) -> None:
+    (cluster.tokens["client"] or set()).remove(("list", "nodes"))
 
 
 def tainted(cluster: Cluster) -> None:
@@ -111,6 +153,10 @@ def without_image(cluster: Cluster) -> None:
     cluster.objects["pods", "reader-1"]["status"]["containerStatuses"] = [
         {"ready": False, "state": {"waiting": waiting}}
     ]
+
+
+def with_reader_that_waits(cluster: Cluster) -> None:
+    cluster.objects["pods", "reader-1"]["status"] = {"phase": "Pending"}
 
 
 def with_older_image(cluster: Cluster) -> None:
@@ -153,6 +199,7 @@ def with_full_quota(cluster: Cluster) -> None:
         (without_kuberay, "operator", "fail", "older than 1.6", "kubectl apply --server-side -k "),
         (with_kuberay_1_6, "operator", "warn", "KubeRay 1.6", "kubectl apply --server-side -k "),
         (without_gpus, "nodes", "warn", "no node has nvidia.com/gpu", "device plugin"),
+        (of_nodes_unseen, "nodes", "warn", "this account may not see them", "create clusterrolebinding NAME"),
         (tainted, "nodes", "fail", "gpu-1 has the taint gpu=a:NoSchedule", "tolerations"),
         (unbound, "volume", "fail", "fleetune is Pending, not bound", "kubectl -n fleetune describe pvc fleetune"),
         (for_one_node, "volume", "fail", "is for one node alone (class nfs, ReadWriteOnce)", "--storage-class"),
@@ -165,6 +212,7 @@ def with_full_quota(cluster: Cluster) -> None:
         ),
         (used_up, "quota", "warn", "requests.nvidia.com/gpu 8 of 8", "kubectl -n fleetune describe quota"),
         (without_image, "image", "fail", "ImagePullBackOff: 401 Unauthorized", "image_pull_secrets (none is named)"),
+        (with_reader_that_waits, "image", "warn", "pod reader-1 has not pulled it yet", "describe pod reader-1"),
         (with_older_image, "image", "warn", "the reader has another one", "fleetune k8s install --cluster k8s"),
         (without_reader, "reader", "fail", "no pod of the reader is ready", "fleetune k8s install --cluster k8s"),
         (without_secret, "secrets", "fail", "there is no Secret fleetune-ray", "fleetune k8s install --cluster k8s"),

@@ -130,7 +130,8 @@ def test_a_queue_that_is_not_there_is_named(backend: Kubernetes, cluster: Cluste
     assert 'localqueue.visibility.kueue.x-k8s.io "team-a" not found' in status(backend).reason
 
 
-def test_one_that_nobody_would_admit_is_told_so(backend: Kubernetes) -> None:
+def test_one_that_nobody_would_admit_is_told_so(backend: Kubernetes, cluster: Cluster) -> None:
+    del cluster.objects["rayjobs", RAYJOB]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
     without_queue = Kubernetes(backend.config.model_copy(update={"queue": None}), backend.home)
     assert status(without_queue).reason == f"RayJob {RAYJOB} is suspended, and no queue is named that would admit it"
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from kubernetes_rules import expanded, schema_errors, variables_in
+from object_rules import Status, admit
 from pod_security import RULES, broken_rules
 
 from clusters import kubernetes
@@ -73,6 +74,42 @@ def pods_of(whole: dict[str, Any]) -> list[dict[str, Any]]:
     ray_cluster = whole["spec"]["rayClusterSpec"]
     groups = [ray_cluster["headGroupSpec"], *ray_cluster["workerGroupSpecs"]]
     return [group["template"]["spec"] for group in groups]
+
+
+@pytest.mark.parametrize("name", ["RAY_worker_niceness", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "PATH"])
+def test_a_variable_that_pods_have_already_is_refused(name: str) -> None:
+    with pytest.raises(SubmissionRefused, match=f"'{name}' is set in every pod"):
+        manifest(SHORT_JOB | {"env": {name: "1"}})
+    with pytest.raises(ValueError, match=f"'{name}' is set in every pod"):
+        cluster(env={name: "1"})
+
+
+def test_a_server_takes_no_variable_twice() -> None:
+    whole = manifest()
+    admit(whole, is_strict=True)
+    (container,) = pods_of(whole)[0]["containers"]
+    container["env"].append({"name": "FLEETUNE_HOME", "value": "other"})
+    with pytest.raises(Status) as refused:
+        admit(whole, is_strict=True)
+    assert refused.value.code == 422
+    assert "env[" in refused.value.message and 'Duplicate value: {"name": "FLEETUNE_HOME"}' in refused.value.message
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"image_pull_secrets": ["a", "a"]},
+        {"queue": "q" * 64},
+        {"queue": ".".join(["q" * 60, "q" * 60])},
+        {"root": "/opt/fleetune"},
+        {"root": "/usr/local"},
+    ],
+    ids=str,
+)
+def test_what_no_run_could_start_with_is_refused(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name):
+        cluster(**wrong)
 
 
 @pytest.mark.parametrize("name", CASES)

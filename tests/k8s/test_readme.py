@@ -48,6 +48,7 @@ def typed(arguments: list[str]) -> str:
 def test_what_the_readme_says_works_as_written(
     laptop: Path, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("clusters.kubernetes_namespace._SERVER", "localhost")  # a name that is resolved here
     clusters = clusters_file()
     image = clusters["k8s"]["image"]
     clusters["k8s"] |= {"root": str(laptop), "python": sys.executable}
@@ -76,7 +77,7 @@ def test_what_the_readme_says_works_as_written(
             cluster.objects["rayjobs", name]["status"] = {"jobDeploymentStatus": "Complete"}
     assert [*said] == ["k8s", "doctor", "submit", "status", "logs", "fetch", "clusters"]
     assert image.startswith("registry.example.org/")
-    assert said["k8s"].count(": created") == 14
+    assert said["k8s"].count(": created") == 15
     assert "fail" not in said["doctor"] and "warn" not in said["doctor"]
     assert "Kueue: it waits for queue team-a to admit it" in " ".join(said["status"].split())
     assert (tmp_path / "first" / "output" / "adapter_model.safetensors").read_bytes() == b"weights"

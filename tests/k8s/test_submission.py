@@ -170,6 +170,33 @@ def test_a_server_that_is_away_is_unreachable(
         opened().status([RUN_ID])
 
 
+@pytest.mark.parametrize("text", ["a: [", "- a", "{}", "clusters: 3"])
+def test_a_kubeconfig_that_is_none_is_said(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kubeconfig").write_text(text)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    with pytest.raises(Unreachable, match="^Kubernetes: kubeconfig: .") as said:
+        opened().status([RUN_ID])
+    assert "\n" not in str(said.value)
+
+
+def test_an_empty_variable_names_the_kubeconfig_of_the_home(
+    address: str, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert address
+    (tmp_path / ".kube").mkdir()
+    (tmp_path / "kubeconfig").rename(tmp_path / ".kube" / "config")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KUBECONFIG", "")
+    assert opened().api.rayjobs("") == [] and len(cluster.requests) == 1
+
+
+def test_a_node_that_has_just_come_is_none_yet(backend: Kubernetes, cluster: Cluster) -> None:
+    cluster.tokens["client"] = None
+    ready = [{"type": "Ready", "status": "True"}]
+    cluster.nodes = [{"metadata": {"name": "new"}, "spec": {}, "status": {"conditions": ready}}]
+    assert backend.capacity().total == 0
+
+
 def test_status_of_many_runs_is_one_list(backend: Kubernetes, cluster: Cluster) -> None:
     backend.submit(backend.request(JOB, RUN_ID))
     stored = cluster.objects.pop(("rayjobs", f"{RUN_ID}-s1"))
@@ -272,7 +299,7 @@ WORKLOAD = {
             "queued",
             UNSCHEDULABLE,
         ),
-        ({"jobDeploymentStatus": "Initializing"}, [], "queued", "its pods have no nodes yet"),
+        ({"jobDeploymentStatus": "Initializing"}, [], "queued", "KubeRay has made no pods of it yet"),
         (
             {"jobDeploymentStatus": "Initializing"},
             [pod("head"), pod("w", "")],
