@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from methods.options import KINDS, Options
 from runfolder.job import Job
+from runfolder.objectives import OBJECTIVES, ObjectiveOptions
 
 
 def undescribed(model: type[BaseModel], path: str = "") -> Iterator[str]:
@@ -15,12 +16,17 @@ def undescribed(model: type[BaseModel], path: str = "") -> Iterator[str]:
         part = field.annotation
         if isinstance(part, type) and issubclass(part, BaseModel):
             yield from undescribed(part, f"{path}{name}.")
-        elif name not in ("kind", "method") and not field.description:
+        elif name not in ("kind", "method", "objective") and not field.description:
             yield path + name
 
 
 def test_every_key_of_a_job_is_described() -> None:
     assert list(undescribed(Job)) == []
+
+
+@pytest.mark.parametrize("options", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_every_option_of_an_objective_is_described(options: type[ObjectiveOptions]) -> None:
+    assert list(undescribed(options)) == []
 
 
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
