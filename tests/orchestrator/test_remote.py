@@ -123,9 +123,8 @@ def test_a_cut_says_unknown_and_what_is_asked_next_goes_through(tmp_path: Path) 
     done = fleetune.submit(make_job(tmp_path), cluster="there")
     far_side = backends.open_cluster("there").far_side  # type: ignore[attr-defined]
     far_side._process.kill()
-    output = (
-        far_side._process.stdout
-    )  # ssh's shared connection holds it for a moment, and may answer until it lets go
+    output = far_side._process.stdout
+    # ssh's shared connection holds it for a moment, and may hand an answer on until it lets go.
     until(lambda: bool(select.select([output], [], [], 0)[0]))
     found = fleetune.status(done.run_id)
     assert found.state == "unknown" and "cluster there" in str(found.reason)
