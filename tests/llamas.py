@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import LlamaForCausalLM
 
 LLAMA_3B = {
@@ -48,3 +49,31 @@ def random_llama(**config: Any) -> "LlamaForCausalLM":
 
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**TWO_LAYERS | {"vocab_size": 320, "initializer_range": 0.2} | config))
+
+
+def move_from_start(model: "nn.Module") -> None:
+    """Draw what an adapter trains, and biases, anew; magnitudes stay near what they were."""
+    import torch
+
+    for name, weight in model.named_parameters():
+        if "lora_magnitude" in name:
+            weight.data *= torch.rand_like(weight) + 0.5
+        elif weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.3)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+
+
+def loss_and_gradients(model: "nn.Module", ids: "Tensor") -> "dict[str, Tensor]":
+    """The loss and the gradients of a pass over ids [B, T], with the same dropout each time."""
+    import torch
+
+    torch.manual_seed(1)
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    found = {"loss": loss.detach()}
+    for name, weight in model.named_parameters():
+        if weight.grad is not None:
+            found[name] = weight.grad.clone()
+    return found

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from llamas import random_llama
+from llamas import loss_and_gradients, move_from_start, random_llama
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -21,27 +21,8 @@ def attached(dropout: float, **base: Any) -> tuple[DoraTuning, nn.Module]:
     method = DoraTuning(Dora(rank=4, dropout=dropout), Setup())
     torch.manual_seed(0)
     model = method.attach(random_llama(**base))
-    for name, weight in model.named_parameters():
-        if "lora_magnitude" in name:
-            weight.data *= torch.rand_like(weight) + 0.5
-        elif weight.requires_grad:
-            nn.init.normal_(weight, std=0.3)
-        elif name.endswith("bias"):
-            nn.init.normal_(weight)
+    move_from_start(model)
     return method, model.train()
-
-
-def losses_and_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The loss and the gradients of a pass, with the same dropout each time."""
-    torch.manual_seed(1)
-    model.zero_grad()
-    loss = model(input_ids=IDS, labels=IDS).loss
-    loss.backward()
-    found = {"loss": loss.detach()}
-    for name, weight in model.named_parameters():
-        if weight.grad is not None:
-            found[name] = weight.grad.clone()
-    return found
 
 
 @pytest.mark.parametrize(
@@ -51,14 +32,14 @@ def losses_and_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 )
 def test_norms_from_factors_are_those_of_the_sum(dropout: float, base: dict[str, Any]) -> None:
     method, model = attached(dropout, **base)
-    expected = losses_and_gradients(model)
+    expected = loss_and_gradients(model, IDS)
     with ExitStack() as undo:
         method.speed_up(model, undo)
-        found = losses_and_gradients(model)
+        found = loss_and_gradients(model, IDS)
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
-    back = losses_and_gradients(model)
+    back = loss_and_gradients(model, IDS)
     for name, value in expected.items():
         assert torch.equal(back[name], value), "undone, it is PEFT's again"
 

@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from llamas import random_llama
+from llamas import loss_and_gradients, move_from_start, random_llama
 from torch import nn
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch.fx import GraphModule
@@ -33,26 +33,9 @@ def adapted(kind: str, base: dict[str, Any], **options: Any) -> nn.Module:
     options = {"rank": 4} | options
     method: Any = DoraTuning(Dora(**options), Setup()) if kind == "dora" else LoraTuning(Lora(**options), Setup())
     model = method.attach(random_llama(**base))
-    for name, weight in model.named_parameters():
-        if "lora_magnitude" in name:
-            weight.data *= torch.rand_like(weight) + 0.5
-        elif weight.requires_grad:
-            nn.init.normal_(weight, std=0.3)
+    move_from_start(model)
     method.speed_up(model, ExitStack())
     return model.train()
-
-
-def found(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The loss and the gradients of a pass, with the same dropout each time."""
-    torch.manual_seed(1)
-    model.zero_grad()
-    loss = model(input_ids=IDS, labels=IDS).loss
-    loss.backward()
-    values = {"loss": loss.detach()}
-    for name, weight in model.named_parameters():
-        if weight.grad is not None:
-            values[name] = weight.grad.clone()
-    return values
 
 
 def operations(model: nn.Module) -> list[int]:
@@ -85,10 +68,10 @@ def operations(model: nn.Module) -> list[int]:
     ids=["lora", "dropout", "no adapter follows", "bias", "dora"],
 )
 def test_a_fused_gate_computes_what_it_did(kind: str, options: dict[str, Any], base: dict[str, Any]) -> None:
-    expected = found(adapted(kind, base, **options))
+    expected = loss_and_gradients(adapted(kind, base, **options), IDS)
     model = adapted(kind, base, **options)
     counts = operations(model)
-    values = found(model)
+    values = loss_and_gradients(model, IDS)
     assert set(counts) == {1}
     assert values.keys() == expected.keys()
     for name, value in expected.items():
@@ -101,9 +84,9 @@ def test_a_base_in_4_bits_has_fused_gates_too(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=in_4_bits)
     model = peft.get_peft_model(base, config).train()
-    expected = found(model)
+    expected = loss_and_gradients(model, IDS)
     counts = operations(model)
-    values = found(model)
+    values = loss_and_gradients(model, IDS)
     assert set(counts) == {1}
     for name, value in expected.items():
         torch.testing.assert_close(values[name], value, rtol=2e-4, atol=1e-5)
@@ -122,8 +105,8 @@ def test_a_base_in_4_bits_has_fused_gates_too(tmp_path: Path) -> None:
 def test_what_is_another_sum_is_left(kind: str, options: dict[str, Any]) -> None:
     model = adapted(kind, {}, **options)
     counts = operations(model)
-    expected = found(adapted(kind, {}, **options))
-    values = found(model)
+    expected = loss_and_gradients(adapted(kind, {}, **options), IDS)
+    values = loss_and_gradients(model, IDS)
     assert set(counts) == {0}
     torch.testing.assert_close(values["loss"], expected["loss"])
 

@@ -8,11 +8,11 @@ import operator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from trainer.kernels.gate import LARGEST_GATE_RANK
+from trainer.kernels.shared_products import is_product, traced
 
 
 class LowRankSum(NamedTuple):
@@ -89,14 +89,14 @@ def _sum_of_low_rank(value: Any) -> LowRankSum | None:
         if not _calls(update, operator.mul) or update.args[0] is not share:
             return None
         update = update.args[1]
-    if not _is_product(update) or not isinstance(scale, float | int):
+    if not is_product(update) or not isinstance(scale, float | int):
         return None
     narrow, wide = update.args[:2]
-    rank = _example(wide).shape[1]
+    rank = traced(wide).shape[1]
     if rank > LARGEST_GATE_RANK:
         return None
-    of_update = _example(update)
-    of_base = _example(base)
+    of_update = traced(update)
+    of_base = traced(base)
     if of_update.dtype != of_base.dtype:
         return None
     if of_update.shape != of_base.shape:
@@ -122,24 +122,15 @@ def _narrow_product_of(hidden: Node) -> Node | None:
     for user in list(hidden.users):
         readers = list(user.users) if _is_cast(user) else [user]
         for reader in readers:
-            if _is_product(reader) and _is_narrow(reader.args[1]) and _dtype(reader) == _dtype(hidden):
+            if is_product(reader) and _is_narrow(reader.args[1]) and _dtype(reader) == _dtype(hidden):
                 found.append(reader)
     return found[0] if len(found) == 1 else None
 
 
 def _is_narrow(weight: Any) -> bool:
     """Whether a weight [R, F] is trained, and its rank small."""
-    tensor = _example(weight)
+    tensor = traced(weight)
     return tensor.requires_grad and len(tensor) <= LARGEST_GATE_RANK
-
-
-def _is_product(value: Any) -> bool:
-    """Whether a value is the product with a weight that the graph is given, without a bias."""
-    if not _calls(value, linear) or value.kwargs:
-        return False
-    _, weight, *bias = value.args
-    is_given = weight.op in ("placeholder", "get_attr")
-    return is_given and bias in ([], [None])
 
 
 def _before_casts(value: Any) -> Any:
@@ -156,11 +147,5 @@ def _calls(value: Any, function: Any) -> bool:
     return isinstance(value, Node) and value.op == "call_function" and value.target is function
 
 
-def _example(node: Node) -> Tensor:
-    """The tensor without values that Dynamo keeps for a node."""
-    tensor: Tensor = node.meta["example_value"]
-    return tensor
-
-
 def _dtype(node: Node) -> torch.dtype:
-    return _example(node).dtype
+    return traced(node).dtype

@@ -24,7 +24,7 @@ def share_products(graph: Graph) -> None:
     for node in graph.nodes:
         if _is_narrow_product(node):
             value, weight = node.args[:2]
-            dtype = _traced(weight).dtype
+            dtype = traced(weight).dtype
             groups[value, dtype].append(node)
     for products in groups.values():
         if len(products) > 1:
@@ -33,20 +33,22 @@ def share_products(graph: Graph) -> None:
 
 def _is_narrow_product(node: Node) -> bool:
     """Whether a node multiplies by a trained weight with few outputs, and adds no bias."""
-    if node.target is not linear:
+    if not is_product(node):
         return False
-    _, weight, *bias = node.args
+    weight = traced(node.args[1])
+    outputs, inputs = weight.shape
+    return weight.requires_grad and outputs * INPUTS_TO_OUTPUTS <= inputs
+
+
+def is_product(value: Any) -> bool:
+    """Whether a value is a node that multiplies by a weight that the graph is given, and adds no bias."""
+    if not isinstance(value, Node) or value.target is not linear:
+        return False
+    _, weight, *bias = value.args
     has_bias = bias not in ([], [None])
-    if has_bias or node.kwargs:
+    if has_bias or value.kwargs:
         return False
-    if not isinstance(weight, Node):
-        return False
-    comes_first = weight.op in ("placeholder", "get_attr")
-    if not comes_first:
-        return False
-    tensor = _traced(weight)
-    outputs, inputs = tensor.shape
-    return tensor.requires_grad and outputs * INPUTS_TO_OUTPUTS <= inputs
+    return isinstance(weight, Node) and weight.op in ("placeholder", "get_attr")
 
 
 def _join(graph: Graph, products: list[Node]) -> None:
@@ -58,7 +60,7 @@ def _join(graph: Graph, products: list[Node]) -> None:
     for product in products:
         weight = product.args[1]
         weights.append(weight)
-        outputs = len(_traced(weight))
+        outputs = len(traced(weight))
         widths.append(outputs)
     with graph.inserting_before(first):
         joined = graph.call_function(torch.cat, (weights,))
@@ -71,7 +73,7 @@ def _join(graph: Graph, products: list[Node]) -> None:
         graph.erase_node(product)
 
 
-def _traced(node: Any) -> Tensor:
+def traced(node: Any) -> Tensor:
     """The tensor without values that Dynamo keeps for a node."""
     tensor: Tensor = node.meta["example_value"]
     return tensor
