@@ -136,12 +136,12 @@ def micro_batches(run: Run, global_batch: GlobalBatch) -> Iterator[BatchTensors]
 
 def with_starts(arrays: HostArrays) -> HostArrays:
     """Arrays, and beside all position_ids the starts of documents, by which attention keeps them apart in one row."""
-    with_starts = dict(arrays)
+    completed = dict(arrays)
     for name, array in arrays.items():
         if name.endswith("position_ids"):
             prefix = name.removesuffix("position_ids")
-            with_starts[prefix + "documents"] = starts_of_documents(array)
-    return with_starts
+            completed[prefix + "documents"] = starts_of_documents(array)
+    return completed
 
 
 def to_device(array: Any, device: torch.device) -> torch.Tensor:
