@@ -242,8 +242,10 @@ class TwoProducts(SVDLinear):  # type: ignore[misc]
         rank = len(a_RI)
         missing = -rank % RANK_STEP
         scale = self.scaling[ADAPTER] / (rank + RANK_OFFSET)
-        wide_OR = self.lora_B[ADAPTER] * self.lora_E[ADAPTER].T
-        narrow = linear(self.lora_dropout[ADAPTER](x), pad(a_RI, (0, 0, 0, missing)))
+        value_R1 = self.lora_E[ADAPTER]
+        wide_OR = self.lora_B[ADAPTER] * value_R1.T
+        dropout = self.lora_dropout[ADAPTER]
+        narrow = linear(dropout(x), pad(a_RI, (0, 0, 0, missing)))
         update = linear(narrow, pad(wide_OR, (0, missing)))
         adapted: Tensor = result + update * scale
         return adapted

@@ -57,21 +57,30 @@ class NormsFromFactors:
 
     def __init__(self, modules: list[LoraLayer]) -> None:
         self._modules = modules
-        self._bases = [module.get_base_layer().weight for module in modules]
-        norms = [torch.linalg.vector_norm(base_OI, dim=1, dtype=torch.float32) for base_OI in self._bases]
-        self._squares = [norm_O.square() for norm_O in norms]
-        self._outputs = [len(norm_O) for norm_O in norms]
+        self._bases: list[Tensor] = []
+        self._squares: list[Tensor] = []
+        for module in modules:
+            base_OI = module.get_base_layer().weight
+            norm_O = torch.linalg.vector_norm(base_OI, dim=1, dtype=torch.float32)
+            self._bases.append(base_OI)
+            self._squares.append(norm_O.square())
 
     @torch.no_grad()
     def give(self, *_: Any) -> None:
         """Give each module those of the factors as they are now; a hook before the decoder's forward pass."""
-        a = [module.lora_A[ADAPTER].weight for module in self._modules]
-        b = [module.lora_B[ADAPTER].weight for module in self._modules]
-        scales = [module.scaling[ADAPTER] for module in self._modules]
+        a = []
+        b = []
+        scales = []
+        for module in self._modules:
+            a.append(module.lora_A[ADAPTER].weight)
+            b.append(module.lora_B[ADAPTER].weight)
+            scales.append(module.scaling[ADAPTER])
         norms = row_norms(self._bases, a, b, self._squares, scales)
-        norms_of_each = norms.split(self._outputs)
+        outputs = list(map(len, self._bases))
+        norms_of_each = norms.split(outputs)
         for module, norm_O in zip(self._modules, norms_of_each, strict=True):
-            module.lora_magnitude_vector[ADAPTER].norms = norm_O
+            magnitude = module.lora_magnitude_vector[ADAPTER]
+            magnitude.norms = norm_O
 
 
 class GivenNorms(DoraLinearLayer):  # type: ignore[misc]

@@ -29,9 +29,12 @@ def row_norms(
 
         fill_norms(weights, a, b, squares, scales, norms_of_each)
         return norms
-    for weight, a_RI, b_OR, square, scale, norm in zip(weights, a, b, squares, scales, norms_of_each, strict=True):
-        added = _added_squares(weight, a_RI.to(weight.dtype), b_OR.to(weight.dtype), scale)
-        torch.sqrt((square + added).clamp_min(0), out=norm)
+    for number, weight in enumerate(weights):
+        a_RI = a[number].to(weight.dtype)
+        b_OR = b[number].to(weight.dtype)
+        added = _added_squares(weight, a_RI, b_OR, scales[number])
+        total = squares[number] + added
+        torch.sqrt(total.clamp_min(0), out=norms_of_each[number])
     return norms
 
 
@@ -45,20 +48,26 @@ def _norm_shapes(
 
 def _suit_kernel(weights: list[Tensor], a: list[Tensor], b: list[Tensor]) -> bool:
     """Whether weights are all of one dtype and have rows without gaps, and factors of one dtype and a low rank."""
-    of_weights = {weight.dtype for weight in weights}
-    of_factors = {factor.dtype for factor in a + b}
-    if len(of_weights) > 1 or len(of_factors) > 1:
-        return False
-    if max(map(len, a)) > LARGEST_NORM_RANK:
-        return False
-    return all(weight.stride(1) == 1 for weight in weights)
+    first_weight = weights[0]
+    first_factor = a[0]
+    for weight in weights:
+        has_gaps = weight.stride(1) != 1
+        if has_gaps or weight.dtype != first_weight.dtype:
+            return False
+    for factor in a + b:
+        if factor.dtype != first_factor.dtype:
+            return False
+    ranks = map(len, a)
+    return max(ranks) <= LARGEST_NORM_RANK
 
 
 def _added_squares(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
     """2 s B_o (W A^T)_o + s^2 B_o (A A^T) B_o for each output o, fp32."""
-    along_OR = linear(weight_OI, a_RI).float()
-    gram_RR = linear(a_RI, a_RI).float()
+    along_OR = linear(weight_OI, a_RI)
+    gram_RR = linear(a_RI, a_RI)
     fp32_OR = b_OR.float()
-    both_OR = fp32_OR @ gram_RR
-    summands_OR = fp32_OR * (2 * scale * along_OR + scale**2 * both_OR)
+    mixed_OR = 2 * scale * along_OR.float()
+    both_OR = fp32_OR @ gram_RR.float()
+    own_OR = scale**2 * both_OR
+    summands_OR = fp32_OR * (mixed_OR + own_OR)
     return summands_OR.sum(1)

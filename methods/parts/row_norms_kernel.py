@@ -128,7 +128,9 @@ def fill_norms(
 @lru_cache(maxsize=2)
 def _on_device(places: Sequence[WeightPlace], scales: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
     """What the kernel knows of all weights, and their scales; kept, as a copy to the device waits."""
-    return torch.tensor(places, device=device), torch.tensor(scales, dtype=torch.float32, device=device)
+    places_on_device = torch.tensor(places, device=device)
+    scales_on_device = torch.tensor(scales, dtype=torch.float32, device=device)
+    return places_on_device, scales_on_device
 
 
 def _is_aligned(place: WeightPlace) -> bool:
