@@ -217,7 +217,8 @@ def submit_and_end(ending: str, place: KubernetesPlace, job: Callable[..., Path]
         run_id, state = fleetune.submit(job(), cluster=place.name).run_id, "succeeded"
     else:
         rows = place.root / "rows.jsonl"
-        rows.write_text(json.dumps({"prompt": "1 + 1 =", "completion": " 2"}) * 50)
+        row = json.dumps({"prompt": "1 + 1 =", "completion": " 2"})
+        rows.write_text(f"{row}\n" * 50)
         with place.filled():
             run_id, state = fleetune.submit(job(f"cluster:{rows}"), cluster=place.name).run_id, "failed"
             rows.write_text("")
