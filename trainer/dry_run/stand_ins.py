@@ -66,10 +66,8 @@ def stand_ins(position_BT: PositionIds, stage: int) -> Iterator[None]:
         yield
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
-) -> Tensor:
-    """Attention whose boolean mask becomes a bias without memory: a CPU's keeps one for each layer's backward pass."""
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    """Attention whose boolean mask becomes a bias that takes no memory: a CPU keeps one for each layer."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         single = query.new_empty(1)
         attn_mask = single.expand(attn_mask.shape)
