@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from clusters.base import ClusterStatus
 from clusters.kueue import Answered, QueueView
-from k8s.planned import GANG_LABEL
+from k8s.planned import GANG_LABEL, QUEUE_LABEL
 
 # Why a container waits that will not start before somebody fixes something.
 _STUCK = (
@@ -17,6 +17,7 @@ _STUCK = (
 _NO_NODES = "its pods have no nodes yet"
 _NO_PODS = "KubeRay has made no pods of it yet"
 _NO_GANG = "where it runs with scheduler-plugins it makes none of a RayJob: use `queue`, not `gang_scheduling`"
+_KUEUE_GATE = "kueue.x-k8s.io/admission"
 _NOT_FOUND = (126, 127)  # exit codes of a command that cannot be run
 _SUSPENDED = ("Suspended", "Suspending")
 _OVER = ("Complete", "Failed", "ValidationFailed")
@@ -136,16 +137,34 @@ def _why_no_node(name: str, pods: list[Answered]) -> ClusterStatus | None:
 def _why_not_there(pods: list[Answered]) -> str:
     """Which pod of a run that runs does not start, and why, as it replaces one; empty where all have started."""
     for pod in pods:
-        pod_name = pod["metadata"]["name"]
-        for condition in pod["status"].get("conditions", []):
-            is_without = condition["type"] == "PodScheduled" and condition["status"] == "False"
-            if is_without:
-                words = condition.get("message") or condition.get("reason")
-                return f": pod {pod_name} has no node: {words}"
-        if pod["status"].get("phase") == "Pending":
-            stuck = _why_stuck([pod])
-            return f": {stuck.reason}" if stuck else f": pod {pod_name} starts"
+        obstacle = why_not_started(pod)
+        if obstacle:
+            return f": {obstacle}"
     return ""
+
+
+def why_not_started(pod: Answered) -> str:
+    """Why a pod does not start yet, in one line; empty where it has started."""
+    pod_name = pod["metadata"]["name"]
+    if is_held_by_kueue(pod):
+        queue = pod["metadata"].get("labels", {}).get(QUEUE_LABEL)
+        where = f"in queue {queue}" if queue else "and it has no queue"
+        return f"Kueue holds pod {pod_name} back, {where}"
+    for condition in pod["status"].get("conditions", []):
+        is_without = condition["type"] == "PodScheduled" and condition["status"] == "False"
+        if is_without:
+            words = condition.get("message") or condition.get("reason")
+            return f"pod {pod_name} has no node: {words}"
+    if pod["status"].get("phase") != "Pending":
+        return ""
+    stuck = _why_stuck([pod])
+    return stuck.reason if stuck else f"pod {pod_name} starts"
+
+
+def is_held_by_kueue(pod: Answered) -> bool:
+    """Whether a pod waits for Kueue, which may manage every pod of a namespace."""
+    gates = {gate["name"] for gate in pod["spec"].get("schedulingGates", [])}
+    return _KUEUE_GATE in gates
 
 
 def _why_ended(pods: list[Answered]) -> ClusterStatus | None:

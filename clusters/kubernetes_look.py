@@ -11,12 +11,11 @@ from clusters.kubernetes_api import KubernetesApi
 from clusters.kubernetes_config import KubernetesConfig
 from clusters.kubernetes_events import newest_warning, warnings_in
 from clusters.kueue import Answered, QueueView, look_at_queue
-from k8s.planned import RUN_LABEL
+from k8s.planned import QUEUE_LABEL, RUN_LABEL
 
 OUR_OBJECTS = "app.kubernetes.io/managed-by=fleetune"
 _FEW = 50  # runs that run, of which it is asked, too, whether a pod lacks
 _LONG = timedelta(minutes=2)  # that a run starts, until it is asked what only events say
-_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"  # set by Kueue, too, where a namespace has a default queue
 
 Newest = Mapping[str, dict[str, Any] | None]
 
@@ -105,7 +104,7 @@ def _pods_of(api: KubernetesApi, rayjobs: Iterable[Answered]) -> dict[str, list[
 def _queue_of(rayjob: Answered, config: KubernetesConfig) -> str:
     """The queue of Kueue's that a RayJob waits in; empty for none."""
     labels = rayjob["metadata"].get("labels", {})
-    named = labels.get(_QUEUE_LABEL)
+    named = labels.get(QUEUE_LABEL)
     return str(named or config.queue or "")
 
 

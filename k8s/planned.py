@@ -6,6 +6,7 @@ from dataclasses import dataclass
 RUN_LABEL = "fleetune/run"
 SUBMISSION_LABEL = "fleetune/submission"
 GANG_LABEL = "ray.io/gang-scheduling-enabled"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"  # set by Kueue, too, where a namespace has a default queue
 READER_LABEL = "fleetune/reader"  # of the pod that answers for run folders
 
 

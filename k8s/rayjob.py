@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from k8s.planned import GANG_LABEL, PlannedPods
+from k8s.planned import GANG_LABEL, QUEUE_LABEL, PlannedPods
 from k8s.pods import head_template, worker_template
 from k8s.settings import KubernetesSettings
 
@@ -70,7 +70,7 @@ def _queue_labels(settings: KubernetesSettings) -> dict[str, str]:
     """What has a run start whole or not at all."""
     labels = {}
     if settings.queue:
-        labels["kueue.x-k8s.io/queue-name"] = settings.queue
+        labels[QUEUE_LABEL] = settings.queue
     if settings.queue_priority:
         labels["kueue.x-k8s.io/priority-class"] = settings.queue_priority
     if settings.gang_scheduling:
@@ -81,7 +81,7 @@ def _queue_labels(settings: KubernetesSettings) -> dict[str, str]:
 def _ray_cluster(pods: PlannedPods, settings: KubernetesSettings) -> Manifest:
     return {
         "rayVersion": pods.ray_version,
-        "authOptions": {"mode": "token", "secretName": settings.ray_token},
+        "authOptions": {"mode": "token"},  # KubeRay makes one for each cluster, in a Secret that goes with it
         "headGroupSpec": {
             "rayStartParams": _start_options(cpus=0, gpus=0) | {"dashboard-host": "0.0.0.0"},
             "template": head_template(pods, settings),

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_urlsafe
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -30,7 +31,6 @@ _DASHBOARD_S = 5.0
 _LETTERS = "bcdfghjklmnpqrstvwxz2456789"
 _FLAGS = ("disable-usage-stats",)  # options of `ray start` without a value
 _HOST = "127.0.0.1"
-TOKEN = "a token that all processes of Ray share"
 
 
 @dataclass
@@ -43,6 +43,7 @@ class RayCluster:
     gcs: int = field(default_factory=free_port)
     dashboard: int = field(default_factory=free_port)
     count: int = 0  # of pods that were ever made
+    token: str = field(default_factory=token_urlsafe)  # which its Secret has
 
     def pods(self, kubelet: Kubelet) -> list[Pod]:
         """Its pods."""
@@ -73,7 +74,7 @@ class RayCluster:
 
     def ask(self, path: str, body: Any = None) -> Any:
         """What the dashboard answers; raises OSError, which is an HTTPError where it says no."""
-        request = Request(f"http://{_HOST}:{self.dashboard}{path}", headers={"Authorization": f"Bearer {TOKEN}"})
+        request = Request(f"http://{_HOST}:{self.dashboard}{path}", headers={"Authorization": f"Bearer {self.token}"})
         if body is not None:
             request.data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/json")
@@ -119,7 +120,7 @@ class RayCluster:
             "RAY_NODE_TYPE_NAME": "headgroup" if kind == "head" else "workers",
             "RAY_ADDRESS": f"{_HOST}:{self.gcs}",
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": TOKEN,
+            "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",
         }
 
@@ -207,7 +208,11 @@ class KubeRay:
         name = f"{rayjob['metadata']['name']}-{_suffix()}"
         spec = rayjob["spec"]["rayClusterSpec"]
         job_id = f"{rayjob['metadata']['name']}-{_suffix()}"
-        self.ray_clusters[name] = RayCluster(name, spec, job_id)
+        made = RayCluster(name, spec, job_id)
+        self.ray_clusters[name] = made
+        secret = {"metadata": {"name": name}, "stringData": {"auth_token": made.token}}
+        with self.cluster.lock:
+            self.cluster.objects["secrets", name] = secret
         self._write(rayjob, jobDeploymentStatus="Initializing", rayClusterName=name, jobId=job_id)
 
     def _submit(self, rayjob: Stored, cluster: RayCluster) -> None:
@@ -253,6 +258,8 @@ class KubeRay:
     def _delete(self, name: str) -> None:
         cluster = self.ray_clusters.pop(name, None)
         if cluster:
+            with self.cluster.lock:
+                del self.cluster.objects["secrets", name]  # which its cluster owns
             for pod in cluster.pods(self.kubelet):
                 self.kubelet.delete(pod.name)
 

@@ -44,7 +44,7 @@ _NAMES = (
 )
 _PLAIN_NAMES = tuple(f"PLAIN{number}" for number in range(16))
 _TEXTS = (
-    *("context", "namespace", "image", "volume", "service_account", "ray_token", "gpu_resource", "priority_class"),
+    *("context", "namespace", "image", "volume", "service_account", "gpu_resource", "priority_class"),
     *("queue", "queue_priority", "root", "python", "link", "user"),
 )
 _LISTS = ("image_pull_secrets", "tolerations", "setup")
