@@ -30,7 +30,7 @@ def goes_on(rayjob: Answered) -> bool:
 
 
 def runs_now(rayjob: Answered) -> bool:
-    """Whether the entrypoint of a RayJob has been handed to Ray."""
+    """Whether all pods of a RayJob have been ready, and KubeRay hands its entrypoint to Ray, or has."""
     return goes_on(rayjob) and _deployment(rayjob) == "Running"
 
 

@@ -139,7 +139,7 @@ def test_a_run_that_kueue_suspends_saves_and_goes_on_later(
     place.operator.admits = False
     until(lambda: rayjob["status"]["jobDeploymentStatus"] == "Suspended" and not place.kubelet.pods, 300)
     status = fleetune.status(run_dir.name)
-    assert (status.state, status.reason) == ("preempted", "it waits for Kueue to admit it")
+    assert (status.state, status.reason) == ("preempted", "Kueue: it waits for queue team-a to admit it")
     place.operator.admits = True
     assert_goes_on(run_dir, place, launch, saved=True)
     assert "failed" not in rayjob["status"]
