@@ -59,6 +59,12 @@ def digest_of(spec: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def digest_noted(rayjob: Mapping[str, Any]) -> str:
+    """The digest that a RayJob was made with; empty for one that is not Fleetune's."""
+    digest: str = rayjob["metadata"].get("annotations", {}).get(DIGEST_ANNOTATION, "")
+    return digest
+
+
 def _readiness_limit(settings: KubernetesSettings) -> dict[str, int]:
     """How long pods may take to be ready: where somebody keeps runs apart, those that do not fit are tried anew."""
     if settings.queue is None and not settings.gang_scheduling:
