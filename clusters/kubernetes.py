@@ -155,15 +155,16 @@ class Kubernetes:
 
     def newest_rayjobs(self, run_ids: Iterable[str]) -> dict[str, RayJob | None]:
         """The RayJob of each run's newest submission, None where there is none, by one list."""
+        wanted = [*run_ids]
         newest: dict[str, RayJob] = {}
-        rayjobs = self.api.rayjobs(OUR_OBJECTS)
-        for candidate in submissions(rayjobs):
+        rayjobs = self._rayjobs_of(wanted[0]) if len(wanted) == 1 else submissions(self.api.rayjobs(OUR_OBJECTS))
+        for candidate in rayjobs:
             labels = candidate["metadata"]["labels"]
             run_id = labels.get(RUN_LABEL, "")
             earlier = newest.get(run_id)
             if earlier is None or _submission_in(candidate) > _submission_in(earlier):
                 newest[run_id] = candidate
-        return {run_id: newest.get(run_id) for run_id in run_ids}
+        return {run_id: newest.get(run_id) for run_id in wanted}
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
         """How runs stand, None: all of the volume."""

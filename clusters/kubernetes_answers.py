@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from clusters.base import ClusterStatus
 from clusters.kueue import Answered, QueueView
-from k8s.planned import GANG_LABEL, QUEUE_LABEL
+from k8s.planned import CLUSTER_LABEL, GANG_LABEL, QUEUE_LABEL
 
 # Why a container waits that will not start before somebody fixes something.
 _STUCK = (
@@ -53,7 +53,7 @@ def status_of(rayjob: Answered, pods: Iterable[Answered], queue: QueueView | Non
     if deployment == "Running":
         since = rayjob["status"].get("jobStatusCheckFailureStartTime")
         silence = f": its head has not answered since {since}" if since else ""
-        trouble = silence or _why_not_there([*pods])
+        trouble = silence or _why_not_there(_of_its_cluster(rayjob, pods))
         return ClusterStatus("running", f"RayJob {name}{trouble}")
     if is_suspended(rayjob):
         if queue is None:
@@ -134,10 +134,25 @@ def _why_no_node(name: str, pods: list[Answered]) -> ClusterStatus | None:
     return ClusterStatus("queued", f"RayJob {name}: {_NO_NODES}")
 
 
-def _why_not_there(pods: list[Answered]) -> str:
-    """Which pod of a run that runs does not start, and why, as it replaces one; empty where all have started."""
+def _of_its_cluster(rayjob: Answered, pods: Iterable[Answered]) -> list[Answered]:
+    """The pods of the cluster of Ray that a RayJob has now; those of the one before may end still."""
+    name = rayjob["status"].get("rayClusterName")
+    of_it = []
     for pod in pods:
+        if pod["metadata"]["labels"].get(CLUSTER_LABEL) == name:
+            of_it.append(pod)
+    return of_it
+
+
+def _why_not_there(pods: list[Answered]) -> str:
+    """Which pod of a run that runs is not ready, and why, as it replaces one or is lost; empty where all are."""
+    for pod in pods:
+        pod_name = pod["metadata"]["name"]
         obstacle = why_not_started(pod)
+        if "deletionTimestamp" in pod["metadata"]:
+            obstacle = f"pod {pod_name} is to end, and KubeRay replaces it once it is gone"
+        elif not obstacle and not _is_ready(pod):
+            obstacle = f"pod {pod_name} is not ready, or its node is lost"
         if obstacle:
             return f": {obstacle}"
     return ""

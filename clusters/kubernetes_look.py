@@ -81,7 +81,10 @@ def _queues_of(
 
 
 def _pods_of(api: KubernetesApi, rayjobs: Iterable[Answered]) -> dict[str, list[dict[str, Any]]]:
-    """Pods by run, as far as they say why these do not go on; of runs that all run, those that have not started."""
+    """Pods by run, as far as they say why these do not go on: all pods where some wait, or one run runs alone.
+
+    Of more runs that all run, it is those that have not started.
+    """
     running = []
     is_all = False
     for rayjob in rayjobs:
@@ -92,9 +95,13 @@ def _pods_of(api: KubernetesApi, rayjobs: Iterable[Answered]) -> dict[str, list[
     are_few = 0 < len(running) <= _FEW
     if not is_all and not are_few:
         return {}
+    selector = OUR_OBJECTS
     fields = "" if is_all else "status.phase=Pending"
+    if len(running) == 1 and not is_all:
+        selector += f",{RUN_LABEL}={running[0]['metadata']['labels'].get(RUN_LABEL, '')}"
+        fields = ""
     by_run: dict[str, list[dict[str, Any]]] = {}
-    for pod in api.pods(OUR_OBJECTS, fields):
+    for pod in api.pods(selector, fields):
         labels = pod["metadata"]["labels"]
         run_id = labels.get(RUN_LABEL, "")
         by_run.setdefault(run_id, []).append(pod)

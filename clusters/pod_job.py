@@ -36,7 +36,7 @@ from runfolder.snapshot import has_ended
 
 _TRY_AGAIN = 1
 _POD_POLL_S = 0.5
-_REPLACED_S = 1800.0  # until KubeRay has replaced what is lost; then a new cluster may find other nodes
+_REPLACED_S = 600.0  # until KubeRay has replaced what is lost, which it never does where a node does not come back
 _GONE_S = 60.0  # until a pod that must end is gone
 _POD_LOSS_S = 30.0  # that a controller has to notice the loss of a pod
 _BEGIN_S = 300.0  # that a controller has to begin an attempt, or to close the run

@@ -215,6 +215,9 @@ def test_the_image_runs_as_the_pods_do_and_has_what_they_need() -> None:
     (packages,) = [command for command in commands if "apt-get install" in command]
     assert "--no-install-recommends" in packages and "rm -rf /var/lib/apt/lists/*" in packages
     assert "wget" in shlex.split(packages)  # by which KubeRay asks how Ray is
+    (line,) = re.findall(r'echo "([^"]*)" > /etc/profile\.d/\w+\.sh', packages)  # for login shells
+    (variables,) = [arguments for word, arguments in final if word == "ENV"]
+    assert line.removeprefix("export ").replace("\\$", "$") in variables.split()
     assert not any(word == "COPY" and "--from" not in arguments for word, arguments in recipe[second:])
     assert first == 0
 

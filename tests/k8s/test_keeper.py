@@ -21,7 +21,7 @@ pytest.importorskip("kubernetes", reason="the client of Kubernetes is not instal
 
 import fleetune
 from clusters import kubernetes_keeper, pod_keeper
-from clusters.base import ClusterStatus
+from clusters.base import ClusterStatus, Unreachable
 from clusters.kubernetes import Kubernetes
 from clusters.kubernetes_api import KubernetesApi
 from clusters.kubernetes_config import KubernetesConfig
@@ -264,3 +264,33 @@ def test_its_cronjob_removes_rayjobs_that_are_over_for_long(
     left = {name for kind, name in cluster.objects if kind == "rayjobs"}
     assert left == {f"{run_id}-s1" for run_id in (recent, still_open, waiting)}
     assert capsys.readouterr().out == f"RayJob {ended}-s1: removed, as it has been over for 30 days\n"
+
+
+@pytest.mark.parametrize("verb", ["create", "delete", "get", "list"])
+def test_each_verb_of_its_role_is_needed(
+    verb: str,
+    laptop: Path,
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ended, failed = (fleetune.submit(make_job(tmp_path, name=name), cluster="k8s").run_id for name in ("a", "b"))
+    chain.close(laptop / "runs" / ended, {"state": "succeeded", "reason": ""})
+    over = {"jobDeploymentStatus": "Complete", "endTime": "2026-01-01T00:00:00Z"}
+    cluster.objects["rayjobs", f"{ended}-s1"]["status"] = over
+    cluster.objects["rayjobs", f"{failed}-s1"]["status"] = {"jobDeploymentStatus": "Failed"}
+    (role,) = [each for each in keeper_for("k8s") if each["kind"] == "Role"]
+    (rule,) = role["rules"]
+    assert verb in rule["verbs"]
+    cluster.tokens["client"] = {(each, "rayjobs") for each in rule["verbs"] if each != verb}
+    cluster.quota = 2 if verb == "get" else None  # whether what is refused was made before
+    monkeypatch.setenv("FLEETUNE_HOME", str(laptop))
+    monkeypatch.setenv("FLEETUNE_POD", "keeper-1")
+    said = ""
+    try:
+        pod_keeper.main(pod_keeper.pass_command(kubernetes_config("k8s"))[-1])
+    except Unreachable as error:
+        said = str(error)
+    said += capsys.readouterr().out
+    assert f'cannot {verb} resource "rayjobs"' in said

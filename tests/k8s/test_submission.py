@@ -243,6 +243,10 @@ def test_status_of_many_runs_is_one_list(backend: Kubernetes, cluster: Cluster) 
     statuses = backend.status(run_ids)
     assert {status.state for status in statuses.values()} == {"running"}
     assert len(cluster.requests) == 2  # pages of one list
+    cluster.requests.clear()
+    assert backend.status(run_ids[:1])[run_ids[0]].state == "running"
+    of_run = "labelSelector=app.kubernetes.io/managed-by%3Dfleetune%2Cfleetune/run%3D"
+    assert all(of_run in request for request in cluster.requests)  # however many there ever were
 
 
 def test_a_list_that_is_too_old_begins_again(

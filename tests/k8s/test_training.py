@@ -1,6 +1,7 @@
 """Runs on Kubernetes that really train: the pods of a RayJob are processes here, with real Ray in them."""
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -50,11 +51,17 @@ def site(operator: KubeRay, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture
-def place(operator: KubeRay, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KubernetesPlace:
-    """The cluster, as a laptop has it that knows no run."""
+def place(
+    operator: KubeRay, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[KubernetesPlace]:
+    """The cluster, as a laptop has it that knows no run; afterwards it is as before, whatever a test has left."""
     configure(site, cpus_per_worker=1, env={"OMP_NUM_THREADS": "1"}, queue=None)
     use_laptop(site, tmp_path / "home", monkeypatch)
-    return KubernetesPlace("k8s", site / "volume", operator)
+    place = KubernetesPlace("k8s", site / "volume", operator)
+    yield place
+    operator.is_up = operator.admits = True
+    operator.cluster.fault = lambda _: None
+    place.forget_all()
 
 
 class TestQueue(QueueContract):
@@ -82,10 +89,10 @@ def begin_on_both(
     """Submit a run over both nodes whose steps take two seconds and more, and wait for its first checkpoint."""
     monkeypatch.syspath_prepend(OUTSIDE)
 
-    def submitted(**settings: Any) -> Path:
+    def submitted(steps: int = 20, **settings: Any) -> Path:
         configure(site, **settings)
         both = {"sharding": {"zero": 3}, "resources": place.resources, "checkpoint": {"every": 3}}
-        slow = {"objective": "slow", "env": {"PYTHONPATH": OUTSIDE}, "train": {"steps": 20, "batch_tokens": 128}}
+        slow = {"objective": "slow", "env": {"PYTHONPATH": OUTSIDE}, "train": {"steps": steps, "batch_tokens": 128}}
         run_dir = begin(place.name, train_job(tmp_path, tiny_base, sums, **both, **slow), steps=3)
         until(lambda: list(run_dir.glob("attempts/1/checkpoints/*/manifest.json")), 300)
         return run_dir
@@ -127,6 +134,25 @@ def test_a_run_whose_node_is_drained_saves_first(
     run_dir = begin_on_both()
     place.kubelet.delete(place.pods(kind)[0].name)
     assert_goes_on(run_dir, place, launch, saved=True)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(2400)
+def test_a_run_whose_node_does_not_come_back_goes_on_in_another_cluster(
+    place: KubernetesPlace, begin_on_both: Begin, launch: Any
+) -> None:
+    run_dir = begin_on_both()
+    lost = place.pods("worker")[0]
+    place.kubelet.lose_node(lost.name, math.inf)
+    until(lambda: attempts(run_dir)[0].verdict, 300)
+    assert f"pod {lost.name} is not ready, or its node is lost" in str(fleetune.status(run_dir.name).reason)
+    assert_undisturbed(run_dir, launch, 1800)  # ten minutes of which it waits
+    first, second = attempts(run_dir)
+    assert first.verdict and first.verdict["kind"] == "node_lost" and second.start
+    assert [path.name for path in sorted((run_dir / "starts").iterdir())] == ["1.0", "1.1"]
+    until(lambda: [*place.kubelet.pods] == [lost.name], 120)  # its object goes with its node
+    place.kubelet.lose(lost.name)
+    until(place.is_idle, 120)
 
 
 @pytest.mark.chaos
@@ -181,7 +207,7 @@ def test_an_operator_that_was_away_replaces_what_was_lost_meanwhile(
 def test_a_run_does_not_notice_that_the_api_is_away_for_a_minute(
     place: KubernetesPlace, begin_on_both: Begin, launch: Any
 ) -> None:
-    run_dir = begin_on_both()
+    run_dir = begin_on_both(steps=60)  # two minutes and more
     place.operator.is_up = False
     place.operator.cluster.fault = lambda _: "cut before"
     steps = len(read_lines(attempts(run_dir)[0], "metrics.jsonl"))
