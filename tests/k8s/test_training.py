@@ -147,8 +147,8 @@ def test_a_run_whose_node_does_not_come_back_goes_on_in_another_cluster(
     until(lambda: attempts(run_dir)[0].verdict, 300)
     assert f"pod {lost.name} is not ready, or its node is lost" in str(fleetune.status(run_dir.name).reason)
     assert_undisturbed(run_dir, launch, 1800)  # ten minutes of which it waits
-    first, second = attempts(run_dir)
-    assert first.verdict and first.verdict["kind"] == "node_lost" and second.start
+    first, *others = attempts(run_dir)  # one of them may have begun before Ray knew that the node is lost
+    assert first.verdict and first.verdict["kind"] == "node_lost" and others[-1].start
     assert [path.name for path in sorted((run_dir / "starts").iterdir())] == ["1.0", "1.1"]
     until(lambda: [*place.kubelet.pods] == [lost.name], 120)  # its object goes with its node
     place.kubelet.lose(lost.name)
