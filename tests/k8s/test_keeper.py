@@ -170,6 +170,24 @@ def test_a_submission_that_was_broken_off_is_not_made_by_who_looks(
     assert cluster.created == [f"{RUN_ID}-s1", f"{other}-s1"]
 
 
+def test_a_client_whose_clock_is_behind_may_be_overtaken_and_there_is_one_job(
+    backend: Kubernetes, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By that clock the run is old, and who looks takes it for lost while its client is about to submit it."""
+    other = "b-0123456789"
+    backend.site.create(other, {"cluster": "k8s", "submitted": 0.0, "job": JOB.dump()})
+    create = KubernetesApi.create
+
+    def overtaken(api: KubernetesApi, manifest: dict[str, object]) -> None:
+        monkeypatch.setattr(KubernetesApi, "create", create)
+        assert "was submitted again" in backend.look([other])[other].on_cluster.reason
+        create(api, manifest)
+
+    monkeypatch.setattr(KubernetesApi, "create", overtaken)
+    backend.submit(backend.request(JOB, other))
+    assert cluster.created == [f"{RUN_ID}-s1", f"{other}-s1"]
+
+
 def test_rayjobs_that_are_gone_again_and_again_are_left_to_people(backend: Kubernetes, cluster: Cluster) -> None:
     for _ in range(5):
         cluster.objects.clear()
