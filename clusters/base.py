@@ -19,6 +19,10 @@ class SubmissionRefused(ValueError):
     """A request that this cluster can never serve: one line with field, what was found, what is allowed."""
 
 
+class SubmittedOtherwise(SubmissionRefused):
+    """A submission that the cluster has already, and as something else; the run is that one's."""
+
+
 def submission_name(run_id: str, submission: int) -> str:
     """The name that makes a submission unique: `<run_id>-s<submission>`."""
     return f"{run_id}-s{submission}"

@@ -20,9 +20,11 @@ from clusters.base import (
     Logs,
     Standing,
     SubmissionRefused,
+    SubmittedOtherwise,
     Unreachable,
     look_at,
     number_of_submission,
+    run_of_submission,
     submission_name,
 )
 from clusters.closing import close_cancelled
@@ -42,7 +44,7 @@ from clusters.remote.machine import FarMachine
 from clusters.remote.site import RemoteSite
 from clusters.run_files import joined_logs
 from k8s.planned import RUN_LABEL, PlannedPods
-from k8s.rayjob import DIGEST_ANNOTATION, rayjob
+from k8s.rayjob import digest_noted, rayjob
 from k8s.text import manifest_in, manifest_text
 from runfolder.job import Job
 from runfolder.site import LocalSite
@@ -120,12 +122,15 @@ class Kubernetes:
     def submit(self, request: ClusterRequest) -> None:
         """Have the RayJob made, unless the submission has one, or the run goes on by an earlier one.
 
-        Raises Unreachable where it is not known to be made, and SubmissionRefused where the server does not take it.
+        Raises Unreachable where it is not known to be made, and SubmissionRefused where the server does not take it,
+        or has another RayJob of that name.
         """
         manifest = manifest_in(request.text)
         for existing in self._rayjobs_of(request.run_id):
-            if existing["metadata"]["name"] == request.name or goes_on(existing):
-                return _check_ours(existing, manifest)
+            if existing["metadata"]["name"] == request.name:
+                return check_same(existing, manifest)
+            if goes_on(existing):
+                return check_ours(existing, manifest)
         note_try_in(self, request)  # before it is made
         try:
             self.api.create(manifest)
@@ -133,7 +138,7 @@ class Kubernetes:
             made = self.api.rayjob(request.name)  # a quota may be used up by this very submission
             if made is None:
                 raise _raised_for(rejected) from None
-            _check_ours(made, manifest)
+            check_same(made, manifest)
         return None
 
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
@@ -150,15 +155,16 @@ class Kubernetes:
 
     def newest_rayjobs(self, run_ids: Iterable[str]) -> dict[str, RayJob | None]:
         """The RayJob of each run's newest submission, None where there is none, by one list."""
+        wanted = [*run_ids]
         newest: dict[str, RayJob] = {}
-        rayjobs = self.api.rayjobs(OUR_OBJECTS)
-        for candidate in submissions(rayjobs):
+        rayjobs = self._rayjobs_of(wanted[0]) if len(wanted) == 1 else submissions(self.api.rayjobs(OUR_OBJECTS))
+        for candidate in rayjobs:
             labels = candidate["metadata"]["labels"]
             run_id = labels.get(RUN_LABEL, "")
             earlier = newest.get(run_id)
             if earlier is None or _submission_in(candidate) > _submission_in(earlier):
                 newest[run_id] = candidate
-        return {run_id: newest.get(run_id) for run_id in run_ids}
+        return {run_id: newest.get(run_id) for run_id in wanted}
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
         """How runs stand, None: all of the volume."""
@@ -246,13 +252,24 @@ def _submission_in(found: RayJob) -> int:
     return number_of_submission(found["metadata"]["name"])
 
 
-def _check_ours(existing: RayJob, manifest: RayJob) -> None:
-    """Raise SubmissionRefused for an object that has the name of a submission and is none of this run."""
-    metadata = existing["metadata"]
-    labels = metadata.get("labels", {})
-    is_ours = labels.get(RUN_LABEL) == manifest["metadata"]["labels"][RUN_LABEL]
-    if not is_ours or DIGEST_ANNOTATION not in metadata.get("annotations", {}):
-        raise SubmissionRefused(f"RayJob {metadata['name']} is there already, and is not of this run")
+def check_ours(existing: RayJob, manifest: RayJob) -> None:
+    """Raise SubmissionRefused for an object that is none of this run, and so is somebody else's."""
+    name = existing["metadata"]["name"]
+    run_id = manifest["metadata"]["labels"][RUN_LABEL]
+    if existing["metadata"].get("labels", {}).get(RUN_LABEL) != run_id or not digest_noted(existing):
+        raise SubmissionRefused(
+            f"RayJob {name} is there already, and is not of run {run_id}: somebody else has made it"
+        )
+
+
+def check_same(existing: RayJob, manifest: RayJob) -> None:
+    """Raise SubmissionRefused for an object that is not this submission, though it has its name."""
+    check_ours(existing, manifest)
+    if digest_noted(existing) != digest_noted(manifest):
+        name = existing["metadata"]["name"]
+        why = "it was made by another version of Fleetune or of the clusters file"
+        todo = f"look at it: fleetune status {run_of_submission(name)}"
+        raise SubmittedOtherwise(f"RayJob {name} is there already, and not as this would make it: {why}; {todo}")
 
 
 def _raised_for(rejected: Rejected) -> Exception:

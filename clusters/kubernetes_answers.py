@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from clusters.base import ClusterStatus
 from clusters.kueue import Answered, QueueView
-from k8s.planned import GANG_LABEL
+from k8s.planned import CLUSTER_LABEL, GANG_LABEL, QUEUE_LABEL
 
 # Why a container waits that will not start before somebody fixes something.
 _STUCK = (
@@ -17,6 +17,7 @@ _STUCK = (
 _NO_NODES = "its pods have no nodes yet"
 _NO_PODS = "KubeRay has made no pods of it yet"
 _NO_GANG = "where it runs with scheduler-plugins it makes none of a RayJob: use `queue`, not `gang_scheduling`"
+_KUEUE_GATE = "kueue.x-k8s.io/admission"
 _NOT_FOUND = (126, 127)  # exit codes of a command that cannot be run
 _SUSPENDED = ("Suspended", "Suspending")
 _OVER = ("Complete", "Failed", "ValidationFailed")
@@ -29,7 +30,7 @@ def goes_on(rayjob: Answered) -> bool:
 
 
 def runs_now(rayjob: Answered) -> bool:
-    """Whether the entrypoint of a RayJob has been handed to Ray."""
+    """Whether all pods of a RayJob have been ready, and KubeRay hands its entrypoint to Ray, or has."""
     return goes_on(rayjob) and _deployment(rayjob) == "Running"
 
 
@@ -52,7 +53,7 @@ def status_of(rayjob: Answered, pods: Iterable[Answered], queue: QueueView | Non
     if deployment == "Running":
         since = rayjob["status"].get("jobStatusCheckFailureStartTime")
         silence = f": its head has not answered since {since}" if since else ""
-        trouble = silence or _why_not_there([*pods])
+        trouble = silence or _why_not_there(_of_its_cluster(rayjob, pods))
         return ClusterStatus("running", f"RayJob {name}{trouble}")
     if is_suspended(rayjob):
         if queue is None:
@@ -133,19 +134,52 @@ def _why_no_node(name: str, pods: list[Answered]) -> ClusterStatus | None:
     return ClusterStatus("queued", f"RayJob {name}: {_NO_NODES}")
 
 
+def _of_its_cluster(rayjob: Answered, pods: Iterable[Answered]) -> list[Answered]:
+    """The pods of the cluster of Ray that a RayJob has now; those of the one before may end still."""
+    name = rayjob["status"].get("rayClusterName")
+    of_it = []
+    for pod in pods:
+        if pod["metadata"]["labels"].get(CLUSTER_LABEL) == name:
+            of_it.append(pod)
+    return of_it
+
+
 def _why_not_there(pods: list[Answered]) -> str:
-    """Which pod of a run that runs does not start, and why, as it replaces one; empty where all have started."""
+    """Which pod of a run that runs is not ready, and why, as it replaces one or is lost; empty where all are."""
     for pod in pods:
         pod_name = pod["metadata"]["name"]
-        for condition in pod["status"].get("conditions", []):
-            is_without = condition["type"] == "PodScheduled" and condition["status"] == "False"
-            if is_without:
-                words = condition.get("message") or condition.get("reason")
-                return f": pod {pod_name} has no node: {words}"
-        if pod["status"].get("phase") == "Pending":
-            stuck = _why_stuck([pod])
-            return f": {stuck.reason}" if stuck else f": pod {pod_name} starts"
+        obstacle = why_not_started(pod)
+        if "deletionTimestamp" in pod["metadata"]:
+            obstacle = f"pod {pod_name} is to end, and KubeRay replaces it once it is gone"
+        elif not obstacle and not _is_ready(pod):
+            obstacle = f"pod {pod_name} is not ready, or its node is lost"
+        if obstacle:
+            return f": {obstacle}"
     return ""
+
+
+def why_not_started(pod: Answered) -> str:
+    """Why a pod does not start yet, in one line; empty where it has started."""
+    pod_name = pod["metadata"]["name"]
+    if is_held_by_kueue(pod):
+        queue = pod["metadata"].get("labels", {}).get(QUEUE_LABEL)
+        where = f"in queue {queue}" if queue else "and it has no queue"
+        return f"Kueue holds pod {pod_name} back, {where}"
+    for condition in pod["status"].get("conditions", []):
+        is_without = condition["type"] == "PodScheduled" and condition["status"] == "False"
+        if is_without:
+            words = condition.get("message") or condition.get("reason")
+            return f"pod {pod_name} has no node: {words}"
+    if pod["status"].get("phase") != "Pending":
+        return ""
+    stuck = _why_stuck([pod])
+    return stuck.reason if stuck else f"pod {pod_name} starts"
+
+
+def is_held_by_kueue(pod: Answered) -> bool:
+    """Whether a pod waits for Kueue, which may manage every pod of a namespace."""
+    gates = {gate["name"] for gate in pod["spec"].get("schedulingGates", [])}
+    return _KUEUE_GATE in gates
 
 
 def _why_ended(pods: list[Answered]) -> ClusterStatus | None:

@@ -97,7 +97,8 @@ class KubernetesApi:
 
     def rayjobs(self, selector: str) -> list[ApiObject]:
         """The RayJobs with these labels."""
-        return self._custom_objects(self._group, selector)
+        path = f"/apis/{self._group['group']}/{self._group['version']}/namespaces/{self.namespace}/rayjobs"
+        return self._all_pages(path, {"labelSelector": selector})
 
     def request(
         self,
@@ -113,24 +114,21 @@ class KubernetesApi:
 
     def pods(self, selector: str, fields: str = "") -> list[ApiObject]:
         """The pods with these labels, and with these fields, where some are said."""
-        chosen = {"field_selector": fields} if fields else {}
-        return self._all_pages(
-            lambda page: self._core.list_namespaced_pod(
-                self.namespace, label_selector=selector, _preload_content=False, **chosen, **page, **_LIMITS
-            )
-        )
+        chosen = {"fieldSelector": fields} if fields else {}
+        return self._all_pages(f"/api/v1/namespaces/{self.namespace}/pods", {"labelSelector": selector, **chosen})
 
     def nodes(self) -> list[ApiObject]:
         """The nodes of the cluster."""
-        return self._all_pages(lambda page: self._core.list_node(_preload_content=False, **page, **_LIMITS))
+        return self._all_pages("/api/v1/nodes", {})
 
     def session(self, pod: str, command: Sequence[str]) -> Any:
         """A command in a pod, with all of its streams; what is printed there is for the caller to take."""
+        core = self._models.CoreV1Api(self._client)  # which takes long to import, and nothing else needs
         from kubernetes.stream import stream
 
         return self._ask(
             lambda: stream(
-                self._core.connect_get_namespaced_pod_exec,
+                core.connect_get_namespaced_pod_exec,
                 pod,
                 self.namespace,
                 command=[*command],
@@ -174,10 +172,6 @@ class KubernetesApi:
     def _custom(self) -> Any:
         return self._models.CustomObjectsApi(self._client)
 
-    @cached_property
-    def _core(self) -> Any:
-        return self._models.CoreV1Api(self._client)
-
     def _answer(
         self, method: str, path: str, query: Mapping[str, str], body: ApiObject | None, headers: Mapping[str, str]
     ) -> Any:
@@ -197,37 +191,30 @@ class KubernetesApi:
             raise self._models.ApiException.from_response(http_resp=response, body=text, data=None)
         return response
 
-    def _custom_objects(self, group: dict[str, str], selector: str) -> list[ApiObject]:
-        return self._all_pages(
-            lambda page: self._custom.list_namespaced_custom_object(
-                **group, namespace=self.namespace, label_selector=selector, **page, **_LIMITS
-            )
-        )
-
-    def _all_pages(self, ask_page: Callable[[dict[str, Any]], Any]) -> list[ApiObject]:
+    def _all_pages(self, path: str, query: Mapping[str, str]) -> list[ApiObject]:
         """All items of a list that comes in pages; from its beginning where it was too old to go on."""
         for number in range(_TRIES):
             if number:
                 _rest(number, 0.0)
             try:
-                return self._listed(ask_page)
+                return self._listed(path, query)
             except Rejected as rejected:
                 if rejected.status != 410:
                     raise
                 message = rejected.message
         raise Unreachable(f"Kubernetes: {message}")
 
-    def _listed(self, ask_page: Callable[[dict[str, Any]], Any]) -> list[ApiObject]:
+    def _listed(self, path: str, query: Mapping[str, str]) -> list[ApiObject]:
         """The items of a list, page by page. Raises Rejected, by 410 where it is too old to go on."""
         items: list[ApiObject] = []
-        page: dict[str, Any] = {"limit": _PAGE}
+        page = {**query, "limit": str(_PAGE)}
         while True:
-            answer = _as_object(self._ask(partial(ask_page, page)))
+            answer = self.request("GET", path, page)
             items += answer["items"]
             token = answer["metadata"].get("continue")
             if not token:
                 return items
-            page["_continue"] = token
+            page["continue"] = token
 
     def _ask(self, call: ApiCall, tries: int = _TRIES) -> Any:
         """What the server answers, after some tries; raises Rejected for its refusal, Unreachable for none."""

@@ -11,7 +11,7 @@ from clusters.kubernetes_api import ApiObject, Rejected
 from clusters.kubernetes_config import KubernetesConfig
 from clusters.kubernetes_namespace import NamespaceLook
 from clusters.kubernetes_nodes import nodes_of, unfit_nodes
-from clusters.kueue import look_at_queue
+from clusters.kueue import held_back, look_at_queue
 from runfolder.job import Job
 
 _OLDEST_SERVER = 30  # of 1.30: the input of a command in a pod can end
@@ -20,6 +20,7 @@ _KUBERAY = "github.com/ray-project/kuberay/ray-operator/config/default?ref=v1.7.
 _INSTALL_KUBERAY = f'kubectl apply --server-side -k "{_KUBERAY}"'
 _VOLCANO = "scheduling.volcano.sh"
 _SCHEDULER_PLUGINS = "scheduling.x-k8s.io"
+_KEEPER = "fleetune-keeper-"  # as the names of its Jobs begin
 _TRIAL = {"base": "trial", "data": "trial.jsonl", "train": {"steps": 1}}
 _TRIAL_RUN = "trial-0000000000"
 
@@ -61,6 +62,7 @@ class KubernetesLook(NamespaceLook):
             "reader": self.reader,
             "packages": self.packages,
             "quota": self.quota,
+            "keeper": self._keeper,
         }
         if self.config.queue:
             looks["queue"] = self._queue
@@ -170,6 +172,12 @@ class KubernetesLook(NamespaceLook):
             mend = f"see: {self.kubectl} get localqueue {queue}"
             return Check("queue", "fail", view.trouble, mend)
         return Check("queue", "ok", f"{view.waiting} wait in {queue}")
+
+    def _keeper(self) -> Check:
+        """Whether Kueue holds passes of the keeper back: a CronJob says nothing of that."""
+        for name, why in held_back(self.cluster.api, _KEEPER).items():
+            return Check("keeper", "warn", f"Kueue holds Job {name} back ({why})", self.from_own_queue)
+        return Check("keeper", "ok", "Kueue holds no pass of one back")
 
     def _gang(self) -> Check:
         """Which batch schedulers have their API here; which of them KubeRay uses is in its operator's options."""

@@ -1,6 +1,5 @@
 """Applying what a namespace has before its first run: server-side, so that a repetition changes nothing."""
 
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +8,6 @@ from clusters.kubernetes_api import JSON, KubernetesApi, Rejected
 
 _MANAGER = "fleetune"  # by which the server knows whose fields are whose
 _APPLY = {**JSON, "Content-Type": "application/apply-patch+yaml"}
-_TOKEN_BYTES = 32
 _RESOURCES = {  # by kind: the plural in its path
     "ClusterRole": "clusterroles",
     "ClusterRoleBinding": "clusterrolebindings",
@@ -19,7 +17,6 @@ _RESOURCES = {  # by kind: the plural in its path
     "PersistentVolumeClaim": "persistentvolumeclaims",
     "Role": "roles",
     "RoleBinding": "rolebindings",
-    "Secret": "secrets",
     "ServiceAccount": "serviceaccounts",
 }
 _OF_SERVER = ("creationTimestamp", "generation", "managedFields", "resourceVersion", "uid")
@@ -78,26 +75,6 @@ def apply_all(
             yield _apply(api, manifest, storage, takes_over)
         except Rejected as rejected:
             yield Applied(manifest["kind"], place_of(manifest), "refused", rejected.message)
-
-
-def ensure_token(api: KubernetesApi, name: str) -> Applied:
-    """Have the Secret by which the processes of Ray know each other, a new one where there is none."""
-    path = f"/api/v1/namespaces/{api.namespace}/secrets"
-    place = f"{api.namespace}/{name}"
-    secret = {
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "metadata": {"name": name, "labels": {"app.kubernetes.io/managed-by": _MANAGER}},
-        "stringData": {"auth_token": secrets.token_hex(_TOKEN_BYTES)},
-        "type": "Opaque",
-    }
-    try:
-        api.request("POST", path, {"fieldManager": _MANAGER, "fieldValidation": "Strict"}, secret)
-    except Rejected as rejected:
-        if rejected.status == 409:
-            return Applied("Secret", place, "unchanged")
-        return Applied("Secret", place, "refused", rejected.message)
-    return Applied("Secret", place, "created", "a new token")
 
 
 def _apply(

@@ -13,7 +13,7 @@ from clusters.base import ClusterRequest, ClusterStatus, SubmissionRefused, Unre
 from clusters.kubernetes_answers import goes_on, is_invalid
 from clusters.pod_starts import HINDERED_STARTS, is_pod
 from clusters.pod_submissions import Tried, answer_of_submissions
-from k8s.rayjob import DIGEST_ANNOTATION
+from k8s.rayjob import digest_noted
 from k8s.text import manifest_in
 from runfolder.files import Damaged
 from runfolder.record import job_in
@@ -95,9 +95,7 @@ def _tried_by(rayjob: Any) -> Tried:
     """What was tried of a run with this newest RayJob."""
     metadata = rayjob["metadata"]
     number = number_of_submission(metadata["name"])
-    annotations = metadata.get("annotations", {})
-    digest = annotations.get(DIGEST_ANNOTATION, "")
-    return Tried(number, number, digest)
+    return Tried(number, number, digest_noted(rayjob))
 
 
 def _submit(cluster: "Kubernetes", run_id: str, earlier: Tried, is_gone: bool) -> ClusterStatus:
@@ -132,7 +130,4 @@ def _close(cluster: "Kubernetes", run_id: str) -> ClusterStatus:
 
 def digest_in(request: ClusterRequest) -> str:
     """The digest of what a request would have made."""
-    manifest = manifest_in(request.text)
-    annotations = manifest["metadata"]["annotations"]
-    digest: str = annotations[DIGEST_ANNOTATION]
-    return digest
+    return digest_noted(manifest_in(request.text))

@@ -15,10 +15,8 @@ from clusters.kubernetes_answers import goes_on, runs_now
 from clusters.kubernetes_look import OUR_OBJECTS
 from clusters.kueue import Answered
 from clusters.remote.leftovers import HomeLeftover
-from k8s.planned import RUN_LABEL
+from k8s.planned import CLUSTER_LABEL, RUN_LABEL
 from runfolder.snapshot import Snapshot
-
-_CLUSTER_LABEL = "ray.io/cluster"
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def _without_rayjob(cluster: Kubernetes, pods: Iterable[Answered], rayjobs: Iter
     seen = set()
     for pod in pods:
         metadata = pod["metadata"]
-        name = metadata["labels"].get(_CLUSTER_LABEL)
+        name = metadata["labels"].get(CLUSTER_LABEL)
         run_id = metadata["labels"].get(RUN_LABEL)
         phase = pod["status"].get("phase")
         is_live = phase in ("Pending", "Running") and "deletionTimestamp" not in metadata

@@ -11,12 +11,11 @@ from clusters.kubernetes_api import KubernetesApi
 from clusters.kubernetes_config import KubernetesConfig
 from clusters.kubernetes_events import newest_warning, warnings_in
 from clusters.kueue import Answered, QueueView, look_at_queue
-from k8s.planned import RUN_LABEL
+from k8s.planned import QUEUE_LABEL, RUN_LABEL
 
 OUR_OBJECTS = "app.kubernetes.io/managed-by=fleetune"
 _FEW = 50  # runs that run, of which it is asked, too, whether a pod lacks
 _LONG = timedelta(minutes=2)  # that a run starts, until it is asked what only events say
-_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"  # set by Kueue, too, where a namespace has a default queue
 
 Newest = Mapping[str, dict[str, Any] | None]
 
@@ -82,7 +81,10 @@ def _queues_of(
 
 
 def _pods_of(api: KubernetesApi, rayjobs: Iterable[Answered]) -> dict[str, list[dict[str, Any]]]:
-    """Pods by run, as far as they say why these do not go on; of runs that all run, those that have not started."""
+    """Pods by run, as far as they say why these do not go on: all pods where some wait, or one run runs alone.
+
+    Of more runs that all run, it is those that have not started.
+    """
     running = []
     is_all = False
     for rayjob in rayjobs:
@@ -93,9 +95,13 @@ def _pods_of(api: KubernetesApi, rayjobs: Iterable[Answered]) -> dict[str, list[
     are_few = 0 < len(running) <= _FEW
     if not is_all and not are_few:
         return {}
+    selector = OUR_OBJECTS
     fields = "" if is_all else "status.phase=Pending"
+    if len(running) == 1 and not is_all:
+        selector += f",{RUN_LABEL}={running[0]['metadata']['labels'].get(RUN_LABEL, '')}"
+        fields = ""
     by_run: dict[str, list[dict[str, Any]]] = {}
-    for pod in api.pods(OUR_OBJECTS, fields):
+    for pod in api.pods(selector, fields):
         labels = pod["metadata"]["labels"]
         run_id = labels.get(RUN_LABEL, "")
         by_run.setdefault(run_id, []).append(pod)
@@ -105,7 +111,7 @@ def _pods_of(api: KubernetesApi, rayjobs: Iterable[Answered]) -> dict[str, list[
 def _queue_of(rayjob: Answered, config: KubernetesConfig) -> str:
     """The queue of Kueue's that a RayJob waits in; empty for none."""
     labels = rayjob["metadata"].get("labels", {})
-    named = labels.get(_QUEUE_LABEL)
+    named = labels.get(QUEUE_LABEL)
     return str(named or config.queue or "")
 
 

@@ -1,12 +1,13 @@
 """What a look at the namespace of runs finds: volume, Secrets, the reader's pod with its image, and quotas."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from clusters.base import Unreachable
 from clusters.checks import Check, Level
 from clusters.kubernetes import Kubernetes
 from clusters.kubernetes_access import Permission, is_allowed
+from clusters.kubernetes_answers import is_held_by_kueue
 from clusters.kubernetes_api import JSON, ApiObject, Rejected
 from clusters.kubernetes_config import KubernetesConfig
 from clusters.kubernetes_nodes import quantity
@@ -69,10 +70,12 @@ class NamespaceLook:
     def secrets(self) -> Check:
         """Whether the Secrets are there that pods are to have, where this account may see that; no value is read."""
         config = self.config
-        named = [config.ray_token, *config.image_pull_secrets]
+        named = [*config.image_pull_secrets]
         for text in config.secrets.values():
             name, _ = parse_secret_key(text)
             named.append(name)
+        if not named:
+            return Check("secrets", "ok", "pods are to have none")
         names = ", ".join(dict.fromkeys(named))
         if not is_allowed(self.cluster.api, Permission("get", "secrets", "doctor")):
             text = f"{names}: this account may not see whether they are there"
@@ -95,8 +98,7 @@ class NamespaceLook:
             if not statuses:
                 pod_name = pod["metadata"]["name"]
                 text = f"pod {pod_name} has not pulled it yet"
-                mend = f"see: {self.kubectl} describe pod {pod_name}"
-                return Check("image", "warn", text, mend)
+                return Check("image", "warn", text, self._mend_of_reader(pods))
             for container in statuses:
                 state = container.get("state", {})
                 waiting = state.get("waiting", {})
@@ -115,16 +117,33 @@ class NamespaceLook:
         name, _, digest = self.config.image.partition("@sha256:")
         return Check("image", "ok", f"{name}, sha256 {digest[:_SHOWN_DIGITS]}...")
 
+    @property
+    def from_own_queue(self) -> str:
+        """How what is no run is admitted where Kueue manages every pod of the namespace."""
+        how = "name a LocalQueue that runs do not use as `reader_queue`"
+        other = "have Kueue manage neither pods nor Jobs here"
+        return f"{how}, then: {self.install} (and apply the keeper anew); or {other}"
+
     def reader(self) -> Check:
         """Whether the reader's pod answers for the run folders."""
-        pod = reader_pod(self.cluster.api)
+        pods = self.cluster.api.pods(f"{READER_LABEL}=true")
         try:
+            pod = reader_pod(self.cluster.api)
             count = len(self.cluster.site.ids())
         except Unreachable as error:
-            mend = f"see: {self.kubectl} describe pod {pod}"
+            mend = self._mend_of_reader(pods)
             return Check("reader", "fail", str(error), mend)
         text = f"pod {pod} has {count} runs in {self.cluster.home}/runs"
         return Check("reader", "ok", text)
+
+    def _mend_of_reader(self, pods: Sequence[ApiObject]) -> str:
+        """What to do about a reader that does not answer."""
+        if not pods:
+            return self.install
+        if any(map(is_held_by_kueue, pods)):
+            return self.from_own_queue
+        names = " ".join(pod["metadata"]["name"] for pod in pods)
+        return f"wait while it starts, or see why it does not: {self.kubectl} describe pod {names}"
 
     def packages(self) -> Check:
         """Whether the image has what runs need, in our versions; whether names are resolved, the volume written."""
@@ -175,8 +194,6 @@ class NamespaceLook:
 
     def _secret_command(self, name: str) -> str:
         """The command that makes a Secret, whose value is on no command line."""
-        if name == self.config.ray_token:
-            return self.install
         create = f"{self.kubectl} create secret generic {name}"
         if name in self.config.image_pull_secrets:
             kind = "--type=kubernetes.io/dockerconfigjson"

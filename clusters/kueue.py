@@ -74,6 +74,32 @@ def look_at_queue(api: KubernetesApi, queue: str) -> QueueView:
     return QueueView(queue, workloads_by_name, places_by_name, len(places), trouble)
 
 
+def held_back(api: KubernetesApi, prefix: str) -> dict[str, str]:
+    """Why Kueue has not admitted what has names with a prefix, and is no RayJob, by these. Raises Unreachable.
+
+    Where a namespace has a default queue, or all of its pods are managed, that is every pod and Job. Nothing where
+    Kueue is not there, or may not be asked.
+    """
+    held = {}
+    workloads, _ = _items(api, f"/apis/{_GROUP}", f"namespaces/{api.namespace}/workloads")
+    for workload in workloads:
+        for owner in workload["metadata"].get("ownerReferences", []):
+            is_meant = owner["kind"] != "RayJob" and owner["name"].startswith(prefix)
+            if is_meant and not _has_been_admitted(workload):
+                reason, _ = _pending_reason(workload)
+                held[owner["name"]] = reason or "it waits to be admitted"
+    return held
+
+
+def _has_been_admitted(workload: Answered) -> bool:
+    """Whether a workload may run, or has."""
+    status = workload.get("status") or {}
+    for condition in status.get("conditions", []):
+        if condition["type"] in ("Admitted", "Finished") and condition["status"] == "True":
+            return True
+    return False
+
+
 def _items(api: KubernetesApi, group: str, path: str, **options: Any) -> tuple[list[Answered], Rejected | None]:
     """A list of Kueue's in the first version of its API that there is, or the refusal where it may not be asked.
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from clusters.base import Unreachable
+from clusters.kubernetes_answers import why_not_started
 from clusters.kubernetes_api import KubernetesApi
 from clusters.remote.link import BROKEN
 from k8s.planned import READER_LABEL
@@ -20,7 +21,7 @@ from k8s.planned import READER_LABEL
 _CHUNK_BYTES = 1 << 15
 _OUTPUTS = (1, 2)  # channels of the protocol, which are descriptors of this process, too
 _ENDING = 3  # the channel by which the server says how the command ended
-_NO_READER = "no pod of the reader is ready; it is made by: fleetune k8s install --cluster NAME"
+_NO_READER = "there is no pod of the reader; it is made by: fleetune k8s install --cluster NAME"
 
 
 def main(context: str, namespace: str, command: Sequence[str]) -> int:
@@ -40,13 +41,18 @@ def main(context: str, namespace: str, command: Sequence[str]) -> int:
 
 
 def reader_pod(api: KubernetesApi) -> str:
-    """The name of a pod of the reader that is ready; raises Unreachable where there is none."""
+    """The name of a pod of the reader that is ready; raises Unreachable where there is none, and says why."""
+    obstacle = _NO_READER
     for pod in api.pods(f"{READER_LABEL}=true"):
+        if "deletionTimestamp" in pod["metadata"]:
+            continue
+        name = str(pod["metadata"]["name"])
         containers = pod["status"].get("containerStatuses", [])
-        is_ready = bool(containers) and all(container["ready"] for container in containers)
-        if is_ready and "deletionTimestamp" not in pod["metadata"]:
-            return str(pod["metadata"]["name"])
-    raise Unreachable(f"Kubernetes: namespace {api.namespace}: {_NO_READER}")
+        if containers and all(container["ready"] for container in containers):
+            return name
+        why = why_not_started(pod) or f"pod {name} has started, and is not ready yet"
+        obstacle = f"no pod of the reader is ready: {why}"
+    raise Unreachable(f"Kubernetes: namespace {api.namespace}: {obstacle}")
 
 
 def send_input(session: Any) -> None:

@@ -36,9 +36,11 @@ from runfolder.snapshot import has_ended
 
 _TRY_AGAIN = 1
 _POD_POLL_S = 0.5
-_REPLACED_S = 1800.0  # until KubeRay has replaced what is lost; then a new cluster may find other nodes
+_REPLACED_S = 600.0  # until KubeRay has replaced what is lost, which it never does where a node does not come back
 _GONE_S = 60.0  # until a pod that must end is gone
 _POD_LOSS_S = 30.0  # that a controller has to notice the loss of a pod
+_BEGIN_S = 300.0  # that a controller has to begin an attempt, or to close the run
+_KILLED_S = 10.0  # until one that is killed has ended, which it cannot while its storage does not answer
 _SHORTEST_REST_S = 15.0
 _LONGEST_REST_S = 600.0
 _MOST_FRUITLESS = 5  # controllers in a row, until a new cluster is tried
@@ -96,6 +98,7 @@ class PodJob:
         """
         backoff = Backoff()
         run_dir = self.start.run_dir
+        self._leaving = leaving_pods(run_dir)  # an earlier head pod of this cluster among them: they are no news
         fruitless = 0
         while self.start.is_latest():
             if not self._are_nodes_there() or not self._wait_for(backoff.ready, math.inf):
@@ -207,13 +210,15 @@ class PodJob:
             self._watch(controller)
         finally:
             controller.kill()
-            code = controller.wait()
-        return last_line(log, said) or f"exit code {code}"
+            with suppress(subprocess.TimeoutExpired):
+                controller.wait(_KILLED_S)
+        return last_line(log, said) or f"exit code {controller.returncode}"
 
     def _watch(self, controller: subprocess.Popen[bytes]) -> None:
-        """Wait for the end of a controller, or bring it about."""
+        """Wait for the end of a controller, or bring it about. Raises Hindered for one that begins nothing."""
         is_told = False
-        whole_at = time.monotonic()
+        slot = last_slot(self.start.run_dir)
+        began = whole_at = time.monotonic()
         while controller.poll() is None:
             with suppress(Damaged, OSError):  # what cannot be read now may be there at the next look
                 if not is_told and self._must_end():
@@ -223,7 +228,14 @@ class PodJob:
                     whole_at = time.monotonic()
                 elif time.monotonic() - whole_at > _POD_LOSS_S and result(self.start.run_dir) is None:
                     controller.kill()
+                if time.monotonic() - began > _BEGIN_S and not self._has_begun(slot):
+                    raise Hindered(f"a controller did nothing for {_BEGIN_S:.0f} s, and was killed")
             time.sleep(_POD_POLL_S)
+
+    def _has_begun(self, slot: int) -> bool:
+        """Whether an attempt was begun since that slot was the last, or the run is closed."""
+        run_dir = self.start.run_dir
+        return last_slot(run_dir) != slot or result(run_dir) is not None
 
     def _must_end(self) -> bool:
         """Whether this process is told to end, or a pod is that it has not heard of before."""

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from k8s.names import is_object_name
+from k8s.planned import QUEUE_LABEL
 from k8s.pods import placement
 from k8s.settings import KubernetesSettings
 
@@ -38,6 +39,7 @@ def install_manifests(
             _store(adapted["spec"], storage, storage_class)
         if adapted["kind"] == "Deployment":
             run_as(adapted["spec"]["template"]["spec"], settings, home)
+            name_queue(adapted, settings)
         if adapted["metadata"]["name"] == "fleetune-outside":
             (outside,) = adapted["spec"]["egress"]
             outside["ports"] = [{"protocol": "TCP", "port": port} for port in settings.egress_ports]
@@ -58,6 +60,13 @@ def _store(volume: BaseObject, storage: str | None, storage_class: str | None) -
         volume["resources"]["requests"]["storage"] = storage
     if storage_class:
         volume["storageClassName"] = storage_class
+
+
+def name_queue(part: BaseObject, settings: KubernetesSettings) -> None:
+    """Have Kueue admit what is no run from a queue of its own, where it manages every pod of the namespace."""
+    if settings.reader_queue:
+        metadata = part.setdefault("metadata", {})
+        metadata["labels"] = {QUEUE_LABEL: settings.reader_queue}
 
 
 def run_as(pod: BaseObject, settings: KubernetesSettings, home: str) -> None:

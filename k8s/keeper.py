@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from k8s.install import BASE, BaseObject, run_as
+from k8s.install import BASE, BaseObject, name_queue, run_as
 from k8s.pods import unexpanded
 from k8s.settings import KubernetesSettings
 
@@ -22,7 +22,9 @@ def keeper_manifests(settings: KubernetesSettings, home: str, code: str, command
         for subject in each.get("subjects", ()):
             subject["namespace"] = settings.namespace
         if each["kind"] == "CronJob":
-            pod = each["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+            job = each["spec"]["jobTemplate"]
+            name_queue(job, settings)
+            pod = job["spec"]["template"]["spec"]
             _adapt(pod, settings, home)
             (container,) = pod["containers"]
             container["command"] = [unexpanded(word) for word in command]

@@ -19,7 +19,7 @@ _KEY_NAME = re.compile(_WORD)
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 _PATH_IN_POD = re.compile(r"(/[\w.@+-]{1,128}){1,16}", re.ASCII)
 _HOST = r"[A-Za-z0-9]([-A-Za-z0-9]{0,61}[A-Za-z0-9])?"
-_DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
+_DIGEST = re.compile(r"@sha256:[0-9a-f]{64}")
 _REPOSITORY = re.compile(
     rf"({_HOST}(\.{_HOST})*(:\d{{1,5}})?/)?[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"
     r"(:[A-Za-z0-9_][\w.-]{0,127})?",
@@ -99,11 +99,12 @@ def _resource_name(name: str) -> str:
 
 
 def _image(image: str) -> str:
-    repository = _DIGEST.sub("", image)
-    if len(image) > _LONGEST_IMAGE or not _REPOSITORY.fullmatch(repository):
-        raise ValueError("must be an image, like registry.example.org/team/fleetune@sha256:...")
-    if repository == image:
-        raise ValueError("must end with its digest, @sha256: and 64 digits: what a tag names may change during a run")
+    name, _, _ = image.partition("@")
+    if len(image) > _LONGEST_IMAGE or not _REPOSITORY.fullmatch(name):
+        raise ValueError("must be an image, like registry.example.org/team/fleetune, and its digest behind @sha256:")
+    if not _DIGEST.fullmatch(image.removeprefix(name)):
+        why = "what a tag names may change during a run"
+        raise ValueError(f"must end with @sha256: and the 64 digits that docker push prints as digest: {why}")
     return image
 
 

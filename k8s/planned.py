@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 RUN_LABEL = "fleetune/run"
 SUBMISSION_LABEL = "fleetune/submission"
+CLUSTER_LABEL = "ray.io/cluster"  # KubeRay's, of the pods of a cluster of Ray
 GANG_LABEL = "ray.io/gang-scheduling-enabled"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"  # set by Kueue, too, where a namespace has a default queue
 READER_LABEL = "fleetune/reader"  # of the pod that answers for run folders
 
 

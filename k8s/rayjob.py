@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from k8s.planned import GANG_LABEL, PlannedPods
+from k8s.planned import GANG_LABEL, QUEUE_LABEL, PlannedPods
 from k8s.pods import head_template, worker_template
 from k8s.settings import KubernetesSettings
 
@@ -59,6 +59,12 @@ def digest_of(spec: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def digest_noted(rayjob: Mapping[str, Any]) -> str:
+    """The digest that a RayJob was made with; empty for one that is not Fleetune's."""
+    digest: str = rayjob["metadata"].get("annotations", {}).get(DIGEST_ANNOTATION, "")
+    return digest
+
+
 def _readiness_limit(settings: KubernetesSettings) -> dict[str, int]:
     """How long pods may take to be ready: where somebody keeps runs apart, those that do not fit are tried anew."""
     if settings.queue is None and not settings.gang_scheduling:
@@ -70,7 +76,7 @@ def _queue_labels(settings: KubernetesSettings) -> dict[str, str]:
     """What has a run start whole or not at all."""
     labels = {}
     if settings.queue:
-        labels["kueue.x-k8s.io/queue-name"] = settings.queue
+        labels[QUEUE_LABEL] = settings.queue
     if settings.queue_priority:
         labels["kueue.x-k8s.io/priority-class"] = settings.queue_priority
     if settings.gang_scheduling:
@@ -81,7 +87,7 @@ def _queue_labels(settings: KubernetesSettings) -> dict[str, str]:
 def _ray_cluster(pods: PlannedPods, settings: KubernetesSettings) -> Manifest:
     return {
         "rayVersion": pods.ray_version,
-        "authOptions": {"mode": "token", "secretName": settings.ray_token},
+        "authOptions": {"mode": "token"},  # KubeRay makes one for each cluster, in a Secret that goes with it
         "headGroupSpec": {
             "rayStartParams": _start_options(cpus=0, gpus=0) | {"dashboard-host": "0.0.0.0"},
             "template": head_template(pods, settings),

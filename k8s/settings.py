@@ -57,7 +57,6 @@ class KubernetesSettings(KubernetesSection):
         "fleetune", description="the ReadWriteMany PersistentVolumeClaim that has the run folders"
     )
     service_account: ObjectName = Field("fleetune-run", description="the account of the pods, which may do nothing")
-    ray_token: ObjectName = Field("fleetune-ray", description="the Secret whose key auth_token Ray's processes share")
     secrets: dict[str, SecretKeyText] = Field(
         {}, description="variables from Secrets of the namespace, like HF_TOKEN: hf/token"
     )
@@ -88,6 +87,9 @@ class KubernetesSettings(KubernetesSection):
     priority_class: ObjectName | None = Field(None, description="the PriorityClass of the pods")
     queue: QueueName | None = Field(None, description="Kueue's LocalQueue that admits runs whole; null: none")
     queue_priority: QueueName | None = Field(None, description="Kueue's WorkloadPriorityClass of runs")
+    reader_queue: QueueName | None = Field(
+        None, description="the LocalQueue of reader and keeper, where Kueue manages every pod of the namespace"
+    )
     gang_scheduling: bool = Field(
         False, description="the batch scheduler that KubeRay was started with places a run's pods together or not"
     )

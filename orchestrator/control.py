@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from clusters.base import Cluster, SubmissionRefused, Unreachable
+from clusters.base import Cluster, SubmissionRefused, SubmittedOtherwise, Unreachable
 from clusters.environment import secret_values
 from orchestrator.backends import expected_start, make_request
 from orchestrator.errors import InputError, RunRefused
@@ -58,6 +58,8 @@ def resume(reference: str, cluster: str | None = None) -> str:
     run.site.write_secrets(run.run_id, renewed)
     try:
         backend.submit(request)
+    except SubmittedOtherwise as error:
+        raise InputError(str(error)) from None
     except SubmissionRefused as error:
         raise withdrawn(backend, run.run_id, str(error)) if ended else InputError(str(error)) from None
     return run.run_id

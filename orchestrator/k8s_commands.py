@@ -42,7 +42,7 @@ def install_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be applied, in order.")] = False,
     take_over: Annotated[bool, typer.Option("--take-over", help="Change, too, what others have made.")] = False,
 ) -> None:
-    """Apply what `manifests` prints, and make the token that the processes of Ray share; repeating it is safe."""
+    """Apply what `manifests` prints; repeating it is safe."""
     from orchestrator.k8s_install import install, plan_of_install
 
     if dry_run:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from clusters.kubernetes_api import KubernetesApi
 from clusters.kubernetes_config import KubernetesConfig
-from clusters.kubernetes_install import Applied, apply_all, ensure_token, place_of
+from clusters.kubernetes_install import Applied, apply_all, place_of
 from clusters.pod_keeper import pass_command
 from clusters.remote.code import installed_code
 from k8s.install import BaseObject, install_manifests
@@ -30,13 +30,11 @@ def keeper_for(name: str) -> list[BaseObject]:
 
 
 def plan_of_install(name: str, storage: str | None, storage_class: str | None) -> list[str]:
-    """A line for each object that would be applied, in order, and one for the secret, whose text is shown nowhere."""
+    """A line for each object that would be applied, in order."""
     lines = []
     for manifest in manifests_for(name, storage, storage_class):
         place = place_of(manifest)
         lines.append(f"{manifest['kind']} {place}")
-    settings = kubernetes_config(name)
-    lines.append(f"Secret {settings.namespace}/{settings.ray_token} (a new token, where there is none)")
     return lines
 
 
@@ -47,7 +45,7 @@ def install(
     tell: Callable[[Applied], object] = lambda _: None,
     takes_over: bool = False,
 ) -> list[Applied]:
-    """Apply them, and have a token for Ray; `tell` hears of each. Repeated, it changes what differs alone.
+    """Apply them; `tell` hears of each. Repeated, it changes what differs alone.
 
     What others have made is left as it is, unless it is to be taken over.
     Raises Unreachable, and InputError where something was refused.
@@ -59,9 +57,6 @@ def install(
     for applied in apply_all(api, manifests, storage, takes_over):
         tell(applied)
         done.append(applied)
-    token = ensure_token(api, settings.ray_token)
-    tell(token)
-    done.append(token)
     refused = [applied for applied in done if applied.outcome == "refused"]
     if refused:
         lines = [f"the server refused {len(refused)} of {len(done)}; what else there is was applied:"]

@@ -13,7 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clusters.base import Capacity, CapacityNotTold, Cluster, ClusterRequest, SubmissionRefused, Unreachable
+from clusters.base import (
+    Capacity,
+    CapacityNotTold,
+    Cluster,
+    ClusterRequest,
+    SubmissionRefused,
+    SubmittedOtherwise,
+    Unreachable,
+)
 from clusters.environment import secret_values
 from clusters.remote.far_side import FarFileError
 from clusters.remote.machine import EnvironmentMissing
@@ -204,6 +212,8 @@ def _hand_over(cluster: Cluster, request: ClusterRequest, adopted: bool) -> None
     run_id = request.run_id
     try:
         cluster.submit(request)
+    except SubmittedOtherwise as error:
+        raise InputError(str(error)) from None
     except SubmissionRefused as error:
         raise JobRefused(str(error)) if adopted else withdrawn(cluster, run_id, str(error)) from None
     except Unreachable as error:

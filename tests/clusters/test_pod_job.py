@@ -48,6 +48,7 @@ from types import SimpleNamespace
 from runfolder import chain
 chain.close(Path(sys.argv[1]), {"state": "succeeded"})
 """
+HANGS = "import time; time.sleep(600)"
 FAILS = "import sys; sys.exit(1)"
 BROKEN = "import a_package_that_the_image_lacks"
 DONE = "pass"
@@ -193,6 +194,34 @@ def test_controllers_that_make_no_attempt_are_given_up(entrypoint: Entrypoint, c
     chain.claim_next(entrypoint.run_dir, None)
     assert snapshot(entrypoint.run_dir).hindrance is None
     assert entrypoint.main() == 1  # an attempt was made since
+
+
+def test_a_controller_that_hangs_before_its_attempt_is_given_up(
+    entrypoint: Entrypoint, controllers: Controllers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pod_job, "_BEGIN_S", 0.5)
+    controllers.programs = [HANGS]
+    assert [entrypoint.main() for _ in range(3)] == [1, 1, 0]
+    assert controllers.started == 3  # one in each cluster: what hangs there does so again
+    hindered = snapshot(entrypoint.run_dir).hindrance
+    assert hindered and "a controller did nothing for 0 s, and was killed" in hindered["why"]
+
+
+def test_a_controller_has_all_the_time_for_an_attempt_that_it_has_begun(
+    run_dir: Path, controllers: Controllers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pod_job, "_BEGIN_S", 600.0)
+    controllers.programs = [WAITS]
+    nodes = Nodes()
+    job = PodJob(begin_start(run_dir, NAME), nodes, 2)
+    keeping = in_thread(job.keep)
+    until((run_dir / "ready-1").exists)
+    monkeypatch.setattr(pod_job, "_BEGIN_S", 0.0)
+    asked = nodes.asked
+    until(lambda: nodes.asked > asked + 20 or not keeping.is_alive())
+    assert keeping.is_alive() and chain.last_attempt(run_dir).verdict is None
+    job.told.set()
+    keeping.join(30)
 
 
 def test_what_a_controller_without_words_ends_with_is_said(
@@ -386,6 +415,25 @@ def test_a_pod_that_has_ended_is_no_warning_to_the_next_controller(run_dir: Path
     job.told.set()
     keeping.join(30)
     assert not keeping.is_alive() and controllers.started == 2
+
+
+def test_a_pod_that_has_left_before_this_start_is_no_news(
+    run_dir: Path, controllers: Controllers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the head pod that was drained: its successor in the same cluster has this entrypoint."""
+    be_in("one", monkeypatch, pod="head-1")
+    note_leaving(run_dir)
+    be_in("one", monkeypatch, pod="head-2")
+    controllers.programs = [WAITS]
+    nodes = Nodes()
+    job = PodJob(begin_start(run_dir, NAME), nodes, 2)
+    keeping = in_thread(job.keep)
+    until((run_dir / "ready-1").exists)
+    asked = nodes.asked
+    until(lambda: nodes.asked > asked + 20)
+    assert job.awaits_end == 0 and chain.last_attempt(run_dir).verdict is None
+    job.told.set()
+    keeping.join(30)
 
 
 def test_an_entrypoint_that_is_told_to_end_passes_it_on(run_dir: Path, controllers: Controllers) -> None:

@@ -90,11 +90,11 @@ class Cluster:
         self._authorize(token, verb, collection, group)
         match verb:
             case "list":
-                return 200, self._list(collection, query)
+                return 200, self._list(collection, query, namespace)
             case "create":
                 return self._create(collection, namespace, query, body)
         stored = self.objects.get((collection, name))
-        if stored is None:
+        if stored is None or namespace != self.namespace:
             raise Status(404, "NotFound", f'{collection}.{group} "{name}" not found')
         if verb == "get":
             return 200, stored
@@ -109,13 +109,15 @@ class Cluster:
         words = f'User "{token}" cannot {verb} resource "{collection}" in API group "{group}"{where}'
         raise Status(403, "Forbidden", f"{named} is forbidden: {words}")
 
-    def _list(self, collection: str, query: Query) -> Stored:
+    def _list(self, collection: str, query: Query, namespace: str) -> Stored:
+        """The objects of a namespace: of one that is not there, none, and that is no error."""
         wanted = dict(pair.split("=") for pair in query.get("labelSelector", "").split(",") if pair)
         phase = query.get("fieldSelector", "").removeprefix("status.phase=")
         items = [
             stored
             for (kind, _), stored in sorted(self.objects.items())
-            if kind == collection and wanted.items() <= stored["metadata"].get("labels", {}).items()
+            if kind == collection and namespace == self.namespace
+            if wanted.items() <= stored["metadata"].get("labels", {}).items()
             if not phase or stored["status"].get("phase") == phase
         ]
         token = query.get("continue")
@@ -159,8 +161,16 @@ class Cluster:
             differs = f"the UID in the precondition ({wanted}) does not match the UID in record ({uid})."
             words = f"{differs} The object might have been deleted and then recreated"
             raise Status(409, "Conflict", f'Operation cannot be fulfilled on RayJob.ray.io "{name}": {words}')
+        if stored["metadata"].get("finalizers"):  # whoever has set them lets it go
+            stored["metadata"] = {"deletionTimestamp": "2026-11-22T02:50:53Z", **stored["metadata"]}
+            return 200, stored
         del self.objects[collection, name]
         return 200, {"kind": "Status", "status": "Success"}
+
+    def remove(self, collection: str, name: str) -> None:
+        """Have an object be deleted by somebody else."""
+        with self.lock:
+            self._delete(collection, name, self.objects[collection, name], None)
 
 
 class Handler(BaseHTTPRequestHandler):

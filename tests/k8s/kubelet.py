@@ -19,6 +19,7 @@ from urllib.request import urlopen
 
 from api_server import Cluster, Stored
 from kubernetes_rules import variables_in
+from pod_security import broken_rules
 
 _CONTAINER = Path(__file__).with_name("container.py")
 _PROBE_S = 2.0
@@ -38,6 +39,7 @@ class Pod:
     process: subprocess.Popen[bytes] | None = None
     hook: subprocess.Popen[bytes] | None = None
     deadline: float = 0.0  # when the container of a pod that was told to end is killed
+    node_back: float = 0.0  # when the node of a pod is back that it has lost
 
     @property
     def name(self) -> str:
@@ -92,7 +94,11 @@ class Kubelet:
         shutil.rmtree(self.folders)
 
     def create(self, pod: Pod) -> None:
-        """Have a pod that waits for a node."""
+        """Have a pod that waits for a node; raises ValueError for one that the namespace does not let in."""
+        broken = broken_rules(pod.stored["spec"])
+        if broken:
+            words = ", ".join(sorted(broken))
+            raise ValueError(f'pods "{pod.name}" is forbidden: violates PodSecurity "restricted:latest": {words}')
         self.made += 1
         self.pods[pod.name] = pod
         with self.cluster.lock:
@@ -117,8 +123,16 @@ class Kubelet:
                 (container,) = pod.stored["spec"]["containers"]
                 pod.hook = self._run(pod, container["lifecycle"]["preStop"]["exec"]["command"])
 
+    def lose_node(self, name: str, back_after_s: float) -> None:
+        """Lose the node of a pod: the pod is not ready any more, and stays until the node is back, or is removed."""
+        with self._lock:
+            pod = self.pods[name]
+            pod.kill()
+            pod.node_back = time.monotonic() + back_after_s
+            self._write(pod, status=_running(is_ready=False))
+
     def lose(self, name: str) -> None:
-        """Lose a pod without a warning, as with its node, which is back at once."""
+        """Lose a pod without a warning, as one that is deleted by force."""
         with self._lock:
             self.pods[name].kill()
             with self.cluster.lock:
@@ -126,6 +140,8 @@ class Kubelet:
             del self.pods[name]  # last: whoever finds no pods finds nothing of them
 
     def _step(self, pod: Pod) -> None:
+        if time.monotonic() < pod.node_back:
+            return
         if pod.is_leaving:
             self._end(pod)
         elif pod.process is None:

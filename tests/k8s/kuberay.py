@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_urlsafe
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -30,7 +31,6 @@ _DASHBOARD_S = 5.0
 _LETTERS = "bcdfghjklmnpqrstvwxz2456789"
 _FLAGS = ("disable-usage-stats",)  # options of `ray start` without a value
 _HOST = "127.0.0.1"
-TOKEN = "a token that all processes of Ray share"
 
 
 @dataclass
@@ -43,6 +43,7 @@ class RayCluster:
     gcs: int = field(default_factory=free_port)
     dashboard: int = field(default_factory=free_port)
     count: int = 0  # of pods that were ever made
+    token: str = field(default_factory=token_urlsafe)  # which its Secret has
 
     def pods(self, kubelet: Kubelet) -> list[Pod]:
         """Its pods."""
@@ -53,19 +54,19 @@ class RayCluster:
         ]
 
     def reconcile(self, kubelet: Kubelet) -> bool:
-        """Replace the pods that are not there; gives whether all are there and ready."""
+        """Replace the pods that are not there; gives whether all are there and ready.
+
+        One that was told to end is there until it is gone, which on a lost node is never.
+        """
         for pod in self.pods(kubelet):
             if pod.is_over and not pod.is_leaving:
-                kubelet.lose(pod.name)
+                kubelet.delete(pod.name)
         (workers,) = self.spec["workerGroupSpecs"]
         wanted = {"head": 1, "worker": workers["replicas"]}
         for kind, number in wanted.items():
             group = self.spec["headGroupSpec"] if kind == "head" else workers
             there = [pod for pod in self.pods(kubelet) if _kind(pod) == kind]
-            staying = [
-                pod for pod in there if kind == "head" or not pod.is_leaving
-            ]  # a second head waits for its end
-            for _ in range(number - len(staying)):
+            for _ in range(number - len(there)):
                 self.count += 1
                 kubelet.create(self._pod(kind, group, kubelet.new_folder()))
         ready = [pod for pod in self.pods(kubelet) if pod.is_ready and not pod.is_leaving]
@@ -73,7 +74,7 @@ class RayCluster:
 
     def ask(self, path: str, body: Any = None) -> Any:
         """What the dashboard answers; raises OSError, which is an HTTPError where it says no."""
-        request = Request(f"http://{_HOST}:{self.dashboard}{path}", headers={"Authorization": f"Bearer {TOKEN}"})
+        request = Request(f"http://{_HOST}:{self.dashboard}{path}", headers={"Authorization": f"Bearer {self.token}"})
         if body is not None:
             request.data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/json")
@@ -119,7 +120,7 @@ class RayCluster:
             "RAY_NODE_TYPE_NAME": "headgroup" if kind == "head" else "workers",
             "RAY_ADDRESS": f"{_HOST}:{self.gcs}",
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": TOKEN,
+            "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",
         }
 
@@ -170,14 +171,21 @@ class KubeRay:
         for rayjob in rayjobs:
             self._reconcile(rayjob)
             used.add(rayjob["status"].get("rayClusterName"))
-        for name in self.ray_clusters.keys() - used:  # their RayJobs were deleted
-            cluster = self.ray_clusters[name]
-            if any(pod.is_ready for pod in cluster.pods(self.kubelet)):
-                with suppress(OSError):
-                    cluster.ask(f"/api/jobs/{cluster.job_id}/stop", {})
+        for name in self.ray_clusters.keys() - used:  # which their RayJobs have owned
             self._delete(name)
 
+    def _finalize(self, rayjob: Stored) -> None:
+        """Stop the job of a RayJob that was deleted, and let go of it, whatever came of that."""
+        cluster = self.ray_clusters.get(rayjob["status"].get("rayClusterName", ""))
+        if cluster:
+            with suppress(OSError):
+                cluster.ask(f"/api/jobs/{cluster.job_id}/stop", {})
+        with self.cluster.lock:
+            del self.cluster.objects["rayjobs", rayjob["metadata"]["name"]]
+
     def _reconcile(self, rayjob: Stored) -> None:
+        if "deletionTimestamp" in rayjob["metadata"]:
+            return self._finalize(rayjob)
         if "kueue.x-k8s.io/queue-name" in rayjob["metadata"]["labels"]:
             with self.cluster.lock:
                 rayjob["spec"] = rayjob["spec"] | {"suspend": not self.admits}
@@ -190,8 +198,7 @@ class KubeRay:
             case "Initializing" | "Running" if rayjob["spec"].get("suspend"):
                 self._write(rayjob, jobDeploymentStatus="Suspending")
             case "Initializing" if cluster and is_whole:
-                self._submit(rayjob, cluster)
-                self._write(rayjob, jobDeploymentStatus="Running", jobStatus="PENDING")
+                self._write(rayjob, jobDeploymentStatus="Running")  # and the next look submits its job
             case "Running" if cluster:
                 self._look(rayjob, cluster)
             case "Suspending":
@@ -202,12 +209,18 @@ class KubeRay:
                 self._let_go(rayjob, "")
             case "Complete" | "Failed":
                 self._clean(rayjob)
+        return None
 
     def _begin(self, rayjob: Stored) -> None:
         name = f"{rayjob['metadata']['name']}-{_suffix()}"
         spec = rayjob["spec"]["rayClusterSpec"]
         job_id = f"{rayjob['metadata']['name']}-{_suffix()}"
-        self.ray_clusters[name] = RayCluster(name, spec, job_id)
+        made = RayCluster(name, spec, job_id)
+        self.ray_clusters[name] = made
+        secret = {"metadata": {"name": name}, "stringData": {"auth_token": made.token}}
+        with self.cluster.lock:
+            self.cluster.objects["secrets", name] = secret
+            rayjob["metadata"] = rayjob["metadata"] | {"finalizers": ["ray.io/rayjob-finalizer"]}
         self._write(rayjob, jobDeploymentStatus="Initializing", rayClusterName=name, jobId=job_id)
 
     def _submit(self, rayjob: Stored, cluster: RayCluster) -> None:
@@ -253,6 +266,8 @@ class KubeRay:
     def _delete(self, name: str) -> None:
         cluster = self.ray_clusters.pop(name, None)
         if cluster:
+            with self.cluster.lock:
+                del self.cluster.objects["secrets", name]  # which its cluster owns
             for pod in cluster.pods(self.kubelet):
                 self.kubelet.delete(pod.name)
 

@@ -9,10 +9,13 @@ from pathlib import Path
 
 from kubelet import Kubelet, Pod
 from kuberay import KubeRay
+from waiting import until
 
 from clusters.base import run_of_submission
 from clusters.kubernetes_answers import goes_on
 from runfolder.chain import last_attempt
+
+_BACK_AFTER_S = 10.0
 
 
 class KubernetesPlace:
@@ -44,10 +47,21 @@ class KubernetesPlace:
         return [run_of_submission(rayjob["metadata"]["name"]) for rayjob in rayjobs if goes_on(rayjob)]
 
     def forget(self, run_id: str) -> None:
-        """Delete the run's RayJob, as who has the rights may do."""
+        """Delete the run's RayJob, as who has the rights may do, and wait until it is gone."""
         cluster = self.operator.cluster
-        with cluster.lock:
-            del cluster.objects["rayjobs", f"{run_id}-s1"]
+        cluster.remove("rayjobs", f"{run_id}-s1")
+        until(lambda: ("rayjobs", f"{run_id}-s1") not in cluster.objects)
+
+    def forget_all(self) -> None:
+        """Delete all RayJobs that go on, and wait until nothing of them is left."""
+        for run_id in self.taken():
+            for kind, name in [*self.operator.cluster.objects]:
+                if kind == "rayjobs" and run_of_submission(name) == run_id:
+                    self.operator.cluster.remove(kind, name)
+        for pod in [*self.kubelet.pods.values()]:
+            if pod.node_back:
+                self.kubelet.lose(pod.name)
+        until(self.is_idle, 180)
 
     def end_worker(self, run_id: str) -> None:
         """Kill the process that the log of rank 0 names."""
@@ -61,8 +75,8 @@ class KubernetesPlace:
         self.kubelet.delete(self.pods("worker", run_id)[0].name)
 
     def lose_node(self) -> None:
-        """A power failure where the last worker is."""
-        self.kubelet.lose(self.pods("worker")[-1].name)
+        """A power failure where the last worker is; its node is back after a while."""
+        self.kubelet.lose_node(self.pods("worker")[-1].name, _BACK_AFTER_S)
 
     def is_idle(self) -> bool:
         """Whether no pod is left, no process and no RayJob that goes on."""

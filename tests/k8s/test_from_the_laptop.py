@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from api_server import Cluster
 from jobs import make_job
+from laptop import configure
 
 pytest.importorskip("kubernetes", reason="the client of Kubernetes is not installed: pip install 'fleetune[k8s]'")
 
@@ -14,7 +15,7 @@ from k8s.text import manifest_in
 from orchestrator import submit as submission
 from orchestrator.cluster_doctor import cluster_checks
 from orchestrator.cluster_setup import set_up_cluster
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, JobRefused
 
 pytestmark = pytest.mark.usefixtures("laptop")
 
@@ -53,6 +54,18 @@ def test_a_job_that_the_server_does_not_take_is_closed(cluster: Cluster, tmp_pat
     with pytest.raises(InputError, match="Kubernetes does not take this job: .* exceeded quota"):
         fleetune.submit(make_job(tmp_path), cluster="k8s")
     assert cluster.created == []
+
+
+def test_a_submission_that_is_there_as_something_else_is_refused_and_left(cluster: Cluster, tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    run_id = fleetune.submit(job, cluster="k8s").run_id
+    configure(tmp_path, cpus_per_worker=1)
+    with pytest.raises(
+        InputError, match=rf"^RayJob {run_id}-s1 is there already, .*: fleetune status {run_id}$"
+    ) as told:
+        fleetune.submit(job, cluster="k8s", run_id=run_id)
+    assert not isinstance(told.value, JobRefused)  # by which another cluster would get it
+    assert cluster.created == [f"{run_id}-s1"] and fleetune.status(run_id).state == "queued"
 
 
 def test_the_doctor_starts_no_job_of_its_own() -> None:

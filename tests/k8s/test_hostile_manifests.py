@@ -22,6 +22,10 @@ from clusters.base import SubmissionRefused
 from clusters.environment import SECRETS
 from clusters.kubernetes import Kubernetes
 from clusters.kubernetes_config import KubernetesConfig
+from clusters.pod_keeper import pass_command
+from k8s.install import install_manifests
+from k8s.keeper import keeper_manifests
+from k8s.text import manifests_text
 from orchestrator.clusters_file import read_clusters
 from orchestrator.errors import InputError
 from orchestrator.planning import spec
@@ -44,8 +48,8 @@ _NAMES = (
 )
 _PLAIN_NAMES = tuple(f"PLAIN{number}" for number in range(16))
 _TEXTS = (
-    *("context", "namespace", "image", "volume", "service_account", "ray_token", "gpu_resource", "priority_class"),
-    *("queue", "queue_priority", "root", "python", "link", "user"),
+    *("context", "namespace", "image", "volume", "service_account", "gpu_resource", "priority_class"),
+    *("queue", "queue_priority", "reader_queue", "root", "python", "link", "user"),
 )
 _LISTS = ("image_pull_secrets", "tolerations", "setup")
 _MAPPINGS = ("node_selector", "extended_resources", "secrets", "env", "head_pod")
@@ -92,7 +96,21 @@ def check(case: Case, clusters: Path) -> str:
         return str(error)
     assert request.text.isascii() and "hf_secret" not in request.text
     check_manifest(yaml.safe_load(request.text), config, {**config.env, **job.env})
+    check_installed(config)
     return ""
+
+
+def check_installed(config: KubernetesConfig) -> None:
+    """What is applied once is what was meant, too."""
+    made = install_manifests(config, config.root)
+    made += keeper_manifests(config, config.root, f"{config.root}/code/a", pass_command(config))
+    assert [*yaml.safe_load_all(manifests_text(made))] == made
+    for each in made:
+        assert each["metadata"].get("namespace", config.namespace) == config.namespace
+        labels = {**each["metadata"].get("labels", {})}
+        if each["kind"] == "CronJob":
+            labels |= each["spec"]["jobTemplate"].get("metadata", {}).get("labels", {})
+        assert all(is_text(value) and re.fullmatch(r"([\w.-]*\w)?", value, re.ASCII) for value in labels.values())
 
 
 def check_manifest(whole: dict[str, Any], config: KubernetesConfig, environment: dict[str, str]) -> None:

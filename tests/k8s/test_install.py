@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import k8s
 from clusters import kubernetes_access as permissions
 from k8s.install import BASE, base_objects, install_manifests
+from k8s.keeper import keeper_manifests
 from k8s.planned import READER_LABEL
 from k8s.settings import KubernetesSettings
 from orchestrator.cli import app
@@ -79,6 +80,18 @@ def test_the_reader_is_like_the_pods_of_runs() -> None:
     assert pod["containers"][0]["volumeMounts"][:2] == of_head["containers"][0]["volumeMounts"][:2]
     assert reader["spec"]["selector"]["matchLabels"] == {READER_LABEL: "true"}
     assert reader["spec"]["template"]["metadata"]["labels"][READER_LABEL] == "true"
+
+
+def test_what_is_no_run_has_a_queue_of_its_own_where_one_is_named() -> None:
+    changed = settings(queue="gpus", reader_queue="small")
+    objects = [*install_manifests(changed, HOME), *keeper_manifests(changed, HOME, "/code", ["python"])]
+    (reader,) = of_kind(objects, "Deployment")
+    (keeper,) = of_kind(objects, "CronJob")
+    for part in (reader, keeper["spec"]["jobTemplate"]):
+        assert part["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "small"}
+        assert broken_rules(part["spec"]["template"]["spec"]) == set()
+    (unnamed,) = of_kind(install_manifests(settings(queue="gpus"), HOME), "Deployment")
+    assert "labels" not in unnamed["metadata"]
 
 
 def test_pods_on_the_network_of_their_nodes_are_let_in() -> None:
@@ -160,8 +173,8 @@ def test_the_command_prints_what_kubectl_takes(tmp_path: Path, monkeypatch: pyte
     assert objects == install_manifests(settings(namespace="research"), HOME, "1Ti")
     planned = CliRunner().invoke(app, ["k8s", "install", "--cluster", "k8s", "--dry-run"]).stdout.splitlines()
     assert planned[0] == "Namespace research"
-    assert planned[-1] == "Secret research/fleetune-ray (a new token, where there is none)"
-    assert len(planned) == len(objects) + 1
+    assert planned[-1] == "Deployment research/fleetune-reader"
+    assert len(planned) == len(objects)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +215,9 @@ def test_the_image_runs_as_the_pods_do_and_has_what_they_need() -> None:
     (packages,) = [command for command in commands if "apt-get install" in command]
     assert "--no-install-recommends" in packages and "rm -rf /var/lib/apt/lists/*" in packages
     assert "wget" in shlex.split(packages)  # by which KubeRay asks how Ray is
+    (line,) = re.findall(r'echo "([^"]*)" > /etc/profile\.d/\w+\.sh', packages)  # for login shells
+    (variables,) = [arguments for word, arguments in final if word == "ENV"]
+    assert line.removeprefix("export ").replace("\\$", "$") in variables.split()
     assert not any(word == "COPY" and "--from" not in arguments for word, arguments in recipe[second:])
     assert first == 0
 

@@ -21,7 +21,7 @@ pytest.importorskip("kubernetes", reason="the client of Kubernetes is not instal
 
 import fleetune
 from clusters import kubernetes_keeper, pod_keeper
-from clusters.base import ClusterStatus
+from clusters.base import ClusterStatus, Unreachable
 from clusters.kubernetes import Kubernetes
 from clusters.kubernetes_api import KubernetesApi
 from clusters.kubernetes_config import KubernetesConfig
@@ -170,6 +170,24 @@ def test_a_submission_that_was_broken_off_is_not_made_by_who_looks(
     assert cluster.created == [f"{RUN_ID}-s1", f"{other}-s1"]
 
 
+def test_a_client_whose_clock_is_behind_may_be_overtaken_and_there_is_one_job(
+    backend: Kubernetes, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By that clock the run is old, and who looks takes it for lost while its client is about to submit it."""
+    other = "b-0123456789"
+    backend.site.create(other, {"cluster": "k8s", "submitted": 0.0, "job": JOB.dump()})
+    create = KubernetesApi.create
+
+    def overtaken(api: KubernetesApi, manifest: dict[str, object]) -> None:
+        monkeypatch.setattr(KubernetesApi, "create", create)
+        assert "was submitted again" in backend.look([other])[other].on_cluster.reason
+        create(api, manifest)
+
+    monkeypatch.setattr(KubernetesApi, "create", overtaken)
+    backend.submit(backend.request(JOB, other))
+    assert cluster.created == [f"{RUN_ID}-s1", f"{other}-s1"]
+
+
 def test_rayjobs_that_are_gone_again_and_again_are_left_to_people(backend: Kubernetes, cluster: Cluster) -> None:
     for _ in range(5):
         cluster.objects.clear()
@@ -264,3 +282,33 @@ def test_its_cronjob_removes_rayjobs_that_are_over_for_long(
     left = {name for kind, name in cluster.objects if kind == "rayjobs"}
     assert left == {f"{run_id}-s1" for run_id in (recent, still_open, waiting)}
     assert capsys.readouterr().out == f"RayJob {ended}-s1: removed, as it has been over for 30 days\n"
+
+
+@pytest.mark.parametrize("verb", ["create", "delete", "get", "list"])
+def test_each_verb_of_its_role_is_needed(
+    verb: str,
+    laptop: Path,
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ended, failed = (fleetune.submit(make_job(tmp_path, name=name), cluster="k8s").run_id for name in ("a", "b"))
+    chain.close(laptop / "runs" / ended, {"state": "succeeded", "reason": ""})
+    over = {"jobDeploymentStatus": "Complete", "endTime": "2026-01-01T00:00:00Z"}
+    cluster.objects["rayjobs", f"{ended}-s1"]["status"] = over
+    cluster.objects["rayjobs", f"{failed}-s1"]["status"] = {"jobDeploymentStatus": "Failed"}
+    (role,) = [each for each in keeper_for("k8s") if each["kind"] == "Role"]
+    (rule,) = role["rules"]
+    assert verb in rule["verbs"]
+    cluster.tokens["client"] = {(each, "rayjobs") for each in rule["verbs"] if each != verb}
+    cluster.quota = 2 if verb == "get" else None  # whether what is refused was made before
+    monkeypatch.setenv("FLEETUNE_HOME", str(laptop))
+    monkeypatch.setenv("FLEETUNE_POD", "keeper-1")
+    said = ""
+    try:
+        pod_keeper.main(pod_keeper.pass_command(kubernetes_config("k8s"))[-1])
+    except Unreachable as error:
+        said = str(error)
+    said += capsys.readouterr().out
+    assert f'cannot {verb} resource "rayjobs"' in said

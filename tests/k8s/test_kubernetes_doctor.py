@@ -22,7 +22,7 @@ QUOTA = "/api/v1/namespaces/fleetune/resourcequotas/fleetune"
 SECRETS = "/api/v1/namespaces/fleetune/secrets"
 ALL = (
     *("server", "operator", "permissions", "nodes", "volume", "secrets", "image", "reader", "packages", "quota"),
-    *("queue", "trial"),
+    *("keeper", "queue", "trial"),
 )
 
 
@@ -62,7 +62,7 @@ def test_all_is_well(change: Callable[..., None], cluster: Cluster) -> None:
     assert found["permissions"] == "all 13 that are used"
     assert found["nodes"] == "8 of nvidia.com/gpu, 8 not asked for here; 1 of 1 nodes fit"
     assert found["volume"] == "fleetune has 2Ti (class nfs, ReadWriteMany)"
-    assert found["secrets"] == "fleetune-ray: this account may not see whether they are there"
+    assert found["secrets"] == "pods are to have none"
     assert found["image"] == "registry.example.org/team/fleetune, sha256 000000000000..."
     assert found["reader"].startswith("pod reader-1 has 0 runs in ")
     assert (
@@ -150,13 +150,29 @@ def used_up(cluster: Cluster) -> None:
 
 def without_image(cluster: Cluster) -> None:
     waiting = {"reason": "ImagePullBackOff", "message": "401 Unauthorized"}
-    cluster.objects["pods", "reader-1"]["status"]["containerStatuses"] = [
-        {"ready": False, "state": {"waiting": waiting}}
-    ]
+    statuses = [{"ready": False, "state": {"waiting": waiting}}]
+    cluster.objects["pods", "reader-1"]["status"] = {"phase": "Pending", "containerStatuses": statuses}
 
 
 def with_reader_that_waits(cluster: Cluster) -> None:
     cluster.objects["pods", "reader-1"]["status"] = {"phase": "Pending"}
+
+
+def with_reader_held_back(cluster: Cluster) -> None:
+    """As Kueue does with every pod of a namespace that has a default queue: it gates those of Deployments, too."""
+    with_reader_that_waits(cluster)
+    pod = cluster.objects["pods", "reader-1"]
+    pod["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "default"
+    pod["spec"]["schedulingGates"] = [{"name": "kueue.x-k8s.io/admission"}]
+
+
+def with_keeper_held_back(cluster: Cluster) -> None:
+    """And it suspends the Jobs of the keeper's CronJob."""
+    for number, status in ((1, "True"), (2, "False")):
+        condition = {"type": "Admitted", "status": status, "reason": "Pending", "message": "no quota"}
+        owner = {"kind": "Job", "name": f"fleetune-keeper-{number}"}
+        workload = {"metadata": {"ownerReferences": [owner]}, "status": {"conditions": [condition]}}
+        cluster.objects["workloads", f"job-{number}"] = workload
 
 
 def with_older_image(cluster: Cluster) -> None:
@@ -183,7 +199,7 @@ def of_new_server(cluster: Cluster) -> None:
     cluster.general.version = "1.44"
 
 
-def without_secret(cluster: Cluster) -> None:
+def who_sees_secrets(cluster: Cluster) -> None:
     cluster.tokens["client"] = {*(cluster.tokens["client"] or ()), ("get", "secrets")}
 
 
@@ -214,8 +230,18 @@ def with_full_quota(cluster: Cluster) -> None:
         (without_image, "image", "fail", "ImagePullBackOff: 401 Unauthorized", "image_pull_secrets (none is named)"),
         (with_reader_that_waits, "image", "warn", "pod reader-1 has not pulled it yet", "describe pod reader-1"),
         (with_older_image, "image", "warn", "the reader has another one", "fleetune k8s install --cluster k8s"),
-        (without_reader, "reader", "fail", "no pod of the reader is ready", "fleetune k8s install --cluster k8s"),
-        (without_secret, "secrets", "fail", "there is no Secret fleetune-ray", "fleetune k8s install --cluster k8s"),
+        (
+            with_reader_that_waits,
+            "reader",
+            "fail",
+            "no pod of the reader is ready: pod reader-1",
+            "describe pod reader-1",
+        ),
+        (without_image, "reader", "fail", "pod reader-1: ImagePullBackOff: 401", "describe pod reader-1"),
+        (without_reader, "reader", "fail", "there is no pod of the reader", "fleetune k8s install --cluster k8s"),
+        (with_reader_held_back, "reader", "fail", "holds pod reader-1 back, in queue default", "`reader_queue`"),
+        (with_reader_held_back, "image", "warn", "has not pulled it yet", "`reader_queue`"),
+        (with_keeper_held_back, "keeper", "warn", "Job fleetune-keeper-2 back (no quota)", "`reader_queue`"),
         (with_full_quota, "trial", "fail", "exceeded quota", "mend what is above"),
     ],
     ids=lambda each: each.__name__ if callable(each) else "",
@@ -236,15 +262,14 @@ def test_secrets_that_are_there_are_looked_for_without_their_values(
     change: Callable[..., None], cluster: Cluster
 ) -> None:
     stop_reader(cluster)
-    without_secret(cluster)
-    for name in ("fleetune-ray", "ghcr"):
-        cluster.general.stored[f"{SECRETS}/{name}"] = {"kind": "Secret", "metadata": {"name": name}}
+    who_sees_secrets(cluster)
+    cluster.general.stored[f"{SECRETS}/ghcr"] = {"kind": "Secret", "metadata": {"name": "ghcr"}}
     change(image_pull_secrets=["ghcr"], secrets={"HF_TOKEN": "hf/token"})
     check = look()["secrets"]
     assert (check.level, check.found) == ("fail", "there is no Secret hf")
     assert check.mend == "kubectl -n fleetune create secret generic hf --from-file=KEY=FILE"
     cluster.general.stored[f"{SECRETS}/hf"] = {"kind": "Secret", "metadata": {"name": "hf"}}
-    assert look()["secrets"].found == "fleetune-ray, ghcr, hf"
+    assert look()["secrets"].found == "ghcr, hf"
     assert {accept for path, accept in cluster.accepted if "/secrets/" in path} == {
         "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
     }

@@ -77,7 +77,7 @@ def test_what_the_readme_says_works_as_written(
             cluster.objects["rayjobs", name]["status"] = {"jobDeploymentStatus": "Complete"}
     assert [*said] == ["k8s", "doctor", "submit", "status", "logs", "fetch", "clusters"]
     assert image.startswith("registry.example.org/")
-    assert said["k8s"].count(": created") == 15
+    assert said["k8s"].count(": created") == 14
     assert "fail" not in said["doctor"] and "warn" not in said["doctor"]
     assert "Kueue: it waits for queue team-a to admit it" in " ".join(said["status"].split())
     assert (tmp_path / "first" / "output" / "adapter_model.safetensors").read_bytes() == b"weights"

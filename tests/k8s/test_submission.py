@@ -3,6 +3,7 @@
 The official client speaks HTTP to a server of the tests (api_server.py), whose faults come from a seed.
 """
 
+import copy
 import random
 import socket
 import threading
@@ -97,13 +98,43 @@ def test_a_run_that_goes_on_gets_no_second_job_and_one_that_ended_does(backend: 
     assert cluster.created == [f"{RUN_ID}-s1", f"{RUN_ID}-s2"]
 
 
-def test_a_name_that_is_taken_by_another_is_no_submission(backend: Kubernetes, cluster: Cluster) -> None:
+OTHER_RUN = "is there already, and is not of run a-0123456789: somebody else has made it"
+OTHER_VERSION = (
+    "is there already, and not as this would make it: it was made by another version of Fleetune or of the"
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"labels": {}}, OTHER_RUN),
+        ({"labels": None}, OTHER_RUN),
+        ({"annotations": None}, OTHER_RUN),
+        ({"annotations": {"fleetune/digest": "0" * 64}}, OTHER_VERSION),
+    ],
+)
+def test_a_name_that_is_taken_by_another_is_no_submission(
+    changes: dict[str, Any], words: str, backend: Kubernetes, cluster: Cluster
+) -> None:
     request = backend.request(JOB, RUN_ID)
     backend.submit(request)
     stored = cluster.objects["rayjobs", request.name]
-    stored["metadata"]["labels"] = {}
-    with pytest.raises(SubmissionRefused, match=f"RayJob {request.name} is there already, and is not of this run"):
+    for name, value in changes.items():
+        stored["metadata"].pop(name)
+        stored["metadata"] |= {name: value} if value is not None else {}
+    before = copy.deepcopy(cluster.objects)
+    with pytest.raises(SubmissionRefused, match=f"^RayJob {request.name} {words}") as refused:
         backend.submit(request)
+    assert "\n" not in str(refused.value)
+    assert cluster.objects == before
+
+
+def test_what_goes_on_by_an_earlier_submission_has_another_digest(backend: Kubernetes, cluster: Cluster) -> None:
+    backend.submit(backend.request(JOB, RUN_ID))
+    set_status(cluster, jobDeploymentStatus="Running")
+    other = opened(cpus_per_worker=1)
+    other.submit(other.request(JOB, RUN_ID, None))
+    assert cluster.created == [f"{RUN_ID}-s1"]
 
 
 def test_a_quota_that_the_submission_itself_uses_up_is_no_refusal(backend: Kubernetes, cluster: Cluster) -> None:
@@ -212,6 +243,10 @@ def test_status_of_many_runs_is_one_list(backend: Kubernetes, cluster: Cluster) 
     statuses = backend.status(run_ids)
     assert {status.state for status in statuses.values()} == {"running"}
     assert len(cluster.requests) == 2  # pages of one list
+    cluster.requests.clear()
+    assert backend.status(run_ids[:1])[run_ids[0]].state == "running"
+    of_run = "labelSelector=app.kubernetes.io/managed-by%3Dfleetune%2Cfleetune/run%3D"
+    assert all(of_run in request for request in cluster.requests)  # however many there ever were
 
 
 def test_a_list_that_is_too_old_begins_again(

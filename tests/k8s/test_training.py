@@ -1,6 +1,7 @@
 """Runs on Kubernetes that really train: the pods of a RayJob are processes here, with real Ray in them."""
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -50,11 +51,17 @@ def site(operator: KubeRay, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture
-def place(operator: KubeRay, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KubernetesPlace:
-    """The cluster, as a laptop has it that knows no run."""
+def place(
+    operator: KubeRay, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[KubernetesPlace]:
+    """The cluster, as a laptop has it that knows no run; afterwards it is as before, whatever a test has left."""
     configure(site, cpus_per_worker=1, env={"OMP_NUM_THREADS": "1"}, queue=None)
     use_laptop(site, tmp_path / "home", monkeypatch)
-    return KubernetesPlace("k8s", site / "volume", operator)
+    place = KubernetesPlace("k8s", site / "volume", operator)
+    yield place
+    operator.is_up = operator.admits = True
+    operator.cluster.fault = lambda _: None
+    place.forget_all()
 
 
 class TestQueue(QueueContract):
@@ -130,6 +137,25 @@ def test_a_run_whose_node_is_drained_saves_first(
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(2400)
+def test_a_run_whose_node_does_not_come_back_goes_on_in_another_cluster(
+    place: KubernetesPlace, begin_on_both: Begin, launch: Any
+) -> None:
+    run_dir = begin_on_both()
+    lost = place.pods("worker")[0]
+    place.kubelet.lose_node(lost.name, math.inf)
+    until(lambda: attempts(run_dir)[0].verdict, 300)
+    assert f"pod {lost.name} is not ready, or its node is lost" in str(fleetune.status(run_dir.name).reason)
+    assert_undisturbed(run_dir, launch, 1800)  # ten minutes of which it waits
+    first, *others = attempts(run_dir)  # one of them may have begun before Ray knew that the node is lost
+    assert first.verdict and first.verdict["kind"] == "node_lost" and others[-1].start
+    assert [path.name for path in sorted((run_dir / "starts").iterdir())] == ["1.0", "1.1"]
+    until(lambda: [*place.kubelet.pods] == [lost.name], 120)  # its object goes with its node
+    place.kubelet.lose(lost.name)
+    until(place.is_idle, 120)
+
+
+@pytest.mark.chaos
 @pytest.mark.timeout(1800)
 def test_a_run_that_kueue_suspends_saves_and_goes_on_later(
     place: KubernetesPlace, begin_on_both: Begin, launch: Any
@@ -181,7 +207,7 @@ def test_an_operator_that_was_away_replaces_what_was_lost_meanwhile(
 def test_a_run_does_not_notice_that_the_api_is_away_for_a_minute(
     place: KubernetesPlace, begin_on_both: Begin, launch: Any
 ) -> None:
-    run_dir = begin_on_both(steps=60)  # of which the minute has half
+    run_dir = begin_on_both(steps=60)  # two minutes and more
     place.operator.is_up = False
     place.operator.cluster.fault = lambda _: "cut before"
     steps = len(read_lines(attempts(run_dir)[0], "metrics.jsonl"))

@@ -44,9 +44,16 @@ def status(backend: Kubernetes) -> ClusterStatus:
 
 def have_pod(cluster: Cluster, node: str = "gpu-1", **status: Any) -> None:
     """A pod of the run, with this status."""
-    metadata = {"name": "w", "labels": {"app.kubernetes.io/managed-by": "fleetune", RUN_LABEL: RUN_ID}}
+    labels = {"app.kubernetes.io/managed-by": "fleetune", RUN_LABEL: RUN_ID, "ray.io/cluster": f"{RAYJOB}-x2v4t"}
+    metadata = {"name": "w", "labels": labels}
     spec = {"containers": [], "nodeName": node}
     cluster.objects["pods", "w"] = {"metadata": metadata, "spec": spec, "status": status}
+
+
+def running(cluster: Cluster, ray_cluster: str = f"{RAYJOB}-x2v4t") -> None:
+    """Have the run's RayJob run, with a cluster of Ray."""
+    status = {"jobDeploymentStatus": "Running", "rayClusterName": ray_cluster}
+    cluster.objects["rayjobs", RAYJOB]["status"] = status
 
 
 def container(**state: Any) -> list[dict[str, Any]]:
@@ -107,16 +114,35 @@ def test_what_the_pods_say_is_said(
 
 
 def test_a_run_that_waits_for_a_pod_that_replaces_one_says_why(backend: Kubernetes, cluster: Cluster) -> None:
-    cluster.objects["rayjobs", RAYJOB]["status"] = {"jobDeploymentStatus": "Running"}
+    running(cluster)
     no_node = {"type": "PodScheduled", "status": "False", "message": NO_NODE}
     have_pod(cluster, "", phase="Pending", conditions=[no_node])
     assert status(backend) == ClusterStatus("running", f"RayJob {RAYJOB}: pod w has no node: {NO_NODE}")
     waiting = {"waiting": {"reason": "ErrImagePull", "message": "no"}}
     have_pod(cluster, phase="Pending", containerStatuses=container(state=waiting))
     assert status(backend).reason == f"RayJob {RAYJOB}: pod w: ErrImagePull: no"
-    have_pod(cluster, phase="Running")
+    have_pod(cluster, phase="Running", containerStatuses=[{"ready": True}])
     cluster.requests.clear()
     assert status(backend) == ClusterStatus("running", f"RayJob {RAYJOB}")
+    assert f"fleetune/run%3D{RUN_ID}" in cluster.requests[-1] and "status.phase" not in cluster.requests[-1]
+
+
+def test_a_run_that_has_lost_a_node_says_so(backend: Kubernetes, cluster: Cluster) -> None:
+    running(cluster)
+    have_pod(cluster, phase="Running", containerStatuses=[{"ready": False}])
+    assert status(backend).reason == f"RayJob {RAYJOB}: pod w is not ready, or its node is lost"
+    cluster.objects["pods", "w"]["metadata"]["deletionTimestamp"] = "2026-11-22T02:50:53Z"
+    assert status(backend).reason == f"RayJob {RAYJOB}: pod w is to end, and KubeRay replaces it once it is gone"
+    running(cluster, "another cluster")
+    assert status(backend) == ClusterStatus("running", f"RayJob {RAYJOB}")
+
+
+def test_of_runs_that_run_the_pods_that_start_are_looked_at(backend: Kubernetes, cluster: Cluster) -> None:
+    backend.submit(backend.request(JOB, "b-0123456789"))
+    for name in cluster.created:
+        cluster.objects["rayjobs", name]["status"] = {"jobDeploymentStatus": "Running"}
+    cluster.requests.clear()
+    backend.status([RUN_ID, "b-0123456789"])
     assert "status.phase%3DPending" in cluster.requests[-1]
 
 

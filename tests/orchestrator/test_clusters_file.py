@@ -105,7 +105,8 @@ IMAGE = f"registry.example.org:5000/team/fleetune@sha256:{'0' * 64}"
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"image": "fleetune:latest"}, "image: found 'fleetune:latest'; must end with its digest"),
+        ({"image": "fleetune:latest"}, "image: found 'fleetune:latest'; must end with @sha256: and the 64 digits"),
+        ({"image": "a@sha256:..."}, "image: found 'a@sha256:...'; must end with @sha256: and the 64 digits"),
         ({"image": "fleetune latest"}, "image: found 'fleetune latest'; must be an image"),
         ({"quue": "a"}, "quue: unknown key; did you mean 'queue'?"),
         ({"link": {"ssh": "there"}}, "link: found {'ssh': 'there'}; allowed: 'local'"),
