@@ -1,8 +1,8 @@
 """What a plan says of memory, in words."""
 
 from orchestrator.comparison.measure import format_bytes
-from orchestrator.planning.fit import Change
 from orchestrator.planning.memory import MemoryFit
+from trainer.dry_run.fit import Change
 
 
 def fit_fields(fit: MemoryFit) -> dict[str, str]:
@@ -33,9 +33,6 @@ def fit_fields(fit: MemoryFit) -> dict[str, str]:
 
 def _change_text(change: Change) -> str:
     """What was changed, and what that takes."""
-    settings = []
-    for key, value in change.settings.items():
-        settings.append(f"{key}={value}")
     verdict = "fits" if change.fits else "does not fit"
     needed = format_bytes(change.needed)
-    return f"{' and '.join(settings)} {verdict} ({needed})"
+    return f"{change.text} {verdict} ({needed})"

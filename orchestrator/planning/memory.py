@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.planning.dry_run import DryRunFailed, can_dry_run, dry_runner
-from orchestrator.planning.fit import DRY_RUN_MARGIN, Change, Find, Forecast, changes_that_fit
+from methods.options.base import BaseConfig
 from orchestrator.planning.fitted_line import fitted
 from orchestrator.planning.model import Model
 from runfolder.job import Job
 from trainer.data.survey import Sample
+from trainer.dry_run.fit import DRY_RUN_MARGIN, Change, Find, Forecast, changes_that_fit
+from trainer.dry_run.process import DryRunFailed, can_dry_run, dry_runner
 
 _ASK_DEVICE = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
 _DRIVER_S = 10.0
@@ -59,7 +60,7 @@ def fit(job: Job, model: Model, sample: Sample | None, kinds: Numerics, device: 
     if not can_dry_run():
         problem = "torch and what belongs to it are not installed: pip install 'fleetune[train]'"
     else:
-        with dry_runner(model, sample) as runner:
+        with dry_runner(config_of_base(model), sample) as runner:
 
             def tried(changed: Job) -> Forecast:
                 precision, fast = kinds(changed)
@@ -85,6 +86,14 @@ def fit(job: Job, model: Model, sample: Sample | None, kinds: Numerics, device: 
     except DryRunFailed as error:
         raise DryRunFailed(f"{problem}; {error}") from None
     return _with_changes(job, forecast, on_line, device, problem)
+
+
+def config_of_base(model: Model) -> BaseConfig:
+    """The config.json of a base, with as many embeddings as the job has it have."""
+    config = dict(model.config)
+    if model.embedding_rows is not None:
+        config["vocab_size"] = model.embedding_rows
+    return config
 
 
 def _with_changes(job: Job, forecast: Forecast, find: Find, device: int | None, problem: str | None) -> MemoryFit:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from clusters.base import Capacity
 from clusters.machine import total_capacity
 from orchestrator.backends import make_request, open_cluster
-from orchestrator.planning.dry_run import DryRunFailed
 from orchestrator.planning.freeze import JobSource, read_job
 from orchestrator.planning.memory import MemoryFit, device_here, fit
 from orchestrator.planning.preflight import Findings, check_job, has_gpus
@@ -16,6 +15,7 @@ from orchestrator.planning.sizes import Sizes, planned_kernels, planned_precisio
 from orchestrator.planning.survey import SourceProgress, SourceRows
 from orchestrator.runs import new_id
 from runfolder.job import Job
+from trainer.dry_run.process import DryRunFailed
 
 _Foretold = tuple[MemoryFit | None, tuple[str, ...]]  # and what should be known of it
 

@@ -38,9 +38,9 @@ def forecast(job: Job, config: BaseConfig, documents: Sequence[Lengths], precisi
 
 
 def reply(request: Mapping[str, Any]) -> dict[str, Any]:
-    """What a request {job, config, sample: [[tokens, labels]], precision, fast} gets: {bytes}, or {problem}.
+    """What a request {job, config, sample: [[tokens, labels]], precision, fast, whole} gets: {bytes}, or {problem}.
 
-    The sample has the lengths of some documents, from which the longest micro-batch is dealt.
+    The sample has the lengths of some documents, from which the longest micro-batch is dealt; or it is that, `whole`.
     """
     job = Job.model_validate(request["job"])
     sample = [(tokens, labels) for tokens, labels in request["sample"]]
@@ -48,7 +48,9 @@ def reply(request: Mapping[str, Any]) -> dict[str, Any]:
         fast = request["fast"]
         config = request["config"]
         precision = request["precision"]
-        documents = longest_micro_batch(job, sample, fast)
+        documents = sample
+        if not request["whole"]:
+            documents = longest_micro_batch(job, sample, fast)
         found = forecast(job, config, documents, precision, fast)
     except Exception as error:  # whatever a base or method does without values that nobody has tried
         kind = type(error).__name__

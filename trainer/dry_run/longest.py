@@ -10,6 +10,7 @@ from trainer.data.batches import layout_of
 from trainer.data.counts import Counts
 from trainer.data.examples import Examples, GlobalBatch
 from trainer.data.layout import MicroBatch
+from trainer.data.longest import padded_positions
 from trainer.data.one_row import deal_in_one_row
 from trainer.data.shards import join_examples
 from trainer.data.tokens import Tokens
@@ -37,7 +38,7 @@ def longest_micro_batch(job: Job, sample: Sequence[Lengths], in_one_row: bool) -
         batch = _drawn(job, examples, generator)
         dealt = _micro_batches_of(job, batch, in_one_row)
         for micro in dealt:
-            positions = _padded_positions(micro, examples.tokens)
+            positions = padded_positions(micro, examples.tokens)
             if positions > most:
                 most = positions
                 chosen = list(chain.from_iterable(micro.rows))
@@ -67,16 +68,6 @@ def _micro_batches_of(job: Job, batch: GlobalBatch, in_one_row: bool) -> list[Mi
     if in_one_row:
         return deal_in_one_row(layout, batch, 0, workers)
     return layout.deal(batch, 0, workers)
-
-
-def _padded_positions(micro: MicroBatch, tokens: Tokens) -> int:
-    """The positions of a micro-batch, with padding."""
-    longest = 0
-    for row in micro.rows:
-        lengths = tokens.lengths[row]
-        length = int(lengths.sum())
-        longest = max(longest, length)
-    return len(micro.rows) * longest
 
 
 def _drawn(job: Job, examples: Examples, generator: np.random.Generator) -> GlobalBatch:

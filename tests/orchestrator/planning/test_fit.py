@@ -9,12 +9,12 @@ from jobs import make_base, make_job
 from llamas import LLAMA_1B
 
 from orchestrator.planning import memory
-from orchestrator.planning.dry_run import DryRunFailed
-from orchestrator.planning.fit import LINE_MARGIN, Forecast, changes_that_fit, with_setting
 from orchestrator.planning.fitted_line import fitted
 from orchestrator.planning.model import Model
 from orchestrator.planning.plan import plan
 from runfolder.job import Job
+from trainer.dry_run.fit import LINE_MARGIN, Forecast, changes_that_fit, with_setting
+from trainer.dry_run.process import DryRunFailed
 
 GIB = 2**30
 FIGURES = Path(__file__).parents[2] / "trainer" / "dry_run_figures.json"
