@@ -75,6 +75,7 @@ class Evaluator:
             return
         model = run.model
         model.eval()
+        began = time.time()
         try:
             with torch.no_grad():
                 metrics = self._metrics(run, step, batches)
@@ -85,6 +86,7 @@ class Evaluator:
         if self.world.leads:
             row = {"step": step, "time": time.time(), **metrics}
             run.attempt.append("metrics.jsonl", row)
+            run.attempt.event("evaluated", step=step, seconds=row["time"] - began)
             words = [f"step {step}"]
             for name, value in metrics.items():
                 words.append(f"{name} {value:.4f}")

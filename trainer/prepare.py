@@ -11,6 +11,7 @@ from methods.base import Method, Setup
 from methods.registry import create
 from runfolder.chain import Attempt
 from runfolder.digests import InputChanged, changes, frozen_digests
+from runfolder.files import Record
 from runfolder.folders import cache
 from runfolder.job import Job
 from runfolder.record import load_job
@@ -160,4 +161,26 @@ def announce_plan(run: Run) -> None:
             device=str(world.device),
             kernels=kernels.names,
             kernel_problems=kernels.problems,
+            evaluate_every=run.job.evaluation.every,
+            work=work_of(run),
         )
+
+
+def work_of(run: Run) -> Record:
+    """What a run does and on what, for what later plans learn of its costs."""
+    job = run.job
+    device = run.world.device
+    on_gpu = device.type == "cuda"
+    return {
+        "method": job.method.kind,
+        "objective": job.objective.kind,
+        "zero": job.sharding.zero,
+        "kernels": "fast" if run.objective.kernels.names else "plain",
+        "checkpointing": job.train.gradient_checkpointing,
+        "precision": "bf16" if run.dtype == torch.bfloat16 else "fp32",
+        "workers": run.world.size,
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "peak": speed.peak_flops(device, run.dtype),
+        "flops_per_token": speed.flops_per_token(run.model),
+        "batch_tokens": job.train.batch_tokens,
+    }

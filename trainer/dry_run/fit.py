@@ -27,7 +27,8 @@ class Forecast:
     parts: BytesByPart
     source: str  # dry run, or fitted line
     margin: float
-    factor: float = 1.0  # how much more than foretold was measured
+    factor: float = 1.0  # of what was measured to what was foretold,
+    runs: int = 0  # in so many earlier runs
 
     @property
     def allocated(self) -> int:
