@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import Thread
 
 import numpy as np
 import torch
@@ -33,18 +34,20 @@ class DoesNotFit(torch.OutOfMemoryError):
     """The longest passes of a run need more memory than its device has."""
 
 
-def calibrate_training(run: Run, first: int) -> None:
+def calibrate_training(run: Run, first: int) -> Thread | None:
     """Try the longest micro-batch of the steps after `first`, with gradients and moments beside it; a collective.
 
-    Raises DoesNotFit. What a model has yet to write has no length: such objectives are not tried.
+    Gives the thread that has it foretold, if one does. Raises DoesNotFit. What a model has yet to write has no
+    length: such objectives are not tried.
     """
     if not is_calibrated(run, first) or run.objective.generates:
-        return
+        return None
     deal = partial(dealt_to_rank, run)
     longest = longest_pass(run.batches, first, deal)
-    foretell(run, longest)
+    foretelling = foretell(run, longest)
     with _trying(run, "training", f"a micro-batch of {longest}"), _any_reference(run, run.tokens):
         _try_training(run, longest)
+    return foretelling
 
 
 def calibrate_evaluation(run: Run, first: int, evaluator: Evaluator) -> None:

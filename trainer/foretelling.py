@@ -15,12 +15,13 @@ from trainer.embeddings import vocabulary
 from trainer.run import Run
 
 
-def foretell(run: Run, longest: LongestPass) -> None:
+def foretell(run: Run, longest: LongestPass) -> threading.Thread | None:
     """Have a dry run of the longest micro-batch made beside the run, and kept in its events; of GPUs alone."""
     if not run.world.leads or run.world.device.type != "cuda":
-        return
+        return None
     thread = threading.Thread(target=keep_forecast, args=(run, longest), daemon=True)
     thread.start()
+    return thread
 
 
 def keep_forecast(run: Run, longest: LongestPass) -> None:

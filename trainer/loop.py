@@ -19,6 +19,8 @@ from trainer.run import Run
 from trainer.step import feed, take_step
 from trainer.stop import Stopped
 
+FORECAST_S = 60.0  # that a short run waits at its end for what was foretold of it
+
 
 def train(run_dir: Path, attempt: int) -> bool:
     """Do this worker's part of an attempt that is claimed: from its start checkpoint to attempts/N/output.
@@ -29,7 +31,7 @@ def train(run_dir: Path, attempt: int) -> bool:
     claimed = Attempt(run_dir, attempt)
     try:
         run, first = prepare_run(claimed)
-        calibrate_training(run, first)
+        foretelling = calibrate_training(run, first)
         know_reference(run, run.examples, run.batches.all_examples())
         settings = run.job.checkpoint
         saves = CheckpointWriter(run.attempt, run.world, settings.every, settings.keep)
@@ -38,6 +40,8 @@ def train(run_dir: Path, attempt: int) -> bool:
         last = take_steps(run, first, saves, evaluator)
         end_by_loss(run, last)
         export(run)
+        if foretelling:
+            foretelling.join(FORECAST_S)
     except Stopped as stopped:
         if dist.get_rank() == 0:
             claimed.event("stopped", step=stopped.step)

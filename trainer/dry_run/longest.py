@@ -26,11 +26,13 @@ def longest_micro_batch(job: Job, sample: Sequence[Lengths], in_one_row: bool) -
     Without packing, rows are as long as the longest document among them, which may be the longest of all.
     """
     longest_first = sorted(sample, reverse=True)
+    of_example = documents_of_example(job)
     if not job.data.packing and not in_one_row:
-        wanted = job.train.micro_batch
+        whole_examples = job.train.micro_batch // of_example
+        wanted = max(1, whole_examples) * of_example
         repeated = longest_first + [longest_first[-1]] * wanted
         return repeated[:wanted]
-    examples = examples_of(sample, job.method.virtual_tokens)
+    examples = examples_of(longest_first, job)
     generator = np.random.default_rng(job.train.seed)
     most = 0
     chosen: list[int] = []
@@ -42,11 +44,22 @@ def longest_micro_batch(job: Job, sample: Sequence[Lengths], in_one_row: bool) -
             if positions > most:
                 most = positions
                 chosen = list(chain.from_iterable(micro.rows))
-    return [sample[document] for document in chosen]
+    return [longest_first[document] for document in chosen]
 
 
-def examples_of(documents: Sequence[Lengths], virtual: int) -> Examples:
-    """Documents of these lengths, whose last tokens are labels."""
+def documents_of_example(job: Job) -> int:
+    """How many documents an example of a job's objective has: two where answers are compared."""
+    if job.objective.rows == "answers":
+        return 1
+    return 2
+
+
+def examples_of(documents: Sequence[Lengths], job: Job) -> Examples:
+    """Examples of a job from documents of these lengths, whose last tokens are labels; a reference knows nothing.
+
+    Documents of about the same length make a pair, which is as long as any.
+    """
+    virtual = job.method.virtual_tokens
     made = []
     for length, labels in documents:
         own = max(1, length - virtual)
@@ -58,7 +71,10 @@ def examples_of(documents: Sequence[Lengths], virtual: int) -> Examples:
     rows = list(range(len(documents)))
     shard = join_examples(made, rows, Counts())
     tokens = Tokens([shard], virtual)
-    return Examples.of_each(tokens)
+    count = len(tokens)
+    tokens.reference = np.zeros(count)
+    of_example = documents_of_example(job)
+    return Examples.of_each(tokens, of_example)
 
 
 def _micro_batches_of(job: Job, batch: GlobalBatch, in_one_row: bool) -> list[MicroBatch]:
