@@ -176,6 +176,9 @@ def show_plan(plan: Plan) -> None:
     show_fields(_plan_fields(plan))
     for warning in plan.warnings:
         print_markup(f"[yellow]warning[/]: {escape(warning)}")
+    if plan.request is not None:
+        print_markup("\n[bold]what submit sends there[/], with another run id:\n")
+        print(plan.request, end="", flush=True)
 
 
 def _plan_fields(plan: Plan) -> dict[str, str]:

@@ -11,7 +11,7 @@ from runfolder.job import Job
 from runfolder.site import Site
 from trainer.dry_run.fit import DRY_RUN_MARGIN
 
-NEWEST = 30  # runs that are looked at
+NEWEST = 15  # runs that are looked at: all of their rows are read
 LEAST_MARGIN = 0.03
 DEVIATIONS = 3.0  # of the ratios that were seen, which a margin covers
 ENOUGH = 3  # ratios, from which their spread says how large a margin has to be
