@@ -25,9 +25,9 @@ from methods.registry import create
 from runfolder.chain import claim_next
 from trainer.base import load_model
 from trainer.checkpoint.saving import CheckpointWriter
-from trainer.loop import prepare_run
 from trainer.meter import Meter, SaveRequest
 from trainer.objectives.base import Totals
+from trainer.prepare import prepare_run
 from trainer.run import Run
 from trainer.speed import flops_per_token, peak_flops
 from trainer.step import BatchTensors, feed, micro_batches, take_step

@@ -252,8 +252,8 @@ def started(run_dir: Path) -> Iterator[Any]:
     import torch.distributed as dist
 
     from runfolder.chain import claim_next
-    from trainer.loop import prepare_run
     from trainer.meter import Meter
+    from trainer.prepare import prepare_run
     from trainer.speed import flops_per_token, peak_flops
     from trainer.step import feed
 

@@ -93,11 +93,17 @@ class CapacityNotTold(Unreachable):
 
 @dataclass(frozen=True)
 class Capacity:
-    """Workers that fit at once, and how many of them are free now."""
+    """Workers that fit at once, and how many of them are free now.
+
+    `gpu` is what its GPUs are called, where all have one name, and `gpu_bytes` the memory of the smallest one: None
+    where the cluster does not say.
+    """
 
     kind: Literal["gpu", "cpu"]
     total: int
     free: int
+    gpu: str | None = None
+    gpu_bytes: int | None = None
 
 
 class Cluster(Protocol):

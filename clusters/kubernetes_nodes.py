@@ -1,6 +1,6 @@
 """What the nodes of a Kubernetes cluster have for runs: how much, what of that is free, and who may not be there."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from clusters.base import Capacity, CapacityNotTold
@@ -23,6 +23,7 @@ _QUANTITY_UNITS = {
     "Ti": 2.0**40,
     "Pi": 2.0**50,
 }
+_NVIDIA = "nvidia.com/gpu"  # what the labels of its GPU feature discovery begin with
 _KEEPING_OFF = ("NoSchedule", "NoExecute")
 
 
@@ -51,7 +52,32 @@ def capacity_of_nodes(nodes: Iterable[Answered], pods: Iterable[Answered], gpu_r
         if is_there and pod["spec"].get("nodeName"):
             used += _asked_for(pod, resource)
     free = max(0, int(total - used))
-    return Capacity(kind, int(total), free)
+    if kind == "cpu":
+        return Capacity(kind, int(total), free)
+    with_gpus = [node for node in open_nodes if _amount_of([node], resource)]
+    return Capacity(kind, int(total), free, _gpu_name(with_gpus), _gpu_bytes(with_gpus))
+
+
+def _gpu_name(nodes: Iterable[Answered]) -> str | None:
+    """What the GPUs of nodes are called by NVIDIA's labels; None where some have none, or another one."""
+    names = {_labels_of(node).get(f"{_NVIDIA}.product") for node in nodes}
+    return names.pop() if len(names) == 1 else None
+
+
+def _gpu_bytes(nodes: Iterable[Answered]) -> int | None:
+    """The memory of the smallest GPU of nodes by NVIDIA's labels, which are in MiB; None where some have none."""
+    sizes = []
+    for node in nodes:
+        mebibytes = _labels_of(node).get(f"{_NVIDIA}.memory", "")
+        if not mebibytes.isdigit():
+            return None
+        sizes.append(int(mebibytes) * 2**20)
+    return min(sizes, default=None)
+
+
+def _labels_of(node: Answered) -> Mapping[str, str]:
+    labels: Mapping[str, str] = node["metadata"].get("labels") or {}
+    return labels
 
 
 def unfit_nodes(nodes: Iterable[Answered], selector: Selector, tolerations: Sequence[str]) -> list[str]:

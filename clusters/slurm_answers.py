@@ -4,7 +4,7 @@ Pure functions of text, as SLURM 22.05 to 25.x print it.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -165,17 +165,20 @@ def words_of_ending(job_id: str, ended: Mapping[str, str]) -> str:
 def capacity_of(said: str) -> Capacity:
     """GPUs of the nodes in the answer of SINFO that are up, or their cores where they have none."""
     total_gpus = used_gpus = total_cores = idle_cores = 0
+    names: set[str | None] = set()
     for node in _NODE.finditer(said):
         state, gres, used, cores = node.groups()
         if state.rstrip("*~#%$@+-") not in _UP:
             continue
         total_gpus += _gpus_in(gres)
+        names.update(_gpu_names_in(gres))
         used_gpus += _gpus_in(used)
         _, idle, _, all_cores = map(int, cores.split("/"))
         total_cores += all_cores
         idle_cores += idle
     if total_gpus:
-        return Capacity("gpu", total_gpus, total_gpus - used_gpus)
+        name = names.pop() if len(names) == 1 else None
+        return Capacity("gpu", total_gpus, total_gpus - used_gpus, name)
     return Capacity("cpu", total_cores, idle_cores)
 
 
@@ -236,6 +239,14 @@ def _is_among(nodes: str, node: str) -> bool:
             if len(first) <= len(inner) and int(first) <= int(inner) <= int(last or first):
                 return True
     return False
+
+
+def _gpu_names_in(gres: str) -> Iterator[str | None]:
+    """What the GPUs of a node are called, like `h100` in `gpu:h100:4(S:0-1)`; None for those without a name."""
+    for part in gres.split(","):
+        fields = part.partition("(")[0].split(":")
+        if fields[0] == "gpu":
+            yield fields[1] if len(fields) == 3 else None
 
 
 def _gpus_in(gres: str) -> int:

@@ -1,8 +1,9 @@
 """What a plan says of memory, in words."""
 
 from orchestrator.comparison.measure import format_bytes
-from orchestrator.planning.fit import Change
+from orchestrator.planning.hours import HoursForecast
 from orchestrator.planning.memory import MemoryFit
+from trainer.dry_run.fit import Change
 
 
 def fit_fields(fit: MemoryFit) -> dict[str, str]:
@@ -13,7 +14,10 @@ def fit_fields(fit: MemoryFit) -> dict[str, str]:
         if size:
             parts.append(f"{name} {format_bytes(size)}")
     named = ", ".join(parts)
-    fields = {"memory": f"{format_bytes(forecast.allocated)} at most, by a {forecast.source}: {named}"}
+    source = forecast.source
+    if forecast.runs:
+        source = f"{source}, {forecast.factor:.3f} times as {forecast.runs} earlier runs had it"
+    fields = {"memory": f"{format_bytes(forecast.allocated)} at most, by a {source}: {named}"}
     margin = f"{100 * forecast.margin:.0f} % more, and what CUDA takes itself"
     needed = f"{format_bytes(fit.needed)} with {margin}"
     if fit.device is None:
@@ -31,11 +35,16 @@ def fit_fields(fit: MemoryFit) -> dict[str, str]:
     return fields
 
 
+def hours_text(hours: HoursForecast) -> str:
+    """How long a job trains, and by what that is known."""
+    source = "stated rates, as no run like it has been there"
+    if hours.runs:
+        source = f"{hours.runs} earlier runs like it"
+    return f"about {hours.likely:.2g}, in 9 of 10 runs {hours.low:.2g} to {hours.high:.2g} (by {source})"
+
+
 def _change_text(change: Change) -> str:
     """What was changed, and what that takes."""
-    settings = []
-    for key, value in change.settings.items():
-        settings.append(f"{key}={value}")
     verdict = "fits" if change.fits else "does not fit"
     needed = format_bytes(change.needed)
-    return f"{' and '.join(settings)} {verdict} ({needed})"
+    return f"{change.text} {verdict} ({needed})"

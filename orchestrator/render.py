@@ -15,7 +15,7 @@ from methods.options.base import WIDTH
 from orchestrator.cluster_views import ClusterView
 from orchestrator.comparison.measure import format_bytes
 from orchestrator.describe import CAPABILITIES, support
-from orchestrator.fit_text import fit_fields
+from orchestrator.fit_text import fit_fields, hours_text
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.sizes import Sizes
 from orchestrator.run_list import GAP, list_lines
@@ -176,6 +176,9 @@ def show_plan(plan: Plan) -> None:
     show_fields(_plan_fields(plan))
     for warning in plan.warnings:
         print_markup(f"[yellow]warning[/]: {escape(warning)}")
+    if plan.request is not None:
+        print_markup("\n[bold]what submit sends there[/], with another run id:\n")
+        print(plan.request, end="", flush=True)
 
 
 def _plan_fields(plan: Plan) -> dict[str, str]:
@@ -199,6 +202,8 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
         fields |= _size_fields(plan.sizes)
     if plan.fit is not None:
         fields |= fit_fields(plan.fit)
+    if plan.hours is not None:
+        fields["hours"] = hours_text(plan.hours)
     return fields
 
 

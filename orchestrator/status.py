@@ -29,7 +29,8 @@ class Status:
     its rows: how many, how many examples they made, how many of these were cut (truncated) or left out (dropped), ...
     `evidence`: the log line that proves the verdict. `figures` are what the run has measured, `loading` the lines of
     Python that load its output; both are for one run alone, not in lists. `remaining_s`: until the last step, for one
-    that is running. `activity`: what it does now and since when, by the clock of its cluster.
+    that is running; in 9 of 10 runs it is in `remaining_range_s`, which is known after 20 steps. `activity`: what it
+    does now and since when, by the clock of its cluster.
     """
 
     run_id: str
@@ -52,6 +53,7 @@ class Status:
     evidence: str | None = None
     figures: Figures | None = None
     remaining_s: float | None = None
+    remaining_range_s: tuple[float, float] | None = None
     activity: Activity | None = None
     loading: tuple[str, ...] = ()
 
@@ -126,9 +128,9 @@ def join_status(standing: Standing) -> Status:
     state, reason = _state_and_reason(run, on_cluster)
     has_output = run.has_output or state == "succeeded"
     verdict = run.verdict or {}
-    remaining_s = None
+    remaining_s = within = None
     if state == "running":
-        remaining_s = _remaining(run)
+        remaining_s, within = _remaining(run)
     tracking = None
     if run.undelivered:
         tracking = str(trouble_in(run.undelivered))
@@ -153,6 +155,7 @@ def join_status(standing: Standing) -> Status:
         evidence=verdict.get("evidence"),
         figures=run.figures,
         remaining_s=remaining_s,
+        remaining_range_s=within,
         activity=_current_activity(run, state),
         loading=run.loading,
     )
@@ -170,15 +173,18 @@ def _current_activity(run: Snapshot, state: RunState) -> Activity | None:
     return Activity(doing, run.closed, run.closed)
 
 
-def _remaining(run: Snapshot) -> float | None:
-    """Seconds until the last step, at the speed of the newest ones; None where that is not known."""
+def _remaining(run: Snapshot) -> tuple[float | None, tuple[float, float] | None]:
+    """Seconds until the last step, and the range that they are in; None where that is not known."""
     figures = run.figures
     if run.steps is None or figures is None:
-        return None
+        return None, None
+    if figures.pace is not None:
+        remaining = figures.pace.remaining(run.step, run.steps)
+        return remaining.likely, (remaining.low, remaining.high)
     if figures.seconds_per_step is None:
-        return None
+        return None, None
     steps_left = run.steps - run.step
-    return steps_left * figures.seconds_per_step
+    return steps_left * figures.seconds_per_step, None
 
 
 def _state_and_reason(run: Snapshot, on_cluster: ClusterStatus) -> tuple[RunState, str | None]:

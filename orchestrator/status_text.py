@@ -36,8 +36,7 @@ def status_lines(run: Status) -> Iterator[Fact]:
         silence = _since(run, run.activity.moved)
         yield "silent", f'it last wrote something {silence} ago: see "It hangs" in the docs, Debugging'
     if run.remaining_s is not None:
-        duration = format_duration(run.remaining_s)
-        yield "remaining", f"about {duration}"
+        yield "remaining", _remaining_text(run.remaining_s, run.remaining_range_s)
     if run.figures:
         yield from _figure_lines(run.figures)
     if run.data:
@@ -58,6 +57,17 @@ def output_lines(run: Status) -> Iterator[Fact]:
     for line in run.loading:
         yield label, line
         label = ""
+
+
+def _remaining_text(seconds: float, within: tuple[float, float] | None) -> str:
+    """The time until the last step, and the interval that it is in, as far as that is known."""
+    duration = format_duration(seconds)
+    if within is None:
+        return f"about {duration}"
+    shortest, longest = map(format_duration, within)
+    if shortest == longest:
+        return f"about {duration}"
+    return f"about {duration}, in 9 of 10 runs {shortest} to {longest}"
 
 
 def _local_time(timestamp: float) -> str:

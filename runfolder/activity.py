@@ -11,6 +11,8 @@ _BEGINNINGS = {  # what begins with an event of this kind
     "loading_base": "loading the base",
     "base_loaded": "preparing the model",
     "plan": "training the first step",
+    "calibrating": "trying the longest passes",
+    "calibrated": "training the first step",
     "exporting": "exporting the output",
     "exported": "checking the output",
     "merging": "merging the adapter into the base",

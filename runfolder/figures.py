@@ -11,6 +11,7 @@ from runfolder.appended import read_lines
 from runfolder.chain import Attempt, slots
 from runfolder.files import Record, list_names
 from runfolder.goodput import Goodput, SlotTimes, StepTime, goodput
+from runfolder.pace import Pace, read_pace
 
 _RECENT = 100  # steps that the speed is taken from
 
@@ -20,8 +21,8 @@ class Figures:
     """Figures of a run over all its attempts; None where nothing is known yet.
 
     `tokens_per_second` is the median that the newest steps reported, `seconds_per_step` what they took with the
-    evaluations and saves between them; both are of the newest attempt, like the time since its last step. An
-    evaluation is {step, and each `eval_` metric}. The memory is that of rank 0.
+    evaluations and saves between them; both are of the newest attempt, like its pace and the time since its last
+    step. An evaluation is {step, and each `eval_` metric}. The memory is that of rank 0.
     """
 
     goodput: Goodput
@@ -31,12 +32,16 @@ class Figures:
     peak_memory_bytes: int | None = None
     last_evaluation: Record | None = None
     best_evaluation: Record | None = None
+    pace: Pace | None = None
 
     @classmethod
     def load(cls, plain: Record) -> "Figures":
         """From its fields as plain data, as they come out of JSON."""
         goodput = Goodput(**plain["goodput"])
-        return cls(**{**plain, "goodput": goodput})
+        pace = plain["pace"]
+        if pace is not None:
+            pace = Pace(**pace)
+        return cls(**{**plain, "goodput": goodput, "pace": pace})
 
 
 def read_figures(run_dir: Path, submitted: float) -> Figures:
@@ -46,11 +51,13 @@ def read_figures(run_dir: Path, submitted: float) -> Figures:
     newest: list[Record] = []
     starts = _job_starts(run_dir)
     before = 0.0
+    attempt = None
     for slot in slots(run_dir):
         of_slot = []
         if slot.kind == "attempt":
             of_slot = read_lines(slot, "metrics.jsonl")
             newest = of_slot
+            attempt = slot
             rows.extend(of_slot)
         of_times = _times(slot, of_slot)
         granted = _last_between(before, of_times.taken, starts)
@@ -58,7 +65,10 @@ def read_figures(run_dir: Path, submitted: float) -> Figures:
         before = of_times.taken
     now = time.time()
     spent = goodput(submitted, times, now)
-    return figures_of(spent, rows, newest, now)
+    figures = figures_of(spent, rows, newest, now)
+    if attempt is None:
+        return figures
+    return replace(figures, pace=read_pace(attempt, newest))
 
 
 def figures_of(spent: Goodput, rows: Iterable[Record], newest: Iterable[Record], now: float) -> Figures:

@@ -86,6 +86,10 @@ class Train(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )
+    calibrate: bool | None = Field(
+        None,
+        description="try the longest passes before the first step, for their memory; null: on a GPU",
+    )
     seed: int = Field(0, ge=0, description="what new weights, the order of examples and all else random come from")
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from typing import Any
 from runfolder.activity import Activity, activity_of
 from runfolder.appended import parse_lines, read_beginning, read_ending, slots_behind
 from runfolder.chain import Attempt, newest_attempt, result, settle, slots
+from runfolder.costs import Costs, read_costs
 from runfolder.delivered import is_delivered
 from runfolder.figures import Figures, read_figures
 from runfolder.files import Damaged, Record, list_names, read_json
@@ -41,7 +42,7 @@ class Snapshot:
     rows, `asked` what somebody asked of a run that has not ended, `cancelled` whether that is to end, and `hindrance`
     what keeps its starts from an attempt. `looked_at`
     is when this was read, by the clock of the machine that has the folder, as all times are. What costs more to read
-    is there in full views alone: its figures, and the lines of Python that load its output.
+    is there in full views alone: its figures, the lines of Python that load its output, and its costs.
     """
 
     run_id: str
@@ -68,6 +69,7 @@ class Snapshot:
     activity: Activity | None = None
     figures: Figures | None = None
     loading: tuple[str, ...] = ()
+    costs: Costs | None = None
 
     def dump(self) -> dict[str, Any]:
         """The snapshot as plain data, which JSON can hold."""
@@ -76,6 +78,8 @@ class Snapshot:
             plain["figures"] = asdict(self.figures)
         if self.activity is not None:
             plain["activity"] = asdict(self.activity)
+        if self.costs is not None:
+            plain["costs"] = asdict(self.costs)
         return plain
 
     @classmethod
@@ -87,8 +91,12 @@ class Snapshot:
         activity = plain["activity"]
         if activity is not None:
             activity = Activity(**activity)
+        costs = plain["costs"]
+        if costs is not None:
+            costs = Costs(**costs)
         loading = tuple(plain["loading"])
-        return cls(**{**plain, "figures": figures, "activity": activity, "loading": loading})
+        loaded = {"figures": figures, "activity": activity, "loading": loading, "costs": costs}
+        return cls(**{**plain, **loaded})
 
 
 def snapshot(run_dir: Path, in_full: bool = False) -> Snapshot:
@@ -183,7 +191,8 @@ def _with_figures(run: Snapshot) -> Snapshot:
     run_dir = Path(run.run_dir)
     figures = read_figures(run_dir, run.submitted)
     loading = loading_lines(run_dir)
-    return replace(run, figures=figures, loading=tuple(loading))
+    costs = read_costs(run_dir)
+    return replace(run, figures=figures, loading=tuple(loading), costs=costs)
 
 
 def _read_listed(folder: Path, file: str, listing: Sequence[str], shape: FileShape) -> Record | None:

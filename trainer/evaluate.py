@@ -1,7 +1,7 @@
 """Judging held-out rows: the loss per target token, and exact match of what the model writes by itself."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import starmap
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from trainer.step import NamedSums, add_shares, micro_batches, prepared, reduced
 from trainer.world import World
 
 SAMPLES = 5
+StopCriterion = Callable[..., torch.Tensor]  # from ids and scores to whether each row ends
 
 
 class Answer(NamedTuple):
@@ -74,6 +75,7 @@ class Evaluator:
             return
         model = run.model
         model.eval()
+        began = time.time()
         try:
             with torch.no_grad():
                 metrics = self._metrics(run, step, batches)
@@ -84,6 +86,7 @@ class Evaluator:
         if self.world.leads:
             row = {"step": step, "time": time.time(), **metrics}
             run.attempt.append("metrics.jsonl", row)
+            run.attempt.event("evaluated", step=step, seconds=row["time"] - began)
             words = [f"step {step}"]
             for name, value in metrics.items():
                 words.append(f"{name} {value:.4f}")
@@ -140,14 +143,10 @@ class Evaluator:
         """The share of all prompts whose greedy continuation is the answer; one that fills all positions has none."""
         world = self.world
         prompts = self.prompts
-        method = run.job.method
-        virtual = virtual_ids(method.virtual_tokens)
-        rows = [virtual + prompt.ids for prompt in prompts]
-        lengths = [len(row) for row in rows]
-        positions = positions_left(run)
-        continued = groups(lengths, self.max_new_tokens, positions)
+        rows = self.prompt_rows(run)
+        continued = self.prompt_groups(run, rows)
         if world.leads:
-            self._tell_limits(run, step, continued, positions)
+            self._tell_limits(run, step, continued)
         matched = torch.zeros((), device=world.device)
         dealt = list(rounds(continued, world.size))
         told = counted(run.attempt, world, step, "answers", dealt, _prompts_of)
@@ -160,6 +159,18 @@ class Evaluator:
         dist.all_reduce(matched)
         asked = len(prompts)
         return float(matched) / asked
+
+    def prompt_rows(self, run: Run) -> TokenRows:
+        """The ids of each prompt, with virtual ones in front."""
+        method = run.job.method
+        virtual = virtual_ids(method.virtual_tokens)
+        return [virtual + prompt.ids for prompt in self.prompts]
+
+    def prompt_groups(self, run: Run, rows: TokenRows) -> list[PromptGroup]:
+        """Which prompts are continued together, and how far."""
+        lengths = [len(row) for row in rows]
+        positions = positions_left(run)
+        return groups(lengths, self.max_new_tokens, positions)
 
     def _count_matched(self, answers: list[Answer]) -> int:
         """How many of some answers are those of the data."""
@@ -178,13 +189,13 @@ class Evaluator:
         number = 0 if idle else rank
         group = round_[number]
         prompts = [rows[i] for i in group.prompts]
-        texts = self._generate(run, prompts, group.new_tokens)
+        texts = self.generate(run, prompts, group.new_tokens)
         if idle:
             return []
         numbered = zip(group.prompts, texts, strict=True)
         return list(starmap(Answer, numbered))
 
-    def _tell_limits(self, run: Run, step: int, continued: list[PromptGroup], positions: int | None) -> None:
+    def _tell_limits(self, run: Run, step: int, continued: list[PromptGroup]) -> None:
         """Say of how many prompts the base's positions leave too little, or nothing."""
         fitting = short = 0
         for group in continued:
@@ -194,6 +205,7 @@ class Evaluator:
         asked = len(self.prompts)
         without = asked - fitting
         if without or short:
+            positions = positions_left(run)
             run.attempt.event("prompts_limited", step=step, without_room=without, with_less_room=short)
             print(
                 f"evaluation: of {asked} prompts {without} fill the base's {positions} positions and "
@@ -201,8 +213,11 @@ class Evaluator:
                 flush=True,
             )
 
-    def _generate(self, run: Run, rows: TokenRows, new_tokens: int) -> list[str]:
-        """What the model writes after each row of ids, greedily, without the token that ends it."""
+    def generate(self, run: Run, rows: TokenRows, new_tokens: int, stop: StopCriterion | None = None) -> list[str]:
+        """What the model writes after each row of ids, greedily, without the token that ends it.
+
+        `stop` says after each token whether rows are to end there.
+        """
         run.attempt.note_progress()
         tokenizer = run.tokenizer
         pad = tokenizer.pad_token_id
@@ -215,6 +230,7 @@ class Evaluator:
                 attention_mask=mask.to(device),
                 use_cache=True,
                 synced_gpus=run.sharded.stage == 3,
+                stopping_criteria=[stop] if stop else None,
             )
         width = ids.shape[1]
         continued = out[:, width:]

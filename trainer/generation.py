@@ -17,6 +17,13 @@ class PromptGroup:
     prompts: tuple[int, ...]
     new_tokens: int
 
+    def cached(self, rows: Sequence[Sequence[int]]) -> int:
+        """The tokens that their caches hold at the end, where all prompts have these ids."""
+        count = len(self.prompts)
+        lengths = [len(rows[number]) for number in self.prompts]
+        length = max(lengths) + self.new_tokens
+        return count * length
+
 
 def groups(lengths: Sequence[int], new_tokens: int, positions: int | None) -> list[PromptGroup]:
     """Prompts of these lengths in groups, from the shortest on; one that fills all positions of the base is in none.

@@ -8,16 +8,8 @@ import torch
 from torch import nn
 
 from methods.parts import quantised
+from trainer.devices import peak_of_name
 from trainer.zero.gather import shape
-
-PEAK_BF16 = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "B200": 2250e12,
-}  # FLOP/s, dense
 
 
 def flops_per_token(model: Any) -> float:
@@ -58,9 +50,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     on_gpu = device.type == "cuda"
     if on_gpu and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        for known, peak in PEAK_BF16.items():
-            if known in name:
-                return peak
+        peak = peak_of_name(name)
+        if peak is not None:
+            return peak
     return _measured(device, dtype)
 
 

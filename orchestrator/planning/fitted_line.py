@@ -10,11 +10,11 @@ import json
 from functools import cache
 from pathlib import Path
 
-from orchestrator.planning.fit import LINE_MARGIN, Forecast
 from orchestrator.planning.model import Model
 from orchestrator.planning.sizes import sizes
 from runfolder.job import Job
 from trainer.data.survey import Sample
+from trainer.dry_run.fit import LINE_MARGIN, Forecast
 
 LINES = Path(__file__).parent / "memory_lines.json"
 LABELS_HELD = 4096  # labels whose logits the fast path holds at most

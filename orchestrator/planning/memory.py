@@ -1,22 +1,19 @@
 """What a plan says of a worker's memory: the forecast, whether it fits, and what to change where it does not."""
 
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.planning.dry_run import DryRunFailed, can_dry_run, dry_runner
-from orchestrator.planning.fit import DRY_RUN_MARGIN, Change, Find, Forecast, changes_that_fit
+from methods.options.base import BaseConfig
+from orchestrator.planning.earlier import UNCORRECTED, PastRatios
 from orchestrator.planning.fitted_line import fitted
 from orchestrator.planning.model import Model
 from runfolder.job import Job
 from trainer.data.survey import Sample
+from trainer.dry_run.fit import Change, Find, Forecast, changes_that_fit
+from trainer.dry_run.process import DryRunFailed, can_dry_run, dry_runner
 
-_ASK_DEVICE = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
-_DRIVER_S = 10.0
-_MIB = 2**20
-
+CorrectionOf = Callable[[Job], PastRatios]
 Numerics = Callable[[Job], tuple[str, bool]]  # the precision of a job, and whether its kernels are fast
 
 
@@ -44,6 +41,8 @@ class MemoryFit:
             "parts": forecast.parts,
             "allocated": forecast.allocated,
             "source": forecast.source,
+            "factor": forecast.factor,
+            "runs": forecast.runs,
             "margin": forecast.margin,
             "needed": self.needed,
             "device": self.device,
@@ -53,18 +52,29 @@ class MemoryFit:
         }
 
 
-def fit(job: Job, model: Model, sample: Sample | None, kinds: Numerics, device: int | None) -> MemoryFit:
-    """The fit of a job on devices of so many bytes; raises DryRunFailed where nothing can be said."""
+def fit(
+    job: Job,
+    model: Model,
+    sample: Sample | None,
+    kinds: Numerics,
+    device: int | None,
+    corrected: CorrectionOf = lambda _: UNCORRECTED,
+) -> MemoryFit:
+    """The fit of a job on devices of so many bytes; raises DryRunFailed where nothing can be said.
+
+    `corrected` says what earlier runs have to say of a job's dry run.
+    """
     problem = None
     if not can_dry_run():
         problem = "torch and what belongs to it are not installed: pip install 'fleetune[train]'"
     else:
-        with dry_runner(model, sample) as runner:
+        with dry_runner(config_of_base(model), sample) as runner:
 
             def tried(changed: Job) -> Forecast:
                 precision, fast = kinds(changed)
                 parts = runner.parts(changed, precision, fast)
-                return Forecast(parts, "dry run", DRY_RUN_MARGIN)
+                by_runs = corrected(changed)
+                return Forecast(parts, "dry run", by_runs.margin, by_runs.factor, by_runs.runs)
 
             try:
                 forecast = tried(job)
@@ -87,6 +97,14 @@ def fit(job: Job, model: Model, sample: Sample | None, kinds: Numerics, device: 
     return _with_changes(job, forecast, on_line, device, problem)
 
 
+def config_of_base(model: Model) -> BaseConfig:
+    """The config.json of a base, with as many embeddings as the job has it have."""
+    config = dict(model.config)
+    if model.embedding_rows is not None:
+        config["vocab_size"] = model.embedding_rows
+    return config
+
+
 def _with_changes(job: Job, forecast: Forecast, find: Find, device: int | None, problem: str | None) -> MemoryFit:
     """The fit of a job by its forecast, and the changes that were tried where it does not fit."""
     needed = forecast.needed(job.resources.world_size)
@@ -95,15 +113,3 @@ def _with_changes(job: Job, forecast: Forecast, find: Find, device: int | None, 
     fits = needed <= device
     tried = [] if fits else changes_that_fit(job, find, device)
     return MemoryFit(forecast, needed, device, fits, tuple(tried), problem)
-
-
-def device_here() -> int | None:
-    """The bytes of this machine's smallest GPU; None where there is none, or the driver does not say."""
-    if shutil.which(_ASK_DEVICE[0]) is None:
-        return None
-    try:
-        answer = subprocess.run(_ASK_DEVICE, capture_output=True, text=True, timeout=_DRIVER_S, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    sizes = [int(line) for line in answer.stdout.split() if line.isdigit()]
-    return min(sizes) * _MIB if sizes else None

@@ -7,15 +7,19 @@ from typing import Any, NamedTuple
 
 from clusters.base import Capacity
 from clusters.machine import total_capacity
-from orchestrator.backends import make_request, open_cluster
-from orchestrator.planning.dry_run import DryRunFailed
+from orchestrator.backends import CLUSTERS, config_of, make_request, open_cluster
+from orchestrator.planning.device import Device, planned_device
+from orchestrator.planning.earlier import PastRatios, correction_of, earlier_costs
 from orchestrator.planning.freeze import JobSource, read_job
-from orchestrator.planning.memory import MemoryFit, device_here, fit
+from orchestrator.planning.hours import HoursForecast, hours
+from orchestrator.planning.memory import MemoryFit, fit
 from orchestrator.planning.preflight import Findings, check_job, has_gpus
 from orchestrator.planning.sizes import Sizes, planned_kernels, planned_precision, sizes
 from orchestrator.planning.survey import SourceProgress, SourceRows
 from orchestrator.runs import new_id
+from runfolder.costs import Costs
 from runfolder.job import Job
+from trainer.dry_run.process import DryRunFailed
 
 _Foretold = tuple[MemoryFit | None, tuple[str, ...]]  # and what should be known of it
 
@@ -24,8 +28,8 @@ _Foretold = tuple[MemoryFit | None, tuple[str, ...]]  # and what should be known
 class Plan:
     """What would run. Sizes are None for a base whose shapes cannot be known from here.
 
-    `fit` is None where workers have no GPU. `request` is the text that a named cluster would be given; another run id
-    stands in it at every call.
+    `fit` and `hours` are None where workers have no GPU, and `hours` where nobody knows what it can do. `request` is
+    the text that a named cluster would be given; another run id stands in it at every call.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Plan:
     steps_estimated: bool
     sizes: Sizes | None
     fit: MemoryFit | None
+    hours: HoursForecast | None
     request: str | None
     warnings: tuple[str, ...]
 
@@ -75,8 +80,8 @@ def plan(
     kind = "gpu" if gpu_gib is not None else place.capacity.kind
     findings = check_job(job, progress, place.capacity, place.is_here)
     hidden_size = findings.model.hidden_size
-    device = _gpu_bytes(gpu_gib, place.is_here)
-    memory_fit, unforeseen = _memory_fit(job, findings, kind, device)
+    device = planned_device(place.capacity, place.is_here, gpu_gib or place.gpu_gib)
+    memory_fit, unforeseen = _memory_fit(job, findings, kind, device.memory, place.earlier)
     return Plan(
         name=job.name,
         base=job.base.model,
@@ -93,41 +98,45 @@ def plan(
         eval_rows=_count(findings.eval),
         batch_tokens=job.train.batch_tokens,
         micro_batches=_micro_batches(job),
-        steps=job.train.steps or _estimated_steps(job, findings.train),
+        steps=_steps(job, findings),
         steps_estimated=job.train.steps is None,
         sizes=sizes(job, findings.model, kind),
         fit=memory_fit,
+        hours=_hours(job, findings, kind, device, place.earlier),
         request=place.request,
         warnings=findings.warnings + unforeseen,
     )
 
 
 class _Place(NamedTuple):
-    """Where a job would run: what workers find there, whether its files are this machine's, and what it is given."""
+    """Where a job would run: what workers find there, whether its files are this machine's, and what it is given.
+
+    `earlier` is what the newest runs there have cost, `gpu_gib` the memory of a GPU there as its user says.
+    """
 
     capacity: Capacity
     is_here: bool
     request: str | None
+    earlier: list[Costs]
+    gpu_gib: float | None
 
 
 def _planned_place(job: Job, cluster: str | None) -> _Place:
     """The place of a job on a cluster; without one this machine, which is asked nothing."""
     if cluster is None:
         kind, total = total_capacity()
-        return _Place(Capacity(kind, total, total), True, None)
+        site = open_cluster("local").site
+        return _Place(Capacity(kind, total, total), True, None, earlier_costs(site), None)
     backend = open_cluster(cluster)
     request = make_request(backend, job, new_id(job.name))
-    return _Place(backend.capacity(), backend.site.is_here, request.text)
+    site = backend.site
+    gpu_gib = None
+    if cluster not in CLUSTERS:
+        gpu_gib = config_of(cluster).gpu_gib
+    return _Place(backend.capacity(), site.is_here, request.text, earlier_costs(site), gpu_gib)
 
 
-def _gpu_bytes(gpu_gib: float | None, is_here: bool) -> int | None:
-    """The bytes of a worker's GPU; None where nobody says."""
-    if gpu_gib is not None:
-        return int(gpu_gib * 2**30)
-    return device_here() if is_here else None
-
-
-def _memory_fit(job: Job, findings: Findings, kind: str, device: int | None) -> _Foretold:
+def _memory_fit(job: Job, findings: Findings, kind: str, device: int | None, earlier: list[Costs]) -> _Foretold:
     """Whether a worker fits on its GPU, where it has one, or a warning that nothing can be said of it."""
     if not has_gpus(job, kind):
         return None, ()
@@ -139,10 +148,28 @@ def _memory_fit(job: Job, findings: Findings, kind: str, device: int | None) -> 
         precision = planned_precision(changed, kind)
         return precision, planned_kernels(changed, kind) == "fast"
 
+    def corrected(changed: Job) -> PastRatios:
+        return correction_of(changed, planned_kernels(changed, kind), earlier)
+
     try:
-        return fit(job, findings.model, sample, kinds, device), ()
+        return fit(job, findings.model, sample, kinds, device, corrected), ()
     except DryRunFailed as error:
         return None, (f"memory: not foretold: {error}",)
+
+
+def _hours(job: Job, findings: Findings, kind: str, device: Device, earlier: list[Costs]) -> HoursForecast | None:
+    """How long a job trains, where workers have GPUs and its steps and sizes are known."""
+    steps = _steps(job, findings)
+    of_model = sizes(job, findings.model, kind)
+    if steps is None or of_model is None or not has_gpus(job, kind):
+        return None
+    kernels = planned_kernels(job, kind)
+    return hours(job, findings.model, of_model, steps, kernels, earlier, device.name)
+
+
+def _steps(job: Job, findings: Findings) -> int | None:
+    """The steps of a job, which are estimated where it says epochs."""
+    return job.train.steps or _estimated_steps(job, findings.train)
 
 
 def _rate_source(job: Job, hidden_size: int | None) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from orchestrator.tracking.password import secrets_of
 from runfolder.appended import read_lines
 from runfolder.chain import attempts
+from runfolder.costs import read_costs
 from runfolder.files import Record
 from runfolder.mirror import mirrored_from
 from runfolder.record import load_job
@@ -53,6 +54,7 @@ def job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     for name in ("job", "digests", "run_id"):
         facts.pop(name, None)
     facts["plan"] = _plan(run_dir)
+    facts["memory"] = _memory_tags(run_dir)
     tags = _machine_there(run_dir)
     for name, text in _flat(facts):
         tags[f"fleetune.{name}"] = text
@@ -78,6 +80,14 @@ def _plan(run_dir: Path) -> Record:
     """The plan of the first attempt that has one."""
     plans = map(read_plan, attempts(run_dir))
     return next(filter(None, plans), {})
+
+
+def _memory_tags(run_dir: Path) -> Record:
+    """The bytes that were foretold of the longest micro-batch, and those that it took, where they are known."""
+    costs = read_costs(run_dir)
+    if costs is None:
+        return {}
+    return {"foretold_bytes": costs.foretold, "measured_bytes": costs.measured}
 
 
 def datasets(record: Mapping[str, Any]) -> list[Any]:

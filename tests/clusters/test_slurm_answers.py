@@ -149,5 +149,9 @@ def test_capacity_is_that_of_nodes_that_are_up() -> None:
         "idle gpu:h100:4(S:0-1) gpu:h100:0(IDX:N/A) 0/64/0/64\nmix gpu:h100:4(S:0-1) gpu:h100:3(IDX:0-2) 48/16/0/64\n"
     )
     down = "down* gpu:h100:4(S:0-1) gpu:h100:0(IDX:N/A) 0/0/64/64\n"
-    assert capacity_of(gpus + down) == Capacity("gpu", 8, 5)
+    assert capacity_of(gpus + down) == Capacity("gpu", 8, 5, "h100")
+    unlike = "idle gpu:a100:2 gpu:a100:0 0/64/0/64\n"
+    unnamed = "idle gpu:2 gpu:0 0/64/0/64\n"
+    assert capacity_of(gpus + unlike).gpu is None
+    assert capacity_of(gpus + unnamed).gpu is None
     assert capacity_of("idle (null) (null) 0/4/0/4\nalloc (null) (null) 4/0/0/4\n") == Capacity("cpu", 8, 4)

@@ -228,6 +228,32 @@ def test_a_node_that_has_just_come_is_none_yet(backend: Kubernetes, cluster: Clu
     assert backend.capacity().total == 0
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([("NVIDIA-H200", "143771")] * 2, ("NVIDIA-H200", 143771 * 2**20)),
+        ([("NVIDIA-H200", "143771"), ("NVIDIA-A100-SXM4-80GB", "81920")], (None, 81920 * 2**20)),
+        ([("NVIDIA-H200", "143771"), None], (None, None)),
+    ],
+)
+def test_what_gpus_have_is_told_by_labels_of_nodes(
+    backend: Kubernetes,
+    cluster: Cluster,
+    labels: list[tuple[str, str] | None],
+    expected: tuple[str | None, int | None],
+) -> None:
+    cluster.tokens["client"] = None
+    ready = {"allocatable": {"nvidia.com/gpu": "8", "cpu": "9"}, "conditions": [{"type": "Ready", "status": "True"}]}
+    cluster.nodes = [{"metadata": {"name": "cores"}, "spec": {}, "status": {**ready, "allocatable": {"cpu": "4"}}}]
+    for number, of_node in enumerate(labels):
+        metadata: dict[str, Any] = {"name": f"n{number}"}
+        if of_node:
+            metadata["labels"] = dict(zip(("nvidia.com/gpu.product", "nvidia.com/gpu.memory"), of_node, strict=True))
+        cluster.nodes.append({"metadata": metadata, "spec": {}, "status": ready})
+    capacity = backend.capacity()
+    assert (capacity.total, capacity.gpu, capacity.gpu_bytes) == (16, *expected)
+
+
 def test_status_of_many_runs_is_one_list(backend: Kubernetes, cluster: Cluster) -> None:
     backend.submit(backend.request(JOB, RUN_ID))
     stored = cluster.objects.pop(("rayjobs", f"{RUN_ID}-s1"))

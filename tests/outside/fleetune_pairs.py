@@ -123,3 +123,12 @@ class SlowlyJudged(Supervised):
         if not torch.is_grad_enabled():
             time.sleep(0.5)
         return super().loss(model, batch, totals, prelude)
+
+
+class Hungry(Supervised):
+    """Supervised fine-tuning on a device that has room for 128 positions with their gradients."""
+
+    def loss(self, model: Any, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:
+        if torch.is_grad_enabled() and batch["input_ids"].numel() > 128:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().loss(model, batch, totals, prelude)

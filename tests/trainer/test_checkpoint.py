@@ -24,7 +24,7 @@ from trainer import speed
 from trainer.checkpoint.lineage import checkpoint_folder, claim_from_newest, newest, write_manifest
 from trainer.checkpoint.reading import CheckpointGone, CheckpointReader, open_start
 from trainer.checkpoint.saving import CheckpointWriter, write_shard
-from trainer.loop import prepare_run
+from trainer.prepare import prepare_run
 from trainer.world import World
 
 HALF = {"checkpoint": {"every": 5, "keep": 9}}

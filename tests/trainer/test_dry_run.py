@@ -15,6 +15,7 @@ from methods.registry import create
 from runfolder.job import Job
 from trainer.dry_run.forecast import forecast
 from trainer.dry_run.line import whole_base
+from trainer.dry_run.longest import longest_micro_batch
 from trainer.dry_run.model import with_layers
 from trainer.dry_run.steps import DryRun, Passes, alone
 from trainer.dry_run.zero import Weights, shared
@@ -31,14 +32,18 @@ DOCUMENTS = {"padded": [(1726, 1725), (1710, 1709), (1699, 1698), (1681, 1680)],
 
 def job_of(method: dict[str, Any], **train: Any) -> Job:
     """A job of rows of 2,048 tokens."""
+    objective = train.pop("objective", "sft")
     settings = {"steps": 3, "batch_tokens": 8192, **train}
     data = {"train": "/x.jsonl", "seq_len": 2048}
-    return Job.model_validate({"base": "some/base", "method": method, "data": data, "train": settings})
+    parts = {"base": "some/base", "objective": objective, "method": method, "data": data, "train": settings}
+    return Job.model_validate(parts)
 
 
 def foretold(cell: dict[str, Any]) -> float:
     """The GiB of a cell."""
-    job = job_of({"kind": cell["method"]})
+    checkpointed = cell.get("checkpointed", False)
+    objective = cell.get("objective", "sft")
+    job = job_of({"kind": cell["method"]}, gradient_checkpointing=checkpointed, objective=objective)
     stage = job.sharding.model_copy(update={"zero": cell.get("zero", 0)})
     workers = job.resources.model_copy(update={"gpus_per_node": cell.get("workers", 1)})
     job = job.model_copy(update={"sharding": stage, "resources": workers})
@@ -52,6 +57,10 @@ def parameters() -> Iterator[Any]:
     """The cells, of which `make soak` has those that take long, or are much like others."""
     for cell in CELLS:
         name = f"{cell['method']}-{cell['kernels']}-{cell['rows']}-{cell.get('zero', 0)}-{cell.get('workers', 1)}"
+        if cell.get("checkpointed"):
+            name += "-checkpointed"
+        if "objective" in cell:
+            name += f"-{cell['objective']}"
         marks = [pytest.mark.soak] if cell.get("soak") else []
         yield pytest.param(cell, id=name, marks=marks)
 
@@ -96,6 +105,37 @@ def test_zero_shares_what_it_says() -> None:
     assert two["gradients"] == 2 * 10**9
     assert three["weights"] == 2 * 10**9
     assert three["activations"] == 7
+
+
+def test_weights_in_4_bits_are_whole_on_every_worker() -> None:
+    weights = Weights(trained=0, frozen=1000, element=2, held=6000)
+    of_each = shared({"weights": 8000, "gradients": 0, "optimizer": 0, "gathers": 0}, weights, 3, 2)
+    assert of_each["weights"] == 6000 + 1000
+
+
+def test_a_base_that_comes_in_4_bits_is_held_as_one_that_is_put_there() -> None:
+    documents = DOCUMENTS["padded"]
+    config = with_layers(LLAMA_1B, 2)
+    settings = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["lm_head"]}
+    found = forecast(
+        job_of({"kind": "lora"}), {**config, "quantization_config": settings}, documents, "bf16", fast=False
+    )
+    assert found == forecast(job_of({"kind": "qlora"}), config, documents, "bf16", fast=False)
+    settings["llm_int8_skip_modules"] = ["lm_head", "mlp"]
+    more = forecast(
+        job_of({"kind": "lora"}), {**config, "quantization_config": settings}, documents, "bf16", fast=False
+    )
+    assert more["weights"] > found["weights"] + 2 * 3 * 2048 * 8192
+
+
+def test_the_longest_micro_batch_of_pairs_has_both_answers() -> None:
+    sample = [(length, length - 10) for length in range(100, 200)]
+    pairs = job_of({"kind": "lora"}, objective="dpo", micro_batch=1)
+    unpacked = pairs.model_copy(update={"data": pairs.data.model_copy(update={"packing": False})})
+    assert longest_micro_batch(unpacked, sample, in_one_row=False) == [(199, 189), (198, 188)]
+    packed = longest_micro_batch(pairs, sample, in_one_row=False)
+    assert len(packed) % 2 == 0
+    assert 1500 < sum(length for length, _ in packed) <= 2048
 
 
 def test_a_step_lets_go_of_its_gradients() -> None:

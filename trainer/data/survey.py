@@ -93,11 +93,11 @@ def survey(tokens: "Tokens", tokenizer: Any, documents: int = 1) -> Survey:
         largest_id=(largest, token, row),
         noticed=counts.of_examples(),
         unused=counts.unused(),
-        sample=_lengths_sample(tokens),
+        sample=lengths_sample(tokens),
     )
 
 
-def _lengths_sample(tokens: "Tokens") -> Sample:
+def lengths_sample(tokens: "Tokens") -> Sample:
     """The tokens and labels of examples at even distances in the order of their lengths, from the longest on."""
     lengths = tokens.lengths.tolist()
     targets = tokens.targets.tolist()

@@ -6,6 +6,8 @@
 - `kernels.py`: what the fast path would do on a GPU.
 - `line.py`: two depths, and the straight line through them.
 - `zero.py`: what of it each worker holds under ZeRO.
+- `process.py`: whoever asks, without torch: the dry run is a process of its own.
+- `fit.py`: whether what was foretold fits on a device, and which changes of the job would.
 
 `python -m trainer.dry_run` takes a request and prints a forecast; it needs no GPU.
 """

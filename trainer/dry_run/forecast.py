@@ -7,6 +7,7 @@ import torch
 
 from methods.options.base import BaseConfig
 from runfolder.job import Job
+from runfolder.objectives import OutsideOptions
 from trainer.dry_run.ledger import Bytes
 from trainer.dry_run.line import whole_base
 from trainer.dry_run.longest import Lengths, longest_micro_batch
@@ -18,16 +19,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def forecast(job: Job, config: BaseConfig, documents: Sequence[Lengths], precision: str, fast: bool) -> Bytes:
     """The bytes that a worker has allocated in its worst moment, by what they are for."""
-    if job.method.quantises or "quantization_config" in config:
-        raise ValueError("a base in 4 bits has no dry run, as its kernels have none")
-    objective = job.objective.kind
-    if objective != "sft":
-        raise ValueError(f"objective {objective} has no dry run: lengths alone do not say what its documents are")
+    if isinstance(job.objective, OutsideOptions):
+        raise ValueError(f"objective {job.objective.kind} is another package's, which may read what no length tells")
     dtype = DTYPES[precision]
     passes = Passes(job, documents, dtype, fast)
     found = whole_base(passes, config)
     element = torch.float32.itemsize if job.method.makes_model else dtype.itemsize
-    weights = Weights(found.trained, found.frozen, element)
+    weights = Weights(found.trained, found.frozen, element, found.held)
     stage = job.sharding.zero
     workers = job.resources.world_size
     moments = []
@@ -38,9 +36,9 @@ def forecast(job: Job, config: BaseConfig, documents: Sequence[Lengths], precisi
 
 
 def reply(request: Mapping[str, Any]) -> dict[str, Any]:
-    """What a request {job, config, sample: [[tokens, labels]], precision, fast} gets: {bytes}, or {problem}.
+    """What a request {job, config, sample: [[tokens, labels]], precision, fast, whole} gets: {bytes}, or {problem}.
 
-    The sample has the lengths of some documents, from which the longest micro-batch is dealt.
+    The sample has the lengths of some documents, from which the longest micro-batch is dealt; or it is that, `whole`.
     """
     job = Job.model_validate(request["job"])
     sample = [(tokens, labels) for tokens, labels in request["sample"]]
@@ -48,7 +46,9 @@ def reply(request: Mapping[str, Any]) -> dict[str, Any]:
         fast = request["fast"]
         config = request["config"]
         precision = request["precision"]
-        documents = longest_micro_batch(job, sample, fast)
+        documents = sample
+        if not request["whole"]:
+            documents = longest_micro_batch(job, sample, fast)
         found = forecast(job, config, documents, precision, fast)
     except Exception as error:  # whatever a base or method does without values that nobody has tried
         kind = type(error).__name__

@@ -30,7 +30,9 @@ def whole_base(passes: Passes, config: BaseConfig) -> TriedPasses:
             extended[part] = along(size, at_deep.moments[phase][part])
         moments[phase] = extended
     trained = along(at_shallow.trained, at_deep.trained)
-    return TriedPasses(moments, trained, along(at_shallow.frozen, at_deep.frozen))
+    frozen = along(at_shallow.frozen, at_deep.frozen)
+    held = along(at_shallow.held, at_deep.held)
+    return TriedPasses(moments, trained, frozen, held)
 
 
 def depths(config: BaseConfig) -> tuple[int, int]:

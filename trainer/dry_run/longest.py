@@ -10,6 +10,7 @@ from trainer.data.batches import layout_of
 from trainer.data.counts import Counts
 from trainer.data.examples import Examples, GlobalBatch
 from trainer.data.layout import MicroBatch
+from trainer.data.longest import padded_positions
 from trainer.data.one_row import deal_in_one_row
 from trainer.data.shards import join_examples
 from trainer.data.tokens import Tokens
@@ -25,11 +26,13 @@ def longest_micro_batch(job: Job, sample: Sequence[Lengths], in_one_row: bool) -
     Without packing, rows are as long as the longest document among them, which may be the longest of all.
     """
     longest_first = sorted(sample, reverse=True)
+    of_example = documents_of_example(job)
     if not job.data.packing and not in_one_row:
-        wanted = job.train.micro_batch
+        whole_examples = job.train.micro_batch // of_example
+        wanted = max(1, whole_examples) * of_example
         repeated = longest_first + [longest_first[-1]] * wanted
         return repeated[:wanted]
-    examples = examples_of(sample, job.method.virtual_tokens)
+    examples = examples_of(longest_first, job)
     generator = np.random.default_rng(job.train.seed)
     most = 0
     chosen: list[int] = []
@@ -37,15 +40,26 @@ def longest_micro_batch(job: Job, sample: Sequence[Lengths], in_one_row: bool) -
         batch = _drawn(job, examples, generator)
         dealt = _micro_batches_of(job, batch, in_one_row)
         for micro in dealt:
-            positions = _padded_positions(micro, examples.tokens)
+            positions = padded_positions(micro, examples.tokens)
             if positions > most:
                 most = positions
                 chosen = list(chain.from_iterable(micro.rows))
-    return [sample[document] for document in chosen]
+    return [longest_first[document] for document in chosen]
 
 
-def examples_of(documents: Sequence[Lengths], virtual: int) -> Examples:
-    """Documents of these lengths, whose last tokens are labels."""
+def documents_of_example(job: Job) -> int:
+    """How many documents an example of a job's objective has: two where answers are compared."""
+    if job.objective.rows == "answers":
+        return 1
+    return 2
+
+
+def examples_of(documents: Sequence[Lengths], job: Job) -> Examples:
+    """Examples of a job from documents of these lengths, whose last tokens are labels; a reference knows nothing.
+
+    Documents of about the same length make a pair, which is as long as any.
+    """
+    virtual = job.method.virtual_tokens
     made = []
     for length, labels in documents:
         own = max(1, length - virtual)
@@ -57,7 +71,10 @@ def examples_of(documents: Sequence[Lengths], virtual: int) -> Examples:
     rows = list(range(len(documents)))
     shard = join_examples(made, rows, Counts())
     tokens = Tokens([shard], virtual)
-    return Examples.of_each(tokens)
+    count = len(tokens)
+    tokens.reference = np.zeros(count)
+    of_example = documents_of_example(job)
+    return Examples.of_each(tokens, of_example)
 
 
 def _micro_batches_of(job: Job, batch: GlobalBatch, in_one_row: bool) -> list[MicroBatch]:
@@ -67,16 +84,6 @@ def _micro_batches_of(job: Job, batch: GlobalBatch, in_one_row: bool) -> list[Mi
     if in_one_row:
         return deal_in_one_row(layout, batch, 0, workers)
     return layout.deal(batch, 0, workers)
-
-
-def _padded_positions(micro: MicroBatch, tokens: Tokens) -> int:
-    """The positions of a micro-batch, with padding."""
-    longest = 0
-    for row in micro.rows:
-        lengths = tokens.lengths[row]
-        length = int(lengths.sum())
-        longest = max(longest, length)
-    return len(micro.rows) * longest
 
 
 def _drawn(job: Job, examples: Examples, generator: np.random.Generator) -> GlobalBatch:

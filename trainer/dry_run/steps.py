@@ -6,7 +6,7 @@ do too. So the second micro-batch of the second step is the one that counts.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from trainer.data.encode import Reading
 from trainer.data.examples import GlobalBatch
 from trainer.data.layout import Layout
 from trainer.data.one_row import deal_in_one_row, starts_of_documents
+from trainer.dry_run.four_bits import hold_in_4_bits, in_16_bits, is_in_4_bits
 from trainer.dry_run.kernels import LayerTracer, fast_kernels
 from trainer.dry_run.ledger import Bytes, Ledger
 from trainer.dry_run.longest import Lengths, examples_of
@@ -32,7 +33,7 @@ from trainer.dry_run.model import attached, fake_weights
 from trainer.dry_run.stand_ins import stand_ins
 from trainer.embeddings import vocabulary
 from trainer.kernels import Kernels
-from trainer.objectives.base import HostArrays, Objective, ObjectiveSetup
+from trainer.objectives.base import HostArrays, Objective, ObjectiveSetup, Totals
 from trainer.objectives.registry import create_objective
 from trainer.speed import count_trained
 from trainer.zero.engine import Alone
@@ -70,6 +71,7 @@ class TriedPasses:
     moments: dict[str, Bytes]
     trained: int
     frozen: int
+    held: int = 0  # bytes in 4 bits
 
 
 class DryRun:
@@ -84,10 +86,18 @@ class DryRun:
         """What the job holds on a base of this config.json."""
         passes = self._passes
         job = passes.job
+        packed = is_in_4_bits(job, config)
+        plain = config
+        if packed:
+            job, plain = in_16_bits(job, config)
+            passes = replace(passes, job=job)
         tokenizer = FakeTokenizer()
         setup = Setup(STEPS_OF_RUN, job.train.seed, job.data.seq_len, tokenizer)
         method = create(job.method, setup)
-        model = attached(job, config, method, passes.dtype)
+        model = attached(job, plain, method, passes.dtype)
+        held = 0
+        if packed:
+            held = hold_in_4_bits(model, self._passes.job, config)
         ledger = Ledger(vocabulary(model.config))
         with alone(), self._mode, ledger:
             fake_weights(model)
@@ -99,7 +109,7 @@ class DryRun:
             _take_steps(passes, method, model, ledger, kernels)
         trained = count_trained(model)
         weights = sum(parameter.numel() for parameter in model.parameters())
-        return TriedPasses(ledger.peaks, trained, weights - trained)
+        return TriedPasses(ledger.peaks, trained, weights - trained, held)
 
 
 def _take_steps(
@@ -112,7 +122,9 @@ def _take_steps(
     """Take the steps, each phase under its name."""
     job = passes.job
     objective = _objective(job, method, kernels)
-    arrays = _micro_batch(objective, passes, kernels.in_one_row)
+    batch = _global_batch(passes)
+    arrays = _micro_batch(objective, passes, batch, kernels.in_one_row)
+    totals = objective.totals(batch)
     tensors = {}
     for name, array in arrays.items():
         dtype = torch.from_numpy(array).dtype
@@ -125,7 +137,7 @@ def _take_steps(
         sharded = ShardedModel(model, method, 0, job.lr, adam, Alone)
         for count in MICRO_BATCHES:
             for _ in range(count):
-                _one_pass(sharded, objective, tensors, ledger)
+                _one_pass(sharded, objective, tensors, totals, ledger)
             with ledger.phase("step", "optimizer"):
                 sharded.step(job.lr, job.train.clip)
 
@@ -142,23 +154,35 @@ def _objective(job: Job, method: Method[Any], kernels: Kernels) -> Objective:
     return objective
 
 
-def _one_pass(sharded: ShardedModel, objective: Objective, tensors: dict[str, torch.Tensor], ledger: Ledger) -> None:
-    """One forward and one backward pass."""
-    label_N = tensors["label"]
-    totals = {"labels": float(len(label_N))}
+def _one_pass(
+    sharded: ShardedModel, objective: Objective, tensors: dict[str, torch.Tensor], totals: Totals, ledger: Ledger
+) -> None:
+    """One forward and one backward pass, and what the loss has to know before."""
+    known: dict[str, torch.Tensor] = {}
+    if objective.has_prelude:
+        with torch.no_grad(), ledger.phase("prelude", "activations"):
+            for name, share in objective.prelude(sharded.model, tensors, totals).items():
+                known[name] = share.double()
     with ledger.phase("forward", "activations"):
-        shares = objective.loss(sharded.engine, tensors, totals, {})
+        shares = objective.loss(sharded.engine, tensors, totals, known)
     with ledger.phase("backward", "activations"):
         sharded.backward(shares.loss)
 
 
-def _micro_batch(objective: Objective, passes: Passes, in_one_row: bool) -> HostArrays:
+def _global_batch(passes: Passes) -> GlobalBatch:
+    """A global batch that is the micro-batch."""
+    examples = examples_of(passes.documents, passes.job)
+    count = len(examples)
+    chosen = np.arange(count)
+    return GlobalBatch(examples, chosen)
+
+
+def _micro_batch(objective: Objective, passes: Passes, batch: GlobalBatch, in_one_row: bool) -> HostArrays:
     """The arrays of the micro-batch, as the trainer lays it out."""
-    examples = examples_of(passes.documents, passes.job.method.virtual_tokens)
-    chosen = np.arange(len(examples))
-    batch = GlobalBatch(examples, chosen)
+    examples = batch.examples
     data = passes.job.data
-    rows = max(1, len(examples))
+    documents = len(passes.documents)
+    rows = max(1, documents)
     layout = Layout(data.seq_len, data.packing, rows)
     if not in_one_row:
         dealt = layout.deal(batch, 0, 1)

@@ -16,11 +16,15 @@ LIVE = 10**9  # elements that DeepSpeed lets stay gathered (stage3_max_live_para
 
 @dataclass(frozen=True)
 class Weights:
-    """Elements of the weights that are trained, and of those that are frozen, of `element` bytes each."""
+    """Elements of the weights that are trained, and of those that are frozen, of `element` bytes each.
+
+    `held` are the bytes of those in 4 bits, which every worker has whole.
+    """
 
     trained: int
     frozen: int
     element: int
+    held: int = 0
 
 
 def shared(alone: Bytes, weights: Weights, stage: int, workers: int) -> Bytes:
@@ -37,7 +41,8 @@ def shared(alone: Bytes, weights: Weights, stage: int, workers: int) -> Bytes:
         parts["gradients"] = -(-alone["gradients"] // workers)
         parts["gathers"] += bucket
     if stage == 3:
-        parts["weights"] = -(-alone["weights"] // workers)
+        to_share = alone["weights"] - weights.held
+        parts["weights"] = weights.held + -(-to_share // workers)
         if workers > 1:
             parts["gathers"] += _gathered(weights)
     return parts

@@ -65,6 +65,7 @@ class ShardedModel:
         settings = adam or {}
         self.optimizer = method.optimizer(self, lr, **settings)
         placeholder.on_step = self._step
+        self._placeholder = placeholder
 
     @property
     def device(self) -> torch.device:
@@ -125,6 +126,17 @@ class ShardedModel:
         if self._grad_norm is None:
             return torch.tensor(math.nan)
         return self._grad_norm
+
+    def discard(self) -> None:
+        """Let go of the gradients of passes that were only tried; nothing that is trained moves. A collective.
+
+        DeepSpeed keeps gradients in places of its own, which it clears after a step: in this one nothing is done.
+        """
+        self._placeholder.on_step = lambda: None
+        try:
+            self.engine.step()
+        finally:
+            self._placeholder.on_step = self._step
 
     def pieces(self) -> list[Piece]:
         """All of the trained state that this rank holds: weights, the optimizer's tensors, the method's own."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from methods.options.low_rank import Lora
-from orchestrator.planning.dry_run import BytesByPart, DryRunFailed
 from runfolder.job import Job
+from trainer.dry_run.process import BytesByPart, DryRunFailed
 
 CUDA_BYTES = 600 * 2**20  # bytes that CUDA takes for itself, as far as is known
 COMMUNICATION = 2**30  # bytes of NCCL's buffers
@@ -27,11 +27,13 @@ class Forecast:
     parts: BytesByPart
     source: str  # dry run, or fitted line
     margin: float
+    factor: float = 1.0  # of what was measured to what was foretold,
+    runs: int = 0  # in so many earlier runs
 
     @property
     def allocated(self) -> int:
-        """The bytes of all parts together."""
-        return sum(self.parts.values())
+        """The bytes of all parts together, as measurements correct them."""
+        return int(self.factor * sum(self.parts.values()))
 
     def needed(self, workers: int) -> int:
         """The bytes that a device should have."""
@@ -48,6 +50,14 @@ class Change:
     settings: dict[str, Any]
     needed: int
     fits: bool
+
+    @property
+    def text(self) -> str:
+        """The settings in words."""
+        settings = []
+        for key, value in self.settings.items():
+            settings.append(f"{key}={value}")
+        return " and ".join(settings)
 
 
 def changes_that_fit(job: Job, find: Find, device: int) -> list[Change]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from fleetune_start import unshadowed
-from orchestrator.planning.model import Model
+from methods.options.base import BaseConfig
 from runfolder.job import Job
 from trainer.data.survey import Sample
 
@@ -32,19 +32,27 @@ def can_dry_run() -> bool:
 class DryRunner:
     """A process that answers what jobs on a base would hold."""
 
-    def __init__(self, child: "subprocess.Popen[str]", model: Model, sample: Sample | None) -> None:
+    def __init__(self, child: "subprocess.Popen[str]", config: BaseConfig, sample: Sample | None) -> None:
         self._child = child
-        self._config = dict(model.config)
-        if model.embedding_rows is not None:
-            self._config["vocab_size"] = model.embedding_rows
+        self._config = dict(config)
         self._sample = sample
 
-    def parts(self, job: Job, precision: str, fast: bool) -> BytesByPart:
-        """What a worker has allocated in its worst moment; raises DryRunFailed."""
+    def parts(self, job: Job, precision: str, fast: bool, whole: bool = False) -> BytesByPart:
+        """What a worker has allocated in its worst moment; raises DryRunFailed.
+
+        `whole`: the sample is the longest micro-batch, all of it.
+        """
         sample = self._sample
         if sample is None:  # rows that nobody has looked at may all be full
             sample = ((job.data.seq_len, job.data.seq_len - 1),)
-        request = {"job": job.dump(), "config": self._config, "sample": sample, "precision": precision, "fast": fast}
+        request = {
+            "job": job.dump(),
+            "config": self._config,
+            "sample": sample,
+            "precision": precision,
+            "fast": fast,
+            "whole": whole,
+        }
         answer = self._ask(request)
         if "problem" in answer:
             raise DryRunFailed(answer["problem"])
@@ -66,8 +74,11 @@ class DryRunner:
 
 
 @contextmanager
-def dry_runner(model: Model, sample: Sample | None) -> Iterator[DryRunner]:
-    """Within it, dry runs on a base can be asked for; `sample` has the tokens and labels of some examples."""
+def dry_runner(config: BaseConfig, sample: Sample | None) -> Iterator[DryRunner]:
+    """Within it, dry runs on a base of this config.json can be asked for.
+
+    `sample` has the tokens and labels of some examples.
+    """
     child = subprocess.Popen(
         TRIAL,
         stdin=subprocess.PIPE,
@@ -77,5 +88,5 @@ def dry_runner(model: Model, sample: Sample | None) -> Iterator[DryRunner]:
         text=True,
     )
     with child:
-        yield DryRunner(child, model, sample)
+        yield DryRunner(child, config, sample)
         child.kill()  # it has nothing to write any more, and its end takes a while
