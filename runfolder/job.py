@@ -209,6 +209,20 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _method_fits_objective(self) -> "Job":
+        objective = self.objective
+        method = self.method.kind
+        reason = objective.refused_methods.get(method)
+        if reason is not None:
+            raise ValueError(f"objective {objective.kind} with method {method}: {reason}")
+        if objective.replaces_head and self.base.resize_embeddings and not self.method.makes_model:
+            raise ValueError(
+                f"base.resize_embeddings with objective {objective.kind} and method {method}, which would train rows "
+                "of a head that is not there; allowed: method full or galore"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_go_by_loss(self) -> "Job":
         if not self.evaluation.goes_by_loss:
             return self

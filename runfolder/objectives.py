@@ -11,10 +11,11 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from runfolder.resources import Section
 
-RowsRead = Literal["answers", "pairs", "judged"]
+RowsRead = Literal["answers", "pairs", "margins", "judged"]
 OBJECTIVES_GROUP = "fleetune.objectives"
 _FROM_OUTSIDE = "another package's"
 _GENTLE = 0.05  # 1e-6 in TRL, where supervised tuning of all weights has 2e-5
+_NO_END = "behind vectors in front, transformers does not find the end of a padded answer; nearest: prefix"
 _REFERENCE = "one forward pass over all answers before the first step, kept for jobs with the same start"
 
 
@@ -26,6 +27,8 @@ class ObjectiveOptions(Section):
     rows: ClassVar[RowsRead] = "answers"
     rate_factor: ClassVar[float] = 1.0  # of the method's default learning rate, which is one for supervised tuning
     needs: ClassVar[str] = ""  # what it takes beside a forward and a backward pass over its rows, in words
+    refused_methods: ClassVar[Mapping[str, str]] = {}  # the methods that do not work with it, and why
+    replaces_head: ClassVar[bool] = False  # what is trained has a head of the objective's, not the vocabulary's
 
 
 class SftOptions(ObjectiveOptions):
@@ -100,6 +103,23 @@ class KtoOptions(ObjectiveOptions):
     undesirable: float = Field(1.0, ge=0, description="what an undesirable answer weighs")
 
 
+class RewardOptions(ObjectiveOptions):
+    """A reward model: a score of a whole answer, higher for the chosen one of a pair."""
+
+    kind: Literal["reward"] = "reward"
+    implementation: ClassVar[str] = "trainer.objectives.reward:RewardModel"
+    rows: ClassVar[RowsRead] = "margins"
+    refused_methods: ClassVar[Mapping[str, str]] = {
+        "prompt": _NO_END,
+        "ptuning": _NO_END,
+        "bottleneck": "neither transformers nor PEFT would load its adapters with a head; nearest: lora",
+    }
+    replaces_head: ClassVar[bool] = True
+    centring: float = Field(
+        0.0, ge=0, description="weight of the square of both scores' sum, which keeps scores around zero; 0.01 is usual"
+    )
+
+
 class OutsideOptions(ObjectiveOptions):
     """An objective of another package, which has no options here."""
 
@@ -116,6 +136,7 @@ OBJECTIVES: Mapping[str, type[ObjectiveOptions]] = {
     "simpo": SimpoOptions,
     "orpo": OrpoOptions,
     "kto": KtoOptions,
+    "reward": RewardOptions,
 }
 
 

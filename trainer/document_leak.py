@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from trainer.objectives.score_head import revealed
 from trainer.run import Run
 
 # Relative to the largest logit. A leak moves logits by some percent, even with random weights; rounding by less.
@@ -21,7 +22,8 @@ def check_documents_apart(run: Run) -> None:
     first = min(FIRST, data.seq_len)  # the base may know no more positions
     vocabulary = config.get_text_config().vocab_size  # a tokenizer may have more
     engine = run.sharded.engine
-    moved = leak(engine, first, vocabulary, run.world.device)
+    with revealed(model):
+        moved = leak(engine, first, vocabulary, run.world.device)
     model.train()
     if moved > LEAK_ROUNDING[run.dtype]:
         kind = config.model_type

@@ -107,9 +107,12 @@ class Evaluator:
             for shares in self._shares(run, batch, relative):
                 add_shares(sums, shares)
         summed = reduced(sums)
-        metrics = {}
+        means = {}
         for name, value in summed.items():
-            metrics[f"eval_{name}"] = float(value / unit)
+            means[name] = float(value / unit)
+        metrics = {}
+        for name, mean in objective.summary(means).items():
+            metrics[f"eval_{name}"] = mean
         return metrics
 
     def _held_out(self, run: Run, step: int, batches: Batches) -> list[GlobalBatch]:
@@ -133,7 +136,7 @@ class Evaluator:
         stream = micro_batches(run, batch)
         passes, known = prepared(run, stream, totals)
         for micro_batch in passes:
-            shares = objective.loss(model, micro_batch, divisors, known)
+            shares = objective.judge(model, micro_batch, divisors, known)
             yield {**shares.metrics, "loss": shares.loss}
 
     def _exact_match(self, run: Run, step: int) -> float:

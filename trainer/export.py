@@ -88,8 +88,11 @@ def write_output(run: Run, weights: dict[str, torch.Tensor]) -> None:
         weights = {name: value.to(dtype) for name, value in weights.items()}
         config.dtype = dtype
     config.use_cache = True
+    objective = run.objective
+    weights = objective.exported(weights)
     try:
         run.method.export(model, weights, unfinished)
+        objective.complete(model, weights, unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)  # the last checkpoint has the weights
         raise
