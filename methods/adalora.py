@@ -12,6 +12,7 @@ resume: the averages are state of the optimizer, so checkpoints hold and reshard
 the weight after the optimizer's step and the gradient as it was clipped.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -175,12 +176,20 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         since_last = step % self.options.every
         return since_last == 0
 
+    def _factors(self, view: View) -> Iterator[tuple[Fragment, int, str]]:
+        """What this rank holds of A, B and E: their module's row, and which they are; an objective may train more."""
+        for fragment in view.fragments():
+            module, factor = _split(fragment.name)
+            row = self._modules.get(module)
+            if row is not None:
+                yield fragment, row, factor
+
     def _average(self, view: View) -> None:
         """Take the sensitivities of this step into their averages."""
         options = self.options
         parameters = []
         states = []
-        for fragment in view.fragments():
+        for fragment, _, _ in self._factors(view):
             parameters.append(fragment.parameter)
             states.append(view.state(fragment))
         average_sensitivities(parameters, states, options.beta1, options.beta2)
@@ -190,13 +199,11 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         device = _device(view)
         shape = self._kept_MR.shape
         scores_MR = torch.zeros(shape, dtype=torch.float64, device=device)
-        for fragment in view.fragments():
+        for fragment, row, factor in self._factors(view):
             state = view.state(fragment)
             held_scores = sensitivity_scores(state)
             if held_scores is None:  # a run of one step: nothing was averaged before its cut
                 continue
-            module, factor = _split(fragment.name)
-            row = self._modules[module]
             scores = _zeros_around(held_scores, fragment, view)
             scores_MR[row] += _mean_by_rank(scores, factor)
         if not view.replicated:
@@ -208,10 +215,8 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         kept_MR = self._kept_MR.to(_device(view), torch.float32)
         values = []
         kept = []
-        for fragment in view.fragments():
-            module, factor = _split(fragment.name)
+        for fragment, row, factor in self._factors(view):
             if factor == "E":
-                row = self._modules[module]
                 held = part_of(kept_MR[row], fragment)
                 values.append(fragment.parameter.data)
                 kept.append(held.view_as(fragment.parameter.data))

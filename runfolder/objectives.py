@@ -116,7 +116,7 @@ class RewardOptions(ObjectiveOptions):
     }
     replaces_head: ClassVar[bool] = True
     centring: float = Field(
-        0.0, ge=0, description="weight of the square of both scores' sum, which keeps scores around zero; 0.01 is usual"
+        0.0, ge=0, description="weight of the square of both scores' sum, to keep scores around zero; 0.01 is usual"
     )
 
 

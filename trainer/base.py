@@ -12,10 +12,10 @@ from runfolder.job import Base, Job
 from trainer.data.tokenizer import load_tokenizer
 from trainer.embeddings import add_missing, vocabulary
 from trainer.objectives.base import Objective
+from trainer.objectives.score_head import SCORE_WEIGHT
 from trainer.zero.engine import partitioned_loading
 
 WRITING, SCORING = "AutoModelForCausalLM", "AutoModelForSequenceClassification"  # classes of transformers
-HEAD = "score.weight"  # of a model that scores: its name in the class of transformers
 _NOWHERE = "no-adapter"
 
 
@@ -47,12 +47,13 @@ def load_pretrained(base: Base, dtype: torch.dtype, config: Any = None, scores: 
     """The base with its weights: safetensors alone, and neither code of its own nor an adapter from beside them.
 
     Where the job says so, it has an embedding for every id of its tokenizer. One that is in 4 bits already computes
-    in `dtype`, as others do. Where it `scores`, it has a head for that which is new. `options` are those of `from_pretrained`. Raises ValueError where it has not all the
-    weights of its config.
+    in `dtype`, as others do. Where it `scores`, it has a new head for that. `options` are those of `from_pretrained`.
+    Raises ValueError where it has not all the weights of its config.
     """
     import transformers
 
     kind = getattr(transformers, SCORING if scores else WRITING)
+    new = {SCORE_WEIGHT} if scores else set()
     config = config or load_config(base)
     in_4_bits = hasattr(config, "quantization_config")
     if in_4_bits:
@@ -69,7 +70,7 @@ def load_pretrained(base: Base, dtype: torch.dtype, config: Any = None, scores: 
     )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise RuntimeError(f"base.model: {base.model}: this transformers has loaded an adapter with it")
-    _check_weights(base, loading, {HEAD} if scores else set())
+    _check_weights(base, loading, new)
     if in_4_bits:
         quantised.cast_others(model, dtype)
     if base.resize_embeddings:

@@ -32,7 +32,7 @@ def shown_in_template(value: object, where: str) -> str:
     return text_of(value, where)
 
 
-def number_of(value: object, where: str) -> float:
+def finite_number(value: object, where: str) -> float:
     """A cell that must be a finite number. Raises RowError."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from runfolder.objectives import RowsRead
-from trainer.data.cells import is_empty, number_of, text_of
+from trainer.data.cells import finite_number, is_empty, text_of
 from trainer.data.chats import Messages, turns_in
 from trainer.data.files import RowError, SourceName, describe_value, reject
 from trainer.data.ranked import PairOfColumns, has_list, spread
@@ -122,7 +122,8 @@ def _margin(record: ShapedRecord) -> float:
     margin = record.fields.get("margin")
     if is_empty(margin):
         return 0.0
-    return number_of(margin, f"{record.where}, field margin")
+    where = f"{record.where}, field margin"
+    return finite_number(margin, where)
 
 
 def _has_turns(record: ShapedRecord, column: str) -> bool:

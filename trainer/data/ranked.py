@@ -5,14 +5,15 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from trainer.data.cells import number_of
+from trainer.data.cells import finite_number
 from trainer.data.files import describe_value, reject
 from trainer.data.rows import ShapedRecord
 
 PairOfColumns = tuple[str, str]  # of the better answer, of the worse one
+AnswersAndQualities = tuple[list[Any], list[float]]  # of a list; of the second, more is better
 _LIST = "completions"
-_BEST_FIRST = {"ranks": "rank", "scores": "score"}  # a list beside that of the answers, and what it is within it
-_OBJECT = "an object {completion, rank} or {completion, score}, as there is no list of ranks or scores beside"
+_IN_ENTRIES = ("rank", "score")
+_ENTRY = "an object {completion, rank} or {completion, score}, as no list of ranks or scores is beside"
 
 
 def has_list(record: ShapedRecord) -> bool:
@@ -25,67 +26,86 @@ def spread(record: ShapedRecord) -> tuple[ShapedRecord, list[PairOfColumns]]:
 
     A rank is better the lower it is, a score the higher it is. Two answers that are equal in that make no pair.
     """
-    answers, merits = _answers(record)
+    answers, qualities = _ranked_answers(record)
     fields = dict(record.fields)
     columns = []
     for index, answer in enumerate(answers):
         column = f"{_LIST}[{index}]"
         fields[column] = answer
         columns.append(column)
-    ranked = zip(columns, merits, strict=True)
+    with_qualities = zip(columns, qualities, strict=True)
     pairs = []
-    for (first, first_merit), (second, second_merit) in combinations(ranked, 2):
-        if first_merit > second_merit:
-            pairs.append((first, second))
-        elif first_merit < second_merit:
-            pairs.append((second, first))
-    return replace(record, fields=fields), pairs
+    for one, other in combinations(with_qualities, 2):
+        column, quality = one
+        other_column, other_quality = other
+        if quality > other_quality:
+            pairs.append((column, other_column))
+        elif quality < other_quality:
+            pairs.append((other_column, column))
+    widened = replace(record, fields=fields)
+    return widened, pairs
 
 
-def _answers(record: ShapedRecord) -> tuple[list[Any], list[float]]:
-    """The answers of a list, and how good each one is: more is better."""
+def _ranked_answers(record: ShapedRecord) -> AnswersAndQualities:
+    """The answers of a list, and how good each one is."""
     entries = _list_in(record, _LIST)
     *_, beside = record.shape.columns
     if beside == _LIST:
-        completions = []
-        merits = []
-        for index, entry in enumerate(entries):
-            completion, merit = _entry(entry, f"{record.where}, field {_LIST}[{index}]")
-            completions.append(completion)
-            merits.append(merit)
-        return completions, merits
-    values = _list_in(record, beside)
-    if len(values) != len(entries):
-        found = f"{len(values)} of them"
-        reject(f"{record.where}, field {beside}", found, f"{len(entries)}, one for each of the completions")
-    return entries, list(_merits(record, beside, values))
+        return _of_entries(entries, record.where)
+    numbers = _list_in(record, beside)
+    where = f"{record.where}, field {beside}"
+    count = len(entries)
+    if len(numbers) != count:
+        found = f"{len(numbers)} of them"
+        allowed = f"{count}, one for each of the completions"
+        reject(where, found, allowed)
+    kind = beside.removesuffix("s")
+    qualities = []
+    for index, number in enumerate(numbers):
+        quality = _quality(kind, number, f"{where}[{index}]")
+        qualities.append(quality)
+    return entries, qualities
+
+
+def _of_entries(entries: list[Any], where: str) -> AnswersAndQualities:
+    """The same of a list whose entries hold an answer and its rank or score."""
+    answers = []
+    qualities = []
+    for index, entry in enumerate(entries):
+        where_entry = f"{where}, field {_LIST}[{index}]"
+        kinds = list(_kinds_in(entry))
+        if not kinds:
+            found = describe_value(entry)
+            reject(where_entry, found, _ENTRY)
+        kind = kinds[0]
+        quality = _quality(kind, entry[kind], f"{where_entry}.{kind}")
+        answers.append(entry["completion"])
+        qualities.append(quality)
+    return answers, qualities
+
+
+def _kinds_in(entry: Any) -> Iterator[str]:
+    """By what an entry ranks its answer; nothing where it is no such entry."""
+    if isinstance(entry, dict) and "completion" in entry:
+        for kind in _IN_ENTRIES:
+            if kind in entry:
+                yield kind
 
 
 def _list_in(record: ShapedRecord, column: str) -> list[Any]:
     """A list of two or more in a column."""
     value = record.fields.get(column)
-    if not isinstance(value, list) or len(value) < 2:
-        reject(f"{record.where}, field {column}", describe_value(value), "a list of two or more")
-    return value
+    is_list = isinstance(value, list)
+    if not is_list or len(value) < 2:
+        found = describe_value(value)
+        reject(f"{record.where}, field {column}", found, "a list of two or more")
+    answers: list[Any] = value
+    return answers
 
 
-def _merits(record: ShapedRecord, column: str, values: list[Any]) -> Iterator[float]:
-    """How good each answer is by the number that a list beside has of it."""
-    for index, value in enumerate(values):
-        yield _merit(_BEST_FIRST[column], value, f"{record.where}, field {column}[{index}]")
-
-
-def _entry(entry: Any, where: str) -> tuple[Any, float]:
-    """An answer that holds its rank or score itself."""
-    if not isinstance(entry, dict) or "completion" not in entry:
-        reject(where, describe_value(entry), _OBJECT)
-    for kind in _BEST_FIRST.values():
-        if kind in entry:
-            return entry["completion"], _merit(kind, entry[kind], f"{where}.{kind}")
-    reject(where, describe_value(entry), _OBJECT)
-
-
-def _merit(kind: str, value: Any, where: str) -> float:
+def _quality(kind: str, value: Any, where: str) -> float:
     """A rank or a score as a number of which more is better."""
-    number = number_of(value, where)
-    return -number if kind == "rank" else number
+    number = finite_number(value, where)
+    if kind == "rank":
+        return -number
+    return number

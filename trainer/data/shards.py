@@ -56,7 +56,7 @@ def join_examples(
     desirable: Sequence[bool] | None = None,
     margins: Sequence[float] | None = None,
 ) -> Shard:
-    """Lay the ids and labels of examples end to end; all are desirable, and no margin is wanted, unless it is said."""
+    """Lay the ids and labels of examples end to end; unless it is said, all are desirable, without a margin."""
     count = len(examples)
     if desirable is None:
         desirable = [True] * count

@@ -9,14 +9,14 @@ A step goes through these hooks, of which all but `read`, `totals`, `arrays` and
 4. `loss`: a micro-batch's share, already divided by the totals. Shares are summed over micro-batches and ranks.
 
 An objective may also change the base before the method sees it (`prepare`, `take`), and what is left at the end
-(`exported`, `complete`): a reward model has a head of its own. Held-out rows go through `judge` and `summary`.
+(`export`): a reward model has a head of its own. Held-out rows go through `judge` and `summary`.
 
 So what a step does depends on neither packing nor micro-batches nor ranks. Only the documents of one example are
 sure to be in one micro-batch.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from methods.base import Method
+from methods.base import Method, Tensors
 from runfolder.job import Job
 from trainer.data.encode import Reading
 from trainer.data.examples import Examples, GlobalBatch
@@ -37,7 +37,6 @@ from trainer.kernels import Kernels
 Arrays = dict[str, npt.NDArray[Any]]
 HostArrays = Mapping[str, npt.NDArray[np.generic]]
 TensorsByName = Mapping[str, torch.Tensor]  # in a prelude and in metrics: 0-d
-Weights = dict[str, torch.Tensor]  # by name, whole
 Totals = Mapping[str, float]  # by name; sums over the examples of a global batch, so those of two batches add up
 
 
@@ -78,6 +77,8 @@ class Objective(ABC):
         Any
     ]  # of the run, there before its model is; `method.reference(model)` is for `prelude` and `loss`
 
+    notes: Sequence[str] = ()  # lines of the model card: how to use what is left
+
     kernels = Kernels()  # of the run, from its first step on
 
     def __init__(self, setup: ObjectiveSetup) -> None:
@@ -91,18 +92,15 @@ class Objective(ABC):
         """What the model is asked in evaluations, to see whether it writes the answer; nothing here."""
         return []
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Any) -> None:  # noqa: B027
         """Change the base before its method is attached; nothing unless overridden. Raises ValueError."""
 
-    def take(self, model: nn.Module) -> None:
+    def take(self, model: nn.Module) -> None:  # noqa: B027
         """Have trained, in fp32, what `prepare` has added to a model that has its method now."""
 
-    def exported(self, weights: Weights) -> Weights:
-        """The trained weights by the names that they have in what is left."""
-        return weights
-
-    def complete(self, model: Any, weights: Weights, folder: Path) -> None:
-        """Add to an exported folder what the method does not know of; `weights` are those of `exported`."""
+    def export(self, model: Any, weights: Tensors, folder: Path) -> None:
+        """Write what the method leaves, from whole weights by name, and what is the objective's own."""
+        self.method.export(model, weights, folder)
 
     def rollout(self, model: nn.Module, batch: GlobalBatch, step: int) -> Arrays:
         """What the model writes for a batch; every rank calls it, and gets the same. Steps count from 1; 0: held out.

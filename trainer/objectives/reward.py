@@ -1,4 +1,4 @@
-"""A reward model, Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section 3.5: a score R of a prompt and answer.
+"""A reward model scores a prompt and its answer (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section 3.5).
 
 -log s(R_c - R_r - m) + e (R_c + R_r)^2, with m the margin that a row may ask for (Touvron et al. 2023,
 https://arxiv.org/abs/2307.09288, section 3.2.2) and e the weight of centring (Eisenstein et al. 2023,
@@ -6,10 +6,11 @@ https://arxiv.org/abs/2312.09244): the mean over the pairs of the global batch.
 
 R is linear in the hidden state of an answer's last token, which ends it. The head starts at zero.
 
-Shapes: D documents, P pairs, A answers.
+Shapes: K positions, D documents, P pairs.
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +19,58 @@ import torch
 from torch import nn
 from torch.nn.functional import logsigmoid
 
+from methods.base import Tensors
 from runfolder.objectives import RewardOptions
-from trainer.data.examples import Examples
+from trainer.data.examples import Examples, Indices
 from trainer.data.layout import MicroBatch, collate
 from trainer.objectives import labels
 from trainer.objectives.answers import NumbersOfRows
-from trainer.objectives.base import Arrays, HostArrays, Shares, TensorsByName, Totals, Weights
+from trainer.objectives.base import Arrays, HostArrays, Shares, TensorsByName, Totals
 from trainer.objectives.pairs import OnPairs, PairLosses, figures_of_pairs, mean_shares
 from trainer.objectives.reward_buckets import accuracies, of_buckets, of_lengths
-from trainer.objectives.reward_output import HEAD, class_of, complete_folder, padding_token
-from trainer.objectives.score_head import replace_head, score_head
+from trainer.objectives.reward_output import LOADING, class_of, complete_folder, padding_token
+from trainer.objectives.score_head import SCORE_WEIGHT, replace_head, score_head
+
+Place = tuple[int, int]  # a row of a micro-batch, and a position in it
+NOWHERE: Place = (0, 0)  # where padding alone is scored, in a micro-batch without documents
 
 
 class RewardModel(OnPairs):
     """To score the chosen answer of each pair above the rejected one."""
 
     scores = True
+    notes = LOADING
     _head_name: str  # in the model, from `take` on
 
     def prepare(self, model: Any) -> None:
-        """Replace the base's head, and settle by which token batches will be padded."""
+        """Replace the base's head, and settle by which token batches will be padded; raises ValueError."""
+        setup = self.setup
         class_of(model.config)
         replace_head(model)
-        token = padding_token(self.setup.tokenizer, self.setup.reading.ends, model.config)
-        model.config.get_text_config().pad_token_id = token
-        model.config.pad_token_id = token
-        model.config.num_labels = 1
+        token = padding_token(setup.tokenizer, setup.reading.ends, model.config)
+        for config in (model.config, model.config.get_text_config()):
+            config.pad_token_id = token
+            config.num_labels = 1
 
     def take(self, model: nn.Module) -> None:
         """Train the head whole, whatever the method does."""
-        self._head_name, head = score_head(model)
+        name, head = score_head(model)
+        self._head_name = name
         head.requires_grad_(True)
         head.float()
 
     def document_arrays(self, rows: NumbersOfRows, examples: Examples) -> Arrays:
-        """What scores are computed from, of the documents in some rows; one of padding stands in for none."""
+        """What scores are computed from, of the documents in some rows; of none, padding is scored."""
         tokens = examples.tokens
-        pad_id = self.setup.tokenizer.pad_token_id
-        batch = collate(rows, tokens, pad_id)
-        row_D, end_D = np.array(list(ends(rows, tokens.lengths)) or [(0, 0)], np.int64).T
-        kept_K, column_D = np.unique(end_D, return_inverse=True)
-        numbers = [number for row in rows for number in row]
+        tokenizer = self.setup.tokenizer
+        batch = collate(rows, tokens, tokenizer.pad_token_id)
+        places = list(ends_of_documents(rows, tokens.lengths))
+        if not places:
+            places = [NOWHERE]
+        place_D2 = np.array(places, np.int64)
+        row_D, position_D = place_D2.T
+        kept_K, column_D = np.unique(position_D, return_inverse=True)
+        numbers = list(chain.from_iterable(rows))
         return {
             "input_ids": batch["input_ids"],
             "position_ids": batch["position_ids"],
@@ -71,15 +83,17 @@ class RewardModel(OnPairs):
     def arrays(self, examples: Examples, micro: MicroBatch) -> HostArrays:
         """The documents of a micro-batch, where among them each pair has its answers, and the pairs' margins."""
         arrays = dict(super().arrays(examples, micro))
-        numbers = [number for row in micro.rows for number in row]
+        numbers = list(chain.from_iterable(micro.rows))
         margins_D = examples.tokens.margins[numbers]
-        arrays["margins"] = margins_D[arrays["chosen"]]
+        chosen_P = arrays["chosen"]
+        arrays["margins"] = margins_D[chosen_P]
         return arrays
 
     def policy(self, model: nn.Module, batch: TensorsByName) -> torch.Tensor:
         """The scores [D] of a micro-batch's documents, fp64."""
         scores_D1 = labels.logits(model, batch)
-        return scores_D1[:, 0].double()
+        scores_D = scores_D1[:, 0]
+        return scores_D.double()
 
     def loss(self, model: nn.Module, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:  # noqa: ARG002
         """The losses of a micro-batch's pairs, over the number of pairs in the global batch."""
@@ -91,49 +105,55 @@ class RewardModel(OnPairs):
         shares, figures = self._shares(model, batch, totals)
         of_pairs = {**of_buckets(figures), **of_lengths(figures)}
         more = mean_shares(of_pairs, totals["pairs"])
-        return Shares(shares.loss, {**shares.metrics, **more})
+        metrics = {**shares.metrics, **more}
+        return Shares(shares.loss, metrics)
 
     def summary(self, metrics: dict[str, float]) -> dict[str, float]:
         """The accuracy within each bucket, and how far scores go with the lengths of answers."""
         return accuracies(metrics)
 
-    def exported(self, weights: Weights) -> Weights:
-        """The weights under the names of the class of transformers that scores sequences."""
-        old = f"{self._head_name}.weight"
-        parent, dot, _ = self._head_name.rpartition(".")
+    def export(self, model: Any, weights: Tensors, folder: Path) -> None:
+        """Write what the method leaves with the head in it, and have the tokenizer pad as is fit for it."""
+        old = self._head_name
+        parent, dot, _ = old.rpartition(".")
         renamed = dict(weights)
-        if old in weights:  # on rank 0
-            renamed[parent + dot + HEAD] = renamed.pop(old)
-        return renamed
-
-    def complete(self, model: Any, weights: Weights, folder: Path) -> None:
-        """Put the head, and what transformers must know of it, into the folder; and the token that pads."""
+        head = renamed.pop(f"{old}.weight")
+        new = parent + dot + SCORE_WEIGHT
+        renamed[new] = head
+        super().export(model, renamed, folder)
+        complete_folder(model, head, folder)
         tokenizer = self.setup.tokenizer
-        pad_id = model.config.pad_token_id
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
-        complete_folder(model.config, weights, folder)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
 
     def _shares(self, model: nn.Module, batch: TensorsByName, totals: Totals) -> tuple[Shares, TensorsByName]:
         """A micro-batch's shares, and what is known of each of its pairs."""
         options = self.setup.job.objective
         assert isinstance(options, RewardOptions)
         scores_D = self.policy(model, batch)
-        chosen_P = scores_D[batch["chosen"]]
-        rejected_P = scores_D[batch["rejected"]]
-        lead_P = chosen_P - rejected_P - batch["margins"]
-        losses_P = options.centring * (chosen_P + rejected_P) ** 2 - logsigmoid(lead_P)
-        nothing = 0 * scores_D.sum()  # what stands in for no documents must reach the weights all the same
-        loss = losses_P.sum() / totals["pairs"] + nothing
         labels_D = batch["labels"].double()
+        chosen_place_P = batch["chosen"]
+        rejected_place_P = batch["rejected"]
+        chosen_P = scores_D[chosen_place_P]
+        rejected_P = scores_D[rejected_place_P]
+        lead_P = chosen_P - rejected_P - batch["margins"]
+        off_centre_P = chosen_P + rejected_P
+        losses_P = options.centring * off_centre_P**2 - logsigmoid(lead_P)
         found = PairLosses(losses_P, chosen_P, rejected_P)
-        figures = figures_of_pairs(found, labels_D[batch["chosen"]], labels_D[batch["rejected"]], tie=0.0)
-        return Shares(loss, mean_shares(figures, totals["pairs"])), figures
+        chosen_labels_P = labels_D[chosen_place_P]
+        rejected_labels_P = labels_D[rejected_place_P]
+        figures = figures_of_pairs(found, chosen_labels_P, rejected_labels_P, tie=0.0)
+        pairs = totals["pairs"]
+        # The padding that is scored for no documents is in no pair, but must reach the weights all the same.
+        nothing = 0 * scores_D.sum()
+        loss = losses_P.sum() / pairs + nothing
+        metrics = mean_shares(figures, pairs)
+        return Shares(loss, metrics), figures
 
 
-def ends(rows: NumbersOfRows, lengths: Any) -> Iterator[tuple[int, int]]:
-    """The row and the place of each document's last token."""
-    for number, documents in enumerate(rows):
-        place = -1
+def ends_of_documents(rows: NumbersOfRows, lengths: Indices) -> Iterator[Place]:
+    """The place of each document's last token."""
+    for row, documents in enumerate(rows):
+        stop = 0
         for document in documents:
-            place += int(lengths[document])
-            yield number, place
+            stop += int(lengths[document])
+            yield row, stop - 1

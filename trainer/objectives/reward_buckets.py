@@ -1,7 +1,7 @@
 """How often the chosen answer of a pair has the higher score: by how sure the scores are, and by lengths.
 
 A reward model that has learned length is right where the chosen answer is the longer one, and wrong where it is not.
-Shapes: P pairs, B buckets.
+Shapes: P pairs.
 """
 
 import math
@@ -10,70 +10,87 @@ import torch
 
 from trainer.objectives.base import TensorsByName
 
+TensorsByBucket = dict[str, torch.Tensor]
 BOUNDS = (0.5, 1.0, 2.0)  # of the difference of two scores
 _WON, _SHARE = "won_", "share_"
-_SUMS = ("scores", "lengths", "scores_squared", "lengths_squared", "products")  # means over all answers
+_MOMENTS = ("scores", "lengths", "scores_squared", "lengths_squared", "products")
 
 
 def of_buckets(figures: TensorsByName) -> TensorsByName:
     """Of each pair, by name: whether it is in a bucket, and there whether its chosen answer has won."""
     accuracy_P = figures["accuracy"]
-    shares: dict[str, torch.Tensor] = {}
-    for name, is_in_P in _buckets(figures).items():
-        of_bucket_P = is_in_P.double()
-        shares[_SHARE + name] = of_bucket_P
-        shares[_WON + name] = of_bucket_P * accuracy_P
+    buckets = _margin_buckets(figures)
+    buckets |= _length_buckets(figures)
+    shares = {}
+    for name, is_in_P in buckets.items():
+        share_P = is_in_P.double()
+        shares[_SHARE + name] = share_P
+        shares[_WON + name] = share_P * accuracy_P
     return shares
 
 
-def _buckets(figures: TensorsByName) -> dict[str, torch.Tensor]:
-    """Which pairs are in each bucket, by its name."""
-    sure_P = figures["reward_margin"].abs()
+def _margin_buckets(figures: TensorsByName) -> TensorsByBucket:
+    """Which pairs have scores that differ so much."""
+    margin_P = figures["reward_margin"].abs()
     buckets = {}
     low = 0.0
-    for high in (*BOUNDS, math.inf):
-        name = f"margin_{low:g}_to_{high:g}"
-        if high == math.inf:
-            name = f"margin_from_{low:g}"
-        buckets[name] = (sure_P >= low) & (sure_P < high)
+    for high in BOUNDS:
+        is_from_P = margin_P >= low
+        is_below_P = margin_P < high
+        buckets[f"margin_{low:g}_to_{high:g}"] = is_from_P & is_below_P
         low = high
-    longer_by_P = figures["labels_chosen"] - figures["labels_rejected"]
-    buckets["chosen_shorter"] = longer_by_P < 0
-    buckets["chosen_as_long"] = longer_by_P == 0
-    buckets["chosen_longer"] = longer_by_P > 0
+    buckets[f"margin_from_{low:g}"] = margin_P >= low
     return buckets
+
+
+def _length_buckets(figures: TensorsByName) -> TensorsByBucket:
+    """Which pairs have a chosen answer with fewer labels, as many, or more."""
+    longer_by_P = figures["labels_chosen"] - figures["labels_rejected"]
+    return {
+        "chosen_shorter": longer_by_P < 0,
+        "chosen_as_long": longer_by_P == 0,
+        "chosen_longer": longer_by_P > 0,
+    }
 
 
 def of_lengths(figures: TensorsByName) -> TensorsByName:
     """Of each pair, by name, the means over both answers from which a correlation of score and length is found."""
-    means: dict[str, torch.Tensor] = dict.fromkeys(_SUMS, torch.zeros_like(figures["accuracy"]))
+    moments: dict[str, torch.Tensor] = {}
     for side in ("chosen", "rejected"):
-        scores_P = figures[f"reward_{side}"]
-        lengths_P = figures[f"labels_{side}"]
-        values = (scores_P, lengths_P, scores_P**2, lengths_P**2, scores_P * lengths_P)
-        for name, value_P in zip(_SUMS, values, strict=True):
-            means[name] = means[name] + value_P / 2
-    return means
+        score_P = figures[f"reward_{side}"]
+        length_P = figures[f"labels_{side}"]
+        values = (score_P, length_P, score_P**2, length_P**2, score_P * length_P)
+        for name, value_P in zip(_MOMENTS, values, strict=True):
+            so_far = moments.get(name, 0)
+            moments[name] = so_far + value_P / 2
+    return moments
 
 
 def accuracies(metrics: dict[str, float]) -> dict[str, float]:
-    """The same means with accuracies in the place of won pairs, and one correlation for the sums of lengths."""
+    """The same means with accuracies in the place of won pairs, and one correlation in that of moments."""
+    moments = []
     found = {}
     for name, mean in metrics.items():
-        if name.startswith(_WON):
-            bucket = name.removeprefix(_WON)
-            share = metrics[_SHARE + bucket]
-            if share:
-                found[f"accuracy_{bucket}"] = mean / share
-        elif name not in _SUMS:
+        bucket = name.removeprefix(_WON)
+        if name in _MOMENTS:
+            continue
+        if bucket == name:
             found[name] = mean
-    found["score_length_correlation"] = _correlation(*(metrics[name] for name in _SUMS))
+            continue
+        share = metrics[_SHARE + bucket]
+        if share:
+            found[f"accuracy_{bucket}"] = mean / share
+    for name in _MOMENTS:
+        moments.append(metrics[name])
+    found["score_length_correlation"] = correlation(*moments)
     return found
 
 
-def _correlation(x: float, y: float, x_squared: float, y_squared: float, product: float) -> float:
-    """Pearson's correlation of two numbers by their means; zero where one of them never changes."""
-    variances = (x_squared - x * x) * (y_squared - y * y)
-    if variances <= 0:
+def correlation(x: float, y: float, x_squared: float, y_squared: float, product: float) -> float:
+    """Pearson's correlation of two numbers, by five of their means; zero where one of them never changes."""
+    variance_x = x_squared - x * x
+    variance_y = y_squared - y * y
+    if variance_x <= 0 or variance_y <= 0:
         return 0.0
-    return (product - x * y) / math.sqrt(variances)
+    covariance = product - x * y
+    return covariance / math.sqrt(variance_x * variance_y)

@@ -1,4 +1,4 @@
-"""The head of a reward model in the place of the vocabulary's: so packing, methods and ZeRO need to know nothing else.
+"""The head of a reward model, in the place of the vocabulary's: so packing, methods and ZeRO need not know of it.
 
 It is called as the vocabulary's head is until the end, as methods know by that name what they leave alone.
 """
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-_CHANGES_LOGITS = ("logit_scale", "logits_scaling")  # what bases multiply or divide logits with, behind the head
+SCORE_WEIGHT = "score.weight"  # what it is called in transformers' class that scores
+_SCALES = ("logit_scale", "logits_scaling")  # what bases multiply or divide logits with, behind the head
 _CAP = "final_logit_softcapping"
 
 
@@ -30,21 +31,25 @@ class ScoreHead(nn.Linear):
         """The scores; the hidden states themselves while they are revealed."""
         if self.reveals:
             return hidden
-        with torch.autocast(hidden.device.type, enabled=False):
-            return linear(hidden.float(), self.weight.float())
+        kind = hidden.device.type
+        with torch.autocast(kind, enabled=False):
+            weight = self.weight.float()
+            return linear(hidden.float(), weight)
 
 
 def replace_head(model: Any) -> None:
     """Give a base of transformers a head for scores; raises ValueError where it changes logits behind the head."""
     config = model.config.get_text_config()
-    for name in _CHANGES_LOGITS:
-        if getattr(config, name, 1) != 1:
-            raise ValueError(f"objective reward: a base of type {config.model_type} scales what its head gives ({name})")
-    if getattr(config, _CAP, None) is not None:
+    base = f"objective reward: a base of type {config.model_type}"
+    for name in _SCALES:
+        scale = getattr(config, name, 1)
+        if scale != 1:
+            raise ValueError(f"{base} scales what its head gives, by {name}")
+    if hasattr(config, _CAP):
         setattr(config, _CAP, None)
     old = model.get_output_embeddings()
     if old is None:
-        raise ValueError(f"objective reward: a base of type {config.model_type} has no head to be replaced")
+        raise ValueError(f"{base} has no head to be replaced")
     head = ScoreHead(config.hidden_size)
     model.set_output_embeddings(head)
     # It is tied to no embedding, whatever the base's was.
@@ -56,9 +61,8 @@ def replace_head(model: Any) -> None:
 def score_head(model: nn.Module) -> tuple[str, ScoreHead]:
     """The name of a model's head for scores, and the head; raises ValueError where a method has adapted it."""
     for name, module in model.named_modules():
-        if isinstance(module, ScoreHead):
-            if name.endswith("base_layer"):
-                break
+        is_adapted = name.endswith("base_layer")
+        if isinstance(module, ScoreHead) and not is_adapted:
             return name, module
     raise ValueError("method.target: found the head, which is trained as a whole with objective reward; leave it out")
 
@@ -66,9 +70,11 @@ def score_head(model: nn.Module) -> tuple[str, ScoreHead]:
 @contextmanager
 def revealed(model: nn.Module) -> Iterator[None]:
     """Within it, a reward model gives hidden states for scores: at the start, those say nothing of its layers."""
-    heads = [module for module in model.modules() if isinstance(module, ScoreHead)]
-    for head in heads:
-        head.reveals = True
+    heads = []
+    for module in model.modules():
+        if isinstance(module, ScoreHead):
+            heads.append(module)
+            module.reveals = True
     try:
         yield
     finally:
