@@ -52,8 +52,12 @@ def load_pretrained(base: Base, dtype: torch.dtype, config: Any = None, scores: 
     """
     import transformers
 
-    kind = getattr(transformers, SCORING if scores else WRITING)
-    new = {SCORE_WEIGHT} if scores else set()
+    class_name = WRITING
+    new = set()
+    if scores:
+        class_name = SCORING
+        new.add(SCORE_WEIGHT)
+    kind = getattr(transformers, class_name)
     config = config or load_config(base)
     in_4_bits = hasattr(config, "quantization_config")
     if in_4_bits:

@@ -109,10 +109,13 @@ class Evaluator:
         summed = reduced(sums)
         means = {}
         for name, value in summed.items():
-            means[name] = float(value / unit)
+            mean = value / unit
+            means[name] = float(mean)
+        said = objective.summary(means)
         metrics = {}
-        for name, mean in objective.summary(means).items():
-            metrics[f"eval_{name}"] = mean
+        for name, mean in said.items():
+            key = f"eval_{name}"
+            metrics[key] = mean
         return metrics
 
     def _held_out(self, run: Run, step: int, batches: Batches) -> list[GlobalBatch]:

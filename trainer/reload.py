@@ -58,7 +58,10 @@ def load_whole_model(run: Run, folder: Path, placement: Placement) -> nn.Module:
     """A model from a folder that holds all of its weights, in evaluation mode."""
     import transformers
 
-    kind = getattr(transformers, SCORING if run.objective.scores else WRITING)
+    class_name = WRITING
+    if run.objective.scores:
+        class_name = SCORING
+    kind = getattr(transformers, class_name)
     model: nn.Module = kind.from_pretrained(folder, dtype=run.dtype, **placement)
     return model.eval()
 

@@ -140,7 +140,8 @@ def _logits(model: Any, ids: torch.Tensor, copies: int = 1) -> torch.Tensor:
     rows = ids.expand(copies, -1)
     with torch.no_grad():
         out = model(input_ids=rows, use_cache=False)
-        first = torch.atleast_2d(out.logits[0])
+        first = out.logits[0]
+        first = torch.atleast_2d(first)
     logits: torch.Tensor = first.float().cpu()
     return logits[-length:]
 

@@ -38,10 +38,11 @@ def spread(record: ShapedRecord) -> tuple[ShapedRecord, list[PairOfColumns]]:
     for one, other in combinations(with_qualities, 2):
         column, quality = one
         other_column, other_quality = other
-        if quality > other_quality:
-            pairs.append((column, other_column))
-        elif quality < other_quality:
-            pairs.append((other_column, column))
+        pair = (column, other_column)
+        if quality < other_quality:
+            pair = (other_column, column)
+        if quality != other_quality:
+            pairs.append(pair)
     widened = replace(record, fields=fields)
     return widened, pairs
 
@@ -62,7 +63,8 @@ def _ranked_answers(record: ShapedRecord) -> AnswersAndQualities:
     kind = beside.removesuffix("s")
     qualities = []
     for index, number in enumerate(numbers):
-        quality = _quality(kind, number, f"{where}[{index}]")
+        where_number = f"{where}[{index}]"
+        quality = _signed(kind, number, where_number)
         qualities.append(quality)
     return entries, qualities
 
@@ -78,8 +80,10 @@ def _of_entries(entries: list[Any], where: str) -> AnswersAndQualities:
             found = describe_value(entry)
             reject(where_entry, found, _ENTRY)
         kind = kinds[0]
-        quality = _quality(kind, entry[kind], f"{where_entry}.{kind}")
-        answers.append(entry["completion"])
+        number = entry[kind]
+        answer = entry["completion"]
+        quality = _signed(kind, number, f"{where_entry}.{kind}")
+        answers.append(answer)
         qualities.append(quality)
     return answers, qualities
 
@@ -98,12 +102,13 @@ def _list_in(record: ShapedRecord, column: str) -> list[Any]:
     is_list = isinstance(value, list)
     if not is_list or len(value) < 2:
         found = describe_value(value)
-        reject(f"{record.where}, field {column}", found, "a list of two or more")
+        where = f"{record.where}, field {column}"
+        reject(where, found, "a list of two or more")
     answers: list[Any] = value
     return answers
 
 
-def _quality(kind: str, value: Any, where: str) -> float:
+def _signed(kind: str, value: Any, where: str) -> float:
     """A rank or a score as a number of which more is better."""
     number = finite_number(value, where)
     if kind == "rank":

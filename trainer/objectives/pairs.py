@@ -88,7 +88,8 @@ class PairObjective(OnPairs):
         nothing = 0 * policy_D.sum()
         loss = found.losses.sum() + nothing
         logged = figures_of_pairs(found, chosen.labels, rejected.labels, TIE)
-        return Shares(loss, mean_shares(logged, totals["pairs"]))
+        metrics = mean_shares(logged, totals["pairs"])
+        return Shares(loss, metrics)
 
     @abstractmethod
     def compare(self, chosen: AnswerLikelihoods, rejected: AnswerLikelihoods, totals: Totals) -> PairLosses:
@@ -114,7 +115,8 @@ def mean_shares(values: TensorsByName, total: float) -> TensorsByName:
     """The sums of some values by name, over the total of the global batch."""
     shares = {}
     for name, value_P in values.items():
-        shares[name] = value_P.sum() / total
+        of_pairs = value_P.sum()
+        shares[name] = of_pairs / total
     return shares
 
 

@@ -31,8 +31,8 @@ from trainer.objectives.reward_buckets import accuracies, of_buckets, of_lengths
 from trainer.objectives.reward_output import LOADING, class_of, complete_folder, padding_token
 from trainer.objectives.score_head import SCORE_WEIGHT, replace_head, score_head
 
-Place = tuple[int, int]  # a row of a micro-batch, and a position in it
-NOWHERE: Place = (0, 0)  # where padding alone is scored, in a micro-batch without documents
+PlaceInRow = tuple[int, int]  # a row of a micro-batch, and a position in it
+PADDING_ALONE: PlaceInRow = (0, 0)  # where padding alone is scored, in a micro-batch without documents
 
 
 class RewardModel(OnPairs):
@@ -47,8 +47,11 @@ class RewardModel(OnPairs):
         setup = self.setup
         class_of(model.config)
         replace_head(model)
-        token = padding_token(setup.tokenizer, setup.reading.ends, model.config)
-        for config in (model.config, model.config.get_text_config()):
+        whole = model.config
+        text = whole.get_text_config()
+        ends = setup.reading.ends
+        token = padding_token(setup.tokenizer, ends, whole)
+        for config in (whole, text):
             config.pad_token_id = token
             config.num_labels = 1
 
@@ -66,7 +69,7 @@ class RewardModel(OnPairs):
         batch = collate(rows, tokens, tokenizer.pad_token_id)
         places = list(ends_of_documents(rows, tokens.lengths))
         if not places:
-            places = [NOWHERE]
+            places = [PADDING_ALONE]
         place_D2 = np.array(places, np.int64)
         row_D, position_D = place_D2.T
         kept_K, column_D = np.unique(position_D, return_inverse=True)
@@ -82,7 +85,8 @@ class RewardModel(OnPairs):
 
     def arrays(self, examples: Examples, micro: MicroBatch) -> HostArrays:
         """The documents of a micro-batch, where among them each pair has its answers, and the pairs' margins."""
-        arrays = dict(super().arrays(examples, micro))
+        of_documents = super().arrays(examples, micro)
+        arrays = dict(of_documents)
         numbers = list(chain.from_iterable(micro.rows))
         margins_D = examples.tokens.margins[numbers]
         chosen_P = arrays["chosen"]
@@ -123,21 +127,24 @@ class RewardModel(OnPairs):
         super().export(model, renamed, folder)
         complete_folder(model, head, folder)
         tokenizer = self.setup.tokenizer
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+        pad_id = model.config.pad_token_id
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
 
     def _shares(self, model: nn.Module, batch: TensorsByName, totals: Totals) -> tuple[Shares, TensorsByName]:
         """A micro-batch's shares, and what is known of each of its pairs."""
         options = self.setup.job.objective
         assert isinstance(options, RewardOptions)
         scores_D = self.policy(model, batch)
-        labels_D = batch["labels"].double()
+        labels_D = batch["labels"]
+        labels_D = labels_D.double()
         chosen_place_P = batch["chosen"]
         rejected_place_P = batch["rejected"]
         chosen_P = scores_D[chosen_place_P]
         rejected_P = scores_D[rejected_place_P]
         lead_P = chosen_P - rejected_P - batch["margins"]
         off_centre_P = chosen_P + rejected_P
-        losses_P = options.centring * off_centre_P**2 - logsigmoid(lead_P)
+        square_P = off_centre_P**2
+        losses_P = options.centring * square_P - logsigmoid(lead_P)
         found = PairLosses(losses_P, chosen_P, rejected_P)
         chosen_labels_P = labels_D[chosen_place_P]
         rejected_labels_P = labels_D[rejected_place_P]
@@ -145,15 +152,18 @@ class RewardModel(OnPairs):
         pairs = totals["pairs"]
         # The padding that is scored for no documents is in no pair, but must reach the weights all the same.
         nothing = 0 * scores_D.sum()
-        loss = losses_P.sum() / pairs + nothing
+        total = losses_P.sum() + nothing
+        loss = total / pairs
         metrics = mean_shares(figures, pairs)
         return Shares(loss, metrics), figures
 
 
-def ends_of_documents(rows: NumbersOfRows, lengths: Indices) -> Iterator[Place]:
+def ends_of_documents(rows: NumbersOfRows, lengths: Indices) -> Iterator[PlaceInRow]:
     """The place of each document's last token."""
     for row, documents in enumerate(rows):
         stop = 0
         for document in documents:
-            stop += int(lengths[document])
-            yield row, stop - 1
+            length = lengths[document]
+            stop += int(length)
+            last = stop - 1
+            yield row, last

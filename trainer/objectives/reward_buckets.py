@@ -37,7 +37,8 @@ def _margin_buckets(figures: TensorsByName) -> TensorsByBucket:
     for high in BOUNDS:
         is_from_P = margin_P >= low
         is_below_P = margin_P < high
-        buckets[f"margin_{low:g}_to_{high:g}"] = is_from_P & is_below_P
+        name = f"margin_{low:g}_to_{high:g}"
+        buckets[name] = is_from_P & is_below_P
         low = high
     buckets[f"margin_from_{low:g}"] = margin_P >= low
     return buckets
@@ -59,10 +60,12 @@ def of_lengths(figures: TensorsByName) -> TensorsByName:
     for side in ("chosen", "rejected"):
         score_P = figures[f"reward_{side}"]
         length_P = figures[f"labels_{side}"]
-        values = (score_P, length_P, score_P**2, length_P**2, score_P * length_P)
+        product_P = score_P * length_P
+        values = (score_P, length_P, score_P**2, length_P**2, product_P)
         for name, value_P in zip(_MOMENTS, values, strict=True):
             so_far = moments.get(name, 0)
-            moments[name] = so_far + value_P / 2
+            half_P = value_P / 2
+            moments[name] = so_far + half_P
     return moments
 
 
@@ -79,7 +82,8 @@ def accuracies(metrics: dict[str, float]) -> dict[str, float]:
             continue
         share = metrics[_SHARE + bucket]
         if share:
-            found[f"accuracy_{bucket}"] = mean / share
+            name = f"accuracy_{bucket}"
+            found[name] = mean / share
     for name in _MOMENTS:
         moments.append(metrics[name])
     found["score_length_correlation"] = correlation(*moments)
@@ -93,4 +97,5 @@ def correlation(x: float, y: float, x_squared: float, y_squared: float, product:
     if variance_x <= 0 or variance_y <= 0:
         return 0.0
     covariance = product - x * y
-    return covariance / math.sqrt(variance_x * variance_y)
+    scale = math.sqrt(variance_x * variance_y)
+    return covariance / scale

@@ -45,7 +45,9 @@ def padding_token(tokenizer: Any, ends: tuple[int, ...], config: Any) -> int:
     bos = tokenizer.bos_token_id
     special = set(tokenizer.added_tokens_decoder)
     special.discard(bos)
-    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, *sorted(special), bos]
+    in_order = sorted(special)
+    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id]
+    candidates += [*in_order, bos]
     known = config.get_text_config().vocab_size
     for token in candidates:
         if token is None or token >= known:
