@@ -54,10 +54,10 @@ def _decimals(value: float) -> str:
     return f"{value:.3g}"
 
 
-_SHARE = (0.0, 1.0)
+_OF_ALL = (0.0, 1.0)
 MEASURES = (
-    Measure("eval_exact_match", "exact match", "{:.1%}".format, True, _SHARE),
-    Measure("eval_accuracy", "accuracy", "{:.1%}".format, True, _SHARE),
+    Measure("eval_exact_match", "exact match", "{:.1%}".format, True, _OF_ALL),
+    Measure("eval_accuracy", "accuracy", "{:.1%}".format, True, _OF_ALL),
     Measure("eval_loss", "eval loss", _decimals),
     Measure("loss", "loss", _decimals),
     Measure("best_loss", "best loss", _decimals),
@@ -81,9 +81,9 @@ class CurveKind:
 CURVE_KINDS = (
     CurveKind("loss", "Training loss"),
     CurveKind("eval_loss", "Evaluation loss"),
-    CurveKind("eval_exact_match", "Exact match", "{:.0%}".format, _SHARE),
-    CurveKind("accuracy", "Accuracy in training", "{:.0%}".format, _SHARE),
-    CurveKind("eval_accuracy", "Accuracy on held-out pairs", "{:.0%}".format, _SHARE),
+    CurveKind("eval_exact_match", "Exact match", "{:.0%}".format, _OF_ALL),
+    CurveKind("accuracy", "Accuracy in training", "{:.0%}".format, _OF_ALL),
+    CurveKind("eval_accuracy", "Accuracy on held-out pairs", "{:.0%}".format, _OF_ALL),
     CurveKind("reward_margin", "Reward margin in training"),
     CurveKind("eval_reward_margin", "Reward margin of held-out pairs"),
     CurveKind("reward_chosen", "Reward of chosen answers"),

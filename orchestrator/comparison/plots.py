@@ -22,7 +22,7 @@ def curves(comparison: Comparison) -> str:
     """A chart for each kind of curve that some run has, and their legend."""
     kinds = []
     for kind in CURVE_KINDS:
-        if is_reported(comparison, kind):
+        if has_curve(comparison, kind):
             kinds.append(kind)
     width = chart.HALF_WIDTH
     if len(kinds) % 2:  # the first has a row for itself
@@ -37,7 +37,7 @@ def curves(comparison: Comparison) -> str:
     return f'<h2>Curves</h2><div class="charts">{charts}</div>{legend}'
 
 
-def is_reported(comparison: Comparison, kind: CurveKind) -> bool:
+def has_curve(comparison: Comparison, kind: CurveKind) -> bool:
     """Whether some run has a curve of a kind."""
     run_curves = [run.curves.get(kind.key) for run in comparison.runs]
     return any(run_curves)

@@ -7,21 +7,21 @@ from rich.text import Text
 
 from orchestrator.comparison.compare import Comparison
 from orchestrator.comparison.measure import CURVE_KINDS, CurveKind
-from orchestrator.comparison.plots import is_reported, run_label
+from orchestrator.comparison.plots import has_curve, run_label
 from orchestrator.comparison.run import Curve
 
 # Of each row of these, the first that some run has: a terminal is no place for all of them.
-_SHOWN = (("eval_accuracy", "accuracy"), ("eval_reward_margin", "reward_margin"), ("kl",), ("labels_chosen",))
+_IN_TERMINAL = (("eval_accuracy", "accuracy"), ("eval_reward_margin", "reward_margin"), ("kl",), ("labels_chosen",))
 _BARS = "▁▂▃▄▅▆▇█"
 _BROKEN = "×"  # in the place of what is not finite
-_MOST_BARS, _LONGEST_LABEL = 32, 24
+_MOST_BARS, _NAME_WIDTH = 32, 24
 
 
 def spark_lines(comparison: Comparison) -> Iterator[Text]:
     """The curves of runs on preferences: below a heading for each kind, a line for each run; nothing without any."""
     kinds = {kind.key: kind for kind in CURVE_KINDS}
-    for keys in _SHOWN:
-        reported = [kinds[key] for key in keys if is_reported(comparison, kinds[key])]
+    for keys in _IN_TERMINAL:
+        reported = [kinds[key] for key in keys if has_curve(comparison, kinds[key])]
         for kind in reported[:1]:
             yield Text(f"\n{kind.title}", style="bold")
             for line in _lines_of_kind(comparison, kind):
@@ -42,9 +42,9 @@ def _lines_of_kind(comparison: Comparison, kind: CurveKind) -> Iterator[str]:
     low = min(values, default=0.0)
     high = max(values, default=0.0)
     width = max(len(label) for label, _ in labelled)
-    width = min(width, _LONGEST_LABEL)
+    width = min(width, _NAME_WIDTH)
     for label, curve in labelled:
-        name = label[:_LONGEST_LABEL].ljust(width)
+        name = label[:_NAME_WIDTH].ljust(width)
         bars = _bars(curve, low, high)
         _, first = curve[0]
         _, last = curve[-1]

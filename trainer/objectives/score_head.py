@@ -34,7 +34,8 @@ class ScoreHead(nn.Linear):
         kind = hidden.device.type
         with torch.autocast(kind, enabled=False):
             weight = self.weight.float()
-            return linear(hidden.float(), weight)
+            exact = hidden.float()
+            return linear(exact, weight)
 
 
 def replace_head(model: Any) -> None:
@@ -50,7 +51,8 @@ def replace_head(model: Any) -> None:
     old = model.get_output_embeddings()
     if old is None:
         raise ValueError(f"{base} has no head to be replaced")
-    head = ScoreHead(config.hidden_size)
+    width = config.hidden_size
+    head = ScoreHead(width)
     model.set_output_embeddings(head)
     # It is tied to no embedding, whatever the base's was.
     model.all_tied_weights_keys = {}
