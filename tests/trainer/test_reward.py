@@ -171,9 +171,9 @@ def test_curves_are_those_by_hand_in_every_layout_and_after_a_resume(
         again = interrupted(run, f"{run.name}-again", HALF)
         launch(layout[0], again)
         assert curve(again, 2) == curve(run)[HALF:], layout
-        other = interrupted(run, f"{run.name}-other", HALF, sharding={"zero": 1})
-        launch(1 if layout[0] > 1 else 2, other)
-        assert difference(curve(other, 2), curve(run)[HALF:]) < 1e-5, layout
+        elsewhere = interrupted(run, f"{run.name}-elsewhere", HALF, sharding={"zero": 1})
+        launch(1 if layout[0] > 1 else 2, elsewhere)
+        assert difference(curve(elsewhere, 2), curve(run)[HALF:]) < 1e-5, layout
 
 
 def loaded(run: Path) -> Any:
