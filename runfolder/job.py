@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from methods.options import KINDS, AnyOptions
 from methods.options.full import Full
-from runfolder.objectives import AnyObjective, SftOptions
+from runfolder.objectives import AnyObjective, SftOptions, shares_prompts
 from runfolder.resources import Resources, Section, as_mapping
 from runfolder.variables import Variables
 
@@ -215,6 +215,11 @@ class Job(Section):
         reason = objective.refused_methods.get(method)
         if reason is not None:
             raise ValueError(f"objective {objective.kind} with method {method}: {reason}")
+        if shares_prompts(objective) and method == "longlora":
+            raise ValueError(
+                "objective.share_prompts with method longlora, whose attention in training is by places in a row; "
+                "allowed: false, or method lora"
+            )
         if objective.replaces_head and self.base.resize_embeddings and not self.method.makes_model:
             raise ValueError(
                 f"base.resize_embeddings with objective {objective.kind} and method {method}, which would train rows "

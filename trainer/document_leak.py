@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from trainer.answers_apart import check_answers_apart
 from trainer.objectives.score_head import revealed
 from trainer.run import Run
 
@@ -12,7 +13,11 @@ FIRST, SECOND = 48, 2  # tokens of the document that changes, at the most, and o
 
 
 def check_documents_apart(run: Run) -> None:
-    """Raise ValueError where a job packs and its base does not keep documents apart; every rank calls it."""
+    """Raise ValueError where a job packs and its base does not keep documents apart; every rank calls it.
+
+    The same for two answers that share a prompt in a row.
+    """
+    check_answers_apart(run)
     data = run.job.data
     if not data.packing:
         return

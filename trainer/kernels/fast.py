@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from methods.base import Method
 from methods.parts import attention
 from runfolder.job import Job
+from runfolder.objectives import shares_prompts
 from trainer.data.tokens import virtual_ids
 from trainer.kernels import Kernels
 from trainer.kernels.documents import DOCUMENT_ATTENTION, LARGEST_HEAD, tell_documents
@@ -87,7 +88,8 @@ def _changed(job: Job, model: nn.Module, dtype: torch.dtype, wanted: Kernels, un
     in_one_row = False
     if lower:
         _leave_casts(model, undo)
-    if wanted.in_one_row and lower and on_gpu:
+    shares = shares_prompts(job.objective)  # which takes a mask that is not of documents alone
+    if wanted.in_one_row and lower and on_gpu and not shares:
         in_one_row = _attends_within_documents(job, model, undo)
     if wanted.compiled:
         compile_layers(model)

@@ -21,8 +21,9 @@ from torch.nn.functional import logsigmoid
 
 from methods.base import Tensors
 from runfolder.objectives import RewardOptions
+from trainer.data.collate import collate, skipped_in
 from trainer.data.examples import Examples, Indices
-from trainer.data.layout import MicroBatch, collate
+from trainer.data.layout import MicroBatch
 from trainer.objectives import labels
 from trainer.objectives.answers import NumbersOfRows
 from trainer.objectives.base import Arrays, HostArrays, Shares, TensorsByName, Totals
@@ -66,8 +67,11 @@ class RewardModel(OnPairs):
         """What scores are computed from, of the documents in some rows; of none, padding is scored."""
         tokens = examples.tokens
         tokenizer = self.setup.tokenizer
-        batch = collate(rows, tokens, tokenizer.pad_token_id)
-        places = list(ends_of_documents(rows, tokens.lengths))
+        shared = examples.shared
+        arrays = collate(rows, tokens, tokenizer.pad_token_id, shared)
+        for unused in ("labels", "before"):
+            arrays.pop(unused, None)
+        places = list(ends_of_documents(rows, tokens.lengths, shared))
         if not places:
             places = [PADDING_ALONE]
         place_D2 = np.array(places, np.int64)
@@ -75,8 +79,7 @@ class RewardModel(OnPairs):
         kept_K, column_D = np.unique(position_D, return_inverse=True)
         numbers = list(chain.from_iterable(rows))
         return {
-            "input_ids": batch["input_ids"],
-            "position_ids": batch["position_ids"],
+            **arrays,
             "kept": kept_K,
             "row": np.ascontiguousarray(row_D),
             "column": column_D,
@@ -88,7 +91,8 @@ class RewardModel(OnPairs):
         of_documents = super().arrays(examples, micro)
         arrays = dict(of_documents)
         numbers = list(chain.from_iterable(micro.rows))
-        margins_D = examples.tokens.margins[numbers]
+        margins = examples.tokens.margins
+        margins_D = margins[numbers]
         chosen_P = arrays["chosen"]
         arrays["margins"] = margins_D[chosen_P]
         return arrays
@@ -108,7 +112,8 @@ class RewardModel(OnPairs):
         """The same, and by buckets of margin and length how often the chosen answer has the higher score."""
         shares, figures = self._shares(model, batch, totals)
         of_pairs = {**of_buckets(figures), **of_lengths(figures)}
-        more = mean_shares(of_pairs, totals["pairs"])
+        pairs = totals["pairs"]
+        more = mean_shares(of_pairs, pairs)
         metrics = {**shares.metrics, **more}
         return Shares(shares.loss, metrics)
 
@@ -120,8 +125,9 @@ class RewardModel(OnPairs):
         """Write what the method leaves with the head in it, and have the tokenizer pad as is fit for it."""
         old = self._head_name
         parent, dot, _ = old.rpartition(".")
+        old_weight = f"{old}.weight"
         renamed = dict(weights)
-        head = renamed.pop(f"{old}.weight")
+        head = renamed.pop(old_weight)
         new = parent + dot + SCORE_WEIGHT
         renamed[new] = head
         super().export(model, renamed, folder)
@@ -158,12 +164,13 @@ class RewardModel(OnPairs):
         return Shares(loss, metrics), figures
 
 
-def ends_of_documents(rows: NumbersOfRows, lengths: Indices) -> Iterator[PlaceInRow]:
+def ends_of_documents(rows: NumbersOfRows, lengths: Indices, shared: Indices | None) -> Iterator[PlaceInRow]:
     """The place of each document's last token."""
     for row, documents in enumerate(rows):
         stop = 0
-        for document in documents:
+        skipped_tokens = skipped_in(documents, shared)
+        for document, skipped in zip(documents, skipped_tokens, strict=True):
             length = lengths[document]
-            stop += int(length)
+            stop += int(length) - skipped
             last = stop - 1
             yield row, last

@@ -95,7 +95,7 @@ def test_runs_on_preferences_have_their_curves_below_the_table() -> None:
     assert lines[held_out + 2] == "  kto  ▁▃▄▆  50% → 70%"
     kl = lines.index("\nKL to the reference")
     assert lines[kl + 1].startswith("  kto  ▁") and lines[kl + 1].endswith("0.01 → nan")
-    assert "×" in lines[kl + 1] and len(lines[kl + 1]) < 80
+    assert "!" in lines[kl + 1] and len(lines[kl + 1]) < 80
     assert list(spark_lines(arrange([tracked("sft", 0.5)], "e", "uri"))) == []
 
 

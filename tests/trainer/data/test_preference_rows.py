@@ -152,7 +152,8 @@ def test_margins_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
         (0.0, ()),
         (2.0, ("completions",)),
     ]
-    assert [(pair.margin, pair.unused[:1]) for pair in read_pairs(path)][0] == (0.0, ("margin",))
+    first, *_ = read_pairs(path)
+    assert (first.margin, first.unused) == (0.0, ("margin",))
     tokens = tokenise(path, small.tokenizer(), Reading(64, rows="margins"), tmp_path / "cache")
     assert tokens.margins.tolist() == [0.5, 0.5, 0.0, 0.0, 2.0, 2.0]
     for wrong in (True, "much", float("inf")):
