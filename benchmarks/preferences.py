@@ -5,7 +5,8 @@
     python benchmarks/preferences.py --layers 2 --rows sft dpo reward     (without a GPU: a tiny base, in fp32)
 
 All rows run on this machine in turn, each in a process of its own, with the same weights and the same answers. `sft`
-learns both answers of each pair as rows of their own, so it computes what an objective on pairs does. What the policy
+learns both answers of each pair as rows of their own, so it computes what an objective on pairs does; the rows that
+end on `shared` compute a pair's prompt once, and their tokens are counted as if they did not. What the policy
 gave before the first step is computed before, and its seconds are told apart. `hh` are pairs of HH-RLHF's lengths (or
 those of --pairs), `full` are documents of 2,048 tokens. Of padding nothing counts. Figures are medians over the
 steps after the warm-up. `trl` is TRL's DPO with PEFT's LoRA of the same rank, its reference computed before too, and
@@ -36,12 +37,14 @@ WARMUP, STEPS = 8, 12
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {"kind": "sft"},
     "dpo": {"kind": "dpo"},
+    "dpo-shared": {"kind": "dpo", "share_prompts": True},
     "simpo": {"kind": "simpo"},
     "orpo": {"kind": "orpo"},
     "kto": {"kind": "kto"},
     "reward": {"kind": "reward"},
+    "reward-shared": {"kind": "reward", "share_prompts": True},
 }
-DEFAULT_ROWS = ["sft", "dpo", "reward", "trl"]
+DEFAULT_ROWS = ["sft", "dpo", "dpo-shared", "reward", "trl"]
 LENGTHS = {"hh": (4.5, 0.9, 3.4, 0.9), "full": (7.2, 0.05, 5.9, 0.05)}  # of the words of prompts and of replies
 ON_CPU = {
     "hidden_size": 64,
