@@ -16,11 +16,13 @@ AnswersToFit = Sequence[Encoded]
 
 def shard_of_preferences(encoder: Encoder, chunk: list[Preference], reading: Reading) -> Shard:
     """The answers of some preferences, two documents each, and what was noticed about them."""
-    counts = Counts(rows=len(chunk))
+    counts = Counts()
     usable = []
     rows: list[Row] = []
     for preference in chunk:
-        notice_columns(counts, preference.unused, preference.number)
+        if preference.part == 0:
+            counts.rows += 1
+            notice_columns(counts, preference.unused, preference.number)
         if preference.left_out:
             counts.notice(preference.left_out, preference.number)
             continue

@@ -26,8 +26,8 @@ class Preference:
     """The two answers of a row, each as a row of its own: the chosen one first.
 
     Of an answer that was judged, the other one is a neighbour's answer to the same prompt, which is not learned.
-    `margin` is by how much the chosen answer is to lead. `left_out` says why nothing can be learned of it, where that
-    is so.
+    `margin` is by how much the chosen answer is to lead; `left_out` says why nothing can be learned; `part` numbers
+    the pairs of one row.
     """
 
     number: int
@@ -36,6 +36,7 @@ class Preference:
     margin: float = 0.0
     left_out: str | None = None
     unused: ColumnNames = ()
+    part: int = 0
 
 
 def read_pairs(source: SourceName, columns: Columns | None = None) -> Iterator[Preference]:
@@ -99,8 +100,8 @@ def _pairs_of(record: ShapedRecord) -> Iterator[Preference]:
         yield _pair_of(record, _NAMED)
         return
     spread_record, pairs = spread(record)
-    for names in pairs:
-        yield _pair_of(spread_record, names)
+    for part, names in enumerate(pairs):
+        yield replace(_pair_of(spread_record, names), part=part)
     if not pairs:
         yield Preference(record.number, (), left_out="tied", unused=record.unused)
 

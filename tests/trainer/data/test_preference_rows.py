@@ -141,7 +141,7 @@ def test_lists_of_chats_and_lists_that_teach_nothing(tmp_path: Path) -> None:
         Reading(64, rows="pairs"),
         tmp_path / "cache",
     )
-    assert (len(tokens), tokens.counts.examples, tokens.counts.number("tied")) == (6, 3, 1)
+    assert (len(tokens), tokens.counts.rows, tokens.counts.examples, tokens.counts.number("tied")) == (6, 2, 3, 1)
     assert tokens.rows.tolist() == [1] * 6
 
 
