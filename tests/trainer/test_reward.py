@@ -243,6 +243,39 @@ def test_plain_libraries_score_padded_batches_as_the_trainer_does(
         assert (chosen > rejected).double().mean().item() == pytest.approx(judged["eval_accuracy"], abs=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_in_bf16_scores_are_as_exact_as_logits(kind: str, reward_run: Any, launch: Any) -> None:
+    run = reward_run(
+        kind, method=METHODS[kind], train={"steps": 3, "lr": 1e-2, "precision": "bf16", "micro_batch": 4}
+    )
+    launch(1, run)
+    assert rows(run, 1)[1]["loss"] == pytest.approx(LN_2, abs=1e-6)
+    (found,) = [event for event in events(run) if event["event"] == "compared"]
+    assert 0 < found["gap"] <= found["allowed"]
+
+
+def test_a_planted_rule_is_learned(reward_run: Any, launch: Any, tmp_path: Path) -> None:
+    """The better sum ends on an even digit, whatever its length."""
+    rng = random.Random(3)
+    lines = []
+    for _ in range(200):
+        even, odd = rng.randrange(10 ** rng.randrange(1, 4)), rng.randrange(10 ** rng.randrange(1, 4))
+        pair = {"chosen": f" {even}{rng.choice('02468')}", "rejected": f" {odd}{rng.choice('13579')}"}
+        lines.append(json.dumps({"prompt": "a sum:", **pair}) + "\n")
+    for name, part in (("train", lines[:150]), ("eval", lines[150:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    run = reward_run(
+        "rule",
+        method={"kind": "full"},
+        data={name: str(tmp_path / f"{name}.jsonl") for name in ("train", "eval")},
+        train={"steps": 60, "lr": 1e-2, "micro_batch": 32},
+    )
+    launch(1, run)
+    first, last = [json.loads(line) for line in (run / "attempts/1/metrics.jsonl").read_text().splitlines()][::61]
+    assert (first["eval_accuracy"], last["eval_accuracy"] > 0.95) == (0.5, True)
+    assert abs(last["eval_score_length_correlation"]) < 0.5
+
+
 def test_the_token_that_pads_ends_no_answer(tiny_base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     config = AutoConfig.from_pretrained(tiny_base)
