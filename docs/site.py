@@ -36,6 +36,7 @@ SHOWN_WITH_NAME = (
 READ = {
     "answers": "rows with an answer",
     "pairs": "pairs of a chosen and a rejected answer",
+    "margins": "pairs of a chosen and a rejected answer, perhaps with a `margin`",
     "judged": "answers with a `label`",
 }
 OWN_METHODS = [kind for kind, options in KINDS.items() if options.implementation.startswith("methods.")]

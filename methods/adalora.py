@@ -12,6 +12,7 @@ resume: the averages are state of the optimizer, so checkpoints hold and reshard
 the weight after the optimizer's step and the gradient as it was clipped.
 """
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ from methods.parts.ranks import largest
 from methods.parts.sensitivity import average_sensitivities, forget_sensitivity, sensitivity_scores
 
 RANK_STEP = 8  # tensor cores take multiples of it
-_OF_E = ".lora_E."  # in the name of a trained parameter
 RANK_OFFSET = 1e-5  # that PEFT adds to the rank in the update's scale
 
 
@@ -182,12 +182,20 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         since_last = step % self.options.every
         return since_last == 0
 
+    def _factors(self, view: View) -> Iterator[tuple[Fragment, int, str]]:
+        """What this rank holds of A, B and E: their module's row, and which they are; an objective may train more."""
+        for fragment in view.fragments():
+            module, factor = _split(fragment.name)
+            row = self._modules.get(module)
+            if row is not None:
+                yield fragment, row, factor
+
     def _average(self, view: View) -> None:
         """Take the sensitivities of this step into their averages."""
         options = self.options
         parameters = []
         states = []
-        for fragment in view.fragments():
+        for fragment, _, _ in self._factors(view):
             parameters.append(fragment.parameter)
             states.append(view.state(fragment))
         average_sensitivities(parameters, states, options.beta1, options.beta2)
@@ -197,13 +205,11 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         device = _device(view)
         shape = self._kept_MR.shape
         scores_MR = torch.zeros(shape, dtype=torch.float64, device=device)
-        for fragment in view.fragments():
+        for fragment, row, factor in self._factors(view):
             state = view.state(fragment)
             held_scores = sensitivity_scores(state)
             if held_scores is None:  # a run of one step: nothing was averaged before its cut
                 continue
-            module, factor = _split(fragment.name)
-            row = self._modules[module]
             scores = _zeros_around(held_scores, fragment, view)
             scores_MR[row] += _mean_by_rank(scores, factor)
         if not view.replicated:
@@ -213,19 +219,15 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
     def _mask(self, view: View) -> None:
         """Set E to zero in the triplets that are not kept."""
         held = []
-        for fragment in view.fragments():
-            if _OF_E in fragment.name:
-                held.append(fragment)
+        for fragment, row, factor in self._factors(view):
+            if factor == "E":
+                held.append((fragment, row))
         if self._masks is None:
             # Kept, as a copy to a GPU waits for all that it has to do.
             kept_MR = self._kept_MR.to(_device(view), torch.float32)
-            self._masks = []
-            for fragment in held:
-                module, _ = _split(fragment.name)
-                row = self._modules[module]
-                self._masks.append(part_of(kept_MR[row], fragment))
+            self._masks = [part_of(kept_MR[row], fragment) for fragment, row in held]
         if held:
-            values = [fragment.parameter.data for fragment in held]
+            values = [fragment.parameter.data for fragment, _ in held]
             torch._foreach_mul_(values, self._masks)
 
 

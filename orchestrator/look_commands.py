@@ -78,11 +78,15 @@ def compare_command(
         print(f"the report is in {html}", file=sys.stderr)
     if as_json:
         return print_json(comparison.to_json())
+    from orchestrator.comparison.sparks import spark_lines
     from orchestrator.comparison.table import table
     from orchestrator.render import output_width, print_markup
 
     width = output_width()
-    return print_markup(table(comparison, width))
+    print_markup(table(comparison, width))
+    for line in spark_lines(comparison):
+        print_markup(line)
+    return None
 
 
 @look_app.command("methods")

@@ -18,6 +18,7 @@ _FATES = {
     "dropped": ", left out: it is too long",
     "identical": ", left out: both answers are the same",
     "branched": ", left out: the chats differ before their last turn",
+    "tied": ", left out: all of its answers rank alike",
     "no_reply": ", left out: a last turn has no text",
 }
 

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from methods.options import KINDS, AnyOptions
 from methods.options.full import Full
-from runfolder.objectives import AnyObjective, SftOptions
+from runfolder.objectives import AnyObjective, SftOptions, shares_prompts
 from runfolder.resources import Resources, Section, as_mapping
 from runfolder.variables import Variables
 
@@ -210,6 +210,25 @@ class Job(Section):
         virtual = self.method.virtual_tokens
         if self.data.seq_len <= virtual:
             raise ValueError(f"data.seq_len {self.data.seq_len} has no room beside method.tokens {virtual}")
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits_objective(self) -> "Job":
+        objective = self.objective
+        method = self.method.kind
+        reason = objective.refused_methods.get(method)
+        if reason is not None:
+            raise ValueError(f"objective {objective.kind} with method {method}: {reason}")
+        if shares_prompts(objective) and method == "longlora":
+            raise ValueError(
+                "objective.share_prompts with method longlora, whose attention in training is by places in a row; "
+                "allowed: false, or method lora"
+            )
+        if objective.replaces_head and self.base.resize_embeddings and not self.method.makes_model:
+            raise ValueError(
+                f"base.resize_embeddings with objective {objective.kind} and method {method}, which would train rows "
+                "of a head that is not there; allowed: method full or galore"
+            )
         return self
 
     @model_validator(mode="after")

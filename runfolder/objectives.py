@@ -11,10 +11,11 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from runfolder.resources import Section
 
-RowsRead = Literal["answers", "pairs", "judged"]
+RowsRead = Literal["answers", "pairs", "margins", "judged"]
 OBJECTIVES_GROUP = "fleetune.objectives"
 _FROM_OUTSIDE = "another package's"
 _GENTLE = 0.05  # 1e-6 in TRL, where supervised tuning of all weights has 2e-5
+_NO_END = "behind vectors in front, transformers does not find the end of a padded answer; nearest: prefix"
 _REFERENCE = "one forward pass over all answers before the first step, kept for jobs with the same start"
 
 
@@ -26,6 +27,8 @@ class ObjectiveOptions(Section):
     rows: ClassVar[RowsRead] = "answers"
     rate_factor: ClassVar[float] = 1.0  # of the method's default learning rate, which is one for supervised tuning
     needs: ClassVar[str] = ""  # what it takes beside a forward and a backward pass over its rows, in words
+    refused_methods: ClassVar[Mapping[str, str]] = {}  # the methods that do not work with it, and why
+    replaces_head: ClassVar[bool] = False  # what is trained has a head of the objective's, not the vocabulary's
 
 
 class SftOptions(ObjectiveOptions):
@@ -35,13 +38,21 @@ class SftOptions(ObjectiveOptions):
     implementation: ClassVar[str] = "trainer.objectives.sft:Supervised"
 
 
-class DpoOptions(ObjectiveOptions):
+class PairOptions(ObjectiveOptions):
+    """What objectives on pairs of answers share."""
+
+    rows: ClassVar[RowsRead] = "pairs"
+    share_prompts: bool = Field(
+        False, description="compute a pair's prompt once, for both answers; pays where prompts are long"
+    )
+
+
+class DpoOptions(PairOptions):
     """Direct preference optimisation: the policy itself is the reward, against the policy before the first step."""
 
     kind: Literal["dpo"] = "dpo"
     implementation: ClassVar[str] = "trainer.objectives.dpo:DirectPreference"
     rate_factor: ClassVar[float] = _GENTLE
-    rows: ClassVar[RowsRead] = "pairs"
     needs: ClassVar[str] = _REFERENCE
     loss: Literal["sigmoid", "ipo", "hinge"] = Field(
         "sigmoid", description="what a margin costs: log-sigmoid, distance to 1/(2 beta) squared, or below 1 linear"
@@ -66,24 +77,22 @@ class DpoOptions(ObjectiveOptions):
         return self.per_token
 
 
-class SimpoOptions(ObjectiveOptions):
+class SimpoOptions(PairOptions):
     """SimPO: the log-likelihood per token is the reward, without a reference; the chosen one leads by `gamma`."""
 
     kind: Literal["simpo"] = "simpo"
     implementation: ClassVar[str] = "trainer.objectives.simpo:SimplePreference"
     rate_factor: ClassVar[float] = _GENTLE
-    rows: ClassVar[RowsRead] = "pairs"
     beta: float = Field(2.0, gt=0, description="how strongly a log-likelihood per token counts")
     gamma: float = Field(1.0, ge=0, description="by how much the chosen answer's reward is to lead")
 
 
-class OrpoOptions(ObjectiveOptions):
+class OrpoOptions(PairOptions):
     """ORPO: the chosen answer's cross-entropy, and the odds of the chosen against the rejected answer beside it."""
 
     kind: Literal["orpo"] = "orpo"
     implementation: ClassVar[str] = "trainer.objectives.orpo:OddsRatio"
     rate_factor: ClassVar[float] = 0.4  # 8e-6 in the paper
-    rows: ClassVar[RowsRead] = "pairs"
     weight: float = Field(0.1, ge=0, description="of the odds, beside the cross-entropy (the paper's lambda)")
 
 
@@ -98,6 +107,28 @@ class KtoOptions(ObjectiveOptions):
     beta: float = Field(0.1, gt=0, description="how strongly a change of log-likelihood counts")
     desirable: float = Field(1.0, ge=0, description="what a desirable answer weighs")
     undesirable: float = Field(1.0, ge=0, description="what an undesirable answer weighs")
+
+
+class RewardOptions(PairOptions):
+    """A reward model: a score of a whole answer, higher for the chosen one of a pair."""
+
+    kind: Literal["reward"] = "reward"
+    implementation: ClassVar[str] = "trainer.objectives.reward:RewardModel"
+    rows: ClassVar[RowsRead] = "margins"
+    refused_methods: ClassVar[Mapping[str, str]] = {
+        "prompt": _NO_END,
+        "ptuning": _NO_END,
+        "bottleneck": "neither transformers nor PEFT would load its adapters with a head; nearest: lora",
+    }
+    replaces_head: ClassVar[bool] = True
+    centring: float = Field(
+        0.0, ge=0, description="weight of the square of both scores' sum, to keep scores around zero; 0.01 is usual"
+    )
+
+
+def shares_prompts(options: ObjectiveOptions) -> bool:
+    """Whether a prompt is computed once for both of its answers."""
+    return isinstance(options, PairOptions) and options.share_prompts
 
 
 class OutsideOptions(ObjectiveOptions):
@@ -116,6 +147,7 @@ OBJECTIVES: Mapping[str, type[ObjectiveOptions]] = {
     "simpo": SimpoOptions,
     "orpo": OrpoOptions,
     "kto": KtoOptions,
+    "reward": RewardOptions,
 }
 
 

@@ -11,8 +11,11 @@ from methods.parts import quantised
 from runfolder.job import Base, Job
 from trainer.data.tokenizer import load_tokenizer
 from trainer.embeddings import add_missing, vocabulary
+from trainer.objectives.base import Objective
+from trainer.objectives.score_head import SCORE_WEIGHT
 from trainer.zero.engine import partitioned_loading
 
+WRITING, SCORING = "AutoModelForCausalLM", "AutoModelForSequenceClassification"  # classes of transformers
 _NOWHERE = "no-adapter"
 
 
@@ -40,20 +43,26 @@ def load_config(base: Base) -> Any:
     return config
 
 
-def load_pretrained(base: Base, dtype: torch.dtype, config: Any = None, **options: Any) -> Any:
+def load_pretrained(base: Base, dtype: torch.dtype, config: Any = None, scores: bool = False, **options: Any) -> Any:
     """The base with its weights: safetensors alone, and neither code of its own nor an adapter from beside them.
 
     Where the job says so, it has an embedding for every id of its tokenizer. One that is in 4 bits already computes
-    in `dtype`, as others do. `options` are those of `from_pretrained`. Raises ValueError where it has not all the
-    weights of its config.
+    in `dtype`, as others do. Where it `scores`, it has a new head for that. `options` are those of `from_pretrained`.
+    Raises ValueError where it has not all the weights of its config.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    class_name = WRITING
+    new = set()
+    if scores:
+        class_name = SCORING
+        new.add(SCORE_WEIGHT)
+    kind = getattr(transformers, class_name)
     config = config or load_config(base)
     in_4_bits = hasattr(config, "quantization_config")
     if in_4_bits:
         config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    model, loading = kind.from_pretrained(
         **_source(base),
         config=config,
         dtype=dtype,
@@ -65,7 +74,7 @@ def load_pretrained(base: Base, dtype: torch.dtype, config: Any = None, **option
     )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise RuntimeError(f"base.model: {base.model}: this transformers has loaded an adapter with it")
-    _check_weights(base, loading)
+    _check_weights(base, loading, new)
     if in_4_bits:
         quantised.cast_others(model, dtype)
     if base.resize_embeddings:
@@ -73,9 +82,10 @@ def load_pretrained(base: Base, dtype: torch.dtype, config: Any = None, **option
     return model
 
 
-def _check_weights(base: Base, loading: dict[str, Any]) -> None:
+def _check_weights(base: Base, loading: dict[str, Any], new: set[str]) -> None:
     """Raise ValueError where the base lacks weights of its config, by transformers' info; print what it left out."""
-    lacking = sorted(loading["missing_keys"])
+    missing = set(loading["missing_keys"])
+    lacking = sorted(missing - new)
     if lacking:
         names = ", ".join(lacking[:3])
         count = len(lacking)
@@ -86,8 +96,12 @@ def _check_weights(base: Base, loading: dict[str, Any]) -> None:
         print(f"left out of the base's weights: {names}", flush=True)
 
 
-def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_model(
+    job: Job, method: Method[Any], dtype: torch.dtype, device: torch.device, objective: Objective | None = None
+) -> nn.Module:
     """The base with the method attached; trained weights are fp32, frozen ones `dtype`.
+
+    An objective may have the base changed before that.
 
     At ZeRO 3 a pretrained base is never whole on a device. One from scratch is: it has no weights to read in parts.
     One in 4 bits is: it cannot be partitioned.
@@ -116,8 +130,12 @@ def load_model(job: Job, method: Method[Any], dtype: torch.dtype, device: torch.
         # On the device at once, as at ZeRO 3: what `attach` computes from the base is fast and the same there.
         resized = vocabulary(model.config)
         method.new_tokens = range(known, resized)
+        if objective:
+            objective.prepare(model)
         on_device = model.to(device)
         tuned = method.attach(on_device)
+        if objective:
+            objective.take(tuned)
         if in_4_bits:
             quantised.register_as_buffers(tuned)
         return tuned.train().to(device)  # transformers loads for evaluation

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from trainer.answers_apart import check_answers_apart
+from trainer.objectives.score_head import revealed
 from trainer.run import Run
 
 # Relative to the largest logit. A leak moves logits by some percent, even with random weights; rounding by less.
@@ -11,7 +13,11 @@ FIRST, SECOND = 48, 2  # tokens of the document that changes, at the most, and o
 
 
 def check_documents_apart(run: Run) -> None:
-    """Raise ValueError where a job packs and its base does not keep documents apart; every rank calls it."""
+    """Raise ValueError where a job packs and its base does not keep documents apart; every rank calls it.
+
+    The same for two answers that share a prompt in a row.
+    """
+    check_answers_apart(run)
     data = run.job.data
     if not data.packing:
         return
@@ -21,7 +27,8 @@ def check_documents_apart(run: Run) -> None:
     first = min(FIRST, data.seq_len)  # the base may know no more positions
     vocabulary = config.get_text_config().vocab_size  # a tokenizer may have more
     engine = run.sharded.engine
-    moved = leak(engine, first, vocabulary, run.world.device)
+    with revealed(model):
+        moved = leak(engine, first, vocabulary, run.world.device)
     model.train()
     if moved > LEAK_ROUNDING[run.dtype]:
         kind = config.model_type

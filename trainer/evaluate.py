@@ -110,9 +110,15 @@ class Evaluator:
             for shares in self._shares(run, batch, relative):
                 add_shares(sums, shares)
         summed = reduced(sums)
-        metrics = {}
+        means = {}
         for name, value in summed.items():
-            metrics[f"eval_{name}"] = float(value / unit)
+            mean = value / unit
+            means[name] = float(mean)
+        said = objective.summary(means)
+        metrics = {}
+        for name, mean in said.items():
+            key = f"eval_{name}"
+            metrics[key] = mean
         return metrics
 
     def _held_out(self, run: Run, step: int, batches: Batches) -> list[GlobalBatch]:
@@ -136,7 +142,7 @@ class Evaluator:
         stream = micro_batches(run, batch)
         passes, known = prepared(run, stream, totals)
         for micro_batch in passes:
-            shares = objective.loss(model, micro_batch, divisors, known)
+            shares = objective.judge(model, micro_batch, divisors, known)
             yield {**shares.metrics, "loss": shares.loss}
 
     def _exact_match(self, run: Run, step: int) -> float:

@@ -89,7 +89,7 @@ def write_output(run: Run, weights: dict[str, torch.Tensor]) -> None:
         config.dtype = dtype
     config.use_cache = True
     try:
-        run.method.export(model, weights, unfinished)
+        run.objective.export(model, weights, unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)  # the last checkpoint has the weights
         raise
@@ -115,7 +115,7 @@ def write_ends(run: Run, folder: Path) -> None:
     if isinstance(known, int):
         known = [known]
     named_by_base = set(known or [])
-    if not ends or set(ends) == named_by_base:
+    if run.objective.scores or not ends or set(ends) == named_by_base:
         return
     path = folder / "generation_config.json"
     if path.exists():
@@ -222,6 +222,7 @@ def card(run: Run, output: Path) -> str:
         "|---|---|",
         *rows,
         "",
+        *run.objective.notes,
         *ends_note(run, output),
         *notes,
     ]

@@ -25,7 +25,7 @@ from trainer.data.tokenizer import end_ids, load_tokenizer
 from trainer.document_leak import check_documents_apart
 from trainer.embeddings import vocabulary
 from trainer.kernels.fast import make_fast
-from trainer.objectives.base import ObjectiveSetup
+from trainer.objectives.base import Objective, ObjectiveSetup
 from trainer.objectives.registry import create_objective
 from trainer.progress import announce, noting_progress
 from trainer.run import Run
@@ -63,7 +63,7 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     method = create_method(job, batches, tokenizer, saved)
     objective.method = method
     dtype = forward_dtype(job, device)
-    model = base_model(attempt, job, method, dtype, world)
+    model = base_model(attempt, job, objective, dtype, world)
     embeddings = vocabulary(model.config)
     check_ids(examples.tokens, tokenizer, embeddings, job.data.train)
     if saved:
@@ -82,11 +82,11 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     return run, saved.step if saved else 0
 
 
-def base_model(attempt: Attempt, job: Job, method: Method[Any], dtype: torch.dtype, world: World) -> nn.Module:
-    """The model of a job with the weights of its base; that may take long."""
+def base_model(attempt: Attempt, job: Job, objective: Objective, dtype: torch.dtype, world: World) -> nn.Module:
+    """The model of a job with the weights of its base, and the objective's method attached; that may take long."""
     announce(attempt, world, "loading_base")
     with noting_progress(attempt):
-        model = load_model(job, method, dtype, world.device)
+        model = load_model(job, objective.method, dtype, world.device, objective)
     announce(attempt, world, "base_loaded")
     return model
 

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from runfolder.digests import folder_digest, frozen_digests
 from runfolder.files import sync_folder
 from runfolder.folders import cache
+from runfolder.objectives import shares_prompts
 from trainer.data.examples import Examples, GlobalBatch, Indices
 from trainer.data.tokens import Tokens
 from trainer.run import Run
@@ -189,7 +190,10 @@ def _key(run: Run, tokens: Tokens) -> str:
         job.train.seed,
     )
     device = run.world.device
-    computing = (str(run.dtype), device.type, run.objective.kernels.names, versions)
+    names = list(run.objective.kernels.names)
+    if shares_prompts(job.objective):
+        names.append("shared prompts")
+    computing = (str(run.dtype), device.type, names, versions)
     facts = (_FORMAT, start, tokens.digest(), computing)
     digest = hashlib.sha256(repr(facts).encode())
     return digest.hexdigest()[:32]

@@ -11,7 +11,7 @@ from torch import nn
 
 from methods.parts import quantised
 from trainer import speed
-from trainer.base import load_config, load_pretrained
+from trainer.base import SCORING, WRITING, load_config, load_pretrained
 from trainer.run import Run
 
 SPARE = 1.2  # memory that a model takes, over that of its weights
@@ -30,7 +30,7 @@ def load_base(run: Run, adapter: Path, placement: Placement) -> Any:
     config = None
     if (adapter / "config.json").exists():
         config = AutoConfig.from_pretrained(adapter)
-    return load_pretrained(base, run.dtype, config, **placement)
+    return load_pretrained(base, run.dtype, config, run.objective.scores, **placement)
 
 
 def load_output(run: Run, folder: Path, placement: Placement) -> nn.Module:
@@ -56,9 +56,13 @@ def _quantisation(run: Run) -> Placement:
 
 def load_whole_model(run: Run, folder: Path, placement: Placement) -> nn.Module:
     """A model from a folder that holds all of its weights, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=run.dtype, **placement)
+    class_name = WRITING
+    if run.objective.scores:
+        class_name = SCORING
+    kind = getattr(transformers, class_name)
+    model: nn.Module = kind.from_pretrained(folder, dtype=run.dtype, **placement)
     return model.eval()
 
 

@@ -106,6 +106,7 @@ def _compared(model: nn.Module, observation: Observation, dtype: torch.dtype, tr
         plain = _logits(model, row)
         with torch.autocast(device.type, dtype, enabled=lower):
             other = _logits(model, row, copies=2)
+        expected = expected[-len(plain) :]
         magnitude = expected.abs()
         largest_of_row = float(magnitude.max())
         largest = max(largest, largest_of_row)
@@ -132,13 +133,15 @@ def _computing_device(model: nn.Module) -> torch.device:
 def _logits(model: Any, ids: torch.Tensor, copies: int = 1) -> torch.Tensor:
     """The logits [T, V] of one row, fp32 on the host, from a pass over so many copies of it.
 
-    An output with virtual tokens has logits for these in front, which are left out.
+    An output with virtual tokens has logits for these in front, which are left out. One that scores has a number for
+    the row alone, as if for its last position: [1, 1].
     """
     length = len(ids)
     rows = ids.expand(copies, -1)
     with torch.no_grad():
         out = model(input_ids=rows, use_cache=False)
         first = out.logits[0]
+        first = torch.atleast_2d(first)
     logits: torch.Tensor = first.float().cpu()
     return logits[-length:]
 

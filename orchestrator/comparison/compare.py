@@ -19,6 +19,7 @@ from runfolder.variables import without_password
 
 _NOT_COMPARED = {SEED, "name"}
 _DIGEST_SHOWN = 12  # characters
+QUALITIES = 4  # so many of the measures, from the first, are what rows are judged by
 
 
 def display_value(param: str, value: str) -> str:
@@ -132,7 +133,7 @@ class Comparison:
 
     @property
     def quality(self) -> Measure:
-        """What the rows are judged by: exact match, else evaluation loss, else training loss."""
+        """What the rows are judged by: exact match, else accuracy, else evaluation loss, else training loss."""
         return _quality(self.runs)
 
     def heading(self, param: str) -> str:
@@ -240,12 +241,13 @@ def _last_part(param: str) -> str:
 
 
 def _quality(runs: Iterable[TrackedRun]) -> Measure:
-    """The first of the three measures of quality that some run has, else the last."""
+    """The first of the measures of quality that some run has, else the last."""
     reported = _reported(runs)
-    for measure in MEASURES[:2]:
+    *preferred, last = MEASURES[:QUALITIES]
+    for measure in preferred:
         if measure.key in reported:
             return measure
-    return MEASURES[2]
+    return last
 
 
 def _reported(runs: Iterable[TrackedRun]) -> set[str]:

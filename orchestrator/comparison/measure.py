@@ -1,4 +1,4 @@
-"""What came of a run, as it is named, shown and judged."""
+"""What came of a run, and what it reported on the way, as it is named, shown and judged."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,8 +54,10 @@ def _decimals(value: float) -> str:
     return f"{value:.3g}"
 
 
+_OF_ALL = (0.0, 1.0)
 MEASURES = (
-    Measure("eval_exact_match", "exact match", "{:.1%}".format, True, (0.0, 1.0)),
+    Measure("eval_exact_match", "exact match", "{:.1%}".format, True, _OF_ALL),
+    Measure("eval_accuracy", "accuracy", "{:.1%}".format, True, _OF_ALL),
     Measure("eval_loss", "eval loss", _decimals),
     Measure("loss", "loss", _decimals),
     Measure("best_loss", "best loss", _decimals),
@@ -63,4 +65,33 @@ MEASURES = (
     Measure("peak_memory_bytes", "peak memory", format_bytes),
     Measure("train_s", "train time", format_duration),
     Measure("tokens_per_second", "tokens/s", format_count, True),
+)
+
+
+@dataclass(frozen=True)
+class CurveKind:
+    """Something that runs report at steps: its name and title, how it is shown, and what it can be."""
+
+    key: str
+    title: str
+    show: Callable[[float], str] = "{:.4g}".format
+    bounds: Bounds = EVERYTHING
+
+
+CURVE_KINDS = (
+    CurveKind("loss", "Training loss"),
+    CurveKind("eval_loss", "Evaluation loss"),
+    CurveKind("eval_exact_match", "Exact match", "{:.0%}".format, _OF_ALL),
+    CurveKind("accuracy", "Accuracy in training", "{:.0%}".format, _OF_ALL),
+    CurveKind("eval_accuracy", "Accuracy on held-out pairs", "{:.0%}".format, _OF_ALL),
+    CurveKind("reward_margin", "Reward margin in training"),
+    CurveKind("eval_reward_margin", "Reward margin of held-out pairs"),
+    CurveKind("reward_chosen", "Reward of chosen answers"),
+    CurveKind("reward_rejected", "Reward of rejected answers"),
+    CurveKind("reward_desirable", "Reward of desirable answers"),
+    CurveKind("reward_undesirable", "Reward of undesirable answers"),
+    CurveKind("kl", "KL to the reference"),
+    CurveKind("labels_chosen", "Tokens of chosen answers"),
+    CurveKind("labels_rejected", "Tokens of rejected answers"),
+    CurveKind("eval_score_length_correlation", "Correlation of score and length", bounds=(-1.0, 1.0)),
 )

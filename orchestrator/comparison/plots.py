@@ -5,14 +5,13 @@ from dataclasses import replace
 from html import escape
 
 from orchestrator.comparison import chart, svg
-from orchestrator.comparison.chart import FormatValue, Line
+from orchestrator.comparison.chart import Line
 from orchestrator.comparison.compare import Comparison, ComparisonRow, Metric
 from orchestrator.comparison.group import SEED
-from orchestrator.comparison.measure import MEASURES, Measure
+from orchestrator.comparison.measure import CURVE_KINDS, CurveKind, Measure
 from orchestrator.comparison.run import TrackedRun
 from orchestrator.comparison.scatter import Dot, scatter
 
-_TITLES = {"loss": "Training loss", "eval_loss": "Evaluation loss", "eval_exact_match": "Exact match"}
 _COSTS = ("peak_memory_bytes", "train_s")
 _MEMORY_UNITS = (2.0**30, 2.0**20)  # bytes
 _TIME_UNITS = (3600.0, 60.0)  # seconds
@@ -21,16 +20,16 @@ _FRONT_NOTE = '<p class="soft">Filled points are on the Pareto front: no other r
 
 def curves(comparison: Comparison) -> str:
     """A chart for each kind of curve that some run has, and their legend."""
-    keys = []
-    for key in _TITLES:
-        if _is_reported(comparison, key):
-            keys.append(key)
+    kinds = []
+    for kind in CURVE_KINDS:
+        if has_curve(comparison, kind):
+            kinds.append(kind)
     width = chart.HALF_WIDTH
-    if len(keys) % 2:  # the first has a row for itself
+    if len(kinds) % 2:  # the first has a row for itself
         width = chart.FULL_WIDTH
     charts = ""
-    for key in keys:
-        charts += _curve_chart(comparison, key, width)
+    for kind in kinds:
+        charts += _curve_chart(comparison, kind, width)
         width = chart.HALF_WIDTH
     if not charts:
         return ""
@@ -38,40 +37,31 @@ def curves(comparison: Comparison) -> str:
     return f'<h2>Curves</h2><div class="charts">{charts}</div>{legend}'
 
 
-def _is_reported(comparison: Comparison, key: str) -> bool:
-    """Whether some run has a curve."""
-    run_curves = [run.curves.get(key) for run in comparison.runs]
+def has_curve(comparison: Comparison, kind: CurveKind) -> bool:
+    """Whether some run has a curve of a kind."""
+    run_curves = [run.curves.get(kind.key) for run in comparison.runs]
     return any(run_curves)
 
 
-def _curve_chart(comparison: Comparison, key: str, width: int) -> str:
+def _curve_chart(comparison: Comparison, kind: CurveKind, width: int) -> str:
     """The curves of one kind, of all runs that have one."""
     lines = []
     for group, row in enumerate(comparison.rows):
         for run in row.runs:
-            curve = run.curves.get(key)
+            curve = run.curves.get(kind.key)
             if not curve:
                 continue
-            label = _run_label(row, run)
+            label = run_label(row, run)
             lines.append(Line(label, group, curve))
-    title = _TITLES[key]
-    measure = _measure(key)
-    show: FormatValue = "{:.4g}".format
-    if key == "eval_exact_match":
-        show = "{:.0%}".format
-    return chart.line_chart(title, lines, "step", show, measure.bounds, width)
+    return chart.line_chart(kind.title, lines, "step", kind.show, kind.bounds, width)
 
 
-def _run_label(row: ComparisonRow, run: TrackedRun) -> str:
+def run_label(row: ComparisonRow, run: TrackedRun) -> str:
+    """What the line of a run is called: as its row, and by its seed where that has several."""
     if len(row.runs) == 1:
         return row.label
     seed = run.params.get(SEED)
     return f"{row.label}, seed {seed}"
-
-
-def _measure(key: str) -> Measure:
-    by_key = {measure.key: measure for measure in MEASURES}
-    return by_key[key]
 
 
 def _legend(comparison: Comparison) -> str:

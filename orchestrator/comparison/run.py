@@ -9,6 +9,7 @@ from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
+from orchestrator.comparison.measure import CURVE_KINDS
 from orchestrator.errors import InputError
 from orchestrator.tracking.facts import state_in_mlflow
 from orchestrator.tracking.password import TRACKING_URI
@@ -19,8 +20,13 @@ CurvePoint = tuple[int, float]  # step and value
 Curve = tuple[CurvePoint, ...]
 Curves = dict[str, Curve]
 Input = tuple[str, str]  # the param that names a base or a file, and its digest
-CURVES = ("loss", "eval_loss", "eval_exact_match", "tokens_per_second", "peak_memory_bytes")
-_LAST_COUNTS = ("loss", "eval_loss", "eval_exact_match")  # curves of which the last value is a measure
+CURVES = (*(kind.key for kind in CURVE_KINDS), "tokens_per_second", "peak_memory_bytes")
+_LAST_COUNTS = (
+    "loss",
+    "eval_loss",
+    "eval_exact_match",
+    "eval_accuracy",
+)  # curves of which the last value is a measure
 _METRIC_STEP = attrgetter("step")  # of a point that MLflow has
 _METRIC_STEP_AND_VALUE = attrgetter("step", "value")
 _TRAINED = "fleetune.plan.trained"

@@ -1,6 +1,7 @@
 """Runs as `compare` reads them from MLflow, made up."""
 
 import math
+from dataclasses import replace
 
 from orchestrator.comparison.compare import TrackedRun
 
@@ -36,3 +37,22 @@ def tracked(name: str, quality: float, state: str = "succeeded", evals: bool = T
     }
     tags = {"mlflow.user": "ada", "mlflow.source.git.commit": "c0ffee", "fleetune.env.python": "3.11.7"}
     return TrackedRun(f"{name}-{seed:010d}", f"{abs(hash((name, seed))):032x}", state, params, tags, curves, figures)
+
+
+def preferring(name: str, accuracy: float, kl: bool = False, **changed: str) -> TrackedRun:
+    """A run on preferences that comes to an accuracy; where it has a KL, that ends as no number."""
+    run = tracked(name, accuracy, evals=False, **changed)
+    shares = [step / 200 for step in range(1, 201)]
+    gain = accuracy - 0.5
+    curves = {
+        "accuracy": [0.5 + gain * share + 0.05 * math.sin(97 * share) for share in shares],
+        "reward_margin": [4 * gain * share for share in shares],
+        "reward_chosen": [gain * share for share in shares],
+        "reward_rejected": [-3 * gain * share for share in shares],
+        "labels_chosen": [40 + 9 * math.sin(60 * share) for share in shares],
+    }
+    if kl:
+        curves["kl"] = [2 * share for share in shares[:-1]] + [math.nan]
+    points = {key: tuple(enumerate(values, 1)) for key, values in curves.items()}
+    points["eval_accuracy"] = tuple((60 * part, 0.5 + gain * part / 3) for part in range(4))
+    return replace(run, curves=run.curves | points, metrics=run.metrics | {"eval_accuracy": accuracy})

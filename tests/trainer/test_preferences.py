@@ -50,6 +50,7 @@ FIRST: dict[str, tuple[dict[str, Any], float]] = {
     "ipo-summed": (DPO | {"loss": "ipo", "beta": 0.5, "per_token": False}, 1.0),
     "hinge": (DPO | {"loss": "hinge"}, 1.0),
     "kto": ({"kind": "kto", "desirable": 1.5, "undesirable": 1.5}, 0.75),
+    "reward": ({"kind": "reward"}, LN_2),
 }
 PISSA = {"kind": "lora", "rank": 4, "init": "pissa"}
 METHODS = {
@@ -61,6 +62,8 @@ METHODS = {
     "galore": {"kind": "galore", "rank": 4},
 }
 LAYOUTS = [(1, 0, 3, True), (2, 2, 1, True), (2, 3, 1, False), (3, 1, 2, True)]  # workers, ZeRO, micro-batch, packed
+EVERY_LAYOUT = [(*layout, packed) for *layout, packed in product((1, 2, 3), (0, 1, 2, 3), (2,), (True, False))]
+OF_METHOD = dict(zip(METHODS, ("sigmoid", "ipo", "reward", "hinge", "kto", "smoothed"), strict=True))
 
 
 @pytest.fixture(scope="session")
@@ -168,6 +171,28 @@ BY_HAND: dict[str, tuple[dict[str, Any], Callable[[Step], torch.Tensor]]] = {
 }
 
 
+@pytest.mark.parametrize("cases", sampled(list(product(METHODS, EVERY_LAYOUT))))
+@pytest.mark.timeout(7200)
+def test_two_steps_are_the_same_in_every_layout(cases: list[Any], preference_run: Any, launch: Any) -> None:
+    runs = {}
+    alone = {(method, (1, 0, 2, False)) for method, _ in cases}
+    for method, (world, zero, micro, packed) in {*cases, *alone}:
+        runs[method, world, zero, packed] = preference_run(
+            f"{method}-{world}-{zero}-{packed}",
+            FIRST[OF_METHOD[method]][0],
+            method=METHODS[method],
+            data={"packing": packed},
+            train={"steps": 2, "micro_batch": micro},
+            sharding={"zero": zero},
+        )
+        launch(world, runs[method, world, zero, packed])
+    for case, run in runs.items():
+        expected = curve(runs[case[0], 1, 0, False])
+        assert rows(run, 1)[1]["loss"] == pytest.approx(FIRST[OF_METHOD[case[0]]][1], abs=1e-6), case
+        assert difference(curve(run), expected) < 1e-5, case
+        assert difference(curve(run)[:1], expected[:1]) < 1e-6, case
+
+
 def by_hand(run_dir: Path, cache: Path, loss_of: Callable[[Step], torch.Tensor]) -> Curve:
     """Losses and norms of a plain loop that keeps a copy of the model as it was."""
     job = load_job(run_dir)
@@ -242,6 +267,9 @@ def test_curves_are_those_by_hand_in_every_layout_and_after_a_resume(
         again = interrupted(run, f"{run.name}-again", HALF)
         launch(layout[0], again)
         assert curve(again, 2) == curve(run)[HALF:], (name, layout)
+        elsewhere = interrupted(run, f"{run.name}-elsewhere", HALF, sharding={"zero": 1})
+        launch(1 if layout[0] > 1 else 2, elsewhere)
+        assert difference(curve(elsewhere, 2), curve(run)[HALF:]) < 1e-5, (name, layout)
 
 
 def computed(run: Path, attempt: int = 1) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from finished_runs import curve
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from runfolder.record import load_job
 from trainer.data.encode import Reading
@@ -29,6 +29,7 @@ OBJECTIVES = {
     "ipo": {"kind": "dpo", "loss": "ipo"},
     "hinge": {"kind": "dpo", "loss": "hinge"},
     "simpo": {"kind": "simpo", "beta": 2.0, "gamma": 1.0},
+    "reward": {"kind": "reward", "centring": 0.05},
 }
 
 
@@ -59,12 +60,20 @@ def trained_by_trl(name: str, base: Path, folder: Path) -> list[tuple[float, flo
 
         args = CPOConfig(**options, loss_type="simpo", beta=2.0, simpo_gamma=1.0, cpo_alpha=0.0)
         kind = CPOTrainer
+    elif name == "reward":
+        from trl import RewardConfig, RewardTrainer
+
+        args = RewardConfig(**options, center_rewards_coefficient=0.05)
+        kind = RewardTrainer
     else:
         from trl import DPOConfig, DPOTrainer
 
         args = DPOConfig(**options, loss_type=name, beta=0.1, precompute_ref_log_probs=True)
         kind = DPOTrainer
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if name == "reward":
+        model = AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32, num_labels=1)
+        torch.nn.init.zeros_(model.score.weight)
     tokenizer = AutoTokenizer.from_pretrained(base)
     trainer = kind(model=model, args=args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
     trainer.train()

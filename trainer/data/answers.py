@@ -16,11 +16,13 @@ AnswersToFit = Sequence[Encoded]
 
 def shard_of_preferences(encoder: Encoder, chunk: list[Preference], reading: Reading) -> Shard:
     """The answers of some preferences, two documents each, and what was noticed about them."""
-    counts = Counts(rows=len(chunk))
+    counts = Counts()
     usable = []
     rows: list[Row] = []
     for preference in chunk:
-        notice_columns(counts, preference.unused, preference.number)
+        if preference.part == 0:
+            counts.rows += 1
+            notice_columns(counts, preference.unused, preference.number)
         if preference.left_out:
             counts.notice(preference.left_out, preference.number)
             continue
@@ -33,6 +35,7 @@ def shard_of_preferences(encoder: Encoder, chunk: list[Preference], reading: Rea
     kept: list[tuple[Ids, LabelMask]] = []
     numbers: list[int] = []
     desirable: list[bool] = []
+    margins: list[float] = []
     for preference in usable:
         answers = _next_answers(encoded, preference)
         first = answers[0]
@@ -44,9 +47,11 @@ def shard_of_preferences(encoder: Encoder, chunk: list[Preference], reading: Rea
             continue
         fitted = fitting.fitted()
         kept += fitted
-        numbers += [preference.number] * len(fitted)
-        desirable += [preference.desirable] * len(fitted)
-    return join_examples(kept, numbers, counts, desirable)
+        count = len(fitted)
+        numbers += [preference.number] * count
+        desirable += [preference.desirable] * count
+        margins += [preference.margin] * count
+    return join_examples(kept, numbers, counts, desirable, margins)
 
 
 def _next_answers(encoded: Iterator[tuple[object, list[Encoded]]], preference: Preference) -> list[Encoded]:

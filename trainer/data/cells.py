@@ -1,5 +1,7 @@
 """Cells of a record: whether they say anything, and the text that they are."""
 
+import math
+
 from trainer.data.files import describe_value, reject
 
 
@@ -28,3 +30,11 @@ def shown_in_template(value: object, where: str) -> str:
     if isinstance(value, int | float):
         return str(value)
     return text_of(value, where)
+
+
+def finite_number(value: object, where: str) -> float:
+    """A cell that must be a finite number. Raises RowError."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        reject(where, describe_value(value), "a finite number")
+    return float(value)

@@ -16,10 +16,15 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of a source: number i owns the documents [starts[i], starts[i + 1]) of `tokens`."""
+    """The examples of a source: number i owns the documents [starts[i], starts[i + 1]) of `tokens`.
+
+    `shared` [documents] says how many tokens a document need not have of its own, where the one before it in the same
+    example has them too, and lies before it in the same row.
+    """
 
     tokens: "Tokens"
     starts: Indices  # [examples + 1]
+    shared: Indices | None = None
 
     @classmethod
     def of_each(cls, tokens: "Tokens", documents: int = 1) -> "Examples":
@@ -48,12 +53,20 @@ class Examples:
         stop = int(self.starts[example + 1])
         return range(start, stop)
 
+    def saved(self, example: int) -> int:
+        """How many tokens the documents of an example share, where they lie in one row."""
+        if self.shared is None:
+            return 0
+        documents = self.documents(example)
+        of_documents = self.shared[documents]
+        return int(of_documents.sum())
+
     def first(self, count: int | None) -> "Examples":
         """The first so many examples; all where it is None."""
         if count is None:
             return self
         starts = self.starts[: count + 1]
-        return Examples(self.tokens, starts)
+        return Examples(self.tokens, starts, self.shared)
 
     def _sums(self, of_documents: Indices) -> Indices:
         """For each example, the sum of a number that each of its documents has."""

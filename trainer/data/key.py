@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from trainer.data.date import asks_for_date
 from trainer.data.encode import Reading
 from trainer.data.files import SourceName, digest
-from trainer.data.shapes import ANSWERS, JUDGED, PAIRS
+from trainer.data.shapes import ANSWERS, JUDGED, PAIRS, PAIRS_WITH_MARGINS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TOKENS_FORMAT = 3
+_TOKENS_FORMAT = 4
 
 
 def key_of(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Reading, shard_rows: int) -> str:
@@ -21,7 +21,7 @@ def key_of(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Re
     import transformers
 
     version = transformers.__version__
-    families = (ANSWERS, PAIRS, JUDGED)
+    families = (ANSWERS, PAIRS, PAIRS_WITH_MARGINS, JUDGED)
     of_source = digest(source)
     data = (_TOKENS_FORMAT, shard_rows, families, version, of_source)
     drop = reading.too_long == "drop"

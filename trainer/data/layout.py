@@ -4,18 +4,14 @@ All of it is a pure function, equal on every rank. Shape suffixes: B rows of a m
 row.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from trainer.data.examples import GlobalBatch, Indices
-
-if TYPE_CHECKING:
-    from trainer.data.tokens import Document, Tokens
 
 IGNORED = -100
 MULTIPLE = 8
@@ -106,6 +102,7 @@ class Layout:
         lengths = examples.lengths[batch.chosen]
         longest_first = np.argsort(-lengths, kind="stable")
         documents_by_example = []
+        saved_by_example = []
         for place in longest_first.tolist():
             example = int(batch.chosen[place])
             numbers = examples.documents(example)
@@ -113,12 +110,20 @@ class Layout:
             for number in numbers:
                 documents.append(OwnedDocument(place, number))
             documents_by_example.append(documents)
+            saved = examples.saved(example)
+            saved_by_example.append(saved)
+        together = list(zip(documents_by_example, saved_by_example, strict=True))
+        most = sum(map(len, documents_by_example))
+        lengths_of_documents = examples.tokens.lengths
+        rows = _Rows(lengths_of_documents, self.seq_len, most)
         if self.packing:
-            lengths_of_documents = examples.tokens.lengths
-            return _pack(documents_by_example, lengths_of_documents, self.seq_len)
+            return _pack(together, rows)
         groups = []
-        for documents in documents_by_example:
+        for documents, saved in together:
             group = [[document] for document in documents]
+            tokens = rows.tokens(documents, saved)
+            if saved and tokens <= self.seq_len:
+                group = [documents]
             groups.append(group)
         return groups
 
@@ -160,14 +165,14 @@ class _Rows:
         self._free = np.full(most, seq_len)  # tokens that still fit into each row, opened or not
         self._lengths = lengths  # of documents
 
-    def put_example(self, documents: PackedRow) -> list[int]:
+    def put_example(self, documents: PackedRow, saved: int) -> list[int]:
         """Put an example into the first row that has space for all of it; gives the numbers of the rows it opens.
 
         An example that no row could hold begins rows of its own.
         """
         opened = len(self.rows)
-        if self._tokens(documents) <= self._seq_len:
-            self._put(documents, 0)
+        if self.tokens(documents, saved) <= self._seq_len:
+            self._put(documents, 0, saved)
         else:
             longest_first = sorted(documents, key=self._length, reverse=True)
             for document in longest_first:
@@ -185,15 +190,16 @@ class _Rows:
         length = self._lengths[owned.document]
         return int(length)
 
-    def _tokens(self, documents: PackedRow) -> int:
-        """How many tokens some documents have together."""
+    def tokens(self, documents: PackedRow, saved: int) -> int:
+        """How many tokens some documents have together, less those that they share."""
         numbers = _document_numbers(documents)
         lengths = self._lengths[numbers]
-        return int(lengths.sum())
+        total = int(lengths.sum())
+        return total - saved
 
-    def _put(self, documents: PackedRow, first: int) -> None:
+    def _put(self, documents: PackedRow, first: int, saved: int = 0) -> None:
         """Put documents together into the first row, not before row `first`, that has space for all of them."""
-        tokens = self._tokens(documents)
+        tokens = self.tokens(documents, saved)
         opened = len(self.rows)
         free = self._free[first : opened + 1]
         fits = free >= tokens
@@ -206,16 +212,14 @@ class _Rows:
         self._free[row] -= tokens
 
 
-def _pack(documents_by_example: Sequence[PackedRow], lengths: Indices, seq_len: int) -> list[RowGroup]:
-    """Put each example into the first row that has space for all of it; the groups of rows, longest first.
+def _pack(examples: Sequence[tuple[PackedRow, int]], filled: "_Rows") -> list[RowGroup]:
+    """Put each example, with the tokens that it saves, into the first row that has space; the longest groups first.
 
     The rows that an example begins because no row could hold it stay together; others may follow into them.
     """
-    most = sum(map(len, documents_by_example))
-    filled = _Rows(lengths, seq_len, most)
     groups: list[list[int]] = []  # of each, the numbers of its rows
-    for documents in documents_by_example:
-        opened = filled.put_example(documents)
+    for documents, saved in examples:
+        opened = filled.put_example(documents, saved)
         if opened:
             groups.append(opened)
     used_by_groups = list(map(filled.used, groups))
@@ -229,56 +233,3 @@ def _pack(documents_by_example: Sequence[PackedRow], lengths: Indices, seq_len: 
             rows.append(filled.rows[number])
         packed.append(rows)
     return packed
-
-
-def collate(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dict[str, Indices]:
-    """The arrays of a micro-batch's rows, each [B, T]; no rows become one of padding without labels.
-
-    `position_ids` restart in each document and in the padding: by that a model tells documents apart, as long as it
-    is given no attention mask. `labels` holds the token at its own position, or -100 where it is not learned.
-    """
-    rows_of_documents = []
-    for row in rows or [[]]:
-        documents = list(map(tokens.document, row))
-        rows_of_documents.append(documents)
-    B = len(rows_of_documents)
-    T = _padded_length(rows_of_documents)
-    shape = (B, T)
-    input_ids = np.full(shape, pad_id, np.int64)
-    position_ids = np.zeros_like(input_ids)
-    labels = np.full(shape, IGNORED, np.int64)
-    arrays = zip(input_ids, position_ids, labels, strict=True)
-    rows_to_fill = zip(rows_of_documents, arrays, strict=True)
-    for documents, arrays_of_row in rows_to_fill:
-        _fill(documents, *arrays_of_row)
-    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
-
-
-def _fill(documents: Iterable["Document"], input_ids: Indices, position_ids: Indices, labels: Indices) -> None:
-    """Write the documents of a row into its arrays, each [T]."""
-    start = 0
-    for document in documents:
-        ids = document.ids
-        length = len(ids)
-        stop = start + length
-        input_ids[start:stop] = ids
-        positions = np.arange(length)
-        position_ids[start:stop] = positions
-        target = document.target
-        learned = np.where(target, ids, IGNORED)
-        labels[start:stop] = learned
-        start = stop
-    padding = len(position_ids) - start
-    position_ids[start:] = np.arange(padding)
-
-
-def _padded_length(rows: Iterable[Iterable["Document"]]) -> int:
-    """T for rows of documents: a multiple of 8, and never 0."""
-    longest = 1
-    for documents in rows:
-        length = 0
-        for document in documents:
-            length += len(document.ids)
-        longest = max(longest, length)
-    multiples = math.ceil(longest / MULTIPLE)
-    return multiples * MULTIPLE

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from runfolder.objectives import RowsRead
-from trainer.data.cells import text_of
+from trainer.data.cells import finite_number, is_empty, text_of
 from trainer.data.chats import Messages, turns_in
 from trainer.data.files import RowError, SourceName, describe_value, reject
+from trainer.data.ranked import PairOfColumns, has_list, spread
 from trainer.data.rows import ColumnNames, Columns, Row, ShapedRecord, read_rows, row_of, shaped_records
-from trainer.data.shapes import CHOSEN, COMPLETED, JUDGED, PAIRS, REJECTED
+from trainer.data.shapes import JUDGED, PAIRS, PAIRS_WITH_MARGINS, answered_by
 
+_NAMED: PairOfColumns = ("chosen", "rejected")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -24,27 +26,33 @@ class Preference:
     """The two answers of a row, each as a row of its own: the chosen one first.
 
     Of an answer that was judged, the other one is a neighbour's answer to the same prompt, which is not learned.
-    `left_out` says why nothing can be learned of it, where that is so.
+    `margin` is by how much the chosen answer is to lead; `left_out` says why nothing can be learned; `part` numbers
+    the pairs of one row.
     """
 
     number: int
     answers: tuple[Row, ...]
     desirable: bool = True
+    margin: float = 0.0
     left_out: str | None = None
     unused: ColumnNames = ()
+    part: int = 0
 
 
 def read_pairs(source: SourceName, columns: Columns | None = None) -> Iterator[Preference]:
-    """Stream the pairs of a source, by its columns prompt, chosen and rejected. Raises RowError."""
+    """Stream the pairs of a source, by its columns prompt, chosen and rejected, or of its lists. Raises RowError."""
     for record in shaped_records(source, columns, PAIRS):
-        if _has_turns(record, "chosen"):
-            yield _pair_of_chats(record)
-        elif "prompt" in record.shape.columns:
-            chosen = row_of(record, CHOSEN)
-            rejected = row_of(record, REJECTED)
-            yield _pair(record, chosen, rejected)
-        else:
-            yield _pair_of_transcripts(record)
+        yield from _pairs_of(record)
+
+
+def read_margins(source: SourceName, columns: Columns | None = None) -> Iterator[Preference]:
+    """Stream the pairs of a source, each perhaps with a margin. Raises RowError."""
+    for record in shaped_records(source, columns, PAIRS_WITH_MARGINS):
+        margin = 0.0
+        if "margin" in record.shape.companions:
+            margin = _margin(record)
+        for pair in _pairs_of(record):
+            yield replace(pair, margin=margin)
 
 
 def read_judged(source: SourceName, columns: Columns | None = None) -> Iterator[Preference]:
@@ -68,6 +76,7 @@ def read_judged(source: SourceName, columns: Columns | None = None) -> Iterator[
 PreferenceReader = Callable[[SourceName, Columns | None], Iterator[Preference]]
 PREFERENCES: Mapping[RowsRead, PreferenceReader] = {
     "pairs": read_pairs,
+    "margins": read_margins,
     "judged": read_judged,
 }
 
@@ -83,6 +92,39 @@ def read_answers(rows: RowsRead, source: SourceName, columns: Columns | None = N
 
 
 # Pairs
+
+
+def _pairs_of(record: ShapedRecord) -> Iterator[Preference]:
+    """The pair that a record is, or those of its list."""
+    if not has_list(record):
+        yield _pair_of(record, _NAMED)
+        return
+    spread_record, pairs = spread(record)
+    for part, names in enumerate(pairs):
+        yield replace(_pair_of(spread_record, names), part=part)
+    if not pairs:
+        yield Preference(record.number, (), left_out="tied", unused=record.unused)
+
+
+def _pair_of(record: ShapedRecord, names: PairOfColumns) -> Preference:
+    """The pair of the answers in two columns of a record."""
+    better, worse = names
+    if _has_turns(record, better):
+        return _pair_of_chats(record, names)
+    if "prompt" not in record.shape.columns:
+        return _pair_of_transcripts(record)
+    chosen = row_of(record, answered_by(better))
+    rejected = row_of(record, answered_by(worse))
+    return _pair(record, chosen, rejected)
+
+
+def _margin(record: ShapedRecord) -> float:
+    """By how much the chosen answer of a record is to lead: zero where it does not say."""
+    margin = record.fields.get("margin")
+    if is_empty(margin):
+        return 0.0
+    where = f"{record.where}, field margin"
+    return finite_number(margin, where)
 
 
 def _has_turns(record: ShapedRecord, column: str) -> bool:
@@ -138,10 +180,11 @@ def _cut_transcript(record: ShapedRecord, column: str) -> Row:
     return Row(record.number, prompt, reply)
 
 
-def _pair_of_chats(record: ShapedRecord) -> Preference:
+def _pair_of_chats(record: ShapedRecord, names: PairOfColumns) -> Preference:
     """A pair of chats that are equal up to their last turns."""
-    chosen = _chat(record, "chosen")
-    rejected = _chat(record, "rejected")
+    better_column, worse_column = names
+    chosen = _chat(record, better_column)
+    rejected = _chat(record, worse_column)
     *before_chosen, _ = chosen
     *before_rejected, _ = rejected
     left_out = None
@@ -222,7 +265,7 @@ def _judged(record: ShapedRecord) -> Preference:
         turns = _chat(record, column)
         answer = _last_turn(record, turns)
     else:
-        answer = row_of(record, COMPLETED)
+        answer = row_of(record, answered_by("completion"))
     answers = (answer,)
     return Preference(record.number, answers, desirable, unused=record.unused)
 

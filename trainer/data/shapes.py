@@ -90,15 +90,28 @@ class RowFamily:
 _PROMPT = "{system}{context}{prompt}"
 _BESIDE_PROMPT = {**SYSTEM, "context": "{context}\n\n"}
 ANSWERS = RowFamily(SHAPES, (*_UNREAD, "chosen", "rejected", "label", "labels"))
-CHOSEN = RowShape(("prompt", "chosen"), _PROMPT, "{chosen}", _BESIDE_PROMPT)
-REJECTED = RowShape(("prompt", "rejected"), _PROMPT, "{rejected}", _BESIDE_PROMPT)
-COMPLETED = RowShape(("prompt", "completion"), _PROMPT, "{completion}", _BESIDE_PROMPT)
+_LISTS = (
+    RowShape(("prompt", "completions", "ranks"), companions=_BESIDE_PROMPT),
+    RowShape(("prompt", "completions", "scores"), companions=_BESIDE_PROMPT),
+    RowShape(("prompt", "completions"), companions=_BESIDE_PROMPT),  # each completion with its rank or score
+)
+_NOT_OF_PAIRS = (*_UNREAD, "label", "labels")
+_MARGIN = {"margin": ""}  # no part of a prompt
 PAIRS = RowFamily(
     (
         RowShape(("prompt", "chosen", "rejected"), companions=_BESIDE_PROMPT),
         RowShape(("chosen", "rejected")),
+        *_LISTS,
     ),
-    (*_UNREAD, "label", "labels"),
+    _NOT_OF_PAIRS,
+)
+PAIRS_WITH_MARGINS = RowFamily(
+    (
+        RowShape(("prompt", "chosen", "rejected"), companions={**_BESIDE_PROMPT, **_MARGIN}),
+        RowShape(("chosen", "rejected"), companions=_MARGIN),
+        *_LISTS,
+    ),
+    _NOT_OF_PAIRS,
 )
 JUDGED = RowFamily(
     (
@@ -107,6 +120,11 @@ JUDGED = RowFamily(
     ),
     (*_UNREAD, "chosen", "rejected", "labels"),
 )
+
+
+def answered_by(column: str) -> RowShape:
+    """The shape of a prompt and the answer in a column."""
+    return RowShape(("prompt", column), _PROMPT, f"{{{column}}}", _BESIDE_PROMPT)
 
 
 def fill_template(template: str, values: Mapping[str, str]) -> str:

@@ -37,7 +37,7 @@ class Shard:
     """Examples end to end, example i in [offsets[i], offsets[i + 1]): token ids, and which of them are labels.
 
     `rows` [examples] are the numbers of the rows that they come from; `desirable` [examples] says of answers that
-    were judged whether they were liked.
+    were judged whether they were liked, and `margins` [examples] of pairs by how much the better one is to lead.
     """
 
     ids: npt.NDArray[np.int32]
@@ -45,6 +45,7 @@ class Shard:
     offsets: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
     desirable: npt.NDArray[np.bool_]
+    margins: npt.NDArray[np.float64]
     counts: Counts
 
 
@@ -53,10 +54,14 @@ def join_examples(
     rows: Sequence[int],
     counts: Counts,
     desirable: Sequence[bool] | None = None,
+    margins: Sequence[float] | None = None,
 ) -> Shard:
-    """Lay the ids and labels of examples end to end; all are desirable unless it is said which of them are."""
+    """Lay the ids and labels of examples end to end; unless it is said, all are desirable, without a margin."""
+    count = len(examples)
     if desirable is None:
-        desirable = [True] * len(examples)
+        desirable = [True] * count
+    if margins is None:
+        margins = [0.0] * count
     ids = [np.zeros(0, np.int32)]
     target = [np.zeros(0, np.bool_)]
     lengths = [0]
@@ -70,6 +75,7 @@ def join_examples(
         offsets=np.cumsum(lengths, dtype=np.int64),
         rows=np.array(rows, np.int64),
         desirable=np.array(desirable, np.bool_),
+        margins=np.array(margins, np.float64),
         counts=counts,
     )
 
@@ -235,6 +241,7 @@ def _arrow_stream(shard: Shard) -> pa.Buffer:
         "target": pa.LargeListArray.from_arrays(offsets, target),
         "row": _arrow_array(shard.rows),
         "desirable": _arrow_array(shard.desirable.view(np.uint8)),
+        "margin": _arrow_array(shard.margins),
     }
     counts = json.dumps(asdict(shard.counts))
     metadata = {"counts": counts}
@@ -280,6 +287,7 @@ def _shard_of(batch: pa.RecordBatch) -> Shard:
     target = batch.column("target")
     rows = batch.column("row")
     desirable = batch.column("desirable")
+    margins = batch.column("margin")
     counts = json.loads(batch.schema.metadata[b"counts"])
     return Shard(
         ids=_numpy_array(ids.values),
@@ -287,5 +295,6 @@ def _shard_of(batch: pa.RecordBatch) -> Shard:
         offsets=_numpy_array(ids.offsets),
         rows=_numpy_array(rows),
         desirable=_numpy_array(desirable).view(np.bool_),
+        margins=_numpy_array(margins),
         counts=Counts(**counts),
     )

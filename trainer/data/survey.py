@@ -157,6 +157,7 @@ def _beyond(id_: int, token: str, row: int, embeddings: int) -> str:
 _WHY_LEFT_OUT = {
     "identical": "have two answers that are the same",
     "branched": "have two chats that differ before their last turn",
+    "tied": "have a list of answers that all rank alike",
     "no_reply": "have a last turn without text",
 }
 

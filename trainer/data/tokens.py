@@ -29,6 +29,7 @@ _SHARD_ROWS = 1024
 _BY_ROWS: Mapping[RowsRead, tuple[Callable[..., Iterator[Any]], Callable[..., Shard]]] = {
     "answers": (read_rows, shard_of_rows),
     "pairs": (PREFERENCES["pairs"], shard_of_preferences),
+    "margins": (PREFERENCES["margins"], shard_of_preferences),
     "judged": (PREFERENCES["judged"], shard_of_preferences),
 }
 TOLERATED = 0.1  # of the examples: more than these may be too long only where data.too_long says so
@@ -62,10 +63,10 @@ class Tokens:
     """All examples of a source, in its order, each with `virtual` virtual tokens in front.
 
     `lengths` and `targets` [examples] count the tokens and the labels of each; `rows` [examples] are the numbers of
-    their rows, and `desirable` [examples] says of answers that were judged whether they were liked. `reference`
-    [examples] is the log-likelihood of the labels of each under the policy before the first step: NaN where it was
-    not asked for, None where nobody needs it. Of the `counts`, `truncated` examples were longer than seq_len and were
-    cut, `dropped` ones were left out.
+    their rows, `desirable` [examples] says of answers that were judged whether they were liked, and `margins`
+    [examples] of pairs by how much the better one is to lead. `reference` [examples] is the log-likelihood of the
+    labels of each under the policy before the first step: NaN where it was not asked for, None where nobody needs it.
+    Of the `counts`, `truncated` examples were longer than seq_len and were cut, `dropped` ones were left out.
     """
 
     def __init__(self, shards: list[Shard], virtual: int = 0) -> None:
@@ -78,6 +79,7 @@ class Tokens:
         targets = []
         rows = []
         desirable = []
+        margins = []
         for shard in shards:
             counts.add(shard.counts)
             offsets = shard.offsets
@@ -90,12 +92,14 @@ class Tokens:
             targets.append(targets_of_shard)
             rows.append(shard.rows)
             desirable.append(shard.desirable)
+            margins.append(shard.margins)
         self._starts = np.cumsum(examples)
         from_rows = np.concatenate(lengths)
         self.lengths = from_rows + virtual
         self.targets = np.concatenate(targets)
         self.rows = np.concatenate(rows)
         self.desirable = np.concatenate(desirable)
+        self.margins = np.concatenate(margins)
         self.reference: npt.NDArray[np.float64] | None = None
         self.counts = counts
         self.truncated = counts.number("truncated")

@@ -20,12 +20,14 @@ from transformers import PreTrainedModel
 from methods.base import Method
 from methods.parts import attention
 from runfolder.job import Job
+from runfolder.objectives import shares_prompts
 from trainer.data.tokens import virtual_ids
 from trainer.kernels import Kernels
 from trainer.kernels.documents import DOCUMENT_ATTENTION, LARGEST_HEAD, tell_documents
 from trainer.kernels.head import LinearHead
 from trainer.kernels.layers import compile_layers, uncompile_layers
 from trainer.objectives import labels
+from trainer.objectives.score_head import revealed
 
 ATTEMPTS = (
     Kernels(in_one_row=True, compiled=True),
@@ -62,7 +64,7 @@ def make_fast(job: Job, model: nn.Module, method: Method[Any], dtype: torch.dtyp
     documents = _probe(job, model, device)
     rounding = PROBE_ROUNDING[dtype]
     problems: list[str] = []
-    with _without_dropout(model):
+    with _without_dropout(model), revealed(model):
         expected = _probed(model, documents, Kernels())
         for wanted in ATTEMPTS:
             with ExitStack() as undo:
@@ -86,7 +88,8 @@ def _changed(job: Job, model: nn.Module, dtype: torch.dtype, wanted: Kernels, un
     in_one_row = False
     if lower:
         _leave_casts(model, undo)
-    if wanted.in_one_row and lower and on_gpu:
+    shares = shares_prompts(job.objective)  # which takes a mask that is not of documents alone
+    if wanted.in_one_row and lower and on_gpu and not shares:
         in_one_row = _attends_within_documents(job, model, undo)
     if wanted.compiled:
         compile_layers(model)
@@ -234,7 +237,8 @@ def _predicted(model: nn.Module, batch: ProbeBatch, head: LinearHead | None) -> 
     if head is None:
         logits_NV = labels.logits(model, batch)
         fp32_NV = logits_NV.float()
-        losses_N = cross_entropy(fp32_NV, label_N, reduction="none")
+        width = logits_NV.shape[1]  # of hidden states, where they are revealed
+        losses_N = cross_entropy(fp32_NV, label_N % width, reduction="none")
         return logits_NV.detach(), losses_N
     with head.left_out():
         hidden_ND = labels.logits(model, batch)

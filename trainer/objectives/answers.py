@@ -4,10 +4,13 @@ Shapes: D documents.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from runfolder.objectives import shares_prompts
+from trainer.data.collate import shared_by_pairs
 from trainer.data.examples import Examples
 from trainer.data.tokens import tokenise
 from trainer.objectives.base import Arrays, Objective, TensorsByName
@@ -23,13 +26,17 @@ class AnswerObjective(Objective):
         """The rows of a source, two documents each."""
         setup = self.setup
         tokens = tokenise(source, setup.tokenizer, setup.reading, setup.folder, setup.progress)
-        return Examples.of_each(tokens, 2)
+        examples = Examples.of_each(tokens, 2)
+        if shares_prompts(setup.job.objective):
+            shared = shared_by_pairs(tokens)
+            return replace(examples, shared=shared)
+        return examples
 
     def document_arrays(self, rows: NumbersOfRows, examples: Examples) -> Arrays:
         """What log-likelihoods are computed from, of the documents in some rows."""
         tokenizer = self.setup.tokenizer
         pad_id = tokenizer.pad_token_id
-        return likelihood_arrays(rows, examples.tokens, pad_id)
+        return likelihood_arrays(rows, examples.tokens, pad_id, examples.shared)
 
     def policy(self, model: nn.Module, batch: TensorsByName) -> torch.Tensor:
         """The log-likelihoods [D] of a micro-batch's documents."""

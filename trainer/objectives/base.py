@@ -8,12 +8,15 @@ A step goes through these hooks, of which all but `read`, `totals`, `arrays` and
 3. `prelude`, where `has_prelude`: sums over the whole global batch, without gradient, that the loss needs.
 4. `loss`: a micro-batch's share, already divided by the totals. Shares are summed over micro-batches and ranks.
 
+An objective may also change the base before the method sees it (`prepare`, `take`), and what is left at the end
+(`export`): a reward model has a head of its own. Held-out rows go through `judge` and `summary`.
+
 So what a step does depends on neither packing nor micro-batches nor ranks. Only the documents of one example are
 sure to be in one micro-batch.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from methods.base import Method
+from methods.base import Method, Tensors
 from runfolder.job import Job
 from trainer.data.encode import Reading
 from trainer.data.examples import Examples, GlobalBatch
@@ -68,10 +71,13 @@ class Objective(ABC):
     generates: ClassVar[bool] = False  # whether the model itself writes what is learned from
     has_prelude: ClassVar[bool] = False  # whether the loss needs sums over the whole global batch
     needs_reference: ClassVar[bool] = False  # whether `arrays` reads what the policy before the first step gave
+    scores: ClassVar[bool] = False  # whether what is trained gives a text a number, instead of writing one
 
     method: Method[
         Any
     ]  # of the run, there before its model is; `method.reference(model)` is for `prelude` and `loss`
+
+    notes: Sequence[str] = ()  # lines of the model card: how to use what is left
 
     kernels = Kernels()  # of the run, from its first step on
 
@@ -85,6 +91,16 @@ class Objective(ABC):
     def prompts(self, source: str) -> list[EvaluationPrompt]:  # noqa: ARG002
         """What the model is asked in evaluations, to see whether it writes the answer; nothing here."""
         return []
+
+    def prepare(self, model: Any) -> None:  # noqa: B027
+        """Change the base before its method is attached; nothing unless overridden. Raises ValueError."""
+
+    def take(self, model: nn.Module) -> None:  # noqa: B027
+        """Have trained, in fp32, what `prepare` has added to a model that has its method now."""
+
+    def export(self, model: Any, weights: Tensors, folder: Path) -> None:
+        """Write what the method leaves, from whole weights by name, and what is the objective's own."""
+        self.method.export(model, weights, folder)
 
     def rollout(self, model: nn.Module, batch: GlobalBatch, step: int) -> Arrays:
         """What the model writes for a batch; every rank calls it, and gets the same. Steps count from 1; 0: held out.
@@ -127,3 +143,11 @@ class Objective(ABC):
         One without examples gives zero, with zero gradients for all that others reach, so that collectives stay in
         step. `prelude` has the sums over all shares of the global batch, fp64; nothing where there is no prelude.
         """
+
+    def judge(self, model: nn.Module, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:
+        """A micro-batch's shares of what is said of held-out rows: those of `loss`, unless more is measured."""
+        return self.loss(model, batch, totals, prelude)
+
+    def summary(self, metrics: dict[str, float]) -> dict[str, float]:
+        """What is said of held-out rows, from the sums of what `judge` gave, over the totals."""
+        return metrics

@@ -7,22 +7,28 @@ import numpy as np
 import torch
 from torch import nn
 
+from trainer.data.collate import TRUNK, collate
 from trainer.data.examples import Indices
-from trainer.data.layout import IGNORED, collate
+from trainer.data.layout import IGNORED
 
 if TYPE_CHECKING:
     from trainer.data.tokens import Tokens
     from trainer.kernels.head import LinearHead
 
 
-def label_arrays(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> dict[str, Indices]:
+def label_arrays(
+    rows: Sequence[Sequence[int]],
+    tokens: "Tokens",
+    pad_id: int,
+    shared: Indices | None = None,
+) -> dict[str, Indices]:
     """What `logits` reads of a micro-batch's rows, made on the host: a GPU is never asked where the labels are.
 
     `input_ids` and `position_ids` [B, T]. `kept` [K] are the positions whose logits are needed, one before a label;
     each label [N] has its value `label`, its `row`, and its place in `kept` as `column`. Where there is none, an
-    ignored one stands in.
+    ignored one stands in. What documents share is computed once, where it is said.
     """
-    batch = collate(rows, tokens, pad_id)
+    batch = collate(rows, tokens, pad_id, shared)
     labels_BT = batch.pop("labels")
     next_label = labels_BT[:, 1:]
     is_label = next_label != IGNORED
@@ -30,8 +36,13 @@ def label_arrays(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -
     if not len(row_N):
         row_N = np.zeros(1, np.int64)
         position_N = np.zeros(1, np.int64)
-    kept_K, column_N = np.unique(position_N, return_inverse=True)
     label_N = next_label[row_N, position_N]
+    if shared is not None:
+        before_BT = batch.pop("before")
+        own_N = position_N + 1
+        before_N = before_BT[row_N, own_N]
+        position_N = before_N.clip(0)
+    kept_K, column_N = np.unique(position_N, return_inverse=True)
     batch["kept"] = kept_K
     batch["row"] = row_N
     batch["column"] = column_N
@@ -48,6 +59,10 @@ def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     documents = {}
     if "documents" in batch:
         documents["documents"] = batch["documents"]
+    if "part" in batch:
+        group_BT = batch["group"]
+        part_BT = batch["part"]
+        documents["attention_mask"] = branch_mask(group_BT, part_BT)
     logits_BKV: torch.Tensor = model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
@@ -57,11 +72,30 @@ def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     ).logits
     if logits_BKV.shape[1] != len(kept_K):  # a model that does not know logits_to_keep
         logits_BKV = logits_BKV[:, kept_K]
-    if len(logits_BKV) == 1:
-        return logits_BKV[0]
     row_N = batch["row"]
     column_N = batch["column"]
+    if len(logits_BKV) == 1 and len(column_N) == len(kept_K):  # each place is before one label
+        return logits_BKV[0]
     return logits_BKV[row_N, column_N]
+
+
+def branch_mask(group_BT: torch.Tensor, part_BT: torch.Tensor) -> torch.Tensor:
+    """Which tokens each one sees [B, 1, T, T]: those before it in its group, of its own branch or of the trunk."""
+    T = group_BT.shape[1]
+    place_T = torch.arange(T, device=group_BT.device)
+    place_T1 = place_T[:, None]
+    group_BT1 = group_BT[:, :, None]
+    group_B1T = group_BT[:, None]
+    part_BT1 = part_BT[:, :, None]
+    part_B1T = part_BT[:, None]
+    is_before_TT = place_T1 >= place_T
+    is_group_BTT = group_BT1 == group_B1T
+    is_own_BTT = part_BT1 == part_B1T
+    is_trunk_B1T = part_B1T == TRUNK
+    of_group_BTT = is_group_BTT & is_before_TT
+    is_seen_BTT = is_own_BTT | is_trunk_B1T
+    seen_BTT = of_group_BTT & is_seen_BTT
+    return seen_BTT[:, None]
 
 
 def losses(model: nn.Module, batch: Mapping[str, torch.Tensor], head: "LinearHead") -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from trainer.data.examples import Indices
 from trainer.data.layout import IGNORED
 from trainer.kernels import Kernels
 from trainer.objectives import labels
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
 STAND_IN = -1  # in the place of a document's number, in a micro-batch without documents
 
 
-def likelihood_arrays(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: int) -> Arrays:
+def likelihood_arrays(
+    rows: Sequence[Sequence[int]],
+    tokens: "Tokens",
+    pad_id: int,
+    shared: Indices | None = None,
+) -> Arrays:
     """What `log_likelihoods` reads of a micro-batch's rows: labels, and of each document, in order, how many it has.
 
     `document` [D] are their numbers in the data, and `reference` [D] what the policy before the first step gave them,
@@ -39,7 +45,7 @@ def likelihood_arrays(rows: Sequence[Sequence[int]], tokens: "Tokens", pad_id: i
         numbers = [STAND_IN]
         counts_D = np.ones(1, np.int64)
         reference_D = np.zeros(1)
-    arrays: Arrays = dict(labels.label_arrays(rows, tokens, pad_id))
+    arrays: Arrays = dict(labels.label_arrays(rows, tokens, pad_id, shared))
     arrays["document"] = np.array(numbers, np.int64)
     arrays["labels"] = counts_D
     if reference_D is not None:

@@ -51,8 +51,8 @@ class PairLosses:
     rejected_rewards: torch.Tensor
 
 
-class PairObjective(AnswerObjective):
-    """To prefer the chosen answer of each pair, whose documents are the chosen answer and then the rejected one."""
+class OnPairs(AnswerObjective):
+    """What is learned from pairs, whose documents are the chosen answer and then the rejected one."""
 
     def totals(self, batch: GlobalBatch) -> Totals:
         """The pairs of a global batch, and the labels of their chosen answers."""
@@ -74,6 +74,10 @@ class PairObjective(AnswerObjective):
         arrays["rejected"] = np.ascontiguousarray(rejected_P)
         return arrays
 
+
+class PairObjective(OnPairs):
+    """To prefer the chosen answer of each pair by the log-likelihoods of both."""
+
     def loss(self, model: nn.Module, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:  # noqa: ARG002
         """The losses of a micro-batch's pairs, over the totals of the global batch; a tie counts one half."""
         policy_D = self.policy(model, batch)
@@ -83,19 +87,8 @@ class PairObjective(AnswerObjective):
         # The document that stands in for none is in no pair, but must reach the weights all the same.
         nothing = 0 * policy_D.sum()
         loss = found.losses.sum() + nothing
-        margins_P = found.chosen_rewards - found.rejected_rewards
-        logged = {
-            "accuracy": wins(margins_P),
-            "reward_margin": margins_P,
-            "reward_chosen": found.chosen_rewards,
-            "reward_rejected": found.rejected_rewards,
-            "labels_chosen": chosen.labels,
-            "labels_rejected": rejected.labels,
-        }
-        metrics = {}
-        for name, value_P in logged.items():
-            total = value_P.sum()
-            metrics[name] = total / totals["pairs"]
+        logged = figures_of_pairs(found, chosen.labels, rejected.labels, TIE)
+        metrics = mean_shares(logged, totals["pairs"])
         return Shares(loss, metrics)
 
     @abstractmethod
@@ -103,9 +96,33 @@ class PairObjective(AnswerObjective):
         """What each pair adds to the loss of the step, already divided by the totals; and its rewards."""
 
 
-def wins(margins_P: torch.Tensor) -> torch.Tensor:
-    """For each margin 1 where it is above zero, 0 where it is below; one half for a tie."""
-    is_tie_P = margins_P.abs() < TIE
+def figures_of_pairs(
+    found: PairLosses, chosen_labels_P: torch.Tensor, rejected_labels_P: torch.Tensor, tie: float
+) -> TensorsByName:
+    """What is logged of each pair, by name; rewards are equal that differ by no more than a tie."""
+    margins_P = found.chosen_rewards - found.rejected_rewards
+    return {
+        "accuracy": wins(margins_P, tie),
+        "reward_margin": margins_P,
+        "reward_chosen": found.chosen_rewards,
+        "reward_rejected": found.rejected_rewards,
+        "labels_chosen": chosen_labels_P,
+        "labels_rejected": rejected_labels_P,
+    }
+
+
+def mean_shares(values: TensorsByName, total: float) -> TensorsByName:
+    """The sums of some values by name, over the total of the global batch."""
+    shares = {}
+    for name, value_P in values.items():
+        of_pairs = value_P.sum()
+        shares[name] = of_pairs / total
+    return shares
+
+
+def wins(margins_P: torch.Tensor, tie: float) -> torch.Tensor:
+    """For each margin 1 where it is above zero, 0 where it is below; one half where it is no more than a tie."""
+    is_tie_P = margins_P.abs() <= tie
     is_above_P = margins_P > 0
     won_P = is_above_P.double()
     return torch.where(is_tie_P, 0.5, won_P)

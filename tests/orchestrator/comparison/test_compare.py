@@ -10,11 +10,12 @@ import pytest
 from ports import free_port
 from rich.console import Console
 from run_folders import claim, eval_row, make_run, plan, steps
-from tracked_runs import tracked
+from tracked_runs import preferring, tracked
 
 from orchestrator.comparison.compare import Comparison, arrange, compare
 from orchestrator.comparison.measure import format_bytes, format_count, format_duration
 from orchestrator.comparison.run import same_inputs
+from orchestrator.comparison.sparks import spark_lines
 from orchestrator.comparison.table import table
 from orchestrator.tracking.delivery import replay
 from orchestrator.tracking.facts import state_in_mlflow
@@ -77,6 +78,25 @@ def test_a_failed_run_is_not_averaged_with_one_that_finished() -> None:
 def test_rows_with_the_same_name_are_told_apart() -> None:
     found = arrange([tracked("a", 0.9), tracked("a", 0.5, train__lr="0.01")], "e", "uri")
     assert {row.label for row in found.rows} == {"a (0.0001)", "a (0.01)"}
+
+
+def test_runs_on_preferences_have_their_curves_below_the_table() -> None:
+    runs = [
+        preferring("dpo", 0.8),
+        preferring("kto", 0.7, kl=True, train__lr="0.1"),
+        tracked("sft", 0.5, evals=False),
+    ]
+    found = arrange(runs, "e", "uri")
+    assert found.quality.key == "eval_accuracy" and [row.label for row in found.rows] == ["dpo", "kto", "sft"]
+    lines = [line.plain for line in spark_lines(found)]
+    assert "\nAccuracy on held-out pairs" in lines and "\nKL to the reference" in lines
+    held_out = lines.index("\nAccuracy on held-out pairs")
+    assert lines[held_out + 1] == "  dpo  ▁▃▆█  50% → 80%"
+    assert lines[held_out + 2] == "  kto  ▁▃▄▆  50% → 70%"
+    kl = lines.index("\nKL to the reference")
+    assert lines[kl + 1].startswith("  kto  ▁") and lines[kl + 1].endswith("0.01 → nan")
+    assert "!" in lines[kl + 1] and len(lines[kl + 1]) < 80
+    assert list(spark_lines(arrange([tracked("sft", 0.5)], "e", "uri"))) == []
 
 
 def test_quality_falls_back_to_losses() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from tracked_runs import tracked
+from tracked_runs import preferring, tracked
 
 from orchestrator.comparison import chart, report
 from orchestrator.comparison.chart import Line
@@ -63,6 +63,16 @@ def test_a_comparison_of_methods(tmp_path: Path) -> None:
     assert page.count("circle", **{"class": "dot"}) == 2 * 2
     assert "Best exact match: 90.0% by full" in page.text
     assert "± 1.0%" in page.text
+
+
+def test_a_comparison_of_objectives() -> None:
+    page = page_of(preferring("dpo", 0.8), preferring("kto", 0.7, kl=True, train__lr="0.1"))
+    titles = [
+        attributes["aria-label"] for tag, attributes in page.seen if tag == "svg" and "aria-label" in attributes
+    ]
+    for title in ("Accuracy on held-out pairs", "Reward of chosen answers", "KL to the reference"):
+        assert title in titles
+    assert "Best accuracy: 80.0% by dpo" in page.text
 
 
 def test_those_that_are_as_good_are_counted() -> None:

@@ -12,8 +12,9 @@ import torch
 from llamas import random_llama
 
 from trainer.data.batches import Batches
+from trainer.data.collate import collate
 from trainer.data.examples import Examples, GlobalBatch
-from trainer.data.layout import IGNORED, Layout, MicroBatch, collate
+from trainer.data.layout import IGNORED, Layout, MicroBatch
 from trainer.data.tokens import Document
 from trainer.objectives import labels, sft
 

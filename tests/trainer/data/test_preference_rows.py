@@ -15,7 +15,7 @@ from sampling import sampled
 from orchestrator import cli
 from trainer.data.encode import Reading
 from trainer.data.files import RowError
-from trainer.data.preferences import read_judged, read_pairs
+from trainer.data.preferences import read_judged, read_margins, read_pairs
 from trainer.data.rows import Row
 from trainer.data.tokens import Tokens, tokenise
 
@@ -110,6 +110,58 @@ def test_judged_answers_have_a_neighbour(tmp_path: Path) -> None:
     assert [row.answers[1].messages for row in read_judged(chats)] == [(ASKED, WRONG), (ASKED, RIGHT)]
 
 
+ANSWERS = [" 2", " 3", " 4"]
+LIST = {"prompt": "1 + 1 =", "completions": ANSWERS}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (LIST | {"ranks": [1, 2, 3]}, [(" 2", " 3"), (" 2", " 4"), (" 3", " 4")]),
+        (LIST | {"ranks": [3, 1, 1]}, [(" 3", " 2"), (" 4", " 2")]),
+        (LIST | {"scores": [0.5, -1, 0.25]}, [(" 2", " 3"), (" 2", " 4"), (" 4", " 3")]),
+        (
+            {"prompt": "1 + 1 =", "completions": [{"completion": " 3", "rank": 1}, {"completion": " 2", "rank": 0}]},
+            [(" 2", " 3")],
+        ),
+    ],
+)
+def test_lists_make_a_pair_of_each_two_of_unequal_rank(tmp_path: Path, record: Any, expected: Any) -> None:
+    assert texts(jsonl(tmp_path, record)) == [("1 + 1 =", *both) for both in expected]
+
+
+def test_lists_of_chats_and_lists_that_teach_nothing(tmp_path: Path) -> None:
+    chats = {"prompt": [ASKED], "completions": [[WRONG], [RIGHT]], "scores": [1, 2]}
+    found = pairs(jsonl(tmp_path, chats, chats | {"scores": [2, 2]}))
+    assert [pair.left_out for pair in found] == [None, "tied"]
+    assert [answer.messages for answer in found[0].answers] == [(ASKED, RIGHT), (ASKED, WRONG)]
+    tokens = tokenise(
+        jsonl(tmp_path, LIST | {"ranks": [1, 2, 3]}, LIST | {"ranks": [1, 1, 1]}),
+        small.tokenizer(),
+        Reading(64, rows="pairs"),
+        tmp_path / "cache",
+    )
+    assert (len(tokens), tokens.counts.rows, tokens.counts.examples, tokens.counts.number("tied")) == (6, 2, 3, 1)
+    assert tokens.rows.tolist() == [1] * 6
+
+
+def test_margins_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, TEXTS | {"margin": 0.5}, TEXTS, LIST | {"chosen": " 2", "rejected": " 3", "margin": 2})
+    assert [(pair.margin, pair.unused) for pair in read_margins(path)] == [
+        (0.5, ()),
+        (0.0, ()),
+        (2.0, ("completions",)),
+    ]
+    first, *_ = read_pairs(path)
+    assert (first.margin, first.unused) == (0.0, ("margin",))
+    tokens = tokenise(path, small.tokenizer(), Reading(64, rows="margins"), tmp_path / "cache")
+    assert tokens.margins.tolist() == [0.5, 0.5, 0.0, 0.0, 2.0, 2.0]
+    for wrong in (True, "much", float("inf")):
+        bad = jsonl(tmp_path, TEXTS | {"margin": wrong})
+        with pytest.raises(RowError, match="row 1, field margin: found .*, allowed: a finite number"):
+            list(read_margins(bad))
+
+
 MALFORMED_PAIRS: list[tuple[Any, str]] = [
     ({"prompt": "a", "chosen": "b"}, "field rejected: found nothing, allowed: text"),
     ({"prompt": "a", "rejected": "b"}, "field chosen: found nothing, allowed: text"),
@@ -168,10 +220,43 @@ MALFORMED_JUDGED: list[tuple[Any, str]] = [
 ]
 
 
+MALFORMED_LISTS: list[tuple[Any, str]] = [
+    (LIST | {"ranks": [1, 2]}, "field ranks: found 2 of them, allowed: 3, one for each of the completions"),
+    (LIST | {"ranks": [1, 2, "3"]}, "field ranks[2]: found '3' (str), allowed: a finite number"),
+    (LIST | {"ranks": 5}, "field ranks: found 5 (int), allowed: a list of two or more"),
+    (LIST | {"ranks": [1, 2, 2], "completions": "2"}, "field completions: found '2' (str), allowed: a list of two"),
+    (
+        LIST | {"ranks": [1, 2, 2], "completions": [" 2", 3, " 4"]},
+        "field completions[1]: found 3 (int), allowed: text",
+    ),
+    (
+        LIST | {"ranks": [1, 2, 2], "completions": [" 2", "", " 4"]},
+        "field completions[1]: found empty text, allowed:",
+    ),
+]
+ENTRIES = {"prompt": "1 + 1 =", "completions": [{"completion": " 2", "rank": 1}, {"completion": " 3", "rank": 2}]}
+MALFORMED_ENTRIES: list[tuple[Any, str]] = [
+    (
+        ENTRIES | {"completions": [" 2", " 3"]},
+        "field completions[0]: found ' 2' (str), allowed: an object {completion",
+    ),
+    (
+        ENTRIES | {"completions": [{"completion": " 2", "rank": 1}, {"completion": " 3"}]},
+        "field completions[1]: found {'completion': ' 3'} (dict), allowed: an object {completion",
+    ),
+    (
+        ENTRIES | {"completions": [{"completion": " 2", "score": None}, {"completion": " 3", "score": 1}]},
+        "field completions[0].score: found nothing, allowed: a finite number",
+    ),
+]
+
+
 MALFORMED: list[tuple[str, Any, Any, str]] = [
     *(("dpo", TEXTS, *case) for case in MALFORMED_PAIRS),
     *(("dpo", HH, *case) for case in MALFORMED_TRANSCRIPTS),
     *(("kto", JUDGED, *case) for case in MALFORMED_JUDGED),
+    *(("reward", LIST | {"ranks": [1, 2, 3]}, *case) for case in MALFORMED_LISTS),
+    *(("dpo", ENTRIES, *case) for case in MALFORMED_ENTRIES),
 ]
 
 
