@@ -1,0 +1,60 @@
+"""How large an engine has to be for an evaluation: no larger than its questions need, so that a laptop can run it."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from serving.cache import PAGE
+from serving.question import Question
+from serving.shape import Shape
+
+MOST_ROWS = 256
+MOST_SLOTS = 64
+MOST_TOKENS = 131072
+MOST_BYTES = 4 << 30
+VIRTUAL = 512  # positions that an adapter may have in front
+SPARE_BYTES = 16 << 20
+
+
+class InFolder(Protocol):
+    """What lies in a folder, if it is anywhere."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder, if there is one."""
+
+
+def sizes_for(config: Any, questions: Sequence[Question], adapters: Iterable[InFolder]) -> dict[str, int]:
+    """The sizes of an engine, as its arguments, that answers these questions of these adapters."""
+    longest = max(map(length_of, questions)) + VIRTUAL
+    shape = Shape.of(config)
+    positions = min(longest, shape.positions)
+    rows = min(MOST_ROWS, len(questions))
+    wanted = rows * positions
+    least = positions + 4 * PAGE
+    folders = []
+    for adapter in adapters:
+        if adapter.folder is not None:
+            folders.append(adapter.folder)
+    weights = sum(map(bytes_of, folders))
+    return {
+        "slots": min(MOST_SLOTS, max(1, len(folders))),
+        "rows": rows,
+        "positions": positions,
+        "tokens": max(least, min(wanted, MOST_TOKENS)),
+        "adapter_bytes": min(MOST_BYTES, 2 * weights + SPARE_BYTES),
+    }
+
+
+def length_of(question: Question) -> int:
+    """The positions that a question takes, its answer included."""
+    longest = len(question.prompt) + question.new_tokens + 1
+    for text in question.texts:
+        longest = max(longest, len(text.ids) + 1)
+    return longest
+
+
+def bytes_of(folder: Path) -> int:
+    """The size of the files of weights in an adapter's folder."""
+    sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    return sum(sizes)
