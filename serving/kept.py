@@ -7,6 +7,7 @@ end of its process is dropped: that question is asked again. Of two answers to o
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,7 +29,7 @@ class KeptAnswer(NamedTuple):
 
     @classmethod
     def load(cls, plain: PlainLine) -> "KeptAnswer":
-        """The answer in plain data; raises KeyError where there is none."""
+        """The answer in plain data; raises KeyError or TypeError where there is none."""
         numbers = tuple(plain["log_likelihoods"])
         return cls(plain["key"], plain["text"], plain["tokens"], numbers, plain["without_room"])
 
@@ -42,11 +43,12 @@ class AnswersFile:
         self.head: PlainLine = {}
         self.answers: dict[str, KeptAnswer] = {}
         for plain in _json_lines(path):
-            if "key" in plain:
+            if "key" not in plain:
+                self.head = self.head or plain
+                continue
+            with suppress(KeyError, TypeError):  # a line that somebody has changed is no answer
                 answer = KeptAnswer.load(plain)
                 self.answers.setdefault(answer.key, answer)
-            elif not self.head:
-                self.head = plain
 
     def begin(self, head: PlainLine) -> None:
         """Write the first line, where there is none."""

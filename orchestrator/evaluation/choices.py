@@ -12,7 +12,7 @@ from trainer.data.shapes import fill_template, names_in
 
 _WAYS = "the text, the number from 0 or the letter of one of the choices"
 _LETTERS = string.ascii_uppercase
-Cells = Mapping[str, Any]  # of one row, by column
+ColumnValues = Mapping[str, Any]  # of one row, by column
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def read_choices(task: Task) -> Iterator[ChoiceRow]:
         reject(task.data, "no rows", "at least one")
 
 
-def _texts_of(task: Task, record: Cells, where: str) -> tuple[str, ...]:
+def _texts_of(task: Task, record: ColumnValues, where: str) -> tuple[str, ...]:
     """The texts to choose from: templates that are filled in, or a list in a column, each behind a space."""
     texts: list[str] = []
     if isinstance(task.choices, tuple):
@@ -65,7 +65,7 @@ def _texts_of(task: Task, record: Cells, where: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _right_number(name: str, record: Cells, texts: tuple[str, ...], where: str) -> int:
+def _right_number(name: str, record: ColumnValues, texts: tuple[str, ...], where: str) -> int:
     """The number of the right text."""
     value = _column_value(name, record, where)
     number = None
@@ -92,7 +92,7 @@ def _place_of(value: str, texts: tuple[str, ...]) -> int | None:
     return None
 
 
-def _filled_in(template: str, record: Cells, where: str) -> str:
+def _filled_in(template: str, record: ColumnValues, where: str) -> str:
     """A template with the values of a row."""
     values = {}
     for name in names_in(template):
@@ -101,7 +101,7 @@ def _filled_in(template: str, record: Cells, where: str) -> str:
     return fill_template(template, values)
 
 
-def _column_value(name: str, record: Cells, where: str) -> Any:
+def _column_value(name: str, record: ColumnValues, where: str) -> Any:
     """A column of a row; `choices.text` is the field `text` of the column `choices`."""
     steps = [name]
     if name not in record:

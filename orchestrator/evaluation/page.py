@@ -15,9 +15,9 @@ _SECTION = (
     '<h2>{name}</h2><p class="best">{verdict}</p><div class="wide"><table><tr>{heads}</tr>{rows}</table></div>{note}'
 )
 _NOTE = (
-    '<p class="soft">{rows} rows of {data}. In brackets intervals of 95 %; differences are on the same rows, those of '
-    "shares in points of a percent. In bold: the best, and all that these rows, by intervals that hold at once, do not "
-    "tell apart from it.</p>"
+    '<p class="soft">{rows} rows of {data}. In brackets intervals of 95 %; differences are on the same rows, those '
+    "of shares in points of a percent. In bold: the best, and all that these rows, by intervals that hold at once, do "
+    "not tell apart from it.</p>"
 )
 _WARNING = '<p class="warning">{text}</p>'
 _BAR = (
@@ -68,7 +68,7 @@ def _section(task: EvaluatedTask) -> str:
         style = ""
         if result in leaders:
             style = ' class="top"'
-        cells = _cells(task, result)
+        cells = _measure_cells(task, result)
         rows += f"<tr{style}><td>{escape(result.label)}</td>{cells}</tr>"
     data = escape(task.prepared.task.data)
     note = _NOTE.format(rows=len(task.prepared.rows), data=data)
@@ -77,7 +77,7 @@ def _section(task: EvaluatedTask) -> str:
     return _SECTION.format(name=name, verdict=verdict, heads=heads, rows=rows, note=note)
 
 
-def _cells(task: EvaluatedTask, result: TaskResult) -> str:
+def _measure_cells(task: EvaluatedTask, result: TaskResult) -> str:
     """The measures of a result, a share also as a bar, and what it has more than the base."""
     cells = ""
     to_base = task.to_base(result)

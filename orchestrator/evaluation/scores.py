@@ -92,7 +92,7 @@ def is_right(written: str, expected: str, extract: str | None) -> bool:
 
 
 def extracted(text: str, extract: str) -> str | None:
-    """The last match of an expression, of its first group if it has one, without commas in numbers; None without one."""
+    """The last match of an expression, or of its first group, without commas in numbers; None without a match."""
     expression = _SPELLED_OUT.get(extract, extract)
     compiled = re.compile(expression)
     last = None
