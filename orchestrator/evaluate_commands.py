@@ -1,14 +1,18 @@
 """Commands that ask models: evaluation of many adapters in one pass, and a chat with them."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from orchestrator.terminal import Json, clear_count, count_answers, print_json, warn
+from orchestrator.terminal import Json, clear_count, count_answers, print_json, tell, warn
+
+if TYPE_CHECKING:
+    from orchestrator.chat import Conversations
 
 evaluate_app = typer.Typer()
 
@@ -86,3 +90,59 @@ def evaluate_command(
     from orchestrator.render import output_width, print_markup
 
     return print_markup(evaluation_table(evaluation, output_width()))
+
+
+@evaluate_app.command("chat", cls=SeveralValues)
+def chat_command(
+    adapters: AdaptersOption = None,
+    base: BaseOption = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="What draws come from.")] = 0,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Send prompts as they are, without the chat template.")
+    ] = False,
+    cluster: RunsClusterOption = None,
+    as_json: Json = False,
+) -> None:
+    """Ask the base and adapters, one line a prompt; their answers stand side by side. An empty line begins anew."""
+    from orchestrator.chat import ChatSettings, chat
+
+    settings = ChatSettings(max_new_tokens, temperature, seed, plain)
+    with chat(adapters or (), base=base, settings=settings, cluster=cluster) as conversations:
+        for prompt in _prompts():
+            if prompt.strip():
+                _ask_prompt(conversations, prompt, as_json)
+            else:
+                conversations.begin_anew()
+
+
+def _prompts() -> Iterator[str]:
+    """The lines of standard input; where a person types them, behind a mark, until Ctrl-D."""
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+        return
+    import readline  # noqa: F401  (what is typed can be edited, and found again)
+
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+def _ask_prompt(conversations: "Conversations", prompt: str, as_json: bool) -> None:
+    """Ask one prompt and show the answers; what cannot be asked is said, and the next prompt may be."""
+    from orchestrator.errors import InputError
+
+    try:
+        answers = conversations.ask(prompt)
+    except InputError as error:
+        return tell(str(error))
+    if as_json:
+        by_label = {answer.label: answer.text for answer in answers}
+        return print(json.dumps({"prompt": prompt, "answers": by_label}), flush=True)
+    from orchestrator.side_by_side import show_answers
+
+    return show_answers(answers, typed=sys.stdin.isatty(), prompt=prompt)

@@ -11,6 +11,7 @@ from serving.question import Question
 from serving.sequence import Request, Sequence
 
 LOOK_EVERY = 8  # steps of the engine, after which it is looked what is answered
+READ_EVERY = 4  # such looks, after which it is read what is written so far
 WRITE_EVERY_S = 2.0  # seconds that an answer waits to be written, at most
 Decode = Callable[[list[int]], str]  # token ids as text
 AnswersProgress = Callable[[int], None]  # how many questions are answered
@@ -38,6 +39,14 @@ class OpenQuestion:
         if self.written is not None and not self.written.finished:
             return False
         return all(sequence.finished for sequence in self.scored)
+
+    def end_at_stop_text(self, decode: Decode) -> None:
+        """End what is being written where one of the texts that end it is there already."""
+        stop_texts = self.assignment.question.stop_texts
+        if self.written is None or not stop_texts:
+            return
+        text = decode(self.written.answer)
+        self.written.ended = any(stop in text for stop in stop_texts)
 
     def answer(self, decode: Decode) -> KeptAnswer:
         """What came of it; the token that ends an answer is no part of it."""
@@ -70,6 +79,7 @@ class Asking:
         self._open: list[OpenQuestion] = []
         self._unwritten: list[tuple[AnswersFile, KeptAnswer]] = []
         self._written_at = time.monotonic()
+        self._looks = 0
 
     def ask(self, assignments: Iterable[Assignment]) -> None:
         """Ask all of them, in this order as far as there is room."""
@@ -129,8 +139,12 @@ class Asking:
         for _ in range(LOOK_EVERY):
             if not self.engine.scheduler.idle:
                 self.engine.step()
+        self._looks += 1
+        reads = self._looks % READ_EVERY == 0
         still_open: list[OpenQuestion] = []
         for opened in self._open:
+            if reads:
+                opened.end_at_stop_text(self.decode)
             if opened.finished:
                 answer = opened.answer(self.decode)
                 self._take(opened.assignment, answer)

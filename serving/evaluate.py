@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,17 +27,16 @@ import torch
 from serving.asking import AnswersProgress, Asking, Assignment, Decode
 from serving.changes import change_of
 from serving.engine import Engine
-from serving.error import AdapterRefused, BaseRefused
+from serving.error import AdapterRefused
 from serving.folder import adapter_digest
 from serving.kept import AnswersFile
-from serving.loading import loaded
 from serving.question import Question
 from serving.sizes import sizes_for
+from serving.starting import RequestData, ready_engine, say
 
 PROBES = 2  # prompts on which it is seen whether an adapter changes anything
 KEY_SHOWN = 16  # characters of a digest in the name of a file
 VERSIONED = ("torch", "transformers", "fleetune")
-RequestData = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -198,39 +197,14 @@ def _adapters_in(plain: Sequence[RequestData]) -> tuple[list[Candidate], list[st
 def _load_and_ask(
     request: RequestData, sheets: Sequence[AnswerSheet], candidates: Sequence[Candidate], head: RequestData
 ) -> list[str]:
-    """Load the base and the adapters, and ask what is missing; gives what is wrong with adapters instead."""
-    from transformers import AutoTokenizer
-
-    place = request["base"]
-    revision = request["revision"] or "main"
-    tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+    """Load the base and the adapters, and ask what is missing; gives what is wrong with them instead."""
     questions = [assignment.question for assignment in missing_of(sheets)]
     total = len(questions)
-    model = loaded(place, _base_dtype(), revision)
-    try:
-        sizes = sizes_for(model.config, questions, candidates)
-        engine = Engine(model, **sizes)
-    except BaseRefused as error:
-        return [f"{place}: {error}"]
-    problems: list[str] = []
-    for candidate in candidates:
-        try:
-            engine.load(str(candidate.name), candidate.folder or "")
-        except AdapterRefused as error:
-            problems.append(str(error))
-    if problems:
-        return problems
-
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-    answer_all(engine, sheets, decode, head, lambda done: say(done=done, total=total))
+    made = ready_engine(request, lambda config: sizes_for(config, questions, candidates))
+    if isinstance(made, list):
+        return made
+    answer_all(made.engine, sheets, made.decode, head, lambda done: say(done=done, total=total))
     return []
-
-
-def _base_dtype() -> torch.dtype:
-    """The type of the base's weights here: that of the trainer's forward pass."""
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def _versions(base_digest: str) -> dict[str, Any]:
@@ -249,12 +223,6 @@ def _key_of(head: RequestData) -> str:
     text = json.dumps(head, sort_keys=True)
     digest = hashlib.sha256(text.encode())
     return digest.hexdigest()[:KEY_SHOWN]
-
-
-def say(**content: Any) -> None:
-    """Write one line of JSON, at once; what libraries print goes elsewhere."""
-    line = json.dumps(content)
-    print(line, file=sys.__stdout__, flush=True)
 
 
 if __name__ == "__main__":

@@ -58,11 +58,15 @@ class ScoredText:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt that is gone on with for at most `new_tokens` (0: not at all), and texts that are scored."""
+    """A prompt that is gone on with for at most `new_tokens` (0: not at all), and texts that are scored.
+
+    What is written ends with a token of `stop`, or soon after one of `stop_texts`.
+    """
 
     prompt: tuple[int, ...] = ()
     new_tokens: int = 0
     stop: tuple[int, ...] = ()
+    stop_texts: tuple[str, ...] = ()
     texts: tuple[ScoredText, ...] = ()
 
     @cached_property
@@ -77,12 +81,22 @@ class Question:
         texts = []
         for text in self.texts:
             texts.append([text.ids, text.ranges])
-        return {"prompt": self.prompt, "new_tokens": self.new_tokens, "stop": self.stop, "texts": texts}
+        return {
+            "prompt": self.prompt,
+            "new_tokens": self.new_tokens,
+            "stop": self.stop,
+            "stop_texts": self.stop_texts,
+            "texts": texts,
+        }
 
     @classmethod
     def load(cls, plain: Mapping[str, Any]) -> "Question":
         """The question in plain data."""
         texts = map(ScoredText.load, plain["texts"])
-        prompt = tuple(plain["prompt"])
-        stop = tuple(plain["stop"])
-        return cls(prompt, plain["new_tokens"], stop, tuple(texts))
+        return cls(
+            prompt=tuple(plain["prompt"]),
+            new_tokens=plain["new_tokens"],
+            stop=tuple(plain["stop"]),
+            stop_texts=tuple(plain["stop_texts"]),
+            texts=tuple(texts),
+        )

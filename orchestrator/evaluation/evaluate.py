@@ -43,8 +43,8 @@ def evaluate(
     paths = map(Path, tasks)
     read = read_tasks(list(paths))
     sources = resolve_adapters(adapters, cluster)
-    _require_packages()
-    place = _base_named(base, sources)
+    require_engine()
+    place = base_named(base, sources)
     prepared = _prepare(read, place, limit)
     folder = out or home() / "evaluations"
     request = _request_of(place, sources, prepared, folder)
@@ -55,7 +55,7 @@ def evaluate(
     return track(report, sources)
 
 
-def _base_named(base: str | None, sources: Sequence[AdapterSource]) -> Base:
+def base_named(base: str | None, sources: Sequence[AdapterSource]) -> Base:
     """The base that is named, else that of the runs; raises InputError."""
     named: PlainBase = {"model": base} if base else base_of(sources)
     place = Base(model=named["model"], revision=named.get("revision"))
@@ -65,7 +65,7 @@ def _base_named(base: str | None, sources: Sequence[AdapterSource]) -> Base:
     return place
 
 
-def _require_packages() -> None:
+def require_engine() -> None:
     """Raise InputError where what an engine needs is not installed here."""
     missing = []
     for name in _ENGINE_PACKAGES:
@@ -76,14 +76,19 @@ def _require_packages() -> None:
         raise InputError(f"evaluate: needs {packages}; allowed: pip install 'fleetune[train]'")
 
 
-def _prepare(tasks: Sequence[Task], place: Base, limit: int | None) -> list[PreparedTask]:
-    """The rows of tasks as questions; raises InputError with a line for each task whose data cannot be used."""
+def base_tokenizer(place: Base) -> tuple[Any, tuple[int, ...]]:
+    """The tokenizer of a base, and the ids at which its generation stops; raises InputError."""
     folder = folder_of_base(place)
     try:
         tokenizer = load_tokenizer(place, folder)
-        ends = end_ids(tokenizer, place, folder)
+        return tokenizer, end_ids(tokenizer, place, folder)
     except (ValueError, OSError) as error:
         raise InputError(f"--base: {_line_of(error)}") from error
+
+
+def _prepare(tasks: Sequence[Task], place: Base, limit: int | None) -> list[PreparedTask]:
+    """The rows of tasks as questions; raises InputError with a line for each task whose data cannot be used."""
+    tokenizer, ends = base_tokenizer(place)
     preparation = Preparation(tokenizer, ends)
     prepared: list[PreparedTask] = []
     problems: list[str] = []

@@ -16,8 +16,8 @@ _SECTION = (
 )
 _NOTE = (
     '<p class="soft">{rows} rows of {data}. In brackets intervals of 95 %; differences are on the same rows, those '
-    "of shares in points of a percent. In bold: the best, and all that these rows, by intervals that hold at once, do "
-    "not tell apart from it.</p>"
+    "of shares in points of a percent. In bold: the best, and all that these rows, by intervals that hold at once, "
+    "do not tell apart from it.</p>"
 )
 _WARNING = '<p class="warning">{text}</p>'
 _BAR = (

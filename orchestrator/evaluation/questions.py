@@ -100,7 +100,7 @@ class Preparation:
         if task.kind == "generation":
             texts = list(_scored_rows(rows, encoder))
         for row, ids, scored in zip(rows, prompts, texts, strict=True):
-            question = Question(tuple(ids), task.max_new_tokens, self._ends, scored)
+            question = Question(tuple(ids), task.max_new_tokens, self._ends, task.stop, scored)
             prompt = self._shown(ids)
             expected = _expected(row)
             yield AskedRow(row.number, prompt, expected, question)

@@ -78,9 +78,7 @@ def test_answers_are_those_of_the_engine(engine: Engine, exported: dict[str, Exp
     assert heads[0]["change"] is None and all(head["change"] > 0 for head in heads[2:])
 
 
-def test_one_more_adapter_is_all_that_is_asked(
-    engine: Engine, exported: dict[str, Exported], tmp_path: Path
-) -> None:
+def test_one_more_adapter_is_all_that_is_asked(engine: Engine, exported: dict[str, Exported], tmp_path: Path) -> None:
     ask(engine, sheets_of(tmp_path, TASKS, candidates(exported, "lora")))
     assert ask(engine, sheets_of(tmp_path, TASKS, candidates(exported, "lora", "ia3"))) == 10
     assert ask(engine, sheets_of(tmp_path, TASKS, candidates(exported, "ia3", "lora"))) == 0
@@ -181,5 +179,19 @@ def test_an_engine_is_as_large_as_its_questions_need(base: Path, exported: dict[
 def test_a_question_is_its_own_key() -> None:
     plain = json.loads(json.dumps(CHOSEN[0].dump()))
     assert Question.load(plain) == CHOSEN[0] and Question.load(plain).key == CHOSEN[0].key
-    keys = {q.key for q in (*WRITTEN, *CHOSEN, Question(WRITTEN[0].prompt, 6, (STOP,)), Question(WRITTEN[0].prompt, 5))}
+    others = (Question(WRITTEN[0].prompt, 6, (STOP,)), Question(WRITTEN[0].prompt, 5))
+    keys = {question.key for question in (*WRITTEN, *CHOSEN, *others)}
     assert len(keys) == 12
+
+
+def test_an_answer_ends_soon_after_a_stop_text(engine: Engine, exported: dict[str, Exported], tmp_path: Path) -> None:
+    (whole,) = engine.generate([Request(prompt(4), new_tokens=50)])
+    stop_text = f" {whole[3]} "
+    question = Question(prompt(4), new_tokens=50, stop_texts=(stop_text,))
+    sheets = sheets_of(tmp_path, [AskedTask("cut", "d" * 64, (question,))], candidates(exported))
+    ask(engine, sheets)
+    (answer,) = sheets[0].file.answers.values()
+    text = answer.text or ""
+    assert stop_text in text and decode(whole).startswith(text)
+    assert answer.tokens < 50
+    assert engine.cache.free_pages >= engine.cache.pages - 1 - len(NAMES)
