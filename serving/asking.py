@@ -90,6 +90,8 @@ class Asking:
         while self._open:
             self._advance()
         self._write()
+        while not self.engine.scheduler.idle:  # what was ended at a text gives back its pages
+            self.engine.step()
 
     def _begin(self, assignment: Assignment) -> None:
         """Let a question wait for its turn; one that has no room is answered at once, with nothing."""

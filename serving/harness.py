@@ -78,7 +78,7 @@ class SharedEngine:
         """Answer what is asked until the end."""
         while True:
             with self._changed:
-                while not (self._new or self._under_way or self._closed):
+                while self._has_nothing_to_do:
                     self._changed.wait()
                 if self._closed:
                     return
@@ -87,6 +87,11 @@ class SharedEngine:
             for asked in new:
                 self._begin(asked)
             self._advance()
+
+    @property
+    def _has_nothing_to_do(self) -> bool:
+        is_busy = self._new or self._under_way or self._closed
+        return not is_busy and self.engine.scheduler.idle
 
     def _begin(self, asked: Asked) -> None:
         """Give requests to the engine; where one is refused, all of them are."""
@@ -146,11 +151,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # a package without types
         self.shared = shared
         self.adapter = adapter
         self.tokenizer = shared.tokenizer
-        self.tokenizer_name = str(shared.tokenizer.name_or_path).replace("/", "__")
         virtual = 0
         if adapter is not None:
             virtual = shared.engine.pool.packed_of(adapter).adapter.virtual
         self.max_length = shared.engine.positions - virtual
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What requests are kept under, where the harness keeps them."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
 
     @property
     def eot_token_id(self) -> int:
@@ -272,11 +281,11 @@ def evaluate_by_harness(
     `settings` are those of the harness's own `evaluate`: limit, apply_chat_template, ...
     """
     from lm_eval.evaluator import evaluate
-    from lm_eval.tasks import TaskManager, get_task_dict
+    from lm_eval.tasks import TaskManager
 
     shared = SharedEngine(engine, tokenizer)
     manager = TaskManager()
-    task_dicts = [get_task_dict(list(tasks), manager) for _ in adapters]  # a task keeps its requests and answers
+    task_dicts = [manager.load(list(tasks)) for _ in adapters]  # a task keeps its requests and answers
 
     def results(adapter: str | None, task_dict: Any) -> Any:
         model = HarnessModel(shared, adapter)

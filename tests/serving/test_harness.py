@@ -31,6 +31,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         other = PAIRS[number - 1].split("-")[1]
         rows.append({"word": first, "right": second, "choices": [other, second], "gold": 1})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    strip = [{"function": "remove_whitespace"}, {"function": "take_first"}]
     common = {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(path)}},
@@ -38,7 +39,13 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "doc_to_text": "opposite of {{word}} ->",
     }
     return [
-        {**common, "task": "chosen", "output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold"},
+        {
+            **common,
+            "task": "chosen",
+            "output_type": "multiple_choice",
+            "doc_to_choice": "choices",
+            "doc_to_target": "gold",
+        },
         {
             **common,
             "task": "written",
@@ -46,7 +53,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             "doc_to_target": "right",
             "generation_kwargs": {"until": [" long", "\n"], "max_gen_toks": 40, "do_sample": False},
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-            "filter_list": [{"name": "strip", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
+            "filter_list": [{"name": "strip", "filter": strip}],
         },
         {
             **common,
@@ -56,7 +63,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             "doc_to_target": "opposite of {{word}} -> {{right}}",
             "metric_list": [{"metric": "word_perplexity"}],
         },
-    ]  # fmt: skip
+    ]
 
 
 def figures(results: Any) -> dict[str, dict[str, float]]:
@@ -72,7 +79,7 @@ def test_scores_are_those_of_the_harness_own_model(
 ) -> None:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager, get_task_dict
+    from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     exported = {kind: export(TINY, kind, tmp_path / kind, seed=number) for number, kind in enumerate(KINDS)}
@@ -86,7 +93,7 @@ def test_scores_are_those_of_the_harness_own_model(
         model = AutoModelForCausalLM.from_pretrained(TINY) if name is None else exported[name].alone(TINY)
         alone = HFLM(pretrained=model.eval(), tokenizer=tokenizer, max_length=128, batch_size=4, device="cpu")
         with torch.no_grad():
-            expected = evaluate(lm=alone, task_dict=get_task_dict(tasks, TaskManager()), bootstrap_iters=0)
+            expected = evaluate(lm=alone, task_dict=TaskManager().load(tasks), bootstrap_iters=0)
         ours, theirs = figures(found[name]), figures(expected)
         assert ours.keys() == theirs.keys() == {"chosen", "written", "whole"}
         for task, measures in theirs.items():
