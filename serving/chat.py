@@ -10,22 +10,21 @@ import json
 import sys
 from collections.abc import Iterable
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from serving.error import RequestRefused
 from serving.sequence import Request
-from serving.shape import Shape
+from serving.sizes import sizes_of_chat
 from serving.starting import ReadyEngine, RequestData, ready_engine, say
-
-MOST_POSITIONS = 4096
 
 
 def main(lines: Iterable[str]) -> int:
     """Answer turns until there are no more; gives the exit code."""
     lines = iter(lines)
     request = json.loads(next(lines))
-    number = len(request["adapters"])
-    engine = ready_engine(request, lambda config: sizes_of_chat(config, number + 1))
+    folders = [Path(adapter["folder"]) for adapter in request["adapters"]]
+    engine = ready_engine(request, lambda config: sizes_of_chat(config, folders))
     if isinstance(engine, list):
         for problem in engine:
             say(problem=problem)
@@ -40,13 +39,6 @@ def main(lines: Iterable[str]) -> int:
         else:
             say(answers=answers)
     return 0
-
-
-def sizes_of_chat(config: Any, rows: int) -> dict[str, int]:
-    """The sizes of an engine for so many conversations at once."""
-    shape = Shape.of(config)
-    positions = min(MOST_POSITIONS, shape.positions)
-    return {"rows": rows, "slots": rows, "positions": positions, "tokens": rows * (positions + 512)}
 
 
 def answers_to(turn: RequestData, ready: ReadyEngine) -> list[dict[str, Any]]:

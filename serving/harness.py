@@ -21,7 +21,7 @@ from serving.sequence import Sequence as OneSequence
 
 STEPS = 16  # of the engine, between two looks at what is asked and what is answered
 NEW_TOKENS = 256  # of an answer, where a task does not say
-Scored = tuple[float, bool]  # a log-likelihood, and whether it is of the likeliest tokens
+HarnessScore = tuple[float, bool]  # a log-likelihood, and whether it is of the likeliest tokens
 HarnessTask = Any  # a name, a config as plain data, or a task of the harness
 
 
@@ -191,7 +191,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # a package without types
         )
         return str(text)
 
-    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[Scored]:
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[HarnessScore]:
         """The log-likelihood of each continuation behind its context; what is too long loses its beginning."""
         asked = Asked([], [], [])
         for _texts, context, continuation in requests:
@@ -199,7 +199,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # a package without types
             ids = whole[1 - self.max_length :]
             start = len(ids) - len(continuation)
             self._add(asked, ids, max(1, start))
-        results: list[Scored] = []
+        results: list[HarnessScore] = []
         for sequence in self.shared.complete(asked):
             total = sum(sequence.scores)
             are_likeliest = all(sequence.are_likeliest)

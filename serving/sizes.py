@@ -12,6 +12,7 @@ MOST_ROWS = 256
 MOST_SLOTS = 64
 MOST_TOKENS = 131072
 MOST_BYTES = 4 << 30
+LONGEST_CHAT = 4096  # positions
 VIRTUAL = 512  # positions that an adapter may have in front
 SPARE_BYTES = 16 << 20
 
@@ -36,13 +37,26 @@ def sizes_for(config: Any, questions: Sequence[Question], adapters: Iterable[InF
     for adapter in adapters:
         if adapter.folder is not None:
             folders.append(adapter.folder)
-    weights = sum(map(bytes_of, folders))
     return {
         "slots": min(MOST_SLOTS, max(1, len(folders))),
         "rows": rows,
         "positions": positions,
         "tokens": max(least, min(wanted, MOST_TOKENS)),
-        "adapter_bytes": min(MOST_BYTES, 2 * weights + SPARE_BYTES),
+        "adapter_bytes": bytes_for(folders),
+    }
+
+
+def sizes_of_chat(config: Any, folders: Sequence[Path]) -> dict[str, int]:
+    """The sizes of an engine for one conversation with the base, and one with the adapter of each folder."""
+    shape = Shape.of(config)
+    positions = min(LONGEST_CHAT, shape.positions)
+    rows = len(folders) + 1
+    return {
+        "slots": rows,
+        "rows": rows,
+        "positions": positions,
+        "tokens": rows * (positions + VIRTUAL),
+        "adapter_bytes": bytes_for(folders),
     }
 
 
@@ -52,6 +66,12 @@ def length_of(question: Question) -> int:
     for text in question.texts:
         longest = max(longest, len(text.ids) + 1)
     return longest
+
+
+def bytes_for(folders: Iterable[Path]) -> int:
+    """The memory that the adapters of these folders take, with some to spare; a long list of them takes turns."""
+    weights = sum(map(bytes_of, folders))
+    return min(MOST_BYTES, 2 * weights + SPARE_BYTES)
 
 
 def bytes_of(folder: Path) -> int:
