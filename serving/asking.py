@@ -108,9 +108,9 @@ class Asking:
             new_tokens = min(question.new_tokens, self._room(assignment))
             request = Request(question.prompt, adapter, new_tokens, question.stop)
             opened.written = self.engine.add(request)
-        for text in question.texts:
-            request = Request(text.ids, adapter, new_tokens=1)
-            sequence = self.engine.add_scored(request, text.start)
+        for scored in question.texts:
+            request = Request(scored.ids, adapter, new_tokens=1)
+            sequence = self.engine.add_scored(request, scored.start)
             opened.scored.append(sequence)
         self._open.append(opened)
 

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from serving.cache import PAGE
 from serving.question import Question
 from serving.shape import Shape
@@ -12,6 +14,7 @@ MOST_ROWS = 256
 MOST_SLOTS = 64
 MOST_TOKENS = 131072
 MOST_BYTES = 4 << 30
+CPU_CACHE_BYTES = 2 << 30
 LONGEST_CHAT = 4096  # positions
 VIRTUAL = 512  # positions that an adapter may have in front
 SPARE_BYTES = 16 << 20
@@ -33,6 +36,7 @@ def sizes_for(config: Any, questions: Sequence[Question], adapters: Iterable[InF
     rows = min(MOST_ROWS, len(questions))
     wanted = rows * positions
     least = positions + 4 * PAGE
+    most = most_tokens(shape)
     folders = []
     for adapter in adapters:
         if adapter.folder is not None:
@@ -41,7 +45,7 @@ def sizes_for(config: Any, questions: Sequence[Question], adapters: Iterable[InF
         "slots": min(MOST_SLOTS, max(1, len(folders))),
         "rows": rows,
         "positions": positions,
-        "tokens": max(least, min(wanted, MOST_TOKENS)),
+        "tokens": max(least, min(wanted, most)),
         "adapter_bytes": bytes_for(folders),
     }
 
@@ -66,6 +70,18 @@ def length_of(question: Question) -> int:
     for text in question.texts:
         longest = max(longest, len(text.ids) + 1)
     return longest
+
+
+def most_tokens(shape: Shape) -> int:
+    """How many tokens' keys and values take half of the memory that is free on the GPU, else CPU_CACHE_BYTES."""
+    free = CPU_CACHE_BYTES
+    element = 4
+    if torch.cuda.is_available():
+        free_on_gpu, _ = torch.cuda.mem_get_info()
+        free = free_on_gpu // 2
+        element = 2
+    of_token = 2 * shape.layers * shape.key_size * element
+    return min(MOST_TOKENS, free // of_token)
 
 
 def bytes_for(folders: Iterable[Path]) -> int:

@@ -74,7 +74,7 @@ def difference_of_shares(a: FlagsByRow, b: FlagsByRow, level: float = LEVEL) -> 
     return Estimate((only_a - only_b) / n, low, high)
 
 
-def ratio(sums: NumbersByRow, weights: NumbersByRow, level: float = LEVEL) -> Estimate:
+def ratio_of_sums(sums: NumbersByRow, weights: NumbersByRow, level: float = LEVEL) -> Estimate:
     """The sum over rows by the weight of all rows, as a loss per token; of a single row there is no interval."""
     total = math.fsum(weights)
     if not total:
@@ -98,7 +98,7 @@ def difference_of_ratios(a: NumbersByRow, b: NumbersByRow, weights: NumbersByRow
     differences = []
     for of_a, of_b in zip(a, b, strict=True):
         differences.append(of_a - of_b)
-    return ratio(differences, weights, level)
+    return ratio_of_sums(differences, weights, level)
 
 
 def simultaneous(comparisons: int, level: float = LEVEL) -> float:

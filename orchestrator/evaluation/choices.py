@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.evaluation.task import Task
+from orchestrator.evaluation.task import TaskSpec
 from trainer.data.cells import is_empty, shown_in_template, text_of
 from trainer.data.files import describe_value, records, reject
 from trainer.data.shapes import fill_template, names_in
@@ -25,7 +25,7 @@ class ChoiceRow:
     right: int
 
 
-def read_choices(task: Task) -> Iterator[ChoiceRow]:
+def read_choices(task: TaskSpec) -> Iterator[ChoiceRow]:
     """Stream the rows of a task's data; raises RowError."""
     found = False
     for number, record in records(task.data):
@@ -42,7 +42,7 @@ def read_choices(task: Task) -> Iterator[ChoiceRow]:
         reject(task.data, "no rows", "at least one")
 
 
-def _texts_of(task: Task, record: ColumnValues, where: str) -> tuple[str, ...]:
+def _texts_of(task: TaskSpec, record: ColumnValues, where: str) -> tuple[str, ...]:
     """The texts to choose from: templates that are filled in, or a list in a column, each behind a space."""
     texts: list[str] = []
     if isinstance(task.choices, tuple):
@@ -73,7 +73,7 @@ def _right_number(name: str, record: ColumnValues, texts: tuple[str, ...], where
         number = _place_of(value.strip(), texts)
     elif isinstance(value, int):
         number = int(value)
-    if number not in range(len(texts)):
+    if number is None or not 0 <= number < len(texts):
         found = describe_value(value)
         reject(f"{where}, field {name}", found, _WAYS)
     return number

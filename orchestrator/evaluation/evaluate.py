@@ -13,7 +13,7 @@ from orchestrator.evaluation.process import AllAnswers, AnsweredSheet, Evaluatio
 from orchestrator.evaluation.questions import Preparation, PreparedTask
 from orchestrator.evaluation.report import UNTUNED, EvaluatedTask, EvaluationReport, TaskResult
 from orchestrator.evaluation.scores import score_task
-from orchestrator.evaluation.task import Task, read_tasks
+from orchestrator.evaluation.task import TaskSpec, read_tasks
 from orchestrator.evaluation.tracked import track
 from orchestrator.planning.model import folder_of_base
 from runfolder.digests import folder_digest
@@ -86,7 +86,7 @@ def base_tokenizer(place: Base) -> tuple[Any, tuple[int, ...]]:
         raise InputError(f"--base: {_line_of(error)}") from error
 
 
-def _prepare(tasks: Sequence[Task], place: Base, limit: int | None) -> list[PreparedTask]:
+def _prepare(tasks: Sequence[TaskSpec], place: Base, limit: int | None) -> list[PreparedTask]:
     """The rows of tasks as questions; raises InputError with a line for each task whose data cannot be used."""
     tokenizer, ends = base_tokenizer(place)
     preparation = Preparation(tokenizer, ends)

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.evaluation.choices import ChoiceRow, read_choices
-from orchestrator.evaluation.task import Task, described
+from orchestrator.evaluation.task import TaskSpec, described
 from serving.question import Question, ScoredText, TokenRange
 from trainer.data.rows import Row, read_rows
 
@@ -38,7 +38,7 @@ class AskedRow:
 class PreparedTask:
     """A task with its rows."""
 
-    task: Task
+    task: TaskSpec
     rows: tuple[AskedRow, ...]
 
     @property
@@ -62,7 +62,7 @@ class Preparation:
         self._tokenizer = tokenizer
         self._ends = ends
 
-    def prepare(self, task: Task, limit: int | None) -> PreparedTask:
+    def prepare(self, task: TaskSpec, limit: int | None) -> PreparedTask:
         """The first rows of a task, at most `limit` of them; raises RowError."""
         most = task.rows or limit
         if most is not None and limit is not None:
@@ -77,7 +77,7 @@ class Preparation:
             asked = self._rows(task, list(rows), encoder)
         return PreparedTask(task, tuple(asked))
 
-    def _encoder(self, task: Task) -> "Encoder":
+    def _encoder(self, task: TaskSpec) -> "Encoder":
         """What makes token ids of a task's rows."""
         from trainer.data.encode import Encoder, Reading
 
@@ -91,7 +91,7 @@ class Preparation:
         )
         return Encoder(task.data, self._tokenizer, reading)
 
-    def _rows(self, task: Task, rows: list[Row], encoder: "Encoder") -> Iterator[AskedRow]:
+    def _rows(self, task: TaskSpec, rows: list[Row], encoder: "Encoder") -> Iterator[AskedRow]:
         """A question for each row: its prompt, and of a generation the texts whose loss is asked."""
         if task.chat:
             rows = list(map(_as_chat, rows))
@@ -105,7 +105,7 @@ class Preparation:
             expected = _expected(row)
             yield AskedRow(row.number, prompt, expected, question)
 
-    def _choices(self, task: Task, choices: Sequence[ChoiceRow], encoder: "Encoder") -> Iterator[AskedRow]:
+    def _choices(self, task: TaskSpec, choices: Sequence[ChoiceRow], encoder: "Encoder") -> Iterator[AskedRow]:
         """A question for each row: the log-likelihood of each text that may be chosen, behind the prompt."""
         rows: list[Row] = []
         for choice in choices:
@@ -121,10 +121,10 @@ class Preparation:
             ids: list[int] = []
             for _ in choice.texts:
                 ids = next(prompts)
-                (text,) = next(scored)
+                (scored_text,) = next(scored)
                 if not task.chat:
-                    text = self._without_end(text)
-                texts.append(text)
+                    scored_text = self._without_end(scored_text)
+                texts.append(scored_text)
             question = Question(tuple(ids), texts=tuple(texts))
             prompt = self._shown(ids)
             expected = choice.texts[choice.right].strip()

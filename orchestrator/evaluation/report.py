@@ -10,7 +10,7 @@ from orchestrator.comparison.interval import (
     Estimate,
     difference_of_ratios,
     difference_of_shares,
-    ratio,
+    ratio_of_sums,
     share,
     simultaneous,
 )
@@ -176,7 +176,7 @@ class EvaluationReport:
 def estimate(measure: str, scores: Scores) -> Estimate:
     """A measure over all rows, with its interval."""
     if measure == LOSS:
-        return ratio(_nats(scores), _tokens(scores))
+        return ratio_of_sums(_nats(scores), _tokens(scores))
     right = [score.right for score in scores]
     return share(right)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.evaluation.questions import AskedRow, PreparedTask
-from orchestrator.evaluation.task import Task
+from orchestrator.evaluation.task import TaskSpec
 from serving.kept import KeptAnswer
 from trainer.answers import matches
 
@@ -44,7 +44,7 @@ def score_task(prepared: PreparedTask, answers: Mapping[str, KeptAnswer]) -> Sco
     return tuple(scores)
 
 
-def _score_written(task: Task, row: AskedRow, answer: KeptAnswer) -> Score:
+def _score_written(task: TaskSpec, row: AskedRow, answer: KeptAnswer) -> Score:
     """Whether what was written is right, and the loss of what should have been; what had no room is not right."""
     written = cut_off(answer.text or "", task.stop)
     shown = written.strip()
@@ -56,7 +56,7 @@ def _score_written(task: Task, row: AskedRow, answer: KeptAnswer) -> Score:
     return Score(right, shown, nats, tokens)
 
 
-def _score_choice(task: Task, row: AskedRow, answer: KeptAnswer) -> Score:
+def _score_choice(task: TaskSpec, row: AskedRow, answer: KeptAnswer) -> Score:
     """Whether the likeliest text is the right one."""
     values: list[float] = []
     texts = row.question.texts

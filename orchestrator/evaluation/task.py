@@ -17,7 +17,7 @@ TASK_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
 _OF_CHOICE = ("prompt", "choices", "answer")
 
 
-class Task(Section):
+class TaskSpec(Section):
     """What is asked of every adapter, and how its answers are judged."""
 
     name: str = Field(min_length=1, description="what its results are called; without it, the name of the file")
@@ -71,7 +71,7 @@ class Task(Section):
         return extract
 
     @model_validator(mode="after")
-    def _says_what_is_chosen(self) -> "Task":
+    def _says_what_is_chosen(self) -> "TaskSpec":
         given = [name for name in _OF_CHOICE if getattr(self, name) is not None]
         if self.kind != "choice":
             if given:
@@ -96,7 +96,7 @@ class Task(Section):
         return ("exact_match",)
 
 
-def read_task(path: Path) -> Task:
+def read_task(path: Path) -> TaskSpec:
     """The task in a file; raises InputError with one line per error."""
     plain = load_yaml(path)
     plain.setdefault("name", path.stem)
@@ -104,17 +104,19 @@ def read_task(path: Path) -> Task:
     if isinstance(choices, list):
         plain["choices"] = tuple(choices)
     try:
-        task = Task.model_validate(plain)
+        task = TaskSpec.model_validate(plain)
     except ValidationError as error:
-        problems = explain(error, plain, Task)
-        lines = [f"{path}: {problem}" for problem in problems]
+        lines = []
+        for problem in explain(error, plain, TaskSpec):
+            of_task = problem.removeprefix("job: ")
+            lines.append(f"{path}: {of_task}")
         raise InputError("\n".join(lines)) from None
     return task.model_copy(update={"data": _found_from(task.data, path)})
 
 
-def read_tasks(paths: list[Path]) -> list[Task]:
+def read_tasks(paths: list[Path]) -> list[TaskSpec]:
     """The tasks in some files, whose names differ; raises InputError with a line for each error of all of them."""
-    tasks: list[Task] = []
+    tasks: list[TaskSpec] = []
     problems: list[str] = []
     for path in paths:
         try:
@@ -144,6 +146,6 @@ def _found_from(source: str, task_file: Path) -> str:
     return source
 
 
-def described(task: Task) -> dict[str, Any]:
+def described(task: TaskSpec) -> dict[str, Any]:
     """What a task's questions depend on, beside its data; not what counts as right: that is judged each time."""
     return task.model_dump(mode="json", exclude={"data", "rows", "extract", "normalise", "answer"})

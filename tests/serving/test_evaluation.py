@@ -1,6 +1,7 @@
 """Evaluation in one pass: answers that are the engine's own, kept one by one, and never asked for twice."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,10 @@ def ask(engine: Engine, sheets: list[AnswerSheet], told: list[int] | None = None
 
 
 def test_answers_are_those_of_the_engine(engine: Engine, exported: dict[str, Exported], tmp_path: Path) -> None:
-    sheets = sheets_of(tmp_path, TASKS, candidates(exported, *NAMES))
+    (whole,) = engine.generate([Request(WRITTEN[0].prompt, new_tokens=5)])
+    stop = whole[2]  # of one question at least, the answer ends with it
+    written = AskedTask("written", "a" * 64, tuple(replace(question, stop=(stop,)) for question in WRITTEN))
+    sheets = sheets_of(tmp_path, [written, TASKS[1]], candidates(exported, *NAMES))
     assert ask(engine, sheets) == 4 * 10
     for sheet in sheets:
         kept, name = AnswersFile(sheet.file.path).answers, sheet.candidate.name
@@ -68,12 +72,13 @@ def test_answers_are_those_of_the_engine(engine: Engine, exported: dict[str, Exp
         for question in sheet.task.questions:
             answer = kept[question.key]
             if question.new_tokens:
-                (ids,) = engine.generate([Request(question.prompt, name, 5, (STOP,))])
+                (ids,) = engine.generate([Request(question.prompt, name, 5, (stop,))])
                 assert answer.tokens == len(ids)
-                assert answer.text == decode(ids[:-1] if ids[-1] == STOP else ids)
+                assert answer.text == decode(ids[:-1] if ids[-1] == stop else ids)
             for text, total in zip(question.texts, answer.log_likelihoods, strict=True):
                 (scores,) = engine.log_likelihoods([Request(text.ids, name, 1)], [3])
                 assert total == pytest.approx(sum(scores[:2]) + sum(scores[6:9]), abs=1e-4)
+    assert sheets[0].file.answers[written.questions[0].key].text == decode(whole[: whole.index(stop)])
     heads = [sheet.file.head for sheet in sheets]
     assert heads[0]["change"] is None and all(head["change"] > 0 for head in heads[2:])
 
@@ -159,6 +164,7 @@ def test_the_first_of_two_answers_counts_and_broken_lines_do_not(tmp_path: Path)
     file = AnswersFile(path)
     file.begin({"base": "x"})
     file.add([KeptAnswer("a", "one", 3), KeptAnswer("a", "two", 4)])
+    assert file.answers["a"].text == "one"
     path.write_text(path.read_text() + '{"key": "b", "text": "no more"}\n7\n{"ke')
     AnswersFile(path).add([KeptAnswer("c", "ü", 1)])
     read = AnswersFile(path)

@@ -55,7 +55,7 @@ def test_a_difference_of_losses_on_the_same_rows(n: int) -> None:
 def test_known_values() -> None:
     wilson = interval.share([True] * 8 + [False] * 2)
     assert (wilson.low, wilson.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    mean = interval.ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1] * 5)
+    mean = interval.ratio_of_sums([1.0, 2.0, 3.0, 4.0, 5.0], [1] * 5)
     assert (mean.value, mean.high) == pytest.approx((3.0, 3 + 2.776 * math.sqrt(2.5 / 5)), abs=0.01)
     nothing = interval.difference_of_shares([True] * 50, [True] * 50)
     assert nothing.low < 0 < nothing.high and not nothing.excludes_zero
@@ -64,16 +64,16 @@ def test_known_values() -> None:
 @pytest.mark.parametrize(("degrees", "quantile"), [(1, 12.706), (2, 4.303), (3, 3.182), (10, 2.228), (100, 1.984)])
 def test_student(degrees: int, quantile: float) -> None:
     rows = [0.0] * degrees + [1.0]
-    found = interval.ratio(rows, [1] * len(rows))
+    found = interval.ratio_of_sums(rows, [1] * len(rows))
     mean = 1 / len(rows)
     deviation = math.sqrt(mean * (1 - mean) * len(rows) / degrees / len(rows))
     assert (found.high - mean) / deviation == pytest.approx(quantile, rel=0.01)
 
 
 def test_what_has_no_interval() -> None:
-    one = interval.ratio([3.0], [2])
+    one = interval.ratio_of_sums([3.0], [2])
     assert one.to_json() == {"value": 1.5, "low": None, "high": None}
-    assert interval.ratio([], []).to_json()["value"] is None
+    assert interval.ratio_of_sums([], []).to_json()["value"] is None
 
 
 def test_many_at_once_are_wider() -> None:

@@ -75,7 +75,8 @@ def test_what_is_wrong_is_one_line(changes: dict[str, Any], said: str, tmp_path:
     path = task_file(tmp_path, ROWS, **changes)
     with pytest.raises(InputError) as caught:
         read_task(path)
-    assert f"{path}: " in str(caught.value) and said in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ") and said in str(caught.value)
+    assert "job: " not in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
