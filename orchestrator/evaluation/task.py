@@ -11,7 +11,7 @@ from orchestrator.errors import InputError
 from orchestrator.planning.spec import load_yaml
 from orchestrator.planning.spec_errors import explain
 from runfolder.resources import Section
-from runfolder.sources import HubDataset, SubmitterFile, parse_source
+from runfolder.sources import SubmitterFile, parse_source
 
 TASK_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
 _OF_CHOICE = ("prompt", "choices", "answer")
@@ -134,16 +134,12 @@ def read_tasks(paths: list[Path]) -> list[TaskSpec]:
 
 
 def _found_from(source: str, task_file: Path) -> str:
-    """A task's data as it is found from anywhere: a path is relative to the task's file, if there is such a file."""
+    """A task's data as it is found from anywhere: a path of this machine is relative to the task's file."""
     parsed = parse_source(source)
-    path = task_file.parent / source
-    if path.is_file():
-        return str(path.resolve())
-    if isinstance(parsed, HubDataset):
+    if not isinstance(parsed, SubmitterFile):
         return source
-    if isinstance(parsed, SubmitterFile) and not parsed.path.is_absolute():
-        return str(path.absolute())
-    return source
+    path = task_file.parent / source
+    return str(path.absolute())
 
 
 def described(task: TaskSpec) -> dict[str, Any]:

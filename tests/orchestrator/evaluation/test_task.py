@@ -55,6 +55,8 @@ def test_a_task_is_named_by_its_file_and_finds_its_data(tmp_path: Path, monkeypa
     task = read_task(Path("tasks/sums.yaml"))
     assert (task.name, task.data) == ("sums", str(path.with_name("rows.jsonl")))
     assert task.measures == ("exact_match",)
+    (tmp_path / "tasks" / "hub.yaml").write_text("kind: exact_match\ndata: openai/gsm8k:main:test\n")
+    assert read_task(Path("tasks/hub.yaml")).data == "openai/gsm8k:main:test"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,7 @@ def test_a_chat_is_asked_through_the_template(tokenizer: Any, tmp_path: Path) ->
 def test_rows_are_limited_by_the_task_and_by_the_command(tokenizer: Any, tmp_path: Path) -> None:
     assert len(prepared(tokenizer, task_file(tmp_path, ROWS, rows=4)).rows) == 4
     assert len(prepared(tokenizer, task_file(tmp_path, ROWS, rows=4), limit=2).rows) == 2
+    assert len(prepared(tokenizer, task_file(tmp_path, ROWS, rows=2), limit=4).rows) == 2
     assert len(prepared(tokenizer, task_file(tmp_path, ROWS), limit=3).rows) == 3
     assert len(prepared(tokenizer, task_file(tmp_path, CHOICES, **CHOICE), limit=3).rows) == 3
 
