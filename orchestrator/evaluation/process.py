@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -85,9 +86,20 @@ def have_answered(request: dict[str, Any], progress: EvaluationProgress) -> AllA
             raise InputError("\n".join(problems))
         if code:
             errors.seek(0)
-            lines = errors.read().strip().splitlines() or [f"exit code {code}"]
-            raise JobFailed(f"the evaluation has failed: {lines[-1]}")
+            why = _reason(code, errors.read())
+            raise JobFailed(f"the evaluation has failed: {why}; the same command goes on where it stopped")
     return AllAnswers(sheets, asked, seconds)
+
+
+def _reason(code: int, said: str) -> str:
+    """Why a process has failed: the signal that has ended it, or the last line that it said."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"its process was ended by {name}"
+    lines = said.strip().splitlines()
+    if lines:
+        return lines[-1]
+    return f"exit code {code}"
 
 
 def _sheet_in(said: dict[str, Any]) -> AnsweredSheet:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import fleetune
 from orchestrator import runs
 from orchestrator.errors import InputError
+from orchestrator.evaluation import process
 from orchestrator.tracking import store
 from orchestrator.tracking.delivery import Delivery
 from trainer.export import results
@@ -158,3 +159,17 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_asked(
     code, _, err = call(capsys, "evaluate", "--base", str(tmp_path / "no"), "--tasks", str(task))
     assert code == 2 and err.startswith("--base: ")
     assert not (home / "evaluations" / "mixture").exists()
+
+
+def test_a_process_that_is_killed_is_told_as_that(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killer = (
+        "import os, sys; sys.stdin.read(); print('loading', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)"
+    )
+    monkeypatch.setattr(process, "EVALUATOR", [sys.executable, "-c", killer])
+    command = ("evaluate", "--base", str(TINY), "--tasks", str(data / "mixture.yaml"), "--out", str(tmp_path))
+    code, _, err = call(capsys, *command)
+    assert code == 1 and err.splitlines()[-1] == (
+        "the evaluation has failed: its process was ended by SIGKILL; the same command goes on where it stopped"
+    )
