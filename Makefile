@@ -1,4 +1,4 @@
-# make demo: train and compare three small jobs.   make test: lint, types, import contracts, tests.
+# make demo: train, compare and evaluate three small jobs.   make test: lint, types, import contracts, tests.
 # Both make .venv first, on a fresh machine too. PYTHON=... chooses another interpreter (3.11 or newer).
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin

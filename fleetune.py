@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from orchestrator.describe import methods as methods
     from orchestrator.doctor import doctor as doctor
     from orchestrator.errors import InputError as InputError
+    from orchestrator.evaluation.evaluate import evaluate as evaluate
+    from orchestrator.evaluation.report import EvaluationReport as EvaluationReport
     from orchestrator.logs import logs as logs
     from orchestrator.planning.plan import Plan as Plan
     from orchestrator.planning.plan import plan as plan
@@ -48,6 +50,8 @@ _MODULES = {
     "orchestrator.describe": ("methods",),
     "orchestrator.doctor": ("doctor",),
     "orchestrator.errors": ("InputError",),
+    "orchestrator.evaluation.evaluate": ("evaluate",),
+    "orchestrator.evaluation.report": ("EvaluationReport",),
     "runfolder.job": ("Job",),
     "orchestrator.logs": ("logs",),
     "orchestrator.planning.plan": ("Plan", "plan"),

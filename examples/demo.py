@@ -1,4 +1,4 @@
-"""Tune the tiny base with three methods on one task, and compare them: what `make demo` runs."""
+"""Tune the tiny base with three methods on one task, compare and evaluate them: what `make demo` runs."""
 
 import subprocess
 import sys
@@ -12,11 +12,12 @@ from runfolder.chain import attempts
 HERE = Path(__file__).parent
 BUILD = HERE.parent / "build" / "demo"
 METHODS = ("lora", "dora", "full")
+ADAPTERS = METHODS[:2]  # what the third method leaves is a model of its own
 BIN = Path(sys.executable).parent
 
 
 def main() -> None:
-    """Generate the task's rows, submit three jobs, follow them, show answers and the comparison."""
+    """Generate the task's rows, submit three jobs, follow them, show answers, the comparison, and an evaluation."""
     began = time.monotonic()
     step(f"python examples/tiny/generate.py rows record {BUILD}")
     subprocess.run([sys.executable, HERE / "tiny" / "generate.py", "rows", "record", BUILD], check=True)
@@ -38,6 +39,12 @@ def main() -> None:
     command = ["compare", "--experiment", experiment, "--html", str(report)]
     step("fleetune " + " ".join(command))
     subprocess.run([BIN / "fleetune", *command], check=True)
+    answers = BUILD / "answers.html"
+    adapters = [run.run_id for method, run in zip(METHODS, runs, strict=True) if method in ADAPTERS]
+    command = ["evaluate", "--adapters", *adapters, "--tasks", "examples/demo/record.yaml", "--html", str(answers)]
+    step("fleetune " + " ".join(command))
+    subprocess.run([BIN / "fleetune", *command], cwd=HERE.parent, check=True)
+    print(f"All answers: {answers.resolve().as_uri()}")
     print(f"\n{time.monotonic() - began:.0f} seconds. The report: {report.resolve().as_uri()}")
     print(
         f"The adapter: {runs[0].run_dir / 'output'}\nThe local cluster ends by itself; or now: fleetune cluster stop"

@@ -76,6 +76,13 @@ def count_bytes(file: str, done: int, total: int) -> None:
         print(line, end="\r", file=sys.stderr, flush=True)
 
 
+def count_answers(done: int, total: int) -> None:
+    """Show how many questions of an evaluation are answered, where somebody watches."""
+    if sys.stderr.isatty():
+        line = f"\x1b[2K{done:,} of {total:,} questions answered"
+        print(line, end="\r", file=sys.stderr, flush=True)
+
+
 def count_delivered(cluster: str, runs: int) -> None:
     """Show how many runs of a cluster MLflow was brought, where somebody watches."""
     if sys.stderr.isatty():

@@ -87,6 +87,15 @@ class Engine:
         self.scheduler.add(sequence)
         return sequence
 
+    def add_scored(self, request: Request, start: int) -> Sequence:
+        """Let a request wait whose prompt is scored from the token number `start` > 0 on, and not answered.
+
+        Raises UnknownAdapter or RequestRefused.
+        """
+        sequence = self._scored(request, start)
+        self.scheduler.add(sequence)
+        return sequence
+
     def generate(self, requests: Iterable[Request]) -> list[list[int]]:
         """The answers to requests, in their order: token ids. Where one is refused, none is started."""
         sequences = [self._sequence(request) for request in requests]
@@ -97,9 +106,7 @@ class Engine:
         """The log-probability of each token of the requests' prompts, from the token number `start` > 0 on."""
         sequences: list[Sequence] = []
         for request, start in zip(requests, starts, strict=True):
-            check_start(start, request)
-            sequence = self._sequence(request)
-            sequence.scored_from = start
+            sequence = self._scored(request, start)
             sequences.append(sequence)
         self._complete(sequences)
         return [sequence.scores for sequence in sequences]
@@ -143,6 +150,13 @@ class Engine:
             packed = self.pool.packed_of(request.adapter)
         sequence = Sequence(request, packed)
         self.limits.check(sequence)
+        return sequence
+
+    def _scored(self, request: Request, start: int) -> Sequence:
+        """A request on its way whose prompt is scored; raises UnknownAdapter or RequestRefused."""
+        check_start(start, request)
+        sequence = self._sequence(request)
+        sequence.scored_from = start
         return sequence
 
     def _fill(self) -> None:

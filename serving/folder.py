@@ -36,12 +36,7 @@ class Folder:
             raise AdapterRefused(f"{self.weights_path}: found {size} bytes; allowed: at most {limit}")
         weights = self.weights_path.read_bytes()
         config = self.config_path.read_bytes()
-        digest = hashlib.sha256(weights)
-        digest.update(config)
-        base_config = path / "config.json"
-        if base_config.exists():
-            digest.update(base_config.read_bytes())
-        self.digest = digest.hexdigest()
+        self.digest = _digest_of_parts(path, weights, config)
         self.config = _parse_config(self.config_path, config)
         self._tensors = _parse_tensors(self.weights_path, weights)
         self._taken: set[str] = set()
@@ -117,6 +112,24 @@ HARMLESS = frozenset(
         "vera_dropout",
     )
 )
+
+
+def adapter_digest(path: Path) -> str:
+    """The digest that the adapter in a folder is known by; raises AdapterRefused where there is none."""
+    config_path, weights_path = _find_files(path)
+    weights = weights_path.read_bytes()
+    config = config_path.read_bytes()
+    return _digest_of_parts(path, weights, config)
+
+
+def _digest_of_parts(path: Path, weights: bytes, config: bytes) -> str:
+    """The sha256 of an adapter's weights and config, and of the config that it wants its base to have."""
+    digest = hashlib.sha256(weights)
+    digest.update(config)
+    base_config = path / "config.json"
+    if base_config.exists():
+        digest.update(base_config.read_bytes())
+    return digest.hexdigest()
 
 
 def _fits(actual: torch.Size, allowed: tuple[int | None, ...]) -> bool:

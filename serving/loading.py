@@ -8,11 +8,15 @@ import torch
 TAIL_OF_SLOT = 16  # ranks behind the base's weights
 
 
-def loaded(folder: str | Path) -> Any:
-    """A model from its folder, on the GPU if there is one."""
+def loaded(place: str | Path, dtype: torch.dtype | None = None, revision: str = "main") -> Any:
+    """A model from its folder or by its hub id, on the GPU if there is one, in this type or its own.
+
+    Code of its own is never run.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    wanted = dtype or "auto"
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, revision=revision, trust_remote_code=False)
     if torch.cuda.is_available():
         model = model.to("cuda")
     return model.eval()

@@ -32,10 +32,11 @@ def score(forward: Forward, chosen: Chosen, hidden_TD: Tensor) -> None:
     for first in range(0, len(scored), AT_ONCE):
         stop = first + AT_ONCE
         part = scored[first:stop]
-        values = log_probabilities(forward, part, hidden_TD)
-        for item, value in zip(part, values, strict=True):
-            scores = item.sequence.scores
-            scores.append(value)
+        values, are_likeliest = log_probabilities(forward, part, hidden_TD)
+        for item, value, is_likeliest in zip(part, values, are_likeliest, strict=True):
+            sequence = item.sequence
+            sequence.scores.append(value)
+            sequence.are_likeliest.append(is_likeliest)
 
 
 def scored_rows(sequence: Sequence, span: Span) -> list[Scored]:
@@ -56,8 +57,8 @@ def scored_rows(sequence: Sequence, span: Span) -> list[Scored]:
     return scored
 
 
-def log_probabilities(forward: Forward, scored: list[Scored], hidden_TD: Tensor) -> list[float]:
-    """The log-probability of the token behind each of these rows."""
+def log_probabilities(forward: Forward, scored: list[Scored], hidden_TD: Tensor) -> tuple[list[float], list[bool]]:
+    """The log-probability of the token behind each of these rows, and whether no other one is likelier."""
     owners: list[Owner] = []
     rows: list[int] = []
     tokens: list[int] = []
@@ -77,4 +78,7 @@ def log_probabilities(forward: Forward, scored: list[Scored], hidden_TD: Tensor)
     score_N1 = log_NV.gather(1, token_N1)
     score_N = score_N1.flatten()
     scores: list[float] = score_N.tolist()
-    return scores
+    highest_N = log_NV.amax(-1)
+    is_likeliest_N = score_N == highest_N
+    are_likeliest: list[bool] = is_likeliest_N.tolist()
+    return scores, are_likeliest

@@ -42,6 +42,8 @@ class Sequence:
     answer: list[int] = field(default_factory=list)
     scored_from: int | None = None  # instead of an answer, log-probabilities of the prompt from this token on
     scores: list[float] = field(default_factory=list)
+    are_likeliest: list[bool] = field(default_factory=list)  # of the scored tokens, whether no other is likelier
+    ended: bool = False  # whoever asked has seen that its answer need not go on
 
     @property
     def virtual(self) -> int:
@@ -83,6 +85,8 @@ class Sequence:
             return self.uncomputed == 0
         if not self.answer:
             return False
+        if self.ended:
+            return True
         request = self.request
         if len(self.answer) >= request.new_tokens:
             return True

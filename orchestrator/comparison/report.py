@@ -49,7 +49,13 @@ def page(comparison: Comparison) -> str:
     file = Path(__file__).with_name("report.html")
     template = Template(file.read_text(encoding="utf-8"))
     plot = _plot_area()
-    return template.substitute(title=title, plot=plot, body=body)
+    return template.substitute(title=title, style=style_sheet(), plot=plot, body=body)
+
+
+def style_sheet() -> str:
+    """The style of all pages that are one file."""
+    file = Path(__file__).with_name("report.css")
+    return file.read_text(encoding="utf-8")
 
 
 def _plot_area() -> str:

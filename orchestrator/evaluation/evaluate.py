@@ -1,0 +1,187 @@
+"""The verb `evaluate`: all adapters on all tasks, in one pass of one engine, and what came of it."""
+
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import InputError
+from orchestrator.evaluation.adapters import AdapterSource, PlainBase, base_of, resolve_adapters
+from orchestrator.evaluation.process import AllAnswers, AnsweredSheet, EvaluationProgress, have_answered
+from orchestrator.evaluation.questions import Preparation, PreparedTask
+from orchestrator.evaluation.report import UNTUNED, EvaluatedTask, EvaluationReport, TaskResult
+from orchestrator.evaluation.scores import score_task
+from orchestrator.evaluation.task import TaskSpec, read_tasks
+from orchestrator.evaluation.tracked import track
+from orchestrator.planning.model import folder_of_base
+from runfolder.digests import folder_digest
+from runfolder.folders import home
+from runfolder.job import Base
+from trainer.data.tokenizer import end_ids, load_tokenizer
+
+_ENGINE_PACKAGES = ("torch", "transformers", "safetensors")
+
+
+def evaluate(
+    adapters: Sequence[str],
+    tasks: Sequence[Path | str],
+    *,
+    base: str | None = None,
+    limit: int | None = None,
+    out: Path | None = None,
+    cluster: str | None = None,
+    progress: EvaluationProgress = lambda _done, _total: None,
+) -> EvaluationReport:
+    """Evaluate runs (by what `status` takes) and folders of adapters, and the base, on tasks (their files).
+
+    `limit`: only so many rows of each task. Answers are kept in `out`, else in FLEETUNE_HOME/evaluations; what is
+    there already is not asked again. Each adapter that a run left gets a child run of that run in MLflow for each
+    task. Raises InputError with a line for each error, before anything is asked.
+    """
+    paths = map(Path, tasks)
+    read = read_tasks(list(paths))
+    sources = resolve_adapters(adapters, cluster)
+    require_engine()
+    place = base_named(base, sources)
+    prepared = _prepare(read, place, limit)
+    folder = out or home() / "evaluations"
+    request = _request_of(place, sources, prepared, folder)
+    answered = have_answered(request, progress)
+    by_task = _scored_tasks(prepared, sources, answered)
+    warnings = _warnings_of(by_task)
+    report = EvaluationReport(place.model, by_task, answered.asked, answered.seconds, warnings)
+    return track(report, sources)
+
+
+def base_named(base: str | None, sources: Sequence[AdapterSource]) -> Base:
+    """The base that is named, else that of the runs; raises InputError."""
+    named: PlainBase = {"model": base} if base else base_of(sources)
+    place = Base(model=named["model"], revision=named.get("revision"))
+    folder = Path(place.model)
+    if folder.is_dir():
+        return place.model_copy(update={"model": str(folder.resolve())})
+    return place
+
+
+def require_engine() -> None:
+    """Raise InputError where what an engine needs is not installed here."""
+    missing = []
+    for name in _ENGINE_PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            missing.append(name)
+    if missing:
+        packages = ", ".join(missing)
+        raise InputError(f"evaluate: needs {packages}; allowed: pip install 'fleetune[train]'")
+
+
+def base_tokenizer(place: Base) -> tuple[Any, tuple[int, ...]]:
+    """The tokenizer of a base, and the ids at which its generation stops; raises InputError."""
+    folder = folder_of_base(place)
+    try:
+        tokenizer = load_tokenizer(place, folder)
+        return tokenizer, end_ids(tokenizer, place, folder)
+    except (ValueError, OSError) as error:
+        raise InputError(f"--base: {_line_of(error)}") from error
+
+
+def _prepare(tasks: Sequence[TaskSpec], place: Base, limit: int | None) -> list[PreparedTask]:
+    """The rows of tasks as questions; raises InputError with a line for each task whose data cannot be used."""
+    tokenizer, ends = base_tokenizer(place)
+    preparation = Preparation(tokenizer, ends)
+    prepared: list[PreparedTask] = []
+    problems: list[str] = []
+    for task in tasks:
+        try:
+            rows = preparation.prepare(task, limit)
+        except ValueError as error:  # a RowError
+            problems.append(f"task {task.name}: {_line_of(error)}")
+            continue
+        if rows.rows:
+            prepared.append(rows)
+        else:
+            problems.append(f"task {task.name}: {task.data}: found no row with a prompt; allowed: at least one")
+    if problems:
+        raise InputError("\n".join(problems))
+    return prepared
+
+
+def _request_of(
+    place: Base, sources: Sequence[AdapterSource], prepared: Sequence[PreparedTask], out: Path
+) -> dict[str, Any]:
+    """What the evaluating process is asked."""
+    folder = folder_of_base(place)
+    adapters = []
+    for source in sources:
+        adapter = {"name": source.label, "folder": str(source.folder)}
+        adapters.append(adapter)
+    tasks = [task.dump() for task in prepared]
+    return {
+        "base": str(folder or place.model),
+        "revision": None if folder else place.revision,
+        "base_digest": _base_digest(place, folder),
+        "adapters": adapters,
+        "out": str(out.absolute()),
+        "tasks": tasks,
+    }
+
+
+def _base_digest(place: Base, folder: Path | None) -> str:
+    """The digest of a base's folder; of one that is not here yet, of its name."""
+    if folder is not None:
+        return folder_digest(folder, scratch=False)
+    named = f"{place.model}@{place.revision}"
+    digest = hashlib.sha256(named.encode())
+    return digest.hexdigest()
+
+
+def _scored_tasks(
+    prepared: Sequence[PreparedTask], sources: Sequence[AdapterSource], answered: AllAnswers
+) -> list[EvaluatedTask]:
+    """The scores of all answers, by task."""
+    run_ids = {source.label: source.run_id for source in sources}
+    by_task = []
+    for task in prepared:
+        results = []
+        for sheet in answered.sheets:
+            if sheet.task != task.task.name:
+                continue
+            result = _scored_sheet(task, sheet)
+            if sheet.adapter is not None:
+                run_id = run_ids[sheet.adapter]
+                result = replace(result, run_id=run_id)
+            results.append(result)
+        evaluated = EvaluatedTask(task, results)
+        by_task.append(evaluated)
+    return by_task
+
+
+def _scored_sheet(task: PreparedTask, sheet: AnsweredSheet) -> TaskResult:
+    """What one adapter's answers to a task are worth, or the base's."""
+    scores = score_task(task, sheet.file.answers)
+    label = sheet.adapter or UNTUNED
+    return TaskResult(label, sheet.digest, scores, str(sheet.path), sheet.change)
+
+
+def _warnings_of(tasks: Sequence[EvaluatedTask]) -> list[str]:
+    """What is to be known of results: adapters that change nothing, and rows without room."""
+    unchanged: dict[str, None] = {}  # each once
+    crowded: list[str] = []
+    for task in tasks:
+        for result in task.results:
+            if result.change == 0:
+                unchanged[f"{result.label} changes nothing: its logits are those of the base"] = None
+            count = result.without_room
+            if count:
+                rows = len(result.scores)
+                crowded.append(f"task {task.name}: {count} of {rows} rows leave {result.label} no room on the base")
+    return [*unchanged, *crowded]
+
+
+def _line_of(error: Exception) -> str:
+    """The first line of what an error says."""
+    lines = str(error).strip().splitlines()
+    if lines:
+        return lines[0]
+    return type(error).__name__

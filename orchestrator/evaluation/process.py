@@ -1,0 +1,108 @@
+"""The process that evaluates, `python -m serving.evaluate`: a command imports nothing as heavy as an engine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fleetune_start import unshadowed
+from orchestrator.errors import InputError, JobFailed
+from serving.kept import AnswersFile
+
+EVALUATOR = [sys.executable, "-P", "-m", "serving.evaluate"]
+EvaluationProgress = Callable[[int, int], None]  # questions that are answered, and of how many
+
+
+@dataclass(frozen=True)
+class AnsweredSheet:
+    """What one candidate (None: the base) answered to one task, its digest, and how much it changes the logits."""
+
+    task: str
+    adapter: str | None
+    digest: str
+    change: float | None
+    path: Path
+
+    @property
+    def file(self) -> AnswersFile:
+        """Its answers, read anew."""
+        return AnswersFile(self.path)
+
+
+@dataclass(frozen=True)
+class AllAnswers:
+    """All that was answered; `asked` of it only now, in `seconds`."""
+
+    sheets: Sequence[AnsweredSheet]
+    asked: int
+    seconds: float
+
+
+def have_answered(request: dict[str, Any], progress: EvaluationProgress) -> AllAnswers:
+    """Have what a request asks for answered; what was answered before is not asked again.
+
+    Raises InputError with a line for each adapter that cannot be evaluated, JobFailed where the process fails.
+    """
+    sheets: list[AnsweredSheet] = []
+    problems: list[str] = []
+    asked = 0
+    seconds = 0.0
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(
+            EVALUATOR,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=unshadowed(os.environ),
+            text=True,
+        )
+        try:
+            assert child.stdin and child.stdout
+            with suppress(BrokenPipeError):  # it has failed already
+                json.dump(request, child.stdin)
+                child.stdin.close()
+            for line in child.stdout:
+                said = json.loads(line)
+                if "problem" in said:
+                    problems.append(said["problem"])
+                elif "file" in said:
+                    sheets.append(_sheet_in(said))
+                elif "answered" in said:
+                    asked, seconds = said["answered"], said["seconds"]
+                else:
+                    progress(said["done"], said["total"])
+            code = child.wait()
+        finally:
+            child.kill()
+            child.wait()
+        if problems:
+            raise InputError("\n".join(problems))
+        if code:
+            errors.seek(0)
+            why = _reason(code, errors.read())
+            raise JobFailed(f"the evaluation has failed: {why}; the same command goes on where it stopped")
+    return AllAnswers(sheets, asked, seconds)
+
+
+def _reason(code: int, said: str) -> str:
+    """Why a process has failed: the signal that has ended it, or the last line that it said."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"its process was ended by {name}"
+    lines = said.strip().splitlines()
+    if lines:
+        return lines[-1]
+    return f"exit code {code}"
+
+
+def _sheet_in(said: dict[str, Any]) -> AnsweredSheet:
+    """What a line of the process says of a file."""
+    path = Path(said["file"])
+    return AnsweredSheet(said["task"], said["adapter"], said["digest"], said["change"], path)

@@ -1,0 +1,230 @@
+"""Evaluation: the questions of all tasks to the base and to all adapters, in one pass over one engine.
+
+    python -m serving.evaluate < request.json
+
+The request: {base, revision, base_digest, adapters: [{name, folder}], out, tasks: [{name, key, questions}]}. The
+answers are lines of JSON: {problem} for each adapter that cannot be evaluated (then nothing else is done), {file,
+task, adapter, digest, change} for each file of answers, {done, total} now and then, and {answered, seconds} at the
+end. What a file has already is not asked again, and no base is loaded where nothing is left to ask.
+
+Files are named by digests: OUT/BASE/TASK/ADAPTER.jsonl. That of the base is of its weights, and of what else decides
+on its answers here: kind of device, and versions.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serving.asking import AnswersProgress, Asking, Assignment, Decode
+from serving.changes import change_of
+from serving.engine import Engine
+from serving.error import AdapterRefused
+from serving.folder import adapter_digest
+from serving.kept import AnswersFile
+from serving.question import Question
+from serving.sizes import sizes_for
+from serving.starting import RequestData, ready_engine, say
+
+PROBES = 2  # prompts on which it is seen whether an adapter changes anything
+KEY_SHOWN = 16  # characters of a digest in the name of a file
+VERSIONED = ("torch", "transformers", "fleetune")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is evaluated: an adapter by its name, folder and digest; or the base, which has none of these."""
+
+    name: str | None = None
+    folder: Path | None = None
+    digest: str = "base"
+
+    @property
+    def file_name(self) -> str:
+        """The name of its files of answers."""
+        return f"{self.digest[:KEY_SHOWN]}.jsonl"
+
+
+@dataclass(frozen=True)
+class AskedTask:
+    """Questions that belong together; the key is a digest of how they are made of their data."""
+
+    name: str
+    key: str
+    questions: tuple[Question, ...]
+
+    @property
+    def folder_name(self) -> str:
+        """The name of the folder that has its answers."""
+        return f"{self.name}-{self.key[:KEY_SHOWN]}"
+
+    @classmethod
+    def load(cls, plain: RequestData) -> "AskedTask":
+        """The task in plain data."""
+        questions = map(Question.load, plain["questions"])
+        return cls(plain["name"], plain["key"], tuple(questions))
+
+
+@dataclass(frozen=True)
+class AnswerSheet:
+    """The answers of one candidate to one task, and what it has not answered yet."""
+
+    task: AskedTask
+    candidate: Candidate
+    file: AnswersFile
+
+    @property
+    def missing(self) -> list[Question]:
+        """The questions without an answer, each once."""
+        by_key: dict[str, Question] = {}
+        for question in self.task.questions:
+            if question.key not in self.file.answers:
+                by_key[question.key] = question
+        return list(by_key.values())
+
+
+def sheets_of(out: Path, tasks: Sequence[AskedTask], candidates: Sequence[Candidate]) -> list[AnswerSheet]:
+    """Each task with each candidate; the folder is that of the base's answers."""
+    files: dict[Path, AnswersFile] = {}
+    sheets: list[AnswerSheet] = []
+    for candidate in candidates:
+        for task in tasks:
+            path = out / task.folder_name / candidate.file_name
+            if path not in files:
+                files[path] = AnswersFile(path)
+            sheet = AnswerSheet(task, candidate, files[path])
+            sheets.append(sheet)
+    return sheets
+
+
+def missing_of(sheets: Sequence[AnswerSheet]) -> list[Assignment]:
+    """All that is missing: adapter by adapter, as a batch is fastest that has few of them."""
+    missing: list[Assignment] = []
+    asked: set[AnswersFile] = set()  # an adapter may have two names
+    for sheet in sheets:
+        if sheet.file in asked:
+            continue
+        asked.add(sheet.file)
+        for question in sheet.missing:
+            assignment = Assignment(question, sheet.candidate.name, sheet.file)
+            missing.append(assignment)
+    return missing
+
+
+def answer_all(
+    engine: Engine, sheets: Sequence[AnswerSheet], decode: Decode, head: RequestData, progress: AnswersProgress
+) -> None:
+    """Ask what is missing; the adapters are loaded in the engine under their names. `head` is kept in every file."""
+    missing = missing_of(sheets)
+    for sheet in sheets:
+        if sheet.missing and not sheet.file.head:
+            of_sheet = _head_of(engine, sheet)
+            sheet.file.begin({**head, **of_sheet})
+    asking = Asking(engine, decode, progress)
+    asking.ask(missing)
+
+
+def _head_of(engine: Engine, sheet: AnswerSheet) -> dict[str, Any]:
+    """What the file of a sheet says of it; for an adapter, how much it changes."""
+    candidate = sheet.candidate
+    change: float | None = None
+    if candidate.name is not None:
+        prompts = [_prompt_of(question) for question in sheet.task.questions[:PROBES]]
+        change = change_of(engine, candidate.name, prompts)
+    return {"task": sheet.task.name, "adapter": candidate.digest, "change": change}
+
+
+def _prompt_of(question: Question) -> tuple[int, ...]:
+    """What is in front of an answer; where nothing is written, the whole of a text."""
+    if question.prompt:
+        return question.prompt
+    return question.texts[0].ids
+
+
+def main(request: RequestData) -> int:
+    """Do what a request asks for, and print what comes of it; gives the exit code."""
+    tasks = list(map(AskedTask.load, request["tasks"]))
+    candidates, problems = _adapters_in(request["adapters"])
+    head = _versions(request["base_digest"])
+    place = Path(request["out"]) / _key_of(head)
+    sheets = sheets_of(place, tasks, [Candidate(), *candidates])
+    missing = missing_of(sheets)
+    total = len(missing)
+    began = time.monotonic()
+    if missing and not problems:
+        problems = _load_and_ask(request, sheets, candidates, head)
+    for problem in problems:
+        say(problem=problem)
+    if problems:
+        return 2
+    for sheet in sheets:
+        change = sheet.file.head.get("change")
+        candidate = sheet.candidate
+        say(
+            file=str(sheet.file.path),
+            task=sheet.task.name,
+            adapter=candidate.name,
+            digest=candidate.digest,
+            change=change,
+        )
+    say(answered=total, seconds=time.monotonic() - began)
+    return 0
+
+
+def _adapters_in(plain: Sequence[RequestData]) -> tuple[list[Candidate], list[str]]:
+    """The adapters of a request, and what is wrong with those that have none."""
+    candidates: list[Candidate] = []
+    problems: list[str] = []
+    for adapter in plain:
+        folder = Path(adapter["folder"])
+        try:
+            digest = adapter_digest(folder)
+        except (AdapterRefused, OSError) as error:
+            problems.append(str(error))
+            continue
+        candidates.append(Candidate(adapter["name"], folder, digest))
+    return candidates, problems
+
+
+def _load_and_ask(
+    request: RequestData, sheets: Sequence[AnswerSheet], candidates: Sequence[Candidate], head: RequestData
+) -> list[str]:
+    """Load the base and the adapters, and ask what is missing; gives what is wrong with them instead."""
+    questions = [assignment.question for assignment in missing_of(sheets)]
+    total = len(questions)
+    made = ready_engine(request, lambda config: sizes_for(config, questions, candidates))
+    if isinstance(made, list):
+        return made
+    answer_all(made.engine, sheets, made.decode, head, lambda done: say(done=done, total=total))
+    return []
+
+
+def _versions(base_digest: str) -> dict[str, Any]:
+    """What decides on a base's answers, beside the question."""
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    versions = {}
+    for name in VERSIONED:
+        versions[name] = version(name)
+    return {"base": base_digest, "device": device, "versions": versions}
+
+
+def _key_of(head: RequestData) -> str:
+    """The digest of what decides on a base's answers."""
+    text = json.dumps(head, sort_keys=True)
+    digest = hashlib.sha256(text.encode())
+    return digest.hexdigest()[:KEY_SHOWN]
+
+
+if __name__ == "__main__":
+    with redirect_stdout(sys.stderr):
+        sys.exit(main(json.load(sys.stdin)))

@@ -1,0 +1,102 @@
+"""What an evaluation asks of every adapter: to go on with a prompt, to score texts, or both.
+
+A question's key is the digest of all that its answer depends on beside base and adapter, so that an answer that is
+kept somewhere can be found again, and is never taken for the answer to another question.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+TokenRange = tuple[int, int]  # the first of some tokens, and the one behind the last
+
+
+def _range_of(plain: Sequence[int]) -> TokenRange:
+    """A range in plain data."""
+    first, stop = plain
+    return first, stop
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """A text as token ids, and the ranges of it whose log-likelihood is asked; the first token has none."""
+
+    ids: tuple[int, ...]
+    ranges: tuple[TokenRange, ...]
+
+    @property
+    def start(self) -> int:
+        """The first token that is scored."""
+        first, _ = self.ranges[0]
+        return first
+
+    @property
+    def count(self) -> int:
+        """How many tokens are scored."""
+        count = 0
+        for first, stop in self.ranges:
+            count += stop - first
+        return count
+
+    def total(self, scores: Sequence[float]) -> float:
+        """The log-likelihood of what is asked, by the log-probabilities of all tokens from `start` on."""
+        total = 0.0
+        for first, stop in self.ranges:
+            asked = scores[first - self.start : stop - self.start]
+            total += sum(asked)
+        return total
+
+    @classmethod
+    def load(cls, plain: Sequence[Any]) -> "ScoredText":
+        """The text in plain data."""
+        ids, ranges = plain
+        return cls(tuple(ids), tuple(map(_range_of, ranges)))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt that is gone on with for at most `new_tokens` (0: not at all), and texts that are scored.
+
+    What is written ends with a token of `stop`, or soon after one of `stop_texts`.
+    """
+
+    prompt: tuple[int, ...] = ()
+    new_tokens: int = 0
+    stop: tuple[int, ...] = ()
+    stop_texts: tuple[str, ...] = ()
+    texts: tuple[ScoredText, ...] = ()
+
+    @cached_property
+    def key(self) -> str:
+        """The digest of what is asked."""
+        plain = json.dumps(self.dump())
+        digest = hashlib.sha256(plain.encode())
+        return digest.hexdigest()[:32]
+
+    def dump(self) -> dict[str, Any]:
+        """The question as plain data."""
+        texts = []
+        for text in self.texts:
+            texts.append([text.ids, text.ranges])
+        return {
+            "prompt": self.prompt,
+            "new_tokens": self.new_tokens,
+            "stop": self.stop,
+            "stop_texts": self.stop_texts,
+            "texts": texts,
+        }
+
+    @classmethod
+    def load(cls, plain: Mapping[str, Any]) -> "Question":
+        """The question in plain data."""
+        texts = map(ScoredText.load, plain["texts"])
+        return cls(
+            prompt=tuple(plain["prompt"]),
+            new_tokens=plain["new_tokens"],
+            stop=tuple(plain["stop"]),
+            stop_texts=tuple(plain["stop_texts"]),
+            texts=tuple(texts),
+        )

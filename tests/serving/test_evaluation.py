@@ -1,0 +1,203 @@
+"""Evaluation in one pass: answers that are the engine's own, kept one by one, and never asked for twice."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import Exported, loaded
+from safetensors.torch import load_file, save_file
+
+from serving import asking
+from serving.changes import change_of
+from serving.engine import Engine
+from serving.evaluate import AnswerSheet, AskedTask, Candidate, answer_all, missing_of, sheets_of
+from serving.folder import adapter_digest
+from serving.kept import AnswersFile, KeptAnswer
+from serving.question import Question, ScoredText
+from serving.sequence import Request
+from serving.sizes import sizes_for
+
+STOP = 7
+NAMES = ("lora", "prefix", "ia3")
+
+
+def prompt(number: int, length: int = 9) -> tuple[int, ...]:
+    return tuple((5 * number + 11 * i + 3) % 320 for i in range(length))
+
+
+WRITTEN = [Question(prompt(n, 4 + n), new_tokens=5, stop=(STOP,)) for n in range(7)]
+TEXTS = tuple(ScoredText(prompt(n, 12), ((3, 5), (9, 12))) for n in range(3))
+CHOSEN = [Question(prompt(n), texts=TEXTS[n:]) for n in range(3)]
+TASKS = [AskedTask("written", "a" * 64, tuple(WRITTEN)), AskedTask("chosen", "b" * 64, tuple(CHOSEN))]
+
+
+@pytest.fixture
+def engine(base: Path, exported: dict[str, Exported]) -> Engine:
+    engine = Engine(loaded(base), tokens=1024, positions=64, rows=4, adapter_bytes=2**20)
+    for name in NAMES:
+        engine.load(name, exported[name].folder)
+    return engine
+
+
+def candidates(exported: dict[str, Exported], *names: str) -> list[Candidate]:
+    made = [Candidate()]
+    for name in names:
+        folder = exported[name].folder
+        made.append(Candidate(name, folder, adapter_digest(folder)))
+    return made
+
+
+def decode(ids: list[int]) -> str:
+    return " ".join(map(str, ids))
+
+
+def ask(engine: Engine, sheets: list[AnswerSheet], told: list[int] | None = None) -> int:
+    """Ask what is missing; gives how many questions that were."""
+    count = len(missing_of(sheets))
+    answer_all(engine, sheets, decode, {"base": "x"}, (told or []).append)
+    return count
+
+
+def test_answers_are_those_of_the_engine(engine: Engine, exported: dict[str, Exported], tmp_path: Path) -> None:
+    (whole,) = engine.generate([Request(WRITTEN[0].prompt, new_tokens=5)])
+    stop = whole[2]  # of one question at least, the answer ends with it
+    written = AskedTask("written", "a" * 64, tuple(replace(question, stop=(stop,)) for question in WRITTEN))
+    sheets = sheets_of(tmp_path, [written, TASKS[1]], candidates(exported, *NAMES))
+    assert ask(engine, sheets) == 4 * 10
+    for sheet in sheets:
+        kept, name = AnswersFile(sheet.file.path).answers, sheet.candidate.name
+        assert len(kept) == len(sheet.task.questions)
+        for question in sheet.task.questions:
+            answer = kept[question.key]
+            if question.new_tokens:
+                (ids,) = engine.generate([Request(question.prompt, name, 5, (stop,))])
+                assert answer.tokens == len(ids)
+                assert answer.text == decode(ids[:-1] if ids[-1] == stop else ids)
+            for text, total in zip(question.texts, answer.log_likelihoods, strict=True):
+                (scores,) = engine.log_likelihoods([Request(text.ids, name, 1)], [3])
+                assert total == pytest.approx(sum(scores[:2]) + sum(scores[6:9]), abs=1e-4)
+    assert sheets[0].file.answers[written.questions[0].key].text == decode(whole[: whole.index(stop)])
+    heads = [sheet.file.head for sheet in sheets]
+    assert heads[0]["change"] is None and all(head["change"] > 0 for head in heads[2:])
+
+
+def test_one_more_adapter_is_all_that_is_asked(engine: Engine, exported: dict[str, Exported], tmp_path: Path) -> None:
+    ask(engine, sheets_of(tmp_path, TASKS, candidates(exported, "lora")))
+    assert ask(engine, sheets_of(tmp_path, TASKS, candidates(exported, "lora", "ia3"))) == 10
+    assert ask(engine, sheets_of(tmp_path, TASKS, candidates(exported, "ia3", "lora"))) == 0
+    more = AskedTask("written", "a" * 64, (*WRITTEN, Question(prompt(50), 5, (STOP,))))
+    assert ask(engine, sheets_of(tmp_path, [more], candidates(exported, "ia3", "lora"))) == 3
+
+
+def test_two_names_of_one_adapter_are_asked_once(
+    engine: Engine, exported: dict[str, Exported], tmp_path: Path
+) -> None:
+    twice = candidates(exported, "lora", "lora")
+    assert ask(engine, sheets_of(tmp_path, TASKS, twice)) == 20
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(
+    engine: Engine, exported: dict[str, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sheets_of(tmp_path / "whole", TASKS, candidates(exported, "lora"))
+    ask(engine, whole)
+    monkeypatch.setattr(asking, "WRITE_EVERY_S", -1.0)
+    monkeypatch.setattr(asking, "LOOK_EVERY", 1)
+
+    def stop_after_three(done: int) -> None:
+        if done >= 3:
+            raise KeyboardInterrupt
+
+    parts = sheets_of(tmp_path / "parts", TASKS, candidates(exported, "lora"))
+    with pytest.raises(KeyboardInterrupt):
+        answer_all(engine, parts, decode, {"base": "x"}, stop_after_three)
+    with parts[0].file.path.open("a") as stream:
+        stream.write('{"key": "cut o')  # as a killed process leaves it
+    again = sheets_of(tmp_path / "parts", TASKS, candidates(exported, "lora"))
+    fresh = Engine(engine.base.model, tokens=1024, positions=64, adapter_bytes=2**20)
+    fresh.load("lora", exported["lora"].folder)
+    assert 0 < ask(fresh, again) <= 17
+    for one, other in zip(whole, sheets_of(tmp_path / "parts", TASKS, candidates(exported, "lora")), strict=True):
+        assert one.file.answers.keys() == other.file.answers.keys()
+        for key, answer in one.file.answers.items():
+            assert answer.text == other.file.answers[key].text
+            assert answer.log_likelihoods == pytest.approx(other.file.answers[key].log_likelihoods, abs=1e-4)
+
+
+def test_what_has_no_room_is_answered_with_nothing(
+    engine: Engine, exported: dict[str, Exported], tmp_path: Path
+) -> None:
+    long = AskedTask(
+        "long",
+        "c" * 64,
+        (
+            Question(prompt(1, 62), new_tokens=9, stop=(STOP,)),  # two tokens are left, and none behind a prefix of 5
+            Question(prompt(2, 64), new_tokens=9, stop=(STOP,)),
+            Question(prompt(3), texts=(ScoredText(prompt(3, 64), ((1, 2),)),)),
+        ),
+    )
+    sheets = sheets_of(tmp_path, [long], candidates(exported, "prefix"))
+    ask(engine, sheets)
+    base, prefix = (list(AnswersFile(sheet.file.path).answers.values()) for sheet in sheets)
+    assert [answer.without_room for answer in base] == [True, True, False]
+    assert base[2].tokens == 2
+    assert [answer.without_room for answer in prefix] == [True, True, True]
+
+
+def test_an_adapter_without_effect_is_seen(engine: Engine, exported: dict[str, Exported], tmp_path: Path) -> None:
+    folder = tmp_path / "inert"
+    folder.mkdir()
+    source = exported["lora"].folder
+    (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    weights = load_file(source / "adapter_model.safetensors")
+    inert = {name: torch.zeros_like(w) if "lora_B" in name else w for name, w in weights.items()}
+    save_file(inert, folder / "adapter_model.safetensors")
+    engine.load("inert", folder)
+    assert change_of(engine, "inert", [prompt(1), prompt(2)]) == 0
+    assert change_of(engine, "lora", [prompt(1), prompt(2)]) > 0.01
+
+
+def test_the_first_of_two_answers_counts_and_broken_lines_do_not(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    file = AnswersFile(path)
+    file.begin({"base": "x"})
+    file.add([KeptAnswer("a", "one", 3), KeptAnswer("a", "two", 4)])
+    assert file.answers["a"].text == "one"
+    path.write_text(path.read_text() + '{"key": "b", "text": "no more"}\n7\n{"ke')
+    AnswersFile(path).add([KeptAnswer("c", "ü", 1)])
+    read = AnswersFile(path)
+    assert {key: answer.text for key, answer in read.answers.items()} == {"a": "one", "c": "ü"}
+    assert read.head == {"base": "x"}
+
+
+def test_an_engine_is_as_large_as_its_questions_need(base: Path, exported: dict[str, Exported]) -> None:
+    config = loaded(base).config
+    sizes = sizes_for(config, WRITTEN, candidates(exported, *NAMES))
+    assert sizes["rows"] == 7 and sizes["slots"] == 3
+    engine = Engine(loaded(base), **sizes)
+    for name in NAMES:
+        engine.load(name, exported[name].folder)
+    assert len(engine.generate([Request(q.prompt, name, 5) for q in WRITTEN for name in NAMES])) == 21
+
+
+def test_a_question_is_its_own_key() -> None:
+    plain = json.loads(json.dumps(CHOSEN[0].dump()))
+    assert Question.load(plain) == CHOSEN[0] and Question.load(plain).key == CHOSEN[0].key
+    others = (Question(WRITTEN[0].prompt, 6, (STOP,)), Question(WRITTEN[0].prompt, 5))
+    keys = {question.key for question in (*WRITTEN, *CHOSEN, *others)}
+    assert len(keys) == 12
+
+
+def test_an_answer_ends_soon_after_a_stop_text(engine: Engine, exported: dict[str, Exported], tmp_path: Path) -> None:
+    (whole,) = engine.generate([Request(prompt(4), new_tokens=50)])
+    stop_text = f" {whole[3]} "
+    question = Question(prompt(4), new_tokens=50, stop_texts=(stop_text,))
+    sheets = sheets_of(tmp_path, [AskedTask("cut", "d" * 64, (question,))], candidates(exported))
+    ask(engine, sheets)
+    (answer,) = sheets[0].file.answers.values()
+    text = answer.text or ""
+    assert stop_text in text and decode(whole).startswith(text)
+    assert answer.tokens < 50
+    assert engine.cache.free_pages == engine.cache.pages - 1
