@@ -73,9 +73,13 @@ class Engine:
     def load(self, name: str, folder: Path | str, pinned: bool = False) -> str:
         """Give an adapter a name; returns its digest. Raises AdapterRefused where it cannot be computed exactly."""
         packed = self.pool.prepare(folder)
+        self.give(name, packed, pinned)
+        return packed.digest
+
+    def give(self, name: str, packed: Packed, pinned: bool = False) -> None:
+        """Let a name mean an adapter that `pool.prepare` has read, as another thread may while this one steps."""
         self.forward.rotations.kind(packed)
         self.pool.give(name, packed, pinned)
-        return packed.digest
 
     def unload(self, name: str) -> None:
         """Forget an adapter's name; raises UnknownAdapter."""
@@ -83,13 +87,17 @@ class Engine:
 
     def add(self, request: Request) -> Sequence:
         """Let a request wait for its turn; raises UnknownAdapter or RequestRefused."""
-        sequence = self._sequence(request)
+        sequence = self.sequence(request)
         self.scheduler.add(sequence)
         return sequence
 
+    def cancel(self, sequence: Sequence) -> None:
+        """Let a sequence go unanswered, and free what it holds; one that is finished stays so."""
+        self.scheduler.cancel(sequence)
+
     def generate(self, requests: Iterable[Request]) -> list[list[int]]:
         """The answers to requests, in their order: token ids. Where one is refused, none is started."""
-        sequences = [self._sequence(request) for request in requests]
+        sequences = [self.sequence(request) for request in requests]
         self._complete(sequences)
         return [sequence.answer for sequence in sequences]
 
@@ -98,7 +106,7 @@ class Engine:
         sequences: list[Sequence] = []
         for request, start in zip(requests, starts, strict=True):
             check_start(start, request)
-            sequence = self._sequence(request)
+            sequence = self.sequence(request)
             sequence.scored_from = start
             sequences.append(sequence)
         self._complete(sequences)
@@ -112,7 +120,7 @@ class Engine:
         if self.scheduler.running:
             self._advance()
         elif self.scheduler.waiting and not self.scheduler.filling:
-            self._refuse(self.scheduler.waiting[0])
+            self._refuse(self.scheduler.waiting.first())
 
     @torch.inference_mode()
     def logits(self, request: Request) -> Tensor:
@@ -136,7 +144,7 @@ class Engine:
         while not self.scheduler.idle:
             self.step()
 
-    def _sequence(self, request: Request) -> Sequence:
+    def sequence(self, request: Request) -> Sequence:
         """A request on its way; raises UnknownAdapter or RequestRefused."""
         packed: Packed | None = None
         if request.adapter is not None:
@@ -207,7 +215,7 @@ class Engine:
             tokens = ticket.tokens()
             for sequence, token in zip(ticket.sequences, tokens, strict=True):
                 if not sequence.finished:
-                    sequence.take(token)
+                    self.scheduler.take(sequence, token)
         self._finish()
 
     def _advance_plainly(self) -> None:
@@ -231,7 +239,7 @@ class Engine:
         """Add to each sequence's answer the token that its row says."""
         tokens = self.forward.next_tokens(sequences, hidden_TD)
         for sequence, token in zip(sequences, tokens, strict=True):
-            sequence.take(token)
+            self.scheduler.take(sequence, token)
 
     def _finish(self) -> None:
         """Free what sequences hold whose answers are complete."""
@@ -243,7 +251,9 @@ class Engine:
     def _refuse(self, sequence: Sequence) -> None:
         """Give up a request that does not fit though nothing else runs: pinned adapters have all slots or pages."""
         self.scheduler.drop(sequence)
-        raise RequestRefused("request: found no slot for its adapter, or no pages, beside those that are pinned")
+        refusal = "request: found no slot for its adapter, or no pages, beside those that are pinned"
+        sequence.refusal = RequestRefused(refusal)
+        raise sequence.refusal
 
     def _runner(self, rows: int, ranks: int) -> "Runner":
         """What decodes on a GPU, with so many rows and so many ranks behind the base's weights."""

@@ -1,0 +1,101 @@
+"""A gateway on one machine, without Ray: one engine, and one server in front of it."""
+
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from serving.engine import Engine
+from serving.gateway.app import create_app
+from serving.gateway.service import Allowed, Service
+from serving.gateway.tenants import Tenants
+from serving.gateway.text import Codec
+
+CONNECTIONS = 2048
+DRAIN_S = 60  # for answers that are under way when the server is told to end
+SWITCH_S = 0.001  # a turn of a thread: the engine's must not keep the server's from its sockets
+
+
+@dataclass(frozen=True)
+class EngineSizes:
+    """How much an engine has room for."""
+
+    slots: int = 64
+    rows: int = 256
+    positions: int = 4096
+    tokens: int = 65536
+    adapter_bytes: int = 2**30
+
+
+class Server(uvicorn.Server):
+    """Uvicorn that refuses new requests once it is told to end, answers those that it has, and ends with 0."""
+
+    def __init__(self, service: Service, host: str, port: int, drain_s: int = DRAIN_S) -> None:
+        """Listen on a host's port; 0 is any that is free."""
+        config = uvicorn.Config(
+            create_app(service),
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=drain_s,
+        )
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Drain; a second interruption ends at once."""
+        self._service.draining = True
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    @property
+    def address(self) -> str:
+        """Where it listens, once it has started."""
+        host, port, *_ = self.servers[0].sockets[0].getsockname()
+        if ":" in host:
+            host = f"[{host}]"
+        return f"http://{host}:{port}"
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        """Begin to listen, and say where."""
+        await super().startup(sockets)  # type: ignore[arg-type]
+        if self.started:
+            print(f"serving on {self.address}", flush=True)
+
+
+def make_service(
+    base: str | Path,
+    adapters: Mapping[str, Path],
+    tenants: Tenants | None = None,
+    sizes: EngineSizes | None = None,
+    allowed: Allowed | None = None,
+    name: str | None = None,
+) -> Service:
+    """A base with an operator's adapters, ready to be served; raises BaseRefused or AdapterRefused."""
+    sizes = sizes or EngineSizes()
+    engine = Engine(
+        base,
+        slots=sizes.slots,
+        rows=sizes.rows,
+        positions=sizes.positions,
+        tokens=sizes.tokens,
+        adapter_bytes=sizes.adapter_bytes,
+    )
+    base_name = name or Path(base).name
+    service = Service(engine, Codec(base), base_name, tenants, allowed or Allowed())
+    for adapter_name, folder in adapters.items():
+        service.library.share(adapter_name, folder)
+    return service
+
+
+def run_server(service: Service, host: str, port: int) -> None:
+    """Serve until a signal says to end."""
+    sys.setswitchinterval(SWITCH_S)
+    Server(service, host, port).run()
