@@ -11,7 +11,7 @@ MOST_CHOICES = 32  # of a request: prompts times n
 MOST_STOPS = 16
 TokenIds = Annotated[list[int], Field(min_length=1)]
 TextList = Annotated[list[str], Field(min_length=1)]
-IdLists = Annotated[list[TokenIds], Field(min_length=1)]
+TokenLists = Annotated[list[TokenIds], Field(min_length=1)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
@@ -65,9 +65,7 @@ class Sampling(BaseModel):
 class CompletionBody(Sampling):
     """The body of /v1/completions."""
 
-    prompt: (
-        str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
-    )
+    prompt: str | TokenIds | TextList | TokenLists
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     echo: Annotated[bool, Field(le=False)] | None = None
