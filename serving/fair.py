@@ -30,6 +30,11 @@ class FairQueue:
         """Whether a sequence waits."""
         return sequence in self._waiting.get(sequence.request.tenant, ())
 
+    @property
+    def tenants(self) -> int:
+        """How many tenants have come so far."""
+        return len(self._service)
+
     def service(self, tenant: str) -> float:
         """What a tenant got so far, and was lifted by."""
         return self._service.get(tenant, 0.0)

@@ -13,6 +13,7 @@ from serving.passing import Span
 from serving.pool import Pool, Resident
 from serving.sequence import Sequence
 
+KEPT = 8  # one row in so many is for tenants that have none, where there are several
 Prepare = Callable[[Resident], bool]
 SequenceSpan = tuple[Sequence, Span]  # a sequence, and its rows in a pass
 
@@ -47,7 +48,7 @@ class Scheduler:
         """Start the sequences that wait, in turn, up to the first that does not fit."""
         while self.waiting and self._admitted < self.rows:
             sequence = self.waiting.first()
-            if not self._start(sequence):
+            if self._is_kept_from(sequence) or not self._start(sequence):
                 return
             self.waiting.remove(sequence)
             self.waiting.charge_prompt(sequence)
@@ -56,6 +57,17 @@ class Scheduler:
     @property
     def _admitted(self) -> int:
         return len(self.filling) + len(self.running)
+
+    def _is_kept_from(self, sequence: Sequence) -> bool:
+        """Whether the rows that are free are kept for tenants that have none: who asks now and then starts at once."""
+        kept = 0
+        if self.waiting.tenants > 1:
+            kept = self.rows // KEPT
+        if self._admitted < self.rows - kept:
+            return False
+        tenant = sequence.request.tenant
+        admitted = self.filling + self.running
+        return any(other.request.tenant == tenant for other in admitted)
 
     def next_chunk(self) -> list[SequenceSpan]:
         """The sequences whose prompts are computed next, with their rows: at most a chunk of tokens."""

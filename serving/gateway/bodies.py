@@ -79,8 +79,8 @@ class CompletionBody(Sampling):
         if isinstance(prompt, str):
             return [prompt]
         if isinstance(prompt[0], int):
-            return [prompt]  # type: ignore[list-item]
-        return list(prompt)  # type: ignore[arg-type]
+            return [prompt]
+        return list(prompt)
 
     @property
     def tokens(self) -> int | None:
