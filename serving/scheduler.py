@@ -59,7 +59,7 @@ class Scheduler:
         return len(self.filling) + len(self.running)
 
     def _is_kept_from(self, sequence: Sequence) -> bool:
-        """Whether the rows that are free are kept for tenants that have none: who asks now and then starts at once."""
+        """Whether the free rows are kept for tenants that have none: who asks now and then starts at once."""
         kept = 0
         if self.waiting.tenants > 1:
             kept = self.rows // KEPT

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import openai
 from waiting import until
 
 from serving.gateway.server import EngineSizes, Server, make_service
 from serving.gateway.service import Allowed
-from serving.gateway.tenants import Tenants
+from serving.gateway.tenants import Tenant, Tenants, hash_of
 
 SMALL = EngineSizes(slots=4, rows=8, positions=256, tokens=4096, adapter_bytes=2**21)
 
@@ -35,6 +36,29 @@ def gateway(
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+KEYS = {name: f"ft-key-of-{name}" for name in ("alice", "bob", "eve", "operator")}
+
+
+def tenants_of(**changes: dict[str, Any]) -> Tenants:
+    """Alice and Bob, who bring adapters; Eve, who may use nothing; and an operator."""
+    described: dict[str, dict[str, Any]] = {
+        "alice": {"adapters": ["lora", "tiny"], "uploads": 3},
+        "bob": {"adapters": ["dora"], "uploads": 3},
+        "eve": {},
+        "operator": {"operator": True},
+    }
+    tenants = []
+    for name, description in described.items():
+        description |= changes.get(name, {})
+        tenants.append(Tenant(name=name, keys=[hash_of(KEYS[name])], **description))
+    return Tenants(tenants)
+
+
+def client_of(server: Server, name: str = "nobody") -> openai.OpenAI:
+    """OpenAI's client with a tenant's key, which tries once."""
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key=KEYS.get(name, name), max_retries=0)
 
 
 def files_of(folder: Path) -> dict[str, Any]:

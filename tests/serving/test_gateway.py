@@ -5,7 +5,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from adapters import Exported, export
+from adapters import Exported
 from gateway_server import gateway
 
 from serving.engine import Engine
@@ -17,16 +17,9 @@ PROMPT = "What is 12 + 30?"
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
-    """Adapters for the tiny base with a tokenizer."""
-    folder = tmp_path_factory.mktemp("served")
-    return {name: export(tiny_base, name, folder / name) for name in ("lora", "dora", "prompt")}
-
-
-@pytest.fixture(scope="module")
-def server(tiny_base: Path, folders: dict[str, Exported]) -> Iterator[Server]:
+def server(tiny_base: Path, served: dict[str, Exported]) -> Iterator[Server]:
     """A gateway without tenants."""
-    with gateway(tiny_base, {name: exported.folder for name, exported in folders.items()}) as started:
+    with gateway(tiny_base, {name: exported.folder for name, exported in served.items()}) as started:
         yield started
 
 
@@ -36,11 +29,11 @@ def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
 
 
-def expected(base: Path, folders: dict[str, Exported], adapter: str | None, tokens: int) -> str:
+def expected(base: Path, served: dict[str, Exported], adapter: str | None, tokens: int) -> str:
     """What an engine of its own says behind the prompt, as text."""
     engine = Engine(base, tokens=1024, positions=128, adapter_bytes=2**20)
     if adapter:
-        engine.load(adapter, folders[adapter].folder)
+        engine.load(adapter, served[adapter].folder)
     codec = Codec(base)
     ids = codec._encode(PROMPT, True)
     (answer,) = engine.generate([Request(ids, adapter, tokens, codec.ends)])
@@ -54,9 +47,9 @@ def test_the_models_are_the_base_and_its_adapters(client: openai.OpenAI) -> None
 
 @pytest.mark.parametrize("adapter", [None, "lora", "prompt"])
 def test_completions_are_the_engines(
-    adapter: str | None, client: openai.OpenAI, tiny_base: Path, folders: dict[str, Exported]
+    adapter: str | None, client: openai.OpenAI, tiny_base: Path, served: dict[str, Exported]
 ) -> None:
-    text = expected(tiny_base, folders, adapter, 12)
+    text = expected(tiny_base, served, adapter, 12)
     whole = client.completions.create(model=adapter or "tiny", prompt=PROMPT, max_tokens=12, temperature=0)
     assert whole.choices[0].text == text
     assert whole.usage and whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
