@@ -8,6 +8,7 @@ class ApiRefusal(Exception):
 
     def __init__(self, status: int, message: str, code: str, retry_after_s: float | None = None) -> None:
         """Refuse with a status and a code for programs; `retry_after_s` is when another try may succeed."""
+        message = message.encode("utf-8", "backslashreplace").decode()  # half a surrogate cannot be sent
         super().__init__(message)
         self.status = status
         self.message = message

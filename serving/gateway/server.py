@@ -47,11 +47,11 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=drain_s,
         )
         super().__init__(config)
-        self._service = service
+        self.service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Drain; a second interruption ends at once."""
-        self._service.draining = True
+        self.service.draining = True
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
 

@@ -104,10 +104,14 @@ class Service:
             raise broken()
 
     def _check_text(self, text: str) -> None:
-        """Refuse at once what is longer than any text of so many tokens; raises ApiRefusal."""
+        """Raise ApiRefusal for what is longer than any text of so many tokens, or no text."""
         most = 64 * self.thread.engine.positions
         if len(text) > most:
             raise invalid(f"prompt: found {len(text)} characters; allowed: at most {most}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise invalid(f"prompt: found half a surrogate at {error.start}; allowed: Unicode") from error
 
     async def _begin(
         self,

@@ -121,9 +121,7 @@ def test_operators_read_tokens_and_residency_by_tenant_and_adapter(
     assert 'adapter="counted"' not in httpx2.get(url, headers=operator).text
 
 
-def test_quotas_and_rates_refuse_and_say_when_to_come_back(
-    tiny_base: Path, served: dict[str, Exported]
-) -> None:
+def test_quotas_and_rates_refuse_and_say_when_to_come_back(tiny_base: Path, served: dict[str, Exported]) -> None:
     tenants = tenants_of(alice={"tokens_per_day": 60}, bob={"requests_per_minute": 2})
     with gateway(tiny_base, {name: served[name].folder for name in ("lora", "dora")}, tenants) as server:
         ask(server, "alice", "lora")  # takes at most 12 and its prompt, and gives the rest back
