@@ -47,7 +47,7 @@ class Service:
         self.draining = False
         self.tenants = tenants
         self._accounts: dict[str, Account] = {}
-        self._answers = 0
+        self.under_way = 0  # answers that wait or run, or are being read
 
     def tenant_of(self, authorization: str | None) -> Tenant:
         """Whose an Authorization header is; raises ApiRefusal where it is nobody's."""
@@ -125,11 +125,11 @@ class Service:
         """Let a request's answers wait for their turn; raises ApiRefusal."""
         requests = self._requests(tenant, adapter, body, prompts, tokens)
         count = len(requests)
-        if self._answers + count > self.allowed.answers:
-            raise ApiRefusal(429, f"requests: found {self._answers} under way, no more now", "queue_full", 2.0)
+        if self.under_way + count > self.allowed.answers:
+            raise ApiRefusal(429, f"requests: found {self.under_way} under way, no more now", "queue_full", 2.0)
         account = self.account(tenant)
         account.begin()
-        self._answers += count
+        self.under_way += count
         reserved = 0
         try:
             for request in requests:
@@ -141,17 +141,17 @@ class Service:
                 account.give_back(reserved, day)
                 raise
         except BaseException:
-            self._answers -= count
+            self.under_way -= count
             account.end()
             raise
-        self.metrics.under_way.set(self._answers)
+        self.metrics.under_way.set(self.under_way)
         answers: list[AnswerText] = []
         for stream in streams:
             answers.append(AnswerText(stream, self.codec, body.stops, self.thread.cancel))
 
         def closed(ended: OpenAnswers) -> None:
-            self._answers -= count
-            self.metrics.under_way.set(self._answers)
+            self.under_way -= count
+            self.metrics.under_way.set(self.under_way)
             account.end()
             account.give_back(reserved - self._count(tenant, adapter, ended), day)
 
