@@ -49,8 +49,8 @@ class Tab:
         return found["result"].get("value")
 
     def until(self, script: str) -> Any:
-        """Wait for an expression to be true."""
-        return until(lambda: self.run(script))
+        """Wait for an expression to be true; what it asks for may not be there yet."""
+        return until(lambda: self.run(f"(() => {{ try {{ return {script} }} catch {{ return false }} }})()"))
 
 
 @contextmanager
