@@ -1,9 +1,11 @@
-"""`fleetune serve`: a base and adapters behind an HTTP API, for one person or for many tenants."""
+"""`fleetune serve`, and what it needs: keys for tenants, and adapters that are combined of others."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from orchestrator.terminal import Json, print_json
 
 serve_app = typer.Typer()
 
@@ -37,3 +39,28 @@ def key_command() -> None:
     key = new_key()
     print(f"key:             {key}")
     print(f"tenants file:    {hash_of(key)}")
+
+
+@serve_app.command("combine")
+def combine_command(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER:WEIGHT...", help="LoRA adapters: folders or runs, with weights.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new adapter's folder.")],
+    how: Annotated[str, typer.Option("--how", help="linear, cat, svd, ties or dare.")] = "cat",
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of the result, for svd, ties and dare.")] = None,
+    density: Annotated[
+        float, typer.Option("--density", min=0.01, max=1, help="What ties and dare keep of the updates.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option("--seed", help="Which numbers dare drops.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Combine LoRA adapters of one base into one, which serves and evaluates like any other."""
+    from orchestrator.combine import combine_adapters, report_lines
+
+    report = combine_adapters(out, adapters, how, rank, density, seed)
+    if as_json:
+        print_json(report)
+        return
+    for line in report_lines(report):
+        print(line)

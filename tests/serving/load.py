@@ -80,12 +80,12 @@ class Clients:
         loop = asyncio.get_running_loop()
         self.deadline = loop.time() + seconds
         limits = httpx2.Limits(max_connections=clients + swappers)
-        async with httpx2.AsyncClient(base_url=self.address, limits=limits, timeout=120) as self.http:
-            async with asyncio.TaskGroup() as tasks:
-                for number in range(clients):
-                    tasks.create_task(self.ask_on(random.Random(number)))
-                for number in range(swappers):
-                    tasks.create_task(self.swap_on(number, random.Random(-number - 1)))
+        self.http = httpx2.AsyncClient(base_url=self.address, limits=limits, timeout=120)
+        async with self.http, asyncio.TaskGroup() as tasks:
+            for number in range(clients):
+                tasks.create_task(self.ask_on(random.Random(number)))
+            for number in range(swappers):
+                tasks.create_task(self.swap_on(number, random.Random(-number - 1)))
         return self.counts
 
     async def ask_on(self, draw: random.Random) -> None:
