@@ -21,7 +21,7 @@ class Serving:
     tenants_file: Path | None
     host: str
     port: int
-    no_ray: bool
+    replicas: int | None  # None is one for each GPU
 
 
 def serve(serving: Serving) -> None:
@@ -40,7 +40,8 @@ def serve(serving: Serving) -> None:
     except ModuleNotFoundError as error:
         raise InputError(f"found no {error.name}; it comes with: pip install 'fleetune[serve]'") from error
     try:
-        service = server.make_service(serving.base, folders, tenants)
+        replicas = serving.replicas or server.usual_replicas()
+        service = server.make_service(serving.base, folders, tenants, replicas=replicas)
     except (AdapterRefused, BaseRefused) as error:
         raise InputError(str(error)) from error
     server.run_server(service, serving.host, serving.port)

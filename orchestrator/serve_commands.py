@@ -22,13 +22,16 @@ def serve_command(
     ] = None,
     host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 is any that is free.")] = 8000,
-    no_ray: Annotated[bool, typer.Option("--no-ray", help="One process on this machine.")] = False,
+    replicas: Annotated[
+        int | None, typer.Option("--replicas", min=1, help="Engines, through Ray Serve; one for each GPU without it.")
+    ] = None,
+    no_ray: Annotated[bool, typer.Option("--no-ray", help="One engine, in this process.")] = False,
 ) -> None:
     """Serve a base and its adapters through OpenAI's API; the page at / tries them side by side."""
     from orchestrator.serve import Serving, serve
 
     named = tuple(adapters or ())
-    serve(Serving(base, named, tenants, host, port, no_ray))
+    serve(Serving(base, named, tenants, host, port, 1 if no_ray else replicas))
 
 
 @serve_app.command("key")

@@ -16,13 +16,13 @@ class AnswerText:
         self.stream = stream
         self.reason = "length"
         self.tokens = 0
-        self._text = Detokenizer(codec, stream.sequence.request.prompt)
+        self._text = Detokenizer(codec, stream.request.prompt)
         self._filter = StopFilter(stops)
         self._cancel = cancel
 
     async def pieces(self) -> AsyncIterator[str]:
         """The text that becomes sure with each lot of tokens, if any does; raises ApiRefusal."""
-        ends = self.stream.sequence.request.stop
+        ends = self.stream.request.stop
         last_token = -1
         async for lot in self.stream.tokens():
             self.tokens += len(lot)
@@ -61,7 +61,7 @@ class OpenAnswers:
         for number, answer in enumerate(self.answers):
             usage.answer += answer.tokens
             if number % self._choices == 0:
-                usage.prompt += len(answer.stream.sequence.request.prompt)
+                usage.prompt += len(answer.stream.request.prompt)
         return usage
 
     async def whole(self) -> JsonObject:

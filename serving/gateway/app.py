@@ -11,12 +11,12 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from serving.error import UnknownAdapter
+from serving.gateway.adapter_files import FILES_OF_KIND, AdapterFiles
 from serving.gateway.answers import OpenAnswers
 from serving.gateway.bodies import parsed_chat, parsed_completion
 from serving.gateway.body import disconnected, read_body, read_form
 from serving.gateway.event_stream import EventStream
 from serving.gateway.gate import Gate, refused
-from serving.gateway.library import FILES_OF_KIND
 from serving.gateway.page import PAGE_HEADERS, page_text
 from serving.gateway.refusal import ApiRefusal, invalid, unknown_model
 from serving.gateway.service import Service
@@ -86,10 +86,10 @@ class Routes:
             if config_name not in FILES_OF_KIND:
                 known = ", ".join(FILES_OF_KIND)
                 raise invalid(f"config: found a file of another name; allowed: {known}")
-            files = await config.read(), await weights.read()
+            files = AdapterFiles(config_name, await config.read(), await weights.read())
         finally:
             await form.close()
-        adapter = await self.service.library.bring(tenant, name, config_name, *files)
+        adapter = await self.service.library.bring(tenant, name, files)
         return JSONResponse(adapter.to_json(), 201)
 
     async def forget(self, request: Request) -> Response:
@@ -161,10 +161,9 @@ def create_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.thread.start()
+        service.answering.start()
         yield
-        service.library.close()
-        await asyncio.to_thread(service.thread.stop)
+        await asyncio.to_thread(service.answering.stop)
 
     app = FastAPI(title="Fleetune", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     routes = Routes(service)

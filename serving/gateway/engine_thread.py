@@ -4,14 +4,18 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from serving.engine import Engine
 from serving.error import RequestRefused, UnknownAdapter
-from serving.gateway.refusal import ApiRefusal, invalid, unknown_model
+from serving.gateway.adapter_files import AdapterFiles, read_files
+from serving.gateway.answering import Loaded
+from serving.gateway.refusal import ApiRefusal, broken, invalid, unknown_model
 from serving.gateway.stream import TokenStream
+from serving.packed import Packed
 from serving.sequence import Request, Sequence
 
 Task = Callable[[], None]
@@ -26,9 +30,11 @@ class EngineThread:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.broken = False  # a step failed: nothing is answered any more
-        self.streams: dict[Sequence, TokenStream] = {}
+        self.streams: dict[TokenStream, Sequence] = {}
+        self._sent: dict[TokenStream, int] = {}  # tokens that its loop was told
         self._tasks: SimpleQueue[Task] = SimpleQueue()
         self._stopping = False
+        self._loader = ThreadPoolExecutor(1, "loader")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -38,7 +44,33 @@ class EngineThread:
     def stop(self) -> None:
         """Give up what is under way, and end."""
         self._stopping = True
+        self._loader.shutdown()
         self._thread.join()
+
+    @property
+    def positions(self) -> int:
+        """Positions of a sequence, at most."""
+        return self.engine.positions
+
+    def load_folder(self, name: str, folder: Path) -> Loaded:
+        """Let a name mean the adapter of a folder, before `start`; raises AdapterRefused."""
+        self.engine.load(name, folder)
+        return loaded_of(self.engine.pool.packed_of(name))
+
+    async def load_files(self, name: str, files: AdapterFiles) -> Loaded:
+        """Let a name mean an adapter that nobody has checked yet; raises AdapterRefused."""
+        loop = asyncio.get_running_loop()
+        packed = await loop.run_in_executor(self._loader, read_files, self.engine.pool, files)
+        await self.call(lambda: self.engine.give(name, packed))
+        return loaded_of(packed)
+
+    async def unload(self, name: str) -> None:
+        """Forget a name; what was asked with it is answered still."""
+        await self.call(lambda: self.engine.unload(name))
+
+    async def resident(self) -> set[str]:
+        """The digests that are in slots."""
+        return await self.call(lambda: self.engine.pool.resident)
 
     async def call(self, function: Callable[[], Called]) -> Called:
         """What a function gives that the thread runs between two steps, or raises."""
@@ -60,10 +92,8 @@ class EngineThread:
         if self.broken:
             raise broken()
         sequences = await self.call(lambda: self._sequences(requests))
-        streams: list[TokenStream] = []
-        for sequence in sequences:
-            streams.append(TokenStream(sequence))
-        self._tasks.put(lambda: self._add(streams))
+        streams = [TokenStream(request) for request in requests]
+        self._tasks.put(lambda: self._add(streams, sequences))
         return streams
 
     def cancel(self, stream: TokenStream) -> None:
@@ -82,14 +112,17 @@ class EngineThread:
                 raise invalid(str(error)) from error
         return sequences
 
-    def _add(self, streams: list[TokenStream]) -> None:
-        for stream in streams:
-            self.streams[stream.sequence] = stream
-            self.engine.scheduler.add(stream.sequence)
+    def _add(self, streams: list[TokenStream], sequences: list[Sequence]) -> None:
+        for stream, sequence in zip(streams, sequences, strict=True):
+            self.streams[stream] = sequence
+            self._sent[stream] = 0
+            self.engine.scheduler.add(sequence)
 
     def _cancel(self, stream: TokenStream) -> None:
-        self.streams.pop(stream.sequence, None)
-        self.engine.cancel(stream.sequence)
+        sequence = self.streams.pop(stream, None)
+        if sequence is not None:
+            del self._sent[stream]
+            self.engine.cancel(sequence)
 
     def _run(self) -> None:
         """Work until it is told to stop."""
@@ -127,43 +160,44 @@ class EngineThread:
 
     def _give_up(self) -> None:
         """Tell every reader that there will be no answer, and forget what was under way."""
-        streams = list(self.streams.values())
+        streams = list(self.streams)
         self.streams.clear()
+        self._sent.clear()
         for stream in streams:
             _tell(stream.loop, [(stream, [], True, broken())])
 
     def _deliver(self) -> None:
         """Hand out the tokens that are new, in one message for each event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[Arrival]] = {}
-        for sequence, stream in list(self.streams.items()):
-            arrival = _arrival(stream)
+        for stream, sequence in list(self.streams.items()):
+            arrival = self._arrival(stream, sequence)
             if arrival is None:
                 continue
             arrivals = by_loop.setdefault(stream.loop, [])
             arrivals.append(arrival)
-            if arrival[2]:
-                del self.streams[sequence]
         for loop, arrivals in by_loop.items():
             _tell(loop, arrivals)
 
+    def _arrival(self, stream: TokenStream, sequence: Sequence) -> Arrival | None:
+        """What is new of a stream, if anything is; one that has ended is forgotten."""
+        refusal = None
+        if sequence.refusal is not None:
+            refusal = invalid(str(sequence.refusal))
+        tokens = sequence.answer[self._sent[stream] :]
+        ended = sequence.finished or refusal is not None
+        if ended:
+            del self.streams[stream]
+            del self._sent[stream]
+        elif not tokens:
+            return None
+        else:
+            self._sent[stream] += len(tokens)
+        return stream, tokens, ended, refusal
 
-def broken() -> ApiRefusal:
-    """What everybody gets after a step has failed."""
-    return ApiRefusal(503, "the engine has failed: this server must be started again", "engine_failed")
 
-
-def _arrival(stream: TokenStream) -> Arrival | None:
-    """What is new of a stream's sequence, if anything is."""
-    sequence = stream.sequence
-    refusal = None
-    if sequence.refusal is not None:
-        refusal = invalid(str(sequence.refusal))
-    tokens = sequence.answer[stream.sent :]
-    ended = sequence.finished or refusal is not None
-    if not tokens and not ended:
-        return None
-    stream.sent += len(tokens)
-    return stream, tokens, ended, refusal
+def loaded_of(packed: Packed) -> Loaded:
+    """What others know of an adapter on the host."""
+    return Loaded(packed.digest, packed.adapter.virtual)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, arrivals: list[Arrival]) -> None:

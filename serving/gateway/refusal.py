@@ -45,3 +45,8 @@ def unknown_model(name: str) -> ApiRefusal:
 def invalid(message: str) -> ApiRefusal:
     """A request that says something that is not allowed."""
     return ApiRefusal(400, message, "invalid_request")
+
+
+def broken() -> ApiRefusal:
+    """What everybody gets after a step has failed."""
+    return ApiRefusal(503, "the engine has failed: this server must be started again", "engine_failed")

@@ -1,16 +1,20 @@
-"""A gateway on one machine, without Ray: one engine, and one server in front of it."""
+"""A gateway as a server: in front of one engine in this process, or of several through Ray Serve."""
 
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+import torch
 import uvicorn
 
 from serving.engine import Engine
+from serving.gateway.answering import Answering
 from serving.gateway.app import create_app
+from serving.gateway.engine_thread import EngineThread
+from serving.gateway.replicas import Replicas
 from serving.gateway.service import Allowed, Service
 from serving.gateway.tenants import Tenants
 from serving.gateway.text import Codec
@@ -77,22 +81,36 @@ def make_service(
     sizes: EngineSizes | None = None,
     allowed: Allowed | None = None,
     name: str | None = None,
+    replicas: int = 1,
 ) -> Service:
     """A base with an operator's adapters, ready to be served; raises BaseRefused or AdapterRefused."""
     sizes = sizes or EngineSizes()
-    engine = Engine(
-        base,
-        slots=sizes.slots,
-        rows=sizes.rows,
-        positions=sizes.positions,
-        tokens=sizes.tokens,
-        adapter_bytes=sizes.adapter_bytes,
-    )
+    answering: Answering
+    if replicas > 1:
+        answering = started_replicas(base, sizes, replicas)
+    else:
+        engine = Engine(base, **asdict(sizes))
+        answering = EngineThread(engine)
     base_name = name or Path(base).name
-    service = Service(engine, Codec(base), base_name, tenants, allowed or Allowed())
+    service = Service(answering, Codec(base), base_name, tenants, allowed or Allowed())
     for adapter_name, folder in adapters.items():
         service.library.share(adapter_name, folder)
     return service
+
+
+def started_replicas(base: str | Path, sizes: EngineSizes, count: int) -> Replicas:
+    """So many replicas of a base through Ray Serve, each with a GPU where there are GPUs."""
+    from serving.gateway.replica import start_replicas
+
+    gpus = 1.0 if torch.cuda.is_available() else 0.0
+    handles = start_replicas(str(base), asdict(sizes), count, gpus)
+    positions, _ = handles[0].about.remote().result()
+    return Replicas(handles, positions)
+
+
+def usual_replicas() -> int:
+    """One replica for each GPU; one on the CPU."""
+    return max(1, torch.cuda.device_count())
 
 
 def run_server(service: Service, host: str, port: int) -> None:

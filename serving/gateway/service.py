@@ -3,14 +3,13 @@
 import secrets
 from dataclasses import dataclass, replace
 
-from serving.engine import Engine
 from serving.gateway.account import Account
+from serving.gateway.answering import Answering
 from serving.gateway.answers import AnswerText, OpenAnswers
 from serving.gateway.bodies import MOST_CHOICES, ChatBody, CompletionBody, Sampling
-from serving.gateway.engine_thread import EngineThread, broken
 from serving.gateway.library import Library, Registered
 from serving.gateway.metrics import Measured
-from serving.gateway.refusal import ApiRefusal, invalid
+from serving.gateway.refusal import ApiRefusal, broken, invalid
 from serving.gateway.replies import ChatReply, CompletionReply
 from serving.gateway.tenants import EVERYBODY, Tenant, Tenants
 from serving.gateway.text import Codec
@@ -36,12 +35,12 @@ class Service:
     """All parts of a gateway, and the way of a request through them."""
 
     def __init__(
-        self, engine: Engine, codec: Codec, base_name: str, tenants: Tenants | None, allowed: Allowed
+        self, answering: Answering, codec: Codec, base_name: str, tenants: Tenants | None, allowed: Allowed
     ) -> None:
         """Without `tenants` everybody may do everything, and nobody has a key."""
-        self.thread = EngineThread(engine)
+        self.answering = answering
         self.codec = codec
-        self.library = Library(self.thread, base_name)
+        self.library = Library(answering, base_name)
         self.metrics = Measured()
         self.allowed = allowed
         self.draining = False
@@ -86,7 +85,9 @@ class Service:
         prompt = await self.codec.encode_chat(messages)
         tokens = body.tokens
         if tokens is None:
-            space = self.thread.engine.positions - len(prompt) - _virtual(self, adapter)
+            space = self.answering.positions - len(prompt)
+            if adapter is not None:
+                space -= adapter.loaded.virtual
             tokens = max(1, min(space, self.allowed.new_tokens))
         return await self._begin(tenant, adapter, body, [prompt], tokens, ChatReply(body.model))
 
@@ -100,12 +101,12 @@ class Service:
         """Raise ApiRefusal where nothing is answered: while the server drains, or after the engine has failed."""
         if self.draining:
             raise ApiRefusal(503, "this server is about to end", "draining", 1.0)
-        if self.thread.broken:
+        if self.answering.broken:
             raise broken()
 
     def _check_text(self, text: str) -> None:
         """Raise ApiRefusal for what is longer than any text of so many tokens, or no text."""
-        most = 64 * self.thread.engine.positions
+        most = 64 * self.answering.positions
         if len(text) > most:
             raise invalid(f"prompt: found {len(text)} characters; allowed: at most {most}")
         try:
@@ -136,7 +137,7 @@ class Service:
                 reserved += len(request.prompt) + request.new_tokens
             day = account.reserve(reserved)
             try:
-                streams = await self.thread.submit(requests)
+                streams = await self.answering.submit(requests)
             except BaseException:
                 account.give_back(reserved, day)
                 raise
@@ -147,7 +148,7 @@ class Service:
         self.metrics.under_way.set(self.under_way)
         answers: list[AnswerText] = []
         for stream in streams:
-            answers.append(AnswerText(stream, self.codec, body.stops, self.thread.cancel))
+            answers.append(AnswerText(stream, self.codec, body.stops, self.answering.cancel))
 
         def closed(ended: OpenAnswers) -> None:
             self.under_way -= count
@@ -190,17 +191,8 @@ class Service:
         for answer in ended.answers:
             stream = answer.stream
             if not stream.ended:
-                self.thread.cancel(stream)
-            prompt = len(stream.sequence.request.prompt)
-            tokens = len(stream.sequence.answer)
-            used += prompt + tokens
-            self.metrics.answer(tenant.name, name, prompt, tokens, stream.first_token_s)
+                self.answering.cancel(stream)
+            prompt = len(stream.request.prompt)
+            used += prompt + stream.count
+            self.metrics.answer(tenant.name, name, prompt, stream.count, stream.first_token_s)
         return used
-
-
-def _virtual(service: Service, adapter: Registered | None) -> int:
-    """The virtual tokens that an adapter has in front of every prompt."""
-    if adapter is None:
-        return 0
-    packed = service.thread.engine.pool.packed_of(adapter.key)
-    return packed.adapter.virtual

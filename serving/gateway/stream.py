@@ -1,32 +1,33 @@
-"""Tokens of one answer, on their way from the engine's thread to the coroutine that reads them."""
+"""Tokens of one answer, on their way from where it is computed to the coroutine that reads them."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator
 
 from serving.gateway.refusal import ApiRefusal
-from serving.sequence import Sequence
+from serving.sequence import Request
 
 
 class TokenStream:
-    """One sequence's tokens as they come. As many as its answer has at most are kept for a slow reader."""
+    """The tokens of one answer as they come. As many as it has at most are kept for a slow reader."""
 
-    def __init__(self, sequence: Sequence) -> None:
+    def __init__(self, request: Request) -> None:
         """Belongs to the event loop that runs now."""
-        self.sequence = sequence
+        self.request = request
         self.loop = asyncio.get_running_loop()
         self.started_at = time.monotonic()
-        self.sent = 0  # tokens; the engine's thread counts them
+        self.count = 0  # tokens that came
         self.ended = False
         self.first_token_s: float | None = None
         self._arrived: list[int] = []
         self._refusal: ApiRefusal | None = None
         self._changed = asyncio.Event()
 
-    def put(self, tokens: list[int], ended: bool, refusal: ApiRefusal | None) -> None:
+    def put(self, tokens: list[int], ended: bool, refusal: ApiRefusal | None = None) -> None:
         """More tokens, and whether they are the last ones; on the loop's thread."""
         if tokens and self.first_token_s is None:
             self.first_token_s = time.monotonic() - self.started_at
+        self.count += len(tokens)
         self._arrived += tokens
         self._refusal = refusal
         self.ended = ended

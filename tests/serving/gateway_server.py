@@ -23,9 +23,10 @@ def gateway(
     tenants: Tenants | None = None,
     sizes: EngineSizes = SMALL,
     allowed: Allowed | None = None,
+    replicas: int = 1,
 ) -> Iterator[Server]:
     """A server on a free port of loopback, which ends with the block."""
-    service = make_service(base, adapters, tenants, sizes, allowed, name="tiny")
+    service = make_service(base, adapters, tenants, sizes, allowed, "tiny", replicas)
     server = Server(service, "127.0.0.1", 0, drain_s=5)
     thread = threading.Thread(target=server.run)
     thread.start()

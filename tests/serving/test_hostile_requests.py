@@ -51,7 +51,7 @@ def _others_are_undisturbed(server: Server) -> Iterator[None]:
 
 
 def thread_of(server: Server) -> Any:
-    return server.service.thread
+    return server.service.answering
 
 
 def answer(server: Server, model: str = "lora") -> str:

@@ -35,7 +35,7 @@ def test_what_is_wrong_is_said_before_anything_is_served(
     folder = str(served["lora"].folder)
     if "adapters" in options:
         options = options | {"adapters": tuple(text.format(folder=folder) for text in options["adapters"])}
-    asked = {"adapters": (), "tenants_file": None, "host": "127.0.0.1", "port": 0, "no_ray": True} | options
+    asked = {"adapters": (), "tenants_file": None, "host": "127.0.0.1", "port": 0, "replicas": 1} | options
     with pytest.raises(InputError, match=said):
         serve(Serving(base=str(tiny_base), **asked))
 
