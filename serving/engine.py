@@ -87,7 +87,7 @@ class Engine:
 
     def add(self, request: Request) -> Sequence:
         """Let a request wait for its turn; raises UnknownAdapter or RequestRefused."""
-        sequence = self.sequence(request)
+        sequence = self._sequence(request)
         self.scheduler.add(sequence)
         return sequence
 
@@ -97,7 +97,7 @@ class Engine:
 
     def generate(self, requests: Iterable[Request]) -> list[list[int]]:
         """The answers to requests, in their order: token ids. Where one is refused, none is started."""
-        sequences = [self.sequence(request) for request in requests]
+        sequences = [self._sequence(request) for request in requests]
         self._complete(sequences)
         return [sequence.answer for sequence in sequences]
 
@@ -106,7 +106,7 @@ class Engine:
         sequences: list[Sequence] = []
         for request, start in zip(requests, starts, strict=True):
             check_start(start, request)
-            sequence = self.sequence(request)
+            sequence = self._sequence(request)
             sequence.scored_from = start
             sequences.append(sequence)
         self._complete(sequences)
@@ -144,7 +144,7 @@ class Engine:
         while not self.scheduler.idle:
             self.step()
 
-    def sequence(self, request: Request) -> Sequence:
+    def _sequence(self, request: Request) -> Sequence:
         """A request on its way; raises UnknownAdapter or RequestRefused."""
         packed: Packed | None = None
         if request.adapter is not None:

@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeVar
@@ -77,6 +78,8 @@ class EngineThread:
         future: Future[Called] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # who asked has gone
             try:
                 result = function()
             except Exception as error:
@@ -91,32 +94,34 @@ class EngineThread:
         """Let requests wait for their turn, all or none; raises ApiRefusal."""
         if self.broken:
             raise broken()
-        sequences = await self.call(lambda: self._sequences(requests))
         streams = [TokenStream(request) for request in requests]
-        self._tasks.put(lambda: self._add(streams, sequences))
+        try:
+            await self.call(lambda: self._add(streams))
+        except asyncio.CancelledError:
+            for stream in streams:
+                self.cancel(stream)
+            raise
         return streams
 
     def cancel(self, stream: TokenStream) -> None:
         """Let a stream end as it is, whose reader has gone or has enough."""
         self._tasks.put(lambda: self._cancel(stream))
 
-    def _sequences(self, requests: list[Request]) -> list[Sequence]:
-        """Sequences for requests, not waiting yet; raises ApiRefusal."""
-        sequences: list[Sequence] = []
-        for request in requests:
-            try:
-                sequences.append(self.engine.sequence(request))
-            except UnknownAdapter as error:
-                raise unknown_model(request.adapter or "") from error
-            except RequestRefused as error:
-                raise invalid(str(error)) from error
-        return sequences
-
-    def _add(self, streams: list[TokenStream], sequences: list[Sequence]) -> None:
-        for stream, sequence in zip(streams, sequences, strict=True):
+    def _add(self, streams: list[TokenStream]) -> None:
+        """Let requests wait, all or none; raises ApiRefusal."""
+        added: list[Sequence] = []
+        try:
+            for stream in streams:
+                added.append(self.engine.add(stream.request))
+        except (UnknownAdapter, RequestRefused) as error:
+            for sequence in added:
+                self.engine.cancel(sequence)
+            if isinstance(error, UnknownAdapter):
+                raise unknown_model(streams[0].request.adapter or "") from error
+            raise invalid(str(error)) from error
+        for stream, sequence in zip(streams, added, strict=True):
             self.streams[stream] = sequence
             self._sent[stream] = 0
-            self.engine.scheduler.add(sequence)
 
     def _cancel(self, stream: TokenStream) -> None:
         sequence = self.streams.pop(stream, None)
@@ -127,10 +132,21 @@ class EngineThread:
     def _run(self) -> None:
         """Work until it is told to stop."""
         while not self._stopping:
-            self._read_tasks()
-            if not self.idle:
-                self._step()
-                self._deliver()
+            try:
+                self._work()
+            except Exception:
+                logging.getLogger(__name__).exception("the engine failed; nothing is answered any more")
+                self.broken = True
+                self._give_up()
+
+    def _work(self) -> None:
+        """Do what others want, then a step; what that raises but a refusal leaves the engine in an unknown state."""
+        self._read_tasks()
+        if self.idle:
+            return
+        with suppress(RequestRefused):  # its sequence knows, and its reader is told
+            self.engine.step()
+        self._deliver()
 
     @property
     def idle(self) -> bool:
@@ -146,17 +162,6 @@ class EngineThread:
                 task = self._tasks.get_nowait()
         except Empty:
             return
-
-    def _step(self) -> None:
-        """One step of the engine. What fails otherwise than by a refusal leaves it in an unknown state."""
-        try:
-            self.engine.step()
-        except RequestRefused:
-            return  # the sequence knows, and its reader is told
-        except Exception:
-            logging.getLogger(__name__).exception("a step of the engine failed; nothing is answered any more")
-            self.broken = True
-            self._give_up()
 
     def _give_up(self) -> None:
         """Tell every reader that there will be no answer, and forget what was under way."""

@@ -90,7 +90,8 @@ class EngineReplica:
 def start_replicas(base: str, sizes: dict[str, int], count: int, gpus: float) -> list[Any]:
     """Start so many replicas of a base with so many GPUs each, and wait until they are up; gives their handles."""
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+        address = os.environ.get("RAY_ADDRESS", "local")  # without one, Ray would join whatever runs on this machine
+        ray.init(address, include_dashboard=False, log_to_driver=False, configure_logging=False)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"location": "NoServer"})
     deployment = serve.deployment(EngineReplica).options(
@@ -109,5 +110,6 @@ def start_replicas(base: str, sizes: dict[str, int], count: int, gpus: float) ->
 
 
 def end_replicas() -> None:
-    """End all replicas that were started."""
+    """End all replicas that were started, and with them a Ray that was started for them."""
     serve.shutdown()
+    ray.shutdown()

@@ -59,7 +59,6 @@ def test_completions_are_the_engines(
     )
     pieces = list(stream)
     assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == text
-    assert len(pieces) > 3
     assert pieces[-1].usage == whole.usage
     assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason
 

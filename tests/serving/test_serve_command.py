@@ -62,7 +62,6 @@ def test_it_drains_answers_what_it_has_and_ends_with_0(tiny_base: Path, served: 
                 process.send_signal(signal.SIGTERM)
                 events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
             assert events[-1]["choices"][0]["finish_reason"] in ("length", "stop")
-            assert len(events) > 50
             assert process.wait(60) == 0
             with pytest.raises(httpx2.ConnectError):
                 httpx2.get(f"{address}/health")
