@@ -17,6 +17,7 @@ from serving.gateway.bodies import parsed_chat, parsed_completion
 from serving.gateway.body import disconnected, read_body, read_form
 from serving.gateway.event_stream import EventStream
 from serving.gateway.gate import Gate, refused
+from serving.gateway.library import Registered
 from serving.gateway.page import PAGE_HEADERS, page_text
 from serving.gateway.refusal import ApiRefusal, invalid, unknown_model
 from serving.gateway.service import Service
@@ -35,6 +36,7 @@ class Routes:
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self._reading = asyncio.Lock()
 
     async def completions(self, request: Request) -> Response:
         """OpenAI's /v1/completions: texts behind prompts."""
@@ -75,21 +77,12 @@ class Routes:
         """Register an adapter: a form with its name, its config and its weights as safetensors."""
         self.service.check_open()
         tenant = self._tenant(request)
-        form = await read_form(request, self.service.allowed.upload_bytes, self.service.allowed.body_s)
+        account = self.service.account(tenant)
+        account.begin()
         try:
-            name, config, weights = form.get("name"), form.get("config"), form.get("weights")
-            if not isinstance(name, str):
-                raise invalid("name: found none; allowed: a form with name, config and weights")
-            if not isinstance(config, UploadFile) or not isinstance(weights, UploadFile):
-                raise invalid("config, weights: allowed: two files, a config and its safetensors")
-            config_name = config.filename or ""
-            if config_name not in FILES_OF_KIND:
-                known = ", ".join(FILES_OF_KIND)
-                raise invalid(f"config: found a file of another name; allowed: {known}")
-            files = AdapterFiles(config_name, await config.read(), await weights.read())
+            adapter = await self._brought(request, tenant)
         finally:
-            await form.close()
-        adapter = await self.service.library.bring(tenant, name, files)
+            account.end()
         return JSONResponse(adapter.to_json(), 201)
 
     async def forget(self, request: Request) -> Response:
@@ -115,6 +108,26 @@ class Routes:
     async def page(self, request: Request) -> Response:  # noqa: ARG002
         """A page to try adapters side by side."""
         return HTMLResponse(page_text(), headers=PAGE_HEADERS)
+
+    async def _brought(self, request: Request, tenant: Tenant) -> Registered:
+        """The adapter of a form, which is registered; raises ApiRefusal."""
+        allowed = self.service.allowed
+        form = await read_form(request, allowed.upload_bytes, allowed.upload_s)
+        try:
+            name, config, weights = form.get("name"), form.get("config"), form.get("weights")
+            if not isinstance(name, str):
+                raise invalid("name: found none; allowed: a form with name, config and weights")
+            if not isinstance(config, UploadFile) or not isinstance(weights, UploadFile):
+                raise invalid("config, weights: allowed: two files, a config and its safetensors")
+            config_name = config.filename or ""
+            if config_name not in FILES_OF_KIND:
+                known = ", ".join(FILES_OF_KIND)
+                raise invalid(f"config: found a file of another name; allowed: {known}")
+            async with self._reading:  # one at a time in memory; until then they lie on disk
+                files = AdapterFiles(config_name, await config.read(), await weights.read())
+                return await self.service.library.bring(tenant, name, files)
+        finally:
+            await form.close()
 
     def _tenant(self, request: Request) -> Tenant:
         """Whose a request is; raises ApiRefusal."""

@@ -28,6 +28,7 @@ class Allowed:
     new_tokens: int = 512  # of a chat that names no number
     completion_tokens: int = 16  # of a completion that names none: OpenAI's default
     body_s: float = 60  # that a body may take to come
+    upload_s: float = 900
     stalled_s: float = 60  # that a reader may take nothing
 
 

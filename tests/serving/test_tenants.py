@@ -133,6 +133,7 @@ def test_quotas_and_rates_refuse_and_say_when_to_come_back(tiny_base: Path, serv
         with pytest.raises(openai.RateLimitError, match="more than 2 in a minute") as over:
             ask(server, "bob", "dora")
         assert 1 <= int(over.value.response.headers["retry-after"]) <= 31
+        assert bring(server, "bob", "more", served["lora"].folder).status_code == 429
         assert ask(server, "alice", "lora")
 
 
