@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator import cluster_commands, clusters_commands, evaluate_commands, k8s_commands, look_commands
+from orchestrator import (
+    cluster_commands,
+    clusters_commands,
+    evaluate_commands,
+    k8s_commands,
+    look_commands,
+    serve_commands,
+)
 from orchestrator.arguments import ClusterOption, JobArgument, RunArgument, SetOption, YesOption
 from orchestrator.terminal import (
     Json,
@@ -41,6 +48,7 @@ app.add_typer(clusters_commands.clusters_app, name="clusters")
 app.add_typer(k8s_commands.k8s_app, name="k8s")
 app.add_typer(look_commands.look_app)
 app.add_typer(evaluate_commands.evaluate_app)
+app.add_typer(serve_commands.serve_app)
 
 
 @app.callback()

@@ -73,9 +73,13 @@ class Engine:
     def load(self, name: str, folder: Path | str, pinned: bool = False) -> str:
         """Give an adapter a name; returns its digest. Raises AdapterRefused where it cannot be computed exactly."""
         packed = self.pool.prepare(folder)
+        self.give(name, packed, pinned)
+        return packed.digest
+
+    def give(self, name: str, packed: Packed, pinned: bool = False) -> None:
+        """Let a name mean an adapter that `pool.prepare` has read, as another thread may while this one steps."""
         self.forward.rotations.kind(packed)
         self.pool.give(name, packed, pinned)
-        return packed.digest
 
     def unload(self, name: str) -> None:
         """Forget an adapter's name; raises UnknownAdapter."""
@@ -95,6 +99,10 @@ class Engine:
         sequence = self._scored(request, start)
         self.scheduler.add(sequence)
         return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Let a sequence go unanswered, and free what it holds; one that is finished stays so."""
+        self.scheduler.cancel(sequence)
 
     def generate(self, requests: Iterable[Request]) -> list[list[int]]:
         """The answers to requests, in their order: token ids. Where one is refused, none is started."""
@@ -119,7 +127,7 @@ class Engine:
         if self.scheduler.running:
             self._advance()
         elif self.scheduler.waiting and not self.scheduler.filling:
-            self._refuse(self.scheduler.waiting[0])
+            self._refuse(self.scheduler.waiting.first())
 
     @torch.inference_mode()
     def logits(self, request: Request) -> Tensor:
@@ -221,7 +229,7 @@ class Engine:
             tokens = ticket.tokens()
             for sequence, token in zip(ticket.sequences, tokens, strict=True):
                 if not sequence.finished:
-                    sequence.take(token)
+                    self.scheduler.take(sequence, token)
         self._finish()
 
     def _advance_plainly(self) -> None:
@@ -245,7 +253,7 @@ class Engine:
         """Add to each sequence's answer the token that its row says."""
         tokens = self.forward.next_tokens(sequences, hidden_TD)
         for sequence, token in zip(sequences, tokens, strict=True):
-            sequence.take(token)
+            self.scheduler.take(sequence, token)
 
     def _finish(self) -> None:
         """Free what sequences hold whose answers are complete."""
@@ -257,7 +265,9 @@ class Engine:
     def _refuse(self, sequence: Sequence) -> None:
         """Give up a request that does not fit though nothing else runs: pinned adapters have all slots or pages."""
         self.scheduler.drop(sequence)
-        raise RequestRefused("request: found no slot for its adapter, or no pages, beside those that are pinned")
+        refusal = "request: found no slot for its adapter, or no pages, beside those that are pinned"
+        sequence.refusal = RequestRefused(refusal)
+        raise sequence.refusal
 
     def _runner(self, rows: int, ranks: int) -> "Runner":
         """What decodes on a GPU, with so many rows and so many ranks behind the base's weights."""

@@ -1,18 +1,19 @@
-"""Which sequences are computed next: first come, first served, and no sequence is ever preempted.
+"""Which sequences are computed next: tenants take fair turns, and no sequence is ever preempted.
 
 A sequence is admitted when a row of the batch, a slot for its adapter and pages for its whole length are free, so
 what is admitted can always be finished.
 """
 
-from collections import deque
 from collections.abc import Callable
 
 from serving.cache import PAGE, Cache, pages_for
+from serving.fair import FairQueue
 from serving.packed import Packed
 from serving.passing import Span
 from serving.pool import Pool, Resident
 from serving.sequence import Sequence
 
+KEPT = 8  # one row in so many is for tenants that have none, where there are several
 Prepare = Callable[[Resident], bool]
 SequenceSpan = tuple[Sequence, Span]  # a sequence, and its rows in a pass
 
@@ -30,7 +31,7 @@ class Scheduler:
         self.rows = rows
         self.chunk = chunk
         self.prepare_resident = prepare_resident
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.filling: list[Sequence] = []
         self.running: list[Sequence] = []
 
@@ -44,22 +45,35 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def admit(self) -> None:
-        """Start the sequences that wait, in order, up to the first that does not fit."""
+        """Start the sequences that wait, in turn, up to the first that does not fit."""
         while self.waiting and self._admitted < self.rows:
-            if not self._start(self.waiting[0]):
+            sequence = self.waiting.first()
+            if self._is_kept_from(sequence) or not self._start(sequence):
                 return
-            sequence = self.waiting.popleft()
+            self.waiting.remove(sequence)
+            self.waiting.charge_prompt(sequence)
             self.filling.append(sequence)
 
     @property
     def _admitted(self) -> int:
         return len(self.filling) + len(self.running)
 
+    def _is_kept_from(self, sequence: Sequence) -> bool:
+        """Whether the free rows are kept for tenants that have none: who asks now and then starts at once."""
+        kept = 0
+        if self.waiting.tenants > 1:
+            kept = self.rows // KEPT
+        if self._admitted < self.rows - kept:
+            return False
+        tenant = sequence.request.tenant
+        admitted = self.filling + self.running
+        return any(other.request.tenant == tenant for other in admitted)
+
     def next_chunk(self) -> list[SequenceSpan]:
         """The sequences whose prompts are computed next, with their rows: at most a chunk of tokens."""
         chosen: list[SequenceSpan] = []
         row = 0
-        for sequence in self.filling:
+        for sequence in self.waiting.in_turn(self.filling):
             space = self.chunk - row
             count = min(sequence.uncomputed, space)
             if count == 0:
@@ -75,18 +89,40 @@ class Scheduler:
         self.filling.remove(sequence)
         self.running.append(sequence)
 
+    def take(self, sequence: Sequence, token: int) -> None:
+        """One more token of a sequence's answer, which its tenant has got."""
+        sequence.take(token)
+        self.waiting.charge_token(sequence)
+
     def finish(self, sequence: Sequence) -> None:
         """Free what a finished sequence held."""
         self.running.remove(sequence)
-        self.cache.free(sequence.own_pages)
-        if sequence.resident is not None:
-            self.pool.release(sequence.resident)
+        self._free(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Let a sequence go unanswered, wherever it is; nothing happens to one that is finished."""
+        if sequence in self.filling:
+            self.filling.remove(sequence)
+            self._free(sequence)
+        elif sequence in self.running:
+            self.finish(sequence)
+        elif sequence in self.waiting:
+            self.drop(sequence)
 
     def drop(self, sequence: Sequence) -> None:
         """Let a sequence that waits go unanswered."""
         self.waiting.remove(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        """Free the pages of a sequence, and its adapter's slot for others."""
+        self.cache.free(sequence.own_pages)
+        self._let_go(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Let a sequence's adapter leave its slot, if nobody else uses it."""
         if sequence.resident is not None:
             self.pool.release(sequence.resident)
+            sequence.resident = None
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a sequence a slot for its adapter and pages; False where one of them is not to be had now."""
@@ -101,6 +137,7 @@ class Scheduler:
         needed -= full_pages
         own_pages = self._reserve(needed)
         if own_pages is None:
+            self._let_go(sequence)  # it may not be its turn any more when pages are free
             return False
         sequence.pages = shared + own_pages
         sequence.own_pages = own_pages

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from serving.error import RequestRefused
 from serving.packed import Packed
 from serving.pool import Resident
 
@@ -12,6 +13,7 @@ class Request:
 
     A temperature of 0 is greedy. `top_k` 0 and `top_p` 1 leave every token in. The answer depends on the seed, not on
     what else is in the batch. It ends after `new_tokens`, or with the first token of `stop`, which is part of it.
+    Tenants that wait take fair turns.
     """
 
     prompt: tuple[int, ...]
@@ -22,6 +24,7 @@ class Request:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    tenant: str = ""
 
     @property
     def is_greedy(self) -> bool:
@@ -44,6 +47,7 @@ class Sequence:
     scores: list[float] = field(default_factory=list)
     are_likeliest: list[bool] = field(default_factory=list)  # of the scored tokens, whether no other is likelier
     ended: bool = False  # whoever asked has seen that its answer need not go on
+    refusal: RequestRefused | None = None
 
     @property
     def virtual(self) -> int:

@@ -28,3 +28,10 @@ def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """The adapters by name, as runs leave them."""
     folder = tmp_path_factory.mktemp("adapters")
     return {name: export(base, name, folder / name) for name in ADAPTERS}
+
+
+@pytest.fixture(scope="session")
+def served(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    """Adapters for the tiny base that has a tokenizer."""
+    folder = tmp_path_factory.mktemp("served")
+    return {name: export(tiny_base, name, folder / name) for name in ("lora", "dora", "prompt")}

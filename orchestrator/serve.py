@@ -1,0 +1,78 @@
+"""What `fleetune serve` was asked for, checked before a model is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import InputError
+
+if TYPE_CHECKING:
+    from serving.gateway.tenants import Tenants
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What is served to whom, as the command line says it."""
+
+    base: str
+    adapters: tuple[str, ...]  # NAME=FOLDER_OR_RUN
+    tenants_file: Path | None
+    host: str
+    port: int
+    replicas: int | None  # None is one for each GPU
+
+
+def serve(serving: Serving) -> None:
+    """Serve until a signal says to end; raises InputError."""
+    tenants = _tenants(serving)
+    folders: dict[str, Path] = {}
+    for text in serving.adapters:
+        name, folder = adapter_folder(text)
+        if name in folders:
+            raise InputError(f"--adapters: found the name {name} twice")
+        folders[name] = folder
+    from serving.error import AdapterRefused, BaseRefused
+
+    try:
+        from serving.gateway import server
+    except ModuleNotFoundError as error:
+        raise InputError(f"found no {error.name}; it comes with: pip install 'fleetune[serve]'") from error
+    try:
+        replicas = serving.replicas or server.usual_replicas()
+        service = server.make_service(serving.base, folders, tenants, replicas=replicas)
+    except (AdapterRefused, BaseRefused) as error:
+        raise InputError(str(error)) from error
+    server.run_server(service, serving.host, serving.port)
+
+
+def adapter_folder(text: str) -> tuple[str, Path]:
+    """The name and the folder in NAME=FOLDER_OR_RUN; raises InputError."""
+    name, sign, place = text.partition("=")
+    if not sign or not name or not place:
+        raise InputError(f"--adapters: found {text!r}; allowed: NAME=FOLDER, or NAME=RUN")
+    folder = Path(place)
+    if folder.is_dir():
+        return name, folder
+    from orchestrator.status import status
+
+    run = status(place)
+    if run.output_dir is None:
+        raise InputError(f"--adapters: found the run {run.run_id}, which has no output: it is {run.state}")
+    return name, Path(run.output_dir)
+
+
+def _tenants(serving: Serving) -> "Tenants | None":
+    """The tenants of the file, if there is one; raises InputError where others would be let in without."""
+    from serving.gateway.tenants import TenantsRefused, read_tenants
+
+    if serving.tenants_file is None:
+        if serving.host not in LOOPBACK_HOSTS:
+            allowed = ", ".join(LOOPBACK_HOSTS)
+            raise InputError(f"--host: found {serving.host} without --tenants; allowed: {allowed}")
+        return None
+    try:
+        return read_tenants(serving.tenants_file)
+    except TenantsRefused as error:
+        raise InputError(str(error)) from error

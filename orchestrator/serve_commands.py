@@ -1,0 +1,69 @@
+"""`fleetune serve`, and what it needs: keys for tenants, and adapters that are combined of others."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.terminal import Json, print_json
+
+serve_app = typer.Typer()
+
+
+@serve_app.command("serve")
+def serve_command(
+    base: Annotated[str, typer.Option("--base", metavar="BASE", help="The model: a folder, or a hub id.")],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option("--adapters", metavar="NAME=FOLDER_OR_RUN", help="An adapter and its name; repeatable."),
+    ] = None,
+    tenants: Annotated[
+        Path | None, typer.Option("--tenants", metavar="FILE", help="Who has keys; without it, this machine alone.")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 is any that is free.")] = 8000,
+    replicas: Annotated[
+        int | None, typer.Option("--replicas", min=1, help="Engines, through Ray Serve; one for each GPU without it.")
+    ] = None,
+    no_ray: Annotated[bool, typer.Option("--no-ray", help="One engine, in this process.")] = False,
+) -> None:
+    """Serve a base and its adapters through OpenAI's API; the page at / tries them side by side."""
+    from orchestrator.serve import Serving, serve
+
+    named = tuple(adapters or ())
+    serve(Serving(base, named, tenants, host, port, 1 if no_ray else replicas))
+
+
+@serve_app.command("key")
+def key_command() -> None:
+    """Make an API key: prints it, for its owner, and what the tenants file says of it."""
+    from serving.gateway.tenants import hash_of, new_key
+
+    key = new_key()
+    print(f"key:             {key}")
+    print(f"tenants file:    {hash_of(key)}")
+
+
+@serve_app.command("combine")
+def combine_command(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER:WEIGHT...", help="LoRA adapters: folders or runs, with weights.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new adapter's folder.")],
+    how: Annotated[str, typer.Option("--how", help="linear, cat, svd, ties or dare.")] = "cat",
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of the result, for svd, ties and dare.")] = None,
+    density: Annotated[
+        float, typer.Option("--density", min=0.01, max=1, help="What ties and dare keep of the updates.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option("--seed", help="Which numbers dare drops.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Combine LoRA adapters of one base into one, which serves and evaluates like any other."""
+    from orchestrator.combine import combine_adapters, report_lines
+
+    report = combine_adapters(out, adapters, how, rank, density, seed)
+    if as_json:
+        print_json(report)
+        return
+    for line in report_lines(report):
+        print(line)
