@@ -116,9 +116,9 @@ class Evaluator:
             means[name] = float(mean)
         said = objective.summary(means)
         metrics = {}
-        for name, mean in said.items():
+        for name, said_value in said.items():
             key = f"eval_{name}"
-            metrics[key] = mean
+            metrics[key] = said_value
         return metrics
 
     def _held_out(self, run: Run, step: int, batches: Batches) -> list[GlobalBatch]:
