@@ -132,3 +132,21 @@ def test_lists_are_by_label_and_come_in_pages(address: str, cluster: Cluster) ->
     assert [item["metadata"]["name"] for item in second["items"]] == ["c"]
     cluster.expired.add(more)
     assert ask(address, "GET", f"{RAYJOBS}?limit=2&continue={more}")[0] == 410
+
+
+def test_what_has_a_finalizer_is_deleted_once_that_is_let_go(address: str, cluster: Cluster) -> None:
+    finalized = rayjob("fin")
+    finalized["metadata"]["finalizers"] = ["x.io/f"]
+    ask(address, "POST", RAYJOBS, finalized)
+    for _ in range(2):
+        code, deleted = ask(address, "DELETE", f"{RAYJOBS}/fin")
+        assert code == 200 and deleted["metadata"]["deletionTimestamp"]
+        assert ask(address, "GET", f"{RAYJOBS}/fin")[1]["metadata"]["deletionTimestamp"]
+    cluster.objects["rayjobs", "fin"]["metadata"].pop("finalizers")
+    assert ask(address, "DELETE", f"{RAYJOBS}/fin")[0] == 200
+    assert ask(address, "GET", f"{RAYJOBS}/fin")[0] == 404
+
+
+def test_a_list_of_a_namespace_that_is_not_there_is_empty(address: str) -> None:
+    code, listed = ask(address, "GET", RAYJOBS.replace("probe", "nope"))
+    assert (code, listed["items"]) == (200, [])

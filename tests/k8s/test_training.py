@@ -207,7 +207,7 @@ def test_an_operator_that_was_away_replaces_what_was_lost_meanwhile(
 def test_a_run_does_not_notice_that_the_api_is_away_for_a_minute(
     place: KubernetesPlace, begin_on_both: Begin, launch: Any
 ) -> None:
-    run_dir = begin_on_both(steps=60)  # two minutes and more
+    run_dir = begin_on_both(steps=60)  # of which the minute has half
     place.operator.is_up = False
     place.operator.cluster.fault = lambda _: "cut before"
     steps = len(read_lines(attempts(run_dir)[0], "metrics.jsonl"))
