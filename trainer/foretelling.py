@@ -33,7 +33,9 @@ def keep_forecast(run: Run, longest: LongestPass) -> None:
             length = int(tokens.lengths[number])
             labels = int(tokens.targets[number])
             documents.append((length, labels))
-    job = run.job
+    silent = {"max_new_tokens": 0}  # what the micro-batch takes, not the answers of evaluations
+    evaluation = run.job.evaluation.model_copy(update=silent)
+    job = run.job.model_copy(update={"evaluation": evaluation})
     sample = tuple(documents)
     config = config_of_run(run)
     precision, fast = _numerics(run, job)

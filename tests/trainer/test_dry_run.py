@@ -147,3 +147,18 @@ def test_a_step_lets_go_of_its_gradients() -> None:
         sharded.backward(sharded.engine(input_ids=ids).logits.sum())
         sharded.step(1e-3, None)
     assert all(fragment.parameter.grad is None for fragment in sharded.fragments())
+
+
+def test_answers_count_where_they_take_more_than_training() -> None:
+    lean = job_of({"kind": "lora"}, micro_batch=1, gradient_checkpointing=True)
+    judged = lean.data.model_copy(update={"eval": "/y.jsonl"})
+    evaluation = lean.evaluation.model_copy(update={"max_new_tokens": 1000})
+    writing = lean.model_copy(update={"data": judged, "evaluation": evaluation})
+    config = with_layers(LLAMA_1B, 3)
+    short = [(40, 16)]
+    without = forecast(lean, config, short, "bf16", fast=False)
+    found = forecast(writing, config, short, "bf16", fast=False)
+    assert without["cache"] == 0
+    assert found["cache"] == 16 * (24 + 1000) * 2 * 8 * 64 * 2 * (3 + 1)  # as many as 16,384 tokens make
+    assert found["weights"] == without["weights"]
+    assert forecast(writing, config, DOCUMENTS["padded"], "bf16", fast=False)["cache"] == 0  # training takes more

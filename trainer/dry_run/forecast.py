@@ -8,6 +8,7 @@ import torch
 from methods.options.base import BaseConfig
 from runfolder.job import Job
 from runfolder.objectives import OutsideOptions
+from trainer.dry_run.answers import answering
 from trainer.dry_run.ledger import Bytes
 from trainer.dry_run.line import whole_base
 from trainer.dry_run.longest import Lengths, longest_micro_batch
@@ -29,7 +30,9 @@ def forecast(job: Job, config: BaseConfig, documents: Sequence[Lengths], precisi
     stage = job.sharding.zero
     workers = job.resources.world_size
     moments = []
-    for moment in found.moments.values():
+    at_rest = found.moments["step"]
+    alone = [*found.moments.values(), answering(job, config, documents, at_rest, dtype.itemsize)]
+    for moment in alone:
         of_worker = shared(moment, weights, stage, workers)
         moments.append(of_worker)
     return max(moments, key=lambda parts: sum(parts.values()))
