@@ -33,15 +33,13 @@ def keep_forecast(run: Run, longest: LongestPass) -> None:
             length = int(tokens.lengths[number])
             labels = int(tokens.targets[number])
             documents.append((length, labels))
-    silent = {"max_new_tokens": 0}  # what the micro-batch takes, not the answers of evaluations
-    evaluation = run.job.evaluation.model_copy(update=silent)
-    job = run.job.model_copy(update={"evaluation": evaluation})
+    job = run.job
     sample = tuple(documents)
     config = config_of_run(run)
     precision, fast = _numerics(run, job)
     try:
         with dry_runner(config, sample) as runner:
-            parts = runner.parts(job, precision, fast, whole=True)
+            parts = runner.parts(job, precision, fast, tried=True)
     except DryRunFailed as error:
         run.attempt.event("not_foretold", why=str(error))
         return
