@@ -10,7 +10,7 @@ import reprlib
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -167,7 +167,11 @@ class Slurm:
         said = ask_slurm(command)
         if named and not said.strip():
             raise Unreachable(f"SLURM has no partition {named!r} with nodes")
-        return capacity_of(said)
+        found = capacity_of(said)
+        asked_for = self.config.gpu_type
+        if asked_for is not None and found.kind == "gpu":
+            return replace(found, gpu=asked_for)
+        return found
 
     def forecast(self, request: ClusterRequest) -> float | None:
         """In how many seconds SLURM would start it; raises SubmissionRefused in its words, where it never would."""

@@ -39,7 +39,7 @@ def keep_forecast(run: Run, longest: LongestPass) -> None:
     precision, fast = _numerics(run, job)
     try:
         with dry_runner(config, sample) as runner:
-            parts = runner.parts(job, precision, fast, whole=True)
+            parts = runner.parts(job, precision, fast, tried=True)
     except DryRunFailed as error:
         run.attempt.event("not_foretold", why=str(error))
         return

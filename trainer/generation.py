@@ -5,6 +5,7 @@ So a prompt meets the same neighbours, and gets the same padding, on any number 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 PROMPTS_AT_ONCE = 32
 TOKENS_AT_ONCE = 16_384  # that the caches of a group hold at the end, unless a single prompt needs more
@@ -63,6 +64,20 @@ def rounds(made: Sequence[PromptGroup], workers: int) -> Iterator[list[PromptGro
         for start in range(0, len(alike), workers):
             stop = start + workers
             yield alike[start:stop]
+
+
+def cache_bytes(config: Any, element: int) -> tuple[int, int]:
+    """Bytes that a token takes in the caches of all layers, and of one: a key and a value, of elements so large."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None)
+    if size is None:
+        size = config.hidden_size // heads
+    cached_heads = getattr(config, "num_key_value_heads", None)
+    if cached_heads is None:
+        cached_heads = heads
+    of_layer = 2 * cached_heads * size * element
+    in_all = config.num_hidden_layers * of_layer
+    return in_all, of_layer
 
 
 def _small_parts(numbers: Sequence[int], lengths: Sequence[int], new_tokens: int) -> Iterator[list[int]]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from trainer.generation import PromptGroup
+from trainer.generation import PromptGroup, cache_bytes
 from trainer.run import Run
 
 TRIED = 3  # tokens that are written: by the prompts' own pass, then beside the memory that is held
@@ -18,7 +18,7 @@ class CacheToCome:
 
     def __init__(self, run: Run, group: PromptGroup) -> None:
         config = run.model.config.get_text_config()
-        self._of_token = cache_bytes(config, run.dtype)
+        self._of_token = cache_bytes(config, run.dtype.itemsize)
         self._new_tokens = group.new_tokens
         self._asked = 0
         self._held: torch.Tensor | None = None
@@ -42,17 +42,3 @@ class CacheToCome:
         grown = rows * to_come * in_all
         copied = rows * last * in_one_layer
         return grown + copied
-
-
-def cache_bytes(config: Any, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that a token takes in the caches of all layers, and in that of one: its key and its value."""
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None)
-    if size is None:
-        size = config.hidden_size // heads
-    cached_heads = getattr(config, "num_key_value_heads", None)
-    if cached_heads is None:
-        cached_heads = heads
-    of_layer = 2 * cached_heads * size * dtype.itemsize
-    in_all = config.num_hidden_layers * of_layer
-    return in_all, of_layer

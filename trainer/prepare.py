@@ -170,17 +170,27 @@ def work_of(run: Run) -> Record:
     """What a run does and on what, for what later plans learn of its costs."""
     job = run.job
     device = run.world.device
-    on_gpu = device.type == "cuda"
+    name = device.type
+    if name == "cuda":
+        name = torch.cuda.get_device_name(device)
+    precision = "fp32"
+    if run.dtype == torch.bfloat16:
+        precision = "bf16"
+    kernels = "plain"
+    if run.objective.kernels.names:
+        kernels = "fast"
+    peak = speed.peak_flops(device, run.dtype)
+    per_token = speed.flops_per_token(run.model)
     return {
         "method": job.method.kind,
         "objective": job.objective.kind,
         "zero": job.sharding.zero,
-        "kernels": "fast" if run.objective.kernels.names else "plain",
+        "kernels": kernels,
         "checkpointing": job.train.gradient_checkpointing,
-        "precision": "bf16" if run.dtype == torch.bfloat16 else "fp32",
+        "precision": precision,
         "workers": run.world.size,
-        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
-        "peak": speed.peak_flops(device, run.dtype),
-        "flops_per_token": speed.flops_per_token(run.model),
+        "device": name,
+        "peak": peak,
+        "flops_per_token": per_token,
         "batch_tokens": job.train.batch_tokens,
     }

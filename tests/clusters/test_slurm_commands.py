@@ -92,6 +92,13 @@ def test_what_is_no_answer_of_sinfo_is_passed_over(slurm: Slurm, asked: Path) ->
     assert slurm.capacity() == Capacity("cpu", 4, 4)
 
 
+def test_of_gpus_of_several_names_the_ones_that_are_asked_for_count(slurm: Slurm, asked: Path) -> None:
+    program(asked, "sinfo", "echo 'idle gpu:a100:4 gpu:a100:0 0/4/0/4'\necho 'idle gpu:h100:4 gpu:h100:0 0/4/0/4'\n")
+    config = slurm.config.model_copy(update={"gpu_type": "h100"})
+    assert slurm.capacity().gpu is None
+    assert Slurm(config, slurm.site.root).capacity().gpu == "h100"
+
+
 def test_a_doctor_reads_what_names_partitions(asked: Path) -> None:
     config = SlurmConfig(kind="slurm").model_dump()
     program(asked, "sinfo", "printf 'Welcome\\ngpu|up\\ncpu*|down\\n'")

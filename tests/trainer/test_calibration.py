@@ -28,7 +28,7 @@ from trainer.data.longest import longest_pass, padded_positions
 from trainer.data.shards import join_examples
 from trainer.data.tokens import Tokens
 from trainer.dry_run.fit import with_setting
-from trainer.generation_memory import cache_bytes
+from trainer.generation import cache_bytes
 
 LAYOUTS = [(1, 0, "sft"), (2, 1, "sft"), (2, 2, "pairs"), (2, 3, "sft"), (1, 3, "pairs"), (2, 0, "dpo")]
 PAIRS = "preferences.jsonl"
@@ -156,6 +156,6 @@ def test_a_cache_is_counted_as_the_model_has_it(heads: int) -> None:
     ids = torch.zeros(3, 7, dtype=torch.long)
     cache = model(input_ids=ids, use_cache=True).past_key_values
     bytes_ = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    whole, of_layer = cache_bytes(model.config, torch.float32)
+    whole, of_layer = cache_bytes(model.config, 4)
     assert whole * ids.numel() == bytes_
     assert of_layer * len(cache.layers) == whole

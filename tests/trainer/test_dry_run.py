@@ -13,11 +13,12 @@ from methods.base import Setup
 from methods.options.full import Full
 from methods.registry import create
 from runfolder.job import Job
+from trainer.dry_run import forecast as forecasts
 from trainer.dry_run.forecast import forecast
 from trainer.dry_run.line import whole_base
 from trainer.dry_run.longest import longest_micro_batch
 from trainer.dry_run.model import with_layers
-from trainer.dry_run.steps import DryRun, Passes, alone
+from trainer.dry_run.steps import DryRun, Passes, TriedPasses, alone
 from trainer.dry_run.zero import Weights, shared
 from trainer.zero.engine import Alone
 from trainer.zero.sharded import ShardedModel
@@ -147,3 +148,28 @@ def test_a_step_lets_go_of_its_gradients() -> None:
         sharded.backward(sharded.engine(input_ids=ids).logits.sum())
         sharded.step(1e-3, None)
     assert all(fragment.parameter.grad is None for fragment in sharded.fragments())
+
+
+def test_answers_count_where_they_take_more_than_training() -> None:
+    lean = job_of({"kind": "lora"}, micro_batch=1, gradient_checkpointing=True)
+    judged = lean.data.model_copy(update={"eval": "/y.jsonl"})
+    evaluation = lean.evaluation.model_copy(update={"max_new_tokens": 1000})
+    writing = lean.model_copy(update={"data": judged, "evaluation": evaluation})
+    config = with_layers(LLAMA_1B, 3)
+    short = [(40, 16)]
+    without = forecast(lean, config, short, "bf16", fast=False)
+    found = forecast(writing, config, short, "bf16", fast=False)
+    assert without["cache"] == 0
+    assert found["cache"] == 16 * (24 + 1000) * 2 * 8 * 64 * 2 * (3 + 1)  # as many as 16,384 tokens make
+    assert found["weights"] == without["weights"]
+    assert forecast(writing, config, DOCUMENTS["padded"], "bf16", fast=False)["cache"] == 0  # training takes more
+    assert forecast(writing, config, short, "bf16", fast=False, of_passes=True)["cache"] == 0
+
+
+def test_what_is_tried_has_no_step_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = {"forward": {"activations": 2}, "backward": {"activations": 3}, "step": {"activations": 9}}
+    monkeypatch.setattr(forecasts, "whole_base", lambda *_: TriedPasses(moments, 1, 1))
+    job = job_of({"kind": "full"})
+    monkeypatch.setattr(forecasts, "answering", lambda *_: {"activations": 1})
+    assert forecast(job, LLAMA_1B, [(16, 15)], "bf16", fast=False) == moments["step"]
+    assert forecast(job, LLAMA_1B, [(16, 15)], "bf16", fast=False, of_passes=True) == moments["backward"]

@@ -8,6 +8,7 @@ import torch
 from methods.options.base import BaseConfig
 from runfolder.job import Job
 from runfolder.objectives import OutsideOptions
+from trainer.dry_run.answers import answering
 from trainer.dry_run.ledger import Bytes
 from trainer.dry_run.line import whole_base
 from trainer.dry_run.longest import Lengths, longest_micro_batch
@@ -17,8 +18,13 @@ from trainer.dry_run.zero import Weights, shared
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def forecast(job: Job, config: BaseConfig, documents: Sequence[Lengths], precision: str, fast: bool) -> Bytes:
-    """The bytes that a worker has allocated in its worst moment, by what they are for."""
+def forecast(
+    job: Job, config: BaseConfig, documents: Sequence[Lengths], precision: str, fast: bool, of_passes: bool = False
+) -> Bytes:
+    """The bytes that a worker has allocated in its worst moment, by what they are for.
+
+    With `of_passes` in that of its forward and backward passes alone, which are what a calibration tries.
+    """
     if isinstance(job.objective, OutsideOptions):
         raise ValueError(f"objective {job.objective.kind} is another package's, which may read what no length tells")
     dtype = DTYPES[precision]
@@ -28,17 +34,24 @@ def forecast(job: Job, config: BaseConfig, documents: Sequence[Lengths], precisi
     weights = Weights(found.trained, found.frozen, element, found.held)
     stage = job.sharding.zero
     workers = job.resources.world_size
+    alone = dict(found.moments)
+    if of_passes:
+        del alone["step"]
+    else:
+        at_rest = alone["forward"]
+        alone["answers"] = answering(job, config, documents, at_rest, dtype.itemsize)
     moments = []
-    for moment in found.moments.values():
+    for moment in alone.values():
         of_worker = shared(moment, weights, stage, workers)
         moments.append(of_worker)
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def reply(request: Mapping[str, Any]) -> dict[str, Any]:
-    """What a request {job, config, sample: [[tokens, labels]], precision, fast, whole} gets: {bytes}, or {problem}.
+    """What a request {job, config, sample: [[tokens, labels]], precision, fast, tried} gets: {bytes}, or {problem}.
 
-    The sample has the lengths of some documents, from which the longest micro-batch is dealt; or it is that, `whole`.
+    The sample has the lengths of some documents, from which the longest micro-batch is dealt. Where that is `tried`,
+    it is the sample, and its passes alone are asked for.
     """
     job = Job.model_validate(request["job"])
     sample = [(tokens, labels) for tokens, labels in request["sample"]]
@@ -46,10 +59,11 @@ def reply(request: Mapping[str, Any]) -> dict[str, Any]:
         fast = request["fast"]
         config = request["config"]
         precision = request["precision"]
+        tried = request["tried"]
         documents = sample
-        if not request["whole"]:
+        if not tried:
             documents = longest_micro_batch(job, sample, fast)
-        found = forecast(job, config, documents, precision, fast)
+        found = forecast(job, config, documents, precision, fast, tried)
     except Exception as error:  # whatever a base or method does without values that nobody has tried
         kind = type(error).__name__
         said = str(error).strip()

@@ -58,9 +58,10 @@ def hold_in_4_bits(model: nn.Module, job: Job, config: BaseConfig) -> int:
         layer.register_buffer("packed", packed, persistent=False)
         layer.forward = partial(_packed_product, layer)  # type: ignore[method-assign]
         held += size
+    casts = "cast_input_dtype_enabled"
     for module in model.modules():
-        if getattr(module, "cast_input_dtype_enabled", False):
-            module.cast_input_dtype_enabled = False
+        if getattr(module, casts, False):
+            setattr(module, casts, False)
     return held
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_iter
 
 ALLOCATED = 512  # bytes that CUDA's allocator gives at a time
 Bytes = dict[str, int]  # by what they are for
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "gathers")
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "gathers", "cache")
 
 
 class Ledger(TorchDispatchMode):

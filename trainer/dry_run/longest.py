@@ -29,8 +29,10 @@ def longest_micro_batch(job: Job, sample: Sequence[Lengths], in_one_row: bool) -
     of_example = documents_of_example(job)
     if not job.data.packing and not in_one_row:
         whole_examples = job.train.micro_batch // of_example
-        wanted = max(1, whole_examples) * of_example
-        repeated = longest_first + [longest_first[-1]] * wanted
+        at_least_one = max(1, whole_examples)
+        wanted = at_least_one * of_example
+        shortest = longest_first[-1]
+        repeated = longest_first + [shortest] * wanted
         return repeated[:wanted]
     examples = examples_of(longest_first, job)
     generator = np.random.default_rng(job.train.seed)

@@ -37,10 +37,10 @@ class DryRunner:
         self._config = dict(config)
         self._sample = sample
 
-    def parts(self, job: Job, precision: str, fast: bool, whole: bool = False) -> BytesByPart:
+    def parts(self, job: Job, precision: str, fast: bool, tried: bool = False) -> BytesByPart:
         """What a worker has allocated in its worst moment; raises DryRunFailed.
 
-        `whole`: the sample is the longest micro-batch, all of it.
+        `tried`: the sample is the longest micro-batch, of which forward and backward passes alone count.
         """
         sample = self._sample
         if sample is None:  # rows that nobody has looked at may all be full
@@ -51,7 +51,7 @@ class DryRunner:
             "sample": sample,
             "precision": precision,
             "fast": fast,
-            "whole": whole,
+            "tried": tried,
         }
         answer = self._ask(request)
         if "problem" in answer:
