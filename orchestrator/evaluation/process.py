@@ -86,12 +86,12 @@ def have_answered(request: dict[str, Any], progress: EvaluationProgress) -> AllA
             raise InputError("\n".join(problems))
         if code:
             errors.seek(0)
-            why = _reason(code, errors.read())
+            why = _why_ended(code, errors.read())
             raise JobFailed(f"the evaluation has failed: {why}; the same command goes on where it stopped")
     return AllAnswers(sheets, asked, seconds)
 
 
-def _reason(code: int, said: str) -> str:
+def _why_ended(code: int, said: str) -> str:
     """Why a process has failed: the signal that has ended it, or the last line that it said."""
     if code < 0:
         name = signal.Signals(-code).name
