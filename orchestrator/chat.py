@@ -71,7 +71,10 @@ class Conversations:
 
     def ask(self, prompt: str) -> list[ChatAnswer]:
         """What each of them answers to a prompt; raises InputError where it cannot be asked."""
-        rows = [self._row(label, prompt) for label in self.labels]
+        rows = []
+        for label in self.labels:
+            row = self._row(label, prompt)
+            rows.append(row)
         try:
             all_ids = self._encoder.prompts(rows)
         except ValueError as error:  # a RowError
@@ -85,8 +88,11 @@ class Conversations:
         }
         answers: list[ChatAnswer] = []
         for label, answer in zip(self.labels, self._process.answer(turn), strict=True):
-            text = answer["text"].strip()
-            answers.append(ChatAnswer(label, text, answer["tokens"]))
+            text = answer["text"]
+            text = text.strip()
+            tokens = answer["tokens"]
+            chat_answer = ChatAnswer(label, text, tokens)
+            answers.append(chat_answer)
             self._remember(label, prompt, text)
         return answers
 
@@ -137,8 +143,11 @@ class EngineProcess:
             said: dict[str, Any] = json.loads(line)
             return said
         self._stderr.seek(0)
-        lines = self._stderr.read().strip().splitlines()
-        last = lines[-1] if lines else "it said nothing"
+        text = self._stderr.read()
+        lines = text.splitlines()
+        last = "it said nothing"
+        if lines:
+            last = lines[-1]
         raise JobFailed(f"the engine has ended: {last}")
 
     def answer(self, turn: dict[str, Any]) -> list[dict[str, Any]]:
@@ -178,7 +187,9 @@ def _named_folders(sources: Sequence[AdapterSource]) -> list[dict[str, str]]:
     """Where adapters lie, by their names."""
     folders = []
     for source in sources:
-        folders.append({"name": source.label, "folder": str(source.folder)})
+        folder = str(source.folder)
+        named = {"name": source.label, "folder": folder}
+        folders.append(named)
     return folders
 
 

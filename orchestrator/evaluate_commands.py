@@ -56,7 +56,8 @@ def _each_with_its_option(args: list[str]) -> Iterator[str]:
 @evaluate_app.command("evaluate", cls=SeveralValues)
 def evaluate_command(
     tasks: Annotated[
-        list[Path], typer.Option("--tasks", metavar="TASK.YAML...", help="What is asked, a file for each task.")
+        list[str],
+        typer.Option("--tasks", metavar="TASK.YAML...", help="What is asked: files, or lm_eval:NAME of the harness."),
     ],
     adapters: AdaptersOption = None,
     base: BaseOption = None,

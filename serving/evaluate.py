@@ -152,9 +152,9 @@ def _prompt_of(question: Question) -> tuple[int, ...]:
 def main(request: RequestData) -> int:
     """Do what a request asks for, and print what comes of it; gives the exit code."""
     tasks = list(map(AskedTask.load, request["tasks"]))
-    candidates, problems = _adapters_in(request["adapters"])
-    head = _versions(request["base_digest"])
-    place = Path(request["out"]) / _key_of(head)
+    candidates, problems = adapters_in(request["adapters"])
+    head = versions_of(request["base_digest"])
+    place = Path(request["out"]) / base_key(head)
     sheets = sheets_of(place, tasks, [Candidate(), *candidates])
     missing = missing_of(sheets)
     total = len(missing)
@@ -179,7 +179,7 @@ def main(request: RequestData) -> int:
     return 0
 
 
-def _adapters_in(plain: Sequence[RequestData]) -> tuple[list[Candidate], list[str]]:
+def adapters_in(plain: Sequence[RequestData]) -> tuple[list[Candidate], list[str]]:
     """The adapters of a request, and what is wrong with those that have none."""
     candidates: list[Candidate] = []
     problems: list[str] = []
@@ -207,7 +207,7 @@ def _load_and_ask(
     return []
 
 
-def _versions(base_digest: str) -> dict[str, Any]:
+def versions_of(base_digest: str) -> dict[str, Any]:
     """What decides on a base's answers, beside the question."""
     device = "cpu"
     if torch.cuda.is_available():
@@ -218,7 +218,7 @@ def _versions(base_digest: str) -> dict[str, Any]:
     return {"base": base_digest, "device": device, "versions": versions}
 
 
-def _key_of(head: RequestData) -> str:
+def base_key(head: RequestData) -> str:
     """The digest of what decides on a base's answers."""
     text = json.dumps(head, sort_keys=True)
     digest = hashlib.sha256(text.encode())

@@ -6,141 +6,19 @@ Each adapter is a model of its own to the harness, in a thread of its own; all o
 It needs the package `lm_eval` (`pip install 'fleetune[harness]'`).
 """
 
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
 
 from serving.engine import Engine
 from serving.sequence import Request
-from serving.sequence import Sequence as OneSequence
+from serving.shared import Asked, SharedEngine
 
-STEPS = 16  # of the engine, between two looks at what is asked and what is answered
 NEW_TOKENS = 256  # of an answer, where a task does not say
 HarnessScore = tuple[float, bool]  # a log-likelihood, and whether it is of the likeliest tokens
-HarnessTask = Any  # a name, a config as plain data, or a task of the harness
-
-
-@dataclass(eq=False)
-class Asked:
-    """Requests of one model that wait together; `starts` says from which token on a prompt is scored, if it is."""
-
-    requests: list[Request]
-    starts: list[int | None]
-    stop_texts: list[tuple[str, ...]]
-    sequences: list[OneSequence] = field(default_factory=list)
-    done: threading.Event = field(default_factory=threading.Event)
-    error: Exception | None = None
-
-
-class SharedEngine:
-    """An engine that a thread of its own works, for several others that wait for it."""
-
-    def __init__(self, engine: Engine, tokenizer: Any) -> None:
-        """Work begins with `working`."""
-        self.engine = engine
-        self.tokenizer = tokenizer
-        self._new: list[Asked] = []
-        self._under_way: list[Asked] = []
-        self._changed = threading.Condition()
-        self._closed = False
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """Within it, what is asked is answered."""
-        thread = threading.Thread(target=self._work, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._closed = True
-                self._changed.notify()
-            thread.join()
-
-    def complete(self, asked: Asked) -> list[OneSequence]:
-        """The sequences of what is asked, once all are finished; raises what the engine refuses."""
-        if not asked.requests:
-            return []
-        with self._changed:
-            self._new.append(asked)
-            self._changed.notify()
-        asked.done.wait()
-        if asked.error is not None:
-            raise asked.error
-        return asked.sequences
-
-    def _work(self) -> None:
-        """Answer what is asked until the end."""
-        while True:
-            with self._changed:
-                while self._has_nothing_to_do:
-                    self._changed.wait()
-                if self._closed:
-                    return
-                new = self._new
-                self._new = []
-            for asked in new:
-                self._begin(asked)
-            self._advance()
-
-    @property
-    def _has_nothing_to_do(self) -> bool:
-        is_busy = self._new or self._under_way or self._closed
-        return not is_busy and self.engine.scheduler.idle
-
-    def _begin(self, asked: Asked) -> None:
-        """Give requests to the engine; where one is refused, all of them are."""
-        try:
-            for request, start in zip(asked.requests, asked.starts, strict=True):
-                sequence = self._added(request, start)
-                asked.sequences.append(sequence)
-            self._under_way.append(asked)
-        except Exception as error:  # it belongs to the thread that waits
-            asked.error = error
-            asked.done.set()
-
-    def _added(self, request: Request, start: int | None) -> OneSequence:
-        """A request on its way through the engine; raises what that refuses."""
-        if start is None:
-            return self.engine.add(request)
-        return self.engine.add_scored(request, start)
-
-    def _step(self) -> None:
-        """Some steps of the engine; where one fails, all that is under way has failed."""
-        try:
-            for _ in range(STEPS):
-                if not self.engine.scheduler.idle:
-                    self.engine.step()
-        except Exception as error:  # it belongs to the threads that wait
-            for asked in self._under_way:
-                asked.error = error
-                asked.done.set()
-            self._under_way = []
-
-    def _advance(self) -> None:
-        """Some steps of the engine; then tell those whose answers are there."""
-        self._step()
-        still_under_way: list[Asked] = []
-        for asked in self._under_way:
-            self._end_at_stop_texts(asked)
-            if all(sequence.finished for sequence in asked.sequences):
-                asked.done.set()
-            else:
-                still_under_way.append(asked)
-        self._under_way = still_under_way
-
-    def _end_at_stop_texts(self, asked: Asked) -> None:
-        """End what is being written where one of the texts that end it is there already."""
-        for sequence, stop_texts in zip(asked.sequences, asked.stop_texts, strict=True):
-            if not stop_texts or sequence.finished:
-                continue
-            text = self.tokenizer.decode(sequence.answer, skip_special_tokens=True)
-            sequence.ended = any(stop in text for stop in stop_texts)
+HarnessTask = Any  # a name, the path of a YAML file, a config as plain data, or a task of the harness
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # a package without types
@@ -274,11 +152,16 @@ def _until(settings: dict[str, Any]) -> tuple[str, ...]:
 
 
 def evaluate_by_harness(
-    engine: Engine, tokenizer: Any, adapters: Sequence[str | None], tasks: Sequence[HarnessTask], **settings: Any
+    engine: Engine,
+    tokenizer: Any,
+    adapters: Sequence[str | None],
+    tasks: Sequence[HarnessTask],
+    **settings: Any,
 ) -> dict[str | None, Any]:
     """What the harness says of each adapter that the engine has, and of the base (None); all are asked at once.
 
-    `settings` are those of the harness's own `evaluate`: limit, apply_chat_template, ...
+    `settings` are those of the harness's own `evaluate`: limit, apply_chat_template, ... Raises KeyError for a task
+    that it does not know.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager

@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.errors import InputError
 from orchestrator.evaluation.adapters import AdapterSource, PlainBase, base_of, resolve_adapters
+from orchestrator.evaluation.harness import harness_name, harness_tasks, require_harness
 from orchestrator.evaluation.process import AllAnswers, AnsweredSheet, EvaluationProgress, have_answered
 from orchestrator.evaluation.questions import Preparation, PreparedTask
 from orchestrator.evaluation.report import UNTUNED, EvaluatedTask, EvaluationReport, TaskResult
@@ -40,18 +41,30 @@ def evaluate(
     there already is not asked again. Each adapter that a run left gets a child run of that run in MLflow for each
     task. Raises InputError with a line for each error, before anything is asked.
     """
-    paths = map(Path, tasks)
-    read = read_tasks(list(paths))
+    of_harness = [name for name in map(harness_name, tasks) if name is not None]
+    paths = [Path(task) for task in tasks if harness_name(task) is None]
+    read = read_tasks(paths)
+    require_harness(of_harness)
     sources = resolve_adapters(adapters, cluster)
     require_engine()
     place = base_named(base, sources)
     prepared = _prepare(read, place, limit)
     folder = out or home() / "evaluations"
     request = _request_of(place, sources, prepared, folder)
-    answered = have_answered(request, progress)
-    by_task = _scored_tasks(prepared, sources, answered)
-    warnings = _warnings_of(by_task)
-    report = EvaluationReport(place.model, by_task, answered.asked, answered.seconds, warnings)
+    by_task: list[EvaluatedTask] = []
+    answers: list[AllAnswers] = []
+    if prepared:
+        answered = have_answered(request, progress)
+        by_task += _scored_tasks(prepared, answered)
+        answers.append(answered)
+    for name in of_harness:
+        judged, answered = harness_tasks(request, name, limit, progress)
+        by_task += judged
+        answers.append(answered)
+    asked = sum(answered.asked for answered in answers)
+    seconds = sum(answered.seconds for answered in answers)
+    by_task = _with_runs(by_task, sources)
+    report = EvaluationReport(place.model, by_task, asked, seconds, _warnings_of(by_task))
     return track(report, sources)
 
 
@@ -136,11 +149,21 @@ def _base_digest(place: Base, folder: Path | None) -> str:
     return digest.hexdigest()
 
 
-def _scored_tasks(
-    prepared: Sequence[PreparedTask], sources: Sequence[AdapterSource], answered: AllAnswers
-) -> list[EvaluatedTask]:
-    """The scores of all answers, by task."""
+def _with_runs(tasks: Sequence[EvaluatedTask], sources: Sequence[AdapterSource]) -> list[EvaluatedTask]:
+    """The tasks, each result with the run that left its adapter."""
     run_ids = {source.label: source.run_id for source in sources}
+    with_runs = []
+    for task in tasks:
+        results = [task.base]
+        for result in task.results[1:]:
+            with_run = replace(result, run_id=run_ids[result.label])
+            results.append(with_run)
+        with_runs.append(replace(task, results=results))
+    return with_runs
+
+
+def _scored_tasks(prepared: Sequence[PreparedTask], answered: AllAnswers) -> list[EvaluatedTask]:
+    """The scores of all answers, by task."""
     by_task = []
     for task in prepared:
         results = []
@@ -148,9 +171,6 @@ def _scored_tasks(
             if sheet.task != task.task.name:
                 continue
             result = _scored_sheet(task, sheet)
-            if sheet.adapter is not None:
-                run_id = run_ids[sheet.adapter]
-                result = replace(result, run_id=run_id)
             results.append(result)
         evaluated = EvaluatedTask(task, results)
         by_task.append(evaluated)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,9 @@ class AllAnswers:
     seconds: float
 
 
-def have_answered(request: dict[str, Any], progress: EvaluationProgress) -> AllAnswers:
+def have_answered(
+    request: dict[str, Any], progress: EvaluationProgress, command: Sequence[str] | None = None
+) -> AllAnswers:
     """Have what a request asks for answered; what was answered before is not asked again.
 
     Raises InputError with a line for each adapter that cannot be evaluated, JobFailed where the process fails.
@@ -54,44 +56,54 @@ def have_answered(request: dict[str, Any], progress: EvaluationProgress) -> AllA
     problems: list[str] = []
     asked = 0
     seconds = 0.0
+    for said in _said_by(command or EVALUATOR, request):
+        if "problem" in said:
+            problems.append(said["problem"])
+        elif "file" in said:
+            sheet = _sheet_in(said)
+            sheets.append(sheet)
+        elif "answered" in said:
+            asked = said["answered"]
+            seconds = said["seconds"]
+        else:
+            progress(said["done"], said["total"])
+    if problems:
+        raise InputError("\n".join(problems))
+    return AllAnswers(sheets, asked, seconds)
+
+
+def _said_by(command: Sequence[str], request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a process says to a request, line by line; raises JobFailed where it fails without a word."""
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
-            EVALUATOR,
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             env=unshadowed(os.environ),
             text=True,
         )
+        refuses = False
         try:
             assert child.stdin and child.stdout
             with suppress(BrokenPipeError):  # it has failed already
                 json.dump(request, child.stdin)
                 child.stdin.close()
             for line in child.stdout:
-                said = json.loads(line)
-                if "problem" in said:
-                    problems.append(said["problem"])
-                elif "file" in said:
-                    sheets.append(_sheet_in(said))
-                elif "answered" in said:
-                    asked, seconds = said["answered"], said["seconds"]
-                else:
-                    progress(said["done"], said["total"])
+                said: dict[str, Any] = json.loads(line)
+                refuses |= "problem" in said
+                yield said
             code = child.wait()
         finally:
             child.kill()
             child.wait()
-        if problems:
-            raise InputError("\n".join(problems))
-        if code:
+        if code and not refuses:
             errors.seek(0)
-            why = _why_it_ended(code, errors.read())
+            why = _last_words(code, errors.read())
             raise JobFailed(f"the evaluation has failed: {why}; the same command goes on where it stopped")
-    return AllAnswers(sheets, asked, seconds)
 
 
-def _why_it_ended(code: int, said: str) -> str:
+def _last_words(code: int, said: str) -> str:
     """Why a process has failed: the signal that has ended it, or the last line that it said."""
     if code < 0:
         name = signal.Signals(-code).name

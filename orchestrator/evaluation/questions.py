@@ -16,6 +16,7 @@ from trainer.data.rows import Row, read_rows
 if TYPE_CHECKING:
     from trainer.data.encode import Encoded, Encoder
 
+_NO_QUESTION = Question()  # of a row that somebody else has asked
 _ENDLESS = 1 << 30  # tokens of a row: what has no room on the base is found by who asks
 
 
@@ -29,9 +30,16 @@ class AskedRow:
     number: int
     prompt: str
     expected: str
-    question: Question
+    question: Question = _NO_QUESTION
     choices: tuple[str, ...] = ()
     right: int = 0
+
+    @property
+    def key(self) -> str:
+        """The digest of what is asked and what is right."""
+        text = json.dumps([self.question.key, self.prompt, self.expected, self.right])
+        digest = hashlib.sha256(text.encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

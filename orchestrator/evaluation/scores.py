@@ -66,7 +66,8 @@ def _score_choice(task: TaskSpec, row: AskedRow, answer: KeptAnswer) -> Score:
             size = len(choice.strip())
         elif task.normalise == "tokens":
             size = text.count
-        values.append(log_likelihood / size)
+        value = log_likelihood / size
+        values.append(value)
     highest = max(values)
     chosen = values.index(highest)
     right = chosen == row.right and not answer.without_room

@@ -98,7 +98,9 @@ def verdict_on(task: EvaluatedTask) -> str:
     value = estimates[measure].value
     sentence = f"best: {best.label} with {value:.1%} {TITLES[measure]}"
     if others:
-        labels = [other.label for other in others]
+        labels = []
+        for other in others:
+            labels.append(other.label)
         names = ", ".join(labels)
         return f"{sentence}; these rows do not tell it apart from {names}"
     if len(task.results) > 1:

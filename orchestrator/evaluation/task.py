@@ -13,6 +13,7 @@ from orchestrator.planning.spec_errors import explain
 from runfolder.resources import Section
 from runfolder.sources import SubmitterFile, parse_source
 
+HARNESS = "lm_eval:"  # what the name of a task of lm-evaluation-harness begins with
 TASK_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
 _OF_CHOICE = ("prompt", "choices", "answer")
 

@@ -71,13 +71,15 @@ def _tracked(task: EvaluatedTask, result: TaskResult, source: AdapterSource, rea
 def _child_run(mlflow: Any, parent_id: str, task: EvaluatedTask, result: TaskResult) -> str:
     """The id of the child run of a result, which is made, whole or not at all, where there is none."""
     parent = mlflow.get_run(parent_id)
-    experiment = parent.info.experiment_id
+    info = parent.info
+    experiment = info.experiment_id
     digest = _evaluation_digest(task, result)
     query = f"tags.`{EVALUATION_TAG}` = '{digest}' and tags.`{_PARENT_TAG}` = '{parent_id}'"
     there = mlflow.search_runs([experiment], query)
     if there:
         first = there[0]
-        return str(first.info.run_id)
+        info = first.info
+        return str(info.run_id)
     tags = {
         _PARENT_TAG: parent_id,
         EVALUATION_TAG: digest,
@@ -85,7 +87,8 @@ def _child_run(mlflow: Any, parent_id: str, task: EvaluatedTask, result: TaskRes
         "fleetune.name": task.name,
     }
     child = mlflow.create_run(experiment, tags=tags, run_name=f"evaluate {task.name}")
-    run_id = str(child.info.run_id)
+    info = child.info
+    run_id = str(info.run_id)
     try:
         _describe_child(mlflow, run_id, task, result)
     except BaseException:
@@ -99,13 +102,16 @@ def _describe_child(mlflow: Any, run_id: str, task: EvaluatedTask, result: TaskR
     from mlflow.entities import Metric, Param
 
     run = mlflow.get_run(run_id)
-    time_ms = run.info.start_time
+    info = run.info
+    time_ms = info.start_time
     metrics = []
     for key, value in _logged_metrics(task, result):
-        metrics.append(Metric(key, value, time_ms, 0))
+        metric = Metric(key, value, time_ms, 0)
+        metrics.append(metric)
     params = []
     for key, text in _logged_params(task, result):
-        params.append(Param(key, text))
+        param = Param(key, text)
+        params.append(param)
     mlflow.log_batch(run_id, metrics=metrics, params=params)
     mlflow.log_artifact(run_id, result.file)
     mlflow.set_terminated(run_id)
@@ -113,7 +119,7 @@ def _describe_child(mlflow: Any, run_id: str, task: EvaluatedTask, result: TaskR
 
 def _evaluation_digest(task: EvaluatedTask, result: TaskResult) -> str:
     """What decides on a child run: task, rows, adapter, where its answers are of, and what all of them are worth."""
-    keys = [row.question.key for row in task.prepared.rows]
+    keys = [row.key for row in task.prepared.rows]
     path = Path(result.file)
     answers_of = path.parts[-3]
     facts = (task.prepared.key, keys, result.digest, answers_of, result.right, task.base.right)

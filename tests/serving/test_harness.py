@@ -13,8 +13,9 @@ pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 
 
 from serving.engine import Engine
 from serving.error import RequestRefused
-from serving.harness import Asked, SharedEngine, evaluate_by_harness
+from serving.harness import evaluate_by_harness
 from serving.sequence import Request
+from serving.shared import Asked, SharedEngine
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 PAIRS = "hot-cold big-small fast-slow old-new long-short hard-soft light-dark wet-dry".split()  # noqa: SIM905

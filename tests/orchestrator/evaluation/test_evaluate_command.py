@@ -31,6 +31,7 @@ JOB: dict[str, Any] = {
     "evaluation": {"max_new_tokens": 12, "before": False},
 }
 ROWS = 20
+OPPOSITES = {"hot": "cold", "big": "small", "fast": "slow", "old": "new", "wet": "dry"}
 MIXTURE = [sys.executable, str(TINY / "generate.py"), "rows", "mixture", "--train", "60", "--eval", str(ROWS)]
 
 
@@ -173,3 +174,40 @@ def test_a_process_that_is_killed_is_told_as_that(
     assert code == 1 and err.splitlines()[-1] == (
         "the evaluation has failed: its process was ended by SIGKILL; the same command goes on where it stopped"
     )
+
+
+def test_tasks_of_the_harness_are_compared_as_all_others(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'fleetune[harness]'")
+    rows = [
+        {"q": f"opposite of {word} ->", "options": [right, "pen"], "gold": 0} for word, right in OPPOSITES.items()
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "opposites",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "q",
+        "doc_to_choice": "options",
+        "doc_to_target": "gold",
+    }
+    (tmp_path / "opposites.yaml").write_text(yaml.safe_dump(task))
+    task["output_type"], task["task"], task["doc_to_target"] = "loglikelihood_rolling", "whole", "q"
+    del task["doc_to_choice"]
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(task))
+    command = ["evaluate", "--base", str(TINY), "--out", str(tmp_path / "out"), "--tasks"]
+    code, out, _ = call(capsys, *command, f"lm_eval:{tmp_path}/opposites.yaml", str(data / "mixture.yaml"), "--json")
+    assert code == 0
+    plain = json.loads(out)
+    assert [(t["task"], t["rows"]) for t in plain["tasks"]] == [("mixture", ROWS), ("opposites", len(rows))]
+    assert plain["tasks"][1]["results"][0]["measures"]["exact_match"]["value"] > 0.9
+    assert plain["asked"] == ROWS + len(rows)
+    again = json.loads(call(capsys, *command, f"lm_eval:{tmp_path}/opposites.yaml", "--json")[1])
+    assert again["asked"] == 0 and again["tasks"][0]["results"] == plain["tasks"][1]["results"]
+    code, _, err = call(capsys, *command, f"lm_eval:{tmp_path}/whole.yaml")
+    assert code == 2 and "found the measures" in err and "allowed: exact_match or acc" in err
+    code, _, err = call(capsys, *command, "lm_eval:no_such_task")
+    assert code == 2 and "task lm_eval:no_such_task: " in err
