@@ -41,116 +41,143 @@ class Combination:
     cancelled: float  # the share of the parents' updates, by absolute size, that the sum takes away again
 
 
+@dataclass(frozen=True)
+class Member:
+    """A parent's update of a linear layer, and the parent's weight; who leaves a layer alone has no say there."""
+
+    update: LayerUpdate
+    weight: float
+
+    @property
+    def scale(self) -> float:
+        """What the product of its factors counts in the sum."""
+        return self.weight * self.update.scale
+
+
+LayerMembers = dict[str, list[Member]]  # by the name of the layer
+
+
 def combine(parents: list[LoraFolder], weights: list[float], recipe: Recipe) -> Combination:
     """The combination of adapters of one base; raises NotCombined."""
     if recipe.how not in HOWS:
         allowed = ", ".join(HOWS)
         raise NotCombined(f"--how: found {recipe.how!r}; allowed: {allowed}")
-    names: set[str] = set()
-    bases: set[str] = set()
-    for parent in parents:
-        names |= parent.updates.keys()
-        bases.add(parent.base)
-    if len(bases) > 1:
-        found = ", ".join(sorted(bases))
-        raise NotCombined(f"found adapters of several bases: {found}; allowed: one")
-    rank = recipe.rank or largest_rank_of(parents)
+    members = members_by_layer(parents, weights)
+    rank = recipe.rank
+    if rank is None:
+        rank = largest_rank_of(members)
     updates: dict[str, LayerUpdate] = {}
     interference = Interference()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        for module in sorted(names):
-            members = [parent.updates.get(module) for parent in parents]
-            combined = combined_update(module, members, weights, recipe, rank)
+        for module in sorted(members):
+            layer = members[module]
+            combined = combined_update(module, layer, recipe, rank)
             updates[module] = combined
-            interference.add(members, weights, combined)
+            interference.add(layer, combined)
     first = parents[0]
     adapter = LoraFolder(first.config, updates)
-    return Combination(adapter, interference.distance, interference.cancelled)
+    distance = interference.distance
+    cancelled = interference.cancelled
+    return Combination(adapter, distance, cancelled)
 
 
-def largest_rank_of(parents: list[LoraFolder]) -> int:
+def members_by_layer(parents: list[LoraFolder], weights: list[float]) -> LayerMembers:
+    """The members of each linear layer that any parent changes; raises NotCombined where bases differ."""
+    members: LayerMembers = {}
+    bases: set[str] = set()
+    for parent, weight in zip(parents, weights, strict=True):
+        bases.add(parent.base)
+        for module, update in parent.updates.items():
+            member = Member(update, weight)
+            layer = members.setdefault(module, [])
+            layer.append(member)
+    if len(bases) > 1:
+        found = ", ".join(sorted(bases))
+        raise NotCombined(f"found adapters of several bases: {found}; allowed: one")
+    return members
+
+
+def largest_rank_of(members: LayerMembers) -> int:
     """The largest rank that any parent has in any layer."""
     largest = 1
-    for parent in parents:
-        for update in parent.updates.values():
-            largest = max(largest, update.rank)
+    for layer in members.values():
+        for member in layer:
+            update = member.update
+            rank = update.rank
+            largest = max(largest, rank)
     return largest
 
 
-Members = list[LayerUpdate | None]
-
-
-def combined_update(module: str, members: Members, weights: list[float], recipe: Recipe, rank: int) -> LayerUpdate:
+def combined_update(module: str, layer: list[Member], recipe: Recipe, rank: int) -> LayerUpdate:
     """The combination of the updates of one linear layer."""
     if recipe.how == "linear":
-        return linear(module, members, weights)
-    whole = cat(members, weights)
+        return linear(module, layer)
+    whole = cat(layer)
     if recipe.how == "cat":
         return whole
     if recipe.how == "svd":
         return cut_product(whole, rank)
-    deltas_NOI: list[Tensor] = []
-    present: list[float] = []
-    for member, weight in zip(members, weights, strict=True):
-        if member is not None:  # who leaves a layer alone has no say there
-            deltas_NOI.append(member.delta())
-            present.append(weight)
-    weight_N = torch.tensor(present)
     prune = merge_utils.dare_linear
     if recipe.how == "ties":
         prune = merge_utils.ties
-    delta_OI = prune(deltas_NOI, weight_N, recipe.density)
+    deltas_NOI = [member.update.delta() for member in layer]
+    weights = [member.weight for member in layer]
+    weight_N = torch.tensor(weights)
+    density = recipe.density
+    delta_OI = prune(deltas_NOI, weight_N, density)
     return cut_dense(delta_OI, rank)
 
 
-def cat(members: Members, weights: list[float]) -> LayerUpdate:
+def cat(layer: list[Member]) -> LayerUpdate:
     """The exact weighted sum: factors one below the other, the rank is the sum of ranks."""
     a_parts: list[Tensor] = []
     b_parts: list[Tensor] = []
-    for member, weight in zip(members, weights, strict=True):
-        if member is not None:
-            scale = weight * member.scale
-            a_parts.append(member.a_RI)
-            b_parts.append(scale * member.b_OR)
+    for member in layer:
+        update = member.update
+        scaled_OR = member.scale * update.b_OR
+        a_parts.append(update.a_RI)
+        b_parts.append(scaled_OR)
     a_RI = torch.cat(a_parts)
     b_OR = torch.cat(b_parts, dim=1)
     return LayerUpdate(a_RI, b_OR)
 
 
-def linear(module: str, members: Members, weights: list[float]) -> LayerUpdate:
-    """Interference of the factors, each with the root of its weight; raises NotCombined where ranks differ."""
-    present = [member for member in members if member is not None]
-    ranks = {member.rank for member in present}
-    if len(ranks) > 1:
-        found = sorted(ranks)
-        raise NotCombined(f"{module}: found ranks {found}; allowed for linear: one rank; cat takes any")
-    first = present[0]
+def linear(module: str, layer: list[Member]) -> LayerUpdate:
+    """Sums of the factors, each with the root of its weight; raises NotCombined where ranks differ."""
+    first = layer[0].update
     a_RI = torch.zeros_like(first.a_RI)
     b_OR = torch.zeros_like(first.b_OR)
-    for member, weight in zip(members, weights, strict=True):
-        if member is not None:
-            scale = weight * member.scale
-            size = abs(scale)
-            root = math.sqrt(size)
-            signed = math.copysign(root, scale)
-            a_RI += signed * member.a_RI
-            b_OR += root * member.b_OR
+    for member in layer:
+        update = member.update
+        if update.rank != first.rank:
+            ranks = f"{first.rank} and {update.rank}"
+            raise NotCombined(f"{module}: found ranks {ranks}; allowed for linear: one rank; cat takes any")
+        scale = member.scale
+        size = abs(scale)
+        root = math.sqrt(size)
+        signed = math.copysign(root, scale)
+        signed_RI = signed * update.a_RI
+        scaled_OR = root * update.b_OR
+        a_RI += signed_RI
+        b_OR += scaled_OR
     return LayerUpdate(a_RI, b_OR)
 
 
-def cut_product(factors: LayerUpdate, rank: int) -> LayerUpdate:
+def cut_product(update: LayerUpdate, rank: int) -> LayerUpdate:
     """The best approximation of a product, from the small square matrix between two orthogonal ones."""
-    q_OR, r_RR = torch.linalg.qr(factors.b_OR)
-    a_IR = factors.a_RI.T
+    a_IR = update.a_RI.T
+    q_OR, r_RR = torch.linalg.qr(update.b_OR)
     p_IR, t_RR = torch.linalg.qr(a_IR)
-    middle_RR = r_RR @ t_RR.T
+    s_RR = t_RR.T
+    middle_RR = r_RR @ s_RR
     u_RR, size_R, v_RR = torch.linalg.svd(middle_RR)
     sized_RR = u_RR * size_R
-    sized_RR = sized_RR[:, :rank]
+    kept_RR = sized_RR[:, :rank]
     v_RR = v_RR[:rank]
-    b_OR = q_OR @ sized_RR
-    a_RI = v_RR @ p_IR.T
+    p_RI = p_IR.T
+    b_OR = q_OR @ kept_RR
+    a_RI = v_RR @ p_RI
     return LayerUpdate(a_RI, b_OR)
 
 
@@ -158,7 +185,8 @@ def cut_dense(delta_OI: Tensor, rank: int) -> LayerUpdate:
     """An approximation of an update, of a lower rank: the best one of small ones, nearly that of large ones."""
     smallest = min(delta_OI.shape)
     drawn = rank + OVERSAMPLED
-    if drawn * 4 > smallest:
+    many = 4 * drawn
+    if many > smallest:
         u_OR, size_R, v_RI = torch.linalg.svd(delta_OI, full_matrices=False)
     else:
         u_OR, size_R, v_IR = torch.svd_lowrank(delta_OI, drawn, ITERATIONS)
@@ -175,52 +203,54 @@ class Interference:
     def __init__(self) -> None:
         self._missed = 0.0
         self._whole = 0.0
-        self._cancelled = 0.0
-        self._sizes = 0.0
+        self._remaining = 0.0
+        self._size = 0.0
 
-    def add(self, members: Members, weights: list[float], combined: LayerUpdate) -> None:
+    def add(self, layer: list[Member], combined: LayerUpdate) -> None:
         """Count what happens in one layer."""
-        whole = cat(members, weights)
+        whole = cat(layer)
         sum_OI = whole.delta()
         delta_OI = combined.delta()
         missed_OI = delta_OI - sum_OI
-        self._missed += square(missed_OI)
-        self._whole += square(sum_OI)
+        missed = square(missed_OI)
+        whole_square = square(sum_OI)
         remaining = total_size(sum_OI)
-        size = 0.0
-        for member, weight in zip(members, weights, strict=True):
-            if member is not None:
-                delta_OI = member.delta()
-                size += abs(weight) * total_size(delta_OI)
-        self._sizes += size
-        self._cancelled += size - remaining
+        self._missed += missed
+        self._whole += whole_square
+        self._remaining += remaining
+        for member in layer:
+            update = member.update
+            own_OI = update.delta()
+            own_OI *= member.weight
+            size = total_size(own_OI)
+            self._size += size
 
     @property
     def distance(self) -> float:
         """How far the result is from the sum, as a share of the sum's norm."""
-        share = ratio(self._missed, self._whole)
+        if self._whole == 0:
+            return 0.0
+        share = self._missed / self._whole
         return math.sqrt(share)
 
     @property
     def cancelled(self) -> float:
         """The share of the parents' updates, by absolute size, that the sum takes away again."""
-        return ratio(self._cancelled, self._sizes)
+        if self._size == 0:
+            return 0.0
+        remaining = self._remaining / self._size
+        return 1 - remaining
 
 
 def square(delta_OI: Tensor) -> float:
     """The sum of the squares of an update's numbers."""
     square_OI = delta_OI.square()
-    return float(square_OI.sum())
+    sum_of_squares = square_OI.sum()
+    return float(sum_of_squares)
 
 
 def total_size(delta_OI: Tensor) -> float:
     """The sum of an update's absolute numbers."""
     size_OI = delta_OI.abs()
-    return float(size_OI.sum())
-
-
-def ratio(part: float, whole: float) -> float:
-    """A part of a whole; of nothing, nothing."""
-    if whole == 0:
-        return 0.0
-    return part / whole
+    sum_of_sizes = size_OI.sum()
+    return float(sum_of_sizes)

@@ -137,7 +137,7 @@ def test_layers_and_ranks_of_their_own_are_kept(base: Path, tmp_path: Path) -> N
     kept = pruned[alone].delta().abs() > 1e-6
     assert torch.allclose(pruned[alone].delta()[kept], 2.0 * deltas["second"][alone][kept], atol=1e-5)
     assert 0.25 < kept.float().mean() < 0.32
-    with pytest.raises(NotCombined, match=r"found ranks \[3, 4\]; allowed for linear: one rank"):
+    with pytest.raises(NotCombined, match="found ranks 4 and 3; allowed for linear: one rank"):
         combine(adapters, [1.0, 1.0], Recipe("linear"))
 
 
