@@ -57,9 +57,10 @@ def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """
     kept_K = batch["kept"]
     documents = {}
-    if "documents" in batch:
-        documents["documents"] = batch["documents"]
-    if "part" in batch:
+    for name in ("documents", "key_starts", "key_places"):
+        if name in batch:
+            documents[name] = batch[name]
+    if "part" in batch and not documents:
         group_BT = batch["group"]
         part_BT = batch["part"]
         documents["attention_mask"] = branch_mask(group_BT, part_BT)
