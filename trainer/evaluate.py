@@ -109,8 +109,8 @@ class Evaluator:
         summed = reduced(sums)
         means = {}
         for name, value in summed.items():
-            mean = value / unit
-            means[name] = float(mean)
+            mean_of_all = value / unit
+            means[name] = float(mean_of_all)
         said = objective.summary(means)
         metrics = {}
         for name, mean in said.items():
