@@ -1,6 +1,5 @@
 """Whether two answers that share a prompt in a row see each other: not every base takes a mask against that."""
 
-from collections.abc import Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -14,12 +13,15 @@ from trainer.data.counts import Counts
 from trainer.data.examples import Indices
 from trainer.data.shards import join_examples
 from trainer.data.tokens import Tokens
+from trainer.objectives.base import HostArrays
 from trainer.objectives.labels import label_arrays, logits
 from trainer.objectives.score_head import revealed
 from trainer.run import Run
+from trainer.step import with_starts
 
-# Relative to the largest logit: what rounding may do.
-MOVED = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+# Norm of a difference over that of the values: what rounding may do.
+MOVED = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+COMPARED_WEIGHTS = 8
 PROMPT_LENGTH, ANSWER_LENGTHS = 9, (5, 4)  # tokens
 
 
@@ -36,9 +38,10 @@ def check_answers_apart(run: Run) -> None:
         _refuse_base(config.model_type, f"whose attention sees {seen_back} tokens back")
     engine = run.sharded.engine
     device = run.world.device
+    in_one_row = run.objective.kernels.in_one_row
     model.eval()
-    with revealed(model):
-        moved = branch_gap(engine, config.vocab_size, device)
+    with torch.no_grad(), revealed(model):
+        moved = branch_gap(engine, config.vocab_size, device, in_one_row)
     model.train()
     holds = moved <= MOVED[run.dtype]
     if not holds:  # also where it is not a number
@@ -49,8 +52,27 @@ def _refuse_base(kind: str, reason: str) -> NoReturn:
     raise ValueError(f"objective.share_prompts: found true with a base of type {kind}, {reason}; allowed: false")
 
 
-def branch_gap(model: nn.Module, vocabulary: int, device: torch.device) -> float:
-    """How far the logits of two answers to a prompt move when they share it in one row, relative to the largest."""
+def problem_of_branches(
+    model: nn.Module, vocabulary: int, device: torch.device, in_one_row: bool, rounding: float
+) -> str | None:
+    """What is wrong with answers that share a prompt on the fast path; None where nothing is."""
+    try:
+        gap = branch_gap(model, vocabulary, device, in_one_row)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler, or a base of another kind, raises
+        kind = type(error)
+        return f"shared prompts: {kind.__name__}: {error}"
+    if gap <= rounding:
+        return None
+    return f"shared prompts: answers differ by {gap:.1e}"
+
+
+def branch_gap(model: nn.Module, vocabulary: int, device: torch.device, in_one_row: bool) -> float:
+    """How far the logits of two answers to a prompt move when they share it in one row, relative to their norm.
+
+    Where gradients are recorded, how far those of a few trained weights move too, if that is farther.
+    """
     generator = torch.Generator()
     generator.manual_seed(0)
     prompt = _random_ids(vocabulary, PROMPT_LENGTH, generator)
@@ -66,15 +88,40 @@ def branch_gap(model: nn.Module, vocabulary: int, device: torch.device) -> float
     shard = join_examples(documents, rows, Counts())
     tokens = Tokens([shard])
     shared = shared_by_pairs(tokens)
-    alone = [[0], [1]]
-    pair = [[0, 1]]
-    apart = _logits_of(model, tokens, alone, None, device)
-    together = _logits_of(model, tokens, pair, shared, device)
-    difference = apart - together
-    moved = difference.abs().max()
-    largest = apart.abs().max()
-    gap = moved / largest
-    return float(gap)
+    apart = label_arrays([[0], [1]], tokens, 0)
+    together = label_arrays([[0, 1]], tokens, 0, shared)
+    gaps = []
+    found = []
+    for arrays in (apart, together):
+        completed: HostArrays = arrays
+        if in_one_row:
+            completed = with_starts(arrays)
+        seen = _logits_and_slopes(model, completed, device)
+        found.append(seen)
+    for alone, shares in zip(*found, strict=True):
+        difference = alone - shares
+        gap = difference.norm() / alone.norm()
+        gaps.append(float(gap))
+    return max(gaps)
+
+
+def _logits_and_slopes(model: nn.Module, arrays: HostArrays, device: torch.device) -> list[torch.Tensor]:
+    """The logits of a micro-batch's labels, and where they are recorded the gradients of a sum of them."""
+    batch = {}
+    for name, array in arrays.items():
+        tensor = torch.from_numpy(array)
+        batch[name] = tensor.to(device)
+    found = logits(model, batch).float()
+    seen = [found.detach()]
+    if not torch.is_grad_enabled():
+        return seen
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    total = found.square().sum()
+    gradients = torch.autograd.grad(total, trained[:COMPARED_WEIGHTS], allow_unused=True)
+    for gradient in gradients:
+        if gradient is not None and gradient.any():
+            seen.append(gradient.float())
+    return seen
 
 
 def _random_ids(vocabulary: int, length: int, generator: torch.Generator) -> Indices:
@@ -82,20 +129,3 @@ def _random_ids(vocabulary: int, length: int, generator: torch.Generator) -> Ind
     size = (length,)
     ids = torch.randint(vocabulary, size, generator=generator)
     return ids.numpy()
-
-
-def _logits_of(
-    model: nn.Module,
-    tokens: Tokens,
-    rows: Sequence[Sequence[int]],
-    shared: Indices | None,
-    device: torch.device,
-) -> torch.Tensor:
-    """The logits [N, V] of the labels of some rows."""
-    arrays = label_arrays(rows, tokens, 0, shared)
-    batch = {}
-    for name, array in arrays.items():
-        tensor = torch.from_numpy(array)
-        batch[name] = tensor.to(device)
-    with torch.no_grad():
-        return logits(model, batch)

@@ -112,8 +112,8 @@ class Evaluator:
         summed = reduced(sums)
         means = {}
         for name, value in summed.items():
-            mean = value / unit
-            means[name] = float(mean)
+            mean_of_all = value / unit
+            means[name] = float(mean_of_all)
         said = objective.summary(means)
         metrics = {}
         for name, said_value in said.items():

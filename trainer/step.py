@@ -13,7 +13,7 @@ import torch.distributed as dist
 from trainer import rollouts
 from trainer.data.examples import Examples, GlobalBatch
 from trainer.data.layout import MicroBatch
-from trainer.data.one_row import deal_in_one_row, starts_of_documents
+from trainer.data.one_row import deal_in_one_row, gathered_keys, starts_of_documents
 from trainer.meter import Meter, SaveRequest
 from trainer.objectives.base import HostArrays, Shares, TensorsByName, Totals
 from trainer.run import Run
@@ -147,7 +147,13 @@ def with_starts(arrays: HostArrays) -> HostArrays:
     for name, array in arrays.items():
         if name.endswith("position_ids"):
             prefix = name.removesuffix("position_ids")
-            completed[prefix + "documents"] = starts_of_documents(array)
+            starts = starts_of_documents(array)
+            completed[prefix + "documents"] = starts
+            part = arrays.get(prefix + "part")
+            if part is not None and len(starts):
+                key_starts, key_places = gathered_keys(starts, part)
+                completed[prefix + "key_starts"] = key_starts
+                completed[prefix + "key_places"] = key_places
     return completed
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 
 from runfolder.job import Job
 from trainer.answers_apart import branch_gap
+from trainer.data import one_row
+from trainer.data.collate import BRANCH as FIRST_BRANCH
 from trainer.data.collate import collate, shared_by_pairs
 from trainer.data.counts import Counts
 from trainer.data.examples import Examples, GlobalBatch
@@ -23,8 +26,10 @@ from trainer.data.layout import Layout
 from trainer.data.shards import join_examples
 from trainer.data.tokens import Tokens
 from trainer.kernels import Kernels
+from trainer.kernels.documents import DOCUMENT_ATTENTION, tell_documents
 from trainer.kernels.head import LinearHead
 from trainer.objectives.likelihood import likelihood_arrays, log_likelihoods
+from trainer.step import with_starts
 
 TWO_LAYERS: dict[str, Any] = {"vocab_size": 60, "initializer_range": 0.3}
 BASES: dict[str, Any] = {
@@ -114,10 +119,78 @@ def test_log_likelihoods_and_gradients_are_as_if_apart(base: str, head: bool) ->
 def test_a_base_that_reads_no_mask_is_found_out() -> None:
     torch.manual_seed(0)
     model: Any = BASES["llama"]()
-    assert branch_gap(model, 60, torch.device("cpu")) < 1e-5
+    assert branch_gap(model, 60, torch.device("cpu"), in_one_row=False) < 1e-5
     forward = model.forward
     model.forward = lambda *args, attention_mask=None, **kwargs: forward(*args, **kwargs)  # noqa: ARG005
-    assert branch_gap(model, 60, torch.device("cpu")) > 1e-3
+    assert branch_gap(model, 60, torch.device("cpu"), in_one_row=False) > 1e-3
+
+
+def attention_of_documents(
+    query: Any, key: Any, value: Any, starts: Any, key_starts: Any, *_: Any, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What flash attention computes, document by document: the last query sees all of its keys."""
+    attended = torch.zeros_like(query)
+    for q, k, share, weights in documents_of(query, key, starts, key_starts, options["scale"]):
+        attended[q] = torch.einsum("hqk,khd->qhd", weights, value[k].repeat_interleave(share, 1))
+    return attended, torch.zeros(query.shape[1], len(query))
+
+
+def slopes_of_documents(
+    slope: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any
+) -> list[torch.Tensor]:
+    """The gradients of the same, written out."""
+    _, _, starts, key_starts, *_ = rest
+    scale, slopes = options["scale"], [torch.zeros_like(tensor) for tensor in (query, key, value)]
+    for q, k, share, weights in documents_of(query, key, starts, key_starts, scale):
+        wide_key, wide_value = key[k].repeat_interleave(share, 1), value[k].repeat_interleave(share, 1)
+        of_weights = torch.einsum("qhd,khd->hqk", slope[q], wide_value)
+        of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
+        slopes[0][q] = scale * torch.einsum("hqk,khd->qhd", of_scores, wide_key)
+        for number, wide in (
+            (1, scale * torch.einsum("hqk,qhd->khd", of_scores, query[q])),
+            (2, torch.einsum("hqk,qhd->khd", weights, slope[q])),
+        ):
+            slopes[number][k] = wide.unflatten(1, (-1, share)).sum(2)
+    return slopes
+
+
+def documents_of(query: Any, key: Any, starts: Any, key_starts: Any, scale: float) -> Any:
+    """Of each document its queries, its keys, how many heads share a key, and the weights of its attention."""
+    share = query.shape[1] // key.shape[1]
+    for bounds, key_bounds in zip(pairwise(starts.tolist()), pairwise(key_starts.tolist()), strict=True):
+        q, k = slice(*bounds), slice(*key_bounds)
+        scores = scale * torch.einsum("qhd,khd->hqk", query[q], key[k].repeat_interleave(share, 1))
+        seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+        yield q, k, share, scores.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_in_one_row_second_answers_see_prompts_of_first_ones(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention is stood in for by the same sums on a CPU; what is gathered for it, and given back, is real."""
+    before = torch.get_autocast_dtype("cpu")
+    torch.set_autocast_dtype("cpu", torch.float32)  # in which documents are attended to
+    try:
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", attention_of_documents)
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", slopes_of_documents)
+        if wrong:
+            monkeypatch.setattr(one_row, "TRUNK", FIRST_BRANCH)
+        torch.manual_seed(0)
+        model: Any = BASES["llama"]()
+        model.set_attn_implementation(DOCUMENT_ATTENTION)
+        tell_documents(model.get_decoder(), 64)
+        gap = branch_gap(model, 60, torch.device("cpu"), in_one_row=True)
+        assert gap > 1e-3 if wrong else gap < 1e-5
+    finally:
+        torch.set_autocast_dtype("cpu", before)
+
+
+def test_keys_are_gathered_for_second_answers() -> None:
+    tokens = pairs((3, 2, 1), (2, 1, 2))
+    arrays = with_starts(collate([[0, 1, 2, 3]], tokens, 0, shared_by_pairs(tokens)))
+    assert arrays["documents"].tolist() == [0, 5, 6, 9, 11, 16]
+    assert arrays["key_starts"].tolist() == [0, 5, 9, 12, 16, 21]
+    expected = [*range(5), 0, 1, 2, 5, 6, 7, 8, 6, 7, 9, 10, *range(11, 16)]
+    assert arrays["key_places"].tolist() == expected
 
 
 @pytest.fixture(scope="session")

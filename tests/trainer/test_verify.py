@@ -20,7 +20,10 @@ def run_of(model: Any, folder: Path, method: Any) -> Any:
     attempt = SimpleNamespace(folder=folder, event=lambda *_, **__: None)
     world = SimpleNamespace(device=torch.device("cpu"))
     job = SimpleNamespace(method=method)
-    return SimpleNamespace(model=model, dtype=torch.float32, job=job, world=world, attempt=attempt)
+    objective = SimpleNamespace(scores=False)
+    return SimpleNamespace(
+        model=model, dtype=torch.float32, job=job, world=world, attempt=attempt, objective=objective
+    )
 
 
 def test_a_model_that_fits_nowhere_is_compared_layer_by_layer(

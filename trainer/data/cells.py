@@ -34,7 +34,9 @@ def shown_in_template(value: object, where: str) -> str:
 
 def finite_number(value: object, where: str) -> float:
     """A cell that must be a finite number. Raises RowError."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        number = float(value)
+    if not math.isfinite(number):
         reject(where, describe_value(value), "a finite number")
-    return float(value)
+    return number

@@ -43,6 +43,13 @@ class Examples:
         return self._sums(self.tokens.lengths)
 
     @cached_property
+    def lengths_in_one_row(self) -> Indices:
+        """The tokens of each example [examples] whose documents lie in one row, and share what they can."""
+        if self.shared is None:
+            return self.lengths
+        return self.lengths - self._sums(self.shared)
+
+    @cached_property
     def targets(self) -> Indices:
         """The labels of each example [examples]."""
         return self._sums(self.tokens.targets)
@@ -55,11 +62,9 @@ class Examples:
 
     def saved(self, example: int) -> int:
         """How many tokens the documents of an example share, where they lie in one row."""
-        if self.shared is None:
-            return 0
-        documents = self.documents(example)
-        of_documents = self.shared[documents]
-        return int(of_documents.sum())
+        apart = self.lengths[example]
+        together = self.lengths_in_one_row[example]
+        return int(apart - together)
 
     def first(self, count: int | None) -> "Examples":
         """The first so many examples; all where it is None."""

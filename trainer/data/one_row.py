@@ -4,18 +4,21 @@ All of it is a pure function, equal on every rank. Shape suffixes: B rows, T pos
 """
 
 import heapq
+from itertools import pairwise
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.examples import Examples, GlobalBatch
+from trainer.data.collate import OTHER_BRANCH, TRUNK
+from trainer.data.examples import Examples, GlobalBatch, Indices
 from trainer.data.layout import MULTIPLE, Layout, MicroBatch, OwnedDocument, PackedRow
 
 if TYPE_CHECKING:
     from trainer.data.tokens import Tokens
 
+StartPlaces = npt.NDArray[np.int32]
 EVERY_ROW = np.zeros(0, np.int32)  # in the place of starts: each row is one document, without padding
 
 
@@ -34,7 +37,7 @@ def deal_in_one_row(layout: Layout, batch: GlobalBatch, rank: int, world_size: i
     for number in range(count):
         passes.append([])
         least_filled.append((0, number))
-    lengths = examples.lengths[batch.chosen]
+    lengths = examples.lengths_in_one_row[batch.chosen]
     longest_first = np.argsort(-lengths, kind="stable")
     for place in longest_first.tolist():
         tokens, number = least_filled[0]
@@ -53,7 +56,8 @@ def deal_in_one_row(layout: Layout, batch: GlobalBatch, rank: int, world_size: i
 def _rounds(layout: Layout, batch: GlobalBatch, world_size: int) -> int:
     """How many micro-batches each rank has."""
     rows_at_once = layout.micro_batch * world_size
-    rows = batch.tokens / layout.seq_len
+    lengths = batch.examples.lengths_in_one_row[batch.chosen]
+    rows = int(lengths.sum()) / layout.seq_len
     if not layout.packing:
         documents = list(batch.documents())
         rows = len(documents)
@@ -81,7 +85,7 @@ def _rows(documents: PackedRow, tokens: "Tokens") -> list[PackedRow]:
     return [[owned] for owned in documents]
 
 
-def starts_of_documents(position_BT: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+def starts_of_documents(position_BT: npt.NDArray[Any]) -> StartPlaces:
     """Where documents start in flattened rows, and where the last ends, by positions that restart: int32.
 
     None where each row is one document, which needs no more than causal attention.
@@ -95,3 +99,27 @@ def starts_of_documents(position_BT: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     end = position_BT.size
     with_end = np.append(starts, end)
     return with_end.astype(np.int32)
+
+
+def gathered_keys(starts_S: StartPlaces, part_BT: npt.NDArray[Any]) -> tuple[StartPlaces, Indices]:
+    """Of documents in flattened rows, where the keys that each one sees begin, and the place of each of these keys.
+
+    A second answer, which has no prompt of its own, sees that of the document before it.
+    """
+    part_N = part_BT.ravel()
+    key_starts = [0]
+    places = []
+    before = 0  # where the document before began
+    behind = 0
+    for start, stop in pairwise(starts_S.tolist()):
+        if part_N[start] == OTHER_BRANCH:
+            is_trunk = part_N[before:start] == TRUNK
+            trunk = before + np.flatnonzero(is_trunk)
+            places.append(trunk)
+            behind += len(trunk)
+        own = np.arange(start, stop)
+        places.append(own)
+        behind += len(own)
+        key_starts.append(behind)
+        before = start
+    return np.array(key_starts, np.int32), np.concatenate(places)

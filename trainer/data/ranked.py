@@ -99,13 +99,14 @@ def _kinds_in(entry: Any) -> Iterator[str]:
 def _list_in(record: ShapedRecord, column: str) -> list[Any]:
     """A list of two or more in a column."""
     value = record.fields.get(column)
-    is_list = isinstance(value, list)
-    if not is_list or len(value) < 2:
+    values: list[Any] = []
+    if isinstance(value, list):
+        values = value
+    if len(values) < 2:
         found = describe_value(value)
         where = f"{record.where}, field {column}"
         reject(where, found, "a list of two or more")
-    answers: list[Any] = value
-    return answers
+    return values
 
 
 def _signed(kind: str, value: Any, where: str) -> float:

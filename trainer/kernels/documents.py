@@ -5,17 +5,17 @@ Their backward pass adds in a fixed order, so a run that is resumed goes on bit 
 Shapes: B rows, T positions, N = B T tokens, H heads, D head size, S documents + 1.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils import deterministic
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as dense
 from transformers.masking_utils import sdpa_mask
+
+from trainer.kernels.branches import branch_attention
+from trainer.kernels.fixed_order import fixed_order
 
 DOCUMENT_ATTENTION = "documents"  # what `attn_implementation` calls it
 LARGEST_HEAD = 256
@@ -63,7 +63,7 @@ def document_attention_backward(
     """The gradients of query, key and value, each added up in a fixed order."""
     without_dropout = torch.zeros(2, dtype=torch.uint64, device=query_NHD.device)
     unused = torch.empty(0, device=query_NHD.device)
-    with _fixed_order():
+    with fixed_order():
         query, key, value = torch.ops.aten._flash_attention_backward(
             slope_NHD.contiguous(),
             query_NHD,
@@ -121,20 +121,6 @@ def _backward(ctx: Any, slope_NHD: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 document_attention.register_autograd(_backward, setup_context=_save)
 
 
-@contextmanager
-def _fixed_order() -> Iterator[None]:
-    """Within it, operations that have a deterministic form use it."""
-    settings: Any = deterministic
-    fill = settings.fill_uninitialized_memory
-    settings.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        settings.fill_uninitialized_memory = fill
-
-
 def attend_within_documents(
     module: Module,
     query: Tensor,
@@ -145,6 +131,8 @@ def attend_within_documents(
     scaling: float | None = None,
     starts: Tensor | None = None,
     longest: int = 0,
+    key_starts: Tensor | None = None,
+    key_places: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: [B, T, H, D], dense where `tell_documents` told nothing."""
@@ -158,19 +146,28 @@ def attend_within_documents(
         attended = dense(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
         return attended
     rows, _, positions, size = query.shape
-    dtype = torch.get_autocast_dtype(query.device.type)  # rotated by fp32 positions they may be fp32
-    flat = []
-    for heads_BHTD in (query, key, value):
-        heads_BTHD = heads_BHTD.transpose(1, 2)
-        heads_NHD = heads_BTHD.flatten(0, 1)
-        flat.append(heads_NHD.to(dtype))
-    query_NHD, key_NHD, value_NHD = flat
+    query_NHD = _flattened(query)
+    key_NHD = _flattened(key)
+    value_NHD = _flattened(value)
     scale = scaling
     if scale is None:
         scale = size**-0.5
-    attended_NHD, _ = document_attention(query_NHD, key_NHD, value_NHD, starts, longest, scale)
+    if key_starts is None or key_places is None:
+        attended_NHD, _ = document_attention(query_NHD, key_NHD, value_NHD, starts, longest, scale)
+    else:
+        attended_NHD, _ = branch_attention(
+            query_NHD, key_NHD, value_NHD, starts, key_starts, key_places, longest, scale
+        )
     attended_BTHD = attended_NHD.unflatten(0, (rows, positions))
     return attended_BTHD, None
+
+
+def _flattened(heads_BHTD: Tensor) -> Tensor:
+    """Heads [N, H, D] in the dtype of the forward pass; rotated by fp32 positions they may be fp32."""
+    dtype = torch.get_autocast_dtype(heads_BHTD.device.type)
+    heads_BTHD = heads_BHTD.transpose(1, 2)
+    heads_NHD = heads_BTHD.flatten(0, 1)
+    return heads_NHD.to(dtype)
 
 
 def _refuse_arguments(longest: int, arguments: dict[str, Any]) -> None:
@@ -196,7 +193,8 @@ def _refuse_unread(mask: Tensor | None, key: Tensor) -> None:
 def tell_documents(decoder: Module, longest: int) -> torch.utils.hooks.RemovableHandle:
     """Tell all layers where documents of at most `longest` tokens start, in passes that have `documents`.
 
-    No starts at all say that each row is one document. Passes without this argument get masks as ever.
+    No starts at all say that each row is one document. Passes without this argument get masks as ever. Where second
+    answers share the prompts of first ones, `key_starts` and `key_places` come with it.
     """
 
     def prepare(module: Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:  # noqa: ARG001
@@ -206,7 +204,7 @@ def tell_documents(decoder: Module, longest: int) -> torch.utils.hooks.Removable
             return None
         # transformers hands a mask of four dimensions on as it is, and so makes none of T x T.
         unread = starts_S.new_zeros(1, 1, 1, UNREAD)
-        told = {"attention_mask": unread, "starts": starts_S, "longest": longest}
+        told = {"attention_mask": unread, "starts": starts_S, "longest": longest}  # others are handed on as they are
         return args, kwargs | told
 
     return decoder.register_forward_pre_hook(prepare, with_kwargs=True)

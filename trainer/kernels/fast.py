@@ -21,6 +21,7 @@ from methods.base import Method
 from methods.parts import attention
 from runfolder.job import Job
 from runfolder.objectives import shares_prompts
+from trainer.answers_apart import problem_of_branches
 from trainer.data.tokens import virtual_ids
 from trainer.kernels import Kernels
 from trainer.kernels.documents import DOCUMENT_ATTENTION, LARGEST_HEAD, tell_documents
@@ -63,6 +64,7 @@ def make_fast(job: Job, model: nn.Module, method: Method[Any], dtype: torch.dtyp
         return Kernels()
     documents = _probe(job, model, device)
     rounding = PROBE_ROUNDING[dtype]
+    vocabulary = _base(model).config.get_text_config().vocab_size
     problems: list[str] = []
     with _without_dropout(model), revealed(model):
         expected = _probed(model, documents, Kernels())
@@ -71,6 +73,8 @@ def make_fast(job: Job, model: nn.Module, method: Method[Any], dtype: torch.dtyp
                 kernels = _changed(job, model, dtype, wanted, undo)
                 method.speed_up(model, undo)
                 problem = _problem(model, documents, kernels, expected, rounding)
+                if problem is None and shares_prompts(job.objective):
+                    problem = problem_of_branches(model, vocabulary, device, kernels.in_one_row, rounding)
                 if problem is None:
                     undo.pop_all()
                     return replace(kernels, problems=problems)
@@ -88,8 +92,7 @@ def _changed(job: Job, model: nn.Module, dtype: torch.dtype, wanted: Kernels, un
     in_one_row = False
     if lower:
         _leave_casts(model, undo)
-    shares = shares_prompts(job.objective)  # which takes a mask that is not of documents alone
-    if wanted.in_one_row and lower and on_gpu and not shares:
+    if wanted.in_one_row and lower and on_gpu:
         in_one_row = _attends_within_documents(job, model, undo)
     if wanted.compiled:
         compile_layers(model)

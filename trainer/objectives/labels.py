@@ -57,9 +57,10 @@ def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """
     kept_K = batch["kept"]
     documents = {}
-    if "documents" in batch:
-        documents["documents"] = batch["documents"]
-    if "part" in batch:
+    for name in ("documents", "key_starts", "key_places"):
+        if name in batch:
+            documents[name] = batch[name]
+    if "part" in batch and not documents:
         group_BT = batch["group"]
         part_BT = batch["part"]
         documents["attention_mask"] = branch_mask(group_BT, part_BT)
@@ -72,10 +73,11 @@ def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     ).logits
     if logits_BKV.shape[1] != len(kept_K):  # a model that does not know logits_to_keep
         logits_BKV = logits_BKV[:, kept_K]
+    is_one_row = len(logits_BKV) == 1
+    if is_one_row and "part" not in batch:  # each place is before one label
+        return logits_BKV[0]
     row_N = batch["row"]
     column_N = batch["column"]
-    if len(logits_BKV) == 1 and len(column_N) == len(kept_K):  # each place is before one label
-        return logits_BKV[0]
     return logits_BKV[row_N, column_N]
 
 
