@@ -247,8 +247,10 @@ class TwoProducts(SVDLinear):  # type: ignore[misc]
         value_R1 = self.lora_E[ADAPTER]
         wide_OR = self.lora_B[ADAPTER] * value_R1.T
         dropout = self.lora_dropout[ADAPTER]
-        narrow = linear(dropout(x), pad(a_RI, (0, 0, 0, missing)))
-        update = linear(narrow, pad(wide_OR, (0, missing)))
+        below_a = (0, 0, 0, missing)
+        beside_b = (0, missing)
+        narrow = linear(dropout(x), pad(a_RI, below_a))
+        update = linear(narrow, pad(wide_OR, beside_b))
         adapted: Tensor = result + update * scale
         return adapted
 

@@ -96,10 +96,18 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     """A report for people."""
     lines: list[str] = []
     for parent in report["parents"]:
-        scores = ", ".join(f"{name} {value:.4g}" for name, value in parent["scores"].items())
-        lines.append(f"{parent['weight']:g} x {parent['adapter']}: {scores or 'no evaluation is known'}")
-    how, rank = report["how"], report["rank"]
-    lines.append(f"combined as {how}, rank {rank}; {report['distance_from_sum']:.1%} away from the weighted sum")
-    lines.append(f"{report['cancelled']:.1%} of what the parents change takes back what another one does")
+        scores = []
+        for name, value in parent["scores"].items():
+            scores.append(f"{name} {value:.4g}")
+        known = ", ".join(scores) or "no evaluation is known"
+        weight = parent["weight"]
+        adapter = parent["adapter"]
+        lines.append(f"{weight:g} x {adapter}: {known}")
+    how = report["how"]
+    rank = report["rank"]
+    distance = report["distance_from_sum"]
+    cancelled = report["cancelled"]
+    lines.append(f"combined as {how}, rank {rank}; {distance:.1%} away from the weighted sum")
+    lines.append(f"{cancelled:.1%} of what the parents change takes back what another one does")
     lines.append("parents interfere, so what they scored says little of the mixture: evaluate it before you use it")
     return lines

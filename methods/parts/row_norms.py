@@ -22,7 +22,9 @@ def row_norms(
     its own rows' norms, fp32, and the scale s.
     """
     outputs = list(map(len, weights))
-    norms = torch.empty(sum(outputs), dtype=torch.float32, device=weights[0].device)
+    rows = sum(outputs)
+    first = weights[0]
+    norms = torch.empty(rows, dtype=torch.float32, device=first.device)
     norms_of_each = norms.split(outputs)
     if norms.is_cuda and _suit_kernel(weights, a, b):
         from methods.parts.row_norms_kernel import fill_norms

@@ -25,12 +25,16 @@ def average_sensitivities(
     """
     if not parameters:
         return
-    weights = [parameter.data for parameter in parameters]
-    grads = [_gradient(parameter) for parameter in parameters]
-    importances = [_average_so_far(state, IMPORTANCE, weight) for state, weight in zip(states, weights, strict=True)]
-    uncertainties = [
-        _average_so_far(state, UNCERTAINTY, weight) for state, weight in zip(states, weights, strict=True)
-    ]
+    weights = []
+    grads = []
+    importances = []
+    uncertainties = []
+    for parameter, state in zip(parameters, states, strict=True):
+        weight = parameter.data
+        weights.append(weight)
+        grads.append(_gradient(parameter))
+        importances.append(_average_so_far(state, IMPORTANCE, weight))
+        uncertainties.append(_average_so_far(state, UNCERTAINTY, weight))
     sensitivities = torch._foreach_mul(weights, grads)
     torch._foreach_abs_(sensitivities)
     torch._foreach_mul_(importances, beta1)

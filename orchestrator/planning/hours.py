@@ -51,16 +51,20 @@ def hours(
     if peak is None:
         return None
     per_token = planned_flops(job, model, sizes)
-    flops = per_token * steps * job.train.batch_tokens
-    per_hour = peak * job.resources.world_size * SECONDS_OF_HOUR
+    tokens = steps * job.train.batch_tokens
+    flops = per_token * tokens
+    per_second = peak * job.resources.world_size
+    per_hour = per_second * SECONDS_OF_HOUR
     at_peak = flops / per_hour
-    shares, spread = _shares(alike(job, kernels, earlier), per_token, peak)
+    runs_alike = alike(job, kernels, earlier)
+    shares, spread = _shares(runs_alike, per_token, peak)
     if shares:
         low, likely, high = prediction(shares, spread)
     else:
         likely = _stated_share(job, kernels)
         reach = exp(NORMAL * STATED_SPREAD)
-        low, high = likely / reach, likely * reach
+        low = likely / reach
+        high = likely * reach
     return HoursForecast(at_peak / high, at_peak / likely, at_peak / low, len(shares))
 
 
@@ -74,9 +78,11 @@ def prediction(shares: Sequence[float], spread: float) -> tuple[float, float, fl
     count = len(shares)
     squares = EXPECTED * spread**2
     for logarithm in logarithms:
-        squares += (logarithm - middle) ** 2
+        distance = logarithm - middle
+        squares += distance**2
     freedom = EXPECTED + count - 1
-    reach = t_quantile(freedom) * sqrt(squares / freedom)
+    variance = squares / freedom
+    reach = t_quantile(freedom) * sqrt(variance)
     if count > EXPECTED + 1:  # which say for themselves how much they differ
         alone = t_quantile(count - 1) * stdev(logarithms)
         reach = max(reach, alone)
