@@ -58,7 +58,8 @@ class HalfSpectrum(FourierFTLinear):  # type: ignore[misc]
         module.__class__ = cls
         spectrum = module.fourierft_spectrum[ADAPTER]
         count = len(spectrum)
-        row, column = module.indices[ADAPTER].to(spectrum.device)
+        indices = module.indices[ADAPTER]
+        row, column = indices.to(spectrum.device)
         mirrored_row = -row % module.out_features
         mirrored_column = -column % module.in_features
         rows = torch.cat([row, mirrored_row])
@@ -81,7 +82,8 @@ class HalfSpectrum(FourierFTLinear):  # type: ignore[misc]
         result: Tensor = self.base_layer(x, *args, **kwargs)
         update_OI = self.update()
         value = x.to(update_OI.dtype)
-        adapted: Tensor = result + linear(value, update_OI)
+        added = linear(value, update_OI)
+        adapted: Tensor = result + added
         return adapted.to(x.dtype)
 
     def update(self) -> Tensor:
