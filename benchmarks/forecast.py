@@ -3,6 +3,7 @@
     python benchmarks/forecast.py --out benchmarks/results/forecast-h200.json    # on a GPU: all cells of one worker
     python benchmarks/forecast.py --only checkpointed qlora --out ...            # those whose names have these words
     python benchmarks/forecast.py --workers 2 --out ...                          # on two: stages 0 to 3
+    python benchmarks/forecast.py --only lora-plain-z0 --micro-batch 96 --out ... # fails, and names what would fit
 
 Each cell trains a random model of Llama-3.2-1B's shape for a few steps on rows of about 1,700 tokens, four at once.
 `foretold` and `tried` are events of the run: the dry run of its longest micro-batch, and what the calibration took
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--only", nargs="+", default=[], help="words that names of cells must have")
+    parser.add_argument("--micro-batch", type=int, default=4, help="rows at once; 96 are too many for a GPU")
     parser.add_argument("--seconds", type=float, default=10**9, help="after which no cell is begun any more")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -84,7 +86,7 @@ def main() -> None:
         for cell in chosen:
             if time.monotonic() - began > arguments.seconds:
                 break
-            row = measured(place, cell, arguments.workers)
+            row = measured(place, cell, arguments.workers, arguments.micro_batch)
             if row:
                 rows.append(row)
                 print(line(row), flush=True)
@@ -102,10 +104,11 @@ def make_preferences(place: Path) -> None:
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def measured(place: Path, cell: Cell, workers: int) -> dict[str, Any] | None:
+def measured(place: Path, cell: Cell, workers: int, rows: int) -> dict[str, Any] | None:
     """What a cell had; None where it failed."""
     data = {"dpo": "pairs", "orpo": "pairs", "kto": "judged"}.get(cell.objective, "text")
-    train = {"steps": STEPS, "batch_tokens": 32768, "micro_batch": 4, "precision": "bf16", "lr": 1e-4}
+    tokens = max(32768, 2 * rows * 2048)
+    train = {"steps": STEPS, "batch_tokens": tokens, "micro_batch": rows, "precision": "bf16", "lr": 1e-4}
     train |= {"kernels": cell.kernels, "gradient_checkpointing": cell.checkpointed, "calibrate": True}
     job = {
         "name": "cell",
@@ -124,7 +127,7 @@ def measured(place: Path, cell: Cell, workers: int) -> dict[str, Any] | None:
     try:
         launch(place, workers, run)
     except SystemExit as failed:
-        print(f"{cell.name} failed: {str(failed)[-300:]}", flush=True)
+        print(f"{cell.name} failed: {str(failed)[-500:]}", flush=True)
         return None
     events = [json.loads(text) for text in (run / "attempts" / "1" / "events.jsonl").read_text().splitlines()]
     found: dict[str, Any] = {"cell": cell.name, "workers": workers}

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from methods.options.low_rank import Lora
+from methods.options.lora_family import LowRankOptions
+from methods.options.low_rank import Lora, QLora
 from runfolder.job import Job
 from trainer.dry_run.process import BytesByPart, DryRunFailed
 
@@ -92,7 +93,7 @@ def with_setting(job: Job, key: str, value: Any) -> Job:
 
 
 def _candidates(job: Job) -> Iterator[tuple[str, Any]]:
-    """What may be changed, from what costs least on; the results of training stay the same but for the last."""
+    """What may be changed, from what costs least on; the results of training stay the same but for methods."""
     if job.train.kernels == "plain" and job.sharding.zero != 3:
         yield "train.kernels", "fast"
     if job.train.micro_batch > 1:
@@ -102,6 +103,9 @@ def _candidates(job: Job) -> Iterator[tuple[str, Any]]:
     if job.resources.world_size > 1:
         for stage in range(job.sharding.zero + 1, 4):
             yield "sharding.zero", stage
-    if job.method.makes_model:
-        kind = Lora().kind
-        yield "method", {"kind": kind}
+    method = job.method
+    if method.makes_model:
+        method = Lora()
+        yield "method", {"kind": method.kind}
+    if isinstance(method, LowRankOptions) and not method.quantises:
+        yield "method", {"kind": QLora().kind, "rank": method.rank}

@@ -78,6 +78,14 @@ def test_fitted_lines_are_within_a_fifth_of_dry_runs(cell: dict[str, Any]) -> No
         assert found.allocated / GIB == pytest.approx(cell["foretold"], rel=LINE_MARGIN)
 
 
+def test_a_base_in_4_bits_is_the_last_change_and_keeps_the_rank() -> None:
+    tried = changes_that_fit(job(method={"kind": "lora", "rank": 8}), lambda _: forecast(20), 8 * GIB)
+    assert tried[-1].settings["method"] == {"kind": "qlora", "rank": 8}
+    assert "method" not in tried[-2].settings
+    quantised = changes_that_fit(job(method="qlora"), lambda _: forecast(20), 8 * GIB)
+    assert all("method" not in change.settings for change in quantised)
+
+
 def test_what_cannot_be_foretold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "can_dry_run", lambda: False)
     source = make_job(tmp_path, method={"kind": "fourierft", "frequencies": 4}, resources={"gpus_per_node": 1})
