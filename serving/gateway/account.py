@@ -27,7 +27,7 @@ class Account:
         self.answers = 0  # at once
 
     def begin(self, answers: int = 1) -> None:
-        """Count a request for so many answers; raises ApiRefusal where they, or requests in a minute, are too many."""
+        """Count a request for so many answers; raises ApiRefusal where they, or a minute's requests, are too many."""
         most = self._tenant.answers_at_once
         if self.answers + answers > most:
             message = f"answers: found {self.answers} and {answers} more at once; allowed: {most}"
