@@ -9,6 +9,7 @@ from orchestrator.errors import InputError
 
 if TYPE_CHECKING:
     from methods.parts.combination import Combination, Recipe
+    from orchestrator.status import Status
 
 REPORT_FILE = "combination.json"
 
@@ -65,13 +66,18 @@ def read_ingredient(text: str) -> Ingredient:
     run = status(name)
     if run.output_dir is None:
         raise InputError(f"found the run {run.run_id}, which has no output: it is {run.state}")
-    return Ingredient(name, Path(run.output_dir), weight, _scores(run.dump()))
+    return Ingredient(name, Path(run.output_dir), weight, _scores(run))
 
 
-def _scores(run: dict[str, Any]) -> dict[str, float]:
-    """The evaluation figures in a run's status."""
-    evaluation = run.get("best_evaluation") or {}
-    return {key: value for key, value in evaluation.items() if key.startswith("eval_")}
+def _scores(run: "Status") -> dict[str, float]:
+    """The figures of a run's best evaluation, if it has one."""
+    if run.figures is None or run.figures.best_evaluation is None:
+        return {}
+    scores: dict[str, float] = {}
+    for name, value in run.figures.best_evaluation.items():
+        if name.startswith("eval_"):
+            scores[name] = value
+    return scores
 
 
 def report_of(ingredients: list[Ingredient], recipe: "Recipe", combination: "Combination") -> dict[str, Any]:

@@ -24,19 +24,20 @@ class Account:
         self._tokens = 0
         self._allowance = float(tenant.requests_per_minute or 0)
         self._counted_at = clock()
-        self.requests = 0  # at once
+        self.answers = 0  # at once
 
-    def begin(self) -> None:
-        """Count a request; raises ApiRefusal where there are too many, at once or in this minute."""
-        most = self._tenant.requests_at_once
-        if self.requests >= most:
-            raise ApiRefusal(429, f"requests: found {most} at once, which is all that is allowed", "too_many", 1.0)
+    def begin(self, answers: int = 1) -> None:
+        """Count a request for so many answers; raises ApiRefusal where they, or a minute's requests, are too many."""
+        most = self._tenant.answers_at_once
+        if self.answers + answers > most:
+            message = f"answers: found {self.answers} and {answers} more at once; allowed: {most}"
+            raise ApiRefusal(429, message, "too_many", 1.0)
         self._take_turn()
-        self.requests += 1
+        self.answers += answers
 
-    def end(self) -> None:
-        """Say that a request is over."""
-        self.requests -= 1
+    def end(self, answers: int = 1) -> None:
+        """Say that so many answers are over."""
+        self.answers -= answers
 
     def reserve(self, tokens: int) -> int:
         """Count tokens that will be used, and give the day of it; raises ApiRefusal where that is over the quota."""

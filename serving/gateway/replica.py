@@ -44,14 +44,14 @@ class EngineReplica:
         try:
             (stream,) = await self._thread.submit([request])
         except ApiRefusal as refusal:
-            yield Saying([], refusal.status == 404, refusal.message)
+            yield refused_saying(refusal)
             return
         yield Saying([])
         try:
             async for tokens in stream.tokens():
                 yield Saying(tokens)
         except ApiRefusal as refusal:
-            yield Saying([], refusal=refusal.message)
+            yield refused_saying(refusal)
         finally:
             self._thread.cancel(stream)
 
@@ -85,6 +85,13 @@ class EngineReplica:
         """Tell Ray Serve to start another one where the engine has failed."""
         if self._thread.broken:
             raise RuntimeError("the engine has failed")
+
+
+def refused_saying(refusal: ApiRefusal) -> Saying:
+    """What is said of a refusal; raises RuntimeError where it is the engine that fails: another one may answer."""
+    if refusal.status >= 500:
+        raise RuntimeError(refusal.message)
+    return Saying([], refusal.status == 404, refusal.message)
 
 
 def start_replicas(base: str, sizes: dict[str, int], count: int, gpus: float) -> list[Any]:

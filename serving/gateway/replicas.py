@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ACCEPT_S = 30.0  # that a replica may take to say whether it takes a request
 LOAD_S = 120.0  # that one may take to read an adapter
 PROBE_S = 0.5  # between two looks at a replica that is down
+MOST_FAILURES = 3  # of replicas that a request is given to: it may be what ends them
 WAIT_S = 120.0  # that a request waits for any replica to be up
 NO_ENGINE = ApiRefusal(503, "no engine is up", "no_engine", 5.0)
 
@@ -189,7 +190,8 @@ class RemoteAnswer:
         router = self._replicas.router
         loop = asyncio.get_running_loop()
         deadline = loop.time() + WAIT_S
-        while loop.time() < deadline:
+        failures = 0
+        while loop.time() < deadline and failures < MOST_FAILURES:
             number = router.choose(self._digest)
             if number is None:
                 await asyncio.sleep(PROBE_S)
@@ -201,6 +203,7 @@ class RemoteAnswer:
                 self._refuse(refusal)
                 return
             except Exception:
+                failures += 1
                 self._replicas.lose(number)
             finally:
                 router.done(number)

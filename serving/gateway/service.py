@@ -24,7 +24,7 @@ class Allowed:
 
     body_bytes: int = 4 * 2**20
     upload_bytes: int = 2**30
-    answers: int = 512  # that wait or run
+    answers: int = 4096  # that wait or run; each tenant has a limit of its own
     new_tokens: int = 512  # of a chat that names no number
     completion_tokens: int = 16  # of a completion that names none: OpenAI's default
     body_s: float = 60  # that a body may take to come
@@ -130,7 +130,7 @@ class Service:
         if self.under_way + count > self.allowed.answers:
             raise ApiRefusal(429, f"requests: found {self.under_way} under way, no more now", "queue_full", 2.0)
         account = self.account(tenant)
-        account.begin()
+        account.begin(count)
         self.under_way += count
         reserved = 0
         try:
@@ -144,7 +144,7 @@ class Service:
                 raise
         except BaseException:
             self.under_way -= count
-            account.end()
+            account.end(count)
             raise
         self.metrics.under_way.set(self.under_way)
         answers: list[AnswerText] = []
@@ -154,7 +154,7 @@ class Service:
         def closed(ended: OpenAnswers) -> None:
             self.under_way -= count
             self.metrics.under_way.set(self.under_way)
-            account.end()
+            account.end(count)
             account.give_back(reserved - self._count(tenant, adapter, ended), day)
 
         return OpenAnswers(answers, reply, body.choices, closed)

@@ -31,7 +31,7 @@ class Tenant(BaseModel):
     uploads: Amount = 0  # adapters of its own at once
     tokens_per_day: Amount | None = None
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
-    requests_at_once: Annotated[int, Field(ge=1)] = 64
+    answers_at_once: Annotated[int, Field(ge=1)] = 64  # so that nobody fills the queue for all
     operator: bool = False  # may read metrics
 
     def may_use(self, name: str) -> bool:
@@ -39,7 +39,7 @@ class Tenant(BaseModel):
         return any(fnmatchcase(name, pattern) for pattern in self.adapters)
 
 
-EVERYBODY = Tenant(name="local", adapters=["*"], uploads=10**6, requests_at_once=10**6, operator=True)
+EVERYBODY = Tenant(name="local", adapters=["*"], uploads=10**6, answers_at_once=10**6, operator=True)
 
 
 class Tenants:

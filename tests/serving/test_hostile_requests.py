@@ -30,7 +30,7 @@ WRITER = {"Authorization": f"Bearer {KEYS['bob']}"}
 def server(tiny_base: Path, served: dict[str, Exported]) -> Iterator[Server]:
     """A gateway with tenants and small limits."""
     folders = {name: served[name].folder for name in ("lora", "dora")}
-    tenants = tenants_of(bob={"uploads": 100}, alice={"adapters": ["*"]})
+    tenants = tenants_of(bob={"uploads": 100, "answers_at_once": 1000}, alice={"adapters": ["*"]})
     with gateway(tiny_base, folders, tenants, allowed=LIMITS) as started:
         yield started
 

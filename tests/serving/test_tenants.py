@@ -1,7 +1,9 @@
 """Tenants are kept apart: keys, adapters of one's own, quotas, rates, and what operators see."""
 
 import re
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -9,6 +11,7 @@ import openai
 import pytest
 from adapters import Exported, export
 from gateway_server import KEYS, client_of, files_of, gateway, tenants_of
+from waiting import until
 
 from serving.gateway.account import Account
 from serving.gateway.refusal import ApiRefusal
@@ -137,9 +140,27 @@ def test_quotas_and_rates_refuse_and_say_when_to_come_back(tiny_base: Path, serv
         assert ask(server, "alice", "lora")
 
 
+def test_who_asks_for_too_much_at_once_fills_the_queue_for_nobody_else(
+    tiny_base: Path, served: dict[str, Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gateway(tiny_base, {"lora": served["lora"].folder}, tenants_of(bob={"adapters": ["lora"]})) as server:
+        engine = server.service.answering.engine
+        monkeypatch.setattr(engine, "step", lambda: time.sleep(0.01))
+        client = client_of(server, "bob")
+        with ThreadPoolExecutor(2) as threads:
+            asked = {"model": "lora", "prompt": "1", "n": 32, "max_tokens": 2}
+            taken = [threads.submit(client.completions.create, **asked) for _ in range(2)]
+            until(lambda: server.service.under_way == 64)
+            with pytest.raises(openai.RateLimitError, match="found 64 and 32 more at once; allowed: 64"):
+                client.completions.create(**asked)
+            monkeypatch.undo()
+            assert ask(server, "alice", "lora")
+            assert [len(reply.result().choices) for reply in taken] == [32, 32]
+
+
 def test_an_account_gives_back_what_was_not_used_and_begins_anew_each_day() -> None:
     now = [1000.0]
-    account = Account(Tenant(name="a", tokens_per_day=100, requests_at_once=1), lambda: now[0])
+    account = Account(Tenant(name="a", tokens_per_day=100, answers_at_once=1), lambda: now[0])
     day = account.reserve(100)
     with pytest.raises(ApiRefusal, match="allowed: 0, which is left of 100"):
         account.reserve(1)
@@ -151,7 +172,7 @@ def test_an_account_gives_back_what_was_not_used_and_begins_anew_each_day() -> N
     with pytest.raises(ApiRefusal):
         account.reserve(1)
     account.begin()
-    with pytest.raises(ApiRefusal, match="found 1 at once"):
+    with pytest.raises(ApiRefusal, match="found 1 and 1 more at once; allowed: 1"):
         account.begin()
 
 
