@@ -13,6 +13,7 @@ from serving.engine import Engine
 from serving.error import AdapterRefused, BaseRefused
 from serving.loading import loaded
 
+SMALL_WIDTH = 512  # of a base whose layers are done before a second thread has begun
 RequestData = Mapping[str, Any]
 SizesOf = Callable[[Any], dict[str, int]]  # the sizes of an engine by the config of its base
 
@@ -37,6 +38,8 @@ def ready_engine(request: RequestData, sizes_of: SizesOf) -> ReadyEngine | list[
     revision = request["revision"] or "main"
     tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     model = loaded(place, base_dtype(), revision)
+    if not torch.cuda.is_available() and model.config.hidden_size < SMALL_WIDTH:
+        torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost ten times the work
     try:
         sizes = sizes_of(model.config)
         engine = Engine(model, **sizes)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from adapters import Exported, loaded
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from serving import asking
 from serving.changes import change_of
@@ -18,7 +19,9 @@ from serving.kept import AnswersFile, KeptAnswer
 from serving.question import Question, ScoredText
 from serving.sequence import Request
 from serving.sizes import sizes_for
+from serving.starting import ReadyEngine, ready_engine
 
+TINY = Path(__file__).parents[2] / "examples" / "tiny"
 STOP = 7
 NAMES = ("lora", "prefix", "ia3")
 
@@ -201,3 +204,23 @@ def test_an_answer_ends_soon_after_a_stop_text(engine: Engine, exported: dict[st
     assert stop_text in text and decode(whole).startswith(text)
     assert answer.tokens < 50
     assert engine.cache.free_pages == engine.cache.pages - 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about processors alone")
+def test_a_small_base_takes_one_thread_and_what_is_wrong_is_said(
+    base: Path, exported: dict[str, Exported], tmp_path: Path
+) -> None:
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "base")
+    for path in base.iterdir():
+        (tmp_path / "base" / path.name).write_bytes(path.read_bytes())
+    adapters = [{"name": name, "folder": str(exported[name].folder)} for name in NAMES]
+    request = {"base": str(tmp_path / "base"), "revision": None, "adapters": adapters}
+    torch.set_num_threads(2)
+    ready = ready_engine(request, lambda config: sizes_for(config, WRITTEN, []))
+    assert isinstance(ready, ReadyEngine)
+    assert ready.engine.pool.names == sorted(NAMES)
+    assert torch.get_num_threads() == 1
+    adapters[0]["folder"] = str(tmp_path)
+    assert ready_engine(request, lambda config: sizes_for(config, WRITTEN, [])) == [
+        f"{tmp_path}: found no adapter_config.json or bottleneck_config.json"
+    ]
