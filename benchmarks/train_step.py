@@ -6,9 +6,9 @@
 All variants run on this machine in turn, each in a process of its own, with the same weights and the same batches:
 random words, four rows of 2,048 tokens a step, without padding. `floor` is the frozen base with Liger's kernels
 that computes the loss and the gradients of activations alone: no adapter can be faster. Peers train LoRA of the
-same rank on all linear layers with fused AdamW and no clipping. Those that are not installed are left out. Figures
-are medians over the steps after the warm-up, by the device's own clock. `short` and `padded` are documents of
-GSM8K's lengths, packed and one to a row; of them only what is not padding counts.
+same rank on all linear layers (`adamw-liger-compile`: all weights) with fused AdamW and no clipping. Those that are
+not installed are left out. Figures are medians over the steps after the warm-up, by the device's own clock. `short`
+and `padded` are documents of GSM8K's lengths, packed and one to a row; of them only what is not padding counts.
 
 --check trains plain and fast from one start, and compares losses and gradients: in fp32 with each other, in bf16 both
 with the plain path in fp32, which the fast one must be as near to.
@@ -37,13 +37,13 @@ import layouts
 import llama_1b
 import numpy as np
 import yaml
+from peers import PEERS, SEQ_LEN, TRAINED
 
-RANK, ROWS, SEQ_LEN = 16, 4, 2048
+ROWS = 4
 WARMUP, STEPS = 8, 12
 METHODS: dict[str, dict[str, Any]] = {"vera": {"rank": 256}}  # other options than a method's own defaults
 CHECKED_STEPS = 5
 WORDS = ["red", "blue", "cat", "dog", "one", "two", "three", "is", "in", "the", "box"]
-PEERS = ["floor", "peft-liger", "peft-compile", "unsloth"]
 OURS = ["plain", "fast"]
 BATCH_TOKENS = {"full": ROWS * SEQ_LEN, "short": 4 * ROWS * SEQ_LEN, "padded": 4 * ROWS * SEQ_LEN}
 # How much farther from the plain path in fp32 than the plain path in bf16, and from it in fp32.
@@ -186,7 +186,7 @@ def measured(inputs: Inputs, arguments: argparse.Namespace) -> Iterator[Figures]
             for method in arguments.methods:
                 yield told(row, data, method, forked(our_steps, inputs, method, row, data))
         elif data == "full" and (row != "unsloth" or find_spec("unsloth")):
-            yield told(row, data, "" if row == "floor" else "lora", forked(peer_steps, inputs, row))
+            yield told(row, data, TRAINED.get(row, "lora"), forked(peer_steps, inputs, row))
 
 
 def told(row: str, data: str, method: str, figures: Figures) -> Figures:
@@ -274,7 +274,7 @@ def peer_steps(inputs: Inputs, row: str) -> Figures:
     import torch
 
     batches = [torch.from_numpy(ids).cuda() for ids in inputs.batches()]
-    model = PEER_MODELS[row](inputs.base)
+    model = PEERS[row](inputs.base)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
@@ -282,7 +282,9 @@ def peer_steps(inputs: Inputs, row: str) -> Figures:
     events[0].record()
     torch.cuda.reset_peak_memory_stats()
     for number, ids in enumerate(batches):
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        with torch.autocast("cuda", torch.bfloat16, enabled=model.dtype == torch.float32):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
         if optimizer:
             optimizer.step()
             optimizer.zero_grad()
@@ -291,63 +293,6 @@ def peer_steps(inputs: Inputs, row: str) -> Figures:
     pairs = zip(events[WARMUP:-1], events[WARMUP + 1 :], strict=True)
     seconds = statistics.median(first.elapsed_time(second) for first, second in pairs) / 1000
     return {"tokens_per_second": batches[0].numel() / seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
-
-
-def floor(base: str) -> Any:
-    """The frozen base with Liger's kernels, whose activations alone get gradients."""
-    model = liger(base)
-    model.requires_grad_(False)
-    model.enable_input_require_grads()
-    return model
-
-
-def liger(base: str) -> Any:
-    """The base with all of Liger's kernels, in bf16."""
-    import torch
-    from liger_kernel.transformers import AutoLigerKernelForCausalLM
-
-    return AutoLigerKernelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).cuda()
-
-
-def with_lora(model: Any) -> Any:
-    """PEFT's LoRA with weights in bf16, as its input casts cost most where they are fp32."""
-    import peft
-    import torch
-
-    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=False).to(torch.bfloat16)
-
-
-def peft_liger(base: str) -> Any:
-    """PEFT over Liger's kernels, without compilation."""
-    return with_lora(liger(base))
-
-
-def peft_compile(base: str) -> Any:
-    """PEFT over transformers' own model, compiled as a whole."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = with_lora(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).cuda())
-    model.compile()
-    return model
-
-
-def unsloth(base: str) -> Any:
-    """Unsloth's LoRA without its checkpointing, which is slower where memory suffices."""
-    import torch
-    from unsloth import FastLanguageModel
-
-    model, _ = FastLanguageModel.from_pretrained(
-        base, max_seq_length=SEQ_LEN, dtype=torch.bfloat16, load_in_4bit=False
-    )
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return FastLanguageModel.get_peft_model(
-        model, r=RANK, lora_alpha=2 * RANK, target_modules=targets, use_gradient_checkpointing=False
-    )
-
-
-PEER_MODELS = {"floor": floor, "peft-liger": peft_liger, "peft-compile": peft_compile, "unsloth": unsloth}
 
 
 def checked(inputs: Inputs, arguments: argparse.Namespace) -> Iterator[Figures]:

@@ -13,21 +13,28 @@ the weight after the optimizer's step and the gradient as it was clipped.
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 import torch.distributed as dist
-from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.adalora import AdaLoraLayer, SVDLinear
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.functional import linear, pad
 
 from methods.base import Fragment, Setup, Tensors, View, part_of
 from methods.options.low_rank import AdaLora
-from methods.parts.orthogonality import penalty_gradients
+from methods.parts.orthogonality import Orthogonality
 from methods.parts.peft_adapter import ADAPTER, PeftAdapter
 from methods.parts.ranks import largest
 from methods.parts.sensitivity import average_sensitivities, forget_sensitivity, sensitivity_scores
+
+RANK_STEP = 8  # tensor cores take multiples of it
+_OF_E = ".lora_E."  # in the name of a trained parameter
+RANK_OFFSET = 1e-5  # that PEFT adds to the rank in the update's scale
 
 
 class AdaLoraTuning(PeftAdapter[AdaLora]):
@@ -46,6 +53,8 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
         self._done = 0  # steps
         self._kept_MR = torch.empty(0, 0, dtype=torch.bool)
         self._modules: dict[str, int] = {}  # by name, the row of a module in kept_MR
+        self._orthogonality: Orthogonality | None = None  # from the first step on
+        self._masks: list[Tensor] | None = None  # what kept_MR says of each E that this rank holds
 
     def peft_config(self, targets: list[str]) -> peft.PeftConfig:
         """Ranks, scale and the schedule of cuts, in steps."""
@@ -86,29 +95,26 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
             self._kept_MR = torch.ones(modules, rank, dtype=torch.bool)
         return adapted
 
+    def speed_up(self, model: Module, undo: ExitStack) -> None:
+        """Write updates as two products, as LoRA has them, which then share passes over memory."""
+        for module in model.modules():
+            if type(module) is SVDLinear:
+                undo.callback(setattr, module, "__class__", SVDLinear)
+                module.__class__ = TwoProducts
+
     def penalty(self, view: View) -> None:
         """Add the gradient of the orthogonality term to those of all A and B."""
         gamma = self.options.orthogonality
         if gamma == 0:
             return
-        names = []
-        for module in self._modules:
-            names.append(f"{module}.lora_A.{ADAPTER}")
-            names.append(f"{module}.lora_B.{ADAPTER}")
-        factors = _assembled(view, names)
-        slopes = penalty_gradients(factors)
-        weight = gamma / len(names)
-        grads = []
-        held_slopes = []
-        for fragment in view.fragments():
-            grad = fragment.parameter.grad
-            if fragment.name in slopes and grad is not None:
-                flat = slopes[fragment.name].reshape(-1)
-                held = part_of(flat, fragment)
-                grads.append(grad)
-                held_slopes.append(held)
-        if grads:
-            torch._foreach_add_(grads, held_slopes, alpha=weight)
+        if self._orthogonality is None:
+            names = []
+            for module in self._modules:
+                names.append(f"{module}.lora_A.{ADAPTER}")
+                names.append(f"{module}.lora_B.{ADAPTER}")
+            self._orthogonality = Orthogonality(view, names)
+        factors = 2 * len(self._modules)
+        self._orthogonality.add_gradients(gamma / factors, _device(view))
 
     def after_step(self, view: View) -> None:
         """Average the sensitivities; choose ranks when it is time, and keep to the last choice afterwards."""
@@ -122,6 +128,7 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
             count = self.budget(done)
             kept_MR = largest(scores_MR, count)
             self._kept_MR = kept_MR.cpu()
+            self._masks = None
         if cuts or done > self._end:
             self._mask(view)
         if done == self._end:
@@ -179,7 +186,8 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
     def _factors(self, view: View) -> Iterator[tuple[Fragment, int, str]]:
         """What this rank holds of A, B and E: their module's row, and which they are; an objective may train more."""
         for fragment in view.fragments():
-            module, factor = _split(fragment.name)
+            name = fragment.name
+            module, factor = _split(name)
             row = self._modules.get(module)
             if row is not None:
                 yield fragment, row, factor
@@ -212,16 +220,43 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
 
     def _mask(self, view: View) -> None:
         """Set E to zero in the triplets that are not kept."""
-        kept_MR = self._kept_MR.to(_device(view), torch.float32)
-        values = []
-        kept = []
-        for fragment, row, factor in self._factors(view):
-            if factor == "E":
-                held = part_of(kept_MR[row], fragment)
-                values.append(fragment.parameter.data)
-                kept.append(held.view_as(fragment.parameter.data))
-        if values:
-            torch._foreach_mul_(values, kept)
+        held = []
+        for fragment in view.fragments():
+            if _OF_E in fragment.name:
+                held.append(fragment)
+        if self._masks is None:
+            # Kept, as a copy to a GPU waits for all that it has to do.
+            kept_MR = self._kept_MR.to(_device(view), torch.float32)
+            self._masks = []
+            for fragment in held:
+                module, _ = _split(fragment.name)
+                row = self._modules[module]
+                self._masks.append(part_of(kept_MR[row], fragment))
+        if held:
+            values = [fragment.parameter.data for fragment in held]
+            torch._foreach_mul_(values, self._masks)
+
+
+class TwoProducts(SVDLinear):  # type: ignore[misc]
+    """PEFT's module as W x + s (B diag(E)) (A x), with zeros in the factors up to a rank that is fast to multiply."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What PEFT's module gives, but for rounding."""
+        if self.disable_adapters or self.merged:
+            unchanged: Tensor = super().forward(x, *args, **kwargs)
+            return unchanged
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        a_RI = self.lora_A[ADAPTER]
+        rank = len(a_RI)
+        missing = -rank % RANK_STEP
+        scale = self.scaling[ADAPTER] / (rank + RANK_OFFSET)
+        value_R1 = self.lora_E[ADAPTER]
+        wide_OR = self.lora_B[ADAPTER] * value_R1.T
+        dropout = self.lora_dropout[ADAPTER]
+        narrow = linear(dropout(x), pad(a_RI, (0, 0, 0, missing)))
+        update = linear(narrow, pad(wide_OR, (0, missing)))
+        adapted: Tensor = result + update * scale
+        return adapted
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -253,32 +288,3 @@ def _device(view: View) -> torch.device:
     """The device of the model, which has at least one parameter."""
     parameter = next(view.model.parameters())
     return parameter.device
-
-
-def _assembled(view: View, names: list[str]) -> Tensors:
-    """The masters of these parameters, whole; one collective, as a model has hundreds of small factors."""
-    shapes = list(map(view.shape, names))
-    sizes = [shape.numel() for shape in shapes]
-    total = sum(sizes)
-    device = _device(view)
-    flat = torch.zeros(total, device=device)
-    wholes: Tensors = {}
-    start = 0
-    for name, shape, size in zip(names, shapes, sizes, strict=True):
-        stop = start + size
-        part = flat[start:stop]
-        wholes[name] = part.view(shape)  # of the same memory, which is filled below
-        start = stop
-    parts = []
-    values = []
-    for fragment in view.fragments():
-        whole = wholes.get(fragment.name)
-        if whole is not None:
-            elements = whole.view(-1)
-            parts.append(part_of(elements, fragment))
-            values.append(fragment.parameter.data.view(-1))
-    if parts:
-        torch._foreach_copy_(parts, values)
-    if not view.replicated:
-        dist.all_reduce(flat)
-    return wholes

@@ -5,12 +5,13 @@ The magnitude m in R^{out} starts as ||W||_c, so the first step leaves from the 
 """
 
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Linear
 from torch.nn.functional import linear
 
 from methods.base import Keywords
@@ -27,35 +28,65 @@ class DoraTuning(LowRank[Dora]):
         """Ask PEFT to decompose weights into magnitude and direction."""
         return {"use_dora": True}
 
-    def speed_up(self, model: Module, undo: ExitStack) -> None:
-        """Find the norms from the factors, where PEFT makes the sum of base and update, as large as the base."""
+    def speed_up(self, model: Any, undo: ExitStack) -> None:
+        """Find the norms of all modules from the factors, once a pass.
+
+        PEFT makes the sum of base and update, as large as the base, for each module.
+        """
+        adapted = []
         for module in model.modules():
-            if not isinstance(module, LoraLayer):
-                continue
-            base = module.get_base_layer()
-            if type(base) is Linear:
-                magnitude = module.lora_magnitude_vector[ADAPTER]
-                _find_norms_from_factors(magnitude, base, undo)
+            if isinstance(module, LoraLayer) and type(module.get_base_layer()) is Linear:
+                adapted.append(module)
+        if not adapted:
+            return
+        norms = NormsFromFactors(adapted)
+        for module in adapted:
+            magnitude = module.lora_magnitude_vector[ADAPTER]
+            # A class, and no attribute of the module: so all layers share one compilation.
+            undo.callback(setattr, magnitude, "__class__", type(magnitude))
+            undo.callback(delattr, magnitude, "norms")
+            magnitude.__class__ = GivenNorms
+        norms.give()
+        decoder = model.get_decoder()
+        hook = decoder.register_forward_pre_hook(norms.give)
+        undo.callback(hook.remove)
 
 
-def _find_norms_from_factors(magnitude: Module, base: Linear, undo: ExitStack) -> None:
-    """Let PEFT's module of a magnitude find norms from the factors, and `undo` what makes it PEFT's again."""
-    norm_O = torch.linalg.vector_norm(base.weight, dim=1, dtype=torch.float32)
-    square_O = norm_O.square()
-    magnitude.register_buffer("squares", square_O, persistent=False)
-    undo.callback(delattr, magnitude, "squares")
-    # A class, and no attribute of the module: so all layers share one compilation.
-    undo.callback(setattr, magnitude, "__class__", type(magnitude))
-    magnitude.__class__ = _FromFactors
+class NormsFromFactors:
+    """The norms ||W + s B A||_c of adapted linear layers, of whose bases it keeps the squares."""
+
+    def __init__(self, modules: list[LoraLayer]) -> None:
+        self._modules = modules
+        self._bases: list[Tensor] = []
+        self._squares: list[Tensor] = []
+        for module in modules:
+            base_OI = module.get_base_layer().weight
+            norm_O = torch.linalg.vector_norm(base_OI, dim=1, dtype=torch.float32)
+            self._bases.append(base_OI)
+            self._squares.append(norm_O.square())
+
+    @torch.no_grad()
+    def give(self, *_: Any) -> None:
+        """Give each module those of the factors as they are now; a hook before the decoder's forward pass."""
+        a = []
+        b = []
+        scales = []
+        for module in self._modules:
+            a.append(module.lora_A[ADAPTER].weight)
+            b.append(module.lora_B[ADAPTER].weight)
+            scales.append(module.scaling[ADAPTER])
+        norms = row_norms(self._bases, a, b, self._squares, scales)
+        outputs = list(map(len, self._bases))
+        norms_of_each = norms.split(outputs)
+        for module, norm_O in zip(self._modules, norms_of_each, strict=True):
+            magnitude = module.lora_magnitude_vector[ADAPTER]
+            magnitude.norms = norm_O
 
 
-class _FromFactors(DoraLinearLayer):  # type: ignore[misc]
-    """What DoRA adds to the output of a linear layer, as PEFT's module does, with norms from the factors.
+class GivenNorms(DoraLinearLayer):  # type: ignore[misc]
+    """What DoRA adds to the output of a linear layer, as PEFT's module does, with norms [O] that it is given."""
 
-    `squares` are those of the norms of the base's rows, which stay what they are.
-    """
-
-    squares: Tensor
+    norms: Tensor
 
     def forward(
         self,
@@ -69,9 +100,7 @@ class _FromFactors(DoraLinearLayer):  # type: ignore[misc]
         adapter_name: str = ADAPTER,  # noqa: ARG002
     ) -> Tensor:
         """(m / norm - 1) W x + m / norm s B A x, to be added to what the base gave of x before dropout."""
-        with torch.no_grad():
-            norm_O = row_norms(base_layer.weight, lora_A.weight, lora_B.weight, self.squares, scaling)
-        share_O: Tensor = self.weight / norm_O
+        share_O: Tensor = self.weight / self.norms
         if base_result is None:  # x has gone through dropout
             base_result = linear(x, base_layer.weight)
         elif base_layer.bias is not None:

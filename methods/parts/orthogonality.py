@@ -1,37 +1,105 @@
 """AdaLoRA's orthogonality term ||P P^T - I||_F of each factor A = P [R, in] and B = P^T [out, R], and its gradient.
 
-A model has hundreds of small factors, so those of one shape are taken at once. Zhang et al. 2023, arXiv 2303.10512,
-equation 4; the norm is not squared here, as in PEFT.
+A model has hundreds of small factors, so those of one shape are taken at once: they lie side by side in one vector of
+all factors. Zhang et al. 2023, arXiv 2303.10512, equation 4; the norm is not squared here, as in PEFT.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from methods.base import Tensors
+from methods.base import Fragment, View
 
 _OF_B = ".lora_B."  # in the name of a factor
 
 
-def penalty_gradients(factors: Tensors) -> Tensors:
-    """The gradient 2 (P P^T - I) P / ||P P^T - I||_F of each factor's term, by PEFT's names of factors."""
-    alike: dict[tuple[bool, torch.Size], list[str]] = defaultdict(list)
-    for name, factor in factors.items():
-        is_b = _OF_B in name
-        alike[is_b, factor.shape].append(name)
-    gradients: Tensors = {}
-    for (is_b, _), names in alike.items():
-        of_one_shape = [factors[name] for name in names]
-        stacked = torch.stack(of_one_shape)
-        gradients_of_all = _gradients_of_alike(stacked, is_b)
-        for name, gradient in zip(names, gradients_of_all, strict=True):
-            gradients[name] = gradient
-    return gradients
+class Alike(NamedTuple):
+    """Factors of one shape: where they lie in the vector, and the shape of all, [M, R, in] or for B [M, out, R]."""
+
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    is_b: bool
+
+
+class Orthogonality:
+    """The terms of all factors of a model, by PEFT's names of factors."""
+
+    def __init__(self, view: View, names: Sequence[str]) -> None:
+        starts = self._lay_out(view, names)
+        held = []
+        for fragment in view.fragments():
+            if fragment.name in starts:
+                held.append(fragment)
+        held.sort(key=lambda fragment: starts[fragment.name])
+        self._held: list[Fragment] = held
+        self._replicated = view.replicated
+        # The vector in parts: what this rank holds of a factor, each after what it does not hold, perhaps nothing.
+        self._lengths = []
+        end = 0
+        for fragment in held:
+            start = starts[fragment.name]
+            first = start + fragment.start
+            last = start + fragment.stop
+            self._lengths += [first - end, last - first]
+            end = last
+        self._lengths.append(self._total - end)
+
+    def _lay_out(self, view: View, names: Sequence[str]) -> dict[str, int]:
+        """Where each factor begins in the vector, those of one shape side by side."""
+        groups: dict[tuple[bool, torch.Size], list[str]] = defaultdict(list)
+        for name in names:
+            is_b = _OF_B in name
+            groups[is_b, view.shape(name)].append(name)
+        starts = {}
+        self._groups = []
+        end = 0
+        for (is_b, shape), alike in groups.items():
+            size = shape.numel()
+            start = end
+            for name in alike:
+                starts[name] = end
+                end += size
+            self._groups.append(Alike(start, end, (len(alike), *shape), is_b))
+        self._total = end
+        return starts
+
+    def add_gradients(self, weight: float, device: torch.device) -> None:
+        """Add the gradient of the sum of all terms, times a weight, to the gradients; a collective."""
+        factors = torch.zeros(self._total, device=device)
+        parts = self._parts(factors)
+        if parts:
+            values = [fragment.parameter.data for fragment in self._held]
+            torch._foreach_copy_(parts, values)
+        if not self._replicated:
+            dist.all_reduce(factors)
+        slopes = torch.empty_like(factors)
+        for group in self._groups:
+            of_group = slice(group.start, group.stop)
+            stacked = factors[of_group].view(group.shape)
+            slopes[of_group].view(group.shape).copy_(_gradients_of_alike(stacked, group.is_b))
+        grads = []
+        added = []
+        for fragment, slope in zip(self._held, self._parts(slopes), strict=True):
+            grad = fragment.parameter.grad
+            if grad is not None:
+                grads.append(grad)
+                added.append(slope)
+        if grads:
+            torch._foreach_add_(grads, added, alpha=weight)
+
+    def _parts(self, vector: Tensor) -> list[Tensor]:
+        """What this rank holds of each factor in a vector of all, in the order of the held."""
+        parts = vector.split(self._lengths)
+        return list(parts[1::2])
 
 
 def _gradients_of_alike(factors: Tensor, is_b: bool) -> Tensor:
-    """The gradients of M factors of one shape, [M, R, in] or, where they are B, [M, out, R]."""
+    """The gradients 2 (P P^T - I) P / ||P P^T - I||_F of M factors, [M, R, in] or, where they are B, [M, out, R]."""
     turned = factors.mT
     gram_MRR = turned @ factors if is_b else factors @ turned
     rank = gram_MRR.shape[-1]

@@ -2,7 +2,7 @@
 
 ||W_o + s B_o A||^2 = ||W_o||^2 + 2 s B_o (W A^T)_o + s^2 B_o (A A^T) B_o for each output o.
 
-Shapes: O outputs, I inputs, R rank.
+A model has hundreds of such weights, so all are asked for at once. Shapes: O outputs, I inputs, R rank.
 """
 
 import torch
@@ -13,23 +13,61 @@ LARGEST_NORM_RANK = 64  # of the kernel
 
 
 @torch.library.custom_op("fleetune::row_norms", mutates_args=())
-def row_norms(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, square_O: Tensor, scale: float) -> Tensor:
-    """The norms [O], fp32, where `square_O` has the squares of those of W, fp32; factors are taken in W's dtype."""
-    a_RI = a_RI.to(weight_OI.dtype)
-    b_OR = b_OR.to(weight_OI.dtype)
-    if weight_OI.is_cuda and len(a_RI) <= LARGEST_NORM_RANK:
-        from methods.parts.row_norms_kernel import added_squares
+def row_norms(
+    weights: list[Tensor], a: list[Tensor], b: list[Tensor], squares: list[Tensor], scales: list[float]
+) -> Tensor:
+    """The norms of all rows of all weights, fp32, one weight after another.
 
-        added_O = added_squares(weight_OI, a_RI, b_OR, scale)
-    else:
-        along_OR = linear(weight_OI, a_RI).float()
-        gram_RR = linear(a_RI, a_RI).float()
-        fp32_OR = b_OR.float()
-        both_OR = fp32_OR @ gram_RR
-        added_O = (fp32_OR * (2 * scale * along_OR + scale**2 * both_OR)).sum(1)
-    return (square_O + added_O).clamp_min(0).sqrt()
+    Of each weight [O, I] there are A [R, I] and B [O, R], which are taken in the weight's dtype, the squares [O] of
+    its own rows' norms, fp32, and the scale s.
+    """
+    outputs = list(map(len, weights))
+    norms = torch.empty(sum(outputs), dtype=torch.float32, device=weights[0].device)
+    norms_of_each = norms.split(outputs)
+    if norms.is_cuda and _suit_kernel(weights, a, b):
+        from methods.parts.row_norms_kernel import fill_norms
+
+        fill_norms(weights, a, b, squares, scales, norms_of_each)
+        return norms
+    for number, weight in enumerate(weights):
+        a_RI = a[number].to(weight.dtype)
+        b_OR = b[number].to(weight.dtype)
+        added = _added_squares(weight, a_RI, b_OR, scales[number])
+        total = squares[number] + added
+        torch.sqrt(total.clamp_min(0), out=norms_of_each[number])
+    return norms
 
 
 @row_norms.register_fake
-def _norm_shapes(_weight: Tensor, _a: Tensor, _b: Tensor, square_O: Tensor, _scale: float) -> Tensor:
-    return torch.empty_like(square_O)
+def _norm_shapes(
+    weights: list[Tensor], _a: list[Tensor], _b: list[Tensor], _squares: list[Tensor], _scales: list[float]
+) -> Tensor:
+    outputs = map(len, weights)
+    return weights[0].new_empty(sum(outputs), dtype=torch.float32)
+
+
+def _suit_kernel(weights: list[Tensor], a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether weights are all of one dtype and have rows without gaps, and factors of one dtype and a low rank."""
+    first_weight = weights[0]
+    first_factor = a[0]
+    for weight in weights:
+        has_gaps = weight.stride(1) != 1
+        if has_gaps or weight.dtype != first_weight.dtype:
+            return False
+    for factor in a + b:
+        if factor.dtype != first_factor.dtype:
+            return False
+    ranks = map(len, a)
+    return max(ranks) <= LARGEST_NORM_RANK
+
+
+def _added_squares(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+    """2 s B_o (W A^T)_o + s^2 B_o (A A^T) B_o for each output o, fp32."""
+    along_OR = linear(weight_OI, a_RI)
+    gram_RR = linear(a_RI, a_RI)
+    fp32_OR = b_OR.float()
+    mixed_OR = 2 * scale * along_OR.float()
+    both_OR = fp32_OR @ gram_RR.float()
+    own_OR = scale**2 * both_OR
+    summands_OR = fp32_OR * (mixed_OR + own_OR)
+    return summands_OR.sum(1)

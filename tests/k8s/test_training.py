@@ -82,10 +82,10 @@ def begin_on_both(
     """Submit a run over both nodes whose steps take two seconds and more, and wait for its first checkpoint."""
     monkeypatch.syspath_prepend(OUTSIDE)
 
-    def submitted(**settings: Any) -> Path:
+    def submitted(steps: int = 20, **settings: Any) -> Path:
         configure(site, **settings)
         both = {"sharding": {"zero": 3}, "resources": place.resources, "checkpoint": {"every": 3}}
-        slow = {"objective": "slow", "env": {"PYTHONPATH": OUTSIDE}, "train": {"steps": 20, "batch_tokens": 128}}
+        slow = {"objective": "slow", "env": {"PYTHONPATH": OUTSIDE}, "train": {"steps": steps, "batch_tokens": 128}}
         run_dir = begin(place.name, train_job(tmp_path, tiny_base, sums, **both, **slow), steps=3)
         until(lambda: list(run_dir.glob("attempts/1/checkpoints/*/manifest.json")), 300)
         return run_dir
@@ -139,7 +139,7 @@ def test_a_run_that_kueue_suspends_saves_and_goes_on_later(
     place.operator.admits = False
     until(lambda: rayjob["status"]["jobDeploymentStatus"] == "Suspended" and not place.kubelet.pods, 300)
     status = fleetune.status(run_dir.name)
-    assert (status.state, status.reason) == ("preempted", "it waits for Kueue to admit it")
+    assert (status.state, status.reason) == ("preempted", "Kueue: it waits for queue team-a to admit it")
     place.operator.admits = True
     assert_goes_on(run_dir, place, launch, saved=True)
     assert "failed" not in rayjob["status"]
@@ -181,7 +181,7 @@ def test_an_operator_that_was_away_replaces_what_was_lost_meanwhile(
 def test_a_run_does_not_notice_that_the_api_is_away_for_a_minute(
     place: KubernetesPlace, begin_on_both: Begin, launch: Any
 ) -> None:
-    run_dir = begin_on_both()
+    run_dir = begin_on_both(steps=60)  # of which the minute has half
     place.operator.is_up = False
     place.operator.cluster.fault = lambda _: "cut before"
     steps = len(read_lines(attempts(run_dir)[0], "metrics.jsonl"))
@@ -217,7 +217,8 @@ def submit_and_end(ending: str, place: KubernetesPlace, job: Callable[..., Path]
         run_id, state = fleetune.submit(job(), cluster=place.name).run_id, "succeeded"
     else:
         rows = place.root / "rows.jsonl"
-        rows.write_text(json.dumps({"prompt": "1 + 1 =", "completion": " 2"}) * 50)
+        row = json.dumps({"prompt": "1 + 1 =", "completion": " 2"})
+        rows.write_text(f"{row}\n" * 50)
         with place.filled():
             run_id, state = fleetune.submit(job(f"cluster:{rows}"), cluster=place.name).run_id, "failed"
             rows.write_text("")

@@ -1,7 +1,8 @@
 """AdaLoRA: PEFT's numbers through all its phases, at every layout, across a kill, and in plain PEFT afterwards."""
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import peft
 import pytest
@@ -10,9 +11,10 @@ from by_hand import adamw, base, train
 from finished_runs import curve, difference, interrupted, loss_gap
 from safetensors.torch import load_file
 from sampling import method_sampled
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-from methods.parts.orthogonality import penalty_gradients
+from methods.parts.orthogonality import Orthogonality
 from methods.parts.peft_adapter import ADAPTER
 from methods.parts.ranks import largest, rounded
 
@@ -36,6 +38,27 @@ def by_peft(run_dir: Path, cache: Path) -> tuple[Any, Any]:
     return train(run_dir, cache, model, adamw(model), term=term, after=lambda k: allocate(k + 1)), model
 
 
+class Held(NamedTuple):
+    """A fragment that is a whole factor, with a gradient of its own."""
+
+    name: str
+    start: int
+    stop: int
+    parameter: nn.Parameter
+
+
+def gradients_of_terms(factors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What half the sum of the factors' terms adds to their gradients, doubled."""
+    held = []
+    for name, factor in factors.items():
+        parameter = nn.Parameter(factor.reshape(-1))
+        parameter.grad = torch.zeros_like(parameter)
+        held.append(Held(name, 0, factor.numel(), parameter))
+    view: Any = SimpleNamespace(fragments=lambda: held, replicated=True, shape=lambda name: factors[name].shape)
+    Orthogonality(view, list(factors)).add_gradients(0.5, torch.device("cpu"))
+    return {part.name: 2 * part.parameter.grad.view(factors[part.name].shape) for part in held}
+
+
 def test_term_is_peft_s() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = {"q.lora_A": (4, 9), "k.lora_A": (4, 9), "v.lora_A": (4, 6), "q.lora_B": (9, 4), "k.lora_B": (9, 4)}
@@ -46,11 +69,10 @@ def test_term_is_peft_s() -> None:
     for name, factor in factors.items():
         gram = factor @ factor.T if "lora_A" in name else factor.T @ factor
         torch.norm(gram - torch.eye(4), p="fro").backward()
-    slopes = penalty_gradients({name: factor.detach() for name, factor in factors.items()})
-    assert slopes.keys() == factors.keys()
+    found = gradients_of_terms({name: factor.detach() for name, factor in factors.items()})
     for name, factor in factors.items():
-        torch.testing.assert_close(slopes[name], factor.grad)
-    (at_its_least,) = penalty_gradients({f"q.lora_A.{ADAPTER}": torch.eye(4, 9)}).values()
+        torch.testing.assert_close(found[name], factor.grad)
+    (at_its_least,) = gradients_of_terms({f"q.lora_A.{ADAPTER}": torch.eye(4, 9)}).values()
     assert not at_its_least.any()
 
 

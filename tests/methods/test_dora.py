@@ -44,6 +44,25 @@ def test_norms_from_factors_are_those_of_the_sum(dropout: float, base: dict[str,
         assert torch.equal(back[name], value), "undone, it is PEFT's again"
 
 
+def test_norms_follow_the_factors() -> None:
+    method, model = attached(0.0)
+    _, plain = attached(0.0)
+    method.speed_up(model, ExitStack())
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            step = 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += step
+            plain.get_parameter(name).data += step
+    expected = loss_and_gradients(plain, IDS)
+    found = loss_and_gradients(model, IDS)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    ids = {"input_ids": IDS[:1, :4], "max_new_tokens": 6, "do_sample": False}
+    with torch.no_grad():
+        assert torch.equal(model.eval().generate(**ids), plain.eval().generate(**ids))
+
+
 def test_layers_share_one_graph() -> None:
     method, model = attached(0.0)
     method.speed_up(model, ExitStack())

@@ -1,15 +1,19 @@
 """Products of one input become one, and compute what they did."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import peft
 import pytest
 import torch
-from llamas import random_llama
+from llamas import loss_and_gradients, move_from_start, random_llama
 from torch import nn
 from torch.fx import GraphModule
 from torch.nn.functional import linear
 
+from methods.adalora import AdaLoraTuning
+from methods.base import Setup
+from methods.options.low_rank import AdaLora
 from trainer.kernels.layers import decoder_layers
 from trainer.kernels.shared_products import share_products
 
@@ -84,3 +88,24 @@ def test_what_differs_in_rank_shares_a_product_too() -> None:
     assert set(saved) == {3}
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient)
+
+
+def test_adalora_computes_what_peft_s_does_and_shares_products() -> None:
+    torch.manual_seed(0)
+    method = AdaLoraTuning(AdaLora(rank=3, initial_rank=5), Setup())  # a rank that products are slow with
+    model = method.attach(random_llama()).train()
+    move_from_start(model)
+    expected = loss_and_gradients(model, IDS)
+    with ExitStack() as undo:
+        method.speed_up(model, undo)
+        saved = products_saved(model)
+        found = loss_and_gradients(model, IDS)
+        assert set(saved) == {3}
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    for layer in decoder_layers(model):
+        del layer.forward
+    back = loss_and_gradients(model, IDS)
+    for name, value in expected.items():
+        assert torch.equal(back[name], value), "undone, it is PEFT's again"

@@ -56,7 +56,7 @@ def stand_ins(position_BT: PositionIds, stage: int) -> Iterator[None]:
     with ExitStack() as patched:
         if stage == 3:
             patched.enter_context(patch("torch.nn.functional.linear", _keeping_linear))
-        patched.enter_context(patch("torch.nn.functional.scaled_dot_product_attention", _attention()))
+        patched.enter_context(patch("torch.nn.functional.scaled_dot_product_attention", _attention))
         patched.enter_context(patch("trainer.kernels.head.chunk_losses", unread_losses))
         patched.enter_context(_known_positions(position_BT))
         patched.enter_context(_one_refresh())
@@ -66,21 +66,12 @@ def stand_ins(position_BT: PositionIds, stage: int) -> Iterator[None]:
         yield
 
 
-def _attention() -> Any:
-    """Attention whose boolean mask becomes a bias once: a CPU's keeps one for each layer's backward pass."""
-    biases: dict[Tensor, Tensor] = {}
-
-    def attention(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
-    ) -> Tensor:
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            if attn_mask not in biases:
-                biases.clear()
-                biases[attn_mask] = torch.empty(attn_mask.shape, dtype=query.dtype)
-            attn_mask = biases[attn_mask]
-        return scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
-
-    return attention
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    """Attention whose boolean mask becomes a bias that takes no memory: a CPU keeps one for each layer."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        single = query.new_empty(1)
+        attn_mask = single.expand(attn_mask.shape)
+    return scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from torch.nn.functional import silu
 
 from trainer.kernels.gate import LARGEST_GATE_RANK
-from trainer.kernels.shared_products import is_product, traced
+from trainer.kernels.shared_products import come_before, is_given, is_product, traced
 
 
 class LowRankSum(NamedTuple):
@@ -54,7 +54,9 @@ def _replace(graph: Graph, product: Node, gate: LowRankSum, up: LowRankSum) -> N
         up_wide = graph.call_method("to", (up.wide, dtype))
         following = None
         if next_product is not None:
-            following = graph.call_method("to", (next_product.args[1], dtype))
+            next_weight = next_product.args[1]
+            come_before(product, next_weight)
+            following = graph.call_method("to", (next_weight, dtype))
         tensors = [gate.base, up.base, gate_narrow, up_narrow, gate_wide, up_wide]
         if gate.share is not None and up.share is not None:
             tensors += [gate.share, up.share]
@@ -122,15 +124,17 @@ def _narrow_product_of(hidden: Node) -> Node | None:
     for user in list(hidden.users):
         readers = list(user.users) if _is_cast(user) else [user]
         for reader in readers:
-            if is_product(reader) and _is_narrow(reader.args[1]) and _dtype(reader) == _dtype(hidden):
+            if _multiplies_by_a(reader) and _dtype(reader) == _dtype(hidden):
                 found.append(reader)
     return found[0] if len(found) == 1 else None
 
 
-def _is_narrow(weight: Any) -> bool:
-    """Whether a weight [R, F] is trained, and its rank small."""
-    tensor = traced(weight)
-    return tensor.requires_grad and len(tensor) <= LARGEST_GATE_RANK
+def _multiplies_by_a(node: Node) -> bool:
+    """Whether a node multiplies by a weight [R, F] that is trained and given to the graph, and its rank small."""
+    if not is_product(node) or not is_given(node.args[1]):
+        return False
+    weight = traced(node.args[1])
+    return weight.requires_grad and len(weight) <= LARGEST_GATE_RANK
 
 
 def _before_casts(value: Any) -> Any:

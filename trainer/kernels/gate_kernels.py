@@ -3,6 +3,8 @@
 Shapes: N tokens, F outputs of gate and up, R rank.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -11,8 +13,13 @@ from triton.language import constexpr
 
 from trainer.kernels.gate import Sides
 
-# Of 14 forms that were tried on an H200 (8,192 tokens and outputs, rank 16) the fastest.
-TILING = {"TOKENS": 32, "OUTPUTS": 128, "TILES": 8, "STAGES": 3, "num_warps": 4}
+# Tokens of a tile, and tiles of a column.
+COLUMN = {"TOKENS": 32, "TILES": 8, "num_warps": 4}
+# Outputs of a tile, and tiles that are read ahead and computed: of 14 forms that were tried on an H200 (8,192 tokens
+# and outputs, rank 16) the first was the fastest; the others are for what takes more shared memory than a device has.
+FORMS = ((128, 3), (128, 2), (64, 2), (32, 1))
+RESERVED = 4096  # bytes of shared memory
+Tiling = dict[str, int]  # arguments of a kernel that it is compiled for
 
 
 @triton.jit
@@ -156,7 +163,9 @@ def gated_forward(sides: Sides) -> Tensor:
     tokens, outputs = _tokens_and_outputs(laid.gate)
     hidden = torch.empty_like(laid.gate)
     ranks = (laid.wide_gate.shape[1], laid.wide_up.shape[1])
-    forward_kernel[_columns(tokens, outputs)](
+    rank = _rank_of_tiles(ranks)
+    tiling = _tiling(laid.gate, rank)
+    forward_kernel[_columns(tokens, outputs, tiling)](
         *laid,
         hidden,
         tokens,
@@ -165,8 +174,8 @@ def gated_forward(sides: Sides) -> Tensor:
         laid.narrow_up.stride(0),
         *ranks,
         SHARES=laid.share_gate is not None,
-        RANK=_rank_of_tiles(ranks),
-        **TILING,
+        RANK=rank,
+        **tiling,
     )
     return hidden
 
@@ -177,18 +186,19 @@ def gated_slopes(
     """The gradients of gate and up, the activation again, and those of the shares [F], where there are any."""
     laid = _laid_out(sides)
     tokens, outputs = _tokens_and_outputs(laid.gate)
-    columns = _columns(tokens, outputs)
     has_shares = laid.share_gate is not None
     if slope_following is None or following is None:  # of rank 0, so nothing of it is read
         slope_following = laid.narrow_gate
         following = laid.gate.new_empty(0, outputs)
-    narrow_slope = _rows_of(slope_following)
     like_gate = [torch.empty_like(laid.gate) for _ in range(3)]
+    ranks = (len(following), laid.wide_gate.shape[1], laid.wide_up.shape[1])
+    rank = _rank_of_tiles(ranks)
+    tiling = _tiling(laid.gate, rank)
+    columns = _columns(tokens, outputs, tiling)
     parts = (columns[1], outputs) if has_shares else (0, 0)
     share_parts = [torch.empty(parts, dtype=torch.float32, device=slope.device) for _ in range(2)]
-    narrow = (narrow_slope, laid.narrow_gate, laid.narrow_up)
+    narrow = (_rows_of(slope_following), laid.narrow_gate, laid.narrow_up)
     wide = (following.contiguous(), laid.wide_gate, laid.wide_up)
-    ranks = (len(following), laid.wide_gate.shape[1], laid.wide_up.shape[1])
     backward_kernel[columns](
         slope.contiguous(),
         laid.gate,
@@ -204,8 +214,8 @@ def gated_slopes(
         *(rows.stride(0) for rows in narrow),
         *ranks,
         SHARES=has_shares,
-        RANK=_rank_of_tiles(ranks),
-        **TILING,
+        RANK=rank,
+        **tiling,
     )
     if not has_shares:
         return like_gate
@@ -237,13 +247,37 @@ def _tokens_and_outputs(value: Tensor) -> tuple[int, int]:
     return value.numel() // outputs, outputs
 
 
-def _columns(tokens: int, outputs: int) -> tuple[int, int]:
+def _columns(tokens: int, outputs: int, tiling: Tiling) -> tuple[int, int]:
     """How many columns of tiles there are, side by side and below one another."""
-    rows = TILING["TOKENS"] * TILING["TILES"]
-    return triton.cdiv(outputs, TILING["OUTPUTS"]), triton.cdiv(tokens, rows)
+    return triton.cdiv(outputs, tiling["OUTPUTS"]), triton.cdiv(tokens, tiling["TOKENS"] * tiling["TILES"])
 
 
 def _rank_of_tiles(ranks: tuple[int, ...]) -> int:
     """The smallest rank that holds all: a power of two, 16 at least, as tensor cores take it."""
     smallest: int = triton.next_power_of_2(max(ranks))
     return max(16, smallest)
+
+
+def _tiling(value: Tensor, rank: int) -> Tiling:
+    """The first form of tiles that fits a device's shared memory; the last one, where none does."""
+    shared = _shared_memory(value.device.index)
+    for outputs, stages in FORMS:
+        needed = _shared_bytes(outputs, stages, rank, value.itemsize)
+        if needed <= shared:
+            break
+    return COLUMN | {"OUTPUTS": outputs, "STAGES": stages}
+
+
+@cache
+def _shared_memory(device: int) -> int:
+    """The bytes of shared memory that a program may take on a device; kept, as the driver takes a millisecond."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(device)
+    bytes_of_a_program: int = properties["max_shared_mem"]
+    return bytes_of_a_program
+
+
+def _shared_bytes(outputs: int, stages: int, rank: int, itemsize: int) -> int:
+    """What a program takes: three weights, and three values and products of each tile that is read ahead."""
+    ahead = max(1, stages - 1)
+    elements = 3 * rank * outputs + 3 * ahead * COLUMN["TOKENS"] * (outputs + rank)
+    return elements * itemsize + RESERVED

@@ -74,6 +74,14 @@ def chunk_losses(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor | None) -> 
     return losses_C
 
 
+def add_in_fp32(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to a sum in fp32; on a GPU without a tensor for the product, and unrounded."""
+    if total.is_cuda and left.dtype != total.dtype:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
+
+
 class _LabelLosses(torch.autograd.Function):
     """From hidden states [N, D], a weight [V, D] and labels [N] to losses [N], chunk by chunk."""
 
@@ -91,6 +99,7 @@ class _LabelLosses(torch.autograd.Function):
                 label_C = label_N[part]
                 logits_CV = hidden_CD @ weight_VD.T
                 losses_N[part] = chunk_losses(logits_CV, label_C, None)
+                del logits_CV  # before those of the next chunk
             ctx.save_for_backward(hidden_ND, weight_VD, label_N)
             return losses_N
         ones_N = torch.ones_like(losses_N)
@@ -103,6 +112,7 @@ class _LabelLosses(torch.autograd.Function):
             losses_N[part] = chunk_losses(logits_CV, label_C, ones_C)
             gradient_CD = gradient_ND[part]
             torch.mm(logits_CV, weight_VD, out=gradient_CD)
+            del logits_CV
         ctx.save_for_backward(gradient_ND)
         return losses_N
 
@@ -126,7 +136,8 @@ class _LabelLosses(torch.autograd.Function):
             chunk_losses(logits_CV, label_C, scale_C)
             gradient_CD = gradient_ND[part]
             torch.mm(logits_CV, weight_VD, out=gradient_CD)
-            gradient_VD += logits_CV.T @ hidden_CD
+            add_in_fp32(gradient_VD, logits_CV.T, hidden_CD)
+            del logits_CV
         gradient_VD = gradient_VD.to(weight_VD.dtype)
         return gradient_ND, gradient_VD, None
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.nn.functional import linear
 
+PADDED = torch._C._nn.pad  # what a graph calls for torch.nn.functional.pad
 INPUTS_TO_OUTPUTS = 4  # times as many inputs as outputs has a weight that costs little to copy beside its input
 
 
@@ -33,7 +34,7 @@ def share_products(graph: Graph) -> None:
 
 def _is_narrow_product(node: Node) -> bool:
     """Whether a node multiplies by a trained weight with few outputs, and adds no bias."""
-    if not is_product(node):
+    if not is_product(node) or not is_given(node.args[1]):
         return False
     weight = traced(node.args[1])
     outputs, inputs = weight.shape
@@ -41,14 +42,27 @@ def _is_narrow_product(node: Node) -> bool:
 
 
 def is_product(value: Any) -> bool:
-    """Whether a value is a node that multiplies by a weight that the graph is given, and adds no bias."""
+    """Whether a value is a node that multiplies by a weight, and adds no bias."""
     if not isinstance(value, Node) or value.target is not linear:
         return False
     _, weight, *bias = value.args
     has_bias = bias not in ([], [None])
     if has_bias or value.kwargs:
         return False
-    return isinstance(weight, Node) and weight.op in ("placeholder", "get_attr")
+    return isinstance(weight, Node)
+
+
+def is_given(weight: Any) -> bool:
+    """Whether a weight is one that the graph is given, or that with zeros around it."""
+    if weight.target is PADDED:
+        weight = weight.args[0]
+    return weight.op in ("placeholder", "get_attr")
+
+
+def come_before(node: Node, weight: Node) -> None:
+    """Have a weight that is given, with zeros around it or not, before a node."""
+    if weight.target is PADDED:
+        node.prepend(weight)
 
 
 def _join(graph: Graph, products: list[Node]) -> None:
@@ -60,6 +74,7 @@ def _join(graph: Graph, products: list[Node]) -> None:
     for product in products:
         weight = product.args[1]
         weights.append(weight)
+        come_before(first, weight)
         outputs = len(traced(weight))
         widths.append(outputs)
     with graph.inserting_before(first):
