@@ -226,7 +226,8 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
                 held.append(fragment)
         if self._masks is None:
             # Kept, as a copy to a GPU waits for all that it has to do.
-            kept_MR = self._kept_MR.to(_device(view), torch.float32)
+            device = _device(view)
+            kept_MR = self._kept_MR.to(device, torch.float32)
             self._masks = []
             for fragment in held:
                 module, _ = _split(fragment.name)
