@@ -185,7 +185,8 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
     def _factors(self, view: View) -> Iterator[tuple[Fragment, int, str]]:
         """What this rank holds of A, B and E: their module's row, and which they are; an objective may train more."""
         for fragment in view.fragments():
-            module, factor = _split(fragment.name)
+            name = fragment.name
+            module, factor = _split(name)
             row = self._modules.get(module)
             if row is not None:
                 yield fragment, row, factor
@@ -224,8 +225,12 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
                 held.append((fragment, row))
         if self._masks is None:
             # Kept, as a copy to a GPU waits for all that it has to do.
-            kept_MR = self._kept_MR.to(_device(view), torch.float32)
-            self._masks = [part_of(kept_MR[row], fragment) for fragment, row in held]
+            device = _device(view)
+            kept_MR = self._kept_MR.to(device, torch.float32)
+            self._masks = []
+            for fragment, row in held:
+                mask = part_of(kept_MR[row], fragment)
+                self._masks.append(mask)
         if held:
             values = [fragment.parameter.data for fragment, _ in held]
             torch._foreach_mul_(values, self._masks)

@@ -16,11 +16,18 @@ import torch
 from by_hand import adamw, base
 from campaign import METHODS
 from finished_runs import Curve, curve, difference, events, interrupted, rows
+from llamas import random_llama
 from peft import PeftModel
 from pydantic import ValidationError
 from sampling import each_sampled, sampled
 from torch.nn.functional import logsigmoid
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from methods.base import Setup
 from methods.options import KINDS
@@ -223,6 +230,11 @@ def test_plain_libraries_score_padded_batches_as_the_trainer_does(
         output={"merge": "merge" not in KINDS[kind].refusals},
     )
     launch(1, run)
+    agrees_with_plain_libraries(run, pairs, cache)
+
+
+def agrees_with_plain_libraries(run: Path, pairs: Path, cache: Path) -> None:
+    """What is loaded from a run's output gives a padded batch of its held-out pairs the scores of its last step."""
     assert [event for event in events(run) if event["event"] == "missing"] == []
     job = load_job(run)
     tokens = tokenise(str(pairs), load_tokenizer(job.base), replace(Reading.of(job), virtual=0), cache)
@@ -274,6 +286,40 @@ def test_a_planted_rule_is_learned(reward_run: Any, launch: Any, tmp_path: Path)
     first, last = [json.loads(line) for line in (run / "attempts/1/metrics.jsonl").read_text().splitlines()][::61]
     assert (first["eval_accuracy"], last["eval_accuracy"] > 0.95) == (0.5, True)
     assert abs(last["eval_score_length_correlation"]) < 0.5
+
+
+OTHER_BASES: dict[str, Any] = {
+    "tied": lambda size: random_llama(vocab_size=size, tie_word_embeddings=True),
+    "gpt2": lambda size: GPT2LMHeadModel(
+        GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=256)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "zero"), each_sampled(list(product(OTHER_BASES, ("full", "lora"), (0, 3))))
+)
+def test_bases_whose_head_is_their_embedding(
+    kind: str, method: str, zero: int, reward_run: Any, launch: Any, cache: Path, pairs: Path, tiny_base: Path
+) -> None:
+    folder = pairs.with_name(f"{kind}-{method}-{zero}")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = OTHER_BASES[kind](len(tokenizer))
+    model.config.pad_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    run = reward_run(
+        kind,
+        base=str(folder),
+        method=METHODS[method],
+        data={"eval": str(pairs)},
+        train={"steps": 6, "lr": 2e-2, "micro_batch": 4},
+        sharding={"zero": zero},
+    )
+    launch(2 if zero else 1, run)
+    assert rows(run, 1)[1]["loss"] == pytest.approx(LN_2, abs=1e-6)
+    agrees_with_plain_libraries(run, pairs, cache)
 
 
 def test_the_token_that_pads_ends_no_answer(tiny_base: Path) -> None:

@@ -229,7 +229,7 @@ def test_curves_are_as_if_apart(
             objective={"kind": objective, "share_prompts": shares},
             method=method,
             data={"train": str(long_prompts), "packing": packed, "eval": str(long_prompts)},
-            train={"steps": 6, "batch_tokens": 400, "lr": 1e-3, "micro_batch": 2},
+            train={"steps": 4, "batch_tokens": 400, "lr": 1e-3, "micro_batch": 2},
             sharding={"zero": zero},
         )
         launch(world, run)
