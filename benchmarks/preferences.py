@@ -31,7 +31,8 @@ from typing import Any
 import layouts
 import llama_1b
 import yaml
-from train_step import METHODS, RANK, SEQ_LEN, WORDS, Figures, forked, installed
+from peers import RANK, SEQ_LEN
+from train_step import METHODS, WORDS, Figures, forked, installed
 
 WARMUP, STEPS = 8, 12
 OBJECTIVES: dict[str, dict[str, Any]] = {
