@@ -21,13 +21,16 @@ from runfolder.chain import Attempt, last_slot, result, settle, slots
 from runfolder.delivered import tracked_run
 from runfolder.files import list_names, read_json, refresh, sha256
 from runfolder.record import load_job
+from runfolder.row_results import last_row_results
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError)  # what reading a damaged run raises
 TRIP_BYTES = 4 << 20  # of files in one answer, and at most one file that comes whole beyond that
 _LARGEST_WHOLE = 1 << 20  # the largest file of an output that comes: weights stay where they are
+_LARGEST_RESULTS = 4 << 20  # the largest file of an evaluation's rows that comes, of a run that has ended
 _APPENDED = re.compile(r"attempts/([1-9]\d{0,8})/((?:events|metrics|system)\.jsonl)")
 _WHOLE = re.compile(
     r"(?:job\.yaml|run\.json|result\.json|mlflow/run\.json|attempts/[1-9]\d{0,8}/(?:claim|seals|verdict)\.json"
+    r"|attempts/[1-9]\d{0,8}/evaluations/step-\d{1,15}\.jsonl"
     r"|output(?:/(?!\.{1,2}(?:/|\Z))[^/\0]{1,255}){1,9})"
 )
 
@@ -127,6 +130,9 @@ def mirrored_files(run_dir: Path) -> list[str]:
             files.append(f"attempts/{slot.number}/{name}")
     if _has_shared_run(run_dir):
         files.append("mlflow/run.json")
+    evaluation = last_row_results(run_dir) if result(run_dir) else None
+    if evaluation and evaluation.stat().st_size <= _LARGEST_RESULTS:
+        files.append(evaluation.relative_to(run_dir).as_posix())
     for path in (run_dir / "output").rglob("*"):
         if path.is_file() and path.stat().st_size <= _LARGEST_WHOLE:
             file = path.relative_to(run_dir)

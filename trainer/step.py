@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from trainer import rollouts
-from trainer.data.examples import GlobalBatch
+from trainer.data.examples import Examples, GlobalBatch
+from trainer.data.layout import MicroBatch
 from trainer.data.one_row import deal_in_one_row, starts_of_documents
 from trainer.meter import Meter, SaveRequest
 from trainer.objectives.base import HostArrays, Shares, TensorsByName, Totals
@@ -115,23 +116,30 @@ def feed(run: Run, first: int) -> Feed:
 
 def micro_batches(run: Run, global_batch: GlobalBatch) -> Iterator[BatchTensors]:
     """This rank's micro-batches of a global batch."""
+    for micro in dealt_to_rank(run, global_batch):
+        yield micro_batch_tensors(run, global_batch.examples, micro)
+
+
+def dealt_to_rank(run: Run, global_batch: GlobalBatch) -> list[MicroBatch]:
+    """Which documents this rank computes of a global batch, by micro-batch."""
     world = run.world
-    examples = global_batch.examples
     layout = run.batches.layout
+    if run.objective.kernels.in_one_row:
+        return deal_in_one_row(layout, global_batch, world.rank, world.size)
+    return layout.deal(global_batch, world.rank, world.size)
+
+
+def micro_batch_tensors(run: Run, examples: Examples, micro: MicroBatch) -> BatchTensors:
+    """What the objective reads of a micro-batch, on this rank's device."""
+    device = run.world.device
     objective = run.objective
-    in_one_row = objective.kernels.in_one_row
-    if in_one_row:
-        dealt = deal_in_one_row(layout, global_batch, world.rank, world.size)
-    else:
-        dealt = layout.deal(global_batch, world.rank, world.size)
-    for micro in dealt:
-        arrays = objective.arrays(examples, micro)
-        if in_one_row:
-            arrays = with_starts(arrays)
-        batch = {}
-        for name, array in arrays.items():
-            batch[name] = to_device(array, world.device)
-        yield batch
+    arrays = objective.arrays(examples, micro)
+    if objective.kernels.in_one_row:
+        arrays = with_starts(arrays)
+    batch = {}
+    for name, array in arrays.items():
+        batch[name] = to_device(array, device)
+    return batch
 
 
 def with_starts(arrays: HostArrays) -> HostArrays:

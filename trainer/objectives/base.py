@@ -55,11 +55,13 @@ class ObjectiveSetup:
 class Shares:
     """What a micro-batch adds to the loss of its step and to metrics that are logged beside it; each 0-d.
 
-    The names of the metrics are the same for every micro-batch, also for one without examples.
+    The names of the metrics are the same for every micro-batch, also for one without examples. `each` [examples] are
+    the parts of the loss that are of one example each, in the order of the micro-batch, where an objective has them.
     """
 
     loss: torch.Tensor
     metrics: TensorsByName = field(default_factory=dict)
+    each: torch.Tensor | None = None
 
 
 class Objective(ABC):
@@ -127,3 +129,10 @@ class Objective(ABC):
         One without examples gives zero, with zero gradients for all that others reach, so that collectives stay in
         step. `prelude` has the sums over all shares of the global batch, fp64; nothing where there is no prelude.
         """
+
+    def judge(self, model: nn.Module, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:
+        """A micro-batch's shares of what is said of held-out rows: those of `loss`, unless more is measured.
+
+        `batch` has, beside what `arrays` made, `document_labels` [documents]: how many labels each document has.
+        """
+        return self.loss(model, batch, totals, prelude)

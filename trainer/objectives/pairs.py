@@ -96,7 +96,7 @@ class PairObjective(AnswerObjective):
         for name, value_P in logged.items():
             total = value_P.sum()
             metrics[name] = total / totals["pairs"]
-        return Shares(loss, metrics)
+        return Shares(loss, metrics, found.losses)
 
     @abstractmethod
     def compare(self, chosen: AnswerLikelihoods, rejected: AnswerLikelihoods, totals: Totals) -> PairLosses:
