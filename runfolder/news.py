@@ -130,14 +130,24 @@ def mirrored_files(run_dir: Path) -> list[str]:
             files.append(f"attempts/{slot.number}/{name}")
     if _has_shared_run(run_dir):
         files.append("mlflow/run.json")
-    evaluation = last_row_results(run_dir) if result(run_dir) else None
-    if evaluation and evaluation.stat().st_size <= _LARGEST_RESULTS:
-        files.append(evaluation.relative_to(run_dir).as_posix())
+    with suppress(*UNREADABLE):  # half a mirror: the file comes last
+        files += _last_evaluation(run_dir)
     for path in (run_dir / "output").rglob("*"):
         if path.is_file() and path.stat().st_size <= _LARGEST_WHOLE:
             file = path.relative_to(run_dir)
             files.append(file.as_posix())
     return [file for file in files if _APPENDED.fullmatch(file) or _WHOLE.fullmatch(file)]
+
+
+def _last_evaluation(run_dir: Path) -> list[str]:
+    """The file of the last evaluation of a run that has ended, unless it is too large."""
+    if result(run_dir) is None:
+        return []
+    path = last_row_results(run_dir)
+    if path is None or path.stat().st_size > _LARGEST_RESULTS:
+        return []
+    file = path.relative_to(run_dir)
+    return [file.as_posix()]
 
 
 def state_of(path: Path, file: str) -> int | str:

@@ -1,9 +1,11 @@
 """What stands in the lines of a comparison in a terminal: measures, differences, seeds, and what all rows share."""
 
+import math
 from collections.abc import Iterator
 
 from orchestrator.comparison.compare import Comparison, ComparisonRow, display_value
 from orchestrator.comparison.measure import Measure
+from orchestrator.comparison.outcomes import EXACT_MATCH
 
 STYLES = {"failed": "red", "cancelled": "yellow", "running": "cyan"}  # of rows, by their state
 _LEFT_OUT = {"best_loss", "tokens_per_second"}  # in the report and the JSON; a terminal is narrow
@@ -40,12 +42,53 @@ def cell(row: ComparisonRow, measure: Measure, joint: str = " ") -> str:
 def measure_cells(comparison: Comparison, row: ComparisonRow) -> list[str]:
     """The measures of a row, each with its spread below; and its state, where states are shown."""
     cells = []
+    if comparison.shows_ranks:
+        cells.append(difference_text(comparison, row))
     for measure in shown_measures(comparison):
         text = cell(row, measure, "\n")
         cells.append(text)
     if has_unfinished(comparison):
         cells.append(row.state)
     return cells
+
+
+def difference_heading(comparison: Comparison) -> str:
+    """What stands above the differences to the reference."""
+    return f"against {comparison.rankings[0].reference.label}"
+
+
+def difference_text(comparison: Comparison, row: ComparisonRow) -> str:
+    """By how much a row is better than the reference of its ranking, and below it the interval of that."""
+    for ranking in comparison.rankings:
+        for each in ranking.ranked:
+            if each.contender.label != row.label:
+                continue
+            if each.finding == "reference":
+                return "reference"
+            if not math.isfinite(each.difference.error):
+                return "one seed"
+            gain, low, high = ranking.gain(each)
+            unit = 100.0 if ranking.measure.key == EXACT_MATCH else 1.0
+            digits = 1 if unit > 1 else 4
+            return f"{unit * gain:+.{digits}f}\n{unit * low:+.{digits}f} to {unit * high:+.{digits}f}"
+    return "-"
+
+
+def rank_text(comparison: Comparison, row: ComparisonRow) -> str:
+    """The rank of a row, shared by all that are not shown worse than the best of them; empty where it has none."""
+    if not comparison.shows_ranks:
+        return ""
+    for ranking in comparison.rankings:
+        for each in ranking.ranked:
+            if each.contender.label == row.label:
+                return f"{each.rank}. "
+    return ""
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """The verdict, and what keeps rows apart."""
+    found = [comparison.verdict, comparison.barrier]
+    return [remark for remark in found if remark]
 
 
 def caption(comparison: Comparison) -> str | None:

@@ -9,9 +9,11 @@ from rich.text import Text
 from orchestrator.comparison.cells import (
     STYLES,
     caption,
+    difference_heading,
     differing_values,
     has_unfinished,
     measure_cells,
+    rank_text,
     seeds_text,
     shown_measures,
 )
@@ -47,6 +49,8 @@ def narrow_table(comparison: Comparison, width: int) -> Group:
 def _headings(comparison: Comparison) -> list[str]:
     """What stands above each column, in two lines of which the first may be empty."""
     titles = [measure.title for measure in shown_measures(comparison)]
+    if comparison.shows_ranks:
+        titles.insert(0, difference_heading(comparison))
     if has_unfinished(comparison):
         titles.append("state")
     headings = []
@@ -77,7 +81,7 @@ def _name_lines(comparison: Comparison, row: ComparisonRow, width: int) -> Itera
     for heading, value in differing_values(comparison, row):
         if value:
             facts.append(f"{heading}={value}")
-    line = row.label
+    line = rank_text(comparison, row) + row.label
     for fact in filter(None, facts):
         longer = f"{line}{_GAP}{fact}"
         if len(longer) <= width:
