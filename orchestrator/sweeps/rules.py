@@ -1,0 +1,276 @@
+"""What a sweep does next: a pure function of what its trials have come to. Nothing else is remembered.
+
+A trial goes to a rung, which is a step, pauses there, and goes on from its checkpoint where the rule says so.
+- grid, random: every trial in full.
+- asha (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning"): whoever is among the best of a rung,
+  as far as that is known, goes on; else a new trial begins.
+- race: all trials of a rung are waited for; the best of each method go on, as rates and families separate early. The
+  best configurations of the best methods, and of the reference, are then run in full with all seeds.
+
+A trial that begins is paid for up to the step where it pauses, so the budget is never exceeded.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from orchestrator.sweeps.spec import Sweep
+from orchestrator.sweeps.trials import Configuration, Trial, configurations, with_seeds
+from orchestrator.sweeps.widening import widened
+
+TrialState = Literal["going", "paused", "succeeded", "failed"]
+ScoresByStep = Mapping[int, float]  # what was measured, by the step
+_BETTER_HIGH = "eval_exact_match"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a trial has come to: its state, its last step, and its evaluations."""
+
+    state: TrialState
+    step: int = 0
+    scores: ScoresByStep = field(default_factory=dict)
+
+
+ProgressByTrial = Mapping[Trial, Progress]  # of those that were begun
+
+
+@dataclass(frozen=True)
+class Move:
+    """A trial that is to begin or to go on, up to a step; None: to its end."""
+
+    trial: Trial
+    until: int | None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do now, and whether all is done once nothing is going; `why`, where the sweep ends early."""
+
+    moves: list[Move]
+    done: bool
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep whose full run has so many steps."""
+
+    sweep: Sweep
+    steps: int
+
+    @property
+    def rungs(self) -> list[int]:
+        """The steps at which trials pause; none where all are run in full."""
+        if self.sweep.rule in ("grid", "random"):
+            return []
+        rungs = []
+        for share in self.sweep.rungs:
+            step = round(share * self.steps)
+            multiple = max(1, round(step / self.every)) * self.every
+            if multiple < self.steps and multiple not in rungs:
+                rungs.append(multiple)
+        return rungs
+
+    @property
+    def every(self) -> int:
+        """The steps between two evaluations: every rung is a multiple of it."""
+        return max(1, round(self.sweep.rungs[0] * self.steps))
+
+    def target(self, step: int) -> int:
+        """Where a trial that has done so many steps pauses or ends."""
+        for rung in self.rungs:
+            if rung > step:
+                return rung
+        return self.steps
+
+    def decide(self, progress: ProgressByTrial) -> Decision:
+        """What to do next."""
+        failed = [trial for trial, reached in progress.items() if reached.state == "failed"]
+        wanted = self._wanted(progress)
+        finals = set(self._finals(progress))
+        moves: list[Move] = []
+        free = self.sweep.parallel
+        left = self.sweep.budget
+        for trial, reached in progress.items():
+            if reached.state == "going":
+                free -= 1
+                left -= self._until(trial, reached.step, finals)
+            else:
+                left -= reached.step
+        short = False
+        for trial in wanted:
+            if free <= 0:
+                break
+            step = _step(progress, trial)
+            until = self._until(trial, step, finals)
+            if until - step > left:
+                short = True
+                continue
+            left -= until - step
+            free -= 1
+            pause = until if until < self.steps else None
+            moves.append(Move(trial, pause))
+        is_going = any(reached.state == "going" for reached in progress.values())
+        done = not moves and not is_going
+        why = None
+        if done and short:
+            why = f"the budget of {self.sweep.budget} steps is spent"
+        elif done and failed:
+            why = f"{len(failed)} trials have failed"
+        return Decision(moves, done, why)
+
+    def _until(self, trial: Trial, step: int, finals: Collection[Trial]) -> int:
+        """The step up to which a trial goes now: of a final without a pause."""
+        if trial in finals:
+            return self.steps
+        return self.target(step)
+
+    def _wanted(self, progress: ProgressByTrial) -> list[Trial]:
+        """The trials that may begin or go on, the most wanted first."""
+        match self.sweep.rule:
+            case "race":
+                return self._race(progress)
+            case "asha":
+                return self._asha(progress)
+        chosen = self._configurations(progress, self.steps)
+        trials = with_seeds(chosen, self.sweep.seeds)
+        return [trial for trial in trials if _may_go(progress, trial)]
+
+    def _configurations(self, progress: ProgressByTrial, step: int) -> list[Configuration]:
+        """Those that the sweep began with, and those beyond the ends of ranges, by what is known at a step."""
+        chosen = configurations(self.sweep)
+        if not self.sweep.widen or self.sweep.rule in ("random", "asha"):
+            return chosen
+        scores = {}
+        for trial in with_seeds(chosen, self.sweep.seeds[:1]):
+            scores.update(self._score_of(progress, trial, step))
+        extended = widened(chosen, scores)
+        while len(extended) > len(chosen):
+            chosen = extended
+            for trial in with_seeds(chosen, self.sweep.seeds[:1]):
+                scores.update(self._score_of(progress, trial, step))
+            extended = widened(chosen, scores, configurations(self.sweep))
+        return chosen
+
+    def _score_of(self, progress: ProgressByTrial, trial: Trial, step: int) -> dict[Configuration, float]:
+        """How bad a trial is at a step, where that is known: a failed one is the worst."""
+        reached = progress.get(trial)
+        if reached is None:
+            return {}
+        if step in reached.scores:
+            score = reached.scores[step]
+            if not math.isfinite(score):
+                score = math.inf
+            elif self.sweep.measure == _BETTER_HIGH:
+                score = -score
+            return {trial.configuration: score}
+        if reached.state == "failed":
+            return {trial.configuration: math.inf}
+        return {}
+
+    def _asha(self, progress: ProgressByTrial) -> list[Trial]:
+        """Those that a rung promotes, from the highest rung down; then those that have not begun."""
+        trials = with_seeds(configurations(self.sweep), self.sweep.seeds)
+        wanted = []
+        for rung in reversed(self.rungs):
+            scores: dict[Trial, float] = {}
+            for trial in trials:
+                for score in self._score_of(progress, trial, rung).values():
+                    scores[trial] = score
+            best_first = sorted(scores, key=scores.__getitem__)
+            promoted = int(len(best_first) * self.sweep.keep)
+            for trial in best_first[:promoted]:
+                if _is_waiting(progress, trial, rung):
+                    wanted.append(trial)
+        for trial in trials:
+            if trial not in progress:
+                wanted.append(trial)
+        return wanted
+
+    def _race(self, progress: ProgressByTrial) -> list[Trial]:
+        """The trials of the lowest rung that is not judged yet; after the last one, the finals."""
+        first_seed = self.sweep.seeds[:1]
+        first = self.rungs[0] if self.rungs else self.steps
+        chosen = self._configurations(progress, first)
+        for rung in self.rungs:
+            scores = self._scores(progress, chosen, rung)
+            if len(scores) < len(chosen):
+                trials = with_seeds(chosen, first_seed)
+                return [trial for trial in trials if _may_go(progress, trial, rung)]
+            chosen = self._best_of_methods(scores)
+        finals = self._finals(progress)
+        return [trial for trial in finals if _may_go(progress, trial)]
+
+    def _finals(self, progress: ProgressByTrial) -> list[Trial]:
+        """The trials that are run in full, with all seeds; none before the last rung is judged."""
+        if self.sweep.rule != "race":
+            return []
+        if not self.rungs:
+            return with_seeds(configurations(self.sweep), self.sweep.seeds)
+        chosen = self._configurations(progress, self.rungs[0])
+        for rung in self.rungs:
+            scores = self._scores(progress, chosen, rung)
+            if len(scores) < len(chosen):
+                return []
+            chosen = self._best_of_methods(scores)
+        best: dict[str, Configuration] = {}
+        for configuration in sorted(chosen, key=scores.__getitem__):
+            best.setdefault(configuration.method, configuration)
+        methods = list(best)
+        finalists = methods[: self.sweep.finalists]
+        if self.sweep.reference in best and self.sweep.reference not in finalists:
+            finalists.append(self.sweep.reference)
+        finals = []
+        for method in finalists:
+            finals.append(best[method])
+        return with_seeds(finals, self.sweep.seeds)
+
+    def _scores(
+        self, progress: ProgressByTrial, chosen: Sequence[Configuration], rung: int
+    ) -> dict[Configuration, float]:
+        """How bad configurations are at a rung, with the first seed, as far as that is known."""
+        scores = {}
+        for trial in with_seeds(chosen, self.sweep.seeds[:1]):
+            scores.update(self._score_of(progress, trial, rung))
+        return scores
+
+    def _best_of_methods(self, scores: Mapping[Configuration, float]) -> list[Configuration]:
+        """Of each method the best configurations, at least one."""
+        by_method: dict[str, list[Configuration]] = {}
+        for configuration in scores:
+            of_method = by_method.setdefault(configuration.method, [])
+            of_method.append(configuration)
+        kept = []
+        for of_method in by_method.values():
+            of_method.sort(key=scores.__getitem__)
+            count = math.ceil(len(of_method) * self.sweep.keep)
+            kept += of_method[:count]
+        return kept
+
+
+def _step(progress: ProgressByTrial, trial: Trial) -> int:
+    """The last step of a trial; 0 where it has not begun."""
+    if trial not in progress:
+        return 0
+    return progress[trial].step
+
+
+def _may_go(progress: ProgressByTrial, trial: Trial, until: float = math.inf) -> bool:
+    """Whether a trial has not begun, or waits before a step."""
+    if trial not in progress:
+        return True
+    reached = progress[trial]
+    return reached.state == "paused" and reached.step < until
+
+
+def _is_waiting(progress: ProgressByTrial, trial: Trial, rung: int) -> bool:
+    """Whether a trial waits at a rung."""
+    reached = progress[trial]
+    return reached.state == "paused" and reached.step == rung
+
+
+def steps_taken(progress: Iterable[Progress]) -> int:
+    """The steps that trials have taken together."""
+    return sum(reached.step for reached in progress)

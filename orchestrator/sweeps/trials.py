@@ -1,0 +1,162 @@
+"""The trials of a sweep: configurations with a seed, each with a run id that is a digest of it.
+
+So who submits a trial a second time, from wherever, submits nothing new.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+from orchestrator.planning.spec import PlainJob
+from orchestrator.sweeps.spec import Axes, Axis, LogRange, Setting, Sweep, SweptMethod
+
+_DIGITS_OF_IDS = "0123456789abcdefghjkmnpqrstvwxyz"  # as run ids have them
+_LENGTH = 10
+_BITS_OF_DIGIT = 5
+METHOD = "method"  # the key under which a configuration has the options of its method
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Settings by the dotted key of the job, as JSON: equal ones are one configuration."""
+
+    text: str
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Configuration":
+        """The configuration with these settings."""
+        text = json.dumps(settings, sort_keys=True)
+        return cls(text)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its settings, by their key."""
+        settings: dict[str, Any] = json.loads(self.text)
+        return settings
+
+    @cached_property
+    def method(self) -> str:
+        """The kind of its method; empty where that is the job's."""
+        options = self.settings.get(METHOD, {})
+        return str(options.get("kind", ""))
+
+    def changed(self, key: str, value: Setting) -> "Configuration":
+        """The same with another value of one setting."""
+        settings = self.settings
+        settings[key] = value
+        return Configuration.of(settings)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A configuration with a seed."""
+
+    configuration: Configuration
+    seed: int
+
+    def run_id(self, name: str, job: PlainJob) -> str:
+        """The run id of the trial in a sweep of this name, of a job as it was written."""
+        content = {"job": job, "settings": self.configuration.settings, "seed": self.seed}
+        text = json.dumps(content, sort_keys=True, default=str)
+        digest = hashlib.sha256(f"{name} {text}".encode())
+        value = int.from_bytes(digest.digest()[:8], "big")
+        characters = ""
+        for _ in range(_LENGTH):
+            characters += _DIGITS_OF_IDS[value % len(_DIGITS_OF_IDS)]
+            value >>= _BITS_OF_DIGIT
+        return f"{name}-{characters}"
+
+    def job(self, sweep: Sweep, job: PlainJob, every: int | None) -> PlainJob:
+        """The job of the trial, which is judged every so many steps."""
+        plain: PlainJob = json.loads(json.dumps(job, default=str))
+        settings = self.configuration.settings
+        settings["train.seed"] = self.seed
+        if every is not None:
+            settings["evaluation.every"] = every
+        for key, value in settings.items():
+            _set(plain, key, value)
+        plain["name"] = sweep.name
+        return plain
+
+
+def configurations(sweep: Sweep) -> list[Configuration]:
+    """All configurations that a sweep begins with, each once."""
+    methods: list[SweptMethod | None] = list(sweep.methods) or [None]
+    found = []
+    for method in methods:
+        axes = dict(sweep.axes)
+        fixed: dict[str, Any] = {}
+        if method is not None:
+            axes |= method.axes
+            fixed[METHOD] = method.options
+        if sweep.rule == "random":
+            each = sweep.trials // len(methods) or 1
+            found += list(_drawn(axes, fixed, each))
+        else:
+            found += list(_grid(axes, fixed))
+    return list(dict.fromkeys(found))
+
+
+def axis_values(axis: Axis) -> list[Setting]:
+    """The values of an axis."""
+    if isinstance(axis, LogRange):
+        return list(axis.values)
+    return axis
+
+
+def _grid(axes: Axes, fixed: Mapping[str, Any]) -> Iterator[Configuration]:
+    """Every combination of the values of axes."""
+    keys = list(axes)
+    values = map(axis_values, axes.values())
+    for combination in product(*values):
+        settings = dict(zip(keys, combination, strict=True))
+        yield Configuration.of({**fixed, **settings})
+
+
+def _drawn(axes: Axes, fixed: Mapping[str, Any], count: int) -> Iterator[Configuration]:
+    """So many combinations of values that are drawn from axes, always the same."""
+    text = json.dumps(fixed, sort_keys=True)
+    rng = random.Random(text)
+    for _ in range(count):
+        settings = dict(fixed)
+        for key, axis in axes.items():
+            settings[key] = _draw(rng, axis)
+        yield Configuration.of(settings)
+
+
+def _draw(rng: random.Random, axis: Axis) -> Setting:
+    """A value of an axis: of a range any between its ends."""
+    if not isinstance(axis, LogRange):
+        return rng.choice(axis)
+    low, high = axis.log
+    share = rng.random()
+    value = low * (high / low) ** share
+    return float(f"{value:.6g}")
+
+
+def _set(plain: PlainJob, key: str, value: Any) -> None:
+    """Set a dotted key of a job; a section in its short form becomes a mapping."""
+    *sections, last = key.split(".")
+    section: Any = plain
+    for name in sections:
+        inner = section.get(name)
+        if not isinstance(inner, dict):
+            inner = {}
+            section[name] = inner
+        section = inner
+    section[last] = value
+
+
+def with_seeds(chosen: Iterable[Configuration], seeds: Iterable[int]) -> list[Trial]:
+    """Each configuration with each seed, the first seed of all first."""
+    configurations_of = list(chosen)
+    trials = []
+    for seed in seeds:
+        for configuration in configurations_of:
+            trials.append(Trial(configuration, seed))
+    return trials
