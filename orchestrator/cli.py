@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator import cluster_commands, clusters_commands, k8s_commands, look_commands
+from orchestrator import cluster_commands, clusters_commands, k8s_commands, look_commands, sweep_commands
 from orchestrator.arguments import ClusterOption, JobArgument, RunArgument, SetOption, YesOption
 from orchestrator.terminal import (
     Json,
@@ -40,6 +40,7 @@ app.add_typer(cluster_commands.cluster_app, name="cluster")
 app.add_typer(clusters_commands.clusters_app, name="clusters")
 app.add_typer(k8s_commands.k8s_app, name="k8s")
 app.add_typer(look_commands.look_app)
+app.add_typer(sweep_commands.sweep_app)
 
 
 @app.callback()

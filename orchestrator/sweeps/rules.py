@@ -5,52 +5,30 @@ A trial goes to a rung, which is a step, pauses there, and goes on from its chec
 - asha (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning"): whoever is among the best of a rung,
   as far as that is known, goes on; else a new trial begins.
 - race: all trials of a rung are waited for; the best of each method go on, as rates and families separate early. The
-  best configurations of the best methods, and of the reference, are then run in full with all seeds.
+  best configurations of the best methods, and of the reference, are then run in full, the best one with all seeds.
 
 A trial that begins is paid for up to the step where it pauses, so the budget is never exceeded.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
+from orchestrator.sweeps.progress import (
+    Decision,
+    Move,
+    ProgressByTrial,
+    is_waiting,
+    last_step,
+    may_go,
+)
 from orchestrator.sweeps.spec import Sweep
 from orchestrator.sweeps.trials import Configuration, Trial, configurations, with_seeds
 from orchestrator.sweeps.widening import widened
 
-TrialState = Literal["going", "paused", "succeeded", "failed"]
-ScoresByStep = Mapping[int, float]  # what was measured, by the step
 _BETTER_HIGH = "eval_exact_match"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a trial has come to: its state, its last step, and its evaluations."""
-
-    state: TrialState
-    step: int = 0
-    scores: ScoresByStep = field(default_factory=dict)
-
-
-ProgressByTrial = Mapping[Trial, Progress]  # of those that were begun
-
-
-@dataclass(frozen=True)
-class Move:
-    """A trial that is to begin or to go on, up to a step; None: to its end."""
-
-    trial: Trial
-    until: int | None
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What to do now, and whether all is done once nothing is going; `why`, where the sweep ends early."""
-
-    moves: list[Move]
-    done: bool
-    why: str | None = None
+_CANDIDATES = 2  # configurations of a finalist that are run in full
+_FIRST_SEEDS = 3  # with which the better one of them is chosen
 
 
 @dataclass(frozen=True)
@@ -85,6 +63,11 @@ class SweepPlan:
                 return rung
         return self.steps
 
+    def trials(self, progress: ProgressByTrial) -> list[Trial]:
+        """All trials that there may be, as far as is known now which ranges are widened."""
+        first = self.rungs[0] if self.rungs else self.steps
+        return with_seeds(self._configurations(progress, first), self.sweep.seeds)
+
     def decide(self, progress: ProgressByTrial) -> Decision:
         """What to do next."""
         failed = [trial for trial, reached in progress.items() if reached.state == "failed"]
@@ -103,7 +86,7 @@ class SweepPlan:
         for trial in wanted:
             if free <= 0:
                 break
-            step = _step(progress, trial)
+            step = last_step(progress, trial)
             until = self._until(trial, step, finals)
             if until - step > left:
                 short = True
@@ -136,7 +119,7 @@ class SweepPlan:
                 return self._asha(progress)
         chosen = self._configurations(progress, self.steps)
         trials = with_seeds(chosen, self.sweep.seeds)
-        return [trial for trial in trials if _may_go(progress, trial)]
+        return [trial for trial in trials if may_go(progress, trial)]
 
     def _configurations(self, progress: ProgressByTrial, step: int) -> list[Configuration]:
         """Those that the sweep began with, and those beyond the ends of ranges, by what is known at a step."""
@@ -182,7 +165,7 @@ class SweepPlan:
             best_first = sorted(scores, key=scores.__getitem__)
             promoted = int(len(best_first) * self.sweep.keep)
             for trial in best_first[:promoted]:
-                if _is_waiting(progress, trial, rung):
+                if is_waiting(progress, trial, rung):
                     wanted.append(trial)
         for trial in trials:
             if trial not in progress:
@@ -198,34 +181,64 @@ class SweepPlan:
             scores = self._scores(progress, chosen, rung)
             if len(scores) < len(chosen):
                 trials = with_seeds(chosen, first_seed)
-                return [trial for trial in trials if _may_go(progress, trial, rung)]
+                return [trial for trial in trials if may_go(progress, trial, rung)]
             chosen = self._best_of_methods(scores)
         finals = self._finals(progress)
-        return [trial for trial in finals if _may_go(progress, trial)]
+        return [trial for trial in finals if may_go(progress, trial)]
 
     def _finals(self, progress: ProgressByTrial) -> list[Trial]:
-        """The trials that are run in full, with all seeds; none before the last rung is judged."""
+        """The trials that are run in full; none before the last rung is judged.
+
+        A rate that a rung has chosen by noise would make its method look worse than it is. So two configurations of
+        each finalist are run in full with the first seeds, and the better one of both with all seeds.
+        """
         if self.sweep.rule != "race":
             return []
-        if not self.rungs:
-            return with_seeds(configurations(self.sweep), self.sweep.seeds)
-        chosen = self._configurations(progress, self.rungs[0])
+        finals: list[Trial] = []
+        for candidates in self._candidates(progress):
+            first_seeds = self.sweep.seeds[:_FIRST_SEEDS]
+            tried = with_seeds(candidates, first_seeds)
+            finals += tried
+            means: dict[Configuration, float] = {}
+            for configuration in candidates:
+                mean = self._mean_in_full(progress, configuration, first_seeds)
+                if mean is not None:
+                    means[configuration] = mean
+            if len(means) == len(candidates):
+                best = min(candidates, key=means.__getitem__)
+                finals += with_seeds([best], self.sweep.seeds[_FIRST_SEEDS:])
+        return finals
+
+    def _candidates(self, progress: ProgressByTrial) -> list[list[Configuration]]:
+        """The best configurations, at most two, of each finalist; none before the last rung is judged."""
+        first = self.rungs[0] if self.rungs else self.steps
+        chosen = self._configurations(progress, first)
+        scores: dict[Configuration, float] = {}
         for rung in self.rungs:
             scores = self._scores(progress, chosen, rung)
             if len(scores) < len(chosen):
                 return []
             chosen = self._best_of_methods(scores)
-        best: dict[str, Configuration] = {}
-        for configuration in sorted(chosen, key=scores.__getitem__):
-            best.setdefault(configuration.method, configuration)
-        methods = list(best)
-        finalists = methods[: self.sweep.finalists]
-        if self.sweep.reference in best and self.sweep.reference not in finalists:
+        by_method: dict[str, list[Configuration]] = {}
+        for configuration in sorted(chosen, key=lambda each: scores.get(each, 0.0)):
+            of_method = by_method.setdefault(configuration.method, [])
+            of_method.append(configuration)
+        finalists = list(by_method)[: self.sweep.finalists]
+        if self.sweep.reference in by_method and self.sweep.reference not in finalists:
             finalists.append(self.sweep.reference)
-        finals = []
-        for method in finalists:
-            finals.append(best[method])
-        return with_seeds(finals, self.sweep.seeds)
+        return [by_method[method][:_CANDIDATES] for method in finalists]
+
+    def _mean_in_full(
+        self, progress: ProgressByTrial, configuration: Configuration, seeds: Sequence[int]
+    ) -> float | None:
+        """How bad a configuration is at the end of a full run, over some seeds; None before that is known."""
+        total = 0.0
+        for trial in with_seeds([configuration], seeds):
+            scores = self._score_of(progress, trial, self.steps)
+            if not scores:
+                return None
+            total += scores[configuration]
+        return total / len(seeds)
 
     def _scores(
         self, progress: ProgressByTrial, chosen: Sequence[Configuration], rung: int
@@ -237,7 +250,7 @@ class SweepPlan:
         return scores
 
     def _best_of_methods(self, scores: Mapping[Configuration, float]) -> list[Configuration]:
-        """Of each method the best configurations, at least one."""
+        """Of each method the best configurations, at least two where it has two."""
         by_method: dict[str, list[Configuration]] = {}
         for configuration in scores:
             of_method = by_method.setdefault(configuration.method, [])
@@ -245,32 +258,7 @@ class SweepPlan:
         kept = []
         for of_method in by_method.values():
             of_method.sort(key=scores.__getitem__)
-            count = math.ceil(len(of_method) * self.sweep.keep)
+            share = math.ceil(len(of_method) * self.sweep.keep)
+            count = max(share, _CANDIDATES)
             kept += of_method[:count]
         return kept
-
-
-def _step(progress: ProgressByTrial, trial: Trial) -> int:
-    """The last step of a trial; 0 where it has not begun."""
-    if trial not in progress:
-        return 0
-    return progress[trial].step
-
-
-def _may_go(progress: ProgressByTrial, trial: Trial, until: float = math.inf) -> bool:
-    """Whether a trial has not begun, or waits before a step."""
-    if trial not in progress:
-        return True
-    reached = progress[trial]
-    return reached.state == "paused" and reached.step < until
-
-
-def _is_waiting(progress: ProgressByTrial, trial: Trial, rung: int) -> bool:
-    """Whether a trial waits at a rung."""
-    reached = progress[trial]
-    return reached.state == "paused" and reached.step == rung
-
-
-def steps_taken(progress: Iterable[Progress]) -> int:
-    """The steps that trials have taken together."""
-    return sum(reached.step for reached in progress)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 from orchestrator.comparison.measure import MEASURES
 from orchestrator.comparison.outcomes import QualityByRow
 from orchestrator.comparison.ranking import Contender, rank
-from orchestrator.sweeps.rules import Progress, SweepPlan, steps_taken
+from orchestrator.sweeps.progress import Progress, steps_taken
+from orchestrator.sweeps.rules import SweepPlan
 from orchestrator.sweeps.spec import Sweep
-from orchestrator.sweeps.trials import Trial, configurations
+from orchestrator.sweeps.trials import Configuration, Trial, configurations
 
 STEPS = 90
 Curve = Callable[[Trial, int], float]  # how bad a trial is at a step
@@ -144,6 +146,12 @@ def test_a_failed_trial_is_not_repeated_and_does_not_hold_up_a_race() -> None:
     assert {trial.configuration.method for trial in simulation.full()} == {"lora", "dora"}
 
 
+def chosen_in(simulation: Simulation) -> list[Configuration]:
+    """The configurations that a race has run in full with all seeds."""
+    counts = Counter(trial.configuration for trial in simulation.full())
+    return [configuration for configuration, count in counts.items() if count == SEEDS]
+
+
 ROWS, SEEDS, RATES = 2000, 8, 3
 
 
@@ -175,10 +183,9 @@ def race(number: int, planted: float) -> str:
     simulation.run()
     ease = rng.normal(size=ROWS)
     outcomes: dict[str, QualityByRow] = {}
-    for trial in simulation.full():
-        outcomes.setdefault(trial.configuration.method, QualityByRow((), np.zeros((0, ROWS))))
-    for method in outcomes:
-        trials = [trial for trial in simulation.full() if trial.configuration.method == method]
+    for configuration in chosen_in(simulation):
+        method = configuration.method
+        trials = [trial for trial in simulation.full() if trial.configuration == configuration]
         of_method = 0.3 * rng.normal(size=ROWS)
         rights = []
         for trial in trials:

@@ -1,0 +1,194 @@
+"""Drives a sweep: looks at the run folders of its trials, and does what the rule says. It keeps nothing itself.
+
+It may be killed at any moment and started again, also from another laptop: what it does is submitted under run ids
+that are digests of trials, and is safe to repeat.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from orchestrator.clusters_file import default_cluster
+from orchestrator.control import resume
+from orchestrator.errors import InputError, RunEnded
+from orchestrator.planning.freeze import absolute, read_job
+from orchestrator.planning.spec import PlainJob, load_yaml
+from orchestrator.runs import Handle
+from orchestrator.status import Status, statuses
+from orchestrator.submit import submit
+from orchestrator.sweeps.progress import Decision, Move, Progress, TrialState
+from orchestrator.sweeps.rules import SweepPlan
+from orchestrator.sweeps.spec import Sweep, read_sweep
+from orchestrator.sweeps.trials import Configuration, Trial
+from orchestrator.tracking.history import RowReader
+from runfolder.appended import Chunk, Position
+
+_METRICS = "metrics.jsonl"
+_DIGEST_LENGTH = 16
+Say = Callable[[str], None]
+FoundTrials = dict[Trial, Progress]
+StatusByTrial = dict[Trial, Status]
+
+
+@dataclass(frozen=True)
+class SweepDriver:
+    """A sweep, its job as it was written and as it is submitted, and the cluster that it runs on."""
+
+    sweep: Sweep
+    plan: SweepPlan
+    written: PlainJob
+    submitted: PlainJob
+    cluster: str
+
+    @classmethod
+    def of(cls, path: Path, cluster: str | None) -> "SweepDriver":
+        """The driver of the sweep in a file; raises InputError."""
+        sweep = read_sweep(path)
+        job_path = path.absolute().parent / sweep.job
+        job, folder = read_job(job_path)
+        steps = job.train.steps
+        if steps is None:
+            raise InputError(f"{job_path}: train.steps: found nothing; a sweep compares runs of equally many steps")
+        if not job.data.eval:
+            raise InputError(f"{job_path}: data.eval: found nothing; allowed: rows by which trials are judged")
+        plan = SweepPlan(sweep, steps)
+        submitted = absolute(job, folder).dump()
+        return cls(sweep, plan, load_yaml(job_path), submitted, cluster or default_cluster())
+
+    def run_id(self, trial: Trial) -> str:
+        """The run id of a trial."""
+        return trial.run_id(self.sweep.name, self.written)
+
+    def look(self) -> tuple[FoundTrials, StatusByTrial]:
+        """What the trials that were begun have come to, as their folders say."""
+        found: FoundTrials = {}
+        by_trial: StatusByTrial = {}
+        existing = set(Handle("", self.cluster).site.ids())
+        looked_at: set[Trial] = set()
+        while True:
+            trials = self.plan.trials(found)
+            new = [trial for trial in trials if trial not in looked_at]
+            if not new:
+                return found, by_trial
+            looked_at.update(new)
+            begun = [trial for trial in new if self.run_id(trial) in existing]
+            handles = [Handle(self.run_id(trial), self.cluster) for trial in begun]
+            for trial, handle, status in zip(begun, handles, statuses(handles), strict=True):
+                by_trial[trial] = status
+                scores = scores_of(handle, self.sweep.measure)
+                found[trial] = Progress(_state_of(status), status.step, scores)
+
+    def tick(self, say: Say = lambda _: None) -> tuple[Decision, FoundTrials]:
+        """Look once, and do what is to be done now. Raises Unreachable, after which it can be repeated."""
+        found, by_trial = self.look()
+        for trial, status in by_trial.items():
+            if status.state == "unknown":  # a driver has died between the run's folder and its submission
+                self._do(Move(trial, self._pause_of(found[trial])), begun=status.attempt > 0)
+        decision = self.plan.decide(found)
+        for move, line in zip(decision.moves, self.shown(decision, found), strict=True):
+            self._do(move, begun=move.trial in found)
+            say(line)
+        return decision, found
+
+    def judged(self, found: FoundTrials) -> set[str]:
+        """The run ids of trials that succeeded; of a race those alone whose configuration was run with all seeds."""
+        by_configuration: dict[Configuration, list[Trial]] = {}
+        for trial, reached in found.items():
+            if reached.state == "succeeded":
+                trials = by_configuration.setdefault(trial.configuration, [])
+                trials.append(trial)
+        run_ids = set()
+        for trials in by_configuration.values():
+            is_whole = len(trials) == len(self.sweep.seeds)
+            if is_whole or self.sweep.rule != "race":
+                run_ids.update(map(self.run_id, trials))
+        return run_ids
+
+    def shown(self, decision: Decision, found: FoundTrials) -> list[str]:
+        """What a decision does, in a line for each trial."""
+        lines = []
+        for move in decision.moves:
+            goal = move.until or self.plan.steps
+            verb = "resume" if move.trial in found else "submit"
+            run_id = self.run_id(move.trial)
+            settings = _described(move.trial)
+            lines.append(f"{verb} {run_id} up to step {goal}: {settings}")
+        return lines
+
+    @property
+    def digest(self) -> str:
+        """What tells this sweep from others: its name, and its job as it was written."""
+        text = json.dumps([self.sweep.name, self.written], sort_keys=True, default=str)
+        content = hashlib.sha256(text.encode())
+        return content.hexdigest()[:_DIGEST_LENGTH]
+
+    def run(self, say: Say, period_s: float = 5.0) -> tuple[Decision, FoundTrials]:
+        """Tick until all is done; gives the last decision, and what the trials have come to."""
+        while True:
+            decision, found = self.tick(say)
+            if decision.done:
+                return decision, found
+            time.sleep(period_s)
+
+    def _pause_of(self, progress: Progress) -> int | None:
+        """Where a trial that is on its way pauses; None at its end."""
+        target = self.plan.target(progress.step)
+        if target < self.plan.steps:
+            return target
+        return None
+
+    def _do(self, move: Move, begun: bool) -> None:
+        """Let a trial begin, or go on, up to a step."""
+        run_id = self.run_id(move.trial)
+        if begun:
+            resume(run_id, self.cluster, move.until)
+            return
+        every = self.plan.every if self.plan.rungs else None
+        job = move.trial.job(self.sweep, self.submitted, every)
+        try:
+            submit(job, cluster=self.cluster, run_id=run_id, pause_at=move.until)
+        except RunEnded:
+            return  # another driver was faster, and the trial has paused already
+
+
+def scores_of(run: Handle, measure: str) -> dict[int, float]:
+    """What a run was judged by after each step that was evaluated."""
+    reader = RowReader(_METRICS, partial(_read_since, run))
+    scores = {}
+    for row in reader.read():
+        if measure in row.fresh:
+            scores[row.step] = row.fresh[measure]
+    return scores
+
+
+def _read_since(run: Handle, position: Position) -> Iterable[Chunk]:
+    """What was appended to the metrics of a run since a position."""
+    by_file = run.site.read(run.run_id, {_METRICS: position})
+    return by_file[_METRICS]
+
+
+def _state_of(status: Status) -> TrialState:
+    """What a run's state means for its trial."""
+    if status.state == "succeeded":
+        return "succeeded"
+    if status.state == "cancelled" and status.verdict == "paused":
+        return "paused"
+    if status.state in ("failed", "cancelled"):
+        return "failed"
+    return "going"
+
+
+def _described(trial: Trial) -> str:
+    """A trial for people: its settings and its seed."""
+    parts = []
+    for key, value in trial.configuration.settings.items():
+        name = key.rpartition(".")[2]
+        if isinstance(value, dict):
+            value = value.get("kind", value)
+        parts.append(f"{name} {value}")
+    parts.append(f"seed {trial.seed}")
+    return ", ".join(parts)

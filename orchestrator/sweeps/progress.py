@@ -1,0 +1,66 @@
+"""What the trials of a sweep have come to, and what is done about it."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from orchestrator.sweeps.trials import Trial
+
+TrialState = Literal["going", "paused", "succeeded", "failed"]
+ScoresByStep = Mapping[int, float]  # what was measured, by the step
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a trial has come to: its state, its last step, and its evaluations."""
+
+    state: TrialState
+    step: int = 0
+    scores: ScoresByStep = field(default_factory=dict)
+
+
+ProgressByTrial = Mapping[Trial, Progress]  # of those that were begun
+
+
+@dataclass(frozen=True)
+class Move:
+    """A trial that is to begin or to go on, up to a step; None: to its end."""
+
+    trial: Trial
+    until: int | None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do now, and whether all is done once nothing is going; `why`, where the sweep ends early."""
+
+    moves: list[Move]
+    done: bool
+    why: str | None = None
+
+
+def last_step(progress: ProgressByTrial, trial: Trial) -> int:
+    """The last step of a trial; 0 where it has not begun."""
+    if trial not in progress:
+        return 0
+    return progress[trial].step
+
+
+def may_go(progress: ProgressByTrial, trial: Trial, until: float = math.inf) -> bool:
+    """Whether a trial has not begun, or waits before a step."""
+    if trial not in progress:
+        return True
+    reached = progress[trial]
+    return reached.state == "paused" and reached.step < until
+
+
+def is_waiting(progress: ProgressByTrial, trial: Trial, rung: int) -> bool:
+    """Whether a trial waits at a rung."""
+    reached = progress[trial]
+    return reached.state == "paused" and reached.step == rung
+
+
+def steps_taken(progress: Iterable[Progress]) -> int:
+    """The steps that trials have taken together."""
+    return sum(reached.step for reached in progress)
