@@ -24,7 +24,7 @@ def sweep_command(
 ) -> None:
     """Run many trials of a job by a rule, within a budget; start it again where it was ended."""
     from orchestrator.sweeps.driver import SweepDriver
-    from orchestrator.sweeps.result import result_of
+    from orchestrator.sweeps.result import conclude
 
     driver = SweepDriver.of(file, cluster)
     if dry_run:
@@ -35,7 +35,7 @@ def sweep_command(
     decision, found = driver.run(tell)
     if decision.why:
         tell(decision.why)
-    comparison = result_of(driver, found, count_delivered)
+    comparison = conclude(driver, found, count_delivered)
     if html:
         from orchestrator.comparison.report import write_report
 

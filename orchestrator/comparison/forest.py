@@ -16,11 +16,13 @@ _MOST_ROWS = 60  # of more, the best
 _LONGEST_NAME = 44  # characters
 _SPACE = 0.06  # of the range of values, on each side
 _TICK_GAP = 24
+_GAP = 12  # pixels between plot and figures
+_NOTHING = 1e-12  # a tick that is zero but for rounding
 _SVG = (
     '<figure><figcaption>{title}</figcaption><svg class="chart forest" role="img" aria-label="{title}" '
     'viewBox="0 0 {width} {height}">{content}</svg></figure>'
 )
-_LABEL = '<text class="name" x="{x}" y="{y}" text-anchor="end">{name}</text>'
+_ROW_NAME = '<text class="name" x="{x}" y="{y}" text-anchor="end">{name}</text>'
 _FIGURES = '<text x="{x}" y="{y}">{figures}</text>'
 _LINE = '<path class="{kind}" d="M{left:.1f} {y}H{right:.1f}"/>'
 _UPRIGHT = '<path class="{kind}" d="M{x:.1f} {top}V{bottom}"/>'
@@ -41,7 +43,8 @@ def forest(ranking: Ranking) -> str:
     scale = _scale(ranking, shown)
     content = _background(ranking, scale, len(shown))
     for place, ranked in enumerate(shown):
-        y = _TOP + place * _ROW_HEIGHT + _ROW_HEIGHT // 2
+        above = place * _ROW_HEIGHT
+        y = _TOP + above + _ROW_HEIGHT // 2
         content += _row(ranking, ranked, scale, y)
     reference = escape(ranking.reference.label)
     title = f"{ranking.measure.title}: difference to {reference}"
@@ -63,29 +66,41 @@ def _with_interval(ranking: Ranking) -> list[Ranked]:
 
 def _scale(ranking: Ranking, shown: Sequence[Ranked]) -> Axis:
     """The scale from left to right that holds all intervals, and none."""
-    values = [0.0, ranking.margin, -ranking.margin]
+    margin = ranking.margin
+    values = [0.0, margin, -margin]
     for ranked in shown:
         values += ranking.gain(ranked)
     low = min(values)
     high = max(values)
-    space = _SPACE * (high - low) or 1.0
+    width = high - low
+    space = _SPACE * width or 1.0
     start = _LABELS + _TICK_GAP
     end = FULL_WIDTH - _RIGHT
-    return Axis(low - space, high + space, start, end, "{:g}".format)
+    return Axis(
+        low - space,
+        high + space,
+        start,
+        end,
+        "{:g}".format,
+    )
 
 
 def _background(ranking: Ranking, scale: Axis, rows: int) -> str:
     """The band of what is as good, the line of no difference, and the ticks."""
-    bottom = _TOP + rows * _ROW_HEIGHT
+    height = rows * _ROW_HEIGHT
+    bottom = _TOP + height
     left = scale.at(-ranking.margin)
     right = scale.at(ranking.margin)
-    drawn = _BAND.format(x=left, y=_TOP, width=right - left, height=bottom - _TOP)
+    width = right - left
+    drawn = _BAND.format(x=left, y=_TOP, width=width, height=height)
+    below = bottom + _TICK_GAP
     for tick in scale.ticks():
         x = scale.at(tick)
-        kind = "base" if abs(tick) < 1e-12 else "grid"
+        is_none = abs(tick) < _NOTHING
+        kind = "base" if is_none else "grid"
         drawn += _UPRIGHT.format(kind=kind, x=x, top=_TOP, bottom=bottom)
-        value = shown_difference(ranking, tick).removesuffix(" points")
-        drawn += _TICK.format(x=x, y=bottom + _TICK_GAP, value=value)
+        value = _without_unit(ranking, tick)
+        drawn += _TICK.format(x=x, y=below, value=value)
     return drawn
 
 
@@ -93,15 +108,32 @@ def _row(ranking: Ranking, ranked: Ranked, scale: Axis, y: int) -> str:
     """The name of a row, its interval and point, and both as figures."""
     gain, low, high = ranking.gain(ranked)
     kind = ranked.finding.replace(" ", "-")
-    name = ranked.contender.label
-    if len(name) > _LONGEST_NAME:
-        name = name[: _LONGEST_NAME - 1] + "…"
+    label = ranked.contender.label
+    name = label
+    if len(label) > _LONGEST_NAME:
+        shown = _LONGEST_NAME - 1
+        name = label[:shown] + "…"
     baseline = y + 4
-    texts = [shown_difference(ranking, value).removesuffix(" points") for value in (gain, low, high)]
-    figures = "{} ({} to {})".format(*texts)
-    hint = escape(f"{ranked.contender.label}: {figures}, {ranked.finding}")
-    drawn = _LABEL.format(x=_LABELS, y=baseline, name=escape(name))
-    drawn += _LINE.format(kind=f"interval {kind}", left=scale.at(low), right=scale.at(high), y=y)
-    drawn += _POINT.format(kind=f"estimate {kind}", x=scale.at(gain), y=y, hint=hint)
-    drawn += _FIGURES.format(x=FULL_WIDTH - _RIGHT + 12, y=baseline, figures=figures)
+    estimate = _without_unit(ranking, gain)
+    lower = _without_unit(ranking, low)
+    upper = _without_unit(ranking, high)
+    figures = f"{estimate} ({lower} to {upper})"
+    hint = f"{label}: {figures}, {ranked.finding}"
+    left = scale.at(low)
+    right = scale.at(high)
+    x = scale.at(gain)
+    column = FULL_WIDTH - _RIGHT + _GAP
+    escaped_name = escape(name)
+    escaped_hint = escape(hint)
+    drawn = _ROW_NAME.format(x=_LABELS, y=baseline, name=escaped_name)
+    drawn += _LINE.format(kind=f"interval {kind}", left=left, right=right, y=y)
+    drawn += _POINT.format(kind=f"estimate {kind}", x=x, y=y, hint=escaped_hint)
+    drawn += _FIGURES.format(x=column, y=baseline, figures=figures)
     return drawn
+
+
+def _without_unit(ranking: Ranking, value: float) -> str:
+    """A difference as a bare number."""
+    shown = shown_difference(ranking, value)
+    number, _, _ = shown.partition(" ")
+    return number

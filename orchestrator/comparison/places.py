@@ -33,33 +33,52 @@ def rankings_of(
 
     Raises InputError where the reference is none of the rows.
     """
-    eligible = [number for number, row in enumerate(rows) if _is_ranked(row, quality)]
-    if wish.reference is not None and _row_named(rows, eligible, wish.reference) is None:
-        labels = ", ".join(rows[number].label for number in eligible)
-        raise InputError(f"--reference: found {wish.reference!r}; allowed: a method, or one of {labels}")
+    eligible = []
+    for number, row in enumerate(rows):
+        if _is_ranked(row, quality):
+            eligible.append(number)
+    wanted = wish.reference
+    if wanted is not None and _row_named(rows, eligible, wanted) is None:
+        labels = [rows[number].label for number in eligible]
+        allowed = ", ".join(labels)
+        raise InputError(f"--reference: found {wanted!r}; allowed: a method, or one of {allowed}")
     groups = [rows[number].runs for number in eligible]
     said = barrier(groups, wish.together)
-    parts = [list(range(len(groups)))]
+    places = list(range(len(groups)))
+    parts = [places]
     if not wish.together:
         parts = strata(groups)
     rankings = []
     for part in filter(None, parts):
         numbers = [eligible[place] for place in part]
-        rankings.append(_ranking(rows, numbers, quality, wish))
+        ranking = _ranking(rows, numbers, quality, wish)
+        rankings.append(ranking)
     return tuple(rankings), said
 
 
-def _ranking(rows: Sequence[ComparisonRow], numbers: list[int], quality: Measure, wish: RankingWish) -> Ranking:
+def _ranking(
+    rows: Sequence[ComparisonRow],
+    numbers: list[int],
+    quality: Measure,
+    wish: RankingWish,
+) -> Ranking:
     """The ranking of some rows."""
-    groups = [rows[number].runs for number in numbers]
+    groups = []
+    for number in numbers:
+        row = rows[number]
+        groups.append(row.runs)
     outcomes = outcomes_of(groups, quality.key, wish.read)
     contenders = []
     for number, outcome in zip(numbers, outcomes, strict=True):
         row = rows[number]
         time = row.metric("train_s")
-        cost = time.mean if time else None
-        contenders.append(Contender(number, row.label, outcome, cost))
-    reference = _row_named(rows, numbers, wish.reference or _USUAL_REFERENCE)
+        cost = None
+        if time is not None:
+            cost = time.mean
+        contender = Contender(number, row.label, outcome, cost)
+        contenders.append(contender)
+    name = wish.reference or _USUAL_REFERENCE
+    reference = _row_named(rows, numbers, name)
     if reference is None:
         reference = numbers[0]
     return rank(contenders, quality, reference)
@@ -68,10 +87,13 @@ def _ranking(rows: Sequence[ComparisonRow], numbers: list[int], quality: Measure
 def _row_named(rows: Sequence[ComparisonRow], numbers: Sequence[int], name: str) -> int | None:
     """The first row of this label, else the best one of this method."""
     for number in numbers:
-        if rows[number].label == name:
+        row = rows[number]
+        if row.label == name:
             return number
     for number in numbers:
-        if rows[number].runs[0].params.get("method.kind") == name:
+        row = rows[number]
+        first = row.runs[0]
+        if first.params.get("method.kind") == name:
             return number
     return None
 
@@ -80,5 +102,8 @@ def _is_ranked(row: ComparisonRow, quality: Measure) -> bool:
     """Whether a row succeeded, and all of its runs have a finite quality."""
     if row.state != "succeeded":
         return False
-    values = [run.metrics.get(quality.key, math.nan) for run in row.runs]
+    values = []
+    for run in row.runs:
+        value = run.metrics.get(quality.key, math.nan)
+        values.append(value)
     return all(map(math.isfinite, values))

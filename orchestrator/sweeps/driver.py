@@ -20,17 +20,17 @@ from orchestrator.planning.spec import PlainJob, load_yaml
 from orchestrator.runs import Handle
 from orchestrator.status import Status, statuses
 from orchestrator.submit import submit
-from orchestrator.sweeps.progress import Decision, Move, Progress, TrialState
+from orchestrator.sweeps.progress import Decision, Move, Reached, TrialState
 from orchestrator.sweeps.rules import SweepPlan
 from orchestrator.sweeps.spec import Sweep, read_sweep
-from orchestrator.sweeps.trials import Configuration, Trial
+from orchestrator.sweeps.trials import Trial, Variant
 from orchestrator.tracking.history import RowReader
 from runfolder.appended import Chunk, Position
 
 _METRICS = "metrics.jsonl"
 _DIGEST_LENGTH = 16
 Say = Callable[[str], None]
-FoundTrials = dict[Trial, Progress]
+FoundTrials = dict[Trial, Reached]
 StatusByTrial = dict[Trial, Status]
 
 
@@ -80,7 +80,7 @@ class SweepDriver:
             for trial, handle, status in zip(begun, handles, statuses(handles), strict=True):
                 by_trial[trial] = status
                 scores = scores_of(handle, self.sweep.measure)
-                found[trial] = Progress(_state_of(status), status.step, scores)
+                found[trial] = Reached(_state_of(status), status.step, scores)
 
     def tick(self, say: Say = lambda _: None) -> tuple[Decision, FoundTrials]:
         """Look once, and do what is to be done now. Raises Unreachable, after which it can be repeated."""
@@ -96,7 +96,7 @@ class SweepDriver:
 
     def judged(self, found: FoundTrials) -> set[str]:
         """The run ids of trials that succeeded; of a race those alone whose configuration was run with all seeds."""
-        by_configuration: dict[Configuration, list[Trial]] = {}
+        by_configuration: dict[Variant, list[Trial]] = {}
         for trial, reached in found.items():
             if reached.state == "succeeded":
                 trials = by_configuration.setdefault(trial.configuration, [])
@@ -134,7 +134,7 @@ class SweepDriver:
                 return decision, found
             time.sleep(period_s)
 
-    def _pause_of(self, progress: Progress) -> int | None:
+    def _pause_of(self, progress: Reached) -> int | None:
         """Where a trial that is on its way pauses; None at its end."""
         target = self.plan.target(progress.step)
         if target < self.plan.steps:

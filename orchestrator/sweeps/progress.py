@@ -12,7 +12,7 @@ ScoresByStep = Mapping[int, float]  # what was measured, by the step
 
 
 @dataclass(frozen=True)
-class Progress:
+class Reached:
     """What a trial has come to: its state, its last step, and its evaluations."""
 
     state: TrialState
@@ -20,7 +20,7 @@ class Progress:
     scores: ScoresByStep = field(default_factory=dict)
 
 
-ProgressByTrial = Mapping[Trial, Progress]  # of those that were begun
+ProgressByTrial = Mapping[Trial, Reached]  # of those that were begun
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,6 @@ def is_waiting(progress: ProgressByTrial, trial: Trial, rung: int) -> bool:
     return reached.state == "paused" and reached.step == rung
 
 
-def steps_taken(progress: Iterable[Progress]) -> int:
+def steps_taken(progress: Iterable[Reached]) -> int:
     """The steps that trials have taken together."""
     return sum(reached.step for reached in progress)

@@ -13,7 +13,7 @@ from orchestrator.tracking.store import client, resolve
 from runfolder.variables import without_password
 
 
-def result_of(driver: SweepDriver, found: FoundTrials, progress: CollectProgress) -> Comparison:
+def conclude(driver: SweepDriver, found: FoundTrials, progress: CollectProgress) -> Comparison:
     """Compare what the trials that succeeded came to; raises InputError where MLflow has none of them."""
     undelivered = deliver_all(driver.cluster, progress)
     tracking = driver.submitted["tracking"]

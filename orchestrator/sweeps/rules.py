@@ -23,7 +23,7 @@ from orchestrator.sweeps.progress import (
     may_go,
 )
 from orchestrator.sweeps.spec import Sweep
-from orchestrator.sweeps.trials import Configuration, Trial, configurations, with_seeds
+from orchestrator.sweeps.trials import Trial, Variant, variants_of, with_seeds
 from orchestrator.sweeps.widening import widened
 
 _BETTER_HIGH = "eval_exact_match"
@@ -121,9 +121,9 @@ class SweepPlan:
         trials = with_seeds(chosen, self.sweep.seeds)
         return [trial for trial in trials if may_go(progress, trial)]
 
-    def _configurations(self, progress: ProgressByTrial, step: int) -> list[Configuration]:
+    def _configurations(self, progress: ProgressByTrial, step: int) -> list[Variant]:
         """Those that the sweep began with, and those beyond the ends of ranges, by what is known at a step."""
-        chosen = configurations(self.sweep)
+        chosen = variants_of(self.sweep)
         if not self.sweep.widen or self.sweep.rule in ("random", "asha"):
             return chosen
         scores = {}
@@ -134,10 +134,10 @@ class SweepPlan:
             chosen = extended
             for trial in with_seeds(chosen, self.sweep.seeds[:1]):
                 scores.update(self._score_of(progress, trial, step))
-            extended = widened(chosen, scores, configurations(self.sweep))
+            extended = widened(chosen, scores, variants_of(self.sweep))
         return chosen
 
-    def _score_of(self, progress: ProgressByTrial, trial: Trial, step: int) -> dict[Configuration, float]:
+    def _score_of(self, progress: ProgressByTrial, trial: Trial, step: int) -> dict[Variant, float]:
         """How bad a trial is at a step, where that is known: a failed one is the worst."""
         reached = progress.get(trial)
         if reached is None:
@@ -155,7 +155,7 @@ class SweepPlan:
 
     def _asha(self, progress: ProgressByTrial) -> list[Trial]:
         """Those that a rung promotes, from the highest rung down; then those that have not begun."""
-        trials = with_seeds(configurations(self.sweep), self.sweep.seeds)
+        trials = with_seeds(variants_of(self.sweep), self.sweep.seeds)
         wanted = []
         for rung in reversed(self.rungs):
             scores: dict[Trial, float] = {}
@@ -199,7 +199,7 @@ class SweepPlan:
             first_seeds = self.sweep.seeds[:_FIRST_SEEDS]
             tried = with_seeds(candidates, first_seeds)
             finals += tried
-            means: dict[Configuration, float] = {}
+            means: dict[Variant, float] = {}
             for configuration in candidates:
                 mean = self._mean_in_full(progress, configuration, first_seeds)
                 if mean is not None:
@@ -209,17 +209,17 @@ class SweepPlan:
                 finals += with_seeds([best], self.sweep.seeds[_FIRST_SEEDS:])
         return finals
 
-    def _candidates(self, progress: ProgressByTrial) -> list[list[Configuration]]:
+    def _candidates(self, progress: ProgressByTrial) -> list[list[Variant]]:
         """The best configurations, at most two, of each finalist; none before the last rung is judged."""
         first = self.rungs[0] if self.rungs else self.steps
         chosen = self._configurations(progress, first)
-        scores: dict[Configuration, float] = {}
+        scores: dict[Variant, float] = {}
         for rung in self.rungs:
             scores = self._scores(progress, chosen, rung)
             if len(scores) < len(chosen):
                 return []
             chosen = self._best_of_methods(scores)
-        by_method: dict[str, list[Configuration]] = {}
+        by_method: dict[str, list[Variant]] = {}
         for configuration in sorted(chosen, key=lambda each: scores.get(each, 0.0)):
             of_method = by_method.setdefault(configuration.method, [])
             of_method.append(configuration)
@@ -228,9 +228,7 @@ class SweepPlan:
             finalists.append(self.sweep.reference)
         return [by_method[method][:_CANDIDATES] for method in finalists]
 
-    def _mean_in_full(
-        self, progress: ProgressByTrial, configuration: Configuration, seeds: Sequence[int]
-    ) -> float | None:
+    def _mean_in_full(self, progress: ProgressByTrial, configuration: Variant, seeds: Sequence[int]) -> float | None:
         """How bad a configuration is at the end of a full run, over some seeds; None before that is known."""
         total = 0.0
         for trial in with_seeds([configuration], seeds):
@@ -240,18 +238,16 @@ class SweepPlan:
             total += scores[configuration]
         return total / len(seeds)
 
-    def _scores(
-        self, progress: ProgressByTrial, chosen: Sequence[Configuration], rung: int
-    ) -> dict[Configuration, float]:
+    def _scores(self, progress: ProgressByTrial, chosen: Sequence[Variant], rung: int) -> dict[Variant, float]:
         """How bad configurations are at a rung, with the first seed, as far as that is known."""
         scores = {}
         for trial in with_seeds(chosen, self.sweep.seeds[:1]):
             scores.update(self._score_of(progress, trial, rung))
         return scores
 
-    def _best_of_methods(self, scores: Mapping[Configuration, float]) -> list[Configuration]:
+    def _best_of_methods(self, scores: Mapping[Variant, float]) -> list[Variant]:
         """Of each method the best configurations, at least two where it has two."""
-        by_method: dict[str, list[Configuration]] = {}
+        by_method: dict[str, list[Variant]] = {}
         for configuration in scores:
             of_method = by_method.setdefault(configuration.method, [])
             of_method.append(configuration)

@@ -10,7 +10,7 @@ from orchestrator.planning.spec import load_yaml
 from runfolder.job import JOB_NAME
 
 Rule = Literal["grid", "random", "asha", "race"]
-Setting = str | int | float | bool | None
+AxisValue = str | int | float | bool | None
 PlainSweep = dict[str, Any]  # as YAML has it, before it is validated
 
 
@@ -46,8 +46,8 @@ class LogRange(_SweepSection):
         return values
 
 
-Axis = LogRange | list[Setting]
-Axes = dict[str, Axis]  # by the dotted key of the job
+SweptAxis = LogRange | list[AxisValue]
+Axes = dict[str, SweptAxis]  # by the dotted key of the job
 
 
 class SweptMethod(_SweepSection):

@@ -13,22 +13,22 @@ from itertools import product
 from typing import Any
 
 from orchestrator.planning.spec import PlainJob
-from orchestrator.sweeps.spec import Axes, Axis, LogRange, Setting, Sweep, SweptMethod
+from orchestrator.sweeps.spec import Axes, AxisValue, LogRange, Sweep, SweptAxis, SweptMethod
 
 _DIGITS_OF_IDS = "0123456789abcdefghjkmnpqrstvwxyz"  # as run ids have them
 _LENGTH = 10
 _BITS_OF_DIGIT = 5
-METHOD = "method"  # the key under which a configuration has the options of its method
+METHOD_KEY = "method"  # the key under which a configuration has the options of its method
 
 
 @dataclass(frozen=True)
-class Configuration:
+class Variant:
     """Settings by the dotted key of the job, as JSON: equal ones are one configuration."""
 
     text: str
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> "Configuration":
+    def of(cls, settings: Mapping[str, Any]) -> "Variant":
         """The configuration with these settings."""
         text = json.dumps(settings, sort_keys=True)
         return cls(text)
@@ -42,21 +42,21 @@ class Configuration:
     @cached_property
     def method(self) -> str:
         """The kind of its method; empty where that is the job's."""
-        options = self.settings.get(METHOD, {})
+        options = self.settings.get(METHOD_KEY, {})
         return str(options.get("kind", ""))
 
-    def changed(self, key: str, value: Setting) -> "Configuration":
+    def changed(self, key: str, value: AxisValue) -> "Variant":
         """The same with another value of one setting."""
         settings = self.settings
         settings[key] = value
-        return Configuration.of(settings)
+        return Variant.of(settings)
 
 
 @dataclass(frozen=True)
 class Trial:
     """A configuration with a seed."""
 
-    configuration: Configuration
+    configuration: Variant
     seed: int
 
     def run_id(self, name: str, job: PlainJob) -> str:
@@ -79,12 +79,12 @@ class Trial:
         if every is not None:
             settings["evaluation.every"] = every
         for key, value in settings.items():
-            _set(plain, key, value)
+            _put(plain, key, value)
         plain["name"] = sweep.name
         return plain
 
 
-def configurations(sweep: Sweep) -> list[Configuration]:
+def variants_of(sweep: Sweep) -> list[Variant]:
     """All configurations that a sweep begins with, each once."""
     methods: list[SweptMethod | None] = list(sweep.methods) or [None]
     found = []
@@ -93,32 +93,32 @@ def configurations(sweep: Sweep) -> list[Configuration]:
         fixed: dict[str, Any] = {}
         if method is not None:
             axes |= method.axes
-            fixed[METHOD] = method.options
+            fixed[METHOD_KEY] = method.options
         if sweep.rule == "random":
             each = sweep.trials // len(methods) or 1
-            found += list(_drawn(axes, fixed, each))
+            found += list(_random_variants(axes, fixed, each))
         else:
-            found += list(_grid(axes, fixed))
+            found += list(_all_variants(axes, fixed))
     return list(dict.fromkeys(found))
 
 
-def axis_values(axis: Axis) -> list[Setting]:
+def axis_values(axis: SweptAxis) -> list[AxisValue]:
     """The values of an axis."""
     if isinstance(axis, LogRange):
         return list(axis.values)
     return axis
 
 
-def _grid(axes: Axes, fixed: Mapping[str, Any]) -> Iterator[Configuration]:
+def _all_variants(axes: Axes, fixed: Mapping[str, Any]) -> Iterator[Variant]:
     """Every combination of the values of axes."""
     keys = list(axes)
     values = map(axis_values, axes.values())
     for combination in product(*values):
         settings = dict(zip(keys, combination, strict=True))
-        yield Configuration.of({**fixed, **settings})
+        yield Variant.of({**fixed, **settings})
 
 
-def _drawn(axes: Axes, fixed: Mapping[str, Any], count: int) -> Iterator[Configuration]:
+def _random_variants(axes: Axes, fixed: Mapping[str, Any], count: int) -> Iterator[Variant]:
     """So many combinations of values that are drawn from axes, always the same."""
     text = json.dumps(fixed, sort_keys=True)
     rng = random.Random(text)
@@ -126,10 +126,10 @@ def _drawn(axes: Axes, fixed: Mapping[str, Any], count: int) -> Iterator[Configu
         settings = dict(fixed)
         for key, axis in axes.items():
             settings[key] = _draw(rng, axis)
-        yield Configuration.of(settings)
+        yield Variant.of(settings)
 
 
-def _draw(rng: random.Random, axis: Axis) -> Setting:
+def _draw(rng: random.Random, axis: SweptAxis) -> AxisValue:
     """A value of an axis: of a range any between its ends."""
     if not isinstance(axis, LogRange):
         return rng.choice(axis)
@@ -139,7 +139,7 @@ def _draw(rng: random.Random, axis: Axis) -> Setting:
     return float(f"{value:.6g}")
 
 
-def _set(plain: PlainJob, key: str, value: Any) -> None:
+def _put(plain: PlainJob, key: str, value: Any) -> None:
     """Set a dotted key of a job; a section in its short form becomes a mapping."""
     *sections, last = key.split(".")
     section: Any = plain
@@ -152,7 +152,7 @@ def _set(plain: PlainJob, key: str, value: Any) -> None:
     section[last] = value
 
 
-def with_seeds(chosen: Iterable[Configuration], seeds: Iterable[int]) -> list[Trial]:
+def with_seeds(chosen: Iterable[Variant], seeds: Iterable[int]) -> list[Trial]:
     """Each configuration with each seed, the first seed of all first."""
     configurations_of = list(chosen)
     trials = []

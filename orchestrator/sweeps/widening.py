@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
-from orchestrator.sweeps.trials import Configuration
+from orchestrator.sweeps.trials import Variant
 
 _MOST_ADDED = 2  # values beyond each end of a range
 _FEWEST_VALUES = 3  # of a range, so that an end says something
 
 
 def widened(
-    chosen: Sequence[Configuration],
-    scores: Mapping[Configuration, float],
-    begun_with: Sequence[Configuration] | None = None,
-) -> list[Configuration]:
+    chosen: Sequence[Variant],
+    scores: Mapping[Variant, float],
+    begun_with: Sequence[Variant] | None = None,
+) -> list[Variant]:
     """Configurations, and for each method whose trials are all judged the next one beyond an end where the best is.
 
     Low scores are good. `begun_with`: those before any was added, where some were.
@@ -27,7 +27,7 @@ def widened(
         best = min(of_method, key=scores.__getitem__)
         for key in best.settings:
             began = [configuration for configuration in original if configuration.method == method]
-            value = _beyond(key, best, _numbers(key, of_method), _numbers(key, began))
+            value = _value_beyond(key, best, _numbers(key, of_method), _numbers(key, began))
             if value is None:
                 continue
             beyond = best.changed(key, value)
@@ -36,7 +36,7 @@ def widened(
     return extended
 
 
-def _beyond(key: str, best: Configuration, values: list[float], began: list[float]) -> float | None:
+def _value_beyond(key: str, best: Variant, values: list[float], began: list[float]) -> float | None:
     """The next value beyond the end of a range at which the best is; None where it is not, or enough were added."""
     if len(began) < _FEWEST_VALUES:
         return None
@@ -55,7 +55,7 @@ def _beyond(key: str, best: Configuration, values: list[float], began: list[floa
     return float(f"{beyond:.6g}")
 
 
-def _numbers(key: str, chosen: Sequence[Configuration]) -> list[float]:
+def _numbers(key: str, chosen: Sequence[Variant]) -> list[float]:
     """The values of a setting, rising; none where one is no number above zero with a fraction."""
     values = set()
     for configuration in chosen:

@@ -14,7 +14,7 @@ from clusters.base import Unreachable
 from clusters.local import Local
 from fleetune import InputError
 from orchestrator.sweeps.driver import SweepDriver
-from orchestrator.sweeps.progress import Decision, Progress
+from orchestrator.sweeps.progress import Decision, Reached
 from orchestrator.sweeps.spec import read_sweep
 from orchestrator.tracking.history import history
 from runfolder.chain import last_attempt, result
@@ -35,7 +35,7 @@ def write_sweep(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def states(found: dict[Any, Progress]) -> list[tuple[str, int]]:
+def states(found: dict[Any, Reached]) -> list[tuple[str, int]]:
     return sorted((reached.state, reached.step) for reached in found.values())
 
 

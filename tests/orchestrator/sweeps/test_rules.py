@@ -13,10 +13,10 @@ import pytest
 from orchestrator.comparison.measure import MEASURES
 from orchestrator.comparison.outcomes import QualityByRow
 from orchestrator.comparison.ranking import Contender, rank
-from orchestrator.sweeps.progress import Progress, steps_taken
+from orchestrator.sweeps.progress import Reached, steps_taken
 from orchestrator.sweeps.rules import SweepPlan
 from orchestrator.sweeps.spec import Sweep
-from orchestrator.sweeps.trials import Configuration, Trial, configurations
+from orchestrator.sweeps.trials import Trial, Variant, variants_of
 
 STEPS = 90
 Curve = Callable[[Trial, int], float]  # how bad a trial is at a step
@@ -45,7 +45,7 @@ class Simulation:
         self.plan = plan
         self.curve = curve
         self.rng = np.random.default_rng(seed)
-        self.progress: dict[Trial, Progress] = {}
+        self.progress: dict[Trial, Reached] = {}
         self.until: dict[Trial, int] = {}
         self.most_going = 0
 
@@ -57,7 +57,7 @@ class Simulation:
             if decision.done:
                 return decision.why
             for move in decision.moves:
-                before = self.progress.get(move.trial, Progress("going"))
+                before = self.progress.get(move.trial, Reached("going"))
                 assert before.step < (move.until or STEPS), "computed twice"
                 self.progress[move.trial] = replace(before, state="going")
                 self.until[move.trial] = move.until or STEPS
@@ -73,7 +73,7 @@ class Simulation:
         step = self.until[trial]
         scores = {**self.progress[trial].scores, step: self.curve(trial, step)}
         state = "succeeded" if step == STEPS else "paused"
-        self.progress[trial] = Progress(state, step, scores)  # type: ignore[arg-type]
+        self.progress[trial] = Reached(state, step, scores)  # type: ignore[arg-type]
 
     def full(self) -> list[Trial]:
         return [trial for trial, reached in self.progress.items() if reached.state == "succeeded"]
@@ -107,7 +107,7 @@ def test_a_range_is_widened_where_the_best_value_is_at_its_end(best: float, expe
 
 def test_random_draws_are_always_the_same_and_within_the_range() -> None:
     drawn = sweep(rule="random", trials=12)
-    assert configurations(drawn) == configurations(drawn)
+    assert variants_of(drawn) == variants_of(drawn)
     simulation = Simulation(SweepPlan(drawn, STEPS), bowl(1e-3))
     simulation.run()
     assert len(rates(simulation)) == 12 and all(1e-4 <= rate <= 1e-2 for rate in rates(simulation))
@@ -139,14 +139,14 @@ def test_the_budget_is_never_exceeded(rule: str, budget: int) -> None:
 def test_a_failed_trial_is_not_repeated_and_does_not_hold_up_a_race() -> None:
     plan = SweepPlan(sweep(rule="race", methods=methods("lora", "dora")), STEPS)
     simulation = Simulation(plan, bowl(1e-3))
-    first = Trial(configurations(plan.sweep)[0], 0)
-    simulation.progress[first] = Progress("failed", 3)
+    first = Trial(variants_of(plan.sweep)[0], 0)
+    simulation.progress[first] = Reached("failed", 3)
     assert simulation.run() == "1 trials have failed"
-    assert simulation.progress[first] == Progress("failed", 3)
+    assert simulation.progress[first] == Reached("failed", 3)
     assert {trial.configuration.method for trial in simulation.full()} == {"lora", "dora"}
 
 
-def chosen_in(simulation: Simulation) -> list[Configuration]:
+def chosen_in(simulation: Simulation) -> list[Variant]:
     """The configurations that a race has run in full with all seeds."""
     counts = Counter(trial.configuration for trial in simulation.full())
     return [configuration for configuration, count in counts.items() if count == SEEDS]
@@ -223,9 +223,9 @@ def test_a_thousand_trials_are_decided_on_soon() -> None:
         parallel=64,
     )
     plan = SweepPlan(large, STEPS)
-    chosen = configurations(large)
+    chosen = variants_of(large)
     assert len(chosen) == 1000
-    progress = {Trial(each, 0): Progress("paused", 10, {10: 1.0 / place}) for place, each in enumerate(chosen, 1)}
+    progress = {Trial(each, 0): Reached("paused", 10, {10: 1.0 / place}) for place, each in enumerate(chosen, 1)}
     began = time.process_time()
     decision = plan.decide(progress)
     assert len(decision.moves) == 40  # beyond an end of each method's range
