@@ -54,41 +54,49 @@ def measure_cells(comparison: Comparison, row: ComparisonRow) -> list[str]:
 
 def difference_heading(comparison: Comparison) -> str:
     """What stands above the differences to the reference."""
-    return f"against {comparison.rankings[0].reference.label}"
+    first = comparison.rankings[0]
+    reference = first.reference.label
+    return f"against {reference}"
 
 
 def difference_text(comparison: Comparison, row: ComparisonRow) -> str:
     """By how much a row is better than the reference of its ranking, and below it the interval of that."""
-    for ranking in comparison.rankings:
-        for each in ranking.ranked:
-            if each.contender.label != row.label:
-                continue
-            if each.finding == "reference":
-                return "reference"
-            if not math.isfinite(each.difference.error):
-                return "one seed"
-            gain, low, high = ranking.gain(each)
-            unit = 100.0 if ranking.measure.key == EXACT_MATCH else 1.0
-            digits = 1 if unit > 1 else 4
-            return f"{unit * gain:+.{digits}f}\n{unit * low:+.{digits}f} to {unit * high:+.{digits}f}"
-    return "-"
+    place = comparison.place_of(row)
+    if place is None:
+        return "-"
+    ranking, ranked = place
+    if ranked.finding == "reference":
+        return "reference"
+    if not math.isfinite(ranked.difference.error):
+        return "one seed"
+    gain, low, high = ranking.gain(ranked)
+    estimate = _signed(ranking.measure, gain)
+    lower = _signed(ranking.measure, low)
+    upper = _signed(ranking.measure, high)
+    return f"{estimate}\n{lower} to {upper}"
+
+
+def _signed(measure: Measure, difference: float) -> str:
+    """A difference with its sign: of shares in points."""
+    if measure.key == EXACT_MATCH:
+        points = 100 * difference
+        return f"{points:+.1f}"
+    return f"{difference:+.4f}"
 
 
 def rank_text(comparison: Comparison, row: ComparisonRow) -> str:
     """The rank of a row, shared by all that are not shown worse than the best of them; empty where it has none."""
-    if not comparison.shows_ranks:
+    place = comparison.place_of(row)
+    if place is None or not comparison.shows_ranks:
         return ""
-    for ranking in comparison.rankings:
-        for each in ranking.ranked:
-            if each.contender.label == row.label:
-                return f"{each.rank}. "
-    return ""
+    _, ranked = place
+    return f"{ranked.rank}. "
 
 
 def remarks(comparison: Comparison) -> list[str]:
     """The verdict, and what keeps rows apart."""
-    found = [comparison.verdict, comparison.barrier]
-    return [remark for remark in found if remark]
+    found = (comparison.verdict, comparison.barrier)
+    return list(filter(None, found))
 
 
 def caption(comparison: Comparison) -> str | None:

@@ -11,7 +11,7 @@ from orchestrator.comparison.group import SEED, groups_of
 from orchestrator.comparison.label import labels_of
 from orchestrator.comparison.measure import MEASURES, Measure
 from orchestrator.comparison.places import USUAL, RankingWish, rankings_of
-from orchestrator.comparison.ranking import Ranking
+from orchestrator.comparison.ranking import Ranked, Ranking
 from orchestrator.comparison.row import ComparisonRow
 from orchestrator.comparison.row import Metric as Metric
 from orchestrator.comparison.run import TrackedRun, load_runs
@@ -55,6 +55,14 @@ class Comparison:
         if not self.rankings or len(self.rankings[0].ranked) < 2:
             return None
         return conclusion(self.rankings[0])
+
+    def place_of(self, row: ComparisonRow) -> tuple[Ranking, Ranked] | None:
+        """The ranking that has a row, and what it says of it; None where none has it."""
+        for ranking in self.rankings:
+            for ranked in ranking.ranked:
+                if ranked.contender.label == row.label:
+                    return ranking, ranked
+        return None
 
     @property
     def shows_ranks(self) -> bool:

@@ -78,13 +78,18 @@ def outcomes_of(groups: Sequence[Sequence[TrackedRun]], measure: str, read: Read
     keys = _shared_keys(found, measure)
     outcomes = []
     for runs, results in zip(groups, found, strict=True):
-        seeds = tuple(run.params.get(SEED, run.run_id) for run in runs)
+        seeds = []
+        of_runs = []
+        for run in runs:
+            seed = run.params.get(SEED, run.run_id)
+            value = run.metrics[measure]
+            seeds.append(seed)
+            of_runs.append([value])
+        values = np.array(of_runs)
         if keys:
             values = _values(results, keys, measure)
-        else:
-            of_runs = [[run.metrics[measure]] for run in runs]
-            values = np.array(of_runs)
-        outcomes.append(QualityByRow(seeds, values))
+        outcome = QualityByRow(tuple(seeds), values)
+        outcomes.append(outcome)
     return outcomes
 
 
@@ -100,8 +105,9 @@ def _by_key(results: Iterable[RowResult]) -> ResultsByKey:
     by_key = {}
     before: Counter[str] = Counter()
     for result in results:
-        key = (result.digest, before[result.digest])
-        before[result.digest] += 1
+        digest = result.digest
+        key = (digest, before[digest])
+        before[digest] += 1
         by_key[key] = result
     return by_key
 
@@ -111,9 +117,10 @@ def _shared_keys(found: Sequence[Sequence[ResultsByKey]], measure: str) -> list[
     shared: dict[RowKey, None] | None = None
     for results in found:
         for of_run in results:
-            known = {}
+            known: dict[RowKey, None] = {}
             for key, result in of_run.items():
-                if _has(result, measure) and (shared is None or key in shared):
+                is_shared = shared is None or key in shared
+                if is_shared and _has(result, measure):
                     known[key] = None
             shared = known
     return list(shared or ())
@@ -135,12 +142,18 @@ def _values(results: Sequence[ResultsByKey], keys: Sequence[RowKey], measure: st
         of_rows = []
         for key in keys:
             result = of_run[key]
-            value = result.correct if measure == EXACT_MATCH else result.loss
+            value = result.loss
+            if measure == EXACT_MATCH:
+                value = result.correct
             of_rows.append(value)
         values.append(of_rows)
     values_SN = np.array(values, dtype=np.float64)
     if measure == EXACT_MATCH:
         return values_SN
     first = results[0]
-    weights = [first[key].weight for key in keys]
-    return ratio_values(values_SN, np.array(weights, dtype=np.float64))
+    weights = []
+    for key in keys:
+        result = first[key]
+        weights.append(result.weight)
+    weights_N = np.array(weights, dtype=np.float64)
+    return ratio_values(values_SN, weights_N)

@@ -33,7 +33,8 @@ def power(spread: Spread, difference: float, seeds: int, rows: int, level: float
     pairs = seeds * rows
     variances = squares.sum_of_parts / pairs
     errors = np.sqrt(variances)
-    half_widths = critical_values(level, squares.degrees) * errors
+    critical = critical_values(level, squares.degrees)
+    half_widths = critical * errors
     found = 0.0
     for half in half_widths:
         above = (difference - half) / error
@@ -44,14 +45,18 @@ def power(spread: Spread, difference: float, seeds: int, rows: int, level: float
 
 def smallest_difference(spread: Spread, seeds: int, rows: int, level: float = CONFIDENCE) -> float:
     """The smallest difference that so many seeds and rows tell from none in 80 of 100 cases."""
-    error = math.sqrt(spread.variance(seeds, rows))
+    variance = spread.variance(seeds, rows)
+    if variance == 0:
+        return 0.0
     low = 0.0
-    high = error
-    while power(spread, high, seeds, rows, level) < POWER and high > 0:
+    high = math.sqrt(variance)
+    while power(spread, high, seeds, rows, level) < POWER:
+        low = high
         high *= 2
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if power(spread, middle, seeds, rows, level) < POWER:
+        found = power(spread, middle, seeds, rows, level)
+        if found < POWER:
             low = middle
         else:
             high = middle
@@ -60,23 +65,32 @@ def smallest_difference(spread: Spread, seeds: int, rows: int, level: float = CO
 
 def seeds_needed(spread: Spread, difference: float, rows: int, level: float = CONFIDENCE) -> int | None:
     """The seeds with which so many rows show a difference in 80 of 100 cases; None where no number of them does."""
-    return _fewest(2, MOST_SEEDS, lambda seeds: power(spread, difference, seeds, rows, level))
+
+    def power_of(seeds: int) -> float:
+        return power(spread, difference, seeds, rows, level)
+
+    return _fewest(MOST_SEEDS, power_of)
 
 
 def rows_needed(spread: Spread, difference: float, seeds: int, level: float = CONFIDENCE) -> int | None:
     """The rows with which so many seeds show a difference in 80 of 100 cases; None where no number of them does."""
-    return _fewest(2, MOST_ROWS, lambda rows: power(spread, difference, seeds, rows, level))
+
+    def power_of(rows: int) -> float:
+        return power(spread, difference, seeds, rows, level)
+
+    return _fewest(MOST_ROWS, power_of)
 
 
-def _fewest(least: int, most: int, power_of: PowerOf) -> int | None:
-    """The smallest number whose power, which rises with it, is enough."""
+def _fewest(most: int, power_of: PowerOf) -> int | None:
+    """The smallest number, of two and more, whose power is enough: it rises with the number."""
     if power_of(most) < POWER:
         return None
-    low = least - 1
+    low = 1
     high = most
     while high - low > 1:
         middle = (low + high) // 2
-        if power_of(middle) < POWER:
+        found = power_of(middle)
+        if found < POWER:
             low = middle
         else:
             high = middle
@@ -90,9 +104,12 @@ def _drawn_squares(spread: Spread, seeds: int, rows: int) -> MeanSquares:
     free_rows = rows - 1
     expected_of_seeds = rows * spread.seeds + spread.rest
     expected_of_rows = seeds * spread.rows + spread.rest
-    rest = spread.rest * _mean_squares_of_noise(rng, free_seeds * free_rows)
-    of_seeds = expected_of_seeds * _mean_squares_of_noise(rng, free_seeds)
-    of_rows = expected_of_rows * _mean_squares_of_noise(rng, free_rows)
+    noise = _mean_squares_of_noise(rng, free_seeds * free_rows)
+    rest = spread.rest * noise
+    noise = _mean_squares_of_noise(rng, free_seeds)
+    of_seeds = expected_of_seeds * noise
+    noise = _mean_squares_of_noise(rng, free_rows)
+    of_rows = expected_of_rows * noise
     return MeanSquares(of_seeds, of_rows, rest, seeds, rows)
 
 

@@ -23,7 +23,7 @@ from orchestrator.submit import submit
 from orchestrator.sweeps.progress import Decision, Move, Reached, TrialState
 from orchestrator.sweeps.rules import SweepPlan
 from orchestrator.sweeps.spec import Sweep, read_sweep
-from orchestrator.sweeps.trials import Trial, Variant
+from orchestrator.sweeps.trials import METHOD_KEY, Trial, Variant
 from orchestrator.tracking.history import RowReader
 from runfolder.appended import Chunk, Position
 
@@ -56,8 +56,11 @@ class SweepDriver:
         if not job.data.eval:
             raise InputError(f"{job_path}: data.eval: found nothing; allowed: rows by which trials are judged")
         plan = SweepPlan(sweep, steps)
-        submitted = absolute(job, folder).dump()
-        return cls(sweep, plan, load_yaml(job_path), submitted, cluster or default_cluster())
+        written = load_yaml(job_path)
+        with_paths = absolute(job, folder)
+        submitted = with_paths.dump()
+        chosen = cluster or default_cluster()
+        return cls(sweep, plan, written, submitted, chosen)
 
     def run_id(self, trial: Trial) -> str:
         """The run id of a trial."""
@@ -75,22 +78,34 @@ class SweepDriver:
             if not new:
                 return found, by_trial
             looked_at.update(new)
-            begun = [trial for trial in new if self.run_id(trial) in existing]
-            handles = [Handle(self.run_id(trial), self.cluster) for trial in begun]
-            for trial, handle, status in zip(begun, handles, statuses(handles), strict=True):
+            begun = []
+            handles = []
+            for trial in new:
+                run_id = self.run_id(trial)
+                if run_id in existing:
+                    handle = Handle(run_id, self.cluster)
+                    handles.append(handle)
+                    begun.append(trial)
+            known = statuses(handles)
+            for trial, handle, status in zip(begun, handles, known, strict=True):
                 by_trial[trial] = status
+                state = _state_of(status)
                 scores = scores_of(handle, self.sweep.measure)
-                found[trial] = Reached(_state_of(status), status.step, scores)
+                found[trial] = Reached(state, status.step, scores)
 
     def tick(self, say: Say = lambda _: None) -> tuple[Decision, FoundTrials]:
         """Look once, and do what is to be done now. Raises Unreachable, after which it can be repeated."""
         found, by_trial = self.look()
         for trial, status in by_trial.items():
             if status.state == "unknown":  # a driver has died between the run's folder and its submission
-                self._do(Move(trial, self._pause_of(found[trial])), begun=status.attempt > 0)
+                pause = self._pause_of(found[trial])
+                begun = status.attempt > 0
+                self._do(Move(trial, pause), begun)
         decision = self.plan.decide(found)
-        for move, line in zip(decision.moves, self.shown(decision, found), strict=True):
-            self._do(move, begun=move.trial in found)
+        lines = self.shown(decision, found)
+        for move, line in zip(decision.moves, lines, strict=True):
+            begun = move.trial in found
+            self._do(move, begun)
             say(line)
         return decision, found
 
@@ -101,11 +116,13 @@ class SweepDriver:
             if reached.state == "succeeded":
                 trials = by_configuration.setdefault(trial.configuration, [])
                 trials.append(trial)
-        run_ids = set()
+        run_ids: set[str] = set()
+        seeds = len(self.sweep.seeds)
         for trials in by_configuration.values():
-            is_whole = len(trials) == len(self.sweep.seeds)
+            is_whole = len(trials) == seeds
             if is_whole or self.sweep.rule != "race":
-                run_ids.update(map(self.run_id, trials))
+                whole = map(self.run_id, trials)
+                run_ids.update(whole)
         return run_ids
 
     def shown(self, decision: Decision, found: FoundTrials) -> list[str]:
@@ -122,9 +139,11 @@ class SweepDriver:
     @property
     def digest(self) -> str:
         """What tells this sweep from others: its name, and its job as it was written."""
-        text = json.dumps([self.sweep.name, self.written], sort_keys=True, default=str)
-        content = hashlib.sha256(text.encode())
-        return content.hexdigest()[:_DIGEST_LENGTH]
+        content = [self.sweep.name, self.written]
+        text = json.dumps(content, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode())
+        hexadecimal = digest.hexdigest()
+        return hexadecimal[:_DIGEST_LENGTH]
 
     def run(self, say: Say, period_s: float = 5.0) -> tuple[Decision, FoundTrials]:
         """Tick until all is done; gives the last decision, and what the trials have come to."""
@@ -147,7 +166,9 @@ class SweepDriver:
         if begun:
             resume(run_id, self.cluster, move.until)
             return
-        every = self.plan.every if self.plan.rungs else None
+        every = None
+        if self.plan.rungs:
+            every = self.plan.every
         job = move.trial.job(self.sweep, self.submitted, every)
         try:
             submit(job, cluster=self.cluster, run_id=run_id, pause_at=move.until)
@@ -186,9 +207,9 @@ def _described(trial: Trial) -> str:
     """A trial for people: its settings and its seed."""
     parts = []
     for key, value in trial.configuration.settings.items():
-        name = key.rpartition(".")[2]
-        if isinstance(value, dict):
-            value = value.get("kind", value)
+        if key == METHOD_KEY:
+            value = trial.configuration.method
+        _, _, name = key.rpartition(".")
         parts.append(f"{name} {value}")
     parts.append(f"seed {trial.seed}")
     return ", ".join(parts)

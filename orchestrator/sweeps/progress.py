@@ -47,12 +47,17 @@ def last_step(progress: ProgressByTrial, trial: Trial) -> int:
     return progress[trial].step
 
 
-def may_go(progress: ProgressByTrial, trial: Trial, until: float = math.inf) -> bool:
-    """Whether a trial has not begun, or waits before a step."""
-    if trial not in progress:
-        return True
-    reached = progress[trial]
-    return reached.state == "paused" and reached.step < until
+def those_that_may_go(progress: ProgressByTrial, trials: Iterable[Trial], until: float = math.inf) -> list[Trial]:
+    """Those of some trials that have not begun, or wait before a step."""
+    free = []
+    for trial in trials:
+        if trial not in progress:
+            free.append(trial)
+            continue
+        reached = progress[trial]
+        if reached.state == "paused" and reached.step < until:
+            free.append(trial)
+    return free
 
 
 def is_waiting(progress: ProgressByTrial, trial: Trial, rung: int) -> bool:

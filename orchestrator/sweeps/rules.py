@@ -20,7 +20,7 @@ from orchestrator.sweeps.progress import (
     ProgressByTrial,
     is_waiting,
     last_step,
-    may_go,
+    those_that_may_go,
 )
 from orchestrator.sweeps.spec import Sweep
 from orchestrator.sweeps.trials import Trial, Variant, variants_of, with_seeds
@@ -29,6 +29,15 @@ from orchestrator.sweeps.widening import widened
 _BETTER_HIGH = "eval_exact_match"
 _CANDIDATES = 2  # configurations of a finalist that are run in full
 _FIRST_SEEDS = 3  # with which the better one of them is chosen
+
+
+@dataclass
+class Account:
+    """The steps that are left of a budget, how many trials may begin, and how many are going."""
+
+    left: int
+    free: int
+    going: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,8 @@ class SweepPlan:
             return []
         rungs = []
         for share in self.sweep.rungs:
-            step = round(share * self.steps)
-            multiple = max(1, round(step / self.every)) * self.every
+            evaluations = round(share * self.steps / self.every)
+            multiple = max(1, evaluations) * self.every
             if multiple < self.steps and multiple not in rungs:
                 rungs.append(multiple)
         return rungs
@@ -54,7 +63,9 @@ class SweepPlan:
     @property
     def every(self) -> int:
         """The steps between two evaluations: every rung is a multiple of it."""
-        return max(1, round(self.sweep.rungs[0] * self.steps))
+        first = self.sweep.rungs[0]
+        step = round(first * self.steps)
+        return max(1, step)
 
     def target(self, step: int) -> int:
         """Where a trial that has done so many steps pauses or ends."""
@@ -65,44 +76,71 @@ class SweepPlan:
 
     def trials(self, progress: ProgressByTrial) -> list[Trial]:
         """All trials that there may be, as far as is known now which ranges are widened."""
-        first = self.rungs[0] if self.rungs else self.steps
-        return with_seeds(self._configurations(progress, first), self.sweep.seeds)
+        chosen = self._configurations(progress, self._first_judged)
+        return with_seeds(chosen, self.sweep.seeds)
+
+    @property
+    def _first_judged(self) -> int:
+        """The first step at which trials are judged."""
+        rungs = self.rungs
+        if rungs:
+            return rungs[0]
+        return self.steps
 
     def decide(self, progress: ProgressByTrial) -> Decision:
         """What to do next."""
-        failed = [trial for trial, reached in progress.items() if reached.state == "failed"]
-        wanted = self._wanted(progress)
-        finals = set(self._finals(progress))
+        finals = self._finals(progress)
+        account = self._account(progress, finals)
         moves: list[Move] = []
-        free = self.sweep.parallel
-        left = self.sweep.budget
-        for trial, reached in progress.items():
-            if reached.state == "going":
-                free -= 1
-                left -= self._until(trial, reached.step, finals)
-            else:
-                left -= reached.step
-        short = False
-        for trial in wanted:
-            if free <= 0:
+        is_short = False
+        for trial in self._wanted(progress, finals):
+            if account.free <= 0:
                 break
             step = last_step(progress, trial)
             until = self._until(trial, step, finals)
-            if until - step > left:
-                short = True
+            cost = until - step
+            if cost > account.left:
+                is_short = True
                 continue
-            left -= until - step
-            free -= 1
-            pause = until if until < self.steps else None
-            moves.append(Move(trial, pause))
-        is_going = any(reached.state == "going" for reached in progress.values())
-        done = not moves and not is_going
+            account.left -= cost
+            account.free -= 1
+            move = Move(trial, self._pause(until))
+            moves.append(move)
+        done = not moves and not account.going
         why = None
-        if done and short:
-            why = f"the budget of {self.sweep.budget} steps is spent"
-        elif done and failed:
-            why = f"{len(failed)} trials have failed"
+        if done:
+            why = self._why_early(progress, is_short)
         return Decision(moves, done, why)
+
+    def _account(self, progress: ProgressByTrial, finals: Collection[Trial]) -> Account:
+        """What is left of the budget, and how many trials may be begun now."""
+        account = Account(self.sweep.budget, self.sweep.parallel)
+        for trial, reached in progress.items():
+            steps = reached.step
+            if reached.state == "going":
+                account.free -= 1
+                account.going += 1
+                steps = self._until(trial, steps, finals)
+            account.left -= steps
+        return account
+
+    def _why_early(self, progress: ProgressByTrial, is_short: bool) -> str | None:
+        """Why a sweep ends before all was run; None where it does not."""
+        if is_short:
+            return f"the budget of {self.sweep.budget} steps is spent"
+        failed = 0
+        for reached in progress.values():
+            if reached.state == "failed":
+                failed += 1
+        if failed:
+            return f"{failed} trials have failed"
+        return None
+
+    def _pause(self, until: int) -> int | None:
+        """The pause of a trial that goes up to a step; None at its end."""
+        if until < self.steps:
+            return until
+        return None
 
     def _until(self, trial: Trial, step: int, finals: Collection[Trial]) -> int:
         """The step up to which a trial goes now: of a final without a pause."""
@@ -110,48 +148,43 @@ class SweepPlan:
             return self.steps
         return self.target(step)
 
-    def _wanted(self, progress: ProgressByTrial) -> list[Trial]:
+    def _wanted(self, progress: ProgressByTrial, finals: Sequence[Trial]) -> list[Trial]:
         """The trials that may begin or go on, the most wanted first."""
-        match self.sweep.rule:
-            case "race":
-                return self._race(progress)
-            case "asha":
-                return self._asha(progress)
+        rule = self.sweep.rule
+        if rule == "race":
+            return self._race(progress, finals)
+        if rule == "asha":
+            return self._asha(progress)
         chosen = self._configurations(progress, self.steps)
         trials = with_seeds(chosen, self.sweep.seeds)
-        return [trial for trial in trials if may_go(progress, trial)]
+        return those_that_may_go(progress, trials)
 
     def _configurations(self, progress: ProgressByTrial, step: int) -> list[Variant]:
         """Those that the sweep began with, and those beyond the ends of ranges, by what is known at a step."""
-        chosen = variants_of(self.sweep)
+        begun_with = variants_of(self.sweep)
         if not self.sweep.widen or self.sweep.rule in ("random", "asha"):
-            return chosen
-        scores = {}
-        for trial in with_seeds(chosen, self.sweep.seeds[:1]):
-            scores.update(self._score_of(progress, trial, step))
-        extended = widened(chosen, scores)
-        while len(extended) > len(chosen):
+            return begun_with
+        chosen = begun_with
+        while True:
+            scores = self._scores(progress, chosen, step)
+            extended = widened(chosen, scores, begun_with)
+            if len(extended) == len(chosen):
+                return chosen
             chosen = extended
-            for trial in with_seeds(chosen, self.sweep.seeds[:1]):
-                scores.update(self._score_of(progress, trial, step))
-            extended = widened(chosen, scores, variants_of(self.sweep))
-        return chosen
 
     def _score_of(self, progress: ProgressByTrial, trial: Trial, step: int) -> dict[Variant, float]:
         """How bad a trial is at a step, where that is known: a failed one is the worst."""
         reached = progress.get(trial)
         if reached is None:
             return {}
-        if step in reached.scores:
-            score = reached.scores[step]
-            if not math.isfinite(score):
-                score = math.inf
-            elif self.sweep.measure == _BETTER_HIGH:
-                score = -score
-            return {trial.configuration: score}
-        if reached.state == "failed":
-            return {trial.configuration: math.inf}
-        return {}
+        score = reached.scores.get(step)
+        if score is None and reached.state != "failed":
+            return {}
+        if score is None or not math.isfinite(score):
+            score = math.inf
+        elif self.sweep.measure == _BETTER_HIGH:
+            score = -score
+        return {trial.configuration: score}
 
     def _asha(self, progress: ProgressByTrial) -> list[Trial]:
         """Those that a rung promotes, from the highest rung down; then those that have not begun."""
@@ -160,11 +193,13 @@ class SweepPlan:
         for rung in reversed(self.rungs):
             scores: dict[Trial, float] = {}
             for trial in trials:
-                for score in self._score_of(progress, trial, rung).values():
+                found = self._score_of(progress, trial, rung)
+                for score in found.values():
                     scores[trial] = score
             best_first = sorted(scores, key=scores.__getitem__)
-            promoted = int(len(best_first) * self.sweep.keep)
-            for trial in best_first[:promoted]:
+            share = len(best_first) * self.sweep.keep
+            promoted = best_first[: int(share)]
+            for trial in promoted:
                 if is_waiting(progress, trial, rung):
                     wanted.append(trial)
         for trial in trials:
@@ -172,19 +207,18 @@ class SweepPlan:
                 wanted.append(trial)
         return wanted
 
-    def _race(self, progress: ProgressByTrial) -> list[Trial]:
+    def _race(self, progress: ProgressByTrial, finals: Sequence[Trial]) -> list[Trial]:
         """The trials of the lowest rung that is not judged yet; after the last one, the finals."""
         first_seed = self.sweep.seeds[:1]
-        first = self.rungs[0] if self.rungs else self.steps
+        first = self._first_judged
         chosen = self._configurations(progress, first)
         for rung in self.rungs:
             scores = self._scores(progress, chosen, rung)
             if len(scores) < len(chosen):
                 trials = with_seeds(chosen, first_seed)
-                return [trial for trial in trials if may_go(progress, trial, rung)]
+                return those_that_may_go(progress, trials, rung)
             chosen = self._best_of_methods(scores)
-        finals = self._finals(progress)
-        return [trial for trial in finals if may_go(progress, trial)]
+        return those_that_may_go(progress, finals)
 
     def _finals(self, progress: ProgressByTrial) -> list[Trial]:
         """The trials that are run in full; none before the last rung is judged.
@@ -204,15 +238,16 @@ class SweepPlan:
                 mean = self._mean_in_full(progress, configuration, first_seeds)
                 if mean is not None:
                     means[configuration] = mean
-            if len(means) == len(candidates):
-                best = min(candidates, key=means.__getitem__)
-                finals += with_seeds([best], self.sweep.seeds[_FIRST_SEEDS:])
+            if len(means) < len(candidates):
+                continue
+            best = min(candidates, key=means.__getitem__)
+            other_seeds = self.sweep.seeds[_FIRST_SEEDS:]
+            finals += with_seeds([best], other_seeds)
         return finals
 
     def _candidates(self, progress: ProgressByTrial) -> list[list[Variant]]:
         """The best configurations, at most two, of each finalist; none before the last rung is judged."""
-        first = self.rungs[0] if self.rungs else self.steps
-        chosen = self._configurations(progress, first)
+        chosen = self._configurations(progress, self._first_judged)
         scores: dict[Variant, float] = {}
         for rung in self.rungs:
             scores = self._scores(progress, chosen, rung)
@@ -223,10 +258,16 @@ class SweepPlan:
         for configuration in sorted(chosen, key=lambda each: scores.get(each, 0.0)):
             of_method = by_method.setdefault(configuration.method, [])
             of_method.append(configuration)
-        finalists = list(by_method)[: self.sweep.finalists]
-        if self.sweep.reference in by_method and self.sweep.reference not in finalists:
-            finalists.append(self.sweep.reference)
-        return [by_method[method][:_CANDIDATES] for method in finalists]
+        methods = list(by_method)
+        finalists = methods[: self.sweep.finalists]
+        reference = self.sweep.reference
+        if reference in by_method and reference not in finalists:
+            finalists.append(reference)
+        candidates = []
+        for method in finalists:
+            best = by_method[method]
+            candidates.append(best[:_CANDIDATES])
+        return candidates
 
     def _mean_in_full(self, progress: ProgressByTrial, configuration: Variant, seeds: Sequence[int]) -> float | None:
         """How bad a configuration is at the end of a full run, over some seeds; None before that is known."""
@@ -241,8 +282,10 @@ class SweepPlan:
     def _scores(self, progress: ProgressByTrial, chosen: Sequence[Variant], rung: int) -> dict[Variant, float]:
         """How bad configurations are at a rung, with the first seed, as far as that is known."""
         scores = {}
-        for trial in with_seeds(chosen, self.sweep.seeds[:1]):
-            scores.update(self._score_of(progress, trial, rung))
+        first_seed = self.sweep.seeds[:1]
+        for trial in with_seeds(chosen, first_seed):
+            found = self._score_of(progress, trial, rung)
+            scores.update(found)
         return scores
 
     def _best_of_methods(self, scores: Mapping[Variant, float]) -> list[Variant]:

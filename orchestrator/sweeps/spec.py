@@ -41,9 +41,14 @@ class LogRange(_SweepSection):
         values = []
         for number in range(self.count):
             value = low * ratio**number
-            rounded = float(f"{value:.6g}")
-            values.append(rounded)
+            values.append(rounded(value))
         return values
+
+
+def rounded(value: float) -> float:
+    """A value with six digits, as people read it."""
+    shown = f"{value:.6g}"
+    return float(shown)
 
 
 SweptAxis = LogRange | list[AxisValue]
@@ -68,8 +73,10 @@ class Sweep(_SweepSection):
     rule: Rule = Field("grid", description="which trials are run, and how far")
     trials: int = Field(20, ge=1, le=10_000, description="configurations that rule random draws")
     budget: int = Field(ge=1, description="steps of training that all trials together may take")
-    rungs: list[float] = Field([1 / 9, 1 / 3], description="shares of a full run after which asha and race judge")
-    keep: float = Field(1 / 3, gt=0, lt=1, description="share of the trials of a rung that goes on")
+    rungs: list[float] = Field(
+        [0.11, 0.33], min_length=1, description="shares of a full run after which asha and race judge"
+    )
+    keep: float = Field(0.34, gt=0, lt=1, description="share of the trials of a rung that goes on")
     finalists: int = Field(3, ge=1, description="methods that race runs in full, beside the reference")
     reference: str = Field("lora", description="the method that race runs in full in any case")
     measure: Literal["eval_loss", "eval_exact_match"] = Field("eval_loss", description="what trials are judged by")
@@ -86,8 +93,11 @@ class Sweep(_SweepSection):
     @field_validator("rungs")
     @classmethod
     def _rise(cls, rungs: list[float]) -> list[float]:
-        if sorted(set(rungs)) != rungs or not all(0 < rung < 1 for rung in rungs):
-            raise ValueError("must be shares between 0 and 1 that rise")
+        before = 0.0
+        for rung in rungs:
+            if not before < rung < 1:
+                raise ValueError("must be shares between 0 and 1 that rise")
+            before = rung
         return rungs
 
 

@@ -13,11 +13,10 @@ from itertools import product
 from typing import Any
 
 from orchestrator.planning.spec import PlainJob
-from orchestrator.sweeps.spec import Axes, AxisValue, LogRange, Sweep, SweptAxis, SweptMethod
+from orchestrator.sweeps.spec import Axes, AxisValue, LogRange, Sweep, SweptAxis, SweptMethod, rounded
 
 _DIGITS_OF_IDS = "0123456789abcdefghjkmnpqrstvwxyz"  # as run ids have them
 _LENGTH = 10
-_BITS_OF_DIGIT = 5
 METHOD_KEY = "method"  # the key under which a configuration has the options of its method
 
 
@@ -63,17 +62,19 @@ class Trial:
         """The run id of the trial in a sweep of this name, of a job as it was written."""
         content = {"job": job, "settings": self.configuration.settings, "seed": self.seed}
         text = json.dumps(content, sort_keys=True, default=str)
-        digest = hashlib.sha256(f"{name} {text}".encode())
-        value = int.from_bytes(digest.digest()[:8], "big")
+        named = f"{name} {text}"
+        digest = hashlib.sha256(named.encode())
+        content_bytes = digest.digest()
         characters = ""
-        for _ in range(_LENGTH):
-            characters += _DIGITS_OF_IDS[value % len(_DIGITS_OF_IDS)]
-            value >>= _BITS_OF_DIGIT
+        for byte in content_bytes[:_LENGTH]:
+            number = byte % len(_DIGITS_OF_IDS)
+            characters += _DIGITS_OF_IDS[number]
         return f"{name}-{characters}"
 
     def job(self, sweep: Sweep, job: PlainJob, every: int | None) -> PlainJob:
         """The job of the trial, which is judged every so many steps."""
-        plain: PlainJob = json.loads(json.dumps(job, default=str))
+        text = json.dumps(job, default=str)
+        plain: PlainJob = json.loads(text)
         settings = self.configuration.settings
         settings["train.seed"] = self.seed
         if every is not None:
@@ -95,11 +96,12 @@ def variants_of(sweep: Sweep) -> list[Variant]:
             axes |= method.axes
             fixed[METHOD_KEY] = method.options
         if sweep.rule == "random":
-            each = sweep.trials // len(methods) or 1
-            found += list(_random_variants(axes, fixed, each))
+            each = sweep.trials // len(methods)
+            found += _random_variants(axes, fixed, max(1, each))
         else:
-            found += list(_all_variants(axes, fixed))
-    return list(dict.fromkeys(found))
+            found += _all_variants(axes, fixed)
+    once = dict.fromkeys(found)
+    return list(once)
 
 
 def axis_values(axis: SweptAxis) -> list[AxisValue]:
@@ -114,8 +116,10 @@ def _all_variants(axes: Axes, fixed: Mapping[str, Any]) -> Iterator[Variant]:
     keys = list(axes)
     values = map(axis_values, axes.values())
     for combination in product(*values):
-        settings = dict(zip(keys, combination, strict=True))
-        yield Variant.of({**fixed, **settings})
+        settings = dict(fixed)
+        for key, value in zip(keys, combination, strict=True):
+            settings[key] = value
+        yield Variant.of(settings)
 
 
 def _random_variants(axes: Axes, fixed: Mapping[str, Any], count: int) -> Iterator[Variant]:
@@ -135,8 +139,9 @@ def _draw(rng: random.Random, axis: SweptAxis) -> AxisValue:
         return rng.choice(axis)
     low, high = axis.log
     share = rng.random()
-    value = low * (high / low) ** share
-    return float(f"{value:.6g}")
+    ratio = high / low
+    value = low * ratio**share
+    return rounded(value)
 
 
 def _put(plain: PlainJob, key: str, value: Any) -> None:

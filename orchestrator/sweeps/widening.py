@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from orchestrator.sweeps.spec import rounded
 from orchestrator.sweeps.trials import Variant
 
 _MOST_ADDED = 2  # values beyond each end of a range
@@ -11,23 +12,23 @@ _FEWEST_VALUES = 3  # of a range, so that an end says something
 def widened(
     chosen: Sequence[Variant],
     scores: Mapping[Variant, float],
-    begun_with: Sequence[Variant] | None = None,
+    begun_with: Sequence[Variant],
 ) -> list[Variant]:
-    """Configurations, and for each method whose trials are all judged the next one beyond an end where the best is.
+    """Variants, and for each method whose trials are all judged the next one beyond an end where the best is.
 
-    Low scores are good. `begun_with`: those before any was added, where some were.
+    Low scores are good. `begun_with`: those before any was added.
     """
-    original = begun_with or chosen
     extended = list(chosen)
     existing = set(chosen)
-    for method in dict.fromkeys(configuration.method for configuration in chosen):
-        of_method = [configuration for configuration in chosen if configuration.method == method]
-        if any(configuration not in scores for configuration in of_method):
+    began_by_method = _by_method(begun_with)
+    for method, variants in _by_method(chosen).items():
+        if not all(map(scores.__contains__, variants)):
             continue
-        best = min(of_method, key=scores.__getitem__)
+        best = min(variants, key=scores.__getitem__)
         for key in best.settings:
-            began = [configuration for configuration in original if configuration.method == method]
-            value = _value_beyond(key, best, _numbers(key, of_method), _numbers(key, began))
+            values = _numbers(key, variants)
+            began = _numbers(key, began_by_method[method])
+            value = _value_beyond(key, best, values, began)
             if value is None:
                 continue
             beyond = best.changed(key, value)
@@ -36,23 +37,36 @@ def widened(
     return extended
 
 
+def _by_method(variants: Sequence[Variant]) -> dict[str, list[Variant]]:
+    """Variants by the kind of their method."""
+    by_method: dict[str, list[Variant]] = {}
+    for variant in variants:
+        of_method = by_method.setdefault(variant.method, [])
+        of_method.append(variant)
+    return by_method
+
+
 def _value_beyond(key: str, best: Variant, values: list[float], began: list[float]) -> float | None:
     """The next value beyond the end of a range at which the best is; None where it is not, or enough were added."""
     if len(began) < _FEWEST_VALUES:
         return None
     value = best.settings[key]
+    lowest, second, *_ = began
+    *_, last_but_one, highest = began
+    added = 0
     if value == values[-1]:
-        added = [other for other in values if other > began[-1]]
-        ratio = began[-1] / began[-2]
+        ratio = highest / last_but_one
+        for other in values:
+            added += other > highest
     elif value == values[0]:
-        added = [other for other in values if other < began[0]]
-        ratio = began[0] / began[1]
+        ratio = lowest / second
+        for other in values:
+            added += other < lowest
     else:
         return None
-    if len(added) >= _MOST_ADDED:
+    if added >= _MOST_ADDED:
         return None
-    beyond = value * ratio
-    return float(f"{beyond:.6g}")
+    return rounded(value * ratio)
 
 
 def _numbers(key: str, chosen: Sequence[Variant]) -> list[float]:
