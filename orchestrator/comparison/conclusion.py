@@ -6,7 +6,7 @@ from orchestrator.comparison.outcomes import EXACT_MATCH
 from orchestrator.comparison.power import rows_needed, seeds_needed, smallest_difference
 from orchestrator.comparison.ranking import Judgement, Ranked, Ranking
 
-_NOTHING = "{reference} has nothing to be compared with."
+_NO_OTHERS = "{reference} has nothing to be compared with."
 _BEATS = "{label} beats {reference} by {low} to {high}"
 _AS_GOOD = "{label} is as good as {reference} within {margin}"
 _CHEAPER = ", and takes {share:.0%} of its time"
@@ -25,21 +25,21 @@ def conclusion(ranking: Ranking) -> str:
     """What a ranking says, in one sentence."""
     reference = ranking.reference.label
     if len(ranking.ranked) < 2:
-        return _NOTHING.format(reference=reference)
-    better = _judged(ranking, "better")
+        return _NO_OTHERS.format(reference=reference)
+    better = _with_judgement(ranking, "better")
     if better:
         return _beats(ranking, better)
-    as_good = _judged(ranking, "as good")
+    as_good = _with_judgement(ranking, "as good")
     if as_good:
         return _is_as_good(ranking, as_good)
-    unclear = _judged(ranking, "cannot tell apart")
+    unclear = _with_judgement(ranking, "cannot tell apart")
     if unclear:
         return _undecided(ranking, unclear[0])
-    worse = _judged(ranking, "worse")
+    worse = _with_judgement(ranking, "worse")
     return _nothing_beats(ranking, worse)
 
 
-def _judged(ranking: Ranking, judgement: Judgement) -> list[Ranked]:
+def _with_judgement(ranking: Ranking, judgement: Judgement) -> list[Ranked]:
     """The contenders of which the intervals say this."""
     found = []
     for ranked in ranking.ranked:

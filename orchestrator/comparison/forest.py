@@ -16,8 +16,8 @@ _MOST_ROWS = 60  # of more, the best
 _LONGEST_NAME = 44  # characters
 _SPACE = 0.06  # of the range of values, on each side
 _TICK_GAP = 24
-_GAP = 12  # pixels between plot and figures
-_NOTHING = 1e-12  # a tick that is zero but for rounding
+_FIGURES_GAP = 12  # pixels between plot and figures
+_ZERO = 1e-12  # a tick that is zero but for rounding
 _SVG = (
     '<figure><figcaption>{title}</figcaption><svg class="chart forest" role="img" aria-label="{title}" '
     'viewBox="0 0 {width} {height}">{content}</svg></figure>'
@@ -96,7 +96,7 @@ def _background(ranking: Ranking, scale: Axis, rows: int) -> str:
     below = bottom + _TICK_GAP
     for tick in scale.ticks():
         x = scale.at(tick)
-        is_none = abs(tick) < _NOTHING
+        is_none = abs(tick) < _ZERO
         kind = "base" if is_none else "grid"
         drawn += _UPRIGHT.format(kind=kind, x=x, top=_TOP, bottom=bottom)
         value = _without_unit(ranking, tick)
@@ -122,7 +122,7 @@ def _row(ranking: Ranking, ranked: Ranked, scale: Axis, y: int) -> str:
     left = scale.at(low)
     right = scale.at(high)
     x = scale.at(gain)
-    column = FULL_WIDTH - _RIGHT + _GAP
+    column = FULL_WIDTH - _RIGHT + _FIGURES_GAP
     escaped_name = escape(name)
     escaped_hint = escape(hint)
     drawn = _ROW_NAME.format(x=_LABELS, y=baseline, name=escaped_name)

@@ -72,9 +72,17 @@ class MeanSquares:
         of_seeds = rows * means_S.var(ddof=1)
         of_rows = seeds * means_N.var(ddof=1)
         total = values_SN.size * values_SN.var()
-        rest = total - free_seeds * of_seeds - free_rows * of_rows
-        rest = max(0.0, rest) / (free_seeds * free_rows)
-        return cls(float(of_seeds), float(of_rows), float(rest), seeds, rows)
+        left = total - free_seeds * of_seeds
+        left -= free_rows * of_rows
+        free = free_seeds * free_rows
+        rest = max(0.0, left) / free
+        return cls(
+            float(of_seeds),
+            float(of_rows),
+            float(rest),
+            seeds,
+            rows,
+        )
 
     @property
     def sum_of_parts(self) -> NumberOrDraws:
@@ -88,10 +96,13 @@ class MeanSquares:
         """The degrees of freedom of that sum; where all values are equal, one."""
         free_seeds = self.seeds - 1
         free_rows = self.rows - 1
+        free = free_seeds * free_rows
         below = self.of_seeds**2 / free_seeds
         below += self.of_rows**2 / free_rows
-        below += self.rest**2 / (free_seeds * free_rows)
-        of_sum = self.sum_of_parts**2 / np.maximum(below, _TINY)
+        below += self.rest**2 / free
+        divisor = np.maximum(below, _TINY)
+        above = self.sum_of_parts**2
+        of_sum = above / divisor
         return np.maximum(1.0, of_sum)
 
     @property
@@ -99,7 +110,11 @@ class MeanSquares:
         """The parts that these mean squares say."""
         between_seeds = (self.of_seeds - self.rest) / self.rows
         between_rows = (self.of_rows - self.rest) / self.seeds
-        return Spread(max(0.0, between_seeds), max(0.0, between_rows), self.rest)
+        return Spread(
+            max(0.0, between_seeds),
+            max(0.0, between_rows),
+            self.rest,
+        )
 
 
 @dataclass(frozen=True)
@@ -124,7 +139,9 @@ class Contrast:
     def interval(self, level: float = CONFIDENCE) -> tuple[float, float]:
         """Both ends of the interval of a level."""
         half = self.half_width(level)
-        return self.value - half, self.value + half
+        low = self.value - half
+        high = self.value + half
+        return low, high
 
 
 def contrast(values_SN: SeedRows) -> Contrast:
@@ -165,7 +182,9 @@ def contrast_unpaired(first_SN: SeedRows, second_SN: SeedRows) -> Contrast:
     between_rows = _contrast_of_rows(differences_N)
     if seeds == 1:
         return between_rows
-    parts = [VariancePart(between_rows.error**2, between_rows.degrees)]
+    variance = between_rows.error**2
+    part = VariancePart(variance, between_rows.degrees)
+    parts = [part]
     excess = 0.0
     for values_SN in (first_SN, second_SN):
         squares = MeanSquares.of(values_SN)
@@ -204,8 +223,8 @@ def _contrast_of_rows(values_N: SeedRows) -> Contrast:
     """
     rows = len(values_N)
     value = float(values_N.mean())
-    is_share = np.isin(values_N, (-1.0, 0.0, 1.0)).all()
-    if is_share:
+    are_signs = np.isin(values_N, (-1.0, 0.0, 1.0))
+    if are_signs.all():
         values_N = np.concatenate([values_N, [1.0, -1.0]])
     part = _part_of_mean(values_N)
     error = math.sqrt(part.variance)
@@ -214,11 +233,14 @@ def _contrast_of_rows(values_N: SeedRows) -> Contrast:
 
 def _welch(first_S: SeedRows, second_S: SeedRows) -> Contrast:
     """The difference of two means over seeds, whose spreads may differ."""
-    value = float(first_S.mean() - second_S.mean())
+    difference = first_S.mean() - second_S.mean()
+    value = float(difference)
     seeds = min(len(first_S), len(second_S))
     if seeds == 1:
         return Contrast(value, math.inf, 1.0, 1, 1, "seeds")
-    parts = [_part_of_mean(first_S), _part_of_mean(second_S)]
+    first = _part_of_mean(first_S)
+    second = _part_of_mean(second_S)
+    parts = [first, second]
     return _summed(value, parts, 0.0, seeds, 1, "seeds")
 
 
@@ -233,15 +255,18 @@ def _summed(
     value: float, parts: Sequence[VariancePart], excess: float, seeds: int, rows: int, scope: Scope
 ) -> Contrast:
     """A contrast whose variance is a sum of parts, less what several of them have in common, and no less than one."""
-    largest = max(part.variance for part in parts)
+    largest = 0.0
     variance = -excess
     below = 0.0
     for part in parts:
+        largest = max(largest, part.variance)
         variance += part.variance
-        below += part.variance**2 / part.degrees
+        square = part.variance**2
+        below += square / part.degrees
     variance = max(variance, largest)
     degrees = 1.0
     if below:
-        degrees = max(degrees, variance**2 / below)
+        of_sum = variance**2 / below
+        degrees = max(degrees, of_sum)
     error = math.sqrt(variance)
     return Contrast(value, error, degrees, seeds, rows, scope)

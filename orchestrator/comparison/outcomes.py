@@ -42,9 +42,13 @@ class QualityByRow:
 
     def less(self, other: "QualityByRow") -> Contrast:
         """Its mean less that of another one: on the same rows, and as far as possible of the same seeds."""
-        shared = [seed for seed in self.seeds if seed in other.seeds]
+        shared = []
+        for seed in self.seeds:
+            if seed in other.seeds:
+                shared.append(seed)
+        pairs = len(shared)
         fewest = min(len(self.seeds), len(other.seeds))
-        if len(shared) == fewest or len(shared) >= _FEWEST_PAIRS:
+        if pairs == fewest or pairs >= _FEWEST_PAIRS:
             differences_SN = self._of(shared) - other._of(shared)
             return contrast(differences_SN)
         return contrast_unpaired(self.values_SN, other.values_SN)

@@ -60,10 +60,12 @@ class Ranking:
 
     def gain(self, ranked: Ranked) -> tuple[float, float, float]:
         """By how much a contender is better than the reference, and the ends of the interval of that."""
-        low, high = ranked.difference.interval(self.level)
+        difference = ranked.difference
+        value = difference.value
+        low, high = difference.interval(self.level)
         if self.measure.more_is_better:
-            return ranked.difference.value, low, high
-        return -ranked.difference.value, -high, -low
+            return value, low, high
+        return -value, -high, -low
 
     def to_json(self) -> dict[str, Any]:
         """The ranking as plain data; an end that is not finite is null."""
@@ -145,7 +147,8 @@ def _finding(difference: Contrast, level: float, margin: float, measure: Measure
         return "better"
     if high < 0:
         return "worse"
-    if low >= -margin and high <= margin and margin > 0:
+    is_within = -margin <= low and high <= margin
+    if is_within and margin > 0:
         return "as good"
     return "cannot tell apart"
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from orchestrator.comparison.run import TrackedRun
 
-RunGroups = Sequence[Sequence[TrackedRun]]
+RunsByRow = Sequence[Sequence[TrackedRun]]
 RunKind = tuple[str, ...]  # what must be equal for one ranking, in the order of its names
 _DATA = ("data.train_digest", "data.eval_digest", "evaluation.rows", "base_digest")
 _BUDGET = ("train.steps", "train.epochs", "train.batch_tokens")
@@ -29,7 +29,7 @@ def run_kind(run: TrackedRun) -> RunKind:
     return tuple(values)
 
 
-def strata(groups: RunGroups) -> list[list[int]]:
+def strata(groups: RunsByRow) -> list[list[int]]:
     """The numbers of groups of runs that may be ranked together; the largest stratum first."""
     by_kind: dict[RunKind, list[int]] = {}
     for number, runs in enumerate(groups):
@@ -42,7 +42,7 @@ def strata(groups: RunGroups) -> list[list[int]]:
     return parts
 
 
-def differing(groups: RunGroups) -> list[str]:
+def differing(groups: RunsByRow) -> list[str]:
     """The names of what differs among groups and must be equal for one ranking."""
     values_of: dict[str, set[str]] = {}
     for runs in groups:
@@ -58,7 +58,7 @@ def differing(groups: RunGroups) -> list[str]:
     return names
 
 
-def barrier(groups: RunGroups, together: bool) -> str | None:
+def barrier(groups: RunsByRow, together: bool) -> str | None:
     """What is to be said of runs that differ so; None where none do."""
     names = differing(groups)
     if not names:

@@ -40,6 +40,15 @@ class Decision:
     why: str | None = None
 
 
+@dataclass
+class Account:
+    """The steps that are left of a budget, how many trials may begin, and how many are going."""
+
+    left: int
+    free: int
+    going: int = 0
+
+
 def last_step(progress: ProgressByTrial, trial: Trial) -> int:
     """The last step of a trial; 0 where it has not begun."""
     if trial not in progress:

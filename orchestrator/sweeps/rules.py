@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.sweeps.progress import (
+    Account,
     Decision,
     Move,
     ProgressByTrial,
@@ -31,15 +32,6 @@ _CANDIDATES = 2  # configurations of a finalist that are run in full
 _FIRST_SEEDS = 3  # with which the better one of them is chosen
 
 
-@dataclass
-class Account:
-    """The steps that are left of a budget, how many trials may begin, and how many are going."""
-
-    left: int
-    free: int
-    going: int = 0
-
-
 @dataclass(frozen=True)
 class SweepPlan:
     """A sweep whose full run has so many steps."""
@@ -54,7 +46,8 @@ class SweepPlan:
             return []
         rungs = []
         for share in self.sweep.rungs:
-            evaluations = round(share * self.steps / self.every)
+            step = share * self.steps
+            evaluations = round(step / self.every)
             multiple = max(1, evaluations) * self.every
             if multiple < self.steps and multiple not in rungs:
                 rungs.append(multiple)

@@ -41,11 +41,11 @@ class LogRange(_SweepSection):
         values = []
         for number in range(self.count):
             value = low * ratio**number
-            values.append(rounded(value))
+            values.append(six_digits(value))
         return values
 
 
-def rounded(value: float) -> float:
+def six_digits(value: float) -> float:
     """A value with six digits, as people read it."""
     shown = f"{value:.6g}"
     return float(shown)

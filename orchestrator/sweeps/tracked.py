@@ -16,8 +16,9 @@ def gather(mlflow: Any, sweep: Sweep, digest: str, runs: Iterable[TrackedRun], v
     children = list(runs)
     if not children:
         return None
-    first = mlflow.get_run(children[0].mlflow_run_id)
-    experiment = first.info.experiment_id
+    first = children[0]
+    known = mlflow.get_run(first.mlflow_run_id)
+    experiment = known.info.experiment_id
     parent = _parent(mlflow, experiment, sweep, digest)
     for run in children:
         if run.tags.get(_PARENT_TAG) != parent:
@@ -41,5 +42,6 @@ def _parent(mlflow: Any, experiment: str, sweep: Sweep, digest: str) -> str:
     parent: str = created.info.run_id
     for name in ("rule", "budget", "seeds", "measure", "rungs", "keep"):
         value = getattr(sweep, name)
-        mlflow.log_param(parent, name, str(value))
+        text = str(value)
+        mlflow.log_param(parent, name, text)
     return parent

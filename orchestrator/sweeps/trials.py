@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 from orchestrator.planning.spec import PlainJob
-from orchestrator.sweeps.spec import Axes, AxisValue, LogRange, Sweep, SweptAxis, SweptMethod, rounded
+from orchestrator.sweeps.spec import Axes, AxisValue, LogRange, Sweep, SweptAxis, SweptMethod, six_digits
 
 _DIGITS_OF_IDS = "0123456789abcdefghjkmnpqrstvwxyz"  # as run ids have them
 _LENGTH = 10
@@ -141,7 +141,7 @@ def _draw(rng: random.Random, axis: SweptAxis) -> AxisValue:
     share = rng.random()
     ratio = high / low
     value = low * ratio**share
-    return rounded(value)
+    return six_digits(value)
 
 
 def _put(plain: PlainJob, key: str, value: Any) -> None:

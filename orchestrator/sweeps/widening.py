@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from orchestrator.sweeps.spec import rounded
+from orchestrator.sweeps.spec import six_digits
 from orchestrator.sweeps.trials import Variant
 
 _MOST_ADDED = 2  # values beyond each end of a range
@@ -66,7 +66,7 @@ def _value_beyond(key: str, best: Variant, values: list[float], began: list[floa
         return None
     if added >= _MOST_ADDED:
         return None
-    return rounded(value * ratio)
+    return six_digits(value * ratio)
 
 
 def _numbers(key: str, chosen: Sequence[Variant]) -> list[float]:
