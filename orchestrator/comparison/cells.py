@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterator
 
-from orchestrator.comparison.compare import Comparison, ComparisonRow, display_value
+from orchestrator.comparison.compare import Comparison, display_value
 from orchestrator.comparison.measure import Measure
 from orchestrator.comparison.outcomes import EXACT_MATCH
+from orchestrator.comparison.row import ComparisonRow
 
 STYLES = {"failed": "red", "cancelled": "yellow", "running": "cyan"}  # of rows, by their state
 _LEFT_OUT = {"best_loss", "tokens_per_second"}  # in the report and the JSON; a terminal is narrow

@@ -206,7 +206,8 @@ def ratio_values(sums_SN: SeedRows, weights_N: SeedRows) -> SeedRows:
     ratios_S = means_S / weight
     residuals_SN = sums_SN - ratios_S * weights_N
     scaled_SN = residuals_SN / weight
-    return ratios_S + scaled_SN
+    values_SN: SeedRows = ratios_S + scaled_SN
+    return values_SN
 
 
 def at_once(comparisons: int, level: float = CONFIDENCE) -> float:

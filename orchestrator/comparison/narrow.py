@@ -17,7 +17,8 @@ from orchestrator.comparison.cells import (
     seeds_text,
     shown_measures,
 )
-from orchestrator.comparison.compare import Comparison, ComparisonRow
+from orchestrator.comparison.compare import Comparison
+from orchestrator.comparison.row import ComparisonRow
 
 _GAP = "  "
 _FACT_INDENT = "    "

@@ -6,9 +6,10 @@ from html import escape
 
 from orchestrator.comparison import chart, svg
 from orchestrator.comparison.chart import FormatValue, Line
-from orchestrator.comparison.compare import Comparison, ComparisonRow, Metric
+from orchestrator.comparison.compare import Comparison
 from orchestrator.comparison.group import SEED
 from orchestrator.comparison.measure import MEASURES, Measure
+from orchestrator.comparison.row import ComparisonRow, Metric
 from orchestrator.comparison.run import TrackedRun
 from orchestrator.comparison.scatter import Dot, scatter
 

@@ -9,10 +9,11 @@ from string import Template
 
 from orchestrator.comparison import chart, plots, svg
 from orchestrator.comparison.cells import cell, difference_heading, difference_text, rank_text
-from orchestrator.comparison.compare import Comparison, ComparisonRow, display_value
+from orchestrator.comparison.compare import Comparison, display_value
 from orchestrator.comparison.forest import forest
 from orchestrator.comparison.group import SEED
 from orchestrator.comparison.measure import Measure
+from orchestrator.comparison.row import ComparisonRow
 from orchestrator.comparison.run import TrackedRun
 
 _SHOWN_TAGS = ("mlflow.source.git.commit", "mlflow.user", "fleetune.version", "fleetune.run_dir")

@@ -19,8 +19,9 @@ from orchestrator.comparison.cells import (
     seeds_text,
     shown_measures,
 )
-from orchestrator.comparison.compare import Comparison, ComparisonRow
+from orchestrator.comparison.compare import Comparison
 from orchestrator.comparison.narrow import narrow_table
+from orchestrator.comparison.row import ComparisonRow
 
 _MOST_COLUMNS = 3  # of differences
 

@@ -96,11 +96,7 @@ class SweepDriver:
     def tick(self, say: Say = lambda _: None) -> tuple[Decision, FoundTrials]:
         """Look once, and do what is to be done now. Raises Unreachable, after which it can be repeated."""
         found, by_trial = self.look()
-        for trial, status in by_trial.items():
-            if status.state == "unknown":  # a driver has died between the run's folder and its submission
-                pause = self._pause_of(found[trial])
-                begun = status.attempt > 0
-                self._do(Move(trial, pause), begun)
+        self._finish_moves(found, by_trial)
         decision = self.plan.decide(found)
         lines = self.shown(decision, found)
         for move, line in zip(decision.moves, lines, strict=True):
@@ -124,6 +120,26 @@ class SweepDriver:
                 whole = map(self.run_id, trials)
                 run_ids.update(whole)
         return run_ids
+
+    def _finish_moves(self, found: FoundTrials, by_trial: StatusByTrial) -> None:
+        """Do again what a driver that died may have left half done: a submission, or the pause of a resumed run."""
+        going = {}
+        for trial, reached in found.items():
+            if reached.state == "going":
+                run_id = self.run_id(trial)
+                going[run_id] = trial
+        site = Handle("", self.cluster).site
+        folders = site.snapshots(going)
+        for run_id, trial in going.items():
+            pause = self.plan.pause_of(trial, found)
+            status = by_trial[trial]
+            begun = status.attempt > 0
+            folder = folders[run_id]
+            is_asked = folder.asked is not None
+            if status.state == "unknown":
+                self._do(Move(trial, pause), begun)
+            elif begun and pause is not None and not is_asked:
+                site.ask(run_id, "pause", pause)
 
     def shown(self, decision: Decision, found: FoundTrials) -> list[str]:
         """What a decision does, in a line for each trial."""
@@ -152,13 +168,6 @@ class SweepDriver:
             if decision.done:
                 return decision, found
             time.sleep(period_s)
-
-    def _pause_of(self, progress: Reached) -> int | None:
-        """Where a trial that is on its way pauses; None at its end."""
-        target = self.plan.target(progress.step)
-        if target < self.plan.steps:
-            return target
-        return None
 
     def _do(self, move: Move, begun: bool) -> None:
         """Let a trial begin, or go on, up to a step."""

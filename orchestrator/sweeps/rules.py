@@ -11,7 +11,7 @@ A trial that begins is paid for up to the step where it pauses, so the budget is
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from orchestrator.sweeps.progress import (
@@ -25,7 +25,7 @@ from orchestrator.sweeps.progress import (
 )
 from orchestrator.sweeps.spec import Sweep
 from orchestrator.sweeps.trials import Trial, Variant, variants_of, with_seeds
-from orchestrator.sweeps.widening import widened
+from orchestrator.sweeps.widening import best_of_methods, widened
 
 _BETTER_HIGH = "eval_exact_match"
 _CANDIDATES = 2  # configurations of a finalist that are run in full
@@ -129,6 +129,13 @@ class SweepPlan:
             return f"{failed} trials have failed"
         return None
 
+    def pause_of(self, trial: Trial, progress: ProgressByTrial) -> int | None:
+        """Where a trial that is on its way pauses; None at its end."""
+        finals = self._finals(progress)
+        step = last_step(progress, trial)
+        until = self._until(trial, step, finals)
+        return self._pause(until)
+
     def _pause(self, until: int) -> int | None:
         """The pause of a trial that goes up to a step; None at its end."""
         if until < self.steps:
@@ -210,7 +217,7 @@ class SweepPlan:
             if len(scores) < len(chosen):
                 trials = with_seeds(chosen, first_seed)
                 return those_that_may_go(progress, trials, rung)
-            chosen = self._best_of_methods(scores)
+            chosen = best_of_methods(scores, self.sweep.keep, _CANDIDATES)
         return those_that_may_go(progress, finals)
 
     def _finals(self, progress: ProgressByTrial) -> list[Trial]:
@@ -246,7 +253,7 @@ class SweepPlan:
             scores = self._scores(progress, chosen, rung)
             if len(scores) < len(chosen):
                 return []
-            chosen = self._best_of_methods(scores)
+            chosen = best_of_methods(scores, self.sweep.keep, _CANDIDATES)
         by_method: dict[str, list[Variant]] = {}
         for configuration in sorted(chosen, key=lambda each: scores.get(each, 0.0)):
             of_method = by_method.setdefault(configuration.method, [])
@@ -280,17 +287,3 @@ class SweepPlan:
             found = self._score_of(progress, trial, rung)
             scores.update(found)
         return scores
-
-    def _best_of_methods(self, scores: Mapping[Variant, float]) -> list[Variant]:
-        """Of each method the best configurations, at least two where it has two."""
-        by_method: dict[str, list[Variant]] = {}
-        for configuration in scores:
-            of_method = by_method.setdefault(configuration.method, [])
-            of_method.append(configuration)
-        kept = []
-        for of_method in by_method.values():
-            of_method.sort(key=scores.__getitem__)
-            share = math.ceil(len(of_method) * self.sweep.keep)
-            count = max(share, _CANDIDATES)
-            kept += of_method[:count]
-        return kept

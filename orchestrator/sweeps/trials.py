@@ -88,7 +88,7 @@ class Trial:
 def variants_of(sweep: Sweep) -> list[Variant]:
     """All configurations that a sweep begins with, each once."""
     methods: list[SweptMethod | None] = list(sweep.methods) or [None]
-    found = []
+    found: list[Variant] = []
     for method in methods:
         axes = dict(sweep.axes)
         fixed: dict[str, Any] = {}

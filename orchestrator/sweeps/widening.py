@@ -1,6 +1,7 @@
-"""Beyond the ends of ranges: where the best value of a method is the first or the last one, the next one is tried."""
+"""The best variants of each method; where the best value is at the end of a range, the next one beyond is tried."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 from orchestrator.sweeps.spec import six_digits
 from orchestrator.sweeps.trials import Variant
@@ -20,14 +21,14 @@ def widened(
     """
     extended = list(chosen)
     existing = set(chosen)
-    began_by_method = _by_method(begun_with)
-    for method, variants in _by_method(chosen).items():
+    began_with = by_method(begun_with)
+    for method, variants in by_method(chosen).items():
         if not all(map(scores.__contains__, variants)):
             continue
         best = min(variants, key=scores.__getitem__)
         for key in best.settings:
             values = _numbers(key, variants)
-            began = _numbers(key, began_by_method[method])
+            began = _numbers(key, began_with[method])
             value = _value_beyond(key, best, values, began)
             if value is None:
                 continue
@@ -37,13 +38,24 @@ def widened(
     return extended
 
 
-def _by_method(variants: Sequence[Variant]) -> dict[str, list[Variant]]:
+def best_of_methods(scores: Mapping[Variant, float], share: float, least: int) -> list[Variant]:
+    """Of each method the best share of its variants, and no less than so many where it has them."""
+    kept = []
+    for variants in by_method(scores).values():
+        best_first = sorted(variants, key=scores.__getitem__)
+        count = math.ceil(len(best_first) * share)
+        count = max(count, least)
+        kept += best_first[:count]
+    return kept
+
+
+def by_method(variants: Iterable[Variant]) -> dict[str, list[Variant]]:
     """Variants by the kind of their method."""
-    by_method: dict[str, list[Variant]] = {}
+    parted: dict[str, list[Variant]] = {}
     for variant in variants:
-        of_method = by_method.setdefault(variant.method, [])
+        of_method = parted.setdefault(variant.method, [])
         of_method.append(variant)
-    return by_method
+    return parted
 
 
 def _value_beyond(key: str, best: Variant, values: list[float], began: list[float]) -> float | None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from jobs import make_job
+from run_folders import claim, eval_row, steps
 from training_runs import train_job
 
 from clusters.base import Unreachable
@@ -18,6 +19,8 @@ from orchestrator.sweeps.progress import Decision, Reached
 from orchestrator.sweeps.spec import read_sweep
 from orchestrator.tracking.history import history
 from runfolder.chain import last_attempt, result
+from runfolder.requests import pause_step
+from runfolder.site import LocalSite
 
 
 def write_sweep(folder: Path, **changes: Any) -> Path:
@@ -137,3 +140,63 @@ def test_a_job_without_steps_or_held_out_rows_is_refused(tmp_path: Path) -> None
     make_job(tmp_path, train={"epochs": 1, "batch_tokens": 16})
     with pytest.raises(InputError, match=r"train\.steps: found nothing"):
         SweepDriver.of(write_sweep(tmp_path), None)
+
+
+def pause_all(path: Path, home: Path) -> None:
+    """Have all trials that are queued come to their first rung, as if workers had trained them."""
+    driver = SweepDriver.of(path, None)
+    found, _ = driver.look()
+    for place, trial in enumerate(found):
+        run_dir = home / "runs" / driver.run_id(trial)
+        attempt = claim(run_dir)
+        steps(attempt, 1, 2)
+        eval_row(attempt, 2, eval_loss=1.0 + place)
+        attempt.write_verdict({"kind": "paused", "reason": "", "evidence": ""})
+        attempt.close({"state": "cancelled", "reason": "paused"})
+        (home / "local" / "queue" / run_dir.name).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("dies_at", ["reopened", "asked", "submitted"])
+def test_a_driver_that_died_in_a_resumption_is_gone_on_with(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: str
+) -> None:
+    make_job(tmp_path, data={"train": "train.jsonl", "eval": "train.jsonl", "seq_len": 16})
+    path = write_sweep(tmp_path, rungs=[0.3, 0.6], rule="race", finalists=1, seeds=[0], widen=False)
+    SweepDriver.of(path, None).tick()
+    pause_all(path, home)
+    killed: list[str] = []
+
+    def dying(function: Callable[..., Any], when: Callable[..., bool], before: bool) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            is_last = not killed and when(*arguments)
+            if is_last and before:
+                killed.append(dies_at)
+                raise Unreachable("killed")
+            done = function(*arguments, **named)
+            if is_last:
+                killed.append(dies_at)
+                raise Unreachable("killed")
+            return done
+
+        return call
+
+    if dies_at == "submitted":
+        monkeypatch.setattr(Local, "submit", dying(Local.submit, lambda *_: True, before=True))
+    else:
+        what = "reopen" if dies_at == "reopened" else "pause"
+        asked = dying(LocalSite.ask, lambda _, __, asked, *___: asked == what, before=False)
+        monkeypatch.setattr(LocalSite, "ask", asked)
+    with pytest.raises(Unreachable):
+        SweepDriver.of(path, None).tick()
+    assert killed == [dies_at]
+    for _ in range(2):
+        SweepDriver.of(path, None).tick()
+    found, by_trial = SweepDriver.of(path, None).look()
+    assert states(found) == [("going", 2), ("going", 2), ("paused", 2)]
+    assert {by_trial[trial].state for trial, reached in found.items() if reached.state == "going"} <= {
+        "queued",
+        "preempted",
+    }
+    for trial, reached in found.items():
+        run_dir = home / "runs" / SweepDriver.of(path, None).run_id(trial)
+        assert pause_step(run_dir) == (4 if reached.state == "going" else 2)

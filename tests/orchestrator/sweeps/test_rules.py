@@ -16,7 +16,7 @@ from orchestrator.comparison.ranking import Contender, rank
 from orchestrator.sweeps.progress import Reached, steps_taken
 from orchestrator.sweeps.rules import SweepPlan
 from orchestrator.sweeps.spec import Sweep
-from orchestrator.sweeps.trials import Trial, Variant, variants_of
+from orchestrator.sweeps.trials import Trial, Variant, variants_of, with_seeds
 
 STEPS = 90
 Curve = Callable[[Trial, int], float]  # how bad a trial is at a step
@@ -36,6 +36,19 @@ def sweep(**changes: Any) -> Sweep:
 
 def methods(*kinds: str) -> list[dict[str, Any]]:
     return [{"options": {"kind": kind}} for kind in kinds]
+
+
+def test_a_final_is_not_paused_and_others_are() -> None:
+    plan = SweepPlan(sweep(rule="race", widen=False, axes={"train.lr": [1e-3, 1e-2]}, seeds=[0, 1]), STEPS)
+    first, second = with_seeds(variants_of(plan.sweep), [0])
+    assert plan.pause_of(first, {}) == 10
+    progress = {
+        first: Reached("paused", 30, {10: 1.0, 30: 1.0}),
+        second: Reached("paused", 30, {10: 2.0, 30: 2.0}),
+    }
+    final = replace(first, seed=1)
+    assert plan.pause_of(final, progress) is None and plan.pause_of(first, progress) is None
+    assert {(move.trial.seed, move.until) for move in plan.decide(progress).moves} == {(0, None), (1, None)}
 
 
 class Simulation:
