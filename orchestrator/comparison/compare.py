@@ -89,7 +89,9 @@ class Comparison:
 
     @property
     def quality(self) -> Measure:
-        """What the rows are judged by: exact match, else evaluation loss, else training loss."""
+        """What the rows are judged by: what was wanted, else exact match, evaluation loss or training loss."""
+        for ranking in self.rankings:
+            return ranking.measure
         return _quality(self.runs)
 
     def heading(self, param: str) -> str:
@@ -165,7 +167,7 @@ def arrange(runs: list[TrackedRun], title: str, uri: str, wish: RankingWish = US
         first = runs[0]
         constant[param] = first.params[param]
     rows = _comparison_rows(runs, columns)
-    quality = _quality(runs)
+    quality = _quality(runs, wish.measure)
     rows.sort(key=lambda row: _sort_key(row, quality))
     rankings, barrier = rankings_of(rows, quality, wish)
     in_order = []
@@ -209,11 +211,12 @@ def _last_part(param: str) -> str:
     return last
 
 
-def _quality(runs: Iterable[TrackedRun]) -> Measure:
-    """The first of the three measures of quality that some run has, else the last."""
+def _quality(runs: Iterable[TrackedRun], wanted: str | None = None) -> Measure:
+    """The first of the three measures of quality that is wanted and that some run has, else the last."""
     reported = _reported(runs)
     for measure in MEASURES[:2]:
-        if measure.key in reported:
+        is_wanted = wanted in (None, measure.key)
+        if is_wanted and measure.key in reported:
             return measure
     return MEASURES[2]
 

@@ -16,10 +16,11 @@ _USUAL_REFERENCE = "lora"  # what users ask whether they can beat
 
 @dataclass(frozen=True)
 class RankingWish:
-    """What somebody wants of rankings: the label or method of the reference, and one ranking whatever differs."""
+    """What somebody wants of rankings: the label or method of the reference, one for all, a measure."""
 
     reference: str | None = None
     together: bool = False
+    measure: str | None = None
     read: ReadResults = read_results
 
 

@@ -29,7 +29,8 @@ def conclude(driver: SweepDriver, found: FoundTrials, progress: CollectProgress)
     finished = [run for run in runs if run.run_id in judged]
     if not finished:
         raise InputError(with_reasons("no trial has succeeded", undelivered))
-    wish = RankingWish(_reference(driver, found))
+    reference = _reference(driver, found)
+    wish = RankingWish(reference, measure=driver.sweep.measure)
     comparison = arrange(finished, f"sweep {driver.sweep.name}", shown_uri, wish)
     gather(mlflow, driver.sweep, driver.digest, runs, comparison.verdict)
     return replace(comparison, undelivered=undelivered)

@@ -104,6 +104,18 @@ def test_losses_are_better_where_they_are_lower() -> None:
     assert second.finding == "reference"
 
 
+def test_the_measure_can_be_chosen_and_names_are_short() -> None:
+    runs = []
+    for kind, rank_, loss in (("lora", "8", 1.0), ("ia3", "", 2.0)):
+        run = tracked("same", 0.5, method__kind=kind, method__rank=rank_, method__target="all, of, them")
+        runs.append(replace(run, metrics={**run.metrics, "eval_loss": loss, "eval_exact_match": loss / 10}))
+    by_match = arrange(runs, "e", "uri")
+    assert [row.label for row in by_match.rows] == ["same (ia3)", "same (lora)"]
+    by_loss = arrange(runs, "e", "uri", RankingWish(measure="eval_loss"))
+    assert [row.label for row in by_loss.rows] == ["same (lora)", "same (ia3)"]
+    assert by_loss.quality.key == "eval_loss"
+
+
 def test_the_reference_can_be_chosen_and_must_be_there() -> None:
     found = compared({"lora": 0.0, "full": 0.6}, reference="full")
     assert found.rankings[0].reference.label == "full"
