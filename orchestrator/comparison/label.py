@@ -31,7 +31,8 @@ def labels_of(groups: list[RunGroup], columns: list[str]) -> list[str]:
     found = []
     for place, group in enumerate(groups):
         first = group[0]
-        label = labels.get(place, first.run_id)
+        run_id = first.run_id
+        label = labels.get(place, run_id)
         found.append(label)
     return found
 

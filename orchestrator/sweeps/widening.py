@@ -43,7 +43,8 @@ def best_of_methods(scores: Mapping[Variant, float], share: float, least: int) -
     kept = []
     for variants in by_method(scores).values():
         best_first = sorted(variants, key=scores.__getitem__)
-        count = math.ceil(len(best_first) * share)
+        kept_share = len(best_first) * share
+        count = math.ceil(kept_share)
         count = max(count, least)
         kept += best_first[:count]
     return kept
