@@ -70,7 +70,8 @@ class SweepDriver:
         """What the trials that were begun have come to, as their folders say."""
         found: FoundTrials = {}
         by_trial: StatusByTrial = {}
-        existing = set(Handle("", self.cluster).site.ids())
+        place = Handle("", self.cluster)
+        existing = set(place.site.ids())
         looked_at: set[Trial] = set()
         while True:
             trials = self.plan.trials(found)
@@ -128,7 +129,8 @@ class SweepDriver:
             if reached.state == "going":
                 run_id = self.run_id(trial)
                 going[run_id] = trial
-        site = Handle("", self.cluster).site
+        place = Handle("", self.cluster)
+        site = place.site
         folders = site.snapshots(going)
         for run_id, trial in going.items():
             pause = self.plan.pause_of(trial, found)
@@ -149,7 +151,8 @@ class SweepDriver:
             verb = "resume" if move.trial in found else "submit"
             run_id = self.run_id(move.trial)
             settings = _described(move.trial)
-            lines.append(f"{verb} {run_id} up to step {goal}: {settings}")
+            line = f"{verb} {run_id} up to step {goal}: {settings}"
+            lines.append(line)
         return lines
 
     @property
