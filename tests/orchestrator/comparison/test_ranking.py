@@ -14,8 +14,10 @@ from tracked_runs import tracked
 
 from orchestrator.comparison import report
 from orchestrator.comparison.compare import Comparison, arrange
-from orchestrator.comparison.outcomes import ResultsByKey, read_results
+from orchestrator.comparison.measure import MEASURES
+from orchestrator.comparison.outcomes import QualityByRow, ResultsByKey, read_results
 from orchestrator.comparison.places import RankingWish
+from orchestrator.comparison.ranking import Contender, rank
 from orchestrator.comparison.run import TrackedRun
 from orchestrator.errors import InputError
 from runfolder.folders import home
@@ -176,3 +178,29 @@ def test_a_thousand_runs_are_ranked_and_drawn_soon() -> None:
     page = report.page(arrange(runs, "e", "uri"))
     assert len(page) < 5 << 20
     assert time.process_time() - began < 60  # of a slow machine; 2 s are aimed at
+
+
+def any_difference_seen(count: int, configurations: int = 8) -> float:
+    """Of so many rankings of equal configurations, the share in which any is called better or worse."""
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(count):
+        ease = rng.normal(size=200)
+        contenders = []
+        for number in range(configurations):
+            moved = 0.3 * rng.normal(size=200) + 0.04 * rng.normal(size=(4, 1))
+            right = ease + moved + 0.3 * rng.normal(size=(4, 200)) > 0
+            outcome = QualityByRow(tuple("0123"), right.astype(float))
+            contenders.append(Contender(number, str(number), outcome))
+        findings = {each.finding for each in rank(contenders, MEASURES[0], 0).ranked}
+        alarms += bool(findings & {"better", "worse"})
+    return alarms / count
+
+
+def test_among_many_equal_ones_none_seems_better_in_a_sample() -> None:
+    assert any_difference_seen(60) <= 0.15
+
+
+@pytest.mark.soak
+def test_among_many_equal_ones_none_seems_better() -> None:
+    assert any_difference_seen(1000) <= 0.065
