@@ -19,6 +19,7 @@ from orchestrator import (
     k8s_commands,
     look_commands,
     serve_commands,
+    sweep_commands,
 )
 from orchestrator.arguments import ClusterOption, JobArgument, RunArgument, SetOption, YesOption
 from orchestrator.terminal import (
@@ -49,6 +50,7 @@ app.add_typer(k8s_commands.k8s_app, name="k8s")
 app.add_typer(look_commands.look_app)
 app.add_typer(evaluate_commands.evaluate_app)
 app.add_typer(serve_commands.serve_app)
+app.add_typer(sweep_commands.sweep_app)
 
 
 @app.callback()

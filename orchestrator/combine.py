@@ -86,7 +86,9 @@ def report_of(ingredients: list[Ingredient], recipe: "Recipe", combination: "Com
     for ingredient in ingredients:
         parent = {"adapter": ingredient.name, "weight": ingredient.weight, "scores": ingredient.scores}
         parents.append(parent)
-    ranks = [factors.rank for factors in combination.adapter.updates.values()]
+    ranks = []
+    for factors in combination.adapter.updates.values():
+        ranks.append(factors.rank)
     return {
         "how": recipe.how,
         "rank": max(ranks),

@@ -42,8 +42,10 @@ def pause(reference: str, step: int | None = None, cluster: str | None = None) -
     return run.run_id
 
 
-def resume(reference: str, cluster: str | None = None) -> str:
+def resume(reference: str, cluster: str | None = None, pause_at: int | None = None) -> str:
     """Let a run that has no success go on from its newest checkpoint, and give its id; repeat it safely.
+
+    `pause_at`: the step after which it is to pause again, asked before anything of it starts.
 
     Raises InputError for a run that has succeeded, or whose data or base are not those of its submission any more.
     """
@@ -55,6 +57,8 @@ def resume(reference: str, cluster: str | None = None) -> str:
     expected_start(backend, request)  # where the cluster would never start it, the run stays as it is
     renewed = _renewed_secrets(run, record.get("secrets", []), request.secrets)
     ended = _ask(run, "reopen")
+    if pause_at is not None:
+        _ask(run, "pause", pause_at)
     run.site.write_secrets(run.run_id, renewed)
     try:
         backend.submit(request)

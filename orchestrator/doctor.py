@@ -262,7 +262,10 @@ def _deliveries() -> Iterator[Check]:
             yield Check("deliveries", "fail", reason, f"{trouble.fix}; then: fleetune compare")
         else:
             yield Check("deliveries", "warn", reason, "it is delivered when MLflow answers")
-    others = [path.name for path in undelivered() if path.name not in by_run_id]
+    others = []
+    for path in undelivered():
+        if path.name not in by_run_id:
+            others.append(path.name)
     if others:
         yield Check("deliveries", "warn", f"{_shortened(others)}: not all in MLflow yet", "fleetune compare")
     if not by_run_id and not others:

@@ -89,7 +89,9 @@ def _marked(text: str, mark: str) -> str:
     """A text with a mark in front of each line."""
     lines = text.split("\n")
     last = lines.pop()  # empty
-    marked = [f"{mark}{line}\n" for line in lines]
+    marked = []
+    for line in lines:
+        marked.append(f"{mark}{line}\n")
     return "".join(marked) + last
 
 

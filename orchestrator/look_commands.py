@@ -63,13 +63,21 @@ def compare_command(
     experiment: Annotated[str | None, typer.Option("--experiment", help="Only runs of this experiment.")] = None,
     uri: Annotated[str | None, typer.Option("--uri", help="Another MLflow than the default one.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a report to this file.")] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="The run or method that others are held against: lora.")
+    ] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="One ranking, also of other data, budgets and versions.")
+    ] = False,
     cluster: ClusterOption = None,
     as_json: Json = False,
 ) -> None:
     """Show what runs differ in, and what came of it."""
     from orchestrator.comparison.compare import compare
+    from orchestrator.comparison.places import RankingWish
 
-    comparison = compare(experiment, uri, cluster, count_delivered)
+    wish = RankingWish(reference, together)
+    comparison = compare(experiment, uri, cluster, count_delivered, wish)
     warn_of_undelivered(comparison.undelivered)
     if html:
         from orchestrator.comparison.report import write_report

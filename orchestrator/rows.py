@@ -166,7 +166,10 @@ def _chosen_rows(stream: Iterator[RowOrPreference], number: int | None) -> list[
     """The row of this number, or the first ones."""
     if number is None:
         return list(islice(stream, _EXAMPLES))
-    chosen = [row for row in stream if row.number == number]
+    chosen = []
+    for row in stream:
+        if row.number == number:
+            chosen.append(row)
     if not chosen:
         raise InputError(f"--row: found {number}; allowed: the number of a row, from 1 (in .jsonl: its line)")
     return chosen

@@ -41,7 +41,9 @@ def list_lines(runs: Sequence[Status], width: int) -> Iterator[str]:
 
 def _widest_reason(rows: Sequence[Cells]) -> int:
     """How many columns reasons need."""
-    widths = [len(row["reason"]) for row in rows]
+    widths = []
+    for row in rows:
+        widths.append(len(row["reason"]))
     return max(widths, default=0)
 
 

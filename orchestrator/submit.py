@@ -93,11 +93,14 @@ def submit(
     cluster: str | None = None,
     overrides: Iterable[str] = (),
     run_id: str | None = None,
+    pause_at: int | None = None,
     progress: SourceProgress = lambda _source, _rows: None,
     sent: Sent = lambda _file, _bytes, _total: None,
     announce: Callable[[Submission], None] = lambda _: None,
 ) -> Submission:
     """Check a job and hand it to a cluster; raises InputError (nothing was started) or Unreachable (repeat it).
+
+    `pause_at`: the step after which the run is to pause, asked before anything of it starts.
 
     Of several clusters, `a,b`, the one that would start it first gets it.
     `progress` is called with a data source and the number of its rows that are looked at; `sent` with a file or base
@@ -106,7 +109,16 @@ def submit(
     """
     names = cluster_names(cluster or default_cluster())
     job, folder = read_job(source, overrides)
-    submit_to = partial(_submit_to, job, folder, run_id=run_id, progress=progress, sent=sent, announce=announce)
+    submit_to = partial(
+        _submit_to,
+        job,
+        folder,
+        run_id=run_id,
+        pause_at=pause_at,
+        progress=progress,
+        sent=sent,
+        announce=announce,
+    )
     if len(names) == 1:
         return submit_to(names[0], why=None)
     return on_chosen_cluster(names, job, run_id, lambda choice: submit_to(choice.cluster, why=choice.why))
@@ -119,6 +131,7 @@ def _submit_to(
     *,
     why: str | None,
     run_id: str | None,
+    pause_at: int | None,
     progress: SourceProgress,
     sent: Sent,
     announce: Callable[[Submission], None],
@@ -140,6 +153,8 @@ def _submit_to(
         expected_start(backend, request)  # where the cluster would never start it, nothing is made
         remember(chosen_id, cluster)
         adopted = _create_or_adopt(backend.site, chosen_id, frozen)
+        if pause_at is not None:
+            _ask_pause(backend.site, chosen_id, pause_at)
         backend.site.write_secrets(chosen_id, secret_values(request.secrets) | secrets_of(job))
         try:
             _hand_over(backend, request, adopted)
@@ -224,6 +239,13 @@ def _hand_over(cluster: Cluster, request: ClusterRequest, adopted: bool) -> None
         status = cluster.status([run_id])[run_id]
         if status.state == "unknown":
             raise Unreachable(f"run {run_id}: {status.reason}")
+
+
+def _ask_pause(site: Site, run_id: str, step: int) -> None:
+    """Have a run of which nothing has begun pause after a step; one that has begun was asked before that."""
+    found = site.snapshots([run_id])[run_id]
+    if found.attempt == 0:
+        site.ask(run_id, "pause", step)
 
 
 def _identity(frozen: Mapping[str, Any]) -> str:

@@ -169,7 +169,10 @@ class Watch:
     def _verdict_on_saved(self) -> Verdict | None:
         """How an attempt ended that has saved and returned before its end; None for one that came to it."""
         events = read_lines(self._attempt, "events.jsonl")
-        stops = [event for event in events if event["event"] == "stopped"]
+        stops = []
+        for event in events:
+            if event["event"] == "stopped":
+                stops.append(event)
         if not stops:
             return None
         step = stops[-1]["step"]
@@ -205,7 +208,9 @@ class Watch:
     def _signs_of_life(self) -> dict[Path, tuple[int, int]]:
         """What changes when workers write something, or show that they are alive: times and sizes of files."""
         folder = self._attempt.folder
-        paths = [folder / name for name in ("metrics.jsonl", "events.jsonl", "alive")]
+        paths = []
+        for name in ("metrics.jsonl", "events.jsonl", "alive"):
+            paths.append(folder / name)
         paths.extend(folder.glob("logs/rank-*.log"))
         signs = {}
         for path in paths:

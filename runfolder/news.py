@@ -21,13 +21,16 @@ from runfolder.chain import Attempt, last_slot, result, settle, slots
 from runfolder.delivered import tracked_run
 from runfolder.files import list_names, read_json, refresh, sha256
 from runfolder.record import load_job
+from runfolder.row_results import last_row_results
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError)  # what reading a damaged run raises
 TRIP_BYTES = 4 << 20  # of files in one answer, and at most one file that comes whole beyond that
 _LARGEST_WHOLE = 1 << 20  # the largest file of an output that comes: weights stay where they are
+_LARGEST_RESULTS = 4 << 20  # the largest file of an evaluation's rows that comes, of a run that has ended
 _APPENDED = re.compile(r"attempts/([1-9]\d{0,8})/((?:events|metrics|system)\.jsonl)")
 _WHOLE = re.compile(
     r"(?:job\.yaml|run\.json|result\.json|mlflow/run\.json|attempts/[1-9]\d{0,8}/(?:claim|seals|verdict)\.json"
+    r"|attempts/[1-9]\d{0,8}/evaluations/step-\d{1,15}\.jsonl"
     r"|output(?:/(?!\.{1,2}(?:/|\Z))[^/\0]{1,255}){1,9})"
 )
 
@@ -127,11 +130,24 @@ def mirrored_files(run_dir: Path) -> list[str]:
             files.append(f"attempts/{slot.number}/{name}")
     if _has_shared_run(run_dir):
         files.append("mlflow/run.json")
+    with suppress(*UNREADABLE):  # half a mirror: the file comes last
+        files += _last_evaluation(run_dir)
     for path in (run_dir / "output").rglob("*"):
         if path.is_file() and path.stat().st_size <= _LARGEST_WHOLE:
             file = path.relative_to(run_dir)
             files.append(file.as_posix())
     return [file for file in files if _APPENDED.fullmatch(file) or _WHOLE.fullmatch(file)]
+
+
+def _last_evaluation(run_dir: Path) -> list[str]:
+    """The file of the last evaluation of a run that has ended, unless it is too large."""
+    if result(run_dir) is None:
+        return []
+    path = last_row_results(run_dir)
+    if path is None or path.stat().st_size > _LARGEST_RESULTS:
+        return []
+    file = path.relative_to(run_dir)
+    return [file.as_posix()]
 
 
 def state_of(path: Path, file: str) -> int | str:

@@ -3,17 +3,16 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import starmap
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from methods.options.base import known_positions
-from trainer.answers import matches
+from runfolder.row_results import write_row_results
 from trainer.data.batches import Batches, layout_of
-from trainer.data.examples import GlobalBatch
+from trainer.data.examples import Examples, GlobalBatch
 from trainer.data.tokens import EvaluationPrompt, virtual_ids
 from trainer.end_tokens import until_end
 from trainer.generation import PromptGroup, groups, rounds
@@ -21,19 +20,13 @@ from trainer.greedy import TokenRows, greedily, left_padded
 from trainer.objectives.base import TensorsByName, Totals
 from trainer.progress import counted
 from trainer.reference import know_reference
+from trainer.row_results import Answer, ExampleLosses, JudgedRows, all_answers, judged_tensors, share_correct
 from trainer.run import Run
-from trainer.step import NamedSums, add_shares, micro_batches, prepared, reduced
+from trainer.step import NamedSums, add_shares, dealt_to_rank, prepared, reduced
 from trainer.world import World
 
 SAMPLES = 5
 StopCriterion = Callable[..., torch.Tensor]  # from ids and scores to whether each row ends
-
-
-class Answer(NamedTuple):
-    """What the model wrote for a prompt, which is named by its number."""
-
-    prompt: int
-    text: str
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,7 @@ class Evaluator:
     """The held-out rows of a job; none when it names no evaluation data."""
 
     world: World
+    examples: Examples | None
     batches: Batches | None
     prompts: list[EvaluationPrompt]
     max_new_tokens: int
@@ -52,7 +46,7 @@ class Evaluator:
         objective = run.objective
         source = job.data.eval
         if source is None:
-            return cls(run.world, None, [], 0)
+            return cls(run.world, None, None, [], 0)
         rows = job.evaluation.rows
         held_out = objective.read(source)
         examples = held_out.first(rows)
@@ -63,7 +57,7 @@ class Evaluator:
         prompts: list[EvaluationPrompt] = []
         if new_tokens:
             prompts = objective.prompts(source)
-        return cls(run.world, batches, prompts[:rows], new_tokens)
+        return cls(run.world, examples, batches, prompts[:rows], new_tokens)
 
     def evaluate(self, run: Run, step: int) -> None:
         """Judge the model after a step and append the metrics to metrics.jsonl; every rank calls it.
@@ -71,29 +65,44 @@ class Evaluator:
         Raises Stopped where there is no time left for that; the next attempt does it then.
         """
         batches = self.batches
-        if batches is None:
+        examples = self.examples
+        if batches is None or examples is None:
             return
         model = run.model
+        device = self.world.device
+        losses = ExampleLosses.of(examples, device)
+        answers: list[Answer] = []
         model.eval()
         began = time.time()
         try:
             with torch.no_grad():
-                metrics = self._metrics(run, step, batches)
+                metrics = self._metrics(run, step, batches, losses)
                 if self.prompts:
-                    metrics["eval_exact_match"] = self._exact_match(run, step)
+                    answers = self._written(run, step)
         finally:
             model.train()
+        judged = JudgedRows(examples, self.prompts, losses, answers)
         if self.world.leads:
-            row = {"step": step, "time": time.time(), **metrics}
-            run.attempt.append("metrics.jsonl", row)
-            run.attempt.event("evaluated", step=step, seconds=row["time"] - began)
-            words = [f"step {step}"]
-            for name, value in metrics.items():
-                words.append(f"{name} {value:.4f}")
-            print("  ".join(words), flush=True)
+            self._report(run, step, metrics, judged, began)
 
-    def _metrics(self, run: Run, step: int, batches: Batches) -> dict[str, float]:
-        """The objective's loss over all held-out rows, and what it logs beside it."""
+    def _report(self, run: Run, step: int, metrics: dict[str, float], judged: JudgedRows, began: float) -> None:
+        """Keep what was found of each row, then append the metrics, so that these are never there without it."""
+        attempt = run.attempt
+        found = list(judged.results(run))
+        write_row_results(attempt, step, found)
+        if self.prompts:
+            metrics["eval_exact_match"] = share_correct(found)
+        row = {"step": step, "time": time.time(), **metrics}
+        attempt.append("metrics.jsonl", row)
+        attempt.event("evaluated", step=step, seconds=row["time"] - began)
+        words = [f"step {step}"]
+        for name, value in metrics.items():
+            words.append(f"{name} {value:.4f}")
+        line = "  ".join(words)
+        print(line, flush=True)
+
+    def _metrics(self, run: Run, step: int, batches: Batches, losses: ExampleLosses) -> dict[str, float]:
+        """The objective's loss over all held-out rows, and what it logs beside it; `losses` takes those of each."""
         attempt = run.attempt
         objective = run.objective
         held_out = self._held_out(run, step, batches)
@@ -107,9 +116,10 @@ class Evaluator:
         for batch in counted(attempt, self.world, step, "rows", held_out, _row_count):
             attempt.note_progress()
             run.stops.leave_if_warned(step)
-            for shares in self._shares(run, batch, relative):
+            for shares in self._shares(run, batch, relative, losses):
                 add_shares(sums, shares)
         summed = reduced(sums)
+        losses.reduced()
         means = {}
         for name, value in summed.items():
             mean_of_all = value / unit
@@ -124,7 +134,8 @@ class Evaluator:
     def _held_out(self, run: Run, step: int, batches: Batches) -> list[GlobalBatch]:
         """The held-out batches; what the model writes for them where the objective learns from that."""
         objective = run.objective
-        held_out = [batches.batch(k) for k in range(batches.steps)]
+        numbers = range(batches.steps)
+        held_out = list(map(batches.batch, numbers))
         if not objective.generates:
             return held_out
         written = []
@@ -134,37 +145,44 @@ class Evaluator:
             written.append(objective.rolled_out(batch, rollout))
         return written
 
-    def _shares(self, run: Run, batch: GlobalBatch, divisors: Totals) -> Iterator[TensorsByName]:
+    def _shares(
+        self, run: Run, batch: GlobalBatch, divisors: Totals, losses: ExampleLosses
+    ) -> Iterator[TensorsByName]:
         """What each of this rank's micro-batches adds to the sums, by name: loss and metrics, over the divisors."""
         model = run.model
         objective = run.objective
         totals = objective.totals(batch)
-        stream = micro_batches(run, batch)
+        dealt = dealt_to_rank(run, batch)
+        judged = partial(judged_tensors, run, batch.examples)
+        stream = map(judged, dealt)
         passes, known = prepared(run, stream, totals)
-        for micro_batch in passes:
+        for micro, micro_batch in zip(dealt, passes, strict=True):
             shares = objective.judge(model, micro_batch, divisors, known)
+            each = shares.each
+            if objective.generates:  # of other documents than those of the source
+                each = None
+            losses.add(micro, each)
             yield {**shares.metrics, "loss": shares.loss}
 
-    def _exact_match(self, run: Run, step: int) -> float:
-        """The share of all prompts whose greedy continuation is the answer; one that fills all positions has none."""
+    def _written(self, run: Run, step: int) -> list[Answer]:
+        """The greedy continuation of all prompts, on every rank; one that fills all positions has none."""
         world = self.world
-        prompts = self.prompts
         rows = self.prompt_rows(run)
         continued = self.prompt_groups(run, rows)
         if world.leads:
             self._tell_limits(run, step, continued)
-        matched = torch.zeros((), device=world.device)
+        written: list[Answer] = []
         dealt = list(rounds(continued, world.size))
         told = counted(run.attempt, world, step, "answers", dealt, _prompts_of)
         for number, round_ in enumerate(told):
             run.stops.leave_if_warned(step)
             answers = self._answers(run, round_, rows)
-            matched += self._count_matched(answers)
-            if number == 0 and world.leads:
-                self._show(run, step, answers[:SAMPLES])
-        dist.all_reduce(matched)
-        asked = len(prompts)
-        return float(matched) / asked
+            written += answers
+            is_first = number == 0
+            if is_first and world.leads:
+                samples = answers[:SAMPLES]
+                self._show(run, step, samples)
+        return all_answers(world, written)
 
     def prompt_rows(self, run: Run) -> TokenRows:
         """The ids of each prompt, with virtual ones in front."""
@@ -177,15 +195,6 @@ class Evaluator:
         lengths = [len(row) for row in rows]
         positions = positions_left(run)
         return groups(lengths, self.max_new_tokens, positions)
-
-    def _count_matched(self, answers: list[Answer]) -> int:
-        """How many of some answers are those of the data."""
-        count = 0
-        for answer in answers:
-            prompt = self.prompts[answer.prompt]
-            if matches(answer.text, prompt.answer):
-                count += 1
-        return count
 
     def _answers(self, run: Run, round_: list[PromptGroup], rows: TokenRows) -> list[Answer]:
         """What the model writes in a round for this rank's group."""
@@ -205,9 +214,10 @@ class Evaluator:
         """Say of how many prompts the base's positions leave too little, or nothing."""
         fitting = short = 0
         for group in continued:
-            fitting += len(group.prompts)
+            count = len(group.prompts)
+            fitting += count
             if group.new_tokens < self.max_new_tokens:
-                short += len(group.prompts)
+                short += count
         asked = len(self.prompts)
         without = asked - fitting
         if without or short:

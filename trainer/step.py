@@ -131,13 +131,14 @@ def dealt_to_rank(run: Run, global_batch: GlobalBatch) -> list[MicroBatch]:
 
 def micro_batch_tensors(run: Run, examples: Examples, micro: MicroBatch) -> BatchTensors:
     """What the objective reads of a micro-batch, on this rank's device."""
+    device = run.world.device
     objective = run.objective
     arrays = objective.arrays(examples, micro)
     if objective.kernels.in_one_row:
         arrays = with_starts(arrays)
     batch = {}
     for name, array in arrays.items():
-        batch[name] = to_device(array, run.world.device)
+        batch[name] = to_device(array, device)
     return batch
 
 

@@ -1,9 +1,12 @@
 """What stands in the lines of a comparison in a terminal: measures, differences, seeds, and what all rows share."""
 
+import math
 from collections.abc import Iterator
 
-from orchestrator.comparison.compare import Comparison, ComparisonRow, display_value
+from orchestrator.comparison.compare import Comparison, display_value
 from orchestrator.comparison.measure import Measure
+from orchestrator.comparison.outcomes import EXACT_MATCH
+from orchestrator.comparison.row import ComparisonRow
 
 STYLES = {"failed": "red", "cancelled": "yellow", "running": "cyan"}  # of rows, by their state
 _LEFT_OUT = {"best_loss", "tokens_per_second"}  # in the report and the JSON; a terminal is narrow
@@ -40,12 +43,61 @@ def cell(row: ComparisonRow, measure: Measure, joint: str = " ") -> str:
 def measure_cells(comparison: Comparison, row: ComparisonRow) -> list[str]:
     """The measures of a row, each with its spread below; and its state, where states are shown."""
     cells = []
+    if comparison.shows_ranks:
+        cells.append(gap_text(comparison, row))
     for measure in shown_measures(comparison):
         text = cell(row, measure, "\n")
         cells.append(text)
     if has_unfinished(comparison):
         cells.append(row.state)
     return cells
+
+
+def difference_heading(comparison: Comparison) -> str:
+    """What stands above the differences to the reference."""
+    first = comparison.rankings[0]
+    reference = first.reference.label
+    return f"against {reference}"
+
+
+def gap_text(comparison: Comparison, row: ComparisonRow) -> str:
+    """By how much a row is better than the reference of its ranking, and below it the interval of that."""
+    place = comparison.place_of(row)
+    if place is None:
+        return "-"
+    ranking, ranked = place
+    if ranked.finding == "reference":
+        return "reference"
+    if not math.isfinite(ranked.difference.error):
+        return "one seed"
+    gain, low, high = ranking.gain(ranked)
+    estimate = _with_sign(ranking.measure, gain)
+    lower = _with_sign(ranking.measure, low)
+    upper = _with_sign(ranking.measure, high)
+    return f"{estimate}\n{lower} to {upper}"
+
+
+def _with_sign(measure: Measure, difference: float) -> str:
+    """A difference with its sign: of shares in points."""
+    if measure.key == EXACT_MATCH:
+        points = 100 * difference
+        return f"{points:+.1f}"
+    return f"{difference:+.4f}"
+
+
+def rank_text(comparison: Comparison, row: ComparisonRow) -> str:
+    """The rank of a row, shared by all that are not shown worse than the best of them; empty where it has none."""
+    place = comparison.place_of(row)
+    if place is None or not comparison.shows_ranks:
+        return ""
+    _, ranked = place
+    return f"{ranked.rank}. "
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """The verdict, and what keeps rows apart."""
+    found = (comparison.verdict, comparison.barrier)
+    return list(filter(None, found))
 
 
 def caption(comparison: Comparison) -> str | None:

@@ -1,15 +1,19 @@
 """Runs side by side, as MLflow has them: what differs in their configuration, and what came of it."""
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from orchestrator.comparison.conclusion import conclusion
 from orchestrator.comparison.group import SEED, groups_of
 from orchestrator.comparison.label import labels_of
 from orchestrator.comparison.measure import MEASURES, Measure
+from orchestrator.comparison.places import USUAL, RankingWish, rankings_of
+from orchestrator.comparison.ranking import Ranked, Ranking
+from orchestrator.comparison.row import ComparisonRow
+from orchestrator.comparison.row import Metric as Metric
 from orchestrator.comparison.run import TrackedRun, load_runs
 from orchestrator.errors import InputError
 from orchestrator.tracking.collect import CollectProgress, deliver_all, with_reasons
@@ -30,80 +34,11 @@ def display_value(param: str, value: str) -> str:
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A measure over the runs of a row; std is the sample's, 0 for one run."""
-
-    mean: float
-    std: float
-    n: int
-
-    def to_json(self) -> dict[str, float | None]:
-        """The metric as plain data; a value that is not finite is null."""
-        mean = _finite(self.mean)
-        std = _finite(self.std)
-        return {"mean": mean, "std": std, "n": self.n}
-
-
-@dataclass(frozen=True)
-class ComparisonRow:
-    """Runs that differ in nothing but the seed."""
-
-    label: str
-    state: str
-    differences: dict[str, str]
-    runs: tuple[TrackedRun, ...]
-
-    @property
-    def seeds(self) -> list[str]:
-        """The seeds of its runs, in numeric order."""
-        seeds = []
-        for run in self.runs:
-            seed = run.params.get(SEED, "?")
-            seeds.append(seed)
-        return sorted(seeds, key=_numeric)
-
-    def metric(self, key: str) -> Metric | None:
-        """Mean and spread of a measure; None where no run has it."""
-        values = []
-        for run in self.runs:
-            if key in run.metrics:
-                values.append(run.metrics[key])
-        if not values:
-            return None
-        std = _standard_deviation(values)
-        number = len(values)
-        mean = math.fsum(values) / number
-        return Metric(mean, std, number)
-
-    def to_json(self) -> dict[str, Any]:
-        """The row as plain data, for JSON."""
-        metrics = {}
-        for measure in MEASURES:
-            metric = self.metric(measure.key)
-            if metric is not None:
-                metrics[measure.key] = metric.to_json()
-        run_ids = []
-        mlflow_run_ids = []
-        for run in self.runs:
-            run_ids.append(run.run_id)
-            mlflow_run_ids.append(run.mlflow_run_id)
-        return {
-            "label": self.label,
-            "state": self.state,
-            "n": len(self.runs),
-            "seeds": self.seeds,
-            "run_ids": run_ids,
-            "mlflow_run_ids": mlflow_run_ids,
-            "differences": self.differences,
-            "figures": metrics,
-        }
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Rows, best first; `constant` holds what all runs share, `columns` the params in which they differ.
 
     `undelivered`: run id or cluster -> why MLflow has not got all of it; such runs are not here, or not wholly.
+    `rankings`: of the rows that succeeded, one for each kind of run; `barrier` says why there are several.
     """
 
     title: str
@@ -112,6 +47,28 @@ class Comparison:
     columns: list[str]
     rows: list[ComparisonRow]
     undelivered: dict[str, str] = field(default_factory=dict)
+    rankings: tuple[Ranking, ...] = ()
+    barrier: str | None = None
+
+    @property
+    def verdict(self) -> str | None:
+        """What the largest ranking says; None where nothing is to be compared."""
+        if not self.rankings or len(self.rankings[0].ranked) < 2:
+            return None
+        return conclusion(self.rankings[0])
+
+    def place_of(self, row: ComparisonRow) -> tuple[Ranking, Ranked] | None:
+        """The ranking that has a row, and what it says of it; None where none has it."""
+        for ranking in self.rankings:
+            for ranked in ranking.ranked:
+                if ranked.contender.label == row.label:
+                    return ranking, ranked
+        return None
+
+    @property
+    def shows_ranks(self) -> bool:
+        """Whether any difference has an interval."""
+        return any(ranking.says_something for ranking in self.rankings)
 
     @property
     def runs(self) -> list[TrackedRun]:
@@ -133,7 +90,9 @@ class Comparison:
 
     @property
     def quality(self) -> Measure:
-        """What the rows are judged by: exact match, else accuracy, else evaluation loss, else training loss."""
+        """What rows are judged by: what was wanted, else exact match, accuracy, evaluation loss or training loss."""
+        for ranking in self.rankings:
+            return ranking.measure
         return _quality(self.runs)
 
     def heading(self, param: str) -> str:
@@ -154,6 +113,9 @@ class Comparison:
             "columns": self.columns,
             "rows": rows,
             "undelivered": self.undelivered,
+            "verdict": self.verdict,
+            "barrier": self.barrier,
+            "rankings": [ranking.to_json() for ranking in self.rankings],
         }
 
 
@@ -162,11 +124,13 @@ def compare(
     uri: str | None,
     cluster: str | None = None,
     progress: CollectProgress = lambda _cluster, _runs: None,
+    wish: RankingWish = USUAL,
 ) -> Comparison:
     """Read the runs of an experiment (None: of all) from MLflow, which first gets what it lacks of runs.
 
     Of those that this machine has or knows of, that is, and of a cluster's. Raises InputError for an experiment that
-    is not there and where MLflow refuses to answer, ConnectionError where it cannot be reached.
+    is not there, a reference that is none of its rows, and where MLflow refuses to answer, ConnectionError where it
+    cannot be reached.
     """
     undelivered = deliver_all(cluster, progress)
     uri = resolve(uri)
@@ -188,12 +152,12 @@ def compare(
             raise InputError(f"{problem}; {diagnosis.fix}") from error
         raise ConnectionError(problem) from error
     title = experiment or "all experiments"
-    comparison = arrange(runs, title, shown_uri)
+    comparison = arrange(runs, title, shown_uri, wish)
     return replace(comparison, undelivered=undelivered)
 
 
-def arrange(runs: list[TrackedRun], title: str, uri: str) -> Comparison:
-    """Group runs that differ in the seed alone, and sort the groups, best first."""
+def arrange(runs: list[TrackedRun], title: str, uri: str, wish: RankingWish = USUAL) -> Comparison:
+    """Group runs that differ in the seed alone, rank the groups, and sort them, best first."""
     columns = []
     constant = {}
     for param in _compared_params(runs):
@@ -204,9 +168,19 @@ def arrange(runs: list[TrackedRun], title: str, uri: str) -> Comparison:
         first = runs[0]
         constant[param] = first.params[param]
     rows = _comparison_rows(runs, columns)
-    quality = _quality(runs)
+    quality = _quality(runs, wish.measure)
     rows.sort(key=lambda row: _sort_key(row, quality))
-    return Comparison(title, uri, constant, columns, rows)
+    rankings, barrier = rankings_of(rows, quality, wish)
+    in_order = []
+    for ranking in rankings:
+        for each in ranking.ranked:
+            in_order.append(each.contender.number)
+    unranked = set(range(len(rows))) - set(in_order)
+    in_order += sorted(unranked)
+    ordered = []
+    for number in in_order:
+        ordered.append(rows[number])
+    return Comparison(title, uri, constant, columns, ordered, {}, rankings, barrier)
 
 
 def _compared_params(runs: list[TrackedRun]) -> list[str]:
@@ -240,12 +214,13 @@ def _last_part(param: str) -> str:
     return last
 
 
-def _quality(runs: Iterable[TrackedRun]) -> Measure:
-    """The first of the measures of quality that some run has, else the last."""
+def _quality(runs: Iterable[TrackedRun], wanted: str | None = None) -> Measure:
+    """The first of the measures of quality that is wanted and that some run has, else the last."""
     reported = _reported(runs)
     *preferred, last = MEASURES[:QUALITIES]
     for measure in preferred:
-        if measure.key in reported:
+        is_wanted = wanted in (None, measure.key)
+        if is_wanted and measure.key in reported:
             return measure
     return last
 
@@ -270,19 +245,3 @@ def _sort_key(row: ComparisonRow, quality: Measure) -> tuple[bool, bool, float]:
     if quality.more_is_better:
         badness = -badness
     return unfinished, False, badness
-
-
-def _numeric(seed: str) -> tuple[int, str]:
-    return len(seed), seed
-
-
-def _standard_deviation(values: list[float]) -> float:
-    """That of a sample; 0 for one value, and where one is not finite."""
-    are_finite = all(map(math.isfinite, values))
-    if len(values) == 1 or not are_finite:
-        return 0.0
-    return statistics.stdev(values)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

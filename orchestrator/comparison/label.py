@@ -6,29 +6,46 @@ from orchestrator.comparison.group import RunGroup
 from orchestrator.comparison.run import TrackedRun
 
 _LONGEST_LABEL = 60  # characters
+_METHOD = "method."
+_METHOD_KIND = "method.kind"
 
 
 def labels_of(groups: list[RunGroup], columns: list[str]) -> list[str]:
     """A name for each group: the job's; where several share it, with what differs, else with the run id."""
-    names = [_job_names(group) for group in groups]
-    name_counts = Counter(names)
-    long_names = []
-    for name, group in zip(names, groups, strict=True):
-        long_name = _with_differences(name, group[0], columns)
-        long_names.append(long_name)
-    long_name_counts = Counter(long_names)
-    labels = []
-    for name, long_name, group in zip(names, long_names, groups, strict=True):
-        if name_counts[name] == 1:
-            labels.append(name)
-            continue
-        is_short = len(long_name) <= _LONGEST_LABEL
-        if is_short and long_name_counts[long_name] == 1:
-            labels.append(long_name)
-        else:
+    short_columns = []
+    for column in columns:
+        is_option = column.startswith(_METHOD) and column != _METHOD_KIND
+        if not is_option:
+            short_columns.append(column)
+    labels: dict[int, str] = {}
+    for wanted in ([], short_columns, columns):
+        names = []
+        for group in groups:
+            jobs = _job_names(group)
             first = group[0]
-            labels.append(first.run_id)
-    return labels
+            name = _with_differences(jobs, first, wanted)
+            names.append(name)
+        for place in _clear_places(names):
+            name = names[place]
+            labels.setdefault(place, name)
+    found = []
+    for place, group in enumerate(groups):
+        first = group[0]
+        run_id = first.run_id
+        label = labels.get(place, run_id)
+        found.append(label)
+    return found
+
+
+def _clear_places(names: list[str]) -> list[int]:
+    """The places of names that are short, and of which there is one alone."""
+    counts = Counter(names)
+    places = []
+    for place, name in enumerate(names):
+        is_single = counts[name] == 1
+        if is_single and len(name) <= _LONGEST_LABEL:
+            places.append(place)
+    return places
 
 
 def _job_names(group: RunGroup) -> str:

@@ -9,13 +9,16 @@ from rich.text import Text
 from orchestrator.comparison.cells import (
     STYLES,
     caption,
+    difference_heading,
     differing_values,
     has_unfinished,
     measure_cells,
+    rank_text,
     seeds_text,
     shown_measures,
 )
-from orchestrator.comparison.compare import Comparison, ComparisonRow
+from orchestrator.comparison.compare import Comparison
+from orchestrator.comparison.row import ComparisonRow
 
 _GAP = "  "
 _FACT_INDENT = "    "
@@ -28,7 +31,9 @@ def narrow_table(comparison: Comparison, width: int) -> Group:
     for row in comparison.rows:
         measures = measure_cells(comparison, row)
         columns.append(measures)
-    widths = [max(map(_width, cells)) for cells in zip(*columns, strict=True)]
+    widths = []
+    for cells in zip(*columns, strict=True):
+        widths.append(max(map(_width, cells)))
     lines = [Text(comparison.title, style="italic")]
     for line in _aligned(headings, widths):
         lines.append(Text(line, style="bold"))
@@ -46,7 +51,11 @@ def narrow_table(comparison: Comparison, width: int) -> Group:
 
 def _headings(comparison: Comparison) -> list[str]:
     """What stands above each column, in two lines of which the first may be empty."""
-    titles = [measure.title for measure in shown_measures(comparison)]
+    titles = []
+    for measure in shown_measures(comparison):
+        titles.append(measure.title)
+    if comparison.shows_ranks:
+        titles.insert(0, difference_heading(comparison))
     if has_unfinished(comparison):
         titles.append("state")
     headings = []
@@ -63,7 +72,9 @@ def _width(cell_text: str) -> int:
 
 def _aligned(cells: Iterable[str], widths: Sequence[int]) -> Iterator[str]:
     """The lines of cells side by side, each at the right of its column."""
-    columns = [cell_text.split("\n") for cell_text in cells]
+    columns = []
+    for cell_text in cells:
+        columns.append(cell_text.split("\n"))
     for texts in zip_longest(*columns, fillvalue=""):
         line = ""
         for text, width in zip(texts, widths, strict=True):
@@ -77,7 +88,7 @@ def _name_lines(comparison: Comparison, row: ComparisonRow, width: int) -> Itera
     for heading, value in differing_values(comparison, row):
         if value:
             facts.append(f"{heading}={value}")
-    line = row.label
+    line = rank_text(comparison, row) + row.label
     for fact in filter(None, facts):
         longer = f"{line}{_GAP}{fact}"
         if len(longer) <= width:

@@ -6,9 +6,10 @@ from html import escape
 
 from orchestrator.comparison import chart, svg
 from orchestrator.comparison.chart import Line
-from orchestrator.comparison.compare import Comparison, ComparisonRow, Metric
+from orchestrator.comparison.compare import Comparison
 from orchestrator.comparison.group import SEED
 from orchestrator.comparison.measure import CURVE_KINDS, CurveKind, Measure
+from orchestrator.comparison.row import ComparisonRow, Metric
 from orchestrator.comparison.run import TrackedRun
 from orchestrator.comparison.scatter import Dot, scatter
 
@@ -39,7 +40,9 @@ def curves(comparison: Comparison) -> str:
 
 def has_curve(comparison: Comparison, kind: CurveKind) -> bool:
     """Whether some run has a curve of a kind."""
-    run_curves = [run.curves.get(kind.key) for run in comparison.runs]
+    run_curves = []
+    for run in comparison.runs:
+        run_curves.append(run.curves.get(kind.key))
     return any(run_curves)
 
 

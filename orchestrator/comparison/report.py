@@ -8,19 +8,23 @@ from pathlib import Path
 from string import Template
 
 from orchestrator.comparison import chart, plots, svg
-from orchestrator.comparison.cells import cell
-from orchestrator.comparison.compare import Comparison, ComparisonRow, display_value
+from orchestrator.comparison.cells import cell, difference_heading, gap_text, rank_text
+from orchestrator.comparison.compare import Comparison, display_value
+from orchestrator.comparison.forest import forest
 from orchestrator.comparison.group import SEED
 from orchestrator.comparison.measure import Measure
+from orchestrator.comparison.row import ComparisonRow
 from orchestrator.comparison.run import TrackedRun
 
 _SHOWN_TAGS = ("mlflow.source.git.commit", "mlflow.user", "fleetune.version", "fleetune.run_dir")
 _ENVIRONMENT = "fleetune.env."  # tags that begin so are shown too
 
 BestRows = dict[str, ComparisonRow | None]  # by the key of a measure
-_HEADER = '<h1>{title}</h1><p class="soft">{about}, {now}</p>{best}'
+_HEADER = '<h1>{title}</h1><p class="soft">{about}, {now}</p>{verdict}{barrier}{best}'
+_VERDICT = '<p class="verdict">{sentence}</p>'
+_BARRIER = '<p class="barrier">{sentence}</p>'
 _BEST = '<p class="best">Best {measure}: <strong>{value}</strong> by <strong>{label}</strong>{others}</p>'
-_RESULTS = '<h2>Differences and results</h2><div class="wide"><table>{rows}</table></div>'
+_RESULTS = '<h2>Results</h2><div class="wide"><table>{rows}</table></div>'
 _MEASURE_CELL = '<td class="{style}">{value}</td>'
 _DETAILS = "<details><summary>{swatch} {label} · {state}</summary>{runs}</details>"
 _FACT = "<div><dt>{name}</dt><dd>{value}</dd></div>"
@@ -38,10 +42,11 @@ def page(comparison: Comparison) -> str:
     """The report of a comparison as HTML."""
     sections = [
         _head(comparison),
-        _constants(comparison),
-        plots.curves(comparison),
-        plots.fronts(comparison),
         _results(comparison),
+        _forests(comparison),
+        plots.fronts(comparison),
+        plots.curves(comparison),
+        _constants(comparison),
         _details(comparison),
     ]
     body = "\n".join(sections)
@@ -76,11 +81,33 @@ def _head(comparison: Comparison) -> str:
     about = f"{runs} in {configurations}, from {comparison.uri}"
     about = escape(about)
     best = _best_of_all(comparison)
-    return _HEADER.format(title=title, about=about, now=now, best=best)
+    verdict = _sentence(_VERDICT, comparison.verdict)
+    barrier = _sentence(_BARRIER, comparison.barrier)
+    said = {"verdict": verdict, "barrier": barrier, "best": best}
+    return _HEADER.format(title=title, about=about, now=now, **said)
+
+
+def _sentence(template: str, sentence: str | None) -> str:
+    """A sentence as HTML, beginning with a capital; empty where there is none."""
+    if not sentence:
+        return ""
+    capital = sentence[:1].upper()
+    text = capital + sentence[1:]
+    return template.format(sentence=escape(text))
+
+
+def _forests(comparison: Comparison) -> str:
+    """The differences to the reference, of each ranking that has some."""
+    drawn = "".join(map(forest, comparison.rankings))
+    if not drawn:
+        return ""
+    return f"<h2>Differences to the reference</h2>{drawn}"
 
 
 def _best_of_all(comparison: Comparison) -> str:
-    """Which row is best; how many are as good."""
+    """Which row is best, and how many are as good; empty where the verdict says more."""
+    if comparison.shows_ranks:
+        return ""
     best = comparison.rows[0]
     quality = comparison.quality
     mean = _finite_mean(best, quality)
@@ -120,13 +147,16 @@ def _constants(comparison: Comparison) -> str:
 def _results(comparison: Comparison) -> str:
     """The table of all rows: in what they differ, and what came of them."""
     heads = "<th>run</th><th>state</th>"
-    for param in comparison.columns:
-        heading = comparison.heading(param)
-        heads += f"<th>{escape(heading)}</th>"
+    if comparison.shows_ranks:
+        heading = difference_heading(comparison)
+        heads += f'<th class="n">{escape(heading)}</th>'
     best: BestRows = {}
     for measure in comparison.measures:
         heads += f'<th class="n">{measure.title}</th>'
         best[measure.key] = _best(comparison, measure)
+    for param in comparison.columns:
+        heading = comparison.heading(param)
+        heads += f"<th>{escape(heading)}</th>"
     heads += "<th>seeds</th>"
     rows = f"<tr>{heads}</tr>"
     for row in comparison.rows:
@@ -136,13 +166,14 @@ def _results(comparison: Comparison) -> str:
 
 def _result(comparison: Comparison, row: ComparisonRow, best: BestRows) -> str:
     """A row of the table; a value that is the best of all is marked."""
-    label = escape(row.label)
+    label = escape(rank_text(comparison, row) + row.label)
     state = _state(row.state)
     cells = f"<td>{label}</td><td>{state}</td>"
-    for param in comparison.columns:
-        difference = row.differences[param]
-        value = display_value(param, difference) or "-"
-        cells += f"<td>{escape(value)}</td>"
+    if comparison.shows_ranks:
+        difference, _, ends = gap_text(comparison, row).partition("\n")
+        if ends:
+            difference = f"{difference} ({ends})"
+        cells += f'<td class="n">{escape(difference)}</td>'
     for measure in comparison.measures:
         style = "n"
         if best[measure.key] is row:
@@ -150,6 +181,9 @@ def _result(comparison: Comparison, row: ComparisonRow, best: BestRows) -> str:
         text = cell(row, measure)
         value = escape(text)
         cells += _MEASURE_CELL.format(style=style, value=value)
+    for param in comparison.columns:
+        value = display_value(param, row.differences[param]) or "-"
+        cells += f"<td>{escape(value)}</td>"
     seeds = ", ".join(row.seeds)
     cells += f"<td>{escape(seeds)}</td>"
     return f"<tr>{cells}</tr>"

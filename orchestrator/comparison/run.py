@@ -124,7 +124,9 @@ def _read_run(mlflow: Any, run: Any) -> TrackedRun:
         points = sorted(points, key=_METRIC_STEP)
         curves[key] = tuple(map(_METRIC_STEP_AND_VALUE, points))
         if key == "loss":
-            timestamps = [point.timestamp / 1000 for point in points]
+            timestamps = []
+            for point in points:
+                timestamps.append(point.timestamp / 1000)
     metrics = _metrics_of_curves(curves, timestamps)
     tags = dict(run.data.tags)
     trained = tags.get(_TRAINED)

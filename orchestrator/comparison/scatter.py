@@ -83,7 +83,10 @@ def _dot(dot: Dot, x: Axis, y: Axis) -> str:
 
 def _labelled(dots: Sequence[Dot]) -> Sequence[Dot]:
     """The dots that there is space to label: all, those on the front, or none."""
-    front = [dot for dot in dots if dot.front]
+    front = []
+    for dot in dots:
+        if dot.front:
+            front.append(dot)
     if len(front) > _MOST_LABELLED_ON_FRONT:
         return []
     if len(dots) <= _MOST_LABELLED:

@@ -21,7 +21,10 @@ def spark_lines(comparison: Comparison) -> Iterator[Text]:
     """The curves of runs on preferences: below a heading for each kind, a line for each run; nothing without any."""
     kinds = {kind.key: kind for kind in CURVE_KINDS}
     for keys in _IN_TERMINAL:
-        reported = [kinds[key] for key in keys if has_curve(comparison, kinds[key])]
+        reported = []
+        for key in keys:
+            if has_curve(comparison, kinds[key]):
+                reported.append(kinds[key])
         for kind in reported[:1]:
             yield Text(f"\n{kind.title}", style="bold")
             for line in _lines_of_kind(comparison, kind):
@@ -53,7 +56,9 @@ def _lines_of_kind(comparison: Comparison, kind: CurveKind) -> Iterator[str]:
 
 def _finite_values(curve: Curve) -> list[float]:
     """The values of a curve that are finite."""
-    values = [value for _, value in curve]
+    values = []
+    for _, value in curve:
+        values.append(value)
     return list(filter(math.isfinite, values))
 
 
@@ -70,7 +75,9 @@ def _bars(curve: Curve, low: float, high: float) -> str:
 
 def _bar(stretch: Sequence[tuple[int, float]], low: float, high: float) -> str:
     """One bar for the mean of some points, between two values."""
-    values = [value for _, value in stretch]
+    values = []
+    for _, value in stretch:
+        values.append(value)
     total = math.fsum(values) if all(map(math.isfinite, values)) else math.nan
     mean = total / len(values)
     if math.isnan(mean):

@@ -5,24 +5,37 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.comparison.cells import (
     STYLES,
     caption,
+    difference_heading,
     differing_values,
     has_unfinished,
     measure_cells,
+    rank_text,
+    remarks,
     seeds_text,
     shown_measures,
 )
-from orchestrator.comparison.compare import Comparison, ComparisonRow
+from orchestrator.comparison.compare import Comparison
 from orchestrator.comparison.narrow import narrow_table
+from orchestrator.comparison.row import ComparisonRow
 
 _MOST_COLUMNS = 3  # of differences
 
 
-def table(comparison: Comparison, width: int) -> Table | Group:
-    """A comparison for a terminal this wide: a line for each row, or several where that has not room for a table."""
+def table(comparison: Comparison, width: int) -> Group:
+    """A comparison for a terminal this wide: its rows, and below them the verdict."""
+    lines = []
+    for remark in remarks(comparison):
+        lines.append(Text(remark))
+    return Group(_all_rows(comparison, width), *lines)
+
+
+def _all_rows(comparison: Comparison, width: int) -> Table | Group:
+    """A line for each row, or several where that has not room for a table."""
     if len(comparison.columns) <= _MOST_COLUMNS:
         grid = _grid(comparison)
         endless = Console(width=10_000)
@@ -45,6 +58,9 @@ def _grid(comparison: Comparison) -> Table:
     headings = map(comparison.heading, comparison.columns)
     for heading in ("run", *headings):
         grid.add_column(escape(heading))
+    if comparison.shows_ranks:
+        heading = difference_heading(comparison).replace(" ", "\n")
+        grid.add_column(escape(heading), justify="right")
     for measure in shown_measures(comparison):
         heading = measure.title.replace(" ", "\n")
         grid.add_column(heading, justify="right")
@@ -59,7 +75,7 @@ def _grid(comparison: Comparison) -> Table:
 
 def _row_cells(comparison: Comparison, row: ComparisonRow) -> list[str]:
     """The cells of a row, from left to right; the seeds stand below the name."""
-    name = row.label
+    name = rank_text(comparison, row) + row.label
     seeds = seeds_text(comparison, row)
     if seeds:
         name += f"\n{seeds}"

@@ -126,7 +126,9 @@ def _require_adapter(folder: Path) -> None:
 
 def _has_adapter(folder: Path) -> bool:
     """Whether a folder has the config of an adapter."""
-    paths = [folder / name for name in CONFIGS]
+    paths = []
+    for name in CONFIGS:
+        paths.append(folder / name)
     return any(path.exists() for path in paths)
 
 

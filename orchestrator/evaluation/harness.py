@@ -97,7 +97,10 @@ def _scores_of(rows: PlainRows, judged: JudgedTask) -> Iterator[Score]:
     """Whether each answer is right; raises InputError for a task whose answers are neither right nor wrong."""
     for row in rows:
         measures = row["measures"]
-        known = [name for name in _MEASURES if name in measures]
+        known = []
+        for name in _MEASURES:
+            if name in measures:
+                known.append(name)
         if not known:
             found = ", ".join(measures) or "none"
             allowed = " or ".join(_MEASURES)

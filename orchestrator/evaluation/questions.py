@@ -58,7 +58,9 @@ class PreparedTask:
 
     def dump(self) -> dict[str, Any]:
         """What the evaluating process has to know of it."""
-        questions = [row.question.dump() for row in self.rows]
+        questions = []
+        for row in self.rows:
+            questions.append(row.question.dump())
         return {"name": self.task.name, "key": self.key, "questions": questions}
 
 

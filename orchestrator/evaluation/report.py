@@ -113,7 +113,9 @@ class EvaluatedTask:
         for result in self.results:
             plain = self._result_json(result)
             results.append(plain)
-        leaders = [leader.label for leader in self.leaders]
+        leaders = []
+        for leader in self.leaders:
+            leaders.append(leader.label)
         return {
             "task": self.name,
             "kind": self.prepared.task.kind,

@@ -14,13 +14,12 @@ from typing import Any
 from orchestrator.errors import InputError
 from orchestrator.evaluation.adapters import AdapterSource
 from orchestrator.evaluation.report import EvaluatedTask, EvaluationReport, TaskResult
-from orchestrator.tracking.store import address, client, counting_run
+from orchestrator.tracking.store import PARENT_TAG, address, client, counting_run
 from orchestrator.tracking.trouble import diagnose, is_of_mlflow
 from runfolder.files import Damaged
 from runfolder.variables import public
 
 EVALUATION_TAG = "fleetune.evaluation"
-_PARENT_TAG = "mlflow.parentRunId"
 _LONGEST_PARAM = 500  # characters
 _NOT_YET = "its run has no MLflow run yet; fleetune compare delivers it"
 
@@ -74,14 +73,14 @@ def _child_run(mlflow: Any, parent_id: str, task: EvaluatedTask, result: TaskRes
     info = parent.info
     experiment = info.experiment_id
     digest = _evaluation_digest(task, result)
-    query = f"tags.`{EVALUATION_TAG}` = '{digest}' and tags.`{_PARENT_TAG}` = '{parent_id}'"
+    query = f"tags.`{EVALUATION_TAG}` = '{digest}' and tags.`{PARENT_TAG}` = '{parent_id}'"
     there = mlflow.search_runs([experiment], query)
     if there:
         first = there[0]
         info = first.info
         return str(info.run_id)
     tags = {
-        _PARENT_TAG: parent_id,
+        PARENT_TAG: parent_id,
         EVALUATION_TAG: digest,
         "fleetune.evaluated_run": result.run_id or "",
         "fleetune.name": task.name,
@@ -119,7 +118,9 @@ def _describe_child(mlflow: Any, run_id: str, task: EvaluatedTask, result: TaskR
 
 def _evaluation_digest(task: EvaluatedTask, result: TaskResult) -> str:
     """What decides on a child run: task, rows, adapter, where its answers are of, and what all of them are worth."""
-    keys = [row.key for row in task.prepared.rows]
+    keys = []
+    for row in task.prepared.rows:
+        keys.append(row.key)
     path = Path(result.file)
     answers_of = path.parts[-3]
     facts = (task.prepared.key, keys, result.digest, answers_of, result.right, task.base.right)

@@ -208,7 +208,9 @@ def _targeting_pattern(job: Job, weights: list[str]) -> str | None:
     targets = getattr(job.method, "target", "all-linear")
     if job.method.makes_model or targets == "all-linear":
         return None
-    modules = [name.removesuffix(".weight") for name in weights]
+    modules = []
+    for name in weights:
+        modules.append(name.removesuffix(".weight"))
     for pattern in targets:
         for module in modules:
             if is_named(module, pattern):

@@ -57,7 +57,9 @@ def _base_of_adapter(folder: Path) -> object:
 
 def lacks(model: Model, folder: Path) -> str | None:
     """What a user's own folder lacks of all that is loaded; a cached snapshot is completed by the trainer."""
-    files = [folder / name for name in TOKENIZERS]
+    files = []
+    for name in TOKENIZERS:
+        files.append(folder / name)
     has_tokenizer = any(map(Path.is_file, files))
     if not model.scratch and not weight_files(folder):
         return _without_weights(folder, has_tokenizer)

@@ -39,8 +39,13 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.exists():
         return []
     names = _indexed_names(index)
-    files = [folder / name for name in names]
-    missing = [file for file in files if not file.is_file()]
+    files = []
+    for name in names:
+        files.append(folder / name)
+    missing = []
+    for file in files:
+        if not file.is_file():
+            missing.append(file)
     if missing:
         lacking = f"{len(names)} files, {len(missing)} lack"
         raise InputError(f"{missing[0]}: missing; {index.name} names {lacking}")

@@ -67,7 +67,9 @@ def validate(plain: PlainJob, overrides: Iterable[str] = (), source: str = "job"
         return Job.model_validate(plain)
     except ValidationError as error:
         problems = explain(error, plain)
-        lines = [f"{source}: {problem}" for problem in problems]
+        lines = []
+        for problem in problems:
+            lines.append(f"{source}: {problem}")
         raise InputError("\n".join(lines)) from None
 
 

@@ -32,6 +32,7 @@ from runfolder.shapes import MLFLOW_RUN
 from runfolder.variables import public
 
 RUN_ID_TAG = "fleetune.run_id"
+PARENT_TAG = "mlflow.parentRunId"  # by which MLflow shows a run below another one
 SERVERS = ("http", "https", "databricks", "postgresql", "mysql", "mssql")
 ALLOWED = "null, sqlite:////ABSOLUTE/FILE.db, http(s)://HOST:PORT, postgresql://..., mysql://..., mssql://..."
 _SETTINGS = {

@@ -53,10 +53,11 @@ def virtual_ids(count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class EvaluationPrompt:
-    """What a model is asked, as ids that end where it goes on, and the answer that the data has."""
+    """What a model is asked, as ids that end where it goes on, the answer that the data has, and its row's number."""
 
     ids: list[int]
     answer: str
+    row: int
 
 
 class Tokens:
@@ -215,7 +216,7 @@ def read_prompts(
     asked = []
     for row, ids in together:
         answer = _answer(row)
-        prompt = EvaluationPrompt(ids, answer.strip())
+        prompt = EvaluationPrompt(ids, answer.strip(), row.number)
         asked.append(prompt)
     return asked
 

@@ -58,11 +58,13 @@ class ObjectiveSetup:
 class Shares:
     """What a micro-batch adds to the loss of its step and to metrics that are logged beside it; each 0-d.
 
-    The names of the metrics are the same for every micro-batch, also for one without examples.
+    The names of the metrics are the same for every micro-batch, also for one without examples. `each` [examples] are
+    the parts of the loss that are of one example each, in the order of the micro-batch, where an objective has them.
     """
 
     loss: torch.Tensor
     metrics: TensorsByName = field(default_factory=dict)
+    each: torch.Tensor | None = None
 
 
 class Objective(ABC):
@@ -145,7 +147,10 @@ class Objective(ABC):
         """
 
     def judge(self, model: nn.Module, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:
-        """A micro-batch's shares of what is said of held-out rows: those of `loss`, unless more is measured."""
+        """A micro-batch's shares of what is said of held-out rows: those of `loss`, unless more is measured.
+
+        `batch` has, beside what `arrays` made, `document_labels` [documents]: how many labels each document has.
+        """
         return self.loss(model, batch, totals, prelude)
 
     def summary(self, metrics: dict[str, float]) -> dict[str, float]:

@@ -18,11 +18,11 @@ from trainer.data.layout import IGNORED
 from trainer.kernels import Kernels
 from trainer.objectives import labels
 from trainer.objectives.base import Arrays
-from trainer.objectives.sft import CHUNK
 
 if TYPE_CHECKING:
     from trainer.data.tokens import Tokens
 
+CHUNK = 1024  # labels whose logits are held in fp32 at a time
 STAND_IN = -1  # in the place of a document's number, in a micro-batch without documents
 
 
@@ -60,9 +60,14 @@ def log_likelihoods(model: nn.Module, batch: Mapping[str, torch.Tensor], kernels
     """
     losses_N = label_losses(model, batch, kernels)
     counts_D = batch["labels"]
-    exact_N = losses_N.double()
-    losses_D = torch.segment_reduce(exact_N, "sum", lengths=counts_D, unsafe=True)
+    losses_D = summed_by_document(losses_N, counts_D)
     return -losses_D
+
+
+def summed_by_document(losses_N: torch.Tensor, counts_D: torch.Tensor) -> torch.Tensor:
+    """The losses of labels, which stand document by document, summed over each [D], fp64."""
+    exact_N = losses_N.double()
+    return torch.segment_reduce(exact_N, "sum", lengths=counts_D, unsafe=True)
 
 
 def label_losses(model: nn.Module, batch: Mapping[str, torch.Tensor], kernels: Kernels) -> torch.Tensor:

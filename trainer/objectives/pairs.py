@@ -89,7 +89,7 @@ class PairObjective(OnPairs):
         loss = found.losses.sum() + nothing
         logged = figures_of_pairs(found, chosen.labels, rejected.labels, TIE)
         metrics = mean_shares(logged, totals["pairs"])
-        return Shares(loss, metrics)
+        return Shares(loss, metrics, found.losses)
 
     @abstractmethod
     def compare(self, chosen: AnswerLikelihoods, rejected: AnswerLikelihoods, totals: Totals) -> PairLosses:

@@ -10,8 +10,7 @@ from trainer.data.layout import IGNORED, MicroBatch
 from trainer.data.tokens import EvaluationPrompt, read_prompts, tokenise
 from trainer.objectives import labels
 from trainer.objectives.base import Objective, Shares, TensorsByName, Totals
-
-CHUNK = 1024  # labels whose logits are held in fp32 at a time
+from trainer.objectives.likelihood import CHUNK, label_losses, summed_by_document
 
 
 class Supervised(Objective):
@@ -52,6 +51,15 @@ class Supervised(Objective):
         label_N = batch["label"]
         loss = summed(logits_NV, label_N) / count
         return Shares(loss)
+
+    def judge(self, model: nn.Module, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:  # noqa: ARG002
+        """The same of held-out rows, and the summed cross entropy of each document; summed in fp64."""
+        losses_N = label_losses(model, batch, self.kernels)
+        counts_D = batch["document_labels"]
+        sums_D = summed_by_document(losses_N, counts_D)
+        losses_D = sums_D / totals["labels"]
+        loss = losses_D.sum()
+        return Shares(loss, each=losses_D)
 
 
 def summed(logits_NV: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import pytest
 from another_home import AnotherHome, NoRoute, far_cluster
 from mlflow_runs import runs_of, series
 from mlflow_server import Server
-from run_folders import claim, expected, make_run, plan, step_row, steps
+from run_folders import claim, eval_row, expected, make_run, plan, step_row, steps
 
 import fleetune
 from clusters.controllers import COLLECTED, controller_command
@@ -28,6 +28,7 @@ from runfolder.delivered import is_delivered, note_delivered, tracked_run
 from runfolder.files import read_json
 from runfolder.mirror import Mirror
 from runfolder.requests import request_cancel
+from runfolder.row_results import RowResult, last_row_results, write_row_results
 from runfolder.site import LocalSite
 
 
@@ -187,6 +188,22 @@ def test_a_transfer_that_was_cut_goes_on(far_home: Path, tmp_path: Path, monkeyp
     assert series(None, run_dir) == expected((1, 1, 9))
     assert is_delivered(mirror_of(run_dir))
     cluster.far_side.close()
+
+
+def test_results_by_row_come_of_the_last_evaluation_once_a_run_has_ended(far_home: Path) -> None:
+    run_dir = far_run(far_home, "judged")
+    only = claim(run_dir)
+    steps(only, 1, 3)
+    for step in (1, 3):
+        write_row_results(only, step, [RowResult(1, "a", loss=float(step), weight=1.0)])
+        eval_row(only, step, eval_loss=float(step))
+    assert deliver_all() == {}
+    assert last_row_results(mirror_of(run_dir)) is None
+    only.close({"state": "succeeded"})
+    assert deliver_all() == {}
+    path = last_row_results(mirror_of(run_dir))
+    assert path and path.name == "step-3.jsonl"
+    assert not (path.parent / "step-1.jsonl").exists()
 
 
 def test_several_who_compare_at_once_send_each_step_once(far_home: Path) -> None:

@@ -1,0 +1,1 @@
+"""Sweeps: many runs of one job under other settings, by a rule and within a budget."""

@@ -1,0 +1,131 @@
+"""What a sweep.yaml says: a job, the settings that are tried, seeds, a rule and a budget."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from orchestrator.errors import InputError
+from orchestrator.planning.spec import load_yaml
+from runfolder.job import JOB_NAME
+
+Rule = Literal["grid", "random", "asha", "race"]
+AxisValue = str | int | float | bool | None
+PlainSweep = dict[str, Any]  # as YAML has it, before it is validated
+
+
+class _SweepSection(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LogRange(_SweepSection):
+    """Values between two ends, in equal ratios; drawn from between them where the rule is random."""
+
+    log: tuple[float, float]
+    count: int = Field(5, ge=2, le=100)
+
+    @field_validator("log")
+    @classmethod
+    def _rises(cls, ends: tuple[float, float]) -> tuple[float, float]:
+        low, high = ends
+        if not 0 < low < high:
+            raise ValueError("must be two numbers above zero, the smaller one first")
+        return ends
+
+    @property
+    def values(self) -> list[float]:
+        """The values, with six digits."""
+        low, high = self.log
+        steps = self.count - 1
+        ratio = (high / low) ** (1 / steps)
+        values = []
+        for number in range(self.count):
+            value = low * ratio**number
+            values.append(six_digits(value))
+        return values
+
+
+def six_digits(value: float) -> float:
+    """A value with six digits, as people read it."""
+    shown = f"{value:.6g}"
+    return float(shown)
+
+
+SweptAxis = LogRange | list[AxisValue]
+Axes = dict[str, SweptAxis]  # by the dotted key of the job
+
+
+class SweptMethod(_SweepSection):
+    """A method that is tried, by its options, and axes that it alone has."""
+
+    options: dict[str, Any]
+    axes: Axes = {}
+
+
+class Sweep(_SweepSection):
+    """A sweep, as somebody writes it in sweep.yaml."""
+
+    name: str = Field(description="what its run ids begin with, like a job's name")
+    job: str = Field(description="the job.yaml, beside the sweep.yaml")
+    axes: Axes = Field({}, description="values of each dotted key of the job, for all methods")
+    methods: list[SweptMethod] = Field([], description="methods, each with its own axes; none: that of the job")
+    seeds: list[int] = Field([0], min_length=1, description="seeds of each configuration")
+    rule: Rule = Field("grid", description="which trials are run, and how far")
+    trials: int = Field(20, ge=1, le=10_000, description="configurations that rule random draws")
+    budget: int = Field(ge=1, description="steps of training that all trials together may take")
+    rungs: list[float] = Field(
+        [0.11, 0.33], min_length=1, description="shares of a full run after which asha and race judge"
+    )
+    keep: float = Field(0.34, gt=0, lt=1, description="share of the trials of a rung that goes on")
+    finalists: int = Field(3, ge=1, description="methods that race runs in full, beside the reference")
+    reference: str = Field("lora", description="the method that race runs in full in any case")
+    measure: Literal["eval_loss", "eval_exact_match"] = Field("eval_loss", description="what trials are judged by")
+    parallel: int = Field(4, ge=1, description="trials that wait or run at a time")
+    widen: bool = Field(True, description="go on beyond the end of a range where the best value is at it")
+
+    @field_validator("name")
+    @classmethod
+    def _is_name(cls, name: str) -> str:
+        if not JOB_NAME.fullmatch(name):
+            raise ValueError("must be at most 32 characters: a-z, 0-9 and -, starting with a letter")
+        return name
+
+    @field_validator("rungs")
+    @classmethod
+    def _rise(cls, rungs: list[float]) -> list[float]:
+        before = 0.0
+        for rung in rungs:
+            if not before < rung < 1:
+                raise ValueError("must be shares between 0 and 1 that rise")
+            before = rung
+        return rungs
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The sweep in a file; raises InputError, with a line for each error."""
+    plain = load_yaml(path)
+    try:
+        return Sweep.model_validate(_with_methods(plain))
+    except ValidationError as error:
+        lines = []
+        for flaw in error.errors(include_url=False, include_context=False):
+            field = ".".join(map(str, flaw["loc"]))
+            found = flaw["input"]
+            lines.append(f"{path}: {field}: found {found!r}: {flaw['msg']}")
+        raise InputError("\n".join(lines)) from None
+
+
+def _with_methods(plain: PlainSweep) -> PlainSweep:
+    """The sweep with each method as options and axes, of which a bare name is a short form."""
+    methods = plain.get("methods")
+    if not isinstance(methods, list):
+        return plain
+    parted = []
+    for method in methods:
+        options = {"kind": method}
+        axes: Any = {}
+        if isinstance(method, dict):
+            options = dict(method)
+            axes = options.pop("axes", {})
+        parted.append({"options": options, "axes": axes})
+    return {**plain, "methods": parted}
