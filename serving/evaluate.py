@@ -200,6 +200,7 @@ def _load_and_ask(
     """Load the base and the adapters, and ask what is missing; gives what is wrong with them instead."""
     questions = [assignment.question for assignment in missing_of(sheets)]
     total = len(questions)
+    say(done=0, total=total)  # loading may take a while
     made = ready_engine(request, lambda config: sizes_for(config, questions, candidates))
     if isinstance(made, list):
         return made

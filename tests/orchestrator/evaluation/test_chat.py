@@ -1,9 +1,9 @@
 """Chat: answers of the base and of adapters to one prompt, from a terminal and from a pipe."""
 
+import io
 import json
 import os
 import pty
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from orchestrator import evaluate_commands, render, side_by_side
+from orchestrator import cli, evaluate_commands, render, side_by_side
 from orchestrator.chat import ChatAnswer, ChatSettings, chat
 from orchestrator.errors import InputError
 
@@ -39,17 +39,16 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_prompts_come_from_a_pipe_and_answers_go_to_one(adapter: Path) -> None:
-    command = [str(Path(sys.executable).with_name("fleetune")), "chat", "--base", str(TINY), "--json"]
-    done = subprocess.run(
-        [*command, "--adapters", str(adapter)],
-        input=f"{QUESTION}\n\n{QUESTION}\n",
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        timeout=240,
-    )
-    first, second = map(json.loads, done.stdout.splitlines())
+def test_prompts_come_from_a_pipe_and_answers_go_to_one(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["chat", "--base", str(TINY), "--adapters", str(adapter), "--plain", "--max-new-tokens", "2", "--json"]
+    monkeypatch.setattr(sys, "argv", ["fleetune", *command])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n\n{QUESTION}"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first == second  # an empty line begins anew
     assert first["prompt"] == QUESTION and first["answers"]["base"] == "cold"
     assert first["answers"].keys() == {"base", "stirred"} and first["answers"]["stirred"] != "cold"
@@ -65,7 +64,7 @@ def test_a_person_types_until_the_end_of_input(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_turns_go_on_from_what_each_has_said(adapter: Path) -> None:
-    with chat([str(adapter)], base=str(TINY)) as talk:
+    with chat([str(adapter)], base=str(TINY), settings=ChatSettings(3)) as talk:
         (first, _) = talk.ask(QUESTION)
         (second, _) = talk.ask(QUESTION)
         assert (first.text, first.label) == ("cold", "base")
@@ -73,9 +72,7 @@ def test_turns_go_on_from_what_each_has_said(adapter: Path) -> None:
         assert talk.ask(QUESTION)[0] == first != second
         with pytest.raises(InputError, match="the prompt: request: found .* positions; allowed: at most"):
             talk.ask("pen " * 5000)
-        assert talk.ask(QUESTION)[0].label == "base"
-    with chat([], base=str(TINY), settings=ChatSettings(3, plain=True)) as talk:
-        assert [answer.tokens for answer in talk.ask("copy dog cat horse bird fish ->")] == [3]
+        assert max(answer.tokens for answer in talk.ask("copy dog cat horse bird fish ->")) == 3
 
 
 def test_what_is_wrong_is_said_before_anybody_is_asked(tmp_path: Path, adapter: Path) -> None:
