@@ -5,15 +5,14 @@ from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
 
-from orchestrator.comparison.interval import (
-    LEVEL,
+from orchestrator.comparison.estimates import (
     Estimate,
     difference_of_ratios,
     difference_of_shares,
     ratio_of_sums,
     share,
-    simultaneous,
 )
+from orchestrator.comparison.intervals import CONFIDENCE, at_once
 from orchestrator.evaluation.questions import PreparedTask
 from orchestrator.evaluation.scores import Score, Scores
 
@@ -85,7 +84,7 @@ class EvaluatedTask:
     def leaders(self) -> list[TaskResult]:
         """The best result, and those that are not shown to be worse: intervals that hold all at once say so."""
         best, *others = self.best_first
-        level = simultaneous(len(others))
+        level = at_once(len(others))
         leaders = [best]
         for other in others:
             behind = difference(self.measures[0], best, other, level)
@@ -167,7 +166,7 @@ class EvaluationReport:
             tasks.append(plain)
         return {
             "base": self.base,
-            "level": LEVEL,
+            "level": CONFIDENCE,
             "tasks": tasks,
             "asked": self.asked,
             "seconds": self.seconds,
@@ -183,7 +182,7 @@ def estimate(measure: str, scores: Scores) -> Estimate:
     return share(right)
 
 
-def difference(measure: str, result: TaskResult, other: TaskResult, level: float = LEVEL) -> Estimate:
+def difference(measure: str, result: TaskResult, other: TaskResult, level: float = CONFIDENCE) -> Estimate:
     """What a measure is more for one than for another on the same rows; of the loss, those that both had room for."""
     if measure != LOSS:
         return difference_of_shares(result.right, other.right, level)

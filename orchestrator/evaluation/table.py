@@ -5,7 +5,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from orchestrator.comparison.interval import Estimate
+from orchestrator.comparison.estimates import Estimate
 from orchestrator.evaluation.report import LOSS, EvaluatedTask, EvaluationReport, TaskResult
 from orchestrator.wrapped import WrappedText
 

@@ -1,4 +1,6 @@
-"""Intervals of what was measured on rows, and of differences on the same rows: the one place for them.
+"""Intervals of what one evaluation measured on rows, and of differences on the same rows.
+
+`intervals.py` has those of several seeds.
 
 Shares: Wilson 1927. Differences of shares on the same rows: Bonett and Price 2012, who add a row to each of the two
 kinds on which both disagree, so that a few rows never seem to say all. Means per token and their differences: ratios
@@ -10,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-LEVEL = 0.95
+from orchestrator.comparison.intervals import CONFIDENCE
+from orchestrator.comparison.student import critical_value
+
 FlagsByRow = Sequence[bool]
 NumbersByRow = Sequence[float]
 
@@ -37,7 +41,7 @@ class Estimate:
         }
 
 
-def share(right: FlagsByRow, level: float = LEVEL) -> Estimate:
+def share(right: FlagsByRow, level: float = CONFIDENCE) -> Estimate:
     """The share of rows that are right, by Wilson's interval."""
     n = len(right)
     p = sum(right) / n
@@ -55,7 +59,7 @@ def share(right: FlagsByRow, level: float = LEVEL) -> Estimate:
     return Estimate(p, low, high)
 
 
-def difference_of_shares(a: FlagsByRow, b: FlagsByRow, level: float = LEVEL) -> Estimate:
+def difference_of_shares(a: FlagsByRow, b: FlagsByRow, level: float = CONFIDENCE) -> Estimate:
     """The share that is right of `a` less that of `b`, on the same rows."""
     n = len(a)
     only_a = 0
@@ -75,7 +79,7 @@ def difference_of_shares(a: FlagsByRow, b: FlagsByRow, level: float = LEVEL) -> 
     return Estimate((only_a - only_b) / n, low, high)
 
 
-def ratio_of_sums(sums: NumbersByRow, weights: NumbersByRow, level: float = LEVEL) -> Estimate:
+def ratio_of_sums(sums: NumbersByRow, weights: NumbersByRow, level: float = CONFIDENCE) -> Estimate:
     """The sum over rows by the weight of all rows, as a loss per token; of a single row there is no interval."""
     total = math.fsum(weights)
     if not total:
@@ -90,11 +94,13 @@ def ratio_of_sums(sums: NumbersByRow, weights: NumbersByRow, level: float = LEVE
         squares.append(residual**2)
     variance = math.fsum(squares) * n / (n - 1)
     deviation = math.sqrt(variance) / total
-    half = _student_quantile(level, n - 1) * deviation
+    half = critical_value(level, n - 1) * deviation
     return Estimate(value, value - half, value + half)
 
 
-def difference_of_ratios(a: NumbersByRow, b: NumbersByRow, weights: NumbersByRow, level: float = LEVEL) -> Estimate:
+def difference_of_ratios(
+    a: NumbersByRow, b: NumbersByRow, weights: NumbersByRow, level: float = CONFIDENCE
+) -> Estimate:
     """The ratio of `a` less that of `b`, on the same rows with the same weights."""
     differences = []
     for of_a, of_b in zip(a, b, strict=True):
@@ -102,39 +108,10 @@ def difference_of_ratios(a: NumbersByRow, b: NumbersByRow, weights: NumbersByRow
     return ratio_of_sums(differences, weights, level)
 
 
-def simultaneous(comparisons: int, level: float = LEVEL) -> float:
-    """The level of each of some intervals that shall all hold at once, by Bonferroni."""
-    error = 1 - level
-    return 1 - error / max(1, comparisons)
-
-
 def _normal_quantile(level: float) -> float:
     """How many standard deviations a two-sided interval of a level reaches."""
     middle = (1 + level) / 2
     return NormalDist().inv_cdf(middle)
-
-
-def _student_quantile(level: float, degrees: int) -> float:
-    """The same of Student's t: exact for one and two degrees, else by the expansion of Cornish and Fisher."""
-    if degrees == 1:
-        return math.tan(math.pi * level / 2)
-    if degrees == 2:
-        tail = 1 - level * level
-        return level * math.sqrt(2 / tail)
-    z = _normal_quantile(level)
-    cube = z**3
-    fifth = z**5
-    seventh = z**7
-    first = cube + z
-    second = 5 * fifth + 16 * cube
-    second += 3 * z
-    third = 3 * seventh + 19 * fifth
-    third += 17 * cube - 15 * z
-    quantile = z
-    quantile += first / (4 * degrees)
-    quantile += second / (96 * degrees**2)
-    quantile += third / (384 * degrees**3)
-    return quantile
 
 
 def _finite_or_null(value: float) -> float | None:
