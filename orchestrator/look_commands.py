@@ -73,6 +73,9 @@ def compare_command(
     as_json: Json = False,
 ) -> None:
     """Show what runs differ in, and what came of it."""
+    from orchestrator.tracking.store import check_mlflow
+
+    check_mlflow()  # with it comes what comparing needs
     from orchestrator.comparison.compare import compare
     from orchestrator.comparison.places import RankingWish
 

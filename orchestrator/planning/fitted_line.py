@@ -17,7 +17,7 @@ from trainer.data.survey import Sample
 from trainer.dry_run.fit import LINE_MARGIN, Forecast
 
 LINES = Path(__file__).parent / "memory_lines.json"
-LABELS_HELD = 4096  # labels whose logits the fast path holds at most
+LABELS_HELD = 2048  # labels whose logits the fast path holds at most
 MemoryLine = tuple[float, float, float, float, float, float]  # bytes by H and F in a layer, H, V, weights, V H
 
 

@@ -12,6 +12,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -73,14 +74,19 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix(_SQLITE))
 
 
+def check_mlflow() -> None:
+    """Raise InputError where MLflow is not installed."""
+    if find_spec("mlflow") is None:
+        raise InputError("MLflow is not installed here: pip install mlflow")
+
+
 def client(uri: str) -> Any:
     """An MlflowClient that gives up early; it makes a missing SQLite store, which takes seconds."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    try:
-        from mlflow import MlflowClient
-    except ModuleNotFoundError:
-        raise InputError("MLflow is not installed here: pip install mlflow") from None
+    check_mlflow()
+    from mlflow import MlflowClient
+
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     return MlflowClient(tracking_uri=uri)

@@ -119,10 +119,9 @@ class Steady(Supervised):
 class SlowlyJudged(Supervised):
     """Supervised fine-tuning that takes half a second for each micro-batch that it judges."""
 
-    def loss(self, model: Any, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:
-        if not torch.is_grad_enabled():
-            time.sleep(0.5)
-        return super().loss(model, batch, totals, prelude)
+    def judge(self, model: Any, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:
+        time.sleep(0.5)
+        return super().judge(model, batch, totals, prelude)
 
 
 class Hungry(Supervised):
