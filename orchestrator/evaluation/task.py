@@ -140,7 +140,7 @@ def _found_from(source: str, task_file: Path) -> str:
     if not isinstance(parsed, SubmitterFile):
         return source
     path = task_file.parent / source
-    return str(path.absolute())
+    return str(path.resolve())
 
 
 def described(task: TaskSpec) -> dict[str, Any]:
