@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.kernels.fixed_order import fixed_order
+from trainer.kernels.flash import (
+    flash_attention,
+    flash_attention_backward,
+    keep_for_backward,
+    like_attention,
+    like_gradients,
+)
 
 
 @torch.library.custom_op("fleetune::branch_attention", mutates_args=())
@@ -29,36 +35,10 @@ def branch_attention(
     """Causal attention [N, H, D] of documents to their gathered keys, and the logarithms of its sums."""
     key_MHD = key_NHD[key_places_M]
     value_MHD = value_NHD[key_places_M]
-    attended, sums, *_ = torch.ops.aten._flash_attention_forward(
-        query_NHD,
-        key_MHD,
-        value_MHD,
-        starts_S,
-        key_starts_S,
-        longest,
-        longest,
-        0.0,
-        True,
-        False,
-        scale=scale,
-    )
-    return attended, sums
+    return flash_attention(query_NHD, key_MHD, value_MHD, starts_S, key_starts_S, longest, scale)
 
 
-@branch_attention.register_fake
-def _attended_shape(
-    query_NHD: Tensor,
-    key_NHD: Tensor,  # noqa: ARG001
-    value_NHD: Tensor,  # noqa: ARG001
-    starts_S: Tensor,  # noqa: ARG001
-    key_starts_S: Tensor,  # noqa: ARG001
-    key_places_M: Tensor,  # noqa: ARG001
-    longest: int,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
-    tokens, heads, _ = query_NHD.shape
-    sums_HN = query_NHD.new_empty(heads, tokens, dtype=torch.float32)
-    return torch.empty_like(query_NHD, memory_format=torch.contiguous_format), sums_HN
+branch_attention.register_fake(like_attention)
 
 
 @torch.library.custom_op("fleetune::branch_attention_backward", mutates_args=())
@@ -76,28 +56,11 @@ def branch_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
-    without_dropout = torch.zeros(2, dtype=torch.uint64, device=query_NHD.device)
-    unused = torch.empty(0, device=query_NHD.device)
     key_MHD = key_NHD[key_places_M]
     value_MHD = value_NHD[key_places_M]
-    with fixed_order():
-        query_slope, key_slope_MHD, value_slope_MHD = torch.ops.aten._flash_attention_backward(
-            slope_NHD.contiguous(),
-            query_NHD,
-            key_MHD,
-            value_MHD,
-            attended_NHD,
-            sums,
-            starts_S,
-            key_starts_S,
-            longest,
-            longest,
-            0.0,
-            True,
-            without_dropout,
-            unused,
-            scale=scale,
-        )
+    query_slope, key_slope_MHD, value_slope_MHD = flash_attention_backward(
+        slope_NHD, query_NHD, key_MHD, value_MHD, attended_NHD, sums, starts_S, key_starts_S, longest, scale
+    )
     key_slope = torch.zeros_like(key_NHD, memory_format=torch.contiguous_format)
     key_slope.index_add_(0, key_places_M, key_slope_MHD)
     value_slope = torch.zeros_like(value_NHD, memory_format=torch.contiguous_format)
@@ -105,32 +68,7 @@ def branch_attention_backward(
     return query_slope, key_slope, value_slope
 
 
-@branch_attention_backward.register_fake
-def _shapes_of_slopes(
-    slope_NHD: Tensor,  # noqa: ARG001
-    query_NHD: Tensor,
-    key_NHD: Tensor,
-    value_NHD: Tensor,
-    starts_S: Tensor,  # noqa: ARG001
-    key_starts_S: Tensor,  # noqa: ARG001
-    key_places_M: Tensor,  # noqa: ARG001
-    attended_NHD: Tensor,  # noqa: ARG001
-    sums: Tensor,  # noqa: ARG001
-    longest: int,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = []
-    for tensor in (query_NHD, key_NHD, value_NHD):
-        gradients.append(torch.empty_like(tensor, memory_format=torch.contiguous_format))
-    query, key, value = gradients
-    return query, key, value
-
-
-def _save_branches(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, longest, scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.longest = longest
-    ctx.scale = scale
+branch_attention_backward.register_fake(like_gradients)
 
 
 def _branches_backward(ctx: Any, slope_NHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,4 +76,4 @@ def _branches_backward(ctx: Any, slope_NHD: Tensor, _: Tensor) -> tuple[Tensor |
     return (*gradients, None, None, None, None, None)
 
 
-branch_attention.register_autograd(_branches_backward, setup_context=_save_branches)
+branch_attention.register_autograd(_branches_backward, setup_context=keep_for_backward)

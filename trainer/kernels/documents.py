@@ -15,7 +15,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward as d
 from transformers.masking_utils import sdpa_mask
 
 from trainer.kernels.branches import branch_attention
-from trainer.kernels.fixed_order import fixed_order
+from trainer.kernels.flash import (
+    flash_attention,
+    flash_attention_backward,
+    keep_for_backward,
+    like_attention,
+    like_gradients,
+)
 
 DOCUMENT_ATTENTION = "documents"  # what `attn_implementation` calls it
 LARGEST_HEAD = 256
@@ -28,24 +34,10 @@ def document_attention(
     query_NHD: Tensor, key_NHD: Tensor, value_NHD: Tensor, starts_S: Tensor, longest: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Causal attention [N, H, D] within documents of at most `longest` tokens, and the logarithms of its sums."""
-    attended, sums, *_ = torch.ops.aten._flash_attention_forward(
-        query_NHD, key_NHD, value_NHD, starts_S, starts_S, longest, longest, 0.0, True, False, scale=scale
-    )
-    return attended, sums
+    return flash_attention(query_NHD, key_NHD, value_NHD, starts_S, starts_S, longest, scale)
 
 
-@document_attention.register_fake
-def _(
-    query_NHD: Tensor,
-    key_NHD: Tensor,  # noqa: ARG001
-    value_NHD: Tensor,  # noqa: ARG001
-    starts_S: Tensor,  # noqa: ARG001
-    longest: int,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
-    tokens, heads, _ = query_NHD.shape
-    sums_HN = query_NHD.new_empty(heads, tokens, dtype=torch.float32)
-    return torch.empty_like(query_NHD, memory_format=torch.contiguous_format), sums_HN
+document_attention.register_fake(like_attention)
 
 
 @torch.library.custom_op("fleetune::document_attention_backward", mutates_args=())
@@ -61,53 +53,12 @@ def document_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, each added up in a fixed order."""
-    without_dropout = torch.zeros(2, dtype=torch.uint64, device=query_NHD.device)
-    unused = torch.empty(0, device=query_NHD.device)
-    with fixed_order():
-        query, key, value = torch.ops.aten._flash_attention_backward(
-            slope_NHD.contiguous(),
-            query_NHD,
-            key_NHD,
-            value_NHD,
-            attended_NHD,
-            sums,
-            starts_S,
-            starts_S,
-            longest,
-            longest,
-            0.0,
-            True,
-            without_dropout,
-            unused,
-            scale=scale,
-        )
-    return query, key, value
+    return flash_attention_backward(
+        slope_NHD, query_NHD, key_NHD, value_NHD, attended_NHD, sums, starts_S, starts_S, longest, scale
+    )
 
 
-@document_attention_backward.register_fake
-def _(
-    slope_NHD: Tensor,  # noqa: ARG001
-    query_NHD: Tensor,
-    key_NHD: Tensor,
-    value_NHD: Tensor,
-    attended_NHD: Tensor,  # noqa: ARG001
-    sums: Tensor,  # noqa: ARG001
-    starts_S: Tensor,  # noqa: ARG001
-    longest: int,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = []
-    for tensor in (query_NHD, key_NHD, value_NHD):
-        gradients.append(torch.empty_like(tensor, memory_format=torch.contiguous_format))
-    query, key, value = gradients
-    return query, key, value
-
-
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, longest, scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.longest = longest
-    ctx.scale = scale
+document_attention_backward.register_fake(like_gradients)
 
 
 def _backward(ctx: Any, slope_NHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -118,7 +69,7 @@ def _backward(ctx: Any, slope_NHD: Tensor, _: Tensor) -> tuple[Tensor | None, ..
     return (*gradients, None, None, None)
 
 
-document_attention.register_autograd(_backward, setup_context=_save)
+document_attention.register_autograd(_backward, setup_context=keep_for_backward)
 
 
 def attend_within_documents(
