@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -64,22 +63,6 @@ METHODS = {
 LAYOUTS = [(1, 0, 3, True), (2, 2, 1, True), (2, 3, 1, False), (3, 1, 2, True)]  # workers, ZeRO, micro-batch, packed
 EVERY_LAYOUT = [(*layout, packed) for *layout, packed in product((1, 2, 3), (0, 1, 2, 3), (2,), (True, False))]
 OF_METHOD = dict(zip(METHODS, ("sigmoid", "ipo", "reward", "hinge", "kto", "smoothed"), strict=True))
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A .jsonl of 60 sums with a right and a wrong answer, of different lengths."""
-    rng = random.Random(1)
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    lines = []
-    for _ in range(60):
-        numbers = [rng.randrange(100) for _ in range(rng.randrange(2, 9))]
-        right = str(sum(numbers))
-        wrong = right[::-1] + str(rng.randrange(10 ** rng.randrange(1, 6)))
-        row = {"prompt": " + ".join(map(str, numbers)) + " =", "chosen": f" {right}", "rejected": f" {wrong}"}
-        lines.append(json.dumps(row) + "\n")
-    path.write_text("".join(lines))
-    return path
 
 
 @pytest.fixture(scope="session")

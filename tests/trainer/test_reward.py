@@ -56,22 +56,6 @@ SCORING = [kind for kind in METHODS if kind not in RewardOptions.refused_methods
 
 
 @pytest.fixture(scope="session")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A .jsonl of 60 sums with a right and a wrong answer, of different lengths."""
-    rng = random.Random(1)
-    path = tmp_path_factory.mktemp("scored") / "pairs.jsonl"
-    lines = []
-    for _ in range(60):
-        numbers = [rng.randrange(100) for _ in range(rng.randrange(2, 9))]
-        right = str(sum(numbers))
-        wrong = right[::-1] + str(rng.randrange(10 ** rng.randrange(1, 6)))
-        row = {"prompt": " + ".join(map(str, numbers)) + " =", "chosen": f" {right}", "rejected": f" {wrong}"}
-        lines.append(json.dumps(row) + "\n")
-    path.write_text("".join(lines))
-    return path
-
-
-@pytest.fixture(scope="session")
 def with_margins(pairs: Path) -> Path:
     """The same pairs, of which two in three have a margin."""
     path = pairs.with_name("margins.jsonl")
