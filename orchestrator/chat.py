@@ -2,16 +2,13 @@
 
 import datetime
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
-from fleetune_start import unshadowed
+from orchestrator.child import asked_child
 from orchestrator.errors import InputError, JobFailed
 from orchestrator.evaluation.adapters import AdapterSource, resolve_adapters
 from orchestrator.evaluation.evaluate import base_named, base_tokenizer, require_engine
@@ -196,25 +193,12 @@ def _named_folders(sources: Sequence[AdapterSource]) -> list[dict[str, str]]:
 @contextmanager
 def _engine_process(labels: list[str], request: dict[str, Any]) -> Iterator[EngineProcess]:
     """A process that is ready to answer; raises InputError with a line for each thing that is wrong."""
-    with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(
-            ANSWERER,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=unshadowed(os.environ),
-            text=True,
-        )
-        try:
-            assert child.stdin and child.stdout
-            process = EngineProcess(labels, child.stdin, child.stdout, errors)
-            process.send(request)
-            said = process.received()
-            if "problem" in said:
-                rest = map(json.loads, child.stdout)
-                problems = [said["problem"], *(more["problem"] for more in rest)]
-                raise InputError("\n".join(problems))
-            yield process
-        finally:
-            child.kill()
-            child.wait()
+    with asked_child(ANSWERER) as child:
+        process = EngineProcess(labels, child.questions, child.answers, child.errors)
+        process.send(request)
+        said = process.received()
+        if "problem" in said:
+            rest = map(json.loads, child.answers)
+            problems = [said["problem"], *(more["problem"] for more in rest)]
+            raise InputError("\n".join(problems))
+        yield process

@@ -1,18 +1,15 @@
 """The process that evaluates, `python -m serving.evaluate`: a command imports nothing as heavy as an engine."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fleetune_start import unshadowed
+from orchestrator.child import asked_child
 from orchestrator.errors import InputError, JobFailed
 from serving.kept import AnswersFile
 
@@ -74,32 +71,19 @@ def have_answered(
 
 def _said_by(command: Sequence[str], request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What a process says to a request, line by line; raises JobFailed where it fails without a word."""
-    with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=unshadowed(os.environ),
-            text=True,
-        )
+    with asked_child(command) as child:
         refuses = False
-        try:
-            assert child.stdin and child.stdout
-            with suppress(BrokenPipeError):  # it has failed already
-                json.dump(request, child.stdin)
-                child.stdin.close()
-            for line in child.stdout:
-                said: dict[str, Any] = json.loads(line)
-                refuses |= "problem" in said
-                yield said
-            code = child.wait()
-        finally:
-            child.kill()
-            child.wait()
+        with suppress(BrokenPipeError):  # it has failed already
+            json.dump(request, child.questions)
+            child.questions.close()
+        for line in child.answers:
+            said: dict[str, Any] = json.loads(line)
+            refuses |= "problem" in said
+            yield said
+        code = child.process.wait()
         if code and not refuses:
-            errors.seek(0)
-            why = _last_words(code, errors.read())
+            child.errors.seek(0)
+            why = _last_words(code, child.errors.read())
             raise JobFailed(f"the evaluation has failed: {why}; the same command goes on where it stopped")
 
 

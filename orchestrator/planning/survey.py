@@ -8,10 +8,7 @@ import datetime
 import hashlib
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +16,7 @@ from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 
-from fleetune_start import unshadowed
+from orchestrator.child import asked_child
 from orchestrator.planning.model import Model
 from runfolder.folders import cache_folder
 from runfolder.job import Job
@@ -221,33 +218,24 @@ def _ask_child(job: Job, folder: Path, wanted: Mapping[str, str], progress: Sour
     request = {"job": job.dump(), "folder": str(folder), "sources": wanted}
     request_text = json.dumps(request)
     answers: SurveyResults = {}
-    with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(
-            READER,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=unshadowed(os.environ),
-            text=True,
-        )
-        with child:
-            assert child.stdin and child.stdout
-            with suppress(BrokenPipeError):  # it has failed already
-                child.stdin.write(request_text)
-                child.stdin.close()
-            for line in child.stdout:
-                answer = json.loads(line)
-                key = answer["key"]
-                if "done" in answer:
-                    progress(wanted[key], answer["done"])
-                elif "problem" in answer:
-                    answers[key] = answer["problem"]
-                else:
-                    answers[key] = Survey.load(answer["survey"])
-        if child.returncode:
-            errors.seek(0)
-            lines = errors.read().strip().splitlines()
-            last = f"exit code {child.returncode}"
+    with asked_child(READER) as child:
+        with suppress(BrokenPipeError):  # it has failed already
+            child.questions.write(request_text)
+            child.questions.close()
+        for line in child.answers:
+            answer = json.loads(line)
+            key = answer["key"]
+            if "done" in answer:
+                progress(wanted[key], answer["done"])
+            elif "problem" in answer:
+                answers[key] = answer["problem"]
+            else:
+                answers[key] = Survey.load(answer["survey"])
+        code = child.process.wait()
+        if code:
+            child.errors.seek(0)
+            lines = child.errors.read().strip().splitlines()
+            last = f"exit code {code}"
             if lines:
                 last = lines[-1]
             raise ChildProcessError(f"looking at them failed: {last}")
