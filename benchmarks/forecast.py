@@ -97,11 +97,17 @@ def main() -> None:
 
 def make_preferences(place: Path) -> None:
     """Pairs of answers, and judged ones, made of the rows of text."""
-    texts = [json.loads(text)["text"] for text in (place / "text.jsonl").read_text().splitlines()]
-    pairs = [{"prompt": text[:80], "chosen": text[80:], "rejected": text[90:]} for text in texts]
-    judged = [{"prompt": text[:80], "completion": text[80:], "label": i % 2 == 0} for i, text in enumerate(texts)]
+    source = place / "text.jsonl"
+    pairs = []
+    judged = []
+    for number, line_of_text in enumerate(source.read_text().splitlines()):
+        text = json.loads(line_of_text)["text"]
+        prompt = text[:80]
+        pairs.append({"prompt": prompt, "chosen": text[80:], "rejected": text[90:]})
+        judged.append({"prompt": prompt, "completion": text[80:], "label": number % 2 == 0})
     for name, rows in (("pairs", pairs), ("judged", judged)):
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (place / f"{name}.jsonl").write_text("".join(lines))
 
 
 def measured(place: Path, cell: Cell, workers: int, rows: int) -> dict[str, Any] | None:
