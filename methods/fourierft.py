@@ -6,18 +6,22 @@ normal ones ruin where it is small, since ifft2 divides by out * in. For the sam
 learning rate far above LoRA's.
 """
 
+import math
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
 from peft.tuners.fourierft.layer import FourierFTLinear
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Linear, Module
 from torch.nn.functional import linear
 
 from methods.options.other_adapters import FourierFt
+from methods.parts.dithered_sum import dithered_sum, noise_like
 from methods.parts.peft_adapter import ADAPTER, PeftAdapter
+
+MOST_WAVES = 2048  # entries of a spectrum, with more of which a transform costs less than a product
 
 
 class FourierFtTuning(PeftAdapter[FourierFt]):
@@ -35,10 +39,19 @@ class FourierFtTuning(PeftAdapter[FourierFt]):
         )
 
     def speed_up(self, model: Module, undo: ExitStack) -> None:
-        """Transform half of each spectrum, which says all of a real update; its places stay on the device."""
+        """Transform half of each spectrum, which says all of a real update; its places stay on the device.
+
+        Where the base is in bf16, training has one product with the sum of base and update in the place of two.
+        """
+        shared: dict[Any, WaveTables] = {}
         for module in model.modules():
-            if type(module) is FourierFTLinear:
-                HalfSpectrum.take_over(module, undo)
+            if type(module) is not FourierFTLinear:
+                continue
+            HalfSpectrum.take_over(module, undo)
+            base: Any = module.base_layer
+            is_in_bf16 = type(base) is Linear and base.weight.dtype == torch.bfloat16
+            if is_in_bf16 and self.options.frequencies <= MOST_WAVES:
+                SumOfWaves.add(module, base.weight, shared, undo)
 
 
 class HalfSpectrum(FourierFTLinear):  # type: ignore[misc]
@@ -66,7 +79,8 @@ class HalfSpectrum(FourierFTLinear):  # type: ignore[misc]
         columns = torch.cat([column, mirrored_column])
         width = module.in_features // 2 + 1
         in_half = columns < width
-        numbers = torch.arange(2 * count, device=spectrum.device)
+        both = 2 * count
+        numbers = torch.arange(both, device=spectrum.device)
         places = rows * width + columns
         entries = numbers % count
         module.places = places[in_half]
@@ -92,10 +106,85 @@ class HalfSpectrum(FourierFTLinear):  # type: ignore[misc]
         spectrum = self.fourierft_spectrum[ADAPTER].float()
         halves = spectrum[self.entries] / 2
         shape = (self.out_features, self.in_features)
-        half = halves.new_zeros(self.out_features * width)
+        size = self.out_features * width
+        half = halves.new_zeros(size)
         half = half.index_add(0, self.places, halves)
         half_OH = half.view(-1, width)
         complex_OH = half_OH.to(torch.complex64)
         transformed_OI = torch.fft.irfft2(complex_OH, s=shape)
         update_OI: Tensor = transformed_OI * self.fourierft_scaling[ADAPTER]
         return update_OI
+
+
+class WaveTables(NamedTuple):
+    """The waves whose products an update is a sum of, in bf16, and the noise by which the sum with a base is rounded.
+
+    The update of one entry c at (p, q) is c * cos(a + b) = c * (cos a cos b - sin a sin b), with a = 2 pi p o / O and
+    b = 2 pi q i / I. Shapes: K twice the number of entries, first cosines and then sines, O outputs, I inputs.
+    """
+
+    of_outputs_OK: Tensor
+    of_inputs_IK: Tensor
+    noise_OI: Tensor
+
+    @classmethod
+    def at(cls, indices: Tensor, weight_OI: Tensor) -> "WaveTables":
+        """Those of entries at indices [2, K / 2], for a weight."""
+        row, column = indices.to(weight_OI.device)
+        outputs, inputs = weight_OI.shape
+        of_outputs_OK = _waves(row, outputs)
+        of_inputs_IK = _waves(column, inputs)
+        return cls(of_outputs_OK, of_inputs_IK, noise_like(weight_OI))
+
+
+def _waves(frequency: Tensor, length: int) -> Tensor:
+    """The cosines and sines [length, 2 * len(frequency)] of whole numbers of periods in a length, bf16."""
+    place = torch.arange(length, device=frequency.device)
+    phase = torch.outer(place, frequency) % length
+    step = 2 * math.pi / length
+    angle = phase * step
+    cosines = angle.cos()
+    sines = angle.sin()
+    waves = torch.cat([cosines, sines], dim=1)
+    return waves.bfloat16()
+
+
+class SumOfWaves(HalfSpectrum):
+    """The same over a base in bf16: in training, one product with the sum of base and update."""
+
+    waves: WaveTables
+
+    @classmethod
+    def add(cls, module: Any, weight_OI: Tensor, shared: dict[Any, WaveTables], undo: ExitStack) -> None:
+        """Make a `HalfSpectrum` one of these, with the waves of others of its shape where these are `shared`."""
+        undo.callback(setattr, module, "__class__", HalfSpectrum)
+        module.__class__ = cls
+        indices = module.indices[ADAPTER]
+        places = indices.flatten().tolist()
+        key = (weight_OI.shape, tuple(places))
+        if key not in shared:
+            shared[key] = WaveTables.at(indices, weight_OI)
+        module.waves = shared[key]
+        undo.callback(delattr, module, "waves")
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What PEFT's module gives, but for rounding; see `dithered_sum`."""
+        if not self.training or self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        update_OI = self.sum_of_waves()
+        weight_OI = dithered_sum(base.weight, update_OI, self.waves.noise_OI)
+        return linear(x, weight_OI, base.bias)
+
+    def sum_of_waves(self) -> Tensor:
+        """The update [O, I], bf16."""
+        waves = self.waves
+        numbers = self.out_features * self.in_features
+        scale = self.fourierft_scaling[ADAPTER] / numbers
+        spectrum = self.fourierft_spectrum[ADAPTER].float()
+        scaled = spectrum * scale
+        scaled_K = torch.cat([scaled, -scaled])
+        fp32_OK = waves.of_outputs_OK.float()
+        scaled_OK = fp32_OK * scaled_K
+        scaled_OK = scaled_OK.bfloat16()
+        return scaled_OK @ waves.of_inputs_IK.T
