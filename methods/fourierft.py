@@ -7,7 +7,8 @@ learning rate far above LoRA's.
 """
 
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import peft
@@ -38,6 +39,11 @@ class FourierFtTuning(PeftAdapter[FourierFt]):
             task_type="CAUSAL_LM",
         )
 
+    def attach(self, model: Module) -> Module:
+        """Add an update to each target; the places of entries are drawn once for each shape."""
+        with places_drawn_once():
+            return super().attach(model)
+
     def speed_up(self, model: Module, undo: ExitStack) -> None:
         """Transform half of each spectrum, which says all of a real update; its places stay on the device.
 
@@ -52,6 +58,28 @@ class FourierFtTuning(PeftAdapter[FourierFt]):
             is_in_bf16 = type(base) is Linear and base.weight.dtype == torch.bfloat16
             if is_in_bf16 and self.options.frequencies <= MOST_WAVES:
                 SumOfWaves.add(module, base.weight, shared, undo)
+
+
+@contextmanager
+def places_drawn_once() -> Iterator[None]:
+    """Within it, `torch.randperm` draws once for each size and seed.
+
+    PEFT permutes all O * I places for each module anew, though modules of one shape get the same: 40 s for a 1B base.
+    """
+    real = torch.randperm
+    drawn: dict[tuple[int, int], Tensor] = {}
+
+    def draw(size: int, *, generator: torch.Generator) -> Tensor:
+        key = (size, generator.initial_seed())
+        if key not in drawn:
+            drawn[key] = real(size, generator=generator)
+        return drawn[key]
+
+    torch.randperm = draw  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.randperm = real
 
 
 class HalfSpectrum(FourierFTLinear):  # type: ignore[misc]

@@ -29,6 +29,28 @@ def attached(entries: int, **base: Any) -> tuple[FourierFtTuning, nn.Module]:
     return method, model
 
 
+def test_places_are_those_that_peft_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    real = torch.randperm
+
+    def counted(size: int, **options: Any) -> torch.Tensor:
+        sizes.append(size)
+        return real(size, **options)
+
+    monkeypatch.setattr(torch, "randperm", counted)
+    _, model = attached(100)
+    assert torch.randperm is counted
+    modules = [module for module in model.modules() if isinstance(module, FourierFTLinear)]
+    shapes = {(module.out_features, module.in_features) for module in modules}
+    assert len(modules) > len(sizes) == len({outputs * inputs for outputs, inputs in shapes})
+    for module in modules:
+        generator = torch.Generator()
+        generator.manual_seed(module.fourierft_random_loc_seed[ADAPTER])
+        places = real(module.out_features * module.in_features, generator=generator)[:100]
+        row, column = module.indices[ADAPTER]
+        assert torch.equal(row * module.in_features + column, places)
+
+
 @pytest.mark.parametrize("columns", [51, 64])
 def test_updates_are_the_transforms_of_whole_spectra(columns: int) -> None:
     """Of many entries: some are their own mirror images, others each other's."""
