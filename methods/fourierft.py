@@ -49,7 +49,7 @@ class FourierFtTuning(PeftAdapter[FourierFt]):
 
         Where the base is in bf16, training has one product with the sum of base and update in the place of two.
         """
-        shared: dict[Any, WaveTables] = {}
+        shared: dict[torch.Size, WaveTables] = {}
         for module in model.modules():
             if type(module) is not FourierFTLinear:
                 continue
@@ -89,8 +89,8 @@ class HalfSpectrum(FourierFTLinear):  # type: ignore[misc]
     I / 2 say all of it, and in them an entry stands once or twice, as a half. Shapes: O outputs, I inputs.
     """
 
-    places: Tensor  # in the flattened half
-    entries: Tensor  # which entry stands there
+    places: Tensor  # of the entries and of their mirror images, in the flattened half
+    shares: Tensor  # of an entry that stands there: a half, or nothing of one beyond it
 
     @classmethod
     def take_over(cls, module: FourierFTLinear, undo: ExitStack) -> None:
@@ -98,7 +98,6 @@ class HalfSpectrum(FourierFTLinear):  # type: ignore[misc]
         undo.callback(setattr, module, "__class__", FourierFTLinear)
         module.__class__ = cls
         spectrum = module.fourierft_spectrum[ADAPTER]
-        count = len(spectrum)
         indices = module.indices[ADAPTER]
         row, column = indices.to(spectrum.device)
         mirrored_row = -row % module.out_features
@@ -107,14 +106,11 @@ class HalfSpectrum(FourierFTLinear):  # type: ignore[misc]
         columns = torch.cat([column, mirrored_column])
         width = module.in_features // 2 + 1
         in_half = columns < width
-        both = 2 * count
-        numbers = torch.arange(both, device=spectrum.device)
         places = rows * width + columns
-        entries = numbers % count
-        module.places = places[in_half]
-        module.entries = entries[in_half]
+        module.places = places * in_half
+        module.shares = in_half / 2
         undo.callback(delattr, module, "places")
-        undo.callback(delattr, module, "entries")
+        undo.callback(delattr, module, "shares")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What PEFT's module gives, but for rounding."""
@@ -132,7 +128,8 @@ class HalfSpectrum(FourierFTLinear):  # type: ignore[misc]
         """The update [O, I], fp32."""
         width = self.in_features // 2 + 1
         spectrum = self.fourierft_spectrum[ADAPTER].float()
-        halves = spectrum[self.entries] / 2
+        both = spectrum.repeat(2)
+        halves = both * self.shares
         shape = (self.out_features, self.in_features)
         size = self.out_features * width
         half = halves.new_zeros(size)
@@ -183,16 +180,14 @@ class SumOfWaves(HalfSpectrum):
     waves: WaveTables
 
     @classmethod
-    def add(cls, module: Any, weight_OI: Tensor, shared: dict[Any, WaveTables], undo: ExitStack) -> None:
-        """Make a `HalfSpectrum` one of these, with the waves of others of its shape where these are `shared`."""
+    def add(cls, module: Any, weight_OI: Tensor, shared: dict[torch.Size, WaveTables], undo: ExitStack) -> None:
+        """Make a `HalfSpectrum` one of these, with the waves of others of its shape, which are `shared`."""
         undo.callback(setattr, module, "__class__", HalfSpectrum)
         module.__class__ = cls
-        indices = module.indices[ADAPTER]
-        places = indices.flatten().tolist()
-        key = (weight_OI.shape, tuple(places))
-        if key not in shared:
-            shared[key] = WaveTables.at(indices, weight_OI)
-        module.waves = shared[key]
+        shape = weight_OI.shape
+        if shape not in shared:
+            shared[shape] = WaveTables.at(module.indices[ADAPTER], weight_OI)
+        module.waves = shared[shape]
         undo.callback(delattr, module, "waves")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
