@@ -122,15 +122,16 @@ class _LabelLosses(torch.autograd.Function):
             hidden_ND, weight_VD, label_N = ctx.saved_tensors
             losses_N = torch.empty_like(scale_N)
             scale_N = scale_N.contiguous()
-            gradient_ND, gradient_VD = _gradients(hidden_ND, weight_VD, label_N, scale_N, losses_N, True)
+            gradient_ND, fp32_VD = _gradients(hidden_ND, weight_VD, label_N, scale_N, losses_N, True)
+            assert fp32_VD is not None
+            gradient_VD = fp32_VD.to(weight_VD.dtype)
         else:
             ahead_ND, gradient_VD = ctx.saved_tensors
             gradient_ND = ahead_ND * scale_N[:, None]
             gradient_ND = gradient_ND.to(ahead_ND.dtype)
             if gradient_VD is not None:
-                gradient_VD *= scale_N[0]
-        if gradient_VD is not None:
-            gradient_VD = gradient_VD.to(gradient_ND.dtype)
+                scaled_VD = torch.empty_like(gradient_VD, dtype=ahead_ND.dtype)
+                gradient_VD = torch.mul(gradient_VD, scale_N[0], out=scaled_VD)
         return gradient_ND, gradient_VD, None, None
 
 
