@@ -195,6 +195,7 @@ def _checked(job: Job, cluster: Cluster, progress: SourceProgress) -> Findings:
     """What the checks of a job found, for the place where it will run."""
     if cluster.site.is_here:
         return check_job(job, progress)
+    cluster.site.expect()
     unknown: tuple[str, ...] = ()
     try:
         capacity = cluster.capacity()

@@ -40,6 +40,10 @@ class Site(Protocol):
         """Whether files of this machine are at the same paths where the runs are."""
         ...
 
+    def expect(self) -> None:
+        """Get ready for what will be asked, beside what the caller does first; tells of no failure."""
+        ...
+
     def ids(self) -> list[str]:
         """The names of all run folders, damaged ones too."""
         ...
@@ -108,6 +112,9 @@ class LocalSite:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    def expect(self) -> None:
+        """There is nothing to get ready."""
 
     def ids(self) -> list[str]:
         """The names of all run folders, damaged ones too."""

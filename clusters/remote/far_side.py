@@ -66,13 +66,14 @@ class FarSide:
         self.name = machine.name
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_ready = False
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this object)
         self._unread = b""
 
     def ask(self, request: Mapping[str, Any], timeout_s: float = _ANSWER_S) -> Any:
         """The answer to a request; raises what the far side raised, and Unreachable where no answer came."""
         with self._lock:
-            if self._process is None:
+            if not self._is_ready:
                 self._start()
             try:
                 self._write(request)
@@ -94,12 +95,19 @@ class FarSide:
     def start(self) -> None:
         """Start the process there, unless it was started before; raises EnvironmentMissing."""
         with self._lock:
-            if self._process is None:
+            if not self._is_ready:
                 self._start()
+
+    def expect(self) -> None:
+        """Begin to start the process there; who asks first waits for it, and is told what fails."""
+        with self._lock, suppress(Unreachable):
+            if self._process is None:
+                self._launch()
 
     def close(self) -> None:
         """End the process there; the connection stays for the next command."""
         process, self._process = self._process, None
+        self._is_ready = False
         if process is None:
             return
         assert process.stdin and process.stdout
@@ -121,15 +129,8 @@ class FarSide:
 
     def _begin(self) -> bool:
         """Start the process there; False where its code is not there yet."""
-        self._unread = b""
-        self._stderr.seek(0)
-        self._stderr.truncate()
-        command = self.machine.command(scripts.ANSWER)
-        pipe = subprocess.PIPE
-        try:
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._stderr)
-        except OSError as error:
-            raise Unreachable(f"cluster {self.name}: {command[0]}: {error.strerror}") from None
+        if self._process is None:
+            self._launch()
         config = self.machine.config.model_dump(mode="json")
         try:
             self._write({"cluster": config})
@@ -139,7 +140,20 @@ class FarSide:
                 self.close()
                 return False
             raise self._broken(str(error)) from None
+        self._is_ready = True
         return True
+
+    def _launch(self) -> None:
+        """Start the process here that starts the one there."""
+        self._unread = b""
+        self._stderr.seek(0)
+        self._stderr.truncate()
+        command = self.machine.command(scripts.ANSWER)
+        pipe = subprocess.PIPE
+        try:
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._stderr)
+        except OSError as error:
+            raise Unreachable(f"cluster {self.name}: {command[0]}: {error.strerror}") from None
 
     def _await_ready(self) -> None:
         """Read until the far side says that it is there; login shells may print before it."""

@@ -29,6 +29,10 @@ class RemoteSite:
     far_side: FarSide
     is_here = False
 
+    def expect(self) -> None:
+        """Start the far side, beside what the caller does first; the first request tells what fails."""
+        self.far_side.expect()
+
     def ids(self) -> list[str]:
         """The names of all run folders, damaged ones too."""
         ids: list[str] = self._ask("ids")

@@ -164,6 +164,27 @@ def test_the_command_says_that_it_came_to_nothing_and_may_be_repeated(
         assert (done.returncode, done.stdout) == (0, f"{entry.run_id}\n"), done
 
 
+@pytest.mark.usefixtures("there")
+def test_a_far_side_that_is_expected_starts_by_itself_and_once(server: SshServer) -> None:
+    site = backends.open_cluster("there").site
+    far_side = site.far_side  # type: ignore[attr-defined]
+    site.ids()  # has the code sent
+    far_side.close()
+    site.expect()
+    process = far_side._process
+    assert process
+    site.expect()
+    assert site.ids() == []
+    assert far_side._process is process
+    far_side.close()
+    server.close_connection("there", sockets_folder())
+    with emptied(server.folder / "authorized_keys"):
+        site.expect()
+        with pytest.raises(Unreachable, match=r"Permission denied.*fleetune clusters connect there"):
+            site.ids()
+    assert site.ids() == []
+
+
 @contextmanager
 def emptied(file: Path) -> Iterator[None]:
     """Let a file be empty for a while."""
