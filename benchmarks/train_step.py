@@ -10,6 +10,9 @@ same rank on all linear layers (`adamw-liger-compile`: all weights) with fused A
 not installed are left out. Figures are medians over the steps after the warm-up, by the device's own clock. `short`
 and `padded` are documents of GSM8K's lengths, packed and one to a row; of them only what is not padding counts.
 
+--offload adds a row with AdamW's moments on the host to each of Fleetune's own, and compares the two; what they take
+hangs on the tokens of a step: `--methods full --rows fast --offload --batch-tokens 65536`.
+
 --check trains plain and fast from one start, and compares losses and gradients: in fp32 with each other, in bf16 both
 with the plain path in fp32, which the fast one must be as near to.
 """
@@ -63,8 +66,11 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=[*PEERS, *OURS], choices=[*PEERS, *OURS])
     parser.add_argument("--data", nargs="*", default=["full"], choices=BATCH_TOKENS)
     parser.add_argument("--check", nargs="*", default=[], choices=BATCH_TOKENS)
+    parser.add_argument("--offload", action="store_true", help="Fleetune's own rows also with moments on the host")
+    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS["full"], help="of a step of full rows")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    BATCH_TOKENS["full"] = arguments.batch_tokens
     preload()
     rows: list[Figures] = []
     checks: list[Figures] = []
@@ -110,7 +116,7 @@ class Inputs:
             lines = [json.dumps({"text": text}) + "\n" for text in texts]
             (place / f"{name}.jsonl").write_text("".join(lines))
 
-    def run(self, method: str, kernels: str, data: str, **train: Any) -> Path:
+    def run(self, method: str, kernels: str, data: str, offload: str = "none", **train: Any) -> Path:
         """A new run folder; `data` says of which rows, and whether they are packed."""
         rows = "full" if data == "full" else "short"
         options = METHODS.get(method, {})
@@ -133,6 +139,7 @@ class Inputs:
                 "kernels": kernels,
                 **train,
             },
+            "sharding": {"offload": offload},
         }
         run_dir = Path(tempfile.mkdtemp(prefix=f"{method}-{kernels}-{data}-", dir=self.place))
         (run_dir / "job.yaml").write_text(yaml.safe_dump({"run_id": run_dir.name, "job": job}))
@@ -185,6 +192,9 @@ def measured(inputs: Inputs, arguments: argparse.Namespace) -> Iterator[Figures]
         if row in OURS:
             for method in arguments.methods:
                 yield told(row, data, method, forked(our_steps, inputs, method, row, data))
+                if arguments.offload:
+                    figures = forked(our_steps, inputs, method, row, data, "optimizer")
+                    yield told(f"{row}, moments on the host", data, method, figures)
         elif data == "full" and (row != "unsloth" or find_spec("unsloth")):
             yield told(row, data, TRAINED.get(row, "lora"), forked(peer_steps, inputs, row))
 
@@ -220,13 +230,13 @@ def serve(answers: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) ->
         answers.send({"error": f"{type(error).__name__}: {error}"[:300]})
 
 
-def our_steps(inputs: Inputs, method: str, kernels: str, data: str) -> Figures:
+def our_steps(inputs: Inputs, method: str, kernels: str, data: str, offload: str = "none") -> Figures:
     """The steps of Fleetune's own loop."""
     from trainer.meter import SaveRequest
     from trainer.step import take_step
 
     began = time.monotonic()
-    run_dir = inputs.run(method, kernels, data)
+    run_dir = inputs.run(method, kernels, data, offload)
     with started(run_dir) as (run, micro_batches, meter):
         for step in range(1, WARMUP + STEPS + 1):
             take_step(run, step, micro_batches, meter, SaveRequest())
@@ -239,6 +249,7 @@ def our_steps(inputs: Inputs, method: str, kernels: str, data: str) -> Figures:
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in rows),
         "utilisation": statistics.median(row["mfu"] for row in rows),
         "peak_gib": rows[-1]["peak_memory_bytes"] / 2**30,
+        "host_gib": run.sharded.on_host.moments.nbytes / 2**30 if run.sharded.on_host else 0.0,
         "seconds_to_first_step": round(first, 1),
         "kernels": run.objective.kernels.names,
         "problems": run.objective.kernels.problems,

@@ -113,7 +113,7 @@ def shard(
     }
     if fused:
         adam["fused"] = True
-    sharded = ShardedModel(model, method, job.sharding.zero, job.lr, adam)
+    sharded = ShardedModel(model, method, job.sharding.zero, job.lr, adam, offload=job.sharding.offloads)
     if saved:
         saved.load_optimizer(sharded)
     return sharded
@@ -185,6 +185,7 @@ def work_of(run: Run) -> Record:
         "method": job.method.kind,
         "objective": job.objective.kind,
         "zero": job.sharding.zero,
+        "offload": job.sharding.offload,
         "kernels": kernels,
         "checkpointing": job.train.gradient_checkpointing,
         "precision": precision,

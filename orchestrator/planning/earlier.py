@@ -62,16 +62,18 @@ def correction_of(job: Job, kernels: str, earlier: Iterable[Costs]) -> PastRatio
 
 
 def alike(job: Job, kernels: str, earlier: Iterable[Costs]) -> list[Costs]:
-    """Of some costs those of runs that did the same as a job: method, objective, stage, kernels, checkpointing."""
+    """Of some costs those of runs like a job: in method, objective, stage, offload, kernels and checkpointing."""
     wanted = {
         "method": job.method.kind,
         "objective": job.objective.kind,
         "zero": job.sharding.zero,
+        "offload": job.sharding.offload,
         "kernels": kernels,
         "checkpointing": job.train.gradient_checkpointing,
     }
     found = []
     for costs in earlier:
-        if wanted.items() <= costs.work.items():
+        work = {"offload": "none", **costs.work}  # there was none before runs said so
+        if wanted.items() <= work.items():
             found.append(costs)
     return found

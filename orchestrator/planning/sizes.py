@@ -13,16 +13,21 @@ OptimizerBytes = tuple[int, int]  # bytes of the optimizer's state: what ZeRO sh
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each worker, without activations."""
+    """Bytes on each worker's device, without activations, and those of its optimizer that its host has instead."""
 
     weights: int
     gradients: int
     optimizer: int
+    on_host: int = 0
 
     @property
     def total(self) -> int:
         """The bytes of all of them together."""
         return self.weights + self.gradients + self.optimizer
+
+    def offloaded(self, moments: int) -> "Memory":
+        """The same with moments of so many bytes on the host, where no copy of the weights is kept beside them."""
+        return Memory(self.weights, self.gradients, 0, moments)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,10 @@ def sizes(job: Job, model: Model, kind: str | None = None) -> Sizes | None:
     zero = job.sharding.zero
     workers = job.resources.world_size
     per_worker = memory(shared, held, trained, state, zero, workers)
+    if job.sharding.offloads:
+        moments, _ = state
+        sharing = workers if zero else 1
+        per_worker = per_worker.offloaded(ceil(moments / sharing))
     parameters = parameter_count(model.shapes) + added
     return Sizes(parameters, trained, per_worker, held)
 

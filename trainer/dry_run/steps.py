@@ -134,7 +134,9 @@ def _take_steps(
     implementation = "fused" if kernels.fused_step else "foreach"
     adam = {implementation: True}
     with stand_ins(arrays["position_ids"], job.sharding.zero):
-        sharded = ShardedModel(model, method, 0, job.lr, adam, Alone)
+        sharded = ShardedModel(model, method, 0, job.lr, adam, Alone, job.sharding.offloads)
+        if sharded.on_host:
+            ledger.leave_out(sharded.on_host.moments)
         for count in MICRO_BATCHES:
             for _ in range(count):
                 _one_pass(sharded, objective, tensors, totals, ledger)

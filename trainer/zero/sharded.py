@@ -15,8 +15,9 @@ from torch import nn
 
 from methods.base import Fragment, Method, Piece
 from trainer.zero import engine, layout
+from trainer.zero.chunked import MOMENTS, ChunkedAdamW
 from trainer.zero.gather import gathered, shape
-from trainer.zero.layout import OwnedFragment
+from trainer.zero.layout import OwnedFragment, ParameterNames
 
 EngineStart = Callable[[nn.Module, torch.optim.Optimizer, int], Any]  # from model, optimizer and ZeRO stage
 
@@ -32,6 +33,7 @@ class ShardedModel:
         lr: float = 0.0,
         adam: dict[str, Any] | None = None,
         start: EngineStart = engine.start_engine,
+        offload: bool = False,
     ) -> None:
         self.model = model
         self.stage = stage
@@ -39,14 +41,8 @@ class ShardedModel:
         self.method = method
         self._clip: float | None = None
         self._grad_norm: torch.Tensor | None = None
-        names = {}
-        shapes = {}
-        parameters = model.named_parameters()
-        for name, parameter in parameters:
-            if parameter.requires_grad:
-                names[parameter] = name
-                shapes[name] = shape(parameter)
-        self._shapes = shapes
+        names = _names_of_trained(model)
+        self._shapes = {name: shape(parameter) for parameter, name in names.items()}
         trained = list(names)
         placeholder = engine.Placeholder(trained)
         self.engine = start(model, placeholder, stage)
@@ -56,14 +52,16 @@ class ShardedModel:
         averaged = not alone and (stage != 0 or not method.reduces)
         self._averaged = averaged
         self.engine.enable_backward_allreduce = averaged
-        self._fragments: list[OwnedFragment] = []
-        self._by_name: dict[str, OwnedFragment] = {}
+        if offload:
+            layout.share_masters(self.engine, stage)
         fragments = layout.fragments(self.engine, names, stage)
-        for fragment in fragments:
-            self._fragments.append(fragment)
-            self._by_name[fragment.name] = fragment
+        self._fragments = list(fragments)
+        self._by_name = {fragment.name: fragment for fragment in self._fragments}
         settings = adam or {}
         self.optimizer = method.optimizer(self, lr, **settings)
+        self.on_host: ChunkedAdamW | None = None
+        if offload:
+            self.on_host = ChunkedAdamW(self.optimizer, self.device)
         placeholder.on_step = self._step
         self._placeholder = placeholder
 
@@ -84,9 +82,22 @@ class ShardedModel:
 
     def state(self, fragment: Fragment) -> dict[str, Any]:
         """What the optimizer keeps of a fragment, to be read and changed; empty before its first step."""
+        if self.on_host:
+            self.on_host.wait()
         parameter = fragment.parameter
         state: dict[str, Any] = self.optimizer.state[parameter]
         return state
+
+    def set_state(self, fragment: Fragment, kind: str, value: torch.Tensor) -> None:
+        """Give a fragment a state of its optimizer, as a checkpoint has it: 1-D, or a 0-d scalar."""
+        parameter = fragment.parameter
+        if self.on_host and kind in MOMENTS:
+            self.on_host.keep(parameter, kind, value)
+            return
+        is_scalar = value.dim() == 0
+        if self.is_fused or not is_scalar:
+            value = value.to(parameter.device)
+        self.state(fragment)[kind] = value
 
     def shape(self, name: str) -> torch.Size:
         """The whole shape of a trained parameter."""
@@ -180,7 +191,10 @@ class ShardedModel:
             scale = scale.float()
             torch._foreach_mul_(grads, scale)
         method.before_step(self)
-        self.optimizer.step()
+        if self.on_host:
+            self.on_host.step()
+        else:
+            self.optimizer.step()
         method.after_step(self)
         for fragment in self._fragments:
             fragment.drop_gradient()
@@ -214,3 +228,12 @@ class ShardedModel:
             piece = layout.held_piece(name, parameter)
             if piece is not None:
                 yield piece
+
+
+def _names_of_trained(model: nn.Module) -> ParameterNames:
+    """The names of a model's trained parameters."""
+    names = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            names[parameter] = name
+    return names

@@ -86,6 +86,22 @@ def test_bytes_per_worker_fall_with_the_stage() -> None:
     assert memory(shared=0, held=0, trained=9, state=(72, 5), zero=1, world_size=2).optimizer == 4 * 5 + 36 + 5
 
 
+def test_moments_on_the_host_take_nothing_of_the_device() -> None:
+    model = Model({**SMALL, "model_type": "llama"})
+
+    def found(zero: int, where: str) -> Memory:
+        sharding = {"zero": zero, "offload": where}
+        of_job = sizes(job(method="full", sharding=sharding, resources={"workers_per_node": 2}), model)
+        assert of_job is not None
+        return of_job.memory
+
+    whole = found(0, "none")
+    assert found(0, "optimizer") == Memory(whole.weights, whole.gradients, 0, whole.optimizer)
+    for zero in (1, 2, 3):
+        there = found(zero, "none")
+        assert found(zero, "optimizer") == Memory(there.weights, there.gradients, 0, whole.optimizer // 2)
+
+
 def test_frozen_weights_are_bf16_on_gpus_and_fp32_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     model = Model({**SMALL, "model_type": "llama"})
