@@ -249,11 +249,17 @@ def our_steps(inputs: Inputs, method: str, kernels: str, data: str, offload: str
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in rows),
         "utilisation": statistics.median(row["mfu"] for row in rows),
         "peak_gib": rows[-1]["peak_memory_bytes"] / 2**30,
-        "host_gib": run.sharded.on_host.moments.nbytes / 2**30 if run.sharded.on_host else 0.0,
+        "host_gib": host_gib(run),
         "seconds_to_first_step": round(first, 1),
         "kernels": run.objective.kernels.names,
         "problems": run.objective.kernels.problems,
     }
+
+
+def host_gib(run: Any) -> float:
+    """The GiB of moments that a run has on the host."""
+    chunked = run.sharded.chunked
+    return chunked.moments.nbytes / 2**30 if chunked and chunked.on_host else 0.0
 
 
 @contextmanager

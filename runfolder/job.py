@@ -201,6 +201,20 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _can_do_without_masters(self) -> "Job":
+        if self.train.master_weights:
+            return self
+        needs = {
+            "method": (self.method.kind, "full"),
+            "sharding.zero": (self.sharding.zero, 0),
+            "train.precision": (self.train.precision, "bf16"),
+        }
+        for key, (found, allowed) in needs.items():
+            if found != allowed:
+                raise ValueError(f"train.master_weights false with {key} {found}; allowed: {key} {allowed}")
+        return self
+
+    @model_validator(mode="after")
     def _trains_new_tokens(self) -> "Job":
         if not self.base.resize_embeddings:
             return self

@@ -34,7 +34,11 @@ class Train(Section):
     eps: float = Field(1e-8, gt=0, description="what AdamW adds to the root of the second moment")
     clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: nothing is clipped")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the forward pass, trained weights are fp32 always; auto: bf16 on a GPU, else fp32"
+        "auto", description="of the forward pass; auto: bf16 on a GPU, else fp32"
+    )
+    master_weights: bool = Field(
+        True,
+        description="trained weights are fp32; false: bf16 alone, which each step rounds at random (method full)",
     )
     kernels: Literal["auto", "fast", "plain"] = Field(
         "auto",

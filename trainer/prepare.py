@@ -93,7 +93,8 @@ def base_model(attempt: Attempt, job: Job, objective: Objective, dtype: torch.dt
 
 def create_method(job: Job, batches: Batches, tokenizer: Any, saved: CheckpointReader | None) -> Method[Any]:
     """The method of a job, with its state of a checkpoint where there is one."""
-    setup = Setup(batches.steps, job.train.seed, job.data.seq_len, tokenizer, gather)
+    train = job.train
+    setup = Setup(batches.steps, train.seed, job.data.seq_len, tokenizer, gather, train.master_weights)
     method = create(job.method, setup)
     if saved:
         state = saved.method_state()
@@ -188,6 +189,7 @@ def work_of(run: Run) -> Record:
         "offload": job.sharding.offload,
         "kernels": kernels,
         "checkpointing": job.train.gradient_checkpointing,
+        "master_weights": job.train.master_weights,
         "precision": precision,
         "workers": run.world.size,
         "device": name,

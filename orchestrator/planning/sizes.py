@@ -71,7 +71,7 @@ def sizes(job: Job, model: Model, kind: str | None = None) -> Sizes | None:
     state = method.optimizer_bytes(linears, others)
     zero = job.sharding.zero
     workers = job.resources.world_size
-    per_worker = memory(shared, held, trained, state, zero, workers)
+    per_worker = memory(shared, held, trained, state, zero, workers, 4 if job.train.master_weights else 2)
     if job.sharding.offloads:
         moments, _ = state
         sharing = workers if zero else 1
@@ -82,9 +82,10 @@ def sizes(job: Job, model: Model, kind: str | None = None) -> Sizes | None:
 
 def _frozen_bytes(job: Job, model: Model, kind: str | None) -> tuple[int, int]:
     """Bytes of the frozen weights: those that ZeRO 3 shares, those that every worker holds."""
-    # Frozen weights keep the dtype of the forward pass; those of a method that leaves a model are fp32 throughout.
+    # Frozen weights keep the dtype of the forward pass; those of a method that leaves a model are as trained ones.
     element = 4
-    if planned_precision(job, kind) == "bf16" and not job.method.makes_model:
+    in_fp32 = job.method.makes_model and job.train.master_weights
+    if planned_precision(job, kind) == "bf16" and not in_fp32:
         element = 2
     if model.in_4_bits:
         return model.frozen_bytes(element)
@@ -93,16 +94,25 @@ def _frozen_bytes(job: Job, model: Model, kind: str | None) -> tuple[int, int]:
     return job.method.frozen_bytes(linears, others, element)
 
 
-def memory(shared: int, held: int, trained: int, state: OptimizerBytes, zero: int, world_size: int) -> Memory:
+def memory(
+    shared: int,
+    held: int,
+    trained: int,
+    state: OptimizerBytes,
+    zero: int,
+    world_size: int,
+    of_weight: int = 4,
+) -> Memory:
     """Bytes per worker, from the number of trained parameters and the bytes of frozen weights and optimizer `state`.
 
-    Trained weights and gradients are fp32. ZeRO 1 and 2 keep an fp32 copy of each worker's part; ZeRO 3 shares the
-    frozen weights too, but not those `held` by every worker. The second part of `state` is never shared.
+    Gradients are fp32, and trained weights too, unless `of_weight` says other bytes of one at ZeRO 0. ZeRO 1 and 2
+    keep an fp32 copy of each worker's part; ZeRO 3 shares the frozen weights too, but not those `held` by every
+    worker. The second part of `state` is never shared.
     """
     state_shared, state_held = state
     whole = 4 * trained
     part = 4 * ceil(trained / world_size)
-    weights = held + shared + whole
+    weights = held + shared + of_weight * trained
     state_part = ceil(state_shared / world_size) + state_held
     optimizer = part + state_part
     match zero:

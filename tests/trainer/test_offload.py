@@ -98,7 +98,7 @@ def groups(device: str) -> list[dict[str, Any]]:
 def trained(hosted: bool, device: str = "cpu", **adam: Any) -> list[torch.Tensor]:
     """Weights and moments after some steps, in which one parameter or another has no gradient or starts anew."""
     optimizer = torch.optim.AdamW(groups(device), weight_decay=0.1, **adam)
-    moments = ChunkedAdamW(optimizer, torch.device(device)) if hosted else None
+    moments = ChunkedAdamW(optimizer, torch.device(device), on_host=True) if hosted else None
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for step in range(6):
         for number, parameter in enumerate(parameters):
@@ -107,7 +107,7 @@ def trained(hosted: bool, device: str = "cpu", **adam: Any) -> list[torch.Tensor
             if moments:
                 moments.wait()
             optimizer.state[parameters[0]].clear()
-        moments.step() if moments else optimizer.step()
+        moments.step(step) if moments else optimizer.step()
     if moments:
         moments.wait()
     states = [value for parameter in parameters for _, value in sorted(optimizer.state[parameter].items())]
@@ -123,12 +123,25 @@ def test_a_step_in_chunks_is_that_of_adamw(adam: dict[str, bool], monkeypatch: p
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("adam", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
 def test_a_step_in_chunks_is_that_of_adamw_on_a_gpu(adam: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch.cuda.is_available(), "a GPU is needed"
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 256)
     found, expected = trained(True, "cuda", **adam), trained(False, "cuda", **adam)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("zero", [0, 2])
+def test_a_run_on_a_gpu_is_the_same_with_moments_on_the_host(zero: int, new_run: Any, launch: Any) -> None:
+    assert torch.cuda.is_available(), "a GPU is needed"
+    train = {**TRAIN["full"], "precision": "bf16", "kernels": "fast"}
+    plain, hosted = (
+        new_run(where, method={"kind": "full"}, train=train, sharding={"zero": zero, "offload": where})
+        for where in ("none", "optimizer")
+    )
+    launch(1, plain, hosted)
+    assert curve(hosted) == curve(plain)
 
 
 @pytest.mark.usefixtures("workers")  # it makes forks cheap
@@ -159,7 +172,7 @@ def compare_memory(_: int, folder: str, port: int) -> None:
 def test_other_optimizers_are_refused() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))])
     with pytest.raises(TypeError, match="found the optimizer SGD"):
-        ChunkedAdamW(optimizer, torch.device("cpu"))
+        ChunkedAdamW(optimizer, torch.device("cpu"), on_host=True)
 
 
 def job(**parts: Any) -> Job:

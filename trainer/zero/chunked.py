@@ -1,12 +1,16 @@
-"""AdamW's step chunk by chunk, with its moments in the host's memory, from where they come to the device and go back.
+"""AdamW's step chunk by chunk, where not all that it works on can be on the device, or in fp32, at the same time.
 
-The arithmetic stays torch's own, on the device and on the same numbers, so every bit is that of a step without
-offload; a step on the host's cores would have other roundings, and wait for far slower memory.
+Moments may be in the host's memory, from where they come to the device and go back. The arithmetic stays torch's own,
+on the device and on the same numbers, so every bit is that of a step without offload; a step on the host's cores
+would have other roundings, and wait for far slower memory.
+
+Weights may be bf16: a chunk of them is made fp32, stepped, and rounded at random (rounding.py).
 """
 
 import weakref
 from dataclasses import dataclass, field
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from trainer.zero.lanes import BUFFERS, Lanes, OneLane
+from trainer.zero.rounding import Rounding
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW's state names them
 CHUNK_ELEMENTS = 2**24  # whose two moments are 128 MiB: enough for the full rate of a bus
@@ -31,6 +36,7 @@ class PartOfChunk:
     parameter: nn.Parameter
     elements: slice
     place: slice
+    number: int  # among all parts
     is_last: bool  # of its parameter
 
     @property
@@ -53,30 +59,48 @@ class MomentChunk:
 
 
 class ChunkedAdamW:
-    """The step of an AdamW whose moments are on the host; there they are what its `state` has of a parameter."""
+    """The step of an AdamW, whose moments are one tensor; what its `state` has of a parameter is a part of it."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, on_host: bool, seed: int = 0) -> None:
         if type(optimizer) is not torch.optim.AdamW:
             kind = type(optimizer).__name__
-            raise TypeError(f"found the optimizer {kind}; moments on the host: AdamW")
+            raise TypeError(f"found the optimizer {kind}; allowed in chunks: AdamW")
         self._optimizer = optimizer
         self._device = device
+        self.on_host = on_host
+        self._rounding = Rounding(seed, device)
         self._places: dict[nn.Parameter, slice] = {}
         self._chunks: list[MomentChunk] = []
+        self._parts = 0
         total = self._lay_out()
-        self.moments = torch.zeros(len(MOMENTS), total)
+        place = torch.device("cpu") if on_host else device
+        kinds = len(MOMENTS)
+        self.moments = torch.zeros(kinds, total, device=place)
         self._lanes: Lanes | OneLane = OneLane()
-        if device.type == "cuda":
+        if on_host and device.type == "cuda":
             self._lanes = Lanes(device)
             _pin(self, self.moments)
 
-    def step(self) -> None:
-        """What the optimizer's own step would do."""
+    def step(self, number: int) -> None:
+        """What the optimizer's own step would do; rounds at random by the number of the step."""
         self.wait()
+        self._rounding.begin(number)
         for parameter in self._places:
             if parameter.grad is not None:
                 self._begin(parameter)
-        live = [chunk for chunk in self._chunks if chunk.is_live]
+        live = []
+        for chunk in self._chunks:
+            if chunk.is_live:
+                live.append(chunk)
+        if self.on_host:
+            self._step_on_device(live)
+            return
+        for chunk in live:
+            moments = self.moments[:, chunk.place]
+            self._step_chunk(chunk, moments)
+
+    def _step_on_device(self, live: list[MomentChunk]) -> None:
+        """Bring the moments of every chunk to the device, take its step, and take them back."""
         kinds, total = self.moments.shape
         longest = min(total, CHUNK_ELEMENTS)
         buffers = torch.empty(BUFFERS, kinds, longest, device=self._device)
@@ -122,7 +146,8 @@ class ChunkedAdamW:
         elements = parameter.numel()
         done = 0
         while done < elements:
-            number, begin = divmod(place + done, CHUNK_ELEMENTS)
+            at = place + done
+            number, begin = divmod(at, CHUNK_ELEMENTS)
             if number == len(self._chunks):
                 start = number * CHUNK_ELEMENTS
                 of_all = slice(start, start + CHUNK_ELEMENTS)
@@ -133,7 +158,8 @@ class ChunkedAdamW:
             of_parameter = slice(done, end)
             of_chunk = slice(begin, begin + length)
             is_last = end == elements
-            part = PartOfChunk(group, parameter, of_parameter, of_chunk, is_last)
+            part = PartOfChunk(group, parameter, of_parameter, of_chunk, self._parts, is_last)
+            self._parts += 1
             chunk = self._chunks[number]
             chunk.parts.append(part)
             done = end
@@ -158,24 +184,32 @@ class ChunkedAdamW:
 
     def _step_chunk(self, chunk: MomentChunk, moments: Tensor) -> None:
         """Take AdamW's step of the parts of a chunk, whose moments are on the device."""
-        live = [part for part in chunk.parts if part.is_live]
+        first, second = moments
+        live = filter(attrgetter("is_live"), chunk.parts)
         for _, of_group in groupby(live, lambda part: id(part.group)):
             parts = list(of_group)
             weights = []
+            masters = []
             grads = []
+            firsts = []
+            seconds = []
             steps = []
             for part in parts:
                 parameter = part.parameter
-                weights.append(parameter.data[part.elements])
+                weight = parameter.data[part.elements]
+                weights.append(weight)
+                masters.append(weight.float())  # itself where it is fp32
                 grads.append(_gradient_of(part))
+                firsts.append(first[part.place])
+                seconds.append(second[part.place])
                 step = self._optimizer.state[parameter]["step"]
                 counted = step if part.is_last else step.clone()
                 steps.append(counted)
-            first, second = moments
-            firsts = [first[part.place] for part in parts]
-            seconds = [second[part.place] for part in parts]
             settings = _settings(parts[0].group)
-            adamw(weights, grads, firsts, seconds, [], steps, **settings)
+            adamw(masters, grads, firsts, seconds, [], steps, **settings)
+            for part, weight, master in zip(parts, weights, masters, strict=True):
+                if master is not weight:
+                    self._rounding.set(weight, master, part.number)
 
 
 def _gradient_of(part: PartOfChunk) -> Tensor:
@@ -188,8 +222,10 @@ def _gradient_of(part: PartOfChunk) -> Tensor:
 def _settings(group: ParameterGroup) -> dict[str, Any]:
     """What AdamW's step of a group goes by."""
     beta1, beta2 = group["betas"]
-    settings = {name: group[name] for name in STEP_SETTINGS}
-    return {**settings, "beta1": beta1, "beta2": beta2}
+    settings = {"beta1": beta1, "beta2": beta2}
+    for name in STEP_SETTINGS:
+        settings[name] = group[name]
+    return settings
 
 
 def _pin(owner: object, tensor: Tensor) -> None:

@@ -38,6 +38,7 @@ class OwnedFragment:
         end = offset + length
         view = flat[offset:end]
         parameter = nn.Parameter(view)
+        parameter.grad_dtype = torch.float32  # also of weights in bf16
         return cls(name, start, stop, owner, offset, parameter)
 
     def take_gradient(self) -> None:

@@ -40,6 +40,7 @@ class ShardedModel:
         self.replicated = stage == 0
         self.method = method
         self._clip: float | None = None
+        self._number = 0
         self._grad_norm: torch.Tensor | None = None
         names = _names_of_trained(model)
         self._shapes = {name: shape(parameter) for parameter, name in names.items()}
@@ -59,9 +60,9 @@ class ShardedModel:
         self._by_name = {fragment.name: fragment for fragment in self._fragments}
         settings = adam or {}
         self.optimizer = method.optimizer(self, lr, **settings)
-        self.on_host: ChunkedAdamW | None = None
-        if offload:
-            self.on_host = ChunkedAdamW(self.optimizer, self.device)
+        self.chunked: ChunkedAdamW | None = None
+        if offload or not method.setup.master_weights:
+            self.chunked = ChunkedAdamW(self.optimizer, self.device, offload, method.setup.seed)
         placeholder.on_step = self._step
         self._placeholder = placeholder
 
@@ -82,8 +83,8 @@ class ShardedModel:
 
     def state(self, fragment: Fragment) -> dict[str, Any]:
         """What the optimizer keeps of a fragment, to be read and changed; empty before its first step."""
-        if self.on_host:
-            self.on_host.wait()
+        if self.chunked:
+            self.chunked.wait()
         parameter = fragment.parameter
         state: dict[str, Any] = self.optimizer.state[parameter]
         return state
@@ -91,8 +92,8 @@ class ShardedModel:
     def set_state(self, fragment: Fragment, kind: str, value: torch.Tensor) -> None:
         """Give a fragment a state of its optimizer, as a checkpoint has it: 1-D, or a 0-d scalar."""
         parameter = fragment.parameter
-        if self.on_host and kind in MOMENTS:
-            self.on_host.keep(parameter, kind, value)
+        if self.chunked and kind in MOMENTS:
+            self.chunked.keep(parameter, kind, value)
             return
         is_scalar = value.dim() == 0
         if self.is_fused or not is_scalar:
@@ -124,8 +125,12 @@ class ShardedModel:
             loss = loss * world_size
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float, clip: float | None) -> torch.Tensor:
-        """Apply the gradients and give their global norm before clipping, a 0-d fp64 tensor."""
+    def step(self, lr: float, clip: float | None, number: int = 0) -> torch.Tensor:
+        """Apply the gradients and give their global norm before clipping, a 0-d fp64 tensor.
+
+        What is at random in a step is by its number.
+        """
+        self._number = number
         groups = self.optimizer.param_groups
         for group in groups:
             ratio = group.get("lr_ratio", 1.0)
@@ -191,8 +196,8 @@ class ShardedModel:
             scale = scale.float()
             torch._foreach_mul_(grads, scale)
         method.before_step(self)
-        if self.on_host:
-            self.on_host.step()
+        if self.chunked:
+            self.chunked.step(self._number)
         else:
             self.optimizer.step()
         method.after_step(self)
