@@ -238,7 +238,7 @@ def _pin(owner: object, tensor: Tensor) -> None:
     runtime = torch.cuda.cudart()
     pointer = tensor.data_ptr()
     error = runtime.cudaHostRegister(pointer, tensor.nbytes, 0)
-    torch.cuda.check_error(int(error))
+    torch.cuda.check_error(error)
     unpin = weakref.finalize(owner, _unpin, tensor)
     unpin.atexit = False
 
