@@ -1,5 +1,6 @@
 """Numbers of parameters of a job, and the bytes of weights, gradients and optimizer on each worker."""
 
+import os
 from dataclasses import dataclass
 from math import ceil
 
@@ -78,6 +79,11 @@ def sizes(job: Job, model: Model, kind: str | None = None) -> Sizes | None:
         per_worker = per_worker.offloaded(ceil(moments / sharing))
     parameters = parameter_count(model.shapes) + added
     return Sizes(parameters, trained, per_worker, held)
+
+
+def host_bytes() -> int:
+    """The bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _frozen_bytes(job: Job, model: Model, kind: str | None) -> tuple[int, int]:

@@ -153,6 +153,17 @@ def test_a_plan_counts_what_would_run(tmp_path: Path) -> None:
     assert found.sizes.memory.total == 4 * found.sizes.trained + (4 + 12) * found.sizes.trained // 2
 
 
+def test_a_plan_warns_of_more_moments_than_this_machine_has_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"steps": 3, "batch_tokens": 20}
+    planned = a_job(tmp_path, train=train, method="full", sharding={"offload": "optimizer"})
+    assert not any("sharding.offload" in warning for warning in plan(planned).warnings)
+    monkeypatch.setattr("orchestrator.planning.plan.host_bytes", lambda: 1000)
+    (warning,) = (warning for warning in plan(planned).warnings if "sharding.offload" in warning)
+    assert "for moments of its workers; found 0.0 GiB on this machine" in warning
+
+
 def test_a_plan_says_the_learning_rate_and_where_it_comes_from(tmp_path: Path) -> None:
     def rate(**changes: Any) -> tuple[float, str]:
         found = plan(a_job(tmp_path, **changes))
