@@ -10,6 +10,10 @@ same rank on all linear layers (`adamw-liger-compile`: all weights) with fused A
 not installed are left out. Figures are medians over the steps after the warm-up, by the device's own clock. `short`
 and `padded` are documents of GSM8K's lengths, packed and one to a row; of them only what is not padding counts.
 
+--offload adds a row with AdamW's moments on the host to each of Fleetune's own, --without-masters one with weights in
+bf16 to those of `full`. What such a step takes hangs on its tokens:
+`--methods full --rows fast --offload --without-masters --batch-tokens 65536`.
+
 --check trains plain and fast from one start, and compares losses and gradients: in fp32 with each other, in bf16 both
 with the plain path in fp32, which the fast one must be as near to.
 """
@@ -63,8 +67,12 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=[*PEERS, *OURS], choices=[*PEERS, *OURS])
     parser.add_argument("--data", nargs="*", default=["full"], choices=BATCH_TOKENS)
     parser.add_argument("--check", nargs="*", default=[], choices=BATCH_TOKENS)
+    parser.add_argument("--offload", action="store_true", help="Fleetune's own rows also with moments on the host")
+    parser.add_argument("--without-masters", action="store_true", help="`full` also with weights in bf16 alone")
+    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS["full"], help="of a step of full rows")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    BATCH_TOKENS["full"] = arguments.batch_tokens
     preload()
     rows: list[Figures] = []
     checks: list[Figures] = []
@@ -110,7 +118,7 @@ class Inputs:
             lines = [json.dumps({"text": text}) + "\n" for text in texts]
             (place / f"{name}.jsonl").write_text("".join(lines))
 
-    def run(self, method: str, kernels: str, data: str, **train: Any) -> Path:
+    def run(self, method: str, kernels: str, data: str, offload: str = "none", **train: Any) -> Path:
         """A new run folder; `data` says of which rows, and whether they are packed."""
         rows = "full" if data == "full" else "short"
         options = METHODS.get(method, {})
@@ -133,6 +141,7 @@ class Inputs:
                 "kernels": kernels,
                 **train,
             },
+            "sharding": {"offload": offload},
         }
         run_dir = Path(tempfile.mkdtemp(prefix=f"{method}-{kernels}-{data}-", dir=self.place))
         (run_dir / "job.yaml").write_text(yaml.safe_dump({"run_id": run_dir.name, "job": job}))
@@ -184,9 +193,22 @@ def measured(inputs: Inputs, arguments: argparse.Namespace) -> Iterator[Figures]
     for data, row in product(arguments.data, arguments.rows):
         if row in OURS:
             for method in arguments.methods:
-                yield told(row, data, method, forked(our_steps, inputs, method, row, data))
+                for words, settings in variants(arguments, method):
+                    figures = forked(our_steps, inputs, method, row, data, settings)
+                    yield told(row + words, data, method, figures)
         elif data == "full" and (row != "unsloth" or find_spec("unsloth")):
             yield told(row, data, TRAINED.get(row, "lora"), forked(peer_steps, inputs, row))
+
+
+def variants(arguments: argparse.Namespace, method: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What each of Fleetune's own rows is run with, in words and as settings of the run."""
+    yield "", {}
+    if arguments.offload:
+        yield ", moments on the host", {"offload": "optimizer"}
+    if arguments.without_masters and method == "full":
+        yield ", bf16 weights", {"master_weights": False}
+        if arguments.offload:
+            yield ", bf16 weights, moments on the host", {"master_weights": False, "offload": "optimizer"}
 
 
 def told(row: str, data: str, method: str, figures: Figures) -> Figures:
@@ -220,13 +242,13 @@ def serve(answers: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) ->
         answers.send({"error": f"{type(error).__name__}: {error}"[:300]})
 
 
-def our_steps(inputs: Inputs, method: str, kernels: str, data: str) -> Figures:
+def our_steps(inputs: Inputs, method: str, kernels: str, data: str, settings: dict[str, Any]) -> Figures:
     """The steps of Fleetune's own loop."""
     from trainer.meter import SaveRequest
     from trainer.step import take_step
 
     began = time.monotonic()
-    run_dir = inputs.run(method, kernels, data)
+    run_dir = inputs.run(method, kernels, data, **settings)
     with started(run_dir) as (run, micro_batches, meter):
         for step in range(1, WARMUP + STEPS + 1):
             take_step(run, step, micro_batches, meter, SaveRequest())
@@ -239,10 +261,17 @@ def our_steps(inputs: Inputs, method: str, kernels: str, data: str) -> Figures:
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in rows),
         "utilisation": statistics.median(row["mfu"] for row in rows),
         "peak_gib": rows[-1]["peak_memory_bytes"] / 2**30,
+        "host_gib": host_gib(run),
         "seconds_to_first_step": round(first, 1),
         "kernels": run.objective.kernels.names,
         "problems": run.objective.kernels.problems,
     }
+
+
+def host_gib(run: Any) -> float:
+    """The GiB of moments that a run has on the host."""
+    chunked = run.sharded.chunked
+    return chunked.moments.nbytes / 2**30 if chunked and chunked.on_host else 0.0
 
 
 @contextmanager

@@ -70,6 +70,7 @@ class Setup:
     seq_len: int = 1024
     tokenizer: Any = None  # the base's
     gather: Gather = UNSHARDED
+    master_weights: bool = True  # trained weights are fp32; else bf16, with gradients in fp32
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Fragment(Protocol):
 
     @property
     def parameter(self) -> Parameter:
-        """The fp32 master, 1-D; in a step its `grad` is the gradient summed over ranks and micro-batches."""
+        """The master, 1-D, fp32 as a rule; in a step its `grad` is the sum over ranks and micro-batches."""
         ...
 
 

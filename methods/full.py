@@ -6,6 +6,9 @@ draw is a function of the seed and its number alone. A layer that waits has no u
 weight decay), its gradient is no part of the norm, and its optimizer state is freed, so it starts anew when it is
 drawn again; a layer that is drawn twice running goes on. The gradients of waiting layers are computed all the same,
 as the engine's set of trained weights is fixed: what LISA saves here is optimizer state.
+
+With `train.master_weights: false` the weights are bf16, without fp32 masters beside them. Gradients are summed and
+moments kept in fp32; each step is taken in fp32 and rounded at random (trainer/zero/chunked.py).
 """
 
 from pathlib import Path
@@ -34,9 +37,13 @@ class FullTuning(Method[Full]):
         self._layers: list[int] = []
 
     def attach(self, model: Module) -> Module:
-        """Make every weight fp32, and trained if it is not to be frozen."""
-        model.float()
+        """Make every weight fp32, or bf16 without masters, and trained if it is not to be frozen."""
+        if self.setup.master_weights:
+            model.float()
         for name, parameter in model.named_parameters():
+            if not self.setup.master_weights:
+                parameter.data = parameter.data.bfloat16()
+                parameter.grad_dtype = torch.float32
             parameter.requires_grad_(not self.options.freezes(name))
         layers = set()
         for name, _ in model.named_parameters():

@@ -227,6 +227,9 @@ def _size_fields(sizes: Sizes) -> dict[str, str]:
         "parameters": f"{sizes.parameters:,}, trained {sizes.trained:,} ({share:.3g} %)",
         "each worker": f"{total} without activations: {kinds}",
     }
+    if memory.on_host:
+        on_host = format_bytes(memory.on_host)
+        fields["on the host"] = f"{on_host} of each worker's optimizer, which its device does not hold"
     if sizes.held:
         held = format_bytes(sizes.held)
         fields["in 4 bits"] = f"{held} of the weights, which each worker holds at every ZeRO stage"

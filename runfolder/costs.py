@@ -1,7 +1,8 @@
 """What a run has cost: the memory that was foretold and that was measured, and how well it used its devices.
 
-Plans of later jobs go by it. `work` is what the trainer announced of a run: {method, objective, zero, kernels,
-checkpointing, precision, workers, device, peak (FLOP/s of a device), flops_per_token, batch_tokens}.
+Plans of later jobs go by it. `work` is what the trainer announced of a run: {method, objective, zero, offload,
+kernels, checkpointing, master_weights, precision, workers, device, peak (FLOP/s of a device), flops_per_token,
+batch_tokens}.
 """
 
 from collections.abc import Iterable, Sequence

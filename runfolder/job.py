@@ -10,6 +10,7 @@ from methods.options import KINDS, AnyOptions
 from methods.options.full import Full
 from runfolder.objectives import AnyObjective, SftOptions, shares_prompts
 from runfolder.resources import Resources, Section, as_mapping
+from runfolder.training import Sharding, Train
 from runfolder.variables import Variables
 
 JOB_NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
@@ -47,66 +48,6 @@ class Data(Section):
     packing: bool = Field(
         True, description="several examples in a row of seq_len, which do not see each other; false: one and padding"
     )
-
-
-class Train(Section):
-    """How it is optimised: for how long, in steps of which size, and at which learning rate."""
-
-    steps: int | None = Field(None, ge=1, description="steps of the optimizer; null: as many as epochs needs")
-    epochs: float | None = Field(
-        None, gt=0, description="passes over the examples, instead of steps; 0.5 is half of them"
-    )
-    batch_tokens: int = Field(
-        16384, ge=1, description="tokens of the global batch, which all workers share; at least data.seq_len"
-    )
-    micro_batch: int = Field(1, ge=1, description="sequences of seq_len per forward pass and worker")
-    lr: float | None = Field(
-        None, gt=0, description="peak learning rate; null: the default of method and objective, at the base's width"
-    )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="how lr goes after the warm-up: down to zero by the last step, or not at all"
-    )
-    warmup: float = Field(0.03, ge=0, le=1, description="share of the steps in which lr rises linearly to its peak")
-    weight_decay: float = Field(
-        0.0, ge=0, description="AdamW's decoupled decay: a step takes lr times it off a weight"
-    )
-    betas: tuple[float, float] = Field(
-        (0.9, 0.999), description="AdamW's decay rates of the first and of the second moment"
-    )
-    eps: float = Field(1e-8, gt=0, description="what AdamW adds to the root of the second moment")
-    clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: nothing is clipped")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the forward pass, trained weights are fp32 always; auto: bf16 on a GPU, else fp32"
-    )
-    kernels: Literal["auto", "fast", "plain"] = Field(
-        "auto",
-        description="fast: fused losses, attention without padding, compiled layers; plain: none of these; "
-        "auto: fast on a GPU at sharding.zero 0 to 2, else plain",
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, more time"
-    )
-    calibrate: bool | None = Field(
-        None,
-        description="try the longest passes before the first step, for their memory; null: on a GPU",
-    )
-    seed: int = Field(0, ge=0, description="what new weights, the order of examples and all else random come from")
-
-    @model_validator(mode="after")
-    def _steps_or_epochs(self) -> "Train":
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs")
-        return self
-
-
-class Sharding(Section):
-    """What the workers share among each other. World size = data parallel x sequence parallel."""
-
-    zero: Literal[0, 1, 2, 3] = Field(
-        0, description="ZeRO stage; 1: workers share the optimizer's state; 2: gradients too; 3: weights too"
-    )
-    offload: Literal["none"] = Field("none", description="what leaves the device's memory between uses: nothing yet")
-    sequence: Literal[1] = Field(1, description="workers that share one sequence: one, as it is not split yet")
 
 
 class Checkpoint(Section):
@@ -249,6 +190,28 @@ class Job(Section):
                 "train.kernels fast at sharding.zero 3, where weights are whole for moments alone; "
                 "allowed: train.kernels auto or plain, or sharding.zero 0, 1 or 2"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_offload(self) -> "Job":
+        method = self.method
+        reason = method.refusals.get("offload")
+        if self.sharding.offloads and reason is not None:
+            raise ValueError(f"sharding.offload optimizer with method {method.kind}: {reason}")
+        return self
+
+    @model_validator(mode="after")
+    def _can_do_without_masters(self) -> "Job":
+        if self.train.master_weights:
+            return self
+        needs = {
+            "method": (self.method.kind, "full"),
+            "sharding.zero": (self.sharding.zero, 0),
+            "train.precision": (self.train.precision, "bf16"),
+        }
+        for key, (found, allowed) in needs.items():
+            if found != allowed:
+                raise ValueError(f"train.master_weights false with {key} {found}; allowed: {key} {allowed}")
         return self
 
     @model_validator(mode="after")

@@ -99,7 +99,7 @@ def _check_weights(base: Base, loading: dict[str, Any], new: set[str]) -> None:
 def load_model(
     job: Job, method: Method[Any], dtype: torch.dtype, device: torch.device, objective: Objective | None = None
 ) -> nn.Module:
-    """The base with the method attached; trained weights are fp32, frozen ones `dtype`.
+    """The base with the method attached; trained weights are fp32 (without masters bf16), frozen ones `dtype`.
 
     An objective may have the base changed before that.
 
@@ -108,7 +108,8 @@ def load_model(
     """
     base = job.base
     settings = job.train
-    weights = torch.float32 if job.method.makes_model else dtype
+    in_fp32 = job.method.makes_model and settings.master_weights
+    weights = torch.float32 if in_fp32 else dtype
     options = _load_options(job, method, weights)
     config = options["config"]
     in_4_bits = hasattr(config, "quantization_config")

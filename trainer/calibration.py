@@ -132,9 +132,9 @@ def _try_answers(run: Run, evaluator: Evaluator) -> None:
 
 
 def moments_to_come(run: Run) -> list[torch.Tensor]:
-    """Memory as AdamW's moments will take it from the first step on; none where they are there already."""
+    """Memory as AdamW's moments will take it from the first step on; none where it holds them already, or never."""
     optimizer = run.sharded.optimizer
-    if optimizer.state or type(optimizer) is not torch.optim.AdamW:
+    if run.sharded.chunked or optimizer.state or type(optimizer) is not torch.optim.AdamW:
         return []
     moments = []
     for fragment in run.sharded.fragments():

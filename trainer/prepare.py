@@ -93,7 +93,8 @@ def base_model(attempt: Attempt, job: Job, objective: Objective, dtype: torch.dt
 
 def create_method(job: Job, batches: Batches, tokenizer: Any, saved: CheckpointReader | None) -> Method[Any]:
     """The method of a job, with its state of a checkpoint where there is one."""
-    setup = Setup(batches.steps, job.train.seed, job.data.seq_len, tokenizer, gather)
+    train = job.train
+    setup = Setup(batches.steps, train.seed, job.data.seq_len, tokenizer, gather, train.master_weights)
     method = create(job.method, setup)
     if saved:
         state = saved.method_state()
@@ -113,7 +114,7 @@ def shard(
     }
     if fused:
         adam["fused"] = True
-    sharded = ShardedModel(model, method, job.sharding.zero, job.lr, adam)
+    sharded = ShardedModel(model, method, job.sharding.zero, job.lr, adam, offload=job.sharding.offloads)
     if saved:
         saved.load_optimizer(sharded)
     return sharded
@@ -185,8 +186,10 @@ def work_of(run: Run) -> Record:
         "method": job.method.kind,
         "objective": job.objective.kind,
         "zero": job.sharding.zero,
+        "offload": job.sharding.offload,
         "kernels": kernels,
         "checkpointing": job.train.gradient_checkpointing,
+        "master_weights": job.train.master_weights,
         "precision": precision,
         "workers": run.world.size,
         "device": name,

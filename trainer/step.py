@@ -46,7 +46,7 @@ def take_step(run: Run, step: int, feed: Feed, meter: Meter, request: SaveReques
         sharded.backward(shares.loss)
         sums.add(shares)
     lr = run.schedule(number)
-    norm = sharded.step(lr, settings.clip)
+    norm = sharded.step(lr, settings.clip, number)
     tokens = global_batch.tokens
     wait_s = timed.seconds
     return meter.record(step, sums.loss, sums.metrics, norm, lr, tokens, wait_s, request)

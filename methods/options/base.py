@@ -34,7 +34,7 @@ class Options(BaseModel):
     makes_model: ClassVar[bool] = False  # the output is a whole model, not an adapter
     on_4_bits: ClassVar[bool] = False  # whether it works on a base whose linear layers are in 4 bits already
     trains_new_tokens: ClassVar[bool] = False  # whether it trains embeddings that a base was given for new tokens
-    refusals: ClassVar[Mapping[str, str]] = {}  # what it cannot do (merge, export, reference), and why
+    refusals: ClassVar[Mapping[str, str]] = {}  # why it has no merge, export, reference or offload
     when_to_take: ClassVar[str] = ""  # sentences for its page: when it is the right choice, and when LoRA is
 
     def added_parameters(self, linears: Linears, others: Others) -> int:

@@ -18,7 +18,10 @@ class Galore(Targeted):
 
     kind: Literal["galore"] = "galore"
     implementation: ClassVar[str] = "methods.galore:GaloreTuning"
-    refusals: ClassVar[Mapping[str, str]] = NO_SECOND_MODEL
+    refusals: ClassVar[Mapping[str, str]] = {
+        **NO_SECOND_MODEL,
+        "offload": "its moments are small ones in subspaces, which stay on the device; nearest: full",
+    }
     default_lr: ClassVar[float] = 1e-3
     makes_model: ClassVar[bool] = True
     trains_new_tokens: ClassVar[bool] = True

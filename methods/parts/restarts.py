@@ -99,8 +99,9 @@ def keep_largest(view: View, name: str, fragment: Fragment | None, share: float)
     if fragment is not None:
         part = part_of(flat, fragment)
         state = view.state(fragment)
-        state["exp_avg"].mul_(part)
-        state["exp_avg_sq"].mul_(part)
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = state[name]
+            moment.mul_(part.to(moment.device))
 
 
 def _first_moment(view: View, fragment: Fragment) -> Tensor:

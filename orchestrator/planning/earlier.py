@@ -28,6 +28,7 @@ class PastRatios:
 
 
 UNCORRECTED = PastRatios()
+USED_BEFORE = {"offload": "none", "master_weights": True}  # of runs that do not say so, as nothing else was there
 
 
 def earlier_costs(site: Site) -> list[Costs]:
@@ -62,16 +63,19 @@ def correction_of(job: Job, kernels: str, earlier: Iterable[Costs]) -> PastRatio
 
 
 def alike(job: Job, kernels: str, earlier: Iterable[Costs]) -> list[Costs]:
-    """Of some costs those of runs that did the same as a job: method, objective, stage, kernels, checkpointing."""
+    """Of some costs those of runs that did the same as a job."""
     wanted = {
         "method": job.method.kind,
         "objective": job.objective.kind,
         "zero": job.sharding.zero,
+        "offload": job.sharding.offload,
         "kernels": kernels,
         "checkpointing": job.train.gradient_checkpointing,
+        "master_weights": job.train.master_weights,
     }
     found = []
     for costs in earlier:
-        if wanted.items() <= costs.work.items():
+        work = {**USED_BEFORE, **costs.work}
+        if wanted.items() <= work.items():
             found.append(costs)
     return found

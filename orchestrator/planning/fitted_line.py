@@ -36,6 +36,8 @@ def fitted(job: Job, model: Model, sample: Sample | None, precision: str, fast: 
     if line is None or known is None or model.embeddings is None:
         return None
     of_hidden, of_wide, beside, of_vocabulary, of_trained, of_head = line
+    if not job.train.master_weights:
+        of_trained = 0.0  # the weights are in bf16 themselves
     tokens = _row_positions(job, sample)
     in_layers = layers * (of_hidden * hidden + of_wide * wide)
     activations = tokens * (in_layers + beside * hidden) + of_trained * known.trained

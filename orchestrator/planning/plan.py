@@ -14,7 +14,7 @@ from orchestrator.planning.freeze import JobSource, read_job
 from orchestrator.planning.hours import HoursForecast, hours
 from orchestrator.planning.memory import MemoryFit, fit
 from orchestrator.planning.preflight import Findings, check_job, has_gpus
-from orchestrator.planning.sizes import Sizes, planned_kernels, planned_precision, sizes
+from orchestrator.planning.sizes import Sizes, host_bytes, planned_kernels, planned_precision, sizes
 from orchestrator.planning.survey import SourceProgress, SourceRows
 from orchestrator.runs import new_id
 from runfolder.costs import Costs
@@ -79,9 +79,10 @@ def plan(
     place = _planned_place(job, cluster)
     kind = "gpu" if gpu_gib is not None else place.capacity.kind
     findings = check_job(job, progress, place.capacity, place.is_here)
-    hidden_size = findings.model.hidden_size
     device = planned_device(place.capacity, place.is_here, gpu_gib or place.gpu_gib)
     memory_fit, unforeseen = _memory_fit(job, findings, kind, device.memory, place.earlier)
+    of_job = sizes(job, findings.model, kind)
+    unforeseen += _host_warnings(job, of_job, place.is_here)
     return Plan(
         name=job.name,
         base=job.base.model,
@@ -92,15 +93,15 @@ def plan(
         zero=job.sharding.zero,
         precision=planned_precision(job, kind),
         kernels=planned_kernels(job, kind),
-        lr=job.at_width(hidden_size).lr,
-        lr_source=_rate_source(job, hidden_size),
+        lr=job.at_width(findings.model.hidden_size).lr,
+        lr_source=_rate_source(job, findings.model.hidden_size),
         rows=_count(findings.train),
         eval_rows=_count(findings.eval),
         batch_tokens=job.train.batch_tokens,
         micro_batches=_micro_batches(job),
         steps=_steps(job, findings),
         steps_estimated=job.train.steps is None,
-        sizes=sizes(job, findings.model, kind),
+        sizes=of_job,
         fit=memory_fit,
         hours=_hours(job, findings, kind, device, place.earlier),
         request=place.request,
@@ -155,6 +156,18 @@ def _memory_fit(job: Job, findings: Findings, kind: str, device: int | None, ear
         return fit(job, findings.model, sample, kinds, device, corrected), ()
     except DryRunFailed as error:
         return None, (f"memory: not foretold: {error}",)
+
+
+def _host_warnings(job: Job, of_job: Sizes | None, is_here: bool) -> tuple[str, ...]:
+    """A warning where workers of this machine would want more of its memory than there is."""
+    if of_job is None or not is_here:
+        return ()
+    needed = of_job.memory.on_host * job.resources.workers_on_node
+    there = host_bytes()
+    if needed <= there:
+        return ()
+    wanted = f"{needed / 2**30:.1f} GiB for moments of its workers; found {there / 2**30:.1f} GiB on this machine"
+    return (f"sharding.offload: optimizer needs {wanted}",)
 
 
 def _hours(job: Job, findings: Findings, kind: str, device: Device, earlier: list[Costs]) -> HoursForecast | None:

@@ -1,5 +1,6 @@
 """Numbers of parameters of a job, and the bytes of weights, gradients and optimizer on each worker."""
 
+import os
 from dataclasses import dataclass
 from math import ceil
 
@@ -13,16 +14,21 @@ OptimizerBytes = tuple[int, int]  # bytes of the optimizer's state: what ZeRO sh
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each worker, without activations."""
+    """Bytes on each worker's device, without activations, and those of its optimizer that its host has instead."""
 
     weights: int
     gradients: int
     optimizer: int
+    on_host: int = 0
 
     @property
     def total(self) -> int:
         """The bytes of all of them together."""
         return self.weights + self.gradients + self.optimizer
+
+    def offloaded(self, moments: int) -> "Memory":
+        """The same with moments of so many bytes on the host, where no copy of the weights is kept beside them."""
+        return Memory(self.weights, self.gradients, 0, moments)
 
 
 @dataclass(frozen=True)
@@ -66,16 +72,26 @@ def sizes(job: Job, model: Model, kind: str | None = None) -> Sizes | None:
     state = method.optimizer_bytes(linears, others)
     zero = job.sharding.zero
     workers = job.resources.world_size
-    per_worker = memory(shared, held, trained, state, zero, workers)
+    per_worker = memory(shared, held, trained, state, zero, workers, 4 if job.train.master_weights else 2)
+    if job.sharding.offloads:
+        moments, _ = state
+        sharing = workers if zero else 1
+        per_worker = per_worker.offloaded(ceil(moments / sharing))
     parameters = parameter_count(model.shapes) + added
     return Sizes(parameters, trained, per_worker, held)
 
 
+def host_bytes() -> int:
+    """The bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _frozen_bytes(job: Job, model: Model, kind: str | None) -> tuple[int, int]:
     """Bytes of the frozen weights: those that ZeRO 3 shares, those that every worker holds."""
-    # Frozen weights keep the dtype of the forward pass; those of a method that leaves a model are fp32 throughout.
+    # Frozen weights keep the dtype of the forward pass; those of a method that leaves a model are as trained ones.
     element = 4
-    if planned_precision(job, kind) == "bf16" and not job.method.makes_model:
+    in_fp32 = job.method.makes_model and job.train.master_weights
+    if planned_precision(job, kind) == "bf16" and not in_fp32:
         element = 2
     if model.in_4_bits:
         return model.frozen_bytes(element)
@@ -84,16 +100,25 @@ def _frozen_bytes(job: Job, model: Model, kind: str | None) -> tuple[int, int]:
     return job.method.frozen_bytes(linears, others, element)
 
 
-def memory(shared: int, held: int, trained: int, state: OptimizerBytes, zero: int, world_size: int) -> Memory:
+def memory(
+    shared: int,
+    held: int,
+    trained: int,
+    state: OptimizerBytes,
+    zero: int,
+    world_size: int,
+    of_weight: int = 4,
+) -> Memory:
     """Bytes per worker, from the number of trained parameters and the bytes of frozen weights and optimizer `state`.
 
-    Trained weights and gradients are fp32. ZeRO 1 and 2 keep an fp32 copy of each worker's part; ZeRO 3 shares the
-    frozen weights too, but not those `held` by every worker. The second part of `state` is never shared.
+    Gradients are fp32, and trained weights too, unless `of_weight` says other bytes of one at ZeRO 0. ZeRO 1 and 2
+    keep an fp32 copy of each worker's part; ZeRO 3 shares the frozen weights too, but not those `held` by every
+    worker. The second part of `state` is never shared.
     """
     state_shared, state_held = state
     whole = 4 * trained
     part = 4 * ceil(trained / world_size)
-    weights = held + shared + whole
+    weights = held + shared + of_weight * trained
     state_part = ceil(state_shared / world_size) + state_held
     optimizer = part + state_part
     match zero:

@@ -94,6 +94,10 @@ def test_people_get_tables(call: Call, tmp_path: Path, home: Path) -> None:
     assert "in 4 bits" not in call("plan", str(make_job(tmp_path)))[1]
     four_bits = call("plan", str(make_job(tmp_path)), "--set", "method=qlora")[1]
     assert "of the weights, which each worker holds at every ZeRO stage" in four_bits
+    assert "on the host" not in four_bits
+    offloading = ("--set", "method=full", "--set", "sharding={offload: optimizer}")
+    planned = call("plan", str(make_job(tmp_path)), *offloading)[1]
+    assert "of each worker's optimizer, which its device does not hold" in planned
     listing = call("methods")[1]
     assert "rank-stabilised" in listing and "0.0002 *" in listing
     assert len(listing.splitlines()) == len(KINDS) + 3

@@ -124,10 +124,10 @@ class CheckpointReader:
         """Set the optimizer's state of what this rank holds, and the method's pieces."""
         fragments = sharded.fragments()
         for fragment in fragments:
-            state = sharded.state(fragment)
             kinds = self.kinds(fragment.name)
             for kind in kinds:
-                state[kind] = self._state(kind, fragment, sharded.is_fused)
+                state = self._state(kind, fragment)
+                sharded.set_state(fragment, kind, state)
         pieces = sharded.method.pieces()
         for piece in pieces:
             start = piece.start
@@ -135,15 +135,12 @@ class CheckpointReader:
                 stop = start + len(tensor)
                 tensor.copy_(self.read(kind, piece.name, start, stop))
 
-    def _state(self, kind: str, fragment: Fragment, fused: bool) -> torch.Tensor:
-        """The optimizer's state of one kind for a fragment: a scalar where the optimizer has it, or its range."""
+    def _state(self, kind: str, fragment: Fragment) -> torch.Tensor:
+        """The optimizer's state of one kind for a fragment: its range, or a scalar of the whole parameter."""
         name = fragment.name
-        device = fragment.parameter.device
-        if not self.is_scalar(kind, name):
-            part = self.read(kind, name, fragment.start, fragment.stop)
-            return part.to(device)
-        scalar = self.scalar(kind, name)
-        return scalar.to(device) if fused else scalar
+        if self.is_scalar(kind, name):
+            return self.scalar(kind, name)
+        return self.read(kind, name, fragment.start, fragment.stop)
 
     def method_state(self) -> dict[str, torch.Tensor]:
         """What the method asked to keep, by name."""

@@ -120,6 +120,8 @@ def _candidates(job: Job) -> Iterator[tuple[str, Any]]:
         for stage in range(job.sharding.zero + 1, 4):
             yield "sharding.zero", stage
     method = job.method
+    if method.makes_model and not job.sharding.offloads:  # of an adapter, moments are little
+        yield "sharding.offload", "optimizer"
     if method.makes_model:
         method = Lora()
         yield "method", {"kind": method.kind}

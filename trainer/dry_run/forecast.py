@@ -31,7 +31,7 @@ def forecast(
     passes = Passes(job, documents, dtype, fast)
     found = whole_base(passes, config)
     element = torch.float32.itemsize if job.method.makes_model else dtype.itemsize
-    weights = Weights(found.trained, found.frozen, element, found.held)
+    weights = Weights(found.trained, found.frozen, element, found.held, job.sharding.offloads)
     stage = job.sharding.zero
     workers = job.resources.world_size
     alone = dict(found.moments)

@@ -75,6 +75,12 @@ class Ledger(TorchDispatchMode):
         self._references[key] = weakref.ref(storage, forget)
         self._add(key, size, part or self._part_of(tensor))
 
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """Count nothing for a tensor's storage from now on: it is on no device."""
+        key = tensor.untyped_storage()._cdata
+        self._drop(key)
+        self._live[key] = (0, self._part)
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count what it made."""
         made = function(*args, **(kwargs or {}))

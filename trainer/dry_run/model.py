@@ -75,6 +75,9 @@ def _same(tensor: Tensor, made: dict[Tensor, Tensor]) -> Tensor:
     """The new tensor in the place of one that may be in several modules."""
     if tensor not in made:
         new = torch.empty(tensor.shape, dtype=tensor.dtype)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        made[tensor] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(new, tensor.requires_grad)
+            if tensor.requires_grad:
+                new.grad_dtype = tensor.grad_dtype
+        made[tensor] = new
     return made[tensor]

@@ -92,7 +92,9 @@ class DryRun:
             job, plain = in_16_bits(job, config)
             passes = replace(passes, job=job)
         tokenizer = FakeTokenizer()
-        setup = Setup(STEPS_OF_RUN, job.train.seed, job.data.seq_len, tokenizer)
+        train = job.train
+        masters = train.master_weights
+        setup = Setup(STEPS_OF_RUN, train.seed, job.data.seq_len, tokenizer, master_weights=masters)
         method = create(job.method, setup)
         model = attached(job, plain, method, passes.dtype)
         held = 0
@@ -134,12 +136,24 @@ def _take_steps(
     implementation = "fused" if kernels.fused_step else "foreach"
     adam = {implementation: True}
     with stand_ins(arrays["position_ids"], job.sharding.zero):
-        sharded = ShardedModel(model, method, 0, job.lr, adam, Alone)
+        sharded = ShardedModel(model, method, 0, job.lr, adam, Alone, job.sharding.offloads)
+        _count_moments(sharded, ledger)
         for count in MICRO_BATCHES:
             for _ in range(count):
                 _one_pass(sharded, objective, tensors, totals, ledger)
             with ledger.phase("step", "optimizer"):
                 sharded.step(job.lr, job.train.clip)
+
+
+def _count_moments(sharded: ShardedModel, ledger: Ledger) -> None:
+    """Count moments that are there before the first step, where they are on the device."""
+    chunked = sharded.chunked
+    if chunked is None:
+        return
+    if chunked.on_host:
+        ledger.leave_out(chunked.moments)
+    else:
+        ledger.count(chunked.moments, "optimizer")
 
 
 def _objective(job: Job, method: Method[Any], kernels: Kernels) -> Objective:

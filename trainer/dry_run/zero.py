@@ -1,8 +1,8 @@
 """What each worker holds under ZeRO, from what a worker alone holds at stage 0.
 
-DeepSpeed keeps an fp32 copy of a worker's part of the trained weights at stages 1 to 3, and buckets in which
-gradients lie as they are reduced. At stage 3 weights that were gathered stay for a while, up to a number of elements.
-What is shared is rounded up.
+DeepSpeed keeps an fp32 copy of a worker's part of the trained weights at stages 1 to 3 (none where moments are on the
+host), and buckets in which gradients lie as they are reduced. At stage 3 weights that were gathered stay for a while,
+up to a number of elements. What is shared is rounded up.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,15 @@ LIVE = 10**9  # elements that DeepSpeed lets stay gathered (stage3_max_live_para
 class Weights:
     """Elements of the weights that are trained, and of those that are frozen, of `element` bytes each.
 
-    `held` are the bytes of those in 4 bits, which every worker has whole.
+    `held` are the bytes of those in 4 bits, which every worker has whole. `offloaded` says that moments are on the
+    host, and what is on the device of them are buffers.
     """
 
     trained: int
     frozen: int
     element: int
     held: int = 0
+    offloaded: bool = False
 
 
 def shared(alone: Bytes, weights: Weights, stage: int, workers: int) -> Bytes:
@@ -34,7 +36,8 @@ def shared(alone: Bytes, weights: Weights, stage: int, workers: int) -> Bytes:
         return parts
     trained = weights.trained * FP32
     part = -(-trained // workers)
-    parts["optimizer"] = part + -(-alone["optimizer"] // workers)
+    if not weights.offloaded:
+        parts["optimizer"] = part + -(-alone["optimizer"] // workers)
     bucket = config(stage, weights.trained)["zero_optimization"]["reduce_bucket_size"] * FP32
     parts["gathers"] += bucket
     if stage >= 2:

@@ -38,6 +38,7 @@ class OwnedFragment:
         end = offset + length
         view = flat[offset:end]
         parameter = nn.Parameter(view)
+        parameter.grad_dtype = torch.float32  # also of weights in bf16
         return cls(name, start, stop, owner, offset, parameter)
 
     def take_gradient(self) -> None:
@@ -63,6 +64,20 @@ def fragments(engine: Any, names: ParameterNames, stage: int) -> Iterator[OwnedF
     if stage == 3:
         return _slices_of_each(engine.optimizer, names)
     return _slice_of_all(engine.optimizer, names)
+
+
+def share_masters(engine: Any, stage: int) -> None:
+    """Let the fp32 masters of this rank be its part of the weights, of which stages 1 and 2 keep a second copy.
+
+    Trained weights are fp32 themselves, and DeepSpeed copies the masters into that very place after a step.
+    """
+    if stage not in (1, 2):
+        return
+    zero = engine.optimizer
+    (owner,) = zero.single_partition_of_fp32_groups
+    partitions = zero.parallel_partitioned_bit16_groups[0]
+    rank = dist.get_rank()
+    owner.data = partitions[rank].data
 
 
 def held_piece(name: str, parameter: Any) -> Piece | None:

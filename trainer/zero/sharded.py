@@ -15,8 +15,9 @@ from torch import nn
 
 from methods.base import Fragment, Method, Piece
 from trainer.zero import engine, layout
+from trainer.zero.chunked import MOMENTS, ChunkedAdamW
 from trainer.zero.gather import gathered, shape
-from trainer.zero.layout import OwnedFragment
+from trainer.zero.layout import OwnedFragment, ParameterNames
 
 EngineStart = Callable[[nn.Module, torch.optim.Optimizer, int], Any]  # from model, optimizer and ZeRO stage
 
@@ -32,21 +33,17 @@ class ShardedModel:
         lr: float = 0.0,
         adam: dict[str, Any] | None = None,
         start: EngineStart = engine.start_engine,
+        offload: bool = False,
     ) -> None:
         self.model = model
         self.stage = stage
         self.replicated = stage == 0
         self.method = method
         self._clip: float | None = None
+        self._number = 0
         self._grad_norm: torch.Tensor | None = None
-        names = {}
-        shapes = {}
-        parameters = model.named_parameters()
-        for name, parameter in parameters:
-            if parameter.requires_grad:
-                names[parameter] = name
-                shapes[name] = shape(parameter)
-        self._shapes = shapes
+        names = _names_of_trained(model)
+        self._shapes = {name: shape(parameter) for parameter, name in names.items()}
         trained = list(names)
         placeholder = engine.Placeholder(trained)
         self.engine = start(model, placeholder, stage)
@@ -56,14 +53,16 @@ class ShardedModel:
         averaged = not alone and (stage != 0 or not method.reduces)
         self._averaged = averaged
         self.engine.enable_backward_allreduce = averaged
-        self._fragments: list[OwnedFragment] = []
-        self._by_name: dict[str, OwnedFragment] = {}
+        if offload:
+            layout.share_masters(self.engine, stage)
         fragments = layout.fragments(self.engine, names, stage)
-        for fragment in fragments:
-            self._fragments.append(fragment)
-            self._by_name[fragment.name] = fragment
+        self._fragments = list(fragments)
+        self._by_name = {fragment.name: fragment for fragment in self._fragments}
         settings = adam or {}
         self.optimizer = method.optimizer(self, lr, **settings)
+        self.chunked: ChunkedAdamW | None = None
+        if offload or not method.setup.master_weights:
+            self.chunked = ChunkedAdamW(self.optimizer, self.device, offload, method.setup.seed)
         placeholder.on_step = self._step
         self._placeholder = placeholder
 
@@ -84,9 +83,22 @@ class ShardedModel:
 
     def state(self, fragment: Fragment) -> dict[str, Any]:
         """What the optimizer keeps of a fragment, to be read and changed; empty before its first step."""
+        if self.chunked:
+            self.chunked.wait()
         parameter = fragment.parameter
         state: dict[str, Any] = self.optimizer.state[parameter]
         return state
+
+    def set_state(self, fragment: Fragment, kind: str, value: torch.Tensor) -> None:
+        """Give a fragment a state of its optimizer, as a checkpoint has it: 1-D, or a 0-d scalar."""
+        parameter = fragment.parameter
+        if self.chunked and kind in MOMENTS:
+            self.chunked.keep(parameter, kind, value)
+            return
+        is_scalar = value.dim() == 0
+        if self.is_fused or not is_scalar:
+            value = value.to(parameter.device)
+        self.state(fragment)[kind] = value
 
     def shape(self, name: str) -> torch.Size:
         """The whole shape of a trained parameter."""
@@ -113,8 +125,12 @@ class ShardedModel:
             loss = loss * world_size
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float, clip: float | None) -> torch.Tensor:
-        """Apply the gradients and give their global norm before clipping, a 0-d fp64 tensor."""
+    def step(self, lr: float, clip: float | None, number: int = 0) -> torch.Tensor:
+        """Apply the gradients and give their global norm before clipping, a 0-d fp64 tensor.
+
+        What is at random in a step is by its number.
+        """
+        self._number = number
         groups = self.optimizer.param_groups
         for group in groups:
             ratio = group.get("lr_ratio", 1.0)
@@ -180,7 +196,10 @@ class ShardedModel:
             scale = scale.float()
             torch._foreach_mul_(grads, scale)
         method.before_step(self)
-        self.optimizer.step()
+        if self.chunked:
+            self.chunked.step(self._number)
+        else:
+            self.optimizer.step()
         method.after_step(self)
         for fragment in self._fragments:
             fragment.drop_gradient()
@@ -214,3 +233,12 @@ class ShardedModel:
             piece = layout.held_piece(name, parameter)
             if piece is not None:
                 yield piece
+
+
+def _names_of_trained(model: nn.Module) -> ParameterNames:
+    """The names of a model's trained parameters."""
+    names = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            names[parameter] = name
+    return names

@@ -60,8 +60,9 @@ def test_a_change_that_no_dry_run_can_try_is_left_out() -> None:
             raise DryRunFailed("it broke")
         return forecast(20 if changed.method.makes_model else 5)
 
-    (change,) = changes_that_fit(job(), find, 8 * GIB, forecast(20))
-    assert change.settings == {"method": {"kind": "lora"}}
+    *before, change = changes_that_fit(job(), find, 8 * GIB, forecast(20))
+    assert [tried.settings for tried in before] == [{"sharding.offload": "optimizer"}]
+    assert change.settings == {"sharding.offload": "optimizer", "method": {"kind": "lora"}}
     assert change.fits
 
 

@@ -99,6 +99,7 @@ def test_hours_are_the_arithmetic_over_what_runs_like_it_used_of_their_devices()
 def test_forecasts_are_corrected_by_runs_that_did_the_same() -> None:
     measured = [costs(foretold=100, measured=ratio) for ratio in (102, 104, 109)]
     others = [costs(foretold=100, measured=150, zero=3), costs(foretold=100, measured=900), costs(foretold=100)]
+    others.append(costs(foretold=100, measured=150, offload="optimizer"))
     found = correction_of(JOB, "fast", [*measured, *others])
     assert (found.factor, found.runs) == (1.04, 3)
     assert found.margin == pytest.approx(3 * 0.0360555)

@@ -86,6 +86,22 @@ def test_bytes_per_worker_fall_with_the_stage() -> None:
     assert memory(shared=0, held=0, trained=9, state=(72, 5), zero=1, world_size=2).optimizer == 4 * 5 + 36 + 5
 
 
+def test_moments_on_the_host_take_nothing_of_the_device() -> None:
+    model = Model({**SMALL, "model_type": "llama"})
+
+    def found(zero: int, where: str) -> Memory:
+        sharding = {"zero": zero, "offload": where}
+        of_job = sizes(job(method="full", sharding=sharding, resources={"workers_per_node": 2}), model)
+        assert of_job is not None
+        return of_job.memory
+
+    whole = found(0, "none")
+    assert found(0, "optimizer") == Memory(whole.weights, whole.gradients, 0, whole.optimizer)
+    for zero in (1, 2, 3):
+        there = found(zero, "none")
+        assert found(zero, "optimizer") == Memory(there.weights, there.gradients, 0, whole.optimizer // 2)
+
+
 def test_frozen_weights_are_bf16_on_gpus_and_fp32_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     model = Model({**SMALL, "model_type": "llama"})
@@ -135,6 +151,17 @@ def test_a_plan_counts_what_would_run(tmp_path: Path) -> None:
     assert found.sizes is not None
     assert found.sizes.trained == found.sizes.parameters
     assert found.sizes.memory.total == 4 * found.sizes.trained + (4 + 12) * found.sizes.trained // 2
+
+
+def test_a_plan_warns_of_more_moments_than_this_machine_has_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"steps": 3, "batch_tokens": 20}
+    planned = a_job(tmp_path, train=train, method="full", sharding={"offload": "optimizer"})
+    assert not any("sharding.offload" in warning for warning in plan(planned).warnings)
+    monkeypatch.setattr("orchestrator.planning.plan.host_bytes", lambda: 1000)
+    (warning,) = (warning for warning in plan(planned).warnings if "sharding.offload" in warning)
+    assert "for moments of its workers; found 0.0 GiB on this machine" in warning
 
 
 def test_a_plan_says_the_learning_rate_and_where_it_comes_from(tmp_path: Path) -> None:
