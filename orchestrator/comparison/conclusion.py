@@ -2,7 +2,6 @@
 
 import math
 
-from orchestrator.comparison.outcomes import EXACT_MATCH
 from orchestrator.comparison.power import rows_needed, seeds_needed, smallest_difference
 from orchestrator.comparison.ranking import Judgement, Ranked, Ranking
 
@@ -50,13 +49,7 @@ def _with_judgement(ranking: Ranking, judgement: Judgement) -> list[Ranked]:
 
 def _beats(ranking: Ranking, better: list[Ranked]) -> str:
     """That the one which is better by the most for sure beats the reference."""
-    best = better[0]
-    best_low = -math.inf
-    for ranked in better:
-        _, low, _ = ranking.gain(ranked)
-        if low > best_low:
-            best = ranked
-            best_low = low
+    best = _surest(ranking, better)
     _, low, high = ranking.gain(best)
     text = _BEATS.format(
         label=best.contender.label,
@@ -69,13 +62,8 @@ def _beats(ranking: Ranking, better: list[Ranked]) -> str:
 
 def _is_as_good(ranking: Ranking, as_good: list[Ranked]) -> str:
     """That the cheapest of those that are as good is so, and what it costs."""
-    cheapest = as_good[0]
-    least = math.inf
-    for ranked in as_good:
-        cost = ranked.contender.cost
-        if cost is not None and cost < least:
-            cheapest = ranked
-            least = cost
+    cheapest = min(as_good, key=_cost)
+    least = _cost(cheapest)
     text = _AS_GOOD.format(
         label=cheapest.contender.label,
         reference=ranking.reference.label,
@@ -86,6 +74,35 @@ def _is_as_good(ranking: Ranking, as_good: list[Ranked]) -> str:
         share = least / usual
         text += _CHEAPER.format(share=share)
     return _with_scope(text, ranking, cheapest)
+
+
+def recommended(ranking: Ranking) -> Ranked:
+    """The contender to take: the surest of those that beat the reference, else the cheapest that is as good.
+
+    The reference, where none is either of them, or it is the cheapest itself.
+    """
+    better = _with_judgement(ranking, "better")
+    if better:
+        return _surest(ranking, better)
+    reference, *_ = _with_judgement(ranking, "reference")
+    as_good = _with_judgement(ranking, "as good")
+    return min([reference, *as_good], key=_cost)
+
+
+def _surest(ranking: Ranking, better: list[Ranked]) -> Ranked:
+    """The one that is better by the most for sure."""
+
+    def least_gain(ranked: Ranked) -> float:
+        _, low, _ = ranking.gain(ranked)
+        return low
+
+    return max(better, key=least_gain)
+
+
+def _cost(ranked: Ranked) -> float:
+    """The seconds that a contender trains; infinite where that is not known."""
+    cost = ranked.contender.cost
+    return math.inf if cost is None else cost
 
 
 def _nothing_beats(ranking: Ranking, worse: list[Ranked]) -> str:
@@ -152,7 +169,7 @@ def _with_scope(text: str, ranking: Ranking, ranked: Ranked) -> str:
 
 def shown_difference(ranking: Ranking, value: float) -> str:
     """A difference as people read it: of shares in points."""
-    if ranking.measure.key == EXACT_MATCH:
+    if ranking.measure.is_share_of_rows:
         points = 100 * value
         return f"{points:.1f} points"
     return f"{value:.4f}"

@@ -10,7 +10,7 @@ from orchestrator.comparison.run import TrackedRun
 
 RunsByRow = Sequence[Sequence[TrackedRun]]
 RunKind = tuple[str, ...]  # what must be equal for one ranking, in the order of its names
-_DATA = ("data.train_digest", "data.eval_digest", "evaluation.rows", "base_digest")
+_DATA = ("data.train_digest", "data.eval_digest", "evaluation.rows", "evaluation.test", "base_digest")
 _BUDGET = ("train.steps", "train.epochs", "train.batch_tokens")
 _SOFTWARE = ("fleetune.version", "fleetune.env.torch", "fleetune.env.transformers", "fleetune.env.peft")
 _TOGETHER = "ranked together, though they differ in {names}: a difference may come from that"

@@ -1,0 +1,140 @@
+"""Methods that a job could take: each planned on the same base, rows and hardware, or left out, with the reason."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from methods.options import KINDS
+from orchestrator.advice.evidence import TOKENS_FOR_FULL, Situation
+from orchestrator.comparison.measure import format_bytes
+from orchestrator.errors import InputError
+from orchestrator.planning.base import misfits
+from orchestrator.planning.plan import Plan, Planner
+from orchestrator.planning.spec import validate
+from runfolder.job import Job
+
+REFERENCE = "lora"
+# The order in which methods are worth a place in a race, by what others measured; those that are not here come last.
+_ORDER = ("lora", "full", "rslora", "dora", "adalora", "ia3", "vera", "galore", "bottleneck", "relora", "qlora")
+_TOO_LITTLE_DATA = f"full is not known to win below {TOKENS_FOR_FULL:,} tokens of training (arXiv 2405.09673)"
+_FITS_IN_16_BITS = "lora fits in 16 bits, and a base in 4 bits is a slightly worse model"
+
+
+@dataclass(frozen=True)
+class MethodCandidate:
+    """A method with its options; `reason` is why it is left out, None where it is not."""
+
+    kind: str
+    options: dict[str, Any]
+    plan: Plan | None
+    reason: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The candidate as plain data, for JSON."""
+        plan = self.plan
+        plain: dict[str, Any] = {"method": self.kind, "options": self.options, "left_out": self.reason}
+        if plan is None:
+            return plain
+        plain["lr"] = plan.lr
+        plain["trained"] = plan.sizes.trained if plan.sizes else None
+        plain["needed_bytes"] = plan.fit.needed if plan.fit else None
+        plain["hours"] = plan.hours.likely if plan.hours else None
+        return plain
+
+
+def candidates(planner: Planner, job: Job) -> list[MethodCandidate]:
+    """All methods, those that are worth a place in a race first."""
+    found = []
+    for kind in sorted(KINDS, key=_preference):
+        found.append(_planned_candidate(planner, job, kind))
+    return _by_evidence(found, job, planner)
+
+
+def situation_of(planner: Planner, job: Job, found: Iterable[MethodCandidate]) -> Situation:
+    """What rules depend on, as far as it is known."""
+    by_kind = {candidate.kind: candidate for candidate in found}
+    lora = by_kind[REFERENCE]
+    train = planner.findings.train
+    sequences = None
+    if train and train.count and train.tokens:
+        mean_tokens = train.tokens / train.count
+        sequences = job.train.batch_tokens / mean_tokens
+    rate = KINDS[REFERENCE].model_validate(lora.options).rate(planner.findings.model.hidden_size)
+    parameters = None
+    eval_rows = planner.findings.eval.count if planner.findings.eval else None
+    lora_fits = None
+    if lora.plan is not None:
+        rate = lora.plan.lr
+        if lora.plan.sizes:
+            parameters = lora.plan.sizes.parameters
+        if lora.plan.fit:
+            lora_fits = lora.plan.fit.fits
+    return Situation(rate, parameters, _training_tokens(job, planner), sequences, eval_rows, lora_fits)
+
+
+def _planned_candidate(planner: Planner, job: Job, kind: str) -> MethodCandidate:
+    """A method with its default options, or those of the job where it is the job's, and its plan."""
+    options: dict[str, Any] = {"kind": kind}
+    if job.method.kind == kind:
+        options = job.method.model_dump(mode="json", exclude_unset=True) | options
+    plain = job.dump()
+    plain["method"] = options
+    plain["train"]["lr"] = None
+    plain["output"]["merge"] = False
+    try:
+        changed = validate(plain)
+    except InputError as error:
+        return MethodCandidate(kind, options, None, str(error))
+    problems = misfits(changed, planner.findings.model)
+    if problems:
+        return MethodCandidate(kind, options, None, "; ".join(problems))
+    plan = planner.plan(changed)
+    return MethodCandidate(kind, options, plan, _why_it_does_not_fit(plan))
+
+
+def _why_it_does_not_fit(plan: Plan) -> str | None:
+    """How much more memory a worker takes than it has, and the change with which it fits; None where it fits."""
+    fit = plan.fit
+    if fit is None or fit.device is None or fit.fits:
+        return None
+    needed = format_bytes(fit.needed)
+    device = format_bytes(fit.device)
+    reason = f"does not fit: it takes {needed} of {device}"
+    for change in fit.changes:
+        if change.fits:
+            needed = format_bytes(change.needed)
+            return f"{reason}; with {change.text} {needed}"
+    return reason
+
+
+def _by_evidence(found: Iterable[MethodCandidate], job: Job, planner: Planner) -> list[MethodCandidate]:
+    """The candidates, of which those are left out that evidence speaks against here."""
+    by_kind = {candidate.kind: candidate for candidate in found}
+    against = {}
+    tokens = _training_tokens(job, planner)
+    if tokens is not None and tokens < TOKENS_FOR_FULL:
+        against["full"] = _TOO_LITTLE_DATA
+    if by_kind[REFERENCE].reason is None:
+        against["qlora"] = _FITS_IN_16_BITS
+    judged = []
+    for kind, candidate in by_kind.items():
+        reason = candidate.reason or against.get(kind)
+        judged.append(MethodCandidate(kind, candidate.options, candidate.plan, reason))
+    return judged
+
+
+def _training_tokens(job: Job, planner: Planner) -> int | None:
+    """The tokens of a training, over all of its steps; None where that is not known from here."""
+    if job.train.steps is not None:
+        return job.train.steps * job.train.batch_tokens
+    train = planner.findings.train
+    if train is None or job.train.epochs is None:
+        return None
+    return round(job.train.epochs * train.tokens)
+
+
+def _preference(kind: str) -> tuple[int, str]:
+    """What methods are sorted by."""
+    if kind in _ORDER:
+        return _ORDER.index(kind), kind
+    return len(_ORDER), kind
