@@ -84,26 +84,31 @@ def fit(
     if not can_dry_run():
         problem = "torch and what belongs to it are not installed: pip install 'fleetune[train]'"
     else:
-        with dry_runner(config_of_base(model), sample) as runner:
-
-            def tried(changed: Job) -> Forecast:
-                precision, fast = kinds(changed)
-                parts = runner.parts(changed, precision, fast)
-                by_runs = corrected(changed)
-                return Forecast(parts, "dry run", by_runs.margin, by_runs.factor, by_runs.runs)
-
-            try:
-                forecast = tried(job)
-            except DryRunFailed as error:
-                problem = str(error)
-            else:
-                return _with_changes(job, forecast, tried, device, None)
-
+        try:
+            return _dry_fit(job, model, sample, kinds, device, corrected)
+        except DryRunFailed as error:
+            problem = str(error)
     try:
         forecast = on_line(job)
     except DryRunFailed as error:
         raise DryRunFailed(f"{problem}; {error}") from None
     return _with_changes(job, forecast, on_line, device, problem)
+
+
+def _dry_fit(
+    job: Job, model: Model, sample: Sample | None, kinds: Numerics, device: int | None, corrected: CorrectionOf
+) -> MemoryFit:
+    """The fit of a job by a dry run; raises DryRunFailed."""
+    with dry_runner(config_of_base(model), sample) as runner:
+
+        def tried(changed: Job) -> Forecast:
+            precision, fast = kinds(changed)
+            parts = runner.parts(changed, precision, fast)
+            by_runs = corrected(changed)
+            return Forecast(parts, "dry run", by_runs.margin, by_runs.factor, by_runs.runs)
+
+        forecast = tried(job)
+        return _with_changes(job, forecast, tried, device, None)
 
 
 def _leaves_no_doubt(job: Job, forecast: Forecast, device: int | None) -> bool:

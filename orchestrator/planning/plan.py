@@ -157,7 +157,7 @@ class Planner(NamedTuple):
             return correction_of(changed, planned_kernels(changed, kind), self.place.earlier)
 
         findings = self.findings
-        sample = _sample(findings.train)
+        sample = _rows_for_all(findings.train)
         try:
             found = fit(job, findings.model, sample, kinds, self.device.memory, corrected, self.roughly)
         except DryRunFailed as error:
@@ -180,7 +180,7 @@ def _planned_place(job: Job, cluster: str | None) -> _Place:
     return _Place(backend.capacity(), site.is_here, request.text, earlier_costs(site), gpu_gib)
 
 
-def _sample(train: SourceRows | None) -> Sample | None:
+def _rows_for_all(train: SourceRows | None) -> Sample | None:
     """Examples that stand for all rows of training, where these were looked at."""
     survey = train.survey if train else None
     return survey.sample if survey else None

@@ -14,6 +14,7 @@ from tracked_runs import tracked
 
 from orchestrator.comparison import report
 from orchestrator.comparison.compare import Comparison, arrange
+from orchestrator.comparison.conclusion import recommended
 from orchestrator.comparison.measure import MEASURES
 from orchestrator.comparison.outcomes import QualityByRow, ResultsByKey, read_results
 from orchestrator.comparison.places import RankingWish
@@ -104,6 +105,59 @@ def test_losses_are_better_where_they_are_lower() -> None:
     assert (first.contender.label, first.finding) == ("dora", "better")
     assert found.rankings[0].gain(first)[0] == pytest.approx(0.2 / 3, abs=0.01)
     assert second.finding == "reference"
+
+
+def test_rows_that_chose_the_winner_do_not_score_it() -> None:
+    """Test rows alone count, where all that succeeded have some; else nobody is left out for lack of them."""
+    judge = Judge({"lora": 0.0, "dora": 0.0})
+    runs = []
+    for name, share in (("lora", 0.5), ("dora", 0.4)):
+        for seed in "012":
+            run = tracked(name, 0.9 - share, method__kind=name, train__seed=seed)
+            runs.append(replace(run, metrics={**run.metrics, "eval_test_exact_match": share}))
+
+    def read(run: TrackedRun) -> ResultsByKey:
+        results = judge(run)
+        return {key: replace(each, test=each.row >= ROWS - 100) for key, each in results.items()}
+
+    found = arrange(runs, "e", "uri", RankingWish(read=read))
+    ranking = found.rankings[0]
+    assert ranking.measure.key == "eval_test_exact_match" and ranking.margin == 0.01
+    assert {each.own.rows for each in ranking.ranked} == {100}
+    by_choosing_rows = arrange(runs, "e", "uri", RankingWish(read=read, measure="eval_exact_match"))
+    assert {each.own.rows for each in by_choosing_rows.rankings[0].ranked} == {300}
+    untested = tracked("dora", 0.5, method__kind="dora", train__seed="3")
+    assert arrange([*runs, untested], "e", "uri", RankingWish(read=read)).quality.key == "eval_exact_match"
+    failed = tracked("dora", 0.5, "failed", method__kind="dora", train__seed="3")
+    assert arrange([*runs, failed], "e", "uri", RankingWish(read=read)).quality.key == "eval_test_exact_match"
+
+
+def test_what_is_recommended_is_what_the_verdict_says() -> None:
+    def taken(skills: dict[str, float], **costs: float) -> str:
+        ranking = compared(skills).rankings[0]
+        priced = []
+        for each in ranking.ranked:
+            label = each.contender.label
+            contender = replace(each.contender, cost=costs.get(label))
+            priced.append(replace(each, contender=contender))
+        return recommended(replace(ranking, ranked=tuple(priced))).contender.label
+
+    assert taken({"lora": 0.0, "full": 0.6, "vera": 0.9}) == "vera"
+    assert taken({"lora": 0.0, "vera": -0.8}) == "lora"
+    assert taken({"lora": 0.0, "dora": 0.05}, lora=2.0, dora=1.0) == "lora", "cannot be told apart, not as good"
+
+
+def test_of_those_that_are_as_good_the_cheapest_is_recommended() -> None:
+    values = np.tile([0.0, 1.0], (3, 5000)) + np.zeros((3, 10_000))
+    contenders = [
+        Contender(number, label, QualityByRow(tuple("012"), values), cost)
+        for number, (label, cost) in enumerate({"lora": 9.0, "dora": 12.0, "ia3": 5.0}.items())
+    ]
+    ranking = rank(contenders, MEASURES[0], 0)
+    assert [each.finding for each in ranking.ranked].count("as good") == 2
+    assert recommended(ranking).contender.label == "ia3"
+    dearer = [replace(contenders[0], cost=1.0), *contenders[1:]]
+    assert recommended(rank(dearer, MEASURES[0], 0)).contender.label == "lora"
 
 
 def test_the_measure_can_be_chosen_and_names_are_short() -> None:

@@ -17,6 +17,7 @@ from orchestrator.sweeps.progress import Reached, steps_taken
 from orchestrator.sweeps.rules import SweepPlan
 from orchestrator.sweeps.spec import Sweep
 from orchestrator.sweeps.trials import Trial, Variant, variants_of, with_seeds
+from runfolder.cooling import cool_down_steps
 
 STEPS = 90
 Curve = Callable[[Trial, int], float]  # how bad a trial is at a step
@@ -61,6 +62,7 @@ class Simulation:
         self.progress: dict[Trial, Reached] = {}
         self.until: dict[Trial, int] = {}
         self.most_going = 0
+        self.cooled = 0  # steps of cool-downs
 
     def run(self) -> str | None:
         for _ in range(10_000):
@@ -86,6 +88,7 @@ class Simulation:
         step = self.until[trial]
         scores = {**self.progress[trial].scores, step: self.curve(trial, step)}
         state = "succeeded" if step == STEPS else "paused"
+        self.cooled += cool_down_steps(self.plan.sweep.cool_down, step, STEPS)
         self.progress[trial] = Reached(state, step, scores)  # type: ignore[arg-type]
 
     def full(self) -> list[Trial]:
@@ -146,7 +149,21 @@ def test_the_budget_is_never_exceeded(rule: str, budget: int) -> None:
     simulation = Simulation(SweepPlan(limited, STEPS), bowl(1e-3), seed=budget)
     why = simulation.run()
     assert why == f"the budget of {budget} steps is spent" or budget == 1234
-    assert steps_taken(simulation.progress.values()) <= budget
+    assert steps_taken(simulation.progress.values()) + simulation.cooled <= budget
+
+
+def test_the_whole_of_a_small_budget_is_used_and_no_cool_down_is_unpaid() -> None:
+    """Twelve steps take one trial to the first rung at 10 and cool it down for two; eleven take none there."""
+    for budget, begun in ((11, 0), (12, 1), (23, 1), (24, 2)):
+        limited = sweep(rule="asha", budget=budget, cool_down=0.2, seeds=[0])
+        assert len(SweepPlan(limited, STEPS).decide({}).moves) == begun
+
+
+def test_a_trial_that_paused_a_step_late_is_promoted_all_the_same() -> None:
+    plan = SweepPlan(sweep(rule="asha", axes={"train.lr": [1e-3, 1e-2, 1e-1]}, seeds=[0]), STEPS)
+    trials = with_seeds(variants_of(plan.sweep), [0])
+    progress = {trial: Reached("paused", 11, {10: place}) for place, trial in enumerate(trials)}
+    assert [(move.trial, move.until) for move in plan.decide(progress).moves] == [(trials[0], 30)]
 
 
 def test_a_failed_trial_is_not_repeated_and_does_not_hold_up_a_race() -> None:
