@@ -10,7 +10,8 @@ from methods.options.base import WIDTH
 from methods.options.low_rank import Lora
 
 # Test loss by learning rate at rank 16 (scale 2) on tulu3, batch 128, 780 steps, one seed. From
-# github.com/thinking-machines-lab/tinker-cookbook, tinker_cookbook/recipes/chat_sl/results/sft_sweep.md, commit 9dfcc3a2, the bases with four rates.
+# github.com/thinking-machines-lab/tinker-cookbook (commit 9dfcc3a2), the bases with four rates of
+# tinker_cookbook/recipes/chat_sl/results/sft_sweep.md.
 TEST_LOSS = {
     "Qwen3.6-35B-A3B": {4e-5: 0.6912, 1e-4: 0.6795, 3e-4: 0.671, 1e-3: 0.6917},
     "Qwen3.6-27B": {4e-5: 0.6741, 1e-4: 0.6628, 3e-4: 0.6557, 1e-3: 0.6813},
