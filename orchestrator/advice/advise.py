@@ -91,5 +91,8 @@ def _recommended_trial(driver: SweepDriver, found: FoundTrials, comparison: Comp
     label = ranked.contender.label
     row = next(row for row in comparison.rows if row.label == label)
     first = row.runs[0]
-    by_run_id = {driver.run_id(trial): trial for trial in found}
+    by_run_id = {}
+    for trial in found:
+        run_id = driver.run_id(trial)
+        by_run_id[run_id] = trial
     return by_run_id[first.run_id]

@@ -46,7 +46,8 @@ def candidates(planner: Planner, job: Job) -> list[MethodCandidate]:
     """All methods, those that are worth a place in a race first."""
     found = []
     for kind in sorted(KINDS, key=_preference):
-        found.append(_planned_candidate(planner, job, kind))
+        candidate = _planned_candidate(planner, job, kind)
+        found.append(candidate)
     return _by_evidence(found, job, planner)
 
 
@@ -59,17 +60,18 @@ def situation_of(planner: Planner, job: Job, found: Iterable[MethodCandidate]) -
     if train and train.count and train.tokens:
         mean_tokens = train.tokens / train.count
         sequences = job.train.batch_tokens / mean_tokens
-    rate = KINDS[REFERENCE].model_validate(lora.options).rate(planner.findings.model.hidden_size)
-    parameters = None
-    eval_rows = planner.findings.eval.count if planner.findings.eval else None
-    lora_fits = None
-    if lora.plan is not None:
-        rate = lora.plan.lr
-        if lora.plan.sizes:
-            parameters = lora.plan.sizes.parameters
-        if lora.plan.fit:
-            lora_fits = lora.plan.fit.fits
-    return Situation(rate, parameters, _training_tokens(job, planner), sequences, eval_rows, lora_fits)
+    held_out = planner.findings.eval
+    eval_rows = held_out.count if held_out else None
+    tokens = _training_tokens(job, planner)
+    plan = lora.plan
+    if plan is None:
+        hidden_size = planner.findings.model.hidden_size
+        options = KINDS[REFERENCE].model_validate(lora.options)
+        rate = options.rate(hidden_size)
+        return Situation(rate, None, tokens, sequences, eval_rows, None)
+    parameters = plan.sizes.parameters if plan.sizes else None
+    lora_fits = plan.fit.fits if plan.fit else None
+    return Situation(plan.lr, parameters, tokens, sequences, eval_rows, lora_fits)
 
 
 def _planned_candidate(planner: Planner, job: Job, kind: str) -> MethodCandidate:

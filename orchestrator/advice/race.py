@@ -77,8 +77,10 @@ def race_of(job: Job, racing: Sequence[MethodCandidate], budget: int, job_file: 
             sweep = sweep_of(plain, race_file)
             least = most_steps(SweepPlan(sweep, steps), count)
             if least <= budget:
-                methods = tuple(candidate.kind for candidate in ordered[:count])
-                return Race(plain, methods, least)
+                kinds = []
+                for candidate in ordered[:count]:
+                    kinds.append(candidate.kind)
+                return Race(plain, tuple(kinds), least)
     raise InputError(
         f"--budget: found {budget:,} steps; allowed: {least:,} or more, which a race of {REFERENCE} and one other "
         "method takes"
@@ -108,8 +110,12 @@ def _plain_sweep(
     methods = []
     for candidate in racing:
         assert candidate.plan is not None
-        rates = [six_digits(factor * candidate.plan.lr) for factor in _AROUND_DEFAULT]
-        methods.append({**candidate.options, "axes": {"train.lr": rates}})
+        rates = []
+        for factor in _AROUND_DEFAULT:
+            rate = factor * candidate.plan.lr
+            rates.append(six_digits(rate))
+        axes = {"train.lr": rates}
+        methods.append({**candidate.options, "axes": axes})
     begin = job.name[:_NAME_LENGTH].rstrip("-")
     plain: dict[str, Any] = {
         "name": f"{begin}-advice",

@@ -7,6 +7,8 @@ from orchestrator.comparison.ranking import Judgement, Ranked, Ranking
 
 _NO_OTHERS = "{reference} has nothing to be compared with."
 _BEATS = "{label} beats {reference} by {low} to {high}"
+_TIES = ", and so do {labels}, which cannot be told apart from it"
+_MOST_NAMED = 3  # contenders in one sentence
 _AS_GOOD = "{label} is as good as {reference} within {margin}"
 _CHEAPER = ", and takes {share:.0%} of its time"
 _NOTHING_BEATS = "nothing beats {reference}: {label} is {less} to {more} worse"
@@ -57,7 +59,32 @@ def _beats(ranking: Ranking, better: list[Ranked]) -> str:
         low=shown_difference(ranking, low),
         high=shown_difference(ranking, high),
     )
+    equals = _not_worse(best, better)
+    if equals:
+        labels = _few_named(equals)
+        text += _TIES.format(labels=labels)
     return _with_scope(text, ranking, best)
+
+
+def _not_worse(best: Ranked, better: list[Ranked]) -> list[Ranked]:
+    """Those of some contenders that share the rank of the one that is best for sure."""
+    equals = []
+    for ranked in better:
+        if ranked is not best and ranked.rank == best.rank:
+            equals.append(ranked)
+    return equals
+
+
+def _few_named(contenders: list[Ranked]) -> str:
+    """The names of a few contenders, and how many there are beside these."""
+    names = []
+    for ranked in contenders[:_MOST_NAMED]:
+        label = ranked.contender.label
+        names.append(label)
+    left = len(contenders) - len(names)
+    if left:
+        names.append(f"{left} more")
+    return ", ".join(names)
 
 
 def _is_as_good(ranking: Ranking, as_good: list[Ranked]) -> str:
