@@ -102,7 +102,7 @@ def line_chart(
 ) -> str:
     """Lines over steps; a value that is not finite breaks its line, far outliers leave the frame.
 
-    `marked`: each point of a line has a mark.
+    `marked`: each point of a line has a mark, and none leaves the frame.
     """
     steps = []
     values = []
@@ -116,7 +116,7 @@ def line_chart(
     if not values:
         return ""
     x = x_axis(steps, width, x_show)
-    inliers = _without_outliers(values)
+    inliers = values if marked else _without_outliers(values)
     y = y_axis(inliers, y_show, bounds)
     drawn = ""
     for line in lines:

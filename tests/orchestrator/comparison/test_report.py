@@ -224,6 +224,8 @@ def test_rates_are_drawn_where_a_method_has_several() -> None:
     low, high, *_ = map(float, str(charts[0]["data-x"]).split())
     assert low < -4 < -3 < high
     assert "1.0e-4" in page.text and "1.0e-3" in page.text
+    low, high, *_ = map(float, str(charts[0]["data-y"]).split())
+    assert low < 0.5 < 0.7 < high, "no point leaves the frame"
 
 
 def test_what_was_done_can_be_pasted_and_the_figures_saved() -> None:

@@ -74,6 +74,8 @@ def test_a_sweep_of_real_runs_is_driven_to_its_end_and_a_rung_goes_on_bitwise(
     (whole / "job.yaml").write_text((broken / "job.yaml").read_text())
     (whole / "run.json").write_text((broken / "run.json").read_text())
     launch(1, whole)
+    cooled = [row["eval_cooled_loss"] for row in history(broken) if "eval_cooled_loss" in row]
+    assert cooled == [found[best].scores[3]] and "eval_test_loss" in history(broken)[-1]
     assert [(row["step"], row.get("loss"), row.get("eval_loss")) for row in history(broken)] == [
         (row["step"], row.get("loss"), row.get("eval_loss")) for row in history(whole)
     ]
