@@ -8,6 +8,7 @@ from orchestrator.comparison.ranking import Judgement, Ranked, Ranking
 _NO_OTHERS = "{reference} has nothing to be compared with."
 _BEATS = "{label} beats {reference} by {low} to {high}"
 _TIES = ", and so do {labels}, which cannot be told apart from it"
+_CLEARLY_CHEAPER = 0.9  # times the cost of the reference: times of equal runs differ too
 _MOST_NAMED = 3  # contenders in one sentence
 _AS_GOOD = "{label} is as good as {reference} within {margin}"
 _CHEAPER = ", and takes {share:.0%} of its time"
@@ -106,14 +107,20 @@ def _is_as_good(ranking: Ranking, as_good: list[Ranked]) -> str:
 def recommended(ranking: Ranking) -> Ranked:
     """The contender to take: the surest of those that beat the reference, else the cheapest that is as good.
 
-    The reference, where none is either of them, or it is the cheapest itself.
+    The reference, where none beats it, and none that is as good is clearly cheaper.
     """
     better = _with_judgement(ranking, "better")
     if better:
         return _surest(ranking, better)
     reference, *_ = _with_judgement(ranking, "reference")
-    as_good = _with_judgement(ranking, "as good")
-    return min([reference, *as_good], key=_cost)
+    cheapest = reference
+    least = _CLEARLY_CHEAPER * _cost(reference)
+    for ranked in _with_judgement(ranking, "as good"):
+        cost = _cost(ranked)
+        if cost < least:
+            cheapest = ranked
+            least = cost
+    return cheapest
 
 
 def _surest(ranking: Ranking, better: list[Ranked]) -> Ranked:
