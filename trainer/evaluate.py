@@ -80,8 +80,8 @@ class Evaluator:
         kept = len(examples) - tested
         first_tested, *_ = examples.documents(kept)
         first_row = int(examples.tokens.rows[first_tested])
-        before = []
-        behind = []
+        before: list[EvaluationPrompt] = []
+        behind: list[EvaluationPrompt] = []
         for prompt in self.prompts:
             part = before if prompt.row < first_row else behind
             part.append(prompt)

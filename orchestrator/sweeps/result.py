@@ -45,7 +45,7 @@ def conclude(driver: SweepDriver, found: FoundTrials, progress: CollectProgress)
     if not finished:
         raise InputError(with_reasons("no trial has succeeded", undelivered))
     reference = _reference(driver, found)
-    measure = driver.sweep.measure
+    measure: str = driver.sweep.measure
     of_test_rows = OF_TEST_ROWS + measure.removeprefix("eval_")
     if all(of_test_rows in run.metrics for run in finished):
         measure = of_test_rows
