@@ -10,7 +10,8 @@ from orchestrator.comparison import svg
 
 HALF_WIDTH, FULL_WIDTH, HEIGHT = 560, 1140, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
-_MOST_POINTS = 400  # of a line
+_MOST_POINTS, _FEWEST_POINTS = 400, 24  # of a line
+_POINTS_OF_CHART = 40_000  # which its lines share, so that a page of a thousand runs is no burden
 _MOST_TICKS = 12
 _AXIS_MARGIN = 0.04  # of the range of values, on each side
 
@@ -119,10 +120,12 @@ def line_chart(
     inliers = values if marked else _without_outliers(values)
     y = y_axis(inliers, y_show, bounds)
     drawn = ""
+    share = _POINTS_OF_CHART // len(lines)
+    most = min(_MOST_POINTS, max(_FEWEST_POINTS, share))
     for line in lines:
-        drawn += _band(line, x, y)
+        drawn += _band(line, x, y, most)
     for line in lines:
-        drawn += _series(line, x, y, marked)
+        drawn += _series(line, x, y, marked, most)
     clipped = f'<g clip-path="url(#plot)">{drawn}</g>'
     return frame(title, x, y, x_title, clipped)
 
@@ -138,9 +141,9 @@ def nice(rough: float) -> float:
     return 10 * power
 
 
-def thin(points: Points) -> list[Point]:
-    """At most about 400 points that keep the extremes of each stretch, and every break."""
-    stretches = _MOST_POINTS / 2
+def thin(points: Points, most: int = _MOST_POINTS) -> list[Point]:
+    """At most about so many points that keep the extremes of each stretch, and every break."""
+    stretches = most / 2
     stride = math.ceil(len(points) / stretches)
     if stride <= 2:
         return list(points)
@@ -205,7 +208,7 @@ def _without_outliers(values: Values) -> list[float]:
     return [value for value in ordered if value <= limit]
 
 
-def _band(line: Line, x: Axis, y: Axis) -> str:
+def _band(line: Line, x: Axis, y: Axis, most: int) -> str:
     """What lies around a line, from its lowest to its highest values; empty where there is nothing."""
     if len(line.band) < 2:
         return ""
@@ -214,9 +217,9 @@ def _band(line: Line, x: Axis, y: Axis) -> str:
     for step, low, high in line.band:
         lows.append((step, low))
         highs.append((step, high))
-    lower = thin(lows)
+    lower = thin(lows, most)
     lower.reverse()
-    upper = thin(highs)
+    upper = thin(highs, most)
     outline = []
     for step, value in upper + lower:
         at_x = x.at(step)
@@ -225,10 +228,10 @@ def _band(line: Line, x: Axis, y: Axis) -> str:
     return svg.band(outline, line.group)
 
 
-def _series(line: Line, x: Axis, y: Axis, marked: bool) -> str:
+def _series(line: Line, x: Axis, y: Axis, marked: bool, most: int) -> str:
     """A line, as pieces between its breaks."""
     pieces: list[list[str]] = [[]]
-    for step, value in thin(line.points):
+    for step, value in thin(line.points, most):
         if math.isfinite(value):
             at_x = x.at(step)
             at_y = max(-1e5, y.at(value))

@@ -56,6 +56,9 @@ class SweepDriver:
             raise InputError(f"{job_path}: train.steps: found nothing; a sweep compares runs of equally many steps")
         if not job.data.eval:
             raise InputError(f"{job_path}: data.eval: found nothing; allowed: rows by which trials are judged")
+        if sweep.test and job.evaluation.goes_by_loss:
+            kept = "evaluation.keep best or stop_after"
+            raise InputError(f"{job_path}: {kept} in a sweep with test rows; allowed: neither, or test: 0 in {path}")
         plan = SweepPlan(sweep, steps)
         written = load_yaml(job_path)
         with_paths = absolute(job, folder)

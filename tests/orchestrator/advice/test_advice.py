@@ -1,6 +1,7 @@
 """Advice: which methods fit and why others are left out, what a budget allows, and a race that ends with a job."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from orchestrator.cli import app
 from orchestrator.errors import InputError
 from orchestrator.planning import memory
 from orchestrator.planning.freeze import read_job
+from orchestrator.planning.hours import HoursForecast
 from orchestrator.sweeps.driver import SweepDriver
 from orchestrator.sweeps.result import conclude
 from runfolder.row_results import RowResult, write_row_results
@@ -112,6 +114,19 @@ def test_budgets_in_hours_need_a_forecast_and_others_are_refused(tmp_path: Path)
         budget_in_steps("6gpuh", advice.job, advice.racing)
     with pytest.raises(InputError, match=r"--budget: found 'much'; allowed: hours of GPUs like 6gpuh"):
         budget_in_steps("much", advice.job, advice.racing)
+
+
+@pytest.mark.usefixtures("home")
+def test_hours_of_gpus_are_steps_of_the_slowest_method(tmp_path: Path) -> None:
+    """Of 20 steps in 0.4 hours on each of two workers, six hours of GPUs are 150."""
+    advice = advise(job_file(tmp_path, resources={"workers_per_node": 2}))
+    timed = []
+    for place, candidate in enumerate(advice.racing[:2], 1):
+        assert candidate.plan is not None
+        hours = HoursForecast(0.1, 0.2 * place, 0.9, 0)
+        timed.append(replace(candidate, plan=replace(candidate.plan, hours=hours)))
+    assert budget_in_steps("6gpuh", advice.job, timed) == 150
+    assert budget_in_steps("6gpuh", advice.job, timed[:1]) == 300
 
 
 def test_nothing_is_started_before_somebody_agrees(tmp_path: Path, home: Path) -> None:

@@ -235,6 +235,16 @@ def test_a_thousand_runs_are_ranked_and_drawn_soon() -> None:
     assert time.process_time() - began < 60  # of a slow machine; 2 s are aimed at
 
 
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_a_page_with_the_curves_of_a_thousand_runs_is_small(seeds: int) -> None:
+    runs = []
+    for number in range(1000 // seeds):
+        kind, place = number % 16, number // 16
+        changes = {"method__kind": f"m{kind}", "train__lr": str(1e-4 * (1 + place))}
+        runs += [tracked(f"r{kind}", 0.3 + number / 2000, train__seed=str(seed), **changes) for seed in range(seeds)]
+    assert len(report.page(arrange(runs, "e", "uri"))) < 5 << 20
+
+
 def any_difference_seen(count: int, configurations: int = 8) -> float:
     """Of so many rankings of equal configurations, the share in which any is called better or worse."""
     rng = np.random.default_rng(0)

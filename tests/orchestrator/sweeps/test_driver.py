@@ -144,6 +144,16 @@ def test_a_job_without_steps_or_held_out_rows_is_refused(tmp_path: Path) -> None
         SweepDriver.of(write_sweep(tmp_path), None)
 
 
+def test_a_job_that_keeps_its_best_has_no_test_rows(tmp_path: Path) -> None:
+    data = {"train": "train.jsonl", "eval": "train.jsonl", "seq_len": 16}
+    make_job(tmp_path, data=data, evaluation={"every": 2, "keep": "best"})
+    with pytest.raises(InputError, match="evaluation.keep best or stop_after in a sweep with test rows"):
+        SweepDriver.of(write_sweep(tmp_path), None)
+    driver = SweepDriver.of(write_sweep(tmp_path, test=0.0), None)
+    first = driver.plan.trials({})[0]
+    assert first.job(driver.sweep, driver.submitted, None)["evaluation"]["test"] == 0.0
+
+
 def pause_all(path: Path, home: Path) -> None:
     """Have all trials that are queued come to their first rung, as if workers had trained them."""
     driver = SweepDriver.of(path, None)
