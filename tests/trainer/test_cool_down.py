@@ -65,9 +65,11 @@ def test_a_rung_is_judged_on_a_branch_and_continued_is_bitwise_an_unbroken_run(
 
 def test_a_cool_down_that_died_is_made_anew_and_comes_to_the_same(new_run: Any, launch: Any, held_out: Path) -> None:
     evaluation = {"max_new_tokens": 0, "rows": 8, "every": PAUSE, "cool_down": 0.7}
-    run = new_run("cooled", data={"eval": str(held_out)}, train={"steps": 6}, evaluation=evaluation)
+    run = new_run(
+        "cooled", data={"eval": str(held_out)}, train={"steps": 6}, evaluation=evaluation, sharding={"zero": 2}
+    )
     request_pause(run, PAUSE)
-    launch(1, run)
+    launch(2, run)
     first = metric(run, 1, "eval_cooled_loss")
     assert first[PAUSE] < metric(run, 1, "eval_loss")[PAUSE]
     reported = run / "attempts" / "1" / "metrics.jsonl"
@@ -75,9 +77,9 @@ def test_a_cool_down_that_died_is_made_anew_and_comes_to_the_same(new_run: Any, 
     assert "eval_cooled_loss" in last
     reported.write_text("".join(kept))
     (reported.parent / "verdict.json").unlink()
-    launch(1, run)
+    launch(2, run)
     assert metric(run, 2, "eval_cooled_loss") == first and not metric(run, 2, "loss")
-    launch(1, run)
+    launch(2, run)
     assert not metric(run, 3, "eval_cooled_loss"), "judged twice"
 
 
