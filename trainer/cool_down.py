@@ -8,6 +8,7 @@ import time
 
 from runfolder.cooling import COOLED, COOLED_LOSS, cool_down_steps
 from trainer.evaluate import Evaluator
+from trainer.progress import announce
 from trainer.reported import is_reported
 from trainer.run import Run
 from trainer.step import Feed, apply_step
@@ -27,6 +28,7 @@ def judge_cooled(run: Run, step: int, micro_batches_of: Feed, evaluator: Evaluat
     if not run.stops.pauses(step) or is_reported(run, step, COOLED_LOSS):
         return
     attempt = run.attempt
+    announce(attempt, run.world, "cooling_down", step=step, steps=steps)
     began = time.time()
     for number in range(steps):
         attempt.note_progress()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from finished_runs import curve
 
+from runfolder.activity import phase_text
 from runfolder.appended import read_lines
 from runfolder.chain import Attempt
 from runfolder.cooling import cool_down_steps
@@ -72,6 +73,8 @@ def test_a_cool_down_that_died_is_made_anew_and_comes_to_the_same(new_run: Any, 
     launch(2, run)
     first = metric(run, 1, "eval_cooled_loss")
     assert first[PAUSE] < metric(run, 1, "eval_loss")[PAUSE]
+    told = [event for event in read_lines(Attempt(run, 1), "events.jsonl") if event["event"] == "cooling_down"]
+    assert [(event["step"], event["steps"]) for event in told] == [(PAUSE, 2)] and phase_text(told[0])
     reported = run / "attempts" / "1" / "metrics.jsonl"
     *kept, last = reported.read_text().splitlines(keepends=True)
     assert "eval_cooled_loss" in last
