@@ -200,6 +200,12 @@ def test_runs_of_other_data_budgets_and_versions_are_not_in_one_ranking() -> Non
     assert together.barrier and together.barrier.startswith("ranked together, though they differ in ")
 
 
+def test_runs_without_test_rows_are_in_one_ranking_whether_they_say_so_or_not() -> None:
+    runs = [tracked("a", 0.5), tracked("b", 0.6, evaluation__test="0.0"), tracked("c", 0.6, evaluation__test="0.5")]
+    labels = [[each.contender.label for each in ranking.ranked] for ranking in arrange(runs, "e", "uri").rankings]
+    assert sorted(map(sorted, labels)) == [["a", "b"], ["c"]]
+
+
 def test_results_by_row_are_read_from_run_folders() -> None:
     run_dir = make_run(home() / "runs", "folder-0000000000", None)
     attempt = claim(run_dir)
