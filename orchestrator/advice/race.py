@@ -82,8 +82,8 @@ def race_of(job: Job, racing: Sequence[MethodCandidate], budget: int, job_file: 
                     kinds.append(candidate.kind)
                 return Race(plain, tuple(kinds), least)
     raise InputError(
-        f"--budget: found {budget:,} steps; allowed: {least:,} or more, which a race of {REFERENCE} and one other "
-        "method takes"
+        f"--budget: found {budget:,} steps; allowed: {least:,} or more, which a race of {ordered[0].kind} and one "
+        "other method takes"
     )
 
 
@@ -125,6 +125,6 @@ def _plain_sweep(
         "rule": "race",
         "budget": budget,
         "finalists": finalists,
-        "reference": REFERENCE,
+        "reference": racing[0].kind,  # LoRA, or the first of the others where that cannot run
     }
     return plain

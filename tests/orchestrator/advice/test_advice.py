@@ -101,8 +101,13 @@ def test_a_budget_decides_how_many_methods_are_raced_and_how_well(tmp_path: Path
     assert len(found[-1].methods) == len(advice.racing) and len(found[-1].sweep["seeds"]) == 5
     for budget, race in zip((300, 700, 2000), found, strict=True):
         assert race.most_steps <= budget == race.sweep["budget"]
-    with pytest.raises(InputError, match=r"--budget: found 50 steps; allowed: \d+ or more"):
+    assert {race.sweep["reference"] for race in found} == {"lora"}
+    with pytest.raises(InputError, match=r"--budget: found 50 steps; allowed: \d+ or more, which a race of lora and"):
         race_of(job, advice.racing, 50, path)
+    others = [each for each in advice.racing if each.kind != "lora"]
+    assert race_of(job, others, 2000, path).sweep["reference"] == others[0].kind
+    with pytest.raises(InputError, match="fewer than two methods"):
+        race_of(job, others[:1], 2000, path)
 
 
 @pytest.mark.usefixtures("home")
