@@ -9,7 +9,6 @@ from orchestrator.comparison.places import RankingWish
 from orchestrator.comparison.run import TrackedRun, load_runs
 from orchestrator.errors import InputError
 from orchestrator.sweeps.driver import FoundTrials, SweepDriver
-from orchestrator.sweeps.progress import steps_taken
 from orchestrator.sweeps.tracked import gather
 from orchestrator.tracking.collect import CollectProgress, deliver_all, with_reasons
 from orchestrator.tracking.store import client, resolve
@@ -21,7 +20,10 @@ _HOUR = 3600
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What came of a sweep: the comparison of its trials, and the hours that devices trained for all of them."""
+    """What came of a sweep: the comparison of its trials, and what all of them took.
+
+    `steps` has those of cool-downs, too; `device_hours` has not.
+    """
 
     comparison: Comparison
     steps: int
@@ -53,7 +55,9 @@ def conclude(driver: SweepDriver, found: FoundTrials, progress: CollectProgress)
     comparison = arrange(finished, f"sweep {driver.sweep.name}", shown_uri, wish)
     gather(mlflow, driver.sweep, driver.digest, runs, comparison.verdict)
     comparison = replace(comparison, undelivered=undelivered)
-    steps = steps_taken(found.values())
+    steps = 0
+    for trial, reached in found.items():
+        steps += driver.plan.spent(trial, reached.step)
     return SweepResult(comparison, steps, _device_hours(driver, runs))
 
 

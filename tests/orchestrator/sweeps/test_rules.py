@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orchestrator.advice.race import most_steps
 from orchestrator.comparison.measure import MEASURES
 from orchestrator.comparison.outcomes import QualityByRow
 from orchestrator.comparison.ranking import Contender, rank
-from orchestrator.sweeps.progress import Reached, steps_taken
+from orchestrator.sweeps.progress import Reached
 from orchestrator.sweeps.rules import SweepPlan
 from orchestrator.sweeps.spec import Sweep
 from orchestrator.sweeps.trials import Trial, Variant, variants_of, with_seeds
@@ -50,6 +51,10 @@ def test_a_final_is_not_paused_and_others_are() -> None:
     final = replace(first, seed=1)
     assert plan.pause_of(final, progress) is None and plan.pause_of(first, progress) is None
     assert {(move.trial.seed, move.until) for move in plan.decide(progress).moves} == {(0, None), (1, None)}
+
+
+def steps_taken(simulation: "Simulation") -> int:
+    return sum(reached.step for reached in simulation.progress.values())
 
 
 class Simulation:
@@ -139,7 +144,7 @@ def test_asha_sends_few_to_the_end_and_the_best_among_them() -> None:
     assert 3 <= len(simulation.full()) <= 9
     closest = min(rates(simulation), key=lambda rate: abs(math.log10(rate / 1e-3)))
     assert closest in [trial.configuration.settings["train.lr"] for trial in simulation.full()]
-    assert steps_taken(simulation.progress.values()) < 0.45 * 27 * STEPS
+    assert steps_taken(simulation) < 0.45 * 27 * STEPS
 
 
 @pytest.mark.parametrize("rule", ["grid", "random", "asha", "race"])
@@ -149,7 +154,7 @@ def test_the_budget_is_never_exceeded(rule: str, budget: int) -> None:
     simulation = Simulation(SweepPlan(limited, STEPS), bowl(1e-3), seed=budget)
     why = simulation.run()
     assert why == f"the budget of {budget} steps is spent" or budget == 1234
-    assert steps_taken(simulation.progress.values()) + simulation.cooled <= budget
+    assert steps_taken(simulation) + simulation.cooled <= budget
 
 
 def test_the_whole_of_a_small_budget_is_used_and_no_cool_down_is_unpaid() -> None:
@@ -164,6 +169,30 @@ def test_a_trial_that_paused_a_step_late_is_promoted_all_the_same() -> None:
     trials = with_seeds(variants_of(plan.sweep), [0])
     progress = {trial: Reached("paused", 11, {10: place}) for place, trial in enumerate(trials)}
     assert [(move.trial, move.until) for move in plan.decide(progress).moves] == [(trials[0], 30)]
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_a_race_takes_no_more_than_is_said_before(number: int) -> None:
+    rng = np.random.default_rng(number)
+    count = int(rng.integers(2, 6))
+    raced = sweep(
+        rule="race",
+        methods=methods(*(f"m{place}" for place in range(count))),
+        axes={"train.lr": {"log": [1e-4, 1e-2], "count": 3}},
+        seeds=list(range(int(rng.integers(1, 7)))),
+        finalists=int(rng.integers(1, 4)),
+        reference="m0",
+        parallel=int(rng.integers(1, 9)),
+    )
+    plan = SweepPlan(raced, STEPS)
+    slope = float(rng.normal())  # a best rate at an end, which is gone beyond
+    simulation = Simulation(
+        plan,
+        lambda trial, _: slope * math.log10(trial.configuration.settings["train.lr"]) + 0.1 * rng.normal(),
+        number,
+    )
+    simulation.run()
+    assert steps_taken(simulation) + simulation.cooled <= most_steps(plan, count)
 
 
 def test_a_failed_trial_is_not_repeated_and_does_not_hold_up_a_race() -> None:
