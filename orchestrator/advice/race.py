@@ -97,10 +97,12 @@ def most_steps(plan: SweepPlan, methods: int) -> int:
         total += methods * CANDIDATES * plan.cost(before, rung)
         before = rung
     seeds = len(plan.sweep.seeds)
-    chosen = CANDIDATES * min(seeds, FIRST_SEEDS)
-    others = max(0, seeds - FIRST_SEEDS)
+    tried = min(seeds, FIRST_SEEDS)
+    whole_runs = CANDIDATES * (tried - 1) + seeds - tried
+    rest_of_first = CANDIDATES * (plan.steps - before)
+    of_finalist = rest_of_first + whole_runs * plan.steps
     finalists = min(methods, plan.sweep.finalists + 1)
-    return total + finalists * (chosen + others) * plan.steps
+    return total + finalists * of_finalist
 
 
 def _plain_sweep(
