@@ -1,8 +1,8 @@
 """Methods that a job could take: each planned on the same base, rows and hardware, or left out, with the reason."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from methods.options import KINDS
 from orchestrator.advice.evidence import TOKENS_FOR_FULL, Situation
@@ -31,15 +31,41 @@ class MethodCandidate:
 
     def to_json(self) -> dict[str, Any]:
         """The candidate as plain data, for JSON."""
-        plan = self.plan
-        plain: dict[str, Any] = {"method": self.kind, "options": self.options, "left_out": self.reason}
-        if plan is None:
+        plain: dict[str, Any] = {
+            "method": self.kind,
+            "options": self.options,
+            "left_out": self.reason,
+        }
+        if self.plan is None:
             return plain
-        plain["lr"] = plan.lr
-        plain["trained"] = plan.sizes.trained if plan.sizes else None
-        plain["needed_bytes"] = plan.fit.needed if plan.fit else None
-        plain["hours"] = plan.hours.likely if plan.hours else None
+        figures = foretold(self.plan)
+        plain["lr"] = self.plan.lr
+        plain["trained"] = figures.trained
+        plain["needed_bytes"] = figures.needed
+        plain["hours"] = figures.hours
         return plain
+
+
+class ForetoldFigures(NamedTuple):
+    """What a plan foretells; None for what is not known."""
+
+    trained: int | None
+    needed: int | None
+    hours: float | None
+
+
+def foretold(plan: Plan) -> ForetoldFigures:
+    """The figures of a plan that methods are compared by."""
+    trained = None
+    needed = None
+    hours = None
+    if plan.sizes is not None:
+        trained = plan.sizes.trained
+    if plan.fit is not None:
+        needed = plan.fit.needed
+    if plan.hours is not None:
+        hours = plan.hours.likely
+    return ForetoldFigures(trained, needed, hours)
 
 
 def candidates(planner: Planner, job: Job) -> list[MethodCandidate]:
@@ -53,24 +79,30 @@ def candidates(planner: Planner, job: Job) -> list[MethodCandidate]:
 
 def situation_of(planner: Planner, job: Job, found: Iterable[MethodCandidate]) -> Situation:
     """What rules depend on, as far as it is known."""
+    findings = planner.findings
     by_kind = {candidate.kind: candidate for candidate in found}
     lora = by_kind[REFERENCE]
-    train = planner.findings.train
+    train = findings.train
     sequences = None
     if train and train.count and train.tokens:
         mean_tokens = train.tokens / train.count
         sequences = job.train.batch_tokens / mean_tokens
-    held_out = planner.findings.eval
-    eval_rows = held_out.count if held_out else None
+    eval_rows = None
+    if findings.eval is not None:
+        eval_rows = findings.eval.count
     tokens = _training_tokens(job, planner)
     plan = lora.plan
     if plan is None:
-        hidden_size = planner.findings.model.hidden_size
+        hidden_size = findings.model.hidden_size
         options = KINDS[REFERENCE].model_validate(lora.options)
         rate = options.rate(hidden_size)
         return Situation(rate, None, tokens, sequences, eval_rows, None)
-    parameters = plan.sizes.parameters if plan.sizes else None
-    lora_fits = plan.fit.fits if plan.fit else None
+    parameters = None
+    lora_fits = None
+    if plan.sizes is not None:
+        parameters = plan.sizes.parameters
+    if plan.fit is not None:
+        lora_fits = plan.fit.fits
     return Situation(plan.lr, parameters, tokens, sequences, eval_rows, lora_fits)
 
 
@@ -97,7 +129,9 @@ def _planned_candidate(planner: Planner, job: Job, kind: str) -> MethodCandidate
 def _why_it_does_not_fit(plan: Plan) -> str | None:
     """How much more memory a worker takes than it has, and the change with which it fits; None where it fits."""
     fit = plan.fit
-    if fit is None or fit.device is None or fit.fits:
+    if fit is None or fit.device is None:
+        return None
+    if fit.fits:
         return None
     needed = format_bytes(fit.needed)
     device = format_bytes(fit.device)
@@ -120,8 +154,10 @@ def _by_evidence(found: Iterable[MethodCandidate], job: Job, planner: Planner) -
         against["qlora"] = _FITS_IN_16_BITS
     judged = []
     for kind, candidate in by_kind.items():
-        reason = candidate.reason or against.get(kind)
-        judged.append(MethodCandidate(kind, candidate.options, candidate.plan, reason))
+        if candidate.reason is None:
+            reason = against.get(kind)
+            candidate = replace(candidate, reason=reason)
+        judged.append(candidate)
     return judged
 
 

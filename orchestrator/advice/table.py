@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from orchestrator.advice.advise import Advice
-from orchestrator.advice.candidates import MethodCandidate
+from orchestrator.advice.candidates import MethodCandidate, foretold
 from orchestrator.comparison.measure import format_bytes, format_count
 
 
@@ -33,11 +33,15 @@ def _figures(candidate: MethodCandidate) -> list[str]:
     plan = candidate.plan
     if plan is None:
         return ["", "", "", ""]
-    trained = memory = hours = "?"
-    if plan.sizes is not None:
-        trained = format_count(plan.sizes.trained)
-    if plan.fit is not None:
-        memory = format_bytes(plan.fit.needed)
-    if plan.hours is not None:
-        hours = f"{plan.hours.likely:.2g}"
-    return [f"{plan.lr:.2g}", trained, memory, hours]
+    figures = foretold(plan)
+    trained = "?"
+    memory = "?"
+    hours = "?"
+    if figures.trained is not None:
+        trained = format_count(figures.trained)
+    if figures.needed is not None:
+        memory = format_bytes(figures.needed)
+    if figures.hours is not None:
+        hours = f"{figures.hours:.2g}"
+    rate = f"{plan.lr:.2g}"
+    return [rate, trained, memory, hours]

@@ -26,14 +26,20 @@ class Box:
 
     def meets(self, other: "Box") -> bool:
         """Whether two rectangles have a point in common."""
-        beside = self.right < other.left or other.right < self.left
-        apart = self.bottom < other.top or other.bottom < self.top
-        return not beside and not apart
+        left = max(self.left, other.left)
+        right = min(self.right, other.right)
+        top = max(self.top, other.top)
+        bottom = min(self.bottom, other.bottom)
+        return left <= right and top <= bottom
 
     def holds(self, other: "Box") -> bool:
         """Whether another rectangle lies within this one."""
-        is_within = self.left <= other.left and other.right <= self.right
-        return is_within and self.top <= other.top and other.bottom <= self.bottom
+        left = min(self.left, other.left)
+        right = max(self.right, other.right)
+        top = min(self.top, other.top)
+        bottom = max(self.bottom, other.bottom)
+        around = Box(left, top, right, bottom)
+        return around == self
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ class DotLabel:
     @property
     def box(self) -> Box:
         """What the text covers, or somewhat more."""
-        width = CHARACTER * len(self.text)
+        count = len(self.text)
+        width = CHARACTER * count
         left = self.x
         if self.anchor == "end":
             left -= width
@@ -57,7 +64,8 @@ class DotLabel:
         right = left + width + _AROUND
         top = self.y - _ASCENT
         bottom = self.y + _DESCENT
-        return Box(left - _AROUND, top, right, bottom)
+        begin = left - _AROUND
+        return Box(begin, top, right, bottom)
 
 
 def placed(dots: Sequence[Point], texts: Sequence[str], frame: Box) -> list[DotLabel]:

@@ -129,9 +129,14 @@ def _best_of_all(comparison: Comparison) -> str:
     if equals:
         number = _plural(equals, "other")
         others = f" and {number}"
-    extreme = "Highest" if quality.more_is_better else "Lowest"
-    caution = _CAUTION if len(comparison.rows) > 1 else ""
-    value = escape(cell(best, quality))
+    extreme = "Lowest"
+    if quality.more_is_better:
+        extreme = "Highest"
+    caution = ""
+    if len(comparison.rows) > 1:
+        caution = _CAUTION
+    text = cell(best, quality)
+    value = escape(text)
     label = escape(best.label)
     said = {"value": value, "label": label, "others": others, "caution": caution}
     return _SEEN.format(extreme=extreme, measure=quality.title, **said)
@@ -205,10 +210,14 @@ def _is_marked(comparison: Comparison, row: ComparisonRow, measure: Measure, bes
     if measure not in MEASURES[:QUALITIES]:
         return best[measure.key] is row
     place = comparison.place_of(row)
-    if place is None or measure.key != comparison.quality.key:
+    if place is None:
+        return False
+    quality = comparison.quality
+    if measure.key != quality.key:
         return False
     ranking, ranked = place
-    return ranking.says_something and ranked.rank == 1
+    is_first = ranked.rank == 1
+    return ranking.says_something and is_first
 
 
 def _best(comparison: Comparison, measure: Measure) -> ComparisonRow | None:

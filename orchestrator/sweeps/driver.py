@@ -58,7 +58,9 @@ class SweepDriver:
             raise InputError(f"{job_path}: data.eval: found nothing; allowed: rows by which trials are judged")
         if sweep.test and job.evaluation.goes_by_loss:
             kept = "evaluation.keep best or stop_after"
-            raise InputError(f"{job_path}: {kept} in a sweep with test rows; allowed: neither, or test: 0 in {path}")
+            problem = f"{kept} in a sweep with test rows"
+            allowed = f"neither, or test: 0 in {path}"
+            raise InputError(f"{job_path}: {problem}; allowed: {allowed}")
         plan = SweepPlan(sweep, steps)
         written = load_yaml(job_path)
         with_paths = absolute(job, folder)

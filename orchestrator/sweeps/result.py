@@ -66,8 +66,11 @@ def _device_hours(driver: SweepDriver, runs: Iterable[TrackedRun]) -> float:
     job = Job.model_validate(driver.submitted)
     seconds = 0.0
     for run in runs:
-        seconds += run.metrics.get("train_s", 0.0)
-    return seconds * job.resources.world_size / _HOUR
+        of_run = run.metrics.get("train_s", 0.0)
+        seconds += of_run
+    workers = job.resources.world_size
+    of_devices = seconds * workers
+    return of_devices / _HOUR
 
 
 def _reference(driver: SweepDriver, found: FoundTrials) -> str | None:
