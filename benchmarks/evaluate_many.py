@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         base = options.base or random_base(folder / "base")
-        adapters = {f"a{n}": random_adapter(base, folder / f"a{n}", n) for n in range(options.adapters)}
+        adapters = random_adapters(base, folder, options.adapters)
         torch.manual_seed(0)
         vocabulary = AutoModelForCausalLM.from_pretrained(base).config.vocab_size
         ids = torch.randint(3, vocabulary, (options.rows, options.prompt)).tolist()
@@ -84,13 +84,19 @@ def random_base(folder: Path) -> Path:
     return folder
 
 
-def random_adapter(base: Path, folder: Path, seed: int) -> Path:
-    """The folder of an adapter that changes what the base says, as PEFT saves it."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=base_dtype())
+def random_adapters(base: Path, folder: Path, count: int) -> dict[str, Path]:
+    """The folders by name of adapters that change what the base says, as PEFT saves them."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=base_dtype()).to(DEVICE)
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(model, config).save_pretrained(folder)
-    return folder
+    folders = {}
+    for number in range(count):
+        torch.manual_seed(number)
+        adapted = get_peft_model(model, config)
+        name = f"a{number}"
+        folders[name] = folder / name
+        adapted.save_pretrained(folders[name], save_embedding_layers=False)
+        model = adapted.unload()
+    return folders
 
 
 def in_one_pass(base: Path, adapters: dict[str, Path], questions: list[Question], out: Path) -> tuple[Answers, float]:

@@ -66,12 +66,13 @@ def fitting_changes(run: Run, device: int | None) -> str:
             return f"what would fit is not known: {error}"
         foretold = sum(of_job.values())
         factor = max(1.0, device / foretold)  # it took all that there is, and more
+        now = Forecast(of_job, "dry run", DRY_RUN_MARGIN, factor)
 
         def found(changed: Job) -> Forecast:
             foretold = parts(changed)
             return Forecast(foretold, "dry run", DRY_RUN_MARGIN, factor)
 
-        tried = changes_that_fit(job, found, device)
+        tried = changes_that_fit(job, found, device, now)
     if not tried:
         return "no change is known that would fit"
     last = tried[-1]

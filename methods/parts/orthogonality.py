@@ -6,7 +6,7 @@ all factors. Zhang et al. 2023, arXiv 2303.10512, equation 4; the norm is not sq
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,7 @@ class Orthogonality:
 
     def _lay_out(self, view: View, names: Sequence[str]) -> dict[str, int]:
         """Where each factor begins in the vector, those of one shape side by side."""
-        groups: dict[tuple[bool, torch.Size], list[str]] = defaultdict(list)
+        groups: dict[Any, list[str]] = defaultdict(list)  # by whether they are B, and their shape
         for name in names:
             is_b = _OF_B in name
             groups[is_b, view.shape(name)].append(name)
@@ -64,7 +64,9 @@ class Orthogonality:
             for name in alike:
                 starts[name] = end
                 end += size
-            self._groups.append(Alike(start, end, (len(alike), *shape), is_b))
+            of_all = (len(alike), *shape)
+            group = Alike(start, end, of_all, is_b)
+            self._groups.append(group)
         self._total = end
         return starts
 
@@ -81,10 +83,13 @@ class Orthogonality:
         for group in self._groups:
             of_group = slice(group.start, group.stop)
             stacked = factors[of_group].view(group.shape)
-            slopes[of_group].view(group.shape).copy_(_gradients_of_alike(stacked, group.is_b))
+            gradients = _gradients_of_alike(stacked, group.is_b)
+            slopes_of_group = slopes[of_group]
+            slopes_of_group.copy_(gradients.flatten())
         grads = []
         added = []
-        for fragment, slope in zip(self._held, self._parts(slopes), strict=True):
+        slopes_of_each = self._parts(slopes)
+        for fragment, slope in zip(self._held, slopes_of_each, strict=True):
             grad = fragment.parameter.grad
             if grad is not None:
                 grads.append(grad)
@@ -105,7 +110,7 @@ def _gradients_of_alike(factors: Tensor, is_b: bool) -> Tensor:
     rank = gram_MRR.shape[-1]
     identity_RR = torch.eye(rank, device=factors.device)
     excess_MRR = gram_MRR - identity_RR
-    norm_M11 = torch.linalg.vector_norm(excess_MRR, dim=(1, 2), keepdim=True)
+    norm_M11 = torch.linalg.matrix_norm(excess_MRR, keepdim=True)
     precision = torch.finfo(factors.dtype)
     norm_M11 = norm_M11.clamp_min(precision.tiny)
     doubled_MRR = 2 * excess_MRR

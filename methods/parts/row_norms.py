@@ -10,11 +10,16 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 LARGEST_NORM_RANK = 64  # of the kernel
+WeightTensors = list[Tensor]
 
 
 @torch.library.custom_op("fleetune::row_norms", mutates_args=())
 def row_norms(
-    weights: list[Tensor], a: list[Tensor], b: list[Tensor], squares: list[Tensor], scales: list[float]
+    weights: WeightTensors,
+    a: WeightTensors,
+    b: WeightTensors,
+    squares: WeightTensors,
+    scales: list[float],
 ) -> Tensor:
     """The norms of all rows of all weights, fp32, one weight after another.
 
@@ -42,13 +47,17 @@ def row_norms(
 
 @row_norms.register_fake
 def _norm_shapes(
-    weights: list[Tensor], _a: list[Tensor], _b: list[Tensor], _squares: list[Tensor], _scales: list[float]
+    weights: WeightTensors,
+    _a: WeightTensors,
+    _b: WeightTensors,
+    _squares: WeightTensors,
+    _scales: list[float],
 ) -> Tensor:
     outputs = map(len, weights)
     return weights[0].new_empty(sum(outputs), dtype=torch.float32)
 
 
-def _suit_kernel(weights: list[Tensor], a: list[Tensor], b: list[Tensor]) -> bool:
+def _suit_kernel(weights: WeightTensors, a: WeightTensors, b: WeightTensors) -> bool:
     """Whether weights are all of one dtype and have rows without gaps, and factors of one dtype and a low rank."""
     first_weight = weights[0]
     first_factor = a[0]

@@ -134,5 +134,5 @@ def _with_changes(job: Job, forecast: Forecast, find: Find, device: int | None, 
     if device is None:
         return MemoryFit(forecast, needed, None, None, (), problem)
     fits = needed <= device
-    tried = [] if fits else changes_that_fit(job, find, device)
+    tried = [] if fits else changes_that_fit(job, find, device, forecast)
     return MemoryFit(forecast, needed, device, fits, tuple(tried), problem)

@@ -19,7 +19,7 @@ from kubernetes_place import KubernetesPlace
 from laptop import configure, use_laptop, write_laptop
 from sampling import SEED
 from small_cluster import small_cluster
-from training_runs import LONG, assert_undisturbed, begin, train_job, wait_for
+from training_runs import LONG, SECRET, assert_undisturbed, begin, train_job, wait_for
 from waiting import until
 from worker import OUTSIDE
 
@@ -92,7 +92,11 @@ def begin_on_both(
     def submitted(steps: int = 20, **settings: Any) -> Path:
         configure(site, **settings)
         both = {"sharding": {"zero": 3}, "resources": place.resources, "checkpoint": {"every": 3}}
-        slow = {"objective": "slow", "env": {"PYTHONPATH": OUTSIDE}, "train": {"steps": steps, "batch_tokens": 128}}
+        slow = {
+            "objective": "slow",
+            "env": {"PYTHONPATH": OUTSIDE, **SECRET},
+            "train": {"steps": steps, "batch_tokens": 128},
+        }
         run_dir = begin(place.name, train_job(tmp_path, tiny_base, sums, **both, **slow), steps=3)
         until(lambda: list(run_dir.glob("attempts/1/checkpoints/*/manifest.json")), 300)
         return run_dir

@@ -10,8 +10,9 @@ from peft.tuners.fourierft.layer import FourierFTLinear
 from torch import nn
 
 from methods.base import Setup
-from methods.fourierft import FourierFtTuning
+from methods.fourierft import FourierFtTuning, SumOfWaves
 from methods.options.other_adapters import FourierFt
+from methods.parts.dithered_sum import dithered_sum, noise_like
 from methods.parts.peft_adapter import ADAPTER
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -26,6 +27,28 @@ def attached(entries: int, **base: Any) -> tuple[FourierFtTuning, nn.Module]:
         if parameter.requires_grad:
             parameter.data.normal_()
     return method, model
+
+
+def test_places_are_those_that_peft_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    real = torch.randperm
+
+    def counted(size: int, **options: Any) -> torch.Tensor:
+        sizes.append(size)
+        return real(size, **options)
+
+    monkeypatch.setattr(torch, "randperm", counted)
+    _, model = attached(100)
+    assert torch.randperm is counted
+    modules = [module for module in model.modules() if isinstance(module, FourierFTLinear)]
+    shapes = {(module.out_features, module.in_features) for module in modules}
+    assert len(modules) > len(sizes) == len({outputs * inputs for outputs, inputs in shapes})
+    for module in modules:
+        generator = torch.Generator()
+        generator.manual_seed(module.fourierft_random_loc_seed[ADAPTER])
+        places = real(module.out_features * module.in_features, generator=generator)[:100]
+        row, column = module.indices[ADAPTER]
+        assert torch.equal(row * module.in_features + column, places)
 
 
 @pytest.mark.parametrize("columns", [51, 64])
@@ -62,3 +85,45 @@ def test_a_pass_is_peft_s() -> None:
     back = loss_and_gradients(model, IDS)
     for name, value in expected.items():
         assert torch.equal(back[name], value), "undone, it is PEFT's again"
+
+
+def as_in_training(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Loss and gradients of a pass under autocast."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return loss_and_gradients(model, IDS)
+
+
+def test_over_a_base_in_bf16_it_is_as_near_to_the_truth_as_peft() -> None:
+    found = {}
+    for name in ("truth", "peft", "waves"):
+        method, model = attached(50, hidden_size=64, intermediate_size=128)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+            if name == "truth" or parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if name == "waves":
+            method.speed_up(model, ExitStack())
+            kinds = {type(module) for module in model.modules() if isinstance(module, FourierFTLinear)}
+            assert kinds == {SumOfWaves}
+        found[name] = as_in_training(model, torch.float32 if name == "truth" else torch.bfloat16)
+    for name, truth in found["truth"].items():
+        peft, waves = ((found[way][name] - truth).norm() / truth.norm() for way in ("peft", "waves"))
+        assert waves <= 2 * peft + 1e-4, name
+
+
+def test_an_update_by_waves_is_that_by_transforms_and_is_not_lost_in_the_sum() -> None:
+    method, model = attached(512, hidden_size=64)
+    model.bfloat16()
+    method.speed_up(model, ExitStack())
+    module = next(module for module in model.modules() if isinstance(module, SumOfWaves))
+    update, waves = module.update(), module.sum_of_waves()
+    assert (waves - update).norm() <= 1e-2 * update.norm()
+    # A sixteenth of what bf16 tells apart at 1: lost by the nearest, kept in the mean of the inputs.
+    weight = torch.ones(64, 4096, dtype=torch.bfloat16)
+    small = torch.full_like(weight, 2**-7 / 16, dtype=torch.float32).requires_grad_()
+    total = dithered_sum(weight, small, noise_like(weight))
+    assert torch.equal((weight + small).bfloat16(), weight)
+    assert abs((total.float() - 1).mean() / (2**-7 / 16) - 1) < 0.02
+    assert torch.equal(dithered_sum(weight, torch.zeros_like(small), noise_like(weight)), weight)
+    total.sum().backward()
+    assert torch.equal(small.grad, torch.ones_like(small))

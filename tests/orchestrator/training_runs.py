@@ -17,6 +17,7 @@ from runfolder.chain import claim_next
 from runfolder.folders import home
 
 ENDED = ("succeeded", "failed", "cancelled")
+SECRET = {"WANDB_API_KEY": "kept-from-all-others"}
 LONG = {"train": {"steps": 30, "batch_tokens": 128}, "checkpoint": {"every": 5}}
 
 
@@ -30,6 +31,7 @@ def train_job(folder: Path, base: Path, rows: Path | str, **changes: object) -> 
         "train": {"steps": 12, "batch_tokens": 256},
         "resources": {"workers_per_node": 1},
         "evaluation": {"max_new_tokens": 0},
+        "env": SECRET,
         **changes,
     }
     path = folder / "job.yaml"
@@ -74,3 +76,11 @@ def assert_undisturbed(run_dir: Path, launch: Callable[..., None], timeout_s: fl
     assert deliver_all() == {}
     reported = [(row["step"], row["loss"]) for row in history(run_dir)]
     assert [(step, loss) for step, loss, _ in series(None, run_dir)] == reported
+    assert knowing(SECRET["WANDB_API_KEY"]) <= {run_dir / "secrets.json"}, "neither MLflow nor an event has a secret"
+
+
+def knowing(secret: str) -> set[Path]:
+    """The files of the laptop's home, MLflow's store among them, that have a secret."""
+    files = [path for path in home().rglob("*") if path.is_file()]
+    assert any(path.suffix == ".db" for path in files), "MLflow has its store here"
+    return {path for path in files if secret.encode() in path.read_bytes()}

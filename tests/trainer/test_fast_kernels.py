@@ -84,6 +84,24 @@ def test_losses_in_chunks_are_the_cross_entropy(trained: bool, monkeypatch: pyte
         torch.testing.assert_close(grad, true)
 
 
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)], ids=["both", "states", "head"])
+def test_their_sum_has_the_gradients_of_a_sum(trained: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "LABELS_AT_ONCE", 7)
+    torch.manual_seed(0)
+    module = nn.Linear(16, 50, bias=False)
+    hidden = torch.randn(23, 16)
+    label = torch.randint(50, (23,))
+    label[[0, 9]] = IGNORED
+    wanted = [tensor for tensor, is_trained in zip([hidden, module.weight], trained, strict=True) if is_trained]
+    module.weight.requires_grad_(trained[1])
+    hidden.requires_grad_(trained[0])
+    expected = cross_entropy(module(hidden), label, ignore_index=IGNORED, reduction="sum") / 21
+    found = head.LinearHead(module, torch.float32).total(hidden, label) / 21
+    torch.testing.assert_close(found, expected)
+    for grad, true in zip(torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted), strict=True):
+        torch.testing.assert_close(grad, true)
+
+
 def test_a_model_without_its_head_gives_what_the_head_gets() -> None:
     model = random_llama()
     ids = torch.arange(12)[None]

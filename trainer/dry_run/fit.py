@@ -61,18 +61,27 @@ class Change:
         return " and ".join(settings)
 
 
-def changes_that_fit(job: Job, find: Find, device: int) -> list[Change]:
-    """Changes that were planned, each with all before it, up to the first with which a worker fits on a device."""
+def changes_that_fit(job: Job, find: Find, device: int, now: Forecast) -> list[Change]:
+    """Changes that were planned, each with all before it, up to the first with which a worker fits on a device.
+
+    `now` is the forecast of the job as it is. Where its weights alone are more than the device has, changes that
+    leave those as they are need no forecast.
+    """
     tried: list[Change] = []
     settings: dict[str, Any] = {}
+    weights = now.parts.get("weights", 0)
     for key, value in _candidates(job):
-        changed = with_setting(job, key, value)
         try:
-            forecast = find(changed)
+            changed = with_setting(job, key, value)
+            in_vain = weights > device and _keeps_weights(key, value)
+            forecast = now if in_vain else find(changed)
         except (DryRunFailed, ValueError):
             continue
         job = changed
         settings = {**settings, key: value}
+        if in_vain:
+            continue
+        weights = forecast.parts.get("weights", 0)
         needed = forecast.needed(job.resources.world_size)
         fits = needed <= device
         tried.append(Change(settings, needed, fits))
@@ -90,6 +99,13 @@ def with_setting(job: Job, key: str, value: Any) -> Job:
         section = section[name]
     section[last] = value
     return Job.model_validate(dumped)
+
+
+def _keeps_weights(key: str, value: Any) -> bool:
+    """Whether a change leaves a worker's weights as they are."""
+    if key == "sharding.zero":
+        return bool(value < 3)
+    return key != "method"
 
 
 def _candidates(job: Job) -> Iterator[tuple[str, Any]]:

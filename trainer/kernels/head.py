@@ -1,7 +1,8 @@
 """The cross entropy of labels from hidden states: the logits of a chunk of labels are held, never those of all.
 
 Where the head is frozen, the gradient of a chunk's hidden states is found in the forward pass, while its logits are
-there; else they are computed again in the backward pass. Shapes: N labels, C of a chunk, D hidden size, V tokens.
+there. So is the gradient of a trained head where the loss is a sum, whose labels all have one scale; else the logits
+are computed again in the backward pass. Shapes: N labels, C of a chunk, D hidden size, V tokens.
 """
 
 from collections.abc import Iterator
@@ -43,11 +44,19 @@ class LinearHead:
 
     def losses(self, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
         """The cross entropy of each label [N], fp32; zero for an ignored one."""
+        return self._losses(hidden_ND, label_N, summed=False)
+
+    def total(self, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
+        """The sum of the labels' cross entropy, fp32."""
+        losses_N = self._losses(hidden_ND, label_N, summed=True)
+        return losses_N.sum()
+
+    def _losses(self, hidden_ND: Tensor, label_N: Tensor, summed: bool) -> Tensor:
         hidden_ND = hidden_ND.to(self._dtype)
         weight_VD = self._module.weight
         weight_VD = weight_VD.to(self._dtype)
         apply: Any = _LabelLosses.apply
-        losses_N: Tensor = apply(hidden_ND, weight_VD, label_N)
+        losses_N: Tensor = apply(hidden_ND, weight_VD, label_N, summed)
         return losses_N
 
 
@@ -83,63 +92,64 @@ def add_in_fp32(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _LabelLosses(torch.autograd.Function):
-    """From hidden states [N, D], a weight [V, D] and labels [N] to losses [N], chunk by chunk."""
+    """From hidden states [N, D], a weight [V, D] and labels [N] to losses [N], chunk by chunk.
+
+    `summed` says that the losses' gradients will all be one number.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, label_N: Tensor) -> Tensor:
-        """The losses; where only hidden states need a gradient, that of the losses' sum is kept too."""
-        hidden_needed, weight_needed, _ = ctx.needs_input_grad
-        ahead = hidden_needed and not weight_needed
-        ctx.ahead = ahead
-        count = len(label_N)
-        losses_N = torch.empty(count, dtype=torch.float32, device=label_N.device)
-        if not ahead:
-            for part in _chunks(count):
-                hidden_CD = hidden_ND[part]
-                label_C = label_N[part]
-                logits_CV = hidden_CD @ weight_VD.T
-                losses_N[part] = chunk_losses(logits_CV, label_C, None)
-                del logits_CV  # before those of the next chunk
-            ctx.save_for_backward(hidden_ND, weight_VD, label_N)
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, label_N: Tensor, summed: bool) -> Tensor:
+        """The losses; and the gradients of their sum, where a factor is all that these will lack."""
+        hidden_needed, weight_needed, *_ = ctx.needs_input_grad
+        ctx.ahead = hidden_needed and (summed or not weight_needed)
+        losses_N = torch.empty(len(label_N), dtype=torch.float32, device=label_N.device)
+        if ctx.ahead:
+            ones_N = torch.ones_like(losses_N)
+            gradients = _gradients(hidden_ND, weight_VD, label_N, ones_N, losses_N, weight_needed)
+            ctx.save_for_backward(*gradients)
             return losses_N
-        ones_N = torch.ones_like(losses_N)
-        gradient_ND = torch.empty_like(hidden_ND)
-        for part in _chunks(count):
-            hidden_CD = hidden_ND[part]
-            label_C = label_N[part]
-            ones_C = ones_N[part]
-            logits_CV = hidden_CD @ weight_VD.T
-            losses_N[part] = chunk_losses(logits_CV, label_C, ones_C)
-            gradient_CD = gradient_ND[part]
-            torch.mm(logits_CV, weight_VD, out=gradient_CD)
-            del logits_CV
-        ctx.save_for_backward(gradient_ND)
+        for part in _chunks(len(label_N)):
+            logits_CV = hidden_ND[part] @ weight_VD.T
+            losses_N[part] = chunk_losses(logits_CV, label_N[part], None)
+            del logits_CV  # before those of the next chunk
+        ctx.save_for_backward(hidden_ND, weight_VD, label_N)
         return losses_N
 
     @staticmethod
-    def backward(ctx: Any, scale_N: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, scale_N: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         """The gradients, of which that of the weight is added up in fp32."""
-        if ctx.ahead:
-            (gradient_ND,) = ctx.saved_tensors
-            scaled_ND = gradient_ND * scale_N[:, None]
-            scaled_ND = scaled_ND.to(gradient_ND.dtype)
-            return scaled_ND, None, None
-        hidden_ND, weight_VD, label_N = ctx.saved_tensors
-        scale_N = scale_N.contiguous()
-        gradient_ND = torch.empty_like(hidden_ND)
-        gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for part in _chunks(len(label_N)):
-            hidden_CD = hidden_ND[part]
-            label_C = label_N[part]
-            scale_C = scale_N[part]
-            logits_CV = hidden_CD @ weight_VD.T
-            chunk_losses(logits_CV, label_C, scale_C)
-            gradient_CD = gradient_ND[part]
-            torch.mm(logits_CV, weight_VD, out=gradient_CD)
+        if not ctx.ahead:
+            hidden_ND, weight_VD, label_N = ctx.saved_tensors
+            losses_N = torch.empty_like(scale_N)
+            scale_N = scale_N.contiguous()
+            gradient_ND, fp32_VD = _gradients(hidden_ND, weight_VD, label_N, scale_N, losses_N, True)
+            assert fp32_VD is not None
+            gradient_VD = fp32_VD.to(weight_VD.dtype)
+        else:
+            ahead_ND, gradient_VD = ctx.saved_tensors
+            gradient_ND = ahead_ND * scale_N[:, None]
+            gradient_ND = gradient_ND.to(ahead_ND.dtype)
+            if gradient_VD is not None:
+                scaled_VD = torch.empty_like(gradient_VD, dtype=ahead_ND.dtype)
+                gradient_VD = torch.mul(gradient_VD, scale_N[0], out=scaled_VD)
+        return gradient_ND, gradient_VD, None, None
+
+
+def _gradients(
+    hidden_ND: Tensor, weight_VD: Tensor, label_N: Tensor, scale_N: Tensor, losses_N: Tensor, of_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of scaled losses: of hidden states, and in fp32 of the weight, if wanted; fills in the losses."""
+    gradient_ND = torch.empty_like(hidden_ND)
+    gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if of_weight else None
+    for part in _chunks(len(label_N)):
+        hidden_CD = hidden_ND[part]
+        logits_CV = hidden_CD @ weight_VD.T
+        losses_N[part] = chunk_losses(logits_CV, label_N[part], scale_N[part])
+        torch.mm(logits_CV, weight_VD, out=gradient_ND[part])
+        if gradient_VD is not None:
             add_in_fp32(gradient_VD, logits_CV.T, hidden_CD)
-            del logits_CV
-        gradient_VD = gradient_VD.to(weight_VD.dtype)
-        return gradient_ND, gradient_VD, None
+        del logits_CV  # before those of the next chunk
+    return gradient_ND, gradient_VD
 
 
 def _chunks(count: int) -> Iterator[slice]:

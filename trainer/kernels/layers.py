@@ -39,6 +39,8 @@ def compile_layers(model: nn.Module) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     # Kernels are chosen by rules, not by a race: a run that goes on elsewhere computes the same bits.
     inductor.deterministic = True
+    # Small operations that do not depend on each other, as casts of adapters' weights, are launched together.
+    inductor.combo_kernels = torch.cuda.is_available()
     for layer in decoder_layers(model):
         layer.forward = _in_training(layer, layer.forward)
 

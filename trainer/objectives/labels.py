@@ -102,7 +102,17 @@ def branch_mask(group_BT: torch.Tensor, part_BT: torch.Tensor) -> torch.Tensor:
 
 def losses(model: nn.Module, batch: Mapping[str, torch.Tensor], head: "LinearHead") -> torch.Tensor:
     """The cross entropy [N] of each label of a micro-batch, fp32, without holding the logits of all of them."""
-    label_N = batch["label"]
+    hidden_ND = _hidden_states(model, batch, head)
+    return head.losses(hidden_ND, batch["label"])
+
+
+def total_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], head: "LinearHead") -> torch.Tensor:
+    """The sum of `losses`, whose gradients cost less."""
+    hidden_ND = _hidden_states(model, batch, head)
+    return head.total(hidden_ND, batch["label"])
+
+
+def _hidden_states(model: nn.Module, batch: Mapping[str, torch.Tensor], head: "LinearHead") -> torch.Tensor:
+    """What a head would get [N, D] of each label."""
     with head.left_out():
-        hidden_ND = logits(model, batch)
-    return head.losses(hidden_ND, label_N)
+        return logits(model, batch)

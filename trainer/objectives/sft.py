@@ -44,8 +44,7 @@ class Supervised(Objective):
         """The cross entropy of the labels of a micro-batch, summed in fp32, over the labels of the global batch."""
         count = totals["labels"]
         if self.kernels.head:
-            losses_N = labels.losses(model, batch, self.kernels.head)
-            total = losses_N.sum()
+            total = labels.total_loss(model, batch, self.kernels.head)
             return Shares(total / count)
         logits_NV = labels.logits(model, batch)
         label_N = batch["label"]

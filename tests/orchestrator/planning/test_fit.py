@@ -31,8 +31,8 @@ def job(**changes: Any) -> Job:
     return Job.model_validate(found)
 
 
-def forecast(gib: float) -> Forecast:
-    return Forecast({"weights": int(gib * GIB)}, "dry run", 0.05)
+def forecast(gib: float, part: str = "activations") -> Forecast:
+    return Forecast({part: int(gib * GIB)}, "dry run", 0.05)
 
 
 def test_a_device_has_more_than_tensors_in_it() -> None:
@@ -48,7 +48,7 @@ def test_changes_are_tried_upon_each_other_until_one_fits() -> None:
         smaller = changed.train.gradient_checkpointing
         return forecast(5 if smaller else 20)
 
-    tried = changes_that_fit(job(train={"steps": 3, "micro_batch": 4}), find, 8 * GIB)
+    tried = changes_that_fit(job(train={"steps": 3, "micro_batch": 4}), find, 8 * GIB, forecast(20))
     assert [change.fits for change in tried] == [False, True]
     assert tried[-1].settings == {"train.micro_batch": 1, "train.gradient_checkpointing": True}
     assert asked[-1].train.micro_batch == 1
@@ -60,9 +60,29 @@ def test_a_change_that_no_dry_run_can_try_is_left_out() -> None:
             raise DryRunFailed("it broke")
         return forecast(20 if changed.method.makes_model else 5)
 
-    (change,) = changes_that_fit(job(), find, 8 * GIB)
+    (change,) = changes_that_fit(job(), find, 8 * GIB, forecast(20))
     assert change.settings == {"method": {"kind": "lora"}}
     assert change.fits
+
+
+def test_weights_that_are_too_large_are_not_tried_with_smaller_activations() -> None:
+    asked: list[Job] = []
+
+    def find(changed: Job) -> Forecast:
+        asked.append(changed)
+        return forecast(5 if changed.method.quantises else 20, "weights")
+
+    job_now = job(method="lora", resources={"nodes": 2, "gpus_per_node": 1}, train={"steps": 3, "micro_batch": 4})
+    (sharded, change) = changes_that_fit(job_now, find, 8 * GIB, forecast(20, "weights"))
+    assert [tried.sharding.zero for tried in asked] == [3, 3]
+    assert not sharded.fits and change.fits
+    assert change.settings["train.micro_batch"] == 1, "it is still among the changes"
+
+
+def test_a_change_that_the_job_forbids_is_left_out() -> None:
+    job_now = job(base={"model": "some/base", "init": "scratch"}, method="lora")
+    tried = changes_that_fit(job_now, lambda _: forecast(20), 8 * GIB, forecast(20))
+    assert tried and all("method" not in change.settings for change in tried)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell['method']}-{cell['kernels']}-{cell['rows']}")
@@ -79,10 +99,10 @@ def test_fitted_lines_are_within_a_fifth_of_dry_runs(cell: dict[str, Any]) -> No
 
 
 def test_a_base_in_4_bits_is_the_last_change_and_keeps_the_rank() -> None:
-    tried = changes_that_fit(job(method={"kind": "lora", "rank": 8}), lambda _: forecast(20), 8 * GIB)
+    tried = changes_that_fit(job(method={"kind": "lora", "rank": 8}), lambda _: forecast(20), 8 * GIB, forecast(20))
     assert tried[-1].settings["method"] == {"kind": "qlora", "rank": 8}
     assert "method" not in tried[-2].settings
-    quantised = changes_that_fit(job(method="qlora"), lambda _: forecast(20), 8 * GIB)
+    quantised = changes_that_fit(job(method="qlora"), lambda _: forecast(20), 8 * GIB, forecast(20))
     assert all("method" not in change.settings for change in quantised)
 
 
