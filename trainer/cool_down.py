@@ -21,28 +21,38 @@ def judge_cooled(run: Run, step: int, micro_batches_of: Feed, evaluator: Evaluat
 
     The checkpoint of the step is on disk. Raises Stopped where there is no time left for that.
     """
-    steps = cool_down_steps(run.job.evaluation.cool_down, step, run.batches.steps)
-    can_branch = evaluator.batches is not None and not run.objective.generates  # what was written would be kept
-    if not steps or not can_branch:
+    share = run.job.evaluation.cool_down
+    steps = cool_down_steps(share, step, run.batches.steps)
+    if not steps or evaluator.batches is None:
         return
-    if not run.stops.pauses(step) or is_reported(run, step, COOLED_LOSS):
+    if run.objective.generates:
+        return  # what it wrote on the branch would be kept
+    if not run.stops.pauses(step):
+        return
+    if is_reported(run, step, COOLED_LOSS):
         return
     attempt = run.attempt
-    announce(attempt, run.world, "cooling_down", step=step, steps=steps)
+    world = run.world
+    announce(attempt, world, "cooling_down", step=step, steps=steps)
     began = time.time()
+    first = step + 1
     for number in range(steps):
         attempt.note_progress()
         run.stops.leave_if_warned(step)
-        factor = (steps - number) / steps
-        apply_step(run, step + number + 1, micro_batches_of, factor)
+        left = steps - number
+        factor = left / steps
+        apply_step(run, first + number, micro_batches_of, factor)
     metrics, _ = evaluator.judge(run, step)
-    if not run.world.leads:
+    if not world.leads:
         return
     cooled = {}
     for name, value in metrics.items():
-        of_branch = COOLED + name.removeprefix(_EVAL)
-        cooled[of_branch] = value
+        short = name.removeprefix(_EVAL)
+        cooled[COOLED + short] = value
     now = time.time()
-    attempt.append("metrics.jsonl", {"step": step, "time": now, **cooled})
-    attempt.event("cooled_down", step=step, steps=steps, seconds=now - began)
-    print(f"step {step}, cooled down for {steps}: eval_loss {cooled[COOLED_LOSS]:.4f}", flush=True)
+    row = {"step": step, "time": now, **cooled}
+    attempt.append("metrics.jsonl", row)
+    seconds = now - began
+    attempt.event("cooled_down", step=step, steps=steps, seconds=seconds)
+    loss = cooled[COOLED_LOSS]
+    print(f"step {step}, cooled down for {steps}: eval_loss {loss:.4f}", flush=True)

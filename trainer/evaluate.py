@@ -83,11 +83,16 @@ class Evaluator:
         before: list[EvaluationPrompt] = []
         behind: list[EvaluationPrompt] = []
         for prompt in self.prompts:
-            part = before if prompt.row < first_row else behind
-            part.append(prompt)
-        test = self._of(run, examples.after(kept), behind)
-        chosen_by = self._of(run, examples.first(kept), before)
-        return replace(chosen_by, test=replace(test, is_test=True))
+            if prompt.row < first_row:
+                before.append(prompt)
+            else:
+                behind.append(prompt)
+        first = examples.first(kept)
+        last = examples.after(kept)
+        chosen_by = self._of(run, first, before)
+        test = self._of(run, last, behind)
+        test = replace(test, is_test=True)
+        return replace(chosen_by, test=test)
 
     def evaluate(self, run: Run, step: int) -> None:
         """Judge the model after a step and append the metrics to metrics.jsonl; every rank calls it.
@@ -98,7 +103,8 @@ class Evaluator:
             return
         began = time.time()
         metrics, found = self.judge(run, step)
-        if self.test is not None and step == run.batches.steps:
+        is_last = step == run.batches.steps
+        if self.test is not None and is_last:
             tested, found_of_test = self.test.judge(run, step)
             found += found_of_test
             for name, value in tested.items():

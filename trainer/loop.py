@@ -78,8 +78,8 @@ def take_steps(run: Run, first: int, saves: CheckpointWriter, evaluator: Evaluat
         if is_last or is_multiple(step, every):
             with meter.pausing() as asked:
                 was_finished = evaluate_in_time(run, step, evaluator)
-            must_stop = must_stop or not was_finished
-            must_stop = must_stop or (asked.stop and not is_last)
+            asked_here = asked.stop and not is_last
+            must_stop = must_stop or asked_here or not was_finished
             best = best_so_far(run, step)
             saves.best = best.step
             is_last = is_last or is_over(run, best)
