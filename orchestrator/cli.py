@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator import (
+    advise_commands,
     cluster_commands,
     clusters_commands,
     evaluate_commands,
@@ -51,6 +52,7 @@ app.add_typer(look_commands.look_app)
 app.add_typer(evaluate_commands.evaluate_app)
 app.add_typer(serve_commands.serve_app)
 app.add_typer(sweep_commands.sweep_app)
+app.add_typer(advise_commands.advise_app)
 
 
 @app.callback()

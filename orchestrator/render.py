@@ -152,7 +152,7 @@ def _rate(method: dict[str, Any]) -> str:
 def _explain_rates(methods: Iterable[dict[str, Any]]) -> None:
     """Say what the mark at a rate means, where there is one."""
     if any(method["lr_width"] for method in methods):
-        print_markup(f"* on a base of hidden size {WIDTH}; wider ones have less: see fleetune plan")
+        print_markup(f"* on a base of hidden size {WIDTH}; others have another one: see fleetune plan")
 
 
 def _counted(number: float, one: str, more: str) -> str:

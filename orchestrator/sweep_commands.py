@@ -35,7 +35,9 @@ def sweep_command(
     decision, found = driver.run(tell)
     if decision.why:
         tell(decision.why)
-    comparison = conclude(driver, found, count_delivered)
+    result = conclude(driver, found, count_delivered)
+    comparison = result.comparison
+    tell(f"all trials took {result.steps:,} steps, {result.device_hours:.2g} hours of devices")
     if html:
         from orchestrator.comparison.report import write_report
 

@@ -13,6 +13,7 @@ _BEGINNINGS = {  # what begins with an event of this kind
     "plan": "training the first step",
     "calibrating": "trying the longest passes",
     "calibrated": "training the first step",
+    "cooling_down": "cooling down before the pause, to be judged",
     "exporting": "exporting the output",
     "exported": "checking the output",
     "merging": "merging the adapter into the base",

@@ -9,6 +9,7 @@ from statistics import median
 
 from runfolder.appended import read_lines
 from runfolder.chain import Attempt, slots
+from runfolder.cooling import COOLED_LOSS
 from runfolder.files import Record, list_names
 from runfolder.goodput import Goodput, SlotTimes, StepTime, goodput
 from runfolder.pace import Pace, read_pace
@@ -73,7 +74,7 @@ def read_figures(run_dir: Path, submitted: float) -> Figures:
 
 def figures_of(spent: Goodput, rows: Iterable[Record], newest: Iterable[Record], now: float) -> Figures:
     """The figures of a run from the rows of all attempts, and those of the newest one; a pure function."""
-    evaluations = [_eval_metrics(row) for row in rows if not _is_step(row)]
+    evaluations = [_eval_metrics(row) for row in rows if _is_evaluation(row)]
     last = None
     if evaluations:
         last = evaluations[-1]
@@ -130,6 +131,11 @@ def _times(slot: Attempt, rows: Sequence[Record]) -> SlotTimes:
 def _is_step(row: Record) -> bool:
     """Whether a row is that of an optimizer step, and not of an evaluation."""
     return "loss" in row
+
+
+def _is_evaluation(row: Record) -> bool:
+    """Whether a row is that of an evaluation of the run itself, and not of a branch that was cooled down."""
+    return not _is_step(row) and COOLED_LOSS not in row
 
 
 def _eval_metrics(row: Record) -> Record:

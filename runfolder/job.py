@@ -76,6 +76,10 @@ class Evaluation(Section):
     stop_after: int | None = Field(
         None, ge=1, description="evaluations without a lower held-out loss after which training ends; null: never"
     )
+    test: float = Field(
+        0.0, ge=0, lt=1, description="share of the rows, the last ones, that are judged apart, after the last step"
+    )
+    cool_down: float = Field(0.0, ge=0, le=1, description="share of the steps so far that cool a pausing run down")
 
     @property
     def goes_by_loss(self) -> bool:
@@ -176,6 +180,8 @@ class Job(Section):
     def _can_go_by_loss(self) -> "Job":
         if not self.evaluation.goes_by_loss:
             return self
+        if self.evaluation.test:
+            raise ValueError("evaluation.test with evaluation.keep best or stop_after; allowed: one of both")
         if self.data.eval is None or self.evaluation.every is None:
             raise ValueError(
                 "evaluation.keep best and evaluation.stop_after go by the held-out loss during training; "

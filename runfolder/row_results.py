@@ -3,6 +3,7 @@
 A line for each row: `row`, its number in the file; `digest`, of its content; `loss`, what it adds to the sum that
 the evaluation's loss is the mean of, and `weight`, what it adds to the divisor (for sft: its labels); `answer`, what
 the model wrote, and `correct`, whether that is the answer of the data. What was not asked, or is not finite, is null.
+`test` says whether it is a test row, by which nothing is chosen.
 
 A file is there whole or not at all, and before the evaluation is reported in metrics.jsonl. It counts where the
 report does: who was interrupted has reported nothing, and the next attempt judges all rows.
@@ -35,6 +36,7 @@ class RowResult:
     weight: float | None = None
     correct: bool | None = None
     answer: str | None = None
+    test: bool = False
 
 
 def write_row_results(attempt: Attempt, step: int, results: Iterable[RowResult]) -> None:

@@ -24,6 +24,7 @@ from trainer.progress import announce
 from trainer.run import Run
 from trainer.step import dealt_to_rank, micro_batch_tensors, prepared
 from trainer.world import World
+from trainer.writing import write_greedily
 
 PASSES = 2  # from the second on, gradients stand beside activations
 SHORTER_ANSWERS = "a lower evaluation.max_new_tokens takes less; 0 judges by the loss alone"
@@ -128,7 +129,7 @@ def _try_answers(run: Run, evaluator: Evaluator) -> None:
     stop = CacheToCome(run, largest)
     size = f"{count} answers of {largest.new_tokens} tokens"
     with _trying(run, "answers", size, SHORTER_ANSWERS):
-        evaluator.generate(run, prompts, largest.new_tokens, stop)
+        write_greedily(run, prompts, largest.new_tokens, stop)
 
 
 def moments_to_come(run: Run) -> list[torch.Tensor]:

@@ -1,43 +1,48 @@
 """Judging held-out rows: the loss per target token, and exact match of what the model writes by itself."""
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import starmap
 
 import numpy as np
 import torch
 
-from methods.options.base import known_positions
-from runfolder.row_results import write_row_results
+from runfolder.row_results import RowResult
 from trainer.data.batches import Batches, layout_of
 from trainer.data.examples import Examples, GlobalBatch
 from trainer.data.tokens import EvaluationPrompt, virtual_ids
-from trainer.end_tokens import until_end
-from trainer.generation import PromptGroup, groups, rounds
-from trainer.greedy import TokenRows, greedily, left_padded
-from trainer.objectives.base import TensorsByName, Totals
+from trainer.generation import PromptGroup, groups, positions_left, rounds
+from trainer.greedy import TokenRows
+from trainer.objectives.base import TensorsByName, Totals, added
 from trainer.progress import counted
 from trainer.reference import know_reference
+from trainer.reported import report_evaluation
 from trainer.row_results import Answer, ExampleLosses, JudgedRows, all_answers, judged_tensors, share_correct
 from trainer.run import Run
 from trainer.step import NamedSums, add_shares, dealt_to_rank, prepared, reduced
 from trainer.world import World
+from trainer.writing import write_greedily
 
 SAMPLES = 5
-StopCriterion = Callable[..., torch.Tensor]  # from ids and scores to whether each row ends
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The held-out rows of a job; none when it names no evaluation data."""
+    """The held-out rows of a job; none when it names no evaluation data.
+
+    `test` has those that are judged after the last step alone, and by which nothing is chosen.
+    """
 
     world: World
     examples: Examples | None
     batches: Batches | None
     prompts: list[EvaluationPrompt]
     max_new_tokens: int
+    test: "Evaluator | None" = None
+    is_test: bool = False
 
     @classmethod
     def create(cls, run: Run) -> "Evaluator":
@@ -51,29 +56,72 @@ class Evaluator:
         held_out = objective.read(source)
         examples = held_out.first(rows)
         know_reference(run, examples, np.arange(len(examples)))
+        prompts: list[EvaluationPrompt] = []
+        if job.evaluation.max_new_tokens:
+            prompts = objective.prompts(source)[:rows]
+        whole = cls._of(run, examples, prompts)
+        tested = len(examples) * job.evaluation.test
+        if tested < 1:
+            return whole
+        return whole._divided(run, math.floor(tested))
+
+    @classmethod
+    def _of(cls, run: Run, examples: Examples, prompts: list[EvaluationPrompt]) -> "Evaluator":
+        """The evaluator of some examples and prompts."""
+        job = run.job
         layout = layout_of(job)
         batches = Batches(examples, layout, seed=0, batch_tokens=job.train.batch_tokens, epochs=1)
-        new_tokens = job.evaluation.max_new_tokens
-        prompts: list[EvaluationPrompt] = []
-        if new_tokens:
-            prompts = objective.prompts(source)
-        return cls(run.world, examples, batches, prompts[:rows], new_tokens)
+        return cls(run.world, examples, batches, prompts, job.evaluation.max_new_tokens)
+
+    def _divided(self, run: Run, tested: int) -> "Evaluator":
+        """The same without the last so many examples, which become its test rows."""
+        examples = self.examples
+        assert examples is not None
+        kept = len(examples) - tested
+        first_tested, *_ = examples.documents(kept)
+        first_row = int(examples.tokens.rows[first_tested])
+        before: list[EvaluationPrompt] = []
+        behind: list[EvaluationPrompt] = []
+        for prompt in self.prompts:
+            if prompt.row < first_row:
+                before.append(prompt)
+            else:
+                behind.append(prompt)
+        first = examples.first(kept)
+        last = examples.after(kept)
+        chosen_by = self._of(run, first, before)
+        test = self._of(run, last, behind)
+        test = replace(test, is_test=True)
+        return replace(chosen_by, test=test)
 
     def evaluate(self, run: Run, step: int) -> None:
         """Judge the model after a step and append the metrics to metrics.jsonl; every rank calls it.
 
         Raises Stopped where there is no time left for that; the next attempt does it then.
         """
+        if self.batches is None:
+            return
+        began = time.time()
+        metrics, found = self.judge(run, step)
+        is_last = step == run.batches.steps
+        if self.test is not None and is_last:
+            tested, found_of_test = self.test.judge(run, step)
+            found += found_of_test
+            for name, value in tested.items():
+                key = name.replace("eval_", "eval_test_", 1)
+                metrics[key] = value
+        if self.world.leads:
+            report_evaluation(run, step, metrics, found, began)
+
+    def judge(self, run: Run, step: int) -> tuple[dict[str, float], list[RowResult]]:
+        """The metrics of the model as it is, and on rank 0 what was found of each row; a collective."""
         batches = self.batches
         examples = self.examples
-        if batches is None or examples is None:
-            return
+        assert batches is not None and examples is not None
         model = run.model
-        device = self.world.device
-        losses = ExampleLosses.of(examples, device)
+        losses = ExampleLosses.of(examples, self.world.device)
         answers: list[Answer] = []
         model.eval()
-        began = time.time()
         try:
             with torch.no_grad():
                 metrics = self._metrics(run, step, batches, losses)
@@ -81,25 +129,13 @@ class Evaluator:
                     answers = self._written(run, step)
         finally:
             model.train()
-        judged = JudgedRows(examples, self.prompts, losses, answers)
-        if self.world.leads:
-            self._report(run, step, metrics, judged, began)
-
-    def _report(self, run: Run, step: int, metrics: dict[str, float], judged: JudgedRows, began: float) -> None:
-        """Keep what was found of each row, then append the metrics, so that these are never there without it."""
-        attempt = run.attempt
+        if not self.world.leads:
+            return metrics, []
+        judged = JudgedRows(examples, self.prompts, losses, answers, self.is_test)
         found = list(judged.results(run))
-        write_row_results(attempt, step, found)
         if self.prompts:
             metrics["eval_exact_match"] = share_correct(found)
-        row = {"step": step, "time": time.time(), **metrics}
-        attempt.append("metrics.jsonl", row)
-        attempt.event("evaluated", step=step, seconds=row["time"] - began)
-        words = [f"step {step}"]
-        for name, value in metrics.items():
-            words.append(f"{name} {value:.4f}")
-        line = "  ".join(words)
-        print(line, flush=True)
+        return metrics, found
 
     def _metrics(self, run: Run, step: int, batches: Batches, losses: ExampleLosses) -> dict[str, float]:
         """The objective's loss over all held-out rows, and what it logs beside it; `losses` takes those of each."""
@@ -204,7 +240,7 @@ class Evaluator:
         number = 0 if idle else rank
         group = round_[number]
         prompts = [rows[i] for i in group.prompts]
-        texts = self.generate(run, prompts, group.new_tokens)
+        texts = write_greedily(run, prompts, group.new_tokens)
         if idle:
             return []
         numbered = zip(group.prompts, texts, strict=True)
@@ -229,32 +265,6 @@ class Evaluator:
                 flush=True,
             )
 
-    def generate(self, run: Run, rows: TokenRows, new_tokens: int, stop: StopCriterion | None = None) -> list[str]:
-        """What the model writes after each row of ids, greedily, without the token that ends it.
-
-        `stop` says after each token whether rows are to end there.
-        """
-        run.attempt.note_progress()
-        tokenizer = run.tokenizer
-        pad = tokenizer.pad_token_id
-        ids, mask = left_padded(rows, pad)
-        ends = run.ends
-        device = self.world.device
-        with greedily(run.model, new_tokens, ends, pad):
-            out = run.model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                use_cache=True,
-                synced_gpus=run.sharded.stage == 3,
-                stopping_criteria=[stop] if stop else None,
-            )
-        width = ids.shape[1]
-        continued = out[:, width:]
-        continuations = continued.tolist()
-        answers = [until_end(row, ends) for row in continuations]
-        texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return texts
-
     def _show(self, run: Run, step: int, answers: list[Answer]) -> None:
         """Keep what the model wrote for some prompts in the attempt's events."""
         tokenizer = run.tokenizer
@@ -276,23 +286,3 @@ def _row_count(batch: GlobalBatch) -> int:
 def _prompts_of(round_: list[PromptGroup]) -> int:
     """The number of prompts of a round."""
     return sum(len(group.prompts) for group in round_)
-
-
-def added(totals: Iterable[Totals]) -> dict[str, float]:
-    """The totals of several batches together."""
-    sums: dict[str, float] = {}
-    for of_batch in totals:
-        for name, value in of_batch.items():
-            so_far = sums.get(name, 0)
-            sums[name] = so_far + value
-    return sums
-
-
-def positions_left(run: Run) -> int | None:
-    """The positions of the base that a document may fill under this method; None where there is no limit."""
-    config = run.model.config.get_text_config()
-    known = known_positions(config.to_dict())
-    if known is None:
-        return None
-    method = run.job.method
-    return known - method.positions_before

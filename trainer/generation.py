@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from methods.options.base import known_positions
+from trainer.run import Run
+
 PROMPTS_AT_ONCE = 32
 TOKENS_AT_ONCE = 16_384  # that the caches of a group hold at the end, unless a single prompt needs more
 
@@ -94,3 +97,13 @@ def _small_parts(numbers: Sequence[int], lengths: Sequence[int], new_tokens: int
             part = []
         part.append(number)
     yield part
+
+
+def positions_left(run: Run) -> int | None:
+    """The positions of the base that a document may fill under this method; None where there is no limit."""
+    config = run.model.config.get_text_config()
+    known = known_positions(config.to_dict())
+    if known is None:
+        return None
+    method = run.job.method
+    return known - method.positions_before

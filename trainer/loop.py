@@ -4,17 +4,18 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from runfolder.appended import read_lines
-from runfolder.chain import Attempt, attempts
+from runfolder.chain import Attempt
 from trainer import speed
 from trainer.best import best_so_far, end_by_loss, is_over
 from trainer.calibration import calibrate_evaluation, calibrate_training
 from trainer.checkpoint.saving import CheckpointWriter
+from trainer.cool_down import judge_cooled
 from trainer.evaluate import Evaluator
 from trainer.export import export
 from trainer.meter import Meter, SaveRequest
 from trainer.prepare import prepare_run
 from trainer.reference import know_reference
+from trainer.reported import is_reported
 from trainer.run import Run
 from trainer.step import feed, take_step
 from trainer.stop import Stopped
@@ -75,9 +76,10 @@ def take_steps(run: Run, first: int, saves: CheckpointWriter, evaluator: Evaluat
         must_stop = requested.stop and not is_last
         must_save = is_last or requested.save or requested.stop or saves.due(step)
         if is_last or is_multiple(step, every):
-            with meter.pausing():
+            with meter.pausing() as asked:
                 was_finished = evaluate_in_time(run, step, evaluator)
-            must_stop = must_stop or not was_finished
+            asked_here = asked.stop and not is_last
+            must_stop = must_stop or asked_here or not was_finished
             best = best_so_far(run, step)
             saves.best = best.step
             is_last = is_last or is_over(run, best)
@@ -87,6 +89,7 @@ def take_steps(run: Run, first: int, saves: CheckpointWriter, evaluator: Evaluat
                 saves.save(run.sharded, run.method, step)
         if must_stop:
             saves.wait()
+            judge_cooled(run, step, micro_batches_of, evaluator)
             raise Stopped(step)
         if is_last:
             break
@@ -111,6 +114,8 @@ def evaluate_first(run: Run, first: int, evaluator: Evaluator) -> None:
     evaluation = run.job.evaluation
     unfinished = first < run.batches.steps
     if unfinished:
+        if first and run.stops.pauses(first):
+            judge_cooled(run, first, feed(run, first), evaluator)
         run.stops.leave_before_first()
     due = evaluation.before
     if first:
@@ -118,19 +123,6 @@ def evaluate_first(run: Run, first: int, evaluator: Evaluator) -> None:
         due = due and not is_reported(run, first)
     if due:
         evaluator.evaluate(run, first)
-
-
-def is_reported(run: Run, step: int) -> bool:
-    """Whether an attempt has reported an evaluation after a step, or there is none; every rank calls it."""
-    if run.job.data.eval is None:
-        return True
-    found = False
-    if run.world.leads:
-        for attempt in attempts(run.attempt.run_dir):
-            for row in read_lines(attempt, "metrics.jsonl"):
-                of_step = row["step"] == step
-                found |= of_step and "eval_loss" in row
-    return run.world.told(found)
 
 
 def evaluate_in_time(run: Run, step: int, evaluator: Evaluator) -> bool:

@@ -140,10 +140,12 @@ class Meter:
         self._last = Timestamp(self.world.device)
 
     @contextmanager
-    def pausing(self) -> Iterator[None]:
-        """Write the step that is still open, and leave what the block takes out of the speed."""
-        self.flush()
-        yield
+    def pausing(self) -> Iterator[SaveRequest]:
+        """Write the step that is still open, and leave what the block takes out of the speed.
+
+        Gives what any rank asked for after that step, which would else be known a step later.
+        """
+        yield self.flush()
         self.pause()
 
     def _write(self, step: _Pending, loss: float, norm: float, seconds: float, beside: dict[str, float]) -> None:

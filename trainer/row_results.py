@@ -107,6 +107,7 @@ class JudgedRows:
     prompts: list[EvaluationPrompt]
     losses: ExampleLosses
     answers: list[Answer]
+    are_test: bool = False
 
     def results(self, run: Run) -> Iterator[RowResult]:
         """What was found of each row that was judged, in the order of the file."""
@@ -135,6 +136,7 @@ class JudgedRows:
                 weight=weights.get(number),
                 correct=correct,
                 answer=text,
+                test=self.are_test,
             )
 
     def _by_row(self, objective: Objective) -> tuple[SumsByRow, SumsByRow]:

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,25 @@ NamedSums = dict[str, torch.Tensor]  # over micro-batches; each 0-d
 Feed = Callable[[GlobalBatch], Iterator[BatchTensors]]  # from a step's global batch to this rank's micro-batches
 
 
+class StepTaken(NamedTuple):
+    """What a step came to on this rank: its shares of sums, the gradient's norm, and what it was made of."""
+
+    sums: "Sums"
+    norm: torch.Tensor
+    lr: float
+    tokens: int
+    wait_s: float
+
+
 def take_step(run: Run, step: int, feed: Feed, meter: Meter, request: SaveRequest) -> SaveRequest:
-    """Accumulate the micro-batches of one global batch and apply them; gives what all ranks ask for, perhaps late."""
+    """Take a step and report it; gives what all ranks ask for, perhaps late."""
+    done = apply_step(run, step, feed)
+    sums = done.sums
+    return meter.record(step, sums.loss, sums.metrics, done.norm, done.lr, done.tokens, done.wait_s, request)
+
+
+def apply_step(run: Run, step: int, feed: Feed, factor: float = 1.0) -> StepTaken:
+    """Accumulate the micro-batches of one global batch and apply them, at `factor` times the scheduled rate."""
     objective = run.objective
     sharded = run.sharded
     world = run.world
@@ -45,11 +62,10 @@ def take_step(run: Run, step: int, feed: Feed, meter: Meter, request: SaveReques
         shares = objective.loss(sharded.engine, batch, totals, known)
         sharded.backward(shares.loss)
         sums.add(shares)
-    lr = run.schedule(number)
+    scheduled = run.schedule(number)
+    lr = factor * scheduled
     norm = sharded.step(lr, settings.clip, number)
-    tokens = global_batch.tokens
-    wait_s = timed.seconds
-    return meter.record(step, sums.loss, sums.metrics, norm, lr, tokens, wait_s, request)
+    return StepTaken(sums, norm, lr, global_batch.tokens, timed.seconds)
 
 
 def prepared(

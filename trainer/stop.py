@@ -37,6 +37,10 @@ class StopRequests:
         paused = self._pause is not None and self._pause <= step
         return warned or paused
 
+    def pauses(self, step: int) -> bool:
+        """Whether somebody wants a pause after this step, and there is time for what is no step; a collective."""
+        return self._world.told(self.wanted(step) and not self._stop)
+
     def warned(self) -> bool:
         """Whether there is a deadline, so that what is no step has to be left too, as rank 0 knows."""
         if not self._world.leads:

@@ -31,6 +31,7 @@ class Options(BaseModel):
     implementation: ClassVar[str]  # "module:class" of its hooks, which are imported where it trains
     default_lr: ClassVar[float]  # for a base of hidden size WIDTH
     width_exponent: ClassVar[float] = 0.0  # how the best rate falls with the hidden size
+    falls_beyond_width: ClassVar[bool] = True  # whether it goes on to fall on bases that are wider than WIDTH
     makes_model: ClassVar[bool] = False  # the output is a whole model, not an adapter
     on_4_bits: ClassVar[bool] = False  # whether it works on a base whose linear layers are in 4 bits already
     trains_new_tokens: ClassVar[bool] = False  # whether it trains embeddings that a base was given for new tokens
@@ -48,6 +49,8 @@ class Options(BaseModel):
     def rate(self, hidden: int | None) -> float:
         """The default peak learning rate on a base of this hidden size."""
         width = hidden or WIDTH
+        if not self.falls_beyond_width:
+            width = min(width, WIDTH)
         ratio = WIDTH / width
         factor = ratio**self.width_exponent
         rate = self.default_lr * factor

@@ -15,7 +15,7 @@ from methods.options.base import (
     element_count,
     four_bit_bytes,
 )
-from methods.options.lora_family import LowRankOptions, check_directions
+from methods.options.lora_family import TUNED_RATE, LowRankOptions, check_directions
 from methods.parts.targets import Linears, Matrices, Others, inputs, outputs
 
 
@@ -24,6 +24,8 @@ class Lora(LowRankOptions):
 
     kind: Literal["lora"] = "lora"
     implementation: ClassVar[str] = "methods.lora:LoraTuning"
+    default_lr: ClassVar[float] = TUNED_RATE
+    falls_beyond_width: ClassVar[bool] = False
     on_4_bits: ClassVar[bool] = True
     trains_new_tokens: ClassVar[bool] = True
     when_to_take: ClassVar[str] = (
@@ -78,6 +80,8 @@ class Dora(LowRankOptions):
 
     kind: Literal["dora"] = "dora"
     implementation: ClassVar[str] = "methods.dora:DoraTuning"
+    default_lr: ClassVar[float] = TUNED_RATE
+    falls_beyond_width: ClassVar[bool] = False
     trains_new_tokens: ClassVar[bool] = True
     when_to_take: ClassVar[str] = (
         "Take it where adapters must be of a low rank (4 to 8), and training may take longer. At tuned learning "
@@ -102,6 +106,8 @@ class QLora(LowRankOptions):
 
     kind: Literal["qlora"] = "qlora"
     implementation: ClassVar[str] = "methods.qlora:QLoraTuning"
+    default_lr: ClassVar[float] = TUNED_RATE
+    falls_beyond_width: ClassVar[bool] = False
     on_4_bits: ClassVar[bool] = True
     trains_new_tokens: ClassVar[bool] = True
     when_to_take: ClassVar[str] = (

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 from orchestrator.comparison.compare import Comparison, display_value
 from orchestrator.comparison.measure import Measure
-from orchestrator.comparison.outcomes import EXACT_MATCH
 from orchestrator.comparison.row import ComparisonRow
 
 STYLES = {"failed": "red", "cancelled": "yellow", "running": "cyan"}  # of rows, by their state
@@ -79,7 +78,7 @@ def gap_text(comparison: Comparison, row: ComparisonRow) -> str:
 
 def _with_sign(measure: Measure, difference: float) -> str:
     """A difference with its sign: of shares in points."""
-    if measure.key == EXACT_MATCH:
+    if measure.is_share_of_rows:
         points = 100 * difference
         return f"{points:+.1f}"
     return f"{difference:+.4f}"

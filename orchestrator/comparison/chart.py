@@ -1,4 +1,4 @@
-"""Charts as inline SVG: their axes and frame, lines over steps, and which points are on a Pareto front."""
+"""Charts as inline SVG: their axes and frame, and lines over steps."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,17 +10,19 @@ from orchestrator.comparison import svg
 
 HALF_WIDTH, FULL_WIDTH, HEIGHT = 560, 1140, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
-_MOST_POINTS = 400  # of a line
+_MOST_POINTS, _FEWEST_POINTS = 400, 24  # of a line
+_POINTS_OF_CHART = 40_000  # which its lines share, so that a page of a thousand runs is no burden
 _MOST_TICKS = 12
 _AXIS_MARGIN = 0.04  # of the range of values, on each side
 
 _FIGURE = (
     '<figure><figcaption>{title}</figcaption><svg class="chart" role="img" aria-label="{title}" '
-    'viewBox="0 0 {width:g} {height}" data-x="{x}" data-y="{y}">{content}</svg></figure>'
+    'viewBox="0 0 {width:g} {height}" data-of="{of}" data-x="{x}" data-y="{y}">{content}</svg></figure>'
 )
 
 Point = tuple[float, float]
 Points = Sequence[Point]
+BandPoint = tuple[float, float, float]  # where, and from which value to which
 Values = Sequence[float]
 Bounds = tuple[float, float]  # the least and the most that a value can be
 FormatValue = Callable[[float], str]  # a value as text
@@ -31,11 +33,12 @@ _POINT_VALUE = itemgetter(1)
 
 @dataclass(frozen=True)
 class Line:
-    """One series; lines of one group share colour and dashes."""
+    """One series; lines of one group share colour and dashes. `band` is what lies around it."""
 
     label: str
     group: int
     points: Points
+    band: Sequence[BandPoint] = ()
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,19 @@ class Axis:
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], x_title: str, y_show: FormatValue, bounds: Bounds, width: int
+    title: str,
+    lines: Sequence[Line],
+    x_title: str,
+    y_show: FormatValue,
+    bounds: Bounds,
+    width: int,
+    x_show: FormatValue = "{:g}".format,
+    marked: bool = False,
 ) -> str:
-    """Lines over steps; a value that is not finite breaks its line, far outliers leave the frame."""
+    """Lines over steps; a value that is not finite breaks its line, far outliers leave the frame.
+
+    `marked`: each point of a line has a mark, and none leaves the frame.
+    """
     steps = []
     values = []
     for line in lines:
@@ -99,36 +112,22 @@ def line_chart(
             steps.append(step)
             if math.isfinite(value):
                 values.append(value)
+        for _, low, high in line.band:
+            values += [low, high]
     if not values:
         return ""
-    x = x_axis(steps, width, "{:g}".format)
-    inliers = _without_outliers(values)
+    x = x_axis(steps, width, x_show)
+    inliers = values if marked else _without_outliers(values)
     y = y_axis(inliers, y_show, bounds)
     drawn = ""
+    share = _POINTS_OF_CHART // len(lines)
+    most = min(_MOST_POINTS, max(_FEWEST_POINTS, share))
     for line in lines:
-        drawn += _series(line, x, y)
+        drawn += _band(line, x, y, most)
+    for line in lines:
+        drawn += _series(line, x, y, marked, most)
     clipped = f'<g clip-path="url(#plot)">{drawn}</g>'
     return frame(title, x, y, x_title, clipped)
-
-
-def pareto(points: Points, more_is_better: bool) -> list[bool]:
-    """For each (cost, quality): whether no other point is at least as good in both and better in one."""
-    sign = -1 if more_is_better else 1
-    costs = []  # less is better in both
-    for cost, quality in points:
-        costs.append((cost, sign * quality))
-    return [not _is_dominated(point, costs) for point in costs]
-
-
-def _is_dominated(point: Point, others: Points) -> bool:
-    """Whether another point is at most as high in both, and lower in one."""
-    x, y = point
-    for other in others:
-        other_x, other_y = other
-        is_at_most = other_x <= x and other_y <= y
-        if is_at_most and other != point:
-            return True
-    return False
 
 
 def nice(rough: float) -> float:
@@ -142,9 +141,9 @@ def nice(rough: float) -> float:
     return 10 * power
 
 
-def thin(points: Points) -> list[Point]:
-    """At most about 400 points that keep the extremes of each stretch, and every break."""
-    stretches = _MOST_POINTS / 2
+def thin(points: Points, most: int = _MOST_POINTS) -> list[Point]:
+    """At most about so many points that keep the extremes of each stretch, and every break."""
+    stretches = most / 2
     stride = math.ceil(len(points) / stretches)
     if stride <= 2:
         return list(points)
@@ -209,10 +208,30 @@ def _without_outliers(values: Values) -> list[float]:
     return [value for value in ordered if value <= limit]
 
 
-def _series(line: Line, x: Axis, y: Axis) -> str:
+def _band(line: Line, x: Axis, y: Axis, most: int) -> str:
+    """What lies around a line, from its lowest to its highest values; empty where there is nothing."""
+    if len(line.band) < 2:
+        return ""
+    lows: list[Point] = []
+    highs: list[Point] = []
+    for step, low, high in line.band:
+        lows.append((step, low))
+        highs.append((step, high))
+    lower = thin(lows, most)
+    lower.reverse()
+    upper = thin(highs, most)
+    outline = []
+    for step, value in upper + lower:
+        at_x = x.at(step)
+        at_y = max(-1e5, y.at(value))
+        outline.append(f"{at_x:.1f},{at_y:.1f}")
+    return svg.band(outline, line.group)
+
+
+def _series(line: Line, x: Axis, y: Axis, marked: bool, most: int) -> str:
     """A line, as pieces between its breaks."""
     pieces: list[list[str]] = [[]]
-    for step, value in thin(line.points):
+    for step, value in thin(line.points, most):
         if math.isfinite(value):
             at_x = x.at(step)
             at_y = max(-1e5, y.at(value))
@@ -224,6 +243,10 @@ def _series(line: Line, x: Axis, y: Axis) -> str:
     for piece in pieces:
         if piece:
             drawn += svg.polyline(piece)
+        if not marked:
+            continue
+        for point in piece:
+            drawn += svg.polyline([point])
     return svg.series(line.label, line.group, drawn)
 
 
@@ -236,7 +259,8 @@ def frame(title: str, x: Axis, y: Axis, x_title: str, drawn: str) -> str:
     scales = {"x": x.scale, "y": y.scale}
     size = {"width": x.end + RIGHT, "height": HEIGHT}
     title = escape(title)
-    return _FIGURE.format(title=title, content=content, **size, **scales)
+    of = escape(x_title)
+    return _FIGURE.format(title=title, of=of, content=content, **size, **scales)
 
 
 def _x_axis_line(x: Axis, title: str) -> str:

@@ -23,7 +23,7 @@ from runfolder.variables import without_password
 
 _NOT_COMPARED = {SEED, "name"}
 _DIGEST_SHOWN = 12  # characters
-QUALITIES = 4  # so many of the measures, from the first, are what rows are judged by
+QUALITIES = 7  # so many of the measures, from the first, are what rows are judged by
 
 
 def display_value(param: str, value: str) -> str:
@@ -90,7 +90,7 @@ class Comparison:
 
     @property
     def quality(self) -> Measure:
-        """What rows are judged by: what was wanted, else exact match, accuracy, evaluation loss or training loss."""
+        """What rows are judged by: as wanted, else exact match, accuracy or loss, of test rows if all have some."""
         for ranking in self.rankings:
             return ranking.measure
         return _quality(self.runs)
@@ -215,14 +215,25 @@ def _last_part(param: str) -> str:
 
 
 def _quality(runs: Iterable[TrackedRun], wanted: str | None = None) -> Measure:
-    """The first of the measures of quality that is wanted and that some run has, else the last."""
+    """The first of the measures of quality that is wanted and that some run has, else the last.
+
+    Those of test rows come first, where all runs have them: nothing was chosen by these rows.
+    """
     reported = _reported(runs)
     *preferred, last = MEASURES[:QUALITIES]
     for measure in preferred:
         is_wanted = wanted in (None, measure.key)
+        if measure.of_test_rows and not _all_tested(runs, measure):
+            continue
         if is_wanted and measure.key in reported:
             return measure
     return last
+
+
+def _all_tested(runs: Iterable[TrackedRun], measure: Measure) -> bool:
+    """Whether all runs that succeeded have a measure of test rows: without them one would leave some out."""
+    finished = [run for run in runs if run.state == "succeeded"]
+    return all(measure.key in run.metrics for run in finished)
 
 
 def _reported(runs: Iterable[TrackedRun]) -> set[str]:

@@ -2,12 +2,14 @@
 
 import math
 
-from orchestrator.comparison.outcomes import EXACT_MATCH
 from orchestrator.comparison.power import rows_needed, seeds_needed, smallest_difference
 from orchestrator.comparison.ranking import Judgement, Ranked, Ranking
 
 _NO_OTHERS = "{reference} has nothing to be compared with."
 _BEATS = "{label} beats {reference} by {low} to {high}"
+_TIES = ", and so do {labels}, which cannot be told apart from it"
+_CLEARLY_CHEAPER = 0.9  # times the cost of the reference: times of equal runs differ too
+_MOST_NAMED = 3  # contenders in one sentence
 _AS_GOOD = "{label} is as good as {reference} within {margin}"
 _CHEAPER = ", and takes {share:.0%} of its time"
 _NOTHING_BEATS = "nothing beats {reference}: {label} is {less} to {more} worse"
@@ -50,13 +52,7 @@ def _with_judgement(ranking: Ranking, judgement: Judgement) -> list[Ranked]:
 
 def _beats(ranking: Ranking, better: list[Ranked]) -> str:
     """That the one which is better by the most for sure beats the reference."""
-    best = better[0]
-    best_low = -math.inf
-    for ranked in better:
-        _, low, _ = ranking.gain(ranked)
-        if low > best_low:
-            best = ranked
-            best_low = low
+    best = _surest(ranking, better)
     _, low, high = ranking.gain(best)
     text = _BEATS.format(
         label=best.contender.label,
@@ -64,18 +60,38 @@ def _beats(ranking: Ranking, better: list[Ranked]) -> str:
         low=shown_difference(ranking, low),
         high=shown_difference(ranking, high),
     )
+    equals = _not_worse(best, better)
+    if equals:
+        labels = _few_named(equals)
+        text += _TIES.format(labels=labels)
     return _with_scope(text, ranking, best)
+
+
+def _not_worse(best: Ranked, better: list[Ranked]) -> list[Ranked]:
+    """Those of some contenders that share the rank of the one that is best for sure."""
+    equals = []
+    for ranked in better:
+        if ranked is not best and ranked.rank == best.rank:
+            equals.append(ranked)
+    return equals
+
+
+def _few_named(contenders: list[Ranked]) -> str:
+    """The names of a few contenders, and how many there are beside these."""
+    names = []
+    for ranked in contenders[:_MOST_NAMED]:
+        label = ranked.contender.label
+        names.append(label)
+    left = len(contenders) - len(names)
+    if left:
+        names.append(f"{left} more")
+    return ", ".join(names)
 
 
 def _is_as_good(ranking: Ranking, as_good: list[Ranked]) -> str:
     """That the cheapest of those that are as good is so, and what it costs."""
-    cheapest = as_good[0]
-    least = math.inf
-    for ranked in as_good:
-        cost = ranked.contender.cost
-        if cost is not None and cost < least:
-            cheapest = ranked
-            least = cost
+    cheapest = min(as_good, key=_cost)
+    least = _cost(cheapest)
     text = _AS_GOOD.format(
         label=cheapest.contender.label,
         reference=ranking.reference.label,
@@ -86,6 +102,41 @@ def _is_as_good(ranking: Ranking, as_good: list[Ranked]) -> str:
         share = least / usual
         text += _CHEAPER.format(share=share)
     return _with_scope(text, ranking, cheapest)
+
+
+def recommended(ranking: Ranking) -> Ranked:
+    """The contender to take: the surest of those that beat the reference, else the cheapest that is as good.
+
+    The reference, where none beats it, and none that is as good is clearly cheaper.
+    """
+    better = _with_judgement(ranking, "better")
+    if better:
+        return _surest(ranking, better)
+    reference, *_ = _with_judgement(ranking, "reference")
+    cheapest = reference
+    least = _CLEARLY_CHEAPER * _cost(reference)
+    for ranked in _with_judgement(ranking, "as good"):
+        cost = _cost(ranked)
+        if cost < least:
+            cheapest = ranked
+            least = cost
+    return cheapest
+
+
+def _surest(ranking: Ranking, better: list[Ranked]) -> Ranked:
+    """The one that is better by the most for sure."""
+
+    def least_gain(ranked: Ranked) -> float:
+        _, low, _ = ranking.gain(ranked)
+        return low
+
+    return max(better, key=least_gain)
+
+
+def _cost(ranked: Ranked) -> float:
+    """The seconds that a contender trains; infinite where that is not known."""
+    cost = ranked.contender.cost
+    return math.inf if cost is None else cost
 
 
 def _nothing_beats(ranking: Ranking, worse: list[Ranked]) -> str:
@@ -152,7 +203,7 @@ def _with_scope(text: str, ranking: Ranking, ranked: Ranked) -> str:
 
 def shown_difference(ranking: Ranking, value: float) -> str:
     """A difference as people read it: of shares in points."""
-    if ranking.measure.key == EXACT_MATCH:
+    if ranking.measure.is_share_of_rows:
         points = 100 * value
         return f"{points:.1f} points"
     return f"{value:.4f}"

@@ -16,7 +16,19 @@ class Measure:
     more_is_better: bool | None = False
     bounds: Bounds = EVERYTHING
 
+    @property
+    def of_test_rows(self) -> bool:
+        """Whether it is of rows by which nothing was chosen."""
+        return self.key.startswith(OF_TEST_ROWS)
 
+    @property
+    def is_share_of_rows(self) -> bool:
+        """Whether it is the share of rows with the right answer, whose differences are points."""
+        return self.key.endswith(EXACT_MATCH)
+
+
+OF_TEST_ROWS = "eval_test_"  # what measures of test rows begin with
+EXACT_MATCH = "exact_match"  # what shares of right answers end with
 _COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -56,6 +68,9 @@ def _decimals(value: float) -> str:
 
 _OF_ALL = (0.0, 1.0)
 MEASURES = (
+    Measure("eval_test_exact_match", "test exact match", "{:.1%}".format, True, _OF_ALL),
+    Measure("eval_test_accuracy", "test accuracy", "{:.1%}".format, True, _OF_ALL),
+    Measure("eval_test_loss", "test loss", _decimals),
     Measure("eval_exact_match", "exact match", "{:.1%}".format, True, _OF_ALL),
     Measure("eval_accuracy", "accuracy", "{:.1%}".format, True, _OF_ALL),
     Measure("eval_loss", "eval loss", _decimals),

@@ -13,6 +13,7 @@ import numpy as np
 
 from orchestrator.comparison.group import SEED
 from orchestrator.comparison.intervals import Contrast, SeedRows, contrast, contrast_unpaired, ratio_values
+from orchestrator.comparison.measure import EXACT_MATCH, OF_TEST_ROWS
 from orchestrator.comparison.run import TrackedRun
 from runfolder.folders import home
 from runfolder.news import UNREADABLE
@@ -21,8 +22,7 @@ from runfolder.row_results import RowResult, last_row_results, read_row_results
 RowKey = tuple[str, int]  # the digest of a row's content, and how many equal ones were before it
 ResultsByKey = Mapping[RowKey, RowResult]
 ReadResults = Callable[[TrackedRun], ResultsByKey]
-EXACT_MATCH = "eval_exact_match"
-LOSS_OF_ROWS = "eval_loss"
+_LOSS = "_loss"  # what measures of the loss end with
 _FEWEST_PAIRS = 2  # seeds that both have, with which only these are compared
 
 
@@ -134,9 +134,11 @@ def _shared_keys(found: Sequence[Sequence[ResultsByKey]], measure: str) -> list[
 
 def _has(result: RowResult, measure: str) -> bool:
     """Whether a row was judged by a measure."""
-    if measure == EXACT_MATCH:
+    if result.test != measure.startswith(OF_TEST_ROWS):
+        return False
+    if measure.endswith(EXACT_MATCH):
         return result.correct is not None
-    if measure == LOSS_OF_ROWS:
+    if measure.endswith(_LOSS):
         return result.loss is not None and bool(result.weight)
     return False
 
@@ -149,12 +151,12 @@ def _values(results: Sequence[ResultsByKey], keys: Sequence[RowKey], measure: st
         for key in keys:
             result = of_run[key]
             value = result.loss
-            if measure == EXACT_MATCH:
+            if measure.endswith(EXACT_MATCH):
                 value = result.correct
             of_rows.append(value)
         values.append(of_rows)
     values_SN = np.array(values, dtype=np.float64)
-    if measure == EXACT_MATCH:
+    if measure.endswith(EXACT_MATCH):
         return values_SN
     first = results[0]
     weights = []

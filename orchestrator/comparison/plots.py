@@ -5,18 +5,21 @@ from dataclasses import replace
 from html import escape
 
 from orchestrator.comparison import chart, svg
-from orchestrator.comparison.chart import Line
 from orchestrator.comparison.compare import Comparison
-from orchestrator.comparison.group import SEED
 from orchestrator.comparison.measure import CURVE_KINDS, CurveKind, Measure
+from orchestrator.comparison.pareto import pareto
 from orchestrator.comparison.row import ComparisonRow, Metric
-from orchestrator.comparison.run import TrackedRun
 from orchestrator.comparison.scatter import Dot, scatter
+from orchestrator.comparison.seed_curves import mean_line
 
 _COSTS = ("peak_memory_bytes", "train_s")
 _MEMORY_UNITS = (2.0**30, 2.0**20)  # bytes
 _TIME_UNITS = (3600.0, 60.0)  # seconds
-_FRONT_NOTE = '<p class="soft">Filled points are on the Pareto front: no other run is as good for less.</p>'
+_BAND_NOTE = '<p class="soft">A row with several seeds is a line, their mean, in a band of all of them.</p>'
+_FRONT_NOTE = (
+    '<p class="soft">Filled points are on the Pareto front of the means: no other row is as good for less. Upright '
+    "lines are intervals of 95 % of a row by itself; where they overlap, who is on the front may be chance.</p>"
+)
 
 
 def curves(comparison: Comparison) -> str:
@@ -35,7 +38,7 @@ def curves(comparison: Comparison) -> str:
     if not charts:
         return ""
     legend = _legend(comparison)
-    return f'<h2>Curves</h2><div class="charts">{charts}</div>{legend}'
+    return f'<h2>Curves</h2><div class="charts">{charts}</div>{legend}{_BAND_NOTE}'
 
 
 def has_curve(comparison: Comparison, kind: CurveKind) -> bool:
@@ -50,21 +53,14 @@ def _curve_chart(comparison: Comparison, kind: CurveKind, width: int) -> str:
     """The curves of one kind, of all runs that have one."""
     lines = []
     for group, row in enumerate(comparison.rows):
+        curves_of_row = []
         for run in row.runs:
             curve = run.curves.get(kind.key)
-            if not curve:
-                continue
-            label = run_label(row, run)
-            lines.append(Line(label, group, curve))
+            if curve:
+                curves_of_row.append(curve)
+        if curves_of_row:
+            lines.append(mean_line(row.label, group, curves_of_row))
     return chart.line_chart(kind.title, lines, "step", kind.show, kind.bounds, width)
-
-
-def run_label(row: ComparisonRow, run: TrackedRun) -> str:
-    """What the line of a run is called: as its row, and by its seed where that has several."""
-    if len(row.runs) == 1:
-        return row.label
-    seed = run.params.get(SEED)
-    return f"{row.label}, seed {seed}"
 
 
 def _legend(comparison: Comparison) -> str:
@@ -98,7 +94,8 @@ def _front_chart(comparison: Comparison, cost: Measure) -> str:
         if x is None or y is None:
             continue
         if math.isfinite(y.mean):
-            dot = Dot(row.label, group, x.mean, y.mean, front=False)
+            low, high = _interval(comparison, row)
+            dot = Dot(row.label, group, x.mean, y.mean, front=False, low=low, high=high)
             dots.append(dot)
     if not dots:
         return ""
@@ -112,6 +109,19 @@ def _front_chart(comparison: Comparison, cost: Measure) -> str:
     return scatter(title, dots, cost.title, unit, shows, quality.bounds)
 
 
+def _interval(comparison: Comparison, row: ComparisonRow) -> tuple[float | None, float | None]:
+    """The ends of the interval of a row's quality; None where it has none."""
+    place = comparison.place_of(row)
+    if place is None:
+        return None, None
+    _, ranked = place
+    low, high = ranked.own.interval()
+    is_known = math.isfinite(low) and math.isfinite(high)
+    if not is_known:
+        return None, None
+    return low, high
+
+
 def _metric_if_finished(row: ComparisonRow, measure: Measure) -> Metric | None:
     if row.state != "succeeded":
         return None
@@ -123,7 +133,7 @@ def _with_front(dots: list[Dot], more_is_better: bool) -> list[Dot]:
     points = []
     for dot in dots:
         points.append((dot.x, dot.y))
-    on_front = chart.pareto(points, more_is_better)
+    on_front = pareto(points, more_is_better)
     marked = []
     for dot, front in zip(dots, on_front, strict=True):
         marked.append(replace(dot, front=front))

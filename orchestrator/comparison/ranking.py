@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from orchestrator.comparison.intervals import Contrast, at_once
 from orchestrator.comparison.measure import Measure
-from orchestrator.comparison.outcomes import EXACT_MATCH, QualityByRow
+from orchestrator.comparison.outcomes import QualityByRow
 
 Judgement = Literal["reference", "better", "worse", "as good", "cannot tell apart"]
 _MARGIN_OF_SHARE = 0.01  # one point: what differs by no more is as good
@@ -171,7 +171,7 @@ def _best_mean_first(each: Ranked, measure: Measure) -> tuple[float, float]:
 
 def _margin_of_equivalence(measure: Measure, reference: Contender) -> float:
     """By how much a contender may differ and be as good as the reference."""
-    if measure.key == EXACT_MATCH:
+    if measure.is_share_of_rows:
         return _MARGIN_OF_SHARE
     mean = float(reference.outcome.values_SN.mean())
     return _MARGIN_OF_LOSS * abs(mean)

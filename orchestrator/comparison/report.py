@@ -9,10 +9,13 @@ from string import Template
 
 from orchestrator.comparison import chart, plots, svg
 from orchestrator.comparison.cells import cell, difference_heading, gap_text, rank_text
-from orchestrator.comparison.compare import Comparison, display_value
+from orchestrator.comparison.compare import QUALITIES, Comparison, display_value
+from orchestrator.comparison.downloads import downloads
 from orchestrator.comparison.forest import forest
 from orchestrator.comparison.group import SEED
-from orchestrator.comparison.measure import Measure
+from orchestrator.comparison.measure import MEASURES, Measure
+from orchestrator.comparison.method_text import methods_text
+from orchestrator.comparison.rates import rate_chart
 from orchestrator.comparison.row import ComparisonRow
 from orchestrator.comparison.run import TrackedRun
 
@@ -23,7 +26,8 @@ BestRows = dict[str, ComparisonRow | None]  # by the key of a measure
 _HEADER = '<h1>{title}</h1><p class="soft">{about}, {now}</p>{verdict}{barrier}{best}'
 _VERDICT = '<p class="verdict">{sentence}</p>'
 _BARRIER = '<p class="barrier">{sentence}</p>'
-_BEST = '<p class="best">Best {measure}: <strong>{value}</strong> by <strong>{label}</strong>{others}</p>'
+_SEEN = '<p class="best">{extreme} {measure}: {value} by {label}{others}. {caution}</p>'
+_CAUTION = "That does not make it the best: without several seeds, or results by row, no difference has an interval."
 _RESULTS = '<h2>Results</h2><div class="wide"><table>{rows}</table></div>'
 _MEASURE_CELL = '<td class="{style}">{value}</td>'
 _DETAILS = "<details><summary>{swatch} {label} · {state}</summary>{runs}</details>"
@@ -45,9 +49,12 @@ def page(comparison: Comparison) -> str:
         _results(comparison),
         _forests(comparison),
         plots.fronts(comparison),
+        rate_chart(comparison),
         plots.curves(comparison),
+        methods_text(comparison),
         _constants(comparison),
         _details(comparison),
+        downloads(comparison),
     ]
     body = "\n".join(sections)
     title = escape(f"Fleetune: {comparison.title}")
@@ -105,7 +112,7 @@ def _forests(comparison: Comparison) -> str:
 
 
 def _best_of_all(comparison: Comparison) -> str:
-    """Which row is best, and how many are as good; empty where the verdict says more."""
+    """Which row has the highest or lowest quality, with a caution; empty where the verdict says more."""
     if comparison.shows_ranks:
         return ""
     best = comparison.rows[0]
@@ -118,15 +125,21 @@ def _best_of_all(comparison: Comparison) -> str:
         other_mean = _finite_mean(row, quality)
         if other_mean == mean:
             equals += 1
-    measure = quality.title
     others = ""
     if equals:
         number = _plural(equals, "other")
         others = f" and {number}"
-    value = cell(best, quality)
-    value = escape(value)
+    extreme = "Lowest"
+    if quality.more_is_better:
+        extreme = "Highest"
+    caution = ""
+    if len(comparison.rows) > 1:
+        caution = _CAUTION
+    text = cell(best, quality)
+    value = escape(text)
     label = escape(best.label)
-    return _BEST.format(measure=measure, value=value, label=label, others=others)
+    said = {"value": value, "label": label, "others": others, "caution": caution}
+    return _SEEN.format(extreme=extreme, measure=quality.title, **said)
 
 
 def _finite_mean(row: ComparisonRow, measure: Measure) -> float | None:
@@ -176,7 +189,7 @@ def _result(comparison: Comparison, row: ComparisonRow, best: BestRows) -> str:
         cells += f'<td class="n">{escape(difference)}</td>'
     for measure in comparison.measures:
         style = "n"
-        if best[measure.key] is row:
+        if _is_marked(comparison, row, measure, best):
             style = "n top"
         text = cell(row, measure)
         value = escape(text)
@@ -187,6 +200,24 @@ def _result(comparison: Comparison, row: ComparisonRow, best: BestRows) -> str:
     seeds = ", ".join(row.seeds)
     cells += f"<td>{escape(seeds)}</td>"
     return f"<tr>{cells}</tr>"
+
+
+def _is_marked(comparison: Comparison, row: ComparisonRow, measure: Measure, best: BestRows) -> bool:
+    """Whether a value stands out: of costs the best, of what rows are ranked by all that share the first rank.
+
+    Of other qualities none: no interval says which of them differ.
+    """
+    if measure not in MEASURES[:QUALITIES]:
+        return best[measure.key] is row
+    place = comparison.place_of(row)
+    if place is None:
+        return False
+    quality = comparison.quality
+    if measure.key != quality.key:
+        return False
+    ranking, ranked = place
+    is_first = ranked.rank == 1
+    return ranking.says_something and is_first
 
 
 def _best(comparison: Comparison, measure: Measure) -> ComparisonRow | None:

@@ -20,13 +20,16 @@ CurvePoint = tuple[int, float]  # step and value
 Curve = tuple[CurvePoint, ...]
 Curves = dict[str, Curve]
 Input = tuple[str, str]  # the param that names a base or a file, and its digest
-CURVES = (*(kind.key for kind in CURVE_KINDS), "tokens_per_second", "peak_memory_bytes")
+_KEYS_OF_CURVES = tuple(kind.key for kind in CURVE_KINDS)
+_OF_TEST_ROWS = ("eval_test_exact_match", "eval_test_accuracy", "eval_test_loss")  # at the end alone
 _LAST_COUNTS = (
+    *_OF_TEST_ROWS,
     "loss",
     "eval_loss",
     "eval_exact_match",
     "eval_accuracy",
 )  # curves of which the last value is a measure
+CURVES = (*_KEYS_OF_CURVES, *_OF_TEST_ROWS, "tokens_per_second", "peak_memory_bytes")
 _METRIC_STEP = attrgetter("step")  # of a point that MLflow has
 _METRIC_STEP_AND_VALUE = attrgetter("step", "value")
 _TRAINED = "fleetune.plan.trained"

@@ -4,24 +4,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.comparison import svg
-from orchestrator.comparison.chart import HALF_WIDTH, Axis, Bounds, FormatValue, Point, Points, frame, x_axis, y_axis
+from orchestrator.comparison.chart import (
+    BOTTOM,
+    HALF_WIDTH,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    Axis,
+    Bounds,
+    FormatValue,
+    Point,
+    Points,
+    frame,
+    x_axis,
+    y_axis,
+)
+from orchestrator.comparison.dot_labels import Box, DotLabel, placed
 
 _SCATTER_MARGIN = 0.12  # of the range of values, on each side
-# More dots than these get no labels, or those on the front alone: there is no space for them.
-_MOST_LABELLED_ON_FRONT = 12
-_MOST_LABELLED = 8
 _LONGEST_DOT_LABEL = 30  # characters
 
 
 @dataclass(frozen=True)
 class Dot:
-    """One point of a scatter plot. `front`: no other is better in both."""
+    """One point of a scatter plot. `front`: no other is better in both; `low` to `high` is the interval of y."""
 
     label: str
     group: int
     x: float
     y: float
     front: bool
+    low: float | None = None
+    high: float | None = None
 
 
 def scatter(
@@ -34,6 +49,9 @@ def scatter(
     for dot in dots:
         costs.append(dot.x)
         qualities.append(dot.y)
+        if dot.low is not None and dot.high is not None:
+            qualities.append(dot.low)
+            qualities.append(dot.high)
     x = x_axis(costs, HALF_WIDTH, x_show, _SCATTER_MARGIN)
     x = replace(x, unit=unit)
     y = y_axis(qualities, y_show, bounds, _SCATTER_MARGIN)
@@ -41,11 +59,8 @@ def scatter(
     drawn = _joined(front, x, y)
     for dot in dots:
         drawn += _dot(dot, x, y)
-    _, first_quality = front[0]
-    _, last_quality = front[-1]
-    is_falling = first_quality > last_quality
-    for dot in _labelled(dots):
-        drawn += _label(dot, x, y, is_falling)
+    for label in _labels(dots, x, y):
+        drawn += svg.name(label.x, label.y, label.anchor, label.text)
     return frame(title, x, y, x_title, drawn)
 
 
@@ -78,36 +93,29 @@ def _dot(dot: Dot, x: Axis, y: Axis) -> str:
         hint += ", on the front"
     at_x = x.at(dot.x)
     at_y = y.at(dot.y)
-    return svg.dot(at_x, at_y, dot.group, dot.front, hint)
+    drawn = ""
+    if dot.low is not None and dot.high is not None:
+        top = y.at(dot.high)
+        bottom = y.at(dot.low)
+        drawn = svg.upright(at_x, top, bottom, dot.group)
+    return drawn + svg.dot(at_x, at_y, dot.group, dot.front, hint)
 
 
-def _labelled(dots: Sequence[Dot]) -> Sequence[Dot]:
-    """The dots that there is space to label: all, those on the front, or none."""
-    front = []
-    for dot in dots:
-        if dot.front:
-            front.append(dot)
-    if len(front) > _MOST_LABELLED_ON_FRONT:
-        return []
-    if len(dots) <= _MOST_LABELLED:
-        return dots
-    return front
-
-
-def _label(dot: Dot, x: Axis, y: Axis, is_falling: bool) -> str:
-    """The label of a dot, on the side where the front does not pass."""
-    text = dot.label
-    if len(text) > _LONGEST_DOT_LABEL:
-        shown = _LONGEST_DOT_LABEL - 1
-        text = text[:shown] + "…"
-    at_x = x.at(dot.x)
-    at_y = y.at(dot.y)
-    is_right = at_x > x.middle
-    is_below = is_right == is_falling
-    if is_below:
-        at_y += 14
-    else:
-        at_y -= 7
-    if is_right:
-        return svg.name(at_x - 9, at_y, "end", text)
-    return svg.name(at_x + 9, at_y, "start", text)
+def _labels(dots: Sequence[Dot], x: Axis, y: Axis) -> list[DotLabel]:
+    """The names of dots for which there is a place: of those on the front first."""
+    front_first = sorted(dots, key=lambda dot: not dot.front)
+    places = []
+    texts = []
+    for dot in front_first:
+        text = dot.label
+        if len(text) > _LONGEST_DOT_LABEL:
+            shown = _LONGEST_DOT_LABEL - 1
+            text = text[:shown] + "…"
+        at_x = x.at(dot.x)
+        at_y = y.at(dot.y)
+        places.append((at_x, at_y))
+        texts.append(text)
+    right = x.end + RIGHT
+    bottom = HEIGHT - BOTTOM
+    frame_box = Box(LEFT, TOP, right, bottom)
+    return placed(places, texts, frame_box)

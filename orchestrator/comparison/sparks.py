@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from rich.text import Text
 
 from orchestrator.comparison.compare import Comparison
+from orchestrator.comparison.group import SEED
 from orchestrator.comparison.measure import CURVE_KINDS, CurveKind
-from orchestrator.comparison.plots import has_curve, run_label
-from orchestrator.comparison.run import Curve
+from orchestrator.comparison.plots import has_curve
+from orchestrator.comparison.row import ComparisonRow
+from orchestrator.comparison.run import Curve, TrackedRun
 
 # Of each row of these, the first that some run has: a terminal is no place for all of them.
 _IN_TERMINAL = (("eval_accuracy", "accuracy"), ("eval_reward_margin", "reward_margin"), ("kl",), ("labels_chosen",))
@@ -39,7 +41,7 @@ def _lines_of_kind(comparison: Comparison, kind: CurveKind) -> Iterator[str]:
         for run in row.runs:
             curve = run.curves.get(kind.key)
             if curve:
-                label = run_label(row, run)
+                label = _label_of_run(row, run)
                 labelled.append((label, curve))
                 values += _finite_values(curve)
     low = min(values, default=0.0)
@@ -87,3 +89,11 @@ def _bar(stretch: Sequence[tuple[int, float]], low: float, high: float) -> str:
     share = (mean - low) / (high - low)
     last = len(_BARS) - 1
     return _BARS[round(share * last)]
+
+
+def _label_of_run(row: ComparisonRow, run: TrackedRun) -> str:
+    """What the line of a run is called: as its row, and by its seed where that has several."""
+    if len(row.runs) == 1:
+        return row.label
+    seed = run.params.get(SEED)
+    return f"{row.label}, seed {seed}"

@@ -10,7 +10,8 @@ from orchestrator.comparison.run import TrackedRun
 
 RunsByRow = Sequence[Sequence[TrackedRun]]
 RunKind = tuple[str, ...]  # what must be equal for one ranking, in the order of its names
-_DATA = ("data.train_digest", "data.eval_digest", "evaluation.rows", "base_digest")
+_DATA = ("data.train_digest", "data.eval_digest", "evaluation.rows", "evaluation.test", "base_digest")
+_DEFAULTS = {"evaluation.test": "0.0"}  # which runs before 2026-11-30 did not say
 _BUDGET = ("train.steps", "train.epochs", "train.batch_tokens")
 _SOFTWARE = ("fleetune.version", "fleetune.env.torch", "fleetune.env.transformers", "fleetune.env.peft")
 _TOGETHER = "ranked together, though they differ in {names}: a difference may come from that"
@@ -25,6 +26,8 @@ def run_kind(run: TrackedRun) -> RunKind:
         value = run.params.get(name)
         if value is None:
             value = run.tags.get(name, "")
+        if value == _DEFAULTS.get(name):
+            value = ""
         values.append(value)
     return tuple(values)
 

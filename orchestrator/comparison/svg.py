@@ -9,12 +9,14 @@ _SWATCH = '<svg class="swatch" width="26" height="8"><path d="M1 4H25" {stroke}/
 # The report's script reads label and group.
 _SERIES = '<g class="series" data-label="{label}" data-group="{group}" {stroke}>{drawn}</g>'
 _POLYLINE = '<polyline points="{points}"/>'
+_BAND_AREA = '<polygon class="band" data-group="{group}" points="{points}" fill="{colour}"/>'
 _FRONT = '<polyline class="front" points="{points}"/>'
 _SINGLE = '<circle cx="{x}" cy="{y}" r="2.5"/>'
 _DOT = (
     '<circle class="dot" data-group="{group}" cx="{x:.1f}" cy="{y:.1f}" r="6" '
     'fill="{fill}" stroke="{colour}"><title>{hint}</title></circle>'
 )
+_UPRIGHT_LINE = '<path class="error" data-group="{group}" d="M{x:.1f} {top:.1f}V{bottom:.1f}" stroke="{colour}"/>'
 _HORIZONTAL = '<path class="{kind}" d="M{left} {y}H{right}"/>'
 _TEXT = '<text x="{x}" y="{y}" text-anchor="{anchor}">{content}</text>'
 _NAME = '<text class="name" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{content}</text>'
@@ -57,6 +59,12 @@ def polyline(points: list[str]) -> str:
     return _SINGLE.format(x=x, y=y)
 
 
+def band(points: list[str], group: int) -> str:
+    """The area within an outline of points "x,y", in the colour of a group."""
+    joined = " ".join(points)
+    return _BAND_AREA.format(group=group, points=joined, colour=colour(group))
+
+
 def front(points: list[str]) -> str:
     """The line through the points "x,y" of a Pareto front."""
     joined = " ".join(points)
@@ -72,6 +80,12 @@ def dot(x: float, y: float, group: int, filled: bool, hint: str) -> str:
     fields = {"group": group, "x": x, "y": y, "fill": fill, "colour": outline}
     escaped = escape(hint)
     return _DOT.format(hint=escaped, **fields)
+
+
+def upright(x: float, top: float, bottom: float, group: int) -> str:
+    """An upright line in the colour of a group: an interval."""
+    fields = {"x": x, "top": top, "bottom": bottom}
+    return _UPRIGHT_LINE.format(group=group, colour=colour(group), **fields)
 
 
 def horizontal(kind: str, left: int, right: float, y: str) -> str:

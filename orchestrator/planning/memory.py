@@ -1,6 +1,7 @@
 """What a plan says of a worker's memory: the forecast, whether it fits, and what to change where it does not."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,29 +60,13 @@ def fit(
     kinds: Numerics,
     device: int | None,
     corrected: CorrectionOf = lambda _: UNCORRECTED,
+    roughly: bool = False,
 ) -> MemoryFit:
     """The fit of a job on devices of so many bytes; raises DryRunFailed where nothing can be said.
 
-    `corrected` says what earlier runs have to say of a job's dry run.
+    `corrected` says what earlier runs have to say of a job's dry run. `roughly`: without a dry run where the fitted
+    line leaves no doubt.
     """
-    problem = None
-    if not can_dry_run():
-        problem = "torch and what belongs to it are not installed: pip install 'fleetune[train]'"
-    else:
-        with dry_runner(config_of_base(model), sample) as runner:
-
-            def tried(changed: Job) -> Forecast:
-                precision, fast = kinds(changed)
-                parts = runner.parts(changed, precision, fast)
-                by_runs = corrected(changed)
-                return Forecast(parts, "dry run", by_runs.margin, by_runs.factor, by_runs.runs)
-
-            try:
-                forecast = tried(job)
-            except DryRunFailed as error:
-                problem = str(error)
-            else:
-                return _with_changes(job, forecast, tried, device, None)
 
     def on_line(changed: Job) -> Forecast:
         precision, fast = kinds(changed)
@@ -90,11 +75,49 @@ def fit(
             raise DryRunFailed("no line was fitted for this method, base and objective")
         return found
 
+    if roughly:
+        with suppress(DryRunFailed):
+            forecast = on_line(job)
+            if _leaves_no_doubt(job, forecast, device):
+                return _with_changes(job, forecast, on_line, device, None)
+    problem = None
+    if not can_dry_run():
+        problem = "torch and what belongs to it are not installed: pip install 'fleetune[train]'"
+    else:
+        try:
+            return _dry_fit(job, model, sample, kinds, device, corrected)
+        except DryRunFailed as error:
+            problem = str(error)
     try:
         forecast = on_line(job)
     except DryRunFailed as error:
         raise DryRunFailed(f"{problem}; {error}") from None
     return _with_changes(job, forecast, on_line, device, problem)
+
+
+def _dry_fit(
+    job: Job, model: Model, sample: Sample | None, kinds: Numerics, device: int | None, corrected: CorrectionOf
+) -> MemoryFit:
+    """The fit of a job by a dry run; raises DryRunFailed."""
+    with dry_runner(config_of_base(model), sample) as runner:
+
+        def tried(changed: Job) -> Forecast:
+            precision, fast = kinds(changed)
+            parts = runner.parts(changed, precision, fast)
+            by_runs = corrected(changed)
+            return Forecast(parts, "dry run", by_runs.margin, by_runs.factor, by_runs.runs)
+
+        forecast = tried(job)
+        return _with_changes(job, forecast, tried, device, None)
+
+
+def _leaves_no_doubt(job: Job, forecast: Forecast, device: int | None) -> bool:
+    """Whether a job surely fits by a forecast with its margin, or surely does not."""
+    if device is None:
+        return True
+    most = forecast.needed(job.resources.world_size)
+    least = most * (1 - forecast.margin) / (1 + forecast.margin)
+    return most <= device or least > device
 
 
 def config_of_base(model: Model) -> BaseConfig:

@@ -19,6 +19,7 @@ from orchestrator.planning.survey import SourceProgress, SourceRows
 from orchestrator.runs import new_id
 from runfolder.costs import Costs
 from runfolder.job import Job
+from trainer.data.survey import Sample
 from trainer.dry_run.process import DryRunFailed
 
 _Foretold = tuple[MemoryFit | None, tuple[str, ...]]  # and what should be known of it
@@ -76,37 +77,16 @@ def plan(
     the GPUs, where they are not this machine's.
     """
     job, _ = read_job(source, overrides)
+    return planner_of(job, progress, cluster, gpu_gib).plan(job)
+
+
+def planner_of(job: Job, progress: SourceProgress, cluster: str | None, gpu_gib: float | None) -> "Planner":
+    """Look at the base and the rows of a job, and at the place where it would run; raises InputError."""
     place = _planned_place(job, cluster)
     kind = "gpu" if gpu_gib is not None else place.capacity.kind
     findings = check_job(job, progress, place.capacity, place.is_here)
     device = planned_device(place.capacity, place.is_here, gpu_gib or place.gpu_gib)
-    memory_fit, unforeseen = _memory_fit(job, findings, kind, device.memory, place.earlier)
-    of_job = sizes(job, findings.model, kind)
-    unforeseen += _host_warnings(job, of_job, place.is_here)
-    return Plan(
-        name=job.name,
-        base=job.base.model,
-        method=job.method.kind,
-        objective=job.objective.kind,
-        needs=job.objective.needs,
-        workers=job.resources.world_size,
-        zero=job.sharding.zero,
-        precision=planned_precision(job, kind),
-        kernels=planned_kernels(job, kind),
-        lr=job.at_width(findings.model.hidden_size).lr,
-        lr_source=_rate_source(job, findings.model.hidden_size),
-        rows=_count(findings.train),
-        eval_rows=_count(findings.eval),
-        batch_tokens=job.train.batch_tokens,
-        micro_batches=_micro_batches(job),
-        steps=_steps(job, findings),
-        steps_estimated=job.train.steps is None,
-        sizes=of_job,
-        fit=memory_fit,
-        hours=_hours(job, findings, kind, device, place.earlier),
-        request=place.request,
-        warnings=findings.warnings + unforeseen,
-    )
+    return Planner(findings, place, kind, device)
 
 
 class _Place(NamedTuple):
@@ -120,6 +100,71 @@ class _Place(NamedTuple):
     request: str | None
     earlier: list[Costs]
     gpu_gib: float | None
+
+
+class Planner(NamedTuple):
+    """What is known of a base, of rows and of a place: enough for the plans of jobs that differ in their method."""
+
+    findings: Findings
+    place: _Place
+    kind: str  # of the devices
+    device: Device
+    roughly: bool = False  # whether memory is foretold without a dry run where there is no doubt
+
+    def plan(self, job: Job) -> Plan:
+        """The plan of a job on this base and these rows."""
+        findings = self.findings
+        place = self.place
+        kind = self.kind
+        hidden_size = findings.model.hidden_size
+        memory_fit, unforeseen = self._memory_fit(job)
+        of_job = sizes(job, findings.model, kind)
+        unforeseen += _host_warnings(job, of_job, place.is_here)
+        return Plan(
+            name=job.name,
+            base=job.base.model,
+            method=job.method.kind,
+            objective=job.objective.kind,
+            needs=job.objective.needs,
+            workers=job.resources.world_size,
+            zero=job.sharding.zero,
+            precision=planned_precision(job, kind),
+            kernels=planned_kernels(job, kind),
+            lr=job.at_width(hidden_size).lr,
+            lr_source=_rate_source(job, hidden_size),
+            rows=_count(findings.train),
+            eval_rows=_count(findings.eval),
+            batch_tokens=job.train.batch_tokens,
+            micro_batches=_micro_batches(job),
+            steps=_steps(job, findings),
+            steps_estimated=job.train.steps is None,
+            sizes=of_job,
+            fit=memory_fit,
+            hours=_hours(job, findings, kind, self.device, place.earlier),
+            request=place.request,
+            warnings=findings.warnings + unforeseen,
+        )
+
+    def _memory_fit(self, job: Job) -> _Foretold:
+        """Whether a worker fits on its GPU, where it has one, or a warning that nothing can be said of it."""
+        kind = self.kind
+        if not has_gpus(job, kind):
+            return None, ()
+
+        def kinds(changed: Job) -> tuple[str, bool]:
+            precision = planned_precision(changed, kind)
+            return precision, planned_kernels(changed, kind) == "fast"
+
+        def corrected(changed: Job) -> PastRatios:
+            return correction_of(changed, planned_kernels(changed, kind), self.place.earlier)
+
+        findings = self.findings
+        sample = _rows_for_all(findings.train)
+        try:
+            found = fit(job, findings.model, sample, kinds, self.device.memory, corrected, self.roughly)
+        except DryRunFailed as error:
+            return None, (f"memory: not foretold: {error}",)
+        return found, ()
 
 
 def _planned_place(job: Job, cluster: str | None) -> _Place:
@@ -137,25 +182,10 @@ def _planned_place(job: Job, cluster: str | None) -> _Place:
     return _Place(backend.capacity(), site.is_here, request.text, earlier_costs(site), gpu_gib)
 
 
-def _memory_fit(job: Job, findings: Findings, kind: str, device: int | None, earlier: list[Costs]) -> _Foretold:
-    """Whether a worker fits on its GPU, where it has one, or a warning that nothing can be said of it."""
-    if not has_gpus(job, kind):
-        return None, ()
-    train = findings.train
+def _rows_for_all(train: SourceRows | None) -> Sample | None:
+    """Examples that stand for all rows of training, where these were looked at."""
     survey = train.survey if train else None
-    sample = survey.sample if survey else None
-
-    def kinds(changed: Job) -> tuple[str, bool]:
-        precision = planned_precision(changed, kind)
-        return precision, planned_kernels(changed, kind) == "fast"
-
-    def corrected(changed: Job) -> PastRatios:
-        return correction_of(changed, planned_kernels(changed, kind), earlier)
-
-    try:
-        return fit(job, findings.model, sample, kinds, device, corrected), ()
-    except DryRunFailed as error:
-        return None, (f"memory: not foretold: {error}",)
+    return survey.sample if survey else None
 
 
 def _host_warnings(job: Job, of_job: Sizes | None, is_here: bool) -> tuple[str, ...]:

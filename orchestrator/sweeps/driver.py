@@ -26,6 +26,7 @@ from orchestrator.sweeps.spec import Sweep, read_sweep
 from orchestrator.sweeps.trials import METHOD_KEY, Trial, Variant
 from orchestrator.tracking.history import RowReader
 from runfolder.appended import Chunk, Position
+from runfolder.cooling import COOLED
 
 _METRICS = "metrics.jsonl"
 _DIGEST_LENGTH = 16
@@ -55,6 +56,11 @@ class SweepDriver:
             raise InputError(f"{job_path}: train.steps: found nothing; a sweep compares runs of equally many steps")
         if not job.data.eval:
             raise InputError(f"{job_path}: data.eval: found nothing; allowed: rows by which trials are judged")
+        if sweep.test and job.evaluation.goes_by_loss:
+            kept = "evaluation.keep best or stop_after"
+            problem = f"{kept} in a sweep with test rows"
+            allowed = f"neither, or test: 0 in {path}"
+            raise InputError(f"{job_path}: {problem}; allowed: {allowed}")
         plan = SweepPlan(sweep, steps)
         written = load_yaml(job_path)
         with_paths = absolute(job, folder)
@@ -189,13 +195,17 @@ class SweepDriver:
 
 
 def scores_of(run: Handle, measure: str) -> dict[int, float]:
-    """What a run was judged by after each step that was evaluated."""
+    """What a run was judged by after each step that was evaluated: where it paused, after its cool-down."""
     reader = RowReader(_METRICS, partial(_read_since, run))
     scores = {}
+    cooled = {}
+    of_branch = COOLED + measure.removeprefix("eval_")
     for row in reader.read():
         if measure in row.fresh:
             scores[row.step] = row.fresh[measure]
-    return scores
+        if of_branch in row.fresh:
+            cooled[row.step] = row.fresh[of_branch]
+    return scores | cooled
 
 
 def _read_since(run: Handle, position: Position) -> Iterable[Chunk]:

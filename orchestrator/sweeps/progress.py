@@ -67,14 +67,3 @@ def those_that_may_go(progress: ProgressByTrial, trials: Iterable[Trial], until:
         if reached.state == "paused" and reached.step < until:
             free.append(trial)
     return free
-
-
-def is_waiting(progress: ProgressByTrial, trial: Trial, rung: int) -> bool:
-    """Whether a trial waits at a rung."""
-    reached = progress[trial]
-    return reached.state == "paused" and reached.step == rung
-
-
-def steps_taken(progress: Iterable[Reached]) -> int:
-    """The steps that trials have taken together."""
-    return sum(reached.step for reached in progress)

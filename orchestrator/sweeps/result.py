@@ -1,19 +1,36 @@
 """What came of a sweep: the comparison of the trials that were run in full, and its parent run in MLflow."""
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from orchestrator.comparison.compare import Comparison, arrange
+from orchestrator.comparison.measure import OF_TEST_ROWS
 from orchestrator.comparison.places import RankingWish
-from orchestrator.comparison.run import load_runs
+from orchestrator.comparison.run import TrackedRun, load_runs
 from orchestrator.errors import InputError
 from orchestrator.sweeps.driver import FoundTrials, SweepDriver
 from orchestrator.sweeps.tracked import gather
 from orchestrator.tracking.collect import CollectProgress, deliver_all, with_reasons
 from orchestrator.tracking.store import client, resolve
+from runfolder.job import Job
 from runfolder.variables import without_password
 
+_HOUR = 3600
 
-def conclude(driver: SweepDriver, found: FoundTrials, progress: CollectProgress) -> Comparison:
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What came of a sweep: the comparison of its trials, and what all of them took.
+
+    `steps` has those of cool-downs, too; `device_hours` has not.
+    """
+
+    comparison: Comparison
+    steps: int
+    device_hours: float
+
+
+def conclude(driver: SweepDriver, found: FoundTrials, progress: CollectProgress) -> SweepResult:
     """Compare what the trials that succeeded came to; raises InputError where MLflow has none of them."""
     undelivered = deliver_all(driver.cluster, progress)
     tracking = driver.submitted["tracking"]
@@ -30,10 +47,30 @@ def conclude(driver: SweepDriver, found: FoundTrials, progress: CollectProgress)
     if not finished:
         raise InputError(with_reasons("no trial has succeeded", undelivered))
     reference = _reference(driver, found)
-    wish = RankingWish(reference, measure=driver.sweep.measure)
+    measure: str = driver.sweep.measure
+    of_test_rows = OF_TEST_ROWS + measure.removeprefix("eval_")
+    if all(of_test_rows in run.metrics for run in finished):
+        measure = of_test_rows
+    wish = RankingWish(reference, measure=measure)
     comparison = arrange(finished, f"sweep {driver.sweep.name}", shown_uri, wish)
     gather(mlflow, driver.sweep, driver.digest, runs, comparison.verdict)
-    return replace(comparison, undelivered=undelivered)
+    comparison = replace(comparison, undelivered=undelivered)
+    steps = 0
+    for trial, reached in found.items():
+        steps += driver.plan.spent(trial, reached.step)
+    return SweepResult(comparison, steps, _device_hours(driver, runs))
+
+
+def _device_hours(driver: SweepDriver, runs: Iterable[TrackedRun]) -> float:
+    """The hours of devices that runs have trained for: steps at the median time of each run."""
+    job = Job.model_validate(driver.submitted)
+    seconds = 0.0
+    for run in runs:
+        of_run = run.metrics.get("train_s", 0.0)
+        seconds += of_run
+    workers = job.resources.world_size
+    of_devices = seconds * workers
+    return of_devices / _HOUR
 
 
 def _reference(driver: SweepDriver, found: FoundTrials) -> str | None:

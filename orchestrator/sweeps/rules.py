@@ -7,65 +7,32 @@ A trial goes to a rung, which is a step, pauses there, and goes on from its chec
 - race: all trials of a rung are waited for; the best of each method go on, as rates and families separate early. The
   best configurations of the best methods, and of the reference, are then run in full, the best one with all seeds.
 
-A trial that begins is paid for up to the step where it pauses, so the budget is never exceeded.
+A rung judges a branch that was cooled down (trainer/cool_down.py), whose steps are paid for too. A trial that begins
+is paid for up to the step where it pauses, so the budget is never exceeded.
 """
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 from orchestrator.sweeps.progress import (
     Decision,
     Move,
     ProgressByTrial,
     StepBudget,
-    is_waiting,
     last_step,
     those_that_may_go,
 )
-from orchestrator.sweeps.spec import Sweep
+from orchestrator.sweeps.rungs import Rungs
 from orchestrator.sweeps.trials import Trial, Variant, variants_of, with_seeds
 from orchestrator.sweeps.widening import best_of_methods, widened
 
 _BETTER_HIGH = "eval_exact_match"
-_CANDIDATES = 2  # configurations of a finalist that are run in full
-_FIRST_SEEDS = 3  # with which the better one of them is chosen
+CANDIDATES = 2  # configurations of a finalist that are run in full
+FIRST_SEEDS = 3  # with which the better one of them is chosen
 
 
-@dataclass(frozen=True)
-class SweepPlan:
+class SweepPlan(Rungs):
     """A sweep whose full run has so many steps."""
-
-    sweep: Sweep
-    steps: int
-
-    @property
-    def rungs(self) -> list[int]:
-        """The steps at which trials pause; none where all are run in full."""
-        if self.sweep.rule in ("grid", "random"):
-            return []
-        rungs = []
-        for share in self.sweep.rungs:
-            step = share * self.steps
-            evaluations = round(step / self.every)
-            multiple = max(1, evaluations) * self.every
-            if multiple < self.steps and multiple not in rungs:
-                rungs.append(multiple)
-        return rungs
-
-    @property
-    def every(self) -> int:
-        """The steps between two evaluations: every rung is a multiple of it."""
-        first = self.sweep.rungs[0]
-        step = round(first * self.steps)
-        return max(1, step)
-
-    def target(self, step: int) -> int:
-        """Where a trial that has done so many steps pauses or ends."""
-        for rung in self.rungs:
-            if rung > step:
-                return rung
-        return self.steps
 
     def trials(self, progress: ProgressByTrial) -> list[Trial]:
         """All trials that there may be, as far as is known now which ranges are widened."""
@@ -91,7 +58,7 @@ class SweepPlan:
                 break
             step = last_step(progress, trial)
             until = self._until(trial, step, finals)
-            cost = until - step
+            cost = self.spent(trial, until) - self.spent(trial, step)
             if cost > account.left:
                 is_short = True
                 continue
@@ -114,7 +81,7 @@ class SweepPlan:
                 account.free -= 1
                 account.going += 1
                 steps = self._until(trial, steps, finals)
-            account.left -= steps
+            account.left -= self.spent(trial, steps)
         return account
 
     def _why_early(self, progress: ProgressByTrial, is_short: bool) -> str | None:
@@ -200,12 +167,17 @@ class SweepPlan:
             share = len(best_first) * self.sweep.keep
             promoted = best_first[: int(share)]
             for trial in promoted:
-                if is_waiting(progress, trial, rung):
+                if self._is_waiting(progress, trial, rung):
                     wanted.append(trial)
         for trial in trials:
             if trial not in progress:
                 wanted.append(trial)
         return wanted
+
+    def _is_waiting(self, progress: ProgressByTrial, trial: Trial, rung: int) -> bool:
+        """Whether a trial waits at a rung, or soon behind it."""
+        reached = progress[trial]
+        return reached.state == "paused" and rung <= reached.step < self.target(rung)
 
     def _race(self, progress: ProgressByTrial, finals: Sequence[Trial]) -> list[Trial]:
         """The trials of the lowest rung that is not judged yet; after the last one, the finals."""
@@ -217,7 +189,7 @@ class SweepPlan:
             if len(scores) < len(chosen):
                 trials = with_seeds(chosen, first_seed)
                 return those_that_may_go(progress, trials, rung)
-            chosen = best_of_methods(scores, self.sweep.keep, _CANDIDATES)
+            chosen = best_of_methods(scores, self.sweep.keep, CANDIDATES)
         return those_that_may_go(progress, finals)
 
     def _finals(self, progress: ProgressByTrial) -> list[Trial]:
@@ -230,7 +202,7 @@ class SweepPlan:
             return []
         finals: list[Trial] = []
         for candidates in self._candidates(progress):
-            first_seeds = self.sweep.seeds[:_FIRST_SEEDS]
+            first_seeds = self.sweep.seeds[:FIRST_SEEDS]
             tried = with_seeds(candidates, first_seeds)
             finals += tried
             means: dict[Variant, float] = {}
@@ -241,7 +213,7 @@ class SweepPlan:
             if len(means) < len(candidates):
                 continue
             best = min(candidates, key=means.__getitem__)
-            other_seeds = self.sweep.seeds[_FIRST_SEEDS:]
+            other_seeds = self.sweep.seeds[FIRST_SEEDS:]
             finals += with_seeds([best], other_seeds)
         return finals
 
@@ -253,7 +225,7 @@ class SweepPlan:
             scores = self._scores(progress, chosen, rung)
             if len(scores) < len(chosen):
                 return []
-            chosen = best_of_methods(scores, self.sweep.keep, _CANDIDATES)
+            chosen = best_of_methods(scores, self.sweep.keep, CANDIDATES)
         by_method: dict[str, list[Variant]] = {}
         for configuration in sorted(chosen, key=lambda each: scores.get(each, 0.0)):
             of_method = by_method.setdefault(configuration.method, [])
@@ -266,7 +238,7 @@ class SweepPlan:
         candidates = []
         for method in finalists:
             best = by_method[method]
-            candidates.append(best[:_CANDIDATES])
+            candidates.append(best[:CANDIDATES])
         return candidates
 
     def _mean_in_full(self, progress: ProgressByTrial, configuration: Variant, seeds: Sequence[int]) -> float | None:

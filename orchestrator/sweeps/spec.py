@@ -80,6 +80,15 @@ class Sweep(_SweepSection):
     finalists: int = Field(3, ge=1, description="methods that race runs in full, beside the reference")
     reference: str = Field("lora", description="the method that race runs in full in any case")
     measure: Literal["eval_loss", "eval_exact_match"] = Field("eval_loss", description="what trials are judged by")
+    cool_down: float = Field(
+        0.15,
+        ge=0,
+        le=1,
+        description="share of the steps up to a rung in which the rate then falls to zero, to judge",
+    )
+    test: float = Field(
+        0.5, ge=0, lt=1, description="share of the held-out rows that judge what was chosen, and choose nothing"
+    )
     parallel: int = Field(4, ge=1, description="trials that wait or run at a time")
     widen: bool = Field(True, description="go on beyond the end of a range where the best value is at it")
 
@@ -103,7 +112,11 @@ class Sweep(_SweepSection):
 
 def read_sweep(path: Path) -> Sweep:
     """The sweep in a file; raises InputError, with a line for each error."""
-    plain = load_yaml(path)
+    return sweep_of(load_yaml(path), path)
+
+
+def sweep_of(plain: PlainSweep, path: Path) -> Sweep:
+    """The sweep in plain data, which is that of a file; raises InputError, with a line for each error."""
     try:
         return Sweep.model_validate(_with_methods(plain))
     except ValidationError as error:

@@ -73,14 +73,13 @@ class Trial:
 
     def job(self, sweep: Sweep, job: PlainJob, every: int | None) -> PlainJob:
         """The job of the trial, which is judged every so many steps."""
-        text = json.dumps(job, default=str)
-        plain: PlainJob = json.loads(text)
         settings = self.configuration.settings
         settings["train.seed"] = self.seed
+        settings["evaluation.test"] = sweep.test
         if every is not None:
             settings["evaluation.every"] = every
-        for key, value in settings.items():
-            _put(plain, key, value)
+            settings["evaluation.cool_down"] = sweep.cool_down
+        plain = with_settings(job, settings)
         plain["name"] = sweep.name
         return plain
 
@@ -142,6 +141,15 @@ def _draw(rng: random.Random, axis: SweptAxis) -> AxisValue:
     ratio = high / low
     value = low * ratio**share
     return six_digits(value)
+
+
+def with_settings(job: PlainJob, settings: Mapping[str, Any]) -> PlainJob:
+    """A copy of a job with settings, by the dotted key of each."""
+    text = json.dumps(job, default=str)
+    plain: PlainJob = json.loads(text)
+    for key, value in settings.items():
+        _put(plain, key, value)
+    return plain
 
 
 def _put(plain: PlainJob, key: str, value: Any) -> None:

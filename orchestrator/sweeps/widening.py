@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from orchestrator.sweeps.spec import six_digits
 from orchestrator.sweeps.trials import Variant
 
-_MOST_ADDED = 2  # values beyond each end of a range
+MOST_ADDED = 2  # values beyond each end of a range
 _FEWEST_VALUES = 3  # of a range, so that an end says something
 
 
@@ -77,7 +77,7 @@ def _value_beyond(key: str, best: Variant, values: list[float], began: list[floa
             added += other < lowest
     else:
         return None
-    if added >= _MOST_ADDED:
+    if added >= MOST_ADDED:
         return None
     return six_digits(value * ratio)
 

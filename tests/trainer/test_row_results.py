@@ -12,6 +12,8 @@ from run_folders import claim, eval_row, make_run
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from runfolder.appended import read_lines
+from runfolder.chain import Attempt
 from runfolder.files import Damaged
 from runfolder.row_results import RowResult, last_row_results, read_row_results, write_row_results
 from trainer.export import results
@@ -144,3 +146,27 @@ def test_only_what_was_reported_counts_and_the_first_report_of_a_step(tmp_path: 
     (second.folder / "evaluations" / "step-20.jsonl").write_text('{"row": 1}\n')
     with pytest.raises(Damaged, match=r"step-20\.jsonl"):
         results_per_row(run_dir)
+
+
+def test_test_rows_are_the_last_ones_and_judged_at_the_end_alone(
+    new_run: Any, launch: Any, held_out: Path, tmp_path: Path
+) -> None:
+    """Each part comes to what it comes to in a run that has no other rows."""
+    lines = held_out.read_text().splitlines(keepends=True)[:12]
+    parts = {"all": lines, "first": lines[:9], "last": lines[9:]}
+    runs = {}
+    for name, rows in parts.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(rows))
+        evaluation = {"max_new_tokens": 4, "every": 1, "test": 0.25 if name == "all" else 0.0}
+        runs[name] = new_run(f"of-{name}", data={"eval": str(path)}, train={"steps": 2}, evaluation=evaluation)
+    launch(1, *runs.values())
+    found = results(runs["all"])
+    for metric in ("loss", "exact_match"):
+        assert found[f"eval_{metric}"] == pytest.approx(results(runs["first"])[f"eval_{metric}"], rel=1e-6)
+        assert found[f"eval_test_{metric}"] == pytest.approx(results(runs["last"])[f"eval_{metric}"], rel=1e-6)
+    rows = results_per_row(runs["all"])
+    assert [row.row for row in rows if row.test] == [10, 11, 12] and len(rows) == 12
+    told = read_lines(Attempt(runs["all"], 1), "metrics.jsonl")
+    assert [row["step"] for row in told if "eval_test_loss" in row] == [2]
+    assert [row["step"] for row in told if "eval_loss" in row] == [0, 1, 2]

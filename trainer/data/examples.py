@@ -73,6 +73,11 @@ class Examples:
         starts = self.starts[: count + 1]
         return Examples(self.tokens, starts, self.shared)
 
+    def after(self, count: int) -> "Examples":
+        """All examples but the first so many."""
+        starts = self.starts[count:]
+        return Examples(self.tokens, starts, self.shared)
+
     def _sums(self, of_documents: Indices) -> Indices:
         """For each example, the sum of a number that each of its documents has."""
         up_to = np.cumsum(of_documents)

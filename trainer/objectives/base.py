@@ -16,7 +16,7 @@ sure to be in one micro-batch.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -156,3 +156,13 @@ class Objective(ABC):
     def summary(self, metrics: dict[str, float]) -> dict[str, float]:
         """What is said of held-out rows, from the sums of what `judge` gave, over the totals."""
         return metrics
+
+
+def added(totals: Iterable[Totals]) -> dict[str, float]:
+    """The totals of several batches together."""
+    sums: dict[str, float] = {}
+    for of_batch in totals:
+        for name, value in of_batch.items():
+            so_far = sums.get(name, 0)
+            sums[name] = so_far + value
+    return sums

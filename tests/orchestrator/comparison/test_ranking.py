@@ -14,6 +14,7 @@ from tracked_runs import tracked
 
 from orchestrator.comparison import report
 from orchestrator.comparison.compare import Comparison, arrange
+from orchestrator.comparison.conclusion import recommended
 from orchestrator.comparison.measure import MEASURES
 from orchestrator.comparison.outcomes import QualityByRow, ResultsByKey, read_results
 from orchestrator.comparison.places import RankingWish
@@ -106,6 +107,60 @@ def test_losses_are_better_where_they_are_lower() -> None:
     assert second.finding == "reference"
 
 
+def test_rows_that_chose_the_winner_do_not_score_it() -> None:
+    """Test rows alone count, where all that succeeded have some; else nobody is left out for lack of them."""
+    judge = Judge({"lora": 0.0, "dora": 0.0})
+    runs = []
+    for name, share in (("lora", 0.5), ("dora", 0.4)):
+        for seed in "012":
+            run = tracked(name, 0.9 - share, method__kind=name, train__seed=seed)
+            runs.append(replace(run, metrics={**run.metrics, "eval_test_exact_match": share}))
+
+    def read(run: TrackedRun) -> ResultsByKey:
+        results = judge(run)
+        return {key: replace(each, test=each.row >= ROWS - 100) for key, each in results.items()}
+
+    found = arrange(runs, "e", "uri", RankingWish(read=read))
+    ranking = found.rankings[0]
+    assert ranking.measure.key == "eval_test_exact_match" and ranking.margin == 0.01
+    assert {each.own.rows for each in ranking.ranked} == {100}
+    by_choosing_rows = arrange(runs, "e", "uri", RankingWish(read=read, measure="eval_exact_match"))
+    assert {each.own.rows for each in by_choosing_rows.rankings[0].ranked} == {300}
+    untested = tracked("dora", 0.5, method__kind="dora", train__seed="3")
+    assert arrange([*runs, untested], "e", "uri", RankingWish(read=read)).quality.key == "eval_exact_match"
+    failed = tracked("dora", 0.5, "failed", method__kind="dora", train__seed="3")
+    assert arrange([*runs, failed], "e", "uri", RankingWish(read=read)).quality.key == "eval_test_exact_match"
+
+
+def test_what_is_recommended_is_what_the_verdict_says() -> None:
+    def taken(skills: dict[str, float], **costs: float) -> str:
+        ranking = compared(skills).rankings[0]
+        priced = []
+        for each in ranking.ranked:
+            label = each.contender.label
+            contender = replace(each.contender, cost=costs.get(label))
+            priced.append(replace(each, contender=contender))
+        return recommended(replace(ranking, ranked=tuple(priced))).contender.label
+
+    assert taken({"lora": 0.0, "full": 0.6, "vera": 0.9}) == "vera"
+    assert taken({"lora": 0.0, "vera": -0.8}) == "lora"
+    assert taken({"lora": 0.0, "dora": 0.05}, lora=2.0, dora=1.0) == "lora", "cannot be told apart, not as good"
+
+
+def test_of_those_that_are_as_good_the_cheapest_is_recommended() -> None:
+    values = np.tile([0.0, 1.0], (3, 5000)) + np.zeros((3, 10_000))
+    contenders = [
+        Contender(number, label, QualityByRow(tuple("012"), values), cost)
+        for number, (label, cost) in enumerate({"lora": 9.0, "dora": 12.0, "ia3": 5.0}.items())
+    ]
+    ranking = rank(contenders, MEASURES[0], 0)
+    assert [each.finding for each in ranking.ranked].count("as good") == 2
+    assert recommended(ranking).contender.label == "ia3"
+    for cost in (1.0, 5.2):  # cheaper, or not clearly dearer
+        reference = replace(contenders[0], cost=cost)
+        assert recommended(rank([reference, *contenders[1:]], MEASURES[0], 0)).contender.label == "lora"
+
+
 def test_the_measure_can_be_chosen_and_names_are_short() -> None:
     runs = []
     for kind, rank_, loss in (("lora", "8", 1.0), ("ia3", "", 2.0)):
@@ -145,6 +200,12 @@ def test_runs_of_other_data_budgets_and_versions_are_not_in_one_ranking() -> Non
     assert together.barrier and together.barrier.startswith("ranked together, though they differ in ")
 
 
+def test_runs_without_test_rows_are_in_one_ranking_whether_they_say_so_or_not() -> None:
+    runs = [tracked("a", 0.5), tracked("b", 0.6, evaluation__test="0.0"), tracked("c", 0.6, evaluation__test="0.5")]
+    labels = [[each.contender.label for each in ranking.ranked] for ranking in arrange(runs, "e", "uri").rankings]
+    assert sorted(map(sorted, labels)) == [["a", "b"], ["c"]]
+
+
 def test_results_by_row_are_read_from_run_folders() -> None:
     run_dir = make_run(home() / "runs", "folder-0000000000", None)
     attempt = claim(run_dir)
@@ -178,6 +239,16 @@ def test_a_thousand_runs_are_ranked_and_drawn_soon() -> None:
     page = report.page(arrange(runs, "e", "uri"))
     assert len(page) < 5 << 20
     assert time.process_time() - began < 60  # of a slow machine; 2 s are aimed at
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_a_page_with_the_curves_of_a_thousand_runs_is_small(seeds: int) -> None:
+    runs = []
+    for number in range(1000 // seeds):
+        kind, place = number % 16, number // 16
+        changes = {"method__kind": f"m{kind}", "train__lr": str(1e-4 * (1 + place))}
+        runs += [tracked(f"r{kind}", 0.3 + number / 2000, train__seed=str(seed), **changes) for seed in range(seeds)]
+    assert len(report.page(arrange(runs, "e", "uri"))) < 5 << 20
 
 
 def any_difference_seen(count: int, configurations: int = 8) -> float:

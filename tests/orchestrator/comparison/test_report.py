@@ -1,7 +1,11 @@
 """The HTML report: whole, self-contained, and safe with whatever runs are called."""
 
+import base64
+import csv
 import dataclasses
+import json
 import math
+import random
 import re
 import shutil
 import subprocess
@@ -15,6 +19,8 @@ from tracked_runs import preferring, tracked
 from orchestrator.comparison import chart, report
 from orchestrator.comparison.chart import Line
 from orchestrator.comparison.compare import TrackedRun, arrange
+from orchestrator.comparison.dot_labels import Box, placed
+from orchestrator.comparison.pareto import pareto
 
 HOSTILE = "<script>alert('x')</script>\"&' ${plot} $title"
 VOID = {"meta", "link", "br", "rect", "path", "circle"}
@@ -59,9 +65,10 @@ def test_a_comparison_of_methods(tmp_path: Path) -> None:
     report.write_report(arrange(runs, "gsm8k", "uri"), tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.count("svg", **{"class": "chart"}) == 5  # three kinds of curves, two costs
-    assert page.count("g", **{"class": "series"}) == 3 * 4
+    assert page.count("g", **{"class": "series"}) == 3 * 2
+    assert page.count("polygon", **{"class": "band"}) == 3  # of three seeds, one in each kind of curves
     assert page.count("circle", **{"class": "dot"}) == 2 * 2
-    assert "Best exact match: 90.0% by full" in page.text
+    assert "Highest exact match: 90.0% by full. That does not make it the best" in page.text
     assert "± 1.0%" in page.text
 
 
@@ -72,18 +79,18 @@ def test_a_comparison_of_objectives() -> None:
     ]
     for title in ("Accuracy on held-out pairs", "Reward of chosen answers", "KL to the reference"):
         assert title in titles
-    assert "Best accuracy: 80.0% by dpo" in page.text
+    assert "Highest accuracy: 80.0% by dpo" in page.text
 
 
 def test_those_that_are_as_good_are_counted() -> None:
     runs = [tracked(f"r{rank}", 0.9, method__rank=rank) for rank in "248"] + [tracked("bad", 0.1, method__rank="1")]
     text = Page(report.page(arrange(runs, "e", "uri"))).text
-    assert re.search(r"Best exact match: 90\.0% by r\d and 2 others", text)
+    assert re.search(r"Highest exact match: 90\.0% by r\d and 2 others", text)
 
 
 def test_it_needs_nothing_else() -> None:
     text = report.page(arrange([tracked("a", 0.5)], "e", "uri"))
-    assert not re.search(r"(src|href|@import|url\((?!#)|fetch\(|https?:)", text)
+    assert not re.search(r"(src|href=\"(?!data:)|@import|url\((?!#)|fetch\(|https?:)", text)
 
 
 def test_hostile_names_stay_text() -> None:
@@ -96,10 +103,10 @@ def test_hostile_names_stay_text() -> None:
     ("runs", "charts"),
     [
         ([tracked("one", 0.5)], 5),
-        ([tracked("a", 0.5, evals=False), tracked("b", 0.6, evals=False, train__lr="1")], 3),
+        ([tracked("a", 0.5, evals=False), tracked("b", 0.6, evals=False, train__lr="1")], 4),
         ([tracked("a", 0.5, "FAILED", evals=False)], 1),
         ([dataclasses.replace(tracked("a", 0.5, "FAILED"), curves={}, metrics={})], 0),
-        ([tracked(f"r{i}", 0.2 + i / 100, train__lr=str(i)) for i in range(50)], 5),
+        ([tracked(f"r{i}", 0.2 + i / 100, train__lr=str(i)) for i in range(50)], 6),
     ],
 )
 def test_any_set_of_runs(runs: list[TrackedRun], charts: int) -> None:
@@ -138,13 +145,142 @@ def test_thinning_keeps_extremes_and_ends() -> None:
 
 def test_pareto_front() -> None:
     points = [(1.0, 0.5), (2.0, 0.9), (3.0, 0.8), (1.0, 0.4), (2.0, 0.9)]
-    assert chart.pareto(points, more_is_better=True) == [True, True, False, False, True]
-    assert chart.pareto(points, more_is_better=False) == [False, False, False, True, False]
+    assert pareto(points, more_is_better=True) == [True, True, False, False, True]
+    assert pareto(points, more_is_better=False) == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize(("rough", "expected"), [(0.013, 0.02), (0.7, 1), (1, 1), (2.2, 2.5), (30, 50), (6e8, 1e9)])
 def test_nice_numbers(rough: float, expected: float) -> None:
     assert chart.nice(rough) == pytest.approx(expected)
+
+
+def similar_runs() -> list[TrackedRun]:
+    """Ten methods of which most come to nearly the same at nearly the same cost."""
+    runs = []
+    for place, kind in enumerate(
+        ("lora", "dora", "rslora", "adalora", "full", "ia3", "vera", "prefix", "prompt", "x")
+    ):
+        for seed in "012":
+            run = tracked(f"record-{kind}-with-a-name", 0.9 + place / 1000, method__kind=kind, train__seed=seed)
+            metrics = run.metrics | {"train_s": 100.0 + place % 3, "peak_memory_bytes": 2.0**30 * (1 + place % 2)}
+            runs.append(dataclasses.replace(run, metrics=metrics))
+    return runs
+
+
+def test_names_of_dots_are_within_the_chart_and_over_nothing() -> None:
+    rng = random.Random(0)
+    frame = Box(64, 14, 560, 256)
+    named = 0
+    for _ in range(200):
+        dots = [(rng.uniform(70, 550), rng.gauss(130, 20)) for _ in range(rng.randrange(1, 14))]
+        labels = placed(dots, [f"{place}" * rng.randrange(3, 30) for place in range(len(dots))], frame)
+        named += len(labels)
+        boxes = [label.box for label in labels]
+        for place, box in enumerate(boxes):
+            assert frame.holds(box) and not any(map(box.meets, boxes[:place]))
+            assert not any(box.meets(Box(x - 6, y - 6, x + 6, y + 6)) for x, y in dots)
+    assert named > 800, "most dots have a name"
+    assert placed([(300, 100)] * 3, ["best", "b", "c"], frame)[0].text == "best"
+
+
+def test_intervals_stand_at_the_dots_of_rows_that_have_one() -> None:
+    page = page_of(*similar_runs(), tracked("alone", 0.5, method__kind="alone"))
+    assert page.count("path", **{"class": "error"}) == 2 * 10
+    assert page.count("circle", **{"class": "dot"}) == 2 * 11
+
+
+def test_several_that_beat_the_reference_are_not_one_best() -> None:
+    """Two methods that are equally much better than LoRA are named both, and both are marked."""
+    runs = []
+    for kind, quality in (("lora", 0.5), ("dora", 0.8), ("vera", 0.801), ("ia3", 0.3)):
+        for seed in range(5):
+            run = tracked(kind, quality, method__kind=kind, train__seed=str(seed))
+            match = quality + 0.004 * (seed * ord(kind[0]) % 5)
+            runs.append(dataclasses.replace(run, metrics=run.metrics | {"eval_exact_match": match}))
+    found = arrange(runs, "e", "uri")
+    assert found.verdict
+    named = re.fullmatch(
+        r"(\w+) beats lora by .*, and so do (\w+), which cannot be told apart from it .*", found.verdict
+    )
+    assert named and set(named.groups()) == {"dora", "vera"}
+    text = report.page(found)
+    assert len(re.findall(r'<td class="n top">8\d\.\d%', text)) == 2
+    alone = report.page(arrange([tracked("a", 0.5), tracked("b", 0.6, train__lr="1")], "e", "uri"))
+    assert "Highest exact match: 60.0% by b. That does not make it the best" in alone
+    assert '<td class="n top">60.0%' not in alone
+
+
+def test_rates_are_drawn_where_a_method_has_several() -> None:
+    runs = [
+        tracked(f"{kind}-{rate}", 0.5 + place / 10, method__kind=kind, train__lr=rate)
+        for kind in ("lora", "dora")
+        for place, rate in enumerate(("0.0001", "0.0003", "0.001"))
+    ]
+    page = page_of(*runs, tracked("once", 0.5, method__kind="once", train__lr="0.01"))
+    charts = [attributes for _, attributes in page.seen if attributes.get("data-of") == "learning rate"]
+    assert len(charts) == 1 and "Exact match against learning rate" in page.text
+    labels = [attributes["data-label"] for tag, attributes in page.seen if tag == "g" and "data-label" in attributes]
+    assert labels[:2] == ["dora", "lora"] or labels[:2] == ["lora", "dora"]
+    low, high, *_ = map(float, str(charts[0]["data-x"]).split())
+    assert low < -4 < -3 < high
+    assert "1.0e-4" in page.text and "1.0e-3" in page.text
+    low, high, *_ = map(float, str(charts[0]["data-y"]).split())
+    assert low < 0.5 < 0.7 < high, "no point leaves the frame"
+
+
+def test_what_was_done_can_be_pasted_and_the_figures_saved() -> None:
+    found = arrange(similar_runs(), "e", "uri")
+    page = Page(report.page(found))
+    assert "We compared 10 configurations in 30 runs, 3 seeds each. They were judged by exact match" in page.text
+    assert "so that all 9 hold at once with 95 % (Bonferroni)" in page.text
+    links = {str(a["download"]): str(a["href"]) for tag, a in page.seen if tag == "a"}
+    saved = {name: base64.b64decode(href.partition("base64,")[2]).decode() for name, href in links.items()}
+    assert json.loads(saved["comparison.json"]) == json.loads(json.dumps(found.to_json()))
+    lines = list(csv.DictReader(saved["comparison.csv"].splitlines()))
+    assert [line["label"] for line in lines] == [row.label for row in found.rows]
+    first, ranked = lines[0], found.rankings[0].ranked[0]
+    assert first["rank"] == "1" and float(first["gain"]) == found.rankings[0].gain(ranked)[0]
+    assert first["method.kind"] and first["seeds"] == "0 1 2"
+
+
+def in_browser(path: Path, profile: Path, script: str, width: int) -> str:
+    """The page in a browser of a width, after a script has run in it."""
+    text = path.read_text().replace("</body>", f"<script>{script}</script></body>")
+    path.write_text(text)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}"]
+    flags += [f"--window-size={width},900"]
+    done = subprocess.run(
+        ["chromium", *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    return done.stdout
+
+
+OVERLAPS = """
+let named = 0, over = [];
+document.querySelectorAll("svg.chart:not(.forest)").forEach(svg => {
+  const names = [...svg.querySelectorAll("text.name")].map(e => [e.textContent, e.getBoundingClientRect()]);
+  const frame = svg.getBoundingClientRect();
+  named += names.length;
+  names.forEach(([a, r], i) => {
+    if (r.left < frame.left || r.right > frame.right) over.push(a + " leaves the chart");
+    names.slice(i + 1).forEach(([b, q]) => {
+      if (r.left < q.right && q.left < r.right && r.top < q.bottom && q.top < r.bottom) over.push(a + " over " + b);
+    });
+  });
+});
+document.title = named + " named; " + over.join(", ");
+"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+@pytest.mark.parametrize("width", [500, 900, 1500])
+def test_no_name_of_a_dot_is_over_another_one_in_a_browser(tmp_path: Path, width: int) -> None:
+    path = tmp_path / "report.html"
+    report.write_report(arrange(similar_runs(), "e", "uri"), path)
+    shown = in_browser(path, tmp_path / "profile", OVERLAPS, width)
+    found = re.search(r"<title>(\d+) named; (.*)</title>", shown)
+    assert found and int(found[1]) >= 8 and found[2] == "", found
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
@@ -155,10 +291,6 @@ def test_a_browser_runs_it_without_errors(tmp_path: Path) -> None:
     check = "<script>document.querySelector('.legend li').dispatchEvent(new Event('mouseenter'));</script></body>"
     text = path.read_text().replace("<script>", f"<script>{script}</script><script>").replace("</body>", check)
     path.write_text(text)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'p'}"]
-    done = subprocess.run(
-        ["chromium", *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120
-    )
-    assert "<title>Fleetune: e</title>" in done.stdout
-    assert 'class="series dim"' in done.stdout
+    shown = in_browser(path, tmp_path / "p", "", 900)
+    assert "<title>Fleetune: e</title>" in shown
+    assert 'class="series dim"' in shown

@@ -74,6 +74,8 @@ def test_a_sweep_of_real_runs_is_driven_to_its_end_and_a_rung_goes_on_bitwise(
     (whole / "job.yaml").write_text((broken / "job.yaml").read_text())
     (whole / "run.json").write_text((broken / "run.json").read_text())
     launch(1, whole)
+    cooled = [row["eval_cooled_loss"] for row in history(broken) if "eval_cooled_loss" in row]
+    assert cooled == [found[best].scores[3]] and "eval_test_loss" in history(broken)[-1]
     assert [(row["step"], row.get("loss"), row.get("eval_loss")) for row in history(broken)] == [
         (row["step"], row.get("loss"), row.get("eval_loss")) for row in history(whole)
     ]
@@ -140,6 +142,16 @@ def test_a_job_without_steps_or_held_out_rows_is_refused(tmp_path: Path) -> None
     make_job(tmp_path, train={"epochs": 1, "batch_tokens": 16})
     with pytest.raises(InputError, match=r"train\.steps: found nothing"):
         SweepDriver.of(write_sweep(tmp_path), None)
+
+
+def test_a_job_that_keeps_its_best_has_no_test_rows(tmp_path: Path) -> None:
+    data = {"train": "train.jsonl", "eval": "train.jsonl", "seq_len": 16}
+    make_job(tmp_path, data=data, evaluation={"every": 2, "keep": "best"})
+    with pytest.raises(InputError, match="evaluation.keep best or stop_after in a sweep with test rows"):
+        SweepDriver.of(write_sweep(tmp_path), None)
+    driver = SweepDriver.of(write_sweep(tmp_path, test=0.0), None)
+    first = driver.plan.trials({})[0]
+    assert first.job(driver.sweep, driver.submitted, None)["evaluation"]["test"] == 0.0
 
 
 def pause_all(path: Path, home: Path) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orchestrator.advice.race import most_steps
 from orchestrator.comparison.measure import MEASURES
 from orchestrator.comparison.outcomes import QualityByRow
 from orchestrator.comparison.ranking import Contender, rank
-from orchestrator.sweeps.progress import Reached, steps_taken
+from orchestrator.sweeps.progress import Reached
 from orchestrator.sweeps.rules import SweepPlan
 from orchestrator.sweeps.spec import Sweep
 from orchestrator.sweeps.trials import Trial, Variant, variants_of, with_seeds
+from runfolder.cooling import cool_down_steps
 
 STEPS = 90
 Curve = Callable[[Trial, int], float]  # how bad a trial is at a step
@@ -51,6 +53,10 @@ def test_a_final_is_not_paused_and_others_are() -> None:
     assert {(move.trial.seed, move.until) for move in plan.decide(progress).moves} == {(0, None), (1, None)}
 
 
+def steps_taken(simulation: "Simulation") -> int:
+    return sum(reached.step for reached in simulation.progress.values())
+
+
 class Simulation:
     """Trials that go where a plan sends them, each tick some of them, and are measured by a curve."""
 
@@ -61,6 +67,7 @@ class Simulation:
         self.progress: dict[Trial, Reached] = {}
         self.until: dict[Trial, int] = {}
         self.most_going = 0
+        self.cooled = 0  # steps of cool-downs
 
     def run(self) -> str | None:
         for _ in range(10_000):
@@ -86,6 +93,7 @@ class Simulation:
         step = self.until[trial]
         scores = {**self.progress[trial].scores, step: self.curve(trial, step)}
         state = "succeeded" if step == STEPS else "paused"
+        self.cooled += cool_down_steps(self.plan.sweep.cool_down, step, STEPS)
         self.progress[trial] = Reached(state, step, scores)  # type: ignore[arg-type]
 
     def full(self) -> list[Trial]:
@@ -136,7 +144,7 @@ def test_asha_sends_few_to_the_end_and_the_best_among_them() -> None:
     assert 3 <= len(simulation.full()) <= 9
     closest = min(rates(simulation), key=lambda rate: abs(math.log10(rate / 1e-3)))
     assert closest in [trial.configuration.settings["train.lr"] for trial in simulation.full()]
-    assert steps_taken(simulation.progress.values()) < 0.45 * 27 * STEPS
+    assert steps_taken(simulation) < 0.45 * 27 * STEPS
 
 
 @pytest.mark.parametrize("rule", ["grid", "random", "asha", "race"])
@@ -146,7 +154,45 @@ def test_the_budget_is_never_exceeded(rule: str, budget: int) -> None:
     simulation = Simulation(SweepPlan(limited, STEPS), bowl(1e-3), seed=budget)
     why = simulation.run()
     assert why == f"the budget of {budget} steps is spent" or budget == 1234
-    assert steps_taken(simulation.progress.values()) <= budget
+    assert steps_taken(simulation) + simulation.cooled <= budget
+
+
+def test_the_whole_of_a_small_budget_is_used_and_no_cool_down_is_unpaid() -> None:
+    """Twelve steps take one trial to the first rung at 10 and cool it down for two; eleven take none there."""
+    for budget, begun in ((11, 0), (12, 1), (23, 1), (24, 2)):
+        limited = sweep(rule="asha", budget=budget, cool_down=0.2, seeds=[0])
+        assert len(SweepPlan(limited, STEPS).decide({}).moves) == begun
+
+
+def test_a_trial_that_paused_a_step_late_is_promoted_all_the_same() -> None:
+    plan = SweepPlan(sweep(rule="asha", axes={"train.lr": [1e-3, 1e-2, 1e-1]}, seeds=[0]), STEPS)
+    trials = with_seeds(variants_of(plan.sweep), [0])
+    progress = {trial: Reached("paused", 11, {10: place}) for place, trial in enumerate(trials)}
+    assert [(move.trial, move.until) for move in plan.decide(progress).moves] == [(trials[0], 30)]
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_a_race_takes_no_more_than_is_said_before(number: int) -> None:
+    rng = np.random.default_rng(number)
+    count = int(rng.integers(2, 6))
+    raced = sweep(
+        rule="race",
+        methods=methods(*(f"m{place}" for place in range(count))),
+        axes={"train.lr": {"log": [1e-4, 1e-2], "count": 3}},
+        seeds=list(range(int(rng.integers(1, 7)))),
+        finalists=int(rng.integers(1, 4)),
+        reference="m0",
+        parallel=int(rng.integers(1, 9)),
+    )
+    plan = SweepPlan(raced, STEPS)
+    slope = float(rng.normal())  # a best rate at an end, which is gone beyond
+    simulation = Simulation(
+        plan,
+        lambda trial, _: slope * math.log10(trial.configuration.settings["train.lr"]) + 0.1 * rng.normal(),
+        number,
+    )
+    simulation.run()
+    assert steps_taken(simulation) + simulation.cooled <= most_steps(plan, count)
 
 
 def test_a_failed_trial_is_not_repeated_and_does_not_hold_up_a_race() -> None:

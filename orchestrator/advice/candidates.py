@@ -1,0 +1,178 @@
+"""Methods that a job could take: each planned on the same base, rows and hardware, or left out, with the reason."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from methods.options import KINDS
+from orchestrator.advice.evidence import TOKENS_FOR_FULL, Situation
+from orchestrator.comparison.measure import format_bytes
+from orchestrator.errors import InputError
+from orchestrator.planning.base import misfits
+from orchestrator.planning.plan import Plan, Planner
+from orchestrator.planning.spec import validate
+from runfolder.job import Job
+
+REFERENCE = "lora"
+# The order in which methods are worth a place in a race, by what others measured; those that are not here come last.
+_ORDER = ("lora", "full", "rslora", "dora", "adalora", "ia3", "vera", "galore", "bottleneck", "relora", "qlora")
+_TOO_LITTLE_DATA = f"full is not known to win below {TOKENS_FOR_FULL:,} tokens of training (arXiv 2405.09673)"
+_FITS_IN_16_BITS = "lora fits in 16 bits, and a base in 4 bits is a slightly worse model"
+
+
+@dataclass(frozen=True)
+class MethodCandidate:
+    """A method with its options; `reason` is why it is left out, None where it is not."""
+
+    kind: str
+    options: dict[str, Any]
+    plan: Plan | None
+    reason: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The candidate as plain data, for JSON."""
+        plain: dict[str, Any] = {
+            "method": self.kind,
+            "options": self.options,
+            "left_out": self.reason,
+        }
+        if self.plan is None:
+            return plain
+        figures = foretold(self.plan)
+        plain["lr"] = self.plan.lr
+        plain["trained"] = figures.trained
+        plain["needed_bytes"] = figures.needed
+        plain["hours"] = figures.hours
+        return plain
+
+
+class ForetoldFigures(NamedTuple):
+    """What a plan foretells; None for what is not known."""
+
+    trained: int | None
+    needed: int | None
+    hours: float | None
+
+
+def foretold(plan: Plan) -> ForetoldFigures:
+    """The figures of a plan that methods are compared by."""
+    trained = None
+    needed = None
+    hours = None
+    if plan.sizes is not None:
+        trained = plan.sizes.trained
+    if plan.fit is not None:
+        needed = plan.fit.needed
+    if plan.hours is not None:
+        hours = plan.hours.likely
+    return ForetoldFigures(trained, needed, hours)
+
+
+def candidates(planner: Planner, job: Job) -> list[MethodCandidate]:
+    """All methods, those that are worth a place in a race first."""
+    found = []
+    for kind in sorted(KINDS, key=_preference):
+        candidate = _planned_candidate(planner, job, kind)
+        found.append(candidate)
+    return _by_evidence(found, job, planner)
+
+
+def situation_of(planner: Planner, job: Job, found: Iterable[MethodCandidate]) -> Situation:
+    """What rules depend on, as far as it is known."""
+    findings = planner.findings
+    by_kind = {candidate.kind: candidate for candidate in found}
+    lora = by_kind[REFERENCE]
+    train = findings.train
+    sequences = None
+    if train and train.count and train.tokens:
+        mean_tokens = train.tokens / train.count
+        sequences = job.train.batch_tokens / mean_tokens
+    eval_rows = None
+    if findings.eval is not None:
+        eval_rows = findings.eval.count
+    tokens = _training_tokens(job, planner)
+    plan = lora.plan
+    if plan is None:
+        hidden_size = findings.model.hidden_size
+        options = KINDS[REFERENCE].model_validate(lora.options)
+        rate = options.rate(hidden_size)
+        return Situation(rate, None, tokens, sequences, eval_rows, None)
+    parameters = None
+    lora_fits = None
+    if plan.sizes is not None:
+        parameters = plan.sizes.parameters
+    if plan.fit is not None:
+        lora_fits = plan.fit.fits
+    return Situation(plan.lr, parameters, tokens, sequences, eval_rows, lora_fits)
+
+
+def _planned_candidate(planner: Planner, job: Job, kind: str) -> MethodCandidate:
+    """A method with its default options, or those of the job where it is the job's, and its plan."""
+    options: dict[str, Any] = {"kind": kind}
+    if job.method.kind == kind:
+        options = job.method.model_dump(mode="json", exclude_unset=True) | options
+    plain = job.dump()
+    plain["method"] = options
+    plain["train"]["lr"] = None
+    plain["output"]["merge"] = False
+    try:
+        changed = validate(plain)
+    except InputError as error:
+        return MethodCandidate(kind, options, None, str(error))
+    problems = misfits(changed, planner.findings.model)
+    if problems:
+        return MethodCandidate(kind, options, None, "; ".join(problems))
+    plan = planner.plan(changed)
+    return MethodCandidate(kind, options, plan, _why_it_does_not_fit(plan))
+
+
+def _why_it_does_not_fit(plan: Plan) -> str | None:
+    """How much more memory a worker takes than it has, and the change with which it fits; None where it fits."""
+    fit = plan.fit
+    if fit is None or fit.device is None:
+        return None
+    if fit.fits:
+        return None
+    needed = format_bytes(fit.needed)
+    device = format_bytes(fit.device)
+    reason = f"does not fit: it takes {needed} of {device}"
+    for change in fit.changes:
+        if change.fits:
+            needed = format_bytes(change.needed)
+            return f"{reason}; with {change.text} {needed}"
+    return reason
+
+
+def _by_evidence(found: Iterable[MethodCandidate], job: Job, planner: Planner) -> list[MethodCandidate]:
+    """The candidates, of which those are left out that evidence speaks against here."""
+    by_kind = {candidate.kind: candidate for candidate in found}
+    against = {}
+    tokens = _training_tokens(job, planner)
+    if tokens is not None and tokens < TOKENS_FOR_FULL:
+        against["full"] = _TOO_LITTLE_DATA
+    if by_kind[REFERENCE].reason is None:
+        against["qlora"] = _FITS_IN_16_BITS
+    judged = []
+    for kind, candidate in by_kind.items():
+        if candidate.reason is None:
+            reason = against.get(kind)
+            candidate = replace(candidate, reason=reason)
+        judged.append(candidate)
+    return judged
+
+
+def _training_tokens(job: Job, planner: Planner) -> int | None:
+    """The tokens of a training, over all of its steps; None where that is not known from here."""
+    if job.train.steps is not None:
+        return job.train.steps * job.train.batch_tokens
+    train = planner.findings.train
+    if train is None or job.train.epochs is None:
+        return None
+    return round(job.train.epochs * train.tokens)
+
+
+def _preference(kind: str) -> tuple[int, str]:
+    """What methods are sorted by."""
+    if kind in _ORDER:
+        return _ORDER.index(kind), kind
+    return len(_ORDER), kind
