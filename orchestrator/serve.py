@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import InputError
+from runfolder.files import Damaged
+from runfolder.folders import home
 
 if TYPE_CHECKING:
     from serving.gateway.tenants import Tenants
+    from serving.gateway.usage import UsageFolder
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -22,6 +25,7 @@ class Serving:
     host: str
     port: int
     replicas: int | None  # None is one for each GPU
+    folder: Path | None = None  # where what tenants used is kept; None is below FLEETUNE_HOME
 
 
 def serve(serving: Serving) -> None:
@@ -41,7 +45,8 @@ def serve(serving: Serving) -> None:
         raise InputError(f"found no {error.name}; it comes with: pip install 'fleetune[serve]'") from error
     try:
         replicas = serving.replicas or server.usual_replicas()
-        service = server.make_service(serving.base, folders, tenants, replicas=replicas)
+        usage = _usage(serving)
+        service = server.make_service(serving.base, folders, tenants, replicas=replicas, usage=usage)
     except (AdapterRefused, BaseRefused) as error:
         raise InputError(str(error)) from error
     server.run_server(service, serving.host, serving.port)
@@ -76,3 +81,19 @@ def _tenants(serving: Serving) -> "Tenants | None":
         return read_tenants(serving.tenants_file)
     except TenantsRefused as error:
         raise InputError(str(error)) from error
+
+
+def _usage(serving: Serving) -> "UsageFolder | None":
+    """Where what tenants used is kept, if anybody has a key; raises InputError where that cannot be."""
+    if serving.tenants_file is None:
+        return None
+    from serving.gateway.quota import day_now
+    from serving.gateway.usage import UsageFolder
+
+    folder = serving.folder or home() / "services" / Path(serving.base).name
+    try:
+        usage = UsageFolder(folder)
+        usage.clear(day_now())
+    except (OSError, Damaged) as error:
+        raise InputError(f"--folder: {error}; allowed: a folder that can be written") from error
+    return usage

@@ -26,12 +26,16 @@ def serve_command(
         int | None, typer.Option("--replicas", min=1, help="Engines, through Ray Serve; one for each GPU without it.")
     ] = None,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="One engine, in this process.")] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--folder", metavar="DIR", help="Where what tenants used is kept."),
+    ] = None,
 ) -> None:
     """Serve a base and its adapters through OpenAI's API; the page at / tries them side by side."""
     from orchestrator.serve import Serving, serve
 
     named = tuple(adapters or ())
-    serve(Serving(base, named, tenants, host, port, 1 if no_ray else replicas))
+    serve(Serving(base, named, tenants, host, port, 1 if no_ray else replicas, folder))
 
 
 @serve_app.command("key")

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -175,7 +175,11 @@ def create_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.answering.start()
+        settling = asyncio.ensure_future(service.settle_on())
         yield
+        settling.cancel()
+        with suppress(asyncio.CancelledError):
+            await settling
         await asyncio.to_thread(service.answering.stop)
 
     app = FastAPI(title="Fleetune", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)

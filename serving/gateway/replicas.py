@@ -27,7 +27,6 @@ LOAD_S = 120.0  # that one may take to read an adapter
 PROBE_S = 0.5  # between two looks at a replica that is down
 MOST_FAILURES = 3  # of replicas that a request is given to: it may be what ends them
 WAIT_S = 120.0  # that a request waits for any replica to be up
-NO_ENGINE = ApiRefusal(503, "no engine is up", "no_engine", 5.0)
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Replicas:
         """Let a name mean an adapter that nobody has loaded_or_refused yet; raises AdapterRefused."""
         number = self.router.choose(None)
         if number is None:
-            raise NO_ENGINE
+            raise no_engine()
         try:
             loaded = await self.load(number, files)
         finally:
@@ -207,7 +206,7 @@ class RemoteAnswer:
                 self._replicas.lose(number)
             finally:
                 router.done(number)
-        self._refuse(NO_ENGINE)
+        self._refuse(no_engine())
 
     def over(self, _: "asyncio.Task[None]") -> None:
         """Let nobody wait any more."""
@@ -250,6 +249,11 @@ class RemoteAnswer:
             if fresh:
                 self.stream.put(fresh, False)
         self.stream.put([], True)
+
+
+def no_engine() -> ApiRefusal:
+    """What is said while all replicas are down."""
+    return ApiRefusal(503, "no engine is up", "no_engine", 5.0)
 
 
 def check_saying(piece: "Saying") -> None:

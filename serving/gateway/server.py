@@ -18,6 +18,7 @@ from serving.gateway.replicas import Replicas
 from serving.gateway.service import Allowed, Service
 from serving.gateway.tenants import Tenants
 from serving.gateway.text import Codec
+from serving.gateway.usage import UsageFolder
 
 CONNECTIONS = 2048
 DRAIN_S = 60  # for answers that are under way when the server is told to end
@@ -82,6 +83,7 @@ def make_service(
     allowed: Allowed | None = None,
     name: str | None = None,
     replicas: int = 1,
+    usage: UsageFolder | None = None,
 ) -> Service:
     """A base with an operator's adapters, ready to be served; raises BaseRefused or AdapterRefused."""
     sizes = sizes or EngineSizes()
@@ -92,7 +94,7 @@ def make_service(
         engine = Engine(base, **asdict(sizes))
         answering = EngineThread(engine)
     base_name = name or Path(base).name
-    service = Service(answering, Codec(base), base_name, tenants, allowed or Allowed())
+    service = Service(answering, Codec(base), base_name, tenants, allowed or Allowed(), usage)
     for adapter_name, folder in adapters.items():
         service.library.share(adapter_name, folder)
     return service
