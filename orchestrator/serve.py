@@ -57,15 +57,10 @@ def adapter_folder(text: str) -> tuple[str, Path]:
     name, sign, place = text.partition("=")
     if not sign or not name or not place:
         raise InputError(f"--adapters: found {text!r}; allowed: NAME=FOLDER, or NAME=RUN")
-    folder = Path(place)
-    if folder.is_dir():
-        return name, folder
-    from orchestrator.status import status
+    from orchestrator.evaluation.adapters import resolve_adapters
 
-    run = status(place)
-    if run.output_dir is None:
-        raise InputError(f"--adapters: found the run {run.run_id}, which has no output: it is {run.state}")
-    return name, Path(run.output_dir)
+    (source,) = resolve_adapters([place])
+    return name, source.folder
 
 
 def _tenants(serving: Serving) -> "Tenants | None":

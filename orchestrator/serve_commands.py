@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.terminal import Json, print_json
+from orchestrator.evaluate_commands import BaseOption, SeveralValues
+from orchestrator.terminal import Json, clear_count, count_answers, print_json, warn
 
 serve_app = typer.Typer()
 
@@ -48,7 +49,7 @@ def key_command() -> None:
     print(f"tenants file:    {hash_of(key)}")
 
 
-@serve_app.command("combine")
+@serve_app.command("combine", cls=SeveralValues)
 def combine_command(
     adapters: Annotated[
         list[str], typer.Argument(metavar="ADAPTER:WEIGHT...", help="LoRA adapters: folders or runs, with weights.")
@@ -60,12 +61,23 @@ def combine_command(
         float, typer.Option("--density", min=0.01, max=1, help="What ties and dare keep of the updates.")
     ] = 0.5,
     seed: Annotated[int, typer.Option("--seed", help="Which numbers dare drops.")] = 0,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", metavar="TASK.YAML...", help="What parents and result are evaluated on."),
+    ] = None,
+    base: BaseOption = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Rows of each task.")] = None,
     as_json: Json = False,
 ) -> None:
     """Combine LoRA adapters of one base into one, which serves and evaluates like any other."""
     from orchestrator.combine import combine_adapters, report_lines
+    from orchestrator.mixture import MixtureTasks
 
-    report = combine_adapters(out, adapters, how, rank, density, seed)
+    asked = MixtureTasks(tuple(tasks or ()), base, limit)
+    report = combine_adapters(out, adapters, how, rank, density, seed, asked, count_answers)
+    clear_count()
+    for warning in report.get("evaluation", {}).get("warnings", []):
+        warn(warning)
     if as_json:
         print_json(report)
         return

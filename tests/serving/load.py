@@ -72,7 +72,7 @@ class Clients:
     """Clients of one server, in one event loop."""
 
     def __init__(self, server: Server, folders: list[Path], expected: dict[str, str]) -> None:
-        self.address, self.folders, self.expected = server.address, folders, expected
+        self.server, self.address, self.folders, self.expected = server, server.address, folders, expected
         self.counts = Counts()
 
     async def run(self, clients: int, swappers: int, seconds: float) -> Counts:
