@@ -26,8 +26,8 @@ from clusters.remote.far_side import AT_WORK, READY, kind_of, words_of
 from clusters.remote.leftovers import leftovers_in, remove_leftovers
 from clusters.remote.shelf import Shelf
 from runfolder.folders import home
-from runfolder.job import Job
 from runfolder.requested import answer_request
+from runfolder.service import parse_run_spec
 from runfolder.site import PlainData
 
 _SIGN_S = 10.0  # between two signs of work
@@ -102,7 +102,7 @@ def answer(cluster: Cluster, shelf: Shelf, request: PlainData) -> Any:
     """Do what a request asks, as plain data that goes through JSON."""
     match request["verb"]:
         case "request":
-            job = Job.model_validate(request["job"])
+            job = parse_run_spec(request["job"])
             secrets = tuple(request["secrets"])
             made = cluster.request(job, request["run_id"], request["submission"], secrets)
             return asdict(made)

@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from clusters.base import SubmissionRefused
-from runfolder.job import Job
 from runfolder.resources import Section
+from runfolder.service import RunSpec, ServiceSpec
 from runfolder.sources import ClusterFile, file_of, parse_source
 
 _PATH_PART = r"[\w.@+=-]{1,255}"  # a runtime takes , and : of an option for the end of a path
@@ -55,7 +55,7 @@ class Container(Section):
     )
 
 
-def python_in(container: Container, home: Path, job: Job) -> list[str]:
+def python_in(container: Container, home: Path, job: RunSpec) -> list[str]:
     """The command of Python in a container, for a job whose run folder is below `home`; raises SubmissionRefused."""
     command = [container.runtime, "exec", "--env", "PYTHONNOUSERSITE=1"]
     if job.resources.gpus_per_node:
@@ -69,8 +69,11 @@ def python_in(container: Container, home: Path, job: Job) -> list[str]:
     return [*command, str(image), container.python]
 
 
-def _folders_of(job: Job, home: Path) -> Iterator[tuple[str, Path]]:
+def _folders_of(job: RunSpec, home: Path) -> Iterator[tuple[str, Path]]:
     """The folders of files that a job reads, but those below `home`, by the field that names them."""
+    if isinstance(job, ServiceSpec):
+        yield from _folders_of_service(job, home)
+        return
     sources = {"data.train": job.data.train, "data.eval": job.data.eval or ""}
     for field, source in sources.items():
         path = file_of(source)
@@ -80,6 +83,16 @@ def _folders_of(job: Job, home: Path) -> Iterator[tuple[str, Path]]:
     base = Path(job.base.model)
     if _is_here(base) and home not in base.parents:
         yield "base.model", base
+
+
+def _folders_of_service(service: ServiceSpec, home: Path) -> Iterator[tuple[str, Path]]:
+    """The folders of files that a service reads, but those below `home`, by the field that names them."""
+    folders = {"base": Path(service.base), "tenants": Path(service.tenants).parent}
+    for name, folder in service.adapters.items():
+        folders[f"adapters.{name}"] = Path(folder)
+    for field, path in folders.items():
+        if _is_here(path) and path != home and home not in path.parents:
+            yield field, path
 
 
 def _is_here(path: Path) -> bool:

@@ -54,26 +54,37 @@ def serve(serving: Serving) -> None:
 
 def adapter_folder(text: str) -> tuple[str, Path]:
     """The name and the folder in NAME=FOLDER_OR_RUN; raises InputError."""
-    name, sign, place = text.partition("=")
-    if not sign or not name or not place:
-        raise InputError(f"--adapters: found {text!r}; allowed: NAME=FOLDER, or NAME=RUN")
+    name, place = named_place(text)
     from orchestrator.evaluation.adapters import resolve_adapters
 
     (source,) = resolve_adapters([place])
     return name, source.folder
 
 
+def named_place(text: str) -> tuple[str, str]:
+    """The two parts of NAME=FOLDER_OR_RUN; raises InputError."""
+    name, sign, place = text.partition("=")
+    if not sign or not name or not place:
+        raise InputError(f"--adapters: found {text!r}; allowed: NAME=FOLDER, or NAME=RUN")
+    return name, place
+
+
 def _tenants(serving: Serving) -> "Tenants | None":
     """The tenants of the file, if there is one; raises InputError where others would be let in without."""
-    from serving.gateway.tenants import TenantsRefused, read_tenants
-
     if serving.tenants_file is None:
         if serving.host not in LOOPBACK_HOSTS:
             allowed = ", ".join(LOOPBACK_HOSTS)
             raise InputError(f"--host: found {serving.host} without --tenants; allowed: {allowed}")
         return None
+    return read_keys(serving.tenants_file)
+
+
+def read_keys(tenants_file: Path) -> "Tenants":
+    """The tenants of a file; raises InputError."""
+    from serving.gateway.tenants import TenantsRefused, read_tenants
+
     try:
-        return read_tenants(serving.tenants_file)
+        return read_tenants(tenants_file)
     except TenantsRefused as error:
         raise InputError(str(error)) from error
 

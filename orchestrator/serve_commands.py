@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.evaluate_commands import BaseOption, SeveralValues
-from orchestrator.terminal import Json, clear_count, count_answers, print_json, warn
+from orchestrator.terminal import Json, announce_submission, clear_count, count_answers, count_bytes, print_json, warn
 
 serve_app = typer.Typer()
 
@@ -31,12 +31,24 @@ def serve_command(
         Path | None,
         typer.Option("--folder", metavar="DIR", help="Where what tenants used is kept."),
     ] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", metavar="NAME", help="Serve there, until fleetune cancel ends it.")
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="Of the service on a cluster.")] = "service",
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="On a cluster: GPUs, an engine on each.")] = None,
+    walltime: Annotated[str | None, typer.Option("--walltime", help="On a cluster: of its job, like 8h.")] = None,
 ) -> None:
     """Serve a base and its adapters through OpenAI's API; the page at / tries them side by side."""
     from orchestrator.serve import Serving, serve
 
     named = tuple(adapters or ())
-    serve(Serving(base, named, tenants, host, port, 1 if no_ray else replicas, folder))
+    if cluster is not None:
+        from orchestrator.serve_on_cluster import serve_on_cluster, service_resources
+
+        resources = service_resources(gpus, walltime)
+        serving = Serving(base, named, tenants, host, port, replicas, folder)
+        return announce_submission(serve_on_cluster(serving, cluster, name, resources, count_bytes))
+    return serve(Serving(base, named, tenants, host, port, 1 if no_ray else replicas, folder))
 
 
 @serve_app.command("key")

@@ -32,6 +32,8 @@ class Activity:
 def phase_text(event: Record) -> str | None:
     """What begins with an event, or goes on, in words; None where that is nothing."""
     kind = event["event"]
+    if kind == "serving":
+        return f"serving on {event['address']}"
     if kind != "evaluating":
         return _BEGINNINGS.get(kind)
     return f"evaluating after step {event['step']}: {event['done']:,} of {event['total']:,} {event['what']}"

@@ -14,8 +14,9 @@ from runfolder.chain import reopen, result, see_slots
 from runfolder.digests import changes
 from runfolder.fetched import paths_to_fetch
 from runfolder.files import Record, list_names, sha256
+from runfolder.job import Job
 from runfolder.news import Known, News, news_of_runs
-from runfolder.record import create_run_folder, job_in, read_record
+from runfolder.record import create_run_folder, read_record, run_spec_in
 from runfolder.requests import cancel_requested, pause_step, request_cancel, request_pause
 from runfolder.secrets import read_secrets, write_secrets
 from runfolder.snapshot import Snapshot, snapshot
@@ -237,9 +238,9 @@ def _reopen(run_dir: Path, ended: Ended) -> None:
         raise Refused(f"run {run_dir.name}: it was asked to end and has not yet; resume it when it has; {way_out}")
     record = read_record(run_dir)
     path = run_dir / "job.yaml"
-    job = job_in(record, str(path))
+    work = run_spec_in(record, str(path))
     known = record.get("digests") or {}
-    changed = changes(job, known)
+    changed = changes(work, known) if isinstance(work, Job) else []
     if changed:
         raise Refused("\n".join(changed))
     if ended is not None:

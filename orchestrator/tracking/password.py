@@ -4,26 +4,34 @@ That is the tracking URI where it has a password, and variables of `env:`. All o
 the URI under `TRACKING_URI`.
 """
 
+from typing import TypeVar
+
 from runfolder.job import Job
+from runfolder.service import RunSpec, ServiceSpec
 from runfolder.variables import public, split_secrets
 
+AnyRunSpec = TypeVar("AnyRunSpec", Job, ServiceSpec)
 TRACKING_URI = "tracking.uri"  # the name among the secrets
 
 
-def secrets_of(job: Job) -> dict[str, str]:
-    """What of a job is secret, by name."""
+def secrets_of(job: RunSpec) -> dict[str, str]:
+    """What of a job, or of a service, is secret, by name."""
     _, secrets = split_secrets(job.env)
+    if isinstance(job, ServiceSpec):
+        return secrets
     uri = job.tracking.uri
     if uri and public(uri) != uri:
         secrets[TRACKING_URI] = uri
     return secrets
 
 
-def without_secrets(job: Job) -> Job:
-    """The job as others may read it."""
+def without_secrets(job: AnyRunSpec) -> AnyRunSpec:
+    """The job, or the service, as others may read it."""
     if not secrets_of(job):
         return job
     shown, _ = split_secrets(job.env)
+    if isinstance(job, ServiceSpec):
+        return job.model_copy(update={"env": shown})
     uri = job.tracking.uri
     tracking = job.tracking.model_copy(update={"uri": public(uri) if uri else uri})
     return job.model_copy(update={"tracking": tracking, "env": shown})

@@ -1,0 +1,119 @@
+"""`fleetune serve --cluster`: a service as a run of a cluster, which lasts until somebody cancels it."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from orchestrator.backends import make_request, open_cluster
+from orchestrator.begun import id_of_begun
+from orchestrator.errors import InputError
+from orchestrator.evaluation.adapters import resolve_adapters
+from orchestrator.planning.freeze import Sent, versions
+from orchestrator.runs import find, new_id
+from orchestrator.serve import Serving, named_place, read_keys
+from orchestrator.submit import Submission, clear_ending, hand_in, identity_of
+from orchestrator.tracking.password import secrets_of, without_secrets
+from runfolder.resources import Resources
+from runfolder.service import ServiceSpec
+from runfolder.site import Site
+from runfolder.sources import ClusterFile, parse_source
+
+LAST_ANSWERS_S = 60  # that answers under way may take when the service must end
+
+
+@clear_ending()
+def serve_on_cluster(
+    serving: Serving,
+    cluster: str,
+    name: str,
+    resources: Resources,
+    sent: Sent = lambda _file, _bytes, _total: None,
+) -> Submission:
+    """Submit a service to a cluster; what lies here is sent there. Raises InputError or Unreachable."""
+    if serving.tenants_file is None:
+        raise InputError("--tenants: missing; others reach the nodes of a cluster, so a service there needs keys")
+    read_keys(serving.tenants_file)
+    backend = open_cluster(cluster)
+    make_request(backend, service_of(serving, name, resources), new_id(name))  # refused before anything is sent
+    service = brought_there(serving, service_of(serving, name, resources), backend.site, cluster, sent)
+    frozen: dict[str, Any] = {
+        "cluster": cluster,
+        "submitted": time.time(),
+        "versions": versions(),
+        "digests": {},
+        "secrets": sorted(secrets_of(service)),
+        "job": without_secrets(service).dump(),
+    }
+    with id_of_begun(identity_of(frozen), name) as run_id:
+        request, adopted = hand_in(backend, service, run_id, frozen)
+        return Submission(run_id, Path(request.run_dir), cluster, adopted, ())
+
+
+def service_resources(gpus: int | None, walltime: str | None) -> Resources:
+    """What a service needs, as the command line says it; raises InputError."""
+    wanted = {"gpus_per_node": gpus, "walltime": walltime, "grace": LAST_ANSWERS_S}
+    try:
+        return Resources.model_validate(wanted)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise InputError(f"--walltime: {problem['msg']}; allowed: like 90s, 30m, 8h, 2d") from None
+
+
+def service_of(serving: Serving, name: str, resources: Resources) -> ServiceSpec:
+    """The spec of a service, with the places that the command line names; raises InputError."""
+    adapters: dict[str, str] = {}
+    for text in serving.adapters:
+        adapter, place = named_place(text)
+        if adapter in adapters:
+            raise InputError(f"--adapters: found the name {adapter} twice")
+        adapters[adapter] = place
+    try:
+        tenants = str(serving.tenants_file)
+        return ServiceSpec(name=name, base=serving.base, adapters=adapters, tenants=tenants, resources=resources)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(map(str, problem["loc"]))
+        raise InputError(f"{field}: {problem['msg']}") from None
+
+
+def brought_there(serving: Serving, service: ServiceSpec, site: Site, cluster: str, sent: Sent) -> ServiceSpec:
+    """The service with its files where it will run; raises InputError."""
+
+    def bring(path: Path) -> str:
+        there = site.bring(path.absolute(), lambda done, total: sent(path.name, done, total))
+        return str(there)
+
+    assert serving.tenants_file is not None
+    adapters = {}
+    for name, place in service.adapters.items():
+        there = place_there(place, cluster)
+        if there is None:
+            (source,) = resolve_adapters([place])
+            there = bring(source.folder)
+        adapters[name] = there
+    base = service.base
+    source_of_base = parse_source(base)
+    if isinstance(source_of_base, ClusterFile):
+        base = str(source_of_base.path)
+    elif Path(base).is_dir():
+        base = bring(Path(base))
+    tenants = bring(serving.tenants_file)
+    return service.model_copy(update={"adapters": adapters, "base": base, "tenants": tenants})
+
+
+def place_there(place: str, cluster: str) -> str | None:
+    """The folder on a cluster of `cluster:/path`, or of a run that it has; None for what lies elsewhere."""
+    source = parse_source(place)
+    if isinstance(source, ClusterFile):
+        return str(source.path)
+    if Path(place).is_dir():
+        return None
+    run = find(place)
+    if run.cluster_name != cluster:
+        return None
+    snapshot = run.snapshot()
+    if not snapshot.has_output:
+        raise InputError(f"run {run.run_id}: found no output; allowed: a run that has succeeded")
+    return f"{snapshot.run_dir}/output"
