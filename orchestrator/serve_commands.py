@@ -37,16 +37,19 @@ def serve_command(
     name: Annotated[str, typer.Option("--name", help="Of the service on a cluster.")] = "service",
     gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="On a cluster: GPUs, an engine on each.")] = None,
     walltime: Annotated[str | None, typer.Option("--walltime", help="On a cluster: of its job, like 8h.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what a cluster would get; make nothing.")] = False,
 ) -> None:
     """Serve a base and its adapters through OpenAI's API; the page at / tries them side by side."""
     from orchestrator.serve import Serving, serve
 
     named = tuple(adapters or ())
     if cluster is not None:
-        from orchestrator.serve_on_cluster import serve_on_cluster, service_resources
+        from orchestrator.serve_on_cluster import planned_service, serve_on_cluster, service_resources
 
         resources = service_resources(gpus, walltime)
         serving = Serving(base, named, tenants, host, port, replicas, folder)
+        if dry_run:
+            return print(planned_service(serving, cluster, name, resources), end="")
         return announce_submission(serve_on_cluster(serving, cluster, name, resources, count_bytes))
     return serve(Serving(base, named, tenants, host, port, 1 if no_ray else replicas, folder))
 

@@ -23,6 +23,14 @@ from runfolder.sources import ClusterFile, parse_source
 LAST_ANSWERS_S = 60  # that answers under way may take when the service must end
 
 
+def planned_service(serving: Serving, cluster: str, name: str, resources: Resources) -> str:
+    """What would be submitted, with the places that the command line names; nothing is made. Raises InputError."""
+    service = service_of(serving, name, resources)
+    there = service.model_copy(update={"base": path_there(service.base), "tenants": path_there(service.tenants)})
+    adapters = {adapter: path_there(place) for adapter, place in service.adapters.items()}
+    return make_request(open_cluster(cluster), there.model_copy(update={"adapters": adapters}), new_id(name)).text
+
+
 @clear_ending()
 def serve_on_cluster(
     serving: Serving,
@@ -93,14 +101,19 @@ def brought_there(serving: Serving, service: ServiceSpec, site: Site, cluster: s
             (source,) = resolve_adapters([place])
             there = bring(source.folder)
         adapters[name] = there
-    base = service.base
-    source_of_base = parse_source(base)
-    if isinstance(source_of_base, ClusterFile):
-        base = str(source_of_base.path)
-    elif Path(base).is_dir():
+    base = path_there(service.base)
+    if Path(base).is_dir():
         base = bring(Path(base))
     tenants = bring(serving.tenants_file)
     return service.model_copy(update={"adapters": adapters, "base": base, "tenants": tenants})
+
+
+def path_there(place: str) -> str:
+    """The path in `cluster:/path`; any other place as it is."""
+    source = parse_source(place)
+    if isinstance(source, ClusterFile):
+        return str(source.path)
+    return place
 
 
 def place_there(place: str, cluster: str) -> str | None:

@@ -40,8 +40,9 @@ class NamedAdapter:
 class Replicas:
     """Answers requests with several replicas, like an EngineThread with one engine."""
 
-    def __init__(self, handles: list[Any], positions: int) -> None:
-        """`handles` are those of Ray Serve; sequences have at most so many positions."""
+    def __init__(self, handles: list[Any], positions: int, owned: bool = True) -> None:
+        """`handles` are those of Ray Serve; sequences have at most so many positions. `owned`: they end with this."""
+        self._owned = owned
         self.handles = handles
         self.positions = positions
         self.broken = False
@@ -54,7 +55,9 @@ class Replicas:
         """Wait for work: replicas do so since they were started."""
 
     def stop(self) -> None:
-        """End the replicas, and what they do."""
+        """End the replicas, and what they do, where nobody else does."""
+        if not self._owned:
+            return
         from serving.gateway.replica import end_replicas
 
         end_replicas()

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import yaml
 from contract import NodeContract, QueueContract, RunContract
@@ -38,12 +39,17 @@ from clusters.remote.link import sockets_folder
 from clusters.slurm import Slurm
 from clusters.slurm_script import SlurmConfig
 from orchestrator.errors import InputError
+from orchestrator.serve import Serving
+from orchestrator.serve_on_cluster import serve_on_cluster
 from runfolder.appended import read_lines
 from runfolder.chain import attempts
 from runfolder.job import Job
+from runfolder.resources import Resources
+from serving.gateway.tenants import hash_of
 
 pytestmark = pytest.mark.usefixtures("home")
 GOLDEN = Path(__file__).parent / "golden" / "slurm.sh"
+TINY = Path(__file__).parents[2] / "examples" / "tiny"
 
 
 def test_the_script_is_a_pure_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,6 +401,37 @@ def test_a_job_longer_than_its_walltime_is_a_chain(
     assert_undisturbed(run_dir, launch, 2400)
     saved = [attempt.verdict["kind"] for attempt in attempts(run_dir)[:-1] if attempt.verdict]
     assert saved and set(saved) == {"walltime"}
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("hpc")
+def test_a_service_answers_on_its_node_until_it_is_cancelled(site: SlurmSite, tmp_path: Path) -> None:
+    tenants = tmp_path / "tenants.yaml"
+    tenants.write_text(f"tenants:\n- name: alice\n  keys: ['{hash_of('ft-key')}']\n  adapters: [tiny]\n")
+    served = Serving(str(TINY), (), tenants, "127.0.0.1", 0, None)
+    run_id = serve_on_cluster(served, "hpc", "mine", Resources(grace=5)).run_id
+
+    def address() -> str:
+        """Where it answers, by the address of its node: names of nodes are known on nodes alone."""
+        found = until(lambda: fleetune.status(run_id).address, 240)
+        node, _, port = found.removeprefix("http://").partition(":")
+        return f"http://{site.network}.{site.nodes.index(node) + 1}:{port}/v1/completions"
+
+    def ask(key: str) -> int:
+        body = {"model": "tiny", "prompt": "1 + 2 =", "max_tokens": 5}
+        answer = httpx2.post(address(), json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+        return answer.status_code
+
+    assert (ask("ft-key"), ask("another")) == (200, 401)
+    assert fleetune.status(run_id).state == "running"
+    (job,) = site.run("squeue", "-h", "-o", "%i").split()
+    site.run("scontrol", "requeue", job)
+    until(lambda: fleetune.status(run_id).attempt == 2, 240)
+    assert ask("ft-key") == 200
+    fleetune.cancel(run_id)
+    until(lambda: fleetune.status(run_id).state == "cancelled", 120)
+    until(lambda: not site.run("squeue", "-h", "-t", "RUNNING,PENDING,COMPLETING"), 60)
 
 
 def test_what_would_never_start_is_refused_before_anything_is_made(
