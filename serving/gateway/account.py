@@ -4,6 +4,8 @@ Requests are counted in memory, and begin anew with the server; tokens are not (
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from serving.gateway.quota import Clock, TokenQuota
 from serving.gateway.refusal import ApiRefusal
@@ -11,6 +13,7 @@ from serving.gateway.tenants import Tenant
 from serving.gateway.usage import UsageFolder
 
 MINUTE_S = 60.0
+UPLOADS_AT_ONCE = 4
 
 
 class Account:
@@ -25,6 +28,7 @@ class Account:
         self._allowance = float(tenant.requests_per_minute or 0)
         self._counted_at = clock()
         self.answers = 0  # at once
+        self.uploads = 0  # at once
 
     def begin(self, answers: int = 1) -> None:
         """Count a request for so many answers; raises ApiRefusal where they, or a minute's requests, are too many."""
@@ -38,6 +42,22 @@ class Account:
     def end(self, answers: int = 1) -> None:
         """Say that so many answers are over."""
         self.answers -= answers
+
+    @contextmanager
+    def uploading(self) -> Iterator[None]:
+        """Count an adapter on its way, which lies on the disk meanwhile; raises ApiRefusal for one too many."""
+        self.begin()
+        try:
+            if self.uploads >= UPLOADS_AT_ONCE:
+                message = f"adapters: found {self.uploads} on their way; allowed: {UPLOADS_AT_ONCE} at once"
+                raise ApiRefusal(429, message, "too_many", 1.0)
+            self.uploads += 1
+            try:
+                yield
+            finally:
+                self.uploads -= 1
+        finally:
+            self.end()
 
     async def reserve(self, tokens: int) -> int:
         """Count tokens that will be used, and give the day of it; raises ApiRefusal where that is over the quota."""

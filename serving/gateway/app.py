@@ -77,12 +77,10 @@ class Routes:
         """Register an adapter: a form with its name, its config and its weights as safetensors."""
         self.service.check_open()
         tenant = self._tenant(request)
-        account = self.service.account(tenant)
-        account.begin()
-        try:
+        if not tenant.uploads:  # before anything of it is read
+            raise ApiRefusal(403, "adapters: allowed: none of your own", "too_many")
+        with self.service.account(tenant).uploading():
             adapter = await self._brought(request, tenant)
-        finally:
-            account.end()
         return JSONResponse(adapter.to_json(), 201)
 
     async def forget(self, request: Request) -> Response:

@@ -92,8 +92,7 @@ class Service:
         """The answers to a chat; raises ApiRefusal."""
         adapter = self.library.find(tenant, body.model)
         messages = [message.plain() for message in body.messages]
-        for message in messages:
-            self._check_text(message["content"])
+        self._check_text("".join(message["content"] for message in messages))
         prompt = await self.codec.encode_chat(messages)
         tokens = body.tokens
         if tokens is None:

@@ -15,13 +15,15 @@ import pytest
 import torch
 from adapters import Exported, export, make_base
 from gateway_server import KEYS, client_of, files_of, gateway, tenants_of
+from pydantic import BaseModel, ValidationError
 from safetensors.torch import load, save
 from waiting import until
 
+from serving.gateway.bodies import ChatBody, CompletionBody
 from serving.gateway.server import Server
 from serving.gateway.service import Allowed
 
-LIMITS = Allowed(body_bytes=200_000, upload_bytes=3_000_000, answers=40, body_s=1.5, stalled_s=1.5)
+LIMITS = Allowed(body_bytes=200_000, upload_bytes=8_000_000, answers=40, body_s=1.5, stalled_s=1.5)
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 WRITER = {"Authorization": f"Bearer {KEYS['bob']}"}
 
@@ -91,6 +93,8 @@ BODIES: dict[str, tuple[Any, int, str]] = {
     "unsupported": (completion(logprobs=5), 400, "logprobs"),
     "too many answers": (completion(n=33), 400, "n: Input should be less than or equal to 32"),
     "too many prompts": (completion(prompt=["1"] * 17, n=2), 400, "more than 32 answers"),
+    "many prompts": (completion(prompt=["1"] * 40), 400, "at most 32 items after validation, not 40"),
+    "many keys": (completion() | {f"{key}": 0 for key in range(100)}, 400, "an object of 103 keys; allowed: 64"),
     "no prompt": (completion(prompt=[]), 400, "prompt"),
     "an empty prompt": (completion(prompt=""), 400, "found no prompt"),
     "a long prompt": (completion(prompt="1 " * 9000), 400, "characters; allowed: at most"),
@@ -116,7 +120,26 @@ def test_a_hostile_body_is_refused_in_one_line(name: str, server: Server) -> Non
     assert "\n" not in error["message"] and len(error["message"]) < 400
 
 
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionBody, {"model": "a", "prompt": [0, ""] * 5000}),
+        (CompletionBody, {"model": "a", "prompt": [[]] * 5000}),
+        (CompletionBody, {"model": "a", "prompt": "1", "stop": [1] * 5000}),
+        (ChatBody, {"model": "a", "messages": [{"role": "user", "content": [{}] * 4000}]}),
+        (ChatBody, {"model": "a", "messages": [{}] * 4000}),
+    ],
+)
+def test_a_body_of_flaws_alone_is_left_at_its_first(kind: type[BaseModel], body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate(body)
+    assert refused.value.error_count() < 10
+
+
 def test_hostile_chats_are_refused(server: Server) -> None:
+    long = [{"role": "user", "content": "1 " * 1000}] * 20
+    refused = post(server, {"model": "dora", "messages": long}, "/v1/chat/completions")
+    assert "found 40000 characters; allowed: at most" in refused.json()["error"]["message"]
     for turns in ([], [{"role": "root", "content": "1"}], [{"role": "user", "content": {"a": 1}}], "1"):
         assert post(server, {"model": "dora", "messages": turns}, "/v1/chat/completions").status_code == 400
     asked = {"model": "dora", "messages": [{"role": "user", "content": "{{ 7 * 7 }}"}], "max_tokens": 2}
@@ -154,7 +177,12 @@ WEIGHTS: dict[str, tuple[Callable[[Path], bytes], int, str]] = {
         "model.evil",
     ),
     "a missing key": (weights(lambda t: t.pop(f"{Q}.lora_B.weight")), 400, "found no tensor"),
-    "oversized": (lambda _: b"x" * 3_100_000, 413, "more than 3000000 bytes"),
+    "a header of a million tensors": (
+        lambda _: (5 * 2**20).to_bytes(8, "little") + b"{}" + b" " * (5 * 2**20 - 2),
+        400,
+        "found a header of 5242880 bytes; allowed: 4194304",
+    ),
+    "oversized": (lambda _: b"x" * 8_100_000, 413, "more than 8000000 bytes"),
 }
 CONFIGS: dict[str, tuple[Any, str]] = {
     "no json": (b"{", "found no JSON"),

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2
@@ -98,6 +99,9 @@ def test_adapters_of_ones_own_are_limited_and_take_no_name_of_others(
     folder = served["lora"].folder
     assert bring(server, "alice", "lora", folder).status_code == 409
     assert bring(server, "eve", "one", folder).status_code == 403
+    unread = {"Authorization": f"Bearer {KEYS['eve']}", "Content-Length": str(10**9)}
+    with httpx2.stream("POST", f"{server.address}/v1/adapters", content=iter([b"x"]), headers=unread) as refused:
+        assert refused.status_code == 403, "what nobody may bring is not waited for"
     for name in ("a", "b", "c"):
         assert bring(server, "bob", name, folder).status_code == 201
     refused = bring(server, "bob", "d", folder)
@@ -163,6 +167,17 @@ def test_answers_at_once_are_limited() -> None:
     account.begin()
     with pytest.raises(ApiRefusal, match="found 1 and 1 more at once; allowed: 1"):
         account.begin()
+
+
+def test_adapters_on_their_way_are_few_as_they_lie_on_the_disk() -> None:
+    account = Account(Tenant(name="a", uploads=100))
+    with ExitStack() as under_way:
+        for _ in range(4):
+            under_way.enter_context(account.uploading())
+        with pytest.raises(ApiRefusal, match="found 4 on their way; allowed: 4 at once"), account.uploading():
+            pass
+        assert account.answers == 4
+    assert (account.answers, account.uploads) == (0, 0)
 
 
 def test_a_tenants_file_is_checked(tmp_path: Path) -> None:
