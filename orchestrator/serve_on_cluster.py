@@ -40,12 +40,12 @@ def serve_on_cluster(
     sent: Sent = lambda _file, _bytes, _total: None,
 ) -> Submission:
     """Submit a service to a cluster; what lies here is sent there. Raises InputError or Unreachable."""
-    if serving.tenants_file is None:
-        raise InputError("--tenants: missing; others reach the nodes of a cluster, so a service there needs keys")
-    read_keys(serving.tenants_file)
+    named = service_of(serving, name, resources)
+    if path_there(named.tenants) == named.tenants:
+        read_keys(Path(named.tenants))
     backend = open_cluster(cluster)
-    make_request(backend, service_of(serving, name, resources), new_id(name))  # refused before anything is sent
-    service = brought_there(serving, service_of(serving, name, resources), backend.site, cluster, sent)
+    make_request(backend, named, new_id(name))  # what is refused is so before anything is sent
+    service = brought_there(named, backend.site, cluster, sent)
     frozen: dict[str, Any] = {
         "cluster": cluster,
         "submitted": time.time(),
@@ -71,6 +71,8 @@ def service_resources(gpus: int | None, walltime: str | None) -> Resources:
 
 def service_of(serving: Serving, name: str, resources: Resources) -> ServiceSpec:
     """The spec of a service, with the places that the command line names; raises InputError."""
+    if serving.tenants_file is None:
+        raise InputError("--tenants: missing; others reach the nodes of a cluster, so a service there needs keys")
     adapters: dict[str, str] = {}
     for text in serving.adapters:
         adapter, place = named_place(text)
@@ -86,14 +88,13 @@ def service_of(serving: Serving, name: str, resources: Resources) -> ServiceSpec
         raise InputError(f"{field}: {problem['msg']}") from None
 
 
-def brought_there(serving: Serving, service: ServiceSpec, site: Site, cluster: str, sent: Sent) -> ServiceSpec:
+def brought_there(service: ServiceSpec, site: Site, cluster: str, sent: Sent) -> ServiceSpec:
     """The service with its files where it will run; raises InputError."""
 
     def bring(path: Path) -> str:
         there = site.bring(path.absolute(), lambda done, total: sent(path.name, done, total))
         return str(there)
 
-    assert serving.tenants_file is not None
     adapters = {}
     for name, place in service.adapters.items():
         there = place_there(place, cluster)
@@ -104,7 +105,9 @@ def brought_there(serving: Serving, service: ServiceSpec, site: Site, cluster: s
     base = path_there(service.base)
     if Path(base).is_dir():
         base = bring(Path(base))
-    tenants = bring(serving.tenants_file)
+    tenants = path_there(service.tenants)
+    if tenants == service.tenants:
+        tenants = bring(Path(tenants))
     return service.model_copy(update={"adapters": adapters, "base": base, "tenants": tenants})
 
 

@@ -7,7 +7,7 @@ listed flaw by flaw, in gigabytes and for as long as everybody waits.
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from serving.gateway.refusal import invalid
 
@@ -16,7 +16,7 @@ MOST_STOPS = 16
 MOST_IDS = 2**20  # of a prompt, more than any base has positions
 MOST_TURNS = 4096
 MOST_KEYS = 64  # of an object
-TokenIds = Annotated[list[int], Field(min_length=1, max_length=MOST_IDS, fail_fast=True)]
+TokenIds = Annotated[list[StrictInt], Field(min_length=1, max_length=MOST_IDS, fail_fast=True)]
 TextList = Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)]
 TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]

@@ -16,16 +16,19 @@ from waiting import until
 
 from clusters.base import ClusterStatus, Standing
 from clusters.controllers import REQUEUE, REQUEUED
+from clusters.local import Local
 from clusters.slurm import Slurm
 from clusters.slurm_script import SlurmConfig
+from orchestrator import backends
 from orchestrator.errors import InputError
 from orchestrator.forwarding import forwarding
-from orchestrator.runs import new_id
+from orchestrator.runs import new_id, remember
 from orchestrator.serve import Serving
 from orchestrator.serve_on_cluster import serve_on_cluster, service_resources
 from orchestrator.status import Status, join_status
 from orchestrator.status_text import output_lines
-from runfolder.chain import attempts
+from orchestrator.tracking.collect import deliver_all
+from runfolder.chain import attempts, claim_next
 from runfolder.files import Damaged
 from runfolder.record import load_job, load_run_spec
 from runfolder.resources import Resources
@@ -154,6 +157,15 @@ def test_a_service_is_no_job_that_trains(home: Path, tenants: Path) -> None:
     assert isinstance(spec, ServiceSpec) and spec.base == str(TINY)
     with pytest.raises(Damaged, match="found a service; allowed: a run that trains"):
         load_job(run_dir)
+
+
+def test_nothing_of_it_is_for_mlflow(home: Path, tenants: Path) -> None:
+    run_dir = made(home, tenants=str(tenants))
+    remember(run_dir.name, "elsewhere")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backends.CLUSTERS, "elsewhere", Local.here)
+        assert claim_next(run_dir, None) is not None
+        assert deliver_all() == {}
 
 
 def test_what_is_wrong_is_said_before_anything_is_submitted(home: Path, tenants: Path, tmp_path: Path) -> None:

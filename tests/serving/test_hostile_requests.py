@@ -94,6 +94,7 @@ BODIES: dict[str, tuple[Any, int, str]] = {
     "too many answers": (completion(n=33), 400, "n: Input should be less than or equal to 32"),
     "too many prompts": (completion(prompt=["1"] * 17, n=2), 400, "more than 32 answers"),
     "many prompts": (completion(prompt=["1"] * 40), 400, "at most 32 items after validation, not 40"),
+    "a truth as an id": (completion(prompt=[True]), 400, "prompt"),
     "many keys": (completion() | {f"{key}": 0 for key in range(100)}, 400, "an object of 103 keys; allowed: 64"),
     "no prompt": (completion(prompt=[]), 400, "prompt"),
     "an empty prompt": (completion(prompt=""), 400, "found no prompt"),
