@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from serving.engine import Engine
 from serving.gateway.answering import Answering
 from serving.gateway.app import create_app
 from serving.gateway.engine_thread import EngineThread
+from serving.gateway.idle import IdleConnections
 from serving.gateway.replicas import Replicas
 from serving.gateway.service import Allowed, Service
 from serving.gateway.tenants import Tenants
@@ -22,6 +24,7 @@ from serving.gateway.usage import UsageFolder
 
 CONNECTIONS = 2048
 DRAIN_S = 60  # for answers that are under way when the server is told to end
+TICKS = 10  # of uvicorn, in a second
 SWITCH_S = 0.001  # a turn of a thread: the engine's must not keep the server's from its sockets
 
 
@@ -50,15 +53,23 @@ class Server(uvicorn.Server):
             server_header=False,
             limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=drain_s,
+            ws="none",
         )
         super().__init__(config)
         self.service = service
+        self._idle = IdleConnections(service.allowed.head_s)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Drain; a second interruption ends at once."""
         self.service.draining = True
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """What uvicorn does ten times a second; here, once a second, connections are left that are idle."""
+        if counter % TICKS == 0:
+            self._idle.look(list(self.server_state.connections), time.monotonic())  # type: ignore[arg-type]
+        return await super().on_tick(counter)
 
     @property
     def address(self) -> str:

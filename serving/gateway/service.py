@@ -31,6 +31,7 @@ class Allowed:
     answers: int = 4096  # that wait or run; each tenant has a limit of its own
     new_tokens: int = 512  # of a chat that names no number
     completion_tokens: int = 16  # of a completion that names none: OpenAI's default
+    head_s: float = 30  # that a connection may be open without a request on it
     body_s: float = 60  # that a body may take to come
     upload_s: float = 900
     stalled_s: float = 60  # that a reader may take nothing

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -20,10 +21,11 @@ from safetensors.torch import load, save
 from waiting import until
 
 from serving.gateway.bodies import ChatBody, CompletionBody
+from serving.gateway.idle import IdleConnections
 from serving.gateway.server import Server
 from serving.gateway.service import Allowed
 
-LIMITS = Allowed(body_bytes=200_000, upload_bytes=8_000_000, answers=40, body_s=1.5, stalled_s=1.5)
+LIMITS = Allowed(body_bytes=200_000, upload_bytes=8_000_000, answers=40, head_s=1.5, body_s=1.5, stalled_s=1.5)
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 WRITER = {"Authorization": f"Bearer {KEYS['bob']}"}
 
@@ -299,6 +301,37 @@ def test_who_goes_away_leaves_nothing_behind(streams: bool, server: Server, monk
 def test_a_body_that_does_not_come_is_not_waited_for(server: Server) -> None:
     with raw_request(server, b'{"model"', 1000) as connection:
         assert b"408" in connection.recv(4096).split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize("head", [b"", b"POST /v1/completions HTT", b"GET /health HTTP/1.1\r\nHost: a\r\n"])
+def test_a_head_that_does_not_come_is_not_waited_for(head: bytes, server: Server) -> None:
+    host, _, port = server.address.rpartition("//")[2].partition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head)
+        assert connection.recv(4096) == b""
+
+
+def test_a_connection_that_is_used_is_kept() -> None:
+    class Used:
+        """A connection whose requests come and are answered, each before somebody looks."""
+
+        def __init__(self) -> None:
+            self.transport, self.is_open = self, True
+            self.answer()
+
+        def answer(self, whole: bool = True) -> None:
+            self.cycle = SimpleNamespace(response_complete=whole)
+
+        def close(self) -> None:
+            self.is_open = False
+
+    used, busy, left = Used(), Used(), Used()
+    idle = IdleConnections(2)
+    busy.answer(whole=False)
+    for now_s in range(10):
+        used.answer()
+        idle.look([used, busy, left], now_s)
+        assert (used.is_open, busy.is_open, left.is_open) == (True, True, now_s < 3)
 
 
 def test_a_body_longer_than_it_says_is_cut_and_chunks_count(server: Server) -> None:

@@ -70,6 +70,7 @@ def test_a_replica_is_killed_under_load_and_no_request_is_lost(tiny_base: Path, 
         assert httpx2.get(f"{server.address}/metrics").status_code == 200
 
 
+@pytest.mark.chaos
 def test_the_application_for_a_ray_serve_of_others_answers_over_its_proxies(
     tiny_base: Path, served: dict[str, Exported], tmp_path: Path
 ) -> None:
