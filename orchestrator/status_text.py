@@ -30,7 +30,8 @@ def status_lines(run: Status) -> Iterator[Fact]:
         return  # its folder cannot be read
     yield "submitted", _local_time(run.submitted)
     yield "attempt", _attempt(run)
-    yield "progress", _progress(run)
+    if not run.address:  # a service takes no steps
+        yield "progress", _progress(run)
     if run.activity:
         yield "now", activity_text(run, run.activity)
     if run.activity and not run.address and _is_silent(run):
@@ -52,7 +53,9 @@ def output_lines(run: Status) -> Iterator[Fact]:
     """What a person copies: where a run's files are, and the lines of Python that load its output."""
     if run.address:
         yield "address", run.address
-        yield "from here", forwarding(run.cluster, run.address)
+        reached_by = forwarding(run.cluster, run.address)
+        if reached_by != run.address:
+            yield "from here", reached_by
     if run.run_dir:
         yield "run folder", run.run_dir
     if run.output_dir:

@@ -26,7 +26,7 @@ from orchestrator.runs import new_id, remember
 from orchestrator.serve import Serving
 from orchestrator.serve_on_cluster import serve_on_cluster, service_resources
 from orchestrator.status import Status, join_status
-from orchestrator.status_text import output_lines
+from orchestrator.status_text import output_lines, status_lines
 from orchestrator.tracking.collect import deliver_all
 from runfolder.chain import attempts, claim_next
 from runfolder.files import Damaged
@@ -101,6 +101,7 @@ def test_it_serves_over_attempts_that_share_its_quotas_until_it_is_cancelled(hom
         found = serving(run_dir)
         assert found.state == "running" and found.activity and found.activity.doing == f"serving on {found.address}"
         assert ("address", found.address) in list(output_lines(found))
+        assert "progress" not in dict(status_lines(found))
         assert ask(found.address, 300).status_code == 200
         first.send_signal(signal.SIGTERM)
         assert first.wait(60) == REQUEUE
