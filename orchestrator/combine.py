@@ -11,7 +11,7 @@ from orchestrator.mixture import MixtureTasks, check_asked, evaluate_mixture, ta
 
 if TYPE_CHECKING:
     from methods.parts.combination import Combination, Recipe
-    from orchestrator.evaluation.evaluate import EvaluationProgress
+    from orchestrator.evaluation.process import EvaluationProgress
 
 NOTHING_ASKED = MixtureTasks()
 REPORT_FILE = "combination.json"

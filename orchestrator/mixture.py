@@ -10,7 +10,7 @@ from orchestrator.errors import InputError
 
 if TYPE_CHECKING:
     from orchestrator.comparison.estimates import Estimate
-    from orchestrator.evaluation.evaluate import EvaluationProgress
+    from orchestrator.evaluation.process import EvaluationProgress
     from orchestrator.evaluation.report import EvaluatedTask, EvaluationReport, TaskResult
 
 

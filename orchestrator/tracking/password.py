@@ -4,13 +4,12 @@ That is the tracking URI where it has a password, and variables of `env:`. All o
 the URI under `TRACKING_URI`.
 """
 
-from typing import TypeVar
+from typing import overload
 
 from runfolder.job import Job
 from runfolder.service import RunSpec, ServiceSpec
 from runfolder.variables import public, split_secrets
 
-AnyRunSpec = TypeVar("AnyRunSpec", Job, ServiceSpec)
 TRACKING_URI = "tracking.uri"  # the name among the secrets
 
 
@@ -25,7 +24,15 @@ def secrets_of(job: RunSpec) -> dict[str, str]:
     return secrets
 
 
-def without_secrets(job: AnyRunSpec) -> AnyRunSpec:
+@overload
+def without_secrets(job: Job) -> Job: ...
+
+
+@overload
+def without_secrets(job: RunSpec) -> RunSpec: ...
+
+
+def without_secrets(job: RunSpec) -> RunSpec:
     """The job, or the service, as others may read it."""
     if not secrets_of(job):
         return job

@@ -57,7 +57,9 @@ def build(arguments: dict[str, Any]) -> Any:
 class RayGateway:
     """The gateway, as what Ray Serve's proxies hand requests to."""
 
-    async def __init__(self, plain: dict[str, Any], usage: str, handles: list[Any]) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, plain: dict[str, Any], usage: str, handles: list[Any]
+    ) -> None:
         """Serve the spec in plain data with these engines; what tenants used is in a folder."""
         torch.set_num_threads(1)  # it computes nothing but checks of adapters
         spec = ServiceSpec.model_validate(plain)
