@@ -1,5 +1,6 @@
 """A service as a run: what is submitted, how its controller serves, and what ends it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,11 +13,14 @@ from typing import Any
 import httpx2
 import pytest
 import yaml
+from typer.testing import CliRunner
 from waiting import until
 
+from clusters.answer import answer
 from clusters.base import ClusterStatus, Standing
 from clusters.controllers import REQUEUE, REQUEUED
 from clusters.local import Local
+from clusters.remote.shelf import Shelf
 from clusters.slurm import Slurm
 from clusters.slurm_script import SlurmConfig
 from orchestrator import backends
@@ -24,6 +28,7 @@ from orchestrator.errors import InputError
 from orchestrator.forwarding import forwarding
 from orchestrator.runs import new_id, remember
 from orchestrator.serve import Serving
+from orchestrator.serve_commands import serve_app
 from orchestrator.serve_on_cluster import serve_on_cluster, service_resources
 from orchestrator.status import Status, join_status
 from orchestrator.status_text import output_lines, status_lines
@@ -147,9 +152,19 @@ def test_the_script_on_slurm_is_a_pure_function(tmp_path: Path) -> None:
     service = ServiceSpec(
         name="mine", base="b", tenants="/t.yaml", resources=Resources(gpus_per_node=4, walltime="8h", grace=60)
     )
-    request = Slurm(SlurmConfig(kind="slurm", partition="gpu"), tmp_path).request(service, "mine-0123456789", 1)
+    config = SlurmConfig(kind="slurm", partition="gpu")
+    request = Slurm(config, tmp_path).request(service, "mine-0123456789", 1)
     text = request.text.replace(str(tmp_path), "HOME").replace(sys.executable, "PYTHON")
     assert text == GOLDEN.read_text()
+    asked = {"verb": "request", "job": service.dump(), "run_id": request.run_id, "submission": 1, "secrets": []}
+    over_a_link = answer(Slurm(config, tmp_path), Shelf(tmp_path / "files"), json.loads(json.dumps(asked)))
+    assert over_a_link["text"] == request.text
+    container = {"image": "/i.sif", "python": "/p"}
+    inside = Slurm(SlurmConfig.model_validate({"kind": "slurm", "container": container}), tmp_path)
+    (tmp_path / "a").mkdir()
+    bound = service.model_copy(update={"adapters": {"a": "/usr/lib"}, "tenants": str(tmp_path / "a" / "t.yaml")})
+    command = inside.request(bound, request.run_id, 1).text.splitlines()[-1]
+    assert "--bind /usr/lib " in command and f"--bind {tmp_path} " in command and "--nv" in command
 
 
 def test_a_service_is_no_job_that_trains(home: Path, tenants: Path) -> None:
@@ -181,6 +196,16 @@ def test_what_is_wrong_is_said_before_anything_is_submitted(home: Path, tenants:
     with pytest.raises(InputError, match="--walltime: .*; allowed: like 90s, 30m, 8h, 2d"):
         service_resources(None, "long")
     assert not (home / "runs").exists() or list((home / "runs").iterdir()) == []
+
+
+def test_options_that_would_say_nothing_are_refused(tenants: Path) -> None:
+    command = ["serve", "--base", str(TINY), "--tenants", str(tenants)]
+    for options, said in (
+        (["--cluster", "hpc", "--port", "1", "--no-ray"], "--cluster: found with --port, --no-ray; allowed: without"),
+        (["--gpus", "2"], "--gpus: allowed: with --cluster"),
+    ):
+        with pytest.raises(InputError, match=said):
+            CliRunner().invoke(serve_app, [*command, *options], catch_exceptions=False)
 
 
 def test_how_it_is_reached_from_a_laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
