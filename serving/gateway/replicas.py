@@ -254,11 +254,6 @@ class RemoteAnswer:
         self.stream.put([], True)
 
 
-def no_engine() -> ApiRefusal:
-    """What is said while all replicas are down."""
-    return ApiRefusal(503, "no engine is up", "no_engine", 5.0)
-
-
 def check_saying(piece: "Saying") -> None:
     """Raise ApiRefusal where a replica refuses."""
     if piece.refusal:
@@ -270,3 +265,8 @@ def loaded_or_refused(loaded: Loaded | str) -> Loaded:
     if isinstance(loaded, str):
         raise AdapterRefused(loaded)
     return loaded
+
+
+def no_engine() -> ApiRefusal:
+    """What is said while all replicas are down."""
+    return ApiRefusal(503, "no engine is up", "no_engine", 5.0)
