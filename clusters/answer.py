@@ -27,7 +27,7 @@ from clusters.remote.leftovers import leftovers_in, remove_leftovers
 from clusters.remote.shelf import Shelf
 from runfolder.folders import home
 from runfolder.requested import answer_request
-from runfolder.service import parse_run_spec
+from runfolder.service import any_job
 from runfolder.site import PlainData
 
 _SIGN_S = 10.0  # between two signs of work
@@ -102,7 +102,7 @@ def answer(cluster: Cluster, shelf: Shelf, request: PlainData) -> Any:
     """Do what a request asks, as plain data that goes through JSON."""
     match request["verb"]:
         case "request":
-            job = parse_run_spec(request["job"])
+            job = any_job(request["job"])
             secrets = tuple(request["secrets"])
             made = cluster.request(job, request["run_id"], request["submission"], secrets)
             return asdict(made)

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 
 from clusters.base import SubmissionRefused
 from runfolder.resources import Section
-from runfolder.service import RunSpec, ServiceSpec
+from runfolder.service import AnyJob, ServiceSpec
 from runfolder.sources import ClusterFile, file_of, parse_source
 
 _PATH_PART = r"[\w.@+=-]{1,255}"  # a runtime takes , and : of an option for the end of a path
@@ -55,7 +55,7 @@ class Container(Section):
     )
 
 
-def python_in(container: Container, home: Path, job: RunSpec) -> list[str]:
+def python_in(container: Container, home: Path, job: AnyJob) -> list[str]:
     """The command of Python in a container, for a job whose run folder is below `home`; raises SubmissionRefused."""
     command = [container.runtime, "exec", "--env", "PYTHONNOUSERSITE=1"]
     if job.resources.gpus_per_node:
@@ -69,7 +69,7 @@ def python_in(container: Container, home: Path, job: RunSpec) -> list[str]:
     return [*command, str(image), container.python]
 
 
-def _folders_of(job: RunSpec, home: Path) -> Iterator[tuple[str, Path]]:
+def _folders_of(job: AnyJob, home: Path) -> Iterator[tuple[str, Path]]:
     """The folders of files that a job reads, but those below `home`, by the field that names them."""
     if isinstance(job, ServiceSpec):
         yield from _folders_of_service(job, home)

@@ -47,7 +47,7 @@ from k8s.planned import RUN_LABEL, PlannedPods
 from k8s.rayjob import digest_noted, rayjob
 from k8s.rayservice import rayservice
 from k8s.text import manifest_in, manifest_text
-from runfolder.service import RunSpec, ServiceSpec
+from runfolder.service import AnyJob, ServiceSpec
 from runfolder.site import LocalSite
 
 _LONGEST_VARIABLES = 1 << 17  # characters: an object may have 1.5 MiB, and each variable is twice in it
@@ -82,7 +82,7 @@ class Kubernetes:
         return RemoteSite(self._reader)
 
     def request(
-        self, job: RunSpec, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
+        self, job: AnyJob, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
     ) -> ClusterRequest:
         """What would be submitted: the whole manifest. Raises SubmissionRefused."""
         submission = submission or self._next_submission(run_id)
@@ -220,7 +220,7 @@ class Kubernetes:
         """The RayJobs of a run that are still there."""
         return submissions(self.api.rayjobs(f"{OUR_OBJECTS},{RUN_LABEL}={run_id}"))
 
-    def _variables(self, job: RunSpec) -> dict[str, str]:
+    def _variables(self, job: AnyJob) -> dict[str, str]:
         """What all pods have in their environment; raises SubmissionRefused for what no pod can have."""
         hub = f"{self.home}/cache/huggingface"  # not in a pod, which each of them would fill anew
         code = f"{self.home}/code/{installed_code().digest}"
@@ -236,7 +236,7 @@ class Kubernetes:
         return variables
 
 
-def manifest_of(spec: RunSpec, pods: PlannedPods, config: KubernetesConfig, run_dir: str) -> dict[str, Any]:
+def manifest_of(spec: AnyJob, pods: PlannedPods, config: KubernetesConfig, run_dir: str) -> dict[str, Any]:
     """A RayJob for what trains, and a RayService for what serves; raises ValueError."""
     if not isinstance(spec, ServiceSpec):
         return rayjob(pods, config)

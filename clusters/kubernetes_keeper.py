@@ -16,7 +16,7 @@ from clusters.pod_submissions import Tried, answer_of_submissions
 from k8s.rayjob import digest_noted
 from k8s.text import manifest_in
 from runfolder.files import Damaged
-from runfolder.record import run_spec_in
+from runfolder.record import job_in
 from runfolder.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _submit(cluster: "Kubernetes", run_id: str, earlier: Tried, is_gone: bool) -
     name = "its next submission"
     what = "is gone" if is_gone else "has ended"
     try:
-        job = run_spec_in(cluster.site.record(run_id), f"run {run_id}: job.yaml")
+        job = job_in(cluster.site.record(run_id), f"run {run_id}: job.yaml")
         if earlier.digest != digest_in(cluster.request(job, run_id, earlier.number)):
             why = "it was submitted by another version of Fleetune or of the clusters file"
             return ClusterStatus("unknown", f"its RayJob {what}, and {why}; fleetune resume submits it again")

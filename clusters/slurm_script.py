@@ -16,7 +16,7 @@ from clusters.config import ClusterConfig
 from clusters.container import Container
 from clusters.slurm_walltime import Walltime, walltime_option, warning_s
 from runfolder.resources import as_mapping
-from runfolder.service import RunSpec
+from runfolder.service import AnyJob
 
 _OPTION = re.compile(r"[A-Za-z0-9_][\w.,:@%+&|*()\[\]-]{0,255}")
 
@@ -67,7 +67,7 @@ class BatchJob:
     name: str
     run_dir: str
     log: str
-    job: RunSpec
+    job: AnyJob
     environment: Mapping[str, str]
     python_of_runs: Sequence[str] = ()
 

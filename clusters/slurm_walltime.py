@@ -8,7 +8,7 @@ from pydantic import BeforeValidator
 
 from clusters.base import SubmissionRefused
 from runfolder.resources import read_duration
-from runfolder.service import RunSpec
+from runfolder.service import AnyJob
 
 _NO_LIMIT = ("0", "UNLIMITED", "INFINITE")
 _TIME_FORMS = (  # of --time: sbatch(1)
@@ -19,12 +19,12 @@ _TIME_FORMS = (  # of --time: sbatch(1)
 _WARNING_S = 60  # beside the grace that a job asks for
 
 
-def warning_s(job: RunSpec) -> int:
+def warning_s(job: AnyJob) -> int:
     """How many seconds before its walltime a job is warned."""
     return job.resources.grace + _WARNING_S
 
 
-def walltime_option(job: RunSpec, default: str | None) -> str | None:
+def walltime_option(job: AnyJob, default: str | None) -> str | None:
     """--time: what the job says, else the site's."""
     if job.resources.walltime is None:
         return default
@@ -52,7 +52,7 @@ def _read_walltime(value: object) -> str | None:
 Walltime = Annotated[str | None, BeforeValidator(_read_walltime)]
 
 
-def check_walltime(job: RunSpec, default: str | None) -> None:
+def check_walltime(job: AnyJob, default: str | None) -> None:
     """Raise SubmissionRefused for a walltime of which nothing is left before the warning, which would never end."""
     option = walltime_option(job, default)
     seconds = seconds_in(option) if option else None

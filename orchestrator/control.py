@@ -14,7 +14,7 @@ from orchestrator.planning.spec import load_yaml
 from orchestrator.runs import Handle, find
 from orchestrator.tracking.password import TRACKING_URI
 from runfolder.files import Record
-from runfolder.record import run_spec_in
+from runfolder.record import job_in
 from runfolder.site import Ask, Refused
 
 
@@ -52,7 +52,7 @@ def resume(reference: str, cluster: str | None = None, pause_at: int | None = No
     run = find(reference, cluster)
     backend = run.cluster
     record = run.site.record(run.run_id)
-    job = run_spec_in(record, f"run {run.run_id}: job.yaml")
+    job = job_in(record, f"run {run.run_id}: job.yaml")
     request = make_request(backend, job, run.run_id, submission=None)
     expected_start(backend, request)  # where the cluster would never start it, the run stays as it is
     renewed = _renewed_secrets(run, record.get("secrets", []), request.secrets)

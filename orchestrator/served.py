@@ -11,7 +11,7 @@ from pathlib import Path
 
 from orchestrator.errors import InputError
 from orchestrator.serve import Serving, serve
-from runfolder.record import load_run_spec
+from runfolder.record import load_any_job
 from runfolder.service import ServiceSpec
 
 EVERYWHERE = "0.0.0.0"  # who asks without a key gets nothing
@@ -20,7 +20,7 @@ REFUSED = 2  # exit code
 
 def main(run_dir: Path) -> int:
     """Serve until a signal says to end; gives the exit code."""
-    service = load_run_spec(run_dir)
+    service = load_any_job(run_dir)
     assert isinstance(service, ServiceSpec)
     threading.Thread(target=_end_with_input, daemon=True).start()
     try:

@@ -45,7 +45,7 @@ from orchestrator.planning.survey import SourceProgress, with_date, writes_date
 from orchestrator.runs import RUN_ID, name_of, new_id, remember, remembered_cluster
 from orchestrator.tracking.password import secrets_of
 from runfolder.job import Job
-from runfolder.service import RunSpec
+from runfolder.service import AnyJob
 from runfolder.site import Refused, Site
 from runfolder.snapshot import ASKED_TO_END
 
@@ -157,7 +157,7 @@ def _submit_to(
 
 
 def hand_in(
-    backend: Cluster, work: RunSpec, run_id: str, frozen: Mapping[str, Any], pause_at: int | None = None
+    backend: Cluster, work: AnyJob, run_id: str, frozen: Mapping[str, Any], pause_at: int | None = None
 ) -> tuple[ClusterRequest, bool]:
     """Make the folder of a run and submit it; gives what was submitted, and whether the run was there already."""
     request = make_request(backend, work, run_id)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from runfolder.files import FORMAT, Damaged, Record, checked_record, read_json, take_name, write_json
 from runfolder.job import Job
-from runfolder.service import RunSpec, parse_run_spec
+from runfolder.service import AnyJob, any_job
 from runfolder.shapes import BRIEF, SUBMITTED
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -68,31 +68,25 @@ def read_brief(run_dir: Path, listing: Sequence[str]) -> Record:
 
 
 def load_job(run_dir: Path) -> Job:
+    """The frozen spec of a run that trains; raises Damaged."""
+    job = load_any_job(run_dir)
+    if isinstance(job, Job):
+        return job
+    path = run_dir / "job.yaml"
+    raise Damaged(f"{path}: found a service; allowed: a job that trains")
+
+
+def load_any_job(run_dir: Path) -> AnyJob:
     """The frozen spec of a run; raises Damaged, also where another version of Fleetune wrote what this one lacks."""
     record = read_record(run_dir)
     path = run_dir / "job.yaml"
     return job_in(record, str(path))
 
 
-def load_run_spec(run_dir: Path) -> RunSpec:
-    """The frozen spec of a run, or of a service; raises Damaged as `load_job` does."""
-    record = read_record(run_dir)
-    path = run_dir / "job.yaml"
-    return run_spec_in(record, str(path))
-
-
-def job_in(record: Mapping[str, Any], path: str) -> Job:
-    """The frozen spec in a record, which is that of the file `path`; raises Damaged, for that of a service too."""
-    work = run_spec_in(record, path)
-    if not isinstance(work, Job):
-        raise Damaged(f"{path}: found a service; allowed: a run that trains")
-    return work
-
-
-def run_spec_in(record: Mapping[str, Any], path: str) -> RunSpec:
-    """The frozen spec in a record, of a run or of a service; `path` is its file. Raises Damaged."""
+def job_in(record: Mapping[str, Any], path: str) -> AnyJob:
+    """The frozen spec in a record, which is that of the file `path`; raises Damaged."""
     try:
-        return parse_run_spec(record["job"])
+        return any_job(record["job"])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))

@@ -39,7 +39,7 @@ class ServiceSpec(Section):
         return self.model_dump(mode="json")
 
 
-RunSpec = Job | ServiceSpec  # what a run does: it trains, or it serves
+AnyJob = Job | ServiceSpec  # what a run does: it trains, or it serves
 
 
 def is_service(plain: dict[str, Any]) -> bool:
@@ -47,7 +47,7 @@ def is_service(plain: dict[str, Any]) -> bool:
     return plain.get("kind") == "service"
 
 
-def parse_run_spec(plain: dict[str, Any]) -> RunSpec:
+def any_job(plain: dict[str, Any]) -> AnyJob:
     """The spec of a run in plain data; raises ValidationError."""
     if is_service(plain):
         return ServiceSpec.model_validate(plain)

@@ -16,7 +16,7 @@ from runfolder.fetched import paths_to_fetch
 from runfolder.files import Record, list_names, sha256
 from runfolder.job import Job
 from runfolder.news import Known, News, news_of_runs
-from runfolder.record import create_run_folder, read_record, run_spec_in
+from runfolder.record import create_run_folder, job_in, read_record
 from runfolder.requests import cancel_requested, pause_step, request_cancel, request_pause
 from runfolder.secrets import read_secrets, write_secrets
 from runfolder.snapshot import Snapshot, snapshot
@@ -238,7 +238,7 @@ def _reopen(run_dir: Path, ended: Ended) -> None:
         raise Refused(f"run {run_dir.name}: it was asked to end and has not yet; resume it when it has; {way_out}")
     record = read_record(run_dir)
     path = run_dir / "job.yaml"
-    work = run_spec_in(record, str(path))
+    work = job_in(record, str(path))
     known = record.get("digests") or {}
     changed = changes(work, known) if isinstance(work, Job) else []
     if changed:

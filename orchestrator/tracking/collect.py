@@ -19,7 +19,7 @@ from runfolder.chain import last_attempt, result
 from runfolder.delivered import is_delivered, note_delivered, tracked_run
 from runfolder.mirror import Mirror, mirrored_from
 from runfolder.news import UNREADABLE
-from runfolder.record import load_job, load_run_spec
+from runfolder.record import load_any_job, load_job
 from runfolder.service import ServiceSpec
 from runfolder.site import LocalSite
 
@@ -118,7 +118,7 @@ def _folders(cluster: str, its_run_ids: list[str]) -> Iterator[tuple[Path, str |
 def _deliver(run_dir: Path, down: dict[str, str]) -> str | None:
     """Deliver what there is of a run, unless its MLflow is down; gives why not, None where it was."""
     newest = last_attempt(run_dir)
-    if tracked_run(run_dir) or newest.number == 0 or isinstance(load_run_spec(run_dir), ServiceSpec):
+    if tracked_run(run_dir) or newest.number == 0 or isinstance(load_any_job(run_dir), ServiceSpec):
         return None
     if not _is_reached(run_dir):
         if result(run_dir):

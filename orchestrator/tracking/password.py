@@ -7,13 +7,13 @@ the URI under `TRACKING_URI`.
 from typing import overload
 
 from runfolder.job import Job
-from runfolder.service import RunSpec, ServiceSpec
+from runfolder.service import AnyJob, ServiceSpec
 from runfolder.variables import public, split_secrets
 
 TRACKING_URI = "tracking.uri"  # the name among the secrets
 
 
-def secrets_of(job: RunSpec) -> dict[str, str]:
+def secrets_of(job: AnyJob) -> dict[str, str]:
     """What of a job, or of a service, is secret, by name."""
     _, secrets = split_secrets(job.env)
     if isinstance(job, ServiceSpec):
@@ -29,10 +29,10 @@ def without_secrets(job: Job) -> Job: ...
 
 
 @overload
-def without_secrets(job: RunSpec) -> RunSpec: ...
+def without_secrets(job: AnyJob) -> AnyJob: ...
 
 
-def without_secrets(job: RunSpec) -> RunSpec:
+def without_secrets(job: AnyJob) -> AnyJob:
     """The job, or the service, as others may read it."""
     if not secrets_of(job):
         return job

@@ -35,7 +35,7 @@ from orchestrator.status_text import output_lines, status_lines
 from orchestrator.tracking.collect import deliver_all
 from runfolder.chain import attempts, claim_next
 from runfolder.files import Damaged
-from runfolder.record import load_job, load_run_spec
+from runfolder.record import load_any_job, load_job
 from runfolder.resources import Resources
 from runfolder.service import ServiceSpec
 from runfolder.site import LocalSite
@@ -169,9 +169,9 @@ def test_the_script_on_slurm_is_a_pure_function(tmp_path: Path) -> None:
 
 def test_a_service_is_no_job_that_trains(home: Path, tenants: Path) -> None:
     run_dir = made(home, tenants=str(tenants))
-    spec = load_run_spec(run_dir)
+    spec = load_any_job(run_dir)
     assert isinstance(spec, ServiceSpec) and spec.base == str(TINY)
-    with pytest.raises(Damaged, match="found a service; allowed: a run that trains"):
+    with pytest.raises(Damaged, match="found a service; allowed: a job that trains"):
         load_job(run_dir)
 
 
