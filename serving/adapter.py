@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 ACTIVATION_NAMES = ("none", "relu", "gelu", "silu")
-Place = tuple[int, str]  # a decoder layer, and the name of a site in it
+Place = tuple[int, str]  # a decoder layer, and the name of a submodule in it
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def read_ia3(folder: Folder, base: FrozenBase) -> Adapter:
         if not listed(target.module, feedforward):
             m_O1 = folder.take(name, target.outputs, 1)
             parts[place] = Part(m_O=m_O1.flatten())
-        elif target.site.name in UNSHARED:
+        elif target.linear_layer.name in UNSHARED:
             u_1I = folder.take(name, 1, target.inputs)
             parts[place] = Part(u_I=u_1I.flatten())
         else:
@@ -149,12 +149,12 @@ def read_bottleneck(folder: Folder, base: FrozenBase) -> Adapter:
         raise folder.refuse("placement", placements)
     adapted = PLACEMENTS[placement]
     parts = {}
-    for layer, site in base.linears():
-        if site.name not in adapted:
+    for layer, linear_layer in base.linears():
+        if linear_layer.name not in adapted:
             continue
-        name = module_name(layer, site)
-        site_behind = site.name + BEHIND
-        place = (layer, site_behind)
+        name = module_name(layer, linear_layer)
+        name_behind = linear_layer.name + BEHIND
+        place = (layer, name_behind)
         parts[place] = bottleneck(folder, name, width)
     return Adapter(folder.digest, parts)
 

@@ -178,7 +178,7 @@ def test_the_first_of_two_answers_counts_and_broken_lines_do_not(tmp_path: Path)
 def test_an_engine_is_as_large_as_its_questions_need(base: Path, exported: dict[str, Exported]) -> None:
     config = loaded(base).config
     sizes = sizes_for(config, WRITTEN, candidates(exported, *NAMES))
-    assert sizes["rows"] == 7 and sizes["slots"] == 3
+    assert sizes["rows"] == 7 and sizes["residents"] == 3
     engine = Engine(loaded(base), **sizes)
     for name in NAMES:
         engine.load(name, exported[name].folder)
