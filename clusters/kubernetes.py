@@ -46,7 +46,7 @@ from clusters.run_files import joined_logs
 from k8s.planned import RUN_LABEL, PlannedPods
 from k8s.rayjob import digest_noted, rayjob
 from k8s.text import manifest_in, manifest_text
-from runfolder.job import Job
+from runfolder.evaluation_job import AnyJob
 from runfolder.site import LocalSite
 
 _LONGEST_VARIABLES = 1 << 17  # characters: an object may have 1.5 MiB, and each variable is twice in it
@@ -81,7 +81,7 @@ class Kubernetes:
         return RemoteSite(self._reader)
 
     def request(
-        self, job: Job, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
+        self, job: AnyJob, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
     ) -> ClusterRequest:
         """What would be submitted: the whole manifest. Raises SubmissionRefused."""
         submission = submission or self._next_submission(run_id)
@@ -218,7 +218,7 @@ class Kubernetes:
         """The RayJobs of a run that are still there."""
         return submissions(self.api.rayjobs(f"{OUR_OBJECTS},{RUN_LABEL}={run_id}"))
 
-    def _variables(self, job: Job) -> dict[str, str]:
+    def _variables(self, job: AnyJob) -> dict[str, str]:
         """What all pods have in their environment; raises SubmissionRefused for what no pod can have."""
         hub = f"{self.home}/cache/huggingface"  # not in a pod, which each of them would fill anew
         code = f"{self.home}/code/{installed_code().digest}"

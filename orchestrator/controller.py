@@ -21,7 +21,7 @@ from runfolder.chain import Attempt, Fenced, attempts, close, settle
 from runfolder.delivered import note_delivered
 from runfolder.files import Damaged, Record
 from runfolder.outcome import final_word
-from runfolder.record import load_job
+from runfolder.record import load_any_job
 from runfolder.requests import cancel_requested, last_reopened, why_cancelled
 from runfolder.secrets import read_secrets, remove_secrets
 from runfolder.snapshot import snapshot
@@ -66,7 +66,7 @@ def take_secrets(run_dir: Path) -> None:
 def take_further(run_dir: Path) -> int:
     """Make the next attempt of a run, or close it; gives the exit code."""
     if settle(run_dir) is None:
-        load_job(run_dir)
+        load_any_job(run_dir)
         decision = next_step(run_dir)
         if not isinstance(decision, Final) and cancelled_within(run_dir, decision.delay_s):
             decision = Final("cancelled", why_cancelled(run_dir))
@@ -187,7 +187,7 @@ def deliver_rest(run_dir: Path) -> int:
     from orchestrator.tracking.delivery import replay
     from orchestrator.tracking.store import is_left_to_others
 
-    load_job(run_dir)
+    load_any_job(run_dir)
     if not attempts(run_dir) or is_left_to_others(run_dir):
         note_delivered(run_dir, None)
     else:

@@ -30,12 +30,11 @@ from serving.engine import Engine
 from serving.error import AdapterRefused
 from serving.folder import adapter_digest
 from serving.kept import AnswersFile
-from serving.question import Question
+from serving.question import KEY_SHOWN, AskedTask, Question
 from serving.sizes import sizes_for
 from serving.starting import RequestData, ready_engine, say
 
 PROBES = 2  # prompts on which it is seen whether an adapter changes anything
-KEY_SHOWN = 16  # characters of a digest in the name of a file
 VERSIONED = ("torch", "transformers", "fleetune")
 
 
@@ -51,26 +50,6 @@ class Candidate:
     def file_name(self) -> str:
         """The name of its files of answers."""
         return f"{self.digest[:KEY_SHOWN]}.jsonl"
-
-
-@dataclass(frozen=True)
-class AskedTask:
-    """Questions that belong together; the key is a digest of how they are made of their data."""
-
-    name: str
-    key: str
-    questions: tuple[Question, ...]
-
-    @property
-    def folder_name(self) -> str:
-        """The name of the folder that has its answers."""
-        return f"{self.name}-{self.key[:KEY_SHOWN]}"
-
-    @classmethod
-    def load(cls, plain: RequestData) -> "AskedTask":
-        """The task in plain data."""
-        questions = map(Question.load, plain["questions"])
-        return cls(plain["name"], plain["key"], tuple(questions))
 
 
 @dataclass(frozen=True)

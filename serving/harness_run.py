@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from serving.changes import change_of
-from serving.evaluate import KEY_SHOWN, Candidate, adapters_in, base_key, versions_of
+from serving.evaluate import Candidate, adapters_in, base_key, versions_of
 from serving.harness import evaluate_by_harness
 from serving.kept import PlainLine
+from serving.question import KEY_SHOWN
 from serving.sizes import sizes_of_chat
 from serving.starting import ReadyEngine, RequestData, ready_engine, say
 

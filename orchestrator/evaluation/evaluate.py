@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ from orchestrator.evaluation.process import AllAnswers, AnsweredSheet, Evaluatio
 from orchestrator.evaluation.questions import Preparation, PreparedTask
 from orchestrator.evaluation.report import UNTUNED, EvaluatedTask, EvaluationReport, TaskResult
 from orchestrator.evaluation.scores import score_task
-from orchestrator.evaluation.task import TaskSpec, read_tasks
+from orchestrator.evaluation.submitted import ClusterEvaluation
+from orchestrator.evaluation.task import HARNESS, TaskSpec, read_tasks
 from orchestrator.evaluation.tracked import track
+from orchestrator.planning.freeze import Sent
 from orchestrator.planning.model import folder_of_base
+from orchestrator.submit import Submission
 from runfolder.digests import folder_digest
 from runfolder.folders import home
 from runfolder.job import Base
@@ -33,9 +36,16 @@ def evaluate(
     limit: int | None = None,
     out: Path | None = None,
     cluster: str | None = None,
+    overrides: Sequence[str] = (),
     progress: EvaluationProgress = lambda _done, _total: None,
+    sent: Sent = lambda _file, _bytes, _total: None,
+    announce: Callable[[Submission], None] = lambda _: None,
 ) -> EvaluationReport:
     """Evaluate runs (by what `status` takes) and folders of adapters, and the base, on tasks (their files).
+
+    On a `cluster` it is a job, which is submitted once and waited for; the same call goes on with it. `overrides` are
+    for its resources; `announce` is called with its submission, and `sent` as `submit` does. Raises JobFailed or
+    JobStopped where it ends otherwise than well, Unreachable where the same call is to be repeated.
 
     `limit`: only so many rows of each task. Answers are kept in `out`, else in FLEETUNE_HOME/evaluations; what is
     there already is not asked again. Each adapter that a run left gets a child run of that run in MLflow for each
@@ -44,8 +54,8 @@ def evaluate(
     of_harness = [name for name in map(harness_name, tasks) if name is not None]
     paths = [Path(task) for task in tasks if harness_name(task) is None]
     read = read_tasks(paths)
-    require_harness(of_harness)
-    sources = resolve_adapters(adapters, cluster)
+    _require_own_tasks(of_harness, cluster)
+    sources = resolve_adapters(adapters, evaluated_on=cluster)
     require_engine()
     place = base_named(base, sources)
     prepared = _prepare(read, place, limit)
@@ -54,18 +64,32 @@ def evaluate(
     by_task: list[EvaluatedTask] = []
     answers: list[AllAnswers] = []
     if prepared:
-        answered = have_answered(request, progress)
+        answer = have_answered
+        if cluster:
+            answer = ClusterEvaluation(cluster, overrides, sent, announce, place, sources).answers
+        answered = answer(request, progress)
         by_task += _scored_tasks(prepared, answered)
         answers.append(answered)
     for name in of_harness:
         judged, answered = harness_tasks(request, name, limit, progress)
         by_task += judged
         answers.append(answered)
+    report = _report_of(place, _with_runs(by_task, sources), answers)
+    return track(report, sources)
+
+
+def _require_own_tasks(of_harness: Sequence[str], cluster: str | None) -> None:
+    """Raise InputError for tasks of the harness where they are not asked."""
+    require_harness(of_harness)
+    if cluster and of_harness:
+        raise InputError(f"--cluster: tasks of {HARNESS} are asked on this machine alone; allowed: without --cluster")
+
+
+def _report_of(place: Base, by_task: list[EvaluatedTask], answers: Sequence[AllAnswers]) -> EvaluationReport:
+    """What was found, and what of it was asked only now."""
     asked = sum(answered.asked for answered in answers)
     seconds = sum(answered.seconds for answered in answers)
-    by_task = _with_runs(by_task, sources)
-    report = EvaluationReport(place.model, by_task, asked, seconds, _warnings_of(by_task))
-    return track(report, sources)
+    return EvaluationReport(place.model, by_task, asked, seconds, _warnings_of(by_task))
 
 
 def base_named(base: str | None, sources: Sequence[AdapterSource]) -> Base:

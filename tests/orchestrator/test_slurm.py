@@ -1,6 +1,7 @@
 """SLURM for real, on nodes of namespaces: a run is submitted once, trains over two nodes, and survives their loss."""
 
 import os
+import queue
 import random
 import re
 import shutil
@@ -9,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -486,3 +488,50 @@ def test_a_link_that_is_cut_somewhere_makes_one_job_of_a_repeated_command(
             assert sorted(names) == sorted(f"{run_id}-s1" for run_id in done)
             print(f"cut {cut}: {str(said.value).splitlines()[0]}; {time.monotonic() - began:.1f} s", flush=True)
         proxy.close()
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_an_evaluation_is_one_job_that_is_preempted_and_goes_on(
+    place: Place, tmp_path: Path, tiny_base: Path, sums: Path
+) -> None:
+    adapter = make_adapter(tiny_base, tmp_path / "adapter")
+    task = tmp_path / "sums.yaml"
+    task.write_text(yaml.safe_dump({"kind": "exact_match", "data": str(sums), "max_new_tokens": 60}))
+
+    def evaluate(out: Path, **options: Any) -> fleetune.EvaluationReport:
+        return fleetune.evaluate([str(adapter)], [task], base=str(tiny_base), out=out, **options)
+
+    here = evaluate(tmp_path / "here")
+    submitted: queue.Queue[fleetune.Submission] = queue.Queue()
+    with ThreadPoolExecutor() as threads:
+        there = threads.submit(evaluate, tmp_path / "there", cluster=place.name, announce=submitted.put)
+        run_dir = submitted.get(timeout=300).run_dir
+        until(lambda: there.done() or fleetune.status(run_dir.name).step > 0, 300)
+        place.warn(run_dir.name)
+        report = there.result(timeout=600)
+    assert shown(report) == shown(here)
+    first, second, *_ = attempts(run_dir)
+    assert first.verdict and first.verdict["kind"] == "preemption"
+    assert second.start and 0 < second.start.step < 2 * 200 and report.asked == 2 * 200 - second.start.step
+    assert fleetune.status(run_dir.name).state == "succeeded"
+    again = evaluate(tmp_path / "again", cluster=place.name, announce=submitted.put)
+    assert submitted.get(timeout=1).run_id == run_dir.name and shown(again) == shown(here)
+    assert "questions answered" in fleetune.logs(run_dir.name)
+    until(place.is_idle)
+
+
+def make_adapter(base: Path, folder: Path) -> Path:
+    """A LoRA adapter that changes what a base says."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+def shown(report: fleetune.EvaluationReport) -> list[list[str]]:
+    """What the base and each adapter answered."""
+    return [[score.shown for score in result.scores] for result in report.tasks[0].results]

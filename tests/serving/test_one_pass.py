@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 from serving import asking
 from serving.changes import change_of
 from serving.engine import Engine
-from serving.evaluate import AnswerSheet, AskedTask, Candidate, answer_all, missing_of, sheets_of
+from serving.evaluate import AnswerSheet, Candidate, answer_all, missing_of, sheets_of
 from serving.folder import adapter_digest
 from serving.kept import AnswersFile, KeptAnswer
-from serving.question import Question, ScoredText
+from serving.question import AskedTask, Question, ScoredText
 from serving.sequence import Request
 from serving.sizes import sizes_for
 from serving.starting import ReadyEngine, ready_engine
