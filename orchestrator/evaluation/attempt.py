@@ -157,6 +157,7 @@ class EvaluationWork:
             return
         attempt = self.attempt
         folder = checkpoint_folder(attempt, self.done)
+        folder.mkdir(parents=True, exist_ok=True)
         files: dict[str, Any] = {}
         for path in self.kept.rglob("*.jsonl"):
             place = path.relative_to(self.kept)

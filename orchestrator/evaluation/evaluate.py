@@ -64,7 +64,7 @@ def evaluate(
     by_task: list[EvaluatedTask] = []
     answers: list[AllAnswers] = []
     if prepared:
-        answer = have_answered
+        answer: Callable[[dict[str, Any], EvaluationProgress], AllAnswers] = have_answered
         if cluster:
             answer = ClusterEvaluation(cluster, overrides, sent, announce, place, sources).answers
         answered = answer(request, progress)
@@ -80,9 +80,9 @@ def evaluate(
 
 def _require_own_tasks(of_harness: Sequence[str], cluster: str | None) -> None:
     """Raise InputError for tasks of the harness where they are not asked."""
-    require_harness(of_harness)
     if cluster and of_harness:
         raise InputError(f"--cluster: tasks of {HARNESS} are asked on this machine alone; allowed: without --cluster")
+    require_harness(of_harness)
 
 
 def _report_of(place: Base, by_task: list[EvaluatedTask], answers: Sequence[AllAnswers]) -> EvaluationReport:

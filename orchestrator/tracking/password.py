@@ -4,13 +4,12 @@ That is the tracking URI where it has a password, and variables of `env:`. All o
 the URI under `TRACKING_URI`.
 """
 
-from typing import TypeVar
+from typing import overload
 
-from runfolder.evaluation_job import AnyJob
+from runfolder.evaluation_job import AnyJob, EvaluationJob
 from runfolder.job import Job, Tracking
 from runfolder.variables import public, split_secrets
 
-SomeJob = TypeVar("SomeJob", bound=AnyJob)
 TRACKING_URI = "tracking.uri"  # the name among the secrets
 
 
@@ -23,7 +22,15 @@ def secrets_of(job: AnyJob) -> dict[str, str]:
     return secrets
 
 
-def without_secrets(job: SomeJob) -> SomeJob:
+@overload
+def without_secrets(job: Job) -> Job: ...
+
+
+@overload
+def without_secrets(job: EvaluationJob) -> EvaluationJob: ...
+
+
+def without_secrets(job: AnyJob) -> AnyJob:
     """The job as others may read it."""
     if not secrets_of(job):
         return job

@@ -1,5 +1,6 @@
 """SLURM for real, on nodes of namespaces: a run is submitted once, trains over two nodes, and survives their loss."""
 
+import json
 import os
 import queue
 import random
@@ -493,16 +494,19 @@ def test_a_link_that_is_cut_somewhere_makes_one_job_of_a_repeated_command(
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_an_evaluation_is_one_job_that_is_preempted_and_goes_on(
-    place: Place, tmp_path: Path, tiny_base: Path, sums: Path
+    place: Place, tmp_path: Path, tiny_base: Path
 ) -> None:
     adapter = make_adapter(tiny_base, tmp_path / "adapter")
-    task = tmp_path / "sums.yaml"
-    task.write_text(yaml.safe_dump({"kind": "exact_match", "data": str(sums), "max_new_tokens": 60}))
+    number = 2000  # of rows, so many that it is not over before the preemption
+    rows = [{"prompt": f"{row} + {7 * row} =", "completion": f" {8 * row}"} for row in range(number)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = tmp_path / "task.yaml"
+    task.write_text(yaml.safe_dump({"kind": "exact_match", "data": "rows.jsonl", "max_new_tokens": 60}))
 
     def evaluate(out: Path, **options: Any) -> fleetune.EvaluationReport:
         return fleetune.evaluate([str(adapter)], [task], base=str(tiny_base), out=out, **options)
 
-    here = evaluate(tmp_path / "here")
+    here = evaluate(tmp_path / "here", limit=50)
     submitted: queue.Queue[fleetune.Submission] = queue.Queue()
     with ThreadPoolExecutor() as threads:
         there = threads.submit(evaluate, tmp_path / "there", cluster=place.name, announce=submitted.put)
@@ -510,13 +514,13 @@ def test_an_evaluation_is_one_job_that_is_preempted_and_goes_on(
         until(lambda: there.done() or fleetune.status(run_dir.name).step > 0, 300)
         place.warn(run_dir.name)
         report = there.result(timeout=600)
-    assert shown(report) == shown(here)
+    assert [answers[:50] for answers in shown(report)] == shown(here)
     first, second, *_ = attempts(run_dir)
     assert first.verdict and first.verdict["kind"] == "preemption"
-    assert second.start and 0 < second.start.step < 2 * 200 and report.asked == 2 * 200 - second.start.step
+    assert second.start and 0 < second.start.step < 2 * number and report.asked == 2 * number - second.start.step
     assert fleetune.status(run_dir.name).state == "succeeded"
     again = evaluate(tmp_path / "again", cluster=place.name, announce=submitted.put)
-    assert submitted.get(timeout=1).run_id == run_dir.name and shown(again) == shown(here)
+    assert submitted.get(timeout=1).run_id == run_dir.name and shown(again) == shown(report)
     assert "questions answered" in fleetune.logs(run_dir.name)
     until(place.is_idle)
 
