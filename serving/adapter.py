@@ -61,6 +61,7 @@ class Adapter:
     embed_VD: Tensor | None = None
     head_VD: Tensor | None = None
     config: Any = None  # of the base as this adapter wants it, where its rotary positions differ
+    left_out: float = 0.0  # of its difference to the base, as a share by Frobenius norms: what a low rank cannot hold
 
     @property
     def virtual(self) -> int:

@@ -81,6 +81,11 @@ class Engine:
         self.forward.rotations.kind(packed)
         self.pool.give(name, packed, pinned)
 
+    def left_out(self, name: str) -> float:
+        """What is left out of a loaded model's difference to the base, as a share of it; 0 for all adapters."""
+        packed = self.pool.packed_of(name)
+        return packed.adapter.left_out
+
     def unload(self, name: str) -> None:
         """Forget an adapter's name; raises UnknownAdapter."""
         self.pool.unload(name)

@@ -130,15 +130,10 @@ def _of_run(run: Handle, evaluated_on: str | None = None) -> AdapterSource:
 
 
 def _require_adapter(folder: Path) -> None:
-    """Raise InputError where a folder has no adapter."""
-    if _has_adapter(folder):
+    """Raise InputError where a folder has no adapter, and no model of which the engine makes one."""
+    if _has_adapter(folder) or (folder / "config.json").exists():
         return
     known = " or ".join(CONFIGS)
-    if (folder / "config.json").exists():
-        raise InputError(
-            f"{folder}: found a whole model; allowed: an adapter. A model that was trained in full is a base of its "
-            "own: give it as --base"
-        )
     raise InputError(f"{folder}: found no {known}; allowed: the output of a run, or a folder that PEFT has saved")
 
 

@@ -114,8 +114,15 @@ def deliver(attempt: Attempt, kept: Path, answered: AllAnswers) -> None:
         target = unfinished / place
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(sheet.path, target)
-        plain = {"task": sheet.task, "adapter": sheet.adapter, "digest": sheet.digest, "change": sheet.change}
-        sheets.append({"file": place.as_posix(), **plain})
+        plain = {
+            "file": place.as_posix(),
+            "task": sheet.task,
+            "adapter": sheet.adapter,
+            "digest": sheet.digest,
+            "change": sheet.change,
+            "left_out": sheet.left_out,
+        }
+        sheets.append(plain)
     write_json(unfinished / ANSWERS_FILE, {"sheets": sheets, "asked": answered.asked, "seconds": answered.seconds})
     unfinished.rename(attempt.folder / "output")
     sync_folder(attempt.folder)

@@ -25,6 +25,7 @@ from runfolder.folders import home
 from runfolder.job import Base
 from trainer.data.tokenizer import end_ids, load_tokenizer
 
+TOLD = 1e-4  # of a difference to the base: what is less is rounding, of 32 bits or of 16
 _ENGINE_PACKAGES = ("torch", "transformers", "safetensors")
 
 
@@ -205,22 +206,27 @@ def _scored_sheet(task: PreparedTask, sheet: AnsweredSheet) -> TaskResult:
     """What one adapter's answers to a task are worth, or the base's."""
     scores = score_task(task, sheet.file.answers)
     label = sheet.adapter or UNTUNED
-    return TaskResult(label, sheet.digest, scores, str(sheet.path), sheet.change)
+    return TaskResult(label, sheet.digest, scores, str(sheet.path), sheet.change, left_out=sheet.left_out)
 
 
 def _warnings_of(tasks: Sequence[EvaluatedTask]) -> list[str]:
-    """What is to be known of results: adapters that change nothing, and rows without room."""
-    unchanged: dict[str, None] = {}  # each once
+    """What is to be known of results: adapters that change nothing or are not whole, and rows without room."""
+    of_adapters: dict[str, None] = {}  # each once
     crowded: list[str] = []
     for task in tasks:
         for result in task.results:
+            if result.left_out > TOLD:
+                share = f"{result.left_out:.2%}"
+                of_adapters[
+                    f"{result.label} is a whole model, of whose difference to the base {share} is left out"
+                ] = None
             if result.change == 0:
-                unchanged[f"{result.label} changes nothing: its logits are those of the base"] = None
+                of_adapters[f"{result.label} changes nothing: its logits are those of the base"] = None
             count = result.without_room
             if count:
                 rows = len(result.scores)
                 crowded.append(f"task {task.name}: {count} of {rows} rows leave {result.label} no room on the base")
-    return [*unchanged, *crowded]
+    return [*of_adapters, *crowded]
 
 
 def _line_of(error: Exception) -> str:

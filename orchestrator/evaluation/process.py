@@ -19,13 +19,17 @@ EvaluationProgress = Callable[[int, int], None]  # questions that are answered, 
 
 @dataclass(frozen=True)
 class AnsweredSheet:
-    """What one candidate (None: the base) answered to one task, its digest, and how much it changes the logits."""
+    """What one candidate (None: the base) answered to one task, its digest, and how much it changes the logits.
+
+    `left_out`: of a model's difference to the base, as a share of it, where a low rank cannot hold all.
+    """
 
     task: str
     adapter: str | None
     digest: str
     change: float | None
     path: Path
+    left_out: float = 0.0
 
     @property
     def file(self) -> AnswersFile:
@@ -102,4 +106,5 @@ def _last_words(code: int, said: str) -> str:
 def _sheet_in(said: dict[str, Any]) -> AnsweredSheet:
     """What a line of the process says of a file."""
     path = Path(said["file"])
-    return AnsweredSheet(said["task"], said["adapter"], said["digest"], said["change"], path)
+    left_out = said.get("left_out", 0.0)
+    return AnsweredSheet(said["task"], said["adapter"], said["digest"], said["change"], path, left_out)
