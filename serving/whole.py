@@ -91,15 +91,17 @@ class Difference:
     def add(self, change_OI: Tensor, kept_OI: Tensor) -> None:
         """Count the change of a layer, of which this much is kept."""
         left_OI = change_OI - kept_OI
-        self.whole += float(change_OI.square().sum())
-        self.left_out += float(left_OI.square().sum())
+        change = change_OI.square().sum()
+        left = left_OI.square().sum()
+        self.whole += float(change)
+        self.left_out += float(left)
 
     @property
     def share(self) -> float:
         """The share of the difference that is left out."""
         if self.whole == 0:
             return 0.0
-        square = max(0.0, self.left_out) / self.whole
+        square = self.left_out / self.whole
         return float(square**0.5)
 
 
@@ -132,7 +134,8 @@ def whole_digest(path: Path) -> str:
 
 def read_whole(path: Path, base: FrozenBase, limit: int) -> Adapter:
     """The adapter that a model is to a base of its shape; raises AdapterRefused for a model of another one."""
-    text = (path / "config.json").read_text()
+    config_path = path / "config.json"
+    text = config_path.read_text()
     config = json.loads(text)
     if config.get("quantization_config"):
         raise AdapterRefused(f"{path}: found quantised weights; allowed: weights in 16 or 32 bits")
@@ -202,7 +205,8 @@ def factors_of(change_OI: Tensor, difference: Difference) -> tuple[Tensor, Tenso
     u_OR, s_R, v_IR = largest_singular(change_OI)
     least = LEAST * s_R[0]
     is_more = s_R > least
-    count = min(int(is_more.sum()), KEPT_RANK)
+    count = int(is_more.sum())
+    count = min(count, KEPT_RANK)
     root_R = s_R[:count].sqrt()
     a_IR = v_IR[:, :count] * root_R
     b_OR = u_OR[:, :count] * root_R
@@ -219,9 +223,10 @@ def largest_singular(change_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         u_OR, s_R, v_RI = torch.linalg.svd(change_OI, full_matrices=False)
         return u_OR, s_R, v_RI.T
     devices = [change_OI.device] if change_OI.is_cuda else []
+    columns = KEPT_RANK + MORE_COLUMNS
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)  # the same model is the same adapter
-        u_OR, s_R, v_IR = torch.svd_lowrank(change_OI, KEPT_RANK + MORE_COLUMNS, ROUNDS)
+        u_OR, s_R, v_IR = torch.svd_lowrank(change_OI, columns, ROUNDS)
     return u_OR, s_R, v_IR
 
 

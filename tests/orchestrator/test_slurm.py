@@ -20,6 +20,7 @@ import pytest
 import yaml
 from contract import NodeContract, QueueContract, RunContract
 from cut_proxy import CutProxy, cut_somewhere
+from evaluations import make_adapter
 from jobs import make_job as make_queued_job
 from place import Place
 from readable import files_with, submit_unseen
@@ -523,17 +524,6 @@ def test_an_evaluation_is_one_job_that_is_preempted_and_goes_on(
     assert submitted.get(timeout=1).run_id == run_dir.name and shown(again) == shown(report)
     assert "questions answered" in fleetune.logs(run_dir.name)
     until(place.is_idle)
-
-
-def make_adapter(base: Path, folder: Path) -> Path:
-    """A LoRA adapter that changes what a base says."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base)
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    get_peft_model(model, config).save_pretrained(folder)
-    return folder
 
 
 def shown(report: fleetune.EvaluationReport) -> list[list[str]]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
+from evaluations import claimed, fail, make_adapter, succeed
 from jobs import only_queued
 
 import fleetune
@@ -22,12 +22,10 @@ from orchestrator.evaluation.attempt import EvaluationWork, evaluate_attempt
 from orchestrator.submit import Submission
 from runfolder.appended import read_lines
 from runfolder.chain import Attempt, Start, attempts, last_attempt
-from runfolder.outcome import final_word
 from runfolder.record import load_any_job
 from runfolder.requests import Stop, request_pause, request_stop
 from runfolder.snapshot import snapshot
 from serving.kept import AnswersFile, merge_answers
-from trainer.checkpoint.lineage import claim_from_newest
 
 ROOT = Path(__file__).parents[3]
 TINY = ROOT / "examples" / "tiny"
@@ -67,37 +65,8 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The folders of two adapters that change what the base says."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    folders = []
-    for name in ("first", "second"):
-        folder = tmp_path_factory.mktemp("adapters") / name
-        torch.manual_seed(len(folders))
-        model = AutoModelForCausalLM.from_pretrained(TINY)
-        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-        get_peft_model(model, config).save_pretrained(folder)
-        folders.append(str(folder))
-    return folders
-
-
-def succeed(run_dir: Path) -> None:
-    """What worker and controller do in an attempt that comes to its end."""
-    attempt = claim_from_newest(run_dir)
-    assert attempt
-    assert evaluate_attempt(run_dir, attempt.number)
-    verdict = {"kind": "success", "reason": "", "evidence": "", "rank": None}
-    attempt.write_verdict(verdict)
-    assert attempt.close(final_word("succeeded", None, verdict, attempt.number))
-
-
-def fail(run_dir: Path) -> None:
-    """What worker and controller do in an attempt that a bug ends."""
-    attempt = claim_from_newest(run_dir)
-    assert attempt
-    verdict = {"kind": "user_error", "reason": "a bug", "evidence": "", "rank": None}
-    attempt.write_verdict(verdict)
-    assert attempt.close(final_word("failed", "a bug", verdict, attempt.number))
+    folder = tmp_path_factory.mktemp("adapters")
+    return [str(make_adapter(TINY, folder / name, seed)) for seed, name in enumerate(("first", "second"))]
 
 
 def evaluate(adapters: list[str], task: Path, work: Callable[[Path], None] = succeed, **options: Any) -> Any:
@@ -155,8 +124,7 @@ def test_what_an_attempt_has_saved_is_not_asked_again(
     place = Path(*answered.parts[-3:])
 
     def interrupted(run_dir: Path) -> None:
-        first = claim_from_newest(run_dir)
-        assert first
+        first = claimed(run_dir)
         merge_answers(answered, first.folder / "answers" / place)
         saved = EvaluationWork(first, first.folder / "answers", 3 * ROWS)
         saved.count(ROWS)
@@ -180,8 +148,7 @@ def test_an_attempt_that_is_asked_to_stop_saves_and_does(
     stopped: list[Attempt] = []
 
     def stop(run_dir: Path) -> None:
-        attempt = claim_from_newest(run_dir)
-        assert attempt
+        attempt = claimed(run_dir)
         stopped.append(attempt)
         if what == "warned":
             request_stop(attempt, Stop("preemption", "", 1e10))
@@ -200,11 +167,15 @@ def test_an_attempt_that_is_asked_to_stop_saves_and_does(
     assert (successor.number, successor.start) == (2, saved)
 
 
-def test_one_that_failed_is_told_and_made_anew(home: Path, task: Path, adapters: list[str]) -> None:
+def test_one_that_failed_is_told_and_made_anew_or_resumed(home: Path, task: Path, adapters: list[str]) -> None:
     for number in (1, 2):
         with pytest.raises(JobFailed, match="evaluate-.* failed: a bug\nsee: fleetune logs evaluate-"):
             evaluate(adapters, task, work=fail)
         assert len(list((home / "runs").iterdir())) == number
+    newest = max((home / "runs").iterdir(), key=lambda run_dir: run_dir.name[-10:]).name
+    assert fleetune.resume(newest) == newest
+    with pytest.raises(JobFailed, match=f"{newest} failed: a bug"):  # one that was resumed is gone on with
+        evaluate(adapters, task, work=fail)
 
 
 def test_its_job_says_what_it_needs(home: Path, task: Path, adapters: list[str]) -> None:
