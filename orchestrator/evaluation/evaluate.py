@@ -26,7 +26,8 @@ from runfolder.job import Base
 from trainer.data.tokenizer import end_ids, load_tokenizer
 
 TOLD = 1e-4  # of a difference to the base: what is less is rounding, of 32 bits or of 16
-_ENGINE_PACKAGES = ("torch", "transformers", "safetensors")
+DATA, TRAIN = "data", "train"  # extras: what makes questions needs, and what answers them here
+_NEEDED = {DATA: ("transformers", "numpy", "jinja2"), TRAIN: ("torch", "transformers", "safetensors")}
 
 
 def evaluate(
@@ -57,7 +58,7 @@ def evaluate(
     read = read_tasks(paths)
     _require_own_tasks(of_harness, cluster)
     sources = resolve_adapters(adapters, evaluated_on=cluster)
-    require_engine()
+    require_packages(DATA if cluster else TRAIN)
     place = base_named(base, sources)
     prepared = _prepare(read, place, limit)
     folder = out or home() / "evaluations"
@@ -103,15 +104,15 @@ def base_named(base: str | None, sources: Sequence[AdapterSource]) -> Base:
     return place
 
 
-def require_engine() -> None:
-    """Raise InputError where what an engine needs is not installed here."""
+def require_packages(extra: str) -> None:
+    """Raise InputError where what is needed of the packages of an extra is not installed here."""
     missing = []
-    for name in _ENGINE_PACKAGES:
+    for name in _NEEDED[extra]:
         if importlib.util.find_spec(name) is None:
             missing.append(name)
     if missing:
         packages = ", ".join(missing)
-        raise InputError(f"evaluate: needs {packages}; allowed: pip install 'fleetune[train]'")
+        raise InputError(f"evaluate: needs {packages}; allowed: pip install 'fleetune[{extra}]'")
 
 
 def base_tokenizer(place: Base) -> tuple[Any, tuple[int, ...]]:

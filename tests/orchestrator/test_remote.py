@@ -1,5 +1,6 @@
 """A cluster of another machine over a real sshd: its code is sent, its connection reused, and a cut is no failure."""
 
+import json
 import os
 import random
 import select
@@ -85,7 +86,7 @@ def test_an_evaluation_is_done_there_with_what_is_sent_and_what_a_run_has_left(
     there: Path, tmp_path: Path, tiny_base: Path, sums: Path
 ) -> None:
     mine = make_adapter(tiny_base, tmp_path / "mine", 1)
-    job_file = make_job(tmp_path, base=str(tiny_base), data={"train": str(sums), "seq_len": 64})
+    job_file = make_job(tmp_path, base=str(tiny_base), data={"train": str(sums), "seq_len": 64}, train=TRAIN)
     trained = fleetune.submit(job_file, cluster="there").run_id
     attempt = claimed(there / "runs" / trained)
     make_adapter(tiny_base, attempt.folder / "output", 2)
@@ -110,6 +111,30 @@ def test_an_evaluation_is_done_there_with_what_is_sent_and_what_a_run_has_left(
     assert isinstance(job, EvaluationJob) and Path(job.adapters["sums"]) == output
     sent = [job.adapters["mine"], job.base.model, job.questions]
     assert [path for path in sent if not Path(path).is_relative_to(there / "files")] == []
+
+
+TRAIN = {"steps": 7, "batch_tokens": 64}
+LAPTOP = """
+import sys
+sys.modules["torch"] = None
+import fleetune
+fleetune.evaluate([], [sys.argv[1]], base=sys.argv[2], limit=3, cluster="there", announce=lambda _: sys.exit(7))
+"""
+
+
+def test_an_evaluation_is_submitted_from_where_there_is_no_torch(
+    there: Path, tmp_path: Path, tiny_base: Path, sums: Path
+) -> None:
+    task = tmp_path / "task.yaml"
+    task.write_text(yaml.safe_dump({"kind": "exact_match", "data": str(sums)}))
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", LAPTOP, str(task), str(tiny_base)], capture_output=True, text=True
+    )
+    assert ran.returncode == 7, ran.stderr
+    (run_dir,) = (there / "runs").iterdir()
+    job = load_any_job(run_dir)
+    assert isinstance(job, EvaluationJob) and job.adapters == {}
+    assert len(json.loads(Path(job.questions).read_text())["tasks"][0]["questions"]) == 3
 
 
 def test_code_of_which_a_file_was_purged_is_sent_again(there: Path) -> None:
