@@ -27,7 +27,7 @@ from trainer.data.tokenizer import end_ids, load_tokenizer
 
 TOLD = 1e-4  # of a difference to the base: what is less is rounding, of 32 bits or of 16
 DATA, TRAIN = "data", "train"  # extras: what makes questions needs, and what answers them here
-_NEEDED = {DATA: ("transformers", "numpy", "jinja2"), TRAIN: ("torch", "transformers", "safetensors")}
+_PACKAGES_OF = {DATA: ("transformers", "numpy", "jinja2"), TRAIN: ("torch", "transformers", "safetensors")}
 
 
 def evaluate(
@@ -107,7 +107,7 @@ def base_named(base: str | None, sources: Sequence[AdapterSource]) -> Base:
 def require_packages(extra: str) -> None:
     """Raise InputError where what is needed of the packages of an extra is not installed here."""
     missing = []
-    for name in _NEEDED[extra]:
+    for name in _PACKAGES_OF[extra]:
         if importlib.util.find_spec(name) is None:
             missing.append(name)
     if missing:
