@@ -100,7 +100,7 @@ def test_an_evaluation_is_done_there_with_what_is_sent_and_what_a_run_has_left(
             succeed(submission.run_dir)
 
     report = fleetune.evaluate([str(mine), "sums"], [task], limit=3, cluster="there", announce=work)
-    assert report.asked == 3 * 3 and report.base == str(tiny_base)
+    assert report.asked == 3 * 3
     output = there / "runs" / trained / "output"
     assert [(result.label, result.digest) for result in report.tasks[0].results[1:]] == [
         ("mine", adapter_digest(mine)),
