@@ -25,9 +25,9 @@ from clusters.pod_submissions import answer_of_submissions
 from clusters.remote.far_side import AT_WORK, READY, kind_of, words_of
 from clusters.remote.leftovers import leftovers_in, remove_leftovers
 from clusters.remote.shelf import Shelf
+from runfolder.evaluation_job import any_job
 from runfolder.folders import home
 from runfolder.requested import answer_request
-from runfolder.service import any_job
 from runfolder.site import PlainData
 
 _SIGN_S = 10.0  # between two signs of work

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from runfolder.service import AnyJob
+from runfolder.evaluation_job import AnyJob
 from runfolder.site import Site
 from runfolder.snapshot import Snapshot
 

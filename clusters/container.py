@@ -13,8 +13,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from clusters.base import SubmissionRefused
+from runfolder.evaluation_job import AnyJob
 from runfolder.resources import Section
-from runfolder.service import AnyJob, ServiceSpec
+from runfolder.service import ServiceSpec
 from runfolder.sources import ClusterFile, file_of, parse_source
 
 _PATH_PART = r"[\w.@+=-]{1,255}"  # a runtime takes , and : of an option for the end of a path
@@ -74,12 +75,11 @@ def _folders_of(job: AnyJob, home: Path) -> Iterator[tuple[str, Path]]:
     if isinstance(job, ServiceSpec):
         yield from _folders_of_service(job, home)
         return
-    sources = {"data.train": job.data.train, "data.eval": job.data.eval or ""}
-    for field, source in sources.items():
+    for field, source in job.sources.items():
         path = file_of(source)
         is_there = isinstance(parse_source(source), ClusterFile)
         if path and (is_there or _is_here(path)) and home not in path.parents:
-            yield field, path.parent
+            yield field, path if path.is_dir() else path.parent
     base = Path(job.base.model)
     if _is_here(base) and home not in base.parents:
         yield "base.model", base

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from runfolder.service import AnyJob
+from runfolder.evaluation_job import AnyJob
 from runfolder.variables import split_secrets
 
 SETTINGS = (

@@ -47,7 +47,8 @@ from k8s.planned import RUN_LABEL, PlannedPods
 from k8s.rayjob import digest_noted, rayjob
 from k8s.rayservice import rayservice
 from k8s.text import manifest_in, manifest_text
-from runfolder.service import AnyJob, ServiceSpec
+from runfolder.evaluation_job import AnyJob
+from runfolder.service import ServiceSpec
 from runfolder.site import LocalSite
 
 _LONGEST_VARIABLES = 1 << 17  # characters: an object may have 1.5 MiB, and each variable is twice in it

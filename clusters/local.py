@@ -29,7 +29,7 @@ from clusters.entry import Queue, QueueEntry, entry_text, queued_run
 from clusters.environment import machine_variables, run_settings, secret_settings
 from clusters.machine import misfit_of, total_capacity
 from clusters.ray_head import Head
-from runfolder.service import AnyJob
+from runfolder.evaluation_job import AnyJob
 from runfolder.site import LocalSite
 from runfolder.snapshot import has_ended
 

@@ -52,7 +52,7 @@ from clusters.slurm_releases import let_go_on, send_back
 from clusters.slurm_script import BatchJob, SlurmConfig, batch_script
 from clusters.slurm_variables import check_variables, first_on_path
 from clusters.slurm_walltime import check_walltime
-from runfolder.service import AnyJob
+from runfolder.evaluation_job import AnyJob
 from runfolder.site import LocalSite
 from runfolder.snapshot import has_ended
 

@@ -15,8 +15,8 @@ from pydantic import AfterValidator, ConfigDict, Field
 from clusters.config import ClusterConfig
 from clusters.container import Container
 from clusters.slurm_walltime import Walltime, walltime_option, warning_s
+from runfolder.evaluation_job import AnyJob
 from runfolder.resources import as_mapping
-from runfolder.service import AnyJob
 
 _OPTION = re.compile(r"[A-Za-z0-9_][\w.,:@%+&|*()\[\]-]{0,255}")
 

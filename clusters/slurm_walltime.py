@@ -7,8 +7,8 @@ from typing import Annotated
 from pydantic import BeforeValidator
 
 from clusters.base import SubmissionRefused
+from runfolder.evaluation_job import AnyJob
 from runfolder.resources import read_duration
-from runfolder.service import AnyJob
 
 _NO_LIMIT = ("0", "UNLIMITED", "INFINITE")
 _TIME_FORMS = (  # of --time: sbatch(1)

@@ -21,8 +21,8 @@ from orchestrator.clusters_file import clusters_path, read_clusters
 from orchestrator.errors import InputError, JobRefused
 from orchestrator.planning.spec_errors import did_you_mean
 from orchestrator.tracking.password import secrets_of, without_secrets
+from runfolder.evaluation_job import AnyJob
 from runfolder.folders import home
-from runfolder.service import AnyJob
 
 # Clusters that need no file, by name; others are in the clusters file.
 CLUSTERS: dict[str, Callable[[], Cluster]] = {"local": Local.here}

@@ -1,19 +1,19 @@
 """`fleetune serve --cluster`: a service as a run of a cluster, which lasts until somebody cancels it."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from orchestrator.backends import make_request, open_cluster
-from orchestrator.begun import id_of_begun
 from orchestrator.errors import InputError
 from orchestrator.evaluation.adapters import resolve_adapters
 from orchestrator.planning.freeze import Sent, versions
 from orchestrator.runs import find, new_id
 from orchestrator.serve import Serving, named_place, read_keys
-from orchestrator.submit import Submission, clear_ending, hand_in, identity_of
+from orchestrator.submit import Submission, clear_ending, submit_frozen
 from orchestrator.tracking.password import secrets_of, without_secrets
 from runfolder.resources import Resources
 from runfolder.service import ServiceSpec
@@ -54,9 +54,8 @@ def serve_on_cluster(
         "secrets": sorted(secrets_of(service)),
         "job": without_secrets(service).dump(),
     }
-    with id_of_begun(identity_of(frozen), name) as run_id:
-        request, adopted = hand_in(backend, service, run_id, frozen)
-        return Submission(run_id, Path(request.run_dir), cluster, adopted, ())
+    described = partial(Submission, cluster=cluster, warnings=())
+    return submit_frozen(backend, service, frozen, described, run_id=None, announce=lambda _: None)
 
 
 def service_resources(gpus: int | None, walltime: str | None) -> Resources:

@@ -44,8 +44,8 @@ from orchestrator.planning.preflight import Findings, check_job
 from orchestrator.planning.survey import SourceProgress, with_date, writes_date
 from orchestrator.runs import RUN_ID, name_of, new_id, remember, remembered_cluster
 from orchestrator.tracking.password import secrets_of
+from runfolder.evaluation_job import AnyJob
 from runfolder.job import Job
-from runfolder.service import AnyJob
 from runfolder.site import Refused, Site
 from runfolder.snapshot import ASKED_TO_END
 
@@ -149,31 +149,41 @@ def _submit_to(
     job = brought(job, checked.model, backend.site, sent)
     beside_job = {"dated": is_dated, "sent": places_before(before, job)}
     frozen = frozen_record(job, checked.model, cluster, folder, of_inputs) | beside_job
+    described = partial(Submission, cluster=cluster, warnings=checked.warnings, why=why)
+    return submit_frozen(backend, job, frozen, described, run_id=run_id, pause_at=pause_at, announce=announce)
+
+
+def submit_frozen(
+    backend: Cluster,
+    job: AnyJob,
+    frozen: Mapping[str, Any],
+    described: Callable[..., Submission],
+    *,
+    run_id: str | None,
+    pause_at: int | None = None,
+    announce: Callable[[Submission], None],
+) -> Submission:
+    """Hand a job with its frozen record to its cluster, once; `described` makes the submission of what came of it.
+
+    Raises RunEnded where the run of that id has ended otherwise than well.
+    """
     with _chosen_id(job, frozen, run_id) as chosen_id:
-        request, adopted = hand_in(backend, job, chosen_id, frozen, pause_at)
-        submission = Submission(chosen_id, Path(request.run_dir), cluster, adopted, checked.warnings, why)
+        request = make_request(backend, job, chosen_id)
+        expected_start(backend, request)  # where the cluster would never start it, nothing is made
+        remember(chosen_id, frozen["cluster"])
+        adopted = _create_or_adopt(backend.site, chosen_id, frozen)
+        if pause_at is not None:
+            _ask_pause(backend.site, chosen_id, pause_at)
+        backend.site.write_secrets(chosen_id, secret_values(request.secrets) | secrets_of(job))
+        try:
+            _hand_over(backend, request, adopted)
+        except (FarFileError, EnvironmentMissing):
+            raise
+        except Unreachable as error:
+            raise _NotKnown(str(error)) from None
+        submission = described(run_id=chosen_id, run_dir=Path(request.run_dir), adopted=adopted)
         announce(submission)
     return submission
-
-
-def hand_in(
-    backend: Cluster, work: AnyJob, run_id: str, frozen: Mapping[str, Any], pause_at: int | None = None
-) -> tuple[ClusterRequest, bool]:
-    """Make the folder of a run and submit it; gives what was submitted, and whether the run was there already."""
-    request = make_request(backend, work, run_id)
-    expected_start(backend, request)  # where the cluster would never start it, nothing is made
-    remember(run_id, frozen["cluster"])
-    adopted = _create_or_adopt(backend.site, run_id, frozen)
-    if pause_at is not None:
-        _ask_pause(backend.site, run_id, pause_at)
-    backend.site.write_secrets(run_id, secret_values(request.secrets) | secrets_of(work))
-    try:
-        _hand_over(backend, request, adopted)
-    except (FarFileError, EnvironmentMissing):
-        raise
-    except Unreachable as error:
-        raise _NotKnown(str(error)) from None
-    return request, adopted
 
 
 def dry_run(
@@ -214,7 +224,7 @@ def _checked(job: Job, cluster: Cluster, progress: SourceProgress) -> Findings:
     return replace(found, warnings=found.warnings + unknown)
 
 
-def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> AbstractContextManager[str]:
+def _chosen_id(job: AnyJob, frozen: Mapping[str, Any], run_id: str | None) -> AbstractContextManager[str]:
     """The run id of a submission: the one that somebody gave it, or one that is kept for repetitions."""
     if run_id is None:
         return id_of_begun(identity_of(frozen), job.name)

@@ -73,7 +73,7 @@ def read_figures(run_dir: Path, submitted: float) -> Figures:
 
 def figures_of(spent: Goodput, rows: Iterable[Record], newest: Iterable[Record], now: float) -> Figures:
     """The figures of a run from the rows of all attempts, and those of the newest one; a pure function."""
-    evaluations = [_eval_metrics(row) for row in rows if not _is_step(row)]
+    evaluations = [_eval_metrics(row) for row in rows if _is_evaluation(row)]
     last = None
     if evaluations:
         last = evaluations[-1]
@@ -130,6 +130,11 @@ def _times(slot: Attempt, rows: Sequence[Record]) -> SlotTimes:
 def _is_step(row: Record) -> bool:
     """Whether a row is that of an optimizer step, and not of an evaluation."""
     return "loss" in row
+
+
+def _is_evaluation(row: Record) -> bool:
+    """Whether a row is that of an evaluation in training; those of a run that evaluates count its answers alone."""
+    return not _is_step(row) and "answered" not in row
 
 
 def _eval_metrics(row: Record) -> Record:

@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from runfolder.evaluation_job import AnyJob, any_job
 from runfolder.files import FORMAT, Damaged, Record, checked_record, read_json, take_name, write_json
 from runfolder.job import Job
-from runfolder.service import AnyJob, any_job
+from runfolder.service import ServiceSpec
 from runfolder.shapes import BRIEF, SUBMITTED
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -73,7 +74,8 @@ def load_job(run_dir: Path) -> Job:
     if isinstance(job, Job):
         return job
     path = run_dir / "job.yaml"
-    raise Damaged(f"{path}: found a service; allowed: a job that trains")
+    kind = "a service" if isinstance(job, ServiceSpec) else "an evaluation"
+    raise Damaged(f"{path}: found {kind}; allowed: a job that trains")
 
 
 def load_any_job(run_dir: Path) -> AnyJob:

@@ -1,10 +1,11 @@
 """The spec of a service: what is served on a cluster, and to whom. It is a run there, in the place of a job."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from runfolder.job import JOB_NAME, Job
+from runfolder.job import JOB_NAME
 from runfolder.resources import Resources, Section
 from runfolder.variables import Variables
 
@@ -39,16 +40,6 @@ class ServiceSpec(Section):
         return self.model_dump(mode="json")
 
 
-AnyJob = Job | ServiceSpec  # what a run does: it trains, or it serves
-
-
-def is_service(plain: dict[str, Any]) -> bool:
+def is_service(plain: Mapping[str, Any]) -> bool:
     """Whether the spec in a record is that of a service."""
     return plain.get("kind") == "service"
-
-
-def any_job(plain: dict[str, Any]) -> AnyJob:
-    """The spec of a run in plain data; raises ValidationError."""
-    if is_service(plain):
-        return ServiceSpec.model_validate(plain)
-    return Job.model_validate(plain)

@@ -14,11 +14,11 @@ from runfolder.chain import reopen, result, see_slots
 from runfolder.digests import changes
 from runfolder.fetched import paths_to_fetch
 from runfolder.files import Record, list_names, sha256
-from runfolder.job import Job
 from runfolder.news import Known, News, news_of_runs
 from runfolder.record import create_run_folder, job_in, read_record
 from runfolder.requests import cancel_requested, pause_step, request_cancel, request_pause
 from runfolder.secrets import read_secrets, write_secrets
+from runfolder.service import ServiceSpec
 from runfolder.snapshot import Snapshot, snapshot
 
 Ask = Literal["cancel", "cancel_saved", "pause", "reopen"]
@@ -240,7 +240,7 @@ def _reopen(run_dir: Path, ended: Ended) -> None:
     path = run_dir / "job.yaml"
     work = job_in(record, str(path))
     known = record.get("digests") or {}
-    changed = changes(work, known) if isinstance(work, Job) else []
+    changed = [] if isinstance(work, ServiceSpec) else changes(work, known)
     if changed:
         raise Refused("\n".join(changed))
     if ended is not None:

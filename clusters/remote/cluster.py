@@ -6,7 +6,7 @@ from dataclasses import asdict
 from clusters.base import Capacity, ClusterRequest, ClusterStatus, Logs, Standing
 from clusters.remote.far_side import FarSide
 from clusters.remote.site import RemoteSite
-from runfolder.service import AnyJob
+from runfolder.evaluation_job import AnyJob
 from runfolder.snapshot import Snapshot
 
 

@@ -210,20 +210,20 @@ def _without_outliers(values: Values) -> list[float]:
 
 
 def _series(line: Line, x: Axis, y: Axis) -> str:
-    """A line, as pieces between its breaks."""
-    pieces: list[list[str]] = [[]]
+    """A line, as segments between its breaks."""
+    segments: list[list[str]] = [[]]
     for step, value in thin(line.points):
         if math.isfinite(value):
             at_x = x.at(step)
             at_y = max(-1e5, y.at(value))
             point = f"{at_x:.2f},{at_y:.2f}"
-            pieces[-1].append(point)
-        elif pieces[-1]:
-            pieces.append([])
+            segments[-1].append(point)
+        elif segments[-1]:
+            segments.append([])
     drawn = ""
-    for piece in pieces:
-        if piece:
-            drawn += svg.polyline(piece)
+    for segment in segments:
+        if segment:
+            drawn += svg.polyline(segment)
     return svg.series(line.label, line.group, drawn)
 
 

@@ -96,7 +96,7 @@ class CompletionBody(Sampling):
 
 
 class TextPart(BaseModel):
-    """A piece of a message; there are no others than text."""
+    """A part of a message; there are no others than text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     type: Annotated[str, Field(pattern="^text$")]

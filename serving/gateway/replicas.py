@@ -90,7 +90,7 @@ class Replicas:
         self._forget(named.loaded.digest)
 
     async def resident(self) -> set[str]:
-        """The digests that are in slots of any replica."""
+        """The digests of the adapters on any replica's device."""
         found: set[str] = set()
         for number in self.router.up:
             try:
@@ -227,37 +227,37 @@ class RemoteAnswer:
 
     async def _ask(self, number: int) -> None:
         """All that a replica says, up to the end; raises what happens to it, or ApiRefusal."""
-        pieces = self._replicas.handles[number].options(stream=True).answer.remote(self._request)
+        sayings = self._replicas.handles[number].options(stream=True).answer.remote(self._request)
         try:
-            first = await asyncio.wait_for(anext(pieces), ACCEPT_S)
+            first = await asyncio.wait_for(anext(sayings), ACCEPT_S)
             if not first.lacks_adapter:
-                await self._read(first, pieces)
+                await self._read(first, sayings)
                 return
         finally:
-            pieces.cancel()
+            sayings.cancel()
         assert self._named is not None
         await self._replicas.load(number, self._named.files)
         await self._ask(number)
 
-    async def _read(self, first: "Saying", pieces: Any) -> None:
+    async def _read(self, first: "Saying", sayings: Any) -> None:
         """Hand on tokens, without those that have come from another replica."""
         check_saying(first)
         if not self.accepted.done():
             self.accepted.set_result(None)
         known = self.stream.count
-        async for piece in pieces:
-            check_saying(piece)
-            fresh = piece.tokens[known:]
-            known = max(0, known - len(piece.tokens))
+        async for saying in sayings:
+            check_saying(saying)
+            fresh = saying.tokens[known:]
+            known = max(0, known - len(saying.tokens))
             if fresh:
                 self.stream.put(fresh, False)
         self.stream.put([], True)
 
 
-def check_saying(piece: "Saying") -> None:
+def check_saying(saying: "Saying") -> None:
     """Raise ApiRefusal where a replica refuses."""
-    if piece.refusal:
-        raise invalid(piece.refusal)
+    if saying.refusal:
+        raise invalid(saying.refusal)
 
 
 def loaded_or_refused(loaded: Loaded | str) -> Loaded:

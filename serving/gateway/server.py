@@ -32,7 +32,7 @@ SWITCH_S = 0.001  # a turn of a thread: the engine's must not keep the server's 
 class EngineSizes:
     """How much an engine has room for."""
 
-    slots: int = 64
+    residents: int = 64
     rows: int = 256
     positions: int = 4096
     tokens: int = 65536

@@ -1,6 +1,8 @@
 """SLURM for real, on nodes of namespaces: a run is submitted once, trains over two nodes, and survives their loss."""
 
+import json
 import os
+import queue
 import random
 import re
 import shutil
@@ -9,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import pytest
 import yaml
 from contract import NodeContract, QueueContract, RunContract
 from cut_proxy import CutProxy, cut_somewhere
+from evaluations import make_adapter
 from jobs import make_job as make_queued_job
 from place import Place
 from readable import files_with, submit_unseen
@@ -530,3 +534,42 @@ def test_a_link_that_is_cut_somewhere_makes_one_job_of_a_repeated_command(
             assert sorted(names) == sorted(f"{run_id}-s1" for run_id in done)
             print(f"cut {cut}: {str(said.value).splitlines()[0]}; {time.monotonic() - began:.1f} s", flush=True)
         proxy.close()
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_an_evaluation_is_one_job_that_is_preempted_and_goes_on(
+    place: Place, tmp_path: Path, tiny_base: Path
+) -> None:
+    adapter = make_adapter(tiny_base, tmp_path / "adapter")
+    number = 2000  # of rows, so many that it is not over before the preemption
+    rows = [{"prompt": f"{row} + {7 * row} =", "completion": f" {8 * row}"} for row in range(number)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = tmp_path / "task.yaml"
+    task.write_text(yaml.safe_dump({"kind": "exact_match", "data": "rows.jsonl", "max_new_tokens": 60}))
+
+    def evaluate(out: Path, **options: Any) -> fleetune.EvaluationReport:
+        return fleetune.evaluate([str(adapter)], [task], base=str(tiny_base), out=out, **options)
+
+    here = evaluate(tmp_path / "here", limit=50)
+    submitted: queue.Queue[fleetune.Submission] = queue.Queue()
+    with ThreadPoolExecutor() as threads:
+        there = threads.submit(evaluate, tmp_path / "there", cluster=place.name, announce=submitted.put)
+        run_dir = submitted.get(timeout=300).run_dir
+        until(lambda: there.done() or fleetune.status(run_dir.name).step > 0, 300)
+        place.warn(run_dir.name)
+        report = there.result(timeout=600)
+    assert [answers[:50] for answers in shown(report)] == shown(here)
+    first, second, *_ = attempts(run_dir)
+    assert first.verdict and first.verdict["kind"] == "preemption"
+    assert second.start and 0 < second.start.step < 2 * number and report.asked == 2 * number - second.start.step
+    assert fleetune.status(run_dir.name).state == "succeeded"
+    again = evaluate(tmp_path / "again", cluster=place.name, announce=submitted.put)
+    assert submitted.get(timeout=1).run_id == run_dir.name and shown(again) == shown(report)
+    assert "questions answered" in fleetune.logs(run_dir.name)
+    until(place.is_idle)
+
+
+def shown(report: fleetune.EvaluationReport) -> list[list[str]]:
+    """What the base and each adapter answered."""
+    return [[score.shown for score in result.scores] for result in report.tasks[0].results]

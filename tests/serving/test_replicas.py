@@ -23,7 +23,7 @@ from serving.gateway.routing import AHEAD, Router
 from serving.gateway.server import EngineSizes
 from serving.gateway.tenants import hash_of
 
-SIZES = EngineSizes(slots=4, rows=8, positions=256, tokens=4096, adapter_bytes=2**21)
+SIZES = EngineSizes(residents=4, rows=8, positions=256, tokens=4096, adapter_bytes=2**21)
 
 
 def test_requests_go_where_their_adapter_is_until_others_have_far_less_to_do() -> None:
@@ -103,7 +103,7 @@ def answer(client: openai.OpenAI, model: str, tokens: int) -> str:
     asked = {"model": model, "prompt": "1 + 2 =", "max_tokens": tokens, "temperature": 0, "timeout": 120}
     if tokens < 50:
         return client.completions.create(**asked).choices[0].text
-    return "".join(piece.choices[0].text for piece in client.completions.create(**asked, stream=True))
+    return "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True))
 
 
 def digest_of(client: openai.OpenAI, model: str) -> str:

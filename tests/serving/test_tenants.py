@@ -85,11 +85,11 @@ def test_a_name_that_is_brought_anew_serves_the_new_weights(
     first = bring(server, "alice", "task", served["lora"].folder).json()["digest"]
     old = ask(server, "alice", "task")
     asked = {"model": "task", "prompt": "1 + 2 =", "max_tokens": 100, "temperature": 0, "stream": True}
-    pieces = iter(client_of(server, "alice").completions.create(**asked))
-    begun = next(pieces).choices[0].text
+    chunks = iter(client_of(server, "alice").completions.create(**asked))
+    begun = next(chunks).choices[0].text
     assert bring(server, "alice", "task", again.folder).json()["digest"] != first
     assert ask(server, "alice", "task") == new != old
-    under_way = begun + "".join(piece.choices[0].text for piece in pieces)
+    under_way = begun + "".join(chunk.choices[0].text for chunk in chunks)
     assert under_way.startswith(old)  # a request keeps the weights that it began with
     assert drop(server, "alice", "task").status_code == 200
 
