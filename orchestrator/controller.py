@@ -211,8 +211,8 @@ def deliver_rest(run_dir: Path) -> int:
     from orchestrator.tracking.delivery import replay
     from orchestrator.tracking.store import is_left_to_others
 
-    is_service = isinstance(load_any_job(run_dir), ServiceSpec)
-    if is_service or not attempts(run_dir) or is_left_to_others(run_dir):
+    load_any_job(run_dir)
+    if not attempts(run_dir) or is_left_to_others(run_dir):
         note_delivered(run_dir, None)
     else:
         replay(run_dir, TRACKING_TIMEOUT_S)

@@ -31,14 +31,14 @@ def check_asked(asked: MixtureTasks, parents: Sequence[str]) -> None:
                 raise InputError(f"{option}: found without --tasks; allowed: with it")
         return
     from orchestrator.evaluation.adapters import resolve_adapters
-    from orchestrator.evaluation.evaluate import base_named, require_engine
+    from orchestrator.evaluation.evaluate import TRAIN, base_named, require_packages
     from orchestrator.evaluation.harness import harness_name, require_harness
     from orchestrator.evaluation.task import read_tasks
 
     of_harness = [name for name in map(harness_name, asked.tasks) if name is not None]
     read_tasks([Path(task) for task in asked.tasks if harness_name(task) is None])
     require_harness(of_harness)
-    require_engine()
+    require_packages(TRAIN)
     base_named(asked.base, resolve_adapters(parents))
 
 

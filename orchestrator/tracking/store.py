@@ -24,9 +24,9 @@ from orchestrator.tracking.facts import datasets, job_params, job_tags
 from orchestrator.tracking.password import TRACKING_URI
 from orchestrator.tracking.trouble import DeliveryRefused
 from runfolder.chain import Attempt, attempts
-from runfolder.evaluation_job import EvaluationJob
 from runfolder.files import Record, read_json, take_name, write_json
 from runfolder.folders import home
+from runfolder.job import Job
 from runfolder.mirror import mirrored_from
 from runfolder.record import load_any_job, load_job, read_record
 from runfolder.secrets import read_secrets
@@ -132,7 +132,7 @@ def is_left_to_others(run_dir: Path) -> bool:
     What comes of an evaluation is in the runs of its adapters, once the answers are judged.
     """
     job = load_any_job(run_dir)
-    if isinstance(job, EvaluationJob):
+    if not isinstance(job, Job):
         return True
     return is_collected() and job.tracking.uri is None
 
