@@ -22,10 +22,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from serving.engine import Engine
-from serving.evaluate import AskedTask, Candidate, answer_all, sheets_of
+from serving.evaluate import Candidate, answer_all, sheets_of
 from serving.folder import adapter_digest
 from serving.loading import loaded
-from serving.question import Question
+from serving.question import AskedTask, Question
 from serving.sizes import sizes_for
 from serving.starting import base_dtype
 

@@ -186,7 +186,7 @@ def floor(engine: Engine, count: int, names: list[str | None], speeds: tuple[flo
 
 
 def load_times(engine: Engine, folders: list[Path]) -> dict[str, float]:
-    """Milliseconds from an adapter's folder to the host, and from the host to a slot that others had before."""
+    """Milliseconds from an adapter's folder to the host, and from there to the device, where others were before."""
     read, placed = [], []
     for number, folder in enumerate(folders):
         begin = time.perf_counter()
@@ -203,13 +203,13 @@ def load_times(engine: Engine, folders: list[Path]) -> dict[str, float]:
         placed.append(time.perf_counter() - begin)
         engine.pool.release(resident)
         engine.unload(f"timed-{number}")
-    return {"host_to_slot_ms": statistics.median(placed) * 1e3, "folder_to_host_ms": statistics.median(read) * 1e3}
+    return {"host_to_device_ms": statistics.median(placed) * 1e3, "folder_to_host_ms": statistics.median(read) * 1e3}
 
 
 def measure_ours(place: Path, calls: int) -> list[dict[str, Any]]:
     """All rows of Fleetune."""
     speeds = rates()
-    engine = Engine(model(), slots=80, rows=256, positions=512, tokens=65536, adapter_bytes=6 * 2**30)
+    engine = Engine(model(), residents=80, rows=256, positions=512, tokens=65536, adapter_bytes=6 * 2**30)
     loras: list[str | None] = [f"lora-{number}" for number in range(64)]
     for name in loras:
         engine.load(str(name), place / str(name))

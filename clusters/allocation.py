@@ -33,7 +33,7 @@ from clusters.slurm_environment import slurm_environment
 from clusters.slurm_walltime import warning_s
 from runfolder.chain import last_slot, result
 from runfolder.files import list_names, sync_folder
-from runfolder.record import load_job
+from runfolder.record import load_any_job
 
 _NODE_LOSS_S = 30.0  # that a controller has to notice the loss of a node
 _ALLOCATION_POLL_S = 0.2
@@ -63,7 +63,7 @@ def main(run_dir: Path, name: str, python: Sequence[str]) -> int:
         print(f"{fruitless} starts in a row made no attempt at the run: {todo}", flush=True)
         return 1
     told = threading.Event()
-    before_end_s = warning_s(load_job(run_dir))
+    before_end_s = warning_s(load_any_job(run_dir))
     with warnings(told, before_end_s), allocated_nodes(run_dir, name, python) as nodes:
         code = keep_controller(start, nodes, told, controller_command(str(run_dir), python))
         if code == REQUEUE:
@@ -151,7 +151,7 @@ def seconds_left() -> float:
 def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Event, command: Sequence[str]) -> int:
     """Start the controller until the run has its result, or cannot go on here; gives 0 or REQUEUE."""
     backoff = Backoff()
-    fewest = load_job(start.run_dir).resources.fewest_nodes
+    fewest = load_any_job(start.run_dir).resources.fewest_nodes
     fruitless = 0
     while start.is_latest():
         if nodes.settled_count() < fewest:

@@ -25,8 +25,8 @@ from clusters.pod_submissions import answer_of_submissions
 from clusters.remote.far_side import AT_WORK, READY, kind_of, words_of
 from clusters.remote.leftovers import leftovers_in, remove_leftovers
 from clusters.remote.shelf import Shelf
+from runfolder.evaluation_job import any_job
 from runfolder.folders import home
-from runfolder.job import Job
 from runfolder.requested import answer_request
 from runfolder.site import PlainData
 
@@ -102,7 +102,7 @@ def answer(cluster: Cluster, shelf: Shelf, request: PlainData) -> Any:
     """Do what a request asks, as plain data that goes through JSON."""
     match request["verb"]:
         case "request":
-            job = Job.model_validate(request["job"])
+            job = any_job(request["job"])
             secrets = tuple(request["secrets"])
             made = cluster.request(job, request["run_id"], request["submission"], secrets)
             return asdict(made)

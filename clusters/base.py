@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from runfolder.job import Job
+from runfolder.evaluation_job import AnyJob
 from runfolder.site import Site
 from runfolder.snapshot import Snapshot
 
@@ -115,7 +115,7 @@ class Cluster(Protocol):
         ...
 
     def request(
-        self, job: Job, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
+        self, job: AnyJob, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
     ) -> ClusterRequest:
         """What would be submitted, with secrets of these names, without any effect; raises SubmissionRefused.
 

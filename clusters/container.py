@@ -13,8 +13,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from clusters.base import SubmissionRefused
-from runfolder.job import Job
+from runfolder.evaluation_job import AnyJob
 from runfolder.resources import Section
+from runfolder.service import ServiceSpec
 from runfolder.sources import ClusterFile, file_of, parse_source
 
 _PATH_PART = r"[\w.@+=-]{1,255}"  # a runtime takes , and : of an option for the end of a path
@@ -55,7 +56,7 @@ class Container(Section):
     )
 
 
-def python_in(container: Container, home: Path, job: Job) -> list[str]:
+def python_in(container: Container, home: Path, job: AnyJob) -> list[str]:
     """The command of Python in a container, for a job whose run folder is below `home`; raises SubmissionRefused."""
     command = [container.runtime, "exec", "--env", "PYTHONNOUSERSITE=1"]
     if job.resources.gpus_per_node:
@@ -69,17 +70,29 @@ def python_in(container: Container, home: Path, job: Job) -> list[str]:
     return [*command, str(image), container.python]
 
 
-def _folders_of(job: Job, home: Path) -> Iterator[tuple[str, Path]]:
+def _folders_of(job: AnyJob, home: Path) -> Iterator[tuple[str, Path]]:
     """The folders of files that a job reads, but those below `home`, by the field that names them."""
-    sources = {"data.train": job.data.train, "data.eval": job.data.eval or ""}
-    for field, source in sources.items():
+    if isinstance(job, ServiceSpec):
+        yield from _folders_of_service(job, home)
+        return
+    for field, source in job.sources.items():
         path = file_of(source)
         is_there = isinstance(parse_source(source), ClusterFile)
         if path and (is_there or _is_here(path)) and home not in path.parents:
-            yield field, path.parent
+            yield field, path if path.is_dir() else path.parent
     base = Path(job.base.model)
     if _is_here(base) and home not in base.parents:
         yield "base.model", base
+
+
+def _folders_of_service(service: ServiceSpec, home: Path) -> Iterator[tuple[str, Path]]:
+    """The folders of files that a service reads, but those below `home`, by the field that names them."""
+    folders = {"base": Path(service.base), "tenants": Path(service.tenants).parent}
+    for name, folder in service.adapters.items():
+        folders[f"adapters.{name}"] = Path(folder)
+    for field, path in folders.items():
+        if _is_here(path) and path != home and home not in path.parents:
+            yield field, path
 
 
 def _is_here(path: Path) -> bool:

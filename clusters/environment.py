@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from runfolder.job import Job
+from runfolder.evaluation_job import AnyJob
 from runfolder.variables import split_secrets
 
 SETTINGS = (
@@ -36,7 +36,7 @@ _MACHINE = (
 _FOLDERS = ("FLEETUNE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 
 
-def run_settings(of_cluster: Mapping[str, str], job: Job, environment: Mapping[str, str]) -> dict[str, str]:
+def run_settings(of_cluster: Mapping[str, str], job: AnyJob, environment: Mapping[str, str]) -> dict[str, str]:
     """The variables of a cluster, and in their place those that a run gets by `settings`.
 
     What both say of PYTHONPATH is joined, the cluster's first: on other machines Fleetune's own code is there.
@@ -50,7 +50,7 @@ def run_settings(of_cluster: Mapping[str, str], job: Job, environment: Mapping[s
     return {**of_cluster, **of_run}
 
 
-def settings(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
+def settings(job: AnyJob, environment: Mapping[str, str]) -> dict[str, str]:
     """What a run of this job gets of an environment, beside its secrets; folders as absolute paths."""
     present = _set_in(environment, SETTINGS)
     carried, _ = split_secrets(present)

@@ -45,8 +45,10 @@ from clusters.remote.site import RemoteSite
 from clusters.run_files import joined_logs
 from k8s.planned import RUN_LABEL, PlannedPods
 from k8s.rayjob import digest_noted, rayjob
+from k8s.rayservice import rayservice
 from k8s.text import manifest_in, manifest_text
-from runfolder.job import Job
+from runfolder.evaluation_job import AnyJob
+from runfolder.service import ServiceSpec
 from runfolder.site import LocalSite
 
 _LONGEST_VARIABLES = 1 << 17  # characters: an object may have 1.5 MiB, and each variable is twice in it
@@ -81,13 +83,14 @@ class Kubernetes:
         return RemoteSite(self._reader)
 
     def request(
-        self, job: Job, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
+        self, job: AnyJob, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
     ) -> ClusterRequest:
         """What would be submitted: the whole manifest. Raises SubmissionRefused."""
         submission = submission or self._next_submission(run_id)
         name = submission_name(run_id, submission)
         run_dir = str(self.home / "runs" / run_id)
         python = [self.config.python or "python", "-P", "-m"]
+        is_service = isinstance(job, ServiceSpec)
         nodes = job.resources.fewest_nodes
         grace_s = job.resources.grace
         pods = PlannedPods(
@@ -101,11 +104,11 @@ class Kubernetes:
             grace_s=grace_s,
             environment=self._variables(job),
             entrypoint=[*python, "clusters.pod_job", run_dir, name, str(nodes)],
-            leaving=[*python, "clusters.pod_leaving", run_dir, str(grace_s)],
+            leaving=["true"] if is_service else [*python, "clusters.pod_leaving", run_dir, str(grace_s)],
             ray_version=locked_ray(),
         )
         try:
-            text = manifest_text(rayjob(pods, self.config))
+            text = manifest_text(manifest_of(job, pods, self.config, run_dir))
         except ValueError as error:
             raise SubmissionRefused(f"submission: {error}") from None
         return ClusterRequest(run_id, submission, run_dir, text, secrets)
@@ -113,7 +116,7 @@ class Kubernetes:
     def forecast(self, request: ClusterRequest) -> float | None:
         """None: no start is known. Raises SubmissionRefused, in the server's words, where it takes no such RayJob."""
         try:
-            self.api.create(manifest_in(request.text), is_trial=True)
+            self.api.create(rayjob_in(request.text), is_trial=True)
         except Rejected as rejected:
             if rejected.status != 409:
                 raise _raised_for(rejected) from None
@@ -125,7 +128,7 @@ class Kubernetes:
         Raises Unreachable where it is not known to be made, and SubmissionRefused where the server does not take it,
         or has another RayJob of that name.
         """
-        manifest = manifest_in(request.text)
+        manifest = rayjob_in(request.text)
         for existing in self._rayjobs_of(request.run_id):
             if existing["metadata"]["name"] == request.name:
                 return check_same(existing, manifest)
@@ -218,7 +221,7 @@ class Kubernetes:
         """The RayJobs of a run that are still there."""
         return submissions(self.api.rayjobs(f"{OUR_OBJECTS},{RUN_LABEL}={run_id}"))
 
-    def _variables(self, job: Job) -> dict[str, str]:
+    def _variables(self, job: AnyJob) -> dict[str, str]:
         """What all pods have in their environment; raises SubmissionRefused for what no pod can have."""
         hub = f"{self.home}/cache/huggingface"  # not in a pod, which each of them would fill anew
         code = f"{self.home}/code/{installed_code().digest}"
@@ -232,6 +235,22 @@ class Kubernetes:
         if size > _LONGEST_VARIABLES:
             raise SubmissionRefused(f"env: found {size} characters; allowed: {_LONGEST_VARIABLES}")
         return variables
+
+
+def manifest_of(spec: AnyJob, pods: PlannedPods, config: KubernetesConfig, run_dir: str) -> dict[str, Any]:
+    """A RayJob for what trains, and a RayService for what serves; raises ValueError."""
+    if not isinstance(spec, ServiceSpec):
+        return rayjob(pods, config)
+    arguments = spec.dump() | {"engines": pods.workers_per_node, "usage": f"{run_dir}/usage"}
+    return rayservice(pods, config, arguments)
+
+
+def rayjob_in(text: str) -> RayJob:
+    """The RayJob in the text of a request; raises SubmissionRefused for a RayService, which is nobody's run here."""
+    manifest = manifest_in(text)
+    if manifest["kind"] != "RayJob":
+        raise SubmissionRefused("a service is not submitted to Kubernetes yet; apply what --dry-run prints")
+    return manifest
 
 
 @cache

@@ -29,7 +29,7 @@ from clusters.entry import Queue, QueueEntry, entry_text, queued_run
 from clusters.environment import machine_variables, run_settings, secret_settings
 from clusters.machine import misfit_of, total_capacity
 from clusters.ray_head import Head
-from runfolder.job import Job
+from runfolder.evaluation_job import AnyJob
 from runfolder.site import LocalSite
 from runfolder.snapshot import has_ended
 
@@ -95,7 +95,7 @@ class Local:
         return LocalSite(self.home / "runs")
 
     def request(
-        self, job: Job, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
+        self, job: AnyJob, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
     ) -> ClusterRequest:
         """What would be queued: the controller's command, and how many workers it needs capacity for.
 

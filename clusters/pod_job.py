@@ -30,7 +30,7 @@ from clusters.run_files import last_line, size_of
 from runfolder.chain import last_slot, result
 from runfolder.files import Damaged
 from runfolder.hindrance import note_hindrance
-from runfolder.record import load_job
+from runfolder.record import load_any_job
 from runfolder.requests import cancel_requested
 from runfolder.snapshot import has_ended
 
@@ -261,7 +261,7 @@ def main(run_dir: Path, name: str, wanted: int) -> int:
     job = PodJob(start, nodes, wanted)
     try:
         with suppress(Damaged):  # which the controller says, and closes the run
-            job.walltime = load_job(run_dir).resources.walltime
+            job.walltime = load_any_job(run_dir).resources.walltime
         nodes.join()
         signal.signal(signal.SIGTERM, lambda *_: job.told.set())  # behind ray.init, which sets one of its own
         code = job.keep()

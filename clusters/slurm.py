@@ -52,7 +52,7 @@ from clusters.slurm_releases import let_go_on, send_back
 from clusters.slurm_script import BatchJob, SlurmConfig, batch_script
 from clusters.slurm_variables import check_variables, first_on_path
 from clusters.slurm_walltime import check_walltime
-from runfolder.job import Job
+from runfolder.evaluation_job import AnyJob
 from runfolder.site import LocalSite
 from runfolder.snapshot import has_ended
 
@@ -83,7 +83,7 @@ class Slurm:
         return self.home / "slurm"
 
     def request(
-        self, job: Job, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
+        self, job: AnyJob, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
     ) -> ClusterRequest:
         """What would be submitted: the whole batch script. Raises SubmissionRefused."""
         run_dir = self.site.root / run_id

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from clusters.config import ClusterConfig
 from clusters.container import Container
 from clusters.slurm_walltime import Walltime, walltime_option, warning_s
-from runfolder.job import Job
+from runfolder.evaluation_job import AnyJob
 from runfolder.resources import as_mapping
 
 _OPTION = re.compile(r"[A-Za-z0-9_][\w.,:@%+&|*()\[\]-]{0,255}")
@@ -67,7 +67,7 @@ class BatchJob:
     name: str
     run_dir: str
     log: str
-    job: Job
+    job: AnyJob
     environment: Mapping[str, str]
     python_of_runs: Sequence[str] = ()
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BeforeValidator
 
 from clusters.base import SubmissionRefused
-from runfolder.job import Job
+from runfolder.evaluation_job import AnyJob
 from runfolder.resources import read_duration
 
 _NO_LIMIT = ("0", "UNLIMITED", "INFINITE")
@@ -19,12 +19,12 @@ _TIME_FORMS = (  # of --time: sbatch(1)
 _WARNING_S = 60  # beside the grace that a job asks for
 
 
-def warning_s(job: Job) -> int:
+def warning_s(job: AnyJob) -> int:
     """How many seconds before its walltime a job is warned."""
     return job.resources.grace + _WARNING_S
 
 
-def walltime_option(job: Job, default: str | None) -> str | None:
+def walltime_option(job: AnyJob, default: str | None) -> str | None:
     """--time: what the job says, else the site's."""
     if job.resources.walltime is None:
         return default
@@ -52,7 +52,7 @@ def _read_walltime(value: object) -> str | None:
 Walltime = Annotated[str | None, BeforeValidator(_read_walltime)]
 
 
-def check_walltime(job: Job, default: str | None) -> None:
+def check_walltime(job: AnyJob, default: str | None) -> None:
     """Raise SubmissionRefused for a walltime of which nothing is left before the warning, which would never end."""
     option = walltime_option(job, default)
     seconds = seconds_in(option) if option else None

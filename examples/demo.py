@@ -12,7 +12,6 @@ from runfolder.chain import attempts
 HERE = Path(__file__).parent
 BUILD = HERE.parent / "build" / "demo"
 METHODS = ("lora", "dora", "full")
-ADAPTERS = METHODS[:2]  # what the third method leaves is a model of its own
 BIN = Path(sys.executable).parent
 
 
@@ -40,7 +39,7 @@ def main() -> None:
     step("fleetune " + " ".join(command))
     subprocess.run([BIN / "fleetune", *command], check=True)
     answers = BUILD / "answers.html"
-    adapters = [run.run_id for method, run in zip(METHODS, runs, strict=True) if method in ADAPTERS]
+    adapters = [run.run_id for run in runs]
     command = ["evaluate", "--adapters", *adapters, "--tasks", "examples/demo/record.yaml", "--html", str(answers)]
     step("fleetune " + " ".join(command))
     subprocess.run([BIN / "fleetune", *command], cwd=HERE.parent, check=True)

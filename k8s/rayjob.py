@@ -38,7 +38,7 @@ def rayjob(pods: PlannedPods, settings: KubernetesSettings) -> Manifest:
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": _STAYS_S,
         **_readiness_limit(settings),
-        "rayClusterSpec": _ray_cluster(pods, settings),
+        "rayClusterSpec": ray_cluster(pods, settings),
     }
     return {
         "apiVersion": "ray.io/v1",
@@ -84,7 +84,8 @@ def _queue_labels(settings: KubernetesSettings) -> dict[str, str]:
     return labels
 
 
-def _ray_cluster(pods: PlannedPods, settings: KubernetesSettings) -> Manifest:
+def ray_cluster(pods: PlannedPods, settings: KubernetesSettings) -> Manifest:
+    """The cluster of Ray: a head pod that computes nothing, and a group of workers."""
     return {
         "rayVersion": pods.ray_version,
         "authOptions": {"mode": "token"},  # KubeRay makes one for each cluster, in a Secret that goes with it

@@ -21,8 +21,8 @@ from orchestrator.clusters_file import clusters_path, read_clusters
 from orchestrator.errors import InputError, JobRefused
 from orchestrator.planning.spec_errors import did_you_mean
 from orchestrator.tracking.password import secrets_of, without_secrets
+from runfolder.evaluation_job import AnyJob
 from runfolder.folders import home
-from runfolder.job import Job
 
 # Clusters that need no file, by name; others are in the clusters file.
 CLUSTERS: dict[str, Callable[[], Cluster]] = {"local": Local.here}
@@ -87,7 +87,7 @@ def lock_for(config: ClusterConfig) -> Lock:
     return installed_lock() if config.trains_with_python else plain_lock()
 
 
-def make_request(cluster: Cluster, job: Job, run_id: str, submission: int | None = 1) -> ClusterRequest:
+def make_request(cluster: Cluster, job: AnyJob, run_id: str, submission: int | None = 1) -> ClusterRequest:
     """What would be submitted, None: as the run's next; raises JobRefused for what the cluster can never serve."""
     with _refused():
         of_environment = secret_names(os.environ)

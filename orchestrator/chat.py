@@ -11,7 +11,7 @@ from typing import IO, Any
 from orchestrator.child import asked_child
 from orchestrator.errors import InputError, JobFailed
 from orchestrator.evaluation.adapters import AdapterSource, resolve_adapters
-from orchestrator.evaluation.evaluate import base_named, base_tokenizer, require_engine
+from orchestrator.evaluation.evaluate import TRAIN, base_named, base_tokenizer, require_packages
 from orchestrator.evaluation.report import UNTUNED
 from orchestrator.planning.model import folder_of_base
 from trainer.data.chats import Message
@@ -170,7 +170,7 @@ def chat(
     Raises InputError with a line for each error.
     """
     sources = resolve_adapters(adapters, cluster)
-    require_engine()
+    require_packages(TRAIN)
     place = base_named(base, sources)
     tokenizer, ends = base_tokenizer(place)
     folder = folder_of_base(place)

@@ -1,16 +1,19 @@
 """`fleetune combine`: several adapters as one, with a report of what each parent scored and what the mixture does."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import InputError
+from orchestrator.mixture import MixtureTasks, check_asked, evaluate_mixture, task_lines
 
 if TYPE_CHECKING:
     from methods.parts.combination import Combination, Recipe
-    from orchestrator.status import Status
+    from orchestrator.evaluation.process import EvaluationProgress
 
+NOTHING_ASKED = MixtureTasks()
 REPORT_FILE = "combination.json"
 
 
@@ -25,14 +28,26 @@ class Ingredient:
 
 
 def combine_adapters(
-    out: Path, parents: list[str], how: str, rank: int | None = None, density: float = 0.5, seed: int = 0
+    out: Path,
+    parents: list[str],
+    how: str,
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+    asked: MixtureTasks = NOTHING_ASKED,
+    progress: "EvaluationProgress" = lambda _done, _total: None,
 ) -> dict[str, Any]:
-    """Write the combination of PARENT:WEIGHT into a new folder, and give its report; raises InputError."""
+    """Write the combination of PARENT:WEIGHT into a new folder, and give its report; raises InputError.
+
+    With tasks, parents and combination are evaluated on them.
+    """
     if out.exists():
         raise InputError(f"--out: found {out}, which is there already; allowed: a new folder")
     if len(parents) < 2:
         raise InputError(f"found {len(parents)} adapters; allowed: two or more, each as ADAPTER:WEIGHT")
-    ingredients = [read_ingredient(text) for text in parents]
+    ingredients = read_ingredients(parents)
+    names = [ingredient.name for ingredient in ingredients]
+    check_asked(asked, names)
     from methods.parts.combination import Recipe, combine
     from methods.parts.lora_folder import NotCombined, read_lora_folder, write_lora_folder
 
@@ -45,38 +60,58 @@ def combine_adapters(
         raise InputError(str(error)) from error
     write_lora_folder(combination.adapter, out)
     report = report_of(ingredients, recipe, combination)
-    (out / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    write_combination_report(report, out)
+    if asked.tasks:
+        report["evaluation"] = evaluate_mixture(asked, names, out, progress)
+        write_combination_report(report, out)
     return report
 
 
-def read_ingredient(text: str) -> Ingredient:
-    """A parent in ADAPTER:WEIGHT; raises InputError."""
+def write_combination_report(report: dict[str, Any], out: Path) -> None:
+    """Leave a report beside the combination that it is of."""
+    (out / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def read_ingredients(texts: list[str]) -> list[Ingredient]:
+    """The parents in ADAPTER:WEIGHT, brought here where they are runs of elsewhere; raises InputError."""
+    names = []
+    weights = []
+    for text in texts:
+        name, weight = weighted_name(text)
+        names.append(name)
+        weights.append(weight)
+    from orchestrator.evaluation.adapters import resolve_adapters
+
+    ingredients = []
+    for name, weight, source in zip(names, weights, resolve_adapters(names), strict=True):
+        scores = {} if Path(name).is_dir() else _scores(name)
+        ingredients.append(Ingredient(name, source.folder, weight, scores))
+    return ingredients
+
+
+def weighted_name(text: str) -> tuple[str, float]:
+    """The adapter and the weight in ADAPTER:WEIGHT; raises InputError."""
     name, sign, number = text.rpartition(":")
     try:
         weight = float(number)
-    except ValueError as error:
-        raise InputError(f"found {text!r}; allowed: ADAPTER:WEIGHT, like runs/a/output:0.7") from error
-    if not sign or not name or weight != weight or abs(weight) == float("inf"):
+    except ValueError:
+        weight = math.nan
+    if not sign or not name or not math.isfinite(weight):
         raise InputError(f"found {text!r}; allowed: ADAPTER:WEIGHT, like runs/a/output:0.7")
-    folder = Path(name)
-    if folder.is_dir():
-        return Ingredient(name, folder, weight, {})
+    return name, weight
+
+
+def _scores(name: str) -> dict[str, float]:
+    """The figures of a run's best evaluation, if it has one."""
     from orchestrator.status import status
 
     run = status(name)
-    if run.output_dir is None:
-        raise InputError(f"found the run {run.run_id}, which has no output: it is {run.state}")
-    return Ingredient(name, Path(run.output_dir), weight, _scores(run))
-
-
-def _scores(run: "Status") -> dict[str, float]:
-    """The figures of a run's best evaluation, if it has one."""
     if run.figures is None or run.figures.best_evaluation is None:
         return {}
     scores: dict[str, float] = {}
-    for name, value in run.figures.best_evaluation.items():
-        if name.startswith("eval_"):
-            scores[name] = value
+    for measure, value in run.figures.best_evaluation.items():
+        if measure.startswith("eval_"):
+            scores[measure] = value
     return scores
 
 
@@ -117,5 +152,10 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     cancelled = report["cancelled"]
     lines.append(f"combined as {how}, rank {rank}; {distance:.1%} away from the weighted sum")
     lines.append(f"{cancelled:.1%} of what the parents change takes back what another one does")
-    lines.append("parents interfere, so what they scored says little of the mixture: evaluate it before you use it")
+    evaluation = report.get("evaluation")
+    if evaluation is None:
+        lines.append("parents interfere, so what they scored says little of the mixture: evaluate it (--tasks)")
+        return lines
+    for task in evaluation["tasks"]:
+        lines += task_lines(task)
     return lines

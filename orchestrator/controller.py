@@ -14,16 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clusters.controllers import REQUEUE, is_collected, is_requeued
+from orchestrator.service import ServedAttempt, has_served
 from orchestrator.verdict import Again, Final, Verdict, VerdictKind, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
-from runfolder.chain import Attempt, Fenced, attempts, close, settle
+from runfolder.chain import Attempt, Fenced, attempts, claim_next, close, settle
 from runfolder.delivered import note_delivered
 from runfolder.files import Damaged, Record
 from runfolder.outcome import final_word
-from runfolder.record import load_job
+from runfolder.record import load_any_job
 from runfolder.requests import cancel_requested, last_reopened, why_cancelled
 from runfolder.secrets import read_secrets, remove_secrets
+from runfolder.service import ServiceSpec
 from runfolder.snapshot import snapshot
 from runfolder.variables import flaw_of_variable
 from trainer.checkpoint.lineage import claim_from_newest, finished, step_of
@@ -66,13 +68,15 @@ def take_secrets(run_dir: Path) -> None:
 def take_further(run_dir: Path) -> int:
     """Make the next attempt of a run, or close it; gives the exit code."""
     if settle(run_dir) is None:
-        load_job(run_dir)
+        work = load_any_job(run_dir)
         decision = next_step(run_dir)
         if not isinstance(decision, Final) and cancelled_within(run_dir, decision.delay_s):
             decision = Final("cancelled", why_cancelled(run_dir))
         if not isinstance(decision, Final):
             if not os.environ.get("RAY_ADDRESS"):
                 return 1  # started to close a cancelled run that was reopened meanwhile: it has no Ray to go to
+            if isinstance(work, ServiceSpec):
+                return serve_attempt(run_dir, work)
             return run_attempt(run_dir)
         close(run_dir, result_of(run_dir, decision))
     return deliver_rest(run_dir)
@@ -93,6 +97,26 @@ def run_attempt(run_dir: Path) -> int:
             verdict = watched(attempt, driver, stop)
             driver.kill()
         attempt.check()
+    return concluded(attempt, verdict)
+
+
+def serve_attempt(run_dir: Path, service: ServiceSpec) -> int:
+    """Claim an attempt at a service, serve as long as it lasts, and close the run if that was its last one."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    attempt = claim_next(run_dir, None)
+    if attempt is None:
+        return 1
+    attempt.event("claimed", controller_began=_BEGAN)
+    redirect(attempt.folder / "logs" / "controller.log")
+    verdict = ServedAttempt(attempt, service, stop).until_end()
+    attempt.check()
+    return concluded(attempt, verdict)
+
+
+def concluded(attempt: Attempt, verdict: Verdict) -> int:
+    """Write down how an attempt ended, and close the run if that was its last one; gives the exit code."""
+    run_dir = attempt.run_dir
     attempt.write_verdict(verdict.dump())
     decision = next_step(run_dir)
     if not isinstance(decision, Final):
@@ -138,7 +162,7 @@ def attempt_endings(run_dir: Path) -> list[tuple[VerdictKind, int]]:
     endings: list[tuple[VerdictKind, int]] = []
     for attempt, start, end in zip(tried, starts, ends, strict=True):
         kind: VerdictKind = _verdict_of(attempt)["kind"]
-        steps = end - start
+        steps = end - start + has_served(attempt)
         endings.append((kind, steps))
     return endings
 
@@ -187,7 +211,7 @@ def deliver_rest(run_dir: Path) -> int:
     from orchestrator.tracking.delivery import replay
     from orchestrator.tracking.store import is_left_to_others
 
-    load_job(run_dir)
+    load_any_job(run_dir)
     if not attempts(run_dir) or is_left_to_others(run_dir):
         note_delivered(run_dir, None)
     else:

@@ -18,10 +18,10 @@ from clusters.ray_nodes import nodes_with_cores
 from orchestrator.failure import Failure, types_of
 from orchestrator.worker import WorkerFailed, redirect, work
 from runfolder.chain import Attempt
+from runfolder.evaluation_job import AnyJob
 from runfolder.files import write_json
 from runfolder.folders import library_folders
-from runfolder.job import Job
-from runfolder.record import load_job
+from runfolder.record import load_any_job
 from runfolder.secrets import read_secrets
 
 _NODES_JOIN_S = 30.0  # until Ray knows of all nodes that answer
@@ -38,7 +38,7 @@ def main() -> None:
     threading.Thread(target=_die_with_controller, daemon=True).start()
     attempt = Attempt(run_dir, int(number))
     redirect(attempt.folder / "logs" / "controller.log")
-    failures = failures_of(lambda: run_workers(attempt, load_job(run_dir), resources))
+    failures = failures_of(lambda: run_workers(attempt, load_any_job(run_dir), resources))
     records = {}
     for rank, failure in failures.items():
         records[str(rank)] = failure.dump()
@@ -100,7 +100,7 @@ def failure_of(error: BaseException) -> Failure:
     return Failure(text[-_TEXT_LENGTH:], types, preempted)
 
 
-def run_workers(attempt: Attempt, job: Job, resources: dict[str, float]) -> None:
+def run_workers(attempt: Attempt, job: AnyJob, resources: dict[str, float]) -> None:
     """Start one worker per GPU, or per process where there is none, and wait for their end."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -2,17 +2,21 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from orchestrator.terminal import Json, clear_count, count_answers, print_json, tell, warn
+from orchestrator.arguments import YesOption
+from orchestrator.terminal import Json, clear_count, count_answers, count_bytes, print_json, tell, warn
 
 if TYPE_CHECKING:
     from orchestrator.chat import Conversations
+    from orchestrator.evaluation.report import EvaluationReport
+    from orchestrator.submit import Submission
 
 evaluate_app = typer.Typer()
 
@@ -27,6 +31,15 @@ BaseOption = Annotated[
 ]
 RunsClusterOption = Annotated[
     str | None, typer.Option("--cluster", metavar="NAME", help="The cluster that has the runs.")
+]
+
+
+EvaluatingClusterOption = Annotated[
+    str | None, typer.Option("--cluster", metavar="NAME", help="Evaluate there, as a job; without it, here.")
+]
+EvaluationSetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the job on a cluster: resources.gpus_per_node=1."),
 ]
 
 
@@ -68,18 +81,49 @@ def evaluate_command(
     html: Annotated[
         Path | None, typer.Option("--html", help="Write all answers to this file, to look through.")
     ] = None,
-    cluster: RunsClusterOption = None,
+    cluster: EvaluatingClusterOption = None,
+    sets: EvaluationSetOption = None,
+    yes: YesOption = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate adapters and their base on tasks, all in one pass; what was answered before is not asked again."""
     from orchestrator.evaluation.evaluate import evaluate
 
-    evaluation = evaluate(
-        adapters or (), tasks, base=base, limit=limit, out=out, cluster=cluster, progress=count_answers
+    ask = partial(
+        evaluate,
+        adapters or (),
+        tasks,
+        base=base,
+        limit=limit,
+        out=out,
+        cluster=cluster,
+        overrides=sets or (),
+        progress=count_answers,
+        sent=count_bytes,
+        announce=_tell_submission,
     )
+    evaluation = _with_environment(ask, yes)
     clear_count()
     for warning in evaluation.warnings:
         warn(warning)
+    _show_evaluation(evaluation, html, as_json)
+
+
+def _with_environment(ask: "Callable[[], EvaluationReport]", yes: bool) -> "EvaluationReport":
+    """What comes of an evaluation, before which the packages of its cluster are installed where it has none."""
+    from clusters.remote.machine import EnvironmentMissing
+
+    try:
+        return ask()
+    except EnvironmentMissing as missing:
+        from orchestrator.cluster_setup import make_environment
+
+        make_environment(missing, yes)
+        return ask()
+
+
+def _show_evaluation(evaluation: "EvaluationReport", html: Path | None, as_json: bool) -> None:
+    """Write the answers into a file, and print what was found."""
     if html:
         from orchestrator.evaluation.page import write_page
 
@@ -91,6 +135,13 @@ def evaluate_command(
     from orchestrator.render import output_width, print_markup
 
     return print_markup(evaluation_table(evaluation, output_width()))
+
+
+def _tell_submission(submission: "Submission") -> None:
+    """Say which run evaluates on a cluster."""
+    clear_count()
+    run_id = submission.run_id
+    tell(f"{run_id} evaluates on cluster {submission.cluster}; the same command again waits for it, or goes on")
 
 
 @evaluate_app.command("chat", cls=SeveralValues)

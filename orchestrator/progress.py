@@ -35,7 +35,7 @@ def follow(run: Handle, reader: LogReader | None) -> Status:
     """
     display = _bar_display() if sys.stdout.isatty() else _line_display(quiet=reader is not None)
     with display as show:
-        for status, metrics in _watch(run):
+        for status, metrics in watch(run):
             for log in _new_lines(reader, ended=status.state in ENDED):
                 show(status, metrics, log)
     return status
@@ -56,12 +56,12 @@ def _new_lines(reader: LogReader | None, ended: bool) -> Iterator[str]:
 
 def wait(reference: str) -> Status:
     """Wait for the end of a run, and give its last status; raises as `follow` does."""
-    for status, _ in _watch(find(reference)):
+    for status, _ in watch(find(reference)):
         ended = status
     return ended
 
 
-def _watch(run: Handle) -> Iterator[tuple[Status, dict[str, float]]]:
+def watch(run: Handle) -> Iterator[tuple[Status, dict[str, float]]]:
     """The run's status and its newest metrics, twice a second, until it has ended."""
     reader = _metrics_reader(run)
     metrics: dict[str, float] = {}

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import InputError
+from runfolder.files import Damaged
+from runfolder.folders import home
 
 if TYPE_CHECKING:
     from serving.gateway.tenants import Tenants
+    from serving.gateway.usage import UsageFolder
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -22,6 +25,7 @@ class Serving:
     host: str
     port: int
     replicas: int | None  # None is one for each GPU
+    folder: Path | None = None  # where what tenants used is kept; None is below FLEETUNE_HOME
 
 
 def serve(serving: Serving) -> None:
@@ -41,7 +45,8 @@ def serve(serving: Serving) -> None:
         raise InputError(f"found no {error.name}; it comes with: pip install 'fleetune[serve]'") from error
     try:
         replicas = serving.replicas or server.usual_replicas()
-        service = server.make_service(serving.base, folders, tenants, replicas=replicas)
+        usage = _usage(serving)
+        service = server.make_service(serving.base, folders, tenants, replicas=replicas, usage=usage)
     except (AdapterRefused, BaseRefused) as error:
         raise InputError(str(error)) from error
     server.run_server(service, serving.host, serving.port)
@@ -49,30 +54,52 @@ def serve(serving: Serving) -> None:
 
 def adapter_folder(text: str) -> tuple[str, Path]:
     """The name and the folder in NAME=FOLDER_OR_RUN; raises InputError."""
+    name, place = named_place(text)
+    from orchestrator.evaluation.adapters import resolve_adapters
+
+    (source,) = resolve_adapters([place])
+    return name, source.folder
+
+
+def named_place(text: str) -> tuple[str, str]:
+    """The two parts of NAME=FOLDER_OR_RUN; raises InputError."""
     name, sign, place = text.partition("=")
     if not sign or not name or not place:
         raise InputError(f"--adapters: found {text!r}; allowed: NAME=FOLDER, or NAME=RUN")
-    folder = Path(place)
-    if folder.is_dir():
-        return name, folder
-    from orchestrator.status import status
-
-    run = status(place)
-    if run.output_dir is None:
-        raise InputError(f"--adapters: found the run {run.run_id}, which has no output: it is {run.state}")
-    return name, Path(run.output_dir)
+    return name, place
 
 
 def _tenants(serving: Serving) -> "Tenants | None":
     """The tenants of the file, if there is one; raises InputError where others would be let in without."""
-    from serving.gateway.tenants import TenantsRefused, read_tenants
-
     if serving.tenants_file is None:
         if serving.host not in LOOPBACK_HOSTS:
             allowed = ", ".join(LOOPBACK_HOSTS)
             raise InputError(f"--host: found {serving.host} without --tenants; allowed: {allowed}")
         return None
+    return read_keys(serving.tenants_file)
+
+
+def read_keys(tenants_file: Path) -> "Tenants":
+    """The tenants of a file; raises InputError."""
+    from serving.gateway.tenants import TenantsRefused, read_tenants
+
     try:
-        return read_tenants(serving.tenants_file)
+        return read_tenants(tenants_file)
     except TenantsRefused as error:
         raise InputError(str(error)) from error
+
+
+def _usage(serving: Serving) -> "UsageFolder | None":
+    """Where what tenants used is kept, if anybody has a key; raises InputError where that cannot be."""
+    if serving.tenants_file is None:
+        return None
+    from serving.gateway.quota import day_now
+    from serving.gateway.usage import UsageFolder
+
+    folder = serving.folder or home() / "services" / Path(serving.base).name
+    try:
+        usage = UsageFolder(folder)
+        usage.clear(day_now())
+    except (OSError, Damaged) as error:
+        raise InputError(f"--folder: {error}; allowed: a folder that can be written") from error
+    return usage

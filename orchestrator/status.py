@@ -30,7 +30,7 @@ class Status:
     `evidence`: the log line that proves the verdict. `figures` are what the run has measured, `loading` the lines of
     Python that load its output; both are for one run alone, not in lists. `remaining_s`: until the last step, for one
     that is running; in 9 of 10 runs it is in `remaining_range_s`, which is known after 20 steps. `activity`: what it
-    does now and since when, by the clock of its cluster.
+    does now and since when, by the clock of its cluster. `address`: where a service answers, on its cluster.
     """
 
     run_id: str
@@ -56,6 +56,7 @@ class Status:
     remaining_range_s: tuple[float, float] | None = None
     activity: Activity | None = None
     loading: tuple[str, ...] = ()
+    address: str | None = None
 
     @property
     def shown_state(self) -> str:
@@ -158,6 +159,7 @@ def join_status(standing: Standing) -> Status:
         remaining_range_s=within,
         activity=_current_activity(run, state),
         loading=run.loading,
+        address=run.address,
     )
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 
 from orchestrator.comparison.measure import MEASURES, format_bytes, format_duration
+from orchestrator.forwarding import forwarding
 from orchestrator.status import Status
 from runfolder.activity import Activity
 from runfolder.figures import Figures
@@ -29,10 +30,11 @@ def status_lines(run: Status) -> Iterator[Fact]:
         return  # its folder cannot be read
     yield "submitted", _local_time(run.submitted)
     yield "attempt", _attempt(run)
-    yield "progress", _progress(run)
+    if not run.address:  # a service takes no steps
+        yield "progress", _progress(run)
     if run.activity:
         yield "now", activity_text(run, run.activity)
-    if run.activity and _is_silent(run):
+    if run.activity and not run.address and _is_silent(run):
         silence = _since(run, run.activity.moved)
         yield "silent", f'it last wrote something {silence} ago: see "It hangs" in the docs, Debugging'
     if run.remaining_s is not None:
@@ -49,6 +51,11 @@ def status_lines(run: Status) -> Iterator[Fact]:
 
 def output_lines(run: Status) -> Iterator[Fact]:
     """What a person copies: where a run's files are, and the lines of Python that load its output."""
+    if run.address:
+        yield "address", run.address
+        reached_by = forwarding(run.cluster, run.address)
+        if reached_by != run.address:
+            yield "from here", reached_by
     if run.run_dir:
         yield "run folder", run.run_dir
     if run.output_dir:

@@ -44,6 +44,7 @@ from orchestrator.planning.preflight import Findings, check_job
 from orchestrator.planning.survey import SourceProgress, with_date, writes_date
 from orchestrator.runs import RUN_ID, name_of, new_id, remember, remembered_cluster
 from orchestrator.tracking.password import secrets_of
+from runfolder.evaluation_job import AnyJob
 from runfolder.job import Job
 from runfolder.site import Refused, Site
 from runfolder.snapshot import ASKED_TO_END
@@ -69,7 +70,7 @@ class _NotKnown(Unreachable):
 
 
 @contextmanager
-def _clear_ending() -> Iterator[None]:
+def clear_ending() -> Iterator[None]:
     """Have what goes wrong say whether there is a submission: there is none by this try, or nobody knows."""
     again = "the same command again is safe, and makes one run"
     try:
@@ -86,7 +87,7 @@ def _clear_ending() -> Iterator[None]:
         raise Unreachable(f"{error}\nthis try has submitted nothing; {again}") from None
 
 
-@_clear_ending()
+@clear_ending()
 def submit(
     source: JobSource,
     *,
@@ -148,10 +149,28 @@ def _submit_to(
     job = brought(job, checked.model, backend.site, sent)
     beside_job = {"dated": is_dated, "sent": places_before(before, job)}
     frozen = frozen_record(job, checked.model, cluster, folder, of_inputs) | beside_job
+    described = partial(Submission, cluster=cluster, warnings=checked.warnings, why=why)
+    return submit_frozen(backend, job, frozen, described, run_id=run_id, pause_at=pause_at, announce=announce)
+
+
+def submit_frozen(
+    backend: Cluster,
+    job: AnyJob,
+    frozen: Mapping[str, Any],
+    described: Callable[..., Submission],
+    *,
+    run_id: str | None,
+    pause_at: int | None = None,
+    announce: Callable[[Submission], None],
+) -> Submission:
+    """Hand a job with its frozen record to its cluster, once; `described` makes the submission of what came of it.
+
+    Raises RunEnded where the run of that id has ended otherwise than well.
+    """
     with _chosen_id(job, frozen, run_id) as chosen_id:
         request = make_request(backend, job, chosen_id)
         expected_start(backend, request)  # where the cluster would never start it, nothing is made
-        remember(chosen_id, cluster)
+        remember(chosen_id, frozen["cluster"])
         adopted = _create_or_adopt(backend.site, chosen_id, frozen)
         if pause_at is not None:
             _ask_pause(backend.site, chosen_id, pause_at)
@@ -162,7 +181,7 @@ def _submit_to(
             raise
         except Unreachable as error:
             raise _NotKnown(str(error)) from None
-        submission = Submission(chosen_id, Path(request.run_dir), cluster, adopted, checked.warnings, why)
+        submission = described(run_id=chosen_id, run_dir=Path(request.run_dir), adopted=adopted)
         announce(submission)
     return submission
 
@@ -206,10 +225,10 @@ def _checked(job: Job, cluster: Cluster, progress: SourceProgress) -> Findings:
     return replace(found, warnings=found.warnings + unknown)
 
 
-def _chosen_id(job: Job, frozen: Mapping[str, Any], run_id: str | None) -> AbstractContextManager[str]:
+def _chosen_id(job: AnyJob, frozen: Mapping[str, Any], run_id: str | None) -> AbstractContextManager[str]:
     """The run id of a submission: the one that somebody gave it, or one that is kept for repetitions."""
     if run_id is None:
-        return id_of_begun(_identity(frozen), job.name)
+        return id_of_begun(identity_of(frozen), job.name)
     if not RUN_ID.fullmatch(run_id) or name_of(run_id) != job.name:
         raise InputError(f"--run-id: found {run_id!r}; allowed: {job.name}-<10 characters>, like {new_id(job.name)}")
     cluster = remembered_cluster(run_id) or frozen["cluster"]
@@ -249,7 +268,7 @@ def _ask_pause(site: Site, run_id: str, step: int) -> None:
         site.ask(run_id, "pause", step)
 
 
-def _identity(frozen: Mapping[str, Any]) -> str:
+def identity_of(frozen: Mapping[str, Any]) -> str:
     """What makes two submissions the same: cluster, job and data, on whatever day."""
     same = {key: frozen[key] for key in ("cluster", "job", "digests")}
     if frozen.get("dated"):  # by us: the same command says another date tomorrow
@@ -266,7 +285,7 @@ def _create_or_adopt(site: Site, run_id: str, frozen: Mapping[str, Any]) -> bool
     earlier = site.create(run_id, frozen)
     if earlier is None:
         return False
-    if _identity(earlier) != _identity(frozen):
+    if identity_of(earlier) != identity_of(frozen):
         raise InputError(f"--run-id: {run_id} is taken by another job")
     found = site.snapshots([run_id])[run_id]
     state = (found.result or {}).get("state")

@@ -15,7 +15,7 @@ from orchestrator.verdict import Verdict, classify
 from runfolder.appended import read_ending, read_lines
 from runfolder.chain import Attempt
 from runfolder.files import read_json
-from runfolder.record import load_job
+from runfolder.record import load_any_job
 from runfolder.requests import (
     Stop,
     cancel_requested,
@@ -87,7 +87,7 @@ class Watch:
         self._attempt = attempt
         self._driver = driver
         self._told = told
-        self._resources = load_job(attempt.run_dir).resources
+        self._resources = load_any_job(attempt.run_dir).resources
         self._hang_after_s = float(os.environ.get("FLEETUNE_HANG_AFTER", "1800"))
         self._signs = self._signs_of_life()
         self._moved_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the controller has Ray run on every worker: the trainer, with its output in the run folder."""
+"""What the controller has Ray run on every worker: the trainer, or an evaluation, with its output in the folder."""
 
 import os
 import socket
@@ -37,7 +37,7 @@ def work(run_dir: str, attempt: int, environment: Mapping[str, str]) -> None:
     redirect(logs / f"rank-{rank}.log")
     print(f"[rank {rank}] pid {os.getpid()} on {socket.gethostname()}")
     try:
-        _train(Path(run_dir), attempt)
+        _do(Path(run_dir), attempt)
     except BaseException as error:
         traceback.print_exc()
         raise WorkerFailed.by(error) from None
@@ -54,6 +54,19 @@ def redirect(log: Path) -> None:
     os.close(descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+
+
+def _do(run_dir: Path, attempt: int) -> None:
+    """Train or evaluate, as the job of the run says."""
+    from runfolder.evaluation_job import EvaluationJob
+    from runfolder.record import load_any_job
+
+    if isinstance(load_any_job(run_dir), EvaluationJob):
+        from orchestrator.evaluation.attempt import evaluate_attempt
+
+        evaluate_attempt(run_dir, attempt)
+    else:
+        _train(run_dir, attempt)
 
 
 def _train(run_dir: Path, attempt: int) -> None:

@@ -11,6 +11,7 @@ _BEGINNINGS = {  # what begins with an event of this kind
     "loading_base": "loading the base",
     "base_loaded": "preparing the model",
     "plan": "training the first step",
+    "asking": "loading the base and the adapters",
     "calibrating": "trying the longest passes",
     "calibrated": "training the first step",
     "cooling_down": "cooling down before the pause, to be judged",
@@ -33,6 +34,8 @@ class Activity:
 def phase_text(event: Record) -> str | None:
     """What begins with an event, or goes on, in words; None where that is nothing."""
     kind = event["event"]
+    if kind == "serving":
+        return f"serving on {event['address']}"
     if kind != "evaluating":
         return _BEGINNINGS.get(kind)
     return f"evaluating after step {event['step']}: {event['done']:,} of {event['total']:,} {event['what']}"
@@ -70,10 +73,12 @@ def _newest_phase(events: Iterable[Record]) -> Activity | None:
 
 
 def _training(row: Record, steps: int | None) -> Activity:
-    """What follows a row: the next step, unless that was the last one."""
+    """What follows a row: the next step, or more answers, unless that was the last one."""
     step = row["step"]
     text = f"training step {step + 1:,}"
-    if step == steps:
+    if "answered" in row:
+        text = "answering questions"
+    elif step == steps:
         text = "ending the last step"
     return Activity(text, row["time"], row["time"])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from runfolder.evaluation_job import EvaluationJob
 from runfolder.files import sha256
 from runfolder.job import Job
 from runfolder.sources import ClusterFile, SubmitterFile, file_of, parse_source
@@ -99,13 +100,10 @@ def frozen_digests(run_dir: Path) -> Digests:
     return by_field or {}
 
 
-def changes(job: Job, known: Mapping[str, str | None]) -> list[str]:
+def changes(job: Job | EvaluationJob, known: Mapping[str, str | None]) -> list[str]:
     """What is not as in the known digests, one line each: field, file, both digests, what to do."""
-    train = file_of(job.data.train)
-    evaluated = None
-    if job.data.eval:
-        evaluated = file_of(job.data.eval)
-    sources = {"data.train": train, "data.eval": evaluated, "base": Path(job.base.model)}
+    sources = {field: file_of(source) for field, source in job.sources.items()}
+    sources["base"] = Path(job.base.model)
     scratch = job.base.init == "scratch"
     lines = []
     for field, source in sources.items():

@@ -134,8 +134,11 @@ def _is_step(row: Record) -> bool:
 
 
 def _is_evaluation(row: Record) -> bool:
-    """Whether a row is that of an evaluation of the run itself, and not of a branch that was cooled down."""
-    return not _is_step(row) and COOLED_LOSS not in row
+    """Whether a row is that of an evaluation in training, and not of a branch that was cooled down.
+
+    The rows of a run that evaluates count its answers alone.
+    """
+    return not _is_step(row) and COOLED_LOSS not in row and "answered" not in row
 
 
 def _eval_metrics(row: Record) -> Record:

@@ -255,6 +255,14 @@ class Job(Section):
         rate = self.method.rate(hidden)
         return rate * self.objective.rate_factor
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """What it reads beside the base, by field."""
+        by_field = {"data.train": self.data.train}
+        if self.data.eval:
+            by_field["data.eval"] = self.data.eval
+        return by_field
+
     def dump(self) -> dict[str, Any]:
         """The job as plain data that `Job.model_validate` reads back."""
         return self.model_dump(mode="json")

@@ -14,8 +14,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from runfolder.evaluation_job import AnyJob, any_job
 from runfolder.files import FORMAT, Damaged, Record, checked_record, read_json, take_name, write_json
 from runfolder.job import Job
+from runfolder.service import ServiceSpec
 from runfolder.shapes import BRIEF, SUBMITTED
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -67,16 +69,26 @@ def read_brief(run_dir: Path, listing: Sequence[str]) -> Record:
 
 
 def load_job(run_dir: Path) -> Job:
+    """The frozen spec of a run that trains; raises Damaged."""
+    job = load_any_job(run_dir)
+    if isinstance(job, Job):
+        return job
+    path = run_dir / "job.yaml"
+    kind = "a service" if isinstance(job, ServiceSpec) else "an evaluation"
+    raise Damaged(f"{path}: found {kind}; allowed: a job that trains")
+
+
+def load_any_job(run_dir: Path) -> AnyJob:
     """The frozen spec of a run; raises Damaged, also where another version of Fleetune wrote what this one lacks."""
     record = read_record(run_dir)
     path = run_dir / "job.yaml"
     return job_in(record, str(path))
 
 
-def job_in(record: Mapping[str, Any], path: str) -> Job:
+def job_in(record: Mapping[str, Any], path: str) -> AnyJob:
     """The frozen spec in a record, which is that of the file `path`; raises Damaged."""
     try:
-        return Job.model_validate(record["job"])
+        return any_job(record["job"])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from runfolder.chain import Attempt, last_slot, see_slots, slots
+from runfolder.chain import Attempt, attempts, last_slot, see_slots, slots
 from runfolder.files import Record, list_names, read_json, write_json
 from runfolder.shapes import CANCEL, PAUSE, STOP, FileShape
 
@@ -79,6 +79,28 @@ def pauses(run_dir: Path) -> list[Pause]:
         pause = Pause(request["step"], slot)
         wanted.append(pause)
     return wanted
+
+
+def pause_due(attempt: Attempt) -> int | None:
+    """The first step after which an attempt is to pause, but for what an earlier one has paused for; None: none."""
+    start = attempt.start
+    first = start.step if start else 0
+    steps = []
+    for pause in pauses(attempt.run_dir):
+        was_made = pause.step <= first and pause.slot <= _last_paused(attempt)
+        if not was_made:
+            steps.append(pause.step)
+    return min(steps, default=None)
+
+
+def _last_paused(attempt: Attempt) -> int:
+    """The newest earlier attempt whose verdict is that it has paused; -1 where there is none."""
+    for earlier in reversed(attempts(attempt.run_dir)):
+        if earlier.number < attempt.number:
+            verdict = earlier.verdict
+            if verdict is not None and verdict["kind"] == "paused":
+                return earlier.number
+    return -1  # before slot 0, in which a pause can be asked for
 
 
 def request_stop(attempt: Attempt, stop: Stop) -> None:

@@ -148,6 +148,10 @@ class _Evaluating(_AfterStep):
     total: WholeNumber
 
 
+class _ServingEvent(_OtherEvent):
+    address: Annotated[str, Field(pattern=r"^http://[A-Za-z0-9.-]{1,253}:\d{1,5}$")]
+
+
 class _Missing(_OtherEvent):
     what: str
     why: str
@@ -157,7 +161,7 @@ def _shape_of_event(record: Mapping[str, Any]) -> str:
     kind = record.get("event")
     if kind in ("stopped", "saving"):
         return "after step"
-    return kind if kind in ("plan", "evaluating", "missing") else "other"
+    return kind if kind in ("plan", "evaluating", "missing", "serving") else "other"
 
 
 _Event = Annotated[
@@ -165,6 +169,7 @@ _Event = Annotated[
     | Annotated[_AfterStep, Tag("after step")]
     | Annotated[_Evaluating, Tag("evaluating")]
     | Annotated[_Missing, Tag("missing")]
+    | Annotated[_ServingEvent, Tag("serving")]
     | Annotated[_OtherEvent, Tag("other")],
     Discriminator(_shape_of_event),
 ]

@@ -18,6 +18,7 @@ from runfolder.news import Known, News, news_of_runs
 from runfolder.record import create_run_folder, job_in, read_record
 from runfolder.requests import cancel_requested, pause_step, request_cancel, request_pause
 from runfolder.secrets import read_secrets, write_secrets
+from runfolder.service import ServiceSpec
 from runfolder.snapshot import Snapshot, snapshot
 
 Ask = Literal["cancel", "cancel_saved", "pause", "reopen"]
@@ -244,9 +245,9 @@ def _reopen(run_dir: Path, ended: Ended) -> None:
         raise Refused(f"run {run_dir.name}: it was asked to end and has not yet; resume it when it has; {way_out}")
     record = read_record(run_dir)
     path = run_dir / "job.yaml"
-    job = job_in(record, str(path))
+    work = job_in(record, str(path))
     known = record.get("digests") or {}
-    changed = changes(job, known)
+    changed = [] if isinstance(work, ServiceSpec) else changes(work, known)
     if changed:
         raise Refused("\n".join(changed))
     if ended is not None:

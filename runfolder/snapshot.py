@@ -40,7 +40,7 @@ class Snapshot:
     `closed`. `activity` is what a run that goes on does now. `mlflow` says which MLflow run it has, `delivered`
     whether that has all of a closed run, `undelivered` what holds its rows up, `data` what the trainer counted of its
     rows, `asked` what somebody asked of a run that has not ended, `cancelled` whether that is to end, and `hindrance`
-    what keeps its starts from an attempt. `looked_at`
+    what keeps its starts from an attempt. `address` is where a service answers. `looked_at`
     is when this was read, by the clock of the machine that has the folder, as all times are. What costs more to read
     is there in full views alone: its figures, the lines of Python that load its output, and its costs.
     """
@@ -70,6 +70,7 @@ class Snapshot:
     figures: Figures | None = None
     loading: tuple[str, ...] = ()
     costs: Costs | None = None
+    address: str | None = None
 
     def dump(self) -> dict[str, Any]:
         """The snapshot as plain data, which JSON can hold."""
@@ -158,9 +159,8 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
     verdict = _read_listed(newest.folder, "verdict.json", attempt_files, VERDICT)
     ended = _final_result(taken[-1], files) if taken else None
     cancelled = ended is None and "requests" in files and cancel_requested(run_dir)
-    activity = None
-    if ended is None and verdict is None and not later:
-        activity = _read_activity(newest, attempt_files, row, steps)
+    is_live = ended is None and verdict is None and not later
+    activity, address = _read_activity(newest, attempt_files if is_live else [], row, steps)
     return Snapshot(
         run_id=run_dir.name,
         run_dir=str(run_dir),
@@ -170,7 +170,7 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
         steps=steps,
         attempt=newest.number,
         step=int(row["step"]) if row else _first_step(newest),
-        begun=begun,
+        begun=begun or address is not None,
         verdict=verdict,
         result=ended,
         closed=taken[-1].claim["time"] if ended else None,
@@ -183,6 +183,7 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
         cancelled=cancelled,
         hindrance=hindrance(run_dir) if ended is None and "hindered.json" in files else None,
         activity=activity,
+        address=address,
     )
 
 
@@ -234,15 +235,30 @@ def _first_step(attempt: Attempt) -> int:
     return start.step
 
 
-def _read_activity(attempt: Attempt, files: Sequence[str], row: Record | None, steps: int | None) -> Activity | None:
-    """What the newest attempt of a run does now; `files` are those of its folder."""
+def _read_activity(
+    attempt: Attempt, files: Sequence[str], row: Record | None, steps: int | None
+) -> tuple[Activity | None, str | None]:
+    """What the newest attempt does now, and where it answers if it serves; `files` are those of its folder."""
     if "events.jsonl" not in files:
-        return None
-    tail = read_ending(attempt, "events.jsonl", _EVENTS_TAIL_BYTES, [])
-    if len(tail) == _EVENTS_TAIL_BYTES:
-        _, _, tail = tail.partition(b"\n")  # the end of a line
-    events = parse_lines(tail, "events.jsonl")
+        return None, None
+    events = _newest_events(attempt)
     alive = 0.0
     if "alive" in files:
         alive = (attempt.folder / "alive").stat().st_mtime
-    return activity_of(events, row, steps, alive)
+    return activity_of(events, row, steps, alive), _address_in(events)
+
+
+def _newest_events(attempt: Attempt) -> list[Record]:
+    """The last events of an attempt, the oldest first."""
+    tail = read_ending(attempt, "events.jsonl", _EVENTS_TAIL_BYTES, [])
+    if len(tail) == _EVENTS_TAIL_BYTES:
+        _, _, tail = tail.partition(b"\n")  # the end of a line
+    return list(parse_lines(tail, "events.jsonl"))
+
+
+def _address_in(events: Sequence[Record]) -> str | None:
+    """Where the attempt at a service answers, if it does."""
+    for event in reversed(events):
+        if event["event"] == "serving":
+            return str(event["address"])
+    return None

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 ACTIVATION_NAMES = ("none", "relu", "gelu", "silu")
-Place = tuple[int, str]  # a decoder layer, and the name of a site in it
+Place = tuple[int, str]  # a decoder layer, and the name of a submodule in it
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Adapter:
     embed_VD: Tensor | None = None
     head_VD: Tensor | None = None
     config: Any = None  # of the base as this adapter wants it, where its rotary positions differ
+    left_out: float = 0.0  # of its difference to the base, as a share by Frobenius norms: what a low rank cannot hold
 
     @property
     def virtual(self) -> int:

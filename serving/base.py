@@ -19,7 +19,7 @@ NORMS = (FIRST_NORM, SECOND_NORM)
 Q_NORM, K_NORM = "q_norm", "k_norm"
 HEAD_NORMS = (Q_NORM, K_NORM)
 LAST_NORM = "norm"
-BEHIND = ".behind"  # a site behind a layer's output, where a bottleneck adapter stands
+BEHIND = ".behind"  # names the place behind a linear layer's output, where a bottleneck adapter stands
 Groups = dict[str, Group]  # by name
 Modules = list[Any]
 Norms = dict[str, Tensor]  # weights [L, D] by name
@@ -48,7 +48,7 @@ class FrozenBase:
         for name in GROUPS:
             self.groups[name] = fuse(layers, name, tail)
         self.norms = norms_of(decoder, self.shape.norm_offset)
-        self.sites = site_numbers(self.groups, self.norms)
+        self.submodules = submodule_numbers(self.groups, self.norms)
 
     @property
     def is_tied(self) -> bool:
@@ -65,23 +65,23 @@ class FrozenBase:
     def linears(self) -> Iterator[tuple[int, LinearLayer]]:
         """Every linear layer that an adapter may change, with its decoder layer."""
         for layer in range(self.shape.layers):
-            for site in self._linear_sites():
-                yield layer, site
+            for linear_layer in self._linear_layers():
+                yield layer, linear_layer
 
     def weight(self, layer: int, name: str) -> Tensor:
         """The weight [out, in] of a linear layer."""
-        group, site = self._find(name)
+        group, linear_layer = self._find(name)
         weight_NI = group.weight_LNI[layer]
-        rows = site.rows
+        rows = linear_layer.rows
         return weight_NI[rows]
 
     def bias(self, layer: int, name: str) -> Tensor | None:
         """The bias [out] of a linear layer, if it has one."""
-        group, site = self._find(name)
+        group, linear_layer = self._find(name)
         if group.bias_LN is None:
             return None
         bias_N = group.bias_LN[layer]
-        rows = site.rows
+        rows = linear_layer.rows
         return bias_N[rows]
 
     def rotation(self, config: Any, positions: int) -> tuple[Tensor, Tensor]:
@@ -103,10 +103,10 @@ class FrozenBase:
         sin_PF = sin_PF.to(self.device)
         return cos_PF, sin_PF
 
-    def _linear_sites(self) -> Iterator[LinearLayer]:
+    def _linear_layers(self) -> Iterator[LinearLayer]:
         """The linear layers of a decoder layer."""
         for group in self.groups.values():
-            yield from group.sites
+            yield from group.linears
 
     def _scalar(self, number: float) -> Tensor:
         """A number in the base's type, on its device."""
@@ -115,9 +115,9 @@ class FrozenBase:
     def _find(self, name: str) -> tuple[Group, LinearLayer]:
         """The linear layer of a name, and its group."""
         for group in self.groups.values():
-            for site in group.sites:
-                if site.name == name:
-                    return group, site
+            for linear_layer in group.linears:
+                if linear_layer.name == name:
+                    return group, linear_layer
         raise KeyError(name)
 
 
@@ -129,12 +129,12 @@ def has_one_type(model: Any, dtype: torch.dtype) -> bool:
     return dtype.is_floating_point
 
 
-def site_numbers(groups: Groups, norms: Norms) -> dict[str, int]:
-    """The number of each site by name: linear layers, the places behind them, and norms."""
+def submodule_numbers(groups: Groups, norms: Norms) -> dict[str, int]:
+    """The number of each submodule by name: linear layers, the places behind them, and norms."""
     names: list[str] = []
     for group in groups.values():
-        for site in group.sites:
-            names.append(site.name)
+        for linear_layer in group.linears:
+            names.append(linear_layer.name)
     names += BOTTLENECKS
     names += norms
     numbers: dict[str, int] = {}

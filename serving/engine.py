@@ -39,7 +39,7 @@ class Engine:
         self,
         model: Any,
         *,
-        slots: int = 64,
+        residents: int = 64,
         rows: int = 256,
         positions: int = 4096,
         tokens: int = 65536,
@@ -48,19 +48,19 @@ class Engine:
     ) -> None:
         """Serve a transformers model, or the folder of one. Raises BaseRefused where its family is not here.
 
-        `slots` adapters and `adapter_bytes` of their weights are on the device at once, `rows` sequences in a batch;
-        a sequence has at most `positions` and all together `tokens`; a pass computes at most `chunk` of prompts.
+        `residents` adapters and `adapter_bytes` of their weights are on the device at once, `rows` sequences in a
+        batch. A sequence has at most `positions` and all together `tokens`; a pass computes at most `chunk` of them.
         """
         if isinstance(model, str | Path):
             model = loaded(model)
-        tail = tail_ranks(model, slots)
+        tail = tail_ranks(model, residents)
         base = FrozenBase(model, tail)
         self.base = base
         shape = base.shape
         self.positions = min(positions, shape.positions)
         pages = pages_for(tokens) + 1  # page 0 is nobody's
         self.limits = Limits(self.positions, pages, shape.vocabulary)
-        self.pool = Pool(base, slots, adapter_bytes)
+        self.pool = Pool(base, residents, adapter_bytes)
         self.cache = Cache(shape, pages, base.dtype, base.device)
         self.forward = Forward(base, self.pool, self.cache, self.positions)
         prepare_resident = self.forward.prepare_resident
@@ -80,6 +80,11 @@ class Engine:
         """Let a name mean an adapter that `pool.prepare` has read, as another thread may while this one steps."""
         self.forward.rotations.kind(packed)
         self.pool.give(name, packed, pinned)
+
+    def left_out(self, name: str) -> float:
+        """What is left out of a loaded model's difference to the base, as a share of it; 0 for all adapters."""
+        packed = self.pool.packed_of(name)
+        return packed.adapter.left_out
 
     def unload(self, name: str) -> None:
         """Forget an adapter's name; raises UnknownAdapter."""
@@ -263,9 +268,9 @@ class Engine:
                 self.scheduler.finish(sequence)
 
     def _refuse(self, sequence: Sequence) -> None:
-        """Give up a request that does not fit though nothing else runs: pinned adapters have all slots or pages."""
+        """Give up a request that does not fit though nothing else runs: pinned adapters have all room or pages."""
         self.scheduler.drop(sequence)
-        refusal = "request: found no slot for its adapter, or no pages, beside those that are pinned"
+        refusal = "request: found no room on the device for its adapter, or no pages, beside those that are pinned"
         sequence.refusal = RequestRefused(refusal)
         raise sequence.refusal
 

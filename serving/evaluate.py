@@ -4,8 +4,8 @@
 
 The request: {base, revision, base_digest, adapters: [{name, folder}], out, tasks: [{name, key, questions}]}. The
 answers are lines of JSON: {problem} for each adapter that cannot be evaluated (then nothing else is done), {file,
-task, adapter, digest, change} for each file of answers, {done, total} now and then, and {answered, seconds} at the
-end. What a file has already is not asked again, and no base is loaded where nothing is left to ask.
+task, adapter, digest, change, left_out} for each file of answers, {done, total} now and then, and {answered, seconds}
+at the end. What a file has already is not asked again, and no base is loaded where nothing is left to ask.
 
 Files are named by digests: OUT/BASE/TASK/ADAPTER.jsonl. That of the base is of its weights, and of what else decides
 on its answers here: kind of device, and versions.
@@ -28,14 +28,13 @@ from serving.asking import AnswersProgress, Asking, Assignment, Decode
 from serving.changes import change_of
 from serving.engine import Engine
 from serving.error import AdapterRefused
-from serving.folder import adapter_digest
+from serving.format import digest_in_folder
 from serving.kept import AnswersFile
-from serving.question import Question
+from serving.question import KEY_SHOWN, AskedTask, Question
 from serving.sizes import sizes_for
 from serving.starting import RequestData, ready_engine, say
 
 PROBES = 2  # prompts on which it is seen whether an adapter changes anything
-KEY_SHOWN = 16  # characters of a digest in the name of a file
 VERSIONED = ("torch", "transformers", "fleetune")
 
 
@@ -51,26 +50,6 @@ class Candidate:
     def file_name(self) -> str:
         """The name of its files of answers."""
         return f"{self.digest[:KEY_SHOWN]}.jsonl"
-
-
-@dataclass(frozen=True)
-class AskedTask:
-    """Questions that belong together; the key is a digest of how they are made of their data."""
-
-    name: str
-    key: str
-    questions: tuple[Question, ...]
-
-    @property
-    def folder_name(self) -> str:
-        """The name of the folder that has its answers."""
-        return f"{self.name}-{self.key[:KEY_SHOWN]}"
-
-    @classmethod
-    def load(cls, plain: RequestData) -> "AskedTask":
-        """The task in plain data."""
-        questions = map(Question.load, plain["questions"])
-        return cls(plain["name"], plain["key"], tuple(questions))
 
 
 @dataclass(frozen=True)
@@ -136,10 +115,12 @@ def _head_of(engine: Engine, sheet: AnswerSheet) -> dict[str, Any]:
     """What the file of a sheet says of it; for an adapter, how much it changes."""
     candidate = sheet.candidate
     change: float | None = None
+    left_out = 0.0
     if candidate.name is not None:
+        left_out = engine.left_out(candidate.name)
         prompts = [_prompt_of(question) for question in sheet.task.questions[:PROBES]]
         change = change_of(engine, candidate.name, prompts)
-    return {"task": sheet.task.name, "adapter": candidate.digest, "change": change}
+    return {"task": sheet.task.name, "adapter": candidate.digest, "change": change, "left_out": left_out}
 
 
 def _prompt_of(question: Question) -> tuple[int, ...]:
@@ -174,6 +155,7 @@ def main(request: RequestData) -> int:
             adapter=candidate.name,
             digest=candidate.digest,
             change=change,
+            left_out=sheet.file.head.get("left_out", 0.0),
         )
     say(answered=total, seconds=time.monotonic() - began)
     return 0
@@ -186,7 +168,7 @@ def adapters_in(plain: Sequence[RequestData]) -> tuple[list[Candidate], list[str
     for adapter in plain:
         folder = Path(adapter["folder"])
         try:
-            digest = adapter_digest(folder)
+            digest = digest_in_folder(folder)
         except (AdapterRefused, OSError) as error:
             problems.append(str(error))
             continue

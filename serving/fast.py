@@ -43,7 +43,7 @@ class Fast(Plain):
         self.rotary = RotaryHeads(base, pool, cache)
         self.grouped = Grouped(base, pool)
         self.arena = pool.arena.data
-        self.stride = pool.slot_stride
+        self.stride = pool.adapter_stride
         self.has_varlen = base.dtype != torch.float32
 
     def project(self, step: Pass, name: str, layer: int, x_TI: Tensor) -> Tensor:
@@ -96,9 +96,9 @@ class Fast(Plain):
         gate_kernel[grid](
             y_TO,
             result_TI,
-            tiles.slot_G,
+            tiles.adapter_G,
             tiles.row_GF,
-            self.pool.entry(layer, group.first_site),
+            self.pool.entry(layer, group.first_linear),
             self.pool.entry(layer, "down_proj"),
             self.arena,
             inner,
@@ -181,7 +181,7 @@ class Fast(Plain):
             stream_TD,
             normed_TD,
             weight_LD[layer],
-            step.adapters.slot_T,
+            step.adapters.adapter_T,
             origin,
             self.pool.entry(layer, name),
             self.arena,
@@ -203,7 +203,7 @@ class Fast(Plain):
         """Scale the inputs of the attention's output projection in place, with what each row's adapter has."""
         rows, inputs = x_TI.shape
         entry = self.pool.entry(layer, "o_proj")
-        slot_T = step.adapters.slot_T
+        adapter_T = step.adapters.adapter_T
         tiles = triton.cdiv(inputs, SCALE_TILE)
         grid = (rows, tiles)
-        scale_kernel[grid](x_TI, slot_T, entry, self.arena, inputs, self.stride, N=SCALE_TILE)
+        scale_kernel[grid](x_TI, adapter_T, entry, self.arena, inputs, self.stride, N=SCALE_TILE)

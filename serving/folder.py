@@ -51,9 +51,9 @@ class Folder:
         if name not in self._tensors:
             raise AdapterRefused(f"{self.weights_path}: found no tensor {name}, which its config asks for")
         tensor = self._tensors[name]
-        if not _fits(tensor.shape, shape):
-            actual = _product(tensor.shape)
-            allowed = _product(shape)
+        if not fits(tensor.shape, shape):
+            actual = as_product(tensor.shape)
+            allowed = as_product(shape)
             raise AdapterRefused(
                 f"{self.weights_path}: found {name} of shape {actual}; allowed on this base: {allowed}"
             )
@@ -132,7 +132,7 @@ def _digest_of_parts(path: Path, weights: bytes, config: bytes) -> str:
     return digest.hexdigest()
 
 
-def _fits(actual: torch.Size, allowed: tuple[int | None, ...]) -> bool:
+def fits(actual: torch.Size, allowed: tuple[int | None, ...]) -> bool:
     """Whether a tensor has the shape that is allowed (None: any size)."""
     if len(actual) != len(allowed):
         return False
@@ -144,7 +144,7 @@ def _fits(actual: torch.Size, allowed: tuple[int | None, ...]) -> bool:
     return True
 
 
-def _product(shape: Iterable[int | None]) -> str:
+def as_product(shape: Iterable[int | None]) -> str:
     """A shape as people write it, like 8 x any."""
     sizes = []
     for size in shape:
@@ -166,10 +166,6 @@ def _find_files(path: Path) -> tuple[Path, Path]:
             return config, weights
         found = _instead_of_weights(path)
         raise AdapterRefused(f"{path}: found {found}; allowed: {weights_name}")
-    if (path / "config.json").is_file():
-        raise AdapterRefused(
-            f"{path}: found a whole model; allowed: an adapter. A model that was trained in full is a base of its own"
-        )
     known = " or ".join(FILES)
     raise AdapterRefused(f"{path}: found no {known}")
 

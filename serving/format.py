@@ -11,11 +11,12 @@ from pathlib import Path
 from serving.adapter import ACTIVATION_NAMES, Adapter, Part
 from serving.base import BEHIND, FrozenBase
 from serving.error import AdapterRefused
-from serving.folder import Folder
+from serving.folder import Folder, adapter_digest
 from serving.fourier import read_fourierft
 from serving.lora import read_lora
 from serving.target import listed, module_name, targets
 from serving.vera import read_vera
+from serving.whole import is_whole_model, read_whole, whole_digest
 
 LIMIT = 8 * 2**30  # bytes of an adapter's weights
 EPSILON = 1e-5  # what PEFT adds to AdaLoRA's number of ranks
@@ -24,7 +25,12 @@ UNSHARED = ("o_proj", "down_proj")  # linear layers that share their input with 
 
 
 def read_adapter(path: Path | str, base: FrozenBase, limit: int = LIMIT) -> Adapter:
-    """The adapter of a folder, for a base; raises AdapterRefused with the file and what is allowed instead."""
+    """The adapter of a folder, for a base; raises AdapterRefused with the file and what is allowed instead.
+
+    A whole model of the base's shape is one, too: its difference to the base.
+    """
+    if is_whole_model(Path(path)):
+        return read_whole(Path(path), base, limit)
     folder = Folder(Path(path), limit)
     config = folder.config
     named = config.get("peft_type") or config.get("kind")
@@ -38,6 +44,13 @@ def read_adapter(path: Path | str, base: FrozenBase, limit: int = LIMIT) -> Adap
     adapter = reader(folder, base)
     folder.finish()
     return adapter
+
+
+def digest_in_folder(path: Path) -> str:
+    """The digest that the adapter or model in a folder is known by; raises AdapterRefused where there is none."""
+    if is_whole_model(path):
+        return whole_digest(path)
+    return adapter_digest(path)
 
 
 def read_adalora(folder: Folder, base: FrozenBase) -> Adapter:
@@ -89,7 +102,7 @@ def read_ia3(folder: Folder, base: FrozenBase) -> Adapter:
         if not listed(target.module, feedforward):
             m_O1 = folder.take(name, target.outputs, 1)
             parts[place] = Part(m_O=m_O1.flatten())
-        elif target.site.name in UNSHARED:
+        elif target.linear_layer.name in UNSHARED:
             u_1I = folder.take(name, 1, target.inputs)
             parts[place] = Part(u_I=u_1I.flatten())
         else:
@@ -149,12 +162,12 @@ def read_bottleneck(folder: Folder, base: FrozenBase) -> Adapter:
         raise folder.refuse("placement", placements)
     adapted = PLACEMENTS[placement]
     parts = {}
-    for layer, site in base.linears():
-        if site.name not in adapted:
+    for layer, linear_layer in base.linears():
+        if linear_layer.name not in adapted:
             continue
-        name = module_name(layer, site)
-        site_behind = site.name + BEHIND
-        place = (layer, site_behind)
+        name = module_name(layer, linear_layer)
+        name_behind = linear_layer.name + BEHIND
+        place = (layer, name_behind)
         parts[place] = bottleneck(folder, name, width)
     return Adapter(folder.digest, parts)
 

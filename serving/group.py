@@ -49,7 +49,7 @@ class Group:
     """Linear layers that share their input; behind the weights is space for the factors of adapters in use."""
 
     name: str
-    sites: tuple[LinearLayer, ...]
+    linears: tuple[LinearLayer, ...]
     weight_LNI: Tensor
     bias_LN: Tensor | None
     outputs: int
@@ -57,12 +57,12 @@ class Group:
     @property
     def sections(self) -> int:
         """The number of its linear layers."""
-        return len(self.sites)
+        return len(self.linears)
 
     @property
-    def first_site(self) -> str:
+    def first_linear(self) -> str:
         """The name of its first linear layer."""
-        return self.sites[0].name
+        return self.linears[0].name
 
     @property
     def is_residual(self) -> bool:
@@ -91,58 +91,58 @@ def fuse(layers: Layers, name: str, tail: int) -> Group:
     names = fused
     if hasattr(module, split[0]):
         names = split
-    sites = sites_of(module, parent, names)
-    last = sites[-1]
+    linears = linears_of(module, parent, names)
+    last = linears[-1]
     outputs = last.stop
-    space = tail * len(sites)
+    space = tail * len(linears)
     rows = outputs + space
-    weight_LNI = moved_weights(layers, sites, rows)
-    bias_LN = moved_biases(layers, sites, rows)
-    return Group(name, sites, weight_LNI, bias_LN, outputs)
+    weight_LNI = moved_weights(layers, linears, rows)
+    bias_LN = moved_biases(layers, linears, rows)
+    return Group(name, linears, weight_LNI, bias_LN, outputs)
 
 
-def sites_of(module: Any, parent: str, names: Names) -> LinearLayers:
+def linears_of(module: Any, parent: str, names: Names) -> LinearLayers:
     """The linear layers of a module, whose outputs lie one behind the other."""
-    sites: list[LinearLayer] = []
+    linears: list[LinearLayer] = []
     start = 0
     for name in names:
         linear = getattr(module, name)
         outputs, inputs = linear.weight.shape
         stop = start + outputs
-        site = LinearLayer(name, parent, inputs, start, stop)
-        sites.append(site)
+        linear_layer = LinearLayer(name, parent, inputs, start, stop)
+        linears.append(linear_layer)
         start = stop
-    return tuple(sites)
+    return tuple(linears)
 
 
-def moved_weights(layers: Layers, sites: LinearLayers, rows: int) -> Tensor:
+def moved_weights(layers: Layers, linears: LinearLayers, rows: int) -> Tensor:
     """The weights [L, N, I] of all layers, which the model's own layers use from now on."""
-    first = sites[0]
+    first = linears[0]
     example = first.linear(layers[0]).weight
     size = (len(layers), rows, first.inputs)
     weight_LNI = empty_like_layers(example, size)
     for weight_NI, layer in zip(weight_LNI, layers, strict=True):
-        for site in sites:
-            linear = site.linear(layer)
-            adopt(linear, weight_NI[site.rows])
+        for linear_layer in linears:
+            linear = linear_layer.linear(layer)
+            adopt(linear, weight_NI[linear_layer.rows])
     return weight_LNI
 
 
-def moved_biases(layers: Layers, sites: LinearLayers, rows: int) -> Tensor | None:
+def moved_biases(layers: Layers, linears: LinearLayers, rows: int) -> Tensor | None:
     """The biases [L, N] of all layers, 0 where a linear layer has none; None where no layer has one."""
-    linears = [site.linear(layers[0]) for site in sites]
-    biases = [linear for linear in linears if linear.bias is not None]
+    modules = [linear_layer.linear(layers[0]) for linear_layer in linears]
+    biases = [linear for linear in modules if linear.bias is not None]
     if not biases:
         return None
-    example = linears[0].weight
+    example = modules[0].weight
     size = (len(layers), rows)
     bias_LN = empty_like_layers(example, size)
     for bias_N, layer in zip(bias_LN, layers, strict=True):
-        for site in sites:
-            bias = site.linear(layer).bias
+        for linear_layer in linears:
+            bias = linear_layer.linear(layer).bias
             if bias is not None:
-                rows_of_site = site.rows
-                bias_N[rows_of_site] = bias.detach()
+                rows_of_layer = linear_layer.rows
+                bias_N[rows_of_layer] = bias.detach()
     return bias_LN
 
 

@@ -32,7 +32,7 @@ class Grouped:
     def __init__(self, base: FrozenBase, pool: Pool) -> None:
         self.pool = pool
         self.arena = pool.arena.data
-        self.stride = pool.slot_stride
+        self.stride = pool.adapter_stride
         self.side: torch.cuda.Stream | None = None
         if base.on_gpu:
             self.side = torch.cuda.Stream()
@@ -89,8 +89,8 @@ class Grouped:
         work = grouping.behind
         if work is None:
             return
-        site = group.first_site + BEHIND
-        entry = self.pool.entry(layer, site)
+        submodule = group.first_linear + BEHIND
+        entry = self.pool.entry(layer, submodule)
         size = (len(y_TN), 1, work.rank)
         h_TSR = y_TN.new_empty(size)
         tiles = grouping.tiles
@@ -104,7 +104,7 @@ class Grouped:
         work = grouping.before
         assert work is not None
         tiles = grouping.tiles
-        entry = self.pool.entry(layer, group.first_site)
+        entry = self.pool.entry(layer, group.first_linear)
         inputs = x_TI.shape[1]
         h_1TSR = h_TSR[None]
         self._shrink(work, tiles, entry, x_TI, inputs, h_1TSR)
@@ -114,7 +114,7 @@ class Grouped:
         work = grouping.before
         assert work is not None
         tiles = grouping.tiles
-        entry = self.pool.entry(layer, group.first_site)
+        entry = self.pool.entry(layer, group.first_linear)
         y_1TN = y_TN[None]
         self._expand(work, tiles, entry, group, h_TSR, y_1TN, False)
 
@@ -128,7 +128,7 @@ class Grouped:
     def _shares(self, work: Work, tiles: Tiles, group: Group, layer: int, x_TI: Tensor) -> Tensor:
         """The products [H, T, O] of the inputs with both factors, in shares that are still to be summed."""
         rows, inputs = x_TI.shape
-        entry = self.pool.entry(layer, group.first_site)
+        entry = self.pool.entry(layer, group.first_linear)
         parts = max(1, inputs // INPUTS)
         dtype = x_TI.dtype
         if parts > 1:
@@ -161,7 +161,7 @@ class Grouped:
             x_TI,
             h_PTSR,
             work.task,
-            tiles.slot_G,
+            tiles.adapter_G,
             tiles.row_GF,
             entry,
             self.arena,
@@ -187,7 +187,7 @@ class Grouped:
         y_share, y_stride, _ = y_HTN.stride()
         starts: list[int] = []
         if h_TSR.shape[1] > 1:
-            starts = [site.start for site in group.sites[1:]]
+            starts = [linear_layer.start for linear_layer in group.linears[1:]]
         second, third, *_ = [*starts, NO_SECTION, NO_SECTION]
         most = outputs_of_tile(work, tiles)
         tile = gcd(most, group.outputs, *starts)
@@ -198,7 +198,7 @@ class Grouped:
             y_HTN,
             h_TSR,
             work.segment,
-            tiles.slot_G,
+            tiles.adapter_G,
             tiles.row_GF,
             entry,
             self.arena,

@@ -1,6 +1,6 @@
 """Which rows of a pass share an adapter, and what grouped kernels have to do for them; made on the host.
 
-Shapes: T rows of a pass, G tiles, F rows of a tile, N slots.
+Shapes: T rows of a pass, G tiles, F rows of a tile, N adapters.
 """
 
 from collections.abc import Callable
@@ -26,34 +26,34 @@ WorkSize = tuple[int, int, int, int]  # tasks, segments, the largest rank, ranks
 
 @dataclass
 class Tiles:
-    """All rows of a pass, in tiles of rows that share an adapter: the slot of each tile, and its rows."""
+    """All rows of a pass, in tiles of rows that share an adapter: the adapter's index of each tile, and its rows."""
 
-    slot_G: Tensor
+    adapter_G: Tensor
     row_GF: Tensor
 
     @classmethod
-    def of(cls, slot_T: Tensor, rows: int) -> "Tiles":
-        """Tiles of so many rows, for a pass whose rows have these slots."""
-        order_T = slot_T.argsort(stable=True)
-        sorted_T = slot_T[order_T]
-        slot_N, count_N = sorted_T.unique_consecutive(return_counts=True)
+    def of(cls, adapter_T: Tensor, rows: int) -> "Tiles":
+        """Tiles of so many rows, for a pass whose rows have these adapters."""
+        order_T = adapter_T.argsort(stable=True)
+        sorted_T = adapter_T[order_T]
+        adapter_N, count_N = sorted_T.unique_consecutive(return_counts=True)
         tiles_N = divided(count_N, rows)
-        slot_G = slot_N.repeat_interleave(tiles_N)
-        missing_N = tiles_N * rows - count_N  # rows of a slot's last tile
+        adapter_G = adapter_N.repeat_interleave(tiles_N)
+        missing_N = tiles_N * rows - count_N  # rows of an adapter's last tile
         shift_N = sum_before(missing_N)
         shift_T = shift_N.repeat_interleave(count_N)
-        position_T = torch.arange(len(slot_T))
+        position_T = torch.arange(len(adapter_T))
         place_T = position_T + shift_T
-        size = (len(slot_G), rows)
+        size = (len(adapter_G), rows)
         row_GF = torch.full(size, NOBODY, dtype=torch.int32)
         flat = row_GF.view(-1)
         flat[place_T] = order_T.int()
-        return cls(slot_G.int(), row_GF)
+        return cls(adapter_G.int(), row_GF)
 
     @property
     def count(self) -> int:
         """The number of tiles."""
-        return len(self.slot_G)
+        return len(self.adapter_G)
 
     @property
     def rows(self) -> int:
@@ -62,20 +62,20 @@ class Tiles:
 
     def to(self, device: torch.device) -> "Tiles":
         """The same on a device."""
-        slot_G = moved(self.slot_G, device)
+        adapter_G = moved(self.adapter_G, device)
         row_GF = moved(self.row_GF, device)
-        return Tiles(slot_G, row_GF)
+        return Tiles(adapter_G, row_GF)
 
     def enlarged(self) -> "Tiles":
         """As many tiles as the next power of two, of which those behind are the base's and have no rows."""
         count = power_of_2(self.count)
-        slot_G = padded(self.slot_G, count, 0)
+        adapter_G = padded(self.adapter_G, count, 0)
         row_GF = padded(self.row_GF, count, NOBODY)
-        return Tiles(slot_G, row_GF)
+        return Tiles(adapter_G, row_GF)
 
     def fill(self, other: "Tiles") -> None:
         """Copy as many other tiles into a graph's."""
-        self.slot_G.copy_(other.slot_G)
+        self.adapter_G.copy_(other.adapter_G)
         self.row_GF.copy_(other.row_GF)
 
 
@@ -152,7 +152,7 @@ class Grouping:
     @classmethod
     def of(cls, adapters: AdapterBatch, rows: int, rank_of: RankOf) -> "Grouping":
         """The grouping of a pass in tiles of so many rows, of whose adapters grouped kernels compute these ranks."""
-        tiles = Tiles.of(adapters.slot_T, rows)
+        tiles = Tiles.of(adapters.adapter_T, rows)
         before = Work.of(tiles, adapters, rank_of)
         behind = Work.of(tiles, adapters, lambda needs: needs.behind)
         return cls(tiles, before, behind)
@@ -205,11 +205,11 @@ def ranks_of_tiles(tiles: Tiles, adapters: AdapterBatch, rank_of: RankOf) -> Ten
     """The rank of each tile's adapter; 0 where it is the base."""
     ranks: dict[int, int] = {}
     for resident, _ in adapters.members:
-        slot = resident.slot
-        ranks[slot] = rank_of(resident.needs)
+        index = resident.index
+        ranks[index] = rank_of(resident.needs)
     rank_of_tile: list[int] = []
-    for slot in tiles.slot_G.tolist():
-        rank = ranks.get(slot, 0)
+    for index in tiles.adapter_G.tolist():
+        rank = ranks.get(index, 0)
         rank_of_tile.append(rank)
     return torch.tensor(rank_of_tile)
 

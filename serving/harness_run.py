@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from serving.changes import change_of
-from serving.evaluate import KEY_SHOWN, Candidate, adapters_in, base_key, versions_of
+from serving.evaluate import Candidate, adapters_in, base_key, versions_of
 from serving.harness import evaluate_by_harness
 from serving.kept import PlainLine
+from serving.question import KEY_SHOWN
 from serving.sizes import sizes_of_chat
 from serving.starting import ReadyEngine, RequestData, ready_engine, say
 
@@ -54,6 +55,7 @@ def main(request: RequestData) -> int:
             adapter=candidate.name,
             digest=candidate.digest,
             change=head["change"],
+            left_out=head.get("left_out", 0.0),
         )
     say(answered=answered, seconds=time.monotonic() - began)
     return 0
@@ -100,7 +102,9 @@ def ask_missing(request: RequestData, ready: ReadyEngine, missing: Sequence[Cand
     count = 0
     for candidate in missing:
         lines = list(lines_of(results[candidate.name]))
-        head = {"task": task, "adapter": candidate.digest, "change": change_by(candidate, ready)}
+        left_out = 0.0 if candidate.name is None else ready.engine.left_out(candidate.name)
+        change = change_by(candidate, ready)
+        head = {"task": task, "adapter": candidate.digest, "change": change, "left_out": left_out}
         write_at_once(folder / candidate.file_name, [head, *lines])
         count += len(lines)
     return count

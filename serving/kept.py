@@ -6,6 +6,8 @@ end of its process is dropped: that question is asked again. Of two answers to o
 
 import json
 import os
+import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -78,6 +80,24 @@ class AnswersFile:
             stream.write(text.encode())
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def merge_answers(source: Path, target: Path) -> None:
+    """Bring the answers of one file into another one, whole or not at all; what that has already stays."""
+    come = AnswersFile(source)
+    there = AnswersFile(target)
+    missing = [answer for key, answer in come.answers.items() if key not in there.answers]
+    if there.head and not missing:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex
+    unfinished = target.with_name(f".{token}")
+    if there.head:
+        shutil.copyfile(target, unfinished)
+    merged = AnswersFile(unfinished)
+    merged.begin(come.head)
+    merged.add(missing)
+    unfinished.replace(target)
 
 
 def _is_cut_off(stream: BinaryIO) -> bool:

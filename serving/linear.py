@@ -2,7 +2,7 @@
 
     Y = M_s * ((U_s * X) W^T + V_s * ((((U_s * X) A_s^T) * C_s) B_s)) + beta_s
 
-for the rows of slot s, with the parts that its adapter has. This is the reference that the GPU's kernels are compared
+for the rows of adapter s, with the parts that it has. This is the reference that the GPU's kernels are compared
 with, and what the CPU runs. Rows of one adapter are computed apart from the others', so company changes nothing.
 Shapes: T rows, I inputs, O outputs, R rank, D width.
 """
@@ -25,7 +25,7 @@ FUNCTIONS = (lambda x: x, relu, gelu, silu)  # by number, as serving.adapter.ACT
 
 @dataclass
 class Entry:
-    """What an adapter does at one site: its pieces as they lie in the arena."""
+    """What an adapter does at one submodule: its tensors as they lie in the arena."""
 
     columns: list[int]
     arena: Tensor
@@ -37,8 +37,8 @@ class Entry:
         """Number of rows of A."""
         return self.columns[Column.RANK]
 
-    def piece(self, column: Column, *shape: int) -> Tensor | None:
-        """One of its pieces, or None."""
+    def tensor(self, column: Column, *shape: int) -> Tensor | None:
+        """One of its tensors, or None."""
         unit = self.columns[column]
         if unit == NOWHERE:
             return None
@@ -53,13 +53,13 @@ class Entry:
         rank = self.rank
         if rank == 0:
             return None
-        a_RI = self.piece(Column.A, rank, self.inputs)
-        b_RO = self.piece(Column.B, rank, self.outputs)
+        a_RI = self.tensor(Column.A, rank, self.inputs)
+        b_RO = self.tensor(Column.B, rank, self.outputs)
         assert a_RI is not None
         assert b_RO is not None
-        c_R = self.piece(Column.C, rank)
-        v_O = self.piece(Column.V, self.outputs)
-        bias_R = self.piece(Column.BIAS, rank)
+        c_R = self.tensor(Column.C, rank)
+        v_O = self.tensor(Column.V, self.outputs)
+        bias_R = self.tensor(Column.BIAS, rank)
         activation = self.columns[Column.ACTIVATION]
         function = FUNCTIONS[activation]
         h_TR = linear(x_TI, a_RI, bias_R)
@@ -72,10 +72,10 @@ class Entry:
         return y_TO
 
     def apply(self, x_TI: Tensor, y_TO: Tensor) -> None:
-        """Make the site's outputs y those of the adapter, in place: m * (y + update) + beta."""
+        """Make the submodule's outputs y those of the adapter, in place: m * (y + update) + beta."""
         update_TO = self.update(x_TI)
-        m_O = self.piece(Column.M, self.outputs)
-        beta_O = self.piece(Column.BETA, self.outputs)
+        m_O = self.tensor(Column.M, self.outputs)
+        beta_O = self.tensor(Column.BETA, self.outputs)
         if update_TO is not None:
             y_TO += update_TO
         if m_O is not None:
@@ -86,7 +86,7 @@ class Entry:
     def apply_behind(self, y_TO: Tensor) -> Tensor:
         """The outputs y behind a bottleneck, where there is one: y + update + beta."""
         update_TO = self.update(y_TO)
-        beta_O = self.piece(Column.BETA, self.outputs)
+        beta_O = self.tensor(Column.BETA, self.outputs)
         if update_TO is None:
             return y_TO
         assert beta_O is not None
@@ -113,7 +113,7 @@ class PlainLinears:
         for resident, row_T in adapters.members:
             own_TI = x_TI[row_T]
             base_TO = y_TO[row_T]
-            adapted_TO = self._adapted(resident.slot, group, layer, own_TI, base_TO)
+            adapted_TO = self._adapted(resident.index, group, layer, own_TI, base_TO)
             y_TO[row_T] = adapted_TO
         return y_TO
 
@@ -130,18 +130,18 @@ class PlainLinears:
         normed_TD = exact_TD * scale_T1
         result_TD = normed_TD * weight_D
         for resident, row_T in adapters.members:
-            entry = self._entry(resident.slot, place, 0, width)
-            own_D = entry.piece(Column.M, width)
+            entry = self._entry(resident.index, place, 0, width)
+            own_D = entry.tensor(Column.M, width)
             if own_D is not None:
                 own_TD = normed_TD[row_T]
                 result_TD[row_T] = own_TD * own_D.float()
         return result_TD.to(x_TD.dtype)
 
-    def _entry(self, slot: int, place: Place, inputs: int, outputs: int) -> Entry:
-        """What the adapter of a slot does at a place."""
-        layer, site = place
-        number = self.base.sites[site]
-        table_SC = self.pool.host_KLSC[slot, layer]
+    def _entry(self, index: int, place: Place, inputs: int, outputs: int) -> Entry:
+        """What the adapter of an index does at a place."""
+        layer, submodule = place
+        number = self.base.submodules[submodule]
+        table_SC = self.pool.host_KLSC[index, layer]
         row_C = table_SC[number]
         columns: list[int] = row_C.tolist()
         return Entry(columns, self.arena, inputs, outputs)
@@ -152,27 +152,27 @@ class PlainLinears:
             return x_TI
         if not adapters.needs.scales:
             return x_TI
-        place = (layer, group.first_site)
+        place = (layer, group.first_linear)
         inputs = x_TI.shape[1]
         outputs = group.outputs
         x_TI = x_TI.clone()
         for resident, row_T in adapters.members:
-            entry = self._entry(resident.slot, place, inputs, outputs)
-            u_I = entry.piece(Column.U, inputs)
+            entry = self._entry(resident.index, place, inputs, outputs)
+            u_I = entry.tensor(Column.U, inputs)
             if u_I is not None:
                 x_TI[row_T] *= u_I
         return x_TI
 
-    def _adapted(self, slot: int, group: Group, layer: int, x_TI: Tensor, y_TO: Tensor) -> Tensor:
+    def _adapted(self, index: int, group: Group, layer: int, x_TI: Tensor, y_TO: Tensor) -> Tensor:
         """The outputs of one adapter's rows, of which those of the base are changed in place."""
-        for site in group.sites:
-            place = (layer, site.name)
-            entry = self._entry(slot, place, site.inputs, site.outputs)
-            section_TO = y_TO[:, site.rows]
+        for linear_layer in group.linears:
+            place = (layer, linear_layer.name)
+            entry = self._entry(index, place, linear_layer.inputs, linear_layer.outputs)
+            section_TO = y_TO[:, linear_layer.rows]
             entry.apply(x_TI, section_TO)
         if not group.is_residual:
             return y_TO
         outputs = group.outputs
-        behind = (layer, group.first_site + BEHIND)
-        bottleneck = self._entry(slot, behind, outputs, outputs)
+        behind = (layer, group.first_linear + BEHIND)
+        bottleneck = self._entry(index, behind, outputs, outputs)
         return bottleneck.apply_behind(y_TO)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-TAIL_OF_SLOT = 16  # ranks behind the base's weights
+TAIL_OF_RESIDENT = 16  # ranks behind the base's weights
 
 
 def loaded(place: str | Path, dtype: torch.dtype | None = None, revision: str = "main") -> Any:
@@ -22,9 +22,9 @@ def loaded(place: str | Path, dtype: torch.dtype | None = None, revision: str = 
     return model.eval()
 
 
-def tail_ranks(model: Any, slots: int) -> int:
-    """Ranks behind the base's weights: some for each slot on a GPU, where kernels use them, and none on the CPU."""
+def tail_ranks(model: Any, residents: int) -> int:
+    """Ranks behind the base's weights: some for each adapter on a GPU, where kernels use them; none on the CPU."""
     weight = next(model.parameters())
     if weight.device.type != "cuda":
         return 0
-    return slots * TAIL_OF_SLOT
+    return residents * TAIL_OF_RESIDENT

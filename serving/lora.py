@@ -5,6 +5,7 @@ Shapes: R rank, I inputs, O outputs, V vocabulary, D width.
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def with_whole_weights(folder: Folder, base: FrozenBase, adapter: Adapter) -> Ad
     if has_only_embedding and base.is_tied:
         raise folder.refuse("modules_to_save", "the head beside the embedding, which are one weight in this base")
     parts = adapter.parts | norms
-    config = _changed_config(folder, base)
+    config = changed_config(folder.path, base)
     return replace(adapter, parts=parts, embed_VD=embed_VD, head_VD=head_VD, config=config)
 
 
@@ -138,15 +139,15 @@ def _vocabulary_weight(folder: Folder, base: FrozenBase, module: str) -> Tensor 
     return folder.take(key, shape.vocabulary, shape.width)
 
 
-def _changed_config(folder: Folder, base: FrozenBase) -> Any:
-    """The base's config as the adapter wants it; None where rotary positions are the same."""
-    path = folder.path / "config.json"
+def changed_config(folder: Path, base: FrozenBase) -> Any:
+    """The base's config as the adapter in a folder wants it; None where rotary positions are the same."""
+    path = folder / "config.json"
     if not path.exists():
         return None
     from transformers import AutoConfig
 
     expected = base.config
-    config = AutoConfig.from_pretrained(folder.path)
+    config = AutoConfig.from_pretrained(folder)
     is_same_type = config.model_type == expected.model_type
     is_as_wide = config.hidden_size == base.shape.width
     if not (is_same_type and is_as_wide):

@@ -28,7 +28,7 @@ class BatchAdapter(NamedTuple):
 class AdapterBatch:
     """The adapters of one forward pass, and which rows have which."""
 
-    slot_T: Tensor  # the slot of each row, int32
+    adapter_T: Tensor  # the adapter of each row by its index, int32
     members: list[BatchAdapter] = field(default_factory=list)  # without the base
     needs: Needs = field(default_factory=Needs)
 
@@ -41,48 +41,48 @@ class AdapterBatch:
         needs = Needs()
         for member in members:
             needs |= member.resident.needs
-        slots = [slot_of(owner) for owner in owners]
-        slot_N = torch.tensor(slots, dtype=torch.int32)
+        indices = [index_of(owner) for owner in owners]
+        adapter_N = torch.tensor(indices, dtype=torch.int32)
         count_N = torch.tensor(counts)
-        slot_T = slot_N.repeat_interleave(count_N)
-        return cls(slot_T, members, needs)
+        adapter_T = adapter_N.repeat_interleave(count_N)
+        return cls(adapter_T, members, needs)
 
     def is_of(self, resident: Resident) -> Tensor:
         """Which rows are an adapter's, in a column."""
-        is_own_T = self.slot_T == resident.slot
+        is_own_T = self.adapter_T == resident.index
         return is_own_T[:, None]
 
     def to(self, device: torch.device) -> "AdapterBatch":
-        """The same with the rows' slots on a device."""
-        slot_T = self.slot_T.to(device, non_blocking=True)
-        return AdapterBatch(slot_T, self.members, self.needs)
+        """The same with the adapters' indices on a device."""
+        adapter_T = self.adapter_T.to(device, non_blocking=True)
+        return AdapterBatch(adapter_T, self.members, self.needs)
 
 
-def slot_of(owner: Owner) -> int:
-    """The slot of an adapter; 0 for the base."""
+def index_of(owner: Owner) -> int:
+    """The index of an adapter on the device; 0 for the base."""
     if owner is None:
         return 0
-    return owner.slot
+    return owner.index
 
 
 def members_of(owners: Owners, counts: list[int]) -> list[BatchAdapter]:
-    """The adapters of runs of rows, in the order of their slots, each with all its rows."""
+    """The adapters of runs of rows, in the order of their indices, each with all its rows."""
     rows: dict[int, list[Tensor]] = {}
     residents: dict[int, Resident] = {}
     start = 0
     for owner, count in zip(owners, counts, strict=True):
         end = start + count
         if owner is not None:
-            slot = owner.slot
-            residents[slot] = owner
-            runs = rows.setdefault(slot, [])
+            index = owner.index
+            residents[index] = owner
+            runs = rows.setdefault(index, [])
             row_T = torch.arange(start, end)
             runs.append(row_T)
         start = end
     members: list[BatchAdapter] = []
-    for slot in sorted(residents):
-        resident = residents[slot]
-        row_T = torch.cat(rows[slot])
+    for index in sorted(residents):
+        resident = residents[index]
+        row_T = torch.cat(rows[index])
         member = BatchAdapter(resident, row_T)
         members.append(member)
     return members

@@ -1,7 +1,7 @@
-"""An adapter as one block of memory and a table of where its pieces lie, so that loading it is one copy.
+"""An adapter as one block of memory and a table of where its tensors lie, so that loading it is one copy.
 
-The table has a row of numbers for each site of each decoder layer. Offsets count pieces of UNIT elements.
-Shapes: L decoder layers, S sites, C columns.
+The table has a row of numbers for each submodule of each decoder layer. Offsets count units of UNIT elements.
+Shapes: L decoder layers, S submodules, C columns.
 """
 
 from dataclasses import dataclass, replace
@@ -16,12 +16,12 @@ from serving.base import BEHIND, HEAD_NORMS, LAST_NORM, NORMS, FrozenBase
 
 UNIT = 8  # elements: 16 bytes in 16 bits, so that kernels may load four words at once
 NARROW = 64  # ranks up to which decoding takes the factors from behind the base's weights
-NOWHERE = -1  # the offset of a piece that is not there
-NORM_SITES = (*NORMS, *HEAD_NORMS, LAST_NORM)
+NOWHERE = -1  # the offset of a tensor that is not there
+NORM_NAMES = (*NORMS, *HEAD_NORMS, LAST_NORM)
 
 
 class Column(IntEnum):
-    """What an entry of the table says; A to BETA are offsets of pieces."""
+    """What an entry of the table says; A to BETA are offsets of tensors."""
 
     RANK = 0
     A = 1
@@ -37,7 +37,7 @@ class Column(IntEnum):
     RANKS = 11
 
 
-PIECES = {  # the column of a piece, and the field of a part that it holds
+FIELDS = {  # the column of a tensor, and the field of a part that it holds
     Column.A: "a_RI",
     Column.B: "b_RO",
     Column.C: "c_R",
@@ -102,8 +102,8 @@ class Packed:
         return self.size // UNIT
 
 
-class Pieces:
-    """The tensors of a block, one behind the other; a tensor that several parts share is laid once."""
+class Block:
+    """An adapter's tensors, one behind the other; a tensor that several parts share is laid once."""
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
@@ -119,7 +119,7 @@ class Pieces:
             self._units += units_for(tensor)
         return self._starts[key]
 
-    def block(self, base: FrozenBase) -> Tensor:
+    def on_host(self, base: FrozenBase) -> Tensor:
         """All tensors in the base's type, in one block on the host."""
         size = self._units * UNIT
         block = torch.zeros(size, dtype=base.dtype, pin_memory=base.on_gpu)
@@ -134,39 +134,39 @@ class Pieces:
 
 
 def pack(adapter: Adapter, base: FrozenBase) -> Packed:
-    """Lay an adapter's pieces one behind the other, in the base's type; pieces that parts share are laid once."""
-    pieces = Pieces()
+    """Lay an adapter's tensors one behind the other, in the base's type; tensors that parts share are laid once."""
+    block = Block()
     table_LSC = empty_table(base)
     for place, part in adapter.parts.items():
         layer, name = place
-        site = base.sites[name]
-        row_C = table_LSC[layer, site]
-        fill_row(row_C, part, pieces)
+        submodule = base.submodules[name]
+        row_C = table_LSC[layer, submodule]
+        fill_row(row_C, part, block)
     needs = needs_of(adapter)
     table_LSC[..., Column.RANKS] = needs.narrow
-    block = pieces.block(base)
+    data = block.on_host(base)
     bare = without_parts(adapter, base)
-    return Packed(bare, block, table_LSC, needs)
+    return Packed(bare, data, table_LSC, needs)
 
 
 def empty_table(base: FrozenBase) -> Tensor:
     """The table [L, S, C] of no adapter."""
-    sites = len(base.sites)
-    size = (base.shape.layers, sites, len(Column))
+    submodules = len(base.submodules)
+    size = (base.shape.layers, submodules, len(Column))
     table_LSC = torch.full(size, NOWHERE, dtype=torch.int32)
     for column in (Column.RANK, Column.ACTIVATION, Column.RANKS):
         table_LSC[..., column] = 0
     return table_LSC
 
 
-def fill_row(row_C: Tensor, part: Part, pieces: Pieces) -> None:
-    """Write into an entry of the table what a part has, and lay its tensors behind the other pieces."""
+def fill_row(row_C: Tensor, part: Part, block: Block) -> None:
+    """Write into an entry of the table what a part has, and lay its tensors in the block."""
     row_C[Column.RANK] = part.rank
     row_C[Column.ACTIVATION] = ACTIVATION_NAMES.index(part.activation)
-    for column, field in PIECES.items():
+    for column, field in FIELDS.items():
         tensor = getattr(part, field)
         if tensor is not None:
-            row_C[column] = pieces.place(tensor)
+            row_C[column] = block.place(tensor)
 
 
 def units_for(tensor: Tensor) -> int:
@@ -179,7 +179,7 @@ def needs_of(adapter: Adapter) -> Needs:
     needs = Needs()
     linears: list[Part] = []
     for (_, name), part in adapter.parts.items():
-        if name in NORM_SITES:
+        if name in NORM_NAMES:
             needs |= Needs(norms=True)
         elif name.endswith(BEHIND):
             needs |= Needs(behind=part.rank)

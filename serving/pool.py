@@ -1,8 +1,8 @@
-"""Adapters by name: all of them on the host, those in use in slots on the device.
+"""Adapters by name: all of them on the host, those in use on the device, each at an index.
 
 An adapter's identity is its digest. A name leads to a digest when a request is made, and never later, so a name that
 was loaded anew can serve neither the old weights nor keys and values that the old ones made.
-Shapes: K slots and one, L decoder layers, S sites, C columns.
+Shapes: K indices, L decoder layers, S submodules, C columns.
 """
 
 from collections import OrderedDict
@@ -17,15 +17,15 @@ from serving.error import AdapterRefused, UnknownAdapter
 from serving.format import read_adapter
 from serving.packed import NOWHERE, UNIT, Column, Needs, Packed, empty_table, pack
 
-Entries = list[dict[str, Tensor]]  # by layer and site
-OFFSETS = slice(Column.A, Column.BETA + 1)  # the table's columns that are offsets of pieces
+Entries = list[dict[str, Tensor]]  # by layer and submodule
+OFFSETS = slice(Column.A, Column.BETA + 1)  # the table's columns that are offsets of tensors
 
 
 @dataclass
 class Resident:
-    """An adapter in a slot of the device; slot 0 is the base's."""
+    """An adapter on the device, by its index in the table; index 0 is the base's."""
 
-    slot: int
+    index: int
     packed: Packed
     start: int  # of its block in the arena
     users: int = 0
@@ -55,28 +55,28 @@ class Resident:
 class Pool:
     """Loads, finds, places and evicts adapters."""
 
-    def __init__(self, base: FrozenBase, slots: int, arena_bytes: int) -> None:
+    def __init__(self, base: FrozenBase, residents: int, arena_bytes: int) -> None:
         """Have at most so many adapters at once on the device, and so many bytes of their weights."""
         self.base = base
         dtype = base.dtype
         unit_bytes = UNIT * dtype.itemsize
         units = arena_bytes // unit_bytes
         self.arena = Arena(units, dtype, base.device)
-        tables = slots + 1  # the base's too
+        tables = residents + 1  # the base's too
         empty_LSC = empty_table(base)
         host_KLSC = empty_LSC.repeat(tables, 1, 1, 1)
         self.table_KLSC = host_KLSC.to(base.device)
         if base.on_gpu:
             host_KLSC = host_KLSC.pin_memory()
         self.host_KLSC = host_KLSC
-        self.slot_stride = self.table_KLSC.stride(0)  # numbers of the table from one slot to the next
+        self.adapter_stride = self.table_KLSC.stride(0)  # numbers of the table from one adapter to the next
         table_LSC = self.table_KLSC[0]
         self._entries = entries_of(table_LSC, base)
         self._names: dict[str, Packed] = {}
         self._pinned: set[str] = set()  # names
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # by digest, the longest unused first
-        numbers = range(1, slots + 1)
-        self._slots = list(reversed(numbers))
+        indices = range(1, residents + 1)
+        self._free = list(reversed(indices))
 
     @property
     def names(self) -> list[str]:
@@ -85,13 +85,13 @@ class Pool:
 
     @property
     def resident(self) -> set[str]:
-        """The digests that are in slots."""
+        """The digests of the adapters on the device."""
         return set(self._residents)
 
-    def entry(self, layer: int, site: str) -> Tensor:
-        """The table on the device from the entry of a site on, in the first slot."""
+    def entry(self, layer: int, submodule: str) -> Tensor:
+        """The table on the device from the entry of a submodule on, at the first index."""
         entries = self._entries[layer]
-        return entries[site]
+        return entries[submodule]
 
     def prepare(self, folder: Path | str) -> Packed:
         """An adapter from its folder, on the host; raises AdapterRefused where it cannot be computed exactly."""
@@ -103,7 +103,7 @@ class Pool:
         return packed
 
     def give(self, name: str, packed: Packed, pinned: bool = False) -> None:
-        """Let a name mean this adapter from now on; a `pinned` one is never evicted from its slot."""
+        """Let a name mean this adapter from now on; a `pinned` one is never evicted."""
         self._names[name] = packed
         if pinned:
             self._pinned.add(name)
@@ -125,7 +125,7 @@ class Pool:
         return packed
 
     def acquire(self, packed: Packed) -> Resident | None:
-        """The adapter in a slot, for one more user; None where no slot or no space in the arena is free now."""
+        """The adapter on the device, for one more user; None where no index or no space in the arena is free now."""
         digest = packed.digest
         resident = self._residents.get(digest)
         if resident is None:
@@ -157,54 +157,54 @@ class Pool:
         return None
 
     def evict(self, resident: Resident) -> None:
-        """Free a slot; its pages are the caller's to free."""
+        """Free an adapter's index and memory; its pages are the caller's to free."""
         units = resident.packed.units
         del self._residents[resident.digest]
         resident.gone = True
         self.arena.free(resident.start, units)
-        self._slots.append(resident.slot)
+        self._free.append(resident.index)
 
     def _place(self, packed: Packed) -> Resident | None:
-        """Copy an adapter to the device; None where no slot or no space is free."""
-        if not self._slots:
+        """Copy an adapter to the device; None where no index or no space is free."""
+        if not self._free:
             return None
         start = self.arena.reserve(packed.units)
         if start is None:
             return None
-        slot = self._slots.pop()
+        index = self._free.pop()
         block = packed.block
         first = start * UNIT
         end = first + len(block)
         place = self.arena.data[first:end]
         place.copy_(block, non_blocking=True)
-        self._write_table(slot, packed, start)
+        self._write_table(index, packed, start)
         digest = packed.digest
-        resident = Resident(slot, packed, start)
+        resident = Resident(index, packed, start)
         self._residents[digest] = resident
         return resident
 
-    def _write_table(self, slot: int, packed: Packed, start: int) -> None:
-        """Fill a slot's table, whose offsets count from the arena's begin, not from the block's."""
-        table_LSC = self.host_KLSC[slot]
+    def _write_table(self, index: int, packed: Packed, start: int) -> None:
+        """Fill an adapter's table, whose offsets count from the arena's begin, not from the block's."""
+        table_LSC = self.host_KLSC[index]
         table_LSC.copy_(packed.table_LSC)
         offsets = table_LSC[..., OFFSETS]
         is_there = offsets != NOWHERE
         offsets += is_there * start
-        self.upload(slot)
+        self.upload(index)
 
-    def upload(self, slot: int) -> None:
-        """Copy a slot's table from the host to the device."""
-        host_LSC = self.host_KLSC[slot]
-        table_LSC = self.table_KLSC[slot]
+    def upload(self, index: int) -> None:
+        """Copy an adapter's table from the host to the device."""
+        host_LSC = self.host_KLSC[index]
+        table_LSC = self.table_KLSC[index]
         table_LSC.copy_(host_LSC, non_blocking=True)
 
 
 def entries_of(table_LSC: Tensor, base: FrozenBase) -> Entries:
-    """The entries of a slot's table by layer and site, made once: many kernels of a pass are launched with them."""
+    """The entries of an adapter's table by layer and submodule, made once: many launches of a pass take them."""
     entries: Entries = []
     for table_SC in table_LSC:
-        by_site: dict[str, Tensor] = {}
-        for site, number in base.sites.items():
-            by_site[site] = table_SC[number]
-        entries.append(by_site)
+        by_name: dict[str, Tensor] = {}
+        for submodule, number in base.submodules.items():
+            by_name[submodule] = table_SC[number]
+        entries.append(by_name)
     return entries

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+KEY_SHOWN = 16  # characters of a digest in the name of a file
 TokenRange = tuple[int, int]  # the first of some tokens, and the one behind the last
 
 
@@ -100,3 +101,23 @@ class Question:
             stop_texts=tuple(plain["stop_texts"]),
             texts=tuple(texts),
         )
+
+
+@dataclass(frozen=True)
+class AskedTask:
+    """Questions that belong together; the key is a digest of how they are made of their data."""
+
+    name: str
+    key: str
+    questions: tuple[Question, ...]
+
+    @property
+    def folder_name(self) -> str:
+        """The name of the folder that has its answers."""
+        return f"{self.name}-{self.key[:KEY_SHOWN]}"
+
+    @classmethod
+    def load(cls, plain: Mapping[str, Any]) -> "AskedTask":
+        """The task in plain data."""
+        questions = map(Question.load, plain["questions"])
+        return cls(plain["name"], plain["key"], tuple(questions))

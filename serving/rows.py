@@ -26,12 +26,12 @@ class Rows:
         pages_size = (count, self.width)
         number_5T = torch.zeros(numbers_size, dtype=torch.int64, device=device)
         pages_TP = torch.zeros(pages_size, dtype=torch.int32, device=device)
-        id_T, position_T, kind_T, number_T, slot_T = number_5T
+        id_T, position_T, kind_T, number_T, adapter_T = number_5T
         self.id_T = id_T
         self.position_T = position_T
         self.kind_T = kind_T
         self.number_T = number_T
-        self.slot_T = slot_T.int()
+        self.adapter_T = adapter_T.int()
         self.pages_TP = pages_TP
         self.choice = Choice.blank(count, device)
 
@@ -41,7 +41,7 @@ class Rows:
         positions: Numbers = []
         kinds: Numbers = []
         numbers: Numbers = []
-        slots: Numbers = []
+        indices: Numbers = []
         pages: list[Numbers] = []
         for sequence in sequences:
             answer = sequence.answer
@@ -51,13 +51,13 @@ class Rows:
             positions.append(sequence.computed)
             kinds.append(kind)
             numbers.append(len(answer))
-            slots.append(sequence.slot)
+            indices.append(sequence.adapter_index)
             pages.append(sequence.pages)
         fill(self.id_T, ids, count)
         fill(self.position_T, positions, count)
         fill(self.kind_T, kinds, count)
         fill(self.number_T, numbers, count)
-        fill(self.slot_T, slots, count)
+        fill(self.adapter_T, indices, count)
         self._write_pages(pages, count)
         self._write_choice(sequences)
 

@@ -144,14 +144,14 @@ class Runner:
         return AdapterBatch.of(owners)
 
     def _static(self, adapters: AdapterBatch, tail: int, count: int) -> AdapterBatch:
-        """What a graph knows of a batch's adapters: where their slots are written, embeddings, rounded needs."""
+        """What a graph knows of a batch's adapters: where their indices are written, embeddings, rounded needs."""
         products = 0
         if tail:
             products = products_of_row(adapters.needs)
         needs = replace(adapters.needs, narrow=products, wide=0, behind=0)
         embedded = [member for member in adapters.members if member.resident.has_vocabulary]
-        slot_T = self.rows.slot_T[:count]
-        return AdapterBatch(slot_T, embedded, needs)
+        adapter_T = self.rows.adapter_T[:count]
+        return AdapterBatch(adapter_T, embedded, needs)
 
     def _graph(self, batch: Batch) -> Graph:
         """The graph for a kind of batch, captured if it is new."""

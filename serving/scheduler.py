@@ -1,6 +1,6 @@
 """Which sequences are computed next: tenants take fair turns, and no sequence is ever preempted.
 
-A sequence is admitted when a row of the batch, a slot for its adapter and pages for its whole length are free, so
+A sequence is admitted when a row of the batch, room for its adapter and pages for its whole length are free, so
 what is admitted can always be finished.
 """
 
@@ -24,7 +24,7 @@ class Scheduler:
     def __init__(self, pool: Pool, cache: Cache, rows: int, chunk: int, prepare_resident: Prepare) -> None:
         """At most `rows` sequences at a time and `chunk` tokens of prompts in one pass.
 
-        `prepare_resident` makes an adapter in a new slot ready, and says whether its virtual tokens had pages.
+        `prepare_resident` makes an adapter on the device ready, and says whether its virtual tokens had pages.
         """
         self.pool = pool
         self.cache = cache
@@ -114,18 +114,18 @@ class Scheduler:
         self.waiting.remove(sequence)
 
     def _free(self, sequence: Sequence) -> None:
-        """Free the pages of a sequence, and its adapter's slot for others."""
+        """Free the pages of a sequence, and its adapter's room for others."""
         self.cache.free(sequence.own_pages)
         self._let_go(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
-        """Let a sequence's adapter leave its slot, if nobody else uses it."""
+        """Let a sequence's adapter leave the device, if nobody else uses it."""
         if sequence.resident is not None:
             self.pool.release(sequence.resident)
             sequence.resident = None
 
     def _start(self, sequence: Sequence) -> bool:
-        """Give a sequence a slot for its adapter and pages; False where one of them is not to be had now."""
+        """Give a sequence room for its adapter and pages; False where one of them is not to be had now."""
         if not self._has_adapter(sequence):
             return False
         adapter_pages: list[int] = []
@@ -149,7 +149,7 @@ class Scheduler:
         return True
 
     def _has_adapter(self, sequence: Sequence) -> bool:
-        """Whether a sequence's adapter is in a slot, into which it is brought if need be."""
+        """Whether a sequence's adapter is on the device, where it is brought if need be."""
         if sequence.packed is None:
             return True
         if sequence.resident is None:
@@ -157,7 +157,7 @@ class Scheduler:
         return sequence.resident is not None
 
     def _resident(self, packed: Packed) -> Resident | None:
-        """An adapter in a slot, which others that are not in use may have to leave."""
+        """An adapter on the device, which others that are not in use may have to leave."""
         while (resident := self.pool.acquire(packed)) is None:
             if not self._evict():
                 return None

@@ -57,11 +57,11 @@ class Sequence:
         return self.packed.adapter.virtual
 
     @property
-    def slot(self) -> int:
-        """The slot that its adapter lies in; 0 for the base."""
+    def adapter_index(self) -> int:
+        """The index of its adapter on the device; 0 for the base."""
         if self.resident is None:
             return 0
-        return self.resident.slot
+        return self.resident.index
 
     @property
     def prompted(self) -> int:

@@ -11,7 +11,7 @@ from serving.question import Question
 from serving.shape import Shape
 
 MOST_ROWS = 256
-MOST_SLOTS = 64
+MOST_RESIDENTS = 64
 MOST_TOKENS = 131072
 MOST_BYTES = 4 << 30
 CPU_CACHE_BYTES = 2 << 30
@@ -42,7 +42,7 @@ def sizes_for(config: Any, questions: Sequence[Question], adapters: Iterable[InF
         if adapter.folder is not None:
             folders.append(adapter.folder)
     return {
-        "slots": min(MOST_SLOTS, max(1, len(folders))),
+        "residents": min(MOST_RESIDENTS, max(1, len(folders))),
         "rows": rows,
         "positions": positions,
         "tokens": max(least, min(wanted, most)),
@@ -56,7 +56,7 @@ def sizes_of_chat(config: Any, folders: Sequence[Path]) -> dict[str, int]:
     positions = min(LONGEST_CHAT, shape.positions)
     rows = len(folders) + 1
     return {
-        "slots": rows,
+        "residents": rows,
         "rows": rows,
         "positions": positions,
         "tokens": rows * (positions + VIRTUAL),

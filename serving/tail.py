@@ -1,7 +1,7 @@
 """Which narrow adapters have their A behind the base's weights, where the base's own product computes them too.
 
 A place is a range of ranks, the same in every layer; a group of several linear layers has as many rows for each rank.
-Shapes: L decoder layers, S sites, C columns, N adapters.
+Shapes: L decoder layers, S submodules, C columns, N adapters.
 """
 
 import torch
@@ -25,7 +25,7 @@ class Tail:
         self.base = base
         self.pool = pool
         self.capacity = capacity
-        self._placed: dict[int, Placed] = {}  # by slot
+        self._placed: dict[int, Placed] = {}  # by index
 
     def place(self, residents: list[Resident]) -> int:
         """Make these adapters' factors lie there; how many ranks a pass must compute, or 0 where they do not fit."""
@@ -47,7 +47,7 @@ class Tail:
 
     def _is_within(self, resident: Resident, end: int) -> bool:
         """Whether an adapter's factors lie in the first ranks, up to `end`."""
-        placed = self._placed.get(resident.slot)
+        placed = self._placed.get(resident.index)
         if placed is None:
             return False
         holder, start = placed
@@ -59,42 +59,42 @@ class Tail:
     def _place_anew(self, residents: list[Resident]) -> None:
         """Lay these adapters' factors from the first rank on, and forget all others."""
         self._placed = {}
-        slots: list[int] = []
+        indices: list[int] = []
         start = 0
         for resident in residents:
-            self._placed[resident.slot] = resident, start
-            self._note(resident.slot, start)
-            slots.append(resident.slot)
+            self._placed[resident.index] = resident, start
+            self._note(resident.index, start)
+            indices.append(resident.index)
             start += resident.needs.narrow
         device = self.base.device
-        slot_N = torch.tensor(slots, dtype=torch.int32, device=device)
+        adapter_N = torch.tensor(indices, dtype=torch.int32, device=device)
         for group in self.base.groups.values():
-            self._copy_factors(group, slot_N)
+            self._copy_factors(group, adapter_N)
 
-    def _note(self, slot: int, start: int) -> None:
-        """Write into a slot's table at which row of each group the factors of each site begin."""
-        table_LSC = self.pool.host_KLSC[slot]
+    def _note(self, index: int, start: int) -> None:
+        """Write into an adapter's table at which row of each group the factors of each linear layer begin."""
+        table_LSC = self.pool.host_KLSC[index]
         for group in self.base.groups.values():
             first = group.sections * start
-            for section, site in enumerate(group.sites):
-                number = self.base.sites[site.name]
+            for section, linear_layer in enumerate(group.linears):
+                number = self.base.submodules[linear_layer.name]
                 columns_LC = table_LSC[:, number]
                 ranks_L = columns_LC[:, Column.RANKS]
                 offset_L = section * ranks_L
                 columns_LC[:, Column.TAIL] = first + offset_L
-        self.pool.upload(slot)
+        self.pool.upload(index)
 
-    def _copy_factors(self, group: Group, slot_N: Tensor) -> None:
-        """Copy the factors of some slots' adapters behind the weights of a group."""
+    def _copy_factors(self, group: Group, adapter_N: Tensor) -> None:
+        """Copy the factors of some adapters behind the weights of a group."""
         weight = group.weight_LNI
         layers, _, inputs = weight.shape
         table = self.pool.table_KLSC
-        entry = self.pool.entry(0, group.first_site)
-        rows = len(slot_N) * group.sections
+        entry = self.pool.entry(0, group.first_linear)
+        rows = len(adapter_N) * group.sections
         grid = (rows, layers)
         tail_kernel[grid](
             weight,
-            slot_N,
+            adapter_N,
             entry,
             self.pool.arena.data,
             group.outputs,

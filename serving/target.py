@@ -17,17 +17,17 @@ class AdaptedLinear:
 
     place: Place
     module: str  # its name in the base
-    site: LinearLayer
+    linear_layer: LinearLayer
 
     @property
     def inputs(self) -> int:
         """Number of its inputs."""
-        return self.site.inputs
+        return self.linear_layer.inputs
 
     @property
     def outputs(self) -> int:
         """Number of its outputs."""
-        return self.site.outputs
+        return self.linear_layer.outputs
 
     @property
     def name(self) -> str:
@@ -39,10 +39,10 @@ def targets(folder: Folder, base: FrozenBase, suffix: str) -> Iterator[AdaptedLi
     """The linear layers that have a tensor whose name ends so, and those that the config lists."""
     names = set(folder.names)
     wanted = wanted_modules(folder)
-    for layer, site in base.linears():
-        place = (layer, site.name)
-        module = module_name(layer, site)
-        target = AdaptedLinear(place, module, site)
+    for layer, linear_layer in base.linears():
+        place = (layer, linear_layer.name)
+        module = module_name(layer, linear_layer)
+        target = AdaptedLinear(place, module, linear_layer)
         tensor = f"{target.name}.{suffix}"
         if tensor in names or listed(module, wanted):
             yield target
@@ -56,10 +56,10 @@ def wanted_modules(folder: Folder) -> Names:
     return ()
 
 
-def module_name(layer: int, site: LinearLayer) -> str:
+def module_name(layer: int, linear_layer: LinearLayer) -> str:
     """The name of a linear layer in the base."""
-    parent = f"model.layers.{layer}.{site.module}"
-    return f"{parent}.{site.name}"
+    parent = f"model.layers.{layer}.{linear_layer.module}"
+    return f"{parent}.{linear_layer.name}"
 
 
 def listed(module: str, wanted: Names) -> bool:

@@ -23,7 +23,6 @@ PLURALS = {
     "count": "an option that is at least 1, and what was counted in the data",
     "entry": "many of the other one",
     "group": OF_SERVING,
-    "piece": OF_SERVING,
     "position": "many of the other one, by file",
     "record": "many of the other one, with their numbers",
     "row": OF_SERVING,
@@ -226,6 +225,27 @@ def pages() -> Iterator[Path]:
     yield from (page for page in (ROOT / "docs").glob("*.md") if page.name != "glossary.md")
     kinds = {".py", ".yaml", ""}
     yield from (path for path in (ROOT / "k8s").rglob("*") if path.is_file() and path.suffix in kinds)
+
+
+# Words that the project invents for one thing, and the packages that have it.
+OWN_WORDS = {
+    "piece": {"methods", "trainer"},
+    "site": {"runfolder", "clusters", "orchestrator"},
+    "slot": {"runfolder", "clusters", "orchestrator", "trainer"},
+}
+
+
+@pytest.mark.parametrize("word", OWN_WORDS)
+def test_words_of_one_part_mean_nothing_else_in_another(word: str) -> None:
+    """In names and in prose; `opposite`, `wordpiece` or `spiece.model` are words of their own."""
+    own = re.compile(rf"(?<![a-z]){word}s?(?![a-z])", re.IGNORECASE)
+    used = []
+    for package in PACKAGES:
+        for path in modules(package):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                if package not in OWN_WORDS[word] and own.search(line):
+                    used.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not used, "\n".join(used)
 
 
 @pytest.mark.parametrize("word", CLEAR)

@@ -78,8 +78,9 @@ class Evaluator:
         examples = self.examples
         assert examples is not None
         kept = len(examples) - tested
+        rows = examples.tokens.rows
         first_tested, *_ = examples.documents(kept)
-        first_row = int(examples.tokens.rows[first_tested])
+        first_row = int(rows[first_tested])
         before: list[EvaluationPrompt] = []
         behind: list[EvaluationPrompt] = []
         for prompt in self.prompts:
@@ -178,7 +179,8 @@ class Evaluator:
         for batch in counted(run.attempt, self.world, step, "rows written", held_out, _row_count):
             run.stops.leave_if_warned(step)
             rollout = objective.rollout(run.model, batch, 0)
-            written.append(objective.rolled_out(batch, rollout))
+            with_answers = objective.rolled_out(batch, rollout)
+            written.append(with_answers)
         return written
 
     def _shares(
@@ -198,7 +200,9 @@ class Evaluator:
             if objective.generates:  # of other documents than those of the source
                 each = None
             losses.add(micro, each)
-            yield {**shares.metrics, "loss": shares.loss}
+            of_all = dict(shares.metrics)
+            of_all["loss"] = shares.loss
+            yield of_all
 
     def _written(self, run: Run, step: int) -> list[Answer]:
         """The greedy continuation of all prompts, on every rank; one that fills all positions has none."""
@@ -224,7 +228,11 @@ class Evaluator:
         """The ids of each prompt, with virtual ones in front."""
         method = run.job.method
         virtual = virtual_ids(method.virtual_tokens)
-        return [virtual + prompt.ids for prompt in self.prompts]
+        rows = []
+        for prompt in self.prompts:
+            row = virtual + prompt.ids
+            rows.append(row)
+        return rows
 
     def prompt_groups(self, run: Run, rows: TokenRows) -> list[PromptGroup]:
         """Which prompts are continued together, and how far."""

@@ -1,11 +1,10 @@
 """Whether an attempt is to save and return: its controller was warned, or somebody wants a pause."""
 
 import time
-from functools import cached_property
 
-from runfolder.chain import Attempt, attempts
+from runfolder.chain import Attempt
 from runfolder.files import refresh
-from runfolder.requests import Pause, pauses, stop_requested
+from runfolder.requests import pause_due, stop_requested
 from trainer.world import World
 
 _PERIOD_S = 1.0
@@ -68,22 +67,4 @@ class StopRequests:
         attempt = self._attempt
         refresh(attempt.folder)  # the controller may be on another host
         self._stop = stop_requested(attempt) is not None
-        steps = []
-        for pause in pauses(attempt.run_dir):
-            if not self._is_made(pause):
-                steps.append(pause.step)
-        self._pause = min(steps, default=None)
-
-    def _is_made(self, pause: Pause) -> bool:
-        """Whether an earlier attempt has paused for this, and this one goes on."""
-        return pause.step <= self.first and pause.slot <= self._last_paused
-
-    @cached_property
-    def _last_paused(self) -> int:
-        """The newest earlier attempt whose verdict is that it has paused; -1 where there is none."""
-        for earlier in reversed(attempts(self._attempt.run_dir)):
-            if earlier.number < self._attempt.number:
-                verdict = earlier.verdict
-                if verdict is not None and verdict["kind"] == "paused":
-                    return earlier.number
-        return -1  # before slot 0, in which a pause can be asked for
+        self._pause = pause_due(attempt)

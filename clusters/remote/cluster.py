@@ -6,7 +6,7 @@ from dataclasses import asdict
 from clusters.base import Capacity, ClusterRequest, ClusterStatus, Logs, Standing
 from clusters.remote.far_side import FarSide
 from clusters.remote.site import RemoteSite
-from runfolder.job import Job
+from runfolder.evaluation_job import AnyJob
 from runfolder.snapshot import Snapshot
 
 
@@ -18,7 +18,7 @@ class RemoteCluster:
         self.site = RemoteSite(far_side)
 
     def request(
-        self, job: Job, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
+        self, job: AnyJob, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
     ) -> ClusterRequest:
         """What would be submitted, as the backend there makes it; raises SubmissionRefused."""
         arguments = {"job": job.dump(), "run_id": run_id, "submission": submission, "secrets": secrets}

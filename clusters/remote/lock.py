@@ -7,7 +7,12 @@ from functools import cache
 from importlib.metadata import requires
 from pathlib import Path
 
-_MARKERS = ("", 'extra == "data"', 'extra == "train"')  # of what a run needs; the first is of what everybody does
+_MARKERS = (
+    "",
+    'extra == "data"',
+    'extra == "train"',
+    'extra == "serve"',
+)  # of what a run needs; the first: everybody
 _LOCK_DIGITS = 16  # of the digest in the name of a folder
 
 
@@ -46,4 +51,5 @@ def _lock_of(markers: Container[str]) -> Lock:
         if marker.strip() in markers and not requirement.startswith("fleetune["):
             requirements.append(f"{requirement}\n")
     constraints = Path(__file__).with_name("constraints.txt")
-    return Lock("".join(requirements), constraints.read_text())
+    once = dict.fromkeys(requirements)  # several extras may have the same
+    return Lock("".join(once), constraints.read_text())

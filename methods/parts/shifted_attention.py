@@ -33,9 +33,9 @@ NAME = "shifted"  # what `attn_implementation` calls it
 
 @dataclass(frozen=True)
 class TokenRuns:
-    """Tokens that see each other: `slot_N` is where each of N tokens lies in a table of R x L."""
+    """Tokens that see each other: `cell_N` is where each of N tokens lies in a table of R x L."""
 
-    slot_N: Tensor
+    cell_N: Tensor
     count: int
     longest: int
 
@@ -57,17 +57,17 @@ class TokenRuns:
         last_run, last_place = last_run_and_place.tolist()
         count = last_run + 1
         longest = last_place + 1
-        slot_N = run_N * longest + place_N
-        return cls(slot_N, count, longest)
+        cell_N = run_N * longest + place_N
+        return cls(cell_N, count, longest)
 
     def lay(self, x_BHTD: Tensor) -> Tensor:
         """The table of runs [R, H, L, D]; places that no token has are zero and behind those that have one."""
         x_BTHD = x_BHTD.transpose(1, 2)
         x_NHD = x_BTHD.flatten(0, 1)
         _, heads, size = x_NHD.shape
-        slots = self.count * self.longest
-        zeros_SHD = x_NHD.new_zeros(slots, heads, size)
-        table_SHD = zeros_SHD.index_copy(0, self.slot_N, x_NHD)
+        cells = self.count * self.longest
+        zeros_SHD = x_NHD.new_zeros(cells, heads, size)
+        table_SHD = zeros_SHD.index_copy(0, self.cell_N, x_NHD)
         table_RLHD: Tensor = table_SHD.unflatten(0, (self.count, self.longest))
         return table_RLHD.transpose(1, 2)
 
@@ -75,7 +75,7 @@ class TokenRuns:
         """The tokens of a table of runs, in rows again: [B, T, H, D]."""
         x_RLHD = x_RHLD.transpose(1, 2)
         x_SHD = x_RLHD.flatten(0, 1)
-        x_NHD = x_SHD.index_select(0, self.slot_N)
+        x_NHD = x_SHD.index_select(0, self.cell_N)
         x_BTHD: Tensor = x_NHD.unflatten(0, (rows, -1))
         return x_BTHD
 

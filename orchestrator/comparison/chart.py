@@ -229,23 +229,23 @@ def _band(line: Line, x: Axis, y: Axis, most: int) -> str:
 
 
 def _series(line: Line, x: Axis, y: Axis, marked: bool, most: int) -> str:
-    """A line, as pieces between its breaks."""
-    pieces: list[list[str]] = [[]]
+    """A line, as segments between its breaks."""
+    segments: list[list[str]] = [[]]
     for step, value in thin(line.points, most):
         if math.isfinite(value):
             at_x = x.at(step)
             at_y = max(-1e5, y.at(value))
             point = f"{at_x:.2f},{at_y:.2f}"
-            pieces[-1].append(point)
-        elif pieces[-1]:
-            pieces.append([])
+            segments[-1].append(point)
+        elif segments[-1]:
+            segments.append([])
     drawn = ""
-    for piece in pieces:
-        if piece:
-            drawn += svg.polyline(piece)
+    for segment in segments:
+        if segment:
+            drawn += svg.polyline(segment)
         if not marked:
             continue
-        for point in piece:
+        for point in segment:
             drawn += svg.polyline([point])
     return svg.series(line.label, line.group, drawn)
 

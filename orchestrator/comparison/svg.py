@@ -51,7 +51,7 @@ def series(label: str, group: int, drawn: str) -> str:
 
 
 def polyline(points: list[str]) -> str:
-    """An unbroken piece of a line through points "x,y", of which there may be one alone."""
+    """An unbroken segment of a line through points "x,y", of which there may be one alone."""
     if len(points) > 1:
         joined = " ".join(points)
         return _POLYLINE.format(points=joined)

@@ -22,22 +22,31 @@ PlainBase = dict[str, Any]  # the base of a job, as its record has it
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter: what it is called, its folder, and of the run that left it the id, the folder and the base."""
+    """An adapter: what it is called, its folder, and of the run that left it the id, the folder and the base.
+
+    The folder is one of this machine, unless it `is_there`: on the cluster that evaluates it.
+    """
 
     label: str
     folder: Path
     run_id: str | None = None
     run_dir: Path | None = None
     base: PlainBase | None = None
+    is_there: bool = False
 
 
-def resolve_adapters(references: Sequence[str], cluster: str | None = None) -> list[AdapterSource]:
-    """The adapters that runs and folders stand for; raises InputError with a line for each that has none."""
+def resolve_adapters(
+    references: Sequence[str], cluster: str | None = None, evaluated_on: str | None = None
+) -> list[AdapterSource]:
+    """The adapters that runs and folders stand for; raises InputError with a line for each that has none.
+
+    `cluster` is the one that has the runs. What runs of the cluster `evaluated_on` left stays there.
+    """
     found: list[AdapterSource] = []
     problems: list[str] = []
     for reference in references:
         try:
-            adapter = _adapter(reference, cluster)
+            adapter = _adapter(reference, cluster, evaluated_on)
         except InputError as error:
             problems.append(str(error))
         else:
@@ -62,12 +71,18 @@ def base_of(adapters: Sequence[AdapterSource]) -> PlainBase:
     raise InputError(f"--base: missing; found runs on several bases ({names}); allowed: one for all adapters")
 
 
-def _adapter(reference: str, cluster: str | None) -> AdapterSource:
+def _adapter(reference: str, cluster: str | None, evaluated_on: str | None) -> AdapterSource:
     """The adapter of a folder, of a run's folder, or of a run."""
     path = Path(reference)
     if cluster is None and path.is_dir():
         return _in_folder(path.resolve())
-    return _of_run(find(reference, cluster))
+    if evaluated_on is None:
+        return _of_run(find(reference, cluster))
+    try:
+        run = find(reference)
+    except InputError:  # one that this machine does not know
+        run = find(reference, evaluated_on)
+    return _of_run(run, evaluated_on)
 
 
 def _in_folder(path: Path) -> AdapterSource:
@@ -87,8 +102,8 @@ def _in_folder(path: Path) -> AdapterSource:
     return AdapterSource(run_id, folder, run_id, None, base)
 
 
-def _of_run(run: Handle) -> AdapterSource:
-    """The output of a run, brought here where it is on another machine."""
+def _of_run(run: Handle, evaluated_on: str | None = None) -> AdapterSource:
+    """The output of a run, brought here where it is on another machine, unless it is evaluated there."""
     snapshot = run.snapshot()
     run_id = run.run_id
     if snapshot.damaged is not None:
@@ -103,6 +118,9 @@ def _of_run(run: Handle) -> AdapterSource:
     else:
         mirror = Mirror.of_cluster(run.cluster_name)
         run_dir = mirror.run_dir(run_id)
+        if run.cluster_name == evaluated_on:
+            there = Path(snapshot.run_dir) / _OUTPUT
+            return AdapterSource(run_id, there, run_id, run_dir, _base_in(record), is_there=True)
         to = home() / "fetched" / run_id
         whole = fetch(run_id, to, run.cluster_name)
     folder = whole / _OUTPUT
@@ -112,15 +130,10 @@ def _of_run(run: Handle) -> AdapterSource:
 
 
 def _require_adapter(folder: Path) -> None:
-    """Raise InputError where a folder has no adapter."""
-    if _has_adapter(folder):
+    """Raise InputError where a folder has no adapter, and no model of which the engine makes one."""
+    if _has_adapter(folder) or (folder / "config.json").exists():
         return
     known = " or ".join(CONFIGS)
-    if (folder / "config.json").exists():
-        raise InputError(
-            f"{folder}: found a whole model; allowed: an adapter. A model that was trained in full is a base of its "
-            "own: give it as --base"
-        )
     raise InputError(f"{folder}: found no {known}; allowed: the output of a run, or a folder that PEFT has saved")
 
 

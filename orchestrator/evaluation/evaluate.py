@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,20 @@ from orchestrator.evaluation.process import AllAnswers, AnsweredSheet, Evaluatio
 from orchestrator.evaluation.questions import Preparation, PreparedTask
 from orchestrator.evaluation.report import UNTUNED, EvaluatedTask, EvaluationReport, TaskResult
 from orchestrator.evaluation.scores import score_task
-from orchestrator.evaluation.task import TaskSpec, read_tasks
+from orchestrator.evaluation.submitted import ClusterEvaluation
+from orchestrator.evaluation.task import HARNESS, TaskSpec, read_tasks
 from orchestrator.evaluation.tracked import track
+from orchestrator.planning.freeze import Sent
 from orchestrator.planning.model import folder_of_base
+from orchestrator.submit import Submission
 from runfolder.digests import folder_digest
 from runfolder.folders import home
 from runfolder.job import Base
 from trainer.data.tokenizer import end_ids, load_tokenizer
 
-_ENGINE_PACKAGES = ("torch", "transformers", "safetensors")
+TOLD = 1e-4  # of a difference to the base: what is less is rounding, of 32 bits or of 16
+DATA, TRAIN = "data", "train"  # extras: what makes questions needs, and what answers them here
+_PACKAGES_OF = {DATA: ("transformers", "numpy", "jinja2"), TRAIN: ("torch", "transformers", "safetensors")}
 
 
 def evaluate(
@@ -33,9 +38,16 @@ def evaluate(
     limit: int | None = None,
     out: Path | None = None,
     cluster: str | None = None,
+    overrides: Sequence[str] = (),
     progress: EvaluationProgress = lambda _done, _total: None,
+    sent: Sent = lambda _file, _bytes, _total: None,
+    announce: Callable[[Submission], None] = lambda _: None,
 ) -> EvaluationReport:
     """Evaluate runs (by what `status` takes) and folders of adapters, and the base, on tasks (their files).
+
+    On a `cluster` it is a job, which is submitted once and waited for; the same call goes on with it. `overrides` are
+    for its resources; `announce` is called with its submission, and `sent` as `submit` does. Raises JobFailed or
+    JobStopped where it ends otherwise than well, Unreachable where the same call is to be repeated.
 
     `limit`: only so many rows of each task. Answers are kept in `out`, else in FLEETUNE_HOME/evaluations; what is
     there already is not asked again. Each adapter that a run left gets a child run of that run in MLflow for each
@@ -44,9 +56,9 @@ def evaluate(
     of_harness = [name for name in map(harness_name, tasks) if name is not None]
     paths = [Path(task) for task in tasks if harness_name(task) is None]
     read = read_tasks(paths)
-    require_harness(of_harness)
-    sources = resolve_adapters(adapters, cluster)
-    require_engine()
+    _require_own_tasks(of_harness, cluster)
+    sources = resolve_adapters(adapters, evaluated_on=cluster)
+    require_packages(DATA if cluster else TRAIN)
     place = base_named(base, sources)
     prepared = _prepare(read, place, limit)
     folder = out or home() / "evaluations"
@@ -54,18 +66,32 @@ def evaluate(
     by_task: list[EvaluatedTask] = []
     answers: list[AllAnswers] = []
     if prepared:
-        answered = have_answered(request, progress)
+        answer: Callable[[dict[str, Any], EvaluationProgress], AllAnswers] = have_answered
+        if cluster:
+            answer = ClusterEvaluation(cluster, overrides, sent, announce, place, sources).answers
+        answered = answer(request, progress)
         by_task += _scored_tasks(prepared, answered)
         answers.append(answered)
     for name in of_harness:
         judged, answered = harness_tasks(request, name, limit, progress)
         by_task += judged
         answers.append(answered)
+    report = _report_of(place, _with_runs(by_task, sources), answers)
+    return track(report, sources)
+
+
+def _require_own_tasks(of_harness: Sequence[str], cluster: str | None) -> None:
+    """Raise InputError for tasks of the harness where they are not asked."""
+    if cluster and of_harness:
+        raise InputError(f"--cluster: tasks of {HARNESS} are asked on this machine alone; allowed: without --cluster")
+    require_harness(of_harness)
+
+
+def _report_of(place: Base, by_task: list[EvaluatedTask], answers: Sequence[AllAnswers]) -> EvaluationReport:
+    """What was found, and what of it was asked only now."""
     asked = sum(answered.asked for answered in answers)
     seconds = sum(answered.seconds for answered in answers)
-    by_task = _with_runs(by_task, sources)
-    report = EvaluationReport(place.model, by_task, asked, seconds, _warnings_of(by_task))
-    return track(report, sources)
+    return EvaluationReport(place.model, by_task, asked, seconds, _warnings_of(by_task))
 
 
 def base_named(base: str | None, sources: Sequence[AdapterSource]) -> Base:
@@ -78,15 +104,15 @@ def base_named(base: str | None, sources: Sequence[AdapterSource]) -> Base:
     return place
 
 
-def require_engine() -> None:
-    """Raise InputError where what an engine needs is not installed here."""
+def require_packages(extra: str) -> None:
+    """Raise InputError where what is needed of the packages of an extra is not installed here."""
     missing = []
-    for name in _ENGINE_PACKAGES:
+    for name in _PACKAGES_OF[extra]:
         if importlib.util.find_spec(name) is None:
             missing.append(name)
     if missing:
         packages = ", ".join(missing)
-        raise InputError(f"evaluate: needs {packages}; allowed: pip install 'fleetune[train]'")
+        raise InputError(f"evaluate: needs {packages}; allowed: pip install 'fleetune[{extra}]'")
 
 
 def base_tokenizer(place: Base) -> tuple[Any, tuple[int, ...]]:
@@ -181,22 +207,27 @@ def _scored_sheet(task: PreparedTask, sheet: AnsweredSheet) -> TaskResult:
     """What one adapter's answers to a task are worth, or the base's."""
     scores = score_task(task, sheet.file.answers)
     label = sheet.adapter or UNTUNED
-    return TaskResult(label, sheet.digest, scores, str(sheet.path), sheet.change)
+    return TaskResult(label, sheet.digest, scores, str(sheet.path), sheet.change, left_out=sheet.left_out)
 
 
 def _warnings_of(tasks: Sequence[EvaluatedTask]) -> list[str]:
-    """What is to be known of results: adapters that change nothing, and rows without room."""
-    unchanged: dict[str, None] = {}  # each once
+    """What is to be known of results: adapters that change nothing or are not whole, and rows without room."""
+    of_adapters: dict[str, None] = {}  # each once
     crowded: list[str] = []
     for task in tasks:
         for result in task.results:
+            if result.left_out > TOLD:
+                share = f"{result.left_out:.2%}"
+                of_adapters[
+                    f"{result.label} is a whole model, of whose difference to the base {share} is left out"
+                ] = None
             if result.change == 0:
-                unchanged[f"{result.label} changes nothing: its logits are those of the base"] = None
+                of_adapters[f"{result.label} changes nothing: its logits are those of the base"] = None
             count = result.without_room
             if count:
                 rows = len(result.scores)
                 crowded.append(f"task {task.name}: {count} of {rows} rows leave {result.label} no room on the base")
-    return [*unchanged, *crowded]
+    return [*of_adapters, *crowded]
 
 
 def _line_of(error: Exception) -> str:

@@ -90,7 +90,7 @@ def _result_of(sheet: AnsweredSheet, rows: PlainRows, judged: JudgedTask) -> Tas
     """What one adapter's answers are worth, or the base's."""
     scores = tuple(_scores_of(rows, judged))
     label = sheet.adapter or UNTUNED
-    return TaskResult(label, sheet.digest, scores, str(sheet.path), sheet.change)
+    return TaskResult(label, sheet.digest, scores, str(sheet.path), sheet.change, left_out=sheet.left_out)
 
 
 def _scores_of(rows: PlainRows, judged: JudgedTask) -> Iterator[Score]:

@@ -3,8 +3,8 @@
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,17 @@ EvaluationProgress = Callable[[int, int], None]  # questions that are answered, 
 
 @dataclass(frozen=True)
 class AnsweredSheet:
-    """What one candidate (None: the base) answered to one task, its digest, and how much it changes the logits."""
+    """What one candidate (None: the base) answered to one task, its digest, and how much it changes the logits.
+
+    `left_out`: of a model's difference to the base, as a share of it, where a low rank cannot hold all.
+    """
 
     task: str
     adapter: str | None
     digest: str
     change: float | None
     path: Path
+    left_out: float = 0.0
 
     @property
     def file(self) -> AnswersFile:
@@ -53,23 +57,24 @@ def have_answered(
     problems: list[str] = []
     asked = 0
     seconds = 0.0
-    for said in _said_by(command or EVALUATOR, request):
-        if "problem" in said:
-            problems.append(said["problem"])
-        elif "file" in said:
-            sheet = _sheet_in(said)
-            sheets.append(sheet)
-        elif "answered" in said:
-            asked = said["answered"]
-            seconds = said["seconds"]
-        else:
-            progress(said["done"], said["total"])
+    with closing(_said_by(command or EVALUATOR, request)) as lines:  # so that what `progress` raises ends the process
+        for said in lines:
+            if "problem" in said:
+                problems.append(said["problem"])
+            elif "file" in said:
+                sheet = _sheet_in(said)
+                sheets.append(sheet)
+            elif "answered" in said:
+                asked = said["answered"]
+                seconds = said["seconds"]
+            else:
+                progress(said["done"], said["total"])
     if problems:
         raise InputError("\n".join(problems))
     return AllAnswers(sheets, asked, seconds)
 
 
-def _said_by(command: Sequence[str], request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _said_by(command: Sequence[str], request: dict[str, Any]) -> Generator[dict[str, Any]]:
     """What a process says to a request, line by line; raises JobFailed where it fails without a word."""
     with asked_child(command) as child:
         refuses = False
@@ -101,4 +106,5 @@ def _last_words(code: int, said: str) -> str:
 def _sheet_in(said: dict[str, Any]) -> AnsweredSheet:
     """What a line of the process says of a file."""
     path = Path(said["file"])
-    return AnsweredSheet(said["task"], said["adapter"], said["digest"], said["change"], path)
+    left_out = said.get("left_out", 0.0)
+    return AnsweredSheet(said["task"], said["adapter"], said["digest"], said["change"], path, left_out)

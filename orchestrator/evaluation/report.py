@@ -26,6 +26,7 @@ class TaskResult:
     """The scores of one adapter, or of the base, in one task.
 
     `change` is how much the adapter changes the logits of the base, 0 where not at all, None for the base itself.
+    `left_out` is the share of a whole model's difference to the base that was not computed.
     """
 
     label: str
@@ -35,6 +36,7 @@ class TaskResult:
     change: float | None = None
     run_id: str | None = None
     mlflow_run_id: str | None = None
+    left_out: float = 0.0
 
     @property
     def right(self) -> list[bool]:

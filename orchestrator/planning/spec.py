@@ -4,10 +4,10 @@ import re
 import reprlib
 from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import InputError
 from orchestrator.planning.spec_errors import explain
@@ -19,6 +19,7 @@ SHORT = {"base": "model", "data": "train", "method": "kind", "objective": "kind"
 _DOTTED_KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
 _EXPONENT_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
+SomeSpec = TypeVar("SomeSpec", bound=BaseModel)
 PlainJob = dict[str, Any]  # a job as YAML has it, before it is validated
 
 
@@ -59,14 +60,19 @@ def read_job_file(path: Path, overrides: Iterable[str] = ()) -> Job:
 
 def validate(plain: PlainJob, overrides: Iterable[str] = (), source: str = "job") -> Job:
     """The job in plain data, with overrides applied; raises InputError with one line per error."""
+    return validated(Job, plain, overrides, source)
+
+
+def validated(kind: type[SomeSpec], plain: PlainJob, overrides: Iterable[str], source: str) -> SomeSpec:
+    """The job of a kind in plain data, with overrides applied; raises InputError with one line per error."""
     plain = _spelled_out(plain)
     for override in overrides:
         overridden = _override(plain, override)
         plain = _spelled_out(overridden)
     try:
-        return Job.model_validate(plain)
+        return kind.model_validate(plain)
     except ValidationError as error:
-        problems = explain(error, plain)
+        problems = explain(error, plain, kind)
         lines = []
         for problem in problems:
             lines.append(f"{source}: {problem}")

@@ -17,9 +17,11 @@ from orchestrator.tracking.store import check_uri, sqlite_file
 from orchestrator.tracking.trouble import Trouble, trouble_of_run
 from runfolder.chain import last_attempt, result
 from runfolder.delivered import is_delivered, note_delivered, tracked_run
+from runfolder.job import Job
 from runfolder.mirror import Mirror, mirrored_from
 from runfolder.news import UNREADABLE
-from runfolder.record import load_job
+from runfolder.record import load_any_job
+from runfolder.service import ServiceSpec
 from runfolder.site import LocalSite
 
 CollectProgress = Callable[[str, int], None]  # a cluster, and how many of its runs were looked at
@@ -117,7 +119,7 @@ def _folders(cluster: str, its_run_ids: list[str]) -> Iterator[tuple[Path, str |
 def _deliver(run_dir: Path, down: dict[str, str]) -> str | None:
     """Deliver what there is of a run, unless its MLflow is down; gives why not, None where it was."""
     newest = last_attempt(run_dir)
-    if tracked_run(run_dir) or newest.number == 0:
+    if tracked_run(run_dir) or newest.number == 0 or isinstance(load_any_job(run_dir), ServiceSpec):
         return None
     if not _is_reached(run_dir):
         if result(run_dir):
@@ -137,8 +139,14 @@ def _deliver(run_dir: Path, down: dict[str, str]) -> str | None:
 
 
 def _is_reached(run_dir: Path) -> bool:
-    """Whether a run's MLflow can be asked from here: not a database file of another machine. Raises InputError."""
-    uri = load_job(run_dir).tracking.uri
+    """Whether a run's MLflow can be asked from here: not a database file of another machine. Raises InputError.
+
+    An evaluation has none of its own.
+    """
+    job = load_any_job(run_dir)
+    if not isinstance(job, Job):
+        return False
+    uri = job.tracking.uri
     if uri is None or mirrored_from(run_dir) is None:
         return True
     check_uri(uri)

@@ -4,26 +4,49 @@ That is the tracking URI where it has a password, and variables of `env:`. All o
 the URI under `TRACKING_URI`.
 """
 
-from runfolder.job import Job
+from typing import overload
+
+from runfolder.evaluation_job import AnyJob, EvaluationJob
+from runfolder.job import Job, Tracking
+from runfolder.service import ServiceSpec
 from runfolder.variables import public, split_secrets
 
 TRACKING_URI = "tracking.uri"  # the name among the secrets
 
 
-def secrets_of(job: Job) -> dict[str, str]:
+def secrets_of(job: AnyJob) -> dict[str, str]:
     """What of a job is secret, by name."""
     _, secrets = split_secrets(job.env)
-    uri = job.tracking.uri
+    uri = job.tracking.uri if isinstance(job, Job) else None
     if uri and public(uri) != uri:
         secrets[TRACKING_URI] = uri
     return secrets
 
 
-def without_secrets(job: Job) -> Job:
+@overload
+def without_secrets(job: Job) -> Job: ...
+
+
+@overload
+def without_secrets(job: EvaluationJob) -> EvaluationJob: ...
+
+
+@overload
+def without_secrets(job: ServiceSpec) -> ServiceSpec: ...
+
+
+def without_secrets(job: AnyJob) -> AnyJob:
     """The job as others may read it."""
     if not secrets_of(job):
         return job
     shown, _ = split_secrets(job.env)
+    return job.model_copy(update={"env": shown, **_public_tracking(job)})
+
+
+def _public_tracking(job: AnyJob) -> dict[str, Tracking]:
+    """The section `tracking` of a job without its password, by its name; nothing where the job has none."""
+    if not isinstance(job, Job):
+        return {}
     uri = job.tracking.uri
     tracking = job.tracking.model_copy(update={"uri": public(uri) if uri else uri})
-    return job.model_copy(update={"tracking": tracking, "env": shown})
+    return {"tracking": tracking}

@@ -26,8 +26,9 @@ from orchestrator.tracking.trouble import DeliveryRefused
 from runfolder.chain import Attempt, attempts
 from runfolder.files import Record, read_json, take_name, write_json
 from runfolder.folders import home
+from runfolder.job import Job
 from runfolder.mirror import mirrored_from
-from runfolder.record import load_job, read_record
+from runfolder.record import load_any_job, load_job, read_record
 from runfolder.secrets import read_secrets
 from runfolder.shapes import MLFLOW_RUN
 from runfolder.variables import public
@@ -126,8 +127,14 @@ def address(run_dir: Path) -> str:
 
 
 def is_left_to_others(run_dir: Path) -> bool:
-    """Whether this process delivers nothing of a run: the MLflow that gets it is that of whoever compares."""
-    return is_collected() and load_job(run_dir).tracking.uri is None
+    """Whether this process delivers nothing of a run: the MLflow that gets it is that of whoever compares.
+
+    What comes of an evaluation is in the runs of its adapters, once the answers are judged.
+    """
+    job = load_any_job(run_dir)
+    if not isinstance(job, Job):
+        return True
+    return is_collected() and job.tracking.uri is None
 
 
 def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) -> Any:

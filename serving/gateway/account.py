@@ -1,30 +1,34 @@
-"""What each tenant used, and whether it may have more now: tokens of a day, requests of a minute and at once.
+"""Whether a tenant may ask for more now: answers at once, requests of a minute, and tokens of a day.
 
-Accounts are in memory: they begin anew with the server.
+Requests are counted in memory, and begin anew with the server; tokens are not (`quota.py`).
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from serving.gateway.quota import Clock, TokenQuota
 from serving.gateway.refusal import ApiRefusal
 from serving.gateway.tenants import Tenant
+from serving.gateway.usage import UsageFolder
 
-DAY_S = 86400.0
 MINUTE_S = 60.0
-Clock = Callable[[], float]
+UPLOADS_AT_ONCE = 4
 
 
 class Account:
-    """What one tenant used. A request reserves the most that it can take, and gives back what it did not."""
+    """What one tenant has under way, and has used."""
 
-    def __init__(self, tenant: Tenant, clock: Clock = time.time) -> None:
+    def __init__(self, tenant: Tenant, usage: UsageFolder | None = None, clock: Clock = time.time) -> None:
+        self.quota: TokenQuota | None = None
+        if tenant.tokens_per_day is not None:
+            self.quota = TokenQuota(tenant.name, tenant.tokens_per_day, usage, clock)
         self._tenant = tenant
         self._clock = clock
-        self._day = 0
-        self._tokens = 0
         self._allowance = float(tenant.requests_per_minute or 0)
         self._counted_at = clock()
         self.answers = 0  # at once
+        self.uploads = 0  # at once
 
     def begin(self, answers: int = 1) -> None:
         """Count a request for so many answers; raises ApiRefusal where they, or a minute's requests, are too many."""
@@ -39,26 +43,32 @@ class Account:
         """Say that so many answers are over."""
         self.answers -= answers
 
-    def reserve(self, tokens: int) -> int:
+    @contextmanager
+    def uploading(self) -> Iterator[None]:
+        """Count an adapter on its way, which lies on the disk meanwhile; raises ApiRefusal for one too many."""
+        self.begin()
+        try:
+            if self.uploads >= UPLOADS_AT_ONCE:
+                message = f"adapters: found {self.uploads} on their way; allowed: {UPLOADS_AT_ONCE} at once"
+                raise ApiRefusal(429, message, "too_many", 1.0)
+            self.uploads += 1
+            try:
+                yield
+            finally:
+                self.uploads -= 1
+        finally:
+            self.end()
+
+    async def reserve(self, tokens: int) -> int:
         """Count tokens that will be used, and give the day of it; raises ApiRefusal where that is over the quota."""
-        now_s = self._clock()
-        day = int(now_s // DAY_S)
-        if day != self._day:
-            self._day = day
-            self._tokens = 0
-        quota = self._tenant.tokens_per_day
-        if quota is not None and self._tokens + tokens > quota:
-            left = max(0, quota - self._tokens)
-            tomorrow_s = (day + 1) * DAY_S - now_s
-            message = f"tokens: found a request for up to {tokens}; allowed: {left}, which is left of {quota} today"
-            raise ApiRefusal(429, message, "insufficient_quota", tomorrow_s)
-        self._tokens += tokens
-        return day
+        if self.quota is None:
+            return 0
+        return await self.quota.reserve(tokens)
 
     def give_back(self, tokens: int, day: int) -> None:
         """Count reserved tokens out again that were not used, if it is still the same day."""
-        if day == self._day:
-            self._tokens -= tokens
+        if self.quota is not None:
+            self.quota.give_back(tokens, day)
 
     def _take_turn(self) -> None:
         """Take one of the requests of a minute, which come back evenly."""

@@ -16,6 +16,8 @@ from serving.packed import Packed
 from serving.pool import Pool
 
 CONFIG_BYTES = 64 * 2**10
+HEADER_BYTES = 4 * 2**20  # of safetensors: names, types and sizes of tensors, of which an adapter has no millions
+LENGTH_BYTES = 8  # in front of it
 # Patterns of a config are regular expressions. Without groups and with few repetitions they cannot take for ever.
 PATTERN = re.compile(r"[A-Za-z0-9_.\\^$|*+?-]{1,200}")
 MOST_REPETITIONS = 2
@@ -48,6 +50,7 @@ def files_of_folder(folder: Path) -> AdapterFiles:
 
 def read_files(pool: Pool, files: AdapterFiles) -> Packed:
     """An adapter on the host from the bytes of its files; raises AdapterRefused, without a path of ours."""
+    check_header(files.weights)
     with tempfile.TemporaryDirectory(prefix="fleetune-adapter-") as scratch:
         folder = Path(scratch)
         (folder / files.config_name).write_bytes(files.config)
@@ -68,6 +71,13 @@ def reading(read: Callable[[], Packed], hidden: str) -> Packed:
         logging.getLogger(__name__).info("an adapter could not be read", exc_info=True)
         kind = type(error).__name__
         raise AdapterRefused(f"adapter_config.json: found values that no adapter has ({kind})") from error
+
+
+def check_header(weights: bytes) -> None:
+    """Raise AdapterRefused where the header of a file of safetensors is larger than any adapter's."""
+    size = int.from_bytes(weights[:LENGTH_BYTES], "little")
+    if LENGTH_BYTES + size <= len(weights) and size > HEADER_BYTES:
+        raise AdapterRefused(f"weights: found a header of {size} bytes; allowed: {HEADER_BYTES}")
 
 
 def check_config(raw: bytes) -> None:

@@ -44,7 +44,7 @@ class Answering(Protocol):
         """Forget a name; what was asked with it is answered still."""
 
     async def resident(self) -> set[str]:
-        """The digests that are in slots."""
+        """The digests of the adapters on the device."""
 
     async def submit(self, requests: list[Request]) -> list[TokenStream]:
         """Let requests wait for their turn, all or none; raises ApiRefusal."""

@@ -10,7 +10,7 @@ Cancel = Callable[[TokenStream], None]
 
 
 class AnswerText:
-    """One answer: its pieces of text as they become sure, and why it ends."""
+    """One answer: its chunks of text as they become sure, and why it ends."""
 
     def __init__(self, stream: TokenStream, codec: Codec, stops: list[str], cancel: Cancel) -> None:
         self.stream = stream
@@ -20,16 +20,16 @@ class AnswerText:
         self._filter = StopFilter(stops)
         self._cancel = cancel
 
-    async def pieces(self) -> AsyncIterator[str]:
+    async def chunks(self) -> AsyncIterator[str]:
         """The text that becomes sure with each lot of tokens, if any does; raises ApiRefusal."""
         ends = self.stream.request.stop
         last_token = -1
         async for lot in self.stream.tokens():
             self.tokens += len(lot)
             last_token = lot[-1]
-            piece = self._filter.push(self._text.push(lot))
-            if piece:
-                yield piece
+            chunk = self._filter.push(self._text.push(lot))
+            if chunk:
+                yield chunk
             if self._filter.stopped:
                 self.reason = "stop"
                 self._cancel(self.stream)
@@ -37,11 +37,11 @@ class AnswerText:
         if last_token in ends:
             self.reason = "stop"
         rest = self._text.push([], last=True)
-        piece = self._filter.push(rest, last=True)
+        chunk = self._filter.push(rest, last=True)
         if self._filter.stopped:
             self.reason = "stop"
-        if piece:
-            yield piece
+        if chunk:
+            yield chunk
 
 
 class OpenAnswers:
@@ -69,8 +69,8 @@ class OpenAnswers:
         choices: list[JsonObject] = []
         for index, answer in enumerate(self.answers):
             text = ""
-            async for piece in answer.pieces():
-                text += piece
+            async for chunk in answer.chunks():
+                text += chunk
             choices.append(self._reply.choice(index, text, answer.reason))
         return self._reply.whole(choices, self.usage)
 
@@ -78,10 +78,10 @@ class OpenAnswers:
         """The reply as events, one answer after the other, which are all computed meanwhile."""
         for index, answer in enumerate(self.answers):
             first = True
-            async for piece in answer.pieces():
-                yield self._reply.event([self._reply.piece(index, piece, None, first)])
+            async for chunk in answer.chunks():
+                yield self._reply.event([self._reply.chunk(index, chunk, None, first)])
                 first = False
-            yield self._reply.event([self._reply.piece(index, "", answer.reason, first)])
+            yield self._reply.event([self._reply.chunk(index, "", answer.reason, first)])
         if wants_usage:
             yield self._reply.event([], self.usage)
         yield DONE

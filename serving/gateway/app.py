@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -77,12 +77,10 @@ class Routes:
         """Register an adapter: a form with its name, its config and its weights as safetensors."""
         self.service.check_open()
         tenant = self._tenant(request)
-        account = self.service.account(tenant)
-        account.begin()
-        try:
+        if not tenant.uploads:  # before anything of it is read
+            raise ApiRefusal(403, "adapters: allowed: none of your own", "too_many")
+        with self.service.account(tenant).uploading():
             adapter = await self._brought(request, tenant)
-        finally:
-            account.end()
         return JSONResponse(adapter.to_json(), 201)
 
     async def forget(self, request: Request) -> Response:
@@ -175,7 +173,11 @@ def create_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.answering.start()
+        settling = asyncio.ensure_future(service.settle_on())
         yield
+        settling.cancel()
+        with suppress(asyncio.CancelledError):
+            await settling
         await asyncio.to_thread(service.answering.stop)
 
     app = FastAPI(title="Fleetune", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)

@@ -1,17 +1,24 @@
-"""What clients send, checked: OpenAI's names, and nothing that is ignored though it should change the answer."""
+"""What clients send, checked: OpenAI's names, and nothing that is ignored though it should change the answer.
+
+Lists are bounded and left at their first flaw, and objects have few keys: a body of flaws alone would otherwise be
+listed flaw by flaw, in gigabytes and for as long as everybody waits.
+"""
 
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from serving.gateway.refusal import invalid
 
 MOST_CHOICES = 32  # of a request: prompts times n
 MOST_STOPS = 16
-TokenIds = Annotated[list[int], Field(min_length=1)]
-TextList = Annotated[list[str], Field(min_length=1)]
-TokenLists = Annotated[list[TokenIds], Field(min_length=1)]
+MOST_IDS = 2**20  # of a prompt, more than any base has positions
+MOST_TURNS = 4096
+MOST_KEYS = 64  # of an object
+TokenIds = Annotated[list[StrictInt], Field(min_length=1, max_length=MOST_IDS, fail_fast=True)]
+TextList = Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)]
+TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
@@ -33,7 +40,7 @@ class Sampling(BaseModel):
     top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -89,7 +96,7 @@ class CompletionBody(Sampling):
 
 
 class TextPart(BaseModel):
-    """A piece of a message; there are no others than text."""
+    """A part of a message; there are no others than text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     type: Annotated[str, Field(pattern="^text$")]
@@ -101,7 +108,7 @@ class ChatTurn(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     role: Annotated[str, Field(pattern="^(system|developer|user|assistant|tool)$")]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_TURNS, fail_fast=True)]
     name: str | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -116,7 +123,7 @@ class ChatTurn(BaseModel):
 class ChatBody(Sampling):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[ChatTurn], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[ChatTurn], Field(min_length=1, max_length=MOST_TURNS, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: Annotated[bool, Field(le=False)] | None = None
@@ -150,9 +157,16 @@ def _parsed_json(raw: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise invalid(f"body: found bytes that are no UTF-8 at {error.start}; allowed: JSON in UTF-8") from error
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_small_object)
     except (ValueError, RecursionError) as error:
         raise invalid(f"body: found no JSON: {str(error)[:200]}") from error
+
+
+def _small_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; raises ValueError for one of so many keys that no body has."""
+    if len(pairs) > MOST_KEYS:
+        raise ValueError(f"found an object of {len(pairs)} keys; allowed: {MOST_KEYS}")
+    return dict(pairs)
 
 
 def _refuse_constant(name: str) -> float:
@@ -161,7 +175,15 @@ def _refuse_constant(name: str) -> float:
 
 
 def _first_problem(error: ValidationError) -> str:
-    """The first problem of a body in one line, without repeating what may be long."""
-    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    """The first problem of a body in one line, without repeating what may be long; a list too long goes first.
+
+    Of a value that may be of several types there is a problem for each, and most are that it is none of the others.
+    """
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    problem = problems[0]
+    for other in problems:
+        if other["type"] == "too_long":
+            problem = other
+            break
     place = ".".join(map(str, problem["loc"]))
     return f"{place[:100]}: {problem['msg'][:200]}"

@@ -70,7 +70,7 @@ class EngineThread:
         await self.call(lambda: self.engine.unload(name))
 
     async def resident(self) -> set[str]:
-        """The digests that are in slots."""
+        """The digests of the adapters on the device."""
         return await self.call(lambda: self.engine.pool.resident)
 
     async def call(self, function: Callable[[], Called]) -> Called:

@@ -115,7 +115,7 @@ class Library:
             return registered
 
     async def residency(self) -> list[tuple[str, str, bool]]:
-        """Of each adapter its owner, its name, and whether it is in a slot."""
+        """Of each adapter its owner, its name, and whether it is on the device."""
         resident = await self.answering.resident()
         found: list[tuple[str, str, bool]] = []
         for adapter in self._by_key.values():

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 OWNER = ("tenant", "adapter")
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-Residency = Iterable[tuple[str, str, bool]]  # owner, name, and whether it is in a slot
+Residency = Iterable[tuple[str, str, bool]]  # owner, name, and whether it is on the device
 
 
 class Measured:
@@ -31,7 +31,7 @@ class Measured:
             registry=registry,
         )
         self.under_way = Gauge("fleetune_requests_under_way", "Answers that wait or run.", registry=registry)
-        about = "Whether an adapter is in a slot."
+        about = "Whether an adapter is on the device."
         self._resident = Gauge("fleetune_adapter_resident", about, OWNER, registry=registry)
 
     def request(self, tenant: str, status: int) -> None:

@@ -74,7 +74,7 @@ class EngineReplica:
             await self._thread.unload(digest)
 
     async def resident(self) -> set[str]:
-        """The digests that are in slots."""
+        """The digests of the adapters on the device."""
         return await self._thread.resident()
 
     async def about(self) -> tuple[int, int]:

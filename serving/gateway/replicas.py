@@ -27,7 +27,6 @@ LOAD_S = 120.0  # that one may take to read an adapter
 PROBE_S = 0.5  # between two looks at a replica that is down
 MOST_FAILURES = 3  # of replicas that a request is given to: it may be what ends them
 WAIT_S = 120.0  # that a request waits for any replica to be up
-NO_ENGINE = ApiRefusal(503, "no engine is up", "no_engine", 5.0)
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,9 @@ class NamedAdapter:
 class Replicas:
     """Answers requests with several replicas, like an EngineThread with one engine."""
 
-    def __init__(self, handles: list[Any], positions: int) -> None:
-        """`handles` are those of Ray Serve; sequences have at most so many positions."""
+    def __init__(self, handles: list[Any], positions: int, owned: bool = True) -> None:
+        """`handles` are those of Ray Serve; sequences have at most so many positions. `owned`: they end with this."""
+        self._owned = owned
         self.handles = handles
         self.positions = positions
         self.broken = False
@@ -55,7 +55,9 @@ class Replicas:
         """Wait for work: replicas do so since they were started."""
 
     def stop(self) -> None:
-        """End the replicas, and what they do."""
+        """End the replicas, and what they do, where nobody else does."""
+        if not self._owned:
+            return
         from serving.gateway.replica import end_replicas
 
         end_replicas()
@@ -71,7 +73,7 @@ class Replicas:
         """Let a name mean an adapter that nobody has loaded_or_refused yet; raises AdapterRefused."""
         number = self.router.choose(None)
         if number is None:
-            raise NO_ENGINE
+            raise no_engine()
         try:
             loaded = await self.load(number, files)
         finally:
@@ -88,7 +90,7 @@ class Replicas:
         self._forget(named.loaded.digest)
 
     async def resident(self) -> set[str]:
-        """The digests that are in slots of any replica."""
+        """The digests of the adapters on any replica's device."""
         found: set[str] = set()
         for number in self.router.up:
             try:
@@ -207,7 +209,7 @@ class RemoteAnswer:
                 self._replicas.lose(number)
             finally:
                 router.done(number)
-        self._refuse(NO_ENGINE)
+        self._refuse(no_engine())
 
     def over(self, _: "asyncio.Task[None]") -> None:
         """Let nobody wait any more."""
@@ -225,37 +227,37 @@ class RemoteAnswer:
 
     async def _ask(self, number: int) -> None:
         """All that a replica says, up to the end; raises what happens to it, or ApiRefusal."""
-        pieces = self._replicas.handles[number].options(stream=True).answer.remote(self._request)
+        sayings = self._replicas.handles[number].options(stream=True).answer.remote(self._request)
         try:
-            first = await asyncio.wait_for(anext(pieces), ACCEPT_S)
+            first = await asyncio.wait_for(anext(sayings), ACCEPT_S)
             if not first.lacks_adapter:
-                await self._read(first, pieces)
+                await self._read(first, sayings)
                 return
         finally:
-            pieces.cancel()
+            sayings.cancel()
         assert self._named is not None
         await self._replicas.load(number, self._named.files)
         await self._ask(number)
 
-    async def _read(self, first: "Saying", pieces: Any) -> None:
+    async def _read(self, first: "Saying", sayings: Any) -> None:
         """Hand on tokens, without those that have come from another replica."""
         check_saying(first)
         if not self.accepted.done():
             self.accepted.set_result(None)
         known = self.stream.count
-        async for piece in pieces:
-            check_saying(piece)
-            fresh = piece.tokens[known:]
-            known = max(0, known - len(piece.tokens))
+        async for saying in sayings:
+            check_saying(saying)
+            fresh = saying.tokens[known:]
+            known = max(0, known - len(saying.tokens))
             if fresh:
                 self.stream.put(fresh, False)
         self.stream.put([], True)
 
 
-def check_saying(piece: "Saying") -> None:
+def check_saying(saying: "Saying") -> None:
     """Raise ApiRefusal where a replica refuses."""
-    if piece.refusal:
-        raise invalid(piece.refusal)
+    if saying.refusal:
+        raise invalid(saying.refusal)
 
 
 def loaded_or_refused(loaded: Loaded | str) -> Loaded:
@@ -263,3 +265,8 @@ def loaded_or_refused(loaded: Loaded | str) -> Loaded:
     if isinstance(loaded, str):
         raise AdapterRefused(loaded)
     return loaded
+
+
+def no_engine() -> ApiRefusal:
+    """What is said while all replicas are down."""
+    return ApiRefusal(503, "no engine is up", "no_engine", 5.0)

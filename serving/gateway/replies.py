@@ -39,8 +39,8 @@ class CompletionReply:
         """An answer that is whole."""
         return {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
 
-    def piece(self, index: int, text: str, reason: str | None, first: bool) -> JsonObject:  # noqa: ARG002
-        """A piece of an answer; the last one says why it ends."""
+    def chunk(self, index: int, text: str, reason: str | None, first: bool) -> JsonObject:  # noqa: ARG002
+        """A chunk of an answer; the last one says why it ends."""
         return {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
 
     def whole(self, choices: list[JsonObject], usage: Usage) -> JsonObject:
@@ -67,8 +67,8 @@ class ChatReply(CompletionReply):
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": index, "message": message, "finish_reason": reason, "logprobs": None}
 
-    def piece(self, index: int, text: str, reason: str | None, first: bool) -> JsonObject:
-        """A piece of an answer; the first one says who speaks."""
+    def chunk(self, index: int, text: str, reason: str | None, first: bool) -> JsonObject:
+        """A chunk of an answer; the first one says who speaks."""
         delta = {"content": text}
         if first:
             delta = {"role": "assistant", "content": text}

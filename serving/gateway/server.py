@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,13 +15,16 @@ from serving.engine import Engine
 from serving.gateway.answering import Answering
 from serving.gateway.app import create_app
 from serving.gateway.engine_thread import EngineThread
+from serving.gateway.idle import IdleConnections
 from serving.gateway.replicas import Replicas
 from serving.gateway.service import Allowed, Service
 from serving.gateway.tenants import Tenants
 from serving.gateway.text import Codec
+from serving.gateway.usage import UsageFolder
 
 CONNECTIONS = 2048
 DRAIN_S = 60  # for answers that are under way when the server is told to end
+TICKS = 10  # of uvicorn, in a second
 SWITCH_S = 0.001  # a turn of a thread: the engine's must not keep the server's from its sockets
 
 
@@ -28,7 +32,7 @@ SWITCH_S = 0.001  # a turn of a thread: the engine's must not keep the server's 
 class EngineSizes:
     """How much an engine has room for."""
 
-    slots: int = 64
+    residents: int = 64
     rows: int = 256
     positions: int = 4096
     tokens: int = 65536
@@ -49,15 +53,23 @@ class Server(uvicorn.Server):
             server_header=False,
             limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=drain_s,
+            ws="none",
         )
         super().__init__(config)
         self.service = service
+        self._idle = IdleConnections(service.allowed.head_s)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Drain; a second interruption ends at once."""
         self.service.draining = True
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """What uvicorn does ten times a second; here, once a second, connections are left that are idle."""
+        if counter % TICKS == 0:
+            self._idle.look(list(self.server_state.connections), time.monotonic())  # type: ignore[arg-type]
+        return await super().on_tick(counter)
 
     @property
     def address(self) -> str:
@@ -82,6 +94,7 @@ def make_service(
     allowed: Allowed | None = None,
     name: str | None = None,
     replicas: int = 1,
+    usage: UsageFolder | None = None,
 ) -> Service:
     """A base with an operator's adapters, ready to be served; raises BaseRefused or AdapterRefused."""
     sizes = sizes or EngineSizes()
@@ -92,7 +105,7 @@ def make_service(
         engine = Engine(base, **asdict(sizes))
         answering = EngineThread(engine)
     base_name = name or Path(base).name
-    service = Service(answering, Codec(base), base_name, tenants, allowed or Allowed())
+    service = Service(answering, Codec(base), base_name, tenants, allowed or Allowed(), usage)
     for adapter_name, folder in adapters.items():
         service.library.share(adapter_name, folder)
     return service

@@ -1,5 +1,7 @@
 """What a request goes through: whose it is, what it may have, its turn in the engine, and what is counted of it."""
 
+import asyncio
+import logging
 import secrets
 from dataclasses import dataclass, replace
 
@@ -13,8 +15,10 @@ from serving.gateway.refusal import ApiRefusal, broken, invalid
 from serving.gateway.replies import ChatReply, CompletionReply
 from serving.gateway.tenants import EVERYBODY, Tenant, Tenants
 from serving.gateway.text import Codec
+from serving.gateway.usage import UsageFolder
 from serving.sequence import Request
 
+SETTLE_S = 5.0  # between two times that what is used of quotas is written down
 COLDEST = 1e-3  # a temperature below is greedy: logits divided by less are no numbers any more
 
 
@@ -27,6 +31,7 @@ class Allowed:
     answers: int = 4096  # that wait or run; each tenant has a limit of its own
     new_tokens: int = 512  # of a chat that names no number
     completion_tokens: int = 16  # of a completion that names none: OpenAI's default
+    head_s: float = 30  # that a connection may be open without a request on it
     body_s: float = 60  # that a body may take to come
     upload_s: float = 900
     stalled_s: float = 60  # that a reader may take nothing
@@ -36,9 +41,15 @@ class Service:
     """All parts of a gateway, and the way of a request through them."""
 
     def __init__(
-        self, answering: Answering, codec: Codec, base_name: str, tenants: Tenants | None, allowed: Allowed
+        self,
+        answering: Answering,
+        codec: Codec,
+        base_name: str,
+        tenants: Tenants | None,
+        allowed: Allowed,
+        usage: UsageFolder | None = None,
     ) -> None:
-        """Without `tenants` everybody may do everything, and nobody has a key."""
+        """Without `tenants` everybody may do everything, and nobody has a key; without `usage` quotas begin anew."""
         self.answering = answering
         self.codec = codec
         self.library = Library(answering, base_name)
@@ -46,6 +57,7 @@ class Service:
         self.allowed = allowed
         self.draining = False
         self.tenants = tenants
+        self._usage = usage
         self._accounts: dict[str, Account] = {}
         self.under_way = 0  # answers that wait or run, or are being read
 
@@ -81,8 +93,7 @@ class Service:
         """The answers to a chat; raises ApiRefusal."""
         adapter = self.library.find(tenant, body.model)
         messages = [message.plain() for message in body.messages]
-        for message in messages:
-            self._check_text(message["content"])
+        self._check_text("".join(message["content"] for message in messages))
         prompt = await self.codec.encode_chat(messages)
         tokens = body.tokens
         if tokens is None:
@@ -95,8 +106,27 @@ class Service:
     def account(self, tenant: Tenant) -> Account:
         """What a tenant used."""
         if tenant.name not in self._accounts:
-            self._accounts[tenant.name] = Account(tenant)
+            self._accounts[tenant.name] = Account(tenant, self._usage)
         return self._accounts[tenant.name]
+
+    async def settle_on(self) -> None:
+        """Write down what is used of quotas now and then, until this is cancelled, and once more then."""
+        try:
+            while True:
+                await asyncio.sleep(SETTLE_S)
+                await self._settle()
+        finally:
+            await self._settle(margin=0)
+
+    async def _settle(self, margin: int | None = None) -> None:
+        """Write down what is used of quotas, where that is a margin below what is written."""
+        for account in list(self._accounts.values()):
+            if account.quota is None:
+                continue
+            try:
+                await account.quota.settle(margin)
+            except ApiRefusal:
+                logging.getLogger(__name__).exception("what is used of a quota is not written down")
 
     def check_open(self) -> None:
         """Raise ApiRefusal where nothing is answered: while the server drains, or after the engine has failed."""
@@ -136,7 +166,7 @@ class Service:
         try:
             for request in requests:
                 reserved += len(request.prompt) + request.new_tokens
-            day = account.reserve(reserved)
+            day = await account.reserve(reserved)
             try:
                 streams = await self.answering.submit(requests)
             except BaseException:

@@ -1,4 +1,4 @@
-"""Between text and tokens: prompts in, answers out piece by piece."""
+"""Between text and tokens: prompts in, answers out chunk by chunk."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +7,7 @@ from typing import Any
 
 from serving.gateway.refusal import invalid
 
-CONTEXT_TOKENS = 6  # of the prompt, with which an answer's first piece is read: alone some begin without their space
+CONTEXT_TOKENS = 6  # of the prompt, with which an answer's first chunk is read: alone some begin without their space
 PATIENCE = 8  # tokens after which bytes that make no character are given as they are
 REPLACEMENT = "\ufffd"
 Turns = list[dict[str, Any]]
@@ -66,7 +66,7 @@ class Detokenizer:
         """Begin behind a prompt."""
         self._codec = codec
         self._ids = list(prompt[-CONTEXT_TOKENS:])
-        self._first = 0  # of the tokens that the next piece is read with
+        self._first = 0  # of the tokens that the next chunk is read with
         self._read = len(self._ids)  # tokens whose text was given
 
     def push(self, tokens: list[int], last: bool = False) -> str:
@@ -91,9 +91,9 @@ class StopFilter:
         self._held = ""
         self.stopped = False
 
-    def push(self, piece: str, last: bool = False) -> str:
-        """The text that can be given now; with the last piece, all that is left."""
-        text = self._held + piece
+    def push(self, chunk: str, last: bool = False) -> str:
+        """The text that can be given now; with the last chunk, all that is left."""
+        text = self._held + chunk
         self._held = ""
         places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if places:

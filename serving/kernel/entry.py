@@ -30,32 +30,32 @@ def number_of(entry, column):
 
 
 @triton.jit
-def entry_offset(slot, row, slot_stride):
+def entry_offset(adapter, row, adapter_stride):
     """Where in the table the entries of a row's (or a tile's) adapter begin."""
-    at = slot + row
+    at = adapter + row
     number = tl.load(at, eviction_policy="evict_last")
-    return number * slot_stride
+    return number * adapter_stride
 
 
 @triton.jit
 def has(entry, column):
-    """Whether an entry has one of its pieces."""
+    """Whether an entry has one of its tensors."""
     unit = number_of(entry, column)
     return unit >= 0
 
 
 @triton.jit
-def piece(arena, entry, column):
-    """The address of one of an entry's pieces."""
+def address_of(arena, entry, column):
+    """The address of one of an entry's tensors."""
     unit = number_of(entry, column)
     unit = unit.to(tl.int64)
     return arena + unit * ELEMENTS
 
 
 @triton.jit
-def load_piece(arena, entry, column, n_N, mask_N, other):
-    """The numbers n of one of an entry's pieces, in fp32."""
-    first = piece(arena, entry, column)
+def load_vector(arena, entry, column, n_N, mask_N, other):
+    """The numbers n of one of an entry's tensors, in fp32."""
+    first = address_of(arena, entry, column)
     at_N = first + n_N
     number_N = tl.load(at_N, mask=mask_N, other=other)
     return number_N.to(tl.float32)
@@ -65,9 +65,9 @@ def load_piece(arena, entry, column, n_N, mask_N, other):
 def apply_gain(y, entry, arena, column_N, mask_N):
     """M * y + beta, where the entry has them, for one row or for a tile of rows."""
     if has(entry, M):
-        m_N = load_piece(arena, entry, M, column_N, mask_N, 1.0)
+        m_N = load_vector(arena, entry, M, column_N, mask_N, 1.0)
         y *= m_N
     if has(entry, BETA):
-        beta_N = load_piece(arena, entry, BETA, column_N, mask_N, 0.0)
+        beta_N = load_vector(arena, entry, BETA, column_N, mask_N, 0.0)
         y += beta_N
     return y

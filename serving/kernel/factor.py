@@ -19,11 +19,11 @@ from serving.kernel.entry import (
     B,
     C,
     V,
+    address_of,
     entry_offset,
     has,
-    load_piece,
+    load_vector,
     number_of,
-    piece,
 )
 from serving.kernel.memory import (
     add_product,
@@ -62,9 +62,9 @@ def first_products(x_T, in_T, a_R, r, rank, part, share, inputs, T: constexpr, R
 
 
 @triton.jit
-def entry_of(table, slot, tile, slot_stride, section):
-    """The entry of a tile's adapter for a section; the table starts at a group's first site."""
-    first = table + entry_offset(slot, tile, slot_stride)
+def entry_of(table, adapter, tile, adapter_stride, section):
+    """The entry of a tile's adapter for a section; the table starts at a group's first linear layer."""
+    first = table + entry_offset(adapter, tile, adapter_stride)
     return first + section * COLUMNS
 
 
@@ -72,11 +72,11 @@ def entry_of(table, slot, tile, slot_stride, section):
 def finished_products(sum_TR, entry, arena, r, in_R):
     """c * f(h + bias), with what the entry has."""
     if has(entry, BIAS):
-        bias_R = load_piece(arena, entry, BIAS, r, in_R, 0.0)
+        bias_R = load_vector(arena, entry, BIAS, r, in_R, 0.0)
         code = number_of(entry, ACTIVATION)
         sum_TR = activated(sum_TR + bias_R, code)
     if has(entry, C):
-        c_R = load_piece(arena, entry, C, r, in_R, 0.0)
+        c_R = load_vector(arena, entry, C, r, in_R, 0.0)
         sum_TR *= c_R
     return sum_TR
 
@@ -86,7 +86,7 @@ def shrink_kernel(
     x,
     h,
     task,
-    slot,
+    adapter,
     row,
     table,
     arena,
@@ -96,7 +96,7 @@ def shrink_kernel(
     h_part,
     h_stride,
     h_section,
-    slot_stride,
+    adapter_stride,
     T: constexpr,
     R: constexpr,
     K: constexpr,
@@ -111,7 +111,7 @@ def shrink_kernel(
     tile = tl.load(mine)
     if tile < 0:
         return
-    entry = entry_of(table, slot, tile, slot_stride, section)
+    entry = entry_of(table, adapter, tile, adapter_stride, section)
     rank = number_of(entry, RANK)
     first = tl.load(mine + 1)
     if first >= rank:
@@ -119,7 +119,7 @@ def shrink_kernel(
     r = first + tl.arange(0, R)
     row_T, in_T = rows_of(row, tile, T)
     x_T = x + row_T * x_stride
-    a_R = piece(arena, entry, A) + r * inputs
+    a_R = address_of(arena, entry, A) + r * inputs
     sum_TR = first_products(x_T, in_T, a_R, r, rank, part, share, inputs, T, R, K)
     in_R = r < rank  # anew, not from the loop: what is stored lies in other threads' registers
     sum_TR = finished_products(sum_TR, entry, arena, r, in_R)
@@ -183,10 +183,10 @@ def second_products(
 def gained(sum_TN, entry, arena, column_N, in_N, BEHIND: constexpr):
     """v * y, where the entry has it; + beta of a bottleneck."""
     if has(entry, V):
-        v_N = load_piece(arena, entry, V, column_N, in_N, 0.0)
+        v_N = load_vector(arena, entry, V, column_N, in_N, 0.0)
         sum_TN *= v_N
     if BEHIND:
-        beta_N = load_piece(arena, entry, BETA, column_N, in_N, 0.0)
+        beta_N = load_vector(arena, entry, BETA, column_N, in_N, 0.0)
         sum_TN += beta_N
     return sum_TN
 
@@ -196,7 +196,7 @@ def expand_kernel(
     y,
     h,
     segment,
-    slot,
+    adapter,
     row,
     table,
     arena,
@@ -207,7 +207,7 @@ def expand_kernel(
     y_stride,
     h_stride,
     h_section,
-    slot_stride,
+    adapter_stride,
     T: constexpr,
     R: constexpr,
     N: constexpr,
@@ -225,7 +225,7 @@ def expand_kernel(
     share = tl.program_id(2)
     n = first + tl.arange(0, N)
     section, begin, end = section_of_output(first, out, second, third)
-    entry = entry_of(table, slot, tile, slot_stride, section)
+    entry = entry_of(table, adapter, tile, adapter_stride, section)
     rank = number_of(entry, RANK)
     if (rank == 0) & (SHARES == 1):
         return
@@ -257,7 +257,7 @@ def store_update(
     outputs = end - begin
     column_N = n - begin
     in_N = n < end
-    b_N = piece(arena, entry, B) + column_N
+    b_N = address_of(arena, entry, B) + column_N
     sum_TN = second_products(h_T, in_T, b_N, in_N, rank, share, outputs, T, N, R, SHARES)
     in_N = n < end  # anew, as in `shrink_kernel`
     sum_TN = gained(sum_TN, entry, arena, column_N, in_N, BEHIND)

@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.language import constexpr
 
 from serving.kernel.activation import gate_function
-from serving.kernel.entry import COLUMNS, U, apply_gain, entry_offset, has, load_piece
+from serving.kernel.entry import COLUMNS, U, apply_gain, entry_offset, has, load_vector
 from serving.kernel.memory import (
     cells,
     cells_in,
@@ -25,14 +25,14 @@ from serving.kernel.tile import load_factor, load_products, products_of, rows_of
 def apply_scale(x, entry, arena, n, in_N):
     """x * U, where the entry has it, for one row or for a tile of rows."""
     if has(entry, U):
-        u_N = load_piece(arena, entry, U, n, in_N, 1.0)
+        u_N = load_vector(arena, entry, U, n, in_N, 1.0)
         x *= u_N
     return x
 
 
 @triton.jit
 def up_of(entry, n, inner, SECTIONS: constexpr):
-    """The entry of up, its columns in the entry's pieces, and the outputs of its linear layer.
+    """The entry of up, its columns in the entry's tensors, and the outputs of its linear layer.
 
     Gate and up are one linear layer, of twice the outputs, where there is one section.
     """
@@ -49,14 +49,14 @@ def up_of(entry, n, inner, SECTIONS: constexpr):
 def gate_kernel(
     y,
     result,
-    slot,
+    adapter,
     row,
     table,
     scales,
     arena,
     inner,
     y_stride,
-    slot_stride,
+    adapter_stride,
     T: constexpr,
     N: constexpr,
     R: constexpr,
@@ -72,7 +72,7 @@ def gate_kernel(
     row_T, in_T = rows_of(row, tile, T)
     n = numbers_of(tl.program_id(0), N)
     in_N = n < inner
-    mine = entry_offset(slot, tile, slot_stride)
+    mine = entry_offset(adapter, tile, adapter_stride)
     entry = table + mine
     y_T = y + row_T * y_stride
     gate_TN, up_TN = completed_gate(y_T, in_T, n, in_N, entry, arena, inner, R, SECTIONS, TAIL, PLACED, GAIN)
@@ -125,11 +125,11 @@ def completed_gate(
 
 
 @triton.jit
-def scale_kernel(x, slot, table, arena, inputs, slot_stride, N: constexpr):
+def scale_kernel(x, adapter, table, arena, inputs, adapter_stride, N: constexpr):
     """x * U in place, for one row."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    mine = entry_offset(slot, row, slot_stride)
+    mine = entry_offset(adapter, row, adapter_stride)
     entry = table + mine
     if has(entry, U):
         n = numbers_of(part, N)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from serving.kernel.entry import RANK, TAIL, B, M, apply_gain, entry_offset, has, load_piece, number_of, piece
+from serving.kernel.entry import RANK, TAIL, B, M, address_of, apply_gain, entry_offset, has, load_vector, number_of
 from serving.kernel.memory import load_float, load_masked, store_rounded
 
 
@@ -18,7 +18,7 @@ def norm_weight(weight, own, arena, n_N, mask_N, OWN: constexpr):
     weight_N = load_masked(weight + n_N, mask_N)
     if OWN:
         if has(own, M):
-            weight_N = load_piece(arena, own, M, n_N, mask_N, 0.0)
+            weight_N = load_vector(arena, own, M, n_N, mask_N, 0.0)
     return weight_N
 
 
@@ -32,7 +32,7 @@ def add_tail(y_D, y_row, entry, arena, d, in_D, width, R: constexpr):
     rank = number_of(entry, RANK)
     rank = tl.where(first < 0, 0, rank)
     h = y_row + width + first
-    b = piece(arena, entry, B)
+    b = address_of(arena, entry, B)
     b_D = b + d
     for r in tl.static_range(R):
         in_rank = r < rank
@@ -70,13 +70,13 @@ def norm_kernel(
     stream,
     normed,
     weight,
-    slot,
+    adapter,
     source,
     own,
     arena,
     width,
     y_stride,
-    slot_stride,
+    adapter_stride,
     epsilon,
     D: constexpr,
     R: constexpr,
@@ -90,7 +90,7 @@ def norm_kernel(
     d = tl.arange(0, D)
     in_D = d < width
     at_D = row * width + d
-    mine = entry_offset(slot, row, slot_stride)
+    mine = entry_offset(adapter, row, adapter_stride)
     y_row = y + row * y_stride
     weight_D = norm_weight(weight, own + mine, arena, d, in_D, OWN)
     y_D = completed_row(y_row, source + mine, arena, d, in_D, width, R, TAIL, GAIN)

@@ -134,9 +134,9 @@ def store_head(first_TW, a_TW, b_TW, c_TW, mask_TW, rest_TW, HALF: constexpr, RE
 
 @triton.jit
 def rotate_kernel(
-    y, query, keys, values, place, cos, sin, slot, row, table, weights, own, arena, y_stride, slot_stride, epsilon,
-    out, QUERIES: constexpr, KEYS: constexpr, SECTIONS: constexpr, E: constexpr, HALF: constexpr, W: constexpr,
-    T: constexpr, R: constexpr, TAIL: constexpr, PLACED: constexpr, GAIN: constexpr, NORM: constexpr,
+    y, query, keys, values, place, cos, sin, adapter, row, table, weights, own, arena, y_stride, adapter_stride,
+    epsilon, out, QUERIES: constexpr, KEYS: constexpr, SECTIONS: constexpr, E: constexpr, HALF: constexpr,
+    W: constexpr, T: constexpr, R: constexpr, TAIL: constexpr, PLACED: constexpr, GAIN: constexpr, NORM: constexpr,
     OWN: constexpr,
 ):  # fmt: skip
     """One head of a tile's rows: norm where the base has one, rotate, and store as query or into the cache.
@@ -149,7 +149,7 @@ def rotate_kernel(
     row_T, in_T = rows_of(row, tile, T)
     part, begin = part_of_head(head, QUERIES, KEYS)
     section, first, outputs = section_of(part, begin, out, QUERIES, KEYS, SECTIONS, E)
-    mine = entry_offset(slot, tile, slot_stride)
+    mine = entry_offset(adapter, tile, adapter_stride)
     entry = table + mine + section * COLUMNS
     w = tl.arange(0, W)
     n = head * E + w

@@ -7,26 +7,26 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from serving.kernel.entry import COLUMNS, RANK, RANKS, TAIL, A, entry_offset, number_of, piece
+from serving.kernel.entry import COLUMNS, RANK, RANKS, TAIL, A, address_of, entry_offset, number_of
 from serving.kernel.memory import load_masked
 
 
 @triton.jit
 def tail_kernel(
-    weight, slot, table, arena, outputs, inputs, sections, layer_stride, slot_stride, table_layer, N: constexpr
+    weight, adapter, table, arena, outputs, inputs, sections, layer_stride, adapter_stride, table_layer, N: constexpr
 ):
     """Rows of one adapter, section and layer; those beyond its rank there are zero."""
     number = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
     section = number % sections
-    adapter = number // sections
-    slot_entry = table + entry_offset(slot, adapter, slot_stride)
-    layer_entry = slot_entry + layer * table_layer
+    order = number // sections
+    adapter_entry = table + entry_offset(adapter, order, adapter_stride)
+    layer_entry = adapter_entry + layer * table_layer
     entry = layer_entry + section * COLUMNS
     rank = number_of(entry, RANK)
     rows = number_of(entry, RANKS)
     first = number_of(entry, TAIL)
-    source = piece(arena, entry, A)
+    source = address_of(arena, entry, A)
     first_row = outputs + first
     first_row = first_row.to(tl.int64)
     layer_weight = weight + layer * layer_stride

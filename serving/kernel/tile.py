@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from serving.kernel.entry import RANK, TAIL, B, number_of, piece
+from serving.kernel.entry import RANK, TAIL, B, address_of, number_of
 from serving.kernel.memory import load_cells, numbers_of
 
 
@@ -40,7 +40,7 @@ def load_factor(arena, entry, rank, column_N, in_N, outputs, R: constexpr):
     """Columns of B, [R, N]; those beyond the adapter's rank are 0."""
     r = tl.arange(0, R)
     in_R = r < rank
-    b = piece(arena, entry, B)
+    b = address_of(arena, entry, B)
     row_R = b + r * outputs
     return load_cells(row_R, column_N, in_R, in_N)
 

@@ -34,7 +34,7 @@ from runfolder.site import LocalSite
 
 CASES = 300
 LONGEST_LINE = 1000  # characters of a message
-_PIECES = (
+_PARTS = (
     *("'", '"', "`touch CANARY`", "$(touch CANARY)", "; touch CANARY; ", "\ntouch CANARY\n", "&& touch CANARY"),
     *(
         "\n#SBATCH --wrap=id\n",
@@ -121,8 +121,8 @@ class Case:
         return container
 
     def text(self) -> str:
-        """A few pieces in a row."""
-        return "".join(self.rng.choices(_PIECES, k=self.rng.randrange(1, 5)))
+        """A few parts in a row."""
+        return "".join(self.rng.choices(_PARTS, k=self.rng.randrange(1, 5)))
 
 
 def run(command: list[str], folder: Path) -> bytes:

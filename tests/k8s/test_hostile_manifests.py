@@ -33,7 +33,7 @@ from orchestrator.planning import spec
 LONGEST_LINE = 1000  # characters of a message
 RUN_ID = "a-0123456789"
 IMAGE = f"registry.example.org/team/fleetune@sha256:{'0' * 64}"
-_PIECES = (
+_PARTS = (
     *("'", '"', "`id`", "$(id)", "$(HOME)", "$$(HOME)", "$", "$$", "$(", ")", "; id; ", "\nid\n", "&& id", "\\"),
     *("${IFS}", ": ", " #", "- ", "? ", "---\n", "\n...\n", "!!python/object:os.system", "&a", "*a", "<<", "%YAML"),
     *("{{.Values}}", "yes", "No", "y", "on", "null", "~", "0o17", "017", "0x1f", "1_000", "1e3", ".inf", ".nan"),
@@ -80,8 +80,8 @@ class Case:
                 self.cluster[self.rng.choice(_TEXTS)] = self.text()
 
     def text(self) -> str:
-        """A few pieces in a row."""
-        return "".join(self.rng.choices(_PIECES, k=self.rng.choice([1, 1, 2, 3])))
+        """A few parts in a row."""
+        return "".join(self.rng.choices(_PARTS, k=self.rng.choice([1, 1, 2, 3])))
 
 
 def check(case: Case, clusters: Path) -> str:

@@ -22,6 +22,8 @@ from clusters.remote.code import Code
 from k8s.pods import unexpanded
 from k8s.rayjob import DIGEST_ANNOTATION, digest_of
 from runfolder.job import Job
+from runfolder.resources import Resources
+from runfolder.service import ServiceSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGE = f"registry.example.org/team/fleetune@sha256:{'0' * 64}"
@@ -122,6 +124,42 @@ def test_the_whole_manifest_is_as_it_was(name: str, monkeypatch: pytest.MonkeyPa
     assert request.text == (GOLDEN / name).read_text()
     assert (request.name, request.secrets) == (f"{RUN_ID}-s1", ("HF_TOKEN",))
     assert "hf_secret" not in request.text
+
+
+SERVICE = ServiceSpec(
+    name="mine",
+    base="/fleetune/bases/b",
+    adapters={"support": "/fleetune/runs/a/output"},
+    tenants="/fleetune/tenants.yaml",
+    resources=Resources(gpus_per_node=2, grace=60),
+)
+
+
+def test_the_whole_manifest_of_a_service_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubernetes, "installed_code", lambda: Code({}, "of-this-code"))
+    backend = cluster(**QUEUED)
+    request = backend.request(SERVICE, "mine-0123456789", 1)
+    assert request == backend.request(SERVICE, "mine-0123456789", 1)
+    assert request.text == (GOLDEN / "service.yaml").read_text()
+    with pytest.raises(SubmissionRefused, match="apply what --dry-run prints"):
+        backend.forecast(request)
+    with pytest.raises(SubmissionRefused, match="apply what --dry-run prints"):
+        backend.submit(request)
+
+
+def test_the_pods_of_a_service_keep_to_the_rules_of_those_that_train() -> None:
+    service = yaml.safe_load(cluster(**QUEUED).request(SERVICE, "mine-0123456789", 1).text)
+    as_job = manifest(GPU_JOB, **QUEUED)
+    as_job["spec"]["rayClusterSpec"] = service["spec"]["rayClusterConfig"]
+    assert schema_errors(as_job) == []
+    for pod in pods_of(as_job):
+        assert broken_rules(pod) == set()
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    (application,) = config["applications"]
+    arguments = application["args"]
+    of_spec = {key: value for key, value in arguments.items() if key not in ("engines", "usage")}
+    assert ServiceSpec.model_validate(of_spec) == SERVICE
+    assert arguments["engines"] == 2 and config["http_options"] == {"host": "0.0.0.0", "port": 8000}
 
 
 @pytest.mark.parametrize("name", CASES)

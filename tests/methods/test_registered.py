@@ -73,9 +73,9 @@ print(json.dumps([planned, told, kinds, UNUSABLE, warned, "torch" in sys.modules
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Path:
+def packages(tmp_path: Path) -> Path:
     """A folder with an installed distribution, as pip would leave it."""
-    package, metadata = tmp_path / "site" / "norm_tuning", tmp_path / "site" / "norm_tuning-1.0.dist-info"
+    package, metadata = tmp_path / "packages" / "norm_tuning", tmp_path / "packages" / "norm_tuning-1.0.dist-info"
     for folder in (package, metadata):
         folder.mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -86,18 +86,18 @@ def site(tmp_path: Path) -> Path:
     return package.parent
 
 
-def python(site: Path, *arguments: str | Path) -> str:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(site)]), "OMP_NUM_THREADS": "1"}
+def python(packages: Path, *arguments: str | Path) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(packages)]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-P", *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_a_method_of_another_package_is_planned_and_trained(site: Path, new_run: Any, tiny_base: Path) -> None:
+def test_a_method_of_another_package_is_planned_and_trained(packages: Path, new_run: Any, tiny_base: Path) -> None:
     run = new_run("norms", method={"kind": "norms"}, train={"steps": 2}, evaluation={"before": False})
-    job = site / "job.yaml"
+    job = packages / "job.yaml"
     job.write_text(yaml.safe_dump(yaml.safe_load((run / "job.yaml").read_text())["job"]))
-    planned, told, kinds, unusable, warned, torch = json.loads(python(site, "-c", LAPTOP, job))
+    planned, told, kinds, unusable, warned, torch = json.loads(python(packages, "-c", LAPTOP, job))
     start = load_file(tiny_base / "model.safetensors")
     norms = {name for name in start if "norm" in name}
     assert planned == ["norms", sum(start[name].numel() for name in norms), 2]
@@ -112,7 +112,7 @@ def test_a_method_of_another_package_is_planned_and_trained(site: Path, new_run:
     }
     assert warned == list(unusable.values())
     assert f"method.kind: found 'dreams', which cannot be used ({unusable['dreams']}); " in told
-    python(site, "-m", "trainer", run)
+    python(packages, "-m", "trainer", run)
     assert list(rows(run, 1)) == [1, 2]
     tuned = load_file(run / "output" / "model.safetensors")
     assert {name for name, weight in start.items() if not weight.equal(tuned[name])} == norms

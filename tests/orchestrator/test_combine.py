@@ -58,5 +58,5 @@ def test_a_run_is_served_by_its_output(home: Path) -> None:
     run_dir = finished_run(home, "served", None)
     assert adapter_folder(f"mine={run_dir.name}") == ("mine", run_dir / "output")
     unfinished = make_run(home / "runs", runs.new_id("unfinished"), None)
-    with pytest.raises(InputError, match="which has no output"):
+    with pytest.raises(InputError, match="found no output; allowed: a run that has succeeded"):
         adapter_folder(f"mine={unfinished.name}")

@@ -1,5 +1,6 @@
 """A cluster of another machine over a real sshd: its code is sent, its connection reused, and a cut is no failure."""
 
+import json
 import os
 import random
 import select
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cut_proxy import CutProxy, cut_somewhere
+from evaluations import claimed, end, make_adapter, succeed
 from jobs import make_job, only_queued
 from readable import files_with, leaks, submit_unseen
 from sampling import SEED
@@ -27,6 +29,9 @@ from clusters.local import Local
 from clusters.remote.code import installed_code
 from clusters.remote.link import sockets_folder
 from orchestrator import backends
+from runfolder.evaluation_job import EvaluationJob
+from runfolder.record import load_any_job
+from serving.folder import adapter_digest
 
 pytestmark = [pytest.mark.skipif(not can_serve(), reason=WHY_NOT), pytest.mark.usefixtures("home")]
 
@@ -75,6 +80,61 @@ def test_a_job_is_there_as_it_was_submitted_with_its_files_and_the_code(there: P
     assert Path(record["job"]["data"]["train"]).is_relative_to(there / "files")
     assert record["job"]["env"] == {"QUOTED": "a 'b' $(c) `d` \\ ü\n"}
     assert [path.name for path in (there / "code").iterdir()] == [installed_code().digest]
+
+
+def test_an_evaluation_is_done_there_with_what_is_sent_and_what_a_run_has_left(
+    there: Path, tmp_path: Path, tiny_base: Path, sums: Path
+) -> None:
+    mine = make_adapter(tiny_base, tmp_path / "mine", 1)
+    job_file = make_job(tmp_path, base=str(tiny_base), data={"train": str(sums), "seq_len": 64}, train=TRAIN)
+    trained = fleetune.submit(job_file, cluster="there").run_id
+    attempt = claimed(there / "runs" / trained)
+    make_adapter(tiny_base, attempt.folder / "output", 2)
+    end(attempt, "succeeded")
+    task = tmp_path / "task.yaml"
+    task.write_text(yaml.safe_dump({"kind": "exact_match", "data": str(sums), "max_new_tokens": 3}))
+
+    def work(submission: fleetune.Submission) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FLEETUNE_HOME", str(there))
+            succeed(submission.run_dir)
+
+    report = fleetune.evaluate([str(mine), "sums"], [task], limit=3, cluster="there", announce=work)
+    assert report.asked == 3 * 3
+    output = there / "runs" / trained / "output"
+    assert [(result.label, result.digest) for result in report.tasks[0].results[1:]] == [
+        ("mine", adapter_digest(mine)),
+        ("sums", adapter_digest(output)),
+    ]
+    (evaluated,) = set((there / "runs").iterdir()) - {there / "runs" / trained}
+    job = load_any_job(evaluated)
+    assert isinstance(job, EvaluationJob) and Path(job.adapters["sums"]) == output
+    sent = [job.adapters["mine"], job.base.model, job.questions]
+    assert [path for path in sent if not Path(path).is_relative_to(there / "files")] == []
+
+
+TRAIN = {"steps": 7, "batch_tokens": 64}
+LAPTOP = """
+import sys
+sys.modules["torch"] = None
+import fleetune
+fleetune.evaluate([], [sys.argv[1]], base=sys.argv[2], limit=3, cluster="there", announce=lambda _: sys.exit(7))
+"""
+
+
+def test_an_evaluation_is_submitted_from_where_there_is_no_torch(
+    there: Path, tmp_path: Path, tiny_base: Path, sums: Path
+) -> None:
+    task = tmp_path / "task.yaml"
+    task.write_text(yaml.safe_dump({"kind": "exact_match", "data": str(sums)}))
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", LAPTOP, str(task), str(tiny_base)], capture_output=True, text=True
+    )
+    assert ran.returncode == 7, ran.stderr
+    (run_dir,) = (there / "runs").iterdir()
+    job = load_any_job(run_dir)
+    assert isinstance(job, EvaluationJob) and job.adapters == {}
+    assert len(json.loads(Path(job.questions).read_text())["tasks"][0]["questions"]) == 3
 
 
 def test_code_of_which_a_file_was_purged_is_sent_again(there: Path) -> None:

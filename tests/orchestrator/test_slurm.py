@@ -1,6 +1,8 @@
 """SLURM for real, on nodes of namespaces: a run is submitted once, trains over two nodes, and survives their loss."""
 
+import json
 import os
+import queue
 import random
 import re
 import shutil
@@ -9,14 +11,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import yaml
 from contract import NodeContract, QueueContract, RunContract
 from cut_proxy import CutProxy, cut_somewhere
+from evaluations import make_adapter
 from jobs import make_job as make_queued_job
 from place import Place
 from readable import files_with, submit_unseen
@@ -38,12 +43,17 @@ from clusters.remote.link import sockets_folder
 from clusters.slurm import Slurm
 from clusters.slurm_script import SlurmConfig
 from orchestrator.errors import InputError
+from orchestrator.serve import Serving
+from orchestrator.serve_on_cluster import serve_on_cluster
 from runfolder.appended import read_lines
 from runfolder.chain import attempts
 from runfolder.job import Job
+from runfolder.resources import Resources
+from serving.gateway.tenants import hash_of
 
 pytestmark = pytest.mark.usefixtures("home")
 GOLDEN = Path(__file__).parent / "golden" / "slurm.sh"
+TINY = Path(__file__).parents[2] / "examples" / "tiny"
 
 
 def test_the_script_is_a_pure_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,6 +407,44 @@ def test_a_job_longer_than_its_walltime_is_a_chain(
     assert saved and set(saved) == {"walltime"}
 
 
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("hpc")
+def test_a_service_answers_on_its_node_until_it_is_cancelled(site: SlurmSite, tmp_path: Path) -> None:
+    tenants = tmp_path / "tenants.yaml"
+    tenants.write_text(f"tenants:\n- name: alice\n  keys: ['{hash_of('ft-key')}']\n  adapters: [tiny]\n")
+    served = Serving(str(TINY), (), tenants, "127.0.0.1", 0, None)
+    run_id = serve_on_cluster(served, "hpc", "mine", Resources(grace=5)).run_id
+
+    def address() -> str:
+        """Where it answers, by the address of its node: names of nodes are known on nodes alone."""
+        found = until(lambda: fleetune.status(run_id).address, 240)
+        node, _, port = found.removeprefix("http://").partition(":")
+        return f"http://{site.network}.{site.nodes.index(node) + 1}:{port}/v1/completions"
+
+    def ask(key: str) -> int:
+        body = {"model": "tiny", "prompt": "1 + 2 =", "max_tokens": 5}
+        answer = httpx2.post(address(), json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+        return answer.status_code
+
+    assert (ask("ft-key"), ask("another")) == (200, 401)
+    assert fleetune.status(run_id).state == "running"
+    (job,) = site.run("squeue", "-h", "-o", "%i").split()
+    site.run("scontrol", "requeue", job)
+
+    def answers_again() -> bool:
+        """Whether a later attempt answers; SLURM may start the job twice after this."""
+        try:
+            return fleetune.status(run_id).attempt > 1 and ask("ft-key") == 200
+        except httpx2.TransportError:
+            return False
+
+    until(answers_again, 240)
+    fleetune.cancel(run_id)
+    until(lambda: fleetune.status(run_id).state == "cancelled", 120)
+    until(lambda: not site.run("squeue", "-h", "-t", "RUNNING,PENDING,COMPLETING"), 60)
+
+
 def test_what_would_never_start_is_refused_before_anything_is_made(
     hpc: Path, site: SlurmSite, tmp_path: Path, tiny_base: Path, sums: Path
 ) -> None:
@@ -486,3 +534,42 @@ def test_a_link_that_is_cut_somewhere_makes_one_job_of_a_repeated_command(
             assert sorted(names) == sorted(f"{run_id}-s1" for run_id in done)
             print(f"cut {cut}: {str(said.value).splitlines()[0]}; {time.monotonic() - began:.1f} s", flush=True)
         proxy.close()
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_an_evaluation_is_one_job_that_is_preempted_and_goes_on(
+    place: Place, tmp_path: Path, tiny_base: Path
+) -> None:
+    adapter = make_adapter(tiny_base, tmp_path / "adapter")
+    number = 2000  # of rows, so many that it is not over before the preemption
+    rows = [{"prompt": f"{row} + {7 * row} =", "completion": f" {8 * row}"} for row in range(number)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = tmp_path / "task.yaml"
+    task.write_text(yaml.safe_dump({"kind": "exact_match", "data": "rows.jsonl", "max_new_tokens": 60}))
+
+    def evaluate(out: Path, **options: Any) -> fleetune.EvaluationReport:
+        return fleetune.evaluate([str(adapter)], [task], base=str(tiny_base), out=out, **options)
+
+    here = evaluate(tmp_path / "here", limit=50)
+    submitted: queue.Queue[fleetune.Submission] = queue.Queue()
+    with ThreadPoolExecutor() as threads:
+        there = threads.submit(evaluate, tmp_path / "there", cluster=place.name, announce=submitted.put)
+        run_dir = submitted.get(timeout=300).run_dir
+        until(lambda: there.done() or fleetune.status(run_dir.name).step > 0, 300)
+        place.warn(run_dir.name)
+        report = there.result(timeout=600)
+    assert [answers[:50] for answers in shown(report)] == shown(here)
+    first, second, *_ = attempts(run_dir)
+    assert first.verdict and first.verdict["kind"] == "preemption"
+    assert second.start and 0 < second.start.step < 2 * number and report.asked == 2 * number - second.start.step
+    assert fleetune.status(run_dir.name).state == "succeeded"
+    again = evaluate(tmp_path / "again", cluster=place.name, announce=submitted.put)
+    assert submitted.get(timeout=1).run_id == run_dir.name and shown(again) == shown(report)
+    assert "questions answered" in fleetune.logs(run_dir.name)
+    until(place.is_idle)
+
+
+def shown(report: fleetune.EvaluationReport) -> list[list[str]]:
+    """What the base and each adapter answered."""
+    return [[score.shown for score in result.scores] for result in report.tasks[0].results]

@@ -13,7 +13,7 @@ from serving.gateway.server import EngineSizes, Server, make_service
 from serving.gateway.service import Allowed
 from serving.gateway.tenants import Tenant, Tenants, hash_of
 
-SMALL = EngineSizes(slots=4, rows=8, positions=256, tokens=4096, adapter_bytes=2**21)
+SMALL = EngineSizes(residents=4, rows=8, positions=256, tokens=4096, adapter_bytes=2**21)
 
 
 @contextmanager

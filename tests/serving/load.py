@@ -25,7 +25,7 @@ ADAPTERS = 1000
 CHECKED = 25  # one adapter in so many has its answers checked
 PROMPT = "What is 12 + 30?"
 TOKENS = 6
-ROOM = EngineSizes(slots=16, rows=64, positions=64, tokens=8192, adapter_bytes=2**22)
+ROOM = EngineSizes(residents=16, rows=64, positions=64, tokens=8192, adapter_bytes=2**22)
 
 
 @dataclass
@@ -56,7 +56,7 @@ def variants(exported: Path, folder: Path, count: int) -> list[Path]:
 
 def expected_answers(base: Path, folders: list[Path]) -> dict[str, str]:
     """What adapters say, each by itself in an engine of its own."""
-    engine, codec = Engine(base, slots=1, rows=1, positions=64, tokens=256, adapter_bytes=2**20), Codec(base)
+    engine, codec = Engine(base, residents=1, rows=1, positions=64, tokens=256, adapter_bytes=2**20), Codec(base)
     ids = codec._encode(PROMPT, True)
     known = codec.decode(list(ids))
     answers = {}
@@ -72,7 +72,7 @@ class Clients:
     """Clients of one server, in one event loop."""
 
     def __init__(self, server: Server, folders: list[Path], expected: dict[str, str]) -> None:
-        self.address, self.folders, self.expected = server.address, folders, expected
+        self.server, self.address, self.folders, self.expected = server, server.address, folders, expected
         self.counts = Counts()
 
     async def run(self, clients: int, swappers: int, seconds: float) -> Counts:

@@ -1,4 +1,4 @@
-"""The loop: chunks, stops, draws, names that are loaded anew, and more adapters than there are slots."""
+"""The loop: chunks, stops, draws, names that are loaded anew, and more adapters than the device has room for."""
 
 import json
 import shutil
@@ -76,9 +76,9 @@ def test_a_name_that_is_loaded_anew_never_serves_what_was_there_before(
         engine.generate(asked)
 
 
-def test_more_adapters_than_slots_take_turns(base: Path, exported: dict[str, Exported]) -> None:
+def test_more_adapters_than_fit_take_turns(base: Path, exported: dict[str, Exported]) -> None:
     names = ("lora", "dora", "prefix", "ia3", "prompt", "vera")
-    large, small = engine_of(base), engine_of(base, slots=2, rows=4)
+    large, small = engine_of(base), engine_of(base, residents=2, rows=4)
     for name in names:
         large.load(name, exported[name].folder)
         small.load(name, exported[name].folder, pinned=name == "dora")
@@ -144,11 +144,11 @@ def test_what_can_never_be_answered_is_refused(request_: Request, said: str, bas
 def test_what_finds_no_room_beside_pinned_adapters_is_refused_and_the_rest_goes_on(
     base: Path, exported: dict[str, Exported]
 ) -> None:
-    engine = engine_of(base, slots=1)
+    engine = engine_of(base, residents=1)
     engine.load("first", exported["lora"].folder, pinned=True)
     engine.load("second", exported["dora"].folder)
     engine.generate([Request(PROMPT, "first", new_tokens=2)])
-    with pytest.raises(RequestRefused, match="found no slot for its adapter, or no pages"):
+    with pytest.raises(RequestRefused, match="found no room on the device for its adapter, or no pages"):
         engine.generate([Request(PROMPT, "second", new_tokens=2)])
     assert len(engine.generate([Request(PROMPT, "first", new_tokens=2)])[0]) == 2
 

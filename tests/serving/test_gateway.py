@@ -57,17 +57,17 @@ def test_completions_are_the_engines(
     stream = client.completions.create(
         model=adapter or "tiny", prompt=PROMPT, max_tokens=12, temperature=0, stream=True, stream_options=options
     )
-    pieces = list(stream)
-    assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == text
-    assert pieces[-1].usage == whole.usage
-    assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == text
+    assert chunks[-1].usage == whole.usage
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
 def test_chats_are_streamed_and_whole(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": PROMPT}]
     asked = {"model": "dora", "messages": messages, "max_tokens": 8, "temperature": 0}
     whole = client.chat.completions.create(**asked)
-    pieces = list(client.chat.completions.create(**asked, stream=True))
-    assert pieces[0].choices[0].delta.role == "assistant"
-    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole.choices[0].message.content
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
     assert whole.usage and whole.usage.completion_tokens <= 8

@@ -10,20 +10,22 @@ from serving.grouping import NOBODY, Tiles, Work, inputs_of_share
 from serving.packed import Needs
 
 
-def test_every_row_is_in_one_tile_of_its_slot() -> None:
-    slot_T = torch.tensor([3, 0, 3, 0, 0, 7, 3, 0, 0], dtype=torch.int32)
-    tiles = Tiles.of(slot_T, 2)
+def test_every_row_is_in_one_tile_of_its_adapter() -> None:
+    adapter_T = torch.tensor([3, 0, 3, 0, 0, 7, 3, 0, 0], dtype=torch.int32)
+    tiles = Tiles.of(adapter_T, 2)
     rows = [row for row in tiles.row_GF.flatten().tolist() if row != NOBODY]
     assert sorted(rows) == list(range(9))
-    for slot, row_F in zip(tiles.slot_G.tolist(), tiles.row_GF, strict=True):
-        assert {int(slot_T[row]) for row in row_F.tolist() if row != NOBODY} == {slot}
-    assert tiles.slot_G.tolist() == [0, 0, 0, 3, 3, 7]
+    for adapter, row_F in zip(tiles.adapter_G.tolist(), tiles.row_GF, strict=True):
+        assert {int(adapter_T[row]) for row in row_F.tolist() if row != NOBODY} == {adapter}
+    assert tiles.adapter_G.tolist() == [0, 0, 0, 3, 3, 7]
     larger = tiles.enlarged()
     assert larger.count == 8 and set(larger.row_GF[6:].flatten().tolist()) == {NOBODY}
 
 
 def test_tasks_cover_the_ranks_of_each_tile() -> None:
-    members: Any = [(SimpleNamespace(slot=slot, needs=Needs(wide=rank)), None) for slot, rank in ((3, 40), (7, 70))]
+    members: Any = [
+        (SimpleNamespace(index=index, needs=Needs(wide=rank)), None) for index, rank in ((3, 40), (7, 70))
+    ]
     adapters: Any = SimpleNamespace(members=members)
     tiles = Tiles.of(torch.tensor([3, 0, 7, 3, 3], dtype=torch.int32), 2)
     work = Work.of(tiles, adapters, lambda needs: needs.wide)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -15,13 +16,16 @@ import pytest
 import torch
 from adapters import Exported, export, make_base
 from gateway_server import KEYS, client_of, files_of, gateway, tenants_of
+from pydantic import BaseModel, ValidationError
 from safetensors.torch import load, save
 from waiting import until
 
+from serving.gateway.bodies import ChatBody, CompletionBody
+from serving.gateway.idle import IdleConnections
 from serving.gateway.server import Server
 from serving.gateway.service import Allowed
 
-LIMITS = Allowed(body_bytes=200_000, upload_bytes=3_000_000, answers=40, body_s=1.5, stalled_s=1.5)
+LIMITS = Allowed(body_bytes=200_000, upload_bytes=8_000_000, answers=40, head_s=1.5, body_s=1.5, stalled_s=1.5)
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 WRITER = {"Authorization": f"Bearer {KEYS['bob']}"}
 
@@ -91,6 +95,9 @@ BODIES: dict[str, tuple[Any, int, str]] = {
     "unsupported": (completion(logprobs=5), 400, "logprobs"),
     "too many answers": (completion(n=33), 400, "n: Input should be less than or equal to 32"),
     "too many prompts": (completion(prompt=["1"] * 17, n=2), 400, "more than 32 answers"),
+    "many prompts": (completion(prompt=["1"] * 40), 400, "at most 32 items after validation, not 40"),
+    "a truth as an id": (completion(prompt=[True]), 400, "prompt"),
+    "many keys": (completion() | {f"{key}": 0 for key in range(100)}, 400, "an object of 103 keys; allowed: 64"),
     "no prompt": (completion(prompt=[]), 400, "prompt"),
     "an empty prompt": (completion(prompt=""), 400, "found no prompt"),
     "a long prompt": (completion(prompt="1 " * 9000), 400, "characters; allowed: at most"),
@@ -116,7 +123,26 @@ def test_a_hostile_body_is_refused_in_one_line(name: str, server: Server) -> Non
     assert "\n" not in error["message"] and len(error["message"]) < 400
 
 
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionBody, {"model": "a", "prompt": [0, ""] * 5000}),
+        (CompletionBody, {"model": "a", "prompt": [[]] * 5000}),
+        (CompletionBody, {"model": "a", "prompt": "1", "stop": [1] * 5000}),
+        (ChatBody, {"model": "a", "messages": [{"role": "user", "content": [{}] * 4000}]}),
+        (ChatBody, {"model": "a", "messages": [{}] * 4000}),
+    ],
+)
+def test_a_body_of_flaws_alone_is_left_at_its_first(kind: type[BaseModel], body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate(body)
+    assert refused.value.error_count() < 10
+
+
 def test_hostile_chats_are_refused(server: Server) -> None:
+    long = [{"role": "user", "content": "1 " * 1000}] * 20
+    refused = post(server, {"model": "dora", "messages": long}, "/v1/chat/completions")
+    assert "found 40000 characters; allowed: at most" in refused.json()["error"]["message"]
     for turns in ([], [{"role": "root", "content": "1"}], [{"role": "user", "content": {"a": 1}}], "1"):
         assert post(server, {"model": "dora", "messages": turns}, "/v1/chat/completions").status_code == 400
     asked = {"model": "dora", "messages": [{"role": "user", "content": "{{ 7 * 7 }}"}], "max_tokens": 2}
@@ -154,7 +180,12 @@ WEIGHTS: dict[str, tuple[Callable[[Path], bytes], int, str]] = {
         "model.evil",
     ),
     "a missing key": (weights(lambda t: t.pop(f"{Q}.lora_B.weight")), 400, "found no tensor"),
-    "oversized": (lambda _: b"x" * 3_100_000, 413, "more than 3000000 bytes"),
+    "a header of a million tensors": (
+        lambda _: (5 * 2**20).to_bytes(8, "little") + b"{}" + b" " * (5 * 2**20 - 2),
+        400,
+        "found a header of 5242880 bytes; allowed: 4194304",
+    ),
+    "oversized": (lambda _: b"x" * 8_100_000, 413, "more than 8000000 bytes"),
 }
 CONFIGS: dict[str, tuple[Any, str]] = {
     "no json": (b"{", "found no JSON"),
@@ -270,6 +301,37 @@ def test_who_goes_away_leaves_nothing_behind(streams: bool, server: Server, monk
 def test_a_body_that_does_not_come_is_not_waited_for(server: Server) -> None:
     with raw_request(server, b'{"model"', 1000) as connection:
         assert b"408" in connection.recv(4096).split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize("head", [b"", b"POST /v1/completions HTT", b"GET /health HTTP/1.1\r\nHost: a\r\n"])
+def test_a_head_that_does_not_come_is_not_waited_for(head: bytes, server: Server) -> None:
+    host, _, port = server.address.rpartition("//")[2].partition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head)
+        assert connection.recv(4096) == b""
+
+
+def test_a_connection_that_is_used_is_kept() -> None:
+    class Used:
+        """A connection whose requests come and are answered, each before somebody looks."""
+
+        def __init__(self) -> None:
+            self.transport, self.is_open = self, True
+            self.answer()
+
+        def answer(self, whole: bool = True) -> None:
+            self.cycle = SimpleNamespace(response_complete=whole)
+
+        def close(self) -> None:
+            self.is_open = False
+
+    used, busy, left = Used(), Used(), Used()
+    idle = IdleConnections(2)
+    busy.answer(whole=False)
+    for now_s in range(10):
+        used.answer()
+        idle.look([used, busy, left], now_s)
+        assert (used.is_open, busy.is_open, left.is_open) == (True, True, now_s < 3)
 
 
 def test_a_body_longer_than_it_says_is_cut_and_chunks_count(server: Server) -> None:

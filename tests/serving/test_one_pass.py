@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 from serving import asking
 from serving.changes import change_of
 from serving.engine import Engine
-from serving.evaluate import AnswerSheet, AskedTask, Candidate, answer_all, missing_of, sheets_of
+from serving.evaluate import AnswerSheet, Candidate, answer_all, missing_of, sheets_of
 from serving.folder import adapter_digest
 from serving.kept import AnswersFile, KeptAnswer
-from serving.question import Question, ScoredText
+from serving.question import AskedTask, Question, ScoredText
 from serving.sequence import Request
 from serving.sizes import sizes_for
 from serving.starting import ReadyEngine, ready_engine
@@ -178,7 +178,7 @@ def test_the_first_of_two_answers_counts_and_broken_lines_do_not(tmp_path: Path)
 def test_an_engine_is_as_large_as_its_questions_need(base: Path, exported: dict[str, Exported]) -> None:
     config = loaded(base).config
     sizes = sizes_for(config, WRITTEN, candidates(exported, *NAMES))
-    assert sizes["rows"] == 7 and sizes["slots"] == 3
+    assert sizes["rows"] == 7 and sizes["residents"] == 3
     engine = Engine(loaded(base), **sizes)
     for name in NAMES:
         engine.load(name, exported[name].folder)

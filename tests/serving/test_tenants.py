@@ -1,9 +1,11 @@
 """Tenants are kept apart: keys, adapters of one's own, quotas, rates, and what operators see."""
 
 import re
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2
@@ -83,11 +85,11 @@ def test_a_name_that_is_brought_anew_serves_the_new_weights(
     first = bring(server, "alice", "task", served["lora"].folder).json()["digest"]
     old = ask(server, "alice", "task")
     asked = {"model": "task", "prompt": "1 + 2 =", "max_tokens": 100, "temperature": 0, "stream": True}
-    pieces = iter(client_of(server, "alice").completions.create(**asked))
-    begun = next(pieces).choices[0].text
+    chunks = iter(client_of(server, "alice").completions.create(**asked))
+    begun = next(chunks).choices[0].text
     assert bring(server, "alice", "task", again.folder).json()["digest"] != first
     assert ask(server, "alice", "task") == new != old
-    under_way = begun + "".join(piece.choices[0].text for piece in pieces)
+    under_way = begun + "".join(chunk.choices[0].text for chunk in chunks)
     assert under_way.startswith(old)  # a request keeps the weights that it began with
     assert drop(server, "alice", "task").status_code == 200
 
@@ -98,6 +100,11 @@ def test_adapters_of_ones_own_are_limited_and_take_no_name_of_others(
     folder = served["lora"].folder
     assert bring(server, "alice", "lora", folder).status_code == 409
     assert bring(server, "eve", "one", folder).status_code == 403
+    host, _, port = server.address.removeprefix("http://").partition(":")
+    head = f"POST /v1/adapters HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEYS['eve']}\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{head}Content-Length: {10**9}\r\n\r\n".encode())
+        assert b" 403 " in connection.recv(64), "what nobody may bring is not waited for"
     for name in ("a", "b", "c"):
         assert bring(server, "bob", name, folder).status_code == 201
     refused = bring(server, "bob", "d", folder)
@@ -158,22 +165,22 @@ def test_who_asks_for_too_much_at_once_fills_the_queue_for_nobody_else(
             assert [len(reply.result().choices) for reply in taken] == [32, 32]
 
 
-def test_an_account_gives_back_what_was_not_used_and_begins_anew_each_day() -> None:
-    now = [1000.0]
-    account = Account(Tenant(name="a", tokens_per_day=100, answers_at_once=1), lambda: now[0])
-    day = account.reserve(100)
-    with pytest.raises(ApiRefusal, match="allowed: 0, which is left of 100"):
-        account.reserve(1)
-    account.give_back(40, day)
-    account.reserve(40)
-    now[0] += 86400
-    account.give_back(40, day)  # of yesterday
-    account.reserve(100)
-    with pytest.raises(ApiRefusal):
-        account.reserve(1)
+def test_answers_at_once_are_limited() -> None:
+    account = Account(Tenant(name="a", answers_at_once=1))
     account.begin()
     with pytest.raises(ApiRefusal, match="found 1 and 1 more at once; allowed: 1"):
         account.begin()
+
+
+def test_adapters_on_their_way_are_few_as_they_lie_on_the_disk() -> None:
+    account = Account(Tenant(name="a", uploads=100))
+    with ExitStack() as under_way:
+        for _ in range(4):
+            under_way.enter_context(account.uploading())
+        with pytest.raises(ApiRefusal, match="found 4 on their way; allowed: 4 at once"), account.uploading():
+            pass
+        assert account.answers == 4
+    assert (account.answers, account.uploads) == (0, 0)
 
 
 def test_a_tenants_file_is_checked(tmp_path: Path) -> None:

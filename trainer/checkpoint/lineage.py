@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -92,6 +94,14 @@ def checkpoint_folder(attempt: Attempt, step: int) -> Path:
     """Where an attempt's checkpoint of a step lies."""
     checkpoints = attempt.folder / "checkpoints"
     return checkpoints / f"step-{step}"
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint; a ghost that still writes into its folder does not find it after this."""
+    unique = uuid.uuid4().hex
+    trash = folder.with_name(f".trash-{unique}")
+    folder.rename(trash)
+    shutil.rmtree(trash)
 
 
 def step_of(folder: Path) -> int:

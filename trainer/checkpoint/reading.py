@@ -86,7 +86,8 @@ class CheckpointReader:
                 out[target : target + length] = part[source : source + length]
                 missing -= length
         if missing:
-            raise ValueError(f"{missing} elements of {kind} of {name}[{start}:{stop}] are not in the checkpoint")
+            where = f"{kind} of {name}[{start}:{stop}]"
+            raise ValueError(f"{missing} elements of {where} are not in the checkpoint")
         return out
 
     def _dtype(self, kind: str, name: str) -> torch.dtype | None:

@@ -6,10 +6,8 @@ The only stall is the copy to the host's memory; hashing, writing and clean-up h
 import hashlib
 import math
 import os
-import shutil
 import threading
 import time
-import uuid
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from safetensors.torch import save_file
 from methods.base import Method
 from runfolder.chain import Attempt
 from runfolder.files import Record, list_names, read_json, refresh, sync_folder, write_json
-from trainer.checkpoint.lineage import checkpoint_folder, lineage, unused, write_manifest
+from trainer.checkpoint.lineage import checkpoint_folder, lineage, remove_checkpoint, unused, write_manifest
 from trainer.world import World
 from trainer.zero.sharded import ShardedModel
 
@@ -147,11 +145,7 @@ class CheckpointWriter:
         for folder in unused(attempt):
             if folder not in kept:
                 attempt.check()
-                # A ghost that still writes into the folder does not find it after this.
-                unique = uuid.uuid4().hex
-                trash = folder.with_name(f".trash-{unique}")
-                folder.rename(trash)
-                shutil.rmtree(trash)
+                remove_checkpoint(folder)
 
 
 def copy_to_host(sharded: ShardedModel, method: Method[Any], world: World) -> ShardTensors:

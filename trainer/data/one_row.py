@@ -69,7 +69,11 @@ def _owned(examples: Examples, batch: GlobalBatch, place: int) -> PackedRow:
     """The documents of the example at a place of the batch."""
     example = int(batch.chosen[place])
     numbers = examples.documents(example)
-    return [OwnedDocument(place, number) for number in numbers]
+    owned = []
+    for number in numbers:
+        document = OwnedDocument(place, number)
+        owned.append(document)
+    return owned
 
 
 def _rows(documents: PackedRow, tokens: "Tokens") -> list[PackedRow]:
@@ -82,7 +86,11 @@ def _rows(documents: PackedRow, tokens: "Tokens") -> list[PackedRow]:
     padded = shortest % MULTIPLE > 0
     if unlike or padded:
         return [documents]
-    return [[owned] for owned in documents]
+    rows = []
+    for owned in documents:
+        row = [owned]
+        rows.append(row)
+    return rows
 
 
 def starts_of_documents(position_BT: npt.NDArray[Any]) -> StartPlaces:

@@ -84,8 +84,8 @@ def _known_positions(position_BT: PositionIds) -> Iterator[None]:
     def known(_: Tensor, group: int, shift: int) -> TokenRuns:
         with unset_fake_temporarily():
             runs = cut(torch.from_numpy(position_BT), group, shift)
-        slots = torch.empty(runs.slot_N.shape, dtype=torch.long)
-        return TokenRuns(slots, runs.count, runs.longest)
+        cells = torch.empty(runs.cell_N.shape, dtype=torch.long)
+        return TokenRuns(cells, runs.count, runs.longest)
 
     with patch.object(TokenRuns, "cut", known):
         yield

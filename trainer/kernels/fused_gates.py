@@ -60,7 +60,8 @@ def _replace(graph: Graph, product: Node, gate: LowRankSum, up: LowRankSum) -> N
         tensors = [gate.base, up.base, gate_narrow, up_narrow, gate_wide, up_wide]
         if gate.share is not None and up.share is not None:
             tensors += [gate.share, up.share]
-        both = graph.call_function(torch.ops.fleetune.gated.default, (tensors, following))
+        gated = torch.ops.fleetune.gated
+        both = graph.call_function(gated.default, (tensors, following))
         hidden = graph.call_function(operator.getitem, (both, 0))
         narrow = graph.call_function(operator.getitem, (both, 1))
     if next_product is not None:
@@ -88,9 +89,11 @@ def _sum_of_low_rank(value: Any) -> LowRankSum | None:
         return None
     update, scale = added.args
     if share is not None:
-        if not _calls(update, operator.mul) or update.args[0] is not share:
+        if not _calls(update, operator.mul):
             return None
-        update = update.args[1]
+        multiplied, update = update.args
+        if multiplied is not share:
+            return None
     if not is_product(update) or not isinstance(scale, float | int):
         return None
     narrow, wide = update.args[:2]

@@ -63,9 +63,17 @@ def _gated_shapes(tensors: list[Tensor], following: Tensor | None) -> tuple[Tens
 
 def _sums(sides: Sides) -> tuple[Tensor, Tensor]:
     """base + B a of gate and up, fp32."""
-    gate_update = linear(sides.narrow_gate.float(), sides.wide_gate.float())
-    up_update = linear(sides.narrow_up.float(), sides.wide_up.float())
-    return sides.gate.float() + gate_update, sides.up.float() + up_update
+    gate_sum = _sum(sides.gate, sides.narrow_gate, sides.wide_gate)
+    up_sum = _sum(sides.up, sides.narrow_up, sides.wide_up)
+    return gate_sum, up_sum
+
+
+def _sum(base: Tensor, narrow: Tensor, wide: Tensor) -> Tensor:
+    """base + B a, fp32."""
+    narrow = narrow.float()
+    wide = wide.float()
+    update = linear(narrow, wide)
+    return base.float() + update
 
 
 def _with_share(value: Tensor, share: Tensor | None) -> Tensor:
@@ -100,10 +108,14 @@ def gated_backward(
     up_value = _with_share(up_sum, sides.share_up)
     sigmoid = gate_value.sigmoid()
     activated = gate_value * sigmoid
-    to_gate = to_hidden * up_value * (sigmoid + activated * (1 - sigmoid))
+    bend = sigmoid + activated * (1 - sigmoid)
+    to_gate = to_hidden * up_value * bend
     to_up = to_hidden * activated
+    slope_gate = _with_share(to_gate, sides.share_gate)
+    slope_up = _with_share(to_up, sides.share_up)
+    hidden = activated * up_value
     found = []
-    for fp32 in (_with_share(to_gate, sides.share_gate), _with_share(to_up, sides.share_up), activated * up_value):
+    for fp32 in (slope_gate, slope_up, hidden):
         rounded = fp32.to(slope.dtype)
         found.append(rounded)
     if sides.share_gate is not None:
@@ -138,18 +150,23 @@ def _input_slopes(ctx: Any, slope: Tensor, slope_following: Tensor | None) -> tu
     if following is None:
         slope_following = None
     slope_gate, slope_up, hidden, *slopes_of_shares = gated_backward(slope, slope_following, tensors, following)
+    slope_narrow_gate = slope_gate @ sides.wide_gate
+    slope_narrow_up = slope_up @ sides.wide_up
+    slope_wide_gate = _slope_of_weight(slope_gate, sides.narrow_gate)
+    slope_wide_up = _slope_of_weight(slope_up, sides.narrow_up)
     slopes = [
         slope_gate,
         slope_up,
-        slope_gate @ sides.wide_gate,
-        slope_up @ sides.wide_up,
-        _slope_of_weight(slope_gate, sides.narrow_gate),
-        _slope_of_weight(slope_up, sides.narrow_up),
+        slope_narrow_gate,
+        slope_narrow_up,
+        slope_wide_gate,
+        slope_wide_up,
         *slopes_of_shares,
     ]
-    if slope_following is None:
-        return slopes, None
-    return slopes, _slope_of_weight(slope_following, hidden)
+    slope_of_following = None
+    if slope_following is not None:
+        slope_of_following = _slope_of_weight(slope_following, hidden)
+    return slopes, slope_of_following
 
 
 def _slope_of_weight(slope: Tensor, value: Tensor) -> Tensor:

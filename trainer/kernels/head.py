@@ -102,15 +102,18 @@ class _LabelLosses(torch.autograd.Function):
         """The losses; and the gradients of their sum, where a factor is all that these will lack."""
         hidden_needed, weight_needed, *_ = ctx.needs_input_grad
         ctx.ahead = hidden_needed and (summed or not weight_needed)
-        losses_N = torch.empty(len(label_N), dtype=torch.float32, device=label_N.device)
+        count = len(label_N)
+        losses_N = torch.empty(count, dtype=torch.float32, device=label_N.device)
         if ctx.ahead:
             ones_N = torch.ones_like(losses_N)
             gradients = _gradients(hidden_ND, weight_VD, label_N, ones_N, losses_N, weight_needed)
             ctx.save_for_backward(*gradients)
             return losses_N
-        for part in _chunks(len(label_N)):
-            logits_CV = hidden_ND[part] @ weight_VD.T
-            losses_N[part] = chunk_losses(logits_CV, label_N[part], None)
+        for part in _chunks(count):
+            hidden_CD = hidden_ND[part]
+            label_C = label_N[part]
+            logits_CV = hidden_CD @ weight_VD.T
+            losses_N[part] = chunk_losses(logits_CV, label_C, None)
             del logits_CV  # before those of the next chunk
         ctx.save_for_backward(hidden_ND, weight_VD, label_N)
         return losses_N
@@ -140,12 +143,17 @@ def _gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of scaled losses: of hidden states, and in fp32 of the weight, if wanted; fills in the losses."""
     gradient_ND = torch.empty_like(hidden_ND)
-    gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if of_weight else None
+    gradient_VD = None
+    if of_weight:
+        gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
     for part in _chunks(len(label_N)):
         hidden_CD = hidden_ND[part]
+        label_C = label_N[part]
+        scale_C = scale_N[part]
         logits_CV = hidden_CD @ weight_VD.T
-        losses_N[part] = chunk_losses(logits_CV, label_N[part], scale_N[part])
-        torch.mm(logits_CV, weight_VD, out=gradient_ND[part])
+        losses_N[part] = chunk_losses(logits_CV, label_C, scale_C)
+        gradient_CD = gradient_ND[part]
+        torch.mm(logits_CV, weight_VD, out=gradient_CD)
         if gradient_VD is not None:
             add_in_fp32(gradient_VD, logits_CV.T, hidden_CD)
         del logits_CV  # before those of the next chunk

@@ -198,10 +198,14 @@ class ChunkedAdamW:
                 parameter = part.parameter
                 weight = parameter.data[part.elements]
                 weights.append(weight)
-                masters.append(weight.float())  # itself where it is fp32
-                grads.append(_gradient_of(part))
-                firsts.append(first[part.place])
-                seconds.append(second[part.place])
+                master = weight.float()  # itself where it is fp32
+                masters.append(master)
+                grad = _gradient_of(part)
+                grads.append(grad)
+                of_first = first[part.place]
+                firsts.append(of_first)
+                of_second = second[part.place]
+                seconds.append(of_second)
                 step = self._optimizer.state[parameter]["step"]
                 counted = step if part.is_last else step.clone()
                 steps.append(counted)

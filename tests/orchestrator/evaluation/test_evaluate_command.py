@@ -141,17 +141,14 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_asked(
     data: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unfinished = make_run(home / "runs", runs.new_id("waiting"), None, name="waiting").name
-    whole = tmp_path / "whole"
-    shutil.copytree(TINY, whole)
     (tmp_path / "nothing").mkdir()
     task = data / "mixture.yaml"
     with pytest.raises(InputError) as caught:
-        fleetune.evaluate([unfinished, "unheard-of", str(whole), str(tmp_path / "nothing")], [task])
+        fleetune.evaluate([unfinished, "unheard-of", str(tmp_path / "nothing")], [task])
     lines = str(caught.value).splitlines()
     assert lines[0] == f"run {unfinished}: found no output; allowed: a run that has succeeded"
     assert lines[1].startswith("run 'unheard-of': no such run")
-    assert "found a whole model; allowed: an adapter" in lines[2]
-    assert "found no adapter_config.json or bottleneck_config.json" in lines[3]
+    assert "found no adapter_config.json or bottleneck_config.json" in lines[2]
     (tmp_path / "nothing" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(InputError, match="--base: missing; no run says which it is"):
         fleetune.evaluate([str(tmp_path / "nothing")], [task])
