@@ -107,12 +107,12 @@ class ChunkedAdamW:
         lanes = self._lanes
         lanes.begin()
         for number, chunk in enumerate(live):
-            slot = number % BUFFERS
-            on_device = buffers[slot]
+            buffer = number % BUFFERS
+            on_device = buffers[buffer]
             on_host = self.moments[:, chunk.place]
-            lanes.bring(slot, on_host, on_device)
+            lanes.bring(buffer, on_host, on_device)
             self._step_chunk(chunk, on_device)
-            lanes.take_back(slot, on_device, on_host)
+            lanes.take_back(buffer, on_device, on_host)
         lanes.end()
 
     def wait(self) -> None:

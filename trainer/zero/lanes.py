@@ -12,11 +12,11 @@ class OneLane:
     def begin(self) -> None:
         """Called before the first chunk: nothing is under way."""
 
-    def bring(self, slot: int, on_host: Tensor, on_device: Tensor) -> None:  # noqa: ARG002
+    def bring(self, buffer: int, on_host: Tensor, on_device: Tensor) -> None:  # noqa: ARG002
         """Have a chunk on the device, in a buffer that is at least as long."""
         _copy(on_host, on_device)
 
-    def take_back(self, slot: int, on_device: Tensor, on_host: Tensor) -> None:  # noqa: ARG002
+    def take_back(self, buffer: int, on_device: Tensor, on_host: Tensor) -> None:  # noqa: ARG002
         """Have on the host what the device made of a chunk."""
         _copy(on_device, on_host)
 
@@ -42,9 +42,9 @@ class Lanes:
         self._incoming.wait_stream(current)
         self._gone.clear()
 
-    def bring(self, slot: int, on_host: Tensor, on_device: Tensor) -> None:
+    def bring(self, buffer: int, on_host: Tensor, on_device: Tensor) -> None:
         """Have a chunk on the device for what follows, in a buffer from which the last one has gone."""
-        gone = self._gone.get(slot)
+        gone = self._gone.get(buffer)
         if gone is not None:
             self._incoming.wait_event(gone)
         with torch.cuda.stream(self._incoming):
@@ -52,14 +52,14 @@ class Lanes:
         current = torch.cuda.current_stream()
         current.wait_stream(self._incoming)
 
-    def take_back(self, slot: int, on_device: Tensor, on_host: Tensor) -> None:
+    def take_back(self, buffer: int, on_device: Tensor, on_host: Tensor) -> None:
         """Have what the device makes of a chunk go to the host once it is made."""
         current = torch.cuda.current_stream()
         self._outgoing.wait_stream(current)
         with torch.cuda.stream(self._outgoing):
             _copy(on_device, on_host)
         gone = self._outgoing.record_event()
-        self._gone[slot] = gone
+        self._gone[buffer] = gone
         self._last = gone
 
     def end(self) -> None:
