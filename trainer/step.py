@@ -33,7 +33,7 @@ def take_step(run: Run, step: int, feed: Feed, meter: Meter, request: SaveReques
     number = step - 1
     global_batch = run.batches.batch(number)
     if objective.generates:
-        global_batch = rollouts.rolled_out(run, step, global_batch)
+        global_batch = rollouts.rolled_out(run, step, feed)
     seed = hash((settings.seed, step, world.rank))
     torch.manual_seed(seed)
     stream = feed(global_batch)
