@@ -18,6 +18,8 @@ from methods.base import Setup
 from methods.registry import create
 from runfolder.chain import Attempt
 from runfolder.record import load_job
+from trainer.data.encode import Reading
+from trainer.data.tokens import tokenise
 from trainer.objectives.base import Arrays
 from trainer.rollouts import recorded_rollout
 
@@ -149,12 +151,11 @@ def test_losses_and_norms_of_groups_are_those_of_trl(name: str, new_run: Any, la
     reward = tmp_path / "rewards.py"
     reward.write_text(REWARD)
     options, _ = OBJECTIVES[name]
-    run = new_run(
-        "run",
-        objective=SHARED | {"reward": f"{reward}:digits"} | options,
-        data={"train": str(data)},
-        train={"steps": STEPS, "lr": RATE, "schedule": "constant", "warmup": 0, "clip": None, "batch_tokens": 64},
-    )
+    train = {"steps": STEPS, "lr": RATE, "schedule": "constant", "warmup": 0, "clip": None}
+    parts = {"objective": SHARED | {"reward": f"{reward}:digits"} | options, "data": {"train": str(data)}}
+    job = load_job(new_run("probe", **parts, train=train))
+    tokens = tokenise(str(data), AutoTokenizer.from_pretrained(job.base.model), Reading.of(job), tmp_path / "cache")
+    run = new_run("run", **parts, train=train | {"batch_tokens": int(tokens.lengths.sum())})
     launch(1, run)
     recorded = [recorded_rollout(Attempt(run, 1), step) for step in range(1, STEPS + 1)]
     rollouts = [rollout for rollout in recorded if rollout is not None]
