@@ -6,13 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from by_hand import adamw, base
 from finished_runs import Curve, curve, interrupted, rows
 from pydantic import ValidationError
 
 from methods.base import Setup
 from methods.registry import create
+from orchestrator.errors import InputError
+from orchestrator.planning.freeze import read_job
 from runfolder.chain import Attempt
+from runfolder.digests import changes, digests
 from runfolder.job import Job
 from runfolder.objectives import GrpoOptions
 from runfolder.record import load_job
@@ -207,6 +211,25 @@ def test_what_does_not_work_is_refused_with_the_reason(parts: dict[str, Any], pr
     Job.model_validate(job)
     with pytest.raises(ValidationError, match=problem):
         Job.model_validate(job | parts)
+
+
+def test_the_file_of_a_reward_is_part_of_the_job(tmp_path: Path) -> None:
+    rewards, data = tmp_path / "rewards.py", tmp_path / "rows.jsonl"
+    rewards.write_text(REWARD)
+    data.write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n')
+    written = {"base": "b", "method": "lora", "data": str(data), "train": {"steps": 1}}
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(yaml.safe_dump(written | {"objective": {"kind": "grpo", "reward": "rewards.py:digits"}}))
+    job, _ = read_job(job_file)
+    assert job.sources["objective.reward"] == str(rewards)
+    known = digests(job, None)
+    assert changes(job, known) == []
+    rewards.write_text(REWARD + "\n")
+    (change,) = changes(job, known)
+    assert change.startswith(f"objective.reward: {rewards} has changed since the submission")
+    rewards.unlink()
+    with pytest.raises(InputError, match=r"objective.reward: found no file rewards.py; allowed: exact_match, or"):
+        read_job(job_file)
 
 
 def test_equal_rewards_are_worth_nothing_whatever_rounding_leaves_of_them() -> None:

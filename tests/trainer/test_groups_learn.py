@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent.parent
 STEPS, LAST = 40, 5
 REWARD = """
 def listed(prompt, completion, row):
-    \"\"\"1 where all that is written is words of the list, which the prompt has between its colon and its arrow.\"\"\"
+    \"\"\"1 where all that is written is words of the list that the prompt has behind its colon.\"\"\"
     listed = prompt.partition(":")[2].replace("->", " ").split()
     words = completion.split()
     return float(bool(words) and all(word in listed for word in words))

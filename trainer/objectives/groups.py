@@ -235,6 +235,7 @@ class GroupPolicy(Objective):
         samples = self._options.samples
         groups = []
         for number, place in enumerate(places):
+            self.setup.progress(number)
             row = self._row(batch, place)
             first = number * samples
             stop = first + samples
