@@ -1,7 +1,9 @@
 """Which methods, bases and ZeRO stages an objective works with; each refusal names what is allowed instead."""
 
 from methods.options import Options
-from runfolder.objectives import GroupOptions, ObjectiveOptions, shares_prompts
+from runfolder.group_objectives import GroupOptions
+from runfolder.objective import ObjectiveOptions
+from runfolder.objectives import shares_prompts
 
 _MOVES_BASE = ("pissa", "olora")  # starts that take from the base's weights what they give the adapter
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from runfolder.objectives import GroupOptions
+from runfolder.group_objectives import GroupOptions
 from trainer.answers import matches
 from trainer.reward_function import RewardProcess
 

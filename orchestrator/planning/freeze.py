@@ -15,8 +15,9 @@ from orchestrator.planning.model import Model
 from orchestrator.tracking.environment import PACKAGES
 from orchestrator.tracking.password import secrets_of, without_secrets
 from runfolder.digests import Digests, digests
+from runfolder.group_objectives import GroupOptions
 from runfolder.job import Job
-from runfolder.objectives import GroupOptions, ObjectiveOptions
+from runfolder.objective import ObjectiveOptions
 from runfolder.site import Site
 from runfolder.sources import SubmitterFile, parse_source
 

@@ -9,12 +9,13 @@ from llamas import random_llama
 from methods.base import Setup
 from methods.options import KINDS
 from methods.registry import create
-from runfolder.objectives import GroupOptions
+from runfolder.group_objectives import GroupOptions
 from trainer.group_writer import AskedAnswer, GroupWriter, WrittenAnswer
 
 ENDS = (1,)
 TEMPERATURE = 1.5
 ASKED = [*(AskedAnswer((5, 6, 7, 8), 9, seed) for seed in range(4)), AskedAnswer((5, 6), 9, 77)]
+OPTIONS: dict[str, dict[str, Any]] = {"fourierft": {"frequencies": 64}}
 TRIED = sorted(KINDS.keys() - GroupOptions.refused_methods.keys())
 
 
@@ -31,7 +32,7 @@ def in_training(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any
     base = random_llama(
         vocab_size=300, initializer_range=0.2, bos_token_id=0, eos_token_id=ENDS[0], pad_token_id=2
     ).to(dtype)
-    method = create(KINDS[kind](kind=kind), Setup(3))
+    method = create(KINDS[kind](kind=kind, **OPTIONS.get(kind, {})), Setup(3))
     model: Any = method.attach(base)
     model.eval()
     moved(model)

@@ -17,8 +17,8 @@ from orchestrator.errors import InputError
 from orchestrator.planning.freeze import read_job
 from runfolder.chain import Attempt
 from runfolder.digests import changes, digests
+from runfolder.group_objectives import GrpoOptions
 from runfolder.job import Job
-from runfolder.objectives import GrpoOptions
 from runfolder.record import load_job
 from trainer.objectives.advantages import advantages_over_others, group_advantages
 from trainer.objectives.base import Arrays

@@ -9,7 +9,7 @@ import pytest
 from finished_runs import rows
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS, LAST = 40, 5
+STEPS, LAST = 18, 4
 REWARD = """
 def listed(prompt, completion, row):
     \"\"\"1 where all that is written is words of the list that the prompt has behind its colon.\"\"\"

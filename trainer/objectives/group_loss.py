@@ -4,7 +4,9 @@ With A the advantage of an answer, r the ratio of a token's probability under th
 that wrote it, and w how much likelier that policy was by the trainer than by the engine that drew the token (at most
 `importance_cap`; without gradient), a token costs
 
-    -w min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
+    -w min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta (e^d - d - 1),
+
+d the log of its probability at the start over that under the policy.
 
 With `ratio: answer`, r is the geometric mean over the answer's tokens (GSPO, Zheng et al. 2025,
 https://arxiv.org/abs/2507.18071). In RLOO an answer is one action: r and w are products over its tokens.
@@ -16,17 +18,18 @@ from dataclasses import dataclass
 
 import torch
 
-from runfolder.objectives import GroupOptions, GrpoOptions
+from runfolder.group_objectives import GroupOptions, GrpoOptions
 from trainer.objectives.base import TensorsByName, Totals
 from trainer.objectives.likelihood import summed_by_document
 
 
 @dataclass(frozen=True)
 class TokenCosts:
-    """What each token costs [N], and whether it is clipped [N]."""
+    """What each token costs [N], whether it is clipped [N], and its divergence from the reference [N], if asked."""
 
     costs: torch.Tensor
     is_clipped: torch.Tensor
+    divergence: torch.Tensor | None
 
 
 def token_costs(
@@ -51,7 +54,21 @@ def token_costs(
     is_clipped_N = worth_N < free_N
     weight_N = importance(options, old_N, batch)
     costs_N = -worth_N * weight_N
-    return TokenCosts(costs_N, is_clipped_N)
+    divergence_N = None
+    if isinstance(options, GrpoOptions) and "reference" in batch:
+        divergence_N = divergence(policy_N, batch["reference"])
+        costs_N = costs_N + options.beta * divergence_N
+    return TokenCosts(costs_N, is_clipped_N, divergence_N)
+
+
+def divergence(policy_N: torch.Tensor, reference_N: torch.Tensor) -> torch.Tensor:
+    """An estimate of the divergence from the reference that is never below 0: e^d - d - 1, d the log-ratio to it.
+
+    Schulman 2020, "Approximating KL Divergence", k3.
+    """
+    difference_N = reference_N - policy_N
+    ratio_N = difference_N.exp()
+    return ratio_N - difference_N - 1
 
 
 def importance(
@@ -112,7 +129,7 @@ def label_weights(
 
 def group_figures(
     old_N: torch.Tensor,
-    is_clipped_N: torch.Tensor,
+    found: TokenCosts,
     batch: TensorsByName,
     totals: Totals,
 ) -> TensorsByName:
@@ -128,9 +145,11 @@ def group_figures(
     engine_N = batch["engine"]
     difference_N = old_N - engine_N
     of_tokens = {
-        "tokens_clipped": is_clipped_N,
+        "tokens_clipped": found.is_clipped,
         "engine_distance": difference_N.abs(),
     }
+    if found.divergence is not None:
+        of_tokens["divergence"] = found.divergence.detach()
     means = {}
     for name, value_D in of_answers.items():
         real_D = value_D * is_real_D

@@ -28,7 +28,8 @@ _STANDS_IN: Arrays = {
     "is_cut": _NOBODY,
     "is_real": _NOBODY,
 }
-OF_LABELS = ("engine", "policy")  # log-probabilities of tokens: the engine's, and the trainer's before its updates
+# Log-probabilities of tokens: the engine's, the trainer's before its updates, and those of the policy at the start.
+OF_LABELS = ("engine", "policy", "reference")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def recorded_groups(groups: Iterable[JudgedGroup], ends: Sequence[int]) -> Array
 
 def policy_of_all(
     rollout: Arrays,
-    passes: Iterable[TensorsByName],
+    passes: Sequence[TensorsByName],
     policy: Callable[[TensorsByName], torch.Tensor],
 ) -> npt.NDArray[np.float32]:
     """What `policy` gives each token of a rollout [N], from this rank's micro-batches of it; a collective."""

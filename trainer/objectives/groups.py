@@ -9,6 +9,7 @@ Shapes: D documents, each a prompt with one answer; N labels; P prompts, G answe
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from runfolder.objectives import GroupOptions, GrpoOptions
+from runfolder.group_objectives import GroupOptions, GrpoOptions
 from trainer.data.examples import Examples, GlobalBatch
 from trainer.data.files import RowError, records
 from trainer.data.layout import MicroBatch
@@ -127,13 +128,15 @@ class GroupPolicy(Objective):
         rollout: Arrays,
         passes: Iterable[TensorsByName],
     ) -> None:
-        """Where several updates follow, add what the policy before them gives each token."""
-        if self._options.updates > 1:
-            rollout["policy"] = policy_of_all(
-                rollout,
-                passes,
-                lambda batch: self._policy(model, batch),
-            )
+        """Add what the policy before several updates gives each token, and that before the first step, if asked."""
+        options = self._options
+        batches = list(passes)
+        policy = partial(self._policy, model)
+        if options.updates > 1:
+            rollout["policy"] = policy_of_all(rollout, batches, policy)
+        if isinstance(options, GrpoOptions) and options.beta > 0:
+            with self.method.reference(model):
+                rollout["reference"] = policy_of_all(rollout, batches, policy)
 
     def rolled_out(self, batch: GlobalBatch, rollout: Arrays) -> GlobalBatch:
         """Each answer as an example of its own: its advantage is known, and needs the others no more."""
@@ -181,7 +184,7 @@ class GroupPolicy(Objective):
         weighted_N = weight_N * found.costs
         metrics = group_figures(
             old_N,
-            found.is_clipped,
+            found,
             batch,
             totals,
         )
