@@ -60,8 +60,8 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "rloo": ({"kind": "rloo"}, {}),
     "rloo_twice": (
-        {"kind": "rloo", "updates": 2, "clip_low": 0.025, "clip_high": 0.025},
-        {"num_iterations": 2, "epsilon": 0.025, "epsilon_high": 0.025},
+        {"kind": "rloo", "updates": 2, "clip_low": 0.02, "clip_high": 0.02},
+        {"num_iterations": 2, "epsilon": 0.02, "epsilon_high": 0.02},
     ),
 }
 
