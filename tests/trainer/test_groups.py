@@ -1,6 +1,9 @@
 """GRPO and RLOO: what a step learns from answers of its own, in several layouts, against the same by hand."""
 
+import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,26 +20,26 @@ from orchestrator.errors import InputError
 from orchestrator.planning.freeze import read_job
 from runfolder.chain import Attempt
 from runfolder.digests import changes, digests
-from runfolder.group_objectives import GrpoOptions
+from runfolder.group_objectives import GrpoOptions, RlooOptions
 from runfolder.job import Job
 from runfolder.record import load_job
 from trainer.objectives.advantages import advantages_over_others, group_advantages
 from trainer.objectives.base import Arrays
+from trainer.objectives.group_loss import token_costs
 from trainer.reward_function import RewardFailed
 from trainer.rewards import RewardSample, reward_of
-from trainer.rollouts import recorded_rollout
+from trainer.rollouts import RolloutLost, recorded_rollout, rolled_out
 from trainer.schedule import learning_rate
 
 STEPS, HALF, SAMPLES = 6, 3, 3
 REWARD = '''
 from pathlib import Path
 
-def digits(prompt, completion, row):
-    """The share of digits, which no two answers of a random model have alike; and a little for the row's answer."""
+def spread(prompt, completion, row):
+    """What few answers of a random model have alike; and a little for the row's answer."""
     with Path(__file__).with_name("calls.txt").open("a") as stream:
         print(repr((prompt, completion)), file=stream)
-    found = sum(character.isdigit() for character in completion)
-    return found / (1 + len(completion)) + len(row["completion"]) / 100
+    return sum(map(ord, completion)) % 11 / 11 + len(row["completion"]) / 100
 '''
 OBJECTIVES = {
     "grpo": {"kind": "grpo"},
@@ -48,20 +51,22 @@ LAYOUTS = [(1, 0, 1, False), (2, 2, 2, True)]  # workers, ZeRO, micro-batch, pac
 
 
 @pytest.fixture
-def group_run(new_run: Any, tmp_path: Path) -> Any:
+def group_run(new_run: Any, ending_base: Path, held_out: Path, tmp_path: Path) -> Any:
     """Make the folder of a run that learns from groups: two or three prompts a step."""
     reward = tmp_path / "rewards.py"
     reward.write_text(REWARD)
 
     def make(name: str, options: dict[str, Any], zero: int = 0, micro: int = 1, packed: bool = False) -> Path:
-        shared = {"reward": f"{reward}:digits", "samples": SAMPLES, "new_tokens": 7, "temperature": 1.5}
+        shared = {"reward": f"{reward}:spread", "samples": SAMPLES, "new_tokens": 7, "temperature": 1.5}
         run: Path = new_run(
             name,
+            base=str(ending_base),
             objective=shared | options,
-            data={"packing": packed},
+            data={"packing": packed, "eval": str(held_out)},
             train={"steps": STEPS, "batch_tokens": 60, "lr": 1e-2, "micro_batch": micro},
             sharding={"zero": zero},
             checkpoint={"every": HALF, "keep": 9},
+            evaluation={"before": False, "rows": 6, "max_new_tokens": 4},
         )
         return run
 
@@ -122,6 +127,13 @@ def by_hand(run: Path) -> Curve:
     return found
 
 
+def judged(run: Path, attempt: int) -> dict[str, float]:
+    """What was found of the held-out rows at the end."""
+    lines = (run / "attempts" / str(attempt) / "metrics.jsonl").read_text().splitlines()
+    last = [row for row in map(json.loads, lines) if "eval_loss" in row][-1]
+    return {name: value for name, value in last.items() if name.startswith("eval_")}
+
+
 def calls(run: Path) -> list[str]:
     """What the reward of the window's run was asked."""
     return (run.parent / "calls.txt").read_text().splitlines()
@@ -135,6 +147,7 @@ def test_a_step_is_that_of_its_formula(name: str, group_run: Any, launch: Any) -
         rollout = rollout_of(run, step)
         texts = [tuple(ids[prompt:].tolist()) for ids, prompt in documents(rollout)]
         assert len(set(texts)) > len(texts) / 2  # the answers to a prompt differ
+        assert len(set(map(len, texts))) > 2  # else the means over answers, over tokens and over lengths are one
     reported = rows(run, 1).values()
     assert all(row["groups_without_signal"] < 0.5 and row["engine_distance"] < 1e-5 for row in reported)
     assert min(norm for _, norm in curve(run)) > 1e-3
@@ -160,7 +173,10 @@ def test_what_is_written_and_learned_depends_on_no_layout_and_resumes_bitwise(gr
     again = interrupted(one, "again", HALF)
     launch(1, again)
     assert curve(again, 2) == curve(one)[HALF:]
-    assert calls(one) == before  # no reward is asked twice for what is recorded
+    assert judged(again, 2) == judged(one, 1)
+    assert {"eval_reward", "eval_exact_match"} <= judged(one, 1).keys()
+    asked = calls(one)[len(before) :]
+    assert len(asked) == 2 + 6 * SAMPLES  # a check, and held-out rows: no reward is asked twice for what is recorded
     anew = interrupted(one, "anew", HALF)
     (anew / "attempts" / "1" / "rollouts" / "step-5.safetensors").unlink()
     launch(1, anew)
@@ -219,7 +235,7 @@ def test_the_file_of_a_reward_is_part_of_the_job(tmp_path: Path) -> None:
     data.write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n')
     written = {"base": "b", "method": "lora", "data": str(data), "train": {"steps": 1}}
     job_file = tmp_path / "job.yaml"
-    job_file.write_text(yaml.safe_dump(written | {"objective": {"kind": "grpo", "reward": "rewards.py:digits"}}))
+    job_file.write_text(yaml.safe_dump(written | {"objective": {"kind": "grpo", "reward": "rewards.py:spread"}}))
     job, _ = read_job(job_file)
     assert job.sources["objective.reward"] == str(rewards)
     known = digests(job, None)
@@ -230,6 +246,44 @@ def test_the_file_of_a_reward_is_part_of_the_job(tmp_path: Path) -> None:
     rewards.unlink()
     with pytest.raises(InputError, match=r"objective.reward: found no file rewards.py; allowed: exact_match, or"):
         read_job(job_file)
+
+
+def costs(options: Any, growth: list[float], excess: float) -> list[float]:
+    """What the tokens of two answers cost, of two tokens and of one, whose advantages are 1 and -1."""
+    old_N = torch.tensor([-1.0, -2.0, -3.0])
+    batch = {
+        "labels": torch.tensor([2, 1]),
+        "advantage": torch.tensor([1.0, -1.0]),
+        "engine": old_N - excess,
+    }
+    found = token_costs(options, old_N + torch.tensor(growth), old_N, batch)
+    return found.costs.tolist()
+
+
+def test_ratios_are_clipped_where_they_gain_and_weighed_by_what_the_engine_thought() -> None:
+    up, down = math.log(1.5), math.log(0.5)
+    grpo = GrpoOptions(clip_low=0.2, clip_high=0.3, importance_cap=2.0)
+    assert costs(grpo, [up, down, up], 0.0) == pytest.approx([-1.3, -0.5, 1.5])
+    assert costs(grpo, [0.0, 0.0, down], 0.0) == pytest.approx([-1.0, -1.0, 0.8])
+    assert costs(grpo, [0.0, 0.0, 0.0], math.log(1.7)) == pytest.approx([-1.7, -1.7, 1.7])
+    assert costs(grpo, [0.0, 0.0, 0.0], math.log(9)) == pytest.approx([-2.0, -2.0, 2.0])
+    assert costs(grpo.model_copy(update={"importance_cap": None}), [0.0] * 3, math.log(9)) == [-1.0, -1.0, 1.0]
+    of_answers = grpo.model_copy(update={"ratio": "answer"})
+    assert costs(of_answers, [2 * up, 0.0, down], 0.0) == pytest.approx([-1.3, -1.3, 0.8])  # the mean: up
+    rloo = RlooOptions(clip_low=0.2, clip_high=0.3, importance_cap=4.0)
+    assert costs(rloo, [math.log(1.1)] * 2 + [0.0], 0.0) == pytest.approx([-1.21, -1.21, 1.0])
+    assert costs(rloo, [0.0] * 3, math.log(1.7)) == pytest.approx([-2.89, -2.89, 1.7])
+
+
+def test_a_window_whose_answers_are_lost_is_not_written_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy has moved within the window: what it wrote now would be of another one than the steps before had."""
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda *_, **__: None)
+    world = SimpleNamespace(leads=False, device=None)
+    run: Any = SimpleNamespace(
+        world=world, objective=SimpleNamespace(rollout_step=lambda _: 1), batches=SimpleNamespace(batch=lambda k: k)
+    )
+    with pytest.raises(RolloutLost, match="step 4 learns from what was written for step 1, which is not recorded"):
+        rolled_out(run, 4, list)
 
 
 def test_equal_rewards_are_worth_nothing_whatever_rounding_leaves_of_them() -> None:

@@ -144,7 +144,9 @@ def trained_by_trl(name: str, run: Path, folder: Path, rollouts: list[Arrays]) -
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_losses_and_norms_of_groups_are_those_of_trl(name: str, new_run: Any, launch: Any, tmp_path: Path) -> None:
+def test_losses_and_norms_of_groups_are_those_of_trl(
+    name: str, new_run: Any, launch: Any, ending_base: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("trl")
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -152,7 +154,11 @@ def test_losses_and_norms_of_groups_are_those_of_trl(name: str, new_run: Any, la
     reward.write_text(REWARD)
     options, _ = OBJECTIVES[name]
     train = {"steps": STEPS, "lr": RATE, "schedule": "constant", "warmup": 0, "clip": None}
-    parts = {"objective": SHARED | {"reward": f"{reward}:digits"} | options, "data": {"train": str(data)}}
+    parts: dict[str, Any] = {
+        "base": str(ending_base),
+        "objective": SHARED | {"reward": f"{reward}:digits"} | options,
+        "data": {"train": str(data)},
+    }
     job = load_job(new_run("probe", **parts, train=train))
     tokens = tokenise(str(data), AutoTokenizer.from_pretrained(job.base.model), Reading.of(job), tmp_path / "cache")
     run = new_run("run", **parts, train=train | {"batch_tokens": int(tokens.lengths.sum())})
@@ -160,6 +166,8 @@ def test_losses_and_norms_of_groups_are_those_of_trl(name: str, new_run: Any, la
     recorded = [recorded_rollout(Attempt(run, 1), step) for step in range(1, STEPS + 1)]
     rollouts = [rollout for rollout in recorded if rollout is not None]
     assert all(len(rollout["rewards"]) == len(ROWS) * SAMPLES for rollout in rollouts)
+    lengths = [np.diff(rollout["ends"], prepend=0) - rollout["prompts"] for rollout in rollouts]
+    assert all(len(set(of_answers.tolist())) > 2 for of_answers in lengths)
     theirs = trained_by_trl(name, run, tmp_path / "trl", rollouts)
     assert min(norm for _, norm in theirs) > 1e-3  # a loss alone says nothing: it is about zero whatever is learned
     for ours, trl in zip(curve(run), theirs, strict=True):
