@@ -37,7 +37,10 @@ def digests(job: Job, base: Path | None, digest_there: Callable[[Path], str | No
     if base:
         scratch = job.base.init == "scratch"
         model = folder_digest(base, scratch)
-    return {"data.train": train, "data.eval": evaluated, "base": model}
+    found: Digests = {"data.train": train, "data.eval": evaluated, "base": model}
+    if job.objective.reward_file:
+        found["objective.reward"] = file_digest(job.objective.reward_file, digest_there)
+    return found
 
 
 def file_digest(source: str, digest_there: Callable[[Path], str | None] = sha256) -> str | None:

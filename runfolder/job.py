@@ -8,7 +8,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from methods.options import KINDS, AnyOptions
 from methods.options.full import Full
-from runfolder.objectives import AnyObjective, SftOptions, shares_prompts
+from runfolder.objective_fit import check_base, check_method, check_stage
+from runfolder.objectives import AnyObjective, SftOptions
 from runfolder.resources import Resources, Section, as_mapping
 from runfolder.training import Sharding, Train
 from runfolder.variables import Variables
@@ -159,21 +160,9 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _method_fits_objective(self) -> "Job":
-        objective = self.objective
-        method = self.method.kind
-        reason = objective.refused_methods.get(method)
-        if reason is not None:
-            raise ValueError(f"objective {objective.kind} with method {method}: {reason}")
-        if shares_prompts(objective) and method == "longlora":
-            raise ValueError(
-                "objective.share_prompts with method longlora, whose attention in training is by places in a row; "
-                "allowed: false, or method lora"
-            )
-        if objective.replaces_head and self.base.resize_embeddings and not self.method.makes_model:
-            raise ValueError(
-                f"base.resize_embeddings with objective {objective.kind} and method {method}, which would train rows "
-                "of a head that is not there; allowed: method full or galore"
-            )
+        check_method(self.objective, self.method)
+        check_base(self.objective, self.method, self.base.resize_embeddings)
+        check_stage(self.objective, self.sharding.zero)
         return self
 
     @model_validator(mode="after")
@@ -261,6 +250,9 @@ class Job(Section):
         by_field = {"data.train": self.data.train}
         if self.data.eval:
             by_field["data.eval"] = self.data.eval
+        reward = self.objective.reward_file
+        if reward:
+            by_field["objective.reward"] = reward
         return by_field
 
     def dump(self) -> dict[str, Any]:

@@ -9,26 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from runfolder.resources import Section
+from runfolder.group_objectives import GrpoOptions, RlooOptions
+from runfolder.objective import GENTLE, ObjectiveOptions, RowsRead
 
-RowsRead = Literal["answers", "pairs", "margins", "judged"]
 OBJECTIVES_GROUP = "fleetune.objectives"
 _FROM_OUTSIDE = "another package's"
-_GENTLE = 0.05  # 1e-6 in TRL, where supervised tuning of all weights has 2e-5
 _NO_END = "behind vectors in front, transformers does not find the end of a padded answer; nearest: prefix"
 _REFERENCE = "one forward pass over all answers before the first step, kept for jobs with the same start"
-
-
-class ObjectiveOptions(Section):
-    """What all objectives share: a kind, and the rows that they read."""
-
-    kind: str  # how a job names the objective: a Literal with a default, in each class that stands for one
-    implementation: ClassVar[str]  # "module:class" of what is imported where it trains
-    rows: ClassVar[RowsRead] = "answers"
-    rate_factor: ClassVar[float] = 1.0  # of the method's default learning rate, which is one for supervised tuning
-    needs: ClassVar[str] = ""  # what it takes beside a forward and a backward pass over its rows, in words
-    refused_methods: ClassVar[Mapping[str, str]] = {}  # the methods that do not work with it, and why
-    replaces_head: ClassVar[bool] = False  # what is trained has a head of the objective's, not the vocabulary's
 
 
 class SftOptions(ObjectiveOptions):
@@ -52,7 +39,7 @@ class DpoOptions(PairOptions):
 
     kind: Literal["dpo"] = "dpo"
     implementation: ClassVar[str] = "trainer.objectives.dpo:DirectPreference"
-    rate_factor: ClassVar[float] = _GENTLE
+    rate_factor: ClassVar[float] = GENTLE
     needs: ClassVar[str] = _REFERENCE
     loss: Literal["sigmoid", "ipo", "hinge"] = Field(
         "sigmoid", description="what a margin costs: log-sigmoid, distance to 1/(2 beta) squared, or below 1 linear"
@@ -82,7 +69,7 @@ class SimpoOptions(PairOptions):
 
     kind: Literal["simpo"] = "simpo"
     implementation: ClassVar[str] = "trainer.objectives.simpo:SimplePreference"
-    rate_factor: ClassVar[float] = _GENTLE
+    rate_factor: ClassVar[float] = GENTLE
     beta: float = Field(2.0, gt=0, description="how strongly a log-likelihood per token counts")
     gamma: float = Field(1.0, ge=0, description="by how much the chosen answer's reward is to lead")
 
@@ -101,7 +88,7 @@ class KtoOptions(ObjectiveOptions):
 
     kind: Literal["kto"] = "kto"
     implementation: ClassVar[str] = "trainer.objectives.kto:ProspectTheory"
-    rate_factor: ClassVar[float] = _GENTLE
+    rate_factor: ClassVar[float] = GENTLE
     rows: ClassVar[RowsRead] = "judged"
     needs: ClassVar[str] = f"{_REFERENCE}; in each step one more over the answers of neighbours"
     beta: float = Field(0.1, gt=0, description="how strongly a change of log-likelihood counts")
@@ -148,6 +135,8 @@ OBJECTIVES: Mapping[str, type[ObjectiveOptions]] = {
     "orpo": OrpoOptions,
     "kto": KtoOptions,
     "reward": RewardOptions,
+    "grpo": GrpoOptions,
+    "rloo": RlooOptions,
 }
 
 

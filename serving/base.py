@@ -122,8 +122,13 @@ class FrozenBase:
 
 
 def has_one_type(model: Any, dtype: torch.dtype) -> bool:
-    """Whether all parameters of a model are floating-point numbers of this type."""
-    for weight in model.parameters():
+    """Whether all parameters are floating-point numbers of this type; of a model in training, all frozen ones."""
+    weights = list(model.parameters())
+    frozen = []
+    for weight in weights:
+        if not weight.requires_grad:
+            frozen.append(weight)
+    for weight in frozen or weights:
         if weight.dtype != dtype:
             return False
     return dtype.is_floating_point

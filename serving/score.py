@@ -58,12 +58,18 @@ def scored_rows(sequence: Sequence, span: Span) -> list[Scored]:
 
 
 def log_probabilities(forward: Forward, scored: list[Scored], hidden_TD: Tensor) -> tuple[list[float], list[bool]]:
-    """The log-probability of the token behind each of these rows, and whether no other one is likelier."""
+    """The log-probability of the token behind each of these rows, and whether no other one is likelier.
+
+    It is that of drawing the token at its request's temperature, where that is not 0.
+    """
     owners: list[Owner] = []
     rows: list[int] = []
     tokens: list[int] = []
+    temperatures: list[float] = []
     for item in scored:
-        owners.append(item.sequence.resident)
+        sequence = item.sequence
+        temperatures.append(sequence.request.scored_temperature)
+        owners.append(sequence.resident)
         rows.append(item.row)
         tokens.append(item.token)
     device = forward.device
@@ -71,7 +77,9 @@ def log_probabilities(forward: Forward, scored: list[Scored], hidden_TD: Tensor)
     adapters = adapters.to(device)
     hidden_ND = hidden_TD[rows]
     logits_NV = forward.decoder.logits(hidden_ND, adapters)
-    logits_NV = logits_NV.float()
+    temperature_N = torch.tensor(temperatures, device=device)
+    temperature_N1 = temperature_N[:, None]
+    logits_NV = logits_NV.float() / temperature_N1
     log_NV = logits_NV.log_softmax(-1)
     token_N = torch.tensor(tokens, device=device)
     token_N1 = token_N[:, None]

@@ -6,6 +6,7 @@ what is there, so it reports the same loss, though a generating engine need not 
 
 import os
 import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -15,31 +16,48 @@ from safetensors.numpy import load_file, save_file
 from runfolder.chain import Attempt, attempts
 from runfolder.files import sync_folder
 from trainer.data.examples import GlobalBatch
-from trainer.objectives.base import Arrays
+from trainer.objectives.base import Arrays, TensorsByName
 from trainer.run import Run
 
+PassesOf = Callable[[GlobalBatch], Iterable[TensorsByName]]  # from a global batch to this rank's micro-batches
 
-def rolled_out(run: Run, step: int, batch: GlobalBatch) -> GlobalBatch:
-    """The batch that the model has written for a step: as it was recorded, or now; every rank calls it."""
+
+class RolloutLost(RuntimeError):
+    """What was written for a step is not recorded any more, and the policy that wrote it has moved since."""
+
+
+def rolled_out(run: Run, step: int, passes_of: PassesOf) -> GlobalBatch:
+    """The batch that the model has written for a step: as it was recorded, or now; every rank calls it.
+
+    Raises RolloutLost where a step learns from what was written for one before it, which is not there.
+    """
     world = run.world
+    first = run.objective.rollout_step(step)
+    batch = run.batches.batch(first - 1)
     known: list[Arrays | None] = [None]
     if world.leads:
-        known = [recorded_rollout(run.attempt, step)]
+        known = [recorded_rollout(run.attempt, first)]
     dist.broadcast_object_list(known, device=world.device)
     rollout = known[0]
     if rollout is None:
-        rollout = written(run, step, batch)
+        if first != step:
+            raise RolloutLost(f"step {step} learns from what was written for step {first}, which is not recorded")
+        rollout = written(run, step, batch, passes_of)
     if world.leads:  # the others cannot finish the update, a collective, before it is on disk
-        write_rollout(run.attempt, step, rollout)
+        write_rollout(run.attempt, first, rollout)
     return run.objective.rolled_out(batch, rollout)
 
 
-def written(run: Run, step: int, batch: GlobalBatch) -> Arrays:
+def written(run: Run, step: int, batch: GlobalBatch, passes_of: PassesOf) -> Arrays:
     """What the model writes now for the examples of a batch."""
     model = run.model
+    objective = run.objective
     model.eval()
     with torch.no_grad():
-        rollout = run.objective.rollout(model, batch, step)
+        rollout = objective.rollout(model, batch, step)
+        as_batch = objective.rolled_out(batch, rollout)
+        passes = passes_of(as_batch)
+        objective.complete_rollout(model, rollout, passes)
     model.train()
     return rollout
 

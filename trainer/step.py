@@ -50,7 +50,7 @@ def apply_step(run: Run, step: int, feed: Feed, factor: float = 1.0) -> StepTake
     number = step - 1
     global_batch = run.batches.batch(number)
     if objective.generates:
-        global_batch = rollouts.rolled_out(run, step, global_batch)
+        global_batch = rollouts.rolled_out(run, step, feed)
     seed = hash((settings.seed, step, world.rank))
     torch.manual_seed(seed)
     stream = feed(global_batch)

@@ -15,7 +15,9 @@ from orchestrator.planning.model import Model
 from orchestrator.tracking.environment import PACKAGES
 from orchestrator.tracking.password import secrets_of, without_secrets
 from runfolder.digests import Digests, digests
+from runfolder.group_objectives import GroupOptions
 from runfolder.job import Job
+from runfolder.objective import ObjectiveOptions
 from runfolder.site import Site
 from runfolder.sources import SubmitterFile, parse_source
 
@@ -50,7 +52,17 @@ def absolute(job: Job, folder: Path) -> Job:
     base_folder = _existing(base.model, folder)
     if base_folder and base_folder.is_dir():
         base = base.model_copy(update={"model": str(base_folder)})
-    return job.model_copy(update={"data": data, "base": base})
+    objective = with_reward_file(job, lambda file: _reward_path(file, folder))
+    return job.model_copy(update={"data": data, "base": base, "objective": objective})
+
+
+def with_reward_file(job: Job, moved: Callable[[str], str]) -> ObjectiveOptions:
+    """A job's objective with the file of its reward, if it has one, where `moved` says."""
+    objective = job.objective
+    file = objective.reward_file
+    if not isinstance(objective, GroupOptions) or file is None:
+        return objective
+    return objective.with_reward_file(moved(file))
 
 
 def input_digests(job: Job, model: Model, site: Site) -> Digests:
@@ -76,7 +88,8 @@ def brought(job: Job, model: Model, site: Site, sent: Sent) -> Job:
     base = job.base
     if model.folder is not None and Path(base.model).is_dir():
         base = base.model_copy(update={"model": bring(model.folder)})
-    return job.model_copy(update={"data": data, "base": base})
+    objective = with_reward_file(job, lambda file: bring(Path(file)))
+    return job.model_copy(update={"data": data, "base": base, "objective": objective})
 
 
 def places_before(job: Job, there: Job) -> dict[str, str]:
@@ -85,6 +98,7 @@ def places_before(job: Job, there: Job) -> dict[str, str]:
         "base.model": (job.base.model, there.base.model),
         "data.train": (job.data.train, there.data.train),
         "data.eval": (job.data.eval, there.data.eval),
+        "objective.reward": (job.objective.reward_file, there.objective.reward_file),
     }
     before = {}
     for field, (path, path_there) in paths.items():
@@ -136,6 +150,14 @@ def _absolute_source(source: str, folder: Path) -> str:
     if isinstance(parse_source(source), SubmitterFile):
         return str(_absolute_path(source, folder))
     return source
+
+
+def _reward_path(file: str, folder: Path) -> str:
+    """The file of a reward as an absolute path; raises InputError where there is none."""
+    path = _existing(file, folder)
+    if path is None or not path.is_file():
+        raise InputError(f"objective.reward: found no file {file}; allowed: exact_match, or file.py:function")
+    return str(path)
 
 
 def _existing(path: str, folder: Path) -> Path | None:

@@ -7,7 +7,8 @@ from pydantic import BaseModel
 
 from methods.options import KINDS, Options
 from runfolder.job import Job
-from runfolder.objectives import OBJECTIVES, ObjectiveOptions
+from runfolder.objective import ObjectiveOptions
+from runfolder.objectives import OBJECTIVES
 
 
 def undescribed(model: type[BaseModel], path: str = "") -> Iterator[str]:

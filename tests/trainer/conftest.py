@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,15 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(json.dumps(row) + "\n")
     path.write_text("".join(lines))
     return path
+
+
+@pytest.fixture(scope="session")
+def ending_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base with so many tokens that end an answer that what it writes has all lengths."""
+    folder = tmp_path_factory.mktemp("ending") / "base"
+    shutil.copytree(tiny_base, folder)
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text())
+    ends = [config["eos_token_id"], *range(500, 600)]
+    path.write_text(json.dumps(config | {"eos_token_id": ends}))
+    return folder

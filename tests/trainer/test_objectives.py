@@ -156,7 +156,7 @@ def test_an_unknown_objective_is_refused_with_what_is_allowed(new_run: Any) -> N
     for found, hint in (("stf", "did you mean 'sft'? "), ("imitation", "")):
         with pytest.raises(ValidationError) as refused:
             Job.model_validate(job | {"objective": found})
-        ours = "'dpo', 'hungry', 'kto', 'orpo', 'pairs', 'reward', 'sft', 'simpo'"
+        ours = "'dpo', 'grpo', 'hungry', 'kto', 'orpo', 'pairs', 'reward', 'rloo', 'sft', 'simpo'"
         known = f"{ours}, 'slow', 'slowly_judged', 'steady', 'written_pairs'"
         allowed = f"{known}, or one of a package that is installed here"
         line = f"objective.kind: found '{found}'; {hint}allowed: {allowed}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from runfolder.objectives import RowsRead
+from runfolder.objective import RowsRead
 from trainer.data.control import ControlTokens
 from trainer.data.files import RowError, SourceName
 from trainer.data.offsets import IdList, IdsAndOffsets, Offsets, end_of_text, starts_and_stops, untrimmed

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from runfolder.objectives import RowsRead
+from runfolder.objective import RowsRead
 from trainer.data.cells import finite_number, is_empty, text_of
 from trainer.data.chats import Messages, turns_in
 from trainer.data.files import RowError, SourceName, describe_value, reject

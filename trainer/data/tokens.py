@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from runfolder.objectives import RowsRead
+from runfolder.objective import RowsRead
 from trainer.data.answers import shard_of_preferences
 from trainer.data.counts import Counts
 from trainer.data.encode import Encoder, Ids, LabelMask, Reading

@@ -25,6 +25,8 @@ def forecast(
 
     With `of_passes` in that of its forward and backward passes alone, which are what a calibration tries.
     """
+    if job.objective.generates:
+        raise ValueError(f"objective {job.objective.kind} learns from what the model writes, of unknown length")
     if isinstance(job.objective, OutsideOptions):
         raise ValueError(f"objective {job.objective.kind} is another package's, which may read what no length tells")
     dtype = DTYPES[precision]

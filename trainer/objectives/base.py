@@ -112,6 +112,13 @@ class Objective(ABC):
         """
         raise NotImplementedError
 
+    def rollout_step(self, step: int) -> int:
+        """The step whose rollout, and whose examples, a step learns from: its own, or one before it."""
+        return step
+
+    def complete_rollout(self, model: nn.Module, rollout: Arrays, passes: Iterable[TensorsByName]) -> None:  # noqa: B027
+        """Add to a rollout what the model says of it before the update, in this rank's passes; a collective."""
+
     def rolled_out(self, batch: GlobalBatch, rollout: Arrays) -> GlobalBatch:
         """The batch whose documents the model wrote; a pure function."""
         raise NotImplementedError

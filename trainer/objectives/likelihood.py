@@ -70,25 +70,32 @@ def summed_by_document(losses_N: torch.Tensor, counts_D: torch.Tensor) -> torch.
     return torch.segment_reduce(exact_N, "sum", lengths=counts_D, unsafe=True)
 
 
-def label_losses(model: nn.Module, batch: Mapping[str, torch.Tensor], kernels: Kernels) -> torch.Tensor:
-    """The cross-entropy [N] of each label, fp32; the logits of a chunk are held in fp32, never those of all."""
-    if kernels.head:
+def label_losses(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], kernels: Kernels, temperature: float = 1.0
+) -> torch.Tensor:
+    """The cross-entropy [N] of each label, fp32, of logits that are divided by a temperature.
+
+    The logits of a chunk are held in fp32, never those of all.
+    """
+    if kernels.head and temperature == 1:
         return labels.losses(model, batch, kernels.head)
     logits_NV = labels.logits(model, batch)
     label_N = batch["label"]
     if len(label_N) <= CHUNK:
-        return _losses_of_chunk(logits_NV, label_N)
+        return _losses_of_chunk(logits_NV, label_N, temperature)
     logits_chunks = logits_NV.split(CHUNK)
     label_chunks = label_N.split(CHUNK)
     chunks = zip(logits_chunks, label_chunks, strict=True)
     losses = []
     for logits_CV, label_C in chunks:
-        losses_C = checkpoint(_losses_of_chunk, logits_CV, label_C, use_reentrant=False)
+        losses_C = checkpoint(_losses_of_chunk, logits_CV, label_C, temperature, use_reentrant=False)
         losses.append(losses_C)
     return torch.cat(losses)
 
 
-def _losses_of_chunk(logits_CV: torch.Tensor, label_C: torch.Tensor) -> torch.Tensor:
+def _losses_of_chunk(logits_CV: torch.Tensor, label_C: torch.Tensor, temperature: float) -> torch.Tensor:
     """The cross-entropy of a chunk's labels; zero for an ignored one."""
     fp32_CV = logits_CV.float()
+    if temperature != 1:
+        fp32_CV = fp32_CV / temperature
     return cross_entropy(fp32_CV, label_C, ignore_index=IGNORED, reduction="none")

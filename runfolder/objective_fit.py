@@ -1,0 +1,51 @@
+"""Which methods, bases and ZeRO stages an objective works with; each refusal names what is allowed instead."""
+
+from methods.options import Options
+from runfolder.group_objectives import GroupOptions
+from runfolder.objective import ObjectiveOptions
+from runfolder.objectives import shares_prompts
+
+_MOVES_BASE = ("pissa", "olora")  # starts that take from the base's weights what they give the adapter
+
+
+def check_method(objective: ObjectiveOptions, method: Options) -> None:
+    """Raise ValueError where an objective does not work with a method."""
+    reason = objective.refused_methods.get(method.kind)
+    if reason is not None:
+        raise ValueError(f"objective {objective.kind} with method {method.kind}: {reason}")
+    if shares_prompts(objective) and method.kind == "longlora":
+        raise ValueError(
+            "objective.share_prompts with method longlora, whose attention in training is by places in a row; "
+            "allowed: false, or method lora"
+        )
+    start = getattr(method, "init", None)
+    if isinstance(objective, GroupOptions) and start in _MOVES_BASE:
+        raise ValueError(
+            f"objective {objective.kind} with method.init {start}, which moves the base's weights: the generating "
+            "engine would add to them what is left for the base as it was; allowed: default"
+        )
+
+
+def check_base(objective: ObjectiveOptions, method: Options, resizes_embeddings: bool) -> None:
+    """Raise ValueError where an objective cannot have a base whose embeddings are resized."""
+    if not resizes_embeddings:
+        return
+    if objective.replaces_head and not method.makes_model:
+        raise ValueError(
+            f"base.resize_embeddings with objective {objective.kind} and method {method.kind}, which would train "
+            "rows of a head that is not there; allowed: method full or galore"
+        )
+    if objective.generates:
+        raise ValueError(
+            f"base.resize_embeddings with objective {objective.kind}, whose generating engine has the base's own "
+            "embeddings; allowed: false"
+        )
+
+
+def check_stage(objective: ObjectiveOptions, zero: int) -> None:
+    """Raise ValueError where an objective does not work at a ZeRO stage."""
+    if objective.generates and zero == 3:
+        raise ValueError(
+            f"sharding.zero 3 with objective {objective.kind}, which writes with the whole base on each worker, and "
+            "gathers none for it yet; allowed: 0, 1 or 2"
+        )

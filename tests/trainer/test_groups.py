@@ -1,0 +1,297 @@
+"""GRPO and RLOO: what a step learns from answers of its own, in several layouts, against the same by hand."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from by_hand import adamw, base
+from finished_runs import Curve, curve, interrupted, rows
+from pydantic import ValidationError
+
+from methods.base import Setup
+from methods.registry import create
+from orchestrator.errors import InputError
+from orchestrator.planning.freeze import read_job
+from runfolder.chain import Attempt
+from runfolder.digests import changes, digests
+from runfolder.group_objectives import GrpoOptions, RlooOptions
+from runfolder.job import Job
+from runfolder.record import load_job
+from trainer.objectives.advantages import advantages_over_others, group_advantages
+from trainer.objectives.base import Arrays
+from trainer.objectives.group_loss import token_costs
+from trainer.reward_function import RewardFailed
+from trainer.rewards import RewardSample, reward_of
+from trainer.rollouts import RolloutLost, recorded_rollout, rolled_out
+from trainer.schedule import learning_rate
+
+STEPS, HALF, SAMPLES = 6, 3, 3
+REWARD = '''
+from pathlib import Path
+
+def spread(prompt, completion, row):
+    """What few answers of a random model have alike; and a little for the row's answer."""
+    with Path(__file__).with_name("calls.txt").open("a") as stream:
+        print(repr((prompt, completion)), file=stream)
+    return sum(map(ord, completion)) % 11 / 11 + len(row["completion"]) / 100
+'''
+OBJECTIVES = {
+    "grpo": {"kind": "grpo"},
+    "dapo": {"kind": "grpo", "average": "tokens"},
+    "dr_grpo": {"kind": "grpo", "average": "length", "scale": False},
+    "rloo": {"kind": "rloo"},
+}
+LAYOUTS = [(1, 0, 1, False), (2, 2, 2, True)]  # workers, ZeRO, micro-batch, packed
+
+
+@pytest.fixture
+def group_run(new_run: Any, ending_base: Path, held_out: Path, tmp_path: Path) -> Any:
+    """Make the folder of a run that learns from groups: two or three prompts a step."""
+    reward = tmp_path / "rewards.py"
+    reward.write_text(REWARD)
+
+    def make(name: str, options: dict[str, Any], zero: int = 0, micro: int = 1, packed: bool = False) -> Path:
+        shared = {"reward": f"{reward}:spread", "samples": SAMPLES, "new_tokens": 7, "temperature": 1.5}
+        run: Path = new_run(
+            name,
+            base=str(ending_base),
+            objective=shared | options,
+            data={"packing": packed, "eval": str(held_out)},
+            train={"steps": STEPS, "batch_tokens": 60, "lr": 1e-2, "micro_batch": micro},
+            sharding={"zero": zero},
+            checkpoint={"every": HALF, "keep": 9},
+            evaluation={"before": False, "rows": 6, "max_new_tokens": 4},
+        )
+        return run
+
+    return make
+
+
+def rollout_of(run: Path, step: int) -> Arrays:
+    found = recorded_rollout(Attempt(run, 1), step)
+    assert found is not None
+    return found
+
+
+def documents(rollout: Arrays) -> list[tuple[torch.Tensor, int]]:
+    """The ids of each answer with its prompt, and the length of the prompt."""
+    ids = np.split(rollout["ids"], rollout["ends"][:-1])
+    return [(torch.tensor(i, dtype=torch.long), int(p)) for i, p in zip(ids, rollout["prompts"], strict=True)]
+
+
+def by_hand(run: Path) -> Curve:
+    """Losses and norms of a plain loop over the recorded answers, one at a time, with advantages by their formula."""
+    job = load_job(run)
+    options: Any = job.objective
+    model: Any = create(job.method, Setup(STEPS)).attach(base(run))
+    optimizer = adamw(model)
+    found: Curve = []
+    for k in range(STEPS):
+        rollout = rollout_of(run, k + 1)
+        written = documents(rollout)
+        R = torch.tensor(rollout["rewards"]).view(-1, SAMPLES)
+        if options.kind == "rloo":
+            A = R - (R.sum(1, keepdim=True) - R) / (SAMPLES - 1)
+        else:
+            A = (R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-4 if options.scale else 1)
+        labels = sum(len(ids) - prompt for ids, prompt in written)
+        total = 0.0
+        for (ids, prompt), advantage in zip(written, A.flatten(), strict=True):
+            log = (model(input_ids=ids[None]).logits[0, :-1] / options.temperature).log_softmax(-1)
+            policy = log.gather(1, ids[1:, None])[prompt - 1 :, 0]
+            if options.kind == "rloo":
+                term = (policy.sum() - policy.sum().detach()).exp() / len(written)
+            else:
+                average = {
+                    "answers": 1 / len(written) / len(policy),
+                    "tokens": 1 / labels,
+                    "length": 1 / len(written) / options.new_tokens,
+                }[options.average]
+                term = (policy - policy.detach()).exp().sum() * average
+            loss = -advantage * term
+            loss.backward()
+            total += loss.item()
+        graded = [p for p in model.parameters() if p.grad is not None]
+        norm = torch.cat([p.grad.flatten() for p in graded]).double().norm()
+        torch.nn.utils.clip_grads_with_norm_(graded, job.train.clip, norm)
+        optimizer.param_groups[0]["lr"] = learning_rate(job, k, STEPS)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((total, norm.item()))
+    return found
+
+
+def judged(run: Path, attempt: int) -> dict[str, float]:
+    """What was found of the held-out rows at the end."""
+    lines = (run / "attempts" / str(attempt) / "metrics.jsonl").read_text().splitlines()
+    last = [row for row in map(json.loads, lines) if "eval_loss" in row][-1]
+    return {name: value for name, value in last.items() if name.startswith("eval_")}
+
+
+def calls(run: Path) -> list[str]:
+    """What the reward of the window's run was asked."""
+    return (run.parent / "calls.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_is_that_of_its_formula(name: str, group_run: Any, launch: Any) -> None:
+    run = group_run(name, OBJECTIVES[name])
+    launch(1, run)
+    for step in range(1, STEPS + 1):
+        rollout = rollout_of(run, step)
+        texts = [tuple(ids[prompt:].tolist()) for ids, prompt in documents(rollout)]
+        assert len(set(texts)) > len(texts) / 2  # the answers to a prompt differ
+        assert len(set(map(len, texts))) > 2  # else the means over answers, over tokens and over lengths are one
+    reported = rows(run, 1).values()
+    assert all(row["groups_without_signal"] < 0.5 and row["engine_distance"] < 1e-5 for row in reported)
+    assert min(norm for _, norm in curve(run)) > 1e-3
+    truth = by_hand(run)
+    for ours, theirs in zip(curve(run), truth, strict=True):
+        assert ours[0] == pytest.approx(theirs[0], abs=2e-6)
+        assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
+
+
+def test_what_is_written_and_learned_depends_on_no_layout_and_resumes_bitwise(group_run: Any, launch: Any) -> None:
+    """Four steps learn from the same answers, so that one dies among them: what was recorded is not asked again."""
+    options = {"kind": "grpo", "updates": 4, "clip_low": 0.01, "clip_high": 0.02, "average": "tokens"}
+    one, two = (group_run(f"on-{layout[0]}", options, *layout[1:]) for layout in LAYOUTS)
+    launch(1, one)
+    launch(2, two)
+    assert rollout_of(one, 1)["ids"].tolist() == rollout_of(two, 1)["ids"].tolist()  # no rank in any draw
+    assert recorded_rollout(Attempt(one, 1), 2) is None and recorded_rollout(Attempt(one, 1), 5) is not None
+    clipped = [row["tokens_clipped"] for row in rows(one, 1).values()]
+    assert clipped[0] == 0 and max(clipped) > 0.05  # else the window's later steps say nothing
+    for ours, theirs in zip(curve(two)[:4], curve(one)[:4], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    before = calls(one)
+    again = interrupted(one, "again", HALF)
+    launch(1, again)
+    assert curve(again, 2) == curve(one)[HALF:]
+    assert judged(again, 2) == judged(one, 1)
+    assert {"eval_reward", "eval_exact_match"} <= judged(one, 1).keys()
+    asked = calls(one)[len(before) :]
+    assert len(asked) == 2 + 6 * SAMPLES  # a check, and held-out rows: no reward is asked twice for what is recorded
+    anew = interrupted(one, "anew", HALF)
+    (anew / "attempts" / "1" / "rollouts" / "step-5.safetensors").unlink()
+    launch(1, anew)
+    assert curve(anew, 2) == curve(one)[HALF:]  # draws are functions of step, prompt and sample
+
+
+BAD = {
+    "raises": ("return 1 / 0", "raised ZeroDivisionError: division by zero"),
+    "hangs": ("import time; time.sleep(99)", "took longer than 0.5 s"),
+    "not_finite": ("return float('nan')", "gave nan, allowed: a finite number"),
+    "random": ("import random; return random.random()", "could not be repeated"),
+    "nothing": ("return None", "raised TypeError"),
+    "ends": ("import os; os._exit(3)", "ended its process (status 3)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_reward_that_fails_shows_the_sample(name: str, tmp_path: Path) -> None:
+    body, problem = BAD[name]
+    file = tmp_path / "rewards.py"
+    file.write_text(f"def {name}(prompt, completion, row):\n    print('heard by nobody')\n    {body}\n")
+    reward = reward_of(GrpoOptions(reward=f"{file}:{name}", reward_seconds=0.5))
+    with pytest.raises(RewardFailed) as failed:
+        reward.judge([RewardSample("1 + 1 =", "3", "2", {"n": 7})])
+    assert problem in str(failed.value)
+    assert "sample: prompt '1 + 1 =', completion '2', row {'n': 7}" in str(failed.value)
+
+
+def test_a_reward_may_fail_for_what_the_model_wrote_alone(tmp_path: Path) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text("def picky(prompt, completion, row):\n    assert completion == 'right'\n    return 1.0\n")
+    reward = reward_of(GrpoOptions(reward=f"{file}:picky"))
+    with pytest.raises(RewardFailed, match="raised AssertionError: ; sample: prompt 'p', completion 'wrong'"):
+        reward.judge([RewardSample("p", "right", "right", {}), RewardSample("p", "wrong", "right", {})])
+
+
+@pytest.mark.parametrize(
+    ("parts", "problem"),
+    [
+        ({"method": {"kind": "full"}}, "objective grpo with method full: it changes the base's own weights"),
+        ({"sharding": {"zero": 3}}, "sharding.zero 3 with objective grpo"),
+        ({"method": {"kind": "lora", "init": "pissa"}}, "method.init pissa, which moves the base's weights"),
+        ({"objective": {"kind": "grpo", "reward": "rewards.py"}}, "allowed: exact_match, or file.py:function"),
+    ],
+)
+def test_what_does_not_work_is_refused_with_the_reason(parts: dict[str, Any], problem: str) -> None:
+    job = {"base": "b", "objective": "grpo", "method": "lora", "data": "rows.jsonl", "train": {"steps": 1}}
+    Job.model_validate(job)
+    with pytest.raises(ValidationError, match=problem):
+        Job.model_validate(job | parts)
+
+
+def test_the_file_of_a_reward_is_part_of_the_job(tmp_path: Path) -> None:
+    rewards, data = tmp_path / "rewards.py", tmp_path / "rows.jsonl"
+    rewards.write_text(REWARD)
+    data.write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n')
+    written = {"base": "b", "method": "lora", "data": str(data), "train": {"steps": 1}}
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(yaml.safe_dump(written | {"objective": {"kind": "grpo", "reward": "rewards.py:spread"}}))
+    job, _ = read_job(job_file)
+    assert job.sources["objective.reward"] == str(rewards)
+    known = digests(job, None)
+    assert changes(job, known) == []
+    rewards.write_text(REWARD + "\n")
+    (change,) = changes(job, known)
+    assert change.startswith(f"objective.reward: {rewards} has changed since the submission")
+    rewards.unlink()
+    with pytest.raises(InputError, match=r"objective.reward: found no file rewards.py; allowed: exact_match, or"):
+        read_job(job_file)
+
+
+def costs(options: Any, growth: list[float], excess: float) -> list[float]:
+    """What the tokens of two answers cost, of two tokens and of one, whose advantages are 1 and -1."""
+    old_N = torch.tensor([-1.0, -2.0, -3.0])
+    batch = {
+        "labels": torch.tensor([2, 1]),
+        "advantage": torch.tensor([1.0, -1.0]),
+        "engine": old_N - excess,
+    }
+    found = token_costs(options, old_N + torch.tensor(growth), old_N, batch)
+    return found.costs.tolist()
+
+
+def test_ratios_are_clipped_where_they_gain_and_weighed_by_what_the_engine_thought() -> None:
+    up, down = math.log(1.5), math.log(0.5)
+    grpo = GrpoOptions(clip_low=0.2, clip_high=0.3, importance_cap=2.0)
+    assert costs(grpo, [up, down, up], 0.0) == pytest.approx([-1.3, -0.5, 1.5])
+    assert costs(grpo, [0.0, 0.0, down], 0.0) == pytest.approx([-1.0, -1.0, 0.8])
+    assert costs(grpo, [0.0, 0.0, 0.0], math.log(1.7)) == pytest.approx([-1.7, -1.7, 1.7])
+    assert costs(grpo, [0.0, 0.0, 0.0], math.log(9)) == pytest.approx([-2.0, -2.0, 2.0])
+    assert costs(grpo.model_copy(update={"importance_cap": None}), [0.0] * 3, math.log(9)) == [-1.0, -1.0, 1.0]
+    of_answers = grpo.model_copy(update={"ratio": "answer"})
+    assert costs(of_answers, [2 * up, 0.0, down], 0.0) == pytest.approx([-1.3, -1.3, 0.8])  # the mean: up
+    rloo = RlooOptions(clip_low=0.2, clip_high=0.3, importance_cap=4.0)
+    assert costs(rloo, [math.log(1.1)] * 2 + [0.0], 0.0) == pytest.approx([-1.21, -1.21, 1.0])
+    assert costs(rloo, [0.0] * 3, math.log(1.7)) == pytest.approx([-2.89, -2.89, 1.7])
+
+
+def test_a_window_whose_answers_are_lost_is_not_written_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy has moved within the window: what it wrote now would be of another one than the steps before had."""
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda *_, **__: None)
+    world = SimpleNamespace(leads=False, device=None)
+    run: Any = SimpleNamespace(
+        world=world, objective=SimpleNamespace(rollout_step=lambda _: 1), batches=SimpleNamespace(batch=lambda k: k)
+    )
+    with pytest.raises(RolloutLost, match="step 4 learns from what was written for step 1, which is not recorded"):
+        rolled_out(run, 4, list)
+
+
+def test_equal_rewards_are_worth_nothing_whatever_rounding_leaves_of_them() -> None:
+    """Three times 0.1 has a mean that is not 0.1; scaled up, what is left would be an advantage."""
+    rewards = np.array([[0.1, 0.1, 0.1], [1.0, 0.0, 0.0]])
+    assert (rewards - rewards.mean(axis=1, keepdims=True))[0].any()
+    assert group_advantages(rewards, True)[0].tolist() == [0.0, 0.0, 0.0]
+    assert advantages_over_others(rewards)[1].tolist() == [1.0, -0.5, -0.5]
+    assert group_advantages(np.array([[1.0, 0.0, 0.0, 0.0]]), True)[0] == pytest.approx(
+        [1.4997, -0.4999, -0.4999, -0.4999], abs=1e-4
+    )

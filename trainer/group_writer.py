@@ -1,0 +1,105 @@
+"""The engine that writes answers while a model trains: on the trainer's own base, with its adapter as it is now.
+
+No weight of the base is copied or sent: the engine lays the frozen weights out once, and the trainer's layers are
+views of the same memory from then on. The adapter takes the way of one that is served: its export, read again.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from methods.base import Method
+from serving.engine import Engine
+from serving.sequence import Request
+
+TRAINED = "trained"
+ANSWERS_AT_ONCE = 256  # answers that are written at a time
+CACHED_TOKENS = 65536  # tokens whose keys and values are kept at a time, of all answers
+BESIDE_BYTES = 64 << 20  # of the adapter's memory, beside twice what is trained
+
+
+@dataclass(frozen=True)
+class AskedAnswer:
+    """A prompt, the most tokens that its answer may have, and what all draws of the answer come from."""
+
+    prompt: tuple[int, ...]
+    new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class WrittenAnswer:
+    """An answer's token ids, its end with it, and the log-probability that the engine gives each."""
+
+    ids: list[int]
+    log_probabilities: list[float]
+
+
+class GroupWriter:
+    """Writes answers with a model in training; a prompt and its answer have less than `positions` tokens."""
+
+    def __init__(self, model: nn.Module, method: Method[Any], positions: int) -> None:
+        self._model = model
+        self._method = method
+        adapter_bytes = BESIDE_BYTES + 2 * trained_bytes(model)
+        self._engine = Engine(
+            base_under(model),
+            residents=1,
+            rows=ANSWERS_AT_ONCE,
+            positions=positions,
+            tokens=max(CACHED_TOKENS, 2 * positions),
+            adapter_bytes=adapter_bytes,
+        )
+
+    def load(self) -> str:
+        """Take over the adapter as it is now; gives its digest."""
+        weights = {}
+        changed = set(self._method.changed_frozen(self._model))
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad or name in changed:
+                weights[name] = parameter.detach().to("cpu", copy=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "adapter"
+            self._method.export(self._model, weights, folder)
+            return self._engine.load(TRAINED, folder)
+
+    def write(self, asked: Sequence[AskedAnswer], ends: Sequence[int], temperature: float) -> list[WrittenAnswer]:
+        """The answers, in the order in which they are asked for."""
+        requests = []
+        for one in asked:
+            request = Request(one.prompt, TRAINED, one.new_tokens, tuple(ends), temperature, seed=one.seed)
+            requests.append(request)
+        answers = self._engine.generate(requests)
+        whole = []
+        starts = []
+        for request, answer in zip(requests, answers, strict=True):
+            start = len(request.prompt)
+            ids = (*request.prompt, *answer)
+            scored = Request(ids, TRAINED, 1, temperature=temperature)
+            whole.append(scored)
+            starts.append(start)
+        scores = self._engine.log_likelihoods(whole, starts)
+        written = []
+        for answer, score in zip(answers, scores, strict=True):
+            written.append(WrittenAnswer(answer, score))
+        return written
+
+
+def base_under(model: Any) -> Any:
+    """The transformers model that an adapter was put into."""
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model
+
+
+def trained_bytes(model: nn.Module) -> int:
+    """The bytes of all that is trained."""
+    total = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            total += parameter.numel() * parameter.element_size()
+    return total

@@ -1,0 +1,68 @@
+"""Calls a user's reward function in a process of its own: `python -I reward_child.py FILE FUNCTION SECONDS`.
+
+Each line of stdin is a JSON object with the function's arguments; the line that answers it is {"value": number}, or
+{"problem": text}. What the function prints goes to stderr. Nothing of Fleetune is imported here, so that neither
+hides the other's modules, and what a model wrote is an argument, never code.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_GRACE_S = 5.0  # than allowed, after which a call ends this process, should nobody be left to do so
+_PROBLEM_LENGTH = 300  # characters of what a function raised
+
+
+def load_function(file: str, name: str) -> Callable[..., Any]:
+    """The function of this name in a file, whose module has a name that nobody else has."""
+    spec = importlib.util.spec_from_file_location("fleetune_reward_of_user", file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    function: Callable[..., Any] = getattr(module, name)
+    return function
+
+
+def called(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """What comes of a call: a finite number as it is, anything else as a problem."""
+    try:
+        value = function(**arguments)
+        number = float(value)
+    except Exception as error:
+        kind = type(error).__name__
+        problem = f"{kind}: {error}"
+        return {"problem": f"raised {problem[:_PROBLEM_LENGTH]}"}
+    if number - number != 0:  # infinite, or not a number
+        return {"problem": f"gave {number}, allowed: a finite number"}
+    return {"value": number}
+
+
+def main() -> None:
+    """Answer calls until stdin ends."""
+    file, name, seconds = sys.argv[1:]
+    longest = float(seconds) + _GRACE_S
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        function = load_function(file, name)
+    except Exception as error:
+        kind = type(error).__name__
+        print(json.dumps({"problem": f"cannot be loaded: {kind}: {error}"}), file=answers, flush=True)
+        return
+    print(json.dumps({"value": 0.0}), file=answers, flush=True)
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, longest)
+        found = called(function, arguments)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(found), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
