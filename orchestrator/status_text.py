@@ -34,10 +34,11 @@ def status_lines(run: Status) -> Iterator[Fact]:
         yield "progress", _progress(run)
     if run.activity:
         yield "now", activity_text(run, run.activity)
-    if run.activity and not run.address and _is_silent(run):
+    is_silent = _is_silent(run)
+    if run.activity and is_silent:
         silence = _since(run, run.activity.moved)
         yield "silent", f'it last wrote something {silence} ago: see "It hangs" in the docs, Debugging'
-    if run.remaining_s is not None:
+    if run.remaining_s is not None and not is_silent:
         yield "remaining", _remaining_text(run.remaining_s, run.remaining_range_s)
     if run.figures:
         yield from _figure_lines(run.figures)
@@ -130,6 +131,8 @@ def _is_silent(run: Status) -> bool:
     """Whether a run that trains has not written anything for far longer than its steps take."""
     figures = run.figures
     if run.state not in ("starting", "running") or figures is None or run.activity is None:
+        return False
+    if run.address:  # a service writes nothing while nobody asks
         return False
     silent_s = _seconds_since(run, run.activity.moved)
     steps_s = _SILENT_STEPS * (figures.seconds_per_step or 0.0)

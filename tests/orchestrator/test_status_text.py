@@ -131,7 +131,9 @@ def test_a_run_that_writes_nothing_for_long_is_silent(
     assert RUN.figures
     figures = replace(RUN.figures, since_last_step_s=pause_s, seconds_per_step=step_s)
     activity = Activity("exporting the output", T0, RUN.looked_at - pause_s)
-    assert ("silent" in shown(replace(RUN, state=state, figures=figures, activity=activity), 80)) == silent
+    text = shown(replace(RUN, state=state, figures=figures, activity=activity, remaining_s=60.0), 80)
+    assert ("silent" in text) == silent
+    assert ("remaining" in text) != silent, "by the pace of its steps nothing can be said of one that takes none"
 
 
 def test_a_run_that_does_something_else_than_steps_is_not_silent() -> None:
