@@ -272,7 +272,7 @@ def test_a_cancel_ends_what_waits(
 def test_a_walltime_ends_what_waits_for_nodes(entrypoint: Entrypoint, monkeypatch: pytest.MonkeyPatch) -> None:
     chain.claim_next(entrypoint.run_dir, None)
     entrypoint.nodes.alive = 1
-    monkeypatch.setattr(pod_job, "load_job", lambda _: with_walltime(1))
+    monkeypatch.setattr(pod_job, "load_any_job", lambda _: with_walltime(1))
     assert entrypoint.main() == 0
     ended = chain.result(entrypoint.run_dir)
     assert ended and (ended["state"], ended["verdict"], ended["attempt"]) == ("failed", "walltime", 1)

@@ -162,7 +162,7 @@ def test_what_has_no_combination_is_refused(base: Path, parents: list[Path], tmp
         ([first], "found 1 adapters; allowed: two or more"),
         ([first, f"{dora}:1"], "use_dora: found True; allowed: nothing, as it has no sum"),
         ([first, f"{other}:1"], "found adapters of several bases"),
-        ([first, f"{base}:1"], "found a whole model; allowed: an adapter"),
+        ([first, f"{base}:1"], "found no adapter_config.json; allowed: folders of LoRA adapters"),
         ([first, "b"], "found 'b'; allowed: ADAPTER:WEIGHT"),
         ([first, f"{parents[1]}:nan"], "allowed: ADAPTER:WEIGHT"),
     ):
