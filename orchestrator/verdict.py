@@ -1,7 +1,7 @@
 """How an attempt ended, and whether there is to be another one. Pure functions of failures and numbers.
 
-A failure is judged by the types of what was raised, as the message of a bug may say anything. Only libraries that raise
-a plain RuntimeError for what the machine did are known by the form of their messages.
+A failure is judged by the types of what was raised, as the message of a bug may say anything. Only libraries that
+raise a plain RuntimeError for what the machine did are known by the form of their messages.
 """
 
 import re

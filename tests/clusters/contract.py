@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from jobs import make_job
 from place import Place
-from training_runs import LONG, assert_undisturbed, begin, train_job, wait_for
+from training_runs import LONG, SECRET, assert_undisturbed, begin, train_job, wait_for
 from waiting import until
 
 import fleetune
@@ -187,7 +187,7 @@ class NodeContract:
     def test_a_run_that_loses_a_node_finishes_as_if_it_had_not(
         self, place: Place, tmp_path: Path, tiny_base: Path, sums: Path, launch: Callable[..., None]
     ) -> None:
-        changes = {**LONG, "sharding": {"zero": 3}, "resources": place.resources}
+        changes = {**LONG, "sharding": {"zero": 3}, "resources": place.resources, "env": SECRET}
         run_dir = begin(place.name, train_job(tmp_path, tiny_base, sums, **changes))
         assert place.taken() == [run_dir.name]
         place.lose_node()

@@ -31,7 +31,6 @@ def train_job(folder: Path, base: Path, rows: Path | str, **changes: object) -> 
         "train": {"steps": 12, "batch_tokens": 256},
         "resources": {"workers_per_node": 1},
         "evaluation": {"max_new_tokens": 0},
-        "env": SECRET,
         **changes,
     }
     path = folder / "job.yaml"
