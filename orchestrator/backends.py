@@ -87,6 +87,13 @@ def lock_for(config: ClusterConfig) -> Lock:
     return installed_lock() if config.trains_with_python else plain_lock()
 
 
+def open_to_submit(cluster: str) -> Cluster:
+    """A cluster that is going to get a submission: what answers there starts beside the checks here."""
+    backend = open_cluster(cluster)
+    backend.site.expect()
+    return backend
+
+
 def make_request(cluster: Cluster, job: AnyJob, run_id: str, submission: int | None = 1) -> ClusterRequest:
     """What would be submitted, None: as the run's next; raises JobRefused for what the cluster can never serve."""
     with _refused():

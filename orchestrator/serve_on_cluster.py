@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orchestrator.backends import make_request, open_cluster
+from orchestrator.backends import make_request, open_cluster, open_to_submit
 from orchestrator.errors import InputError
 from orchestrator.evaluation.adapters import resolve_adapters
 from orchestrator.planning.freeze import Sent, versions
@@ -43,7 +43,7 @@ def serve_on_cluster(
     named = service_of(serving, name, resources)
     if path_there(named.tenants) == named.tenants:
         read_keys(Path(named.tenants))
-    backend = open_cluster(cluster)
+    backend = open_to_submit(cluster)
     make_request(backend, named, new_id(name))  # what is refused is so before anything is sent
     service = brought_there(named, backend.site, cluster, sent)
     frozen: dict[str, Any] = {

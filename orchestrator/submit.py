@@ -25,7 +25,7 @@ from clusters.base import (
 from clusters.environment import secret_values
 from clusters.remote.far_side import FarFileError
 from clusters.remote.machine import EnvironmentMissing
-from orchestrator.backends import expected_start, make_request, open_cluster
+from orchestrator.backends import expected_start, make_request, open_cluster, open_to_submit
 from orchestrator.begun import id_of_begun
 from orchestrator.choice import cluster_names, on_chosen_cluster, planned_cluster
 from orchestrator.clusters_file import default_cluster
@@ -138,7 +138,7 @@ def _submit_to(
     announce: Callable[[Submission], None],
 ) -> Submission:
     """Check a job, whose paths are meant from a folder, and hand it to one cluster."""
-    backend = open_cluster(cluster)
+    backend = open_to_submit(cluster)
     checked = _checked(job, backend, progress)
     is_dated = job.data.date is None and writes_date(checked.model)
     if is_dated:
@@ -214,7 +214,6 @@ def _checked(job: Job, cluster: Cluster, progress: SourceProgress) -> Findings:
     """What the checks of a job found, for the place where it will run."""
     if cluster.site.is_here:
         return check_job(job, progress)
-    cluster.site.expect()
     unknown: tuple[str, ...] = ()
     try:
         capacity = cluster.capacity()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters.base import Cluster
-from orchestrator.backends import make_request, open_cluster
+from orchestrator.backends import make_request, open_to_submit
 from orchestrator.control import fetch
 from orchestrator.errors import JobFailed, JobStopped, RunEnded
 from orchestrator.evaluation.adapters import AdapterSource
@@ -59,12 +59,10 @@ class ClusterEvaluation:
     @clear_ending()
     def _submit(self, request: Mapping[str, Any]) -> Submission:
         """Submit the job, or find the one that was submitted for the same; one that has failed is made anew."""
-        backend = open_cluster(self.cluster)
+        backend = open_to_submit(self.cluster)
         questions = _questions_file(request)
         job = self._job(questions)
-        make_request(
-            backend, job, new_id(job.name)
-        )  # what the cluster can never serve is refused before files are sent
+        make_request(backend, job, new_id(job.name))  # what is refused is so before anything is sent
         there = self._brought(backend, job)
         frozen = self._frozen(job, there, request["base_digest"])
         submit = partial(

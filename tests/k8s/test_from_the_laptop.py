@@ -1,6 +1,7 @@
 """Commands of a laptop against a cluster of kind kubernetes, as the account that `fleetune k8s` makes may use it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from api_server import Cluster
@@ -13,6 +14,7 @@ import fleetune
 from k8s.planned import RUN_LABEL
 from k8s.text import manifest_in
 from orchestrator import submit as submission
+from orchestrator.backends import open_cluster
 from orchestrator.cluster_doctor import cluster_checks
 from orchestrator.cluster_setup import set_up_cluster
 from orchestrator.errors import InputError, JobRefused
@@ -27,6 +29,8 @@ def test_a_job_is_submitted_looked_at_and_cancelled(
     job = make_job(tmp_path, resources={"nodes": 2, "gpus_per_node": 4})
     dry = manifest_in(submission.dry_run(job, cluster="k8s"))
     assert not cluster.created
+    site: Any = open_cluster("k8s").site
+    assert site.far_side._process is None, "of which nothing is asked, nothing is started"
     submitted = fleetune.submit(job, cluster="k8s")
     run_id = submitted.run_id
     assert cluster.created == [f"{run_id}-s1"]
