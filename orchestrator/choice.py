@@ -7,9 +7,7 @@ known to have come through: who repeats it after a cut, or after the client was 
 import hashlib
 import json
 import math
-import os
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from clusters.base import Unreachable
 from orchestrator.backends import CLUSTERS, config_of, expected_start, make_request, open_cluster
 from orchestrator.errors import InputError, JobRefused, RunEnded
 from orchestrator.runs import new_id
+from runfolder.files import write_once
 from runfolder.folders import home
 from runfolder.job import Job
 
@@ -64,7 +63,7 @@ def on_chosen_cluster(
     note = _note_of(names, job, run_id)
     refusals: dict[str, str] = {}
     while True:
-        is_new = not note.exists() and _write_once(note, _first_to_start(names, job, refusals))
+        is_new = not note.exists() and _note_choice(note, _first_to_start(names, job, refusals))
         choice = _written_choice(note)
         try:
             done = submit_to(choice)
@@ -144,15 +143,6 @@ def _written_choice(note: Path) -> ClusterChoice:
     return ClusterChoice(cluster, why)
 
 
-def _write_once(note: Path, choice: ClusterChoice) -> bool:
+def _note_choice(note: Path, choice: ClusterChoice) -> bool:
     """Write a choice down; False where another client of this machine has chosen meanwhile."""
-    note.parent.mkdir(parents=True, exist_ok=True)
-    new = note.with_name(f".{uuid.uuid4().hex}")
-    new.write_text(f"{choice.cluster}\n{choice.why}")
-    try:
-        os.link(new, note)
-    except FileExistsError:
-        return False
-    finally:
-        new.unlink()
-    return True
+    return write_once(note, f"{choice.cluster}\n{choice.why}")

@@ -1,5 +1,6 @@
 """What `fleetune serve` was asked for, checked before a model is loaded."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,12 +32,7 @@ class Serving:
 def serve(serving: Serving) -> None:
     """Serve until a signal says to end; raises InputError."""
     tenants = _tenants(serving)
-    folders: dict[str, Path] = {}
-    for text in serving.adapters:
-        name, folder = adapter_folder(text)
-        if name in folders:
-            raise InputError(f"--adapters: found the name {name} twice")
-        folders[name] = folder
+    folders = adapter_folders(serving.adapters)
     from serving.error import AdapterRefused, BaseRefused
 
     try:
@@ -52,21 +48,29 @@ def serve(serving: Serving) -> None:
     server.run_server(service, serving.host, serving.port)
 
 
-def adapter_folder(text: str) -> tuple[str, Path]:
-    """The name and the folder in NAME=FOLDER_OR_RUN; raises InputError."""
-    name, place = named_place(text)
+def adapter_folders(texts: Iterable[str]) -> dict[str, Path]:
+    """The folders by name in texts NAME=FOLDER_OR_RUN; raises InputError."""
+    places = named_places(texts)
     from orchestrator.evaluation.adapters import resolve_adapters
 
-    (source,) = resolve_adapters([place])
-    return name, source.folder
+    folders = {}
+    for name, place in places.items():
+        (source,) = resolve_adapters([place])
+        folders[name] = source.folder
+    return folders
 
 
-def named_place(text: str) -> tuple[str, str]:
-    """The two parts of NAME=FOLDER_OR_RUN; raises InputError."""
-    name, sign, place = text.partition("=")
-    if not sign or not name or not place:
-        raise InputError(f"--adapters: found {text!r}; allowed: NAME=FOLDER, or NAME=RUN")
-    return name, place
+def named_places(texts: Iterable[str]) -> dict[str, str]:
+    """The folders or runs by name in texts NAME=FOLDER_OR_RUN; raises InputError."""
+    places: dict[str, str] = {}
+    for text in texts:
+        name, sign, place = text.partition("=")
+        if not sign or not name or not place:
+            raise InputError(f"--adapters: found {text!r}; allowed: NAME=FOLDER, or NAME=RUN")
+        if name in places:
+            raise InputError(f"--adapters: found the name {name} twice")
+        places[name] = place
+    return places
 
 
 def _tenants(serving: Serving) -> "Tenants | None":

@@ -1,20 +1,17 @@
 """`fleetune serve --cluster`: a service as a run of a cluster, which lasts until somebody cancels it."""
 
-import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from orchestrator.backends import make_request, open_cluster, open_to_submit
 from orchestrator.errors import InputError
 from orchestrator.evaluation.adapters import resolve_adapters
-from orchestrator.planning.freeze import Sent, versions
+from orchestrator.planning.freeze import Sent, bringer, frozen_of
 from orchestrator.runs import find, new_id
-from orchestrator.serve import Serving, named_place, read_keys
+from orchestrator.serve import Serving, named_places, read_keys
 from orchestrator.submit import Submission, clear_ending, submit_frozen
-from orchestrator.tracking.password import secrets_of, without_secrets
 from runfolder.resources import Resources
 from runfolder.service import ServiceSpec
 from runfolder.site import Site
@@ -26,9 +23,15 @@ LAST_ANSWERS_S = 60  # that answers under way may take when the service must end
 def planned_service(serving: Serving, cluster: str, name: str, resources: Resources) -> str:
     """What would be submitted, with the places that the command line names; nothing is made. Raises InputError."""
     service = service_of(serving, name, resources)
-    there = service.model_copy(update={"base": path_there(service.base), "tenants": path_there(service.tenants)})
-    adapters = {adapter: path_there(place) for adapter, place in service.adapters.items()}
-    return make_request(open_cluster(cluster), there.model_copy(update={"adapters": adapters}), new_id(name)).text
+    adapters = {}
+    for adapter, place in service.adapters.items():
+        adapters[adapter] = path_there(place)
+    base = path_there(service.base)
+    tenants = path_there(service.tenants)
+    there = service.model_copy(update={"adapters": adapters, "base": base, "tenants": tenants})
+    backend = open_cluster(cluster)
+    request = make_request(backend, there, new_id(name))
+    return request.text
 
 
 @clear_ending()
@@ -46,14 +49,7 @@ def serve_on_cluster(
     backend = open_to_submit(cluster)
     make_request(backend, named, new_id(name))  # what is refused is so before anything is sent
     service = brought_there(named, backend.site, cluster, sent)
-    frozen: dict[str, Any] = {
-        "cluster": cluster,
-        "submitted": time.time(),
-        "versions": versions(),
-        "digests": {},
-        "secrets": sorted(secrets_of(service)),
-        "job": without_secrets(service).dump(),
-    }
+    frozen = frozen_of(service, cluster, {})
     described = partial(Submission, cluster=cluster, warnings=())
     return submit_frozen(backend, service, frozen, described, run_id=None, announce=lambda _: None)
 
@@ -72,12 +68,7 @@ def service_of(serving: Serving, name: str, resources: Resources) -> ServiceSpec
     """The spec of a service, with the places that the command line names; raises InputError."""
     if serving.tenants_file is None:
         raise InputError("--tenants: missing; others reach the nodes of a cluster, so a service there needs keys")
-    adapters: dict[str, str] = {}
-    for text in serving.adapters:
-        adapter, place = named_place(text)
-        if adapter in adapters:
-            raise InputError(f"--adapters: found the name {adapter} twice")
-        adapters[adapter] = place
+    adapters = named_places(serving.adapters)
     try:
         tenants = str(serving.tenants_file)
         return ServiceSpec(name=name, base=serving.base, adapters=adapters, tenants=tenants, resources=resources)
@@ -89,11 +80,7 @@ def service_of(serving: Serving, name: str, resources: Resources) -> ServiceSpec
 
 def brought_there(service: ServiceSpec, site: Site, cluster: str, sent: Sent) -> ServiceSpec:
     """The service with its files where it will run; raises InputError."""
-
-    def bring(path: Path) -> str:
-        there = site.bring(path.absolute(), lambda done, total: sent(path.name, done, total))
-        return str(there)
-
+    bring = bringer(site, sent)
     adapters = {}
     for name, place in service.adapters.items():
         there = place_there(place, cluster)

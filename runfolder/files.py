@@ -93,6 +93,21 @@ def write_json(path: Path, record: Record, mode: int = 0o666) -> None:
     sync_folder(path.parent)
 
 
+def write_once(path: Path, text: str) -> bool:
+    """Write a text into a new file of this machine's own, whole or not at all; False where there is one already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex
+    prepared = path.with_name(f".{token}")
+    prepared.write_text(text)
+    try:
+        os.link(prepared, path)
+    except FileExistsError:
+        return False
+    finally:
+        prepared.unlink()
+    return True
+
+
 def take_name(prepared: Path, target: Path) -> bool:
     """Rename a prepared folder onto a name; False where another one has it, and this one is removed."""
     try:

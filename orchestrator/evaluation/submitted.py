@@ -1,7 +1,5 @@
 """An evaluation as a job on a cluster: submitted once, waited for, and its answers brought here."""
 
-import os
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +15,12 @@ from orchestrator.evaluation.adapters import AdapterSource
 from orchestrator.evaluation.delivered import delivered_answers
 from orchestrator.evaluation.process import AllAnswers, EvaluationProgress
 from orchestrator.planning import spec
-from orchestrator.planning.freeze import Sent, versions
+from orchestrator.planning.freeze import Sent, bringer, frozen_of
 from orchestrator.progress import watch
 from orchestrator.runs import find, new_id
 from orchestrator.submit import Submission, clear_ending, identity_of, submit_frozen
-from orchestrator.tracking.password import secrets_of, without_secrets
 from runfolder.evaluation_job import EVALUATION_NAME, EvaluationJob
-from runfolder.files import sha256, write_json
+from runfolder.files import sha256, write_json, write_once
 from runfolder.folders import home
 from runfolder.job import Base
 
@@ -89,11 +86,7 @@ class ClusterEvaluation:
 
     def _brought(self, backend: Cluster, job: EvaluationJob) -> EvaluationJob:
         """The job with its files where it runs, as paths there."""
-
-        def bring(path: Path) -> str:
-            there = backend.site.bring(path, lambda done, total: self.sent(path.name, done, total))
-            return str(there)
-
+        bring = bringer(backend.site, self.sent)
         adapters = {}
         for source in self.sources:
             folder = str(source.folder)
@@ -113,16 +106,9 @@ class ClusterEvaluation:
             before["base.model"] = job.base.model
         is_folder = Path(job.base.model).is_dir()
         digests = {"questions": sha256(Path(job.questions)), "base": base_digest if is_folder else None}
-        return {
-            "cluster": self.cluster,
-            "submitted": time.time(),
-            "versions": versions(),
-            "digests": digests,
-            "git": None,
-            "secrets": sorted(secrets_of(there)),
-            "job": without_secrets(there).dump(),
-            "sent": before,
-        }
+        frozen = frozen_of(there, self.cluster, digests)
+        frozen["sent"] = before
+        return frozen
 
 
 def _questions_file(request: Mapping[str, Any]) -> Path:
@@ -139,13 +125,5 @@ def _questions_file(request: Mapping[str, Any]) -> Path:
 
 def _noted_id(note: Path, name: str) -> str:
     """The run id that an evaluation has on this machine, however often it is asked for."""
-    note.parent.mkdir(parents=True, exist_ok=True)
-    prepared = note.with_name(f".{uuid.uuid4().hex}")
-    prepared.write_text(new_id(name))
-    try:
-        os.link(prepared, note)
-    except FileExistsError:
-        pass  # of an earlier time, or of another process
-    finally:
-        prepared.unlink()
+    write_once(note, new_id(name))
     return note.read_text()

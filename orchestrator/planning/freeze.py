@@ -5,6 +5,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from orchestrator.planning.model import Model
 from orchestrator.tracking.environment import PACKAGES
 from orchestrator.tracking.password import secrets_of, without_secrets
 from runfolder.digests import Digests, digests
+from runfolder.evaluation_job import AnyJob
 from runfolder.group_objectives import GroupOptions
 from runfolder.job import Job
 from runfolder.objective import ObjectiveOptions
@@ -75,11 +77,7 @@ def input_digests(job: Job, model: Model, site: Site) -> Digests:
 
 def brought(job: Job, model: Model, site: Site, sent: Sent) -> Job:
     """The job with its files where the runs are, as paths there; `sent` is told how far each has come."""
-
-    def bring(path: Path) -> str:
-        there = site.bring(path, lambda done, total: sent(path.name, done, total))
-        return str(there)
-
+    bring = bringer(site, sent)
     sources = {"train": job.data.train, "eval": job.data.eval}
     for key, source in sources.items():
         if source and isinstance(parse_source(source), SubmitterFile):
@@ -90,6 +88,17 @@ def brought(job: Job, model: Model, site: Site, sent: Sent) -> Job:
         base = base.model_copy(update={"model": bring(model.folder)})
     objective = with_reward_file(job, lambda file: bring(Path(file)))
     return job.model_copy(update={"data": data, "base": base, "objective": objective})
+
+
+def bringer(site: Site, sent: Sent) -> Callable[[Path], str]:
+    """What has a file or folder where the runs are, and gives its path there; `sent` is told how far it has come."""
+
+    def bring(path: Path) -> str:
+        progress = partial(sent, path.name)
+        there = site.bring(path.absolute(), progress)
+        return str(there)
+
+    return bring
 
 
 def places_before(job: Job, there: Job) -> dict[str, str]:
@@ -109,15 +118,23 @@ def places_before(job: Job, there: Job) -> dict[str, str]:
 
 def frozen_record(job: Job, model: Model, cluster: str, folder: Path, of_inputs: Digests) -> dict[str, Any]:
     """What RUN_DIR/job.yaml says beside the run id; nothing in it is secret."""
+    at_width = job.at_width(model.hidden_size)
+    return frozen_of(at_width, cluster, of_inputs, git_state(folder))
+
+
+def frozen_of(
+    job: AnyJob, cluster: str, of_inputs: Mapping[str, str | None], git: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The same of a run of any kind, as it is submitted now."""
     submitted = time.time()
     return {
         "cluster": cluster,
         "submitted": submitted,
         "versions": versions(),
         "digests": of_inputs,
-        "git": git_state(folder),
+        "git": git,
         "secrets": sorted(secrets_of(job)),  # names of those that the job itself has
-        "job": without_secrets(job).at_width(model.hidden_size).dump(),
+        "job": without_secrets(job).dump(),
     }
 
 

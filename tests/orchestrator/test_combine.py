@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from orchestrator import runs
 from orchestrator.combine import combine_adapters, report_lines
 from orchestrator.errors import InputError
-from orchestrator.serve import adapter_folder
+from orchestrator.serve import adapter_folders
 from runfolder.chain import close
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -56,7 +56,7 @@ def test_a_report_has_what_each_parent_scored(home: Path, tmp_path: Path) -> Non
 
 def test_a_run_is_served_by_its_output(home: Path) -> None:
     run_dir = finished_run(home, "served", None)
-    assert adapter_folder(f"mine={run_dir.name}") == ("mine", run_dir / "output")
+    assert adapter_folders([f"mine={run_dir.name}"]) == {"mine": run_dir / "output"}
     unfinished = make_run(home / "runs", runs.new_id("unfinished"), None)
     with pytest.raises(InputError, match="found no output; allowed: a run that has succeeded"):
-        adapter_folder(f"mine={unfinished.name}")
+        adapter_folders([f"mine={unfinished.name}"])
