@@ -10,8 +10,8 @@ import time
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 
-from clusters.controllers import end_of_allocation, is_requeued
 from clusters.run_files import last_line
+from orchestrator.endings import walltime_is_over, walltime_of_run, why_told
 from orchestrator.served import REFUSED
 from orchestrator.verdict import Verdict
 from runfolder.chain import Attempt
@@ -80,14 +80,13 @@ class ServedAttempt:
         """The verdict on an attempt that must be ended now, else None."""
         if cancel_requested(self._attempt.run_dir):
             return Verdict("cancelled", "")
-        grace = self._service.resources.grace
+        resources = self._service.resources
         if self._told.is_set():
-            if time.time() > end_of_allocation() - grace - _LATE_S:
-                return Verdict("walltime", "the walltime of the job that it is in is nearly over")
-            return Verdict("preemption", "the controller was told to end")
-        walltime = self._service.resources.walltime
-        if walltime is not None and not is_requeued() and time.time() > opened_at(self._attempt.run_dir) + walltime:
-            return Verdict("walltime", f"resources.walltime of {walltime} s is over")
+            why, reason = why_told(resources.grace + _LATE_S)
+            return Verdict(why, reason)
+        walltime = walltime_of_run(resources)
+        if walltime is not None and time.time() > opened_at(self._attempt.run_dir) + walltime:
+            return Verdict("walltime", walltime_is_over(walltime))
         if self._has_failed():
             return Verdict("node_lost", "the engine has failed", last_line(self._attempt.folder / _LOG))
         return None

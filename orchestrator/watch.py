@@ -8,8 +8,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from clusters.controllers import end_of_allocation, is_requeued
 from clusters.ray_head import answers
+from orchestrator.endings import walltime_is_over, walltime_of_run, why_told
 from orchestrator.failure import Failure, load_failure
 from orchestrator.verdict import Verdict, classify
 from runfolder.appended import read_ending, read_lines
@@ -124,18 +124,15 @@ class Watch:
         grace = self._resources.grace
         deadline = time.time() + grace
         if self._told.is_set():
-            if time.time() > end_of_allocation() - grace - _EARLIEST_WARNING_S:
-                return Stop("walltime", "the walltime of the job that it is in is nearly over", deadline)
-            return Stop("preemption", "the controller was told to end", deadline)
+            why, reason = why_told(grace + _EARLIEST_WARNING_S)
+            return Stop(why, reason, deadline)
         if cancel_saves(self._attempt.run_dir):
             return Stop("cancelled", "", deadline)
-        walltime = self._resources.walltime
-        if is_requeued():
-            walltime = None  # that of each allocation, of which its scheduler warns
+        walltime = walltime_of_run(self._resources)
         if walltime is None:
             return None
         end = self._opened_at + walltime
-        reason = f"resources.walltime of {walltime} s is over"
+        reason = walltime_is_over(walltime)
         if time.time() > end:  # it was over when the attempt began: that has its grace all the same
             return Stop("walltime", reason, deadline)
         if time.time() > end - min(grace, walltime / 2):

@@ -25,9 +25,7 @@ from serving.target import module_name
 
 KEPT_RANK = 128  # an eighth of a layer of width 2048
 EXACT = 1024  # inputs or outputs up to which all singular values are computed
-MORE_COLUMNS = (
-    16  # more of them than are kept, for a range that is found at random (Halko, Martinsson and Tropp 2011)
-)
+MORE_COLUMNS = 16  # than are kept, for a range that is found at random (Halko, Martinsson and Tropp 2011)
 ROUNDS = 4
 LEAST = 1e-6  # of the largest singular value: what is smaller is rounding
 

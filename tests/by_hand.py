@@ -10,6 +10,7 @@ from finished_runs import Curve
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from runfolder.job import Job
 from runfolder.record import load_job
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
@@ -78,14 +79,22 @@ def train(
         if term is not None:
             term().backward()
         before(k)
-        graded = [p for p in model.parameters() if p.grad is not None]
-        # clip_grad_norm_ sums squares in fp32, which alone is off by 1e-6; so the norm is taken in fp64.
-        norm = torch.cat([p.grad.flatten() for p in graded]).double().norm()
-        torch.nn.utils.clip_grads_with_norm_(graded, job.train.clip, norm)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(k) if rate else learning_rate(job, k, job.train.steps)
-        optimizer.step()
+        norm = clipped_step(model, optimizer, job, rate(k) if rate else learning_rate(job, k, job.train.steps))
         after(k)
         optimizer.zero_grad()
-        curve.append((total, norm.item()))
+        curve.append((total, norm))
     return curve
+
+
+def clipped_step(model: nn.Module, optimizer: torch.optim.Optimizer, job: Job, lr: float) -> float:
+    """The step of an optimizer with gradients that are clipped as the job says; gives their norm before that.
+
+    clip_grad_norm_ sums squares in fp32, which alone is off by 1e-6; so the norm is taken in fp64.
+    """
+    graded = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.cat([p.grad.flatten() for p in graded]).double().norm()
+    torch.nn.utils.clip_grads_with_norm_(graded, job.train.clip, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return norm.item()

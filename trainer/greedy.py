@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from methods.parts.peft_adapter import base_under
+
 TokenRows = list[list[int]]  # token ids
 
 
@@ -31,9 +33,7 @@ def greedily(model: Any, new_tokens: int, ends: Sequence[int], pad: int) -> Iter
     """
     from transformers import GenerationConfig
 
-    base = model
-    if hasattr(model, "get_base_model"):
-        base = model.get_base_model()
+    base = base_under(model)
     of_base = base.generation_config
     base.generation_config = GenerationConfig(
         max_new_tokens=new_tokens,

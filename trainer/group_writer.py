@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from methods.base import Method
+from methods.parts.peft_adapter import base_under
 from serving.engine import Engine
 from serving.sequence import Request
 
@@ -87,13 +88,6 @@ class GroupWriter:
         for answer, score in zip(answers, scores, strict=True):
             written.append(WrittenAnswer(answer, score))
         return written
-
-
-def base_under(model: Any) -> Any:
-    """The transformers model that an adapter was put into."""
-    if hasattr(model, "get_base_model"):
-        return model.get_base_model()
-    return model
 
 
 def trained_bytes(model: nn.Module) -> int:

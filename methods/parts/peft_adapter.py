@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import peft
 from torch.nn import Module
@@ -50,6 +50,13 @@ class PeftAdapter(Method[T]):
         untie(model)
         merged: Module = model.merge_and_unload(safe_merge=True)
         return merged
+
+
+def base_under(model: Any) -> Any:
+    """The model of transformers that an adapter of PEFT was put into; one without an adapter as it is."""
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model
 
 
 def name_in_base(name: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from by_hand import adamw, base
+from by_hand import adamw, base, clipped_step
 from finished_runs import Curve, curve, interrupted, rows
 from pydantic import ValidationError
 
@@ -117,13 +117,9 @@ def by_hand(run: Path) -> Curve:
             loss = -advantage * term
             loss.backward()
             total += loss.item()
-        graded = [p for p in model.parameters() if p.grad is not None]
-        norm = torch.cat([p.grad.flatten() for p in graded]).double().norm()
-        torch.nn.utils.clip_grads_with_norm_(graded, job.train.clip, norm)
-        optimizer.param_groups[0]["lr"] = learning_rate(job, k, STEPS)
-        optimizer.step()
+        norm = clipped_step(model, optimizer, job, learning_rate(job, k, STEPS))
         optimizer.zero_grad()
-        found.append((total, norm.item()))
+        found.append((total, norm))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from by_hand import adamw, base
+from by_hand import adamw, base, clipped_step
 from finished_runs import Curve, curve, difference, interrupted, rows
 from pydantic import ValidationError
 from sampling import sampled
@@ -87,13 +87,9 @@ def by_hand(run_dir: Path, cache: Path) -> tuple[Curve, list[float]]:
         labels = sum(int(document.target.sum()) for pair in pairs for document in pair)
         loss = softplus(-(h - h.mean().detach() / 2 - h_0.mean() / 2)).mean() - sum(map(sum, policy)) / labels
         loss.backward()
-        graded = [p for p in model.parameters() if p.grad is not None]
-        norm = torch.cat([p.grad.flatten() for p in graded]).double().norm()
-        torch.nn.utils.clip_grads_with_norm_(graded, job.train.clip, norm)
-        optimizer.param_groups[0]["lr"] = learning_rate(job, k, STEPS)
-        optimizer.step()
+        norm = clipped_step(model, optimizer, job, learning_rate(job, k, STEPS))
         optimizer.zero_grad()
-        found.append((loss.item(), norm.item()))
+        found.append((loss.item(), norm))
         margins.append(h.mean().item())
     return found, margins
 

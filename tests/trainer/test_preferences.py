@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from by_hand import adamw, base
+from by_hand import adamw, base, clipped_step
 from finished_runs import Curve, curve, difference, events, interrupted, rows
 from llamas import random_llama
 from sampling import sampled
@@ -193,13 +193,9 @@ def by_hand(run_dir: Path, cache: Path, loss_of: Callable[[Step], torch.Tensor])
         labels = [torch.tensor([int(each.target.sum()) for each in documents]) for documents in of_both]
         loss = loss_of(Step(*policy, *start, *labels, torch.tensor(tokens.desirable[firsts])))
         loss.backward()
-        graded = [p for p in model.parameters() if p.grad is not None]
-        norm = torch.cat([p.grad.flatten() for p in graded]).double().norm()
-        torch.nn.utils.clip_grads_with_norm_(graded, job.train.clip, norm)
-        optimizer.param_groups[0]["lr"] = learning_rate(job, k, STEPS)
-        optimizer.step()
+        norm = clipped_step(model, optimizer, job, learning_rate(job, k, STEPS))
         optimizer.zero_grad()
-        found.append((loss.item(), norm.item()))
+        found.append((loss.item(), norm))
     return found
 
 

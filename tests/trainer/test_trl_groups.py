@@ -13,6 +13,7 @@ import pytest
 from by_hand import base
 from finished_runs import Curve, curve, rows
 from transformers import AutoTokenizer
+from trl_recipe import plain_steps, trained_curve
 
 from methods.base import Setup
 from methods.registry import create
@@ -99,21 +100,7 @@ def trained_by_trl(name: str, run: Path, folder: Path, rollouts: list[Arrays]) -
     replayed = Replayed(rollouts)
     config, trainer_kind = (RLOOConfig, RLOOTrainer) if name.startswith("rloo") else (GRPOConfig, GRPOTrainer)
     args = config(
-        output_dir=str(folder),
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        weight_decay=0.0,
-        max_grad_norm=1e9,
-        optim="adamw_torch",
-        learning_rate=RATE,
-        per_device_train_batch_size=len(ROWS) * SAMPLES,
-        max_steps=STEPS,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
+        **plain_steps(folder, RATE, STEPS, len(ROWS) * SAMPLES),
         num_generations=SAMPLES,
         max_completion_length=NEW,
         temperature=1.5,
@@ -139,8 +126,7 @@ def trained_by_trl(name: str, run: Path, folder: Path, rollouts: list[Arrays]) -
         train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS]),
         processing_class=tokenizer,
     )
-    trainer.train()
-    return [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log]
+    return trained_curve(trainer)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

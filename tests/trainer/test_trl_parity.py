@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from finished_runs import curve
+from finished_runs import Curve, curve
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl_recipe import plain_steps, trained_curve
 
 from runfolder.record import load_job
 from trainer.data.encode import Reading
@@ -33,27 +34,11 @@ OBJECTIVES = {
 }
 
 
-def trained_by_trl(name: str, base: Path, folder: Path) -> list[tuple[float, float]]:
+def trained_by_trl(name: str, base: Path, folder: Path) -> Curve:
     """Losses and gradient norms of TRL's trainer."""
     from datasets import Dataset
 
-    options: dict[str, Any] = {
-        "output_dir": str(folder),
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1e9,
-        "optim": "adamw_torch",
-        "learning_rate": RATE,
-        "per_device_train_batch_size": len(ROWS),
-        "max_steps": STEPS,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-    }
+    options = plain_steps(folder, RATE, STEPS, len(ROWS))
     kind: Any
     if name == "simpo":
         from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -76,8 +61,7 @@ def trained_by_trl(name: str, base: Path, folder: Path) -> list[tuple[float, flo
         torch.nn.init.zeros_(model.score.weight)
     tokenizer = AutoTokenizer.from_pretrained(base)
     trainer = kind(model=model, args=args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
-    trainer.train()
-    return [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log]
+    return trained_curve(trainer)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
