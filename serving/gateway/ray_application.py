@@ -19,10 +19,9 @@ from serving.gateway.app import create_app
 from serving.gateway.quota import day_now
 from serving.gateway.replica import ANSWERS_OF_REPLICA, EngineReplica
 from serving.gateway.replicas import Replicas
-from serving.gateway.server import EngineSizes
-from serving.gateway.service import Allowed, Service
+from serving.gateway.server import EngineSizes, service_before
+from serving.gateway.service import Service
 from serving.gateway.tenants import read_tenants
-from serving.gateway.text import Codec
 from serving.gateway.usage import UsageFolder
 
 CONNECTIONS_OF_GATEWAY = 2048
@@ -63,14 +62,14 @@ class RayGateway:
         """Serve the spec in plain data with these engines; what tenants used is in a folder."""
         torch.set_num_threads(1)  # it computes nothing but checks of adapters
         spec = ServiceSpec.model_validate(plain)
-        self._service = await asyncio.to_thread(made_service, spec, Path(usage), handles)
+        self._service = await asyncio.to_thread(service_of_spec, spec, Path(usage), handles)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application that Ray Serve's proxies speak to."""
         return create_app(self._service)
 
 
-def made_service(spec: ServiceSpec, usage_folder: Path, handles: list[Any]) -> Service:
+def service_of_spec(spec: ServiceSpec, usage_folder: Path, handles: list[Any]) -> Service:
     """A service before engines that others start and end; raises what is wrong with files that it names."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     positions, _ = handles[0].about.remote().result()
@@ -78,7 +77,7 @@ def made_service(spec: ServiceSpec, usage_folder: Path, handles: list[Any]) -> S
     usage = UsageFolder(usage_folder)
     usage.clear(day_now())
     replicas = Replicas(handles, positions, owned=False)
-    service = Service(replicas, Codec(spec.base), Path(spec.base).name, tenants, Allowed(), usage)
+    adapters = {}
     for name, folder in spec.adapters.items():
-        service.library.share(name, Path(folder))
-    return service
+        adapters[name] = Path(folder)
+    return service_before(replicas, spec.base, adapters, tenants, usage)

@@ -104,6 +104,19 @@ def make_service(
     else:
         engine = Engine(base, **asdict(sizes))
         answering = EngineThread(engine)
+    return service_before(answering, base, adapters, tenants, usage, allowed, name)
+
+
+def service_before(
+    answering: Answering,
+    base: str | Path,
+    adapters: Mapping[str, Path],
+    tenants: Tenants | None,
+    usage: UsageFolder | None,
+    allowed: Allowed | None = None,
+    name: str | None = None,
+) -> Service:
+    """A service before engines that are up, with an operator's adapters; raises AdapterRefused."""
     base_name = name or Path(base).name
     service = Service(answering, Codec(base), base_name, tenants, allowed or Allowed(), usage)
     for adapter_name, folder in adapters.items():
