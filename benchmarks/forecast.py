@@ -1,6 +1,7 @@
 """What a dry run foretells of a worker's memory beside what a GPU had, for many methods, stages and objectives.
 
     python benchmarks/forecast.py --out benchmarks/results/forecast-h200.json    # on a GPU: all cells of one worker
+    python benchmarks/forecast.py --at-once 4 --out ...                          # four cells at the same time on it
     python benchmarks/forecast.py --only checkpointed qlora --out ...            # those whose names have these words
     python benchmarks/forecast.py --workers 2 --out ...                          # on two: stages 0 to 3
     python benchmarks/forecast.py --only lora-plain-z0 --micro-batch 96 --out ... # fails, and names what would fit
@@ -9,6 +10,7 @@ Each cell trains a random model of Llama-3.2-1B's shape for a few steps on rows 
 `foretold` and `tried` are events of the run: the dry run of its longest micro-batch, and what the calibration took
 for that micro-batch before the first step. `steps` is the most that its steps took. A cell that fails is told and
 left out. Prints a line for each, and last the errors: those of `tried`, which plans go by, and those of `steps`.
+Memory is what a cell's own process has allocated, so cells that run beside others measure the same.
 """
 
 import argparse
@@ -17,6 +19,8 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,26 +77,38 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--only", nargs="+", default=[], help="words that names of cells must have")
     parser.add_argument("--micro-batch", type=int, default=4, help="rows at once; 96 are too many for a GPU")
+    parser.add_argument("--at-once", type=int, default=1, help="cells that run at the same time")
     parser.add_argument("--seconds", type=float, default=10**9, help="after which no cell is begun any more")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     chosen = [cell for cell in cells(arguments.workers) if all(word in cell.name for word in arguments.only)]
-    began = time.monotonic()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make_inputs(place, arguments.layers)
         make_preferences(place)
-        for cell in chosen:
-            if time.monotonic() - began > arguments.seconds:
-                break
-            row = measured(place, cell, arguments.workers, arguments.micro_batch)
-            if row:
-                rows.append(row)
-                print(line(row), flush=True)
-                write(arguments.out, rows)
+        for row in all_measured(place, chosen, arguments):
+            rows.append(row)
+            print(line(row), flush=True)
+            write(arguments.out, rows)
     print(f"\n{device()}, commit {commit()}, {len(rows)} of {len(chosen)} cells")
     print(errors(rows))
+
+
+def all_measured(place: Path, chosen: list[Cell], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What the cells had, each as soon as it is known; some at the same time, and none begun when time is up."""
+    last_start = time.monotonic() + arguments.seconds
+
+    def in_time(cell: Cell) -> dict[str, Any] | None:
+        if time.monotonic() > last_start:
+            return None
+        return measured(place, cell, arguments.workers, arguments.micro_batch)
+
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        for done in as_completed([pool.submit(in_time, cell) for cell in chosen]):
+            row = done.result()
+            if row:
+                yield row
 
 
 def make_preferences(place: Path) -> None:
