@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from html import escape
 
-from orchestrator.comparison import chart, svg
+from orchestrator.comparison import axis, chart, svg
 from orchestrator.comparison.compare import Comparison
 from orchestrator.comparison.measure import CURVE_KINDS, CurveKind, Measure
 from orchestrator.comparison.pareto import pareto
@@ -15,6 +15,12 @@ from orchestrator.comparison.seed_curves import mean_line
 _COSTS = ("peak_memory_bytes", "train_s")
 _MEMORY_UNITS = (2.0**30, 2.0**20)  # bytes
 _TIME_UNITS = (3600.0, 60.0)  # seconds
+_UNIT_BUTTONS = (
+    '<p class="units" hidden>x in <button data-unit="step">steps</button> <button data-unit="tokens">tokens</button> '
+    '<button data-unit="seconds">worker-seconds</button></p>'
+)
+_ITEM_WITH_COSTS = '<li data-of="{group}"{costs}>{swatch}{label}</li>'
+_WORKERS_TAG = "fleetune.plan.work.workers"
 _BAND_NOTE = '<p class="soft">A row with several seeds is a line, their mean, in a band of all of them.</p>'
 _FRONT_NOTE = (
     '<p class="soft">Filled points are on the Pareto front of the means: no other row is as good for less. Upright '
@@ -28,17 +34,17 @@ def curves(comparison: Comparison) -> str:
     for kind in CURVE_KINDS:
         if has_curve(comparison, kind):
             kinds.append(kind)
-    width = chart.HALF_WIDTH
+    width = axis.HALF_WIDTH
     if len(kinds) % 2:  # the first has a row for itself
-        width = chart.FULL_WIDTH
+        width = axis.FULL_WIDTH
     charts = ""
     for kind in kinds:
         charts += _curve_chart(comparison, kind, width)
-        width = chart.HALF_WIDTH
+        width = axis.HALF_WIDTH
     if not charts:
         return ""
     legend = _legend(comparison)
-    return f'<h2>Curves</h2><div class="charts">{charts}</div>{legend}{_BAND_NOTE}'
+    return f'<h2>Curves</h2>{_UNIT_BUTTONS}<div class="charts">{charts}</div>{legend}{_BAND_NOTE}'
 
 
 def has_curve(comparison: Comparison, kind: CurveKind) -> bool:
@@ -64,13 +70,36 @@ def _curve_chart(comparison: Comparison, kind: CurveKind, width: int) -> str:
 
 
 def _legend(comparison: Comparison) -> str:
-    """The colour and dashes of each row; the report's script highlights its lines."""
+    """The colour and dashes of each row; the report's script highlights its lines, and reads what a step costs."""
     items = ""
     for group, row in enumerate(comparison.rows):
         swatch = svg.swatch(group)
         label = escape(row.label)
-        items += f'<li data-of="{group}">{swatch}{label}</li>'
-    return f'<ul class="legend">{items}</ul>'
+        costs = ""
+        for unit, cost in step_costs(row).items():
+            costs += f' data-{unit}="{cost:.8g}"'
+        items += _ITEM_WITH_COSTS.format(group=group, costs=costs, swatch=swatch, label=label)
+    return f'<ul class="legend costs">{items}</ul>'
+
+
+def step_costs(row: ComparisonRow) -> dict[str, float]:
+    """What a step of a row costs on average over its runs: tokens, and seconds of workers, where all runs say it."""
+    tokens = []
+    seconds = []
+    for run in row.runs:
+        losses = run.curves.get("loss")
+        batch = run.params.get("train.batch_tokens")
+        workers = run.tags.get(_WORKERS_TAG)
+        if batch:
+            tokens.append(float(batch))
+        if workers and losses and "train_s" in run.metrics:
+            of_workers = run.metrics["train_s"] * float(workers)
+            seconds.append(of_workers / len(losses))
+    costs = {}
+    for unit, values in (("tokens", tokens), ("seconds", seconds)):
+        if len(values) == len(row.runs):
+            costs[unit] = math.fsum(values) / len(values)
+    return costs
 
 
 def fronts(comparison: Comparison) -> str:

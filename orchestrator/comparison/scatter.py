@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.comparison import svg
-from orchestrator.comparison.chart import (
+from orchestrator.comparison.axis import (
     BOTTOM,
     HALF_WIDTH,
     HEIGHT,
@@ -14,12 +14,10 @@ from orchestrator.comparison.chart import (
     Axis,
     Bounds,
     FormatValue,
-    Point,
-    Points,
-    frame,
     x_axis,
     y_axis,
 )
+from orchestrator.comparison.chart import Point, Points, frame
 from orchestrator.comparison.dot_labels import Box, DotLabel, placed
 
 _SCATTER_MARGIN = 0.12  # of the range of values, on each side
