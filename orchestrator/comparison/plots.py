@@ -6,11 +6,13 @@ from html import escape
 
 from orchestrator.comparison import axis, chart, svg
 from orchestrator.comparison.compare import Comparison
+from orchestrator.comparison.estimates import CONFIDENCE
 from orchestrator.comparison.measure import CURVE_KINDS, CurveKind, Measure
 from orchestrator.comparison.pareto import pareto
 from orchestrator.comparison.row import ComparisonRow, Metric
 from orchestrator.comparison.scatter import Dot, scatter
 from orchestrator.comparison.seed_curves import mean_line
+from orchestrator.comparison.student import critical_value
 
 _COSTS = ("peak_memory_bytes", "train_s")
 _MEMORY_UNITS = (2.0**30, 2.0**20)  # bytes
@@ -23,8 +25,9 @@ _ITEM_WITH_COSTS = '<li data-of="{group}"{costs}>{swatch}{label}</li>'
 _WORKERS_TAG = "fleetune.plan.work.workers"
 _BAND_NOTE = '<p class="soft">A row with several seeds is a line, their mean, in a band of all of them.</p>'
 _FRONT_NOTE = (
-    '<p class="soft">Filled points are on the Pareto front of the means: no other row is as good for less. Upright '
-    "lines are intervals of 95 % of a row by itself; where they overlap, who is on the front may be chance.</p>"
+    '<p class="soft">Filled points are on the Pareto front of the means: no other row is as good for less. Lines are '
+    "intervals of 95 % of a row by itself, those of its cost over seeds; where they overlap, who is on the front may "
+    "be chance.</p>"
 )
 
 
@@ -124,7 +127,8 @@ def _front_chart(comparison: Comparison, cost: Measure) -> str:
             continue
         if math.isfinite(y.mean):
             low, high = _interval(comparison, row)
-            dot = Dot(row.label, group, x.mean, y.mean, front=False, low=low, high=high)
+            left, right = cost_interval(x)
+            dot = Dot(row.label, group, x.mean, y.mean, False, low, high, left, right)
             dots.append(dot)
     if not dots:
         return ""
@@ -149,6 +153,16 @@ def _interval(comparison: Comparison, row: ComparisonRow) -> tuple[float | None,
     if not is_known:
         return None, None
     return low, high
+
+
+def cost_interval(cost: Metric) -> tuple[float | None, float | None]:
+    """The ends of the interval of a mean cost over seeds, no lower than zero; None where it does not vary."""
+    if cost.n < 2 or not cost.std:
+        return None, None
+    error = cost.std / math.sqrt(cost.n)
+    half = critical_value(CONFIDENCE, cost.n - 1) * error
+    low = max(0.0, cost.mean - half)
+    return low, cost.mean + half
 
 
 def _metric_if_finished(row: ComparisonRow, measure: Measure) -> Metric | None:

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 from tracked_runs import preferring, tracked
 
-from orchestrator.comparison import axis, chart, report
+from orchestrator.comparison import axis, chart, plots, report
 from orchestrator.comparison.chart import Line
 from orchestrator.comparison.compare import TrackedRun, arrange
 from orchestrator.comparison.dot_labels import Box, placed
@@ -187,6 +187,20 @@ def test_intervals_stand_at_the_dots_of_rows_that_have_one() -> None:
     page = page_of(*similar_runs(), tracked("alone", 0.5, method__kind="alone"))
     assert page.count("path", **{"class": "error"}) == 2 * 10
     assert page.count("circle", **{"class": "dot"}) == 2 * 11
+
+
+def test_costs_that_vary_over_seeds_make_the_intervals_crosses() -> None:
+    runs = []
+    for run in similar_runs():
+        time_taken = 100.0 + 10 * int(run.params["train.seed"])
+        runs.append(dataclasses.replace(run, metrics=run.metrics | {"train_s": time_taken}))
+    cost = arrange(runs, "e", "uri").rows[0].metric("train_s")
+    assert cost and plots.cost_interval(cost) == (
+        pytest.approx(85.16, abs=0.01),
+        pytest.approx(134.84, abs=0.01),
+    )  # t of two degrees: 4.303
+    shown = report.page(arrange(runs, "e", "uri"))
+    assert len(re.findall(r'class="error"[^>]*d="M[\d.]+ [\d.]+H', shown)) == 10, "of the times alone"
 
 
 def test_several_that_beat_the_reference_are_not_one_best() -> None:
