@@ -6,7 +6,7 @@ from html import escape
 
 from orchestrator.comparison import axis, chart, svg
 from orchestrator.comparison.compare import Comparison
-from orchestrator.comparison.estimates import CONFIDENCE
+from orchestrator.comparison.intervals import CONFIDENCE
 from orchestrator.comparison.measure import CURVE_KINDS, CurveKind, Measure
 from orchestrator.comparison.pareto import pareto
 from orchestrator.comparison.row import ComparisonRow, Metric
