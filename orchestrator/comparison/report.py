@@ -12,6 +12,7 @@ from orchestrator.comparison.cells import cell, difference_heading, gap_text, ra
 from orchestrator.comparison.compare import QUALITIES, Comparison, display_value
 from orchestrator.comparison.disagreement import answers_side_by_side
 from orchestrator.comparison.downloads import downloads
+from orchestrator.comparison.failures import failures
 from orchestrator.comparison.forest import forest
 from orchestrator.comparison.group import SEED
 from orchestrator.comparison.measure import MEASURES, Measure
@@ -53,6 +54,7 @@ def page(comparison: Comparison) -> str:
         rate_chart(comparison),
         plots.curves(comparison),
         answers_side_by_side(comparison),
+        failures(comparison),
         methods_text(comparison),
         _constants(comparison),
         _details(comparison),

@@ -203,6 +203,17 @@ def test_costs_that_vary_over_seeds_make_the_intervals_crosses() -> None:
     assert len(re.findall(r'class="error"[^>]*d="M[\d.]+ [\d.]+H', shown)) == 10, "of the times alone"
 
 
+def test_what_failed_is_listed_with_its_reason() -> None:
+    reasons = {"a": HOSTILE, "b": "out of memory", "c": "out of memory", "d": ""}
+    runs = [tracked("fine", 0.5)]
+    for name, reason in reasons.items():
+        run = tracked(name, 0.5, "failed", train__lr=name)
+        runs.append(dataclasses.replace(run, tags={**run.tags, "fleetune.reason": reason}))
+    page = page_of(*runs)
+    assert re.search(r"What failed.*b-0+, c-0+out of memory.*d-0+no reason is known", page.text)
+    assert f"a-{0:010d}{HOSTILE}" in page.text and "What failed" not in page_of(tracked("fine", 0.5)).text
+
+
 def test_several_that_beat_the_reference_are_not_one_best() -> None:
     """Two methods that are equally much better than LoRA are named both, and both are marked."""
     runs = []
