@@ -76,10 +76,10 @@ def _answerers(comparison: Comparison, ranking: Ranking) -> list[Answerer]:
     labels = [ranked.contender.label for ranked in ranking.ranked]
     reference = ranking.reference.label
     labels.remove(reference)
+    shown = [reference, *labels][:_MOST_CONFIGURATIONS]
     answerers: list[Answerer] = []
-    for label in [reference, *labels]:
-        if len(answerers) < _MOST_CONFIGURATIONS:
-            answerers += _with_answers(rows[label])
+    for label in shown:
+        answerers += _with_answers(rows[label])
     return answerers
 
 
