@@ -89,7 +89,7 @@ def test_the_command_races_on_a_real_cluster_and_goes_on_with_what_it_began(
     assert begun == after and again["rankings"] == said["rankings"], "what was done is not done again"
     assert said["cost"]["steps"] <= 170 and said["verdict"] and "<svg" in page.read_text()
     (ranking,) = said["rankings"]
-    assert ranking["measure"] == "eval_test_loss" and {row["seeds"] for row in ranking["ranked"]} == {3}
+    assert ranking["measure"] == "eval_test_loss" and {row["seeds"] for row in ranking["rows"]} == {3}
     advised, _ = read_job(Path(said["job"]))
     raced = {method["kind"] for method in yaml.safe_load(race_file_of(path).read_text())["methods"]}
     assert advised.method.kind in raced and advised.train.lr and advised.train.steps == 12
