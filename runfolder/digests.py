@@ -30,14 +30,12 @@ def digests(job: Job, base: Path | None, digest_there: Callable[[Path], str | No
 
     `digest_there` gives that of a file that the cluster has.
     """
-    train = file_digest(job.data.train, digest_there)
-    evaluated = model = None
-    if job.data.eval:
-        evaluated = file_digest(job.data.eval, digest_there)
+    found: Digests = {"data.train": None, "data.eval": None, "base": None}
+    for field, source in job.data.sources.items():
+        found[f"data.{field}"] = file_digest(source, digest_there)
     if base:
         scratch = job.base.init == "scratch"
-        model = folder_digest(base, scratch)
-    found: Digests = {"data.train": train, "data.eval": evaluated, "base": model}
+        found["base"] = folder_digest(base, scratch)
     if job.objective.reward_file:
         found["objective.reward"] = file_digest(job.objective.reward_file, digest_there)
     return found

@@ -35,6 +35,9 @@ class Data(Section):
 
     train: str = Field(min_length=1, description="a file, cluster:/path, or a hub dataset owner/name:config:split")
     eval: str | None = Field(None, description="held-out rows, named like those of train; null: none are judged")
+    retain: str | None = Field(
+        None, description="text that is not trained on, in rows like those of train, whose loss should not rise"
+    )
     columns: dict[str, str] | None = Field(
         None, min_length=1, description="which column, or template with {column}s, is the prompt, the completion, ..."
     )
@@ -49,6 +52,16 @@ class Data(Section):
     packing: bool = Field(
         True, description="several examples in a row of seq_len, which do not see each other; false: one and padding"
     )
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """What it has rows of, by field."""
+        by_field = {"train": self.train}
+        if self.eval:
+            by_field["eval"] = self.eval
+        if self.retain:
+            by_field["retain"] = self.retain
+        return by_field
 
 
 class Checkpoint(Section):
@@ -169,13 +182,28 @@ class Job(Section):
     def _can_go_by_loss(self) -> "Job":
         if not self.evaluation.goes_by_loss:
             return self
-        if self.evaluation.test:
-            raise ValueError("evaluation.test with evaluation.keep best or stop_after; allowed: one of both")
+        apart = {"evaluation.test": self.evaluation.test, "data.retain": self.data.retain}
+        for key, found in apart.items():  # judged after the last step, which is then not what is kept
+            if found:
+                raise ValueError(f"{key} with evaluation.keep best or stop_after; allowed: one of both")
         if self.data.eval is None or self.evaluation.every is None:
             raise ValueError(
                 "evaluation.keep best and evaluation.stop_after go by the held-out loss during training; "
                 "allowed: with data.eval and evaluation.every"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_retain(self) -> "Job":
+        if self.data.retain is None:
+            return self
+        if self.data.eval is None or not self.evaluation.before:
+            raise ValueError(
+                "data.retain, which is judged with the held-out rows before the first step and after the last one; "
+                "allowed: with data.eval and evaluation.before"
+            )
+        if self.objective.kind != "sft":
+            raise ValueError(f"data.retain with objective {self.objective.kind}; allowed: objective sft")
         return self
 
     @model_validator(mode="after")
@@ -247,9 +275,7 @@ class Job(Section):
     @property
     def sources(self) -> dict[str, str]:
         """What it reads beside the base, by field."""
-        by_field = {"data.train": self.data.train}
-        if self.data.eval:
-            by_field["data.eval"] = self.data.eval
+        by_field = {f"data.{field}": source for field, source in self.data.sources.items()}
         reward = self.objective.reward_file
         if reward:
             by_field["objective.reward"] = reward

@@ -3,12 +3,14 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import starmap
 
 import numpy as np
 import torch
+from torch import nn
 
 from runfolder.row_results import RowResult
 from trainer.data.batches import Batches, layout_of
@@ -22,6 +24,7 @@ from trainer.reference import know_reference
 from trainer.reported import report_evaluation
 from trainer.row_results import Answer, ExampleLosses, JudgedRows, all_answers, judged_tensors, share_correct
 from trainer.run import Run
+from trainer.samples import show_samples, tell_limits
 from trainer.step import NamedSums, add_shares, dealt_to_rank, prepared, reduced
 from trainer.world import World
 from trainer.writing import write_greedily
@@ -33,7 +36,8 @@ SAMPLES = 5
 class Evaluator:
     """The held-out rows of a job; none when it names no evaluation data.
 
-    `test` has those that are judged after the last step alone, and by which nothing is chosen.
+    `test` has those that are judged after the last step alone, and by which nothing is chosen; `retain` those of
+    `data.retain`, which are judged before the first step and after the last one.
     """
 
     world: World
@@ -42,6 +46,7 @@ class Evaluator:
     prompts: list[EvaluationPrompt]
     max_new_tokens: int
     test: "Evaluator | None" = None
+    retain: "Evaluator | None" = None
     is_test: bool = False
 
     @classmethod
@@ -60,6 +65,10 @@ class Evaluator:
         if job.evaluation.max_new_tokens:
             prompts = objective.prompts(source)[:rows]
         whole = cls._of(run, examples, prompts)
+        if job.data.retain is not None:
+            text = objective.read(job.data.retain)
+            retain = cls._of(run, text, [])
+            whole = replace(whole, retain=retain)
         tested = len(examples) * job.evaluation.test
         if tested < 1:
             return whole
@@ -93,7 +102,7 @@ class Evaluator:
         chosen_by = self._of(run, first, before)
         test = self._of(run, last, behind)
         test = replace(test, is_test=True)
-        return replace(chosen_by, test=test)
+        return replace(chosen_by, test=test, retain=self.retain)
 
     def evaluate(self, run: Run, step: int) -> None:
         """Judge the model after a step and append the metrics to metrics.jsonl; every rank calls it.
@@ -111,25 +120,22 @@ class Evaluator:
             for name, value in tested.items():
                 key = name.replace("eval_", "eval_test_", 1)
                 metrics[key] = value
+        if self.retain is not None and (is_last or step == 0):
+            of_text = self.retain.loss(run, step)
+            metrics["eval_retain_loss"] = of_text
         if self.world.leads:
             report_evaluation(run, step, metrics, found, began)
 
     def judge(self, run: Run, step: int) -> tuple[dict[str, float], list[RowResult]]:
         """The metrics of the model as it is, and on rank 0 what was found of each row; a collective."""
-        batches = self.batches
         examples = self.examples
-        assert batches is not None and examples is not None
-        model = run.model
+        assert examples is not None
         losses = ExampleLosses.of(examples, self.world.device)
         answers: list[Answer] = []
-        model.eval()
-        try:
-            with torch.no_grad():
-                metrics = self._metrics(run, step, batches, losses)
-                if self.prompts:
-                    answers = self._written(run, step)
-        finally:
-            model.train()
+        with _judging(run.model):
+            metrics = self._metrics(run, step, losses)
+            if self.prompts:
+                answers = self._written(run, step)
         if not self.world.leads:
             return metrics, []
         judged = JudgedRows(examples, self.prompts, losses, answers, self.is_test)
@@ -138,11 +144,19 @@ class Evaluator:
             metrics["eval_exact_match"] = share_correct(found)
         return metrics, found
 
-    def _metrics(self, run: Run, step: int, batches: Batches, losses: ExampleLosses) -> dict[str, float]:
+    def loss(self, run: Run, step: int) -> float:
+        """The loss of the model as it is, without what was found of each row; a collective."""
+        assert self.examples is not None
+        losses = ExampleLosses.of(self.examples, self.world.device)
+        with _judging(run.model):
+            metrics = self._metrics(run, step, losses)
+        return metrics["eval_loss"]
+
+    def _metrics(self, run: Run, step: int, losses: ExampleLosses) -> dict[str, float]:
         """The objective's loss over all held-out rows, and what it logs beside it; `losses` takes those of each."""
         attempt = run.attempt
         objective = run.objective
-        held_out = self._held_out(run, step, batches)
+        held_out = self._held_out(run, step)
         totals = added(map(objective.totals, held_out))
         # One of the totals divides the sums at their end, in fp64, instead of every share.
         unit = next(iter(totals.values()))
@@ -168,8 +182,10 @@ class Evaluator:
             metrics[key] = said_value
         return metrics
 
-    def _held_out(self, run: Run, step: int, batches: Batches) -> list[GlobalBatch]:
+    def _held_out(self, run: Run, step: int) -> list[GlobalBatch]:
         """The held-out batches; what the model writes for them where the objective learns from that."""
+        batches = self.batches
+        assert batches is not None
         objective = run.objective
         numbers = range(batches.steps)
         held_out = list(map(batches.batch, numbers))
@@ -210,7 +226,7 @@ class Evaluator:
         rows = self.prompt_rows(run)
         continued = self.prompt_groups(run, rows)
         if world.leads:
-            self._tell_limits(run, step, continued)
+            tell_limits(run, step, continued, len(self.prompts), self.max_new_tokens)
         written: list[Answer] = []
         dealt = list(rounds(continued, world.size))
         told = counted(run.attempt, world, step, "answers", dealt, _prompts_of)
@@ -220,8 +236,7 @@ class Evaluator:
             written += answers
             is_first = number == 0
             if is_first and world.leads:
-                samples = answers[:SAMPLES]
-                self._show(run, step, samples)
+                show_samples(run, step, answers[:SAMPLES], self.prompts)
         return all_answers(world, written)
 
     def prompt_rows(self, run: Run) -> TokenRows:
@@ -254,36 +269,16 @@ class Evaluator:
         numbered = zip(group.prompts, texts, strict=True)
         return list(starmap(Answer, numbered))
 
-    def _tell_limits(self, run: Run, step: int, continued: list[PromptGroup]) -> None:
-        """Say of how many prompts the base's positions leave too little, or nothing."""
-        fitting = short = 0
-        for group in continued:
-            count = len(group.prompts)
-            fitting += count
-            if group.new_tokens < self.max_new_tokens:
-                short += count
-        asked = len(self.prompts)
-        without = asked - fitting
-        if without or short:
-            positions = positions_left(run)
-            run.attempt.event("prompts_limited", step=step, without_room=without, with_less_room=short)
-            print(
-                f"evaluation: of {asked} prompts {without} fill the base's {positions} positions and "
-                f"count as not matched; {short} get fewer than {self.max_new_tokens} new tokens",
-                flush=True,
-            )
 
-    def _show(self, run: Run, step: int, answers: list[Answer]) -> None:
-        """Keep what the model wrote for some prompts in the attempt's events."""
-        tokenizer = run.tokenizer
-        for answer in answers:
-            prompt = self.prompts[answer.prompt]
-            sample = {
-                "prompt": tokenizer.decode(prompt.ids, skip_special_tokens=True),
-                "answer": prompt.answer,
-                "written": answer.text,
-            }
-            run.attempt.event("sample", step=step, **sample)
+@contextmanager
+def _judging(model: nn.Module) -> Iterator[None]:
+    """Have a model as it is judged, without gradients and dropout; then as it is trained."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
 
 
 def _row_count(batch: GlobalBatch) -> int:

@@ -1,8 +1,6 @@
 """Results of held-out rows: the losses of examples and the answers, of all ranks, by the rows that they are of."""
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -14,15 +12,14 @@ import torch.distributed as dist
 from runfolder.row_results import RowResult
 from trainer.answers import matches
 from trainer.data.examples import Examples, GlobalBatch
-from trainer.data.files import records
 from trainer.data.layout import MicroBatch
+from trainer.data.row_digests import row_digests
 from trainer.data.tokens import EvaluationPrompt
 from trainer.objectives.base import Objective
 from trainer.run import Run
 from trainer.step import BatchTensors, micro_batch_tensors, to_device
 from trainer.world import World
 
-_DIGEST_BYTES = 16
 SumsByRow = dict[int, float]  # by the number of the row
 
 
@@ -84,19 +81,6 @@ def all_answers(world: World, answers: list[Answer]) -> list[Answer]:
     parts: list[Any] = [None] * world.size
     dist.all_gather_object(parts, answers)
     return sorted(chain.from_iterable(parts))
-
-
-def row_digests(source: str, rows: Iterable[int]) -> dict[int, str]:
-    """The digest of the content of some rows, by their number: the same for any base, method and file format."""
-    wanted = set(rows)
-    digests: dict[int, str] = {}
-    for number, record in records(source):
-        if number not in wanted:
-            continue
-        digests[number] = _digest_of(record)
-        if len(digests) == len(wanted):
-            break
-    return digests
 
 
 @dataclass(frozen=True)
@@ -180,11 +164,3 @@ def _is_right(prompt: EvaluationPrompt, written: str | None) -> bool:
     if written is None:
         return False
     return matches(written, prompt.answer)
-
-
-def _digest_of(record: object) -> str:
-    """The digest of a record, whatever the order of its fields."""
-    text = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str)
-    content = text.encode(errors="backslashreplace")
-    digest = hashlib.blake2b(content, digest_size=_DIGEST_BYTES)
-    return digest.hexdigest()

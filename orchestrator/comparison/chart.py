@@ -1,19 +1,30 @@
-"""Charts as inline SVG: their axes and frame, and lines over steps."""
+"""Charts as inline SVG: their frame, and lines over steps."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from operator import itemgetter
 
 from orchestrator.comparison import svg
+from orchestrator.comparison.axis import (
+    BOTTOM,
+    EVERYTHING,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    Axis,
+    Bounds,
+    FormatValue,
+    Values,
+    log_y_axis,
+    spans_decades,
+    x_axis,
+    y_axis,
+)
 
-HALF_WIDTH, FULL_WIDTH, HEIGHT = 560, 1140, 300
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
 _MOST_POINTS, _FEWEST_POINTS = 400, 24  # of a line
 _POINTS_OF_CHART = 40_000  # which its lines share, so that a page of a thousand runs is no burden
-_MOST_TICKS = 12
-_AXIS_MARGIN = 0.04  # of the range of values, on each side
 
 _FIGURE = (
     '<figure><figcaption>{title}</figcaption><svg class="chart" role="img" aria-label="{title}" '
@@ -23,10 +34,6 @@ _FIGURE = (
 Point = tuple[float, float]
 Points = Sequence[Point]
 BandPoint = tuple[float, float, float]  # where, and from which value to which
-Values = Sequence[float]
-Bounds = tuple[float, float]  # the least and the most that a value can be
-FormatValue = Callable[[float], str]  # a value as text
-EVERYTHING: Bounds = (-math.inf, math.inf)
 _POINT_STEP = itemgetter(0)  # of a point of a line
 _POINT_VALUE = itemgetter(1)
 
@@ -39,56 +46,6 @@ class Line:
     group: int
     points: Points
     band: Sequence[BandPoint] = ()
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A linear scale from values to pixels; its ticks are round numbers of `unit` within `bounds`."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    show: FormatValue
-    unit: float = 1.0
-    bounds: Bounds = EVERYTHING
-
-    @property
-    def middle(self) -> float:
-        """The pixel between start and end."""
-        return (self.start + self.end) / 2
-
-    @property
-    def scale(self) -> str:
-        """Both values and their pixels, for the report's script."""
-        values = f"{self.low} {self.high}"
-        pixels = f"{self.start} {self.end}"
-        return f"{values} {pixels}"
-
-    def at(self, value: float) -> float:
-        """The pixel at which a value lies."""
-        pixels = self.end - self.start
-        values = self.high - self.low
-        fraction = (value - self.low) / values
-        return self.start + fraction * pixels
-
-    def ticks(self) -> list[float]:
-        """Four to eight round values within the scale, but for those that no value can have."""
-        fifth = (self.high - self.low) / 5
-        units = nice(fifth / self.unit)
-        step = units * self.unit
-        least, most = self.bounds
-        low = max(self.low, least)
-        high = min(self.high, most)
-        tolerance = 1e-9 * step
-        limit = high + tolerance
-        first = math.ceil(low / step - 1e-9)
-        ticks = []
-        for multiple in range(first, first + _MOST_TICKS):
-            value = multiple * step
-            if value <= limit:
-                ticks.append(value)
-        return ticks
 
 
 def line_chart(
@@ -117,8 +74,7 @@ def line_chart(
     if not values:
         return ""
     x = x_axis(steps, width, x_show)
-    inliers = values if marked else _without_outliers(values)
-    y = y_axis(inliers, y_show, bounds)
+    y = _y_axis_of(values, y_show, bounds, marked)
     drawn = ""
     share = _POINTS_OF_CHART // len(lines)
     most = min(_MOST_POINTS, max(_FEWEST_POINTS, share))
@@ -128,17 +84,6 @@ def line_chart(
         drawn += _series(line, x, y, marked, most)
     clipped = f'<g clip-path="url(#plot)">{drawn}</g>'
     return frame(title, x, y, x_title, clipped)
-
-
-def nice(rough: float) -> float:
-    """The round number (1, 2, 2.5 or 5 times a power of ten) that is next above."""
-    exponent = math.floor(math.log10(rough))
-    power = 10.0**exponent
-    least = rough * (1 - 1e-9)
-    for factor in (1, 2, 2.5, 5):
-        if factor * power >= least:
-            return factor * power
-    return 10 * power
 
 
 def thin(points: Points, most: int = _MOST_POINTS) -> list[Point]:
@@ -172,30 +117,14 @@ def _extremes(stretch: Points) -> list[Point]:
     return sorted(kept, key=_POINT_STEP)
 
 
-def x_axis(values: Values, width: int, show: FormatValue, margin: float = _AXIS_MARGIN) -> Axis:
-    """The scale from left to right that holds all values, in a chart of a width."""
-    low, high = _limits(values, margin)
-    start = LEFT
-    end = width - RIGHT
-    return Axis(low, high, start, end, show)
-
-
-def y_axis(values: Values, show: FormatValue, bounds: Bounds, margin: float = _AXIS_MARGIN) -> Axis:
-    """The scale from bottom to top that holds all values."""
-    low, high = _limits(values, margin)
-    start = HEIGHT - BOTTOM
-    end = TOP
-    return Axis(low, high, start, end, show, bounds=bounds)
-
-
-def _limits(values: Values, margin: float) -> Bounds:
-    """The least and the greatest value, with some space around them."""
-    low = min(values)
-    high = max(values)
-    space = margin * (high - low)
-    if not space:
-        space = 0.1 * abs(high) or 1.0
-    return low - space, high + space
+def _y_axis_of(values: Values, show: FormatValue, bounds: Bounds, marked: bool) -> Axis:
+    """The scale of values: logarithmic where they span decades and have no bounds, else linear."""
+    if marked:
+        return y_axis(values, show, bounds)
+    inliers = _without_outliers(values)
+    if bounds == EVERYTHING and spans_decades(inliers):
+        return log_y_axis(inliers, show)
+    return y_axis(inliers, show, bounds)
 
 
 def _without_outliers(values: Values) -> list[float]:
@@ -253,7 +182,7 @@ def _series(line: Line, x: Axis, y: Axis, marked: bool, most: int) -> str:
 def frame(title: str, x: Axis, y: Axis, x_title: str, drawn: str) -> str:
     """A chart with its axes; the report's script finds values by the scales that the element holds."""
     content = _y_ticks(y, x.end)
-    content += _x_ticks(x)
+    content += f'<g class="across">{_x_ticks(x)}</g>'
     content += _x_axis_line(x, x_title)
     content += drawn
     scales = {"x": x.scale, "y": y.scale}
@@ -270,7 +199,7 @@ def _x_axis_line(x: Axis, title: str) -> str:
     title_x = str(x.middle)
     title_y = str(HEIGHT - 6)
     text = svg.text(title_x, title_y, "middle", title)
-    return line + text
+    return f'{line}<g class="across-title">{text}</g>'
 
 
 def _y_ticks(y: Axis, right: float) -> str:

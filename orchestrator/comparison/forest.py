@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from orchestrator.comparison.chart import FULL_WIDTH, Axis
+from orchestrator.comparison.axis import FULL_WIDTH, Axis
 from orchestrator.comparison.conclusion import shown_difference
 from orchestrator.comparison.ranking import Ranked, Ranking
 

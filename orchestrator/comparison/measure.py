@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchestrator.comparison.chart import EVERYTHING, Bounds
+from orchestrator.comparison.axis import EVERYTHING, Bounds
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ MEASURES = (
     Measure("eval_loss", "eval loss", _decimals),
     Measure("loss", "loss", _decimals),
     Measure("best_loss", "best loss", _decimals),
+    Measure("forgetting", "forgetting", "{:+.4f}".format),
     Measure("trained", "trained", format_count, None),
     Measure("peak_memory_bytes", "peak memory", format_bytes),
     Measure("train_s", "train time", format_duration),

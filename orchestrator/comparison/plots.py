@@ -4,21 +4,30 @@ import math
 from dataclasses import replace
 from html import escape
 
-from orchestrator.comparison import chart, svg
+from orchestrator.comparison import axis, chart, svg
 from orchestrator.comparison.compare import Comparison
+from orchestrator.comparison.intervals import CONFIDENCE
 from orchestrator.comparison.measure import CURVE_KINDS, CurveKind, Measure
 from orchestrator.comparison.pareto import pareto
 from orchestrator.comparison.row import ComparisonRow, Metric
 from orchestrator.comparison.scatter import Dot, scatter
 from orchestrator.comparison.seed_curves import mean_line
+from orchestrator.comparison.student import critical_value
 
 _COSTS = ("peak_memory_bytes", "train_s")
 _MEMORY_UNITS = (2.0**30, 2.0**20)  # bytes
 _TIME_UNITS = (3600.0, 60.0)  # seconds
+_UNIT_BUTTONS = (
+    '<p class="units" hidden>x in <button data-unit="step">steps</button> <button data-unit="tokens">tokens</button> '
+    '<button data-unit="seconds">worker-seconds</button></p>'
+)
+_ITEM_WITH_COSTS = '<li data-of="{group}"{costs}>{swatch}{label}</li>'
+_WORKERS_TAG = "fleetune.plan.work.workers"
 _BAND_NOTE = '<p class="soft">A row with several seeds is a line, their mean, in a band of all of them.</p>'
 _FRONT_NOTE = (
-    '<p class="soft">Filled points are on the Pareto front of the means: no other row is as good for less. Upright '
-    "lines are intervals of 95 % of a row by itself; where they overlap, who is on the front may be chance.</p>"
+    '<p class="soft">Filled points are on the Pareto front of the means: no other row is as good for less. Lines are '
+    "intervals of 95 % of a row by itself, those of its cost over seeds; where they overlap, who is on the front may "
+    "be chance.</p>"
 )
 
 
@@ -28,17 +37,17 @@ def curves(comparison: Comparison) -> str:
     for kind in CURVE_KINDS:
         if has_curve(comparison, kind):
             kinds.append(kind)
-    width = chart.HALF_WIDTH
+    width = axis.HALF_WIDTH
     if len(kinds) % 2:  # the first has a row for itself
-        width = chart.FULL_WIDTH
+        width = axis.FULL_WIDTH
     charts = ""
     for kind in kinds:
         charts += _curve_chart(comparison, kind, width)
-        width = chart.HALF_WIDTH
+        width = axis.HALF_WIDTH
     if not charts:
         return ""
     legend = _legend(comparison)
-    return f'<h2>Curves</h2><div class="charts">{charts}</div>{legend}{_BAND_NOTE}'
+    return f'<h2>Curves</h2>{_UNIT_BUTTONS}<div class="charts">{charts}</div>{legend}{_BAND_NOTE}'
 
 
 def has_curve(comparison: Comparison, kind: CurveKind) -> bool:
@@ -64,13 +73,36 @@ def _curve_chart(comparison: Comparison, kind: CurveKind, width: int) -> str:
 
 
 def _legend(comparison: Comparison) -> str:
-    """The colour and dashes of each row; the report's script highlights its lines."""
+    """The colour and dashes of each row; the report's script highlights its lines, and reads what a step costs."""
     items = ""
     for group, row in enumerate(comparison.rows):
         swatch = svg.swatch(group)
         label = escape(row.label)
-        items += f'<li data-of="{group}">{swatch}{label}</li>'
-    return f'<ul class="legend">{items}</ul>'
+        costs = ""
+        for unit, cost in step_costs(row).items():
+            costs += f' data-{unit}="{cost:.8g}"'
+        items += _ITEM_WITH_COSTS.format(group=group, costs=costs, swatch=swatch, label=label)
+    return f'<ul class="legend costs">{items}</ul>'
+
+
+def step_costs(row: ComparisonRow) -> dict[str, float]:
+    """What a step of a row costs on average over its runs: tokens, and seconds of workers, where all runs say it."""
+    tokens = []
+    seconds = []
+    for run in row.runs:
+        losses = run.curves.get("loss")
+        batch = run.params.get("train.batch_tokens")
+        workers = run.tags.get(_WORKERS_TAG)
+        if batch:
+            tokens.append(float(batch))
+        if workers and losses and "train_s" in run.metrics:
+            of_workers = run.metrics["train_s"] * float(workers)
+            seconds.append(of_workers / len(losses))
+    costs = {}
+    for unit, values in (("tokens", tokens), ("seconds", seconds)):
+        if len(values) == len(row.runs):
+            costs[unit] = math.fsum(values) / len(values)
+    return costs
 
 
 def fronts(comparison: Comparison) -> str:
@@ -95,7 +127,8 @@ def _front_chart(comparison: Comparison, cost: Measure) -> str:
             continue
         if math.isfinite(y.mean):
             low, high = _interval(comparison, row)
-            dot = Dot(row.label, group, x.mean, y.mean, front=False, low=low, high=high)
+            left, right = cost_interval(x)
+            dot = Dot(row.label, group, x.mean, y.mean, False, low, high, left, right)
             dots.append(dot)
     if not dots:
         return ""
@@ -120,6 +153,16 @@ def _interval(comparison: Comparison, row: ComparisonRow) -> tuple[float | None,
     if not is_known:
         return None, None
     return low, high
+
+
+def cost_interval(cost: Metric) -> tuple[float | None, float | None]:
+    """The ends of the interval of a mean cost over seeds, no lower than zero; None where it does not vary."""
+    if cost.n < 2 or not cost.std:
+        return None, None
+    error = cost.std / math.sqrt(cost.n)
+    half = critical_value(CONFIDENCE, cost.n - 1) * error
+    low = max(0.0, cost.mean - half)
+    return low, cost.mean + half
 
 
 def _metric_if_finished(row: ComparisonRow, measure: Measure) -> Metric | None:

@@ -7,7 +7,8 @@ from html import escape
 from operator import itemgetter
 
 from orchestrator.comparison import svg
-from orchestrator.comparison.chart import FULL_WIDTH, Line, Point, line_chart
+from orchestrator.comparison.axis import FULL_WIDTH
+from orchestrator.comparison.chart import Line, Point, line_chart
 from orchestrator.comparison.compare import Comparison
 from orchestrator.comparison.row import ComparisonRow
 

@@ -7,10 +7,12 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from orchestrator.comparison import chart, plots, svg
+from orchestrator.comparison import axis, plots, svg
 from orchestrator.comparison.cells import cell, difference_heading, gap_text, rank_text
 from orchestrator.comparison.compare import QUALITIES, Comparison, display_value
+from orchestrator.comparison.disagreement import answers_side_by_side
 from orchestrator.comparison.downloads import downloads
+from orchestrator.comparison.failures import failures
 from orchestrator.comparison.forest import forest
 from orchestrator.comparison.group import SEED
 from orchestrator.comparison.measure import MEASURES, Measure
@@ -51,6 +53,8 @@ def page(comparison: Comparison) -> str:
         plots.fronts(comparison),
         rate_chart(comparison),
         plots.curves(comparison),
+        answers_side_by_side(comparison),
+        failures(comparison),
         methods_text(comparison),
         _constants(comparison),
         _details(comparison),
@@ -72,10 +76,10 @@ def style_sheet() -> str:
 
 def _plot_area() -> str:
     """The attributes of the rectangle that lines are clipped to."""
-    margins = chart.TOP + chart.BOTTOM
-    height = chart.HEIGHT - margins
-    place = {"x": chart.LEFT, "y": chart.TOP}
-    size = {"width": chart.FULL_WIDTH, "height": height}
+    margins = axis.TOP + axis.BOTTOM
+    height = axis.HEIGHT - margins
+    place = {"x": axis.LEFT, "y": axis.TOP}
+    size = {"width": axis.FULL_WIDTH, "height": height}
     return _PLOT_AREA.format(**place, **size)
 
 

@@ -29,11 +29,17 @@ _LAST_COUNTS = (
     "eval_exact_match",
     "eval_accuracy",
 )  # curves of which the last value is a measure
-CURVES = (*_KEYS_OF_CURVES, *_OF_TEST_ROWS, "tokens_per_second", "peak_memory_bytes")
+_RETAINED = "eval_retain_loss"  # before the first step, and after the last one
+CURVES = (*_KEYS_OF_CURVES, *_OF_TEST_ROWS, _RETAINED, "tokens_per_second", "peak_memory_bytes")
 _METRIC_STEP = attrgetter("step")  # of a point that MLflow has
 _METRIC_STEP_AND_VALUE = attrgetter("step", "value")
 _TRAINED = "fleetune.plan.trained"
-_DIGESTS = {"base.model": "base_digest", "data.train": "data.train_digest", "data.eval": "data.eval_digest"}
+_DIGESTS = {
+    "base.model": "base_digest",
+    "data.train": "data.train_digest",
+    "data.eval": "data.eval_digest",
+    "data.retain": "data.retain_digest",
+}
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,9 @@ def _metrics_of_curves(curves: Curves, timestamps: list[float]) -> dict[str, flo
     losses = list(filter(math.isfinite, losses))
     if losses:
         metrics["best_loss"] = min(losses)
+    retained = _curve_values(curves, _RETAINED)
+    if len(retained) > 1:
+        metrics["forgetting"] = retained[-1] - retained[0]
     memory = _curve_values(curves, "peak_memory_bytes")
     if memory:
         metrics["peak_memory_bytes"] = max(memory)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.comparison import svg
-from orchestrator.comparison.chart import (
+from orchestrator.comparison.axis import (
     BOTTOM,
     HALF_WIDTH,
     HEIGHT,
@@ -14,12 +14,10 @@ from orchestrator.comparison.chart import (
     Axis,
     Bounds,
     FormatValue,
-    Point,
-    Points,
-    frame,
     x_axis,
     y_axis,
 )
+from orchestrator.comparison.chart import Point, Points, frame
 from orchestrator.comparison.dot_labels import Box, DotLabel, placed
 
 _SCATTER_MARGIN = 0.12  # of the range of values, on each side
@@ -28,7 +26,10 @@ _LONGEST_DOT_LABEL = 30  # characters
 
 @dataclass(frozen=True)
 class Dot:
-    """One point of a scatter plot. `front`: no other is better in both; `low` to `high` is the interval of y."""
+    """One point of a scatter plot. `front`: no other is better in both.
+
+    `low` to `high` is the interval of y, `left` to `right` that of x, where they are known.
+    """
 
     label: str
     group: int
@@ -37,6 +38,8 @@ class Dot:
     front: bool
     low: float | None = None
     high: float | None = None
+    left: float | None = None
+    right: float | None = None
 
 
 def scatter(
@@ -52,6 +55,9 @@ def scatter(
         if dot.low is not None and dot.high is not None:
             qualities.append(dot.low)
             qualities.append(dot.high)
+        if dot.left is not None and dot.right is not None:
+            costs.append(dot.left)
+            costs.append(dot.right)
     x = x_axis(costs, HALF_WIDTH, x_show, _SCATTER_MARGIN)
     x = replace(x, unit=unit)
     y = y_axis(qualities, y_show, bounds, _SCATTER_MARGIN)
@@ -98,6 +104,10 @@ def _dot(dot: Dot, x: Axis, y: Axis) -> str:
         top = y.at(dot.high)
         bottom = y.at(dot.low)
         drawn = svg.upright(at_x, top, bottom, dot.group)
+    if dot.left is not None and dot.right is not None:
+        left = x.at(dot.left)
+        right = x.at(dot.right)
+        drawn += svg.level(left, right, at_y, dot.group)
     return drawn + svg.dot(at_x, at_y, dot.group, dot.front, hint)
 
 

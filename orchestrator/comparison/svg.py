@@ -17,6 +17,7 @@ _DOT = (
     'fill="{fill}" stroke="{colour}"><title>{hint}</title></circle>'
 )
 _UPRIGHT_LINE = '<path class="error" data-group="{group}" d="M{x:.1f} {top:.1f}V{bottom:.1f}" stroke="{colour}"/>'
+_LEVEL_LINE = '<path class="error" data-group="{group}" d="M{left:.1f} {y:.1f}H{right:.1f}" stroke="{colour}"/>'
 _HORIZONTAL = '<path class="{kind}" d="M{left} {y}H{right}"/>'
 _TEXT = '<text x="{x}" y="{y}" text-anchor="{anchor}">{content}</text>'
 _NAME = '<text class="name" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{content}</text>'
@@ -86,6 +87,11 @@ def upright(x: float, top: float, bottom: float, group: int) -> str:
     """An upright line in the colour of a group: an interval."""
     fields = {"x": x, "top": top, "bottom": bottom}
     return _UPRIGHT_LINE.format(group=group, colour=colour(group), **fields)
+
+
+def level(left: float, right: float, y: float, group: int) -> str:
+    """A level line in the colour of a group: an interval."""
+    return _LEVEL_LINE.format(group=group, left=left, right=right, y=y, colour=colour(group))
 
 
 def horizontal(kind: str, left: int, right: float, y: str) -> str:

@@ -44,11 +44,9 @@ def read_job(source: JobSource, overrides: Iterable[str] = ()) -> tuple[Job, Pat
 
 def absolute(job: Job, folder: Path) -> Job:
     """The job with its paths made absolute: relative to `folder` if they exist there, else to the current one."""
-    train = _absolute_source(job.data.train, folder)
-    evaluation = None
-    if job.data.eval:
-        evaluation = _absolute_source(job.data.eval, folder)
-    sources = {"train": train, "eval": evaluation}
+    sources = {}
+    for field, source in job.data.sources.items():
+        sources[field] = _absolute_source(source, folder)
     data = job.data.model_copy(update=sources)
     base = job.base
     base_folder = _existing(base.model, folder)
@@ -78,10 +76,10 @@ def input_digests(job: Job, model: Model, site: Site) -> Digests:
 def brought(job: Job, model: Model, site: Site, sent: Sent) -> Job:
     """The job with its files where the runs are, as paths there; `sent` is told how far each has come."""
     bring = bringer(site, sent)
-    sources = {"train": job.data.train, "eval": job.data.eval}
-    for key, source in sources.items():
-        if source and isinstance(parse_source(source), SubmitterFile):
-            sources[key] = bring(Path(source))
+    sources = job.data.sources
+    for field, source in sources.items():
+        if isinstance(parse_source(source), SubmitterFile):
+            sources[field] = bring(Path(source))
     data = job.data.model_copy(update=sources)
     base = job.base
     if model.folder is not None and Path(base.model).is_dir():
@@ -107,6 +105,7 @@ def places_before(job: Job, there: Job) -> dict[str, str]:
         "base.model": (job.base.model, there.base.model),
         "data.train": (job.data.train, there.data.train),
         "data.eval": (job.data.eval, there.data.eval),
+        "data.retain": (job.data.retain, there.data.retain),
         "objective.reward": (job.objective.reward_file, there.objective.reward_file),
     }
     before = {}

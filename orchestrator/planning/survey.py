@@ -53,7 +53,7 @@ RowsByKey = dict[str, SourceRows | None]  # by the key of a source
 
 @dataclass(frozen=True)
 class Looked:
-    """What came of a look at `train` and `eval`.
+    """What came of a look at the rows of a job, by the field of each source.
 
     `rows` has None where there is no such source, or it is a hub dataset and no library to read it is here.
     `problems` are what is wrong with them, one line each; `failure` is why they were not looked at as tokens.
@@ -65,8 +65,8 @@ class Looked:
 
 
 def look(job: Job, model: Model | None, progress: SourceProgress, is_here: bool = True) -> Looked:
-    """Look at what `train` and `eval` of a job hold; `is_here`: the cluster's files are this machine's."""
-    rows_by_key: RowsByKey = {"train": None, "eval": None}
+    """Look at what the sources of a job hold; `is_here`: the cluster's files are this machine's."""
+    rows_by_key: RowsByKey = {"train": None, "eval": None}  # what a plan asks for, whether it is there or not
     problems = []
     failure = None
     answers: SurveyResults = {}
@@ -75,7 +75,7 @@ def look(job: Job, model: Model | None, progress: SourceProgress, is_here: bool 
             answers = _as_tokens(job, model, progress)
     except ChildProcessError as error:
         failure = str(error)
-    for key, source in sources(job).items():
+    for key, source in job.data.sources.items():
         answer = answers.get(key)
         if isinstance(answer, str):
             problems.append(answer)
@@ -96,14 +96,6 @@ def _source_rows(job: Job, source: str, survey: Survey | None) -> SourceRows | N
     if file_of(source) or importlib.util.find_spec("datasets"):
         return _estimate(job, source)
     return None
-
-
-def sources(job: Job) -> dict[str, str]:
-    """The data sources of a job by their keys."""
-    by_key = {"train": job.data.train}
-    if job.data.eval:
-        by_key["eval"] = job.data.eval
-    return by_key
 
 
 def missing_packages() -> list[str]:
@@ -146,7 +138,7 @@ def _as_tokens(job: Job, model: Model, progress: SourceProgress) -> SurveyResult
     answers: SurveyResults = {}
     unknown: dict[str, str] = {}
     notes: dict[str, Path] = {}
-    for key, source in sources(job).items():
+    for key, source in job.data.sources.items():
         if not _is_quick(source):
             continue
         note = _note_path(job, source, model.folder)
@@ -192,7 +184,7 @@ def _remember(note: Path, survey: Survey) -> None:
 def _note_path(job: Job, source: str, folder: Path) -> Path:
     """Where the survey of a source is remembered, by a digest of all that it depends on."""
     surveys = cache_folder() / "surveys"
-    data = job.data.model_dump(mode="json", exclude={"train", "eval", "packing"})
+    data = job.data.model_dump(mode="json", exclude={"train", "eval", "retain", "packing"})
     virtual_tokens = job.method.virtual_tokens
     rows_read = job.objective.rows
     facts = (_SURVEY_FORMAT, digest(source), data, virtual_tokens, rows_read)

@@ -6,7 +6,7 @@ from typing import Any
 
 from orchestrator.tracking.password import secrets_of
 from runfolder.appended import read_lines
-from runfolder.chain import attempts
+from runfolder.chain import attempts, result
 from runfolder.costs import read_costs
 from runfolder.files import Record
 from runfolder.mirror import mirrored_from
@@ -19,6 +19,8 @@ _MLFLOW_TAGS = {
     "fleetune.versions.fleetune": "fleetune.version",
 }
 MACHINE = "machine"  # the event that says what machine an attempt runs on
+REASON_TAG = "fleetune.reason"
+_LONGEST_REASON = 1000  # characters; a tag of MLflow has a limit
 _CONTEXTS = {"train": "training", "eval": "evaluation"}
 STATUSES = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}  # MLflow's words for ours
 
@@ -48,7 +50,10 @@ def job_params(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
-    """What the record of a run has beside job and digests, what was planned, its name, method and folder, as tags."""
+    """What the record of a run has beside job and digests, the plan, its name, method and folder, as tags.
+
+    Of one that has ended also why, which is empty where it has succeeded: it may have been paused before.
+    """
     job = load_job(run_dir)
     facts = dict(record)
     for name in ("job", "digests", "run_id"):
@@ -61,6 +66,10 @@ def job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     tags["fleetune.name"] = job.name
     tags["fleetune.method"] = job.method.kind
     tags["fleetune.run_dir"] = mirrored_from(run_dir) or str(run_dir)
+    ended = result(run_dir)
+    if ended:
+        reason = ended.get("reason") or ""
+        tags[REASON_TAG] = reason[:_LONGEST_REASON]
     for fact, mlflow_name in _MLFLOW_TAGS.items():
         if fact in tags:
             tags[mlflow_name] = tags[fact]

@@ -90,10 +90,10 @@ class Killer:
             living = [pid for pid in workers(last_attempt(self._run_dir)) if lives(pid)]
             return [self._rng.choice(living)] if living else []
         if victim == "driver":
-            return _children(pids["controller"], "orchestrator.driver")
+            return children(pids["controller"], "orchestrator.driver")
         if victim in pids:
             return [pid] if (pid := pids[victim]) else []
-        return _children(pids["head"], victim)
+        return children(pids["head"], victim)
 
     def _kill_saving_worker(self) -> bool:
         """Kill a worker between the begin of its save and the end of it; False when there was no such moment."""
@@ -108,7 +108,7 @@ class Killer:
         return False
 
 
-def _children(parent: int | None, command: str) -> list[int]:
+def children(parent: int | None, command: str) -> list[int]:
     """The children of a process whose command line names a command."""
     try:
         children = psutil.Process(parent).children() if parent else []

@@ -16,8 +16,8 @@ from runfolder.appended import read_lines
 from runfolder.chain import Attempt
 from runfolder.files import Damaged
 from runfolder.row_results import RowResult, last_row_results, read_row_results, write_row_results
+from trainer.data.row_digests import row_digests
 from trainer.export import results
-from trainer.row_results import row_digests
 
 
 def results_per_row(run_dir: Path) -> list[RowResult]:

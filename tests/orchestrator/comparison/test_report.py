@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 from tracked_runs import preferring, tracked
 
-from orchestrator.comparison import chart, report
+from orchestrator.comparison import axis, chart, plots, report
 from orchestrator.comparison.chart import Line
 from orchestrator.comparison.compare import TrackedRun, arrange
 from orchestrator.comparison.dot_labels import Box, placed
@@ -117,11 +117,11 @@ def test_any_set_of_runs(runs: list[TrackedRun], charts: int) -> None:
 
 def test_a_line_breaks_at_nan_and_outliers_leave_the_frame() -> None:
     curve = tuple((step, math.nan if step == 50 else 1e9 if step == 20 else 3 - step / 100) for step in range(1, 101))
-    drawn = chart.line_chart("loss", [Line("a", 0, curve)], "step", str, chart.EVERYTHING, chart.HALF_WIDTH)
+    drawn = chart.line_chart("loss", [Line("a", 0, curve)], "step", str, axis.EVERYTHING, axis.HALF_WIDTH)
     figure = ElementTree.fromstring(drawn)
     lines = [[tuple(map(float, p.split(","))) for p in e.attrib["points"].split()] for e in figure.iter("polyline")]
     assert [len(line) for line in lines] == [49, 50]
-    inside = [y for line in lines for _, y in line if chart.TOP <= y <= chart.HEIGHT - chart.BOTTOM]
+    inside = [y for line in lines for _, y in line if axis.TOP <= y <= axis.HEIGHT - axis.BOTTOM]
     assert len(inside) == 98
     assert max(inside) - min(inside) > 200
 
@@ -129,7 +129,7 @@ def test_a_line_breaks_at_nan_and_outliers_leave_the_frame() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.995, 1.0])
 def test_no_tick_stands_where_no_value_can_be(value: float) -> None:
     curve = ((1, value), (2, value))
-    drawn = chart.line_chart("match", [Line("a", 0, curve)], "step", "{:.0%}".format, (0.0, 1.0), chart.HALF_WIDTH)
+    drawn = chart.line_chart("match", [Line("a", 0, curve)], "step", "{:.0%}".format, (0.0, 1.0), axis.HALF_WIDTH)
     ticks = [int(e.text[:-1]) for e in ElementTree.fromstring(drawn).iter("text") if (e.text or "").endswith("%")]
     assert ticks and min(ticks) >= 0 and max(ticks) <= 100
 
@@ -151,7 +151,7 @@ def test_pareto_front() -> None:
 
 @pytest.mark.parametrize(("rough", "expected"), [(0.013, 0.02), (0.7, 1), (1, 1), (2.2, 2.5), (30, 50), (6e8, 1e9)])
 def test_nice_numbers(rough: float, expected: float) -> None:
-    assert chart.nice(rough) == pytest.approx(expected)
+    assert axis.nice(rough) == pytest.approx(expected)
 
 
 def similar_runs() -> list[TrackedRun]:
@@ -187,6 +187,31 @@ def test_intervals_stand_at_the_dots_of_rows_that_have_one() -> None:
     page = page_of(*similar_runs(), tracked("alone", 0.5, method__kind="alone"))
     assert page.count("path", **{"class": "error"}) == 2 * 10
     assert page.count("circle", **{"class": "dot"}) == 2 * 11
+
+
+def test_costs_that_vary_over_seeds_make_the_intervals_crosses() -> None:
+    runs = []
+    for run in similar_runs():
+        time_taken = 100.0 + 10 * int(run.params["train.seed"])
+        runs.append(dataclasses.replace(run, metrics=run.metrics | {"train_s": time_taken}))
+    cost = arrange(runs, "e", "uri").rows[0].metric("train_s")
+    assert cost and plots.cost_interval(cost) == (
+        pytest.approx(85.16, abs=0.01),
+        pytest.approx(134.84, abs=0.01),
+    )  # t of two degrees: 4.303
+    shown = report.page(arrange(runs, "e", "uri"))
+    assert len(re.findall(r'class="error"[^>]*d="M[\d.]+ [\d.]+H', shown)) == 10, "of the times alone"
+
+
+def test_what_failed_is_listed_with_its_reason() -> None:
+    reasons = {"a": HOSTILE, "b": "out of memory", "c": "out of memory", "d": ""}
+    runs = [tracked("fine", 0.5)]
+    for name, reason in reasons.items():
+        run = tracked(name, 0.5, "failed", train__lr=name)
+        runs.append(dataclasses.replace(run, tags={**run.tags, "fleetune.reason": reason}))
+    page = page_of(*runs)
+    assert re.search(r"What failed.*b-0+, c-0+out of memory.*d-0+no reason is known", page.text)
+    assert f"a-{0:010d}{HOSTILE}" in page.text and "What failed" not in page_of(tracked("fine", 0.5)).text
 
 
 def test_several_that_beat_the_reference_are_not_one_best() -> None:
@@ -294,3 +319,72 @@ def test_a_browser_runs_it_without_errors(tmp_path: Path) -> None:
     shown = in_browser(path, tmp_path / "p", "", 900)
     assert "<title>Fleetune: e</title>" in shown
     assert 'class="series dim"' in shown
+
+
+def costly_runs() -> list[TrackedRun]:
+    """Two methods of 200 steps of 8,192 tokens on two workers, of which the second takes twice the time."""
+    runs = []
+    for kind, seconds in (("lora", 50.0), ("dora", 100.0)):
+        for seed in "01":
+            run = tracked(kind, 0.6, method__kind=kind, train__seed=seed, train__batch_tokens="8192")
+            tags = {**run.tags, "fleetune.plan.work.workers": "2"}
+            runs.append(dataclasses.replace(run, tags=tags, metrics=run.metrics | {"train_s": seconds}))
+    return runs
+
+
+# The last place of each curve of the first chart, in each unit; then the places in steps as they were at first.
+UNITS = """
+const chart = document.querySelector('svg.chart[data-of="step"]');
+const line = series => series.querySelector("polyline").points;
+const last = series => value(chart.dataset.x, line(series)[line(series).length - 1].x).toFixed(0);
+const lasts = () => [...chart.querySelectorAll(".series")].map(
+  series => series.dataset.label.split(",")[0] + " " + last(series));
+const xs = () => [...line(chart)].map(point => point.x);
+const at_first = xs();
+const found = [];
+for (const unit of ["tokens", "seconds", "step"]) {
+  document.querySelector(`[data-unit=${unit}]`).click();
+  const tick = [...chart.querySelectorAll(".across text")].pop().textContent;
+  found.push([unit, ...lasts(), tick, chart.querySelector(".across-title").textContent].join(" "));
+}
+const back = xs().every((x, i) => Math.abs(x - at_first[i]) < 0.02);
+document.title = [...found, back, document.querySelector("[aria-pressed=true]").textContent].join("; ");
+"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_curves_are_over_steps_tokens_or_the_seconds_of_workers(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    report.write_report(arrange(costly_runs(), "e", "uri"), path)
+    shown = in_browser(path, tmp_path / "profile", UNITS, 900)
+    found = re.search("<title>(.*)</title>", shown)
+    assert found
+    tokens, seconds, steps, back, pressed = found[1].split("; ")
+    assert re.fullmatch(r"tokens (lora|dora) 1638\d\d\d (lora|dora) 1638\d\d\d 1.5M tokens", tokens)
+    assert set(re.findall(r"(\w+) (\d+)(?= )", seconds)) >= {("lora", "100"), ("dora", "200")}
+    assert seconds.endswith(" 200 worker-seconds") and steps.endswith(" 200 step")
+    assert (back, pressed) == ("true", "steps")
+
+
+def test_a_switch_waits_for_the_script_and_only_for_runs_that_say_their_costs() -> None:
+    page = page_of(*costly_runs())
+    assert page.count("p", **{"class": "units"}) == 1
+    items = [attributes for tag, attributes in page.seen if tag == "li" and attributes.get("data-seconds")]
+    assert sorted(str(attributes["data-seconds"]) for attributes in items) == ["0.5", "1"]
+    assert {attributes["data-tokens"] for attributes in items} == {"8192"}
+    without = page_of(tracked("a", 0.5))
+    assert not any("data-seconds" in attributes for _, attributes in without.seen)
+
+
+@pytest.mark.parametrize(("least", "is_log"), [(0.01, True), (1.0, False), (-0.01, False)])
+def test_a_loss_that_spans_decades_has_a_logarithmic_axis(least: float, is_log: bool) -> None:
+    curve = tuple((step, 4 * math.exp(-step / 10) + least) for step in range(100))
+    drawn = chart.line_chart("loss", [Line("a", 0, curve)], "step", "{:g}".format, axis.EVERYTHING, 500)
+    figure = ElementTree.fromstring(drawn)
+    (frame,) = figure.iter("svg")
+    assert frame.attrib["data-y"].endswith(" log") == is_log
+    ticks = [e.text for e in figure.iter("text")]
+    assert ({"0.01", "0.1", "1"} <= set(ticks)) == is_log
+    (line,) = figure.iter("polyline")
+    heights = [float(point.split(",")[1]) for point in line.attrib["points"].split()]
+    assert min(heights) >= axis.TOP and max(heights) <= axis.HEIGHT - axis.BOTTOM

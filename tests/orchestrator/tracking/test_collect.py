@@ -79,10 +79,11 @@ def test_a_run_that_goes_on_is_restarted_resumed_and_ends(far_home: Path) -> Non
     step_row(first, 12, loss=666.0)  # a zombie, behind its seal
     steps(second, 7, 15)
     assert deliver_all() == {} == deliver_all()
-    assert second.close({"state": "failed"})
+    assert second.close({"state": "failed", "reason": "rank 0: too little memory"})
     assert fleetune.compare("fakes", None).undelivered == {}
     assert series(None, run_dir) == expected((1, 1, 10), (2, 11, 15))
-    assert runs_of(None, run_dir)[0].info.status == "FAILED"
+    (ended,) = runs_of(None, run_dir)
+    assert ended.info.status == "FAILED" and ended.data.tags["fleetune.reason"] == "rank 0: too little memory"
     assert fleetune.status(run_dir.name).mlflow_run_id == run.info.run_id
 
     assert chain.reopen(run_dir)

@@ -1,0 +1,170 @@
+"""Answers side by side, of the rows on which configurations disagree: some have them right, others wrong."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from orchestrator.comparison.compare import Comparison
+from orchestrator.comparison.group import SEED
+from orchestrator.comparison.outcomes import ResultsByKey, RowKey, read_results
+from orchestrator.comparison.ranking import Ranking
+from orchestrator.comparison.row import ComparisonRow
+from orchestrator.comparison.run import TrackedRun
+from runfolder.news import UNREADABLE
+from runfolder.row_results import RowResult
+from trainer.data.row_digests import picked_rows, row_digest
+
+_MOST_CONFIGURATIONS = 12
+_MOST_DISPUTED = 40
+_LONGEST_TEXT = 600  # characters of a row, and of an answer
+
+_DISPUTED = (
+    "<h2>Answers on which they disagree</h2>"
+    '<p class="soft">{shown} of {disputed} held-out rows that some have right and others wrong, of {all} that all '
+    "answered; {seeds}. Those first on which opinions are most divided.</p>"
+    '<p class="picked" hidden>rows that <select data-is="right"><option value="">any</option>{options}</select> has '
+    'right and <select data-is="wrong"><option value="">any</option>{options}</select> wrong</p>{rows}'
+)
+_CHOICE_OF_ROW = '<option value="{number}">{label}</option>'
+_DISPUTED_ROW = (
+    '<details class="disputed" data-right="{right}" data-wrong="{wrong}"><summary>row {number}: {count} of {of} right'
+    '</summary>{text}<div class="opinions">{answers}</div></details>'
+)
+_ASKED = '<pre class="asked">{text}</pre>'
+_OPINION = '<div class="opinion {style}"><h3>{mark} {labels}</h3><pre>{text}</pre></div>'
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A configuration with the answers of one of its runs, by row."""
+
+    label: str
+    run: TrackedRun
+    results: ResultsByKey
+
+
+def answers_side_by_side(comparison: Comparison) -> str:
+    """The answers of the largest ranking as HTML; empty where no row is answered by two, or nobody disagrees."""
+    answerers: list[Answerer] = []
+    for ranking in comparison.rankings[:1]:
+        answerers = _answerers(comparison, ranking)
+    if len(answerers) < 2:
+        return ""
+    shared = _answered_by_all(answerers)
+    disputed = [key for key in shared if 0 < _count_right(answerers, key) < len(answerers)]
+    if not disputed:
+        return ""
+    half = len(answerers) / 2
+    divided_first = sorted(disputed, key=lambda key: abs(_count_right(answerers, key) - half))
+    chosen = divided_first[:_MOST_DISPUTED]
+    texts = _texts(answerers[0], chosen)
+    rows = ""
+    for key in chosen:
+        rows += _disputed_row(answerers, key, texts.get(key, ""))
+    options = ""
+    for number, answerer in enumerate(answerers):
+        options += _CHOICE_OF_ROW.format(number=number, label=escape(answerer.label))
+    counts = {"shown": len(chosen), "disputed": len(disputed), "all": len(shared)}
+    return _DISPUTED.format(options=options, rows=rows, seeds=_seeds(answerers), **counts)
+
+
+def _answerers(comparison: Comparison, ranking: Ranking) -> list[Answerer]:
+    """The best of a ranking, and the reference, where a run of theirs has answers; that of the first seed."""
+    rows = {row.label: row for row in comparison.rows}
+    labels = [ranked.contender.label for ranked in ranking.ranked]
+    reference = ranking.reference.label
+    labels.remove(reference)
+    shown = [reference, *labels][:_MOST_CONFIGURATIONS]
+    answerers: list[Answerer] = []
+    for label in shown:
+        answerers += _with_answers(rows[label])
+    return answerers
+
+
+def _with_answers(row: ComparisonRow) -> list[Answerer]:
+    """A configuration with the answers of its first seed; nothing where its run has none here."""
+    first_seed, *_ = row.seeds
+    for run in row.runs:
+        if run.params.get(SEED, "?") == first_seed:
+            answered = {key: result for key, result in read_results(run).items() if result.correct is not None}
+            if answered:
+                return [Answerer(row.label, run, answered)]
+    return []
+
+
+def _answered_by_all(answerers: Sequence[Answerer]) -> list[RowKey]:
+    """The rows that all have answered, in the order of the file."""
+    first, *others = answerers
+    return [key for key in first.results if all(key in other.results for other in others)]
+
+
+def _count_right(answerers: Sequence[Answerer], key: RowKey) -> int:
+    """How many have a row right."""
+    return sum(bool(answerer.results[key].correct) for answerer in answerers)
+
+
+def _seeds(answerers: Sequence[Answerer]) -> str:
+    """Of which seed the answers are, in words."""
+    seeds = {answerer.run.params.get(SEED, "?") for answerer in answerers}
+    if len(seeds) == 1:
+        return f"seed {seeds.pop()}"
+    return "of each its first seed"
+
+
+def _texts(answerer: Answerer, keys: Sequence[RowKey]) -> dict[RowKey, str]:
+    """What rows say, where their file lies on this machine and is as it was."""
+    key_of = {answerer.results[key].row: key for key in keys}
+    source = answerer.run.params.get("data.eval", "")
+    texts: dict[RowKey, str] = {}
+    if not Path(source).is_absolute():
+        return texts
+    with suppress(*UNREADABLE):
+        for number, record in picked_rows(source, key_of):
+            key = key_of[number]
+            if row_digest(record) == key[0]:
+                texts[key] = _as_text(record)
+    return texts
+
+
+def _as_text(record: object) -> str:
+    """A row for people: a line for each of its fields."""
+    if not isinstance(record, dict):
+        return str(record)
+    return "\n".join(f"{name}: {value}" for name, value in record.items())
+
+
+def _disputed_row(answerers: Sequence[Answerer], key: RowKey, text: str) -> str:
+    """A row that is folded: what it says, and each answer with those who gave it, the right ones first."""
+    by_answer: dict[tuple[bool, str], list[str]] = {}
+    right: list[str] = []
+    wrong: list[str] = []
+    for number, answerer in enumerate(answerers):
+        result = answerer.results[key]
+        is_right = bool(result.correct)
+        group = right if is_right else wrong
+        group.append(str(number))
+        labels = by_answer.setdefault((is_right, _answer_text(result)), [])
+        labels.append(answerer.label)
+    answers = ""
+    for (is_right, said), labels in sorted(by_answer.items(), key=lambda item: not item[0][0]):
+        style, mark = ("right", "✓") if is_right else ("wrong", "✗")
+        answers += _OPINION.format(style=style, mark=mark, labels=escape(", ".join(labels)), text=escape(said))
+    asked = _ASKED.format(text=escape(_beginning_of(text))) if text else ""
+    place = {"right": " ".join(right), "wrong": " ".join(wrong)}
+    result = answerers[0].results[key]
+    counts = {"number": result.row, "count": len(right), "of": len(answerers)}
+    return _DISPUTED_ROW.format(text=asked, answers=answers, **place, **counts)
+
+
+def _answer_text(result: RowResult) -> str:
+    """What was written for a row, cut where it is long."""
+    return _beginning_of(result.answer or "") or "(nothing)"
+
+
+def _beginning_of(text: str) -> str:
+    """A text, of which a long one loses its end."""
+    if len(text) <= _LONGEST_TEXT:
+        return text
+    return f"{text[:_LONGEST_TEXT]} …"
