@@ -214,7 +214,7 @@ def bytes_moved(model: Any, places: list[int]) -> int:
 
 def memory_figures(run: Any) -> dict[str, Any]:
     """Sizes of base, caches and adapter, what the engine has of the base a second time, and the peak beside it."""
-    engine = run.objective._writer._engine
+    engine = run.objective._answers.writer.engine
     model = run.model
     base = sum(parameter.nbytes for parameter in frozen(model))
     cache = engine.cache.key_LNHE.nbytes + engine.cache.value_LNHE.nbytes

@@ -4,7 +4,7 @@
     engine.load("alice", "runs/alice/output")
     answers = engine.generate([Request(prompt=(1, 2, 3), adapter="alice"), Request(prompt=(1, 2, 3))])
 
-Shapes: T rows of a pass, V vocabulary.
+Shapes: T rows of a pass, V vocabulary, D width.
 """
 
 from collections.abc import Iterable
@@ -124,6 +124,20 @@ class Engine:
         self._complete(sequences)
         return [sequence.scores for sequence in sequences]
 
+    def outputs(self, requests: Iterable[Request]) -> list[Tensor]:
+        """The normed output [D] of the last layer behind each request's prompt, in front of any head."""
+        sequences: list[Sequence] = []
+        for request in requests:
+            sequence = self._scored(request, len(request.prompt) - 1)
+            sequence.keeps_output = True
+            sequences.append(sequence)
+        self._complete(sequences)
+        outputs: list[Tensor] = []
+        for sequence in sequences:
+            assert sequence.output_D is not None
+            outputs.append(sequence.output_D)
+        return outputs
+
     @torch.inference_mode()
     def step(self) -> None:
         """Admit the sequences that fit, compute a chunk of prompts, and a token of every running answer."""
@@ -198,6 +212,8 @@ class Engine:
         for sequence, span in chosen:
             if sequence.uncomputed > 0:
                 continue
+            if sequence.keeps_output:
+                sequence.output_D = hidden_TD[span.last_row].clone()
             if sequence.scored_from is not None:
                 continue
             answering.append(sequence)

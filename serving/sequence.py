@@ -1,6 +1,8 @@
-"""One request, and how far its answer is."""
+"""One request, and how far its answer is. Shapes: D width."""
 
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from serving.error import RequestRefused
 from serving.packed import Packed
@@ -53,6 +55,8 @@ class Sequence:
     scored_from: int | None = None  # instead of an answer, log-probabilities of the prompt from this token on
     scores: list[float] = field(default_factory=list)
     are_likeliest: list[bool] = field(default_factory=list)  # of the scored tokens, whether no other is likelier
+    keeps_output: bool = False  # what is asked is `output_D`
+    output_D: Tensor | None = None  # the normed output of the last layer behind the prompt, in the base's type
     ended: bool = False  # whoever asked has seen that its answer need not go on
     refusal: RequestRefused | None = None
 

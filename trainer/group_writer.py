@@ -16,6 +16,7 @@ from methods.base import Method
 from methods.parts.peft_adapter import base_under
 from serving.engine import Engine
 from serving.sequence import Request
+from trainer.reward_model import FACTORS
 
 TRAINED = "trained"
 ANSWERS_AT_ONCE = 256  # answers that are written at a time
@@ -41,15 +42,22 @@ class WrittenAnswer:
 
 
 class GroupWriter:
-    """Writes answers with a model in training; a prompt and its answer have less than `positions` tokens."""
+    """Writes answers with a model in training; a prompt and its answer have less than `positions` tokens.
 
-    def __init__(self, model: nn.Module, method: Method[Any], positions: int) -> None:
+    The engine has room for a second adapter, which judges, where one is given by its folder.
+    """
+
+    def __init__(self, model: nn.Module, method: Method[Any], positions: int, judge: Path | None = None) -> None:
         self._model = model
         self._method = method
         adapter_bytes = BESIDE_BYTES + 2 * trained_bytes(model)
-        self._engine = Engine(
+        residents = 1
+        if judge is not None and (judge / FACTORS).exists():
+            adapter_bytes += 2 * (judge / FACTORS).stat().st_size
+            residents = 2
+        self.engine = Engine(
             base_under(model),
-            residents=1,
+            residents=residents,
             rows=ANSWERS_AT_ONCE,
             positions=positions,
             tokens=max(CACHED_TOKENS, 2 * positions),
@@ -66,7 +74,7 @@ class GroupWriter:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "adapter"
             self._method.export(self._model, weights, folder)
-            return self._engine.load(TRAINED, folder)
+            return self.engine.load(TRAINED, folder)
 
     def write(self, asked: Sequence[AskedAnswer], ends: Sequence[int], temperature: float) -> list[WrittenAnswer]:
         """The answers, in the order in which they are asked for."""
@@ -74,7 +82,7 @@ class GroupWriter:
         for one in asked:
             request = Request(one.prompt, TRAINED, one.new_tokens, tuple(ends), temperature, seed=one.seed)
             requests.append(request)
-        answers = self._engine.generate(requests)
+        answers = self.engine.generate(requests)
         whole = []
         starts = []
         for request, answer in zip(requests, answers, strict=True):
@@ -83,7 +91,7 @@ class GroupWriter:
             scored = Request(ids, TRAINED, 1, temperature=temperature)
             whole.append(scored)
             starts.append(start)
-        scores = self._engine.log_likelihoods(whole, starts)
+        scores = self.engine.log_likelihoods(whole, starts)
         written = []
         for answer, score in zip(answers, scores, strict=True):
             written.append(WrittenAnswer(answer, score))
