@@ -2,7 +2,7 @@
 
 import re
 
-_ENDING = re.compile(r"####\s*-?\d[\d,]*(\.\d+)?")
+_NUMBER_AT_END = re.compile(r"####\s*-?\d[\d,]*(\.\d+)?")
 
 
 def matches(written: str, answer: str) -> bool:
@@ -15,7 +15,7 @@ def matches(written: str, answer: str) -> bool:
 def ends_in_number(written: str) -> bool:
     """Whether a text ends with one `####` and a number behind it, spaces aside, as answers of GSM8K do."""
     text = written.strip()
-    found = _ENDING.search(text)
+    found = _NUMBER_AT_END.search(text)
     if found is None or text.count("####") > 1:
         return False
     return found.end() == len(text)

@@ -17,10 +17,9 @@ from methods.parts.peft_adapter import base_under
 from serving.engine import Engine
 from serving.sequence import Request
 from trainer.reward_model import FACTORS
+from trainer.writing_size import ANSWERS_AT_ONCE, CACHED_TOKENS
 
 TRAINED = "trained"
-ANSWERS_AT_ONCE = 256  # answers that are written at a time
-CACHED_TOKENS = 65536  # tokens whose keys and values are kept at a time, of all answers
 BESIDE_BYTES = 64 << 20  # of the adapter's memory, beside twice what is trained
 
 
@@ -47,7 +46,13 @@ class GroupWriter:
     The engine has room for a second adapter, which judges, where one is given by its folder.
     """
 
-    def __init__(self, model: nn.Module, method: Method[Any], positions: int, judge: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method[Any],
+        positions: int,
+        judge: Path | None = None,
+    ) -> None:
         self._model = model
         self._method = method
         adapter_bytes = BESIDE_BYTES + 2 * trained_bytes(model)
@@ -76,11 +81,23 @@ class GroupWriter:
             self._method.export(self._model, weights, folder)
             return self.engine.load(TRAINED, folder)
 
-    def write(self, asked: Sequence[AskedAnswer], ends: Sequence[int], temperature: float) -> list[WrittenAnswer]:
+    def write(
+        self,
+        asked: Sequence[AskedAnswer],
+        ends: Sequence[int],
+        temperature: float,
+    ) -> list[WrittenAnswer]:
         """The answers, in the order in which they are asked for."""
         requests = []
         for one in asked:
-            request = Request(one.prompt, TRAINED, one.new_tokens, tuple(ends), temperature, seed=one.seed)
+            request = Request(
+                one.prompt,
+                TRAINED,
+                one.new_tokens,
+                tuple(ends),
+                temperature,
+                seed=one.seed,
+            )
             requests.append(request)
         answers = self.engine.generate(requests)
         whole = []
@@ -88,7 +105,12 @@ class GroupWriter:
         for request, answer in zip(requests, answers, strict=True):
             start = len(request.prompt)
             ids = (*request.prompt, *answer)
-            scored = Request(ids, TRAINED, 1, temperature=temperature)
+            scored = Request(
+                ids,
+                TRAINED,
+                1,
+                temperature=temperature,
+            )
             whole.append(scored)
             starts.append(start)
         scores = self.engine.log_likelihoods(whole, starts)

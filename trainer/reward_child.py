@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 _GRACE_S = 5.0  # than allowed, after which a call ends this process, should nobody be left to do so
 _PROBLEM_LENGTH = 300  # characters of what a function raised
@@ -52,20 +52,27 @@ class Keeper:
     def __init__(self) -> None:
         self._synced = time.monotonic()
 
-    def keep(self, journal: str, key: str, value: float) -> None:
+    def keep(
+        self,
+        journal: str,
+        key: str,
+        value: float,
+    ) -> None:
         """Append a value to a journal."""
-        line = json.dumps({"key": key, "value": value}) + "\n"
+        kept = {"key": key, "value": value}
+        line = json.dumps(kept) + "\n"
         with open(journal, "ab") as stream:  # noqa: PTH123 (nothing but what a call takes is imported)
             stream.write(line.encode())
             stream.flush()
             now = time.monotonic()
-            if now - self._synced >= _SYNCED_S:
-                os.fsync(stream.fileno())
+            passed = now - self._synced
+            if passed >= _SYNCED_S:
+                os.fsync(stream)
                 self._synced = now
 
 
 def main() -> None:
-    """Answer calls until stdin ends, or nobody listens any more."""
+    """Load the function, and answer calls until stdin ends."""
     file, name, seconds = sys.argv[1:]
     longest = float(seconds) + _GRACE_S
     answers = os.fdopen(os.dup(1), "w")
@@ -77,15 +84,25 @@ def main() -> None:
         print(json.dumps({"problem": f"cannot be loaded: {kind}: {error}"}), file=answers, flush=True)
         return
     print(json.dumps({"value": 0.0}), file=answers, flush=True)
+    answer_calls(function, longest, answers)
+
+
+def answer_calls(function: Callable[..., Any], longest: float, answers: TextIO) -> None:
+    """Answer calls that come by stdin; one that takes longer than so many seconds ends this process."""
     keeper = Keeper()
     for line in sys.stdin:
         question = json.loads(line)
+        arguments = question["arguments"]
+        key = question["key"]
         signal.setitimer(signal.ITIMER_REAL, longest)
-        found = called(function, question["arguments"])
+        found = called(function, arguments)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if question["key"] and "value" in found:
-            keeper.keep(question["journal"], question["key"], found["value"])
-        print(json.dumps(found), file=answers, flush=True)
+        value = found.get("value")
+        if key and value is not None:
+            journal = question["journal"]
+            keeper.keep(journal, key, value)
+        answer = json.dumps(found)
+        print(answer, file=answers, flush=True)
 
 
 if __name__ == "__main__":

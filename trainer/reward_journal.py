@@ -19,13 +19,18 @@ _FOLDER = "rewards"
 class RewardJournal:
     """What is known of the answers of a step, and the file in which a rank keeps what comes."""
 
-    def __init__(self, attempt: Attempt, step: int, rank: int) -> None:
+    def __init__(
+        self,
+        attempt: Attempt,
+        step: int,
+        rank: int,
+    ) -> None:
         folder = attempt.folder / _FOLDER
         folder.mkdir(exist_ok=True)
         self.path = folder / f"step-{step}.rank-{rank}.jsonl"
         self._known: dict[str, float] = {}
         for path in _journals(attempt, step):
-            for key, value in _values(path):
+            for key, value in _kept_values(path):
                 self._known[key] = value
 
     def value(self, key: str) -> float | None:
@@ -33,11 +38,19 @@ class RewardJournal:
         return self._known.get(key)
 
 
-def answer_key(place: int, number: int, prompt: Sequence[int], answer: Sequence[int]) -> str:
+def answer_key(
+    place: int,
+    number: int,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+) -> str:
     """What tells an answer of a step from all others: the place of its prompt, its number, and the ids of both."""
-    facts = (place, number, list(prompt), list(answer))
-    digest = hashlib.sha256(repr(facts).encode())
-    return digest.hexdigest()[:32]
+    prompt_ids = list(prompt)
+    answer_ids = list(answer)
+    facts = (place, number, prompt_ids, answer_ids)
+    text = repr(facts)
+    digest = hashlib.sha256(text.encode())
+    return digest.hexdigest()
 
 
 def forget_rewards(attempt: Attempt, step: int) -> None:
@@ -48,15 +61,21 @@ def forget_rewards(attempt: Attempt, step: int) -> None:
 
 def _journals(attempt: Attempt, step: int) -> Iterator[Path]:
     """The files of a step, of all ranks, in this attempt and those before it."""
+    of_any_rank = f"step-{step}.rank-*.jsonl"
     for other in attempts(attempt.run_dir):
-        if other.number <= attempt.number:
-            folder = other.folder / _FOLDER
-            yield from sorted(folder.glob(f"step-{step}.rank-*.jsonl"))
+        if other.number > attempt.number:
+            continue
+        folder = other.folder / _FOLDER
+        found = folder.glob(of_any_rank)
+        yield from sorted(found)
 
 
-def _values(path: Path) -> Iterator[tuple[str, float]]:
+def _kept_values(path: Path) -> Iterator[tuple[str, float]]:
     """The keys and values in the whole lines of a file; a process that was killed leaves a torn one."""
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    content = path.read_bytes()
+    whole, _, _ = content.rpartition(b"\n")
     for line in whole.splitlines():
         kept = json.loads(line)
-        yield kept["key"], float(kept["value"])
+        key: str = kept["key"]
+        value: float = kept["value"]
+        yield key, value

@@ -28,25 +28,36 @@ from trainer.rewards import Reward, RewardSample
 
 DESCRIBED, FACTORS = "adapter_config.json", "adapter_model.safetensors"  # of an adapter's folder
 JUDGE = "judge"  # the adapter's name in the engine
-AT_ONCE = 16  # texts that a model beside the trainer scores in a pass
+TEXTS_AT_ONCE = 16  # texts that a model beside the trainer scores in a pass
 
 
 def shares_base(folder: Path, base: str) -> bool:
     """Whether a reward model is an adapter of this base: by its id, or by the content of its folder."""
-    if not (folder / DESCRIBED).exists():
+    config = folder / DESCRIBED
+    if not config.exists():
         return False
-    named = read_json(folder / DESCRIBED).get("base_model_name_or_path")
+    described = read_json(config)
+    named = str(described["base_model_name_or_path"])
     if named == base:
         return True
-    if not named or not Path(named).is_dir() or not Path(base).is_dir():
-        return False
-    return folder_digest(Path(named), scratch=False) == folder_digest(Path(base), scratch=False)
+    digests = set()
+    for place in (named, base):
+        base_folder = Path(place)
+        if not base_folder.is_dir():
+            return False
+        digest = folder_digest(base_folder, scratch=False)
+        digests.add(digest)
+    return len(digests) == 1
 
 
 class AdapterJudge:
     """A reward model that is an adapter of the trainer's own base, which the engine computes like any other."""
 
-    def __init__(self, engine: Engine, folder: Path) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+    ) -> None:
         """Load it; raises AdapterRefused where the engine cannot compute it."""
         self._engine = engine
         with tempfile.TemporaryDirectory() as scratch:
@@ -54,9 +65,20 @@ class AdapterJudge:
             self._head = split_head(folder, without_head)
             engine.load(JUDGE, without_head)
 
-    def judge(self, samples: Sequence[RewardSample], journal: RewardJournal) -> list[float]:  # noqa: ARG002
+    def judge(
+        self,
+        samples: Sequence[RewardSample],
+        journal: RewardJournal,  # noqa: ARG002
+    ) -> list[float]:
         """The score of each sample."""
-        requests = [Request(tuple(sample.ids), JUDGE, 1) for sample in samples]
+        requests = [
+            Request(
+                tuple(sample.ids),
+                JUDGE,
+                1,
+            )
+            for sample in samples
+        ]
         outputs = self._engine.outputs(requests)
         output_ND = torch.stack(outputs).float()
         head_1D = self._head.to(output_ND.device)
@@ -68,42 +90,79 @@ class AdapterJudge:
 class ModelJudge:
     """A reward model of another base, or a whole one: it lies beside the trainer's, and reads texts."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         from transformers import AutoTokenizer
 
         self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self._model = loaded_judge(folder, dtype).to(device).eval()
+        model = loaded_judge(folder, dtype)
+        model.to(device)
+        self._model = model.eval()
         self._device = device
 
-    def judge(self, samples: Sequence[RewardSample], journal: RewardJournal) -> list[float]:  # noqa: ARG002
+    def judge(
+        self,
+        samples: Sequence[RewardSample],
+        journal: RewardJournal,  # noqa: ARG002
+    ) -> list[float]:
         """The score of each sample; a text ends with the end token of the model's own tokenizer."""
         end = self._tokenizer.eos_token or ""
-        texts = [sample.prompt + sample.written + end for sample in samples]
+        texts = []
+        for sample in samples:
+            text = sample.prompt + sample.written + end
+            texts.append(text)
         scores: list[float] = []
-        for first in range(0, len(texts), AT_ONCE):
-            part = texts[first : first + AT_ONCE]
-            batch = self._tokenizer(part, padding=True, return_tensors="pt")
+        count = len(texts)
+        for first in range(
+            0,
+            count,
+            TEXTS_AT_ONCE,
+        ):
+            stop = first + TEXTS_AT_ONCE
+            part = texts[first:stop]
+            batch = self._tokenizer(
+                part,
+                padding=True,
+                return_tensors="pt",
+            )
+            on_device = batch.to(self._device)
             with torch.no_grad():
-                logits_N1 = self._model(**batch.to(self._device)).logits
-            scores += logits_N1[:, 0].float().tolist()
+                found = self._model(**on_device)
+            score_N1 = found.logits.float()
+            scores += score_N1.flatten().tolist()
         return scores
 
 
-def judge_of(folder: Path, base: str, engine: Engine) -> Reward:
+def judge_of(
+    folder: Path,
+    base: str,
+    engine: Engine,
+) -> Reward:
     """What scores by a reward model, beside or on the base of an engine."""
     if shares_base(folder, base):
         return AdapterJudge(engine, folder)
-    return ModelJudge(folder, engine.base.device, engine.base.dtype)
+    return ModelJudge(
+        folder,
+        engine.base.device,
+        engine.base.dtype,
+    )
 
 
 def split_head(folder: Path, target: Path) -> Tensor:
     """Write an adapter without its head for scores to another folder; gives the head [1, D], fp32."""
     target.mkdir()
     weights: Tensors = load_file(folder / FACTORS)
-    heads = [name for name in weights if name.endswith(SCORE_WEIGHT)]
-    (name,) = heads
+    (name,) = filter(is_head, weights)
     head = weights.pop(name)
-    save_file(weights, target / FACTORS, metadata={"format": "pt"})
+    save_file(
+        weights,
+        target / FACTORS,
+        metadata={"format": "pt"},
+    )
     described = read_json(folder / DESCRIBED)
     described["modules_to_save"] = None
     described["task_type"] = "CAUSAL_LM"
@@ -112,6 +171,11 @@ def split_head(folder: Path, target: Path) -> Tensor:
     if config.exists():
         shutil.copy(config, target)
     return head.float()
+
+
+def is_head(name: str) -> bool:
+    """Whether a weight of this name is a head for scores."""
+    return name.endswith(SCORE_WEIGHT)
 
 
 def loaded_judge(folder: Path, dtype: torch.dtype) -> nn.Module:

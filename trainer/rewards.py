@@ -30,7 +30,11 @@ class RewardSample:
 class Reward(Protocol):
     """What judges the answers that a model wrote."""
 
-    def judge(self, samples: Sequence[RewardSample], journal: RewardJournal) -> list[float]:
+    def judge(
+        self,
+        samples: Sequence[RewardSample],
+        journal: RewardJournal,
+    ) -> list[float]:
         """What each sample of the journal's step is worth: a finite number."""
         ...
 
@@ -38,7 +42,11 @@ class Reward(Protocol):
 class ExactMatch:
     """1 for the answer that the row has, else 0."""
 
-    def judge(self, samples: Sequence[RewardSample], journal: RewardJournal) -> list[float]:  # noqa: ARG002
+    def judge(
+        self,
+        samples: Sequence[RewardSample],
+        journal: RewardJournal,  # noqa: ARG002
+    ) -> list[float]:
         """Whether each sample is right."""
         rewards = []
         for sample in samples:
@@ -50,7 +58,11 @@ class ExactMatch:
 class AnswerFormat:
     """1 where a number behind `####` ends the answer, else 0."""
 
-    def judge(self, samples: Sequence[RewardSample], journal: RewardJournal) -> list[float]:  # noqa: ARG002
+    def judge(
+        self,
+        samples: Sequence[RewardSample],
+        journal: RewardJournal,  # noqa: ARG002
+    ) -> list[float]:
         """Whether each sample has the form of an answer, right or wrong."""
         rewards = []
         for sample in samples:
@@ -62,11 +74,24 @@ class AnswerFormat:
 class FunctionReward:
     """What a function of the user says: `function(prompt, completion, row)`."""
 
-    def __init__(self, file: str, function: str, seconds: float) -> None:
-        self._process = RewardProcess(file, function, seconds)
+    def __init__(
+        self,
+        file: str,
+        function: str,
+        seconds: float,
+    ) -> None:
+        self._process = RewardProcess(
+            file,
+            function,
+            seconds,
+        )
         self._is_checked = False
 
-    def judge(self, samples: Sequence[RewardSample], journal: RewardJournal) -> list[float]:
+    def judge(
+        self,
+        samples: Sequence[RewardSample],
+        journal: RewardJournal,
+    ) -> list[float]:
         """What the function gives each sample, or has given it; none is asked twice, however often a run is killed.
 
         At first it is seen that it gives a row's own answer the same twice. Raises RewardFailed.
@@ -80,7 +105,11 @@ class FunctionReward:
             value = journal.value(sample.key)
             if value is None:
                 arguments = arguments_of(sample, sample.written)
-                value = self._process.value(arguments, journal.path, sample.key)
+                value = self._process.value(
+                    arguments,
+                    journal.path,
+                    sample.key,
+                )
             rewards.append(value)
         return rewards
 
@@ -93,11 +122,19 @@ def arguments_of(sample: RewardSample, completion: str) -> dict[str, Any]:
 class WeightedRewards:
     """The rewards of a job, each with its weight."""
 
-    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        weights: Mapping[str, float],
+    ) -> None:
         self._rewards = rewards
         self._weights = weights
 
-    def judge(self, samples: Sequence[RewardSample], journal: RewardJournal) -> tuple[list[float], RewardsByName]:
+    def judge(
+        self,
+        samples: Sequence[RewardSample],
+        journal: RewardJournal,
+    ) -> tuple[list[float], RewardsByName]:
         """What each sample is worth in all, and by each reward."""
         totals = [0.0] * len(samples)
         by_name: RewardsByName = {}
@@ -121,7 +158,11 @@ def rewards_of(options: GroupOptions, model: Reward | None = None) -> WeightedRe
         elif name == BY_FUNCTION:
             file = options.reward_file
             assert file is not None
-            rewards[name] = FunctionReward(file, options.reward_function, options.reward_seconds)
+            rewards[name] = FunctionReward(
+                file,
+                options.reward_function,
+                options.reward_seconds,
+            )
         elif name == BY_MODEL:
             assert model is not None
             rewards[name] = model

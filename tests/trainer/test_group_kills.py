@@ -29,7 +29,7 @@ def spread(prompt, completion, row):
     """What few answers of a random model have alike; at some calls, the end of the worker that asks."""
     calls = HERE / "calls.txt"
     number = str(len(calls.read_text().splitlines())) if calls.exists() else "0"
-    if completion != row["completion"]:  # else it is the check before the first step
+    if completion != row["completion"].strip():  # else it is the check before the first step
         with calls.open("a") as stream:
             print(repr((prompt, completion)), file=stream)
         kills = json.loads((HERE / "kills.json").read_text())

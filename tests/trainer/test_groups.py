@@ -2,6 +2,8 @@
 
 import json
 import math
+from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +20,15 @@ from methods.base import Setup
 from methods.registry import create
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import read_job
+from orchestrator.samples import sample_lines
+from runfolder.appended import read_from
 from runfolder.chain import Attempt, claim_next
 from runfolder.digests import changes, digests
 from runfolder.group_objectives import GrpoOptions, RlooOptions
 from runfolder.job import Job
 from runfolder.record import load_job
+from runfolder.samples import SAMPLES_FILE, of_step, samples_of
+from trainer.data.tokenizer import load_tokenizer
 from trainer.objectives.advantages import advantages_over_others, group_advantages
 from trainer.objectives.base import Arrays
 from trainer.objectives.group_loss import token_costs
@@ -181,6 +187,50 @@ def test_what_is_written_and_learned_depends_on_no_layout_and_resumes_bitwise(gr
     (anew / "attempts" / "1" / "rollouts" / "step-5.safetensors").unlink()
     launch(1, anew)
     assert curve(anew, 2) == curve(one)[HALF:]  # draws are functions of step, prompt and sample
+
+
+RARE = '''
+def spread(prompt, completion, row):
+    """The same for all answers to most prompts."""
+    return sum(map(ord, completion)) % 11 / 11 if len(prompt) % 4 == 0 else 0.5
+'''
+
+
+def test_other_prompts_come_in_the_place_of_those_without_signal(group_run: Any, launch: Any, tmp_path: Path) -> None:
+    """In any layout the same ones, and no more often than the job says."""
+    redrawn = {"kind": "grpo", "redraws": 3}
+    one, two = (group_run(f"on-{layout[0]}", redrawn, *layout[1:]) for layout in LAYOUTS)
+    without = group_run("without", {"kind": "grpo"})
+    (tmp_path / "rewards.py").write_text(RARE)
+    launch(1, one, without)
+    launch(2, two)
+    assert rollout_of(one, 1)["ids"].tolist() == rollout_of(two, 1)["ids"].tolist()
+    kept = rollout_of(without, 1)
+    drawn = rollout_of(one, 1)
+    of_first = drawn["redraws"] == 0
+    assert 0 < of_first.sum() < len(of_first) or drawn["redraws"].max() == 3
+    for before, after, draws in zip(documents(kept), documents(drawn), drawn["redraws"], strict=True):
+        assert (before[0].tolist() == after[0].tolist()) == (draws == 0)
+    dead = {run: [row["groups_without_signal"] for row in rows(run, 1).values()] for run in (one, without)}
+    assert sum(dead[one]) < sum(dead[without]) - 1
+    assert max(row["redraws"] for row in rows(one, 1).values()) <= 3
+    assert "redraws" not in rows(without, 1)[1]
+
+
+def test_what_it_wrote_is_there_for_people_to_read(group_run: Any, launch: Any) -> None:
+    options = {"kind": "grpo", "updates": 2, "reward": {"exact_match": 1.0, "format": 0.5}}
+    run = group_run("read", options)
+    launch(1, run)
+    found = samples_of(partial(read_from, run, SAMPLES_FILE))
+    assert [(sample["step"], sample["number"]) for sample in found] == list(product((1, 3, 5), range(SAMPLES)))
+    tokenizer = load_tokenizer(load_job(run).base)
+    for sample, (ids, prompt) in zip(of_step(found, 3), documents(rollout_of(run, 3)), strict=False):
+        assert sample["prompt"] == tokenizer.decode(ids[:prompt], skip_special_tokens=True)
+        assert sample["written"] == tokenizer.decode(ids[prompt:], skip_special_tokens=True)
+        assert (sample["reward"], sample["rewards"]) == (0.0, {"exact_match": 0.0, "format": 0.0})
+    text = sample_lines(of_step(found, 3))
+    assert text[:2] == ["step 3", f"prompt: {found[SAMPLES]['prompt']}"]
+    assert text[3].startswith("--- 1: reward 0 (exact_match 0, format 0)")
 
 
 BAD = {

@@ -46,7 +46,8 @@ class JudgedGroup:
     @property
     def is_dead(self) -> bool:
         """Whether all answers are worth the same, so that nothing is to be learned from them."""
-        return len(set(self.rewards)) == 1
+        values = set(self.rewards)
+        return len(values) == 1
 
 
 class WrittenTokens(Tokens):
@@ -56,7 +57,12 @@ class WrittenTokens(Tokens):
     equal), `is_cut` (it did not come to its end), and where a job has several rewards what each gives.
     """
 
-    def __init__(self, rollout: Arrays, of_answers: Arrays, virtual: int) -> None:
+    def __init__(
+        self,
+        rollout: Arrays,
+        of_answers: Arrays,
+        virtual: int,
+    ) -> None:
         documents = []
         prompts_D = rollout["prompts"]
         ids_of_documents = in_documents(rollout["ids"], rollout["ends"])
@@ -65,7 +71,11 @@ class WrittenTokens(Tokens):
             is_label = place >= prompt
             documents.append((ids, is_label))
         count = len(documents)
-        shard = join_examples(documents, range(count), Counts())
+        shard = join_examples(
+            documents,
+            range(count),
+            Counts(),
+        )
         super().__init__([shard], virtual)
         self._of_answers = of_answers
         self._of_labels = {}
@@ -124,7 +134,8 @@ def recorded_groups(groups: Iterable[JudgedGroup], ends: Sequence[int]) -> Array
     by_name: RewardsByName = {}
     for group in groups:
         rewards_D += group.rewards
-        draws_D += [group.draw] * len(group.answers)
+        answers = len(group.answers)
+        draws_D += [group.draw] * answers
         for name, values in group.by_name.items():
             so_far = by_name.setdefault(name, [])
             so_far += values
