@@ -81,12 +81,11 @@ class GroupOptions(ObjectiveOptions):
                 functions.append(name)
             elif name not in (BY_ANSWER, BY_FORMAT, BY_MODEL):
                 unknown.append(name)
+        found = "" if isinstance(reward, str) else f"found {reward}; "  # a text is told by whoever reads the job
         if unknown or not names:
-            found = ", ".join(unknown) or "none"
-            raise ValueError(f"found {found!r}; allowed: {_REWARDS}")
+            raise ValueError(f"{found}allowed: {_REWARDS}")
         if len(functions) > 1:
-            found = ", ".join(functions)
-            raise ValueError(f"found several functions ({found}); allowed: one, which may add up others")
+            raise ValueError(f"{found}allowed: one function, which may add up others")
         return reward
 
     @model_validator(mode="after")
