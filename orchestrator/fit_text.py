@@ -48,9 +48,8 @@ def generation_fields(written: Generations) -> dict[str, str]:
     """The lines of a plan that say what a job writes itself, and what that takes."""
     often = "a step" if written.updates == 1 else f"every {written.updates} steps"
     counts = f"{written.answers:,} answers to about {written.prompts:,} prompts {often}"
-    fields = {
-        "it writes": f"{counts}, at most {written.tokens:,} tokens; {written.learned:,} with prompts are learned"
-    }
+    most = f"at most {written.tokens:,} tokens, {written.learned:,} with their prompts"
+    fields = {"it writes": f"{counts}: {most}"}
     if written.cache_bytes:
         fields["caches"] = f"{format_bytes(written.cache_bytes)} of keys and values on each worker, beside the memory"
     if written.share is not None:

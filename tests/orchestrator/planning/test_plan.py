@@ -198,7 +198,7 @@ def test_a_plan_says_what_an_objective_needs_and_which_pairs_teach_nothing(tmp_p
 
 
 def test_a_plan_counts_what_a_job_writes_and_its_caches(tmp_path: Path) -> None:
-    model, sized = Model(LLAMA_3B), None
+    model = Model(LLAMA_3B)
     written = {"kind": "grpo", "samples": 8, "new_tokens": 256, "updates": 2}
     grpo = job(objective=written, method="lora", train={"steps": 3, "batch_tokens": 6400, "precision": "bf16"})
     sized = sizes(grpo, model)
