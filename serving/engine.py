@@ -198,7 +198,7 @@ class Engine:
         hidden_TD, _ = self.forward.run(chosen, id_T)
         score(self.forward, chosen, hidden_TD)
         for sequence, span in chosen:
-            sequence.computed += span.count
+            self.scheduler.prefixes.add_computed(sequence, span.count)
         self._begin_answers(chosen, hidden_TD)
         for sequence, _ in chosen:
             if sequence.uncomputed == 0:

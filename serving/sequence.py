@@ -49,7 +49,9 @@ class Sequence:
     packed: Packed | None  # found when the request was made
     resident: Resident | None = None
     pages: list[int] = field(default_factory=list)  # all it will need, those of its adapter included
-    own_pages: list[int] = field(default_factory=list)  # of these, those that no other sequence has
+    own_pages: list[int] = field(default_factory=list)  # of these, those that no other sequence has,
+    joined_pages: list[int] = field(default_factory=list)  # and those that others may have, of equal beginnings
+    page_keys: dict[int, bytes] | None = None  # by which pages of its prompt are found (prefixes.py)
     computed: int = 0  # positions whose keys and values are in the cache
     answer: list[int] = field(default_factory=list)
     scored_from: int | None = None  # instead of an answer, log-probabilities of the prompt from this token on
