@@ -111,9 +111,13 @@ class Engine:
 
     def generate(self, requests: Iterable[Request]) -> list[list[int]]:
         """The answers to requests, in their order: token ids. Where one is refused, none is started."""
+        return [sequence.answer for sequence in self.answered(requests)]
+
+    def answered(self, requests: Iterable[Request]) -> list[Sequence]:
+        """Requests with their answers, and the log-probabilities of those that ask for them, in their order."""
         sequences = [self._sequence(request) for request in requests]
         self._complete(sequences)
-        return [sequence.answer for sequence in sequences]
+        return sequences
 
     def log_likelihoods(self, requests: Iterable[Request], starts: Iterable[int]) -> list[list[float]]:
         """The log-probability of each token of the requests' prompts, from the token number `start` > 0 on."""
@@ -248,9 +252,9 @@ class Engine:
         self._ticket = None
         if ticket is not None:
             tokens = ticket.tokens()
-            for sequence, token in zip(ticket.sequences, tokens, strict=True):
+            for sequence, (token, score_of_token) in zip(ticket.sequences, tokens, strict=True):
                 if not sequence.finished:
-                    self.scheduler.take(sequence, token)
+                    self.scheduler.take(sequence, token, score_of_token)
         self._finish()
 
     def _advance_plainly(self) -> None:
@@ -273,8 +277,8 @@ class Engine:
     def _take(self, sequences: Several[Sequence], hidden_TD: Tensor) -> None:
         """Add to each sequence's answer the token that its row says."""
         tokens = self.forward.next_tokens(sequences, hidden_TD)
-        for sequence, token in zip(sequences, tokens, strict=True):
-            self.scheduler.take(sequence, token)
+        for sequence, (token, score_of_token) in zip(sequences, tokens, strict=True):
+            self.scheduler.take(sequence, token, score_of_token)
 
     def _finish(self) -> None:
         """Free what sequences hold whose answers are complete."""

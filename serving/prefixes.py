@@ -36,7 +36,7 @@ class Prefixes:
             sequence.computed += PAGE
 
     def add_computed(self, sequence: Sequence, count: int) -> None:
-        """Note that so many more positions of a sequence's prompt are computed; its pages that they fill are shared."""
+        """Note that so many more positions of a prompt are computed; the pages that they fill are shared."""
         first = sequence.computed // PAGE
         sequence.computed += count
         stop = sequence.computed // PAGE

@@ -101,9 +101,9 @@ class Scheduler:
         self.filling.remove(sequence)
         self.running.append(sequence)
 
-    def take(self, sequence: Sequence, token: int) -> None:
-        """One more token of a sequence's answer, which its tenant has got."""
-        sequence.take(token)
+    def take(self, sequence: Sequence, token: int, score: float) -> None:
+        """One more token of a sequence's answer, which its tenant has got, and its log-probability."""
+        sequence.take(token, score)
         self.waiting.charge_token(sequence)
 
     def finish(self, sequence: Sequence) -> None:

@@ -16,8 +16,9 @@ from methods.base import Method
 from methods.parts.peft_adapter import base_under
 from serving.engine import Engine
 from serving.sequence import Request
+from trainer.generation import cache_bytes
 from trainer.reward_model import FACTORS
-from trainer.writing_size import ANSWERS_AT_ONCE, CACHED_TOKENS
+from trainer.writing_size import ANSWERS_AT_ONCE, cached_tokens
 
 TRAINED = "trained"
 BESIDE_BYTES = 64 << 20  # of the adapter's memory, beside twice what is trained
@@ -60,12 +61,14 @@ class GroupWriter:
         if judge is not None and (judge / FACTORS).exists():
             adapter_bytes += 2 * (judge / FACTORS).stat().st_size
             residents = 2
+        base = base_under(model)
+        of_token, _ = cache_bytes(base.config, base.dtype.itemsize)
         self.engine = Engine(
-            base_under(model),
+            base,
             residents=residents,
             rows=ANSWERS_AT_ONCE,
             positions=positions,
-            tokens=max(CACHED_TOKENS, 2 * positions),
+            tokens=cached_tokens(positions, of_token),
             adapter_bytes=adapter_bytes,
         )
 
@@ -97,27 +100,11 @@ class GroupWriter:
                 tuple(ends),
                 temperature,
                 seed=one.seed,
+                scores_answer=True,
             )
             requests.append(request)
-        answers = self.engine.generate(requests)
-        whole = []
-        starts = []
-        for request, answer in zip(requests, answers, strict=True):
-            start = len(request.prompt)
-            ids = (*request.prompt, *answer)
-            scored = Request(
-                ids,
-                TRAINED,
-                1,
-                temperature=temperature,
-            )
-            whole.append(scored)
-            starts.append(start)
-        scores = self.engine.log_likelihoods(whole, starts)
-        written = []
-        for answer, score in zip(answers, scores, strict=True):
-            written.append(WrittenAnswer(answer, score))
-        return written
+        sequences = self.engine.answered(requests)
+        return [WrittenAnswer(sequence.answer, sequence.scores) for sequence in sequences]
 
 
 def trained_bytes(model: nn.Module) -> int:

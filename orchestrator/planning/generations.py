@@ -16,7 +16,7 @@ from orchestrator.planning.survey import SourceRows
 from runfolder.group_objectives import GroupOptions
 from runfolder.job import Job
 from trainer.devices import bandwidth_of_name, peak_of_name
-from trainer.writing_size import ANSWERS_AT_ONCE, CACHED_TOKENS
+from trainer.writing_size import ANSWERS_AT_ONCE, cached_tokens
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def generations(
     learned = tokens + round(answers * of_prompt)
     element = 2 if planned_precision(job, kind) == "bf16" else 4
     of_token = cached_bytes(model.config, element)
-    cached = max(CACHED_TOKENS, 2 * job.data.seq_len)
+    cached = cached_tokens(job.data.seq_len, of_token)
     share = None
     if sizes is not None and gpu is not None:
         length = of_prompt + options.new_tokens
@@ -78,14 +78,14 @@ def cached_bytes(config: BaseConfig, element: int) -> int:
 def _writing_share(
     job: Job, model: Model, sizes: Sizes, gpu: str, answers: int, length: float, of_token: int, learned: int
 ) -> float | None:
-    """The part of the time that writing answers takes at least, and computing their log-probabilities."""
+    """The part of the time that writing answers takes at least."""
     bandwidth = bandwidth_of_name(gpu)
     peak = peak_of_name(gpu)
     options = job.objective
     if bandwidth is None or peak is None or not isinstance(options, GroupOptions):
         return None
     of_worker = ceil(answers / job.resources.world_size)
-    together = max(1, min(of_worker, ANSWERS_AT_ONCE, int(CACHED_TOKENS / length)))
+    together = max(1, min(of_worker, ANSWERS_AT_ONCE, int(cached_tokens(job.data.seq_len, of_token) / length)))
     rounds = ceil(of_worker / together)
     halfway = length - options.new_tokens / 2
     read = sizes.memory.weights + together * halfway * of_token
@@ -93,9 +93,7 @@ def _writing_share(
     per_token = planned_flops(job, model, sizes)
     per_second = peak * stated_share(job, planned_kernels(job, "gpu")) * job.resources.world_size
     learning = per_token * learned / per_second
-    scoring = learning / 3  # a pass forward alone
-    once = writing + scoring
-    return once / (once + options.updates * learning)
+    return writing / (writing + options.updates * learning)
 
 
 def _folder_bytes(folder: str | None) -> int:
