@@ -3,6 +3,8 @@
     python benchmarks/preferences.py --out benchmarks/results/preferences.json
     python benchmarks/preferences.py --base meta-llama/Llama-3.2-1B --methods lora dora --rows sft dpo trl --data hh
     python benchmarks/preferences.py --layers 2 --rows sft dpo reward     (without a GPU: a tiny base, in fp32)
+    python benchmarks/preferences.py --rows grpo grpo-fp32 --out benchmarks/results/grpo.json
+    python benchmarks/preferences.py --layers 2 --rows grpo --prompts 4 --samples 4 --new-tokens 16
 
 All rows run on this machine in turn, each in a process of its own, with the same weights and the same answers. `sft`
 learns both answers of each pair as rows of their own, so it computes what an objective on pairs does; the rows that
@@ -10,10 +12,13 @@ end on `shared` compute a pair's prompt once, and their tokens are counted as if
 gave before the first step is computed before, and its seconds are told apart. `hh` are pairs of HH-RLHF's lengths (or
 those of --pairs), `full` are documents of 2,048 tokens. Of padding nothing counts. Figures are medians over the
 steps after the warm-up. `trl` is TRL's DPO with PEFT's LoRA of the same rank, its reference computed before too, and
-is left out where TRL is not installed.
+is left out where TRL is not installed. `grpo` learns from answers that the model itself writes, and has figures of
+its own (grpo_step.py): 64 prompts a step, 8 answers of 256 tokens to each, in bf16 on a GPU; `grpo-fp32` the same in
+fp32, where engine and trainer are as near as they get.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -28,6 +33,7 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
+import grpo_step
 import layouts
 import llama_1b
 import yaml
@@ -45,6 +51,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "reward": {"kind": "reward"},
     "reward-shared": {"kind": "reward", "share_prompts": True},
 }
+GENERATING = {"grpo": "bf16", "grpo-fp32": "fp32"}
 DEFAULT_ROWS = ["sft", "dpo", "dpo-shared", "reward", "trl"]
 LENGTHS = {"hh": (4.5, 0.9, 3.4, 0.9), "full": (7.2, 0.05, 5.9, 0.05)}  # of the words of prompts and of replies
 ON_CPU = {
@@ -62,10 +69,13 @@ def main() -> None:
     parser.add_argument("--base", help="a model id or folder; default: random weights of Llama-3.2-1B's shape")
     parser.add_argument("--layers", type=int, default=llama_1b.SHAPE["num_hidden_layers"])
     parser.add_argument("--methods", nargs="+", default=["lora"], help="what Fleetune's own rows train")
-    parser.add_argument("--rows", nargs="*", default=DEFAULT_ROWS, choices=[*OBJECTIVES, "trl"])
+    parser.add_argument("--rows", nargs="*", default=DEFAULT_ROWS, choices=[*OBJECTIVES, *GENERATING, "trl"])
     parser.add_argument("--data", nargs="*", default=["hh"], choices=LENGTHS)
     parser.add_argument("--pairs", type=Path, help="a .jsonl of pairs in the place of those that are made up for hh")
     parser.add_argument("--batch-tokens", type=int, help="of a step; default: 32,768, without a GPU 4,096")
+    parser.add_argument("--prompts", type=int, default=64, help="of a step of the rows that generate")
+    parser.add_argument("--samples", type=int, default=8, help="answers to each prompt there")
+    parser.add_argument("--new-tokens", type=int, default=256, help="of each answer there")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     gpu = forked(has_gpu) is True
@@ -79,7 +89,11 @@ def main() -> None:
             compare(rows)
             print(json.dumps(row), flush=True)
             write(arguments, rows)
-    print(table(rows))
+    generating = [row for row in rows if row["row"] in GENERATING]
+    if others := [row for row in rows if row not in generating]:
+        print(table(others))
+    if generating:
+        print(grpo_step.grpo_table(generating))
 
 
 def has_gpu() -> bool:
@@ -201,12 +215,17 @@ def make_base(folder: Path, layers: int, gpu: bool) -> None:
 
 def measured(inputs: Inputs, arguments: argparse.Namespace) -> Iterator[Figures]:
     """The figures of each row on each kind of data."""
+    size = grpo_step.Size(arguments.prompts, arguments.samples, arguments.new_tokens)
+    for row, method in product(arguments.rows, arguments.methods):
+        if row in GENERATING:
+            figures = forked(generating_steps, inputs, method, row, size)
+            yield {"row": row, "method": method, **dataclasses.asdict(size), **figures}
     for data, row in product(arguments.data, arguments.rows):
-        if row != "trl":
+        if row in OBJECTIVES:
             for method in arguments.methods:
                 figures = forked(our_steps, inputs, method, row, data)
                 yield {"row": row, "method": method, "data": data, **figures}
-        elif find_spec("trl"):
+        elif row == "trl" and find_spec("trl"):
             figures = forked(trl_steps, inputs, data)
             yield {"row": row, "method": "lora", "data": data, **figures}
 
@@ -233,6 +252,14 @@ def our_steps(inputs: Inputs, method: str, row: str, data: str) -> Figures:
         "kernels": run.objective.kernels.names,
         "problems": run.objective.kernels.problems,
     }
+
+
+def generating_steps(inputs: Inputs, method: str, row: str, size: grpo_step.Size) -> Figures:
+    """The steps of a run that learns from answers of its own."""
+    options = {"kind": method, **METHODS.get(method, {})}
+    precision = GENERATING[row] if inputs.gpu else "fp32"
+    run_dir = grpo_step.grpo_run(inputs.place, inputs.base, options, size, precision)
+    return grpo_step.grpo_steps(run_dir, started)
 
 
 @contextmanager
@@ -343,8 +370,9 @@ def step_clock() -> Any:
 
 def compare(rows: list[Figures]) -> None:
     """Say of each row what share of the supervised one it is, in speed and in memory, once there is one."""
-    supervised = {(row["method"], row["data"]): row for row in rows if row["row"] == "sft" and "error" not in row}
-    for row in rows:
+    compared = [row for row in rows if row["row"] not in GENERATING]
+    supervised = {(row["method"], row["data"]): row for row in compared if row["row"] == "sft" and "error" not in row}
+    for row in compared:
         beside = supervised.get((row["method"], row["data"]))
         if beside and "error" not in row:
             row["of_sft"] = row["tokens_per_second"] / beside["tokens_per_second"]

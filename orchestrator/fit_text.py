@@ -1,6 +1,7 @@
 """What a plan says of memory, in words."""
 
 from orchestrator.comparison.measure import format_bytes
+from orchestrator.planning.generations import Generations
 from orchestrator.planning.hours import HoursForecast
 from orchestrator.planning.memory import MemoryFit
 from trainer.dry_run.fit import Change
@@ -41,6 +42,22 @@ def hours_text(hours: HoursForecast) -> str:
     if hours.runs:
         source = f"{hours.runs} earlier runs like it"
     return f"about {hours.likely:.2g}, in 9 of 10 runs {hours.low:.2g} to {hours.high:.2g} (by {source})"
+
+
+def generation_fields(written: Generations) -> dict[str, str]:
+    """The lines of a plan that say what a job writes itself, and what that takes."""
+    often = "a step" if written.updates == 1 else f"every {written.updates} steps"
+    counts = f"{written.answers:,} answers to about {written.prompts:,} prompts {often}"
+    most = f"at most {written.tokens:,} tokens, {written.learned:,} with their prompts"
+    fields = {"it writes": f"{counts}: {most}"}
+    if written.cache_bytes:
+        fields["caches"] = f"{format_bytes(written.cache_bytes)} of keys and values on each worker, beside the memory"
+    if written.share is not None:
+        fields["writing"] = f"at least {written.share:.0%} of the time, by bandwidth and arithmetic, at full length"
+    if written.judge_bytes:
+        size = format_bytes(written.judge_bytes)
+        fields["reward model"] = f"{size} on each worker; with its base, unless that is the job's"
+    return fields
 
 
 def _change_text(change: Change) -> str:

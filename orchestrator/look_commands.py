@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.arguments import ClusterOption, JobArgument, SetOption
+from orchestrator.arguments import ClusterOption, JobArgument, RunArgument, SetOption
 from orchestrator.terminal import Json, clear_count, count_delivered, count_rows, print_json, warn_of_undelivered
 
 look_app = typer.Typer()
@@ -56,6 +56,24 @@ def rows_command(
     from orchestrator.row_text import show_rows
 
     return show_rows(view)
+
+
+@look_app.command("samples")
+def samples_command(
+    run: RunArgument,
+    step: Annotated[int | None, typer.Option("--step", min=1, help="Which step; the last one without it.")] = None,
+    cluster: ClusterOption = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a model wrote in a step to one of its prompts, and what each answer was worth."""
+    from orchestrator.samples import sample_lines, samples
+
+    shown = samples(run, step, cluster)
+    if as_json:
+        return print_json(shown)
+    for line in sample_lines(shown):
+        print(line)
+    return None
 
 
 @look_app.command("compare")

@@ -15,7 +15,7 @@ from methods.options.base import WIDTH
 from orchestrator.cluster_views import ClusterView
 from orchestrator.comparison.measure import format_bytes
 from orchestrator.describe import CAPABILITIES, support
-from orchestrator.fit_text import fit_fields, hours_text
+from orchestrator.fit_text import fit_fields, generation_fields, hours_text
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.sizes import Sizes
 from orchestrator.run_list import GAP, list_lines
@@ -202,6 +202,8 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
         fields |= _size_fields(plan.sizes)
     if plan.fit is not None:
         fields |= fit_fields(plan.fit)
+    if plan.generations is not None:
+        fields |= generation_fields(plan.generations)
     if plan.hours is not None:
         fields["hours"] = hours_text(plan.hours)
     return fields

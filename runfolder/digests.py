@@ -38,6 +38,9 @@ def digests(job: Job, base: Path | None, digest_there: Callable[[Path], str | No
         found["base"] = folder_digest(base, scratch)
     if job.objective.reward_file:
         found["objective.reward"] = file_digest(job.objective.reward_file, digest_there)
+    if job.objective.reward_folder:
+        reward_model = Path(job.objective.reward_folder)
+        found["objective.reward_model"] = folder_digest(reward_model, scratch=False)
     return found
 
 
@@ -105,9 +108,10 @@ def changes(job: Job | EvaluationJob, known: Mapping[str, str | None]) -> list[s
     """What is not as in the known digests, one line each: field, file, both digests, what to do."""
     sources = {field: file_of(source) for field, source in job.sources.items()}
     sources["base"] = Path(job.base.model)
-    scratch = job.base.init == "scratch"
+    from_scratch = job.base.init == "scratch"
     lines = []
     for field, source in sources.items():
+        scratch = from_scratch and field == "base"
         then = known.get(field)
         if not source or not source.is_absolute() or not then:
             continue

@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from runfolder.objective import GENTLE, ObjectiveOptions
 
-_BY_ANSWER = "exact_match"
-_BY_FUNCTION = re.compile(r".+\.py:[A-Za-z_]\w*")
+BY_ANSWER, BY_FORMAT, BY_MODEL, BY_FUNCTION = "exact_match", "format", "model", "function"
+_FUNCTION = re.compile(r".+\.py:[A-Za-z_]\w*")
+_REWARDS = f"{BY_ANSWER}, {BY_FORMAT}, {BY_MODEL}, or file.py:function"
 _WEIGHTS_MOVE = "it changes the base's own weights, of which the generating engine has no second copy; nearest: lora"
 _NOT_TRIED = "generating beside training was not tried with it yet; nearest: lora"
 
@@ -31,9 +32,13 @@ class GroupOptions(ObjectiveOptions):
         "prompt": _NOT_TRIED,
         "ptuning": _NOT_TRIED,
     }
-    reward: str = Field(
-        _BY_ANSWER,
-        description="what an answer is worth: exact_match (1 for the one in its row, else 0), or file.py:function",
+    reward: str | dict[str, float] = Field(
+        BY_ANSWER,
+        description="what an answer is worth: exact_match (1 for the one in its row, else 0), format (1 where a "
+        "number behind #### ends it, else 0), model (see reward_model), or file.py:function; or weights of several",
+    )
+    reward_model: str | None = Field(
+        None, description="folder of a reward model, as objective reward leaves it, for the reward `model`"
     )
     reward_seconds: float = Field(10.0, gt=0, description="longest that one call of the reward's function may take")
     samples: int = Field(8, ge=2, description="answers to each prompt, which are compared with each other")
@@ -52,30 +57,93 @@ class GroupOptions(ObjectiveOptions):
         description="most that a token weighs by how much likelier the trainer finds it than the engine that wrote "
         "it; null: all weigh 1",
     )
+    most_apart: float | None = Field(
+        0.05,
+        gt=0,
+        description="largest mean distance, in nats a token, between what trainer and engine say of a step's "
+        "answers: above it the step is refused, and the run ends; null: none is",
+    )
+    redraws: int = Field(
+        0,
+        ge=0,
+        description="how often a prompt whose answers are all worth the same gives way to another one, within a step "
+        "(DAPO's dynamic sampling)",
+    )
 
     @field_validator("reward")
     @classmethod
-    def _is_reward(cls, reward: str) -> str:
-        if reward != _BY_ANSWER and not _BY_FUNCTION.fullmatch(reward):
-            raise ValueError(f"found {reward!r}; allowed: {_BY_ANSWER}, or file.py:function")
+    def _is_reward(cls, reward: str | dict[str, float]) -> str | dict[str, float]:
+        names = [reward] if isinstance(reward, str) else list(reward)
+        unknown = []
+        functions = []
+        for name in names:
+            if _FUNCTION.fullmatch(name):
+                functions.append(name)
+            elif name not in (BY_ANSWER, BY_FORMAT, BY_MODEL):
+                unknown.append(name)
+        found = "" if isinstance(reward, str) else f"found {reward}; "  # a text is told by whoever reads the job
+        if unknown or not names:
+            raise ValueError(f"{found}allowed: {_REWARDS}")
+        if len(functions) > 1:
+            raise ValueError(f"{found}allowed: one function, which may add up others")
         return reward
+
+    @model_validator(mode="after")
+    def _names_its_model(self) -> Self:
+        if self.reward_model is None and BY_MODEL in self.weights:
+            raise ValueError("reward_model: found none with reward model; allowed: the folder of a reward model")
+        if self.reward_model is not None and BY_MODEL not in self.weights:
+            raise ValueError(f"reward_model: found {self.reward_model}, which no reward asks; allowed: reward: model")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What each reward weighs in what an answer is worth, by its name; a function's is `function`."""
+        if isinstance(self.reward, str):
+            return {_kind_of(self.reward): 1.0}
+        return {_kind_of(name): weight for name, weight in self.reward.items()}
 
     @property
     def reward_file(self) -> str | None:
         """The file whose function judges answers; None where none does."""
-        file, _, _ = self.reward.rpartition(":")
+        file, _, _ = self._function.rpartition(":")
         return file or None
 
     @property
+    def reward_folder(self) -> str | None:
+        """The folder of the reward model that judges answers; None where none does."""
+        return self.reward_model
+
+    @property
     def reward_function(self) -> str:
-        """The name of the function that judges answers."""
-        _, _, function = self.reward.rpartition(":")
+        """The name of the function that judges answers; empty where none does."""
+        _, _, function = self._function.rpartition(":")
         return function
+
+    @property
+    def _function(self) -> str:
+        """The reward that is file.py:function; empty where none is."""
+        for name in [self.reward] if isinstance(self.reward, str) else self.reward:
+            if _kind_of(name) == BY_FUNCTION:
+                return name
+        return ""
 
     def with_reward_file(self, file: str) -> "GroupOptions":
         """The options with the file of the reward in another place."""
-        reward = f"{file}:{self.reward_function}"
+        there = f"{file}:{self.reward_function}"
+        if isinstance(self.reward, str):
+            return self.model_copy(update={"reward": there})
+        reward = {there if name == self._function else name: weight for name, weight in self.reward.items()}
         return self.model_copy(update={"reward": reward})
+
+    def with_reward_model(self, folder: str) -> "GroupOptions":
+        """The options with the folder of the reward model in another place."""
+        return self.model_copy(update={"reward_model": folder})
+
+
+def _kind_of(name: str) -> str:
+    """What kind of reward a name means: `function` for file.py:function, else itself."""
+    return BY_FUNCTION if _FUNCTION.fullmatch(name) else name
 
 
 class GrpoOptions(GroupOptions):

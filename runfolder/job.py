@@ -279,6 +279,9 @@ class Job(Section):
         reward = self.objective.reward_file
         if reward:
             by_field["objective.reward"] = reward
+        model = self.objective.reward_folder
+        if model:
+            by_field["objective.reward_model"] = model
         return by_field
 
     def dump(self) -> dict[str, Any]:

@@ -25,3 +25,8 @@ class ObjectiveOptions(Section):
     def reward_file(self) -> str | None:
         """The file whose function judges what the model writes; None where there is none."""
         return None
+
+    @property
+    def reward_folder(self) -> str | None:
+        """The folder of a reward model that judges what the model writes; None where there is none."""
+        return None

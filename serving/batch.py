@@ -5,6 +5,7 @@ from typing import Any
 
 from serving.grouping import Grouping
 from serving.mix import AdapterBatch
+from serving.sampler import Manner
 
 BUSY = 264  # programs that keep a GPU's multiprocessors busy
 LONG = 512  # positions from which a sequence's keys are computed in parts
@@ -21,7 +22,7 @@ class Batch:
     grouping: Grouping
     tail: int  # ranks behind the base's weights
     parts: int  # in which keys are computed
-    is_greedy: bool
+    manner: Manner
 
     @property
     def kind(self) -> GraphKind:
@@ -29,7 +30,7 @@ class Batch:
         needs = self.adapters.needs
         grouped = self.grouping.size
         residents = [id(member.resident) for member in self.adapters.members]
-        return self.rows, self.tail, self.parts, self.is_greedy, needs, grouped, *residents
+        return self.rows, self.tail, self.parts, self.manner, needs, grouped, *residents
 
 
 def parts_of(length: int, programs: int) -> int:

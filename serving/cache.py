@@ -23,18 +23,24 @@ class Cache:
         self.key_LNHE = torch.zeros(size, dtype=dtype, device=device)
         self.value_LNHE = torch.zeros_like(self.key_LNHE)
         self._free = list(reversed(numbers))
+        self._shared: dict[bytes, int] = {}  # pages by the key of what they hold
+        self._key_of: dict[int, bytes] = {}
+        self._users: dict[int, int] = {}  # how many sequences have a shared page
+        self._unused: dict[int, None] = {}  # shared pages that none has, from the one that was left first
 
     @property
     def free_pages(self) -> int:
-        """Number of pages that are free."""
-        return len(self._free)
+        """Number of pages that can be reserved: those of no use, and shared ones that no sequence has."""
+        return len(self._free) + len(self._unused)
 
     def reserve(self, count: int) -> list[int] | None:
-        """So many pages, or None where fewer are free."""
+        """So many pages, or None where fewer are free; shared ones that no sequence has are given up last."""
         if count > self.free_pages:
             return None
         reserved: list[int] = []
         for _ in range(count):
+            if not self._free:
+                self._give_up_oldest()
             page = self._free.pop()
             reserved.append(page)
         return reserved
@@ -42,6 +48,37 @@ class Cache:
     def free(self, pages: list[int]) -> None:
         """Make these pages free for other sequences."""
         self._free += pages
+
+    def shared(self, key: bytes) -> int | None:
+        """The page that holds what a key stands for, or None."""
+        return self._shared.get(key)
+
+    def share(self, page: int, key: bytes) -> None:
+        """Let others join a page that one sequence has and has filled with what a key stands for."""
+        self._shared[key] = page
+        self._key_of[page] = key
+        self._users[page] = 1
+
+    def join(self, page: int) -> None:
+        """Let one more sequence have a shared page."""
+        self._unused.pop(page, None)
+        self._users[page] += 1
+
+    def leave(self, pages: list[int]) -> None:
+        """Let a sequence have these shared pages no longer; what they hold is kept while there is room."""
+        for page in pages:
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                self._unused[page] = None
+
+    def _give_up_oldest(self) -> None:
+        """Free the shared page that nobody has had for the longest time."""
+        page = next(iter(self._unused))
+        del self._unused[page]
+        del self._users[page]
+        key = self._key_of.pop(page)
+        del self._shared[key]
+        self._free.append(page)
 
     def write(self, pages: list[int], prefix_L2VHE: Tensor) -> None:
         """Put keys and values of a document's first tokens into its pages."""

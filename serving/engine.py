@@ -4,7 +4,7 @@
     engine.load("alice", "runs/alice/output")
     answers = engine.generate([Request(prompt=(1, 2, 3), adapter="alice"), Request(prompt=(1, 2, 3))])
 
-Shapes: T rows of a pass, V vocabulary.
+Shapes: T rows of a pass, V vocabulary, D width.
 """
 
 from collections.abc import Iterable
@@ -111,9 +111,13 @@ class Engine:
 
     def generate(self, requests: Iterable[Request]) -> list[list[int]]:
         """The answers to requests, in their order: token ids. Where one is refused, none is started."""
+        return [sequence.answer for sequence in self.answered(requests)]
+
+    def answered(self, requests: Iterable[Request]) -> list[Sequence]:
+        """Requests with their answers, and the log-probabilities of those that ask for them, in their order."""
         sequences = [self._sequence(request) for request in requests]
         self._complete(sequences)
-        return [sequence.answer for sequence in sequences]
+        return sequences
 
     def log_likelihoods(self, requests: Iterable[Request], starts: Iterable[int]) -> list[list[float]]:
         """The log-probability of each token of the requests' prompts, from the token number `start` > 0 on."""
@@ -123,6 +127,20 @@ class Engine:
             sequences.append(sequence)
         self._complete(sequences)
         return [sequence.scores for sequence in sequences]
+
+    def outputs(self, requests: Iterable[Request]) -> list[Tensor]:
+        """The normed output [D] of the last layer behind each request's prompt, in front of any head."""
+        sequences: list[Sequence] = []
+        for request in requests:
+            sequence = self._scored(request, len(request.prompt) - 1)
+            sequence.keeps_output = True
+            sequences.append(sequence)
+        self._complete(sequences)
+        outputs: list[Tensor] = []
+        for sequence in sequences:
+            assert sequence.output_D is not None
+            outputs.append(sequence.output_D)
+        return outputs
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -184,7 +202,7 @@ class Engine:
         hidden_TD, _ = self.forward.run(chosen, id_T)
         score(self.forward, chosen, hidden_TD)
         for sequence, span in chosen:
-            sequence.computed += span.count
+            self.scheduler.prefixes.add_computed(sequence, span.count)
         self._begin_answers(chosen, hidden_TD)
         for sequence, _ in chosen:
             if sequence.uncomputed == 0:
@@ -198,6 +216,8 @@ class Engine:
         for sequence, span in chosen:
             if sequence.uncomputed > 0:
                 continue
+            if sequence.keeps_output:
+                sequence.output_D = hidden_TD[span.last_row].clone()
             if sequence.scored_from is not None:
                 continue
             answering.append(sequence)
@@ -232,9 +252,9 @@ class Engine:
         self._ticket = None
         if ticket is not None:
             tokens = ticket.tokens()
-            for sequence, token in zip(ticket.sequences, tokens, strict=True):
+            for sequence, (token, score_of_token) in zip(ticket.sequences, tokens, strict=True):
                 if not sequence.finished:
-                    self.scheduler.take(sequence, token)
+                    self.scheduler.take(sequence, token, score_of_token)
         self._finish()
 
     def _advance_plainly(self) -> None:
@@ -257,8 +277,8 @@ class Engine:
     def _take(self, sequences: Several[Sequence], hidden_TD: Tensor) -> None:
         """Add to each sequence's answer the token that its row says."""
         tokens = self.forward.next_tokens(sequences, hidden_TD)
-        for sequence, token in zip(sequences, tokens, strict=True):
-            self.scheduler.take(sequence, token)
+        for sequence, (token, score_of_token) in zip(sequences, tokens, strict=True):
+            self.scheduler.take(sequence, token, score_of_token)
 
     def _finish(self) -> None:
         """Free what sequences hold whose answers are complete."""

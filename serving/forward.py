@@ -18,7 +18,7 @@ from serving.passing import Pass, Span, positions_and_places
 from serving.plain import Plain
 from serving.pool import Pool, Resident
 from serving.rotation import Rotations, rotation_of
-from serving.sampler import Choice, are_greedy, sample
+from serving.sampler import Choice, Manner, NextTokens, choose
 from serving.sequence import Sequence
 
 Chosen = Several[tuple[Sequence, Span]]
@@ -49,15 +49,16 @@ class Forward:
         hidden_TD = self.decoder.forward(x_TD, step)
         return hidden_TD, step.adapters
 
-    def next_tokens(self, sequences: Several[Sequence], hidden_TD: Tensor) -> list[int]:
-        """The next token of each sequence's answer, from its last row's outputs."""
+    def next_tokens(self, sequences: Several[Sequence], hidden_TD: Tensor) -> list[tuple[int, float]]:
+        """The next token of each sequence's answer and its log-probability, from its last row's outputs."""
         owners = [sequence.resident for sequence in sequences]
         adapters = AdapterBatch.of(owners)
         adapters = adapters.to(self.device)
         logits_TV = self.decoder.logits(hidden_TD, adapters)
-        token_T = self._chosen_tokens(sequences, logits_TV)
-        tokens: list[int] = token_T.tolist()
-        return tokens
+        chosen = self._chosen_tokens(sequences, logits_TV)
+        tokens: list[int] = chosen.token_T.tolist()
+        scores: list[float] = chosen.score_T.tolist()
+        return list(zip(tokens, scores, strict=True))
 
     def prepare_resident(self, resident: Resident) -> bool:
         """Make ready what an adapter has beside its block; False where its virtual tokens find no pages."""
@@ -78,15 +79,13 @@ class Forward:
             self._fill_prompt(resident, adapter.prompt_VD)
         return True
 
-    def _chosen_tokens(self, sequences: Several[Sequence], logits_TV: Tensor) -> Tensor:
+    def _chosen_tokens(self, sequences: Several[Sequence], logits_TV: Tensor) -> NextTokens:
         """The token that each sequence's request takes from its logits."""
         requests = [sequence.request for sequence in sequences]
-        if are_greedy(requests):
-            return logits_TV.argmax(-1)
         numbers = [len(sequence.answer) for sequence in sequences]
         number_T = torch.tensor(numbers, device=self.device)
         choice = Choice.of(requests, self.device)
-        return sample(logits_TV, choice, number_T)
+        return choose(logits_TV, Manner.of(requests), choice, number_T)
 
     def _on_device(self, tensor: Tensor | None) -> Tensor | None:
         """The same on the device, where it is there."""

@@ -33,6 +33,7 @@ class Rows:
         self.number_T = number_T
         self.adapter_T = adapter_T.int()
         self.pages_TP = pages_TP
+        self.score_T = torch.zeros(count, device=device)  # of the tokens in `id_T`
         self.choice = Choice.blank(count, device)
 
     def write(self, sequences: Several[Sequence], count: int) -> None:

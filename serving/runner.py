@@ -20,12 +20,12 @@ from serving.mix import AdapterBatch, Owner
 from serving.packed import Needs
 from serving.passing import Pass
 from serving.rows import Rows
-from serving.sampler import are_greedy, sample
+from serving.sampler import Manner, NextTokens, choose
 from serving.sequence import Sequence
 from serving.tail import Tail
 
 Action = Callable[[], None]
-GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 
 
 @dataclass
@@ -48,13 +48,15 @@ class Ticket:
 
     sequences: list[Sequence]
     token_T: Tensor  # on the host
+    score_T: Tensor
     done: Any
 
-    def tokens(self) -> list[int]:
-        """The tokens, when they are there."""
+    def tokens(self) -> list[tuple[int, float]]:
+        """The tokens and their log-probabilities, when they are there."""
         self.done.synchronize()
         tokens: list[int] = self.token_T.tolist()
-        return tokens
+        scores: list[float] = self.score_T.tolist()
+        return list(zip(tokens, scores, strict=True))
 
 
 class Runner:
@@ -71,7 +73,8 @@ class Runner:
         self.rows = Rows(rows, positions, self.device)
         self.sequences: list[Sequence] = []
         # Tokens on the host, in turn: those of one step are read while those of the next one are written.
-        self._tokens = pinned_tokens(rows)
+        self._tokens = pinned(rows, torch.int64)
+        self._scores = pinned(rows, torch.float32)
         self._graphs: dict[GraphKind, Graph] = {}
         self._current: Graph | None = None
 
@@ -88,14 +91,11 @@ class Runner:
         assert self._current is not None
         self._current.graph.replay()
         count = len(self.sequences)
-        id_T = self.rows.id_T[:count]
-        self._tokens.reverse()
-        tokens = self._tokens[0]
-        token_T = tokens[:count]
-        token_T.copy_(id_T, non_blocking=True)
+        token_T = _copied(self.rows.id_T[:count], self._tokens)
+        score_T = _copied(self.rows.score_T[:count], self._scores)
         done = torch.cuda.Event()
         done.record()
-        return Ticket(self.sequences, token_T, done)
+        return Ticket(self.sequences, token_T, score_T, done)
 
     def _count(self) -> int:
         """The rows of a graph in which all sequences have one."""
@@ -131,7 +131,7 @@ class Runner:
             grouping=grouping.enlarged(),
             tail=tail,
             parts=parts_of(max(lengths), programs),
-            is_greedy=are_greedy(requests),
+            manner=Manner.of(requests),
         )
 
     def _adapters(self, count: int) -> AdapterBatch:
@@ -186,19 +186,18 @@ class Runner:
         x_TD = self.decoder.embed(id_T, batch.adapters)
         hidden_TD = self.decoder.forward(x_TD, step)
         logits_TV = self.decoder.logits(hidden_TD, batch.adapters)
-        token_T = self._chosen_tokens(batch, logits_TV)
-        id_T.copy_(token_T)
+        chosen = self._chosen_tokens(batch, logits_TV)
+        id_T.copy_(chosen.token_T)
+        self.rows.score_T[:count].copy_(chosen.score_T)
         position_T.add_(1)
         number_T.add_(1)
 
-    def _chosen_tokens(self, batch: Batch, logits_TV: Tensor) -> Tensor:
+    def _chosen_tokens(self, batch: Batch, logits_TV: Tensor) -> NextTokens:
         """The next token of each row."""
-        if batch.is_greedy:
-            return logits_TV.argmax(-1)
         count = batch.rows
         choice = self.rows.choice.first(count)
         number_T = self.rows.number_T[:count]
-        return sample(logits_TV, choice, number_T)
+        return choose(logits_TV, batch.manner, choice, number_T)
 
     def _pass(self, batch: Batch) -> Pass:
         """What a step of these rows needs: each is a sequence, at its position."""
@@ -226,11 +225,19 @@ class Runner:
         )
 
 
-def pinned_tokens(count: int) -> list[Tensor]:
-    """Memory on the host for twice as many tokens, to which the device may copy."""
+def pinned(count: int, dtype: torch.dtype) -> list[Tensor]:
+    """Memory on the host for twice as many numbers, to which the device may copy."""
     size = (2, count)
-    token_2T = torch.zeros(size, dtype=torch.int64, pin_memory=True)
-    return list(token_2T)
+    number_2T = torch.zeros(size, dtype=dtype, pin_memory=True)
+    return list(number_2T)
+
+
+def _copied(number_T: Tensor, turns: list[Tensor]) -> Tensor:
+    """Numbers of the device, as they will be on the host: in the memory whose turn it is."""
+    turns.reverse()
+    host = turns[0]
+    host_T = host[: len(number_T)]
+    return host_T.copy_(number_T, non_blocking=True)
 
 
 def rank_in_tail(needs: Needs) -> int:

@@ -1,4 +1,4 @@
-"""The next token of each row: the likeliest, or one that is drawn.
+"""The next token of each row, the likeliest or one that is drawn, and its log-probability.
 
 A draw adds Gumbel noise to the logits and takes the largest (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030), and
 the noise is a function of (seed, number of the token, its id) alone: neither batch nor device order matters.
@@ -7,6 +7,7 @@ Shapes: T rows, V vocabulary.
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,30 @@ from torch import Tensor
 from serving.sequence import Request
 
 _MASK = 0xFFFFFFFF
+
+
+class NextTokens(NamedTuple):
+    """A token for each row, and its log-probability at the row's temperature; zeros where no row asks for it."""
+
+    token_T: Tensor
+    score_T: Tensor
+
+
+@dataclass(frozen=True)
+class Manner:
+    """What choosing the tokens of a batch takes: graphs are captured for each."""
+
+    is_greedy: bool  # every row takes the likeliest token
+    truncates: bool  # some row draws among the likeliest tokens alone
+    scores: bool  # some row's log-probability is asked
+
+    @classmethod
+    def of(cls, requests: Rows[Request]) -> "Manner":
+        """What these requests take."""
+        is_greedy = all(request.is_greedy for request in requests)
+        truncates = any(request.is_truncated for request in requests)
+        scores = any(request.scores_answer for request in requests)
+        return cls(is_greedy, truncates and not is_greedy, scores)
 
 
 @dataclass
@@ -74,25 +99,47 @@ class Choice:
         return Choice(temperature_T, top_k_T, top_p_T, seed_T)
 
 
-def are_greedy(requests: Rows[Request]) -> bool:
-    """Whether every request takes the likeliest token."""
-    return all(request.is_greedy for request in requests)
+def choose(logits_TV: Tensor, manner: Manner, choice: Choice, number_T: Tensor) -> NextTokens:
+    """The `number`-th token of each row's answer. Rows of temperature 0 get the likeliest."""
+    is_drawn = not manner.is_greedy and not manner.truncates
+    if is_drawn and logits_TV.is_cuda:
+        from serving.draw import draw
+
+        return draw(logits_TV, choice.temperature_T, choice.seed_T, number_T)
+    token_T = logits_TV.argmax(-1)
+    if not manner.is_greedy:
+        drawn_T = _drawn(logits_TV, manner, choice, number_T)
+        token_T = torch.where(choice.temperature_T > 0, drawn_T, token_T)
+    if not manner.scores:
+        return NextTokens(token_T, torch.zeros_like(token_T, dtype=torch.float32))
+    return NextTokens(token_T, log_probability(logits_TV, token_T, choice.temperature_T))
 
 
-def sample(logits_TV: Tensor, choice: Choice, number_T: Tensor) -> Tensor:
-    """A token for each row: the `number`-th of its answer. Rows of temperature 0 get the likeliest."""
-    likeliest_T = logits_TV.argmax(-1)
-    _, vocabulary = logits_TV.shape
-    temperature_T = choice.temperature_T
-    is_warm_T = temperature_T > 0
-    divisor_T = torch.where(is_warm_T, temperature_T, 1.0)
+def log_probability(logits_TV: Tensor, token_T: Tensor, temperature_T: Tensor) -> Tensor:
+    """The log-probability [T] of each row's token at the row's temperature, where that is not 0, in fp32."""
+    scaled_TV = _scaled(logits_TV, temperature_T)
+    token_T1 = token_T[:, None]
+    chosen_T1 = scaled_TV.gather(1, token_T1)
+    chosen_T = chosen_T1[:, 0]
+    return chosen_T - scaled_TV.logsumexp(-1)
+
+
+def _scaled(logits_TV: Tensor, temperature_T: Tensor) -> Tensor:
+    """The logits in fp32, divided by each row's temperature, where that is not 0."""
+    divisor_T = torch.where(temperature_T > 0, temperature_T, 1.0)
     divisor_T1 = divisor_T[:, None]
-    scaled_TV = logits_TV.float() / divisor_T1
-    truncated_TV = _truncated(scaled_TV, choice)
+    return logits_TV.float() / divisor_T1
+
+
+def _drawn(logits_TV: Tensor, manner: Manner, choice: Choice, number_T: Tensor) -> Tensor:
+    """A token drawn for each row."""
+    _, vocabulary = logits_TV.shape
+    scaled_TV = _scaled(logits_TV, choice.temperature_T)
+    if manner.truncates:
+        scaled_TV = _truncated(scaled_TV, choice)
     noise_TV = noise(choice.seed_T, number_T, vocabulary)
-    drawn_TV = truncated_TV + noise_TV
-    drawn_T = drawn_TV.argmax(-1)
-    return torch.where(is_warm_T, drawn_T, likeliest_T)
+    drawn_TV = scaled_TV + noise_TV
+    return drawn_TV.argmax(-1)
 
 
 def noise(seed_T: Tensor, number_T: Tensor, vocabulary: int) -> Tensor:

@@ -11,6 +11,7 @@ from serving.fair import FairQueue
 from serving.packed import Packed
 from serving.passing import Span
 from serving.pool import Pool, Resident
+from serving.prefixes import Prefixes, next_key
 from serving.sequence import Sequence
 
 KEPT = 8  # one row in so many is for tenants that have none, where there are several
@@ -28,6 +29,7 @@ class Scheduler:
         """
         self.pool = pool
         self.cache = cache
+        self.prefixes = Prefixes(cache)
         self.rows = rows
         self.chunk = chunk
         self.prepare_resident = prepare_resident
@@ -70,10 +72,20 @@ class Scheduler:
         return any(other.request.tenant == tenant for other in admitted)
 
     def next_chunk(self) -> list[SequenceSpan]:
-        """The sequences whose prompts are computed next, with their rows: at most a chunk of tokens."""
+        """The sequences whose prompts are computed next, with their rows: at most a chunk of tokens.
+
+        One that begins as another one of the chunk goes on is left for later, when it finds that page computed.
+        """
         chosen: list[SequenceSpan] = []
+        under_way: set[bytes] = set()
         row = 0
         for sequence in self.waiting.in_turn(self.filling):
+            self.prefixes.adopt(sequence)
+            key = next_key(sequence)
+            if key in under_way:
+                continue
+            if key is not None:
+                under_way.add(key)
             space = self.chunk - row
             count = min(sequence.uncomputed, space)
             if count == 0:
@@ -89,9 +101,9 @@ class Scheduler:
         self.filling.remove(sequence)
         self.running.append(sequence)
 
-    def take(self, sequence: Sequence, token: int) -> None:
-        """One more token of a sequence's answer, which its tenant has got."""
-        sequence.take(token)
+    def take(self, sequence: Sequence, token: int, score: float) -> None:
+        """One more token of a sequence's answer, which its tenant has got, and its log-probability."""
+        sequence.take(token, score)
         self.waiting.charge_token(sequence)
 
     def finish(self, sequence: Sequence) -> None:
@@ -116,6 +128,7 @@ class Scheduler:
     def _free(self, sequence: Sequence) -> None:
         """Free the pages of a sequence, and its adapter's room for others."""
         self.cache.free(sequence.own_pages)
+        self.cache.leave(sequence.joined_pages)
         self._let_go(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
@@ -140,7 +153,7 @@ class Scheduler:
             self._let_go(sequence)  # it may not be its turn any more when pages are free
             return False
         sequence.pages = shared + own_pages
-        sequence.own_pages = own_pages
+        sequence.own_pages = list(own_pages)
         sequence.computed = sequence.virtual
         if sequence.virtual % PAGE:
             # The adapter's last page is not full: this sequence goes on in a copy of its own.

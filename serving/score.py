@@ -3,6 +3,7 @@
 Shapes: T rows of a pass, N of them whose next token is scored, V vocabulary, D width.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,44 +18,60 @@ AT_ONCE = 1024  # rows of logits, where there are many
 
 
 class Scored(NamedTuple):
-    """A row of a pass, and the token behind it in the prompt, whose log-probability is asked."""
+    """Rows of a pass, one behind the other, and the tokens behind them in a prompt, whose scores are asked."""
 
     sequence: Sequence
-    row: int
-    token: int
+    row: int  # the first
+    tokens: tuple[int, ...]
 
 
 def score(forward: Forward, chosen: Chosen, hidden_TD: Tensor) -> None:
     """Note in each sequence what the rows say of the tokens behind them, where that is asked."""
     scored: list[Scored] = []
     for sequence, span in chosen:
-        scored += scored_rows(sequence, span)
-    for first in range(0, len(scored), AT_ONCE):
-        stop = first + AT_ONCE
-        part = scored[first:stop]
+        rows = scored_rows(sequence, span)
+        if rows.tokens:
+            scored.append(rows)
+    for part in in_parts(scored, AT_ONCE):
         values, are_likeliest = log_probabilities(forward, part, hidden_TD)
-        for item, value, is_likeliest in zip(part, values, are_likeliest, strict=True):
-            sequence = item.sequence
-            sequence.scores.append(value)
-            sequence.are_likeliest.append(is_likeliest)
+        first = 0
+        for sequence, _, tokens in part:
+            stop = first + len(tokens)
+            sequence.scores += values[first:stop]
+            sequence.are_likeliest += are_likeliest[first:stop]
+            first = stop
 
 
-def scored_rows(sequence: Sequence, span: Span) -> list[Scored]:
-    """The rows of a span that are followed by a token whose log-probability is asked."""
+def scored_rows(sequence: Sequence, span: Span) -> Scored:
+    """The rows of a span behind which a token's log-probability is asked; without tokens where none is."""
     if sequence.scored_from is None:
-        return []
+        return Scored(sequence, span.row, ())
     prompt = sequence.request.prompt
     first = span.start - sequence.virtual + 1  # the token behind the first row
     stop = first + span.count
     low = max(sequence.scored_from, first)
     high = min(len(prompt), stop)
-    scored: list[Scored] = []
-    for number in range(low, high):
-        row = span.row + number - first
-        token = prompt[number]
-        item = Scored(sequence, row, token)
-        scored.append(item)
-    return scored
+    return Scored(sequence, span.row + low - first, prompt[low:high])
+
+
+def in_parts(scored: list[Scored], size: int) -> Iterator[list[Scored]]:
+    """The same rows in lists of at most so many rows each."""
+    part: list[Scored] = []
+    space = size
+    for sequence, row, tokens in scored:
+        while tokens:
+            taken = tokens[:space]
+            part.append(Scored(sequence, row, taken))
+            count = len(taken)
+            tokens = tokens[count:]
+            row += count
+            space -= count
+            if space == 0:
+                yield part
+                part = []
+                space = size
+    if part:
+        yield part
 
 
 def log_probabilities(forward: Forward, scored: list[Scored], hidden_TD: Tensor) -> tuple[list[float], list[bool]]:
@@ -63,30 +80,33 @@ def log_probabilities(forward: Forward, scored: list[Scored], hidden_TD: Tensor)
     It is that of drawing the token at its request's temperature, where that is not 0.
     """
     owners: list[Owner] = []
+    counts: list[int] = []
     rows: list[int] = []
     tokens: list[int] = []
     temperatures: list[float] = []
-    for item in scored:
-        sequence = item.sequence
-        temperatures.append(sequence.request.scored_temperature)
+    for sequence, row, of_sequence in scored:
+        count = len(of_sequence)
         owners.append(sequence.resident)
-        rows.append(item.row)
-        tokens.append(item.token)
+        counts.append(count)
+        rows += range(row, row + count)
+        tokens += of_sequence
+        temperatures += [sequence.request.scored_temperature] * count
     device = forward.device
-    adapters = AdapterBatch.of(owners)
+    adapters = AdapterBatch.of(owners, counts)
     adapters = adapters.to(device)
-    hidden_ND = hidden_TD[rows]
+    row_N = torch.tensor(rows, device=device)
+    hidden_ND = hidden_TD[row_N]
     logits_NV = forward.decoder.logits(hidden_ND, adapters)
     temperature_N = torch.tensor(temperatures, device=device)
     temperature_N1 = temperature_N[:, None]
     logits_NV = logits_NV.float() / temperature_N1
-    log_NV = logits_NV.log_softmax(-1)
     token_N = torch.tensor(tokens, device=device)
     token_N1 = token_N[:, None]
-    score_N1 = log_NV.gather(1, token_N1)
-    score_N = score_N1.flatten()
+    logit_N1 = logits_NV.gather(1, token_N1)
+    logit_N = logit_N1.flatten()
+    score_N = logit_N - logits_NV.logsumexp(-1)
+    highest_N = logits_NV.amax(-1)
+    is_likeliest_N = logit_N == highest_N
     scores: list[float] = score_N.tolist()
-    highest_N = log_NV.amax(-1)
-    is_likeliest_N = score_N == highest_N
     are_likeliest: list[bool] = is_likeliest_N.tolist()
     return scores, are_likeliest

@@ -1,6 +1,8 @@
-"""One request, and how far its answer is."""
+"""One request, and how far its answer is. Shapes: D width."""
 
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from serving.error import RequestRefused
 from serving.packed import Packed
@@ -13,7 +15,7 @@ class Request:
 
     A temperature of 0 is greedy. `top_k` 0 and `top_p` 1 leave every token in. The answer depends on the seed, not on
     what else is in the batch. It ends after `new_tokens`, or with the first token of `stop`, which is part of it.
-    Tenants that wait take fair turns.
+    Tenants that wait take fair turns. With `scores_answer`, the log-probability of each token of the answer is kept.
     """
 
     prompt: tuple[int, ...]
@@ -25,6 +27,12 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     tenant: str = ""
+    scores_answer: bool = False
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether a draw leaves tokens out."""
+        return self.top_k > 0 or self.top_p < 1
 
     @property
     def is_greedy(self) -> bool:
@@ -47,12 +55,16 @@ class Sequence:
     packed: Packed | None  # found when the request was made
     resident: Resident | None = None
     pages: list[int] = field(default_factory=list)  # all it will need, those of its adapter included
-    own_pages: list[int] = field(default_factory=list)  # of these, those that no other sequence has
+    own_pages: list[int] = field(default_factory=list)  # of these, those that no other sequence has,
+    joined_pages: list[int] = field(default_factory=list)  # and those that others may have, of equal beginnings
+    page_keys: dict[int, bytes] | None = None  # by which pages of its prompt are found (prefixes.py)
     computed: int = 0  # positions whose keys and values are in the cache
     answer: list[int] = field(default_factory=list)
     scored_from: int | None = None  # instead of an answer, log-probabilities of the prompt from this token on
-    scores: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)  # those, or of the answer's tokens
     are_likeliest: list[bool] = field(default_factory=list)  # of the scored tokens, whether no other is likelier
+    keeps_output: bool = False  # what is asked is `output_D`
+    output_D: Tensor | None = None  # the normed output of the last layer behind the prompt, in the base's type
     ended: bool = False  # whoever asked has seen that its answer need not go on
     refusal: RequestRefused | None = None
 
@@ -85,9 +97,11 @@ class Sequence:
         """Tokens of the prompt that are not computed yet."""
         return self.prompted - self.computed
 
-    def take(self, token: int) -> None:
-        """One more token of the answer."""
+    def take(self, token: int, score: float) -> None:
+        """One more token of the answer, and its log-probability."""
         self.answer.append(token)
+        if self.request.scores_answer:
+            self.scores.append(score)
 
     @property
     def finished(self) -> bool:

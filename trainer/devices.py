@@ -8,6 +8,14 @@ PEAK_BF16 = {
     "A10G": 70e12,
     "B200": 2250e12,
 }  # FLOP/s, dense
+BANDWIDTH = {
+    "H200": 4.8e12,
+    "H100": 3.35e12,
+    "A100": 1.555e12,
+    "L40S": 0.864e12,
+    "A10G": 0.6e12,
+    "B200": 8e12,
+}  # bytes a second from the memory, by the data sheets; of a name with several the lowest
 # What a driver reports; of a name with several sizes the smallest, as a job that fits there fits everywhere.
 MEMORY_GIB = {
     "H200": 139.8,
@@ -22,6 +30,11 @@ MEMORY_GIB = {
 def peak_of_name(name: str) -> float | None:
     """The FLOP/s in bf16 of a GPU of this name; None for one that is not known."""
     return _by_name(PEAK_BF16, name)
+
+
+def bandwidth_of_name(name: str) -> float | None:
+    """The bytes a second that a GPU of this name reads from its memory; None for one that is not known."""
+    return _by_name(BANDWIDTH, name)
 
 
 def memory_of_name(name: str) -> int | None:

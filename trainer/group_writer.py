@@ -16,10 +16,11 @@ from methods.base import Method
 from methods.parts.peft_adapter import base_under
 from serving.engine import Engine
 from serving.sequence import Request
+from trainer.generation import cache_bytes
+from trainer.reward_model import FACTORS
+from trainer.writing_size import ANSWERS_AT_ONCE, cached_tokens
 
 TRAINED = "trained"
-ANSWERS_AT_ONCE = 256  # answers that are written at a time
-CACHED_TOKENS = 65536  # tokens whose keys and values are kept at a time, of all answers
 BESIDE_BYTES = 64 << 20  # of the adapter's memory, beside twice what is trained
 
 
@@ -41,18 +42,33 @@ class WrittenAnswer:
 
 
 class GroupWriter:
-    """Writes answers with a model in training; a prompt and its answer have less than `positions` tokens."""
+    """Writes answers with a model in training; a prompt and its answer have less than `positions` tokens.
 
-    def __init__(self, model: nn.Module, method: Method[Any], positions: int) -> None:
+    The engine has room for a second adapter, which judges, where one is given by its folder.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method[Any],
+        positions: int,
+        judge: Path | None = None,
+    ) -> None:
         self._model = model
         self._method = method
         adapter_bytes = BESIDE_BYTES + 2 * trained_bytes(model)
-        self._engine = Engine(
-            base_under(model),
-            residents=1,
+        residents = 1
+        if judge is not None and (judge / FACTORS).exists():
+            adapter_bytes += 2 * (judge / FACTORS).stat().st_size
+            residents = 2
+        base = base_under(model)
+        of_token, _ = cache_bytes(base.config, base.dtype.itemsize)
+        self.engine = Engine(
+            base,
+            residents=residents,
             rows=ANSWERS_AT_ONCE,
             positions=positions,
-            tokens=max(CACHED_TOKENS, 2 * positions),
+            tokens=cached_tokens(positions, of_token),
             adapter_bytes=adapter_bytes,
         )
 
@@ -66,28 +82,29 @@ class GroupWriter:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "adapter"
             self._method.export(self._model, weights, folder)
-            return self._engine.load(TRAINED, folder)
+            return self.engine.load(TRAINED, folder)
 
-    def write(self, asked: Sequence[AskedAnswer], ends: Sequence[int], temperature: float) -> list[WrittenAnswer]:
+    def write(
+        self,
+        asked: Sequence[AskedAnswer],
+        ends: Sequence[int],
+        temperature: float,
+    ) -> list[WrittenAnswer]:
         """The answers, in the order in which they are asked for."""
         requests = []
         for one in asked:
-            request = Request(one.prompt, TRAINED, one.new_tokens, tuple(ends), temperature, seed=one.seed)
+            request = Request(
+                one.prompt,
+                TRAINED,
+                one.new_tokens,
+                tuple(ends),
+                temperature,
+                seed=one.seed,
+                scores_answer=True,
+            )
             requests.append(request)
-        answers = self._engine.generate(requests)
-        whole = []
-        starts = []
-        for request, answer in zip(requests, answers, strict=True):
-            start = len(request.prompt)
-            ids = (*request.prompt, *answer)
-            scored = Request(ids, TRAINED, 1, temperature=temperature)
-            whole.append(scored)
-            starts.append(start)
-        scores = self._engine.log_likelihoods(whole, starts)
-        written = []
-        for answer, score in zip(answers, scores, strict=True):
-            written.append(WrittenAnswer(answer, score))
-        return written
+        sequences = self.engine.answered(requests)
+        return [WrittenAnswer(sequence.answer, sequence.scores) for sequence in sequences]
 
 
 def trained_bytes(model: nn.Module) -> int:

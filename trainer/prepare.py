@@ -53,7 +53,7 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
         tokenizer = load_tokenizer(job.base)
     ends = end_ids(tokenizer, job.base)
     reading = Reading.of(job, ends)
-    objective_setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.note_progress())
+    objective_setup = ObjectiveSetup(job, tokenizer, reading, cache(), lambda _: attempt.note_progress(), attempt)
     objective = create_objective(objective_setup)
     examples = objective.read(job.data.train)
     stops.leave_if_warned(stops.first)

@@ -1,8 +1,9 @@
 """Calls a user's reward function in a process of its own: `python -I reward_child.py FILE FUNCTION SECONDS`.
 
 Each line of stdin is a JSON object with the function's arguments; the line that answers it is {"value": number}, or
-{"problem": text}. What the function prints goes to stderr. Nothing of Fleetune is imported here, so that neither
-hides the other's modules, and what a model wrote is an argument, never code.
+{"problem": text}. A value whose answer has a key is first kept in the journal of its step: who has asked may be gone.
+What the function prints goes to stderr. Nothing of Fleetune is imported here, so that neither hides the other's
+modules, and what a model wrote is an argument, never code.
 """
 
 import importlib.util
@@ -10,11 +11,13 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 _GRACE_S = 5.0  # than allowed, after which a call ends this process, should nobody be left to do so
 _PROBLEM_LENGTH = 300  # characters of what a function raised
+_SYNCED_S = 1.0  # between two times at which what is kept is made to survive a crash of the machine
 
 
 def load_function(file: str, name: str) -> Callable[..., Any]:
@@ -43,8 +46,33 @@ def called(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str,
     return {"value": number}
 
 
+class Keeper:
+    """Keeps values in journals, a line each."""
+
+    def __init__(self) -> None:
+        self._synced = time.monotonic()
+
+    def keep(
+        self,
+        journal: str,
+        key: str,
+        value: float,
+    ) -> None:
+        """Append a value to a journal."""
+        kept = {"key": key, "value": value}
+        line = json.dumps(kept) + "\n"
+        with open(journal, "ab") as stream:  # noqa: PTH123 (nothing but what a call takes is imported)
+            stream.write(line.encode())
+            stream.flush()
+            now = time.monotonic()
+            passed = now - self._synced
+            if passed >= _SYNCED_S:
+                os.fsync(stream)
+                self._synced = now
+
+
 def main() -> None:
-    """Answer calls until stdin ends."""
+    """Load the function, and answer calls until stdin ends."""
     file, name, seconds = sys.argv[1:]
     longest = float(seconds) + _GRACE_S
     answers = os.fdopen(os.dup(1), "w")
@@ -56,12 +84,25 @@ def main() -> None:
         print(json.dumps({"problem": f"cannot be loaded: {kind}: {error}"}), file=answers, flush=True)
         return
     print(json.dumps({"value": 0.0}), file=answers, flush=True)
+    answer_calls(function, longest, answers)
+
+
+def answer_calls(function: Callable[..., Any], longest: float, answers: TextIO) -> None:
+    """Answer calls that come by stdin; one that takes longer than so many seconds ends this process."""
+    keeper = Keeper()
     for line in sys.stdin:
-        arguments = json.loads(line)
+        question = json.loads(line)
+        arguments = question["arguments"]
+        key = question["key"]
         signal.setitimer(signal.ITIMER_REAL, longest)
         found = called(function, arguments)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(found), file=answers, flush=True)
+        value = found.get("value")
+        if key and value is not None:
+            journal = question["journal"]
+            keeper.keep(journal, key, value)
+        answer = json.dumps(found)
+        print(answer, file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -46,9 +46,13 @@ class RewardProcess:
             problem = loaded["problem"]
             raise RewardFailed(f"{self._name}: {problem}")
 
-    def value(self, arguments: Arguments) -> float:
-        """What the function gives; raises RewardFailed, with the sample."""
-        line = json.dumps(arguments, default=str) + "\n"
+    def value(self, arguments: Arguments, journal: Path | None = None, key: str | None = None) -> float:
+        """What the function gives, which its process keeps in a journal under a key, if there is one.
+
+        Raises RewardFailed, with the sample.
+        """
+        question = {"arguments": arguments, "journal": str(journal), "key": key}
+        line = json.dumps(question, default=str) + "\n"
         questions = self._process.stdin
         assert questions is not None
         with suppress(BrokenPipeError):  # it has ended, which its answer tells

@@ -4,33 +4,49 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from runfolder.group_objectives import GroupOptions
-from trainer.answers import matches
+from runfolder.group_objectives import BY_ANSWER, BY_FORMAT, BY_FUNCTION, BY_MODEL, GroupOptions
+from trainer.answers import ends_in_number, matches
 from trainer.reward_function import RewardProcess
+from trainer.reward_journal import RewardJournal
+
+RewardsByName = dict[str, list[float]]  # of the same samples
 
 
 @dataclass(frozen=True)
 class RewardSample:
-    """An answer that the model wrote, what it was asked, the answer that the row has, and the row as it stands."""
+    """An answer that the model wrote, what it was asked, the answer that the row has, and the row as it stands.
+
+    `key` tells it from all others of its step; `ids` are those of the prompt and of the answer, with its end.
+    """
 
     prompt: str
     written: str
     answer: str
     row: Mapping[str, Any]
+    key: str = ""
+    ids: Sequence[int] = ()
 
 
 class Reward(Protocol):
     """What judges the answers that a model wrote."""
 
-    def judge(self, samples: Sequence[RewardSample]) -> list[float]:
-        """What each sample is worth: a finite number."""
+    def judge(
+        self,
+        samples: Sequence[RewardSample],
+        journal: RewardJournal,
+    ) -> list[float]:
+        """What each sample of the journal's step is worth: a finite number."""
         ...
 
 
 class ExactMatch:
     """1 for the answer that the row has, else 0."""
 
-    def judge(self, samples: Sequence[RewardSample]) -> list[float]:
+    def judge(
+        self,
+        samples: Sequence[RewardSample],
+        journal: RewardJournal,  # noqa: ARG002
+    ) -> list[float]:
         """Whether each sample is right."""
         rewards = []
         for sample in samples:
@@ -39,17 +55,46 @@ class ExactMatch:
         return rewards
 
 
+class AnswerFormat:
+    """1 where a number behind `####` ends the answer, else 0."""
+
+    def judge(
+        self,
+        samples: Sequence[RewardSample],
+        journal: RewardJournal,  # noqa: ARG002
+    ) -> list[float]:
+        """Whether each sample has the form of an answer, right or wrong."""
+        rewards = []
+        for sample in samples:
+            has_form = ends_in_number(sample.written)
+            rewards.append(float(has_form))
+        return rewards
+
+
 class FunctionReward:
     """What a function of the user says: `function(prompt, completion, row)`."""
 
-    def __init__(self, file: str, function: str, seconds: float) -> None:
-        self._process = RewardProcess(file, function, seconds)
+    def __init__(
+        self,
+        file: str,
+        function: str,
+        seconds: float,
+    ) -> None:
+        self._process = RewardProcess(
+            file,
+            function,
+            seconds,
+        )
         self._is_checked = False
 
-    def judge(self, samples: Sequence[RewardSample]) -> list[float]:
-        """What the function gives each sample; at first, it is seen that it gives a row's own answer the same twice.
+    def judge(
+        self,
+        samples: Sequence[RewardSample],
+        journal: RewardJournal,
+    ) -> list[float]:
+        """What the function gives each sample, or has given it; none is asked twice, however often a run is killed.
 
-        Raises RewardFailed.
+        At first it is seen that it gives a row's own answer the same twice. Raises RewardFailed.
         """
         if samples and not self._is_checked:
             first = samples[0]
@@ -57,7 +102,14 @@ class FunctionReward:
             self._is_checked = True
         rewards = []
         for sample in samples:
-            value = self._process.value(arguments_of(sample, sample.written))
+            value = journal.value(sample.key)
+            if value is None:
+                arguments = arguments_of(sample, sample.written)
+                value = self._process.value(
+                    arguments,
+                    journal.path,
+                    sample.key,
+                )
             rewards.append(value)
         return rewards
 
@@ -67,9 +119,51 @@ def arguments_of(sample: RewardSample, completion: str) -> dict[str, Any]:
     return {"prompt": sample.prompt, "completion": completion, "row": dict(sample.row)}
 
 
-def reward_of(options: GroupOptions) -> Reward:
+class WeightedRewards:
+    """The rewards of a job, each with its weight."""
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        weights: Mapping[str, float],
+    ) -> None:
+        self._rewards = rewards
+        self._weights = weights
+
+    def judge(
+        self,
+        samples: Sequence[RewardSample],
+        journal: RewardJournal,
+    ) -> tuple[list[float], RewardsByName]:
+        """What each sample is worth in all, and by each reward."""
+        totals = [0.0] * len(samples)
+        by_name: RewardsByName = {}
+        for name, reward in self._rewards.items():
+            values = reward.judge(samples, journal)
+            by_name[name] = values
+            weight = self._weights[name]
+            for number, value in enumerate(values):
+                totals[number] += weight * value
+        return totals, by_name
+
+
+def rewards_of(options: GroupOptions, model: Reward | None = None) -> WeightedRewards:
     """What a job's answers are judged by; raises RewardFailed where its file cannot be loaded."""
-    file = options.reward_file
-    if file is None:
-        return ExactMatch()
-    return FunctionReward(file, options.reward_function, options.reward_seconds)
+    rewards: dict[str, Reward] = {}
+    for name in options.weights:
+        if name == BY_ANSWER:
+            rewards[name] = ExactMatch()
+        elif name == BY_FORMAT:
+            rewards[name] = AnswerFormat()
+        elif name == BY_FUNCTION:
+            file = options.reward_file
+            assert file is not None
+            rewards[name] = FunctionReward(
+                file,
+                options.reward_function,
+                options.reward_seconds,
+            )
+        elif name == BY_MODEL:
+            assert model is not None
+            rewards[name] = model
+    return WeightedRewards(rewards, options.weights)

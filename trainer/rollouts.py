@@ -5,6 +5,7 @@ what is there, so it reports the same loss, though a generating engine need not 
 """
 
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from runfolder.chain import Attempt, attempts
 from runfolder.files import sync_folder
+from runfolder.samples import SAMPLES_FILE
 from trainer.data.examples import GlobalBatch
 from trainer.objectives.base import Arrays, TensorsByName
+from trainer.reward_journal import forget_rewards
 from trainer.run import Run
 
 PassesOf = Callable[[GlobalBatch], Iterable[TensorsByName]]  # from a global batch to this rank's micro-batches
@@ -45,6 +48,9 @@ def rolled_out(run: Run, step: int, passes_of: PassesOf) -> GlobalBatch:
         rollout = written(run, step, batch, passes_of)
     if world.leads:  # the others cannot finish the update, a collective, before it is on disk
         write_rollout(run.attempt, first, rollout)
+        forget_rewards(run.attempt, first)
+        if first == step:
+            keep_samples(run, step, rollout)
     return run.objective.rolled_out(batch, rollout)
 
 
@@ -60,6 +66,13 @@ def written(run: Run, step: int, batch: GlobalBatch, passes_of: PassesOf) -> Arr
         objective.complete_rollout(model, rollout, passes)
     model.train()
     return rollout
+
+
+def keep_samples(run: Run, step: int, rollout: Arrays) -> None:
+    """Append what people are shown of a rollout to samples.jsonl of the attempt."""
+    now = time.time()
+    for sample in run.objective.samples(rollout):
+        run.attempt.append(SAMPLES_FILE, {"step": step, "time": now, **sample})
 
 
 def recorded_rollout(attempt: Attempt, step: int) -> Arrays | None:

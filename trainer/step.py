@@ -49,19 +49,25 @@ def apply_step(run: Run, step: int, feed: Feed, factor: float = 1.0) -> StepTake
     settings = run.job.train
     number = step - 1
     global_batch = run.batches.batch(number)
+    sums = Sums(world.device)
     if objective.generates:
+        began = time.monotonic()
         global_batch = rollouts.rolled_out(run, step, feed)
+        sums.add_mean("rollout_s", time.monotonic() - began)
     seed = hash((settings.seed, step, world.rank))
     torch.manual_seed(seed)
     stream = feed(global_batch)
     timed = TimedIterator(stream)
     totals = objective.totals(global_batch)
     passes, known = prepared(run, timed, totals)
-    sums = Sums(world.device)
     for batch in passes:
         shares = objective.loss(sharded.engine, batch, totals, known)
         sharded.backward(shares.loss)
         sums.add(shares)
+    if objective.generates:
+        logged = reduced(sums.metrics)
+        metrics = {name: float(value) for name, value in logged.items()}
+        objective.check_step(step, metrics)
     scheduled = run.schedule(number)
     lr = factor * scheduled
     norm = sharded.step(lr, settings.clip, number)
@@ -96,6 +102,11 @@ class Sums:
         loss = shares.loss.detach()
         self.loss += loss
         add_shares(self.metrics, shares.metrics)
+
+    def add_mean(self, name: str, value: float) -> None:
+        """Add a metric of this rank, of which the mean over ranks is reported."""
+        share = value / dist.get_world_size()
+        self.metrics[name] = self.loss.new_tensor(share)
 
 
 def add_shares(sums: NamedSums, shares: TensorsByName) -> None:

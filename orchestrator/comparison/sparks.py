@@ -1,4 +1,4 @@
-"""Curves in a terminal: of what runs on preferences report, a line for each run."""
+"""Curves in a terminal: of what runs on preferences and on rewards report, a line for each run."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,21 @@ from orchestrator.comparison.row import ComparisonRow
 from orchestrator.comparison.run import Curve, TrackedRun
 
 # Of each row of these, the first that some run has: a terminal is no place for all of them.
-_IN_TERMINAL = (("eval_accuracy", "accuracy"), ("eval_reward_margin", "reward_margin"), ("kl",), ("labels_chosen",))
+_IN_TERMINAL = (
+    ("eval_accuracy", "accuracy"),
+    ("eval_reward_margin", "reward_margin"),
+    ("reward", "eval_reward"),
+    ("groups_without_signal",),
+    ("kl", "divergence"),
+    ("labels_chosen", "answer_tokens"),
+)
 _BARS = "▁▂▃▄▅▆▇█"
 _BROKEN = "!"  # in the place of what is not finite
 _MOST_BARS, _NAME_WIDTH = 32, 24
 
 
 def spark_lines(comparison: Comparison) -> Iterator[Text]:
-    """The curves of runs on preferences: below a heading for each kind, a line for each run; nothing without any."""
+    """The curves of runs on preferences and rewards: below a heading for each kind, a line for each run, if any."""
     kinds = {kind.key: kind for kind in CURVE_KINDS}
     for keys in _IN_TERMINAL:
         reported = []

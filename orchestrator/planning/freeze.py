@@ -1,5 +1,6 @@
 """A job as it is read, and its frozen record: absolute paths, versions, digests of data and base, git."""
 
+import json
 import os
 import platform
 import subprocess
@@ -52,17 +53,24 @@ def absolute(job: Job, folder: Path) -> Job:
     base_folder = _existing(base.model, folder)
     if base_folder and base_folder.is_dir():
         base = base.model_copy(update={"model": str(base_folder)})
-    objective = with_reward_file(job, lambda file: _reward_path(file, folder))
+    objective = with_rewards_moved(
+        job, lambda file: _reward_path(file, folder), lambda model: _reward_model_path(model, folder)
+    )
     return job.model_copy(update={"data": data, "base": base, "objective": objective})
 
 
-def with_reward_file(job: Job, moved: Callable[[str], str]) -> ObjectiveOptions:
-    """A job's objective with the file of its reward, if it has one, where `moved` says."""
+def with_rewards_moved(job: Job, of_file: Callable[[str], str], of_model: Callable[[str], str]) -> ObjectiveOptions:
+    """A job's objective with the file of its reward and the folder of its reward model, if any, in other places."""
     objective = job.objective
-    file = objective.reward_file
-    if not isinstance(objective, GroupOptions) or file is None:
+    if not isinstance(objective, GroupOptions):
         return objective
-    return objective.with_reward_file(moved(file))
+    file = objective.reward_file
+    if file is not None:
+        objective = objective.with_reward_file(of_file(file))
+    model = objective.reward_model
+    if model is not None:
+        objective = objective.with_reward_model(of_model(model))
+    return objective
 
 
 def input_digests(job: Job, model: Model, site: Site) -> Digests:
@@ -84,7 +92,7 @@ def brought(job: Job, model: Model, site: Site, sent: Sent) -> Job:
     base = job.base
     if model.folder is not None and Path(base.model).is_dir():
         base = base.model_copy(update={"model": bring(model.folder)})
-    objective = with_reward_file(job, lambda file: bring(Path(file)))
+    objective = with_rewards_moved(job, lambda file: bring(Path(file)), lambda model: bring(Path(model)))
     return job.model_copy(update={"data": data, "base": base, "objective": objective})
 
 
@@ -107,6 +115,7 @@ def places_before(job: Job, there: Job) -> dict[str, str]:
         "data.eval": (job.data.eval, there.data.eval),
         "data.retain": (job.data.retain, there.data.retain),
         "objective.reward": (job.objective.reward_file, there.objective.reward_file),
+        "objective.reward_model": (job.objective.reward_folder, there.objective.reward_folder),
     }
     before = {}
     for field, (path, path_there) in paths.items():
@@ -173,6 +182,24 @@ def _reward_path(file: str, folder: Path) -> str:
     path = _existing(file, folder)
     if path is None or not path.is_file():
         raise InputError(f"objective.reward: found no file {file}; allowed: exact_match, or file.py:function")
+    return str(path)
+
+
+def _reward_model_path(model: str, folder: Path) -> str:
+    """The folder of a reward model as an absolute path; raises InputError where it is none."""
+    path = _existing(model, folder)
+    if path is None or not (path / "config.json").is_file():
+        raise InputError(
+            f"objective.reward_model: found no reward model in {model}; allowed: the output of a run of objective "
+            "reward"
+        )
+    described = json.loads((path / "config.json").read_text())
+    names = described.get("architectures") or ["none"]
+    if not names[0].endswith("ForSequenceClassification"):
+        raise InputError(
+            f"objective.reward_model: {model}: found {names[0]}, which does not score; allowed: the output of a run "
+            "of objective reward"
+        )
     return str(path)
 
 

@@ -42,6 +42,10 @@ class HoursForecast:
     high: float
     runs: int
 
+    def times(self, factor: float) -> "HoursForecast":
+        """The hours of so many times the work."""
+        return HoursForecast(self.low * factor, self.likely * factor, self.high * factor, self.runs)
+
 
 def hours(
     job: Job, model: Model, sizes: Sizes, steps: int, kernels: str, earlier: Sequence[Costs], gpu: str | None
@@ -61,7 +65,7 @@ def hours(
     if shares:
         low, likely, high = prediction(shares, spread)
     else:
-        likely = _stated_share(job, kernels)
+        likely = stated_share(job, kernels)
         reach = exp(NORMAL * STATED_SPREAD)
         low = likely / reach
         high = likely * reach
@@ -131,7 +135,7 @@ def _shares(like: Sequence[Costs], per_token: float, peak: float) -> tuple[list[
     return far, UNLIKE_SPREAD
 
 
-def _stated_share(job: Job, kernels: str) -> float:
+def stated_share(job: Job, kernels: str) -> float:
     """The share that a run is taken to use where no earlier one says so."""
     share = STATED[kernels]
     share *= SLOWER.get(job.method.kind, 1.0)

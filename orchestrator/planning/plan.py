@@ -11,6 +11,7 @@ from orchestrator.backends import CLUSTERS, config_of, make_request, open_cluste
 from orchestrator.planning.device import Device, planned_device
 from orchestrator.planning.earlier import PastRatios, correction_of, earlier_costs
 from orchestrator.planning.freeze import JobSource, read_job
+from orchestrator.planning.generations import Generations, generations
 from orchestrator.planning.hours import HoursForecast, hours
 from orchestrator.planning.memory import MemoryFit, fit
 from orchestrator.planning.preflight import Findings, check_job, has_gpus
@@ -53,6 +54,7 @@ class Plan:
     sizes: Sizes | None
     fit: MemoryFit | None
     hours: HoursForecast | None
+    generations: Generations | None  # what it writes itself, where it learns from that
     request: str | None
     warnings: tuple[str, ...]
 
@@ -120,6 +122,7 @@ class Planner(NamedTuple):
         memory_fit, unforeseen = self._memory_fit(job)
         of_job = sizes(job, findings.model, kind)
         unforeseen += _host_warnings(job, of_job, place.is_here)
+        written = generations(job, findings.model, of_job, findings.train, kind, self.device.name)
         return Plan(
             name=job.name,
             base=job.base.model,
@@ -140,7 +143,8 @@ class Planner(NamedTuple):
             steps_estimated=job.train.steps is None,
             sizes=of_job,
             fit=memory_fit,
-            hours=_hours(job, findings, kind, self.device, place.earlier),
+            hours=_hours(job, findings, kind, self.device, place.earlier, written),
+            generations=written,
             request=place.request,
             warnings=findings.warnings + unforeseen,
         )
@@ -200,14 +204,22 @@ def _host_warnings(job: Job, of_job: Sizes | None, is_here: bool) -> tuple[str, 
     return (f"sharding.offload: optimizer needs {wanted}",)
 
 
-def _hours(job: Job, findings: Findings, kind: str, device: Device, earlier: list[Costs]) -> HoursForecast | None:
+def _hours(
+    job: Job, findings: Findings, kind: str, device: Device, earlier: list[Costs], written: Generations | None
+) -> HoursForecast | None:
     """How long a job trains, where workers have GPUs and its steps and sizes are known."""
     steps = _steps(job, findings)
     of_model = sizes(job, findings.model, kind)
     if steps is None or of_model is None or not has_gpus(job, kind):
         return None
     kernels = planned_kernels(job, kind)
-    return hours(job, findings.model, of_model, steps, kernels, earlier, device.name)
+    found = hours(job, findings.model, of_model, steps, kernels, earlier, device.name)
+    if found is None or written is None:
+        return found
+    more = written.learned / job.train.batch_tokens
+    if not found.runs and written.share is not None:  # earlier runs have counted their rollouts
+        more /= 1 - written.share
+    return found.times(more)
 
 
 def _steps(job: Job, findings: Findings) -> int | None:

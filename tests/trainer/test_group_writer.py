@@ -64,7 +64,7 @@ def test_answers_come_from_the_model_as_it_is_now(kind: str) -> None:
     assert writer.load() != digest
     assert furthest(model, writer.write(ASKED, ENDS, TEMPERATURE)) < 1e-5
     attention = base.model.layers[1].self_attn
-    laid_out = writer._engine.base.weight(1, "k_proj")
+    laid_out = writer.engine.base.weight(1, "k_proj")
     assert attention.k_proj.weight.data_ptr() == laid_out.data_ptr()  # no second base
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,16 +20,22 @@ from methods.base import Setup
 from methods.registry import create
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import read_job
-from runfolder.chain import Attempt
+from orchestrator.samples import sample_lines
+from runfolder.appended import read_from
+from runfolder.chain import Attempt, claim_next
 from runfolder.digests import changes, digests
 from runfolder.group_objectives import GrpoOptions, RlooOptions
 from runfolder.job import Job
 from runfolder.record import load_job
+from runfolder.samples import SAMPLES_FILE, of_step, samples_of
+from trainer.data.tokenizer import load_tokenizer
 from trainer.objectives.advantages import advantages_over_others, group_advantages
 from trainer.objectives.base import Arrays
 from trainer.objectives.group_loss import token_costs
+from trainer.objectives.groups import GroupPolicy, StepRefused
 from trainer.reward_function import RewardFailed
-from trainer.rewards import RewardSample, reward_of
+from trainer.reward_journal import RewardJournal, answer_key, forget_rewards
+from trainer.rewards import RewardSample, rewards_of
 from trainer.rollouts import RolloutLost, recorded_rollout, rolled_out
 from trainer.schedule import learning_rate
 
@@ -172,11 +180,57 @@ def test_what_is_written_and_learned_depends_on_no_layout_and_resumes_bitwise(gr
     assert judged(again, 2) == judged(one, 1)
     assert {"eval_reward", "eval_exact_match"} <= judged(one, 1).keys()
     asked = calls(one)[len(before) :]
-    assert len(asked) == 2 + 6 * SAMPLES  # a check, and held-out rows: no reward is asked twice for what is recorded
+    assert (
+        len(asked) == 2
+    )  # a check: held-out answers are the same as before, so they were judged, as all others were
     anew = interrupted(one, "anew", HALF)
     (anew / "attempts" / "1" / "rollouts" / "step-5.safetensors").unlink()
     launch(1, anew)
     assert curve(anew, 2) == curve(one)[HALF:]  # draws are functions of step, prompt and sample
+
+
+RARE = '''
+def spread(prompt, completion, row):
+    """The same for all answers to most prompts."""
+    return sum(map(ord, completion)) % 11 / 11 if len(prompt) % 4 == 0 else 0.5
+'''
+
+
+def test_other_prompts_come_in_the_place_of_those_without_signal(group_run: Any, launch: Any, tmp_path: Path) -> None:
+    """In any layout the same ones, and no more often than the job says."""
+    redrawn = {"kind": "grpo", "redraws": 3}
+    one, two = (group_run(f"on-{layout[0]}", redrawn, *layout[1:]) for layout in LAYOUTS)
+    without = group_run("without", {"kind": "grpo"})
+    (tmp_path / "rewards.py").write_text(RARE)
+    launch(1, one, without)
+    launch(2, two)
+    assert rollout_of(one, 1)["ids"].tolist() == rollout_of(two, 1)["ids"].tolist()
+    kept = rollout_of(without, 1)
+    drawn = rollout_of(one, 1)
+    of_first = drawn["redraws"] == 0
+    assert 0 < of_first.sum() < len(of_first) or drawn["redraws"].max() == 3
+    for before, after, draws in zip(documents(kept), documents(drawn), drawn["redraws"], strict=True):
+        assert (before[0].tolist() == after[0].tolist()) == (draws == 0)
+    dead = {run: [row["groups_without_signal"] for row in rows(run, 1).values()] for run in (one, without)}
+    assert sum(dead[one]) < sum(dead[without]) - 1
+    assert max(row["redraws"] for row in rows(one, 1).values()) <= 3
+    assert "redraws" not in rows(without, 1)[1]
+
+
+def test_what_it_wrote_is_there_for_people_to_read(group_run: Any, launch: Any) -> None:
+    options = {"kind": "grpo", "updates": 2, "reward": {"exact_match": 1.0, "format": 0.5}}
+    run = group_run("read", options)
+    launch(1, run)
+    found = samples_of(partial(read_from, run, SAMPLES_FILE))
+    assert [(sample["step"], sample["number"]) for sample in found] == list(product((1, 3, 5), range(SAMPLES)))
+    tokenizer = load_tokenizer(load_job(run).base)
+    for sample, (ids, prompt) in zip(of_step(found, 3), documents(rollout_of(run, 3)), strict=False):
+        assert sample["prompt"] == tokenizer.decode(ids[:prompt], skip_special_tokens=True)
+        assert sample["written"] == tokenizer.decode(ids[prompt:], skip_special_tokens=True)
+        assert (sample["reward"], sample["rewards"]) == (0.0, {"exact_match": 0.0, "format": 0.0})
+    text = sample_lines(of_step(found, 3))
+    assert text[:2] == ["step 3", f"prompt: {found[SAMPLES]['prompt']}"]
+    assert text[3].startswith("--- 1: reward 0 (exact_match 0, format 0)")
 
 
 BAD = {
@@ -189,24 +243,73 @@ BAD = {
 }
 
 
+@pytest.fixture
+def journal(tmp_path: Path) -> RewardJournal:
+    """A step's journal, in an attempt of a run."""
+    return RewardJournal(claimed(tmp_path / "run"), 1, 0)
+
+
+def claimed(run_dir: Path) -> Attempt:
+    """The next attempt of a run that has nothing but attempts."""
+    run_dir.mkdir(exist_ok=True)
+    attempt = claim_next(run_dir, None)
+    assert attempt is not None
+    return attempt
+
+
 @pytest.mark.parametrize("name", BAD)
-def test_a_reward_that_fails_shows_the_sample(name: str, tmp_path: Path) -> None:
+def test_a_reward_that_fails_shows_the_sample(name: str, journal: RewardJournal, tmp_path: Path) -> None:
     body, problem = BAD[name]
     file = tmp_path / "rewards.py"
     file.write_text(f"def {name}(prompt, completion, row):\n    print('heard by nobody')\n    {body}\n")
-    reward = reward_of(GrpoOptions(reward=f"{file}:{name}", reward_seconds=0.5))
+    rewards = rewards_of(GrpoOptions(reward=f"{file}:{name}", reward_seconds=0.5))
     with pytest.raises(RewardFailed) as failed:
-        reward.judge([RewardSample("1 + 1 =", "3", "2", {"n": 7})])
+        rewards.judge([RewardSample("1 + 1 =", "3", "2", {"n": 7})], journal)
     assert problem in str(failed.value)
     assert "sample: prompt '1 + 1 =', completion '2', row {'n': 7}" in str(failed.value)
 
 
-def test_a_reward_may_fail_for_what_the_model_wrote_alone(tmp_path: Path) -> None:
+def test_a_reward_may_fail_for_what_the_model_wrote_alone(journal: RewardJournal, tmp_path: Path) -> None:
     file = tmp_path / "rewards.py"
     file.write_text("def picky(prompt, completion, row):\n    assert completion == 'right'\n    return 1.0\n")
-    reward = reward_of(GrpoOptions(reward=f"{file}:picky"))
+    rewards = rewards_of(GrpoOptions(reward=f"{file}:picky"))
+    samples = [RewardSample("p", "right", "right", {}, "a"), RewardSample("p", "wrong", "right", {}, "b")]
     with pytest.raises(RewardFailed, match="raised AssertionError: ; sample: prompt 'p', completion 'wrong'"):
-        reward.judge([RewardSample("p", "right", "right", {}), RewardSample("p", "wrong", "right", {})])
+        rewards.judge(samples, journal)
+
+
+def test_what_a_function_gave_is_known_to_the_next_attempt_until_it_is_recorded(tmp_path: Path) -> None:
+    file, run_dir = tmp_path / "rewards.py", tmp_path / "run"
+    file.write_text(REWARD)
+    row = {"completion": "4"}
+    samples = [RewardSample("1 + 1 =", text, "4", row, answer_key(0, i, [1], [i])) for i, text in enumerate("ab")]
+    rewards = rewards_of(GrpoOptions(reward=f"{file}:spread"))
+    first = claimed(run_dir)
+    given, _ = rewards.judge(samples, RewardJournal(first, 3, 1))
+    with RewardJournal(first, 3, 1).path.open("a") as stream:
+        stream.write('{"key": "torn')  # by a kill
+    second = claimed(run_dir)
+    later = RewardJournal(second, 3, 0)
+    assert [later.value(sample.key) for sample in samples] == given
+    anew = rewards_of(GrpoOptions(reward=f"{file}:spread"))
+    assert anew.judge(samples, later)[0] == given
+    assert len((tmp_path / "calls.txt").read_text().splitlines()) == 2 + 2 + 2  # two checks, and each answer once
+    assert RewardJournal(second, 4, 0).value(samples[0].key) is None  # of another step
+    forget_rewards(second, 3)
+    assert RewardJournal(second, 3, 0).value(samples[0].key) is None
+
+
+def test_rewards_add_up_by_their_weights(journal: RewardJournal, tmp_path: Path) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text("def length(prompt, completion, row):\n    return len(completion)\n")
+    options = GrpoOptions(reward={"exact_match": 2.0, "format": 0.5, f"{file}:length": -0.01})
+    written = ["so #### 1,234.50", "so #### 1234.", "#### 7 #### 1234", "#### 1234\n"]
+    samples = [RewardSample("p", text, "#### 1234", {}, text) for text in written]
+    totals, by_name = rewards_of(options).judge(samples, journal)
+    assert by_name["format"] == [1, 0, 0, 1]
+    assert by_name["exact_match"] == [0, 0, 1, 1]
+    assert by_name["function"] == [len(text) for text in written]
+    assert totals == pytest.approx([0.5 - 0.16, -0.13, 2 - 0.16, 2.5 - 0.1])
 
 
 @pytest.mark.parametrize(
@@ -215,7 +318,11 @@ def test_a_reward_may_fail_for_what_the_model_wrote_alone(tmp_path: Path) -> Non
         ({"method": {"kind": "full"}}, "objective grpo with method full: it changes the base's own weights"),
         ({"sharding": {"zero": 3}}, "sharding.zero 3 with objective grpo"),
         ({"method": {"kind": "lora", "init": "pissa"}}, "method.init pissa, which moves the base's weights"),
-        ({"objective": {"kind": "grpo", "reward": "rewards.py"}}, "allowed: exact_match, or file.py:function"),
+        ({"objective": {"kind": "grpo", "reward": "rewards.py"}}, "allowed: exact_match, format, model, or file.py"),
+        ({"objective": {"kind": "grpo", "reward": {}}}, "allowed: exact_match, format, model"),
+        ({"objective": {"kind": "grpo", "reward": {"a.py:f": 1, "b.py:g": 1}}}, "allowed: one function, which"),
+        ({"objective": {"kind": "grpo", "reward": "model"}}, "reward_model: found none with reward model"),
+        ({"objective": {"kind": "grpo", "reward_model": "m"}}, "reward_model: found m, which no reward asks"),
     ],
 )
 def test_what_does_not_work_is_refused_with_the_reason(parts: dict[str, Any], problem: str) -> None:
@@ -269,6 +376,17 @@ def test_ratios_are_clipped_where_they_gain_and_weighed_by_what_the_engine_thoug
     rloo = RlooOptions(clip_low=0.2, clip_high=0.3, importance_cap=4.0)
     assert costs(rloo, [math.log(1.1)] * 2 + [0.0], 0.0) == pytest.approx([-1.21, -1.21, 1.0])
     assert costs(rloo, [0.0] * 3, math.log(1.7)) == pytest.approx([-2.89, -2.89, 1.7])
+
+
+@pytest.mark.parametrize("distance", [0.2, math.nan])
+def test_a_step_is_refused_where_engine_and_trainer_are_too_far_apart(distance: float) -> None:
+    policy = GroupPolicy.__new__(GroupPolicy)
+    policy._options = GrpoOptions()
+    policy.check_step(7, {"engine_distance": policy._options.most_apart or 0.0})
+    with pytest.raises(StepRefused, match=r"step 7: .* nats a token apart .*objective.most_apart allows 0.05"):
+        policy.check_step(7, {"engine_distance": distance})
+    policy._options = GrpoOptions(most_apart=None)
+    policy.check_step(7, {"engine_distance": distance})
 
 
 def test_a_window_whose_answers_are_lost_is_not_written_anew(monkeypatch: pytest.MonkeyPatch) -> None:

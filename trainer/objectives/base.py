@@ -27,6 +27,8 @@ import torch
 from torch import nn
 
 from methods.base import Method, Tensors
+from runfolder.chain import Attempt
+from runfolder.files import Record
 from runfolder.job import Job
 from trainer.data.encode import Reading
 from trainer.data.examples import Examples, GlobalBatch
@@ -44,7 +46,7 @@ Totals = Mapping[str, float]  # by name; sums over the examples of a global batc
 class ObjectiveSetup:
     """What an objective knows of its run: among it how rows become tokens, and in which folder those are kept.
 
-    `progress` is called now and then while rows are read.
+    `progress` is called now and then while rows are read. `attempt` is None in a dry run, which writes nothing.
     """
 
     job: Job
@@ -52,6 +54,7 @@ class ObjectiveSetup:
     reading: Reading
     folder: Path
     progress: Callable[[int], None]
+    attempt: Attempt | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,10 @@ class Objective(ABC):
         """The batch whose documents the model wrote; a pure function."""
         raise NotImplementedError
 
+    def samples(self, rollout: Arrays) -> list[Record]:  # noqa: ARG002
+        """What people are shown of a rollout, an answer each, as plain data: `prompt`, `written`, `reward`, ..."""
+        return []
+
     @abstractmethod
     def totals(self, batch: GlobalBatch) -> Totals:
         """What the sums over a global batch are divided by; a pure function."""
@@ -152,6 +159,9 @@ class Objective(ABC):
         One without examples gives zero, with zero gradients for all that others reach, so that collectives stay in
         step. `prelude` has the sums over all shares of the global batch, fp64; nothing where there is no prelude.
         """
+
+    def check_step(self, step: int, metrics: Mapping[str, float]) -> None:  # noqa: B027
+        """Refuse a step by what is logged of it, before its update; called where `generates`. Raises ValueError."""
 
     def judge(self, model: nn.Module, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:
         """A micro-batch's shares of what is said of held-out rows: those of `loss`, unless more is measured.

@@ -20,6 +20,7 @@ import torch
 
 from runfolder.group_objectives import GroupOptions, GrpoOptions
 from trainer.objectives.base import TensorsByName, Totals
+from trainer.objectives.group_tokens import DRAWS, of_reward
 from trainer.objectives.likelihood import summed_by_document
 
 
@@ -142,6 +143,9 @@ def group_figures(
         "answers_cut": batch["is_cut"],
         "answer_tokens": counts_D,
     }
+    for name in batch:
+        if name == DRAWS or name.startswith(of_reward("")):
+            of_answers[name] = batch[name]
     engine_N = batch["engine"]
     difference_N = old_N - engine_N
     of_tokens = {

@@ -17,39 +17,52 @@ from trainer.data.tokens import Tokens
 from trainer.group_writer import WrittenAnswer
 from trainer.objectives.advantages import RewardArray
 from trainer.objectives.base import Arrays, TensorsByName
+from trainer.rewards import RewardsByName
 
-_NOBODY = np.zeros(1)
 _STANDS_IN: Arrays = {
     "document": np.array([-1], np.int64),
     "labels": np.ones(1, np.int64),
-    "advantage": _NOBODY,
-    "reward": _NOBODY,
-    "is_dead": _NOBODY,
-    "is_cut": _NOBODY,
-    "is_real": _NOBODY,
+    "is_real": np.zeros(1),
 }
 # Log-probabilities of tokens: the engine's, the trainer's before its updates, and those of the policy at the start.
 OF_LABELS = ("engine", "policy", "reference")
+DRAWS = "redraws"  # how many other prompts were tried at a place, in a rollout and among what is logged
 
 
 @dataclass(frozen=True)
 class JudgedGroup:
-    """The answers to one prompt of a batch, by its place there, and what each is worth."""
+    """The answers to one prompt of a batch, by its place there, and what each is worth, in all and by each reward.
+
+    `draw` is the number of prompts that stood at the place before.
+    """
 
     place: int
     prompt: list[int]
     answers: list[WrittenAnswer]
     rewards: list[float]
+    by_name: RewardsByName
+    draw: int
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether all answers are worth the same, so that nothing is to be learned from them."""
+        values = set(self.rewards)
+        return len(values) == 1
 
 
 class WrittenTokens(Tokens):
     """Prompts with the answers that were written to them; the answers are the labels.
 
     What is known `of_answers` are arrays [D] by name: `advantage`, `reward`, `is_dead` (all rewards of its group are
-    equal), `is_cut` (it did not come to its end).
+    equal), `is_cut` (it did not come to its end), and where a job has several rewards what each gives.
     """
 
-    def __init__(self, rollout: Arrays, of_answers: Arrays, virtual: int) -> None:
+    def __init__(
+        self,
+        rollout: Arrays,
+        of_answers: Arrays,
+        virtual: int,
+    ) -> None:
         documents = []
         prompts_D = rollout["prompts"]
         ids_of_documents = in_documents(rollout["ids"], rollout["ends"])
@@ -58,7 +71,11 @@ class WrittenTokens(Tokens):
             is_label = place >= prompt
             documents.append((ids, is_label))
         count = len(documents)
-        shard = join_examples(documents, range(count), Counts())
+        shard = join_examples(
+            documents,
+            range(count),
+            Counts(),
+        )
         super().__init__([shard], virtual)
         self._of_answers = of_answers
         self._of_labels = {}
@@ -76,6 +93,8 @@ class WrittenTokens(Tokens):
         arrays: Arrays = {}
         if not numbers:
             arrays |= _STANDS_IN
+            for name in self._of_answers:
+                arrays[name] = np.zeros(1)
             for name in self._of_labels:
                 arrays[name] = np.zeros(1, np.float32)
             return arrays
@@ -103,7 +122,7 @@ def in_documents(values: npt.NDArray[np.generic], ends_D: npt.NDArray[np.generic
 def recorded_groups(groups: Iterable[JudgedGroup], ends: Sequence[int]) -> Arrays:
     """What is kept of a rollout: ids of prompts and answers, where they end, log-probabilities and rewards.
 
-    `cut` [D] says which answers did not come to their end.
+    `cut` [D] says which answers did not come to their end, `redraws` [D] how many prompts gave way to theirs.
     """
     ids: list[int] = []
     ends_D: list[int] = []
@@ -111,8 +130,15 @@ def recorded_groups(groups: Iterable[JudgedGroup], ends: Sequence[int]) -> Array
     cut_D: list[bool] = []
     engine_N: list[float] = []
     rewards_D: list[float] = []
+    draws_D: list[int] = []
+    by_name: RewardsByName = {}
     for group in groups:
         rewards_D += group.rewards
+        answers = len(group.answers)
+        draws_D += [group.draw] * answers
+        for name, values in group.by_name.items():
+            so_far = by_name.setdefault(name, [])
+            so_far += values
         for answer in group.answers:
             ids += group.prompt
             ids += answer.ids
@@ -121,14 +147,23 @@ def recorded_groups(groups: Iterable[JudgedGroup], ends: Sequence[int]) -> Array
             last = answer.ids[-1]
             cut_D.append(last not in ends)
             engine_N += answer.log_probabilities
-    return {
+    recorded: Arrays = {
         "ids": np.array(ids, np.int32),
         "ends": np.array(ends_D, np.int64),
         "prompts": np.array(prompts_D, np.int64),
         "cut": np.array(cut_D, np.bool_),
         "engine": np.array(engine_N, np.float32),
         "rewards": np.array(rewards_D, np.float64),
+        DRAWS: np.array(draws_D, np.int64),
     }
+    for name, of_reward_D in by_name.items():
+        recorded[of_reward(name)] = np.array(of_reward_D, np.float64)
+    return recorded
+
+
+def of_reward(name: str) -> str:
+    """What the values of one reward are called, in a rollout and among what is logged."""
+    return f"reward_{name}"
 
 
 def policy_of_all(

@@ -7,12 +7,11 @@ losses (group_loss.py).
 Shapes: D documents, each a prompt with one answer; N labels; P prompts, G answers to each.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,37 +19,35 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from runfolder.files import Record
 from runfolder.group_objectives import GroupOptions, GrpoOptions
 from trainer.data.examples import Examples, GlobalBatch
 from trainer.data.files import RowError, records
 from trainer.data.layout import MicroBatch
 from trainer.data.tokens import EvaluationPrompt, Tokens, read_prompts, tokenise
-from trainer.end_tokens import until_end
-from trainer.group_writer import AskedAnswer, GroupWriter, WrittenAnswer
+from trainer.group_writer import GroupWriter
 from trainer.objectives.advantages import RewardArray, advantages_over_others, are_equal, group_advantages
 from trainer.objectives.base import Arrays, HostArrays, Objective, ObjectiveSetup, Shares, TensorsByName, Totals
+from trainer.objectives.group_answers import GroupAnswers, PromptRow, RowsByNumber, room_left
 from trainer.objectives.group_loss import group_figures, label_weights, token_costs
 from trainer.objectives.group_tokens import (
+    DRAWS,
     JudgedGroup,
     WrittenTokens,
     dead_answers,
+    in_documents,
+    of_reward,
     policy_of_all,
     recorded_groups,
 )
 from trainer.objectives.labels import label_arrays
 from trainer.objectives.likelihood import label_losses
-from trainer.rewards import Reward, RewardSample, reward_of
+from trainer.reward_model import judge_of
+from trainer.rewards import rewards_of
 
 
-@dataclass(frozen=True)
-class PromptRow:
-    """What is asked for a row, and the row as it stands."""
-
-    prompt: EvaluationPrompt
-    record: Mapping[str, Any]
-
-
-RowsByNumber = dict[int, PromptRow]
+class StepRefused(ValueError):
+    """Trainer and engine differ so much on a step's answers that they teach something else than they should."""
 
 
 class GroupPolicy(Objective):
@@ -64,8 +61,7 @@ class GroupPolicy(Objective):
         assert isinstance(options, GroupOptions)
         self._options = options
         self._rows: WeakKeyDictionary[Tokens, RowsByNumber] = WeakKeyDictionary()
-        self._writer: GroupWriter | None = None
-        self._reward: Reward | None = None
+        self._answers: GroupAnswers | None = None
 
     def read(self, source: str) -> Examples:
         """The rows of a source, of which each has a prompt, and the answer that the data has."""
@@ -87,7 +83,7 @@ class GroupPolicy(Objective):
             if number not in rows:
                 raise RowError(f"{where}: found no prompt, allowed: rows with a prompt to answer")
             row = rows[number]
-            if self._room(row) < 1:
+            if room_left(setup, row) < 1:
                 seq_len = setup.reading.seq_len
                 raise RowError(f"{where}: its prompt leaves no room for an answer in data.seq_len {seq_len}")
         self._rows[tokens] = rows
@@ -105,15 +101,12 @@ class GroupPolicy(Objective):
 
     def rollout(self, model: nn.Module, batch: GlobalBatch, step: int) -> Arrays:
         """Answers to the prompts of a batch, each rank those to its own, and what they are worth."""
-        if self._writer is None:
-            positions = self.setup.job.data.seq_len
-            self._writer = GroupWriter(model, self.method, positions)
-            self._reward = reward_of(self._options)
-        digest = self._writer.load()
+        if self._answers is None:
+            self._answers = self._created(model)
+        digest = self._answers.writer.load()
         world_size = dist.get_world_size()
         places = range(dist.get_rank(), len(batch.chosen), world_size)
-        answers = self._written(self._writer, batch, places, step)
-        own = self._judged(batch, places, answers)
+        own = self._answers.to_places(batch, places, step)
         dealt: list[list[JudgedGroup]] = [[] for _ in range(world_size)]
         dist.all_gather_object(dealt, own)
         groups = list(chain.from_iterable(dealt))
@@ -152,10 +145,38 @@ class GroupPolicy(Objective):
             "is_dead": dead_answers(rewards_PG, equal_P),
             "is_cut": rollout["cut"],
         }
+        if self._options.redraws:
+            of_answers[DRAWS] = rollout[DRAWS]
+        if len(self._options.weights) > 1:
+            for reward in self._options.weights:
+                name = of_reward(reward)
+                of_answers[name] = rollout[name]
         tokens = WrittenTokens(rollout, of_answers, self.setup.reading.virtual)
         examples = Examples.of_each(tokens)
         every = np.arange(len(examples))
         return GlobalBatch(examples, every)
+
+    def samples(self, rollout: Arrays) -> list[Record]:
+        """The answers to the first prompt of a rollout, with what each is worth: in all, and by each reward."""
+        tokenizer = self.setup.tokenizer
+        decode = partial(tokenizer.decode, skip_special_tokens=True)
+        answers = in_documents(rollout["ids"], rollout["ends"])
+        weights = self._options.weights
+        shown = []
+        for number in range(self._options.samples):
+            ids = answers[number]
+            prompt = rollout["prompts"][number]
+            sample: Record = {
+                "number": number,
+                "prompt": decode(ids[:prompt]),
+                "written": decode(ids[prompt:]),
+                "reward": float(rollout["rewards"][number]),
+                "cut": bool(rollout["cut"][number]),
+            }
+            if len(weights) > 1:
+                sample["rewards"] = {name: float(rollout[of_reward(name)][number]) for name in weights}
+            shown.append(sample)
+        return shown
 
     def totals(self, batch: GlobalBatch) -> Totals:
         """The answers of a global batch, and their tokens."""
@@ -190,6 +211,31 @@ class GroupPolicy(Objective):
         )
         return Shares(weighted_N.sum(), metrics)
 
+    def check_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Raise StepRefused where engine and trainer are farther apart than the job allows."""
+        bound = self._options.most_apart
+        distance = metrics["engine_distance"]
+        if bound is None or distance <= bound:
+            return
+        raise StepRefused(
+            f"step {step}: trainer and engine are {distance:.2g} nats a token apart on its answers "
+            f"(objective.most_apart allows {bound:g}), so it is not taken; train.precision: fp32 brings them nearer, "
+            "and objective.most_apart: null takes such steps"
+        )
+
+    def _created(self, model: nn.Module) -> GroupAnswers:
+        """What writes answers beside a model in training, and has them judged."""
+        job = self.setup.job
+        judge = None
+        folder = None
+        if self._options.reward_model is not None:
+            folder = Path(self._options.reward_model)
+        writer = GroupWriter(model, self.method, job.data.seq_len, folder)
+        if folder is not None:
+            judge = judge_of(folder, job.base.model, writer.engine)
+        rewards = rewards_of(self._options, judge)
+        return GroupAnswers(self.setup, self._rows, writer, rewards)
+
     def _policy(self, model: nn.Module, batch: TensorsByName) -> torch.Tensor:
         """The log-probability [N] of each token of the answers, at the temperature at which they are written."""
         losses_N = label_losses(
@@ -206,88 +252,3 @@ class GroupPolicy(Objective):
         if isinstance(options, GrpoOptions):
             return group_advantages(rewards_PG, options.scale)
         return advantages_over_others(rewards_PG)
-
-    def _written(
-        self,
-        writer: GroupWriter,
-        batch: GlobalBatch,
-        places: Sequence[int],
-        step: int,
-    ) -> list[WrittenAnswer]:
-        """The answers to the prompts at some places of a batch: all to the first of them, and so on."""
-        options = self._options
-        job_seed = self.setup.job.train.seed
-        asked = []
-        for place in places:
-            row = self._row(batch, place)
-            room = self._room(row)
-            prompt = tuple(row.prompt.ids)
-            for sample in range(options.samples):
-                seed = draw_seed(job_seed, step, place, sample)
-                asked.append(AskedAnswer(prompt, room, seed))
-        ends = self.setup.reading.ends
-        return writer.write(asked, ends, options.temperature)
-
-    def _judged(
-        self,
-        batch: GlobalBatch,
-        places: Sequence[int],
-        answers: Sequence[WrittenAnswer],
-    ) -> list[JudgedGroup]:
-        """The groups of answers at some places of a batch, with what each answer is worth."""
-        samples = self._options.samples
-        groups = []
-        for number, place in enumerate(places):
-            self.setup.progress(number)
-            row = self._row(batch, place)
-            first = number * samples
-            stop = first + samples
-            of_prompt = list(answers[first:stop])
-            rewards = self._rewards(row, of_prompt)
-            group = JudgedGroup(
-                place,
-                row.prompt.ids,
-                of_prompt,
-                rewards,
-            )
-            groups.append(group)
-        return groups
-
-    def _rewards(self, row: PromptRow, answers: Sequence[WrittenAnswer]) -> list[float]:
-        """What each answer to a prompt is worth."""
-        tokenizer = self.setup.tokenizer
-        ends = self.setup.reading.ends
-        prompt = row.prompt
-        asked = tokenizer.decode(prompt.ids, skip_special_tokens=True)
-        samples = []
-        for answer in answers:
-            ids = until_end(answer.ids, ends)
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            sample = RewardSample(asked, text, prompt.answer, row.record)
-            samples.append(sample)
-        assert self._reward is not None
-        return self._reward.judge(samples)
-
-    def _row(self, batch: GlobalBatch, place: int) -> PromptRow:
-        """What is asked at a place of a batch."""
-        examples = batch.examples
-        tokens = examples.tokens
-        example = batch.chosen[place]
-        document = examples.starts[example]
-        number = int(tokens.rows[document])
-        rows = self._rows[tokens]
-        return rows[number]
-
-    def _room(self, row: PromptRow) -> int:
-        """How many tokens the answer to a row's prompt may have; one place is the engine's, when it scores."""
-        prompt = len(row.prompt.ids)
-        left = self.setup.reading.max_tokens - prompt - 1
-        return min(self._options.new_tokens, left)
-
-
-def draw_seed(job_seed: int, step: int, place: int, sample: int) -> int:
-    """What all draws of an answer come from: a function of job, step, prompt and sample, of no rank and no order."""
-    counter = (job_seed, step, place, sample)
-    sequence = np.random.SeedSequence(counter)
-    (state,) = sequence.generate_state(1)
-    return int(state)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,28 @@ def test_runs_on_preferences_have_their_curves_below_the_table() -> None:
     assert lines[kl + 1].startswith("  kto  ▁") and lines[kl + 1].endswith("0.01 → nan")
     assert "!" in lines[kl + 1] and len(lines[kl + 1]) < 80
     assert list(spark_lines(arrange([tracked("sft", 0.5)], "e", "uri"))) == []
+
+
+def test_runs_on_rewards_have_their_curves_below_the_table() -> None:
+    run = tracked("grpo", 0.5, evals=False)
+    curves = {
+        "reward": ((1, 0.1), (2, 0.9)),
+        "groups_without_signal": ((1, 0.5), (2, 0.25)),
+        "divergence": ((1, 0.0), (2, 0.125)),
+        "answer_tokens": ((1, 90.0), (2, 30.0)),
+    }
+    found = arrange([replace(run, curves=run.curves | curves), tracked("sft", 0.5, evals=False)], "e", "uri")
+    lines = [line.plain for line in spark_lines(found)]
+    assert lines == [
+        "\nReward",
+        "  grpo  ▁█  0.1 → 0.9",
+        "\nShare of groups without signal",
+        "  grpo  █▁  50% → 25%",
+        "\nKL to the reference, a token",
+        "  grpo  ▁█  0 → 0.125",
+        "\nTokens of answers",
+        "  grpo  █▁  90 → 30",
+    ]
 
 
 def test_quality_falls_back_to_losses() -> None:

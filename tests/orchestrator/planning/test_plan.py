@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from llamas import LLAMA_3B
 from methods.options.low_rank import Dora, Lora
 from methods.options.subspace import Galore
 from orchestrator.errors import InputError
+from orchestrator.fit_text import generation_fields
 from orchestrator.planning.freeze import read_job
+from orchestrator.planning.generations import generations
 from orchestrator.planning.model import Model, parameter_count, read_header, weight_files
 from orchestrator.planning.plan import plan
 from orchestrator.planning.sizes import Memory, memory, planned_kernels, sizes
@@ -192,6 +195,35 @@ def test_a_plan_says_what_an_objective_needs_and_which_pairs_teach_nothing(tmp_p
     assert found.lr_source == f"0.05 times the default of lora at hidden size {width}, for dpo"
     left_out = "data.train: 1 pairs (first: row 2) have two answers that are the same: left out"
     assert left_out in found.warnings
+
+
+def test_a_plan_counts_what_a_job_writes_and_its_caches(tmp_path: Path) -> None:
+    model = Model(LLAMA_3B)
+    written = {"kind": "grpo", "samples": 8, "new_tokens": 256, "updates": 2}
+    grpo = job(objective=written, method="lora", train={"steps": 3, "batch_tokens": 6400, "precision": "bf16"})
+    sized = sizes(grpo, model)
+    survey = SimpleNamespace(tokens=1000, learned=200, examples=10)
+    rows: Any = SimpleNamespace(survey=survey)
+    found = generations(grpo, model, sized, rows, "gpu", "NVIDIA H200")
+    assert found is not None
+    assert (found.prompts, found.answers, found.tokens, found.learned) == (64, 512, 131_072, 512 * (256 + 80))
+    assert found.cache_bytes == 65536 * 2 * 28 * 8 * 128 * 2  # tokens, keys and values, layers, heads, size, bytes
+    assert found.share is not None and 0.1 < found.share < 0.5
+    each_step = job(objective=written | {"updates": 1}, method="lora", train={"steps": 3, "batch_tokens": 6400})
+    once = generations(each_step, model, sized, rows, "gpu", "NVIDIA H200")
+    assert once is not None and once.share is not None and once.share > found.share
+    unknown = generations(grpo, model, sized, rows, "gpu", None)
+    assert unknown is not None and unknown.share is None
+    (tmp_path / "model.safetensors").write_bytes(bytes(100))
+    judged = job(objective={"kind": "rloo", "reward": "model", "reward_model": str(tmp_path)}, method="lora")
+    with_judge = generations(judged, model, sized, rows, "gpu", None)
+    assert with_judge is not None
+    lines = generation_fields(with_judge)
+    assert lines["reward model"].startswith("100 B on each worker")
+    assert generation_fields(found)["it writes"] == (
+        "512 answers to about 64 prompts every 2 steps: at most 131,072 tokens, 172,032 with their prompts"
+    )
+    assert generations(job(), model, sized, rows, "gpu", None) is None
 
 
 def test_a_sequence_longer_than_the_base_knows(tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""Pages of prompts that were computed before, for sequences that begin with the same tokens.
+
+A page is known by what its keys and values depend on: the tenant and the adapter's digest, the tokens that fill it,
+and all tokens in front of them. So another adapter under an old name finds nothing, and no tenant can tell from the
+time of an answer what another one has asked.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+from serving.cache import PAGE, Cache
+from serving.sequence import Sequence
+
+Key = bytes
+
+
+class Prefixes:
+    """Finds the beginnings of prompts in a cache, and puts new ones there."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+    def adopt(self, sequence: Sequence) -> None:
+        """Take pages that others have computed in the place of a sequence's next ones, as far as there are any."""
+        while (key := next_key(sequence)) is not None:
+            page = self.cache.shared(key)
+            if page is None:
+                return
+            number = sequence.computed // PAGE
+            own = sequence.pages[number]
+            sequence.own_pages.remove(own)
+            self.cache.free([own])
+            self.cache.join(page)
+            sequence.pages[number] = page
+            sequence.joined_pages.append(page)
+            sequence.computed += PAGE
+
+    def add_computed(self, sequence: Sequence, count: int) -> None:
+        """Note that so many more positions of a prompt are computed; the pages that they fill are shared."""
+        first = sequence.computed // PAGE
+        sequence.computed += count
+        stop = sequence.computed // PAGE
+        keys = page_keys(sequence)
+        for number in range(first, stop):
+            key = keys.get(number)
+            page = sequence.pages[number]
+            if key is None or page in sequence.joined_pages or self.cache.shared(key) is not None:
+                continue
+            self.cache.share(page, key)
+            sequence.own_pages.remove(page)
+            sequence.joined_pages.append(page)
+
+
+def next_key(sequence: Sequence) -> Key | None:
+    """The key of the page that a sequence computes next; None where it must compute that page itself."""
+    if sequence.computed % PAGE:
+        return None
+    last = len(sequence.request.prompt)
+    if sequence.scored_from is not None:
+        last = sequence.scored_from
+    needed = sequence.virtual + last - 1  # the first position whose output is read
+    if sequence.computed + PAGE > needed:
+        return None
+    number = sequence.computed // PAGE
+    return page_keys(sequence).get(number)
+
+
+def page_keys(sequence: Sequence) -> dict[int, Key]:
+    """The key of each page that the prompt fills, by its number; none where virtual tokens end within a page."""
+    if sequence.page_keys is None:
+        sequence.page_keys = {}
+        if sequence.virtual % PAGE == 0:
+            first = sequence.virtual // PAGE
+            sequence.page_keys.update(enumerate(_keys(sequence), first))
+    return sequence.page_keys
+
+
+def _keys(sequence: Sequence) -> Iterator[Key]:
+    """The keys of a prompt's full pages; each is made from the one before."""
+    request = sequence.request
+    digest = ""
+    if sequence.packed is not None:
+        digest = sequence.packed.digest
+    start = f"{digest} {request.tenant}"
+    key = start.encode()
+    full = len(request.prompt) // PAGE
+    for number in range(full):
+        first = number * PAGE
+        tokens = request.prompt[first : first + PAGE]
+        text = " ".join(map(str, tokens))
+        key = hashlib.sha256(key + b" " + text.encode()).digest()
+        yield key

@@ -1,0 +1,81 @@
+"""What a reward's function has given in a step, kept as it comes: attempts/N/rewards/step-S.rank-R.jsonl.
+
+The function's own process writes a line when a call ends (reward_child.py), so that one under way when its worker is
+killed counts too. A later attempt reads them all, and asks the function nothing that it has answered. Once the step's
+rollout is recorded, nobody needs them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from runfolder.chain import Attempt, attempts
+
+HELD_OUT = 0  # the step that answers to held-out rows are written for
+_FOLDER = "rewards"
+
+
+class RewardJournal:
+    """What is known of the answers of a step, and the file in which a rank keeps what comes."""
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        step: int,
+        rank: int,
+    ) -> None:
+        folder = attempt.folder / _FOLDER
+        folder.mkdir(exist_ok=True)
+        self.path = folder / f"step-{step}.rank-{rank}.jsonl"
+        self._known: dict[str, float] = {}
+        for path in _journals(attempt, step):
+            for key, value in _kept_values(path):
+                self._known[key] = value
+
+    def value(self, key: str) -> float | None:
+        """What the function has given the answer of a key; None where it was not asked."""
+        return self._known.get(key)
+
+
+def answer_key(
+    place: int,
+    number: int,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+) -> str:
+    """What tells an answer of a step from all others: the place of its prompt, its number, and the ids of both."""
+    prompt_ids = list(prompt)
+    answer_ids = list(answer)
+    facts = (place, number, prompt_ids, answer_ids)
+    text = repr(facts)
+    digest = hashlib.sha256(text.encode())
+    return digest.hexdigest()
+
+
+def forget_rewards(attempt: Attempt, step: int) -> None:
+    """Remove what was kept of a step whose rollout is recorded."""
+    for path in _journals(attempt, step):
+        path.unlink(missing_ok=True)
+
+
+def _journals(attempt: Attempt, step: int) -> Iterator[Path]:
+    """The files of a step, of all ranks, in this attempt and those before it."""
+    of_any_rank = f"step-{step}.rank-*.jsonl"
+    for other in attempts(attempt.run_dir):
+        if other.number > attempt.number:
+            continue
+        folder = other.folder / _FOLDER
+        found = folder.glob(of_any_rank)
+        yield from sorted(found)
+
+
+def _kept_values(path: Path) -> Iterator[tuple[str, float]]:
+    """The keys and values in the whole lines of a file; a process that was killed leaves a torn one."""
+    content = path.read_bytes()
+    whole, _, _ = content.rpartition(b"\n")
+    for line in whole.splitlines():
+        kept = json.loads(line)
+        key: str = kept["key"]
+        value: float = kept["value"]
+        yield key, value
