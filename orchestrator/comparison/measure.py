@@ -105,8 +105,11 @@ CURVE_KINDS = (
     CurveKind("reward_rejected", "Reward of rejected answers"),
     CurveKind("reward_desirable", "Reward of desirable answers"),
     CurveKind("reward_undesirable", "Reward of undesirable answers"),
+    CurveKind("reward", "Reward of answers"),
     CurveKind("kl", "KL to the reference"),
+    CurveKind("divergence", "KL to the reference, per token"),
     CurveKind("labels_chosen", "Tokens of chosen answers"),
     CurveKind("labels_rejected", "Tokens of rejected answers"),
+    CurveKind("answer_tokens", "Tokens of answers"),
     CurveKind("eval_score_length_correlation", "Correlation of score and length", bounds=(-1.0, 1.0)),
 )

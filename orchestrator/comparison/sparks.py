@@ -13,7 +13,13 @@ from orchestrator.comparison.row import ComparisonRow
 from orchestrator.comparison.run import Curve, TrackedRun
 
 # Of each row of these, the first that some run has: a terminal is no place for all of them.
-_IN_TERMINAL = (("eval_accuracy", "accuracy"), ("eval_reward_margin", "reward_margin"), ("kl",), ("labels_chosen",))
+_IN_TERMINAL = (
+    ("eval_accuracy", "accuracy"),
+    ("eval_reward_margin", "reward_margin"),
+    ("reward",),
+    ("kl", "divergence"),
+    ("labels_chosen", "answer_tokens"),
+)
 _BARS = "▁▂▃▄▅▆▇█"
 _BROKEN = "!"  # in the place of what is not finite
 _MOST_BARS, _NAME_WIDTH = 32, 24

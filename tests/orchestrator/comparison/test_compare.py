@@ -99,6 +99,15 @@ def test_runs_on_preferences_have_their_curves_below_the_table() -> None:
     assert list(spark_lines(arrange([tracked("sft", 0.5)], "e", "uri"))) == []
 
 
+def test_runs_on_answers_of_their_own_have_reward_divergence_and_length_below_the_table() -> None:
+    curves = {"reward": (0.25, 0.75), "divergence": (0.0, 0.125), "answer_tokens": (40.0, 30.0)}
+    points = {name: tuple(enumerate(values, 1)) for name, values in curves.items()}
+    run = dataclasses.replace(tracked("grpo", 0.5), curves=points)
+    lines = [line.plain for line in spark_lines(arrange([run], "e", "uri"))]
+    assert lines[0::2] == ["\nReward of answers", "\nKL to the reference, per token", "\nTokens of answers"]
+    assert [line.split("  ")[-1] for line in lines[1::2]] == ["0.25 → 0.75", "0 → 0.125", "40 → 30"]
+
+
 def test_quality_falls_back_to_losses() -> None:
     assert arrange([tracked("a", 0.5)], "e", "uri").quality.key == "eval_exact_match"
     assert arrange([tracked("a", 0.5, evals=False)], "e", "uri").quality.key == "loss"
