@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -18,6 +19,7 @@ from first_steps import DPO, FIRST, LN_2, PISSA
 from llamas import random_llama
 from sampling import sampled
 from torch.nn.functional import cross_entropy, logsigmoid
+from transformers import AutoTokenizer
 
 from methods.base import Setup
 from methods.registry import create
@@ -183,6 +185,52 @@ def test_the_reference_is_computed_once(preference_run: Any, launch: Any, pairs:
     ]
     launch(1, *changed)
     assert [computed(each) > 0 for each in changed] == [True] * 3
+
+
+def test_the_reference_of_another_chat_template_start_or_method_is_another(
+    preference_run: Any, launch: Any, pairs: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()[:20]]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps(row | {"prompt": [asked(row["prompt"])]}) + "\n" for row in rows))
+    bases = {}
+    for name, mark in (("one", "user: "), ("again", "user: "), ("other", "asked: ")):
+        bases[name] = tmp_path / f"base-{name}"
+        shutil.copytree(tiny_base, bases[name])
+        tokenizer = AutoTokenizer.from_pretrained(bases[name])
+        tokenizer.chat_template = f"{{% for m in messages %}}{mark}{{{{ m.content }}}}\n{{% endfor %}}"
+        tokenizer.save_pretrained(bases[name])
+
+    def run(name: str, template: str, method: dict[str, Any], beta: float = 0.1) -> Path:
+        made: Path = preference_run(
+            name,
+            DPO | {"beta": beta},
+            base=str(bases[template]),
+            method=method,
+            data={"train": str(chats)},
+            train={"steps": 2},
+        )
+        return made
+
+    first = run("first", "one", PISSA)
+    others = {
+        "same": run("same", "again", PISSA, 0.3),
+        "template": run("template", "other", PISSA),
+        "start": run("start", "one", PISSA | {"init": "gaussian"}),
+        "method": run("method", "one", {"kind": "dora", "rank": 4}),
+    }
+    launch(1, first, *others.values())
+    assert computed(first) > 0
+    assert {name: computed(each) > 0 for name, each in others.items()} == {
+        "same": False,
+        "template": True,
+        "start": True,
+        "method": True,
+    }
+
+
+def asked(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
 
 
 def test_a_damaged_reference_is_computed_again_unless_the_policy_has_moved(
