@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Workers
 from finished_runs import curve, events, rows
 from first_steps import FIRST, PISSA
 from sampling import SEED, each_sampled
@@ -23,7 +22,7 @@ TOLD = "attempts/{}/metrics.jsonl"
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", each_sampled(list(OBJECTIVES)))
 def test_kills_change_no_figure(
-    name: str, preference_run: Any, launch: Any, workers: Any, cache: Path, tmp_path: Path
+    name: str, preference_run: Any, launch: Any, workers: dict[int, Any], tmp_path: Path
 ) -> None:
     parts = {
         "method": PISSA,
@@ -31,13 +30,15 @@ def test_kills_change_no_figure(
         "sharding": {"zero": 2},
         "checkpoint": {"every": 3, "keep": 2},
     }
-    killed = preference_run("killed", OBJECTIVES[name], **parts)
-    rng = random.Random(f"{SEED} {name}")
-    for number, lines in enumerate((0, rng.randrange(3, 7), 2), 1):  # before the first step, and behind two of them
-        kill_behind(killed, number, lines, cache, tmp_path / "killed.log")
-    launch(WORLD, killed)
     whole = preference_run("whole", OBJECTIVES[name], **parts)
     launch(WORLD, whole)
+    killed = preference_run("killed", OBJECTIVES[name], **parts)
+    kind = type(workers[WORLD])
+    rng = random.Random(f"{SEED} {name}")
+    for number, lines in enumerate((0, rng.randrange(3, 7), 2), 1):  # before the first step, and behind two of them
+        group = kind(WORLD, tmp_path / "cache", tmp_path / "killed.log")  # whose cache knows no reference
+        kill_behind(group, killed, number, lines)
+    launch(WORLD, killed)
     expected = dict(enumerate(curve(whole), 1))
     assert len(attempts(killed)) == 4 and rows(killed, 1) == {}
     last = 0
@@ -57,9 +58,8 @@ def test_kills_change_no_figure(
         assert computed[0] > 0 and computed[1:] == [0, 0]
 
 
-def kill_behind(run: Path, number: int, lines: int, cache: Path, log: Path) -> None:
-    """Train, and kill all workers of an attempt once it has told of so many steps; of none: as soon as it is claimed."""
-    group = Workers(WORLD, cache, log)
+def kill_behind(group: Any, run: Path, number: int, lines: int) -> None:
+    """Train, and kill the workers once their attempt has told of so many steps; of none: as soon as it is claimed."""
     training = threading.Thread(target=group.train, args=(run, 240))
     training.start()
     try:
