@@ -114,7 +114,7 @@ def test_a_model_judges_alike_whoever_is_compared_with_whom(task: Path, adapters
     assert found.asked > 3 * ROWS and again.asked < found.asked
     of_one = by_label(again)[one].wins
     assert of_one and of_one.of_rows == tuple(1 - won for won in for_two.of_rows)
-    assert of_one.flipped == for_two.flipped
+    assert of_one.flipped == for_two.flipped > 0  # as small a judge likes one of the letters
     third = fleetune.evaluate(adapters, [task], base=str(TINY), out=tmp_path, judge="base", against=one)
     assert third.asked == 0 and by_label(third)[two].wins == for_two
     plain = found.to_json()["tasks"][0]["results"][2]["wins"]
